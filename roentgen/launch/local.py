@@ -1,0 +1,175 @@
+"""Runs the server on a Ray that is started here, or on one that is given, and takes away what it started.
+
+`serving(config, …)` is the one way in: a context manager that yields the base URL once the model answers. On leaving, also
+after an error or Ctrl-C, the Serve application it deployed and the Ray it started are gone.
+"""
+
+import ipaddress
+import json
+import logging
+import os
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from roentgen.store.durable import check_writable, local_root
+from serve_app.config import ServerConfig
+
+log = logging.getLogger(__name__)
+
+APP_NAME = "roentgen"
+START_TIMEOUT_S = 1800
+"""A first start may download a model."""
+
+
+class LaunchError(Exception):
+    """The server could not be started; the message says why and what to do."""
+
+
+@contextmanager
+def serving(
+    config: ServerConfig,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    ray_address: str = "local",
+    stage: Callable[[str], None] = log.info,
+    verbose: bool = False,
+) -> Iterator[str]:
+    """Serve a model; yields the base URL, such as `http://127.0.0.1:8000/v1`.
+
+    Args:
+        config: the server's configuration.
+        host: address to bind to; anything but loopback needs an API key in the environment.
+        port: 0 chooses a free one.
+        ray_address: "local" starts a Ray here; HOST:PORT joins one that runs.
+        stage: told what is being done.
+        verbose: let Ray's and the replicas' logs through.
+
+    Raises:
+        LaunchError: if the port is taken, the address needs a key, or the model cannot be loaded.
+        StoreError: if the store is not writable.
+    """
+    check_host(host)
+    port = port or free_port(host)
+    check_port(host, port)
+    check_writable(local_root(config.store))
+
+    import ray
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    from serve_app.app import build
+
+    stage("starting Ray" if ray_address == "local" else f"joining Ray at {ray_address}")
+    quiet = logging.INFO if verbose else logging.ERROR
+    started_ray = not ray.is_initialized()
+    started_local = started_ray and ray_address == "local"
+    found_serve = False
+    if started_ray:
+        ray.init(
+            address=ray_address,
+            log_to_driver=verbose,
+            logging_level=quiet,
+            configure_logging=True,
+            **({"include_dashboard": False} if started_local else {}),
+        )
+    logging.getLogger("ray.serve").setLevel(quiet)
+    try:
+        stage("starting Ray Serve")
+        found_serve = bool(serve.status().proxies)
+        serve.start(http_options=HTTPOptions(host=host, port=port))
+        serve.run(build(config), name=APP_NAME, route_prefix="/", blocking=False, logging_config={"enable_access_log": verbose})
+        base = f"http://{host}:{port}"
+        wait_until_ready(base, stage)
+        yield f"{base}/v1"
+    finally:
+        stage("stopping the server")
+        serve.delete(APP_NAME)
+        if not (started_local or found_serve):
+            serve.shutdown()
+        if started_ray:
+            ray.shutdown()
+
+
+def check_host(host: str) -> None:
+    """Refuse an address that others can reach, unless an API key is set.
+
+    Raises:
+        LaunchError: naming both ways out.
+    """
+    loopback = host == "localhost" or _is_loopback(host)
+    if not loopback and not os.environ.get("ROENTGEN_API_KEY"):
+        raise LaunchError(
+            f"--host {host} can be reached by others and no API key is set: set ROENTGEN_API_KEY, or bind to 127.0.0.1"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def free_port(host: str) -> int:
+    """Return a port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def check_port(host: str, port: int) -> None:
+    """Make sure that nothing listens on a port.
+
+    Raises:
+        LaunchError: naming the port.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise LaunchError(f"--port {port}: {error.strerror or error}; choose another, or 0 for any free one") from error
+
+
+def wait_until_ready(base: str, stage: Callable[[str], None], timeout_s: float = START_TIMEOUT_S) -> None:
+    """Wait until `/health` says that the model answers, passing its stages on.
+
+    Raises:
+        LaunchError: if the model cannot be loaded, or nothing answers in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    last = ""
+    while time.monotonic() < deadline:
+        status = _health(base)
+        if status["status"] == "ok":
+            return
+        if status["status"] == "failed":
+            raise LaunchError(status["stage"])
+        if status["stage"] != last:
+            last = status["stage"]
+            stage(last)
+        time.sleep(0.2)
+    raise LaunchError(f"{base}/health was not ready after {timeout_s:.0f} s; its last stage was: {last}")
+
+
+def _health(base: str) -> dict[str, str]:
+    try:
+        with urllib.request.urlopen(f"{base}/health", timeout=10) as response:
+            body: dict[str, str] = json.load(response)
+            return body
+    except urllib.error.HTTPError as error:
+        text = error.read().decode(errors="replace")
+        if error.code == 503 and text.startswith("{"):
+            body = json.loads(text)
+            return body
+        if error.code in (404, 503):  # Serve's proxy, until it knows the application
+            return {"status": "loading", "stage": "starting the application"}
+        return {"status": "failed", "stage": f"{base}/health answered {error.code}: {text[:500]}"}
+    except (urllib.error.URLError, TimeoutError, ConnectionError):
+        return {"status": "loading", "stage": "starting the proxy"}

@@ -1,0 +1,31 @@
+"""The activation store: ragged rollouts of many writers, appended without coordination, opened without this package.
+
+    STORE/<session_id>/
+      session.json                 identity only: name, schema version, created; made if absent, never changed
+      shards/<ulid>.safetensors    tensors, one per key, rows of all the shard's rollouts back to back
+      index/<ulid>.parquet         one row per rollout; written last, so its presence means "committed"
+
+`schema` says what the files hold, `durable` how bytes reach the disk, `writer` groups and commits, `reader` opens lazily,
+`sessions` lists and verifies. docs/store.md describes the format for readers in other languages.
+"""
+
+from roentgen.store.reader import Activations, RolloutRows, Session
+from roentgen.store.schema import CaptureSpec, Receipt, Rollout, Segment, StoreError
+from roentgen.store.sessions import SessionSummary, VerifyReport, list_sessions, verify
+from roentgen.store.writer import StoreWriter
+
+__all__ = [
+    "Activations",
+    "CaptureSpec",
+    "Receipt",
+    "Rollout",
+    "RolloutRows",
+    "Segment",
+    "Session",
+    "SessionSummary",
+    "StoreError",
+    "StoreWriter",
+    "VerifyReport",
+    "list_sessions",
+    "verify",
+]

@@ -1,0 +1,226 @@
+"""What the store's files hold: the index's columns, the shard's tensors, and the objects a writer takes and gives.
+
+A shard holds rollouts of one `CaptureSpec`, so every tensor in it has the same rows and a layer is one sequential read. An
+index row says where a rollout's rows are and carries everything needed to read them without the run: the text, which
+characters each token covers, who said what, and the caller's key and labels.
+"""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+import xxhash
+from jaxtyping import Shaped
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from roentgen.contract import LabelValue, RolloutKey
+
+SCHEMA_VERSION = 1
+
+ROW_COLUMNS = ("token_id", "position", "generated", "logprob")
+"""Tensors of every shard that describe its rows; all other tensors are activations."""
+
+INDEX_SCHEMA = pa.schema(
+    [
+        ("rollout_id", pa.string()),
+        ("created", pa.timestamp("us", tz="UTC")),
+        ("config_hash", pa.string()),
+        ("problem_id", pa.string()),
+        ("epoch", pa.int32()),
+        ("turn", pa.int32()),
+        ("labels", pa.string()),
+        ("shard", pa.string()),
+        ("row_start", pa.int64()),
+        ("row_stop", pa.int64()),
+        ("n_prompt", pa.int32()),
+        ("n_completion", pa.int32()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("token_offsets", pa.list_(pa.int32())),
+        ("segments", pa.list_(pa.struct([("role", pa.string()), ("start", pa.int32()), ("stop", pa.int32())]))),
+        ("text", pa.string()),
+        ("finish_reason", pa.string()),
+        ("final_token", pa.int32()),
+        ("final_logprob", pa.float32()),
+        ("checksum", pa.string()),
+    ],
+    metadata={"roentgen_schema": str(SCHEMA_VERSION)},
+)
+
+
+class StoreError(Exception):
+    """The store could not be read or written; the message names the file and what to do."""
+
+
+class CaptureSpec(BaseModel):
+    """What all rollouts of one shard have in common; it is the shard's header metadata.
+
+    Attributes:
+        model: the model's served name.
+        revision: its revision or content hash.
+        keys: stored keys, in the order asked for.
+        positions: the position policy.
+        dtype: the stored dtype, e.g. "torch.bfloat16".
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    model: str
+    revision: str
+    keys: tuple[str, ...]
+    positions: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Characters `[start, stop)` of a rollout's text that one role spoke."""
+
+    role: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One finished generation with its captured rows, ready to be stored.
+
+    Attributes:
+        session_id: the session to append to.
+        rollout_id: a ULID.
+        spec: what was captured.
+        tensors: per key of the spec, `[rows, *shape]`.
+        position: sequence position per row, -1 for a pooled row, `[rows]`.
+        row_token_id: token fed per row, -1 for a pooled row, `[rows]`.
+        row_logprob: log-probability of that token when it was sampled; NaN for prompt and pooled rows, `[rows]`.
+        token_ids: the whole sequence, prompt and completion, the final token included.
+        token_offsets: first character in `text` of each of `token_ids`.
+        n_prompt: tokens in the prompt.
+        text: prompt and completion as the model saw them.
+        segments: who spoke which characters.
+        finish_reason: "stop" or "length".
+        final_logprob: log-probability of the final token, which no row holds.
+        key: the caller's identity for the rollout, if it gave one.
+        labels: the caller's labels.
+    """
+
+    session_id: str
+    rollout_id: str
+    spec: CaptureSpec
+    tensors: dict[str, Shaped[Tensor, "rows ..."]]
+    position: Shaped[np.ndarray, "rows"]
+    row_token_id: Shaped[np.ndarray, "rows"]
+    row_logprob: Shaped[np.ndarray, "rows"]
+    token_ids: list[int]
+    token_offsets: list[int]
+    n_prompt: int
+    text: str
+    segments: list[Segment]
+    finish_reason: str
+    final_logprob: float
+    key: RolloutKey | None = None
+    labels: dict[str, LabelValue] = field(default_factory=dict)
+
+    @property
+    def n_rows(self) -> int:
+        """Rows stored, after the position policy."""
+        return len(self.position)
+
+    @property
+    def n_completion(self) -> int:
+        """Tokens generated, the final one included."""
+        return len(self.token_ids) - self.n_prompt
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the activations."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
+    def all_tensors(self) -> dict[str, Tensor]:
+        """Return the activations and the row columns, as the shard names them."""
+        generated = (self.position >= self.n_prompt).astype(np.uint8)
+        return {
+            **self.tensors,
+            "token_id": torch.from_numpy(self.row_token_id.astype(np.int32)),
+            "position": torch.from_numpy(self.position.astype(np.int32)),
+            "generated": torch.from_numpy(generated),
+            "logprob": torch.from_numpy(self.row_logprob.astype(np.float32)),
+        }
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Where a committed rollout is; it exists only once the rollout is durable."""
+
+    session_id: str
+    rollout_id: str
+    uri: str
+    shard: str
+    row_start: int
+    row_stop: int
+
+
+def rows_checksum(tensors: dict[str, Tensor]) -> str:
+    """Return the XXH3-128 of a rollout's rows: each tensor's bytes, in order of name."""
+    digest = xxhash.xxh3_128()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def spec_metadata(spec: CaptureSpec) -> dict[str, str]:
+    """Spell a spec as safetensors header metadata (strings only)."""
+    return {"roentgen_schema": str(SCHEMA_VERSION), "format": "pt", "spec": spec.model_dump_json()}
+
+
+def read_spec(metadata: dict[str, str] | None, where: str) -> CaptureSpec:
+    """Read a shard's spec back.
+
+    Raises:
+        StoreError: if the header is not one of ours, or of a newer schema.
+    """
+    check_version((metadata or {}).get("roentgen_schema"), where)
+    return CaptureSpec.model_validate_json((metadata or {})["spec"])
+
+
+def check_version(version: str | None, where: str) -> None:
+    """Refuse a file of a newer schema than this code reads.
+
+    Raises:
+        StoreError: if the version is missing or newer.
+    """
+    if version is None:
+        raise StoreError(f"{where} has no roentgen_schema: it was not written by Roentgen")
+    if int(version) > SCHEMA_VERSION:
+        raise StoreError(f"{where} has schema {version}; this version reads up to {SCHEMA_VERSION}: upgrade roentgen")
+
+
+def index_row(rollout: Rollout, receipt: Receipt, created: Any, checksum: str) -> dict[str, Any]:
+    """Spell a committed rollout as a row of the index."""
+    key = rollout.key
+    return {
+        "rollout_id": rollout.rollout_id,
+        "created": created,
+        "config_hash": key.config_hash if key else None,
+        "problem_id": key.problem_id if key else None,
+        "epoch": key.epoch if key else None,
+        "turn": key.turn if key else None,
+        "labels": json.dumps(rollout.labels, sort_keys=True),
+        "shard": receipt.shard,
+        "row_start": receipt.row_start,
+        "row_stop": receipt.row_stop,
+        "n_prompt": rollout.n_prompt,
+        "n_completion": rollout.n_completion,
+        "token_ids": rollout.token_ids,
+        "token_offsets": rollout.token_offsets,
+        "segments": [{"role": s.role, "start": s.start, "stop": s.stop} for s in rollout.segments],
+        "text": rollout.text,
+        "finish_reason": rollout.finish_reason,
+        "final_token": rollout.token_ids[-1] if rollout.n_completion else None,
+        "final_logprob": rollout.final_logprob if rollout.n_completion else None,
+        "checksum": checksum,
+    }

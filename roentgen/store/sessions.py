@@ -1,0 +1,133 @@
+"""What can be asked of whole sessions: which are there, what they hold, whether every byte is still what was written."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pandas as pd
+
+from roentgen.contract import check_session_id
+from roentgen.store.durable import local_root
+from roentgen.store.reader import Session, Shard, read_index
+from roentgen.store.schema import INDEX_SCHEMA, StoreError, rows_checksum
+
+
+@dataclass(frozen=True)
+class SessionSummary:
+    """What a session holds.
+
+    Attributes:
+        session_id: its name.
+        uri: its address.
+        rollouts: committed rollouts, retried ones counted once.
+        tokens: rows a full capture of them has.
+        shards: shards that an index names.
+        bytes: size of those shards.
+        keys: stored keys.
+        models: served names of the models captured.
+    """
+
+    session_id: str
+    uri: str
+    rollouts: int
+    tokens: int
+    shards: int
+    bytes: int
+    keys: list[str]
+    models: list[str]
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One thing wrong: which rollout (None for a whole file), in which file, and what."""
+
+    rollout_id: str | None
+    file: str
+    what: str
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """The result of reading a session back.
+
+    Attributes:
+        rollouts: rollouts whose checksum was recomputed and is right.
+        damage: everything that is wrong.
+        orphans: shards no index names: left by a crash, invisible to readers.
+    """
+
+    rollouts: int
+    damage: list[Damage] = field(default_factory=list)
+    orphans: list[str] = field(default_factory=list)
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is damaged (orphans are not damage)."""
+        return not self.damage
+
+
+def find_session(store: str | Path, session_id: str) -> Session:
+    """Open a session of a store by its id.
+
+    Raises:
+        ValueError: if the id is unsafe.
+        StoreError: if there is no such session.
+    """
+    return Session.open(local_root(store) / check_session_id(session_id))
+
+
+def list_sessions(store: str | Path) -> list[SessionSummary]:
+    """Summarise every session of a store, in order of name; a store that does not exist yet has none."""
+    root = local_root(store)
+    return [summarise(Session.open(file.parent)) for file in sorted(root.glob("*/session.json"))]
+
+
+def summarise(session: Session) -> SessionSummary:
+    """Count what a session holds, from its index and shard headers."""
+    frame = session.rollouts()
+    shards = list(dict.fromkeys(session.rollouts(unique=False)["shard"]))
+    specs = [session.spec(shard) for shard in shards]
+    return SessionSummary(
+        session_id=session.name,
+        uri=str(session.path),
+        rollouts=len(frame),
+        tokens=int((frame["n_prompt"] + (frame["n_completion"] - 1).clip(lower=0)).sum()),
+        shards=len(shards),
+        bytes=sum((session.path / shard).stat().st_size for shard in shards),
+        keys=list(dict.fromkeys(key for spec in specs for key in spec.keys)),
+        models=list(dict.fromkeys(spec.model for spec in specs)),
+    )
+
+
+def verify(session: Session) -> VerifyReport:
+    """Read every committed rollout back and recompute its checksum; damage is collected, not raised."""
+    damage: list[Damage] = []
+    frames = []
+    for file in session.index_files():
+        try:
+            frames.append(read_index(file).to_pandas())
+        except StoreError as error:
+            damage.append(Damage(None, f"index/{file.name}", str(error)))
+    if not frames:
+        frames = [INDEX_SCHEMA.empty_table().to_pandas()]
+    frame = pd.concat(frames)
+    good = 0
+    for shard_name, rows in frame.groupby("shard"):
+        found = _verify_shard(session, str(shard_name), rows)
+        damage += found
+        good += len(rows) - len(found)
+    named = set(frame["shard"])
+    on_disk = {f"shards/{path.name}" for path in (session.path / "shards").glob("*.safetensors")}
+    return VerifyReport(good, damage, sorted(on_disk - named))
+
+
+def _verify_shard(session: Session, shard_name: str, rows: pd.DataFrame) -> list[Damage]:
+    try:
+        shard = Shard(session.path / shard_name)
+    except StoreError as error:
+        return [Damage(rollout_id, shard_name, str(error)) for rollout_id in rows["rollout_id"]]
+    damage = []
+    for row in rows.itertuples():
+        tensors = {name: shard.rows(name, int(row.row_start), int(row.row_stop)) for name in shard.names}
+        if rows_checksum(tensors) != row.checksum:
+            damage.append(Damage(str(row.rollout_id), shard_name, "checksum differs: the stored bytes have changed"))
+    return damage

@@ -1,0 +1,43 @@
+"""The server's configuration, validated once, where the application is built."""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+
+
+def _absolute(path: str) -> str:
+    # A replica has another working directory than the command that configures it.
+    return path if "://" in path else str(Path(path).expanduser().absolute())
+
+
+class ServerConfig(BaseModel):
+    """What `roentgen serve`, `serve run serve_app.app:build key=value …` and serve.yaml can set.
+
+    Attributes:
+        model: "smollm2-135m" (embedded), a folder, or a hub id.
+        revision: of a hub model.
+        dtype: "auto" takes bfloat16 where the device computes in it, else float32.
+        device: "auto" takes a GPU if there is one.
+        store: the activation store's folder.
+        max_batch: requests generated together.
+        max_queue: requests waiting; beyond, 429.
+        threads: torch threads of a replica, 0 for one per core (Ray would otherwise allow one).
+        num_gpus: GPUs reserved per replica.
+        num_replicas: copies of the model.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    model: str = "smollm2-135m"
+    revision: str | None = None
+    dtype: Dtype = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    store: Annotated[str, AfterValidator(_absolute)] = Field(default="activations", validate_default=True)
+    max_batch: int = Field(default=32, ge=1)
+    max_queue: int = Field(default=256, ge=0)
+    threads: int = Field(default=0, ge=0)
+    num_gpus: float = Field(default=0, ge=0)
+    num_replicas: int = Field(default=1, ge=1)

@@ -1,0 +1,1 @@
+"""Engines: one protocol (`protocol`), and the engine that runs everywhere (`transformers_engine`)."""

@@ -1,0 +1,72 @@
+"""Tokens to text while they arrive, and the stop strings in it.
+
+`tokenizers` decodes incrementally (a character may span tokens). What is handed out must never be taken back, so text that
+could be the beginning of a stop string is held until it is decided.
+"""
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+
+class TextStream:
+    """The text of one growing completion.
+
+    Attributes:
+        text: everything decoded, cut before a stop string.
+        stopped: whether a stop string has appeared.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._stop = stop
+        self._sent = 0
+        self.text = ""
+        self.stopped = False
+
+    def push(self, token_id: int) -> None:
+        """Add a token."""
+        piece = self._decoder.step(self._tokenizer, token_id)
+        if not piece or self.stopped:
+            return
+        # A stop string can begin in earlier text, but not further back than its own length.
+        start = max(0, len(self.text) - max(map(len, self._stop), default=0))
+        self.text += piece
+        found = [at for stop in self._stop if (at := self.text.find(stop, start)) >= 0]
+        if found:
+            self.text = self.text[: min(found)]
+            self.stopped = True
+
+    def take(self, *, final: bool = False) -> str:
+        """Return the text that has become certain since the last call; with `final`, all that is left."""
+        end = len(self.text) if final or self.stopped else len(self.text) - self._undecided()
+        piece = self.text[self._sent : end]
+        self._sent = max(self._sent, end)
+        return piece
+
+    def _undecided(self) -> int:
+        """Return how many characters at the end could begin a stop string."""
+        for length in range(min(len(self.text), max(map(len, self._stop), default=1) - 1), 0, -1):
+            if any(stop.startswith(self.text[-length:]) for stop in self._stop):
+                return length
+        return 0
+
+
+def completion_offsets(tokenizer: Tokenizer, token_ids: list[int], start: int) -> tuple[str, list[int]]:
+    """Decode a finished completion with its special tokens.
+
+    Args:
+        tokenizer: the model's.
+        token_ids: tokens generated.
+        start: offset of the first character.
+
+    Returns:
+        The text, and the offset at which each token's characters begin; a token in the middle of a character begins where
+        that character does.
+    """
+    decoder = DecodeStream(skip_special_tokens=False)
+    text, offsets = "", []
+    for token_id in token_ids:
+        offsets.append(start + len(text))
+        text += decoder.step(tokenizer, token_id) or ""
+    return text, offsets

@@ -1,0 +1,1 @@
+"""The OpenAI wire: request and reply types (`chat`), the error envelope (`errors`), prompts from messages (`prompt`)."""

@@ -1,0 +1,92 @@
+"""The OpenAI error envelope, and the errors that become one.
+
+Any failure a client can see is an `ApiError`: raised in the ingress it becomes an HTTP status and a JSON body; raised in a
+replica it crosses the Serve handle as data (`payload`), because an exception would cross it wrapped in Ray's own, with a
+traceback that is no client's business.
+"""
+
+from typing import Any
+
+from pydantic import ValidationError
+
+
+class ApiError(Exception):
+    """An error in OpenAI's shape.
+
+    Attributes:
+        status: the HTTP status.
+        message: one sentence: what was asked, why it can't be, what is allowed.
+        param: the request's parameter at fault.
+        code: a word for programs, such as "context_length_exceeded".
+        retry_after_s: for 429 and 503, when to try again.
+    """
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.retry_after_s = retry_after_s
+
+    @property
+    def kind(self) -> str:
+        """OpenAI's `type` for the status."""
+        return {
+            401: "authentication_error",
+            403: "permission_error",
+            404: "not_found_error",
+            429: "rate_limit_error",
+            503: "service_unavailable_error",
+        }.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+
+    def body(self) -> dict[str, Any]:
+        """Return the envelope, as the client gets it."""
+        return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
+
+    def headers(self) -> dict[str, str]:
+        """Return the headers that go with it."""
+        return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+
+    def payload(self) -> dict[str, Any]:
+        """Return the error as data, to cross a Serve handle."""
+        return {
+            "status": self.status,
+            "message": self.message,
+            "param": self.param,
+            "code": self.code,
+            "retry_after_s": self.retry_after_s,
+        }
+
+    @classmethod
+    def from_payload(cls, payload: dict[str, Any]) -> "ApiError":
+        """Undo `payload`."""
+        return cls(**payload)
+
+
+def from_validation(errors: list[Any]) -> ApiError:
+    """Turn pydantic's errors about a request's body into a 400 that names the first parameter at fault."""
+    first = errors[0]
+    path = [str(part) for part in first["loc"] if part != "body"]
+    # Unions add the name of the alternative tried; a client knows only the field.
+    param = ".".join(part for part in path if not part.startswith(("tuple[", "literal[", "function-", "list["))) or None
+    if first["type"] == "extra_forbidden":
+        return ApiError(400, f"{param} is unknown or not supported by this server", param=param, code="unsupported_parameter")
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
+    reason = first["msg"].removeprefix("Value error, ")
+    given = "" if first["type"] in ("missing", "value_error") else f" (given: {str(first.get('input'))[:80]!r})"
+    return ApiError(400, f"{param}: {reason}{given}" if param else reason, param=param)
+
+
+def from_pydantic(error: ValidationError) -> ApiError:
+    """Turn a `ValidationError` into a 400."""
+    return from_validation(list(error.errors()))

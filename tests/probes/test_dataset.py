@@ -1,0 +1,138 @@
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from probes.dataset import OneClassError, ProbeDataError, ProbeDataset
+from roentgen.runs import Run
+
+KEYS = ("layers.2.resid_post", "layers.10.resid_post", "layers.2.mlp_out", "embed")
+
+
+def test_features_are_the_rows_of_the_asked_position_in_the_order_of_samples(build_run, planted):
+    features, correct = planted(KEYS, None, n=10)
+    run = build_run(features, correct, sessions=("one", "two"))
+    data = ProbeDataset.open(run.path)
+
+    for key in KEYS:
+        assert torch.equal(data.features(key), features[key])
+    assert torch.allclose(data.features(KEYS[0], "last"), features[KEYS[0]] + 200, atol=1e-4)
+    assert torch.allclose(data.features(KEYS[0], "mean_prompt"), features[KEYS[0]] - 100, atol=1e-4)
+    assert torch.allclose(data.features(KEYS[0], "mean_generated"), features[KEYS[0]] + 150, atol=1e-4)
+
+
+def test_labels_groups_and_covariates_follow_the_record(build_run, planted):
+    features, correct = planted(KEYS, None, n=6)
+    run = build_run(
+        features,
+        correct,
+        problems=["a", "b", "b", "c", "c", "a"],
+        prompt_tokens=[7, 8, 8, 9, 9, 7],
+        changes={1: {"finish_reason": "length"}, 3: {"finish_reason": "length"}},
+    )
+    data = ProbeDataset.open(run.path)
+    assert data.y.tolist() == correct
+    assert data.groups.tolist() == [0, 1, 1, 2, 2, 0]
+    assert data.n_problems == 3
+    assert data.covariates["prompt_length"].tolist() == [7, 8, 8, 9, 9, 7]
+    assert data.covariates["response_length"].tolist() == [3] * 6
+    assert ProbeDataset.open(run.path, "truncated").y.tolist() == [False, True, False, True, False, False]
+
+
+def test_hook_points_are_in_order_of_layer(build_run, planted):
+    run = build_run(*planted(("layers.10.resid_post", "layers.2.resid_post", "embed"), None, n=6))
+    assert ProbeDataset.open(run.path).hook_points() == {
+        "embed": ["embed"],
+        "resid_post": ["layers.2.resid_post", "layers.10.resid_post"],
+    }
+
+
+def test_failed_samples_and_samples_without_rollout_are_left_out_and_counted(build_run, planted):
+    features, correct = planted(KEYS, None, n=8)
+    run = build_run(features, correct, changes={0: {"error": "timed out"}, 3: {"rollouts": []}})
+    data = ProbeDataset.open(run.path)
+    assert data.left_out == 2
+    assert torch.equal(data.features(KEYS[0]), features[KEYS[0]][[1, 2, 4, 5, 6, 7]])
+
+
+def test_the_first_turn_counts(build_run, planted):
+    features, correct = planted(KEYS, None, n=6)
+    run = build_run(features, correct)
+    samples = run.samples()
+    later = samples[1].rollouts[0].model_copy(update={"turn": 1})
+    two_turns = samples[0].model_copy(update={"rollouts": [later, *samples[0].rollouts]})
+    run.record_path.write_text("".join(s.model_dump_json() + "\n" for s in [two_turns, *samples[1:]]))
+    assert torch.equal(ProbeDataset.open(run.path).features(KEYS[0]), features[KEYS[0]])
+
+
+def test_a_moved_run_is_read_from_where_it_is(build_run, planted, tmp_path):
+    features, correct = planted(KEYS, None, n=6)
+    run = build_run(features, correct)
+    moved = tmp_path / "elsewhere" / "run"
+    shutil.move(run.path, moved)
+    assert torch.equal(ProbeDataset.open(moved).features(KEYS[0]), features[KEYS[0]])
+
+
+def test_a_lost_store_is_named(build_run, planted):
+    run = build_run(*planted(KEYS, None, n=6))
+    shutil.rmtree(run.path / "activations")
+    with pytest.raises(ProbeDataError, match=r"activations/session is not a session"):
+        ProbeDataset.open(run.path)
+
+
+def test_a_lost_rollout_is_named(build_run, planted):
+    run = build_run(*planted(KEYS, None, n=6))
+    for file in (run.path / "activations/session/index").iterdir():
+        file.unlink()
+    with pytest.raises(ProbeDataError, match=r"lacks 6 of the 6 rollouts .* rollout-00000"):
+        ProbeDataset.open(run.path)
+
+
+@pytest.mark.parametrize(("answer", "other"), [(False, True), (True, False)])
+def test_one_class_is_refused(build_run, planted, answer, other):
+    features, _ = planted(KEYS, None, n=8)
+    run = build_run(features, [answer] * 8)
+    with pytest.raises(OneClassError, match=rf"all 8 samples have correct = {answer}: a probe needs both classes"):
+        ProbeDataset.open(run.path)
+
+
+def test_a_class_within_one_problem_is_refused(build_run, planted):
+    features, _ = planted(KEYS, None, n=4)
+    run = build_run(features, [True, True, False, False], problems=["a", "a", "b", "c"])
+    with pytest.raises(OneClassError, match=r"only one problem has samples with correct = True"):
+        ProbeDataset.open(run.path)
+
+
+def test_a_run_without_activations_says_so(build_run, planted):
+    features, correct = planted(KEYS, None, n=4)
+    run = build_run(features, correct, changes={i: {"rollouts": []} for i in range(4)})
+    with pytest.raises(ProbeDataError, match=r"no activations: none of its 4 samples"):
+        ProbeDataset.open(run.path)
+
+
+def test_unknown_words_are_answered_with_the_known_ones(build_run, planted):
+    run: Run = build_run(*planted(KEYS, None, n=4))
+    with pytest.raises(ProbeDataError, match=r"label: 'happy' .* correct, truncated"):
+        ProbeDataset.open(run.path, "happy")
+    data = ProbeDataset.open(run.path)
+    with pytest.raises(ProbeDataError, match=r"positions: 'all' .* last_prompt, last, mean_prompt, mean_generated"):
+        data.features(KEYS[0], "all")
+    with pytest.raises(ProbeDataError, match=r"key: 'layers.9.resid_post' .* layers.2.resid_post"):
+        data.features("layers.9.resid_post")
+
+
+def test_positions_that_were_not_stored_are_refused(build_run, planted):
+    run = build_run(*planted(KEYS, None, n=4), positions="last")
+    data = ProbeDataset.open(run.path)
+    assert data.features(KEYS[0], "last").shape == (4, 24)
+    with pytest.raises(ProbeDataError, match=r"positions: 'last_prompt' .* stores positions 'last'"):
+        data.features(KEYS[0])
+
+
+def test_values_that_are_not_finite_are_refused(build_run, planted):
+    features, correct = planted(KEYS, None, n=6)
+    features[KEYS[1]][2, 5] = np.inf
+    run = build_run(features, correct)
+    with pytest.raises(ProbeDataError, match=r"layers.10.resid_post has values that are not finite in 1 of 6"):
+        ProbeDataset.open(run.path).features(KEYS[1])
