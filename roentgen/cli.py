@@ -43,3 +43,162 @@ def stage_printer() -> Callable[[str], None]:
     """Return a function that prints what is being done, with the seconds since the start."""
     start = time.monotonic()
     return lambda text: err.print(f"[dim]{time.monotonic() - start:6.1f} s[/dim] {text}", highlight=False)
+
+
+@app.callback()
+def main(context: typer.Context) -> None:
+    """Evaluate a language model on GSM8K and keep what it held inside."""
+    # `eval` without --base-url starts a server of its own; it gets the means here, because eval_jobs may not import serve_app.
+    context.obj = serve_for_eval
+
+
+app.command(name="eval")(evaluate)
+
+
+def serve_for_eval(settings: "EvalSettings") -> AbstractContextManager[str]:
+    """Start Ray and the server for an evaluation that was given none; yields its base URL."""
+    from roentgen.launch.local import serving
+    from serve_app.config import ServerConfig
+
+    config = ServerConfig(
+        model=settings.model or ServerConfig().model,
+        revision=settings.revision,
+        dtype=settings.dtype,
+        device=settings.device,
+        store=str(settings.store),
+    )
+    return serving(config, ray_address=settings.ray_address or "local", stage=stage_printer(), verbose=settings.verbose)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Option(help="smollm2-135m (embedded), a folder, or a hub id.")] = "smollm2-135m",
+    port: Annotated[int, typer.Option(help="0 chooses a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Anything but loopback needs ROENTGEN_API_KEY.")] = "127.0.0.1",
+    store: Annotated[Path, typer.Option(help="Folder of the activation store.")] = Path("activations"),
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    max_batch: Annotated[int, typer.Option(help="Requests generated together.")] = 32,
+    ray_address: Annotated[str, typer.Option(help="'local' starts a Ray here; HOST:PORT joins one.")] = "local",
+    verbose: Annotated[bool, typer.Option(help="Show Ray's and the replicas' logs.")] = False,
+) -> None:
+    """Serve a model behind the OpenAI route until interrupted."""
+    from pydantic import ValidationError
+
+    from roentgen.launch.local import LaunchError, serving
+    from roentgen.store import StoreError
+    from serve_app.config import ServerConfig
+
+    with expected_errors(LaunchError, StoreError, ValidationError):
+        config = ServerConfig.model_validate(
+            {"model": model, "revision": revision, "dtype": dtype, "device": device, "store": str(store), "max_batch": max_batch}
+        )
+        running = serving(
+            config, host=host, port=port, ray_address=ray_address, stage=stage_printer(), verbose=verbose
+        )
+        with running as base_url:
+            out.print(f"serving [bold]{model}[/bold] at [bold]{base_url}[/bold]  activations in {config.store}", highlight=False)
+            out.print("Ctrl-C stops it", highlight=False)
+            wait_for_interrupt()
+
+
+def wait_for_interrupt() -> None:
+    """Return when the process is asked to stop, by Ctrl-C or by SIGTERM."""
+    import signal
+
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        signal.pause()
+    except KeyboardInterrupt:
+        return
+
+
+@sessions_app.command("list")
+def sessions_list(store: Annotated[str, typer.Argument(help="The store's folder.")]) -> None:
+    """List the sessions of a store."""
+    from roentgen.store import StoreError, list_sessions
+
+    with expected_errors(StoreError):
+        summaries = list_sessions(store)
+    table = Table("session", "rollouts", "tokens", "shards", "size", "keys", "models")
+    for s in summaries:
+        size = f"{s.bytes / 1e6:,.1f} MB"
+        table.add_row(
+            s.session_id, f"{s.rollouts:,}", f"{s.tokens:,}", str(s.shards), size, str(len(s.keys)), ", ".join(s.models)
+        )
+    out.print(table if summaries else f"no sessions in {store}")
+
+
+@sessions_app.command("show")
+def sessions_show(session: Annotated[str, typer.Argument(help="STORE/SESSION")]) -> None:
+    """Show what a session holds: its keys and its rollouts."""
+    from roentgen.store import Session, StoreError
+    from roentgen.store.sessions import summarise
+
+    with expected_errors(StoreError):
+        opened = Session.open(session)
+        summary, frame = summarise(opened), opened.rollouts()
+    out.print(
+        f"[bold]{summary.session_id}[/bold]  {summary.rollouts:,} rollouts, {summary.tokens:,} tokens, "
+        f"{summary.shards} shards, {summary.bytes / 1e6:,.1f} MB  ({', '.join(summary.models)})",
+        highlight=False,
+    )
+    out.print("keys: " + ", ".join(summary.keys), highlight=False)
+    table = Table("rollout", "problem", "epoch", "turn", "prompt", "completion", "finish", "shard rows")
+    for row in frame.head(50).itertuples():
+        has_key = isinstance(row.problem_id, str)
+        identity = (row.problem_id, f"{row.epoch:.0f}", f"{row.turn:.0f}") if has_key else ("-", "-", "-")
+        table.add_row(
+            row.rollout_id, *identity, str(row.n_prompt), str(row.n_completion), row.finish_reason, f"{row.row_start}:{row.row_stop}"
+        )
+    out.print(table)
+    if len(frame) > 50:
+        out.print(f"… and {len(frame) - 50:,} more")
+
+
+@sessions_app.command("verify")
+def sessions_verify(session: Annotated[str, typer.Argument(help="STORE/SESSION")]) -> None:
+    """Read every rollout back and recompute its checksum; exit code 1 if anything is damaged."""
+    from roentgen.store import Session, StoreError, verify
+
+    with expected_errors(StoreError):
+        report = verify(Session.open(session))
+    for damage in report.damage:
+        err.print(f"[red]damaged[/red] {damage.rollout_id or ''} {damage.file}: {damage.what}", highlight=False)
+    if report.orphans:
+        out.print(f"{len(report.orphans)} orphan shards (left by a crash, invisible to readers)")
+    out.print(f"{report.rollouts:,} rollouts verified, {len(report.damage)} damaged")
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@probe_app.command("train")
+def probe_train(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    label: Annotated[str, typer.Option(help="What to predict.")] = "correct",
+    positions: Annotated[str, typer.Option(help="last_prompt, last, mean_prompt or mean_generated.")] = "last_prompt",
+    seed: Annotated[int, typer.Option(help="Of the folds and the bootstrap.")] = 0,
+) -> None:
+    """Train probes per layer and hook point; exit code 3 if the label has one class only."""
+    from probes import OneClassError, ProbeDataError, render, train
+    from roentgen.runs import RunError
+    from roentgen.store import StoreError
+
+    try:
+        with expected_errors(ProbeDataError, RunError, StoreError):
+            report = train(run, label=label, positions=positions, seed=seed)
+    except OneClassError as error:
+        err.print(f"[yellow]no probe:[/yellow] {error}", highlight=False)
+        raise typer.Exit(3) from error
+    out.print(render(report))
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
+    """Write a run's report.html again (with probe results, if there are any) and print its path."""
+    from eval_jobs.report import write_report
+    from roentgen.runs import Run, RunError
+
+    with expected_errors(RunError):
+        out.print(str(write_report(Run.open(run))), highlight=False, soft_wrap=True)

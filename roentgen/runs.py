@@ -14,6 +14,7 @@ line, which the next one cuts off; a lock keeps two drivers from one run.
 import fcntl
 import json
 import os
+import uuid
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
@@ -250,7 +251,7 @@ def _read_record(path: Path) -> list[Sample]:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     os.replace(temporary, path)
 

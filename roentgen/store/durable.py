@@ -6,6 +6,7 @@ with a dot, which is what the temporary ones do.
 """
 
 import os
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def write_durably(path: Path, write: Callable[[Path], object]) -> None:
     Raises:
         OSError: as the disk answers (full, read-only); the temporary file is removed first.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         write(temporary)
         with open(temporary, "rb") as file:
@@ -67,7 +68,7 @@ def check_writable(root: Path) -> None:
     Raises:
         StoreError: naming the folder and the disk's reason.
     """
-    probe = root / f".write-test-{os.getpid()}"
+    probe = root / f".write-test-{uuid.uuid4().hex}"
     try:
         make_folder(root)
         write_durably(probe, lambda temporary: temporary.write_bytes(b""))

@@ -134,9 +134,12 @@ def read_index(file: Path) -> pa.Table:
     """
     try:
         table = pq.read_table(file, page_checksum_verification=True)
-    except (pa.ArrowException, OSError) as error:
+        version = (table.schema.metadata or {}).get(b"roentgen_schema", b"").decode()
+    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: damaged names are not text
         raise StoreError(f"index file {file} is damaged: {error}") from error
-    check_version((table.schema.metadata or {}).get(b"roentgen_schema", b"").decode() or None, str(file))
+    check_version(version or None, str(file))
+    if not table.schema.equals(INDEX_SCHEMA):
+        raise StoreError(f"index file {file} is damaged: its columns are not those of schema {version}")
     return table
 
 

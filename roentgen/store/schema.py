@@ -168,7 +168,8 @@ def rows_checksum(tensors: dict[str, Tensor]) -> str:
     digest = xxhash.xxh3_128()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
+        if tensors[name].numel():  # torch cannot view an empty tensor as bytes
+            digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

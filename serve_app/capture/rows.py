@@ -107,7 +107,7 @@ class StepRows:
                 self._spans.append((request, len(indices), len(indices) + length))
                 indices.extend(range((row + 1) * width - length, (row + 1) * width))
         self._grid = (len(requests), width)
-        self._indices = torch.tensor(indices, device=device)
+        self._indices = torch.tensor(indices, dtype=torch.long, device=device)
 
     def __call__(self, key: str, value: Float[Tensor, "batch tokens ..."]) -> None:
         """Copy the wanted rows of one tapped value (the observer's sink)."""

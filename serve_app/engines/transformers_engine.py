@@ -69,7 +69,7 @@ class _Batch:
 
     def keep(self, rows: list[int]) -> None:
         """Drop all other rows."""
-        index = torch.tensor(rows, device=self.tokens.device)
+        index = torch.tensor(rows, dtype=torch.long, device=self.tokens.device)
         self.running = [self.running[row] for row in rows]
         self.cache.batch_select_indices(index)
         self.tokens, self.mask = self.tokens[index], self.mask[index]

@@ -1,0 +1,235 @@
+"""What was asked for, what is served, and what makes two runs comparable.
+
+`EvalSettings` holds every choice a person can make, checked once, with messages that name the option; everything after it
+may rely on it. `hashed_configuration` is the part that changes what the model does. Its hash is in every sample and in
+every rollout's key, so two samples with the same hash and problem are the same sample: that is what resuming and counting
+once rest on. How many problems, how many at once and how answers are read are left out on purpose.
+"""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from eval_jobs import EvalError
+from eval_jobs.prompts import PROMPTS
+from eval_jobs.scoring import EXTRACTORS
+from roentgen.contract import DEFAULT_HOOK_POINTS, DEFAULT_LAYERS, Positions
+
+EMBEDDED_MODEL = "smollm2-135m"
+
+SERVER_OPTIONS = ("store", "dtype", "revision", "device")
+"""Options of the server: they can be given only to one that this command starts."""
+
+
+class SettingsError(EvalError):
+    """Settings that cannot be; the message has a line per option."""
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What the server says of the model; all but the id is None where the server is not Roentgen's.
+
+    Attributes:
+        id: the name to ask for.
+        revision: what pins its weights.
+        dtype: of weights and activations.
+        num_layers: decoder layers.
+        d_model: width of the residual stream.
+    """
+
+    id: str
+    revision: str | None = None
+    dtype: str | None = None
+    num_layers: int | None = None
+    d_model: int | None = None
+
+
+class EvalSettings(BaseModel):
+    """Every choice of an evaluation; a field is the command line's option of the same name.
+
+    Attributes:
+        problems: a source in `problems.SOURCES`, or the path of a file in GSM8K's format.
+        samples: how many problems.
+        max_tokens: most tokens to generate per problem.
+        temperature: 0 is greedy.
+        top_p: nucleus of the sampling.
+        seed: of the sampling.
+        prompt: a name in `prompts.PROMPTS`.
+        extractor: the primary one, a name in `scoring.EXTRACTORS`.
+        parallel: requests in flight.
+        request_timeout: seconds one problem may take, retries and waiting included.
+        model: the model's name; the server's only one if absent.
+        collect_activations: whether to keep activations.
+        layers: which layers, or "all".
+        hook_points: which hook points.
+        positions: which positions, a policy of `contract.Positions`.
+        output: the run directory; made up if absent.
+        new: start another run even if an unfinished one could be continued.
+        base_url: the server, `http://HOST:PORT/v1`.
+        ray_address: `local` or `HOST:PORT`.
+        store: where a server started here keeps activations.
+        dtype: in which precision a server started here loads the model.
+        revision: which revision of the model a server started here loads.
+        device: where a server started here runs the model.
+        verbose: show Ray's log and tracebacks.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    problems: str = "arithmetic"
+    samples: int = Field(default=3, ge=1)
+    max_tokens: int = Field(default=512, ge=1)
+    temperature: float = Field(default=0.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    prompt: str = "answer-line"
+    extractor: str = "answer_line"
+    parallel: int = Field(default=1, ge=1)
+    request_timeout: float = Field(default=600.0, gt=0, le=86_400)
+    model: str | None = None
+    collect_activations: bool = False
+    layers: tuple[int, ...] | Literal["all"] = DEFAULT_LAYERS
+    hook_points: tuple[str, ...] = DEFAULT_HOOK_POINTS
+    positions: str = "all"
+    output: Path | None = None
+    new: bool = False
+    base_url: str | None = None
+    ray_address: str | None = None
+    store: str | None = None
+    dtype: str | None = None
+    revision: str | None = None
+    device: str | None = None
+    verbose: bool = False
+
+    @field_validator("prompt")
+    @classmethod
+    def _known_prompt(cls, value: str) -> str:
+        return _one_of(value, PROMPTS)
+
+    @field_validator("extractor")
+    @classmethod
+    def _known_extractor(cls, value: str) -> str:
+        return _one_of(value, EXTRACTORS)
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _read_layers(cls, value: Any) -> Any:
+        if not isinstance(value, str) or value == "all":
+            return value
+        try:
+            return tuple(int(part) for part in value.split(","))
+        except ValueError:
+            raise ValueError(f"{value!r} is not a list of layers; allowed are 8,12,16 and the like, or all") from None
+
+    @field_validator("hook_points", mode="before")
+    @classmethod
+    def _read_hook_points(cls, value: Any) -> Any:
+        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+    @field_validator("layers", "hook_points")
+    @classmethod
+    def _no_empty_list(cls, value: Any) -> Any:
+        if not value or "" in value:
+            raise ValueError(f"{value!r} has nothing between its commas")
+        return value
+
+    @field_validator("positions")
+    @classmethod
+    def _known_positions(cls, value: str) -> str:
+        return str(Positions.parse(value))
+
+    @field_validator("output")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        # At once, because a Ray job's tasks have another working directory.
+        return value.expanduser().absolute() if value is not None else None
+
+    @field_validator("base_url")
+    @classmethod
+    def _http(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("http://", "https://")):
+            raise ValueError(f"{value!r} is not the address of a server; allowed are http://HOST:PORT/v1 and https://…")
+        return value.rstrip("/") if value is not None else None
+
+    @field_validator("ray_address")
+    @classmethod
+    def _no_guessing(cls, value: str | None) -> str | None:
+        if value == "auto":
+            raise ValueError(
+                "'auto' takes whatever Ray it finds, which beside SkyPilot's own is often the wrong one; "
+                "allowed are local and HOST:PORT"
+            )
+        if value is not None and value != "local":
+            host, _, port = value.rpartition(":")
+            if not (host and port.isascii() and port.isdigit()):
+                raise ValueError(f"{value!r} is not an address of Ray; allowed are local and HOST:PORT")
+        return value
+
+    @model_validator(mode="after")
+    def _no_two_outputs(self) -> Self:
+        if self.output is not None and self.new:
+            raise ValueError("--new makes up a folder of its own, so it cannot be given together with --output")
+        return self
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What of the settings goes into every request."""
+        return self.model_dump(include={"max_tokens", "temperature", "top_p", "seed"})
+
+    @property
+    def capture(self) -> dict[str, Any] | None:
+        """What to keep of the model's activations; None if nothing."""
+        if not self.collect_activations:
+            return None
+        return self.model_dump(mode="json", include={"layers", "hook_points", "positions"})
+
+
+ServerFactory = Callable[[EvalSettings], AbstractContextManager[str]]
+"""Starts a server for the settings and gives its base URL, http://127.0.0.1:PORT/v1; leaving the context stops it."""
+
+
+def check_settings(**values: Any) -> EvalSettings:
+    """Make settings from the command line's values.
+
+    Raises:
+        SettingsError: if one is not allowed, naming its option.
+    """
+    try:
+        return EvalSettings(**values)
+    except ValidationError as error:
+        lines = [_spell(problem["loc"], problem["msg"], problem["input"]) for problem in error.errors()]
+        raise SettingsError("\n".join(lines)) from error
+
+
+def hashed_configuration(settings: EvalSettings, served: ServedModel) -> dict[str, Any]:
+    """Return what changes what the model does: two runs are comparable if it is equal (`contract.canonical_hash`)."""
+    return {
+        "model": served.id,
+        "revision": served.revision,
+        "dtype": served.dtype,
+        "prompt": {"name": settings.prompt, "hash": PROMPTS[settings.prompt].hash},
+        "variant": None,
+        "sampling": settings.sampling,
+        "mode": "no-tools",
+        "tools": [],
+        "capture": settings.capture,
+    }
+
+
+def _one_of(value: str, allowed: dict[str, Any]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{value!r} is unknown; allowed are {', '.join(allowed)}")
+    return value
+
+
+def _spell(location: tuple[int | str, ...], message: str, value: Any) -> str:
+    """Spell one of pydantic's errors; those of our own validators name the value already."""
+    text = message.removeprefix("Value error, ")
+    if not location:
+        return text
+    given = "" if text != message else f" (given: {value!r})"
+    return f"--{str(location[0]).replace('_', '-')}: {text[:1].lower() if given else text[:1]}{text[1:]}{given}"

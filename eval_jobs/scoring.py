@@ -1,0 +1,180 @@
+"""What the model's text says, by several conventions, and whether that is right.
+
+GSM8K scores differ silently with the way the answer is read, so the ways are named, kept apart, and all of them run on
+every output; one is primary. An `Extractor` is a pair: `read` finds the answer in a text (None if there is none), `agrees`
+compares it with the gold answer by the same convention. A new extractor is one function and one line in `EXTRACTORS`.
+
+- `gsm8k_strict`, `cot_strict` and `flexible` are lm-evaluation-harness's filters with its exact match: after `,`, `$`,
+  everything up to `#### ` and a final `.` are removed, case ignored. Its misreads are kept, since published numbers contain
+  them: `flexible` reads `$18.00` as `18.00`, which is not `18`, and `18 (see step 3)` as `3`; `cot_strict` wants a
+  character after the number, so a text that ends with `The answer is 18` gives `1`.
+- `answer_line` and `boxed` compare numbers: `18.00` is `18`.
+
+The text is the model's, so it may be anything: patterns match ASCII digits, take linear time, and never evaluate.
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+
+Z_95 = 1.959963984540054
+"""Standard normal quantile of a two-sided 95% interval."""
+
+_NUMBER = r"[-−]?\$?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
+_ANSWER_LINE = re.compile(r"^[^\w\n]*answer[^\w\n]*:(.*)$", re.IGNORECASE | re.MULTILINE)
+_FIRST_NUMBER = re.compile(_NUMBER)
+_GSM8K_STRICT = re.compile(r"#### (\-?[0-9\.\,]+)")
+_COT_STRICT = re.compile(r"The answer is (\-?[0-9\.\,]+).")
+_FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """One convention of reading and judging an answer.
+
+    Attributes:
+        read: finds the answer in a text, None if there is none.
+        agrees: whether an answer that was read is the gold one.
+    """
+
+    read: Callable[[str], str | None]
+    agrees: Callable[[str, str], bool]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One output, judged by every extractor.
+
+    Attributes:
+        answers: what each extractor read.
+        correct_by: whether that is the gold answer.
+    """
+
+    answers: dict[str, str | None]
+    correct_by: dict[str, bool]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """A share of correct samples.
+
+    Attributes:
+        n: samples.
+        correct: how many are correct.
+        value: the share, None of no samples.
+        standard_error: sample standard deviation / √n, as the harness reports it; None for fewer than two samples.
+        low: lower end of the 95% interval (Wilson's, which stays inside [0, 1] and holds for few samples).
+        high: its upper end.
+    """
+
+    n: int
+    correct: int
+    value: float | None
+    standard_error: float | None
+    low: float | None
+    high: float | None
+
+
+def read_answer_line(text: str) -> str | None:
+    """Read the last line of the form `Answer: 18`; `**Answer:** $1,800.50 per year` gives `1800.50`.
+
+    Of a line that calculates (`Answer: 3 * 6 = 18`) the result is read.
+    """
+    for line in reversed(_ANSWER_LINE.findall(text)):
+        if (answer := _first_number(line.rpartition("=")[2])) is not None:
+            return answer
+    return None
+
+
+def read_boxed(text: str) -> str | None:
+    r"""Read the number inside the last `\boxed{...}`, which may hold markup: `\boxed{\$1{,}800}` gives `1800`."""
+    content = text.rpartition("\\boxed{")[2] if "\\boxed{" in text else ""
+    return _first_number(_inside_braces(content).replace("{,}", ",").replace("\\", ""))
+
+
+def read_gsm8k_strict(text: str) -> str | None:
+    """Read the first `#### 18`, as lm-evaluation-harness's `strict-match` of `gsm8k` does."""
+    match = _GSM8K_STRICT.search(text)
+    return match[1] if match else None
+
+
+def read_cot_strict(text: str) -> str | None:
+    """Read the first `The answer is 18.`, as lm-evaluation-harness's `strict-match` of `gsm8k_cot` does."""
+    match = _COT_STRICT.search(text)
+    return match[1] if match else None
+
+
+def read_flexible(text: str) -> str | None:
+    """Read the last thing that looks like a number, as lm-evaluation-harness's `flexible-extract` does."""
+    last = None
+    for last in _FLEXIBLE.finditer(text):
+        pass
+    return last[0] if last else None
+
+
+def same_number(answer: str, gold: str) -> bool:
+    """Compare as exact decimal numbers, of any length."""
+    try:
+        return Decimal(answer) == Decimal(gold)
+    except InvalidOperation:
+        return False
+
+
+def harness_match(answer: str, gold: str) -> bool:
+    """Compare as lm-evaluation-harness's `exact_match` does with GSM8K's settings."""
+    return _harness_normal(answer) == _harness_normal(gold)
+
+
+EXTRACTORS: dict[str, Extractor] = {
+    "answer_line": Extractor(read_answer_line, same_number),
+    "gsm8k_strict": Extractor(read_gsm8k_strict, harness_match),
+    "cot_strict": Extractor(read_cot_strict, harness_match),
+    "flexible": Extractor(read_flexible, harness_match),
+    "boxed": Extractor(read_boxed, same_number),
+}
+
+
+def score(text: str, gold: str) -> Scores:
+    """Judge an output by every extractor."""
+    answers = {name: extractor.read(text) for name, extractor in EXTRACTORS.items()}
+    correct_by = {
+        name: answer is not None and EXTRACTORS[name].agrees(answer, gold) for name, answer in answers.items()
+    }
+    return Scores(answers, correct_by)
+
+
+def accuracy(verdicts: Sequence[bool]) -> Accuracy:
+    """Estimate a model's accuracy from one verdict per problem."""
+    n, correct = len(verdicts), sum(verdicts)
+    if n == 0:
+        return Accuracy(0, 0, None, None, None, None)
+    p = correct / n
+    standard_error = math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None
+    centre = (p + Z_95**2 / (2 * n)) / (1 + Z_95**2 / n)
+    half = Z_95 * math.sqrt(p * (1 - p) / n + Z_95**2 / (4 * n**2)) / (1 + Z_95**2 / n)
+    return Accuracy(n, correct, p, standard_error, max(0.0, centre - half), min(1.0, centre + half))
+
+
+def _first_number(text: str) -> str | None:
+    match = _FIRST_NUMBER.search(text)
+    return match[0].translate({ord("$"): None, ord(","): None, ord("−"): "-"}) if match else None
+
+
+def _inside_braces(text: str) -> str:
+    """Return what comes before the brace that closes the group `text` begins in; nothing if it is never closed."""
+    depth = 0
+    for place, character in enumerate(text):
+        if character == "{":
+            depth += 1
+        elif character == "}":
+            if depth == 0:
+                return text[:place]
+            depth -= 1
+    return ""
+
+
+def _harness_normal(text: str) -> str:
+    """Remove what the harness's `regexes_to_ignore` remove (its `.*#### ` takes quadratic time on long digits)."""
+    return text.replace(",", "").replace("$", "").rpartition("#### ")[2].removesuffix(".").lower()

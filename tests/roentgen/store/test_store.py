@@ -1,0 +1,241 @@
+"""What is written is read back: by us, by safetensors and pandas alone, while writing, after damage."""
+
+import json
+import threading
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from roentgen.store import Session, StoreError, StoreWriter, list_sessions, verify
+
+from .conftest import KEYS, RolloutFactory
+
+
+def test_rows_come_back_as_written(tmp_path: Path, rollout: RolloutFactory) -> None:
+    written = [rollout(n_prompt=n, n_completion=5 - n % 3) for n in range(1, 9)]
+    with StoreWriter(tmp_path) as writer:
+        receipts = [future.result() for future in [writer.submit(r) for r in written]]
+    session = Session.open(receipts[0].uri)
+    frame = session.rollouts().set_index("rollout_id")
+    for key in KEYS:
+        read = {item.rollout_id: item for item in session.activations(key)}
+        for original, receipt in zip(written, receipts, strict=True):
+            item = read[original.rollout_id]
+            assert torch.equal(item.values, original.tensors[key])
+            assert item.values.dtype == torch.bfloat16
+            assert receipt.row_stop - receipt.row_start == original.n_prompt + max(original.n_completion - 1, 0)
+            row = frame.loc[original.rollout_id]
+            assert (row["n_prompt"], row["n_completion"]) == (original.n_prompt, original.n_completion)
+            assert list(row["token_ids"]) == original.token_ids
+            assert row["final_token"] == original.token_ids[-1]
+
+
+def test_a_stranger_can_read_it(tmp_path: Path, rollout: RolloutFactory) -> None:
+    """safetensors and pandas are enough: no Roentgen."""
+    with StoreWriter(tmp_path) as writer:
+        original = rollout()
+        receipt = writer.submit(original).result()
+    shard = safetensors.torch.load_file(tmp_path / "s" / receipt.shard)
+    index = pd.read_parquet(tmp_path / "s" / "index")
+    row = index.iloc[0]
+    rows = slice(row["row_start"], row["row_stop"])
+    assert torch.equal(shard[KEYS[0]][rows], original.tensors[KEYS[0]])
+    assert shard["token_id"][rows].tolist() == original.token_ids[:-1]
+    assert shard["generated"][rows].tolist() == [0, 0, 0, 0, 1, 1]
+    assert np.isnan(shard["logprob"][rows].numpy()).tolist() == [True] * 4 + [False] * 2
+    assert json.loads((tmp_path / "s" / "session.json").read_text())["name"] == "s"
+
+
+def test_one_group_is_one_shard_per_spec(tmp_path: Path, rollout: RolloutFactory) -> None:
+    with StoreWriter(tmp_path, max_wait_s=5) as writer:
+        futures = [writer.submit(rollout(positions=p)) for p in ["all", "all", "last_prompt", "all"]]
+    shards = {f.result().shard for f in futures}
+    assert len(shards) == 2
+    assert verify(Session.open(tmp_path / "s")).rollouts == 4
+
+
+def test_position_policies_are_read_from_full_rows(tmp_path: Path, rollout: RolloutFactory) -> None:
+    original = rollout(n_prompt=4, n_completion=4)
+    with StoreWriter(tmp_path) as writer:
+        writer.submit(original).result()
+    session, rows = Session.open(tmp_path / "s"), original.tensors[KEYS[0]]
+    expected = {
+        "prompt": rows[:4],
+        "generated": rows[4:],
+        "last_prompt": rows[3:4],
+        "last": rows[-1:],
+        "stride:3": rows[::3],
+        "mean_generated": rows[4:].float().mean(0, keepdim=True),
+    }
+    for policy, values in expected.items():
+        assert torch.equal(session.activations(KEYS[0], positions=policy)[0].values, values), policy
+    assert session.activations(KEYS[0], positions="last").stack().shape == (1, 8)
+    with pytest.raises(StoreError, match=r"stack\(\) needs one"):
+        session.activations(KEYS[0]).stack()
+
+
+def test_what_was_not_stored_cannot_be_read(tmp_path: Path, rollout: RolloutFactory) -> None:
+    with StoreWriter(tmp_path) as writer:
+        writer.submit(rollout(positions="last_prompt")).result()
+    session = Session.open(tmp_path / "s")
+    assert session.activations(KEYS[0], positions="last_prompt")[0].position.tolist() == [3]
+    with pytest.raises(StoreError, match="stores positions 'last_prompt'"):
+        session.activations(KEYS[0], positions="generated")[0]
+    with pytest.raises(StoreError, match="was not captured"):
+        session.activations("layers.9.resid_post")[0]
+
+
+def test_a_retried_rollout_counts_once(tmp_path: Path, rollout: RolloutFactory) -> None:
+    first, again = rollout(problem="p1"), rollout(problem="p1")
+    with StoreWriter(tmp_path) as writer:
+        for r in (first, rollout(problem="p2"), again, rollout(), rollout()):
+            writer.submit(r).result()
+    session = Session.open(tmp_path / "s")
+    assert len(session.rollouts(unique=False)) == 5
+    unique = session.rollouts()
+    assert len(unique) == 4  # p1 once, p2, and two without a key
+    assert again.rollout_id in set(unique["rollout_id"])
+    # What was counted out is still there for whoever asks for it by id.
+    everything = session.rollouts(unique=False)
+    assert len(session.activations(KEYS[0], where=everything[everything.rollout_id == first.rollout_id])) == 1
+
+
+def test_an_open_session_sees_new_commits(tmp_path: Path, rollout: RolloutFactory) -> None:
+    with StoreWriter(tmp_path) as writer:
+        writer.submit(rollout()).result()
+        session = Session.open(tmp_path / "s")
+        assert len(session.rollouts()) == 1
+        writer.submit(rollout()).result()
+        assert len(session.rollouts()) == 2
+
+
+def test_many_writers_need_no_coordination(tmp_path: Path, rollout: RolloutFactory) -> None:
+    def write() -> None:
+        with StoreWriter(tmp_path, max_wait_s=0.01) as writer:
+            for _ in range(10):
+                writer.submit(rollout()).result()
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    report = verify(Session.open(tmp_path / "s"))
+    assert (report.rollouts, report.damage, report.orphans) == (40, [], [])
+
+
+def test_verify_finds_a_flipped_byte(tmp_path: Path, rollout: RolloutFactory) -> None:
+    with StoreWriter(tmp_path, max_wait_s=5) as writer:
+        futures = [writer.submit(rollout()) for _ in range(3)]
+    shard = tmp_path / "s" / futures[0].result().shard
+    body = bytearray(shard.read_bytes())
+    body[-1] ^= 1
+    shard.write_bytes(body)
+    report = verify(Session.open(tmp_path / "s"))
+    assert not report.ok
+    assert report.rollouts == 2
+    assert "checksum" in report.damage[0].what
+
+
+def test_verify_finds_a_torn_and_a_missing_shard(tmp_path: Path, rollout: RolloutFactory) -> None:
+    with StoreWriter(tmp_path) as writer:
+        torn, gone = writer.submit(rollout()).result(), writer.submit(rollout(positions="last")).result()
+    path = tmp_path / "s" / torn.shard
+    path.write_bytes(path.read_bytes()[:-20])
+    (tmp_path / "s" / gone.shard).unlink()
+    found = {d.rollout_id: d.what for d in verify(Session.open(tmp_path / "s")).damage}
+    assert "damaged" in found[torn.rollout_id]
+    assert "missing" in found[gone.rollout_id]
+
+
+def test_a_damaged_index_is_named(tmp_path: Path, rollout: RolloutFactory) -> None:
+    with StoreWriter(tmp_path) as writer:
+        writer.submit(rollout()).result()
+    session = Session.open(tmp_path / "s")
+    index = session.index_files()[0]
+    body = bytearray(index.read_bytes())
+    body[len(body) // 3] ^= 0xFF
+    index.write_bytes(body)
+    assert [d.file for d in verify(session).damage] == [f"index/{index.name}"]
+    with pytest.raises(StoreError, match=index.name):
+        session.rollouts()
+
+
+def test_an_orphan_shard_is_invisible(tmp_path: Path, rollout: RolloutFactory) -> None:
+    with StoreWriter(tmp_path) as writer:
+        receipt = writer.submit(rollout()).result()
+    session = Session.open(tmp_path / "s")
+    session.index_files()[0].unlink()
+    assert len(session.rollouts()) == 0
+    assert verify(session).orphans == [receipt.shard]
+
+
+def test_a_failed_commit_fails_its_rollouts_and_no_others(tmp_path: Path, rollout: RolloutFactory) -> None:
+    with StoreWriter(tmp_path) as writer:
+        writer.submit(rollout()).result()
+        (tmp_path / "blocked").write_text("a file where the session's folder should be")
+        with pytest.raises(OSError, match="blocked"):
+            writer.submit(rollout(session="blocked")).result()
+        writer.submit(rollout()).result()
+    assert verify(Session.open(tmp_path / "s")).rollouts == 2
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_a_store_that_cannot_be_written_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match="not writable"):
+        StoreWriter(tmp_path / "file" / "store")
+
+
+def test_a_newer_schema_is_refused(tmp_path: Path, rollout: RolloutFactory) -> None:
+    with StoreWriter(tmp_path) as writer:
+        writer.submit(rollout()).result()
+    session = Session.open(tmp_path / "s")
+    table = pq.read_table(session.index_files()[0])
+    pq.write_table(table.replace_schema_metadata({"roentgen_schema": "99"}), session.index_files()[0])
+    with pytest.raises(StoreError, match="schema 99"):
+        session.rollouts()
+
+
+def test_submit_waits_while_too_much_is_pending(tmp_path: Path, rollout: RolloutFactory) -> None:
+    size = rollout().nbytes
+    with StoreWriter(tmp_path, max_wait_s=0.2, max_pending_bytes=size) as writer:
+        futures = [writer.submit(rollout()) for _ in range(6)]
+        assert futures[0].done()  # the sixth could only be queued once earlier ones were on disk
+    assert all(future.done() for future in futures)
+
+
+def test_sessions_are_summarised(tmp_path: Path, rollout: RolloutFactory) -> None:
+    assert list_sessions(tmp_path / "none") == []
+    with StoreWriter(tmp_path) as writer:
+        for name in ("b", "a"):
+            writer.submit(rollout(session=name)).result()
+    summaries = list_sessions(tmp_path)
+    assert [s.session_id for s in summaries] == ["a", "b"]
+    assert summaries[0].tokens == 6
+    assert summaries[0].keys == list(KEYS)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6), st.sampled_from(["all", "generated", "stride:2"])), min_size=1, max_size=8)
+)
+def test_any_mix_of_rollouts_comes_back(tmp_path_factory: pytest.TempPathFactory, shapes: list[tuple[int, int, str]]) -> None:
+    root = tmp_path_factory.mktemp("store")
+    make = RolloutFactory()
+    written = {r.rollout_id: r for r in (make(p, c, positions=policy) for p, c, policy in shapes)}
+    with StoreWriter(root, max_wait_s=0) as writer:
+        futures = [writer.submit(r) for r in written.values()]
+    assert {future.result().rollout_id for future in futures} == set(written)
+    session = Session.open(root / "s")
+    assert verify(session).rollouts == len(written)
+    for item in session.activations(KEYS[1]):
+        assert torch.equal(item.values, written[item.rollout_id].tensors[KEYS[1]])
+        assert item.position.tolist() == written[item.rollout_id].position.tolist()

@@ -1,0 +1,68 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from roentgen.contract import ActivationRequest, Positions, canonical_hash, check_session_id, split_key, stored_key
+
+
+@pytest.mark.parametrize("name", ["a", "run-1", "A.b_c-9", "x" * 64])
+def test_safe_session_ids_pass(name: str) -> None:
+    assert check_session_id(name) == name
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", ".hidden", "../x", "a/b", "*", "a b", "x" * 65, "a\n", "é"])
+def test_unsafe_session_ids_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="session id"):
+        check_session_id(name)
+
+
+@pytest.mark.parametrize(
+    ("policy", "n_prompt", "n_rows", "expected"),
+    [
+        ("all", 3, 5, [0, 1, 2, 3, 4]),
+        ("prompt", 3, 5, [0, 1, 2]),
+        ("generated", 3, 5, [3, 4]),
+        ("generated", 3, 3, []),  # one token was generated, so none was fed: nothing to select is not an error
+        ("last_prompt", 3, 5, [2]),
+        ("last", 3, 5, [4]),
+        ("stride:2", 3, 5, [0, 2, 4]),
+        ("mean_prompt", 3, 5, [0, 1, 2]),
+        ("mean_generated", 3, 5, [3, 4]),
+    ],
+)
+def test_positions_select(policy: str, n_prompt: int, n_rows: int, expected: list[int]) -> None:
+    assert Positions.parse(policy).select(n_prompt, n_rows) == expected
+    assert str(Positions.parse(policy)) == policy
+
+
+@pytest.mark.parametrize("policy", ["", "ALL", "stride", "stride:0", "stride:-1", "stride:x", "stride:²", "all:2", "mean"])
+def test_bad_policies_are_refused(policy: str) -> None:
+    with pytest.raises(ValueError, match="not a position policy"):
+        Positions.parse(policy)
+
+
+def test_the_request_names_what_is_wrong() -> None:
+    with pytest.raises(ValidationError, match="session id"):
+        ActivationRequest(session_id="../x")
+    with pytest.raises(ValidationError, match="position policy"):
+        ActivationRequest(positions="everywhere")
+    with pytest.raises(ValidationError, match="Extra inputs"):
+        ActivationRequest.model_validate({"layer": [1]})
+
+
+def test_the_defaults_are_the_seeds() -> None:
+    request = ActivationRequest()
+    assert request.layers == (8, 12, 16)
+    assert request.hook_points == ("input_layernorm.output", "post_attention_layernorm.output")
+    assert request.positions == "all"
+
+
+@given(st.sampled_from(["resid_post", "mlp.gate_proj.output"]), st.none() | st.integers(0, 200))
+def test_keys_round_trip(hook_point: str, layer: int | None) -> None:
+    assert split_key(stored_key(hook_point, layer)) == (hook_point, layer)
+
+
+@given(st.dictionaries(st.text(), st.integers() | st.text() | st.none()))
+def test_the_hash_ignores_order(value: dict[str, object]) -> None:
+    assert canonical_hash(value) == canonical_hash(dict(reversed(value.items())))

@@ -1,0 +1,96 @@
+"""The run record: durable, cut where a crash tore it, one writer at a time."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from roentgen.runs import Run, RunConfig, RunError, Sample, find_unfinished, write_json
+
+
+def config(config_hash: str = "h", created: str = "2026-01-01T00:00:00Z") -> RunConfig:
+    return RunConfig(
+        run_id="r", created=created, config_hash=config_hash, hashed={}, problems={"n": 2}, settings={}, prompt={}, versions={}
+    )
+
+
+def sample(problem: str, *, error: str | None = None, response: str = "") -> Sample:
+    return Sample(
+        sample_id="gsm8k_0001", problem_id=problem, config_hash="h", question="q", solution="s", gold="1", error=error,
+        response=response,
+    )  # fmt: skip
+
+
+def test_appended_samples_are_read_back(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run", config())
+    with run.recording() as record:
+        record.append(sample("a"))
+        record.append(sample("b", response="é\n"))
+    assert [s.problem_id for s in Run.open(tmp_path / "run").samples()] == ["a", "b"]
+    assert Run.open(tmp_path / "run").samples()[1].response == "é\n"
+
+
+def test_an_answer_counts_before_an_error_and_the_first_before_later_ones(tmp_path: Path) -> None:
+    run = Run.create(tmp_path, config())
+    with run.recording() as record:
+        for s in [sample("a", error="timeout"), sample("a", response="1"), sample("a", response="2"), sample("a", error="x")]:
+            record.append(s)
+    assert [(s.error, s.response) for s in run.samples()] == [(None, "1")]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(min_value=1, max_value=400))
+def test_a_torn_line_is_skipped_and_then_cut(tmp_path_factory: pytest.TempPathFactory, torn: int) -> None:
+    run = Run.create(tmp_path_factory.mktemp("run"), config())
+    with run.recording() as record:
+        record.append(sample("a"))
+        record.append(sample("b"))
+    whole = run.record_path.read_bytes()
+    last = len(whole.splitlines(keepends=True)[-1])
+    run.record_path.write_bytes(whole[: len(whole) - min(torn, last)])
+    assert [s.problem_id for s in run.samples()] == ["a"]
+    with run.recording() as record:
+        record.append(sample("c"))
+    assert [s.problem_id for s in run.samples()] == ["a", "c"]
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
+    run = Run.create(tmp_path, config())
+    with run.recording() as record:
+        record.append(sample("a"))
+        record.append(sample("b"))
+    lines = run.record_path.read_text().splitlines(keepends=True)
+    run.record_path.write_text("{not json\n" + lines[1])
+    with pytest.raises(RunError, match=r"samples\.jsonl, line 1"):
+        run.samples()
+
+
+def test_two_drivers_cannot_write_one_run(tmp_path: Path) -> None:
+    run = Run.create(tmp_path, config())
+    with run.recording(), pytest.raises(RunError, match="another evaluation"), Run.open(tmp_path).recording():
+        pass
+
+
+def test_what_is_no_run_is_said_to_be_none(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"no config\.json"):
+        Run.open(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RunError, match="damaged"):
+        Run.open(tmp_path)
+    with pytest.raises(RunError, match="already holds a run"):
+        Run.create(tmp_path, config())
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="not writable"):
+        Run.create(tmp_path / "file" / "run", config())
+
+
+def test_the_newest_unfinished_run_of_a_configuration_is_found(tmp_path: Path) -> None:
+    for name, made in [("old", "2026-01-01"), ("new", "2026-01-03"), ("done", "2026-01-04")]:
+        Run.create(tmp_path / name, config(created=made))
+    Run.create(tmp_path / "other", config("other", created="2026-01-05"))
+    write_json(tmp_path / "done" / "summary.json", {"complete": True})
+    found = find_unfinished(tmp_path, "h", {"n": 2})
+    assert found is not None
+    assert found.path.name == "new"
+    assert find_unfinished(tmp_path, "h", {"n": 3}) is None

@@ -1,0 +1,109 @@
+"""Hook points are found by value; each is checked here against the module that the architecture's source says it is."""
+
+import pytest
+
+from roentgen.contract import ActivationRequest
+from serve_app.capture.resolver import CaptureRequestError, ModelStructure, Tap, resolve_structure
+
+from .. import tiny
+
+# Written from each architecture's source, not from what the resolver says.
+EXPECTED = {
+    "llama": {
+        "resid_pre": "model.layers.0.input",
+        "resid_mid": "model.layers.0.post_attention_layernorm.input",
+        "resid_post": "model.layers.0.output",
+        "attn_out": "model.layers.0.self_attn.output",
+        "mlp_out": "model.layers.0.mlp.output",
+        "ln_attn": "model.layers.0.input_layernorm.output",
+        "ln_mlp": "model.layers.0.post_attention_layernorm.output",
+        "embed": "model.embed_tokens.output",
+        "final_norm": "model.norm.output",
+    },
+    # Names lie: post_attention_layernorm normalises attention's output here.
+    "gemma2": {
+        "resid_mid": "model.layers.0.pre_feedforward_layernorm.input",
+        "attn_out": "model.layers.0.post_attention_layernorm.output",
+        "mlp_out": "model.layers.0.post_feedforward_layernorm.output",
+        "ln_mlp": "model.layers.0.pre_feedforward_layernorm.output",
+    },
+    "olmo2": {
+        "resid_mid": "model.layers.0.mlp.input",
+        "attn_out": "model.layers.0.post_attention_layernorm.output",
+        "mlp_out": "model.layers.0.post_feedforward_layernorm.output",
+    },
+    "gpt2": {
+        "resid_mid": "transformer.h.0.ln_2.input",
+        "ln_attn": "transformer.h.0.ln_1.output",
+        "mlp_out": "transformer.h.0.mlp.output",
+        "embed": "transformer.wte.output",
+        "final_norm": "transformer.ln_f.output",
+    },
+    "gpt_neox": {
+        "attn_out": "gpt_neox.layers.0.attention.output",
+        "mlp_out": "gpt_neox.layers.0.mlp.output",
+        "ln_mlp": "gpt_neox.layers.0.post_attention_layernorm.output",
+    },
+}
+MISSING = {"olmo2": {"ln_attn", "ln_mlp"}, "gpt_neox": {"resid_mid"}}
+
+
+@pytest.mark.parametrize("architecture", EXPECTED)
+def test_hook_points_are_the_modules_of_the_source(architecture: str) -> None:
+    structure = resolve_structure(tiny.module(architecture), architecture)
+    record = structure.record()
+    assert {k: v for k, v in record["hook_points"].items() if k in EXPECTED[architecture]} == EXPECTED[architecture]
+    assert set(record["missing"]) == MISSING.get(architecture, set())
+    assert record["num_layers"] == 3
+
+
+def test_the_record_has_the_seeds_fields() -> None:
+    record = resolve_structure(tiny.module("llama"), "tiny").record()
+    assert record["layer_access_pattern"] == "model.layers[i]"
+    assert record["pre_attention_path"] == "model.layers.{i}.input_layernorm"
+    assert record["pre_mlp_path"] == "model.layers.{i}.post_attention_layernorm"
+    assert record["architecture"] == "LlamaForCausalLM"
+
+
+@pytest.fixture(scope="module")
+def structure() -> ModelStructure:
+    return resolve_structure(tiny.module("llama"), "tiny")
+
+
+def test_the_seeds_names_get_canonical_keys(structure: ModelStructure) -> None:
+    taps = structure.resolve(ActivationRequest(layers=(0, -1)))
+    assert list(taps) == ["layers.0.ln_attn", "layers.2.ln_attn", "layers.0.ln_mlp", "layers.2.ln_mlp"]
+
+
+def test_module_paths_relative_and_absolute(structure: ModelStructure) -> None:
+    names = ("mlp.gate_proj.output", "model.norm.output", "model.layers.1.mlp.down_proj.input")
+    taps = structure.resolve(ActivationRequest(layers=(1,), hook_points=names))
+    assert taps == {
+        "layers.1.mlp.gate_proj.output": Tap("model.layers.1.mlp.gate_proj", "output"),
+        "final_norm": Tap("model.norm", "output"),  # canonical wherever it is spelled as a path
+        "model.layers.1.mlp.down_proj.input": Tap("model.layers.1.mlp.down_proj", "input"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        ({"layers": (3,)}, "activations.layers", r"3 is out of range; tiny has layers 0–2 \(or \"all\"\)"),
+        ({"layers": (-4,)}, "activations.layers", "-4 is out of range"),
+        ({"layers": (0,), "hook_points": ("resid",)}, "activations.hook_points", "'resid' is not a hook point"),
+        ({"layers": (0,), "hook_points": ("mlp.nothing.output",)}, "activations.hook_points", "not a hook point"),
+        ({"layers": (0,), "hook_points": ("mlp.gate_proj",)}, "activations.hook_points", "ending in"),
+    ],
+)
+def test_what_the_model_does_not_have_is_named(
+    structure: ModelStructure, body: dict[str, object], param: str, message: str
+) -> None:
+    with pytest.raises(CaptureRequestError, match=message) as caught:
+        structure.resolve(ActivationRequest.model_validate(body))
+    assert caught.value.param == param
+
+
+def test_a_missing_canonical_hook_point_says_why() -> None:
+    structure = resolve_structure(tiny.module("gpt_neox"), "neox")
+    with pytest.raises(CaptureRequestError, match="in parallel"):
+        structure.resolve(ActivationRequest(layers=(0,), hook_points=("resid_mid",)))

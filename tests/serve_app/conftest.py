@@ -1,0 +1,20 @@
+from collections.abc import Iterator
+
+import pytest
+
+from serve_app.engines.transformers_engine import TransformersEngine
+from serve_app.models import LoadedModel
+
+from . import tiny
+
+
+@pytest.fixture(scope="session")
+def llama() -> LoadedModel:
+    return tiny.loaded("llama")
+
+
+@pytest.fixture
+def engine(llama: LoadedModel) -> Iterator[TransformersEngine]:
+    engine = TransformersEngine(llama)
+    yield engine
+    engine.close()

@@ -1,0 +1,77 @@
+import pytest
+from pydantic import ValidationError
+
+from serve_app.openai_api.chat import ChatRequest
+from serve_app.openai_api.errors import ApiError, from_pydantic
+
+HELLO = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
+
+
+def refusal(**extra: object) -> ApiError:
+    with pytest.raises(ValidationError) as caught:
+        ChatRequest.model_validate({**HELLO, **extra})
+    return from_pydantic(caught.value)
+
+
+def test_a_plain_request() -> None:
+    request = ChatRequest.model_validate({**HELLO, "stop": "x", "max_tokens": None, "temperature": 0})
+    assert request.stop == ["x"]
+    assert request.token_limit is None
+    assert request.temperature == 0
+
+
+def test_content_parts_are_joined_and_the_new_name_of_the_limit_wins() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    body = {"model": "m", "messages": [{"role": "user", "content": parts}], "max_tokens": 3, "max_completion_tokens": 5}
+    request = ChatRequest.model_validate(body)
+    assert request.messages[0].content == "ab"
+    assert request.token_limit == 5
+
+
+@pytest.mark.parametrize(
+    ("extra", "param"),
+    [
+        ({"tools": []}, "tools"),
+        ({"logit_bias": {"1": 1}}, "logit_bias"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"logprobs": True}, "logprobs"),
+        ({"frequency_penalty": 0.1}, "frequency_penalty"),
+        ({"made_up": 1}, "made_up"),
+    ],
+)
+def test_what_is_not_honoured_is_refused_by_name(extra: dict[str, object], param: str) -> None:
+    error = refusal(**extra)
+    assert (error.status, error.param, error.code) == (400, param, "unsupported_parameter")
+
+
+@pytest.mark.parametrize(
+    ("extra", "param", "words"),
+    [
+        ({"n": 2}, "n", "1"),
+        ({"temperature": 3}, "temperature", "less than or equal to 2"),
+        ({"top_p": 0}, "top_p", "greater than 0"),
+        ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+        ({"messages": []}, "messages", "at least 1"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role", "'assistant'"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content", "text"),
+        ({"stop": [""]}, "stop.0", "at least 1"),
+        ({"stop": ["x"] * 17}, "stop", "at most 16"),
+        ({"activations": {"session_id": "a/b"}}, "activations.session_id", "not a session id"),
+        ({"activations": {"positions": "some"}}, "activations.positions", "not a position policy"),
+        ({"activations": {"layer": [1]}}, "activations.layer", "not supported"),
+    ],
+)
+def test_bad_values_are_named(extra: dict[str, object], param: str, words: str) -> None:
+    error = refusal(**extra)
+    assert error.status == 400
+    assert error.param == param
+    assert words in error.message
+    assert set(error.body()["error"]) == {"message", "type", "param", "code"}
+
+
+def test_an_error_crosses_a_handle_as_data() -> None:
+    error = ApiError(429, "busy", code="busy", retry_after_s=2)
+    again = ApiError.from_payload(error.payload())
+    assert again.body() == error.body()
+    assert again.headers() == {"Retry-After": "2"}
+    assert again.kind == "rate_limit_error"
