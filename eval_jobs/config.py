@@ -6,8 +6,6 @@ every rollout's key, so two samples with the same hash and problem are the same 
 once rest on. How many problems, how many at once and how answers are read are left out on purpose.
 """
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -133,8 +131,8 @@ class EvalSettings(BaseModel):
     @field_validator("layers", "hook_points")
     @classmethod
     def _no_empty_list(cls, value: Any) -> Any:
-        if not value or "" in value:
-            raise ValueError(f"{value!r} has nothing between its commas")
+        if isinstance(value, tuple) and (not value or "" in value):
+            raise ValueError(f"{','.join(map(str, value))!r} has nothing between two commas, or nothing at all")
         return value
 
     @field_validator("positions")
@@ -186,10 +184,6 @@ class EvalSettings(BaseModel):
         if not self.collect_activations:
             return None
         return self.model_dump(mode="json", include={"layers", "hook_points", "positions"})
-
-
-ServerFactory = Callable[[EvalSettings], AbstractContextManager[str]]
-"""Starts a server for the settings and gives its base URL, http://127.0.0.1:PORT/v1; leaving the context stops it."""
 
 
 def check_settings(**values: Any) -> EvalSettings:

@@ -22,22 +22,24 @@ def _header(report: ProbeReport) -> Text:
 
 
 def _layers(report: ProbeReport) -> Table:
-    hook_points = list(dict.fromkeys(result.hook_point for result in report.keys))
-    layers = sorted({result.layer for result in report.keys}, key=lambda layer: -1 if layer is None else layer)
-    cells = {(result.layer, result.hook_point): str(result.estimate) for result in report.keys}
+    layered = [result for result in report.keys if result.layer is not None]
+    cells = {(result.layer, result.hook_point): str(result.estimate) for result in layered}
+    hook_points = list(dict.fromkeys(result.hook_point for result in layered))
     table = Table(title="AUROC [95% interval]", title_justify="left")
     table.add_column("layer", justify="right")
     for hook_point in hook_points:
         table.add_column(hook_point)
-    for layer in layers:
-        table.add_row("–" if layer is None else str(layer), *(cells.get((layer, name), "") for name in hook_points))
+    for layer in sorted({result.layer for result in layered if result.layer is not None}):
+        table.add_row(str(layer), *(cells.get((layer, hook_point), "") for hook_point in hook_points))
     return table
 
 
 def _summary(report: ProbeReport) -> Table:
-    chosen = ", ".join(dict.fromkeys(report.best.keys))
     table = Table(box=None, show_header=False)
-    table.add_row("best, chosen on inner folds", str(report.best.estimate), chosen)
+    for result in report.keys:
+        if result.layer is None:
+            table.add_row(result.key, str(result.estimate), "model-wide")
+    table.add_row("best, chosen on inner folds", str(report.best.estimate), ", ".join(dict.fromkeys(report.best.keys)))
     for name, estimate in report.baselines.items():
         table.add_row(name.replace("_", " "), str(estimate), "baseline")
     return table

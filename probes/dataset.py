@@ -116,6 +116,10 @@ class ProbeDataset:
             keys = _common_keys(sources)
         except StoreError as error:
             raise ProbeDataError(f"the activations of {opened.path} cannot be read: {error}") from error
+        if not keys:
+            raise ProbeDataError(
+                f"no key was stored for every sample of {opened.path}: its captures have none in common"
+            )
         return cls(
             run=opened,
             label=label,

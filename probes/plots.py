@@ -8,9 +8,10 @@ from itertools import groupby
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from probes.report import KeyResult, ProbeReport
+
+MOST_TICKS = 16
 
 
 def auroc_by_layer(report: ProbeReport) -> Figure:
@@ -35,23 +36,29 @@ def auroc_by_layer(report: ProbeReport) -> Figure:
     axes.set_xlabel("layer")
     axes.set_ylabel("AUROC, problems unseen in training")
     axes.set_ylim(min(0.3, *(result.estimate.low for result in report.keys)) - 0.02, 1.02)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    layers = _layers(report)
+    axes.set_xticks(layers[:: -(-len(layers) // MOST_TICKS)])
+    axes.set_xlim(layers[0] - 1.5, layers[-1] + 1.5)
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False, fontsize="small")
     return figure
 
 
 def _draw_hook_point(axes: Axes, report: ProbeReport, hook_point: str, results: list[KeyResult]) -> None:
-    layers = [result.layer for result in report.keys if result.layer is not None] or [0]
-    outside = min(layers) - 1 if hook_point == "embed" else max(layers) + 1
+    layers = _layers(report)
+    outside = layers[0] - 1 if hook_point == "embed" else layers[-1] + 1
     x = [outside if result.layer is None else result.layer for result in results]
     estimates = [result.estimate for result in results]
     auroc = [e.auroc for e in estimates]
     if len(results) > 1:
         (line,) = axes.plot(x, auroc, marker="o", markersize=3, label=hook_point)
-        axes.fill_between(
-            x, [e.low for e in estimates], [e.high for e in estimates], alpha=0.12, color=line.get_color()
-        )
+        low, high = [e.low for e in estimates], [e.high for e in estimates]
+        axes.fill_between(x, low, high, alpha=0.1, linewidth=0, color=line.get_color())
     else:  # one point has no band: give it bars
         below, above = auroc[0] - estimates[0].low, estimates[0].high - auroc[0]
         axes.errorbar(x, auroc, yerr=[[below], [above]], fmt="D", markersize=4, capsize=3, label=hook_point)
+
+
+def _layers(report: ProbeReport) -> list[int]:
+    """Return the layers in order; only 0 if every key is model-wide."""
+    return sorted({result.layer for result in report.keys if result.layer is not None}) or [0]

@@ -19,7 +19,9 @@ from eval_jobs.command import evaluate
 if TYPE_CHECKING:
     from eval_jobs.config import EvalSettings
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split("\n")[0])
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split("\n")[0]
+)
 sessions_app = typer.Typer(no_args_is_help=True, help="Activation sessions of a store.")
 probe_app = typer.Typer(no_args_is_help=True, help="Probes on stored activations.")
 app.add_typer(sessions_app, name="sessions")
@@ -48,7 +50,7 @@ def stage_printer() -> Callable[[str], None]:
 @app.callback()
 def main(context: typer.Context) -> None:
     """Evaluate a language model on GSM8K and keep what it held inside."""
-    # `eval` without --base-url starts a server of its own; it gets the means here, because eval_jobs may not import serve_app.
+    # `eval` without --base-url starts a server; it gets the means here, because eval_jobs may not import serve_app.
     context.obj = serve_for_eval
 
 
@@ -92,13 +94,21 @@ def serve(
 
     with expected_errors(LaunchError, StoreError, ValidationError):
         config = ServerConfig.model_validate(
-            {"model": model, "revision": revision, "dtype": dtype, "device": device, "store": str(store), "max_batch": max_batch}
+            {
+                "model": model,
+                "revision": revision,
+                "dtype": dtype,
+                "device": device,
+                "store": str(store),
+                "max_batch": max_batch,
+            }
         )
-        running = serving(
-            config, host=host, port=port, ray_address=ray_address, stage=stage_printer(), verbose=verbose
-        )
+        running = serving(config, host=host, port=port, ray_address=ray_address, stage=stage_printer(), verbose=verbose)
         with running as base_url:
-            out.print(f"serving [bold]{model}[/bold] at [bold]{base_url}[/bold]  activations in {config.store}", highlight=False)
+            out.print(
+                f"serving [bold]{model}[/bold] at [bold]{base_url}[/bold]  activations in {config.store}",
+                highlight=False,
+            )
             out.print("Ctrl-C stops it", highlight=False)
             wait_for_interrupt()
 
@@ -146,11 +156,12 @@ def sessions_show(session: Annotated[str, typer.Argument(help="STORE/SESSION")])
     )
     out.print("keys: " + ", ".join(summary.keys), highlight=False)
     table = Table("rollout", "problem", "epoch", "turn", "prompt", "completion", "finish", "shard rows")
-    for row in frame.head(50).itertuples():
-        has_key = isinstance(row.problem_id, str)
-        identity = (row.problem_id, f"{row.epoch:.0f}", f"{row.turn:.0f}") if has_key else ("-", "-", "-")
+    for row in frame.head(50).to_dict("records"):
+        keyed = isinstance(row["problem_id"], str)
+        identity = (row["problem_id"], f"{row['epoch']:.0f}", f"{row['turn']:.0f}") if keyed else ("-", "-", "-")
+        counts = (str(row["n_prompt"]), str(row["n_completion"]))
         table.add_row(
-            row.rollout_id, *identity, str(row.n_prompt), str(row.n_completion), row.finish_reason, f"{row.row_start}:{row.row_stop}"
+            row["rollout_id"], *identity, *counts, row["finish_reason"], f"{row['row_start']}:{row['row_stop']}"
         )
     out.print(table)
     if len(frame) > 50:

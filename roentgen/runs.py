@@ -140,7 +140,9 @@ class Run:
             path.mkdir(parents=True, exist_ok=True)
             write_json(path / "config.json", config.model_dump())
         except OSError as error:
-            raise RunError(f"run directory {path} is not writable: {error.strerror or error}; choose another --output") from error
+            raise RunError(
+                f"run directory {path} is not writable: {error.strerror or error}; choose another --output"
+            ) from error
         return cls(path, config)
 
     @classmethod
@@ -202,7 +204,7 @@ class Recorder:
         self._file: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
-        file = open(self._run.record_path, "ab+")  # noqa: SIM115 - closed in __exit__
+        file = open(self._run.record_path, "ab+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -262,6 +264,10 @@ def find_unfinished(results: Path, config_hash: str, problems: dict[str, Any]) -
     for file in results.glob("*/config.json"):
         run = Run.open(file.parent)
         summary = run.summary()
-        if run.config.config_hash == config_hash and run.config.problems == problems and not (summary or {}).get("complete"):
+        if (
+            run.config.config_hash == config_hash
+            and run.config.problems == problems
+            and not (summary or {}).get("complete")
+        ):
             candidates.append(run)
     return max(candidates, key=lambda run: run.config.created, default=None)

@@ -49,7 +49,8 @@ def check_key(request: Request) -> None:
     keys = api_keys()
     given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
     # Every key is compared, each in constant time, so that timing tells nothing.
-    if keys and not any([hmac.compare_digest(given, key.encode()) for key in keys]):
+    matches = [hmac.compare_digest(given, key.encode()) for key in keys]
+    if keys and not any(matches):
         raise ApiError(401, "no valid API key; send it as 'Authorization: Bearer KEY'", code="invalid_api_key")
 
 
@@ -159,7 +160,9 @@ class Ingress:
         status: Body = await self._model.status.remote()
         if status["status"] != "ok":
             retry = 2 if status["status"] == "loading" else None
-            raise ApiError(503, f"the model is not ready: {status['stage']}", code=status["status"], retry_after_s=retry)
+            raise ApiError(
+                503, f"the model is not ready: {status['stage']}", code=status["status"], retry_after_s=retry
+            )
         return status
 
     async def _stream(self, body: ChatRequest) -> StreamingResponse:

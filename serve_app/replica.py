@@ -138,13 +138,11 @@ class ModelReplica:
             self._say(f"finding {self._config.model}")
             source = locate(self._config.model, self._config.revision)
             model = load(source, self._config.dtype, self._config.device, self._say)
-            engine = TransformersEngine(
-                model, max_batch=self._config.max_batch, max_queue=self._config.max_queue
-            )
+            engine = TransformersEngine(model, max_batch=self._config.max_batch, max_queue=self._config.max_queue)
         except (ModelNotFoundError, ResolutionError, StoreError) as error:
             self._failure = str(error)
             log.error("the replica cannot start: %s", error)
-        except Exception as error:  # noqa: BLE001 - whatever a model's code raises, /health must say it
+        except Exception as error:
             self._failure = f"{type(error).__name__}: {error}"
             log.exception("the replica cannot start")
         else:

@@ -82,7 +82,13 @@ def serving(
         stage("starting Ray Serve")
         found_serve = bool(serve.status().proxies)
         serve.start(http_options=HTTPOptions(host=host, port=port))
-        serve.run(build(config), name=APP_NAME, route_prefix="/", blocking=False, logging_config={"enable_access_log": verbose})
+        serve.run(
+            build(config),
+            name=APP_NAME,
+            route_prefix="/",
+            blocking=False,
+            logging_config={"enable_access_log": verbose},
+        )
         base = f"http://{host}:{port}"
         wait_until_ready(base, stage)
         yield f"{base}/v1"
@@ -134,7 +140,9 @@ def check_port(host: str, port: int) -> None:
         try:
             probe.bind((host, port))
         except OSError as error:
-            raise LaunchError(f"--port {port}: {error.strerror or error}; choose another, or 0 for any free one") from error
+            raise LaunchError(
+                f"--port {port}: {error.strerror or error}; choose another, or 0 for any free one"
+            ) from error
 
 
 def wait_until_ready(base: str, stage: Callable[[str], None], timeout_s: float = START_TIMEOUT_S) -> None:
@@ -161,13 +169,11 @@ def wait_until_ready(base: str, stage: Callable[[str], None], timeout_s: float =
 def _health(base: str) -> dict[str, str]:
     try:
         with urllib.request.urlopen(f"{base}/health", timeout=10) as response:
-            body: dict[str, str] = json.load(response)
-            return body
+            return dict(json.load(response))
     except urllib.error.HTTPError as error:
         text = error.read().decode(errors="replace")
         if error.code == 503 and text.startswith("{"):
-            body = json.loads(text)
-            return body
+            return dict(json.loads(text))
         if error.code in (404, 503):  # Serve's proxy, until it knows the application
             return {"status": "loading", "stage": "starting the application"}
         return {"status": "failed", "stage": f"{base}/health answered {error.code}: {text[:500]}"}

@@ -23,7 +23,9 @@ def local_root(uri: str | Path) -> Path:
     if text.startswith("file://"):
         text = text.removeprefix("file://")
     if "://" in text:
-        raise StoreError(f"store {text!r}: only local and mounted folders can be opened so far, not {text.split(':')[0]}://")
+        raise StoreError(
+            f"store {text!r}: only local and mounted folders can be opened so far, not {text.split(':')[0]}://"
+        )
     return Path(text).expanduser().absolute()
 
 
@@ -74,4 +76,6 @@ def check_writable(root: Path) -> None:
         write_durably(probe, lambda temporary: temporary.write_bytes(b""))
         probe.unlink()
     except OSError as error:
-        raise StoreError(f"store {str(root)!r} is not writable: {error.strerror or error}; choose another --store") from error
+        raise StoreError(
+            f"store {str(root)!r} is not writable: {error.strerror or error}; choose another --store"
+        ) from error

@@ -101,9 +101,7 @@ class Session:
         shards = dict.fromkeys(self._index().column("shard").to_pylist())
         return list(dict.fromkeys(key for shard in shards for key in self.spec(shard).keys))
 
-    def activations(
-        self, key: str, *, where: pd.DataFrame | None = None, positions: str = "all"
-    ) -> "Activations":
+    def activations(self, key: str, *, where: pd.DataFrame | None = None, positions: str = "all") -> "Activations":
         """Return a lazy sequence of one key's rows, one item per rollout.
 
         Args:
@@ -202,7 +200,9 @@ class Activations(Sequence[RolloutRows]):
     def _read(self, row: pd.Series) -> RolloutRows:
         shard = _open_shard(self._session.path / row["shard"])
         if self.key not in shard.spec.keys:
-            raise StoreError(f"{self.key} was not captured for rollout {row['rollout_id']}; it has {list(shard.spec.keys)}")
+            raise StoreError(
+                f"{self.key} was not captured for rollout {row['rollout_id']}; it has {list(shard.spec.keys)}"
+            )
         start, stop = int(row["row_start"]), int(row["row_stop"])
         position = shard.rows("position", start, stop).numpy()
         n_prompt, n_completion = int(row["n_prompt"]), int(row["n_completion"])

@@ -126,8 +126,9 @@ def _verify_shard(session: Session, shard_name: str, rows: pd.DataFrame) -> list
     except StoreError as error:
         return [Damage(rollout_id, shard_name, str(error)) for rollout_id in rows["rollout_id"]]
     damage = []
-    for row in rows.itertuples():
-        tensors = {name: shard.rows(name, int(row.row_start), int(row.row_stop)) for name in shard.names}
-        if rows_checksum(tensors) != row.checksum:
-            damage.append(Damage(str(row.rollout_id), shard_name, "checksum differs: the stored bytes have changed"))
+    for row in rows.to_dict("records"):
+        tensors = {name: shard.rows(name, row["row_start"], row["row_stop"]) for name in shard.names}
+        if rows_checksum(tensors) != row["checksum"]:
+            what = "checksum differs: the stored bytes have changed"
+            damage.append(Damage(row["rollout_id"], shard_name, what))
     return damage

@@ -186,9 +186,7 @@ def commit(rollouts: list[Rollout], root: Path) -> list[Receipt]:
         rows.append(index_row(rollout, receipt, created, rows_checksum(part)))
         start = stop
     table = pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
-    write_durably(
-        folder / f"index/{name}.parquet", lambda path: pq.write_table(table, path, write_page_checksum=True)
-    )
+    write_durably(folder / f"index/{name}.parquet", lambda path: pq.write_table(table, path, write_page_checksum=True))
     return receipts
 
 

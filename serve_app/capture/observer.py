@@ -1,9 +1,9 @@
 """Reads module inputs and outputs during a forward, through nnsight, once per step for the whole batch.
 
 nnsight parks a block of intervention code at each location it reads. Parking once per request and hook point is what makes
-captures slow (one greenlet switch each); nnsight's caches avoid it: a cache is an observer to which the interleaver hands
-every value of the locations it subscribes to. `_TapObserver` is such a cache, but hands values on to a sink at once, which copies
-the rows it wants while the tensor is hot, and never keeps the batch's storage alive.
+captures slow (one greenlet switch each); nnsight's caches avoid it: a cache is an observer to which the interleaver
+hands every value of the locations it subscribes to. `_TapObserver` is such a cache, but hands values on to a sink at once,
+which copies the rows it wants while the tensor is hot, and never keeps the batch's storage alive.
 
 Each module that nnsight wraps pays a little in every forward. So `ObservedModel` mirrors no submodule at first; nnsight then
 wraps one when it is first reached by attribute, which is when a request first asks for it.
@@ -38,14 +38,14 @@ T = TypeVar("T")
 class _Bare(Envoy):
     """An envoy whose children are wrapped when they are first reached, not when it is made."""
 
-    def _add_envoy(self, name: str, module: torch.nn.Module) -> None:  # type: ignore[override]
+    def _add_envoy(self, name: str, module: torch.nn.Module) -> None:
         return None
 
 
 class ObservedModel(TransformersModel):
     """The nnsight model, bare until asked, whose traces run a callable that builds its own inputs."""
 
-    def _add_envoy(self, name: str, module: torch.nn.Module) -> None:  # type: ignore[override]
+    def _add_envoy(self, name: str, module: torch.nn.Module) -> None:
         return None
 
     def _batch(self, invokes: list[Any], fn: Any) -> tuple[tuple[()], dict[str, Any]]:
@@ -74,7 +74,8 @@ class ObservedModel(TransformersModel):
             return forward()
         observer = _TapObserver(self, {self.location(tap): key for key, tap in taps.items()}, sink)
         results: list[T] = []
-        with self.trace(fn=lambda: results.append(forward())) as tracer:
+        # Two blocks, not one `with` of two: nnsight captures the outer block's body, and the inner block is in it.
+        with self.trace(fn=lambda: results.append(forward())) as tracer:  # noqa: SIM117
             with tracer.invoke():
                 Mediator.current("the tap observer").caches.append(observer)
         return results[0]

@@ -110,7 +110,9 @@ class ModelStructure:
     def _hook_point(self, name: str, layers: list[int]) -> Iterator[tuple[str, Tap]]:
         if name in LAYER_HOOK_POINTS or name in MODEL_HOOK_POINTS:
             if name in self.missing:
-                raise CaptureRequestError("activations.hook_points", f"{self.model_name} has no {name}: {self.missing[name]}")
+                raise CaptureRequestError(
+                    "activations.hook_points", f"{self.model_name} has no {name}: {self.missing[name]}"
+                )
             for key in [stored_key(name)] if name in MODEL_HOOK_POINTS else [stored_key(name, i) for i in layers]:
                 yield key, self.taps[key]
             return
@@ -241,7 +243,9 @@ def _watched(layers: nn.ModuleList) -> Iterator[dict[int, list[_Visit]]]:
     for index, layer in enumerate(layers):
         for name, child in layer.named_children():
 
-            def hook(module: nn.Module, args: Any, kwargs: Any, output: Any, index: int = index, name: str = name) -> None:
+            def hook(
+                module: nn.Module, args: Any, kwargs: Any, output: Any, index: int = index, name: str = name
+            ) -> None:
                 try:
                     taken, given = first_tensor((args, kwargs)), first_tensor(output)
                 except TypeError:

@@ -90,7 +90,9 @@ class RequestRows:
 class StepRows:
     """One forward's sink: gathers the wanted rows of each tapped value into a slab."""
 
-    def __init__(self, requests: list[RequestRows | None], lengths: list[int], width: int, device: torch.device) -> None:
+    def __init__(
+        self, requests: list[RequestRows | None], lengths: list[int], width: int, device: torch.device
+    ) -> None:
         """Lay out one forward's rows.
 
         Args:

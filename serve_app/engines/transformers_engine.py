@@ -130,7 +130,7 @@ class TransformersEngine:
                     batch = self._prefill(jobs)
                     while batch.running and not self._closed:
                         self._step(batch)
-            except Exception as error:  # noqa: BLE001 - a failed step fails its jobs, not the engine
+            except Exception as error:
                 log.exception("a batch of %d failed", len(jobs))
                 for job in [running.job for running in batch.running] if batch else jobs:
                     job.listener(Failed(error))

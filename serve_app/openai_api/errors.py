@@ -79,7 +79,9 @@ def from_validation(errors: list[Any]) -> ApiError:
     # Unions add the name of the alternative tried; a client knows only the field.
     param = ".".join(part for part in path if not part.startswith(("tuple[", "literal[", "function-", "list["))) or None
     if first["type"] == "extra_forbidden":
-        return ApiError(400, f"{param} is unknown or not supported by this server", param=param, code="unsupported_parameter")
+        return ApiError(
+            400, f"{param} is unknown or not supported by this server", param=param, code="unsupported_parameter"
+        )
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     reason = first["msg"].removeprefix("Value error, ")

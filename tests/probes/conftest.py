@@ -73,7 +73,8 @@ def build_run(tmp_path: Path) -> BuildRun:
                 )  # fmt: skip
                 fields: dict[str, object] = {
                     "sample_id": f"gsm8k_{i + 1:04}", "problem_id": problems[i], "epoch": i + 1,
-                    "config_hash": "c0ffee", "question": "?", "solution": "!", "gold": "1", "correct": bool(correct[i]), "finish_reason": "stop",
+                    "config_hash": "c0ffee", "question": "?", "solution": "!", "gold": "1", "correct": bool(correct[i]),
+                    "finish_reason": "stop",
                     "prompt_tokens": prompt_tokens[i], "completion_tokens": N_COMPLETION, "rollouts": [ref],
                 }  # fmt: skip
                 record.append(Sample.model_validate(fields | (changes or {}).get(i, {})))
@@ -87,7 +88,7 @@ def planted() -> Callable[..., tuple[dict[str, Tensor], list[bool]]]:
     """Return a function that makes features with the label planted in one key's direction, and noise in the others."""
 
     def make(
-        keys: Sequence[str], signal: str | None, n: int = 80, d: int = 24, strength: float = 4.0, seed: int = 0
+        keys: Sequence[str], signal: str | None, n: int = 80, d: int = 24, strength: float = 4.0, seed: int = 2
     ) -> tuple[dict[str, Tensor], list[bool]]:
         generator = torch.Generator().manual_seed(seed)
         correct = torch.arange(n) % 2 == 0

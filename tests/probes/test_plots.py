@@ -62,7 +62,8 @@ def printed(report: ProbeReport) -> str:
 
 def test_the_table_has_layers_best_and_baselines(report):
     text = printed(report)
-    assert re.search(r"10 +│ +│ 0.70 \[0.60, 0.80\] │ 0.65 \[0.55, 0.75\]", text)
+    assert re.search(r"10 +│ 0.70 \[0.60, 0.80\] │ 0.65 \[0.55, 0.75\]", text)
+    assert re.search(r"final_norm +0.70 \[0.60, 0.80\] +model-wide", text)
     assert re.search(r"best, chosen on inner folds +0.70 \[0.61, 0.79\] +layers.10.resid_post", text)
     assert re.search(r"prompt length +0.55 \[0.45, 0.65\]", text)
     assert "100 samples of 50 problems, 40% True, 5 folds" in text

@@ -75,8 +75,9 @@ def test_a_saved_probe_scores_rows_as_documented(run):
 
 
 def test_the_same_seed_gives_the_same_report(run):
-    assert probes.train(run.path, seed=1) == probes.train(run.path, seed=1)
-    assert probes.train(run.path, seed=1) != probes.train(run.path, seed=2)
+    first = probes.train(run.path, seed=1)
+    assert probes.train(run.path, seed=1) == first
+    assert probes.train(run.path, seed=2) != first
 
 
 def test_a_length_that_tells_the_label_is_noted(build_run, planted):

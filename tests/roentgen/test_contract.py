@@ -36,7 +36,9 @@ def test_positions_select(policy: str, n_prompt: int, n_rows: int, expected: lis
     assert str(Positions.parse(policy)) == policy
 
 
-@pytest.mark.parametrize("policy", ["", "ALL", "stride", "stride:0", "stride:-1", "stride:x", "stride:²", "all:2", "mean"])
+@pytest.mark.parametrize(
+    "policy", ["", "ALL", "stride", "stride:0", "stride:-1", "stride:x", "stride:²", "all:2", "mean"]
+)
 def test_bad_policies_are_refused(policy: str) -> None:
     with pytest.raises(ValueError, match="not a position policy"):
         Positions.parse(policy)

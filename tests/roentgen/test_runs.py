@@ -11,7 +11,14 @@ from roentgen.runs import Run, RunConfig, RunError, Sample, find_unfinished, wri
 
 def config(config_hash: str = "h", created: str = "2026-01-01T00:00:00Z") -> RunConfig:
     return RunConfig(
-        run_id="r", created=created, config_hash=config_hash, hashed={}, problems={"n": 2}, settings={}, prompt={}, versions={}
+        run_id="r",
+        created=created,
+        config_hash=config_hash,
+        hashed={},
+        problems={"n": 2},
+        settings={},
+        prompt={},
+        versions={},
     )
 
 
@@ -34,7 +41,12 @@ def test_appended_samples_are_read_back(tmp_path: Path) -> None:
 def test_an_answer_counts_before_an_error_and_the_first_before_later_ones(tmp_path: Path) -> None:
     run = Run.create(tmp_path, config())
     with run.recording() as record:
-        for s in [sample("a", error="timeout"), sample("a", response="1"), sample("a", response="2"), sample("a", error="x")]:
+        for s in [
+            sample("a", error="timeout"),
+            sample("a", response="1"),
+            sample("a", response="2"),
+            sample("a", error="x"),
+        ]:
             record.append(s)
     assert [(s.error, s.response) for s in run.samples()] == [(None, "1")]
 

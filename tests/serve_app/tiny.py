@@ -57,7 +57,8 @@ def tokenizer() -> tr.PreTrainedTokenizerFast:
     core.decoder = decoders.ByteLevel()
     wrapped = tr.PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<eos>")
     wrapped.chat_template = (
-        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[reply]{% endif %}"
+        "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+        "{% if add_generation_prompt %}[reply]{% endif %}"
     )
     assert wrapped.eos_token_id == EOS
     return wrapped
@@ -74,7 +75,9 @@ def loaded(architecture: str = "llama") -> LoadedModel:
 class Call:
     """One job and what its listener heard."""
 
-    def __init__(self, prompt_ids: list[int], sampling: Sampling, plan: CapturePlan | None = None, *, stream: bool = False):
+    def __init__(
+        self, prompt_ids: list[int], sampling: Sampling, plan: CapturePlan | None = None, *, stream: bool = False
+    ):
         self.heard: list[Event] = []
         self._done = threading.Event()
         self.job = GenerationJob(prompt_ids, sampling, self._listen, plan, stream)

@@ -225,9 +225,15 @@ def test_sessions_are_summarised(tmp_path: Path, rollout: RolloutFactory) -> Non
 
 @settings(max_examples=25, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(1, 6), st.integers(1, 6), st.sampled_from(["all", "generated", "stride:2"])), min_size=1, max_size=8)
+    st.lists(
+        st.tuples(st.integers(1, 6), st.integers(1, 6), st.sampled_from(["all", "generated", "stride:2"])),
+        min_size=1,
+        max_size=8,
+    )
 )
-def test_any_mix_of_rollouts_comes_back(tmp_path_factory: pytest.TempPathFactory, shapes: list[tuple[int, int, str]]) -> None:
+def test_any_mix_of_rollouts_comes_back(
+    tmp_path_factory: pytest.TempPathFactory, shapes: list[tuple[int, int, str]]
+) -> None:
     root = tmp_path_factory.mktemp("store")
     make = RolloutFactory()
     written = {r.rollout_id: r for r in (make(p, c, positions=policy) for p, c, policy in shapes)}

@@ -4,8 +4,7 @@ import pytest
 
 from roentgen.contract import ActivationRequest
 from serve_app.capture.resolver import CaptureRequestError, ModelStructure, Tap, resolve_structure
-
-from .. import tiny
+from tests.serve_app import tiny
 
 # Written from each architecture's source, not from what the resolver says.
 EXPECTED = {

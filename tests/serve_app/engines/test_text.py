@@ -2,8 +2,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from serve_app.engines.text import TextStream, completion_offsets
-
-from .. import tiny
+from tests.serve_app import tiny
 
 WORDS = tiny.tokenizer()
 CORE = WORDS.backend_tokenizer
@@ -52,7 +51,9 @@ def test_the_first_of_several_stop_strings_wins() -> None:
     assert "".join(pieces) == "a "
 
 
-@given(st.text(alphabet="abé🙂 \n", max_size=30), st.lists(st.text(alphabet="ab\n", min_size=1, max_size=3), max_size=3))
+@given(
+    st.text(alphabet="abé🙂 \n", max_size=30), st.lists(st.text(alphabet="ab\n", min_size=1, max_size=3), max_size=3)
+)
 def test_what_is_handed_out_is_the_text_before_the_first_stop(text: str, stops: list[str]) -> None:
     pieces, out = stream(text, *stops)
     # Independent rule: the text up to where the shortest prefix holding a stop string ends, without that string.

@@ -13,9 +13,8 @@ from serve_app.capture.rows import CapturePlan
 from serve_app.engines.protocol import EngineBusyError, EngineStoppedError, Failed, Sampling, TextDelta
 from serve_app.engines.transformers_engine import TransformersEngine
 from serve_app.models import LoadedModel
-
-from .. import tiny
-from ..tiny import Call, run
+from tests.serve_app import tiny
+from tests.serve_app.tiny import Call, run
 
 PROMPTS = [[5, 6, 7], [10, 11, 12, 13, 14, 15, 16, 17, 18], [40], [3, 1, 4, 1, 5, 9]]
 GREEDY = Sampling(max_tokens=12, temperature=0)
@@ -40,7 +39,9 @@ def layer_path(model: LoadedModel) -> str:
     return model.structure.layers_path
 
 
-def forward_with_hooks(model: LoadedModel, tokens: list[int], modules: dict[str, tuple[str, str]]) -> dict[str, torch.Tensor]:
+def forward_with_hooks(
+    model: LoadedModel, tokens: list[int], modules: dict[str, tuple[str, str]]
+) -> dict[str, torch.Tensor]:
     """Run the tokens alone, teacher-forced, and read modules' inputs and outputs with plain PyTorch hooks."""
     seen: dict[str, torch.Tensor] = {}
     root, handles = model.observed._module, []
@@ -91,15 +92,22 @@ GPT2_MODULES = LLAMA_MODULES | {
 }
 
 
-@pytest.mark.parametrize(("architecture", "where"), [("llama", LLAMA_MODULES), ("gemma2", GEMMA2_MODULES), ("gpt2", GPT2_MODULES)])
+@pytest.mark.parametrize(
+    ("architecture", "where"), [("llama", LLAMA_MODULES), ("gemma2", GEMMA2_MODULES), ("gpt2", GPT2_MODULES)]
+)
 def test_captured_rows_equal_a_teacher_forced_forward(architecture: str, where: dict[str, tuple[str, str]]) -> None:
     model = tiny.loaded(architecture)
     engine = TransformersEngine(model)
-    calls = [Call(prompt, Sampling(max_tokens=4 + 3 * i, temperature=0), plan(model, *where)) for i, prompt in enumerate(PROMPTS)]
+    calls = [
+        Call(prompt, Sampling(max_tokens=4 + 3 * i, temperature=0), plan(model, *where))
+        for i, prompt in enumerate(PROMPTS)
+    ]
     results = run(engine, calls)
     engine.close()
     modules = {
-        f"layers.{i}.{name}": (f"{layer_path(model)}.{i}{path}", side) for i in range(3) for name, (path, side) in where.items()
+        f"layers.{i}.{name}": (f"{layer_path(model)}.{i}{path}", side)
+        for i in range(3)
+        for name, (path, side) in where.items()
     }
     for prompt, result in zip(PROMPTS, results, strict=True):
         fed = prompt + result.token_ids[:-1]
@@ -130,13 +138,17 @@ def test_requests_of_one_batch_may_ask_for_different_things(engine: Transformers
     assert fourth.captured.position.tolist() == [-1]
     fed = PROMPTS[3] + fourth.token_ids[:-1]
     rows = forward_with_hooks(llama, fed, {"x": ("model.layers.0", "output")})["x"]
-    torch.testing.assert_close(fourth.captured.tensors["layers.0.resid_post"][0], rows[6:].mean(0), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        fourth.captured.tensors["layers.0.resid_post"][0], rows[6:].mean(0), rtol=1e-4, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize(("max_tokens", "rows"), [(1, 3), (2, 4), (12, 14)])
 def test_row_counts(engine: TransformersEngine, llama: LoadedModel, max_tokens: int, rows: int) -> None:
     """N tokens take N forwards; the last one sampled never passes through the model."""
-    (result,) = run(engine, [Call(PROMPTS[0], Sampling(max_tokens, temperature=0), plan(llama, "resid_post", layers=(1,)))])
+    (result,) = run(
+        engine, [Call(PROMPTS[0], Sampling(max_tokens, temperature=0), plan(llama, "resid_post", layers=(1,)))]
+    )
     assert len(result.token_ids) == max_tokens
     assert result.captured is not None
     assert len(result.captured.tensors["layers.1.resid_post"]) == rows
@@ -162,7 +174,9 @@ def test_captured_rows_own_their_memory(engine: TransformersEngine, llama: Loade
 def test_a_seed_gives_the_same_tokens_in_any_company(engine: TransformersEngine) -> None:
     hot = Sampling(max_tokens=12, temperature=1.0, seed=7)
     (alone,) = run(engine, [Call(PROMPTS[1], hot)])
-    together = run(engine, [Call(PROMPTS[0], Sampling(12, seed=1)), Call(PROMPTS[1], hot), Call(PROMPTS[2], Sampling(3, seed=7))])
+    together = run(
+        engine, [Call(PROMPTS[0], Sampling(12, seed=1)), Call(PROMPTS[1], hot), Call(PROMPTS[2], Sampling(3, seed=7))]
+    )
     assert together[1].token_ids == alone.token_ids
     assert run(engine, [Call(PROMPTS[1], Sampling(12, seed=8))])[0].token_ids != alone.token_ids
 

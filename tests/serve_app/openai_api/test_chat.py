@@ -53,7 +53,7 @@ def test_what_is_not_honoured_is_refused_by_name(extra: dict[str, object], param
         ({"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages.0.role", "'assistant'"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content", "text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.type", "text"),
         ({"stop": [""]}, "stop.0", "at least 1"),
         ({"stop": ["x"] * 17}, "stop", "at most 16"),
         ({"activations": {"session_id": "a/b"}}, "activations.session_id", "not a session id"),

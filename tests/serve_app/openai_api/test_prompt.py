@@ -3,8 +3,7 @@ import pytest
 from serve_app.openai_api.chat import Message
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.prompt import render
-
-from .. import tiny
+from tests.serve_app import tiny
 
 TALK = [
     Message(role="developer", content="Be brief."),

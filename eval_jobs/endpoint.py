@@ -1,0 +1,103 @@
+"""The server, seen as an OpenAI client sees it: where it is, whether it answers, what it serves.
+
+`find_model` asks once, before anything runs, so that a wrong address, key or model name costs seconds and not a queue of
+failed samples. Requests are retried by the SDK (429, 5xx, lost connections), which honours `Retry-After`.
+"""
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from openai import APIConnectionError, APIStatusError, AsyncOpenAI, OpenAI, OpenAIError, Timeout
+
+from eval_jobs import EvalError
+from eval_jobs.config import ServedModel
+
+API_KEY_VARIABLE = "ROENTGEN_API_KEY"
+CONNECT_TIMEOUT_S = 5.0
+
+MAX_RETRIES = 10
+"""About a minute of waiting between retries: a Ray cluster takes up to 54 s to notice that a node is gone."""
+
+
+class FatalRequestError(EvalError):
+    """A request that would fail for every problem alike: the run stops, finished work is kept."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where the server is.
+
+    Attributes:
+        base_url: http://HOST:PORT/v1.
+        timeout: seconds to wait for a reply.
+        max_retries: how often a request is tried again.
+        api_key: never shown, never written into a run.
+    """
+
+    base_url: str
+    timeout: float = 600.0
+    max_retries: int = MAX_RETRIES
+    api_key: str = field(default="none", repr=False)
+
+    def client(self) -> AsyncOpenAI:
+        """Return a client for many requests; close it after use."""
+        return AsyncOpenAI(
+            base_url=self.base_url,
+            api_key=self.api_key,
+            max_retries=self.max_retries,
+            timeout=Timeout(self.timeout, connect=CONNECT_TIMEOUT_S),
+        )
+
+
+def api_key() -> str:
+    """Return the first key in `$ROENTGEN_API_KEY` (comma-separated, as the server reads it); "none" if there is none."""
+    return os.environ.get(API_KEY_VARIABLE, "").split(",")[0].strip() or "none"
+
+
+def find_model(endpoint: Endpoint, wanted: str | None) -> ServedModel:
+    """Ask the server what it serves, and choose the model.
+
+    Args:
+        endpoint: the server.
+        wanted: the model's name; None takes the server's only one.
+
+    Raises:
+        FatalRequestError: if no server answers, it is not OpenAI-compatible, or it does not serve that model.
+    """
+    found = {model["id"]: model for model in _list_models(endpoint)}
+    if wanted is None and len(found) != 1:
+        raise FatalRequestError(f"{endpoint.base_url} serves {_names(found)}: choose one with --model")
+    name = next(iter(found)) if wanted is None else wanted
+    if name not in found:
+        raise FatalRequestError(f"--model: {name!r} is not served at {endpoint.base_url}; it serves {_names(found)}")
+    details = {key: found[name].get(key) for key in ("revision", "dtype", "num_layers", "d_model")}
+    return ServedModel(name, **details)
+
+
+def server_message(error: APIStatusError) -> str:
+    """Return what the server said, out of OpenAI's error envelope if it is one."""
+    said = error.body.get("message") if isinstance(error.body, dict) else None
+    return f"{error.status_code}: {said or error.message}"
+
+
+def _list_models(endpoint: Endpoint) -> list[dict[str, Any]]:
+    url = endpoint.base_url
+    try:
+        with OpenAI(base_url=url, api_key=endpoint.api_key, max_retries=2, timeout=CONNECT_TIMEOUT_S) as client:
+            models = [model.model_dump() for model in client.models.list()]
+    except APIConnectionError as error:
+        raise FatalRequestError(
+            f"no server answers at {url}: start one with 'roentgen serve' or pass --base-url"
+        ) from error
+    except APIStatusError as error:
+        raise FatalRequestError(f"the server at {url} answers GET /models with {server_message(error)}") from error
+    except (OpenAIError, TypeError, AttributeError) as error:  # what answers is a web page or other JSON
+        raise FatalRequestError(f"what answers at {url} is not an OpenAI-compatible server; does it end in /v1?") from error
+    if not models or not all(isinstance(model.get("id"), str) for model in models):
+        raise FatalRequestError(f"the server at {url} lists no models")
+    return models
+
+
+def _names(found: dict[str, Any]) -> str:
+    return ", ".join(sorted(found))

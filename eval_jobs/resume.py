@@ -1,0 +1,131 @@
+"""The run directory: made for a new evaluation, or found and continued.
+
+With `--output` the folder is given, and it either is new or holds a run of exactly this configuration. Without it the
+newest unfinished run of this configuration and these problems under `results/` is continued (`--new` starts another). A
+folder is never shared by two configurations: their samples would look alike and mean different things.
+"""
+
+import platform
+import re
+import secrets
+import subprocess
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from eval_jobs import EvalError
+from eval_jobs.config import EvalSettings, ServedModel, hashed_configuration
+from eval_jobs.problems import SOURCES, Problem
+from eval_jobs.prompts import PROMPTS
+from roentgen.contract import canonical_hash, check_session_id
+from roentgen.runs import Run, RunConfig, find_unfinished
+
+RESULTS = Path("results")
+VERSIONED = ("roentgen", "ray", "openai", "datasets", "reasoning-gym", "torch", "transformers", "nnsight")
+RUN_ID_STEM = 50
+
+
+class OtherConfigurationError(EvalError):
+    """The output folder holds a run of another configuration; the message lists what differs."""
+
+
+def open_run(settings: EvalSettings, problems: Sequence[Problem], served: ServedModel, base_url: str) -> Run:
+    """Return the run to record into: the one that these settings continue, or a new one.
+
+    Raises:
+        OtherConfigurationError: if `--output` holds a run of another configuration.
+        RunError: if the folder cannot be written, or a run in it is damaged.
+    """
+    config = _describe(settings, problems, served, base_url)
+    if settings.output is not None:
+        if not (settings.output / "config.json").exists():
+            return Run.create(settings.output, config)
+        run = Run.open(settings.output)
+        different = list(_differences(_comparable(run.config), _comparable(config)))
+        if different:
+            raise OtherConfigurationError(
+                f"{run.path} holds a run of another configuration; choose another --output. What differs:\n"
+                + "\n".join(different)
+            )
+        return run
+    unfinished = None if settings.new else find_unfinished(RESULTS, config.config_hash, config.problems)
+    if unfinished is not None and _comparable(unfinished.config) == _comparable(config):
+        return unfinished
+    return Run.create((RESULTS / folder_name(settings, len(problems), served.id)).absolute(), config)
+
+
+def folder_name(settings: EvalSettings, n: int, model: str) -> str:
+    """Make up a run's folder: `gsm8k_smollm2-135m_no_tools_n8_activations_20250912_140530`."""
+    parts = ["gsm8k", _slug(model.rstrip("/").rpartition("/")[2]), "no_tools", f"n{n}"]
+    parts += ["activations"] if settings.collect_activations else []
+    return "_".join([*parts, datetime.now().strftime("%Y%m%d_%H%M%S")])
+
+
+def _describe(settings: EvalSettings, problems: Sequence[Problem], served: ServedModel, base_url: str) -> RunConfig:
+    """Return all that is needed to run it again."""
+    hashed = hashed_configuration(settings, served)
+    prompt = PROMPTS[settings.prompt]
+    name = settings.output.name if settings.output else folder_name(settings, len(problems), served.id)
+    return RunConfig(
+        run_id=_run_id(name),
+        created=datetime.now(UTC).isoformat(),
+        config_hash=canonical_hash(hashed),
+        hashed=hashed,
+        problems={
+            "source": settings.problems if settings.problems in SOURCES else str(Path(settings.problems).absolute()),
+            "samples": len(problems),
+            "hash": canonical_hash([asdict(problem) for problem in problems]),
+        },
+        settings={**settings.model_dump(mode="json"), "base_url": base_url, "served": asdict(served)},
+        prompt={**asdict(prompt), "hash": prompt.hash},
+        versions=_versions(),
+        git_revision=_git_revision(),
+    )
+
+
+def _comparable(config: RunConfig) -> dict[str, Any]:
+    """Return what must be equal for samples to belong to one run: the primary extractor too, for `correct` is its word."""
+    return {**config.hashed, "problems": config.problems, "extractor": config.settings["extractor"]}
+
+
+def _differences(recorded: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key in recorded | asked:
+        old, new = recorded.get(key), asked.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            yield f"  {prefix}{key}: {old!r} in the folder, {new!r} asked for"
+
+
+def _run_id(name: str) -> str:
+    """Return an id that is also the run's session in the store; the random end keeps equal folder names apart."""
+    stem = _slug(name)[:RUN_ID_STEM].lstrip(".") or "run"
+    return check_session_id(f"{stem}-{secrets.token_hex(3)}")
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text)
+
+
+def _versions() -> dict[str, str]:
+    """Return the versions of the packages beside this process (a server elsewhere may have others)."""
+    found = {"python": platform.python_version()}
+    for package in VERSIONED:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _git_revision() -> str | None:
+    """Return the commit of this code, marked -dirty if it was changed since; None outside a working tree."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None

@@ -1,0 +1,123 @@
+"""The real things that integration tests run against: a served model, and GSM8K where it can be found."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+from roentgen.launch.local import free_port
+
+GSM8K = Path(os.environ.get("ROENTGEN_GSM8K_DIR", Path(__file__).parents[2] / "shared" / "gsm8k"))
+ROENTGEN = str(Path(sys.executable).parent / "roentgen")
+
+
+@pytest.fixture(scope="session")
+def gsm8k_test() -> Path:
+    """GSM8K's test split, which is not part of the project."""
+    file = GSM8K / "test.jsonl"
+    if not file.exists():
+        pytest.skip(f"GSM8K is not here: {file} does not exist; set ROENTGEN_GSM8K_DIR to a folder with test.jsonl")
+    return file
+
+
+@dataclass(frozen=True)
+class RayHome:
+    """A temporary folder that the Ray of one test writes to; its path marks every process of that Ray."""
+
+    path: str
+
+    @property
+    def environment(self) -> dict[str, str]:
+        return {**os.environ, "RAY_TMPDIR": self.path, "RAY_USAGE_STATS_ENABLED": "0", "ROENTGEN_API_KEY": ""}
+
+    def processes(self) -> list[psutil.Process]:
+        """Return what still runs of it."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if any(self.path in part for part in process.cmdline()):
+                    found.append(process)
+            except (psutil.NoSuchProcess, psutil.AccessDenied, psutil.ZombieProcess):
+                continue
+        return found
+
+    def wait_until_gone(self, seconds: float = 30) -> list[psutil.Process]:
+        """Wait until nothing of it runs; return what does after all."""
+        deadline = time.monotonic() + seconds
+        while (left := self.processes()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return left
+
+
+@pytest.fixture
+def ray_home() -> Iterator[RayHome]:
+    home = RayHome(tempfile.mkdtemp(prefix="rt-", dir="/tmp"))  # short: Ray's socket paths have a limit
+    yield home
+    clean_up(home)
+
+
+def clean_up(home: RayHome) -> None:
+    for process in home.processes():
+        process.kill()
+    shutil.rmtree(home.path, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class Server:
+    """A running `roentgen serve`."""
+
+    base_url: str
+    store: Path
+    process: subprocess.Popen[str]
+
+    @property
+    def root(self) -> str:
+        return self.base_url.removesuffix("/v1")
+
+
+def start_server(store: Path, home: RayHome, *options: str, environment: dict[str, str] | None = None) -> Server:
+    """Start `roentgen serve` on a free port and wait until it answers."""
+    port = free_port("127.0.0.1")
+    command = [ROENTGEN, "serve", "--port", str(port), "--store", str(store), "--dtype", "float32", *options]
+    log = open(f"{home.path}/serve.log", "w")  # noqa: SIM115 - the process writes to it for as long as it runs
+    process = subprocess.Popen(
+        command, env=home.environment | (environment or {}), stdout=log, stderr=subprocess.STDOUT, text=True
+    )
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline:
+        assert process.poll() is None, Path(log.name).read_text()
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as response:
+                if json.load(response)["status"] == "ok":
+                    return Server(f"http://127.0.0.1:{port}/v1", store, process)
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            time.sleep(0.3)
+    process.kill()
+    raise AssertionError("the server did not start: " + Path(log.name).read_text())
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """SmolLM2-135M in float32, served for the whole session; nothing of it is left behind."""
+    home = RayHome(tempfile.mkdtemp(prefix="rt-", dir="/tmp"))
+    running = start_server(tmp_path_factory.mktemp("store"), home)
+    yield running
+    running.process.send_signal(signal.SIGTERM)
+    try:
+        assert running.process.wait(60) == 0
+        assert home.wait_until_gone() == []
+    finally:
+        running.process.kill()
+        clean_up(home)
