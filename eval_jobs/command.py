@@ -82,7 +82,7 @@ def evaluate(
     progress = Console(stderr=True)
     try:
         settings = check_settings(**options)
-        failed = _run(settings, ctx.obj, progress)
+        failed = _run(settings, ctx.obj if callable(ctx.obj) else None, progress)
     except (EvalError, RunError) as error:
         if verbose:
             progress.print_exception()
@@ -94,34 +94,33 @@ def evaluate(
     raise typer.Exit(1 if failed else 0)
 
 
-def _run(settings: EvalSettings, factory: object, progress: Console) -> int:
+def _run(settings: EvalSettings, factory: ServerFactory | None, progress: Console) -> int:
     """Run an evaluation and print its summary; return the number of failed samples."""
     problems = load_problems(settings.problems, settings.samples)
-    base_url = settings.base_url or (None if callable(factory) else os.environ.get(BASE_URL_VARIABLE, DEFAULT_BASE_URL))
-    server: AbstractContextManager[str]
-    if base_url is None and callable(factory):
+    if factory is not None and settings.base_url is None:
         settings = settings.model_copy(update={"model": settings.model or EMBEDDED_MODEL})
         server = factory(settings)
     else:
-        _refuse_server_options(settings, base_url)
-        server = nullcontext(base_url)
+        server = nullcontext(_address(settings))
 
     from eval_jobs.console import print_summary
     from eval_jobs.driver import run_evaluation
 
-    with server as url:
-        run = run_evaluation(settings, problems, url, progress)
+    with server as base_url:
+        run = run_evaluation(settings, problems, base_url, progress)
     summary = run.summary() or {}
     print_summary(run, summary, Console())
     return int(summary["errors"])
 
 
-def _refuse_server_options(settings: EvalSettings, base_url: str) -> None:
-    """Refuse options that only a server started here could honour.
+def _address(settings: EvalSettings) -> str:
+    """Return where the server is that was started elsewhere.
 
     Raises:
-        SettingsError: naming them.
+        SettingsError: if options were given that only a server started here could honour.
     """
+    base_url = settings.base_url or os.environ.get(BASE_URL_VARIABLE, DEFAULT_BASE_URL)
     given = [f"--{name}" for name in SERVER_OPTIONS if getattr(settings, name) is not None]
     if given:
         raise SettingsError(f"{', '.join(given)}: only for a server started here; the one at {base_url} has its own")
+    return base_url

@@ -1,4 +1,4 @@
-"""What a person reads at the end: a table of the scores, and a warning for each thing that should keep them from trusting it."""
+"""What a person reads at the end: the scores, and a warning for each thing that should keep them from trusting one."""
 
 from collections.abc import Iterator
 from typing import Any

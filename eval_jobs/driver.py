@@ -54,7 +54,10 @@ def run_evaluation(settings: EvalSettings, problems: Sequence[Problem], base_url
         _announce(run, settings, problems, missing, console)
         session = None
         if missing:
-            with ray_connection(settings.ray_address, settings.verbose), Progress(console, len(problems), recorded) as bar:
+            with (
+                ray_connection(settings.ray_address, settings.verbose),
+                Progress(console, len(problems), recorded) as bar,
+            ):
                 session = _run_missing(missing, plan, settings.parallel, run, record, bar)
     write_summary(run, session)
     write_report(run)

@@ -93,7 +93,9 @@ def _list_models(endpoint: Endpoint) -> list[dict[str, Any]]:
     except APIStatusError as error:
         raise FatalRequestError(f"the server at {url} answers GET /models with {server_message(error)}") from error
     except (OpenAIError, TypeError, AttributeError) as error:  # what answers is a web page or other JSON
-        raise FatalRequestError(f"what answers at {url} is not an OpenAI-compatible server; does it end in /v1?") from error
+        raise FatalRequestError(
+            f"what answers at {url} is not an OpenAI-compatible server; does it end in /v1?"
+        ) from error
     if not models or not all(isinstance(model.get("id"), str) for model in models):
         raise FatalRequestError(f"the server at {url} lists no models")
     return models

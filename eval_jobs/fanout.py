@@ -74,7 +74,9 @@ def ray_connection(address: str | None, verbose: bool = False) -> Iterator[None]
     if where != "local":
         _check_reachable(where)
     try:
-        ray.init(address=where, log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR, **options)
+        ray.init(
+            address=where, log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR, **options
+        )
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise RayConnectionError(f"--ray-address: cannot join the Ray cluster at {where}: {error}") from error
     try:

@@ -43,6 +43,11 @@ def write_sample_files(run: Run, sample: Sample) -> None:
     write_json(_folder(run, "agent_states") / f"{name}.json", _agent_state(run.config, sample))
 
 
+def sorted_samples(run: Run) -> list[Sample]:
+    """Return a run's samples in the order of their problems, whatever order they finished in."""
+    return sorted(run.samples(), key=lambda sample: (len(sample.sample_id), sample.sample_id))
+
+
 def write_summary(run: Run, session: Session | None) -> dict[str, Any]:
     """Write `dataset.jsonl` and `summary.json`; return the summary.
 
@@ -50,7 +55,7 @@ def write_summary(run: Run, session: Session | None) -> dict[str, Any]:
         run: the run.
         session: what this sitting took; None if it ran nothing, which keeps what `summary.json` says of the last one.
     """
-    samples = sorted(run.samples(), key=lambda sample: (len(sample.sample_id), sample.sample_id))
+    samples = sorted_samples(run)
     _write_jsonl(run.path / "dataset.jsonl", [_dataset_line(sample) for sample in samples])
     summary = summarise(run.config, samples)
     summary["session"] = (run.summary() or {}).get("session") if session is None else _speed(samples, session)

@@ -64,7 +64,9 @@ def load_problems(source: str, samples: int) -> list[Problem]:
     elif source.endswith(".jsonl") or Path(source).exists():
         found = _file(Path(source).expanduser())
     else:
-        raise ProblemError(f"--problems: {source!r} is unknown; allowed are {', '.join(SOURCES)}, or a .jsonl file's path")
+        raise ProblemError(
+            f"--problems: {source!r} is unknown; allowed are {', '.join(SOURCES)}, or a .jsonl file's path"
+        )
     problems = list(islice(found, samples))
     if not problems:
         raise ProblemError(f"--problems: {source} has no problems")
@@ -98,9 +100,9 @@ def arithmetic() -> Iterator[Problem]:
         size=ARITHMETIC_SIZE,  # items are made one by one, each from (seed, index)
     )
     for number, item in enumerate(sums, start=1):
-        gold = item["answer"]
-        solution = f"{item['metadata']['expression']} = {gold}\n#### {gold}"
-        yield Problem(f"arithmetic-{number:04d}", number, item["question"], solution, gold)
+        expression, gold = item["metadata"]["expression"], item["answer"]
+        solution = f"{expression} = {gold}\n#### {gold}"
+        yield Problem(f"arithmetic-{number:04d}", number, f"What is {expression}?", solution, gold)
 
 
 def gsm8k() -> Iterator[Problem]:

@@ -42,15 +42,23 @@ class Prompt:
 ANSWER_LINE = Prompt(
     name="answer-line",
     version=1,
-    user="""Solve the problem step by step. End with a line that says only Answer: and the number.
+    user="""Solve the last problem step by step, as in the examples. End with a line Answer: [number].
 
-Problem: Tom has 3 bags of 4 apples and eats 2. How many are left?
-3 * 4 = 12 apples. 12 - 2 = 10 are left.
-Answer: 10
+Problem: What is 7 + 2 - 4?
+7 + 2 = 9. 9 - 4 = 5.
+Answer: 5
+
+Problem: Tom has 3 bags of 4 apples. How many apples does he have?
+3 * 4 = 12.
+Answer: 12
+
+Problem: What is 2 - 8?
+2 - 8 = -6.
+Answer: -6
 
 Problem: {question}""",
 )
-"""The seed's contract: reason step by step, then a last line `Answer: [number]`. The example is for very small models, which
-do not follow the instruction alone."""
+"""Reason step by step, then a last line `Answer: [number]`. The examples are for very small models: SmolLM2-135M, told in
+words alone, wrote no such line in 24 of 24 replies to `arithmetic`; shown it, it wrote one in 15."""
 
 PROMPTS: dict[str, Prompt] = {prompt.name: prompt for prompt in (ANSWER_LINE,)}

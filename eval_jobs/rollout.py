@@ -61,7 +61,7 @@ async def run_rollout(client: AsyncOpenAI, problem: Problem, plan: RolloutPlan) 
         FatalRequestError: if every other problem would fail in the same way.
     """
     started = time.monotonic()
-    messages = PROMPTS[plan.prompt].messages(problem.question)
+    messages: list[Any] = PROMPTS[plan.prompt].messages(problem.question)
     try:
         async with asyncio.timeout(plan.endpoint.timeout):  # over all retries
             completion = await client.chat.completions.create(
@@ -126,9 +126,7 @@ async def _check_alive(client: AsyncOpenAI, endpoint: Endpoint) -> None:
         return  # it answers, if only to complain
 
 
-def _read_reply(
-    completion: Any, problem: Problem, plan: RolloutPlan, messages: list[dict[str, Any]], seconds: float
-) -> Sample:
+def _read_reply(completion: Any, problem: Problem, plan: RolloutPlan, messages: list[Any], seconds: float) -> Sample:
     """Score a reply. The SDK does not check its shape, and not every compatible server sends all of it."""
     if not getattr(completion, "choices", None):
         return failed_sample(problem, plan, "the reply has no choices")

@@ -108,10 +108,8 @@ def read_cot_strict(text: str) -> str | None:
 
 def read_flexible(text: str) -> str | None:
     """Read the last thing that looks like a number, as lm-evaluation-harness's `flexible-extract` does."""
-    last = None
-    for last in _FLEXIBLE.finditer(text):
-        pass
-    return last[0] if last else None
+    found = [match[0] for match in _FLEXIBLE.finditer(text)]
+    return found[-1] if found else None
 
 
 def same_number(answer: str, gold: str) -> bool:

@@ -26,7 +26,7 @@ TOLERANCE = 1e-7
 """Stop when a step is this short, measured by the bound of step 3; decision scores are then right to about 1e-4."""
 
 MAX_STEPS = 20_000
-"""Far more than any strength up to 100 needs (usually 20 to 300)."""
+"""Far more than is needed: under 300 steps for C up to 1, under 2,000 for C up to 100."""
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ stderr and exit code 2; anything else is a bug and shows its traceback.
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -18,6 +18,7 @@ from eval_jobs.command import evaluate
 
 if TYPE_CHECKING:
     from eval_jobs.config import EvalSettings
+    from serve_app.config import ServerConfig
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split("\n")[0]
@@ -37,7 +38,7 @@ def expected_errors(*kinds: type[Exception]) -> Iterator[None]:
     try:
         yield
     except kinds as error:
-        err.print(f"[red]error:[/red] {error}", highlight=False)
+        err.print(f"error: {describe(error)}", style="red", highlight=False, markup=False)
         raise typer.Exit(2) from error
 
 
@@ -57,19 +58,43 @@ def main(context: typer.Context) -> None:
 app.command(name="eval")(evaluate)
 
 
-def serve_for_eval(settings: "EvalSettings") -> AbstractContextManager[str]:
+@contextmanager
+def serve_for_eval(settings: "EvalSettings") -> Iterator[str]:
     """Start Ray and the server for an evaluation that was given none; yields its base URL."""
-    from roentgen.launch.local import serving
+    from pydantic import ValidationError
+
+    from eval_jobs import EvalError
+    from roentgen.launch.local import LaunchError, serving
+    from roentgen.store import StoreError
+
+    try:
+        given = settings.model_dump(include={"model", "revision", "dtype", "device", "store"}, exclude_none=True)
+        config = server_config(**given)
+        running = serving(
+            config, ray_address=settings.ray_address or "local", stage=stage_printer(), verbose=settings.verbose
+        )
+        with running as base_url:
+            yield base_url
+    except (LaunchError, StoreError, ValidationError) as error:
+        raise EvalError(describe(error)) from error
+
+
+def server_config(**options: object) -> "ServerConfig":
+    """Validate the server's options."""
     from serve_app.config import ServerConfig
 
-    config = ServerConfig(
-        model=settings.model or ServerConfig().model,
-        revision=settings.revision,
-        dtype=settings.dtype,
-        device=settings.device,
-        store=str(settings.store),
+    return ServerConfig.model_validate(options)
+
+
+def describe(error: Exception) -> str:
+    """Say an error in one line; of a validation error, each option, what was given and what is allowed."""
+    from pydantic import ValidationError
+
+    if not isinstance(error, ValidationError):
+        return str(error)
+    return "; ".join(
+        f"--{str(e['loc'][0]).replace('_', '-')}: {e['msg']} (given: {e['input']!r})" for e in error.errors()
     )
-    return serving(config, ray_address=settings.ray_address or "local", stage=stage_printer(), verbose=settings.verbose)
 
 
 @app.command()
@@ -90,18 +115,10 @@ def serve(
 
     from roentgen.launch.local import LaunchError, serving
     from roentgen.store import StoreError
-    from serve_app.config import ServerConfig
 
     with expected_errors(LaunchError, StoreError, ValidationError):
-        config = ServerConfig.model_validate(
-            {
-                "model": model,
-                "revision": revision,
-                "dtype": dtype,
-                "device": device,
-                "store": str(store),
-                "max_batch": max_batch,
-            }
+        config = server_config(
+            model=model, revision=revision, dtype=dtype, device=device, store=str(store), max_batch=max_batch
         )
         running = serving(config, host=host, port=port, ray_address=ray_address, stage=stage_printer(), verbose=verbose)
         with running as base_url:

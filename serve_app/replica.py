@@ -36,12 +36,13 @@ from serve_app.engines.protocol import (
     TextDelta,
 )
 from serve_app.engines.transformers_engine import TransformersEngine
-from serve_app.models import LoadedModel, ModelNotFoundError, load, locate
+from serve_app.models import LoadedModel, load
 from serve_app.openai_api import chat
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.prompt import Prompt, render
 from serve_app.rollouts import build_rollout, describe
+from serve_app.sources import ModelNotFoundError, locate
 
 log = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 
 from roentgen.store.durable import check_writable, local_root
 from serve_app.config import ServerConfig
+from serve_app.sources import ModelNotFoundError, locate
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +58,11 @@ def serving(
     port = port or free_port(host)
     check_port(host, port)
     check_writable(local_root(config.store))
+    if ray_address == "local":  # on another machine, what the name leads to is for the replica to find out
+        try:
+            locate(config.model, config.revision)
+        except ModelNotFoundError as error:
+            raise LaunchError(str(error)) from error
 
     import ray
     from ray import serve

@@ -4,8 +4,7 @@ import pytest
 
 from serve_app.engines.transformers_engine import TransformersEngine
 from serve_app.models import LoadedModel
-
-from . import tiny
+from tests.serve_app import tiny
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ from serve_app.capture.resolver import resolve_structure
 from serve_app.capture.rows import CapturePlan
 from serve_app.engines.protocol import Event, Failed, Finished, GenerationJob, Sampling, TextDelta
 from serve_app.engines.transformers_engine import TransformersEngine
-from serve_app.models import LoadedModel, ModelSource
+from serve_app.models import LoadedModel
+from serve_app.sources import ModelSource
 
 EOS = 256
 SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 257}

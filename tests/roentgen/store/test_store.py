@@ -14,8 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roentgen.store import Session, StoreError, StoreWriter, list_sessions, verify
-
-from .conftest import KEYS, RolloutFactory
+from tests.roentgen.store.conftest import KEYS, RolloutFactory
 
 
 def test_rows_come_back_as_written(tmp_path: Path, rollout: RolloutFactory) -> None:
