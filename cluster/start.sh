@@ -8,7 +8,8 @@ cd "$(dirname "$0")/.."
 source .venv/bin/activate
 : "${MODEL:?}" "${STORE:?}" "${SKYPILOT_NODE_IPS:?}" "${SKYPILOT_NODE_RANK:?}" "${SKYPILOT_NUM_NODES:?}"
 export RAY_USAGE_STATS_ENABLED=0
-if [ -n "${RAY_AUTH_TOKEN:-}" ]; then export RAY_AUTH_MODE=token; else unset RAY_AUTH_TOKEN; fi
+# Said either way: left to itself, Ray locks a cluster whenever it finds a token in the home folder.
+if [ -n "${RAY_AUTH_TOKEN:-}" ]; then export RAY_AUTH_MODE=token; else export RAY_AUTH_MODE=disabled; fi
 
 head=$(head -n1 <<<"$SKYPILOT_NODE_IPS")
 here=$(sed -n "$((SKYPILOT_NODE_RANK + 1))p" <<<"$SKYPILOT_NODE_IPS")

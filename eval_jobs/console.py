@@ -21,7 +21,7 @@ def print_summary(run: Run, summary: dict[str, Any], console: Console) -> None:
     for name, scores in summary["extractors"].items():
         primary = name == summary["extractor"]
         table.add_row(
-            f"{name} (primary)" if primary else name,
+            f"→ {name}" if primary else f"  {name}",
             f"{scores['correct']}/{scores['n']}",
             percent(scores["value"]),
             interval(scores),

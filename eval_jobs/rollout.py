@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from openai import APIConnectionError, APIError, APIStatusError, APITimeoutError, AsyncOpenAI
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from eval_jobs.endpoint import Endpoint, FatalRequestError, server_message
 from eval_jobs.problems import Problem
@@ -29,6 +29,31 @@ CONFIGURATION_ERRORS = frozenset({400, 401, 403, 404, 422})
 
 TOO_LONG = "context_length_exceeded"
 """The one code of a 400 that blames the problem."""
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    role: str = "assistant"
+    content: str | None = None
+
+
+class _Choice(BaseModel):
+    message: _Message
+    finish_reason: str | None = None
+
+
+class _Usage(BaseModel):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class _Reply(BaseModel):
+    """What is read of a reply. The SDK's own types are not checked, and compatible servers differ."""
+
+    choices: list[_Choice] = Field(min_length=1)
+    usage: _Usage | None = None
+    activations: Any = None
 
 
 @dataclass(frozen=True)
@@ -64,9 +89,10 @@ async def run_rollout(client: AsyncOpenAI, problem: Problem, plan: RolloutPlan) 
     messages: list[Any] = PROMPTS[plan.prompt].messages(problem.question)
     try:
         async with asyncio.timeout(plan.endpoint.timeout):  # over all retries
-            completion = await client.chat.completions.create(
+            answer = await client.chat.completions.with_raw_response.create(
                 model=plan.model, messages=messages, extra_body=_activations(problem, plan), **plan.sampling
             )
+        reply = _Reply.model_validate_json(answer.content)
     except (TimeoutError, APITimeoutError):
         return failed_sample(problem, plan, f"no answer within {plan.endpoint.timeout:g} s (--request-timeout)")
     except APIConnectionError as error:
@@ -76,9 +102,9 @@ async def run_rollout(client: AsyncOpenAI, problem: Problem, plan: RolloutPlan) 
         if error.status_code in CONFIGURATION_ERRORS and error.code != TOO_LONG:
             raise FatalRequestError(f"the server refuses the request: {server_message(error)}") from error
         return failed_sample(problem, plan, server_message(error))
-    except APIError as error:  # a 200 whose body cannot be read
-        return failed_sample(problem, plan, f"the reply cannot be read: {error}")
-    return _read_reply(completion, problem, plan, messages, time.monotonic() - started)
+    except ValidationError as error:  # a 200 that is not JSON, or JSON of another shape
+        return failed_sample(problem, plan, f"the reply cannot be read: {error.errors()[0]['msg']}")
+    return _scored_sample(reply, problem, plan, messages, time.monotonic() - started)
 
 
 def failed_sample(problem: Problem, plan: RolloutPlan, error: str) -> Sample:
@@ -126,11 +152,8 @@ async def _check_alive(client: AsyncOpenAI, endpoint: Endpoint) -> None:
         return  # it answers, if only to complain
 
 
-def _read_reply(completion: Any, problem: Problem, plan: RolloutPlan, messages: list[Any], seconds: float) -> Sample:
-    """Score a reply. The SDK does not check its shape, and not every compatible server sends all of it."""
-    if not getattr(completion, "choices", None):
-        return failed_sample(problem, plan, "the reply has no choices")
-    choice, usage = completion.choices[0], completion.usage
+def _scored_sample(reply: _Reply, problem: Problem, plan: RolloutPlan, messages: list[Any], seconds: float) -> Sample:
+    choice, usage = reply.choices[0], reply.usage or _Usage()
     response = choice.message.content or ""
     scores = score(response, problem.gold)
     return Sample(
@@ -141,20 +164,19 @@ def _read_reply(completion: Any, problem: Problem, plan: RolloutPlan, messages: 
         correct_by=scores.correct_by,
         correct=scores.correct_by[plan.extractor],
         finish_reason=choice.finish_reason,
-        prompt_tokens=usage.prompt_tokens if usage else 0,
-        completion_tokens=usage.completion_tokens if usage else 0,
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
         seconds=seconds,
-        rollouts=[_rollout(completion, plan)] if plan.capture else [],
+        rollouts=[_rollout(reply.activations, plan)] if plan.capture else [],
     )
 
 
-def _rollout(completion: Any, plan: RolloutPlan) -> RolloutRef:
+def _rollout(found: Any, plan: RolloutPlan) -> RolloutRef:
     """Read where the activations are.
 
     Raises:
         FatalRequestError: if they were asked for and the reply has none.
     """
-    found = (completion.model_extra or {}).get("activations")
     if found is None:
         raise FatalRequestError(
             f"the server at {plan.endpoint.base_url} returned no activations: is it a Roentgen server?"

@@ -64,6 +64,7 @@ def serve_for_eval(settings: "EvalSettings") -> Iterator[str]:
     from pydantic import ValidationError
 
     from eval_jobs import EvalError
+    from roentgen.cluster import ClusterError
     from roentgen.launch.local import LaunchError, serving
     from roentgen.store import StoreError
 
@@ -75,7 +76,7 @@ def serve_for_eval(settings: "EvalSettings") -> Iterator[str]:
         )
         with running as base_url:
             yield base_url
-    except (LaunchError, StoreError, ValidationError) as error:
+    except (ClusterError, LaunchError, StoreError, ValidationError) as error:
         raise EvalError(describe(error)) from error
 
 
@@ -113,10 +114,12 @@ def serve(
     """Serve a model behind the OpenAI route until interrupted."""
     from pydantic import ValidationError
 
+    from roentgen.cluster import ClusterError, check_address
     from roentgen.launch.local import LaunchError, serving
     from roentgen.store import StoreError
 
-    with expected_errors(LaunchError, StoreError, ValidationError):
+    with expected_errors(ClusterError, LaunchError, StoreError, ValidationError, ValueError):
+        check_address(ray_address)
         config = server_config(
             model=model, revision=revision, dtype=dtype, device=device, store=str(store), max_batch=max_batch
         )

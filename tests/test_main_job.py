@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -181,7 +182,12 @@ def test_a_job_on_a_running_cluster(tmp_path: Path, ray_home: RayHome) -> None:
     ports = [free_port("127.0.0.1") for _ in range(5)]
     gcs, dashboard, agent, client, http = map(str, ports)
     ray = str(Path(sys.executable).parent / "ray")
-    environment = {**ray_home.environment, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = {
+        **ray_home.environment,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+    }
     head = [
         ray,
         "start",
@@ -193,10 +199,11 @@ def test_a_job_on_a_running_cluster(tmp_path: Path, ray_home: RayHome) -> None:
         "--dashboard-agent-listen-port",
         agent,
     ]
-    head += ["--ray-client-server-port", client, "--node-ip-address", "127.0.0.1", "--temp-dir", ray_home.path]
+    # 127.0.0.2 is loopback too; Ray takes "127.0.0.1" to mean this machine's outward address.
+    head += ["--ray-client-server-port", client, "--node-ip-address", "127.0.0.2", "--temp-dir", ray_home.path]
     subprocess.run([*head, "--disable-usage-stats"], env=environment, check=True, capture_output=True, timeout=120)
     serve = subprocess.Popen(
-        [ROENTGEN, "serve", "--ray-address", f"127.0.0.1:{gcs}", "--port", http, "--store", str(tmp_path / "store")],
+        [ROENTGEN, "serve", "--ray-address", f"127.0.0.2:{gcs}", "--port", http, "--store", str(tmp_path / "store")],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert serve.stdout is not None

@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from roentgen.cluster import LOCAL, connected
 from roentgen.store.durable import check_writable, local_root
 from serve_app.config import ServerConfig
 from serve_app.sources import ModelNotFoundError, locate
@@ -36,7 +37,7 @@ def serving(
     *,
     host: str = "127.0.0.1",
     port: int = 0,
-    ray_address: str = "local",
+    ray_address: str = LOCAL,
     stage: Callable[[str], None] = log.info,
     verbose: bool = False,
 ) -> Iterator[str]:
@@ -52,42 +53,41 @@ def serving(
 
     Raises:
         LaunchError: if the port is taken, the address needs a key, or the model cannot be loaded.
+        ClusterError: if no Ray answers at the address.
         StoreError: if the store is not writable.
     """
     check_host(host)
     port = port or free_port(host)
     check_port(host, port)
     check_writable(local_root(config.store))
-    if ray_address == "local":  # on another machine, what the name leads to is for the replica to find out
+    if ray_address == LOCAL:  # on another machine, what the name leads to is for the replica to find out
         try:
             locate(config.model, config.revision)
         except ModelNotFoundError as error:
             raise LaunchError(str(error)) from error
 
-    import ray
+    stage("starting Ray" if ray_address == LOCAL else f"joining Ray at {ray_address}")
+    with connected(ray_address, verbose=verbose), _application(config, host, port, stage, verbose):
+        base = f"http://{host}:{port}"
+        wait_until_ready(base, stage)
+        yield f"{base}/v1"
+
+
+@contextmanager
+def _application(
+    config: ServerConfig, host: str, port: int, stage: Callable[[str], None], verbose: bool
+) -> Iterator[None]:
+    """Deploy the Serve application on the Ray that this process is connected to; on leaving, take it away."""
     from ray import serve
     from ray.serve.config import HTTPOptions
 
     from serve_app.app import build
 
-    stage("starting Ray" if ray_address == "local" else f"joining Ray at {ray_address}")
-    quiet = logging.INFO if verbose else logging.ERROR
-    started_ray = not ray.is_initialized()
-    started_local = started_ray and ray_address == "local"
-    found_serve = False
-    if started_ray:
-        ray.init(
-            address=ray_address,
-            log_to_driver=verbose,
-            logging_level=quiet,
-            configure_logging=True,
-            **({"include_dashboard": False} if started_local else {}),
-        )
-    logging.getLogger("ray.serve").setLevel(quiet)
+    logging.getLogger("ray.serve").setLevel(logging.INFO if verbose else logging.ERROR)
+    stage("starting Ray Serve")
+    found_serve = bool(serve.status().proxies)
+    serve.start(http_options=HTTPOptions(host=host, port=port))
     try:
-        stage("starting Ray Serve")
-        found_serve = bool(serve.status().proxies)
-        serve.start(http_options=HTTPOptions(host=host, port=port))
         serve.run(
             build(config),
             name=APP_NAME,
@@ -95,16 +95,12 @@ def serving(
             blocking=False,
             logging_config={"enable_access_log": verbose},
         )
-        base = f"http://{host}:{port}"
-        wait_until_ready(base, stage)
-        yield f"{base}/v1"
+        yield
     finally:
         stage("stopping the server")
         serve.delete(APP_NAME)
-        if not (started_local or found_serve):
+        if not found_serve:
             serve.shutdown()
-        if started_ray:
-            ray.shutdown()
 
 
 def check_host(host: str) -> None:

@@ -1,0 +1,76 @@
+"""Connects this process to Ray: to one that it starts here, or to a cluster at an address that someone names.
+
+Never `address="auto"`: beside SkyPilot's own Ray it finds the wrong one. A Ray started here listens on loopback only, since
+whoever reaches Ray's ports can run code.
+"""
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+LOCAL = "local"
+CONNECT_TIMEOUT_S = 5.0
+
+
+class ClusterError(Exception):
+    """Ray cannot be reached at the address given."""
+
+
+def check_address(address: str) -> str:
+    """Return an address of Ray as a person writes it, if it is one.
+
+    Raises:
+        ValueError: if it is neither `local` nor HOST:PORT.
+    """
+    if address == "auto":
+        raise ValueError(
+            "'auto' takes whatever Ray it finds, which beside SkyPilot's own is often the wrong one; "
+            "allowed are local and HOST:PORT"
+        )
+    host, _, port = address.rpartition(":")
+    if address != LOCAL and not (host and port.isascii() and port.isdigit()):
+        raise ValueError(f"{address!r} is not an address of Ray; allowed are local and HOST:PORT")
+    return address
+
+
+@contextmanager
+def connected(address: str | None, *, verbose: bool = False) -> Iterator[None]:
+    """Connect to Ray, unless this process is connected already; on leaving, undo what was done here.
+
+    Args:
+        address: `local` starts one here, `HOST:PORT` joins a cluster; None means the one Ray names inside a job, or local.
+        verbose: show what tasks and Ray's own processes log.
+
+    Raises:
+        ClusterError: if no cluster answers.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    where = address or os.environ.get("RAY_ADDRESS") or LOCAL
+    options = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if where == LOCAL else {}
+    if where != LOCAL:
+        _check_reachable(where)
+    try:
+        ray.init(
+            address=where, log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR, **options
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ClusterError(f"--ray-address: cannot join the Ray cluster at {where}: {error}") from error
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check_reachable(address: str) -> None:
+    """Knock at the cluster's door; Ray itself would keep trying for many minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except (OSError, ValueError) as error:
+        raise ClusterError(f"--ray-address: no Ray cluster answers at {address} ({error})") from error

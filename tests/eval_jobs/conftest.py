@@ -1,0 +1,50 @@
+"""A stand-in server and one real local Ray for the whole folder."""
+
+from collections.abc import Iterator
+
+import pytest
+import ray
+
+from eval_jobs.config import EvalSettings
+from eval_jobs.endpoint import Endpoint
+from eval_jobs.problems import Problem, load_problems
+from eval_jobs.rollout import RolloutPlan
+from roentgen.contract import ActivationRequest
+from tests.eval_jobs.stand_in import StandIn, running
+
+
+@pytest.fixture
+def server() -> Iterator[StandIn]:
+    with running(StandIn()) as stand_in:
+        yield stand_in
+
+
+@pytest.fixture(scope="package")
+def local_ray() -> Iterator[str]:
+    """The address of a Ray that this process is connected to."""
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    yield ray.get_runtime_context().gcs_address
+    ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def problems() -> list[Problem]:
+    """Twelve problems, all different."""
+    return load_problems("arithmetic", 12)
+
+
+@pytest.fixture
+def plan(server: StandIn) -> RolloutPlan:
+    return make_plan(server.base_url)
+
+
+def make_plan(base_url: str, max_retries: int = 2, timeout: float = 30.0, capture: bool = False) -> RolloutPlan:
+    return RolloutPlan(
+        endpoint=Endpoint(base_url, timeout=timeout, max_retries=max_retries),
+        model="stand-in",
+        prompt="answer-line",
+        sampling=EvalSettings().sampling,
+        extractor="answer_line",
+        config_hash="0123456789abcdef",
+        capture=ActivationRequest(session_id="session") if capture else None,
+    )

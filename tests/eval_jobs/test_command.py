@@ -1,0 +1,133 @@
+"""The command line: one clear line for what a person can get wrong, and the right exit code."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from eval_jobs import EvalError
+from eval_jobs.command import BASE_URL_VARIABLE, ServerFactory, evaluate
+from eval_jobs.config import EvalSettings
+from roentgen.runs import Run
+from tests.eval_jobs.stand_in import FOREVER, Fault, StandIn
+
+
+@pytest.fixture(autouse=True)
+def _work_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv(BASE_URL_VARIABLE, raising=False)
+
+
+def run(*arguments: str, factory: ServerFactory | None = None) -> tuple[int, str, str]:
+    """Run the command in this process; return its exit code, stdout and stderr."""
+    app = typer.Typer()
+    app.command()(evaluate)
+    result = CliRunner().invoke(app, list(arguments), obj=factory)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--samples", "0"], "error: --samples: input should be greater than or equal to 1 (given: 0)"),
+        (["--ray-address", "auto"], "often the wrong one; allowed are local and HOST:PORT"),
+        (["--problems", "gsm9k"], "'gsm9k' is unknown; allowed are arithmetic, gsm8k"),
+        (["--problems", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
+        (["--base-url", "http://127.0.0.1:9/v1"], "no server answers at http://127.0.0.1:9/v1"),
+        (["--base-url", "http://127.0.0.1:9/v1", "--dtype", "float32"], "--dtype: only for a server started here"),
+        (["--store", "s", "--device", "cpu"], "--store, --device: only for a server started here"),
+    ],
+)
+def test_what_a_person_can_get_wrong(arguments: list[str], words: str) -> None:
+    code, _, stderr = run(*arguments)
+    assert code == 2
+    assert words in stderr
+    assert "Traceback" not in stderr
+
+
+def test_verbose_shows_the_traceback() -> None:
+    code, _, stderr = run("--samples", "0", "--verbose")
+    assert code == 2
+    assert "Traceback" in stderr
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_the_scores_go_to_stdout_and_the_rest_to_stderr(server: StandIn) -> None:
+    code, stdout, stderr = run("--base-url", server.base_url, "--output", "run", "--samples", "2")
+    assert code == 0
+    assert "→ answer_line" in stdout
+    assert "run directory" in stderr
+    assert Run.open("run").config.settings["samples"] == 2
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_failed_samples_are_exit_code_1(server: StandIn) -> None:
+    fault = Fault(400, "too long", code="context_length_exceeded")
+    server.fail("What is 4 - 1?", fault, times=FOREVER)
+    code, stdout, _ = run("--base-url", server.base_url, "--output", "run")
+    assert code == 1
+    assert "warning: 1 samples failed" in stdout
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_the_address_may_come_from_the_environment(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(BASE_URL_VARIABLE, server.base_url)
+    assert run("--output", "run", "--samples", "1")[0] == 0
+
+
+@pytest.mark.usefixtures("local_ray")
+def test_a_factory_s_server_is_used_and_stopped(server: StandIn) -> None:
+    given: list[EvalSettings] = []
+    stopped = []
+    server.models = [{"id": "smollm2-135m"}]
+
+    @contextmanager
+    def factory(settings: EvalSettings) -> Iterator[str]:
+        given.append(settings)
+        yield server.base_url
+        stopped.append(True)
+
+    code, _, stderr = run("--output", "run", "--samples", "1", "--dtype", "float32", factory=factory)
+    assert code == 0, stderr
+    assert (given[0].model, given[0].dtype, stopped) == ("smollm2-135m", "float32", [True])
+    assert Run.open("run").config.hashed["model"] == "smollm2-135m"
+
+
+def test_problems_are_checked_before_a_server_is_started(tmp_path: Path) -> None:
+    def factory(settings: EvalSettings) -> Iterator[str]:
+        raise AssertionError("started")
+
+    (tmp_path / "p.jsonl").write_text("{\n")
+    code, _, stderr = run("--problems", "p.jsonl", factory=contextmanager(factory))
+    assert code == 2
+    assert "p.jsonl, line 1: not JSON" in stderr
+
+
+def test_a_factory_that_cannot_start_says_why() -> None:
+    @contextmanager
+    def factory(settings: EvalSettings) -> Iterator[str]:
+        raise EvalError("no such model")
+        yield ""
+
+    code, _, stderr = run(factory=factory)
+    assert (code, stderr.strip()) == (2, "error: no such model")
+
+
+def test_a_given_address_starts_no_server(server: StandIn) -> None:
+    def factory(settings: EvalSettings) -> Iterator[str]:
+        raise AssertionError("started")
+
+    code, _, stderr = run("--base-url", "http://127.0.0.1:9/v1", factory=contextmanager(factory))
+    assert code == 2
+    assert "no server answers" in stderr
+
+
+def test_help_waits_for_nothing_heavy() -> None:
+    check = "import sys, eval_jobs.command; sys.exit(bool({'ray', 'openai', 'datasets', 'torch'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0

@@ -1,0 +1,65 @@
+"""What is printed: a table, warnings, and progress with and without a terminal."""
+
+import io
+from pathlib import Path
+
+from rich.console import Console
+
+from eval_jobs.console import interval, percent, print_summary, warnings
+from eval_jobs.outputs import Session, write_summary
+from eval_jobs.progress import Progress
+from tests.eval_jobs.test_outputs import make_run
+
+
+def test_the_summary_is_printed_with_its_warnings(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    out = io.StringIO()
+    print_summary(run, write_summary(run, Session(4.0, frozenset({"arithmetic-0003"}))), Console(file=out, width=120))
+    said = out.getvalue()
+    for words in (
+        "stand-in on arithmetic",
+        "→ answer_line",
+        "2/4",
+        "50.0%",
+        "15.0–85.0%",
+        "tokens: 40 in, 10 out",
+        "4.0 s for 1 samples, 0.8 tokens/s",
+        "activations: 4 rollouts × 1 keys, 5 rows each, in /store/s",
+        "warning: 1 samples failed",
+        "warning: 1 of 4 outputs were cut at the token limit: raise --max-tokens.",
+        "warning: answer_line found no answer in 1 of 4 outputs.",
+        "warning: extractors disagree about 1 of 4 outputs: gsm8k_0003.",
+        f"report: {run.path / 'report.html'}",
+    ):
+        assert words in said
+
+
+def test_few_truncations_are_no_warning() -> None:
+    summary = {"samples": 100, "errors": 0, "truncated": 10, "unparsable": 10, "disagreements": []}
+    assert warnings(summary) == []
+    assert len(warnings({**summary, "truncated": 11, "unparsable": 11, "extractor": "boxed"})) == 2
+
+
+def test_absent_numbers_are_dashes() -> None:
+    assert percent(None) == "–"
+    assert interval({"low": None, "high": None}) == "–"
+
+
+def test_without_a_terminal_progress_is_plain_lines(tmp_path: Path) -> None:
+    samples = make_run(tmp_path).samples()
+    out = io.StringIO()
+    with Progress(Console(file=out), total=5, recorded=samples[:1]) as progress:
+        for sample in samples[1:]:
+            progress.add(sample)
+    (line,) = out.getvalue().splitlines()  # the last one; the others came within seconds
+    assert line.startswith("5/5 done, 2 correct, ")
+
+
+def test_on_a_terminal_progress_is_a_bar(tmp_path: Path) -> None:
+    samples = make_run(tmp_path).samples()
+    out = io.StringIO()
+    with Progress(Console(file=out, force_terminal=True, width=120), total=5, recorded=[]) as progress:
+        for sample in samples:
+            progress.add(sample)
+    assert "5/5" in out.getvalue()
+    assert "1 errors" in out.getvalue()

@@ -1,0 +1,224 @@
+"""Whole evaluations on a real local Ray: recorded once, continued after anything, stopped in clear words."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from eval_jobs import EvalError
+from eval_jobs.config import check_settings
+from eval_jobs.driver import InterruptedRunError, run_evaluation
+from eval_jobs.endpoint import FatalRequestError
+from eval_jobs.problems import load_problems
+from eval_jobs.resume import OtherConfigurationError
+from roentgen.runs import Recorder, Run, RunError, Sample
+from tests.eval_jobs.stand_in import KILL, Fault, StandIn
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+SOON = {"Retry-After": "0.05"}
+
+
+@pytest.fixture(autouse=True)
+def _work_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def evaluate(server: StandIn, **values: Any) -> tuple[Run, str]:
+    """Run an evaluation; return the run and what was shown."""
+    settings = check_settings(**{"output": "run", "parallel": 4, "samples": 12, **values})
+    shown = io.StringIO()
+    problems = load_problems(settings.problems, settings.samples)
+    return run_evaluation(settings, problems, server.base_url, Console(file=shown, width=200)), shown.getvalue()
+
+
+def recorded_lines(run: Run) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in run.record_path.read_text().splitlines()]
+
+
+def assert_complete(run: Run, samples: int = 12) -> None:
+    ids = [line["problem_id"] for line in recorded_lines(run)]
+    assert sorted(ids) == [f"arithmetic-{number:04d}" for number in range(1, samples + 1)]
+    summary = run.summary()
+    assert summary is not None
+    assert summary["complete"] is True
+    assert summary["accuracy"]["correct"] == sum(sample.correct for sample in run.samples()) == samples
+
+
+def test_an_evaluation_leaves_the_whole_run_directory(server: StandIn, tmp_path: Path) -> None:
+    run, shown = evaluate(server, collect_activations=True, layers="8,12")
+    assert run.path == tmp_path / "run"
+    assert_complete(run)
+    assert "12/12 done, 12 correct" in shown
+    present = {path.name for path in run.path.iterdir()}
+    assert present == {
+        "config.json", "samples.jsonl", "summary.json", "dataset.jsonl", "report.html",
+        "samples", "trajectories", "agent_states",
+    }  # fmt: skip
+    sample = run.samples()[0]
+    assert sample.config_hash == run.config.config_hash == server.requests[0]["activations"]["key"]["config_hash"]
+    assert sample.rollouts[0].session_id == run.config.run_id
+    assert (run.summary() or {})["activations"]["keys"] == ["layers.12.ln_attn", "layers.8.ln_attn"]
+    assert "100.0%" in (run.path / "report.html").read_text()
+
+
+def test_running_it_again_runs_nothing(server: StandIn) -> None:
+    run, _ = evaluate(server)
+    before, asked = (run.path / "summary.json").read_text(), len(server.requests)
+    again, shown = evaluate(server)
+    assert "all 12 problems are recorded already: nothing to run" in shown
+    assert len(server.requests) == asked
+    assert (again.path / "summary.json").read_text() == before
+
+
+def test_failed_samples_are_tried_again(server: StandIn) -> None:
+    poisoned = load_problems("arithmetic", 3)[2].question
+    server.fail(poisoned, Fault(400, "too long", code="context_length_exceeded"))
+    run, _ = evaluate(server)
+    summary = run.summary() or {}
+    assert (summary["errors"], summary["samples"], summary["complete"]) == (1, 11, False)
+    asked = len(server.requests)
+    run, shown = evaluate(server)
+    assert "continuing: 11 of 12 problems are recorded already" in shown
+    assert server.questions()[asked:] == [poisoned]
+    summary = run.summary() or {}
+    assert (summary["errors"], summary["samples"], summary["complete"]) == (0, 12, True)
+    assert summary["session"]["samples"] == 1
+    assert len(recorded_lines(run)) == 13  # the record keeps the failure too
+
+
+def test_fewer_problems_than_asked_for(server: StandIn, tmp_path: Path) -> None:
+    file = tmp_path / "few.jsonl"
+    file.write_text(
+        '{"question": "What is 1 + 1?", "answer": "#### 2"}\n{"question": "What is 5 - 8?", "answer": "#### -3"}\n'
+    )
+    run, shown = evaluate(server, problems=str(file), output=None)
+    assert "has 2 problems, fewer than --samples 12: all are used" in shown
+    assert "_n2_" in run.path.name
+    assert (run.summary() or {})["accuracy"]["value"] == 1.0
+
+
+def test_another_configuration_is_refused_before_anything_runs(server: StandIn) -> None:
+    run, _ = evaluate(server)
+    before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
+    asked = len(server.requests)
+    with pytest.raises(OtherConfigurationError, match=r"sampling\.temperature: 0\.0 in the folder, 0\.7 asked for"):
+        evaluate(server, temperature=0.7)
+    assert len(server.requests) == asked
+    assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before
+
+
+def test_a_refused_request_stops_the_run_which_can_go_on(server: StandIn) -> None:
+    server.latency = 0.05
+    server.fail(load_problems("arithmetic", 9)[8].question, Fault(400, "layer 40 is out of range"))
+    with pytest.raises(
+        EvalError, match=r"layer 40 is out of range\. Finished samples are kept in .*run; the same command"
+    ):
+        evaluate(server, parallel=1)
+    run = Run.open("run")
+    assert len(run.samples()) == 8
+    assert run.summary() is None
+    assert_complete(evaluate(server)[0])
+
+
+def test_no_server_leaves_no_run(tmp_path: Path) -> None:
+    with pytest.raises(FatalRequestError, match="no server answers"):
+        evaluate(StandIn(base_url="http://127.0.0.1:9/v1"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_worker_killed_mid_run_loses_nothing(server: StandIn) -> None:
+    server.latency = 0.05
+    server.fail(load_problems("arithmetic", 6)[5].question, KILL)
+    assert_complete(evaluate(server)[0])
+
+
+def test_overload_loses_nothing(server: StandIn) -> None:
+    for problem in load_problems("arithmetic", 12):
+        server.fail(problem.question, Fault(429, "busy", headers=SOON), Fault(503, "busy", headers=SOON))
+    run, _ = evaluate(server, parallel=12)
+    assert_complete(run)
+    assert len(server.requests) == 36
+
+
+def test_ctrl_c_says_how_to_go_on(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    append, kept = Recorder.append, []
+
+    def interrupt(self: Recorder, sample: Sample) -> None:
+        append(self, sample)
+        kept.append(sample)
+        if len(kept) == 4:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Recorder, "append", interrupt)
+    with pytest.raises(InterruptedRunError, match="the same command") as caught:
+        evaluate(server)
+    assert caught.value.exit_code == 130
+    monkeypatch.setattr(Recorder, "append", append)
+    assert_complete(evaluate(server)[0])
+
+
+def test_a_full_disk_is_one_clear_error(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(self: Recorder, sample: Sample) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Recorder, "append", full)
+    with pytest.raises(EvalError, match=r"run cannot be written: No space left on device\. Finished samples are kept"):
+        evaluate(server)
+
+
+def test_two_drivers_do_not_share_a_run(server: StandIn) -> None:
+    run, _ = evaluate(server)
+    with run.recording(), pytest.raises(RunError, match="being written by another evaluation"):
+        evaluate(server)
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
+def test_a_driver_stopped_half_way_is_continued(
+    server: StandIn, local_ray: str, tmp_path: Path, signal_number: int
+) -> None:
+    """The command itself, on the cluster it is told of; killed or interrupted, then started again."""
+    server.latency = 0.15
+    command = [
+        sys.executable,
+        "-m",
+        "eval_jobs",
+        "--samples",
+        "24",
+        "--parallel",
+        "4",
+        "--output",
+        str(tmp_path / "run"),
+    ]
+    command += ["--base-url", server.base_url, "--ray-address", local_ray, "--collect-activations"]
+    driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    record = tmp_path / "run" / "samples.jsonl"
+    deadline = time.monotonic() + 60
+    while not (record.exists() and record.read_bytes().count(b"\n") >= 8):
+        assert driver.poll() is None, driver.stderr.read() if driver.stderr else ""
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    driver.send_signal(signal_number)
+    _, said = driver.communicate(timeout=60)
+    if signal_number == signal.SIGINT:
+        assert driver.returncode == 130
+        assert "the same command (without --new) continues there" in said
+        assert "Traceback" not in said
+    kept = Run.open(tmp_path / "run").samples()
+    assert 8 <= len(kept) < 24
+
+    again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert again.returncode == 0, again.stderr
+    assert f"continuing: {len(kept)} of 24 problems are recorded already" in again.stderr
+    run = Run.open(tmp_path / "run")
+    assert_complete(run, 24)
+    assert run.samples()[: len(kept)] == kept
+    assert len(server.requests) <= 24 + 2 * 4 + 4  # what was in flight ran twice, and no more
+    assert "24/24" in again.stdout

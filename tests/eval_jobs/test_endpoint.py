@@ -1,0 +1,44 @@
+"""The server is asked before anything runs: wrong addresses, keys and names cost seconds, in clear words."""
+
+import pytest
+
+from eval_jobs.config import ServedModel
+from eval_jobs.endpoint import API_KEY_VARIABLE, Endpoint, FatalRequestError, api_key, find_model
+from tests.eval_jobs.stand_in import StandIn
+
+
+def test_a_roentgen_server_says_what_it_serves(server: StandIn) -> None:
+    assert find_model(Endpoint(server.base_url), None) == ServedModel("stand-in", "r1", "float32", 30, 8)
+
+
+def test_another_server_says_the_name_only(server: StandIn) -> None:
+    server.models = [{"id": "a"}, {"id": "b"}]
+    assert find_model(Endpoint(server.base_url), "b") == ServedModel("b")
+    with pytest.raises(FatalRequestError, match="serves a, b: choose one with --model"):
+        find_model(Endpoint(server.base_url), None)
+    with pytest.raises(FatalRequestError, match=r"--model: 'c' is not served at .*; it serves a, b"):
+        find_model(Endpoint(server.base_url), "c")
+
+
+def test_no_server() -> None:
+    with pytest.raises(FatalRequestError, match=r"no server answers at http://127\.0\.0\.1:9/v1: start one with"):
+        find_model(Endpoint("http://127.0.0.1:9/v1"), None)
+
+
+def test_a_wrong_path(server: StandIn) -> None:
+    with pytest.raises(FatalRequestError, match="404: no route /models"):
+        find_model(Endpoint(server.base_url.removesuffix("/v1")), None)
+
+
+def test_a_server_without_models(server: StandIn) -> None:
+    server.models = []
+    with pytest.raises(FatalRequestError, match="lists no models"):
+        find_model(Endpoint(server.base_url), None)
+
+
+def test_the_key_is_the_first_of_the_list_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
+    assert api_key() == "none"
+    monkeypatch.setenv(API_KEY_VARIABLE, "first, second")
+    assert api_key() == "first"
+    assert "first" not in repr(Endpoint("http://h/v1", api_key=api_key()))

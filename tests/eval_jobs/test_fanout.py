@@ -1,0 +1,131 @@
+"""Many rollouts on a real local Ray: every problem once, however the tasks end."""
+
+import time
+
+import pytest
+import ray
+
+from eval_jobs.endpoint import FatalRequestError
+from eval_jobs.fanout import MAX_DEATHS, RayConnectionError, deal, evaluate, ray_connection
+from eval_jobs.problems import Problem
+from eval_jobs.rollout import RolloutPlan
+from roentgen.runs import Sample
+from tests.eval_jobs.stand_in import FOREVER, KILL, Fault, StandIn
+
+pytestmark = pytest.mark.usefixtures("local_ray")
+
+
+def run(problems: list[Problem], plan: RolloutPlan, parallel: int) -> list[Sample]:
+    samples: list[Sample] = []
+    evaluate(problems, plan, parallel, samples.append)
+    return samples
+
+
+def assert_each_once(samples: list[Sample], problems: list[Problem]) -> None:
+    assert sorted(sample.problem_id for sample in samples) == [problem.problem_id for problem in problems]
+
+
+def test_problems_and_places_are_dealt_evenly(problems: list[Problem]) -> None:
+    slices = deal(problems, tasks=5, parallel=7)
+    assert [piece.in_flight for piece in slices] == [2, 2, 1, 1, 1]
+    assert [len(piece.problems) for piece in slices] == [3, 3, 2, 2, 2]
+    assert {problem for piece in slices for problem in piece.problems} == set(problems)
+
+
+@pytest.mark.parametrize("parallel", [1, 5, 64])
+def test_every_problem_once(server: StandIn, plan: RolloutPlan, problems: list[Problem], parallel: int) -> None:
+    server.latency = 0.05
+    samples = run(problems, plan, parallel)
+    assert_each_once(samples, problems)
+    assert all(sample.correct for sample in samples)
+    most = min(parallel, len(problems))
+    assert most / 2 <= server.most_in_flight <= most  # half, where one of the two workers was still starting
+
+
+def test_nothing_to_do(plan: RolloutPlan) -> None:
+    assert run([], plan, 4) == []
+
+
+def test_samples_arrive_while_others_run(server: StandIn, plan: RolloutPlan, problems: list[Problem]) -> None:
+    server.latency = 0.2
+    arrivals: list[float] = []
+    evaluate(problems, plan, 2, lambda sample: arrivals.append(time.monotonic()))
+    assert arrivals[-1] - arrivals[0] > 0.7  # six rounds of 0.2 s
+
+
+def test_a_poisoned_problem_costs_no_other(server: StandIn, plan: RolloutPlan, problems: list[Problem]) -> None:
+    server.fail(problems[3].question, Fault(500, "poisoned", headers={"Retry-After": "0.1"}), times=FOREVER)
+    samples = run(problems, plan, 4)
+    assert_each_once(samples, problems)
+    assert [sample.problem_id for sample in samples if sample.error] == [problems[3].problem_id]
+
+
+def test_a_killed_worker_s_problems_are_dealt_again(
+    server: StandIn, plan: RolloutPlan, problems: list[Problem]
+) -> None:
+    server.latency = 0.05
+    server.fail(problems[4].question, KILL)
+    samples = run(problems, plan, 4)
+    assert_each_once(samples, problems)
+    assert not any(sample.error for sample in samples)
+    assert server.questions().count(problems[4].question) == 2
+
+
+def test_a_problem_that_kills_every_worker_is_given_up_alone(
+    server: StandIn, plan: RolloutPlan, problems: list[Problem]
+) -> None:
+    server.latency = 0.05
+    server.fail(problems[0].question, KILL, times=FOREVER)
+    samples = run(problems, plan, 4)
+    assert_each_once(samples, problems)
+    (failed,) = [sample for sample in samples if sample.error]
+    assert failed.problem_id == problems[0].problem_id
+    assert f"its task died {MAX_DEATHS} times" in str(failed.error)
+    assert server.questions().count(problems[0].question) == MAX_DEATHS
+
+
+def test_a_refused_request_stops_everything_and_keeps_what_is_done(
+    server: StandIn, plan: RolloutPlan, problems: list[Problem]
+) -> None:
+    server.latency = 0.1
+    server.fail(problems[6].question, Fault(400, "layer 40 is out of range"))
+    samples: list[Sample] = []
+    with pytest.raises(FatalRequestError, match="layer 40 is out of range") as caught:
+        evaluate(problems, plan, 2, samples.append)
+    assert type(caught.value) is FatalRequestError
+    assert 3 <= len(samples) < 12
+    time.sleep(0.5)
+    asked = len(server.requests)
+    time.sleep(0.5)
+    assert len(server.requests) == asked < 12  # the other task was cancelled too
+
+
+def test_an_error_in_the_driver_cancels_the_tasks(server: StandIn, plan: RolloutPlan, problems: list[Problem]) -> None:
+    server.latency = 0.2
+
+    def full(sample: Sample) -> None:
+        raise OSError("No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        evaluate(problems, plan, 2, full)
+    time.sleep(0.5)
+    asked = len(server.requests)
+    time.sleep(0.6)
+    assert len(server.requests) == asked < 12
+
+
+def test_a_connection_that_exists_is_used_and_left() -> None:
+    with ray_connection("127.0.0.1:1"):
+        assert ray.is_initialized()
+    assert ray.is_initialized()
+
+
+def test_a_cluster_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    started = time.monotonic()
+    with (
+        pytest.raises(RayConnectionError, match=r"no Ray cluster answers at 127\.0\.0\.1:9"),
+        ray_connection("127.0.0.1:9"),
+    ):
+        pass
+    assert time.monotonic() - started < 10

@@ -1,0 +1,105 @@
+"""The run directory: made, found again, and never shared by two configurations."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval_jobs.config import ServedModel, check_settings
+from eval_jobs.problems import load_problems
+from eval_jobs.resume import OtherConfigurationError, open_run
+from roentgen.contract import check_session_id
+from roentgen.runs import Run, RunError, write_json
+
+SERVED = ServedModel("Qwen/Qwen3-0.6B", "r", "float32", 28, 1024)
+
+
+@pytest.fixture(autouse=True)
+def _work_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def opened(served: ServedModel = SERVED, **values: Any) -> Run:
+    settings = check_settings(**values)
+    return open_run(settings, load_problems(settings.problems, settings.samples), served, "http://h:1/v1")
+
+
+def test_a_made_up_folder_says_what_it_holds(tmp_path: Path) -> None:
+    run = opened(samples=2, collect_activations=True)
+    assert run.path.parent == tmp_path / "results"
+    assert run.path.name.startswith("gsm8k_Qwen3-0.6B_no_tools_n2_activations_2")
+    assert opened(samples=2).path.name.startswith("gsm8k_Qwen3-0.6B_no_tools_n2_2")
+
+
+def test_the_configuration_is_all_that_is_needed_to_run_it_again() -> None:
+    config = Run.open(opened(samples=2, temperature=0.5).path).config
+    assert config.hashed["sampling"] == {"max_tokens": 512, "temperature": 0.5, "top_p": 1.0, "seed": 0}
+    assert config.hashed["capture"] is None
+    assert config.problems["source"] == "arithmetic"
+    assert config.problems["samples"] == 2
+    assert "{question}" in config.prompt["user"]
+    assert config.settings["base_url"] == "http://h:1/v1"
+    assert config.settings["served"]["num_layers"] == 28
+    assert {"python", "roentgen", "ray", "openai"} <= config.versions.keys()
+
+
+@pytest.mark.parametrize(
+    "name", ["run", ".hidden run", "ünïcode and a name far longer than an identifier may ever be", "…"]
+)
+def test_a_run_s_id_can_name_its_session(tmp_path: Path, name: str) -> None:
+    first, second = opened(output=tmp_path / "a" / name), opened(output=tmp_path / "b" / name)
+    assert check_session_id(first.config.run_id)
+    assert first.config.run_id != second.config.run_id
+
+
+def test_an_unfinished_run_is_continued_and_a_finished_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = opened()
+    assert opened().path == run.path
+    write_json(run.path / "summary.json", {"complete": False})
+    assert opened().path == run.path
+    write_json(run.path / "summary.json", {"complete": True})
+    monkeypatch.setattr("eval_jobs.resume.folder_name", lambda *_: "another")
+    assert opened().path.name == "another"
+
+
+@pytest.mark.parametrize(
+    "values", [{"new": True}, {"samples": 4}, {"temperature": 0.5}, {"extractor": "flexible"}, {"problems": "p.jsonl"}]
+)
+def test_another_run_is_another_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: dict[str, Any]) -> None:
+    (tmp_path / "p.jsonl").write_text('{"question": "1 + 1?", "answer": "#### 2"}\n' * 3)
+    run = opened()
+    monkeypatch.setattr("eval_jobs.resume.folder_name", lambda *_: "another")
+    assert opened(**values).path != run.path
+
+
+def test_an_output_folder_is_continued_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = opened(output="out")
+    monkeypatch.chdir("/")
+    assert opened(output=tmp_path / "out").config == run.config
+
+
+def test_an_output_folder_of_another_configuration_is_refused_with_what_differs() -> None:
+    opened(output="out", collect_activations=True, layers="8,12")
+    with pytest.raises(OtherConfigurationError) as caught:
+        opened(ServedModel("other", "r", "float32"), output="out", seed=7, samples=4, extractor="boxed")
+    said = str(caught.value)
+    for line in (
+        "  model: 'Qwen/Qwen3-0.6B' in the folder, 'other' asked for",
+        "  sampling.seed: 0 in the folder, 7 asked for",
+        "  problems.samples: 3 in the folder, 4 asked for",
+        "  extractor: 'answer_line' in the folder, 'boxed' asked for",
+        "'layers': [8, 12]",
+    ):
+        assert line in said
+    assert "revision" not in said
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="not writable"):
+        opened(output=tmp_path / "file" / "run")
+
+
+def test_no_key_is_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ROENTGEN_API_KEY", "very-secret")
+    assert "very-secret" not in (opened().path / "config.json").read_text()
