@@ -54,11 +54,11 @@ def interval(scores: dict[str, Any]) -> str:
 
 def _facts(summary: dict[str, Any]) -> Iterator[str]:
     yield f"tokens: {summary['prompt_tokens']} in, {summary['completion_tokens']} out"
-    session = summary["session"]
-    if session is not None and session["tokens_per_second"] is not None:
+    timing = summary["timing"]
+    if timing is not None and timing["tokens_per_second"] is not None:
         yield (
-            f"time: {session['wall_seconds']:.1f} s for {session['samples']} samples, "
-            f"{session['tokens_per_second']:.1f} tokens/s"
+            f"time: {timing['wall_seconds']:.1f} s for {timing['samples']} samples, "
+            f"{timing['tokens_per_second']:.1f} tokens/s"
         )
     activations = summary["activations"]
     if activations is not None:
@@ -72,8 +72,8 @@ def _warnings(summary: dict[str, Any]) -> Iterator[str]:
     n = summary["samples"]
     if summary["errors"]:
         yield (
-            f"{summary['errors']} samples failed and are in no number here (their 'error' in samples.jsonl says why); "
-            "run the same command again to retry them."
+            f"failed samples: {summary['errors']}. They are in no number here, 'error' in samples.jsonl says why, "
+            "and the same command tries them again."
         )
     if n and summary["truncated"] / n > TOO_MANY:
         yield f"{summary['truncated']} of {n} outputs were cut at the token limit: raise --max-tokens."

@@ -6,7 +6,8 @@ record. Starting again with the same settings continues.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from rich.console import Console
 
@@ -14,7 +15,7 @@ from eval_jobs import EvalError
 from eval_jobs.config import EvalSettings
 from eval_jobs.endpoint import Endpoint, api_key, find_model
 from eval_jobs.fanout import evaluate, ray_connection
-from eval_jobs.outputs import SAMPLE_FILES_UP_TO, Session, write_sample_files, write_summary
+from eval_jobs.outputs import Timing, write_missing_sample_files, write_sample_files, write_summary
 from eval_jobs.problems import Problem
 from eval_jobs.progress import Progress
 from eval_jobs.report import write_report
@@ -22,6 +23,9 @@ from eval_jobs.resume import open_run
 from eval_jobs.rollout import RolloutPlan
 from roentgen.contract import ActivationRequest
 from roentgen.runs import Recorder, Run, Sample
+
+MAX_FAILED_IN_A_ROW = 10
+"""So many failures on end are no property of the problems; each may have cost a minute of retries, so the run stops."""
 
 
 class InterruptedRunError(EvalError):
@@ -52,15 +56,17 @@ def run_evaluation(settings: EvalSettings, problems: Sequence[Problem], base_url
         done = {sample.problem_id for sample in recorded}
         missing = [problem for problem in problems if problem.problem_id not in done]
         _announce(run, settings, problems, missing, console)
-        session = None
+        timing = None
         if missing:
             with (
                 ray_connection(settings.ray_address, settings.verbose),
                 Progress(console, len(problems), recorded) as bar,
             ):
-                session = _run_missing(missing, plan, settings.parallel, run, record, bar)
-    write_summary(run, session)
-    write_report(run)
+                timing = _run_missing(missing, plan, settings.parallel, run, record, bar)
+    with _writing(run):
+        write_missing_sample_files(run)
+        write_summary(run, timing)
+        write_report(run)
     return run
 
 
@@ -96,23 +102,24 @@ def _announce(
 
 def _run_missing(
     missing: Sequence[Problem], plan: RolloutPlan, parallel: int, run: Run, record: Recorder, progress: Progress
-) -> Session:
-    """Run what is missing; return what this session took.
+) -> Timing:
+    """Run what is missing; return what it took.
 
     Raises:
         EvalError: if it had to stop; the message says how to go on.
     """
     started = time.monotonic()
-    write_files = run.config.problems["samples"] <= SAMPLE_FILES_UP_TO
+    failed_in_a_row = 0
 
     def keep(sample: Sample) -> None:
-        try:
+        nonlocal failed_in_a_row
+        with _writing(run):
             record.append(sample)
-            if write_files:
-                write_sample_files(run, sample)
-        except OSError as error:
-            raise EvalError(f"{error.filename or run.path} cannot be written: {error.strerror}") from error
+            write_sample_files(run, sample)
         progress.add(sample)
+        failed_in_a_row = 0 if sample.error is None else failed_in_a_row + 1
+        if failed_in_a_row == MAX_FAILED_IN_A_ROW:
+            raise EvalError(f"the last {failed_in_a_row} problems failed, the last one with: {sample.error}")
 
     try:
         evaluate(missing, plan, parallel, keep)
@@ -120,7 +127,16 @@ def _run_missing(
         raise InterruptedRunError(f"stopped. {_how_to_go_on(run)}") from None
     except EvalError as error:
         raise EvalError(f"{error}. {_how_to_go_on(run)}") from error
-    return Session(time.monotonic() - started, frozenset(problem.problem_id for problem in missing))
+    return Timing(time.monotonic() - started, frozenset(problem.problem_id for problem in missing))
+
+
+@contextmanager
+def _writing(run: Run) -> Iterator[None]:
+    """Turn a full or read-only disk into one clear line."""
+    try:
+        yield
+    except OSError as error:
+        raise EvalError(f"{error.filename or run.path} cannot be written: {error.strerror}") from error
 
 
 def _how_to_go_on(run: Run) -> str:

@@ -15,6 +15,7 @@ from eval_jobs.config import ServedModel
 
 API_KEY_VARIABLE = "ROENTGEN_API_KEY"
 CONNECT_TIMEOUT_S = 5.0
+LIST_TIMEOUT = Timeout(30.0, connect=CONNECT_TIMEOUT_S)
 
 MAX_RETRIES = 10
 """About a minute of waiting between retries: a Ray cluster takes up to 54 s to notice that a node is gone."""
@@ -84,7 +85,7 @@ def server_message(error: APIStatusError) -> str:
 def _list_models(endpoint: Endpoint) -> list[dict[str, Any]]:
     url = endpoint.base_url
     try:
-        with OpenAI(base_url=url, api_key=endpoint.api_key, max_retries=2, timeout=CONNECT_TIMEOUT_S) as client:
+        with OpenAI(base_url=url, api_key=endpoint.api_key, max_retries=2, timeout=LIST_TIMEOUT) as client:
             models = [model.model_dump() for model in client.models.list()]
     except APIConnectionError as error:
         raise FatalRequestError(
@@ -92,7 +93,7 @@ def _list_models(endpoint: Endpoint) -> list[dict[str, Any]]:
         ) from error
     except APIStatusError as error:
         raise FatalRequestError(f"the server at {url} answers GET /models with {server_message(error)}") from error
-    except (OpenAIError, TypeError, AttributeError) as error:  # what answers is a web page or other JSON
+    except (OpenAIError, ValueError, TypeError, AttributeError) as error:  # what answers is a web page or other JSON
         raise FatalRequestError(
             f"what answers at {url} is not an OpenAI-compatible server; does it end in /v1?"
         ) from error

@@ -5,8 +5,8 @@
     agent_states/gsm8k_0001.json    how it went, turn by turn: request, tokens, why it stopped
 
 All of them are functions of config.json and samples.jsonl, so they agree with the record by construction and can be made
-again. The one thing that the record does not hold is the wall time; `summary.json` carries it as `session`, which speaks of
-the last session that ran anything.
+again. The one thing that the record does not hold is the wall time; `summary.json` carries it as `timing`, which speaks of
+the last time that anything was run.
 """
 
 import json
@@ -23,12 +23,12 @@ SAMPLE_FILES_UP_TO = 10_000
 
 
 @dataclass(frozen=True)
-class Session:
-    """One sitting of the driver.
+class Timing:
+    """What the driver's clock saw.
 
     Attributes:
-        seconds: its wall time.
-        problem_ids: what it ran.
+        seconds: wall time.
+        problem_ids: what was run in it.
     """
 
     seconds: float
@@ -36,11 +36,20 @@ class Session:
 
 
 def write_sample_files(run: Run, sample: Sample) -> None:
-    """Write the three files of a sample."""
+    """Write the three files of a sample, `agent_states` last; a run of very many problems gets none."""
+    if run.config.problems["samples"] > SAMPLE_FILES_UP_TO:
+        return
     name = sample.sample_id
     write_json(_folder(run, "samples") / f"{name}.json", {**sample.model_dump(), "activations": _activations(sample)})
     _write_jsonl(_folder(run, "trajectories") / f"{name}.jsonl", sample.messages)
     write_json(_folder(run, "agent_states") / f"{name}.json", _agent_state(run.config, sample))
+
+
+def write_missing_sample_files(run: Run) -> None:
+    """Write the files of samples whose driver died after it had recorded them and before it had written these."""
+    for sample in run.samples():
+        if not (run.path / "agent_states" / f"{sample.sample_id}.json").exists():
+            write_sample_files(run, sample)
 
 
 def sorted_samples(run: Run) -> list[Sample]:
@@ -48,17 +57,17 @@ def sorted_samples(run: Run) -> list[Sample]:
     return sorted(run.samples(), key=lambda sample: (len(sample.sample_id), sample.sample_id))
 
 
-def write_summary(run: Run, session: Session | None) -> dict[str, Any]:
+def write_summary(run: Run, timing: Timing | None) -> dict[str, Any]:
     """Write `dataset.jsonl` and `summary.json`; return the summary.
 
     Args:
         run: the run.
-        session: what this sitting took; None if it ran nothing, which keeps what `summary.json` says of the last one.
+        timing: what it took; None if nothing was run, which keeps what `summary.json` said before.
     """
     samples = sorted_samples(run)
     _write_jsonl(run.path / "dataset.jsonl", [_dataset_line(sample) for sample in samples])
     summary = summarise(run.config, samples)
-    summary["session"] = (run.summary() or {}).get("session") if session is None else _speed(samples, session)
+    summary["timing"] = (run.summary() or {}).get("timing") if timing is None else _speed(samples, timing)
     write_json(run.path / "summary.json", summary)
     return summary
 
@@ -102,14 +111,14 @@ def _disagree(sample: Sample) -> bool:
     return len({sample.correct_by[name] for name, answer in sample.answers.items() if answer is not None}) > 1
 
 
-def _speed(samples: Sequence[Sample], session: Session) -> dict[str, Any]:
-    ran = [sample for sample in samples if sample.problem_id in session.problem_ids]
+def _speed(samples: Sequence[Sample], timing: Timing) -> dict[str, Any]:
+    ran = [sample for sample in samples if sample.problem_id in timing.problem_ids]
     tokens = sum(sample.completion_tokens for sample in ran)
     return {
-        "wall_seconds": session.seconds,
+        "wall_seconds": timing.seconds,
         "samples": len(ran),
         "completion_tokens": tokens,
-        "tokens_per_second": tokens / session.seconds if session.seconds > 0 else None,
+        "tokens_per_second": tokens / timing.seconds if timing.seconds > 0 else None,
     }
 
 

@@ -17,7 +17,7 @@ class Progress:
     """Counts samples and shows them; use it as a context, call `add` for each."""
 
     def __init__(self, console: Console, total: int, recorded: list[Sample]) -> None:
-        """Start from what earlier sessions recorded; speed is of this session only."""
+        """Start from what is recorded already; speed is of what is run now."""
         self._console = console
         self._total = total
         self._done = len(recorded)

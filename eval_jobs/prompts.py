@@ -30,7 +30,7 @@ class Prompt:
 
     @property
     def hash(self) -> str:
-        """Hash of everything that the model is shown."""
+        """Hash of the texts, the name and the version."""
         return canonical_hash(asdict(self))
 
     def messages(self, question: str) -> list[dict[str, str]]:
@@ -59,6 +59,6 @@ Answer: -6
 Problem: {question}""",
 )
 """Reason step by step, then a last line `Answer: [number]`. The examples are for very small models: SmolLM2-135M, told in
-words alone, wrote no such line in 24 of 24 replies to `arithmetic`; shown it, it wrote one in 15."""
+words alone, wrote no such line in 48 replies to `arithmetic`; shown it, it wrote one in 15 of 24."""
 
 PROMPTS: dict[str, Prompt] = {prompt.name: prompt for prompt in (ANSWER_LINE,)}

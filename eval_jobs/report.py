@@ -26,7 +26,7 @@ def write_report(run: Run) -> Path:
         RunError: if the record or a probe's results are damaged.
     """
     samples = sorted_samples(run)
-    summary = run.summary() or {**summarise(run.config, samples), "session": None}
+    summary = run.summary() or {**summarise(run.config, samples), "timing": None}
     page = (
         _environment()
         .get_template("report.html")

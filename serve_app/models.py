@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils.logging import disable_progress_bar
 
 from serve_app.capture.observer import ObservedModel, observe
 from serve_app.capture.resolver import ModelStructure, resolve_structure
@@ -53,6 +54,7 @@ def load(
     place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
     kind = native_dtype(place) if dtype == "auto" else getattr(torch, dtype)
     hub_revision = source.revision if source.path == source.name and source.revision != "unknown" else None
+    disable_progress_bar()
     stage(f"loading {source.name} ({kind}, {place})")
     tokenizer = AutoTokenizer.from_pretrained(source.path, revision=hub_revision)
     module = AutoModelForCausalLM.from_pretrained(source.path, revision=hub_revision, dtype=kind).to(place).eval()

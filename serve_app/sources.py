@@ -98,7 +98,9 @@ def _convert(gguf: Path, folder: Path) -> None:
     """Dequantise a GGUF file into a folder that transformers loads directly; whole or not at all."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     log.info("converting %s into %s (once)", gguf.name, folder)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)

@@ -60,6 +60,7 @@ def serving(
     port = port or free_port(host)
     check_port(host, port)
     check_writable(local_root(config.store))
+    stage(f"finding {config.model}")
     if ray_address == LOCAL:  # on another machine, what the name leads to is for the replica to find out
         try:
             locate(config.model, config.revision)
@@ -67,7 +68,9 @@ def serving(
             raise LaunchError(str(error)) from error
 
     stage("starting Ray" if ray_address == LOCAL else f"joining Ray at {ray_address}")
-    with connected(ray_address, verbose=verbose), _application(config, host, port, stage, verbose):
+    # A Ray that is stopped takes Serve with it; of someone's cluster, only what was started here is stopped.
+    ours = ray_address == LOCAL
+    with connected(ray_address, verbose=verbose), _application(config, host, port, stage, verbose, ours):
         base = f"http://{host}:{port}"
         wait_until_ready(base, stage)
         yield f"{base}/v1"
@@ -75,7 +78,7 @@ def serving(
 
 @contextmanager
 def _application(
-    config: ServerConfig, host: str, port: int, stage: Callable[[str], None], verbose: bool
+    config: ServerConfig, host: str, port: int, stage: Callable[[str], None], verbose: bool, ray_ends: bool
 ) -> Iterator[None]:
     """Deploy the Serve application on the Ray that this process is connected to; on leaving, take it away."""
     from ray import serve
@@ -99,7 +102,7 @@ def _application(
     finally:
         stage("stopping the server")
         serve.delete(APP_NAME)
-        if not found_serve:
+        if not (ray_ends or found_serve):
             serve.shutdown()
 
 

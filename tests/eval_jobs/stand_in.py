@@ -45,6 +45,7 @@ class StandIn:
             {"id": "stand-in", "revision": "r1", "dtype": "float32", "num_layers": 30, "d_model": 8}
         ]
     )
+    models_text: str | None = None
     reply: str = "It is {answer}.\nAnswer: {answer}"
     faults: dict[str, list[Fault | str]] = field(default_factory=dict)
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -76,7 +77,9 @@ def running(stand_in: StandIn) -> Iterator[StandIn]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            if self.path == "/v1/models":
+            if stand_in.models_text is not None:
+                self.send_text(stand_in.models_text)
+            elif self.path == "/v1/models":
                 self.send({"object": "list", "data": [{"object": "model", **m} for m in stand_in.models]})
             else:
                 self.send({"error": {"message": f"no route {self.path}"}}, 404)

@@ -72,7 +72,7 @@ def test_failed_samples_are_exit_code_1(server: StandIn) -> None:
     server.fail("What is 4 - 1?", fault, times=FOREVER)
     code, stdout, _ = run("--base-url", server.base_url, "--output", "run")
     assert code == 1
-    assert "warning: 1 samples failed" in stdout
+    assert "warning: failed samples: 1" in stdout
 
 
 @pytest.mark.usefixtures("local_ray")

@@ -6,7 +6,7 @@ from pathlib import Path
 from rich.console import Console
 
 from eval_jobs.console import interval, percent, print_summary, warnings
-from eval_jobs.outputs import Session, write_summary
+from eval_jobs.outputs import Timing, write_summary
 from eval_jobs.progress import Progress
 from tests.eval_jobs.test_outputs import make_run
 
@@ -14,7 +14,7 @@ from tests.eval_jobs.test_outputs import make_run
 def test_the_summary_is_printed_with_its_warnings(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     out = io.StringIO()
-    print_summary(run, write_summary(run, Session(4.0, frozenset({"arithmetic-0003"}))), Console(file=out, width=120))
+    print_summary(run, write_summary(run, Timing(4.0, frozenset({"arithmetic-0003"}))), Console(file=out, width=120))
     said = out.getvalue()
     for words in (
         "stand-in on arithmetic",
@@ -25,7 +25,7 @@ def test_the_summary_is_printed_with_its_warnings(tmp_path: Path) -> None:
         "tokens: 40 in, 10 out",
         "4.0 s for 1 samples, 0.8 tokens/s",
         "activations: 4 rollouts × 1 keys, 5 rows each, in /store/s",
-        "warning: 1 samples failed",
+        "warning: failed samples: 1",
         "warning: 1 of 4 outputs were cut at the token limit: raise --max-tokens.",
         "warning: answer_line found no answer in 1 of 4 outputs.",
         "warning: extractors disagree about 1 of 4 outputs: gsm8k_0003.",

@@ -78,6 +78,15 @@ def test_running_it_again_runs_nothing(server: StandIn) -> None:
     assert (again.path / "summary.json").read_text() == before
 
 
+def test_files_that_a_dead_driver_did_not_write_are_written(server: StandIn) -> None:
+    run, _ = evaluate(server)
+    written = run.path / "agent_states" / "gsm8k_0005.json"
+    before = written.read_text()
+    written.unlink()
+    evaluate(server)
+    assert written.read_text() == before
+
+
 def test_failed_samples_are_tried_again(server: StandIn) -> None:
     poisoned = load_problems("arithmetic", 3)[2].question
     server.fail(poisoned, Fault(400, "too long", code="context_length_exceeded"))
@@ -90,7 +99,7 @@ def test_failed_samples_are_tried_again(server: StandIn) -> None:
     assert server.questions()[asked:] == [poisoned]
     summary = run.summary() or {}
     assert (summary["errors"], summary["samples"], summary["complete"]) == (0, 12, True)
-    assert summary["session"]["samples"] == 1
+    assert summary["timing"]["samples"] == 1
     assert len(recorded_lines(run)) == 13  # the record keeps the failure too
 
 
@@ -146,6 +155,14 @@ def test_overload_loses_nothing(server: StandIn) -> None:
     run, _ = evaluate(server, parallel=12)
     assert_complete(run)
     assert len(server.requests) == 36
+
+
+def test_a_server_that_fails_at_everything_stops_the_run(server: StandIn) -> None:
+    for problem in load_problems("arithmetic", 24):
+        server.fail(problem.question, Fault(400, "too long", code="context_length_exceeded"))
+    with pytest.raises(EvalError, match=r"the last 10 problems failed, the last one with: 400: too long\. Finished"):
+        evaluate(server, samples=24, parallel=2)
+    assert len(server.requests) < 24
 
 
 def test_ctrl_c_says_how_to_go_on(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,5 +237,7 @@ def test_a_driver_stopped_half_way_is_continued(
     run = Run.open(tmp_path / "run")
     assert_complete(run, 24)
     assert run.samples()[: len(kept)] == kept
+    for folder in ("samples", "trajectories", "agent_states"):
+        assert len(list((run.path / folder).iterdir())) == 24
     assert len(server.requests) <= 24 + 2 * 4 + 4  # what was in flight ran twice, and no more
     assert "24/24" in again.stdout

@@ -36,6 +36,15 @@ def test_a_server_without_models(server: StandIn) -> None:
         find_model(Endpoint(server.base_url), None)
 
 
+@pytest.mark.parametrize(
+    "text", ["<html></html>", "{", "[]", "3", '{"data": 3}', '{"data": [3]}', '{"status": "ok"}', ""]
+)
+def test_something_else_that_answers(server: StandIn, text: str) -> None:
+    server.models_text = text
+    with pytest.raises(FatalRequestError, match=r"not an OpenAI-compatible server|lists no models"):
+        find_model(Endpoint(server.base_url), None)
+
+
 def test_the_key_is_the_first_of_the_list_and_never_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(API_KEY_VARIABLE, raising=False)
     assert api_key() == "none"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from eval_jobs.config import ServedModel, check_settings
-from eval_jobs.outputs import Session, write_sample_files, write_summary
+from eval_jobs.outputs import Timing, write_missing_sample_files, write_summary
 from eval_jobs.problems import Problem, load_problems
 from eval_jobs.resume import open_run
 from eval_jobs.scoring import score
@@ -73,7 +73,7 @@ def run(tmp_path: Path) -> Run:
 
 
 def test_the_summary_recounted_by_hand(run: Run) -> None:
-    summary = write_summary(run, Session(4.0, frozenset({"arithmetic-0003", "arithmetic-0004"})))
+    summary = write_summary(run, Timing(4.0, frozenset({"arithmetic-0003", "arithmetic-0004"})))
     assert json.loads((run.path / "summary.json").read_text()) == summary
     assert summary["complete"] is False  # one failed
     assert (summary["samples"], summary["errors"], summary["truncated"], summary["unparsable"]) == (4, 1, 1, 1)
@@ -92,7 +92,7 @@ def test_the_summary_recounted_by_hand(run: Run) -> None:
         "keys": ["layers.8.ln_attn"],
         "mean_rows": 5.0,
     }
-    assert summary["session"] == {
+    assert summary["timing"] == {
         "wall_seconds": 4.0,
         "samples": 2,
         "completion_tokens": 7,
@@ -100,8 +100,8 @@ def test_the_summary_recounted_by_hand(run: Run) -> None:
     }
 
 
-def test_a_summary_made_again_keeps_the_time_of_the_last_session(run: Run) -> None:
-    first = write_summary(run, Session(4.0, frozenset({"arithmetic-0003"})))
+def test_a_summary_made_again_keeps_the_time_it_had(run: Run) -> None:
+    first = write_summary(run, Timing(4.0, frozenset({"arithmetic-0003"})))
     assert write_summary(run, None) == first
 
 
@@ -128,9 +128,14 @@ def test_the_dataset_can_be_posed_again(run: Run) -> None:
     assert [(p.question, p.solution, p.gold) for p in again] == [(p.question, p.solution, p.gold) for p in original]
 
 
+def test_a_very_large_run_gets_no_files_per_sample(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("eval_jobs.outputs.SAMPLE_FILES_UP_TO", 4)
+    write_missing_sample_files(run)
+    assert not (run.path / "samples").exists()
+
+
 def test_the_files_of_a_sample(run: Run) -> None:
-    for one in run.samples():
-        write_sample_files(run, one)
+    write_missing_sample_files(run)
     for folder, suffix in (("samples", "json"), ("trajectories", "jsonl"), ("agent_states", "json")):
         names = [path.name for path in sorted((run.path / folder).iterdir())]
         assert names == [f"gsm8k_000{number}.{suffix}" for number in range(1, 6)]

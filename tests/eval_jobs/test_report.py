@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from eval_jobs.outputs import Session, write_summary
+from eval_jobs.outputs import Timing, write_summary
 from eval_jobs.problems import Problem
 from eval_jobs.report import write_report
 from roentgen.runs import Run, RunError
@@ -49,7 +49,7 @@ def page_of(run: Run) -> Page:
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     run = make_run(tmp_path)
-    write_summary(run, Session(4.0, frozenset({"arithmetic-0001"})))
+    write_summary(run, Timing(4.0, frozenset({"arithmetic-0001"})))
     return run
 
 
@@ -59,7 +59,7 @@ def test_it_says_what_the_summary_says(run: Run) -> None:
     assert "50.0%" in page.text
     assert "15.0–85.0%" in page.text  # Wilson, 2 of 4
     assert "answer_line (primary)" in page.text
-    assert "1 samples failed" in page.text
+    assert "failed samples: 1" in page.text
     assert "extractors disagree about 1 of 4 outputs: gsm8k_0003" in page.text
     assert page.tags.count("details") == 5
     assert {"headline", "extractors", "problems", "configuration"} <= set(page.ids)
