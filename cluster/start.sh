@@ -35,7 +35,9 @@ while (alive := sum(node["Alive"] for node in ray.nodes())) < nodes:
     print(f"{alive} of {nodes} nodes are here", flush=True)
     time.sleep(2)
 PY
-serve run --non-blocking --name roentgen serve_app.app:build model="$MODEL" store="${STORE/#\~/$HOME}"
+served() { curl -sf -H "Authorization: Bearer ${ROENTGEN_API_KEY%%,*}" http://127.0.0.1:8000/v1/models | grep -qF "\"$MODEL\""; }
+export ROENTGEN_API_KEY=${ROENTGEN_API_KEY:-}
+served || serve run --non-blocking --name roentgen serve_app.app:build model="$MODEL" store="${STORE/#\~/$HOME}"
 until curl -sf http://127.0.0.1:8000/health; do
   curl -s http://127.0.0.1:8000/health || true
   echo

@@ -21,6 +21,7 @@ from eval_jobs.config import EMBEDDED_MODEL, SERVER_OPTIONS, EvalSettings, Setti
 from eval_jobs.problems import SOURCES, load_problems
 from eval_jobs.prompts import PROMPTS
 from eval_jobs.scoring import EXTRACTORS
+from roentgen.cluster import ClusterError
 from roentgen.contract import DEFAULT_HOOK_POINTS, DEFAULT_LAYERS
 from roentgen.runs import RunError
 
@@ -83,7 +84,7 @@ def evaluate(
     try:
         settings = check_settings(**options)
         failed = _run(settings, ctx.obj if callable(ctx.obj) else None, progress)
-    except (EvalError, RunError) as error:
+    except (ClusterError, EvalError, RunError) as error:
         if verbose:
             progress.print_exception()
         progress.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from eval_jobs import EvalError
 from eval_jobs.prompts import PROMPTS
 from eval_jobs.scoring import EXTRACTORS
+from roentgen.cluster import check_address
 from roentgen.contract import DEFAULT_HOOK_POINTS, DEFAULT_LAYERS, Positions
 
 EMBEDDED_MODEL = "smollm2-135m"
@@ -156,16 +157,7 @@ class EvalSettings(BaseModel):
     @field_validator("ray_address")
     @classmethod
     def _no_guessing(cls, value: str | None) -> str | None:
-        if value == "auto":
-            raise ValueError(
-                "'auto' takes whatever Ray it finds, which beside SkyPilot's own is often the wrong one; "
-                "allowed are local and HOST:PORT"
-            )
-        if value is not None and value != "local":
-            host, _, port = value.rpartition(":")
-            if not (host and port.isascii() and port.isdigit()):
-                raise ValueError(f"{value!r} is not an address of Ray; allowed are local and HOST:PORT")
-        return value
+        return value if value is None else check_address(value)
 
     @model_validator(mode="after")
     def _no_two_outputs(self) -> Self:

@@ -14,13 +14,14 @@ from rich.console import Console
 from eval_jobs import EvalError
 from eval_jobs.config import EvalSettings
 from eval_jobs.endpoint import Endpoint, api_key, find_model
-from eval_jobs.fanout import evaluate, ray_connection
+from eval_jobs.fanout import evaluate
 from eval_jobs.outputs import Timing, write_missing_sample_files, write_sample_files, write_summary
 from eval_jobs.problems import Problem
 from eval_jobs.progress import Progress
 from eval_jobs.report import write_report
 from eval_jobs.resume import open_run
 from eval_jobs.rollout import RolloutPlan
+from roentgen.cluster import connected
 from roentgen.contract import ActivationRequest
 from roentgen.runs import Recorder, Run, Sample
 
@@ -59,7 +60,7 @@ def run_evaluation(settings: EvalSettings, problems: Sequence[Problem], base_url
         timing = None
         if missing:
             with (
-                ray_connection(settings.ray_address, settings.verbose),
+                connected(settings.ray_address, verbose=settings.verbose),
                 Progress(console, len(problems), recorded) as bar,
             ):
                 timing = _run_missing(missing, plan, settings.parallel, run, record, bar)

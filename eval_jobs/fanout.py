@@ -14,19 +14,14 @@ Three things can end a task before its slice is done:
 """
 
 import asyncio
-import logging
-import os
-import socket
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import ray
 from ray import ObjectRefGenerator
 from ray.exceptions import RayError, RayTaskError
 
-from eval_jobs import EvalError
 from eval_jobs.endpoint import FatalRequestError
 from eval_jobs.problems import Problem
 from eval_jobs.rollout import RolloutPlan, failed_sample, run_rollout
@@ -34,12 +29,6 @@ from roentgen.runs import Sample
 
 MAX_DEATHS = 3
 """How many tasks a problem may take down before it is given up."""
-
-CONNECT_TIMEOUT_S = 5.0
-
-
-class RayConnectionError(EvalError):
-    """Ray cannot be reached at the address given."""
 
 
 @dataclass(frozen=True)
@@ -53,36 +42,6 @@ class Slice:
 
     problems: tuple[Problem, ...]
     in_flight: int
-
-
-@contextmanager
-def ray_connection(address: str | None, verbose: bool = False) -> Iterator[None]:
-    """Connect to Ray, unless this process is connected already; on leaving, undo what was done here.
-
-    Args:
-        address: `local` starts one here, `HOST:PORT` joins a cluster; None means the one Ray names inside a job, or local.
-        verbose: show what tasks and Ray's own processes log.
-
-    Raises:
-        RayConnectionError: if no cluster answers.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    where = address or os.environ.get("RAY_ADDRESS") or "local"
-    options = {"include_dashboard": False} if where == "local" else {}
-    if where != "local":
-        _check_reachable(where)
-    try:
-        ray.init(
-            address=where, log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR, **options
-        )
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise RayConnectionError(f"--ray-address: cannot join the Ray cluster at {where}: {error}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def evaluate(
@@ -175,12 +134,3 @@ def _bury(
     waiting.extendleft(reversed(again))
     reason = f"its task died {MAX_DEATHS} times: {str(error).strip().splitlines()[-1]}"
     return [failed_sample(problem, plan, reason) for problem in given_up]
-
-
-def _check_reachable(address: str) -> None:
-    """Knock at the cluster's door; Ray itself would keep trying for many minutes."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
-    except (OSError, ValueError) as error:
-        raise RayConnectionError(f"--ray-address: no Ray cluster answers at {address} ({error})") from error

@@ -99,9 +99,13 @@ def arithmetic() -> Iterator[Problem]:
         seed=ARITHMETIC_SEED,
         size=ARITHMETIC_SIZE,  # items are made one by one, each from (seed, index)
     )
-    for number, item in enumerate(sums, start=1):
+    seen: set[str] = set()
+    for item in sums:
         expression, gold = item["metadata"]["expression"], item["answer"]
-        solution = f"{expression} = {gold}\n#### {gold}"
+        if expression in seen:  # the same sum twice would put one question on both sides of a split by problem
+            continue
+        seen.add(expression)
+        number, solution = len(seen), f"{expression} = {gold}\n#### {gold}"
         yield Problem(f"arithmetic-{number:04d}", number, f"What is {expression}?", solution, gold)
 
 

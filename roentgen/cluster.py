@@ -1,7 +1,8 @@
 """Connects this process to Ray: to one that it starts here, or to a cluster at an address that someone names.
 
-Never `address="auto"`: beside SkyPilot's own Ray it finds the wrong one. A Ray started here listens on loopback only, since
-whoever reaches Ray's ports can run code.
+Never `address="auto"`: beside SkyPilot's own Ray it finds the wrong one. Whoever reaches Ray's ports can run code, and on Linux
+Ray listens on every interface: a Ray started here is locked with a token, as Ray does by itself since 2.60 for a cluster that
+`ray.init` starts (it keeps the token in `~/.ray/auth_token`; `RAY_AUTH_MODE=disabled` turns that off).
 """
 
 import logging
@@ -52,15 +53,18 @@ def connected(address: str | None, *, verbose: bool = False) -> Iterator[None]:
         yield
         return
     where = address or os.environ.get("RAY_ADDRESS") or LOCAL
-    options = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if where == LOCAL else {}
     if where != LOCAL:
         _check_reachable(where)
+    options = {"include_dashboard": False} if where == LOCAL else {}
     try:
         ray.init(
             address=where, log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR, **options
         )
     except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ClusterError(f"--ray-address: cannot join the Ray cluster at {where}: {error}") from error
+        raise ClusterError(
+            f"--ray-address: cannot join the Ray cluster at {where} ({error}); "
+            "if it is locked with a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+        ) from error
     try:
         yield
     finally:

@@ -3,10 +3,9 @@
 import time
 
 import pytest
-import ray
 
 from eval_jobs.endpoint import FatalRequestError
-from eval_jobs.fanout import MAX_DEATHS, RayConnectionError, deal, evaluate, ray_connection
+from eval_jobs.fanout import MAX_DEATHS, deal, evaluate
 from eval_jobs.problems import Problem
 from eval_jobs.rollout import RolloutPlan
 from roentgen.runs import Sample
@@ -112,20 +111,3 @@ def test_an_error_in_the_driver_cancels_the_tasks(server: StandIn, plan: Rollout
     asked = len(server.requests)
     time.sleep(0.6)
     assert len(server.requests) == asked < 12
-
-
-def test_a_connection_that_exists_is_used_and_left() -> None:
-    with ray_connection("127.0.0.1:1"):
-        assert ray.is_initialized()
-    assert ray.is_initialized()
-
-
-def test_a_cluster_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    started = time.monotonic()
-    with (
-        pytest.raises(RayConnectionError, match=r"no Ray cluster answers at 127\.0\.0\.1:9"),
-        ray_connection("127.0.0.1:9"),
-    ):
-        pass
-    assert time.monotonic() - started < 10
