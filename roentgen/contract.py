@@ -177,6 +177,8 @@ class ActivationRequest(BaseModel):
 class StoredTensor(BaseModel):
     """Where one key's rows are: the `stored_tensor` format of the reply."""
 
+    model_config = ConfigDict(frozen=True)
+
     format: Literal["stored_tensor"] = "stored_tensor"
     shape: tuple[int, ...]
     dtype: str
@@ -195,6 +197,8 @@ class ActivationReply(BaseModel):
         row_stop: one past its last row.
         tensors: per stored key, where and what.
     """
+
+    model_config = ConfigDict(frozen=True)
 
     session_id: str
     rollout_id: str

@@ -21,26 +21,17 @@ from typing import IO, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from roentgen.contract import StoredTensor
+from roentgen.contract import ActivationReply
 
 
 class RunError(Exception):
     """A run directory cannot be used; the message names the file and what to do."""
 
 
-class RolloutRef(BaseModel):
-    """Where the activations of one turn are."""
-
-    model_config = ConfigDict(frozen=True)
+class RolloutRef(ActivationReply):
+    """Where the activations of one turn are: the server's reply, and which turn it answered."""
 
     turn: int
-    session_id: str
-    rollout_id: str
-    uri: str
-    shard: str
-    row_start: int
-    row_stop: int
-    tensors: dict[str, StoredTensor]
 
 
 class Sample(BaseModel):

@@ -9,7 +9,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.utils.logging import disable_progress_bar
 
 from serve_app.capture.observer import ObservedModel, observe
-from serve_app.capture.resolver import ModelStructure, resolve_structure
+from serve_app.capture.resolver import resolve_structure
+from serve_app.capture.structure import ModelStructure
 from serve_app.sources import ModelSource
 
 log = logging.getLogger(__name__)

@@ -21,8 +21,9 @@ from ulid import ULID
 
 from roentgen.contract import Positions
 from roentgen.store import Receipt, StoreError, StoreWriter
-from serve_app.capture.resolver import CaptureRequestError, ResolutionError
+from serve_app.capture.resolver import ResolutionError
 from serve_app.capture.rows import CapturePlan
+from serve_app.capture.structure import CaptureRequestError
 from serve_app.config import ServerConfig
 from serve_app.engines.protocol import (
     Engine,

@@ -1,1 +1,1 @@
-"""Where a model's hook points are (`resolver`), reading them during a forward (`observer`), and the rows kept (`rows`)."""
+"""What a model has to capture (`structure`), finding it (`resolver`), reading it (`observer`), the rows kept (`rows`)."""

@@ -22,7 +22,8 @@ from nnsight.modeling.transformers import TransformersModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from serve_app.capture.resolver import Tap, first_tensor
+from serve_app.capture.resolver import first_tensor
+from serve_app.capture.structure import Tap
 
 # Importing nnsight puts `.save` on every Python object, which breaks classes that check their attributes (anyio's, and with
 # them Ray Serve's replicas). Nothing here needs it: take it off again.

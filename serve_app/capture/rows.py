@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from roentgen.contract import Positions, StoredDtype
-from serve_app.capture.resolver import Tap
+from serve_app.capture.structure import Tap
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,52 @@
+"""Requests turned into places to read; what the model does not have is named."""
+
+import pytest
+
+from roentgen.contract import ActivationRequest
+from serve_app.capture.resolver import resolve_structure
+from serve_app.capture.structure import CaptureRequestError, ModelStructure, Tap
+from tests.serve_app import tiny
+
+
+@pytest.fixture(scope="module")
+def structure() -> ModelStructure:
+    return resolve_structure(tiny.module("llama"), "tiny")
+
+
+def test_the_seeds_names_get_canonical_keys(structure: ModelStructure) -> None:
+    taps = structure.resolve(ActivationRequest(layers=(0, -1)))
+    assert list(taps) == ["layers.0.ln_attn", "layers.2.ln_attn", "layers.0.ln_mlp", "layers.2.ln_mlp"]
+
+
+def test_module_paths_relative_and_absolute(structure: ModelStructure) -> None:
+    names = ("mlp.gate_proj.output", "model.norm.output", "model.layers.1.mlp.down_proj.input")
+    taps = structure.resolve(ActivationRequest(layers=(1,), hook_points=names))
+    assert taps == {
+        "layers.1.mlp.gate_proj.output": Tap("model.layers.1.mlp.gate_proj", "output"),
+        "final_norm": Tap("model.norm", "output"),  # canonical wherever it is spelled as a path
+        "model.layers.1.mlp.down_proj.input": Tap("model.layers.1.mlp.down_proj", "input"),
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "message"),
+    [
+        ({"layers": (3,)}, "activations.layers", r"3 is out of range; tiny has layers 0–2 \(or \"all\"\)"),
+        ({"layers": (-4,)}, "activations.layers", "-4 is out of range"),
+        ({"layers": (0,), "hook_points": ("resid",)}, "activations.hook_points", "'resid' is not a hook point"),
+        ({"layers": (0,), "hook_points": ("mlp.nothing.output",)}, "activations.hook_points", "not a hook point"),
+        ({"layers": (0,), "hook_points": ("mlp.gate_proj",)}, "activations.hook_points", "ending in"),
+    ],
+)
+def test_what_the_model_does_not_have_is_named(
+    structure: ModelStructure, body: dict[str, object], param: str, message: str
+) -> None:
+    with pytest.raises(CaptureRequestError, match=message) as caught:
+        structure.resolve(ActivationRequest.model_validate(body))
+    assert caught.value.param == param
+
+
+def test_a_missing_canonical_hook_point_says_why() -> None:
+    structure = resolve_structure(tiny.module("gpt_neox"), "neox")
+    with pytest.raises(CaptureRequestError, match="in parallel"):
+        structure.resolve(ActivationRequest(layers=(0,), hook_points=("resid_mid",)))
