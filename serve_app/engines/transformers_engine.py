@@ -1,12 +1,18 @@
-"""The engine that runs everywhere: batches of requests through the nnsight-wrapped transformers model.
+"""The engine that runs everywhere: a continuous batch of requests through the nnsight-wrapped transformers model.
 
-One thread owns the model, because nnsight has one interleaver per model and no lock. It takes the requests that have
-arrived, prefills them together (padded on the left, one forward), then decodes them together, one token per request and
-step, against one KV cache. A request that finishes leaves the batch at once: its rows of the cache are dropped, so it costs
-nothing more, and its activations are cut and handed on while the others go on. Requests that arrive meanwhile wait for
-the batch to end.
+One thread owns the model, because nnsight has one interleaver per model and no lock. Between any two steps it
 
-Every forward runs through `ObservedModel.run`, with the union of what the batch's requests ask to capture.
+1. admits requests that have arrived: they are prefilled together, in one forward of their own that is bounded, so that
+   the running ones never wait long, and their KV cache is joined to the running one;
+2. decodes one token for every running request, in one forward;
+3. lets finished and cancelled requests go: their rows of the cache are dropped, so they cost nothing more, and their
+   activations are cut and handed on while the others go on.
+
+Rows are padded on the left, so that all of them end at the same column and a step appends one column to all. Every
+forward runs through `ObservedModel.run`, with the union of what its requests ask to capture.
+
+A sliding-window cache holds the last columns of each row only, so rows of different ages cannot be joined in it: models
+that have one run in static batches, and the engine says so when it starts.
 """
 
 import logging
@@ -18,7 +24,9 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from serve_app.capture.observer import taps_union
 from serve_app.capture.rows import RequestRows, StepRows
@@ -68,27 +76,56 @@ class _Batch:
     mask: Int[Tensor, "batch context"]
 
     def keep(self, rows: list[int]) -> None:
-        """Drop all other rows."""
+        """Drop all other rows, and the columns that only they had."""
         index = torch.tensor(rows, dtype=torch.long, device=self.tokens.device)
         self.running = [self.running[row] for row in rows]
         self.cache.batch_select_indices(index)
         self.tokens, self.mask = self.tokens[index], self.mask[index]
+        padding = int(self.mask.any(0).int().argmax()) if rows else 0
+        if padding and joinable(self.cache):
+            self.mask = self.mask[:, padding:]
+            for layer in self.cache.layers:
+                layer.keys, layer.values = layer.keys[:, :, padding:], layer.values[:, :, padding:]
+
+    def join(self, other: "_Batch") -> None:
+        """Add another batch's jobs: pad the shorter context on the left, then put one under the other."""
+        width = max(self.mask.shape[1], other.mask.shape[1])
+        self.running = self.running + other.running
+        self.tokens = torch.cat([self.tokens, other.tokens])
+        self.mask = torch.cat([pad(batch.mask, (width - batch.mask.shape[1], 0)) for batch in (self, other)])
+        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
+            mine.keys, mine.values = (
+                torch.cat([pad(part, (0, 0, width - part.shape[2], 0)) for part in parts])
+                for parts in ((mine.keys, theirs.keys), (mine.values, theirs.values))
+            )
+
+
+def joinable(cache: DynamicCache) -> bool:
+    """Whether rows of different ages fit into one cache: every layer keeps every column."""
+    return all(type(layer) is DynamicLayer for layer in cache.layers)
 
 
 class TransformersEngine:
-    """Generates with a transformers model, a batch at a time (see the module)."""
+    """Generates with a transformers model, in a continuous batch (see the module)."""
 
-    def __init__(self, model: LoadedModel, *, max_batch: int = 32, max_queue: int = 256) -> None:
+    def __init__(
+        self, model: LoadedModel, *, max_batch: int = 32, max_queue: int = 256, max_prefill_tokens: int = 2048
+    ) -> None:
         """Start the engine's thread.
 
         Args:
             model: the model; this engine's thread is the only one to run it from now on.
             max_batch: requests generated together.
             max_queue: requests waiting for that.
+            max_prefill_tokens: the most that one prefill takes, padding included; a longer prompt is prefilled alone.
         """
         self._model = model
         self._max_batch = max_batch
         self._max_queue = max_queue
+        self._max_prefill_tokens = max_prefill_tokens
+        self._continuous = joinable(DynamicCache(config=model.observed.config))
+        if not self._continuous:
+            log.warning("%s has a sliding-window cache: requests run in static batches", model.source.name)
         self._changed = threading.Condition()
         self._waiting: deque[GenerationJob] = deque()
         self._closed = False
@@ -123,39 +160,53 @@ class TransformersEngine:
         self._thread.join()
 
     def _run(self) -> None:
-        while jobs := self._next_jobs():
+        while self._wait_for_jobs():
             batch: _Batch | None = None
+            jobs: list[GenerationJob] = []
             try:
                 with torch.inference_mode():
-                    batch = self._prefill(jobs)
-                    while batch.running and not self._closed:
+                    while not self._closed:
+                        if batch is None or self._continuous:
+                            jobs = self._admit(len(batch.running) if batch else 0)
+                            batch = self._prefill(jobs, batch) if jobs else batch
+                            jobs = []
+                        if batch is None or not batch.running:
+                            break
                         self._step(batch)
             except Exception as error:
-                log.exception("a batch of %d failed", len(jobs))
-                for job in [running.job for running in batch.running] if batch else jobs:
+                lost = jobs + [running.job for running in batch.running] if batch else jobs
+                log.exception("a forward of %d requests failed", len(lost))
+                for job in lost:
                     job.listener(Failed(error))
                 continue
-            for running in batch.running:  # closed in the middle
+            for running in batch.running if batch else []:  # closed in the middle
                 running.job.listener(Failed(EngineStoppedError("the engine was closed")))
         for job in self._waiting:
             job.listener(Failed(EngineStoppedError("the engine was closed")))
 
-    def _next_jobs(self) -> list[GenerationJob]:
-        """Wait for jobs and take a batch of them; empty when the engine is closed."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._waiting)
-            time.sleep(GATHER_S)
-            with self._changed:
-                if self._closed:
-                    return []
-                waiting = [job for job in self._waiting if not job.cancelled.is_set()]
-                self._waiting = deque(waiting[self._max_batch :])
-                if waiting:
-                    return waiting[: self._max_batch]
+    def _wait_for_jobs(self) -> bool:
+        """Wait until there is something to do, and a moment longer for company; False when the engine is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._waiting)
+        time.sleep(GATHER_S)
+        return not self._closed
 
-    def _prefill(self, jobs: list[GenerationJob]) -> _Batch:
-        """Run all prompts in one forward and choose each job's first token."""
+    def _admit(self, running: int) -> list[GenerationJob]:
+        """Take waiting jobs, in order, as many as fit into the batch and into one prefill."""
+        with self._changed:
+            waiting = deque(job for job in self._waiting if not job.cancelled.is_set())
+            jobs: list[GenerationJob] = []
+            longest = 0
+            while waiting and running + len(jobs) < self._max_batch:
+                longest = max(longest, len(waiting[0].prompt_ids))
+                if jobs and longest * (len(jobs) + 1) > self._max_prefill_tokens:
+                    break
+                jobs.append(waiting.popleft())
+            self._waiting = waiting
+            return jobs
+
+    def _prefill(self, jobs: list[GenerationJob], batch: _Batch | None) -> _Batch:
+        """Run new jobs' prompts in one forward, choose their first tokens, and join them to the running batch."""
         model = self._model
         tokenizer = model.tokenizer.backend_tokenizer
         running = [
@@ -174,8 +225,12 @@ class TransformersEngine:
             tokens[row, width - len(job.prompt_ids) :] = torch.tensor(job.prompt_ids)
             mask[row, width - len(job.prompt_ids) :] = 1
         cache = DynamicCache(config=model.observed.config)
-        batch = _Batch(running, cache, tokens.to(model.device), mask.to(model.device))
-        self._advance(batch, self._forward(batch))
+        new = _Batch(running, cache, tokens.to(model.device), mask.to(model.device))
+        self._advance(new, self._forward(new))
+        if batch is None or not batch.running:
+            return new
+        if new.running:
+            batch.join(new)
         return batch
 
     def _step(self, batch: _Batch) -> None:

@@ -10,7 +10,7 @@ import torch
 
 from roentgen.contract import ActivationRequest, Positions
 from serve_app.capture.rows import CapturePlan
-from serve_app.engines.protocol import EngineBusyError, EngineStoppedError, Failed, Sampling, TextDelta
+from serve_app.engines.protocol import EngineBusyError, EngineStoppedError, Failed, Finished, Sampling, TextDelta
 from serve_app.engines.transformers_engine import TransformersEngine
 from serve_app.models import LoadedModel
 from tests.serve_app import tiny
@@ -247,6 +247,56 @@ def test_a_cancelled_job_leaves_and_the_others_go_on(engine: TransformersEngine,
     assert result.token_ids == generate_alone(llama, PROMPTS[1], 12)
     assert all(isinstance(event, TextDelta) for event in gone.heard)
     assert len(gone.heard) < 50
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
+def test_requests_join_and_leave_a_running_batch(architecture: str) -> None:
+    """Whatever the company, each request's tokens and rows are those it would have alone."""
+    model = tiny.loaded(architecture)
+    engine = TransformersEngine(model, max_batch=3)
+    asked = plan(model, "resid_post")
+    lengths = [(3, 40), (25, 4), (9, 12), (1, 30), (40, 2), (6, 20), (2, 9), (17, 17)]
+    prompts = [[(7 * i + j) % 250 for j in range(n)] for i, (n, _) in enumerate(lengths)]
+    calls = [
+        Call(p, Sampling(m, temperature=0), asked if i % 2 else None, stream=True)
+        for i, (p, (_, m)) in enumerate(zip(prompts, lengths, strict=True))
+    ]
+    with slowed(model, 0.005):
+        engine.submit(calls[0].job)
+        wait_for(lambda: bool(calls[0].heard))  # it runs; the others arrive while it does
+        results = [*run(engine, calls[1:4]), *run(engine, calls[4:])]
+        results.insert(0, calls[0].result())
+    engine.close()
+    blocks = {f"layers.{i}.resid_post": (f"{layer_path(model)}.{i}", "output") for i in range(3)}
+    for prompt, (_, max_tokens), result in zip(prompts, lengths, results, strict=True):
+        assert result.token_ids == generate_alone(model, prompt, max_tokens)
+        if result.captured is not None:
+            expected = forward_with_hooks(model, prompt + result.token_ids[:-1], blocks)
+            for key, rows in result.captured.tensors.items():
+                error = (rows - expected[key]).norm(dim=1) / expected[key].norm(dim=1)
+                assert error.max() <= 1e-4, key
+
+
+def test_a_request_does_not_wait_for_a_long_one_to_end(engine: TransformersEngine, llama: LoadedModel) -> None:
+    with slowed(llama, 0.02):
+        long = Call(PROMPTS[0], Sampling(100, temperature=0), stream=True)
+        engine.submit(long.job)
+        wait_for(lambda: bool(long.heard))
+        run(engine, [Call(PROMPTS[1], Sampling(2, temperature=0))])
+        assert not any(isinstance(event, Finished) for event in long.heard)
+        long.result()
+
+
+def test_one_prefill_is_bounded(llama: LoadedModel) -> None:
+    shapes: list[tuple[int, ...]] = []
+    handle = llama.observed._module.register_forward_pre_hook(
+        lambda module, args, kwargs: shapes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    engine = TransformersEngine(llama, max_prefill_tokens=20)
+    run(engine, [Call([1] * n, Sampling(3, temperature=0)) for n in (6, 6, 6, 30, 2)])
+    engine.close()
+    handle.remove()
+    assert [shape for shape in shapes if shape[1] > 1] == [(3, 6), (1, 30), (1, 2)]
 
 
 def test_a_failed_forward_fails_its_jobs_and_not_the_engine(engine: TransformersEngine, llama: LoadedModel) -> None:
