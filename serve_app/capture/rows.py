@@ -2,11 +2,11 @@
 
 A forward sees `[batch, tokens]` positions, of which some are padding and some belong to requests that capture nothing.
 `StepRows` gathers the wanted positions of every tapped value into one compact slab, which is the only copy made during the
-forward; each request then owns a span of that slab. When a request ends, its spans are joined into tensors of their own,
-so that nothing keeps the batch's slabs alive.
+forward; each request then owns a span of that slab. Every few steps, and when it ends, a request's spans are joined into
+tensors of its own, so that a long request does not keep alive the rows of all that ran beside it.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -45,6 +45,10 @@ class CapturedRows:
     position: Int[np.ndarray, "rows"]
 
 
+JOIN_EVERY = 32
+"""Steps after which a request's rows are copied out of the steps' slabs, which hold the rows of the whole batch."""
+
+
 @dataclass
 class _Span:
     slabs: dict[str, Tensor]
@@ -52,29 +56,41 @@ class _Span:
     stop: int
 
 
-@dataclass
 class RequestRows:
-    """The rows of one running request, as spans of the steps' slabs, in order of position."""
+    """The rows of one running request: spans of the latest steps' slabs, and what has been copied out of earlier ones."""
 
-    plan: CapturePlan
-    spans: list[_Span] = field(default_factory=list)
+    def __init__(self, plan: CapturePlan) -> None:
+        self.plan = plan
+        self._own: list[_Span] = []
+        self._shared: list[_Span] = []
+
+    def add(self, slabs: dict[str, Tensor], start: int, stop: int) -> None:
+        """Take rows `[start, stop)` of a step's slabs, the next ones in order of position.
+
+        Raises:
+            RuntimeError: if a tapped module did not run in this forward (a layer that was skipped).
+        """
+        missing = [key for key in self.plan.taps if key not in slabs]
+        if missing:
+            raise RuntimeError(f"{missing[0]} was not computed in every forward, so it cannot be captured")
+        self._shared.append(_Span(slabs, start, stop))
+        if len(self._shared) >= JOIN_EVERY:
+            rows = {key: _join(self._shared, key) for key in self.plan.taps}
+            self._own.append(_Span(rows, 0, sum(span.stop - span.start for span in self._shared)))
+            self._shared = []
 
     def cut(self, n_prompt: int) -> CapturedRows:
         """Join this request's rows into tensors of their own and apply its position policy.
 
         Args:
             n_prompt: tokens in its prompt.
-
-        Raises:
-            RuntimeError: if a tapped module did not run in every forward (a layer that was skipped).
         """
-        n_rows = sum(span.stop - span.start for span in self.spans)
+        spans = self._own + self._shared
+        n_rows = sum(span.stop - span.start for span in spans)
         wanted = self.plan.positions.select(n_prompt, n_rows)
         tensors = {}
         for key in self.plan.taps:
-            if any(key not in span.slabs for span in self.spans):
-                raise RuntimeError(f"{key} was not computed in every forward, so it cannot be captured")
-            rows = torch.cat([span.slabs[key][span.start : span.stop] for span in self.spans])
+            rows = _join(spans, key)
             if self.plan.positions.pooled:
                 # In float32: a bfloat16 sum over hundreds of rows would lose digits that the rows have.
                 rows = rows[wanted].float().mean(0, keepdim=True).to(rows.dtype) if wanted else rows[:0]
@@ -85,6 +101,11 @@ class RequestRows:
             tensors[key] = rows.cpu()
         position = [-1] * bool(wanted) if self.plan.positions.pooled else wanted
         return CapturedRows(tensors, np.array(position, dtype=np.int32))
+
+
+def _join(spans: list[_Span], key: str) -> Float[Tensor, "rows ..."]:
+    """Copy the rows of spans, in order, into one tensor."""
+    return torch.cat([span.slabs[key][span.start : span.stop] for span in spans])
 
 
 class StepRows:
@@ -121,4 +142,4 @@ class StepRows:
     def deliver(self) -> None:
         """Give each request its span, once the forward is done."""
         for request, start, stop in self._spans:
-            request.spans.append(_Span(self._slabs, start, stop))
+            request.add(self._slabs, start, stop)

@@ -285,11 +285,6 @@ class TransformersEngine:
             batch.keep(staying)
 
     def _finish(self, running: _Running, reason: str) -> None:
-        """Cut a job's rows and report its result; what goes wrong here fails this job alone."""
-        try:
-            captured = running.rows.cut(len(running.job.prompt_ids)) if running.rows else None
-        except RuntimeError as error:
-            running.job.listener(Failed(error))
-            return
-        result = Finished(running.text.text, running.token_ids, running.logprobs, reason, captured)
-        running.job.listener(result)
+        """Cut a job's rows and report its result."""
+        captured = running.rows.cut(len(running.job.prompt_ids)) if running.rows else None
+        running.job.listener(Finished(running.text.text, running.token_ids, running.logprobs, reason, captured))
