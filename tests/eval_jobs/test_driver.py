@@ -215,7 +215,14 @@ def test_a_driver_stopped_half_way_is_continued(
         str(tmp_path / "run"),
     ]
     command += ["--base-url", server.base_url, "--ray-address", local_ray, "--collect-activations"]
-    driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=dict(os.environ))
+    driver = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=dict(os.environ),
+        # As in a terminal: a shell that runs these tests in the background makes them ignore Ctrl-C, and children inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     record = tmp_path / "run" / "samples.jsonl"
     deadline = time.monotonic() + 60
     while not (record.exists() and record.read_bytes().count(b"\n") >= 8):
