@@ -108,6 +108,7 @@ def serve(
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     max_batch: Annotated[int, typer.Option(help="Requests generated together.")] = 32,
+    max_queue: Annotated[int, typer.Option(help="Requests waiting for that; beyond, 429.")] = 256,
     ray_address: Annotated[str, typer.Option(help="'local' starts a Ray here; HOST:PORT joins one.")] = "local",
     verbose: Annotated[bool, typer.Option(help="Show Ray's and the replicas' logs.")] = False,
 ) -> None:
@@ -121,7 +122,13 @@ def serve(
     with expected_errors(ClusterError, LaunchError, StoreError, ValidationError, ValueError):
         check_address(ray_address)
         config = server_config(
-            model=model, revision=revision, dtype=dtype, device=device, store=str(store), max_batch=max_batch
+            model=model,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            store=str(store),
+            max_batch=max_batch,
+            max_queue=max_queue,
         )
         running = serving(config, host=host, port=port, ray_address=ray_address, stage=stage_printer(), verbose=verbose)
         with running as base_url:

@@ -111,25 +111,31 @@ class ModelReplica:
     async def chat(self, request: ChatRequest) -> dict[str, Any]:
         """Answer a request whole: `{"reply": …}` or `{"error": …}`."""
         try:
-            prompt, job_of = self._prepare(request)
-            async for event in self._events(request, prompt, job_of):
-                if isinstance(event, _Done):
-                    return {"reply": self._reply(request, prompt, event)}
+            prompt, plan = self._prepare(request)
+            async for events in self._events(request, prompt, plan):
+                if isinstance(events[-1], _Done):
+                    return {"reply": self._reply(request, prompt, events[-1])}
         except ApiError as error:
             return {"error": error.payload()}
         raise AssertionError("a generation ended without a result")
 
     async def chat_stream(self, request: ChatRequest) -> AsyncIterator[list[dict[str, Any]]]:
-        """Answer a request in pieces: lists of chunks that have come together; an error is a chunk `{"error": …}`."""
+        """Answer a request in pieces: lists of chunks that have come together; an error is a chunk `{"error": …}`.
+
+        The first piece waits for the engine's first word, so that a refusal comes before anything else.
+        """
         request_id = _completion_id()
+        opening = [chat.chunk(request_id, request.model, {"role": "assistant", "content": ""})]
         try:
-            prompt, job_of = self._prepare(request)
-            yield [chat.chunk(request_id, request.model, {"role": "assistant", "content": ""})]
-            async for event in self._events(request, prompt, job_of):
-                if isinstance(event, TextDelta):
-                    yield [chat.chunk(request_id, request.model, {"content": event.text})]
-                else:
-                    yield self._last_chunks(request_id, request, prompt, event)
+            prompt, plan = self._prepare(request)
+            async for events in self._events(request, prompt, plan):
+                chunks, opening = opening, []
+                for event in events:
+                    if isinstance(event, TextDelta):
+                        chunks.append(chat.chunk(request_id, request.model, {"content": event.text}))
+                    else:
+                        chunks += self._last_chunks(request_id, request, prompt, event)
+                yield chunks
         except ApiError as error:
             yield [{"error": error.payload()}]
 
@@ -198,8 +204,8 @@ class ModelReplica:
 
     async def _events(
         self, request: ChatRequest, prompt: Prompt, plan: CapturePlan | None
-    ) -> AsyncIterator[TextDelta | _Done]:
-        """Run a request in the engine and yield what happens; leaving early cancels it.
+    ) -> AsyncIterator[list[TextDelta | _Done]]:
+        """Run a request in the engine and yield what has happened since the last time; leaving early cancels it.
 
         Raises:
             ApiError: if the queue is full, or generation, capture or commit fails.
@@ -239,11 +245,15 @@ class ModelReplica:
             raise ApiError(503, str(error), retry_after_s=RETRY_AFTER_S) from error
         try:
             while True:
-                event = await queue.get()
-                if isinstance(event, Failed):
-                    raise _as_api_error(event.error) from event.error
-                yield event
-                if isinstance(event, _Done):
+                arrived = [await queue.get()]
+                while not queue.empty():
+                    arrived.append(queue.get_nowait())
+                events = [event for event in arrived if not isinstance(event, Failed)]
+                if events:
+                    yield events
+                if isinstance(arrived[-1], Failed):
+                    raise _as_api_error(arrived[-1].error) from arrived[-1].error
+                if isinstance(arrived[-1], _Done):
                     return
         finally:
             job.cancelled.set()

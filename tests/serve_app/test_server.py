@@ -213,3 +213,30 @@ def test_a_key_locks_everything_but_health(tmp_path, ray_home: RayHome) -> None:
     locked.process.terminate()
     assert locked.process.wait(60) == 0
     assert ray_home.wait_until_gone() == []
+
+
+def test_a_full_queue_is_429_with_retry_after_and_the_rest_are_served(tmp_path, ray_home: RayHome) -> None:  # type: ignore[no-untyped-def]
+    """More requests at once than fit: some are refused at once, whole and streamed alike, and none hangs."""
+    small = start_server(tmp_path, ray_home, "--max-batch", "1", "--max-queue", "1")
+    body = {"model": MODEL, "messages": QUESTION, "max_tokens": 30, "temperature": 0}
+
+    async def flood() -> list[httpx.Response]:
+        async with httpx.AsyncClient(timeout=120) as http:
+            requests = [
+                http.post(f"{small.base_url}/chat/completions", json={**body, "stream": i % 2 == 0}) for i in range(8)
+            ]
+            return list(await asyncio.gather(*requests))
+
+    replies = asyncio.run(flood())
+    refused = [reply for reply in replies if reply.status_code != 200]
+    assert {reply.status_code for reply in refused} == {429}
+    assert all(reply.headers["retry-after"] == "2" for reply in refused)
+    assert refused[0].json()["error"]["type"] == "rate_limit_error"
+    served = [reply for reply in replies if reply.status_code == 200]
+    assert 1 <= len(served) <= 3
+    assert all(reply.text.endswith("data: [DONE]\n\n") or reply.json()["choices"] for reply in served)
+    # A client that waits as it is told gets through.
+    patient = OpenAI(base_url=small.base_url, api_key="none", max_retries=10)
+    assert ask(patient).choices
+    small.process.terminate()
+    assert small.process.wait(60) == 0
