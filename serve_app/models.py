@@ -11,6 +11,7 @@ from transformers.utils.logging import disable_progress_bar
 from serve_app.capture.observer import ObservedModel, observe
 from serve_app.capture.resolver import resolve_structure
 from serve_app.capture.structure import ModelStructure
+from serve_app.engines.attention import use_grouped_attention
 from serve_app.sources import ModelSource
 
 log = logging.getLogger(__name__)
@@ -59,6 +60,7 @@ def load(
     stage(f"loading {source.name} ({kind}, {place})")
     tokenizer = AutoTokenizer.from_pretrained(source.path, revision=hub_revision)
     module = AutoModelForCausalLM.from_pretrained(source.path, revision=hub_revision, dtype=kind).to(place).eval()
+    use_grouped_attention(module)
     stage("verifying hook points")
     structure = resolve_structure(module, source.name)
     return LoadedModel(source, observe(module, tokenizer), tokenizer, structure, place, kind)

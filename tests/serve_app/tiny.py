@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from serve_app.capture.observer import observe
 from serve_app.capture.resolver import resolve_structure
 from serve_app.capture.rows import CapturePlan
+from serve_app.engines.attention import use_grouped_attention
 from serve_app.engines.protocol import Event, Failed, Finished, GenerationJob, Sampling, TextDelta
 from serve_app.engines.transformers_engine import TransformersEngine
 from serve_app.models import LoadedModel
@@ -68,6 +69,7 @@ def tokenizer() -> tr.PreTrainedTokenizerFast:
 def loaded(architecture: str = "llama") -> LoadedModel:
     """A tiny model as the server holds it."""
     weights, words = module(architecture), tokenizer()
+    use_grouped_attention(weights)
     structure = resolve_structure(weights, f"tiny-{architecture}")
     source = ModelSource(f"tiny-{architecture}", "tiny", "0")
     return LoadedModel(source, observe(weights, words), words, structure, torch.device("cpu"), torch.float32)

@@ -26,12 +26,12 @@ def plan(model: LoadedModel, *hook_points: str, layers: Any = "all", positions: 
 
 
 def generate_alone(model: LoadedModel, prompt: list[int], max_tokens: int) -> list[int]:
-    """Greedy completion by transformers' own generate, one prompt at a time."""
+    """Greedy completion by transformers' own generate, one prompt at a time, with transformers' own attention."""
     ids = torch.tensor([prompt])
+    plain = tiny.module(model.source.name.removeprefix("tiny-"))
+    plain.generation_config = model.observed._module.generation_config
     with torch.inference_mode():
-        output = model.observed._module.generate(
-            ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_tokens
-        )
+        output = plain.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_tokens)
     return output[0, len(prompt) :].tolist()
 
 

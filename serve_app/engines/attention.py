@@ -1,0 +1,48 @@
+"""Attention for decoding: the query heads that share a KV head, taken as positions of one query.
+
+With grouped-query attention transformers repeats each KV head for every query head it serves, and scaled dot-product
+attention then runs one single-row product per query head. With one new token per row there is a cheaper view of the same
+numbers: `[batch, heads, 1, d]` read as `[batch, kv_heads, group, d]` is a query of `group` positions for each KV head, which
+needs no repeat. Prefills, and models without grouped heads, take transformers' own path.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+GROUPED = "roentgen_grouped"
+
+
+def grouped_attention(
+    module: nn.Module,
+    query: Float[Tensor, "batch heads tokens d"],
+    key: Float[Tensor, "batch kv_heads context d"],
+    value: Float[Tensor, "batch kv_heads context d"],
+    attention_mask: Bool[Tensor, "batch 1 tokens context"] | None,
+    scaling: float | None = None,
+    **options: Any,
+) -> tuple[Float[Tensor, "batch tokens heads d"], None]:
+    """Attend, as transformers' attention interface asks; the same result as its `sdpa`, up to rounding."""
+    batch, heads, tokens, d = query.shape
+    kv_heads = key.shape[1]
+    if tokens > 1 or kv_heads == heads:
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
+        return output, None
+    grouped = query.view(batch, kv_heads, heads // kv_heads, d)
+    attended = torch.nn.functional.scaled_dot_product_attention(
+        grouped, key, value, attn_mask=attention_mask, scale=scaling
+    )
+    return attended.reshape(batch, 1, heads, value.shape[-1]), None
+
+
+def use_grouped_attention(model: PreTrainedModel) -> None:
+    """Switch a model that runs on `sdpa` to grouped decoding; one that needs another implementation keeps it."""
+    if model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(GROUPED, grouped_attention)
+        AttentionMaskInterface.register(GROUPED, sdpa_mask)
+        model.set_attn_implementation(GROUPED)
