@@ -22,7 +22,7 @@ from ulid import ULID
 from roentgen.contract import Positions
 from roentgen.store import Receipt, StoreError, StoreWriter
 from serve_app.capture.resolver import ResolutionError
-from serve_app.capture.rows import CapturePlan
+from serve_app.capture.rows import CapturePlan, UncapturableError
 from serve_app.capture.structure import CaptureRequestError
 from serve_app.config import ServerConfig
 from serve_app.engines.protocol import (
@@ -306,6 +306,8 @@ def _as_api_error(error: Exception) -> ApiError:
     """Spell an engine's or the store's failure for a client."""
     if isinstance(error, EngineStoppedError):
         return ApiError(503, str(error), retry_after_s=RETRY_AFTER_S)
+    if isinstance(error, UncapturableError):
+        return ApiError(400, f"activations.hook_points: {error}", param="activations.hook_points")
     if isinstance(error, StoreError):
         return ApiError(500, str(error), code="activations_not_stored")
     return ApiError(500, f"the generation failed: {type(error).__name__}: {error}", code="generation_failed")

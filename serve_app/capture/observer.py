@@ -94,7 +94,11 @@ class _TapObserver(Cache):
         return {location: (location, key) for location, key in self._keys.items()}
 
     def observe_selected(self, selected: tuple[str, str], value: Any) -> None:
-        self._sink(selected[1], first_tensor(value))
+        try:
+            tensor = first_tensor(value)
+        except TypeError:
+            return  # a module that passes no tensor has no rows; the request that asked is told when it ends
+        self._sink(selected[1], tensor)
 
 
 def observe(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ObservedModel:

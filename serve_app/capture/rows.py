@@ -45,6 +45,10 @@ class CapturedRows:
     position: Int[np.ndarray, "rows"]
 
 
+class UncapturableError(Exception):
+    """A request's hook point gave no row per token, so what it asked for cannot be kept; the message names the key."""
+
+
 JOIN_EVERY = 32
 """Steps after which a request's rows are copied out of the steps' slabs, which hold the rows of the whole batch."""
 
@@ -63,16 +67,13 @@ class RequestRows:
         self.plan = plan
         self._own: list[_Span] = []
         self._shared: list[_Span] = []
+        self._missing: str | None = None
 
     def add(self, slabs: dict[str, Tensor], start: int, stop: int) -> None:
-        """Take rows `[start, stop)` of a step's slabs, the next ones in order of position.
-
-        Raises:
-            RuntimeError: if a tapped module did not run in this forward (a layer that was skipped).
-        """
-        missing = [key for key in self.plan.taps if key not in slabs]
-        if missing:
-            raise RuntimeError(f"{missing[0]} was not computed in every forward, so it cannot be captured")
+        """Take rows `[start, stop)` of a step's slabs, the next ones in order of position."""
+        self._missing = self._missing or next((key for key in self.plan.taps if key not in slabs), None)
+        if self._missing:
+            return  # said in `cut`: others in this forward have what they asked for
         self._shared.append(_Span(slabs, start, stop))
         if len(self._shared) >= JOIN_EVERY:
             rows = {key: _join(self._shared, key) for key in self.plan.taps}
@@ -84,7 +85,12 @@ class RequestRows:
 
         Args:
             n_prompt: tokens in its prompt.
+
+        Raises:
+            UncapturableError: if a tapped module did not run in every forward, or gave no row per token.
         """
+        if self._missing:
+            raise UncapturableError(f"{self._missing} does not give a row per token, so it cannot be captured")
         spans = self._own + self._shared
         n_rows = sum(span.stop - span.start for span in spans)
         wanted = self.plan.positions.select(n_prompt, n_rows)
@@ -133,10 +139,15 @@ class StepRows:
         self._indices = torch.tensor(indices, dtype=torch.long, device=device)
 
     def __call__(self, key: str, value: Float[Tensor, "batch tokens ..."]) -> None:
-        """Copy the wanted rows of one tapped value (the observer's sink)."""
-        # A module may see batch and tokens flattened; the positions are the same.
-        shape = value.shape[2:] if value.shape[:2] == self._grid else value.shape[1:]
-        flat = value.detach().reshape(self._grid[0] * self._grid[1], *shape)
+        """Copy the wanted rows of one tapped value (the observer's sink); a value without a row per token is left out."""
+        rows, width = self._grid
+        if value.shape[:2] == self._grid:
+            shape = value.shape[2:]
+        elif value.ndim and value.shape[0] == rows * width:  # a module may see batch and tokens flattened
+            shape = value.shape[1:]
+        else:
+            return
+        flat = value.detach().reshape(rows * width, *shape)
         self._slabs[key] = flat.index_select(0, self._indices.to(value.device))
 
     def deliver(self) -> None:

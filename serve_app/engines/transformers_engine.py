@@ -29,7 +29,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from serve_app.capture.observer import taps_union
-from serve_app.capture.rows import RequestRows, StepRows
+from serve_app.capture.rows import RequestRows, StepRows, UncapturableError
 from serve_app.engines.protocol import (
     EngineBusyError,
     EngineStoppedError,
@@ -162,25 +162,20 @@ class TransformersEngine:
     def _run(self) -> None:
         while self._wait_for_jobs():
             batch: _Batch | None = None
-            jobs: list[GenerationJob] = []
             try:
                 with torch.inference_mode():
                     while not self._closed:
                         if batch is None or self._continuous:
                             jobs = self._admit(len(batch.running) if batch else 0)
                             batch = self._prefill(jobs, batch) if jobs else batch
-                            jobs = []
                         if batch is None or not batch.running:
                             break
                         self._step(batch)
             except Exception as error:
-                lost = jobs + [running.job for running in batch.running] if batch else jobs
-                log.exception("a forward of %d requests failed", len(lost))
-                for job in lost:
-                    job.listener(Failed(error))
+                log.exception("a step failed")
+                _fail(batch.running if batch else [], error)
                 continue
-            for running in batch.running if batch else []:  # closed in the middle
-                running.job.listener(Failed(EngineStoppedError("the engine was closed")))
+            _fail(batch.running if batch else [], EngineStoppedError("the engine was closed"))  # closed in the middle
         for job in self._waiting:
             job.listener(Failed(EngineStoppedError("the engine was closed")))
 
@@ -205,8 +200,11 @@ class TransformersEngine:
             self._waiting = waiting
             return jobs
 
-    def _prefill(self, jobs: list[GenerationJob], batch: _Batch | None) -> _Batch:
-        """Run new jobs' prompts in one forward, choose their first tokens, and join them to the running batch."""
+    def _prefill(self, jobs: list[GenerationJob], batch: _Batch | None) -> _Batch | None:
+        """Run new jobs' prompts in one forward, choose their first tokens, and join them to the running batch.
+
+        If the forward fails, the new jobs fail with it; the running ones have a cache of their own and go on.
+        """
         model = self._model
         tokenizer = model.tokenizer.backend_tokenizer
         running = [
@@ -226,7 +224,12 @@ class TransformersEngine:
             mask[row, width - len(job.prompt_ids) :] = 1
         cache = DynamicCache(config=model.observed.config)
         new = _Batch(running, cache, tokens.to(model.device), mask.to(model.device))
-        self._advance(new, self._forward(new))
+        try:
+            self._advance(new, self._forward(new))
+        except Exception as error:
+            log.exception("a prefill of %d requests failed", len(new.running))
+            _fail(new.running, error)
+            return batch
         if batch is None or not batch.running:
             return new
         if new.running:
@@ -285,6 +288,16 @@ class TransformersEngine:
             batch.keep(staying)
 
     def _finish(self, running: _Running, reason: str) -> None:
-        """Cut a job's rows and report its result."""
-        captured = running.rows.cut(len(running.job.prompt_ids)) if running.rows else None
+        """Cut a job's rows and report its result; what it should not have asked for fails it alone."""
+        try:
+            captured = running.rows.cut(len(running.job.prompt_ids)) if running.rows else None
+        except UncapturableError as error:
+            running.job.listener(Failed(error))
+            return
         running.job.listener(Finished(running.text.text, running.token_ids, running.logprobs, reason, captured))
+
+
+def _fail(jobs: list[_Running], error: Exception) -> None:
+    """Tell jobs that they could not be finished."""
+    for running in jobs:
+        running.job.listener(Failed(error))

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from roentgen.contract import Positions, StoredDtype
-from serve_app.capture.rows import JOIN_EVERY, CapturePlan, RequestRows, StepRows
+from serve_app.capture.rows import JOIN_EVERY, CapturePlan, RequestRows, StepRows, UncapturableError
 from serve_app.capture.structure import Tap
 
 CPU = torch.device("cpu")
@@ -35,10 +35,16 @@ def test_a_module_that_sees_batch_and_tokens_flattened() -> None:
     assert request.cut(2).tensors["x"].tolist() == [[0, 1], [2, 3]]
 
 
-def test_a_module_that_did_not_run_is_an_error() -> None:
-    step = StepRows([RequestRows(plan())], [1], width=1, device=CPU)
-    with pytest.raises(RuntimeError, match="x was not computed"):
-        step.deliver()
+@pytest.mark.parametrize("value", [None, torch.ones(1, 5, 4), torch.ones(())])
+def test_a_value_without_a_row_per_token_is_an_error_for_who_asked(value: torch.Tensor | None) -> None:
+    """A module that did not run, or one whose value is not per token, such as a table of positions."""
+    request = RequestRows(plan())
+    step = StepRows([request, None], [5, 5], width=5, device=CPU)
+    if value is not None:
+        step("x", value)
+    step.deliver()
+    with pytest.raises(UncapturableError, match="x does not give a row per token"):
+        request.cut(5)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from roentgen.contract import ActivationRequest, Positions
-from serve_app.capture.rows import CapturePlan
+from serve_app.capture.rows import CapturePlan, UncapturableError
 from serve_app.engines.protocol import EngineBusyError, EngineStoppedError, Failed, Finished, Sampling, TextDelta
 from serve_app.engines.transformers_engine import TransformersEngine
 from serve_app.models import LoadedModel
@@ -312,6 +312,34 @@ def test_a_failed_forward_fails_its_jobs_and_not_the_engine(engine: Transformers
             call.result()
     handle.remove()
     assert run(engine, [Call(PROMPTS[0], GREEDY)])[0].token_ids == generate_alone(llama, PROMPTS[0], 12)
+
+
+def test_a_hook_point_without_rows_fails_alone(engine: TransformersEngine, llama: LoadedModel) -> None:
+    """The output head computes the last position of a prompt only, so it has no row per token to keep."""
+    odd = Call(PROMPTS[0], GREEDY, plan(llama, "resid_post", "lm_head.output"))
+    fine = Call(PROMPTS[1], GREEDY, plan(llama, "resid_post"))
+    for call in (odd, fine):
+        engine.submit(call.job)
+    assert fine.result().token_ids == generate_alone(llama, PROMPTS[1], 12)
+    with pytest.raises(UncapturableError, match=r"lm_head\.output does not give a row per token"):
+        odd.result()
+
+
+def test_a_failed_prefill_fails_alone(engine: TransformersEngine, llama: LoadedModel) -> None:
+    def explode(module: Any, args: Any, kwargs: Any) -> None:
+        if kwargs["input_ids"].shape[1] == 9:
+            raise RuntimeError("out of luck")
+
+    handle = llama.observed._module.register_forward_pre_hook(explode, with_kwargs=True)
+    with slowed(llama, 0.01):
+        running = Call(PROMPTS[0], Sampling(30, temperature=0), stream=True)
+        engine.submit(running.job)
+        wait_for(lambda: bool(running.heard))
+        with pytest.raises(RuntimeError, match="out of luck"):
+            run(engine, [Call(PROMPTS[1], GREEDY)])
+        result = running.result()
+    handle.remove()
+    assert result.token_ids == generate_alone(llama, PROMPTS[0], 30)
 
 
 def test_a_full_queue_is_refused_and_a_closed_engine_says_so(llama: LoadedModel) -> None:
