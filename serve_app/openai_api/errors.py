@@ -7,8 +7,6 @@ traceback that is no client's business.
 
 from typing import Any
 
-from pydantic import ValidationError
-
 
 class ApiError(Exception):
     """An error in OpenAI's shape.
@@ -87,8 +85,3 @@ def from_validation(errors: list[Any]) -> ApiError:
     reason = first["msg"].removeprefix("Value error, ")
     given = "" if first["type"] in ("missing", "value_error") else f" (given: {str(first.get('input'))[:80]!r})"
     return ApiError(400, f"{param}: {reason}{given}" if param else reason, param=param)
-
-
-def from_pydantic(error: ValidationError) -> ApiError:
-    """Turn a `ValidationError` into a 400."""
-    return from_validation(list(error.errors()))

@@ -2,7 +2,7 @@ import pytest
 from pydantic import ValidationError
 
 from serve_app.openai_api.chat import ChatRequest
-from serve_app.openai_api.errors import ApiError, from_pydantic
+from serve_app.openai_api.errors import ApiError, from_validation
 
 HELLO = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 
@@ -10,7 +10,7 @@ HELLO = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 def refusal(**extra: object) -> ApiError:
     with pytest.raises(ValidationError) as caught:
         ChatRequest.model_validate({**HELLO, **extra})
-    return from_pydantic(caught.value)
+    return from_validation(list(caught.value.errors()))
 
 
 def test_a_plain_request() -> None:
