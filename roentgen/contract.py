@@ -111,26 +111,27 @@ class Positions:
         """Whether the rows selected are averaged into one."""
         return self.policy.startswith("mean_")
 
-    def select(self, n_prompt: int, n_rows: int) -> list[int]:
+    def select(self, n_prompt: int, n_rows: int, first: int = 0) -> range:
         """Return the positions kept (for a pooled policy: averaged), of a rollout with `n_rows` rows.
 
         Args:
             n_prompt: tokens in the prompt.
             n_rows: rows of a full capture, `n_prompt + max(n_completion - 1, 0)`.
+            first: leave out positions before this one.
         """
         match self.policy:
             case "all":
-                return list(range(n_rows))
+                return range(first, n_rows)
             case "prompt" | "mean_prompt":
-                return list(range(min(n_prompt, n_rows)))
+                return range(first, min(n_prompt, n_rows))
             case "generated" | "mean_generated":
-                return list(range(n_prompt, n_rows))
+                return range(max(n_prompt, first), n_rows)
             case "last_prompt":
-                return [n_prompt - 1] if n_prompt else []
+                return range(max(n_prompt - 1, first), min(n_prompt, n_rows))
             case "last":
-                return [n_rows - 1] if n_rows else []
+                return range(max(n_rows - 1, first), n_rows)
             case _:
-                return list(range(0, n_rows, self.stride))
+                return range(first + -first % self.stride, n_rows, self.stride)
 
 
 def _check_positions(value: str) -> str:
@@ -157,6 +158,8 @@ class ActivationRequest(BaseModel):
         layers: layer indices (negative ones count from the end), or "all".
         hook_points: canonical names, or module paths ending in `.input` or `.output`.
         positions: a policy of `Positions`.
+        since: "turn" keeps only what is new in this turn of a conversation: rows from the last token of the last assistant
+            message on (that token was sampled in the turn before, but never fed). Without such a message, all rows.
         dtype: what to store; "model" keeps the model's own dtype.
         delivery: how the reply carries values (`return` on the wire).
         labels: a flat JSON object stored with the rollout.
@@ -169,6 +172,7 @@ class ActivationRequest(BaseModel):
     layers: tuple[int, ...] | Literal["all"] = DEFAULT_LAYERS
     hook_points: tuple[str, ...] = Field(default=DEFAULT_HOOK_POINTS, min_length=1)
     positions: Annotated[str, AfterValidator(_check_positions)] = "all"
+    since: Literal["turn"] | None = None
     dtype: StoredDtype = "model"
     delivery: Literal["reference"] = Field(default="reference", alias="return")
     labels: dict[str, LabelValue] = Field(default_factory=dict)

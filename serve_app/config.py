@@ -24,6 +24,8 @@ class ServerConfig(BaseModel):
         store: the activation store's folder.
         max_batch: requests generated together.
         max_queue: requests waiting; beyond, 429.
+        max_prefill_tokens: prompt tokens read in one forward, 0 for what suits the device; running requests wait for it.
+        max_cache_tokens: size of the KV cache, 0 for what the free memory allows.
         threads: torch threads of a replica, 0 for one per core (Ray would otherwise allow one).
         num_gpus: GPUs reserved per replica.
         num_replicas: copies of the model.
@@ -38,6 +40,8 @@ class ServerConfig(BaseModel):
     store: Annotated[str, AfterValidator(_absolute)] = Field(default="activations", validate_default=True)
     max_batch: int = Field(default=32, ge=1)
     max_queue: int = Field(default=256, ge=0)
+    max_prefill_tokens: int = Field(default=0, ge=0)
+    max_cache_tokens: int = Field(default=0, ge=0)
     threads: int = Field(default=0, ge=0)
     num_gpus: float = Field(default=0, ge=0)
     num_replicas: int = Field(default=1, ge=1)

@@ -33,6 +33,7 @@ from serve_app.engines.protocol import (
     Failed,
     Finished,
     GenerationJob,
+    RequestTooLargeError,
     Sampling,
     TextDelta,
 )
@@ -146,7 +147,13 @@ class ModelReplica:
             self._say(f"finding {self._config.model}")
             source = locate(self._config.model, self._config.revision)
             model = load(source, self._config.dtype, self._config.device, self._say)
-            engine = TransformersEngine(model, max_batch=self._config.max_batch, max_queue=self._config.max_queue)
+            engine = TransformersEngine(
+                model,
+                max_batch=self._config.max_batch,
+                max_queue=self._config.max_queue,
+                max_prefill_tokens=self._config.max_prefill_tokens,
+                max_cache_tokens=self._config.max_cache_tokens,
+            )
         except (ModelNotFoundError, ResolutionError, StoreError) as error:
             self._failure = str(error)
             log.error("the replica cannot start: %s", error)
@@ -200,7 +207,8 @@ class ModelReplica:
             taps = model.structure.resolve(asked)
         except CaptureRequestError as error:
             raise ApiError(400, str(error), param=error.param) from error
-        return prompt, CapturePlan(taps, Positions.parse(asked.positions), asked.dtype)
+        first = prompt.turn_start if asked.since == "turn" else 0
+        return prompt, CapturePlan(taps, Positions.parse(asked.positions), asked.dtype, first=first)
 
     async def _events(
         self, request: ChatRequest, prompt: Prompt, plan: CapturePlan | None
@@ -239,6 +247,8 @@ class ModelReplica:
         )
         try:
             ready.engine.submit(job)
+        except RequestTooLargeError as error:
+            raise ApiError(400, str(error), code="request_too_large") from error
         except EngineBusyError as error:
             raise ApiError(429, f"the server is busy: {error}", code="busy", retry_after_s=RETRY_AFTER_S) from error
         except EngineStoppedError as error:

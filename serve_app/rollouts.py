@@ -37,7 +37,7 @@ def build_rollout(
     n_prompt = len(prompt.token_ids)
     text, offsets = completion_offsets(model.tokenizer.backend_tokenizer, finished.token_ids, len(prompt.text))
     whole = prompt.text + text
-    logprobs = np.array([np.nan] * n_prompt + finished.logprobs, dtype=np.float32)
+    logprobs = np.array([np.nan] * n_prompt + [score.logprob for score in finished.scores], dtype=np.float32)
     pooled = captured.position < 0
     dtypes = {str(tensor.dtype) for tensor in captured.tensors.values()}
     return Rollout(
@@ -60,7 +60,7 @@ def build_rollout(
         text=whole,
         segments=[*prompt.segments, Segment("assistant", len(prompt.text), len(whole))],
         finish_reason=finished.finish_reason,
-        final_logprob=finished.logprobs[-1],
+        final_logprob=finished.scores[-1].logprob,
         key=asked.key,
         labels=asked.labels,
     )

@@ -9,7 +9,7 @@ Each module that nnsight wraps pays a little in every forward. So `ObservedModel
 wraps one when it is first reached by attribute, which is when a request first asks for it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -104,8 +104,3 @@ class _TapObserver(Cache):
 def observe(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ObservedModel:
     """Wrap a loaded model with nnsight, instrumenting nothing yet."""
     return ObservedModel(module, tokenizer=tokenizer, envoys=_Bare)
-
-
-def taps_union(requests: Sequence[dict[str, Tap]]) -> dict[str, Tap]:
-    """Return every tap that any request of a batch asks for."""
-    return {key: tap for taps in requests for key, tap in taps.items()}

@@ -1,12 +1,18 @@
-"""The rows kept of a running batch: copied once per step for all requests, cut per request when one ends.
+"""The rows kept of a running batch: copied once per forward for all requests, cut per request when one ends.
 
-A forward sees `[batch, tokens]` positions, of which some are padding and some belong to requests that capture nothing.
-`StepRows` gathers the wanted positions of every tapped value into one compact slab, which is the only copy made during the
-forward; each request then owns a span of that slab. Every few steps, and when it ends, a request's spans are joined into
-tensors of its own, so that a long request does not keep alive the rows of all that ran beside it.
+A forward sees `[batch, tokens]` positions, of which some are padding and some are not wanted. Requests that want the same
+keys form a cohort; per forward, `StepRows` gathers the wanted positions of all of a cohort's keys into one block
+`[keys, rows, *shape]`, which is the only copy made while the model runs, and each request then owns a span of it. So the
+cost of a step does not grow with the number of requests. For a pooled policy the block holds each request's sum over the
+forward's rows instead: pooled positions are reduced where they are, on the model's device.
+
+From a GPU a block goes to pinned memory in one asynchronous copy, on a stream of its own, while the next step runs. Every few
+steps, and when it ends, a request's spans are joined into tensors of its own, so that a long request does not keep alive
+what ran beside it.
 """
 
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -25,11 +31,26 @@ class CapturePlan:
         taps: per stored key, where to read.
         positions: which of its rows.
         dtype: what to store them as.
+        n_prompt: tokens before the completion; None says that the whole of the job's prompt is (it is not, when a finished
+            answer is read again).
+        first: rows before this position are not kept.
+        stop: rows from this position on are not kept.
     """
 
     taps: dict[str, Tap]
     positions: Positions
     dtype: StoredDtype
+    n_prompt: int | None = None
+    first: int = 0
+    stop: int | None = None
+
+    def kept(self, n_prompt: int, start: int, stop: int) -> range:
+        """Return the positions in `[start, stop)` to keep, of a job whose prompt has `n_prompt` tokens."""
+        if self.stop is not None:
+            stop = min(stop, self.stop)
+        if self.n_prompt is not None:
+            n_prompt = self.n_prompt
+        return self.positions.select(n_prompt, stop, first=max(start, self.first))
 
 
 @dataclass(frozen=True)
@@ -50,93 +71,197 @@ class UncapturableError(Exception):
 
 
 JOIN_EVERY = 32
-"""Steps after which a request's rows are copied out of the steps' slabs, which hold the rows of the whole batch."""
+"""Forwards after which a request's rows are copied out of the blocks, which hold the rows of the whole batch."""
 
 
 @dataclass
+class _Block:
+    """One forward's rows of a cohort's keys that have the same shape and dtype.
+
+    Attributes:
+        tensor: `[keys, rows, *shape]`; for a pooled policy each row is a sum, in float32.
+        dtype: the values' own.
+        keys: the first `len(keys)` of the tensor's are in use.
+        copied: on a GPU, the event after which `tensor` is there.
+    """
+
+    tensor: Float[Tensor, "keys rows ..."]
+    dtype: torch.dtype
+    keys: list[str] = field(default_factory=list)
+    copied: torch.cuda.Event | None = None
+
+    def rows(self, start: int, stop: int) -> Float[Tensor, "keys rows ..."]:
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.tensor[: len(self.keys), start:stop]
+
+
+@dataclass(frozen=True)
 class _Span:
-    slabs: dict[str, Tensor]
+    blocks: list[_Block]
     start: int
     stop: int
 
 
 class RequestRows:
-    """The rows of one running request: spans of the latest steps' slabs, and what has been copied out of earlier ones."""
+    """The rows of one running request: spans of the latest forwards' blocks, and what has been joined of earlier ones."""
 
-    def __init__(self, plan: CapturePlan) -> None:
+    def __init__(self, plan: CapturePlan, n_prompt: int) -> None:
+        """Begin before the first token.
+
+        Args:
+            plan: what to keep.
+            n_prompt: tokens in the job's prompt.
+        """
         self.plan = plan
+        self.begun = False
+        self._n_prompt = n_prompt
+        self._fed = 0
+        self._position: list[int] = []
         self._own: list[_Span] = []
         self._shared: list[_Span] = []
         self._missing: str | None = None
 
-    def add(self, slabs: dict[str, Tensor], start: int, stop: int) -> None:
-        """Take rows `[start, stop)` of a step's slabs, the next ones in order of position."""
-        self._missing = self._missing or next((key for key in self.plan.taps if key not in slabs), None)
+    def feed(self, length: int) -> range:
+        """Count the tokens of the next forward; returns which of them to keep, counted from the first of them."""
+        start = self._fed
+        self._fed += length
+        kept = self.plan.kept(self._n_prompt, start, self._fed)
+        if self.plan.positions.policy == "last" and kept:
+            self._position = []
+        self._position += kept
+        return range(kept.start - start, kept.stop - start, kept.step)
+
+    def add(self, blocks: list[_Block], start: int, stop: int) -> None:
+        """Take rows `[start, stop)` of a forward's blocks, the next ones in order of position."""
+        self.begun = True
+        delivered = {key for block in blocks for key in block.keys}
+        self._missing = self._missing or next((key for key in self.plan.taps if key not in delivered), None)
         if self._missing:
             return  # said in `cut`: others in this forward have what they asked for
-        self._shared.append(_Span(slabs, start, stop))
+        if self.plan.positions.policy == "last" and stop > start:
+            self._own, self._shared = [], []  # what was last is not any more
+        self._shared.append(_Span(blocks, start, stop))
         if len(self._shared) >= JOIN_EVERY:
-            rows = {key: _join(self._shared, key) for key in self.plan.taps}
-            self._own.append(_Span(rows, 0, sum(span.stop - span.start for span in self._shared)))
+            self._own.append(self._joined(self._shared))
             self._shared = []
 
-    def cut(self, n_prompt: int) -> CapturedRows:
-        """Join this request's rows into tensors of their own and apply its position policy.
-
-        Args:
-            n_prompt: tokens in its prompt.
+    def cut(self) -> CapturedRows:
+        """Join this request's rows into tensors of their own.
 
         Raises:
             UncapturableError: if a tapped module did not run in every forward, or gave no row per token.
         """
-        if self._missing:
-            raise UncapturableError(f"{self._missing} does not give a row per token, so it cannot be captured")
         spans = self._own + self._shared
-        n_rows = sum(span.stop - span.start for span in spans)
-        wanted = self.plan.positions.select(n_prompt, n_rows)
-        tensors = {}
-        for key in self.plan.taps:
-            rows = _join(spans, key)
+        if self._missing or not spans:
+            key = self._missing or next(iter(self.plan.taps))
+            raise UncapturableError(f"{key} does not give a row per token, so it cannot be captured")
+        dtype = None if self.plan.dtype == "model" else getattr(torch, self.plan.dtype)
+        found: dict[str, Tensor] = {}
+        for block in self._joined(spans).blocks:
+            values = block.tensor
             if self.plan.positions.pooled:
-                # In float32: a bfloat16 sum over hundreds of rows would lose digits that the rows have.
-                rows = rows[wanted].float().mean(0, keepdim=True).to(rows.dtype) if wanted else rows[:0]
-            elif len(wanted) != n_rows:
-                rows = rows[wanted]
-            if self.plan.dtype != "model":
-                rows = rows.to(getattr(torch, self.plan.dtype))
-            tensors[key] = rows.cpu()
-        position = [-1] * bool(wanted) if self.plan.positions.pooled else wanted
-        return CapturedRows(tensors, np.array(position, dtype=np.int32))
+                values = values[:, :1] / max(len(self._position), 1) if self._position else values[:, :0]
+            values = values.to(device="cpu", dtype=dtype or block.dtype)
+            found.update(zip(block.keys, values, strict=True))
+        position = [-1] * bool(self._position) if self.plan.positions.pooled else self._position
+        return CapturedRows({key: found[key] for key in self.plan.taps}, np.array(position, dtype=np.int32))
+
+    def _joined(self, spans: list[_Span]) -> _Span:
+        """Copy the rows of spans, in order, into blocks of this request's own; sums are added up."""
+        blocks = []
+        for same in zip(*(span.blocks for span in spans), strict=True):
+            parts = [block.rows(span.start, span.stop) for block, span in zip(same, spans, strict=True)]
+            rows = torch.cat(parts, dim=1)
+            if self.plan.positions.pooled:
+                rows = rows.sum(1, keepdim=True)
+            blocks.append(_Block(rows, same[0].dtype, same[0].keys))
+        return _Span(blocks, 0, blocks[0].tensor.shape[1])
 
 
-def _join(spans: list[_Span], key: str) -> Float[Tensor, "rows ..."]:
-    """Copy the rows of spans, in order, into one tensor."""
-    return torch.cat([span.slabs[key][span.start : span.stop] for span in spans])
+class _Cohort:
+    """The requests of a forward that want the same keys in the same way, and what is gathered for them."""
+
+    def __init__(self, keys: tuple[str, ...], pooled: bool) -> None:
+        self.keys = keys
+        self.pooled = pooled
+        self.spans: list[tuple[RequestRows, int, int]] = []
+        self.places: list[int] = []
+        self.sums: list[int] = []
+        self.blocks: list[_Block] = []
+        self._index: Int[Tensor, "places"] | None = None
+
+    def want(self, request: RequestRows, places: range) -> None:
+        """Gather these places of the flattened batch for a request."""
+        start = len(self.sums) if self.pooled else len(self.places)
+        self.places.extend(places)
+        if self.pooled and places:
+            self.sums.append(len(places))
+        self.spans.append((request, start, len(self.sums) if self.pooled else len(self.places)))
+
+    def gather(self, key: str, flat: Float[Tensor, "places ..."]) -> None:
+        """Copy the wanted rows of one value."""
+        if self._index is None or self._index.device != flat.device:
+            self._index = torch.tensor(self.places, dtype=torch.long, device=flat.device)
+        rows = flat.index_select(0, self._index) if self.pooled else None
+        if rows is not None:
+            rows = rows.float()
+            if len(self.sums) < len(self.places):
+                lengths = torch.tensor(self.sums, device=flat.device)
+                rows = torch.segment_reduce(rows.flatten(1), "sum", lengths=lengths).reshape(-1, *flat.shape[1:])
+        n_rows = len(self.places) if rows is None else len(rows)
+        block = self._block((n_rows, *flat.shape[1:]), flat.dtype, flat.device)
+        target = block.tensor[len(block.keys)]
+        if rows is None:
+            torch.index_select(flat, 0, self._index, out=target)
+        else:
+            target.copy_(rows)
+        block.keys.append(key)
+
+    def _block(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> _Block:
+        for block in self.blocks:
+            if block.tensor.shape[1:] == shape and block.dtype == dtype and block.tensor.device == device:
+                return block
+        kept_as = torch.float32 if self.pooled else dtype
+        self.blocks.append(_Block(torch.empty(len(self.keys), *shape, dtype=kept_as, device=device), dtype))
+        return self.blocks[-1]
 
 
 class StepRows:
-    """One forward's sink: gathers the wanted rows of each tapped value into a slab."""
+    """One forward's sink: gathers the wanted rows of each tapped value.
 
-    def __init__(
-        self, requests: list[RequestRows | None], lengths: list[int], width: int, device: torch.device
-    ) -> None:
+    Attributes:
+        taps: per stored key, where to read in this forward; nothing if no row of it is kept.
+    """
+
+    def __init__(self, requests: list[RequestRows | None], lengths: list[int], width: int) -> None:
         """Lay out one forward's rows.
 
         Args:
             requests: per batch row, the request's rows, None if it captures nothing.
             lengths: per batch row, how many of its tokens are not padding; padding is on the left.
             width: tokens per batch row, padding included.
-            device: of the model.
         """
-        self._slabs: dict[str, Tensor] = {}
-        self._spans: list[tuple[RequestRows, int, int]] = []
-        indices: list[int] = []
-        for row, (request, length) in enumerate(zip(requests, lengths, strict=True)):
-            if request is not None:
-                self._spans.append((request, len(indices), len(indices) + length))
-                indices.extend(range((row + 1) * width - length, (row + 1) * width))
         self._grid = (len(requests), width)
-        self._indices = torch.tensor(indices, dtype=torch.long, device=device)
+        cohorts: dict[tuple[tuple[str, ...], bool], _Cohort] = {}
+        self._of_key: dict[str, list[_Cohort]] = defaultdict(list)
+        self.taps: dict[str, Tap] = {}
+        for row, (request, length) in enumerate(zip(requests, lengths, strict=True)):
+            if request is None:
+                continue
+            kept = request.feed(length)
+            # The first forward is read even if it keeps no row: it tells the shape of what has none.
+            if not kept and request.begun:
+                continue
+            first = (row + 1) * width - length
+            kind = tuple(request.plan.taps), request.plan.positions.pooled
+            if kind not in cohorts:
+                cohorts[kind] = _Cohort(*kind)
+                self.taps.update(request.plan.taps)
+                for key in kind[0]:
+                    self._of_key[key].append(cohorts[kind])
+            cohorts[kind].want(request, range(first + kept.start, first + kept.stop, kept.step))
+        self._cohorts = list(cohorts.values())
 
     def __call__(self, key: str, value: Float[Tensor, "batch tokens ..."]) -> None:
         """Copy the wanted rows of one tapped value (the observer's sink); a value without a row per token is left out."""
@@ -148,9 +273,35 @@ class StepRows:
         else:
             return
         flat = value.detach().reshape(rows * width, *shape)
-        self._slabs[key] = flat.index_select(0, self._indices.to(value.device))
+        for cohort in self._of_key[key]:
+            cohort.gather(key, flat)
 
-    def deliver(self) -> None:
-        """Give each request its span, once the forward is done."""
-        for request, start, stop in self._spans:
-            request.add(self._slabs, start, stop)
+    def deliver(self, streams: "HostStreams") -> None:
+        """Give each request its span, once the forward has been issued."""
+        for cohort in self._cohorts:
+            blocks = [streams.to_host(block) for block in cohort.blocks]
+            for request, start, stop in cohort.spans:
+                request.add(blocks, start, stop)
+
+
+class HostStreams:
+    """Copies blocks from GPUs to pinned memory, on a stream of each GPU's own beside the model's; on a CPU, does nothing."""
+
+    def __init__(self) -> None:
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+
+    def to_host(self, block: _Block) -> _Block:
+        """Send a block on its way; `_Block.rows` waits for it."""
+        device = block.tensor.device
+        if device.type != "cuda":
+            return block
+        stream = self._streams.setdefault(device, torch.cuda.Stream(device))
+        used = block.tensor[: len(block.keys)]
+        host = torch.empty(used.shape, dtype=used.dtype, pin_memory=True)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            host.copy_(used, non_blocking=True)
+            copied = stream.record_event()
+        # The allocator must not hand the memory to the model's stream before the copy has read it.
+        block.tensor.record_stream(stream)
+        return _Block(host, block.dtype, block.keys, copied)

@@ -7,7 +7,7 @@ listener hears nothing more.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -22,23 +22,47 @@ class EngineStoppedError(Exception):
     """The engine has been closed."""
 
 
+class RequestTooLargeError(ValueError):
+    """A job needs more of the KV cache than the engine has; the message says both numbers."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How to choose tokens.
 
+    What a request asks for is applied in this order: biases and penalties on the logits, tokens that may not come yet,
+    temperature, top_k, top_p.
+
     Attributes:
-        max_tokens: the most to generate.
+        max_tokens: the most to generate; 0 only reads the prompt.
+        min_tokens: the least to generate before an end-of-text token, a stop token or a stop string may end it.
         temperature: 0 takes the most likely token.
+        top_k: sample from this many of the most likely tokens, 0 for all.
         top_p: sample from the smallest set of tokens with this much probability.
         seed: of this request's random stream, which depends on nothing else.
         stop: strings that end the generation; not part of the text.
+        stop_token_ids: tokens that end it, beside the model's own end-of-text tokens.
+        presence_penalty: subtracted from the logit of every token generated before.
+        frequency_penalty: subtracted once for every time a token was generated before.
+        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or completion (CTRL, arXiv
+            1909.05858), 1 for none.
+        logit_bias: added to the logits of these tokens.
+        top_logprobs: how many of the most likely tokens to report at each position.
     """
 
     max_tokens: int
+    min_tokens: int = 0
     temperature: float = 1.0
+    top_k: int = 0
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    stop_token_ids: frozenset[int] = frozenset()
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    top_logprobs: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,22 +73,37 @@ class TextDelta:
 
 
 @dataclass(frozen=True)
+class TokenScore:
+    """How likely a token was, under the model's own distribution (before penalties, temperature, top_k and top_p).
+
+    Attributes:
+        logprob: natural logarithm of its probability.
+        top: the most likely tokens at its position, most likely first, each with its logprob; as many as were asked for.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Finished:
     """A job's result.
 
     Attributes:
         text: the completion, without special tokens and stop strings.
         token_ids: tokens generated, the final one included.
-        logprobs: log-probability of each under the model's own distribution (before temperature and top_p).
+        scores: of each of them.
         finish_reason: "stop", or "length" if it was cut.
         captured: the rows asked for, None if none were.
+        prompt_scores: of the prompt's tokens from the second on, if the job asked for them: `[n_prompt - 1]`.
     """
 
     text: str
     token_ids: list[int]
-    logprobs: list[float]
+    scores: list[TokenScore]
     finish_reason: str
     captured: CapturedRows | None
+    prompt_scores: list[TokenScore] | None = None
 
 
 @dataclass(frozen=True)
@@ -87,6 +126,7 @@ class GenerationJob:
         listener: hears what happens.
         capture: what to keep, None for nothing.
         stream: whether to send `TextDelta`s.
+        score_prompt: whether to report how likely the prompt's own tokens were.
         cancelled: set to leave.
     """
 
@@ -95,6 +135,7 @@ class GenerationJob:
     listener: Callable[[Event], None]
     capture: CapturePlan | None = None
     stream: bool = False
+    score_prompt: bool = False
     cancelled: threading.Event = field(default_factory=threading.Event)
 
 
@@ -105,6 +146,7 @@ class Engine(Protocol):
         """Queue a job.
 
         Raises:
+            RequestTooLargeError: if it can never fit.
             EngineBusyError: if the queue is full.
             EngineStoppedError: if the engine is closed.
         """

@@ -24,14 +24,16 @@ class TextStream:
         self.text = ""
         self.stopped = False
 
-    def push(self, token_id: int) -> None:
-        """Add a token."""
+    def push(self, token_id: int, *, may_stop: bool = True) -> None:
+        """Add a token; its text is looked through for stop strings unless it may not stop yet."""
         piece = self._decoder.step(self._tokenizer, token_id)
         if not piece or self.stopped:
             return
         # A stop string can begin in earlier text, but not further back than its own length.
         start = max(0, len(self.text) - max(map(len, self._stop), default=0))
         self.text += piece
+        if not may_stop:
+            return
         found = [at for stop in self._stop if (at := self.text.find(stop, start)) >= 0]
         if found:
             self.text = self.text[: min(found)]

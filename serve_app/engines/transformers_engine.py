@@ -2,17 +2,18 @@
 
 One thread owns the model, because nnsight has one interleaver per model and no lock. Between any two steps it
 
-1. admits requests that have arrived: they are prefilled together, in one forward of their own that is bounded, so that
-   the running ones never wait long, and their KV cache is joined to the running one;
-2. decodes one token for every running request, in one forward;
-3. lets finished and cancelled requests go: their rows of the cache are dropped, so they cost nothing more, and their
-   activations are cut and handed on while the others go on.
+1. admits requests that have arrived, as far as memory allows (`admission`), and prefills them together in a forward of their
+   own. A prefill is bounded; a prompt longer than the bound is read in pieces, with a step of the running ones between
+   each two, so that nobody waits long;
+2. decodes one token for every running request, in one forward over keys and values that stay where they are (`kv_cache`);
+3. lets finished and cancelled requests go: their slots are free at once, and their activations are cut and handed on while
+   the others go on.
 
-Rows are padded on the left, so that all of them end at the same column and a step appends one column to all. Every
-forward runs through `ObservedModel.run`, with the union of what its requests ask to capture.
+Every forward runs through `ObservedModel.run`, with what its requests want to capture of it. A failed prefill fails the
+requests in it, a failed step all that run; the engine goes on with the others. After several failures in a row (a broken
+GPU answers nothing else) it gives up, and the replica is restarted.
 
-A sliding-window cache holds the last columns of each row only, so rows of different ages cannot be joined in it: models
-that have one run in static batches, and the engine says so when it starts.
+A model whose cache cannot be joined runs in static batches, and the engine says so when it starts.
 """
 
 import logging
@@ -24,12 +25,11 @@ from dataclasses import dataclass, field
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.nn.functional import pad
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
+from transformers import Cache, DynamicCache
 
-from serve_app.capture.observer import taps_union
-from serve_app.capture.rows import RequestRows, StepRows, UncapturableError
+from serve_app.capture.rows import HostStreams, RequestRows, StepRows, UncapturableError
+from serve_app.engines.admission import Budget, next_jobs
+from serve_app.engines.kv_cache import BatchRows, SlotRows, StaticRows, continuous
 from serve_app.engines.protocol import (
     EngineBusyError,
     EngineStoppedError,
@@ -37,8 +37,9 @@ from serve_app.engines.protocol import (
     Finished,
     GenerationJob,
     TextDelta,
+    TokenScore,
 )
-from serve_app.engines.sampling import Sampler, token_logprobs
+from serve_app.engines.sampling import Sampler, choose, score
 from serve_app.engines.text import TextStream
 from serve_app.models import LoadedModel
 
@@ -47,85 +48,93 @@ log = logging.getLogger(__name__)
 GATHER_S = 0.02
 """How long an idle engine waits for company after a first request: requests sent together should run together."""
 
+PREFILL_TOKENS = {"cpu": 512, "cuda": 8192}
+"""Tokens of one prefill: enough to fill the device, and few enough for the running requests to wait for."""
+
+SCORED_BYTES = 256 << 20
+"""Logits of one prefill that scores its prompts; beyond, it is read in more pieces."""
+
+MAX_FAILURES = 3
+"""Failures in a row after which the engine gives up."""
+
 
 @dataclass
 class _Running:
-    """A job in the batch, and what it has so far."""
+    """A job, and what it has so far."""
 
     job: GenerationJob
     sampler: Sampler
     text: TextStream
     rows: RequestRows | None
+    ends: frozenset[int]
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
+    scores: list[TokenScore] = field(default_factory=list)
+    prompt_scores: list[TokenScore] = field(default_factory=list)
 
-    def finish_reason(self, eos_token_ids: frozenset[int]) -> str | None:
-        """Return why it has ended, None if it goes on."""
-        if self.text.stopped or self.token_ids[-1] in eos_token_ids:
+    def push(self, token: int, token_score: TokenScore) -> str | None:
+        """Take a token; returns why the generation has ended, None if it goes on."""
+        sampling = self.job.sampling
+        self.token_ids.append(token)
+        self.scores.append(token_score)
+        self.sampler.saw(token)
+        if token in self.ends:
             return "stop"
-        return "length" if len(self.token_ids) >= self.job.sampling.max_tokens else None
+        self.text.push(token, may_stop=len(self.token_ids) >= sampling.min_tokens)
+        if self.text.stopped:
+            return "stop"
+        return "length" if len(self.token_ids) >= sampling.max_tokens else None
 
 
 @dataclass
-class _Batch:
-    """The running jobs and their place in the model: row i of every tensor is job i."""
+class _Prefill:
+    """Jobs whose prompts are being read: row i of every tensor is job i, padded on the left."""
 
     running: list[_Running]
-    cache: DynamicCache
     tokens: Int[Tensor, "batch width"]
-    mask: Int[Tensor, "batch context"]
+    padding: list[int]
+    cache: DynamicCache
+    piece: int
+    done: int = 0
 
-    def keep(self, rows: list[int]) -> None:
-        """Drop all other rows, and the columns that only they had."""
-        index = torch.tensor(rows, dtype=torch.long, device=self.tokens.device)
-        self.running = [self.running[row] for row in rows]
-        self.cache.batch_select_indices(index)
-        self.tokens, self.mask = self.tokens[index], self.mask[index]
-        padding = int(self.mask.any(0).int().argmax()) if rows else 0
-        if padding and joinable(self.cache):
-            self.mask = self.mask[:, padding:]
-            for layer in self.cache.layers:
-                layer.keys, layer.values = layer.keys[:, :, padding:], layer.values[:, :, padding:]
-
-    def join(self, other: "_Batch") -> None:
-        """Add another batch's jobs: pad the shorter context on the left, then put one under the other."""
-        width = max(self.mask.shape[1], other.mask.shape[1])
-        self.running = self.running + other.running
-        self.tokens = torch.cat([self.tokens, other.tokens])
-        self.mask = torch.cat([pad(batch.mask, (width - batch.mask.shape[1], 0)) for batch in (self, other)])
-        for mine, theirs in zip(self.cache.layers, other.cache.layers, strict=True):
-            mine.keys, mine.values = (
-                torch.cat([pad(part, (0, 0, width - part.shape[2], 0)) for part in parts])
-                for parts in ((mine.keys, theirs.keys), (mine.values, theirs.values))
-            )
-
-
-def joinable(cache: DynamicCache) -> bool:
-    """Whether rows of different ages fit into one cache: every layer keeps every column."""
-    return all(type(layer) is DynamicLayer for layer in cache.layers)
+    @property
+    def scored(self) -> bool:
+        return any(running.job.score_prompt for running in self.running)
 
 
 class TransformersEngine:
     """Generates with a transformers model, in a continuous batch (see the module)."""
 
     def __init__(
-        self, model: LoadedModel, *, max_batch: int = 32, max_queue: int = 256, max_prefill_tokens: int = 2048
+        self,
+        model: LoadedModel,
+        *,
+        max_batch: int = 32,
+        max_queue: int = 256,
+        max_prefill_tokens: int = 0,
+        max_cache_tokens: int = 0,
     ) -> None:
-        """Start the engine's thread.
+        """Measure the memory and start the engine's thread.
 
         Args:
             model: the model; this engine's thread is the only one to run it from now on.
             max_batch: requests generated together.
             max_queue: requests waiting for that.
-            max_prefill_tokens: the most that one prefill takes, padding included; a longer prompt is prefilled alone.
+            max_prefill_tokens: the most that one prefill takes, padding included; 0 for what suits the device.
+            max_cache_tokens: size of the KV cache, 0 for what the free memory allows.
         """
         self._model = model
         self._max_batch = max_batch
         self._max_queue = max_queue
-        self._max_prefill_tokens = max_prefill_tokens
-        self._continuous = joinable(DynamicCache(config=model.observed.config))
+        self._max_prefill_tokens = max_prefill_tokens or PREFILL_TOKENS[model.device.type]
+        self._continuous = continuous(model.observed.config)
         if not self._continuous:
-            log.warning("%s has a sliding-window cache: requests run in static batches", model.source.name)
+            log.warning("%s has a cache that rows cannot join: requests run in static batches", model.source.name)
+        self.budget = Budget.measure(model, max_cache_tokens)
+        log.info("room for %d tokens in the KV cache", self.budget.cache_tokens)
+        self._streams = HostStreams()
+        self._running: list[_Running] = []
+        self._prefill: _Prefill | None = None
+        self._rows: BatchRows = self._empty()
         self._changed = threading.Condition()
         self._waiting: deque[GenerationJob] = deque()
         self._closed = False
@@ -141,9 +150,11 @@ class TransformersEngine:
         """Queue a job.
 
         Raises:
+            RequestTooLargeError: if it can never fit.
             EngineBusyError: if the queue is full.
             EngineStoppedError: if the engine is closed.
         """
+        self.budget.check(job)
         with self._changed:
             if self._closed:
                 raise EngineStoppedError("the engine is closed")
@@ -159,145 +170,211 @@ class TransformersEngine:
             self._changed.notify_all()
         self._thread.join()
 
+    def _empty(self) -> BatchRows:
+        return SlotRows() if self._continuous else StaticRows(self._model.observed.config)
+
     def _run(self) -> None:
+        failures = 0
         while self._wait_for_jobs():
-            batch: _Batch | None = None
             try:
                 with torch.inference_mode():
-                    while not self._closed:
-                        if batch is None or self._continuous:
-                            jobs = self._admit(len(batch.running) if batch else 0)
-                            batch = self._prefill(jobs, batch) if jobs else batch
-                        if batch is None or not batch.running:
-                            break
-                        self._step(batch)
+                    while not self._closed and self._turn():
+                        failures = 0
             except Exception as error:
-                log.exception("a step failed")
-                _fail(batch.running if batch else [], error)
-                continue
-            _fail(batch.running if batch else [], EngineStoppedError("the engine was closed"))  # closed in the middle
-        for job in self._waiting:
+                log.exception("a forward failed")
+                failures += 1
+                self._fail_all(error)
+                if failures == MAX_FAILURES:
+                    log.critical("%d failures in a row: the engine gives up", failures)
+                    with self._changed:
+                        self._closed = True
+            self._rows = self._empty()  # nothing runs: give the memory back
+        self._fail_all(EngineStoppedError("the engine was closed"))
+        with self._changed:
+            waiting, self._waiting = self._waiting, deque()
+        for job in waiting:
             job.listener(Failed(EngineStoppedError("the engine was closed")))
 
     def _wait_for_jobs(self) -> bool:
         """Wait until there is something to do, and a moment longer for company; False when the engine is closed."""
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._waiting)
-        time.sleep(GATHER_S)
+        if not self._closed:
+            time.sleep(GATHER_S)
         return not self._closed
 
-    def _admit(self, running: int) -> list[GenerationJob]:
-        """Take waiting jobs, in order, as many as fit into the batch and into one prefill."""
-        with self._changed:
-            waiting = deque(job for job in self._waiting if not job.cancelled.is_set())
-            jobs: list[GenerationJob] = []
-            longest = 0
-            while waiting and running + len(jobs) < self._max_batch:
-                longest = max(longest, len(waiting[0].prompt_ids))
-                if jobs and longest * (len(jobs) + 1) > self._max_prefill_tokens:
-                    break
-                jobs.append(waiting.popleft())
-            self._waiting = waiting
-            return jobs
+    def _turn(self) -> bool:
+        """Read a piece of waiting prompts and decode one token for all that run; False if there was nothing to do."""
+        if self._prefill is None and (self._continuous or not self._running):
+            self._prefill = self._admit()
+        prefill = self._prefill
+        if prefill is not None:
+            self._read(prefill)
+        if self._running:
+            self._decode()
+        return prefill is not None or bool(self._running)
 
-    def _prefill(self, jobs: list[GenerationJob], batch: _Batch | None) -> _Batch | None:
-        """Run new jobs' prompts in one forward, choose their first tokens, and join them to the running batch.
+    def _fail_all(self, error: Exception) -> None:
+        """Tell all jobs that run or are being read that they could not be finished."""
+        for running in [*self._running, *(self._prefill.running if self._prefill else [])]:
+            running.job.listener(Failed(error))
+        self._running, self._prefill = [], None
+
+    def _admit(self) -> _Prefill | None:
+        """Take waiting jobs, as many as fit, and lay out their prompts."""
+        with self._changed:
+            self._waiting = deque(job for job in self._waiting if not job.cancelled.is_set())
+            jobs = next_jobs(
+                self._waiting,
+                [running.job for running in self._running],
+                self.budget,
+                self._max_batch,
+                self._max_prefill_tokens,
+            )
+        if not jobs:
+            return None
+        width = max(len(job.prompt_ids) for job in jobs)
+        tokens = torch.zeros(len(jobs), width, dtype=torch.long)
+        for row, job in enumerate(jobs):
+            tokens[row, width - len(job.prompt_ids) :] = torch.tensor(job.prompt_ids)
+        prefill = _Prefill(
+            running=[self._start(job) for job in jobs],
+            tokens=tokens,
+            padding=[width - len(job.prompt_ids) for job in jobs],
+            cache=self._rows.new(),
+            piece=width,
+        )
+        if self._continuous:
+            limit = self._max_prefill_tokens
+            if prefill.scored:
+                limit = min(limit, SCORED_BYTES // (4 * self._model.observed.config.get_text_config().vocab_size))
+            prefill.piece = max(1, limit // len(jobs))
+        return prefill
+
+    def _start(self, job: GenerationJob) -> _Running:
+        ends = self._model.eos_token_ids | job.sampling.stop_token_ids
+        return _Running(
+            job,
+            Sampler(job.sampling, job.prompt_ids, ends),
+            TextStream(self._model.tokenizer.backend_tokenizer, job.sampling.stop),
+            RequestRows(job.capture, len(job.prompt_ids)) if job.capture else None,
+            ends,
+        )
+
+    def _read(self, prefill: _Prefill) -> None:
+        """Read the next piece of a prefill; after the last, its jobs have their first token and join the running ones.
 
         If the forward fails, the new jobs fail with it; the running ones have a cache of their own and go on.
         """
-        model = self._model
-        tokenizer = model.tokenizer.backend_tokenizer
-        running = [
-            _Running(
-                job,
-                Sampler(job.sampling),
-                TextStream(tokenizer, job.sampling.stop),
-                RequestRows(job.capture) if job.capture else None,
-            )
-            for job in jobs
-        ]
-        width = max(len(job.prompt_ids) for job in jobs)
-        tokens = torch.zeros(len(jobs), width, dtype=torch.long)
-        mask = torch.zeros(len(jobs), width, dtype=torch.long)
-        for row, job in enumerate(jobs):
-            tokens[row, width - len(job.prompt_ids) :] = torch.tensor(job.prompt_ids)
-            mask[row, width - len(job.prompt_ids) :] = 1
-        cache = DynamicCache(config=model.observed.config)
-        new = _Batch(running, cache, tokens.to(model.device), mask.to(model.device))
+        start, stop = prefill.done, min(prefill.done + prefill.piece, prefill.tokens.shape[1])
+        padding = torch.tensor(prefill.padding)[:, None]
+        columns = torch.arange(stop)
+        mask, positions = (columns >= padding).long(), (columns - padding).clamp(min=0)
         try:
-            self._advance(new, self._forward(new))
+            logits = self._forward(
+                prefill.running,
+                prefill.tokens[:, start:stop],
+                mask,
+                positions[:, start:],
+                prefill.cache,
+                logits_to_keep=0 if prefill.scored else 1,
+            )
         except Exception as error:
-            log.exception("a prefill of %d requests failed", len(new.running))
-            _fail(new.running, error)
-            return batch
-        if batch is None or not batch.running:
-            return new
-        if new.running:
-            batch.join(new)
-        return batch
+            if not self._running:
+                raise
+            log.exception("a prefill of %d requests failed", len(prefill.running))
+            self._prefill = None
+            for running in prefill.running:
+                running.job.listener(Failed(error))
+            return
+        if prefill.scored:
+            self._score_prompts(prefill, logits, start)
+        prefill.done = stop
+        if stop < prefill.tokens.shape[1]:
+            if all(running.job.cancelled.is_set() for running in prefill.running):
+                self._prefill = None
+            return
+        staying = self._advance(prefill.running, logits[:, -1])
+        self._prefill = None
+        if staying:
+            self._running += [prefill.running[row] for row in staying]
+            self._rows.add(prefill.cache, staying, prefill.padding)
 
-    def _step(self, batch: _Batch) -> None:
-        """Decode one token for every job."""
-        batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(batch.running), 1)], dim=1)
-        self._advance(batch, self._forward(batch))
+    def _decode(self) -> None:
+        """Decode one token for every running job."""
+        tokens = torch.tensor([[running.token_ids[-1]] for running in self._running])
+        mask, positions = self._rows.step_inputs()
+        logits = self._forward(self._running, tokens, mask, positions, self._rows.cache, logits_to_keep=1)
+        self._rows.stepped()
+        staying = self._advance(self._running, logits[:, -1])
+        if len(staying) < len(self._running):
+            self._running = [self._running[row] for row in self._rows.keep(staying)]
 
-    def _forward(self, batch: _Batch) -> Float[Tensor, "batch vocab"]:
-        """Run the model on the batch's new tokens, capture what is asked, and return each row's last logits."""
-        width = batch.tokens.shape[1]
-        positions = (batch.mask.cumsum(1) - 1).clamp(min=0)[:, -width:]
-        lengths = batch.mask[:, -width:].sum(1).tolist()
-        sink = StepRows([running.rows for running in batch.running], lengths, width, self._model.device)
-        taps = taps_union([running.rows.plan.taps for running in batch.running if running.rows])
+    def _forward(
+        self,
+        running: list[_Running],
+        tokens: Int[Tensor, "batch width"],
+        mask: Int[Tensor, "batch context"],
+        positions: Int[Tensor, "batch width"],
+        cache: Cache,
+        logits_to_keep: int,
+    ) -> Float[Tensor, "batch kept vocab"]:
+        """Run the model on new tokens and capture what is asked of them; `logits_to_keep` 0 is all."""
+        width, device = tokens.shape[1], self._model.device
+        sink = StepRows([job.rows for job in running], mask[:, -width:].sum(1).tolist(), width)
         module = self._model.observed._module
         output = self._model.observed.run(
-            taps,
+            sink.taps,
             sink,
             lambda: module(
-                input_ids=batch.tokens,
-                attention_mask=batch.mask,
-                position_ids=positions,
-                past_key_values=batch.cache,
+                input_ids=tokens.to(device),
+                attention_mask=mask.to(device),
+                position_ids=positions.to(device),
+                past_key_values=cache,
                 use_cache=True,
-                logits_to_keep=1,
+                logits_to_keep=logits_to_keep,
             ),
         )
-        sink.deliver()
-        logits: Tensor = output.logits[:, -1]
+        sink.deliver(self._streams)
+        logits: Tensor = output.logits
         return logits
 
-    def _advance(self, batch: _Batch, logits: Float[Tensor, "batch vocab"]) -> None:
-        """Choose the next tokens, report them, and drop the jobs that have ended."""
-        chosen = [running.sampler.choose(row) for running, row in zip(batch.running, logits, strict=True)]
-        logprobs = token_logprobs(logits, chosen)
+    def _score_prompts(self, prefill: _Prefill, logits: Float[Tensor, "batch piece vocab"], start: int) -> None:
+        """Score the prompts' tokens that follow those of this piece."""
+        for row, running in enumerate(prefill.running):
+            first = max(start, prefill.padding[row])
+            following = prefill.tokens[row, first + 1 : start + logits.shape[1] + 1].tolist()
+            if running.job.score_prompt and following:
+                values = logits[row, first - start : first - start + len(following)].float()
+                running.prompt_scores += score(values, following, [running.job.sampling.top_logprobs] * len(following))
+
+    def _advance(self, running: list[_Running], logits: Float[Tensor, "batch vocab"]) -> list[int]:
+        """Choose the next tokens, report them and the jobs that have ended; returns the rows that go on."""
+        logits = logits.float()
+        chosen = choose(logits, [one.sampler for one in running])
+        scores = score(logits, chosen, [one.job.sampling.top_logprobs for one in running])
         staying = []
-        for row, running in enumerate(batch.running):
-            if running.job.cancelled.is_set():
+        for row, one in enumerate(running):
+            if one.job.cancelled.is_set():
                 continue
-            running.token_ids.append(chosen[row])
-            running.logprobs.append(logprobs[row])
-            running.text.push(chosen[row])
-            reason = running.finish_reason(self._model.eos_token_ids)
-            if running.job.stream and (delta := running.text.take(final=reason is not None)):
-                running.job.listener(TextDelta(delta))
+            reason = one.push(chosen[row], scores[row]) if one.job.sampling.max_tokens else "length"
+            if one.job.stream and (delta := one.text.take(final=reason is not None)):
+                one.job.listener(TextDelta(delta))
             if reason is None:
                 staying.append(row)
             else:
-                self._finish(running, reason)
-        batch.tokens = torch.tensor(chosen, device=self._model.device)[:, None]
-        if len(staying) < len(batch.running):
-            batch.keep(staying)
-
-    def _finish(self, running: _Running, reason: str) -> None:
-        """Cut a job's rows and report its result; what it should not have asked for fails it alone."""
-        try:
-            captured = running.rows.cut(len(running.job.prompt_ids)) if running.rows else None
-        except UncapturableError as error:
-            running.job.listener(Failed(error))
-            return
-        running.job.listener(Finished(running.text.text, running.token_ids, running.logprobs, reason, captured))
+                _finish(one, reason)
+        return staying
 
 
-def _fail(jobs: list[_Running], error: Exception) -> None:
-    """Tell jobs that they could not be finished."""
-    for running in jobs:
+def _finish(running: _Running, reason: str) -> None:
+    """Cut a job's rows and report its result; what it should not have asked for fails it alone."""
+    try:
+        captured = running.rows.cut() if running.rows else None
+    except UncapturableError as error:
         running.job.listener(Failed(error))
+        return
+    prompt_scores = running.prompt_scores if running.job.score_prompt else None
+    running.job.listener(
+        Finished(running.text.text, running.token_ids, running.scores, reason, captured, prompt_scores)
+    )

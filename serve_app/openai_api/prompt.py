@@ -5,6 +5,7 @@ token covers. Who said what is found by rendering the conversation one message l
 segment. A template that rewrites earlier messages breaks that; then the whole prompt is one segment.
 """
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,12 +26,15 @@ class Prompt:
         token_ids: its tokens.
         token_offsets: the first character of each token in `text`.
         segments: which characters each role spoke.
+        turn_start: the first token that is new in this turn: the last one of the last assistant message, which the turn
+            before sampled but did not feed; 0 in a first turn.
     """
 
     text: str
     token_ids: list[int]
     token_offsets: list[int]
     segments: list[Segment]
+    turn_start: int = 0
 
 
 def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], model: str) -> Prompt:
@@ -48,7 +52,8 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], model: s
         raise ApiError(400, f"messages: {model}'s chat template refuses them: {error}", param="messages") from error
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     offsets = [start for start, _ in encoded["offset_mapping"]]
-    return Prompt(text, list(encoded["input_ids"]), offsets, _segments(tokenizer, turns, text))
+    segments = _segments(tokenizer, turns, text)
+    return Prompt(text, list(encoded["input_ids"]), offsets, segments, _turn_start(turns, segments, text, offsets))
 
 
 def _apply(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], *, start_reply: bool) -> str:
@@ -69,3 +74,21 @@ def _segments(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], t
         segments.append(Segment(turn["role"], start, len(so_far)))
         start = len(so_far)
     return segments
+
+
+def _turn_start(turns: list[dict[str, str]], segments: list[Segment], text: str, offsets: list[int]) -> int:
+    """Return the token that covers the last character of the last assistant message's own words.
+
+    If they cannot be found in what the template made of them, it is the message's first token, or the first of all: rather
+    kept twice than not at all.
+    """
+    if len(segments) != len(turns):
+        return 0
+    spoken = [(turn, segment) for turn, segment in zip(turns, segments, strict=True) if turn["role"] == "assistant"]
+    if not spoken:
+        return 0
+    turn, segment = spoken[-1]
+    words = turn["content"].strip()
+    start = text.rfind(words, segment.start, segment.stop) if words else -1
+    character = segment.start if start < 0 else start + len(words) - 1
+    return max(0, bisect_right(offsets, character) - 1)

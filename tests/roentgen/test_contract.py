@@ -32,7 +32,7 @@ def test_unsafe_session_ids_are_refused(name: str) -> None:
     ],
 )
 def test_positions_select(policy: str, n_prompt: int, n_rows: int, expected: list[int]) -> None:
-    assert Positions.parse(policy).select(n_prompt, n_rows) == expected
+    assert list(Positions.parse(policy).select(n_prompt, n_rows)) == expected
     assert str(Positions.parse(policy)) == policy
 
 

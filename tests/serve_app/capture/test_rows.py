@@ -1,71 +1,143 @@
-"""Rows of a running batch: gathered once per step, joined per request, never keeping the batch alive."""
+"""Rows of a running batch: gathered once per forward, joined per request, never keeping the batch alive."""
 
 import gc
 import weakref
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from roentgen.contract import Positions, StoredDtype
-from serve_app.capture.rows import JOIN_EVERY, CapturePlan, RequestRows, StepRows, UncapturableError
+from serve_app.capture.rows import JOIN_EVERY, CapturePlan, HostStreams, RequestRows, StepRows, UncapturableError
 from serve_app.capture.structure import Tap
 
-CPU = torch.device("cpu")
+STREAMS = HostStreams()
 
 
-def plan(positions: str = "all", dtype: StoredDtype = "model") -> CapturePlan:
-    return CapturePlan({"x": Tap("m", "output")}, Positions.parse(positions), dtype)
+def plan(positions: str = "all", dtype: StoredDtype = "model", keys: str = "x", **limits: int | None) -> CapturePlan:
+    taps = {key: Tap(key, "output") for key in keys}
+    return CapturePlan(taps, Positions.parse(positions), dtype, **limits)
+
+
+def forward(requests: list[RequestRows | None], lengths: list[int], width: int, **values: torch.Tensor) -> StepRows:
+    step = StepRows(requests, lengths, width)
+    for key, value in values.items():
+        if key in step.taps:
+            step(key, value)
+    step.deliver(STREAMS)
+    return step
 
 
 def test_padding_and_other_requests_rows_are_left_out() -> None:
-    first, third = RequestRows(plan()), RequestRows(plan())
-    step = StepRows([first, None, third], [2, 3, 1], width=3, device=CPU)
-    value = torch.arange(9.0).reshape(3, 3, 1)
-    step("x", value)
-    step.deliver()
-    assert first.cut(2).tensors["x"].flatten().tolist() == [1, 2]
-    assert third.cut(1).tensors["x"].flatten().tolist() == [8]
+    first, third = RequestRows(plan(), 2), RequestRows(plan(), 1)
+    forward([first, None, third], [2, 3, 1], 3, x=torch.arange(9.0).reshape(3, 3, 1))
+    assert first.cut().tensors["x"].flatten().tolist() == [1, 2]
+    assert third.cut().tensors["x"].flatten().tolist() == [8]
 
 
 def test_a_module_that_sees_batch_and_tokens_flattened() -> None:
-    request = RequestRows(plan())
-    step = StepRows([request, None], [2, 2], width=2, device=CPU)
-    step("x", torch.arange(8.0).reshape(4, 2))
-    step.deliver()
-    assert request.cut(2).tensors["x"].tolist() == [[0, 1], [2, 3]]
+    request = RequestRows(plan(), 2)
+    forward([request, None], [2, 2], 2, x=torch.arange(8.0).reshape(4, 2))
+    assert request.cut().tensors["x"].tolist() == [[0, 1], [2, 3]]
+
+
+def test_per_head_values_keep_their_shape() -> None:
+    request = RequestRows(plan("mean_prompt", keys="xh"), 2)
+    heads = torch.randn(1, 2, 4, 8)
+    forward([request], [2], 2, x=torch.ones(1, 2, 5), h=heads)
+    tensors = request.cut().tensors
+    assert tensors["x"].shape == (1, 5)
+    torch.testing.assert_close(tensors["h"], heads.mean(1))
 
 
 @pytest.mark.parametrize("value", [None, torch.ones(1, 5, 4), torch.ones(())])
 def test_a_value_without_a_row_per_token_is_an_error_for_who_asked(value: torch.Tensor | None) -> None:
     """A module that did not run, or one whose value is not per token, such as a table of positions."""
-    request = RequestRows(plan())
-    step = StepRows([request, None], [5, 5], width=5, device=CPU)
-    if value is not None:
-        step("x", value)
-    step.deliver()
+    request, other = RequestRows(plan(keys="ox"), 5), RequestRows(plan(keys="o"), 5)
+    values = {"o": torch.ones(2, 5, 3)} | ({} if value is None else {"x": value})
+    forward([request, other], [5, 5], 5, **values)
     with pytest.raises(UncapturableError, match="x does not give a row per token"):
-        request.cut(5)
+        request.cut()
+    assert other.cut().tensors["o"].shape == (5, 3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_the_dtype_asked_for(dtype: StoredDtype) -> None:
-    request = RequestRows(plan(dtype=dtype))
-    step = StepRows([request], [1], width=1, device=CPU)
-    step("x", torch.ones(1, 1, 4))
-    step.deliver()
-    assert request.cut(1).tensors["x"].dtype == getattr(torch, dtype)
+    request = RequestRows(plan(dtype=dtype), 1)
+    forward([request], [1], 1, x=torch.ones(1, 1, 4))
+    assert request.cut().tensors["x"].dtype == getattr(torch, dtype)
+
+
+def test_pooling_adds_up_in_float32() -> None:
+    """4,096 ones and a bfloat16 sum that stops at 256 would give a mean of 0.06."""
+    request = RequestRows(plan("mean_prompt"), 4096)
+    forward([request], [4096], 4096, x=torch.ones(1, 4096, 1, dtype=torch.bfloat16))
+    rows = request.cut().tensors["x"]
+    assert rows.dtype == torch.bfloat16
+    assert rows.item() == 1
+
+
+POLICIES = ["all", "prompt", "generated", "last_prompt", "last", "stride:3", "mean_prompt", "mean_generated"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    policies=st.lists(st.sampled_from(POLICIES), min_size=1, max_size=4),
+    n_prompt=st.integers(1, 12),
+    piece=st.integers(1, 12),
+    n_steps=st.integers(0, 2 * JOIN_EVERY + 3),
+    first=st.integers(0, 15),
+    stop=st.one_of(st.none(), st.integers(0, 30)),
+)
+def test_any_policy_however_the_tokens_come(
+    policies: list[str], n_prompt: int, piece: int, n_steps: int, first: int, stop: int | None
+) -> None:
+    """Prompts come in pieces and the rest one by one; what is kept must be what one look at the whole would keep."""
+    batch = len(policies)
+    whole = torch.randn(batch, n_prompt + n_steps, 2)
+    requests = [RequestRows(plan(policy, first=first, stop=stop), n_prompt) for policy in policies]
+    pieces = [whole[:, a : min(a + piece, n_prompt)] for a in range(0, n_prompt, piece)]
+    for part in [*pieces, *whole[:, n_prompt:].split(1, dim=1)]:
+        if part.shape[1]:
+            forward(list(requests), [part.shape[1]] * batch, part.shape[1], x=part)
+    end = whole.shape[1] if stop is None else min(stop, whole.shape[1])
+    for request, policy, values in zip(requests, policies, whole, strict=True):
+        wanted = {
+            "all": range(end),
+            "prompt": range(min(n_prompt, end)),
+            "generated": range(n_prompt, end),
+            "last_prompt": [n_prompt - 1],
+            "last": [end - 1],
+            "stride:3": range(0, end, 3),
+            "mean_prompt": range(min(n_prompt, end)),
+            "mean_generated": range(n_prompt, end),
+        }[policy]
+        wanted = [at for at in wanted if first <= at < end]
+        expected = values[wanted]
+        if policy.startswith("mean"):
+            expected = expected.mean(0, keepdim=True) if wanted else expected
+            wanted = [-1] * bool(wanted)
+        captured = request.cut()
+        assert captured.position.tolist() == wanted
+        torch.testing.assert_close(captured.tensors["x"], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_forward_whose_rows_nobody_keeps_reads_nothing() -> None:
+    request = RequestRows(plan("last_prompt"), 3)
+    assert forward([request], [3], 3, x=torch.ones(1, 3, 2)).taps
+    assert not forward([request], [1], 1).taps
+    assert len(request.cut().tensors["x"]) == 1
 
 
 def test_a_long_request_does_not_keep_the_batch_alive() -> None:
-    """After many steps, only the latest slabs may still be there; and the rows are all right."""
-    request, slabs = RequestRows(plan()), []
+    """After many steps, only the latest blocks may still be there; and the rows are all right."""
+    request, blocks = RequestRows(plan(), 1), []
     for number in range(3 * JOIN_EVERY + 5):
-        step = StepRows([request, RequestRows(plan())], [1, 1], width=1, device=CPU)
-        step("x", torch.full((2, 1, 4), float(number)))
-        slabs.append(weakref.ref(step._slabs["x"]))
-        step.deliver()
+        step = forward([request, RequestRows(plan(), 1)], [1, 1], 1, x=torch.full((2, 1, 4), float(number)))
+        blocks.append(weakref.ref(step._cohorts[0].blocks[0].tensor))
         del step
     gc.collect()
-    assert sum(slab() is not None for slab in slabs) == 5
-    rows = request.cut(1).tensors["x"]
+    assert sum(block() is not None for block in blocks) == 5
+    rows = request.cut().tensors["x"]
     assert rows[:, 0].tolist() == list(range(3 * JOIN_EVERY + 5))

@@ -1,42 +1,122 @@
+"""Choosing tokens: against transformers' own logits processors, and against frequencies that can be computed by hand."""
+
+import pytest
 import torch
+from transformers import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from serve_app.engines.protocol import Sampling
-from serve_app.engines.sampling import Sampler, nucleus, token_logprobs
+from serve_app.engines.sampling import FEW, Sampler, choose, nucleus, score
+
+NONE: frozenset[int] = frozenset()
+
+
+def sampler(sampling: Sampling, prompt: tuple[int, ...] = (), ends: frozenset[int] = NONE) -> Sampler:
+    return Sampler(sampling, list(prompt), ends)
+
+
+def draw(logits: torch.Tensor, sampling: Sampling, times: int) -> torch.Tensor:
+    """The frequencies of the tokens that one request's stream gives."""
+    one = sampler(sampling)
+    counts = torch.bincount(torch.tensor([choose(logits[None], [one])[0] for _ in range(times)]), minlength=len(logits))
+    return counts / times
 
 
 def test_temperature_zero_takes_the_most_likely() -> None:
-    assert Sampler(Sampling(1, temperature=0)).choose(torch.tensor([0.1, 3.0, 2.9])) == 1
+    assert choose(torch.tensor([[0.1, 3.0, 2.9]]), [sampler(Sampling(1, temperature=0))]) == [1]
 
 
 def test_the_stream_depends_on_the_seed_alone() -> None:
     logits = torch.randn(50, generator=torch.Generator().manual_seed(0))
 
-    def draw(seed: int) -> list[int]:
-        sampler = Sampler(Sampling(1, seed=seed))
-        return [sampler.choose(logits) for _ in range(20)]
+    def stream(seed: int, company: int) -> list[int]:
+        batch = [sampler(Sampling(1, seed=seed)), *(sampler(Sampling(1, seed=9, top_p=0.5)) for _ in range(company))]
+        rows = logits[None].repeat(len(batch), 1)
+        return [choose(rows, batch)[0] for _ in range(20)]
 
-    assert draw(1) == draw(1)
-    assert draw(1) != draw(2)
+    assert stream(1, 0) == stream(1, 0)
+    assert stream(1, 0) != stream(2, 0)
+    assert stream(-1, 0) != stream(1, 0)
 
 
-def test_frequencies_follow_the_probabilities() -> None:
-    sampler = Sampler(Sampling(1, temperature=1.0, seed=0))
-    probabilities = torch.tensor([0.7, 0.2, 0.1])
-    draws = torch.tensor([sampler.choose(probabilities.log()) for _ in range(4000)])
-    # Three standard errors of a frequency near 0.7 with 4,000 draws is 0.022.
-    assert torch.allclose(torch.bincount(draws, minlength=3) / 4000, probabilities, atol=0.025)
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(1, seed=0),
+        Sampling(1, seed=0, temperature=0.5),
+        Sampling(1, seed=0, top_k=3),
+        Sampling(1, seed=0, top_p=0.7),
+        Sampling(1, seed=0, temperature=1.5, top_k=4, top_p=0.8),
+    ],
+)
+def test_frequencies_are_those_of_transformers_own_warpers(sampling: Sampling) -> None:
+    logits = torch.randn(8, generator=torch.Generator().manual_seed(1)) * 2
+    warped = TemperatureLogitsWarper(sampling.temperature)(None, logits[None])
+    if sampling.top_k:
+        warped = TopKLogitsWarper(sampling.top_k)(None, warped)
+    if sampling.top_p < 1:
+        warped = TopPLogitsWarper(sampling.top_p)(None, warped)
+    expected = warped.softmax(-1)[0]
+    found = draw(logits, sampling, 4000)
+    # Four standard errors of a frequency near one half are 0.032; what is cut off never comes.
+    assert torch.allclose(found, expected, atol=0.032)
+    assert (found[expected == 0] == 0).all()
+
+
+def test_a_nucleus_wider_than_the_first_tokens_is_looked_for_in_all() -> None:
+    flat = torch.zeros(4 * FEW)
+    tokens = {choose(flat[None], [one])[0] for one in (sampler(Sampling(1, seed=i, top_p=0.9)) for i in range(60))}
+    assert len(tokens) > 50  # and not only FEW of them: the chance that 60 draws stay in a quarter is nil
+    assert max(tokens) > FEW
 
 
 def test_nucleus_keeps_the_smallest_set_that_reaches_top_p() -> None:
-    probabilities = torch.tensor([0.1, 0.5, 0.15, 0.25])
-    assert nucleus(probabilities, 0.5).nonzero().flatten().tolist() == [1]
-    assert nucleus(probabilities, 0.51).nonzero().flatten().tolist() == [1, 3]
-    assert nucleus(probabilities, 0.8).nonzero().flatten().tolist() == [1, 2, 3]
-    assert nucleus(probabilities, 1e-9).nonzero().flatten().tolist() == [1]
-    assert torch.equal(nucleus(probabilities, 1.0), probabilities)
+    ordered = torch.tensor([[0.5, 0.25, 0.15, 0.1]])
+
+    def kept(top_p: float) -> int:
+        return int((nucleus(ordered, torch.tensor([[top_p]])) > 0).sum())
+
+    assert [kept(p) for p in (1e-9, 0.5, 0.51, 0.8, 1.0)] == [1, 1, 2, 3, 4]
 
 
-def test_logprobs_against_log_softmax() -> None:
+def test_penalties_against_hand_computed_logits() -> None:
+    one = sampler(Sampling(9, presence_penalty=0.5, frequency_penalty=0.25, logit_bias={3: -100.0}))
+    for token in (1, 1, 2):
+        one.saw(token)
+    logits = torch.tensor([1.0, 1.0, 1.0, 1.0])
+    one.adjust(logits)
+    assert logits.tolist() == [1.0, 0.0, 0.25, -99.0]
+
+
+def test_repetition_penalty_is_transformers() -> None:
+    logits = torch.tensor([1.0, -2.0, 3.0, -4.0, 5.0])
+    one = sampler(Sampling(9, repetition_penalty=1.3), prompt=(0, 3))
+    one.saw(1)
+    expected = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([[0, 3, 1]]), logits[None].clone())[0]
+    one.adjust(logits)
+    torch.testing.assert_close(logits, expected)
+
+
+def test_nothing_ends_before_the_least_length() -> None:
+    one = sampler(Sampling(9, min_tokens=2, temperature=0), ends=frozenset({0}))
+    logits = torch.tensor([[5.0, 1.0]])
+    chosen = []
+    for _ in range(3):
+        chosen += choose(logits, [one])
+        one.saw(chosen[-1])
+    assert chosen == [1, 1, 0]
+    assert logits.tolist() == [[5.0, 1.0]], "the logits are the caller's, for the scores"
+
+
+def test_scores_against_log_softmax() -> None:
     logits = torch.randn(3, 11)
-    expected = torch.log_softmax(logits, -1)[range(3), [4, 0, 10]]
-    torch.testing.assert_close(torch.tensor(token_logprobs(logits, [4, 0, 10])), expected)
+    expected = torch.log_softmax(logits, -1)
+    scores = score(logits, [4, 0, 10], [0, 2, 11])
+    torch.testing.assert_close(torch.tensor([s.logprob for s in scores]), expected[range(3), [4, 0, 10]])
+    assert [len(s.top) for s in scores] == [0, 2, 11]
+    assert [token for token, _ in scores[2].top] == expected[2].argsort(descending=True).tolist()
+    torch.testing.assert_close(torch.tensor([p for _, p in scores[1].top]), expected[1].topk(2).values)

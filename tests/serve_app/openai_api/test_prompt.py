@@ -43,3 +43,17 @@ def test_a_model_without_a_template_cannot_chat() -> None:
     words.chat_template = None
     with pytest.raises(ApiError, match="no chat template"):
         render(words, TALK, "tiny")
+
+
+def test_a_turn_begins_with_the_token_that_was_sampled_last() -> None:
+    prompt = render(tiny.tokenizer(), TALK, "tiny")
+    new = prompt.token_ids[prompt.turn_start :]  # one token a byte
+    assert len(new) == len(b".[user]Why[reply]")
+    assert render(tiny.tokenizer(), TALK[:2], "tiny").turn_start == 0
+
+
+def test_a_turn_whose_words_the_template_changes_begins_with_its_message() -> None:
+    words = tiny.tokenizer()
+    words.chat_template = words.chat_template.replace("{{ m.content }}", "{{ m.content | upper }}")
+    prompt = render(words, TALK, "tiny")
+    assert prompt.text[prompt.token_offsets[prompt.turn_start] :].startswith("[assistant]")

@@ -1,0 +1,159 @@
+"""How much may run at once: a budget of memory, set when the engine starts, that admitted jobs draw on.
+
+A job reserves what it may need in the worst case, its whole prompt and all the tokens it may generate, so what has been
+admitted never runs out of memory half-way. Keys and values lie in slabs as wide as the longest row, so a batch costs its
+rows times its longest; captured rows cost what each job keeps, in the host's memory.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import DynamicCache
+
+from serve_app.engines.protocol import GenerationJob, RequestTooLargeError
+from serve_app.models import LoadedModel
+
+DEVICE_SHARE, HOST_SHARE = 0.8, 0.25
+"""Shares of the free memory for keys and values on a GPU, and for captured rows on the host."""
+
+CPU_SHARE = 0.4
+"""Share of the free memory for keys and values where the model runs on the CPU, beside its own working memory."""
+
+SLAB_OVERHEAD = 1.25
+"""Slabs have a quarter more columns than are in use (`kv_cache`)."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be held at once.
+
+    Attributes:
+        cache_tokens: rows times columns of the KV cache.
+        row_bytes: captured rows, in bytes.
+        bytes_per_row: of one hook point's row, an estimate: the residual stream's width.
+    """
+
+    cache_tokens: int
+    row_bytes: int
+    bytes_per_row: int
+
+    @classmethod
+    def measure(cls, model: LoadedModel, max_cache_tokens: int = 0) -> "Budget":
+        """Compute the budget from the memory that is free now.
+
+        Args:
+            model: loaded, and not yet running.
+            max_cache_tokens: keep to this many, 0 for what the memory allows.
+        """
+        host = free_host_memory()
+        if model.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(model.device)
+            for_cache = int(free * DEVICE_SHARE)
+        else:
+            for_cache = int(host * CPU_SHARE)
+        tokens = int(for_cache / (cache_bytes_per_token(model) * SLAB_OVERHEAD))
+        return cls(
+            cache_tokens=min(tokens, max_cache_tokens or tokens),
+            row_bytes=int(host * HOST_SHARE),
+            bytes_per_row=model.structure.d_model * model.dtype.itemsize,
+        )
+
+    def check(self, job: GenerationJob) -> None:
+        """Refuse a job that can never fit.
+
+        Raises:
+            RequestTooLargeError: saying what it needs and what there is.
+        """
+        if total_tokens(job) > self.cache_tokens:
+            raise RequestTooLargeError(
+                f"the prompt's {len(job.prompt_ids)} tokens and up to {job.sampling.max_tokens} new ones need room for "
+                f"{total_tokens(job)} tokens; the KV cache holds {self.cache_tokens}"
+            )
+        if (size := self._row_bytes(job)) > self.row_bytes:
+            raise RequestTooLargeError(
+                f"the activations asked for may take {size / 1e6:,.0f} MB; {self.row_bytes / 1e6:,.0f} MB are set aside "
+                "for them: ask for fewer layers, hook points, positions or tokens"
+            )
+
+    def admits(self, running: Sequence[GenerationJob], job: GenerationJob) -> bool:
+        """Whether a job fits beside the running ones."""
+        jobs = [*running, job]
+        width = max(total_tokens(other) for other in jobs)
+        return len(jobs) * width <= self.cache_tokens and sum(map(self._row_bytes, jobs)) <= self.row_bytes
+
+    def _row_bytes(self, job: GenerationJob) -> int:
+        if job.capture is None:
+            return 0
+        plan, n_rows = job.capture, total_tokens(job)
+        kept = 1 if plan.positions.pooled else len(plan.kept(len(job.prompt_ids), 0, n_rows))
+        return kept * len(plan.taps) * self.bytes_per_row
+
+
+def total_tokens(job: GenerationJob) -> int:
+    """Return the tokens that a job's sequence may grow to."""
+    return len(job.prompt_ids) + job.sampling.max_tokens
+
+
+def next_jobs(
+    waiting: deque[GenerationJob],
+    running: Sequence[GenerationJob],
+    budget: Budget,
+    max_batch: int,
+    max_prefill_tokens: int,
+) -> list[GenerationJob]:
+    """Take from the queue what to prefill next, together in one forward.
+
+    The first in the queue always comes first, so nothing waits for ever; the others are those nearest to it in length, so
+    that little of the forward is padding.
+
+    Args:
+        waiting: the queue; what is taken is removed.
+        running: what runs already.
+        budget: to keep within.
+        max_batch: the most that may run together.
+        max_prefill_tokens: the most tokens of one forward, padding included; a longer prompt comes alone.
+    """
+    if not waiting or len(running) >= max_batch or not budget.admits(running, waiting[0]):
+        return []
+    head = waiting[0]
+    taken = [head]
+    length = len(head.prompt_ids)
+    for job in sorted(list(waiting)[1 : 1 + max_batch], key=lambda job: abs(len(job.prompt_ids) - length)):
+        width = max(len(other.prompt_ids) for other in (*taken, job))
+        if len(running) + len(taken) >= max_batch or width * (len(taken) + 1) > max_prefill_tokens:
+            break
+        if budget.admits([*running, *taken], job):
+            taken.append(job)
+    chosen = {id(job) for job in taken}
+    left = [job for job in waiting if id(job) not in chosen]
+    waiting.clear()
+    waiting.extend(left)
+    return taken
+
+
+def cache_bytes_per_token(model: LoadedModel) -> int:
+    """Measure what a token takes in the KV cache, over all layers, by running one."""
+    cache = DynamicCache(config=model.observed.config)
+    with torch.inference_mode():
+        model.observed._module(
+            input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True
+        )
+    slabs = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
+    return max(1, sum(slab.nbytes for slab in slabs if slab is not None))
+
+
+def free_host_memory() -> int:
+    """Return the host memory that can still be used, in bytes: the machine's, or this container's if it has less."""
+    free = psutil.virtual_memory().available
+    group = Path("/sys/fs/cgroup")
+    limit = group / "memory.max"
+    if limit.exists() and (text := limit.read_text().strip()) != "max":
+        statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        # Cached files count as used, but are given up when memory is asked for.
+        used = int((group / "memory.current").read_text()) - int(statistics["inactive_file"])
+        free = min(free, int(text) - used)
+    return max(free, 0)

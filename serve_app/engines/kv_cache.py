@@ -1,0 +1,252 @@
+"""The running batch's keys and values, in slots that are filled in place.
+
+transformers' dynamic cache grows by concatenation: every step copies the whole cache, and so does every request that joins or
+leaves. Here each layer owns one slab `[slots, kv_heads, columns, d]`. All rows end at the same column `high`, so a step
+writes one column and reads the view `[:rows, :, low:high + 1]`; a row's own tokens begin at its `start`, and what lies to the
+left of it is masked. Because the model sees an ordinary left-padded batch, transformers' own masks (causal, sliding-window,
+chunked) and position-dependent biases stay right, whatever the architecture.
+
+A request joins by copying its prefilled columns in front of `high`, and leaves by moving the last row into its place. When the
+columns run out, what is live moves back to the left; that copy is paid once in many steps.
+
+A model whose layers keep something else than all past keys and values (recurrent states, compressed or indexed caches)
+cannot be cut and joined like this; `StaticRows` runs it in batches that are filled once.
+"""
+
+from typing import Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import Cache, DynamicCache, PreTrainedConfig
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
+
+
+class BatchRows(Protocol):
+    """The caches of a running batch."""
+
+    @property
+    def cache(self) -> Cache:
+        """What the model is given."""
+
+    def new(self) -> DynamicCache:
+        """Return the cache that a prefill is to run with."""
+
+    def add(self, prefilled: DynamicCache, rows: list[int], padding: list[int]) -> None:
+        """Take rows of a prefilled batch, each with so many columns of padding on the left, as the last rows of this one."""
+
+    def keep(self, rows: list[int]) -> list[int]:
+        """Drop all rows but these; returns which of the former rows each of the rows now is."""
+
+    def step_inputs(self) -> tuple[Int[Tensor, "rows columns"], Int[Tensor, "rows 1"]]:
+        """Make room for one more column; returns its attention mask (0 is padding) and position ids, on the CPU."""
+
+    def stepped(self) -> None:
+        """Count the column that a forward has written."""
+
+
+def continuous(config: PreTrainedConfig) -> bool:
+    """Whether a model's cache is past keys and values in every layer, so that its rows can be joined at any time.
+
+    A sliding-window layer is too: kept whole, its mask leaves out what is behind the window.
+    """
+    return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers)
+
+
+class SlotRows:
+    """A batch that rows join and leave at any step (see the module)."""
+
+    def __init__(self) -> None:
+        self.cache = Cache(layers=[])
+        self._extent = _Extent()
+        self._starts: list[int] = []
+
+    def new(self) -> DynamicCache:
+        """Return a cache that keeps every column of every layer, sliding-window ones too."""
+        return DynamicCache()
+
+    def add(self, prefilled: DynamicCache, rows: list[int], padding: list[int]) -> None:
+        """See `BatchRows.add`."""
+        extent, width = self._extent, prefilled.get_seq_length()
+        while len(self.cache.layers) < len(prefilled.layers):
+            self.cache.layers.append(_SlotLayer(extent))
+        self._make_room(len(rows), width)
+        columns = slice(extent.high - width, extent.high)
+        index = torch.tensor(rows)
+        for mine, theirs in zip(self.cache.layers, prefilled.layers, strict=True):
+            mine.write(slice(extent.rows, extent.rows + len(rows)), columns, theirs, index)
+        self._starts += [columns.start + padding[row] for row in rows]
+        self._resize(extent.rows + len(rows))
+
+    def keep(self, rows: list[int]) -> list[int]:
+        """See `BatchRows.keep`; only rows that fill a gap are moved."""
+        order = filled(self._extent.rows, rows)
+        for row, source in enumerate(order):
+            if row != source:
+                for layer in self.cache.layers:
+                    layer.move(source, row, slice(self._starts[source], self._extent.high))
+        self._starts = [self._starts[source] for source in order]
+        self._resize(len(order))
+        return order
+
+    def step_inputs(self) -> tuple[Int[Tensor, "rows columns"], Int[Tensor, "rows 1"]]:
+        """See `BatchRows.step_inputs`."""
+        self._make_room(0, 0)
+        starts = torch.tensor(self._starts)[:, None]
+        columns = torch.arange(self._extent.low, self._extent.high + 1)
+        return (columns >= starts).long(), self._extent.high - starts
+
+    def stepped(self) -> None:
+        """See `BatchRows.stepped`."""
+        self._extent.high += 1
+
+    def _resize(self, rows: int) -> None:
+        self._extent.rows = rows
+        self._extent.low = min(self._starts, default=self._extent.high)
+
+    def _make_room(self, more_rows: int, width: int) -> None:
+        """Have room for more rows, for `width` columns before `high`, and for one column from `high` on."""
+        extent = self._extent
+        rows = extent.rows + more_rows
+        if rows <= extent.slots and extent.high >= width and extent.high < extent.columns:
+            return
+        live = extent.high - extent.low
+        high = max(live, width)
+        if rows > extent.slots or high >= extent.columns:
+            extent.slots = max(extent.slots, rows)
+            # A quarter more than is needed now: the larger, the rarer the move, and the more memory stands empty.
+            extent.columns = high + max(64, high // 4)
+        for layer in self.cache.layers:
+            layer.relocate(slice(extent.low, extent.high), slice(high - live, high))
+        self._starts = [start + high - extent.high for start in self._starts]
+        extent.low, extent.high = high - live, high
+
+
+class StaticRows:
+    """A batch that is filled once, for caches that cannot be joined."""
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        self._config = config
+        self.cache: Cache = Cache(layers=[])
+        self._padding: list[int] = []
+        self._width = 0
+
+    def new(self) -> DynamicCache:
+        """Return a cache of the model's own kind."""
+        return DynamicCache(config=self._config)
+
+    def add(self, prefilled: DynamicCache, rows: list[int], padding: list[int]) -> None:
+        """See `BatchRows.add`; the batch must be empty, and the prefilled cache is taken over."""
+        if self._padding:
+            raise ValueError("rows cannot join a static batch")
+        self.cache, self._padding, self._width = prefilled, padding, prefilled.get_seq_length()
+        self.keep(rows)
+
+    def keep(self, rows: list[int]) -> list[int]:
+        """See `BatchRows.keep`."""
+        if len(rows) < len(self._padding):
+            self.cache.batch_select_indices(torch.tensor(rows, dtype=torch.long))
+            self._padding = [self._padding[row] for row in rows]
+        return rows
+
+    def step_inputs(self) -> tuple[Int[Tensor, "rows columns"], Int[Tensor, "rows 1"]]:
+        """See `BatchRows.step_inputs`."""
+        padding = torch.tensor(self._padding)[:, None]
+        return (torch.arange(self._width + 1) >= padding).long(), self._width - padding
+
+    def stepped(self) -> None:
+        """See `BatchRows.stepped`."""
+        self._width += 1
+
+
+def filled(n_rows: int, keep: list[int]) -> list[int]:
+    """Return which row each of the kept rows' places takes, such that the fewest rows move.
+
+    Rows that are kept and lie among the first `len(keep)` stay; the others fill the gaps, from the last on.
+    """
+    late = [row for row in keep if row >= len(keep)]
+    staying = set(keep)
+    return [row if row in staying else late.pop() for row in range(min(len(keep), n_rows))]
+
+
+class _Extent:
+    """What all layers of a slot cache have in common: slots and columns there are, and the rows and columns in use."""
+
+    def __init__(self) -> None:
+        self.slots = self.columns = 0
+        self.rows = self.low = self.high = 0
+
+
+class _SlotLayer(CacheLayerMixin):
+    """One layer's slabs; how much of them is in use is the extent's to say."""
+
+    is_sliding = False
+    keys: Float[Tensor, "slots kv_heads columns d"] | None
+    values: Float[Tensor, "slots kv_heads columns d"] | None
+
+    def __init__(self, extent: _Extent) -> None:
+        super().__init__()
+        self._extent = extent
+
+    def write(self, rows: slice, columns: slice, source: CacheLayerMixin, index: Int[Tensor, "rows"]) -> None:
+        """Copy prefilled rows into slots; a layer that shares another's keys and values has none of its own."""
+        if source.keys is None or source.values is None:
+            return
+        if self.keys is None or self.values is None:
+            self.lazy_initialization(source.keys, source.values)
+        assert self.keys is not None
+        assert self.values is not None
+        index = index.to(source.keys.device)
+        self.keys[rows, :, columns] = source.keys[index]
+        self.values[rows, :, columns] = source.values[index]
+
+    def move(self, source: int, target: int, columns: slice) -> None:
+        """Copy one row's columns to another slot."""
+        for slab in (self.keys, self.values):
+            if slab is not None:
+                slab[target, :, columns] = slab[source, :, columns]
+
+    def relocate(self, before: slice, after: slice) -> None:
+        """Move what is live to other columns, into a larger slab if there are more slots or columns now."""
+        extent, rows = self._extent, self._extent.rows
+        if self.keys is None or self.values is None:
+            return
+        slabs = []
+        for slab in (self.keys, self.values):
+            live = slab[:rows, :, before]
+            shape = (extent.slots, slab.shape[1], extent.columns, slab.shape[3])
+            # Zeros, for what is masked is still multiplied by zero, and must not be a NaN.
+            target = slab if slab.shape == shape else slab.new_zeros(shape)
+            target[:rows, :, after] = live.clone() if target is slab else live
+            slabs.append(target)
+        self.keys, self.values = slabs
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Make the slabs."""
+        slots, columns = self._extent.slots, self._extent.columns
+        self.keys = key_states.new_zeros(slots, key_states.shape[1], columns, key_states.shape[3])
+        self.values = value_states.new_zeros(slots, value_states.shape[1], columns, value_states.shape[3])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Write one new column; returns all that the rows have, padding included."""
+        assert self.keys is not None
+        assert self.values is not None
+        rows, low, high = self._extent.rows, self._extent.low, self._extent.high
+        self.keys[:rows, :, high : high + 1] = key_states
+        self.values[:rows, :, high : high + 1] = value_states
+        return self.keys[:rows, :, low : high + 1], self.values[:rows, :, low : high + 1]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the columns there will be, and where they begin."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Return the columns there are."""
+        return self._extent.high - self._extent.low
+
+    def get_max_length(self) -> int:
+        """Return -1: there is no limit."""
+        return -1
