@@ -113,7 +113,8 @@ class SlotRows:
         live = extent.high - extent.low
         high = max(live, width)
         if rows > extent.slots or high >= extent.columns:
-            extent.slots = max(extent.slots, rows)
+            if rows > extent.slots:
+                extent.slots = max(rows, 2 * extent.slots)  # doubled, so that joining one by one copies little
             # A quarter more than is needed now: the larger, the rarer the move, and the more memory stands empty.
             extent.columns = high + max(64, high // 4)
         for layer in self.cache.layers:
