@@ -182,6 +182,12 @@ class Run:
         summary: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
         return summary
 
+    def session_uri(self, ref: RolloutRef) -> str:
+        """Return where a rollout's session is: where it was written or, if that folder is gone, inside the run, which may
+        have been moved."""
+        inside = self.path / "activations" / ref.session_id
+        return str(inside) if inside.is_dir() and not Path(ref.uri).is_dir() else ref.uri
+
     def probe_folders(self) -> list[Path]:
         """Return the folders of probe results, in order of label."""
         return sorted(path.parent for path in (self.path / "probes").glob("*/results.json"))

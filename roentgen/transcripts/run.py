@@ -1,0 +1,90 @@
+"""Reads transcripts from a run directory: each answer of each finished sample, under the key it was sampled with.
+
+A sample of several turns gives a transcript per turn: what came before the answer is its prompt. Where the store still holds
+the rollout, its exact tokens come along, because tokenising a text does not always give back the tokens that were sampled.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from roentgen.contract import LabelValue, RolloutKey
+from roentgen.runs import RolloutRef, Run, Sample
+from roentgen.store import Segment, Session, StoreError
+from roentgen.transcripts.transcript import KnownTokens, Transcript, TranscriptError
+
+
+def read_run(run: Run, say: Callable[[str], None]) -> list[Transcript]:
+    """Read every answer of a run.
+
+    Args:
+        run: the run.
+        say: told what could not be had, and what that changes.
+
+    Raises:
+        RunError: if the record is damaged.
+        TranscriptError: if the run has no answers.
+    """
+    recorded = run.samples()
+    samples = [sample for sample in recorded if sample.error is None]
+    if not samples:
+        raise TranscriptError(f"{run.path} has no answers to read: none of its {len(recorded)} samples is finished")
+    known = _known_tokens(run, samples, say)
+    return [transcript for sample in samples for transcript in _transcripts(run, sample, known)]
+
+
+def _transcripts(run: Run, sample: Sample, known: dict[str, KnownTokens]) -> Iterator[Transcript]:
+    spoken = [i for i, message in enumerate(sample.messages) if message["role"] == "assistant"]
+    # Assistant's messages may be part of a prompt as examples; what the model said comes after what it was last told.
+    told = max((i for i, message in enumerate(sample.messages) if message["role"] == "user"), default=-1)
+    answers = spoken[-len(sample.rollouts) :] if sample.rollouts else [i for i in spoken if i > told]
+    refs = {ref.turn: ref for ref in sample.rollouts}
+    extractor = run.config.settings.get("extractor")
+    labels: dict[str, LabelValue] = {
+        "problem_id": sample.problem_id,
+        "sample_id": sample.sample_id,
+        "gold": sample.gold,
+        "answer": sample.answers.get(extractor) if extractor else None,
+        "correct": sample.correct,
+    }
+    for turn, at in enumerate(answers):
+        last = at == answers[-1]
+        yield Transcript(
+            key=RolloutKey(config_hash=sample.config_hash, problem_id=sample.problem_id, epoch=sample.epoch, turn=turn),
+            prompt=tuple(sample.messages[:at]),
+            completion=sample.messages[at].get("content") or "",
+            finish_reason="length" if last and sample.finish_reason == "length" else "stop",
+            labels=labels,
+            tokens=known.get(refs[turn].rollout_id) if turn in refs else None,
+        )
+
+
+def _known_tokens(run: Run, samples: list[Sample], say: Callable[[str], None]) -> dict[str, KnownTokens]:
+    """Return the stored tokens of the samples' rollouts, by rollout id; what the store has lost is said."""
+    by_session: dict[str, list[RolloutRef]] = {}
+    for sample in samples:
+        for ref in sample.rollouts:
+            by_session.setdefault(run.session_uri(ref), []).append(ref)
+    known: dict[str, KnownTokens] = {}
+    for uri, refs in by_session.items():
+        try:
+            session = Session.open(uri)
+            rows = {row["rollout_id"]: row for row in session.rollouts(unique=False).to_dict("records")}
+            for ref in refs:
+                if ref.rollout_id in rows:
+                    known[ref.rollout_id] = _tokens(session, rows[ref.rollout_id])
+        except StoreError as error:
+            say(f"the tokens that were sampled are not to be had ({error}): texts are tokenised anew")
+    return known
+
+
+def _tokens(session: Session, row: dict[Any, Any]) -> KnownTokens:
+    spec = session.spec(row["shard"])
+    return KnownTokens(
+        model=spec.model,
+        revision=spec.revision,
+        token_ids=[int(token) for token in row["token_ids"]],
+        token_offsets=[int(offset) for offset in row["token_offsets"]],
+        n_prompt=int(row["n_prompt"]),
+        text=row["text"],
+        segments=[Segment(s["role"], int(s["start"]), int(s["stop"])) for s in row["segments"]],
+    )

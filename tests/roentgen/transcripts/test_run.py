@@ -1,0 +1,112 @@
+import numpy as np
+import pytest
+import torch
+
+from roentgen.contract import RolloutKey
+from roentgen.runs import RolloutRef, Run, RunConfig, Sample
+from roentgen.store import CaptureSpec, Rollout, Segment, StoreWriter
+from roentgen.transcripts import TranscriptError
+from roentgen.transcripts.run import read_run
+
+ASK = {"role": "user", "content": "1 + 1?"}
+ANSWER = {"role": "assistant", "content": "Answer: 2"}
+
+
+@pytest.fixture
+def run(tmp_path):
+    config = RunConfig(
+        run_id="run", created="2025-01-01T00:00:00Z", config_hash="c0ffee", hashed={}, problems={},
+        settings={"extractor": "answer_line"}, prompt={}, versions={},
+    )  # fmt: skip
+    return Run.create(tmp_path / "run", config)
+
+
+def record(run, *changes):
+    fields = {
+        "config_hash": "c0ffee", "question": "1 + 1?", "solution": "2", "gold": "2", "correct": True,
+        "messages": [ASK, ANSWER], "response": "Answer: 2", "answers": {"answer_line": "2"}, "finish_reason": "stop",
+    }  # fmt: skip
+    with run.recording() as recorder:
+        for number, change in enumerate(changes):
+            names = {"sample_id": f"gsm8k_{number:04}", "problem_id": f"p{number}"}
+            recorder.append(Sample.model_validate(fields | names | change))
+
+
+def store(run, rollout_id="01", session="run"):
+    """Put a rollout of [1, 2, 3 | 4, 5] into the run's session; return where it is, as the record says it."""
+    rollout = Rollout(
+        session_id=session,
+        rollout_id=rollout_id,
+        spec=CaptureSpec(model="m", revision="r", keys=("embed",), positions="last", dtype="torch.float32"),
+        tensors={"embed": torch.zeros(1, 2)},
+        position=np.array([3]),
+        row_token_id=np.array([4]),
+        row_logprob=np.array([-1.0]),
+        token_ids=[1, 2, 3, 4, 5],
+        token_offsets=[0, 1, 2, 3, 4],
+        n_prompt=3,
+        text="abcde",
+        segments=[Segment("user", 0, 3), Segment("assistant", 3, 5)],
+        finish_reason="stop",
+        final_logprob=-1.0,
+        key=RolloutKey(config_hash="c0ffee", problem_id="p0"),
+    )
+    with StoreWriter(run.path / "activations") as writer:
+        receipt = writer.submit(rollout).result()
+    fields = {"rollout_id": rollout_id, "session_id": session, "uri": receipt.uri, "shard": receipt.shard}
+    return RolloutRef(turn=0, row_start=0, row_stop=1, tensors={}, **fields)
+
+
+def test_an_answer_keeps_its_key_and_its_labels(run):
+    record(run, {"epoch": 3}, {"finish_reason": "length", "correct": False, "answers": {"answer_line": None}})
+    first, second = read_run(run, print)
+    assert first.key == RolloutKey(config_hash="c0ffee", problem_id="p0", epoch=3, turn=0)
+    assert (first.prompt, first.completion, first.finish_reason) == ((ASK,), "Answer: 2", "stop")
+    assert first.labels == {
+        "problem_id": "p0", "sample_id": "gsm8k_0000", "gold": "2", "answer": "2", "correct": True,
+    }  # fmt: skip
+    assert (second.finish_reason, second.labels["correct"], second.labels["answer"]) == ("length", False, None)
+    assert first.name == "p0 epoch 3"
+
+
+def test_failed_samples_have_nothing_to_read(run):
+    record(run, {"error": "timed out", "messages": [ASK]}, {})
+    assert [t.key.problem_id for t in read_run(run, print)] == ["p1"]
+
+
+def test_a_run_without_answers_says_so(run):
+    record(run, {"error": "timed out"})
+    with pytest.raises(TranscriptError, match="none of its 1 samples is finished"):
+        read_run(run, print)
+
+
+def test_every_turn_is_read_with_what_came_before(run):
+    """Messages of the assistant before the last of the user are examples, not answers."""
+    call, result = {"role": "assistant", "content": "<<1+1>>"}, {"role": "tool", "content": "2"}
+    record(run, {"messages": [ASK, ANSWER, ASK, call, result, ANSWER], "finish_reason": "length"})
+    first, second = read_run(run, print)
+    assert (first.key.turn, first.prompt, first.completion) == (0, (ASK, ANSWER, ASK), "<<1+1>>")
+    assert (second.key.turn, second.prompt) == (1, (ASK, ANSWER, ASK, call, result))
+    assert (first.finish_reason, second.finish_reason) == ("stop", "length")
+
+
+def test_stored_tokens_come_along_also_from_a_moved_run(run, tmp_path):
+    record(run, {"rollouts": [store(run)]}, {})
+    moved = run.path.rename(tmp_path / "elsewhere")
+    said = []
+    first, second = read_run(Run.open(moved), said.append)
+    assert first.tokens is not None
+    assert (first.tokens.token_ids, first.tokens.n_prompt) == ([1, 2, 3, 4, 5], 3)
+    assert (first.tokens.model, first.tokens.revision) == ("m", "r")
+    assert first.tokens.segments == [Segment("user", 0, 3), Segment("assistant", 3, 5)]
+    assert second.tokens is None
+    assert said == []
+
+
+def test_a_lost_store_is_said_and_costs_only_the_tokens(run):
+    record(run, {"rollouts": [store(run).model_copy(update={"uri": "/gone", "session_id": "gone"})]})
+    said = []
+    (transcript,) = read_run(run, said.append)
+    assert transcript.tokens is None
+    assert "/gone is not a session" in said[0]
+    assert "tokenised anew" in said[0]
