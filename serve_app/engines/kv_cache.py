@@ -146,7 +146,8 @@ class StaticRows:
     def keep(self, rows: list[int]) -> list[int]:
         """See `BatchRows.keep`."""
         if len(rows) < len(self._padding):
-            self.cache.batch_select_indices(torch.tensor(rows, dtype=torch.long))
+            # What beam search reorders can be thinned out too, and every kind of layer has it.
+            self.cache.reorder_cache(torch.tensor(rows, dtype=torch.long))
             self._padding = [self._padding[row] for row in rows]
         return rows
 

@@ -38,6 +38,8 @@ def config(architecture: str) -> tr.PretrainedConfig:
             )
         case "gpt_neox":
             return tr.GPTNeoXConfig(**SIZE, **ROOM, eos_token_id=EOS, bos_token_id=EOS)
+        case "lfm2":  # convolutions between attention layers: a cache that is not all keys and values
+            return tr.Lfm2Config(**GROUPED, layer_types=["conv", "full_attention", "conv"])
     raise ValueError(architecture)
 
 

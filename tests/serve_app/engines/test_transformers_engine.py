@@ -8,55 +8,16 @@ from typing import Any
 import pytest
 import torch
 
-from roentgen.contract import ActivationRequest, Positions
-from serve_app.capture.rows import CapturePlan, UncapturableError
+from serve_app.capture.rows import UncapturableError
 from serve_app.engines.protocol import EngineBusyError, EngineStoppedError, Failed, Finished, Sampling, TextDelta
 from serve_app.engines.transformers_engine import TransformersEngine
 from serve_app.models import LoadedModel
 from tests.serve_app import tiny
+from tests.serve_app.alone import forward_with_hooks, generate_alone, layer_path, plan
 from tests.serve_app.tiny import Call, run
 
 PROMPTS = [[5, 6, 7], [10, 11, 12, 13, 14, 15, 16, 17, 18], [40], [3, 1, 4, 1, 5, 9]]
 GREEDY = Sampling(max_tokens=12, temperature=0)
-
-
-def plan(model: LoadedModel, *hook_points: str, layers: Any = "all", positions: str = "all") -> CapturePlan:
-    taps = model.structure.resolve(ActivationRequest(layers=layers, hook_points=hook_points))
-    return CapturePlan(taps, Positions.parse(positions), "model")
-
-
-def generate_alone(model: LoadedModel, prompt: list[int], max_tokens: int) -> list[int]:
-    """Greedy completion by transformers' own generate, one prompt at a time, with transformers' own attention."""
-    ids = torch.tensor([prompt])
-    plain = tiny.module(model.source.name.removeprefix("tiny-"))
-    plain.generation_config = model.observed._module.generation_config
-    with torch.inference_mode():
-        output = plain.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_tokens)
-    return output[0, len(prompt) :].tolist()
-
-
-def layer_path(model: LoadedModel) -> str:
-    return model.structure.layers_path
-
-
-def forward_with_hooks(
-    model: LoadedModel, tokens: list[int], modules: dict[str, tuple[str, str]]
-) -> dict[str, torch.Tensor]:
-    """Run the tokens alone, teacher-forced, and read modules' inputs and outputs with plain PyTorch hooks."""
-    seen: dict[str, torch.Tensor] = {}
-    root, handles = model.observed._module, []
-    for key, (path, side) in modules.items():
-
-        def hook(module: Any, args: Any, kwargs: Any, output: Any, key: str = key, side: str = side) -> None:
-            value = output if side == "output" else (args[0] if args else kwargs["hidden_states"])
-            seen[key] = (value[0] if isinstance(value, tuple) else value)[0].clone()
-
-        handles.append(root.get_submodule(path).register_forward_hook(hook, with_kwargs=True))
-    with torch.inference_mode():
-        root(input_ids=torch.tensor([tokens]), use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return seen
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma2", "olmo2", "gpt2", "gpt_neox"])
