@@ -1,0 +1,277 @@
+"""Runs tokenised texts through an engine without generating, and stores their rows.
+
+Texts go in groups, the longest first, so that those in one forward have similar lengths and a memory that is too small is
+found out at once. A group is what is in this machine's memory, so it is bounded. With `chunk_size` a group passes through
+the model once for every so many layers, and a text's rows are joined afterwards: the device then holds the rows of one
+chunk only, and the store has one rollout per text all the same.
+
+The rollout's last token is fed, though in generation it never is: its log-probability comes with the others, and its row is
+not kept.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from queue import Empty, SimpleQueue
+
+import numpy as np
+from ulid import ULID
+
+from roentgen.contract import ActivationRequest, Positions, split_key
+from roentgen.store import CaptureSpec, Receipt, Rollout, StoreError, StoreWriter
+from serve_app.capture.rows import CapturedRows, CapturePlan, UncapturableError
+from serve_app.capture.structure import Tap
+from serve_app.engines.protocol import (
+    Engine,
+    EngineBusyError,
+    EngineStoppedError,
+    Event,
+    Failed,
+    Finished,
+    GenerationJob,
+    RequestTooLargeError,
+    Sampling,
+)
+from serve_app.models import LoadedModel
+from serve_app.teacher_forcing.tokens import TokenisedText
+
+READ_ONLY = Sampling(max_tokens=0, temperature=0)
+
+GROUP_TEXTS = 256
+GROUP_BYTES = 1 << 30
+"""Of the rows of one group, if all positions are kept."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A text whose rollout is durable."""
+
+    text: TokenisedText
+    receipt: Receipt
+
+
+@dataclass(frozen=True)
+class NotStored:
+    """A text that could not be captured, and why."""
+
+    text: TokenisedText
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Read:
+    """What all passes of one text gave."""
+
+    rows: CapturedRows
+    logprobs: list[float]
+
+
+class TeacherForcing:
+    """Captures texts with one model, in one way, into one session."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        engine: Engine,
+        writer: StoreWriter,
+        request: ActivationRequest,
+        session_id: str,
+        *,
+        chunk_size: int | None = None,
+    ) -> None:
+        """Resolve what is to be captured.
+
+        Args:
+            model: the model that the engine runs.
+            engine: runs it.
+            writer: of the store.
+            request: layers, hook points, positions and dtype.
+            session_id: where rollouts go.
+            chunk_size: layers captured per pass; None captures all in one.
+
+        Raises:
+            CaptureRequestError: if the model does not have what is asked for.
+        """
+        self._model = model
+        self._engine = engine
+        self._writer = writer
+        self._request = request
+        self._session_id = session_id
+        self._taps = model.structure.resolve(request)
+        self._chunks = layer_chunks(self._taps, chunk_size)
+
+    @property
+    def spec(self) -> CaptureSpec:
+        """What the rollouts will have in common, as far as it is known before a forward."""
+        dtype = self._model.dtype if self._request.dtype == "model" else f"torch.{self._request.dtype}"
+        source, positions = self._model.source, self._request.positions
+        return CaptureSpec(
+            model=source.name, revision=source.revision, keys=tuple(self._taps), positions=positions, dtype=str(dtype)
+        )
+
+    def capture(self, texts: Sequence[TokenisedText]) -> Iterator[Stored | NotStored]:
+        """Capture texts, in groups; yields each as soon as it is durable or has failed. Leaving early cancels the rest.
+
+        Raises:
+            UncapturableError: if a hook point gives no row per token, which all texts share.
+            EngineStoppedError: if the engine dies.
+            StoreError: if rollouts cannot be written; those yielded before are safe.
+        """
+        pending: deque[tuple[TokenisedText, Future[Receipt]]] = deque()
+        for group in self._groups(texts):
+            for text, read in self._read(group):
+                if isinstance(read, _Read):
+                    pending.append((text, self._writer.submit(self._rollout(text, read))))
+                else:
+                    yield NotStored(text, f"{type(read).__name__}: {read}")
+                while pending and pending[0][1].done():
+                    yield _stored(*pending.popleft())
+        for text, future in pending:
+            yield _stored(text, future)
+
+    def _groups(self, texts: Sequence[TokenisedText]) -> Iterator[list[TokenisedText]]:
+        row_bytes = len(self._taps) * self._model.structure.d_model * self._model.dtype.itemsize
+        group: list[TokenisedText] = []
+        rows = 0
+        for text in sorted(texts, key=lambda text: len(text.token_ids), reverse=True):
+            if group and (len(group) == GROUP_TEXTS or (rows + text.n_rows) * row_bytes > GROUP_BYTES):
+                yield group
+                group, rows = [], 0
+            group.append(text)
+            rows += text.n_rows
+        if group:
+            yield group
+
+    def _read(self, group: list[TokenisedText]) -> Iterator[tuple[TokenisedText, _Read | Exception]]:
+        """Pass a group through the model, once per chunk of layers; a text is yielded after its last pass."""
+        logprobs: dict[int, list[float]] = {}
+        rows: dict[int, CapturedRows] = {}
+        left = dict(enumerate(group))
+        for number, taps in enumerate(self._chunks):
+            for i, event in self._pass(left, taps, score=number == 0):
+                if isinstance(event, Exception):
+                    yield left.pop(i), event
+                    continue
+                assert event.captured is not None
+                if number == 0:
+                    logprobs[i] = [score.logprob for score in event.prompt_scores or []]
+                rows[i] = _joined(rows[i], event.captured) if i in rows else event.captured
+                if number == len(self._chunks) - 1:
+                    yield left.pop(i), _Read(rows.pop(i), logprobs.pop(i))
+
+    def _pass(
+        self, texts: dict[int, TokenisedText], taps: dict[str, Tap], *, score: bool
+    ) -> Iterator[tuple[int, Finished | Exception]]:
+        """Have the engine read some texts; yields each one's result as it comes.
+
+        Raises:
+            UncapturableError: if a hook point gives no row per token.
+            EngineStoppedError: if the engine dies.
+        """
+        heard: SimpleQueue[tuple[int, Event | Exception]] = SimpleQueue()
+        jobs = {i: self._job(i, text, taps, score, heard) for i, text in texts.items()}
+        try:
+            for i, job in jobs.items():
+                try:
+                    self._submit(job)
+                except RequestTooLargeError as error:
+                    heard.put((i, error))
+            for _ in jobs:
+                i, event = self._next(heard)
+                result = event.error if isinstance(event, Failed) else event
+                if isinstance(result, UncapturableError | EngineStoppedError):
+                    raise result
+                assert isinstance(result, Finished | Exception)
+                yield i, result
+        finally:
+            for job in jobs.values():
+                job.cancelled.set()
+
+    def _job(
+        self,
+        i: int,
+        text: TokenisedText,
+        taps: dict[str, Tap],
+        score: bool,
+        heard: "SimpleQueue[tuple[int, Event | Exception]]",
+    ) -> GenerationJob:
+        positions, dtype = Positions.parse(self._request.positions), self._request.dtype
+        return GenerationJob(
+            prompt_ids=text.token_ids,
+            sampling=READ_ONLY,
+            listener=lambda event: heard.put((i, event)),
+            capture=CapturePlan(taps, positions, dtype, n_prompt=text.n_prompt, stop=text.n_rows),
+            score_prompt=score and text.n_completion > 0,
+        )
+
+    def _submit(self, job: GenerationJob) -> None:
+        """Hand a job over, waiting while the engine's queue is full."""
+        while True:
+            try:
+                self._engine.submit(job)
+            except EngineBusyError:
+                time.sleep(0.01)
+            else:
+                return
+
+    def _next(self, heard: "SimpleQueue[tuple[int, Event | Exception]]") -> tuple[int, Event | Exception]:
+        while True:
+            try:
+                return heard.get(timeout=1)
+            except Empty:
+                if not self._engine.alive:
+                    raise EngineStoppedError("the engine's thread has died") from None
+
+    def _rollout(self, text: TokenisedText, read: _Read) -> Rollout:
+        position = read.rows.position
+        tensors = {key: read.rows.tensors[key] for key in self._taps}
+        # As when tokens are sampled: the prompt's have no log-probability. The model scores all but a sequence's first.
+        logprobs = np.full(len(text.token_ids), np.nan, dtype=np.float32)
+        if text.n_completion:
+            logprobs[text.n_prompt :] = read.logprobs[text.n_prompt - 1 :]
+        pooled = position < 0
+        transcript = text.transcript
+        return Rollout(
+            session_id=self._session_id,
+            rollout_id=str(ULID()),
+            spec=self.spec.model_copy(update={"dtype": ", ".join(sorted({str(t.dtype) for t in tensors.values()}))}),
+            tensors=tensors,
+            position=position,
+            row_token_id=np.where(pooled, -1, np.array(text.token_ids)[position]),
+            row_logprob=np.where(pooled, np.nan, logprobs[position]),
+            token_ids=text.token_ids,
+            token_offsets=text.token_offsets,
+            n_prompt=text.n_prompt,
+            text=text.text,
+            segments=text.segments,
+            finish_reason=transcript.finish_reason,
+            final_logprob=float(logprobs[-1]),
+            key=transcript.key,
+            labels=transcript.labels,
+        )
+
+
+def layer_chunks(taps: dict[str, Tap], size: int | None) -> list[dict[str, Tap]]:
+    """Split taps into passes of at most `size` layers each; what belongs to no layer goes with the first."""
+    layers = list(dict.fromkeys(layer for key in taps if (layer := split_key(key)[1]) is not None))
+    size = size or max(len(layers), 1)
+    number = {layer: place // size for place, layer in enumerate(sorted(layers))}
+    chunks: list[dict[str, Tap]] = [{} for _ in range(max(number.values(), default=0) + 1)]
+    for key, tap in taps.items():
+        layer = split_key(key)[1]
+        chunks[0 if layer is None else number[layer]][key] = tap
+    return chunks
+
+
+def _joined(rows: CapturedRows, more: CapturedRows) -> CapturedRows:
+    """Add another pass's keys; both passes selected the same positions of the same text."""
+    return replace(rows, tensors={**rows.tensors, **more.tensors})
+
+
+def _stored(text: TokenisedText, future: "Future[Receipt]") -> Stored:
+    try:
+        return Stored(text, future.result())
+    except OSError as error:
+        raise StoreError(f"the activations could not be stored: {error}") from error

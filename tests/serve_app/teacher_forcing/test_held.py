@@ -1,0 +1,61 @@
+from dataclasses import replace
+
+import pytest
+
+from roentgen.store import Session
+from serve_app.teacher_forcing.held import OtherCaptureError, find_missing
+from serve_app.teacher_forcing.tokens import tokeniser
+from tests.serve_app.teacher_forcing.conftest import TRANSCRIPTS
+
+
+@pytest.fixture
+def texts(llama):
+    return [tokeniser(llama)(transcript) for transcript in TRANSCRIPTS]
+
+
+def test_a_stopped_capture_goes_on_and_a_finished_one_does_nothing(force, engine, llama, tmp_path, texts):
+    forcing = force(llama, engine)
+    assert find_missing(None, texts, forcing.spec).missing == texts
+    list(forcing.capture(texts[:4]))
+    session = Session.open(tmp_path / "s")
+    assert find_missing(session, texts, forcing.spec).missing == texts[4:]
+    list(forcing.capture(texts[4:]))
+    assert find_missing(session, texts, forcing.spec).missing == []
+
+
+def test_a_text_that_has_changed_is_captured_again(force, engine, llama, tmp_path, texts):
+    forcing = force(llama, engine)
+    list(forcing.capture(texts))
+    edited = tokeniser(llama)(replace(TRANSCRIPTS[0], completion=", that is the answer."))
+    session = Session.open(tmp_path / "s")
+    held = find_missing(session, [edited, *texts[1:]], forcing.spec)
+    assert (held.missing, held.changed) == ([edited], 1)
+    list(forcing.capture(held.missing))
+    assert set(session.rollouts()["text"]) == {edited.text, *(text.text for text in texts[1:])}
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (
+            {"layers": [1]},
+            r"keys \['embed', 'layers.0.resid_post'.*\] there, \['embed', 'layers.1.resid_post'\] asked for",
+        ),
+        ({"positions": "last"}, "positions all there, last asked for"),
+        ({"dtype": "bfloat16"}, r"dtype torch\.float32 there, torch\.bfloat16 asked for"),
+    ],
+)
+def test_the_same_texts_captured_otherwise_are_refused(force, engine, llama, tmp_path, texts, asked, words):
+    """Readers would count the later ones only, and the earlier would be hidden."""
+    list(force(llama, engine).capture(texts[:1]))
+    with pytest.raises(OtherCaptureError, match=words):
+        find_missing(Session.open(tmp_path / "s"), texts, force(llama, engine, **asked).spec)
+
+
+def test_another_models_reading_is_refused_and_other_texts_are_not(force, engine, llama, tmp_path, texts):
+    forcing = force(llama, engine)
+    list(forcing.capture(texts[:1]))
+    session, other = Session.open(tmp_path / "s"), forcing.spec.model_copy(update={"revision": "1"})
+    with pytest.raises(OtherCaptureError, match=r"model tiny-llama \(0\) there, tiny-llama \(1\) asked for"):
+        find_missing(session, texts, other)
+    assert find_missing(session, texts[1:], other).missing == texts[1:]
