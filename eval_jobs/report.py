@@ -66,6 +66,7 @@ def _read_probe(folder: Path) -> dict[str, Any]:
     plot = folder / "auroc_by_layer.png"
     return {
         "label": results.get("label", folder.name),
+        "session": results.get("session"),
         "positions": results.get("positions"),
         "n_samples": results.get("n_samples"),
         "n_problems": results.get("n_problems"),

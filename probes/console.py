@@ -15,8 +15,9 @@ def render(report: ProbeReport) -> RenderableType:
 
 
 def _header(report: ProbeReport) -> Text:
+    where = f"{report.positions} in {report.session}" if report.session else report.positions
     return Text(
-        f"{report.label} read at {report.positions}: {report.n_samples} samples of {report.n_problems} problems, "
+        f"{report.label} read at {where}: {report.n_samples} samples of {report.n_problems} problems, "
         f"{report.prevalence:.0%} True, {report.n_folds} folds by problem"
     )
 

@@ -1,9 +1,10 @@
 """X, y and groups of a run: its samples joined to their stored rows.
 
 What flows through here: `samples.jsonl` says what each answer was worth and which rollout holds its activations; the
-store holds the rows. `ProbeDataset.open` reads the first and joins the second on rollout id. Labels, groups and
-lengths are small and are read at once; activations are not, so `features` reads one key, one row per sample, when it
-is asked.
+store holds the rows. `ProbeDataset.open` reads the first and joins the second on rollout id, or, if another session is
+named (`roentgen capture` made it: other layers, another model), on the key that both were made under. Labels, groups
+and lengths are small and are read at once; activations are not, so `features` reads one key, one row per sample, when
+it is asked.
 
 Groups are problems. Several attempts at one problem are not independent, so whoever splits this data must keep them
 together. In a conversation of several turns the first turn's rollout counts: it is where the model has seen the
@@ -22,9 +23,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from roentgen.contract import split_key
-from roentgen.runs import RolloutRef, Run, Sample
+from roentgen.runs import Run, Sample
 from roentgen.store import Session, StoreError
-from roentgen.store.durable import local_root
 
 LABELS: dict[str, Callable[[Sample], bool]] = {
     "correct": lambda sample: sample.correct,
@@ -73,6 +73,7 @@ class ProbeDataset:
         covariates: what a baseline may use instead of activations, by name, each `[samples]`.
         keys: stored keys that every sample has.
         left_out: samples of the run that are not here: they failed, or no activations were kept.
+        session: the session named instead of the run's own, None for those.
         sources: where the rows are.
     """
 
@@ -83,15 +84,17 @@ class ProbeDataset:
     covariates: dict[str, Float[np.ndarray, "samples"]]
     keys: tuple[str, ...]
     left_out: int
+    session: str | None
     sources: tuple[Source, ...]
 
     @classmethod
-    def open(cls, run: str | Path, label: str = "correct") -> "ProbeDataset":
+    def open(cls, run: str | Path, label: str = "correct", session: str | Path | None = None) -> "ProbeDataset":
         """Join a run's samples to their activations.
 
         Args:
             run: the run directory.
             label: the name of the label, one of `LABELS`.
+            session: a session that holds other activations of the run's answers; the run's own if None.
 
         Raises:
             RunError: if there is no run at that path.
@@ -102,20 +105,18 @@ class ProbeDataset:
             raise ProbeDataError(f"label: {label!r} is not known; allowed are {', '.join(LABELS)}")
         opened = Run.open(run)
         recorded = opened.samples()
-        samples = [sample for sample in recorded if sample.rollouts and sample.error is None]
-        if not samples:
-            raise ProbeDataError(
-                f"{opened.path} has no activations: none of its {len(recorded)} samples names a rollout; "
-                "evaluate again with activations kept"
-            )
+        answered = [sample for sample in recorded if sample.error is None]
+        try:
+            samples, sources = _join(opened, answered) if session is None else _join_session(session, answered)
+            if not samples:
+                raise ProbeDataError(_nothing_to_join(opened, len(recorded), session))
+            keys = _common_keys(sources)
+        except StoreError as error:
+            where = session or f"the activations of {opened.path}"
+            raise ProbeDataError(f"{where} cannot be read: {error}") from error
         y = np.array([LABELS[label](sample) for sample in samples])
         groups = np.unique([sample.problem_id for sample in samples], return_inverse=True)[1]
         _check_classes(y, groups, label)
-        try:
-            sources = _join(opened, [min(sample.rollouts, key=lambda ref: ref.turn) for sample in samples])
-            keys = _common_keys(sources)
-        except StoreError as error:
-            raise ProbeDataError(f"the activations of {opened.path} cannot be read: {error}") from error
         if not keys:
             raise ProbeDataError(
                 f"no key was stored for every sample of {opened.path}: its captures have none in common"
@@ -131,6 +132,7 @@ class ProbeDataset:
             },
             keys=keys,
             left_out=len(recorded) - len(samples),
+            session=sources[0].session.name if session is not None else None,
             sources=sources,
         )
 
@@ -197,15 +199,29 @@ def _check_classes(y: Bool[np.ndarray, "samples"], groups: Int[np.ndarray, "samp
             )
 
 
-def _join(run: Run, refs: list[RolloutRef]) -> tuple[Source, ...]:
-    """Find each sample's row of the store's index."""
+def _nothing_to_join(run: Run, recorded: int, session: str | Path | None) -> str:
+    if session is None:
+        return (
+            f"{run.path} has no activations: none of its {recorded} samples names a rollout; "
+            "evaluate again with activations kept"
+        )
+    return (
+        f"{session} holds none of the {recorded} samples of {run.path}: no rollout in it has the key of one; "
+        f"`roentgen capture {run.path}` makes a session that does"
+    )
+
+
+def _join(run: Run, answered: list[Sample]) -> tuple[list[Sample], tuple[Source, ...]]:
+    """Find the samples that kept activations, and each one's row of the store's index."""
+    samples = [sample for sample in answered if sample.rollouts]
+    refs = [min(sample.rollouts, key=lambda ref: ref.turn) for sample in samples]
     by_session = defaultdict(list)
     for number, ref in enumerate(refs):
-        by_session[ref.session_id, ref.uri].append(number)
+        by_session[run.session_uri(ref)].append(number)
 
     sources = []
-    for (session_id, uri), numbers in by_session.items():
-        session = _open_session(run, session_id, uri)
+    for uri, numbers in by_session.items():
+        session = Session.open(uri)
         # Not only the unique ones: the record names the rollout that was acknowledged, and a later retry is not it.
         index = session.rollouts(unique=False)[_ROW_COLUMNS].set_index("rollout_id", drop=False)
         wanted = [refs[number].rollout_id for number in numbers]
@@ -216,14 +232,23 @@ def _join(run: Run, refs: list[RolloutRef]) -> tuple[Source, ...]:
                 f"(the first is {missing[0]}); was the session deleted or made anew?"
             )
         sources.append(Source(session, index.loc[wanted], np.array(numbers)))
-    return tuple(sources)
+    return samples, tuple(sources)
 
 
-def _open_session(run: Run, session_id: str, uri: str) -> Session:
-    """Open a session where it was written or, if that folder is gone, inside the run: a run may have been moved."""
-    inside = run.path / "activations" / session_id
-    written = local_root(uri)
-    return Session.open(inside if inside.is_dir() and not written.is_dir() else written)
+def _join_session(uri: str | Path, answered: list[Sample]) -> tuple[list[Sample], tuple[Source, ...]]:
+    """Find the samples that a session has a rollout of, and its row; a sample's first turn counts."""
+    session = Session.open(uri)
+    frame = session.rollouts()
+    frame = frame[frame["config_hash"].notna()].sort_values("turn", ascending=False)
+    place = {
+        (config_hash, problem_id, int(epoch)): number
+        for number, (config_hash, problem_id, epoch) in enumerate(
+            zip(frame["config_hash"], frame["problem_id"], frame["epoch"], strict=True)
+        )
+    }
+    samples = [sample for sample in answered if sample.identity in place]
+    rows = frame.iloc[[place[sample.identity] for sample in samples]][_ROW_COLUMNS]
+    return samples, (Source(session, rows, np.arange(len(samples))),)
 
 
 def _common_keys(sources: tuple[Source, ...]) -> tuple[str, ...]:

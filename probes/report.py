@@ -83,6 +83,7 @@ class ProbeReport:
         best: the best key, chosen without looking at the samples it is reported on.
         baselines: what needs no activations: `prompt_length`, `response_length`; and `shuffled_labels`, the whole
             search on labels dealt at random.
+        session: the session it was read from, None for the run's own activations.
     """
 
     run_id: str
@@ -98,6 +99,7 @@ class ProbeReport:
     keys: tuple[KeyResult, ...]
     best: Best
     baselines: dict[str, Estimate]
+    session: str | None = None
 
     @property
     def prevalence(self) -> float:
@@ -131,6 +133,7 @@ class ProbeReport:
             "run_id": self.run_id,
             "kind": "logistic",
             "label": self.label,
+            "session": self.session,
             "positions": self.positions,
             "seed": self.seed,
             "n_samples": self.n_samples,

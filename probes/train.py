@@ -5,6 +5,8 @@
       auroc_by_layer.png
       results.json          the report (`ProbeReport.to_json`); written last, so its presence means that all is there
 
+Probes on a session that `roentgen capture` made of the run's answers are in `RUN/probes/<label>@<session>/`.
+
 A probe's score of a row x is `weight · (x − mean) / scale + bias`: the log-odds that the label is True. Saved probes
 are fitted on all samples; the AUROCs beside them are of probes that had not seen the problems they were tested on.
 
@@ -38,7 +40,13 @@ from roentgen.runs import write_json
 from roentgen.store.durable import make_folder, write_durably
 
 
-def train(run: str | Path, label: str = "correct", positions: str = "last_prompt", seed: int = 0) -> ProbeReport:
+def train(
+    run: str | Path,
+    label: str = "correct",
+    positions: str = "last_prompt",
+    seed: int = 0,
+    session: str | Path | None = None,
+) -> ProbeReport:
     """Train and evaluate a probe per stored key; write `RUN/probes/<label>/`.
 
     Args:
@@ -46,13 +54,14 @@ def train(run: str | Path, label: str = "correct", positions: str = "last_prompt
         label: what to read, one of `probes.LABELS`.
         positions: from which row of each rollout: last_prompt, last, mean_prompt or mean_generated.
         seed: of folds, bootstrap and shuffles; the same seed gives the same report.
+        session: a session with other activations of the run's answers, instead of the run's own.
 
     Raises:
         RunError: if there is no run at that path.
         ProbeDataError: if the label or positions are not allowed, or the activations are not there.
         OneClassError: if the label does not vary enough.
     """
-    data = ProbeDataset.open(run, label)
+    data = ProbeDataset.open(run, label, session)
     folds = nested_folds(data.y, data.groups, seed)
     shuffled = shuffle_labels(data.y, data.groups, seed)
     shuffled_folds = nested_folds(shuffled, data.groups, seed)
@@ -92,8 +101,9 @@ def train(run: str | Path, label: str = "correct", positions: str = "last_prompt
         ),
         best=Best(estimate(best_scores, data.y, draws), tuple(keys[model] for model in best_models)),
         baselines={**baselines, "shuffled_labels": estimate(chance_scores, shuffled, draws)},
+        session=data.session,
     )
-    _write(data.run.path / "probes" / label, report, tensors)
+    _write(data.run.path / "probes" / (label if session is None else f"{label}@{data.session}"), report, tensors)
     return report
 
 

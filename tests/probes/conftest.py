@@ -51,12 +51,14 @@ def build_run(tmp_path: Path) -> BuildRun:
             run_id="run", created="2025-01-01T00:00:00Z", config_hash="c0ffee", hashed={}, problems={}, settings={},
             prompt={}, versions={},
         ))  # fmt: skip
-        epochs: dict[str, int] = {}
+        seen: dict[str, int] = {}
+        epochs = []
         with StoreWriter(run.path / "activations", max_wait_s=0.01) as writer:
             pending = []
             for i in range(n):
-                epochs[problems[i]] = epochs.get(problems[i], 0) + 1
-                key = RolloutKey(config_hash="c0ffee", problem_id=problems[i], epoch=epochs[problems[i]])
+                seen[problems[i]] = seen.get(problems[i], 0) + 1
+                epochs.append(seen[problems[i]])
+                key = RolloutKey(config_hash="c0ffee", problem_id=problems[i], epoch=epochs[i])
                 rows = {name: _rows(values[i]) for name, values in features.items()}
                 session = sessions[i % len(sessions)]
                 pending.append(writer.submit(_rollout(session, f"rollout-{i:05}", spec, rows, key)))
@@ -72,7 +74,7 @@ def build_run(tmp_path: Path) -> BuildRun:
                     shard=receipt.shard, row_start=receipt.row_start, row_stop=receipt.row_stop, tensors=tensors,
                 )  # fmt: skip
                 fields: dict[str, object] = {
-                    "sample_id": f"gsm8k_{i + 1:04}", "problem_id": problems[i], "epoch": i + 1,
+                    "sample_id": f"gsm8k_{i + 1:04}", "problem_id": problems[i], "epoch": epochs[i],
                     "config_hash": "c0ffee", "question": "?", "solution": "!", "gold": "1", "correct": bool(correct[i]),
                     "finish_reason": "stop",
                     "prompt_tokens": prompt_tokens[i], "completion_tokens": N_COMPLETION, "rollouts": [ref],

@@ -136,3 +136,26 @@ def test_values_that_are_not_finite_are_refused(build_run, planted):
     run = build_run(features, correct)
     with pytest.raises(ProbeDataError, match=r"layers.10.resid_post has values that are not finite in 1 of 6"):
         ProbeDataset.open(run.path).features(KEYS[1])
+
+
+def test_another_session_is_joined_on_the_key(build_run, planted):
+    """Sessions "one" and "two" each hold half of the samples; the record's own rollout ids are not looked at."""
+    features, _ = planted(KEYS, None, n=12)
+    correct = [True, True, False, False] * 3
+    problems = [f"p{i // 2}" for i in range(12)]
+    run = build_run(features, correct, problems=problems, sessions=("one", "two"), changes={2: {"rollouts": []}})
+    data = ProbeDataset.open(run.path, session=run.path / "activations" / "one")
+    assert torch.equal(data.features(KEYS[0]), features[KEYS[0]][::2])
+    assert data.session == "one"
+    assert data.left_out == 6
+    assert data.groups.tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_session_of_other_texts_is_refused(build_run, planted):
+    run = build_run(*planted(KEYS, None, n=6))
+    samples = [sample.model_copy(update={"config_hash": "another"}) for sample in run.samples()]
+    run.record_path.write_text("".join(s.model_dump_json() + "\n" for s in samples))
+    with pytest.raises(ProbeDataError, match=r"session holds none of the 6 samples .*`roentgen capture"):
+        ProbeDataset.open(run.path, session=run.path / "activations" / "session")
+    with pytest.raises(ProbeDataError, match=r"nowhere cannot be read: .* not a session"):
+        ProbeDataset.open(run.path, session="nowhere")

@@ -33,6 +33,15 @@ def test_a_planted_direction_is_found_at_its_layer_and_nowhere_else(run):
     assert report.notes() == []
 
 
+def test_a_named_session_has_a_folder_of_its_own(run):
+    probes.train(run.path)
+    report = probes.train(run.path, session=run.path / "activations" / "session")
+    assert report.session == "session"
+    assert [folder.name for folder in run.probe_folders()] == ["correct", "correct@session"]
+    own, named = (json.loads((folder / "results.json").read_text()) for folder in run.probe_folders())
+    assert {**own, "session": "session"} == named
+
+
 def test_the_folder_holds_the_report_the_picture_and_the_probes(run):
     report = probes.train(run.path, seed=3)
     folder = run.path / "probes" / "correct"
