@@ -7,6 +7,7 @@ stderr and exit code 2; anything else is a bug and shows its traceback.
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eval_jobs.command import evaluate
+from roentgen.contract import DEFAULT_HOOK_POINTS, DEFAULT_LAYERS
 
 if TYPE_CHECKING:
     from eval_jobs.config import EvalSettings
@@ -107,6 +109,9 @@ def serve(
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    device_map: Annotated[
+        str | None, typer.Option(help="Spread the model: auto, balanced, sequential, or JSON {module: device}.")
+    ] = None,
     max_batch: Annotated[int, typer.Option(help="Requests generated together.")] = 32,
     max_queue: Annotated[int, typer.Option(help="Requests waiting for that; beyond, 429.")] = 256,
     ray_address: Annotated[str, typer.Option(help="'local' starts a Ray here; HOST:PORT joins one.")] = "local",
@@ -126,6 +131,7 @@ def serve(
             revision=revision,
             dtype=dtype,
             device=device,
+            device_map=device_map,
             store=str(store),
             max_batch=max_batch,
             max_queue=max_queue,
@@ -149,6 +155,57 @@ def wait_for_interrupt() -> None:
         signal.pause()
     except KeyboardInterrupt:
         return
+
+
+@app.command()
+def capture(
+    source: Annotated[Path, typer.Argument(help="A run directory, or a JSON lines file (docs/capture.md).")],
+    model: Annotated[str | None, typer.Option(help="The model to read with; the run's own if absent.")] = None,
+    layers: Annotated[str, typer.Option(help="Layers to keep, or all.")] = ",".join(map(str, DEFAULT_LAYERS)),
+    hook_points: Annotated[str, typer.Option(help="Hook points to keep.")] = ",".join(DEFAULT_HOOK_POINTS),
+    positions: Annotated[str, typer.Option(help="Positions to keep.")] = "all",
+    store: Annotated[str | None, typer.Option(help="Folder of the activation store; the run's if absent.")] = None,
+    session: Annotated[str | None, typer.Option(help="Session to store in; made up if absent.")] = None,
+    batch: Annotated[int, typer.Option(help="Texts in one forward.")] = 32,
+    batch_tokens: Annotated[int, typer.Option(help="Tokens in one forward; 0 for what suits the device.")] = 0,
+    chunk_size: Annotated[int | None, typer.Option(help="Layers kept per pass, to need less memory.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="auto, float32, float16 or bfloat16; the run's if absent.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Keep what a model holds inside while it reads existing texts: a run's answers, or a file's lines.
+
+    Nothing is generated. Run it again to continue. Ends with 1 if some texts could not be captured.
+    """
+    from pydantic import ValidationError
+
+    from eval_jobs.config import SettingsError, check_settings
+    from roentgen.contract import ActivationRequest
+    from roentgen.launch.capture import CaptureError, CaptureSettings
+    from roentgen.launch.capture import capture as run_capture
+    from roentgen.runs import RunError
+    from roentgen.store import StoreError
+    from roentgen.transcripts import TranscriptError
+
+    with expected_errors(CaptureError, RunError, SettingsError, StoreError, TranscriptError, ValidationError):
+        asked = check_settings(layers=layers, hook_points=hook_points, positions=positions, collect_activations=True)
+        settings = CaptureSettings(
+            source=source, model=model, revision=revision, dtype=dtype, device=device, store=store, session=session,
+            request=ActivationRequest.model_validate(asked.capture),
+            batch=batch, batch_tokens=batch_tokens, chunk_size=chunk_size,
+        )  # fmt: skip
+        report = run_capture(settings, err, stage_printer())
+    for name, reason in report.failures:
+        err.print(f"not captured: {name}: {reason}", style="red", highlight=False, markup=False)
+    say = partial(out.print, highlight=False, markup=False, soft_wrap=True)
+    say(
+        f"{report.stored:,} texts captured ({report.tokens:,} tokens in {report.seconds:.1f} s), "
+        f"{report.held:,} there already, {len(report.failures):,} failed"
+    )
+    say(f"activations: {report.session}")
+    say(f"next: roentgen {f'probe train {report.run} --session' if report.run else 'sessions show'} {report.session}")
+    if report.failures:
+        raise typer.Exit(1)
 
 
 @sessions_app.command("list")
@@ -217,6 +274,9 @@ def probe_train(
     label: Annotated[str, typer.Option(help="What to predict.")] = "correct",
     positions: Annotated[str, typer.Option(help="last_prompt, last, mean_prompt or mean_generated.")] = "last_prompt",
     seed: Annotated[int, typer.Option(help="Of the folds and the bootstrap.")] = 0,
+    session: Annotated[
+        str | None, typer.Option(help="STORE/SESSION of `roentgen capture`, instead of the run's own activations.")
+    ] = None,
 ) -> None:
     """Train probes per layer and hook point; exit code 3 if the label has one class only."""
     from probes import OneClassError, ProbeDataError, render, train
@@ -225,7 +285,7 @@ def probe_train(
 
     try:
         with expected_errors(ProbeDataError, RunError, StoreError):
-            report = train(run, label=label, positions=positions, seed=seed)
+            report = train(run, label=label, positions=positions, seed=seed, session=session)
     except OneClassError as error:
         err.print(f"[yellow]no probe:[/yellow] {error}", highlight=False)
         raise typer.Exit(3) from error
