@@ -1,9 +1,10 @@
 """The server's configuration, validated once, where the application is built."""
 
+import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
@@ -11,6 +12,11 @@ Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 def _absolute(path: str) -> str:
     # A replica has another working directory than the command that configures it.
     return path if "://" in path else str(Path(path).expanduser().absolute())
+
+
+def _json(value: Any) -> Any:
+    """Read an object that was given as text, as command lines do."""
+    return json.loads(value) if isinstance(value, str) and value.lstrip().startswith("{") else value
 
 
 class ServerConfig(BaseModel):
@@ -21,6 +27,8 @@ class ServerConfig(BaseModel):
         revision: of a hub model.
         dtype: "auto" takes bfloat16 where the device computes in it, else float32.
         device: "auto" takes a GPU if there is one.
+        device_map: spread a model larger than one device over a replica's GPUs and memory, as accelerate does: "auto",
+            "balanced", "sequential", or a JSON object that gives each module path its device (0, 1, "cpu", "disk").
         store: the activation store's folder.
         max_batch: requests generated together.
         max_queue: requests waiting; beyond, 429.
@@ -37,6 +45,9 @@ class ServerConfig(BaseModel):
     revision: str | None = None
     dtype: Dtype = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    device_map: (
+        Annotated[Literal["auto", "balanced", "sequential"] | dict[str, str | int], BeforeValidator(_json)] | None
+    ) = None
     store: Annotated[str, AfterValidator(_absolute)] = Field(default="activations", validate_default=True)
     max_batch: int = Field(default=32, ge=1)
     max_queue: int = Field(default=256, ge=0)

@@ -1,6 +1,9 @@
 """Loads a model once and wraps it with nnsight: one copy of the weights, its hook points resolved and verified."""
 
+import atexit
 import logging
+import shutil
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +18,8 @@ from serve_app.engines.attention import use_grouped_attention
 from serve_app.sources import ModelSource
 
 log = logging.getLogger(__name__)
+
+DeviceMap = str | dict[str, str | int]
 
 
 @dataclass(frozen=True)
@@ -43,7 +48,11 @@ class LoadedModel:
 
 
 def load(
-    source: ModelSource, dtype: str = "auto", device: str = "auto", stage: Callable[[str], None] = log.info
+    source: ModelSource,
+    dtype: str = "auto",
+    device: str = "auto",
+    stage: Callable[[str], None] = log.info,
+    device_map: DeviceMap | None = None,
 ) -> LoadedModel:
     """Load a model's weights (one copy), verify its hook points by a forward, and wrap it with nnsight.
 
@@ -52,6 +61,8 @@ def load(
         dtype: "auto", or a torch dtype's name.
         device: "auto", "cpu" or "cuda".
         stage: told what is being done, for `/health`.
+        device_map: spread the weights over this machine's devices, as accelerate does: "auto", "balanced", "sequential", or
+            a device per module path ("cpu" and "disk" hold weights that are brought in when they are needed).
     """
     place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
     kind = native_dtype(place) if dtype == "auto" else getattr(torch, dtype)
@@ -59,7 +70,16 @@ def load(
     disable_progress_bar()
     stage(f"loading {source.name} ({kind}, {place})")
     tokenizer = AutoTokenizer.from_pretrained(source.path, revision=hub_revision)
-    module = AutoModelForCausalLM.from_pretrained(source.path, revision=hub_revision, dtype=kind).to(place).eval()
+    options = {"revision": hub_revision, "dtype": kind}
+    if device_map is None:
+        module = AutoModelForCausalLM.from_pretrained(source.path, **options).to(place).eval()
+    else:
+        # Weights on disk are read from here for as long as the process lives.
+        folder = tempfile.mkdtemp(prefix="roentgen-offload-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        module = AutoModelForCausalLM.from_pretrained(
+            source.path, device_map=device_map, offload_folder=folder, **options
+        ).eval()
     use_grouped_attention(module)
     stage("verifying hook points")
     structure = resolve_structure(module, source.name)

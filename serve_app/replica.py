@@ -146,7 +146,7 @@ class ModelReplica:
             writer = StoreWriter(self._config.store)
             self._say(f"finding {self._config.model}")
             source = locate(self._config.model, self._config.revision)
-            model = load(source, self._config.dtype, self._config.device, self._say)
+            model = load(source, self._config.dtype, self._config.device, self._say, self._config.device_map)
             engine = TransformersEngine(
                 model,
                 max_batch=self._config.max_batch,
