@@ -208,6 +208,54 @@ def capture(
         raise typer.Exit(1)
 
 
+@app.command(name="verify-capture")
+def verify_capture_command(
+    model: Annotated[str, typer.Argument(help="smollm2-135m (embedded), a folder, or a hub id.")],
+    layers: Annotated[str, typer.Option(help="Layers to verify, such as 0,12,-1, or all.")] = "all",
+    hook_points: Annotated[str, typer.Option(help="Hook points to verify; by default all that the model has.")] = "",
+    requests: Annotated[int, typer.Option(min=2, help="Requests to run.")] = 16,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Prompts, one a line, or .jsonl with prompt or question.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+) -> None:
+    """Compare captures of a running batch with lone forwards, row by row; exit code 1 if they differ."""
+    from pydantic import ValidationError
+
+    from serve_app.capture.resolver import ResolutionError
+    from serve_app.capture.structure import CaptureRequestError
+    from serve_app.models import load
+    from serve_app.sources import ModelNotFoundError, locate
+    from serve_app.verification import (
+        BUILT_IN_PROMPTS,
+        VerificationError,
+        read_layers,
+        read_prompts,
+        render,
+        taps_to_verify,
+        verify_capture,
+    )
+
+    stage = stage_printer()
+    with expected_errors(CaptureRequestError, ModelNotFoundError, VerificationError, ResolutionError, ValidationError):
+        config = server_config(model=model, revision=revision, dtype=dtype, device=device)
+        chosen = read_layers(layers)
+        texts = BUILT_IN_PROMPTS if prompts is None else read_prompts(prompts)
+        loaded = load(locate(config.model, config.revision), config.dtype, config.device, stage)
+        taps = taps_to_verify(loaded.structure, chosen, tuple(filter(None, hook_points.split(","))))
+    stage(f"{requests} requests join and leave a batch, then each runs alone: {len(taps)} hook points")
+    report = verify_capture(loaded, taps=taps, prompts=texts, count=requests)
+    if as_json:
+        print(report.to_json())
+    else:
+        out.print(render(report))
+    if not report.ok:
+        raise typer.Exit(1)
+
+
 @sessions_app.command("list")
 def sessions_list(store: Annotated[str, typer.Argument(help="The store's folder.")]) -> None:
     """List the sessions of a store."""

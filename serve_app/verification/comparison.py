@@ -1,0 +1,203 @@
+"""Compares what the engine captured and chose with what the same tokens give alone, and judges.
+
+Rows are judged by their dtype: in float32 no row's error, relative to its norm, may exceed 1e-4; in half precision no row's
+cosine may be below 0.999. Batching changes the order of sums and with it the last digits, so where two tokens are almost
+equally likely a greedy choice may go the other way. Every such divergence is reported with the margin between the two
+logits; a margin above what rounding can do is a bug, and fails the verification. So does a row too many or too few.
+"""
+
+import math
+from collections import defaultdict
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from roentgen.contract import split_key
+from serve_app.capture.rows import CapturedRows
+from serve_app.capture.structure import Tap
+from serve_app.engines.protocol import Finished
+from serve_app.models import LoadedModel
+from serve_app.verification.mix import Request
+from serve_app.verification.reference import Alone
+from serve_app.verification.report import MAX_ERROR, MIN_COSINE, Deviation, Divergence, Report, Rollout
+from serve_app.verification.running import Outcome
+
+LOGIT_ROUNDING = {torch.float32: 32, torch.float16: 2, torch.bfloat16: 2}
+"""What rounding may do to a log-probability, in machine epsilons of the dtype times the logits' scale. Measured with
+SmolLM2-135M: 7 in float32, where the sums round too; 0.3 in bfloat16, whose sums are kept in float32."""
+
+
+class Comparison:
+    """Gathers rollouts, one by one, into a report."""
+
+    def __init__(self, model: LoadedModel, taps: dict[str, Tap], together: int) -> None:
+        """Begin.
+
+        Args:
+            model: the model that is verified.
+            taps: what was to be captured; a key of which no row was compared is a problem.
+            together: how many requests were under way at once.
+        """
+        self._model = model
+        self._together = together
+        self._errors: dict[str, list[Tensor]] = {key: [] for key in taps}
+        self._cosines: dict[str, list[Tensor]] = defaultdict(list)
+        self._rollouts: list[Rollout] = []
+        self._divergences: list[Divergence] = []
+        self._max_logprob_error = 0.0
+        self._problems: list[str] = []
+
+    def add(self, outcome: Outcome, alone: Alone | None) -> None:
+        """Take one outcome, and what its tokens gave alone if it finished."""
+        request, finished = outcome.request, outcome.finished
+        cancelled = request.kind == "cancelled"
+        self._rollouts.append(self._rollout(outcome))
+        if outcome.error is not None:
+            self._problem(request, f"failed: {outcome.error}")
+        if finished is None or alone is None:
+            return
+        if cancelled:
+            self._problem(request, "was cancelled, and finished all the same")
+        self._check_ending(request, finished)
+        self._check_scores(request, finished, alone)
+        if request.plan is not None and finished.captured is None:
+            self._problem(request, "asked for a capture and got none")
+        elif finished.captured is not None:
+            self._check_rows(request, finished.captured, alone)
+
+    def report(self) -> Report:
+        """Judge what has been gathered."""
+        deviations = tuple(self._deviation(key) for key in self._errors if self._errors[key])
+        problems = list(self._problems)
+        problems += [f"{key}: no row was compared" for key in self._errors if not self._errors[key]]
+        for d in deviations:
+            if self._model.dtype == torch.float32 and not d.max_error <= MAX_ERROR:
+                problems.append(f"{d.key}: a row's relative error is {d.max_error:.1e}, more than {MAX_ERROR:.0e}")
+            elif self._model.dtype != torch.float32 and not d.min_cosine >= MIN_COSINE:
+                problems.append(f"{d.key}: a row's cosine is {d.min_cosine:.4f}, less than {MIN_COSINE}")
+        if self._together < 2:
+            problems.append("no two requests were under way at once, so nothing was batched")
+        return Report(
+            model=self._model.source.name,
+            revision=self._model.source.revision,
+            dtype=str(self._model.dtype).removeprefix("torch."),
+            device=str(self._model.device),
+            together=self._together,
+            rollouts=tuple(self._rollouts),
+            deviations=deviations,
+            divergences=tuple(self._divergences),
+            max_logprob_error=self._max_logprob_error,
+            problems=tuple(problems),
+        )
+
+    def _problem(self, request: Request, text: str) -> None:
+        self._problems.append(f"request {request.number} ({request.kind}): {text}")
+
+    def _check_ending(self, request: Request, finished: Finished) -> None:
+        """Check that it ended when it should, for the reason it gives."""
+        n, limit = len(finished.token_ids), request.sampling.max_tokens
+        ends = self._model.eos_token_ids | request.sampling.stop_token_ids
+        if any(token in ends for token in finished.token_ids[:-1]):
+            self._problem(request, f"went on after a token that ends it: {finished.token_ids}")
+        if n > limit or (finished.finish_reason == "length" and n != limit):
+            self._problem(request, f"has {n} tokens and ended by {finished.finish_reason}; {limit} were allowed")
+        if (self._stopped_by(request, finished) is None) == (finished.finish_reason == "stop"):
+            self._problem(request, f"says that it ended by {finished.finish_reason}; its tokens say something else")
+        if any(stop in finished.text for stop in request.sampling.stop):
+            self._problem(request, f"has its stop string in its text: {finished.text!r}")
+
+    def _stopped_by(self, request: Request, finished: Finished) -> str | None:
+        """Say by its tokens what stopped it, None if nothing did."""
+        last = set(finished.token_ids[-1:])
+        if last & self._model.eos_token_ids:
+            return "end of text"
+        if last & request.sampling.stop_token_ids:
+            return "stop token"
+        text = self._model.tokenizer.decode(finished.token_ids)
+        return "stop string" if any(stop in text for stop in request.sampling.stop) else None
+
+    def _check_scores(self, request: Request, finished: Finished, alone: Alone) -> None:
+        """Compare log-probabilities, and each greedy choice with the most likely token."""
+        tokens, scores = finished.token_ids, finished.scores
+        if request.score_prompt:
+            tokens, scores = request.prompt_ids[1:] + tokens, (finished.prompt_scores or []) + scores
+        if not len(tokens) == len(scores) <= len(alone.logits):
+            self._problem(request, f"has {len(scores)} scores for {len(tokens)} tokens")
+            return
+        logits = alone.logits[: len(tokens)]
+        logprobs = logits.log_softmax(1)
+        scale = logits.abs().amax(1) + math.log(logits.shape[1])
+        rounding = LOGIT_ROUNDING[self._model.dtype] * torch.finfo(self._model.dtype).eps * scale
+        first = len(tokens) - len(finished.token_ids)
+        for i, (token, score) in enumerate(zip(tokens, scores, strict=True)):
+            error, best = abs(score.logprob - float(logprobs[i, token])), int(logits[i].argmax())
+            self._max_logprob_error = max(self._max_logprob_error, error)
+            if not error <= rounding[i]:
+                self._problem(
+                    request, f"logprob {i - first} is off by {error:.1e}; rounding explains {rounding[i]:.1e}"
+                )
+            if i < first or request.sampling.temperature > 0 or token == best:
+                continue
+            margin = float(logits[i, best] - logits[i, token])
+            found = Divergence(request.number, i - first, token, best, margin, float(rounding[i]))
+            self._divergences.append(found)
+            if not margin <= found.rounding:
+                self._problem(
+                    request, f"greedy token {found.index} is not the most likely one by a margin of {margin:.1e}"
+                )
+
+    def _check_rows(self, request: Request, captured: CapturedRows, alone: Alone) -> None:
+        """Compare the captured rows, if they are as many as there should be."""
+        if captured.position.tolist() != alone.positions:
+            self._problem(request, f"has rows of positions {captured.position.tolist()}, not {alone.positions}")
+            return
+        if set(captured.tensors) != set(alone.rows):
+            self._problem(request, f"has rows of {sorted(captured.tensors)}, not of {sorted(alone.rows)}")
+            return
+        for key, rows in captured.tensors.items():
+            if rows.shape != alone.rows[key].shape:
+                shapes = f"{tuple(rows.shape)}, not {tuple(alone.rows[key].shape)}"
+                self._problem(request, f"the shape of {key} is {shapes}")
+            elif len(rows):
+                errors, cosines = row_errors(rows, alone.rows[key])
+                self._errors[key].append(errors)
+                self._cosines[key].append(cosines)
+
+    def _rollout(self, outcome: Outcome) -> Rollout:
+        request, finished, plan = outcome.request, outcome.finished, outcome.request.plan
+        if finished is None:
+            ended = "error" if outcome.error else "cancelled"
+        else:
+            ended = self._stopped_by(request, finished) or finished.finish_reason
+        return Rollout(
+            request=request.number,
+            kind=request.kind,
+            sampling="greedy" if request.sampling.temperature == 0 else f"seed {request.sampling.seed}",
+            positions=str(plan.positions) if plan else "",
+            keys=len(plan.taps) if plan else 0,
+            n_prompt=len(request.prompt_ids),
+            n_completion=len(finished.token_ids) if finished else 0,
+            ended=ended,
+        )
+
+    def _deviation(self, key: str) -> Deviation:
+        errors, cosines = torch.cat(self._errors[key]), torch.cat(self._cosines[key])
+        hook_point, layer = split_key(key)
+        return Deviation(
+            key, hook_point, layer, len(errors), float(errors.max()), float(errors.mean()), float(cosines.min())
+        )
+
+
+def row_errors(
+    rows: Float[Tensor, "rows ..."], expected: Float[Tensor, "rows ..."]
+) -> tuple[Float[Tensor, "rows"], Float[Tensor, "rows"]]:
+    """Return each row's error relative to the expected row's norm, and its cosine with it.
+
+    A row that is expected to be zero has error 0 and cosine 1 if it is, infinite error and cosine 0 if it is not.
+    """
+    got, want = rows.flatten(1).double(), expected.flatten(1).double()
+    difference, norm = (got - want).norm(dim=1), want.norm(dim=1)
+    errors = torch.where(difference == 0, 0.0, difference / norm)
+    cosines = torch.where(difference == 0, 1.0, (got * want).sum(1) / (got.norm(dim=1) * norm).clamp_min(1e-300))
+    return errors, cosines

@@ -1,0 +1,56 @@
+"""Prints a verification: a line per hook point and layer, what ran, and the verdict."""
+
+from collections import Counter
+from itertools import groupby
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from serve_app.verification.report import MAX_ERROR, MIN_COSINE, Report
+
+
+def render(report: Report) -> Group:
+    """Lay a report out for a terminal."""
+    table = Table("hook point", "layer", "rows", "max error", "mean error", "min cosine")
+    ordered = sorted(report.deviations, key=lambda d: (d.layer is None, d.hook_point, d.layer or 0))
+    for _, group in groupby(ordered, key=lambda d: d.hook_point):
+        for d in group:
+            table.add_row(
+                d.hook_point,
+                "" if d.layer is None else str(d.layer),
+                f"{d.rows:,}",
+                f"{d.max_error:.1e}",
+                f"{d.mean_error:.1e}",
+                f"{d.min_cosine:.7f}",
+            )
+        table.add_section()
+    return Group(table, *(Text(line) for line in _ran(report)), *_verdict(report))
+
+
+def _ran(report: Report) -> list[str]:
+    """Say what ran, and where greedy choices differ."""
+    ends = Counter(r.ended for r in report.rollouts)
+    policies = sorted({r.positions for r in report.rollouts if r.positions})
+    lines = [
+        f"{len(report.rollouts)} requests, up to {report.together} under way at once; ended by "
+        + ", ".join(f"{how} {count}" for how, count in ends.most_common())
+        + f"; positions {', '.join(policies)}",
+        f"log-probabilities differ by at most {report.max_logprob_error:.1e}",
+    ]
+    greedy = sum(r.n_completion for r in report.rollouts if r.sampling == "greedy")
+    lines.append(f"{greedy:,} greedy tokens, {len(report.divergences)} not the most likely one when run alone")
+    lines += [
+        f"  request {d.request}, token {d.index}: {d.chosen}, alone {d.expected}; margin {d.margin:.1e}, "
+        f"rounding explains {d.rounding:.1e}"
+        for d in report.divergences
+    ]
+    return lines
+
+
+def _verdict(report: Report) -> list[Text]:
+    rule = f"relative error ≤ {MAX_ERROR:.0e}" if report.dtype == "float32" else f"cosine ≥ {MIN_COSINE}"
+    where = f"{report.model} {report.revision}, {report.dtype}, {report.device}: every row's {rule}"
+    if report.ok:
+        return [Text(f"passed  {where}", style="green")]
+    return [Text(f"failed  {where}", style="red"), *(Text(f"  {problem}", style="red") for problem in report.problems)]

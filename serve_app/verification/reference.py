@@ -1,0 +1,152 @@
+"""The independent path: one sequence alone through the bare model, read by plain PyTorch hooks.
+
+No batch, no padding, no KV cache, no nnsight trace, transformers' own attention, and a position rule of its own, written as
+a question about one position where `Positions.select` makes lists.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from roentgen.contract import Positions
+from serve_app.capture.rows import CapturePlan
+from serve_app.capture.structure import Tap
+from serve_app.engines.protocol import Finished
+from serve_app.models import LoadedModel
+from serve_app.verification.mix import Request
+
+OWN_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
+"""Attention that transformers brings along."""
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What a rollout gives when it runs alone.
+
+    Attributes:
+        rows: per stored key, the rows that its plan keeps, `[rows, ...]`.
+        positions: of these rows, -1 for a pooled one.
+        logits: over what comes after each of the last positions: those at which the completion's tokens were chosen or, if
+            the prompt is scored, all, `[positions, vocab]`.
+    """
+
+    rows: dict[str, Float[Tensor, "rows ..."]]
+    positions: list[int]
+    logits: Float[Tensor, "positions vocab"]
+
+
+@contextmanager
+def stock_attention(model: LoadedModel) -> Iterator[None]:
+    """Give the model transformers' own attention for a while, if the engine's replaced it."""
+    module = model.observed._module
+    engines: str = module.config._attn_implementation
+    if engines in OWN_ATTENTION:
+        yield
+        return
+    module.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        module.set_attn_implementation(engines)
+
+
+def continuation(model: LoadedModel, prompt_ids: list[int], max_tokens: int) -> list[int]:
+    """Complete a prompt greedily with transformers' own generate."""
+    tokens = torch.tensor([prompt_ids], device=model.device)
+    with torch.inference_mode():
+        output = model.observed._module.generate(
+            tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=max_tokens
+        )
+    ids: list[int] = output[0, len(prompt_ids) :].tolist()
+    return ids
+
+
+def run_alone(model: LoadedModel, request: Request, finished: Finished) -> Alone:
+    """Run a finished rollout's tokens again, as one sequence, and keep what its request asked for."""
+    plan, n_completion = request.plan, len(finished.token_ids)
+    fed = request.prompt_ids + finished.token_ids[:-1]  # the last token was chosen, but never went through the model
+    scored = len(fed) if request.score_prompt else n_completion  # positions whose logits are compared: the last ones
+    with torch.inference_mode(), _hooked(model, plan.taps if plan else {}, len(fed)) as seen:
+        output = model.observed._module(input_ids=torch.tensor([fed], device=model.device), use_cache=False)
+    logits = output.logits[0, len(fed) - scored :].float().cpu()
+    if plan is None:
+        return Alone({}, [], logits)
+    positions = kept_positions(plan, len(request.prompt_ids), len(fed))
+    rows = {key: value[positions].cpu() for key, value in seen.items()}
+    if plan.positions.policy in ("mean_prompt", "mean_generated") and positions:
+        rows = {key: value.float().mean(0, keepdim=True).to(value.dtype) for key, value in rows.items()}
+        positions = [-1]
+    return Alone(rows, positions, logits)
+
+
+def kept_positions(plan: CapturePlan, n_prompt: int, n_rows: int) -> list[int]:
+    """Return the positions that a plan keeps (for a pooled policy: averages) of a rollout.
+
+    Args:
+        plan: the plan.
+        n_prompt: tokens in the job's prompt, which count as prompt unless the plan says otherwise.
+        n_rows: tokens that went through the model.
+    """
+    n_prompt = n_prompt if plan.n_prompt is None else plan.n_prompt
+    n_rows = n_rows if plan.stop is None else min(n_rows, plan.stop)
+    return [t for t in range(plan.first, n_rows) if _is_kept(plan.positions, t, n_prompt, n_rows)]
+
+
+def _is_kept(positions: Positions, t: int, n_prompt: int, n_rows: int) -> bool:
+    match positions.policy:
+        case "all":
+            return True
+        case "prompt" | "mean_prompt":
+            return t < n_prompt
+        case "generated" | "mean_generated":
+            return t >= n_prompt
+        case "last_prompt":
+            return t + 1 == n_prompt
+        case "last":
+            return t + 1 == n_rows
+        case "stride":
+            return t % positions.stride == 0
+    raise ValueError(f"no rule is written here for the positions {positions}")
+
+
+@contextmanager
+def _hooked(model: LoadedModel, taps: dict[str, Tap], n_rows: int) -> Iterator[dict[str, Tensor]]:
+    """Copy what each tapped module takes or gives during a forward of one sequence: key to `[n_rows, ...]`.
+
+    What has no row per token is left out.
+    """
+    seen: dict[str, Tensor] = {}
+    handles = []
+
+    def keep(key: str, value: Any) -> None:
+        while isinstance(value, tuple):
+            value = value[0]
+        if value.ndim > 1 and value.shape[:2] == (1, n_rows):
+            seen[key] = value[0].clone()
+        elif len(value) == n_rows:  # a module may see batch and tokens flattened
+            seen[key] = value.clone()
+
+    for key, tap in taps.items():
+
+        def before(_module: Any, args: Any, kwargs: Any, key: str = key) -> None:
+            keep(key, args if args else next(v for v in kwargs.values() if isinstance(v, Tensor)))
+
+        def after(_module: Any, _args: Any, output: Any, key: str = key) -> None:
+            keep(key, output)
+
+        tapped = model.observed._module.get_submodule(tap.module)
+        handles.append(
+            tapped.register_forward_pre_hook(before, with_kwargs=True)
+            if tap.side == "input"
+            else tapped.register_forward_hook(after)
+        )
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

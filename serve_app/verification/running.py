@@ -1,0 +1,139 @@
+"""Runs the mix in an engine, joining and leaving at moments that are the same each time.
+
+The clock is the engine's own forwards: at every fourth one two more requests arrive, and one is cancelled a few forwards after
+its arrival, so a verification runs the same way on a fast model and on a slow one. The engine has fewer places than there
+are requests: places are used again, also the one that the cancelled request has left.
+"""
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from queue import Empty, SimpleQueue
+
+from serve_app.engines.protocol import EngineStoppedError, Event, Failed, Finished, GenerationJob, TextDelta
+from serve_app.engines.transformers_engine import TransformersEngine
+from serve_app.models import LoadedModel
+from serve_app.verification.mix import Request
+
+IN_BATCH = 6
+"""Places in the engine's batch."""
+
+PAIR_EVERY = 4
+"""Forwards between arrivals."""
+
+CANCEL_AFTER = 6
+"""Forwards after its arrival at which one request is cancelled."""
+
+ALIVE_CHECK_S = 5.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a request: `finished`, or `error`, or neither if it was cancelled and heard nothing more."""
+
+    request: Request
+    finished: Finished | None
+    error: Exception | None
+
+
+def run_requests(model: LoadedModel, requests: list[Request]) -> tuple[list[Outcome], int]:
+    """Run the mix in an engine of its own, which is closed again when this returns.
+
+    Returns:
+        Their outcomes, and how many were under way at once.
+
+    Raises:
+        EngineStoppedError: if the engine's thread dies.
+    """
+    module = model.observed._module
+    engine = TransformersEngine(model, max_batch=IN_BATCH, max_queue=len(requests))
+    run = _Run(engine, requests)
+    # On the engine's thread, before each of its forwards.
+    clock = module.register_forward_pre_hook(lambda *_: run.tick())
+    try:
+        return run.outcomes()
+    finally:
+        engine.close()
+        clock.remove()
+
+
+class _Run:
+    """Submits and cancels when the engine's forwards say that it is time, and gathers what the listeners hear."""
+
+    def __init__(self, engine: TransformersEngine, requests: list[Request]) -> None:
+        self._engine = engine
+        self._requests = requests
+        self._heard: SimpleQueue[tuple[int, Event]] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._forwards = 0
+        self._under_way: set[int] = set()
+        self._most = 0
+        acts: list[tuple[int, Callable[[], None]]] = []
+        for request in requests:
+            arrival = PAIR_EVERY * (request.number // 2)
+            job = GenerationJob(
+                request.prompt_ids,
+                request.sampling,
+                partial(self._listen, request.number),
+                request.plan,
+                score_prompt=request.score_prompt,
+            )
+            acts.append((arrival, partial(self._submit, request.number, job)))
+            if request.kind == "cancelled":
+                acts.append((arrival + CANCEL_AFTER, partial(self._cancel, request.number, job)))
+        self._acts = deque(sorted(acts, key=lambda act: act[0]))
+
+    def tick(self) -> None:
+        """Count a forward and do what is due."""
+        with self._lock:
+            self._forwards += 1
+            self._do_due()
+
+    def outcomes(self) -> tuple[list[Outcome], int]:
+        """Run everything; return what became of it, and how many requests were under way at once."""
+        events: dict[int, Event] = {}
+        expected = sum(request.kind != "cancelled" for request in self._requests)
+        self._keep_going()
+        while len(events) < expected:
+            try:
+                number, event = self._heard.get(timeout=ALIVE_CHECK_S)
+            except Empty:
+                if not self._engine.alive:
+                    raise EngineStoppedError("the engine's thread has died") from None
+            else:
+                events[number] = event
+                with self._lock:
+                    self._under_way.discard(number)
+            self._keep_going()
+        return [_outcome(request, events.get(request.number)) for request in self._requests], self._most
+
+    def _listen(self, number: int, event: Event) -> None:
+        if not isinstance(event, TextDelta):
+            self._heard.put((number, event))
+
+    def _submit(self, number: int, job: GenerationJob) -> None:
+        self._engine.submit(job)
+        self._under_way.add(number)
+        self._most = max(self._most, len(self._under_way))
+
+    def _cancel(self, number: int, job: GenerationJob) -> None:
+        job.cancelled.set()
+        self._under_way.discard(number)
+
+    def _keep_going(self) -> None:
+        """Let the clock jump to what is next if nothing is under way: an idle engine makes no forwards."""
+        with self._lock:
+            if self._acts and not self._under_way:
+                self._forwards = self._acts[0][0]
+                self._do_due()
+
+    def _do_due(self) -> None:
+        while self._acts and self._acts[0][0] <= self._forwards:
+            self._acts.popleft()[1]()
+
+
+def _outcome(request: Request, event: Event | None) -> Outcome:
+    finished = event if isinstance(event, Finished) else None
+    return Outcome(request, finished, event.error if isinstance(event, Failed) else None)

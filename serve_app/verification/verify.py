@@ -1,0 +1,85 @@
+"""From a loaded model to a report: run the mix, close the engine, run each rollout alone, compare."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from roentgen.contract import ActivationRequest, split_key
+from serve_app.capture.structure import ModelStructure, Tap
+from serve_app.models import LoadedModel
+from serve_app.verification.comparison import Comparison
+from serve_app.verification.mix import (
+    BUILT_IN_PROMPTS,
+    LENGTHS,
+    REQUESTS,
+    SCOUTED,
+    VerificationError,
+    make_requests,
+    tokenized,
+)
+from serve_app.verification.reference import continuation, run_alone, stock_attention
+from serve_app.verification.report import Report
+from serve_app.verification.running import run_requests
+
+Layers = tuple[int, ...] | Literal["all"]
+
+
+def verify_capture(
+    model: LoadedModel,
+    *,
+    taps: dict[str, Tap] | None = None,
+    prompts: Sequence[str] = BUILT_IN_PROMPTS,
+    count: int = REQUESTS,
+) -> Report:
+    """Capture in a running batch, recompute alone, compare.
+
+    Args:
+        model: the model; nothing else may run it meanwhile.
+        taps: per stored key, where to read; every canonical hook point that the model has if None.
+        prompts: texts to complete. One that leaves no room in the context is cut.
+        count: how many requests to run.
+
+    Returns:
+        The report; `Report.ok` is the verdict.
+    """
+    taps = model.structure.taps if taps is None else taps
+    tokens = tokenized(model, prompts)
+    with stock_attention(model):
+        scouted = continuation(model, tokens[SCOUTED % len(tokens)], max_tokens=LENGTHS[SCOUTED])
+    outcomes, together = run_requests(model, make_requests(model, taps, tokens, count, scouted))
+    comparison = Comparison(model, taps, together)
+    with stock_attention(model):
+        for outcome in outcomes:
+            alone = run_alone(model, outcome.request, outcome.finished) if outcome.finished else None
+            comparison.add(outcome, alone)
+    return comparison.report()
+
+
+def read_layers(text: str) -> Layers:
+    """Read layers as one writes them: `0,12,-1` or `all`.
+
+    Raises:
+        VerificationError: if that is not a list of layers.
+    """
+    try:
+        return "all" if text == "all" else tuple(int(part) for part in text.split(","))
+    except ValueError:
+        message = f"--layers: {text!r} is not a list of layers; allowed are 8,12,16 and the like, or all"
+        raise VerificationError(message) from None
+
+
+def taps_to_verify(structure: ModelStructure, layers: Layers, hook_points: tuple[str, ...]) -> dict[str, Tap]:
+    """Return where to read.
+
+    Args:
+        structure: of the model.
+        layers: which layers, or "all".
+        hook_points: canonical names or module paths; with none, every canonical hook point that the model has.
+
+    Raises:
+        CaptureRequestError: naming what the model does not have.
+    """
+    if hook_points:
+        return structure.resolve(ActivationRequest(layers=layers, hook_points=hook_points))
+    chosen = structure.resolve(ActivationRequest(layers=layers, hook_points=("resid_post",)))
+    wanted = {split_key(key)[1] for key in chosen} | {None}
+    return {key: tap for key, tap in structure.taps.items() if split_key(key)[1] in wanted}
