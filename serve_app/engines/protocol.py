@@ -11,6 +11,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from jaxtyping import Float
+from torch import Tensor
+
 from serve_app.capture.rows import CapturedRows, CapturePlan
 
 
@@ -65,11 +68,22 @@ class Sampling:
     top_logprobs: int = 0
 
 
-@dataclass(frozen=True)
-class TextDelta:
-    """New text of a running job."""
+class ConstraintError(Exception):
+    """A constraint cannot be built or followed; the message says why."""
 
-    text: str
+
+class Constraint(Protocol):
+    """What may come next, of a generation that has to follow a grammar; it belongs to one job."""
+
+    def mask(self, logits: Float[Tensor, "vocab"]) -> None:
+        """Set the logits of tokens that may not come to minus infinity, in place.
+
+        Raises:
+            ConstraintError: if nothing may come.
+        """
+
+    def accept(self, token: int) -> None:
+        """Go on with a token."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +100,15 @@ class TokenScore:
 
 
 @dataclass(frozen=True)
+class TextDelta:
+    """New text of a running job, and the tokens that have come with it (an end-of-text token is no part of it)."""
+
+    text: str
+    token_ids: list[int] = field(default_factory=list)
+    scores: list[TokenScore] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Finished:
     """A job's result.
 
@@ -94,6 +117,7 @@ class Finished:
         token_ids: tokens generated, the final one included.
         scores: of each of them.
         finish_reason: "stop", or "length" if it was cut.
+        ended_by: the token that ended it, which is no part of the text; None if something else did.
         captured: the rows asked for, None if none were.
         prompt_scores: of the prompt's tokens from the second on, if the job asked for them: `[n_prompt - 1]`.
     """
@@ -103,6 +127,7 @@ class Finished:
     scores: list[TokenScore]
     finish_reason: str
     captured: CapturedRows | None
+    ended_by: int | None = None
     prompt_scores: list[TokenScore] | None = None
 
 
@@ -126,6 +151,7 @@ class GenerationJob:
         listener: hears what happens.
         capture: what to keep, None for nothing.
         stream: whether to send `TextDelta`s.
+        constraint: the grammar to follow, None for free text.
         score_prompt: whether to report how likely the prompt's own tokens were.
         cancelled: set to leave.
     """
@@ -135,6 +161,7 @@ class GenerationJob:
     listener: Callable[[Event], None]
     capture: CapturePlan | None = None
     stream: bool = False
+    constraint: Constraint | None = None
     score_prompt: bool = False
     cancelled: threading.Event = field(default_factory=threading.Event)
 

@@ -12,24 +12,38 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from serve_app.engines.protocol import Sampling, TokenScore
+from serve_app.engines.protocol import Constraint, ConstraintError, Sampling, TokenScore
 
 FEW = 1024
 """Tokens in which top_k and top_p are looked for first; sorting a whole vocabulary costs much more."""
 
 
 class Sampler:
-    """One request's settings, its random stream, and what its penalties have to remember."""
+    """One request's settings, its random stream, and what its penalties have to remember.
 
-    def __init__(self, sampling: Sampling, prompt_ids: list[int], end_token_ids: frozenset[int]) -> None:
+    Attributes:
+        sampling: the settings.
+        failure: why its constraint can no longer be followed; it must fail then.
+    """
+
+    def __init__(
+        self,
+        sampling: Sampling,
+        prompt_ids: list[int],
+        end_token_ids: frozenset[int],
+        constraint: Constraint | None = None,
+    ) -> None:
         """Start a request's stream.
 
         Args:
             sampling: its settings.
             prompt_ids: its prompt.
             end_token_ids: tokens that end it, `sampling.stop_token_ids` included.
+            constraint: the grammar it follows.
         """
         self.sampling = sampling
+        self.failure: ConstraintError | None = None
+        self._constraint = constraint
         self._random = np.random.default_rng(None if sampling.seed is None else sampling.seed % 2**64)
         self._ends = sorted(end_token_ids)
         self._counts: Counter[int] = Counter()
@@ -42,13 +56,19 @@ class Sampler:
     def saw(self, token: int) -> None:
         """Remember a generated token."""
         self._counts[token] += 1
+        if self._constraint is not None and self.failure is None:
+            try:
+                self._constraint.accept(token)
+            except ConstraintError as error:
+                self.failure = error
 
     @property
     def adjusts(self) -> bool:
         """Whether the next token's logits are to be changed at all."""
         s = self.sampling
         return bool(
-            s.logit_bias
+            self._constraint
+            or s.logit_bias
             or s.presence_penalty
             or s.frequency_penalty
             or s.repetition_penalty != 1
@@ -56,7 +76,7 @@ class Sampler:
         )
 
     def adjust(self, logits: Float[Tensor, "vocab"]) -> None:
-        """Apply biases, penalties and the least length to one row of logits, in place."""
+        """Apply biases, penalties, the least length and the constraint to one row of logits, in place."""
         s, device = self.sampling, logits.device
         if s.repetition_penalty != 1 and (known := sorted(self._prompt | self._counts.keys())):
             index = torch.tensor(known, device=device)
@@ -72,6 +92,11 @@ class Sampler:
             logits[index] += torch.tensor(list(s.logit_bias.values()), device=device, dtype=logits.dtype)
         if self._counts.total() < s.min_tokens and self._ends:
             logits[torch.tensor(self._ends, device=device)] = -torch.inf
+        if self._constraint is not None and self.failure is None:
+            try:
+                self._constraint.mask(logits)
+            except ConstraintError as error:
+                self.failure = error  # this request's alone: the others in the batch go on
 
 
 def choose(logits: Float[Tensor, "batch vocab"], samplers: list[Sampler]) -> list[int]:

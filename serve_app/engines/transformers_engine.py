@@ -20,27 +20,18 @@ import logging
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
-from serve_app.capture.rows import HostStreams, RequestRows, StepRows, UncapturableError
+from serve_app.capture.rows import HostStreams, StepRows
 from serve_app.engines.admission import Budget, next_jobs
 from serve_app.engines.kv_cache import BatchRows, SlotRows, StaticRows, continuous
-from serve_app.engines.protocol import (
-    EngineBusyError,
-    EngineStoppedError,
-    Failed,
-    Finished,
-    GenerationJob,
-    TextDelta,
-    TokenScore,
-)
-from serve_app.engines.sampling import Sampler, choose, score
-from serve_app.engines.text import TextStream
+from serve_app.engines.protocol import EngineBusyError, EngineStoppedError, Failed, GenerationJob
+from serve_app.engines.running import Prefill, Running
+from serve_app.engines.sampling import choose, score
 from serve_app.models import LoadedModel
 
 log = logging.getLogger(__name__)
@@ -56,49 +47,6 @@ SCORED_BYTES = 256 << 20
 
 MAX_FAILURES = 3
 """Failures in a row after which the engine gives up."""
-
-
-@dataclass
-class _Running:
-    """A job, and what it has so far."""
-
-    job: GenerationJob
-    sampler: Sampler
-    text: TextStream
-    rows: RequestRows | None
-    ends: frozenset[int]
-    token_ids: list[int] = field(default_factory=list)
-    scores: list[TokenScore] = field(default_factory=list)
-    prompt_scores: list[TokenScore] = field(default_factory=list)
-
-    def push(self, token: int, token_score: TokenScore) -> str | None:
-        """Take a token; returns why the generation has ended, None if it goes on."""
-        sampling = self.job.sampling
-        self.token_ids.append(token)
-        self.scores.append(token_score)
-        self.sampler.saw(token)
-        if token in self.ends:
-            return "stop"
-        self.text.push(token, may_stop=len(self.token_ids) >= sampling.min_tokens)
-        if self.text.stopped:
-            return "stop"
-        return "length" if len(self.token_ids) >= sampling.max_tokens else None
-
-
-@dataclass
-class _Prefill:
-    """Jobs whose prompts are being read: row i of every tensor is job i, padded on the left."""
-
-    running: list[_Running]
-    tokens: Int[Tensor, "batch width"]
-    padding: list[int]
-    cache: DynamicCache
-    piece: int
-    done: int = 0
-
-    @property
-    def scored(self) -> bool:
-        return any(running.job.score_prompt for running in self.running)
 
 
 class TransformersEngine:
@@ -132,8 +80,8 @@ class TransformersEngine:
         self.budget = Budget.measure(model, max_cache_tokens)
         log.info("room for %d tokens in the KV cache", self.budget.cache_tokens)
         self._streams = HostStreams()
-        self._running: list[_Running] = []
-        self._prefill: _Prefill | None = None
+        self._running: list[Running] = []
+        self._prefill: Prefill | None = None
         self._rows: BatchRows = self._empty()
         self._changed = threading.Condition()
         self._waiting: deque[GenerationJob] = deque()
@@ -220,7 +168,7 @@ class TransformersEngine:
             running.job.listener(Failed(error))
         self._running, self._prefill = [], None
 
-    def _admit(self) -> _Prefill | None:
+    def _admit(self) -> Prefill | None:
         """Take waiting jobs, as many as fit, and lay out their prompts."""
         with self._changed:
             self._waiting = deque(job for job in self._waiting if not job.cancelled.is_set())
@@ -233,40 +181,23 @@ class TransformersEngine:
             )
         if not jobs:
             return None
-        width = max(len(job.prompt_ids) for job in jobs)
-        tokens = torch.zeros(len(jobs), width, dtype=torch.long)
-        for row, job in enumerate(jobs):
-            tokens[row, width - len(job.prompt_ids) :] = torch.tensor(job.prompt_ids)
-        prefill = _Prefill(
-            running=[self._start(job) for job in jobs],
-            tokens=tokens,
-            padding=[width - len(job.prompt_ids) for job in jobs],
-            cache=self._rows.new(),
-            piece=width,
-        )
-        if self._continuous:
-            limit = self._max_prefill_tokens
-            if prefill.scored:
-                limit = min(limit, SCORED_BYTES // (4 * self._model.observed.config.get_text_config().vocab_size))
-            prefill.piece = max(1, limit // len(jobs))
-        return prefill
+        return Prefill.lay_out([Running.start(job, self._model) for job in jobs], self._rows.new())
 
-    def _start(self, job: GenerationJob) -> _Running:
-        ends = self._model.eos_token_ids | job.sampling.stop_token_ids
-        return _Running(
-            job,
-            Sampler(job.sampling, job.prompt_ids, ends),
-            TextStream(self._model.tokenizer.backend_tokenizer, job.sampling.stop),
-            RequestRows(job.capture, len(job.prompt_ids)) if job.capture else None,
-            ends,
-        )
+    def _piece(self, prefill: Prefill) -> int:
+        """Return how many columns of a prefill to read at once; a static batch's cache takes only a whole prompt."""
+        if not self._continuous:
+            return prefill.tokens.shape[1]
+        limit = self._max_prefill_tokens
+        if prefill.scored:
+            limit = min(limit, SCORED_BYTES // (4 * self._model.observed.config.get_text_config().vocab_size))
+        return max(1, limit // len(prefill.running))
 
-    def _read(self, prefill: _Prefill) -> None:
+    def _read(self, prefill: Prefill) -> None:
         """Read the next piece of a prefill; after the last, its jobs have their first token and join the running ones.
 
         If the forward fails, the new jobs fail with it; the running ones have a cache of their own and go on.
         """
-        start, stop = prefill.done, min(prefill.done + prefill.piece, prefill.tokens.shape[1])
+        start, stop = prefill.done, min(prefill.done + self._piece(prefill), prefill.tokens.shape[1])
         padding = torch.tensor(prefill.padding)[:, None]
         columns = torch.arange(stop)
         mask, positions = (columns >= padding).long(), (columns - padding).clamp(min=0)
@@ -288,7 +219,7 @@ class TransformersEngine:
                 running.job.listener(Failed(error))
             return
         if prefill.scored:
-            self._score_prompts(prefill, logits, start)
+            prefill.score(logits)
         prefill.done = stop
         if stop < prefill.tokens.shape[1]:
             if all(running.job.cancelled.is_set() for running in prefill.running):
@@ -312,7 +243,7 @@ class TransformersEngine:
 
     def _forward(
         self,
-        running: list[_Running],
+        running: list[Running],
         tokens: Int[Tensor, "batch width"],
         mask: Int[Tensor, "batch context"],
         positions: Int[Tensor, "batch width"],
@@ -339,16 +270,7 @@ class TransformersEngine:
         logits: Tensor = output.logits
         return logits
 
-    def _score_prompts(self, prefill: _Prefill, logits: Float[Tensor, "batch piece vocab"], start: int) -> None:
-        """Score the prompts' tokens that follow those of this piece."""
-        for row, running in enumerate(prefill.running):
-            first = max(start, prefill.padding[row])
-            following = prefill.tokens[row, first + 1 : start + logits.shape[1] + 1].tolist()
-            if running.job.score_prompt and following:
-                values = logits[row, first - start : first - start + len(following)].float()
-                running.prompt_scores += score(values, following, [running.job.sampling.top_logprobs] * len(following))
-
-    def _advance(self, running: list[_Running], logits: Float[Tensor, "batch vocab"]) -> list[int]:
+    def _advance(self, running: list[Running], logits: Float[Tensor, "batch vocab"]) -> list[int]:
         """Choose the next tokens, report them and the jobs that have ended; returns the rows that go on."""
         logits = logits.float()
         chosen = choose(logits, [one.sampler for one in running])
@@ -358,23 +280,13 @@ class TransformersEngine:
             if one.job.cancelled.is_set():
                 continue
             reason = one.push(chosen[row], scores[row]) if one.job.sampling.max_tokens else "length"
-            if one.job.stream and (delta := one.text.take(final=reason is not None)):
-                one.job.listener(TextDelta(delta))
+            if one.sampler.failure is not None:
+                one.job.listener(Failed(one.sampler.failure))
+                continue
+            if one.job.stream and (delta := one.delta(final=reason is not None)):
+                one.job.listener(delta)
             if reason is None:
                 staying.append(row)
             else:
-                _finish(one, reason)
+                one.finish(reason)
         return staying
-
-
-def _finish(running: _Running, reason: str) -> None:
-    """Cut a job's rows and report its result; what it should not have asked for fails it alone."""
-    try:
-        captured = running.rows.cut() if running.rows else None
-    except UncapturableError as error:
-        running.job.listener(Failed(error))
-        return
-    prompt_scores = running.prompt_scores if running.job.score_prompt else None
-    running.job.listener(
-        Finished(running.text.text, running.token_ids, running.scores, reason, captured, prompt_scores)
-    )
