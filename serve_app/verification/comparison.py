@@ -1,9 +1,10 @@
 """Compares what the engine captured and chose with what the same tokens give alone, and judges.
 
-Rows are judged by their dtype: in float32 no row's error, relative to its norm, may exceed 1e-4; in half precision no row's
-cosine may be below 0.999. Batching changes the order of sums and with it the last digits, so where two tokens are almost
-equally likely a greedy choice may go the other way. Every such divergence is reported with the margin between the two
-logits; a margin above what rounding can do is a bug, and fails the verification. So does a row too many or too few.
+Rows are judged by their dtype: in float32 no row's error, relative to its norm, may exceed 1e-4; in half precision the mean
+cosine of a hook point's rows at a layer may not be below 0.999, and no row's below 0.99. Batching changes the order of sums
+and with it the last digits, so where two tokens are almost equally likely a greedy choice may go the other way. Every such
+divergence is reported with the margin between the two logits; a margin above what rounding can do is a bug, and fails the
+verification. So does a row too many or too few.
 """
 
 import math
@@ -20,7 +21,7 @@ from serve_app.engines.protocol import Finished
 from serve_app.models import LoadedModel
 from serve_app.verification.mix import Request
 from serve_app.verification.reference import Alone
-from serve_app.verification.report import MAX_ERROR, MIN_COSINE, Deviation, Divergence, Report, Rollout
+from serve_app.verification.report import MAX_ERROR, MEAN_COSINE, MIN_COSINE, Deviation, Divergence, Report, Rollout
 from serve_app.verification.running import Outcome
 
 LOGIT_ROUNDING = {torch.float32: 32, torch.float16: 2, torch.bfloat16: 2}
@@ -74,6 +75,8 @@ class Comparison:
         for d in deviations:
             if self._model.dtype == torch.float32 and not d.max_error <= MAX_ERROR:
                 problems.append(f"{d.key}: a row's relative error is {d.max_error:.1e}, more than {MAX_ERROR:.0e}")
+            elif self._model.dtype != torch.float32 and not d.mean_cosine >= MEAN_COSINE:
+                problems.append(f"{d.key}: the rows' mean cosine is {d.mean_cosine:.5f}, less than {MEAN_COSINE}")
             elif self._model.dtype != torch.float32 and not d.min_cosine >= MIN_COSINE:
                 problems.append(f"{d.key}: a row's cosine is {d.min_cosine:.4f}, less than {MIN_COSINE}")
         if self._together < 2:
@@ -185,7 +188,14 @@ class Comparison:
         errors, cosines = torch.cat(self._errors[key]), torch.cat(self._cosines[key])
         hook_point, layer = split_key(key)
         return Deviation(
-            key, hook_point, layer, len(errors), float(errors.max()), float(errors.mean()), float(cosines.min())
+            key=key,
+            hook_point=hook_point,
+            layer=layer,
+            rows=len(errors),
+            max_error=float(errors.max()),
+            mean_error=float(errors.mean()),
+            mean_cosine=float(cosines.mean()),
+            min_cosine=float(cosines.min()),
         )
 
 

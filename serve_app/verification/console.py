@@ -7,12 +7,12 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from serve_app.verification.report import MAX_ERROR, MIN_COSINE, Report
+from serve_app.verification.report import MAX_ERROR, MEAN_COSINE, MIN_COSINE, Report
 
 
 def render(report: Report) -> Group:
     """Lay a report out for a terminal."""
-    table = Table("hook point", "layer", "rows", "max error", "mean error", "min cosine")
+    table = Table("hook point", "layer", "rows", "max error", "mean error", "mean cosine", "min cosine")
     ordered = sorted(report.deviations, key=lambda d: (d.layer is None, d.hook_point, d.layer or 0))
     for _, group in groupby(ordered, key=lambda d: d.hook_point):
         for d in group:
@@ -22,6 +22,7 @@ def render(report: Report) -> Group:
                 f"{d.rows:,}",
                 f"{d.max_error:.1e}",
                 f"{d.mean_error:.1e}",
+                f"{d.mean_cosine:.7f}",
                 f"{d.min_cosine:.7f}",
             )
         table.add_section()
@@ -49,8 +50,9 @@ def _ran(report: Report) -> list[str]:
 
 
 def _verdict(report: Report) -> list[Text]:
-    rule = f"relative error ≤ {MAX_ERROR:.0e}" if report.dtype == "float32" else f"cosine ≥ {MIN_COSINE}"
-    where = f"{report.model} {report.revision}, {report.dtype}, {report.device}: every row's {rule}"
+    full, half = f"every row's error ≤ {MAX_ERROR:.0e}", f"mean cosine ≥ {MEAN_COSINE}, every row's ≥ {MIN_COSINE}"
+    rule = full if report.dtype == "float32" else half
+    where = f"{report.model} {report.revision}, {report.dtype}, {report.device}: {rule}"
     if report.ok:
         return [Text(f"passed  {where}", style="green")]
     return [Text(f"failed  {where}", style="red"), *(Text(f"  {problem}", style="red") for problem in report.problems)]
