@@ -1,0 +1,116 @@
+from typing import Any
+
+import pytest
+from openai.types.chat import ParsedChatCompletionMessage
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from serve_app.openai_api.messages import Message, ResponseFormat, Tool, ToolChoice, check_tool_results
+
+CALL = {"id": "call_1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
+
+
+def refusal(kind: Any, value: object) -> tuple[str, str]:
+    with pytest.raises(ValidationError) as caught:
+        TypeAdapter(kind).validate_python(value)
+    first = caught.value.errors()[0]
+    return ".".join(str(part) for part in first["loc"]), first["msg"]
+
+
+def test_a_reply_as_an_sdk_sends_it_back() -> None:
+    message = Message.model_validate(
+        {"role": "assistant", "content": None, "tool_calls": [CALL], "refusal": None, "audio": None,
+         "annotations": None, "function_call": None, "reasoning_content": None}
+    )  # fmt: skip
+    assert message.content == ""
+    assert message.tool_calls[0].function.name == "add"
+
+
+def test_a_parsed_reply_can_be_sent_back() -> None:
+    class Answer(BaseModel):
+        value: int
+
+    call = CALL | {"function": CALL["function"] | {"parsed_arguments": {"a": 1}}}  # type: ignore[operator]
+    said = ParsedChatCompletionMessage[Answer].model_validate(
+        {"role": "assistant", "content": '{"value": 3}', "parsed": {"value": 3}, "tool_calls": [call]}
+    )
+    assert Message.model_validate(said.model_dump(exclude_unset=True, mode="json")).content == '{"value": 3}'
+
+
+def test_parts_are_joined_for_every_role() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert Message.model_validate({"role": "user", "content": parts}).content == "ab"
+    assert Message.model_validate({"role": "tool", "content": parts, "tool_call_id": "x"}).content == "ab"
+
+
+@pytest.mark.parametrize(
+    ("message", "where", "words"),
+    [
+        ({"role": "robot", "content": ""}, "role", "'tool'"),
+        ({"role": "user"}, "", "content: it is missing"),
+        ({"role": "assistant", "content": None}, "", "content: it is missing"),
+        ({"role": "tool", "content": "3"}, "", "tool_call_id"),
+        ({"role": "user", "content": "3", "tool_call_id": "x"}, "", "tool_call_id"),
+        ({"role": "user", "content": "3", "tool_calls": [CALL]}, "", "tool_calls: only an assistant's"),
+        ({"role": "assistant", "content": "3", "refusal": "no"}, "refusal", "Extra"),
+        (
+            {"role": "user", "content": [{"type": "text", "text": ""}, {"type": "image_url"}]},
+            "content.1.type",
+            "'text'",
+        ),
+        ({"role": "assistant", "tool_calls": [{**CALL, "type": "custom"}]}, "tool_calls.0.type", "'function'"),
+    ],
+)
+def test_bad_messages_are_named(message: dict[str, object], where: str, words: str) -> None:
+    place, reason = refusal(Message, message)
+    assert place == where
+    assert words in reason
+
+
+def test_results_answer_the_calls_before_them() -> None:
+    asked = Message.model_validate({"role": "assistant", "tool_calls": [CALL, {**CALL, "id": "call_2"}]})
+
+    def result(call: str) -> Message:
+        return Message(role="tool", content="3", tool_call_id=call)
+
+    check_tool_results([asked, result("call_2"), result("call_1")])
+    with pytest.raises(ValueError, match=r"messages.1.tool_call_id: 'call_3' .* unanswered there: call_1, call_2"):
+        check_tool_results([asked, result("call_3")])
+    with pytest.raises(ValueError, match=r"messages.2.tool_call_id: 'call_1' answers no call"):
+        check_tool_results([asked, result("call_1"), result("call_1")])
+
+
+def test_a_tool_without_parameters_takes_no_arguments() -> None:
+    tool = Tool.model_validate({"type": "function", "function": {"name": "now", "parameters": None, "strict": None}})
+    assert tool.function.parameters == {"type": "object", "properties": {}}
+    assert not tool.function.strict
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "where", "words"),
+    [
+        (Tool, {"type": "function", "function": {"name": "a b"}}, "function.name", "pattern"),
+        (Tool, {"type": "function", "function": {"name": "a", "parameters": {"type": "array"}}}, "function.parameters",
+         '"type" must be "object"'),
+        (Tool, {"type": "custom", "function": {"name": "a"}}, "type", "'function'"),
+        (ToolChoice, {"type": "function", "function": {}}, "function.name", "required"),
+        (ToolChoice, "maybe", "literal['none','auto','required']", "'required'"),
+        (ResponseFormat, {"type": "json_schema"}, "", "json_schema goes with"),
+        (ResponseFormat, {"type": "text", "json_schema": {"name": "a"}}, "", "json_schema goes with"),
+        (ResponseFormat, {"type": "json_schema", "json_schema": {"name": "a", "schema": 3}}, "json_schema.schema", "dict"),
+    ],
+)  # fmt: skip
+def test_bad_tools_and_formats_are_named(kind: Any, value: object, where: str, words: str) -> None:
+    place, reason = refusal(kind, value)
+    assert place == where
+    assert words in reason
+
+
+def test_the_three_formats_and_the_four_choices() -> None:
+    schema = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "object"}, "strict": True}}
+    given = ResponseFormat.model_validate(schema).json_schema
+    assert given is not None
+    assert (given.schema_, given.strict) == ({"type": "object"}, True)
+    assert ResponseFormat.model_validate({"type": "text", "json_schema": None}).type == "text"
+    choices = TypeAdapter[Any](ToolChoice)
+    assert [choices.validate_python(word) for word in ("none", "auto", "required")] == ["none", "auto", "required"]
+    assert choices.validate_python({"type": "function", "function": {"name": "f"}}).function.name == "f"
