@@ -6,9 +6,11 @@
       index/<ulid>.parquet         one row per rollout; written last, so its presence means "committed"
 
 `schema` says what the files hold, `durable` how bytes reach the disk, `writer` groups and commits, `reader` opens lazily,
-`sessions` lists and verifies. docs/store.md describes the format for readers in other languages.
+`sessions` lists, verifies, deletes and packs, `locks` keeps deleting and writing apart. docs/store.md describes the format for
+readers in other languages.
 """
 
+from roentgen.store.locks import SessionBusyError
 from roentgen.store.reader import Activations, RolloutRows, Session
 from roentgen.store.schema import CaptureSpec, Receipt, Rollout, Segment, StoreError
 from roentgen.store.sessions import SessionSummary, VerifyReport, list_sessions, verify
@@ -22,6 +24,7 @@ __all__ = [
     "RolloutRows",
     "Segment",
     "Session",
+    "SessionBusyError",
     "SessionSummary",
     "StoreError",
     "StoreWriter",

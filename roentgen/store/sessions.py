@@ -1,14 +1,21 @@
 """What can be asked of whole sessions: which are there, what they hold, whether every byte is still what was written."""
 
+import shutil
+import tarfile
+import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
 from roentgen.contract import check_session_id
-from roentgen.store.durable import local_root
+from roentgen.store.durable import local_root, sync_folder
+from roentgen.store.locks import deleting
 from roentgen.store.reader import Session, Shard, read_index
 from roentgen.store.schema import INDEX_SCHEMA, StoreError, rows_checksum
+
+_BLOCK, _PIECE = tarfile.BLOCKSIZE, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -96,6 +103,55 @@ def summarise(session: Session) -> SessionSummary:
         keys=list(dict.fromkeys(key for spec in specs for key in spec.keys)),
         models=list(dict.fromkeys(spec.model for spec in specs)),
     )
+
+
+def delete_session(store: str | Path, session_id: str) -> int:
+    """Delete a session and all it holds.
+
+    Returns:
+        The bytes that are free now.
+
+    Raises:
+        ValueError: if the id is unsafe.
+        SessionBusyError: if it is being written.
+        StoreError: if there is no such session.
+    """
+    session = find_session(store, session_id)
+    root = local_root(store)
+    with deleting(root, session_id):
+        size = sum(path.stat().st_size for path in session.path.rglob("*") if path.is_file())
+        # Gone in one step for readers and writers; a crash from here on leaves a folder that nobody sees.
+        grave = root / f".deleted-{session_id}-{uuid.uuid4().hex}"
+        session.path.rename(grave)
+        sync_folder(root)
+        shutil.rmtree(grave)
+    return size
+
+
+def tar_session(session: Session) -> tuple[int, Iterator[bytes]]:
+    """Pack a session as a tar archive: its identity, and what is committed now, also while more is being written.
+
+    Returns:
+        The archive's size in bytes, and its pieces.
+    """
+    index = session.index_files()
+    shards = sorted({shard for file in index for shard in read_index(file)["shard"].to_pylist()})
+    files = [session.path / "session.json", *(session.path / shard for shard in shards), *index]
+    members = [(path, path.stat().st_size) for path in files]
+    blocks = sum(_BLOCK + size + -size % _BLOCK for _, size in members) + 2 * _BLOCK
+
+    def pieces() -> Iterator[bytes]:
+        for path, size in members:
+            header = tarfile.TarInfo(f"{session.name}/{path.relative_to(session.path)}")
+            header.size, header.mtime = size, int(path.stat().st_mtime)
+            yield header.tobuf(tarfile.USTAR_FORMAT)
+            with path.open("rb") as file:
+                while piece := file.read(_PIECE):
+                    yield piece
+            yield bytes(-size % _BLOCK)
+        yield bytes(2 * _BLOCK)
+
+    return blocks, pieces()
 
 
 def verify(session: Session) -> VerifyReport:

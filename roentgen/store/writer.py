@@ -26,6 +26,7 @@ from ulid import ULID
 
 from roentgen.contract import check_session_id
 from roentgen.store.durable import check_writable, local_root, make_folder, write_durably
+from roentgen.store.locks import WriterLocks
 from roentgen.store.schema import (
     INDEX_SCHEMA,
     SCHEMA_VERSION,
@@ -77,6 +78,7 @@ class StoreWriter:
         self._max_bytes = max_bytes
         self._max_wait_s = max_wait_s
         self._max_pending_bytes = max_pending_bytes
+        self._locks = WriterLocks(self.root)
         self._changed = threading.Condition()
         self._pending: list[_Pending] = []
         self._pending_bytes = 0
@@ -106,9 +108,11 @@ class StoreWriter:
             if rollout.tensors[key].shape[0] != rollout.n_rows:
                 raise ValueError(f"{key} has {rollout.tensors[key].shape[0]} rows; the rollout has {rollout.n_rows}")
         future: Future[Receipt] = Future()
+        self._locks.acquire(rollout.session_id)
         with self._changed:
             self._changed.wait_for(lambda: self._closed or self._pending_bytes <= self._max_pending_bytes)
             if self._closed:
+                self._locks.release(rollout.session_id)
                 raise StoreError("the store's writer is closed")
             self._pending.append(_Pending(rollout, future, time.monotonic()))
             self._pending_bytes += rollout.nbytes
@@ -145,8 +149,11 @@ class StoreWriter:
             receipts = commit([item.rollout for item in bucket], self.root)
         except Exception as error:  # noqa: BLE001 - whatever went wrong belongs to these rollouts' callers, and only to them
             for item in bucket:
+                self._locks.release(item.rollout.session_id)
                 item.future.set_exception(error)
             return
+        for item in bucket:
+            self._locks.release(item.rollout.session_id)
         for item, receipt in zip(bucket, receipts, strict=True):
             item.future.set_result(receipt)
 

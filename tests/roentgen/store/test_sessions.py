@@ -1,0 +1,58 @@
+"""Whole sessions: deleted only when nobody writes them, and packed as they are while somebody does."""
+
+import io
+import tarfile
+from pathlib import Path
+
+import pytest
+
+from roentgen.store import Session, SessionBusyError, StoreError, StoreWriter, list_sessions, verify
+from roentgen.store.sessions import delete_session, find_session, tar_session
+from tests.roentgen.store.conftest import RolloutFactory
+
+
+def test_a_deleted_session_is_gone_and_its_name_free(tmp_path: Path, rollout: RolloutFactory) -> None:
+    with StoreWriter(tmp_path, max_wait_s=0) as writer:
+        writer.submit(rollout(session="a")).result()
+        writer.submit(rollout(session="b")).result()
+        assert delete_session(tmp_path, "a") > 0
+        assert [s.session_id for s in list_sessions(tmp_path)] == ["b"]
+        with pytest.raises(StoreError):
+            find_session(tmp_path, "a")
+        writer.submit(rollout(session="a")).result()
+    assert len(Session.open(tmp_path / "a").rollouts()) == 1
+    assert not list(tmp_path.glob(".deleted*"))
+
+
+def test_a_session_with_rollouts_on_their_way_is_not_deleted(tmp_path: Path, rollout: RolloutFactory) -> None:
+    with StoreWriter(tmp_path, max_wait_s=0) as writer:
+        writer.submit(rollout(session="a")).result()
+    with StoreWriter(tmp_path, max_wait_s=60) as writer:  # what is submitted waits to be committed
+        waiting = writer.submit(rollout(session="a"))
+        with pytest.raises(SessionBusyError, match="is being written"):
+            delete_session(tmp_path, "a")
+        assert not waiting.done()
+    assert len(Session.open(tmp_path / "a").rollouts()) == 2
+    delete_session(tmp_path, "a")
+
+
+@pytest.mark.parametrize("name", ["../x", "*", ".lock", "", "a/b"])
+def test_an_unsafe_name_deletes_nothing(tmp_path: Path, name: str) -> None:
+    (tmp_path / "x").mkdir()
+    with pytest.raises(ValueError, match="not a session id"):
+        delete_session(tmp_path / "store", name)
+    assert (tmp_path / "x").is_dir()
+
+
+def test_a_packed_session_is_what_was_committed_then(tmp_path: Path, rollout: RolloutFactory) -> None:
+    with StoreWriter(tmp_path / "store", max_wait_s=0) as writer:
+        for _ in range(3):
+            writer.submit(rollout(session="a", n_prompt=700)).result()
+        size, pieces = tar_session(Session.open(tmp_path / "store" / "a"))
+        writer.submit(rollout(session="a")).result()  # not in the archive
+    packed = b"".join(pieces)
+    assert len(packed) == size
+    with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    report = verify(Session.open(tmp_path / "unpacked" / "a"))
+    assert (report.rollouts, report.ok, report.orphans) == (3, True, [])
