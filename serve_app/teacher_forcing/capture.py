@@ -170,16 +170,25 @@ class TeacherForcing:
             UncapturableError: if a hook point gives no row per token.
             EngineStoppedError: if the engine dies.
         """
-        heard: SimpleQueue[tuple[int, Event | Exception]] = SimpleQueue()
+        heard: SimpleQueue[tuple[int, Event]] = SimpleQueue()
         jobs = {i: self._job(i, text, taps, score, heard) for i, text in texts.items()}
+        waiting, running = deque(jobs.items()), 0
         try:
-            for i, job in jobs.items():
+            while waiting or running:
                 try:
-                    self._submit(job)
+                    while waiting:
+                        self._engine.submit(waiting[0][1])
+                        waiting.popleft()
+                        running += 1
                 except RequestTooLargeError as error:
-                    heard.put((i, error))
-            for _ in jobs:
+                    yield waiting.popleft()[0], error
+                    continue
+                except EngineBusyError:
+                    if not running:  # others fill the queue
+                        time.sleep(0.01)
+                        continue
                 i, event = self._next(heard)
+                running -= 1
                 result = event.error if isinstance(event, Failed) else event
                 if isinstance(result, UncapturableError | EngineStoppedError):
                     raise result
@@ -195,7 +204,7 @@ class TeacherForcing:
         text: TokenisedText,
         taps: dict[str, Tap],
         score: bool,
-        heard: "SimpleQueue[tuple[int, Event | Exception]]",
+        heard: "SimpleQueue[tuple[int, Event]]",
     ) -> GenerationJob:
         positions, dtype = Positions.parse(self._request.positions), self._request.dtype
         return GenerationJob(
@@ -206,17 +215,7 @@ class TeacherForcing:
             score_prompt=score and text.n_completion > 0,
         )
 
-    def _submit(self, job: GenerationJob) -> None:
-        """Hand a job over, waiting while the engine's queue is full."""
-        while True:
-            try:
-                self._engine.submit(job)
-            except EngineBusyError:
-                time.sleep(0.01)
-            else:
-                return
-
-    def _next(self, heard: "SimpleQueue[tuple[int, Event | Exception]]") -> tuple[int, Event | Exception]:
+    def _next(self, heard: "SimpleQueue[tuple[int, Event]]") -> tuple[int, Event]:
         while True:
             try:
                 return heard.get(timeout=1)

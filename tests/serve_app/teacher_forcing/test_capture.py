@@ -40,10 +40,10 @@ class Watched:
         return self.engine.alive
 
     def submit(self, job: GenerationJob) -> None:
-        self.jobs.append(job)
         if len(job.prompt_ids) == self.refuses:
             raise RequestTooLargeError("no room")
         self.engine.submit(job)
+        self.jobs.append(job)
 
 
 def stock(architecture: str, tokens: list[int]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -215,12 +215,16 @@ def test_one_that_the_engine_refuses_stops_nobody(force, engine, llama, tmp_path
     assert len(Session.open(tmp_path / "s").rollouts()) == len(outcomes) - 1 == len(TRANSCRIPTS) - 1
 
 
-def test_a_full_queue_is_waited_for(force, llama, tmp_path):
+def test_a_full_queue_is_waited_for_while_results_are_taken(force, llama, tmp_path):
     engine = TransformersEngine(llama, max_batch=1, max_queue=0)
-    transcripts = [replace(TRANSCRIPTS[0], key=RolloutKey(config_hash="c", problem_id=str(i))) for i in range(20)]
-    capture_all(force(llama, engine), llama, transcripts)
+    watched = Watched(engine)
+    transcripts = [replace(TRANSCRIPTS[0], key=RolloutKey(config_hash="c", problem_id=str(i))) for i in range(40)]
+    outcomes = force(llama, watched).capture([tokeniser(llama)(transcript) for transcript in transcripts])
+    assert isinstance(next(outcomes), Stored)
+    assert len(watched.jobs) < 40
+    assert len(list(outcomes)) == 39
     engine.close()
-    assert len(Session.open(tmp_path / "s").rollouts()) == 20
+    assert len(Session.open(tmp_path / "s").rollouts()) == 40
 
 
 def test_a_hook_point_without_rows_ends_it(force, engine, llama):
