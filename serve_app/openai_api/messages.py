@@ -5,6 +5,7 @@ Everything here is OpenAI's wire form, checked once, so that what follows (`prom
 before fields are looked at; any other unknown field is refused by name. Parts of a content are joined: models see one text.
 """
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -101,7 +102,7 @@ class Message(Wire):
         return self
 
 
-def check_tool_results(messages: list[Message]) -> None:
+def check_tool_results(messages: Sequence[Message]) -> None:
     """Check that the tools' messages answer the calls of the assistant's message before them.
 
     Raises:

@@ -1,20 +1,33 @@
 """From messages to tokens: the model's own chat template, and where each role's words are in the text it makes.
 
 The template is rendered to text first and tokenised with offsets, so that a stored rollout can say which characters each
-token covers. Who said what is found by rendering the conversation one message longer each time: what a message adds is its
-segment. A template that rewrites earlier messages breaks that; then the whole prompt is one segment.
+token covers. Who said what is found by rendering the conversation one turn longer each time: what a turn adds is its
+segment. A template that rewrites earlier messages breaks that; then the whole prompt is one segment. Tools go to templates
+that write calls as `<tool_call>`; for all others, `tools` puts them into plain words.
 """
 
+import inspect
+import re
 from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import TemplateError, meta
+from jinja2.sandbox import SandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
 from roentgen.store import Segment
-from serve_app.openai_api.chat import Message
 from serve_app.openai_api.errors import ApiError
+from serve_app.openai_api.messages import Message, Tool, check_tool_results
+from serve_app.openai_api.tools import Turn, native_turns, offered, plain_turns, takes_tools
+
+MARK = "\ue000"
+"""A character for private use, which no conversation has: it shows where a message's words begin."""
+
+REFUSALS = (TemplateError, TypeError, ValueError)
+"""How a template fails on messages that it was not made for: by saying so, or in the middle of an expression."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +38,7 @@ class Prompt:
         text: what the model sees.
         token_ids: its tokens.
         token_offsets: the first character of each token in `text`.
-        segments: which characters each role spoke.
+        segments: which characters each role spoke; tools that answer together share one.
         turn_start: the first token that is new in this turn: the last one of the last assistant message, which the turn
             before sampled but did not feed; 0 in a first turn.
     """
@@ -37,58 +50,148 @@ class Prompt:
     turn_start: int = 0
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: list[Message], model: str) -> Prompt:
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    model: str,
+    tools: Sequence[Tool] = (),
+    template_kwargs: dict[str, Any] | None = None,
+) -> Prompt:
     """Render and tokenise a conversation, ready for the model's turn.
 
+    Args:
+        tokenizer: the model's, with its chat template.
+        messages: the conversation.
+        model: its name, for errors.
+        tools: what the model may call.
+        template_kwargs: variables of the template that the client sets.
+
     Raises:
-        ApiError: if the model has no chat template, or the template refuses the messages.
+        ApiError: if the model has no chat template, the template refuses the messages or does not know a variable, or a
+            tool's message answers no call.
     """
     if tokenizer.chat_template is None:
         raise ApiError(400, f"{model} has no chat template, so it cannot chat", param="messages")
-    turns = [{"role": "system" if m.role == "developer" else m.role, "content": m.content} for m in messages]
     try:
-        text = _apply(tokenizer, turns, start_reply=True)
-    except TemplateError as error:
+        check_tool_results(messages)
+    except ValueError as error:
+        raise ApiError(400, str(error), param="messages") from error
+    template = _Template(tokenizer, model, template_kwargs or {})
+    try:
+        turns = template.take(messages, tools)
+        text = template.render(turns, start_reply=True)
+    except REFUSALS as error:
         raise ApiError(400, f"messages: {model}'s chat template refuses them: {error}", param="messages") from error
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     offsets = [start for start, _ in encoded["offset_mapping"]]
-    segments = _segments(tokenizer, turns, text)
-    return Prompt(text, list(encoded["input_ids"]), offsets, segments, _turn_start(turns, segments, text, offsets))
+    segments = _segments(template, turns, text)
+    return Prompt(text, list(encoded["input_ids"]), offsets, segments, _turn_start(template, turns, text, offsets))
 
 
-def _apply(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], *, start_reply: bool) -> str:
-    rendered: Any = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=start_reply)
-    return str(rendered)
+class _Template:
+    """A model's chat template, with what a request sets in it and the tools it is to show."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: str, variables: dict[str, Any]) -> None:
+        """Take a request's variables.
+
+        Raises:
+            ApiError: if the template does not use one, or it is not the client's to set.
+        """
+        self._tokenizer = tokenizer
+        self._variables = variables
+        self._shown: list[dict[str, Any]] | None = None
+        if variables:
+            source = tokenizer.get_chat_template()
+            ours = {*inspect.signature(tokenizer.apply_chat_template).parameters, *tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
+            free = sorted(_variables_of(source) - ours - {"messages"})
+            if wrong := next((name for name in variables if name not in free), None):
+                known = f"it has {', '.join(free)}" if free else "it has none"
+                raise ApiError(
+                    400,
+                    f"chat_template_kwargs: {wrong!r} is not a variable of {model}'s chat template to be set; {known}",
+                    param="chat_template_kwargs",
+                )
+
+    def take(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[Turn]:
+        """Write a conversation for this template, which shows the tools from now on if it can."""
+        if not tools and not any(message.role == "tool" or message.tool_calls for message in messages):
+            return native_turns(messages)
+        try:
+            native = takes_tools(self._try)
+        except REFUSALS:
+            native = False
+        if native:
+            self._shown = offered(tools) or None
+            return native_turns(messages)
+        try:
+            has_system = "Agreed." in self._try(
+                [{"role": "system", "content": "Agreed."}, {"role": "user", "content": "?"}], None
+            )
+        except REFUSALS:
+            has_system = False
+        return plain_turns(messages, tools, has_system=has_system)
+
+    def render(self, turns: list[Turn], *, start_reply: bool) -> str:
+        """Render turns to text."""
+        messages = [message for turn in turns for message in turn.messages]
+        rendered: Any = self._tokenizer.apply_chat_template(
+            messages, tools=self._shown, tokenize=False, add_generation_prompt=start_reply, **self._variables
+        )
+        return str(rendered)
+
+    def _try(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
+        return str(self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
 
 
-def _segments(tokenizer: PreTrainedTokenizerBase, turns: list[dict[str, str]], text: str) -> list[Segment]:
+@lru_cache(maxsize=8)
+def _variables_of(source: str) -> frozenset[str]:
+    """Return the variables that a chat template looks up."""
+    environment = SandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
+    environment.globals.update(dict.fromkeys(["raise_exception", "strftime_now"]))
+    # transformers' own tag around what the assistant says; to jinja it is unknown.
+    parsed = environment.parse(re.sub(r"\{%[-+]?\s*(end)?generation\s*[-+]?%\}", "", source))
+    return frozenset(meta.find_undeclared_variables(parsed))
+
+
+def _segments(template: _Template, turns: list[Turn], text: str) -> list[Segment]:
     segments: list[Segment] = []
     start = 0
     for count, turn in enumerate(turns, start=1):
         try:
-            so_far = _apply(tokenizer, turns[:count], start_reply=False)
-        except TemplateError:  # some templates refuse a conversation that stops here
+            so_far = template.render(turns[:count], start_reply=False)
+        except REFUSALS:  # some templates refuse a conversation that stops here
             return [Segment("prompt", 0, len(text))]
         if not text.startswith(so_far) or len(so_far) < start:
             return [Segment("prompt", 0, len(text))]
-        segments.append(Segment(turn["role"], start, len(so_far)))
+        segments.append(Segment(turn.role, start, len(so_far)))
         start = len(so_far)
     return segments
 
 
-def _turn_start(turns: list[dict[str, str]], segments: list[Segment], text: str, offsets: list[int]) -> int:
-    """Return the token that covers the last character of the last assistant message's own words.
+def _turn_start(template: _Template, turns: list[Turn], text: str, offsets: list[int]) -> int:
+    """Return the token that covers the last character of the last assistant message's own words, calls included.
 
-    If they cannot be found in what the template made of them, it is the message's first token, or the first of all: rather
-    kept twice than not at all.
+    If they cannot be found in what the template made of them, it is the first of its words, or the first token of all:
+    rather kept twice than not at all.
     """
-    if len(segments) != len(turns):
+    last = max((place for place, turn in enumerate(turns) if turn.role == "assistant"), default=None)
+    if last is None:
         return 0
-    spoken = [(turn, segment) for turn, segment in zip(turns, segments, strict=True) if turn["role"] == "assistant"]
-    if not spoken:
+    start = _begins(template, turns, last, text)
+    stop = len(text) if last == len(turns) - 1 else _begins(template, turns, last + 1, text)
+    if start is None or stop is None:
         return 0
-    turn, segment = spoken[-1]
-    words = turn["content"].strip()
-    start = text.rfind(words, segment.start, segment.stop) if words else -1
-    character = segment.start if start < 0 else start + len(words) - 1
+    found = text.rfind(turns[last].words, start, stop) if turns[last].words else -1
+    character = start if found < 0 else found + len(turns[last].words) - 1
     return max(0, bisect_right(offsets, character) - 1)
+
+
+def _begins(template: _Template, turns: list[Turn], place: int, text: str) -> int | None:
+    """Return the character at which a turn's words begin: the first that changes when they begin with something else."""
+    said, *others = turns[place].messages
+    marked = Turn(turns[place].role, [{**said, "content": MARK + said["content"]}, *others], "")
+    try:
+        changed = template.render([*turns[:place], marked, *turns[place + 1 :]], start_reply=True)
+    except REFUSALS:
+        return None
+    return next((at for at, (old, new) in enumerate(zip(text, changed, strict=False)) if old != new), None)

@@ -1,9 +1,13 @@
-import pytest
+from typing import Any
 
-from serve_app.openai_api.chat import Message
+import pytest
+from transformers import PreTrainedTokenizerFast
+
 from serve_app.openai_api.errors import ApiError
-from serve_app.openai_api.prompt import render
+from serve_app.openai_api.messages import Message, Tool
+from serve_app.openai_api.prompt import Prompt, render
 from tests.serve_app import tiny
+from tests.serve_app.openai_api.templates import GEMMA, LLAMA, QWEN
 
 TALK = [
     Message(role="developer", content="Be brief."),
@@ -11,6 +15,30 @@ TALK = [
     Message(role="assistant", content="No."),
     Message(role="user", content="Why"),
 ]
+ADD = Tool.model_validate({"type": "function", "function": {"name": "add", "description": "Sums.", "parameters": {
+    "type": "object", "properties": {"a": {"type": "integer"}}}}})  # fmt: skip
+
+
+def call(call_id: str, arguments: str = '{"a": 1}') -> dict[str, Any]:
+    return {"id": call_id, "type": "function", "function": {"name": "add", "arguments": arguments}}
+
+
+CALLED = [
+    Message(role="user", content="1 and 2?"),
+    Message.model_validate({"role": "assistant", "content": "I add.", "tool_calls": [call("x"), call("y")]}),
+    Message(role="tool", content="second", tool_call_id="y"),
+    Message(role="tool", content="first", tool_call_id="x"),
+]
+
+
+def words_with(template: str | None) -> PreTrainedTokenizerFast:
+    words = tiny.tokenizer()
+    words.chat_template = template
+    return words
+
+
+def new_text(prompt: Prompt) -> str:
+    return prompt.text[prompt.token_offsets[prompt.turn_start] :]
 
 
 def test_tokens_offsets_and_segments_agree_with_the_text() -> None:
@@ -25,35 +53,113 @@ def test_tokens_offsets_and_segments_agree_with_the_text() -> None:
 
 
 def test_a_template_that_rewrites_history_has_one_segment() -> None:
-    words = tiny.tokenizer()
-    words.chat_template = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    words = words_with("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}")
     assert [s.role for s in render(words, TALK, "tiny").segments] == ["prompt"]
 
 
-def test_a_template_that_refuses_is_quoted() -> None:
-    words = tiny.tokenizer()
-    words.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(ApiError, match="roles must alternate") as caught:
-        render(words, TALK, "tiny")
+@pytest.mark.parametrize("template", ["{{ raise_exception('roles must alternate') }}", "{{ 'roles' + 3 }}"])
+def test_a_template_that_refuses_is_quoted(template: str) -> None:
+    with pytest.raises(ApiError, match=r"chat template refuses them: .*(roles must|str)") as caught:
+        render(words_with(template), TALK, "tiny")
     assert (caught.value.status, caught.value.param) == (400, "messages")
 
 
 def test_a_model_without_a_template_cannot_chat() -> None:
-    words = tiny.tokenizer()
-    words.chat_template = None
     with pytest.raises(ApiError, match="no chat template"):
-        render(words, TALK, "tiny")
+        render(words_with(None), TALK, "tiny")
 
 
 def test_a_turn_begins_with_the_token_that_was_sampled_last() -> None:
-    prompt = render(tiny.tokenizer(), TALK, "tiny")
-    new = prompt.token_ids[prompt.turn_start :]  # one token a byte
-    assert len(new) == len(b".[user]Why[reply]")
+    assert new_text(render(tiny.tokenizer(), TALK, "tiny")) == ".[user]Why[reply]"
     assert render(tiny.tokenizer(), TALK[:2], "tiny").turn_start == 0
 
 
-def test_a_turn_whose_words_the_template_changes_begins_with_its_message() -> None:
-    words = tiny.tokenizer()
-    words.chat_template = words.chat_template.replace("{{ m.content }}", "{{ m.content | upper }}")
-    prompt = render(words, TALK, "tiny")
-    assert prompt.text[prompt.token_offsets[prompt.turn_start] :].startswith("[assistant]")
+def test_a_turn_begins_there_too_when_the_template_rewrites_history() -> None:
+    # The words are said again by the user: only what the assistant said counts.
+    talk = [*TALK[:3], Message(role="user", content="No. No. No.")]
+    prompt = render(words_with(QWEN), talk, "tiny")
+    assert [s.role for s in prompt.segments] == ["prompt"]
+    assert new_text(prompt) == ".<|im_end|>\n<|im_start|>user\nNo. No. No.<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_turn_whose_words_the_template_changes_begins_with_them() -> None:
+    words = words_with(str(tiny.tokenizer().chat_template).replace("{{ m.content }}", "{{ m.content | upper }}"))
+    assert new_text(render(words, TALK, "tiny")).startswith("NO.[user]")
+
+
+def test_a_template_that_calls_as_hermes_gets_the_tools() -> None:
+    prompt = render(words_with(QWEN), CALLED, "tiny", tools=[ADD])
+    assert '<|im_start|>system\nTools:\n{"type": "function", "function": {"name": "add"' in prompt.text
+    block = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+    assert f"I add.\n{block}\n{block}<|im_end|>" in prompt.text
+    # The model sees no ids: the results stand in the order of the calls.
+    assert new_text(prompt) == (
+        "><|im_end|>\n<|im_start|>user\n<tool_response>\nfirst\n</tool_response>\n"
+        "<tool_response>\nsecond\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_what_tools_say_is_theirs() -> None:
+    talk = [*CALLED[:1], CALLED[1].model_copy(update={"reasoning_content": "Hm."}), *CALLED[2:]]
+    prompt = render(words_with(QWEN), talk, "tiny", tools=[ADD])
+    assert [s.role for s in prompt.segments] == ["user", "assistant", "tool"]
+    assert "<think>\nHm.\n</think>\n\nI add." in prompt.text
+    assert prompt.text[prompt.segments[2].start :].startswith("<|im_start|>user\n<tool_response>\nfirst")
+
+
+@pytest.mark.parametrize("template", [str(tiny.tokenizer().chat_template), LLAMA])
+def test_other_templates_are_told_in_plain_words(template: str) -> None:
+    prompt = render(words_with(template), [TALK[0], *CALLED], "tiny", tools=[ADD])
+    before, _, after = prompt.text.partition("[user]1 and 2?")
+    assert before.startswith("[system]Be brief.\n\nYou may call these functions:\n")
+    assert '{"name": "add", "description": "Sums.", "parameters": {"type": "object"' in before
+    assert '<tool_call>\n{"name": "function_name"' in before
+    block = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
+    assert after.startswith(f"[assistant]I add.\n{block}\n{block}[user]<tool_response>\nfirst\n</tool_response>\n")
+    assert [s.role for s in prompt.segments] == ["system", "user", "assistant", "tool"]
+    assert new_text(prompt).startswith(">[user]<tool_response>")
+
+
+def test_calls_are_written_as_the_model_wrote_them() -> None:
+    cut = Message.model_validate({"role": "assistant", "content": None, "tool_calls": [call("x", '{"a":  1, "b')]})
+    for template in (QWEN, str(tiny.tokenizer().chat_template)):
+        prompt = render(words_with(template), [CALLED[0], cut, CALLED[3]], "tiny", tools=[ADD])
+        assert '<tool_call>\n{"name": "add", "arguments": {"a":  1, "b}\n</tool_call>' in prompt.text
+
+
+def test_a_strict_template_sees_turns_and_no_system_message() -> None:
+    talk = [*CALLED, Message(role="user", content="Quick!")]
+    prompt = render(words_with(GEMMA), talk, "tiny", tools=[ADD])
+    assert prompt.text.startswith("<turn>user\nYou may call these functions:\n")
+    assert "just write the answer.\n\n1 and 2?</turn>" in prompt.text
+    assert "</tool_response>\nQuick!</turn>\n<turn>model\n" in prompt.text
+
+
+def test_a_history_of_calls_needs_no_tools() -> None:
+    prompt = render(words_with(GEMMA), CALLED, "tiny")
+    assert "functions" not in prompt.text
+    assert "<tool_response>\nfirst\n</tool_response>\n<tool_response>\nsecond\n</tool_response></turn>" in prompt.text
+
+
+def test_a_result_of_no_call_is_refused() -> None:
+    with pytest.raises(ApiError, match=r"messages\.1\.tool_call_id: 'x' answers no call") as caught:
+        render(tiny.tokenizer(), [CALLED[0], CALLED[3]], "tiny")
+    assert (caught.value.status, caught.value.param) == (400, "messages")
+
+
+def test_variables_of_the_template_can_be_set() -> None:
+    prompt = render(words_with(QWEN), TALK, "tiny", template_kwargs={"enable_thinking": False})
+    assert prompt.text.endswith("<think>\n\n</think>\n\n")
+    assert not render(words_with(QWEN), TALK, "tiny", template_kwargs={"enable_thinking": True}).text.endswith("\n\n")
+
+
+@pytest.mark.parametrize(
+    "name", ["messages", "tools", "add_generation_prompt", "tokenize", "chat_template", "bos_token", "enable_thinkin"]
+)
+def test_other_variables_are_refused(name: str) -> None:
+    words = words_with(
+        QWEN + "{{ bos_token }}{% generation %}{% endgeneration %}{% for m in messages %}{% break %}{% endfor %}"
+    )
+    with pytest.raises(ApiError, match=f"{name}' is not a variable .* to be set; it has enable_thinking$") as caught:
+        render(words, TALK, "tiny", template_kwargs={name: False})
+    assert (caught.value.status, caught.value.param) == (400, "chat_template_kwargs")
