@@ -26,6 +26,7 @@ LAYER_HOOK_POINTS: dict[str, str] = {
     "mlp_out": "what the MLP adds to the stream (after any output norm)",
     "ln_attn": "output of the norm before attention (post-norm, not the residual stream)",
     "ln_mlp": "output of the norm before the MLP (post-norm, not the residual stream)",
+    "router": "the router's logits, one per expert (mixtures of experts)",
 }
 """Canonical hook points of a decoder layer, in the order a sequential block computes them."""
 
@@ -174,19 +175,34 @@ class ActivationRequest(BaseModel):
     positions: Annotated[str, AfterValidator(_check_positions)] = "all"
     since: Literal["turn"] | None = None
     dtype: StoredDtype = "model"
-    delivery: Literal["reference"] = Field(default="reference", alias="return")
+    delivery: Literal["reference", "sample", "full"] = Field(default="reference", alias="return")
     labels: dict[str, LabelValue] = Field(default_factory=dict)
 
 
+SAMPLED_FEATURES = 50
+"""How many of a row's values a sampled tensor carries."""
+
+
 class StoredTensor(BaseModel):
-    """Where one key's rows are: the `stored_tensor` format of the reply."""
+    """One key of a reply: where its rows are and, if the request asked for them, their values.
+
+    Attributes:
+        format: "stored_tensor" is a reference, "sampled_tensor" carries the first features of each row, "complete_tensor" all.
+        shape: of the whole: `[rows, *shape]` for a reference, `[1, rows, *shape]` where values are sent.
+        dtype: of the stored values ("torch.float32").
+        stored_path: the shard that holds them.
+        data: the values, nested as `shape` says.
+        sample_info: which of them a sample is.
+    """
 
     model_config = ConfigDict(frozen=True)
 
-    format: Literal["stored_tensor"] = "stored_tensor"
+    format: Literal["stored_tensor", "sampled_tensor", "complete_tensor"] = "stored_tensor"
     shape: tuple[int, ...]
     dtype: str
     stored_path: str
+    data: list[Any] | None = None
+    sample_info: str | None = None
 
 
 class ActivationReply(BaseModel):

@@ -34,6 +34,9 @@ class ServerConfig(BaseModel):
         max_queue: requests waiting; beyond, 429.
         max_prefill_tokens: prompt tokens read in one forward, 0 for what suits the device; running requests wait for it.
         max_cache_tokens: size of the KV cache, 0 for what the free memory allows.
+        request_timeout_s: the longest that a request may take, its time in the queue included; beyond, 408.
+        max_body_bytes: the largest request body; beyond, 413.
+        max_inline_bytes: the largest reply that may carry activations' values (`return: sample` or `full`).
         threads: torch threads of a replica, 0 for one per core (Ray would otherwise allow one).
         num_gpus: GPUs reserved per replica.
         num_replicas: copies of the model.
@@ -53,6 +56,9 @@ class ServerConfig(BaseModel):
     max_queue: int = Field(default=256, ge=0)
     max_prefill_tokens: int = Field(default=0, ge=0)
     max_cache_tokens: int = Field(default=0, ge=0)
+    request_timeout_s: float = Field(default=3600, gt=0)
+    max_body_bytes: int = Field(default=32_000_000, ge=1)
+    max_inline_bytes: int = Field(default=64_000_000, ge=0)
     threads: int = Field(default=0, ge=0)
     num_gpus: float = Field(default=0, ge=0)
     num_replicas: int = Field(default=1, ge=1)

@@ -1,4 +1,4 @@
-"""The HTTP side: routes, keys, and OpenAI's error envelope on every path.
+"""The routes: each validates a request, hands it to a replica, and turns what comes back into a reply.
 
 The ingress holds no model. It validates a request's body (unknown parameters are errors), hands it to a replica through the
 Serve handle, and turns what comes back into a JSON reply or server-sent events. For a stream it waits for the first piece
@@ -6,85 +6,32 @@ before it answers, so that whatever can fail at once fails with an HTTP status i
 """
 
 import asyncio
-import hmac
 import json
 import logging
-import os
-from collections.abc import AsyncIterator
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, Query, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi import APIRouter, Depends, FastAPI, Query
 from fastapi.responses import JSONResponse, StreamingResponse
 from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
-from starlette.exceptions import HTTPException
 
-from roentgen import __version__
-from roentgen.store import SessionSummary, StoreError, list_sessions
-from roentgen.store.sessions import find_session, summarise
+from roentgen.contract import check_session_id
+from roentgen.store import Session, SessionBusyError, SessionSummary, list_sessions
+from roentgen.store.sessions import delete_session, find_session, summarise, tar_session
 from serve_app.config import ServerConfig
+from serve_app.http_api import check_key, make_api
 from serve_app.openai_api.chat import ChatRequest
-from serve_app.openai_api.errors import ApiError, from_validation
+from serve_app.openai_api.completions import CompletionRequest
+from serve_app.openai_api.errors import ApiError
+from serve_app.openai_api.tokenize import DetokenizeRequest, TokenizeRequest
 
 log = logging.getLogger(__name__)
 
-API_KEY_VARIABLE = "ROENTGEN_API_KEY"
-
 Body = dict[str, Any]
-
-
-def api_keys() -> list[str]:
-    """Return the keys that open this server, from the environment; none means that it is open (and on loopback only)."""
-    return [key.strip() for key in os.environ.get(API_KEY_VARIABLE, "").split(",") if key.strip()]
-
-
-def check_key(request: Request) -> None:
-    """Refuse a request without a valid key.
-
-    Raises:
-        ApiError: 401.
-    """
-    keys = api_keys()
-    given = request.headers.get("authorization", "").removeprefix("Bearer ").encode()
-    # Every key is compared, each in constant time, so that timing tells nothing.
-    matches = [hmac.compare_digest(given, key.encode()) for key in keys]
-    if keys and not any(matches):
-        raise ApiError(401, "no valid API key; send it as 'Authorization: Bearer KEY'", code="invalid_api_key")
-
-
-def make_api() -> FastAPI:
-    """Return an application without routes that turns every error into the envelope."""
-    api = FastAPI(title="Roentgen", version=__version__)
-
-    @api.exception_handler(ApiError)
-    async def on_api_error(request: Request, error: ApiError) -> JSONResponse:
-        return JSONResponse(error.body(), error.status, error.headers())
-
-    @api.exception_handler(RequestValidationError)
-    async def on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
-        return await on_api_error(request, from_validation(list(error.errors())))
-
-    @api.exception_handler(HTTPException)
-    async def on_http(request: Request, error: HTTPException) -> JSONResponse:
-        message = f"{request.method} {request.url.path}: {error.detail}"
-        return await on_api_error(request, ApiError(error.status_code, message))
-
-    @api.exception_handler(StoreError)
-    async def on_store(request: Request, error: StoreError) -> JSONResponse:
-        return await on_api_error(request, ApiError(404, str(error), code="session_not_found"))
-
-    @api.exception_handler(RayError)
-    async def on_ray(request: Request, error: RayError) -> JSONResponse:
-        log.error("a replica failed: %s", error)
-        return await on_api_error(request, ApiError(503, "the model's replica was lost; try again", retry_after_s=2))
-
-    @api.exception_handler(Exception)
-    async def on_bug(request: Request, error: Exception) -> JSONResponse:
-        return await on_api_error(request, ApiError(500, f"internal error: {type(error).__name__}"))
-
-    return api
 
 
 class Ingress:
@@ -93,17 +40,24 @@ class Ingress:
     def __init__(self, model: DeploymentHandle, config: ServerConfig) -> None:
         self._model = model
         self._config = config
+        self._writing: Counter[str] = Counter()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Bind the routes to this object's methods; Serve calls it once per replica. All but `/health` ask for the key."""
-        api = make_api()
+        api = make_api(self._config.max_body_bytes)
         api.add_api_route("/health", self.health, methods=["GET"])
-        locked = APIRouter(prefix="/v1", dependencies=[Depends(check_key)])
-        locked.add_api_route("/models", self.models, methods=["GET"])
-        locked.add_api_route("/model/structure", self.structure, methods=["GET"])
-        locked.add_api_route("/chat/completions", self.chat, methods=["POST"])
-        locked.add_api_route("/activations/sessions", self.sessions, methods=["GET"])
-        locked.add_api_route("/activations/session/{session_id}", self.session, methods=["GET"])
+        locked = APIRouter(dependencies=[Depends(check_key)])
+        locked.add_api_route("/v1/models", self.models, methods=["GET"])
+        locked.add_api_route("/v1/models/{model_id:path}", self.model, methods=["GET"])
+        locked.add_api_route("/v1/model/structure", self.structure, methods=["GET"])
+        locked.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
+        locked.add_api_route("/v1/completions", self.completions, methods=["POST"])
+        locked.add_api_route("/tokenize", self.tokenize, methods=["POST"])
+        locked.add_api_route("/detokenize", self.detokenize, methods=["POST"])
+        locked.add_api_route("/v1/activations/sessions", self.sessions, methods=["GET"])
+        locked.add_api_route("/v1/activations/session/{session_id}", self.session, methods=["GET"])
+        locked.add_api_route("/v1/activations/session/{session_id}", self.delete_session, methods=["DELETE"])
+        locked.add_api_route("/v1/activations/session/{session_id}/download", self.download, methods=["GET"])
         api.include_router(locked)
         return api
 
@@ -117,6 +71,13 @@ class Ingress:
         """List the served model."""
         return {"object": "list", "data": [(await self._serving())["model"]]}
 
+    async def model(self, model_id: str) -> Body:
+        """Show the served model."""
+        card: Body = (await self._serving())["model"]
+        if card["id"] != model_id:
+            raise ApiError(404, f"model {model_id!r} is not served here", param="model", code="model_not_found")
+        return card
+
     async def structure(self) -> Body:
         """Show the model's layers and hook points."""
         structure: Body = (await self._serving())["structure"]
@@ -124,17 +85,19 @@ class Ingress:
 
     async def chat(self, body: ChatRequest) -> Any:
         """Answer a chat completion, whole or streamed, with activations kept if asked."""
-        if body.stream:
-            return await self._stream(body)
-        response = self._model.chat.remote(body)
-        try:
-            result: Body = await response
-        except asyncio.CancelledError:
-            response.cancel()  # the client went away: free its place in the batch
-            raise
-        if "error" in result:
-            raise ApiError.from_payload(result["error"])
-        return JSONResponse(result["reply"])
+        return await self._generate(body)
+
+    async def completions(self, body: CompletionRequest) -> Any:
+        """Continue raw prompts, whole or streamed, with activations kept if asked."""
+        return await self._generate(body)
+
+    async def tokenize(self, body: TokenizeRequest) -> JSONResponse:
+        """Count and return the tokens of a text or of a conversation."""
+        return _answer(await self._model.tokenize.remote(body))
+
+    async def detokenize(self, body: DetokenizeRequest) -> JSONResponse:
+        """Return the text of tokens."""
+        return _answer(await self._model.detokenize.remote(body))
 
     def sessions(self) -> Body:
         """List the sessions of the activation store."""
@@ -147,14 +110,32 @@ class Ingress:
         limit: Annotated[int, Query(ge=0, le=10_000)] = 100,
     ) -> Body:
         """Show what a session holds, with a page of its rollouts."""
-        try:
-            session = find_session(self._config.store, session_id)
-        except ValueError as error:
-            raise ApiError(400, str(error), param="session_id") from error
+        session = self._find(session_id)
         summary: SessionSummary = summarise(session)
         columns = ["rollout_id", "problem_id", "epoch", "turn", "shard", "row_start", "row_stop", "labels"]
         page = session.rollouts().iloc[offset : offset + limit][columns]
         return {**asdict(summary), "offset": offset, "items": json.loads(page.to_json(orient="records"))}
+
+    def delete_session(self, session_id: str) -> Body:
+        """Delete a session and all it holds; one that is being written is refused."""
+        _check_id(session_id)
+        if self._writing[session_id]:
+            raise ApiError(409, f"session {session_id!r} is being written", param="session_id", code="session_busy")
+        try:
+            freed = delete_session(self._config.store, session_id)
+        except SessionBusyError as error:
+            raise ApiError(409, str(error), param="session_id", code="session_busy") from error
+        return {"id": session_id, "object": "activations.session", "deleted": True, "bytes": freed}
+
+    def download(self, session_id: str) -> StreamingResponse:
+        """Send a session as a tar archive: what is committed now, also while more is being written."""
+        size, pieces = tar_session(self._find(session_id))
+        headers = {"Content-Length": str(size), "Content-Disposition": f'attachment; filename="{session_id}.tar"'}
+        return StreamingResponse(pieces, media_type="application/x-tar", headers=headers)
+
+    def _find(self, session_id: str) -> Session:
+        _check_id(session_id)
+        return find_session(self._config.store, session_id)
 
     async def _serving(self) -> Body:
         status: Body = await self._model.status.remote()
@@ -165,17 +146,29 @@ class Ingress:
             )
         return status
 
-    async def _stream(self, body: ChatRequest) -> StreamingResponse:
-        pieces = self._model.options(stream=True).chat_stream.remote(body)
+    async def _generate(self, body: ChatRequest | CompletionRequest) -> Any:
+        if body.stream:
+            return await self._stream(body)
+        with self._session_in_use(body):
+            response = self._model.generate.remote(body)
+            try:
+                return _answer(await response)
+            except asyncio.CancelledError:
+                response.cancel()  # the client went away: free its place in the batch
+                raise
+
+    async def _stream(self, body: ChatRequest | CompletionRequest) -> StreamingResponse:
+        pieces = self._model.options(stream=True).generate_stream.remote(body)
         first = await anext(pieces)
-        if "error" in first[0]:
+        if first and "error" in first[0]:
             raise ApiError.from_payload(first[0]["error"])
 
         async def events() -> AsyncIterator[str]:
             try:
-                yield _sse(first)
-                async for chunks in pieces:
-                    yield _sse(chunks)
+                with self._session_in_use(body):
+                    yield _sse(first)
+                    async for chunks in pieces:
+                        yield _sse(chunks)
             except RayError as error:
                 # The status is sent already: the failure has to be said inside the stream.
                 log.error("a replica failed during a stream: %s", error)
@@ -184,7 +177,33 @@ class Ingress:
                 pieces.cancel()
             yield "data: [DONE]\n\n"
 
-        return StreamingResponse(events(), media_type="text/event-stream")
+        return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+    @contextmanager
+    def _session_in_use(self, body: ChatRequest | CompletionRequest) -> Iterator[None]:
+        """Count a request that writes a session, so that nobody deletes it meanwhile."""
+        session_id = body.capture.session_id if body.capture else None
+        if session_id is None:
+            yield
+            return
+        self._writing[session_id] += 1
+        try:
+            yield
+        finally:
+            self._writing[session_id] -= 1
+
+
+def _check_id(session_id: str) -> None:
+    try:
+        check_session_id(session_id)
+    except ValueError as error:
+        raise ApiError(400, str(error), param="session_id") from error
+
+
+def _answer(result: Body) -> JSONResponse:
+    if "error" in result:
+        raise ApiError.from_payload(result["error"])
+    return JSONResponse(result["reply"])
 
 
 def _sse(chunks: list[Body]) -> str:

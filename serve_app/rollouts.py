@@ -1,16 +1,20 @@
 """From a finished generation to the rollout that is stored, and from its receipt to what the reply says."""
 
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+from jaxtyping import Float
+from torch import Tensor
 
-from roentgen.contract import ActivationReply, ActivationRequest, StoredTensor
+from roentgen.contract import SAMPLED_FEATURES, ActivationReply, ActivationRequest, StoredTensor
 from roentgen.store import CaptureSpec, Receipt, Rollout, Segment
 from serve_app.capture.rows import CapturedRows
 from serve_app.engines.protocol import Finished
 from serve_app.engines.text import completion_offsets
 from serve_app.models import LoadedModel
 from serve_app.openai_api.prompt import Prompt
+
+Delivery = Literal["reference", "sample", "full"]
 
 
 def build_rollout(
@@ -66,13 +70,15 @@ def build_rollout(
     )
 
 
-def describe(rollout: Rollout, receipt: Receipt) -> dict[str, Any]:
-    """Return the reply's `activations` object for a committed rollout."""
+def describe(rollout: Rollout, receipt: Receipt, delivery: Delivery = "reference") -> dict[str, Any]:
+    """Return the reply's `activations` object for a committed rollout.
+
+    Args:
+        rollout: what was committed.
+        receipt: where.
+        delivery: whether the reply carries values, and how many.
+    """
     path = f"{receipt.uri}/{receipt.shard}"
-    tensors = {
-        key: StoredTensor(shape=tuple(tensor.shape), dtype=str(tensor.dtype), stored_path=path)
-        for key, tensor in rollout.tensors.items()
-    }
     reply = ActivationReply(
         session_id=receipt.session_id,
         rollout_id=receipt.rollout_id,
@@ -80,6 +86,25 @@ def describe(rollout: Rollout, receipt: Receipt) -> dict[str, Any]:
         shard=receipt.shard,
         row_start=receipt.row_start,
         row_stop=receipt.row_stop,
-        tensors=tensors,
+        tensors={key: _tensor(values, path, delivery) for key, values in rollout.tensors.items()},
     )
-    return reply.model_dump(mode="json")
+    return reply.model_dump(mode="json", exclude_none=True)
+
+
+def _tensor(values: Float[Tensor, "rows ..."], path: str, delivery: Delivery) -> StoredTensor:
+    dtype = str(values.dtype)
+    if delivery == "reference":
+        return StoredTensor(shape=tuple(values.shape), dtype=dtype, stored_path=path)
+    whole = values[None].float()
+    if delivery == "full":
+        return StoredTensor(
+            format="complete_tensor", shape=tuple(whole.shape), dtype=dtype, stored_path=path, data=whole.tolist()
+        )
+    return StoredTensor(
+        format="sampled_tensor",
+        shape=tuple(whole.shape),
+        dtype=dtype,
+        stored_path=path,
+        data=whole[..., :SAMPLED_FEATURES].tolist(),
+        sample_info=f"first_{SAMPLED_FEATURES}_features",
+    )

@@ -7,6 +7,7 @@ listener hears nothing more.
 """
 
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -109,6 +110,29 @@ class TextDelta:
 
 
 @dataclass(frozen=True)
+class Timings:
+    """How long a job took, in seconds since it was submitted.
+
+    Attributes:
+        queued: until its prompt began to be read.
+        first_token: until its first token.
+        total: until its last.
+    """
+
+    queued: float
+    first_token: float
+    total: float
+
+
+@dataclass(frozen=True)
+class Load:
+    """What an engine has to do: jobs that run, and that wait."""
+
+    running: int
+    waiting: int
+
+
+@dataclass(frozen=True)
 class Finished:
     """A job's result.
 
@@ -120,6 +144,7 @@ class Finished:
         ended_by: the token that ended it, which is no part of the text; None if something else did.
         captured: the rows asked for, None if none were.
         prompt_scores: of the prompt's tokens from the second on, if the job asked for them: `[n_prompt - 1]`.
+        timings: how long it took.
     """
 
     text: str
@@ -129,6 +154,7 @@ class Finished:
     captured: CapturedRows | None
     ended_by: int | None = None
     prompt_scores: list[TokenScore] | None = None
+    timings: Timings = field(default_factory=lambda: Timings(0, 0, 0))
 
 
 @dataclass(frozen=True)
@@ -154,6 +180,7 @@ class GenerationJob:
         constraint: the grammar to follow, None for free text.
         score_prompt: whether to report how likely the prompt's own tokens were.
         cancelled: set to leave.
+        submitted: when it was made, on the monotonic clock.
     """
 
     prompt_ids: list[int]
@@ -164,6 +191,7 @@ class GenerationJob:
     constraint: Constraint | None = None
     score_prompt: bool = False
     cancelled: threading.Event = field(default_factory=threading.Event)
+    submitted: float = field(default_factory=time.monotonic)
 
 
 class Engine(Protocol):
@@ -181,6 +209,14 @@ class Engine(Protocol):
     @property
     def alive(self) -> bool:
         """Whether the engine's thread runs."""
+
+    @property
+    def load(self) -> Load:
+        """What it has to do now."""
+
+    @property
+    def capacity(self) -> int:
+        """The most tokens that one sequence may have."""
 
     def close(self) -> None:
         """Stop; jobs that have not finished fail."""

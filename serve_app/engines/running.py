@@ -1,5 +1,6 @@
 """One job while it runs, and several while their prompts are read: what the engine keeps of each besides its KV cache."""
 
+import time
 from dataclasses import dataclass, field
 
 import torch
@@ -8,7 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from serve_app.capture.rows import RequestRows, UncapturableError
-from serve_app.engines.protocol import Failed, Finished, GenerationJob, TextDelta, TokenScore
+from serve_app.engines.protocol import Failed, Finished, GenerationJob, TextDelta, Timings, TokenScore
 from serve_app.engines.sampling import Sampler, score
 from serve_app.engines.text import TextStream
 from serve_app.models import LoadedModel
@@ -16,7 +17,10 @@ from serve_app.models import LoadedModel
 
 @dataclass
 class Running:
-    """A job, and what it has so far; `ends` are the tokens that end it, and `told` tokens have gone to its listener."""
+    """A job, and what it has so far: `ends` are the tokens that end it, and `told` tokens have gone to its listener.
+
+    `started` and `spoke` are when its prompt began to be read and when it had its first token, on the monotonic clock.
+    """
 
     job: GenerationJob
     sampler: Sampler
@@ -27,6 +31,8 @@ class Running:
     scores: list[TokenScore] = field(default_factory=list)
     prompt_scores: list[TokenScore] = field(default_factory=list)
     told: int = 0
+    started: float = field(default_factory=time.monotonic)
+    spoke: float | None = None
 
     @classmethod
     def start(cls, job: GenerationJob, model: LoadedModel) -> "Running":
@@ -57,6 +63,7 @@ class Running:
     def push(self, token: int, token_score: TokenScore) -> str | None:
         """Take a token; returns why the generation has ended, None if it goes on."""
         sampling = self.job.sampling
+        self.spoke = self.spoke or time.monotonic()
         self.token_ids.append(token)
         self.scores.append(token_score)
         self.sampler.saw(token)
@@ -83,8 +90,13 @@ class Running:
                 captured=captured,
                 ended_by=self.ended_by,
                 prompt_scores=self.prompt_scores if self.job.score_prompt else None,
+                timings=self._timings(),
             )
         )
+
+    def _timings(self) -> Timings:
+        start, end = self.job.submitted, time.monotonic()
+        return Timings(self.started - start, (self.spoke or end) - start, end - start)
 
 
 @dataclass

@@ -44,7 +44,7 @@ class Sampler:
         self.sampling = sampling
         self.failure: ConstraintError | None = None
         self._constraint = constraint
-        self._random = np.random.default_rng(None if sampling.seed is None else sampling.seed % 2**64)
+        self._random = np.random.default_rng(None if sampling.seed is None else sampling.seed % 2**128)
         self._ends = sorted(end_token_ids)
         self._counts: Counter[int] = Counter()
         self._prompt = set(prompt_ids) if sampling.repetition_penalty != 1 else set()

@@ -29,7 +29,7 @@ from transformers import Cache
 from serve_app.capture.rows import HostStreams, StepRows
 from serve_app.engines.admission import Budget, next_jobs
 from serve_app.engines.kv_cache import BatchRows, SlotRows, StaticRows, continuous
-from serve_app.engines.protocol import EngineBusyError, EngineStoppedError, Failed, GenerationJob
+from serve_app.engines.protocol import EngineBusyError, EngineStoppedError, Failed, GenerationJob, Load
 from serve_app.engines.running import Prefill, Running
 from serve_app.engines.sampling import choose, score
 from serve_app.models import LoadedModel
@@ -93,6 +93,17 @@ class TransformersEngine:
     def alive(self) -> bool:
         """Whether the engine's thread runs."""
         return self._thread.is_alive()
+
+    @property
+    def load(self) -> Load:
+        """What it has to do now."""
+        prefill = self._prefill
+        return Load(len(self._running) + (len(prefill.running) if prefill else 0), len(self._waiting))
+
+    @property
+    def capacity(self) -> int:
+        """The most tokens that one sequence may have."""
+        return self.budget.cache_tokens
 
     def submit(self, job: GenerationJob) -> None:
         """Queue a job.

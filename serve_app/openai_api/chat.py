@@ -1,124 +1,192 @@
-"""`/v1/chat/completions`: what a request may say, and how a reply is spelled.
+"""`/v1/chat/completions`: what a request may say, and how a reply is spelled, whole or in pieces.
 
-Unknown fields are refused, and so is every OpenAI parameter that this server does not honour yet: a parameter that is
-silently ignored makes a result wrong without anyone noticing.
+A `ChatReply` hears what the choices of one request do and turns it into OpenAI's objects. Text goes through each choice's
+`ReplyParser`, which takes it apart into content, reasoning and tool calls, the same way whether it is streamed or not.
 """
 
 import time
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+from transformers import PreTrainedTokenizerBase
 
-from roentgen.contract import ActivationRequest
-
-
-class TextPart(BaseModel):
-    """One text part of a message's content."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    type: Literal["text"]
-    text: str
-
-
-def _flatten(content: Any) -> Any:
-    if isinstance(content, list):
-        return "".join(TextPart.model_validate(part).text for part in content)
-    return content
-
-
-class Message(BaseModel):
-    """One message of a conversation; content parts are joined."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_flatten)]
-    name: str | None = None
+from serve_app.engines.protocol import Finished, TextDelta
+from serve_app.generation import Done
+from serve_app.openai_api.logprobs import chat_logprobs
+from serve_app.openai_api.messages import Message, ResponseFormat, Tool, ToolChoice
+from serve_app.openai_api.params import MAX_TOP_LOGPROBS, GenerationParams
+from serve_app.openai_api.reply import (
+    ContentDelta,
+    ReasoningDelta,
+    ReplyParser,
+    ReplyPart,
+    ToolCallArguments,
+    ToolCallStart,
+    assemble,
+)
 
 
-class StreamOptions(BaseModel):
-    """`stream_options`."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    include_usage: bool = False
-
-
-def _stop_list(stop: Any) -> Any:
-    return [] if stop is None else [stop] if isinstance(stop, str) else stop
-
-
-class ChatRequest(BaseModel):
+class ChatRequest(GenerationParams):
     """The body of a chat completion request; the fields are OpenAI's, `activations` is ours (docs/http.md)."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    model: str
     messages: list[Message] = Field(min_length=1)
-    stream: bool = False
-    stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
-    temperature: float = Field(default=1.0, ge=0, le=2)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=16), BeforeValidator(_stop_list)] = []
-    n: Literal[1] = 1
-    user: str | None = None
-    metadata: dict[str, str] | None = None
-    activations: ActivationRequest | None = None
+    logprobs: bool = False
+    top_logprobs: int = Field(default=0, ge=0, le=MAX_TOP_LOGPROBS)
+    tools: list[Tool] = Field(default=[], max_length=128)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
+    response_format: ResponseFormat | None = None
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, body: Any) -> Any:
-        # OpenAI's clients may send null for "not given".
-        return {k: v for k, v in body.items() if v is not None} if isinstance(body, dict) else body
+    @model_validator(mode="after")
+    def _consistent(self) -> "ChatRequest":
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError("top_logprobs: only with logprobs: true")
+        if self.tool_choice not in (None, "none", "auto") and not self.tools:
+            raise ValueError("tool_choice: there are no tools to choose from")
+        if isinstance(self.tool_choice, dict) or hasattr(self.tool_choice, "function"):
+            name = self.tool_choice.function.name  # type: ignore[union-attr]
+            if name not in {tool.function.name for tool in self.tools}:
+                raise ValueError(f"tool_choice: there is no tool named {name!r}")
+        if self.calls_tools and self.response_format is not None and self.response_format.type != "text":
+            raise ValueError("response_format: cannot be combined with tools; set tool_choice to none")
+        return self
 
     @property
     def token_limit(self) -> int | None:
         """The most tokens to generate, under either of its names."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-
-def completion(
-    request_id: str,
-    model: str,
-    text: str,
-    finish_reason: str,
-    usage: dict[str, int],
-    activations: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """Spell a whole reply."""
-    choice = {
-        "index": 0,
-        "message": {"role": "assistant", "content": text, "refusal": None},
-        "logprobs": None,
-        "finish_reason": finish_reason,
-    }
-    reply = {**_envelope(request_id, model, "chat.completion"), "choices": [choice], "usage": usage}
-    return reply | ({"activations": activations} if activations is not None else {})
+    @property
+    def calls_tools(self) -> bool:
+        """Whether the reply may call tools."""
+        return bool(self.tools) and self.tool_choice != "none"
 
 
-def chunk(request_id: str, model: str, delta: dict[str, Any], finish_reason: str | None = None) -> dict[str, Any]:
-    """Spell one piece of a streamed reply."""
-    choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
-    return {**_envelope(request_id, model, "chat.completion.chunk"), "choices": [choice]}
+@dataclass
+class _ChoiceState:
+    parser: ReplyParser
+    called: bool = False
+    done: Done | None = None
 
 
-def last_chunk(request_id: str, model: str, extra: dict[str, Any]) -> dict[str, Any]:
-    """Spell the piece after the last choice: usage, activations."""
-    return {**_envelope(request_id, model, "chat.completion.chunk"), "choices": [], **extra}
+@dataclass
+class ChatReply:
+    """The reply to one request, as its choices go on.
+
+    Attributes:
+        request: what was asked.
+        request_id: names the reply.
+        tokenizer: the model's, to spell logprobs.
+        reasoning: how a choice's text begins (see `ReplyParser`).
+        n_prompt: tokens of the prompt.
+    """
+
+    request: ChatRequest
+    request_id: str
+    tokenizer: PreTrainedTokenizerBase
+    reasoning: Literal["started", "possible", "none"]
+    n_prompt: int
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self._choices = [
+            _ChoiceState(ReplyParser(tools=self.request.calls_tools, reasoning=self.reasoning))
+            for _ in range(self.request.n)
+        ]
+
+    def opening(self) -> list[dict[str, Any]]:
+        """Return the chunks that begin a stream."""
+        return [self._chunk(i, {"role": "assistant", "content": ""}) for i in range(len(self._choices))]
+
+    def delta(self, index: int, event: TextDelta) -> list[dict[str, Any]]:
+        """Return the chunks for a choice's new text."""
+        return self._pieces(index, self._choices[index].parser.feed(event.text), event)
+
+    def done(self, index: int, done: Done) -> list[dict[str, Any]]:
+        """Return the last chunks of a choice."""
+        choice = self._choices[index]
+        choice.done = done
+        pieces = self._pieces(index, choice.parser.finish(), None)
+        return [*pieces, self._chunk(index, {}, self._finish_reason(choice, done.finished))]
+
+    def closing(self, activations: dict[str, Any] | None) -> list[dict[str, Any]]:
+        """Return the chunks after all choices: usage, if it is asked for, and activations."""
+        extra: dict[str, Any] = {}
+        if self.request.stream_options is not None and self.request.stream_options.include_usage:
+            extra["usage"] = self._usage()
+        if activations is not None:
+            extra["activations"] = activations
+        return [{**self._envelope("chat.completion.chunk"), "choices": [], **extra}] if extra else []
+
+    def whole(self, dones: list[Done], activations: dict[str, Any] | None) -> dict[str, Any]:
+        """Return the reply of a request that is not streamed."""
+        choices = []
+        for index, (choice, done) in enumerate(zip(self._choices, dones, strict=True)):
+            finished = done.finished
+            choice.done = done
+            parts = [*choice.parser.feed(finished.text), *choice.parser.finish()]
+            choice.called = any(isinstance(part, ToolCallStart) for part in parts)
+            spoken = len(finished.token_ids) - (finished.ended_by is not None)
+            choices.append(
+                {
+                    "index": index,
+                    "message": assemble(parts),
+                    "logprobs": self._logprobs(finished.token_ids[:spoken], finished.scores[:spoken]),
+                    "finish_reason": self._finish_reason(choice, finished),
+                }
+            )
+        reply = {**self._envelope("chat.completion"), "choices": choices, "usage": self._usage()}
+        return reply | ({"activations": activations} if activations is not None else {})
+
+    def _pieces(self, index: int, parts: list[ReplyPart], event: TextDelta | None) -> list[dict[str, Any]]:
+        deltas: list[dict[str, Any]] = []
+        for part in parts:
+            match part:
+                case ContentDelta(text):
+                    deltas.append({"content": text})
+                case ReasoningDelta(text):
+                    deltas.append({"reasoning_content": text})
+                case ToolCallStart(number, call_id, name):
+                    self._choices[index].called = True
+                    function = {"name": name, "arguments": ""}
+                    call = {"index": number, "id": call_id, "type": "function", "function": function}
+                    deltas.append({"tool_calls": [call]})
+                case ToolCallArguments(number, text):
+                    deltas.append({"tool_calls": [{"index": number, "function": {"arguments": text}}]})
+        logprobs = self._logprobs(event.token_ids, event.scores) if event else None
+        if logprobs and logprobs["content"] and not deltas:
+            deltas.append({})
+        # The tokens of one step go with the first of its pieces.
+        return [self._chunk(index, delta, logprobs=logprobs if i == 0 else None) for i, delta in enumerate(deltas)]
+
+    def _logprobs(self, token_ids: list[int], scores: list[Any]) -> dict[str, Any] | None:
+        return chat_logprobs(self.tokenizer, token_ids, scores) if self.request.logprobs else None
+
+    def _finish_reason(self, choice: _ChoiceState, finished: Finished) -> str:
+        return "tool_calls" if choice.called and finished.finish_reason == "stop" else finished.finish_reason
+
+    def _usage(self) -> dict[str, int]:
+        return usage(self.n_prompt, [choice.done for choice in self._choices])
+
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, Any],
+        finish_reason: str | None = None,
+        logprobs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        return {**self._envelope("chat.completion.chunk"), "choices": [choice]}
+
+    def _envelope(self, kind: str) -> dict[str, Any]:
+        return {"id": self.request_id, "object": kind, "created": self.created, "model": self.request.model}
 
 
-def usage(prompt_tokens: int, completion_tokens: int) -> dict[str, int]:
-    """Spell the token counts."""
-    return {
-        "prompt_tokens": prompt_tokens,
-        "completion_tokens": completion_tokens,
-        "total_tokens": prompt_tokens + completion_tokens,
-    }
-
-
-def _envelope(request_id: str, model: str, kind: str) -> dict[str, Any]:
-    return {"id": request_id, "object": kind, "created": int(time.time()), "model": model}
+def usage(n_prompt: int, dones: list[Done | None]) -> dict[str, int]:
+    """Spell the token counts: the prompt once, the completions of all choices."""
+    completion = sum(len(done.finished.token_ids) for done in dones if done is not None)
+    return {"prompt_tokens": n_prompt, "completion_tokens": completion, "total_tokens": n_prompt + completion}

@@ -5,6 +5,7 @@ replica it crosses the Serve handle as data (`payload`), because an exception wo
 traceback that is no client's business.
 """
 
+import re
 from typing import Any
 
 
@@ -83,5 +84,8 @@ def from_validation(errors: list[Any]) -> ApiError:
     if first["type"] == "json_invalid":
         return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     reason = first["msg"].removeprefix("Value error, ")
+    # What parameters are to each other is checked on the whole body; the message then begins with the name of one of them.
+    if param is None and (found := re.match(r"([a-z_.]+): ", reason)):
+        param, reason = found[1], reason[found.end() :]
     given = "" if first["type"] in ("missing", "value_error") else f" (given: {str(first.get('input'))[:80]!r})"
     return ApiError(400, f"{param}: {reason}{given}" if param else reason, param=param)

@@ -140,7 +140,8 @@ def test_sessions_are_listed_and_shown(server: Server, client: OpenAI) -> None:
         ({"model": "gpt-5"}, openai.NotFoundError, "model", "not served here"),
         ({"messages": [{"role": "user", "content": "x " * 9000}]}, openai.BadRequestError, "messages", "8192 tokens"),
         ({"max_tokens": 9000}, openai.BadRequestError, "messages", "8192 tokens"),
-        ({"logit_bias": {"1": 1}}, openai.BadRequestError, "logit_bias", "not supported"),
+        ({"logit_bias": {"99999": 1}}, openai.BadRequestError, "logit_bias", "not a token"),
+        ({"extra_body": {"made_up": 1}}, openai.BadRequestError, "made_up", "not supported"),
         (
             {"extra_body": {"activations": {"layers": [40]}}},
             openai.BadRequestError,

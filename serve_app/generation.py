@@ -1,0 +1,226 @@
+"""Runs the choices of one request through the engine and the store, and says what has happened as it happens.
+
+A request is one or more choices (`n`, or several prompts), each a job of its own in the engine's batch. A choice that captures
+is done only when its rows are durable. Leaving early, by an error, a time limit or the client going away, cancels every choice,
+which frees their places at the engine's next step.
+"""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from ulid import ULID
+
+from roentgen.contract import ActivationRequest
+from roentgen.store import Receipt, Rollout, StoreError, StoreWriter
+from serve_app.capture.rows import CapturePlan, UncapturableError
+from serve_app.engines.protocol import (
+    Constraint,
+    ConstraintError,
+    Engine,
+    EngineBusyError,
+    EngineStoppedError,
+    Event,
+    Failed,
+    Finished,
+    GenerationJob,
+    RequestTooLargeError,
+    Sampling,
+    TextDelta,
+)
+from serve_app.models import LoadedModel
+from serve_app.openai_api.errors import ApiError
+from serve_app.openai_api.prompt import Prompt
+from serve_app.rollouts import build_rollout
+
+RETRY_AFTER_S = 2
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a replica that can serve has."""
+
+    model: LoadedModel
+    engine: Engine
+    writer: StoreWriter
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One generation of a request.
+
+    Attributes:
+        prompt: what the model is given.
+        sampling: how to choose tokens.
+        asked: what to keep, None for nothing.
+        plan: `asked`, resolved.
+        constraint: the grammar to follow.
+        score_prompt: whether the prompt's own tokens are to be scored.
+    """
+
+    prompt: Prompt
+    sampling: Sampling
+    asked: ActivationRequest | None = None
+    plan: CapturePlan | None = None
+    constraint: Constraint | None = None
+    score_prompt: bool = False
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A choice's committed activations: what, where, and how long the commit took in seconds."""
+
+    rollout: Rollout
+    receipt: Receipt
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished choice; `stored` is there if activations were asked for, and then durable."""
+
+    finished: Finished
+    stored: Stored | None
+
+
+Item = tuple[int, TextDelta | Done | Failed]
+Tell = Callable[[TextDelta | Done | Failed], None]
+
+
+async def generate(
+    served: Served, choices: list[Choice], *, stream: bool, session_id: str, timeout_s: float
+) -> AsyncIterator[list[tuple[int, TextDelta | Done]]]:
+    """Run choices and yield, each time, what has happened since the last time, by the choice's number.
+
+    Args:
+        served: the model, its engine and its store.
+        choices: what to generate; all are submitted at once.
+        stream: whether to yield text as it comes.
+        session_id: where activations go that name no session.
+        timeout_s: the longest that all of it may take.
+
+    Raises:
+        ApiError: if the queue is full, it takes too long, or generation, capture or commit fails.
+    """
+    loop = asyncio.get_running_loop()
+    queue: asyncio.Queue[Item] = asyncio.Queue()
+
+    def listener(index: int, choice: Choice) -> "_Listener":
+        def tell(item: TextDelta | Done | Failed) -> None:
+            loop.call_soon_threadsafe(queue.put_nowait, (index, item))
+
+        return _Listener(served, choice, session_id, tell)
+
+    jobs = [
+        GenerationJob(
+            prompt_ids=choice.prompt.token_ids,
+            sampling=choice.sampling,
+            listener=listener(index, choice).hear,
+            capture=choice.plan,
+            stream=stream,
+            constraint=choice.constraint,
+            score_prompt=choice.score_prompt,
+        )
+        for index, choice in enumerate(choices)
+    ]
+    open_choices = len(jobs)
+    try:
+        for job in jobs:
+            served.engine.submit(job)
+        async with asyncio.timeout(timeout_s):
+            while open_choices:
+                arrived = [await queue.get()]
+                while not queue.empty():
+                    arrived.append(queue.get_nowait())
+                events = []
+                for index, item in arrived:
+                    if isinstance(item, Failed):
+                        raise item.error
+                    open_choices -= isinstance(item, Done)
+                    events.append((index, item))
+                yield events
+    except TimeoutError as error:
+        raise ApiError(408, f"not finished within {timeout_s:g} s", code="timeout") from error
+    except (
+        ConstraintError,
+        EngineBusyError,
+        EngineStoppedError,
+        RequestTooLargeError,
+        StoreError,
+        UncapturableError,
+    ) as error:
+        raise as_api_error(error) from error
+    except ApiError:
+        raise
+    except Exception as error:
+        raise ApiError(
+            500, f"the generation failed: {type(error).__name__}: {error}", code="generation_failed"
+        ) from error
+    finally:
+        for job in jobs:
+            job.cancelled.set()
+
+
+class _Listener:
+    """Hears one choice's events on the engine's thread, and stores what it captured before it is called done."""
+
+    def __init__(self, served: Served, choice: Choice, session_id: str, tell: Tell) -> None:
+        self._served = served
+        self._choice = choice
+        self._session_id = session_id
+        self._tell = tell
+
+    def hear(self, event: Event) -> None:
+        """Pass an event on; a finished choice that captured goes to the store first."""
+        if not isinstance(event, Finished):
+            self._tell(event)
+        elif event.captured is None or self._choice.asked is None:
+            self._tell(Done(event, None))
+        else:
+            self._commit(event, self._choice.asked)
+
+    def _commit(self, finished: Finished, asked: ActivationRequest) -> None:
+        assert finished.captured is not None
+        start = time.monotonic()
+        try:
+            rollout = build_rollout(
+                self._served.model,
+                self._choice.prompt,
+                asked,
+                finished,
+                finished.captured,
+                asked.session_id or self._session_id,
+                str(ULID()),
+            )
+            future = self._served.writer.submit(rollout)
+        except (StoreError, ValueError) as error:
+            self._tell(Failed(error))
+            return
+
+        def committed(future: "Future[Receipt]") -> None:  # on the writer's thread
+            error = future.exception()
+            if error is None:
+                self._tell(Done(finished, Stored(rollout, future.result(), time.monotonic() - start)))
+            else:
+                self._tell(Failed(StoreError(f"the activations could not be stored: {error}")))
+
+        future.add_done_callback(committed)
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """Spell a failure that is expected for a client."""
+    match error:
+        case EngineBusyError():
+            return ApiError(429, f"the server is busy: {error}", code="busy", retry_after_s=RETRY_AFTER_S)
+        case EngineStoppedError():
+            return ApiError(503, str(error), retry_after_s=RETRY_AFTER_S)
+        case RequestTooLargeError():
+            return ApiError(400, str(error), code="request_too_large")
+        case UncapturableError():
+            return ApiError(400, f"activations.hook_points: {error}", param="activations.hook_points")
+        case ConstraintError():
+            return ApiError(400, f"response_format or tools: {error}", code="constraint_failed")
+        case _:
+            return ApiError(500, str(error), code="activations_not_stored")

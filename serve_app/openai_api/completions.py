@@ -1,0 +1,180 @@
+"""`/v1/completions`: raw prompts, as text or as tokens, without a chat template.
+
+Evaluation harnesses measure the likelihood of given texts through this route: a prompt is only read (`max_tokens: 0`, or 1
+whose token is thrown away), and `echo` with `logprobs` returns the score of every one of its tokens.
+"""
+
+import time
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from pydantic import Field, model_validator
+from transformers import PreTrainedTokenizerBase
+
+from roentgen.store import Segment
+from serve_app.engines.protocol import TextDelta, TokenScore
+from serve_app.engines.text import completion_offsets
+from serve_app.generation import Done
+from serve_app.openai_api.chat import usage
+from serve_app.openai_api.errors import ApiError
+from serve_app.openai_api.logprobs import completion_logprobs
+from serve_app.openai_api.params import MAX_TOP_LOGPROBS, GenerationParams
+from serve_app.openai_api.prompt import Prompt
+
+MAX_PROMPTS = 1024
+
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+
+
+class CompletionRequest(GenerationParams):
+    """The body of a completion request."""
+
+    prompt: (
+        str
+        | TokenIds
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
+    )
+    max_tokens: int = Field(default=16, ge=0)
+    echo: bool = False
+    logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
+    best_of: int | None = Field(default=None, ge=1)
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "CompletionRequest":
+        if self.best_of is not None and self.best_of != self.n:
+            raise ValueError(f"best_of: only as many as n ({self.n}); this server returns every choice it generates")
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens: 0 generates nothing; it needs echo: true")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """The prompts, one or several."""
+        prompt: Any = self.prompt
+        return prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
+
+
+def raw_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[int], *, add_special_tokens: bool) -> Prompt:
+    """Take a prompt as it is; tokens are not read as text and tokenised again.
+
+    Raises:
+        ApiError: if it has no token, or one that the model does not know.
+    """
+    if isinstance(prompt, str):
+        encoded = tokenizer(prompt, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+        token_ids, text = list(encoded["input_ids"]), prompt
+        offsets = [start for start, _ in encoded["offset_mapping"]]
+    else:
+        known = len(tokenizer)
+        if wrong := next((token for token in prompt if token >= known), None):
+            raise ApiError(400, f"prompt: {wrong} is not a token; the model has 0–{known - 1}", param="prompt")
+        token_ids = prompt
+        text, offsets = completion_offsets(tokenizer.backend_tokenizer, prompt, 0)
+    if not token_ids:
+        raise ApiError(400, "prompt: is empty, and this model has no token that begins a text", param="prompt")
+    return Prompt(text, token_ids, offsets, [Segment("prompt", 0, len(text))])
+
+
+@dataclass
+class CompletionReply:
+    """The reply to one request, as its choices go on: `n` for each prompt, in the prompts' order.
+
+    Attributes:
+        request: what was asked.
+        request_id: names the reply.
+        tokenizer: the model's, to spell logprobs.
+        prompts: as tokenised.
+    """
+
+    request: CompletionRequest
+    request_id: str
+    tokenizer: PreTrainedTokenizerBase
+    prompts: list[Prompt]
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self._dones: list[Done | None] = [None] * (len(self.prompts) * self.request.n)
+        self._sent = [0] * len(self._dones)
+
+    def opening(self) -> list[dict[str, Any]]:
+        """Return the chunks that begin a stream: the prompts, if they are echoed and their scores are not asked for."""
+        if not self.request.echo or self.request.logprobs is not None:
+            return []
+        return [self._chunk(i, self._prompt(i).text, None) for i in range(len(self._dones))]
+
+    def delta(self, index: int, event: TextDelta) -> list[dict[str, Any]]:
+        """Return the chunks for a choice's new text; with echoed scores it has to wait for those of the prompt."""
+        if self.request.echo and self.request.logprobs is not None:
+            return []
+        logprobs = self._logprobs(event.token_ids, list(event.scores), self._start(index) + self._sent[index])
+        self._sent[index] += len(event.text)
+        return [self._chunk(index, event.text, logprobs)]
+
+    def done(self, index: int, done: Done) -> list[dict[str, Any]]:
+        """Return the last chunks of a choice."""
+        self._dones[index] = done
+        if self.request.echo and self.request.logprobs is not None:
+            return [self._chunk(index, *self._text_and_logprobs(index, done), done.finished.finish_reason)]
+        return [self._chunk(index, "", None, done.finished.finish_reason)]
+
+    def closing(self, activations: dict[str, Any] | None) -> list[dict[str, Any]]:
+        """Return the chunks after all choices: usage, if it is asked for, and activations."""
+        extra: dict[str, Any] = {}
+        if self.request.stream_options is not None and self.request.stream_options.include_usage:
+            extra["usage"] = self._usage()
+        if activations is not None:
+            extra["activations"] = activations
+        return [{**self._envelope(), "choices": [], **extra}] if extra else []
+
+    def whole(self, dones: list[Done], activations: dict[str, Any] | None) -> dict[str, Any]:
+        """Return the reply of a request that is not streamed."""
+        self._dones = list(dones)
+        choices = []
+        for index, done in enumerate(dones):
+            text, logprobs = self._text_and_logprobs(index, done)
+            choices.append(_choice(index, text, logprobs, done.finished.finish_reason))
+        reply = {**self._envelope(), "choices": choices, "usage": self._usage()}
+        return reply | ({"activations": activations} if activations is not None else {})
+
+    def _text_and_logprobs(self, index: int, done: Done) -> tuple[str, dict[str, Any] | None]:
+        finished, prompt = done.finished, self._prompt(index)
+        spoken = len(finished.token_ids) - (finished.ended_by is not None)
+        tokens, scores = finished.token_ids[:spoken], list[TokenScore | None](finished.scores[:spoken])
+        if not self.request.echo:
+            return finished.text, self._logprobs(tokens, scores, self._start(index))
+        if finished.prompt_scores is not None:
+            scores = [None, *finished.prompt_scores, *scores]
+        return prompt.text + finished.text, self._logprobs(prompt.token_ids + tokens, scores, 0)
+
+    def _logprobs(self, tokens: list[int], scores: list[TokenScore | None], start: int) -> dict[str, Any] | None:
+        if self.request.logprobs is None:
+            return None
+        return completion_logprobs(self.tokenizer, tokens, scores, start)
+
+    def _prompt(self, index: int) -> Prompt:
+        return self.prompts[index // self.request.n]
+
+    def _start(self, index: int) -> int:
+        return len(self._prompt(index).text) if self.request.echo else 0
+
+    def _usage(self) -> dict[str, int]:
+        return usage(sum(len(prompt.token_ids) for prompt in self.prompts), self._dones)
+
+    def _chunk(
+        self, index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None = None
+    ) -> dict[str, Any]:
+        return {**self._envelope(), "choices": [_choice(index, text, logprobs, finish_reason)]}
+
+    def _envelope(self) -> dict[str, Any]:
+        return {
+            "id": self.request_id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.request.model,
+        }
+
+
+def _choice(index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}

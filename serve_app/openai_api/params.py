@@ -1,0 +1,101 @@
+"""What chat completions and completions have in common: how to choose tokens, and whether to stream.
+
+Every OpenAI parameter here is honoured; every one that is not here is refused by name, because a parameter that is silently
+ignored makes a result wrong without anyone noticing. `top_k`, `min_tokens`, `repetition_penalty` and `stop_token_ids` are
+not OpenAI's; they are spelled as vLLM spells them.
+"""
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from roentgen.contract import ActivationRequest
+from serve_app.engines.protocol import Sampling
+from serve_app.openai_api.seed_spelling import CollectActivations
+
+MAX_CHOICES = 128
+MAX_TOP_LOGPROBS = 20
+
+
+def _stop_list(stop: Any) -> Any:
+    return [] if stop is None else [stop] if isinstance(stop, str) else stop
+
+
+class StreamOptions(BaseModel):
+    """`stream_options`."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    include_usage: bool = False
+
+
+class GenerationParams(BaseModel):
+    """The part of a request's body that both routes share; the fields are OpenAI's (docs/http.md)."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: float = Field(default=1.0, ge=0, le=2)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=-1)
+    min_tokens: int = Field(default=0, ge=0)
+    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=16), BeforeValidator(_stop_list)] = []
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=64)] = []
+    presence_penalty: float = Field(default=0, ge=-2, le=2)
+    frequency_penalty: float = Field(default=0, ge=-2, le=2)
+    repetition_penalty: float = Field(default=1, gt=0, le=10)
+    logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]] = {}
+    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    user: str | None = None
+    metadata: dict[str, str] | None = None
+    activations: ActivationRequest | None = None
+    collect_activations: CollectActivations | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, body: Any) -> Any:
+        # OpenAI's clients may send null for "not given".
+        return {k: v for k, v in body.items() if v is not None} if isinstance(body, dict) else body
+
+    @model_validator(mode="after")
+    def _agree(self) -> "GenerationParams":
+        if self.activations is not None and self.collect_activations is not None:
+            raise ValueError("activations: it and collect_activations are two spellings of one thing; send one of them")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options: only with stream: true")
+        asked = self.capture
+        if asked is not None and asked.key is not None and self.n > 1:
+            raise ValueError("activations.key: a key names one rollout, and n > 1 makes several; send n requests")
+        return self
+
+    @property
+    def capture(self) -> ActivationRequest | None:
+        """What to keep, in either of its spellings."""
+        return self.collect_activations.request() if self.collect_activations else self.activations
+
+    def sampling(self, max_tokens: int, choice: int, top_logprobs: int) -> Sampling:
+        """Say how to choose one choice's tokens; each choice of a seeded request has a stream of its own.
+
+        Args:
+            max_tokens: the most to generate.
+            choice: which choice of the request, from 0.
+            top_logprobs: alternatives to report per token.
+        """
+        return Sampling(
+            max_tokens=max_tokens,
+            min_tokens=self.min_tokens,
+            temperature=self.temperature,
+            top_k=max(self.top_k, 0),
+            top_p=self.top_p,
+            seed=None if self.seed is None else self.seed % 2**64 + (choice << 64),
+            stop=tuple(self.stop),
+            stop_token_ids=frozenset(self.stop_token_ids),
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias=self.logit_bias,
+            top_logprobs=top_logprobs,
+        )

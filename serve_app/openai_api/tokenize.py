@@ -1,0 +1,70 @@
+"""`/tokenize` and `/detokenize`, spelled as vLLM spells them: how many tokens a text or a conversation takes, and which."""
+
+from typing import Annotated, Any, Self
+
+from pydantic import Field, model_validator
+
+from serve_app.models import LoadedModel
+from serve_app.openai_api.errors import ApiError
+from serve_app.openai_api.messages import Message, Tool, Wire
+from serve_app.openai_api.prompt import render
+
+
+class TokenizeRequest(Wire):
+    """Exactly one of `prompt` and `messages`.
+
+    Attributes:
+        model: the served model.
+        prompt: raw text.
+        messages: a conversation, rendered as for a chat completion.
+        tools: on offer in it.
+        chat_template_kwargs: for the template.
+        add_special_tokens: whether raw text gets the tokens that begin a text.
+        return_token_strs: whether to return each token's text.
+    """
+
+    model: str
+    prompt: str | None = None
+    messages: list[Message] | None = Field(default=None, min_length=1)
+    tools: list[Tool] = Field(default_factory=list)
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    add_special_tokens: bool = True
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("prompt: send either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(Wire):
+    """Tokens to turn into text."""
+
+    model: str
+    tokens: list[Annotated[int, Field(ge=0)]]
+
+
+def tokenize(model: LoadedModel, request: TokenizeRequest) -> dict[str, Any]:
+    """Return `{tokens, count, max_model_len}` and, if asked, `token_strs`."""
+    if request.messages is not None:
+        kwargs = {"tools": request.tools, "template_kwargs": request.chat_template_kwargs}
+        token_ids = render(model.tokenizer, request.messages, model.source.name, **kwargs).token_ids
+    else:
+        token_ids = list(model.tokenizer(request.prompt, add_special_tokens=request.add_special_tokens)["input_ids"])
+    reply = {"tokens": token_ids, "count": len(token_ids), "max_model_len": model.context_length}
+    if request.return_token_strs:
+        reply["token_strs"] = model.tokenizer.convert_ids_to_tokens(token_ids)
+    return reply
+
+
+def detokenize(model: LoadedModel, request: DetokenizeRequest) -> dict[str, Any]:
+    """Return `{prompt}`.
+
+    Raises:
+        ApiError: if a token is none of the model's.
+    """
+    known = len(model.tokenizer)
+    if wrong := next((token for token in request.tokens if token >= known), None):
+        raise ApiError(400, f"tokens: {wrong} is not a token; the model has 0–{known - 1}", param="tokens")
+    return {"prompt": model.tokenizer.decode(request.tokens)}

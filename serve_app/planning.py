@@ -1,0 +1,204 @@
+"""From a checked request to the choices that the engine runs: what needs the model, its tokenizer and its limits.
+
+Everything that can be refused is refused here, before anything is queued: a prompt that is too long, a hook point the model
+does not have, values too many to send, a schema that cannot be followed.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from ulid import ULID
+
+from roentgen.contract import SAMPLED_FEATURES, ActivationRequest, Positions
+from serve_app.capture.rows import CapturePlan
+from serve_app.capture.structure import CaptureRequestError
+from serve_app.config import ServerConfig
+from serve_app.generation import Choice, Done, Served
+from serve_app.openai_api.chat import ChatReply, ChatRequest
+from serve_app.openai_api.completions import CompletionReply, CompletionRequest, raw_prompt
+from serve_app.openai_api.errors import ApiError
+from serve_app.openai_api.params import GenerationParams
+from serve_app.openai_api.prompt import Prompt, render
+from serve_app.openai_api.reply import reasoning_mode
+from serve_app.openai_api.seed_spelling import older_key
+from serve_app.rollouts import describe
+
+BYTES_PER_VALUE = 12
+"""What a number takes in a JSON reply, about."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request, ready to run.
+
+    Attributes:
+        choices: what to generate.
+        reply: turns what happens into the reply.
+        asked: what to keep, None for nothing.
+        spelling: how the reply spells stored keys, where it does so in another way.
+        listed: whether the reply lists its rollouts, as it does for several choices.
+    """
+
+    choices: list[Choice]
+    reply: ChatReply | CompletionReply
+    asked: ActivationRequest | None
+    spelling: dict[str, str]
+
+    @property
+    def listed(self) -> bool:
+        """Whether the reply lists its rollouts: one is given as it is, several as a list."""
+        return len(self.choices) > 1
+
+
+def plan_chat(served: Served, request: ChatRequest, config: ServerConfig) -> Plan:
+    """Render a conversation and plan its choices.
+
+    Raises:
+        ApiError: if something asked for cannot be.
+    """
+    model = served.model
+    tools = request.tools if request.calls_tools else []
+    prompt = render(
+        model.tokenizer, request.messages, model.source.name, tools=tools, template_kwargs=request.chat_template_kwargs
+    )
+    max_tokens = _max_tokens(served, prompt, request.token_limit, "messages")
+    asked, capture, spelling = _capture(served, request, prompt, max_tokens, config)
+    choices = [
+        Choice(
+            prompt=prompt,
+            sampling=request.sampling(max_tokens, number, request.top_logprobs),
+            asked=asked,
+            plan=capture,
+        )
+        for number in range(request.n)
+    ]
+    template = model.tokenizer.chat_template
+    reasoning = reasoning_mode(template if isinstance(template, str) else str(template), prompt.text)
+    reply = ChatReply(request, f"chatcmpl-{str(ULID()).lower()}", model.tokenizer, reasoning, len(prompt.token_ids))
+    return Plan(choices, reply, asked, spelling)
+
+
+def plan_completion(served: Served, request: CompletionRequest, config: ServerConfig) -> Plan:
+    """Tokenise raw prompts and plan their choices.
+
+    Raises:
+        ApiError: if something asked for cannot be.
+    """
+    tokenizer = served.model.tokenizer
+    prompts = [
+        raw_prompt(tokenizer, prompt, add_special_tokens=request.add_special_tokens) for prompt in request.prompts
+    ]
+    asked_for = request.capture
+    if asked_for is not None and asked_for.key is not None and len(prompts) > 1:
+        raise ApiError(400, "activations.key: a key names one rollout; send one prompt", param="activations.key")
+    choices = []
+    spelling: dict[str, str] = {}
+    for prompt in prompts:
+        max_tokens = _max_tokens(served, prompt, request.max_tokens, "prompt")
+        asked, capture, spelling = _capture(served, request, prompt, max_tokens, config)
+        choices += [
+            Choice(
+                prompt=prompt,
+                sampling=request.sampling(max_tokens, number, request.logprobs or 0),
+                asked=asked,
+                plan=capture,
+                score_prompt=request.echo and request.logprobs is not None,
+            )
+            for number in range(request.n)
+        ]
+    reply = CompletionReply(request, f"cmpl-{str(ULID()).lower()}", tokenizer, prompts)
+    return Plan(choices, reply, asked_for, spelling)
+
+
+def describe_all(plan: Plan, dones: Sequence[Done]) -> dict[str, Any] | None:
+    """Return the reply's `activations` object, None if nothing was asked for."""
+    if plan.asked is None:
+        return None
+    rollouts = []
+    for index, done in enumerate(dones):
+        assert done.stored is not None
+        described = describe(done.stored.rollout, done.stored.receipt, plan.asked.delivery)
+        if plan.spelling:
+            described["tensors"] = {plan.spelling[key]: value for key, value in described["tensors"].items()}
+        rollouts.append({"choice_index": index, **described})
+    if plan.listed:
+        return {"session_id": rollouts[0]["session_id"], "rollouts": rollouts}
+    return {key: value for key, value in rollouts[0].items() if key != "choice_index"}
+
+
+def _max_tokens(served: Served, prompt: Prompt, limit: int | None, param: str) -> int:
+    """Return how many tokens a completion may have.
+
+    Raises:
+        ApiError: if prompt and completion do not fit into the context.
+    """
+    context = min(served.model.context_length, served.engine.capacity)
+    left = context - len(prompt.token_ids)
+    if left < (1 if limit is None else limit):
+        completion = f" and the completion may take {limit}" if limit else ""
+        raise ApiError(
+            400,
+            f"this model's context is {context} tokens; the {param} takes {len(prompt.token_ids)}{completion}: "
+            "shorten one of them",
+            param=param,
+            code="context_length_exceeded",
+        )
+    return left if limit is None else limit
+
+
+def _capture(
+    served: Served, request: GenerationParams, prompt: Prompt, max_tokens: int, config: ServerConfig
+) -> tuple[ActivationRequest | None, CapturePlan | None, dict[str, str]]:
+    """Resolve what a request wants to keep, and how its reply is to spell the keys."""
+    _check_tokens(served, request)
+    asked = request.capture
+    if asked is None:
+        return None, None, {}
+    try:
+        taps = served.model.structure.resolve(asked)
+        names = {
+            key: name
+            for name in asked.hook_points
+            for key in served.model.structure.resolve(asked.model_copy(update={"hook_points": (name,)}))
+        }
+    except CaptureRequestError as error:
+        raise ApiError(400, str(error), param=error.param) from error
+    first = prompt.turn_start if asked.since == "turn" else 0
+    plan = CapturePlan(taps, Positions.parse(asked.positions), asked.dtype, first=first)
+    if asked.delivery != "reference":
+        _check_inline(served, asked, plan, len(prompt.token_ids), max_tokens, config)
+    spelling = {key: older_key(key, name) for key, name in names.items()} if request.collect_activations else {}
+    return asked, plan, spelling
+
+
+def _check_inline(
+    served: Served,
+    asked: ActivationRequest,
+    plan: CapturePlan,
+    n_prompt: int,
+    max_tokens: int,
+    config: ServerConfig,
+) -> None:
+    """Refuse values that would make too large a reply, before anything is generated."""
+    n_rows = 1 if plan.positions.pooled else len(plan.kept(n_prompt, 0, n_prompt + max(max_tokens - 1, 0)))
+    per_row = SAMPLED_FEATURES if asked.delivery == "sample" else served.model.structure.d_model
+    size = prod((n_rows, len(plan.taps), per_row, BYTES_PER_VALUE))
+    if size > config.max_inline_bytes:
+        raise ApiError(
+            400,
+            f"activations.return: {asked.delivery!r} may send about {size / 1e6:,.0f} MB ({n_rows} rows of {len(plan.taps)} "
+            f"keys); the limit is {config.max_inline_bytes / 1e6:,.0f} MB: ask for fewer rows, keys or max_tokens, or for a "
+            "reference, and read the rows from the store",
+            param="activations.return",
+            code="reply_too_large",
+        )
+
+
+def _check_tokens(served: Served, request: GenerationParams) -> None:
+    """Refuse tokens that the model's output does not have."""
+    size = served.model.observed.config.get_text_config().vocab_size
+    for param, tokens in (("logit_bias", request.logit_bias), ("stop_token_ids", request.stop_token_ids)):
+        if wrong := next((token for token in tokens if token >= size), None):
+            raise ApiError(400, f"{param}: {wrong} is not a token; the model has 0–{size - 1}", param=param)

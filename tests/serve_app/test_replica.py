@@ -1,0 +1,227 @@
+"""One replica without Serve around it: what each parameter does to the reply, and what is refused."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from roentgen.store import Session
+from serve_app.config import ServerConfig
+from serve_app.openai_api.chat import ChatRequest
+from serve_app.openai_api.completions import CompletionRequest
+from serve_app.openai_api.tokenize import DetokenizeRequest, TokenizeRequest
+from serve_app.replica import ModelReplica
+from tests.serve_app import tiny
+
+Body = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("tiny")
+    tiny.module("llama").save_pretrained(path)
+    tiny.tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+async def replica(folder: Path, tmp_path: Path) -> AsyncIterator[ModelReplica]:
+    replica = ModelReplica(ServerConfig(model=str(folder), store=str(tmp_path / "store"), dtype="float32"))
+    while (await replica.status())["status"] == "loading":
+        await asyncio.sleep(0.01)
+    yield replica
+    replica.close()
+
+
+async def chat(replica: ModelReplica, **body: Any) -> Body:
+    request = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 6, "seed": 1} | body
+    name = (await replica.status())["model"]["id"]
+    return await replica.generate(ChatRequest.model_validate({"model": name, **request}))
+
+
+async def complete(replica: ModelReplica, **body: Any) -> Body:
+    name = (await replica.status())["model"]["id"]
+    return await replica.generate(CompletionRequest.model_validate({"model": name, "seed": 1, **body}))
+
+
+async def streamed(replica: ModelReplica, kind: type, **body: Any) -> list[Body]:
+    name = (await replica.status())["model"]["id"]
+    pieces = replica.generate_stream(kind.model_validate({"model": name, "stream": True, **body}))
+    return [chunk async for chunks in pieces for chunk in chunks]
+
+
+async def test_choices_have_streams_of_their_own_and_the_first_is_that_of_one(replica: ModelReplica) -> None:
+    one = (await chat(replica))["reply"]
+    three = (await chat(replica, n=3))["reply"]
+    texts = [choice["message"]["content"] for choice in three["choices"]]
+    assert [choice["index"] for choice in three["choices"]] == [0, 1, 2]
+    assert texts[0] == one["choices"][0]["message"]["content"]
+    assert len(set(texts)) == 3
+    assert three["usage"]["completion_tokens"] == 18
+    assert three["usage"]["prompt_tokens"] == one["usage"]["prompt_tokens"]
+
+
+async def test_chat_logprobs_name_every_token_of_the_content(replica: ModelReplica) -> None:
+    reply = (await chat(replica, logprobs=True, top_logprobs=2, temperature=0))["reply"]
+    (choice,) = reply["choices"]
+    content = choice["logprobs"]["content"]
+    assert len(content) == 6
+    raw = bytes(byte for token in content for byte in token["bytes"])
+    # The text ends with its last whole character.
+    assert raw.decode("utf-8", "replace").startswith(choice["message"]["content"])
+    for token in content:
+        assert len(token["top_logprobs"]) == 2
+        assert token["top_logprobs"][0]["logprob"] == token["logprob"]  # greedy
+
+
+async def test_a_stream_says_the_same_as_a_whole_reply(replica: ModelReplica) -> None:
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 9, "seed": 3, "n": 2, "logprobs": True}
+    whole = (await chat(replica, **body))["reply"]
+    chunks = await streamed(replica, ChatRequest, **body, stream_options={"include_usage": True})
+    for index in (0, 1):
+        own = [c["choices"][0] for c in chunks if c["choices"] and c["choices"][0]["index"] == index]
+        text = "".join(piece["delta"].get("content") or "" for piece in own)
+        assert text == whole["choices"][index]["message"]["content"]
+        tokens = [t for piece in own if piece["logprobs"] for t in piece["logprobs"]["content"]]
+        assert [t["logprob"] for t in tokens] == pytest.approx(
+            [t["logprob"] for t in whole["choices"][index]["logprobs"]["content"]], rel=1e-4
+        )
+        assert [piece["finish_reason"] for piece in own if piece["finish_reason"]] == ["length"]
+    assert chunks[-1]["usage"] == whole["usage"]
+    assert {c["id"] for c in chunks} == {chunks[0]["id"]}
+
+
+async def test_an_echoed_prompt_is_scored_like_a_lone_forward(replica: ModelReplica, folder: Path) -> None:
+    prompts = [[10, 20, 30, 40, 50], [7, 7, 8]]
+    reply = (await complete(replica, prompt=prompts, echo=True, logprobs=1, max_tokens=0))["reply"]
+    for prompt, choice in zip(prompts, reply["choices"], strict=True):
+        with torch.inference_mode():
+            logits = tiny.module("llama")(input_ids=torch.tensor([prompt])).logits[0].log_softmax(-1)
+        logprobs = choice["logprobs"]
+        assert logprobs["token_logprobs"][0] is None
+        expected = logits[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0].tolist()
+        assert logprobs["token_logprobs"][1:] == pytest.approx(expected, abs=1e-4)
+        best = [max(top.values()) for top in logprobs["top_logprobs"][1:]]
+        assert best == pytest.approx(logits[:-1].max(-1).values.tolist(), abs=1e-4)
+        assert logprobs["text_offset"][0] == 0
+    assert reply["usage"] == {"prompt_tokens": 8, "completion_tokens": 0, "total_tokens": 8}
+
+
+async def test_prompts_of_every_shape_and_their_choices_in_order(replica: ModelReplica) -> None:
+    alone = (await complete(replica, prompt="ab", max_tokens=4))["reply"]["choices"][0]["text"]
+    tokens = (await replica.tokenize(TokenizeRequest(model=alone_name(replica), prompt="ab")))["reply"]["tokens"]
+    assert (await complete(replica, prompt=tokens, max_tokens=4))["reply"]["choices"][0]["text"] == alone
+    several = (await complete(replica, prompt=["ab", "cd"], n=2, max_tokens=4, echo=True))["reply"]["choices"]
+    assert [choice["index"] for choice in several] == [0, 1, 2, 3]
+    assert [choice["text"][:2] for choice in several] == ["ab", "ab", "cd", "cd"]
+    assert several[0]["text"] == "ab" + alone
+
+
+def alone_name(replica: ModelReplica) -> str:
+    assert replica._served is not None
+    return replica._served.model.source.name
+
+
+async def test_a_streamed_echo_gives_the_prompt_first(replica: ModelReplica) -> None:
+    whole = (await complete(replica, prompt="ab", max_tokens=4, echo=True, logprobs=0))["reply"]["choices"][0]
+    for logprobs in (None, 0):
+        extra = {} if logprobs is None else {"logprobs": logprobs}
+        chunks = await streamed(replica, CompletionRequest, prompt="ab", max_tokens=4, echo=True, seed=1, **extra)
+        assert "".join(c["choices"][0]["text"] for c in chunks) == whole["text"]
+    assert chunks[-1]["choices"][0]["logprobs"]["tokens"] == whole["logprobs"]["tokens"]
+
+
+async def test_each_choice_keeps_a_rollout(replica: ModelReplica) -> None:
+    asked = {"session_id": "s", "layers": [1], "hook_points": ["resid_post"], "labels": {"a": 1}}
+    reply = (await chat(replica, n=3, activations=asked))["reply"]
+    rollouts = reply["activations"]["rollouts"]
+    assert [r["choice_index"] for r in rollouts] == [0, 1, 2]
+    session = Session.open(rollouts[0]["uri"])
+    index = session.rollouts().set_index("rollout_id")
+    for rollout, choice in zip(rollouts, reply["choices"], strict=True):
+        row = index.loc[rollout["rollout_id"]]
+        assert row["text"].endswith(choice["message"]["content"])
+        assert rollout["row_stop"] - rollout["row_start"] == row["n_prompt"] + row["n_completion"] - 1
+    single = (await complete(replica, prompt="abc", max_tokens=3, activations=asked))["reply"]["activations"]
+    assert single["session_id"] == "s"
+    assert single["tensors"]["layers.1.resid_post"]["shape"] == [5, 32]
+
+
+async def test_values_inline_are_the_stored_ones(replica: ModelReplica) -> None:
+    for delivery, kind in (("sample", "sampled_tensor"), ("full", "complete_tensor")):
+        asked = {"layers": [1], "hook_points": ["resid_post"], "return": delivery}
+        sent = (await chat(replica, activations=asked))["reply"]["activations"]
+        tensor = sent["tensors"]["layers.1.resid_post"]
+        assert (tensor["format"], tensor.get("sample_info")) == (
+            kind,
+            "first_50_features" if delivery == "sample" else None,
+        )
+        (stored,) = Session.open(sent["uri"]).activations("layers.1.resid_post")[-1:]
+        values = np.array(tensor["data"])
+        assert tensor["shape"] == [1, *stored.values.shape]
+        np.testing.assert_allclose(values[0], stored.values[:, :50], rtol=1e-6)
+        json.dumps(tensor)
+
+
+async def test_the_older_spelling_has_the_older_keys(replica: ModelReplica) -> None:
+    older = {"layers": [0, 2], "hook_points": ["input_layernorm.output"], "return_activations": True}
+    tensors = (await chat(replica, collect_activations=older))["reply"]["activations"]["tensors"]
+    assert list(tensors) == ["layer_0_input_layernorm_output", "layer_2_input_layernorm_output"]
+    assert tensors["layer_0_input_layernorm_output"]["format"] == "sampled_tensor"
+
+
+async def test_a_later_turn_keeps_only_what_is_new(replica: ModelReplica) -> None:
+    talk = [{"role": "user", "content": "hi"}]
+    asked = {"layers": [1], "hook_points": ["resid_post"], "session_id": "t"}
+    first = (await chat(replica, messages=talk, activations=asked))["reply"]
+    talk += [first["choices"][0]["message"] | {"content": "yes"}, {"role": "user", "content": "go on"}]
+    second = (await chat(replica, messages=talk, activations={**asked, "since": "turn"}))["reply"]["activations"]
+    rows = Session.open(second["uri"]).activations("layers.1.resid_post")
+    last = rows[len(rows) - 1 :]
+    (item,) = last
+    n_prompt = int(last.rollouts["n_prompt"].iloc[0])
+    # The prompt is "[user]hi[assistant]yes[user]go on[reply]", a token a byte: from the "s" of "yes" on it is new.
+    assert item.position[0] == len("[user]hi[assistant]ye")
+    assert item.position[-1] == n_prompt + 4
+
+
+REFUSED = [
+    ({"max_tokens": 500}, 400, "messages", r"context is 128 tokens; the messages takes? \d+ and the completion may take 500"),
+    ({"logit_bias": {"9999": 1}}, 400, "logit_bias", "9999 is not a token"),
+    ({"stop_token_ids": [257]}, 400, "stop_token_ids", "257 is not a token"),
+    ({"activations": {"layers": [7]}}, 400, "activations.layers", "out of range"),
+    ({"activations": {"layers": [1], "return": "full"}, "max_tokens": 100}, 400, "activations.return", "limit is 0 MB"),
+    ({"model": "other"}, 404, "model", "not served here"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "status", "param", "message"), REFUSED)
+async def test_what_cannot_be_is_refused_by_name(
+    replica: ModelReplica, body: Body, status: int, param: str, message: str
+) -> None:
+    replica._config = replica._config.model_copy(update={"max_inline_bytes": 1000})
+    error = (await chat(replica, **body))["error"]
+    assert (error["status"], error["param"]) == (status, param)
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(error["message"])
+
+
+async def test_a_request_that_takes_too_long_is_ended(replica: ModelReplica) -> None:
+    replica._config = replica._config.model_copy(update={"request_timeout_s": 1e-6})
+    assert (await chat(replica))["error"]["status"] == 408
+
+
+async def test_tokens_there_and_back(replica: ModelReplica) -> None:
+    name = alone_name(replica)
+    reply = (await replica.tokenize(TokenizeRequest(model=name, prompt="é!", return_token_strs=True)))["reply"]
+    assert (reply["count"], reply["max_model_len"], len(reply["token_strs"])) == (3, 128, 3)
+    back = await replica.detokenize(DetokenizeRequest(model=name, tokens=reply["tokens"]))
+    assert back == {"reply": {"prompt": "é!"}}
+    assert (await replica.detokenize(DetokenizeRequest(model=name, tokens=[999])))["error"]["param"] == "tokens"
+    rendered = await replica.tokenize(TokenizeRequest(model=name, messages=[{"role": "user", "content": "x"}]))
+    assert rendered["reply"]["count"] == len("[user]x[reply]")
