@@ -19,8 +19,8 @@ from roentgen.store import Segment
 from roentgen.transcripts import Transcript
 from serve_app.engines.text import completion_offsets
 from serve_app.models import LoadedModel
-from serve_app.openai_api.messages import Message
 from serve_app.openai_api.errors import ApiError
+from serve_app.openai_api.messages import Message
 from serve_app.openai_api.prompt import Prompt, render
 
 
