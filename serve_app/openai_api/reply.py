@@ -1,0 +1,335 @@
+"""What a model says, taken apart while it comes: its reasoning, its content, and the tools it calls.
+
+Text goes in as it is generated; parts come out as soon as they are certain, because what a client has been sent cannot be
+taken back. So the beginning of a marker (`<think>`, `<tool_call>`) is held until it is one or not. A call is sent once
+`{"name": …, "arguments": {` has been read, and its arguments from then on as they come; a call whose keys are in another
+order is read whole. A block that is no call was only text, and is given back as it stood. The same parser reads whole
+replies, so a reply says the same streamed or not.
+"""
+
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ulid import ULID
+
+from serve_app.openai_api.messages import NAME
+from serve_app.openai_api.tools import CALL_END, CALL_START
+
+THINK_START = "<think>"
+THINK_END = "</think>"
+
+Reasoning = Literal["started", "possible", "none"]
+"""How a reply begins: within the model's thoughts, perhaps with `<think>`, or with what it has to say."""
+
+HEADER = re.compile(r'\s*\{\s*"name"\s*:\s*"([A-Za-z0-9_-]{1,64})"\s*,\s*"arguments"\s*:\s*(?=\{)')
+
+
+@dataclass(frozen=True)
+class ContentDelta:
+    """More of the content."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ReasoningDelta:
+    """More of the reasoning."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class ToolCallStart:
+    """A call begins; the first one's index is 0."""
+
+    index: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True)
+class ToolCallArguments:
+    """More of a call's arguments, which are JSON."""
+
+    index: int
+    text: str
+
+
+ReplyPart = ContentDelta | ReasoningDelta | ToolCallStart | ToolCallArguments
+
+
+def reasoning_mode(template_source: str, prompt_text: str) -> Reasoning:
+    """Say how a reply begins, from the model's chat template and the prompt it made."""
+    prompt = prompt_text.rstrip()
+    if prompt.endswith(THINK_START):
+        return "started"
+    return "possible" if THINK_END in template_source and not prompt.endswith(THINK_END) else "none"
+
+
+def assemble(parts: list[ReplyPart]) -> dict[str, Any]:
+    """Put the parts of a whole reply together to an assistant's message."""
+    content = "".join(part.text for part in parts if isinstance(part, ContentDelta))
+    reasoning = "".join(part.text for part in parts if isinstance(part, ReasoningDelta))
+    calls: list[dict[str, Any]] = []
+    for part in parts:
+        if isinstance(part, ToolCallStart):
+            calls.append({"id": part.id, "type": "function", "function": {"name": part.name, "arguments": ""}})
+        elif isinstance(part, ToolCallArguments):
+            calls[part.index]["function"]["arguments"] += part.text
+    message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
+    if reasoning:
+        message["reasoning_content"] = reasoning
+    if calls:
+        message["tool_calls"] = calls
+    return message
+
+
+class ReplyParser:
+    """Takes one reply apart; `feed` it the text as it comes, then `finish`.
+
+    White space around calls, and newlines around reasoning, separate and are dropped. Within a call, what stands beside its
+    name and its arguments is dropped too. Arguments that end too early, because the reply does, are given as they are.
+    """
+
+    def __init__(self, *, tools: bool, reasoning: Reasoning) -> None:
+        """Begin a reply.
+
+        Args:
+            tools: whether it may call tools; otherwise `<tool_call>` is text like any other.
+            reasoning: how it begins.
+        """
+        self._tools = tools
+        self._text = ""  # what is not decided yet
+        self._parts: list[ReplyPart] = []
+        self._calls = 0
+        self._after_call = False
+        self._thought = False
+        self._gap = ""  # white space before the block being read
+        self._json = _Braces()
+        self._read: Callable[[bool], bool] = {
+            "started": self._thinking,
+            "possible": self._opening,
+            "none": self._content,
+        }[reasoning]
+
+    def feed(self, text: str) -> list[ReplyPart]:
+        """Take more text and return what has become certain."""
+        self._text += text
+        return self._take(final=False)
+
+    def finish(self) -> list[ReplyPart]:
+        """Return the rest: the reply has ended."""
+        return self._take(final=True)
+
+    def _take(self, *, final: bool) -> list[ReplyPart]:
+        # Each reader takes from the text what it can and says whether the next one should go on.
+        while self._read(final):
+            pass
+        parts, self._parts = self._parts, []
+        return parts
+
+    def _opening(self, final: bool) -> bool:
+        """Before the first word: perhaps the model thinks first."""
+        said = self._text.lstrip()
+        if said.startswith(THINK_START):
+            self._text = said.removeprefix(THINK_START)
+            self._read = self._thinking
+            return True
+        if THINK_START.startswith(said) and not final:
+            return False
+        self._read = self._content
+        return True
+
+    def _thinking(self, final: bool) -> bool:
+        end = self._text.find(THINK_END)
+        ended = end >= 0
+        if not ended:
+            end = len(self._text) - (0 if final else _begun(self._text, THINK_END))
+        thought = self._text[:end].rstrip("\n")
+        if not self._thought:
+            thought = thought.lstrip("\n")
+        if thought:
+            self._parts.append(ReasoningDelta(thought))
+            self._text = self._text[self._text.index(thought) + len(thought) :]
+            self._thought = True
+        if ended:
+            self._text = self._text.partition(THINK_END)[2]
+            self._read = self._after_thinking
+        return ended
+
+    def _after_thinking(self, final: bool) -> bool:
+        self._text = self._text.lstrip("\n")
+        if self._text:
+            self._read = self._content
+        return bool(self._text)
+
+    def _content(self, final: bool) -> bool:
+        start = self._text.find(CALL_START) if self._tools else -1
+        if start < 0:
+            end = len(self._text)
+            if self._tools and not final:
+                end = len(self._text[: end - _begun(self._text, CALL_START)].rstrip())
+            if not (self._after_call and self._text[:end].isspace()):
+                self._say(self._text[:end])
+            self._text = self._text[end:]
+            return False
+        words = self._text[:start].rstrip()
+        self._say(words)
+        self._gap = self._text[len(words) : start]
+        self._text = self._text[start + len(CALL_START) :]
+        self._json = _Braces()
+        self._read = self._block
+        return True
+
+    def _block(self, final: bool) -> bool:
+        """At the start of a block: a call whose name comes first, a call to be read whole, or none."""
+        if header := HEADER.match(self._text):
+            self._start_call(header[1])
+            self._text = self._text[header.end() :]
+            self._json = _Braces()
+            self._read = self._arguments
+            return True
+        begin = len(self._text) - len(self._text.lstrip())
+        if not self._text[begin:].startswith("{"):
+            if begin == len(self._text) and not final:
+                return False
+            return self._no_call(0)
+        end = self._json.read(self._text, begin)
+        if not self._json.ended:
+            return self._no_call(len(self._text)) if final else False
+        call = _parse_call(self._text[begin:end])
+        if call is None:
+            return self._no_call(end)
+        self._start_call(call[0])
+        self._parts.append(ToolCallArguments(self._calls - 1, call[1]))
+        self._text = self._text[end:]
+        self._read = self._closing
+        return True
+
+    def _arguments(self, final: bool) -> bool:
+        end = self._json.read(self._text, 0, final=final)
+        if end:
+            self._parts.append(ToolCallArguments(self._calls - 1, self._text[:end]))
+            self._text = self._text[end:]
+            self._json.go_on()
+        ended = self._json.ended
+        if ended:
+            self._json = _Braces(depth=1)
+            self._read = self._rest_of_call
+        return ended
+
+    def _rest_of_call(self, final: bool) -> bool:
+        end = self._json.read(self._text, 0, final=final)
+        self._text = self._text[end:]
+        self._json.go_on()
+        if self._json.ended:
+            self._read = self._closing
+        return self._json.ended
+
+    def _closing(self, final: bool) -> bool:
+        rest = self._text.lstrip()
+        if rest.startswith(CALL_END):
+            self._text = rest.removeprefix(CALL_END)
+        elif CALL_END.startswith(rest):
+            if not final:
+                return False
+            self._text = ""
+        self._after_call = True
+        self._read = self._content
+        return True
+
+    def _start_call(self, name: str) -> None:
+        self._parts.append(ToolCallStart(self._calls, f"call_{str(ULID()).lower()}", name))
+        self._calls += 1
+
+    def _no_call(self, end: int) -> bool:
+        """Give a block back as text, up to a place in what follows its marker."""
+        self._say(self._gap + CALL_START + self._text[:end])
+        self._text = self._text[end:]
+        self._read = self._content
+        return True
+
+    def _say(self, text: str) -> None:
+        if text:
+            self._parts.append(ContentDelta(text))
+            self._after_call = False
+
+
+class _Braces:
+    """Reads JSON as far as its outermost object, without minding whether it is valid.
+
+    Brackets in strings do not count. A control character cannot stand in a string, so it ends one that was left open; and
+    `</tool_call>` outside of strings ends the object, wherever that stands.
+
+    Attributes:
+        depth: how many brackets are open.
+        ended: whether the object has ended.
+    """
+
+    _TURNS = re.compile(r'["\\{}\[\]<\x00-\x1f]')
+
+    def __init__(self, depth: int = 0) -> None:
+        self.depth = depth
+        self.ended = False
+        self._in_string = False
+        self._at = 0
+
+    def read(self, text: str, start: int, *, final: bool = False) -> int:
+        """Go on reading a text from where the last call stopped, the first time from `start`.
+
+        Returns:
+            Where the object ends, or, if it has not ended, up to where the text surely belongs to it.
+        """
+        self._at = max(self._at, start)
+        while found := self._TURNS.search(text, self._at):
+            sign, at = found[0], found.start()
+            self._at = at + 1
+            if sign == "\\" and self._in_string:
+                if self._at == len(text):
+                    self._at = at  # what it escapes is not there yet
+                    return len(text) if final else at
+                self._at += text[self._at] >= " "
+            elif sign == '"':
+                self._in_string = not self._in_string
+            elif sign < " ":
+                self._in_string = False
+            elif not self._in_string and sign == "<":
+                if text.startswith(CALL_END, at):
+                    self.ended = True
+                    return at
+                if CALL_END.startswith(text[at:]) and not final:
+                    self._at = at
+                    return at
+            elif not self._in_string and sign in "{[":
+                self.depth += 1
+            elif not self._in_string and sign in "}]":
+                self.depth -= 1
+                if self.depth <= 0:
+                    self.ended = True
+                    return self._at
+        self._at = len(text)
+        return self._at
+
+    def go_on(self) -> None:
+        """Begin a text anew: what has been read was taken off it."""
+        self._at = 0
+
+
+def _begun(text: str, marker: str) -> int:
+    """Return how many characters at a text's end could begin a marker."""
+    return next((n for n in range(min(len(text), len(marker) - 1), 0, -1) if marker.startswith(text[-n:])), 0)
+
+
+def _parse_call(text: str) -> tuple[str, str] | None:
+    """Return a call's name and arguments, None if it is not one."""
+    try:
+        call = json.loads(text)
+        name, arguments = call.get("name"), call.get("arguments")
+        if not (isinstance(name, str) and re.fullmatch(NAME, name) and isinstance(arguments, dict)):
+            return None
+        return name, json.dumps(arguments, allow_nan=False)
+    except (ValueError, RecursionError):
+        return None
