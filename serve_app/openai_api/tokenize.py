@@ -48,8 +48,13 @@ class DetokenizeRequest(Wire):
 def tokenize(model: LoadedModel, request: TokenizeRequest) -> dict[str, Any]:
     """Return `{tokens, count, max_model_len}` and, if asked, `token_strs`."""
     if request.messages is not None:
-        kwargs = {"tools": request.tools, "template_kwargs": request.chat_template_kwargs}
-        token_ids = render(model.tokenizer, request.messages, model.source.name, **kwargs).token_ids
+        token_ids = render(
+            model.tokenizer,
+            request.messages,
+            model.source.name,
+            tools=request.tools,
+            template_kwargs=request.chat_template_kwargs,
+        ).token_ids
     else:
         token_ids = list(model.tokenizer(request.prompt, add_special_tokens=request.add_special_tokens)["input_ids"])
     reply = {"tokens": token_ids, "count": len(token_ids), "max_model_len": model.context_length}
