@@ -7,15 +7,13 @@ order is read whole. A block that is no call was only text, and is given back as
 replies, so a reply says the same streamed or not.
 """
 
-import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ulid import ULID
 
-from serve_app.openai_api.messages import NAME
+from serve_app.openai_api.call_text import HEADER, Braces, parse_call
 from serve_app.openai_api.tools import CALL_END, CALL_START
 
 THINK_START = "<think>"
@@ -23,8 +21,6 @@ THINK_END = "</think>"
 
 Reasoning = Literal["started", "possible", "none"]
 """How a reply begins: within the model's thoughts, perhaps with `<think>`, or with what it has to say."""
-
-HEADER = re.compile(r'\s*\{\s*"name"\s*:\s*"([A-Za-z0-9_-]{1,64})"\s*,\s*"arguments"\s*:\s*(?=\{)')
 
 
 @dataclass(frozen=True)
@@ -108,7 +104,7 @@ class ReplyParser:
         self._after_call = False
         self._thought = False
         self._gap = ""  # white space before the block being read
-        self._json = _Braces()
+        self._json = Braces()
         self._read: Callable[[bool], bool] = {
             "started": self._thinking,
             "possible": self._opening,
@@ -180,7 +176,7 @@ class ReplyParser:
         self._say(words)
         self._gap = self._text[len(words) : start]
         self._text = self._text[start + len(CALL_START) :]
-        self._json = _Braces()
+        self._json = Braces()
         self._read = self._block
         return True
 
@@ -189,7 +185,7 @@ class ReplyParser:
         if header := HEADER.match(self._text):
             self._start_call(header[1])
             self._text = self._text[header.end() :]
-            self._json = _Braces()
+            self._json = Braces()
             self._read = self._arguments
             return True
         begin = len(self._text) - len(self._text.lstrip())
@@ -200,7 +196,7 @@ class ReplyParser:
         end = self._json.read(self._text, begin)
         if not self._json.ended:
             return self._no_call(len(self._text)) if final else False
-        call = _parse_call(self._text[begin:end])
+        call = parse_call(self._text[begin:end])
         if call is None:
             return self._no_call(end)
         self._start_call(call[0])
@@ -217,7 +213,7 @@ class ReplyParser:
             self._json.go_on()
         ended = self._json.ended
         if ended:
-            self._json = _Braces(depth=1)
+            self._json = Braces(depth=1)
             self._read = self._rest_of_call
         return ended
 
@@ -258,78 +254,6 @@ class ReplyParser:
             self._after_call = False
 
 
-class _Braces:
-    """Reads JSON as far as its outermost object, without minding whether it is valid.
-
-    Brackets in strings do not count. A control character cannot stand in a string, so it ends one that was left open; and
-    `</tool_call>` outside of strings ends the object, wherever that stands.
-
-    Attributes:
-        depth: how many brackets are open.
-        ended: whether the object has ended.
-    """
-
-    _TURNS = re.compile(r'["\\{}\[\]<\x00-\x1f]')
-
-    def __init__(self, depth: int = 0) -> None:
-        self.depth = depth
-        self.ended = False
-        self._in_string = False
-        self._at = 0
-
-    def read(self, text: str, start: int, *, final: bool = False) -> int:
-        """Go on reading a text from where the last call stopped, the first time from `start`.
-
-        Returns:
-            Where the object ends, or, if it has not ended, up to where the text surely belongs to it.
-        """
-        self._at = max(self._at, start)
-        while found := self._TURNS.search(text, self._at):
-            sign, at = found[0], found.start()
-            self._at = at + 1
-            if sign == "\\" and self._in_string:
-                if self._at == len(text):
-                    self._at = at  # what it escapes is not there yet
-                    return len(text) if final else at
-                self._at += text[self._at] >= " "
-            elif sign == '"':
-                self._in_string = not self._in_string
-            elif sign < " ":
-                self._in_string = False
-            elif not self._in_string and sign == "<":
-                if text.startswith(CALL_END, at):
-                    self.ended = True
-                    return at
-                if CALL_END.startswith(text[at:]) and not final:
-                    self._at = at
-                    return at
-            elif not self._in_string and sign in "{[":
-                self.depth += 1
-            elif not self._in_string and sign in "}]":
-                self.depth -= 1
-                if self.depth <= 0:
-                    self.ended = True
-                    return self._at
-        self._at = len(text)
-        return self._at
-
-    def go_on(self) -> None:
-        """Begin a text anew: what has been read was taken off it."""
-        self._at = 0
-
-
 def _begun(text: str, marker: str) -> int:
     """Return how many characters at a text's end could begin a marker."""
     return next((n for n in range(min(len(text), len(marker) - 1), 0, -1) if marker.startswith(text[-n:])), 0)
-
-
-def _parse_call(text: str) -> tuple[str, str] | None:
-    """Return a call's name and arguments, None if it is not one."""
-    try:
-        call = json.loads(text)
-        name, arguments = call.get("name"), call.get("arguments")
-        if not (isinstance(name, str) and re.fullmatch(NAME, name) and isinstance(arguments, dict)):
-            return None
-        return name, json.dumps(arguments, allow_nan=False)
-    except (ValueError, RecursionError):
-        return None
