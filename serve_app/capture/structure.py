@@ -4,7 +4,6 @@
 touching the model. What the model does not have is refused here, by name, before anything is generated.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -45,8 +44,10 @@ class ModelStructure:
         d_model: width of the residual stream.
         layers_path: path of the decoder layers' ModuleList.
         taps: per stored key of a canonical hook point, where it is.
-        missing: per hook point that the model does not have everywhere, why.
+        missing: why a hook point is missing: per name where no layer has it (`resid_mid`), per stored key where only some
+            layers have it (`layers.0.router`, in a mixture of experts whose first layer is dense).
         module_paths: every module's path, for requests that name one.
+        verified_on: "weights", or what stood in for them.
     """
 
     model_name: str
@@ -58,6 +59,7 @@ class ModelStructure:
     taps: dict[str, Tap]
     missing: dict[str, str]
     module_paths: frozenset[str] = field(repr=False)
+    verified_on: str = "weights"
 
     def resolve(self, request: ActivationRequest) -> dict[str, Tap]:
         """Turn a request into taps, per stored key, in the order asked for.
@@ -69,11 +71,14 @@ class ModelStructure:
             CaptureRequestError: naming what the model does not have, and what it has.
         """
         layers = self._layers(request)
-        canonical = {tap: key for key, tap in self.taps.items()}
+        canonical = {tap: key for key, tap in reversed(self.taps.items())}
         found: dict[str, Tap] = {}
         for name in request.hook_points:
-            for key, tap in self._hook_point(name, layers):
-                found[canonical.get(tap, key)] = tap
+            if name in LAYER_HOOK_POINTS or name in MODEL_HOOK_POINTS:
+                found |= self._canonical(name, layers, everywhere=request.layers == "all")
+            else:
+                paths = self._module_path(name, layers, everywhere=request.layers == "all")
+                found |= {canonical.get(tap, key): tap for key, tap in paths.items()}
         return found
 
     def _layers(self, request: ActivationRequest) -> list[int]:
@@ -87,49 +92,94 @@ class ModelStructure:
                 )
         return list(dict.fromkeys(layer % self.num_layers for layer in request.layers))
 
-    def _hook_point(self, name: str, layers: list[int]) -> Iterator[tuple[str, Tap]]:
-        if name in LAYER_HOOK_POINTS or name in MODEL_HOOK_POINTS:
-            if name in self.missing:
-                raise CaptureRequestError(
-                    "activations.hook_points", f"{self.model_name} has no {name}: {self.missing[name]}"
-                )
-            for key in [stored_key(name)] if name in MODEL_HOOK_POINTS else [stored_key(name, i) for i in layers]:
-                yield key, self.taps[key]
-            return
+    def _canonical(self, name: str, layers: list[int], *, everywhere: bool) -> dict[str, Tap]:
+        """Return a canonical hook point's taps; asked for everywhere, those of the layers that have it."""
+        if name in self.missing:
+            raise CaptureRequestError(
+                "activations.hook_points", f"{self.model_name} has no {name}: {self.missing[name]}"
+            )
+        keys = [stored_key(name)] if name in MODEL_HOOK_POINTS else [stored_key(name, i) for i in layers]
+        absent = next((key for key in keys if key in self.missing), None)
+        if absent is not None and not everywhere:
+            having = [i for i in range(self.num_layers) if stored_key(name, i) in self.taps]
+            raise CaptureRequestError(
+                "activations.layers",
+                f"{self.model_name} has no {absent}: {self.missing[absent]}; {name} is in layers {ranges(having)}",
+            )
+        return {key: self.taps[key] for key in keys if key in self.taps}
+
+    def _module_path(self, name: str, layers: list[int], *, everywhere: bool) -> dict[str, Tap]:
+        """Return the taps of a module path; asked for everywhere, those of the layers that have the module."""
         path, _, side = name.rpartition(".")
+        reads: Side = "input" if side == "input" else "output"
         if side in ("input", "output") and path in self.module_paths:
-            yield name, Tap(path, "input" if side == "input" else "output")
-            return
-        for layer in layers:
-            inside = f"{self.layers_path}.{layer}.{path}"
-            if side not in ("input", "output") or inside not in self.module_paths:
-                allowed = ", ".join(h for h in (*LAYER_HOOK_POINTS, *MODEL_HOOK_POINTS) if h not in self.missing)
-                raise CaptureRequestError(
-                    "activations.hook_points",
-                    f"{name!r} is not a hook point of {self.model_name}; it has {allowed}, and any module path ending in "
-                    f".input or .output, absolute or inside {self.layers_path}.{layer}",
-                )
-            yield stored_key(name, layer), Tap(inside, "input" if side == "input" else "output")
+            return {name: Tap(path, reads)}
+        inside = {layer: f"{self.layers_path}.{layer}.{path}" for layer in layers}
+        absent = [
+            layer for layer in layers if side not in ("input", "output") or inside[layer] not in self.module_paths
+        ]
+        if absent and not (everywhere and len(absent) < len(layers)):
+            allowed = ", ".join(h for h in (*LAYER_HOOK_POINTS, *MODEL_HOOK_POINTS) if h not in self.missing)
+            raise CaptureRequestError(
+                "activations.hook_points",
+                f"{name!r} is not a hook point of {self.model_name}; it has {allowed}, and any module path ending in "
+                f".input or .output, absolute or inside {self.layers_path}.{absent[0]}",
+            )
+        return {stored_key(name, layer): Tap(inside[layer], reads) for layer in layers if layer not in absent}
+
+    def places(self, name: str) -> dict[str, list[int]]:
+        """Return where a layer's hook point is: per path, with `{i}` for the layer's number, the layers it holds for."""
+        found: dict[str, list[int]] = {}
+        for layer in range(self.num_layers):
+            tap = self.taps.get(stored_key(name, layer))
+            if tap is not None:
+                inside = f"{tap.module}.{tap.side}".removeprefix(f"{self.layers_path}.{layer}.")
+                found.setdefault(f"{self.layers_path}.{{i}}.{inside}", []).append(layer)
+        return found
+
+    def absences(self, name: str) -> dict[str, list[int]]:
+        """Return why a layer's hook point is missing: per reason, the layers it holds for."""
+        everywhere = self.missing.get(name)
+        if everywhere is not None:
+            return {everywhere: list(range(self.num_layers))}
+        found: dict[str, list[int]] = {}
+        for layer in range(self.num_layers):
+            reason = self.missing.get(stored_key(name, layer))
+            if reason is not None:
+                found.setdefault(reason, []).append(layer)
+        return found
 
     def record(self) -> dict[str, Any]:
-        """Return the structure as `layer_analysis_results.json` has it, plus the canonical map of layer 0."""
-        own = {name: self.taps[key] for name in LAYER_HOOK_POINTS if (key := stored_key(name, 0)) in self.taps}
-        shared = {name: self.taps[name] for name in MODEL_HOOK_POINTS if name in self.taps}
+        """Return the structure as `layer_analysis_results.json` has it, extended.
 
-        def template(name: str) -> str | None:
-            tap = own.get(name)
-            prefix = f"{self.layers_path}.0."
-            return tap.module.replace(prefix, f"{self.layers_path}.{{i}}.") if tap else None
-
+        `hook_points` has a layer's hook points at the first layer that has them; `hook_point_layers` has all of them.
+        """
+        places = {name: found for name in LAYER_HOOK_POINTS if (found := self.places(name))}
+        first = {name: next(iter(found.items())) for name, found in places.items()}
+        shared = {name: f"{tap.module}.{tap.side}" for name in MODEL_HOOK_POINTS if (tap := self.taps.get(name))}
+        before = {name: path.rpartition(".")[0] for name, (path, _) in first.items()}
         return {
             "model_name": self.model_name,
             "model_type": self.model_type,
             "architecture": self.architecture,
             "num_layers": self.num_layers,
             "layer_access_pattern": f"{self.layers_path}[i]",
-            "pre_attention_path": template("ln_attn"),
-            "pre_mlp_path": template("ln_mlp"),
+            "pre_attention_path": before.get("ln_attn"),
+            "pre_mlp_path": before.get("ln_mlp"),
             "d_model": self.d_model,
-            "hook_points": {name: f"{tap.module}.{tap.side}" for name, tap in {**own, **shared}.items()},
+            "hook_points": {name: path.format(i=layers[0]) for name, (path, layers) in first.items()} | shared,
+            "hook_point_layers": places,
             "missing": self.missing,
+            "verified_on": self.verified_on,
         }
+
+
+def ranges(layers: list[int]) -> str:
+    """Write layer numbers as people do: `0–2, 5, 7–9`."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and layer == runs[-1][-1] + 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}–{run[-1]}" for run in runs)

@@ -18,29 +18,72 @@ from serve_app.sources import ModelSource
 EOS = 256
 SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 257}
 ROOM = {"intermediate_size": 64, "max_position_embeddings": 128}
-GROUPED = {**SIZE, **ROOM, "num_key_value_heads": 2, "eos_token_id": EOS, "bos_token_id": None, "pad_token_id": EOS}
+IDS = {"eos_token_id": EOS, "bos_token_id": None, "pad_token_id": EOS}
+GROUPED = {**SIZE, **ROOM, **IDS, "num_key_value_heads": 2}
+HEADED = {**GROUPED, "head_dim": 8}
+WINDOWED = {**HEADED, "sliding_window": 4}
+EXPERTS = {**GROUPED, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+GPT = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 257, "eos_token_id": EOS, "bos_token_id": EOS}
+FALCON = {**SIZE, **IDS, "max_position_embeddings": 128}
+DEEPSEEK = {
+    "q_lora_rank": 12,
+    "kv_lora_rank": 12,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 8,
+}
+DEEPSEEK |= {
+    "n_routed_experts": 6,
+    "n_group": 2,
+    "topk_group": 2,
+    "moe_intermediate_size": 48,
+    "first_k_dense_replace": 1,
+}
+
+# By transformers' name of the model type; where one has several kinds of block, what tells them apart follows.
+CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
+    "llama": ("llama", GROUPED),
+    "mistral": ("mistral", GROUPED),
+    "qwen2": ("qwen2", GROUPED),
+    "qwen2_moe": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 40}),
+    "qwen3": ("qwen3", HEADED),
+    "qwen3_moe": ("qwen3_moe", EXPERTS | {"head_dim": 8}),
+    "mixtral": ("mixtral", GROUPED | {"num_local_experts": 6}),
+    "gemma2": ("gemma2", WINDOWED),
+    "gemma3_text": ("gemma3_text", WINDOWED),
+    "gpt2": ("gpt2", GPT | {"n_positions": 128}),
+    "gpt_neox": ("gpt_neox", {**SIZE, **ROOM, "eos_token_id": EOS, "bos_token_id": EOS}),
+    "gpt_neox_sequential": ("gpt_neox", {**SIZE, **ROOM, "use_parallel_residual": False}),
+    "gptj": ("gptj", GPT | {"n_positions": 128, "rotary_dim": 4}),
+    "phi": ("phi", GROUPED),
+    "phi3": ("phi3", GROUPED),
+    "olmo2": ("olmo2", GROUPED),
+    "olmoe": ("olmoe", GROUPED | {"num_experts": 6, "num_experts_per_tok": 2}),
+    "falcon": ("falcon", FALCON),
+    "falcon_two_norms": ("falcon", FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    "falcon_sequential": ("falcon", FALCON | {"parallel_attn": False}),
+    "stablelm": ("stablelm", GROUPED),
+    "stablelm_parallel": ("stablelm", GROUPED | {"use_parallel_residual": True}),
+    "glm4": ("glm4", HEADED),
+    "gpt_oss": ("gpt_oss", WINDOWED | {"num_local_experts": 6, "num_experts_per_tok": 2}),
+    "opt": ("opt", {**SIZE, **IDS, "word_embed_proj_dim": 32, "ffn_dim": 64, "max_position_embeddings": 128}),
+    "opt_post_norm": ("opt", {**SIZE, **IDS, "word_embed_proj_dim": 32, "ffn_dim": 64, "do_layer_norm_before": False}),
+    "bloom": ("bloom", {**IDS, "hidden_size": 32, "n_layer": 3, "n_head": 4, "vocab_size": 257}),
+    "cohere": ("cohere", GROUPED),
+    "granite": ("granite", GROUPED | {"residual_multiplier": 0.22}),
+    "smollm3": ("smollm3", GROUPED),
+    "deepseek_v3": ("deepseek_v3", {**GROUPED, **DEEPSEEK, "num_key_value_heads": 4, "num_experts_per_tok": 2}),
+    # Convolutions between attention layers: a cache that is not all keys and values.
+    "lfm2": ("lfm2", GROUPED | {"layer_types": ["conv", "full_attention", "conv"]}),
+    "llama4_text": ("llama4_text", HEADED | {"num_local_experts": 6, "intermediate_size_mlp": 64}),
+}
 
 
 def config(architecture: str) -> tr.PretrainedConfig:
-    """A tiny configuration of an architecture, by transformers' name of its model type."""
-    match architecture:
-        case "llama":
-            return tr.LlamaConfig(**GROUPED)
-        case "qwen3":
-            return tr.Qwen3Config(**GROUPED, head_dim=8)
-        case "gemma2":
-            return tr.Gemma2Config(**GROUPED, head_dim=8, sliding_window=4)
-        case "olmo2":
-            return tr.Olmo2Config(**GROUPED)
-        case "gpt2":
-            return tr.GPT2Config(
-                n_embd=32, n_layer=3, n_head=4, vocab_size=257, n_positions=128, eos_token_id=EOS, bos_token_id=EOS
-            )
-        case "gpt_neox":
-            return tr.GPTNeoXConfig(**SIZE, **ROOM, eos_token_id=EOS, bos_token_id=EOS)
-        case "lfm2":  # convolutions between attention layers: a cache that is not all keys and values
-            return tr.Lfm2Config(**GROUPED, layer_types=["conv", "full_attention", "conv"])
-    raise ValueError(architecture)
+    """A tiny configuration of an architecture."""
+    model_type, options = CONFIGS[architecture]
+    return tr.AutoConfig.for_model(model_type, **options)
 
 
 def module(architecture: str) -> tr.PreTrainedModel:

@@ -4,7 +4,7 @@ import pytest
 
 from roentgen.contract import ActivationRequest
 from serve_app.capture.resolver import resolve_structure
-from serve_app.capture.structure import CaptureRequestError, ModelStructure, Tap
+from serve_app.capture.structure import CaptureRequestError, ModelStructure, Tap, ranges
 from tests.serve_app import tiny
 
 
@@ -50,3 +50,44 @@ def test_a_missing_canonical_hook_point_says_why() -> None:
     structure = resolve_structure(tiny.module("gpt_neox"), "neox")
     with pytest.raises(CaptureRequestError, match="in parallel"):
         structure.resolve(ActivationRequest(layers=(0,), hook_points=("resid_mid",)))
+
+
+@pytest.fixture(scope="module")
+def experts() -> ModelStructure:
+    return resolve_structure(tiny.module("deepseek_v3"), "experts")  # its first layer is dense
+
+
+def test_all_layers_are_those_that_have_the_hook_point(experts: ModelStructure) -> None:
+    names = ("router", "resid_mid", "mlp.gate.output", "mlp.shared_experts.output")
+    keys = list(experts.resolve(ActivationRequest(layers="all", hook_points=names)))
+    assert keys == [
+        *("layers.1.router", "layers.2.router"),
+        *("layers.0.resid_mid", "layers.1.resid_mid", "layers.2.resid_mid"),
+        *("layers.1.mlp.shared_experts.output", "layers.2.mlp.shared_experts.output"),
+    ]
+
+
+def test_a_layer_that_does_not_have_it_is_refused_by_name(experts: ModelStructure) -> None:
+    with pytest.raises(CaptureRequestError, match=r"no layers.0.router: its MLP is dense.* router is in layers 1–2$"):
+        experts.resolve(ActivationRequest(layers=(0, 1), hook_points=("router",)))
+    with pytest.raises(CaptureRequestError, match=r"'mlp.gate.output' is not a hook point .* inside model.layers.0"):
+        experts.resolve(ActivationRequest(layers=(0, 1), hook_points=("mlp.gate.output",)))
+
+
+def test_a_dense_model_has_no_router(structure: ModelStructure) -> None:
+    with pytest.raises(CaptureRequestError, match="tiny has no router: not a mixture of experts"):
+        structure.resolve(ActivationRequest(layers="all", hook_points=("router",)))
+
+
+def test_one_norm_before_both_has_both_names_and_its_path_the_first() -> None:
+    structure = resolve_structure(tiny.module("phi"), "phi")
+    norm = Tap("model.layers.0.input_layernorm", "output")
+    taps = structure.resolve(ActivationRequest(layers=(0,), hook_points=("ln_mlp", "ln_attn")))
+    assert taps == {"layers.0.ln_mlp": norm, "layers.0.ln_attn": norm}
+    request = ActivationRequest(layers=(0,), hook_points=("input_layernorm.output",))
+    assert structure.resolve(request) == {"layers.0.ln_attn": norm}
+
+
+def test_layer_numbers_are_written_as_ranges() -> None:
+    assert ranges([0, 1, 2, 5, 7, 8]) == "0–2, 5, 7–8"
+    assert ranges([]) == ""

@@ -1,0 +1,139 @@
+"""Watches one forward: what every module inside every decoder layer was given, and what it gave.
+
+A layer's record is handed on when the layer ends and then forgotten, so watching a model of many layers takes the memory of
+one. Modules are listed in the order they start, a parent before what is inside it, so the first that fits is the outermost.
+Values are copied as they pass, because layers add to them in place (Falcon adds attention's output into the MLP's).
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def first_tensor(value: Any) -> Tensor:
+    """Return the hidden states of a module's input or output, however the architecture packs them.
+
+    Outputs are a tensor or a tuple that starts with one; inputs are `(args, kwargs)`, with the hidden states as the first
+    tensor of either.
+
+    Raises:
+        TypeError: if there is no tensor.
+    """
+    for tensor in tensors(value):
+        return tensor
+    raise TypeError(f"no tensor in a {type(value).__name__}")
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a module's input or output, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, dict | tuple | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors(part)
+
+
+@dataclass
+class Visit:
+    """What one module took and gave in a forward.
+
+    Attributes:
+        path: the module's path from the root of the model.
+        module: the module.
+        taken: the first tensor it was given, `[batch, tokens, width]` or flattened to `[batch * tokens, width]`.
+        given: the first tensor it gave, likewise.
+        beside: what a module that gives a tuple gave beside its first tensor.
+    """
+
+    path: str
+    module: nn.Module
+    taken: Tensor
+    given: Tensor
+    beside: list[Tensor] = field(default_factory=list)
+
+    @property
+    def _said(self) -> str:
+        name = next(part for part in reversed(self.path.split(".")) if not part.isdigit())
+        return f"{name} {type(self.module).__name__}".lower()
+
+    @property
+    def is_norm(self) -> bool:
+        """Whether its class or its name says that it normalises."""
+        return "norm" in self._said
+
+    @property
+    def is_attention(self) -> bool:
+        """Whether its class or its name says that it attends."""
+        return ("attn" in self._said or "attention" in self._said) and not self.is_norm
+
+    def inside(self, other: "Visit") -> bool:
+        """Whether its module is a submodule of another's."""
+        return self.path.startswith(f"{other.path}.")
+
+
+@dataclass(frozen=True)
+class Passage:
+    """One run of a decoder layer.
+
+    Attributes:
+        path: the layer's path from the root of the model.
+        taken: what entered it.
+        given: what left it.
+        visits: the modules inside it that ran once, took hidden states and gave a tensor, in the order they started.
+    """
+
+    path: str
+    taken: Tensor
+    given: Tensor
+    visits: list[Visit]
+
+
+@contextmanager
+def watch(layers: Iterable[tuple[str, nn.Module]], passed: Callable[[Passage], None]) -> Iterator[None]:
+    """Call `passed` with the record of each layer when it ends.
+
+    Args:
+        layers: path and module of each decoder layer.
+        passed: called once per run of a layer that takes and gives a tensor.
+    """
+    layers = list(layers)
+    owners = Counter(module for _, layer in layers for module in layer.modules())
+    runs: Counter[str] = Counter()
+    started: dict[str, Tensor] = {}
+    visits: dict[str, Visit] = {}
+
+    def before(module: nn.Module, args: Any, kwargs: Any, *, path: str, root: str) -> None:
+        if path == root:
+            for kept in (runs, started, visits):
+                kept.clear()
+        runs[path] += 1
+        taken = next(tensors((args, kwargs)), None)
+        if taken is not None:
+            started[path] = taken.clone()
+
+    def after(module: nn.Module, args: Any, output: Any, *, path: str, root: str) -> None:
+        given = [tensor.clone() for tensor in tensors(output)]
+        if path in started and given and started[path].is_floating_point():
+            visits[path] = Visit(path, module, started[path], given[0], given[1:])
+        if path == root and root in visits:
+            layer, *inside = (visits[p] for p in started if p in visits and runs[p] == 1)
+            passed(Passage(root, layer.taken, layer.given, inside))
+
+    handles = []
+    for root, layer in layers:
+        for path, module in layer.named_modules(prefix=root):
+            if owners[module] == 1:  # one that several layers use would give the rows of all of them
+                handles.append(
+                    module.register_forward_pre_hook(partial(before, path=path, root=root), with_kwargs=True)
+                )
+                handles.append(module.register_forward_hook(partial(after, path=path, root=root)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
