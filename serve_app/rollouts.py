@@ -64,7 +64,7 @@ def build_rollout(
         text=whole,
         segments=[*prompt.segments, Segment("assistant", len(prompt.text), len(whole))],
         finish_reason=finished.finish_reason,
-        final_logprob=finished.scores[-1].logprob,
+        final_logprob=float(logprobs[-1]),
         key=asked.key,
         labels=asked.labels,
     )

@@ -152,6 +152,13 @@ async def test_each_choice_keeps_a_rollout(replica: ModelReplica) -> None:
     assert single["tensors"]["layers.1.resid_post"]["shape"] == [5, 32]
 
 
+async def test_a_prompt_that_is_only_read_keeps_its_rows(replica: ModelReplica) -> None:
+    asked = {"layers": [1], "hook_points": ["resid_post"], "session_id": "read"}
+    sent = (await complete(replica, prompt="abc", max_tokens=0, echo=True, activations=asked))["reply"]["activations"]
+    assert sent["tensors"]["layers.1.resid_post"]["shape"] == [3, 32]
+    assert Session.open(sent["uri"]).rollouts()["n_completion"].tolist() == [0]
+
+
 async def test_values_inline_are_the_stored_ones(replica: ModelReplica) -> None:
     for delivery, kind in (("sample", "sampled_tensor"), ("full", "complete_tensor")):
         asked = {"layers": [1], "hook_points": ["resid_post"], "return": delivery}
