@@ -27,6 +27,21 @@ from serve_app.http_api import check_key, make_api
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.completions import CompletionRequest
 from serve_app.openai_api.errors import ApiError
+from serve_app.openai_api.schemas import (
+    HEALTH,
+    ChatCompletion,
+    Completion,
+    DeletedSession,
+    DetokenizedText,
+    ModelCard,
+    ModelList,
+    ModelStructure,
+    SessionList,
+    SessionPage,
+    Tokens,
+    archive,
+    documented,
+)
 from serve_app.openai_api.tokenize import DetokenizeRequest, TokenizeRequest
 
 log = logging.getLogger(__name__)
@@ -45,19 +60,32 @@ class Ingress:
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Bind the routes to this object's methods; Serve calls it once per replica. All but `/health` ask for the key."""
         api = make_api(self._config.max_body_bytes)
-        api.add_api_route("/health", self.health, methods=["GET"])
+        api.add_api_route("/health", self.health, methods=["GET"], **HEALTH)
         locked = APIRouter(dependencies=[Depends(check_key)])
-        locked.add_api_route("/v1/models", self.models, methods=["GET"])
-        locked.add_api_route("/v1/models/{model_id:path}", self.model, methods=["GET"])
-        locked.add_api_route("/v1/model/structure", self.structure, methods=["GET"])
-        locked.add_api_route("/v1/chat/completions", self.chat, methods=["POST"])
-        locked.add_api_route("/v1/completions", self.completions, methods=["POST"])
-        locked.add_api_route("/tokenize", self.tokenize, methods=["POST"])
-        locked.add_api_route("/detokenize", self.detokenize, methods=["POST"])
-        locked.add_api_route("/v1/activations/sessions", self.sessions, methods=["GET"])
-        locked.add_api_route("/v1/activations/session/{session_id}", self.session, methods=["GET"])
-        locked.add_api_route("/v1/activations/session/{session_id}", self.delete_session, methods=["DELETE"])
-        locked.add_api_route("/v1/activations/session/{session_id}/download", self.download, methods=["GET"])
+        locked.add_api_route("/v1/models", self.models, methods=["GET"], **documented(ModelList))
+        locked.add_api_route("/v1/models/{model_id:path}", self.model, methods=["GET"], **documented(ModelCard))
+        locked.add_api_route("/v1/model/structure", self.structure, methods=["GET"], **documented(ModelStructure))
+        locked.add_api_route(
+            "/v1/chat/completions", self.chat, methods=["POST"], **documented(ChatCompletion, streams=True)
+        )
+        locked.add_api_route(
+            "/v1/completions", self.completions, methods=["POST"], **documented(Completion, streams=True)
+        )
+        locked.add_api_route("/tokenize", self.tokenize, methods=["POST"], **documented(Tokens))
+        locked.add_api_route("/detokenize", self.detokenize, methods=["POST"], **documented(DetokenizedText))
+        locked.add_api_route("/v1/activations/sessions", self.sessions, methods=["GET"], **documented(SessionList))
+        locked.add_api_route(
+            "/v1/activations/session/{session_id}", self.session, methods=["GET"], **documented(SessionPage)
+        )
+        locked.add_api_route(
+            "/v1/activations/session/{session_id}",
+            self.delete_session,
+            methods=["DELETE"],
+            **documented(DeletedSession),
+        )
+        locked.add_api_route(
+            "/v1/activations/session/{session_id}/download", self.download, methods=["GET"], **archive()
+        )
         api.include_router(locked)
         return api
 
