@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo install test check format cloud-env clean
+.PHONY: demo install test check format bench cloud-env clean
 
 # The main job: serve a real model, evaluate it on problems it can sometimes solve, keep its activations, train probes.
 DEMO := results/demo
@@ -37,6 +37,12 @@ check: $(INSTALLED)
 format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+# Side-by-side measurements; each replaces its section of benchmarks/RESULTS.md.
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks.engine
+	$(BIN)/python -m benchmarks.serving
+	$(BIN)/python -m benchmarks.memory
 
 # The launcher's own environment: SkyPilot and the server's packages cannot share one.
 cloud-env: .venv-cloud/.installed

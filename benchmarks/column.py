@@ -1,0 +1,112 @@
+"""One way to generate, with one number in flight, in a process of its own, so that its memory's high-water mark is its own.
+
+Reads what to do as JSON from its only argument, and prints what it measured as a line of JSON.
+"""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from dataclasses import asdict, dataclass
+from statistics import median
+
+import torch
+
+from benchmarks.limits import Weights
+from benchmarks.statistics import percentile
+from benchmarks.ways import UnavailableError, loaded_way
+from benchmarks.workload import Workload
+
+
+@dataclass(frozen=True)
+class Column:
+    """What one way reached.
+
+    Attributes:
+        way: its name.
+        in_flight: requests at once.
+        prompts: how many there were.
+        prompt_tokens: read.
+        tokens: generated.
+        seconds: taken.
+        first_token_s: median time to a first token.
+        first_token_p95_s: its 95th percentile.
+        peak_bytes: the process's memory at its largest (on a GPU, the tensors on it).
+        weights: of the model.
+        skipped: why it could not run; everything else is then 0.
+    """
+
+    way: str
+    in_flight: int
+    prompts: int = 0
+    prompt_tokens: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    first_token_s: float = 0.0
+    first_token_p95_s: float = 0.0
+    peak_bytes: int = 0
+    weights: Weights | None = None
+    skipped: str = ""
+
+    @property
+    def rate(self) -> float:
+        """Tokens generated per second."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+def measure_column(way: str, in_flight: int, prompts: int, workload: Workload) -> Column:
+    """Measure one column in a process of its own."""
+    task = {"way": way, "in_flight": in_flight, "prompts": prompts, "workload": asdict(workload)}
+    child = subprocess.run(
+        [sys.executable, "-m", "benchmarks.column", json.dumps(task)],
+        capture_output=True,
+        text=True,
+    )
+    lines = child.stdout.strip().splitlines()
+    if child.returncode or not lines:
+        said = [line for line in child.stderr.splitlines() if line.strip()]
+        return Column(way, in_flight, skipped=said[-1] if said else f"it ended with {child.returncode}")
+    found = json.loads(lines[-1])
+    weights = found.pop("weights")
+    return Column(**found, weights=Weights(**weights) if weights else None)
+
+
+def run_column(way: str, in_flight: int, prompts: int, workload: Workload) -> Column:
+    """Measure one column in this process: a short run to warm up, then all prompts."""
+    try:
+        with loaded_way(way, workload, in_flight) as (run, module):
+            tokenizer = workload.tokenizer()
+            texts = workload.prompts(tokenizer, prompts)
+            run(texts[:1], 2, 1)
+            found = run(texts, workload.max_tokens, in_flight)
+            weights = Weights.of(module)
+    except UnavailableError as error:
+        return Column(way, in_flight, skipped=str(error))
+    return Column(
+        way=way,
+        in_flight=in_flight,
+        prompts=prompts,
+        prompt_tokens=found.prompt_tokens,
+        tokens=found.tokens,
+        seconds=found.seconds,
+        first_token_s=median(found.first_token_s),
+        first_token_p95_s=percentile(found.first_token_s, 95),
+        peak_bytes=peak_bytes(),
+        weights=weights,
+    )
+
+
+def peak_bytes() -> int:
+    """Return this process's memory at its largest; on a GPU, that of the tensors on it."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    task = json.loads(sys.argv[1])
+    column = run_column(task["way"], task["in_flight"], task["prompts"], Workload(**task["workload"]))
+    print(json.dumps(asdict(column)), flush=True)
+    # A way that failed may have left threads that nothing can join.
+    os._exit(0)

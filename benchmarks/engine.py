@@ -1,0 +1,113 @@
+"""The engine beside other ways to generate and capture: `python -m benchmarks.engine`.
+
+First the table: each way in a process of its own, on the same prompts. Then the pairs: what capturing costs, and what batching
+gains over the way that this project replaces, as ratios of interleaved runs.
+"""
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from benchmarks.column import Column, measure_column
+from benchmarks.limits import Limits, measure_limits
+from benchmarks.pairs import IN_FLIGHT, Ratio, measure_pairs
+from benchmarks.record import record, table
+from benchmarks.ways import WAYS
+from benchmarks.workload import Workload
+
+
+def main(
+    model: Annotated[str, typer.Option(help="smollm2-135m, a folder, or a hub id.")] = "smollm2-135m",
+    random_weights: Annotated[str, typer.Option(help="Instead, a shape with random weights: qwen3-0.6b.")] = "",
+    problems: Annotated[str, typer.Option(help="A source of problems; GSM8K if it is at hand.")] = "",
+    in_flight: Annotated[str, typer.Option(help="Requests at once.")] = "1,16,64",
+    columns: Annotated[str, typer.Option(help="Ways to run.")] = ",".join(WAYS),
+    prompts: Annotated[int, typer.Option(help="Per column; 0 for as many as in flight, and 3 where that is 1.")] = 0,
+    max_tokens: Annotated[int, typer.Option(help="The most to generate per prompt.")] = 48,
+    pairs: Annotated[int, typer.Option(help="Rounds of interleaved runs; 0 for none.")] = 5,
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything here.")] = None,
+    write: Annotated[bool, typer.Option("--record/--no-record", help="Update RESULTS.md.")] = True,
+) -> None:
+    """Measure the engine."""
+    workload = Workload(model, random_weights, problems, max_tokens, dtype, device)
+    start = time.monotonic()
+
+    def stage(text: str) -> None:
+        print(f"{time.monotonic() - start:7.1f} s  {text}", file=sys.stderr, flush=True)
+
+    names = [name for name in columns.split(",") if name]
+    unknown = [name for name in names if name not in WAYS]
+    if unknown:
+        raise typer.BadParameter(f"{unknown[0]!r} is unknown; there are {', '.join(WAYS)}", param_hint="--columns")
+    limits = measure_limits(*workload.place())
+    found: list[Column] = []
+    for at_once in map(int, in_flight.split(",")):
+        for name in names:
+            if name == "seed" and at_once > 1:
+                continue  # one request at a time is all it does
+            column = measure_column(name, at_once, prompts or max(3, at_once), workload)
+            stage(f"{name}, {at_once} in flight: {column.skipped or f'{column.rate:.1f} tokens/s'}")
+            found.append(column)
+    measured = measure_pairs(workload, IN_FLIGHT, pairs, stage) if pairs else []
+    again = measure_limits(*workload.place())  # a machine that was busy at the start would look slower than it is
+    limits = Limits(max(limits.bytes_per_s, again.bytes_per_s), max(limits.flops, again.flops))
+    body = report(workload, limits, found, measured)
+    print(body)
+    if write:
+        record("Engine", body)
+    if json_file is not None:
+        everything = {
+            "workload": asdict(workload),
+            "limits": asdict(limits),
+            "columns": [asdict(column) for column in found],
+            "ratios": [asdict(ratio) for ratio in measured],
+        }
+        json_file.write_text(json.dumps(everything, indent=2) + "\n")
+
+
+def report(workload: Workload, limits: Limits, columns: list[Column], pairs: list[Ratio]) -> str:
+    """Lay out the results in Markdown."""
+    dtype = str(workload.place()[1]).removeprefix("torch.")
+    parts = [
+        f"{workload.name}, {dtype}, at most {workload.max_tokens} tokens per GSM8K-shaped prompt, greedy, with real stopping. "
+        f"The machine reads weights at {limits.bytes_per_s / 1e9:.1f} GB/s and computes {limits.flops / 1e9:,.0f} GFLOP/s, "
+        "both measured in this run; the last column is the least time that these allow for the workload, as a share of "
+        "the time it took.",
+    ]
+    if columns:
+        header = ["way", "in flight", "tokens/s", "first token, median", "p95", "peak memory", "of the machine's limit"]
+        parts.append(table(header, [_row(column, limits) for column in columns if not column.skipped]))
+        parts += [f"{c.way}, {c.in_flight} in flight: skipped, {c.skipped}" for c in columns if c.skipped]
+    if pairs:
+        rows = [[r.what, f"{r.budget}×", str(r.interval), str(r.pairs)] for r in pairs]
+        coverage = f"{pairs[0].interval.coverage:.0%}"
+        parts.append(
+            f"Interleaved runs of one process, {IN_FLIGHT} in flight; median ratio and its {coverage} interval:"
+        )
+        parts.append(table(["ratio of tokens/s", "budget", "median (interval)", "pairs"], rows))
+    return "\n\n".join(parts)
+
+
+def _row(column: Column, limits: Limits) -> list[str]:
+    assert column.weights is not None
+    least = limits.generation_s(column.weights, column.prompts, column.prompt_tokens, column.tokens, column.in_flight)
+    return [
+        column.way,
+        str(column.in_flight),
+        f"{column.rate:.1f}",
+        f"{column.first_token_s:.2f} s",
+        f"{column.first_token_p95_s:.2f} s",
+        f"{column.peak_bytes / 1e9:.2f} GB",
+        f"{least / column.seconds:.0%}",
+    ]
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,96 @@
+"""What this machine could do at best: its memory's bandwidth and its arithmetic, measured here and now.
+
+A forward over `n` tokens reads all weights once and does two operations per weight and token, so it takes at least as long
+as the slower of the two. Attention and the KV cache come on top and are left out: the limit is one that cannot be beaten.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+MATVEC_BYTES = 512 << 20
+MATMUL_SIZE = 2048
+REPEATS = 5
+
+
+@dataclass(frozen=True)
+class Limits:
+    """A machine's limits in one dtype.
+
+    Attributes:
+        bytes_per_s: weights read, in a product with one vector.
+        flops: operations per second, in a product of large matrices.
+    """
+
+    bytes_per_s: float
+    flops: float
+
+    def forward_s(self, weights: "Weights", n_tokens: int, n_logits: int) -> float:
+        """Return the seconds that a forward over `n_tokens` tokens takes at least, if `n_logits` of them need logits."""
+        operations = 2 * (n_tokens * weights.body + n_logits * weights.head)
+        return max(weights.n_bytes / self.bytes_per_s, operations / self.flops)
+
+    def generation_s(
+        self, weights: "Weights", prompts: int, prompt_tokens: int, generated: int, in_flight: int
+    ) -> float:
+        """Return the seconds that a workload takes at least: all prompts read at once, then steps of `in_flight` tokens.
+
+        Args:
+            weights: of the model.
+            prompts: how many.
+            prompt_tokens: of all of them.
+            generated: tokens; the first of each prompt comes with the reading.
+            in_flight: tokens of a step.
+        """
+        steps = (generated - prompts) / in_flight
+        read_s = self.forward_s(weights, prompt_tokens, prompts)
+        return read_s + steps * self.forward_s(weights, in_flight, in_flight)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights that every forward uses: all but an embedding that only looks rows up.
+
+    Attributes:
+        body: numbers that every token meets.
+        head: numbers of the output head, which only tokens whose logits are wanted meet.
+        n_bytes: of both.
+    """
+
+    body: int
+    head: int
+    n_bytes: int
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Weights":
+        """Count a model's; `get_input_embeddings` and `get_output_embeddings` say which matrix is which."""
+        embedding = model.get_input_embeddings().weight  # type: ignore[operator]
+        head = model.get_output_embeddings().weight  # type: ignore[operator]
+        body = [p for p in model.parameters() if p is not embedding and p is not head]
+        return cls(sum(p.numel() for p in body), head.numel(), sum(p.nbytes for p in [*body, head]))
+
+
+def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
+    """Measure the best of some runs of a matrix-vector and a matrix-matrix product."""
+    rows = MATVEC_BYTES // dtype.itemsize // 4096
+    matrix = torch.ones(rows, 4096, device=device, dtype=dtype)
+    vector = torch.ones(4096, device=device, dtype=dtype)
+    square = torch.ones(MATMUL_SIZE, MATMUL_SIZE, device=device, dtype=dtype)
+    with torch.inference_mode():
+        read_s = _best(lambda: matrix @ vector, device)
+        compute_s = _best(lambda: square @ square, device)
+    return Limits(matrix.nbytes / read_s, 2 * MATMUL_SIZE**3 / compute_s)
+
+
+def _best(run: Callable[[], object], device: torch.device) -> float:
+    times = []
+    for _ in range(REPEATS + 1):  # the first warms up
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])

@@ -1,0 +1,197 @@
+"""A replica's memory over many captured requests: `python -m benchmarks.memory`.
+
+Requests run through the engine, their rows are committed to a store, and every so often the process's resident memory is read.
+The store is in a temporary folder. What should come out is a flat line: nothing is kept of a request that is done.
+"""
+
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Annotated
+
+import numpy as np
+import psutil
+import typer
+from ulid import ULID
+
+from benchmarks.record import record, table
+from benchmarks.statistics import Interval, slope_interval
+from benchmarks.workload import CAPTURES, Workload, capture_plan
+from roentgen.store import CaptureSpec, Receipt, Rollout, Segment, StoreWriter
+from serve_app.engines.protocol import Event, Failed, Finished, GenerationJob, Sampling
+from serve_app.engines.transformers_engine import TransformersEngine
+from serve_app.models import LoadedModel
+
+PROMPT_TOKENS = 48
+"""Prompts are cut to this: it is the number of requests that matters here."""
+
+SETTLING = 0.2
+"""Share of the run before the slope is taken: allocators and caches fill first."""
+
+FLAT = 0.02
+"""Growth over the whole run, as a share of the memory, that still counts as flat."""
+
+BARS = "▁▂▃▄▅▆▇█"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The memory after some requests, in bytes."""
+
+    requests: int
+    resident: int
+
+
+def main(
+    model: Annotated[str, typer.Option(help="smollm2-135m, a folder, or a hub id.")] = "smollm2-135m",
+    random_weights: Annotated[str, typer.Option(help="Instead, a shape with random weights: qwen3-0.6b.")] = "",
+    problems: Annotated[str, typer.Option(help="A source of problems; GSM8K if it is at hand.")] = "",
+    requests: Annotated[int, typer.Option(min=10, help="Captured requests.")] = 1000,
+    every: Annotated[int, typer.Option(min=1, help="Requests between two readings.")] = 50,
+    in_flight: Annotated[int, typer.Option(help="Requests at once.")] = 32,
+    max_tokens: Annotated[int, typer.Option(help="The most to generate per prompt.")] = 8,
+    capture: Annotated[str, typer.Option(help=f"What to capture: {', '.join(CAPTURES[1:])}.")] = "3x2",
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    write: Annotated[bool, typer.Option("--record/--no-record", help="Update RESULTS.md.")] = True,
+) -> None:
+    """Measure a replica's memory."""
+    if capture not in CAPTURES[1:]:
+        raise typer.BadParameter(f"{capture!r} is unknown", param_hint="--capture")
+    workload = Workload(model, random_weights, problems, max_tokens, dtype, device)
+    start = time.monotonic()
+
+    def stage(text: str) -> None:
+        print(f"{time.monotonic() - start:7.1f} s  {text}", file=sys.stderr, flush=True)
+
+    samples = measure_memory(workload, capture, requests, every, in_flight, stage)
+    body = report(workload, capture, samples, in_flight)
+    print(body)
+    if write:
+        record("Memory", body)
+
+
+def measure_memory(
+    workload: Workload, capture: str, requests: int, every: int, in_flight: int, stage: Callable[[str], None]
+) -> list[Sample]:
+    """Run captured requests and read the memory after every few."""
+    model = workload.load()
+    prompts = [prompt[-PROMPT_TOKENS:] for prompt in workload.prompts(model.tokenizer, min(requests, 200))]
+    plan = capture_plan(model, capture)
+    assert plan is not None
+    positions = str(plan.positions)
+    engine = TransformersEngine(model, max_batch=in_flight, max_queue=2 * in_flight)
+    process, samples = psutil.Process(), []
+    room = threading.Semaphore(in_flight)
+    failures: list[Exception] = []
+    with tempfile.TemporaryDirectory() as folder, StoreWriter(folder) as writer:
+
+        def committed(future: "Future[Receipt]") -> None:
+            if (error := future.exception()) is not None:
+                failures.append(StoreFailedError(str(error)))
+            room.release()
+
+        def listener(prompt: list[int]) -> Callable[[Event], None]:
+            def listen(event: Event) -> None:
+                if isinstance(event, Finished):
+                    writer.submit(_rollout(model, prompt, event, positions)).add_done_callback(committed)
+                elif isinstance(event, Failed):
+                    failures.append(event.error)
+                    room.release()
+
+            return listen
+
+        try:
+            for number in range(requests):
+                prompt = prompts[number % len(prompts)]
+                room.acquire()
+                sampling = Sampling(workload.max_tokens, temperature=0)
+                engine.submit(GenerationJob(prompt, sampling, listener(prompt), plan))
+                if (number + 1) % every == 0:
+                    samples.append(Sample(number + 1, process.memory_info().rss))
+                    stage(f"{number + 1} requests: {samples[-1].resident / 1e6:,.0f} MB")
+            for _ in range(in_flight):
+                room.acquire()
+        finally:
+            engine.close()
+    if failures:
+        raise failures[0]
+    return samples
+
+
+class StoreFailedError(Exception):
+    """A rollout could not be stored."""
+
+
+def _rollout(model: LoadedModel, prompt: list[int], finished: Finished, positions: str) -> Rollout:
+    """Make of a finished request what is stored."""
+    captured = finished.captured
+    assert captured is not None
+    token_ids = prompt + finished.token_ids
+    logprobs = np.array([np.nan] * len(prompt) + [score.logprob for score in finished.scores], dtype=np.float32)
+    return Rollout(
+        session_id="memory",
+        rollout_id=str(ULID()),
+        spec=CaptureSpec(
+            model=model.source.name,
+            revision=model.source.revision,
+            keys=tuple(captured.tensors),
+            positions=positions,
+            dtype=str(model.dtype),
+        ),
+        tensors=captured.tensors,
+        position=captured.position,
+        row_token_id=np.array(token_ids)[captured.position],
+        row_logprob=logprobs[captured.position],
+        token_ids=token_ids,
+        token_offsets=[0] * len(token_ids),
+        n_prompt=len(prompt),
+        text=finished.text,
+        segments=[Segment("assistant", 0, len(finished.text))],
+        finish_reason=finished.finish_reason,
+        final_logprob=finished.scores[-1].logprob,
+        key=None,
+        labels={},
+    )
+
+
+def growth(samples: Sequence[Sample]) -> Interval:
+    """Return the bytes by which memory grows per request, once it has settled.
+
+    Raises:
+        ValueError: if there are too few samples.
+    """
+    settled = samples[int(len(samples) * SETTLING) :]
+    return slope_interval([s.requests for s in settled], [s.resident for s in settled])
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """Draw a curve in one line, from 0 to its maximum."""
+    top = max(values)
+    return "".join(BARS[min(len(BARS) - 1, int(len(BARS) * value / top))] for value in values)
+
+
+def report(workload: Workload, capture: str, samples: Sequence[Sample], in_flight: int) -> str:
+    """Lay out the results in Markdown."""
+    slope, last = growth(samples), samples[-1]
+    total = slope.estimate * last.requests / last.resident
+    verdict = "flat" if abs(total) <= FLAT else "not flat"
+    rows = [[f"{s.requests:,}", f"{s.resident / 1e6:,.0f} MB"] for s in samples]
+    return "\n\n".join(
+        [
+            f"{workload.name}, {last.requests:,} requests, capture {capture}, {in_flight} in flight, through the engine and "
+            f"the store's writer. **{verdict.capitalize()}**: after the first {SETTLING:.0%} memory grows by "
+            f"{slope.estimate / 1e3:.1f} kB a request (95%: {slope.low / 1e3:.1f} to {slope.high / 1e3:.1f}), "
+            f"{total:.1%} of {last.resident / 1e9:.2f} GB over the run.",
+            f"`{sparkline([s.resident for s in samples])}` (from 0 to {max(s.resident for s in samples) / 1e9:.2f} GB)",
+            table(["requests", "resident memory"], rows),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

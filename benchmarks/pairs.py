@@ -1,0 +1,91 @@
+"""The budget's ratios: runs of one process, one after the other, round after round, so that noise hits all alike.
+
+Each round runs every arm once, in the opposite order of the round before. All engine arms share one engine and one copy of the
+weights; the seed's way has a copy of its own, since two threads cannot trace one model.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from benchmarks.statistics import Interval, ratios
+from benchmarks.ways import Way, engine_way, seed_way
+from benchmarks.workload import Workload
+from serve_app.engines.transformers_engine import TransformersEngine
+
+IN_FLIGHT = 16
+SEED_PROMPTS = 2
+"""The seed's way is slow; its rate needs no more prompts than these."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """One row of the budget.
+
+    Attributes:
+        what: it compares.
+        budget: the least that the ratio should be.
+        interval: the ratio.
+        pairs: how many.
+    """
+
+    what: str
+    budget: float
+    interval: Interval
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One thing to run in each round."""
+
+    way: Way
+    prompts: list[list[int]]
+    in_flight: int
+
+
+def interleave(arms: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Run every arm once per round, forwards and backwards in turn; returns each arm's values by round."""
+    found: dict[str, list[float]] = {name: [] for name in arms}
+    for number in range(rounds):
+        for name in list(arms)[:: -1 if number % 2 else 1]:
+            found[name].append(arms[name]())
+    return found
+
+
+def measure_pairs(workload: Workload, prompts: int, rounds: int, stage: Callable[[str], None]) -> list[Ratio]:
+    """Measure the budget's ratios of tokens per second.
+
+    Args:
+        workload: what to run.
+        prompts: per run of the engine.
+        rounds: how many pairs.
+        stage: told what is being done.
+    """
+    model = workload.load()
+    module, tokenizer = workload.load_plain()
+    texts = workload.prompts(tokenizer, prompts)
+    engine = TransformersEngine(model, max_batch=IN_FLIGHT, max_queue=1024)
+    arms = {name: Arm(engine_way(engine, model, name), texts, IN_FLIGHT) for name in ("none", "3x2", "all")} | {
+        "seed": Arm(seed_way(module, tokenizer), texts[:SEED_PROMPTS], 1)
+    }
+
+    def runner(name: str, arm: Arm) -> Callable[[], float]:
+        def run() -> float:
+            found = arm.way(arm.prompts, workload.max_tokens, arm.in_flight)
+            stage(f"{name}: {found.tokens} tokens, {found.rate:.1f}/s")
+            return found.rate
+
+        return run
+
+    try:
+        for arm in arms.values():
+            arm.way(arm.prompts[: arm.in_flight], 2, arm.in_flight)
+        rates = interleave({name: runner(name, arm) for name, arm in arms.items()}, rounds)
+    finally:
+        engine.close()
+    compared = [
+        ("capture of 3 layers × 2 hook points against none", 0.97, "3x2", "none"),
+        ("capture of every layer's residual against none", 0.90, "all", "none"),
+        (f"{IN_FLIGHT} in flight, 3 × 2 captured, against the seed's way", 8.0, "3x2", "seed"),
+    ]
+    return [Ratio(what, budget, ratios(rates[ours], rates[theirs]), rounds) for what, budget, ours, theirs in compared]

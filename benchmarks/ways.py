@@ -1,0 +1,270 @@
+"""Ways to generate the same completions: each a function of the model, the prompts and how many are in flight.
+
+All are greedy and stop where the model stops; each counts the tokens it really generated, and notes when each request's first
+token was there, counted from the moment the request was made.
+"""
+
+import queue
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import nnsight
+import torch
+from nnsight.modeling.transformers import TransformersModel
+from transformers import (
+    ContinuousBatchingConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from benchmarks.workload import Workload, capture_plan, capture_request
+from roentgen.contract import split_key
+from serve_app.capture.resolver import resolve_structure
+from serve_app.engines.protocol import Event, Failed, Finished, GenerationJob, Sampling
+from serve_app.engines.transformers_engine import TransformersEngine
+from serve_app.models import LoadedModel
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of a workload.
+
+    Attributes:
+        prompt_tokens: read.
+        tokens: generated.
+        seconds: it took.
+        first_token_s: per request, the seconds until its first token.
+    """
+
+    prompt_tokens: int
+    tokens: int
+    seconds: float
+    first_token_s: list[float] = field(repr=False)
+
+    @property
+    def rate(self) -> float:
+        """Tokens generated per second; reading the prompts is part of the time."""
+        return self.tokens / self.seconds
+
+
+PAGE, BATCH_TOKENS = 256, 512
+"""Of transformers' continuous batching: tokens of a page of its cache, and of a forward; the engine's prefills take as many."""
+
+Way = Callable[[list[list[int]], int, int], Run]
+"""Generates for prompts, at most so many tokens each, with so many in flight."""
+
+
+WAYS = {
+    "seed": "3x2",
+    "generate": "none",
+    "continuous": "none",
+    "engine": "none",
+    "engine-3x2": "3x2",
+    "engine-all": "all",
+}
+"""The ways, and what each captures."""
+
+
+class UnavailableError(Exception):
+    """A way does not work here; the message says why."""
+
+
+def engine_way(engine: TransformersEngine, model: LoadedModel, capture: str) -> Way:
+    """Return this project's engine, with one of the captures; whoever finishes makes room for the next."""
+    plan = capture_plan(model, capture)
+
+    def run(prompts: list[list[int]], max_tokens: int, in_flight: int) -> Run:
+        heard: queue.SimpleQueue[Finished | Failed] = queue.SimpleQueue()
+        made: dict[int, float] = {}
+        first: dict[int, float] = {}
+
+        def submit(number: int) -> None:
+            def listen(event: Event) -> None:
+                first.setdefault(number, time.perf_counter())
+                if isinstance(event, Finished | Failed):
+                    heard.put(event)
+
+            made[number] = time.perf_counter()
+            sampling = Sampling(max_tokens, temperature=0)
+            engine.submit(GenerationJob(prompts[number], sampling, listen, plan, stream=True))
+
+        start = time.perf_counter()
+        tokens = 0
+        for number in range(min(in_flight, len(prompts))):
+            submit(number)
+        for done in range(len(prompts)):
+            event = heard.get()
+            if isinstance(event, Failed):
+                raise event.error
+            tokens += len(event.token_ids)
+            if done + in_flight < len(prompts):
+                submit(done + in_flight)
+        seconds = time.perf_counter() - start
+        return Run(sum(map(len, prompts)), tokens, seconds, [first[i] - made[i] for i in made])
+
+    return run
+
+
+class _Clock(StoppingCriteria):
+    """Notes the time of every step, and stops nothing."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+        self.times.append(time.perf_counter())
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def generate_way(module: PreTrainedModel, end: frozenset[int]) -> Way:
+    """Return transformers' `generate` in static batches: the next batch begins when the whole of the last has ended."""
+    device = next(module.parameters()).device
+    pad = min(end, default=0)
+
+    def run(prompts: list[list[int]], max_tokens: int, in_flight: int) -> Run:
+        start = time.perf_counter()
+        tokens, first = 0, []
+        for begin in range(0, len(prompts), in_flight):
+            batch, clock = prompts[begin : begin + in_flight], _Clock()
+            width = max(map(len, batch))
+            ids = torch.tensor([[pad] * (width - len(p)) + p for p in batch], device=device)
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=device)
+            with torch.inference_mode():
+                output = module.generate(
+                    ids,
+                    attention_mask=mask,
+                    max_new_tokens=max_tokens,
+                    do_sample=False,
+                    pad_token_id=pad,
+                    stopping_criteria=StoppingCriteriaList([clock]),
+                )
+            tokens += sum(_length(row, end) for row in output[:, width:].tolist())
+            first += [clock.times[0] - start] * len(batch)
+        return Run(sum(map(len, prompts)), tokens, time.perf_counter() - start, first)
+
+    return run
+
+
+def _length(tokens: list[int], end: frozenset[int]) -> int:
+    """Return how many tokens a row of a static batch generated before it only waited for the others."""
+    return next((i + 1 for i, token in enumerate(tokens) if token in end), len(tokens))
+
+
+def continuous_way(module: PreTrainedModel, end: frozenset[int]) -> Way:
+    """Return transformers' own continuous batching."""
+
+    def run(prompts: list[list[int]], max_tokens: int, in_flight: int) -> Run:
+        config = GenerationConfig(max_new_tokens=max_tokens, do_sample=False, eos_token_id=sorted(end) or None)
+        pages = -(-(max(map(len, prompts)) + max_tokens) // PAGE)
+        start = time.perf_counter()
+        results = module.generate_batch(
+            prompts,
+            generation_config=config,
+            continuous_batching_config=ContinuousBatchingConfig(
+                max_requests_per_batch=in_flight,
+                allow_block_sharing=False,
+                # By default it takes nine tenths of the memory that is free.
+                page_size=PAGE,
+                num_blocks=in_flight * (pages + 1),
+                max_batch_tokens=BATCH_TOKENS,
+            ),
+            record_timestamps=True,
+        )
+        seconds = time.perf_counter() - start
+        failed = [result.error for result in results.values() if result.error is not None]
+        if failed or len(results) != len(prompts):
+            raise UnavailableError(
+                f"generate_batch finished {len(results) - len(failed)} of {len(prompts)} requests: {failed[:1]}"
+            )
+        done = results.values()
+        first = [r.timestamps[0] - start for r in done if r.timestamps]
+        return Run(sum(map(len, prompts)), sum(len(r.generated_tokens) for r in done), seconds, first)
+
+    return run
+
+
+def seed_way(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Way:
+    """Return the way of the tool that came before: one request at a time through nnsight's `generate`.
+
+    At every step it saves what the engine's capture "3x2" keeps.
+    """
+    structure = resolve_structure(module, "seed")
+    request = capture_request(structure.num_layers, "3x2")
+    assert request is not None
+    wrapped = TransformersModel(module, tokenizer=tokenizer)
+    by_layer = sorted(structure.resolve(request).items(), key=lambda item: split_key(item[0])[1] or 0)
+    envoys = [_envoy(wrapped, tap.module) for _, tap in by_layer]  # reads must follow the order of the forward
+    device = next(module.parameters()).device
+
+    def run(prompts: list[list[int]], max_tokens: int, in_flight: int) -> Run:
+        if in_flight != 1:
+            raise UnavailableError("one request at a time is all it does")
+        start = time.perf_counter()
+        tokens, first = 0, []
+        # An open loop over the steps ends with this warning, by design.
+        warnings.filterwarnings("ignore", message=".*was never reached: the loop asked for a step")
+        for prompt in prompts:
+            clock, began = _Clock(), time.perf_counter()
+            ids = torch.tensor([prompt], device=device)
+            criteria = StoppingCriteriaList([clock])
+            with (
+                torch.inference_mode(),
+                wrapped.generate(ids, max_new_tokens=max_tokens, do_sample=False, stopping_criteria=criteria) as tracer,
+            ):
+                saved = nnsight.save([])
+                for _ in tracer.iter[:]:
+                    for envoy in envoys:
+                        saved.append(envoy.output)
+            if len(saved) != len(clock.times) * len(envoys):
+                raise UnavailableError(f"{len(saved)} values were saved in {len(clock.times)} steps")
+            tokens += len(clock.times)
+            first.append(clock.times[0] - began)
+        return Run(sum(map(len, prompts)), tokens, time.perf_counter() - start, first)
+
+    return run
+
+
+def _envoy(wrapped: TransformersModel, path: str) -> Any:
+    envoy: Any = wrapped
+    for part in path.split("."):
+        envoy = envoy[int(part)] if part.isdigit() else getattr(envoy, part)
+    return envoy
+
+
+@contextmanager
+def loaded_way(name: str, workload: Workload, in_flight: int) -> Iterator[tuple[Way, PreTrainedModel]]:
+    """Load the model and yield a way to generate with it, and the bare model.
+
+    Args:
+        name: one of `WAYS`.
+        workload: what to load.
+        in_flight: the most requests that will be in flight.
+    """
+    if name.startswith("engine"):
+        model = workload.load()
+        engine = TransformersEngine(model, max_batch=in_flight, max_queue=1024)
+        try:
+            yield engine_way(engine, model, WAYS[name]), model.observed._module
+        finally:
+            engine.close()
+        return
+    module, tokenizer = workload.load_plain()
+    end = end_tokens(module, tokenizer)
+    if name == "seed":
+        yield seed_way(module, tokenizer), module
+    else:
+        yield (generate_way if name == "generate" else continuous_way)(module, end), module
+
+
+def end_tokens(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Return the tokens that end a completion."""
+    found = module.generation_config.eos_token_id
+    found = tokenizer.eos_token_id if found is None else found
+    return frozenset([found] if isinstance(found, int) else found or [])
