@@ -15,13 +15,16 @@ from roentgen.contract import SAMPLED_FEATURES, ActivationRequest, Positions
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.structure import CaptureRequestError
 from serve_app.config import ServerConfig
+from serve_app.engines.constraints import Grammar, SchemaError
+from serve_app.engines.protocol import Constraint, ConstraintError
 from serve_app.generation import Choice, Done, Served
 from serve_app.openai_api.chat import ChatReply, ChatRequest
 from serve_app.openai_api.completions import CompletionReply, CompletionRequest, raw_prompt
 from serve_app.openai_api.errors import ApiError
+from serve_app.openai_api.grammars import json_object_grammar, json_schema_grammar, tool_call_grammar
 from serve_app.openai_api.params import GenerationParams
 from serve_app.openai_api.prompt import Prompt, render
-from serve_app.openai_api.reply import reasoning_mode
+from serve_app.openai_api.reply import Reasoning, reasoning_mode
 from serve_app.openai_api.seed_spelling import older_key
 from serve_app.rollouts import describe
 
@@ -65,19 +68,48 @@ def plan_chat(served: Served, request: ChatRequest, config: ServerConfig) -> Pla
     )
     max_tokens = _max_tokens(served, prompt, request.token_limit, "messages")
     asked, capture, spelling = _capture(served, request, prompt, max_tokens, config)
+    template = model.tokenizer.chat_template
+    reasoning = reasoning_mode(template if isinstance(template, str) else str(template), prompt.text)
+    grammar = _grammar(request, reasoning)
     choices = [
         Choice(
             prompt=prompt,
             sampling=request.sampling(max_tokens, number, request.top_logprobs),
             asked=asked,
             plan=capture,
+            constraint=_constraint(served, grammar) if grammar is not None else None,
         )
         for number in range(request.n)
     ]
-    template = model.tokenizer.chat_template
-    reasoning = reasoning_mode(template if isinstance(template, str) else str(template), prompt.text)
     reply = ChatReply(request, f"chatcmpl-{str(ULID()).lower()}", model.tokenizer, reasoning, len(prompt.token_ids))
     return Plan(choices, reply, asked, spelling)
+
+
+def _grammar(request: ChatRequest, reasoning: Reasoning) -> Grammar | None:
+    """Return what a reply has to follow, None for any text."""
+    if request.calls_tools:
+        return tool_call_grammar(
+            request.tools, request.tool_choice or "auto", request.parallel_tool_calls, reasoning=reasoning
+        )
+    shape = request.response_format
+    if shape is None or shape.type == "text":
+        return None
+    if shape.json_schema is None:
+        return json_object_grammar(reasoning=reasoning)
+    return json_schema_grammar(shape.json_schema.schema_, strict=shape.json_schema.strict, reasoning=reasoning)
+
+
+def _constraint(served: Served, grammar: Grammar) -> Constraint:
+    """Compile a grammar for one choice.
+
+    Raises:
+        ApiError: if a schema cannot be followed, naming where the request has it.
+    """
+    try:
+        return served.model.constraints.compile(grammar)
+    except ConstraintError as error:
+        param = error.param if isinstance(error, SchemaError) else None
+        raise ApiError(400, str(error), param=param, code="unsupported_schema") from error
 
 
 def plan_completion(served: Served, request: CompletionRequest, config: ServerConfig) -> Plan:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from serve_app.engines.protocol import Finished, TextDelta
 from serve_app.generation import Done
 from serve_app.openai_api.logprobs import chat_logprobs
-from serve_app.openai_api.messages import Message, ResponseFormat, Tool, ToolChoice
+from serve_app.openai_api.messages import Message, NamedToolChoice, ResponseFormat, Tool, ToolChoice, check_tool_results
 from serve_app.openai_api.params import MAX_TOP_LOGPROBS, GenerationParams
 from serve_app.openai_api.reply import (
     ContentDelta,
@@ -43,12 +43,13 @@ class ChatRequest(GenerationParams):
 
     @model_validator(mode="after")
     def _consistent(self) -> "ChatRequest":
+        check_tool_results(self.messages)
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs: only with logprobs: true")
         if self.tool_choice not in (None, "none", "auto") and not self.tools:
             raise ValueError("tool_choice: there are no tools to choose from")
-        if isinstance(self.tool_choice, dict) or hasattr(self.tool_choice, "function"):
-            name = self.tool_choice.function.name  # type: ignore[union-attr]
+        if isinstance(self.tool_choice, NamedToolChoice):
+            name = self.tool_choice.function.name
             if name not in {tool.function.name for tool in self.tools}:
                 raise ValueError(f"tool_choice: there is no tool named {name!r}")
         if self.calls_tools and self.response_format is not None and self.response_format.type != "text":

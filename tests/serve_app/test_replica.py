@@ -31,7 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 async def replica(folder: Path, tmp_path: Path) -> AsyncIterator[ModelReplica]:
-    replica = ModelReplica(ServerConfig(model=str(folder), store=str(tmp_path / "store"), dtype="float32"))
+    config = ServerConfig(model=str(folder), store=str(tmp_path / "store"), dtype="float32")
+    replica = ModelReplica(config)
+    replica.reconfigure(config.choice.model_dump())  # as Serve does
     while (await replica.status())["status"] == "loading":
         await asyncio.sleep(0.01)
     yield replica
@@ -52,7 +54,7 @@ async def complete(replica: ModelReplica, **body: Any) -> Body:
 async def streamed(replica: ModelReplica, kind: type, **body: Any) -> list[Body]:
     name = (await replica.status())["model"]["id"]
     pieces = replica.generate_stream(kind.model_validate({"model": name, "stream": True, **body}))
-    return [chunk async for chunks in pieces for chunk in chunks]
+    return [chunk async for chunks in pieces for chunk in chunks if "stats" not in chunk]
 
 
 async def test_choices_have_streams_of_their_own_and_the_first_is_that_of_one(replica: ModelReplica) -> None:
@@ -123,8 +125,8 @@ async def test_prompts_of_every_shape_and_their_choices_in_order(replica: ModelR
 
 
 def alone_name(replica: ModelReplica) -> str:
-    assert replica._served is not None
-    return replica._served.model.source.name
+    assert replica._slot.served is not None
+    return replica._slot.served.model.source.name
 
 
 async def test_a_streamed_echo_gives_the_prompt_first(replica: ModelReplica) -> None:
@@ -195,6 +197,49 @@ async def test_a_later_turn_keeps_only_what_is_new(replica: ModelReplica) -> Non
     # The prompt is "[user]hi[assistant]yes[user]go on[reply]", a token a byte: from the "s" of "yes" on it is new.
     assert item.position[0] == len("[user]hi[assistant]ye")
     assert item.position[-1] == n_prompt + 4
+
+
+SUM = {
+    "type": "function",
+    "function": {
+        "name": "add",
+        "parameters": {
+            "type": "object",
+            "properties": {"a": {"type": "integer", "maximum": 99}, "b": {"type": "boolean"}},
+            "required": ["a", "b"],
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "add"}}])
+async def test_a_random_model_calls_a_tool_validly_when_it_must(replica: ModelReplica, choice: Any) -> None:
+    body = {"tools": [SUM], "tool_choice": choice, "parallel_tool_calls": False, "max_tokens": 90, "temperature": 2}
+    # The tools' description would fill this model's context; it is random, and reads nothing anyway.
+    replica._slot.served.model.tokenizer.chat_template = "{{ '?' if messages else '' }}"  # type: ignore[union-attr]
+    (reply,) = (await chat(replica, **body))["reply"]["choices"]
+    (call,) = reply["message"]["tool_calls"]
+    arguments = json.loads(call["function"]["arguments"])
+    assert (call["function"]["name"], reply["message"]["content"]) == ("add", None)
+    assert isinstance(arguments["a"], int)
+    assert isinstance(arguments["b"], bool)
+    assert reply["finish_reason"] == "tool_calls"
+    chunks = await streamed(replica, ChatRequest, messages=[{"role": "user", "content": "hi"}], seed=1, **body)
+    deltas = [c["choices"][0]["delta"] for c in chunks if c["choices"]]
+    pieces = [piece for delta in deltas for piece in delta.get("tool_calls", [])]
+    assert "".join(piece["function"].get("arguments", "") for piece in pieces) == call["function"]["arguments"]
+    assert {piece["index"] for piece in pieces} == {0}
+
+
+async def test_a_random_model_writes_the_json_that_is_asked_for(replica: ModelReplica) -> None:
+    schema = SUM["function"]["parameters"]  # type: ignore[index]
+    shape = {"type": "json_schema", "json_schema": {"name": "sum", "schema": schema, "strict": True}}
+    reply = (await chat(replica, response_format=shape, max_tokens=60, temperature=2))["reply"]["choices"][0]
+    assert set(json.loads(reply["message"]["content"])) == {"a", "b"}
+    assert reply["finish_reason"] == "stop"
+    broken = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}
+    error = (await chat(replica, response_format=broken))["error"]
+    assert (error["status"], error["param"]) == (400, "response_format.json_schema.schema")
 
 
 REFUSED = [
