@@ -114,6 +114,9 @@ def serve(
     ] = None,
     max_batch: Annotated[int, typer.Option(help="Requests generated together.")] = 32,
     max_queue: Annotated[int, typer.Option(help="Requests waiting for that; beyond, 429.")] = 256,
+    allow_model: Annotated[
+        list[str] | None, typer.Option(help="A model that clients may load in its place; may be repeated.")
+    ] = None,
     ray_address: Annotated[str, typer.Option(help="'local' starts a Ray here; HOST:PORT joins one.")] = "local",
     verbose: Annotated[bool, typer.Option(help="Show Ray's and the replicas' logs.")] = False,
 ) -> None:
@@ -135,6 +138,7 @@ def serve(
             store=str(store),
             max_batch=max_batch,
             max_queue=max_queue,
+            allowed_models=tuple(allow_model or ()),
         )
         running = serving(config, host=host, port=port, ray_address=ray_address, stage=stage_printer(), verbose=verbose)
         with running as base_url:

@@ -1,10 +1,16 @@
-"""The server's configuration, validated once, where the application is built."""
+"""The server's configuration, validated once, where the application is built; and which model it is to serve.
+
+The two are apart because they change apart: a `ServerConfig` holds for as long as the server runs, a `ModelChoice` until
+another model is loaded (`swapping`).
+"""
 
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from serve_app.savepoints import Savepoint, unique_names
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
@@ -19,6 +25,39 @@ def _json(value: Any) -> Any:
     return json.loads(value) if isinstance(value, str) and value.lstrip().startswith("{") else value
 
 
+def _names(value: Any) -> Any:
+    """Read a list that was given as text, as command lines do."""
+    if not isinstance(value, str):
+        return value
+    return json.loads(value) if value.lstrip().startswith("[") else [name for name in value.split(",") if name]
+
+
+DeviceMap = Annotated[
+    Literal["auto", "balanced", "sequential"] | dict[str, str | int],
+    BeforeValidator(_json),
+]
+
+
+class ModelChoice(BaseModel):
+    """Which model to serve and how: the body of `POST /v1/models/load`, and what Serve hands to every replica.
+
+    Attributes:
+        model_id: "smollm2-135m" (embedded), a folder, or a hub id.
+        revision: of a hub model.
+        device_map: as `ServerConfig.device_map`.
+        trust_remote_code: run code that comes with the model, if the server's configuration allows it.
+        savepoints: hook points with names of their own; one that the model does not have fails the load.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    model_id: str = Field(min_length=1, max_length=1024)
+    revision: str | None = Field(default=None, max_length=256)
+    device_map: DeviceMap | None = None
+    trust_remote_code: bool = False
+    savepoints: Annotated[tuple[Savepoint, ...], AfterValidator(unique_names)] = Field(default=(), max_length=256)
+
+
 class ServerConfig(BaseModel):
     """What `roentgen serve`, `serve run serve_app.app:build key=value …` and serve.yaml can set.
 
@@ -29,6 +68,8 @@ class ServerConfig(BaseModel):
         device: "auto" takes a GPU if there is one.
         device_map: spread a model larger than one device over a replica's GPUs and memory, as accelerate does: "auto",
             "balanced", "sequential", or a JSON object that gives each module path its device (0, 1, "cpu", "disk").
+        allowed_models: models that clients may load in place of `model` (`POST /v1/models/load`), written as they will ask.
+        trust_remote_code: whether code that comes with a model may run, of `model` or if a client's load asks for it.
         store: the activation store's folder.
         max_batch: requests generated together.
         max_queue: requests waiting; beyond, 429.
@@ -48,9 +89,9 @@ class ServerConfig(BaseModel):
     revision: str | None = None
     dtype: Dtype = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    device_map: (
-        Annotated[Literal["auto", "balanced", "sequential"] | dict[str, str | int], BeforeValidator(_json)] | None
-    ) = None
+    device_map: DeviceMap | None = None
+    allowed_models: Annotated[tuple[str, ...], BeforeValidator(_names)] = ()
+    trust_remote_code: bool = False
     store: Annotated[str, AfterValidator(_absolute)] = Field(default="activations", validate_default=True)
     max_batch: int = Field(default=32, ge=1)
     max_queue: int = Field(default=256, ge=0)
@@ -62,3 +103,13 @@ class ServerConfig(BaseModel):
     threads: int = Field(default=0, ge=0)
     num_gpus: float = Field(default=0, ge=0)
     num_replicas: int = Field(default=1, ge=1)
+
+    @property
+    def choice(self) -> ModelChoice:
+        """The model to start with."""
+        return ModelChoice(
+            model_id=self.model,
+            revision=self.revision,
+            device_map=self.device_map,
+            trust_remote_code=self.trust_remote_code,
+        )

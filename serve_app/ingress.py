@@ -9,21 +9,25 @@ import asyncio
 import json
 import logging
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, FastAPI, Query
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
 from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
+from starlette.datastructures import State
 
 from roentgen.contract import check_session_id
 from roentgen.store import Session, SessionBusyError, SessionSummary, list_sessions
 from roentgen.store.sessions import delete_session, find_session, summarise, tar_session
-from serve_app.config import ServerConfig
+from serve_app.config import ModelChoice, ServerConfig
 from serve_app.http_api import check_key, make_api
+from serve_app.logs import write_json_logs
+from serve_app.metrics import Metrics
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.completions import CompletionRequest
 from serve_app.openai_api.errors import ApiError
@@ -41,8 +45,10 @@ from serve_app.openai_api.schemas import (
     Tokens,
     archive,
     documented,
+    exposition,
 )
 from serve_app.openai_api.tokenize import DetokenizeRequest, TokenizeRequest
+from serve_app.replicas import Replicas
 
 log = logging.getLogger(__name__)
 
@@ -52,14 +58,17 @@ Body = dict[str, Any]
 class Ingress:
     """The routes; `app.build` makes it a Serve deployment."""
 
-    def __init__(self, model: DeploymentHandle, config: ServerConfig) -> None:
+    def __init__(self, model: DeploymentHandle, config: ServerConfig, redeploy: Callable[[ModelChoice], None]) -> None:
+        write_json_logs()
         self._model = model
         self._config = config
+        self._metrics = Metrics()
+        self._replicas = Replicas(model, config, redeploy)
         self._writing: Counter[str] = Counter()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Bind the routes to this object's methods; Serve calls it once per replica. All but `/health` ask for the key."""
-        api = make_api(self._config.max_body_bytes)
+        api = make_api(self._config.max_body_bytes, self._metrics)
         api.add_api_route("/health", self.health, methods=["GET"], **HEALTH)
         locked = APIRouter(dependencies=[Depends(check_key)])
         locked.add_api_route("/v1/models", self.models, methods=["GET"], **documented(ModelList))
@@ -86,38 +95,54 @@ class Ingress:
         locked.add_api_route(
             "/v1/activations/session/{session_id}/download", self.download, methods=["GET"], **archive()
         )
+        locked.add_api_route("/v1/models/load", self.load_model, methods=["POST"], **documented(ModelCard))
+        locked.add_api_route("/models/load", self.load_model, methods=["POST"], include_in_schema=False)
+        locked.add_api_route("/metrics", self.metrics, methods=["GET"], **exposition())
+        locked.add_api_route("/openapi.json", api.openapi, methods=["GET"], include_in_schema=False)
         api.include_router(locked)
         return api
 
     async def health(self) -> JSONResponse:
-        """Say whether the model answers, or what stage its start is in; 503 until it is ready."""
-        status = await self._model.status.remote()
+        """Say whether the model answers, or what stage its start or its swap is in; 503 until it is ready."""
+        status = await self._replicas.status()
         code = 200 if status["status"] == "ok" else 503
         return JSONResponse({"status": status["status"], "stage": status["stage"]}, code)
 
     async def models(self) -> Body:
         """List the served model."""
-        return {"object": "list", "data": [(await self._serving())["model"]]}
+        return {"object": "list", "data": [(await self._replicas.serving())["model"]]}
 
     async def model(self, model_id: str) -> Body:
         """Show the served model."""
-        card: Body = (await self._serving())["model"]
+        card: Body = (await self._replicas.serving())["model"]
         if card["id"] != model_id:
             raise ApiError(404, f"model {model_id!r} is not served here", param="model", code="model_not_found")
         return card
 
     async def structure(self) -> Body:
         """Show the model's layers and hook points."""
-        structure: Body = (await self._serving())["structure"]
+        structure: Body = (await self._replicas.serving())["structure"]
         return structure
 
-    async def chat(self, body: ChatRequest) -> Any:
-        """Answer a chat completion, whole or streamed, with activations kept if asked."""
-        return await self._generate(body)
+    async def load_model(self, body: ModelChoice) -> Body:
+        """Serve another model in place of this one; answers when it is ready, or why it cannot be."""
+        self._replicas.check_allowed(body)
+        # Begun is begun: a client that goes away does not leave the replicas between two models.
+        status = await asyncio.shield(asyncio.create_task(self._replicas.swap(body)))
+        card: Body = status["model"]
+        return card
 
-    async def completions(self, body: CompletionRequest) -> Any:
+    async def metrics(self) -> Response:
+        """Show what has been measured, and how much there is to do."""
+        return Response(self._metrics.text(await self._replicas.loads()), media_type=CONTENT_TYPE_LATEST)
+
+    async def chat(self, request: Request, body: ChatRequest) -> Any:
+        """Answer a chat completion, whole or streamed, with activations kept if asked."""
+        return await self._generate(request.state, body)
+
+    async def completions(self, request: Request, body: CompletionRequest) -> Any:
         """Continue raw prompts, whole or streamed, with activations kept if asked."""
-        return await self._generate(body)
+        return await self._generate(request.state, body)
 
     async def tokenize(self, body: TokenizeRequest) -> JSONResponse:
         """Count and return the tokens of a text or of a conversation."""
@@ -165,28 +190,21 @@ class Ingress:
         _check_id(session_id)
         return find_session(self._config.store, session_id)
 
-    async def _serving(self) -> Body:
-        status: Body = await self._model.status.remote()
-        if status["status"] != "ok":
-            retry = 2 if status["status"] == "loading" else None
-            raise ApiError(
-                503, f"the model is not ready: {status['stage']}", code=status["status"], retry_after_s=retry
-            )
-        return status
-
-    async def _generate(self, body: ChatRequest | CompletionRequest) -> Any:
+    async def _generate(self, state: State, body: ChatRequest | CompletionRequest) -> Any:
         if body.stream:
-            return await self._stream(body)
+            return await self._stream(state, body)
         with self._session_in_use(body):
-            response = self._model.generate.remote(body)
+            response = self._model.generate.remote(body, state.request_id)
             try:
-                return _answer(await response)
+                result = await response
             except asyncio.CancelledError:
                 response.cancel()  # the client went away: free its place in the batch
                 raise
+        state.stats = result.get("stats")
+        return _answer(result)
 
-    async def _stream(self, body: ChatRequest | CompletionRequest) -> StreamingResponse:
-        pieces = self._model.options(stream=True).generate_stream.remote(body)
+    async def _stream(self, state: State, body: ChatRequest | CompletionRequest) -> StreamingResponse:
+        pieces = self._model.options(stream=True).generate_stream.remote(body, state.request_id)
         first = await anext(pieces)
         if first and "error" in first[0]:
             raise ApiError.from_payload(first[0]["error"])
@@ -194,13 +212,13 @@ class Ingress:
         async def events() -> AsyncIterator[str]:
             try:
                 with self._session_in_use(body):
-                    yield _sse(first)
+                    yield _sse(state, first)
                     async for chunks in pieces:
-                        yield _sse(chunks)
+                        yield _sse(state, chunks)
             except RayError as error:
                 # The status is sent already: the failure has to be said inside the stream.
                 log.error("a replica failed during a stream: %s", error)
-                yield _sse([{"error": ApiError(503, "the model's replica was lost").payload()}])
+                yield _sse(state, [{"error": ApiError(503, "the model's replica was lost").payload()}])
             finally:
                 pieces.cancel()
             yield "data: [DONE]\n\n"
@@ -234,7 +252,16 @@ def _answer(result: Body) -> JSONResponse:
     return JSONResponse(result["reply"])
 
 
-def _sse(chunks: list[Body]) -> str:
-    """Spell chunks as server-sent events; an error becomes the envelope."""
-    bodies = [ApiError.from_payload(c["error"]).body() if "error" in c else c for c in chunks]
+def _sse(state: State, chunks: list[Body]) -> str:
+    """Spell chunks as server-sent events; an error becomes the envelope, and what the request took is kept."""
+    bodies = []
+    for chunk in chunks:
+        if "stats" in chunk:
+            state.stats = chunk["stats"]
+        elif "error" in chunk:
+            error = ApiError.from_payload(chunk["error"])
+            state.error_code = error.code
+            bodies.append(error.body())
+        else:
+            bodies.append(chunk)
     return "".join(f"data: {json.dumps(body, ensure_ascii=False)}\n\n" for body in bodies)

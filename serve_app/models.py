@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -15,6 +16,7 @@ from serve_app.capture.observer import ObservedModel, observe
 from serve_app.capture.resolver import resolve_structure
 from serve_app.capture.structure import ModelStructure
 from serve_app.engines.attention import use_grouped_attention
+from serve_app.engines.constraints import Constraints
 from serve_app.sources import ModelSource
 
 log = logging.getLogger(__name__)
@@ -32,6 +34,11 @@ class LoadedModel:
     structure: ModelStructure
     device: torch.device
     dtype: torch.dtype
+
+    @cached_property
+    def constraints(self) -> Constraints:
+        """Makes generations follow grammars."""
+        return Constraints(self.tokenizer, self.observed.config.get_text_config().vocab_size, self.eos_token_ids)
 
     @property
     def context_length(self) -> int:
@@ -53,6 +60,8 @@ def load(
     device: str = "auto",
     stage: Callable[[str], None] = log.info,
     device_map: DeviceMap | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> LoadedModel:
     """Load a model's weights (one copy), verify its hook points by a forward, and wrap it with nnsight.
 
@@ -63,14 +72,15 @@ def load(
         stage: told what is being done, for `/health`.
         device_map: spread the weights over this machine's devices, as accelerate does: "auto", "balanced", "sequential", or
             a device per module path ("cpu" and "disk" hold weights that are brought in when they are needed).
+        trust_remote_code: whether code that comes with the model may run.
     """
     place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
     kind = native_dtype(place) if dtype == "auto" else getattr(torch, dtype)
     hub_revision = source.revision if source.path == source.name and source.revision != "unknown" else None
     disable_progress_bar()
     stage(f"loading {source.name} ({kind}, {place})")
-    tokenizer = AutoTokenizer.from_pretrained(source.path, revision=hub_revision)
-    options = {"revision": hub_revision, "dtype": kind}
+    tokenizer = AutoTokenizer.from_pretrained(source.path, revision=hub_revision, trust_remote_code=trust_remote_code)
+    options = {"revision": hub_revision, "dtype": kind, "trust_remote_code": trust_remote_code}
     if device_map is None:
         module = AutoModelForCausalLM.from_pretrained(source.path, **options).to(place).eval()
     else:

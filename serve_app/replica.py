@@ -1,33 +1,32 @@
 """A model replica: one copy of the weights, one engine thread, one store writer.
 
-The replica answers from the moment its process runs: it loads the model on a thread and says meanwhile what it is doing, so
-that `/health` can tell a slow start from a dead one. A request is rendered and checked here (only the replica has the
+The replica answers from the moment its process runs: it loads the model on a thread (`loading`) and says meanwhile what it is
+doing, so that `/health` can tell a slow start from a dead one. Which model is Serve's to say: it calls `reconfigure` at the
+start, after a restart, and whenever another is to be served. A request is rendered and checked here (only the replica has the
 tokenizer), run as one or more choices (`generation`), and acknowledged only when the activations it asked for are durable.
 
-Errors leave as data (`ApiError.payload`), see `openai_api.errors`.
+Errors leave as data (`ApiError.payload`), see `openai_api.errors`; what a request took leaves beside its reply (`metrics`).
 """
 
 import logging
 import os
-import threading
+import socket
 from collections.abc import AsyncIterator
 from typing import Any
 
-import torch
 from ulid import ULID
 
-from roentgen.store import StoreError, StoreWriter
-from serve_app.capture.resolver import ResolutionError
-from serve_app.config import ServerConfig
-from serve_app.engines.transformers_engine import TransformersEngine
-from serve_app.generation import RETRY_AFTER_S, Done, Served, generate
-from serve_app.models import load
+from serve_app.config import ModelChoice, ServerConfig
+from serve_app.engines.protocol import Load
+from serve_app.generation import Done, Served, generate
+from serve_app.loading import ModelSlot
+from serve_app.logs import request_id, write_json_logs
+from serve_app.metrics import RequestStats
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.completions import CompletionRequest
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.tokenize import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 from serve_app.planning import Plan, describe_all, plan_chat, plan_completion
-from serve_app.sources import ModelNotFoundError, locate
 
 log = logging.getLogger(__name__)
 
@@ -38,138 +37,108 @@ class ModelReplica:
     """The model deployment; `app.build` makes it a Serve deployment."""
 
     def __init__(self, config: ServerConfig) -> None:
-        """Start loading; returns at once."""
+        """Wait to be told which model to load."""
+        write_json_logs()
         self._config = config
         self._session_id = f"server-{str(ULID()).lower()}"
-        self._served: Served | None = None
-        self._stage = "starting"
-        self._failure: str | None = None
-        threading.Thread(target=self._load, name="load", daemon=True).start()
+        self._name = f"{socket.gethostname()}-{os.getpid()}"
+        self._slot = ModelSlot(config)
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Start to serve a model (a `ModelChoice` as data), in place of the one there may be; returns at once."""
+        self._slot.choose(ModelChoice.model_validate(user_config))
 
     def close(self) -> None:
         """Stop the engine and commit what is pending."""
-        if self._served is not None:
-            self._served.engine.close()
-            self._served.writer.close()
+        self._slot.close()
 
     def __del__(self) -> None:
         self.close()
 
     def check_health(self) -> None:
         """Tell Serve to restart this replica if its engine has died."""
-        if self._served is not None and not self._served.engine.alive:
+        served = self._slot.served
+        if served is not None and not served.engine.alive:
             raise RuntimeError("the engine's thread has died")
 
     async def status(self) -> dict[str, Any]:
-        """Say how far the start is and, once it is done, what is served."""
-        if self._served is None:
-            return {"status": "failed" if self._failure else "loading", "stage": self._failure or self._stage}
-        model = self._served.model
-        card = {
-            "id": model.source.name,
-            "object": "model",
-            "created": 0,
-            "owned_by": "roentgen",
-            "revision": model.source.revision,
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "device": str(model.device),
-            "num_layers": model.structure.num_layers,
-            "d_model": model.structure.d_model,
-            "context_length": model.context_length,
-        }
-        return {"status": "ok", "stage": "ready", "model": card, "structure": model.structure.record()}
+        """Say what is served and what there is to do, or how far loading is."""
+        served = self._slot.served
+        load = served.engine.load if served is not None else Load(0, 0)
+        return {**self._slot.status(), "replica": self._name, "load": load}
 
-    async def generate(self, request: Generation) -> dict[str, Any]:
-        """Answer a request whole: `{"reply": …}` or `{"error": …}`."""
+    async def generate(self, request: Generation, about: str | None = None) -> dict[str, Any]:
+        """Answer a request whole: `{"reply": …, "stats": …}` or `{"error": …}`.
+
+        Args:
+            request: what to generate.
+            about: the request's id, for the logs.
+        """
+        request_id.set(about)
         try:
-            served = self._serving()
-            plan = self._plan(served, request)
-            dones: list[Done | None] = [None] * len(plan.choices)
-            async for events in self._run(served, plan, stream=False):
-                for index, event in events:
-                    if isinstance(event, Done):
-                        dones[index] = event
-            finished = [done for done in dones if done is not None]
-            return {"reply": plan.reply.whole(finished, describe_all(plan, finished))}
+            with self._slot.use() as served:
+                plan = self._plan(served, request)
+                dones: list[Done | None] = [None] * len(plan.choices)
+                async for events in self._run(served, plan, stream=False):
+                    for index, event in events:
+                        if isinstance(event, Done):
+                            dones[index] = event
+                finished = [done for done in dones if done is not None]
+                reply = plan.reply.whole(finished, describe_all(plan, finished))
+                return {"reply": reply, "stats": _stats(served, plan, finished)}
         except ApiError as error:
-            return {"error": error.payload()}
+            return _error(error)
 
-    async def generate_stream(self, request: Generation) -> AsyncIterator[list[dict[str, Any]]]:
+    async def generate_stream(
+        self, request: Generation, about: str | None = None
+    ) -> AsyncIterator[list[dict[str, Any]]]:
         """Answer a request in pieces: lists of chunks that have come together; an error is a chunk `{"error": …}`.
 
-        The first piece waits for the engine's first word, so that a refusal comes before anything else.
+        The first piece waits for the engine's first word, so that a refusal comes before anything else. What the request
+        took is the last chunk of the last piece, `{"stats": …}`; the ingress keeps it.
+
+        Args:
+            request: what to generate.
+            about: the request's id, for the logs.
         """
+        request_id.set(about)
         try:
-            served = self._serving()
-            plan = self._plan(served, request)
-            opening = plan.reply.opening()
-            dones: list[Done | None] = [None] * len(plan.choices)
-            async for events in self._run(served, plan, stream=True):
-                chunks, opening = opening, []
-                for index, event in events:
-                    if isinstance(event, Done):
-                        dones[index] = event
-                        chunks += plan.reply.done(index, event)
-                    else:
-                        chunks += plan.reply.delta(index, event)
-                yield chunks
-            yield plan.reply.closing(describe_all(plan, [done for done in dones if done is not None]))
+            with self._slot.use() as served:
+                plan = self._plan(served, request)
+                opening = plan.reply.opening()
+                dones: list[Done | None] = [None] * len(plan.choices)
+                async for events in self._run(served, plan, stream=True):
+                    chunks, opening = opening, []
+                    for index, event in events:
+                        if isinstance(event, Done):
+                            dones[index] = event
+                            chunks += plan.reply.done(index, event)
+                        else:
+                            chunks += plan.reply.delta(index, event)
+                    yield chunks
+                finished = [done for done in dones if done is not None]
+                closing = plan.reply.closing(describe_all(plan, finished))
+                yield [*closing, {"stats": _stats(served, plan, finished)}]
         except ApiError as error:
-            yield [{"error": error.payload()}]
+            yield [_error(error)]
 
     async def tokenize(self, request: TokenizeRequest) -> dict[str, Any]:
         """Turn text or messages into tokens: `{"reply": …}` or `{"error": …}`."""
         try:
-            model = self._serving().model
-            _check_model(request.model, model.source.name)
-            return {"reply": tokenize(model, request)}
+            with self._slot.use() as served:
+                _check_model(request.model, served.model.source.name)
+                return {"reply": tokenize(served.model, request)}
         except ApiError as error:
-            return {"error": error.payload()}
+            return _error(error)
 
     async def detokenize(self, request: DetokenizeRequest) -> dict[str, Any]:
         """Turn tokens into text: `{"reply": …}` or `{"error": …}`."""
         try:
-            model = self._serving().model
-            _check_model(request.model, model.source.name)
-            return {"reply": detokenize(model, request)}
+            with self._slot.use() as served:
+                _check_model(request.model, served.model.source.name)
+                return {"reply": detokenize(served.model, request)}
         except ApiError as error:
-            return {"error": error.payload()}
-
-    def _load(self) -> None:
-        config = self._config
-        try:
-            torch.set_num_threads(config.threads or os.cpu_count() or 1)
-            writer = StoreWriter(config.store)
-            self._say(f"finding {config.model}")
-            source = locate(config.model, config.revision)
-            model = load(source, config.dtype, config.device, self._say, config.device_map)
-            engine = TransformersEngine(
-                model,
-                max_batch=config.max_batch,
-                max_queue=config.max_queue,
-                max_prefill_tokens=config.max_prefill_tokens,
-                max_cache_tokens=config.max_cache_tokens,
-            )
-        except (ModelNotFoundError, ResolutionError, StoreError) as error:
-            self._failure = str(error)
-            log.error("the replica cannot start: %s", error)
-        except Exception as error:
-            self._failure = f"{type(error).__name__}: {error}"
-            log.exception("the replica cannot start")
-        else:
-            self._served = Served(model, engine, writer)
-            self._say("ready")
-
-    def _say(self, stage: str) -> None:
-        self._stage = stage
-        log.info("%s", stage)
-
-    def _serving(self) -> Served:
-        if self._served is None:
-            if self._failure:
-                raise ApiError(503, f"the model could not be loaded: {self._failure}", code="model_failed")
-            raise ApiError(503, f"the model is loading: {self._stage}", code="loading", retry_after_s=RETRY_AFTER_S)
-        return self._served
+            return _error(error)
 
     def _plan(self, served: Served, request: Generation) -> Plan:
         _check_model(request.model, served.model.source.name)
@@ -179,6 +148,17 @@ class ModelReplica:
     def _run(self, served: Served, plan: Plan, *, stream: bool) -> AsyncIterator[list[tuple[int, Any]]]:
         timeout_s = self._config.request_timeout_s
         return generate(served, plan.choices, stream=stream, session_id=self._session_id, timeout_s=timeout_s)
+
+
+def _stats(served: Served, plan: Plan, dones: list[Done]) -> RequestStats:
+    prompts = {id(choice.prompt): len(choice.prompt.token_ids) for choice in plan.choices}
+    return RequestStats.of(dones, sum(prompts.values()), served.engine.load)
+
+
+def _error(error: ApiError) -> dict[str, Any]:
+    if error.status >= 500:
+        log.error("%s", error.message)
+    return {"error": error.payload()}
 
 
 def _check_model(asked: str, served: str) -> None:

@@ -47,8 +47,13 @@ def cache_folder() -> Path:
     return Path(os.environ.get("ROENTGEN_CACHE") or "~/.cache/roentgen").expanduser()
 
 
-def locate(name: str, revision: str | None = None) -> ModelSource:
+def locate(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> ModelSource:
     """Find a model, converting the embedded one if that has not been done.
+
+    Args:
+        name: "smollm2-135m" (embedded), a folder, or a hub id.
+        revision: of a hub model.
+        trust_remote_code: whether code that comes with a hub model may run.
 
     Raises:
         ModelNotFoundError: if there are no weights behind the name.
@@ -66,7 +71,7 @@ def locate(name: str, revision: str | None = None) -> ModelSource:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(name, revision=revision)
+        config = AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(
             f"model {name!r} is neither a local folder nor to be had from the model hub ({str(error).splitlines()[0]}). "

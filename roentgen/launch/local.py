@@ -91,13 +91,7 @@ def _application(
     found_serve = bool(serve.status().proxies)
     serve.start(http_options=HTTPOptions(host=host, port=port))
     try:
-        serve.run(
-            build(config),
-            name=APP_NAME,
-            route_prefix="/",
-            blocking=False,
-            logging_config={"enable_access_log": verbose},
-        )
+        serve.run(build(config), name=APP_NAME, route_prefix="/", blocking=False)
         yield
     finally:
         stage("stopping the server")

@@ -4,7 +4,7 @@
 touching the model. What the model does not have is refused here, by name, before anything is generated.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS, ActivationRequest, stored_key
@@ -48,6 +48,7 @@ class ModelStructure:
             layers have it (`layers.0.router`, in a mixture of experts whose first layer is dense).
         module_paths: every module's path, for requests that name one.
         verified_on: "weights", or what stood in for them.
+        savepoints: places that whoever loaded the model has named.
     """
 
     model_name: str
@@ -60,12 +61,25 @@ class ModelStructure:
     missing: dict[str, str]
     module_paths: frozenset[str] = field(repr=False)
     verified_on: str = "weights"
+    savepoints: dict[str, Tap] = field(default_factory=dict)
+
+    def with_savepoints(self, savepoints: dict[str, Tap]) -> "ModelStructure":
+        """Return the same structure with places of these names.
+
+        Raises:
+            CaptureRequestError: naming the first whose module the model does not have.
+        """
+        for name, tap in savepoints.items():
+            if tap.module not in self.module_paths:
+                raise CaptureRequestError("savepoints", f"{name}: {self.model_name} has no module {tap.module!r}")
+        return replace(self, savepoints=savepoints)
 
     def resolve(self, request: ActivationRequest) -> dict[str, Tap]:
         """Turn a request into taps, per stored key, in the order asked for.
 
         A module path may be relative to a layer (`mlp.gate_proj.output`, read in each layer asked for) or absolute
-        (`model.norm.output`, read once). Where it is a canonical hook point it is stored under the canonical key.
+        (`model.norm.output`, read once), and a savepoint's name is read once too. Where either is a canonical hook point it is
+        stored under the canonical key.
 
         Raises:
             CaptureRequestError: naming what the model does not have, and what it has.
@@ -76,6 +90,9 @@ class ModelStructure:
         for name in request.hook_points:
             if name in LAYER_HOOK_POINTS or name in MODEL_HOOK_POINTS:
                 found |= self._canonical(name, layers, everywhere=request.layers == "all")
+            elif name in self.savepoints:
+                tap = self.savepoints[name]
+                found[canonical.get(tap, name)] = tap
             else:
                 paths = self._module_path(name, layers, everywhere=request.layers == "all")
                 found |= {canonical.get(tap, key): tap for key, tap in paths.items()}
@@ -171,6 +188,7 @@ class ModelStructure:
             "hook_point_layers": places,
             "missing": self.missing,
             "verified_on": self.verified_on,
+            "savepoints": {name: f"{tap.module}.{tap.side}" for name, tap in self.savepoints.items()},
         }
 
 

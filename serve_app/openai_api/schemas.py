@@ -324,6 +324,15 @@ def archive() -> dict[str, Any]:
     }
 
 
+def exposition() -> dict[str, Any]:
+    """Return the arguments of the route that sends what Prometheus reads."""
+    content = {"text/plain": {"schema": {"type": "string"}}}
+    return {
+        "response_class": Response,
+        "responses": {200: {"content": content, "description": "As asked"}, **_errors()},
+    }
+
+
 def _errors() -> dict[int | str, Any]:
     errors: dict[int | str, Any] = {s: {"model": ErrorReply, "description": text} for s, text in ERRORS.items()}
     # Without this, FastAPI would document its own 422, which no route sends.

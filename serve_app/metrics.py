@@ -1,0 +1,157 @@
+"""What is measured: counts and times of requests, tokens and captures, as Prometheus reads them at `/metrics`.
+
+Only the replicas know what a generation cost, and only the ingress sees requests from end to end. So a replica sends small
+`RequestStats` along with each reply, and the ingress, which has the registry, observes them; how much there is to do is asked
+of the replicas when `/metrics` is read.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from serve_app.engines.protocol import Load
+from serve_app.generation import Done
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+BATCH = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+
+
+@dataclass(frozen=True)
+class ChoiceStats:
+    """What one generation took.
+
+    Attributes:
+        tokens: generated.
+        queued_s: until its prompt began to be read.
+        first_token_s: until its first token.
+        total_s: until its last.
+        capture_bytes: of the activations kept.
+        commit_s: how long they took to become durable, None if there were none.
+    """
+
+    tokens: int
+    queued_s: float
+    first_token_s: float
+    total_s: float
+    capture_bytes: int = 0
+    commit_s: float | None = None
+
+
+@dataclass(frozen=True)
+class RequestStats:
+    """What one request took.
+
+    Attributes:
+        prompt_tokens: of all its prompts.
+        batch: generations that ran together on its replica when it ended, itself included.
+        session: where its activations are, None if it kept none.
+        choices: each generation.
+    """
+
+    prompt_tokens: int
+    batch: int
+    session: str | None
+    choices: tuple[ChoiceStats, ...]
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens generated, over all choices."""
+        return sum(choice.tokens for choice in self.choices)
+
+    @classmethod
+    def of(cls, dones: Sequence[Done], prompt_tokens: int, load: Load) -> "RequestStats":
+        """Sum up a request whose choices are done; `load` is that of its engine now."""
+        stored = next((done.stored for done in dones if done.stored is not None), None)
+        return cls(
+            prompt_tokens,
+            batch=load.running + len(dones),
+            session=stored.receipt.session_id if stored else None,
+            choices=tuple(_choice(done) for done in dones),
+        )
+
+
+def _choice(done: Done) -> ChoiceStats:
+    timings = done.finished.timings
+    return ChoiceStats(
+        tokens=len(done.finished.token_ids),
+        queued_s=timings.queued,
+        first_token_s=timings.first_token,
+        total_s=timings.total,
+        capture_bytes=done.stored.rollout.nbytes if done.stored else 0,
+        commit_s=done.stored.seconds if done.stored else None,
+    )
+
+
+class Metrics:
+    """The registry of one ingress, and the ways to add to it."""
+
+    def __init__(self) -> None:
+        registry = self._registry = CollectorRegistry()
+        by_route = ["route", "method"]
+        self._requests = Counter(
+            "roentgen_requests", "Requests answered.", ["route", "method", "status"], registry=registry
+        )
+        self._in_flight = Gauge("roentgen_requests_in_flight", "Requests being answered.", registry=registry)
+        self._seconds = Histogram(
+            "roentgen_request_seconds", "From a request's arrival to its reply's end.", by_route,
+            buckets=SECONDS, registry=registry,
+        )  # fmt: skip
+        self._prompt = Counter("roentgen_prompt_tokens", "Tokens of prompts.", registry=registry)
+        self._completion = Counter("roentgen_completion_tokens", "Tokens generated.", registry=registry)
+        self._queued = Histogram(
+            "roentgen_queue_seconds", "A generation's wait until its prompt is read.",
+            buckets=SECONDS, registry=registry,
+        )  # fmt: skip
+        self._first = Histogram(
+            "roentgen_time_to_first_token_seconds", "From submission to a generation's first token.",
+            buckets=SECONDS, registry=registry,
+        )  # fmt: skip
+        self._between = Histogram(
+            "roentgen_inter_token_seconds", "A generation's mean time from one token to the next.",
+            buckets=TOKEN_SECONDS, registry=registry,
+        )  # fmt: skip
+        self._batch = Histogram(
+            "roentgen_batch_size", "Generations running together, when a request ends.",
+            buckets=BATCH, registry=registry,
+        )  # fmt: skip
+        self._capture = Counter("roentgen_capture_bytes", "Activations made durable.", registry=registry)
+        self._commit = Histogram(
+            "roentgen_commit_seconds", "Until a rollout's activations are durable.", buckets=SECONDS, registry=registry
+        )
+        self._running = Gauge("roentgen_generations_running", "In the batch now.", ["replica"], registry=registry)
+        self._waiting = Gauge("roentgen_generations_waiting", "In the queue now.", ["replica"], registry=registry)
+
+    def began(self) -> None:
+        """Count a request in."""
+        self._in_flight.inc()
+
+    def ended(self, route: str, method: str, status: int, seconds: float) -> None:
+        """Count a request out."""
+        self._in_flight.dec()
+        self._requests.labels(route, method, str(status)).inc()
+        self._seconds.labels(route, method).observe(seconds)
+
+    def observe(self, stats: RequestStats) -> None:
+        """Add what a request's generations took."""
+        self._prompt.inc(stats.prompt_tokens)
+        self._completion.inc(stats.completion_tokens)
+        self._batch.observe(stats.batch)
+        for choice in stats.choices:
+            self._queued.observe(choice.queued_s)
+            self._first.observe(choice.first_token_s)
+            if choice.tokens > 1:
+                self._between.observe((choice.total_s - choice.first_token_s) / (choice.tokens - 1))
+            if choice.commit_s is not None:
+                self._capture.inc(choice.capture_bytes)
+                self._commit.observe(choice.commit_s)
+
+    def text(self, loads: dict[str, Load]) -> bytes:
+        """Return everything as Prometheus reads it; `loads` are the replicas' now."""
+        self._running.clear()
+        self._waiting.clear()
+        for replica, load in loads.items():
+            self._running.labels(replica).set(load.running)
+            self._waiting.labels(replica).set(load.waiting)
+        return generate_latest(self._registry)

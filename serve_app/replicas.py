@@ -1,0 +1,147 @@
+"""The model's replicas, as the ingress deals with them as a whole: how they are, and which model they all serve.
+
+Swapping the model is Serve's own reconfiguration: the application is deployed again with another `user_config` and everything
+else unchanged, so Serve restarts nothing and calls every replica's `reconfigure`, also that of a replica it starts later. A
+replica answers that at once and swaps on a thread; here it is waited for that all have. If one cannot, all go back.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from ray.serve.exceptions import DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from serve_app.config import ModelChoice, ServerConfig
+from serve_app.engines.protocol import Load
+from serve_app.openai_api.errors import ApiError
+
+log = logging.getLogger(__name__)
+
+STATUS_TIMEOUT_S = 5.0
+LOAD_TIMEOUT_S = 3600.0
+"""A load may download a model."""
+
+Status = dict[str, Any]
+
+
+class Replicas:
+    """All replicas of the model deployment."""
+
+    def __init__(self, model: DeploymentHandle, config: ServerConfig, redeploy: Callable[[ModelChoice], None]) -> None:
+        """Know the replicas.
+
+        Args:
+            model: the deployment.
+            config: the server's configuration.
+            redeploy: deploys the application with another choice of model; blocks until Serve has told every replica.
+        """
+        self._model = model
+        self._config = config
+        self._redeploy = redeploy
+        self._choice = config.choice
+        self._swapping = asyncio.Lock()
+
+    async def statuses(self) -> list[Status]:
+        """Ask every replica that runs; one that is just being lost does not answer."""
+        try:
+            asked = self._model.broadcast("status")
+            answers = await asked.results_async(timeout_s=STATUS_TIMEOUT_S, return_exceptions=True)
+        except (DeploymentUnavailableError, TimeoutError):
+            return []
+        return [answer for answer in answers if isinstance(answer, dict)]
+
+    async def status(self) -> Status:
+        """Say how the deployment is: as the replica that is furthest."""
+        statuses = await self.statuses()
+        ranks = ("ok", "loading", "failed")
+        nothing = {"status": "loading", "stage": "starting a replica"}
+        return min(statuses, key=lambda status: ranks.index(status["status"]), default=nothing)
+
+    async def serving(self) -> Status:
+        """Return the status of a replica that serves.
+
+        Raises:
+            ApiError: 503, if none does.
+        """
+        status = await self.status()
+        if status["status"] != "ok":
+            retry = 2 if status["status"] == "loading" else None
+            raise ApiError(
+                503, f"the model is not ready: {status['stage']}", code=status["status"], retry_after_s=retry
+            )
+        return status
+
+    async def loads(self) -> dict[str, Load]:
+        """Return what each replica has to do."""
+        return {status["replica"]: status["load"] for status in await self.statuses()}
+
+    def check_allowed(self, choice: ModelChoice) -> None:
+        """Refuse a model that the server's configuration does not allow.
+
+        Raises:
+            ApiError: 403.
+        """
+        config = self._config
+        if choice.model_id not in (config.model, *config.allowed_models):
+            raise ApiError(
+                403,
+                f"model_id: {choice.model_id!r} is not among the models that this server may load "
+                "(allowed_models in its configuration)",
+                param="model_id",
+                code="model_not_allowed",
+            )
+        if choice.trust_remote_code and not config.trust_remote_code:
+            raise ApiError(
+                403,
+                "trust_remote_code: this server does not run code that comes with a model (trust_remote_code in its "
+                "configuration)",
+                param="trust_remote_code",
+                code="remote_code_not_allowed",
+            )
+        if choice.trust_remote_code and choice.revision not in (None, config.revision):
+            raise ApiError(
+                403,
+                f"revision: code is not run from {choice.revision!r}, which the client chose; leave it out",
+                param="revision",
+                code="remote_code_not_allowed",
+            )
+
+    async def swap(self, choice: ModelChoice) -> Status:
+        """Serve another model in place of the one that is served; returns the new status when every replica has it.
+
+        Raises:
+            ApiError: why it could not be loaded; the replicas then serve what they had. 503 while another swap runs.
+        """
+        if self._swapping.locked():
+            raise ApiError(503, "another model is being loaded", code="loading", retry_after_s=10)
+        async with self._swapping:
+            known = next((s["choice"] for s in await self.statuses() if s["choice"] is not None), None)
+            former = known or self._choice
+            error = await self._deploy(choice)
+            if error is None:
+                return await self.serving()
+            log.warning("going back to %s", former.model_id)
+            lost = await self._deploy(former)
+            now = "no model is served" if lost else f"{former.model_id} is served as before"
+            raise ApiError(error.status, f"{error.message}; {now}", param=error.param, code=error.code)
+
+    async def _deploy(self, choice: ModelChoice) -> ApiError | None:
+        """Have every replica serve a model; returns why the first that cannot cannot."""
+        await asyncio.to_thread(self._redeploy, choice)
+        self._choice = choice
+        try:
+            async with asyncio.timeout(LOAD_TIMEOUT_S):
+                while True:
+                    statuses = await self.statuses()
+                    for status in statuses:
+                        refused = status["refused"]
+                        if refused is not None and refused["choice"] == choice:
+                            return ApiError.from_payload(refused["error"])
+                    ready = [s for s in statuses if s["status"] == "ok" and s["choice"] == choice]
+                    if len(ready) >= self._config.num_replicas:
+                        return None
+                    await asyncio.sleep(0.1)
+        except TimeoutError:
+            return ApiError(500, f"{choice.model_id} was not ready after {LOAD_TIMEOUT_S:.0f} s", code="load_failed")
