@@ -28,6 +28,19 @@ $(INSTALLED): pyproject.toml constraints.txt
 test: check
 	$(BIN)/python -m pytest
 
+# Clients that nobody here wrote, against a running server. Their environment is laid over the server's, so that torch and
+# transformers are installed once, and lm-eval's own model computes with the very libraries that the server has.
+CLIENTS := .venv-clients
+test-clients: $(CLIENTS)/.installed
+	ROENTGEN=$(abspath $(BIN)/roentgen) $(CLIENTS)/bin/python -m pytest tests/clients
+
+$(CLIENTS)/.installed: constraints-clients.txt $(INSTALLED)
+	$(BIN)/python -m venv --clear --without-pip $(CLIENTS)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo $(CLIENTS)/lib/python3*/site-packages)/server.pth
+	$(BIN)/python -m pip --disable-pip-version-check --python $(CLIENTS)/bin/python install --quiet \
+		-c constraints-clients.txt "lm-eval[api]" inspect-ai openai schemathesis
+	touch $@
+
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -52,4 +65,4 @@ cloud-env: .venv-cloud/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-cloud .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf $(VENV) .venv-cloud $(CLIENTS) .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -1,0 +1,54 @@
+"""schemathesis, unmodified, on /openapi.json: thousands of requests made from the document, each reply held against it."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Server
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+SECONDS = 180
+CHECKS = (
+    "not_a_server_error",
+    "status_code_conformance",
+    "content_type_conformance",
+    "response_headers_conformance",
+    "response_schema_conformance",
+    "events_are_openais",  # these two are in schemathesis_hooks
+    "status_is_one_of_ours",
+)
+
+
+def test_every_reply_is_as_documented(server: Server, tmp_path: Path) -> None:
+    counted = tmp_path / "statuses.json"
+    hooks = {"SCHEMATHESIS_HOOKS": "tests.clients.schemathesis_hooks", "STATUSES": str(counted)}
+    done = subprocess.run(
+        [
+            Path(sys.executable).parent / "schemathesis", "run", f"{server.root}/openapi.json",
+            "--checks", ",".join(CHECKS), "--phases", "coverage,fuzzing", "--max-examples", "400",
+            "--max-time", str(SECONDS), "--workers", "2", "--seed", "1", "--request-timeout", "60",
+            "--continue-on-failure", "--generation-database", "none", "--no-color", "--warnings", "off",
+        ],
+        env={**os.environ, **hooks, "PYTHONPATH": str(Path(__file__).parents[2])},
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=SECONDS + 240,
+    )  # fmt: skip
+    statuses: dict[str, int] = json.loads(counted.read_text())
+    by_route: Counter[str] = Counter()
+    for key, count in sorted(statuses.items()):
+        print(f"{count:6} {key}")
+        by_route[key.rpartition(" ")[0]] += count
+    assert done.returncode == 0, done.stdout[-10_000:]
+    assert sum(by_route.values()) >= 2000
+    assert not [key for key in statuses if key.rpartition(" ")[2].startswith("5")]
+    for route in ("POST /v1/chat/completions", "POST /v1/completions", "POST /tokenize", "POST /detokenize"):
+        assert statuses[f"{route} 200"] > 0.02 * by_route[route], route
