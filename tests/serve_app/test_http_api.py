@@ -1,0 +1,138 @@
+"""What surrounds every route: limits, ids, logs and counts, and errors in the envelope."""
+
+import json
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from fastapi import FastAPI, Request
+from fastapi.testclient import TestClient
+from pydantic import BaseModel
+from ray.serve.exceptions import BackPressureError
+
+from serve_app.http_api import make_api
+from serve_app.logs import JsonFormatter
+from serve_app.metrics import ChoiceStats, Metrics, RequestStats
+
+HERE = ("127.0.0.1", 50_000)
+
+
+class Text(BaseModel):
+    text: str
+
+
+@pytest.fixture
+def metrics() -> Metrics:
+    return Metrics()
+
+
+@pytest.fixture
+def api(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> FastAPI:
+    monkeypatch.delenv("ROENTGEN_API_KEY", raising=False)
+    api = make_api(1000, metrics)
+
+    @api.post("/echo")
+    async def echo(request: Request, body: Text) -> dict[str, str]:
+        request.state.stats = RequestStats(3, 2, "s", (ChoiceStats(5, 0.1, 0.2, 1.0, 640, 0.05),))
+        return {"text": body.text}
+
+    @api.get("/busy")
+    async def busy() -> None:
+        raise BackPressureError(num_queued_requests=1, max_queued_requests=1)
+
+    @api.get("/bug")
+    async def bug() -> None:
+        raise ZeroDivisionError("secret")
+
+    return api
+
+
+@pytest.fixture
+def client(api: FastAPI) -> Iterator[TestClient]:
+    with TestClient(api, client=HERE, raise_server_exceptions=False) as client:
+        yield client
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_body_beyond_the_limit_is_413(client: TestClient, chunked: bool) -> None:
+    body = json.dumps({"text": "x" * 2000}).encode()
+    pieces = iter([body[i : i + 100] for i in range(0, len(body), 100)])
+    reply = client.post("/echo", content=pieces if chunked else body, headers={"content-type": "application/json"})
+    assert (reply.status_code, reply.json()["error"]["type"]) == (413, "invalid_request_error")
+    assert "larger than 1000 bytes" in reply.json()["error"]["message"]
+
+
+def test_serves_own_backpressure_is_in_the_envelope(client: TestClient) -> None:
+    reply = client.get("/busy")
+    assert (reply.status_code, reply.headers["retry-after"]) == (429, "2")
+    assert reply.json()["error"]["type"] == "rate_limit_error"
+
+
+def test_a_bug_is_500_and_says_nothing_of_the_inside(client: TestClient) -> None:
+    reply = client.get("/bug", headers={"X-Request-Id": "mine"})
+    assert (reply.status_code, reply.headers["x-request-id"]) == (500, "mine")
+    assert "secret" not in reply.text
+
+
+def test_no_page_of_another_origin_may_read_it(client: TestClient) -> None:
+    headers = {"Origin": "https://elsewhere.example", "Access-Control-Request-Method": "POST"}
+    for reply in (client.post("/echo", json={"text": ""}, headers=headers), client.options("/echo", headers=headers)):
+        assert not [name for name in reply.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize("key", [None, "k"])
+def test_without_a_key_only_this_machine_is_answered(
+    metrics: Metrics, monkeypatch: pytest.MonkeyPatch, key: str | None
+) -> None:
+    monkeypatch.setenv("ROENTGEN_API_KEY", key or "")
+    api = make_api(1000, metrics)
+    api.add_api_route("/here", lambda: {"here": True})
+    for address, allowed in (("127.0.0.1", True), ("::1", True), ("10.0.0.7", False), ("fe80::1", False)):
+        reply = TestClient(api, client=(address, 1)).get("/here")
+        assert reply.status_code == (200 if allowed or key else 403), address
+        if reply.status_code == 403:
+            assert reply.json()["error"]["code"] == "no_api_key_configured"
+
+
+def test_a_request_is_one_line_of_the_log(client: TestClient, caplog: pytest.LogCaptureFixture) -> None:
+    lines: list[dict[str, Any]] = []
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(json.loads(JsonFormatter().format(record)))
+
+    logger, handler = logging.getLogger("serve_app.middleware"), Lines()
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        client.post("/echo", json={"text": "a"}, headers={"X-Request-Id": "mine"})
+        client.post("/echo", json={"text": "a"}, headers={"X-Request-Id": "not safe\n"})
+        client.get("/busy")
+    finally:
+        logger.removeHandler(handler)
+    whole, renamed, busy = lines
+    assert whole["request_id"] == "mine"
+    assert (whole["route"], whole["status"], whole["whole"]) == ("/echo", 200, True)
+    assert (whole["prompt_tokens"], whole["completion_tokens"], whole["ttft_s"], whole["session"]) == (3, 5, 0.2, "s")
+    assert renamed["request_id"].startswith("req-")
+    assert (busy["status"], busy["error_code"]) == (429, "busy")
+
+
+def test_requests_are_counted_by_route_and_status(client: TestClient, metrics: Metrics) -> None:
+    client.post("/echo", json={"text": "a"})
+    client.get("/nowhere")
+    text = metrics.text({}).decode()
+    for line in (
+        'roentgen_requests_total{method="POST",route="/echo",status="200"} 1.0',
+        'roentgen_requests_total{method="GET",route="none",status="404"} 1.0',
+        "roentgen_requests_in_flight 0.0",
+        "roentgen_prompt_tokens_total 3.0",
+        "roentgen_completion_tokens_total 5.0",
+        "roentgen_capture_bytes_total 640.0",
+        "roentgen_time_to_first_token_seconds_sum 0.2",
+        "roentgen_inter_token_seconds_sum 0.2",
+        "roentgen_commit_seconds_sum 0.05",
+        "roentgen_batch_size_sum 2.0",
+    ):
+        assert line in text
