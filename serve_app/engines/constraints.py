@@ -1,0 +1,197 @@
+"""Makes a generation follow a grammar: before each token, llguidance says which tokens can go on, and the others are ruled out.
+
+A `Grammar` is written without regard to a tokenizer. `Constraints`, one per model, knows the model's tokens and compiles
+grammars for them: a marker such as `<tool_call>` is one token in some vocabularies, which text cannot spell, and text in
+others. Compiling takes milliseconds, so the last grammars are kept and copied, one copy to a generation. JSON is written in
+one way only, `{"a": 1, "b": [2, 3]}`, because a small model that may choose its white space may never end it.
+"""
+
+import json
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import llguidance.hf
+import numpy as np
+import torch
+from jaxtyping import Float
+from llguidance import LLMatcher, LLTokenizer
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from serve_app.engines.protocol import ConstraintError
+
+KEPT = 32
+"""Compiled grammars that are kept, the last ones used."""
+
+
+MAX_LENGTH = 500_000
+"""Characters a grammar may have with its schemas; a larger one would take seconds to compile."""
+
+
+class SchemaError(ConstraintError):
+    """A JSON schema cannot be followed.
+
+    Attributes:
+        param: where the request has it.
+    """
+
+    def __init__(self, param: str, reason: str) -> None:
+        super().__init__(f"{param}: {reason}")
+        self.param = param
+
+
+@dataclass(frozen=True)
+class Schema:
+    """A JSON schema within a grammar.
+
+    Attributes:
+        schema: the schema.
+        param: where the request has it, for errors.
+        strict: whether a keyword that cannot be enforced is an error; otherwise it is left out.
+    """
+
+    schema: Mapping[str, Any]
+    param: str
+    strict: bool
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What may be generated.
+
+    Attributes:
+        rules: in llguidance's dialect of Lark; `start` is the whole.
+        schemas: by the rule that stands for JSON matching it.
+        markers: texts that may be a token of their own, by a name X. The rules may use X, the marker; `to_X`, any text up
+            to and with it; and `without_X`, any text in which it does not occur.
+    """
+
+    rules: str
+    schemas: Mapping[str, Schema] = field(default_factory=dict)
+    markers: Mapping[str, str] = field(default_factory=dict)
+
+
+class Constraints:
+    """Compiles grammars for one model's tokens; any thread may."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
+        """Take a model's vocabulary; it is prepared (about a second) when the first grammar is compiled.
+
+        Args:
+            tokenizer: a fast tokenizer.
+            vocab_size: how many logits the model has.
+            eos_token_ids: tokens that end a generation, at least one.
+        """
+        self._tokenizer = tokenizer
+        self._size = max(vocab_size, len(tokenizer))
+        self._ends = sorted(eos_token_ids)
+        self._lock = threading.Lock()
+        self._vocabulary: LLTokenizer | None = None
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+
+    def compile(self, grammar: Grammar) -> "GrammarConstraint":
+        """Return a constraint for one generation.
+
+        Raises:
+            SchemaError: if one of the grammar's schemas cannot be followed, with the reason.
+            ConstraintError: if the grammar as a whole cannot be, for instance because it is too large.
+        """
+        added = self._tokenizer.get_added_vocab()
+        lark = "\n".join(
+            [
+                "%llguidance {}",
+                grammar.rules,
+                *(f"{rule}: {_json(schema)}" for rule, schema in grammar.schemas.items()),
+                *(_marker_rules(name, marker, added.get(marker)) for name, marker in grammar.markers.items()),
+            ]
+        )
+        if len(lark) > MAX_LENGTH:
+            raise ConstraintError(f"the schemas take {len(lark):,} characters; at most {MAX_LENGTH:,} are followed")
+        with self._lock:
+            if self._vocabulary is None:
+                self._vocabulary = llguidance.hf.from_tokenizer(self._tokenizer, self._size, self._ends)
+            matcher = self._compiled.get(lark)
+            if matcher is None:
+                matcher = LLMatcher(self._vocabulary, lark, log_level=0)
+                if matcher.is_error():
+                    raise _explain(grammar, matcher.get_error())
+                self._compiled[lark] = matcher
+                if len(self._compiled) > KEPT:
+                    self._compiled.popitem(last=False)
+            self._compiled.move_to_end(lark)
+            return GrammarConstraint(matcher.deep_copy(), self._size, self._ends)
+
+
+class GrammarConstraint:
+    """What may come next in one generation; one thread at a time may use it."""
+
+    def __init__(self, matcher: LLMatcher, size: int, ends: list[int]) -> None:
+        self._matcher = matcher
+        self._ends = ends
+        self._bits = np.zeros(-(-size // 32), dtype=np.int32)
+
+    def mask(self, logits: Float[Tensor, "vocab"]) -> None:
+        """Set the logits of tokens that may not come to minus infinity, in place.
+
+        Once nothing else may come, tokens that end the generation may, even if something had ruled them out before.
+
+        Raises:
+            ConstraintError: if nothing may come.
+        """
+        if self._matcher.is_stopped() and not self._matcher.is_error():
+            ends = torch.tensor(self._ends, device=logits.device)
+            kept = logits[ends]
+            logits.fill_(-torch.inf)
+            logits[ends] = torch.where(kept.isfinite(), kept, 0)
+            return
+        self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
+        if self._matcher.is_error():
+            raise ConstraintError(f"the grammar cannot be followed any further: {_reason(self._matcher.get_error())}")
+        allowed = np.unpackbits(self._bits.view(np.uint8), count=len(logits), bitorder="little")
+        logits.masked_fill_(torch.from_numpy(allowed == 0).to(logits.device), -torch.inf)
+
+    def accept(self, token: int) -> None:
+        """Go on with a token.
+
+        Raises:
+            ConstraintError: if it may not come.
+        """
+        if not self._matcher.consume_token(token):
+            raise ConstraintError(f"token {token} is against the grammar: {_reason(self._matcher.get_error())}")
+
+
+def _json(schema: Schema) -> str:
+    options = {
+        "item_separator": ", ",
+        "key_separator": ": ",
+        "whitespace_flexible": False,
+        "lenient": not schema.strict,
+    }
+    return f"%json {json.dumps({**schema.schema, 'x-guidance': options})}"
+
+
+def _marker_rules(name: str, marker: str, token: int | None) -> str:
+    quoted, pattern = json.dumps(marker), re.escape(marker).replace("/", r"\/")
+    text = f"WITHOUT_{name.upper()}: /(?s:.*)/ & ~/(?s:.*){pattern}(?s:.*)/\nwithout_{name}: WITHOUT_{name.upper()}"
+    if token is not None:
+        return f"{text}\n{name}: <[{token}]>\nto_{name}: without_{name} {name}"
+    return f"{text}\n{name}: {quoted}\nto_{name}[lazy]: WITHOUT_{name.upper()} {quoted}"
+
+
+def _explain(grammar: Grammar, error: str) -> ConstraintError:
+    """Say which schema of a grammar is to blame for an error, if one is."""
+    for schema in grammar.schemas.values():
+        failed, said = LLMatcher.validate_grammar_with_warnings(f"%llguidance {{}}\nstart: {_json(schema)}")
+        if failed:
+            return SchemaError(schema.param, _reason(said[0]))
+    return ConstraintError(f"the grammar cannot be followed: {_reason(error)}")
+
+
+def _reason(error: str) -> str:
+    """Return what llguidance says, without where in our grammar it stands."""
+    said = error.rpartition("failed to compile JSON schema: ")[2]
+    return " ".join(re.split(r"\n\s*\d+ \| ", said)[0].split())

@@ -1,0 +1,103 @@
+"""The grammars that a request's `response_format`, `tools` and `tool_choice` ask for.
+
+A model that must call a function, or answer in JSON, may think first, where it does so at all. Calls have one form, the one
+that `tools` describes to the model and `reply` reads. Without a choice the model writes what it likes; but once it has
+written `<tool_call>`, the rest is a call of a known function with arguments that match its schema, and after calls nothing
+but calls comes.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from serve_app.engines.constraints import Grammar, Schema
+from serve_app.openai_api.messages import NamedToolChoice, Tool, ToolChoice
+from serve_app.openai_api.reply import THINK_END, THINK_START, Reasoning
+from serve_app.openai_api.tools import CALL_END, CALL_START
+
+THOUGHTS = {"think_start": THINK_START, "think_end": THINK_END}
+BLOCKS = {"call_start": CALL_START, "call_end": CALL_END}
+MAX_CALLS = 8
+"""Calls that may be made at once; a small model that has begun to call would never stop."""
+
+COMBINATORS = {"$ref", "allOf", "anyOf", "oneOf", "if", "not", "patternProperties", "dependentSchemas"}
+
+
+def json_object_grammar(*, reasoning: Reasoning = "none") -> Grammar:
+    """Any JSON object.
+
+    Args:
+        reasoning: how the reply begins.
+    """
+    return json_schema_grammar({"type": "object"}, reasoning=reasoning)
+
+
+def json_schema_grammar(schema: Mapping[str, Any], *, strict: bool = False, reasoning: Reasoning = "none") -> Grammar:
+    """JSON that matches a schema.
+
+    Args:
+        schema: the schema.
+        strict: whether a keyword that cannot be enforced is an error.
+        reasoning: how the reply begins.
+    """
+    param = "response_format.json_schema.schema"
+    return _after_thoughts("answer: object", {"object": Schema(_closed(schema), param, strict)}, {}, reasoning)
+
+
+def tool_call_grammar(
+    tools: Sequence[Tool], choice: ToolChoice, parallel: bool, *, reasoning: Reasoning = "none"
+) -> Grammar:
+    """Calls of tools: as the model likes ("auto"), at least one ("required"), or one of a named function.
+
+    Args:
+        tools: what may be called, at least one; "none" and unknown names are not for here.
+        choice: the request's `tool_choice`.
+        parallel: whether up to `MAX_CALLS` may be made at once; of a named function it is always one.
+        reasoning: how the reply begins.
+    """
+    named = choice.function.name if isinstance(choice, NamedToolChoice) else None
+    calls, schemas = [], {}
+    for place, tool in enumerate(tools):
+        function = tool.function
+        if named in (None, function.name):
+            opening = f'{{"name": {json.dumps(function.name)}, "arguments": '
+            calls.append(f'{json.dumps(opening)} arguments_{place} "}}"')
+            schemas[f"arguments_{place}"] = Schema(
+                _closed(function.parameters), f"tools.{place}.function.parameters", function.strict
+            )
+    more = f'("\\n" call_start rest){{0,{MAX_CALLS - 1}}}' if parallel and named is None else ""
+    answer = f"without_call_start | to_call_start rest {more}" if choice == "auto" else f"call_start rest {more}"
+    rules = "\n".join([f"answer: {answer}", r'rest: "\n" call "\n" call_end', f"call: {' | '.join(calls)}"])
+    return _after_thoughts(rules, schemas, BLOCKS, reasoning)
+
+
+def _after_thoughts(
+    rules: str, schemas: Mapping[str, Schema], markers: Mapping[str, str], reasoning: Reasoning
+) -> Grammar:
+    start = {
+        "none": "start: answer",
+        "possible": "start: answer | think_start to_think_end GAP answer",
+        "started": "start: to_think_end GAP answer",
+    }[reasoning]
+    if reasoning == "none":
+        return Grammar(f"{start}\n{rules}", schemas, markers)
+    return Grammar(f"{start}\nGAP: /\\n{{0,2}}/\n{rules}", schemas, {**markers, **THOUGHTS})
+
+
+def _closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a schema whose objects have the properties that are listed and no others, unless it says otherwise.
+
+    What matches it matches the schema as it was. Left open, an object is an invitation to add to it without end.
+    """
+    closed = dict(schema)
+    if COMBINATORS & closed.keys():
+        return closed
+    if isinstance(items := closed.get("items"), dict):
+        closed["items"] = _closed(items)
+    properties, required = closed.get("properties"), closed.get("required", [])
+    if isinstance(properties, dict) and isinstance(required, list) and properties.keys() >= set(required):
+        closed["properties"] = {
+            name: _closed(inner) if isinstance(inner, dict) else inner for name, inner in properties.items()
+        }
+        closed.setdefault("additionalProperties", False)
+    return closed
