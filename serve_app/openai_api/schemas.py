@@ -308,10 +308,16 @@ def documented(reply: type[BaseModel], *, streams: bool = False) -> dict[str, An
     good: dict[str, Any] = {"model": reply, "description": "As asked"}
     if streams:
         events = (
-            "With `stream: true`: events of one line, `data: ` and a JSON object, OpenAI's chunk, or an error in its "
-            "envelope; the last one is `data: [DONE]`."
+            "With `stream: true`, an event: `data` is a JSON object, OpenAI's chunk, or an error in its envelope; "
+            "the last event's is `[DONE]`."
         )
-        good["content"] = {"text/event-stream": {"schema": {"type": "string", "description": events}}}
+        event = {
+            "type": "object",
+            "properties": {"data": {"type": "string"}},
+            "required": ["data"],
+            "description": events,
+        }
+        good["content"] = {"text/event-stream": {"schema": event}}
     return {"response_model": None, "responses": {200: good, **_errors()}}
 
 

@@ -45,7 +45,14 @@ SUM: dict[str, Any] = {**ASK, "messages": [{"role": "user", "content": "What is 
 @pytest.mark.parametrize(("choice", "models"), [("required", (Weather, Clock)), (NAMED, (Clock,))])
 @pytest.mark.parametrize("temperature", [0, 1.5])
 def test_forced_calls_are_valid(client: OpenAI, choice: Any, models: tuple[type, ...], temperature: float) -> None:
-    ask = {**ASK, "temperature": temperature, "seed": 1, "tools": TOOLS, "tool_choice": choice}
+    ask = {
+        **ASK,
+        "temperature": temperature,
+        "seed": 1,
+        "tools": TOOLS,
+        "tool_choice": choice,
+        "parallel_tool_calls": False,
+    }
     (reply,) = client.chat.completions.create(**ask).choices
     assert reply.finish_reason == "tool_calls"
     assert reply.message.tool_calls
@@ -88,11 +95,11 @@ def test_a_call_its_result_and_the_answer(client: OpenAI) -> None:
     answer = client.chat.completions.create(**history, tools=TOOLS, tool_choice="none", extra_body=KEEP)
     assert answer.choices[0].message.content
     assert answer.choices[0].finish_reason in ("stop", "length")
-    assert answer.usage is not None
-    assert called.usage is not None
-    assert answer.usage.prompt_tokens > called.usage.total_tokens - 20  # it read the whole history
     assert KEY in answer.activations["tensors"]  # type: ignore[attr-defined]
     auto = client.chat.completions.create(**history, tools=TOOLS)
+    assert auto.usage is not None
+    assert called.usage is not None
+    assert auto.usage.prompt_tokens > called.usage.total_tokens - 5  # it read the tools, the call and its result
     assert auto.choices[0].finish_reason in ("stop", "length", "tool_calls")
 
 

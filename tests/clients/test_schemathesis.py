@@ -32,7 +32,7 @@ def test_every_reply_is_as_documented(server: Server, tmp_path: Path) -> None:
         [
             Path(sys.executable).parent / "schemathesis", "run", f"{server.root}/openapi.json",
             "--checks", ",".join(CHECKS), "--phases", "coverage,fuzzing", "--max-examples", "400",
-            "--max-time", str(SECONDS), "--workers", "2", "--seed", "1", "--request-timeout", "60",
+            "--max-time", str(SECONDS), "--workers", "1", "--seed", "1", "--request-timeout", "60",
             "--continue-on-failure", "--generation-database", "none", "--no-color", "--warnings", "off",
         ],
         env={**os.environ, **hooks, "PYTHONPATH": str(Path(__file__).parents[2])},
