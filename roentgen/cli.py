@@ -114,6 +114,8 @@ def serve(
     ] = None,
     max_batch: Annotated[int, typer.Option(help="Requests generated together.")] = 32,
     max_queue: Annotated[int, typer.Option(help="Requests waiting for that; beyond, 429.")] = 256,
+    request_timeout: Annotated[float, typer.Option(help="Seconds that a request may take; beyond, 408.")] = 3600,
+    num_replicas: Annotated[int, typer.Option(help="Copies of the model.")] = 1,
     allow_model: Annotated[
         list[str] | None, typer.Option(help="A model that clients may load in its place; may be repeated.")
     ] = None,
@@ -138,6 +140,8 @@ def serve(
             store=str(store),
             max_batch=max_batch,
             max_queue=max_queue,
+            request_timeout_s=request_timeout,
+            num_replicas=num_replicas,
             allowed_models=tuple(allow_model or ()),
         )
         running = serving(config, host=host, port=port, ray_address=ray_address, stage=stage_printer(), verbose=verbose)
