@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from roentgen import __version__
 from roentgen.store import StoreError
 from serve_app.metrics import Metrics
-from serve_app.middleware import REQUEST_ID, BodyLimit, LoopbackOnly, Observed
+from serve_app.middleware import BodyLimit, LoopbackOnly, Observed
 from serve_app.openai_api.errors import ApiError, from_validation
 
 log = logging.getLogger(__name__)
@@ -89,8 +89,6 @@ def make_api(max_body_bytes: int, metrics: Metrics) -> FastAPI:
 
     @api.exception_handler(Exception)
     async def on_bug(request: Request, error: Exception) -> JSONResponse:
-        reply = await on_api_error(request, ApiError(500, f"internal error: {type(error).__name__}"))
-        reply.headers[REQUEST_ID] = request.state.request_id  # this is sent from outside of the middleware
-        return reply
+        return await on_api_error(request, ApiError(500, f"internal error: {type(error).__name__}"))
 
     return api

@@ -5,7 +5,6 @@ All of it is plain ASGI, so that it neither buffers a stream nor hides a disconn
 
 import ipaddress
 import logging
-import re
 import time
 
 from fastapi.responses import JSONResponse
@@ -19,13 +18,13 @@ from serve_app.openai_api.errors import ApiError
 
 log = logging.getLogger(__name__)
 
-REQUEST_ID = "X-Request-Id"
+MAX_ID = 128
 CLIENT_GONE = 499
 """What the log and the metrics call a request whose client left before an answer began (the web server nginx's number)."""
 
 
 class Observed:
-    """Gives every request an id (the client's `X-Request-Id` if it has a safe one), measures it, and logs it at its end.
+    """Knows every request by an id (its `X-Request-Id`), measures it, and logs it at its end.
 
     Routes leave what they know in `request.state`: `stats` (a `RequestStats`) and `error_code`.
     """
@@ -39,26 +38,26 @@ class Observed:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = dict(scope["headers"]).get(REQUEST_ID.lower().encode(), b"").decode("latin-1")
-        about = given if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", given) else f"req-{str(ULID()).lower()}"
+        # Serve's proxy has given it one if the client has not, and sends it back.
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        about = given[:MAX_ID] or f"req-{str(ULID()).lower()}"
         state = scope.setdefault("state", {})
         state["request_id"] = about
         start = time.monotonic()
         status = CLIENT_GONE
         whole = False
 
-        async def tagged(message: Message) -> None:
+        async def watched(message: Message) -> None:
             nonlocal status, whole
             if message["type"] == "http.response.start":
                 status = message["status"]
-                message["headers"] = [*message["headers"], (REQUEST_ID.lower().encode(), about.encode())]
             await send(message)
             whole = message["type"] == "http.response.body" and not message.get("more_body", False)
 
         self._metrics.began()
         token = request_id.set(about)
         try:
-            await self._app(scope, receive, tagged)
+            await self._app(scope, receive, watched)
         except Exception:
             status = 500  # sent further out, see `http_api.make_api`
             raise
