@@ -1,0 +1,204 @@
+"""A server while things happen to it, through real Serve and real HTTP: models are swapped, clients leave, replicas die."""
+
+import json
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+
+from tests.conftest import RayHome, Server, clean_up, start_server
+from tests.serve_app import tiny
+
+pytestmark = pytest.mark.integration
+TIMEOUT_S = 12
+LONG = {"max_tokens": 15_000, "logit_bias": {str(tiny.EOS): -100}, "temperature": 0}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Two tiny models with room for generations that take longer than any of these tests."""
+    base = tmp_path_factory.mktemp("models")
+    for name in ("llama", "qwen3"):
+        tiny.module(name).save_pretrained(base / name)
+        tiny.tokenizer().save_pretrained(base / name)
+        config = json.loads((base / name / "config.json").read_text())
+        (base / name / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 20_000}))
+    return {name: base / name for name in ("llama", "qwen3")}
+
+
+@pytest.fixture(scope="module")
+def served(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, RayHome]]:
+    """One place in the batch, and a short limit for requests."""
+    home = RayHome(tempfile.mkdtemp(prefix="rt-", dir="/tmp"))
+    options = ["--max-batch", "1", "--request-timeout", str(TIMEOUT_S), "--model", str(folders["llama"])]
+    for allowed in (folders["qwen3"], "/no/such/folder"):
+        options += ["--allow-model", str(allowed)]
+    server = start_server(tmp_path_factory.mktemp("store"), home, *options)
+    yield server, home
+    server.process.terminate()
+    try:
+        assert server.process.wait(60) == 0
+    finally:
+        server.process.kill()
+        clean_up(home)
+
+
+def body(model: str = "llama", **extra: Any) -> dict[str, Any]:
+    return {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, **extra}
+
+
+def chat(server: Server, model: str = "llama", **extra: Any) -> httpx.Response:
+    return httpx.post(f"{server.base_url}/chat/completions", json=body(model, **extra), timeout=60)
+
+
+def gauge(server: Server, name: str) -> float:
+    text = httpx.get(f"{server.root}/metrics", timeout=10).text
+    return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(f"{name}{{"))
+
+
+def wait_for(what: Callable[[], Any], seconds: float = 60) -> Any:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if found := what():
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"not within {seconds} s")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_its_place(served: tuple[Server, RayHome], stream: bool) -> None:
+    server, _ = served
+    with httpx.Client(timeout=60) as leaving:
+        if stream:
+            with leaving.stream("POST", f"{server.base_url}/chat/completions", json=body(stream=True, **LONG)) as reply:
+                lines = reply.iter_lines()
+                assert next(lines).startswith("data: ")
+                wait_for(lambda: gauge(server, "roentgen_generations_running") == 1, 5)
+        else:
+            with pytest.raises(httpx.ReadTimeout):
+                leaving.post(f"{server.base_url}/chat/completions", json=body(**LONG), timeout=1)
+    start = time.monotonic()
+    assert chat(server).status_code == 200  # the only place in the batch
+    assert time.monotonic() - start < TIMEOUT_S / 2  # long before the first would have ended
+    wait_for(lambda: gauge(server, "roentgen_generations_running") == 0, 5)
+
+
+def test_a_request_that_takes_too_long_is_408(served: tuple[Server, RayHome]) -> None:
+    server, _ = served
+    late = chat(server, **LONG)
+    assert (late.status_code, late.json()["error"]["code"]) == (408, "timeout")
+    assert chat(server).status_code == 200
+
+
+def test_ids_are_echoed_chunks_are_counted_and_no_origin_is_let_in(served: tuple[Server, RayHome]) -> None:
+    server, home = served
+    reply = httpx.post(
+        f"{server.base_url}/chat/completions",
+        json=body(),
+        headers={"X-Request-Id": "of-this-test", "Origin": "https://x.y"},
+    )
+    assert reply.headers["x-request-id"] == "of-this-test"
+    assert not [name for name in reply.headers if name.startswith("access-control")]
+    pieces = (b" " * 1_000_000 for _ in range(33))
+    big = httpx.post(
+        f"{server.base_url}/chat/completions", content=pieces, headers={"content-type": "application/json"}
+    )
+    assert (big.status_code, "larger than" in big.json()["error"]["message"]) == (413, True)
+    logs = [file.read_text() for file in Path(home.path).rglob("*.err")]
+    lines = [json.loads(line) for text in logs for line in text.splitlines() if '"of-this-test"' in line]
+    assert [(line["route"], line["status"]) for line in lines if "route" in line] == [("/v1/chat/completions", 200)]
+
+
+def test_another_model_is_loaded_while_health_is_live(served: tuple[Server, RayHome], folders: dict[str, Path]) -> None:
+    server, home = served
+    (before,) = replicas(home)
+    seen: list[tuple[int, dict[str, str]]] = []
+    refused: list[httpx.Response] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            health = httpx.get(f"{server.root}/health", timeout=10)
+            seen.append((health.status_code, health.json()))
+            if health.status_code == 503 and not refused:
+                refused.append(chat(server))
+
+    running: list[httpx.Response] = []
+    request = threading.Thread(target=lambda: running.append(chat(server, **{**LONG, "max_tokens": 100})))
+    watcher = threading.Thread(target=watch)
+    request.start()
+    wait_for(lambda: gauge(server, "roentgen_generations_running") == 1)
+    watcher.start()
+    points = [{"name": "middle", "selector": "model.layers[1].mlp.down_proj"}]
+    loaded = load(server, folders["qwen3"], savepoints=points)
+    done.set()
+    watcher.join()
+    request.join()
+    assert (loaded.status_code, loaded.json()["id"]) == (200, "qwen3")
+    assert running[0].status_code == 200  # it was let finish
+    stages = {health["stage"].split(" ")[0] for status, health in seen if status == 503}
+    assert stages & {"draining", "loading", "freeing", "verifying"}
+    assert (refused[0].status_code, refused[0].headers["retry-after"]) == (503, "2")
+    assert replicas(home) == [before]  # the process has stayed
+    kept = chat(server, "qwen3", activations={"layers": [0], "hook_points": ["middle", "resid_post"]})
+    assert set(kept.json()["activations"]["tensors"]) == {"middle", "layers.0.resid_post"}
+    structure = httpx.get(f"{server.base_url}/model/structure").json()
+    assert structure["savepoints"] == {"middle": "model.layers.1.mlp.down_proj.output"}
+    assert chat(server).status_code == 404
+
+
+def test_what_may_not_or_cannot_be_loaded(served: tuple[Server, RayHome], folders: dict[str, Path]) -> None:
+    server, _ = served
+    current = httpx.get(f"{server.base_url}/models").json()["data"][0]["id"]
+    path = folders["llama"]
+    for model, extra, status, words in (
+        ("/etc", {}, 403, "allowed_models"),
+        (path, {"trust_remote_code": True}, 403, "trust_remote_code"),
+        (path, {"savepoints": [{"name": "a", "selector": "model.__class__()"}]}, 400, "not a selector"),
+        (path, {"savepoints": [{"name": "a", "selector": "model.layers[9]"}]}, 400, "is served as before"),
+        ("/no/such/folder", {}, 404, "is served as before"),
+    ):
+        reply = load(server, model, **extra)
+        assert (reply.status_code, words in reply.json()["error"]["message"]) == (status, True), reply.text
+        assert chat(server, current).status_code == 200
+
+
+def test_a_killed_replica_is_said_and_comes_back_with_the_model_loaded_last(
+    served: tuple[Server, RayHome], folders: dict[str, Path]
+) -> None:
+    server, home = served
+    assert load(server, folders["qwen3"]).status_code == 200
+    unary: list[httpx.Response] = []
+    with httpx.stream("POST", f"{server.base_url}/chat/completions", json=body("qwen3", stream=True, **LONG)) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        waiting = threading.Thread(target=lambda: unary.append(chat(server, "qwen3")))
+        waiting.start()
+        wait_for(lambda: gauge(server, "roentgen_generations_waiting") == 1)
+        (replica,) = replicas(home)
+        replica.kill()
+        rest = [line for line in lines if line]
+    waiting.join()
+    assert rest[-1] == "data: [DONE]"
+    assert json.loads(rest[-2].removeprefix("data: "))["error"]["type"] == "service_unavailable_error"
+    assert (unary[0].status_code, unary[0].json()["error"]["type"]) == (503, "service_unavailable_error")
+    wait_for(lambda: httpx.get(f"{server.root}/health", timeout=30).status_code == 200)
+    assert chat(server, "qwen3").status_code == 200
+
+
+def load(server: Server, model: Path | str, **options: Any) -> httpx.Response:
+    return httpx.post(f"{server.base_url}/models/load", json={"model_id": str(model), **options}, timeout=120)
+
+
+def replicas(home: RayHome) -> list[psutil.Process]:
+    """Return the processes that hold a model: those of the RayHome's replicas."""
+    ours = {child.pid for process in home.processes() for child in [process, *process.children(recursive=True)]}
+    return [
+        p for p in psutil.process_iter() if p.pid in ours and "ServeReplica:roentgen:model" in " ".join(p.cmdline())
+    ]
