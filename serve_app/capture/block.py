@@ -54,7 +54,7 @@ def resolve_block(passage: Passage, grid: torch.Size, n_experts: int | None) -> 
         return dict.fromkeys(LAYER_HOOK_POINTS, "no module inside its layers gives a row per token") | found
     found |= _contributions(x, y, visits, mixer, passage.path)
     norm = next((v for v in visits if v.is_norm and same(v.taken, x) and same(v.given, mixer.taken)), None)
-    found["ln_attn"] = Tap(norm.path, "output") if norm else "its block has no norm between the stream and attention"
+    found["ln_attn"] = Tap(norm.path, "output") if norm else "no norm takes the stream and gives what attention takes"
     if attention is None:
         kind = type(mixer.module).__name__
         found |= dict.fromkeys(("attn_out", "ln_attn"), f"no attention: its layer mixes tokens with {kind}")
@@ -75,7 +75,8 @@ def _contributions(x: Tensor, y: Tensor, visits: list[Visit], mixer: Visit, laye
     if middle is not None:
         fed, added, factor = middle
         mlp = _best((v, v, share(y, [fed.taken], v.given)) for v in later[later.index(fed) :])
-        norm = next((v for v in later if v.is_norm and same(v.taken, fed.taken)), None)
+        norms = (v for v in later if v.is_norm and same(v.taken, fed.taken))
+        norm = next((n for n in norms if any(same(v.taken, n.given) for v in later if v is not n)), None)
         return {
             "resid_mid": Tap(fed.path, "input"),
             "attn_out": _addition(added, factor, layer),
@@ -119,7 +120,7 @@ def _addition(visit: Visit, factor: float, layer: str) -> Tap | str:
 
 
 def _norm_of_mlp(norm: Visit | None) -> Tap | str:
-    return Tap(norm.path, "output") if norm else "its block has no norm between the stream and the MLP"
+    return Tap(norm.path, "output") if norm else "no norm takes the stream and gives what the MLP takes"
 
 
 def _leaving(y: Tensor, later: list[Visit]) -> str:

@@ -101,12 +101,12 @@ AROUND = {  # path of the layers, of the embedding and of the last norm
 WHY = {
     "resid_mid": "its block adds attention and MLP to the stream in parallel",
     "router": "not a mixture of experts",
-    ("olmo2", "ln_attn"): "its block has no norm between the stream and attention",
-    ("olmo2", "ln_mlp"): "its block has no norm between the stream and the MLP",
+    ("olmo2", "ln_attn"): "no norm takes the stream and gives what attention takes",
+    ("olmo2", "ln_mlp"): "no norm takes the stream and gives what the MLP takes",
     ("granite", "attn_out"): "its block adds 0.22 × the output of self_attn, which no module gives",
     ("granite", "mlp_out"): "its block adds 0.22 × the output of mlp, which no module gives",
     ("opt_post_norm", "mlp_out"): "its block normalises the stream itself, after the MLP's contribution is added",
-    ("opt_post_norm", "ln_attn"): "its block has no norm between the stream and attention",
+    ("opt_post_norm", "ln_attn"): "no norm takes the stream and gives what attention takes",
     ("opt_post_norm", "ln_mlp"): "what the MLP adds was not found, so neither was the norm before it",
     ("opt_post_norm", "final_norm"): "no norm takes what leaves the last layer",
     (

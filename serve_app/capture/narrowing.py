@@ -1,0 +1,160 @@
+"""Finds a model's hook points from its configuration alone: no weights, no download, no accelerator.
+
+Where hook points are depends on how layers are wired, not on how wide they are. So a random model of the same configuration
+is built with the same layers, in the same pattern, but narrow, and the resolver verifies on it what it would verify on the
+weights. A configuration's widths depend on one another in ways that only its own model knows (heads divide the width of the
+stream, rotations a head's), so there are two ways to narrow, tried in turn: to four heads, and with all heads, each narrow.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from serve_app.capture.resolver import EXPERTS, ResolutionError, resolve_structure
+from serve_app.capture.structure import ModelStructure
+
+STAND_IN = "a narrowed random model of this configuration"
+
+MOST_PARAMETERS = 300_000_000
+"""A stand-in with more (1.2 GB in float32) is not built."""
+
+HEAD_WIDTH = 8
+
+STREAM = ("hidden_size", "n_embd", "d_model", "emb_dim", "word_embed_proj_dim")
+HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
+KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
+HEAD_WIDTHS = ("head_dim", "kv_channels", "v_head_dim", "linear_key_head_dim", "linear_value_head_dim")
+"""What configurations call the width of the stream, the numbers of heads and the widths of a head."""
+
+NARROW = {
+    "vocab_size": 512,
+    "vocab_size_per_layer_input": 512,
+    "hidden_size_per_layer_input": 16,
+    "max_position_embeddings": 128,
+    "n_positions": 128,
+    "max_seq_len": 128,
+    **dict.fromkeys(("intermediate_size", "ffn_hidden_size", "ffn_dim", "n_inner", "dff"), 48),
+    **dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size", "shared_intermediate_size"), 16),
+    **dict.fromkeys(("intermediate_size_mlp", "dense_intermediate_size", "expert_ffn_hidden_size"), 48),
+    "moe_shared_expert_intermediate_size": 16,
+    **dict.fromkeys(EXPERTS, 24),
+    **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "moe_top_k"), 4),
+    **dict.fromkeys(("qk_nope_head_dim", "qk_rope_head_dim"), HEAD_WIDTH),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "o_lora_rank"), 20),
+    "qk_head_dim": 2 * HEAD_WIDTH,
+    "rotary_dim": HEAD_WIDTH // 2,
+    **dict.fromkeys(("mamba_n_heads", "mamba_num_heads"), 8),
+    **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), HEAD_WIDTH),
+    **dict.fromkeys(("mamba_d_state", "ssm_state_size", "mamba_dt_rank"), 16),
+}
+"""The most that each of these may be, whatever the heads are.
+
+The number of experts is like no other width, so that a router cannot be mistaken for another projection."""
+
+
+def resolve_config(config: PretrainedConfig, model_name: str) -> ModelStructure:
+    """Find and verify a model's hook points on a narrow random model of its configuration.
+
+    Returns:
+        The structure with the configuration's own number of layers and width.
+
+    Raises:
+        ResolutionError: if no narrow model of it could be built and resolved; the message says what each one said.
+    """
+    said: list[str] = []
+    for four_heads in (True, False):
+        narrow = narrowed(config, four_heads=four_heads)
+        try:
+            with _one_thread():
+                structure = resolve_structure(_random_model(narrow), model_name)
+        except ResolutionError as error:
+            said.append(str(error))
+        else:
+            width = structure.d_model * _width(config) // _width(narrow)
+            return dataclasses.replace(structure, d_model=width, verified_on=STAND_IN)
+    raise ResolutionError(f"the configuration alone does not do, give the weights: {'; '.join(dict.fromkeys(said))}")
+
+
+def narrowed(config: PretrainedConfig, *, four_heads: bool) -> PretrainedConfig:
+    """Copy a configuration with narrow widths and few experts, but all its layers.
+
+    Args:
+        config: of a whole model, or of one of its parts.
+        four_heads: narrow to four heads, instead of keeping all of them.
+    """
+    narrow = copy.deepcopy(config)
+    fields = vars(narrow)
+    for name, value in fields.items():
+        if isinstance(value, PretrainedConfig):
+            setattr(narrow, name, narrowed(value, four_heads=four_heads))
+        elif isinstance(value, int) and value > NARROW.get(name, value):
+            setattr(narrow, name, NARROW[name])
+        elif isinstance(value, dict) and name in ("rope_parameters", "rope_scaling"):
+            setattr(narrow, name, _plain_rotation(value))
+    heads = next((n for name in HEADS if isinstance(n := fields.get(name), int)), None)
+    if heads is not None:
+        kept = 4 if four_heads else heads
+        for name in HEADS:
+            if name in fields:
+                setattr(narrow, name, kept)
+        for name in KEY_VALUE_HEADS:
+            if four_heads and isinstance(n := fields.get(name), int):
+                setattr(narrow, name, 1 if n == 1 else 4 if n == heads else 2)
+        for name in HEAD_WIDTHS:
+            if isinstance(fields.get(name), int):
+                setattr(narrow, name, HEAD_WIDTH)
+        for name in STREAM:
+            if isinstance(fields.get(name), int):
+                setattr(narrow, name, kept * HEAD_WIDTH)
+    if isinstance(pad := fields.get("pad_token_id"), int):
+        narrow.pad_token_id = min(pad, NARROW["vocab_size"] - 1)
+    narrow.quantization_config = None
+    return narrow
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute on one thread: handing such small matrices to others takes longer than multiplying them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _plain_rotation(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Drop the scaling of rotary positions, which may have a number per dimension: it moves no hook point."""
+    plain = {name: _plain_rotation(value) if isinstance(value, dict) else value for name, value in parameters.items()}
+    return plain | {"rope_type": "default"} if "rope_type" in parameters else plain
+
+
+def _width(config: PretrainedConfig) -> int:
+    """Return the width of the stream, by any of its names."""
+    return int(config.get_text_config().hidden_size)
+
+
+def _random_model(config: PretrainedConfig) -> PreTrainedModel:
+    """Build a random model whose parameters are nowhere constant, so that its norms can be told from one another."""
+    try:
+        with torch.device("meta"):
+            size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config, dtype=torch.float32).parameters())
+        if size > MOST_PARAMETERS:
+            raise ResolutionError(f"narrowed, it still has {size:,} parameters")
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+            for parameter in model.parameters():
+                if parameter.numel() > 1 and parameter.min() == parameter.max():
+                    parameter.data += 0.3 * torch.randn_like(parameter)
+    except ResolutionError:
+        raise
+    except Exception as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ResolutionError(f"no narrow model of it can be built ({type(error).__name__}: {reason})") from error
+    return model
