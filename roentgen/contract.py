@@ -16,7 +16,14 @@ import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+)
 
 LAYER_HOOK_POINTS: dict[str, str] = {
     "resid_pre": "residual stream entering the block",
@@ -203,6 +210,11 @@ class StoredTensor(BaseModel):
     stored_path: str
     data: list[Any] | None = None
     sample_info: str | None = None
+
+    @model_serializer(mode="wrap")
+    def _said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A reference has no values, and says nothing of them.
+        return {key: value for key, value in handler(self).items() if value is not None}
 
 
 class ActivationReply(BaseModel):
