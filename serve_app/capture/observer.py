@@ -73,7 +73,10 @@ class ObservedModel(TransformersModel):
         """
         if not taps:
             return forward()
-        observer = _TapObserver(self, {self.location(tap): key for key, tap in taps.items()}, sink)
+        keys: dict[str, list[str]] = {}
+        for key, tap in taps.items():
+            keys.setdefault(self.location(tap), []).append(key)  # a norm that feeds attention and MLP has two names
+        observer = _TapObserver(self, keys, sink)
         results: list[T] = []
         # Two blocks, not one `with` of two: nnsight captures the outer block's body, and the inner block is in it.
         with self.trace(fn=lambda: results.append(forward())) as tracer:  # noqa: SIM117
@@ -85,20 +88,21 @@ class ObservedModel(TransformersModel):
 class _TapObserver(Cache):
     """A cache that hands values on instead of keeping them."""
 
-    def __init__(self, model: ObservedModel, keys: dict[str, str], sink: Sink) -> None:
+    def __init__(self, model: ObservedModel, keys: dict[str, list[str]], sink: Sink) -> None:
         super().__init__(model, modules=[])
         self._keys = keys
         self._sink = sink
 
-    def subscriptions(self) -> dict[str, tuple[str, str]]:
-        return {location: (location, key) for location, key in self._keys.items()}
+    def subscriptions(self) -> dict[str, str]:
+        return {location: location for location in self._keys}
 
-    def observe_selected(self, selected: tuple[str, str], value: Any) -> None:
+    def observe_selected(self, selected: str, value: Any) -> None:
         try:
             tensor = first_tensor(value)
         except TypeError:
             return  # a module that passes no tensor has no rows; the request that asked is told when it ends
-        self._sink(selected[1], tensor)
+        for key in self._keys[selected]:
+            self._sink(key, tensor)
 
 
 def observe(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ObservedModel:

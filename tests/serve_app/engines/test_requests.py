@@ -227,3 +227,19 @@ def test_a_model_whose_cache_cannot_be_joined_runs_in_static_batches(caplog: pyt
         assert result.captured is not None
         for key, rows in result.captured.tensors.items():
             assert ((rows - expected[key]).norm(dim=1) / expected[key].norm(dim=1)).max() <= 1e-4, key
+
+
+def test_one_module_under_two_names() -> None:
+    """In a parallel block with one norm, what attention takes and what the MLP takes are the same rows."""
+    model = tiny.loaded("cohere")
+    engine = TransformersEngine(model)
+    both, one = run(
+        engine, [Call(PROMPT, GREEDY, plan(model, *names)) for names in (("ln_attn", "ln_mlp"), ("ln_mlp",))]
+    )
+    engine.close()
+    assert both.captured is not None
+    assert one.captured is not None
+    for layer in range(model.structure.num_layers):
+        attention, mlp = (both.captured.tensors[f"layers.{layer}.{name}"] for name in ("ln_attn", "ln_mlp"))
+        assert torch.equal(attention, mlp)
+        torch.testing.assert_close(one.captured.tensors[f"layers.{layer}.ln_mlp"], mlp, rtol=1e-4, atol=1e-5)
