@@ -2,7 +2,7 @@
 
 Most made-up requests would end at the model's name; so it, and what makes generation long, are put right wherever a body has
 these fields in the right shape. Of the requests that generate, every second one also has put right what depends on other
-fields or on the model, which the document cannot say; the others go to the server as they were made.
+fields or on the model, which the document cannot say, and keeps only what stands alone; the others go as they were made.
 
 `SCHEMATHESIS_HOOKS` names this module; it writes how often each route answered with which status to the file in `STATUSES`.
 """
@@ -23,11 +23,13 @@ MODEL = "smollm2-135m"
 AT_MOST = {"max_tokens": 2, "max_completion_tokens": 2, "n": 2}
 NEVER_SENT = {422}
 
-DEPENDENT = {
-    *("tools", "tool_choice", "response_format", "stream_options", "top_logprobs", "chat_template_kwargs", "best_of"),
-    *("logit_bias", "stop_token_ids", "collect_activations"),
+LIMITS = {
+    "temperature": (0, 2),
+    "top_p": (0.01, 1),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "seed": (0, 9),
 }
-"""What the server may refuse because of other fields, or because of what the model is."""
 
 KEPT = {"session_id": "fuzzed", "layers": [0], "hook_points": ["resid_post"], "positions": "last"}
 
@@ -49,19 +51,19 @@ def map_body(context: Any, body: Any) -> Any:
 
 
 def _put_right(body: dict[str, Any]) -> dict[str, Any]:
-    body = {key: value for key, value in body.items() if key not in DEPENDENT}
-    if body.get("max_tokens") == 0:
-        body["max_tokens"] = 1
+    """Keep of a body what stands alone and is within its limits, and give it something to answer."""
+    kept = {key: body[key] for key, (low, high) in LIMITS.items() if type(body.get(key)) in (int, float)
+            and low <= body[key] <= high}  # fmt: skip
+    kept |= {key: body[key] for key in ("stream", "echo", "user") if type(body.get(key)) in (bool, str)}
+    kept |= {"model": MODEL, "max_tokens": 2}
     if isinstance(body.get("activations"), dict):
-        body["activations"] = KEPT
-    if isinstance(body.get("messages"), list):
-        said = [m["content"] for m in body["messages"] if isinstance(m, dict) and isinstance(m.get("content"), str)]
-        body["messages"] = [{"role": "user", "content": text} for text in said or ["Hello"]]
-    if isinstance(body.get("prompt"), list):  # of tokens, say, that the model does not have
-        body["prompt"] = [str(piece) or "Hello" for piece in body["prompt"]]
-    if not body.get("prompt", True):
-        body["prompt"] = "Hello"
-    return body
+        kept["activations"] = KEPT
+    if "messages" in body:
+        made = body["messages"] if isinstance(body["messages"], list) else []
+        texts = [m["content"] for m in made if isinstance(m, dict) and isinstance(m.get("content"), str)]
+        return kept | {"messages": [{"role": "user", "content": text} for text in texts or ["Hello"]]}
+    prompt = body.get("prompt")
+    return kept | {"prompt": prompt if isinstance(prompt, str) and prompt else "Hello"}
 
 
 @schemathesis.hook
