@@ -197,6 +197,10 @@ def _capture(
         }
     except CaptureRequestError as error:
         raise ApiError(400, str(error), param=error.param) from error
+    if not taps:
+        raise ApiError(
+            400, "activations.layers: no layer is named, so there is nothing to keep", param="activations.layers"
+        )
     first = prompt.turn_start if asked.since == "turn" else 0
     plan = CapturePlan(taps, Positions.parse(asked.positions), asked.dtype, first=first)
     if asked.delivery != "reference":
