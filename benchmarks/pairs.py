@@ -1,14 +1,14 @@
 """The budget's ratios: runs of one process, one after the other, round after round, so that noise hits all alike.
 
 Each round runs every arm once, in the opposite order of the round before. All engine arms share one engine and one copy of the
-weights; the seed's way has a copy of its own, since two threads cannot trace one model.
+weights; transformers' `generate` and the seed's way share another, since two threads cannot trace one model.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks.statistics import Interval, ratios
-from benchmarks.ways import Way, engine_way, seed_way
+from benchmarks.ways import Way, end_tokens, engine_way, generate_way, seed_way
 from benchmarks.workload import Workload
 from serve_app.engines.transformers_engine import TransformersEngine
 
@@ -66,7 +66,8 @@ def measure_pairs(workload: Workload, prompts: int, rounds: int, stage: Callable
     texts = workload.prompts(tokenizer, prompts)
     engine = TransformersEngine(model, max_batch=IN_FLIGHT, max_queue=1024)
     arms = {name: Arm(engine_way(engine, model, name), texts, IN_FLIGHT) for name in ("none", "3x2", "all")} | {
-        "seed": Arm(seed_way(module, tokenizer), texts[:SEED_PROMPTS], 1)
+        "generate": Arm(generate_way(module, end_tokens(module, tokenizer)), texts, IN_FLIGHT),
+        "seed": Arm(seed_way(module, tokenizer), texts[:SEED_PROMPTS], 1),
     }
 
     def runner(name: str, arm: Arm) -> Callable[[], float]:
@@ -86,6 +87,7 @@ def measure_pairs(workload: Workload, prompts: int, rounds: int, stage: Callable
     compared = [
         ("capture of 3 layers × 2 hook points against none", 0.97, "3x2", "none"),
         ("capture of every layer's residual against none", 0.90, "all", "none"),
+        ("no capture against transformers' `generate` in static batches", 1.0, "none", "generate"),
         (f"{IN_FLIGHT} in flight, 3 × 2 captured, against the seed's way", 8.0, "3x2", "seed"),
     ]
     return [Ratio(what, budget, ratios(rates[ours], rates[theirs]), rounds) for what, budget, ours, theirs in compared]
