@@ -92,7 +92,8 @@ def report(workload: Workload, limits: Limits, columns: list[Column], pairs: lis
         rows = [[r.what, f"{r.budget}×", str(r.interval), str(r.pairs)] for r in pairs]
         coverage = f"{pairs[0].interval.coverage:.0%}"
         parts.append(
-            f"Interleaved runs of one process, {PAIR_PROMPTS} prompts, {IN_FLIGHT} in flight; median ratio and its {coverage} interval:"
+            f"Interleaved runs of one process, {PAIR_PROMPTS} prompts, {IN_FLIGHT} in flight; median ratio and its "
+            f"{coverage} interval:"
         )
         parts.append(table(["ratio of tokens/s", "budget", "median (interval)", "pairs"], rows))
     return "\n\n".join(parts)
