@@ -1,0 +1,35 @@
+"""The `roentgen` command: each verb calls one function of a room and prints what it returns.
+
+A module here has the verbs of one concern. Rooms are imported inside the verbs, so that `roentgen --help` does not wait for
+torch.
+"""
+
+import typer
+
+from eval_jobs.command import evaluate
+from roentgen.cli.capturing import capture, verify
+from roentgen.cli.inspecting import inspect
+from roentgen.cli.results import probe_app, report
+from roentgen.cli.serving import serve, serve_for_eval
+from roentgen.cli.sessions import sessions_app
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split("\n")[0]
+)
+
+
+@app.callback()
+def main(context: typer.Context) -> None:
+    """Evaluate a language model on GSM8K and keep what it held inside."""
+    # `eval` without --base-url starts a server; it gets the means here, because eval_jobs may not import serve_app.
+    context.obj = serve_for_eval
+
+
+app.command()(serve)
+app.command(name="eval")(evaluate)
+app.command()(capture)
+app.command(name="verify-capture")(verify)
+app.command()(inspect)
+app.command()(report)
+app.add_typer(sessions_app, name="sessions")
+app.add_typer(probe_app, name="probe")

@@ -1,0 +1,61 @@
+"""`roentgen inspect`: what a model has to capture."""
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from roentgen.cli.console import expected_errors, out
+from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS
+
+if TYPE_CHECKING:
+    from serve_app.capture.structure import ModelStructure
+
+
+def inspect(
+    model: Annotated[str, typer.Argument(help="smollm2-135m (embedded), a folder, or a hub id.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole record as JSON.")] = False,
+    config_only: Annotated[
+        bool, typer.Option("--config-only", help="Leave the weights alone: verify on a narrow random model.")
+    ] = False,
+    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
+) -> None:
+    """Show what a model has to capture: where each hook point is, or why it is missing."""
+    from serve_app.capture.resolver import ResolutionError
+    from serve_app.inspection import inspect_model
+    from serve_app.sources import ModelNotFoundError
+
+    with expected_errors(ModelNotFoundError, ResolutionError):
+        structure = inspect_model(model, revision=revision, config_only=config_only)
+    if as_json:
+        out.print_json(data=structure.record())
+        return
+    s = structure
+    out.print(
+        f"[bold]{s.model_name}[/bold]  {s.architecture} ({s.model_type}), {s.num_layers} layers of width {s.d_model:,} at "
+        f"{s.layers_path}; verified on {s.verified_on}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    out.print(hook_point_table(structure))
+
+
+def hook_point_table(structure: "ModelStructure") -> Table:
+    """Lay out a model's hook points: the module, the side of it, and the layers; of a missing one, why."""
+    from serve_app.capture.structure import ranges
+
+    table = Table("hook point", "module", "side", "layers")
+    for name in LAYER_HOOK_POINTS:
+        for place, layers in structure.places(name).items():
+            module, _, side = place.rpartition(".")
+            table.add_row(name, module, side, "all" if len(layers) == structure.num_layers else ranges(layers))
+        for reason, layers in structure.absences(name).items():
+            everywhere = len(layers) == structure.num_layers
+            table.add_row(name, f"[dim]missing: {reason}[/dim]", "", "" if everywhere else ranges(layers))
+    for name in MODEL_HOOK_POINTS:
+        tap = structure.taps.get(name)
+        if tap is not None:
+            table.add_row(name, tap.module, tap.side, "")
+        else:
+            table.add_row(name, f"[dim]missing: {structure.missing[name]}[/dim]", "", "")
+    return table
