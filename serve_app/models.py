@@ -40,6 +40,12 @@ class LoadedModel:
         """Makes generations follow grammars."""
         return Constraints(self.tokenizer, self.observed.config.get_text_config().vocab_size, self.eos_token_ids)
 
+    @cached_property
+    def head(self) -> str:
+        """Path of the output head, which is run only where logits are wanted; "" if transformers does not say."""
+        head = self.observed._module.get_output_embeddings()
+        return next((path for path, module in self.observed._module.named_modules() if module is head), "")
+
     @property
     def context_length(self) -> int:
         """The most tokens a sequence may have."""

@@ -149,8 +149,9 @@ def _router(visits: list[Visit], attention: Visit | None, n_experts: int | None,
     if logits:
         return f"several modules project to its {n_experts} experts: {', '.join(_inside(v, layer) for v in logits)}"
     for v in own:
-        if any(t.shape[-1] == n_experts and is_projection(t, v.taken, v.module) for t in v.beside):
-            return f"{_inside(v, layer)} gives its logits beside its first output, where they cannot be read"
+        for place, beside in enumerate(v.beside, start=1):
+            if beside.shape[-1] == n_experts and is_projection(beside, v.taken, v.module):
+                return Tap(v.path, "output", place)
     if any("expert" in v.path or "router" in v.path for v in own):
         return f"no module gives the linear projection to its {n_experts} experts"
     return "its MLP is dense, not a mixture of experts"

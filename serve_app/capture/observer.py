@@ -22,8 +22,8 @@ from nnsight.modeling.transformers import TransformersModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from serve_app.capture.resolver import first_tensor
 from serve_app.capture.structure import Tap
+from serve_app.capture.watching import nth_tensor
 
 # Importing nnsight puts `.save` on every Python object, which breaks classes that check their attributes (anyio's, and with
 # them Ray Serve's replicas). Nothing here needs it: take it off again.
@@ -73,9 +73,9 @@ class ObservedModel(TransformersModel):
         """
         if not taps:
             return forward()
-        keys: dict[str, list[str]] = {}
-        for key, tap in taps.items():
-            keys.setdefault(self.location(tap), []).append(key)  # a norm that feeds attention and MLP has two names
+        keys: dict[str, list[tuple[str, int]]] = {}
+        for key, tap in taps.items():  # a norm that feeds attention and MLP has two names
+            keys.setdefault(self.location(tap), []).append((key, tap.place))
         observer = _TapObserver(self, keys, sink)
         results: list[T] = []
         # Two blocks, not one `with` of two: nnsight captures the outer block's body, and the inner block is in it.
@@ -88,7 +88,7 @@ class ObservedModel(TransformersModel):
 class _TapObserver(Cache):
     """A cache that hands values on instead of keeping them."""
 
-    def __init__(self, model: ObservedModel, keys: dict[str, list[str]], sink: Sink) -> None:
+    def __init__(self, model: ObservedModel, keys: dict[str, list[tuple[str, int]]], sink: Sink) -> None:
         super().__init__(model, modules=[])
         self._keys = keys
         self._sink = sink
@@ -97,11 +97,11 @@ class _TapObserver(Cache):
         return {location: location for location in self._keys}
 
     def observe_selected(self, selected: str, value: Any) -> None:
-        try:
-            tensor = first_tensor(value)
-        except TypeError:
-            return  # a module that passes no tensor has no rows; the request that asked is told when it ends
-        for key in self._keys[selected]:
+        for key, place in self._keys[selected]:
+            try:
+                tensor = nth_tensor(value, place)
+            except TypeError:
+                continue  # a module that passes no tensor has no rows; the request that asked is told when it ends
             self._sink(key, tensor)
 
 

@@ -26,10 +26,15 @@ class CaptureRequestError(ValueError):
 
 @dataclass(frozen=True)
 class Tap:
-    """A location to read: a module's path from the root, and its input or output."""
+    """A location to read: a module's path from the root, its input or output, and which of the tensors there."""
 
     module: str
     side: Side
+    place: int = 0
+
+    def __str__(self) -> str:
+        """Write the location as people do: `model.layers.0.mlp.output`, or `….router.output[1]` for a second tensor."""
+        return f"{self.module}.{self.side}" + (f"[{self.place}]" if self.place else "")
 
 
 @dataclass(frozen=True)
@@ -150,7 +155,7 @@ class ModelStructure:
         for layer in range(self.num_layers):
             tap = self.taps.get(stored_key(name, layer))
             if tap is not None:
-                inside = f"{tap.module}.{tap.side}".removeprefix(f"{self.layers_path}.{layer}.")
+                inside = str(tap).removeprefix(f"{self.layers_path}.{layer}.")
                 found.setdefault(f"{self.layers_path}.{{i}}.{inside}", []).append(layer)
         return found
 
@@ -173,7 +178,7 @@ class ModelStructure:
         """
         places = {name: found for name in LAYER_HOOK_POINTS if (found := self.places(name))}
         first = {name: next(iter(found.items())) for name, found in places.items()}
-        shared = {name: f"{tap.module}.{tap.side}" for name in MODEL_HOOK_POINTS if (tap := self.taps.get(name))}
+        shared = {name: str(tap) for name in MODEL_HOOK_POINTS if (tap := self.taps.get(name))}
         before = {name: path.rpartition(".")[0] for name, (path, _) in first.items()}
         return {
             "model_name": self.model_name,
@@ -188,7 +193,7 @@ class ModelStructure:
             "hook_point_layers": places,
             "missing": self.missing,
             "verified_on": self.verified_on,
-            "savepoints": {name: f"{tap.module}.{tap.side}" for name, tap in self.savepoints.items()},
+            "savepoints": {name: str(tap) for name, tap in self.savepoints.items()},
         }
 
 

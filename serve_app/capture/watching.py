@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
@@ -24,9 +25,18 @@ def first_tensor(value: Any) -> Tensor:
     Raises:
         TypeError: if there is no tensor.
     """
-    for tensor in tensors(value):
+    return nth_tensor(value, 0)
+
+
+def nth_tensor(value: Any, place: int) -> Tensor:
+    """Return one of the tensors of a module's input or output, counted from 0.
+
+    Raises:
+        TypeError: if there are not so many.
+    """
+    for tensor in islice(tensors(value), place, None):
         return tensor
-    raise TypeError(f"no tensor in a {type(value).__name__}")
+    raise TypeError(f"no tensor {place} in a {type(value).__name__}")
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

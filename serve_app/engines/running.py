@@ -19,7 +19,8 @@ from serve_app.models import LoadedModel
 class Running:
     """A job, and what it has so far: `ends` are the tokens that end it, and `told` tokens have gone to its listener.
 
-    `started` and `spoke` are when its prompt began to be read and when it had its first token, on the monotonic clock.
+    `all_logits` is whether its prompt needs logits at every position. `started` and `spoke` are when its prompt began to be
+    read and when it had its first token, on the monotonic clock.
     """
 
     job: GenerationJob
@@ -27,6 +28,7 @@ class Running:
     text: TextStream
     rows: RequestRows | None
     ends: frozenset[int]
+    all_logits: bool
     token_ids: list[int] = field(default_factory=list)
     scores: list[TokenScore] = field(default_factory=list)
     prompt_scores: list[TokenScore] = field(default_factory=list)
@@ -38,12 +40,14 @@ class Running:
     def start(cls, job: GenerationJob, model: LoadedModel) -> "Running":
         """Begin a job."""
         ends = model.eos_token_ids | job.sampling.stop_token_ids
+        tapped = {tap.module for tap in job.capture.taps.values()} if job.capture else set()
         return cls(
             job,
             Sampler(job.sampling, job.prompt_ids, ends, job.constraint),
             TextStream(model.tokenizer.backend_tokenizer, job.sampling.stop),
             RequestRows(job.capture, len(job.prompt_ids)) if job.capture else None,
             ends,
+            all_logits=job.score_prompt or model.head in tapped,
         )
 
     @property
@@ -120,9 +124,9 @@ class Prefill:
         return cls(running, tokens, padding, cache)
 
     @property
-    def scored(self) -> bool:
-        """Whether any of the jobs wants its prompt's tokens scored."""
-        return any(one.job.score_prompt for one in self.running)
+    def all_logits(self) -> bool:
+        """Whether logits are needed at every position, not only at the last."""
+        return any(one.all_logits for one in self.running)
 
     def score(self, logits: Float[Tensor, "batch piece vocab"]) -> None:
         """Score the prompts' tokens that follow those of the piece just read, for the jobs that want it."""

@@ -42,8 +42,8 @@ GATHER_S = 0.02
 PREFILL_TOKENS = {"cpu": 512, "cuda": 8192}
 """Tokens of one prefill: enough to fill the device, and few enough for the running requests to wait for."""
 
-SCORED_BYTES = 256 << 20
-"""Logits of one prefill that scores its prompts; beyond, it is read in more pieces."""
+LOGITS_BYTES = 256 << 20
+"""Logits of one prefill that needs them at every position; beyond, it is read in more pieces."""
 
 MAX_FAILURES = 3
 """Failures in a row after which the engine gives up."""
@@ -199,8 +199,8 @@ class TransformersEngine:
         if not self._continuous:
             return prefill.tokens.shape[1]
         limit = self._max_prefill_tokens
-        if prefill.scored:
-            limit = min(limit, SCORED_BYTES // (4 * self._model.observed.config.get_text_config().vocab_size))
+        if prefill.all_logits:
+            limit = min(limit, LOGITS_BYTES // (4 * self._model.observed.config.get_text_config().vocab_size))
         return max(1, limit // len(prefill.running))
 
     def _read(self, prefill: Prefill) -> None:
@@ -219,7 +219,7 @@ class TransformersEngine:
                 mask,
                 positions[:, start:],
                 prefill.cache,
-                logits_to_keep=0 if prefill.scored else 1,
+                logits_to_keep=0 if prefill.all_logits else 1,
             )
         except Exception as error:
             if not self._running:
@@ -229,7 +229,7 @@ class TransformersEngine:
             for running in prefill.running:
                 running.job.listener(Failed(error))
             return
-        if prefill.scored:
+        if prefill.all_logits:
             prefill.score(logits)
         prefill.done = stop
         if stop < prefill.tokens.shape[1]:

@@ -123,7 +123,9 @@ def _hooked(model: LoadedModel, taps: dict[str, Tap], n_rows: int) -> Iterator[d
     seen: dict[str, Tensor] = {}
     handles = []
 
-    def keep(key: str, value: Any) -> None:
+    def keep(key: str, value: Any, place: int) -> None:
+        if place:
+            value = value[place]
         while isinstance(value, tuple):
             value = value[0]
         if value.ndim > 1 and value.shape[:2] == (1, n_rows):
@@ -134,10 +136,10 @@ def _hooked(model: LoadedModel, taps: dict[str, Tap], n_rows: int) -> Iterator[d
     for key, tap in taps.items():
 
         def before(_module: Any, args: Any, kwargs: Any, key: str = key) -> None:
-            keep(key, args if args else next(v for v in kwargs.values() if isinstance(v, Tensor)))
+            keep(key, args if args else next(v for v in kwargs.values() if isinstance(v, Tensor)), 0)
 
-        def after(_module: Any, _args: Any, output: Any, key: str = key) -> None:
-            keep(key, output)
+        def after(_module: Any, _args: Any, output: Any, key: str = key, place: int = tap.place) -> None:
+            keep(key, output, place)
 
         tapped = model.observed._module.get_submodule(tap.module)
         handles.append(

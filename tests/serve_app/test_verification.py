@@ -206,10 +206,16 @@ def test_a_key_of_which_no_row_was_compared_is_found(
     assert "no two requests were under way at once, so nothing was batched" in problems
 
 
-def test_the_output_head_can_be_verified_or_says_why_not(llama: LoadedModel) -> None:
-    report = verify_capture(llama, taps={"head": Tap("lm_head", "output")})
-    assert any("head does not give a row per token" in problem for problem in report.problems)
-    assert all(d.max_error < 1e-5 for d in report.deviations)
+def test_the_output_head_is_captured_like_any_module(llama: LoadedModel) -> None:
+    report = verify_capture(llama, taps={"head": Tap("lm_head", "output"), "last": Tap("model.norm", "output")})
+    assert report.ok, report.problems
+    assert {d.key for d in report.deviations} == {"head", "last"}
+
+
+def test_a_router_beside_the_first_output_is_captured() -> None:
+    model = tiny.loaded("llama4_text")
+    report = verify_capture(model, taps=taps_to_verify(model.structure, (1,), ("router", "mlp_out")))
+    assert report.ok, report.problems
 
 
 def test_the_model_is_given_back_as_it_was(llama: LoadedModel) -> None:

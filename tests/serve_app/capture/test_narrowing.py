@@ -31,7 +31,6 @@ WORDS = {
     "no attention": "no attention",
     "dense": "dense",
     "not a mixture of experts": "dense",
-    "beside its first output": "second output",
     "no module gives the linear projection": "not found",
     "no norm takes what leaves": "not found",
     "not a row per token": "no rows",
