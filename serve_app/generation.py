@@ -16,6 +16,7 @@ from ulid import ULID
 from roentgen.contract import ActivationRequest
 from roentgen.store import Receipt, Rollout, StoreError, StoreWriter
 from serve_app.capture.rows import CapturePlan, UncapturableError
+from serve_app.engines.constraints import Grammar, SchemaError
 from serve_app.engines.protocol import (
     Constraint,
     ConstraintError,
@@ -56,7 +57,7 @@ class Choice:
         sampling: how to choose tokens.
         asked: what to keep, None for nothing.
         plan: `asked`, resolved.
-        constraint: the grammar to follow.
+        grammar: what to follow, None for free text.
         score_prompt: whether the prompt's own tokens are to be scored.
     """
 
@@ -64,7 +65,7 @@ class Choice:
     sampling: Sampling
     asked: ActivationRequest | None = None
     plan: CapturePlan | None = None
-    constraint: Constraint | None = None
+    grammar: Grammar | None = None
     score_prompt: bool = False
 
 
@@ -102,7 +103,8 @@ async def generate(
         timeout_s: the longest that all of it may take.
 
     Raises:
-        ApiError: if the queue is full, it takes too long, or generation, capture or commit fails.
+        ApiError: if a grammar cannot be followed, the queue is full, it takes too long, or generation, capture or commit
+            fails.
     """
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[Item] = asyncio.Queue()
@@ -113,6 +115,7 @@ async def generate(
 
         return _Listener(served, choice, session_id, tell)
 
+    constraints = await _constraints(served, choices)
     jobs = [
         GenerationJob(
             prompt_ids=choice.prompt.token_ids,
@@ -120,10 +123,10 @@ async def generate(
             listener=listener(index, choice).hear,
             capture=choice.plan,
             stream=stream,
-            constraint=choice.constraint,
+            constraint=constraint,
             score_prompt=choice.score_prompt,
         )
-        for index, choice in enumerate(choices)
+        for index, (choice, constraint) in enumerate(zip(choices, constraints, strict=True))
     ]
     open_choices = len(jobs)
     try:
@@ -161,6 +164,26 @@ async def generate(
     finally:
         for job in jobs:
             job.cancelled.set()
+
+
+async def _constraints(served: Served, choices: list[Choice]) -> list[Constraint | None]:
+    """Compile each choice's grammar, on a thread: a large schema takes a while, and others want answers meanwhile.
+
+    Raises:
+        ApiError: if a schema cannot be followed, naming where the request has it.
+    """
+
+    def compiled() -> list[Constraint | None]:
+        made = served.model.constraints
+        return [made.compile(choice.grammar) if choice.grammar is not None else None for choice in choices]
+
+    if all(choice.grammar is None for choice in choices):
+        return [None] * len(choices)
+    try:
+        return await asyncio.to_thread(compiled)
+    except ConstraintError as error:
+        param = error.param if isinstance(error, SchemaError) else None
+        raise ApiError(400, str(error), param=param, code="unsupported_schema") from error
 
 
 class _Listener:

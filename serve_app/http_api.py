@@ -75,7 +75,8 @@ def make_api(max_body_bytes: int, metrics: Metrics) -> FastAPI:
 
     @api.exception_handler(StoreError)
     async def on_store(request: Request, error: StoreError) -> JSONResponse:
-        return await on_api_error(request, ApiError(404, str(error), code="session_not_found"))
+        log.error("%s", error)  # with paths, which are no client's business
+        return await on_api_error(request, ApiError(500, "the session cannot be read", code="store_failed"))
 
     @api.exception_handler(BackPressureError)
     async def on_backpressure(request: Request, error: BackPressureError) -> JSONResponse:

@@ -22,7 +22,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import State
 
 from roentgen.contract import check_session_id
-from roentgen.store import Session, SessionBusyError, SessionSummary, list_sessions
+from roentgen.store import Session, SessionBusyError, SessionNotFoundError, SessionSummary, list_sessions
 from roentgen.store.sessions import delete_session, find_session, summarise, tar_session
 from serve_app.config import ModelChoice, ServerConfig
 from serve_app.http_api import check_key, make_api
@@ -104,7 +104,7 @@ class Ingress:
 
     async def health(self) -> JSONResponse:
         """Say whether the model answers, or what stage its start or its swap is in; 503 until it is ready."""
-        status = await self._replicas.status()
+        status = await self._replicas.known()
         code = 200 if status["status"] == "ok" else 503
         return JSONResponse({"status": status["status"], "stage": status["stage"]}, code)
 
@@ -146,10 +146,12 @@ class Ingress:
 
     async def tokenize(self, body: TokenizeRequest) -> JSONResponse:
         """Count and return the tokens of a text or of a conversation."""
+        await self._replicas.check_there()
         return _answer(await self._model.tokenize.remote(body))
 
     async def detokenize(self, body: DetokenizeRequest) -> JSONResponse:
         """Return the text of tokens."""
+        await self._replicas.check_there()
         return _answer(await self._model.detokenize.remote(body))
 
     def sessions(self) -> Body:
@@ -176,6 +178,8 @@ class Ingress:
             raise ApiError(409, f"session {session_id!r} is being written", param="session_id", code="session_busy")
         try:
             freed = delete_session(self._config.store, session_id)
+        except SessionNotFoundError as error:
+            raise _no_session(session_id) from error
         except SessionBusyError as error:
             raise ApiError(409, str(error), param="session_id", code="session_busy") from error
         return {"id": session_id, "object": "activations.session", "deleted": True, "bytes": freed}
@@ -188,9 +192,13 @@ class Ingress:
 
     def _find(self, session_id: str) -> Session:
         _check_id(session_id)
-        return find_session(self._config.store, session_id)
+        try:
+            return find_session(self._config.store, session_id)
+        except SessionNotFoundError as error:
+            raise _no_session(session_id) from error
 
     async def _generate(self, state: State, body: ChatRequest | CompletionRequest) -> Any:
+        await self._replicas.check_there()
         if body.stream:
             return await self._stream(state, body)
         with self._session_in_use(body):
@@ -199,6 +207,9 @@ class Ingress:
                 result = await response
             except asyncio.CancelledError:
                 response.cancel()  # the client went away: free its place in the batch
+                raise
+            except RayError:
+                self._replicas.doubt()
                 raise
         state.stats = result.get("stats")
         return _answer(result)
@@ -218,6 +229,7 @@ class Ingress:
             except RayError as error:
                 # The status is sent already: the failure has to be said inside the stream.
                 log.error("a replica failed during a stream: %s", error)
+                self._replicas.doubt()
                 yield _sse(state, [{"error": ApiError(503, "the model's replica was lost").payload()}])
             finally:
                 pieces.cancel()
@@ -244,6 +256,10 @@ def _check_id(session_id: str) -> None:
         check_session_id(session_id)
     except ValueError as error:
         raise ApiError(400, str(error), param="session_id") from error
+
+
+def _no_session(session_id: str) -> ApiError:
+    return ApiError(404, f"there is no session {session_id!r}", param="session_id", code="session_not_found")
 
 
 def _answer(result: Body) -> JSONResponse:

@@ -1,7 +1,7 @@
 """From a checked request to the choices that the engine runs: what needs the model, its tokenizer and its limits.
 
-Everything that can be refused is refused here, before anything is queued: a prompt that is too long, a hook point the model
-does not have, values too many to send, a schema that cannot be followed.
+What can be refused by looking is refused here, before anything is queued: a prompt that is too long, a hook point the model
+does not have, values too many to send.
 """
 
 from collections.abc import Sequence
@@ -15,8 +15,7 @@ from roentgen.contract import SAMPLED_FEATURES, ActivationRequest, Positions
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.structure import CaptureRequestError
 from serve_app.config import ServerConfig
-from serve_app.engines.constraints import Grammar, SchemaError
-from serve_app.engines.protocol import Constraint, ConstraintError
+from serve_app.engines.constraints import Grammar
 from serve_app.generation import Choice, Done, Served
 from serve_app.openai_api.chat import ChatReply, ChatRequest
 from serve_app.openai_api.completions import CompletionReply, CompletionRequest, raw_prompt
@@ -77,7 +76,7 @@ def plan_chat(served: Served, request: ChatRequest, config: ServerConfig) -> Pla
             sampling=request.sampling(max_tokens, number, request.top_logprobs),
             asked=asked,
             plan=capture,
-            constraint=_constraint(served, grammar) if grammar is not None else None,
+            grammar=grammar,
         )
         for number in range(request.n)
     ]
@@ -97,19 +96,6 @@ def _grammar(request: ChatRequest, reasoning: Reasoning) -> Grammar | None:
     if shape.json_schema is None:
         return json_object_grammar(reasoning=reasoning)
     return json_schema_grammar(shape.json_schema.schema_, strict=shape.json_schema.strict, reasoning=reasoning)
-
-
-def _constraint(served: Served, grammar: Grammar) -> Constraint:
-    """Compile a grammar for one choice.
-
-    Raises:
-        ApiError: if a schema cannot be followed, naming where the request has it.
-    """
-    try:
-        return served.model.constraints.compile(grammar)
-    except ConstraintError as error:
-        param = error.param if isinstance(error, SchemaError) else None
-        raise ApiError(400, str(error), param=param, code="unsupported_schema") from error
 
 
 def plan_completion(served: Served, request: CompletionRequest, config: ServerConfig) -> Plan:

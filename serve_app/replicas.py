@@ -1,5 +1,8 @@
 """The model's replicas, as the ingress deals with them as a whole: how they are, and which model they all serve.
 
+How they are is asked often, by `/health` and before every generation, and a replica that computes may take a while to say. So
+an answer is good for a second, one question at a time is on its way, and nobody waits for it longer than a moment.
+
 Swapping the model is Serve's own reconfiguration: the application is deployed again with another `user_config` and everything
 else unchanged, so Serve restarts nothing and calls every replica's `reconfigure`, also that of a replica it starts later. A
 replica answers that at once and swaps on a thread; here it is waited for that all have. If one cannot, all go back.
@@ -7,6 +10,7 @@ replica answers that at once and swaps on a thread; here it is waited for that a
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,10 +24,15 @@ from serve_app.openai_api.errors import ApiError
 log = logging.getLogger(__name__)
 
 STATUS_TIMEOUT_S = 5.0
+GOOD_FOR_S = 1.0
+PATIENCE_S = 0.1
 LOAD_TIMEOUT_S = 3600.0
 """A load may download a model."""
 
 Status = dict[str, Any]
+
+NO_REPLICA: Status = {"status": "loading", "stage": "starting a replica"}
+NO_ANSWER: Status = {"status": "loading", "stage": "waiting for the replicas to answer"}
 
 
 class Replicas:
@@ -42,22 +51,62 @@ class Replicas:
         self._redeploy = redeploy
         self._choice = config.choice
         self._swapping = asyncio.Lock()
+        self._known, self._known_at = NO_ANSWER, -GOOD_FOR_S
+        self._asking: asyncio.Task[Status] | None = None
 
     async def statuses(self) -> list[Status]:
-        """Ask every replica that runs; one that is just being lost does not answer."""
+        """Ask every replica that runs; none if one of them takes too long."""
+        try:
+            return await self._ask()
+        except TimeoutError:
+            return []
+
+    async def _ask(self) -> list[Status]:
+        """Ask every replica that runs; one that is just being lost does not answer.
+
+        Raises:
+            TimeoutError: if another does not either.
+        """
         try:
             asked = self._model.broadcast("status")
             answers = await asked.results_async(timeout_s=STATUS_TIMEOUT_S, return_exceptions=True)
-        except (DeploymentUnavailableError, TimeoutError):
+        except DeploymentUnavailableError:
             return []
         return [answer for answer in answers if isinstance(answer, dict)]
 
     async def status(self) -> Status:
-        """Say how the deployment is: as the replica that is furthest."""
-        statuses = await self.statuses()
-        ranks = ("ok", "loading", "failed")
-        nothing = {"status": "loading", "stage": "starting a replica"}
-        return min(statuses, key=lambda status: ranks.index(status["status"]), default=nothing)
+        """Ask how the deployment is: as the replica that is furthest."""
+        try:
+            statuses = await self._ask()
+        except TimeoutError:
+            found = NO_ANSWER
+        else:
+            ranks = ("ok", "loading", "failed")
+            found = min(statuses, key=lambda status: ranks.index(status["status"]), default=NO_REPLICA)
+        self._known, self._known_at = found, time.monotonic()
+        return found
+
+    async def known(self) -> Status:
+        """Say how the deployment is or has just been, at once or nearly so."""
+        if self._swapping.locked() or time.monotonic() - self._known_at > GOOD_FOR_S:
+            if self._asking is None or self._asking.done():
+                self._asking = asyncio.create_task(self.status())
+            await asyncio.wait({self._asking}, timeout=PATIENCE_S)
+        return self._known
+
+    def doubt(self) -> None:
+        """Forget how the deployment was: a replica has just been lost."""
+        self._known_at = -GOOD_FOR_S
+
+    async def check_there(self) -> None:
+        """Refuse a request that would have to wait until a replica has been started.
+
+        Raises:
+            ApiError: 503.
+        """
+        status = await self.known()
+        if status is NO_REPLICA:
+            raise _unready(status)
 
     async def serving(self) -> Status:
         """Return the status of a replica that serves.
@@ -67,10 +116,7 @@ class Replicas:
         """
         status = await self.status()
         if status["status"] != "ok":
-            retry = 2 if status["status"] == "loading" else None
-            raise ApiError(
-                503, f"the model is not ready: {status['stage']}", code=status["status"], retry_after_s=retry
-            )
+            raise _unready(status)
         return status
 
     async def loads(self) -> dict[str, Load]:
@@ -145,3 +191,8 @@ class Replicas:
                     await asyncio.sleep(0.1)
         except TimeoutError:
             return ApiError(500, f"{choice.model_id} was not ready after {LOAD_TIMEOUT_S:.0f} s", code="load_failed")
+
+
+def _unready(status: Status) -> ApiError:
+    retry = 2 if status["status"] == "loading" else None
+    return ApiError(503, f"the model is not ready: {status['stage']}", code=status["status"], retry_after_s=retry)

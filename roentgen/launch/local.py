@@ -89,15 +89,29 @@ def _application(
     logging.getLogger("ray.serve").setLevel(logging.INFO if verbose else logging.ERROR)
     stage("starting Ray Serve")
     found_serve = bool(serve.status().proxies)
-    serve.start(http_options=HTTPOptions(host=host, port=port))
+    with _startable():
+        serve.start(http_options=HTTPOptions(host=host, port=port))
     try:
-        serve.run(build(config), name=APP_NAME, route_prefix="/", blocking=False)
+        with _startable():
+            serve.run(build(config), name=APP_NAME, route_prefix="/", blocking=False)
         yield
     finally:
         stage("stopping the server")
         serve.delete(APP_NAME)
         if not (ray_ends or found_serve):
             serve.shutdown()
+
+
+@contextmanager
+def _startable() -> Iterator[None]:
+    """Say in one line that Serve did not start, as on a machine that is too busy for it."""
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        yield
+    except (RayError, RayServeException, TimeoutError) as error:
+        raise LaunchError(f"Ray Serve could not be started: {error}") from error
 
 
 def check_host(host: str) -> None:

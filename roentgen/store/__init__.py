@@ -12,7 +12,7 @@ readers in other languages.
 
 from roentgen.store.locks import SessionBusyError
 from roentgen.store.reader import Activations, RolloutRows, Session
-from roentgen.store.schema import CaptureSpec, Receipt, Rollout, Segment, StoreError
+from roentgen.store.schema import CaptureSpec, Receipt, Rollout, Segment, SessionNotFoundError, StoreError
 from roentgen.store.sessions import SessionSummary, VerifyReport, list_sessions, verify
 from roentgen.store.writer import StoreWriter
 
@@ -25,6 +25,7 @@ __all__ = [
     "Segment",
     "Session",
     "SessionBusyError",
+    "SessionNotFoundError",
     "SessionSummary",
     "StoreError",
     "StoreWriter",

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from roentgen.contract import Positions
 from roentgen.store.durable import local_root
-from roentgen.store.schema import INDEX_SCHEMA, CaptureSpec, StoreError, check_version, read_spec
+from roentgen.store.schema import INDEX_SCHEMA, CaptureSpec, SessionNotFoundError, StoreError, check_version, read_spec
 
 _KEY_COLUMNS = ["config_hash", "problem_id", "epoch", "turn"]
 
@@ -53,13 +53,14 @@ class Session:
         """Open a session by its address (the reply's `uri`, or its folder).
 
         Raises:
-            StoreError: if there is no session, or one of a newer schema.
+            SessionNotFoundError: if there is no session.
+            StoreError: if it is of a newer schema.
         """
         path = local_root(uri)
         try:
             identity = json.loads((path / "session.json").read_text())
         except FileNotFoundError:
-            raise StoreError(f"{path} is not a session: it has no session.json") from None
+            raise SessionNotFoundError(f"{path} is not a session: it has no session.json") from None
         except json.JSONDecodeError as error:
             raise StoreError(f"{path / 'session.json'} is not JSON: {error}") from error
         check_version(str(identity.get("schema_version")), str(path))

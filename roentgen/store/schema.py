@@ -55,6 +55,10 @@ class StoreError(Exception):
     """The store could not be read or written; the message names the file and what to do."""
 
 
+class SessionNotFoundError(StoreError):
+    """There is no session at an address."""
+
+
 class CaptureSpec(BaseModel):
     """What all rollouts of one shard have in common; it is the shard's header metadata.
 

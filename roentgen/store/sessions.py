@@ -77,7 +77,7 @@ def find_session(store: str | Path, session_id: str) -> Session:
 
     Raises:
         ValueError: if the id is unsafe.
-        StoreError: if there is no such session.
+        SessionNotFoundError: if there is no such session.
     """
     return Session.open(local_root(store) / check_session_id(session_id))
 
@@ -114,7 +114,7 @@ def delete_session(store: str | Path, session_id: str) -> int:
     Raises:
         ValueError: if the id is unsafe.
         SessionBusyError: if it is being written.
-        StoreError: if there is no such session.
+        SessionNotFoundError: if there is no such session.
     """
     session = find_session(store, session_id)
     root = local_root(store)

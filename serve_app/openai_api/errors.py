@@ -77,6 +77,8 @@ def from_validation(errors: list[Any]) -> ApiError:
     path = [str(part) for part in first["loc"] if part != "body"]
     # Unions add the name of the alternative tried; a client knows only the field.
     param = ".".join(part for part in path if not part.startswith(("tuple[", "literal[", "function-", "list["))) or None
+    if first["type"] == "missing" and not path:
+        return ApiError(400, "the body is empty; send a JSON object")
     if first["type"] == "extra_forbidden":
         return ApiError(
             400, f"{param} is unknown or not supported by this server", param=param, code="unsupported_parameter"

@@ -188,6 +188,9 @@ def test_a_killed_replica_is_said_and_comes_back_with_the_model_loaded_last(
     assert rest[-1] == "data: [DONE]"
     assert json.loads(rest[-2].removeprefix("data: "))["error"]["type"] == "service_unavailable_error"
     assert (unary[0].status_code, unary[0].json()["error"]["type"]) == (503, "service_unavailable_error")
+    refused = chat(server, "qwen3")  # at once: it does not wait for the next replica
+    assert (refused.status_code, refused.headers["Retry-After"]) == (503, "2")
+    assert "starting a replica" in refused.json()["error"]["message"]
     wait_for(lambda: httpx.get(f"{server.root}/health", timeout=30).status_code == 200)
     assert chat(server, "qwen3").status_code == 200
 
