@@ -55,6 +55,7 @@ format: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.serving
+	$(BIN)/python -m benchmarks.health
 	$(BIN)/python -m benchmarks.memory
 
 # The launcher's own environment: SkyPilot and the server's packages cannot share one.

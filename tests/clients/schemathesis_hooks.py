@@ -54,7 +54,8 @@ def _put_right(body: dict[str, Any]) -> dict[str, Any]:
     """Keep of a body what stands alone and is within its limits, and give it something to answer."""
     kept = {key: body[key] for key, (low, high) in LIMITS.items() if type(body.get(key)) in (int, float)
             and low <= body[key] <= high}  # fmt: skip
-    kept |= {key: body[key] for key in ("stream", "echo", "user") if type(body.get(key)) in (bool, str)}
+    kept |= {key: body[key] for key in ("stream", "echo") if isinstance(body.get(key), bool)}
+    kept |= {"user": body["user"]} if isinstance(body.get("user"), str) else {}
     kept |= {"model": MODEL, "max_tokens": 2}
     if isinstance(body.get("activations"), dict):
         kept["activations"] = KEPT
