@@ -42,6 +42,7 @@ def _application(config: ServerConfig, version: str, choice: ModelChoice) -> App
         ray_actor_options={"num_cpus": 1, "num_gpus": _gpus(config)},
         max_ongoing_requests=2000,
         graceful_shutdown_timeout_s=10,
+        health_check_period_s=3,  # a replica whose engine has given up fails three checks before Serve restarts it
         user_config=choice.model_dump(mode="json"),
         logging_config=QUIET,
     )

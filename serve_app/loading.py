@@ -64,6 +64,8 @@ class ModelSlot:
             "choice": self._choice,
             "refused": {"choice": refused[0], "error": refused[1].payload()} if refused else None,
         }
+        if served is not None and not served.engine.alive:
+            return {**status, "status": "loading", "stage": "the engine has given up; the replica is restarted"}
         if served is not None and self._open:
             return {**status, "status": "ok", "stage": "ready", **describe(served)}
         if refused is not None and not self._one_at_a_time.locked():

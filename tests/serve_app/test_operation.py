@@ -1,6 +1,7 @@
 """A server while things happen to it, through real Serve and real HTTP: models are swapped, clients leave, replicas die."""
 
 import json
+import shutil
 import tempfile
 import threading
 import time
@@ -115,6 +116,37 @@ def test_ids_are_echoed_chunks_are_counted_and_no_origin_is_let_in(served: tuple
     assert [(line["route"], line["status"]) for line in lines if "route" in line] == [("/v1/chat/completions", 200)]
 
 
+def test_health_answers_while_a_replica_does_not(served: tuple[Server, RayHome]) -> None:
+    server, home = served
+
+    def health() -> httpx.Response:
+        return httpx.get(f"{server.root}/health", timeout=4)  # less than a replica is given to answer
+
+    (replica,) = replicas(home)
+    replica.suspend()
+    try:
+        wait_for(lambda: health().json()["stage"] == "waiting for the replicas to answer")
+        assert health().status_code == 503
+    finally:
+        replica.resume()
+    wait_for(lambda: health().status_code == 200)
+    assert chat(server).status_code == 200
+
+
+def test_an_unknown_session_is_said_without_where_sessions_are(served: tuple[Server, RayHome]) -> None:
+    server, _ = served
+    for method in ("GET", "DELETE"):
+        reply = httpx.request(method, f"{server.base_url}/activations/session/none-such")
+        assert (reply.status_code, reply.json()["error"]["code"]) == (404, "session_not_found")
+        assert reply.json()["error"]["message"] == "there is no session 'none-such'"
+
+
+def test_an_empty_body_is_said_to_be_empty(served: tuple[Server, RayHome]) -> None:
+    server, _ = served
+    reply = httpx.post(f"{server.base_url}/chat/completions")
+    assert (reply.status_code, reply.json()["error"]["message"]) == (400, "the body is empty; send a JSON object")
+
+
 def test_another_model_is_loaded_while_health_is_live(served: tuple[Server, RayHome], folders: dict[str, Path]) -> None:
     server, home = served
     (before,) = replicas(home)
@@ -205,3 +237,50 @@ def replicas(home: RayHome) -> list[psutil.Process]:
     return [
         p for p in psutil.process_iter() if p.pid in ours and "ServeReplica:roentgen:model" in " ".join(p.cmdline())
     ]
+
+
+FRAGILE = """
+from pathlib import Path
+
+from transformers import LlamaForCausalLM
+
+
+class FragileForCausalLM(LlamaForCausalLM):
+    def forward(self, *args, **kwargs):
+        if Path(self.config.breaks_if).exists():
+            raise RuntimeError("the device is broken")
+        return super().forward(*args, **kwargs)
+"""
+
+
+@pytest.fixture
+def fragile(folders: dict[str, Path], tmp_path: Path) -> Path:
+    """A model that comes with code of its own, which fails for as long as there is a file `broken` beside it."""
+    folder = tmp_path / "fragile"
+    shutil.copytree(folders["llama"], folder)
+    (folder / "modeling_fragile.py").write_text(FRAGILE)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"auto_map": {"AutoModelForCausalLM": "modeling_fragile.FragileForCausalLM"}}
+    (folder / "config.json").write_text(json.dumps(config | {"breaks_if": str(tmp_path / "broken")}))
+    return folder
+
+
+def test_an_engine_that_gives_up_is_replaced(fragile: Path, ray_home: RayHome, tmp_path: Path) -> None:
+    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    options = ["--model", str(fragile), "--trust-remote-code"]
+    server = start_server(tmp_path / "store", ray_home, *options, environment=environment)
+    try:
+        (before,) = replicas(ray_home)
+        assert chat(server, "fragile").status_code == 200
+        (tmp_path / "broken").touch()
+        failed = [chat(server, "fragile") for _ in range(3)]
+        (tmp_path / "broken").unlink()
+        assert [reply.status_code for reply in failed] == [500] * 3
+        assert "the device is broken" in failed[0].json()["error"]["message"]
+        refused = chat(server, "fragile")
+        assert (refused.status_code, refused.json()["error"]["type"]) == (503, "service_unavailable_error")
+        wait_for(lambda: not before.is_running() and httpx.get(f"{server.root}/health", timeout=10).status_code == 200)
+        assert chat(server, "fragile").status_code == 200
+    finally:
+        server.process.terminate()
+        server.process.wait(60)
