@@ -277,13 +277,13 @@ def test_a_failed_forward_fails_its_jobs_and_not_the_engine(engine: Transformers
 
 
 def test_a_hook_point_without_rows_fails_alone(engine: TransformersEngine, llama: LoadedModel) -> None:
-    """The output head computes the last position of a prompt only, so it has no row per token to keep."""
-    odd = Call(PROMPTS[0], GREEDY, plan(llama, "resid_post", "lm_head.output"))
+    """A list of layers never runs, so it has no row per token to keep."""
+    odd = Call(PROMPTS[0], GREEDY, plan(llama, "resid_post", "model.layers.output"))
     fine = Call(PROMPTS[1], GREEDY, plan(llama, "resid_post"))
     for call in (odd, fine):
         engine.submit(call.job)
     assert fine.result().token_ids == generate_alone(llama, PROMPTS[1], 12)
-    with pytest.raises(UncapturableError, match=r"lm_head\.output does not give a row per token"):
+    with pytest.raises(UncapturableError, match=r"model\.layers\.output does not give a row per token"):
         odd.result()
 
 

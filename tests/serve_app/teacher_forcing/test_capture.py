@@ -228,8 +228,8 @@ def test_a_full_queue_is_waited_for_while_results_are_taken(force, llama, tmp_pa
 
 
 def test_a_hook_point_without_rows_ends_it(force, engine, llama):
-    with pytest.raises(UncapturableError, match=r"lm_head\.output"):
-        capture_all(force(llama, engine, hook_points=["lm_head.output"]), llama, [TRANSCRIPTS[2]])
+    with pytest.raises(UncapturableError, match=r"model\.layers\.output"):
+        capture_all(force(llama, engine, hook_points=["model.layers.output"]), llama, [TRANSCRIPTS[2]])
 
 
 def test_a_closed_engine_ends_it(force, llama):
