@@ -40,7 +40,8 @@ statuses: Counter[str] = Counter()
 def map_body(context: Any, body: Any) -> Any:
     if not isinstance(body, dict):
         return body
-    changed = {key: min(body[key], most) for key, most in AT_MOST.items() if type(body.get(key)) is int}
+    # JSON knows one kind of number: a whole float is as long as its int, and 29.0 answers take minutes.
+    changed = {key: min(body[key], most) for key, most in AT_MOST.items() if type(body.get(key)) in (int, float)}
     generates = context.operation.path.endswith("completions")
     if generates and body.get("max_tokens") is None and body.get("max_completion_tokens") is None:
         changed["max_tokens"] = 2  # left out, a chat goes on until its context is full
