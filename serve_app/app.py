@@ -1,7 +1,9 @@
 """The Serve application: an ingress in front of model replicas. `serve run serve_app.app:build model=smollm2-135m`.
 
-`max_ongoing_requests` of the replica is far above the engine's width on purpose: the engine has the bounded queue, which
-knows what fits, and health checks must get through while it is full.
+The engine has the queue that counts: it is bounded and knows what fits. Serve lets through what the engine can hold and some
+more, so that the engine itself refuses what is too much and questions are answered while it is full; behind that, Serve's own
+bounded queue only ever fills if replicas do not answer at all. It is as long again, because Serve counts requests that arrive
+together as queued, even if they will not have to wait.
 
 The application is deployed again to load another model. Serve would take that for new code and restart everything, so both
 deployments carry a version that is made once and stays; what differs then is the model's `user_config` only.
@@ -12,14 +14,19 @@ from functools import partial
 import ray
 from ray import serve
 from ray.serve import Application, Deployment
+from ray.serve.config import RequestRouterConfig
 from ulid import ULID
 
 from serve_app.config import ModelChoice, ServerConfig
 from serve_app.ingress import Ingress
 from serve_app.replica import ModelReplica
+from serve_app.routing import PERIOD_S, ReadyReplicas
 
 # The server writes a line for every request itself (`middleware`), with what Serve does not know.
 QUIET = {"enable_access_log": False}
+
+BESIDE = 64
+"""Requests for a replica beside those that the engine holds: refused ones, questions of how it is, texts to tokenize."""
 
 
 def build(config: ServerConfig) -> Application:
@@ -28,6 +35,7 @@ def build(config: ServerConfig) -> Application:
 
 
 def _application(config: ServerConfig, version: str, choice: ModelChoice) -> Application:
+    most = most_per_replica(config)
     ingress = serve.deployment(
         serve.ingress()(Ingress),
         name="ingress",
@@ -40,7 +48,11 @@ def _application(config: ServerConfig, version: str, choice: ModelChoice) -> App
         name="model",
         num_replicas=config.num_replicas,
         ray_actor_options={"num_cpus": 1, "num_gpus": _gpus(config)},
-        max_ongoing_requests=2000,
+        max_ongoing_requests=most,
+        max_queued_requests=most,
+        request_router_config=RequestRouterConfig(
+            request_router_class=ReadyReplicas, request_routing_stats_period_s=PERIOD_S
+        ),
         graceful_shutdown_timeout_s=10,
         health_check_period_s=3,  # a replica whose engine has given up fails three checks before Serve restarts it
         user_config=choice.model_dump(mode="json"),
@@ -48,6 +60,11 @@ def _application(config: ServerConfig, version: str, choice: ModelChoice) -> App
     )
     replicas = _pinned(model, version).bind(config)
     return _pinned(ingress, version).bind(replicas, config, partial(_redeploy, config, version))
+
+
+def most_per_replica(config: ServerConfig) -> int:
+    """Return how many requests Serve passes on to a replica at a time."""
+    return config.max_batch + config.max_queue + BESIDE
 
 
 def _pinned(deployment: Deployment, version: str) -> Deployment:

@@ -11,8 +11,6 @@ import os
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from ray.exceptions import RayError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from starlette.exceptions import HTTPException
 
 from roentgen import __version__
@@ -77,16 +75,6 @@ def make_api(max_body_bytes: int, metrics: Metrics) -> FastAPI:
     async def on_store(request: Request, error: StoreError) -> JSONResponse:
         log.error("%s", error)  # with paths, which are no client's business
         return await on_api_error(request, ApiError(500, "the session cannot be read", code="store_failed"))
-
-    @api.exception_handler(BackPressureError)
-    async def on_backpressure(request: Request, error: BackPressureError) -> JSONResponse:
-        return await on_api_error(request, ApiError(429, "the server is busy", code="busy", retry_after_s=2))
-
-    @api.exception_handler(DeploymentUnavailableError)
-    @api.exception_handler(RayError)
-    async def on_ray(request: Request, error: Exception) -> JSONResponse:
-        log.error("a replica failed: %s", error)
-        return await on_api_error(request, ApiError(503, "the model's replica was lost; try again", retry_after_s=2))
 
     @api.exception_handler(Exception)
     async def on_bug(request: Request, error: Exception) -> JSONResponse:

@@ -7,7 +7,6 @@ before it answers, so that whatever can fail at once fails with an HTTP status i
 
 import asyncio
 import json
-import logging
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +16,6 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
-from ray.exceptions import RayError
 from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import State
 
@@ -49,8 +47,6 @@ from serve_app.openai_api.schemas import (
 )
 from serve_app.openai_api.tokenize import DetokenizeRequest, TokenizeRequest
 from serve_app.replicas import Replicas
-
-log = logging.getLogger(__name__)
 
 Body = dict[str, Any]
 
@@ -147,12 +143,14 @@ class Ingress:
     async def tokenize(self, body: TokenizeRequest) -> JSONResponse:
         """Count and return the tokens of a text or of a conversation."""
         await self._replicas.check_there()
-        return _answer(await self._model.tokenize.remote(body))
+        with self._replicas.asked():
+            return _answer(await self._model.tokenize.remote(body))
 
     async def detokenize(self, body: DetokenizeRequest) -> JSONResponse:
         """Return the text of tokens."""
         await self._replicas.check_there()
-        return _answer(await self._model.detokenize.remote(body))
+        with self._replicas.asked():
+            return _answer(await self._model.detokenize.remote(body))
 
     def sessions(self) -> Body:
         """List the sessions of the activation store."""
@@ -201,36 +199,35 @@ class Ingress:
         await self._replicas.check_there()
         if body.stream:
             return await self._stream(state, body)
-        with self._session_in_use(body):
+        with self._session_in_use(body), self._replicas.asked():
             response = self._model.generate.remote(body, state.request_id)
             try:
                 result = await response
             except asyncio.CancelledError:
                 response.cancel()  # the client went away: free its place in the batch
                 raise
-            except RayError:
-                self._replicas.doubt()
-                raise
         state.stats = result.get("stats")
         return _answer(result)
 
     async def _stream(self, state: State, body: ChatRequest | CompletionRequest) -> StreamingResponse:
         pieces = self._model.options(stream=True).generate_stream.remote(body, state.request_id)
-        first = await anext(pieces)
+        with self._replicas.asked():
+            try:
+                first = await anext(pieces)
+            except asyncio.CancelledError:
+                pieces.cancel()  # the client went away before anything was said
+                raise
         if first and "error" in first[0]:
             raise ApiError.from_payload(first[0]["error"])
 
         async def events() -> AsyncIterator[str]:
             try:
-                with self._session_in_use(body):
+                with self._session_in_use(body), self._replicas.asked():
                     yield _sse(state, first)
                     async for chunks in pieces:
                         yield _sse(state, chunks)
-            except RayError as error:
-                # The status is sent already: the failure has to be said inside the stream.
-                log.error("a replica failed during a stream: %s", error)
-                self._replicas.doubt()
-                yield _sse(state, [{"error": ApiError(503, "the model's replica was lost").payload()}])
+            except ApiError as error:  # the status is sent already: the failure has to be said inside the stream
+                yield _sse(state, [{"error": error.payload()}])
             finally:
                 pieces.cancel()
             yield "data: [DONE]\n\n"

@@ -57,6 +57,12 @@ class ModelSlot:
         """What is in the slot, also while it drains."""
         return self._served
 
+    @property
+    def ready(self) -> bool:
+        """Whether what is in the slot can be used now."""
+        served = self._served
+        return served is not None and served.engine.alive and self._open
+
     def status(self) -> dict[str, Any]:
         """Say what is served, or how far loading it is, and which choice has failed since the last one was made."""
         served, refused = self._served, self._refused
@@ -66,7 +72,7 @@ class ModelSlot:
         }
         if served is not None and not served.engine.alive:
             return {**status, "status": "loading", "stage": "the engine has given up; the replica is restarted"}
-        if served is not None and self._open:
+        if served is not None and self.ready:
             return {**status, "status": "ok", "stage": "ready", **describe(served)}
         if refused is not None and not self._one_at_a_time.locked():
             return {**status, "status": "failed", "stage": refused[1].message}

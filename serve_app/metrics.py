@@ -5,10 +5,12 @@ Only the replicas know what a generation cost, and only the ingress sees request
 of the replicas when `/metrics` is read.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from serve_app.engines.protocol import Load
 from serve_app.generation import Done
@@ -45,13 +47,11 @@ class RequestStats:
 
     Attributes:
         prompt_tokens: of all its prompts.
-        batch: generations that ran together on its replica when it ended, itself included.
         session: where its activations are, None if it kept none.
         choices: each generation.
     """
 
     prompt_tokens: int
-    batch: int
     session: str | None
     choices: tuple[ChoiceStats, ...]
 
@@ -61,12 +61,11 @@ class RequestStats:
         return sum(choice.tokens for choice in self.choices)
 
     @classmethod
-    def of(cls, dones: Sequence[Done], prompt_tokens: int, load: Load) -> "RequestStats":
-        """Sum up a request whose choices are done; `load` is that of its engine now."""
+    def of(cls, dones: Sequence[Done], prompt_tokens: int) -> "RequestStats":
+        """Sum up a request whose choices are done."""
         stored = next((done.stored for done in dones if done.stored is not None), None)
         return cls(
             prompt_tokens,
-            batch=load.running + len(dones),
             session=stored.receipt.session_id if stored else None,
             choices=tuple(_choice(done) for done in dones),
         )
@@ -82,6 +81,27 @@ def _choice(done: Done) -> ChoiceStats:
         capture_bytes=done.stored.rollout.nbytes if done.stored else 0,
         commit_s=done.stored.seconds if done.stored else None,
     )
+
+
+class _Engines(Collector):
+    """What the replicas' engines say of themselves, when the registry is read."""
+
+    def __init__(self) -> None:
+        self.loads: Mapping[str, Load] = {}
+
+    def collect(self) -> Iterator[Metric]:
+        running = GaugeMetricFamily("roentgen_generations_running", "In the batch now.", labels=["replica"])
+        waiting = GaugeMetricFamily("roentgen_generations_waiting", "In the queue now.", labels=["replica"])
+        sizes = HistogramMetricFamily(
+            "roentgen_batch_size", "Generations that a step decodes a token for, together.", labels=["replica"]
+        )
+        for replica, load in self.loads.items():
+            running.add_metric([replica], load.running)
+            waiting.add_metric([replica], load.waiting)
+            below = [(str(float(most)), sum(n for size, n in load.steps.items() if size <= most)) for most in BATCH]
+            total = sum(load.steps.values())
+            sizes.add_metric([replica], [*below, ("+Inf", total)], sum(size * n for size, n in load.steps.items()))
+        yield from (running, waiting, sizes)
 
 
 class Metrics:
@@ -112,16 +132,12 @@ class Metrics:
             "roentgen_inter_token_seconds", "A generation's mean time from one token to the next.",
             buckets=TOKEN_SECONDS, registry=registry,
         )  # fmt: skip
-        self._batch = Histogram(
-            "roentgen_batch_size", "Generations running together, when a request ends.",
-            buckets=BATCH, registry=registry,
-        )  # fmt: skip
         self._capture = Counter("roentgen_capture_bytes", "Activations made durable.", registry=registry)
         self._commit = Histogram(
             "roentgen_commit_seconds", "Until a rollout's activations are durable.", buckets=SECONDS, registry=registry
         )
-        self._running = Gauge("roentgen_generations_running", "In the batch now.", ["replica"], registry=registry)
-        self._waiting = Gauge("roentgen_generations_waiting", "In the queue now.", ["replica"], registry=registry)
+        self._engines = _Engines()
+        registry.register(self._engines)
 
     def began(self) -> None:
         """Count a request in."""
@@ -137,7 +153,6 @@ class Metrics:
         """Add what a request's generations took."""
         self._prompt.inc(stats.prompt_tokens)
         self._completion.inc(stats.completion_tokens)
-        self._batch.observe(stats.batch)
         for choice in stats.choices:
             self._queued.observe(choice.queued_s)
             self._first.observe(choice.first_token_s)
@@ -149,9 +164,5 @@ class Metrics:
 
     def text(self, loads: dict[str, Load]) -> bytes:
         """Return everything as Prometheus reads it; `loads` are the replicas' now."""
-        self._running.clear()
-        self._waiting.clear()
-        for replica, load in loads.items():
-            self._running.labels(replica).set(load.running)
-            self._waiting.labels(replica).set(load.waiting)
+        self._engines.loads = loads
         return generate_latest(self._registry)

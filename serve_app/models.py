@@ -17,6 +17,7 @@ from serve_app.capture.resolver import resolve_structure
 from serve_app.capture.structure import ModelStructure
 from serve_app.engines.attention import use_grouped_attention
 from serve_app.engines.constraints import Constraints
+from serve_app.openai_api.reply import MARKERS
 from serve_app.sources import ModelSource
 
 log = logging.getLogger(__name__)
@@ -45,6 +46,12 @@ class LoadedModel:
         """Path of the output head, which is run only where logits are wanted; "" if transformers does not say."""
         head = self.observed._module.get_output_embeddings()
         return next((path for path, module in self.observed._module.named_modules() if module is head), "")
+
+    @cached_property
+    def markers(self) -> dict[int, str]:
+        """Special tokens that are text, because replies are taken apart by them (`openai_api.reply`)."""
+        special = self.tokenizer.added_tokens_decoder.items()
+        return {token_id: token.content for token_id, token in special if token.special and token.content in MARKERS}
 
     @property
     def context_length(self) -> int:

@@ -61,6 +61,10 @@ class ModelReplica:
         if served is not None and not served.engine.alive:
             raise RuntimeError("the engine's thread has died")
 
+    def record_routing_stats(self) -> dict[str, bool]:
+        """Tell Serve whether this replica can serve (`routing`)."""
+        return {"ready": self._slot.ready}
+
     async def status(self) -> dict[str, Any]:
         """Say what is served and what there is to do, or how far loading is."""
         served = self._slot.served
@@ -85,7 +89,7 @@ class ModelReplica:
                             dones[index] = event
                 finished = [done for done in dones if done is not None]
                 reply = plan.reply.whole(finished, describe_all(plan, finished))
-                return {"reply": reply, "stats": _stats(served, plan, finished)}
+                return {"reply": reply, "stats": _stats(plan, finished)}
         except ApiError as error:
             return _error(error)
 
@@ -118,7 +122,7 @@ class ModelReplica:
                     yield chunks
                 finished = [done for done in dones if done is not None]
                 closing = plan.reply.closing(describe_all(plan, finished))
-                yield [*closing, {"stats": _stats(served, plan, finished)}]
+                yield [*closing, {"stats": _stats(plan, finished)}]
         except ApiError as error:
             yield [_error(error)]
 
@@ -150,9 +154,9 @@ class ModelReplica:
         return generate(served, plan.choices, stream=stream, session_id=self._session_id, timeout_s=timeout_s)
 
 
-def _stats(served: Served, plan: Plan, dones: list[Done]) -> RequestStats:
+def _stats(plan: Plan, dones: list[Done]) -> RequestStats:
     prompts = {id(choice.prompt): len(choice.prompt.token_ids) for choice in plan.choices}
-    return RequestStats.of(dones, sum(prompts.values()), served.engine.load)
+    return RequestStats.of(dones, sum(prompts.values()))
 
 
 def _error(error: ApiError) -> dict[str, Any]:

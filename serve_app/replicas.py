@@ -11,14 +11,17 @@ replica answers that at once and swaps on a thread; here it is waited for that a
 import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from ray.serve.exceptions import DeploymentUnavailableError
+from ray.exceptions import RayError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import ModelChoice, ServerConfig
 from serve_app.engines.protocol import Load
+from serve_app.generation import RETRY_AFTER_S
 from serve_app.openai_api.errors import ApiError
 
 log = logging.getLogger(__name__)
@@ -94,9 +97,24 @@ class Replicas:
             await asyncio.wait({self._asking}, timeout=PATIENCE_S)
         return self._known
 
-    def doubt(self) -> None:
-        """Forget how the deployment was: a replica has just been lost."""
-        self._known_at = -GOOD_FOR_S
+    @contextmanager
+    def asked(self) -> Iterator[None]:
+        """Spell what goes wrong between here and a replica for a client.
+
+        It has to be done where a replica is asked: Serve puts handlers of its own for these errors into the application, which
+        answer in plain text.
+
+        Raises:
+            ApiError: 429 if too many requests wait for the replicas, 503 if one has been lost or there is none.
+        """
+        try:
+            yield
+        except BackPressureError as error:
+            raise ApiError(429, "the server is busy", code="busy", retry_after_s=RETRY_AFTER_S) from error
+        except (DeploymentUnavailableError, RayError) as error:
+            log.error("a replica failed: %s", error)
+            self._known_at = -GOOD_FOR_S
+            raise ApiError(503, "the model's replica was lost; try again", retry_after_s=RETRY_AFTER_S) from error
 
     async def check_there(self) -> None:
         """Refuse a request that would have to wait until a replica has been started.

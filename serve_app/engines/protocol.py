@@ -126,10 +126,17 @@ class Timings:
 
 @dataclass(frozen=True)
 class Load:
-    """What an engine has to do: jobs that run, and that wait."""
+    """What an engine has to do, and has done.
+
+    Attributes:
+        running: jobs in the batch.
+        waiting: jobs in the queue.
+        steps: how many steps have decoded a token for how many jobs together.
+    """
 
     running: int
     waiting: int
+    steps: Mapping[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ class Running:
         return cls(
             job,
             Sampler(job.sampling, job.prompt_ids, ends, job.constraint),
-            TextStream(model.tokenizer.backend_tokenizer, job.sampling.stop),
+            TextStream(model.tokenizer.backend_tokenizer, job.sampling.stop, model.markers),
             RequestRows(job.capture, len(job.prompt_ids)) if job.capture else None,
             ends,
             all_logits=job.score_prompt or model.head in tapped,
@@ -66,11 +66,17 @@ class Running:
 
     def push(self, token: int, token_score: TokenScore) -> str | None:
         """Take a token; returns why the generation has ended, None if it goes on."""
-        sampling = self.job.sampling
         self.spoke = self.spoke or time.monotonic()
         self.token_ids.append(token)
         self.scores.append(token_score)
         self.sampler.saw(token)
+        reason = self._ended(token)
+        if reason is not None:
+            self.text.close()
+        return reason
+
+    def _ended(self, token: int) -> str | None:
+        sampling = self.job.sampling
         if self.ended_by is not None:
             return "stop"
         self.text.push(token, may_stop=len(self.token_ids) >= sampling.min_tokens)

@@ -1,8 +1,11 @@
 """Tokens to text while they arrive, and the stop strings in it.
 
 `tokenizers` decodes incrementally (a character may span tokens). What is handed out must never be taken back, so text that
-could be the beginning of a stop string is held until it is decided.
+could be the beginning of a stop string is held until it is decided. Some tokenizers flag the markers of tool calls and of
+reasoning as special tokens; those are text all the same, because a reply is taken apart by them.
 """
+
+from collections.abc import Mapping
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -16,19 +19,36 @@ class TextStream:
         stopped: whether a stop string has appeared.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...]) -> None:
+    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], markers: Mapping[int, str]) -> None:
+        """Begin a completion.
+
+        Args:
+            tokenizer: the model's.
+            stop: strings that end it.
+            markers: special tokens that are text, and which.
+        """
         self._tokenizer = tokenizer
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._stop = stop
+        self._markers = markers
+        self._pending: list[int] = []  # tokens that have not become text yet
         self._sent = 0
         self.text = ""
         self.stopped = False
 
     def push(self, token_id: int, *, may_stop: bool = True) -> None:
         """Add a token; its text is looked through for stop strings unless it may not stop yet."""
-        piece = self._decoder.step(self._tokenizer, token_id)
-        if not piece or self.stopped:
+        if self.stopped:
             return
+        if token_id in self._markers:
+            piece = self._rest() + self._markers[token_id]
+            self._decoder = DecodeStream(skip_special_tokens=True)
+        else:
+            self._pending.append(token_id)
+            piece = self._decoder.step(self._tokenizer, token_id) or ""
+            if not piece:
+                return
+            self._pending.clear()
         # A stop string can begin in earlier text, but not further back than its own length.
         start = max(0, len(self.text) - max(map(len, self._stop), default=0))
         self.text += piece
@@ -38,6 +58,15 @@ class TextStream:
         if found:
             self.text = self.text[: min(found)]
             self.stopped = True
+
+    def close(self) -> None:
+        """End the completion: a character that has only begun becomes U+FFFD, as in any decoder."""
+        if not self.stopped:
+            self.text += self._rest()
+
+    def _rest(self) -> str:
+        pending, self._pending = self._pending, []
+        return self._tokenizer.decode(pending, skip_special_tokens=True)
 
     def take(self, *, final: bool = False) -> str:
         """Return the text that has become certain since the last call; with `final`, all that is left."""
@@ -67,8 +96,11 @@ def completion_offsets(tokenizer: Tokenizer, token_ids: list[int], start: int) -
         that character does.
     """
     decoder = DecodeStream(skip_special_tokens=False)
-    text, offsets = "", []
+    text, offsets, pending = "", [], []
     for token_id in token_ids:
         offsets.append(start + len(text))
-        text += decoder.step(tokenizer, token_id) or ""
-    return text, offsets
+        pending.append(token_id)
+        if piece := decoder.step(tokenizer, token_id):
+            text += piece
+            pending = []
+    return text + tokenizer.decode(pending, skip_special_tokens=False), offsets

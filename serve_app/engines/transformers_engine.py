@@ -19,7 +19,7 @@ A model whose cache cannot be joined runs in static batches, and the engine says
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 
 import torch
 from jaxtyping import Float, Int
@@ -81,6 +81,7 @@ class TransformersEngine:
         log.info("room for %d tokens in the KV cache", self.budget.cache_tokens)
         self._streams = HostStreams()
         self._running: list[Running] = []
+        self._steps: Counter[int] = Counter()
         self._prefill: Prefill | None = None
         self._rows: BatchRows = self._empty()
         self._changed = threading.Condition()
@@ -96,9 +97,10 @@ class TransformersEngine:
 
     @property
     def load(self) -> Load:
-        """What it has to do now."""
+        """What it has to do now, and has done."""
         prefill = self._prefill
-        return Load(len(self._running) + (len(prefill.running) if prefill else 0), len(self._waiting))
+        running = len(self._running) + (len(prefill.running) if prefill else 0)
+        return Load(running, len(self._waiting), dict(self._steps))
 
     @property
     def capacity(self) -> int:
@@ -244,6 +246,7 @@ class TransformersEngine:
 
     def _decode(self) -> None:
         """Decode one token for every running job."""
+        self._steps[len(self._running)] += 1
         tokens = torch.tensor([[running.token_ids[-1]] for running in self._running])
         mask, positions = self._rows.step_inputs()
         logits = self._forward(self._running, tokens, mask, positions, self._rows.cache, logits_to_keep=1)

@@ -18,6 +18,7 @@ from serve_app.openai_api.tools import CALL_END, CALL_START
 
 THINK_START = "<think>"
 THINK_END = "</think>"
+MARKERS = frozenset({THINK_START, THINK_END, CALL_START, CALL_END})
 
 Reasoning = Literal["started", "possible", "none"]
 """How a reply begins: within the model's thoughts, perhaps with `<think>`, or with what it has to say."""

@@ -9,11 +9,12 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.testclient import TestClient
 from pydantic import BaseModel
-from ray.serve.exceptions import BackPressureError
 
+from serve_app.engines.protocol import Load
 from serve_app.http_api import make_api
 from serve_app.logs import JsonFormatter
 from serve_app.metrics import ChoiceStats, Metrics, RequestStats
+from serve_app.openai_api.errors import ApiError
 
 HERE = ("127.0.0.1", 50_000)
 
@@ -34,12 +35,12 @@ def api(metrics: Metrics, monkeypatch: pytest.MonkeyPatch) -> FastAPI:
 
     @api.post("/echo")
     async def echo(request: Request, body: Text) -> dict[str, str]:
-        request.state.stats = RequestStats(3, 2, "s", (ChoiceStats(5, 0.1, 0.2, 1.0, 640, 0.05),))
+        request.state.stats = RequestStats(3, "s", (ChoiceStats(5, 0.1, 0.2, 1.0, 640, 0.05),))
         return {"text": body.text}
 
     @api.get("/busy")
     async def busy() -> None:
-        raise BackPressureError(num_queued_requests=1, max_queued_requests=1)
+        raise ApiError(429, "later", code="busy", retry_after_s=2)
 
     @api.get("/bug")
     async def bug() -> None:
@@ -63,7 +64,7 @@ def test_a_body_beyond_the_limit_is_413(client: TestClient, chunked: bool) -> No
     assert "larger than 1000 bytes" in reply.json()["error"]["message"]
 
 
-def test_serves_own_backpressure_is_in_the_envelope(client: TestClient) -> None:
+def test_an_error_is_in_the_envelope_and_says_when_to_come_back(client: TestClient) -> None:
     reply = client.get("/busy")
     assert (reply.status_code, reply.headers["retry-after"]) == (429, "2")
     assert reply.json()["error"]["type"] == "rate_limit_error"
@@ -133,6 +134,20 @@ def test_requests_are_counted_by_route_and_status(client: TestClient, metrics: M
         "roentgen_time_to_first_token_seconds_sum 0.2",
         "roentgen_inter_token_seconds_sum 0.2",
         "roentgen_commit_seconds_sum 0.05",
-        "roentgen_batch_size_sum 2.0",
     ):
         assert line in text
+
+
+def test_what_the_engines_did_is_told_by_replica(metrics: Metrics) -> None:
+    text = metrics.text({"a": Load(2, 1, {1: 3, 2: 4, 900: 1}), "b": Load(0, 0)}).decode()
+    for line in (
+        'roentgen_generations_running{replica="a"} 2.0',
+        'roentgen_generations_waiting{replica="a"} 1.0',
+        'roentgen_batch_size_bucket{le="1.0",replica="a"} 3.0',
+        'roentgen_batch_size_bucket{le="512.0",replica="a"} 7.0',
+        'roentgen_batch_size_bucket{le="+Inf",replica="a"} 8.0',
+        'roentgen_batch_size_sum{replica="a"} 911.0',
+        'roentgen_batch_size_count{replica="b"} 0.0',
+    ):
+        assert line in text
+    assert 'replica="a"' not in metrics.text({}).decode()  # a replica that is gone is not told of

@@ -1,5 +1,6 @@
 """A server while things happen to it, through real Serve and real HTTP: models are swapped, clients leave, replicas die."""
 
+import asyncio
 import json
 import shutil
 import tempfile
@@ -13,6 +14,8 @@ import httpx
 import psutil
 import pytest
 
+from serve_app.app import most_per_replica
+from serve_app.config import ServerConfig
 from tests.conftest import RayHome, Server, clean_up, start_server
 from tests.serve_app import tiny
 
@@ -90,6 +93,19 @@ def test_a_client_that_leaves_frees_its_place(served: tuple[Server, RayHome], st
     wait_for(lambda: gauge(server, "roentgen_generations_running") == 0, 5)
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_the_queue_is_gone_from_it(served: tuple[Server, RayHome], stream: bool) -> None:
+    server, _ = served
+    url = f"{server.base_url}/chat/completions"
+    with httpx.Client(timeout=60) as first, first.stream("POST", url, json=body(stream=True, **LONG)) as reply:
+        lines = reply.iter_lines()
+        assert next(lines).startswith("data: ")
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(url, json=body(stream=stream), timeout=1)
+        wait_for(lambda: gauge(server, "roentgen_generations_waiting") == 0, 5)
+        assert gauge(server, "roentgen_generations_running") == 1
+
+
 def test_a_request_that_takes_too_long_is_408(served: tuple[Server, RayHome]) -> None:
     server, _ = served
     late = chat(server, **LONG)
@@ -131,6 +147,33 @@ def test_health_answers_while_a_replica_does_not(served: tuple[Server, RayHome])
         replica.resume()
     wait_for(lambda: health().status_code == 200)
     assert chat(server).status_code == 200
+
+
+def test_replicas_that_hang_gather_a_bounded_number_of_requests(served: tuple[Server, RayHome]) -> None:
+    server, home = served
+    (replica,) = replicas(home)
+    most = 2 * most_per_replica(ServerConfig(max_batch=1))  # on their way, and in Serve's own queue
+
+    async def send_all() -> list[httpx.Response]:
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        async with httpx.AsyncClient(timeout=120, limits=limits) as client:
+            url = f"{server.base_url}/chat/completions"
+            sent = [asyncio.create_task(client.post(url, json=body(max_tokens=1))) for _ in range(most + 50)]
+            try:
+                refused = await next(asyncio.as_completed(sent))  # while the replica still hangs
+                assert refused.status_code == 429, refused.text
+            finally:
+                replica.resume()
+            return await asyncio.gather(*sent)
+
+    replica.suspend()
+    replies = asyncio.run(send_all())
+    refused = [reply for reply in replies if reply.status_code != 200]
+    assert {reply.status_code for reply in refused} == {429}
+    assert {reply.headers["retry-after"] for reply in refused} == {"2"}
+    assert {reply.json()["error"]["code"] for reply in refused} == {"busy"}
+    assert len(refused) >= 50
+    wait_for(lambda: httpx.get(f"{server.root}/health", timeout=10).status_code == 200)
 
 
 def test_an_unknown_session_is_said_without_where_sessions_are(served: tuple[Server, RayHome]) -> None:
@@ -237,6 +280,35 @@ def replicas(home: RayHome) -> list[psutil.Process]:
     return [
         p for p in psutil.process_iter() if p.pid in ours and "ServeReplica:roentgen:model" in " ".join(p.cmdline())
     ]
+
+
+def test_two_replicas_swap_together_and_one_lost_comes_back_as_the_other(
+    folders: dict[str, Path], ray_home: RayHome, tmp_path: Path
+) -> None:
+    options = ["--num-replicas", "2", "--model", str(folders["llama"]), "--allow-model", str(folders["qwen3"])]
+    server = start_server(tmp_path / "store", ray_home, *options)
+    try:
+        wait_for(lambda: len(replicas(ray_home)) == 2 and len(loads(server)) == 2)
+        before = replicas(ray_home)
+        assert load(server, folders["qwen3"]).status_code == 200
+        assert replicas(ray_home) == before
+        assert {chat(server, "qwen3").status_code for _ in range(20)} == {200}  # whichever replica it meets
+        before[0].kill()
+        wait_for(lambda: chat(server, "qwen3").status_code == 200, 10)
+        wait_for(lambda: len(loads(server)) == 2 and len(replicas(ray_home)) == 2)
+        assert before[1] in replicas(ray_home)
+        replies = [chat(server, "qwen3", activations={"layers": [0]}) for _ in range(20)]
+        assert [reply.status_code for reply in replies] == [200] * 20
+        assert len({reply.json()["activations"]["rollout_id"] for reply in replies}) == 20
+    finally:
+        server.process.terminate()
+        server.process.wait(60)
+
+
+def loads(server: Server) -> list[str]:
+    """Return what `/metrics` says of each replica that answers."""
+    text = httpx.get(f"{server.root}/metrics", timeout=10).text
+    return [line for line in text.splitlines() if line.startswith("roentgen_generations_running{")]
 
 
 FRAGILE = """

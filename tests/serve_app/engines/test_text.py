@@ -14,7 +14,7 @@ def encode(text: str) -> list[int]:
 
 def stream(text: str, *stop: str) -> tuple[list[str], TextStream]:
     """Feed a text byte by byte; return the pieces handed out."""
-    out = TextStream(CORE, stop)
+    out = TextStream(CORE, stop, {})
     pieces = []
     for token in encode(text):
         out.push(token)
@@ -31,10 +31,38 @@ def test_a_character_of_several_tokens_comes_whole() -> None:
 
 
 def test_special_tokens_are_not_text() -> None:
-    out = TextStream(CORE, ())
+    out = TextStream(CORE, (), {})
     for token in [*encode("ab"), tiny.EOS]:
         out.push(token)
     assert out.text == "ab"
+
+
+@given(st.lists(st.integers(0, len(CORE.get_vocab()) - 1), max_size=20))
+def test_any_tokens_are_the_text_that_the_tokenizer_makes_of_them(tokens: list[int]) -> None:
+    out = TextStream(CORE, (), {})
+    pieces = []
+    for token in tokens:
+        out.push(token)
+        pieces.append(out.take())
+    out.close()
+    pieces.append(out.take(final=True))
+    assert "".join(pieces) == out.text == CORE.decode(tokens, skip_special_tokens=True)
+
+
+def test_a_character_that_only_began_is_shown_as_such() -> None:
+    out = TextStream(CORE, (), {})
+    for token in encode("a🙂")[:-1]:
+        out.push(token)
+    assert out.take() == "a"
+    out.close()
+    assert out.take(final=True) == "\ufffd"
+
+
+def test_a_marker_is_text_although_it_is_special() -> None:
+    out = TextStream(CORE, (), {tiny.EOS: "<think>"})
+    for token in [*encode("a🙂")[:-1], tiny.EOS, *encode("b")]:
+        out.push(token)
+    assert out.text == "a\ufffd<think>b"
 
 
 def test_text_that_could_begin_a_stop_string_is_held() -> None:
@@ -64,6 +92,14 @@ def test_what_is_handed_out_is_the_text_before_the_first_stop(text: str, stops: 
             expected = text[: min(hits)]
             break
     assert "".join(pieces) == out.text == expected
+
+
+@given(st.lists(st.integers(0, len(CORE.get_vocab()) - 1), max_size=20))
+def test_offsets_belong_to_the_text_that_the_tokenizer_makes(tokens: list[int]) -> None:
+    text, offsets = completion_offsets(CORE, tokens, start=0)
+    assert text == CORE.decode(tokens, skip_special_tokens=False)
+    assert offsets == sorted(offsets)
+    assert all(offset <= len(text) for offset in offsets)
 
 
 def test_offsets_cover_the_completion_with_its_special_tokens() -> None:
