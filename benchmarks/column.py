@@ -15,6 +15,7 @@ import torch
 
 from benchmarks.limits import Weights
 from benchmarks.statistics import percentile
+from benchmarks.vllm_way import PYTHON
 from benchmarks.ways import UnavailableError, loaded_way
 from benchmarks.workload import Workload
 
@@ -58,8 +59,9 @@ class Column:
 def measure_column(way: str, in_flight: int, prompts: int, workload: Workload) -> Column:
     """Measure one column in a process of its own."""
     task = {"way": way, "in_flight": in_flight, "prompts": prompts, "workload": asdict(workload)}
+    python = str(PYTHON) if way == "vllm" and PYTHON.exists() else sys.executable
     child = subprocess.run(
-        [sys.executable, "-m", "benchmarks.column", json.dumps(task)],
+        [python, "-m", "benchmarks.column", json.dumps(task)],
         capture_output=True,
         text=True,
     )

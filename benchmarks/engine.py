@@ -15,7 +15,7 @@ import typer
 
 from benchmarks.column import Column, measure_column
 from benchmarks.limits import Limits, measure_limits
-from benchmarks.pairs import IN_FLIGHT, Ratio, measure_pairs
+from benchmarks.pairs import IN_FLIGHT, MANY, Ratio, measure_beside_vllm, measure_pairs
 from benchmarks.record import record, table
 from benchmarks.ways import WAYS
 from benchmarks.workload import Workload
@@ -33,6 +33,7 @@ def main(
     prompts: Annotated[int, typer.Option(help="Per column; 0 for as many as in flight, and 3 where that is 1.")] = 0,
     max_tokens: Annotated[int, typer.Option(help="The most to generate per prompt.")] = 48,
     pairs: Annotated[int, typer.Option(help="Rounds of interleaved runs; 0 for none.")] = 5,
+    beside_vllm: Annotated[int, typer.Option(help="Rounds of the engine and vLLM in turn, with many in flight.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write everything here.")] = None,
@@ -59,9 +60,10 @@ def main(
             stage(f"{name}, {at_once} in flight: {column.skipped or f'{column.rate:.1f} tokens/s'}")
             found.append(column)
     measured = measure_pairs(workload, PAIR_PROMPTS, pairs, stage) if pairs else []
+    beside = measure_beside_vllm(workload, beside_vllm, stage) if beside_vllm else []
     again = measure_limits(*workload.place())  # a machine that was busy at the start would look slower than it is
     limits = Limits(max(limits.bytes_per_s, again.bytes_per_s), max(limits.flops, again.flops))
-    body = report(workload, limits, found, measured)
+    body = report(workload, limits, found, measured, beside)
     print(body)
     if write:
         record("Engine", body)
@@ -70,12 +72,12 @@ def main(
             "workload": asdict(workload),
             "limits": asdict(limits),
             "columns": [asdict(column) for column in found],
-            "ratios": [asdict(ratio) for ratio in measured],
+            "ratios": [asdict(ratio) for ratio in [*measured, *beside]],
         }
         json_file.write_text(json.dumps(everything, indent=2) + "\n")
 
 
-def report(workload: Workload, limits: Limits, columns: list[Column], pairs: list[Ratio]) -> str:
+def report(workload: Workload, limits: Limits, columns: list[Column], pairs: list[Ratio], beside: list[Ratio]) -> str:
     """Lay out the results in Markdown."""
     dtype = str(workload.place()[1]).removeprefix("torch.")
     parts = [
@@ -88,14 +90,14 @@ def report(workload: Workload, limits: Limits, columns: list[Column], pairs: lis
         header = ["way", "in flight", "tokens/s", "first token, median", "p95", "peak memory", "of the machine's limit"]
         parts.append(table(header, [_row(column, limits) for column in columns if not column.skipped]))
         parts += [f"{c.way}, {c.in_flight} in flight: skipped, {c.skipped}" for c in columns if c.skipped]
-    if pairs:
-        rows = [[r.what, f"{r.budget}×", str(r.interval), str(r.pairs)] for r in pairs]
-        coverage = f"{pairs[0].interval.coverage:.0%}"
-        parts.append(
-            f"Interleaved runs of one process, {PAIR_PROMPTS} prompts, {IN_FLIGHT} in flight; median ratio and its "
-            f"{coverage} interval:"
-        )
-        parts.append(table(["ratio of tokens/s", "budget", "median (interval)", "pairs"], rows))
+    for ratios, how in (
+        (pairs, f"Interleaved runs of one process, {PAIR_PROMPTS} prompts, {IN_FLIGHT} in flight"),
+        (beside, f"Processes in turn, {MANY} prompts, {MANY} in flight"),
+    ):
+        if ratios:
+            parts.append(f"{how}; median ratio and its {ratios[0].interval.coverage:.0%} interval:")
+            rows = [[r.what, f"{r.budget}×", str(r.interval), str(r.pairs)] for r in ratios]
+            parts.append(table(["ratio of tokens/s", "budget", "median (interval)", "pairs"], rows))
     return "\n\n".join(parts)
 
 

@@ -7,12 +7,14 @@ weights; transformers' `generate` and the seed's way share another, since two th
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from benchmarks.column import measure_column
 from benchmarks.statistics import Interval, ratios
-from benchmarks.ways import Way, end_tokens, engine_way, generate_way, seed_way
+from benchmarks.ways import UnavailableError, Way, end_tokens, engine_way, generate_way, seed_way
 from benchmarks.workload import Workload
 from serve_app.engines.transformers_engine import TransformersEngine
 
 IN_FLIGHT = 16
+MANY = 64
 SEED_PROMPTS = 2
 """The seed's way is slow; its rate needs no more prompts than these."""
 
@@ -91,3 +93,32 @@ def measure_pairs(workload: Workload, prompts: int, rounds: int, stage: Callable
         (f"{IN_FLIGHT} in flight, 3 × 2 captured, against the seed's way", 8.0, "3x2", "seed"),
     ]
     return [Ratio(what, budget, ratios(rates[ours], rates[theirs]), rounds) for what, budget, ours, theirs in compared]
+
+
+def measure_beside_vllm(workload: Workload, rounds: int, stage: Callable[[str], None]) -> list[Ratio]:
+    """Measure this engine's tokens per second against those of plain vLLM, each run in a process of its own.
+
+    Args:
+        workload: what to run.
+        rounds: how many pairs.
+        stage: told what is being done.
+
+    Raises:
+        UnavailableError: if one of them does not run.
+    """
+
+    def runner(name: str) -> Callable[[], float]:
+        def run() -> float:
+            column = measure_column(name, MANY, MANY, workload)
+            if column.skipped:
+                raise UnavailableError(f"{name}: {column.skipped}")
+            stage(f"{name}: {column.rate:.1f}/s")
+            return column.rate
+
+        return run
+
+    rates = interleave({name: runner(name) for name in ("engine", "engine-3x2", "vllm")}, rounds)
+    return [
+        Ratio("no capture against vLLM", 1.0, ratios(rates["engine"], rates["vllm"]), rounds),
+        Ratio("3 layers × 2 hook points against vLLM", 0.97, ratios(rates["engine-3x2"], rates["vllm"]), rounds),
+    ]

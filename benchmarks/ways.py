@@ -68,6 +68,7 @@ WAYS = {
     "engine": "none",
     "engine-3x2": "3x2",
     "engine-all": "all",
+    "vllm": "none",
 }
 """The ways, and what each captures."""
 
@@ -254,6 +255,12 @@ def loaded_way(name: str, workload: Workload, in_flight: int) -> Iterator[tuple[
             yield engine_way(engine, model, WAYS[name]), model.observed._module
         finally:
             engine.close()
+        return
+    if name == "vllm":
+        from benchmarks.vllm_way import loaded_vllm  # which takes this module's types
+
+        with loaded_vllm(workload, in_flight) as loaded:
+            yield loaded
         return
     module, tokenizer = workload.load_plain()
     end = end_tokens(module, tokenizer)
