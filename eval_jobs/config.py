@@ -13,6 +13,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from eval_jobs import EvalError
+from eval_jobs.addresses import split
 from eval_jobs.prompts import PROMPTS
 from eval_jobs.scoring import EXTRACTORS
 from roentgen.cluster import check_address
@@ -68,7 +69,7 @@ class EvalSettings(BaseModel):
         positions: which positions, a policy of `contract.Positions`.
         output: the run directory; made up if absent.
         new: start another run even if an unfinished one could be continued.
-        base_url: the server, `http://HOST:PORT/v1`.
+        base_url: the server, `http://HOST:PORT/v1`; several with commas between them, if it has several.
         ray_address: `local` or `HOST:PORT`.
         store: where a server started here keeps activations.
         dtype: in which precision a server started here loads the model.
@@ -150,9 +151,7 @@ class EvalSettings(BaseModel):
     @field_validator("base_url")
     @classmethod
     def _http(cls, value: str | None) -> str | None:
-        if value is not None and not value.startswith(("http://", "https://")):
-            raise ValueError(f"{value!r} is not the address of a server; allowed are http://HOST:PORT/v1 and https://…")
-        return value.rstrip("/") if value is not None else None
+        return ",".join(split(value)) if value is not None else None
 
     @field_validator("ray_address")
     @classmethod

@@ -8,9 +8,11 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+from httpx2 import AsyncClient
 from openai import APIConnectionError, APIStatusError, AsyncOpenAI, OpenAI, OpenAIError, Timeout
 
 from eval_jobs import EvalError
+from eval_jobs.addresses import Addresses, split
 from eval_jobs.config import ServedModel
 
 API_KEY_VARIABLE = "ROENTGEN_API_KEY"
@@ -25,12 +27,16 @@ class FatalRequestError(EvalError):
     """A request that would fail for every problem alike: the run stops, finished work is kept."""
 
 
+class UnreachableError(FatalRequestError):
+    """No server answers at an address."""
+
+
 @dataclass(frozen=True)
 class Endpoint:
     """Where the server is.
 
     Attributes:
-        base_url: http://HOST:PORT/v1.
+        base_url: http://HOST:PORT/v1; several, with commas between them, for a server that has several.
         timeout: seconds to wait for a reply.
         max_retries: how often a request is tried again.
         api_key: never shown, never written into a run.
@@ -41,13 +47,20 @@ class Endpoint:
     max_retries: int = MAX_RETRIES
     api_key: str = field(default="none", repr=False)
 
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """The server's addresses."""
+        return split(self.base_url)
+
     def client(self) -> AsyncOpenAI:
         """Return a client for many requests; close it after use."""
+        timeout = Timeout(self.timeout, connect=CONNECT_TIMEOUT_S)
         return AsyncOpenAI(
-            base_url=self.base_url,
+            base_url=self.urls[0],
             api_key=self.api_key,
             max_retries=self.max_retries,
-            timeout=Timeout(self.timeout, connect=CONNECT_TIMEOUT_S),
+            timeout=timeout,
+            http_client=AsyncClient(transport=Addresses(self.urls), timeout=timeout),
         )
 
 
@@ -83,12 +96,21 @@ def server_message(error: APIStatusError) -> str:
 
 
 def _list_models(endpoint: Endpoint) -> list[dict[str, Any]]:
-    url = endpoint.base_url
+    *others, last = endpoint.urls
+    for url in others:
+        try:
+            return _list_models_at(url, endpoint.api_key)
+        except UnreachableError:
+            continue
+    return _list_models_at(last, endpoint.api_key)
+
+
+def _list_models_at(url: str, key: str) -> list[dict[str, Any]]:
     try:
-        with OpenAI(base_url=url, api_key=endpoint.api_key, max_retries=2, timeout=LIST_TIMEOUT) as client:
+        with OpenAI(base_url=url, api_key=key, max_retries=2, timeout=LIST_TIMEOUT) as client:
             models = [model.model_dump() for model in client.models.list()]
     except APIConnectionError as error:
-        raise FatalRequestError(
+        raise UnreachableError(
             f"no server answers at {url}: start one with 'roentgen serve' or pass --base-url"
         ) from error
     except APIStatusError as error:

@@ -145,7 +145,7 @@ async def _check_alive(client: AsyncOpenAI, endpoint: Endpoint) -> None:
         FatalRequestError: if the server does not answer at all.
     """
     try:
-        await client.with_options(max_retries=1, timeout=endpoint.timeout).models.list()
+        await client.with_options(max_retries=len(endpoint.urls), timeout=endpoint.timeout).models.list()
     except APIConnectionError as error:
         raise FatalRequestError(f"the server at {endpoint.base_url} does not answer any more") from error
     except APIError:
