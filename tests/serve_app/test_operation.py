@@ -168,8 +168,9 @@ def test_replicas_that_hang_gather_a_bounded_number_of_requests(served: tuple[Se
 
     replica.suspend()
     replies = asyncio.run(send_all())
-    refused = [reply for reply in replies if reply.status_code != 200]
-    assert {reply.status_code for reply in refused} == {429}
+    # On a slow machine the last of those that were let in may be too late.
+    assert {reply.status_code for reply in replies} <= {200, 408, 429}
+    refused = [reply for reply in replies if reply.status_code == 429]
     assert {reply.headers["retry-after"] for reply in refused} == {"2"}
     assert {reply.json()["error"]["code"] for reply in refused} == {"busy"}
     assert len(refused) >= 50
