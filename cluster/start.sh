@@ -1,46 +1,65 @@
 #!/usr/bin/env bash
-# Starts our Ray on every node of the cluster and, on rank 0, serves the model; returns when the model answers. Run by
-# cluster.yaml under SkyPilot's variables, and again without harm: what runs already is left as it is.
+# Starts our Ray on this node and, on rank 0, serves the model on the cluster; returns when the model answers. Run on every
+# node under SkyPilot's variables, and again without harm: what runs already is left as it is.
 #
-# Never `ray stop` here: it would stop SkyPilot's own Ray too.
+# Our Ray runs beside SkyPilot's own, which holds ports 6380, 8266, 8076, 10001 and 52365: hence the numbers below. With the
+# default agent port it would start, and `ray job submit` would then find no agent. Never `ray stop` here: it stops SkyPilot's
+# Ray too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-source .venv/bin/activate
-: "${MODEL:?}" "${STORE:?}" "${SKYPILOT_NODE_IPS:?}" "${SKYPILOT_NODE_RANK:?}" "${SKYPILOT_NUM_NODES:?}"
-export RAY_USAGE_STATS_ENABLED=0
-# Said either way: left to itself, Ray locks a cluster whenever it finds a token in the home folder.
-if [ -n "${RAY_AUTH_TOKEN:-}" ]; then export RAY_AUTH_MODE=token; else export RAY_AUTH_MODE=disabled; fi
+source "${VENV:-.venv}/bin/activate"
+: "${MODEL:?}" "${SKYPILOT_NODE_IPS:?}" "${SKYPILOT_NODE_RANK:?}" "${SKYPILOT_NUM_NODES:?}"
+port=${PORT:-8000}
+nodes=($SKYPILOT_NODE_IPS)
+head=${nodes[0]}
+here=${nodes[$SKYPILOT_NODE_RANK]}
 
-head=$(head -n1 <<<"$SKYPILOT_NODE_IPS")
-here=$(sed -n "$((SKYPILOT_NODE_RANK + 1))p" <<<"$SKYPILOT_NODE_IPS")
-export RAY_ADDRESS=$head:6379
-common=(--node-ip-address "$here" --num-gpus "${SKYPILOT_NUM_GPUS_PER_NODE:-0}" --dashboard-agent-listen-port 52366
-  --min-worker-port 20000 --max-worker-port 29999 --disable-usage-stats)
-
-if [ "$SKYPILOT_NODE_RANK" = 0 ]; then
-  ray health-check --address "$RAY_ADDRESS" >/dev/null 2>&1 ||
-    RAY_ADDRESS= ray start --head --port 6379 --dashboard-host 127.0.0.1 --dashboard-port 8265 \
-      --ray-client-server-port 10101 "${common[@]}"
+# What later commands on this node need (eval.yaml, `roentgen doctor`), and this script itself when it is run again without
+# the secrets: variables given now win over those kept.
+kept=~/.roentgen/env
+mkdir -p ~/.roentgen
+for name in RAY_AUTH_TOKEN ROENTGEN_API_KEY; do
+  [ -n "${!name:-}" ] || export "$name=$(sed -n "s/^export $name=//p" "$kept" 2>/dev/null)"
+done
+if [ "$SKYPILOT_NUM_NODES" -gt 1 ]; then
+  : "${RAY_AUTH_TOKEN:?more than one node needs a secret that they share: --secret RAY_AUTH_TOKEN}"
+  : "${ROENTGEN_API_KEY:?more than one node needs a key, since the server then listens on the network: --secret ROENTGEN_API_KEY}"
+  : "${STORE:?more than one node needs a store that all can write: --env STORE=s3://BUCKET/FOLDER}"
+fi
+RAY_AUTH_TOKEN=${RAY_AUTH_TOKEN:-$(python -c 'import secrets; print(secrets.token_hex(32))')}
+STORE=${STORE:-~/activations}
+export RAY_AUTH_MODE=token RAY_AUTH_TOKEN RAY_USAGE_STATS_ENABLED=0 STORE="${STORE/#\~/$HOME}"
+if [ -n "${ROENTGEN_API_KEY:-}" ]; then
+  ROENTGEN_BASE_URL=$(printf "http://%s:$port/v1," "${nodes[@]}")
 else
-  until ray health-check --address "$RAY_ADDRESS" >/dev/null 2>&1; do sleep 2; done
-  RAY_ADDRESS= ray start --address "$head:6379" "${common[@]}"
+  ROENTGEN_BASE_URL=http://127.0.0.1:$port/v1
+fi
+export ROENTGEN_BASE_URL=${ROENTGEN_BASE_URL%,}
+# A secret that was not given is an empty variable, which others would take for an empty secret.
+for name in HF_TOKEN AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY; do [ -n "${!name:-}" ] || unset "$name"; done
+(
+  umask 077
+  for name in RAY_AUTH_MODE RAY_AUTH_TOKEN ROENTGEN_API_KEY ROENTGEN_BASE_URL; do echo "export $name=${!name:-}"; done >"$kept.new"
+  echo "export RAY_ADDRESS=$head:6379" >>"$kept.new"
+  mv "$kept.new" "$kept"
+  mkdir -p ~/.ray
+  printf %s "$RAY_AUTH_TOKEN" >~/.ray/auth_token  # where `ray` looks by itself
+)
+
+unset RAY_ADDRESS  # `ray start` would take it for the Ray to join
+export RAY_raylet_start_wait_time_s=180  # a new machine reads everything from a cold disk
+# Ray's processes hand their environment down to replicas and jobs: the key and the addresses above reach them this way.
+options=(--node-ip-address "$here" --num-gpus "${SKYPILOT_NUM_GPUS_PER_NODE:-0}" --dashboard-agent-listen-port 52366
+  --min-worker-port 20000 --max-worker-port 29999 --disable-usage-stats)
+runs_here() { pgrep -f "raylet .*--gcs-address=$head:6379" >/dev/null; }
+answers() { ray health-check --address "$head:6379" >/dev/null 2>&1; }
+
+if [ "$SKYPILOT_NODE_RANK" != 0 ]; then
+  until answers; do sleep 2; done
+  runs_here || ray start --address "$head:6379" "${options[@]}"
   exit 0
 fi
-
-python - "$RAY_ADDRESS" "$SKYPILOT_NUM_NODES" <<'PY'
-import sys, time, ray
-address, nodes = sys.argv[1], int(sys.argv[2])
-ray.init(address=address, log_to_driver=False)
-while (alive := sum(node["Alive"] for node in ray.nodes())) < nodes:
-    print(f"{alive} of {nodes} nodes are here", flush=True)
-    time.sleep(2)
-PY
-served() { curl -sf -H "Authorization: Bearer ${ROENTGEN_API_KEY%%,*}" http://127.0.0.1:8000/v1/models | grep -qF "\"$MODEL\""; }
-export ROENTGEN_API_KEY=${ROENTGEN_API_KEY:-}
-served || serve run --non-blocking --name roentgen serve_app.app:build model="$MODEL" store="${STORE/#\~/$HOME}"
-until curl -sf http://127.0.0.1:8000/health; do
-  curl -s http://127.0.0.1:8000/health || true
-  echo
-  sleep 5
-done
-echo "serving $MODEL on http://127.0.0.1:8000/v1"
+answers || ray start --head --port 6379 --dashboard-host 127.0.0.1 --dashboard-port 8265 \
+  --ray-client-server-port 10101 "${options[@]}"
+exec python -m roentgen.launch.deploy --address "$head:6379" --nodes "$SKYPILOT_NUM_NODES" \
+  --gpus-per-node "${SKYPILOT_NUM_GPUS_PER_NODE:-0}"

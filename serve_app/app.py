@@ -10,6 +10,7 @@ deployments carry a version that is made once and stays; what differs then is th
 """
 
 from functools import partial
+from typing import Any
 
 import ray
 from ray import serve
@@ -39,6 +40,8 @@ def _application(config: ServerConfig, version: str, choice: ModelChoice) -> App
     ingress = serve.deployment(
         serve.ingress()(Ingress),
         name="ingress",
+        num_replicas=config.num_ingresses,
+        max_replicas_per_node=1 if config.num_ingresses > 1 else None,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=2000,
         logging_config=QUIET,
@@ -46,7 +49,8 @@ def _application(config: ServerConfig, version: str, choice: ModelChoice) -> App
     model = serve.deployment(
         ModelReplica,
         name="model",
-        num_replicas=config.num_replicas,
+        **_scale(config),
+        max_replicas_per_node=config.max_replicas_per_node or None,
         ray_actor_options={"num_cpus": 1, "num_gpus": _gpus(config)},
         max_ongoing_requests=most,
         max_queued_requests=most,
@@ -65,6 +69,19 @@ def _application(config: ServerConfig, version: str, choice: ModelChoice) -> App
 def most_per_replica(config: ServerConfig) -> int:
     """Return how many requests Serve passes on to a replica at a time."""
     return config.max_batch + config.max_queue + BESIDE
+
+
+def _scale(config: ServerConfig) -> dict[str, Any]:
+    """Return how many replicas of the model there are: so many, or as many as it takes for each to have one full batch."""
+    if config.max_replicas <= config.num_replicas:
+        return {"num_replicas": config.num_replicas}
+    return {
+        "autoscaling_config": {
+            "min_replicas": config.num_replicas,
+            "max_replicas": config.max_replicas,
+            "target_ongoing_requests": config.max_batch,
+        }
+    }
 
 
 def _pinned(deployment: Deployment, version: str) -> Deployment:

@@ -81,6 +81,9 @@ class ServerConfig(BaseModel):
         threads: torch threads of a replica, 0 for one per core (Ray would otherwise allow one).
         num_gpus: GPUs reserved per replica.
         num_replicas: copies of the model.
+        max_replicas: if more than `num_replicas`, Serve starts more copies, up to this, while there is much to do.
+        max_replicas_per_node: 0 for as many as there is room for.
+        num_ingresses: copies of the ingress, on as many nodes: the nodes whose proxy answers.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -103,6 +106,9 @@ class ServerConfig(BaseModel):
     threads: int = Field(default=0, ge=0)
     num_gpus: float = Field(default=0, ge=0)
     num_replicas: int = Field(default=1, ge=1)
+    max_replicas: int = Field(default=0, ge=0)
+    max_replicas_per_node: int = Field(default=0, ge=0)
+    num_ingresses: int = Field(default=1, ge=1)
 
     @property
     def choice(self) -> ModelChoice:

@@ -6,9 +6,10 @@ torch.
 
 import typer
 
-from eval_jobs.command import evaluate
 from roentgen.cli.capturing import capture, verify
+from roentgen.cli.cluster import cluster_app, doctor, smoke, up
 from roentgen.cli.inspecting import inspect
+from roentgen.cli.launching import evaluate_or_launch
 from roentgen.cli.results import probe_app, report
 from roentgen.cli.serving import serve, serve_for_eval
 from roentgen.cli.sessions import sessions_app
@@ -26,10 +27,14 @@ def main(context: typer.Context) -> None:
 
 
 app.command()(serve)
-app.command(name="eval")(evaluate)
+app.command(name="eval")(evaluate_or_launch)
 app.command()(capture)
 app.command(name="verify-capture")(verify)
 app.command()(inspect)
 app.command()(report)
+app.command()(up)
+app.command()(smoke)
+app.command()(doctor)
+app.add_typer(cluster_app, name="cluster")
 app.add_typer(sessions_app, name="sessions")
 app.add_typer(probe_app, name="probe")

