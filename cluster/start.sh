@@ -47,19 +47,19 @@ for name in HF_TOKEN AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY; do [ -n "${!name:-
 )
 
 unset RAY_ADDRESS  # `ray start` would take it for the Ray to join
-export RAY_raylet_start_wait_time_s=180  # a new machine reads everything from a cold disk
 # Ray's processes hand their environment down to replicas and jobs: the key and the addresses above reach them this way.
 options=(--node-ip-address "$here" --num-gpus "${SKYPILOT_NUM_GPUS_PER_NODE:-0}" --dashboard-agent-listen-port 52366
   --min-worker-port 20000 --max-worker-port 29999 --disable-usage-stats)
 runs_here() { pgrep -f "raylet .*--gcs-address=$head:6379" >/dev/null; }
 answers() { ray health-check --address "$head:6379" >/dev/null 2>&1; }
+# `ray start` gives up after 30 s, on a slow machine before what it started has come up: that goes on, and is waited for below.
+start() { ray start "$@" "${options[@]}" || { sleep 10 && runs_here; }; }
 
 if [ "$SKYPILOT_NODE_RANK" != 0 ]; then
   until answers; do sleep 2; done
-  runs_here || ray start --address "$head:6379" "${options[@]}"
+  runs_here || start --address "$head:6379"
   exit 0
 fi
-answers || ray start --head --port 6379 --dashboard-host 127.0.0.1 --dashboard-port 8265 \
-  --ray-client-server-port 10101 "${options[@]}"
+answers || start --head --port 6379 --dashboard-host 127.0.0.1 --dashboard-port 8265 --ray-client-server-port 10101
 exec python -m roentgen.launch.deploy --address "$head:6379" --nodes "$SKYPILOT_NUM_NODES" \
   --gpus-per-node "${SKYPILOT_NUM_GPUS_PER_NODE:-0}"

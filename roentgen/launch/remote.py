@@ -97,7 +97,10 @@ class Head:
             process.wait()
 
     def tail(self, lines: int = 40) -> str:
-        """Return the ends of the logs that say why a server did not start: Serve's controller and replicas."""
+        """Return the ends of the logs that say why a server did not start, Serve's; or why they cannot be read."""
         logs = "/tmp/ray/session_latest/logs/serve"
         shown = f'for f in $(ls -t {logs}/*.log 2>/dev/null | head -3); do echo "== $f"; tail -n {lines} $f; done'
-        return self.run(shown)
+        try:
+            return self.run(shown)
+        except LaunchError as error:
+            return f"(its logs cannot be read: {error})"

@@ -4,8 +4,9 @@ Which cluster, first that applies: the one that is named (`cluster`), which must
 `name`; a new one. A new one never takes the name of one that exists, since SkyPilot would silently use that.
 
 cluster.yaml is rewritten for the launch and handed to `sky launch`, which provisions, syncs, installs and runs the start
-script; `sky exec` runs the start script alone where nothing is to be synced. Keys are made here, reach the nodes as SkyPilot's secrets
-(through the environment: never on a command line) and are kept there; they are read back over ssh, never printed.
+script; `sky exec` runs the start script alone where nothing is to be synced. Keys are made here, reach the nodes as
+SkyPilot's secrets (through the environment: never on a command line) and are kept there; they are read back over ssh, never
+printed.
 """
 
 import os

@@ -170,7 +170,7 @@ class Nodes:
             node.stop()
         _ip("link", "del", BRIDGE)
 
-    def launch(self, timeout: float = 300) -> None:
+    def launch(self, timeout: float = 600) -> None:
         """Run cluster/start.sh on every host at once, as SkyPilot does, and wait for all."""
         started = {
             node: node.popen("bash", "cluster/start.sh", log=self.folder / f"start-{node.rank}.log")

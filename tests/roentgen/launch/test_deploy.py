@@ -1,0 +1,90 @@
+"""What serve.yaml becomes for a launch."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from roentgen.launch.deploy import ROOT, code_hash, render
+from roentgen.launch.local import LaunchError
+from serve_app.config import ServerConfig
+
+CHOICES = {"MODEL": "some/model", "STORE": "s3://bucket/folder"}
+
+
+def rendered(nodes: int = 1, gpus: int = 0, args: dict[str, Any] | None = None, **environment: str) -> dict[str, Any]:
+    config = yaml.safe_load((ROOT / "serve.yaml").read_text())
+    config["applications"][0]["args"] |= args or {}
+    return render(config, {**CHOICES, **environment}, nodes, gpus, "c0de")
+
+
+def arguments(config: dict[str, Any]) -> ServerConfig:
+    return ServerConfig.model_validate(config["applications"][0]["args"])
+
+
+def test_the_launch_chooses_and_serve_yaml_keeps_the_rest() -> None:
+    config = rendered(PORT="8123", REPLICAS="")
+    assert (arguments(config).model, arguments(config).store) == ("some/model", "s3://bucket/folder")
+    assert arguments(config).max_batch == 32
+    assert config["http_options"] == {"host": "127.0.0.1", "port": 8123}
+
+
+def test_only_a_server_with_a_key_listens_on_the_network() -> None:
+    assert rendered(ROENTGEN_API_KEY="")["http_options"]["host"] == "127.0.0.1"
+    config = rendered(ROENTGEN_API_KEY="secret")
+    assert config["http_options"]["host"] == "0.0.0.0"
+    assert "secret" not in yaml.safe_dump(config)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "args", "replicas", "per_node"),
+    [
+        (1, 0, {}, 1, 1),
+        (3, 0, {}, 3, 1),
+        (2, 4, {}, 8, 4),
+        (2, 4, {"num_gpus": 2}, 4, 2),
+        (1, 4, {"num_gpus": 4}, 1, 1),
+    ],
+)
+def test_there_is_a_replica_for_every_place(
+    nodes: int, gpus: int, args: dict[str, Any], replicas: int, per_node: int
+) -> None:
+    config = arguments(rendered(nodes, gpus, args))
+    assert (config.num_replicas, config.max_replicas_per_node, config.num_ingresses) == (replicas, per_node, nodes)
+
+
+def test_replicas_may_grow_inside_the_cluster() -> None:
+    config = arguments(rendered(4, 0, REPLICAS="1", MAX_REPLICAS="4"))
+    assert (config.num_replicas, config.max_replicas) == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({"REPLICAS": "3"}, "2 nodes with 0 GPUs have a place for 1 to 2"),
+        ({"REPLICAS": "2", "MAX_REPLICAS": "1"}, "REPLICAS=2 and MAX_REPLICAS=1"),
+        ({"REPLICAS": "0"}, "REPLICAS=0"),
+        ({"PORT": "http"}, "PORT=http: allowed is a whole number"),
+    ],
+)
+def test_a_choice_that_cannot_be_is_named(environment: dict[str, str], words: str) -> None:
+    with pytest.raises(LaunchError, match=words):
+        rendered(2, **environment)
+
+
+def test_a_model_that_takes_more_gpus_than_a_node_has_is_refused() -> None:
+    with pytest.raises(LaunchError, match="have a place for 1 to 0"):
+        rendered(2, 1, {"num_gpus": 2}, REPLICAS="1")
+
+
+def test_the_code_hash_follows_the_code(tmp_path: Path) -> None:
+    for folder in ("serve_app", "roentgen"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    shutil.copy(ROOT / "constraints.txt", tmp_path)
+    before = code_hash(tmp_path)
+    (tmp_path / "roentgen" / "cli" / "console.py").write_text("")  # replicas do not run it
+    assert code_hash(tmp_path) == before
+    (tmp_path / "serve_app" / "app.py").write_text("")
+    assert code_hash(tmp_path) != before

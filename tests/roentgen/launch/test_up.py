@@ -1,0 +1,188 @@
+"""The launcher's own decisions: which cluster, what it is told, what is taken down. The real SkyPilot is in tests/cloud."""
+
+import json
+import stat
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from roentgen.launch.evaluate import Afterwards, launch_and_evaluate
+from roentgen.launch.local import LaunchError
+from roentgen.launch.skypilot import Cluster, SkyPilot
+from roentgen.launch.task import ClusterSettings
+from roentgen.launch.up import choose, up
+
+STAND_IN = Path(__file__).parent / "sky_stand_in.py"
+
+RUNNING = Cluster("roentgen", "UP", 1, "1x", 15)
+STOPPED = Cluster("roentgen", "STOPPED", 1, "1x", 15)
+OTHER = Cluster("other", "UP", 2, "2x", 15)
+
+
+class StandIn(SkyPilot):
+    """A `sky` that does nothing, and a provider with one instance per cluster."""
+
+    def __init__(self, folder: Path) -> None:
+        self.state = folder / "state.json"
+        self.state.write_text(json.dumps({"calls": [], "tasks": [], "clusters": [], "fails": {}}))
+        command = folder / "sky"
+        command.write_text(f'#!/bin/sh\nSTAND_IN={self.state} exec {sys.executable} {STAND_IN} "$@"\n')
+        command.chmod(command.stat().st_mode | stat.S_IXUSR)
+        super().__init__(str(command))
+        self.instances: list[list[str]] = [["i-1"], ["i-1"], []]
+
+    def _in_sky(self, *arguments: str) -> Any:
+        return {"provider": "aws"} if arguments[0] == "where" else self.instances.pop(0)
+
+    def change(self, **values: Any) -> None:
+        self.state.write_text(json.dumps({**json.loads(self.state.read_text()), **values}))
+
+    @property
+    def calls(self) -> list[dict[str, Any]]:
+        return [call for call in json.loads(self.state.read_text())["calls"] if call["words"][0] != "status"]
+
+    @property
+    def tasks(self) -> list[dict[str, Any]]:
+        return [yaml.safe_load(text) for text in json.loads(self.state.read_text())["tasks"]]
+
+
+@pytest.fixture
+def sky(tmp_path: Path) -> StandIn:
+    return StandIn(tmp_path)
+
+
+def running(name: str) -> dict[str, Any]:
+    return {"name": name, "status": "UP", "nodes": 2, "resources_str": "2x", "autostop": 15}
+
+
+def test_a_named_cluster_wins_and_must_run() -> None:
+    clusters = [RUNNING, OTHER]
+    assert choose(ClusterSettings(cluster="other", reuse=True), clusters) == OTHER
+    with pytest.raises(LaunchError, match="'gpu_1' does not exist; running: roentgen, other"):
+        choose(ClusterSettings(cluster="gpu_1"), clusters)
+    with pytest.raises(LaunchError, match="'roentgen' is STOPPED; running: none"):
+        choose(ClusterSettings(cluster="roentgen"), [STOPPED])
+
+
+def test_reuse_takes_the_running_cluster_of_that_name_else_a_new_one() -> None:
+    assert choose(ClusterSettings(reuse=True), [RUNNING]) == RUNNING
+    assert choose(ClusterSettings(reuse=True), [OTHER]) is None
+    assert choose(ClusterSettings(reuse=True), [STOPPED]) is None  # started again under its name
+
+
+def test_a_new_cluster_never_takes_the_name_of_another() -> None:
+    assert choose(ClusterSettings(), [OTHER]) is None
+    with pytest.raises(LaunchError, match=r"exists .UP.: use it with --reuse, or choose another --name"):
+        choose(ClusterSettings(), [RUNNING])
+
+
+def test_nothing_can_be_skipped_on_a_new_cluster() -> None:
+    with pytest.raises(LaunchError, match="nothing is installed on a new cluster"):
+        choose(ClusterSettings(sync="skip", reuse=True), [])
+
+
+def test_a_new_cluster_gets_keys_of_its_own_which_are_never_on_the_command_line(sky: StandIn) -> None:
+    said: list[str] = []
+    launched = up(ClusterSettings(model="m", min_vram=24), sky, said.append, check=False)
+    assert launched.created
+    (call,) = sky.calls
+    assert call["words"][:4] == ["launch", "--yes", "--cluster", "roentgen"]
+    assert call["words"].count("--secret") == 2
+    made = list(call["secrets"].values())
+    assert len(set(made)) == 2
+    assert all(len(secret) == 64 for secret in made)
+    assert not any(secret in text for secret in made for text in [*said, *call["words"], str(sky.tasks)])
+    assert sky.tasks[0]["envs"]["MODEL"] == "m"
+
+
+def test_a_reused_cluster_keeps_its_keys_and_its_size(sky: StandIn) -> None:
+    sky.change(clusters=[running("roentgen")])
+    launched = up(ClusterSettings(reuse=True), sky, lambda _: None, check=False)
+    assert not launched.created
+    (call,) = sky.calls
+    assert "--secret" not in call["words"]
+    assert sky.tasks[0]["num_nodes"] == 2
+
+
+def test_skip_sync_only_runs_the_start_script(sky: StandIn) -> None:
+    sky.change(clusters=[running("roentgen")])
+    up(ClusterSettings(reuse=True, sync="skip"), sky, lambda _: None, check=False)
+    assert sky.calls[0]["words"][:2] == ["exec", "roentgen"]
+
+
+def test_a_failed_start_script_shows_its_log_and_is_not_tried_again(sky: StandIn) -> None:
+    sky.change(fails={"launch": 100})
+    with pytest.raises(LaunchError, match=r"(?s)the start script failed on roentgen.*launch does not work today"):
+        up(ClusterSettings(), sky, lambda _: None, check=False)
+    assert len(sky.calls) == 1
+
+
+def test_a_launch_that_meets_no_machine_names_the_limits(sky: StandIn) -> None:
+    sky.change(fails={"launch": 1})
+    with pytest.raises(LaunchError, match=r"--min-vram 80 --max-price 0.1"):
+        up(ClusterSettings(min_vram=80, max_price=0.1), sky, lambda _: None, check=False)
+
+
+def test_a_cluster_that_lost_a_node_is_launched_twice(sky: StandIn) -> None:
+    sky.change(clusters=[running("roentgen")], fails={"launch": 1})
+    with pytest.raises(LaunchError):
+        up(ClusterSettings(reuse=True), sky, lambda _: None, check=False)
+    assert len(sky.calls) == 2
+
+
+def test_down_waits_for_the_provider(sky: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    sky.change(clusters=[running("roentgen")])
+    sky.instances = [["i-1", "i-2"], ["i-1", "i-2"], ["i-2"], []]
+    said: list[str] = []
+    assert sky.down("roentgen", said.append) == ["i-1", "i-2"]
+    assert said[-2:] == ["waiting for aws to end i-1, i-2", "waiting for aws to end i-2"]
+    assert sky.calls[0]["words"] == ["down", "--yes", "--graceful", "roentgen"]
+
+
+def test_instances_that_stay_are_an_error_that_names_them(sky: StandIn) -> None:
+    sky.change(clusters=[running("roentgen")])
+    sky.instances = [["i-1"], ["i-1"]]
+    with pytest.raises(LaunchError, match=r"aws still has instances of roentgen after 0 s: i-1. THEY COST MONEY"):
+        sky.down("roentgen", lambda _: None, timeout_s=0)
+
+
+def test_a_down_that_fails_says_what_it_may_cost(sky: StandIn) -> None:
+    sky.change(clusters=[running("roentgen")], fails={"down": 1})
+    with pytest.raises(LaunchError, match=r"(?s)MAY STILL RUN AND COST MONEY.*down does not work today"):
+        sky.down("roentgen", lambda _: None)
+    with pytest.raises(LaunchError, match="there is no cluster 'another'"):
+        sky.down("another", lambda _: None)
+
+
+@pytest.mark.parametrize(
+    ("before", "keep", "down"), [([], False, True), ([], True, False), ([running("roentgen")], False, False)]
+)
+def test_a_failure_takes_down_what_was_created_and_nothing_else(
+    sky: StandIn, before: list[dict[str, Any]], keep: bool, down: bool, tmp_path: Path
+) -> None:
+    """There is no host behind the name, so the smoke test fails: after provisioning, as it may in life."""
+    sky.change(clusters=before)
+    said: list[str] = []
+    with pytest.raises(LaunchError, match="smoke test failed"):
+        launch_and_evaluate(
+            ClusterSettings(reuse=True),
+            ["--samples", "3"],
+            Afterwards(keep_running=keep, output=tmp_path / "run"),
+            sky,
+            said.append,
+        )
+    assert ("down" in [call["words"][0] for call in sky.calls]) is down
+    end = {(False, True): "gone", (True, False): "COSTS MONEY until", (False, False): "is left running"}[keep, down]
+    assert end in said[-1]
+
+
+def test_a_missing_skypilot_is_named_with_the_way_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("ROENTGEN_SKY", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("roentgen.launch.skypilot.ROOT", tmp_path)
+    with pytest.raises(LaunchError, match="make cloud-env"):
+        SkyPilot()
