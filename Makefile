@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo install test test-units test-servers test-clients check format bench bench-vllm cloud-env clean
+.PHONY: demo install test test-units test-servers test-clients test-cluster test-cloud check format bench bench-vllm cloud-env clean
 
 # The main job: serve a real model, evaluate it on problems it can sometimes solve, keep its activations, train probes.
 DEMO := results/demo
@@ -77,6 +77,15 @@ $(VLLM)/.installed: constraints-vllm.txt $(INSTALLED)
 		> $$(echo $(VLLM)/lib/python3*/site-packages)/server.pth
 	$(BIN)/python -m pip --disable-pip-version-check --python $(VLLM)/bin/python install --quiet --no-deps -r constraints-vllm.txt
 	touch $@
+
+# A cluster of three hosts on this machine, each in namespaces of its own; skipped with the reason without root.
+test-cluster: $(INSTALLED)
+	@[ "$$(id -u)" != 0 ] || command -v ip >/dev/null || apt-get install --yes --quiet iproute2
+	ROENTGEN_TEST_CLUSTER=1 $(BIN)/python -m pytest -x tests/cluster
+
+# SkyPilot itself: what it makes of cluster.yaml, and which machines it chooses.
+test-cloud: $(INSTALLED) cloud-env
+	ROENTGEN_TEST_CLOUD=1 $(BIN)/python -m pytest tests/cloud
 
 # The launcher's own environment: SkyPilot and the server's packages cannot share one.
 cloud-env: .venv-cloud/.installed
