@@ -1,6 +1,7 @@
 """What a cluster is for, and what happens to it: spread replicas, a lost node, a node that comes back, a killed driver."""
 
 import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -77,12 +78,13 @@ def test_the_locks_hold(cluster: Cluster) -> None:
     assert cluster.head.run(*status, "http://127.0.0.1:8265/api/jobs/").strip() in ("401", "403")
     outside = cluster.workers[0].popen(*status, f"http://{cluster.head.ip}:8265/api/jobs/")
     assert outside.wait(30) == 7  # curl's code for a connection that was refused
-    without = cluster.workers[0].popen(
-        "python", "-c", f"import ray; ray.init('{cluster.head.ip}:6379')",
-        environment={"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64},
-    )  # fmt: skip
-    said, _ = without.communicate(timeout=120)
-    assert without.returncode != 0, said
+    join = f"import ray; ray.init('{cluster.head.ip}:6379')"
+    stranger = cluster.workers[0].popen(
+        sys.executable, "-c", join, environment={"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
+    )
+    said, _ = stranger.communicate(timeout=120)
+    assert stranger.returncode != 0
+    assert "token" in said.lower(), said
     secrets = (cluster.key, cluster.hosts.environment["RAY_AUTH_TOKEN"])
     for log in cluster.folder.glob("*.log"):
         assert not any(secret in log.read_text() for secret in secrets), log
