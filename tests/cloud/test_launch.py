@@ -67,7 +67,10 @@ def cloud(sky_python: Path) -> Iterator[Cloud]:
     (folder / "bin" / "ssh").chmod(0o755)
     log = (folder / "moto.log").open("w")
     moto = subprocess.Popen(
-        [str(sky_python.parent / "moto_server"), "-p", str(port)], stdout=log, stderr=subprocess.STDOUT
+        [str(sky_python.parent / "moto_server"), "-p", str(port)],
+        env={**os.environ, "MOTO_IAM_LOAD_MANAGED_POLICIES": "true"},  # SkyPilot attaches some to the nodes' role
+        stdout=log,
+        stderr=subprocess.STDOUT,
     )
     ec2 = None
     try:

@@ -1,0 +1,162 @@
+"""How the evaluation's own machinery grows: `python -m benchmarks.scale --problems 1000000`.
+
+Everything is as in a run but the model: problems are dealt to Ray tasks, each request is real HTTP, each sample is scored,
+returned to the driver and fsynced into the record. The replicas are stand-ins that answer at once, so that what is measured is
+the driver: does its memory stay flat, and how many samples a second can it take? Memory is sampled as the run goes; its slope
+over the second half is what would hurt at ten million.
+"""
+
+import asyncio
+import json
+import multiprocessing
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import psutil
+import typer
+
+from benchmarks.record import record, table
+from eval_jobs.endpoint import Endpoint
+from eval_jobs.fanout import evaluate
+from eval_jobs.problems import Problem
+from eval_jobs.rollout import RolloutPlan
+from roentgen.cluster import connected
+from roentgen.launch.local import free_port
+from roentgen.runs import Run, RunConfig, Sample
+
+ANSWER = json.dumps(
+    {
+        "id": "x",
+        "object": "chat.completion",
+        "created": 0,
+        "model": "stand-in",
+        "choices": [
+            {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "So it is.\nAnswer: 4"}}
+        ],
+        "usage": {"prompt_tokens": 60, "completion_tokens": 8, "total_tokens": 68},
+    }
+).encode()
+REPLY = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n" % len(ANSWER) + ANSWER
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What the driver took.
+
+    Attributes:
+        samples: recorded so far.
+        seconds: since the start.
+        megabytes: of memory that the driver's process holds.
+    """
+
+    samples: int
+    seconds: float
+    megabytes: float
+
+
+def main(
+    problems: Annotated[int, typer.Option(help="How many problems.")] = 1_000_000,
+    replicas: Annotated[int, typer.Option(help="Stand-in servers, each with an address.")] = 2,
+    parallel: Annotated[int, typer.Option(help="Requests in flight.")] = 64,
+    write: Annotated[bool, typer.Option("--record/--no-record", help="Update RESULTS.md.")] = True,
+) -> None:
+    """Measure the driver over many problems."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure(problems, replicas, parallel, Path(folder))
+    body = report(found, problems, replicas, parallel)
+    print(body)
+    if write:
+        record("Scale", body)
+
+
+def measure(count: int, replicas: int, parallel: int, folder: Path) -> list[Growth]:
+    """Run an evaluation against stand-ins; returns the driver's growth, a point per hundredth of the run."""
+    ports = [free_port("127.0.0.1") for _ in range(replicas)]
+    servers = [multiprocessing.get_context("spawn").Process(target=stand_in, args=(port,)) for port in ports]
+    for server in servers:
+        server.start()
+    urls = ",".join(f"http://127.0.0.1:{port}/v1" for port in ports)
+    plan = RolloutPlan(Endpoint(urls), "stand-in", "answer-line", {"max_tokens": 8}, "answer_line", "0" * 16)
+    problems = [Problem(f"p{n}", n, f"What is {n} + {n}?", f"#### {2 * n}", str(2 * n)) for n in range(1, count + 1)]
+    config = RunConfig(
+        run_id="scale", created="", config_hash=plan.config_hash, hashed={}, problems={}, settings={}, prompt={},
+        versions={}, git_revision=None,
+    )  # fmt: skip
+    run = Run.create(folder / "run", config)
+    memory, found, step = psutil.Process(), [], max(1, count // 100)
+    try:
+        with run.recording() as recorder, connected("local"):
+            start = time.monotonic()
+            seen = 0
+
+            def keep(sample: Sample) -> None:
+                nonlocal seen
+                if sample.error is not None:
+                    raise RuntimeError(f"the stand-ins failed: {sample.error}")
+                recorder.append(sample)
+                seen += 1
+                if seen % step == 0:
+                    found.append(Growth(seen, time.monotonic() - start, memory.memory_info().rss / 1e6))
+                    if seen % (10 * step) == 0:
+                        print(f"{found[-1]}", file=sys.stderr, flush=True)
+
+            evaluate(problems, plan, parallel, keep)
+        recorded = sum(1 for _ in run.record_path.open("rb"))
+        if not (recorded == seen == count):
+            raise RuntimeError(f"{count} problems, {seen} samples, {recorded} recorded")
+    finally:
+        for server in servers:
+            server.terminate()
+            server.join()
+    return found
+
+
+def stand_in(port: int) -> None:
+    """Answer every request at once with the same completion; never returns."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                lengths = [
+                    line.split(b":")[1] for line in head.lower().split(b"\r\n") if line.startswith(b"content-length")
+                ]
+                await reader.readexactly(int(lengths[0]) if lengths else 0)
+                writer.write(REPLY)
+                await writer.drain()
+        except (asyncio.IncompleteReadError, ConnectionError):
+            writer.close()
+
+    async def run() -> None:
+        async with await asyncio.start_server(serve, "127.0.0.1", port) as server:
+            await server.serve_forever()
+
+    asyncio.run(run())
+
+
+def report(found: list[Growth], problems: int, replicas: int, parallel: int) -> str:
+    """Lay out what was measured."""
+    later = found[len(found) // 2 :]
+    slope = float(np.polyfit([point.samples for point in later], [point.megabytes for point in later], 1)[0]) * 1e6
+    rate = found[-1].samples / found[-1].seconds
+    shown = [found[0], *(found[len(found) * part // 4 - 1] for part in (1, 2, 3, 4))]
+    rows = [[f"{p.samples:,}", f"{p.seconds:.0f}", f"{p.samples / p.seconds:.0f}", f"{p.megabytes:.0f}"] for p in shown]
+    return "\n".join(
+        [
+            f"{problems:,} problems, {parallel} requests in flight, {replicas} stand-in servers that answer at once, the",
+            "record fsynced sample by sample; tasks, servers and driver share the cores.",
+            "",
+            table(["samples", "seconds", "samples/s", "driver, MB"], rows),
+            "",
+            f"{rate:.0f} samples/s; over the second half the driver's memory changes by {slope:+.0f} MB per million samples.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)
