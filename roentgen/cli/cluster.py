@@ -74,7 +74,8 @@ def smoke(
 
     with expected_errors(LaunchError):
         report = check(_root(base), _key(), stage_printer(), model=model)
-    out.print(f"{report.model} answers {report.answer!r}; {report.rows} rows of {', '.join(report.tensors)} read back")
+    kept = ", ".join(report.tensors)
+    out.print(f"{report.model} answers {report.answer!r}; {report.rows} rows of {kept} read back", soft_wrap=True)
 
 
 def doctor(

@@ -13,6 +13,7 @@ Runs in SkyPilot's environment, which has boto3, until it is asked to end; then 
 """
 
 import base64
+import json
 import os
 import re
 import shutil
@@ -30,6 +31,7 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 BRIDGE = "br-ec2"
 GATEWAY = "172.30.255.1"
+ROLE = "skypilot-v1"
 NEEDED = ("ip", "iptables", "rsync", "sudo", "nsenter", "unshare")
 
 INIT = """
@@ -225,14 +227,23 @@ def open_the_default_network(client: Any) -> None:
         client.create_route(RouteTableId=table["RouteTableId"], DestinationCidrBlock="0.0.0.0/0", GatewayId=gateway)
 
 
+def make_the_role(client: Any) -> None:
+    """Make the role that SkyPilot gives to nodes: what it would write into it by itself moto refuses."""
+    trusted = {"Effect": "Allow", "Principal": {"Service": "ec2.amazonaws.com"}, "Action": "sts:AssumeRole"}
+    policy = json.dumps({"Version": "2012-10-17", "Statement": [trusted]})
+    client.create_instance_profile(InstanceProfileName=ROLE)
+    client.create_role(RoleName=ROLE, AssumeRolePolicyDocument=policy)
+    client.add_role_to_instance_profile(InstanceProfileName=ROLE, RoleName=ROLE)
+
+
 def main(endpoint: str, folder: str, venv: str, base: str) -> None:
     """Follow a moto server until SIGTERM."""
     import boto3
 
-    client = boto3.client(
-        "ec2", "us-east-1", endpoint_url=endpoint, aws_access_key_id="testing", aws_secret_access_key="testing"
-    )
+    session = boto3.Session("testing", "testing", region_name="us-east-1")
+    client = session.client("ec2", endpoint_url=endpoint)
     open_the_default_network(client)
+    make_the_role(session.client("iam", endpoint_url=endpoint))
     ended = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: ended.set())
     ec2 = FakeEC2(client, Path(folder), Path(venv), Path(base))

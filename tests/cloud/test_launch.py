@@ -68,7 +68,6 @@ def cloud(sky_python: Path) -> Iterator[Cloud]:
     log = (folder / "moto.log").open("w")
     moto = subprocess.Popen(
         [str(sky_python.parent / "moto_server"), "-p", str(port)],
-        env={**os.environ, "MOTO_IAM_LOAD_MANAGED_POLICIES": "true"},  # SkyPilot attaches some to the nodes' role
         stdout=log,
         stderr=subprocess.STDOUT,
     )
