@@ -6,6 +6,7 @@ created here is taken down, unless it is to keep running; one that was there is 
 """
 
 import shlex
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
@@ -115,19 +116,36 @@ def _fetch_activations(head: Head, output: Path, stage: Callable[[str], None]) -
 def _taken_down(
     sky: SkyPilot, keep_running: bool, stage: Callable[[str], None]
 ) -> Iterator[Callable[[Launched], None]]:
-    """Take down what was claimed and created inside, however that ends."""
+    """Take down what was claimed and created inside, however that ends: SIGTERM counts as Ctrl-C, and a second one waits."""
     claimed: list[Launched] = []
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield claimed.append
     finally:
-        for launched in claimed:
-            if not launched.created:
-                stage(f"{launched.name} was there before and is left running")
-            elif keep_running:
-                stage(f"{launched.name} is kept running and COSTS MONEY until `roentgen cluster down {launched.name}`")
-            elif sky.find(launched.name) is None:
-                stage(f"{launched.name} does not exist: nothing to take down")
-            else:
-                stage(f"taking {launched.name} down")
-                gone = sky.down(launched.name, stage)
-                stage(f"{launched.name} is down: its provider says that {', '.join(gone) or 'every instance'} is gone")
+        signal.signal(signal.SIGTERM, before)
+        with _uninterrupted():
+            _take_down(claimed, sky, keep_running, stage)
+
+
+def _take_down(claimed: list[Launched], sky: SkyPilot, keep_running: bool, stage: Callable[[str], None]) -> None:
+    for launched in claimed:
+        if not launched.created:
+            stage(f"{launched.name} was there before and is left running")
+        elif keep_running:
+            stage(f"{launched.name} is kept running and COSTS MONEY until `roentgen cluster down {launched.name}`")
+        elif sky.find(launched.name) is None:
+            stage(f"{launched.name} does not exist: nothing to take down")
+        else:
+            stage(f"taking {launched.name} down")
+            gone = sky.down(launched.name, stage)
+            stage(f"{launched.name} is down: its provider says that {', '.join(gone) or 'every instance'} is gone")
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ignore Ctrl-C, as commands started inside then do too: half a teardown is a machine that goes on costing money."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

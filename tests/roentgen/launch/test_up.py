@@ -1,6 +1,8 @@
 """The launcher's own decisions: which cluster, what it is told, what is taken down. The real SkyPilot is in tests/cloud."""
 
 import json
+import os
+import signal
 import stat
 import sys
 from pathlib import Path
@@ -178,6 +180,20 @@ def test_a_failure_takes_down_what_was_created_and_nothing_else(
     assert ("down" in [call["words"][0] for call in sky.calls]) is down
     end = {(False, True): "gone", (True, False): "COSTS MONEY until", (False, False): "is left running"}[keep, down]
     assert end in said[-1]
+
+
+def test_ctrl_c_takes_down_what_was_created(sky: StandIn, tmp_path: Path) -> None:
+    def interrupted(text: str) -> None:
+        if text.startswith("smoke test"):
+            os.kill(os.getpid(), signal.SIGTERM)  # counts as Ctrl-C
+        if text.startswith("taking"):
+            os.kill(os.getpid(), signal.SIGINT)  # another one does not stop it
+
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        launch_and_evaluate(ClusterSettings(), [], Afterwards(output=tmp_path / "run"), sky, interrupted)
+    assert [call["words"][0] for call in sky.calls] == ["launch", "down"]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 def test_a_missing_skypilot_is_named_with_the_way_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
