@@ -1,28 +1,35 @@
 """From stored activations to probes: can the label be read from the model's inside, where, and beyond chance?
 
-What flows through here: `dataset` joins a run's samples to their stored rows (X, y, and which problem each row
-belongs to); `logistic` fits one probe per layer, all layers together; `evaluation` says honestly how well they do
-(nested folds that never split a problem, intervals, baselines); `train` does this for every stored key and writes
-`RUN/probes/<label>/`; `report` is what it found, `plots` and `console` show it. It reads files only: no server, no
-Ray, no GPU.
+What flows through here: `dataset` joins the samples of runs and sessions to their stored rows (X, and which problem each row
+belongs to), `labels` says what is to be read from them (y) and `positions` where; `kinds` fit one probe per layer, all
+layers together; `evaluation` says honestly how well they do (nested `folds` that never split a problem, `metrics` with
+`intervals`, `baselines`); `train` does this for every stored key and writes `RUN/probes/<label>/`; `transfer` carries probes
+to other data and compares their directions; `report` is what was found, `plots` and `console` show it. It reads files only:
+no server, no Ray, no GPU needed.
 
-A new probe kind is one file beside `logistic`; a new label is one line in `dataset.LABELS`.
+A new probe kind is one file in `kinds` and a line where they are listed; a new label is one line in `labels.LABELS`.
 """
 
 from probes.console import render
-from probes.dataset import LABELS, OneClassError, ProbeDataError, ProbeDataset
+from probes.dataset import ProbeDataset
+from probes.errors import OneClassError, ProbeDataError
+from probes.labels import LABELS
 from probes.report import Best, Estimate, KeyResult, ProbeReport
 from probes.train import train
+from probes.transfer import Comparison, compare, transfer
 
 __all__ = [
     "LABELS",
     "Best",
+    "Comparison",
     "Estimate",
     "KeyResult",
     "OneClassError",
     "ProbeDataError",
     "ProbeDataset",
     "ProbeReport",
+    "compare",
     "render",
     "train",
+    "transfer",
 ]

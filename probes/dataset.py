@@ -1,49 +1,38 @@
-"""X, y and groups of a run: its samples joined to their stored rows.
+"""X, y and groups: examples of runs and sessions, joined to their stored rows.
 
-What flows through here: `samples.jsonl` says what each answer was worth and which rollout holds its activations; the
-store holds the rows. `ProbeDataset.open` reads the first and joins the second on rollout id, or, if another session is
-named (`roentgen capture` made it: other layers, another model), on the key that both were made under. Labels, groups
-and lengths are small and are read at once; activations are not, so `features` reads one key, one row per sample, when
-it is asked.
+What flows through here: a source is a run directory, whose `samples.jsonl` says what each answer was worth and which rollout
+holds its activations, or a session of the store, whose index says what was kept and with which labels. `ProbeDataset.open`
+joins any number of either. For a run, another session may be named (`roentgen capture` made it: other layers, another
+model): it is joined on the key that both were made under. Labels, groups and lengths are small and are read at once;
+activations are not, so `features` reads one key at one position when it is asked.
 
-Groups are problems. Several attempts at one problem are not independent, so whoever splits this data must keep them
-together. In a conversation of several turns the first turn's rollout counts: it is where the model has seen the
-problem and nothing else.
+Groups are problems. Several attempts at one problem are not independent, and neither are attempts at it in different runs, so
+whoever splits this data must keep them together. In a conversation of several turns the first turn's rollout counts: it is
+where the model has seen the problem and nothing else.
 """
 
+import hashlib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from probes import positions as places
+from probes.errors import OneClassError, ProbeDataError
+from probes.labels import Example, Target, read_label
 from roentgen.contract import split_key
 from roentgen.runs import Run, Sample
 from roentgen.store import Session, StoreError
 
-LABELS: dict[str, Callable[[Sample], bool]] = {
-    "correct": lambda sample: sample.correct,
-    "truncated": lambda sample: sample.finish_reason == "length",
-}
-"""What a probe can be trained to read, by name."""
-
-POSITIONS = ("last_prompt", "last", "mean_prompt", "mean_generated")
-"""The position policies that give one row per rollout."""
-
-_ROW_COLUMNS = ["rollout_id", "shard", "row_start", "row_stop", "n_prompt", "n_completion"]
-
-
-class ProbeDataError(Exception):
-    """A run gives no data to probe; the message says what is missing and what to do."""
-
-
-class OneClassError(Exception):
-    """A run's label does not vary enough to be probed; the message says what it has and what to do."""
+Where = str | Path
 
 
 @dataclass(frozen=True)
@@ -52,94 +41,104 @@ class Source:
 
     Attributes:
         session: the open session.
-        rollouts: rows of its index, one per sample.
-        samples: which samples of the dataset they are, in the same order.
+        rollouts: rows of its index, one per example.
+        examples: the examples, in the same order.
     """
 
     session: Session
     rollouts: pd.DataFrame
-    samples: Int[np.ndarray, "part"]
+    examples: tuple[Example, ...]
 
 
 @dataclass(frozen=True)
 class ProbeDataset:
-    """What a probe learns from: one row per sample.
+    """What a probe learns from: one row per example.
 
     Attributes:
-        run: the run.
-        label: the label's name, one of `LABELS`.
-        y: the label, `[samples]`.
-        groups: the problem of each sample, numbered from 0, `[samples]`.
-        covariates: what a baseline may use instead of activations, by name, each `[samples]`.
-        keys: stored keys that every sample has.
-        left_out: samples of the run that are not here: they failed, or no activations were kept.
-        session: the session named instead of the run's own, None for those.
+        names: of the runs and sessions it comes from.
+        target: the label that was asked for.
+        groups: the problem of each example, numbered from 0, `[samples]`.
+        origin: which run or session each is from, as an index into `names`, `[samples]`.
+        examples: the examples, those of one session together.
+        keys: stored keys that every example has.
+        left_out: samples of the runs that are not here: they failed, kept no activations, or have no such label.
         sources: where the rows are.
     """
 
-    run: Run
-    label: str
-    y: Bool[np.ndarray, "samples"]
+    names: tuple[str, ...]
+    target: Target
     groups: Int[np.ndarray, "samples"]
-    covariates: dict[str, Float[np.ndarray, "samples"]]
+    origin: Int[np.ndarray, "samples"]
+    examples: tuple[Example, ...]
     keys: tuple[str, ...]
     left_out: int
-    session: str | None
     sources: tuple[Source, ...]
 
     @classmethod
-    def open(cls, run: str | Path, label: str = "correct", session: str | Path | None = None) -> "ProbeDataset":
-        """Join a run's samples to their activations.
+    def open(
+        cls,
+        sources: Where | Sequence[Where],
+        label: str = "correct",
+        *,
+        session: Where | None = None,
+        table: Where | None = None,
+    ) -> "ProbeDataset":
+        """Join runs and sessions to a label.
 
         Args:
-            run: the run directory.
-            label: the name of the label, one of `LABELS`.
-            session: a session that holds other activations of the run's answers; the run's own if None.
+            sources: run directories, sessions, or one of either.
+            label: see `labels.read_label`; `source` is which of the sources an example comes from.
+            session: a session that holds other activations of the runs' answers; the runs' own if None.
+            table: labels, as CSV or parquet.
 
         Raises:
-            RunError: if there is no run at that path.
+            RunError: if a run is damaged.
             ProbeDataError: if the label is unknown, or there are no activations to be found.
-            OneClassError: if the label has one class only, or one of its classes in a single problem.
+            OneClassError: if the label does not vary enough.
         """
-        if label not in LABELS:
-            raise ProbeDataError(f"label: {label!r} is not known; allowed are {', '.join(LABELS)}")
-        opened = Run.open(run)
-        recorded = opened.samples()
-        answered = [sample for sample in recorded if sample.error is None]
-        try:
-            samples, sources = _join(opened, answered) if session is None else _join_session(session, answered)
-            if not samples:
-                raise ProbeDataError(_nothing_to_join(opened, len(recorded), session))
-            keys = _common_keys(sources)
-        except StoreError as error:
-            where = session or f"the activations of {opened.path}"
-            raise ProbeDataError(f"{where} cannot be read: {error}") from error
-        y = np.array([LABELS[label](sample) for sample in samples])
-        groups = np.unique([sample.problem_id for sample in samples], return_inverse=True)[1]
-        _check_classes(y, groups, label)
+        where = [sources] if isinstance(sources, str | Path) else list(sources)
+        joined: list[Source] = []
+        origin: list[int] = []
+        left_out = 0
+        for number, place in enumerate(where):
+            try:
+                parts, missing = _open_source(place, session)
+                joined += parts
+                left_out += missing
+                origin += [number] * sum(len(part.examples) for part in parts)
+            except StoreError as error:
+                raise ProbeDataError(f"the activations of {place} cannot be read: {error}") from error
+        examples = [example for part in joined for example in part.examples]
+        names = tuple(Path(str(place)).name for place in where)
+        values = [names[n] for n in origin] if label == "source" else read_label(label, examples, table)
+        kept = np.array([value is not None for value in values], dtype=bool)
+        if not kept.any():
+            raise ProbeDataError(f"label: none of the {len(examples)} examples has a value of {label!r}")
+        joined = _keep(joined, kept)
+        examples = [example for part in joined for example in part.examples]
+        target = Target.of(label, [value for value in values if value is not None])
+        groups = np.unique([example.problem for example in examples], return_inverse=True)[1]
+        _check_varies(target, groups)
+        keys = _common_keys(joined)
         if not keys:
-            raise ProbeDataError(
-                f"no key was stored for every sample of {opened.path}: its captures have none in common"
-            )
+            raise ProbeDataError(f"no key was stored for every example of {', '.join(names)}")
         return cls(
-            run=opened,
-            label=label,
-            y=y,
-            groups=groups,
-            covariates={
-                "prompt_length": np.array([float(sample.prompt_tokens) for sample in samples]),
-                "response_length": np.array([float(sample.completion_tokens) for sample in samples]),
-            },
-            keys=keys,
-            left_out=len(recorded) - len(samples),
-            session=sources[0].session.name if session is not None else None,
-            sources=sources,
-        )
+            names, target, groups, np.array(origin)[kept], tuple(examples), keys, left_out + int((~kept).sum()),
+            tuple(joined),
+        )  # fmt: skip
 
     @property
     def n_problems(self) -> int:
-        """How many problems the samples are of."""
+        """How many problems the examples are of."""
         return int(self.groups.max()) + 1
+
+    @property
+    def data_hash(self) -> str:
+        """A hash of which examples these are and what their labels are: 16 hex digits."""
+        digest = hashlib.sha256()
+        for example, value in zip(self.examples, self.target.values.tolist(), strict=True):
+            digest.update(f"{example.rollout_id} {value}\n".encode())
+        return digest.hexdigest()[:16]
 
     def hook_points(self) -> dict[str, list[str]]:
         """Return the keys by hook point, each list in order of layer; a model-wide hook point has one key."""
@@ -148,58 +147,178 @@ class ProbeDataset:
             keys[split_key(key)[0]].append(key)
         return dict(keys)
 
-    def features(self, key: str, positions: str = "last_prompt") -> Float[Tensor, "samples d_model"]:
-        """Read one key, one row per sample, in float32.
+    def features(
+        self, key: str, positions: str = "last_prompt"
+    ) -> Float[Tensor, "samples d"] | Float[Tensor, "samples tokens d"]:
+        """Read one key, one row per example (or, for `tokens`, all, padded with NaN), in float32.
 
         Args:
             key: one of `keys`.
-            positions: which row, one of `POSITIONS`.
+            positions: where, see `positions`.
 
         Raises:
-            ProbeDataError: if the key or the policy is not allowed, the rows were not stored, or some are not finite.
+            ProbeDataError: if the key or position is not allowed, the rows were not stored, or some are not finite.
         """
-        if positions not in POSITIONS:
-            raise ProbeDataError(
-                f"positions: {positions!r} is not one row per sample; allowed are {', '.join(POSITIONS)}"
-            )
+        places.check_positions(positions)
         if key not in self.keys:
             raise ProbeDataError(f"key: {key!r} was not stored for every sample; allowed are {', '.join(self.keys)}")
         parts = []
         for source in self.sources:
-            rows = source.session.activations(key, where=source.rollouts, positions=positions)
-            try:
-                parts.append(rows.stack().float().flatten(1))
-            except StoreError as error:
+            values = places.read(source.session, source.rollouts, key, positions)
+            own = values.isfinite() | (values.isnan().all(-1, keepdim=True) if values.ndim == 3 else False)
+            broken = int((~own.flatten(1).all(1)).sum())
+            if broken:
                 raise ProbeDataError(
-                    f"positions: {positions!r} cannot be read from {source.session.path}: {error}"
-                ) from error
-        order = np.argsort(np.concatenate([source.samples for source in self.sources]))
-        values = torch.cat(parts)[torch.from_numpy(order)]
-        broken = int((~values.isfinite().all(1)).sum())
-        if broken:
+                    f"{key} has values that are not finite in {broken} of {len(values)} samples of {source.session.path}; "
+                    "store a wider dtype"
+                )
+            parts.append(values)
+        if positions == "tokens":
+            longest = max(part.shape[1] for part in parts)
+            parts = [torch.nn.functional.pad(p, (0, 0, 0, longest - p.shape[1]), value=torch.nan) for p in parts]
+        return torch.cat(parts)
+
+    def mean_logprob(self) -> Float[np.ndarray, "samples"] | None:
+        """Return the mean log-probability of each example's generated tokens, None where it was not stored for all."""
+        values = np.concatenate([_mean_logprob(source) for source in self.sources])
+        return values if np.isfinite(values).all() else None
+
+
+def _open_source(place: Where, session: Where | None) -> tuple[list[Source], int]:
+    """Return a run's or a session's part of the dataset, and how many samples have no activations."""
+    path = Path(str(place)).expanduser()
+    if not (path / "config.json").exists() and ("://" in str(place) or (path / "session.json").exists()):
+        opened = Session.open(place)
+        frame = opened.rollouts()
+        if len(frame) == 0:
+            raise ProbeDataError(f"{place} holds no rollout")
+        return [Source(opened, frame, tuple(_of_index(row) for row in frame.to_dict("records")))], 0
+    run = Run.open(path)
+    recorded = run.samples()
+    answered = [sample for sample in recorded if sample.error is None]
+    parts = _join(run, answered) if session is None else _join_session(run, session, answered)
+    found = sum(len(part.examples) for part in parts)
+    if not found:
+        raise ProbeDataError(_nothing_to_join(run, len(recorded), session))
+    return parts, len(recorded) - found
+
+
+def _of_index(row: dict[Hashable, Any]) -> Example:
+    n_prompt, offsets, text = int(row["n_prompt"]), row["token_offsets"], str(row["text"])
+    end = int(offsets[n_prompt]) if len(offsets) > n_prompt else len(text)
+    problem = row["problem_id"] if isinstance(row["problem_id"], str) else row["rollout_id"]
+    epoch = 1 if pd.isna(row["epoch"]) else int(row["epoch"])
+    return Example(
+        str(problem), epoch, str(row["rollout_id"]), n_prompt, int(row["n_completion"]),
+        row["finish_reason"] == "length", text[:end], dict(row["labels"]),
+    )  # fmt: skip
+
+
+def _of_sample(run: Run, sample: Sample, row: pd.Series) -> Example:
+    return Example(
+        sample.problem_id, sample.epoch, row["rollout_id"], sample.prompt_tokens, sample.completion_tokens,
+        sample.finish_reason == "length", sample.question, dict(row["labels"]), sample, run.config,
+    )  # fmt: skip
+
+
+def _source(run: Run, session: Session, rows: pd.DataFrame, samples: Sequence[Sample]) -> Source:
+    examples = (_of_sample(run, sample, row) for sample, (_, row) in zip(samples, rows.iterrows(), strict=True))
+    return Source(session, rows, tuple(examples))
+
+
+def _join(run: Run, answered: list[Sample]) -> list[Source]:
+    """Find the samples that kept activations, and each one's row of the store's index."""
+    by_session = defaultdict(list)
+    for sample in answered:
+        if sample.rollouts:
+            ref = min(sample.rollouts, key=lambda ref: ref.turn)
+            by_session[run.session_uri(ref)].append((sample, ref.rollout_id))
+    sources = []
+    for uri, pairs in by_session.items():
+        session = Session.open(uri)
+        # Not only the unique ones: the record names the rollout that was acknowledged, and a later retry is not it.
+        index = session.rollouts(unique=False).set_index("rollout_id", drop=False)
+        missing = [rollout_id for _, rollout_id in pairs if rollout_id not in index.index]
+        if missing:
             raise ProbeDataError(
-                f"{key} has values that are not finite in {broken} of {len(values)} samples; store a wider dtype"
+                f"{session.path} lacks {len(missing)} of the {len(pairs)} rollouts that {run.record_path} names "
+                f"(the first is {missing[0]}); was the session deleted or made anew?"
             )
-        return values
+        rows = index.loc[[rollout_id for _, rollout_id in pairs]]
+        sources.append(_source(run, session, rows, [sample for sample, _ in pairs]))
+    return sources
 
 
-def _check_classes(y: Bool[np.ndarray, "samples"], groups: Int[np.ndarray, "samples"], label: str) -> None:
+def _join_session(run: Run, uri: Where, answered: list[Sample]) -> list[Source]:
+    """Find the samples that a session has a rollout of, and its row; a sample's first turn counts."""
+    session = Session.open(uri)
+    frame = session.rollouts()
+    frame = frame[frame["config_hash"].notna()].sort_values("turn", ascending=False)
+    identities = zip(frame["config_hash"], frame["problem_id"], frame["epoch"].astype(int), strict=True)
+    place = {identity: number for number, identity in enumerate(identities)}
+    samples = [sample for sample in answered if sample.identity in place]
+    return [_source(run, session, frame.iloc[[place[sample.identity] for sample in samples]], samples)]
+
+
+def _keep(sources: list[Source], kept: np.ndarray) -> list[Source]:
+    """Leave out the examples that have no label."""
+    found, start = [], 0
+    for source in sources:
+        own = kept[start : start + len(source.examples)]
+        start += len(own)
+        if own.any():
+            examples = tuple(e for e, keep in zip(source.examples, own, strict=True) if keep)
+            found.append(Source(source.session, source.rollouts[own], examples))
+    return found
+
+
+def _common_keys(sources: list[Source]) -> tuple[str, ...]:
+    """Return the keys that every rollout has, in stored order."""
+    specs = [source.session.spec(shard) for source in sources for shard in source.rollouts["shard"].unique()]
+    return tuple(key for key in specs[0].keys if all(key in spec.keys for spec in specs))
+
+
+def _mean_logprob(source: Source) -> Float[np.ndarray, "rollouts"]:
+    """Read the row column `logprob` of the documented shard format; NaN where no generated row was stored."""
+    found = np.full(len(source.rollouts), np.nan)
+    for shard, rows in source.rollouts.reset_index(drop=True).groupby("shard"):
+        try:
+            with safe_open(source.session.path / str(shard), framework="np") as file:
+                values = file.get_tensor("logprob")
+        except (SafetensorError, OSError) as error:
+            raise ProbeDataError(f"shard {source.session.path / str(shard)} cannot be read: {error}") from error
+        for number, start, stop, final in zip(
+            rows.index, rows["row_start"], rows["row_stop"], rows["final_logprob"], strict=True
+        ):
+            own = np.append(values[start:stop], final)
+            found[number] = own[np.isfinite(own)].mean() if np.isfinite(own).any() else np.nan
+    return found
+
+
+def _check_varies(target: Target, groups: Int[np.ndarray, "samples"]) -> None:
     """Refuse a label that no grouped split can learn and test."""
-    for value in (True, False):
-        problems = len(np.unique(groups[y == value]))
-        if problems == 0:
+    if target.kind == "real":
+        if len(np.unique(target.values)) < 2:
+            raise OneClassError(f"all {len(groups)} samples have {target.name} = {target.values[0]}: nothing to read")
+        return
+    known = [True, False] if target.kind == "binary" else list(range(len(target.classes)))
+    for value in known:
+        shown = target.classes[int(value)] if target.classes else value
+        problems = len(np.unique(groups[target.values == value]))
+        if problems == 0 or (target.classes and len(target.classes) < 2):
+            other = target.classes[-1] if target.classes else not value
             raise OneClassError(
-                f"all {len(y)} samples have {label} = {not value}: a probe needs both classes; "
+                f"all {len(groups)} samples have {target.name} = {other}: a probe needs both classes; "
                 "evaluate more problems, or easier or harder ones"
             )
         if problems == 1:
             raise OneClassError(
-                f"only one problem has samples with {label} = {value}: a probe is tested on problems it has not seen, "
+                f"only one problem has samples with {target.name} = {shown}: a probe is tested on problems it has not seen, "
                 "so each class needs at least two; evaluate more problems"
             )
 
 
-def _nothing_to_join(run: Run, recorded: int, session: str | Path | None) -> str:
+def _nothing_to_join(run: Run, recorded: int, session: Where | None) -> str:
     if session is None:
         return (
             f"{run.path} has no activations: none of its {recorded} samples names a rollout; "
@@ -209,49 +328,3 @@ def _nothing_to_join(run: Run, recorded: int, session: str | Path | None) -> str
         f"{session} holds none of the {recorded} samples of {run.path}: no rollout in it has the key of one; "
         f"`roentgen capture {run.path}` makes a session that does"
     )
-
-
-def _join(run: Run, answered: list[Sample]) -> tuple[list[Sample], tuple[Source, ...]]:
-    """Find the samples that kept activations, and each one's row of the store's index."""
-    samples = [sample for sample in answered if sample.rollouts]
-    refs = [min(sample.rollouts, key=lambda ref: ref.turn) for sample in samples]
-    by_session = defaultdict(list)
-    for number, ref in enumerate(refs):
-        by_session[run.session_uri(ref)].append(number)
-
-    sources = []
-    for uri, numbers in by_session.items():
-        session = Session.open(uri)
-        # Not only the unique ones: the record names the rollout that was acknowledged, and a later retry is not it.
-        index = session.rollouts(unique=False)[_ROW_COLUMNS].set_index("rollout_id", drop=False)
-        wanted = [refs[number].rollout_id for number in numbers]
-        missing = [rollout_id for rollout_id in wanted if rollout_id not in index.index]
-        if missing:
-            raise ProbeDataError(
-                f"{session.path} lacks {len(missing)} of the {len(wanted)} rollouts that {run.record_path} names "
-                f"(the first is {missing[0]}); was the session deleted or made anew?"
-            )
-        sources.append(Source(session, index.loc[wanted], np.array(numbers)))
-    return samples, tuple(sources)
-
-
-def _join_session(uri: str | Path, answered: list[Sample]) -> tuple[list[Sample], tuple[Source, ...]]:
-    """Find the samples that a session has a rollout of, and its row; a sample's first turn counts."""
-    session = Session.open(uri)
-    frame = session.rollouts()
-    frame = frame[frame["config_hash"].notna()].sort_values("turn", ascending=False)
-    place = {
-        (config_hash, problem_id, int(epoch)): number
-        for number, (config_hash, problem_id, epoch) in enumerate(
-            zip(frame["config_hash"], frame["problem_id"], frame["epoch"], strict=True)
-        )
-    }
-    samples = [sample for sample in answered if sample.identity in place]
-    rows = frame.iloc[[place[sample.identity] for sample in samples]][_ROW_COLUMNS]
-    return samples, (Source(session, rows, np.arange(len(samples))),)
-
-
-def _common_keys(sources: tuple[Source, ...]) -> tuple[str, ...]:
-    """Return the keys that every rollout has, in stored order."""
-    specs = [source.session.spec(shard) for source in sources for shard in source.rollouts["shard"].unique()]
-    return tuple(key for key in specs[0].keys if all(key in spec.keys for spec in specs))

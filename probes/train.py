@@ -1,126 +1,320 @@
-"""Trains a probe for every stored key of a run and writes what it found.
+"""Trains a probe for every candidate of some data and writes what it found.
 
     RUN/probes/<label>/
-      probes.safetensors    per key: `<key>.weight` [d], `<key>.bias` [], `<key>.mean` [d], `<key>.scale` [d], float32
-      auroc_by_layer.png
-      results.json          the report (`ProbeReport.to_json`); written last, so its presence means that all is there
+      probes.safetensors  probes.json       the probes, fitted on all samples (`roentgen.saved_probes`)
+      auroc_by_layer.png  heatmap.png  reliability.png     those that there are
+      results.json                          the report (`ProbeReport.to_json`); written last: if it is there, all is there
 
-Probes on a session that `roentgen capture` made of the run's answers are in `RUN/probes/<label>@<session>/`.
+Probes on a session that `roentgen capture` made of the run's answers are in `RUN/probes/<label>@<session>/`; a kind that is
+not the label's usual one is part of the name likewise (`<label>+lda`).
 
-A probe's score of a row x is `weight · (x − mean) / scale + bias`: the log-odds that the label is True. Saved probes
-are fitted on all samples; the AUROCs beside them are of probes that had not seen the problems they were tested on.
-
-Activations are read one hook point at a time, all its layers together: that is what the fit wants, and all that is in
-memory.
+A candidate is a stored key at a position. Activations are read one hook point and position at a time, all its layers together:
+that is what the fit wants, and all that is in memory. The metrics beside a saved probe are of probes that had not seen the
+problems they were tested on.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from torch import Tensor
 
 import roentgen
-from probes import logistic
-from probes.dataset import ProbeDataset
-from probes.evaluation import (
-    Evaluation,
-    bootstrap_weights,
-    estimate,
-    evaluate,
-    nested_best,
-    nested_folds,
-    shuffle_labels,
-)
-from probes.plots import auroc_by_layer
-from probes.report import Best, KeyResult, ProbeReport
+from probes import baselines, plots
+from probes.dataset import ProbeDataset, Where
+from probes.errors import ProbeDataError
+from probes.evaluation import Evaluation, all_estimates, evaluate, main_estimate, nested_best
+from probes.folds import Fold, nested_folds, shuffle_labels
+from probes.intervals import bootstrap_weights
+from probes.kinds import DEFAULT_KINDS, KINDS, Kind
+from probes.kinds.linear import LinearProbes
+from probes.labels import Target
+from probes.positions import check_positions
+from probes.report import Best, Estimate, KeyResult, ProbeReport
 from roentgen.contract import split_key
 from roentgen.runs import write_json
+from roentgen.saved_probes import ProbeCard, SavedProbe, save_probes
 from roentgen.store.durable import make_folder, write_durably
+
+MainMeasure = Callable[[Float[np.ndarray, "rows outputs"]], Estimate]
+FullMeasure = Callable[[Float[np.ndarray, "rows outputs"], Float[np.ndarray, "rows outputs"]], dict[str, Estimate]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A stored key at a position."""
+
+    key: str
+    positions: str
+
+    @property
+    def name(self) -> str:
+        """What its saved probe is called."""
+        return f"{self.key}@{self.positions}"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a training gives.
+
+    Attributes:
+        report: what it found.
+        scores: of the best candidate, comparable across folds, `[samples, outputs]`.
+        raw: the same as the probes gave them.
+        probes: one per candidate, fitted on all samples; none for kinds that are no direction.
+    """
+
+    report: ProbeReport
+    scores: Float[np.ndarray, "samples outputs"]
+    raw: Float[np.ndarray, "samples outputs"]
+    probes: list[SavedProbe]
 
 
 def train(
-    run: str | Path,
+    sources: Where | Sequence[Where],
     label: str = "correct",
-    positions: str = "last_prompt",
+    positions: str | Sequence[str] = ("last_prompt",),
+    *,
+    kind: str | None = None,
+    declared: str | None = None,
     seed: int = 0,
-    session: str | Path | None = None,
+    session: Where | None = None,
+    table: Where | None = None,
+    output: Where | None = None,
+    device: str = "cpu",
 ) -> ProbeReport:
-    """Train and evaluate a probe per stored key; write `RUN/probes/<label>/`.
+    """Train and evaluate a probe per candidate; write the folder.
 
     Args:
-        run: the run directory.
-        label: what to read, one of `probes.LABELS`.
-        positions: from which row of each rollout: last_prompt, last, mean_prompt or mean_generated.
-        seed: of folds, bootstrap and shuffles; the same seed gives the same report.
-        session: a session with other activations of the run's answers, instead of the run's own.
+        sources: run directories, sessions, or one of either.
+        label: what to read, see `labels`.
+        positions: where to read, see `positions`.
+        kind: of probe; the usual one of the label if None.
+        declared: a candidate named beforehand (`layers.12.resid_post@last_prompt`), reported beside the best.
+        seed: of folds, bootstrap, shuffles and random directions; the same seed gives the same report.
+        session: a session with other activations of the runs' answers, instead of their own.
+        table: labels, as CSV or parquet.
+        output: the folder; for a single run it may be left out.
+        device: where to fit, "cpu" or "cuda".
 
     Raises:
-        RunError: if there is no run at that path.
-        ProbeDataError: if the label or positions are not allowed, or the activations are not there.
+        RunError: if a run is damaged.
+        ProbeDataError: if something asked for is not there.
         OneClassError: if the label does not vary enough.
     """
-    data = ProbeDataset.open(run, label, session)
-    folds = nested_folds(data.y, data.groups, seed)
-    shuffled = shuffle_labels(data.y, data.groups, seed)
+    data = ProbeDataset.open(sources, label, session=session, table=table)
+    places = [positions] if isinstance(positions, str) else list(positions)
+    usual = choose_kind(data.target, kind).name == DEFAULT_KINDS[data.target.kind]
+    if output is None:
+        if len(data.names) > 1 or data.examples[0].config is None:
+            raise ProbeDataError(
+                "output: probes of several sources, or of a session alone, need a folder to be written to"
+            )
+        run = Path(str(sources if isinstance(sources, str | Path) else sources[0])).expanduser().absolute()
+        name = label.replace(":", "-") + ("" if session is None else f"@{data.sources[0].session.name}")
+        output = run / "probes" / (name if usual else f"{name}+{kind}")
+    trained = fit_and_evaluate(data, places, kind, declared, seed, session, device)
+    _write(Path(str(output)), trained, data)
+    return trained.report
+
+
+def choose_kind(target: Target, name: str | None) -> Kind:
+    """Return the kind of probe to fit.
+
+    Raises:
+        ProbeDataError: if there is no such kind, or it does not read such a target.
+    """
+    fitting = [kind.name for kind in KINDS.values() if kind.target == target.kind]
+    kind = KINDS.get(name or DEFAULT_KINDS[target.kind])
+    if kind is None or kind.target != target.kind:
+        raise ProbeDataError(
+            f"kind: {name!r} does not read {target.name!r}, which is {target.kind}; allowed are {', '.join(fitting)}"
+        )
+    return kind
+
+
+def fit_and_evaluate(
+    data: ProbeDataset,
+    positions: Sequence[str] = ("last_prompt",),
+    kind: str | None = None,
+    declared: str | None = None,
+    seed: int = 0,
+    session: Where | None = None,
+    device: str = "cpu",
+) -> Trained:
+    """Train and evaluate a probe per candidate.
+
+    Args:
+        data: what to learn from.
+        positions: where to read.
+        kind: of probe; the usual one of the target if None.
+        declared: the name of a candidate chosen beforehand, to be reported beside the best.
+        seed: of folds, bootstrap, shuffles and random directions; the same seed gives the same report.
+        session: the session that `data` was read from, if not the run's own.
+        device: where to fit.
+
+    Raises:
+        ProbeDataError: if something asked for is not there.
+        OneClassError: if the label does not vary enough.
+    """
+    chosen = choose_kind(data.target, kind)
+    for name in positions:
+        if (check_positions(name) == "tokens") != chosen.tokens:
+            wanted = "tokens" if chosen.tokens else "one row per sample"
+            raise ProbeDataError(f"positions: the kind {chosen.name!r} reads {wanted}, not {name!r}")
+    folds = nested_folds(data.target, data.groups, seed)
+    shuffled = shuffle_labels(data.target, data.groups, seed)
     shuffled_folds = nested_folds(shuffled, data.groups, seed)
 
-    keys: list[str] = []
-    found, by_chance = [], []
-    tensors: dict[str, Tensor] = {}
-    for hook_keys in data.hook_points().values():
-        X = torch.stack([data.features(key, positions) for key in hook_keys])
-        keys += hook_keys
-        found.append(evaluate(X, data.y, folds))
-        by_chance.append(evaluate(X, shuffled, shuffled_folds))
-        tensors |= _refit(hook_keys, X, torch.from_numpy(data.y), torch.from_numpy(found[-1].strength))
+    candidates: list[Candidate] = []
+    found, by_chance, at_random = [], [], []
+    weights: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for place in positions:
+        for keys in data.hook_points().values():
+            X = torch.stack([data.features(key, place) for key in keys]).to(device)
+            candidates += [Candidate(key, place) for key in keys]
+            found.append(evaluate(X, data.target, data.groups, folds, chosen))
+            by_chance.append(evaluate(X, shuffled, data.groups, shuffled_folds, chosen))
+            if not chosen.tokens:
+                projected = baselines.random_projection(X, seed)
+                at_random.append(evaluate(projected, data.target, data.groups, folds, chosen))
+                weights += _refit(X, data, chosen, found[-1].strength)
 
     draws = bootstrap_weights(data.groups, seed)
+
+    def main(scores: Float[np.ndarray, "rows outputs"], target: Target = data.target) -> Estimate:
+        return main_estimate(scores, target, data.groups, draws, within=chosen.within)
+
+    def full(scores: Float[np.ndarray, "rows outputs"], raw: Float[np.ndarray, "rows outputs"]) -> dict[str, Estimate]:
+        return all_estimates(scores, raw, data.target, data.groups, draws, within=chosen.within)
+
     everything = Evaluation.concatenate(found)
-    best_scores, best_models = nested_best(everything, folds)
-    chance_scores, _ = nested_best(Evaluation.concatenate(by_chance), shuffled_folds)
-    baselines = {
-        name: estimate(evaluate(torch.from_numpy(values)[None, :, None], data.y, folds).scores[0], data.y, draws)
-        for name, values in data.covariates.items()
-    }
+    scores, raw, picked = nested_best(everything, folds)
+    best = Best(main(scores), tuple(candidates[number].name for number in picked), full(scores, raw))
+    results = tuple(
+        KeyResult(c.key, *split_key(c.key), c.positions, main(everything.scores[n]), float(everything.strength[n]))
+        for n, c in enumerate(candidates)
+    )
+    chance = main(nested_best(Evaluation.concatenate(by_chance), shuffled_folds)[0], shuffled)
+    compared = _simpler(data, folds, main) | {"shuffled_labels": chance}
+    if at_random:
+        compared["random_direction"] = main(nested_best(Evaluation.concatenate(at_random), folds)[0])
+    compared["first_layer"] = min(results, key=lambda r: (r.hook_point != "embed", r.layer or 0)).estimate
+    named = None
+    if declared is not None:
+        number = _find(candidates, declared)
+        own = everything.scores[number], everything.raw[number]
+        named = Best(main(own[0]), (declared,), full(*own))
     report = ProbeReport(
-        run_id=data.run.config.run_id,
-        label=label,
-        positions=positions,
+        sources=data.names,
+        label=data.target.name,
+        target=data.target.kind,
+        classes=data.target.classes,
+        kind=chosen.name,
+        positions=tuple(positions),
         seed=seed,
         roentgen=roentgen.__version__,
-        n_samples=len(data.y),
+        data_hash=data.data_hash,
+        n_samples=len(data.groups),
         n_problems=data.n_problems,
         n_left_out=data.left_out,
         n_folds=len(folds),
-        n_true=int(data.y.sum()),
-        keys=tuple(
-            KeyResult(key, *split_key(key), estimate(scores, data.y, draws), float(C))
-            for key, scores, C in zip(keys, everything.scores, everything.strength, strict=True)
-        ),
-        best=Best(estimate(best_scores, data.y, draws), tuple(keys[model] for model in best_models)),
-        baselines={**baselines, "shuffled_labels": estimate(chance_scores, shuffled, draws)},
-        session=data.session,
+        n_rarest=len(data.groups)
+        if data.target.kind == "real"
+        else int(np.bincount(data.target.values.astype(int)).min()),
+        n_true=int(data.target.values.sum()) if data.target.kind == "binary" else None,
+        results=results,
+        best=best,
+        declared=named,
+        baselines=compared,
+        uncut=_uncut(data, scores, within=chosen.within, seed=seed),
+        session=None if session is None else data.sources[0].session.name,
+        within=chosen.within,
     )
-    _write(data.run.path / "probes" / (label if session is None else f"{label}@{data.session}"), report, tensors)
-    return report
+    probes = [
+        SavedProbe(_card(data, report, result, everything, n, full), *parts)
+        for n, (result, parts) in enumerate(zip(results, weights, strict=False))
+    ]
+    return Trained(report, scores, raw, probes)
 
 
 def _refit(
-    keys: list[str], X: Float[Tensor, "models rows d"], y: Tensor, strength: Float[Tensor, "models"]
-) -> dict[str, Tensor]:
-    """Fit each key on all rows at its own strength; return the tensors to save."""
-    tensors: dict[str, Tensor] = {}
-    for number, key in enumerate(keys):
-        probe = logistic.fit(X[number : number + 1], y, strength[number : number + 1])
-        parts = {"weight": probe.weight[0, 0], "bias": probe.bias[0, 0], "mean": probe.mean[0], "scale": probe.scale[0]}
-        tensors |= {f"{key}.{name}": part.float().contiguous() for name, part in parts.items()}
-    return tensors
+    X: Float[Tensor, "models rows d"], data: ProbeDataset, kind: Kind, strength: Float[np.ndarray, "models"]
+) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Fit each model on all rows at its own strength."""
+    y, groups = torch.from_numpy(data.target.values).to(X.device), torch.from_numpy(data.groups).to(X.device)
+    parts = []
+    for number, value in enumerate(strength):
+        strengths = torch.tensor([value], dtype=torch.float64, device=X.device)
+        probes = kind.fit(X[number : number + 1], y, groups, strengths)
+        assert isinstance(probes, LinearProbes)
+        parts.append((probes.weight[0, 0], probes.bias[0, 0], probes.mean[0], probes.scale[0]))
+    return parts
 
 
-def _write(folder: Path, report: ProbeReport, tensors: dict[str, Tensor]) -> None:
+def _simpler(data: ProbeDataset, folds: Sequence[Fold], main: MainMeasure) -> dict[str, Estimate]:
+    """Evaluate the baselines that need no activations with the usual kind of the target."""
+    kind = KINDS[DEFAULT_KINDS[data.target.kind]]
+    features = baselines.covariates(data)
+    return {name: main(evaluate(X, data.target, data.groups, folds, kind).scores[0]) for name, X in features.items()}
+
+
+def _uncut(
+    data: ProbeDataset, scores: Float[np.ndarray, "samples outputs"], *, within: bool, seed: int
+) -> Estimate | None:
+    """Estimate the best candidate on samples that were not truncated, None where that says nothing new or cannot be said."""
+    kept = baselines.truncated(data) == 0
+    target = Target(data.target.name, data.target.kind, data.target.values[kept], data.target.classes)
+    if kept.all() or len(np.unique(target.values)) < max(2, len(target.classes)):
+        return None
+    groups = np.unique(data.groups[kept], return_inverse=True)[1]
+    return main_estimate(scores[kept], target, groups, bootstrap_weights(groups, seed), within=within)
+
+
+def _find(candidates: list[Candidate], name: str) -> int:
+    names = [candidate.name for candidate in candidates]
+    if name not in names:
+        raise ProbeDataError(f"declared: {name!r} is not a candidate; allowed are {', '.join(names)}")
+    return names.index(name)
+
+
+def _card(
+    data: ProbeDataset, report: ProbeReport, result: KeyResult, everything: Evaluation, number: int, full: FullMeasure
+) -> ProbeCard:
+    spec = data.sources[0].session.spec(str(data.sources[0].rollouts["shard"].iloc[0]))
+    metrics = full(everything.scores[number], everything.raw[number])
+    return ProbeCard(
+        model=spec.model,
+        revision=spec.revision,
+        key=result.key,
+        positions=result.positions,
+        kind=report.kind,
+        label=report.label,
+        target=report.target,
+        classes=report.classes,
+        strength=result.strength,
+        folds=report.n_folds,
+        metrics={name: estimate.to_json() for name, estimate in metrics.items()},
+        data_hash=report.data_hash,
+        seed=report.seed,
+        roentgen=report.roentgen,
+    )
+
+
+def _write(folder: Path, trained: Trained, data: ProbeDataset) -> None:
     make_folder(folder)
-    write_durably(folder / "probes.safetensors", lambda path: save_file(tensors, path))
-    write_durably(folder / "auroc_by_layer.png", lambda path: auroc_by_layer(report).savefig(path, format="png"))
+    report = trained.report
+    figures = {"auroc_by_layer": plots.by_layer(report)}
+    if len(report.positions) > 1:
+        figures["heatmap"] = plots.heatmap(report)
+    if report.target == "binary" and not report.within:
+        figures["reliability"] = plots.reliability(trained.raw[:, 0], data.target.values)
+    for name, figure in figures.items():
+        write_durably(folder / f"{name}.png", partial(figure.savefig, format="png"))
+    if trained.probes:
+        save_probes(folder, trained.probes)
     write_json(folder / "results.json", report.to_json())

@@ -10,7 +10,8 @@ from roentgen.cli.capturing import capture, verify
 from roentgen.cli.cluster import cluster_app, doctor, smoke, up
 from roentgen.cli.inspecting import inspect
 from roentgen.cli.launching import evaluate_or_launch
-from roentgen.cli.results import probe_app, report
+from roentgen.cli.probing import probe_app
+from roentgen.cli.results import report
 from roentgen.cli.serving import serve, serve_for_eval
 from roentgen.cli.sessions import sessions_app
 

@@ -4,19 +4,31 @@ import numpy as np
 import pytest
 import torch
 
-from probes.dataset import OneClassError, ProbeDataError, ProbeDataset
+from probes.baselines import covariates
+from probes.dataset import ProbeDataset
+from probes.errors import OneClassError, ProbeDataError
 from roentgen.runs import Run
 
 KEYS = ("layers.2.resid_post", "layers.10.resid_post", "layers.2.mlp_out", "embed")
 
 
-def test_features_are_the_rows_of_the_asked_position_in_the_order_of_samples(build_run, planted):
+def test_features_are_the_rows_of_the_asked_position_in_the_order_of_examples(build_run, planted):
     features, correct = planted(KEYS, None, n=10)
     run = build_run(features, correct, sessions=("one", "two"))
     data = ProbeDataset.open(run.path)
 
+    order = [int(example.problem.removeprefix("problem-")) for example in data.examples]
+    assert sorted(order) == list(range(10))
+    assert data.target.values.tolist() == [correct[number] for number in order]
+    features = {key: values[order] for key, values in features.items()}
     for key in KEYS:
         assert torch.equal(data.features(key), features[key])
+    assert torch.allclose(data.features(KEYS[0], "at:0"), features[KEYS[0]], atol=1e-4)
+    assert torch.allclose(data.features(KEYS[0], "at:0.5"), features[KEYS[0]] + 100, atol=1e-4)
+    assert torch.allclose(data.features(KEYS[0], "at:1"), features[KEYS[0]] + 200, atol=1e-4)
+    tokens = data.features(KEYS[0], "tokens")
+    assert tokens.shape == (10, 5, 24)
+    assert torch.allclose(tokens[:, 2], features[KEYS[0]], atol=1e-4)
     assert torch.allclose(data.features(KEYS[0], "last"), features[KEYS[0]] + 200, atol=1e-4)
     assert torch.allclose(data.features(KEYS[0], "mean_prompt"), features[KEYS[0]] - 100, atol=1e-4)
     assert torch.allclose(data.features(KEYS[0], "mean_generated"), features[KEYS[0]] + 150, atol=1e-4)
@@ -32,12 +44,13 @@ def test_labels_groups_and_covariates_follow_the_record(build_run, planted):
         changes={1: {"finish_reason": "length"}, 3: {"finish_reason": "length"}},
     )
     data = ProbeDataset.open(run.path)
-    assert data.y.tolist() == correct
+    assert data.target.values.tolist() == correct
     assert data.groups.tolist() == [0, 1, 1, 2, 2, 0]
     assert data.n_problems == 3
-    assert data.covariates["prompt_length"].tolist() == [7, 8, 8, 9, 9, 7]
-    assert data.covariates["response_length"].tolist() == [3] * 6
-    assert ProbeDataset.open(run.path, "truncated").y.tolist() == [False, True, False, True, False, False]
+    found = covariates(data)
+    assert found["prompt_length"].flatten().tolist() == [7, 8, 8, 9, 9, 7]
+    assert found["response_length"].flatten().tolist() == [3] * 6
+    assert ProbeDataset.open(run.path, "truncated").target.values.tolist() == [False, True, False, True, False, False]
 
 
 def test_hook_points_are_in_order_of_layer(build_run, planted):
@@ -113,10 +126,10 @@ def test_a_run_without_activations_says_so(build_run, planted):
 
 def test_unknown_words_are_answered_with_the_known_ones(build_run, planted):
     run: Run = build_run(*planted(KEYS, None, n=4))
-    with pytest.raises(ProbeDataError, match=r"label: 'happy' .* correct, truncated"):
+    with pytest.raises(ProbeDataError, match=r"label: 'happy' .* correct, truncated, difficulty"):
         ProbeDataset.open(run.path, "happy")
     data = ProbeDataset.open(run.path)
-    with pytest.raises(ProbeDataError, match=r"positions: 'all' .* last_prompt, last, mean_prompt, mean_generated"):
+    with pytest.raises(ProbeDataError, match=r"positions: 'all' .* last_prompt, .* mean_generated, before_answer"):
         data.features(KEYS[0], "all")
     with pytest.raises(ProbeDataError, match=r"key: 'layers.9.resid_post' .* layers.2.resid_post"):
         data.features("layers.9.resid_post")
@@ -146,7 +159,6 @@ def test_another_session_is_joined_on_the_key(build_run, planted):
     run = build_run(features, correct, problems=problems, sessions=("one", "two"), changes={2: {"rollouts": []}})
     data = ProbeDataset.open(run.path, session=run.path / "activations" / "one")
     assert torch.equal(data.features(KEYS[0]), features[KEYS[0]][::2])
-    assert data.session == "one"
     assert data.left_out == 6
     assert data.groups.tolist() == [0, 1, 2, 3, 4, 5]
 
@@ -157,5 +169,5 @@ def test_a_session_of_other_texts_is_refused(build_run, planted):
     run.record_path.write_text("".join(s.model_dump_json() + "\n" for s in samples))
     with pytest.raises(ProbeDataError, match=r"session holds none of the 6 samples .*`roentgen capture"):
         ProbeDataset.open(run.path, session=run.path / "activations" / "session")
-    with pytest.raises(ProbeDataError, match=r"nowhere cannot be read: .* not a session"):
+    with pytest.raises(ProbeDataError, match=r"not a session"):
         ProbeDataset.open(run.path, session="nowhere")

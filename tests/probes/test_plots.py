@@ -4,13 +4,17 @@ import pytest
 from rich.console import Console
 
 from probes.console import render
-from probes.plots import auroc_by_layer
+from probes.plots import by_layer
 from probes.report import Best, Estimate, KeyResult, ProbeReport
+
+
+def auroc_of(value: float, low: float, high: float) -> Estimate:
+    return Estimate("auroc", value, low, high)
 
 
 def result(hook_point: str, layer: int | None, auroc: float) -> KeyResult:
     key = hook_point if layer is None else f"layers.{layer}.{hook_point}"
-    return KeyResult(key, hook_point, layer, Estimate(auroc, auroc - 0.1, auroc + 0.1), 0.01)
+    return KeyResult(key, hook_point, layer, "last_prompt", auroc_of(auroc, auroc - 0.1, auroc + 0.1), 0.01)
 
 
 @pytest.fixture
@@ -22,19 +26,20 @@ def report() -> ProbeReport:
         result("final_norm", None, 0.7),
     )
     return ProbeReport(
-        run_id="run", label="correct", positions="last_prompt", seed=0, roentgen="0.1.0", n_samples=100, n_problems=50,
-        n_left_out=0, n_folds=5, n_true=40, keys=keys,
-        best=Best(Estimate(0.7, 0.61, 0.79), ("layers.10.resid_post",) * 5),
+        sources=("run",), label="correct", target="binary", classes=(), kind="logistic", positions=("last_prompt",), seed=0,
+        roentgen="0.1.0", data_hash="c0ffee", n_samples=100, n_problems=50, n_left_out=0, n_folds=5, n_rarest=40, n_true=40,
+        results=keys, declared=None,
+        best=Best(auroc_of(0.7, 0.61, 0.79), ("layers.10.resid_post@last_prompt",) * 5),
         baselines={
-            "prompt_length": Estimate(0.55, 0.45, 0.65),
-            "response_length": Estimate(0.56, 0.46, 0.66),
-            "shuffled_labels": Estimate(0.49, 0.39, 0.59),
+            "prompt_length": auroc_of(0.55, 0.45, 0.65),
+            "response_length": auroc_of(0.56, 0.46, 0.66),
+            "shuffled_labels": auroc_of(0.49, 0.39, 0.59),
         },
     )  # fmt: skip
 
 
 def test_a_line_per_hook_point_with_band_and_baselines(report):
-    axes = auroc_by_layer(report).axes[0]
+    axes = by_layer(report).axes[0]
     lines = {line.get_label(): line for line in axes.lines}
     assert list(lines["resid_post"].get_xdata()) == [0, 2, 4, 6, 8, 10]
     assert lines["ln_mlp"].get_ydata()[-1] == pytest.approx(0.65)
@@ -44,13 +49,13 @@ def test_a_line_per_hook_point_with_band_and_baselines(report):
 
 
 def test_model_wide_keys_stand_beside_the_layers(report):
-    axes = auroc_by_layer(report).axes[0]
+    axes = by_layer(report).axes[0]
     points = {c.get_label(): float(c.lines[0].get_xdata()[0]) for c in axes.containers}
     assert points == {"embed": -1, "final_norm": 11}
 
 
 def test_it_is_written_as_png(report, tmp_path):
-    auroc_by_layer(report).savefig(tmp_path / "plot.png")
+    by_layer(report).savefig(tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -74,15 +79,15 @@ def test_notes_warn_of_what_makes_a_result_weak(report):
     weak = ProbeReport(
         **{
             **vars(report),
-            "n_true": 4,
+            "n_rarest": 4,
             "n_left_out": 3,
-            "best": Best(Estimate(0.6, 0.45, 0.75), ("embed",)),
-            "baselines": {**report.baselines, "prompt_length": Estimate(0.62, 0.5, 0.7)},
+            "best": Best(auroc_of(0.6, 0.45, 0.75), ("embed@last_prompt",)),
+            "baselines": {**report.baselines, "prompt_length": auroc_of(0.62, 0.5, 0.7)},
         }
     )
     notes = weak.notes()
-    assert "rarer class has 4 samples" in notes[0]
+    assert "rarest class has 4 samples" in notes[0]
     assert "reaches 0.5" in notes[1]
     assert notes[2].startswith("Prompt length alone does about as well (0.62 [0.50, 0.70])")
-    assert "3 samples of the run have no activations" in notes[-1]
+    assert "3 samples have no activations" in notes[-1]
     assert all(f"! {note.split(':')[0]}" in printed(weak) for note in notes)

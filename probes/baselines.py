@@ -1,0 +1,51 @@
+"""What a probe has to beat: everything simpler that could give the same answer, on the same folds.
+
+prevalence          says the training share of True for all: what accuracy and Brier score are worth without any input
+prompt_length       long questions are hard, whatever the model holds inside
+response_length     so are long answers; unknown before the answer is written, so an unfair one for early positions
+mean_logprob        how sure the model was of its tokens, likewise
+question_words      which words the question has (hashed counts: nothing is learned from test questions)
+shuffled_labels     the whole search, on labels dealt at random among problems: what the search finds in noise
+random_direction    one random direction per candidate instead of a fitted one, the rest of the search the same
+first_layer         the lowest key there is: what the tokens alone show
+"""
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from sklearn.feature_extraction.text import HashingVectorizer
+from torch import Tensor
+
+from probes.dataset import ProbeDataset
+
+WORD_FEATURES = 512
+
+
+def covariates(data: ProbeDataset) -> dict[str, Float[Tensor, "1 rows d"]]:
+    """Return the features of the baselines that need no activations, by name."""
+    found = {
+        "prevalence": np.zeros(len(data.examples)),
+        "prompt_length": np.array([float(example.n_prompt) for example in data.examples]),
+        "response_length": np.array([float(example.n_completion) for example in data.examples]),
+    }
+    logprob = data.mean_logprob()
+    if logprob is not None:
+        found["mean_logprob"] = logprob
+    features = {name: torch.from_numpy(values)[None, :, None] for name, values in found.items()}
+    words = HashingVectorizer(n_features=WORD_FEATURES, alternate_sign=False, norm=None)
+    counts = words.transform([example.question for example in data.examples]).toarray()
+    return features | {"question_words": torch.from_numpy(counts)[None]}
+
+
+def random_projection(X: Float[Tensor, "models rows d"], seed: int) -> Float[Tensor, "models rows 1"]:
+    """Return each model's standardised rows along a random direction of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(len(X), X.shape[-1], 1, generator=generator, dtype=torch.float64).to(X.device)
+    deviation = X.double().std(1, keepdim=True)
+    Z = (X.double() - X.double().mean(1, keepdim=True)) / torch.where(deviation > 0, deviation, 1.0)
+    return Z @ directions
+
+
+def truncated(data: ProbeDataset) -> Int[np.ndarray, "samples"]:
+    """Return which examples were cut, as 0 and 1."""
+    return np.array([int(example.truncated) for example in data.examples])

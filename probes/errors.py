@@ -1,0 +1,9 @@
+"""What can be wrong with data that is to be probed."""
+
+
+class ProbeDataError(Exception):
+    """There is no data to probe; the message says what is missing and what to do."""
+
+
+class OneClassError(Exception):
+    """A label does not vary enough to be probed; the message says what it has and what to do."""

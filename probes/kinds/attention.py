@@ -1,0 +1,115 @@
+"""Softmax-attention pooling over tokens: where a sample shows its label is learned along with how.
+
+Method:
+    1. Standardise by the mean and standard deviation over all training tokens, and clip to ±8: a few tokens (the first, often)
+       have norms a hundred times the others', and a softmax would see nothing else.
+    2. f = Σₜ softmax(q·zₜ)·(v·zₜ) + b over a sample's own tokens; padding has no weight.
+    3. Minimise ½‖v‖² + ½‖q‖² + C Σ log(1 + exp(−s·f)), all models and strengths at once, with Adam on all rows. q starts at 0,
+       which is mean pooling. Strength: C.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from probes.kinds.linear import check_two_classes
+
+CLIP = 8.0
+STEPS = 300
+LEARNING_RATE = 0.03
+
+
+@dataclass(frozen=True)
+class AttentionProbes:
+    """Fitted probes, one per model and strength.
+
+    Attributes:
+        query: what to attend to, in standardised features, `[models, strengths, d]`.
+        value: what to read there, `[models, strengths, d]`.
+        bias: intercepts, `[models, strengths]`.
+        mean: subtracted from the features, `[models, d]`.
+        scale: what they are then divided by, `[models, d]`.
+    """
+
+    query: Float[Tensor, "models strengths d"]
+    value: Float[Tensor, "models strengths d"]
+    bias: Float[Tensor, "models strengths"]
+    mean: Float[Tensor, "models d"]
+    scale: Float[Tensor, "models d"]
+
+    def scores(self, X: Float[Tensor, "models rows tokens d"]) -> Float[Tensor, "models strengths 1 rows"]:
+        """Return the log-odds of samples; tokens that are NaN are padding."""
+        Z, there = _standardised(X, self.mean, self.scale)
+        return _pooled(Z, there, self.query, self.value, self.bias)[:, :, None]
+
+    def attention(self, X: Float[Tensor, "models rows tokens d"]) -> Float[Tensor, "models strengths rows tokens"]:
+        """Return the weight of each token, which add up to 1 over a sample's own."""
+        return _weights(*_standardised(X, self.mean, self.scale), self.query)
+
+
+def fit(
+    X: Float[Tensor, "models rows tokens d"],
+    y: Bool[Tensor, "rows"],
+    groups: Int[Tensor, "rows"] | None,
+    strengths: Float[Tensor, "strengths"],
+) -> AttentionProbes:
+    """Fit a probe for every model and strength.
+
+    Args:
+        X: every token of each sample, padded with NaN.
+        y: labels of the samples.
+        groups: not used.
+        strengths: values of C.
+
+    Raises:
+        ValueError: if `y` has one class only.
+    """
+    check_two_classes(y)
+    mean = X.double().nanmean((1, 2))
+    spread = (X.double() - mean[:, None, None]).square().nanmean((1, 2)).sqrt()
+    scale = torch.where(spread > 0, spread, 1.0)
+    Z, there = _standardised(X, mean, scale)
+    shape = len(X), len(strengths), X.shape[-1]
+    query, value = (torch.zeros(shape, dtype=Z.dtype, device=X.device, requires_grad=True) for _ in range(2))
+    bias = torch.zeros(shape[:2], dtype=Z.dtype, device=X.device, requires_grad=True)
+    optimiser = torch.optim.Adam([query, value, bias], lr=LEARNING_RATE)
+    C = strengths.to(Z)
+    target = y.to(Z).expand(*shape[:2], -1)
+    for _ in range(STEPS):
+        optimiser.zero_grad()
+        scores = _pooled(Z, there, query, value, bias)
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(scores, target, reduction="none").sum(-1)
+        penalty = (query.square() + value.square()).sum(-1) / 2
+        (loss + penalty / C).sum().backward()
+        optimiser.step()
+    return AttentionProbes(query.detach().double(), value.detach().double(), bias.detach().double(), mean, scale)
+
+
+def _standardised(
+    X: Float[Tensor, "models rows tokens d"], mean: Float[Tensor, "models d"], scale: Float[Tensor, "models d"]
+) -> tuple[Float[Tensor, "models rows tokens d"], Bool[Tensor, "models rows tokens"]]:
+    there = ~X[..., 0].isnan()
+    Z = ((X - mean[:, None, None]) / scale[:, None, None]).clamp(-CLIP, CLIP)
+    return Z.masked_fill(~there[..., None], 0.0).float(), there
+
+
+def _weights(
+    Z: Float[Tensor, "models rows tokens d"],
+    there: Bool[Tensor, "models rows tokens"],
+    query: Float[Tensor, "models strengths d"],
+) -> Float[Tensor, "models strengths rows tokens"]:
+    logits = torch.einsum("mrtd,msd->msrt", Z, query.to(Z))
+    return logits.masked_fill(~there[:, None], -torch.inf).softmax(-1)
+
+
+def _pooled(
+    Z: Float[Tensor, "models rows tokens d"],
+    there: Bool[Tensor, "models rows tokens"],
+    query: Float[Tensor, "models strengths d"],
+    value: Float[Tensor, "models strengths d"],
+    bias: Float[Tensor, "models strengths"],
+) -> Float[Tensor, "models strengths rows"]:
+    read = torch.einsum("mrtd,msd->msrt", Z, value.to(Z))
+    return (_weights(Z, there, query) * read).sum(-1) + bias.to(Z)[..., None]

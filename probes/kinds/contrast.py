@@ -1,0 +1,51 @@
+"""Group-centred logistic regression: what tells a problem's right attempts from its wrong ones.
+
+Method:
+    1. Keep the problems that have attempts of both classes.
+    2. Subtract each problem's mean from its rows. What all attempts at a problem share (its topic, length and difficulty) is
+       gone; what is left are differences between attempts.
+    3. Fit a logistic regression with an L2 penalty and no intercept on these. Strength: C, as in `logistic`.
+
+Scores of attempts at one problem compare; those of different problems are not meant to, so it is judged by the AUROC within
+problems. It is a conditional (fixed-effects) logistic regression with the effects projected out instead of conditioned on.
+"""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from probes.kinds.linear import Axes, LinearProbes, minimise
+
+
+def fit(
+    X: Float[Tensor, "models rows d"],
+    y: Bool[Tensor, "rows"],
+    groups: Int[Tensor, "rows"],
+    strengths: Float[Tensor, "strengths"],
+) -> LinearProbes:
+    """Fit a probe for every model and strength.
+
+    Args:
+        X: features; the models see the same rows.
+        y: labels of the rows.
+        groups: the problem of each row.
+        strengths: values of C.
+
+    Raises:
+        ValueError: if no problem has rows of both classes.
+        RuntimeError: if the fit does not converge.
+    """
+    _, group = torch.unique(groups, return_inverse=True)
+    n = torch.bincount(group)
+    trues = torch.bincount(group, weights=y.double())
+    mixed = ((trues > 0) & (trues < n))[group]
+    if not bool(mixed.any()):
+        raise ValueError("no problem has attempts of both classes, so there is nothing to tell apart within one")
+    X = X.double()
+    sums = X.new_zeros(len(X), len(n), X.shape[-1]).index_add_(1, group, X)
+    centred = (X - (sums / n[:, None])[:, group])[:, mixed]
+    rows = Axes.of(centred)  # the mean of what is centred is 0: only the scale is new
+    target = y[mixed].double()[:, None, None]
+    solution = minimise(rows.rotated, lambda f: torch.sigmoid(f) - target, 0.25, strengths.double(), intercept=False)
+    fitted = rows.probes(solution[:, :-1].permute(0, 2, 3, 1), solution[:, -1])
+    return LinearProbes(fitted.weight, fitted.bias, X.mean(1), fitted.scale)

@@ -1,0 +1,189 @@
+"""Whether a probe holds elsewhere: trained on one set of data, tested on another; and how alike two directions are.
+
+The test problems have had no part in training, so the bootstrap over them needs no widening. A problem that is in both sets
+would have. So that a run with tools and a run without, on the same problems, can be compared, half of the problems that both
+have, dealt at random, train and the other half are tested.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from probes.dataset import ProbeDataset, Where
+from probes.errors import OneClassError, ProbeDataError
+from probes.evaluation import cross_validate, main_estimate, main_metric_each
+from probes.folds import grouped_splits
+from probes.intervals import bootstrap_weights
+from probes.kinds import Kind
+from probes.kinds.linear import LinearProbes
+from probes.labels import Target
+from probes.report import Estimate
+from probes.train import choose_kind
+
+INNER_FOLDS = 3
+
+
+@dataclass(frozen=True)
+class KeyComparison:
+    """What two sets of data have in common at one key.
+
+    Attributes:
+        key: the stored key.
+        cosine: between the two probes' directions, each fitted on all of its own data, in the activations' own units.
+        there: trained on the first, tested on the second.
+        back: trained on the second, tested on the first.
+    """
+
+    key: str
+    cosine: float
+    there: Estimate
+    back: Estimate
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two sets of data, key by key.
+
+    Attributes:
+        names: of the sets.
+        label: what is read.
+        kind: of probe.
+        positions: where.
+        keys: per key that both have.
+    """
+
+    names: tuple[str, str]
+    label: str
+    kind: str
+    positions: str
+    keys: tuple[KeyComparison, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as data."""
+        return asdict(self)
+
+
+def transfer(
+    train: ProbeDataset,
+    test: ProbeDataset,
+    keys: list[str],
+    positions: str = "last_prompt",
+    kind: str | None = None,
+    seed: int = 0,
+) -> list[Estimate]:
+    """Train on one set and test on another, each key by itself; the strength is chosen on the training side.
+
+    Args:
+        train: what to train on; problems that `test` has as well are dealt to one side or the other.
+        test: what to test on.
+        keys: stored keys that both have.
+        positions: where to read.
+        kind: of probe.
+        seed: of folds, deals and bootstrap.
+
+    Raises:
+        ProbeDataError: if the sets have other labels or kinds of target.
+        OneClassError: if a side is left with one class.
+    """
+    chosen = choose_kind(train.target, kind)
+    if (train.target.kind, train.target.classes) != (test.target.kind, test.target.classes):
+        raise ProbeDataError(f"{train.target.name} and {test.target.name} are not the same kind of label")
+    learn, judge = _deal(train, test, seed)
+    target = _part(test.target, judge)
+    groups = np.unique(test.groups[judge], return_inverse=True)[1]
+    weights = bootstrap_weights(groups, seed)
+    found = []
+    for key in keys:
+        X = train.features(key, positions)[None]
+        probes = _fit(X, train, np.flatnonzero(learn), chosen, seed)
+        scores = probes.scores(test.features(key, positions)[None][:, torch.from_numpy(judge)])[0, 0].mT.numpy()
+        found.append(main_estimate(scores, target, groups, weights, within=chosen.within, widening=1.0))
+    return found
+
+
+def compare(
+    first: Where,
+    second: Where,
+    label: str = "correct",
+    positions: str = "last_prompt",
+    kind: str | None = None,
+    seed: int = 0,
+    table: Where | None = None,
+) -> Comparison:
+    """Compare two runs or sessions key by key: transfer both ways, and the cosine between the directions.
+
+    Args:
+        first: a run directory or session.
+        second: another.
+        label: what to read in each.
+        positions: where to read.
+        kind: of probe.
+        seed: of folds, deals and bootstrap.
+        table: labels, as CSV or parquet.
+
+    Raises:
+        RunError: if a run is damaged.
+        ProbeDataError: if they have no key in common, or something asked for is not there.
+        OneClassError: if the label does not vary enough in one of them.
+    """
+    one, two = (ProbeDataset.open(place, label, table=table) for place in (first, second))
+    keys = [key for key in one.keys if key in two.keys]
+    if not keys:
+        raise ProbeDataError(f"{first} and {second} have no stored key in common")
+    chosen = choose_kind(one.target, kind)
+    there = transfer(one, two, keys, positions, kind, seed)
+    back = transfer(two, one, keys, positions, kind, seed)
+    cosines = [_cosine(one, two, key, positions, chosen, seed) for key in keys]
+    return Comparison(
+        (one.names[0], two.names[0]), label, chosen.name, positions,
+        tuple(KeyComparison(*parts) for parts in zip(keys, cosines, there, back, strict=True)),
+    )  # fmt: skip
+
+
+def _cosine(one: ProbeDataset, two: ProbeDataset, key: str, positions: str, kind: Kind, seed: int) -> float:
+    """Return the cosine between the directions that two sets give, each fitted on all of its data."""
+    directions = [_direction(data, key, positions, kind, seed) for data in (one, two)]
+    return float(torch.nn.functional.cosine_similarity(directions[0].flatten(), directions[1].flatten(), dim=0))
+
+
+def _direction(data: ProbeDataset, key: str, positions: str, kind: Kind, seed: int) -> Float[Tensor, "outputs d"]:
+    probes = _fit(data.features(key, positions)[None], data, np.arange(len(data.groups)), kind, seed)
+    if not isinstance(probes, LinearProbes):
+        raise ProbeDataError(f"kind: {kind.name!r} has no direction to compare")
+    return probes.weight[0, 0] / probes.scale[0]
+
+
+def _fit(X: Float[Tensor, "1 rows d"], data: ProbeDataset, rows: np.ndarray, kind: Kind, seed: int) -> Any:
+    """Fit one probe on some rows, its strength chosen on folds of them."""
+    splits = grouped_splits(data.target, rows, data.groups, INNER_FOLDS, seed)
+    strength = kind.strengths[0]
+    if splits and len(kind.strengths) > 1:
+        inside, _ = cross_validate(X, data.target, data.groups, rows, splits, kind)
+        strength = kind.strengths[int(main_metric_each(inside, data.target, data.groups, rows, kind)[0].argmax())]
+    kept = torch.from_numpy(rows)
+    y, groups = torch.from_numpy(data.target.values)[kept], torch.from_numpy(data.groups)[kept]
+    return kind.fit(X[:, kept], y, groups, torch.tensor([strength], dtype=torch.float64))
+
+
+def _deal(
+    train: ProbeDataset, test: ProbeDataset, seed: int
+) -> tuple[Bool[np.ndarray, "train"], Bool[np.ndarray, "test"]]:
+    """Say which examples train and which are tested, so that no problem is on both sides."""
+    of_train = np.array([example.problem for example in train.examples])
+    of_test = np.array([example.problem for example in test.examples])
+    shared = np.intersect1d(of_train, of_test)
+    taught = np.random.default_rng(seed).permutation(shared)[: len(shared) // 2]
+    learn = ~np.isin(of_train, np.setdiff1d(shared, taught))
+    judge = ~np.isin(of_test, taught)
+    for data, kept, side in ((train, learn, "to train on"), (test, judge, "to test on")):
+        if len(np.unique(data.target.values[kept])) < 2:
+            raise OneClassError(f"{data.names[0]} has one class only left {side}; evaluate more problems")
+    return learn, judge
+
+
+def _part(target: Target, rows: np.ndarray) -> Target:
+    return Target(target.name, target.kind, target.values[rows], target.classes)

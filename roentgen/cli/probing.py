@@ -1,0 +1,94 @@
+"""Probes on stored activations: `roentgen probe`."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from roentgen.cli.console import err, expected_errors, out
+
+probe_app = typer.Typer(no_args_is_help=True, help="Probes on stored activations.")
+
+
+@probe_app.command("train")
+def probe_train(
+    sources: Annotated[list[str], typer.Argument(help="Run directories, or sessions of the store.")],
+    label: Annotated[
+        str, typer.Option(help="What to read: correct, truncated, difficulty, steps, a stored label, a table's column…")
+    ] = "correct",
+    positions: Annotated[
+        str,
+        typer.Option(
+            help="Where, comma-separated: last_prompt, last, mean_prompt, mean_generated, before_answer, at:0.5, tokens."
+        ),
+    ] = "last_prompt",
+    kind: Annotated[
+        str | None,
+        typer.Option(
+            help="logistic, mean_difference, lda, contrast, attention, ridge or multinomial; else the label's usual."
+        ),
+    ] = None,
+    declared: Annotated[
+        str | None, typer.Option(help="A candidate named beforehand, layers.12.resid_post@last_prompt.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the folds and the bootstrap.")] = 0,
+    session: Annotated[
+        str | None, typer.Option(help="STORE/SESSION of `roentgen capture`, instead of the runs' own activations.")
+    ] = None,
+    table: Annotated[
+        Path | None, typer.Option(help="Labels as CSV or parquet, joined on rollout_id or problem_id.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="The folder; RUN/probes/LABEL for a single run.")] = None,
+    device: Annotated[str, typer.Option(help="Where to fit: cpu or cuda.")] = "cpu",
+) -> None:
+    """Train probes per layer and hook point; exit code 3 if the label has one class only."""
+    from probes import OneClassError, ProbeDataError, render, train
+    from roentgen.runs import RunError
+    from roentgen.store import StoreError
+
+    try:
+        with expected_errors(ProbeDataError, RunError, StoreError):
+            report = train(
+                sources, label, [name.strip() for name in positions.split(",")], kind=kind, declared=declared, seed=seed,
+                session=session, table=table, output=output, device=device,
+            )  # fmt: skip
+    except OneClassError as error:
+        err.print(f"[yellow]no probe:[/yellow] {error}", highlight=False)
+        raise typer.Exit(3) from error
+    out.print(render(report))
+
+
+@probe_app.command("compare")
+def probe_compare(
+    first: Annotated[str, typer.Argument(help="A run directory or session, say without tools.")],
+    second: Annotated[str, typer.Argument(help="Another, say with tools.")],
+    label: Annotated[str, typer.Option(help="What to read in each.")] = "correct",
+    positions: Annotated[str, typer.Option(help="Where to read.")] = "last_prompt",
+    kind: Annotated[str | None, typer.Option(help="Of probe; else the label's usual.")] = None,
+    seed: Annotated[int, typer.Option(help="Of folds, deals and bootstrap.")] = 0,
+    table: Annotated[Path | None, typer.Option(help="Labels as CSV or parquet.")] = None,
+    output: Annotated[Path | None, typer.Option(help="A JSON file to write as well.")] = None,
+) -> None:
+    """Carry probes from one run to another and back, and compare their directions; exit code 3 for one class only."""
+    from rich.table import Table
+
+    from probes import OneClassError, ProbeDataError, compare
+    from roentgen.runs import RunError
+    from roentgen.store import StoreError
+
+    try:
+        with expected_errors(ProbeDataError, RunError, StoreError):
+            found = compare(first, second, label, positions, kind, seed, table)
+    except OneClassError as error:
+        err.print(f"[yellow]no probe:[/yellow] {error}", highlight=False)
+        raise typer.Exit(3) from error
+    one, two = found.names
+    shown = Table(
+        "key", f"{one} → {two}", f"{two} → {one}", "cosine", title=f"{label} at {positions}", title_justify="left"
+    )
+    for key in found.keys:
+        shown.add_row(key.key, str(key.there), str(key.back), f"{key.cosine:.2f}")
+    out.print(shown)
+    if output is not None:
+        output.write_text(json.dumps(found.to_json(), indent=2) + "\n")

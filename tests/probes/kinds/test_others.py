@@ -1,0 +1,138 @@
+"""Each kind against scikit-learn, or against arithmetic done another way where scikit-learn has no such kind."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.metrics import roc_auc_score
+from sklearn.preprocessing import StandardScaler
+
+from probes.kinds import attention, contrast, lda, logistic, mean_difference, multinomial, ridge
+from tests.probes.kinds.features import correlated
+
+SHAPES = pytest.mark.parametrize(("rows", "d"), [(40, 150), (150, 40)])
+
+
+@SHAPES
+def test_ridge_agrees_with_scikit_learn(rows, d):
+    X, y = correlated(2, rows + 20, d)
+    strengths = torch.tensor([1e4, 1e2, 1.0])
+    scores = ridge.fit(X[:, :rows], y[:rows], None, strengths).scores(X)
+    for model in range(2):
+        Z = X[model].double().numpy()
+        scaler = StandardScaler().fit(Z[:rows])
+        for place, alpha in enumerate(strengths.tolist()):
+            reference = Ridge(alpha=alpha).fit(scaler.transform(Z[:rows]), y[:rows].double().numpy())
+            np.testing.assert_allclose(scores[model, place, 0], reference.predict(scaler.transform(Z)), atol=1e-3)
+
+
+@SHAPES
+def test_lda_agrees_with_scikit_learn(rows, d):
+    X, number = correlated(2, rows + 20, d)
+    y = number > number.quantile(0.7)
+    strengths = torch.tensor([0.9, 0.5, 0.1], dtype=torch.float64)
+    scores = lda.fit(X[:, :rows], y[:rows], None, strengths).scores(X)
+    for model in range(2):
+        Z = X[model].double().numpy()
+        scaler = StandardScaler().fit(Z[:rows])
+        for place, shrinkage in enumerate(strengths.tolist()):
+            reference = LinearDiscriminantAnalysis(solver="lsqr", shrinkage=shrinkage)
+            reference.fit(scaler.transform(Z[:rows]), y[:rows].numpy())
+            expected = reference.decision_function(scaler.transform(Z))
+            np.testing.assert_allclose(scores[model, place, 0], expected, atol=1e-3)
+
+
+@SHAPES
+def test_multinomial_agrees_with_scikit_learn(rows, d):
+    X, number = correlated(2, rows + 20, d)
+    y = torch.bucketize(number, number.quantile(torch.tensor([0.3, 0.6, 0.8])))
+    strengths = torch.tensor([1e-3, 1e-1, 1.0])
+    scores = multinomial.fit(X[:, :rows], y[:rows], None, strengths).scores(X)
+    assert scores.shape == (2, 3, 4, rows + 20)
+    for model in range(2):
+        Z = X[model].double().numpy()
+        scaler = StandardScaler().fit(Z[:rows])
+        for place, C in enumerate(strengths.double().tolist()):
+            reference = LogisticRegression(C=C, tol=1e-10, max_iter=50_000, solver="newton-cg")
+            reference.fit(scaler.transform(Z[:rows]), y[:rows].numpy())
+            expected = reference.decision_function(scaler.transform(Z))
+            np.testing.assert_allclose(scores[model, place].T, expected, atol=1e-3)
+
+
+def test_multinomial_refuses_a_class_without_rows():
+    with pytest.raises(ValueError, match=r"rows per class: \[2, 0, 1\]"):
+        multinomial.fit(torch.randn(1, 3, 2), torch.tensor([0, 2, 0]), None, torch.tensor([1.0]))
+
+
+def test_mean_difference_is_the_difference_of_means_and_scores_are_log_odds():
+    X, number = correlated(2, 200, 30)
+    y = number > number.median()
+    probes = mean_difference.fit(X, y, None, torch.ones(1))
+    for model in range(2):
+        rows = X[model].double().numpy()
+        direction = rows[y].mean(0) - rows[~y].mean(0)
+        weight = probes.weight[model, 0, 0].numpy()
+        assert weight @ direction / np.linalg.norm(weight) / np.linalg.norm(direction) == pytest.approx(1, abs=1e-9)
+        line = StandardScaler().fit_transform((rows @ direction)[:, None])
+        reference = LogisticRegression(C=1.0, tol=1e-10).fit(line, y.numpy())
+        expected = reference.decision_function(line)
+        np.testing.assert_allclose(probes.scores(X)[model, 0, 0], expected, atol=1e-3)
+
+
+def test_contrast_agrees_with_scikit_learn_on_rows_centred_by_hand():
+    X, number = correlated(2, 90, 20)
+    groups = torch.arange(90) // 3
+    y = number > number.median()
+    strengths = torch.tensor([1e-2, 1.0])
+    scores = contrast.fit(X, y, groups, strengths).scores(X)
+    mixed = [g for g in range(30) if 0 < int(y[groups == g].sum()) < 3]
+    kept = np.isin(groups, mixed)
+    for model in range(2):
+        rows = X[model].double().numpy()
+        centred = np.concatenate([rows[groups == g] - rows[groups == g].mean(0) for g in range(30)])
+        scale = centred[kept].std(0)
+        for place, C in enumerate(strengths.double().tolist()):
+            reference = LogisticRegression(C=C, tol=1e-10, max_iter=50_000, solver="newton-cg", fit_intercept=False)
+            reference.fit(centred[kept] / scale, y.numpy()[kept])
+            expected = (rows - rows.mean(0)) / scale @ reference.coef_[0]
+            np.testing.assert_allclose(scores[model, place, 0], expected, atol=1e-3)
+
+
+def test_contrast_sees_past_what_a_problem_shares():
+    """Problems differ greatly along one direction that also tells the label between problems; attempts differ elsewhere."""
+    generator = torch.Generator().manual_seed(0)
+    groups = torch.arange(240) // 4
+    y = torch.rand(240, generator=generator) < torch.where(groups % 2 == 0, 0.8, 0.2)
+    X = torch.randn(1, 240, 12, generator=generator)
+    X[0, :, 0] += 20.0 * (groups % 2 == 0)
+    X[0, :, 1] += 3.0 * y
+    weight = contrast.fit(X, y, groups, torch.tensor([0.1])).weight[0, 0, 0]
+    assert weight[1].abs() > 10 * weight[0].abs()
+    with pytest.raises(ValueError, match="no problem has attempts of both classes"):
+        contrast.fit(X, groups % 2 == 0, groups, torch.tensor([0.1]))
+
+
+def test_attention_finds_the_token_that_shows_the_label():
+    """The signal is in one token of many, at a place that varies, marked by another feature: a mean over tokens dilutes it."""
+    generator = torch.Generator().manual_seed(1)
+    n, most, d = 240, 12, 16
+    y = torch.arange(n) % 2 == 0
+    X = torch.randn(1, n, most, d, generator=generator)
+    place = torch.randint(4, (n,), generator=generator)
+    X[0, torch.arange(n), place, 0] += 6.0
+    X[0, torch.arange(n), place, 1] += 2.0 * (2 * y.float() - 1)
+    lengths = torch.randint(4, most + 1, (n,), generator=generator)
+    X[0, torch.arange(most) >= lengths[:, None]] = torch.nan
+    train, test = slice(None, 160), slice(160, None)
+    probes = attention.fit(X[:, train], y[train], None, torch.tensor([0.1, 1.0]))
+    attended = roc_auc_score(y[test], probes.scores(X[:, test])[0, 1, 0])
+    pooled = X.nanmean(2)
+    averaged = logistic.fit(pooled[:, train], y[train], None, torch.tensor([0.1]))
+    assert attended > 0.9 > roc_auc_score(y[test], averaged.scores(pooled[:, test])[0, 0, 0])
+
+    weights = probes.attention(X)[0, 1]
+    torch.testing.assert_close(weights.sum(-1), torch.ones(n))
+    assert (weights[torch.arange(most) >= lengths[:, None]] == 0).all()
+    longer = torch.cat([X, torch.full((1, n, 3, d), torch.nan)], dim=2)
+    torch.testing.assert_close(probes.scores(longer), probes.scores(X))
