@@ -206,7 +206,7 @@ def test_another_model_is_loaded_while_health_is_live(served: tuple[Server, RayH
                 refused.append(chat(server))
 
     running: list[httpx.Response] = []
-    request = threading.Thread(target=lambda: running.append(chat(server, **{**LONG, "max_tokens": 100})))
+    request = threading.Thread(target=lambda: running.append(chat(server, **{**LONG, "max_tokens": 40})))
     watcher = threading.Thread(target=watch)
     request.start()
     wait_for(lambda: gauge(server, "roentgen_generations_running") == 1)
