@@ -39,11 +39,21 @@ class Listener:
 
 def find_listener(port: int) -> Listener | None:
     """Return who listens on a TCP port of this machine, on any address."""
+    # psutil lists processes before sockets, so whoever began to listen in between is seen only at a second look.
+    found = _listed(port)
+    if found is not None and found.pid is None:
+        found = _listed(port)
+    if found is not None:
+        return found
+    with socket.socket() as probe:  # where another user's sockets cannot be listed
+        return Listener(port, None, "") if probe.connect_ex(("127.0.0.1", port)) == 0 else None
+
+
+def _listed(port: int) -> Listener | None:
     for connection in psutil.net_connections("tcp"):
         if connection.status == psutil.CONN_LISTEN and connection.laddr[1:2] == (port,):
             return Listener(port, connection.pid, _command(connection.pid))
-    with socket.socket() as probe:  # where another user's sockets cannot be listed
-        return Listener(port, None, "") if probe.connect_ex(("127.0.0.1", port)) == 0 else None
+    return None
 
 
 def stop(listener: Listener) -> None:
