@@ -99,7 +99,7 @@ def test_new_layers_for_an_old_run_and_probes_on_them(tmp_path: Path) -> None:
 
     probed = roentgen(tmp_path, *done.stdout.split("next: roentgen ")[1].split())
     assert probed.returncode == 0, probed.stdout + probed.stderr
-    assert "correct read at last_prompt in new: 16 samples of 16 problems" in probed.stdout
+    assert "correct read by logistic at last_prompt in new: 16 samples of 16 problems" in probed.stdout
     results = json.loads((run.path / "probes" / "correct@new" / "results.json").read_text())
     assert [key["layer"] for key in results["keys"]] == [8, 16]
     assert results["best"]["auroc"] > 0.9
