@@ -61,7 +61,9 @@ def cloud(sky_python: Path) -> Iterator[Cloud]:
     (home / ".aws" / "credentials").write_text(
         "[default]\naws_access_key_id = testing\naws_secret_access_key = testing\n"
     )
-    # ssh looks for its configuration where the password file says, not in $HOME.
+    # ssh looks for its configuration where the password file says, not in $HOME; SkyPilot writes to the latter.
+    (home / ".ssh").mkdir(mode=0o700)
+    (home / ".ssh" / "config").touch()
     (folder / "bin").mkdir()
     (folder / "bin" / "ssh").write_text(f'#!/bin/sh\nexec /usr/bin/ssh -F {home}/.ssh/config "$@"\n')
     (folder / "bin" / "ssh").chmod(0o755)
