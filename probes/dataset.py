@@ -22,7 +22,6 @@ import numpy as np
 import pandas as pd
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from probes import positions as places
@@ -169,7 +168,7 @@ class ProbeDataset:
             broken = int((~own.flatten(1).all(1)).sum())
             if broken:
                 raise ProbeDataError(
-                    f"{key} has values that are not finite in {broken} of {len(values)} samples of {source.session.path}; "
+                    f"{key} has values that are not finite in {broken} of {len(values)} samples of {source.session.uri}; "
                     "store a wider dtype"
                 )
             parts.append(values)
@@ -241,7 +240,7 @@ def _join(run: Run, answered: list[Sample]) -> list[Source]:
         missing = [rollout_id for _, rollout_id in pairs if rollout_id not in index.index]
         if missing:
             raise ProbeDataError(
-                f"{session.path} lacks {len(missing)} of the {len(pairs)} rollouts that {run.record_path} names "
+                f"{session.uri} lacks {len(missing)} of the {len(pairs)} rollouts that {run.record_path} names "
                 f"(the first is {missing[0]}); was the session deleted or made anew?"
             )
         rows = index.loc[[rollout_id for _, rollout_id in pairs]]
@@ -283,10 +282,9 @@ def _mean_logprob(source: Source) -> Float[np.ndarray, "rollouts"]:
     found = np.full(len(source.rollouts), np.nan)
     for shard, rows in source.rollouts.reset_index(drop=True).groupby("shard"):
         try:
-            with safe_open(source.session.path / str(shard), framework="np") as file:
-                values = file.get_tensor("logprob")
-        except (SafetensorError, OSError) as error:
-            raise ProbeDataError(f"shard {source.session.path / str(shard)} cannot be read: {error}") from error
+            values = source.session.shard(str(shard)).column("logprob")
+        except StoreError as error:
+            raise ProbeDataError(str(error)) from error
         for number, start, stop, final in zip(
             rows.index, rows["row_start"], rows["row_stop"], rows["final_logprob"], strict=True
         ):

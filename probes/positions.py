@@ -62,7 +62,7 @@ def read(
             kept.append(item.values[int(places[0])].float().flatten())
         return torch.stack(kept)
     except StoreError as error:
-        raise ProbeDataError(f"positions: {positions!r} cannot be read from {session.path}: {error}") from error
+        raise ProbeDataError(f"positions: {positions!r} cannot be read from {session.uri}: {error}") from error
 
 
 def _fraction(name: str) -> float | None:

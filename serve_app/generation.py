@@ -37,6 +37,7 @@ from serve_app.openai_api.prompt import Prompt
 from serve_app.rollouts import build_rollout
 
 RETRY_AFTER_S = 2
+_ROOM_POLL_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -130,9 +131,12 @@ async def generate(
     ]
     open_choices = len(jobs)
     try:
-        for job in jobs:
-            served.engine.submit(job)
         async with asyncio.timeout(timeout_s):
+            # The store is slower than the model: whoever wants more stored waits outside the batch, where nothing is held.
+            while any(choice.plan for choice in choices) and not served.writer.has_room:
+                await asyncio.sleep(_ROOM_POLL_S)
+            for job in jobs:
+                served.engine.submit(job)
             while open_choices:
                 arrived = [await queue.get()]
                 while not queue.empty():

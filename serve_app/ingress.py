@@ -21,7 +21,8 @@ from starlette.datastructures import State
 
 from roentgen.contract import check_session_id
 from roentgen.store import Session, SessionBusyError, SessionNotFoundError, SessionSummary, list_sessions
-from roentgen.store.sessions import delete_session, find_session, summarise, tar_session
+from roentgen.store.pulling import is_session_file
+from roentgen.store.sessions import delete_session, file_place, find_session, session_files, summarise, tar_session
 from serve_app.config import ModelChoice, ServerConfig
 from serve_app.http_api import check_key, make_api
 from serve_app.logs import write_json_logs
@@ -38,10 +39,11 @@ from serve_app.openai_api.schemas import (
     ModelCard,
     ModelList,
     ModelStructure,
+    SessionFiles,
     SessionList,
     SessionPage,
     Tokens,
-    archive,
+    binary,
     documented,
     exposition,
 )
@@ -89,7 +91,19 @@ class Ingress:
             **documented(DeletedSession),
         )
         locked.add_api_route(
-            "/v1/activations/session/{session_id}/download", self.download, methods=["GET"], **archive()
+            "/v1/activations/session/{session_id}/download",
+            self.download,
+            methods=["GET"],
+            **binary("application/x-tar"),
+        )
+        locked.add_api_route(
+            "/v1/activations/session/{session_id}/files", self.files, methods=["GET"], **documented(SessionFiles)
+        )
+        locked.add_api_route(
+            "/v1/activations/session/{session_id}/files/{path:path}",
+            self.file,
+            methods=["GET"],
+            **binary("application/octet-stream"),
         )
         locked.add_api_route("/v1/models/load", self.load_model, methods=["POST"], **documented(ModelCard))
         locked.add_api_route("/models/load", self.load_model, methods=["POST"], include_in_schema=False)
@@ -166,7 +180,7 @@ class Ingress:
         session = self._find(session_id)
         summary: SessionSummary = summarise(session)
         columns = ["rollout_id", "problem_id", "epoch", "turn", "shard", "row_start", "row_stop", "labels"]
-        page = session.rollouts().iloc[offset : offset + limit][columns]
+        page = session.rollouts(columns=("labels",)).iloc[offset : offset + limit][columns]
         return {**asdict(summary), "offset": offset, "items": json.loads(page.to_json(orient="records"))}
 
     def delete_session(self, session_id: str) -> Body:
@@ -187,6 +201,25 @@ class Ingress:
         size, pieces = tar_session(self._find(session_id))
         headers = {"Content-Length": str(size), "Content-Disposition": f'attachment; filename="{session_id}.tar"'}
         return StreamingResponse(pieces, media_type="application/x-tar", headers=headers)
+
+    def files(self, session_id: str) -> Body:
+        """List a session's committed files: what `roentgen sessions pull` fetches, one by one."""
+        files = session_files(self._find(session_id))
+        return {"object": "list", "data": [{"name": file.name, "size": file.size} for file in files]}
+
+    def file(self, session_id: str, path: str) -> StreamingResponse:
+        """Send one of a session's files."""
+        session = self._find(session_id)
+        missing = ApiError(404, f"session {session_id!r} has no file {path!r}", param="path", code="file_not_found")
+        if not is_session_file(path):
+            raise missing
+        place, name = file_place(session, path)
+        try:
+            size = place.open(name).size
+        except FileNotFoundError as error:
+            raise missing from error
+        pieces = (bytes(piece) for piece in place.stream(name))
+        return StreamingResponse(pieces, media_type="application/octet-stream", headers={"Content-Length": str(size)})
 
     def _find(self, session_id: str) -> Session:
         _check_id(session_id)

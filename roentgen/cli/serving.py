@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -47,7 +46,7 @@ def serve(
     model: Annotated[str, typer.Option(help="smollm2-135m (embedded), a folder, or a hub id.")] = "smollm2-135m",
     port: Annotated[int, typer.Option(help="0 chooses a free one.")] = 8000,
     host: Annotated[str, typer.Option(help="Anything but loopback needs ROENTGEN_API_KEY.")] = "127.0.0.1",
-    store: Annotated[Path, typer.Option(help="Folder of the activation store.")] = Path("activations"),
+    store: Annotated[str, typer.Option(help="The activation store: a folder, or s3://BUCKET/FOLDER.")] = "activations",
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -83,7 +82,7 @@ def serve(
             dtype=dtype,
             device=device,
             device_map=device_map,
-            store=str(store),
+            store=store,
             max_batch=max_batch,
             max_queue=max_queue,
             request_timeout_s=request_timeout,

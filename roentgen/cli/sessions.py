@@ -1,6 +1,9 @@
-"""`roentgen sessions`: what a store holds, and whether it is still what was written."""
+"""`roentgen sessions`: what a store holds, whether it is still what was written, and how to move, tidy and remove it."""
 
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -10,8 +13,11 @@ from roentgen.cli.console import err, expected_errors, out
 sessions_app = typer.Typer(no_args_is_help=True, help="Activation sessions of a store.")
 
 
+Address = Annotated[str, typer.Argument(help="STORE/SESSION, the store a folder or s3://BUCKET/FOLDER.")]
+
+
 @sessions_app.command("list")
-def sessions_list(store: Annotated[str, typer.Argument(help="The store's folder.")]) -> None:
+def sessions_list(store: Annotated[str, typer.Argument(help="A folder, or s3://BUCKET/FOLDER.")]) -> None:
     """List the sessions of a store."""
     from roentgen.store import StoreError, list_sessions
 
@@ -27,7 +33,7 @@ def sessions_list(store: Annotated[str, typer.Argument(help="The store's folder.
 
 
 @sessions_app.command("show")
-def sessions_show(session: Annotated[str, typer.Argument(help="STORE/SESSION")]) -> None:
+def sessions_show(session: Address) -> None:
     """Show what a session holds: its keys and its rollouts."""
     from roentgen.store import Session, StoreError
     from roentgen.store.sessions import summarise
@@ -55,7 +61,7 @@ def sessions_show(session: Annotated[str, typer.Argument(help="STORE/SESSION")])
 
 
 @sessions_app.command("verify")
-def sessions_verify(session: Annotated[str, typer.Argument(help="STORE/SESSION")]) -> None:
+def sessions_verify(session: Address) -> None:
     """Read every rollout back and recompute its checksum; exit code 1 if anything is damaged."""
     from roentgen.store import Session, StoreError, verify
 
@@ -68,3 +74,122 @@ def sessions_verify(session: Annotated[str, typer.Argument(help="STORE/SESSION")
     out.print(f"{report.rollouts:,} rollouts verified, {len(report.damage)} damaged")
     if not report.ok:
         raise typer.Exit(1)
+
+
+@sessions_app.command("gc")
+def sessions_gc(
+    session: Address,
+    run: Annotated[
+        list[Path] | None,
+        typer.Option(help="Also remove rollouts of this run's configuration that the run does not name."),
+    ] = None,
+    older_than: Annotated[float, typer.Option(help="Leave what is younger than this many minutes.")] = 60,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+) -> None:
+    """Remove what no reader wants: orphan shards, half-written files, what a merge has replaced."""
+    from roentgen.launch.tidying import tidy
+    from roentgen.runs import RunError
+    from roentgen.store import StoreError
+
+    with expected_errors(StoreError, RunError, OSError):
+        tidied = tidy(session, run or [], older_than_s=older_than * 60, dry_run=dry_run)
+    for name in tidied.files:
+        out.print(name, highlight=False)
+    what = f"{tidied.dropped:,} rollouts and {len(tidied.files):,} files, {tidied.size / 1e6:,.1f} MB"
+    out.print(f"{'would remove' if dry_run else 'removed'} {what}", highlight=False)
+
+
+@sessions_app.command("compact")
+def sessions_compact(
+    session: Address,
+    shard_mb: Annotated[int, typer.Option(min=1, help="Of a merged shard, about.")] = 256,
+) -> None:
+    """Merge small shards into large ones, while others read and write; `gc` later removes the small ones."""
+    from roentgen.store import Session, StoreError
+    from roentgen.store.merging import compact
+
+    with expected_errors(StoreError, OSError):
+        done = compact(Session.open(session), shard_bytes=shard_mb << 20)
+    if not done.replaced:
+        out.print("nothing to merge")
+        return
+    out.print(f"{done.rollouts:,} rollouts in {done.shards:,} shards are now in {done.into:,}", highlight=False)
+
+
+@sessions_app.command("export")
+def sessions_export(
+    session: Address,
+    output: Annotated[Path, typer.Argument(help="Folder to write to.")],
+    kind: Annotated[
+        Literal["pt", "hf"],
+        typer.Option("--format", help="pt: a float32 file per rollout and key; hf: a dataset of one key."),
+    ] = "pt",
+    key: Annotated[str, typer.Option(help="For hf: which key, such as layers.12.resid_post.")] = "",
+    positions: Annotated[str, typer.Option(help="For hf: a position policy.")] = "all",
+) -> None:
+    """Write a session in another format."""
+    from roentgen.store import Session, StoreError
+    from roentgen.store.exports import export_pt, to_hf
+
+    with expected_errors(StoreError, OSError, ValueError):
+        opened = Session.open(session)
+        if kind == "pt":
+            with _bar("rollouts") as told:
+                total = len(opened.rollouts(columns=()))
+                count = export_pt(opened, output, said=lambda done: told(done, total))
+            out.print(f"{count:,} files in {output}", highlight=False)
+            return
+        stored = opened.keys()
+        if key not in stored:
+            raise ValueError(f"--key: {key!r} is not stored; there are {', '.join(stored)}")
+        to_hf(opened, key, positions=positions).save_to_disk(output)
+    out.print(f"datasets.load_from_disk({str(output)!r})", highlight=False)
+
+
+@sessions_app.command("pull")
+def sessions_pull(
+    source: Annotated[str, typer.Argument(help="STORE/SESSION, or http://SERVER/v1/activations/session/ID.")],
+    store: Annotated[str, typer.Argument(help="The store to copy it to.")],
+    api_key: Annotated[str, typer.Option(envvar="ROENTGEN_API_KEY", help="The server's.")] = "",
+) -> None:
+    """Copy a session here from a bucket or a server; run again, it goes on where it stopped."""
+    from roentgen.store import Session, StoreError, verify
+    from roentgen.store.pulling import pull
+
+    with expected_errors(StoreError, OSError):
+        with _bar("bytes") as told:
+            uri = pull(source, store, api_key=api_key.partition(",")[0], said=told)
+        report = verify(Session.open(uri))
+    out.print(f"{report.rollouts:,} rollouts in {uri}, {len(report.damage)} damaged", highlight=False)
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+@sessions_app.command("rm")
+def sessions_rm(
+    session: Address,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+) -> None:
+    """Delete a session and all it holds; one that is being written is refused."""
+    from roentgen.store import Session, StoreError
+    from roentgen.store.sessions import delete_session, summarise
+
+    with expected_errors(StoreError, OSError, ValueError):
+        summary = summarise(Session.open(session))
+        store, _, name = summary.uri.rpartition("/")
+        what = f"{summary.uri}: {summary.rollouts:,} rollouts, {summary.bytes / 1e6:,.1f} MB"
+        if not yes and not typer.confirm(f"Delete {what}?"):
+            raise typer.Exit(1)
+        freed = delete_session(store, name)
+    out.print(f"{freed / 1e6:,.1f} MB are free now", highlight=False)
+
+
+@contextmanager
+def _bar(unit: Literal["bytes", "rollouts"]) -> Iterator[Callable[[int, int], None]]:
+    """Show a bar in a terminal; yields what is told how much is done, and of how much."""
+    from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    counter = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()
+    with Progress(BarColumn(), counter, TimeRemainingColumn(), console=err, disable=not err.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

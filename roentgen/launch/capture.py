@@ -18,8 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from roentgen.contract import ActivationRequest, SessionId, canonical_hash
 from roentgen.runs import Run
-from roentgen.store import Session, StoreWriter
-from roentgen.store.durable import check_writable, local_root
+from roentgen.store import Session, SessionNotFoundError, StoreWriter
+from roentgen.store.places import check_writable, open_place
 from roentgen.transcripts import Transcript, TranscriptError
 from roentgen.transcripts.file import read_file
 from roentgen.transcripts.run import read_run
@@ -119,13 +119,13 @@ def capture(settings: CaptureSettings, console: Console, stage: Callable[[str], 
         raise TranscriptError(f"{settings.source} is neither a run directory nor a file")
     stage(f"reading {settings.source}")
     transcripts = read_run(run, stage) if run else read_file(settings.source)
-    store = local_root(settings.store or (_store_of(run) if run else None) or DEFAULT_STORE)
+    store = open_place(settings.store or (_store_of(run) if run else None) or DEFAULT_STORE)
     check_writable(store)
     with _as_capture_errors():
         model = _load(settings, run, stage)
         session = settings.session or _session_name(settings, run, model)
         texts, failures = _tokenise(model, transcripts, stage)
-        report = CaptureReport(str(store / session), run.path if run else None, failures=failures)
+        report = CaptureReport(store.child(session).uri, run.path if run else None, failures=failures)
         engine = TransformersEngine(
             model, max_batch=settings.batch, max_queue=settings.batch, max_prefill_tokens=settings.batch_tokens
         )
@@ -134,7 +134,7 @@ def capture(settings: CaptureSettings, console: Console, stage: Callable[[str], 
                 forcing = TeacherForcing(
                     model, engine, writer, settings.request, session, chunk_size=settings.chunk_size
                 )
-                there = Session.open(report.session) if (store / session / "session.json").exists() else None
+                there = _existing(report.session)
                 held = find_missing(there, texts, forcing.spec)
                 report.held = len(texts) - len(held.missing)
                 if report.held:
@@ -170,12 +170,19 @@ def _load(settings: CaptureSettings, run: Run | None, stage: Callable[[str], Non
     return load(source, dtype or "auto", settings.device, stage)
 
 
+def _existing(uri: str) -> Session | None:
+    try:
+        return Session.open(uri)
+    except SessionNotFoundError:
+        return None
+
+
 def _store_of(run: Run) -> str | None:
     """Return the store that a run's activations are in, if it kept any and they are still there."""
     for sample in run.samples():
         for ref in sample.rollouts:
-            session = Path(run.session_uri(ref))
-            return str(session.parent) if session.is_dir() else None
+            session = run.session_uri(ref)
+            return session.rpartition("/")[0] if _existing(session) else None
     return None
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from roentgen.cluster import LOCAL, connected
-from roentgen.store.durable import check_writable, local_root
+from roentgen.store.places import check_writable, open_place
 from serve_app.config import ServerConfig
 from serve_app.sources import ModelNotFoundError, locate
 
@@ -59,7 +59,7 @@ def serving(
     check_host(host)
     port = port or free_port(host)
     check_port(host, port)
-    check_writable(local_root(config.store))
+    check_writable(open_place(config.store))
     stage(f"finding {config.model}")
     if ray_address == LOCAL:  # on another machine, what the name leads to is for the replica to find out
         try:

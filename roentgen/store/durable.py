@@ -1,6 +1,6 @@
 """How bytes reach a local or mounted folder so that a crash leaves a whole file or none.
 
-Every file of the store is written once, under a temporary name in the same folder, flushed to the disk (`fsync`), renamed
+Every file is written once, under a temporary name in the same folder, flushed to the disk (`fsync`), renamed
 into place, and the folder itself is flushed; only then may anyone be told that it exists. Readers skip names that start
 with a dot, which is what the temporary ones do.
 """
@@ -9,24 +9,6 @@ import os
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-
-from roentgen.store.schema import StoreError
-
-
-def local_root(uri: str | Path) -> Path:
-    """Return the absolute folder a store or session address names.
-
-    Raises:
-        StoreError: if the address is not a local path.
-    """
-    text = str(uri)
-    if text.startswith("file://"):
-        text = text.removeprefix("file://")
-    if "://" in text:
-        raise StoreError(
-            f"store {text!r}: only local and mounted folders can be opened so far, not {text.split(':')[0]}://"
-        )
-    return Path(text).expanduser().absolute()
 
 
 def write_durably(path: Path, write: Callable[[Path], object]) -> None:
@@ -62,20 +44,3 @@ def sync_folder(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def check_writable(root: Path) -> None:
-    """Make sure that a store can be created at `root`, by creating a file there and removing it.
-
-    Raises:
-        StoreError: naming the folder and the disk's reason.
-    """
-    probe = root / f".write-test-{uuid.uuid4().hex}"
-    try:
-        make_folder(root)
-        write_durably(probe, lambda temporary: temporary.write_bytes(b""))
-        probe.unlink()
-    except OSError as error:
-        raise StoreError(
-            f"store {str(root)!r} is not writable: {error.strerror or error}; choose another --store"
-        ) from error

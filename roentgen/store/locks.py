@@ -1,26 +1,55 @@
 """Keeps a session from being deleted while it is written.
 
-A writer holds a shared lock on `STORE/.<session_id>.lock` for as long as rollouts of the session are waiting to be committed;
-whoever deletes the session takes it exclusively, or is refused. The kernel gives locks back when a process dies, so a crash
-leaves none behind. The file lies beside the session, not in it, and stays when the session goes.
+A writer holds a session for as long as rollouts of it are waiting to be committed; whoever deletes the session must have it
+alone, or is refused. On a disk the kernel keeps the lock, on `STORE/.<session_id>.lock`: a process that dies gives it back. A
+bucket has no locks, so there both sides leave a note and then look for the other's, which cannot both see nothing, since a
+bucket shows at once what was put: the writer under `STORE/.locks/<session_id>/writer-<ulid>`, the deleter under `…/deleting`.
+A note that a dead process left counts for `LEASE_S`.
 """
 
 import fcntl
 import os
 import threading
+import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol
 
+from ulid import ULID
+
+from roentgen.store.places import FolderPlace, Place
 from roentgen.store.schema import StoreError
+
+LEASE_S = 600.0
+"""How long a note in a bucket counts, in seconds; its writer renews it at half of this."""
 
 
 class SessionBusyError(StoreError):
     """A session is being written, so it cannot be deleted now."""
 
 
-class WriterLocks:
-    """The shared locks of one writer, counted per session."""
+class WriterLocks(Protocol):
+    """What one writer holds, counted per session."""
+
+    def acquire(self, session_id: str) -> None:
+        """Hold a session once more."""
+
+    def settle(self, session_id: str) -> None:
+        """Make sure that a session that is held is not being deleted; waits while it is. Called before it is written to."""
+
+    def release(self, session_id: str) -> None:
+        """Hold a session once less."""
+
+
+def writer_locks(root: Place) -> WriterLocks:
+    """Return the locks of a writer of the store at `root`."""
+    return FolderLocks(root.path) if isinstance(root, FolderPlace) else BucketLeases(root)
+
+
+class FolderLocks:
+    """The kernel's shared locks on files of the store's folder."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -35,6 +64,9 @@ class WriterLocks:
                 fcntl.flock(descriptor, fcntl.LOCK_SH)
             self._held[session_id] = descriptor, count + 1
 
+    def settle(self, session_id: str) -> None:
+        """Do nothing: to hold the lock is enough."""
+
     def release(self, session_id: str) -> None:
         """Hold a session's lock once less."""
         with self._guard:
@@ -45,19 +77,69 @@ class WriterLocks:
                 os.close(descriptor)
 
 
+class BucketLeases:
+    """Notes in a bucket. `acquire` only counts, since the engine's thread calls it and must not wait for a network."""
+
+    def __init__(self, root: Place) -> None:
+        self._root = root
+        self._name = f"writer-{ULID()}"
+        self._guard = threading.Lock()
+        self._count: Counter[str] = Counter()
+        self._noted: dict[str, float] = {}
+
+    def acquire(self, session_id: str) -> None:
+        """Count a session once more."""
+        with self._guard:
+            self._count[session_id] += 1
+
+    def settle(self, session_id: str) -> None:
+        """Leave the writer's note or renew it, and wait while the session is being deleted."""
+        folder = _notes(self._root, session_id)
+        while time.monotonic() - self._noted.get(session_id, -LEASE_S) > LEASE_S / 2:
+            folder.put(self._name, [b""])
+            self._noted[session_id] = time.monotonic()
+            if not _fresh(folder, "deleting"):
+                return
+            self._forget(session_id)
+            time.sleep(0.5)
+
+    def release(self, session_id: str) -> None:
+        """Count a session once less, and take the note away with the last."""
+        with self._guard:
+            self._count[session_id] -= 1
+            last = self._count[session_id] == 0
+        if last:
+            self._forget(session_id)
+
+    def _forget(self, session_id: str) -> None:
+        if self._noted.pop(session_id, None) is not None:
+            _notes(self._root, session_id).remove(self._name)
+
+
 @contextmanager
-def deleting(root: Path, session_id: str) -> Iterator[None]:
+def deleting(root: Place, session_id: str) -> Iterator[None]:
     """Keep writers away from a session.
 
     Raises:
         SessionBusyError: if one is writing it.
     """
-    descriptor = _open(root, session_id)
+    busy = SessionBusyError(f"session {session_id!r} is being written; try again when it is done")
+    if not isinstance(root, FolderPlace):
+        folder = _notes(root, session_id)
+        folder.put("deleting", [b""])
+        try:
+            if _fresh(folder, "writer-"):
+                raise busy
+            yield
+        finally:
+            folder.remove("deleting")
+        return
+    descriptor = _open(root.path, session_id)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise SessionBusyError(f"session {session_id!r} is being written; try again when it is done") from None
+            raise busy from None
         yield
     finally:
         os.close(descriptor)
@@ -65,3 +147,12 @@ def deleting(root: Path, session_id: str) -> Iterator[None]:
 
 def _open(root: Path, session_id: str) -> int:
     return os.open(root / f".{session_id}.lock", os.O_RDWR | os.O_CREAT, 0o644)
+
+
+def _notes(root: Place, session_id: str) -> Place:
+    return root.child(".locks").child(session_id)
+
+
+def _fresh(folder: Place, prefix: str) -> bool:
+    now = time.time()
+    return any(entry.name.startswith(prefix) and now - entry.modified < LEASE_S for entry in folder.entries())

@@ -5,17 +5,21 @@ import tarfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pandas as pd
+import xxhash
 
 from roentgen.contract import check_session_id
-from roentgen.store.durable import local_root, sync_folder
+from roentgen.store.durable import sync_folder
+from roentgen.store.index import ShardFile, read_index
 from roentgen.store.locks import deleting
-from roentgen.store.reader import Session, Shard, read_index
+from roentgen.store.places import Entry, FolderPlace, Place, open_place
+from roentgen.store.reader import LOCATION, Session
 from roentgen.store.schema import INDEX_SCHEMA, StoreError, rows_checksum
 
-_BLOCK, _PIECE = tarfile.BLOCKSIZE, 1 << 20
+_BLOCK = tarfile.BLOCKSIZE
+_VERIFIED = ("shard", "row_start", "row_stop", "checksum")
 
 
 @dataclass(frozen=True)
@@ -79,27 +83,37 @@ def find_session(store: str | Path, session_id: str) -> Session:
         ValueError: if the id is unsafe.
         SessionNotFoundError: if there is no such session.
     """
-    return Session.open(local_root(store) / check_session_id(session_id))
+    return Session.open(open_place(store).child(check_session_id(session_id)))
 
 
 def list_sessions(store: str | Path) -> list[SessionSummary]:
-    """Summarise every session of a store, in order of name; a store that does not exist yet has none."""
-    root = local_root(store)
-    return [summarise(Session.open(file.parent)) for file in sorted(root.glob("*/session.json"))]
+    """Summarise every session of a store, in order of name; a store that does not exist yet has none.
+
+    Raises:
+        StoreError: if the store cannot be reached.
+    """
+    root = open_place(store)
+    try:
+        places = [root.child(name) for name in root.folders() if not name.startswith(".")]
+        sessions = [place for place in places if any(entry.name == "session.json" for entry in place.entries())]
+    except OSError as error:
+        raise StoreError(f"store {root.uri} cannot be read: {error}") from error
+    return [summarise(Session.open(place)) for place in sessions]
 
 
 def summarise(session: Session) -> SessionSummary:
     """Count what a session holds, from its index and shard headers."""
-    frame = session.rollouts()
-    shards = list(dict.fromkeys(session.rollouts(unique=False)["shard"]))
+    frame = session.rollouts(columns=())
+    shards = list(session.shard_files())
+    sizes = {f"shards/{entry.name}": entry.size for entry in session.place.child("shards").entries()}
     specs = [session.spec(shard) for shard in shards]
     return SessionSummary(
         session_id=session.name,
-        uri=str(session.path),
+        uri=session.uri,
         rollouts=len(frame),
         tokens=int((frame["n_prompt"] + (frame["n_completion"] - 1).clip(lower=0)).sum()),
         shards=len(shards),
-        bytes=sum((session.path / shard).stat().st_size for shard in shards),
+        bytes=sum(sizes.get(shard, 0) for shard in shards),
         keys=list(dict.fromkeys(key for spec in specs for key in spec.keys)),
         models=list(dict.fromkeys(spec.model for spec in specs)),
     )
@@ -117,15 +131,50 @@ def delete_session(store: str | Path, session_id: str) -> int:
         SessionNotFoundError: if there is no such session.
     """
     session = find_session(store, session_id)
-    root = local_root(store)
+    root = open_place(store)
     with deleting(root, session_id):
-        size = sum(path.stat().st_size for path in session.path.rglob("*") if path.is_file())
-        # Gone in one step for readers and writers; a crash from here on leaves a folder that nobody sees.
-        grave = root / f".deleted-{session_id}-{uuid.uuid4().hex}"
-        session.path.rename(grave)
-        sync_folder(root)
-        shutil.rmtree(grave)
+        if isinstance(root, FolderPlace):
+            return _delete_folder(root.path, session_id)
+        return _delete_objects(session.place)
+
+
+def _delete_folder(root: Path, session_id: str) -> int:
+    folder = root / session_id
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    # Gone in one step for readers and writers; a crash from here on leaves a folder that nobody sees.
+    grave = root / f".deleted-{session_id}-{uuid.uuid4().hex}"
+    folder.rename(grave)
+    sync_folder(root)
+    shutil.rmtree(grave)
     return size
+
+
+def _delete_objects(session: Place) -> int:
+    """Remove what makes rollouts count first, and the session's name last, so that a crash leaves a session to delete again."""
+    size = 0
+    for folder in (session.child("index"), session.child("shards"), session):
+        for entry in folder.entries():
+            folder.remove(entry.name)
+            size += entry.size
+    return size
+
+
+def session_files(session: Session) -> list[Entry]:
+    """Return the files that are committed now, by their paths inside the session: what they name first, indexes last."""
+    live = session.index(LOCATION)
+    named = {shard for file in live.values() for shard in file.table.column("shard").unique().to_pylist()}
+    listed = [Entry(f"shards/{e.name}", e.size, e.modified) for e in session.place.child("shards").entries()]
+    indexes = [
+        Entry(f"index/{e.name}", e.size, e.modified) for e in session.place.child("index").entries() if e.name in live
+    ]
+    identity = [entry for entry in session.place.entries() if entry.name == "session.json"]
+    return [*identity, *(entry for entry in listed if entry.name in named), *indexes]
+
+
+def file_place(session: Session, name: str) -> tuple[Place, str]:
+    """Return the folder that one of `session_files` is in, and its name there."""
+    folder, _, file = name.rpartition("/")
+    return (session.place.child(folder) if folder else session.place), file
 
 
 def tar_session(session: Session) -> tuple[int, Iterator[bytes]]:
@@ -134,56 +183,74 @@ def tar_session(session: Session) -> tuple[int, Iterator[bytes]]:
     Returns:
         The archive's size in bytes, and its pieces.
     """
-    index = session.index_files()
-    shards = sorted({shard for file in index for shard in read_index(file)["shard"].to_pylist()})
-    files = [session.path / "session.json", *(session.path / shard for shard in shards), *index]
-    members = [(path, path.stat().st_size) for path in files]
-    blocks = sum(_BLOCK + size + -size % _BLOCK for _, size in members) + 2 * _BLOCK
+    members = session_files(session)
+    blocks = sum(_BLOCK + entry.size + -entry.size % _BLOCK for entry in members) + 2 * _BLOCK
 
     def pieces() -> Iterator[bytes]:
-        for path, size in members:
-            header = tarfile.TarInfo(f"{session.name}/{path.relative_to(session.path)}")
-            header.size, header.mtime = size, int(path.stat().st_mtime)
+        for entry in members:
+            header = tarfile.TarInfo(f"{session.name}/{entry.name}")
+            header.size, header.mtime = entry.size, int(entry.modified)
             yield header.tobuf(tarfile.USTAR_FORMAT)
-            with path.open("rb") as file:
-                while piece := file.read(_PIECE):
-                    yield piece
-            yield bytes(-size % _BLOCK)
+            place, name = file_place(session, entry.name)
+            for piece in place.stream(name):
+                yield bytes(piece)
+            yield bytes(-entry.size % _BLOCK)
         yield bytes(2 * _BLOCK)
 
     return blocks, pieces()
 
 
 def verify(session: Session) -> VerifyReport:
-    """Read every committed rollout back and recompute its checksum; damage is collected, not raised."""
+    """Read every shard back and recompute its checksum, and its rollouts' where it differs; damage is collected, not raised."""
     damage: list[Damage] = []
-    frames = []
-    for file in session.index_files():
+    files = []
+    folder = session.place.child("index")
+    for entry in folder.entries():
+        if entry.name.startswith("."):
+            continue
         try:
-            frames.append(read_index(file).to_pandas())
+            files.append(read_index(folder, entry.name, (*_VERIFIED, "rollout_id")))
         except StoreError as error:
-            damage.append(Damage(None, f"index/{file.name}", str(error)))
-    if not frames:
-        frames = [INDEX_SCHEMA.empty_table().to_pandas()]
-    frame = pd.concat(frames)
+            damage.append(Damage(None, f"index/{entry.name}", str(error)))
+    replaced = {name for file in files for name in file.replaces}
+    frames = [file.table.to_pandas() for file in files if file.name not in replaced]
+    frame = pd.concat(frames or [INDEX_SCHEMA.empty_table().to_pandas()]).drop_duplicates("rollout_id", keep="last")
+    shards = {name: shard for file in files for name, shard in file.shards.items()}
     good = 0
-    for shard_name, rows in frame.groupby("shard"):
-        found = _verify_shard(session, str(shard_name), rows)
+    for name, rows in frame.groupby("shard"):
+        found = _verify_shard(session, str(name), shards.get(str(name)), rows)
         damage += found
         good += len(rows) - len(found)
-    named = set(frame["shard"])
-    on_disk = {f"shards/{path.name}" for path in (session.path / "shards").glob("*.safetensors")}
-    return VerifyReport(good, damage, sorted(on_disk - named))
+    named = {PurePosixPath(shard).name for file in files for shard in file.table.column("shard").unique().to_pylist()}
+    there = [e.name for e in session.place.child("shards").entries() if not e.name.startswith(".")]
+    return VerifyReport(good, damage, [f"shards/{name}" for name in there if name not in named])
 
 
-def _verify_shard(session: Session, shard_name: str, rows: pd.DataFrame) -> list[Damage]:
+def _is_whole(session: Session, shard: ShardFile) -> bool:
+    place, name = file_place(session, shard.name)
+    digest = xxhash.xxh3_128()
     try:
-        shard = Shard(session.path / shard_name)
+        for piece in place.stream(name):
+            digest.update(piece)
+    except OSError:  # which `_verify_shard` meets again, and names
+        return False
+    return digest.hexdigest() == shard.checksum
+
+
+def _verify_shard(session: Session, shard_name: str, written: ShardFile | None, rows: pd.DataFrame) -> list[Damage]:
+    if written is not None and _is_whole(session, written):
+        return []
+    try:
+        shard = session.shard(shard_name)
     except StoreError as error:
         return [Damage(rollout_id, shard_name, str(error)) for rollout_id in rows["rollout_id"]]
     damage = []
     for row in rows.to_dict("records"):
-        tensors = {name: shard.rows(name, row["row_start"], row["row_stop"]) for name in shard.names}
+        try:
+            tensors = {name: shard.rows(name, row["row_start"], row["row_stop"]) for name in shard.names}
+        except StoreError as error:
+            damage.append(Damage(row["rollout_id"], shard_name, str(error)))
+            continue
         if rows_checksum(tensors) != row["checksum"]:
             what = "checksum differs: the stored bytes have changed"
             damage.append(Damage(row["rollout_id"], shard_name, what))

@@ -2,15 +2,19 @@
 
 The engine's thread hands over finished rollouts and goes on; this thread gathers what arrives, writes one shard per
 (session, capture spec), then one index file per shard, and only then completes the rollouts' futures. Grouping makes one
-fsync serve many rollouts; it waits until `max_bytes` are pending or the oldest has waited `max_wait_s`. There is no manifest
-and no lock: file names are ULIDs, so any number of writers on any number of machines append side by side. A crash between
-the two writes leaves an orphan shard, which readers never see.
+flush of the disk serve many rollouts; it waits until `max_bytes` are pending or the oldest has waited `max_wait_s`. There is no
+manifest: file names are ULIDs, so any number of writers on any number of machines append side by side. A crash between the two
+writes leaves an orphan shard, which readers never see.
+
+Small groups make small shards. When a writer has made many of them, another thread merges them (`merging`).
 """
 
 import json
+import logging
 import threading
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -18,26 +22,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
-from safetensors.torch import save_file
 from ulid import ULID
 
 from roentgen.contract import check_session_id
-from roentgen.store.durable import check_writable, local_root, make_folder, write_durably
-from roentgen.store.locks import WriterLocks
-from roentgen.store.schema import (
-    INDEX_SCHEMA,
-    SCHEMA_VERSION,
-    CaptureSpec,
-    Receipt,
-    Rollout,
-    StoreError,
-    index_row,
-    rows_checksum,
-    spec_metadata,
-)
+from roentgen.store.index import index_bytes, write_shard
+from roentgen.store.locks import writer_locks
+from roentgen.store.merging import Merger
+from roentgen.store.places import Place, check_writable, open_place
+from roentgen.store.schema import SCHEMA_VERSION, CaptureSpec, Receipt, Rollout, StoreError, index_row, rows_checksum
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -55,30 +49,33 @@ class StoreWriter:
 
     def __init__(
         self,
-        root: str | Path,
+        root: str | Path | Place,
         *,
         max_bytes: int = 64 << 20,
         max_wait_s: float = 0.25,
         max_pending_bytes: int = 1 << 30,
+        merge_shards: int = 64,
     ) -> None:
         """Open a store for appending.
 
         Args:
-            root: the store's folder; made if absent.
+            root: the store's address: a folder, made if absent, or a bucket's (`places`).
             max_bytes: commit at once when this much is pending.
             max_wait_s: commit at the latest when a rollout has waited this long, in seconds.
-            max_pending_bytes: `submit` blocks while more than this is pending, so that a disk slower than the model slows
-                the model instead of filling the memory.
+            max_pending_bytes: there is no room for more while this much is pending, so that a disk slower than the model
+                slows the model instead of filling the memory.
+            merge_shards: merge so many small shards of a session into one; 0 for never.
 
         Raises:
-            StoreError: if the folder is not writable.
+            StoreError: if nothing can be written there.
         """
-        self.root = local_root(root)
+        self.root = open_place(root)
         check_writable(self.root)
         self._max_bytes = max_bytes
         self._max_wait_s = max_wait_s
         self._max_pending_bytes = max_pending_bytes
-        self._locks = WriterLocks(self.root)
+        self._locks = writer_locks(self.root)
+        self._merger = Merger(self.root, self._locks, merge_shards, max_bytes // 4, max_bytes) if merge_shards else None
         self._changed = threading.Condition()
         self._pending: list[_Pending] = []
         self._pending_bytes = 0
@@ -94,10 +91,27 @@ class StoreWriter:
     ) -> None:
         self.close()
 
+    @property
+    def has_room(self) -> bool:
+        """Whether a rollout may be submitted without exceeding the bound on what is pending (a closed writer will say so)."""
+        return self._closed or self._pending_bytes < self._max_pending_bytes
+
+    def wait_for_room(self, timeout_s: float | None = None) -> bool:
+        """Wait until there is room.
+
+        Args:
+            timeout_s: the longest to wait, in seconds.
+
+        Returns:
+            Whether there is.
+        """
+        with self._changed:
+            return self._changed.wait_for(lambda: self.has_room, timeout_s)
+
     def submit(self, rollout: Rollout) -> "Future[Receipt]":
         """Queue a rollout; the future completes when its index is durable, or fails with the disk's error.
 
-        Blocks while too much is pending.
+        Its rows are in memory already, so it never waits: whoever makes rows asks `wait_for_room` before it begins.
 
         Raises:
             StoreError: if the writer is closed.
@@ -110,7 +124,6 @@ class StoreWriter:
         future: Future[Receipt] = Future()
         self._locks.acquire(rollout.session_id)
         with self._changed:
-            self._changed.wait_for(lambda: self._closed or self._pending_bytes <= self._max_pending_bytes)
             if self._closed:
                 self._locks.release(rollout.session_id)
                 raise StoreError("the store's writer is closed")
@@ -125,6 +138,8 @@ class StoreWriter:
             self._closed = True
             self._changed.notify_all()
         self._thread.join()
+        if self._merger is not None:
+            self._merger.close()
 
     def _run(self) -> None:
         while True:
@@ -132,6 +147,9 @@ class StoreWriter:
                 self._changed.wait_for(lambda: self._closed or self._pending)
                 if not self._pending:
                     return
+                sessions = {item.rollout.session_id for item in self._pending}
+            self._announce(sessions)
+            with self._changed:
                 deadline = self._pending[0].arrived + self._max_wait_s
                 self._changed.wait_for(
                     lambda: self._closed or self._pending_bytes >= self._max_bytes,
@@ -144,18 +162,31 @@ class StoreWriter:
                 self._pending_bytes -= sum(item.rollout.nbytes for item in group)
                 self._changed.notify_all()
 
+    def _announce(self, sessions: set[str]) -> None:
+        """Let whoever wants to delete these sessions know that they are being written, from the first rollout on."""
+        for session_id in sessions:
+            try:
+                self._locks.settle(session_id)
+            except OSError as error:  # the commit will meet it again, and fail the rollouts that it concerns
+                log.warning("session %s cannot be announced as being written: %s", session_id, error)
+
     def _commit(self, bucket: list[_Pending]) -> None:
+        rollouts = [item.rollout for item in bucket]
+        session_id = rollouts[0].session_id
         try:
-            receipts = commit([item.rollout for item in bucket], self.root)
+            self._locks.settle(session_id)
+            receipts = commit(rollouts, self.root)
         except Exception as error:  # noqa: BLE001 - whatever went wrong belongs to these rollouts' callers, and only to them
             for item in bucket:
-                self._locks.release(item.rollout.session_id)
                 item.future.set_exception(error)
             return
-        for item in bucket:
-            self._locks.release(item.rollout.session_id)
+        finally:
+            for _ in bucket:
+                self._locks.release(session_id)
         for item, receipt in zip(bucket, receipts, strict=True):
             item.future.set_result(receipt)
+        if self._merger is not None:
+            self._merger.add(receipts[0], sum(rollout.nbytes for rollout in rollouts))
 
 
 def _buckets(group: list[_Pending]) -> list[list[_Pending]]:
@@ -168,40 +199,32 @@ def _buckets(group: list[_Pending]) -> list[list[_Pending]]:
     return list(buckets.values())
 
 
-def commit(rollouts: list[Rollout], root: Path) -> list[Receipt]:
+def commit(rollouts: Sequence[Rollout], root: Place) -> list[Receipt]:
     """Write one shard and its index for rollouts of one session and spec; durable when it returns.
 
     Raises:
-        OSError: as the disk answers; nothing is then visible to readers.
+        OSError: as the disk or the bucket answers; nothing is then visible to readers.
     """
-    session_id, spec = rollouts[0].session_id, rollouts[0].spec
-    folder = root / session_id
-    _make_session(folder, session_id)
+    session = root.child(rollouts[0].session_id)
+    _make_session(session)
     name = str(ULID())
-    shard = f"shards/{name}.safetensors"
-
     parts = [rollout.all_tensors() for rollout in rollouts]
-    tensors = {key: torch.cat([part[key] for part in parts]) for key in parts[0]}
-    write_durably(folder / shard, lambda path: save_file(tensors, path, metadata=spec_metadata(spec)))
+    shard = write_shard(session, name, parts, rollouts[0].spec)
 
     created = datetime.now(UTC)
     receipts, rows, start = [], [], 0
     for rollout, part in zip(rollouts, parts, strict=True):
         stop = start + rollout.n_rows
-        receipt = Receipt(session_id, rollout.rollout_id, str(folder), shard, start, stop)
+        receipt = Receipt(session.name, rollout.rollout_id, session.uri, shard.name, start, stop)
         receipts.append(receipt)
         rows.append(index_row(rollout, receipt, created, rows_checksum(part)))
         start = stop
-    table = pa.Table.from_pylist(rows, schema=INDEX_SCHEMA)
-    write_durably(folder / f"index/{name}.parquet", lambda path: pq.write_table(table, path, write_page_checksum=True))
+    session.child("index").put(f"{name}.parquet", [index_bytes(rows, [shard])])
     return receipts
 
 
-def _make_session(folder: Path, session_id: str) -> None:
-    """Create a session's folders and identity, if they are not there."""
-    make_folder(folder / "shards")
-    make_folder(folder / "index")
-    identity = folder / "session.json"
-    if not identity.exists():
-        body = {"name": session_id, "schema_version": SCHEMA_VERSION, "created": datetime.now(UTC).isoformat()}
-        write_durably(identity, lambda path: path.write_text(json.dumps(body, indent=2) + "\n"))
+def _make_session(session: Place) -> None:
+    """Create a session's identity, if it is not there."""
+    if not any(entry.name == "session.json" for entry in session.entries()):
+        body = {"name": session.name, "schema_version": SCHEMA_VERSION, "created": datetime.now(UTC).isoformat()}
+        session.put("session.json", [(json.dumps(body, indent=2) + "\n").encode()])

@@ -277,6 +277,20 @@ class SessionPage(SessionEntry):
     items: list[RolloutEntry]
 
 
+class SessionFile(Shape):
+    """A file of a session: its path inside, and its size in bytes."""
+
+    name: str
+    size: int = Field(ge=0)
+
+
+class SessionFiles(Shape):
+    """The committed files of a session: those that others name come before those that name them."""
+
+    object: Literal["list"]
+    data: list[SessionFile]
+
+
 class DeletedSession(Shape):
     """A session that is gone."""
 
@@ -321,9 +335,9 @@ def documented(reply: type[BaseModel], *, streams: bool = False) -> dict[str, An
     return {"response_model": None, "responses": {200: good, **_errors()}}
 
 
-def archive() -> dict[str, Any]:
-    """Return the arguments of a route that sends a tar archive."""
-    content = {"application/x-tar": {"schema": {"type": "string", "format": "binary"}}}
+def binary(media_type: str) -> dict[str, Any]:
+    """Return the arguments of a route that sends bytes."""
+    content = {media_type: {"schema": {"type": "string", "format": "binary"}}}
     return {
         "response_class": Response,
         "responses": {200: {"content": content, "description": "As asked"}, **_errors()},

@@ -123,6 +123,7 @@ class TeacherForcing:
         for group in self._groups(texts):
             for text, read in self._read(group):
                 if isinstance(read, _Read):
+                    self._writer.wait_for_room()
                     pending.append((text, self._writer.submit(self._rollout(text, read))))
                 else:
                     yield NotStored(text, f"{type(read).__name__}: {read}")

@@ -78,6 +78,6 @@ def _check_same(session: Session, stored: CaptureSpec, asked: CaptureSpec) -> No
     ]
     if differences:
         raise OtherCaptureError(
-            f"session {session.path} holds these texts already, captured otherwise: {'; '.join(differences)}. "
+            f"session {session.uri} holds these texts already, captured otherwise: {'; '.join(differences)}. "
             "Choose another --session: readers would count only the later of the two"
         )

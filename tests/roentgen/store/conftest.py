@@ -1,5 +1,8 @@
 """Rollouts with random rows, made the way the server makes them."""
 
+from collections.abc import Iterator
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +10,7 @@ from ulid import ULID
 
 from roentgen.contract import Positions, RolloutKey
 from roentgen.store import CaptureSpec, Rollout, Segment
+from tests.s3 import BUCKET, ENVIRONMENT, s3_endpoint
 
 KEYS = ("layers.1.resid_post", "layers.2.resid_post")
 
@@ -54,3 +58,20 @@ class RolloutFactory:
 @pytest.fixture
 def rollout() -> RolloutFactory:
     return RolloutFactory()
+
+
+@pytest.fixture(scope="session")
+def endpoint(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real S3 endpoint, for the tests of this folder."""
+    with s3_endpoint(tmp_path_factory.mktemp("s3") / "moto.log") as address:
+        yield address
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A store's address: once on a disk, once in a bucket."""
+    if request.param == "folder":
+        return str(tmp_path / "store")
+    for name, value in (ENVIRONMENT | {"AWS_ENDPOINT_URL": request.getfixturevalue("endpoint")}).items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{BUCKET}/{tmp_path.name}/store"

@@ -17,9 +17,15 @@ from roentgen.store import Session, StoreError, StoreWriter, list_sessions, veri
 from tests.roentgen.store.conftest import KEYS, RolloutFactory
 
 
-def test_rows_come_back_as_written(tmp_path: Path, rollout: RolloutFactory) -> None:
+def index_file(store: Path) -> Path:
+    """Return the one index file of session "s"."""
+    (file,) = (store / "s/index").iterdir()
+    return file
+
+
+def test_rows_come_back_as_written(store: str, rollout: RolloutFactory) -> None:
     written = [rollout(n_prompt=n, n_completion=5 - n % 3) for n in range(1, 9)]
-    with StoreWriter(tmp_path) as writer:
+    with StoreWriter(store) as writer:
         receipts = [future.result() for future in [writer.submit(r) for r in written]]
     session = Session.open(receipts[0].uri)
     frame = session.rollouts().set_index("rollout_id")
@@ -52,19 +58,19 @@ def test_a_stranger_can_read_it(tmp_path: Path, rollout: RolloutFactory) -> None
     assert json.loads((tmp_path / "s" / "session.json").read_text())["name"] == "s"
 
 
-def test_one_group_is_one_shard_per_spec(tmp_path: Path, rollout: RolloutFactory) -> None:
-    with StoreWriter(tmp_path, max_wait_s=5) as writer:
+def test_one_group_is_one_shard_per_spec(store: str, rollout: RolloutFactory) -> None:
+    with StoreWriter(store, max_wait_s=5) as writer:
         futures = [writer.submit(rollout(positions=p)) for p in ["all", "all", "last_prompt", "all"]]
     shards = {f.result().shard for f in futures}
     assert len(shards) == 2
-    assert verify(Session.open(tmp_path / "s")).rollouts == 4
+    assert verify(Session.open(f"{store}/s")).rollouts == 4
 
 
-def test_position_policies_are_read_from_full_rows(tmp_path: Path, rollout: RolloutFactory) -> None:
+def test_position_policies_are_read_from_full_rows(store: str, rollout: RolloutFactory) -> None:
     original = rollout(n_prompt=4, n_completion=4)
-    with StoreWriter(tmp_path) as writer:
+    with StoreWriter(store) as writer:
         writer.submit(original).result()
-    session, rows = Session.open(tmp_path / "s"), original.tensors[KEYS[0]]
+    session, rows = Session.open(f"{store}/s"), original.tensors[KEYS[0]]
     expected = {
         "prompt": rows[:4],
         "generated": rows[4:],
@@ -80,10 +86,10 @@ def test_position_policies_are_read_from_full_rows(tmp_path: Path, rollout: Roll
         session.activations(KEYS[0]).stack()
 
 
-def test_what_was_not_stored_cannot_be_read(tmp_path: Path, rollout: RolloutFactory) -> None:
-    with StoreWriter(tmp_path) as writer:
+def test_what_was_not_stored_cannot_be_read(store: str, rollout: RolloutFactory) -> None:
+    with StoreWriter(store) as writer:
         writer.submit(rollout(positions="last_prompt")).result()
-    session = Session.open(tmp_path / "s")
+    session = Session.open(f"{store}/s")
     assert session.activations(KEYS[0], positions="last_prompt")[0].position.tolist() == [3]
     with pytest.raises(StoreError, match="stores positions 'last_prompt'"):
         session.activations(KEYS[0], positions="generated")[0]
@@ -91,12 +97,12 @@ def test_what_was_not_stored_cannot_be_read(tmp_path: Path, rollout: RolloutFact
         session.activations("layers.9.resid_post")[0]
 
 
-def test_a_retried_rollout_counts_once(tmp_path: Path, rollout: RolloutFactory) -> None:
+def test_a_retried_rollout_counts_once(store: str, rollout: RolloutFactory) -> None:
     first, again = rollout(problem="p1"), rollout(problem="p1")
-    with StoreWriter(tmp_path) as writer:
+    with StoreWriter(store) as writer:
         for r in (first, rollout(problem="p2"), again, rollout(), rollout()):
             writer.submit(r).result()
-    session = Session.open(tmp_path / "s")
+    session = Session.open(f"{store}/s")
     assert len(session.rollouts(unique=False)) == 5
     unique = session.rollouts()
     assert len(unique) == 4  # p1 once, p2, and two without a key
@@ -106,18 +112,18 @@ def test_a_retried_rollout_counts_once(tmp_path: Path, rollout: RolloutFactory) 
     assert len(session.activations(KEYS[0], where=everything[everything.rollout_id == first.rollout_id])) == 1
 
 
-def test_an_open_session_sees_new_commits(tmp_path: Path, rollout: RolloutFactory) -> None:
-    with StoreWriter(tmp_path) as writer:
+def test_an_open_session_sees_new_commits(store: str, rollout: RolloutFactory) -> None:
+    with StoreWriter(store) as writer:
         writer.submit(rollout()).result()
-        session = Session.open(tmp_path / "s")
+        session = Session.open(f"{store}/s")
         assert len(session.rollouts()) == 1
         writer.submit(rollout()).result()
         assert len(session.rollouts()) == 2
 
 
-def test_many_writers_need_no_coordination(tmp_path: Path, rollout: RolloutFactory) -> None:
+def test_many_writers_need_no_coordination(store: str, rollout: RolloutFactory) -> None:
     def write() -> None:
-        with StoreWriter(tmp_path, max_wait_s=0.01) as writer:
+        with StoreWriter(store, max_wait_s=0.01) as writer:
             for _ in range(10):
                 writer.submit(rollout()).result()
 
@@ -126,7 +132,7 @@ def test_many_writers_need_no_coordination(tmp_path: Path, rollout: RolloutFacto
         thread.start()
     for thread in threads:
         thread.join()
-    report = verify(Session.open(tmp_path / "s"))
+    report = verify(Session.open(f"{store}/s"))
     assert (report.rollouts, report.damage, report.orphans) == (40, [], [])
 
 
@@ -157,8 +163,7 @@ def test_verify_finds_a_torn_and_a_missing_shard(tmp_path: Path, rollout: Rollou
 def test_a_damaged_index_is_named(tmp_path: Path, rollout: RolloutFactory) -> None:
     with StoreWriter(tmp_path) as writer:
         writer.submit(rollout()).result()
-    session = Session.open(tmp_path / "s")
-    index = session.index_files()[0]
+    session, index = Session.open(tmp_path / "s"), index_file(tmp_path)
     body = bytearray(index.read_bytes())
     body[len(body) // 3] ^= 0xFF
     index.write_bytes(body)
@@ -171,7 +176,7 @@ def test_an_orphan_shard_is_invisible(tmp_path: Path, rollout: RolloutFactory) -
     with StoreWriter(tmp_path) as writer:
         receipt = writer.submit(rollout()).result()
     session = Session.open(tmp_path / "s")
-    session.index_files()[0].unlink()
+    index_file(tmp_path).unlink()
     assert len(session.rollouts()) == 0
     assert verify(session).orphans == [receipt.shard]
 
@@ -197,26 +202,29 @@ def test_a_newer_schema_is_refused(tmp_path: Path, rollout: RolloutFactory) -> N
     with StoreWriter(tmp_path) as writer:
         writer.submit(rollout()).result()
     session = Session.open(tmp_path / "s")
-    table = pq.read_table(session.index_files()[0])
-    pq.write_table(table.replace_schema_metadata({"roentgen_schema": "99"}), session.index_files()[0])
+    table = pq.read_table(index_file(tmp_path))
+    pq.write_table(table.replace_schema_metadata({"roentgen_schema": "99"}), index_file(tmp_path))
     with pytest.raises(StoreError, match="schema 99"):
         session.rollouts()
 
 
-def test_submit_waits_while_too_much_is_pending(tmp_path: Path, rollout: RolloutFactory) -> None:
-    size = rollout().nbytes
-    with StoreWriter(tmp_path, max_wait_s=0.2, max_pending_bytes=size) as writer:
-        futures = [writer.submit(rollout()) for _ in range(6)]
-        assert futures[0].done()  # the sixth could only be queued once earlier ones were on disk
-    assert all(future.done() for future in futures)
+def test_there_is_no_room_while_too_much_is_pending(tmp_path: Path, rollout: RolloutFactory) -> None:
+    with StoreWriter(tmp_path, max_wait_s=0.3, max_pending_bytes=2 * rollout().nbytes) as writer:
+        assert writer.wait_for_room(0)
+        first = writer.submit(rollout())
+        assert writer.has_room
+        writer.submit(rollout())
+        assert not writer.wait_for_room(0)
+        assert writer.wait_for_room()
+        assert first.done()  # there was room again only because it is on the disk
 
 
-def test_sessions_are_summarised(tmp_path: Path, rollout: RolloutFactory) -> None:
-    assert list_sessions(tmp_path / "none") == []
-    with StoreWriter(tmp_path) as writer:
+def test_sessions_are_summarised(store: str, rollout: RolloutFactory) -> None:
+    assert list_sessions(f"{store}/none") == []
+    with StoreWriter(store) as writer:
         for name in ("b", "a"):
             writer.submit(rollout(session=name)).result()
-    summaries = list_sessions(tmp_path)
+    summaries = list_sessions(store)
     assert [s.session_id for s in summaries] == ["a", "b"]
     assert summaries[0].tokens == 6
     assert summaries[0].keys == list(KEYS)

@@ -1,0 +1,57 @@
+"""Tidies a session: what no reader wants goes, and, against the runs it belongs to, what no run names.
+
+A rollout that was stored but never recorded was acknowledged to nobody who lived to write it down: its evaluation was killed,
+and its problem posed again. Only the runs know which those are, so they must be named; rollouts of other configurations stay.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ulid import ULID
+
+from roentgen.runs import Run
+from roentgen.store import Session
+from roentgen.store.merging import collect, compact
+
+
+@dataclass(frozen=True)
+class Tidied:
+    """What went: rollouts that no run names, and files with their bytes."""
+
+    dropped: int = 0
+    files: list[str] = field(default_factory=list)
+    size: int = 0
+
+
+def tidy(uri: str, runs: Sequence[Path], *, older_than_s: float, dry_run: bool = False) -> Tidied:
+    """Remove from a session what is not wanted.
+
+    Args:
+        uri: the session's address.
+        runs: run directories: of their configurations, only rollouts that they name stay.
+        older_than_s: leave what is younger than this, in seconds.
+        dry_run: only say what would go.
+
+    Raises:
+        StoreError: if the session cannot be read, or is damaged.
+        RunError: if a run cannot be read.
+        OSError: as the disk or the bucket answers.
+    """
+    session, opened = Session.open(uri), [Run.open(run) for run in runs]
+    named = {ref.rollout_id for run in opened for sample in run.samples() for ref in sample.rollouts}
+    hashes = {run.config.config_hash for run in opened}
+    now = ULID().timestamp
+
+    def keep(row: dict[Any, Any]) -> bool:
+        young = now - ULID.from_str(row["rollout_id"]).timestamp < older_than_s
+        return young or row["rollout_id"] in named or row["config_hash"] not in hashes
+
+    unwanted = (
+        sum(not keep(row) for row in session.rollouts(unique=False, columns=()).to_dict("records")) if runs else 0
+    )
+    if unwanted and not dry_run:
+        compact(session, keep=keep)
+    gone = collect(session, grace_s=older_than_s, dry_run=dry_run)
+    return Tidied(unwanted, gone.files, gone.size)

@@ -1,0 +1,140 @@
+"""Gives a session away in other shapes, one rollout at a time: loose `.pt` files, and torch, Ray and Hugging Face datasets.
+
+The `.pt` files are those of the tool that this project replaces, so that scripts written for it go on working:
+`activations_{session}_{rollout}_layer_{i}_{hook}.pt`, float32, `[1, rows, d_model]`, with its names for the norms' outputs.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from roentgen.contract import split_key
+from roentgen.store.durable import make_folder, write_durably
+from roentgen.store.reader import RolloutRows, Session
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from ray.data import Dataset as RayDataset
+
+_OLD_HOOKS = {"ln_attn": "input_layernorm_output", "ln_mlp": "post_attention_layernorm_output"}
+
+
+def pt_file_name(session_id: str, rollout_id: str, key: str) -> str:
+    """Return the name of a loose file; `_` separates its parts, so a session's own become `-`."""
+    hook, layer = split_key(key)
+    hook = _OLD_HOOKS.get(hook, hook).replace(".", "_")
+    place = hook if layer is None else f"layer_{layer}_{hook}"
+    return f"activations_{session_id.replace('_', '-')}_{rollout_id}_{place}.pt"
+
+
+def export_pt(session: Session, folder: Path, *, said: Callable[[int], None] = lambda _: None) -> int:
+    """Write every rollout's every key to a file of its own; those that are there already stay.
+
+    Args:
+        session: what to export; retried rollouts once.
+        folder: where to; made if absent.
+        said: told how many rollouts are done.
+
+    Returns:
+        How many files there are.
+
+    Raises:
+        StoreError: if the session cannot be read.
+        OSError: as the disk answers; what is there is whole.
+    """
+    make_folder(folder)
+    frame = session.rollouts(columns=())
+    files = 0
+    for number in range(len(frame)):
+        row = frame.iloc[number : number + 1]
+        for key in session.spec(row["shard"].iloc[0]).keys:
+            path = folder / pt_file_name(session.name, row["rollout_id"].iloc[0], key)
+            if not path.exists():
+                values = session.activations(key, where=row)[0].values.float().unsqueeze(0).clone()
+                write_durably(path, lambda temporary, values=values: torch.save(values, temporary))  # type: ignore[misc]
+            files += 1
+        said(number + 1)
+    return files
+
+
+class TorchRollouts(IterableDataset[dict[str, Any]]):
+    """A torch dataset: `rollout_id`, `values` (`[rows, *shape]`, as stored), `position` (`[rows]`) and `labels`.
+
+    Each worker of a DataLoader reads every so many-th rollout. Batches of ragged rollouts need a `collate_fn`.
+    """
+
+    def __init__(self, uri: str, key: str, where: pd.DataFrame, positions: str) -> None:
+        self._uri, self._key, self._where, self._positions = uri, key, where, positions
+
+    def __len__(self) -> int:
+        return len(self._where)
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        worker = get_worker_info()
+        first, step = (worker.id, worker.num_workers) if worker else (0, 1)
+        frame = self._where.iloc[first::step]
+        rows = Session.open(self._uri).activations(self._key, where=frame, positions=self._positions)
+        for item, labels in zip(rows, frame["labels"], strict=True):
+            yield {
+                "rollout_id": item.rollout_id,
+                "values": item.values,
+                "position": torch.from_numpy(item.position.copy()),
+                "labels": labels,
+            }
+
+
+def to_torch(session: Session, key: str, *, where: pd.DataFrame | None = None, positions: str = "all") -> TorchRollouts:
+    """Return a torch dataset of one key's rows; arguments as `Session.activations`."""
+    return TorchRollouts(session.uri, key, _wanted(session, where), positions)
+
+
+def to_hf(session: Session, key: str, *, where: pd.DataFrame | None = None, positions: str = "all") -> "Dataset":
+    """Return a Hugging Face dataset of one key's rows, in float32, written to its cache a rollout at a time.
+
+    Columns: `rollout_id`, `problem_id`, `epoch`, `turn`, `position` (list), `values` (list of rows).
+    """
+    from datasets import Dataset
+
+    frame = _wanted(session, where)
+
+    def examples(uri: str, key: str, positions: str) -> Iterator[dict[str, Any]]:
+        rows = Session.open(uri).activations(key, where=frame, positions=positions)
+        for item, row in zip(rows, frame.to_dict("records"), strict=True):
+            keyed = {name: None if pd.isna(row[name]) else row[name] for name in ("problem_id", "epoch", "turn")}
+            yield {"rollout_id": item.rollout_id, **keyed, "position": item.position.tolist(), "values": _floats(item)}
+
+    made: Dataset = Dataset.from_generator(
+        examples, gen_kwargs={"uri": session.uri, "key": key, "positions": positions}
+    )
+    return made
+
+
+def to_ray(session: Session, key: str, *, where: pd.DataFrame | None = None, positions: str = "all") -> "RayDataset":
+    """Return a Ray Dataset of one key's rows, in float32, read by Ray's tasks where they run, which must reach the store.
+
+    Columns: those of `LOCATION` (`store.reader`), `position` and `values` (`[rows, *shape]`).
+    """
+    import ray.data
+
+    uri = session.uri
+
+    def read(batch: pd.DataFrame) -> pd.DataFrame:
+        rows = list(Session.open(uri).activations(key, where=batch, positions=positions))
+        ragged = {"position": [item.position for item in rows], "values": [_floats(item) for item in rows]}
+        return batch.assign(**{name: pd.Series(column, index=batch.index) for name, column in ragged.items()})
+
+    frame = _wanted(session, where).drop(columns="labels")
+    made: RayDataset = ray.data.from_pandas(frame).map_batches(read, batch_format="pandas", batch_size=256)
+    return made
+
+
+def _floats(item: RolloutRows) -> Any:
+    return item.values.float().numpy()
+
+
+def _wanted(session: Session, where: pd.DataFrame | None) -> pd.DataFrame:
+    return session.rollouts(columns=("labels",)) if where is None else where

@@ -1,0 +1,106 @@
+"""Brings a session here: from a server's routes, or from any place a store can be at.
+
+A session's files never change and are named once, so what is here already need not be fetched again: a pull that was
+interrupted goes on where it stopped. Shards come first and indexes last, so that what is half here is never seen.
+"""
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import httpx
+
+from roentgen.contract import check_session_id
+from roentgen.store.places import Bytes, open_place
+from roentgen.store.reader import Session
+from roentgen.store.schema import StoreError
+from roentgen.store.sessions import file_place, session_files
+
+_FILE = re.compile(r"session\.json|shards/[0-9A-Z]{26}\.safetensors|index/[0-9A-Z]{26}\.parquet")
+_TIMEOUT_S = 60.0
+
+Files = list[tuple[str, int]]
+Fetch = Callable[[str], Iterator[Bytes]]
+
+
+def is_session_file(name: str) -> bool:
+    """Whether a path can be that of a session's file."""
+    return _FILE.fullmatch(name) is not None
+
+
+def pull(
+    source: str, store: str, *, api_key: str = "", said: Callable[[int, int], None] = lambda done, size: None
+) -> str:
+    """Copy a session into a store.
+
+    Args:
+        source: a session's address, or http://SERVER/v1/activations/session/ID.
+        store: where to; the session keeps its name.
+        api_key: the server's.
+        said: told the bytes that are here, and of the whole.
+
+    Returns:
+        The copy's address.
+
+    Raises:
+        StoreError: if the source cannot be read; what has come so far stays, and is not fetched again.
+        OSError: as the disk or the bucket answers.
+    """
+    with _opened(source, api_key) as (name, files, fetch):
+        target = open_place(store).child(name)
+        size, done = sum(length for _, length in files), 0
+        folders = {folder: target.child(folder).entries() for folder in ("shards", "index")}
+        here = {f"{folder}/{entry.name}": entry.size for folder, entries in folders.items() for entry in entries}
+        here |= {entry.name: entry.size for entry in target.entries()}
+        for path, length in files:
+            folder, _, file = path.rpartition("/")
+            if here.get(path) != length:
+                (target.child(folder) if folder else target).put(file, fetch(path))
+            done += length
+            said(done, size)
+    return target.uri
+
+
+@contextmanager
+def _opened(source: str, api_key: str) -> Iterator[tuple[str, Files, Fetch]]:
+    if source.startswith(("http://", "https://")):
+        with _server(source.rstrip("/"), api_key) as opened:
+            yield opened
+        return
+    session = Session.open(source)
+
+    def fetch(path: str) -> Iterator[Bytes]:
+        place, name = file_place(session, path)
+        return place.stream(name)
+
+    yield session.name, [(entry.name, entry.size) for entry in session_files(session)], fetch
+
+
+@contextmanager
+def _server(address: str, api_key: str) -> Iterator[tuple[str, Files, Fetch]]:
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    with httpx.Client(headers=headers, timeout=_TIMEOUT_S) as client:
+        try:
+            reply = client.get(f"{address}/files")
+            if reply.is_error:
+                raise StoreError(f"{address}/files answers {reply.status_code}: {reply.text[:500]}")
+            files = [(str(file["name"]), int(file["size"])) for file in reply.json()["data"]]
+            name = check_session_id(address.rpartition("/")[2])
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{address} is not a session of a server: {error or type(error).__name__}") from error
+        if unsafe := [path for path, _ in files if not is_session_file(path)]:
+            raise StoreError(f"{address} lists {unsafe[0]!r}, which is no file of a session")
+
+        def fetch(path: str) -> Iterator[Bytes]:
+            try:
+                with client.stream("GET", f"{address}/files/{path}") as reply:
+                    if reply.is_error:
+                        reply.read()
+                        raise StoreError(f"{address}/files/{path} answers {reply.status_code}: {reply.text[:500]}")
+                    yield from reply.iter_bytes(1 << 20)
+            except httpx.HTTPError as error:
+                raise StoreError(
+                    f"{address}/files/{path}: {error or type(error).__name__}; pull again to go on"
+                ) from error
+
+        yield name, files, fetch

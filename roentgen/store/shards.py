@@ -1,0 +1,156 @@
+"""A shard: the rows of many rollouts, tensor after tensor, in a safetensors file.
+
+Written as a stream: the header first, since all sizes are known, then each tensor's rows as the rollouts hold them, so that a
+shard never lies in memory a second time. Read by ranges: the header says where a tensor begins, and its rows have equal sizes,
+so some rows of one layer are one range of the file, which a disk maps and a bucket sends.
+
+The format: https://huggingface.co/docs/safetensors/index#format
+"""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Shaped
+from torch import Tensor
+
+from roentgen.store.places import Bytes, Place
+from roentgen.store.schema import CaptureSpec, StoreError, read_spec, spec_metadata, tensor_bytes
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_HEADER_GUESS = 64 << 10
+"""Bytes read at once to get the header of all but enormous shards in one request."""
+
+
+def shard_bytes(parts: Sequence[dict[str, Tensor]], spec: CaptureSpec) -> Iterator[Bytes]:
+    """Yield a shard's bytes.
+
+    Args:
+        parts: per rollout, every tensor of the shard, `[rows, *shape]`.
+        spec: what the rollouts have in common.
+    """
+    # Wide types first, so that every tensor begins at a multiple of its element's size.
+    names = sorted(parts[0], key=lambda name: (-parts[0][name].element_size(), name))
+    header: dict[str, object] = {"__metadata__": spec_metadata(spec)}
+    offset = 0
+    for name in names:
+        first = parts[0][name]
+        rows = sum(len(part[name]) for part in parts)
+        end = offset + rows * math.prod(first.shape[1:]) * first.element_size()
+        header[name] = {
+            "dtype": _NAMES[first.dtype], "shape": [rows, *first.shape[1:]], "data_offsets": [offset, end],
+        }  # fmt: skip
+        offset = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in names:
+        for part in parts:
+            yield tensor_bytes(part[name])
+
+
+@dataclass(frozen=True)
+class _Stored:
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.shape[1:]) * self.dtype.itemsize
+
+
+class Shard:
+    """An open shard, its header checked.
+
+    Attributes:
+        spec: what its rollouts have in common.
+        names: its tensors.
+        layout: what shards must agree in to be merged: each tensor's name, dtype and shape of a row.
+        row_bytes: of a row of all tensors together.
+    """
+
+    def __init__(self, place: Place, name: str) -> None:
+        """Open `name` (such as "shards/….safetensors") of a session.
+
+        Raises:
+            StoreError: if it is missing, damaged or of a newer schema.
+        """
+        self._where = f"shard {place.uri}/{name}"
+        try:
+            self._file = place.open(name)
+            header, begin = self._header()
+            metadata: Any = header.pop("__metadata__", None)
+            self._tensors = {name: _stored(entry, begin) for name, entry in header.items()}
+        except FileNotFoundError:
+            raise StoreError(f"{self._where} is missing") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise StoreError(f"{self._where} is damaged: {error}") from error
+        end = max((s.start + s.shape[0] * s.row_bytes for s in self._tensors.values()), default=begin)
+        if end != self._file.size:
+            raise StoreError(f"{self._where} is damaged: it has {self._file.size:,} bytes instead of {end:,}")
+        self.spec = read_spec(metadata, f"{place.uri}/{name}")
+        self.names = tuple(self._tensors)
+        self.layout = tuple((name, s.dtype, s.shape[1:]) for name, s in sorted(self._tensors.items()))
+        self.row_bytes = sum(s.row_bytes for s in self._tensors.values())
+        self.column = lru_cache(maxsize=None)(self._column)
+
+    def rows(self, name: str, start: int, stop: int) -> Shaped[Tensor, "rows ..."]:
+        """Return rows `[start, stop)` of a tensor; nothing else is read.
+
+        Raises:
+            StoreError: if they cannot be read.
+        """
+        stored = self._tensors[name]
+        if not 0 <= start <= stop <= stored.shape[0]:
+            raise StoreError(
+                f"{self._where} is damaged: it has {stored.shape[0]} rows, and its index names {start}:{stop}"
+            )
+        size = (stop - start) * stored.row_bytes
+        if not size:
+            return torch.empty((stop - start, *stored.shape[1:]), dtype=stored.dtype)
+        try:
+            data = self._file.read(stored.start + start * stored.row_bytes, size)
+        except OSError as error:
+            raise StoreError(f"{self._where} cannot be read: {error}") from error
+        return torch.frombuffer(data, dtype=stored.dtype).view(stop - start, *stored.shape[1:])
+
+    def gather(self, name: str, start: int, rows: Shaped[np.ndarray, "n"]) -> Shaped[Tensor, "n ..."]:
+        """Return the given rows, counted from `start`, reading no more than the span they lie in."""
+        if len(rows) == 0:
+            return self.rows(name, start, start)
+        first, last = int(rows[0]), int(rows[-1])
+        return self.rows(name, start + first, start + last + 1)[torch.from_numpy(rows - first)]
+
+    def _column(self, name: str) -> Shaped[np.ndarray, "rows"]:
+        """Return one of the narrow tensors that describe the rows, all of it: it is read once, for every rollout."""
+        values: np.ndarray = self.rows(name, 0, self._tensors[name].shape[0]).numpy()
+        return values
+
+    def _header(self) -> tuple[dict[str, dict[str, object]], int]:
+        begin = bytes(self._file.read(0, min(self._file.size, _HEADER_GUESS)))
+        length = int.from_bytes(begin[:8], "little")
+        if len(begin) < 8 or 8 + length > self._file.size:
+            raise ValueError(f"its header does not end within its {self._file.size:,} bytes")
+        text = begin[8 : 8 + length] if 8 + length <= len(begin) else bytes(self._file.read(8, length))
+        return json.loads(text), 8 + length
+
+
+def _stored(entry: dict[str, object], begin: int) -> _Stored:
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not (isinstance(dtype, str) and isinstance(shape, list) and isinstance(offsets, list)):
+        raise ValueError("its header is not one of safetensors")
+    stored = _Stored(_DTYPES[dtype], tuple(int(size) for size in shape), begin + int(offsets[0]))
+    if int(offsets[1]) - int(offsets[0]) != stored.shape[0] * stored.row_bytes:
+        raise ValueError("a tensor's place and its shape do not agree")
+    return stored
