@@ -3,6 +3,7 @@
 import asyncio
 import json
 import time
+from pathlib import Path
 
 import httpx
 import openai
@@ -10,6 +11,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from roentgen.store import Session, verify
+from roentgen.store.pulling import pull
 from tests.conftest import RayHome, Server, start_server
 from tests.reference import teacher_forced, worst_error
 
@@ -118,7 +120,7 @@ def test_stored_rows_equal_a_teacher_forced_forward(server: Server) -> None:
     assert verify(session).ok
 
 
-def test_sessions_are_listed_and_shown(server: Server, client: OpenAI) -> None:
+def test_sessions_are_listed_shown_and_pulled(server: Server, client: OpenAI, tmp_path: Path) -> None:
     for number in range(3):
         key = {"config_hash": "abc", "problem_id": f"p{number}"}
         ask(
@@ -131,6 +133,11 @@ def test_sessions_are_listed_and_shown(server: Server, client: OpenAI) -> None:
     assert [item["problem_id"] for item in page["items"]] == ["p1"]
     assert httpx.get(f"{server.base_url}/activations/session/none").status_code == 404
     assert httpx.get(f"{server.base_url}/activations/session/*").status_code == 400
+    address = f"{server.base_url}/activations/session/listed"
+    report = verify(Session.open(pull(address, str(tmp_path))))
+    assert (report.rollouts, report.damage, report.orphans) == (3, [], [])
+    for path in ("nothing", "shards/..%2Fsession.json", f"shards/{26 * '0'}.safetensors"):
+        assert httpx.get(f"{address}/files/{path}").status_code == 404
 
 
 @pytest.mark.parametrize("stream", [False, True])
