@@ -69,7 +69,7 @@ def error(rows: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def column(session: Session, row: pd.Series, name: str) -> np.ndarray:
-    return load_file(session.path / row["shard"])[name][row["row_start"] : row["row_stop"]]
+    return load_file(f"{session.uri}/{row['shard']}")[name][row["row_start"] : row["row_stop"]]
 
 
 def capture_all(
@@ -243,6 +243,6 @@ def test_a_full_disk_ends_it_and_says_so(force, engine, llama, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("roentgen.store.writer.write_durably", full)
+    monkeypatch.setattr("roentgen.store.places.write_durably", full)
     with pytest.raises(StoreError, match=r"could not be stored: .*No space left"):
         capture_all(force(llama, engine), llama)
