@@ -21,6 +21,7 @@ from tests.serve_app import tiny
 
 pytestmark = pytest.mark.integration
 TIMEOUT_S = 12
+MAX_QUEUE = 16
 LONG = {"max_tokens": 15_000, "logit_bias": {str(tiny.EOS): -100}, "temperature": 0}
 
 
@@ -38,9 +39,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def served(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, RayHome]]:
-    """One place in the batch, and a short limit for requests."""
+    """One place in the batch, a short queue, and a short limit for requests."""
     home = RayHome(tempfile.mkdtemp(prefix="rt-", dir="/tmp"))
-    options = ["--max-batch", "1", "--request-timeout", str(TIMEOUT_S), "--model", str(folders["llama"])]
+    options = ["--max-batch", "1", "--max-queue", str(MAX_QUEUE), "--request-timeout", str(TIMEOUT_S)]
+    options += ["--model", str(folders["llama"])]
     for allowed in (folders["qwen3"], "/no/such/folder"):
         options += ["--allow-model", str(allowed)]
     server = start_server(tmp_path_factory.mktemp("store"), home, *options)
@@ -152,7 +154,7 @@ def test_health_answers_while_a_replica_does_not(served: tuple[Server, RayHome])
 def test_replicas_that_hang_gather_a_bounded_number_of_requests(served: tuple[Server, RayHome]) -> None:
     server, home = served
     (replica,) = replicas(home)
-    most = 2 * most_per_replica(ServerConfig(max_batch=1))  # on their way, and in Serve's own queue
+    most = 2 * most_per_replica(ServerConfig(max_batch=1, max_queue=MAX_QUEUE))  # on their way, and in Serve's own queue
 
     async def send_all() -> list[httpx.Response]:
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
