@@ -143,7 +143,7 @@ def test_a_killed_driver_loses_and_repeats_nothing(
         time.sleep(0.05)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    kept = Run.open(tmp_path / "run").samples()
+    kept = list(Run.open(tmp_path / "run").samples())
     assert 6 <= len(kept) < 24
     assert ray_home.wait_until_gone() == []
 
@@ -153,7 +153,7 @@ def test_a_killed_driver_loses_and_repeats_nothing(
     run = Run.open(tmp_path / "run")
     lines = [json.loads(line)["problem_id"] for line in run.record_path.read_text().splitlines()]
     assert len(lines) == len(set(lines)) == 24
-    assert run.samples()[: len(kept)] == kept
+    assert list(run.samples()[: len(kept)]) == kept
     # The store may hold a rollout twice that was acknowledged to the driver that died; it counts once.
     session = Session.open(kept[0].rollouts[0].uri)
     assert len(session.rollouts()) == 24

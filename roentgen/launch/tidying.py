@@ -41,7 +41,7 @@ def tidy(uri: str, runs: Sequence[Path], *, older_than_s: float, dry_run: bool =
     """
     session, opened = Session.open(uri), [Run.open(run) for run in runs]
     named = {ref.rollout_id for run in opened for sample in run.samples() for ref in sample.rollouts}
-    hashes = {run.config.config_hash for run in opened}
+    hashes = {config_hash for run in opened for config_hash in run.config.config_hashes}
     now = ULID().timestamp
 
     def keep(row: dict[Any, Any]) -> bool:

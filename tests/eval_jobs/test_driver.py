@@ -235,7 +235,7 @@ def test_a_driver_stopped_half_way_is_continued(
         assert driver.returncode == 130
         assert "the same command (without --new) continues there" in said
         assert "Traceback" not in said
-    kept = Run.open(tmp_path / "run").samples()
+    kept = list(Run.open(tmp_path / "run").samples())
     assert 8 <= len(kept) < 24
 
     again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -243,7 +243,7 @@ def test_a_driver_stopped_half_way_is_continued(
     assert f"continuing: {len(kept)} of 24 problems are recorded already" in again.stderr
     run = Run.open(tmp_path / "run")
     assert_complete(run, 24)
-    assert run.samples()[: len(kept)] == kept
+    assert list(run.samples()[: len(kept)]) == kept
     for folder in ("samples", "trajectories", "agent_states"):
         assert len(list((run.path / folder).iterdir())) == 24
     assert len(server.requests) <= 24 + 2 * 4 + 4  # what was in flight ran twice, and no more

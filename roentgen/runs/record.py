@@ -1,0 +1,180 @@
+"""The record of a run, `samples.jsonl`: a line per sample, appended durably by one process, read by any.
+
+A driver that dies leaves at most a torn last line, which the next one cuts off; a lock keeps two drivers from one run. Reading
+is sample by sample: what is held in memory is where each line is, so that a small machine can read a run of a hundred thousand
+problems.
+"""
+
+import fcntl
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self, overload
+
+from pydantic import BaseModel, ValidationError
+
+from roentgen.runs.sample import Sample
+
+BLOCK = 1 << 16
+"""Bytes read at a time, where a file is read from its end."""
+
+
+class RunError(Exception):
+    """A run directory cannot be used; the message names the file and what to do."""
+
+
+class Recorder:
+    """Appends samples to a run's record, durably, while it holds the run's lock."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> Self:
+        file = open(self._path, "ab+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise RunError(f"{self._path.parent} is being written by another evaluation") from None
+        _cut_torn_line(file)
+        self._file = file
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def append(self, sample: Sample) -> None:
+        """Add a sample; when this returns, it is on the disk."""
+        if self._file is None:
+            raise RunError("the recorder is not entered")
+        self._file.write(sample.model_dump_json().encode() + b"\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+
+def is_being_recorded(path: Path) -> bool:
+    """Return whether a recorder holds a record."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where in the record a sample is."""
+
+    line: int
+    offset: int
+    sample_id: str
+    failed: bool
+
+
+class _Head(BaseModel):
+    """What of a sample is wanted to find it."""
+
+    sample_id: str
+    problem_id: str
+    epoch: int = 1
+    config_hash: str
+    error: str | None = None
+
+
+class Samples(Sequence[Sample]):
+    """The samples of a record, read from the disk one at a time, as often as they are asked for."""
+
+    def __init__(self, path: Path, places: Sequence[_Place]) -> None:
+        self._path = path
+        self._places = places
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @overload
+    def __getitem__(self, which: int) -> Sample: ...
+
+    @overload
+    def __getitem__(self, which: slice) -> "Samples": ...
+
+    def __getitem__(self, which: int | slice) -> "Sample | Samples":
+        if isinstance(which, slice):
+            return Samples(self._path, self._places[which])
+        return next(self._read([self._places[which]]))
+
+    def __iter__(self) -> Iterator[Sample]:
+        return self._read(self._places)
+
+    def by_name(self) -> "Samples":
+        """Return them in the order of their names, whatever order they finished in."""
+        return Samples(self._path, sorted(self._places, key=lambda place: _natural(place.sample_id)))
+
+    def _read(self, places: Iterable[_Place]) -> Iterator[Sample]:
+        if not self._places:
+            return
+        with open(self._path, "rb") as file:
+            for place in places:
+                file.seek(place.offset)
+                try:
+                    yield Sample.model_validate_json(file.readline())
+                except ValidationError as error:
+                    raise _damaged(self._path, place.line, error) from error
+
+
+def read_samples(path: Path) -> Samples:
+    """Find each sample's line: an answer's before an error's, the first answer's before later ones'.
+
+    Raises:
+        RunError: if a line, other than a torn last one, is no sample's.
+    """
+    found: dict[tuple[str, str, int], _Place] = {}
+    if not path.exists():
+        return Samples(path, [])
+    offset = 0
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.endswith(b"\n"):
+                break  # torn
+            try:
+                head = _Head.model_validate_json(line)
+            except ValidationError as error:
+                raise _damaged(path, number, error) from error
+            identity = (head.config_hash, head.problem_id, head.epoch)
+            if identity not in found or found[identity].failed:
+                found[identity] = _Place(number, offset, head.sample_id, head.error is not None)
+            offset += len(line)
+    return Samples(path, list(found.values()))
+
+
+def _damaged(path: Path, line: int, error: ValidationError) -> RunError:
+    return RunError(f"{path}, line {line} is not a sample: {error.errors()[0]['msg']}")
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts gsm8k_999 before gsm8k_1000, and gsm8k_0001 before gsm8k_0001_e2."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name)]
+
+
+def _cut_torn_line(file: IO[bytes]) -> None:
+    """Cut what follows the last newline: a line that a crash left half written, and that nobody was told of."""
+    end = file.seek(0, os.SEEK_END)
+    while end > 0:
+        start = max(0, end - BLOCK)
+        file.seek(start)
+        if (found := file.read(end - start).rfind(b"\n")) >= 0:
+            end = start + found + 1
+            break
+        end = start
+    file.truncate(end)
+    file.seek(end)
