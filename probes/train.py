@@ -236,7 +236,7 @@ def fit_and_evaluate(
         within=chosen.within,
     )
     probes = [
-        SavedProbe(_card(data, report, result, everything, n, full), *parts)
+        SavedProbe(*parts, card=_card(data, report, result, everything, n, full))
         for n, (result, parts) in enumerate(zip(results, weights, strict=False))
     ]
     return Trained(report, scores, raw, probes)

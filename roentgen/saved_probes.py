@@ -80,19 +80,17 @@ class ProbeCard(BaseModel):
         return split_key(self.key)[1]
 
 
-@dataclass(frozen=True)
-class SavedProbe:
-    """A probe that can score rows.
+@dataclass(frozen=True, eq=False)
+class Readout:
+    """A linear probe's arithmetic.
 
     Attributes:
-        card: what is known of it.
         weight: directions in standardised features, `[outputs, d]`.
         bias: intercepts, `[outputs]`.
         mean: subtracted from the features, `[d]`.
         scale: what they are then divided by, `[d]`.
     """
 
-    card: ProbeCard
     weight: Float[Tensor, "outputs d"]
     bias: Float[Tensor, "outputs"]
     mean: Float[Tensor, "d"]
@@ -106,6 +104,21 @@ class SavedProbe:
     def direction(self) -> Float[Tensor, "outputs d"]:
         """The directions in the activations' own units, of length 1: along them the scores grow fastest."""
         return torch.nn.functional.normalize(self.weight / self.scale, dim=-1)
+
+    def to(self, device: torch.device) -> "Readout":
+        """Return the same on a device, in float32."""
+        return Readout(*(part.to(device, torch.float32) for part in (self.weight, self.bias, self.mean, self.scale)))
+
+
+@dataclass(frozen=True, eq=False)
+class SavedProbe(Readout):
+    """A probe that says what it is.
+
+    Attributes:
+        card: what is known of it.
+    """
+
+    card: ProbeCard
 
 
 def save_probes(folder: Path, probes: list[SavedProbe]) -> None:
@@ -157,4 +170,4 @@ def load_probe(folder: Path, name: str) -> SavedProbe:
         raise SavedProbeError(f"{folder / TENSORS} is damaged: {error}") from error
     if weight.shape[1:] != mean.shape or mean.shape != scale.shape or bias.shape != weight.shape[:1]:
         raise SavedProbeError(f"{folder / TENSORS} is damaged: the parts of {name} do not fit together")
-    return SavedProbe(cards[name], weight, bias, mean, scale)
+    return SavedProbe(weight, bias, mean, scale, cards[name])

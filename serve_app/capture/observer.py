@@ -1,16 +1,18 @@
-"""Reads module inputs and outputs during a forward, through nnsight, once per step for the whole batch.
+"""Shows module inputs and outputs during a forward, through nnsight, once per step for the whole batch.
 
 nnsight parks a block of intervention code at each location it reads. Parking once per request and hook point is what makes
 captures slow (one greenlet switch each); nnsight's caches avoid it: a cache is an observer to which the interleaver
-hands every value of the locations it subscribes to. `_TapObserver` is such a cache, but hands values on to a sink at once,
-which copies the rows it wants while the tensor is hot, and never keeps the batch's storage alive.
+hands every value of the locations it subscribes to. `_TapObserver` is such a cache, but hands values on to visitors at once:
+to what adds to some rows in place (`steering`), what copies those it wants while the tensor is hot (`rows`), and what scores
+them (`scoring`). None keeps the batch's storage alive. At one location they come in the order they are given, so what steers
+goes first, and the others see what the model goes on with.
 
 Each module that nnsight wraps pays a little in every forward. So `ObservedModel` mirrors no submodule at first; nnsight then
 wraps one when it is first reached by attribute, which is when a request first asks for it.
 """
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -30,10 +32,20 @@ from serve_app.capture.watching import nth_tensor
 if unmount is not None:
     unmount("save")
 
-Sink = Callable[[str, Float[Tensor, "batch tokens ..."]], None]
-"""Called with a stored key and the whole batch's value; must copy what it keeps before it returns."""
-
 T = TypeVar("T")
+
+
+class Visitor(Protocol):
+    """Something that is shown values of one forward.
+
+    Attributes:
+        taps: per stored key, where it wants to look.
+    """
+
+    taps: dict[str, Tap]
+
+    def __call__(self, key: str, value: Float[Tensor, "rows width ..."]) -> None:
+        """Look at the whole batch's value; what is kept of it must be copied before this returns."""
 
 
 class _Bare(Envoy):
@@ -60,23 +72,23 @@ class ObservedModel(TransformersModel):
             envoy = getattr(envoy, part)
         return f"{envoy.path}.{tap.side}"
 
-    def run(self, taps: dict[str, Tap], sink: Sink, forward: Callable[[], T]) -> T:
-        """Run a forward and hand each tap's value to the sink, in the order the model reaches them.
+    def run(self, visitors: Sequence[Visitor], forward: Callable[[], T]) -> T:
+        """Run a forward and show each visitor the values of its taps, in the order the model reaches them.
 
         Args:
-            taps: per stored key, where to read.
-            sink: receives the values, during the forward.
+            visitors: who wants to look; at one location in this order.
             forward: runs the model; called once, on this thread.
 
         Returns:
             What `forward` returned.
         """
-        if not taps:
+        visits: dict[str, list[tuple[Visitor, str, int]]] = {}
+        for visitor in visitors:
+            for key, tap in visitor.taps.items():  # a norm that feeds attention and MLP has two names
+                visits.setdefault(self.location(tap), []).append((visitor, key, tap.place))
+        if not visits:
             return forward()
-        keys: dict[str, list[tuple[str, int]]] = {}
-        for key, tap in taps.items():  # a norm that feeds attention and MLP has two names
-            keys.setdefault(self.location(tap), []).append((key, tap.place))
-        observer = _TapObserver(self, keys, sink)
+        observer = _TapObserver(self, visits)
         results: list[T] = []
         # Two blocks, not one `with` of two: nnsight captures the outer block's body, and the inner block is in it.
         with self.trace(fn=lambda: results.append(forward())) as tracer:  # noqa: SIM117
@@ -88,21 +100,20 @@ class ObservedModel(TransformersModel):
 class _TapObserver(Cache):
     """A cache that hands values on instead of keeping them."""
 
-    def __init__(self, model: ObservedModel, keys: dict[str, list[tuple[str, int]]], sink: Sink) -> None:
+    def __init__(self, model: ObservedModel, visits: dict[str, list[tuple[Visitor, str, int]]]) -> None:
         super().__init__(model, modules=[])
-        self._keys = keys
-        self._sink = sink
+        self._visits = visits
 
     def subscriptions(self) -> dict[str, str]:
-        return {location: location for location in self._keys}
+        return {location: location for location in self._visits}
 
     def observe_selected(self, selected: str, value: Any) -> None:
-        for key, place in self._keys[selected]:
+        for visitor, key, place in self._visits[selected]:
             try:
                 tensor = nth_tensor(value, place)
             except TypeError:
                 continue  # a module that passes no tensor has no rows; the request that asked is told when it ends
-            self._sink(key, tensor)
+            visitor(key, tensor)
 
 
 def observe(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ObservedModel:

@@ -20,6 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from roentgen.contract import Positions, StoredDtype
+from serve_app.capture.grid import Grid
 from serve_app.capture.structure import Tap
 
 
@@ -116,21 +117,18 @@ class RequestRows:
         self.plan = plan
         self.begun = False
         self._n_prompt = n_prompt
-        self._fed = 0
         self._position: list[int] = []
         self._own: list[_Span] = []
         self._shared: list[_Span] = []
         self._missing: str | None = None
 
-    def feed(self, length: int) -> range:
-        """Count the tokens of the next forward; returns which of them to keep, counted from the first of them."""
-        start = self._fed
-        self._fed += length
-        kept = self.plan.kept(self._n_prompt, start, self._fed)
+    def feed(self, span: range) -> range:
+        """Take the sequence positions of the next forward; returns those to keep."""
+        kept = self.plan.kept(self._n_prompt, span.start, span.stop)
         if self.plan.positions.policy == "last" and kept:
             self._position = []
         self._position += kept
-        return range(kept.start - start, kept.stop - start, kept.step)
+        return kept
 
     def add(self, blocks: list[_Block], start: int, stop: int) -> None:
         """Take rows `[start, stop)` of a forward's blocks, the next ones in order of position."""
@@ -228,51 +226,44 @@ class _Cohort:
 
 
 class StepRows:
-    """One forward's sink: gathers the wanted rows of each tapped value.
+    """One forward's capture: gathers the wanted rows of each tapped value.
 
     Attributes:
         taps: per stored key, where to read in this forward; nothing if no row of it is kept.
     """
 
-    def __init__(self, requests: list[RequestRows | None], lengths: list[int], width: int) -> None:
+    def __init__(self, requests: list[RequestRows | None], grid: Grid) -> None:
         """Lay out one forward's rows.
 
         Args:
             requests: per batch row, the request's rows, None if it captures nothing.
-            lengths: per batch row, how many of its tokens are not padding; padding is on the left.
-            width: tokens per batch row, padding included.
+            grid: how the rows lie.
         """
-        self._grid = (len(requests), width)
+        self._grid = grid
         cohorts: dict[tuple[tuple[str, ...], bool], _Cohort] = {}
         self._of_key: dict[str, list[_Cohort]] = defaultdict(list)
         self.taps: dict[str, Tap] = {}
-        for row, (request, length) in enumerate(zip(requests, lengths, strict=True)):
+        for row, request in enumerate(requests):
             if request is None:
                 continue
-            kept = request.feed(length)
+            kept = request.feed(grid.spans[row])
             # The first forward is read even if it keeps no row: it tells the shape of what has none.
             if not kept and request.begun:
                 continue
-            first = (row + 1) * width - length
             kind = tuple(request.plan.taps), request.plan.positions.pooled
             if kind not in cohorts:
                 cohorts[kind] = _Cohort(*kind)
                 self.taps.update(request.plan.taps)
                 for key in kind[0]:
                     self._of_key[key].append(cohorts[kind])
-            cohorts[kind].want(request, range(first + kept.start, first + kept.stop, kept.step))
+            cohorts[kind].want(request, grid.places(row, kept))
         self._cohorts = list(cohorts.values())
 
     def __call__(self, key: str, value: Float[Tensor, "batch tokens ..."]) -> None:
-        """Copy the wanted rows of one tapped value (the observer's sink); a value without a row per token is left out."""
-        rows, width = self._grid
-        if value.shape[:2] == self._grid:
-            shape = value.shape[2:]
-        elif value.ndim and value.shape[0] == rows * width:  # a module may see batch and tokens flattened
-            shape = value.shape[1:]
-        else:
+        """Copy the wanted rows of one tapped value; a value without a row per token is left out."""
+        flat = self._grid.flat(value)
+        if flat is None:
             return
-        flat = value.detach().reshape(rows * width, *shape)
         for cohort in self._of_key[key]:
             cohort.gather(key, flat)
 

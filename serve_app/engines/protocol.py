@@ -16,6 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from serve_app.capture.rows import CapturedRows, CapturePlan
+from serve_app.capture.scoring import Scorer
+from serve_app.capture.steering import Addition
 
 
 class EngineBusyError(Exception):
@@ -102,11 +104,16 @@ class TokenScore:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """New text of a running job, and the tokens that have come with it (an end-of-text token is no part of it)."""
+    """New text of a running job, and the tokens that have come with it (an end-of-text token is no part of it).
+
+    `probed` is, per probe, the scores of the rows read since the last time: `[rows, outputs]`. A token is read a step after
+    it was sampled, so they end one token earlier than the text.
+    """
 
     text: str
     token_ids: list[int] = field(default_factory=list)
     scores: list[TokenScore] = field(default_factory=list)
+    probed: list[Float[Tensor, "rows outputs"]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -151,6 +158,7 @@ class Finished:
         ended_by: the token that ended it, which is no part of the text; None if something else did.
         captured: the rows asked for, None if none were.
         prompt_scores: of the prompt's tokens from the second on, if the job asked for them: `[n_prompt - 1]`.
+        probed: per probe, the scores of all rows: `[n_prompt + max(n_completion - 1, 0), outputs]`.
         timings: how long it took.
     """
 
@@ -161,6 +169,7 @@ class Finished:
     captured: CapturedRows | None
     ended_by: int | None = None
     prompt_scores: list[TokenScore] | None = None
+    probed: list[Float[Tensor, "rows outputs"]] = field(default_factory=list)
     timings: Timings = field(default_factory=lambda: Timings(0, 0, 0))
 
 
@@ -183,6 +192,8 @@ class GenerationJob:
         sampling: how to choose tokens.
         listener: hears what happens.
         capture: what to keep, None for nothing.
+        steering: what to add to its rows.
+        probes: what to score its rows with.
         stream: whether to send `TextDelta`s.
         constraint: the grammar to follow, None for free text.
         score_prompt: whether to report how likely the prompt's own tokens were.
@@ -195,6 +206,8 @@ class GenerationJob:
     listener: Callable[[Event], None]
     capture: CapturePlan | None = None
     stream: bool = False
+    steering: tuple[Addition, ...] = ()
+    probes: tuple[Scorer, ...] = ()
     constraint: Constraint | None = None
     score_prompt: bool = False
     cancelled: threading.Event = field(default_factory=threading.Event)

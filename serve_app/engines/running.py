@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from serve_app.capture.rows import RequestRows, UncapturableError
+from serve_app.capture.scoring import RequestScores, UnscorableError
 from serve_app.engines.protocol import Failed, Finished, GenerationJob, TextDelta, Timings, TokenScore
 from serve_app.engines.sampling import Sampler, score
 from serve_app.engines.text import TextStream
@@ -27,6 +28,7 @@ class Running:
     sampler: Sampler
     text: TextStream
     rows: RequestRows | None
+    probed: RequestScores | None
     ends: frozenset[int]
     all_logits: bool
     token_ids: list[int] = field(default_factory=list)
@@ -41,11 +43,13 @@ class Running:
         """Begin a job."""
         ends = model.eos_token_ids | job.sampling.stop_token_ids
         tapped = {tap.module for tap in job.capture.taps.values()} if job.capture else set()
+        tapped |= {scorer.tap.module for scorer in job.probes}
         return cls(
             job,
             Sampler(job.sampling, job.prompt_ids, ends, job.constraint),
             TextStream(model.tokenizer.backend_tokenizer, job.sampling.stop, model.markers),
             RequestRows(job.capture, len(job.prompt_ids)) if job.capture else None,
+            RequestScores(job.probes) if job.probes else None,
             ends,
             all_logits=job.score_prompt or model.head in tapped,
         )
@@ -62,7 +66,8 @@ class Running:
         if not text and not (final and self.told < spoken):
             return None
         start, self.told = self.told, spoken
-        return TextDelta(text, self.token_ids[start:spoken], self.scores[start:spoken])
+        probed = self.probed.take() if self.probed else []
+        return TextDelta(text, self.token_ids[start:spoken], self.scores[start:spoken], probed)
 
     def push(self, token: int, token_score: TokenScore) -> str | None:
         """Take a token; returns why the generation has ended, None if it goes on."""
@@ -88,7 +93,8 @@ class Running:
         """Cut a job's rows and report its result; what it should not have asked for fails it alone."""
         try:
             captured = self.rows.cut() if self.rows else None
-        except UncapturableError as error:
+            probed = self.probed.all() if self.probed else []
+        except (UncapturableError, UnscorableError) as error:
             self.job.listener(Failed(error))
             return
         self.job.listener(
@@ -100,6 +106,7 @@ class Running:
                 captured=captured,
                 ended_by=self.ended_by,
                 prompt_scores=self.prompt_scores if self.job.score_prompt else None,
+                probed=probed,
                 timings=self._timings(),
             )
         )

@@ -17,6 +17,7 @@ A model whose cache cannot be joined runs in static batches, and the engine says
 """
 
 import logging
+import math
 import threading
 import time
 from collections import Counter, deque
@@ -26,7 +27,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache
 
+from serve_app.capture.grid import Grid
 from serve_app.capture.rows import HostStreams, StepRows
+from serve_app.capture.scoring import StepScores, UnscorableError
+from serve_app.capture.steering import OversteeredError, StepSteering
 from serve_app.engines.admission import Budget, next_jobs
 from serve_app.engines.kv_cache import BatchRows, SlotRows, StaticRows, continuous
 from serve_app.engines.protocol import EngineBusyError, EngineStoppedError, Failed, GenerationJob, Load
@@ -264,13 +268,17 @@ class TransformersEngine:
         cache: Cache,
         logits_to_keep: int,
     ) -> Float[Tensor, "batch kept vocab"]:
-        """Run the model on new tokens and capture what is asked of them; `logits_to_keep` 0 is all."""
-        width, device = tokens.shape[1], self._model.device
-        sink = StepRows([job.rows for job in running], mask[:, -width:].sum(1).tolist(), width)
+        """Run the model on new tokens, steered, captured and scored as is asked; `logits_to_keep` 0 is all."""
+        device = self._model.device
+        grid = Grid.of(mask[:, -tokens.shape[1] :], positions)
+        steering = StepSteering(
+            [one.job.steering for one in running], [len(one.job.prompt_ids) for one in running], grid
+        )
+        rows = StepRows([one.rows for one in running], grid)
+        scores = StepScores([one.probed for one in running], grid)
         module = self._model.observed._module
         output = self._model.observed.run(
-            sink.taps,
-            sink,
+            (steering, rows, scores),
             lambda: module(
                 input_ids=tokens.to(device),
                 attention_mask=mask.to(device),
@@ -280,7 +288,8 @@ class TransformersEngine:
                 logits_to_keep=logits_to_keep,
             ),
         )
-        sink.deliver(self._streams)
+        rows.deliver(self._streams)
+        scores.deliver()
         logits: Tensor = output.logits
         return logits
 
@@ -293,11 +302,19 @@ class TransformersEngine:
         for row, one in enumerate(running):
             if one.job.cancelled.is_set():
                 continue
+            if one.job.steering and math.isnan(scores[row].logprob):
+                one.job.listener(Failed(OversteeredError()))
+                continue
             reason = one.push(chosen[row], scores[row]) if one.job.sampling.max_tokens else "length"
             if one.sampler.failure is not None:
                 one.job.listener(Failed(one.sampler.failure))
                 continue
-            if one.job.stream and (delta := one.delta(final=reason is not None)):
+            try:
+                delta = one.delta(final=reason is not None) if one.job.stream else None
+            except UnscorableError as error:
+                one.job.listener(Failed(error))
+                continue
+            if delta is not None:
                 one.job.listener(delta)
             if reason is None:
                 staying.append(row)

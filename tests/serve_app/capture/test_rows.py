@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roentgen.contract import Positions, StoredDtype
+from serve_app.capture.grid import Grid
 from serve_app.capture.rows import JOIN_EVERY, CapturePlan, HostStreams, RequestRows, StepRows, UncapturableError
 from serve_app.capture.structure import Tap
 
@@ -20,8 +21,10 @@ def plan(positions: str = "all", dtype: StoredDtype = "model", keys: str = "x", 
     return CapturePlan(taps, Positions.parse(positions), dtype, **limits)
 
 
-def forward(requests: list[RequestRows | None], lengths: list[int], width: int, **values: torch.Tensor) -> StepRows:
-    step = StepRows(requests, lengths, width)
+def forward(
+    requests: list[RequestRows | None], lengths: list[int], width: int, start: int = 0, **values: torch.Tensor
+) -> StepRows:
+    step = StepRows(requests, Grid([range(start, start + length) for length in lengths], width))
     for key, value in values.items():
         if key in step.taps:
             step(key, value)
@@ -98,9 +101,11 @@ def test_any_policy_however_the_tokens_come(
     whole = torch.randn(batch, n_prompt + n_steps, 2)
     requests = [RequestRows(plan(policy, first=first, stop=stop), n_prompt) for policy in policies]
     pieces = [whole[:, a : min(a + piece, n_prompt)] for a in range(0, n_prompt, piece)]
+    fed = 0
     for part in [*pieces, *whole[:, n_prompt:].split(1, dim=1)]:
         if part.shape[1]:
-            forward(list(requests), [part.shape[1]] * batch, part.shape[1], x=part)
+            forward(list(requests), [part.shape[1]] * batch, part.shape[1], fed, x=part)
+            fed += part.shape[1]
     end = whole.shape[1] if stop is None else min(stop, whole.shape[1])
     for request, policy, values in zip(requests, policies, whole, strict=True):
         wanted = {
@@ -126,7 +131,7 @@ def test_any_policy_however_the_tokens_come(
 def test_a_forward_whose_rows_nobody_keeps_reads_nothing() -> None:
     request = RequestRows(plan("last_prompt"), 3)
     assert forward([request], [3], 3, x=torch.ones(1, 3, 2)).taps
-    assert not forward([request], [1], 1).taps
+    assert not forward([request], [1], 1, 3).taps
     assert len(request.cut().tensors["x"]) == 1
 
 
@@ -134,7 +139,7 @@ def test_a_long_request_does_not_keep_the_batch_alive() -> None:
     """After many steps, only the latest blocks may still be there; and the rows are all right."""
     request, blocks = RequestRows(plan(), 1), []
     for number in range(3 * JOIN_EVERY + 5):
-        step = forward([request, RequestRows(plan(), 1)], [1, 1], 1, x=torch.full((2, 1, 4), float(number)))
+        step = forward([request, RequestRows(plan(), 1)], [1, 1], 1, number, x=torch.full((2, 1, 4), float(number)))
         blocks.append(weakref.ref(step._cohorts[0].blocks[0].tensor))
         del step
     gc.collect()

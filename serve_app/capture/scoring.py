@@ -1,0 +1,134 @@
+"""Scores the rows of a running batch with probes, while the model runs.
+
+A probe reads one hook point. Per forward, `StepScores` gathers the rows of all requests that ask for a probe and scores them
+in one product; what is kept of a row is its score. Every token that passes through the model is scored: those of the prompt,
+and those generated but the last, which never does.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from roentgen.saved_probes import Readout
+from serve_app.capture.grid import Grid
+from serve_app.capture.structure import Tap
+
+
+class UnscorableError(Exception):
+    """A request's probe cannot read its hook point, so what it asked for cannot be told; the message names both."""
+
+
+@dataclass(frozen=True, eq=False)
+class Scorer:
+    """A probe that a request asks for.
+
+    Attributes:
+        name: what the reply calls it.
+        key: the stored key it reads.
+        tap: where that is.
+        readout: the probe's arithmetic, on the model's device.
+        label: what it reads.
+        classes: names of its outputs, where they have names.
+    """
+
+    name: str
+    key: str
+    tap: Tap
+    readout: Readout
+    label: str
+    classes: tuple[str, ...] = ()
+
+
+class RequestScores:
+    """The scores of one running request, probe by probe."""
+
+    def __init__(self, scorers: tuple[Scorer, ...]) -> None:
+        """Begin before the first token."""
+        self.scorers = scorers
+        self._parts: list[list[Tensor]] = [[] for _ in scorers]
+        self._fed = self._taken = 0
+
+    def feed(self, length: int) -> None:
+        """Count the tokens of a forward."""
+        self._fed += length
+
+    def add(self, number: int, scores: Float[Tensor, "rows outputs"]) -> None:
+        """Take one probe's scores of the next rows."""
+        self._parts[number].append(scores)
+
+    def take(self) -> list[Float[Tensor, "rows outputs"]]:
+        """Return, per probe, the scores that have come since the last time.
+
+        Raises:
+            UnscorableError: if a probe's hook point gives no row per token, of the width that the probe reads.
+        """
+        start, self._taken = self._taken, self._fed
+        return [scores[start:] for scores in self.all()]
+
+    def all(self) -> list[Float[Tensor, "rows outputs"]]:
+        """Return the scores of all rows so far, per probe.
+
+        Raises:
+            UnscorableError: see `take`; or if a score is not a finite number.
+        """
+        self._parts = [[torch.cat(parts)] if parts else [] for parts in self._parts]
+        for scorer, parts in zip(self.scorers, self._parts, strict=True):
+            if not parts or len(parts[0]) != self._fed:
+                width = scorer.readout.mean.shape[0]
+                raise UnscorableError(
+                    f"{scorer.key} does not give a row of {width} per token, which the probe {scorer.name!r} reads"
+                )
+            if not parts[0].isfinite().all():
+                raise UnscorableError(f"the probe {scorer.name!r} gives a score that is not finite")
+        return [parts[0] for parts in self._parts]
+
+
+class StepScores:
+    """One forward's scores.
+
+    Attributes:
+        taps: per stored key, where to read in this forward.
+    """
+
+    def __init__(self, requests: list[RequestScores | None], grid: Grid) -> None:
+        """Lay out which rows are scored by what.
+
+        Args:
+            requests: per batch row, the request's scores, None if it asks for none.
+            grid: how the rows lie.
+        """
+        self._grid = grid
+        self.taps: dict[str, Tap] = {}
+        self._asked: dict[str, dict[int, list[tuple[RequestScores, int, range]]]] = {}
+        self._found: list[tuple[Tensor, list[tuple[RequestScores, int, range]]]] = []
+        for row, request in enumerate(requests):
+            if request is None:
+                continue
+            request.feed(len(grid.spans[row]))
+            places = grid.places(row, grid.spans[row])
+            for number, scorer in enumerate(request.scorers):
+                self.taps[scorer.key] = scorer.tap
+                # Requests with one probe are scored together: a probe that is loaded once is one object.
+                same = self._asked.setdefault(scorer.key, {}).setdefault(id(scorer.readout), [])
+                same.append((request, number, places))
+
+    def __call__(self, key: str, value: Float[Tensor, "rows width ..."]) -> None:
+        """Score the wanted rows of one value; one that a probe cannot read is left out, and said when its request ends."""
+        flat = self._grid.flat(value)
+        if flat is None or flat.ndim != 2:
+            return
+        for asked in self._asked[key].values():
+            request, number, _ = asked[0]
+            readout = request.scorers[number].readout
+            if readout.mean.shape[0] == flat.shape[1]:
+                places = torch.tensor([place for *_, places in asked for place in places], device=flat.device)
+                self._found.append((readout.scores(flat[places]), asked))
+
+    def deliver(self) -> None:
+        """Give each request its scores, once the forward has been issued."""
+        for scores, asked in self._found:
+            parts = scores.cpu().split([len(places) for *_, places in asked])
+            for (request, number, _), part in zip(asked, parts, strict=True):
+                request.add(number, part)

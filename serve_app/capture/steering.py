@@ -1,0 +1,98 @@
+"""Adds vectors to the stream of some requests of a running batch: the observer's counterpart.
+
+A request may steer at several hook points and positions. Per forward and hook point there is one intervention over the whole
+batch, `StepSteering`, which adds each request's vectors to its own rows and touches no other. It is shown the very tensor
+that the model goes on with, before what captures and scores is, and adds in place: whoever else holds the tensor sees it
+too, as `resid_mid` has to be seen by both the MLP's norm and the sum around it.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from roentgen.contract import Positions
+from serve_app.capture.grid import Grid
+from serve_app.capture.structure import Tap
+
+
+class OversteeredError(Exception):
+    """What was added made the model's output something else than numbers."""
+
+    def __init__(self) -> None:
+        super().__init__("what is added makes the model's output overflow; take a smaller scale")
+
+
+@dataclass(frozen=True)
+class Addition:
+    """What one request adds at one hook point.
+
+    Attributes:
+        key: the stored key of the hook point.
+        tap: where that is.
+        vector: what is added, on the model's device, `[d_model]`.
+        positions: to which of its rows.
+    """
+
+    key: str
+    tap: Tap
+    vector: Float[Tensor, "d_model"]
+    positions: Positions
+
+    def wanted(self, n_prompt: int, span: range) -> range:
+        """Return the positions in `span` to add to, of a job whose prompt has `n_prompt` tokens."""
+        return self.positions.select(n_prompt, span.stop, first=span.start)
+
+
+@dataclass
+class _Sums:
+    """What is added at one hook point in one forward: to place `places[i]` the vector `vectors[which[i]]`."""
+
+    vectors: list[Tensor] = field(default_factory=list)
+    places: list[int] = field(default_factory=list)
+    which: list[int] = field(default_factory=list)
+
+
+class StepSteering:
+    """One forward's interventions.
+
+    Attributes:
+        taps: per stored key, where to add in this forward; nothing if no row of it is steered.
+    """
+
+    def __init__(self, requests: list[tuple[Addition, ...]], n_prompts: list[int], grid: Grid) -> None:
+        """Lay out what is added.
+
+        Args:
+            requests: per batch row, what its request adds.
+            n_prompts: per batch row, the tokens of its prompt.
+            grid: how the rows lie.
+        """
+        self._grid = grid
+        self._sums: dict[str, _Sums] = {}
+        self.taps: dict[str, Tap] = {}
+        for row, (additions, n_prompt) in enumerate(zip(requests, n_prompts, strict=True)):
+            for addition in additions:
+                places = grid.places(row, addition.wanted(n_prompt, grid.spans[row]))
+                if not places:
+                    continue
+                self.taps[addition.key] = addition.tap
+                sums = self._sums.setdefault(addition.key, _Sums())
+                sums.which += [len(sums.vectors)] * len(places)
+                sums.vectors.append(addition.vector)
+                sums.places += places
+
+    def __call__(self, key: str, value: Float[Tensor, "rows width d_model"]) -> None:
+        """Add to one value, in place.
+
+        Raises:
+            ValueError: if it has no row of the vectors' width per token, so that nothing can be added to it.
+        """
+        sums, n_rows, width = self._sums[key], len(self._grid.spans), self._grid.width
+        vectors = torch.stack(sums.vectors).to(value)
+        if value.shape not in ((n_rows, width, vectors.shape[1]), (n_rows * width, vectors.shape[1])):
+            raise ValueError(f"{key} is {list(value.shape)}: not a row of {vectors.shape[1]} per token")
+        places = torch.tensor(sums.places, device=value.device)
+        index = (places // width, places % width) if value.ndim == 3 else (places,)
+        value.index_put_(index, vectors[sums.which], accumulate=True)
