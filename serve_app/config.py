@@ -20,6 +20,10 @@ def _absolute(path: str) -> str:
     return path if "://" in path else str(Path(path).expanduser().absolute())
 
 
+def _all_absolute(paths: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(str(Path(path).expanduser().absolute()) for path in paths)
+
+
 def _json(value: Any) -> Any:
     """Read an object that was given as text, as command lines do."""
     return json.loads(value) if isinstance(value, str) and value.lstrip().startswith("{") else value
@@ -71,6 +75,7 @@ class ServerConfig(BaseModel):
         allowed_models: models that clients may load in place of `model` (`POST /v1/models/load`), written as they will ask.
         trust_remote_code: whether code that comes with a model may run, of `model` or if a client's load asks for it.
         store: the activation store's folder.
+        probes: folders on each replica's machine whose saved probes requests may name; nothing else is read.
         max_batch: requests generated together.
         max_queue: requests waiting; beyond, 429.
         max_prefill_tokens: prompt tokens read in one forward, 0 for what suits the device; running requests wait for it.
@@ -96,6 +101,7 @@ class ServerConfig(BaseModel):
     allowed_models: Annotated[tuple[str, ...], BeforeValidator(_names)] = ()
     trust_remote_code: bool = False
     store: Annotated[str, AfterValidator(_absolute)] = Field(default="activations", validate_default=True)
+    probes: Annotated[tuple[str, ...], BeforeValidator(_names), AfterValidator(_all_absolute)] = ()
     max_batch: int = Field(default=32, ge=1)
     max_queue: int = Field(default=256, ge=0)
     max_prefill_tokens: int = Field(default=0, ge=0)

@@ -16,6 +16,8 @@ from ulid import ULID
 from roentgen.contract import ActivationRequest
 from roentgen.store import Receipt, Rollout, StoreError, StoreWriter
 from serve_app.capture.rows import CapturePlan, UncapturableError
+from serve_app.capture.scoring import Scorer, UnscorableError
+from serve_app.capture.steering import Addition, OversteeredError
 from serve_app.engines.constraints import Grammar, SchemaError
 from serve_app.engines.protocol import (
     Constraint,
@@ -60,6 +62,8 @@ class Choice:
         plan: `asked`, resolved.
         grammar: what to follow, None for free text.
         score_prompt: whether the prompt's own tokens are to be scored.
+        probes: what its tokens are to be scored with.
+        steering: what is to be added to its stream.
     """
 
     prompt: Prompt
@@ -68,6 +72,8 @@ class Choice:
     plan: CapturePlan | None = None
     grammar: Grammar | None = None
     score_prompt: bool = False
+    probes: tuple[Scorer, ...] = ()
+    steering: tuple[Addition, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -126,6 +132,8 @@ async def generate(
             stream=stream,
             constraint=constraint,
             score_prompt=choice.score_prompt,
+            probes=choice.probes,
+            steering=choice.steering,
         )
         for index, (choice, constraint) in enumerate(zip(choices, constraints, strict=True))
     ]
@@ -154,9 +162,11 @@ async def generate(
         ConstraintError,
         EngineBusyError,
         EngineStoppedError,
+        OversteeredError,
         RequestTooLargeError,
         StoreError,
         UncapturableError,
+        UnscorableError,
     ) as error:
         raise as_api_error(error) from error
     except ApiError:
@@ -247,6 +257,10 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(400, str(error), code="request_too_large")
         case UncapturableError():
             return ApiError(400, f"activations.hook_points: {error}", param="activations.hook_points")
+        case UnscorableError():
+            return ApiError(400, f"probes: {error}", param="probes")
+        case OversteeredError():
+            return ApiError(400, f"steering: {error}", param="steering", code="steering_overflow")
         case ConstraintError():
             return ApiError(400, f"response_format or tools: {error}", code="constraint_failed")
         case _:

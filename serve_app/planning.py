@@ -13,6 +13,7 @@ from ulid import ULID
 
 from roentgen.contract import SAMPLED_FEATURES, ActivationRequest, Positions
 from serve_app.capture.rows import CapturePlan
+from serve_app.capture.steering import Addition
 from serve_app.capture.structure import CaptureRequestError
 from serve_app.config import ServerConfig
 from serve_app.engines.constraints import Grammar
@@ -22,9 +23,11 @@ from serve_app.openai_api.completions import CompletionReply, CompletionRequest,
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.grammars import json_object_grammar, json_schema_grammar, tool_call_grammar
 from serve_app.openai_api.params import GenerationParams
+from serve_app.openai_api.probing import STEERING_LABEL
 from serve_app.openai_api.prompt import Prompt, render
 from serve_app.openai_api.reply import Reasoning, reasoning_mode
 from serve_app.openai_api.seed_spelling import older_key
+from serve_app.probing import resolve_probes, resolve_steering, steering_label
 from serve_app.rollouts import describe
 
 BYTES_PER_VALUE = 12
@@ -66,7 +69,9 @@ def plan_chat(served: Served, request: ChatRequest, config: ServerConfig) -> Pla
         model.tokenizer, request.messages, model.source.name, tools=tools, template_kwargs=request.chat_template_kwargs
     )
     max_tokens = _max_tokens(served, prompt, request.token_limit, "messages")
-    asked, capture, spelling = _capture(served, request, prompt, max_tokens, config)
+    probes = resolve_probes(model, request.probes, config.probes)
+    steering = resolve_steering(model, request.steering, config.probes)
+    asked, capture, spelling = _capture(served, request, prompt, max_tokens, config, steering)
     template = model.tokenizer.chat_template
     reasoning = reasoning_mode(template if isinstance(template, str) else str(template), prompt.text)
     grammar = _grammar(request, reasoning)
@@ -77,10 +82,13 @@ def plan_chat(served: Served, request: ChatRequest, config: ServerConfig) -> Pla
             asked=asked,
             plan=capture,
             grammar=grammar,
+            probes=probes,
+            steering=steering,
         )
         for number in range(request.n)
     ]
-    reply = ChatReply(request, f"chatcmpl-{str(ULID()).lower()}", model.tokenizer, reasoning, len(prompt.token_ids))
+    request_id = f"chatcmpl-{str(ULID()).lower()}"
+    reply = ChatReply(request, request_id, model.tokenizer, reasoning, len(prompt.token_ids), probes)
     return Plan(choices, reply, asked, spelling)
 
 
@@ -111,11 +119,13 @@ def plan_completion(served: Served, request: CompletionRequest, config: ServerCo
     asked_for = request.capture
     if asked_for is not None and asked_for.key is not None and len(prompts) > 1:
         raise ApiError(400, "activations.key: a key names one rollout; send one prompt", param="activations.key")
+    probes = resolve_probes(served.model, request.probes, config.probes)
+    steering = resolve_steering(served.model, request.steering, config.probes)
     choices = []
     spelling: dict[str, str] = {}
     for prompt in prompts:
         max_tokens = _max_tokens(served, prompt, request.max_tokens, "prompt")
-        asked, capture, spelling = _capture(served, request, prompt, max_tokens, config)
+        asked, capture, spelling = _capture(served, request, prompt, max_tokens, config, steering)
         choices += [
             Choice(
                 prompt=prompt,
@@ -123,10 +133,12 @@ def plan_completion(served: Served, request: CompletionRequest, config: ServerCo
                 asked=asked,
                 plan=capture,
                 score_prompt=request.echo and request.logprobs is not None,
+                probes=probes,
+                steering=steering,
             )
             for number in range(request.n)
         ]
-    reply = CompletionReply(request, f"cmpl-{str(ULID()).lower()}", tokenizer, prompts)
+    reply = CompletionReply(request, f"cmpl-{str(ULID()).lower()}", tokenizer, prompts, probes)
     return Plan(choices, reply, asked_for, spelling)
 
 
@@ -167,9 +179,14 @@ def _max_tokens(served: Served, prompt: Prompt, limit: int | None, param: str) -
 
 
 def _capture(
-    served: Served, request: GenerationParams, prompt: Prompt, max_tokens: int, config: ServerConfig
+    served: Served,
+    request: GenerationParams,
+    prompt: Prompt,
+    max_tokens: int,
+    config: ServerConfig,
+    steering: tuple[Addition, ...],
 ) -> tuple[ActivationRequest | None, CapturePlan | None, dict[str, str]]:
-    """Resolve what a request wants to keep, and how its reply is to spell the keys."""
+    """Resolve what a request wants to keep, and how its reply is to spell the keys; a steered one is labelled so."""
     _check_tokens(served, request)
     asked = request.capture
     if asked is None:
@@ -192,6 +209,9 @@ def _capture(
     if asked.delivery != "reference":
         _check_inline(served, asked, plan, len(prompt.token_ids), max_tokens, config)
     spelling = {key: older_key(key, name) for key, name in names.items()} if request.collect_activations else {}
+    if steering:
+        labels = {**asked.labels, STEERING_LABEL: steering_label(request.steering, steering)}
+        asked = asked.model_copy(update={"labels": labels})
     return asked, plan, spelling
 
 

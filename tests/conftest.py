@@ -87,6 +87,11 @@ class Server:
     process: subprocess.Popen[str]
 
     @property
+    def probes(self) -> Path:
+        """The folder whose saved probes requests may name; a test makes it."""
+        return self.store / "probes"
+
+    @property
     def root(self) -> str:
         return self.base_url.removesuffix("/v1")
 
@@ -95,6 +100,7 @@ def start_server(store: Path, home: RayHome, *options: str, environment: dict[st
     """Start `roentgen serve` on a free port and wait until it answers."""
     port = free_port("127.0.0.1")
     command = [ROENTGEN, "serve", "--port", str(port), "--store", str(store), "--dtype", "float32", *options]
+    command += ["--probes", str(store / "probes")]
     log = open(f"{home.path}/serve.log", "w")  # noqa: SIM115 - the process writes to it for as long as it runs
     process = subprocess.Popen(
         command, env=home.environment | (environment or {}), stdout=log, stderr=subprocess.STDOUT, text=True

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -60,6 +61,9 @@ def serve(
     allow_model: Annotated[
         list[str] | None, typer.Option(help="A model that clients may load in its place; may be repeated.")
     ] = None,
+    probes: Annotated[
+        list[Path] | None, typer.Option(help="A folder whose saved probes requests may name; may be repeated.")
+    ] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with a model.")] = False,
     max_cache_tokens: Annotated[int, typer.Option(help="Size of the KV cache; 0 for what the memory allows.")] = 0,
     threads: Annotated[int, typer.Option(help="Of a replica on a CPU; 0 for one per core.")] = 0,
@@ -88,6 +92,7 @@ def serve(
             request_timeout_s=request_timeout,
             num_replicas=num_replicas,
             allowed_models=tuple(allow_model or ()),
+            probes=tuple(str(folder) for folder in probes or ()),
             trust_remote_code=trust_remote_code,
             max_cache_tokens=max_cache_tokens,
             threads=threads,

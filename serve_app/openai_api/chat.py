@@ -9,13 +9,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from serve_app.capture.scoring import Scorer
 from serve_app.engines.protocol import Finished, TextDelta
 from serve_app.generation import Done
 from serve_app.openai_api.logprobs import chat_logprobs
 from serve_app.openai_api.messages import Message, NamedToolChoice, ResponseFormat, Tool, ToolChoice, check_tool_results
 from serve_app.openai_api.params import MAX_TOP_LOGPROBS, GenerationParams
+from serve_app.openai_api.probing import spell_scores
 from serve_app.openai_api.reply import (
     ContentDelta,
     ReasoningDelta,
@@ -72,6 +75,7 @@ class _ChoiceState:
     parser: ReplyParser
     called: bool = False
     done: Done | None = None
+    probed: int = 0  # rows whose scores have been sent
 
 
 @dataclass
@@ -84,6 +88,7 @@ class ChatReply:
         tokenizer: the model's, to spell logprobs.
         reasoning: how a choice's text begins (see `ReplyParser`).
         n_prompt: tokens of the prompt.
+        probes: what its tokens are scored with.
     """
 
     request: ChatRequest
@@ -91,6 +96,7 @@ class ChatReply:
     tokenizer: PreTrainedTokenizerBase
     reasoning: Literal["started", "possible", "none"]
     n_prompt: int
+    probes: tuple[Scorer, ...] = ()
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -112,7 +118,8 @@ class ChatReply:
         choice = self._choices[index]
         choice.done = done
         pieces = self._pieces(index, choice.parser.finish(), None)
-        return [*pieces, self._chunk(index, {}, self._finish_reason(choice, done.finished))]
+        probed = self._probed(choice, [scores[choice.probed :] for scores in done.finished.probed])
+        return [*pieces, self._chunk(index, {}, self._finish_reason(choice, done.finished), probed=probed)]
 
     def closing(self, activations: dict[str, Any] | None) -> list[dict[str, Any]]:
         """Return the chunks after all choices: usage, if it is asked for, and activations."""
@@ -138,6 +145,7 @@ class ChatReply:
                     "message": assemble(parts),
                     "logprobs": self._logprobs(finished.token_ids[:spoken], finished.scores[:spoken]),
                     "finish_reason": self._finish_reason(choice, finished),
+                    **self._probed(choice, finished.probed),
                 }
             )
         reply = {**self._envelope("chat.completion"), "choices": choices, "usage": self._usage()}
@@ -159,10 +167,21 @@ class ChatReply:
                 case ToolCallArguments(number, text):
                     deltas.append({"tool_calls": [{"index": number, "function": {"arguments": text}}]})
         logprobs = self._logprobs(event.token_ids, event.scores) if event else None
-        if logprobs and logprobs["content"] and not deltas:
+        probed = self._probed(self._choices[index], event.probed) if event else {}
+        if ((logprobs and logprobs["content"]) or probed) and not deltas:
             deltas.append({})
         # The tokens of one step go with the first of its pieces.
-        return [self._chunk(index, delta, logprobs=logprobs if i == 0 else None) for i, delta in enumerate(deltas)]
+        return [
+            self._chunk(index, delta, logprobs=logprobs if i == 0 else None, probed=probed if i == 0 else {})
+            for i, delta in enumerate(deltas)
+        ]
+
+    def _probed(self, choice: _ChoiceState, scores: list[Tensor]) -> dict[str, Any]:
+        """Spell the scores of a choice's next rows, and count these as sent."""
+        if not scores or not len(scores[0]):
+            return {}
+        start, choice.probed = choice.probed, choice.probed + len(scores[0])
+        return {"probes": spell_scores(self.probes, scores, self.n_prompt, start)}
 
     def _logprobs(self, token_ids: list[int], scores: list[Any]) -> dict[str, Any] | None:
         return chat_logprobs(self.tokenizer, token_ids, scores) if self.request.logprobs else None
@@ -179,8 +198,15 @@ class ChatReply:
         delta: dict[str, Any],
         finish_reason: str | None = None,
         logprobs: dict[str, Any] | None = None,
+        probed: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
+        choice = {
+            "index": index,
+            "delta": delta,
+            "logprobs": logprobs,
+            "finish_reason": finish_reason,
+            **(probed or {}),
+        }
         return {**self._envelope("chat.completion.chunk"), "choices": [choice]}
 
     def _envelope(self, kind: str) -> dict[str, Any]:

@@ -9,9 +9,11 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from pydantic import Field, model_validator
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from roentgen.store import Segment
+from serve_app.capture.scoring import Scorer
 from serve_app.engines.protocol import TextDelta, TokenScore
 from serve_app.engines.text import completion_offsets
 from serve_app.generation import Done
@@ -19,6 +21,7 @@ from serve_app.openai_api.chat import usage
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.logprobs import completion_logprobs
 from serve_app.openai_api.params import MAX_TOP_LOGPROBS, GenerationParams
+from serve_app.openai_api.probing import spell_scores
 from serve_app.openai_api.prompt import Prompt
 
 MAX_PROMPTS = 1024
@@ -86,17 +89,20 @@ class CompletionReply:
         request_id: names the reply.
         tokenizer: the model's, to spell logprobs.
         prompts: as tokenised.
+        probes: what their tokens are scored with.
     """
 
     request: CompletionRequest
     request_id: str
     tokenizer: PreTrainedTokenizerBase
     prompts: list[Prompt]
+    probes: tuple[Scorer, ...] = ()
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
         self._dones: list[Done | None] = [None] * (len(self.prompts) * self.request.n)
         self._sent = [0] * len(self._dones)
+        self._scored = [0] * len(self._dones)  # rows whose scores have been sent
 
     def opening(self) -> list[dict[str, Any]]:
         """Return the chunks that begin a stream: the prompts, if they are echoed and their scores are not asked for."""
@@ -110,14 +116,15 @@ class CompletionReply:
             return []
         logprobs = self._logprobs(event.token_ids, list(event.scores), self._start(index) + self._sent[index])
         self._sent[index] += len(event.text)
-        return [self._chunk(index, event.text, logprobs)]
+        return [self._chunk(index, event.text, logprobs, probed=self._probed(index, event.probed))]
 
     def done(self, index: int, done: Done) -> list[dict[str, Any]]:
         """Return the last chunks of a choice."""
         self._dones[index] = done
-        if self.request.echo and self.request.logprobs is not None:
-            return [self._chunk(index, *self._text_and_logprobs(index, done), done.finished.finish_reason)]
-        return [self._chunk(index, "", None, done.finished.finish_reason)]
+        late = self.request.echo and self.request.logprobs is not None
+        text, logprobs = self._text_and_logprobs(index, done) if late else ("", None)
+        probed = self._probed(index, [scores[self._scored[index] :] for scores in done.finished.probed])
+        return [self._chunk(index, text, logprobs, done.finished.finish_reason, probed)]
 
     def closing(self, activations: dict[str, Any] | None) -> list[dict[str, Any]]:
         """Return the chunks after all choices: usage, if it is asked for, and activations."""
@@ -134,7 +141,8 @@ class CompletionReply:
         choices = []
         for index, done in enumerate(dones):
             text, logprobs = self._text_and_logprobs(index, done)
-            choices.append(_choice(index, text, logprobs, done.finished.finish_reason))
+            probed = self._probed(index, done.finished.probed)
+            choices.append(_choice(index, text, logprobs, done.finished.finish_reason, probed))
         reply = {**self._envelope(), "choices": choices, "usage": self._usage()}
         return reply | ({"activations": activations} if activations is not None else {})
 
@@ -153,6 +161,14 @@ class CompletionReply:
             return None
         return completion_logprobs(self.tokenizer, tokens, scores, start)
 
+    def _probed(self, index: int, scores: list[Tensor]) -> dict[str, Any]:
+        """Spell the scores of a choice's next rows, and count these as sent."""
+        if not scores or not len(scores[0]):
+            return {}
+        start = self._scored[index]
+        self._scored[index] += len(scores[0])
+        return {"probes": spell_scores(self.probes, scores, len(self._prompt(index).token_ids), start)}
+
     def _prompt(self, index: int) -> Prompt:
         return self.prompts[index // self.request.n]
 
@@ -163,9 +179,14 @@ class CompletionReply:
         return usage(sum(len(prompt.token_ids) for prompt in self.prompts), self._dones)
 
     def _chunk(
-        self, index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None = None
+        self,
+        index: int,
+        text: str,
+        logprobs: dict[str, Any] | None,
+        finish_reason: str | None = None,
+        probed: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
-        return {**self._envelope(), "choices": [_choice(index, text, logprobs, finish_reason)]}
+        return {**self._envelope(), "choices": [_choice(index, text, logprobs, finish_reason, probed or {})]}
 
     def _envelope(self) -> dict[str, Any]:
         return {
@@ -176,5 +197,7 @@ class CompletionReply:
         }
 
 
-def _choice(index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason}
+def _choice(
+    index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None, probed: dict[str, Any]
+) -> dict[str, Any]:
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason, **probed}

@@ -71,12 +71,15 @@ class ApiError(Exception):
         return cls(**payload)
 
 
+_ALTERNATIVES = ("tuple[", "literal[", "function-", "list[", "probe-")
+
+
 def from_validation(errors: list[Any]) -> ApiError:
     """Turn pydantic's errors about a request's body into a 400 that names the first parameter at fault."""
     first = errors[0]
     path = [str(part) for part in first["loc"] if part != "body"]
     # Unions add the name of the alternative tried; a client knows only the field.
-    param = ".".join(part for part in path if not part.startswith(("tuple[", "literal[", "function-", "list["))) or None
+    param = ".".join(part for part in path if not part.startswith(_ALTERNATIVES)) or None
     if first["type"] == "missing" and not path:
         return ApiError(400, "the body is empty; send a JSON object")
     if first["type"] == "extra_forbidden":

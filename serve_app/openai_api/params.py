@@ -11,6 +11,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from roentgen.contract import ActivationRequest
 from serve_app.engines.protocol import Sampling
+from serve_app.openai_api.probing import (
+    MAX_ADDITIONS,
+    MAX_PROBES,
+    STEERING_LABEL,
+    ProbeRequest,
+    SteeringRequest,
+)
 from serve_app.openai_api.seed_spelling import CollectActivations
 
 MAX_CHOICES = 128
@@ -53,6 +60,8 @@ class GenerationParams(BaseModel):
     metadata: dict[str, str] | None = None
     activations: ActivationRequest | None = None
     collect_activations: CollectActivations | None = None
+    probes: Annotated[list[ProbeRequest], Field(max_length=MAX_PROBES)] = []
+    steering: Annotated[list[SteeringRequest], Field(max_length=MAX_ADDITIONS)] = []
 
     @model_validator(mode="before")
     @classmethod
@@ -66,7 +75,14 @@ class GenerationParams(BaseModel):
             raise ValueError("activations: it and collect_activations are two spellings of one thing; send one of them")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: only with stream: true")
+        names = [probe if isinstance(probe, str) else probe.name for probe in self.probes]
+        if len(set(names)) < len(names):
+            raise ValueError("probes: two have one name")
         asked = self.capture
+        if asked is not None and STEERING_LABEL in asked.labels:
+            raise ValueError(
+                f"activations.labels: {STEERING_LABEL!r} is the server's to set, from the request's steering"
+            )
         if asked is not None and asked.key is not None and self.n > 1:
             raise ValueError("activations.key: a key names one rollout, and n > 1 makes several; send n requests")
         return self

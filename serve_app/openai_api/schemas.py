@@ -123,6 +123,18 @@ class AssistantMessage(Shape):
     tool_calls: list[MadeToolCall] = Field(default=[], description="Absent if there are none.")
 
 
+class ProbeScores(Shape):
+    """What one probe gives a choice's tokens, from position `start` on; with several outputs, a list per token."""
+
+    probe: str
+    key: str
+    label: str
+    classes: list[str]
+    n_prompt: int = Field(ge=1)
+    start: int = Field(ge=0)
+    scores: list[float] | list[list[float]]
+
+
 class ChatChoice(Shape):
     """One of `n` replies."""
 
@@ -130,6 +142,7 @@ class ChatChoice(Shape):
     message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length", "tool_calls"]
+    probes: list[ProbeScores] = Field(default=[], description="Present if asked for.")
 
 
 class ChatCompletion(Shape):
@@ -160,6 +173,7 @@ class CompletionChoice(Shape):
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"]
+    probes: list[ProbeScores] = Field(default=[], description="Present if asked for.")
 
 
 class Completion(Shape):
