@@ -1,0 +1,22 @@
+"""Does a probe's direction do anything? Problems are answered with the direction added to the stream, at several scales.
+
+`arms` makes what is compared: no steering, the probe's direction, and directions of the same length that know nothing of
+the label. `sweep` has a server answer every problem in every arm. `findings` turns the answers into accuracy, parse rate and
+length, each with its interval and its difference from no steering.
+"""
+
+from probes.steering.arms import Arm, make_arms
+from probes.steering.findings import SweepReport, summarise
+from probes.steering.sweep import Outcome, SweepError, SweepPlan, Task, run_sweep
+
+__all__ = [
+    "Arm",
+    "Outcome",
+    "SweepError",
+    "SweepPlan",
+    "SweepReport",
+    "Task",
+    "make_arms",
+    "run_sweep",
+    "summarise",
+]

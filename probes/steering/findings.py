@@ -1,0 +1,176 @@
+"""From the answers of a sweep to its findings: per direction and scale accuracy, parse rate and length, with intervals.
+
+Problems are the unit. Several directions of one kind are averaged within a problem first, so an interval is over problems,
+whatever the number of directions. Shares have Wilson's interval, which stays inside [0, 1] and has a width at 0 and at 1;
+lengths and differences have a bootstrap over problems. Differences are paired: each problem against itself without steering.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float
+from matplotlib.figure import Figure
+
+from probes.intervals import bootstrap_weights
+from probes.report import Estimate
+from probes.steering.arms import Along
+from probes.steering.sweep import Outcome
+
+Z_95 = 1.959963984540054
+MEASURES: dict[str, Callable[[Outcome], float]] = {
+    "accuracy": lambda outcome: float(outcome.correct),
+    "parse_rate": lambda outcome: float(outcome.parsed),
+    "length": lambda outcome: float(outcome.tokens),
+}
+COLOURS = {"probe": "C0", "random": "C1", "orthogonal": "C2"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What steering along one kind of direction, at one scale, did.
+
+    Attributes:
+        along: the kind.
+        scale: how far.
+        directions: how many directions of the kind there were.
+        values: per measure, its mean over problems.
+        differences: per measure, the mean difference from no steering; none without steering.
+    """
+
+    along: Along
+    scale: float
+    directions: int
+    values: dict[str, Estimate]
+    differences: dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """A sweep and what it found: the contents of `steering.json`.
+
+    Attributes:
+        probe: the probe's path.
+        model: the served model.
+        revision: its revision.
+        label: what the probe reads.
+        key: where vectors were added.
+        positions: to which tokens.
+        unit: the length of what a scale of 1 added.
+        problems: how many were answered, in every arm.
+        seen: whether the probe was trained on these problems.
+        seed: of the control directions.
+        sampling: of every request.
+        findings: no steering first, then by direction and scale.
+    """
+
+    probe: str
+    model: str
+    revision: str
+    label: str
+    key: str
+    positions: str
+    unit: float
+    problems: int
+    seen: bool
+    seed: int
+    sampling: dict[str, Any]
+    findings: tuple[Finding, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        spelled = asdict(self)
+        spelled["findings"] = [
+            {
+                "along": finding.along,
+                "scale": finding.scale,
+                "directions": finding.directions,
+                **{name: value.to_json() for name, value in finding.values.items()},
+                "differences": {name: value.to_json() for name, value in finding.differences.items()},
+            }
+            for finding in self.findings
+        ]
+        return spelled
+
+    def draw(self) -> Figure:
+        """Draw each measure over the scale, a line per kind of direction with its 95% interval."""
+        figure = Figure(figsize=(10, 3.6), dpi=150, layout="constrained")
+        plain = next(finding for finding in self.findings if finding.along == "nothing")
+        for axes, measure in zip(figure.subplots(1, len(MEASURES)), MEASURES, strict=True):
+            for along, colour in COLOURS.items():
+                own = sorted((f for f in self.findings if f.along == along), key=lambda f: f.scale)
+                if not own:
+                    continue
+                estimates = [finding.values[measure] for finding in own]
+                scales = [finding.scale for finding in own]
+                axes.plot(scales, [e.value for e in estimates], marker="o", markersize=3, color=colour, label=along)
+                low, high = [e.low for e in estimates], [e.high for e in estimates]
+                axes.fill_between(scales, low, high, alpha=0.12, linewidth=0, color=colour)
+            axes.axhline(plain.values[measure].value, color="0.4", linewidth=1, linestyle="--", label="no steering")
+            axes.set_title(measure.replace("_", " "), loc="left", fontsize="medium")
+            axes.set_xlabel(f"scale, in units of {self.unit:.3g}")
+            axes.spines[["top", "right"]].set_visible(False)
+            if measure != "length":
+                axes.set_ylim(-0.03, 1.03)
+        figure.legend(
+            *figure.axes[0].get_legend_handles_labels(), loc="outside right upper", frameon=False, fontsize="small"
+        )
+        return figure
+
+
+def summarise(outcomes: Sequence[Outcome], seed: int = 0) -> tuple[Finding, ...]:
+    """Turn outcomes into findings; every problem must have been answered in every arm.
+
+    Args:
+        outcomes: the answers.
+        seed: of the bootstrap.
+    """
+    problems = sorted({outcome.problem_id for outcome in outcomes})
+    arms: dict[tuple[Along, float], list[Outcome]] = defaultdict(list)
+    for outcome in outcomes:
+        arms[outcome.along, outcome.scale].append(outcome)
+    plain = {name: _per_problem(arms["nothing", 0.0], problems, measure) for name, measure in MEASURES.items()}
+    weights = bootstrap_weights(np.arange(len(problems)), seed)
+    order = ("nothing", "probe", "random", "orthogonal")
+    findings = []
+    for (along, scale), own in sorted(arms.items(), key=lambda item: (order.index(item[0][0]), item[0][1])):
+        means = {name: _per_problem(own, problems, measure) for name, measure in MEASURES.items()}
+        values = {
+            name: _mean(name, values, weights) if name == "length" else _share(name, values)
+            for name, values in means.items()
+        }
+        differences = {name: _mean(name, values - plain[name], weights) for name, values in means.items()}
+        findings.append(
+            Finding(
+                along,
+                scale,
+                len({outcome.number for outcome in own}),
+                values,
+                {} if along == "nothing" else differences,
+            )
+        )
+    return tuple(findings)
+
+
+def _per_problem(
+    outcomes: Sequence[Outcome], problems: Sequence[str], measure: Callable[[Outcome], float]
+) -> Float[np.ndarray, "problems"]:
+    found: dict[str, list[float]] = defaultdict(list)
+    for outcome in outcomes:
+        found[outcome.problem_id].append(measure(outcome))
+    return np.array([np.mean(found[problem]) for problem in problems])
+
+
+def _share(name: str, values: Float[np.ndarray, "problems"]) -> Estimate:
+    """Estimate a share, with Wilson's interval (1927) of as many trials as there are problems."""
+    n, p = len(values), float(values.mean())
+    centre = (p + Z_95**2 / (2 * n)) / (1 + Z_95**2 / n)
+    half = Z_95 * np.sqrt(p * (1 - p) / n + Z_95**2 / (4 * n**2)) / (1 + Z_95**2 / n)
+    return Estimate(name, p, max(0.0, float(centre - half)), min(1.0, float(centre + half)))
+
+
+def _mean(name: str, values: Float[np.ndarray, "problems"], weights: np.ndarray) -> Estimate:
+    low, high = np.percentile(weights @ values / len(values), [2.5, 97.5])
+    return Estimate(name, float(values.mean()), float(low), float(high))

@@ -1,0 +1,162 @@
+"""Has a server answer every problem in every arm, as an OpenAI client, and judges the answers.
+
+All requests of all arms are mixed, so that arms run in the same batches and none has a quieter server than another. An
+outcome is appended to a file as it comes. A request that fails for good stops the sweep: an arm without its hardest problems
+would be compared with one that has them.
+"""
+
+import asyncio
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from openai import APIError, AsyncOpenAI
+from pydantic import BaseModel, ConfigDict
+
+from probes.steering.arms import Along, Arm
+
+
+class SweepError(Exception):
+    """A sweep cannot be run; the message says what the server said."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One problem: what is asked, and what is right."""
+
+    problem_id: str
+    messages: list[dict[str, Any]]
+    gold: str
+
+
+Judge = Callable[[str, str], tuple[bool, bool]]
+"""From a text and the gold answer to whether an answer could be read, and whether it is right."""
+
+
+class Outcome(BaseModel):
+    """One answer: a line of `outcomes.jsonl`.
+
+    Attributes:
+        problem_id: which problem.
+        along: the arm.
+        number: the arm's direction.
+        scale: the arm's scale.
+        text: the answer.
+        parsed: whether an answer could be read.
+        correct: whether it is right.
+        tokens: generated.
+        finish_reason: why the model stopped.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    problem_id: str
+    along: Along
+    number: int
+    scale: float
+    text: str
+    parsed: bool
+    correct: bool
+    tokens: int
+    finish_reason: str | None
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """How problems are answered.
+
+    Attributes:
+        model: the served model.
+        hook_point: where vectors are added.
+        layer: in which layer, None for a model-wide hook point.
+        positions: to which tokens.
+        unit: the length of what a scale of 1 adds.
+        sampling: parameters of every request.
+        parallel: requests in flight.
+        seed: of the order in which they are sent.
+    """
+
+    model: str
+    hook_point: str
+    layer: int | None
+    positions: str
+    unit: float
+    sampling: dict[str, Any] = field(default_factory=dict)
+    parallel: int = 16
+    seed: int = 0
+
+    def extra_body(self, arm: Arm) -> dict[str, Any]:
+        """Return what an arm adds to a request."""
+        if arm.direction is None:
+            return {}
+        steering: dict[str, Any] = {
+            "vector": arm.direction.tolist(),
+            "hook_point": self.hook_point,
+            "scale": arm.scale * self.unit,
+            "positions": self.positions,
+        }
+        return {"steering": [steering | ({} if self.layer is None else {"layer": self.layer})]}
+
+
+async def run_sweep(
+    client: AsyncOpenAI, plan: SweepPlan, tasks: Sequence[Task], arms: Sequence[Arm], judge: Judge, record: Path
+) -> list[Outcome]:
+    """Answer every task in every arm.
+
+    Args:
+        client: of a server that steers.
+        plan: how.
+        tasks: the problems.
+        arms: what is compared.
+        judge: reads the answers.
+        record: a file that outcomes are appended to as they come.
+
+    Raises:
+        SweepError: if a request fails for good.
+    """
+    pairs = [(task, arm) for task in tasks for arm in arms]
+    random.Random(plan.seed).shuffle(pairs)
+    free = asyncio.Semaphore(plan.parallel)
+    outcomes: list[Outcome] = []
+
+    async def one(task: Task, arm: Arm) -> None:
+        async with free:
+            outcome = await _answer(client, plan, task, arm, judge)
+        outcomes.append(outcome)
+        with open(record, "a") as file:
+            file.write(outcome.model_dump_json() + "\n")
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for task, arm in pairs:
+                group.create_task(one(task, arm))
+    except* SweepError as errors:
+        raise errors.exceptions[0] from None
+    return outcomes
+
+
+async def _answer(client: AsyncOpenAI, plan: SweepPlan, task: Task, arm: Arm, judge: Judge) -> Outcome:
+    messages: list[Any] = task.messages
+    try:
+        reply = await client.chat.completions.create(
+            model=plan.model, messages=messages, extra_body=plan.extra_body(arm), **plan.sampling
+        )
+    except APIError as error:
+        where = f"{task.problem_id}, along {arm.along} at scale {arm.scale:g}"
+        raise SweepError(f"{where}: {error.message}") from error
+    choice = reply.choices[0]
+    text = choice.message.content or ""
+    parsed, correct = judge(text, task.gold)
+    return Outcome(
+        problem_id=task.problem_id,
+        along=arm.along,
+        number=arm.number,
+        scale=arm.scale,
+        text=text,
+        parsed=parsed,
+        correct=correct,
+        tokens=reply.usage.completion_tokens if reply.usage else 0,
+        finish_reason=choice.finish_reason,
+    )
