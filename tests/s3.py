@@ -1,5 +1,6 @@
 """A real S3 endpoint on this machine: moto's server, in a process of its own; nothing but loopback is asked."""
 
+import json
 import os
 import subprocess
 import sys
@@ -36,6 +37,22 @@ def s3_endpoint(log: Path, host: str = "127.0.0.1") -> Iterator[str]:
         finally:
             server.kill()
             server.wait()
+
+
+def lock(address: str) -> dict[str, str]:
+    """Make a server answer only requests that are signed with the keys which this returns, as AWS does."""
+    import boto3
+
+    iam = boto3.client("iam", "us-east-1", endpoint_url=address, aws_access_key_id="-", aws_secret_access_key="-")
+    iam.create_user(UserName="owner")
+    key = iam.create_access_key(UserName="owner")["AccessKey"]
+    policy = {"Version": "2012-10-17", "Statement": [{"Effect": "Allow", "Action": "s3:*", "Resource": "*"}]}
+    iam.put_user_policy(UserName="owner", PolicyName="all", PolicyDocument=json.dumps(policy))
+    allowed_unsigned = urllib.request.Request(
+        f"{address}/moto-api/reset-auth", b"0", {"Content-Type": "application/octet-stream"}
+    )
+    urllib.request.urlopen(allowed_unsigned, timeout=10).close()
+    return {"AWS_ACCESS_KEY_ID": key["AccessKeyId"], "AWS_SECRET_ACCESS_KEY": key["SecretAccessKey"]}
 
 
 def _wait(address: str, server: "subprocess.Popen[bytes]", log: Path) -> None:

@@ -2,22 +2,21 @@
 
 serve.yaml holds what is the same for every launch; the launch's own choices (model, store, port, replicas) come from
 cluster.yaml's variables. Both become one declarative configuration of Ray Serve, which keeps what is equal to what runs. A hash
-of the code is part of it, so that launching again after an edit restarts the replicas and launching again without one does
-not.
+of the code and of the bucket's keys is part of it, so that launching again after an edit or with other keys restarts the
+replicas and launching again without either does not. Only the port cannot change while Serve runs: it is shut down for that.
 
     python -m roentgen.launch.deploy --address HEAD:6379 --nodes 2 --gpus-per-node 1
 """
 
 import hashlib
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
+import httpx
 import typer
 import yaml
 
@@ -25,23 +24,25 @@ from roentgen.cluster import ClusterError, connected
 from roentgen.launch.local import APP_NAME, LaunchError, wait_until_ready
 
 ROOT = Path(__file__).parents[2]
-DASHBOARD = "http://127.0.0.1:8265"
+SERVE = "http://127.0.0.1:8265/api/serve/applications/"
 NODES_TIMEOUT_S = 900.0
 DEPLOY_TIMEOUT_S = 900.0
+BUCKET = ("AWS_ENDPOINT_URL", "AWS_REGION")
 CODE = ("serve_app/**/*.py", "roentgen/*.py", "roentgen/store/**/*.py", "constraints.txt")
 
 
 def render(
-    config: Mapping[str, Any], environment: Mapping[str, str], nodes: int, gpus_per_node: int, code: str
+    config: Mapping[str, Any], environment: Mapping[str, str], nodes: int, gpus_per_node: int, version: str
 ) -> dict[str, Any]:
     """Fill a launch's choices into serve.yaml's content.
 
     Args:
         config: serve.yaml's content.
-        environment: MODEL, STORE, PORT, REPLICAS, MAX_REPLICAS, ROENTGEN_API_KEY; what is absent or empty has a default.
+        environment: MODEL, STORE, PORT, REPLICAS, MAX_REPLICAS, ROENTGEN_API_KEY, AWS_ENDPOINT_URL, AWS_REGION; what is
+            absent or empty has a default.
         nodes: of the cluster.
         gpus_per_node: whole GPUs.
-        code: what changes when the code does.
+        version: of what replicas read when they start; they are restarted when it changes.
 
     Raises:
         LaunchError: if a variable is not a number, or more replicas are asked for than have a place.
@@ -73,7 +74,8 @@ def render(
     http = {**config["http_options"], "port": _number(environment, "PORT", 8000)}
     if environment.get("ROENTGEN_API_KEY"):
         http["host"] = "0.0.0.0"
-    runtime_env = {"env_vars": {"ROENTGEN_CODE": code}}
+    variables = {name: environment[name] for name in BUCKET if environment.get(name)}
+    runtime_env = {"env_vars": {"ROENTGEN_VERSION": version, **variables}}
     return {
         **config,
         "http_options": http,
@@ -90,9 +92,14 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
     return int(text)
 
 
-def code_hash(root: Path = ROOT) -> str:
-    """Return a hash of the code that replicas run."""
-    digest = hashlib.sha256()
+def version_hash(keys: Path, root: Path = ROOT) -> str:
+    """Return a hash of what replicas read when they start: their code, and the keys of the bucket.
+
+    Args:
+        keys: AWS's file of keys; it need not exist.
+        root: of the code.
+    """
+    digest = hashlib.sha256(keys.read_bytes() if keys.exists() else b"")
     for pattern in CODE:
         for file in sorted(root.glob(pattern)):
             digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
@@ -144,12 +151,11 @@ def main(
 ) -> None:
     """Deploy serve.yaml and return when the model answers; exit code 2 if it cannot."""
     try:
-        config = render(
-            yaml.safe_load((ROOT / "serve.yaml").read_text()), os.environ, nodes, gpus_per_node, code_hash()
-        )
+        version = version_hash(Path(os.environ["AWS_SHARED_CREDENTIALS_FILE"]))
+        config = render(yaml.safe_load((ROOT / "serve.yaml").read_text()), os.environ, nodes, gpus_per_node, version)
         with connected(address):
             wait_for_nodes(nodes)
-            _deploy(config)
+            deploy(config)
             wait_until_deployed()
         port = config["http_options"]["port"]
         wait_until_ready(f"http://127.0.0.1:{port}", _say)
@@ -159,19 +165,30 @@ def main(
     _say(f"serving {os.environ['MODEL']} at {os.environ['ROENTGEN_BASE_URL']}, activations in {os.environ['STORE']}")
 
 
-def _deploy(config: dict[str, Any]) -> None:
-    """Hand a configuration to Serve.
+def deploy(config: dict[str, Any]) -> None:
+    """Hand a configuration to the Serve of the Ray that this process is connected to.
 
     Raises:
         LaunchError: if Serve refuses it.
     """
-    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
-        yaml.safe_dump(config, file)
-        file.flush()
-        command = [str(Path(sys.executable).parent / "serve"), "deploy", "--address", DASHBOARD, file.name]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise LaunchError(f"Serve refused the {APP_NAME} application: {(done.stdout + done.stderr).strip()[-2000:]}")
+    from ray import serve
+
+    with httpx.Client(headers={"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}, timeout=120) as client:
+        listens = _asked(client, "GET").json().get("http_options") or {}
+        if any(listens.get(name, wanted) != wanted for name, wanted in config["http_options"].items()):
+            _say(f"Serve listens at {listens['host']}:{listens['port']}: starting it anew")
+            serve.shutdown()
+        _asked(client, "PUT", config)
+
+
+def _asked(client: httpx.Client, method: str, body: dict[str, Any] | None = None) -> httpx.Response:
+    try:
+        answer = client.request(method, SERVE, json=body)
+    except httpx.HTTPError as error:
+        raise LaunchError(f"Ray's dashboard does not answer: {error or type(error).__name__}") from error
+    if answer.is_error:
+        raise LaunchError(f"Serve refused the {APP_NAME} application: {answer.status_code}: {answer.text[-2000:]}")
+    return answer
 
 
 def _say(text: str) -> None:

@@ -43,13 +43,13 @@ class Head:
         return done.stdout
 
     def environment(self) -> dict[str, str]:
-        """Return the secrets and addresses that the start script keeps on the node.
+        """Return the secrets and addresses that the start script keeps on the node; empty if nothing was started there.
 
         Raises:
-            LaunchError: if nothing was launched there.
+            LaunchError: if the node does not answer.
         """
-        shown = self.run("cat ~/.roentgen/env")
-        pairs = (line.removeprefix("export ").split("=", 1) for line in shown.splitlines())
+        shown = self.run("cat ~/.roentgen/env 2>/dev/null || true")
+        pairs = (shlex.split(line.removeprefix("export "))[0].split("=", 1) for line in shown.splitlines())
         return {name: value for name, value in pairs if value}
 
     def fetch(self, remote: str, local: Path) -> None:

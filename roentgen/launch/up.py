@@ -1,18 +1,20 @@
 """`roentgen up`: a cluster that serves the model, and the proof that it does.
 
-Which cluster, first that applies: the one that is named (`cluster`), which must run; with `reuse` the running one called
-`name`; a new one. A new one never takes the name of one that exists, since SkyPilot would silently use that.
+Which cluster, first that applies: the one that is named (`cluster`), which must run; with `reuse` the one called `name`, which
+is started again if it is stopped; a new one. A new one never takes the name of one that exists, since SkyPilot would silently
+use that.
 
 cluster.yaml is rewritten for the launch and handed to `sky launch`, which provisions, syncs, installs and runs the start
 script; `sky exec` runs the start script alone where nothing is to be synced. Keys are made here, reach the nodes as
 SkyPilot's secrets (through the environment: never on a command line) and are kept there; they are read back over ssh, never
-printed.
+printed. A cluster keeps its keys and its store: a node that is provisioned in place of a lost one needs those of the others. A
+bucket's keys and address, where this machine's environment has any, go the same way.
 """
 
 import os
 import secrets
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +26,9 @@ from roentgen.launch.task import ClusterSettings, write
 
 TASK = ROOT / "cluster.yaml"
 MADE_HERE = ("RAY_AUTH_TOKEN", "ROENTGEN_API_KEY")
-PASSED_ON = ("HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+BUCKET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+BUCKET_ADDRESS = {"AWS_ENDPOINT_URL": "AWS_ENDPOINT_URL_S3", "AWS_REGION": "AWS_DEFAULT_REGION"}
+"""On the nodes, and how else it may be called here: AWS_ENDPOINT_URL would move SkyPilot's own requests, too."""
 
 
 @dataclass(frozen=True)
@@ -55,28 +59,61 @@ class Launched:
 
 
 def choose(settings: ClusterSettings, clusters: list[Cluster]) -> Cluster | None:
-    """Return the running cluster to use, None for a new one.
+    """Return the cluster to use, None for a new one.
 
     Raises:
         LaunchError: if the one that is named does not run, or a new one would take the name of one that exists.
     """
     there = {cluster.name: cluster for cluster in clusters}
     found = there.get(settings.wanted)
-    if settings.cluster is not None:
-        if found is None or found.status != "UP":
-            running = ", ".join(name for name, one in there.items() if one.status == "UP") or "none"
-            state = f"is {found.status}" if found else "does not exist"
-            raise LaunchError(f"--cluster: {settings.cluster!r} {state}; running: {running}")
-        return found
-    if found is not None and found.status == "UP" and settings.reuse:
-        return found
-    if found is not None and not settings.reuse:
+    if settings.cluster is not None and (found is None or found.status != "UP"):
+        running = ", ".join(name for name, one in there.items() if one.status == "UP") or "none"
+        state = f"is {found.status}" if found else "does not exist"
+        raise LaunchError(f"--cluster: {settings.cluster!r} {state}; running: {running}")
+    if found is not None and settings.cluster is None and not settings.reuse:
         raise LaunchError(
             f"--name: a cluster {found.name!r} exists ({found.status}): use it with --reuse, or choose another --name"
         )
-    if found is None and settings.sync == "skip":
+    if settings.sync == "skip" and (found is None or found.status != "UP"):
         raise LaunchError("--skip-sync: nothing is installed on a new cluster; it is for one that runs")
-    return None
+    return found
+
+
+def kept_on(found: Cluster | None) -> dict[str, str]:
+    """Return the keys and the store that a cluster has, to hand them on to nodes that are new in it.
+
+    Raises:
+        LaunchError: if it runs and does not answer.
+    """
+    if found is None:
+        return {}
+    try:
+        return Head(found.name).environment()
+    except LaunchError:
+        if found.status == "UP":
+            raise
+        return {}  # stopped, or without its head: its Ray is gone, and the next one gets other keys
+
+
+def given_to(
+    settings: ClusterSettings, kept: Mapping[str, str], environment: Mapping[str, str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return what a launch hands to the nodes: secrets, and variables that are none.
+
+    Args:
+        settings: of the launch.
+        kept: what the cluster has already.
+        environment: this machine's.
+    """
+    secret = {name: kept.get(name) or environment.get(name) or secrets.token_hex(32) for name in MADE_HERE}
+    plain = {"STORE": settings.store}
+    if not settings.store:
+        plain = {name: kept.get(name, "") for name in ("STORE", *BUCKET_ADDRESS)}
+    elif plain["STORE"].startswith("s3://"):
+        plain |= {name: environment.get(other) or environment.get(name, "") for name, other in BUCKET_ADDRESS.items()}
+    wanted = ("HF_TOKEN", *(BUCKET_KEYS if plain["STORE"].startswith("s3://") else ()))
+    secret |= {name: environment.get(name, "") for name in wanted}
+    return {name: text for name, text in secret.items() if text}, {name: text for name, text in plain.items() if text}
 
 
 def up(
@@ -135,10 +172,9 @@ def smoke_on(launched: Launched, model: str, stage: Callable[[str], None]) -> No
 
 def _launch(settings: ClusterSettings, sky: SkyPilot, found: Cluster | None, stage: Callable[[str], None]) -> None:
     name = settings.wanted
-    given = {variable: os.environ[variable] for variable in PASSED_ON if os.environ.get(variable)}
-    if found is None:
-        given |= {variable: os.environ.get(variable) or secrets.token_hex(32) for variable in MADE_HERE}
-    flags = [part for variable in given for part in ("--secret", variable)]
+    secret, plain = given_to(settings, kept_on(found), os.environ)
+    flags = [part for variable in secret for part in ("--secret", variable)]
+    flags += [part for variable, text in plain.items() for part in ("--env", f"{variable}={text}")]
     with tempfile.TemporaryDirectory() as folder:
         task = Path(folder) / "cluster.yaml"
         # A cluster that runs keeps its size: rank and number of nodes come from it.
@@ -148,11 +184,11 @@ def _launch(settings: ClusterSettings, sky: SkyPilot, found: Cluster | None, sta
             command = ["exec", name, str(task), *flags]
         else:
             command = ["launch", "--yes", "--cluster", name, str(task), *flags]
-        code, last = sky.stream(command, stage, given)
+        code, last = sky.stream(command, stage, secret)
         if code not in (0, JOB_FAILED) and found is not None:
             # After the loss of a node SkyPilot's own Ray is healed by one launch and used by the next.
             stage("trying once more")
-            code, last = sky.stream(command, stage, given)
+            code, last = sky.stream(command, stage, secret)
     if code == JOB_FAILED:
         raise LaunchError(f"the start script failed on {name}:\n" + "\n".join(last))
     if code:

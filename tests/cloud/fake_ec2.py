@@ -169,10 +169,19 @@ class FakeEC2:
         )
         (folder / "init.sh").write_text(init)
         with (folder / "log").open("w") as log:
-            command = ["unshare", "--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child=KILL"]
-            process = subprocess.Popen(
-                [*command, "--mount-proc", "bash", str(folder / "init.sh")], stdout=log, stderr=subprocess.STDOUT
-            )
+            command = [
+                "setpriv",
+                "--pdeathsig=KILL",
+                "unshare",
+                "--net",
+                "--mount",
+                "--pid",
+                "--uts",
+                "--ipc",
+                "--fork",
+            ]
+            command += ["--kill-child=KILL", "--mount-proc", "bash", str(folder / "init.sh")]
+            process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
         while not (child := children.read_text().split()):
             time.sleep(0.05)

@@ -4,6 +4,7 @@ Not covered: CUDA, buckets mounted with FUSE, autostop.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,23 +20,26 @@ from roentgen.launch.ports import find_listener
 from roentgen.runs import Run
 from roentgen.store import Session, verify
 from tests.cloud.conftest import make_home
-from tests.cloud.fake_ec2 import BRIDGE, why_not
+from tests.cloud.fake_ec2 import BRIDGE, GATEWAY, why_not
 from tests.conftest import ROENTGEN
+from tests.s3 import BUCKET, lock, s3_endpoint
 
 NAME = "rtg-test"
+SKY_API_PORT = 46580
 
 
 @dataclass(frozen=True)
 class Cloud:
     """A cloud with nothing in it yet, and what it takes to use it."""
 
+    folder: Path
     environment: dict[str, str]
-    port: int
 
-    def roentgen(self, *arguments: str, timeout: float = 900) -> subprocess.CompletedProcess[str]:
+    def roentgen(self, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [ROENTGEN, *arguments], env=self.environment, capture_output=True, text=True, timeout=timeout, check=False
-        )
+            [ROENTGEN, *arguments], env=self.environment | environment, capture_output=True, text=True, timeout=900,
+            check=False,
+        )  # fmt: skip
 
     @property
     def hosts(self) -> int:
@@ -47,6 +51,8 @@ class Cloud:
 def cloud(sky_python: Path) -> Iterator[Cloud]:
     if reason := why_not():
         pytest.skip(reason)
+    if listener := find_listener(SKY_API_PORT):
+        pytest.skip(f"a SkyPilot server with other credentials runs already: {listener}; `sky api stop` ends it")
     folder = Path(tempfile.mkdtemp(prefix="rt-cloud-", dir="/tmp"))  # not on a file system that refuses overlays
     home = folder / "home"
     port = free_port("127.0.0.1")
@@ -61,15 +67,18 @@ def cloud(sky_python: Path) -> Iterator[Cloud]:
     (home / ".aws" / "credentials").write_text(
         "[default]\naws_access_key_id = testing\naws_secret_access_key = testing\n"
     )
-    # ssh looks for its configuration where the password file says, not in $HOME; SkyPilot writes to the latter.
+    # ssh looks for configuration and keys where the password file says, not in $HOME; SkyPilot writes to the latter.
     (home / ".ssh").mkdir(mode=0o700)
     (home / ".ssh" / "config").touch()
     (folder / "bin").mkdir()
-    (folder / "bin" / "ssh").write_text(f'#!/bin/sh\nexec /usr/bin/ssh -F {home}/.ssh/config "$@"\n')
+    (folder / "bin" / "ssh").write_text(
+        f'#!/bin/sh\nexec /usr/bin/ssh -F {home}/.ssh/config -i {home}/.sky/generated/ssh-keys/{NAME}.key "$@"\n'
+    )
     (folder / "bin" / "ssh").chmod(0o755)
     log = (folder / "moto.log").open("w")
+    # What is started here dies with this process, however that ends; the hosts with what starts them.
     moto = subprocess.Popen(
-        [str(sky_python.parent / "moto_server"), "-p", str(port)],
+        ["setpriv", "--pdeathsig=KILL", str(sky_python.parent / "moto_server"), "-p", str(port)],
         stdout=log,
         stderr=subprocess.STDOUT,
     )
@@ -79,11 +88,12 @@ def cloud(sky_python: Path) -> Iterator[Cloud]:
         while find_listener(port) is None:
             assert time.monotonic() < deadline, "moto did not start"
             time.sleep(0.2)
-        command = [str(sky_python), str(Path(__file__).parent / "fake_ec2.py"), endpoint, str(folder / "hosts")]
-        ec2 = subprocess.Popen([*command, sys.prefix, sys.base_prefix], stdout=subprocess.PIPE, text=True)
+        command = ["setpriv", "--pdeathsig=TERM", str(sky_python), str(Path(__file__).parent / "fake_ec2.py")]
+        command += [endpoint, str(folder / "hosts"), sys.prefix, sys.base_prefix]
+        ec2 = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert ec2.stdout is not None
         assert ec2.stdout.readline() == "ready\n"
-        yield Cloud(environment, free_port("127.0.0.1"))
+        yield Cloud(folder, environment)
     finally:
         sky = [environment["ROENTGEN_SKY"], "api", "stop"]
         subprocess.run(sky, env=environment, capture_output=True, check=False, timeout=120)
@@ -92,12 +102,14 @@ def cloud(sky_python: Path) -> Iterator[Cloud]:
             ec2.wait(60)
         moto.kill()
         moto.wait()
+        shutil.rmtree(folder)
 
 
 def test_up_evaluate_reuse_and_down(cloud: Cloud, tmp_path: Path) -> None:
     """The whole life of a cluster; one test, because each step needs the one before."""
-    options = ("--model", "smollm2-135m", "--min-vram", "0", "--port", str(cloud.port), "--name", NAME)
-    up = cloud.roentgen("up", *options, "--infra", "aws")
+    options = ("--model", "smollm2-135m", "--min-vram", "0", "--name", NAME)
+    port = str(free_port("127.0.0.1"))
+    up = cloud.roentgen("up", *options, "--port", port, "--infra", "aws")
     assert up.returncode == 0, up.stderr[-6000:]
     assert "reached through a tunnel too" in up.stderr
     assert f"roentgen cluster down {NAME}" in up.stdout
@@ -106,13 +118,10 @@ def test_up_evaluate_reuse_and_down(cloud: Cloud, tmp_path: Path) -> None:
     again = cloud.roentgen("up", *options)
     assert again.returncode == 2
     assert "exists (UP): use it with --reuse" in again.stderr
-    reused = cloud.roentgen("up", *options, "--reuse", "--skip-sync")
-    assert reused.returncode == 0, reused.stderr[-6000:]
-    assert cloud.hosts == 1
 
     output = tmp_path / "run"
     evaluation = ("--problems", "arithmetic", "--samples", "4", "--max-tokens", "8", "--collect-activations")
-    on = ("--launch", "--cluster", NAME, "--model", "smollm2-135m", "--port", str(cloud.port), "--skip-sync")
+    on = ("--launch", "--cluster", NAME, "--model", "smollm2-135m", "--port", port, "--skip-sync")
     done = cloud.roentgen("eval", *evaluation, *on, "--transfer-activations", "--output", str(output))
     assert done.returncode == 0, done.stderr[-6000:]
     assert f"{NAME} was there before and is left running" in done.stderr
@@ -121,7 +130,10 @@ def test_up_evaluate_reuse_and_down(cloud: Cloud, tmp_path: Path) -> None:
     session = Session.open(str(output / "activations" / samples[0].rollouts[0].session_id))
     assert verify(session).rollouts == 4
 
-    doctor = cloud.roentgen("doctor", NAME, "--port", str(cloud.port))
+    port = str(free_port("127.0.0.1"))
+    move_to_a_bucket(cloud, *options, "--port", port)
+    assert cloud.hosts == 1
+    doctor = cloud.roentgen("doctor", NAME, "--port", port)
     assert "RUNNING" in doctor.stdout, doctor.stdout + doctor.stderr
     assert NAME in cloud.roentgen("cluster", "status").stdout
 
@@ -133,3 +145,15 @@ def test_up_evaluate_reuse_and_down(cloud: Cloud, tmp_path: Path) -> None:
         time.sleep(0.2)
     assert cloud.hosts == 0
     assert NAME not in cloud.roentgen("cluster", "status").stdout
+
+
+def move_to_a_bucket(cloud: Cloud, *options: str) -> None:
+    """Reuse the running cluster with another store and port; the S3 server answers only who has the keys given here."""
+    with s3_endpoint(cloud.folder / "s3.log", GATEWAY) as endpoint:
+        bucket = {"AWS_ENDPOINT_URL_S3": endpoint, **lock(endpoint)}
+        words = ("up", *options, "--reuse", "--skip-sync", "--store", f"s3://{BUCKET}/activations")
+        reused = cloud.roentgen(*words, **bucket)
+        assert reused.returncode == 0, reused.stderr[-6000:]
+        assert bucket["AWS_SECRET_ACCESS_KEY"] not in reused.stdout + reused.stderr
+        stored = [line for line in (cloud.folder / "s3.log").read_text().splitlines() if '"PUT' in line]
+        assert any(f"/{BUCKET}/activations/smoke-" in line and " 200 " in line for line in stored), stored

@@ -41,10 +41,14 @@ class Cluster:
     def key(self) -> str:
         return self.hosts.environment["ROENTGEN_API_KEY"]
 
+    @property
+    def port(self) -> str:
+        return self.hosts.environment["PORT"]
+
     def ask(self, node: Node, path: str, body: dict[str, Any] | None = None, key: str | None = None) -> Answer:
-        """Send a request from this machine to a node's port 8000; status 0 if nothing answers there."""
+        """Send a request from this machine to a node's server; status 0 if nothing answers there."""
         request = urllib.request.Request(
-            f"http://{node.ip}:8000{path}",
+            f"http://{node.ip}:{self.port}{path}",
             json.dumps(body).encode() if body is not None else None,
             {"Content-Type": "application/json", "Authorization": f"Bearer {self.key if key is None else key}"},
         )

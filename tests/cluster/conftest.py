@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -11,14 +12,18 @@ import pytest
 
 from serve_app.sources import cache_folder, locate
 from tests.cluster.cluster import Cluster
-from tests.cluster.nodes import Nodes, why_not
+from tests.cluster.nodes import GATEWAY, Nodes, why_not
+from tests.s3 import lock, s3_endpoint
 
 collect_ignore = [] if os.environ.get("ROENTGEN_TEST_CLUSTER") else ["test_cluster.py"]
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """A running cluster with two replicas of SmolLM2-135M and a store in a folder that all nodes see."""
+    """A running cluster with two replicas of SmolLM2-135M and a store in a folder that all nodes see.
+
+    It is given the address and the keys of an S3 server on this machine too, as `roentgen up` gives them.
+    """
     if reason := why_not():
         pytest.skip(reason)
     folder = Path(tempfile.mkdtemp(prefix="rt-nodes-"))
@@ -27,6 +32,7 @@ def cluster() -> Iterator[Cluster]:
         "VENV": sys.prefix,
         "MODEL": "smollm2-135m",
         "STORE": str(folder / "store"),
+        "PORT": "8000",
         "REPLICAS": "2",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "ROENTGEN_API_KEY": secrets.token_hex(16),
@@ -35,7 +41,11 @@ def cluster() -> Iterator[Cluster]:
         # Three nodes share this machine's memory, and each would take a third of it for objects that nobody makes here.
         "RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION": "0.01",
     }
-    with Nodes(3, folder, environment) as nodes:
-        running = Cluster(nodes)
-        nodes.launch()
-        yield running
+    try:
+        with Nodes(3, folder, environment) as nodes, s3_endpoint(folder / "moto.log", GATEWAY) as endpoint:
+            nodes.environment |= {"AWS_ENDPOINT_URL": endpoint, **lock(endpoint)}
+            running = Cluster(nodes)
+            nodes.launch()
+            yield running
+    finally:
+        shutil.rmtree(folder)

@@ -2,7 +2,8 @@
 
 A node runs what a cloud's machine would run: cluster/start.sh under the variables that SkyPilot sets. The process namespace is
 what makes a loss real: SIGKILL to its init takes every process of the node with it at once, closes no connection (its
-network is gone in the same moment), and touches no other node. Needs root, iproute2 and util-linux.
+network is gone in the same moment), and touches no other node. A host dies with the process that started it, however that
+ends. Needs root, iproute2 and util-linux.
 """
 
 import os
@@ -16,6 +17,10 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 BRIDGE = "br-roentgen"
 NETWORK = "10.177.0"
+GATEWAY = f"{NETWORK}.1"
+"""This machine, as hosts see it."""
+
+NAMESPACES = ("setpriv", "--pdeathsig=KILL", "unshare", "--net", "--mount", "--pid", "--uts", "--ipc", "--fork")
 
 INIT = """
 mount --make-rprivate /
@@ -31,15 +36,10 @@ def why_not() -> str | None:
     """Say why there can be no nodes here, if so."""
     if os.geteuid() != 0:
         return "network namespaces need root"
-    missing = [command for command in ("ip", "unshare", "nsenter") if shutil.which(command) is None]
+    missing = [command for command in ("ip", "unshare", "nsenter", "setpriv") if shutil.which(command) is None]
     if missing:
         return f"{', '.join(missing)} missing: apt-get install iproute2 util-linux"
-    tried = subprocess.run(
-        ["unshare", "--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--mount-proc", "true"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    tried = subprocess.run([*NAMESPACES, "--mount-proc", "true"], capture_output=True, text=True, check=False)
     return f"namespaces cannot be made here: {tried.stderr.strip()}" if tried.returncode else None
 
 
@@ -57,8 +57,7 @@ class Node:
     def start(self) -> None:
         """Bring the host up, with its address on the bridge."""
         self.home.mkdir(exist_ok=True)
-        command = ["unshare", "--net", "--mount", "--pid", "--uts", "--ipc", "--fork", "--kill-child=KILL"]
-        command += ["--mount-proc", "bash", "-c", INIT.format(rank=self.rank)]
+        command = [*NAMESPACES, "--kill-child=KILL", "--mount-proc", "bash", "-c", INIT.format(rank=self.rank)]
         self._outside = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         children = Path(f"/proc/{self._outside.pid}/task/{self._outside.pid}/children")
         while not (child := children.read_text().split()):
@@ -76,7 +75,7 @@ class Node:
             ["addr", "add", f"{self.ip}/24", "dev", "eth0"],
             ["link", "set", "eth0", "up"],
             ["link", "set", "lo", "up"],
-            ["route", "add", "default", "via", f"{NETWORK}.1"],
+            ["route", "add", "default", "via", GATEWAY],
         ):
             subprocess.run([*inside, *step], check=True, capture_output=True)
 
@@ -159,7 +158,7 @@ class Nodes:
     def __enter__(self) -> "Nodes":
         subprocess.run(["ip", "link", "del", BRIDGE], check=False, capture_output=True)
         _ip("link", "add", BRIDGE, "type", "bridge")
-        _ip("addr", "add", f"{NETWORK}.1/24", "dev", BRIDGE)
+        _ip("addr", "add", f"{GATEWAY}/24", "dev", BRIDGE)
         _ip("link", "set", BRIDGE, "up")
         for node in self.nodes:
             node.start()

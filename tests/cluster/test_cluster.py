@@ -1,15 +1,23 @@
-"""What a cluster is for, and what happens to it: spread replicas, a lost node, a node that comes back, a killed driver."""
+"""What a cluster is for, and what happens to it: spread replicas, a lost node, a node that comes back, a killed driver.
 
+The store is a folder that all nodes see, and then a bucket.
+"""
+
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 from roentgen.runs import Run
-from roentgen.store import Session, verify
+from roentgen.store import Session
 from tests.cluster.cluster import Cluster, wait_until
+from tests.cluster.nodes import Node
+from tests.conftest import ROENTGEN
 from tests.reference import teacher_forced, worst_error
+from tests.s3 import BUCKET
 
 PROBLEMS = 40
 CHAT = {"model": "smollm2-135m", "messages": [{"role": "user", "content": "What is 2 + 2?"}], "max_tokens": 4}
@@ -17,7 +25,7 @@ CHAT = {"model": "smollm2-135m", "messages": [{"role": "user", "content": "What 
 
 def options(problems: Path, output: Path) -> list[str]:
     return [
-        *("--problems", str(problems), "--samples", str(PROBLEMS), "--parallel", "12", "--max-tokens", "48"),
+        *("--problems", str(problems), "--samples", str(PROBLEMS), "--parallel", "12", "--max-tokens", "24"),
         *("--collect-activations", "--output", str(output), "--request-timeout", "300"),
     ]
 
@@ -27,17 +35,20 @@ def recorded(output: Path) -> int:
     return record.read_bytes().count(b"\n") if record.exists() else 0
 
 
-def check_run(output: Path) -> None:
+def check_run(output: Path, store: str) -> None:
     """Every problem once, every activation there and true to the text that it belongs to."""
     run = Run.open(output)
     samples = run.samples()
     lines = run.record_path.read_text().splitlines()
     assert len(lines) == len({sample.problem_id for sample in samples}) == PROBLEMS
     assert [sample.error for sample in samples] == [None] * PROBLEMS
-    session = Session.open(samples[0].rollouts[0].uri)
+    (uri,) = {ref.uri for sample in samples for ref in sample.rollouts}
+    assert uri.startswith(f"{store}/")
+    session = Session.open(uri)
     # A reply that was lost with its node was asked for again: the store may hold a rollout twice, and counts it once.
     assert len(session.rollouts()) == PROBLEMS
-    assert verify(session).ok
+    verified = subprocess.run([ROENTGEN, "sessions", "verify", uri], capture_output=True, text=True, check=False)
+    assert verified.returncode == 0, verified.stdout + verified.stderr
     everything = session.rollouts(unique=False).set_index("rollout_id")
     for sample in samples:
         (ref,) = sample.rollouts
@@ -85,16 +96,16 @@ def test_the_locks_hold(cluster: Cluster) -> None:
     said, _ = stranger.communicate(timeout=120)
     assert stranger.returncode != 0
     assert "token" in said.lower(), said
-    secrets = (cluster.key, cluster.hosts.environment["RAY_AUTH_TOKEN"])
+    names = ("ROENTGEN_API_KEY", "RAY_AUTH_TOKEN", "AWS_SECRET_ACCESS_KEY")
+    secrets = [cluster.hosts.environment[name] for name in names]
     for log in cluster.folder.glob("*.log"):
         assert not any(secret in log.read_text() for secret in secrets), log
 
 
-def test_a_node_is_lost_while_an_evaluation_runs(cluster: Cluster, gsm8k_test: Path) -> None:
-    """The run finishes, with each problem once; then the node comes back and serves."""
-    output = cluster.folder / "lost-node"
-    log = cluster.folder / "lost-node.log"
-    job = cluster.submit(*options(gsm8k_test, output), log=log)
+def lose_a_node_during_a_run(cluster: Cluster, problems: Path, output: Path) -> Node:
+    """Evaluate, and meanwhile lose a worker that has a replica; returns the worker when the run has finished all the same."""
+    log = cluster.folder / f"{output.name}.log"
+    job = cluster.submit(*options(problems, output), log=log)
     wait_until(lambda: recorded(output) >= 4 or job.poll() is not None, 240, log.read_text)
     assert job.poll() is None, log.read_text()
     lost = next(node for r in cluster.deployment("model") if (node := cluster.node_of(r)) is not cluster.head)
@@ -104,7 +115,14 @@ def test_a_node_is_lost_while_an_evaluation_runs(cluster: Cluster, gsm8k_test: P
         assert job.wait(420) == 0, log.read_text()
     except subprocess.TimeoutExpired:
         raise AssertionError(log.read_text()) from None
-    check_run(output)
+    return lost
+
+
+def test_a_node_is_lost_while_an_evaluation_runs(cluster: Cluster, gsm8k_test: Path) -> None:
+    """The run finishes, with each problem once; then the node comes back and serves."""
+    output = cluster.folder / "lost-node"
+    lost = lose_a_node_during_a_run(cluster, gsm8k_test, output)
+    check_run(output, cluster.hosts.environment["STORE"])
 
     lost.start()
     cluster.hosts.launch()
@@ -128,4 +146,23 @@ def test_a_killed_driver_is_continued_by_another_submission(cluster: Cluster, gs
     job = cluster.submit(*options(gsm8k_test, output), log=log)
     assert job.wait(300) == 0, log.read_text()
     assert f"continuing: {kept} of {PROBLEMS} problems are recorded already" in log.read_text()
-    check_run(output)
+    check_run(output, cluster.hosts.environment["STORE"])
+
+
+@pytest.mark.timeout(900)
+def test_in_a_bucket_too_nothing_is_lost_with_a_node(
+    cluster: Cluster, gsm8k_test: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The S3 server refuses whoever has not the keys; they reach the replicas from the launch."""
+    cluster.hosts.environment["STORE"] = f"s3://{BUCKET}/activations"
+    cluster.hosts.launch()
+    smoke = f". ~/.roentgen/env && {ROENTGEN} smoke http://127.0.0.1:{cluster.port}"
+    assert "rows of layers.0.resid_post" in cluster.head.run("bash", "-c", smoke)
+
+    output = cluster.folder / "lost-node-bucket"
+    lose_a_node_during_a_run(cluster, gsm8k_test, output)
+    for name in ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, cluster.hosts.environment[name])
+    check_run(output, f"s3://{BUCKET}/activations")
+    for node in cluster.hosts.nodes:
+        assert os.stat(node.home / ".roentgen" / "aws").st_mode & 0o077 == 0

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from roentgen.launch.deploy import ROOT, code_hash, render
+from roentgen.launch.deploy import ROOT, render, version_hash
 from roentgen.launch.local import LaunchError
 from serve_app.config import ServerConfig
 
@@ -79,12 +79,21 @@ def test_a_model_that_takes_more_gpus_than_a_node_has_is_refused() -> None:
         rendered(2, 1, {"num_gpus": 2}, REPLICAS="1")
 
 
-def test_the_code_hash_follows_the_code(tmp_path: Path) -> None:
+def test_where_the_bucket_is_reaches_replicas_and_its_keys_never_do_this_way() -> None:
+    config = rendered(AWS_ENDPOINT_URL="http://minio:9000", AWS_REGION="", AWS_SECRET_ACCESS_KEY="s3cr3t")
+    variables = config["applications"][0]["runtime_env"]["env_vars"]
+    assert variables == {"ROENTGEN_VERSION": "c0de", "AWS_ENDPOINT_URL": "http://minio:9000"}
+
+
+def test_other_code_or_other_keys_are_another_version(tmp_path: Path) -> None:
     for folder in ("serve_app", "roentgen"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
     shutil.copy(ROOT / "constraints.txt", tmp_path)
-    before = code_hash(tmp_path)
+    keys = tmp_path / "aws"
+    versions = [version_hash(keys, tmp_path)]
     (tmp_path / "roentgen" / "cli" / "console.py").write_text("")  # replicas do not run it
-    assert code_hash(tmp_path) == before
-    (tmp_path / "serve_app" / "app.py").write_text("")
-    assert code_hash(tmp_path) != before
+    assert version_hash(keys, tmp_path) == versions[0]
+    for changed in (tmp_path / "serve_app" / "app.py", keys):
+        changed.write_text("another")
+        versions.append(version_hash(keys, tmp_path))
+    assert len(set(versions)) == 3

@@ -15,7 +15,7 @@ from roentgen.launch.evaluate import Afterwards, launch_and_evaluate
 from roentgen.launch.local import LaunchError
 from roentgen.launch.skypilot import Cluster, SkyPilot
 from roentgen.launch.task import ClusterSettings
-from roentgen.launch.up import choose, up
+from roentgen.launch.up import choose, given_to, up
 
 STAND_IN = Path(__file__).parent / "sky_stand_in.py"
 
@@ -56,6 +56,19 @@ def sky(tmp_path: Path) -> StandIn:
     return StandIn(tmp_path)
 
 
+@pytest.fixture
+def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What the start script has kept on the head node of every cluster: `ssh` shows it, and can do nothing else there."""
+    (tmp_path / "bin").mkdir()
+    kept = tmp_path / "kept"
+    kept.write_text("export RAY_AUTH_TOKEN=t0ken\nexport ROENTGEN_API_KEY=a\\ key\nexport STORE=s3://b/f\n")
+    ssh = tmp_path / "bin" / "ssh"
+    ssh.write_text(f'#!/bin/sh\ncase "$*" in *"cat ~/.roentgen/env"*) cat {kept};; *) echo broken >&2; exit 1;; esac\n')
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    return kept
+
+
 def running(name: str) -> dict[str, Any]:
     return {"name": name, "status": "UP", "nodes": 2, "resources_str": "2x", "autostop": 15}
 
@@ -72,7 +85,9 @@ def test_a_named_cluster_wins_and_must_run() -> None:
 def test_reuse_takes_the_running_cluster_of_that_name_else_a_new_one() -> None:
     assert choose(ClusterSettings(reuse=True), [RUNNING]) == RUNNING
     assert choose(ClusterSettings(reuse=True), [OTHER]) is None
-    assert choose(ClusterSettings(reuse=True), [STOPPED]) is None  # started again under its name
+    assert (
+        choose(ClusterSettings(reuse=True), [STOPPED]) == STOPPED
+    )  # started again, and not this launch's to take down
 
 
 def test_a_new_cluster_never_takes_the_name_of_another() -> None:
@@ -82,8 +97,9 @@ def test_a_new_cluster_never_takes_the_name_of_another() -> None:
 
 
 def test_nothing_can_be_skipped_on_a_new_cluster() -> None:
-    with pytest.raises(LaunchError, match="nothing is installed on a new cluster"):
-        choose(ClusterSettings(sync="skip", reuse=True), [])
+    for clusters in ([], [STOPPED]):
+        with pytest.raises(LaunchError, match="nothing is installed on a new cluster"):
+            choose(ClusterSettings(sync="skip", reuse=True), clusters)
 
 
 def test_a_new_cluster_gets_keys_of_its_own_which_are_never_on_the_command_line(sky: StandIn) -> None:
@@ -100,16 +116,49 @@ def test_a_new_cluster_gets_keys_of_its_own_which_are_never_on_the_command_line(
     assert sky.tasks[0]["envs"]["MODEL"] == "m"
 
 
-def test_a_reused_cluster_keeps_its_keys_and_its_size(sky: StandIn) -> None:
+def test_a_reused_cluster_keeps_its_keys_its_store_and_its_size(sky: StandIn, head: Path) -> None:
+    """Nodes that are new in it need them too."""
     sky.change(clusters=[running("roentgen")])
     launched = up(ClusterSettings(reuse=True), sky, lambda _: None, check=False)
     assert not launched.created
     (call,) = sky.calls
-    assert "--secret" not in call["words"]
+    assert call["secrets"] == {"RAY_AUTH_TOKEN": "t0ken", "ROENTGEN_API_KEY": "a key"}
+    assert call["words"][-2:] == ["--env", "STORE=s3://b/f"]
     assert sky.tasks[0]["num_nodes"] == 2
 
 
-def test_skip_sync_only_runs_the_start_script(sky: StandIn) -> None:
+def test_keys_are_never_made_anew_under_a_cluster_that_runs(sky: StandIn, head: Path) -> None:
+    (head.parent / "bin" / "ssh").write_text("#!/bin/sh\necho 'no route to host' >&2; exit 255\n")
+    sky.change(clusters=[running("roentgen")])
+    with pytest.raises(LaunchError, match="on roentgen: no route to host"):
+        up(ClusterSettings(reuse=True), sky, lambda _: None, check=False)
+    assert sky.calls == []
+    sky.change(clusters=[running("roentgen") | {"status": "INIT"}])  # it lost its head, and its Ray with that
+    assert not up(ClusterSettings(reuse=True), sky, lambda _: None, check=False).created
+    assert len(sky.calls[0]["secrets"]["RAY_AUTH_TOKEN"]) == 64
+
+
+def test_the_keys_of_a_bucket_go_only_where_there_is_one() -> None:
+    here = {
+        "AWS_ACCESS_KEY_ID": "id",
+        "AWS_SECRET_ACCESS_KEY": "s3cr3t",
+        "AWS_ENDPOINT_URL_S3": "http://minio:9000",
+        "AWS_DEFAULT_REGION": "eu-central-1",
+        "HF_TOKEN": "hf",
+    }
+    secret, plain = given_to(ClusterSettings(store="s3://bucket/folder"), {}, here)
+    assert secret.keys() == {
+        "RAY_AUTH_TOKEN", "ROENTGEN_API_KEY", "HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY",
+    }  # fmt: skip
+    assert plain == {
+        "STORE": "s3://bucket/folder", "AWS_ENDPOINT_URL": "http://minio:9000", "AWS_REGION": "eu-central-1",
+    }  # fmt: skip
+    secret, plain = given_to(ClusterSettings(store="/shared"), {"STORE": "s3://another/place"}, here)
+    assert secret.keys() == {"RAY_AUTH_TOKEN", "ROENTGEN_API_KEY", "HF_TOKEN"}
+    assert plain == {"STORE": "/shared"}
+
+
+def test_skip_sync_only_runs_the_start_script(sky: StandIn, head: Path) -> None:
     sky.change(clusters=[running("roentgen")])
     up(ClusterSettings(reuse=True, sync="skip"), sky, lambda _: None, check=False)
     assert sky.calls[0]["words"][:2] == ["exec", "roentgen"]
@@ -128,7 +177,7 @@ def test_a_launch_that_meets_no_machine_names_the_limits(sky: StandIn) -> None:
         up(ClusterSettings(min_vram=80, max_price=0.1), sky, lambda _: None, check=False)
 
 
-def test_a_cluster_that_lost_a_node_is_launched_twice(sky: StandIn) -> None:
+def test_a_cluster_that_lost_a_node_is_launched_twice(sky: StandIn, head: Path) -> None:
     sky.change(clusters=[running("roentgen")], fails={"launch": 1})
     with pytest.raises(LaunchError):
         up(ClusterSettings(reuse=True), sky, lambda _: None, check=False)
@@ -164,9 +213,9 @@ def test_a_down_that_fails_says_what_it_may_cost(sky: StandIn) -> None:
     ("before", "keep", "down"), [([], False, True), ([], True, False), ([running("roentgen")], False, False)]
 )
 def test_a_failure_takes_down_what_was_created_and_nothing_else(
-    sky: StandIn, before: list[dict[str, Any]], keep: bool, down: bool, tmp_path: Path
+    sky: StandIn, head: Path, before: list[dict[str, Any]], keep: bool, down: bool, tmp_path: Path
 ) -> None:
-    """There is no host behind the name, so the smoke test fails: after provisioning, as it may in life."""
+    """The smoke test fails: after provisioning, as it may in life."""
     sky.change(clusters=before)
     said: list[str] = []
     with pytest.raises(LaunchError, match="smoke test failed"):
