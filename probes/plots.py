@@ -11,10 +11,13 @@ from jaxtyping import Bool, Float
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from probes.closeup import Closeup
+from probes.intervals import bootstrap_weights
 from probes.metrics import BINS, bins
 from probes.report import KeyResult, ProbeReport
 
 MOST_TICKS = 16
+COLOURS = {True: "#17754a", False: "#b3402f"}
 METRICS = {"auroc": "AUROC", "r2": "R²"}
 
 
@@ -98,6 +101,51 @@ def reliability(log_odds: Float[np.ndarray, "samples"], y: Bool[np.ndarray, "sam
     axes.set_title("Reliability, problems unseen in training", loc="left", fontsize="medium")
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02))
     axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def along_trace(closeup: Closeup, label: str) -> Figure:
+    """Draw the mean score from the last token of the prompt to the last row, per class, with its interval over problems."""
+    figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    fractions = np.linspace(0, 1, 21)
+    for value, colour in COLOURS.items():
+        traces = [trace for trace in closeup.traces if trace.value == value]
+        values = np.stack([trace.along(fractions) for trace in traces])
+        weights = bootstrap_weights(np.unique([trace.group for trace in traces], return_inverse=True)[1])
+        low, high = np.percentile(weights @ values / weights.sum(1, keepdims=True), [2.5, 97.5], axis=0)
+        axes.plot(fractions, values.mean(0), color=colour, label=f"{label} is {value} ({len(traces)})")
+        axes.fill_between(fractions, low, high, color=colour, alpha=0.12, linewidth=0)
+    axes.axhline(0, color="0.7", linewidth=1)
+    axes.set_xlabel("from the end of the prompt to the end of the answer")
+    axes.set_ylabel("score (log-odds), problems unseen in training")
+    axes.set_title(closeup.name, loc="left", fontsize="medium")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize="small")
+    return figure
+
+
+def projection(closeup: Closeup, y: Bool[np.ndarray, "samples"], label: str) -> Figure:
+    """Draw each sample's score against the largest variation that the probe does not see."""
+    figure = Figure(figsize=(6, 4), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for value, colour in COLOURS.items():
+        own = y == value
+        axes.scatter(
+            closeup.scores[own],
+            closeup.across[own],
+            s=12,
+            alpha=0.7,
+            color=colour,
+            label=f"{label} is {value}",
+            linewidth=0,
+        )
+    axes.axvline(0, color="0.7", linewidth=1)
+    axes.set_xlabel("score (log-odds), problems unseen in training")
+    axes.set_ylabel("first principal coordinate across the probe")
+    axes.set_title(closeup.name, loc="left", fontsize="medium")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize="small")
     return figure
 
 

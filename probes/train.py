@@ -2,7 +2,8 @@
 
     RUN/probes/<label>/
       probes.safetensors  probes.json       the probes, fitted on all samples (`roentgen.saved_probes`)
-      auroc_by_layer.png  heatmap.png  reliability.png     those that there are
+      auroc_by_layer.png  heatmap.png  reliability.png  along_trace.png  projection.png      those that there are
+      report.html                           all of it as one page, with transcripts coloured by score (`page`)
       results.json                          the report (`ProbeReport.to_json`); written last: if it is there, all is there
 
 Probes on a session that `roentgen capture` made of the run's answers are in `RUN/probes/<label>@<session>/`; a kind that is
@@ -13,6 +14,7 @@ that is what the fit wants, and all that is in memory. The metrics beside a save
 problems they were tested on.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +27,7 @@ from torch import Tensor
 
 import roentgen
 from probes import baselines, plots
+from probes.closeup import Closeup, look_closely
 from probes.dataset import ProbeDataset, Where
 from probes.errors import ProbeDataError
 from probes.evaluation import Evaluation, all_estimates, evaluate, main_estimate, nested_best
@@ -33,6 +36,7 @@ from probes.intervals import bootstrap_weights
 from probes.kinds import DEFAULT_KINDS, KINDS, Kind
 from probes.kinds.linear import LinearProbes
 from probes.labels import Target
+from probes.page import render_page
 from probes.positions import check_positions
 from probes.report import Best, Estimate, KeyResult, ProbeReport
 from roentgen.contract import split_key
@@ -305,16 +309,34 @@ def _card(
     )
 
 
+def _look_closely(data: ProbeDataset, report: ProbeReport) -> Closeup | None:
+    """Look at the candidate named beforehand, else at the one most folds chose; None where a sample has no score of its own."""
+    kind = KINDS[report.kind]
+    if report.target != "binary" or kind.tokens or kind.within:
+        return None
+    (name,) = report.declared.names if report.declared else (Counter(report.best.names).most_common(1)[0][0],)
+    result = next(result for result in report.results if result.name == name)
+    folds = nested_folds(data.target, data.groups, report.seed)
+    return look_closely(data, result.key, result.positions, kind, result.strength, folds, report.seed)
+
+
 def _write(folder: Path, trained: Trained, data: ProbeDataset) -> None:
     make_folder(folder)
     report = trained.report
+    closeup = _look_closely(data, report)
     figures = {"auroc_by_layer": plots.by_layer(report)}
     if len(report.positions) > 1:
         figures["heatmap"] = plots.heatmap(report)
     if report.target == "binary" and not report.within:
         figures["reliability"] = plots.reliability(trained.raw[:, 0], data.target.values)
+    if closeup is not None:
+        figures["projection"] = plots.projection(closeup, data.target.values, report.label)
+        if closeup.traces:
+            figures["along_trace"] = plots.along_trace(closeup, report.label)
     for name, figure in figures.items():
         write_durably(folder / f"{name}.png", partial(figure.savefig, format="png"))
     if trained.probes:
         save_probes(folder, trained.probes)
+    pictures = {name: (folder / f"{name}.png").read_bytes() for name in figures}
+    write_durably(folder / "report.html", lambda path: path.write_text(render_page(report, pictures, closeup)))
     write_json(folder / "results.json", report.to_json())

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from openai import APIError, AsyncOpenAI, OpenAI
 from rich.table import Table
@@ -175,10 +176,12 @@ def _server(base_url: str | None, run: Run, probe: SavedProbe, stage: Callable[[
         yield base_url
         return
     settings = run.config.settings
-    given = {
-        name: settings[name] for name in ("revision", "dtype", "device", "store") if settings.get(name) is not None
-    }
-    with serving(ServerConfig.model_validate({"model": probe.card.model, **given}), stage=stage) as url:
+    given = {name: settings[name] for name in ("dtype", "device", "revision") if settings.get(name) is not None}
+    # A sweep stores no activations; the server wants a place for them all the same.
+    with (
+        TemporaryDirectory(prefix="roentgen-steer-") as store,
+        serving(ServerConfig(model=probe.card.model, store=store, **given), stage=stage) as url,
+    ):
         yield url
 
 

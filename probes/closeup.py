@@ -1,0 +1,141 @@
+"""One candidate looked at closely: every sample's score, and how the score goes along the trace, token by token.
+
+Everything is out of fold: a sample, and each of its tokens, is scored by the probe of the fold that had not seen its problem.
+Reading whole traces is much more than reading one row of each, so only so many are read, half of them of each class.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from probes.dataset import ProbeDataset
+from probes.folds import Fold
+from probes.kinds import Kind
+from probes.kinds.linear import LinearProbes
+from probes.labels import Example
+from roentgen.store import RolloutRows
+
+MOST_TRACES = 200
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One rollout, scored token by token.
+
+    Attributes:
+        example: whose it is.
+        value: its label.
+        n_prompt: tokens of the prompt.
+        tokens: the text of every token, the last one included, which has no score.
+        position: where the scores are, `[rows]`.
+        scores: log-odds there, `[rows]`.
+        group: the number of its problem.
+    """
+
+    example: Example
+    value: bool
+    n_prompt: int
+    tokens: tuple[str, ...]
+    position: Int[np.ndarray, "rows"]
+    scores: Float[np.ndarray, "rows"]
+    group: int
+
+    def along(self, fractions: Float[np.ndarray, "points"]) -> Float[np.ndarray, "points"]:
+        """Return the scores at fractions of the trace: 0 is the last token of the prompt, 1 the last row."""
+        own = self.scores[self.position >= self.n_prompt - 1]
+        return np.interp(fractions, np.linspace(0, 1, len(own)), own)
+
+
+@dataclass(frozen=True)
+class Closeup:
+    """A candidate's scores of binary labels, out of fold.
+
+    Attributes:
+        name: the candidate's.
+        scores: log-odds where it was trained to read, `[samples]`.
+        across: the rows' largest variation that the probe does not see: their first principal coordinate, after what lies
+            along the probe's direction is taken out, `[samples]`.
+        traces: as many as are shown; none if not every row was stored.
+    """
+
+    name: str
+    scores: Float[np.ndarray, "samples"]
+    across: Float[np.ndarray, "samples"]
+    traces: tuple[Trace, ...]
+
+
+def look_closely(
+    data: ProbeDataset, key: str, positions: str, kind: Kind, strength: float, folds: Sequence[Fold], seed: int = 0
+) -> Closeup:
+    """Score every sample, and some of the traces.
+
+    Args:
+        data: with a binary label.
+        key: where the candidate reads.
+        positions: at which position.
+        kind: of linear probe.
+        strength: of its penalty.
+        folds: the outer ones.
+        seed: of the choice of traces.
+    """
+    X, y = data.features(key, positions).double(), torch.from_numpy(data.target.values)
+    groups, strengths = torch.from_numpy(data.groups), torch.tensor([strength], dtype=torch.float64)
+    probe_of = np.zeros(len(y), dtype=int)
+    probes: list[LinearProbes] = []
+    scores = np.zeros(len(y))
+    for number, fold in enumerate(folds):
+        fitted = kind.fit(X[None, fold.train], y[fold.train], groups[fold.train], strengths)
+        assert isinstance(fitted, LinearProbes)
+        probes.append(fitted)
+        probe_of[fold.test] = number
+        scores[fold.test] = _scores(fitted, X[fold.test])
+    whole = kind.fit(X[None], y, groups, strengths)
+    assert isinstance(whole, LinearProbes)
+    chosen = _choose(data.target.values, seed) if _all_stored(data) else np.zeros(0, dtype=int)
+    traces: list[Trace] = []
+    start = 0
+    for source in data.sources:
+        own = chosen[(chosen >= start) & (chosen < start + len(source.examples))]
+        rollouts = source.rollouts.iloc[own - start]
+        items = source.session.activations(key, where=rollouts) if len(own) else []
+        for number, item, (_, row) in zip(own, items, rollouts.iterrows(), strict=True):
+            traces.append(_trace(data, int(number), row, item, probes[probe_of[number]]))
+        start += len(source.examples)
+    return Closeup(f"{key}@{positions}", scores, _across(X, whole), tuple(traces))
+
+
+def _scores(probe: LinearProbes, X: Float[Tensor, "rows d"]) -> Float[np.ndarray, "rows"]:
+    return probe.scores(X[None])[0, 0, 0].numpy()
+
+
+def _across(X: Float[Tensor, "rows d"], probe: LinearProbes) -> Float[np.ndarray, "rows"]:
+    Z = (X - probe.mean[0]) / probe.scale[0]
+    direction = torch.nn.functional.normalize(probe.weight[0, 0, 0], dim=0)
+    rest = Z - (Z @ direction)[:, None] * direction
+    rest -= rest.mean(0)
+    return (rest @ torch.pca_lowrank(rest, q=1, center=False)[2])[:, 0].numpy()
+
+
+def _all_stored(data: ProbeDataset) -> bool:
+    specs = [source.session.spec(str(shard)) for source in data.sources for shard in source.rollouts["shard"].unique()]
+    return all(spec.positions == "all" for spec in specs)
+
+
+def _choose(values: np.ndarray, seed: int) -> Int[np.ndarray, "chosen"]:
+    """Return which samples' traces to read: as many of each class, as far as there are."""
+    generator = np.random.default_rng(seed)
+    own = [generator.permutation(np.flatnonzero(values == value))[: MOST_TRACES // 2] for value in (True, False)]
+    return np.sort(np.concatenate(own))
+
+
+def _trace(data: ProbeDataset, number: int, row: pd.Series, item: RolloutRows, probe: LinearProbes) -> Trace:
+    text, offsets = str(row["text"]), [int(offset) for offset in row["token_offsets"]]
+    tokens = tuple(text[a:b] for a, b in zip(offsets, [*offsets[1:], len(text)], strict=True))
+    scores = _scores(probe, item.values.double().flatten(1))
+    value, group = bool(data.target.values[number]), int(data.groups[number])
+    return Trace(data.examples[number], value, int(row["n_prompt"]), tokens, item.position, scores, group)
