@@ -33,7 +33,7 @@ class Token:
         text: of it; what cannot be seen has a sign.
         position: in the sequence.
         score: None where it has none.
-        strength: of its colour, 0 to 1.
+        strength: of its colour, from -1 to 1.
     """
 
     text: str
@@ -51,7 +51,10 @@ def render_page(report: ProbeReport, pictures: Mapping[str, bytes], closeup: Clo
         closeup: the candidate whose transcripts are shown, None for none.
     """
     shown = _choose(closeup.traces) if closeup else []
-    strongest = float(np.percentile(np.abs(np.concatenate([trace.scores for trace in shown])), 95)) if shown else 1.0
+    # A probe's zero means something only where it was trained to read, so colours begin at the middle of what is shown.
+    scores = np.concatenate([trace.scores for trace in shown]) if shown else np.zeros(1)
+    middle = float(np.median(scores))
+    strongest = float(np.percentile(np.abs(scores - middle), 95)) or 1.0
     return (
         _environment()
         .get_template("report.html")
@@ -63,7 +66,8 @@ def render_page(report: ProbeReport, pictures: Mapping[str, bytes], closeup: Clo
                 if name in pictures
             ],
             closeup=closeup,
-            transcripts=[(trace, _tokens(trace, strongest or 1.0)) for trace in shown],
+            middle=middle,
+            transcripts=[(trace, _tokens(trace, middle, strongest)) for trace in shown],
         )
     )
 
@@ -74,13 +78,13 @@ def _choose(traces: tuple[Trace, ...]) -> list[Trace]:
     return [trace for number in range(TRANSCRIPTS // 2) for part in own for trace in part[number : number + 1]]
 
 
-def _tokens(trace: Trace, strongest: float) -> tuple[list[Token], list[Token]]:
+def _tokens(trace: Trace, middle: float, strongest: float) -> tuple[list[Token], list[Token]]:
     """Return the tokens of the prompt and those of the answer."""
     scores = dict(zip(trace.position.tolist(), trace.scores.tolist(), strict=True))
     tokens = []
     for position, text in enumerate(trace.tokens):
         score = scores.get(position)
-        strength = 0.0 if score is None else min(1.0, abs(score) / strongest)
+        strength = 0.0 if score is None else float(np.clip((score - middle) / strongest, -1, 1))
         # A token may be part of a character, which then stands with the first of its tokens.
         tokens.append(Token((text or "·").replace("\n", "↵\n"), position, score, round(strength, 3)))
     return tokens[: trace.n_prompt], tokens[trace.n_prompt :]

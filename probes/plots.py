@@ -39,7 +39,7 @@ def by_layer(report: ProbeReport) -> Figure:
     axes.axhline(length.value, color="0.3", linewidth=1, linestyle="--", label=f"prompt length ({length.value:.2f})")
 
     axes.set_title(
-        f"Reading “{report.label}” at {', '.join(report.positions)}: best {report.best.estimate} (chosen on inner folds)",
+        f"Reading “{report.label}” at {', '.join(report.positions)}\nbest {report.best.estimate} (chosen on inner folds)",
         loc="left",
         fontsize="medium",
     )

@@ -49,10 +49,13 @@ def test_the_folder_holds_the_report_the_picture_and_the_probes(run):
     report = probes.train(run.path, seed=3)
     folder = run.path / "probes" / "correct"
     assert sorted(path.name for path in folder.iterdir()) == [
+        "along_trace.png",
         "auroc_by_layer.png",
         "probes.json",
         "probes.safetensors",
+        "projection.png",
         "reliability.png",
+        "report.html",
         "results.json",
     ]
     assert run.probe_folders() == [folder]
