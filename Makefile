@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo install test test-units test-servers test-clients test-faults test-cluster test-cloud check format bench bench-vllm cloud-env clean
+.PHONY: demo install test test-units test-servers test-clients test-browser test-faults test-cluster test-cloud check format bench bench-vllm cloud-env clean
 
 # The main job: serve a real model, evaluate it on problems it can sometimes solve, keep its activations, train probes.
 DEMO := results/demo
@@ -47,6 +47,11 @@ $(CLIENTS)/.installed: constraints-clients.txt $(INSTALLED)
 	$(BIN)/python -m pip --disable-pip-version-check --python $(CLIENTS)/bin/python install --quiet \
 		-c constraints-clients.txt "lm-eval[api]" inspect-ai openai schemathesis
 	touch $@
+
+# Pages in headless Chromium; skipped with the reason where there is none.
+test-browser: $(INSTALLED)
+	@[ "$$(id -u)" != 0 ] || command -v chromium >/dev/null || apt-get install --yes --quiet chromium
+	ROENTGEN_TEST_BROWSER=1 $(BIN)/python -m pytest tests/browser
 
 # The store on full and read-only disks, with killed writers and a failing bucket; skips, with the reason, what needs root.
 test-faults: $(INSTALLED)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from probes.report import Best, Estimate, KeyResult, ProbeReport
 from roentgen.contract import RolloutKey, StoredTensor
 from roentgen.runs import RolloutRef, Run, RunConfig, Sample
 from roentgen.store import CaptureSpec, Rollout, Segment, StoreWriter
@@ -129,3 +130,33 @@ def _rollout(session_id: str, rollout_id: str, spec: CaptureSpec, rows: dict[str
         final_logprob=0.0,
         key=key,
     )
+
+
+def auroc_of(value: float, low: float, high: float) -> Estimate:
+    return Estimate("auroc", value, low, high)
+
+
+def result(hook_point: str, layer: int | None, auroc: float) -> KeyResult:
+    key = hook_point if layer is None else f"layers.{layer}.{hook_point}"
+    return KeyResult(key, hook_point, layer, "last_prompt", auroc_of(auroc, auroc - 0.1, auroc + 0.1), 0.01)
+
+
+@pytest.fixture
+def report() -> ProbeReport:
+    keys = (
+        result("embed", None, 0.5),
+        *(result("resid_post", layer, 0.5 + layer / 50) for layer in range(0, 12, 2)),
+        *(result("ln_mlp", layer, 0.45 + layer / 50) for layer in range(0, 12, 2)),
+        result("final_norm", None, 0.7),
+    )
+    return ProbeReport(
+        sources=("run",), label="correct", target="binary", classes=(), kind="logistic", positions=("last_prompt",), seed=0,
+        roentgen="0.1.0", data_hash="c0ffee", n_samples=100, n_problems=50, n_left_out=0, n_folds=5, n_rarest=40, n_true=40,
+        results=keys, declared=None,
+        best=Best(auroc_of(0.7, 0.61, 0.79), ("layers.10.resid_post@last_prompt",) * 5),
+        baselines={
+            "prompt_length": auroc_of(0.55, 0.45, 0.65),
+            "response_length": auroc_of(0.56, 0.46, 0.66),
+            "shuffled_labels": auroc_of(0.49, 0.39, 0.59),
+        },
+    )  # fmt: skip

@@ -7,7 +7,6 @@ from probes.closeup import Closeup, Trace
 from probes.labels import Example
 from probes.page import TRANSCRIPTS, render_page
 from tests.eval_jobs.test_report import Page
-from tests.probes.test_plots import report  # noqa: F401 - a fixture
 
 
 def trace(number: int, value: bool, tokens: tuple[str, ...] = ("<b>", "x", "", "\n", "y")) -> Trace:
@@ -22,7 +21,7 @@ def closeup() -> Closeup:
     return Closeup("layers.1.resid_post@last_prompt", np.zeros(40), np.zeros(40), traces)
 
 
-def test_the_page_is_whole_and_needs_nothing_else(report, closeup):  # noqa: F811
+def test_the_page_is_whole_and_needs_nothing_else(report, closeup):
     page = Page(html := render_page(report, {"auroc_by_layer": b"png"}, closeup))
     assert page.sources == ["data:image/png;base64,cG5n"]
     assert "url(" not in html
@@ -34,7 +33,7 @@ def test_the_page_is_whole_and_needs_nothing_else(report, closeup):  # noqa: F81
     assert page.text.count("correct is True") == page.text.count("correct is False") == TRANSCRIPTS // 2
 
 
-def test_every_token_has_its_score_and_its_colour(report, closeup):  # noqa: F811
+def test_every_token_has_its_score_and_its_colour(report, closeup):
     html = render_page(report, {}, closeup)
     own = html[html.index("problem 0") :].split("</details>")[0]
     tokens = re.findall(r'<span class="([^"]*)"(?: style="--s:([\d.]+)")? data-score="([^"]*)">([^<]*)</span>', own)
@@ -48,5 +47,5 @@ def test_every_token_has_its_score_and_its_colour(report, closeup):  # noqa: F81
     ]
 
 
-def test_without_a_closeup_there_are_no_transcripts(report):  # noqa: F811
+def test_without_a_closeup_there_are_no_transcripts(report):
     assert "Transcripts" not in render_page(report, {}, None)

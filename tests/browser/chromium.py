@@ -1,0 +1,105 @@
+"""A headless Chromium, as far as the tests need one: open a page, ask it things, point at places, take a picture.
+
+https://chromedevtools.github.io/devtools-protocol/
+"""
+
+import asyncio
+import base64
+import itertools
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+START_S = 60
+
+
+class Browser:
+    """One tab."""
+
+    def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        self._socket = socket
+        self._numbers = itertools.count(1)
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+
+    async def do(self, method: str, **params: Any) -> dict[str, Any]:
+        """Call a method of the protocol; what the page complains of or asks for meanwhile is kept."""
+        number = next(self._numbers)
+        await self._socket.send_json({"id": number, "method": method, "params": params})
+        while True:
+            message = await asyncio.wait_for(self._socket.receive_json(), START_S)
+            if message.get("id") == number:
+                assert "error" not in message, message
+                result: dict[str, Any] = message["result"]
+                return result
+            self._hear(message)
+
+    async def open(self, file: Path) -> None:
+        """Open a file and wait until all of it is there."""
+        for domain in ("Page", "Runtime", "Log", "Network"):
+            await self.do(f"{domain}.enable")
+        await self.do("Page.navigate", url=file.absolute().as_uri())
+        for _ in range(10 * START_S):
+            if await self.ask("document.readyState === 'complete' && location.protocol === 'file:'"):
+                return
+            await asyncio.sleep(0.1)
+        raise AssertionError(f"{file} was not loaded")
+
+    async def ask(self, expression: str) -> Any:
+        """Return what an expression is on the page."""
+        reply = await self.do("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in reply, reply
+        return reply["result"].get("value")
+
+    async def point_at(self, element: str) -> None:
+        """Move the mouse over the middle of an element, given as an expression."""
+        await self.ask(f"{element}.scrollIntoView({{block: 'center'}})")
+        x, y = await self.ask(f"(r => [r.x + r.width / 2, r.y + r.height / 2])({element}.getClientRects()[0])")
+        await self.do("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
+
+    async def picture(self) -> bytes:
+        """Return the page as PNG."""
+        return base64.b64decode((await self.do("Page.captureScreenshot"))["data"])
+
+    def _hear(self, message: dict[str, Any]) -> None:
+        match message.get("method"):
+            case "Log.entryAdded" | "Runtime.exceptionThrown" | "Runtime.consoleAPICalled":
+                self.complaints.append(json.dumps(message["params"]))
+            case "Network.requestWillBeSent":
+                self.requests.append(message["params"]["request"]["url"])
+
+
+@asynccontextmanager
+async def running(program: str) -> AsyncIterator[Browser]:
+    """Start a browser on a free port of loopback; nothing of it is left behind."""
+    with tempfile.TemporaryDirectory(prefix="rt-chromium-", ignore_cleanup_errors=True) as home:
+        process = subprocess.Popen(
+            [program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+             "--remote-debugging-port=0", "--window-size=1200,900", f"--user-data-dir={home}", "about:blank"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        try:
+            port = await asyncio.wait_for(asyncio.to_thread(_port, process), START_S)
+            async with aiohttp.ClientSession() as session:
+                async with session.get(f"http://127.0.0.1:{port}/json/list") as reply:
+                    tab = next(tab for tab in await reply.json() if tab["type"] == "page")
+                async with session.ws_connect(tab["webSocketDebuggerUrl"], max_msg_size=0) as socket:
+                    yield Browser(socket)
+        finally:
+            process.terminate()
+            process.wait(START_S)
+
+
+def _port(process: "subprocess.Popen[str]") -> int:
+    assert process.stderr is not None
+    for line in process.stderr:
+        if match := re.search(r"DevTools listening on ws://127\.0\.0\.1:(\d+)/", line):
+            return int(match[1])
+    raise AssertionError(f"Chromium ended with {process.wait()} before it listened")
