@@ -24,7 +24,9 @@ from benchmarks.record import record, table
 from eval_jobs.endpoint import Endpoint
 from eval_jobs.fanout import evaluate
 from eval_jobs.problems import Problem
+from eval_jobs.prompts import ANSWER_LINE
 from eval_jobs.rollout import RolloutPlan
+from eval_jobs.variants import Attempt, Variant
 from roentgen.cluster import connected
 from roentgen.launch.local import free_port
 from roentgen.runs import Run, RunConfig, Sample
@@ -81,10 +83,14 @@ def measure(count: int, replicas: int, parallel: int, folder: Path) -> list[Grow
     for server in servers:
         server.start()
     urls = ",".join(f"http://127.0.0.1:{port}/v1" for port in ports)
-    plan = RolloutPlan(Endpoint(urls), "stand-in", "answer-line", {"max_tokens": 8}, "answer_line", "0" * 16)
-    problems = [Problem(f"p{n}", n, f"What is {n} + {n}?", f"#### {2 * n}", str(2 * n)) for n in range(1, count + 1)]
+    plan = RolloutPlan(Endpoint(urls), "stand-in", ANSWER_LINE, {"max_tokens": 8, "seed": 0}, "answer_line")
+    variant = Variant(None, "", "0" * 16)
+    attempts = [
+        Attempt(Problem(f"p{n}", n, f"What is {n} + {n}?", f"#### {2 * n}", str(2 * n)), variant)
+        for n in range(1, count + 1)
+    ]
     config = RunConfig(
-        run_id="scale", created="", config_hash=plan.config_hash, hashed={}, problems={}, settings={}, prompt={},
+        run_id="scale", created="", config_hash=variant.config_hash, hashed={}, problems={}, settings={}, prompt={},
         versions={}, git_revision=None,
     )  # fmt: skip
     run = Run.create(folder / "run", config)
@@ -105,7 +111,7 @@ def measure(count: int, replicas: int, parallel: int, folder: Path) -> list[Grow
                     if seen % (10 * step) == 0:
                         print(f"{found[-1]}", file=sys.stderr, flush=True)
 
-            evaluate(problems, plan, parallel, keep)
+            evaluate(attempts, plan, parallel, keep)
         recorded = sum(1 for _ in run.record_path.open("rb"))
         if not (recorded == seen == count):
             raise RuntimeError(f"{count} problems, {seen} samples, {recorded} recorded")

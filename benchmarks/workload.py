@@ -15,7 +15,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from eval_jobs.problems import load_problems
+from eval_jobs.selection import Selection, load_problems
 from roentgen.contract import ActivationRequest, Positions
 from serve_app.capture.observer import observe
 from serve_app.capture.resolver import resolve_structure
@@ -119,7 +119,7 @@ class Workload:
 
     def messages(self, count: int) -> list[list[dict[str, str]]]:
         """Return conversations that pose the first `count` problems; again from the first if there are fewer."""
-        found = load_problems(problem_source(self.problems), count)
+        found = load_problems(Selection(source=problem_source(self.problems), samples=count))
         return [[{"role": "user", "content": found[i % len(found)].question}] for i in range(count)]
 
     def prompts(self, tokenizer: PreTrainedTokenizerBase, count: int) -> list[list[int]]:

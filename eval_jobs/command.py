@@ -18,9 +18,10 @@ from rich.console import Console
 
 from eval_jobs import EvalError
 from eval_jobs.config import EMBEDDED_MODEL, SERVER_OPTIONS, EvalSettings, SettingsError, check_settings
-from eval_jobs.problems import SOURCES, load_problems
+from eval_jobs.problems import SOURCES
 from eval_jobs.prompts import PROMPTS
 from eval_jobs.scoring import EXTRACTORS
+from eval_jobs.selection import load_problems
 from roentgen.cluster import ClusterError
 from roentgen.contract import DEFAULT_HOOK_POINTS, DEFAULT_LAYERS
 from roentgen.runs import RunError
@@ -41,8 +42,16 @@ def evaluate(
         str, typer.Option(help=f"{', '.join(SOURCES)}, or a .jsonl file in GSM8K's format.")
     ] = _DEFAULTS.problems,
     samples: Annotated[int, typer.Option(help="How many problems.")] = _DEFAULTS.samples,
+    offset: Annotated[int, typer.Option(help="How many problems to leave out before them.")] = _DEFAULTS.offset,
+    sample_ids: Annotated[str | None, typer.Option(help="Exactly these problems: 3,17 or gsm8k-test-0017.")] = None,
+    shuffle: Annotated[bool, typer.Option("--shuffle", help="Take problems in an order drawn from --seed.")] = False,
+    epochs: Annotated[int, typer.Option(help="Samples per problem.")] = _DEFAULTS.epochs,
+    mode: Annotated[str, typer.Option(help="no-tools, or with-tools for a calculator.")] = _DEFAULTS.mode,
+    max_turns: Annotated[int, typer.Option(help="Requests per sample, at most, with tools.")] = _DEFAULTS.max_turns,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate per problem.")] = _DEFAULTS.max_tokens,
-    parallel: Annotated[int, typer.Option(help="Requests in flight.")] = _DEFAULTS.parallel,
+    parallel: Annotated[
+        str, typer.Option(help="Requests in flight, or auto for as many as make the server faster.")
+    ] = str(_DEFAULTS.parallel),
     model: Annotated[
         str | None, typer.Option(help=f"The model; {EMBEDDED_MODEL} on a server started here, else the server's own.")
     ] = None,
@@ -62,12 +71,22 @@ def evaluate(
     top_p: Annotated[float, typer.Option(help="Nucleus of the sampling.")] = _DEFAULTS.top_p,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = _DEFAULTS.seed,
     prompt: Annotated[str, typer.Option(help=f"{', '.join(PROMPTS)}.")] = _DEFAULTS.prompt,
+    prompt_file: Annotated[Path | None, typer.Option(help="A text with {question} in it, instead.")] = None,
+    system: Annotated[str | None, typer.Option(help="The system's message.")] = None,
+    variants: Annotated[
+        Path | None, typer.Option(help="A YAML file of names and prompt prefixes: all problems under each.")
+    ] = None,
     extractor: Annotated[
-        str, typer.Option(help=f"The primary one of {', '.join(EXTRACTORS)}; all are reported.")
-    ] = _DEFAULTS.extractor,
+        str | None,
+        typer.Option(help=f"The primary one of {', '.join(EXTRACTORS)}; the prompt's own if absent. All are reported."),
+    ] = None,
     request_timeout: Annotated[
-        float, typer.Option(help="Seconds one problem may take, retries included.")
+        float, typer.Option(help="Seconds one request may take, retries included.")
     ] = _DEFAULTS.request_timeout,
+    fail_on_error: Annotated[int | None, typer.Option(help="Stop after so many failed samples.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what would be run and how much would be stored, and stop.")
+    ] = False,
     new: Annotated[bool, typer.Option("--new", help="Start another run instead of continuing one.")] = False,
     store: Annotated[str | None, typer.Option(help="Where a server started here keeps activations.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Precision of a model loaded here.")] = None,
@@ -97,7 +116,7 @@ def evaluate(
 
 def _run(settings: EvalSettings, factory: ServerFactory | None, progress: Console) -> int:
     """Run an evaluation and print its summary; return the number of failed samples."""
-    problems = load_problems(settings.problems, settings.samples)
+    problems = load_problems(settings.selection)
     if factory is not None and settings.base_url is None:
         settings = settings.model_copy(update={"model": settings.model or EMBEDDED_MODEL})
         server = factory(settings)

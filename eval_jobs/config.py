@@ -14,10 +14,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from eval_jobs import EvalError
 from eval_jobs.addresses import split
-from eval_jobs.prompts import PROMPTS
+from eval_jobs.prompts import PROMPTS, Prompt, choose_prompt
 from eval_jobs.scoring import EXTRACTORS
+from eval_jobs.selection import Selection, pool_hash
+from eval_jobs.tools import TOOLS
+from eval_jobs.variants import Variant, read_variants
 from roentgen.cluster import check_address
-from roentgen.contract import DEFAULT_HOOK_POINTS, DEFAULT_LAYERS, Positions
+from roentgen.contract import DEFAULT_HOOK_POINTS, DEFAULT_LAYERS, Positions, canonical_hash
 
 EMBEDDED_MODEL = "smollm2-135m"
 
@@ -54,14 +57,25 @@ class EvalSettings(BaseModel):
     Attributes:
         problems: a source in `problems.SOURCES`, or the path of a file in GSM8K's format.
         samples: how many problems.
-        max_tokens: most tokens to generate per problem.
+        offset: how many problems to leave out before them.
+        sample_ids: exactly these problems, by number or id.
+        shuffle: take the problems in an order drawn from `seed`.
+        epochs: samples per problem.
+        mode: `no-tools`, or `with-tools` for a calculator.
+        max_turns: requests per sample, at most, with tools.
+        max_tokens: most tokens to generate per request.
         temperature: 0 is greedy.
         top_p: nucleus of the sampling.
-        seed: of the sampling.
+        seed: of the sampling; epoch e samples with seed + e - 1.
         prompt: a name in `prompts.PROMPTS`.
-        extractor: the primary one, a name in `scoring.EXTRACTORS`.
-        parallel: requests in flight.
-        request_timeout: seconds one problem may take, retries and waiting included.
+        prompt_file: a text with `{question}` in it, instead.
+        system: the system's message, instead of the prompt's own.
+        variants: a file of prompt prefixes, each of which all problems are posed under.
+        extractor: the primary one, a name in `scoring.EXTRACTORS`; the prompt's own if absent.
+        parallel: requests in flight, or "auto" for as many as make the server faster.
+        request_timeout: seconds one request may take, retries and waiting included.
+        fail_on_error: stop after so many failed samples; None only if many fail in a row.
+        dry_run: say what would be run and how much would be stored, and stop.
         model: the model's name; the server's only one if absent.
         collect_activations: whether to keep activations.
         layers: which layers, or "all".
@@ -82,14 +96,25 @@ class EvalSettings(BaseModel):
 
     problems: str = "arithmetic"
     samples: int = Field(default=3, ge=1)
+    offset: int = Field(default=0, ge=0)
+    sample_ids: tuple[str, ...] | None = None
+    shuffle: bool = False
+    epochs: int = Field(default=1, ge=1, le=10_000)
+    mode: Literal["no-tools", "with-tools"] = "no-tools"
+    max_turns: int = Field(default=10, ge=1, le=100)
     max_tokens: int = Field(default=512, ge=1)
     temperature: float = Field(default=0.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
     seed: int = Field(default=0, ge=0, lt=2**63)
     prompt: str = "answer-line"
-    extractor: str = "answer_line"
-    parallel: int = Field(default=1, ge=1)
+    prompt_file: Path | None = None
+    system: str | None = None
+    variants: Path | None = None
+    extractor: str | None = None
+    parallel: int | Literal["auto"] = 1
     request_timeout: float = Field(default=600.0, gt=0, le=86_400)
+    fail_on_error: int | None = Field(default=None, ge=1)
+    dry_run: bool = False
     model: str | None = None
     collect_activations: bool = False
     layers: tuple[int, ...] | Literal["all"] = DEFAULT_LAYERS
@@ -112,8 +137,31 @@ class EvalSettings(BaseModel):
 
     @field_validator("extractor")
     @classmethod
-    def _known_extractor(cls, value: str) -> str:
-        return _one_of(value, EXTRACTORS)
+    def _known_extractor(cls, value: str | None) -> str | None:
+        return value if value is None else _one_of(value, EXTRACTORS)
+
+    @field_validator("parallel", mode="before")
+    @classmethod
+    def _read_parallel(cls, value: Any) -> Any:
+        if value == "auto":
+            return value
+        try:
+            number = int(value)
+        except (TypeError, ValueError):
+            number = 0
+        if number < 1:
+            raise ValueError(f"{value!r} is not allowed; allowed are whole numbers from 1, and auto")
+        return number
+
+    @field_validator("sample_ids", mode="before")
+    @classmethod
+    def _read_sample_ids(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        names = tuple(name.strip() for name in value.split(","))
+        if "" in names:
+            raise ValueError(f"{value!r} has nothing between two commas, or nothing at all")
+        return names
 
     @field_validator("layers", mode="before")
     @classmethod
@@ -142,7 +190,7 @@ class EvalSettings(BaseModel):
     def _known_positions(cls, value: str) -> str:
         return str(Positions.parse(value))
 
-    @field_validator("output")
+    @field_validator("output", "prompt_file", "variants")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
         # At once, because a Ray job's tasks have another working directory.
@@ -163,6 +211,35 @@ class EvalSettings(BaseModel):
         if self.output is not None and self.new:
             raise ValueError("--new makes up a folder of its own, so it cannot be given together with --output")
         return self
+
+    @model_validator(mode="after")
+    def _ids_are_all(self) -> Self:
+        if self.sample_ids is not None and (self.offset or self.shuffle):
+            raise ValueError(
+                "--sample-ids names the problems, so it cannot be given together with --offset or --shuffle"
+            )
+        return self
+
+    @property
+    def chosen_prompt(self) -> Prompt:
+        """How problems are posed.
+
+        Raises:
+            PromptError: if the prompt's file cannot be used.
+        """
+        return choose_prompt(self.prompt, self.prompt_file, self.system)
+
+    @property
+    def selection(self) -> Selection:
+        """Which problems are posed."""
+        return Selection(
+            source=self.problems,
+            samples=self.samples,
+            offset=self.offset,
+            sample_ids=self.sample_ids,
+            shuffle_seed=self.seed if self.shuffle else None,
+            shots=self.chosen_prompt.shots,
+        )
 
     @property
     def sampling(self) -> dict[str, Any]:
@@ -192,17 +269,39 @@ def check_settings(**values: Any) -> EvalSettings:
 
 def hashed_configuration(settings: EvalSettings, served: ServedModel) -> dict[str, Any]:
     """Return what changes what the model does: two runs are comparable if it is equal (`contract.canonical_hash`)."""
-    return {
+    prompt = settings.chosen_prompt
+    tools = list(TOOLS) if settings.mode == "with-tools" else []
+    hashed: dict[str, Any] = {
         "model": served.id,
         "revision": served.revision,
         "dtype": served.dtype,
-        "prompt": {"name": settings.prompt, "hash": PROMPTS[settings.prompt].hash},
+        "prompt": {"name": prompt.name, "hash": prompt.hash},
         "variant": None,
         "sampling": settings.sampling,
-        "mode": "no-tools",
-        "tools": [],
+        "mode": settings.mode,
+        "tools": tools,
         "capture": settings.capture,
     }
+    if prompt.shots:
+        hashed["shots"] = pool_hash()
+    if tools:
+        hashed["max_turns"] = settings.max_turns
+        hashed["tool_definitions"] = canonical_hash([TOOLS[name].definition for name in tools])
+    return hashed
+
+
+def variants_of(settings: EvalSettings, hashed: dict[str, Any]) -> list[Variant]:
+    """Return the configurations that each problem is posed under: one per prefix, or the run's own.
+
+    Raises:
+        VariantError: if the file of variants cannot be used.
+    """
+    if settings.variants is None:
+        return [Variant(None, "", canonical_hash(hashed))]
+    return [
+        Variant(name, prefix, canonical_hash({**hashed, "variant": {"name": name, "prefix": prefix}}))
+        for name, prefix in read_variants(settings.variants).items()
+    ]
 
 
 def _one_of(value: str, allowed: dict[str, Any]) -> str:

@@ -6,24 +6,26 @@ record. Starting again with the same settings continues.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rich.console import Console
 
 from eval_jobs import EvalError
-from eval_jobs.config import EvalSettings
+from eval_jobs.config import EvalSettings, ServedModel, variants_of
 from eval_jobs.endpoint import Endpoint, api_key, find_model
 from eval_jobs.fanout import evaluate
 from eval_jobs.outputs import Timing, write_missing_sample_files, write_sample_files, write_summary
 from eval_jobs.problems import Problem
-from eval_jobs.progress import Progress
+from eval_jobs.progress import Progress, Tally
 from eval_jobs.report import write_report
 from eval_jobs.resume import open_run
 from eval_jobs.rollout import RolloutPlan
+from eval_jobs.tools import TOOLS
+from eval_jobs.variants import Attempt
 from roentgen.cluster import connected
 from roentgen.contract import ActivationRequest
-from roentgen.runs import Recorder, Run, Sample
+from roentgen.runs import Recorder, Run, RunConfig, Sample
 
 MAX_FAILED_IN_A_ROW = 10
 """So many failures on end are no property of the problems; each may have cost a minute of retries, so the run stops."""
@@ -40,7 +42,7 @@ def run_evaluation(settings: EvalSettings, problems: Sequence[Problem], base_url
 
     Args:
         settings: what to do.
-        problems: on what; `load_problems(settings.problems, settings.samples)`.
+        problems: on what; `load_problems(settings.selection)`.
         base_url: the server, http://HOST:PORT/v1.
         console: where progress is shown.
 
@@ -48,22 +50,21 @@ def run_evaluation(settings: EvalSettings, problems: Sequence[Problem], base_url
         EvalError: if the server, Ray or the run directory cannot be used, or on Ctrl-C; what is recorded stays.
         RunError: if the run directory cannot be used.
     """
-    endpoint = Endpoint(base_url, timeout=settings.request_timeout, api_key=api_key())
-    served = find_model(endpoint, settings.model)
+    endpoint, served, settings = prepare(settings, base_url, lambda text: _say(console, text))
     run = open_run(settings, problems, served, base_url)
     plan = _plan(settings, endpoint, served.id, run)
+    attempts = _attempts(settings, problems, run.config)
     with run.recording() as record:
-        recorded = [sample for sample in run.samples() if sample.error is None]
-        done = {sample.problem_id for sample in recorded}
-        missing = [problem for problem in problems if problem.problem_id not in done]
-        _announce(run, settings, problems, missing, console)
+        recorded, tally = _recorded(run)
+        missing = [attempt for attempt in attempts if attempt.identity not in recorded]
+        _announce(run, settings, problems, attempts, missing, console)
         timing = None
         if missing:
             with (
                 connected(settings.ray_address, verbose=settings.verbose),
-                Progress(console, len(problems), recorded) as bar,
+                Progress(console, len(attempts), tally) as bar,
             ):
-                timing = _run_missing(missing, plan, settings.parallel, run, record, bar)
+                timing = _run_missing(missing, plan, settings, run, record, bar)
     with _writing(run):
         write_missing_sample_files(run)
         write_summary(run, timing)
@@ -71,38 +72,91 @@ def run_evaluation(settings: EvalSettings, problems: Sequence[Problem], base_url
     return run
 
 
+def prepare(
+    settings: EvalSettings, base_url: str, say: Callable[[str], None]
+) -> tuple[Endpoint, ServedModel, EvalSettings]:
+    """Ask the server what it serves; return it, and the settings with what it cannot do left out.
+
+    Args:
+        settings: what was asked for.
+        base_url: the server.
+        say: told what is left out.
+
+    Raises:
+        FatalRequestError: if no server answers, or it does not serve the model.
+    """
+    endpoint = Endpoint(base_url, timeout=settings.request_timeout, api_key=api_key())
+    served = find_model(endpoint, settings.model)
+    if settings.collect_activations and served.d_model is None:
+        say(f"the server at {base_url} is not Roentgen's: no activations are kept")
+        settings = settings.model_copy(update={"collect_activations": False})
+    return endpoint, served, settings
+
+
 def _plan(settings: EvalSettings, endpoint: Endpoint, model: str, run: Run) -> RolloutPlan:
     capture = None
     if settings.capture is not None:
         capture = ActivationRequest(session_id=run.config.run_id, **settings.capture)
+    with_tools = settings.mode == "with-tools"
     return RolloutPlan(
         endpoint=endpoint,
         model=model,
-        prompt=settings.prompt,
+        prompt=settings.chosen_prompt,
         sampling=settings.sampling,
-        extractor=settings.extractor,
-        config_hash=run.config.config_hash,
+        extractor=run.config.settings["extractor"],
+        tools=tuple(TOOLS) if with_tools else (),
+        max_turns=settings.max_turns if with_tools else 1,
         capture=capture,
     )
 
 
-def _announce(
-    run: Run, settings: EvalSettings, problems: Sequence[Problem], missing: Sequence[Problem], console: Console
-) -> None:
-    def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
+def _attempts(settings: EvalSettings, problems: Sequence[Problem], config: RunConfig) -> list[Attempt]:
+    """Return what is to be done, problem by problem, so that a run that is stopped has all of some problems."""
+    variants = variants_of(settings, config.hashed)
+    epochs = range(1, settings.epochs + 1)
+    return [Attempt(problem, variant, epoch) for problem in problems for epoch in epochs for variant in variants]
 
-    if len(problems) < settings.samples:
-        say(f"{settings.problems} has {len(problems)} problems, fewer than --samples {settings.samples}: all are used")
-    say(f"run directory: {run.path}")
+
+def _recorded(run: Run) -> tuple[set[tuple[str, str, int]], Tally]:
+    """Return which attempts have an answer, and what these come to."""
+    answered, tally = set(), Tally()
+    for sample in run.samples():
+        if sample.error is None:
+            answered.add(sample.identity)
+            tally.add(sample)
+    return answered, tally
+
+
+def _announce(
+    run: Run,
+    settings: EvalSettings,
+    problems: Sequence[Problem],
+    attempts: Sequence[Attempt],
+    missing: Sequence[Attempt],
+    console: Console,
+) -> None:
+    if settings.sample_ids is None and len(problems) < settings.samples:
+        _say(
+            console,
+            f"{settings.problems} has {len(problems)} problems, fewer than --samples {settings.samples}: all are used",
+        )
+    if settings.epochs > 1 and settings.temperature == 0:
+        _say(console, f"--epochs {settings.epochs} at temperature 0: every sample of a problem will be the same")
+    _say(console, f"run directory: {run.path}")
+    what = "problems" if len(attempts) == len(problems) else "samples"
     if not missing:
-        say(f"all {len(problems)} problems are recorded already: nothing to run")
-    elif len(missing) < len(problems):
-        say(f"continuing: {len(problems) - len(missing)} of {len(problems)} problems are recorded already")
+        _say(console, f"all {len(attempts)} {what} are recorded already: nothing to run")
+    elif len(missing) < len(attempts):
+        _say(console, f"continuing: {len(attempts) - len(missing)} of {len(attempts)} {what} are recorded already")
 
 
 def _run_missing(
-    missing: Sequence[Problem], plan: RolloutPlan, parallel: int, run: Run, record: Recorder, progress: Progress
+    missing: Sequence[Attempt],
+    plan: RolloutPlan,
+    settings: EvalSettings,
+    run: Run,
+    record: Recorder,
+    progress: Progress,
 ) -> Timing:
     """Run what is missing; return what it took.
 
@@ -110,25 +164,29 @@ def _run_missing(
         EvalError: if it had to stop; the message says how to go on.
     """
     started = time.monotonic()
-    failed_in_a_row = 0
+    failed = failed_in_a_row = tokens = 0
 
     def keep(sample: Sample) -> None:
-        nonlocal failed_in_a_row
+        nonlocal failed, failed_in_a_row, tokens
         with _writing(run):
             record.append(sample)
             write_sample_files(run, sample)
         progress.add(sample)
+        tokens += sample.completion_tokens
+        failed += sample.error is not None
         failed_in_a_row = 0 if sample.error is None else failed_in_a_row + 1
         if failed_in_a_row == MAX_FAILED_IN_A_ROW:
             raise EvalError(f"the last {failed_in_a_row} problems failed, the last one with: {sample.error}")
+        if failed == settings.fail_on_error:
+            raise EvalError(f"{failed} samples failed (--fail-on-error), the last one with: {sample.error}")
 
     try:
-        evaluate(missing, plan, parallel, keep)
+        evaluate(missing, plan, settings.parallel, keep)
     except KeyboardInterrupt:
         raise InterruptedRunError(f"stopped. {_how_to_go_on(run)}") from None
     except EvalError as error:
         raise EvalError(f"{error}. {_how_to_go_on(run)}") from error
-    return Timing(time.monotonic() - started, frozenset(problem.problem_id for problem in missing))
+    return Timing(time.monotonic() - started, len(missing), tokens)
 
 
 @contextmanager
@@ -138,6 +196,10 @@ def _writing(run: Run) -> Iterator[None]:
         yield
     except OSError as error:
         raise EvalError(f"{error.filename or run.path} cannot be written: {error.strerror}") from error
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _how_to_go_on(run: Run) -> str:

@@ -5,10 +5,11 @@ failed samples. Requests are retried by the SDK (429, 5xx, lost connections), wh
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from httpx2 import AsyncClient
+from httpx2 import AsyncClient, Response
 from openai import APIConnectionError, APIStatusError, AsyncOpenAI, OpenAI, OpenAIError, Timeout
 
 from eval_jobs import EvalError
@@ -21,6 +22,9 @@ LIST_TIMEOUT = Timeout(30.0, connect=CONNECT_TIMEOUT_S)
 
 MAX_RETRIES = 10
 """About a minute of waiting between retries: a Ray cluster takes up to 54 s to notice that a node is gone."""
+
+
+BUSY = frozenset({429, 503})
 
 
 class FatalRequestError(EvalError):
@@ -52,15 +56,24 @@ class Endpoint:
         """The server's addresses."""
         return split(self.base_url)
 
-    def client(self) -> AsyncOpenAI:
-        """Return a client for many requests; close it after use."""
+    def client(self, on_busy: Callable[[], None] | None = None) -> AsyncOpenAI:
+        """Return a client for many requests; close it after use.
+
+        Args:
+            on_busy: called whenever the server says that it has too much to do, before the request is tried again.
+        """
+
+        async def watch(response: Response) -> None:
+            if on_busy is not None and response.status_code in BUSY:
+                on_busy()
+
         timeout = Timeout(self.timeout, connect=CONNECT_TIMEOUT_S)
         return AsyncOpenAI(
             base_url=self.urls[0],
             api_key=self.api_key,
             max_retries=self.max_retries,
             timeout=timeout,
-            http_client=AsyncClient(transport=Addresses(self.urls), timeout=timeout),
+            http_client=AsyncClient(transport=Addresses(self.urls), timeout=timeout, event_hooks={"response": [watch]}),
         )
 
 

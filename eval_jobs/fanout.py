@@ -1,8 +1,10 @@
-"""Many rollouts at once: Ray tasks, each with a slice of the problems and a share of the requests in flight.
+"""Many rollouts at once: Ray tasks, each with a slice of the attempts and a share of the requests in flight.
 
 A rollout is nearly all waiting, so one asyncio loop holds hundreds of them: about one task per core is enough, and a task
 per problem would cost more than it does. The tasks reserve no CPU, which belongs to the model's replicas, and spread over
 the nodes. Each is a streaming generator: finished samples reach the driver, and the disk, while the rest goes on.
+
+`parallel` "auto" takes one task, since one that sees all requests can tell what a larger number in flight brings.
 
 Three things can end a task before its slice is done:
 
@@ -14,18 +16,23 @@ Three things can end a task before its slice is done:
 """
 
 import asyncio
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import ray
 from ray import ObjectRefGenerator
 from ray.exceptions import RayError, RayTaskError
 
+from eval_jobs.concurrency import MOST, Climbing, Fixed, Limit
 from eval_jobs.endpoint import FatalRequestError
-from eval_jobs.problems import Problem
 from eval_jobs.rollout import RolloutPlan, failed_sample, run_rollout
+from eval_jobs.variants import Attempt
 from roentgen.runs import Sample
+
+Identity = tuple[str, str, int]
 
 MAX_DEATHS = 3
 """How many tasks a problem may take down before it is given up."""
@@ -36,39 +43,50 @@ class Slice:
     """What one task is given.
 
     Attributes:
-        problems: in the order they are started.
+        attempts: in the order they are started.
         in_flight: how many at once.
+        climbing: fewer at first, up to so many if that is faster.
     """
 
-    problems: tuple[Problem, ...]
+    attempts: tuple[Attempt, ...]
     in_flight: int
+    climbing: bool = False
+
+    @property
+    def limit(self) -> Limit:
+        """How many may be in flight, as time goes on."""
+        return Climbing(most=self.in_flight) if self.climbing else Fixed(self.in_flight)
 
 
 def evaluate(
-    problems: Sequence[Problem], plan: RolloutPlan, parallel: int, on_sample: Callable[[Sample], None]
+    attempts: Sequence[Attempt], plan: RolloutPlan, parallel: int | Literal["auto"], on_sample: Callable[[Sample], None]
 ) -> None:
-    """Run every problem once and hand each sample to `on_sample` as it finishes; needs a Ray connection.
+    """Make every attempt once and hand each sample to `on_sample` as it finishes; needs a Ray connection.
 
     Args:
-        problems: what to run.
+        attempts: what to run.
         plan: what the rollouts share.
-        parallel: requests in flight, over all tasks.
+        parallel: requests in flight, over all tasks; "auto" finds out how many are worth it.
         on_sample: called in this process, one sample at a time.
 
     Raises:
         FatalRequestError: if a rollout meets what would meet all of them.
     """
-    tasks = max(1, min(parallel, len(problems), int(ray.cluster_resources().get("CPU", 1))))
-    waiting = deque(deal(problems, tasks, parallel))
+    free = MOST if parallel == "auto" else parallel
+    if parallel == "auto":
+        waiting = deque([Slice(tuple(attempts), min(MOST, len(attempts)), climbing=True)])
+    else:
+        tasks = max(1, min(parallel, len(attempts), int(ray.cluster_resources().get("CPU", 1))))
+        waiting = deque(deal(attempts, tasks, parallel))
+    shared = ray.put(plan)
     running: dict[ObjectRefGenerator, Slice] = {}
-    returned: set[str] = set()
-    deaths: Counter[str] = Counter()
-    free = parallel
+    returned: set[Identity] = set()
+    deaths: Counter[Identity] = Counter()
     try:
         while waiting or running:
             while waiting and waiting[0].in_flight <= free:
                 piece = waiting.popleft()
-                running[_run_slice.remote(piece, plan)] = piece
+                running[_run_slice.remote(piece, shared)] = piece
                 free -= piece.in_flight
             [stream], _ = ray.wait(list(running), num_returns=1)
             try:
@@ -83,32 +101,36 @@ def evaluate(
                 free += piece.in_flight
                 samples = _bury(piece, returned, deaths, waiting, plan, error)
             for sample in samples:
-                returned.add(sample.problem_id)
+                returned.add(sample.identity)
                 on_sample(sample)
     finally:
         for stream in running:
             ray.cancel(stream)
 
 
-def deal(problems: Sequence[Problem], tasks: int, parallel: int) -> list[Slice]:
-    """Deal problems like cards to `tasks` slices, and `parallel` places in flight as evenly as they go."""
+def deal(attempts: Sequence[Attempt], tasks: int, parallel: int) -> list[Slice]:
+    """Deal attempts like cards to `tasks` slices, and `parallel` places in flight as evenly as they go."""
     shares = [parallel // tasks + (number < parallel % tasks) for number in range(tasks)]
-    return [Slice(tuple(problems[number::tasks]), share) for number, share in enumerate(shares)]
+    return [Slice(tuple(attempts[number::tasks]), share) for number, share in enumerate(shares)]
 
 
 @ray.remote(num_cpus=0, max_retries=0, num_returns="streaming", scheduling_strategy="SPREAD")
 def _run_slice(piece: Slice, plan: RolloutPlan) -> Iterator[list[Sample]]:
     """Run a slice in one asyncio loop; yield samples in the groups in which they finish."""
-    waiting = deque(piece.problems)
+    waiting = deque(piece.attempts)
     pending: set[asyncio.Task[Sample]] = set()
-    client = plan.endpoint.client()
+    limit = piece.limit
+    client = plan.endpoint.client(on_busy=limit.refused)
     with asyncio.Runner() as runner:
         # The loop stands still while a group is handed over, which takes about a millisecond.
         while waiting or pending:
-            while waiting and len(pending) < piece.in_flight:
+            while waiting and len(pending) < limit.value:
                 pending.add(runner.get_loop().create_task(run_rollout(client, waiting.popleft(), plan)))
             done, pending = runner.run(asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED))
-            yield [task.result() for task in done if task.exception() is None]
+            samples = [task.result() for task in done if task.exception() is None]
+            for sample in samples:
+                limit.finished(sample.completion_tokens, time.monotonic())
+            yield samples
             for task in done:
                 task.result()  # raises what a rollout raised, after its neighbours are safe
         runner.run(client.close())
@@ -116,21 +138,21 @@ def _run_slice(piece: Slice, plan: RolloutPlan) -> Iterator[list[Sample]]:
 
 def _bury(
     piece: Slice,
-    returned: set[str],
-    deaths: Counter[str],
+    returned: set[Identity],
+    deaths: Counter[Identity],
     waiting: "deque[Slice]",
     plan: RolloutPlan,
     error: RayError,
 ) -> list[Sample]:
-    """Deal a dead task's problems again, suspects first and alone; return failed samples of those given up."""
-    left = [problem for problem in piece.problems if problem.problem_id not in returned]
-    # Problems start in order, so those in flight are among the first; some may have finished with their task's death.
+    """Deal a dead task's attempts again, suspects first and alone; return failed samples of those given up."""
+    left = [attempt for attempt in piece.attempts if attempt.identity not in returned]
+    # Attempts start in order, so those in flight are among the first; some may have finished with their task's death.
     suspects, innocent = left[: piece.in_flight], left[piece.in_flight :]
-    deaths.update(problem.problem_id for problem in suspects)
-    given_up = [problem for problem in suspects if deaths[problem.problem_id] >= MAX_DEATHS]
-    again = [Slice((problem,), 1) for problem in suspects if deaths[problem.problem_id] < MAX_DEATHS]
+    deaths.update(attempt.identity for attempt in suspects)
+    given_up = [attempt for attempt in suspects if deaths[attempt.identity] >= MAX_DEATHS]
+    again = [Slice((attempt,), 1) for attempt in suspects if deaths[attempt.identity] < MAX_DEATHS]
     if innocent:
-        again.append(Slice(tuple(innocent), piece.in_flight))
+        again.append(replace(piece, attempts=tuple(innocent)))
     waiting.extendleft(reversed(again))
     reason = f"its task died {MAX_DEATHS} times: {str(error).strip().splitlines()[-1]}"
-    return [failed_sample(problem, plan, reason) for problem in given_up]
+    return [failed_sample(attempt, plan, reason) for attempt in given_up]

@@ -1,9 +1,9 @@
 """Where problems come from.
 
-A source is a function that yields `Problem`s in a fixed order; `load_problems` takes the first N. Problem i of a source is
-the same problem for every N and on every machine, because its id is what joins samples, activations and labels. A new
-source is one function and one line in `SOURCES`; whatever is not named there is read as a file in GSM8K's own format,
-a JSON object per line with `question` and `answer`, the answer ending with `#### <number>`.
+A source is a function that yields `Problem`s in a fixed order. Problem i of a source is the same problem however many are taken
+and on every machine, because its id is what joins samples, activations and labels. A new source is one function and one line
+in `SOURCES`; whatever is not named there is read as a file in GSM8K's own format, a JSON object per line with `question`
+and `answer`, the answer ending with `#### <number>`.
 
 Everything is read and checked before anything runs: a broken line found after an hour of GPU time helps nobody.
 """
@@ -14,14 +14,15 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import count
 from pathlib import Path
+from typing import Any, Literal
 
 from eval_jobs import EvalError
 
 GSM8K_FOLDER_VARIABLE = "ROENTGEN_GSM8K_DIR"
-ARITHMETIC_SEED = 0
-ARITHMETIC_SIZE = 1_000_000
+GENERATED_SEED = 0
+GENERATED_SIZE = 1_000_000
 
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 
@@ -40,6 +41,7 @@ class Problem:
         question: as posed.
         solution: the gold rationale, ending with `#### <number>`.
         gold: the gold answer: what follows `####`, commas removed.
+        shots: solved problems to be shown before it.
     """
 
     problem_id: str
@@ -47,30 +49,23 @@ class Problem:
     question: str
     solution: str
     gold: str
+    shots: tuple["Problem", ...] = ()
 
 
-def load_problems(source: str, samples: int) -> list[Problem]:
-    """Return the first `samples` problems of a source, or all of them if it has fewer.
+def read_source(source: str) -> Iterator[Problem]:
+    """Yield the problems of a source, in its order.
 
     Args:
         source: a name in `SOURCES`, or the path of a file in GSM8K's format.
-        samples: how many.
 
     Raises:
-        ProblemError: if the source is unknown, cannot be read, is empty or has a malformed line.
+        ProblemError: if the source is unknown, cannot be read or has a malformed line.
     """
     if source in SOURCES:
-        found = SOURCES[source]()
-    elif source.endswith(".jsonl") or Path(source).exists():
-        found = _file(Path(source).expanduser())
-    else:
-        raise ProblemError(
-            f"--problems: {source!r} is unknown; allowed are {', '.join(SOURCES)}, or a .jsonl file's path"
-        )
-    problems = list(islice(found, samples))
-    if not problems:
-        raise ProblemError(f"--problems: {source} has no problems")
-    return problems
+        return SOURCES[source]()
+    if source.endswith(".jsonl") or Path(source).exists():
+        return _file(Path(source).expanduser())
+    raise ProblemError(f"--problems: {source!r} is unknown; allowed are {', '.join(SOURCES)}, or a .jsonl file's path")
 
 
 def gold_answer(solution: str) -> str | None:
@@ -86,27 +81,22 @@ def arithmetic() -> Iterator[Problem]:
     Raises:
         ProblemError: if reasoning-gym is not installed.
     """
-    try:
-        import reasoning_gym
-    except ImportError:
-        raise ProblemError("--problems arithmetic needs reasoning-gym: pip install 'roentgen[local]'") from None
-    sums = reasoning_gym.create_dataset(
-        "chain_sum",
-        min_terms=2,
-        max_terms=3,
-        min_digits=1,
-        max_digits=2,
-        seed=ARITHMETIC_SEED,
-        size=ARITHMETIC_SIZE,  # items are made one by one, each from (seed, index)
-    )
-    seen: set[str] = set()
-    for item in sums:
+    for number, item in _generated("arithmetic", "chain_sum", min_terms=2, max_terms=3, min_digits=1, max_digits=2):
         expression, gold = item["metadata"]["expression"], item["answer"]
-        if expression in seen:  # the same sum twice would put one question on both sides of a split by problem
-            continue
-        seen.add(expression)
-        number, solution = len(seen), f"{expression} = {gold}\n#### {gold}"
+        solution = f"{expression} = {gold}\n#### {gold}"
         yield Problem(f"arithmetic-{number:04d}", number, f"What is {expression}?", solution, gold)
+
+
+def gsm_symbolic() -> Iterator[Problem]:
+    """Yield problems made from the 100 templates of GSM-Symbolic (Mirzadeh et al. 2024, arXiv 2410.05229): GSM8K's own
+    stories with other names and numbers, by reasoning-gym's generator.
+
+    Raises:
+        ProblemError: if reasoning-gym is not installed.
+    """
+    for number, item in _generated("gsm-symbolic", "gsm_symbolic"):
+        solution = item["metadata"]["answer_cot"]
+        yield Problem(f"gsm-symbolic-{number:04d}", number, item["question"], solution, item["answer"])
 
 
 def gsm8k() -> Iterator[Problem]:
@@ -115,19 +105,50 @@ def gsm8k() -> Iterator[Problem]:
     Raises:
         ProblemError: if neither can be read, or a line is malformed.
     """
-    folder = os.environ.get(GSM8K_FOLDER_VARIABLE)
-    lines = _read_jsonl(Path(folder).expanduser() / "test.jsonl") if folder else _gsm8k_from_hub()
-    for number, question, solution, gold in lines:
-        yield Problem(f"gsm8k-test-{number:04d}", number, question, solution, gold)
+    return _gsm8k("test")
+
+
+def gsm8k_train() -> Iterator[Problem]:
+    """Yield GSM8K's training set, found as the test set is.
+
+    Raises:
+        ProblemError: as for the test set.
+    """
+    return _gsm8k("train")
 
 
 SOURCES: dict[str, Callable[[], Iterator[Problem]]] = {
     "arithmetic": arithmetic,
     "gsm8k": gsm8k,
+    "gsm8k-train": gsm8k_train,
+    "gsm-symbolic": gsm_symbolic,
 }
 
 _Line = tuple[int, str, str, str]
 """Line number, question, solution, gold."""
+
+
+def _generated(source: str, dataset: str, **settings: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield reasoning-gym's items, numbered; each is made when it is asked for, from its number."""
+    try:
+        import reasoning_gym
+    except ImportError:
+        raise ProblemError(f"--problems {source} needs reasoning-gym: pip install 'roentgen[local]'") from None
+    items = reasoning_gym.create_dataset(dataset, seed=GENERATED_SEED, size=GENERATED_SIZE, **settings)
+    seen: set[str] = set()
+    numbers = count(1)
+    for item in items:
+        if item["question"] in seen:  # the same question twice would put one on both sides of a split by problem
+            continue
+        seen.add(item["question"])
+        yield next(numbers), item
+
+
+def _gsm8k(split: Literal["train", "test"]) -> Iterator[Problem]:
+    folder = os.environ.get(GSM8K_FOLDER_VARIABLE)
+    lines = _read_jsonl(Path(folder).expanduser() / f"{split}.jsonl") if folder else _gsm8k_from_hub(split)
+    for number, question, solution, gold in lines:
+        yield Problem(f"gsm8k-{split}-{number:04d}", number, question, solution, gold)
 
 
 def _file(path: Path) -> Iterator[Problem]:
@@ -163,11 +184,11 @@ def _parse(line: bytes, path: Path, number: int) -> _Line:
     return number, fields["question"], fields["answer"], gold
 
 
-def _gsm8k_from_hub() -> Iterator[_Line]:
+def _gsm8k_from_hub(split: str) -> Iterator[_Line]:
     import datasets
 
     try:
-        rows = datasets.load_dataset("openai/gsm8k", "main", split="test")
+        rows = datasets.load_dataset("openai/gsm8k", "main", split=split)
     except (OSError, ValueError) as error:  # no route, no such data set, or offline without a cached copy
         raise ProblemError(
             f"GSM8K cannot be had: the hub does not answer and ${GSM8K_FOLDER_VARIABLE} is not set. Either connect to "

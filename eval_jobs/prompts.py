@@ -1,42 +1,71 @@
 """Prompts: named, versioned, hashed.
 
-A prompt turns a question into messages. Its hash goes into every sample's configuration, so an edited prompt can never pass
+A prompt turns a problem into messages. Its hash goes into every sample's configuration, so an edited prompt can never pass
 for the old one; raise `version` when you edit the text, for the people who read names. A new prompt is one line in
-`PROMPTS`.
+`PROMPTS`; one of your own is a text file with `{question}` in it (`--prompt-file`).
+
+`gsm8k` and `gsm8k_cot_zeroshot` are lm-evaluation-harness's tasks of these names (versions 3.0) as it poses them to a chat
+model (`--apply_chat_template`): the same messages, stop sequences, shots and way of reading, so that numbers can be compared.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
+from eval_jobs import EvalError
+from eval_jobs.problems import Problem
 from roentgen.contract import canonical_hash
 
 QUESTION = "{question}"
 
 
+class PromptError(EvalError):
+    """A prompt file cannot be used; the message names it."""
+
+
 @dataclass(frozen=True)
 class Prompt:
-    """How a question is posed.
+    """How a problem is posed.
 
     Attributes:
         name: what `--prompt` calls it.
         version: raised with every edit.
         user: the user's message, with `{question}` where the question goes.
         system: the system's message; None sends none.
+        shots: solved problems that are shown before, each as a message of the user and one of the assistant.
+        stop: sequences at which the model is stopped.
+        extractor: the way of reading an answer that belongs to it.
     """
 
     name: str
     version: int
     user: str
     system: str | None = None
+    shots: int = 0
+    stop: tuple[str, ...] = ()
+    extractor: str = "answer_line"
 
     @property
     def hash(self) -> str:
-        """Hash of the texts, the name and the version."""
-        return canonical_hash(asdict(self))
+        """Hash of what the model is shown, the name and the version; how answers are read is no part of it."""
+        return canonical_hash({name: value for name, value in asdict(self).items() if name != "extractor"})
 
-    def messages(self, question: str) -> list[dict[str, str]]:
-        """Return the messages that pose a question."""
-        user = {"role": "user", "content": self.user.replace(QUESTION, question)}
-        return [user] if self.system is None else [{"role": "system", "content": self.system}, user]
+    def messages(self, problem: Problem, prefix: str = "") -> list[dict[str, str]]:
+        """Return the messages that pose a problem.
+
+        Args:
+            problem: with its shots, if the prompt shows any.
+            prefix: what a variant puts before the user's last message.
+        """
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
+        for shot in problem.shots:
+            messages.append({"role": "user", "content": self._ask(shot.question)})
+            messages.append({"role": "assistant", "content": shot.solution})
+        asked = self._ask(problem.question)
+        messages.append({"role": "user", "content": f"{prefix}\n\n{asked}" if prefix else asked})
+        return messages
+
+    def _ask(self, question: str) -> str:
+        return self.user.replace(QUESTION, question)
 
 
 ANSWER_LINE = Prompt(
@@ -61,4 +90,46 @@ Problem: {question}""",
 """Reason step by step, then a last line `Answer: [number]`. The examples are for very small models: SmolLM2-135M, told in
 words alone, wrote no such line in 48 replies to `arithmetic`; shown it, it wrote one in 15 of 24."""
 
-PROMPTS: dict[str, Prompt] = {prompt.name: prompt for prompt in (ANSWER_LINE,)}
+GSM8K = Prompt(
+    name="gsm8k",
+    version=3,
+    user="Question: {question}\nAnswer:",
+    shots=5,
+    stop=("Question:", "</s>", "<|im_end|>"),
+    extractor="gsm8k_strict",
+)
+
+GSM8K_COT_ZEROSHOT = Prompt(
+    name="gsm8k_cot_zeroshot",
+    version=3,
+    user="Q: {question}\nA: Let's think step by step.",
+    stop=("Q:", "</s>", "<|im_end|>"),
+    extractor="cot_strict",
+)
+
+PROMPTS: dict[str, Prompt] = {prompt.name: prompt for prompt in (ANSWER_LINE, GSM8K, GSM8K_COT_ZEROSHOT)}
+
+
+def choose_prompt(name: str, file: Path | None = None, system: str | None = None) -> Prompt:
+    """Return a prompt.
+
+    Args:
+        name: in `PROMPTS`; not looked at if there is a file.
+        file: a text with `{question}` in it, the user's message.
+        system: replaces the system's message.
+
+    Raises:
+        PromptError: if the file cannot be read or does not say where the question goes.
+    """
+    prompt = PROMPTS[name] if file is None else _read(file)
+    return prompt if system is None else replace(prompt, system=system)
+
+
+def _read(file: Path) -> Prompt:
+    try:
+        text = file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"--prompt-file: {file} cannot be read: {error}") from error
+    if QUESTION not in text:
+        raise PromptError(f"--prompt-file: {file} has no {QUESTION} to say where the question goes")
+    return Prompt(name=file.stem, version=1, user=text)

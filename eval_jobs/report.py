@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from eval_jobs.console import interval, percent, warnings
-from eval_jobs.outputs import sorted_samples, summarise
+from eval_jobs.summary import summarise
 from roentgen.runs import Run, RunError
 
 TRANSCRIPTS_UP_TO = 2_000
@@ -25,7 +25,7 @@ def write_report(run: Run) -> Path:
     Raises:
         RunError: if the record or a probe's results are damaged.
     """
-    samples = sorted_samples(run)
+    samples = run.samples().by_name()
     summary = run.summary() or {**summarise(run.config, samples), "timing": None}
     page = (
         _environment()

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from eval_jobs import EvalError
-from eval_jobs.config import EvalSettings, ServedModel, hashed_configuration
+from eval_jobs.config import EvalSettings, ServedModel, hashed_configuration, variants_of
 from eval_jobs.problems import SOURCES, Problem
-from eval_jobs.prompts import PROMPTS
 from roentgen.contract import canonical_hash, check_session_id
 from roentgen.runs import Run, RunConfig, find_unfinished
 
@@ -44,11 +43,11 @@ def open_run(settings: EvalSettings, problems: Sequence[Problem], served: Served
         if not (settings.output / "config.json").exists():
             return Run.create(settings.output, config)
         run = Run.open(settings.output)
-        different = list(_differences(_comparable(run.config), _comparable(config)))
+        different = list(differences(_comparable(run.config), _comparable(config)))
         if different:
             raise OtherConfigurationError(
                 f"{run.path} holds a run of another configuration; choose another --output. What differs:\n"
-                + "\n".join(different)
+                + "\n".join(f"  {name}: {old!r} in the folder, {new!r} asked for" for name, old, new in different)
             )
         return run
     unfinished = None if settings.new else find_unfinished(RESULTS, config.config_hash, config.problems)
@@ -59,7 +58,7 @@ def open_run(settings: EvalSettings, problems: Sequence[Problem], served: Served
 
 def folder_name(settings: EvalSettings, n: int, model: str) -> str:
     """Make up a run's folder: `gsm8k_smollm2-135m_no_tools_n8_activations_20250912_140530`."""
-    parts = ["gsm8k", _slug(model.rstrip("/").rpartition("/")[2]), "no_tools", f"n{n}"]
+    parts = ["gsm8k", _slug(model.rstrip("/").rpartition("/")[2]), settings.mode.replace("-", "_"), f"n{n}"]
     parts += ["activations"] if settings.collect_activations else []
     return "_".join([*parts, datetime.now().strftime("%Y%m%d_%H%M%S")])
 
@@ -67,7 +66,8 @@ def folder_name(settings: EvalSettings, n: int, model: str) -> str:
 def _describe(settings: EvalSettings, problems: Sequence[Problem], served: ServedModel, base_url: str) -> RunConfig:
     """Return all that is needed to run it again."""
     hashed = hashed_configuration(settings, served)
-    prompt = PROMPTS[settings.prompt]
+    prompt = settings.chosen_prompt
+    variants = [variant for variant in variants_of(settings, hashed) if variant.name is not None]
     name = settings.output.name if settings.output else folder_name(settings, len(problems), served.id)
     return RunConfig(
         run_id=_run_id(name),
@@ -77,10 +77,17 @@ def _describe(settings: EvalSettings, problems: Sequence[Problem], served: Serve
         problems={
             "source": settings.problems if settings.problems in SOURCES else str(Path(settings.problems).absolute()),
             "samples": len(problems),
-            "hash": canonical_hash([asdict(problem) for problem in problems]),
+            "epochs": settings.epochs,
+            "hash": canonical_hash([[p.problem_id, p.question, p.solution] for p in problems]),
         },
-        settings={**settings.model_dump(mode="json"), "base_url": base_url, "served": asdict(served)},
-        prompt={**asdict(prompt), "hash": prompt.hash},
+        settings={
+            **settings.model_dump(mode="json"),
+            "extractor": settings.extractor or prompt.extractor,
+            "base_url": base_url,
+            "served": asdict(served),
+        },
+        prompt={**asdict(prompt), "stop": list(prompt.stop), "hash": prompt.hash},
+        variants={str(v.name): {"prefix": v.prefix, "config_hash": v.config_hash} for v in variants},
         versions=_versions(),
         git_revision=_git_revision(),
     )
@@ -88,16 +95,19 @@ def _describe(settings: EvalSettings, problems: Sequence[Problem], served: Serve
 
 def _comparable(config: RunConfig) -> dict[str, Any]:
     """Return what must be equal for samples to belong to one run: the primary extractor too, for `correct` is its word."""
-    return {**config.hashed, "problems": config.problems, "extractor": config.settings["extractor"]}
+    prefixes = {name: variant["prefix"] for name, variant in config.variants.items()}
+    extractor = config.settings["extractor"]
+    return {**config.hashed, "problems": config.problems, "variants": prefixes, "extractor": extractor}
 
 
-def _differences(recorded: dict[str, Any], asked: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    for key in recorded | asked:
-        old, new = recorded.get(key), asked.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, f"{prefix}{key}.")
-        elif old != new:
-            yield f"  {prefix}{key}: {old!r} in the folder, {new!r} asked for"
+def differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield what differs between two nested objects: its dotted name, and both values (None where there is none)."""
+    for key in one | other:
+        here, there = one.get(key), other.get(key)
+        if isinstance(here, dict) and isinstance(there, dict):
+            yield from differences(here, there, f"{prefix}{key}.")
+        elif here != there:
+            yield f"{prefix}{key}", here, there
 
 
 def _run_id(name: str) -> str:

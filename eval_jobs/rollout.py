@@ -1,7 +1,7 @@
-"""One problem against the server: messages, one request, a scored `Sample`.
+"""One attempt at one problem against the server: messages, requests, tools between them, a scored `Sample`.
 
-When activations are collected, the request carries what to keep and the rollout's key, and the reply says where it is; the
-server answers only after the activations are durable, so a sample never points at nothing.
+When activations are collected, each request carries what to keep and the rollout's key, and the reply says where it is; the
+server answers only after the activations are durable, so a sample never points at nothing. A later turn keeps only what is new.
 
 What can go wrong falls in two kinds. What concerns this problem only (a prompt longer than the context, a server that
 fails at it again and again) becomes a sample with `error`, which is tried again when the run is resumed. What would meet
@@ -9,51 +9,21 @@ every problem alike (wrong key, unknown model, a layer that does not exist, a se
 `FatalRequestError`: going on would only turn a typing error into a thousand failed samples.
 """
 
-import asyncio
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from openai import APIConnectionError, APIError, APIStatusError, APITimeoutError, AsyncOpenAI
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from openai import AsyncOpenAI
+from pydantic import ValidationError
 
-from eval_jobs.endpoint import Endpoint, FatalRequestError, server_message
-from eval_jobs.problems import Problem
-from eval_jobs.prompts import PROMPTS
+from eval_jobs.asking import Asked, ProblemFailedError, ask
+from eval_jobs.endpoint import Endpoint, FatalRequestError
+from eval_jobs.prompts import Prompt
 from eval_jobs.scoring import score
+from eval_jobs.tools import TOOLS, answer
+from eval_jobs.variants import Attempt
 from roentgen.contract import ActivationReply, ActivationRequest, RolloutKey
-from roentgen.runs import RolloutRef, Sample
-
-CONFIGURATION_ERRORS = frozenset({400, 401, 403, 404, 422})
-"""Statuses that blame the request's form, which all problems share."""
-
-TOO_LONG = "context_length_exceeded"
-"""The one code of a 400 that blames the problem."""
-
-
-class _Message(BaseModel):
-    model_config = ConfigDict(extra="allow")
-
-    role: str = "assistant"
-    content: str | None = None
-
-
-class _Choice(BaseModel):
-    message: _Message
-    finish_reason: str | None = None
-
-
-class _Usage(BaseModel):
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-
-
-class _Reply(BaseModel):
-    """What is read of a reply. The SDK's own types are not checked, and compatible servers differ."""
-
-    choices: list[_Choice] = Field(min_length=1)
-    usage: _Usage | None = None
-    activations: Any = None
+from roentgen.runs import RolloutRef, Sample, Turn
 
 
 @dataclass(frozen=True)
@@ -63,115 +33,149 @@ class RolloutPlan:
     Attributes:
         endpoint: the server.
         model: the name to ask for.
-        prompt: a name in `PROMPTS`.
-        sampling: parameters of the request.
+        prompt: how problems are posed.
+        sampling: parameters of every request.
         extractor: whose verdict is the sample's.
-        config_hash: the configuration's.
+        tools: names in `TOOLS` that the model may call.
+        max_turns: requests per rollout, at most.
         capture: what to keep of the activations, and in which session; None keeps nothing.
     """
 
     endpoint: Endpoint
     model: str
-    prompt: str
+    prompt: Prompt
     sampling: dict[str, Any]
     extractor: str
-    config_hash: str
+    tools: tuple[str, ...] = ()
+    max_turns: int = 1
     capture: ActivationRequest | None = None
 
 
-async def run_rollout(client: AsyncOpenAI, problem: Problem, plan: RolloutPlan) -> Sample:
-    """Pose a problem and score the reply.
+@dataclass
+class _Conversation:
+    """What has been said, and what it took."""
+
+    messages: list[dict[str, Any]]
+    turns: list[Turn] = field(default_factory=list)
+    rollouts: list[RolloutRef] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def add(self, asked: Asked) -> None:
+        """Take a reply in."""
+        self.messages.append(asked.message)
+        self.finish_reason = asked.finish_reason
+        self.turns.append(
+            Turn(
+                finish_reason=asked.finish_reason,
+                prompt_tokens=asked.prompt_tokens,
+                completion_tokens=asked.completion_tokens,
+                seconds=asked.seconds,
+                tool_calls=len(asked.tool_calls),
+            )
+        )
+
+
+async def run_rollout(client: AsyncOpenAI, attempt: Attempt, plan: RolloutPlan) -> Sample:
+    """Pose a problem, run the tools that the model calls, and score its last message.
 
     Raises:
         FatalRequestError: if every other problem would fail in the same way.
     """
     started = time.monotonic()
-    messages: list[Any] = PROMPTS[plan.prompt].messages(problem.question)
+    talk = _Conversation(list(plan.prompt.messages(attempt.problem, attempt.variant.prefix)))
+    parameters = _parameters(attempt, plan)
     try:
-        async with asyncio.timeout(plan.endpoint.timeout):  # over all retries
-            answer = await client.chat.completions.with_raw_response.create(
-                model=plan.model, messages=messages, extra_body=_activations(problem, plan), **plan.sampling
-            )
-        reply = _Reply.model_validate_json(answer.content)
-    except (TimeoutError, APITimeoutError):
-        return failed_sample(problem, plan, f"no answer within {plan.endpoint.timeout:g} s (--request-timeout)")
-    except APIConnectionError as error:
-        await _check_alive(client, plan.endpoint)
-        return failed_sample(problem, plan, f"the connection was lost: {error.__cause__ or error}")
-    except APIStatusError as error:
-        if error.status_code in CONFIGURATION_ERRORS and error.code != TOO_LONG:
-            raise FatalRequestError(f"the server refuses the request: {server_message(error)}") from error
-        return failed_sample(problem, plan, server_message(error))
-    except ValidationError as error:  # a 200 that is not JSON, or JSON of another shape
-        return failed_sample(problem, plan, f"the reply cannot be read: {error.errors()[0]['msg']}")
-    return _scored_sample(reply, problem, plan, messages, time.monotonic() - started)
+        for turn in range(plan.max_turns):
+            extra = _activations(attempt, plan, turn)
+            asked = await ask(client, plan.endpoint, {**parameters, "messages": talk.messages, "extra_body": extra})
+            talk.add(asked)
+            if plan.capture is not None:
+                talk.rollouts.append(_rollout(asked.activations, plan, turn))
+            if not (plan.tools and asked.tool_calls):
+                break
+            talk.messages += [answer(call) for call in asked.tool_calls]
+        else:
+            talk.finish_reason = "max_turns"
+    except ProblemFailedError as error:
+        return failed_sample(attempt, plan, str(error), talk.messages)
+    return _scored_sample(talk, attempt, plan, time.monotonic() - started)
 
 
-def failed_sample(problem: Problem, plan: RolloutPlan, error: str) -> Sample:
-    """Return the sample of a problem that got no answer."""
-    return Sample(**_identity(problem, plan), messages=PROMPTS[plan.prompt].messages(problem.question), error=error)
+def failed_sample(
+    attempt: Attempt, plan: RolloutPlan, error: str, messages: list[dict[str, Any]] | None = None
+) -> Sample:
+    """Return the sample of a problem that got no answer.
+
+    Args:
+        attempt: which.
+        plan: how it was posed.
+        error: why.
+        messages: what was said; None if nothing was.
+    """
+    said = messages or list(plan.prompt.messages(attempt.problem, attempt.variant.prefix))
+    return Sample(**_identity(attempt), messages=said, error=error)
 
 
-def sample_id(problem: Problem) -> str:
-    """Return what names a sample's files."""
-    return f"gsm8k_{problem.number:04d}"
-
-
-def _identity(problem: Problem, plan: RolloutPlan) -> dict[str, Any]:
+def _identity(attempt: Attempt) -> dict[str, Any]:
+    problem = attempt.problem
     return {
-        "sample_id": sample_id(problem),
+        "sample_id": attempt.sample_id,
         "problem_id": problem.problem_id,
-        "config_hash": plan.config_hash,
+        "epoch": attempt.epoch,
+        "variant": attempt.variant.name,
+        "config_hash": attempt.variant.config_hash,
         "question": problem.question,
         "solution": problem.solution,
         "gold": problem.gold,
+        "finished": time.time(),
     }
 
 
-def _activations(problem: Problem, plan: RolloutPlan) -> dict[str, Any] | None:
+def _parameters(attempt: Attempt, plan: RolloutPlan) -> dict[str, Any]:
+    """Return what all requests of a rollout have in common."""
+    parameters: dict[str, Any] = {"model": plan.model, **plan.sampling}
+    parameters["seed"] = plan.sampling["seed"] + attempt.epoch - 1  # a sample of its own, and the same one each time
+    if plan.prompt.stop:
+        parameters["stop"] = list(plan.prompt.stop)
+    if plan.tools:
+        parameters["tools"] = [TOOLS[name].definition for name in plan.tools]
+    return parameters
+
+
+def _activations(attempt: Attempt, plan: RolloutPlan, turn: int) -> dict[str, Any] | None:
     """Return the request's `extra_body`: what to keep, and the key and labels that join it to this sample."""
     if plan.capture is None:
         return None
-    key = RolloutKey(config_hash=plan.config_hash, problem_id=problem.problem_id)
-    labels = {"problem_id": problem.problem_id, "sample_id": sample_id(problem), "gold": problem.gold}
-    request = plan.capture.model_copy(update={"key": key, "labels": labels})
-    return {"activations": request.model_dump(mode="json", by_alias=True)}
+    problem, variant = attempt.problem, attempt.variant
+    key = RolloutKey(
+        config_hash=variant.config_hash, problem_id=problem.problem_id, epoch=attempt.epoch, turn=turn
+    )  # fmt: skip
+    labels = {"problem_id": problem.problem_id, "sample_id": attempt.sample_id, "gold": problem.gold}
+    labels |= {"variant": variant.name} if variant.name else {}
+    changes = {"key": key, "labels": labels, "since": "turn" if turn else None}
+    return {"activations": plan.capture.model_copy(update=changes).model_dump(mode="json", by_alias=True)}
 
 
-async def _check_alive(client: AsyncOpenAI, endpoint: Endpoint) -> None:
-    """Find out whose fault a lost connection was: the problem's, or the server's.
-
-    Raises:
-        FatalRequestError: if the server does not answer at all.
-    """
-    try:
-        await client.with_options(max_retries=len(endpoint.urls), timeout=endpoint.timeout).models.list()
-    except APIConnectionError as error:
-        raise FatalRequestError(f"the server at {endpoint.base_url} does not answer any more") from error
-    except APIError:
-        return  # it answers, if only to complain
-
-
-def _scored_sample(reply: _Reply, problem: Problem, plan: RolloutPlan, messages: list[Any], seconds: float) -> Sample:
-    choice, usage = reply.choices[0], reply.usage or _Usage()
-    response = choice.message.content or ""
-    scores = score(response, problem.gold)
+def _scored_sample(talk: _Conversation, attempt: Attempt, plan: RolloutPlan, seconds: float) -> Sample:
+    response = talk.messages[-1].get("content") or "" if talk.messages[-1]["role"] == "assistant" else ""
+    scores = score(response, attempt.problem.gold)
     return Sample(
-        **_identity(problem, plan),
-        messages=[*messages, choice.message.model_dump(exclude_none=True)],
+        **_identity(attempt),
+        messages=talk.messages,
         response=response,
         answers=scores.answers,
         correct_by=scores.correct_by,
         correct=scores.correct_by[plan.extractor],
-        finish_reason=choice.finish_reason,
-        prompt_tokens=usage.prompt_tokens,
-        completion_tokens=usage.completion_tokens,
+        finish_reason=talk.finish_reason,
+        prompt_tokens=sum(turn.prompt_tokens for turn in talk.turns),
+        completion_tokens=sum(turn.completion_tokens for turn in talk.turns),
         seconds=seconds,
-        rollouts=[_rollout(reply.activations, plan)] if plan.capture else [],
+        turns=talk.turns,
+        rollouts=talk.rollouts,
     )
 
 
-def _rollout(found: Any, plan: RolloutPlan) -> RolloutRef:
+def _rollout(found: Any, plan: RolloutPlan, turn: int) -> RolloutRef:
     """Read where the activations are.
 
     Raises:
@@ -182,6 +186,6 @@ def _rollout(found: Any, plan: RolloutPlan) -> RolloutRef:
             f"the server at {plan.endpoint.base_url} returned no activations: is it a Roentgen server?"
         )
     try:
-        return RolloutRef(turn=0, **ActivationReply.model_validate(found).model_dump())
+        return RolloutRef(turn=turn, **ActivationReply.model_validate(found).model_dump())
     except ValidationError as error:
         raise FatalRequestError(f"the reply's 'activations' cannot be read: {error}") from error

@@ -13,14 +13,10 @@ compares it with the gold answer by the same convention. A new extractor is one 
 The text is the model's, so it may be anything: patterns match ASCII digits, take linear time, and never evaluate.
 """
 
-import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
-
-Z_95 = 1.959963984540054
-"""Standard normal quantile of a two-sided 95% interval."""
 
 _NUMBER = r"[-−]?\$?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
 _ANSWER_LINE = re.compile(r"^[^\w\n]*answer[^\w\n]*:(.*)$", re.IGNORECASE | re.MULTILINE)
@@ -54,27 +50,6 @@ class Scores:
 
     answers: dict[str, str | None]
     correct_by: dict[str, bool]
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """A share of correct samples.
-
-    Attributes:
-        n: samples.
-        correct: how many are correct.
-        value: the share, None of no samples.
-        standard_error: sample standard deviation / √n, as the harness reports it; None for fewer than two samples.
-        low: lower end of the 95% interval (Wilson's, which stays inside [0, 1] and holds for few samples).
-        high: its upper end.
-    """
-
-    n: int
-    correct: int
-    value: float | None
-    standard_error: float | None
-    low: float | None
-    high: float | None
 
 
 def read_answer_line(text: str) -> str | None:
@@ -141,18 +116,6 @@ def score(text: str, gold: str) -> Scores:
         name: answer is not None and EXTRACTORS[name].agrees(answer, gold) for name, answer in answers.items()
     }
     return Scores(answers, correct_by)
-
-
-def accuracy(verdicts: Sequence[bool]) -> Accuracy:
-    """Estimate a model's accuracy from one verdict per problem."""
-    n, correct = len(verdicts), sum(verdicts)
-    if n == 0:
-        return Accuracy(0, 0, None, None, None, None)
-    p = correct / n
-    standard_error = math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else None
-    centre = (p + Z_95**2 / (2 * n)) / (1 + Z_95**2 / n)
-    half = Z_95 * math.sqrt(p * (1 - p) / n + Z_95**2 / (4 * n**2)) / (1 + Z_95**2 / n)
-    return Accuracy(n, correct, p, standard_error, max(0.0, centre - half), min(1.0, centre + half))
 
 
 def _first_number(text: str) -> str | None:

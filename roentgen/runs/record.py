@@ -133,7 +133,7 @@ class Samples(Sequence[Sample]):
 
 
 def read_samples(path: Path) -> Samples:
-    """Find each sample's line: an answer's before an error's, the first answer's before later ones'.
+    """Find each sample's line: its first answer's, or its last error's.
 
     Raises:
         RunError: if a line, other than a torn last one, is no sample's.

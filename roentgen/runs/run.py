@@ -93,7 +93,7 @@ class Run:
         return self.path / "samples.jsonl"
 
     def samples(self) -> Samples:
-        """Return the record: each sample once; an answer counts before an error, the first answer before later ones.
+        """Return the record: each sample once, its first answer or, if it has none, its last error.
 
         A torn last line (a crash while it was written) is skipped.
 

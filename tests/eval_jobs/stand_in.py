@@ -1,7 +1,8 @@
 """A small OpenAI-shaped server over real HTTP, whose speed and faults a test can set.
 
-It answers arithmetic correctly and keeps what it was asked. A fault belongs to a question and is used up by meeting it, so
-that a test can say "429 twice, then fine"; `KILL` ends the process that sent the request, in the middle of it.
+It answers arithmetic correctly, after calling what `calls` says turn by turn, and keeps what it was asked. A fault belongs to a
+question and is used up by meeting it, so that a test can say "429 twice, then fine"; `KILL` ends the process that sent the
+request, in the middle of it.
 """
 
 import json
@@ -46,6 +47,7 @@ class StandIn:
         ]
     )
     models_text: str | None = None
+    calls: list[list[tuple[str, str, str]]] = field(default_factory=list)
     reply: str = "It is {answer}.\nAnswer: {answer}"
     faults: dict[str, list[Fault | str]] = field(default_factory=dict)
     requests: list[dict[str, Any]] = field(default_factory=list)
@@ -61,6 +63,7 @@ class StandIn:
 
 
 def question_of(body: dict[str, Any]) -> str:
+    """What comes after the last "Problem:" of the last message; a tool's answer, if that is a tool's."""
     return str(body["messages"][-1]["content"]).rpartition("Problem: ")[2]
 
 
@@ -147,15 +150,25 @@ def running(stand_in: StandIn) -> Iterator[StandIn]:
 
 
 def completion(stand_in: StandIn, body: dict[str, Any]) -> dict[str, Any]:
-    question = question_of(body)
-    text = stand_in.reply.format(answer=solve(question))
-    message = {"role": "assistant", "content": text, "refusal": None}
+    turn = sum(message["role"] == "assistant" for message in body["messages"])
+    calls = stand_in.calls[turn] if turn < len(stand_in.calls) else []
+    if calls:
+        message: dict[str, Any] = {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [wire_call(*call) for call in calls],
+        }
+    else:
+        first = question_of({"messages": body["messages"][:1]})
+        message = {"role": "assistant", "content": stand_in.reply.format(answer=solve(first)), "refusal": None}
     reply: dict[str, Any] = {
         "id": "chatcmpl-1",
         "object": "chat.completion",
         "created": 0,
         "model": body["model"],
-        "choices": [{"index": 0, "message": message, "logprobs": None, "finish_reason": "stop"}],
+        "choices": [
+            {"index": 0, "message": message, "logprobs": None, "finish_reason": "tool_calls" if calls else "stop"}
+        ],
         "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
     }
     asked = body.get("activations")
@@ -176,6 +189,10 @@ def completion(stand_in: StandIn, body: dict[str, Any]) -> dict[str, Any]:
             "tensors": {f"layers.{layer}.ln_attn": tensor for layer in asked["layers"]},
         }
     return reply
+
+
+def wire_call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
+    return {"id": call_id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
 def kill_process_behind(port: int) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from eval_jobs.config import EvalSettings, ServedModel, SettingsError, check_settings, hashed_configuration
+from eval_jobs.config import EvalSettings, ServedModel, SettingsError, check_settings, hashed_configuration, variants_of
 from roentgen.contract import canonical_hash
 
 SERVED = ServedModel("m", "r", "float32", 30, 576)
@@ -32,7 +32,11 @@ def test_what_the_command_line_spells_is_read() -> None:
     ("values", "message"),
     [
         ({"samples": 0}, "--samples: input should be greater than or equal to 1 (given: 0)"),
-        ({"parallel": -1}, "--parallel: input should be greater than or equal to 1 (given: -1)"),
+        ({"parallel": -1}, "--parallel: -1 is not allowed; allowed are whole numbers from 1, and auto"),
+        ({"parallel": "many"}, "--parallel: 'many' is not allowed; allowed are whole numbers from 1, and auto"),
+        ({"mode": "tools"}, "--mode: input should be 'no-tools' or 'with-tools' (given: 'tools')"),
+        ({"sample_ids": "1,,2"}, "--sample-ids: '1,,2' has nothing between two commas, or nothing at all"),
+        ({"sample_ids": "1", "offset": 2}, "--sample-ids names the problems"),
         ({"max_tokens": 0}, "--max-tokens: input should be greater than or equal to 1 (given: 0)"),
         ({"temperature": 3.0}, "--temperature: input should be less than or equal to 2 (given: 3.0)"),
         ({"top_p": 0.0}, "--top-p: input should be greater than 0 (given: 0.0)"),
@@ -71,6 +75,10 @@ def hash_of(settings: EvalSettings, served: ServedModel = SERVED) -> str:
         {"temperature": 0.5},
         {"top_p": 0.9},
         {"seed": 1},
+        {"mode": "with-tools"},
+        {"mode": "with-tools", "max_turns": 3},
+        {"prompt": "gsm8k_cot_zeroshot"},
+        {"system": "Be brief."},
         {"collect_activations": True},
         {"collect_activations": True, "layers": "all"},
         {"collect_activations": True, "hook_points": "resid_post"},
@@ -83,7 +91,16 @@ def test_the_hash_covers_what_changes_the_model_s_work(values: dict[str, Any]) -
 
 
 @pytest.mark.parametrize(
-    "values", [{"samples": 9}, {"parallel": 64}, {"extractor": "flexible"}, {"problems": "gsm8k"}, {"layers": "all"}]
+    "values",
+    [
+        {"samples": 9, "offset": 3, "shuffle": True, "epochs": 5},
+        {"sample_ids": "3,4"},
+        {"parallel": "auto", "fail_on_error": 3},
+        {"extractor": "flexible"},
+        {"problems": "gsm8k"},
+        {"layers": "all"},
+        {"max_turns": 3},
+    ],
 )
 def test_the_hash_leaves_out_the_rest(values: dict[str, Any]) -> None:
     assert hash_of(check_settings(**values)) == hash_of(EvalSettings())
@@ -92,3 +109,26 @@ def test_the_hash_leaves_out_the_rest(values: dict[str, Any]) -> None:
 def test_the_hash_covers_the_model() -> None:
     others = [ServedModel("n", "r", "float32"), ServedModel("m", "s", "float32"), ServedModel("m", "r", "bfloat16")]
     assert len({hash_of(EvalSettings(), served) for served in [SERVED, *others]}) == 4
+
+
+def test_variants_have_hashes_of_their_own(tmp_path: Path) -> None:
+    file = tmp_path / "variants.yaml"
+    file.write_text("calm: No hurry.\nplain: ''\n")
+    settings = check_settings(variants=str(file))
+    hashed = hashed_configuration(settings, SERVED)
+    calm, plain = variants_of(settings, hashed)
+    (only,) = variants_of(EvalSettings(), hashed)
+    assert [(v.name, v.prefix) for v in (calm, plain, only)] == [("calm", "No hurry."), ("plain", ""), (None, "")]
+    assert len({calm.config_hash, plain.config_hash, only.config_hash}) == 3
+    file.write_text("plain: ''\ncalm: No hurry.\n")
+    assert {v.config_hash for v in variants_of(settings, hashed)} == {calm.config_hash, plain.config_hash}
+
+
+def test_the_hash_covers_what_shots_are_drawn_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = '{"question": "1 + %d?", "answer": "#### %d"}\n'
+    hashes = set()
+    for first in (1, 2):
+        (tmp_path / "train.jsonl").write_text("".join(line % (n, n + 1) for n in range(first, 9)))
+        monkeypatch.setenv("ROENTGEN_GSM8K_DIR", str(tmp_path))
+        hashes.add(hash_of(check_settings(prompt="gsm8k")))
+    assert len(hashes) == 2

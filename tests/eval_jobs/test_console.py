@@ -7,14 +7,14 @@ from rich.console import Console
 
 from eval_jobs.console import interval, percent, print_summary, warnings
 from eval_jobs.outputs import Timing, write_summary
-from eval_jobs.progress import Progress
+from eval_jobs.progress import Progress, Tally
 from tests.eval_jobs.test_outputs import make_run
 
 
 def test_the_summary_is_printed_with_its_warnings(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     out = io.StringIO()
-    print_summary(run, write_summary(run, Timing(4.0, frozenset({"arithmetic-0003"}))), Console(file=out, width=120))
+    print_summary(run, write_summary(run, Timing(4.0, 1, 3)), Console(file=out, width=120))
     said = out.getvalue()
     for words in (
         "stand-in on arithmetic",
@@ -48,17 +48,17 @@ def test_absent_numbers_are_dashes() -> None:
 def test_without_a_terminal_progress_is_plain_lines(tmp_path: Path) -> None:
     samples = make_run(tmp_path).samples()
     out = io.StringIO()
-    with Progress(Console(file=out), total=5, recorded=samples[:1]) as progress:
+    with Progress(Console(file=out), total=5, recorded=Tally(scored=1)) as progress:
         for sample in samples[1:]:
             progress.add(sample)
     (line,) = out.getvalue().splitlines()  # the last one; the others came within seconds
-    assert line.startswith("5/5 done, 2 correct, ")
+    assert line.startswith("5/5 done, 2 correct, 40.0% (11.8–76.9), ")
 
 
 def test_on_a_terminal_progress_is_a_bar(tmp_path: Path) -> None:
     samples = make_run(tmp_path).samples()
     out = io.StringIO()
-    with Progress(Console(file=out, force_terminal=True, width=120), total=5, recorded=[]) as progress:
+    with Progress(Console(file=out, force_terminal=True, width=120), total=5, recorded=Tally()) as progress:
         for sample in samples:
             progress.add(sample)
     assert "5/5" in out.getvalue()

@@ -17,9 +17,9 @@ from eval_jobs import EvalError
 from eval_jobs.config import check_settings
 from eval_jobs.driver import InterruptedRunError, run_evaluation
 from eval_jobs.endpoint import FatalRequestError
-from eval_jobs.problems import load_problems
 from eval_jobs.resume import OtherConfigurationError
 from roentgen.runs import Recorder, Run, RunError, Sample
+from tests.eval_jobs.conftest import take
 from tests.eval_jobs.stand_in import KILL, Fault, StandIn
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -35,7 +35,7 @@ def evaluate(server: StandIn, **values: Any) -> tuple[Run, str]:
     """Run an evaluation; return the run and what was shown."""
     settings = check_settings(**{"output": "run", "parallel": 4, "samples": 12, **values})
     shown = io.StringIO()
-    problems = load_problems(settings.problems, settings.samples)
+    problems = take(settings.problems, settings.samples)
     return run_evaluation(settings, problems, server.base_url, Console(file=shown, width=200)), shown.getvalue()
 
 
@@ -60,7 +60,7 @@ def test_an_evaluation_leaves_the_whole_run_directory(server: StandIn, tmp_path:
     present = {path.name for path in run.path.iterdir()}
     assert present == {
         "config.json", "samples.jsonl", "summary.json", "dataset.jsonl", "report.html",
-        "samples", "trajectories", "agent_states",
+        "audit.jsonl", "samples", "trajectories", "agent_states",
     }  # fmt: skip
     sample = run.samples()[0]
     assert sample.config_hash == run.config.config_hash == server.requests[0]["activations"]["key"]["config_hash"]
@@ -88,7 +88,7 @@ def test_files_that_a_dead_driver_did_not_write_are_written(server: StandIn) -> 
 
 
 def test_failed_samples_are_tried_again(server: StandIn) -> None:
-    poisoned = load_problems("arithmetic", 3)[2].question
+    poisoned = take("arithmetic", 3)[2].question
     server.fail(poisoned, Fault(400, "too long", code="context_length_exceeded"))
     run, _ = evaluate(server)
     summary = run.summary() or {}
@@ -126,7 +126,7 @@ def test_another_configuration_is_refused_before_anything_runs(server: StandIn) 
 
 def test_a_refused_request_stops_the_run_which_can_go_on(server: StandIn) -> None:
     server.latency = 0.05
-    server.fail(load_problems("arithmetic", 9)[8].question, Fault(400, "layer 40 is out of range"))
+    server.fail(take("arithmetic", 9)[8].question, Fault(400, "layer 40 is out of range"))
     with pytest.raises(
         EvalError, match=r"layer 40 is out of range\. Finished samples are kept in .*run; the same command"
     ):
@@ -145,12 +145,12 @@ def test_no_server_leaves_no_run(tmp_path: Path) -> None:
 
 def test_a_worker_killed_mid_run_loses_nothing(server: StandIn) -> None:
     server.latency = 0.05
-    server.fail(load_problems("arithmetic", 6)[5].question, KILL)
+    server.fail(take("arithmetic", 6)[5].question, KILL)
     assert_complete(evaluate(server)[0])
 
 
 def test_overload_loses_nothing(server: StandIn) -> None:
-    for problem in load_problems("arithmetic", 12):
+    for problem in take("arithmetic", 12):
         server.fail(problem.question, Fault(429, "busy", headers=SOON), Fault(503, "busy", headers=SOON))
     run, _ = evaluate(server, parallel=12)
     assert_complete(run)
@@ -158,7 +158,7 @@ def test_overload_loses_nothing(server: StandIn) -> None:
 
 
 def test_a_server_that_fails_at_everything_stops_the_run(server: StandIn) -> None:
-    for problem in load_problems("arithmetic", 24):
+    for problem in take("arithmetic", 24):
         server.fail(problem.question, Fault(400, "too long", code="context_length_exceeded"))
     with pytest.raises(EvalError, match=r"the last 10 problems failed, the last one with: 400: too long\. Finished"):
         evaluate(server, samples=24, parallel=2)

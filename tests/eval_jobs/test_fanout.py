@@ -1,6 +1,7 @@
 """Many rollouts on a real local Ray: every problem once, however the tasks end."""
 
 import time
+from typing import Literal
 
 import pytest
 
@@ -9,14 +10,15 @@ from eval_jobs.fanout import MAX_DEATHS, deal, evaluate
 from eval_jobs.problems import Problem
 from eval_jobs.rollout import RolloutPlan
 from roentgen.runs import Sample
+from tests.eval_jobs.conftest import attempts_at
 from tests.eval_jobs.stand_in import FOREVER, KILL, Fault, StandIn
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
 
-def run(problems: list[Problem], plan: RolloutPlan, parallel: int) -> list[Sample]:
+def run(problems: list[Problem], plan: RolloutPlan, parallel: int | Literal["auto"]) -> list[Sample]:
     samples: list[Sample] = []
-    evaluate(problems, plan, parallel, samples.append)
+    evaluate(attempts_at(problems), plan, parallel, samples.append)
     return samples
 
 
@@ -25,10 +27,10 @@ def assert_each_once(samples: list[Sample], problems: list[Problem]) -> None:
 
 
 def test_problems_and_places_are_dealt_evenly(problems: list[Problem]) -> None:
-    slices = deal(problems, tasks=5, parallel=7)
+    slices = deal(attempts_at(problems), tasks=5, parallel=7)
     assert [piece.in_flight for piece in slices] == [2, 2, 1, 1, 1]
-    assert [len(piece.problems) for piece in slices] == [3, 3, 2, 2, 2]
-    assert {problem for piece in slices for problem in piece.problems} == set(problems)
+    assert [len(piece.attempts) for piece in slices] == [3, 3, 2, 2, 2]
+    assert {attempt.problem for piece in slices for attempt in piece.attempts} == set(problems)
 
 
 @pytest.mark.parametrize("parallel", [1, 5, 64])
@@ -48,7 +50,7 @@ def test_nothing_to_do(plan: RolloutPlan) -> None:
 def test_samples_arrive_while_others_run(server: StandIn, plan: RolloutPlan, problems: list[Problem]) -> None:
     server.latency = 0.2
     arrivals: list[float] = []
-    evaluate(problems, plan, 2, lambda sample: arrivals.append(time.monotonic()))
+    evaluate(attempts_at(problems), plan, 2, lambda sample: arrivals.append(time.monotonic()))
     assert arrivals[-1] - arrivals[0] > 0.7  # six rounds of 0.2 s
 
 
@@ -90,7 +92,7 @@ def test_a_refused_request_stops_everything_and_keeps_what_is_done(
     server.fail(problems[6].question, Fault(400, "layer 40 is out of range"))
     samples: list[Sample] = []
     with pytest.raises(FatalRequestError, match="layer 40 is out of range") as caught:
-        evaluate(problems, plan, 2, samples.append)
+        evaluate(attempts_at(problems), plan, 2, samples.append)
     assert type(caught.value) is FatalRequestError
     assert 3 <= len(samples) < 12
     time.sleep(0.5)
@@ -106,7 +108,7 @@ def test_an_error_in_the_driver_cancels_the_tasks(server: StandIn, plan: Rollout
         raise OSError("No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        evaluate(problems, plan, 2, full)
+        evaluate(attempts_at(problems), plan, 2, full)
     time.sleep(0.5)
     asked = len(server.requests)
     time.sleep(0.6)

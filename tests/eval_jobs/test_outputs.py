@@ -8,11 +8,12 @@ import pytest
 
 from eval_jobs.config import ServedModel, check_settings
 from eval_jobs.outputs import Timing, write_missing_sample_files, write_summary
-from eval_jobs.problems import Problem, load_problems
+from eval_jobs.problems import Problem
 from eval_jobs.resume import open_run
 from eval_jobs.scoring import score
 from roentgen.contract import StoredTensor
-from roentgen.runs import RolloutRef, Run, Sample
+from roentgen.runs import RolloutRef, Run, Sample, Turn
+from tests.eval_jobs.conftest import take
 
 REPLIES = {
     1: ("Answer: -103", "stop"),
@@ -52,6 +53,7 @@ def sample(problem: Problem, response: str, finish_reason: str | None, rollouts:
         prompt_tokens=10,
         completion_tokens=problem.number,
         seconds=0.5,
+        turns=[Turn(finish_reason=finish_reason, prompt_tokens=10, completion_tokens=problem.number, seconds=0.5)],
         rollouts=[rollout] if rollouts else [],
     )
 
@@ -59,7 +61,7 @@ def sample(problem: Problem, response: str, finish_reason: str | None, rollouts:
 def make_run(path: Path, samples: int = 5, activations: bool = True) -> Run:
     """A run of five problems with the replies above."""
     settings = check_settings(samples=samples, output=path / "run", collect_activations=activations)
-    problems = load_problems("arithmetic", samples)
+    problems = take("arithmetic", samples)
     run = open_run(settings, problems, ServedModel("stand-in", "r1", "float32", 30, 8), "http://h:1/v1")
     with run.recording() as record:
         for problem in reversed(problems):
@@ -73,7 +75,7 @@ def run(tmp_path: Path) -> Run:
 
 
 def test_the_summary_recounted_by_hand(run: Run) -> None:
-    summary = write_summary(run, Timing(4.0, frozenset({"arithmetic-0003", "arithmetic-0004"})))
+    summary = write_summary(run, Timing(4.0, 2, 7))
     assert json.loads((run.path / "summary.json").read_text()) == summary
     assert summary["complete"] is False  # one failed
     assert (summary["samples"], summary["errors"], summary["truncated"], summary["unparsable"]) == (4, 1, 1, 1)
@@ -101,20 +103,20 @@ def test_the_summary_recounted_by_hand(run: Run) -> None:
 
 
 def test_a_summary_made_again_keeps_the_time_it_had(run: Run) -> None:
-    first = write_summary(run, Timing(4.0, frozenset({"arithmetic-0003"})))
+    first = write_summary(run, Timing(4.0, 1, 3))
     assert write_summary(run, None) == first
 
 
 def test_a_run_is_complete_when_every_problem_has_an_answer(run: Run) -> None:
     with run.recording() as record:
-        record.append(sample(load_problems("arithmetic", 5)[4], "Answer: 0", "stop"))
+        record.append(sample(take("arithmetic", 5)[4], "Answer: 0", "stop"))
     summary = write_summary(run, None)
     assert (summary["complete"], summary["errors"], summary["samples"]) == (True, 0, 5)
 
 
 def test_a_run_of_nothing_has_a_summary(tmp_path: Path) -> None:
     settings = check_settings(output=tmp_path / "run")
-    empty = open_run(settings, load_problems("arithmetic", 3), ServedModel("m"), "http://h:1/v1")
+    empty = open_run(settings, take("arithmetic", 3), ServedModel("m"), "http://h:1/v1")
     summary = write_summary(empty, None)
     assert summary["complete"] is False
     assert summary["accuracy"]["value"] is None
@@ -123,8 +125,8 @@ def test_a_run_of_nothing_has_a_summary(tmp_path: Path) -> None:
 
 def test_the_dataset_can_be_posed_again(run: Run) -> None:
     write_summary(run, None)
-    again = load_problems(str(run.path / "dataset.jsonl"), 9)
-    original = load_problems("arithmetic", 5)
+    again = take(str(run.path / "dataset.jsonl"), 9)
+    original = take("arithmetic", 5)
     assert [(p.question, p.solution, p.gold) for p in again] == [(p.question, p.solution, p.gold) for p in original]
 
 

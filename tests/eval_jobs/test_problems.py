@@ -4,14 +4,15 @@ from pathlib import Path
 
 import pytest
 
-from eval_jobs.problems import GSM8K_FOLDER_VARIABLE, ProblemError, gold_answer, load_problems
+from eval_jobs.problems import GSM8K_FOLDER_VARIABLE, ProblemError, gold_answer
+from tests.eval_jobs.conftest import take
 from tests.eval_jobs.stand_in import solve
 
 GOOD = '{"question": "1 + 1?", "answer": "1 + 1 = 2\\n#### 2"}'
 
 
 def test_arithmetic_is_the_same_for_every_n() -> None:
-    few, many = load_problems("arithmetic", 3), load_problems("arithmetic", 300)
+    few, many = take("arithmetic", 3), take("arithmetic", 300)
     assert few == many[:3]
     assert few[0].problem_id == "arithmetic-0001"
     assert few[0].question == "What is 15 - 43 - 75?"
@@ -20,14 +21,14 @@ def test_arithmetic_is_the_same_for_every_n() -> None:
 
 
 def test_arithmetic_gold_is_right() -> None:
-    for problem in load_problems("arithmetic", 200):
+    for problem in take("arithmetic", 200):
         assert solve(problem.question) == int(problem.gold)
         assert 2 <= len(problem.question.split()[2::2]) <= 3
 
 
 def test_gsm8k_from_a_local_folder(gsm8k_test: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(GSM8K_FOLDER_VARIABLE, str(gsm8k_test.parent))
-    found = load_problems("gsm8k", 2000)
+    found = take("gsm8k", 2000)
     assert len(found) == 1319
     assert (found[0].problem_id, found[-1].problem_id) == ("gsm8k-test-0001", "gsm8k-test-1319")
     assert found[0].question.startswith("Janet")
@@ -39,7 +40,7 @@ def test_gsm8k_from_a_local_folder(gsm8k_test: Path, monkeypatch: pytest.MonkeyP
 def test_a_gsm8k_folder_that_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(GSM8K_FOLDER_VARIABLE, str(tmp_path))
     with pytest.raises(ProblemError, match=r"test\.jsonl: No such file"):
-        load_problems("gsm8k", 3)
+        take("gsm8k", 3)
 
 
 def test_no_hub_and_no_folder_names_both_ways_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,18 +52,18 @@ def test_no_hub_and_no_folder_names_both_ways_out(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(datasets, "load_dataset", offline)
     with pytest.raises(ProblemError, match="connect to the hub, or set ROENTGEN_GSM8K_DIR"):
-        load_problems("gsm8k", 3)
+        take("gsm8k", 3)
 
 
 def test_a_file_in_gsm8k_format(tmp_path: Path) -> None:
     file = tmp_path / "mine.jsonl"
     file.write_text(GOOD + '\n\n{"question": "How much?", "answer": "#### 1,234.50"}\n')
-    first, second = load_problems(str(file), 9)
+    first, second = take(str(file), 9)
     assert (first.number, first.gold) == (1, "2")
     assert first.problem_id.startswith("mine-0001-")
     assert (second.number, second.gold) == (3, "1234.50")
     file.write_text(GOOD.replace("1 + 1?", "2 + 0?") + "\n")
-    (edited,) = load_problems(str(file), 9)
+    (edited,) = take(str(file), 9)
     assert edited.problem_id.startswith("mine-0001-")
     assert edited.problem_id != first.problem_id
 
@@ -84,26 +85,29 @@ def test_a_malformed_line_is_named(tmp_path: Path, line: str, words: str) -> Non
     file = tmp_path / "problems.jsonl"
     file.write_text(f"{GOOD}\n{GOOD}\n{line}\n{GOOD}\n")
     with pytest.raises(ProblemError, match=f"problems.jsonl, line 3: {words}"):
-        load_problems(str(file), 1)
+        take(str(file), 1)
 
 
 def test_bytes_that_are_not_text(tmp_path: Path) -> None:
     file = tmp_path / "problems.jsonl"
     file.write_bytes(b"\x80\x81\n")
     with pytest.raises(ProblemError, match="line 1: not JSON"):
-        load_problems(str(file), 1)
+        take(str(file), 1)
 
 
 def test_unknown_missing_and_empty_sources(tmp_path: Path) -> None:
-    with pytest.raises(ProblemError, match=r"'gsm9k' is unknown; allowed are arithmetic, gsm8k, or a \.jsonl"):
-        load_problems("gsm9k", 3)
+    with pytest.raises(
+        ProblemError,
+        match=r"'gsm9k' is unknown; allowed are arithmetic, gsm8k, .* or a \.jsonl",
+    ):
+        take("gsm9k", 3)
     with pytest.raises(ProblemError, match=r"nowhere\.jsonl: No such file"):
-        load_problems(str(tmp_path / "nowhere.jsonl"), 3)
+        take(str(tmp_path / "nowhere.jsonl"), 3)
     with pytest.raises(ProblemError, match="Is a directory"):
-        load_problems(str(tmp_path), 3)
+        take(str(tmp_path), 3)
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ProblemError, match="has no problems"):
-        load_problems(str(tmp_path / "empty.jsonl"), 3)
+        take(str(tmp_path / "empty.jsonl"), 3)
 
 
 @pytest.mark.parametrize(

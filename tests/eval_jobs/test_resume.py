@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from eval_jobs.config import ServedModel, check_settings
-from eval_jobs.problems import load_problems
 from eval_jobs.resume import OtherConfigurationError, open_run
 from roentgen.contract import check_session_id
 from roentgen.runs import Run, RunError, write_json
+from tests.eval_jobs.conftest import take
 
 SERVED = ServedModel("Qwen/Qwen3-0.6B", "r", "float32", 28, 1024)
 
@@ -21,7 +21,7 @@ def _work_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def opened(served: ServedModel = SERVED, **values: Any) -> Run:
     settings = check_settings(**values)
-    return open_run(settings, load_problems(settings.problems, settings.samples), served, "http://h:1/v1")
+    return open_run(settings, take(settings.problems, settings.samples), served, "http://h:1/v1")
 
 
 def test_a_made_up_folder_says_what_it_holds(tmp_path: Path) -> None:

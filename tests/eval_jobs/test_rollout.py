@@ -1,21 +1,25 @@
 """One problem against a real HTTP server: what is sent, what is scored, and whose fault a failure is."""
 
+from dataclasses import replace
+
 import pytest
 
 from eval_jobs.endpoint import FatalRequestError
 from eval_jobs.problems import Problem
+from eval_jobs.prompts import GSM8K_COT_ZEROSHOT
 from eval_jobs.rollout import RolloutPlan, run_rollout
+from eval_jobs.variants import Attempt, Variant
 from roentgen.runs import Sample
-from tests.eval_jobs.conftest import make_plan
+from tests.eval_jobs.conftest import PLAIN, make_plan
 from tests.eval_jobs.stand_in import FOREVER, HANG_UP, Fault, StandIn
 
 PROBLEM = Problem("arithmetic-0002", 2, "What is 4 - 1?", "4 - 1 = 3\n#### 3", "3")
 SOON = {"Retry-After": "0.2"}
 
 
-async def run(plan: RolloutPlan, problem: Problem = PROBLEM) -> Sample:
+async def run(plan: RolloutPlan, attempt: Attempt | None = None) -> Sample:
     async with plan.endpoint.client() as client:
-        return await run_rollout(client, problem, plan)
+        return await run_rollout(client, attempt or Attempt(PROBLEM, PLAIN), plan)
 
 
 async def test_an_answer_is_scored_by_every_extractor(server: StandIn, plan: RolloutPlan) -> None:
@@ -125,5 +129,77 @@ async def test_what_else_the_model_s_message_holds_is_kept(server: StandIn, plan
     body = '{"choices": [{"message": {"role": "assistant", "content": null, "reasoning_content": "hm"}}]}'
     server.fail(PROBLEM.question, body)
     sample = await run(plan)
-    assert sample.messages[-1] == {"role": "assistant", "reasoning_content": "hm"}
+    assert sample.messages[-1] == {"role": "assistant", "content": None, "reasoning_content": "hm"}
     assert (sample.response, sample.error, sample.completion_tokens) == ("", None, 0)
+
+
+def with_tools(server: StandIn, capture: bool = False, max_turns: int = 4) -> RolloutPlan:
+    return replace(make_plan(server.base_url, capture=capture), tools=("calculator",), max_turns=max_turns)
+
+
+async def test_tools_are_called_until_the_model_answers(server: StandIn) -> None:
+    server.calls = [
+        [("a", "calculator", '{"expression": "4 - 1"}'), ("b", "calculator", '{"expression": "9**9**9"}')],
+        [],
+    ]
+    sample = await run(with_tools(server, capture=True))
+    assert [message["role"] for message in sample.messages] == ["user", "assistant", "tool", "tool", "assistant"]
+    assert [m["content"] for m in sample.messages if m["role"] == "tool"] == ["3", "error: too large"]
+    assert [m["tool_call_id"] for m in sample.messages if m["role"] == "tool"] == ["a", "b"]
+    assert sample.correct
+    assert (sample.finish_reason, sample.prompt_tokens, sample.completion_tokens) == ("stop", 20, 10)
+    assert [(turn.finish_reason, turn.tool_calls) for turn in sample.turns] == [("tool_calls", 2), ("stop", 0)]
+    first, second = server.requests
+    assert first["tools"][0]["function"]["name"] == "calculator"
+    assert second["messages"] == sample.messages[:4]
+    assert [request["activations"]["key"]["turn"] for request in (first, second)] == [0, 1]
+    assert [request["activations"].get("since") for request in (first, second)] == [None, "turn"]
+    assert [rollout.turn for rollout in sample.rollouts] == [0, 1]
+
+
+async def test_errors_of_tools_are_told_to_the_model(server: StandIn) -> None:
+    server.calls = [[("a", "search", "{}"), ("b", "calculator", "{"), ("c", "calculator", '{"x": 1}')], []]
+    sample = await run(with_tools(server))
+    said = [str(m["content"]) for m in sample.messages if m["role"] == "tool"]
+    assert said[0] == "error: there is no tool 'search'; there are: calculator"
+    assert said[1].startswith("error: the arguments are not JSON")
+    assert said[2] == 'error: the arguments must be {"expression": "…"}'
+    assert sample.error is None
+
+
+async def test_a_model_that_only_calls_runs_out_of_turns(server: StandIn) -> None:
+    server.calls = [[("a", "calculator", '{"expression": "1"}')]] * 9
+    sample = await run(with_tools(server, max_turns=3))
+    assert (sample.finish_reason, len(sample.turns), sample.response) == ("max_turns", 3, "")
+    assert len(server.requests) == 3
+    assert not sample.correct
+
+
+async def test_a_failure_in_a_later_turn_is_a_failed_sample(server: StandIn) -> None:
+    server.calls = [[("a", "calculator", '{"expression": "1"}')], []]
+    server.fail("1", Fault(500, "poisoned", headers=SOON), times=FOREVER)  # the question of turn 1 is the tool's answer
+    sample = await run(with_tools(server))
+    assert sample.error == "500: poisoned"
+    assert [message["role"] for message in sample.messages] == ["user", "assistant", "tool"]
+
+
+async def test_epochs_and_variants_are_samples_of_their_own(server: StandIn) -> None:
+    plan = make_plan(server.base_url, capture=True)
+    sample = await run(plan, Attempt(PROBLEM, Variant("calm", "No hurry.", "c4"), epoch=3))
+    assert sample.identity == ("c4", "arithmetic-0002", 3)
+    assert (sample.sample_id, sample.variant) == ("gsm8k_0002_e3_v-calm", "calm")
+    (request,) = server.requests
+    assert request["messages"][-1]["content"].startswith("No hurry.\n\nSolve")
+    assert request["seed"] == plan.sampling["seed"] + 2
+    assert request["activations"]["key"] == {
+        "config_hash": "c4",
+        "problem_id": "arithmetic-0002",
+        "epoch": 3,
+        "turn": 0,
+    }
+    assert request["activations"]["labels"]["variant"] == "calm"
+
+
+async def test_a_prompt_s_stop_sequences_are_sent(server: StandIn, plan: RolloutPlan) -> None:
+    await run(replace(plan, prompt=GSM8K_COT_ZEROSHOT))
+    assert server.requests[0]["stop"] == ["Q:", "</s>", "<|im_end|>"]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval_jobs.problems import gold_answer
-from eval_jobs.scoring import EXTRACTORS, accuracy, same_number, score
+from eval_jobs.scoring import EXTRACTORS, same_number, score
 
 WRITTEN_FOR = {
     "answer_line": "So it is done.\nAnswer: {}",
@@ -162,19 +162,3 @@ def test_the_gold_rationale_is_read_by_the_strict_extractor(gsm8k_test: Path) ->
     for line in gsm8k_test.open():
         solution = json.loads(line)["answer"]
         assert score(solution, str(gold_answer(solution))).correct_by["gsm8k_strict"]
-
-
-def test_accuracy() -> None:
-    found = accuracy([True] * 30 + [False] * 70)
-    assert (found.n, found.correct, found.value) == (100, 30, 0.3)
-    assert found.standard_error == pytest.approx(0.046057, abs=1e-6)  # sqrt(0.3 * 0.7 / 99)
-    assert (found.low, found.high) == pytest.approx((0.218949, 0.395849), abs=1e-5)  # Wilson
-
-
-def test_accuracy_at_the_edges() -> None:
-    none, one = accuracy([]), accuracy([True])
-    assert none.value is none.standard_error is none.low is None
-    assert one.standard_error is None
-    assert one.low == pytest.approx(0.206549, abs=1e-5)
-    assert one.high == 1.0
-    assert accuracy([False] * 5).low == 0.0

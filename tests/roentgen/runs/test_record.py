@@ -76,7 +76,7 @@ def test_a_change_that_fails_leaves_the_record(run: Run) -> None:
 def test_any_crash_leaves_a_readable_record(
     tmp_path_factory: pytest.TempPathFactory, written: list[tuple[int, bool, str]], torn: int
 ) -> None:
-    """Whatever was appended, and wherever the last line was torn: each problem's first answer, else its first error."""
+    """Whatever was appended, and wherever the last line was torn: each problem's first answer, else its last error."""
     run = Run.create(tmp_path_factory.mktemp("runs") / "run", config())
     expected: dict[int, Sample] = {}
     with run.recording() as record:
@@ -84,7 +84,7 @@ def test_any_crash_leaves_a_readable_record(
             one = sample(number, error="no" if failed else None, response=text)
             record.append(one)
             if number not in expected or expected[number].error is not None:
-                expected[number] = expected[number] if failed and number in expected else one
+                expected[number] = one
     whole = run.record_path.stat().st_size
     with open(run.record_path, "ab") as file:
         file.write((sample(9).model_dump_json().encode() + b"\n")[:torn].rstrip(b"\n"))

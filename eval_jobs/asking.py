@@ -1,0 +1,131 @@
+"""One request to the server, and what its failure means: this problem's, or everybody's.
+
+The SDK tries again what may pass (429, 5xx, lost connections), with exponential waits and jitter, honouring `Retry-After`, for
+about a minute; what comes here has been tried.
+"""
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import Any
+
+from openai import APIConnectionError, APIError, APIStatusError, APITimeoutError, AsyncOpenAI
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from eval_jobs.endpoint import Endpoint, FatalRequestError, server_message
+from eval_jobs.tools import ToolCall
+
+CONFIGURATION_ERRORS = frozenset({400, 401, 403, 404, 422})
+"""Statuses that blame the request's form, which all problems share."""
+
+TOO_LONG = "context_length_exceeded"
+"""The one code of a 400 that blames the problem."""
+
+SAID = ("role", "content", "reasoning_content", "tool_calls")
+"""What of a reply's message is kept, and sent back in the next turn."""
+
+
+class ProblemFailedError(Exception):
+    """This problem got no answer; the message says why."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What came of a request.
+
+    Attributes:
+        message: the assistant's.
+        finish_reason: why the model stopped.
+        tool_calls: what it wants to be called.
+        prompt_tokens: tokens of the prompt.
+        completion_tokens: tokens generated.
+        seconds: wall time, retries included.
+        activations: the reply's `activations` as it came.
+    """
+
+    message: dict[str, Any]
+    finish_reason: str | None
+    tool_calls: list[ToolCall]
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+    activations: Any
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+    role: str = "assistant"
+    content: str | None = None
+    tool_calls: list[ToolCall] | None = None
+
+
+class _Choice(BaseModel):
+    message: _Message
+    finish_reason: str | None = None
+
+
+class _Usage(BaseModel):
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class _Reply(BaseModel):
+    """What is read of a reply. The SDK's own types are not checked, and compatible servers differ."""
+
+    choices: list[_Choice] = Field(min_length=1)
+    usage: _Usage | None = None
+    activations: Any = None
+
+
+async def ask(client: AsyncOpenAI, endpoint: Endpoint, parameters: dict[str, Any]) -> Asked:
+    """Make a chat completion.
+
+    Raises:
+        ProblemFailedError: if this request got no usable answer.
+        FatalRequestError: if every other would fail in the same way.
+    """
+    started = time.monotonic()
+    try:
+        async with asyncio.timeout(endpoint.timeout):  # over all retries
+            raw = await client.chat.completions.with_raw_response.create(**parameters)
+        return _read(_Reply.model_validate_json(raw.content), time.monotonic() - started)
+    except (TimeoutError, APITimeoutError) as error:
+        raise ProblemFailedError(f"no answer within {endpoint.timeout:g} s (--request-timeout)") from error
+    except APIConnectionError as error:
+        await _check_alive(client, endpoint)
+        raise ProblemFailedError(f"the connection was lost: {error.__cause__ or error}") from error
+    except APIStatusError as error:
+        if error.status_code in CONFIGURATION_ERRORS and error.code != TOO_LONG:
+            raise FatalRequestError(f"the server refuses the request: {server_message(error)}") from error
+        raise ProblemFailedError(server_message(error)) from error
+    except ValidationError as error:  # a 200 that is not JSON, or JSON of another shape
+        raise ProblemFailedError(f"the reply cannot be read: {error.errors()[0]['msg']}") from error
+
+
+def _read(reply: _Reply, seconds: float) -> Asked:
+    choice, usage = reply.choices[0], reply.usage or _Usage()
+    said = choice.message.model_dump(exclude_none=True)
+    return Asked(
+        message={"content": None, **{name: said[name] for name in SAID if name in said}},
+        finish_reason=choice.finish_reason,
+        tool_calls=choice.message.tool_calls or [],
+        prompt_tokens=usage.prompt_tokens,
+        completion_tokens=usage.completion_tokens,
+        seconds=seconds,
+        activations=reply.activations,
+    )
+
+
+async def _check_alive(client: AsyncOpenAI, endpoint: Endpoint) -> None:
+    """Find out whose fault a lost connection was: the problem's, or the server's.
+
+    Raises:
+        FatalRequestError: if the server does not answer at all.
+    """
+    try:
+        await client.with_options(max_retries=len(endpoint.urls), timeout=endpoint.timeout).models.list()
+    except APIConnectionError as error:
+        raise FatalRequestError(f"the server at {endpoint.base_url} does not answer any more") from error
+    except APIError:
+        return  # it answers, if only to complain

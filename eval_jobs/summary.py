@@ -1,0 +1,227 @@
+"""What a run's samples come to: the numbers in `summary.json`.
+
+Samples are read one at a time, and of each only its verdicts are kept, so a run of a hundred thousand problems is summed up in
+tens of megabytes. Samples with an error are counted as such and are in no other number.
+"""
+
+from collections import defaultdict
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from decimal import Decimal, InvalidOperation
+from itertools import combinations
+from typing import Any, NamedTuple
+
+from eval_jobs.scoring import EXTRACTORS
+from eval_jobs.statistics import accuracy, difference, majority, mean, pass_at_k
+from roentgen.runs import RunConfig, Sample
+
+NAMES = tuple(EXTRACTORS)
+
+
+class _Row(NamedTuple):
+    """What of a sample is kept: per extractor of `NAMES`, what it read and whether that is right."""
+
+    problem: str
+    answers: tuple[str | None, ...]
+    correct: tuple[bool, ...]
+
+
+@dataclass
+class _Group:
+    """The samples of a variant, or of a run."""
+
+    rows: list[_Row] = field(default_factory=list)
+    truncated: int = 0
+    out_of_turns: int = 0
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    seconds: float = 0.0
+    turns: int = 0
+    tool_calls: int = 0
+
+    def add(self, sample: Sample) -> None:
+        answers = tuple(sample.answers.get(name) for name in NAMES)
+        correct = tuple(sample.correct_by.get(name, False) for name in NAMES)
+        self.rows.append(_Row(sample.problem_id, answers, correct))
+        self.truncated += sample.finish_reason == "length"
+        self.out_of_turns += sample.finish_reason == "max_turns"
+        self.prompt_tokens += sample.prompt_tokens
+        self.completion_tokens += sample.completion_tokens
+        self.seconds += sample.seconds
+        self.turns += len(sample.turns)
+        self.tool_calls += sum(turn.tool_calls for turn in sample.turns)
+
+    def verdicts(self, extractor: str) -> dict[Hashable, list[bool]]:
+        """Return each problem's verdicts, in the order of its samples."""
+        which = NAMES.index(extractor)
+        found: dict[Hashable, list[bool]] = defaultdict(list)
+        for row in self.rows:
+            found[row.problem].append(row.correct[which])
+        return found
+
+    def accuracy(self, extractor: str) -> dict[str, Any]:
+        which = NAMES.index(extractor)
+        return asdict(accuracy([row.correct[which] for row in self.rows], [row.problem for row in self.rows]))
+
+    def unparsable(self, extractor: str) -> int:
+        which = NAMES.index(extractor)
+        return sum(row.answers[which] is None for row in self.rows)
+
+
+@dataclass
+class _Stored:
+    """Where the activations are."""
+
+    session_id: str | None = None
+    uri: str | None = None
+    rollouts: int = 0
+    rows: int = 0
+    keys: set[str] = field(default_factory=set)
+
+    def add(self, sample: Sample) -> None:
+        for rollout in sample.rollouts:
+            self.session_id, self.uri = self.session_id or rollout.session_id, self.uri or rollout.uri
+            self.rollouts += 1
+            self.rows += rollout.row_stop - rollout.row_start
+            self.keys.update(rollout.tensors)
+
+    def summary(self) -> dict[str, Any] | None:
+        if not self.rollouts:
+            return None
+        return {
+            "session_id": self.session_id,
+            "uri": self.uri,
+            "rollouts": self.rollouts,
+            "keys": sorted(self.keys),
+            "mean_rows": self.rows / self.rollouts,
+        }
+
+
+def summarise(config: RunConfig, samples: Iterable[Sample]) -> dict[str, Any]:
+    """Return what a run's samples come to."""
+    every, variants, stored = _Group(), {name: _Group() for name in config.variants}, _Stored()
+    errors, disagreements = 0, []
+    for sample in samples:
+        if sample.error is not None:
+            errors += 1
+            continue
+        every.add(sample)
+        stored.add(sample)
+        if sample.variant is not None:
+            variants[sample.variant].add(sample)
+        if disagree(sample):
+            disagreements.append(sample.sample_id)
+    primary, scored = config.settings["extractor"], len(every.rows)
+    return {
+        "complete": scored == expected_samples(config),
+        "run_id": config.run_id,
+        "config_hash": config.config_hash,
+        "model": config.hashed["model"],
+        "problems": config.problems,
+        "mode": config.hashed.get("mode", "no-tools"),
+        "extractor": primary,
+        "samples": scored,
+        "errors": errors,
+        "truncated": every.truncated,
+        "out_of_turns": every.out_of_turns,
+        "unparsable": every.unparsable(primary),
+        "accuracy": every.accuracy(primary),
+        "several_samples": _several(every, primary) if config.problems.get("epochs", 1) > 1 and not variants else None,
+        "extractors": {name: _extractor(every, name, primary) for name in EXTRACTORS},
+        "agreement": _agreement(every.rows),
+        "disagreements": disagreements,
+        "variants": _variants(variants, primary, config.problems.get("epochs", 1)),
+        "prompt_tokens": every.prompt_tokens,
+        "completion_tokens": every.completion_tokens,
+        "request_seconds": every.seconds,
+        "turns": every.turns,
+        "tool_calls": every.tool_calls,
+        "activations": stored.summary(),
+    }
+
+
+def expected_samples(config: RunConfig) -> int:
+    """Return how many samples a run has when it is complete."""
+    return int(config.problems["samples"]) * int(config.problems.get("epochs", 1)) * max(1, len(config.variants))
+
+
+def disagree(sample: Sample) -> bool:
+    """Whether extractors that found an answer judge it differently."""
+    return len({sample.correct_by[name] for name, answer in sample.answers.items() if answer is not None}) > 1
+
+
+def _extractor(group: _Group, name: str, primary: str) -> dict[str, Any]:
+    this, that = NAMES.index(name), NAMES.index(primary)
+    return {
+        **group.accuracy(name),
+        "unparsable": group.unparsable(name),
+        "differs_from_primary": sum(row.correct[this] != row.correct[that] for row in group.rows),
+    }
+
+
+def _agreement(rows: Sequence[_Row]) -> list[dict[str, Any]]:
+    """Return, for each pair of extractors, how many outputs they judge alike, and which way they differ on the rest."""
+    return [
+        {
+            "extractors": [NAMES[one], NAMES[other]],
+            "same": sum(row.correct[one] == row.correct[other] for row in rows),
+            "only_first": sum(row.correct[one] and not row.correct[other] for row in rows),
+            "only_second": sum(row.correct[other] and not row.correct[one] for row in rows),
+        }
+        for one, other in combinations(range(len(NAMES)), 2)
+    ]
+
+
+def _several(group: _Group, extractor: str) -> dict[str, Any]:
+    """Return pass@k and maj@k, over the problems that have k samples; maj@k is of the first k of each."""
+    which = NAMES.index(extractor)
+    by_problem: dict[str, list[tuple[str | None, bool]]] = defaultdict(list)
+    for row in group.rows:
+        by_problem[row.problem].append((_number(row.answers[which]), row.correct[which]))
+    most = max(map(len, by_problem.values()), default=0)
+    found: dict[str, Any] = {"pass_at_k": {}, "maj_at_k": {}}
+    for k in _ks(most):
+        enough = [samples for samples in by_problem.values() if len(samples) >= k]
+        passed = mean([pass_at_k(len(samples), sum(correct for _, correct in samples), k) for samples in enough])
+        agreed = mean([float(_majority_is_right(samples[:k])) for samples in enough])
+        found["pass_at_k"][str(k)] = {**asdict(passed), "problems": len(enough)} if passed else None
+        found["maj_at_k"][str(k)] = {**asdict(agreed), "problems": len(enough)} if agreed else None
+    return found
+
+
+def _ks(most: int) -> list[int]:
+    """Return 1, 2, 4, … and `most` itself."""
+    return sorted({2**power for power in range(most.bit_length()) if 2**power <= most} | ({most} if most else set()))
+
+
+def _majority_is_right(samples: Sequence[tuple[str | None, bool]]) -> bool:
+    winner = majority(answer for answer, _ in samples)
+    return winner is not None and next(correct for answer, correct in samples if answer == winner)
+
+
+def _number(answer: str | None) -> str | None:
+    """Spell equal numbers alike, so that 18 and 18.00 are votes for the same."""
+    try:
+        return answer if answer is None else str(Decimal(answer.replace(",", "").replace("$", "")).normalize())
+    except InvalidOperation:
+        return answer
+
+
+def _variants(groups: dict[str, _Group], primary: str, epochs: int) -> dict[str, Any]:
+    """Return each variant's numbers, and how it differs from the first on the same problems."""
+    found: dict[str, Any] = {}
+    reference: dict[Hashable, list[bool]] | None = None
+    for name, group in groups.items():
+        verdicts = group.verdicts(primary)
+        found[name] = {
+            "samples": len(group.rows),
+            "accuracy": group.accuracy(primary),
+            "several_samples": _several(group, primary) if epochs > 1 else None,
+            "extractors": {extractor: group.accuracy(extractor) for extractor in EXTRACTORS},
+            "truncated": group.truncated,
+            "unparsable": group.unparsable(primary),
+            "completion_tokens": group.completion_tokens,
+            "against_first": None if reference is None else asdict(difference(verdicts, reference)),
+        }
+        reference = verdicts if reference is None else reference
+    return found

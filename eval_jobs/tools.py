@@ -1,0 +1,95 @@
+"""The tools a model may call with `--mode with-tools`, as OpenAI's wire has them.
+
+A call never fails the rollout: an unknown tool, arguments that are not JSON or not what the tool takes are answered with a text
+that says so, for the model to correct.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from eval_jobs.calculator import calculate
+
+
+@dataclass(frozen=True)
+class Tool:
+    """What a model may call.
+
+    Attributes:
+        name: what it is called by.
+        description: what the model is told.
+        argument: the name of its one argument, a text.
+        run: answers a call.
+    """
+
+    name: str
+    description: str
+    argument: str
+    run: Callable[[str], str]
+
+    @property
+    def definition(self) -> dict[str, Any]:
+        """The entry in a request's `tools`."""
+        parameters = {
+            "type": "object",
+            "properties": {self.argument: {"type": "string"}},
+            "required": [self.argument],
+            "additionalProperties": False,
+        }
+        function = {"name": self.name, "description": self.description, "parameters": parameters}
+        return {"type": "function", "function": function}
+
+
+TOOLS: dict[str, Tool] = {
+    tool.name: tool
+    for tool in (
+        Tool(
+            "calculator",
+            "Compute an arithmetic expression, such as (17 + 5) * 3 / 2. Also sqrt, abs, round, floor, ceil, min, max, gcd, "
+            "lcm, factorial, log, exp.",
+            "expression",
+            calculate,
+        ),
+    )
+}
+
+
+class _Function(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    name: str
+    arguments: str = "{}"
+
+
+class ToolCall(BaseModel):
+    """A call in a reply."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    id: str
+    type: str = "function"
+    function: _Function
+
+
+def answer(call: ToolCall) -> dict[str, str]:
+    """Run a call; return the message that answers it."""
+    return {"role": "tool", "tool_call_id": call.id, "content": _run(call.function)}
+
+
+def _run(function: _Function) -> str:
+    tool = TOOLS.get(function.name)
+    if tool is None:
+        return f"error: there is no tool {function.name!r}; there are: {', '.join(TOOLS)}"
+    try:
+        arguments = json.loads(function.arguments)
+    except (ValueError, RecursionError) as error:
+        return f"error: the arguments are not JSON: {error}"
+    if not isinstance(arguments, dict) or arguments.keys() != {tool.argument}:
+        return f'error: the arguments must be {{"{tool.argument}": "…"}}'
+    value = arguments[tool.argument]
+    if not isinstance(value, str | int | float):
+        return f"error: {tool.argument} must be a text"
+    return tool.run(str(value))

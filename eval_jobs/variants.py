@@ -1,0 +1,96 @@
+"""Variants: the same problems under several prompt prefixes, in one run.
+
+A variant is a name and what is put before the user's last message:
+
+    calm: Take your time. There is no hurry.
+    impatient: Hurry up! I need this now.
+    plain: ""
+
+Each has a configuration hash of its own, so its samples and activations never mix with another's. The first is what the
+others are compared with.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from eval_jobs import EvalError
+from eval_jobs.problems import Problem
+
+_NAME = re.compile(r"[A-Za-z0-9.-]{1,32}")
+
+
+class VariantError(EvalError):
+    """A file of variants cannot be used; the message names it."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One configuration of a run.
+
+    Attributes:
+        name: what people call it; None of a run without variants.
+        prefix: what is put before the user's last message.
+        config_hash: of the configuration with this prefix.
+    """
+
+    name: str | None
+    prefix: str
+    config_hash: str
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One problem, to be posed once under one variant.
+
+    Attributes:
+        problem: what is asked.
+        variant: how.
+        epoch: which of several attempts, from 1.
+    """
+
+    problem: Problem
+    variant: Variant
+    epoch: int = 1
+
+    @property
+    def identity(self) -> tuple[str, str, int]:
+        """What makes it the same attempt when it is made again; a `Sample` has the same."""
+        return self.variant.config_hash, self.problem.problem_id, self.epoch
+
+    @property
+    def sample_id(self) -> str:
+        """What names its files."""
+        epoch = f"_e{self.epoch}" if self.epoch > 1 else ""
+        return f"gsm8k_{self.problem.number:04d}{epoch}" + (f"_v-{self.variant.name}" if self.variant.name else "")
+
+
+def read_variants(path: Path) -> dict[str, str]:
+    """Return a file's prefixes by their names, in its order.
+
+    Raises:
+        VariantError: if it cannot be read, or is not a mapping of names to texts.
+    """
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise VariantError(f"--variants: {path} cannot be read: {error}") from error
+    if not isinstance(content, Mapping) or len(content) < 2:
+        raise VariantError(f"--variants: {path} is not a mapping of two or more names to prefixes")
+    return {_check_name(name, path): _check_prefix(name, prefix, path) for name, prefix in content.items()}
+
+
+def _check_name(name: Any, path: Path) -> str:
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        raise VariantError(f"--variants: {path}: {name!r} is no name; allowed are 1 to 32 letters, digits, . and -")
+    return name
+
+
+def _check_prefix(name: str, prefix: Any, path: Path) -> str:
+    if not isinstance(prefix, str):
+        raise VariantError(f"--variants: {path}: {name} must be a text (empty for none), not {prefix!r}")
+    return prefix.strip()
