@@ -124,9 +124,12 @@ def _run(settings: EvalSettings, factory: ServerFactory | None, progress: Consol
         server = nullcontext(_address(settings))
 
     from eval_jobs.console import print_summary
-    from eval_jobs.driver import run_evaluation
+    from eval_jobs.driver import describe, run_evaluation
 
     with server as base_url:
+        if settings.dry_run:
+            describe(settings, problems, base_url, Console())
+            return 0
         run = run_evaluation(settings, problems, base_url, progress)
     summary = run.summary() or {}
     print_summary(run, summary, Console())

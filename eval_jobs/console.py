@@ -1,11 +1,13 @@
 """What a person reads at the end: the scores, and a warning for each thing that should keep them from trusting one."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from eval_jobs.comparison import Comparison
 from roentgen.runs import Run
 
 TOO_MANY = 0.10
@@ -30,11 +32,46 @@ def print_summary(run: Run, summary: dict[str, Any], console: Console) -> None:
             style="bold" if primary else None,
         )
     console.print(table)
+    for line in _conditions(summary):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     for line in _facts(summary):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     for warning in warnings(summary):
         console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     console.print(f"report: {run.path / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_comparison(found: Comparison, console: Console) -> None:
+    """Print what two runs say of the problems that both have."""
+
+    def say(text: str) -> None:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    for name, one, other in found.configuration:
+        say(f"  {name}: {one!r} → {other!r}")
+    change = found.difference
+    if change.value is None:
+        say("the runs have no problem in common")
+        return
+    say(f"problems in common: {change.problems}")
+    say(f"first:  {percent(found.first.value)} ({interval(asdict(found.first))})")
+    say(f"second: {percent(found.second.value)} ({interval(asdict(found.second))})")
+    say(f"second − first: {spell_difference(asdict(change))}")
+    for what, problems in (("better", found.gained), ("worse", found.lost)):
+        if problems:
+            say(f"{what} in the second: {_some(problems, 20)}")
+
+
+def spell_difference(change: dict[str, Any]) -> str:
+    """Spell a paired difference, `+4.2 points (−1.0 to 9.4), 12 gained, 7 lost, p = 0.36`."""
+    if change["value"] is None:
+        return "no problem in common"
+    low, high = change["low"], change["high"]
+    span = "" if low is None else f" ({100 * low:+.1f} to {100 * high:+.1f})"
+    return (
+        f"{100 * change['value']:+.1f} points{span}, {change['gained']} gained, {change['lost']} lost, "
+        f"p = {change['p_value']:.2g}"
+    )
 
 
 def warnings(summary: dict[str, Any]) -> list[str]:
@@ -50,6 +87,17 @@ def percent(share: float | None) -> str:
 def interval(scores: dict[str, Any]) -> str:
     """Spell an interval, `13.7–69.4%`."""
     return "–" if scores["low"] is None else f"{100 * scores['low']:.1f}–{percent(scores['high'])}"
+
+
+def _conditions(summary: dict[str, Any]) -> Iterator[str]:
+    """Spell what several samples or variants come to."""
+    several = summary["several_samples"]
+    for name in ("pass_at_k", "maj_at_k") if several else ():
+        yield f"{name}: " + ", ".join(f"k={k} {percent(e['value'])} ({interval(e)})" for k, e in several[name].items())
+    for name, variant in summary["variants"].items():
+        against = variant["against_first"]
+        change = "" if against is None else f"; against the first {spell_difference(against)}"
+        yield f"variant {name}: {percent(variant['accuracy']['value'])} ({interval(variant['accuracy'])}){change}"
 
 
 def _facts(summary: dict[str, Any]) -> Iterator[str]:
@@ -77,6 +125,8 @@ def _warnings(summary: dict[str, Any]) -> Iterator[str]:
         )
     if n and summary["truncated"] / n > TOO_MANY:
         yield f"{summary['truncated']} of {n} outputs were cut at the token limit: raise --max-tokens."
+    if n and summary["out_of_turns"] / n > TOO_MANY:
+        yield f"{summary['out_of_turns']} of {n} samples were still calling tools in their last turn: raise --max-turns."
     if n and summary["unparsable"] / n > TOO_MANY:
         yield f"{summary['extractor']} found no answer in {summary['unparsable']} of {n} outputs."
     if summary["disagreements"]:

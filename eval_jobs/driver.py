@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from rich.console import Console
 
 from eval_jobs import EvalError
-from eval_jobs.config import EvalSettings, ServedModel, variants_of
+from eval_jobs.config import EvalSettings, ServedModel, hashed_configuration, variants_of
 from eval_jobs.endpoint import Endpoint, api_key, find_model
+from eval_jobs.estimate import estimate
 from eval_jobs.fanout import evaluate
 from eval_jobs.outputs import Timing, write_missing_sample_files, write_sample_files, write_summary
 from eval_jobs.problems import Problem
@@ -24,7 +25,7 @@ from eval_jobs.rollout import RolloutPlan
 from eval_jobs.tools import TOOLS
 from eval_jobs.variants import Attempt
 from roentgen.cluster import connected
-from roentgen.contract import ActivationRequest
+from roentgen.contract import ActivationRequest, canonical_hash
 from roentgen.runs import Recorder, Run, RunConfig, Sample
 
 MAX_FAILED_IN_A_ROW = 10
@@ -70,6 +71,25 @@ def run_evaluation(settings: EvalSettings, problems: Sequence[Problem], base_url
         write_summary(run, timing)
         write_report(run)
     return run
+
+
+def describe(settings: EvalSettings, problems: Sequence[Problem], base_url: str, console: Console) -> None:
+    """Say what an evaluation would run and store, and run nothing.
+
+    Raises:
+        EvalError: if the server cannot be used, or the file of variants.
+    """
+    endpoint, served, settings = prepare(settings, base_url, lambda text: _say(console, text))
+    hashed = hashed_configuration(settings, served)
+    variants = variants_of(settings, hashed)
+    samples = len(problems) * settings.epochs * len(variants)
+    _say(
+        console,
+        f"configuration {canonical_hash(hashed)}: {served.id}, prompt {settings.chosen_prompt.name}, {settings.mode}",
+    )
+    _say(console, f"{samples} samples: {len(problems)} problems × {settings.epochs} epochs × {len(variants)} variants")
+    stored = estimate(settings, served, endpoint, problems, len(variants))
+    _say(console, "activations: none" if stored is None else str(stored))
 
 
 def prepare(

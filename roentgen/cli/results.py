@@ -1,4 +1,4 @@
-"""What is made of a finished run: `roentgen report`."""
+"""What is made of a run: `roentgen report`, `score`, `status` and `compare`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,11 +7,52 @@ import typer
 
 from roentgen.cli.console import expected_errors, out
 
+RunPath = Annotated[Path, typer.Argument(help="A run directory.")]
 
-def report(run: Annotated[Path, typer.Argument(help="A run directory.")]) -> None:
+
+def report(run: RunPath) -> None:
     """Write a run's report.html again (with probe results, if there are any) and print its path."""
     from eval_jobs.report import write_report
     from roentgen.runs import Run, RunError
 
     with expected_errors(RunError):
         out.print(str(write_report(Run.open(run))), highlight=False, soft_wrap=True)
+
+
+def score(
+    run: RunPath, extractor: Annotated[str | None, typer.Option(help="The primary one from now on.")] = None
+) -> None:
+    """Judge a run's answers again, without the model, and print its scores."""
+    from eval_jobs.console import print_summary
+    from eval_jobs.rescoring import rescore
+    from eval_jobs.scoring import EXTRACTORS
+    from roentgen.runs import Run, RunError
+
+    if extractor is not None and extractor not in EXTRACTORS:
+        raise typer.BadParameter(
+            f"{extractor!r} is unknown; allowed are {', '.join(EXTRACTORS)}", param_hint="--extractor"
+        )
+    with expected_errors(RunError):
+        again = rescore(Run.open(run), extractor)
+        print_summary(again, again.summary() or {}, out)
+
+
+def status(run: RunPath) -> None:
+    """Say how far a run is, also while it is running."""
+    from eval_jobs.status import status as status_of
+    from roentgen.runs import Run, RunError
+
+    with expected_errors(RunError):
+        out.print(str(status_of(Run.open(run))), highlight=False, soft_wrap=True)
+
+
+def compare(
+    first: RunPath, second: Annotated[Path, typer.Argument(help="Another one, on some of the same problems.")]
+) -> None:
+    """Compare two runs, problem by problem: the difference of their accuracies with its interval, and McNemar's test."""
+    from eval_jobs.comparison import compare as compare_runs
+    from eval_jobs.console import print_comparison
+    from roentgen.runs import Run, RunError
+
+    with expected_errors(RunError):
+        print_comparison(compare_runs(Run.open(first), Run.open(second)), out)

@@ -14,7 +14,7 @@ from eval_jobs import EvalError
 from eval_jobs.command import BASE_URL_VARIABLE, ServerFactory, evaluate
 from eval_jobs.config import EvalSettings
 from roentgen.runs import Run
-from tests.eval_jobs.stand_in import FOREVER, Fault, StandIn
+from tests.eval_jobs.stand_in import FOREVER, Fault, StandIn, running
 
 
 @pytest.fixture(autouse=True)
@@ -49,6 +49,29 @@ def test_what_a_person_can_get_wrong(arguments: list[str], words: str) -> None:
     assert code == 2
     assert words in stderr
     assert "Traceback" not in stderr
+
+
+def test_a_dry_run_says_what_would_be_stored_and_stores_nothing(tmp_path: Path) -> None:
+    with running(StandIn()) as server:
+        arguments = [
+            "--base-url",
+            server.base_url,
+            "--dry-run",
+            "--samples",
+            "4",
+            "--epochs",
+            "2",
+            "--max-tokens",
+            "91",
+        ]
+        code, stdout, _ = run(
+            *arguments, "--collect-activations", "--layers", "all", "--hook-points", "resid_post,embed"
+        )
+    assert code == 0
+    assert "8 samples: 4 problems × 2 epochs × 1 variants" in stdout
+    # 10 + 91 - 1 rows of 31 keys of 8 float32
+    assert "activations: at most 794 kB (8 samples × 31 keys × 100 rows × 32 bytes)" in stdout
+    assert not (tmp_path / "results").exists()
 
 
 def test_verbose_shows_the_traceback() -> None:

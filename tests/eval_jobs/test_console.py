@@ -35,9 +35,9 @@ def test_the_summary_is_printed_with_its_warnings(tmp_path: Path) -> None:
 
 
 def test_few_truncations_are_no_warning() -> None:
-    summary = {"samples": 100, "errors": 0, "truncated": 10, "unparsable": 10, "disagreements": []}
+    summary = {"samples": 100, "errors": 0, "truncated": 10, "out_of_turns": 10, "unparsable": 10, "disagreements": []}
     assert warnings(summary) == []
-    assert len(warnings({**summary, "truncated": 11, "unparsable": 11, "extractor": "boxed"})) == 2
+    assert len(warnings({**summary, "truncated": 11, "out_of_turns": 11, "unparsable": 11, "extractor": "boxed"})) == 3
 
 
 def test_absent_numbers_are_dashes() -> None:

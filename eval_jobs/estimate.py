@@ -1,0 +1,108 @@
+"""How much a run would store: `roentgen eval --dry-run`.
+
+Prompts are counted by the server's own tokenizer on a few of the problems; of answers, all that is known is how long they may
+become, so the estimate is of the most. Later turns of a conversation add only what is new in them: at most `max_tokens` each,
+and the tools' answers, which are short.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from eval_jobs.config import EvalSettings, ServedModel
+from eval_jobs.endpoint import Endpoint, FatalRequestError
+from eval_jobs.problems import Problem
+from roentgen.contract import MODEL_HOOK_POINTS, Positions
+
+COUNTED = 8
+"""Problems whose prompts are tokenized."""
+
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+class _Tokens(BaseModel):
+    count: int
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a run would store.
+
+    Attributes:
+        samples: in all.
+        keys: tensors of a rollout: layers × hook points.
+        rows: of a rollout, at most.
+        bytes_per_row: of one key.
+    """
+
+    samples: int
+    keys: int
+    rows: int
+    bytes_per_row: int
+
+    @property
+    def total(self) -> int:
+        """Bytes, at most."""
+        return self.samples * self.keys * self.rows * self.bytes_per_row
+
+    def __str__(self) -> str:
+        """Spell it, with what makes it less if that is a lot."""
+        advice = "; --positions or --layers make it less" if self.total >= 10e9 else ""
+        return (
+            f"activations: at most {spell_bytes(self.total)} ({self.samples} samples × {self.keys} keys × {self.rows} rows × "
+            f"{self.bytes_per_row} bytes){advice}"
+        )
+
+
+def estimate(
+    settings: EvalSettings, served: ServedModel, endpoint: Endpoint, problems: Sequence[Problem], variants: int
+) -> Estimate | None:
+    """Return what a run would store; None if it keeps nothing, or the server does not say how wide its model is.
+
+    Args:
+        settings: what was asked for.
+        served: the model.
+        endpoint: the server, a Roentgen server.
+        problems: that are posed.
+        variants: under how many prefixes.
+
+    Raises:
+        FatalRequestError: if the server cannot count tokens.
+    """
+    if settings.capture is None or served.d_model is None or served.num_layers is None:
+        return None
+    width = BYTES.get(served.dtype or "float32", 4) * served.d_model
+    layers = served.num_layers if settings.layers == "all" else len(settings.layers)
+    keys = sum(1 if hook in MODEL_HOOK_POINTS else layers for hook in settings.hook_points)
+    n_prompt = _prompt_tokens(settings, endpoint, served.id, problems)
+    turns = settings.max_turns if settings.mode == "with-tools" else 1
+    positions = Positions.parse(settings.positions)
+    rows = 1 if positions.pooled else len(positions.select(n_prompt, n_prompt + turns * settings.max_tokens - 1))
+    return Estimate(len(problems) * settings.epochs * variants, keys, rows, width)
+
+
+def spell_bytes(size: float) -> str:
+    """Spell a size, `151 GB`."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} TB"
+
+
+def _prompt_tokens(settings: EvalSettings, endpoint: Endpoint, model: str, problems: Sequence[Problem]) -> int:
+    """Return the tokens of the longest prompt among a few problems, evenly chosen."""
+    url = endpoint.urls[0].removesuffix("/v1") + "/tokenize"
+    headers = {"Authorization": f"Bearer {endpoint.api_key}"}
+    step = max(1, len(problems) // COUNTED)
+    counts = []
+    try:
+        for problem in problems[::step][:COUNTED]:
+            body = {"model": model, "messages": settings.chosen_prompt.messages(problem)}
+            reply = httpx.post(url, json=body, headers=headers, timeout=60.0).raise_for_status()
+            counts.append(_Tokens.model_validate_json(reply.content).count)
+    except (httpx.HTTPError, ValidationError) as error:
+        raise FatalRequestError(f"{url} does not count tokens: {error}") from error
+    return max(counts)

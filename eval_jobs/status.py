@@ -1,0 +1,65 @@
+"""How far a run is, seen from another shell: from its record alone, whether its driver lives or not."""
+
+import time
+from dataclasses import dataclass
+
+from eval_jobs.progress import Tally, seconds_left
+from eval_jobs.summary import expected_samples
+from roentgen.runs import Run
+
+RECENT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far a run is.
+
+    Attributes:
+        running: whether an evaluation is recording into it.
+        expected: samples when it is complete.
+        tally: of those recorded.
+        recent: samples that finished in the last two minutes.
+        recent_tokens: that they have.
+        recent_seconds: the time that these two are over.
+    """
+
+    running: bool
+    expected: int
+    tally: Tally
+    recent: int
+    recent_tokens: int
+    recent_seconds: float
+
+    def __str__(self) -> str:
+        """Spell it in a line."""
+        done = f"{self.tally.scored}/{self.expected} done, {self.tally.correct_so_far}"
+        errors = f", {self.tally.errors} errors" if self.tally.errors else ""
+        if self.tally.scored == self.expected:
+            return f"complete: {done}"
+        if not self.running:
+            return f"stopped: {done}{errors}; the same command continues it"
+        left = seconds_left(self.recent, self.expected - self.tally.scored, self.recent_seconds)
+        speed = f", {self.recent_tokens / self.recent_seconds:.0f} tokens/s" if self.recent else ""
+        return f"running: {done}{speed}{left}{errors}"
+
+
+def status(run: Run, now: float | None = None) -> Status:
+    """Return how far a run is.
+
+    Args:
+        run: the run.
+        now: seconds since 1970; the clock's if absent.
+
+    Raises:
+        RunError: if the record is damaged.
+    """
+    now = time.time() if now is None else now
+    tally, recent, tokens, first = Tally(), 0, 0, now
+    for sample in run.samples():
+        tally.add(sample)
+        if sample.finished is not None and now - RECENT_S <= sample.finished <= now:
+            recent += 1
+            tokens += sample.completion_tokens
+            first = min(first, sample.finished - sample.seconds)
+    seconds = min(RECENT_S, now - first)
+    return Status(run.is_running, expected_samples(run.config), tally, recent, tokens, max(seconds, 1e-9))

@@ -1,0 +1,120 @@
+"""Sums over samples of several epochs and variants, recounted by hand; runs scored again, watched and compared."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval_jobs.comparison import compare
+from eval_jobs.config import ServedModel, check_settings, hashed_configuration, variants_of
+from eval_jobs.outputs import around, write_summary
+from eval_jobs.rescoring import rescore
+from eval_jobs.resume import open_run
+from eval_jobs.scoring import score
+from eval_jobs.status import status
+from eval_jobs.variants import Attempt
+from roentgen.runs import Run, RunError, Sample
+from tests.eval_jobs.conftest import take
+
+SERVED = ServedModel("m", "r", "float32", 30, 8)
+
+
+def make(path: Path, says: dict[tuple[int, int, str | None], str], **values: Any) -> Run:
+    """A run in which problem, epoch and variant got these answers."""
+    settings = check_settings(output=path, samples=3, **values)
+    problems = take("arithmetic", 3)
+    run = open_run(settings, problems, SERVED, "http://h:1/v1")
+    with run.recording() as record:
+        for variant in variants_of(settings, hashed_configuration(settings, SERVED)):
+            for problem in problems:
+                for epoch in range(1, settings.epochs + 1):
+                    text = says.get((problem.number, epoch, variant.name), "I do not know.").replace(
+                        "GOLD", problem.gold
+                    )
+                    attempt, scores = Attempt(problem, variant, epoch), score(text, problem.gold)
+                    record.append(
+                        Sample(
+                            sample_id=attempt.sample_id, problem_id=problem.problem_id, epoch=epoch, variant=variant.name,
+                            config_hash=variant.config_hash, question=problem.question, solution=problem.solution,
+                            gold=problem.gold, response=text, answers=scores.answers, correct_by=scores.correct_by,
+                            correct=scores.correct_by["answer_line"], finish_reason="stop", completion_tokens=10,
+                            finished=1000.0 + 10 * epoch, seconds=10.0,
+                        )
+                    )  # fmt: skip
+    return run
+
+
+def test_pass_and_majority_over_epochs(tmp_path: Path) -> None:
+    says = {
+        (1, 1, None): "Answer: GOLD", (1, 2, None): "Answer: GOLD.00", (1, 3, None): "Answer: 7",
+        (2, 1, None): "Answer: 7", (2, 2, None): "Answer: GOLD", (2, 3, None): "Answer: 7.0",
+    }  # fmt: skip
+    summary = write_summary(make(tmp_path / "run", says, epochs=3, temperature=1.0), None)
+    assert (summary["complete"], summary["samples"], summary["accuracy"]["correct"]) == (True, 9, 3)
+    several = summary["several_samples"]
+    assert {k: e["value"] for k, e in several["pass_at_k"].items()} == pytest.approx(
+        {"1": (2 / 3 + 1 / 3) / 3, "2": (1 + 2 / 3) / 3, "3": 2 / 3}
+    )
+    assert {k: e["value"] for k, e in several["maj_at_k"].items()} == pytest.approx(
+        {"1": 1 / 3, "2": 1 / 3, "3": 1 / 3}
+    )
+
+
+def test_variants_are_compared_with_the_first(tmp_path: Path) -> None:
+    (tmp_path / "v.yaml").write_text("plain: ''\ncalm: No hurry.\n")
+    says: dict[tuple[int, int, str | None], str] = {(n, 1, "calm"): "Answer: GOLD" for n in (1, 2)}
+    run = make(tmp_path / "run", {**says, (3, 1, "plain"): "Answer: GOLD"}, variants=str(tmp_path / "v.yaml"))
+    summary = write_summary(run, None)
+    assert (summary["complete"], summary["samples"]) == (True, 6)
+    plain, calm = summary["variants"]["plain"], summary["variants"]["calm"]
+    assert (plain["accuracy"]["correct"], calm["accuracy"]["correct"]) == (1, 2)
+    assert plain["against_first"] is None
+    against = calm["against_first"]
+    assert (against["gained"], against["lost"], against["problems"]) == (2, 1, 3)
+    assert against["value"] == pytest.approx(1 / 3)
+    assert len((run.path / "dataset.jsonl").read_text().splitlines()) == 3
+    assert set(run.config.config_hashes) == {sample.config_hash for sample in run.samples()}
+
+
+def test_a_run_is_scored_again_without_the_model(tmp_path: Path) -> None:
+    run = make(tmp_path / "run", {(1, 1, None): "Answer: GOLD (see step 3)", (2, 1, None): "so GOLD"})
+    assert write_summary(run, None)["accuracy"]["correct"] == 1
+    before = [sample.response for sample in run.samples()]
+    again = rescore(run, "flexible")
+    assert [sample.correct for sample in again.samples()] == [False, True, False]
+    assert [sample.response for sample in again.samples()] == before
+    summary = Run.open(run.path).summary()
+    assert summary is not None
+    assert (summary["extractor"], summary["accuracy"]["correct"]) == ("flexible", 1)
+    with Run.open(run.path).recording(), pytest.raises(RunError, match="is being written"):
+        rescore(Run.open(run.path))
+
+
+def test_how_far_a_run_is(tmp_path: Path) -> None:
+    run = make(tmp_path / "run", {(1, 1, None): "Answer: GOLD"})
+    assert str(status(run)).startswith("complete: 3/3 done, 1 correct, 33.3%")
+    lines = run.record_path.read_text().splitlines(keepends=True)
+    run.record_path.write_text("".join(lines[:2]))
+    assert str(status(run)).startswith("stopped: 2/3 done")
+    with run.recording():
+        # Two samples that began at 1000 and finished at 1010: twenty tokens in twenty seconds, the third in ten more.
+        assert str(status(run, now=1020.0)) == "running: 2/3 done, 1 correct, 50.0% (9.5–90.5), 1 tokens/s, 0:10 left"
+        assert str(status(run, now=9999.0)) == "running: 2/3 done, 1 correct, 50.0% (9.5–90.5)"
+
+
+def test_two_runs_are_compared_by_problem(tmp_path: Path) -> None:
+    one = make(tmp_path / "one", {(1, 1, None): "Answer: GOLD"})
+    two = make(tmp_path / "two", {(2, 1, None): "Answer: GOLD", (3, 1, None): "Answer: GOLD"}, temperature=0.5)
+    found = compare(one, two)
+    assert found.configuration == [("sampling.temperature", 0.0, 0.5)]
+    assert (found.first.correct, found.second.correct) == (1, 2)
+    assert (found.gained, found.lost) == (["arithmetic-0002", "arithmetic-0003"], ["arithmetic-0001"])
+    assert found.difference.value == pytest.approx(1 / 3)
+
+
+def test_the_text_around_an_answer() -> None:
+    text = "a" * 100 + " it is 1,234 now 1,234. " + "b" * 100
+    found = around(text, "1234")
+    assert found.index("1,234.") > found.index("1,234 now")
+    assert len(found) == 60 + len("1,234") + 60
+    assert around("nothing", "5") == "nothing"
