@@ -136,7 +136,7 @@ LABELS: dict[str, Callable[[Sequence[Example]], list[Any]]] = {
     "difficulty": difficulty,
     "steps": _recorded(number_of_steps),
     "tools": _configured(lambda hashed: bool(hashed.get("tools"))),
-    "variant": _configured(lambda hashed: hashed.get("variant")),
+    "variant": _recorded(lambda sample: sample.variant),
     "response_length": lambda examples: [float(example.n_completion) for example in examples],
     "gold_value": _recorded(lambda sample: compressed(sample.gold)),
 }

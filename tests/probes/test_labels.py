@@ -18,9 +18,10 @@ def example(problem: str, *, correct: bool, epoch: int = 1, mode: list[str] | No
         solution=SOLUTION,
         gold="72",
         correct=correct,
+        variant="calm",
     )
     config = RunConfig(
-        run_id="r", created="", config_hash="c", hashed={"tools": mode or [], "variant": "calm"}, problems={}, settings={},
+        run_id="r", created="", config_hash="c", hashed={"tools": mode or []}, problems={}, settings={},
         prompt={}, versions={},
     )  # fmt: skip
     return Example(problem, epoch, f"{problem}-{epoch}", 5, 7, False, "?", {"side": "a"}, sample, config)
