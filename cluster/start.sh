@@ -14,6 +14,11 @@ nodes=($SKYPILOT_NODE_IPS)
 head=${nodes[0]}
 here=${nodes[$SKYPILOT_NODE_RANK]}
 
+# A launch on a cluster that exists asks SkyPilot for no GPUs: it has those that it was made with.
+gpus=${SKYPILOT_NUM_GPUS_PER_NODE:-0}
+[ "$gpus" != 0 ] || gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+[ -n "${CUDA_VISIBLE_DEVICES:-}" ] || unset CUDA_VISIBLE_DEVICES
+
 runs_here() { pgrep -f "raylet .*--gcs-address=$head:6379" >/dev/null; }
 answers() { ray health-check --address "$head:6379" >/dev/null 2>&1; }
 
@@ -83,7 +88,7 @@ export ROENTGEN_BASE_URL=${ROENTGEN_BASE_URL%,}
 
 unset RAY_ADDRESS  # `ray start` would take it for the Ray to join
 # Ray's processes hand their environment down to replicas and jobs: the key and the addresses above reach them this way.
-options=(--node-ip-address "$here" --num-gpus "${SKYPILOT_NUM_GPUS_PER_NODE:-0}" --dashboard-agent-listen-port 52366
+options=(--node-ip-address "$here" --num-gpus "$gpus" --dashboard-agent-listen-port 52366
   --min-worker-port 20000 --max-worker-port 29999 --disable-usage-stats)
 # `ray start` gives up after 30 s, on a slow machine before what it started has come up: that goes on, and is waited for below.
 start() { ray start "$@" "${options[@]}" || { sleep 10 && runs_here; }; }
@@ -99,4 +104,4 @@ if [ "$SKYPILOT_NODE_RANK" != 0 ]; then
 fi
 answers || start --head --port 6379 --dashboard-host 127.0.0.1 --dashboard-port 8265 --ray-client-server-port 10101
 exec python -m roentgen.launch.deploy --address "$head:6379" --nodes "$SKYPILOT_NUM_NODES" \
-  --gpus-per-node "${SKYPILOT_NUM_GPUS_PER_NODE:-0}"
+  --gpus-per-node "$gpus"

@@ -47,10 +47,15 @@ def _cluster_options(
         bool, typer.Option("--keep-running", help="Leave a new cluster running.", rich_help_panel="Cluster")
     ] = False,
     transfer_activations: Annotated[
-        bool, typer.Option("--transfer-activations", help="Fetch the activations.", rich_help_panel="Cluster")
+        bool,
+        typer.Option(
+            "--transfer-activations",
+            help="Fetch the activations; by default only those that would end with the cluster.",
+            rich_help_panel="Cluster",
+        ),
     ] = False,
     remote_storage_only: Annotated[
-        bool, typer.Option("--remote-storage-only", help="Leave them there (the default).", rich_help_panel="Cluster")
+        bool, typer.Option("--remote-storage-only", help="Leave them where they are.", rich_help_panel="Cluster")
     ] = False,
 ) -> None:
     """Declare the options of a cluster; never called."""
@@ -103,7 +108,8 @@ def _launch(ctx: typer.Context, of_cluster: dict[str, Any], options: dict[str, A
             forwarded(ctx),
             Afterwards(
                 keep_running=of_cluster["keep_running"],
-                transfer_activations=of_cluster["transfer_activations"],
+                transfer_activations=of_cluster["transfer_activations"]
+                or (False if of_cluster["remote_storage_only"] else None),
                 output=options["output"],
             ),
             SkyPilot(),

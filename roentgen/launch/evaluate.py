@@ -1,7 +1,8 @@
 """`roentgen eval --launch`: bring a cluster up, evaluate there, fetch the results, and take down what was created.
 
-The evaluation runs as a job of SkyPilot's, on the cluster, so that autostop sees it. The run directory is always fetched,
-activations only if asked, since they stay readable where the store is. Whatever happens, also Ctrl-C, a cluster that was
+The evaluation runs as a job of SkyPilot's, on the cluster, so that autostop sees it. The run directory is always fetched, and a
+run that is here already goes there first, so that the same command continues it on any cluster. Activations are fetched if
+asked, or if they would end with the cluster; in a bucket they stay readable. Whatever happens, also Ctrl-C, a cluster that was
 created here is taken down, unless it is to keep running; one that was there is left alone.
 """
 
@@ -10,6 +11,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -30,14 +32,14 @@ class Afterwards(BaseModel):
 
     Attributes:
         keep_running: leave a cluster that was created for this running.
-        transfer_activations: fetch the activations too.
+        transfer_activations: fetch the activations too; if absent, those that would end with a cluster that is taken down.
         output: the run directory here.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     keep_running: bool = False
-    transfer_activations: bool = False
+    transfer_activations: bool | None = None
     output: Path | None = None
 
 
@@ -61,27 +63,46 @@ def launch_and_evaluate(
         The run directory here.
 
     Raises:
-        LaunchError: if the cluster, the evaluation or taking it down fails.
+        LaunchError: if the cluster, the evaluation or taking it down fails, or its activations would be lost.
     """
     name = f"gsm8k_{datetime.now().strftime('%Y%m%d_%H%M%S')}"
     output = (afterwards.output or Path("results") / name).expanduser().absolute()
     with _taken_down(sky, afterwards.keep_running, stage) as claim:
-        launched = up(settings, sky, stage, claim=claim)
+        launched = up(settings, sky, stage, claim=claim, accept=partial(_check_kept, settings, afterwards))
         head = Head(launched.name)
         there = f"{REMOTE_RUNS}/{output.name}"
+        if (output / "config.json").exists():
+            stage(f"taking {output} there, to continue it")
+            head.push(output, there.removeprefix("~/"), leave_out="activations")
         stage(f"evaluating; the run directory there is {there}")
         nodes = next((one.nodes for one in sky.clusters() if one.name == launched.name), 1)
         words = shlex.join(options) + f" --output {there}"
         command = ["exec", launched.name, str(TASK), "--num-nodes", str(nodes), "--env", f"EVAL={words}"]
         code, last = sky.stream(command, stage)
-        # Also of an evaluation that failed: samples that are finished are worth having.
+        # Also of an evaluation that failed: what is finished is worth having.
         stage(f"fetching {there}")
-        fetched = _fetch(head, there.replace("~/", ""), output, stage)
+        fetched = _fetch(head, there.removeprefix("~/"), output, stage)
+        ends = launched.created and not afterwards.keep_running
+        wanted = ends if afterwards.transfer_activations is None else afterwards.transfer_activations
+        if fetched and wanted:
+            _fetch_activations(head, output, stage)
         if code:
             raise LaunchError(f"the evaluation on {launched.name} failed (exit code {code}):\n" + "\n".join(last))
-        if fetched and afterwards.transfer_activations:
-            _fetch_activations(head, output, stage)
     return output
+
+
+def _check_kept(settings: ClusterSettings, afterwards: Afterwards, launched: Launched) -> None:
+    """Refuse to take activations down with the cluster that they are on.
+
+    Raises:
+        LaunchError: naming the ways out.
+    """
+    stays = afterwards.keep_running or not launched.created or "://" in settings.store
+    if afterwards.transfer_activations is False and not stays:
+        raise LaunchError(
+            "--remote-storage-only: the activations would end with the cluster: add --keep-running, or a --store that "
+            "outlives it (s3://BUCKET/FOLDER)"
+        )
 
 
 def _fetch(head: Head, there: str, here: Path, stage: Callable[[str], None]) -> bool:

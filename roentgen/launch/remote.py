@@ -59,10 +59,23 @@ class Head:
             LaunchError: if it cannot be copied.
         """
         local.mkdir(parents=True, exist_ok=True)
-        command = ["rsync", "-a", "--partial", "-e", "ssh -o BatchMode=yes", f"{self.name}:{remote}/", f"{local}/"]
+        self._copy(f"{self.name}:{remote}/", f"{local}/")
+
+    def push(self, local: Path, remote: str, *, leave_out: str) -> None:
+        """Copy a folder's content to the node, but for one folder in it; what is newer there stays.
+
+        Raises:
+            LaunchError: if it cannot be copied.
+        """
+        self.run(f"mkdir -p {shlex.quote(remote)}")
+        self._copy("--update", f"--exclude=/{leave_out}/", f"{local}/", f"{self.name}:{remote}/")
+
+    def _copy(self, *arguments: str) -> None:
+        command = ["rsync", "-a", "--partial", "-e", "ssh -o BatchMode=yes", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            raise LaunchError(f"{remote} on {self.name} could not be copied to {local}: {done.stderr.strip()[-1000:]}")
+            source, target = arguments[-2:]
+            raise LaunchError(f"{source} could not be copied to {target}: {done.stderr.strip()[-1000:]}")
 
     @contextmanager
     def tunnel(self, port: int, *, replace: bool) -> Iterator[str]:

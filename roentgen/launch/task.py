@@ -66,25 +66,17 @@ class ClusterSettings(BaseModel):
         return self.cluster or self.name
 
 
-def rewrite(task: dict[str, Any], settings: ClusterSettings) -> dict[str, Any]:
+def rewrite(task: dict[str, Any], settings: ClusterSettings, *, exists: bool = False) -> dict[str, Any]:
     """Return cluster.yaml's content for a launch.
 
     Args:
         task: cluster.yaml's content.
         settings: of the launch.
+        exists: whether the cluster exists: its machines are what they are, and SkyPilot would refuse to be asked for others.
     """
-    resources = dict(task["resources"])
-    resources["max_hourly_cost"] = settings.max_price
-    resources["autostop"] = {**resources["autostop"], "idle_minutes": settings.idle_minutes}
-    if settings.min_vram:
-        resources["accelerators"] = f"{settings.min_vram}GB+:{settings.gpus}"
-    else:
-        del resources["accelerators"]
-        resources |= {"cpus": "4+", "memory": "16+"}
-    if settings.spot:
-        resources["use_spot"] = True
-    if settings.infra:
-        resources["infra"] = settings.infra
+    resources: dict[str, Any] = {"autostop": {**task["resources"]["autostop"], "idle_minutes": settings.idle_minutes}}
+    if not exists:
+        resources |= _machine(settings)
     if settings.open_port:
         resources["ports"] = settings.port
     envs = {
@@ -98,9 +90,22 @@ def rewrite(task: dict[str, Any], settings: ClusterSettings) -> dict[str, Any]:
     return {**task, "name": settings.wanted, "num_nodes": settings.nodes, "resources": resources, "envs": envs}
 
 
-def write(source: Path, target: Path, settings: ClusterSettings) -> None:
+def _machine(settings: ClusterSettings) -> dict[str, Any]:
+    machine: dict[str, Any] = {"max_hourly_cost": settings.max_price}
+    if settings.min_vram:
+        machine["accelerators"] = f"{settings.min_vram}GB+:{settings.gpus}"
+    else:
+        machine |= {"cpus": "4+", "memory": "16+"}
+    if settings.spot:
+        machine["use_spot"] = True
+    if settings.infra:
+        machine["infra"] = settings.infra
+    return machine
+
+
+def write(source: Path, target: Path, settings: ClusterSettings, *, exists: bool = False) -> None:
     """Rewrite a task file for a launch; its folder stays the one that is synced."""
-    task = rewrite(yaml.safe_load(source.read_text()), settings)
+    task = rewrite(yaml.safe_load(source.read_text()), settings, exists=exists)
     if task.get("workdir") == ".":
         task["workdir"] = str(source.parent.absolute())
     if settings.sync == "skip":

@@ -122,6 +122,7 @@ def up(
     stage: Callable[[str], None],
     *,
     claim: Callable[[Launched], None] = lambda _: None,
+    accept: Callable[[Launched], None] = lambda _: None,
     check: bool = True,
 ) -> Launched:
     """Bring up a cluster that serves the model.
@@ -131,6 +132,7 @@ def up(
         sky: SkyPilot.
         stage: told what is being done.
         claim: told of the cluster before anything is provisioned, so that it can be taken down whatever happens then.
+        accept: told of it before that, and may refuse it.
         check: whether to check it with `smoke`.
 
     Raises:
@@ -139,6 +141,7 @@ def up(
     stage("asking SkyPilot which clusters run")
     found = choose(settings, sky.clusters(refresh=True))
     launched = Launched(settings.wanted, found is None, settings.port)
+    accept(launched)
     claim(launched)
     stage(f"{'using' if found else 'provisioning'} {launched.name}")
     _launch(settings, sky, found, stage)
@@ -179,7 +182,7 @@ def _launch(settings: ClusterSettings, sky: SkyPilot, found: Cluster | None, sta
         task = Path(folder) / "cluster.yaml"
         # A cluster that runs keeps its size: rank and number of nodes come from it.
         nodes = {"nodes": found.nodes} if found else {}
-        write(TASK, task, settings.model_copy(update=nodes))
+        write(TASK, task, settings.model_copy(update=nodes), exists=found is not None)
         if settings.sync == "skip":
             command = ["exec", name, str(task), *flags]
         else:

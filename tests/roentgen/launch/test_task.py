@@ -8,7 +8,7 @@ import yaml
 from roentgen.cli.cluster import cluster_settings, sync_mode
 from roentgen.launch.local import LaunchError
 from roentgen.launch.skypilot import ROOT
-from roentgen.launch.task import ClusterSettings, write
+from roentgen.launch.task import ClusterSettings, rewrite, write
 
 
 def written(folder: Path, **options: object) -> dict:  # type: ignore[type-arg]
@@ -32,6 +32,12 @@ def test_a_machine_without_gpu(tmp_path: Path) -> None:
     resources = written(tmp_path, min_vram=0)["resources"]
     assert "accelerators" not in resources
     assert resources["cpus"] == "4+"
+
+
+def test_a_cluster_that_exists_is_not_asked_for_other_machines() -> None:
+    task = yaml.safe_load((ROOT / "cluster.yaml").read_text())
+    resources = rewrite(task, ClusterSettings(min_vram=80, spot=True, idle_minutes=5), exists=True)["resources"]
+    assert resources == {"autostop": {"idle_minutes": 5, "down": True, "wait_for": "jobs"}}
 
 
 def test_the_port_is_opened_only_if_asked(tmp_path: Path) -> None:
