@@ -90,12 +90,15 @@ $(VLLM)/.installed: constraints-vllm.txt $(INSTALLED)
 
 # A cluster of three hosts on this machine, each in namespaces of its own; skipped with the reason without root.
 test-cluster: $(INSTALLED)
-	@[ "$$(id -u)" != 0 ] || command -v ip >/dev/null || apt-get install --yes --quiet iproute2
-	ROENTGEN_TEST_CLUSTER=1 $(BIN)/python -m pytest -x tests/cluster
+	@[ "$$(id -u)" != 0 ] || command -v ip >/dev/null || { apt-get update --quiet && apt-get install --yes --quiet iproute2; } || true
+	ROENTGEN_TEST_CLUSTER=1 $(BIN)/python -m pytest -x -rs tests/cluster
 
-# SkyPilot itself: what it makes of cluster.yaml, and which machines it chooses.
+# SkyPilot itself: what it makes of cluster.yaml, which machines it chooses, and, as root, a real launch on an EC2 made of
+# namespaces, for which image.sh adds a user `ubuntu` to this machine.
 test-cloud: $(INSTALLED) cloud-env
-	ROENTGEN_TEST_CLOUD=1 $(BIN)/python -m pytest tests/cloud
+	.venv-cloud/bin/python -m pip --disable-pip-version-check install --quiet -c constraints-cloud.txt "moto[server]"
+	@[ "$$(id -u)" != 0 ] || bash tests/cloud/image.sh $(abspath .venv-cloud/bin/python)
+	ROENTGEN_TEST_CLOUD=1 $(BIN)/python -m pytest -rs -o timeout=2400 tests/cloud
 
 # The launcher's own environment: SkyPilot and the server's packages cannot share one.
 cloud-env: .venv-cloud/.installed

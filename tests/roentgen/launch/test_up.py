@@ -231,6 +231,15 @@ def test_a_failure_takes_down_what_was_created_and_nothing_else(
     assert end in said[-1]
 
 
+def test_activations_that_would_end_with_the_cluster_are_refused_before_anything_is_paid(
+    sky: StandIn, tmp_path: Path
+) -> None:
+    leave = Afterwards(transfer_activations=False, output=tmp_path / "run")
+    with pytest.raises(LaunchError, match="--remote-storage-only: the activations would end with the cluster"):
+        launch_and_evaluate(ClusterSettings(), [], leave, sky, lambda _: None)
+    assert sky.calls == []
+
+
 def test_ctrl_c_takes_down_what_was_created(sky: StandIn, tmp_path: Path) -> None:
     def interrupted(text: str) -> None:
         if text.startswith("smoke test"):
