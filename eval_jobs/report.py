@@ -1,7 +1,8 @@
 """The run's page: one static HTML file that needs nothing else, to be opened, mailed or archived.
 
 It is made from what is on disk (summary.json, samples.jsonl, the probes' results), so it can be written again at any time,
-for instance after probes were trained. Everything a model wrote is escaped; there is no script on the page.
+for instance after probes were trained. Everything a model wrote is escaped; there is no script on the page: its filters are
+radio buttons and style sheets.
 """
 
 import base64
@@ -11,7 +12,8 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from eval_jobs.console import interval, percent, warnings
+from eval_jobs.charts import lengths
+from eval_jobs.console import interval, percent, spell_difference, warnings
 from eval_jobs.summary import summarise
 from roentgen.runs import Run, RunError
 
@@ -35,6 +37,8 @@ def write_report(run: Run) -> Path:
             summary=summary,
             warnings=warnings(summary),
             samples=samples[:TRANSCRIPTS_UP_TO],
+            lengths=lengths(samples),
+            disagreements=set(summary["disagreements"]),
             left_out=max(0, len(samples) - TRANSCRIPTS_UP_TO),
             probes=[_read_probe(folder) for folder in run.probe_folders()],
         )
@@ -52,7 +56,7 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "interval": interval, "auroc": _auroc}
+    environment.filters |= {"percent": percent, "interval": interval, "auroc": _auroc, "difference": spell_difference}
     return environment
 
 

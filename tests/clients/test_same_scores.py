@@ -1,4 +1,4 @@
-"""Our `gsm8k` and `gsm8k_cot_zeroshot` against lm-evaluation-harness's: the same messages, and the same verdicts on real outputs.
+"""Our `gsm8k` and `gsm8k_cot_zeroshot` against lm-evaluation-harness's: the same messages, the same verdicts on real outputs.
 
 The harness's task files are taken as it installs them; only the data comes from a local folder.
 """
@@ -23,7 +23,8 @@ FILES = {"gsm8k": "gsm8k.yaml", "gsm8k_cot_zeroshot": "gsm8k-cot-zeroshot.yaml"}
 STRICT = {"gsm8k": "gsm8k_strict", "gsm8k_cot_zeroshot": "cot_strict"}
 AWKWARD = [
     "#### 18", "#### $18", "so #### 1,800 and #### 3", "The answer is 18.", "The answer is 18", "It is $18.00",
-    "18 (see step 3)", "no number", "", "-5.", "The answer is -1,234.50.", "#### -7.", "18\n#### 18.\n", "answer: .5", "$", "1,", "#### ,", "…18…",
+    "18 (see step 3)", "no number", "", "-5.", "The answer is -1,234.50.", "#### -7.",
+    "18\n#### 18.\n", "answer: .5", "$", "1,", "#### ,", "…18…",
 ]  # fmt: skip
 
 
