@@ -1,9 +1,10 @@
-"""How the evaluation's own machinery grows: `python -m benchmarks.scale --problems 1000000`.
+"""How the evaluation's own machinery grows, `python -m benchmarks.scale --problems 1000000`, and what it costs the driver per
+problem, `python -m benchmarks.scale --problems 10000 --parallel 1000 --latency 2`.
 
 Everything is as in a run but the model: problems are dealt to Ray tasks, each request is real HTTP, each sample is scored,
-returned to the driver and fsynced into the record. The replicas are stand-ins that answer at once, so that what is measured is
-the driver: does its memory stay flat, and how many samples a second can it take? Memory is sampled as the run goes; its slope
-over the second half is what would hurt at ten million.
+returned to the driver and fsynced into the record. The replicas are stand-ins that answer after a fixed time, so that what is
+measured is the driver: does its memory stay flat, how much of a processor does it take, how many samples a second? Memory is
+sampled as the run goes; its slope over the second half is what would hurt at ten million.
 """
 
 import asyncio
@@ -54,32 +55,35 @@ class Growth:
         samples: recorded so far.
         seconds: since the start.
         megabytes: of memory that the driver's process holds.
+        cpu_seconds: of processor time that it has taken.
     """
 
     samples: int
     seconds: float
     megabytes: float
+    cpu_seconds: float
 
 
 def main(
     problems: Annotated[int, typer.Option(help="How many problems.")] = 1_000_000,
     replicas: Annotated[int, typer.Option(help="Stand-in servers, each with an address.")] = 2,
     parallel: Annotated[int, typer.Option(help="Requests in flight.")] = 64,
+    latency: Annotated[float, typer.Option(help="Seconds that a stand-in takes to answer.")] = 0.0,
     write: Annotated[bool, typer.Option("--record/--no-record", help="Update RESULTS.md.")] = True,
 ) -> None:
     """Measure the driver over many problems."""
     with tempfile.TemporaryDirectory() as folder:
-        found = measure(problems, replicas, parallel, Path(folder))
-    body = report(found, problems, replicas, parallel)
+        found = measure(problems, replicas, parallel, latency, Path(folder))
+    body = report(found, problems, replicas, parallel, latency)
     print(body)
     if write:
-        record("Scale", body)
+        record("Driver" if latency else "Scale", body)
 
 
-def measure(count: int, replicas: int, parallel: int, folder: Path) -> list[Growth]:
+def measure(count: int, replicas: int, parallel: int, latency: float, folder: Path) -> list[Growth]:
     """Run an evaluation against stand-ins; returns the driver's growth, a point per hundredth of the run."""
     ports = [free_port("127.0.0.1") for _ in range(replicas)]
-    servers = [multiprocessing.get_context("spawn").Process(target=stand_in, args=(port,)) for port in ports]
+    servers = [multiprocessing.get_context("spawn").Process(target=stand_in, args=(port, latency)) for port in ports]
     for server in servers:
         server.start()
     urls = ",".join(f"http://127.0.0.1:{port}/v1" for port in ports)
@@ -97,7 +101,7 @@ def measure(count: int, replicas: int, parallel: int, folder: Path) -> list[Grow
     memory, found, step = psutil.Process(), [], max(1, count // 100)
     try:
         with run.recording() as recorder, connected("local"):
-            start = time.monotonic()
+            start, busy = time.monotonic(), time.process_time()
             seen = 0
 
             def keep(sample: Sample) -> None:
@@ -107,7 +111,8 @@ def measure(count: int, replicas: int, parallel: int, folder: Path) -> list[Grow
                 recorder.append(sample)
                 seen += 1
                 if seen % step == 0:
-                    found.append(Growth(seen, time.monotonic() - start, memory.memory_info().rss / 1e6))
+                    taken = time.monotonic() - start, memory.memory_info().rss / 1e6, time.process_time() - busy
+                    found.append(Growth(seen, *taken))
                     if seen % (10 * step) == 0:
                         print(f"{found[-1]}", file=sys.stderr, flush=True)
 
@@ -122,8 +127,8 @@ def measure(count: int, replicas: int, parallel: int, folder: Path) -> list[Grow
     return found
 
 
-def stand_in(port: int) -> None:
-    """Answer every request at once with the same completion; never returns."""
+def stand_in(port: int, latency: float) -> None:
+    """Answer every request with the same completion, after `latency` seconds; never returns."""
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
@@ -133,33 +138,39 @@ def stand_in(port: int) -> None:
                     line.split(b":")[1] for line in head.lower().split(b"\r\n") if line.startswith(b"content-length")
                 ]
                 await reader.readexactly(int(lengths[0]) if lengths else 0)
+                await asyncio.sleep(latency)
                 writer.write(REPLY)
                 await writer.drain()
         except (asyncio.IncompleteReadError, ConnectionError):
             writer.close()
 
     async def run() -> None:
-        async with await asyncio.start_server(serve, "127.0.0.1", port) as server:
+        async with await asyncio.start_server(serve, "127.0.0.1", port, backlog=1_000) as server:
             await server.serve_forever()
 
     asyncio.run(run())
 
 
-def report(found: list[Growth], problems: int, replicas: int, parallel: int) -> str:
+def report(found: list[Growth], problems: int, replicas: int, parallel: int, latency: float) -> str:
     """Lay out what was measured."""
     later = found[len(found) // 2 :]
     slope = float(np.polyfit([point.samples for point in later], [point.megabytes for point in later], 1)[0]) * 1e6
     rate = found[-1].samples / found[-1].seconds
     shown = [found[0], *(found[len(found) * part // 4 - 1] for part in (1, 2, 3, 4))]
     rows = [[f"{p.samples:,}", f"{p.seconds:.0f}", f"{p.samples / p.seconds:.0f}", f"{p.megabytes:.0f}"] for p in shown]
+    answer = f"after {latency:g} s" if latency else "at once"
+    per_problem = 1000 * found[-1].cpu_seconds / found[-1].samples
+    ideal = problems * latency / parallel
     return "\n".join(
         [
-            f"{problems:,} problems, {parallel} requests in flight, {replicas} stand-in servers that answer at once, the",
+            f"{problems:,} problems, {parallel} requests in flight, {replicas} stand-in servers that answer {answer}, the",
             "record fsynced sample by sample; tasks, servers and driver share the cores.",
             "",
             table(["samples", "seconds", "samples/s", "driver, MB"], rows),
             "",
-            f"{rate:.0f} samples/s; over the second half the driver's memory changes by {slope:+.0f} MB per million samples.",
+            f"{rate:.0f} samples/s; the driver takes {per_problem:.2f} ms of processor time per problem, and over the",
+            f"second half its memory changes by {slope:+.0f} MB per million samples. The servers' time alone is {ideal:.0f} s;",
+            f"beyond it, the whole takes {1000 * (found[-1].seconds - ideal) / problems:.2f} ms per problem.",
         ]
     )
 
