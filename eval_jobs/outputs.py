@@ -59,6 +59,8 @@ def write_missing_sample_files(run: Run) -> None:
     """Write the files of samples whose driver died after it had recorded them and before it had written these."""
     if expected_samples(run.config) > SAMPLE_FILES_UP_TO:
         return
+    for half_written in run.path.glob("*/.gsm8k_*.tmp"):
+        half_written.unlink()
     for sample in run.samples():
         if not (run.path / "agent_states" / f"{sample.sample_id}.json").exists():
             write_sample_files(run, sample)
@@ -171,6 +173,9 @@ def _folder(run: Run, name: str) -> Path:
 def _write_jsonl(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     """Write a file whole or not at all, a line at a time."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

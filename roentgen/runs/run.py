@@ -152,8 +152,11 @@ def rewrite(run: Run, change: Callable[[Sample], Sample], config: RunConfig) -> 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file whole or not at all."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        os.replace(temporary, path)
+    finally:  # Ctrl-C comes at any moment
+        temporary.unlink(missing_ok=True)
 
 
 def find_unfinished(results: Path, config_hash: str, problems: dict[str, Any]) -> Run | None:

@@ -136,6 +136,13 @@ def test_a_very_large_run_gets_no_files_per_sample(run: Run, monkeypatch: pytest
     assert not (run.path / "samples").exists()
 
 
+def test_what_a_killed_driver_left_half_written_goes(run: Run) -> None:
+    (run.path / "samples").mkdir()
+    (run.path / "samples" / ".gsm8k_0003.json.0123.tmp").write_text("{")
+    write_missing_sample_files(run)
+    assert len(list((run.path / "samples").iterdir())) == 5
+
+
 def test_the_files_of_a_sample(run: Run) -> None:
     write_missing_sample_files(run)
     for folder, suffix in (("samples", "json"), ("trajectories", "jsonl"), ("agent_states", "json")):
