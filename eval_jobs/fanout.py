@@ -58,6 +58,18 @@ class Slice:
         return Climbing(most=self.in_flight) if self.climbing else Fixed(self.in_flight)
 
 
+@dataclass(frozen=True)
+class _Dealt:
+    """A slice that a task has: what it has not returned yet is taken out as it returns, so that a long run grows nothing."""
+
+    piece: Slice
+    left: dict[Identity, Attempt]
+
+    @classmethod
+    def of(cls, piece: Slice) -> "_Dealt":
+        return cls(piece, {attempt.identity: attempt for attempt in piece.attempts})
+
+
 def evaluate(
     attempts: Sequence[Attempt], plan: RolloutPlan, parallel: int | Literal["auto"], on_sample: Callable[[Sample], None]
 ) -> None:
@@ -79,29 +91,30 @@ def evaluate(
         tasks = max(1, min(parallel, len(attempts), int(ray.cluster_resources().get("CPU", 1))))
         waiting = deque(deal(attempts, tasks, parallel))
     shared = ray.put(plan)
-    running: dict[ObjectRefGenerator, Slice] = {}
-    returned: set[Identity] = set()
+    running: dict[ObjectRefGenerator, _Dealt] = {}
     deaths: Counter[Identity] = Counter()
     try:
         while waiting or running:
             while waiting and waiting[0].in_flight <= free:
-                piece = waiting.popleft()
-                running[_run_slice.remote(piece, shared)] = piece
-                free -= piece.in_flight
+                dealt = _Dealt.of(waiting.popleft())
+                running[_run_slice.remote(dealt.piece, shared)] = dealt
+                free -= dealt.piece.in_flight
             [stream], _ = ray.wait(list(running), num_returns=1)
+            dealt = running[stream]
             try:
                 samples: list[Sample] = ray.get(next(stream))
             except StopIteration:
-                free += running.pop(stream).in_flight
+                del running[stream]
+                free += dealt.piece.in_flight
                 continue
             except RayError as error:
                 if isinstance(error, RayTaskError) and isinstance(error.cause, FatalRequestError):
                     raise error.cause from None
-                piece = running.pop(stream)
-                free += piece.in_flight
-                samples = _bury(piece, returned, deaths, waiting, plan, error)
+                del running[stream]
+                free += dealt.piece.in_flight
+                samples = _bury(dealt, deaths, waiting, plan, error)
             for sample in samples:
-                returned.add(sample.identity)
+                dealt.left.pop(sample.identity, None)  # a failed one was taken out with its task
                 on_sample(sample)
     finally:
         for stream in running:
@@ -118,15 +131,21 @@ def deal(attempts: Sequence[Attempt], tasks: int, parallel: int) -> list[Slice]:
 def _run_slice(piece: Slice, plan: RolloutPlan) -> Iterator[list[Sample]]:
     """Run a slice in one asyncio loop; yield samples in the groups in which they finish."""
     waiting = deque(piece.attempts)
-    pending: set[asyncio.Task[Sample]] = set()
+    finished: asyncio.Queue[asyncio.Task[Sample]] = asyncio.Queue()
+    running: set[asyncio.Task[Sample]] = set()
     limit = piece.limit
     client = plan.endpoint.client(on_busy=limit.refused)
     with asyncio.Runner() as runner:
         # The loop stands still while a group is handed over, which takes about a millisecond.
-        while waiting or pending:
-            while waiting and len(pending) < limit.value:
-                pending.add(runner.get_loop().create_task(run_rollout(client, waiting.popleft(), plan)))
-            done, pending = runner.run(asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED))
+        while waiting or running:
+            while waiting and len(running) < limit.value:
+                task = runner.get_loop().create_task(run_rollout(client, waiting.popleft(), plan))
+                task.add_done_callback(finished.put_nowait)
+                running.add(task)
+            done = [runner.run(finished.get())]
+            while not finished.empty():
+                done.append(finished.get_nowait())
+            running.difference_update(done)
             samples = [task.result() for task in done if task.exception() is None]
             for sample in samples:
                 limit.finished(sample.completion_tokens, time.monotonic())
@@ -137,15 +156,14 @@ def _run_slice(piece: Slice, plan: RolloutPlan) -> Iterator[list[Sample]]:
 
 
 def _bury(
-    piece: Slice,
-    returned: set[Identity],
+    dealt: _Dealt,
     deaths: Counter[Identity],
     waiting: "deque[Slice]",
     plan: RolloutPlan,
     error: RayError,
 ) -> list[Sample]:
     """Deal a dead task's attempts again, suspects first and alone; return failed samples of those given up."""
-    left = [attempt for attempt in piece.attempts if attempt.identity not in returned]
+    piece, left = dealt.piece, list(dealt.left.values())
     # Attempts start in order, so those in flight are among the first; some may have finished with their task's death.
     suspects, innocent = left[: piece.in_flight], left[piece.in_flight :]
     deaths.update(attempt.identity for attempt in suspects)

@@ -1,19 +1,29 @@
 """`roentgen eval`: the evaluation's own command, and with `--launch` the same evaluation on a cluster.
 
-The evaluation's options are declared once, in `eval_jobs.command`; those of the cluster are added here. With `--launch` what
-was given of the former travels as it was given: the cluster's own `python -m eval_jobs` checks it and has the defaults.
+The evaluation's options are declared once, in `eval_jobs.command`; those of the cluster are added here. With `--launch` they
+are checked before anything is paid for, and what was given travels as it was given: the cluster's own `python -m eval_jobs` has
+the defaults.
 """
 
 import inspect
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from eval_jobs import EvalError
 from eval_jobs.command import evaluate
+from eval_jobs.config import check_settings
+from eval_jobs.problems import SOURCES, read_source
+from eval_jobs.variants import read_variants
 from roentgen.cli.console import expected_errors, out, stage_printer
 
-STAYS_HERE = frozenset({"output", "model", "store", "base_url", "ray_address"})
+OF_THE_SERVER = ("model", "revision", "dtype", "store")
+STAYS_HERE = frozenset({"output", *OF_THE_SERVER, "base_url", "ray_address"})
 """Options of the evaluation that mean something else, or nothing, on the cluster."""
+
+MAY_BE_FILES = ("problems", "prompt_file", "variants")
+"""Options whose value may be a file on this machine."""
 
 
 def _cluster_options(
@@ -90,10 +100,12 @@ def _launch(ctx: typer.Context, of_cluster: dict[str, Any], options: dict[str, A
     from roentgen.launch.local import LaunchError
     from roentgen.launch.skypilot import SkyPilot
 
-    with expected_errors(LaunchError):
+    with expected_errors(LaunchError, EvalError):
+        _check(options)
         if of_cluster["transfer_activations"] and of_cluster["remote_storage_only"]:
             raise LaunchError("--transfer-activations and --remote-storage-only exclude one another")
-        if given := [f"--{name.replace('_', '-')}" for name in ("base_url", "ray_address") if _is_given(ctx, name)]:
+        elsewhere = ("base_url", "ray_address", "device")
+        if given := [f"--{name.replace('_', '-')}" for name in elsewhere if _is_given(ctx, name)]:
             raise LaunchError(
                 f"{', '.join(given)}: not together with --launch, which has a server and a Ray of its own"
             )
@@ -101,11 +113,12 @@ def _launch(ctx: typer.Context, of_cluster: dict[str, Any], options: dict[str, A
             name: of_cluster[name] for name in ("cluster", "name", "reuse", "min_vram", "gpus", "max_price", "nodes")
         }
         chosen |= {name: of_cluster[name] for name in ("spot", "infra", "port")}
-        chosen |= {name: options[name] for name in ("model", "store") if options[name] is not None}
+        chosen |= {name: options[name] for name in OF_THE_SERVER if options[name] is not None}
         sync = sync_mode(of_cluster["skip_sync"], of_cluster["frozen_sync"], False)
+        files = named_files(options)
         run = launch_and_evaluate(
             cluster_settings(**chosen, sync=sync),
-            forwarded(ctx),
+            forwarded(ctx, leave_out=STAYS_HERE | files.keys()),
             Afterwards(
                 keep_running=of_cluster["keep_running"],
                 transfer_activations=of_cluster["transfer_activations"]
@@ -114,16 +127,40 @@ def _launch(ctx: typer.Context, of_cluster: dict[str, Any], options: dict[str, A
             ),
             SkyPilot(),
             stage_printer(),
+            {f"--{name.replace('_', '-')}": file for name, file in files.items()},
         )
     out.print(f"the run is in [bold]{run}[/bold]", highlight=False, soft_wrap=True)
 
 
-def forwarded(ctx: typer.Context) -> list[str]:
+def _check(options: dict[str, Any]) -> None:
+    """Find out here what is wrong with an evaluation's options, before a machine is paid for.
+
+    Raises:
+        EvalError: naming the option.
+    """
+    settings = check_settings(**options)
+    if settings.problems not in SOURCES:
+        next(read_source(settings.problems))
+    settings.chosen_prompt  # noqa: B018 - reads the prompt's file
+    if settings.variants is not None:
+        read_variants(settings.variants)
+
+
+def named_files(options: dict[str, Any]) -> dict[str, Path]:
+    """Return the files of this machine that the evaluation's options name, by option."""
+    return {
+        name: Path(options[name]).expanduser().absolute()
+        for name in MAY_BE_FILES
+        if options[name] is not None and Path(options[name]).expanduser().is_file()
+    }
+
+
+def forwarded(ctx: typer.Context, *, leave_out: frozenset[str]) -> list[str]:
     """Return the evaluation's options as they were given, for its command line on the cluster."""
     words: list[str] = []
     for parameter in ctx.command.params:
         name = str(parameter.name)
-        if name in _CLUSTER_OPTIONS or name in STAYS_HERE or not _is_given(ctx, name):
+        if name in _CLUSTER_OPTIONS or name in leave_out or not _is_given(ctx, name):
             continue
         value, flag = ctx.params[name], parameter.opts[0]
         if isinstance(value, bool):

@@ -38,8 +38,8 @@ def render(
 
     Args:
         config: serve.yaml's content.
-        environment: MODEL, STORE, PORT, REPLICAS, MAX_REPLICAS, ROENTGEN_API_KEY, AWS_ENDPOINT_URL, AWS_REGION; what is
-            absent or empty has a default.
+        environment: MODEL, REVISION, DTYPE, STORE, PORT, REPLICAS, MAX_REPLICAS, ROENTGEN_API_KEY, AWS_ENDPOINT_URL,
+            AWS_REGION; what is absent or empty has a default.
         nodes: of the cluster.
         gpus_per_node: whole GPUs.
         version: of what replicas read when they start; they are restarted when it changes.
@@ -65,6 +65,8 @@ def render(
     args = {
         **application["args"],
         "model": environment["MODEL"],
+        "revision": environment.get("REVISION") or None,
+        "dtype": environment.get("DTYPE") or "auto",
         "store": environment["STORE"],
         "num_replicas": replicas,
         "max_replicas": most,

@@ -1,14 +1,15 @@
 """`roentgen eval --launch`: bring a cluster up, evaluate there, fetch the results, and take down what was created.
 
-The evaluation runs as a job of SkyPilot's, on the cluster, so that autostop sees it. The run directory is always fetched, and a
-run that is here already goes there first, so that the same command continues it on any cluster. Activations are fetched if
+The evaluation runs as a job of SkyPilot's, on the cluster, so that autostop sees it. Files that its options name go there
+first. The run directory is always fetched, and a run that is here already goes there too, so that the same command continues
+it on any cluster. Activations are fetched if
 asked, or if they would end with the cluster; in a bucket they stay readable. Whatever happens, also Ctrl-C, a cluster that was
 created here is taken down, unless it is to keep running; one that was there is left alone.
 """
 
 import shlex
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from functools import partial
@@ -25,6 +26,7 @@ from roentgen.runs import Run, RunError
 
 TASK = ROOT / "eval.yaml"
 REMOTE_RUNS = "~/runs"
+REMOTE_FILES = "~/runs/.files"
 
 
 class Afterwards(BaseModel):
@@ -49,15 +51,17 @@ def launch_and_evaluate(
     afterwards: Afterwards,
     sky: SkyPilot,
     stage: Callable[[str], None],
+    files: Mapping[str, Path] = {},
 ) -> Path:
     """Evaluate on a cluster.
 
     Args:
         settings: of the cluster.
-        options: of the evaluation, as `python -m eval_jobs` takes them, without --output.
+        options: of the evaluation, as `python -m eval_jobs` takes them, without --output and those that name files.
         afterwards: what is done when it is over.
         sky: SkyPilot.
         stage: told what is being done.
+        files: per option that names a file, the file here.
 
     Returns:
         The run directory here.
@@ -74,10 +78,13 @@ def launch_and_evaluate(
         if (output / "config.json").exists():
             stage(f"taking {output} there, to continue it")
             head.push(output, there.removeprefix("~/"), leave_out="activations")
+        words = [shlex.join(options), f"--output {there}"]
+        for option, file in files.items():
+            head.push_file(file, REMOTE_FILES.removeprefix("~/"))
+            words.append(f"{option} {REMOTE_FILES}/{shlex.quote(file.name)}")
         stage(f"evaluating; the run directory there is {there}")
         nodes = next((one.nodes for one in sky.clusters() if one.name == launched.name), 1)
-        words = shlex.join(options) + f" --output {there}"
-        command = ["exec", launched.name, str(TASK), "--num-nodes", str(nodes), "--env", f"EVAL={words}"]
+        command = ["exec", launched.name, str(TASK), "--num-nodes", str(nodes), "--env", f"EVAL={' '.join(words)}"]
         code, last = sky.stream(command, stage)
         # Also of an evaluation that failed: what is finished is worth having.
         stage(f"fetching {there}")

@@ -70,6 +70,15 @@ class Head:
         self.run(f"mkdir -p {shlex.quote(remote)}")
         self._copy("--update", f"--exclude=/{leave_out}/", f"{local}/", f"{self.name}:{remote}/")
 
+    def push_file(self, local: Path, folder: str) -> None:
+        """Copy a file into a folder on the node.
+
+        Raises:
+            LaunchError: if it cannot be copied.
+        """
+        self.run(f"mkdir -p {shlex.quote(folder)}")
+        self._copy(str(local), f"{self.name}:{folder}/")
+
     def _copy(self, *arguments: str) -> None:
         command = ["rsync", "-a", "--partial", "-e", "ssh -o BatchMode=yes", *arguments]
         done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -6,6 +6,8 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from serve_app.config import Dtype
+
 Sync = Literal["full", "frozen", "fresh", "skip"]
 
 
@@ -14,6 +16,8 @@ class ClusterSettings(BaseModel):
 
     Attributes:
         model: to serve.
+        revision: of a hub model; the newest if absent.
+        dtype: of weights and activations; "auto" takes bfloat16 where the GPU computes in it.
         min_vram: gigabytes of memory that a GPU must have; 0 for machines without one.
         gpus: per node.
         max_price: dollars per hour and node.
@@ -35,6 +39,8 @@ class ClusterSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: str = "Qwen/Qwen3-0.6B"
+    revision: str | None = None
+    dtype: Dtype = "auto"
     min_vram: int = Field(default=16, ge=0)
     gpus: int = Field(default=1, ge=1)
     max_price: float = Field(default=0.60, gt=0)
@@ -82,6 +88,8 @@ def rewrite(task: dict[str, Any], settings: ClusterSettings, *, exists: bool = F
     envs = {
         **task["envs"],
         "MODEL": settings.model,
+        "REVISION": settings.revision or "",
+        "DTYPE": settings.dtype,
         "STORE": settings.store,
         "PORT": str(settings.port),
         "MAX_REPLICAS": str(settings.max_replicas or ""),

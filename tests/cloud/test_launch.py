@@ -105,7 +105,7 @@ def cloud(sky_python: Path) -> Iterator[Cloud]:
         shutil.rmtree(folder)
 
 
-def test_up_evaluate_reuse_and_down(cloud: Cloud, tmp_path: Path) -> None:
+def test_up_evaluate_reuse_and_down(cloud: Cloud, tmp_path: Path, gsm8k_test: Path) -> None:
     """The whole life of a cluster; one test, because each step needs the one before."""
     options = ("--model", "smollm2-135m", "--min-vram", "0", "--name", NAME)
     port = str(free_port("127.0.0.1"))
@@ -120,7 +120,8 @@ def test_up_evaluate_reuse_and_down(cloud: Cloud, tmp_path: Path) -> None:
     assert "exists (UP): use it with --reuse" in again.stderr
 
     output = tmp_path / "run"
-    evaluation = ("--problems", "arithmetic", "--samples", "4", "--max-tokens", "8", "--collect-activations")
+    # A file of this machine: it goes to the cluster with the evaluation.
+    evaluation = ("--problems", str(gsm8k_test), "--samples", "4", "--max-tokens", "8", "--collect-activations")
     on = ("--launch", "--cluster", NAME, "--model", "smollm2-135m", "--port", port, "--skip-sync")
     done = cloud.roentgen("eval", *evaluation, *on, "--transfer-activations", "--output", str(output))
     assert done.returncode == 0, done.stderr[-6000:]

@@ -31,6 +31,7 @@ def cluster() -> Iterator[Cluster]:
     environment = {
         "VENV": sys.prefix,
         "MODEL": "smollm2-135m",
+        "DTYPE": "float32",  # rows are compared with a reference to 1e-4
         "STORE": str(folder / "store"),
         "PORT": "8000",
         "REPLICAS": "2",

@@ -27,8 +27,13 @@ def arguments(config: dict[str, Any]) -> ServerConfig:
 def test_the_launch_chooses_and_serve_yaml_keeps_the_rest() -> None:
     config = rendered(PORT="8123", REPLICAS="")
     assert (arguments(config).model, arguments(config).store) == ("some/model", "s3://bucket/folder")
-    assert arguments(config).max_batch == 32
+    assert (arguments(config).dtype, arguments(config).revision, arguments(config).max_batch) == ("auto", None, 32)
     assert config["http_options"] == {"host": "127.0.0.1", "port": 8123}
+
+
+def test_the_launch_may_choose_precision_and_revision() -> None:
+    config = arguments(rendered(DTYPE="float16", REVISION="0123abc"))
+    assert (config.dtype, config.revision) == ("float16", "0123abc")
 
 
 def test_only_a_server_with_a_key_listens_on_the_network() -> None:
