@@ -235,8 +235,8 @@ def _join(run: Run, answered: list[Sample]) -> list[Source]:
     sources = []
     for uri, pairs in by_session.items():
         session = Session.open(uri)
-        # Not only the unique ones: the record names the rollout that was acknowledged, and a later retry is not it.
-        index = session.rollouts(unique=False).set_index("rollout_id", drop=False)
+        # By id, not by key: the record names the rollout that was acknowledged, and a later retry is not it.
+        index = session.rollouts(ids=[rollout_id for _, rollout_id in pairs]).set_index("rollout_id", drop=False)
         missing = [rollout_id for _, rollout_id in pairs if rollout_id not in index.index]
         if missing:
             raise ProbeDataError(

@@ -180,7 +180,8 @@ class Ingress:
         session = self._find(session_id)
         summary: SessionSummary = summarise(session)
         columns = ["rollout_id", "problem_id", "epoch", "turn", "shard", "row_start", "row_stop", "labels"]
-        page = session.rollouts(columns=("labels",)).iloc[offset : offset + limit][columns]
+        ids = session.rollouts(columns=())["rollout_id"].iloc[offset : offset + limit]
+        page = session.rollouts(columns=("labels",), ids=ids).sort_values("rollout_id")[columns]
         return {**asdict(summary), "offset": offset, "items": json.loads(page.to_json(orient="records"))}
 
     def delete_session(self, session_id: str) -> Body:

@@ -40,7 +40,7 @@ def sessions_show(session: Address) -> None:
 
     with expected_errors(StoreError):
         opened = Session.open(session)
-        summary, frame = summarise(opened), opened.rollouts()
+        summary, frame = summarise(opened), opened.rollouts(columns=("finish_reason",))
     out.print(
         f"[bold]{summary.session_id}[/bold]  {summary.rollouts:,} rollouts, {summary.tokens:,} tokens, "
         f"{summary.shards} shards, {summary.bytes / 1e6:,.1f} MB  ({', '.join(summary.models)})",
@@ -113,7 +113,11 @@ def sessions_compact(
     if not done.replaced:
         out.print("nothing to merge")
         return
-    out.print(f"{done.rollouts:,} rollouts in {done.shards:,} shards are now in {done.into:,}", highlight=False)
+    out.print(
+        f"{done.rollouts:,} rollouts: {done.replaced:,} index files are now {len(done.indexes):,}, "
+        f"{len(done.moved):,} shards are now {len(done.into):,}",
+        highlight=False,
+    )
 
 
 @sessions_app.command("export")

@@ -4,10 +4,10 @@ A rollout that was stored but never recorded was acknowledged to nobody who live
 and its problem posed again. Only the runs know which those are, so they must be named; rollouts of other configurations stay.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from ulid import ULID
 
@@ -42,16 +42,14 @@ def tidy(uri: str, runs: Sequence[Path], *, older_than_s: float, dry_run: bool =
     session, opened = Session.open(uri), [Run.open(run) for run in runs]
     named = {ref.rollout_id for run in opened for sample in run.samples() for ref in sample.rollouts}
     hashes = {config_hash for run in opened for config_hash in run.config.config_hashes}
-    now = ULID().timestamp
-
-    def keep(row: dict[Any, Any]) -> bool:
-        young = now - ULID.from_str(row["rollout_id"]).timestamp < older_than_s
-        return young or row["rollout_id"] in named or row["config_hash"] not in hashes
-
-    unwanted = (
-        sum(not keep(row) for row in session.rollouts(unique=False, columns=()).to_dict("records")) if runs else 0
-    )
+    unwanted: list[str] = []
+    if runs:
+        frame = session.rollouts(unique=False, columns=())
+        # A ULID begins with its time, and sorts by it.
+        old = frame["rollout_id"] < str(ULID.from_timestamp(time.time() - older_than_s))
+        of_these = frame["config_hash"].isin(hashes) & ~frame["rollout_id"].isin(named)
+        unwanted = frame.loc[old & of_these, "rollout_id"].tolist()
     if unwanted and not dry_run:
-        compact(session, keep=keep)
+        compact(session, drop=unwanted)
     gone = collect(session, grace_s=older_than_s, dry_run=dry_run)
-    return Tidied(unwanted, gone.files, gone.size)
+    return Tidied(len(unwanted), gone.files, gone.size)

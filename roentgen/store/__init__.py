@@ -5,13 +5,14 @@
       shards/<ulid>.safetensors    tensors, one per key, rows of all the shard's rollouts back to back
       index/<ulid>.parquet         one row per rollout; written last, so its presence means "committed"
 
-`schema` says what the files hold, `durable` how bytes reach the disk, `writer` groups and commits, `reader` opens lazily,
-`sessions` lists, verifies, deletes and packs, `locks` keeps deleting and writing apart. docs/store.md describes the format for
-readers in other languages.
+`schema` says what the files hold, `durable` how bytes reach the disk, `writer` groups and commits, `reader` opens a session and
+`activations` its rows, lazily, `sessions` lists, verifies, deletes and packs, `locks` keeps deleting and writing apart.
+docs/store.md describes the format for readers in other languages.
 """
 
+from roentgen.store.activations import Activations, RolloutRows
 from roentgen.store.locks import SessionBusyError
-from roentgen.store.reader import Activations, RolloutRows, Session
+from roentgen.store.reader import Session
 from roentgen.store.schema import CaptureSpec, Receipt, Rollout, Segment, SessionNotFoundError, StoreError
 from roentgen.store.sessions import SessionSummary, VerifyReport, list_sessions, verify
 from roentgen.store.writer import StoreWriter

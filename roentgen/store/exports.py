@@ -13,8 +13,9 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from roentgen.contract import split_key
+from roentgen.store.activations import RolloutRows
 from roentgen.store.durable import make_folder, write_durably
-from roentgen.store.reader import RolloutRows, Session
+from roentgen.store.reader import Session
 
 if TYPE_CHECKING:
     from datasets import Dataset

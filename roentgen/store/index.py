@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import xxhash
 from torch import Tensor
@@ -17,6 +18,13 @@ from torch import Tensor
 from roentgen.store.places import Place
 from roentgen.store.schema import INDEX_SCHEMA, SCHEMA_VERSION, CaptureSpec, StoreError, check_version
 from roentgen.store.shards import shard_bytes
+
+ROW_GROUP = 8192
+"""Rows of an index that are read together: what a reader that looks for a few rollouts holds at once."""
+_REPEATED = ["config_hash", "shard"]
+"""Columns of few different values, which are kept once: they would be half of a large table."""
+_ONE_REQUEST = 4 << 20
+"""A file of a bucket that is no larger is fetched whole: cheaper than asking for its footer and its columns."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +49,7 @@ class IndexFile:
     Attributes:
         name: its name in the folder `index`.
         table: its rows, of the columns asked for.
-        shards: the shards it names.
+        shards: what it says of shards, by name.
         replaces: index files that no longer count, since this one holds what they held.
     """
 
@@ -49,6 +57,12 @@ class IndexFile:
     table: pa.Table
     shards: dict[str, ShardFile]
     replaces: frozenset[str]
+
+    @property
+    def named(self) -> list[str]:
+        """The shards that its rows are in."""
+        names: list[str] = self.table.column("shard").unique().to_pylist()
+        return names
 
 
 def write_shard(session: Place, name: str, parts: Sequence[dict[str, Tensor]], spec: CaptureSpec) -> ShardFile:
@@ -74,24 +88,30 @@ def index_bytes(
     rows: Sequence[dict[str, Any]] | pa.Table, shards: Sequence[ShardFile], replaces: Sequence[str] = ()
 ) -> bytes:
     """Return an index file's bytes."""
-    table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(list(rows), schema=INDEX_SCHEMA)
+    table = (
+        rows.cast(INDEX_SCHEMA) if isinstance(rows, pa.Table) else pa.Table.from_pylist(list(rows), schema=INDEX_SCHEMA)
+    )
     metadata = {
         "roentgen_schema": str(SCHEMA_VERSION),
         "shards": json.dumps({shard.name: {"bytes": shard.size, "xxh3_128": shard.checksum} for shard in shards}),
         "replaces": json.dumps(sorted(replaces)),
     }
     buffer = pa.BufferOutputStream()
-    pq.write_table(table.replace_schema_metadata(metadata), buffer, write_page_checksum=True)
+    table = table.replace_schema_metadata(metadata)
+    pq.write_table(table, buffer, write_page_checksum=True, row_group_size=ROW_GROUP)
     return bytes(buffer.getvalue())
 
 
-def read_index(folder: Place, name: str, columns: Sequence[str] | None = None) -> IndexFile:
-    """Read an index file, its page checksums verified.
+def read_index(
+    folder: Place, name: str, columns: Sequence[str] | None = None, *, ids: pa.Array | None = None
+) -> IndexFile:
+    """Read an index file, its page checksums verified; of a large one, only the columns that are wanted.
 
     Args:
         folder: `index` of a session.
         name: the file's.
         columns: which to read; all if None.
+        ids: only rows of these rollouts, found a row group at a time; all if None.
 
     Raises:
         FileNotFoundError: if it is not there (any more).
@@ -99,19 +119,41 @@ def read_index(folder: Place, name: str, columns: Sequence[str] | None = None) -
     """
     where = f"index file {folder.uri}/{name}"
     try:
-        body = folder.read(name)
-        file = pq.ParquetFile(pa.BufferReader(body), page_checksum_verification=True)
-        metadata = file.schema_arrow.metadata or {}
-        version = metadata.get(b"roentgen_schema", b"").decode()
-        if version.isdigit() and int(version) <= SCHEMA_VERSION and not file.schema_arrow.equals(INDEX_SCHEMA):
-            raise StoreError(f"{where} is damaged: its columns are not those of schema {version}")
-        table = file.read(list(columns) if columns is not None else None)
+        with folder.open_arrow(name) as opened:
+            whole = folder.remote and opened.size() <= _ONE_REQUEST
+            source = pa.BufferReader(opened.read()) if whole else opened
+            file = pq.ParquetFile(
+                source, read_dictionary=_REPEATED, pre_buffer=folder.remote, page_checksum_verification=True
+            )
+            metadata = file.metadata.metadata or {}
+            version = metadata.get(b"roentgen_schema", b"").decode()
+            check_version(version or None, where)
+            _check_columns(file.schema_arrow, where)
+            wanted = list(columns) if columns is not None else None
+            table = file.read(wanted) if ids is None else _read_some(file, wanted, ids)
         shards = json.loads(metadata.get(b"shards", b"{}"))
         replaces = frozenset(json.loads(metadata.get(b"replaces", b"[]")))
+        named = {name: ShardFile(name, int(shard["bytes"]), str(shard["xxh3_128"])) for name, shard in shards.items()}
     except FileNotFoundError:
         raise
-    except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: damaged names are not text
+    except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        # Not only pyarrow's: damaged metadata is no text, no JSON, or another kind of JSON.
         raise StoreError(f"{where} is damaged: {error}") from error
-    check_version(version or None, where)
-    named = {name: ShardFile(name, int(shard["bytes"]), str(shard["xxh3_128"])) for name, shard in shards.items()}
-    return IndexFile(name, table.replace_schema_metadata(None), named, replaces)
+    return IndexFile(name, table.replace_schema_metadata(None).unify_dictionaries(), named, replaces)
+
+
+def _read_some(file: pq.ParquetFile, columns: list[str] | None, ids: pa.Array) -> pa.Table:
+    found = []
+    for group in range(file.num_row_groups):
+        mask = pc.is_in(file.read_row_group(group, ["rollout_id"]).column(0), value_set=ids)
+        if pc.any(mask).as_py():
+            found.append(file.read_row_group(group, columns).filter(mask))
+    return pa.concat_tables(found) if found else file.schema_arrow.empty_table().select(columns or INDEX_SCHEMA.names)
+
+
+def _check_columns(stored: pa.Schema, where: str) -> None:
+    plain = pa.schema(
+        [f.with_type(f.type.value_type) if pa.types.is_dictionary(f.type) else f for f in stored], stored.metadata
+    )
+    if not plain.equals(INDEX_SCHEMA):
+        raise StoreError(f"{where} is damaged: its columns are not those of schema {SCHEMA_VERSION}")

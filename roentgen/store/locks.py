@@ -8,6 +8,7 @@ A note that a dead process left counts for `LEASE_S`.
 """
 
 import fcntl
+import logging
 import os
 import threading
 import time
@@ -21,6 +22,8 @@ from ulid import ULID
 
 from roentgen.store.places import FolderPlace, Place
 from roentgen.store.schema import StoreError
+
+log = logging.getLogger(__name__)
 
 LEASE_S = 600.0
 """How long a note in a bucket counts, in seconds; its writer renews it at half of this."""
@@ -112,8 +115,14 @@ class BucketLeases:
             self._forget(session_id)
 
     def _forget(self, session_id: str) -> None:
-        if self._noted.pop(session_id, None) is not None:
+        if self._noted.pop(session_id, None) is None:
+            return
+        try:
             _notes(self._root, session_id).remove(self._name)
+        except (
+            OSError
+        ) as error:  # what was committed stays committed; the session can be deleted later than it could have been
+            log.warning("session %s counts as being written for %d s more: %s", session_id, LEASE_S, error)
 
 
 @contextmanager

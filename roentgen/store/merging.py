@@ -11,21 +11,22 @@ import queue
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import PurePosixPath
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from torch import Tensor
 from ulid import ULID
 
-from roentgen.store.index import IndexFile, ShardFile, index_bytes, read_index, write_shard
+from roentgen.store.index import ShardFile, index_bytes, read_index, write_shard
 from roentgen.store.locks import WriterLocks
 from roentgen.store.places import Place
 from roentgen.store.reader import LOCATION, Session
-from roentgen.store.schema import CaptureSpec, Receipt, StoreError, rows_checksum
+from roentgen.store.schema import INDEX_SCHEMA, CaptureSpec, Receipt, StoreError, rows_checksum
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +34,9 @@ GRACE_S = 3600.0
 """How long what was replaced, or is named by nobody, is kept: longer than any commit or any reader's table lives."""
 MERGED_BYTES = 256 << 20
 """Of a shard that `compact` makes."""
+INDEX_BYTES = 32 << 20
+"""Of index files that are merged into one: tens of thousands of rollouts, whose texts are in memory meanwhile."""
+_MOVED_BY = [*LOCATION, "checksum"]
 
 
 @dataclass(frozen=True)
@@ -41,19 +45,22 @@ class Merged:
 
     Attributes:
         replaced: index files that no longer count.
-        shards: shards that their rollouts were in.
+        indexes: the index files that do instead.
+        moved: shards whose rollouts are elsewhere now.
         into: shards that they are in now.
-        rollouts: how many there are.
+        rollouts: how many the new index files name.
         dropped: rollouts that were left out, as asked.
     """
 
     replaced: int = 0
-    shards: int = 0
-    into: int = 0
+    indexes: tuple[str, ...] = ()
+    moved: tuple[str, ...] = ()
+    into: tuple[ShardFile, ...] = ()
     rollouts: int = 0
     dropped: int = 0
-    index: str | None = None
-    size: int = 0
+
+    def __add__(self, other: "Merged") -> "Merged":
+        return Merged(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
 
 @dataclass(frozen=True)
@@ -64,53 +71,70 @@ class Collected:
     size: int = 0
 
 
-def compact(
-    session: Session,
-    *,
-    shard_bytes: int = MERGED_BYTES,
-    keep: Callable[[dict[str, Any]], bool] | None = None,
-) -> Merged:
-    """Merge a session's small shards, and leave out rollouts that are not wanted.
+def compact(session: Session, *, shard_bytes: int = MERGED_BYTES, drop: Collection[str] = ()) -> Merged:
+    """Merge a session's small shards and its small index files, and leave out rollouts that are not wanted.
 
     Args:
         session: whose.
-        shard_bytes: of a merged shard, about; shards of more than half of it stay as they are.
-        keep: whether a rollout (its index row, of `LOCATION`) stays; all do if None.
+        shard_bytes: of a merged shard, about; shards of more than half of it stay where they are.
+        drop: ids of rollouts that are not wanted.
 
     Raises:
-        StoreError: if an index or a shard is damaged: nothing is changed then.
-        OSError: as the disk or the bucket answers; nothing is changed then.
+        StoreError: if an index or a shard is damaged: what had not been merged by then is not changed.
+        OSError: as the disk or the bucket answers; likewise.
     """
-    files = session.index(LOCATION)
-    sizes = {entry.name: entry.size for entry in session.place.child("shards").entries()}
-    chosen = [
-        name
-        for name, file in files.items()
-        if _is_small(file.table, sizes, shard_bytes // 2)
-        or (keep is not None and not all(keep(row) for row in file.table.to_pylist()))
-    ]
-    if len(chosen) < 2 and keep is None:
-        return Merged()
-    return merge(session, chosen, shard_bytes, keep)
+    files, unwanted = session.index(LOCATION), pa.array(list(drop), pa.string())
+    done, batch, size, small = Merged(), list[str](), 0, shard_bytes // 2
+    for entry in session.place.child("index").entries():
+        file = files.get(entry.name)
+        if file is None:
+            continue
+        spoilt = pc.any(pc.is_in(file.table.column("rollout_id"), value_set=unwanted)).as_py()
+        if not (spoilt or entry.size < INDEX_BYTES // 2 or any(s.size < small for s in file.shards.values())):
+            continue
+        if batch and size + entry.size > INDEX_BYTES:
+            done += merge(session, batch, shard_bytes=shard_bytes, small=small, drop=drop)
+            batch, size = [], 0
+        batch.append(entry.name)
+        size += entry.size
+    return done + merge(session, batch, shard_bytes=shard_bytes, small=small, drop=drop)
 
 
 def merge(
-    session: Session, names: Sequence[str], shard_bytes: int, keep: Callable[[dict[str, Any]], bool] | None = None
+    session: Session, names: Sequence[str], *, shard_bytes: int, small: int, drop: Collection[str] = ()
 ) -> Merged:
-    """Merge some index files and their shards into one index file and as many shards as are needed.
+    """Merge some index files into one, and their small shards into as many as are needed.
+
+    One index file that would only be written again is left alone.
+
+    Args:
+        session: whose.
+        names: the index files.
+        shard_bytes: of a merged shard, about.
+        small: a shard of so many bytes or more stays where it is, unless one of its rollouts is dropped.
+        drop: ids of rollouts that are left out.
 
     Raises:
         StoreError: if one of them is damaged: nothing is changed then.
         OSError: as the disk or the bucket answers; nothing is changed then.
     """
-    if not names:
-        return Merged()
-    folder = session.place.child("index")
+    folder, unwanted = session.place.child("index"), frozenset(drop)
     files = [read_index(folder, name) for name in names]
-    rows = {row["rollout_id"]: row for file in files for row in file.table.to_pylist()}
-    kept = [row for row in rows.values() if keep is None or keep(row)]
+    if not files:
+        return Merged()
+    table = pa.concat_tables([file.table for file in files]).unify_dictionaries()
+    # By id: files that were merged twice hold rollouts twice.
+    rows = {row["rollout_id"]: row | {"at": at} for at, row in enumerate(table.select(_MOVED_BY).to_pylist())}
+    kept = [row for rollout_id, row in rows.items() if rollout_id not in unwanted]
+    spoilt = {row["shard"] for rollout_id, row in rows.items() if rollout_id in unwanted}
+    known = {shard.name: shard for file in files for shard in file.shards.values()}
+    named = {row["shard"] for row in rows.values()}
+    moving = {n for n in named if n in spoilt or n not in known or known[n].size < small}
+    if len(files) == 1 and len(moving) < 2 and not spoilt:
+        return Merged()
+
     made: list[ShardFile] = []
-    for group in _groups(session, kept, shard_bytes):
+    for group in _groups(session, [row for row in kept if row["shard"] in moving], shard_bytes):
         shard = write_shard(session.place, str(ULID()), group.parts(), group.spec)
         start = 0
         for row in group.rows:
@@ -118,14 +142,17 @@ def merge(
             row |= {"shard": shard.name, "row_start": start, "row_stop": start + count}
             start += count
         made.append(shard)
+
+    table = table.take(pa.array([row["at"] for row in kept], pa.int64()))
+    for name in ("shard", "row_start", "row_stop"):
+        column = pa.array([row[name] for row in kept], INDEX_SCHEMA.field(name).type)
+        table = table.set_column(table.column_names.index(name), name, column)
+    staying = [known[name] for name in sorted({row["shard"] for row in kept} & known.keys())]
     there = {entry.name for entry in folder.entries()}
     replaced = {*names, *(name for file in files for name in file.replaces)} & there
     index = f"{ULID()}.parquet"
-    folder.put(index, [index_bytes(kept, made, sorted(replaced))])
-    return Merged(
-        len(names), len({name for file in files for name in _shards_of(file.table)}), len(made), len(kept),
-        len(rows) - len(kept), index, sum(shard.size for shard in made),
-    )  # fmt: skip
+    folder.put(index, [index_bytes(table, [*staying, *made], sorted(replaced))])
+    return Merged(len(names), (index,), tuple(sorted(moving)), tuple(made), len(kept), len(rows) - len(kept))
 
 
 def collect(session: Session, *, grace_s: float = GRACE_S, dry_run: bool = False) -> Collected:
@@ -152,7 +179,7 @@ def collect(session: Session, *, grace_s: float = GRACE_S, dry_run: bool = False
         for name in file.replaces
         if name in files
     }
-    named = {PurePosixPath(s).name for name, file in files.items() if name not in dead for s in _shards_of(file.table)}
+    named = {PurePosixPath(s).name for name, file in files.items() if name not in dead for s in file.named}
     gone = [(index, entries[name]) for name in sorted(dead) if name in entries]
     # An index goes before its shards: a crash in between leaves shards that no index names, never the reverse.
     gone += [(shards, entry) for entry in stored if entry.name not in named and entry.modified <= before]
@@ -180,9 +207,9 @@ class Merger:
         """
         self._root, self._locks = root, locks
         self._after, self._small, self._large = after, small, large
-        self._waiting: dict[str, dict[str, int]] = defaultdict(dict)
-        self._jobs: queue.SimpleQueue[tuple[str, dict[str, int]] | None] = queue.SimpleQueue()
-        self._replaced: deque[tuple[float, str, list[IndexFile]]] = deque()
+        self._waiting: dict[tuple[str, bool], dict[str, int]] = defaultdict(dict)
+        self._jobs: queue.SimpleQueue[tuple[str, list[str]] | None] = queue.SimpleQueue()
+        self._replaced: deque[tuple[float, str, list[str], tuple[str, ...]]] = deque()
         self._guard = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="store-merger", daemon=True)
         self._thread.start()
@@ -197,13 +224,12 @@ class Merger:
         self._thread.join()
 
     def _add(self, session_id: str, index: str, size: int) -> None:
-        if size >= self._small:
-            return
+        small = size < self._small
         with self._guard:
-            waiting = self._waiting[session_id]
+            waiting = self._waiting[session_id, small]
             waiting[index] = size
-            if len(waiting) >= self._after or sum(waiting.values()) >= self._large:
-                self._jobs.put((session_id, self._waiting.pop(session_id)))
+            if len(waiting) >= self._after or (small and sum(waiting.values()) >= self._large):
+                self._jobs.put((session_id, sorted(self._waiting.pop((session_id, small)))))
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
@@ -211,7 +237,7 @@ class Merger:
             self._locks.acquire(session_id)
             try:
                 self._locks.settle(session_id)
-                self._merge(session_id, sorted(names))
+                self._merge(session_id, names)
                 self._remove_old()
             except (StoreError, OSError):  # nothing is lost: the small shards stay, and `compact` can merge them
                 log.exception("the small shards of session %s could not be merged", session_id)
@@ -220,22 +246,22 @@ class Merger:
 
     def _merge(self, session_id: str, names: list[str]) -> None:
         session = Session.open(self._root.child(session_id))
-        folder = session.place.child("index")
-        there = {entry.name for entry in folder.entries()}
-        files = [read_index(folder, name, LOCATION) for name in names if name in there]
-        merged = merge(session, [file.name for file in files], self._large)
-        if merged.index is not None:
-            self._replaced.append((time.monotonic() + GRACE_S, session_id, files))
-            self._add(session_id, merged.index, merged.size // max(merged.into, 1))
+        there = {entry.name for entry in session.place.child("index").entries()}
+        names = [name for name in names if name in there]
+        merged = merge(session, names, shard_bytes=self._large, small=self._small)
+        for index in merged.indexes:
+            self._replaced.append((time.monotonic() + GRACE_S, session_id, names, merged.moved))
+            if merged.into:
+                self._add(session_id, index, sum(shard.size for shard in merged.into) // len(merged.into))
 
     def _remove_old(self) -> None:
         while self._replaced and self._replaced[0][0] < time.monotonic():
-            _, session_id, files = self._replaced.popleft()
+            _, session_id, indexes, shards = self._replaced.popleft()
             session = self._root.child(session_id)
-            for file in files:
-                session.child("index").remove(file.name)
-                for shard in _shards_of(file.table):
-                    session.child("shards").remove(PurePosixPath(shard).name)
+            for name in indexes:
+                session.child("index").remove(name)
+            for name in shards:
+                session.child("shards").remove(PurePosixPath(name).name)
 
 
 @dataclass(frozen=True)
@@ -280,12 +306,3 @@ def _groups(session: Session, rows: list[dict[str, Any]], shard_bytes: int) -> I
                 group, size = [], 0
         if group:
             yield _Group(session, spec, group)
-
-
-def _is_small(table: pa.Table, sizes: dict[str, int], limit: int) -> bool:
-    return all(sizes.get(PurePosixPath(shard).name, 0) < limit for shard in _shards_of(table))
-
-
-def _shards_of(table: pa.Table) -> list[str]:
-    names: list[str] = table.column("shard").unique().to_pylist()
-    return names

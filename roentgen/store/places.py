@@ -13,11 +13,13 @@ import mmap
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self
 from urllib.parse import urlsplit
 
+import pyarrow as pa
 from ulid import ULID
 
 from roentgen.store.durable import make_folder, sync_folder, write_durably
@@ -97,6 +99,15 @@ class Place(ABC):
         """
 
     @abstractmethod
+    def open_arrow(self, name: str) -> pa.NativeFile:
+        """Open a file as pyarrow reads files.
+
+        Raises:
+            FileNotFoundError: if it is not there.
+            OSError: as the disk or the bucket answers.
+        """
+
+    @abstractmethod
     def remove(self, name: str) -> None:
         """Remove a file; it need not exist."""
 
@@ -159,6 +170,9 @@ class FolderPlace(Place):
     def open(self, name: str) -> Readable:  # noqa: D102
         return _MappedFile(self.path / name)
 
+    def open_arrow(self, name: str) -> pa.NativeFile:  # noqa: D102
+        return pa.OSFile(str(self.path / name))
+
     def remove(self, name: str) -> None:  # noqa: D102
         (self.path / name).unlink(missing_ok=True)
         if self.path.is_dir():
@@ -190,8 +204,8 @@ class BucketPlace(Place):
     """A folder of a bucket.
 
     A bucket has no folders: they are the beginnings of names. An object is visible from the moment it is whole. A writer that
-    fails half-way through a large one may leave what it had sent under that name, so nothing may count that an index does not
-    name; indexes are small enough to be sent in one piece.
+    dies half-way through a large one may leave what it had sent under that name, so nothing may count that an index does not
+    name; indexes are made whole before they are sent.
     """
 
     remote = True
@@ -206,8 +220,16 @@ class BucketPlace(Place):
 
     def put(self, name: str, chunks: Iterable[Bytes]) -> None:  # noqa: D102
         with self._filesystem.open_output_stream(f"{self._path}/{name}") as stream:
-            for chunk in chunks:
-                stream.write(chunk)
+            try:
+                for chunk in chunks:
+                    stream.write(chunk)
+            except BaseException:
+                # To close it is to complete the upload, and nothing else ends one: half a file then stands there.
+                with suppress(OSError):
+                    stream.close()
+                with suppress(OSError):
+                    self.remove(name)
+                raise
 
     def entries(self) -> list[Entry]:  # noqa: D102
         return [Entry(found.base_name, found.size, found.mtime_ns / 1e9) for found in self._list() if found.is_file]
@@ -216,7 +238,10 @@ class BucketPlace(Place):
         return [found.base_name for found in self._list() if not found.is_file]
 
     def open(self, name: str) -> Readable:  # noqa: D102
-        return _RangedFile(self._filesystem.open_input_file(f"{self._path}/{name}"))
+        return _RangedFile(self.open_arrow(name))
+
+    def open_arrow(self, name: str) -> pa.NativeFile:  # noqa: D102
+        return self._filesystem.open_input_file(f"{self._path}/{name}")
 
     def remove(self, name: str) -> None:  # noqa: D102
         try:
@@ -266,8 +291,7 @@ def open_place(uri: str | Path | Place) -> Place:
 
 
 def _filesystem(scheme: str, uri: str) -> Any:
-    from pyarrow import ArrowException
-    from pyarrow.fs import FileSystem, S3FileSystem, resolve_s3_region
+    from pyarrow.fs import AwsStandardS3RetryStrategy, FileSystem, S3FileSystem, resolve_s3_region
 
     try:
         if scheme != "s3":
@@ -279,9 +303,13 @@ def _filesystem(scheme: str, uri: str) -> Any:
             own = {"endpoint_override": parts.netloc, "scheme": parts.scheme, "region": region or "us-east-1"}
         else:
             own = {"region": region or resolve_s3_region(urlsplit(uri).netloc)}
-        # Delayed: what is small goes in one PUT instead of the three requests of an upload in parts.
-        return S3FileSystem(**own, allow_delayed_open=True, connect_timeout=10, request_timeout=60)
-    except (OSError, ArrowException) as error:
+        # Delayed: what is small goes in one PUT instead of the three requests of an upload in parts. A request is given up when
+        # nothing has come for a while and tried again twice, so that a bucket that has gone silent fails a commit in minutes.
+        again = AwsStandardS3RetryStrategy(max_attempts=3)
+        return S3FileSystem(
+            **own, allow_delayed_open=True, connect_timeout=10, request_timeout=20, retry_strategy=again
+        )
+    except (OSError, pa.ArrowException) as error:
         raise StoreError(f"store {uri!r} cannot be opened: {error}") from error
 
 

@@ -55,7 +55,10 @@ def pull(
         for path, length in files:
             folder, _, file = path.rpartition("/")
             if here.get(path) != length:
-                (target.child(folder) if folder else target).put(file, fetch(path))
+                pieces = (
+                    fetch(path) if folder == "shards" else [b"".join(fetch(path))]
+                )  # an index must never be there in part
+                (target.child(folder) if folder else target).put(file, pieces)
             done += length
             said(done, size)
     return target.uri

@@ -162,7 +162,7 @@ def _delete_objects(session: Place) -> int:
 def session_files(session: Session) -> list[Entry]:
     """Return the files that are committed now, by their paths inside the session: what they name first, indexes last."""
     live = session.index(LOCATION)
-    named = {shard for file in live.values() for shard in file.table.column("shard").unique().to_pylist()}
+    named = {shard for file in live.values() for shard in file.named}
     listed = [Entry(f"shards/{e.name}", e.size, e.modified) for e in session.place.child("shards").entries()]
     indexes = [
         Entry(f"index/{e.name}", e.size, e.modified) for e in session.place.child("index").entries() if e.name in live
@@ -221,7 +221,7 @@ def verify(session: Session) -> VerifyReport:
         found = _verify_shard(session, str(name), shards.get(str(name)), rows)
         damage += found
         good += len(rows) - len(found)
-    named = {PurePosixPath(shard).name for file in files for shard in file.table.column("shard").unique().to_pylist()}
+    named = {PurePosixPath(shard).name for file in files for shard in file.named}
     there = [e.name for e in session.place.child("shards").entries() if not e.name.startswith(".")]
     return VerifyReport(good, damage, [f"shards/{name}" for name in there if name not in named])
 

@@ -10,13 +10,14 @@ The format: https://huggingface.co/docs/safetensors/index#format
 import json
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from roentgen.store.places import Bytes, Place
@@ -30,6 +31,12 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _HEADER_GUESS = 64 << 10
 """Bytes read at once to get the header of all but enormous shards in one request."""
+READS_AT_ONCE = 16
+"""Requests that wait for a network together."""
+_GAP = 1 << 20
+"""Bytes that are rather read along than left out by a request of their own, which costs about as much as sending them."""
+_REQUEST = 8 << 20
+"""Bytes that one request asks for, about."""
 
 
 def shard_bytes(parts: Sequence[dict[str, Tensor]], spec: CaptureSpec) -> Iterator[Bytes]:
@@ -76,6 +83,7 @@ class Shard:
     Attributes:
         spec: what its rollouts have in common.
         names: its tensors.
+        remote: whether reading waits for a network.
         layout: what shards must agree in to be merged: each tensor's name, dtype and shape of a row.
         row_bytes: of a row of all tensors together.
     """
@@ -87,6 +95,7 @@ class Shard:
             StoreError: if it is missing, damaged or of a newer schema.
         """
         self._where = f"shard {place.uri}/{name}"
+        self.remote = place.remote
         try:
             self._file = place.open(name)
             header, begin = self._header()
@@ -125,12 +134,31 @@ class Shard:
             raise StoreError(f"{self._where} cannot be read: {error}") from error
         return torch.frombuffer(data, dtype=stored.dtype).view(stop - start, *stored.shape[1:])
 
-    def gather(self, name: str, start: int, rows: Shaped[np.ndarray, "n"]) -> Shaped[Tensor, "n ..."]:
-        """Return the given rows, counted from `start`, reading no more than the span they lie in."""
+    def take(self, name: str, rows: Int[np.ndarray, "n"]) -> Shaped[Tensor, "n ..."]:
+        """Return the given rows, which may come in any order; of a bucket, what lies close together is asked for at once.
+
+        Raises:
+            StoreError: if they cannot be read.
+        """
         if len(rows) == 0:
-            return self.rows(name, start, start)
-        first, last = int(rows[0]), int(rows[-1])
-        return self.rows(name, start + first, start + last + 1)[torch.from_numpy(rows - first)]
+            return self.rows(name, 0, 0)
+        if not self.remote:
+            first, last = int(rows.min()), int(rows.max())
+            return self.rows(name, first, last + 1)[torch.from_numpy(rows - first)]
+        order = np.argsort(rows, kind="stable")
+        spans = _spans(rows[order], self._tensors[name].row_bytes)
+
+        def read(span: Int[np.ndarray, "m"]) -> Shaped[Tensor, "m ..."]:
+            return self.rows(name, int(span[0]), int(span[-1]) + 1)[torch.from_numpy(span - span[0])]
+
+        if len(spans) == 1:
+            found = read(spans[0])
+        else:
+            with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+                found = torch.cat(list(pool.map(read, spans)))
+        back = np.empty_like(order)
+        back[order] = np.arange(len(order))
+        return found[torch.from_numpy(back)]
 
     def _column(self, name: str) -> Shaped[np.ndarray, "rows"]:
         """Return one of the narrow tensors that describe the rows, all of it: it is read once, for every rollout."""
@@ -144,6 +172,17 @@ class Shard:
             raise ValueError(f"its header does not end within its {self._file.size:,} bytes")
         text = begin[8 : 8 + length] if 8 + length <= len(begin) else bytes(self._file.read(8, length))
         return json.loads(text), 8 + length
+
+
+def _spans(rows: Int[np.ndarray, "n"], row_bytes: int) -> list[Int[np.ndarray, "m"]]:
+    """Split ascending rows where the gap is wide, or where one request would become large."""
+    spans, begin = [], 0
+    for at in range(1, len(rows) + 1):
+        ends = at == len(rows) or (rows[at] - rows[at - 1]) * row_bytes > _GAP
+        if ends or (rows[at] - rows[begin]) * row_bytes > _REQUEST:
+            spans.append(rows[begin:at])
+            begin = at
+    return spans
 
 
 def _stored(entry: dict[str, object], begin: int) -> _Stored:

@@ -68,7 +68,8 @@ def _known_tokens(run: Run, samples: list[Sample], say: Callable[[str], None]) -
     for uri, refs in by_session.items():
         try:
             session = Session.open(uri)
-            rows = {row["rollout_id"]: row for row in session.rollouts(unique=False).to_dict("records")}
+            found = session.rollouts(ids=[ref.rollout_id for ref in refs])
+            rows = {row["rollout_id"]: row for row in found.to_dict("records")}
             for ref in refs:
                 if ref.rollout_id in rows:
                     known[ref.rollout_id] = _tokens(session, rows[ref.rollout_id])

@@ -30,7 +30,7 @@ def test_without_a_run_no_rollout_goes(session: str) -> None:
 
 def test_a_session_is_compacted_collected_and_deleted(session: str, tmp_path: Path) -> None:
     done = RUNNER.invoke(app, ["sessions", "compact", session])
-    assert "4 rollouts in 4 shards are now in 1" in done.output
+    assert "4 rollouts: 4 index files are now 1, 4 shards are now 1" in done.output
     assert "nothing to merge" in RUNNER.invoke(app, ["sessions", "compact", session]).output
     would = RUNNER.invoke(app, ["sessions", "gc", session, "--older-than", "0", "--dry-run"])
     assert "would remove 0 rollouts and 8 files" in would.output

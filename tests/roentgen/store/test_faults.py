@@ -4,9 +4,12 @@ After each: what was acknowledged is readable and right, what was not is there w
 garbage.
 """
 
+import contextlib
 import errno
 import http.server
+import itertools
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -20,37 +23,40 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
 import torch
 
-from roentgen.store import Session, StoreWriter, verify
+from roentgen.store import Receipt, Session, StoreWriter, verify
 from roentgen.store.merging import collect
 from tests.roentgen.store.conftest import KEYS, RolloutFactory
 
 pytestmark = pytest.mark.faults
-KILLS = int(os.environ.get("ROENTGEN_KILLS", "12"))
+KILLS = int(os.environ.get("ROENTGEN_KILLS", "40"))
 
-# Writes rollouts whose values follow from their number, merges often, and says each one that is acknowledged.
-WRITER = """
-import sys, torch
-from roentgen.store import StoreWriter
-from tests.roentgen.store.conftest import RolloutFactory, KEYS
 
-make, name = RolloutFactory(), sys.argv[2]
-with StoreWriter(sys.argv[1], max_wait_s=0.002, merge_shards=4) as writer:
-    print("ready", flush=True)
-    for number in range(100_000):
-        rollout = make(number % 7 + 1, number % 5 + 1, problem=f"{name}-{number}", d=64)
-        for key in KEYS:
-            rollout.tensors[key].fill_(number % 128)
-        future = writer.submit(rollout)
-        future.add_done_callback(lambda future, number=number: print(number, future.result().rollout_id, flush=True))
-        if number % 5 == 0:
-            future.result()
-"""
+def write_without_end(store: str, name: str, said: Connection) -> None:
+    """Write rollouts whose values follow from their number, merge often, and say each one that is acknowledged."""
+    make = RolloutFactory()
+
+    def say(number: int, future: "Future[Receipt]") -> None:
+        said.send_bytes(f"{number} {future.result().rollout_id}".encode())
+
+    with StoreWriter(store, max_wait_s=0.002, merge_shards=4) as writer:
+        said.send_bytes(b"ready")
+        for number in itertools.count():
+            rollout = make(number % 7 + 1, number % 5 + 1, problem=f"{name}-{number}", d=64)
+            for key in KEYS:
+                rollout.tensors[key].fill_(number % 128)
+            future = writer.submit(rollout)
+            future.add_done_callback(partial(say, number))
+            if number % 5 == 0:
+                future.result()
 
 
 def check(uri: str, acknowledged: dict[str, str]) -> None:
@@ -71,17 +77,22 @@ def check(uri: str, acknowledged: dict[str, str]) -> None:
 
 def test_a_writer_killed_at_any_moment_loses_nothing_acknowledged(tmp_path: Path) -> None:
     dice, acknowledged = random.Random(0), dict[str, str]()
+    # Each writer is forked from a process that has imported everything, which saves seconds a kill.
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload([__name__])
     for kill in range(KILLS):
-        command = [sys.executable, "-c", WRITER, str(tmp_path), f"w{kill}"]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
-            assert writer.stdout is not None
-            assert writer.stdout.readline() == "ready\n"
-            time.sleep(dice.uniform(0.02, 0.8))
-            writer.send_signal(signal.SIGKILL)
-            said = writer.stdout.read().splitlines(keepends=True)
-        for line in said:
-            if match := re.fullmatch(r"(\d+) (\w{26})\n", line):  # the last line may be cut
-                acknowledged[match[2]] = f"w{kill}-{match[1]}"
+        hears, says = processes.Pipe(duplex=False)
+        writer = processes.Process(target=write_without_end, args=(str(tmp_path), f"w{kill}", says))
+        writer.start()
+        says.close()
+        assert hears.recv_bytes() == b"ready"
+        time.sleep(dice.uniform(0.0, 0.4))
+        writer.kill()
+        writer.join()
+        assert writer.exitcode == -signal.SIGKILL
+        with contextlib.suppress(EOFError):
+            while said := hears.recv_bytes().decode().split():
+                acknowledged[said[1]] = f"w{kill}-{said[0]}"
     assert len(acknowledged) > KILLS
     check(str(tmp_path / "s"), acknowledged)
     collect(Session.open(tmp_path / "s"), grace_s=0)
@@ -223,7 +234,7 @@ def faulty(endpoint: str, faults: Faults) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("store", ["bucket"], indirect=True)
-@pytest.mark.parametrize(("refuse", "cut", "delay_s"), [(0.1, 0.1, 0.1)])
+@pytest.mark.parametrize(("refuse", "cut", "delay_s"), [(0.1, 0.1, 0.1), (0.6, 0.0, 0.0), (0.0, 0.5, 0.0)])
 def test_a_bucket_that_fails_loses_nothing_acknowledged(
     store: str,
     endpoint: str,
@@ -240,10 +251,12 @@ def test_a_bucket_that_fails_loses_nothing_acknowledged(
             one = rollout()
             made[writer.submit(one).result().rollout_id] = one
             faults.refuse, faults.cut, faults.delay_s = refuse, cut, delay_s
-            for _ in range(10):
+            for _ in range(6):
                 one = rollout()
+                waiting = writer.submit(one)
+                assert wait([waiting], timeout=120).done  # in time, whatever comes
                 try:
-                    made[writer.submit(one).result().rollout_id] = one
+                    made[waiting.result().rollout_id] = one
                 except OSError:
                     failed += 1
             faults.refuse = faults.cut = faults.delay_s = 0.0

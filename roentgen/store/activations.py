@@ -1,0 +1,160 @@
+"""One key's rows of many rollouts, read when they are looked at.
+
+An item is one rollout's rows, mapped from its shard on a disk, or asked of a bucket by range, several ahead; so a probe over
+one layer touches that layer's bytes only. `stack` is the short way to what a linear probe wants, one row of each rollout: it
+works out shard by shard which rows those are, and takes them together.
+"""
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple, overload
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Int, Shaped
+from torch import Tensor
+
+from roentgen.contract import Positions
+from roentgen.store.schema import StoreError
+from roentgen.store.shards import READS_AT_ONCE, Shard
+
+if TYPE_CHECKING:
+    from roentgen.store.reader import Session
+
+
+@dataclass(frozen=True)
+class RolloutRows:
+    """One rollout's rows of one key.
+
+    Attributes:
+        rollout_id: whose rows.
+        values: `[rows, *shape]`.
+        position: sequence position per row, -1 for a pooled one, `[rows]`.
+    """
+
+    rollout_id: str
+    values: Shaped[Tensor, "rows ..."]
+    position: Int[np.ndarray, "rows"]
+
+
+class _Place(NamedTuple):
+    """What of a row of the index says where its rollout is."""
+
+    rollout_id: str
+    shard: str
+    row_start: int
+    row_stop: int
+    n_prompt: int
+    n_completion: int
+
+
+class Activations(Sequence[RolloutRows]):
+    """A lazy sequence of `RolloutRows`; an item is read when it is asked for."""
+
+    def __init__(self, session: "Session", key: str, rollouts: pd.DataFrame, positions: Positions) -> None:
+        self.key = key
+        self.rollouts = rollouts
+        self._session = session
+        self._positions = positions
+
+    def __len__(self) -> int:
+        return len(self.rollouts)
+
+    @overload
+    def __getitem__(self, index: int) -> RolloutRows: ...
+    @overload
+    def __getitem__(self, index: slice) -> "Activations": ...
+    def __getitem__(self, index: int | slice) -> "RolloutRows | Activations":
+        if isinstance(index, slice):
+            return Activations(self._session, self.key, self.rollouts.iloc[index], self._positions)
+        return self._read(next(_places(self.rollouts.iloc[[index]])))
+
+    def __iter__(self) -> Iterator[RolloutRows]:
+        if not self._session.place.remote:
+            yield from map(self._read, _places(self.rollouts))
+            return
+        with ThreadPoolExecutor(READS_AT_ONCE) as pool:
+            ahead: deque[Future[RolloutRows]] = deque()
+            for place in _places(self.rollouts):
+                ahead.append(pool.submit(self._read, place))
+                if len(ahead) > READS_AT_ONCE:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+
+    def stack(self) -> Shaped[Tensor, "rollouts ..."]:
+        """Return one row per rollout, `[rollouts, *shape]`, for policies that give exactly one.
+
+        Raises:
+            StoreError: if a rollout gives another number of rows.
+        """
+        frame = self.rollouts.reset_index(drop=True)
+        shards = list(frame.groupby("shard", sort=False, observed=True))
+        if not shards:
+            return torch.empty(0)
+        stacked = torch.cat([self._stack(self._session.shard(str(name)), own) for name, own in shards])
+        at = np.concatenate([own.index.to_numpy() for _, own in shards])
+        return stacked if (at[1:] > at[:-1]).all() else stacked[torch.from_numpy(np.argsort(at))]
+
+    def _stack(self, shard: Shard, own: pd.DataFrame) -> Shaped[Tensor, "rollouts ..."]:
+        rows = self._one_row_each(shard, own)
+        if rows is not None:
+            return shard.take(self.key, rows)
+        found = []
+        for item in map(self._read, _places(own)):
+            if len(item.values) != 1:
+                raise StoreError(
+                    f"rollout {item.rollout_id} has {len(item.values)} rows of {self.key} at positions "
+                    f"'{self._positions}'; stack() needs one (last_prompt, last, mean_prompt, mean_generated)"
+                )
+            found.append(item.values)
+        return torch.cat(found)
+
+    def _one_row_each(self, shard: Shard, own: pd.DataFrame) -> Int[np.ndarray, "rollouts"] | None:
+        """Return the rows of a shard that a policy of one position means; None if that takes more than looking them up."""
+        start, stop, n_prompt, n_completion = (
+            own[name].to_numpy(np.int64) for name in ("row_start", "row_stop", "n_prompt", "n_completion")
+        )
+        if self._positions.policy not in ("last_prompt", "last") or self.key not in shard.spec.keys:
+            return None
+        if not (start < stop).all():
+            return None
+        wanted = n_prompt - 1
+        if self._positions.policy == "last":
+            wanted += np.maximum(n_completion - 1, 0)
+        # Rows are of consecutive positions under every policy but a stride and the pooled ones.
+        position = shard.column("position")
+        rows = start + wanted - position[start]
+        inside = ((start <= rows) & (rows < stop)).all()
+        return rows if inside and (position[rows] == wanted).all() else None
+
+    def _read(self, place: _Place) -> RolloutRows:
+        shard = self._session.shard(place.shard)
+        if self.key not in shard.spec.keys:
+            raise StoreError(
+                f"{self.key} was not captured for rollout {place.rollout_id}; it has {list(shard.spec.keys)}"
+            )
+        start, stop = place.row_start, place.row_stop
+        position = shard.column("position")[start:stop]
+        stored = Positions.parse(shard.spec.positions)
+        if self._positions.policy == "all" or self._positions == stored:
+            return RolloutRows(place.rollout_id, shard.rows(self.key, start, stop), position)
+
+        wanted = self._positions.select(place.n_prompt, place.n_prompt + max(place.n_completion - 1, 0))
+        if stored.pooled or not np.isin(wanted, position).all():
+            raise StoreError(
+                f"rollout {place.rollout_id} stores positions '{stored}'; '{self._positions}' cannot be read from them"
+            )
+        rows = np.flatnonzero(np.isin(position, wanted))
+        values = shard.take(self.key, start + rows)
+        if self._positions.pooled and len(values):
+            # In float32: a bfloat16 mean over hundreds of rows would lose digits that the rows have.
+            return RolloutRows(place.rollout_id, values.float().mean(0, keepdim=True), np.array([-1], dtype=np.int32))
+        return RolloutRows(place.rollout_id, values, position[rows])
+
+
+def _places(frame: pd.DataFrame) -> Iterator[_Place]:
+    return map(_Place._make, frame[list(_Place._fields)].itertuples(index=False, name=None))
