@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections import defaultdict, deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import PurePosixPath
@@ -24,7 +24,7 @@ from ulid import ULID
 
 from roentgen.store.index import ShardFile, index_bytes, read_index, write_shard
 from roentgen.store.locks import WriterLocks
-from roentgen.store.places import Place
+from roentgen.store.places import Entry, Place
 from roentgen.store.reader import LOCATION, Session
 from roentgen.store.schema import INDEX_SCHEMA, CaptureSpec, Receipt, StoreError, rows_checksum
 
@@ -83,21 +83,31 @@ def compact(session: Session, *, shard_bytes: int = MERGED_BYTES, drop: Collecti
         StoreError: if an index or a shard is damaged: what had not been merged by then is not changed.
         OSError: as the disk or the bucket answers; likewise.
     """
-    files, unwanted = session.index(LOCATION), pa.array(list(drop), pa.string())
-    done, batch, size, small = Merged(), list[str](), 0, shard_bytes // 2
-    for entry in session.place.child("index").entries():
-        file = files.get(entry.name)
-        if file is None:
-            continue
+    files, unwanted, small = session.index(LOCATION), pa.array(list(drop), pa.string()), shard_bytes // 2
+
+    def wanting(entry: Entry) -> bool:
+        if (file := files.get(entry.name)) is None:
+            return False
         spoilt = pc.any(pc.is_in(file.table.column("rollout_id"), value_set=unwanted)).as_py()
-        if not (spoilt or entry.size < INDEX_BYTES // 2 or any(s.size < small for s in file.shards.values())):
-            continue
+        return spoilt or entry.size < INDEX_BYTES // 2 or any(s.size < small for s in file.shards.values())
+
+    done = Merged()
+    for names in _batches(filter(wanting, session.place.child("index").entries())):
+        done += merge(session, names, shard_bytes=shard_bytes, small=small, drop=drop)
+    return done
+
+
+def _batches(entries: Iterable[Entry]) -> Iterator[list[str]]:
+    """Split index files into what is merged at once, so that memory stays bounded however many there are."""
+    batch, size = list[str](), 0
+    for entry in entries:
         if batch and size + entry.size > INDEX_BYTES:
-            done += merge(session, batch, shard_bytes=shard_bytes, small=small, drop=drop)
+            yield batch
             batch, size = [], 0
         batch.append(entry.name)
         size += entry.size
-    return done + merge(session, batch, shard_bytes=shard_bytes, small=small, drop=drop)
+    if batch:
+        yield batch
 
 
 def merge(
@@ -208,14 +218,14 @@ class Merger:
         self._root, self._locks = root, locks
         self._after, self._small, self._large = after, small, large
         self._waiting: dict[tuple[str, bool], dict[str, int]] = defaultdict(dict)
-        self._jobs: queue.SimpleQueue[tuple[str, list[str]] | None] = queue.SimpleQueue()
+        self._jobs: queue.SimpleQueue[tuple[str, dict[str, int]] | None] = queue.SimpleQueue()
         self._replaced: deque[tuple[float, str, list[str], tuple[str, ...]]] = deque()
         self._guard = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="store-merger", daemon=True)
         self._thread.start()
 
     def add(self, receipt: Receipt, size: int) -> None:
-        """Hear of a commit: one of its receipts, and the bytes of its activations."""
+        """Hear of a commit: one of its receipts, and its bytes, of activations and index."""
         self._add(receipt.session_id, f"{PurePosixPath(receipt.shard).stem}.parquet", size)
 
     def close(self) -> None:
@@ -229,30 +239,30 @@ class Merger:
             waiting = self._waiting[session_id, small]
             waiting[index] = size
             if len(waiting) >= self._after or (small and sum(waiting.values()) >= self._large):
-                self._jobs.put((session_id, sorted(self._waiting.pop((session_id, small)))))
+                self._jobs.put((session_id, self._waiting.pop((session_id, small))))
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:
-            session_id, names = job
+            session_id, sizes = job
             self._locks.acquire(session_id)
             try:
                 self._locks.settle(session_id)
-                self._merge(session_id, names)
+                self._merge(session_id, sizes)
                 self._remove_old()
             except (StoreError, OSError):  # nothing is lost: the small shards stay, and `compact` can merge them
                 log.exception("the small shards of session %s could not be merged", session_id)
             finally:
                 self._locks.release(session_id)
 
-    def _merge(self, session_id: str, names: list[str]) -> None:
+    def _merge(self, session_id: str, sizes: dict[str, int]) -> None:
         session = Session.open(self._root.child(session_id))
-        there = {entry.name for entry in session.place.child("index").entries()}
-        names = [name for name in names if name in there]
-        merged = merge(session, names, shard_bytes=self._large, small=self._small)
-        for index in merged.indexes:
-            self._replaced.append((time.monotonic() + GRACE_S, session_id, names, merged.moved))
-            if merged.into:
-                self._add(session_id, index, sum(shard.size for shard in merged.into) // len(merged.into))
+        there = [entry for entry in session.place.child("index").entries() if entry.name in sizes]
+        for names in _batches(there):
+            merged = merge(session, names, shard_bytes=self._large, small=self._small)
+            for index in merged.indexes:
+                self._replaced.append((time.monotonic() + GRACE_S, session_id, names, merged.moved))
+                if merged.into:
+                    self._add(session_id, index, sum(sizes[name] for name in names) // len(merged.into))
 
     def _remove_old(self) -> None:
         while self._replaced and self._replaced[0][0] < time.monotonic():

@@ -143,6 +143,11 @@ class Rollout:
         """Bytes of the activations."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
+    @property
+    def size(self) -> int:
+        """Bytes of the activations and, about, of the text and the tokens."""
+        return self.nbytes + len(self.text) + 8 * len(self.token_ids)
+
     def all_tensors(self) -> dict[str, Tensor]:
         """Return the activations and the row columns, as the shard names them."""
         generated = (self.position >= self.n_prompt).astype(np.uint8)

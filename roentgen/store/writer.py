@@ -128,7 +128,7 @@ class StoreWriter:
                 self._locks.release(rollout.session_id)
                 raise StoreError("the store's writer is closed")
             self._pending.append(_Pending(rollout, future, time.monotonic()))
-            self._pending_bytes += rollout.nbytes
+            self._pending_bytes += rollout.size
             self._changed.notify_all()
         return future
 
@@ -159,7 +159,7 @@ class StoreWriter:
             for bucket in _buckets(group):
                 self._commit(bucket)
             with self._changed:
-                self._pending_bytes -= sum(item.rollout.nbytes for item in group)
+                self._pending_bytes -= sum(item.rollout.size for item in group)
                 self._changed.notify_all()
 
     def _announce(self, sessions: set[str]) -> None:
@@ -186,7 +186,7 @@ class StoreWriter:
         for item, receipt in zip(bucket, receipts, strict=True):
             item.future.set_result(receipt)
         if self._merger is not None:
-            self._merger.add(receipts[0], sum(rollout.nbytes for rollout in rollouts))
+            self._merger.add(receipts[0], sum(rollout.size for rollout in rollouts))
 
 
 def _buckets(group: list[_Pending]) -> list[list[_Pending]]:

@@ -72,6 +72,41 @@ def test_a_merge_of_merged_files_leaves_no_trace(tmp_path: Path, rollout: Rollou
     assert len(list((tmp_path / "s/index").iterdir())) == len(list((tmp_path / "s/shards").iterdir())) == 1
 
 
+def test_a_large_shard_is_named_anew_and_not_moved(store: str, rollout: RolloutFactory) -> None:
+    large = [rollout(n_prompt=100, d=64) for _ in range(3)]
+    small = [rollout() for _ in range(2)]
+    write(store, [*large, *small])
+    session = Session.open(f"{store}/s")
+    before = set(session.rollouts()["shard"])
+    done = compact(session, shard_bytes=20_000)
+    assert (done.replaced, len(done.moved), len(done.into)) == (5, 2, 1)
+    check(session, [*large, *small])
+    stayed = before & set(session.rollouts()["shard"])
+    assert len(stayed) == 3
+    assert all(
+        said is not None and said.size > 10_000 for shard, said in session.shard_files().items() if shard in stayed
+    )
+    collect(session, grace_s=0)
+    check(Session.open(f"{store}/s"), [*large, *small])
+    assert compact(session, shard_bytes=20_000).replaced == 0
+    # A rollout that is not wanted makes its shard small enough to move.
+    compact(session, shard_bytes=20_000, drop=[large[0].rollout_id])
+    collect(session, grace_s=0)
+    check(Session.open(f"{store}/s"), [*large[1:], *small])
+
+
+def test_what_is_merged_at_once_is_bounded(
+    tmp_path: Path, rollout: RolloutFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = [rollout(problem=f"p{n}") for n in range(9)]
+    write(tmp_path, written)
+    largest = max(path.stat().st_size for path in (tmp_path / "s/index").iterdir())
+    monkeypatch.setattr("roentgen.store.merging.INDEX_BYTES", 3 * largest)
+    done = compact(Session.open(tmp_path / "s"))
+    assert (done.replaced, len(done.indexes), len(done.into)) == (9, 3, 3)
+    check(Session.open(tmp_path / "s"), written)
+
+
 def test_two_merges_at_once_lose_and_double_nothing(tmp_path: Path, rollout: RolloutFactory) -> None:
     written = [rollout() for _ in range(6)]
     write(tmp_path, written)

@@ -1,6 +1,7 @@
 """A folder and a bucket answer alike."""
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,17 @@ def test_files_are_created_listed_read_and_removed(store: str) -> None:
         inner.open("b")
     assert open_place(inner.uri).read("a") == b""
     assert inner.name == "inner"
+
+
+def test_a_file_that_cannot_be_made_whole_is_not_there(store: str) -> None:
+    def pieces() -> Iterator[bytes]:
+        yield bytes(12 << 20)  # more than one piece of an upload
+        raise ValueError("the rest does not come")
+
+    place = open_place(store)
+    with pytest.raises(ValueError, match="does not come"):
+        place.put("a", pieces())
+    assert place.entries() == []
 
 
 def test_what_is_read_may_be_written_over_and_the_file_stays(store: str) -> None:

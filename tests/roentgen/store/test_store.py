@@ -3,6 +3,7 @@
 import json
 import threading
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from roentgen.contract import Positions
 from roentgen.store import Session, StoreError, StoreWriter, list_sessions, verify
 from tests.roentgen.store.conftest import KEYS, RolloutFactory
 
@@ -86,6 +88,50 @@ def test_position_policies_are_read_from_full_rows(store: str, rollout: RolloutF
         session.activations(KEYS[0]).stack()
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 6), st.integers(0, 5)), min_size=1, max_size=6),
+    st.sampled_from(["all", "prompt", "generated", "last_prompt", "last", "stride:2", "stride:3"]),
+    st.sampled_from(["all", "prompt", "generated", "last_prompt", "last", "stride:2", "stride:6", "mean_prompt"]),
+    st.randoms(use_true_random=False),
+)
+def test_any_positions_are_read_from_any_that_hold_them(
+    tmp_path_factory: pytest.TempPathFactory, shapes: list[tuple[int, int]], stored: str, asked: str, dice: Random
+) -> None:
+    """Against rows chosen one by one; and rows read together are the rows read one by one."""
+    root, make = tmp_path_factory.mktemp("store"), RolloutFactory()
+    made = [make(*shape, positions=stored) for shape in shapes]
+    with StoreWriter(root, max_wait_s=0) as writer:
+        for one in made:
+            writer.submit(one)
+    session = Session.open(root / "s")
+    frame = session.rollouts().sample(frac=1, random_state=dice.randrange(1000))
+    read = session.activations(KEYS[0], where=frame, positions=asked)
+    expected = {}
+    for one in made:
+        n_rows = one.n_prompt + max(one.n_completion - 1, 0)
+        wanted = list(one.position) if asked == "all" else list(Positions.parse(asked).select(one.n_prompt, n_rows))
+        if set(wanted) <= set(one.position):
+            values = torch.stack(
+                [one.tensors[KEYS[0]][list(one.position).index(at)] for at in wanted] or [torch.empty(0)]
+            )
+            expected[one.rollout_id] = values.float().mean(0, keepdim=True) if asked.startswith("mean") else values
+    if len(expected) < len(made):
+        with pytest.raises(StoreError, match="cannot be read from them"):
+            list(read)
+        return
+    items = list(read)
+    assert [item.rollout_id for item in items] == list(frame["rollout_id"])
+    for item in items:
+        wanted = expected[item.rollout_id]
+        assert torch.equal(item.values.flatten(), wanted.flatten())
+    if all(len(item.values) == 1 for item in items):
+        assert torch.equal(read.stack(), torch.cat([item.values for item in items]))
+    else:
+        with pytest.raises(StoreError, match="stack"):
+            read.stack()
+
+
 def test_what_was_not_stored_cannot_be_read(store: str, rollout: RolloutFactory) -> None:
     with StoreWriter(store) as writer:
         writer.submit(rollout(positions="last_prompt")).result()
@@ -110,6 +156,26 @@ def test_a_retried_rollout_counts_once(store: str, rollout: RolloutFactory) -> N
     # What was counted out is still there for whoever asks for it by id.
     everything = session.rollouts(unique=False)
     assert len(session.activations(KEYS[0], where=everything[everything.rollout_id == first.rollout_id])) == 1
+
+
+def test_some_rollouts_are_found_by_id(store: str, rollout: RolloutFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("roentgen.store.index.ROW_GROUP", 3)
+    written = [rollout(problem=f"p{n // 2}") for n in range(10)]
+    with StoreWriter(store, max_wait_s=5) as writer:
+        for one in written[:8]:
+            writer.submit(one)
+    with StoreWriter(store) as writer:
+        for one in written[8:]:
+            writer.submit(one).result()
+    session = Session.open(f"{store}/s")
+    wanted = [written[9].rollout_id, written[2].rollout_id, "01AAAAAAAAAAAAAAAAAAAAAAAA"]
+    frame = session.rollouts(ids=wanted)
+    assert sorted(frame["rollout_id"]) == sorted(wanted[:2])  # also the one that was retried
+    assert frame.set_index("rollout_id").loc[wanted[0], "labels"] == {"problem": "p4"}
+    assert list(frame.columns) == list(session.rollouts().columns)
+    (item,) = session.activations(KEYS[1], where=session.rollouts(ids=wanted[1:2], columns=()))
+    assert torch.equal(item.values, written[2].tensors[KEYS[1]])
+    assert len(session.rollouts(ids=[])) == 0
 
 
 def test_an_open_session_sees_new_commits(store: str, rollout: RolloutFactory) -> None:
@@ -209,7 +275,7 @@ def test_a_newer_schema_is_refused(tmp_path: Path, rollout: RolloutFactory) -> N
 
 
 def test_there_is_no_room_while_too_much_is_pending(tmp_path: Path, rollout: RolloutFactory) -> None:
-    with StoreWriter(tmp_path, max_wait_s=0.3, max_pending_bytes=2 * rollout().nbytes) as writer:
+    with StoreWriter(tmp_path, max_wait_s=0.3, max_pending_bytes=2 * rollout().size) as writer:
         assert writer.wait_for_room(0)
         first = writer.submit(rollout())
         assert writer.has_room

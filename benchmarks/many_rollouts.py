@@ -1,0 +1,175 @@
+"""A session of very many rollouts: made with the store's writer, then opened and read by fresh processes.
+
+Each step runs in a process of its own, so that its memory is its own: what is reported is by how much the process's high-water
+mark exceeds what importing the store and reading a session of ten rollouts took.
+"""
+
+import multiprocessing
+import random
+import resource
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from ulid import ULID
+
+from roentgen.contract import RolloutKey
+from roentgen.store import CaptureSpec, Rollout, Segment, Session, StoreWriter
+from roentgen.store.merging import compact
+
+KEY = "layers.0.resid_post"
+WIDTH, TOKENS = 16, 80
+ASKED = 1000
+"""Rollouts that are looked up at random."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one step took, in seconds, and how many bytes of memory beyond the bare process."""
+
+    seconds: float
+    memory: int
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a session of so many rollouts took.
+
+    Attributes:
+        rollouts: how many.
+        index_files: that name them.
+        index_bytes: of those.
+        make: to write them, the writer merging as it goes.
+        compact: to merge what the writer left.
+        look_up: to open the session, and to find and read `ASKED` rollouts by id.
+        table: to open the session, and to read where every rollout is, retried ones counted once.
+        stack: beyond that, to read a row of each of them.
+    """
+
+    rollouts: int
+    index_files: int
+    index_bytes: int
+    make: Step
+    compact: Step
+    look_up: Step
+    table: Step
+    stack: Step
+
+
+def measure_session(store: str, rollouts: int, stage: Callable[[str], None]) -> Opened:
+    """Make a session in a store and measure it."""
+    steps: dict[str, Step] = {}
+    _alone(_make, f"{store}-warm", 10)
+    for name, work in (
+        ("make", _make), ("compact", _compact), ("look_up", _look_up), ("table", _table), ("stack", _stack),
+    ):  # fmt: skip
+        steps[name] = _alone(work, store, rollouts)
+        stage(f"{store}: {rollouts:,} rollouts: {name}: {steps[name]}")
+    files = Session.open(f"{store}/s").place.child("index").entries()
+    live = Session.open(f"{store}/s").index(("rollout_id",))
+    return Opened(rollouts, len(live), sum(file.size for file in files if file.name in live), **steps)
+
+
+def _alone(work: Callable[[str, int], float], store: str, rollouts: int) -> Step:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn) as pool:
+        return pool.submit(_measured, work, store, rollouts).result()
+
+
+def _measured(work: Callable[[str, int], float], store: str, rollouts: int) -> Step:
+    if work is not _make:
+        _look_up(f"{store}-warm", 10)
+    before = _peak()
+    return Step(work(store, rollouts), max(0, _peak() - before))
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _make(store: str, rollouts: int) -> float:
+    """Write rollouts whose one row says their number; every hundredth is a retry of the one before."""
+    spec = CaptureSpec(model="m", revision="r", keys=(KEY,), positions="last_prompt", dtype="torch.float32")
+    tokens, text = list(range(1000, 1000 + TOKENS)), "a word or two " * 20
+    begin = time.perf_counter()
+    with StoreWriter(store) as writer:
+        for number in range(rollouts):
+            writer.wait_for_room()
+            problem = number - (number % 100 == 99)
+            last = writer.submit(
+                Rollout(
+                    session_id="s",
+                    rollout_id=str(ULID.from_timestamp(1_700_000_000 + number / 100)),
+                    spec=spec,
+                    tensors={KEY: torch.full((1, WIDTH), float(number))},
+                    position=np.array([TOKENS // 2 - 1], dtype=np.int32),
+                    row_token_id=np.array([7]),
+                    row_logprob=np.array([np.nan]),
+                    token_ids=tokens,
+                    token_offsets=tokens,
+                    n_prompt=TOKENS // 2,
+                    text=text,
+                    segments=[Segment("user", 0, 10)],
+                    finish_reason="stop",
+                    final_logprob=0.0,
+                    key=RolloutKey(config_hash="c" * 16, problem_id=f"problem-{problem}"),
+                    labels={"number": number},
+                )
+            )
+        last.result()
+    return time.perf_counter() - begin
+
+
+def _compact(store: str, rollouts: int) -> float:
+    begin = time.perf_counter()
+    compact(Session.open(f"{store}/s"))
+    return time.perf_counter() - begin
+
+
+def _ids(store: str, rollouts: int) -> dict[str, int]:
+    """Return random rollouts: their ids, from an index that was read in another process, and their numbers."""
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn) as pool:
+        return pool.submit(_choose, store).result()
+
+
+def _choose(store: str) -> dict[str, int]:
+    frame = Session.open(f"{store}/s").rollouts(unique=False, columns=("labels",))
+    chosen = random.Random(0).sample(range(len(frame)), min(ASKED, len(frame)))
+    return {frame["rollout_id"][at]: frame["labels"][at]["number"] for at in chosen}
+
+
+def _look_up(store: str, rollouts: int) -> float:
+    numbers = _ids(store, rollouts)
+    begin = time.perf_counter()
+    session = Session.open(f"{store}/s")
+    frame = session.rollouts(ids=numbers, columns=())
+    read = {item.rollout_id: item.values for item in session.activations(KEY, where=frame)}
+    taken = time.perf_counter() - begin
+    if len(read) != len(numbers) or any((read[one] != number).any() for one, number in numbers.items()):
+        raise RuntimeError(f"{store}: what was looked up is not what was written")
+    return taken
+
+
+def _table(store: str, rollouts: int) -> float:
+    begin = time.perf_counter()
+    frame = Session.open(f"{store}/s").rollouts(columns=())
+    taken = time.perf_counter() - begin
+    if len(frame) != rollouts - rollouts // 100:
+        raise RuntimeError(f"{store}: {len(frame)} rollouts count, of {rollouts}")
+    return taken
+
+
+def _stack(store: str, rollouts: int) -> float:
+    session = Session.open(f"{store}/s")
+    frame = session.rollouts(columns=())
+    begin = time.perf_counter()
+    values = session.activations(KEY, where=frame, positions="last_prompt").stack()
+    taken = time.perf_counter() - begin
+    numbers = torch.tensor([int(problem.split("-")[1]) for problem in frame["problem_id"]])
+    if not ((values[:, 0] - numbers).abs() <= 1).all():
+        raise RuntimeError(f"{store}: the rows are not those of the rollouts")
+    return taken

@@ -1,0 +1,270 @@
+"""The activation store beside the bare disk: `python -m benchmarks.store`.
+
+Bandwidth: the same bytes are written and read with nothing but the operating system (or, in a bucket, pyarrow) and through the
+store, in turns. Files are dropped from the page cache before they are read, so that it is the disk which is measured. In a
+bucket, a server on this machine unless `--bucket` names another, it is mostly the server.
+
+Scale: a session of many rollouts is made with the store's writer; fresh processes then open it, and say how long that took and
+how much more memory they needed than to import the store.
+"""
+
+import gc
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from ulid import ULID
+
+from benchmarks.many_rollouts import ASKED, TOKENS, Opened, Step, measure_session
+from benchmarks.many_rollouts import WIDTH as WIDTH_OF_MANY
+from benchmarks.pairs import interleave
+from benchmarks.record import record, table
+from benchmarks.statistics import ratios
+from roentgen.store import CaptureSpec, Rollout, Segment, Session, StoreWriter
+from roentgen.store.places import FolderPlace, Place, open_place
+from tests.s3 import BUCKET, ENVIRONMENT, s3_endpoint
+
+BLOCK = 8 << 20
+KEYS = tuple(f"layers.{layer}.resid_post" for layer in range(12))
+ROWS, WIDTH = 256, 1024
+BUDGET = 0.8
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Megabytes per second of one thing that was done in turns, by way."""
+
+    what: str
+    raw: list[float]
+    store: list[float]
+
+
+def main(
+    megabytes: Annotated[int, typer.Option(help="To write and read each time, on the disk; 0 to leave it out.")] = 1024,
+    bucket_megabytes: Annotated[int, typer.Option(help="Likewise in the bucket.")] = 256,
+    rounds: Annotated[int, typer.Option(min=1, help="How many pairs.")] = 5,
+    rollouts: Annotated[int, typer.Option(help="Of the large session; 0 to leave it out.")] = 1_000_000,
+    bucket_rollouts: Annotated[int, typer.Option(help="Likewise in the bucket.")] = 100_000,
+    folder: Annotated[Path | None, typer.Option(help="On the disk to measure; a temporary one if not given.")] = None,
+    bucket: Annotated[str, typer.Option(help="s3://BUCKET/FOLDER; a server on this machine if not given.")] = "",
+    write: Annotated[bool, typer.Option("--record/--no-record", help="Update RESULTS.md.")] = True,
+) -> None:
+    """Measure the activation store."""
+    start = time.monotonic()
+
+    def stage(text: str) -> None:
+        print(f"{time.monotonic() - start:7.1f} s  {text}", file=sys.stderr, flush=True)
+
+    bandwidths, sessions = [], []
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        here = Path(made)
+        if megabytes:
+            found = measure_bandwidth(open_place(here / "bandwidth"), megabytes, rounds, stage)
+            bandwidths.append(("disk", megabytes, found))
+        for count in (rollouts // 10, rollouts):
+            if count:
+                sessions.append(("disk", measure_session(str(here / str(count)), count, stage)))
+        with _bucket(bucket, here) as address:
+            if bucket_megabytes:
+                found = measure_bandwidth(open_place(f"{address}/bandwidth"), bucket_megabytes, rounds, stage)
+                bandwidths.append(("bucket", bucket_megabytes, found))
+            if bucket_rollouts:
+                sessions.append(("bucket", measure_session(f"{address}/many", bucket_rollouts, stage)))
+    body = report(bandwidths, sessions, rounds)
+    print(body)
+    if write:
+        record("The activation store", body)
+
+
+@contextmanager
+def _bucket(address: str, folder: Path) -> Iterator[str]:
+    """Yield a bucket's address: the one that is given, or that of a server on this machine."""
+    if address:
+        yield address
+        return
+    with s3_endpoint(folder / "moto.log") as endpoint:
+        os.environ.update(ENVIRONMENT | {"AWS_ENDPOINT_URL": endpoint})
+        yield f"s3://{BUCKET}"
+
+
+def measure_bandwidth(place: Place, megabytes: int, rounds: int, stage: Callable[[str], None]) -> list[Rates]:
+    """Write and read the same bytes barely and through the store, in turns.
+
+    Returns:
+        Rates of writing, of reading everything, and of reading one layer of the twelve.
+    """
+    rollouts = _rollouts(megabytes)
+    size = sum(rollout.nbytes for rollout in rollouts)
+    buffer = torch.empty(ROWS, WIDTH, dtype=torch.bfloat16)
+
+    def timed(name: str, work: Callable[[], int]) -> float:
+        gc.collect()  # what is still mapped cannot be dropped
+        _forget(place)
+        begin = time.perf_counter()
+        done = work()
+        rate = done / 1e6 / (time.perf_counter() - begin)
+        stage(f"{place.uri}: {name}: {rate:.0f} MB/s")
+        return rate
+
+    def write_store() -> int:
+        _clear(place.child("s"))
+        with StoreWriter(place, merge_shards=0) as writer:
+            waiting = []
+            for rollout in rollouts:
+                writer.wait_for_room()
+                waiting.append(writer.submit(rollout))
+            for future in waiting:
+                future.result()
+        return size
+
+    def read_store(keys: Sequence[str]) -> int:
+        session = Session.open(place.child("s"))
+        done = 0
+        for key in keys:
+            for item in session.activations(key):
+                buffer.copy_(item.values)
+                done += item.values.nbytes
+        return done
+
+    found = interleave(
+        {
+            "write, raw": lambda: timed("write, raw", lambda: _write_raw(place, size)),
+            "write, store": lambda: timed("write, store", write_store),
+            "read, raw": lambda: timed("read, raw", lambda: _read_raw(place)),
+            "read, store": lambda: timed("read, store", lambda: read_store(KEYS)),
+            "layer, store": lambda: timed("layer, store", lambda: read_store(KEYS[5:6])),
+        },
+        rounds,
+    )
+    return [
+        Rates("write", found["write, raw"], found["write, store"]),
+        Rates("read", found["read, raw"], found["read, store"]),
+        Rates("read one layer of 12", found["read, raw"], found["layer, store"]),
+    ]
+
+
+def _rollouts(megabytes: int) -> list[Rollout]:
+    """Return rollouts of so many bytes; they share one rollout's tensors, so that making them costs nothing."""
+    tensors = {key: torch.randn(ROWS, WIDTH).bfloat16() for key in KEYS}
+    count = megabytes * 1_000_000 // sum(tensor.nbytes for tensor in tensors.values())
+    spec = CaptureSpec(model="m", revision="r", keys=KEYS, positions="all", dtype="torch.bfloat16")
+    position, tokens = np.arange(ROWS, dtype=np.int32), list(range(ROWS + 1))
+    return [
+        Rollout(
+            session_id="s",
+            rollout_id=str(ULID()),
+            spec=spec,
+            tensors=tensors,
+            position=position,
+            row_token_id=position,
+            row_logprob=np.full(ROWS, np.nan),
+            token_ids=tokens,
+            token_offsets=tokens,
+            n_prompt=ROWS,
+            text="x" * ROWS,
+            segments=[Segment("user", 0, ROWS)],
+            finish_reason="stop",
+            final_logprob=0.0,
+        )
+        for _ in range(count)
+    ]
+
+
+def _write_raw(place: Place, size: int) -> int:
+    """Write one file as fast as there is a way to, and flush it."""
+    block = os.urandom(BLOCK)
+    if isinstance(place, FolderPlace):
+        place.path.mkdir(parents=True, exist_ok=True)
+        with (place.path / "raw").open("wb", buffering=0) as file:
+            for _ in range(size // BLOCK):
+                file.write(block)
+            os.fsync(file.fileno())
+    else:
+        place.put("raw", (block for _ in range(size // BLOCK)))
+    return size // BLOCK * BLOCK
+
+
+def _read_raw(place: Place) -> int:
+    """Read that file from its beginning to its end."""
+    block, done = bytearray(BLOCK), 0
+    if isinstance(place, FolderPlace):
+        with (place.path / "raw").open("rb", buffering=0) as file:
+            while count := file.readinto(block):
+                done += count
+        return done
+    with place.open_arrow("raw") as stream:
+        while piece := stream.read(BLOCK):
+            done += len(piece)
+    return done
+
+
+def _forget(place: Place) -> None:
+    """Take a folder's files out of the page cache."""
+    if isinstance(place, FolderPlace):
+        for path in place.path.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def _clear(session: Place) -> None:
+    for folder in (session.child("index"), session.child("shards")):
+        for entry in folder.entries():
+            folder.remove(entry.name)
+
+
+def report(
+    bandwidths: Sequence[tuple[str, int, Sequence[Rates]]], sessions: Sequence[tuple[str, Opened]], rounds: int
+) -> str:
+    """Lay out what was measured."""
+    speeds = [
+        [
+            f"{where}, {size:,} MB: {rates.what}", f"{median(rates.raw):.0f}", f"{median(rates.store):.0f}",
+            str(ratios(rates.store, rates.raw)),
+        ]
+        for where, size, found in bandwidths
+        for rates in found
+    ]  # fmt: skip
+    opened = [
+        [
+            where, f"{s.rollouts:,}", f"{s.index_files:,}", f"{s.index_bytes / 1e6:,.0f} MB", _spell(s.make), _spell(s.compact),
+            _spell(s.look_up), f"{_spell(s.table)}, {s.table.memory / s.rollouts:.0f} B each", _spell(s.stack),
+        ]
+        for where, s in sessions
+    ]  # fmt: skip
+    parts = []
+    if speeds:
+        parts += [
+            f"Bandwidth in MB/s, {rounds} pairs in turn, in groups of 64 MB and more; median ratio and its interval. Bare means "
+            f"one file, written or read from end to end (on the disk: flushed; read from a cold cache). Budget: {BUDGET}×.",
+            table(["what", "bare", "store", "ratio"], speeds),
+        ]
+    if opened:
+        parts += [
+            f"Sessions of many rollouts ({TOKENS} tokens, a row of {4 * WIDTH_OF_MANY} bytes each), each step in a process of "
+            f"its own: seconds, and memory beyond the bare process. Look-up: the session is opened, and {ASKED:,} random "
+            "rollouts are found by id and read. Table: it is opened, and where every rollout is is read, retried ones counted "
+            "once. Stack: one row of each rollout, into one tensor.",
+            table(
+                ["where", "rollouts", "index files", "index", "make", "compact", "look-up", "table", "stack"], opened
+            ),
+        ]
+    return "\n\n".join(parts)
+
+
+def _spell(step: Step) -> str:
+    return f"{step.seconds:.1f} s, {step.memory / 1e6:,.0f} MB"
+
+
+if __name__ == "__main__":
+    typer.run(main)
