@@ -245,7 +245,7 @@ def report(
     parts = []
     if speeds:
         parts += [
-            f"Bandwidth in MB/s, {rounds} pairs in turn, in groups of 64 MB and more; median ratio and its interval. Bare means "
+            f"Bandwidth in MB/s, {rounds} pairs in turn, groups of 64 MB and more; median ratio and interval. Bare means "
             f"one file, written or read from end to end (on the disk: flushed; read from a cold cache). Budget: {BUDGET}×.",
             table(["what", "bare", "store", "ratio"], speeds),
         ]
