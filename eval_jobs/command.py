@@ -17,11 +17,11 @@ import typer
 from rich.console import Console
 
 from eval_jobs import EvalError
-from eval_jobs.config import EMBEDDED_MODEL, SERVER_OPTIONS, EvalSettings, SettingsError, check_settings
 from eval_jobs.problems import SOURCES
 from eval_jobs.prompts import PROMPTS
 from eval_jobs.scoring import EXTRACTORS
 from eval_jobs.selection import load_problems
+from eval_jobs.settings import EMBEDDED_MODEL, SERVER_OPTIONS, EvalSettings, SettingsError, check_settings
 from roentgen.cluster import ClusterError
 from roentgen.contract import DEFAULT_HOOK_POINTS, DEFAULT_LAYERS
 from roentgen.runs import RunError

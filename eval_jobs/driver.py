@@ -5,6 +5,7 @@ else is done with it, so a crash costs the rollouts in flight and nothing more; 
 record. Starting again with the same settings continues.
 """
 
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from rich.console import Console
 
 from eval_jobs import EvalError
-from eval_jobs.config import EvalSettings, ServedModel, hashed_configuration, variants_of
+from eval_jobs.config import ServedModel, hashed_configuration, variants_of
 from eval_jobs.endpoint import Endpoint, api_key, find_model
 from eval_jobs.estimate import estimate
 from eval_jobs.fanout import evaluate
@@ -22,6 +23,7 @@ from eval_jobs.progress import Progress, Tally
 from eval_jobs.report import write_report
 from eval_jobs.resume import open_run
 from eval_jobs.rollout import RolloutPlan
+from eval_jobs.settings import EvalSettings
 from eval_jobs.tools import TOOLS
 from eval_jobs.variants import Attempt
 from roentgen.cluster import connected
@@ -33,7 +35,7 @@ MAX_FAILED_IN_A_ROW = 10
 
 
 class InterruptedRunError(EvalError):
-    """Ctrl-C; the message says how to go on."""
+    """Ctrl-C, or SIGTERM; the message says how to go on."""
 
     exit_code = 130
 
@@ -48,7 +50,7 @@ def run_evaluation(settings: EvalSettings, problems: Sequence[Problem], base_url
         console: where progress is shown.
 
     Raises:
-        EvalError: if the server, Ray or the run directory cannot be used, or on Ctrl-C; what is recorded stays.
+        EvalError: if the server, Ray or the run directory cannot be used, or on Ctrl-C or SIGTERM; what is recorded stays.
         RunError: if the run directory cannot be used.
     """
     endpoint, served, settings = prepare(settings, base_url, lambda text: _say(console, text))
@@ -63,6 +65,7 @@ def run_evaluation(settings: EvalSettings, problems: Sequence[Problem], base_url
         if missing:
             with (
                 connected(settings.ray_address, verbose=settings.verbose),
+                _terminated_like_interrupted(),
                 Progress(console, len(attempts), tally) as bar,
             ):
                 timing = _run_missing(missing, plan, settings, run, record, bar)
@@ -207,6 +210,16 @@ def _run_missing(
     except EvalError as error:
         raise EvalError(f"{error}. {_how_to_go_on(run)}") from error
     return Timing(time.monotonic() - started, len(missing), tokens)
+
+
+@contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """Let SIGTERM (a job is stopped, a machine taken back) end a run as Ctrl-C does; Ray's own handler dies noisily."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

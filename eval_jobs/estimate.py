@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import httpx
 from pydantic import BaseModel, ValidationError
 
-from eval_jobs.config import EvalSettings, ServedModel
+from eval_jobs.config import ServedModel
 from eval_jobs.endpoint import Endpoint, FatalRequestError
 from eval_jobs.problems import Problem
+from eval_jobs.settings import EvalSettings
 from roentgen.contract import MODEL_HOOK_POINTS, Positions
 
 COUNTED = 8

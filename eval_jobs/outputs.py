@@ -12,16 +12,14 @@ the last time that anything was run.
 """
 
 import json
-import os
 import re
-import uuid
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eval_jobs.summary import disagree, expected_samples, summarise
-from roentgen.runs import Run, RunConfig, Sample, write_json
+from roentgen.runs import Run, RunConfig, Sample, replacing, write_json
 
 SAMPLE_FILES_UP_TO = 10_000
 """Runs of more samples than this get no files per sample: folders that large help nobody."""
@@ -172,10 +170,5 @@ def _folder(run: Run, name: str) -> Path:
 
 def _write_jsonl(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     """Write a file whole or not at all, a line at a time."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

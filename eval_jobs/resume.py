@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from eval_jobs import EvalError
-from eval_jobs.config import EvalSettings, ServedModel, hashed_configuration, variants_of
+from eval_jobs.config import ServedModel, hashed_configuration, variants_of
 from eval_jobs.problems import SOURCES, Problem
+from eval_jobs.settings import EvalSettings
 from roentgen.contract import canonical_hash, check_session_id
 from roentgen.runs import Run, RunConfig, find_unfinished
 

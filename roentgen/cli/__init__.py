@@ -11,7 +11,7 @@ from roentgen.cli.cluster import cluster_app, doctor, smoke, up
 from roentgen.cli.inspecting import inspect
 from roentgen.cli.launching import evaluate_or_launch
 from roentgen.cli.probing import probe_app
-from roentgen.cli.results import compare, report, score, status
+from roentgen.cli.results import compare, export, report, score, status
 from roentgen.cli.serving import serve, serve_for_eval
 from roentgen.cli.sessions import sessions_app
 
@@ -34,6 +34,7 @@ app.command(name="verify-capture")(verify)
 app.command()(inspect)
 app.command()(report)
 app.command()(score)
+app.command()(export)
 app.command()(status)
 app.command()(compare)
 app.command()(up)

@@ -32,7 +32,7 @@ def capture(
     """
     from pydantic import ValidationError
 
-    from eval_jobs.config import SettingsError, check_settings
+    from eval_jobs.settings import SettingsError, check_settings
     from roentgen.contract import ActivationRequest
     from roentgen.launch.capture import CaptureError, CaptureSettings
     from roentgen.launch.capture import capture as run_capture

@@ -1,4 +1,4 @@
-"""What is made of a run: `roentgen report`, `score`, `status` and `compare`."""
+"""What is made of a run: `roentgen report`, `score`, `export`, `status` and `compare`."""
 
 from pathlib import Path
 from typing import Annotated
@@ -35,6 +35,24 @@ def score(
     with expected_errors(RunError):
         again = rescore(Run.open(run), extractor)
         print_summary(again, again.summary() or {}, out)
+
+
+def export(
+    run: RunPath, output: Annotated[Path, typer.Argument(help="SAMPLES.parquet, or LOG.eval for inspect_ai.")]
+) -> None:
+    """Write a run as a table of its samples, or as a log that `inspect view` opens."""
+    from eval_jobs.inspect_log import write_inspect_log
+    from eval_jobs.parquet import write_parquet
+    from roentgen.runs import Run, RunError
+
+    formats = {".parquet": write_parquet, ".eval": write_inspect_log}
+    if output.suffix not in formats:
+        raise typer.BadParameter(
+            f"{output.name!r} says no format; allowed are names ending in {' and '.join(formats)}", param_hint="OUTPUT"
+        )
+    with expected_errors(RunError, OSError):
+        count = formats[output.suffix](Run.open(run), output)
+    out.print(f"{count:,} samples in {output}", highlight=False, soft_wrap=True)
 
 
 def status(run: RunPath) -> None:

@@ -10,7 +10,7 @@ import typer
 from roentgen.cli.console import describe, expected_errors, out, stage_printer
 
 if TYPE_CHECKING:
-    from eval_jobs.config import EvalSettings
+    from eval_jobs.settings import EvalSettings
     from serve_app.config import ServerConfig
 
 
@@ -34,6 +34,8 @@ def serve_for_eval(settings: "EvalSettings") -> Iterator[str]:
     try:
         given = settings.model_dump(include={"model", "revision", "dtype", "device", "store"}, exclude_none=True)
         config = server_config(**given)
+        if settings.parallel != "auto":  # what is in flight is generated together, as far as the memory goes
+            config = config.model_copy(update={"max_batch": max(config.max_batch, settings.parallel)})
         running = serving(
             config, ray_address=settings.ray_address or "local", stage=stage_printer(), verbose=settings.verbose
         )

@@ -15,7 +15,7 @@ Everything but config.json and samples.jsonl can be made again from those two. A
 """
 
 from roentgen.runs.record import Recorder, RunError, Samples
-from roentgen.runs.run import Run, RunConfig, find_unfinished, rewrite, write_json
+from roentgen.runs.run import Run, RunConfig, find_unfinished, replacing, rewrite, write_json
 from roentgen.runs.sample import RolloutRef, Sample, Turn
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "Samples",
     "Turn",
     "find_unfinished",
+    "replacing",
     "rewrite",
     "write_json",
 ]

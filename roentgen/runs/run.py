@@ -3,7 +3,8 @@
 import json
 import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -134,29 +135,31 @@ def rewrite(run: Run, change: Callable[[Sample], Sample], config: RunConfig) -> 
     Raises:
         RunError: if an evaluation is writing the run, or the record is damaged.
     """
-    temporary = run.record_path.with_name(f".{run.record_path.name}.{uuid.uuid4().hex}.tmp")
     with run.recording():
-        try:
-            with open(temporary, "wb") as file:
-                for sample in run.samples():
-                    file.write(change(sample).model_dump_json().encode() + b"\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, run.record_path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(run.record_path) as temporary, open(temporary, "wb") as file:
+            for sample in run.samples():
+                file.write(change(sample).model_dump_json().encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
         write_json(run.path / "config.json", config.model_dump())
     return Run(run.path, config)
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write a file whole or not at all: yields where to write, which takes the file's place in the end."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        yield temporary
         os.replace(temporary, path)
     finally:  # Ctrl-C comes at any moment
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def find_unfinished(results: Path, config_hash: str, problems: dict[str, Any]) -> Run | None:

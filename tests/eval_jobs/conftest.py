@@ -5,12 +5,12 @@ from collections.abc import Iterator, Sequence
 import pytest
 import ray
 
-from eval_jobs.config import EvalSettings
 from eval_jobs.endpoint import Endpoint
 from eval_jobs.problems import Problem
 from eval_jobs.prompts import ANSWER_LINE
 from eval_jobs.rollout import RolloutPlan
 from eval_jobs.selection import Selection, load_problems
+from eval_jobs.settings import EvalSettings
 from eval_jobs.variants import Attempt, Variant
 from roentgen.contract import ActivationRequest
 from tests.eval_jobs.stand_in import StandIn, running

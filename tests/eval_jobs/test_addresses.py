@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eval_jobs.addresses import Addresses, split
-from eval_jobs.config import SettingsError, check_settings
 from eval_jobs.endpoint import Endpoint, find_model
+from eval_jobs.settings import SettingsError, check_settings
 from tests.eval_jobs.stand_in import StandIn
 
 

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from eval_jobs import EvalError
 from eval_jobs.command import BASE_URL_VARIABLE, ServerFactory, evaluate
-from eval_jobs.config import EvalSettings
+from eval_jobs.settings import EvalSettings
 from roentgen.runs import Run
 from tests.eval_jobs.stand_in import FOREVER, Fault, StandIn, running
 

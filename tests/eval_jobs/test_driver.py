@@ -14,10 +14,10 @@ import pytest
 from rich.console import Console
 
 from eval_jobs import EvalError
-from eval_jobs.config import check_settings
 from eval_jobs.driver import InterruptedRunError, run_evaluation
 from eval_jobs.endpoint import FatalRequestError
 from eval_jobs.resume import OtherConfigurationError
+from eval_jobs.settings import check_settings
 from roentgen.runs import Recorder, Run, RunError, Sample
 from tests.eval_jobs.conftest import take
 from tests.eval_jobs.stand_in import KILL, Fault, StandIn
@@ -197,7 +197,7 @@ def test_two_drivers_do_not_share_a_run(server: StandIn) -> None:
         evaluate(server)
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_driver_stopped_half_way_is_continued(
     server: StandIn, local_ray: str, tmp_path: Path, signal_number: int
 ) -> None:
@@ -231,10 +231,11 @@ def test_a_driver_stopped_half_way_is_continued(
         time.sleep(0.02)
     driver.send_signal(signal_number)
     _, said = driver.communicate(timeout=60)
-    if signal_number == signal.SIGINT:
+    if signal_number != signal.SIGKILL:
         assert driver.returncode == 130
         assert "the same command (without --new) continues there" in said
         assert "Traceback" not in said
+        assert "SIGTERM" not in said
     kept = list(Run.open(tmp_path / "run").samples())
     assert 8 <= len(kept) < 24
 

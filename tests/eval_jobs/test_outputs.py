@@ -6,11 +6,12 @@ from typing import Any
 
 import pytest
 
-from eval_jobs.config import ServedModel, check_settings
+from eval_jobs.config import ServedModel
 from eval_jobs.outputs import Timing, write_missing_sample_files, write_summary
 from eval_jobs.problems import Problem
 from eval_jobs.resume import open_run
 from eval_jobs.scoring import score
+from eval_jobs.settings import check_settings
 from roentgen.contract import StoredTensor
 from roentgen.runs import RolloutRef, Run, Sample, Turn
 from tests.eval_jobs.conftest import take

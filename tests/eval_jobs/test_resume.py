@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from eval_jobs.config import ServedModel, check_settings
+from eval_jobs.config import ServedModel
 from eval_jobs.resume import OtherConfigurationError, open_run
+from eval_jobs.settings import check_settings
 from roentgen.contract import check_session_id
 from roentgen.runs import Run, RunError, write_json
 from tests.eval_jobs.conftest import take

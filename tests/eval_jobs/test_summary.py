@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 
 from eval_jobs.comparison import compare
-from eval_jobs.config import ServedModel, check_settings, hashed_configuration, variants_of
+from eval_jobs.config import ServedModel, hashed_configuration, variants_of
 from eval_jobs.outputs import around, write_summary
 from eval_jobs.rescoring import rescore
 from eval_jobs.resume import open_run
 from eval_jobs.scoring import score
+from eval_jobs.settings import check_settings
 from eval_jobs.status import status
 from eval_jobs.variants import Attempt
 from roentgen.runs import Run, RunError, Sample
