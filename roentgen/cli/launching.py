@@ -13,8 +13,8 @@ import typer
 
 from eval_jobs import EvalError
 from eval_jobs.command import evaluate
-from eval_jobs.config import check_settings
 from eval_jobs.problems import SOURCES, read_source
+from eval_jobs.settings import check_settings
 from eval_jobs.variants import read_variants
 from roentgen.cli.console import expected_errors, out, stage_printer
 
