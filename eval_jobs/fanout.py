@@ -2,7 +2,8 @@
 
 A rollout is nearly all waiting, so one asyncio loop holds hundreds of them: about one task per core is enough, and a task
 per problem would cost more than it does. The tasks reserve no CPU, which belongs to the model's replicas, and spread over
-the nodes. Each is a streaming generator: finished samples reach the driver, and the disk, while the rest goes on.
+the nodes. Each is a streaming generator: finished samples reach the driver, and the disk, while the rest goes on. A long run
+is dealt in hands, a slice to each task that ends, so that no task holds more than `SLICE` problems.
 
 `parallel` "auto" takes one task, since one that sees all requests can tell what a larger number in flight brings.
 
@@ -33,6 +34,9 @@ from eval_jobs.variants import Attempt
 from roentgen.runs import Sample
 
 Identity = tuple[str, str, int]
+
+SLICE = 10_000
+"""Attempts that a task is given at most: what a long run takes of memory is then the driver's list of them and no more."""
 
 MAX_DEATHS = 3
 """How many tasks a problem may take down before it is given up."""
@@ -89,7 +93,8 @@ def evaluate(
         waiting = deque([Slice(tuple(attempts), min(MOST, len(attempts)), climbing=True)])
     else:
         tasks = max(1, min(parallel, len(attempts), int(ray.cluster_resources().get("CPU", 1))))
-        waiting = deque(deal(attempts, tasks, parallel))
+        hands = [attempts[start : start + tasks * SLICE] for start in range(0, len(attempts), tasks * SLICE)]
+        waiting = deque(piece for hand in hands for piece in deal(hand, tasks, parallel))
     shared = ray.put(plan)
     running: dict[ObjectRefGenerator, _Dealt] = {}
     deaths: Counter[Identity] = Counter()
@@ -124,7 +129,9 @@ def evaluate(
 def deal(attempts: Sequence[Attempt], tasks: int, parallel: int) -> list[Slice]:
     """Deal attempts like cards to `tasks` slices, and `parallel` places in flight as evenly as they go."""
     shares = [parallel // tasks + (number < parallel % tasks) for number in range(tasks)]
-    return [Slice(tuple(attempts[number::tasks]), share) for number, share in enumerate(shares)]
+    return [
+        Slice(tuple(attempts[number::tasks]), share) for number, share in enumerate(shares) if number < len(attempts)
+    ]
 
 
 @ray.remote(num_cpus=0, max_retries=0, num_returns="streaming", scheduling_strategy="SPREAD")

@@ -43,6 +43,15 @@ def test_every_problem_once(server: StandIn, plan: RolloutPlan, problems: list[P
     assert most / 2 <= server.most_in_flight <= most  # half, where one of the two workers was still starting
 
 
+def test_a_long_run_is_dealt_in_hands(
+    server: StandIn, plan: RolloutPlan, problems: list[Problem], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eval_jobs.fanout.SLICE", 2)
+    server.fail(problems[5].question, KILL)
+    assert_each_once(run(problems, plan, 5), problems)
+    assert server.most_in_flight <= 5
+
+
 def test_nothing_to_do(plan: RolloutPlan) -> None:
     assert run([], plan, 4) == []
 
