@@ -27,6 +27,8 @@ ROOT = Path(__file__).parents[2]
 SERVE = "http://127.0.0.1:8265/api/serve/applications/"
 NODES_TIMEOUT_S = 900.0
 DEPLOY_TIMEOUT_S = 900.0
+START_TIMEOUT_S = 180.0
+RETRY_S = 5.0
 BUCKET = ("AWS_ENDPOINT_URL", "AWS_REGION")
 CODE = ("serve_app/**/*.py", "roentgen/*.py", "roentgen/store/**/*.py", "constraints.txt")
 
@@ -180,7 +182,33 @@ def deploy(config: dict[str, Any]) -> None:
         if any(listens.get(name, wanted) != wanted for name, wanted in config["http_options"].items()):
             _say(f"Serve listens at {listens['host']}:{listens['port']}: starting it anew")
             serve.shutdown()
-        _asked(client, "PUT", config)
+        put(client, config)
+
+
+def put(client: httpx.Client, config: dict[str, Any], timeout_s: float = START_TIMEOUT_S) -> None:
+    """Hand a configuration to Serve, which starts if it does not run.
+
+    On a slow machine a proxy may not be up when Serve looks; Serve then ends it, answers 500 and starts another: asked again,
+    it answers. What is wrong with the configuration itself is a 4xx.
+
+    Raises:
+        LaunchError: if Serve refuses it, or still fails after `timeout_s`.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            _asked(client, "PUT", config)
+        except _ServeFailedError:
+            if time.monotonic() > deadline:
+                raise
+            _say("Serve is not up yet: asking again")
+            time.sleep(RETRY_S)
+        else:
+            return
+
+
+class _ServeFailedError(LaunchError):
+    """Serve answered 5xx: asked again, it may do what it could not."""
 
 
 def _asked(client: httpx.Client, method: str, body: dict[str, Any] | None = None) -> httpx.Response:
@@ -188,6 +216,8 @@ def _asked(client: httpx.Client, method: str, body: dict[str, Any] | None = None
         answer = client.request(method, SERVE, json=body)
     except httpx.HTTPError as error:
         raise LaunchError(f"Ray's dashboard does not answer: {error or type(error).__name__}") from error
+    if answer.is_server_error:
+        raise _ServeFailedError(f"Serve cannot take the {APP_NAME} application: {answer.text[-2000:]}")
     if answer.is_error:
         raise LaunchError(f"Serve refused the {APP_NAME} application: {answer.status_code}: {answer.text[-2000:]}")
     return answer

@@ -4,10 +4,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import yaml
 
-from roentgen.launch.deploy import ROOT, render, version_hash
+from roentgen.launch.deploy import ROOT, put, render, version_hash
 from roentgen.launch.local import LaunchError
 from serve_app.config import ServerConfig
 
@@ -102,3 +103,22 @@ def test_other_code_or_other_keys_are_another_version(tmp_path: Path) -> None:
         changed.write_text("another")
         versions.append(version_hash(keys, tmp_path))
     assert len(set(versions)) == 3
+
+
+def serve_that_answers(*statuses: int) -> httpx.Client:
+    """A Serve that answers with these statuses in turn, and then always with the last."""
+    left = list(statuses)
+
+    def answer(_: httpx.Request) -> httpx.Response:
+        return httpx.Response(left.pop(0) if len(left) > 1 else left[0], text="why it is so")
+
+    return httpx.Client(transport=httpx.MockTransport(answer))
+
+
+def test_a_serve_that_is_slow_to_start_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("roentgen.launch.deploy.RETRY_S", 0)
+    put(serve_that_answers(500, 500, 200), {})
+    with pytest.raises(LaunchError, match="cannot take the roentgen application: why it is so"):
+        put(serve_that_answers(500), {}, timeout_s=0)
+    with pytest.raises(LaunchError, match="refused the roentgen application: 400: why it is so"):
+        put(serve_that_answers(400, 200), {})
