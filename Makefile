@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo install test test-units test-servers test-clients test-browser test-faults test-cluster test-cloud check format bench bench-vllm cloud-env clean
+.PHONY: demo install test test-units test-servers test-clients test-vllm test-browser test-faults test-cluster test-cloud check format bench bench-vllm cloud-env clean
 
 # The main job: serve a real model, evaluate it on problems it can sometimes solve, keep its activations, train probes.
 DEMO := results/demo
@@ -81,11 +81,17 @@ VLLM := .venv-vllm
 bench-vllm: $(VLLM)/.installed
 	$(BIN)/python -m benchmarks.engine --beside-vllm 5
 
+# The fast engine on vLLM's CPU build: what every engine has to do, fidelity to transformers, and a server with OpenAI's client.
+test-vllm: $(VLLM)/.installed
+	$(VLLM)/bin/python -m pytest tests/serve_app/engines/test_both_engines.py tests/serve_app/engines/vllm
+
 $(VLLM)/.installed: constraints-vllm.txt $(INSTALLED)
 	$(BIN)/python -m venv --clear --without-pip $(VLLM)
 	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
 		> $$(echo $(VLLM)/lib/python3*/site-packages)/server.pth
 	$(BIN)/python -m pip --disable-pip-version-check --python $(VLLM)/bin/python install --quiet --no-deps -r constraints-vllm.txt
+	printf '#!%s\nfrom roentgen.cli import app\napp()\n' $(abspath $(VLLM)/bin/python) > $(VLLM)/bin/roentgen
+	chmod +x $(VLLM)/bin/roentgen
 	touch $@
 
 # A cluster of three hosts on this machine, each in namespaces of its own; skipped with the reason without root.

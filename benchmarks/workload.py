@@ -99,7 +99,7 @@ class Workload:
         use_grouped_attention(module)
         structure = resolve_structure(module, self.random_weights)
         source = ModelSource(self.random_weights, self.random_weights, "random")
-        return LoadedModel(source, observe(module, tokenizer), tokenizer, structure, device, dtype)
+        return LoadedModel(source, tokenizer, structure, device, dtype, observe(module, tokenizer))
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer alone."""

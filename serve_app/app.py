@@ -50,8 +50,7 @@ def _application(config: ServerConfig, version: str, choice: ModelChoice) -> App
         ModelReplica,
         name="model",
         **_scale(config),
-        max_replicas_per_node=config.max_replicas_per_node or None,
-        ray_actor_options={"num_cpus": 1, "num_gpus": _gpus(config)},
+        **_place(config),
         max_ongoing_requests=most,
         max_queued_requests=most,
         request_router_config=RequestRouterConfig(
@@ -81,6 +80,25 @@ def _scale(config: ServerConfig) -> dict[str, Any]:
             "max_replicas": config.max_replicas,
             "target_ongoing_requests": config.max_batch,
         }
+    }
+
+
+def _place(config: ServerConfig) -> dict[str, Any]:
+    """Return what a replica reserves, and where.
+
+    A model that is split over several GPUs needs them on one node: its replica and vLLM's processes, which see what it sees,
+    share one bundle of a placement group. Serve counts no replicas per node then; the GPUs do.
+    """
+    if config.tensor_parallel_size > 1:
+        bundle = {"CPU": 1, "GPU": config.tensor_parallel_size}
+        return {
+            "ray_actor_options": {"num_cpus": 1, "num_gpus": config.tensor_parallel_size},
+            "placement_group_bundles": [bundle],
+            "placement_group_strategy": "STRICT_PACK",
+        }
+    return {
+        "ray_actor_options": {"num_cpus": 1, "num_gpus": _gpus(config)},
+        "max_replicas_per_node": config.max_replicas_per_node or None,
     }
 
 

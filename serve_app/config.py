@@ -6,13 +6,14 @@ another model is loaded (`swapping`).
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from serve_app.savepoints import Savepoint, unique_names
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+EngineName = Literal["auto", "transformers", "vllm"]
 
 
 def _absolute(path: str) -> str:
@@ -70,8 +71,16 @@ class ServerConfig(BaseModel):
         revision: of a hub model.
         dtype: "auto" takes bfloat16 where the device computes in it, else float32.
         device: "auto" takes a GPU if there is one.
-        device_map: spread a model larger than one device over a replica's GPUs and memory, as accelerate does: "auto",
-            "balanced", "sequential", or a JSON object that gives each module path its device (0, 1, "cpu", "disk").
+        engine: what generates: "transformers", "vllm", or "auto", which takes vLLM where it is installed and there is a CUDA
+            GPU.
+        capture: whether requests may capture, steer and probe. With vLLM, a server that does not is plain vLLM: with prefix
+            caching, chunked prefill and CUDA graphs.
+        taps: with vLLM, the hook points that requests may name while CUDA graphs stay on: canonical names, or vLLM's module
+            paths with `*` for a layer's number. Without any, every hook point is there, and there are no CUDA graphs.
+        tensor_parallel_size: with vLLM, the GPUs of one node that a replica's model is split over.
+        device_map: with transformers, spread a model larger than one device over a replica's GPUs and memory, as accelerate
+            does: "auto", "balanced", "sequential", or a JSON object that gives each module path its device (0, 1, "cpu",
+            "disk").
         allowed_models: models that clients may load in place of `model` (`POST /v1/models/load`), written as they will ask.
         trust_remote_code: whether code that comes with a model may run, of `model` or if a client's load asks for it.
         store: the activation store's folder.
@@ -97,6 +106,10 @@ class ServerConfig(BaseModel):
     revision: str | None = None
     dtype: Dtype = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    engine: EngineName = "auto"
+    capture: bool = True
+    taps: Annotated[tuple[str, ...], BeforeValidator(_names)] = ()
+    tensor_parallel_size: int = Field(default=1, ge=1)
     device_map: DeviceMap | None = None
     allowed_models: Annotated[tuple[str, ...], BeforeValidator(_names)] = ()
     trust_remote_code: bool = False
@@ -115,6 +128,17 @@ class ServerConfig(BaseModel):
     max_replicas: int = Field(default=0, ge=0)
     max_replicas_per_node: int = Field(default=0, ge=0)
     num_ingresses: int = Field(default=1, ge=1)
+
+    @model_validator(mode="after")
+    def _one_engine(self) -> Self:
+        """Refuse what the engine chosen does not have."""
+        if self.engine == "vllm" and self.device_map is not None:
+            raise ValueError("device_map: vLLM spreads a model over GPUs by tensor_parallel_size")
+        if self.engine != "vllm" and (self.taps or self.tensor_parallel_size > 1):
+            raise ValueError("taps and tensor_parallel_size are vLLM's: set engine=vllm")
+        if self.taps and not self.capture:
+            raise ValueError("taps: a server that does not capture has no use for them")
+        return self
 
     @property
     def choice(self) -> ModelChoice:

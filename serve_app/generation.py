@@ -6,7 +6,6 @@ which frees their places at the engine's next step.
 """
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from ulid import ULID
 
 from roentgen.contract import ActivationRequest
-from roentgen.store import Receipt, Rollout, StoreError, StoreWriter
+from roentgen.store import StoreError
 from serve_app.capture.rows import CapturePlan, UncapturableError
 from serve_app.capture.scoring import Scorer, UnscorableError
 from serve_app.capture.steering import Addition, OversteeredError
@@ -33,10 +32,11 @@ from serve_app.engines.protocol import (
     Sampling,
     TextDelta,
 )
-from serve_app.models import LoadedModel
+from serve_app.models import ServedModel
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.prompt import Prompt
-from serve_app.rollouts import build_rollout
+from serve_app.rollouts import make_entry
+from serve_app.storing import Storage, Stored
 
 RETRY_AFTER_S = 2
 _ROOM_POLL_S = 0.02
@@ -46,9 +46,9 @@ _ROOM_POLL_S = 0.02
 class Served:
     """What a replica that can serve has."""
 
-    model: LoadedModel
+    model: ServedModel
     engine: Engine
-    writer: StoreWriter
+    storage: Storage
 
 
 @dataclass(frozen=True)
@@ -74,15 +74,6 @@ class Choice:
     score_prompt: bool = False
     probes: tuple[Scorer, ...] = ()
     steering: tuple[Addition, ...] = ()
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A choice's committed activations: what, where, and how long the commit took in seconds."""
-
-    rollout: Rollout
-    receipt: Receipt
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -141,7 +132,7 @@ async def generate(
     try:
         async with asyncio.timeout(timeout_s):
             # The store is slower than the model: whoever wants more stored waits outside the batch, where nothing is held.
-            while any(choice.plan for choice in choices) and not served.writer.has_room:
+            while any(choice.plan for choice in choices) and not served.storage.has_room:
                 await asyncio.sleep(_ROOM_POLL_S)
             for job in jobs:
                 served.engine.submit(job)
@@ -213,37 +204,23 @@ class _Listener:
         """Pass an event on; a finished choice that captured goes to the store first."""
         if not isinstance(event, Finished):
             self._tell(event)
-        elif event.captured is None or self._choice.asked is None:
+        elif self._choice.asked is None:
             self._tell(Done(event, None))
         else:
             self._commit(event, self._choice.asked)
 
     def _commit(self, finished: Finished, asked: ActivationRequest) -> None:
-        assert finished.captured is not None
-        start = time.monotonic()
-        try:
-            rollout = build_rollout(
-                self._served.model,
-                self._choice.prompt,
-                asked,
-                finished,
-                finished.captured,
-                asked.session_id or self._session_id,
-                str(ULID()),
-            )
-            future = self._served.writer.submit(rollout)
-        except (StoreError, ValueError) as error:
-            self._tell(Failed(error))
-            return
+        session_id = asked.session_id or self._session_id
+        entry = make_entry(self._served.model, self._choice.prompt, asked, finished, session_id, str(ULID()))
 
-        def committed(future: "Future[Receipt]") -> None:  # on the writer's thread
+        def committed(future: "Future[Stored]") -> None:  # on the storage's thread
             error = future.exception()
             if error is None:
-                self._tell(Done(finished, Stored(rollout, future.result(), time.monotonic() - start)))
+                self._tell(Done(finished, future.result()))
             else:
-                self._tell(Failed(StoreError(f"the activations could not be stored: {error}")))
+                self._tell(Failed(error if isinstance(error, Exception) else StoreError(str(error))))
 
-        future.add_done_callback(committed)
+        self._served.storage.keep(entry, finished).add_done_callback(committed)
 
 
 def as_api_error(error: Exception) -> ApiError:

@@ -24,10 +24,12 @@ from serve_app.capture.resolver import ResolutionError
 from serve_app.capture.structure import CaptureRequestError
 from serve_app.config import ModelChoice, ServerConfig
 from serve_app.engines.transformers_engine import TransformersEngine
+from serve_app.engines.vllm import loading as vllm
 from serve_app.generation import RETRY_AFTER_S, Served
 from serve_app.models import load
 from serve_app.openai_api.errors import ApiError
 from serve_app.sources import ModelNotFoundError, ModelSource, locate
+from serve_app.storing import LocalStorage
 
 log = logging.getLogger(__name__)
 
@@ -170,6 +172,35 @@ class ModelSlot:
         return True
 
     def _make(self, choice: ModelChoice, source: ModelSource) -> Served:
+        engine = engine_for(self._config, choice)
+        return self._make_vllm(choice, source) if engine == "vllm" else self._make_transformers(choice, source)
+
+    def _make_vllm(self, choice: ModelChoice, source: ModelSource) -> Served:
+        config = self._config
+        if choice.device_map is not None:
+            raise vllm.EngineUnavailableError("device_map: vLLM spreads a model by the server's tensor_parallel_size")
+        settings = vllm.VllmSettings(
+            dtype=config.dtype,
+            device=config.device,
+            max_batch=config.max_batch,
+            max_queue=config.max_queue,
+            max_cache_tokens=config.max_cache_tokens,
+            tensor_parallel_size=config.tensor_parallel_size,
+            threads=config.threads,
+            capture=config.capture,
+            taps=config.taps,
+            store=config.store,
+        )
+        model, engine = vllm.start(source, settings, self._say, trust_remote_code=choice.trust_remote_code)
+        savepoints = {savepoint.name: savepoint.tap for savepoint in choice.savepoints}
+        try:
+            structure = model.structure.with_savepoints(savepoints)
+        except CaptureRequestError:
+            engine.close()
+            raise
+        return Served(replace(model, structure=structure), engine, engine.storage)
+
+    def _make_transformers(self, choice: ModelChoice, source: ModelSource) -> Served:
         config = self._config
         if self._writer is None:
             self._writer = StoreWriter(config.store)
@@ -190,11 +221,19 @@ class ModelSlot:
             max_prefill_tokens=config.max_prefill_tokens,
             max_cache_tokens=config.max_cache_tokens,
         )
-        return Served(model, engine, self._writer)
+        return Served(model, engine, LocalStorage(self._writer))
 
     def _say(self, stage: str) -> None:
         self._stage = stage
         log.info("%s", stage)
+
+
+def engine_for(config: ServerConfig, choice: ModelChoice) -> str:
+    """Return which engine runs a model: "auto" is vLLM where it is installed, on a CUDA GPU."""
+    if config.engine != "auto":
+        return config.engine
+    fits = config.device != "cpu" and choice.device_map is None
+    return "vllm" if fits and torch.cuda.is_available() and vllm.installed() else "transformers"
 
 
 def describe(served: Served) -> dict[str, Any]:
@@ -208,6 +247,7 @@ def describe(served: Served) -> dict[str, Any]:
         "revision": model.source.revision,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
+        "engine": served.engine.name,
         "num_layers": model.structure.num_layers,
         "d_model": model.structure.d_model,
         "context_length": model.context_length,
@@ -222,6 +262,8 @@ def as_load_error(error: Exception) -> ApiError:
             return ApiError(404, str(error), param="model_id", code="model_not_found")
         case CaptureRequestError():
             return ApiError(400, str(error), param=error.param, code="savepoint_not_found")
+        case vllm.EngineUnavailableError():
+            return ApiError(400, str(error), code="engine_unavailable")
         case ResolutionError():
             return ApiError(400, str(error), param="model_id", code="model_unsupported")
         case StoreError():

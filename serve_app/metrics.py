@@ -66,7 +66,7 @@ class RequestStats:
         stored = next((done.stored for done in dones if done.stored is not None), None)
         return cls(
             prompt_tokens,
-            session=stored.receipt.session_id if stored else None,
+            session=stored.reply["session_id"] if stored else None,
             choices=tuple(_choice(done) for done in dones),
         )
 
@@ -78,7 +78,7 @@ def _choice(done: Done) -> ChoiceStats:
         queued_s=timings.queued,
         first_token_s=timings.first_token,
         total_s=timings.total,
-        capture_bytes=done.stored.rollout.nbytes if done.stored else 0,
+        capture_bytes=done.stored.nbytes if done.stored else 0,
         commit_s=done.stored.seconds if done.stored else None,
     )
 

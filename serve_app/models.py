@@ -1,15 +1,26 @@
-"""Loads a model once and wraps it with nnsight: one copy of the weights, its hook points resolved and verified."""
+"""What serving needs to know of a model, and loading one with transformers: one copy of the weights, wrapped with nnsight.
+
+Rendering, planning and the reply need a model's tokenizer, limits and hook points, and no weights. That is `ServedModel`,
+which every engine gives; `LoadedModel` is one whose weights are in this process.
+"""
 
 import atexit
 import logging
 import shutil
 import tempfile
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from serve_app.capture.observer import ObservedModel, observe
@@ -26,26 +37,37 @@ DeviceMap = str | dict[str, str | int]
 
 
 @dataclass(frozen=True)
-class LoadedModel:
-    """A model ready to generate and to be observed; `observed` holds the only copy of the weights."""
+class ServedModel(ABC):
+    """A model as whoever serves it sees it, wherever its weights are.
+
+    Attributes:
+        source: where it came from.
+        tokenizer: its own.
+        structure: its hook points.
+        device: where it computes.
+        dtype: what it computes in.
+    """
 
     source: ModelSource
-    observed: ObservedModel
     tokenizer: PreTrainedTokenizerBase
     structure: ModelStructure
     device: torch.device
     dtype: torch.dtype
 
+    @property
+    @abstractmethod
+    def config(self) -> PretrainedConfig:
+        """The model's configuration."""
+
+    @property
+    @abstractmethod
+    def generation_config(self) -> GenerationConfig:
+        """How the model says that it generates."""
+
     @cached_property
     def constraints(self) -> Constraints:
         """Makes generations follow grammars."""
-        return Constraints(self.tokenizer, self.observed.config.get_text_config().vocab_size, self.eos_token_ids)
-
-    @cached_property
-    def head(self) -> str:
-        """Path of the output head, which is run only where logits are wanted; "" if transformers does not say."""
-        head = self.observed._module.get_output_embeddings()
-        return next((path for path, module in self.observed._module.named_modules() if module is head), "")
+        return Constraints(self.tokenizer, self.vocab_size, self.eos_token_ids)
 
     @cached_property
     def markers(self) -> dict[int, str]:
@@ -56,15 +78,43 @@ class LoadedModel:
     @property
     def context_length(self) -> int:
         """The most tokens a sequence may have."""
-        return int(self.observed.config.get_text_config().max_position_embeddings)
+        return int(self.config.get_text_config().max_position_embeddings)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many logits the model has."""
+        return int(self.config.get_text_config().vocab_size)
 
     @property
     def eos_token_ids(self) -> frozenset[int]:
         """Tokens that end a generation."""
-        ids = self.observed.generation_config.eos_token_id
+        ids = self.generation_config.eos_token_id
         if ids is None:
             ids = self.tokenizer.eos_token_id
         return frozenset([ids] if isinstance(ids, int) else ids or [])
+
+
+@dataclass(frozen=True)
+class LoadedModel(ServedModel):
+    """A model ready to generate and to be observed; `observed` holds the only copy of the weights."""
+
+    observed: ObservedModel
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The model's configuration."""
+        return self.observed.config
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """How the model says that it generates."""
+        return self.observed.generation_config
+
+    @cached_property
+    def head(self) -> str:
+        """Path of the output head, which is run only where logits are wanted; "" if transformers does not say."""
+        head = self.observed._module.get_output_embeddings()
+        return next((path for path, module in self.observed._module.named_modules() if module is head), "")
 
 
 def load(
@@ -106,7 +156,7 @@ def load(
     use_grouped_attention(module)
     stage("verifying hook points")
     structure = resolve_structure(module, source.name)
-    return LoadedModel(source, observe(module, tokenizer), tokenizer, structure, place, kind)
+    return LoadedModel(source, tokenizer, structure, place, kind, observe(module, tokenizer))
 
 
 def native_dtype(device: torch.device) -> torch.dtype:

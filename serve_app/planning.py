@@ -28,7 +28,6 @@ from serve_app.openai_api.prompt import Prompt, render
 from serve_app.openai_api.reply import Reasoning, reasoning_mode
 from serve_app.openai_api.seed_spelling import older_key
 from serve_app.probing import resolve_probes, resolve_steering, steering_label
-from serve_app.rollouts import describe
 
 BYTES_PER_VALUE = 12
 """What a number takes in a JSON reply, about."""
@@ -63,6 +62,7 @@ def plan_chat(served: Served, request: ChatRequest, config: ServerConfig) -> Pla
     Raises:
         ApiError: if something asked for cannot be.
     """
+    _check_engine(served, request, config)
     model = served.model
     tools = request.tools if request.calls_tools else []
     prompt = render(
@@ -112,6 +112,7 @@ def plan_completion(served: Served, request: CompletionRequest, config: ServerCo
     Raises:
         ApiError: if something asked for cannot be.
     """
+    _check_engine(served, request, config)
     tokenizer = served.model.tokenizer
     prompts = [
         raw_prompt(tokenizer, prompt, add_special_tokens=request.add_special_tokens) for prompt in request.prompts
@@ -149,7 +150,7 @@ def describe_all(plan: Plan, dones: Sequence[Done]) -> dict[str, Any] | None:
     rollouts = []
     for index, done in enumerate(dones):
         assert done.stored is not None
-        described = describe(done.stored.rollout, done.stored.receipt, plan.asked.delivery)
+        described = dict(done.stored.reply)
         if plan.spelling:
             described["tensors"] = {plan.spelling[key]: value for key, value in described["tensors"].items()}
         rollouts.append({"choice_index": index, **described})
@@ -238,9 +239,30 @@ def _check_inline(
         )
 
 
+def _check_engine(served: Served, request: GenerationParams, config: ServerConfig) -> None:
+    """Refuse what this server or its engine does not do."""
+    asked = {"activations": request.capture, "steering": request.steering, "probes": request.probes}
+    for param, value in asked.items():
+        if value and not config.capture:
+            raise ApiError(
+                400,
+                f"{param}: this server reads and changes no activations (capture: false)",
+                param=param,
+                code="no_capture",
+            )
+    if request.probes and not served.engine.scores_rows:
+        raise ApiError(
+            400,
+            f"probes: the {served.engine.name} engine does not score tokens while it generates; capture their activations, or "
+            "use a server with engine=transformers",
+            param="probes",
+            code="unsupported_by_engine",
+        )
+
+
 def _check_tokens(served: Served, request: GenerationParams) -> None:
     """Refuse tokens that the model's output does not have."""
-    size = served.model.observed.config.get_text_config().vocab_size
+    size = served.model.vocab_size
     for param, tokens in (("logit_bias", request.logit_bias), ("stop_token_ids", request.stop_token_ids)):
         if wrong := next((token for token in tokens if token >= size), None):
             raise ApiError(400, f"{param}: {wrong} is not a token; the model has 0–{size - 1}", param=param)

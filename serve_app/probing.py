@@ -22,7 +22,7 @@ from roentgen.saved_probes import CARDS, Readout, SavedProbe, SavedProbeError, l
 from serve_app.capture.scoring import Scorer
 from serve_app.capture.steering import Addition
 from serve_app.capture.structure import CaptureRequestError, Tap
-from serve_app.models import LoadedModel
+from serve_app.models import ServedModel
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.probing import InlineProbe, SteeringRequest
 
@@ -31,7 +31,7 @@ WIDE = tuple(name for name in (*LAYER_HOOK_POINTS, *MODEL_HOOK_POINTS) if name !
 
 
 def resolve_probes(
-    model: LoadedModel, asked: Sequence[str | InlineProbe], folders: Sequence[str]
+    model: ServedModel, asked: Sequence[str | InlineProbe], folders: Sequence[str]
 ) -> tuple[Scorer, ...]:
     """Find the probes that a request asks for.
 
@@ -42,7 +42,7 @@ def resolve_probes(
 
 
 def resolve_steering(
-    model: LoadedModel, asked: Sequence[SteeringRequest], folders: Sequence[str]
+    model: ServedModel, asked: Sequence[SteeringRequest], folders: Sequence[str]
 ) -> tuple[Addition, ...]:
     """Find the vectors that a request adds.
 
@@ -64,7 +64,7 @@ def steering_label(asked: Sequence[SteeringRequest], additions: Sequence[Additio
     return json.dumps(said)
 
 
-def _scorer(model: LoadedModel, asked: str | InlineProbe, param: str, folders: Sequence[str]) -> Scorer:
+def _scorer(model: ServedModel, asked: str | InlineProbe, param: str, folders: Sequence[str]) -> Scorer:
     if isinstance(asked, str):
         probe = _saved(model, asked, param, folders)
         card = probe.card
@@ -80,7 +80,7 @@ def _scorer(model: LoadedModel, asked: str | InlineProbe, param: str, folders: S
     )
 
 
-def _addition(model: LoadedModel, asked: SteeringRequest, param: str, folders: Sequence[str]) -> Addition:
+def _addition(model: ServedModel, asked: SteeringRequest, param: str, folders: Sequence[str]) -> Addition:
     hook_point, layer, direction = asked.hook_point, asked.layer, None
     if asked.probe is not None:
         probe = _saved(model, asked.probe, f"{param}.probe", folders)
@@ -114,7 +114,7 @@ def _direction(probe: SavedProbe, asked: SteeringRequest, param: str) -> Float[T
     return probe.direction[output].double()
 
 
-def _saved(model: LoadedModel, asked: str, param: str, folders: Sequence[str]) -> SavedProbe:
+def _saved(model: ServedModel, asked: str, param: str, folders: Sequence[str]) -> SavedProbe:
     """Read a saved probe and check that it is of this model."""
     if not folders:
         raise _refused(
@@ -159,11 +159,11 @@ def _moved(probe: SavedProbe, device: torch.device) -> Readout:
     return probe.to(device)
 
 
-def _on(model: LoadedModel, probe: SavedProbe) -> Readout:
+def _on(model: ServedModel, probe: SavedProbe) -> Readout:
     return _moved(probe, model.device)
 
 
-def _tap(model: LoadedModel, key: str, param: str) -> Tap:
+def _tap(model: ServedModel, key: str, param: str) -> Tap:
     """Return where a stored key is read."""
     hook_point, layer = split_key(key)
     taps = _resolved(model, hook_point, layer, param)
@@ -172,7 +172,7 @@ def _tap(model: LoadedModel, key: str, param: str) -> Tap:
     return taps[key]
 
 
-def _resolved(model: LoadedModel, hook_point: str, layer: int | None, param: str) -> dict[str, Tap]:
+def _resolved(model: ServedModel, hook_point: str, layer: int | None, param: str) -> dict[str, Tap]:
     try:
         asked = ActivationRequest(layers=(0 if layer is None else layer,), hook_points=(hook_point,))
         return model.structure.resolve(asked)
@@ -180,7 +180,7 @@ def _resolved(model: LoadedModel, hook_point: str, layer: int | None, param: str
         raise _refused(param, str(error).removeprefix(f"{error.param}: ")) from error
 
 
-def _check_width(model: LoadedModel, key: str, width: int, param: str) -> None:
+def _check_width(model: ServedModel, key: str, width: int, param: str) -> None:
     """Check what is known beforehand: canonical hook points are as wide as the stream."""
     d_model = model.structure.d_model
     if split_key(key)[0] in WIDE and width != d_model:

@@ -1,72 +1,141 @@
-"""From a finished generation to the rollout that is stored, and from its receipt to what the reply says."""
+"""From a finished generation to the rollout that is stored, and from its receipt to what the reply says.
 
+What was said and what was captured may be in different processes: an engine whose model runs in workers leaves the rows there.
+So everything but the rows is an `Entry`, which is small and can be sent to where they are. `join` then makes the rollout of
+both, and `describe` what the reply says of it once it is durable.
+"""
+
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
-from roentgen.contract import SAMPLED_FEATURES, ActivationReply, ActivationRequest, StoredTensor
+from roentgen.contract import (
+    SAMPLED_FEATURES,
+    ActivationReply,
+    ActivationRequest,
+    LabelValue,
+    RolloutKey,
+    StoredTensor,
+)
 from roentgen.store import CaptureSpec, Receipt, Rollout, Segment
 from serve_app.capture.rows import CapturedRows
 from serve_app.engines.protocol import Finished
 from serve_app.engines.text import completion_offsets
-from serve_app.models import LoadedModel
+from serve_app.models import ServedModel
 from serve_app.openai_api.prompt import Prompt
 
 Delivery = Literal["reference", "sample", "full"]
 
 
-def build_rollout(
-    model: LoadedModel,
-    prompt: Prompt,
-    asked: ActivationRequest,
-    finished: Finished,
-    captured: CapturedRows,
-    session_id: str,
-    rollout_id: str,
-) -> Rollout:
-    """Join what was captured to what was said.
+@dataclass(frozen=True)
+class Entry:
+    """A finished generation as the store is to have it, but for its rows.
+
+    Attributes:
+        session_id: where it goes.
+        rollout_id: a ULID.
+        model: the model's served name.
+        revision: its revision.
+        positions: which of its rows were kept.
+        token_ids: prompt and completion, the final token included.
+        token_offsets: first character in `text` of each of them.
+        n_prompt: how many are the prompt's.
+        logprobs: of each of them when it was sampled; NaN for those of the prompt.
+        text: prompt and completion as the model saw them.
+        segments: who spoke which characters.
+        finish_reason: "stop" or "length".
+        key: the caller's identity for it, if it gave one.
+        labels: the caller's labels.
+        delivery: whether the reply carries values, and how many.
+    """
+
+    session_id: str
+    rollout_id: str
+    model: str
+    revision: str
+    positions: str
+    token_ids: list[int]
+    token_offsets: list[int]
+    n_prompt: int
+    logprobs: Float[np.ndarray, "tokens"]
+    text: str
+    segments: list[Segment]
+    finish_reason: str
+    key: RolloutKey | None
+    labels: dict[str, LabelValue]
+    delivery: Delivery
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of a full capture: the last token sampled never passes through the model."""
+        return self.n_prompt + max(len(self.token_ids) - self.n_prompt - 1, 0)
+
+
+def make_entry(
+    model: ServedModel, prompt: Prompt, asked: ActivationRequest, finished: Finished, session_id: str, rollout_id: str
+) -> Entry:
+    """Put together what is stored with the rows.
 
     Args:
         model: what generated it.
         prompt: what it was given.
         asked: the request's `activations`.
         finished: what it said.
-        captured: the rows of `finished`.
         session_id: where to store it.
         rollout_id: a ULID.
     """
-    token_ids = prompt.token_ids + finished.token_ids
     n_prompt = len(prompt.token_ids)
     text, offsets = completion_offsets(model.tokenizer.backend_tokenizer, finished.token_ids, len(prompt.text))
     whole = prompt.text + text
-    logprobs = np.array([np.nan] * n_prompt + [score.logprob for score in finished.scores], dtype=np.float32)
+    return Entry(
+        session_id=session_id,
+        rollout_id=rollout_id,
+        model=model.source.name,
+        revision=model.source.revision,
+        positions=asked.positions,
+        token_ids=prompt.token_ids + finished.token_ids,
+        token_offsets=prompt.token_offsets + offsets,
+        n_prompt=n_prompt,
+        logprobs=np.array([np.nan] * n_prompt + [score.logprob for score in finished.scores], dtype=np.float32),
+        text=whole,
+        segments=[*prompt.segments, Segment("assistant", len(prompt.text), len(whole))],
+        finish_reason=finished.finish_reason,
+        key=asked.key,
+        labels=asked.labels,
+        delivery=asked.delivery,
+    )
+
+
+def join(entry: Entry, captured: CapturedRows) -> Rollout:
+    """Join what was said to what was captured."""
     pooled = captured.position < 0
     dtypes = {str(tensor.dtype) for tensor in captured.tensors.values()}
     return Rollout(
-        session_id=session_id,
-        rollout_id=rollout_id,
+        session_id=entry.session_id,
+        rollout_id=entry.rollout_id,
         spec=CaptureSpec(
-            model=model.source.name,
-            revision=model.source.revision,
+            model=entry.model,
+            revision=entry.revision,
             keys=tuple(captured.tensors),
-            positions=asked.positions,
+            positions=entry.positions,
             dtype=", ".join(sorted(dtypes)),
         ),
         tensors=captured.tensors,
         position=captured.position,
-        row_token_id=np.where(pooled, -1, np.array(token_ids)[captured.position]),
-        row_logprob=np.where(pooled, np.nan, logprobs[captured.position]),
-        token_ids=token_ids,
-        token_offsets=prompt.token_offsets + offsets,
-        n_prompt=n_prompt,
-        text=whole,
-        segments=[*prompt.segments, Segment("assistant", len(prompt.text), len(whole))],
-        finish_reason=finished.finish_reason,
-        final_logprob=float(logprobs[-1]),
-        key=asked.key,
-        labels=asked.labels,
+        row_token_id=np.where(pooled, -1, np.array(entry.token_ids)[captured.position]),
+        row_logprob=np.where(pooled, np.nan, entry.logprobs[captured.position]),
+        token_ids=entry.token_ids,
+        token_offsets=entry.token_offsets,
+        n_prompt=entry.n_prompt,
+        text=entry.text,
+        segments=entry.segments,
+        finish_reason=entry.finish_reason,
+        final_logprob=float(entry.logprobs[-1]),
+        key=entry.key,
+        labels=entry.labels,
     )
 
 

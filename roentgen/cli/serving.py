@@ -53,6 +53,12 @@ def serve(
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    engine: Annotated[str, typer.Option(help="auto (vLLM where it is, on a GPU), transformers or vllm.")] = "auto",
+    capture: Annotated[bool, typer.Option(help="Whether requests may capture, steer and probe.")] = True,
+    taps: Annotated[
+        str, typer.Option(help="With vLLM: hook points that CUDA graphs serve, as resid_post,ln_mlp.")
+    ] = "",
+    tensor_parallel_size: Annotated[int, typer.Option(help="With vLLM: GPUs that a model is split over.")] = 1,
     device_map: Annotated[
         str | None, typer.Option(help="Spread the model: auto, balanced, sequential, or JSON {module: device}.")
     ] = None,
@@ -87,6 +93,10 @@ def serve(
             revision=revision,
             dtype=dtype,
             device=device,
+            engine=engine,
+            capture=capture,
+            taps=taps,
+            tensor_parallel_size=tensor_parallel_size,
             device_map=device_map,
             store=store,
             max_batch=max_batch,

@@ -40,8 +40,8 @@ def render(
 
     Args:
         config: serve.yaml's content.
-        environment: MODEL, REVISION, DTYPE, STORE, PORT, REPLICAS, MAX_REPLICAS, ROENTGEN_API_KEY, AWS_ENDPOINT_URL,
-            AWS_REGION; what is absent or empty has a default.
+        environment: MODEL, REVISION, DTYPE, ENGINE, STORE, PORT, REPLICAS, MAX_REPLICAS, ROENTGEN_API_KEY,
+            AWS_ENDPOINT_URL, AWS_REGION; what is absent or empty has a default.
         nodes: of the cluster.
         gpus_per_node: whole GPUs.
         version: of what replicas read when they start; they are restarted when it changes.
@@ -53,7 +53,8 @@ def render(
     places = nodes * per_node
     (application,) = config["applications"]
     # A model that takes several GPUs says so in serve.yaml.
-    gpus = float(application["args"].get("num_gpus", 1)) or 1
+    given = application["args"]
+    gpus = float(given.get("num_gpus", given.get("tensor_parallel_size", 1))) or 1
     if gpus_per_node and gpus > 1:
         per_node = int(gpus_per_node // gpus)
         places = nodes * per_node
@@ -69,6 +70,7 @@ def render(
         "model": environment["MODEL"],
         "revision": environment.get("REVISION") or None,
         "dtype": environment.get("DTYPE") or "auto",
+        "engine": environment.get("ENGINE") or given.get("engine", "auto"),
         "store": environment["STORE"],
         "num_replicas": replicas,
         "max_replicas": most,

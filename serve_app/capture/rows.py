@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from roentgen.contract import Positions, StoredDtype
-from serve_app.capture.grid import Grid
+from serve_app.capture.grid import Layout
 from serve_app.capture.structure import Tap
 
 
@@ -200,7 +200,10 @@ class _Cohort:
     def gather(self, key: str, flat: Float[Tensor, "places ..."]) -> None:
         """Copy the wanted rows of one value."""
         if self._index is None or self._index.device != flat.device:
-            self._index = torch.tensor(self.places, dtype=torch.long, device=flat.device)
+            index = torch.tensor(self.places, dtype=torch.long)
+            if flat.device.type == "cuda":
+                index = index.pin_memory()  # from other memory, the copy would wait for all that the GPU has to do
+            self._index = index.to(flat.device, non_blocking=True)
         rows = flat.index_select(0, self._index) if self.pooled else None
         if rows is not None:
             rows = rows.float()
@@ -232,7 +235,7 @@ class StepRows:
         taps: per stored key, where to read in this forward; nothing if no row of it is kept.
     """
 
-    def __init__(self, requests: list[RequestRows | None], grid: Grid) -> None:
+    def __init__(self, requests: list[RequestRows | None], grid: Layout) -> None:
         """Lay out one forward's rows.
 
         Args:

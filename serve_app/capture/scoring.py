@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from roentgen.saved_probes import Readout
-from serve_app.capture.grid import Grid
+from serve_app.capture.grid import Layout
 from serve_app.capture.structure import Tap
 
 
@@ -92,7 +92,7 @@ class StepScores:
         taps: per stored key, where to read in this forward.
     """
 
-    def __init__(self, requests: list[RequestScores | None], grid: Grid) -> None:
+    def __init__(self, requests: list[RequestScores | None], grid: Layout) -> None:
         """Lay out which rows are scored by what.
 
         Args:

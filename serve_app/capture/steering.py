@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from roentgen.contract import Positions
-from serve_app.capture.grid import Grid
+from serve_app.capture.grid import Layout
 from serve_app.capture.structure import Tap
 
 
@@ -61,7 +61,7 @@ class StepSteering:
         taps: per stored key, where to add in this forward; nothing if no row of it is steered.
     """
 
-    def __init__(self, requests: list[tuple[Addition, ...]], n_prompts: list[int], grid: Grid) -> None:
+    def __init__(self, requests: list[tuple[Addition, ...]], n_prompts: list[int], grid: Layout) -> None:
         """Lay out what is added.
 
         Args:
@@ -89,10 +89,9 @@ class StepSteering:
         Raises:
             ValueError: if it has no row of the vectors' width per token, so that nothing can be added to it.
         """
-        sums, n_rows, width = self._sums[key], len(self._grid.spans), self._grid.width
+        sums = self._sums[key]
         vectors = torch.stack(sums.vectors).to(value)
-        if value.shape not in ((n_rows, width, vectors.shape[1]), (n_rows * width, vectors.shape[1])):
+        index = self._grid.index(value, sums.places)
+        if index is None or value.shape[len(index) :] != vectors.shape[1:]:
             raise ValueError(f"{key} is {list(value.shape)}: not a row of {vectors.shape[1]} per token")
-        places = torch.tensor(sums.places, device=value.device)
-        index = (places // width, places % width) if value.ndim == 3 else (places,)
         value.index_put_(index, vectors[sums.which], accumulate=True)

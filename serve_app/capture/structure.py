@@ -26,14 +26,20 @@ class CaptureRequestError(ValueError):
 
 @dataclass(frozen=True)
 class Tap:
-    """A location to read: a module's path from the root, its input or output, and which of the tensors there."""
+    """A location to read: a module's path from the root, its input or output, and which of the tensors there.
+
+    `plus` is another tensor there that is to be added, where a model passes the residual stream in two parts.
+    """
 
     module: str
     side: Side
     place: int = 0
+    plus: int | None = None
 
     def __str__(self) -> str:
         """Write the location as people do: `model.layers.0.mlp.output`, or `….router.output[1]` for a second tensor."""
+        if self.plus is not None:
+            return f"{self.module}.{self.side}[{self.place}] + [{self.plus}]"
         return f"{self.module}.{self.side}" + (f"[{self.place}]" if self.place else "")
 
 
@@ -54,6 +60,7 @@ class ModelStructure:
         module_paths: every module's path, for requests that name one.
         verified_on: "weights", or what stood in for them.
         savepoints: places that whoever loaded the model has named.
+        fused: modules that other implementations have and this one does not, by name, and which module does their work.
     """
 
     model_name: str
@@ -67,6 +74,7 @@ class ModelStructure:
     module_paths: frozenset[str] = field(repr=False)
     verified_on: str = "weights"
     savepoints: dict[str, Tap] = field(default_factory=dict)
+    fused: dict[str, str] = field(default_factory=dict)
 
     def with_savepoints(self, savepoints: dict[str, Tap]) -> "ModelStructure":
         """Return the same structure with places of these names.
@@ -90,17 +98,18 @@ class ModelStructure:
             CaptureRequestError: naming what the model does not have, and what it has.
         """
         layers = self._layers(request)
-        canonical = {tap: key for key, tap in reversed(self.taps.items())}
+        # By what a path can say: a module and its side, so the first tensor there, whatever is added to it.
+        canonical = {replace(tap, plus=None): (key, tap) for key, tap in reversed(self.taps.items())}
         found: dict[str, Tap] = {}
         for name in request.hook_points:
             if name in LAYER_HOOK_POINTS or name in MODEL_HOOK_POINTS:
                 found |= self._canonical(name, layers, everywhere=request.layers == "all")
             elif name in self.savepoints:
-                tap = self.savepoints[name]
-                found[canonical.get(tap, name)] = tap
+                key, tap = canonical.get(self.savepoints[name], (name, self.savepoints[name]))
+                found[key] = tap
             else:
                 paths = self._module_path(name, layers, everywhere=request.layers == "all")
-                found |= {canonical.get(tap, key): tap for key, tap in paths.items()}
+                found |= dict(canonical.get(tap, (key, tap)) for key, tap in paths.items())
         return found
 
     def _layers(self, request: ActivationRequest) -> list[int]:
@@ -140,6 +149,13 @@ class ModelStructure:
         absent = [
             layer for layer in layers if side not in ("input", "output") or inside[layer] not in self.module_paths
         ]
+        fused = next((part for part in path.split(".") if part in self.fused), None)
+        if absent and fused is not None:
+            raise CaptureRequestError(
+                "activations.hook_points",
+                f"{name!r} is not a hook point of {self.model_name} as it is served here: the engine computes {fused} "
+                f"together with others in {self.fused[fused]}",
+            )
         if absent and not (everywhere and len(absent) < len(layers)):
             allowed = ", ".join(h for h in (*LAYER_HOOK_POINTS, *MODEL_HOOK_POINTS) if h not in self.missing)
             raise CaptureRequestError(

@@ -14,6 +14,7 @@ import psutil
 import torch
 from transformers import DynamicCache
 
+from serve_app.capture.rows import CapturePlan
 from serve_app.engines.protocol import GenerationJob, RequestTooLargeError
 from serve_app.models import LoadedModel
 
@@ -88,9 +89,20 @@ class Budget:
     def _row_bytes(self, job: GenerationJob) -> int:
         if job.capture is None:
             return 0
-        plan, n_rows = job.capture, total_tokens(job)
-        kept = 1 if plan.positions.pooled else len(plan.kept(len(job.prompt_ids), 0, n_rows))
-        return kept * len(plan.taps) * self.bytes_per_row
+        return row_bytes(job.capture, len(job.prompt_ids), total_tokens(job), self.bytes_per_row)
+
+
+def row_bytes(plan: CapturePlan, n_prompt: int, n_rows: int, bytes_per_row: int) -> int:
+    """Return what the rows of a job may take.
+
+    Args:
+        plan: what it keeps.
+        n_prompt: tokens of its prompt.
+        n_rows: the most tokens that it may have.
+        bytes_per_row: of one hook point's row.
+    """
+    kept = 1 if plan.positions.pooled else len(plan.kept(n_prompt, 0, n_rows))
+    return kept * len(plan.taps) * bytes_per_row
 
 
 def total_tokens(job: GenerationJob) -> int:

@@ -123,13 +123,18 @@ class Constraints:
                 if len(self._compiled) > KEPT:
                     self._compiled.popitem(last=False)
             self._compiled.move_to_end(lark)
-            return GrammarConstraint(matcher.deep_copy(), self._size, self._ends)
+            return GrammarConstraint(matcher.deep_copy(), lark, self._size, self._ends)
 
 
 class GrammarConstraint:
-    """What may come next in one generation; one thread at a time may use it."""
+    """What may come next in one generation; one thread at a time may use it.
 
-    def __init__(self, matcher: LLMatcher, size: int, ends: list[int]) -> None:
+    Attributes:
+        grammar: what it follows, in llguidance's dialect of Lark, for an engine that runs llguidance itself.
+    """
+
+    def __init__(self, matcher: LLMatcher, grammar: str, size: int, ends: list[int]) -> None:
+        self.grammar = grammar
         self._matcher = matcher
         self._ends = ends
         self._bits = np.zeros(-(-size // 32), dtype=np.int32)

@@ -76,7 +76,13 @@ class ConstraintError(Exception):
 
 
 class Constraint(Protocol):
-    """What may come next, of a generation that has to follow a grammar; it belongs to one job."""
+    """What may come next, of a generation that has to follow a grammar; it belongs to one job.
+
+    Attributes:
+        grammar: in llguidance's dialect of Lark.
+    """
+
+    grammar: str
 
     def mask(self, logits: Float[Tensor, "vocab"]) -> None:
         """Set the logits of tokens that may not come to minus infinity, in place.
@@ -147,6 +153,17 @@ class Load:
 
 
 @dataclass(frozen=True)
+class HeldRows:
+    """A finished job's rows that its engine holds where they were captured, until they are stored (`storing.Storage`).
+
+    Attributes:
+        job_id: the engine's name for the job.
+    """
+
+    job_id: str
+
+
+@dataclass(frozen=True)
 class Finished:
     """A job's result.
 
@@ -156,7 +173,8 @@ class Finished:
         scores: of each of them.
         finish_reason: "stop", or "length" if it was cut.
         ended_by: the token that ended it, which is no part of the text; None if something else did.
-        captured: the rows asked for, None if none were.
+        captured: the rows asked for, if they are in this process.
+        held: where they are otherwise.
         prompt_scores: of the prompt's tokens from the second on, if the job asked for them: `[n_prompt - 1]`.
         probed: per probe, the scores of all rows: `[n_prompt + max(n_completion - 1, 0), outputs]`.
         timings: how long it took.
@@ -167,6 +185,7 @@ class Finished:
     scores: list[TokenScore]
     finish_reason: str
     captured: CapturedRows | None
+    held: HeldRows | None = None
     ended_by: int | None = None
     prompt_scores: list[TokenScore] | None = None
     probed: list[Float[Tensor, "rows outputs"]] = field(default_factory=list)
@@ -215,7 +234,15 @@ class GenerationJob:
 
 
 class Engine(Protocol):
-    """Generates for many jobs at once."""
+    """Generates for many jobs at once.
+
+    Attributes:
+        name: as the server's configuration calls it.
+        scores_rows: whether jobs may have probes.
+    """
+
+    name: str
+    scores_rows: bool
 
     def submit(self, job: GenerationJob) -> None:
         """Queue a job.

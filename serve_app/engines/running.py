@@ -1,7 +1,6 @@
 """One job while it runs, and several while their prompts are read: what the engine keeps of each besides its KV cache."""
 
-import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -10,33 +9,22 @@ from transformers import DynamicCache
 
 from serve_app.capture.rows import RequestRows, UncapturableError
 from serve_app.capture.scoring import RequestScores, UnscorableError
-from serve_app.engines.protocol import Failed, Finished, GenerationJob, TextDelta, Timings, TokenScore
+from serve_app.engines.completion import Completion
+from serve_app.engines.protocol import Failed, GenerationJob, TextDelta, TokenScore
 from serve_app.engines.sampling import Sampler, score
 from serve_app.engines.text import TextStream
 from serve_app.models import LoadedModel
 
 
-@dataclass
-class Running:
-    """A job, and what it has so far: `ends` are the tokens that end it, and `told` tokens have gone to its listener.
+@dataclass(kw_only=True)
+class Running(Completion):
+    """A job, and what this engine has for it: `all_logits` is whether its prompt needs logits at every position."""
 
-    `all_logits` is whether its prompt needs logits at every position. `started` and `spoke` are when its prompt began to be
-    read and when it had its first token, on the monotonic clock.
-    """
-
-    job: GenerationJob
     sampler: Sampler
-    text: TextStream
     rows: RequestRows | None
     probed: RequestScores | None
-    ends: frozenset[int]
     all_logits: bool
-    token_ids: list[int] = field(default_factory=list)
-    scores: list[TokenScore] = field(default_factory=list)
     prompt_scores: list[TokenScore] = field(default_factory=list)
-    told: int = 0
-    started: float = field(default_factory=time.monotonic)
-    spoke: float | None = None
 
     @classmethod
     def start(cls, job: GenerationJob, model: LoadedModel) -> "Running":
@@ -45,49 +33,23 @@ class Running:
         tapped = {tap.module for tap in job.capture.taps.values()} if job.capture else set()
         tapped |= {scorer.tap.module for scorer in job.probes}
         return cls(
-            job,
-            Sampler(job.sampling, job.prompt_ids, ends, job.constraint),
-            TextStream(model.tokenizer.backend_tokenizer, job.sampling.stop, model.markers),
-            RequestRows(job.capture, len(job.prompt_ids)) if job.capture else None,
-            RequestScores(job.probes) if job.probes else None,
-            ends,
+            job=job,
+            text=TextStream(model.tokenizer.backend_tokenizer, job.sampling.stop, model.markers),
+            ends=ends,
+            sampler=Sampler(job.sampling, job.prompt_ids, ends, job.constraint),
+            rows=RequestRows(job.capture, len(job.prompt_ids)) if job.capture else None,
+            probed=RequestScores(job.probes) if job.probes else None,
             all_logits=job.score_prompt or model.head in tapped,
         )
 
-    @property
-    def ended_by(self) -> int | None:
-        """The end-of-text or stop token that came last, if one did."""
-        return self.token_ids[-1] if self.token_ids and self.token_ids[-1] in self.ends else None
-
-    def delta(self, *, final: bool) -> TextDelta | None:
-        """Return what has become certain since the last time, None for nothing."""
-        text = self.text.take(final=final)
-        spoken = len(self.token_ids) - (self.ended_by is not None)
-        if not text and not (final and self.told < spoken):
-            return None
-        start, self.told = self.told, spoken
-        probed = self.probed.take() if self.probed else []
-        return TextDelta(text, self.token_ids[start:spoken], self.scores[start:spoken], probed)
-
-    def push(self, token: int, token_score: TokenScore) -> str | None:
-        """Take a token; returns why the generation has ended, None if it goes on."""
-        self.spoke = self.spoke or time.monotonic()
-        self.token_ids.append(token)
-        self.scores.append(token_score)
+    def advance(self, token: int, token_score: TokenScore) -> str | None:
+        """Take a sampled token; returns why the generation has ended, None if it goes on."""
         self.sampler.saw(token)
-        reason = self._ended(token)
-        if reason is not None:
-            self.text.close()
-        return reason
+        return self.push(token, token_score)
 
-    def _ended(self, token: int) -> str | None:
-        sampling = self.job.sampling
-        if self.ended_by is not None:
-            return "stop"
-        self.text.push(token, may_stop=len(self.token_ids) >= sampling.min_tokens)
-        if self.text.stopped:
-            return "stop"
-        return "length" if len(self.token_ids) >= sampling.max_tokens else None
+    def news(self, *, final: bool) -> TextDelta | None:
+        """Return what has become certain since the last time, None for nothing."""
+        return self.delta(final=final, probed=self.probed.take if self.probed else None)
 
     def finish(self, reason: str) -> None:
         """Cut a job's rows and report its result; what it should not have asked for fails it alone."""
@@ -97,23 +59,8 @@ class Running:
         except (UncapturableError, UnscorableError) as error:
             self.job.listener(Failed(error))
             return
-        self.job.listener(
-            Finished(
-                text=self.text.text,
-                token_ids=self.token_ids,
-                scores=self.scores,
-                finish_reason=reason,
-                captured=captured,
-                ended_by=self.ended_by,
-                prompt_scores=self.prompt_scores if self.job.score_prompt else None,
-                probed=probed,
-                timings=self._timings(),
-            )
-        )
-
-    def _timings(self) -> Timings:
-        start, end = self.job.submitted, time.monotonic()
-        return Timings(self.started - start, (self.spoke or end) - start, end - start)
+        prompt_scores = self.prompt_scores if self.job.score_prompt else None
+        self.job.listener(replace(self.finished(reason), captured=captured, prompt_scores=prompt_scores, probed=probed))
 
 
 @dataclass

@@ -56,6 +56,9 @@ MAX_FAILURES = 3
 class TransformersEngine:
     """Generates with a transformers model, in a continuous batch (see the module)."""
 
+    name = "transformers"
+    scores_rows = True
+
     def __init__(
         self,
         model: LoadedModel,
@@ -305,12 +308,12 @@ class TransformersEngine:
             if one.job.steering and math.isnan(scores[row].logprob):
                 one.job.listener(Failed(OversteeredError()))
                 continue
-            reason = one.push(chosen[row], scores[row]) if one.job.sampling.max_tokens else "length"
+            reason = one.advance(chosen[row], scores[row]) if one.job.sampling.max_tokens else "length"
             if one.sampler.failure is not None:
                 one.job.listener(Failed(one.sampler.failure))
                 continue
             try:
-                delta = one.delta(final=reason is not None) if one.job.stream else None
+                delta = one.news(final=reason is not None) if one.job.stream else None
             except UnscorableError as error:
                 one.job.listener(Failed(error))
                 continue

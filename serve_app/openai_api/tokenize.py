@@ -4,7 +4,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
 
-from serve_app.models import LoadedModel
+from serve_app.models import ServedModel
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.messages import Message, Tool, Wire
 from serve_app.openai_api.prompt import render
@@ -45,7 +45,7 @@ class DetokenizeRequest(Wire):
     tokens: list[Annotated[int, Field(ge=0)]]
 
 
-def tokenize(model: LoadedModel, request: TokenizeRequest) -> dict[str, Any]:
+def tokenize(model: ServedModel, request: TokenizeRequest) -> dict[str, Any]:
     """Return `{tokens, count, max_model_len}` and, if asked, `token_strs`."""
     if request.messages is not None:
         token_ids = render(
@@ -63,7 +63,7 @@ def tokenize(model: LoadedModel, request: TokenizeRequest) -> dict[str, Any]:
     return reply
 
 
-def detokenize(model: LoadedModel, request: DetokenizeRequest) -> dict[str, Any]:
+def detokenize(model: ServedModel, request: DetokenizeRequest) -> dict[str, Any]:
     """Return `{prompt}`.
 
     Raises:

@@ -55,7 +55,7 @@ def test_bfloat16_is_judged_by_cosine_and_divergences_are_reported(monkeypatch: 
     use_grouped_attention(weights)
     structure = resolve_structure(weights, "tiny-llama")
     source = ModelSource("tiny-llama", "tiny", "0")
-    model = LoadedModel(source, observe(weights, words), words, structure, torch.device("cpu"), torch.bfloat16)
+    model = LoadedModel(source, words, structure, torch.device("cpu"), torch.bfloat16, observe(weights, words))
     report = verify_capture(model)
     assert report.problems == ()
     assert 0.999 <= min(d.min_cosine for d in report.deviations) < 1

@@ -44,6 +44,8 @@ DEEPSEEK |= {
 # By transformers' name of the model type; where one has several kinds of block, what tells them apart follows.
 CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("llama", GROUPED),
+    # Heads as wide as vLLM's kernels need them.
+    "wide_llama": ("llama", GROUPED | {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}),
     "mistral": ("mistral", GROUPED),
     "qwen2": ("qwen2", GROUPED),
     "qwen2_moe": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 40}),
@@ -117,7 +119,7 @@ def loaded(architecture: str = "llama") -> LoadedModel:
     use_grouped_attention(weights)
     structure = resolve_structure(weights, f"tiny-{architecture}")
     source = ModelSource(f"tiny-{architecture}", "tiny", "0")
-    return LoadedModel(source, observe(weights, words), words, structure, torch.device("cpu"), torch.float32)
+    return LoadedModel(source, words, structure, torch.device("cpu"), torch.float32, observe(weights, words))
 
 
 class Call:

@@ -18,7 +18,7 @@ from serve_app.engines.transformers_engine import TransformersEngine
 from serve_app.models import LoadedModel
 from serve_app.openai_api.chat import Message
 from serve_app.openai_api.prompt import render
-from serve_app.rollouts import build_rollout
+from serve_app.rollouts import join, make_entry
 from serve_app.teacher_forcing.capture import NotStored, Stored, TeacherForcing, layer_chunks
 from serve_app.teacher_forcing.tokens import TokenisedText, tokeniser
 from tests.serve_app import tiny
@@ -129,9 +129,8 @@ def test_reading_an_answer_again_gives_what_generating_it_gave(force, engine, ll
     with StoreWriter(tmp_path) as writer:
         for i, (prompt, finished) in enumerate(zip(prompts, tiny.run(engine, calls), strict=True)):
             key = RolloutKey(config_hash="c", problem_id=f"p{i}")
-            rollout = build_rollout(
-                llama, prompt, asked.model_copy(update={"key": key}), finished, finished.captured, "own", str(ULID())
-            )
+            entry = make_entry(llama, prompt, asked.model_copy(update={"key": key}), finished, "own", str(ULID()))
+            rollout = join(entry, finished.captured)
             writer.submit(rollout).result()
             known = KnownTokens(
                 "tiny-llama",

@@ -1,0 +1,78 @@
+"""A completion while it grows: tokens in, text and the reason why it ends out. The same for every engine."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from serve_app.engines.protocol import Finished, GenerationJob, TextDelta, Timings, TokenScore
+from serve_app.engines.text import TextStream
+
+
+@dataclass(kw_only=True)
+class Completion:
+    """A job's completion so far: `ends` are the tokens that end it, and `told` tokens have gone to its listener.
+
+    `started` and `spoke` are when its prompt began to be read and when it had its first token, on the monotonic clock.
+    """
+
+    job: GenerationJob
+    text: TextStream
+    ends: frozenset[int]
+    token_ids: list[int] = field(default_factory=list)
+    scores: list[TokenScore] = field(default_factory=list)
+    told: int = 0
+    started: float = field(default_factory=time.monotonic)
+    spoke: float | None = None
+
+    @property
+    def ended_by(self) -> int | None:
+        """The end-of-text or stop token that came last, if one did."""
+        return self.token_ids[-1] if self.token_ids and self.token_ids[-1] in self.ends else None
+
+    def push(self, token: int, token_score: TokenScore) -> str | None:
+        """Take a token; returns why the generation has ended, None if it goes on."""
+        self.spoke = self.spoke or time.monotonic()
+        self.token_ids.append(token)
+        self.scores.append(token_score)
+        reason = self._ended(token)
+        if reason is not None:
+            self.text.close()
+        return reason
+
+    def _ended(self, token: int) -> str | None:
+        sampling = self.job.sampling
+        if self.ended_by is not None:
+            return "stop"
+        self.text.push(token, may_stop=len(self.token_ids) >= sampling.min_tokens)
+        if self.text.stopped:
+            return "stop"
+        return "length" if len(self.token_ids) >= sampling.max_tokens else None
+
+    def delta(self, *, final: bool, probed: Callable[[], list[Tensor]] | None = None) -> TextDelta | None:
+        """Return what has become certain since the last time, None for nothing.
+
+        Args:
+            final: whether nothing more will come.
+            probed: gives the scores of what has been read since the last time; asked only if there is something to tell.
+        """
+        text = self.text.take(final=final)
+        spoken = len(self.token_ids) - (self.ended_by is not None)
+        if not text and not (final and self.told < spoken):
+            return None
+        start, self.told = self.told, spoken
+        return TextDelta(text, self.token_ids[start:spoken], self.scores[start:spoken], probed() if probed else [])
+
+    def finished(self, reason: str) -> Finished:
+        """Return the result, without what was captured or scored."""
+        submitted, end = self.job.submitted, time.monotonic()
+        return Finished(
+            text=self.text.text,
+            token_ids=self.token_ids,
+            scores=self.scores,
+            finish_reason=reason,
+            captured=None,
+            ended_by=self.ended_by,
+            timings=Timings(self.started - submitted, (self.spoke or end) - submitted, end - submitted),
+        )

@@ -1,0 +1,48 @@
+"""An adapter, so that this engine can be run and tested without a GPU: nnsight's runner over vLLM's CPU build.
+
+nnsight instruments vLLM's GPU model runner and worker. vLLM's CPU runner is the same class with its device calls replaced, so
+nnsight's fits on top of it. Nothing is captured differently here; there are no CUDA graphs, no streams and no pinned memory.
+"""
+
+import os
+
+import torch
+from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+from vllm.v1.worker.cpu_worker import CPUWorker
+
+from serve_app.engines.vllm.lifetime import EndsWithReplica
+from serve_app.engines.vllm.worker import Capturing, CapturingRunner
+
+
+class CpuCapturingRunner(CapturingRunner, CPUModelRunner):
+    """nnsight's model runner, on a CPU."""
+
+
+class CpuCapturingWorker(Capturing, CPUWorker):
+    """A CPU's worker."""
+
+    def init_device(self) -> None:
+        """Make the device ready, and have its model runner observe."""
+        super().init_device()
+        if type(self.model_runner) is not CPUModelRunner:
+            raise NotImplementedError(f"only vLLM's first CPU model runner is known, not {type(self.model_runner)}")
+        self.model_runner.__class__ = CpuCapturingRunner
+
+
+class CpuPlainWorker(EndsWithReplica, CPUWorker):
+    """A CPU's worker that captures nothing: vLLM's own."""
+
+
+def prepare_cpu(threads: int) -> None:
+    """Make this process ready to start vLLM's engine on a CPU.
+
+    The engine's core and its worker are one process then, as they are with one GPU: vLLM would otherwise keep a core of its
+    own for the former. What its workers take from the environment is set here, and stays set.
+
+    Args:
+        threads: to compute with; 0 for one per core.
+    """
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # to vLLM's CPU platform, this forbids one process for both
+    os.environ["OMP_NUM_THREADS"] = str(threads or len(os.sched_getaffinity(0)))
+    # nnsight builds the model's skeleton in this process too, after which vLLM frees an accelerator's memory.
+    torch.accelerator.empty_cache = lambda: None

@@ -1,0 +1,348 @@
+"""The replica's side of the vLLM engine: jobs in, events out, on a thread with an event loop of its own.
+
+vLLM schedules, batches and samples. What is done here is the rest of the contract: a job's tokens become text with its stop
+strings found (`engines.completion`), a cancelled job is aborted, a queue that is too long is refused, and the rows in flight
+are kept within the host's memory: a job that captures is handed to vLLM when the rows that it may need fit beside those of the
+others.
+"""
+
+import asyncio
+import logging
+import math
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any, Protocol
+
+from ulid import ULID
+from vllm import TokensPrompt
+from vllm.v1.engine.exceptions import EngineDeadError
+
+from serve_app.capture.steering import OversteeredError
+from serve_app.engines.admission import HOST_SHARE, free_host_memory, row_bytes
+from serve_app.engines.completion import Completion
+from serve_app.engines.protocol import (
+    ConstraintError,
+    EngineBusyError,
+    EngineStoppedError,
+    Failed,
+    Finished,
+    GenerationJob,
+    HeldRows,
+    Load,
+    RequestTooLargeError,
+    TokenScore,
+)
+from serve_app.engines.text import TextStream
+from serve_app.engines.vllm.collecting import collecting_plan
+from serve_app.engines.vllm.orders import Exchange, Order, Report, pack, unpack
+from serve_app.engines.vllm.sampling import sampling_params, token_score
+from serve_app.engines.vllm.storage import WorkerStorage
+from serve_app.models import ServedModel
+
+log = logging.getLogger(__name__)
+
+WATCH_S = 0.05
+"""How often cancelled jobs are looked for."""
+
+
+class Client(Protocol):
+    """What is used of vLLM's `AsyncLLM`."""
+
+    errored: bool
+
+    def generate(self, prompt: Any, sampling_params: Any, request_id: str) -> Any:
+        """Generate, yielding outputs as they come."""
+
+    async def collective_rpc(self, method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
+        """Call a method of every worker."""
+
+    def shutdown(self) -> None:
+        """End its processes."""
+
+
+class EngineLoop:
+    """A thread with an event loop, on which vLLM's client is made and used.
+
+    Everything of the client belongs to the loop that it was first used on.
+    """
+
+    def __init__(self, make: Callable[[], Client]) -> None:
+        """Start the thread and wait for the client.
+
+        Args:
+            make: starts vLLM.
+        """
+        self.loop = asyncio.new_event_loop()
+        ready: Future[Client] = Future()
+
+        async def begin() -> None:
+            try:
+                ready.set_result(make())
+            except BaseException as error:  # noqa: BLE001 - it is raised again where it is waited for
+                ready.set_exception(error)
+
+        def run() -> None:
+            asyncio.set_event_loop(self.loop)
+            self.loop.create_task(begin())
+            self.loop.run_forever()
+
+        self.thread = threading.Thread(target=run, name="engine", daemon=True)
+        self.thread.start()
+        try:
+            self.client = ready.result()
+        except BaseException:
+            self.stop()
+            raise
+
+    def run(self, make: Callable[[], Any]) -> Any:
+        """Run a coroutine on the loop, from another thread, and return what it gives."""
+        return asyncio.run_coroutine_threadsafe(make(), self.loop).result()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+
+
+class VllmEngine:
+    """Generates with vLLM (see the module)."""
+
+    name = "vllm"
+    scores_rows = False  # a stream tells scores as its tokens come, and those are in another process
+
+    def __init__(
+        self,
+        loop: EngineLoop,
+        model: ServedModel,
+        *,
+        capacity: int,
+        captures: bool,
+        max_batch: int,
+        max_queue: int,
+    ) -> None:
+        """Take over a client whose model is loaded.
+
+        Args:
+            loop: where it runs.
+            model: what it has loaded.
+            capacity: the most tokens that one sequence may have.
+            captures: whether its workers do.
+            max_batch: requests generated together.
+            max_queue: requests waiting for that.
+        """
+        self._loop = loop
+        self._client = loop.client
+        self._model = model
+        self._capacity = capacity
+        self._captures = captures
+        self._max_batch = max_batch
+        self._max_jobs = max_batch + max_queue
+        self._row_budget = int(free_host_memory() * HOST_SHARE)
+        self._bytes_per_row = model.structure.d_model * model.dtype.itemsize
+        self._closed = False
+        self._lock = threading.Lock()
+        self._jobs: dict[str, tuple[GenerationJob, asyncio.Task[None] | None]] = {}
+        self._queue: deque[str] = deque()
+        self._row_bytes: dict[str, int] = {}
+        self._running = 0
+        self.storage = WorkerStorage(loop.loop, self._exchange)
+        self._watching = asyncio.run_coroutine_threadsafe(self._watch(), loop.loop)
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread and vLLM's processes run."""
+        return self._loop.thread.is_alive() and not self._client.errored
+
+    @property
+    def load(self) -> Load:
+        """What it has to do now."""
+        jobs = len(self._jobs)
+        running = min(self._running, self._max_batch)
+        return Load(running, jobs - running)
+
+    @property
+    def capacity(self) -> int:
+        """The most tokens that one sequence may have."""
+        return self._capacity
+
+    def submit(self, job: GenerationJob) -> None:
+        """Queue a job.
+
+        Raises:
+            RequestTooLargeError: if it can never fit.
+            EngineBusyError: if the queue is full.
+            EngineStoppedError: if the engine is closed.
+        """
+        size = self._check(job)
+        job_id = str(ULID())
+        with self._lock:
+            if self._closed or not self.alive:
+                raise EngineStoppedError("the engine is closed")
+            if len(self._jobs) >= self._max_jobs:
+                raise EngineBusyError(f"{len(self._jobs)} requests are waiting already")
+            self._jobs[job_id] = (job, None)
+        self._loop.loop.call_soon_threadsafe(self._enqueue, job_id, size)
+
+    def close(self) -> None:
+        """Stop; jobs that have not finished fail. What is stored already is committed."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        if self._loop.thread.is_alive():
+            self._loop.run(self._end)
+            self._loop.stop()
+
+    def _check(self, job: GenerationJob) -> int:
+        """Return the bytes that a job's rows may take.
+
+        Raises:
+            RequestTooLargeError: if there is never room for it.
+        """
+        total = len(job.prompt_ids) + job.sampling.max_tokens
+        if total > self._capacity:
+            raise RequestTooLargeError(
+                f"the prompt's {len(job.prompt_ids)} tokens and up to {job.sampling.max_tokens} new ones need room for "
+                f"{total} tokens; a sequence may have {self._capacity}"
+            )
+        if job.capture is None:
+            return 0
+        plan = collecting_plan(job.capture, len(job.prompt_ids))
+        size = row_bytes(plan, len(job.prompt_ids), total, self._bytes_per_row)
+        if size > self._row_budget:
+            raise RequestTooLargeError(
+                f"the activations asked for may take {size / 1e6:,.0f} MB; {self._row_budget / 1e6:,.0f} MB are set aside "
+                "for them: ask for fewer layers, hook points, positions or tokens"
+            )
+        return size
+
+    def _enqueue(self, job_id: str, size: int) -> None:
+        self._row_bytes[job_id] = size
+        self._queue.append(job_id)
+        self._admit()
+
+    def _admit(self) -> None:
+        """Hand over waiting jobs, in order, as far as the rows they may need fit."""
+        held = sum(self._row_bytes[job_id] for job_id, (_, task) in self._jobs.items() if task is not None)
+        while self._queue:
+            job_id = self._queue[0]
+            job, _ = self._jobs[job_id]
+            if held and held + self._row_bytes[job_id] > self._row_budget:
+                return
+            held += self._row_bytes[job_id]
+            self._queue.popleft()
+            self._jobs[job_id] = (job, self._loop.loop.create_task(self._run(job_id, job)))
+
+    async def _run(self, job_id: str, job: GenerationJob) -> None:
+        """Run one job to its end, and tell its listener."""
+        order = Order(job_id, job.capture, job.steering) if job.capture is not None or job.steering else None
+        finished = False
+        self._running += 1
+        try:
+            event = await self._generate(job_id, job, order)
+            finished = not isinstance(event, Failed)
+            if not job.cancelled.is_set() or (finished and job.capture is not None):
+                job.listener(event)
+        except asyncio.CancelledError:
+            if self._closed and not job.cancelled.is_set():
+                job.listener(Failed(EngineStoppedError("the engine was closed")))
+        except EngineDeadError:
+            job.listener(Failed(EngineStoppedError("vLLM's engine has died")))
+        except Exception as error:
+            log.exception("a job failed")
+            job.listener(Failed(error))
+        finally:
+            self._running -= 1
+            if order is not None and not (finished and job.capture is not None):
+                self.storage.forget(job_id)
+            with self._lock:
+                del self._jobs[job_id]
+            del self._row_bytes[job_id]
+            self._admit()
+
+    async def _generate(self, job_id: str, job: GenerationJob, order: Order | None) -> Finished | Failed:
+        """Generate a job's tokens."""
+        model, sampling = self._model, job.sampling
+        ends = model.eos_token_ids | sampling.stop_token_ids
+        completion = Completion(
+            job=job, text=TextStream(model.tokenizer.backend_tokenizer, sampling.stop, model.markers), ends=ends
+        )
+        prompt_scores: list[TokenScore] = []
+        outputs = self._client.generate(
+            TokensPrompt(prompt_token_ids=job.prompt_ids), sampling_params(job, ends, order), job_id
+        )
+        reason = None
+        async for output in outputs:
+            if output.prompt_logprobs and not prompt_scores:
+                prompt_scores = [
+                    token_score(token, found, sampling.top_logprobs)
+                    for token, found in zip(job.prompt_ids[1:], output.prompt_logprobs[1:], strict=True)
+                ]
+            said = output.outputs[0]
+            for token, found in zip(said.token_ids, said.logprobs, strict=True):
+                if reason is None and sampling.max_tokens:
+                    reason = completion.push(token, token_score(token, found, sampling.top_logprobs))
+            if job.steering and completion.scores and math.isnan(completion.scores[-1].logprob):
+                await outputs.aclose()
+                return Failed(OversteeredError())
+            if output.metrics is not None:
+                # vLLM's core is another process of this machine, with the same monotonic clock.
+                completion.started = output.metrics.scheduled_ts or completion.started
+                completion.spoke = output.metrics.first_token_ts or completion.spoke
+            if job.stream and (delta := completion.delta(final=reason is not None or output.finished)) is not None:
+                job.listener(delta)
+            if said.finish_reason in ("error", "abort"):
+                return Failed(_failure(job, said.finish_reason))
+            if reason is not None and not output.finished:
+                await outputs.aclose()  # a stop string: vLLM knows nothing of it and would go on
+                break
+        return replace(
+            completion.finished(reason or "length"),
+            held=HeldRows(job_id) if job.capture is not None else None,
+            prompt_scores=prompt_scores if job.score_prompt else None,
+        )
+
+    async def _watch(self) -> None:
+        """Leave with jobs that have been cancelled."""
+        while True:
+            await asyncio.sleep(WATCH_S)
+            for job_id, (job, task) in list(self._jobs.items()):
+                if not job.cancelled.is_set():
+                    continue
+                if task is not None:
+                    task.cancel()
+                elif job_id in self._queue:
+                    self._queue.remove(job_id)
+                    with self._lock:
+                        del self._jobs[job_id]
+                    del self._row_bytes[job_id]
+                    self._admit()
+
+    async def _exchange(self, exchange: Exchange) -> Report:
+        replies = await self._client.collective_rpc("roentgen_exchange", args=(pack(exchange),))
+        return unpack(next(reply for reply in replies if reply is not None), Report)
+
+    async def _end(self) -> None:
+        self._watching.cancel()
+        tasks = [task for _, task in self._jobs.values() if task is not None]
+        waiting = [job for job, task in self._jobs.values() if task is None]
+        self._queue.clear()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for job in waiting:
+            job.listener(Failed(EngineStoppedError("the engine was closed")))
+        self._jobs.clear()
+        if self._captures and not self._client.errored:
+            await self._client.collective_rpc("roentgen_close")
+        self.storage.fail_all(EngineStoppedError("the engine was closed"))
+        self._client.shutdown()
+
+
+def _failure(job: GenerationJob, reason: str) -> Exception:
+    if job.constraint is not None:
+        return ConstraintError("the grammar cannot be followed any further")
+    return RuntimeError(f"vLLM ended the request: {reason}")

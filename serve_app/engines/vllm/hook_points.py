@@ -1,0 +1,229 @@
+"""Where canonical hook points are in vLLM's modules, and how values are read there.
+
+vLLM writes every architecture anew, with modules fused: a norm adds the last contribution to the stream before it normalises,
+so layers pass the stream on as a pair `(hidden, residual)` whose sum it is, and q, k and v are one projection. So a structure
+that was resolved on transformers' modules does not hold, and the stream is read as a sum wherever it is passed:
+
+    resid_pre   what the layer takes          resid_mid   what the norm before the MLP takes
+    resid_post  what the layer gives          attn_out, mlp_out, ln_attn, ln_mlp   what those modules give
+
+Names are only candidates (`candidates`). They are checked on the rows of a real request, captured in the way that all are
+(`verify`): the stream must be the sum of what is added to it, and each norm must take the stream and feed what comes after it.
+What does not hold is missing, with the reason, and refused when it is asked for.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor
+
+from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS, split_key, stored_key
+from serve_app.capture.equations import same, share
+from serve_app.capture.structure import Tap
+from serve_app.capture.watching import tensors
+
+ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+MLP = ("mlp", "block_sparse_moe", "feed_forward", "ffn")
+NORM_OF_ATTENTION = ("input_layernorm", "ln_1", "norm_1", "attention_norm", "pre_attention_layernorm")
+NORM_OF_MLP = ("pre_feedforward_layernorm", "post_attention_layernorm", "ln_2", "norm_2", "ffn_norm")
+AFTER_ATTENTION = ("post_attention_layernorm",)
+AFTER_MLP = ("post_feedforward_layernorm",)
+ROUTERS = ("mlp.gate", "mlp.router", "block_sparse_moe.gate", "feed_forward.router")
+EMBEDDINGS = ("model.embed_tokens", "transformer.wte", "gpt_neox.embed_in", "model.decoder.embed_tokens")
+FINAL_NORMS = ("model.norm", "transformer.ln_f", "gpt_neox.final_layer_norm", "model.decoder.final_layer_norm")
+"""What vLLM's models call these modules, the likelier first."""
+
+CHECK = "check."
+"""Before the key of what is read for the equations only."""
+
+
+@dataclass(frozen=True)
+class Modules:
+    """What a worker says of the model that it has loaded.
+
+    Attributes:
+        paths: of every module.
+        layers_path: of the list of decoder layers.
+        num_layers: how many there are.
+        fused: names of modules that are fused with others, and into which.
+        architecture: the model's class.
+    """
+
+    paths: frozenset[str]
+    layers_path: str
+    num_layers: int
+    fused: dict[str, str]
+    architecture: str
+
+
+def describe_modules(paths: Iterable[str], packed: Mapping[str, list[str]], architecture: str) -> Modules:
+    """Find the decoder layers among a model's modules: the longest list of numbered ones that is inside no other.
+
+    Args:
+        paths: of every module.
+        packed: vLLM's `packed_modules_mapping`.
+        architecture: the model's class.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    paths = frozenset(path for path in paths if path)
+    counts: dict[str, int] = {}
+    for path in paths:
+        parent, _, number = path.rpartition(".")
+        if number.isdigit() and not any(part.isdigit() for part in parent.split(".")):
+            counts[parent] = counts.get(parent, 0) + 1
+    if not counts:
+        raise ValueError(f"{architecture} has no list of decoder layers")
+    layers_path = max(counts, key=lambda parent: counts[parent])
+    fused = {name: whole for whole, parts in packed.items() for name in parts if name != whole}
+    return Modules(paths, layers_path, counts[layers_path], fused, architecture)
+
+
+def read(value: Any, tap: Tap) -> Float[Tensor, "..."]:
+    """Return what a tap reads of a module's input or output: one of its floating-point tensors, or the sum of two.
+
+    Positions, which layers and attention take first, are whole numbers and do not count. The first layer is given no residual
+    yet: where there is no second tensor, the first is the whole stream.
+
+    Raises:
+        TypeError: if there is no such tensor.
+    """
+    first = written(value, tap)
+    if tap.plus is None:
+        return first
+    second = next(islice(_floats(value), tap.plus, None), None)
+    return first if second is None else first + second
+
+
+def written(value: Any, tap: Tap) -> Float[Tensor, "..."]:
+    """Return the tensor of a tap's location that is to be changed in order to change what it reads.
+
+    Raises:
+        TypeError: if there is none.
+    """
+    for tensor in islice(_floats(value), tap.place, None):
+        return tensor
+    raise TypeError(f"no tensor {tap.place} in a {type(value).__name__}")
+
+
+def _floats(value: Any) -> Iterable[Tensor]:
+    return (tensor for tensor in tensors(value) if tensor.is_floating_point())
+
+
+def candidates(modules: Modules) -> tuple[dict[str, Tap], dict[str, Tap]]:
+    """Return where canonical hook points should be, by the names of modules; and what else has to be read to check that."""
+    taps: dict[str, Tap] = {}
+    checks: dict[str, Tap] = {}
+    for layer in range(modules.num_layers):
+        path = f"{modules.layers_path}.{layer}"
+
+        def find(names: tuple[str, ...], path: str = path) -> str | None:
+            return next((found for name in names if (found := f"{path}.{name}") in modules.paths), None)
+
+        attention, mlp = find(ATTENTION), find(MLP)
+        before, between = find(NORM_OF_ATTENTION), find(NORM_OF_MLP)
+        sandwiched = f"{path}.{NORM_OF_MLP[0]}" in modules.paths
+        after_attention = find(AFTER_ATTENTION) if sandwiched else None
+        found = {
+            "resid_pre": Tap(path, "input", plus=1),
+            "resid_mid": Tap(between, "input", plus=1) if between else None,
+            "resid_post": Tap(path, "output", plus=1),
+            "attn_out": _output(after_attention or attention),
+            "mlp_out": _output(find(AFTER_MLP) or mlp),
+            "ln_attn": _output(before),
+            "ln_mlp": _output(between),
+            "router": _output(find(ROUTERS)),
+        }
+        taps |= {stored_key(name, layer): tap for name, tap in found.items() if tap is not None}
+        read_too = {
+            "ln_attn": Tap(before, "input", plus=1) if before else None,
+            "attention": Tap(attention, "input") if attention else None,
+            "mlp": Tap(mlp, "input") if mlp else None,
+        }
+        checks |= {CHECK + stored_key(name, layer): tap for name, tap in read_too.items() if tap is not None}
+    embedding = next((path for path in EMBEDDINGS if path in modules.paths), None)
+    final = next((path for path in FINAL_NORMS if path in modules.paths), None)
+    if embedding:
+        taps["embed"] = Tap(embedding, "output")
+    if final:
+        taps["final_norm"] = Tap(final, "output")
+        checks[CHECK + "final_norm"] = Tap(final, "input", plus=1)
+    return taps, checks
+
+
+def _output(path: str | None) -> Tap | None:
+    return Tap(path, "output") if path else None
+
+
+def verify(rows: Mapping[str, Float[Tensor, "rows width"]], n_layers: int, n_experts: int | None) -> dict[str, str]:
+    """Check hook points on the rows of a request; returns, per stored key that does not hold, why not.
+
+    Args:
+        rows: per key of `candidates` that gave a row per token, its rows.
+        n_layers: decoder layers.
+        n_experts: the configuration's number of experts, None if it has none.
+    """
+    wrong: dict[str, str] = {}
+    for layer in range(n_layers):
+        found = {name: rows.get(stored_key(name, layer)) for name in LAYER_HOOK_POINTS}
+        for name, reason in _check_layer(
+            found,
+            {name: rows.get(CHECK + stored_key(name, layer)) for name in ("ln_attn", "attention", "mlp")},
+            n_experts,
+        ).items():
+            wrong[stored_key(name, layer)] = reason
+        following = rows.get(stored_key("resid_pre", layer + 1))
+        if following is not None and not _equal(found["resid_post"], following):
+            wrong[stored_key("resid_post", layer)] = "what leaves the layer is not what enters the next"
+    last = rows.get(stored_key("resid_post", n_layers - 1))
+    if "final_norm" in rows and not _equal(rows.get(CHECK + "final_norm"), last):
+        wrong["final_norm"] = "no norm takes what leaves the last layer"
+    for name in MODEL_HOOK_POINTS:
+        if name not in rows:
+            wrong[name] = "no module of vLLM's model gives it"
+    return wrong
+
+
+def _check_layer(
+    found: Mapping[str, Tensor | None], read_too: Mapping[str, Tensor | None], n_experts: int | None
+) -> dict[str, str]:
+    """Check one layer's hook points; returns reasons by hook point."""
+    wrong = {name: "no module of vLLM's model gives it" for name, values in found.items() if values is None}
+    if not _sum(found["resid_mid"], found["resid_pre"], found["attn_out"]):
+        reason = "in vLLM's modules the stream after attention is not what enters the layer and what attention adds"
+        wrong |= dict.fromkeys(("resid_mid", "attn_out"), reason)
+    if not _sum(found["resid_post"], found["resid_mid"], found["mlp_out"]):
+        reason = "in vLLM's modules the stream leaving the layer is not that before the MLP and what the MLP adds"
+        wrong |= {"mlp_out": reason}
+    if not (_equal(read_too["ln_attn"], found["resid_pre"]) and _equal(found["ln_attn"], read_too["attention"])):
+        wrong["ln_attn"] = "no norm takes the stream and gives what attention takes"
+    if not _equal(found["ln_mlp"], read_too["mlp"]):
+        wrong["ln_mlp"] = "no norm takes the stream and gives what the MLP takes"
+    router = found["router"]
+    if n_experts is None:
+        wrong["router"] = "not a mixture of experts"
+    elif router is not None and router.shape[-1] != n_experts:
+        wrong["router"] = f"no module gives logits of its {n_experts} experts"
+    return wrong
+
+
+def _equal(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is not None and b is not None and same(a, b)
+
+
+def _sum(total: Tensor | None, a: Tensor | None, b: Tensor | None) -> bool:
+    return total is not None and a is not None and b is not None and share(total, [a], b) == 1.0
+
+
+def missing(taps: Mapping[str, Tap], wrong: Mapping[str, str], n_layers: int) -> tuple[dict[str, Tap], dict[str, str]]:
+    """Return the hook points that hold, and reasons for the others: by name where no layer has it, else by stored key."""
+    reasons: dict[str, str] = {name: wrong[name] for name in MODEL_HOOK_POINTS if name in wrong}
+    for name in LAYER_HOOK_POINTS:
+        absent = {key: reason for key, reason in wrong.items() if split_key(key) == (name, split_key(key)[1])}
+        absent = {key: reason for key, reason in absent.items() if split_key(key)[1] is not None}
+        reasons |= absent if len(absent) < n_layers else {name: "; ".join(dict.fromkeys(absent.values()))}
+    return {key: tap for key, tap in taps.items() if key not in wrong}, reasons

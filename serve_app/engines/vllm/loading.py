@@ -1,0 +1,330 @@
+"""Starts vLLM with a model, and finds out what it can capture.
+
+The engine's settings follow from whether the server captures. One that does runs nnsight's integration: no prefix caching (a
+token that is found in the cache passes through no module, so it has no row), prompts read whole, and no CUDA graphs unless the
+configuration declares the hook points that they have to serve (`taps`). One that does not is plain vLLM with all of that on.
+"""
+
+import importlib.util
+import logging
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
+
+from serve_app.capture.resolver import ResolutionError, number_of_experts
+from serve_app.capture.structure import ModelStructure
+from serve_app.engines.admission import CPU_SHARE, free_host_memory
+from serve_app.engines.vllm.hook_points import Modules, candidates, describe_modules, missing
+from serve_app.engines.vllm.lifetime import announce
+from serve_app.engines.vllm.orders import unpack
+from serve_app.models import ServedModel, native_dtype
+from serve_app.sources import ModelSource
+
+if TYPE_CHECKING:
+    from serve_app.engines.vllm.engine import Client, EngineLoop, VllmEngine
+
+log = logging.getLogger(__name__)
+
+VERIFIED_ON = "weights, as vLLM runs them"
+NAMED_ONLY = "names only: CUDA graphs show nothing but the taps"
+UNTAPPED = "it is not among the taps of this server's configuration, which are all that its CUDA graphs serve"
+NO_CAPTURE = "this server does not capture (capture: false in its configuration)"
+
+PROBE_TOKENS = 8
+"""Of the request that hook points are verified on."""
+
+
+class EngineUnavailableError(Exception):
+    """vLLM cannot be used here; the message says why."""
+
+
+@dataclass(frozen=True)
+class VllmSettings:
+    """How to start vLLM.
+
+    Attributes:
+        dtype: "auto", or a torch dtype's name.
+        device: "auto", "cpu" or "cuda".
+        max_batch: requests generated together.
+        max_queue: requests waiting for that.
+        max_cache_tokens: size of the KV cache, 0 for what the memory allows.
+        tensor_parallel_size: GPUs to split the model over.
+        threads: to compute with on a CPU, 0 for one per core.
+        capture: whether requests may capture and steer.
+        taps: hook points that CUDA graphs are to serve; without any, there are no CUDA graphs.
+        store: where captured rows go.
+    """
+
+    dtype: str
+    device: str
+    max_batch: int
+    max_queue: int
+    max_cache_tokens: int
+    tensor_parallel_size: int
+    threads: int
+    capture: bool
+    taps: tuple[str, ...]
+    store: str
+
+
+@dataclass(frozen=True)
+class VllmModel(ServedModel):
+    """A model that vLLM's workers hold; nothing of its weights is in this process."""
+
+    read_config: PretrainedConfig
+    read_generation_config: GenerationConfig
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The model's configuration."""
+        return self.read_config
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        """How the model says that it generates."""
+        return self.read_generation_config
+
+
+def installed() -> bool:
+    """Whether vLLM is."""
+    return importlib.util.find_spec("vllm") is not None
+
+
+def start(
+    source: ModelSource,
+    settings: VllmSettings,
+    stage: Callable[[str], None] = log.info,
+    *,
+    trust_remote_code: bool = False,
+) -> "tuple[VllmModel, VllmEngine]":
+    """Load a model into vLLM, verify its hook points on a request, and return it with its engine.
+
+    Args:
+        source: what to load.
+        settings: how.
+        stage: told what is being done, for `/health`.
+        trust_remote_code: whether code that comes with the model may run.
+
+    Raises:
+        EngineUnavailableError: if vLLM is not installed, or not for this device.
+        ResolutionError: if the model's layers cannot be found.
+    """
+    if not installed():
+        raise EngineUnavailableError("engine: vllm is not installed here; use engine=transformers")
+    from serve_app.engines.vllm.engine import EngineLoop, VllmEngine
+
+    place = torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if settings.device == "cuda" and place.type == "cpu":
+        raise EngineUnavailableError("device: there is no CUDA GPU here")
+    kind = native_dtype(place) if settings.dtype == "auto" else getattr(torch, settings.dtype)
+    revision = source.revision if source.path == source.name and source.revision != "unknown" else None
+    config = AutoConfig.from_pretrained(source.path, revision=revision, trust_remote_code=trust_remote_code)
+    arguments = engine_arguments(config, settings, place, kind)
+    arguments |= {"revision": revision, "trust_remote_code": trust_remote_code}
+    stage(f"loading {source.name} into vLLM ({kind}, {place})")
+    loop = EngineLoop(lambda: _client(source.path, arguments, settings, place))
+    try:
+        structure = _structure(loop, source.name, config, settings, stage)
+        try:
+            generation = GenerationConfig.from_pretrained(source.path, revision=revision)
+        except OSError:
+            generation = GenerationConfig.from_model_config(config)
+        tokenizer = AutoTokenizer.from_pretrained(source.path, revision=revision, trust_remote_code=trust_remote_code)
+        model = VllmModel(source, tokenizer, structure, place, kind, config, generation)
+        if settings.capture:
+            loop.run(lambda: loop.client.collective_rpc("roentgen_open", args=(settings.store,)))
+    except BaseException:
+        loop.client.shutdown()
+        loop.stop()
+        raise
+    return model, VllmEngine(
+        loop,
+        model,
+        capacity=arguments["max_model_len"],
+        captures=settings.capture,
+        max_batch=settings.max_batch,
+        max_queue=settings.max_queue,
+    )
+
+
+def engine_arguments(
+    config: PretrainedConfig, settings: VllmSettings, place: torch.device, kind: torch.dtype
+) -> dict[str, Any]:
+    """Return vLLM's engine arguments for a model.
+
+    Args:
+        config: the model's.
+        settings: the server's.
+        place: where it computes.
+        kind: what it computes in.
+    """
+    context = int(config.get_text_config().max_position_embeddings)
+    found: dict[str, Any] = {
+        "dtype": str(kind).removeprefix("torch."),
+        "max_model_len": min(context, settings.max_cache_tokens or context),
+        "max_num_seqs": settings.max_batch,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "enable_prefix_caching": not settings.capture,
+        "enable_chunked_prefill": not settings.capture,
+        "structured_outputs_config": {"backend": "guidance"},
+        # Named, because vLLM would take Ray's if it finds itself in one of Ray's placement groups.
+        "distributed_executor_backend": "mp" if settings.tensor_parallel_size > 1 else "uni",
+    }
+    per_token = cache_bytes_per_token(config, kind)
+    if settings.max_cache_tokens:
+        found["kv_cache_memory_bytes"] = _whole_blocks(settings.max_cache_tokens) * per_token
+    elif place.type == "cpu":
+        most = int(free_host_memory() * CPU_SHARE)
+        found["kv_cache_memory_bytes"] = min(most, settings.max_batch * _whole_blocks(context) * per_token)
+    return found
+
+
+def cache_bytes_per_token(config: PretrainedConfig, kind: torch.dtype) -> int:
+    """Return what a token takes in the KV cache, over all layers."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return int(2 * text.num_hidden_layers * heads * width * kind.itemsize)
+
+
+def _whole_blocks(tokens: int, block: int = 128) -> int:
+    return -(-tokens // block) * block + block  # vLLM keeps a block for itself
+
+
+def _client(path: str, arguments: dict[str, Any], settings: VllmSettings, place: torch.device) -> "Client":
+    """Start vLLM's processes."""
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM would tell its makers what it runs on
+    announce()
+    kind = "Capturing" if settings.capture else "Plain"
+    worker = f"serve_app.engines.vllm.worker.{kind}Worker"
+    if place.type == "cpu":
+        from serve_app.engines.vllm.cpu_worker import prepare_cpu
+
+        prepare_cpu(settings.threads)
+        worker = f"serve_app.engines.vllm.cpu_worker.Cpu{kind}Worker"
+    if not settings.capture:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        client: Client = AsyncLLM.from_engine_args(AsyncEngineArgs(model=path, worker_cls=worker, **arguments))
+        return client
+    from nnsight.modeling.vllm import VLLM
+
+    class Capturing(VLLM):
+        """nnsight's vLLM, with workers that observe whole batches, and hook points for taps."""
+
+        _WORKER_CLS = worker
+        taps: tuple[str, ...]
+
+        def _resolve_taps(self, module: torch.nn.Module) -> tuple[str, ...]:
+            modules = describe_modules([name for name, _ in module.named_modules()], {}, type(module).__name__)
+            self.taps = tap_patterns(self.taps, modules)
+            resolved: tuple[str, ...] = super()._resolve_taps(module)
+            return resolved
+
+    return Capturing(path, mode="async", dispatch=True, taps=settings.taps, **arguments).vllm_entrypoint
+
+
+def tap_patterns(declared: tuple[str, ...], modules: Modules) -> tuple[str, ...]:
+    """Spell the hook points of a configuration as nnsight's taps: module paths, `*` standing for any layer.
+
+    Raises:
+        ResolutionError: naming one that is neither a canonical hook point of the model nor a path ending in .input or .output.
+    """
+    taps, _ = candidates(modules)
+    patterns = []
+    for name in declared:
+        places = {
+            f"{tap.module}.{tap.side}"
+            for key, tap in taps.items()
+            if key == name or key.partition(".")[2].endswith(f".{name}")
+        }
+        if places:
+            layers = f"{modules.layers_path}."
+            patterns += [
+                f"{layers}*.{place.removeprefix(layers).partition('.')[2]}" if place.startswith(layers) else place
+                for place in places
+            ]
+        elif name.endswith((".input", ".output")):
+            patterns.append(name)
+        else:
+            raise ResolutionError(
+                f"taps: {name!r} is no hook point of {modules.architecture}; allowed are canonical names, and module paths "
+                "ending in .input or .output with * for a layer's number"
+            )
+    return tuple(dict.fromkeys(patterns))
+
+
+def tapped_modules(declared: tuple[str, ...], modules: Modules) -> frozenset[str]:
+    """Return the places that a configuration's taps stand for, each a module's path and a side."""
+    places = frozenset(f"{path}.{side}" for path in modules.paths for side in ("input", "output"))
+    patterns = [re.escape(pattern).replace(r"\*", r"[^.]+") for pattern in tap_patterns(declared, modules)]
+    return frozenset(place for place in places if any(re.fullmatch(pattern, place) for pattern in patterns))
+
+
+def _structure(
+    loop: "EngineLoop",
+    name: str,
+    config: PretrainedConfig,
+    settings: VllmSettings,
+    stage: Callable[[str], None],
+) -> ModelStructure:
+    """Find and verify the hook points of the model that the workers have loaded."""
+    text = config.get_text_config()
+    structure = ModelStructure(
+        model_name=name,
+        model_type=config.model_type,
+        architecture=type(config).__name__,
+        num_layers=text.num_hidden_layers,
+        d_model=text.hidden_size,
+        layers_path="",
+        taps={},
+        missing={},
+        module_paths=frozenset(),
+        verified_on=NO_CAPTURE,
+    )
+    if not settings.capture:
+        return structure
+    stage("verifying hook points")
+    try:
+        modules = unpack(loop.run(lambda: loop.client.collective_rpc("roentgen_modules"))[0], Modules)
+    except ValueError as error:
+        raise ResolutionError(str(error)) from error
+    structure = replace(
+        structure,
+        architecture=modules.architecture,
+        layers_path=modules.layers_path,
+        module_paths=modules.paths,
+        fused=modules.fused,
+    )
+    taps, _ = candidates(modules)
+    if settings.taps:
+        tapped = tapped_modules(settings.taps, modules)
+        wrong = {key: UNTAPPED for key, tap in taps.items() if f"{tap.module}.{tap.side}" not in tapped}
+        paths = frozenset(place.rpartition(".")[0] for place in tapped)
+        structure = replace(structure, module_paths=paths, verified_on=NAMED_ONLY)
+    else:
+        wrong = loop.run(lambda: _verify(loop.client, modules, number_of_experts(text)))
+        structure = replace(structure, verified_on=VERIFIED_ON)
+    found, reasons = missing(taps, wrong, modules.num_layers)
+    return replace(structure, taps=found, missing=reasons)
+
+
+async def _verify(client: "Client", modules: Modules, n_experts: int | None) -> dict[str, str]:
+    """Run a request while the workers watch it; returns what does not hold, and why."""
+    from vllm import SamplingParams, TokensPrompt
+
+    await client.collective_rpc("roentgen_watch")
+    prompt = TokensPrompt(prompt_token_ids=list(range(1, PROBE_TOKENS + 1)))
+    # With log-probabilities, as every request has them: vLLM compiles what ranks them when it is first asked.
+    params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True, detokenize=False, logprobs=0)
+    async for _ in client.generate(prompt, params, "verification"):
+        pass
+    replies = await client.collective_rpc("roentgen_verify", args=(modules.num_layers, n_experts or 0))
+    wrong: dict[str, str] = replies[0]
+    return wrong

@@ -1,0 +1,187 @@
+"""Shows one vLLM step's values to visitors, through nnsight, once for the whole batch.
+
+nnsight runs a worker per request and block: a thousand requests that read thirty layers park thirty thousand times a step, and
+capturing every layer that way costs a third of the throughput. Its interleaver also has caches: observers to which it hands
+every value of the locations they subscribe to, whole where their worker has no batch group. So in place of nnsight's table of
+workers per request, `BatchWorkers` keeps one worker for the batch, which has ended and holds one such cache, and only in steps
+in which somebody wants something. All else is nnsight's: the hooks, the locations, gathering what tensor parallelism has split,
+and the taps that survive the replay of CUDA graphs.
+
+What goes wrong while a value is read must not end the step, which belongs to others too. It is kept, and fails the requests
+that read in that step.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from nnsight.intervention.cache import Cache
+from nnsight.intervention.interleaver import Mediator
+from nnsight.modeling.vllm.model_runners.GPUModelRunner import Requests
+from torch import Tensor
+
+from serve_app.capture.grid import Strip
+from serve_app.capture.structure import Tap
+from serve_app.engines.vllm.collecting import Collector, Step
+from serve_app.engines.vllm.hook_points import read, written
+from serve_app.engines.vllm.orders import EXTRA, Order, unpack
+
+log = logging.getLogger(__name__)
+
+Look = Callable[[Any], None]
+"""Looks at the value of a location."""
+
+
+class BatchWorkers(Requests):
+    """nnsight's workers of one vLLM model runner: one for the whole batch, in the steps in which something is wanted.
+
+    Attributes:
+        watched: what else to read of every step, while the model's hook points are verified.
+    """
+
+    def __init__(self, states: Callable[[], dict[str, Any]], collector: Collector) -> None:
+        """Begin without requests.
+
+        Args:
+            states: returns the runner's state of each request, by vLLM's name for it.
+            collector: cuts what is read into requests' rows.
+        """
+        super().__init__()
+        self._states = states
+        self._collector = collector
+        self._jobs: dict[str, str] = {}
+        self._observer: _Observer | None = None
+        self._step: Step | None = None
+        self.watched: Watched | None = None
+
+    def add(self, new_requests: list[Any], persistent_objects: dict[str, Any]) -> None:
+        """Take the orders of requests that have been scheduled for the first time, or again after a preemption."""
+        for data in new_requests:
+            order = (data.sampling_params.extra_args or {}).get(EXTRA) if data.sampling_params is not None else None
+            if order is None:
+                continue
+            parsed = unpack(order, Order)
+            self._jobs[data.req_id] = parsed.job_id
+            self._collector.begin(parsed, len(data.prompt_token_ids))
+
+    def harvest(self, finished: set[str]) -> None:
+        """Forget vLLM's names of finished requests; their rows wait for the replica."""
+        for request_id in finished:
+            self._jobs.pop(request_id, None)
+
+    def refuse_chunked(self, spans: list[tuple[str, int]], states: dict[str, Any]) -> None:
+        """Refuse nothing: a prompt that is read in pieces gives its rows in pieces."""
+
+    def scope(self, model: Any, spans: list[tuple[str, int]]) -> None:
+        """Lay out the step that is about to run: which requests' tokens are in it, and what is wanted of them."""
+        states, positions = self._states(), []
+        for request_id, tokens in spans:
+            start = states[request_id].num_computed_tokens
+            positions.append((self._jobs.get(request_id), range(start, start + tokens)))
+        self._step = self._collector.step(positions)
+        looks: dict[str, list[Look]] = {}
+        if self._step is not None:
+            steering, rows = self._step.steering, self._step.rows
+            # What steers comes first: what captures then sees what the model goes on with.
+            if steering is not None:
+                _see(looks, steering.taps, steering, written)
+            if rows is not None:
+                _see(looks, rows.taps, rows, read)
+        if self.watched is not None:
+            self.watched.strip = Strip([span for _, span in positions])
+            _see(looks, self.watched.taps, self.watched, read)
+        interleaver = model.interleaver
+        interleaver.batcher.total = sum(tokens for _, tokens in spans)
+        self.nrows = len(spans)
+        self._observer = _Observer(model, looks) if looks else None
+        interleaver.mediators = [_worker(self._observer)] if self._observer else []
+        interleaver.reindex()
+
+    def end_step(self) -> None:
+        """Hand out the rows of the step whose forward has been issued."""
+        step, self._step = self._step, None
+        observer, self._observer = self._observer, None
+        if step is not None:
+            self._collector.done(step, observer.failure if observer is not None else None)
+
+
+class Watched:
+    """Keeps everything that its taps read: a visitor for the verification of hook points."""
+
+    def __init__(self, taps: dict[str, Tap]) -> None:
+        self.taps = taps
+        self.strip = Strip([])
+        self._parts: dict[str, list[Tensor]] = {}
+
+    def __call__(self, key: str, value: Tensor) -> None:
+        """Keep a value's rows, if it has a row per token."""
+        flat = self.strip.flat(value)
+        if flat is not None and flat.ndim == 2:
+            self._parts.setdefault(key, []).append(flat.to("cpu", copy=True))
+
+    @property
+    def parts(self) -> dict[str, list[Tensor]]:
+        """Per key, the rows of each step."""
+        return self._parts
+
+
+class _Observer(Cache):
+    """A cache that hands values on instead of keeping them."""
+
+    def __init__(self, model: Any, looks: dict[str, list[Look]]) -> None:
+        super().__init__(model, modules=[])
+        self._looks = looks
+        self.failure: Exception | None = None
+
+    def subscriptions(self) -> dict[str, str]:
+        return {location: location for location in self._looks}
+
+    def observe_selected(self, selected: str, value: Any) -> None:
+        if self.failure is not None:
+            return
+        try:
+            for look in self._looks[selected]:
+                look(value)
+        except Exception as error:
+            log.exception("the values of %s could not be read", selected)
+            self.failure = error
+
+
+def _see(
+    looks: dict[str, list[Look]],
+    taps: dict[str, Tap],
+    visitor: Callable[[str, Tensor], None],
+    reading: Callable[[Any, Tap], Tensor],
+) -> None:
+    """Have a visitor look at its taps."""
+
+    def look(key: str, tap: Tap) -> Look:
+        def at(value: Any) -> None:
+            try:
+                tensor = reading(value, tap)
+            except TypeError:
+                return  # a module that passes no tensor has no rows; the request that asked is told when it ends
+            visitor(key, tensor)
+
+        return at
+
+    for key, tap in taps.items():
+        looks.setdefault(location(tap), []).append(look(key, tap))
+
+
+def location(tap: Tap) -> str:
+    """Return nnsight's name of a tap's location in a vLLM worker."""
+    return f"model.{tap.module}.{tap.side}"
+
+
+def locations(taps: Iterable[Tap]) -> list[str]:
+    """Return the module paths that nnsight has to know beforehand to serve these taps from CUDA graphs."""
+    return list(dict.fromkeys(f"{tap.module}.{tap.side}" for tap in taps))
+
+
+def _worker(observer: _Observer) -> Mediator:
+    """Return a worker that has nothing to run, sees the whole batch, and holds a cache."""
+    worker = Mediator(compile("", "<the whole batch>", "exec"), {}, {})
+    worker.caches = [observer]
+    worker.row = 0
+    return worker

@@ -1,0 +1,76 @@
+"""What goes between the replica and vLLM's workers beside tokens: pickled, because both are this program on one machine.
+
+A request carries an `Order`, so the worker knows from its first token what to do. After it has ended, the replica sends an
+`Exchange`, which names what to store and what to forget, and takes back a `Report`: receipts, never tensors.
+"""
+
+import pickle
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from serve_app.capture.rows import CapturePlan
+from serve_app.capture.steering import Addition
+from serve_app.rollouts import Entry
+from serve_app.storing import Stored
+
+EXTRA = "roentgen"
+"""The key of an order in vLLM's `extra_args`."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a worker does for one job.
+
+    Attributes:
+        job_id: the engine's name for it.
+        capture: what to keep, None for nothing.
+        steering: what to add to its rows.
+    """
+
+    job_id: str
+    capture: CapturePlan | None
+    steering: tuple[Addition, ...] = ()
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What the replica wants of a worker's rows.
+
+    Attributes:
+        keep: jobs to store, with what was said.
+        forget: jobs whose rows nobody wants.
+    """
+
+    keep: dict[str, Entry] = field(default_factory=dict)
+    forget: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Report:
+    """What has happened since the last exchange.
+
+    Attributes:
+        stored: jobs whose rows are durable.
+        failed: jobs whose rows are not there or could not be written, and why.
+        has_room: whether the store's writer keeps up.
+        held: jobs whose rows the worker holds.
+    """
+
+    stored: dict[str, Stored]
+    failed: dict[str, Exception]
+    has_room: bool
+    held: int
+
+
+def pack(value: Any) -> bytes:
+    """Spell an order, an exchange or a report."""
+    return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+
+
+def unpack(data: bytes, kind: type[T]) -> T:
+    """Read one back."""
+    value = pickle.loads(data)
+    assert isinstance(value, kind)
+    return value

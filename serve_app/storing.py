@@ -1,0 +1,87 @@
+"""Where finished generations' rows go, and when they are durable.
+
+An engine that has its model in this process hands rows over, and a `LocalStorage` writes them. One whose model runs in workers
+hands over a ticket, and its own `Storage` has the worker that holds the rows write them (`engines.vllm.storage`). Both end in
+`write`, in the process that has the rows; what crosses to the replica is a `Stored`.
+"""
+
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from roentgen.store import Receipt, StoreError, StoreWriter
+from serve_app.capture.rows import CapturedRows
+from serve_app.engines.protocol import Finished
+from serve_app.rollouts import Entry, describe, join
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A generation's committed activations.
+
+    Attributes:
+        reply: what the reply says of them.
+        nbytes: their size.
+        seconds: how long the commit took.
+    """
+
+    reply: dict[str, Any]
+    nbytes: int
+    seconds: float
+
+
+class Storage(Protocol):
+    """Stores what engines have captured."""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more may be captured now: the disk may be slower than the model."""
+
+    def keep(self, entry: Entry, finished: Finished) -> "Future[Stored]":
+        """Store a finished generation; the future completes when it is durable, or fails with a `StoreError`.
+
+        Args:
+            entry: what was said.
+            finished: its rows, or where they are held.
+        """
+
+
+class LocalStorage:
+    """Stores rows that are in this process, through its writer."""
+
+    def __init__(self, writer: StoreWriter) -> None:
+        self._writer = writer
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more may be captured now."""
+        return self._writer.has_room
+
+    def keep(self, entry: Entry, finished: Finished) -> "Future[Stored]":
+        """Store a finished generation."""
+        assert finished.captured is not None
+        return write(self._writer, entry, finished.captured)
+
+
+def write(writer: StoreWriter, entry: Entry, captured: CapturedRows) -> "Future[Stored]":
+    """Queue a generation for writing; the future completes on the writer's thread."""
+    start = time.monotonic()
+    stored: Future[Stored] = Future()
+    try:
+        rollout = join(entry, captured)
+        receipt = writer.submit(rollout)
+    except (StoreError, ValueError) as error:
+        stored.set_exception(StoreError(str(error)))
+        return stored
+
+    def committed(done: "Future[Receipt]") -> None:
+        error = done.exception()
+        if error is not None:
+            stored.set_exception(StoreError(f"the activations could not be stored: {error}"))
+            return
+        reply = describe(rollout, done.result(), entry.delivery)
+        stored.set_result(Stored(reply, rollout.nbytes, time.monotonic() - start))
+
+    receipt.add_done_callback(committed)
+    return stored

@@ -1,0 +1,126 @@
+"""One tiny model under each engine that is installed here, and one way to get at what was captured."""
+
+import importlib.util
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers as tr
+from safetensors.torch import load_file
+from ulid import ULID
+
+from roentgen.store import StoreWriter
+from serve_app.engines.protocol import Engine, Finished
+from serve_app.engines.transformers_engine import TransformersEngine
+from serve_app.engines.vllm import loading as vllm
+from serve_app.models import ServedModel, load
+from serve_app.rollouts import Entry
+from serve_app.sources import ModelSource
+from serve_app.storing import LocalStorage, Storage
+from tests.serve_app import tiny
+
+ENGINES = ["transformers"] + (["vllm"] if importlib.util.find_spec("vllm") else [])
+
+
+def save_tiny(folder: Path, architecture: str = "wide_llama") -> tr.PreTrainedModel:
+    """Save a tiny model and its tokenizer as a folder that every engine loads; returns the model."""
+    model = tiny.module(architecture)
+    model.save_pretrained(folder)
+    tiny.tokenizer().save_pretrained(folder)
+    return model
+
+
+@dataclass
+class Subject:
+    """An engine with a tiny model, its storage, and the same weights in plain transformers."""
+
+    model: ServedModel
+    engine: Engine
+    storage: Storage
+    reference: tr.PreTrainedModel
+
+    def rows(self, call: tiny.Call) -> tuple[list[int], dict[str, torch.Tensor]]:
+        """Store what a finished call captured; returns the positions and values that the store then has."""
+        result, asked = call.result(), call.job.capture
+        assert asked is not None
+        reply = self.storage.keep(entry(call.job.prompt_ids, result, str(asked.positions)), result).result(60).reply
+        shard = load_file(f"{reply['uri'].removeprefix('file://')}/{reply['shard']}")
+        rows = slice(reply["row_start"], reply["row_stop"])
+        return shard["position"][rows].tolist(), {key: shard[key][rows] for key in reply["tensors"]}
+
+    def alone(self, prompt: list[int], max_tokens: int, **settings: object) -> list[int]:
+        """Greedy completion by transformers' own generate."""
+        ids = torch.tensor([prompt])
+        with torch.inference_mode():
+            output = self.reference.generate(
+                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=max_tokens, **settings
+            )
+        return output[0, len(prompt) :].tolist()
+
+
+def entry(prompt: list[int], result: Finished, positions: str) -> Entry:
+    ids = prompt + result.token_ids
+    logprobs = np.array([np.nan] * len(prompt) + [score.logprob for score in result.scores], dtype=np.float32)
+    return Entry(
+        session_id="s",
+        rollout_id=str(ULID()),
+        model="tiny",
+        revision="0",
+        positions=positions,
+        token_ids=ids,
+        token_offsets=[0] * len(ids),
+        n_prompt=len(prompt),
+        logprobs=logprobs,
+        text="",
+        segments=[],
+        finish_reason=result.finish_reason,
+        key=None,
+        labels={},
+        delivery="reference",
+    )
+
+
+@contextmanager
+def subject(name: str, folder: Path, architecture: str = "wide_llama", **settings: object) -> Iterator[Subject]:
+    """Start an engine on a tiny model.
+
+    Args:
+        name: of the engine.
+        folder: for the model and the store.
+        architecture: of `tiny.CONFIGS`.
+        settings: in place of the usual ones of vLLM, or options of the transformers engine.
+    """
+    reference = save_tiny(folder / "model", architecture)
+    source = ModelSource("tiny", str(folder / "model"), "0")
+    if name == "transformers":
+        model = load(source, "float32", "cpu")
+        engine = TransformersEngine(model, **settings)
+        with StoreWriter(folder / "store", max_wait_s=0.01) as writer:
+            yield Subject(model, engine, LocalStorage(writer), reference)
+            engine.close()
+        return
+    served, fast = vllm.start(source, vllm_settings(folder / "store", **settings))
+    try:
+        yield Subject(served, fast, fast.storage, reference)
+    finally:
+        fast.close()
+
+
+def vllm_settings(store: Path, **changed: object) -> vllm.VllmSettings:
+    """vLLM on one thread of a CPU: with more, its threads wait for one another where others compute too."""
+    usual = {
+        "dtype": "float32",
+        "device": "cpu",
+        "max_batch": 8,
+        "max_queue": 64,
+        "max_cache_tokens": 0,
+        "tensor_parallel_size": 1,
+        "threads": 1,
+        "capture": True,
+        "taps": (),
+        "store": str(store),
+    }
+    return vllm.VllmSettings(**{**usual, **changed})  # type: ignore[arg-type]

@@ -1,0 +1,351 @@
+"""What every engine does, each checked against transformers alone: tokens, endings, log-probabilities, rows.
+
+Where vLLM is installed (`make test-vllm`), all of it runs on vLLM too.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from roentgen.contract import ActivationRequest, Positions, stored_key
+from serve_app.capture.rows import CapturePlan, UncapturableError
+from serve_app.capture.steering import Addition
+from serve_app.engines.constraints import Grammar, Schema
+from serve_app.engines.protocol import (
+    EngineBusyError,
+    EngineStoppedError,
+    Failed,
+    Finished,
+    RequestTooLargeError,
+    Sampling,
+    TextDelta,
+)
+from tests.serve_app.engines.subjects import ENGINES, Subject, subject
+from tests.serve_app.tiny import Call, run
+
+PROMPTS = [[5, 6, 7], [10, 11, 12, 13, 14, 15, 16, 17, 18], [40], [3, 1, 4, 1, 5, 9]]
+LONG = [[(7 * i + j) % 250 for j in range(n)] for i, n in enumerate((3, 25, 9, 1, 40, 6, 2, 17))]
+GREEDY = Sampling(max_tokens=12, temperature=0)
+ASCII = replace(GREEDY, logit_bias=dict.fromkeys(range(94, 257), -100.0))
+"""Every token is a letter, and none ends the text."""
+STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "ln_attn", "ln_mlp")
+MODULES = {
+    "resid_pre": ("", "input"),
+    "resid_mid": (".post_attention_layernorm", "input"),
+    "resid_post": ("", "output"),
+    "attn_out": (".self_attn", "output"),
+    "mlp_out": (".mlp", "output"),
+    "ln_attn": (".input_layernorm", "output"),
+    "ln_mlp": (".post_attention_layernorm", "output"),
+}
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def under_test(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
+    with subject(request.param, tmp_path_factory.mktemp(request.param)) as started:
+        yield started
+
+
+def plan(subject: Subject, *hook_points: str, layers: object = "all", positions: str = "all") -> CapturePlan:
+    asked = ActivationRequest(layers=layers, hook_points=hook_points)
+    return CapturePlan(subject.model.structure.resolve(asked), Positions.parse(positions), "model")
+
+
+def forward(subject: Subject, tokens: list[int]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Run tokens alone through plain transformers; log-probabilities, and every hook point by plain hooks."""
+    seen: dict[str, torch.Tensor] = {}
+    root, handles = subject.reference, []
+    places = {
+        stored_key(name, i): (f"model.layers.{i}{path}", side)
+        for i in range(3)
+        for name, (path, side) in MODULES.items()
+    }
+    places |= {"embed": ("model.embed_tokens", "output"), "final_norm": ("model.norm", "output")}
+    for key, (path, side) in places.items():
+
+        def hook(module, args, kwargs, output, key=key, side=side):  # type: ignore[no-untyped-def]
+            value = output if side == "output" else (args[0] if args else kwargs["hidden_states"])
+            seen[key] = (value[0] if isinstance(value, tuple) else value)[0].clone()
+
+        handles.append(root.get_submodule(path).register_forward_hook(hook, with_kwargs=True))
+    with torch.inference_mode():
+        logits = root(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
+    for handle in handles:
+        handle.remove()
+    return logits.log_softmax(-1), seen
+
+
+def assert_rows(rows: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    for key, values in rows.items():
+        error = (values - expected[key]).norm(dim=1) / expected[key].norm(dim=1)
+        assert error.max() <= 1e-4, f"{key}: {error.max()}"
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.01)
+
+
+def test_greedy_batches_equal_generate_alone(under_test: Subject) -> None:
+    results = run(under_test.engine, [Call(prompt, GREEDY) for prompt in LONG])
+    assert [r.token_ids for r in results] == [under_test.alone(prompt, 12) for prompt in LONG]
+
+
+def test_rows_of_every_hook_point_equal_a_teacher_forced_forward(under_test: Subject) -> None:
+    asked = plan(under_test, *STREAM, "embed", "final_norm")
+    calls = [Call(p, Sampling(max_tokens=2 + 3 * i, temperature=0), asked) for i, p in enumerate(LONG)]
+    run(under_test.engine, calls)
+    for call in calls:
+        fed = call.job.prompt_ids + call.result().token_ids[:-1]
+        positions, rows = under_test.rows(call)
+        assert positions == list(range(len(fed)))
+        assert len(rows) == 3 * len(STREAM) + 2
+        assert_rows(rows, forward(under_test, fed)[1])
+
+
+POLICIES = ("all", "prompt", "generated", "last_prompt", "last", "stride:3", "mean_prompt", "mean_generated")
+
+
+@pytest.mark.parametrize("ending", ["length", "stop token", "stop string"])
+def test_every_policy_keeps_the_same_rows_however_a_completion_ends(under_test: Subject, ending: str) -> None:
+    """A stop string is found where text is made, when the model may have gone on already."""
+    prompt = PROMPTS[1]
+    (unended,) = run(under_test.engine, [Call(prompt, ASCII)])
+    free, text = unended.token_ids, unended.text
+    end = {"length": {}, "stop token": {"stop_token_ids": frozenset({free[5]})}, "stop string": {"stop": (text[3:6],)}}
+    sampling = replace(ASCII, **end[ending])
+    calls = [Call(prompt, sampling, plan(under_test, "resid_post", layers=(1,), positions=p)) for p in POLICIES]
+    run(under_test.engine, calls)
+    for policy, call in zip(POLICIES, calls, strict=True):
+        said = call.result()
+        assert said.token_ids == free[: len(said.token_ids)]
+        assert said.finish_reason == ("length" if ending == "length" else "stop")
+        fed = prompt + said.token_ids[:-1]
+        whole = forward(under_test, fed)[1]["layers.1.resid_post"]
+        wanted = Positions.parse(policy).select(len(prompt), len(fed))
+        expected = whole[list(wanted)]
+        if policy.startswith("mean"):
+            expected, wanted = expected.mean(0, keepdim=True)[: len(wanted)], [-1] * bool(wanted)
+        positions, rows = under_test.rows(call)
+        assert positions == list(wanted), policy
+        torch.testing.assert_close(rows["layers.1.resid_post"], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("max_tokens", "rows"), [(0, 3), (1, 3), (2, 4), (12, 14)])
+def test_row_counts(under_test: Subject, max_tokens: int, rows: int) -> None:
+    """N tokens take N forwards; the last one sampled never passes through the model."""
+    sampling = replace(ASCII, max_tokens=max_tokens)
+    call = Call(PROMPTS[0], sampling, plan(under_test, "resid_post", layers=(1,)))
+    (result,) = run(under_test.engine, [call])
+    assert (len(result.token_ids), result.finish_reason) == (max_tokens, "length")
+    assert under_test.rows(call)[0] == list(range(rows))
+
+
+def test_a_policy_that_selects_nothing_gives_no_rows(under_test: Subject) -> None:
+    for policy in ("generated", "mean_generated"):
+        call = Call(
+            PROMPTS[0], Sampling(1, temperature=0), plan(under_test, "resid_post", layers=(1,), positions=policy)
+        )
+        run(under_test.engine, [call])
+        positions, rows = under_test.rows(call)
+        assert positions == []
+        assert rows["layers.1.resid_post"].shape == (0, 64)
+
+
+def test_streamed_pieces_join_to_the_text(under_test: Subject) -> None:
+    calls = [Call(prompt, GREEDY, stream=True) for prompt in PROMPTS]
+    for call, result in zip(calls, run(under_test.engine, calls), strict=True):
+        deltas = [event for event in call.heard if isinstance(event, TextDelta)]
+        assert "".join(delta.text for delta in deltas) == result.text
+        spoken = len(result.token_ids) - (result.ended_by is not None)
+        assert [token for delta in deltas for token in delta.token_ids] == result.token_ids[:spoken]
+
+
+def test_a_stop_string_ends_a_generation_and_is_not_in_the_text(under_test: Subject) -> None:
+    (free,) = run(under_test.engine, [Call(PROMPTS[1], ASCII)])
+    stop = free.text[3:6]
+    call = Call(PROMPTS[1], replace(ASCII, stop=(stop,)), stream=True)
+    (result,) = run(under_test.engine, [call])
+    assert result.finish_reason == "stop"
+    assert result.text == free.text[: free.text.find(stop)]
+    assert "".join(e.text for e in call.heard if isinstance(e, TextDelta)) == result.text
+
+
+def test_a_seed_gives_the_same_tokens_in_any_company(under_test: Subject) -> None:
+    hot = Sampling(max_tokens=12, temperature=1.0, seed=7)
+    (alone,) = run(under_test.engine, [Call(PROMPTS[1], hot)])
+    others = [Call(PROMPTS[0], Sampling(12, seed=1)), Call(PROMPTS[2], Sampling(3, seed=7))]
+    together = run(under_test.engine, [others[0], Call(PROMPTS[1], hot), others[1]])
+    assert together[1].token_ids == alone.token_ids
+    assert run(under_test.engine, [Call(PROMPTS[1], Sampling(12, seed=8))])[0].token_ids != alone.token_ids
+
+
+def test_logprobs_are_the_models_own(under_test: Subject) -> None:
+    sampling = Sampling(6, temperature=0.5, seed=3, top_logprobs=4, logit_bias={7: 5.0})
+    (result,) = run(under_test.engine, [Call(PROMPTS[0], sampling)])
+    logprobs, _ = forward(under_test, PROMPTS[0] + result.token_ids)
+    for at, (token, score) in enumerate(zip(result.token_ids, result.scores, strict=True), start=2):
+        values, order = logprobs[at].topk(4)
+        assert score.logprob == pytest.approx(logprobs[at, token].item(), rel=1e-4, abs=1e-4)
+        assert [token for token, _ in score.top] == order.tolist()
+        torch.testing.assert_close(torch.tensor([p for _, p in score.top]), values, rtol=1e-4, atol=1e-4)
+
+
+def test_penalised_greedy_tokens_are_those_of_generate(under_test: Subject) -> None:
+    long = replace(GREEDY, max_tokens=60)
+    plain = under_test.alone(PROMPTS[1], 60)
+    banned = dict.fromkeys(plain, -100.0)
+    penalised, biased = run(
+        under_test.engine,
+        [Call(PROMPTS[1], replace(long, repetition_penalty=3.0)), Call(PROMPTS[1], replace(long, logit_bias=banned))],
+    )
+    assert penalised.token_ids == under_test.alone(PROMPTS[1], 60, repetition_penalty=3.0)
+    assert penalised.token_ids != plain
+    assert biased.token_ids == under_test.alone(PROMPTS[1], 60, bad_words_ids=[[token] for token in banned])
+
+
+def test_a_stop_token_ends_it_and_is_no_text(under_test: Subject) -> None:
+    expected = under_test.alone(PROMPTS[1], 12)
+    (result,) = run(under_test.engine, [Call(PROMPTS[1], replace(GREEDY, stop_token_ids=frozenset({expected[5]})))])
+    stop = expected.index(expected[5])
+    assert result.token_ids == expected[: stop + 1]
+    assert (result.finish_reason, result.ended_by) == ("stop", expected[5])
+    assert result.text == under_test.model.tokenizer.decode(expected[:stop])
+
+
+def test_the_least_length_holds_back_stop_tokens_and_stop_strings(under_test: Subject) -> None:
+    expected = under_test.alone(PROMPTS[1], 40)
+    first = frozenset(expected[:1])
+    letter = under_test.model.tokenizer.decode(expected[:1])
+    stopped, held, held_text = run(
+        under_test.engine,
+        [
+            Call(PROMPTS[1], replace(GREEDY, stop_token_ids=first)),
+            Call(PROMPTS[1], replace(GREEDY, stop_token_ids=first, min_tokens=6)),
+            Call(PROMPTS[1], replace(GREEDY, stop=(letter,), min_tokens=4)),
+        ],
+    )
+    assert len(stopped.token_ids) == 1
+    assert len(held.token_ids) >= 6
+    assert len(held_text.token_ids) >= 4
+
+
+def test_a_prompt_is_only_read_and_scored(under_test: Subject) -> None:
+    calls = [Call(p, Sampling(0, top_logprobs=1), plan(under_test, "resid_post", layers=(1,))) for p in PROMPTS]
+    for call in calls:
+        call.job = replace(call.job, score_prompt=True)
+    for call, result in zip(calls, run(under_test.engine, calls), strict=True):
+        prompt = call.job.prompt_ids
+        assert (result.token_ids, result.text, result.finish_reason) == ([], "", "length")
+        logprobs, expected = forward(under_test, prompt)
+        wanted = logprobs[:-1].gather(1, torch.tensor(prompt[1:], dtype=torch.long)[:, None])[:, 0]
+        assert result.prompt_scores is not None
+        found = torch.tensor([score.logprob for score in result.prompt_scores])
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        assert [score.top[0][0] for score in result.prompt_scores] == logprobs[:-1].argmax(-1).tolist()
+        assert_rows(under_test.rows(call)[1], expected)
+
+
+def test_a_grammar_is_followed(under_test: Subject) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"n": {"type": "integer", "maximum": 99, "minimum": 0}},
+        "required": ["n"],
+    }
+    grammar = Grammar("start: json", {"json": Schema({**schema, "additionalProperties": False}, "x", strict=True)})
+    call = Call(PROMPTS[1], Sampling(40, seed=5))
+    call.job = replace(call.job, constraint=under_test.model.constraints.compile(grammar))
+    (result,) = run(under_test.engine, [call])
+    assert result.finish_reason == "stop"
+    assert 0 <= json.loads(result.text)["n"] <= 99
+
+
+@pytest.mark.parametrize("hook_point", ["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"])
+def test_a_request_is_steered_and_its_company_is_not(under_test: Subject, hook_point: str) -> None:
+    vector = 0.7 * torch.randn(64, generator=torch.Generator().manual_seed(1))
+    ((key, tap),) = plan(under_test, hook_point, layers=(1,)).taps.items()
+    asked = plan(under_test, "resid_post")
+    steered, other = Call(PROMPTS[1], GREEDY, asked), Call(PROMPTS[3], GREEDY, asked)
+    steered.job = replace(steered.job, steering=(Addition(key, tap, vector, Positions("generated")),))
+    run(under_test.engine, [steered, other])
+    path, side = MODULES[hook_point]
+    module = under_test.reference.get_submodule(f"model.layers.1{path}")
+    fed = PROMPTS[1] + steered.result().token_ids[:-1]
+    addition = torch.zeros(1, len(fed), 64)
+    addition[:, len(PROMPTS[1]) :] = vector
+
+    def before(module, args):  # type: ignore[no-untyped-def]
+        args[0].add_(addition)  # in place: the norm and the sum around it are given one tensor
+
+    def after(module, args, output):  # type: ignore[no-untyped-def]
+        return (output[0] + addition, *output[1:]) if isinstance(output, tuple) else output + addition
+
+    handle = module.register_forward_pre_hook(before) if side == "input" else module.register_forward_hook(after)
+    try:
+        logprobs, expected = forward(under_test, fed)
+    finally:
+        handle.remove()
+    assert_rows(under_test.rows(steered)[1], expected)
+    assert steered.result().token_ids == logprobs[len(PROMPTS[1]) - 1 :].argmax(-1).tolist()
+    assert other.result().token_ids == under_test.alone(PROMPTS[3], 12)
+
+
+def test_a_cancelled_job_leaves_and_the_others_go_on(under_test: Subject) -> None:
+    gone = Call(PROMPTS[0], Sampling(100, temperature=0, min_tokens=100), plan(under_test, "resid_post"), stream=True)
+    stays = Call(PROMPTS[1], GREEDY, plan(under_test, "resid_post", layers=(0,)))
+    for call in (gone, stays):
+        under_test.engine.submit(call.job)
+    wait_for(lambda: bool(gone.heard))
+    gone.job.cancelled.set()
+    assert stays.result().token_ids == under_test.alone(PROMPTS[1], 12)
+    under_test.rows(stays)
+    wait_for(lambda: under_test.engine.load.running == 0)
+    assert all(isinstance(event, TextDelta | Finished) for event in gone.heard)
+
+
+def test_a_hook_point_without_rows_fails_alone(under_test: Subject) -> None:
+    """A list of layers never runs, so it has no row per token to keep."""
+    odd = Call(PROMPTS[0], GREEDY, plan(under_test, "resid_post", "model.layers.output"))
+    fine = Call(PROMPTS[1], GREEDY, plan(under_test, "resid_post"))
+    for call in (odd, fine):
+        under_test.engine.submit(call.job)
+    assert len(under_test.rows(fine)[0]) == 20
+    with pytest.raises(UncapturableError, match=r"model\.layers\.output does not give a row per token"):
+        under_test.rows(odd)
+
+
+def test_what_can_never_fit_is_refused_at_once(under_test: Subject) -> None:
+    with pytest.raises(RequestTooLargeError, match="9 tokens and up to 10000000000 new ones"):
+        under_test.engine.submit(Call(PROMPTS[1], Sampling(10**10, temperature=0)).job)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_full_queue_is_refused_and_a_closed_engine_says_so(
+    name: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    with subject(name, tmp_path_factory.mktemp(name), max_batch=1, max_queue=1) as full:
+        endless = Sampling(100, temperature=0, min_tokens=100)
+        calls = [Call(PROMPTS[0], endless, stream=True) for _ in range(40)]
+        running: list[Call] = []
+
+        def submit_all() -> None:
+            for call in calls:
+                full.engine.submit(call.job)
+                running.append(call)
+
+        with pytest.raises(EngineBusyError):
+            submit_all()
+        full.engine.close()
+        for call in running:
+            last = call.heard[-1]
+            assert isinstance(last, Finished) or (
+                isinstance(last, Failed) and isinstance(last.error, EngineStoppedError)
+            )
+        with pytest.raises(EngineStoppedError):
+            full.engine.submit(Call(PROMPTS[0], GREEDY).job)

@@ -1,0 +1,128 @@
+"""`roentgen serve --engine vllm`, asked with OpenAI's client: the same wire, the same store."""
+
+import json
+import tempfile
+import urllib.request
+from collections.abc import Iterator
+
+import numpy as np
+import openai
+import pytest
+import torch
+from torch.nn.functional import cosine_similarity
+
+from roentgen.store import Session, verify
+from serve_app.models import load
+from serve_app.sources import locate
+from tests.conftest import RayHome, Server, clean_up, start_server
+
+MODEL = "smollm2-135m"
+ASKED = {"session_id": "asked", "layers": [0, 15, 29], "hook_points": ["resid_post", "ln_mlp"], "labels": {"n": 1}}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    home = RayHome(tempfile.mkdtemp(prefix="rt-", dir="/tmp"))
+    try:
+        options = ("--engine", "vllm", "--threads", "1", "--max-batch", "8", "--max-cache-tokens", "4096")
+        running = start_server(tmp_path_factory.mktemp("store"), home, *options)
+        yield running
+        running.process.terminate()
+        assert running.process.wait(60) == 0
+        assert home.wait_until_gone() == []
+    finally:
+        clean_up(home)
+
+
+@pytest.fixture
+def client(server: Server) -> openai.OpenAI:
+    return openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0)
+
+
+def ask(client: openai.OpenAI, question: str = "What is 2 + 3?", **options: object) -> openai.types.chat.ChatCompletion:
+    messages = [{"role": "user", "content": question}]
+    settings = {"model": MODEL, "max_tokens": 12, "temperature": 0} | options
+    return client.chat.completions.create(messages=messages, **settings)  # type: ignore[call-overload, no-any-return]
+
+
+def test_a_reply_and_its_rows(server: Server, client: openai.OpenAI) -> None:
+    reply = ask(client, extra_body={"activations": ASKED})
+    assert reply.usage is not None
+    stored = reply.model_dump()["activations"]
+    n_rows = reply.usage.prompt_tokens + reply.usage.completion_tokens - 1
+    assert stored["row_stop"] - stored["row_start"] == n_rows
+    session = Session.open(server.store / "asked")
+    assert verify(session).ok
+    (row,) = session.rollouts().to_dict("records")
+    assert (row["n_prompt"], row["n_completion"]) == (reply.usage.prompt_tokens, reply.usage.completion_tokens)
+    assert reply.choices[0].message.content in row["text"]
+    reference = load(locate(MODEL), "float32", "cpu").observed._module
+    with torch.inference_mode():
+        states = reference(torch.tensor([row["token_ids"][:-1].tolist()]), output_hidden_states=True).hidden_states
+    rows = session.activations("layers.15.resid_post", where=session.rollouts())[0].values
+    assert cosine_similarity(torch.tensor(np.asarray(rows)).float(), states[16][0], dim=1).min() > 0.9999
+
+
+def test_choices_of_a_stream_and_values_in_the_reply(client: openai.OpenAI) -> None:
+    asked = {"layers": [3], "hook_points": ["resid_mid"], "positions": "last", "return": "full"}
+    stream = ask(client, n=2, stream=True, temperature=1, seed=4, extra_body={"activations": asked})
+    chunks = [chunk.model_dump() for chunk in stream]
+    rollouts = chunks[-1]["activations"]["rollouts"]
+    assert [rollout["choice_index"] for rollout in rollouts] == [0, 1]
+    for rollout in rollouts:
+        tensor = rollout["tensors"]["layers.3.resid_mid"]
+        assert (tensor["format"], tensor["shape"]) == ("complete_tensor", [1, 1, 576])
+        assert np.isfinite(tensor["data"]).all()
+
+
+def test_a_schema_is_followed(client: openai.OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"sum": {"type": "integer"}},
+        "required": ["sum"],
+        "additionalProperties": False,
+    }
+    shape = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema, "strict": True}}
+    reply = ask(client, response_format=shape, max_tokens=40, temperature=1, seed=1)
+    assert set(json.loads(reply.choices[0].message.content or "")) == {"sum"}
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "said"),
+    [
+        (
+            {"activations": {"hook_points": ["self_attn.q_proj.output"]}},
+            "activations.hook_points",
+            "q_proj together with",
+        ),
+        ({"activations": {"hook_points": ["router"]}}, "activations.hook_points", "has no router"),
+        (
+            {"probes": [{"name": "p", "key": "layers.1.resid_post", "weight": [1.0] * 576}]},
+            "probes",
+            "engine=transformers",
+        ),
+        ({"activations": {"layers": [30]}}, "activations.layers", "30 is out of range"),
+    ],
+)
+def test_what_it_does_not_have_is_refused_by_name(client: openai.OpenAI, body: dict, param: str, said: str) -> None:
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(client, extra_body=body)
+    assert refused.value.param == param
+    assert said in str(refused.value)
+
+
+def test_steering_changes_what_is_said(client: openai.OpenAI) -> None:
+    vector = np.random.default_rng(0).normal(size=576).tolist()
+    steering = [{"vector": vector, "layer": 15, "scale": 4.0}]
+    plain, steered = ask(client), ask(client, extra_body={"steering": steering})
+    assert plain.choices[0].message.content != steered.choices[0].message.content
+    assert plain.choices[0].message.content == ask(client).choices[0].message.content
+
+
+def test_the_server_says_what_runs(server: Server) -> None:
+    with urllib.request.urlopen(f"{server.root}/health", timeout=10) as response:
+        assert json.load(response)["status"] == "ok"
+    with urllib.request.urlopen(f"{server.base_url}/model/structure", timeout=10) as response:
+        structure = json.load(response)
+    assert structure["verified_on"] == "weights, as vLLM runs them"
+    assert structure["hook_points"]["resid_mid"] == "model.layers.0.post_attention_layernorm.input[0] + [1]"

@@ -1,0 +1,162 @@
+"""What only the vLLM engine has: preemption, fused modules, processes of its own, and a server that does not capture."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from roentgen.contract import ActivationRequest, Positions
+from serve_app.capture.structure import CaptureRequestError
+from serve_app.engines.protocol import EngineStoppedError, Sampling
+from serve_app.engines.vllm.engine import VllmEngine
+from tests.serve_app.engines.subjects import Subject, save_tiny, subject
+from tests.serve_app.engines.test_both_engines import LONG, assert_rows, forward, plan, wait_for
+from tests.serve_app.tiny import Call, run
+
+
+@pytest.fixture(scope="module")
+def cramped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
+    """An engine whose KV cache holds one sequence and some: vLLM preempts when several grow."""
+    with subject("vllm", tmp_path_factory.mktemp("cramped"), max_cache_tokens=128) as started:
+        yield started
+
+
+@contextmanager
+def recorded(engine: VllmEngine) -> Iterator[list[Any]]:
+    """Listen to what vLLM says of each request at its end."""
+    client, outputs = engine._client, []
+
+    class Listening:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(client, name)
+
+        async def generate(self, *args: Any) -> Any:
+            async for output in client.generate(*args):
+                if output.finished:
+                    outputs.append(output)
+                yield output
+
+    engine._client = Listening()  # type: ignore[assignment]
+    try:
+        yield outputs
+    finally:
+        engine._client = client
+
+
+def cores() -> set[psutil.Process]:
+    """vLLM's cores that this process has started."""
+    return {p for p in psutil.Process().children(recursive=True) if "EngineCore" in " ".join(p.cmdline())}
+
+
+def test_preempted_requests_keep_exactly_their_rows(cramped: Subject) -> None:
+    """Their rows are computed twice, and kept once."""
+    prompts = [[(11 * i + j) % 90 for j in range(40 + i)] for i in range(6)]
+    sampling = Sampling(60, temperature=0, logit_bias=dict.fromkeys(range(94, 257), -100.0))
+    policies = ("all", "mean_generated", "last", "all", "mean_prompt", "stride:7")
+    asked = [plan(cramped, "resid_post", "resid_mid", positions=policy) for policy in policies]
+    calls = [Call(p, sampling, one, stream=True) for p, one in zip(prompts, asked, strict=True)]
+    with recorded(cramped.engine) as outputs:
+        run(cramped.engine, calls)
+    assert any(output.metrics.num_preemptions for output in outputs), "nothing was preempted: the test tests nothing"
+    for policy, call in zip(policies, calls, strict=True):
+        fed = call.job.prompt_ids + call.result().token_ids[:-1]
+        expected = forward(cramped, fed)[1]
+        wanted = list(Positions.parse(policy).select(len(call.job.prompt_ids), len(fed)))
+        expected = {key: values[wanted] for key, values in expected.items()}
+        if policy.startswith("mean"):
+            expected, wanted = {key: values.mean(0, keepdim=True) for key, values in expected.items()}, [-1]
+        positions, rows = cramped.rows(call)
+        assert positions == wanted
+        assert_rows(rows, expected)
+    wait_for(lambda: cramped.engine.storage.held == 0)
+
+
+def test_what_is_fused_is_refused_by_name(cramped: Subject) -> None:
+    with pytest.raises(CaptureRequestError, match="computes q_proj together with others in qkv_proj"):
+        plan(cramped, "self_attn.q_proj.output", layers=(0,))
+    fused = plan(cramped, "self_attn.qkv_proj.output", "model.layers.1.output", layers=(0,))
+    assert list(fused.taps) == ["layers.0.self_attn.qkv_proj.output", "layers.1.resid_post"]
+    call = Call(LONG[0], Sampling(3, temperature=0), fused)
+    run(cramped.engine, [call])
+    assert cramped.rows(call)[1]["layers.0.self_attn.qkv_proj.output"].shape == (5, 128)
+
+
+def test_nothing_is_held_of_requests_that_nobody_stores(cramped: Subject) -> None:
+    calls = [Call(p, Sampling(60, temperature=0), plan(cramped, "resid_post"), stream=True) for p in LONG]
+    for call in calls:
+        cramped.engine.submit(call.job)
+    wait_for(lambda: any(call.heard for call in calls))
+    for call in calls:
+        call.job.cancelled.set()
+    wait_for(lambda: cramped.engine.load.running + cramped.engine.load.waiting == 0)
+    done = [call for call in calls if call.heard and type(call.heard[-1]).__name__ == "Finished"]
+    for call in done:
+        cramped.rows(call)
+    wait_for(lambda: cramped.engine.storage.held == 0)
+
+
+def test_a_lost_core_fails_what_runs_and_is_noticed(tmp_path: Path) -> None:
+    others = cores()
+    with subject("vllm", tmp_path) as started:
+        call = Call(LONG[1], Sampling(100, temperature=0, min_tokens=100), plan(started, "resid_post"), stream=True)
+        started.engine.submit(call.job)
+        wait_for(lambda: bool(call.heard))
+        (core,) = cores() - others
+        core.kill()
+        with pytest.raises(EngineStoppedError):
+            call.result()
+        wait_for(lambda: not started.engine.alive)
+        with pytest.raises(EngineStoppedError):
+            started.engine.submit(replace(call.job))
+
+
+STARTED = """
+import sys, time
+from pathlib import Path
+from serve_app.engines.vllm import loading
+from serve_app.sources import ModelSource
+from tests.serve_app.engines.subjects import vllm_settings
+
+if __name__ == "__main__":
+    source = ModelSource("tiny", sys.argv[1], "0")
+    model, engine = loading.start(source, vllm_settings(Path(sys.argv[2]), capture=False))
+    print("ready", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_replica_that_is_killed_leaves_no_process(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "model")
+    script = tmp_path / "started.py"
+    script.write_text(STARTED)
+    command = [sys.executable, str(script), str(tmp_path / "model"), str(tmp_path / "store")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[4])}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as replica:
+        assert replica.stdout is not None
+        assert any(line == "ready\n" for line in replica.stdout)
+        processes = psutil.Process(replica.pid).children(recursive=True)
+        assert processes
+        os.kill(replica.pid, signal.SIGKILL)
+    _, alive = psutil.wait_procs([p for p in processes if "resource_tracker" not in " ".join(p.cmdline() or [])], 30)
+    assert alive == []
+
+
+def test_a_server_that_does_not_capture_is_plain_vllm(tmp_path: Path) -> None:
+    """With prefix caching: the second time, the prompt comes from the cache."""
+    with subject("vllm", tmp_path, capture=False) as started:
+        with pytest.raises(CaptureRequestError):
+            started.model.structure.resolve(ActivationRequest(layers=(0,), hook_points=("resid_post",)))
+        prompt = [(7 * i) % 90 for i in range(200)]
+        with recorded(started.engine) as outputs:
+            for _ in range(2):
+                (result,) = run(started.engine, [Call(prompt, Sampling(5, temperature=0))])
+                assert result.token_ids == started.alone(prompt, 5)
+        assert [output.num_cached_tokens for output in outputs] == [0, 128]  # whole blocks of the prompt
