@@ -10,23 +10,19 @@ Method:
     4. Test scores of all outer folds together give the metrics, and problems drawn with replacement their intervals
     (`intervals`).
     5. Baselines go through the same steps (`baselines`).
-
-Folds differ in intercept and strength, so raw scores of different folds do not compare: pooled as they are, the AUROC would
-partly rank folds, and the wrong way round, because a fold rich in one class leaves less of it for training. Each fold's test
-scores are therefore put in units of its training scores (their mean 0, their standard deviation 1). Probabilities are kept
-as they are.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from probes import metrics
-from probes.folds import Fold, Split
+from probes.cross_validation import Case, Tested, cross_validate, whole
+from probes.folds import Fold
 from probes.intervals import WIDENING, estimate
 from probes.kinds import Kind
 from probes.labels import Target
@@ -61,61 +57,65 @@ class Evaluation:
         )
 
 
-def cross_validate(
-    X: Float[Tensor, "candidates rows ..."],
-    target: Target,
-    groups: Int[np.ndarray, "samples"],
-    rows: Int[np.ndarray, "rows"],
-    splits: Sequence[Split],
-    kind: Kind,
-) -> tuple[
-    Float[np.ndarray, "candidates strengths rows outputs"], Float[np.ndarray, "candidates strengths rows outputs"]
-]:
-    """Score each of some rows with probes fitted on the other side of its split: comparable across splits, and raw."""
-    strengths = torch.tensor(kind.strengths, dtype=torch.float64, device=X.device)
-    y = torch.from_numpy(target.values).to(X.device)
-    group = torch.from_numpy(groups).to(X.device)
-    shape = len(X), len(kind.strengths), len(rows), max(1, len(target.classes) if target.kind == "classes" else 1)
-    scores, raw = np.full(shape, np.nan), np.full(shape, np.nan)
-    for train, test in splits:
-        here, there = torch.from_numpy(rows[train]).to(X.device), torch.from_numpy(rows[test]).to(X.device)
-        X_train = X[:, here]
-        probes = kind.fit(X_train, y[here], group[here], strengths)
-        known, new = probes.scores(X_train), probes.scores(X[:, there])
-        raw[:, :, test] = new.transpose(-1, -2).cpu().numpy()
-        if target.kind == "real":  # in units of the target already
-            scores[:, :, test] = raw[:, :, test]
-            continue
-        spread = known.std(-1, keepdim=True).clamp_min(1e-300)
-        scores[:, :, test] = ((new - known.mean(-1, keepdim=True)) / spread).transpose(-1, -2).cpu().numpy()
-    return scores, raw
-
-
 def evaluate(
     X: Float[Tensor, "candidates rows ..."],
-    target: Target,
+    targets: Sequence[Target],
     groups: Int[np.ndarray, "rows"],
     folds: Sequence[Fold],
     kind: Kind,
+) -> list[Evaluation]:
+    """Evaluate one probe per target and candidate, its strength chosen on inner folds and its scores taken on outer ones.
+
+    Targets are labels of the same rows: the one that is asked about, and shuffled ones beside it.
+    """
+    outer = [[Case(target, fold.train, fold.test) for fold in folds] for target in targets]
+    # With one candidate and one strength there is nothing to choose, and nothing to look for on inner folds.
+    chooses = len(X) * len(kind.strengths) > 1
+    inner = [[_inner_cases(target, fold) if chooses else [] for fold in folds] for target in targets]
+    tested: list[list[list[Tested]]] = [[[] for _ in folds] for _ in targets]
+    for place in range(len(folds)):
+        cases = [[outer[t][place], *inner[t][place]] for t in range(len(targets))]
+        found = iter(cross_validate(X, [case for part in cases for case in part], groups, kind))
+        for t, part in enumerate(cases):
+            tested[t][place] = list(islice(found, len(part)))
+    return [_evaluation(X, outer[t], inner[t], tested[t], groups, kind) for t in range(len(targets))]
+
+
+def _inner_cases(target: Target, fold: Fold) -> list[Case]:
+    """Return the inner folds of an outer one; not those in which shuffling has left a class nothing to train on."""
+    cases = [Case(target, fold.train[train], fold.train[test]) for train, test in fold.inner]
+    if target.kind == "real":
+        return cases
+    classes = len(np.unique(target.values))
+    return [case for case in cases if len(np.unique(target.values[case.train])) == classes]
+
+
+def _evaluation(
+    X: Float[Tensor, "candidates rows ..."],
+    outer: Sequence[Case],
+    inner: Sequence[Sequence[Case]],
+    tested: Sequence[Sequence[Tested]],
+    groups: Int[np.ndarray, "rows"],
+    kind: Kind,
 ) -> Evaluation:
-    """Evaluate one probe per candidate, its strength chosen on inner folds and its scores taken on outer ones."""
-    everything = np.arange(len(groups))
-    outer, outer_raw = cross_validate(X, target, groups, everything, [(f.train, f.test) for f in folds], kind)
-    number = np.arange(len(X))
-    scores, raw = np.empty(outer.shape[:1] + outer.shape[2:]), np.empty(outer.shape[:1] + outer.shape[2:])
-    inner = np.empty((len(folds), len(X)))
-    for place, fold in enumerate(folds):
+    """Choose each candidate's strength on the inner folds of each outer one, and take its scores there."""
+    target, number, everything = outer[0].target, np.arange(len(X)), np.arange(len(groups))
+    at_each, raw_at_each = whole(outer, [found[0] for found in tested], len(groups))
+    scores, raw = at_each[:, 0].copy(), raw_at_each[:, 0].copy()
+    chosen_by = np.empty((len(outer), len(X)))
+    for place, case in enumerate(outer):
         # Without inner folds nothing is known: every choice ties, and the first is taken.
         found = np.zeros((len(X), len(kind.strengths)))
-        if fold.inner and len(X) * len(kind.strengths) > 1:
-            inside, _ = cross_validate(X, target, groups, fold.train, fold.inner, kind)
-            found = main_metric_each(inside, target, groups, fold.train, kind)
+        if inner[place]:
+            inside, _ = whole(inner[place], tested[place][1:], len(groups))
+            rows = np.concatenate([one.test for one in inner[place]])
+            found = main_metric_each(inside[:, :, rows], target, groups, rows, kind)
         chosen = found.argmax(1)
-        inner[place] = found[number, chosen]
-        scores[:, fold.test] = outer[number, chosen][:, fold.test]
-        raw[:, fold.test] = outer_raw[number, chosen][:, fold.test]
-    best = main_metric_each(outer, target, groups, everything, kind).argmax(1)
-    return Evaluation(scores, raw, inner, np.array(kind.strengths)[best])
+        chosen_by[place] = found[number, chosen]
+        scores[:, case.test] = at_each[number, chosen][:, case.test]
+        raw[:, case.test] = raw_at_each[number, chosen][:, case.test]
+    best = main_metric_each(at_each, target, groups, everything, kind).argmax(1)
+    return Evaluation(scores, raw, chosen_by, np.array(kind.strengths)[best])
 
 
 def nested_best(

@@ -4,10 +4,11 @@ Outer folds split *problems*, stratified by label; inside the training part of e
 whatever is to be chosen. For a number, the strata are its quintiles.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Int
 from sklearn.model_selection import StratifiedGroupKFold
 
 from probes.errors import OneClassError
@@ -80,22 +81,18 @@ def nested_folds(target: Target, groups: Int[np.ndarray, "samples"], seed: int =
     return tuple(Fold(train, test, grouped_splits(target, train, groups, INNER_FOLDS, seed)) for train, test in outer)
 
 
-def shuffle_labels(target: Target, groups: Int[np.ndarray, "samples"], seed: int = 0) -> Target:
-    """Deal each problem's labels, as a block, to another problem: what is left to find is chance.
+def shuffle_labels(target: Target, groups: Int[np.ndarray, "samples"], folds: Sequence[Fold], seed: int = 0) -> Target:
+    """Deal each problem's labels, as a block, to another problem of the same outer fold: what is left to find is chance.
 
-    Blocks stay whole where problems have equally many samples. The number of each class never changes, and each class
-    keeps at least two problems if it had them, so that folds can be made.
+    Blocks stay whole where problems have equally many samples. The number of each class stays what it is in every fold, as
+    it does in the stratified folds of the labels themselves.
     """
     generator = np.random.default_rng(seed)
-    needed = min(2, _rarest(target.values, groups)) if target.kind != "real" else 0
-    while True:
+    values = target.values.copy()
+    for fold in folds:
+        own = groups[fold.test]
         dealt = generator.permutation(int(groups.max()) + 1)
-        values = np.empty_like(target.values)
-        values[np.argsort(groups, kind="stable")] = target.values[np.argsort(dealt[groups], kind="stable")]
-        if not needed or _rarest(values, groups) >= needed:
-            return Target(target.name, target.kind, values, target.classes)
-
-
-def _rarest(values: Shaped[np.ndarray, "samples"], groups: Int[np.ndarray, "samples"]) -> int:
-    """Return in how many problems the class that is in the fewest is."""
-    return min(len(np.unique(groups[values == value])) for value in np.unique(values))
+        values[fold.test[np.argsort(own, kind="stable")]] = target.values[
+            fold.test[np.argsort(dealt[own], kind="stable")]
+        ]
+    return Target(target.name, target.kind, values, target.classes)

@@ -171,8 +171,7 @@ def fit_and_evaluate(
             wanted = "tokens" if chosen.tokens else "one row per sample"
             raise ProbeDataError(f"positions: the kind {chosen.name!r} reads {wanted}, not {name!r}")
     folds = nested_folds(data.target, data.groups, seed)
-    shuffled = shuffle_labels(data.target, data.groups, seed)
-    shuffled_folds = nested_folds(shuffled, data.groups, seed)
+    shuffled = shuffle_labels(data.target, data.groups, folds, seed)
 
     candidates: list[Candidate] = []
     found, by_chance, at_random = [], [], []
@@ -181,11 +180,12 @@ def fit_and_evaluate(
         for keys in data.hook_points().values():
             X = torch.stack([data.features(key, place) for key in keys]).to(device)
             candidates += [Candidate(key, place) for key in keys]
-            found.append(evaluate(X, data.target, data.groups, folds, chosen))
-            by_chance.append(evaluate(X, shuffled, data.groups, shuffled_folds, chosen))
+            told, shuffled_told = evaluate(X, (data.target, shuffled), data.groups, folds, chosen)
+            found.append(told)
+            by_chance.append(shuffled_told)
             if not chosen.tokens:
                 projected = baselines.random_projection(X, seed)
-                at_random.append(evaluate(projected, data.target, data.groups, folds, chosen))
+                at_random += evaluate(projected, (data.target,), data.groups, folds, chosen)
                 weights += _refit(X, data, chosen, found[-1].strength)
 
     draws = bootstrap_weights(data.groups, seed)
@@ -203,7 +203,7 @@ def fit_and_evaluate(
         KeyResult(c.key, *split_key(c.key), c.positions, main(everything.scores[n]), float(everything.strength[n]))
         for n, c in enumerate(candidates)
     )
-    chance = main(nested_best(Evaluation.concatenate(by_chance), shuffled_folds)[0], shuffled)
+    chance = main(nested_best(Evaluation.concatenate(by_chance), folds)[0], shuffled)
     compared = _simpler(data, folds, main) | {"shuffled_labels": chance}
     if at_random:
         compared["random_direction"] = main(nested_best(Evaluation.concatenate(at_random), folds)[0])
@@ -264,7 +264,9 @@ def _simpler(data: ProbeDataset, folds: Sequence[Fold], main: MainMeasure) -> di
     """Evaluate the baselines that need no activations with the usual kind of the target."""
     kind = KINDS[DEFAULT_KINDS[data.target.kind]]
     features = baselines.covariates(data)
-    return {name: main(evaluate(X, data.target, data.groups, folds, kind).scores[0]) for name, X in features.items()}
+    return {
+        name: main(evaluate(X, (data.target,), data.groups, folds, kind)[0].scores[0]) for name, X in features.items()
+    }
 
 
 def _uncut(

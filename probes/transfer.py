@@ -13,9 +13,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from probes.cross_validation import Case, cross_validate, whole
 from probes.dataset import ProbeDataset, Where
 from probes.errors import OneClassError, ProbeDataError
-from probes.evaluation import cross_validate, main_estimate, main_metric_each
+from probes.evaluation import main_estimate, main_metric_each
 from probes.folds import grouped_splits
 from probes.intervals import bootstrap_weights
 from probes.kinds import Kind
@@ -162,8 +163,10 @@ def _fit(X: Float[Tensor, "1 rows d"], data: ProbeDataset, rows: np.ndarray, kin
     splits = grouped_splits(data.target, rows, data.groups, INNER_FOLDS, seed)
     strength = kind.strengths[0]
     if splits and len(kind.strengths) > 1:
-        inside, _ = cross_validate(X, data.target, data.groups, rows, splits, kind)
-        strength = kind.strengths[int(main_metric_each(inside, data.target, data.groups, rows, kind)[0].argmax())]
+        cases = [Case(data.target, rows[train], rows[test]) for train, test in splits]
+        inside, _ = whole(cases, cross_validate(X, cases, data.groups, kind), len(data.groups))
+        found = main_metric_each(inside[:, :, rows], data.target, data.groups, rows, kind)
+        strength = kind.strengths[int(found[0].argmax())]
     kept = torch.from_numpy(rows)
     y, groups = torch.from_numpy(data.target.values)[kept], torch.from_numpy(data.groups)[kept]
     return kind.fit(X[:, kept], y, groups, torch.tensor([strength], dtype=torch.float64))

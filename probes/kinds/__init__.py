@@ -33,6 +33,9 @@ class Kind:
             padding if it takes every token.
         strengths: what to choose from on inner folds, most regularised first: ties go to the first.
         strength: what the strength is, in words.
+        fit_together: likewise `(X, y, trains, strengths)` for several labellings of the same rows, `y` and `trains` (which rows
+            train) `[labellings, rows]`, labellings before strengths in the result; None where fitting them together saves
+            nothing.
         tokens: whether it takes every token of a sample instead of one row.
         within: whether it reads differences within a problem only, so that samples of different problems do not compare.
     """
@@ -42,6 +45,7 @@ class Kind:
     fit: Callable[[Tensor, Tensor, Tensor, Tensor], Probes]
     strengths: tuple[float, ...]
     strength: str
+    fit_together: Callable[[Tensor, Tensor, Tensor, Tensor], Probes] | None = None
     tokens: bool = False
     within: bool = False
 
@@ -49,7 +53,14 @@ class Kind:
 KINDS: dict[str, Kind] = {
     kind.name: kind
     for kind in (
-        Kind("logistic", "binary", logistic.fit, (1e-4, 1e-3, 1e-2, 1e-1), "C, the inverse of the L2 penalty"),
+        Kind(
+            "logistic",
+            "binary",
+            logistic.fit,
+            (1e-4, 1e-3, 1e-2, 1e-1),
+            "C, the inverse of the L2 penalty",
+            fit_together=logistic.fit_together,
+        ),
         Kind("mean_difference", "binary", mean_difference.fit, (1.0,), "none"),
         Kind("lda", "binary", lda.fit, (0.99, 0.9, 0.5, 0.1), "shrinkage of the covariance"),
         Kind("contrast", "binary", contrast.fit, (1e-4, 1e-3, 1e-2, 1e-1), "C", within=True),

@@ -14,7 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from probes.kinds.linear import Axes, LinearProbes, minimise
+from probes.kinds.linear import LinearProbes, Standardised
+from probes.kinds.logistic import LogLoss
+from probes.kinds.newton import minimise
 
 
 def fit(
@@ -44,8 +46,8 @@ def fit(
     X = X.double()
     sums = X.new_zeros(len(X), len(n), X.shape[-1]).index_add_(1, group, X)
     centred = (X - (sums / n[:, None])[:, group])[:, mixed]
-    rows = Axes.of(centred)  # the mean of what is centred is 0: only the scale is new
-    target = y[mixed].double()[:, None, None]
-    solution = minimise(rows.rotated, lambda f: torch.sigmoid(f) - target, 0.25, strengths.double(), intercept=False)
-    fitted = rows.probes(solution[:, :-1].permute(0, 2, 3, 1), solution[:, -1])
-    return LinearProbes(fitted.weight, fitted.bias, X.mean(1), fitted.scale)
+    rows = Standardised.of(centred)  # the mean of what is centred is 0: only the scale is new
+    target = y[mixed].double()[None, None]
+    loss = LogLoss(target, torch.ones_like(target))
+    weight, bias = minimise(rows.Z, loss, strengths, intercept=False)
+    return LinearProbes(weight, bias, X.mean(1), rows.scale)

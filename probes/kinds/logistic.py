@@ -1,14 +1,45 @@
 """Logistic regression with an L2 penalty.
 
 The objective is scikit-learn's: ½‖w‖² + C Σ log(1 + exp(−s·f)), with f = w·z + b, z standardised, s = ±1, and b not penalised.
-Strength: C. The loss never curves more than ¼; `linear` says how it is minimised.
+Strength: C. `newton` says how it is minimised.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from probes.kinds.linear import Axes, LinearProbes, check_two_classes, minimise
+from probes.kinds.linear import LinearProbes, Standardised, check_two_classes
+from probes.kinds.newton import PerProblem, Rows, minimise
+
+
+@dataclass(frozen=True)
+class LogLoss:
+    """Σ weight·(log(1 + exp(f)) − y·f).
+
+    Attributes:
+        y: labels, 0 or 1, `[problems, 1, rows]`.
+        weight: of each row in each problem, likewise.
+    """
+
+    y: Float[Tensor, "problems 1 rows"]
+    weight: Float[Tensor, "problems 1 rows"]
+
+    def value(self, f: Rows) -> PerProblem:
+        """Return the loss."""
+        return (self.weight * (torch.nn.functional.softplus(f) - self.y * f)).sum((2, 3), keepdim=True)
+
+    def slope(self, f: Rows) -> Rows:
+        """Return its derivative by each score."""
+        return self.weight * (torch.sigmoid(f) - self.y)
+
+    def curvature(self, f: Rows) -> Callable[[Rows], Rows]:
+        """Return what multiplies by its second derivative."""
+        said = torch.sigmoid(f)
+        curve = (self.weight * said * (1 - said)).float()
+        return lambda h: curve * h
 
 
 def fit(
@@ -29,8 +60,30 @@ def fit(
         ValueError: if `y` has one class only.
         RuntimeError: if the fit does not converge.
     """
-    check_two_classes(y)
-    rows = Axes.of(X)
-    target = y.double()[:, None, None]
-    solution = minimise(rows.rotated, lambda f: torch.sigmoid(f) - target, 0.25, strengths.double())
-    return rows.probes(solution[:, :-1].permute(0, 2, 3, 1), solution[:, -1])
+    return fit_together(X, y[None], torch.ones_like(y)[None], strengths)
+
+
+def fit_together(
+    X: Float[Tensor, "models rows d"],
+    y: Bool[Tensor, "labellings rows"],
+    trains: Bool[Tensor, "labellings rows"],
+    strengths: Float[Tensor, "strengths"],
+) -> LinearProbes:
+    """Fit a probe for every model, labelling and strength; all rows standardise, whether they train or not.
+
+    Args:
+        X: features; the models see the same rows.
+        y: labels of the rows.
+        trains: which rows train.
+        strengths: values of C.
+
+    Raises:
+        ValueError: if `y` has one class only where it trains.
+        RuntimeError: if the fit does not converge.
+    """
+    for labels, part in zip(y, trains, strict=True):
+        check_two_classes(labels[part])
+    rows = Standardised.of(X)
+    loss = LogLoss(*(part.double()[:, None] for part in (y, trains)))
+    weight, bias = minimise(rows.Z, loss, strengths, len(y))
+    return LinearProbes(weight, bias, rows.mean, rows.scale)

@@ -1,14 +1,42 @@
 """Multinomial logistic regression with an L2 penalty: which of several classes.
 
-The objective is scikit-learn's: ½‖W‖² + C Σ −log softmax(W·z + b)[y], z standardised, b not penalised. Strength: C. Its Hessian
-in the scores is at most ½ (Böhning 1992, https://doi.org/10.1007/BF00048682); `linear` says how it is minimised.
+The objective is scikit-learn's: ½‖W‖² + C Σ −log softmax(W·z + b)[y], z standardised, b not penalised. Strength: C. `newton`
+says how it is minimised.
 """
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from probes.kinds.linear import Axes, LinearProbes, minimise
+from probes.kinds.linear import LinearProbes, Standardised
+from probes.kinds.newton import PerProblem, Rows, minimise
+
+
+@dataclass(frozen=True)
+class SoftmaxLoss:
+    """Σ −log softmax(f)[y].
+
+    Attributes:
+        target: 1 at the class of each row, else 0, `[classes, rows]`.
+    """
+
+    target: Float[Tensor, "classes rows"]
+
+    def value(self, f: Rows) -> PerProblem:
+        """Return the loss."""
+        return (f.logsumexp(2, keepdim=True) - (self.target * f).sum(2, keepdim=True)).sum(3, keepdim=True)
+
+    def slope(self, f: Rows) -> Rows:
+        """Return its derivative by each score."""
+        return f.softmax(2) - self.target
+
+    def curvature(self, f: Rows) -> Callable[[Rows], Rows]:
+        """Return what multiplies by its second derivative."""
+        said = f.softmax(2).float()
+        return lambda h: said * (h - (said * h).sum(2, keepdim=True))
 
 
 def fit(
@@ -34,9 +62,8 @@ def fit(
         raise ValueError(
             f"y has to have rows of every class and at least two classes; rows per class: {counts.tolist()}"
         )
-    rows = Axes.of(X)
-    target = torch.nn.functional.one_hot(y).double()[:, None]
-    solution = minimise(
-        rows.rotated, lambda f: torch.softmax(f, -1) - target, 0.5, strengths.double(), outputs=len(counts)
-    )
-    return rows.probes(solution[:, :-1].permute(0, 2, 3, 1), solution[:, -1])
+    rows = Standardised.of(X)
+    loss = SoftmaxLoss(torch.nn.functional.one_hot(y).double().mT)
+    weight, bias = minimise(rows.Z, loss, strengths, outputs=len(counts))
+    bias = bias - bias.mean(-1, keepdim=True)  # a shift of all logits changes nothing
+    return LinearProbes(weight, bias, rows.mean, rows.scale)

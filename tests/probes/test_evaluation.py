@@ -2,7 +2,8 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
-from probes.evaluation import cross_validate, evaluate, main_estimate, nested_best
+from probes.cross_validation import Case, cross_validate
+from probes.evaluation import evaluate, main_estimate, nested_best
 from probes.folds import nested_folds, shuffle_labels
 from probes.intervals import bootstrap_weights
 from probes.kinds import KINDS
@@ -24,12 +25,12 @@ def test_problem_identity_does_not_leak():
     X = (identity + 0.1 * torch.randn(200, 96, generator=generator))[None]
     draws = bootstrap_weights(groups)
 
-    grouped = main_estimate(evaluate(X, y, groups, nested_folds(y, groups), LOGISTIC).scores[0], y, groups, draws)
+    grouped = main_estimate(evaluate(X, [y], groups, nested_folds(y, groups), LOGISTIC)[0].scores[0], y, groups, draws)
     assert grouped.low < 0.5 < grouped.high
 
     # The same data, split as if rows were independent: this is the leak that the folds above prevent.
     rows = np.arange(200)
-    leaky = main_estimate(evaluate(X, y, rows, nested_folds(y, rows), LOGISTIC).scores[0], y, groups, draws)
+    leaky = main_estimate(evaluate(X, [y], rows, nested_folds(y, rows), LOGISTIC)[0].scores[0], y, groups, draws)
     assert leaky.value > 0.95
 
 
@@ -38,14 +39,20 @@ def test_the_scaler_and_the_probe_see_training_rows_only():
     generator = torch.Generator().manual_seed(0)
     y, rows = target(np.arange(40) % 2 == 0), np.arange(40)
     X = torch.randn(1, 40, 6, generator=generator)
-    splits = [(np.arange(20), np.arange(20, 40))]
-    scores, _ = cross_validate(X, y, rows, rows, splits, LOGISTIC)
+    cases = [Case(y, rows[:20], rows[20:])]
+    (before,) = cross_validate(X, cases, rows, LOGISTIC)
     changed = X.clone()
     changed[:, 30:] += 1000
-    np.testing.assert_array_equal(
-        cross_validate(changed, y, rows, rows, splits, LOGISTIC)[0][:, :, 20:30], scores[:, :, 20:30]
-    )
-    assert np.isnan(scores[:, :, :20]).all()
+    (after,) = cross_validate(changed, cases, rows, LOGISTIC)
+    np.testing.assert_array_equal(after.scores[:, :, :10], before.scores[:, :, :10])
+    assert not np.isclose(after.scores[:, :, 10:], before.scores[:, :, 10:]).any()
+
+
+def test_features_that_say_nothing_give_one_half():
+    """Each fold's probe says its own share of True to all; ranked by that, folds would differ."""
+    y, rows = target(np.arange(97) % 5 == 0), np.arange(97)
+    (evaluation,) = evaluate(torch.zeros(1, 97, 1), [y], rows, nested_folds(y, rows), LOGISTIC)
+    assert main_estimate(evaluation.scores[0], y, rows, bootstrap_weights(rows)).value == 0.5
 
 
 def test_the_best_of_many_noise_layers_is_not_flattered():
@@ -53,7 +60,7 @@ def test_the_best_of_many_noise_layers_is_not_flattered():
     y, groups = target(np.arange(60) % 2 == 0), np.arange(60)
     X = torch.randn(40, 60, 16, generator=generator)
     folds = nested_folds(y, groups)
-    evaluation = evaluate(X, y, groups, folds, LOGISTIC)
+    evaluation = evaluate(X, [y], groups, folds, LOGISTIC)[0]
     best, _, chosen = nested_best(evaluation, folds)
     assert len(chosen) == len(folds)
     naive = max(roc_auc_score(y.values, scores[:, 0]) for scores in evaluation.scores)
@@ -74,7 +81,7 @@ def test_a_planted_direction_is_found_at_its_layer_by_every_kind():
     draws = bootstrap_weights(groups)
     for name in ("logistic", "mean_difference", "lda", "contrast"):
         kind = KINDS[name]
-        evaluation = evaluate(X, y, groups, folds, kind)
+        evaluation = evaluate(X, [y], groups, folds, kind)[0]
         scores, _, chosen = nested_best(evaluation, folds)
         assert set(chosen) == {1}, name
         np.testing.assert_array_equal(scores, evaluation.scores[1])
@@ -96,7 +103,7 @@ def test_numbers_and_classes_are_read_where_they_are_planted():
     ):
         kind = KINDS["ridge" if label.kind == "real" else "multinomial"]
         folds = nested_folds(label, groups)
-        evaluation = evaluate(X, label, groups, folds, kind)
+        evaluation = evaluate(X, [label], groups, folds, kind)[0]
         found = [main_estimate(s, label, groups, bootstrap_weights(groups)) for s in evaluation.scores]
         chance = 0.0 if label.kind == "real" else 0.5
         assert found[1].low > chance + 0.2
@@ -113,8 +120,8 @@ def test_intervals_cover_chance_on_shuffled_labels():
     draws = bootstrap_weights(groups, draws=300)
     covered = 0
     for seed in range(100):
-        shuffled = shuffle_labels(y, groups, seed)
-        folds = nested_folds(shuffled, groups, seed)
-        found = main_estimate(evaluate(X, shuffled, groups, folds, LOGISTIC).scores[0], shuffled, groups, draws)
+        folds = nested_folds(y, groups, seed)
+        shuffled = shuffle_labels(y, groups, folds, seed)
+        found = main_estimate(evaluate(X, [shuffled], groups, folds, LOGISTIC)[0].scores[0], shuffled, groups, draws)
         covered += found.low <= 0.5 <= found.high
     assert covered >= 89

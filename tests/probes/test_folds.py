@@ -48,13 +48,13 @@ def test_fewer_folds_where_the_rarer_class_has_fewer_problems():
         nested_folds(target(y), np.arange(23))
 
 
-def test_shuffling_moves_the_labels_of_a_problem_together():
-    groups = np.array([2, 0, 1, 2, 0, 1, 3, 3, 4, 4])
-    y = np.array([True, False, True, True, False, False, True, False, False, False])
-    blocks = sorted(tuple(y[groups == g]) for g in range(5))
-    moved = 0
-    for seed in range(10):
-        shuffled = shuffle_labels(target(y), groups, seed).values
-        assert sorted(tuple(shuffled[groups == g]) for g in range(5)) == blocks
-        moved += not np.array_equal(shuffled, y)
-    assert moved >= 8
+def test_shuffling_deals_the_labels_of_a_problem_together_and_within_its_fold():
+    groups = np.repeat(np.random.default_rng(0).permutation(30), 2)
+    y = np.repeat(np.arange(30) % 3, 2) + np.tile([0, 1], 30) > 1
+    folds = nested_folds(target(y), groups)
+    for seed in range(5):
+        shuffled = shuffle_labels(target(y), groups, folds, seed).values
+        assert 0.2 < np.mean(shuffled != y) < 0.6
+        for fold in folds:
+            before, after = ([tuple(v[groups == g]) for g in np.unique(groups[fold.test])] for v in (y, shuffled))
+            assert sorted(before) == sorted(after)
