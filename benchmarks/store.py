@@ -80,10 +80,13 @@ def main(
                 bandwidths.append(("bucket", bucket_megabytes, found))
             if bucket_rollouts:
                 sessions.append(("bucket", measure_session(f"{address}/many", bucket_rollouts, stage)))
-    body = report(bandwidths, sessions, rounds)
-    print(body)
-    if write:
-        record("The activation store", body)
+    for title, body in (
+        ("The activation store: bandwidth", report_bandwidth(bandwidths, rounds)),
+        ("The activation store: many rollouts", report_sessions(sessions)),
+    ):
+        print(body)
+        if body and write:
+            record(title, body)
 
 
 @contextmanager
@@ -223,43 +226,44 @@ def _clear(session: Place) -> None:
             folder.remove(entry.name)
 
 
-def report(
-    bandwidths: Sequence[tuple[str, int, Sequence[Rates]]], sessions: Sequence[tuple[str, Opened]], rounds: int
-) -> str:
-    """Lay out what was measured."""
-    speeds = [
+def report_bandwidth(measured: Sequence[tuple[str, int, Sequence[Rates]]], rounds: int) -> str:
+    """Lay out what was measured of bandwidth; nothing if nothing was."""
+    rows = [
         [
             f"{where}, {size:,} MB: {rates.what}", f"{median(rates.raw):.0f}", f"{median(rates.store):.0f}",
             str(ratios(rates.store, rates.raw)),
         ]
-        for where, size, found in bandwidths
+        for where, size, found in measured
         for rates in found
     ]  # fmt: skip
-    opened = [
+    if not rows:
+        return ""
+    text = (
+        f"MB/s, {rounds} pairs in turn, groups of 64 MB and more; median ratio and interval. Bare means one file, written or "
+        f"read from end to end (on the disk: flushed; read from a cold cache). Budget: {BUDGET}×."
+    )
+    return f"{text}\n\n{table(['what', 'bare', 'store', 'ratio'], rows)}"
+
+
+def report_sessions(sessions: Sequence[tuple[str, Opened]]) -> str:
+    """Lay out what was measured of large sessions; nothing if nothing was."""
+    rows = [
         [
-            where, f"{s.rollouts:,}", f"{s.index_files:,}", f"{s.index_bytes / 1e6:,.0f} MB", _spell(s.make), _spell(s.compact),
-            _spell(s.look_up), f"{_spell(s.table)}, {s.table.memory / s.rollouts:.0f} B each", _spell(s.stack),
+            where, f"{s.rollouts:,}", f"{s.index_files:,}, {s.index_bytes / 1e6:,.0f} MB", _spell(s.make), _spell(s.compact),
+            _spell(s.look_up), f"{_spell(s.table)}, {s.table.memory / s.rollouts:,.0f} B each", _spell(s.stack),
         ]
         for where, s in sessions
     ]  # fmt: skip
-    parts = []
-    if speeds:
-        parts += [
-            f"Bandwidth in MB/s, {rounds} pairs in turn, groups of 64 MB and more; median ratio and interval. Bare means "
-            f"one file, written or read from end to end (on the disk: flushed; read from a cold cache). Budget: {BUDGET}×.",
-            table(["what", "bare", "store", "ratio"], speeds),
-        ]
-    if opened:
-        parts += [
-            f"Sessions of many rollouts ({TOKENS} tokens, a row of {4 * WIDTH_OF_MANY} bytes each), each step in a process of "
-            f"its own: seconds, and memory beyond the bare process. Look-up: the session is opened, and {ASKED:,} random "
-            "rollouts are found by id and read. Table: it is opened, and where every rollout is is read, retried ones counted "
-            "once. Stack: one row of each rollout, into one tensor.",
-            table(
-                ["where", "rollouts", "index files", "index", "make", "compact", "look-up", "table", "stack"], opened
-            ),
-        ]
-    return "\n\n".join(parts)
+    if not rows:
+        return ""
+    text = (
+        f"Rollouts of {TOKENS} tokens with a row of {4 * WIDTH_OF_MANY} bytes, each step in a process of its own: seconds, and "
+        f"memory beyond the bare process. Look-up: the session is opened, and {ASKED:,} random rollouts are found by id and "
+        "read. Table: it is opened, and where every rollout is is read, retried ones counted once. Stack: a row of each "
+        "rollout, in one tensor, the table included in its memory."
+    )
+    header = ["where", "rollouts", "index files", "make", "compact", "look-up", "table", "stack"]
+    return f"{text}\n\n{table(header, rows)}"
 
 
 def _spell(step: Step) -> str:

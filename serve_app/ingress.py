@@ -178,7 +178,7 @@ class Ingress:
     ) -> Body:
         """Show what a session holds, with a page of its rollouts."""
         session = self._find(session_id)
-        summary: SessionSummary = summarise(session)
+        summary: SessionSummary = summarise(session.place)
         columns = ["rollout_id", "problem_id", "epoch", "turn", "shard", "row_start", "row_stop", "labels"]
         ids = session.rollouts(columns=())["rollout_id"].iloc[offset : offset + limit]
         page = session.rollouts(columns=("labels",), ids=ids).sort_values("rollout_id")[columns]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from roentgen.cli.console import err, expected_errors, out
@@ -30,6 +31,9 @@ def sessions_list(store: Annotated[str, typer.Argument(help="A folder, or s3://B
             s.session_id, f"{s.rollouts:,}", f"{s.tokens:,}", str(s.shards), size, str(len(s.keys)), ", ".join(s.models)
         )
     out.print(table if summaries else f"no sessions in {store}")
+    for s in summaries:
+        if s.damage:
+            err.print(f"[red]damaged[/red] {s.session_id}: {escape(s.damage)}", highlight=False)
 
 
 @sessions_app.command("show")
@@ -40,7 +44,9 @@ def sessions_show(session: Address) -> None:
 
     with expected_errors(StoreError):
         opened = Session.open(session)
-        summary, frame = summarise(opened), opened.rollouts(columns=("finish_reason",))
+        frame, summary = opened.rollouts(columns=("finish_reason",)), summarise(opened.place)
+        if summary.damage:
+            raise StoreError(summary.damage)
     out.print(
         f"[bold]{summary.session_id}[/bold]  {summary.rollouts:,} rollouts, {summary.tokens:,} tokens, "
         f"{summary.shards} shards, {summary.bytes / 1e6:,.1f} MB  ({', '.join(summary.models)})",
@@ -175,13 +181,15 @@ def sessions_rm(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Delete a session and all it holds; one that is being written is refused."""
-    from roentgen.store import Session, StoreError
+    from roentgen.store import StoreError
+    from roentgen.store.places import open_place
     from roentgen.store.sessions import delete_session, summarise
 
     with expected_errors(StoreError, OSError, ValueError):
-        summary = summarise(Session.open(session))
+        summary = summarise(open_place(session))
         store, _, name = summary.uri.rpartition("/")
-        what = f"{summary.uri}: {summary.rollouts:,} rollouts, {summary.bytes / 1e6:,.1f} MB"
+        rollouts = "damaged" if summary.damage else f"{summary.rollouts:,} rollouts"
+        what = f"{summary.uri}: {rollouts}, {summary.bytes / 1e6:,.1f} MB"
         if not yes and not typer.confirm(f"Delete {what}?"):
             raise typer.Exit(1)
         freed = delete_session(store, name)

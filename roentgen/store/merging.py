@@ -34,7 +34,7 @@ GRACE_S = 3600.0
 """How long what was replaced, or is named by nobody, is kept: longer than any commit or any reader's table lives."""
 MERGED_BYTES = 256 << 20
 """Of a shard that `compact` makes."""
-INDEX_BYTES = 32 << 20
+INDEX_BYTES = 8 << 20
 """Of index files that are merged into one: tens of thousands of rollouts, whose texts are in memory meanwhile."""
 _MOVED_BY = [*LOCATION, "checksum"]
 

@@ -40,9 +40,18 @@ class Entry:
 
 
 class Readable(Protocol):
-    """An open file that is read in any order."""
+    """An open file that is read in any order.
+
+    Attributes:
+        size: in bytes.
+        gap: so many bytes are rather read along than left out by asking twice.
+    """
 
     size: int
+    gap: int
+
+    def expect(self, offset: int, length: int) -> None:
+        """Begin to fetch what will be looked at soon, if that can go on by itself."""
 
     def read(self, offset: int, length: int) -> bytearray | memoryview:
         """Return `length` bytes from `offset`, which whoever asked may write over."""
@@ -188,13 +197,24 @@ def _entry(entry: "os.DirEntry[str]") -> Entry | None:
 
 
 class _MappedFile:
-    """A file mapped into memory: only the pages that are looked at are read, and they outlive the file's name."""
+    """A file mapped into memory: only the pages that are looked at are read, and they outlive the file's name.
+
+    By itself the kernel reads a mapping a little at a time, and only once somebody waits for it, so whoever knows what comes
+    next says so.
+    """
+
+    gap = 64 << 10
 
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
             self.size = os.fstat(file.fileno()).st_size
             # Private: torch wants memory it may write to, and what is written stays with the reader.
             self._memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if self.size else b""
+
+    def expect(self, offset: int, length: int) -> None:
+        if isinstance(self._memory, mmap.mmap) and length:
+            begin = offset - offset % mmap.PAGESIZE
+            self._memory.madvise(mmap.MADV_WILLNEED, begin, offset + length - begin)
 
     def read(self, offset: int, length: int) -> bytearray | memoryview:
         return memoryview(self._memory)[offset : offset + length]
@@ -259,9 +279,14 @@ class BucketPlace(Place):
 class _RangedFile:
     """An object of which ranges are asked for."""
 
+    gap = 1 << 20
+
     def __init__(self, file: Any) -> None:
         self._file = file
         self.size = file.size()
+
+    def expect(self, offset: int, length: int) -> None:
+        """Do nothing: whoever wants to read ahead does so on a thread."""
 
     def read(self, offset: int, length: int) -> bytearray | memoryview:
         return bytearray(self._file.read_at(length, offset))

@@ -69,6 +69,8 @@ class Session:
             raise StoreError(f"session {place.uri} cannot be read: {error}") from error
         except ValueError as error:
             raise StoreError(f"{place.uri}/session.json is not JSON: {error}") from error
+        if not isinstance(identity, dict):
+            raise StoreError(f"{place.uri}/session.json is damaged: it is no object")
         check_version(str(identity.get("schema_version")), place.uri)
         return cls(place)
 

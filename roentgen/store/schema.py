@@ -210,8 +210,8 @@ def check_version(version: str | None, where: str) -> None:
     Raises:
         StoreError: if the version is missing or newer.
     """
-    if version is None:
-        raise StoreError(f"{where} has no roentgen_schema: it was not written by Roentgen")
+    if version is None or not version.isdecimal():
+        raise StoreError(f"{where} has no schema version: it was not written by Roentgen")
     if int(version) > SCHEMA_VERSION:
         raise StoreError(f"{where} has schema {version}; this version reads up to {SCHEMA_VERSION}: upgrade roentgen")
 

@@ -16,7 +16,7 @@ from roentgen.store.index import ShardFile, read_index
 from roentgen.store.locks import deleting
 from roentgen.store.places import Entry, FolderPlace, Place, open_place
 from roentgen.store.reader import LOCATION, Session
-from roentgen.store.schema import INDEX_SCHEMA, StoreError, rows_checksum
+from roentgen.store.schema import INDEX_SCHEMA, SessionNotFoundError, StoreError, rows_checksum
 
 _BLOCK = tarfile.BLOCKSIZE
 _VERIFIED = ("shard", "row_start", "row_stop", "checksum")
@@ -35,6 +35,7 @@ class SessionSummary:
         bytes: size of those shards.
         keys: stored keys.
         models: served names of the models captured.
+        damage: why it cannot be read, if so; nothing but its size is known then.
     """
 
     session_id: str
@@ -45,6 +46,7 @@ class SessionSummary:
     bytes: int
     keys: list[str]
     models: list[str]
+    damage: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,8 @@ def find_session(store: str | Path, session_id: str) -> Session:
 
 
 def list_sessions(store: str | Path) -> list[SessionSummary]:
-    """Summarise every session of a store, in order of name; a store that does not exist yet has none.
+    """Summarise every session of a store, in order of name, also those that cannot be read; a store that does not exist yet
+    has none.
 
     Raises:
         StoreError: if the store cannot be reached.
@@ -98,11 +101,25 @@ def list_sessions(store: str | Path) -> list[SessionSummary]:
         sessions = [place for place in places if any(entry.name == "session.json" for entry in place.entries())]
     except OSError as error:
         raise StoreError(f"store {root.uri} cannot be read: {error}") from error
-    return [summarise(Session.open(place)) for place in sessions]
+    return [summarise(place) for place in sessions]
 
 
-def summarise(session: Session) -> SessionSummary:
-    """Count what a session holds, from its index and shard headers."""
+def summarise(place: Place) -> SessionSummary:
+    """Count what a session holds, from its index and shard headers; one that cannot be read says why.
+
+    Raises:
+        SessionNotFoundError: if there is no session.
+    """
+    try:
+        return _summarise(Session.open(place))
+    except SessionNotFoundError:
+        raise
+    except StoreError as error:
+        size = sum(entry.size for folder in ("shards", "index") for entry in place.child(folder).entries())
+        return SessionSummary(place.name, place.uri, 0, 0, 0, size, [], [], str(error))
+
+
+def _summarise(session: Session) -> SessionSummary:
     frame = session.rollouts(columns=())
     shards = list(session.shard_files())
     sizes = {f"shards/{entry.name}": entry.size for entry in session.place.child("shards").entries()}

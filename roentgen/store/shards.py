@@ -33,8 +33,6 @@ _HEADER_GUESS = 64 << 10
 """Bytes read at once to get the header of all but enormous shards in one request."""
 READS_AT_ONCE = 16
 """Requests that wait for a network together."""
-_GAP = 1 << 20
-"""Bytes that are rather read along than left out by a request of their own, which costs about as much as sending them."""
 _REQUEST = 8 << 20
 """Bytes that one request asks for, about."""
 
@@ -134,19 +132,25 @@ class Shard:
             raise StoreError(f"{self._where} cannot be read: {error}") from error
         return torch.frombuffer(data, dtype=stored.dtype).view(stop - start, *stored.shape[1:])
 
+    def expect(self, name: str, start: int, stop: int) -> None:
+        """Say that rows `[start, stop)` of a tensor will be looked at soon."""
+        stored = self._tensors[name]
+        self._file.expect(stored.start + start * stored.row_bytes, (stop - start) * stored.row_bytes)
+
     def take(self, name: str, rows: Int[np.ndarray, "n"]) -> Shaped[Tensor, "n ..."]:
-        """Return the given rows, which may come in any order; of a bucket, what lies close together is asked for at once.
+        """Return the given rows, which may come in any order; what lies close together is read together.
 
         Raises:
             StoreError: if they cannot be read.
         """
         if len(rows) == 0:
             return self.rows(name, 0, 0)
+        ordered, back = np.unique(rows, return_inverse=True)
+        spans = _spans(ordered, self._tensors[name].row_bytes, self._file.gap)
         if not self.remote:
-            first, last = int(rows.min()), int(rows.max())
-            return self.rows(name, first, last + 1)[torch.from_numpy(rows - first)]
-        order = np.argsort(rows, kind="stable")
-        spans = _spans(rows[order], self._tensors[name].row_bytes)
+            for span in spans:
+                self.expect(name, int(span[0]), int(span[-1]) + 1)
+            spans = [ordered]
 
         def read(span: Int[np.ndarray, "m"]) -> Shaped[Tensor, "m ..."]:
             return self.rows(name, int(span[0]), int(span[-1]) + 1)[torch.from_numpy(span - span[0])]
@@ -156,9 +160,7 @@ class Shard:
         else:
             with ThreadPoolExecutor(READS_AT_ONCE) as pool:
                 found = torch.cat(list(pool.map(read, spans)))
-        back = np.empty_like(order)
-        back[order] = np.arange(len(order))
-        return found[torch.from_numpy(back)]
+        return found if len(rows) == len(ordered) and (back[1:] > back[:-1]).all() else found[torch.from_numpy(back)]
 
     def _column(self, name: str) -> Shaped[np.ndarray, "rows"]:
         """Return one of the narrow tensors that describe the rows, all of it: it is read once, for every rollout."""
@@ -174,15 +176,11 @@ class Shard:
         return json.loads(text), 8 + length
 
 
-def _spans(rows: Int[np.ndarray, "n"], row_bytes: int) -> list[Int[np.ndarray, "m"]]:
-    """Split ascending rows where the gap is wide, or where one request would become large."""
-    spans, begin = [], 0
-    for at in range(1, len(rows) + 1):
-        ends = at == len(rows) or (rows[at] - rows[at - 1]) * row_bytes > _GAP
-        if ends or (rows[at] - rows[begin]) * row_bytes > _REQUEST:
-            spans.append(rows[begin:at])
-            begin = at
-    return spans
+def _spans(rows: Int[np.ndarray, "n"], row_bytes: int, gap: int) -> list[Int[np.ndarray, "m"]]:
+    """Split ascending rows where more than `gap` bytes lie between, and so that no span is much larger than a request."""
+    wide = np.diff(rows) * row_bytes > gap
+    request = rows * row_bytes // _REQUEST
+    return np.split(rows, np.flatnonzero(wide | (np.diff(request) > 0)) + 1)
 
 
 def _stored(entry: dict[str, object], begin: int) -> _Stored:

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from roentgen.store import Rollout, Session, StoreWriter
-from roentgen.store.exports import export_pt, to_hf, to_torch
+from roentgen.store.exports import export_pt, to_hf, to_ray, to_torch
 from tests.roentgen.store.conftest import RolloutFactory
 
 KEYS = ("layers.12.ln_attn", "layers.12.ln_mlp")
@@ -96,3 +96,22 @@ def test_a_hugging_face_dataset_goes_to_disk_and_back(
         assert row["problem_id"] == one.labels["problem"]
         assert np.allclose(row["values"], one.tensors[KEYS[0]].float().numpy(), atol=0)
         assert row["position"] == one.position.tolist()
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("store", ["folder"], indirect=True)
+def test_a_ray_dataset_is_read_by_rays_tasks(store: str, written: dict[str, Rollout]) -> None:
+    import ray
+
+    session = Session.open(f"{store}/a_b")
+    wanted = session.rollouts(columns=("labels",)).query("problem_id != 'p3'")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+    try:
+        rows = to_ray(session, KEYS[0], where=wanted, positions="generated").take_all()
+    finally:
+        ray.shutdown()
+    assert sorted(row["problem_id"] for row in rows) == ["p1", "p2", "p4", "p5"]
+    for row in rows:
+        one = written[row["rollout_id"]]
+        assert np.array_equal(row["values"], one.tensors[KEYS[0]][one.n_prompt :].float().numpy())
+        assert row["position"].tolist() == [one.n_prompt, one.n_prompt + 1]
