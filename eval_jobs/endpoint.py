@@ -1,7 +1,8 @@
 """The server, seen as an OpenAI client sees it: where it is, whether it answers, what it serves.
 
 `find_model` asks once, before anything runs, so that a wrong address, key or model name costs seconds and not a queue of
-failed samples. Requests are retried by the SDK (429, 5xx, lost connections), which honours `Retry-After`.
+failed samples; a server that is there and busy, or loads its model, is waited for. Requests are retried by the SDK (429, 5xx,
+lost connections), which honours `Retry-After`.
 """
 
 import os
@@ -10,7 +11,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from httpx2 import AsyncClient, Response
-from openai import APIConnectionError, APIStatusError, AsyncOpenAI, OpenAI, OpenAIError, Timeout
+from openai import (
+    APIConnectionError,
+    APIStatusError,
+    AsyncOpenAI,
+    InternalServerError,
+    OpenAI,
+    OpenAIError,
+    RateLimitError,
+    Timeout,
+)
 
 from eval_jobs import EvalError
 from eval_jobs.addresses import Addresses, split
@@ -121,7 +131,11 @@ def _list_models(endpoint: Endpoint) -> list[dict[str, Any]]:
 def _list_models_at(url: str, key: str) -> list[dict[str, Any]]:
     try:
         with OpenAI(base_url=url, api_key=key, max_retries=2, timeout=LIST_TIMEOUT) as client:
-            models = [model.model_dump() for model in client.models.list()]
+            try:
+                listed = client.models.list()
+            except (InternalServerError, RateLimitError):  # it is there: wait for it as a request of the run would
+                listed = client.with_options(max_retries=MAX_RETRIES).models.list()
+            models = [model.model_dump() for model in listed]
     except APIConnectionError as error:
         raise UnreachableError(
             f"no server answers at {url}: start one with 'roentgen serve' or pass --base-url"

@@ -51,6 +51,7 @@ def export(
             f"{output.name!r} says no format; allowed are names ending in {' and '.join(formats)}", param_hint="OUTPUT"
         )
     with expected_errors(RunError, OSError):
+        output.parent.mkdir(parents=True, exist_ok=True)
         count = formats[output.suffix](Run.open(run), output)
     out.print(f"{count:,} samples in {output}", highlight=False, soft_wrap=True)
 

@@ -21,6 +21,15 @@ def server_config(**options: object) -> "ServerConfig":
     return ServerConfig.model_validate(options)
 
 
+def config_for(settings: "EvalSettings") -> "ServerConfig":
+    """Return the server that suits an evaluation: what is in flight is generated together, as far as the memory goes."""
+    given = settings.model_dump(include={"model", "revision", "dtype", "device", "store"}, exclude_none=True)
+    config = server_config(**given)
+    if settings.parallel == "auto":
+        return config
+    return config.model_copy(update={"max_batch": max(config.max_batch, settings.parallel)})
+
+
 @contextmanager
 def serve_for_eval(settings: "EvalSettings") -> Iterator[str]:
     """Start Ray and the server for an evaluation that was given none; yields its base URL."""
@@ -32,12 +41,11 @@ def serve_for_eval(settings: "EvalSettings") -> Iterator[str]:
     from roentgen.store import StoreError
 
     try:
-        given = settings.model_dump(include={"model", "revision", "dtype", "device", "store"}, exclude_none=True)
-        config = server_config(**given)
-        if settings.parallel != "auto":  # what is in flight is generated together, as far as the memory goes
-            config = config.model_copy(update={"max_batch": max(config.max_batch, settings.parallel)})
         running = serving(
-            config, ray_address=settings.ray_address or "local", stage=stage_printer(), verbose=settings.verbose
+            config_for(settings),
+            ray_address=settings.ray_address or "local",
+            stage=stage_printer(),
+            verbose=settings.verbose,
         )
         with running as base_url:
             yield base_url

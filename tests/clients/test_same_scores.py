@@ -3,6 +3,8 @@
 The harness's task files are taken as it installs them; only the data comes from a local folder.
 """
 
+import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,11 @@ import pytest
 import yaml
 from openai import OpenAI
 
-from eval_jobs.problems import GSM8K_FOLDER_VARIABLE
+from eval_jobs.problems import GSM8K_FOLDER_VARIABLE, gold_answer
 from eval_jobs.prompts import PROMPTS
 from eval_jobs.scoring import score
 from eval_jobs.selection import Selection, load_problems
+from roentgen.runs import Run
 from tests.conftest import Server
 
 pytestmark = pytest.mark.integration
@@ -70,8 +73,6 @@ def test_messages_are_the_harnesss(name: str, gsm8k_test: Path, monkeypatch: pyt
 def test_verdicts_are_the_harnesss_on_real_outputs(
     name: str, server: Server, gsm8k_test: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from lm_eval.api.instance import Instance
-
     monkeypatch.setenv(GSM8K_FOLDER_VARIABLE, str(gsm8k_test.parent))
     task = harness_task(name, gsm8k_test.parent)
     problems = load_problems(Selection(source="gsm8k", samples=ITEMS, shots=PROMPTS[name].shots))
@@ -84,19 +85,43 @@ def test_verdicts_are_the_harnesss_on_real_outputs(
             for problem in problems
         ]  # fmt: skip
     docs = list(task.test_docs())
-    cases = list(zip(docs, problems, outputs, strict=False))
-    cases += [(docs[0], problems[0], text) for text in AWKWARD]
-    cases += [(docs[0], problems[0], text.replace("18", problems[0].gold)) for text in AWKWARD]
+    cases = list(zip(docs, outputs, strict=False))
+    cases += [(docs[0], text) for text in AWKWARD]
+    cases += [(docs[0], text.replace("18", problems[0].gold)) for text in AWKWARD]
+    right = 0
+    for (doc, text), theirs in zip(cases, verdicts(task, cases), strict=True):
+        ours = score(text, str(gold_answer(doc["answer"]))).correct_by
+        assert theirs == {"strict-match": ours[STRICT[name]], "flexible-extract": ours["flexible"]}, text
+        right += sum(theirs.values())
+    assert right >= 3  # both verdicts occur
+
+
+@pytest.mark.skipif("ROENTGEN_RUN" not in os.environ, reason="ROENTGEN_RUN names no run on GSM8K's test set")
+def test_a_whole_run_has_the_harness_s_verdicts(gsm8k_test: Path) -> None:
+    """Item by item, on a run of yours: `ROENTGEN_RUN=results/mine make test-clients`."""
+    run = Run.open(os.environ["ROENTGEN_RUN"])
+    name = run.config.prompt["name"]
+    task = harness_task(name, gsm8k_test.parent)
+    docs = {doc["question"]: doc for doc in task.test_docs()}
+    samples = [sample for sample in run.samples() if sample.error is None]
+    found = verdicts(task, [(docs[sample.question], sample.response) for sample in samples])
+    for sample, theirs in zip(samples, found, strict=True):
+        ours = sample.correct_by
+        assert theirs == {"strict-match": ours[STRICT[name]], "flexible-extract": ours["flexible"]}, sample.sample_id
+    right = {which: sum(verdict[which] for verdict in found) for which in found[0]}
+    print(f"{len(samples)} samples, the same verdicts; right: {right}")
+
+
+def verdicts(task: Any, cases: Sequence[tuple[Any, str]]) -> list[dict[str, bool]]:
+    """Have the harness judge outputs, each beside the problem it answers: by its filters, whether its metric is 1."""
+    from lm_eval.api.instance import Instance
+
     task._instances = [
-        Instance("generate_until", doc, ("", {}), index, metadata=(name, index, 1), resps=[text])
-        for index, (doc, _, text) in enumerate(cases)
+        Instance("generate_until", doc, ("", {}), index, metadata=("gsm8k", index, 1), resps=[text])
+        for index, (doc, text) in enumerate(cases)
     ]
     task.apply_filters()
-    right = 0
-    for instance, (doc, problem, text) in zip(task._instances, cases, strict=True):
-        ours = score(text, problem.gold).correct_by
-        for theirs, extractor in (("strict-match", STRICT[name]), ("flexible-extract", "flexible")):
-            verdict = task.process_results(doc, [instance.filtered_resps[theirs]])["exact_match"]
-            assert ours[extractor] == bool(verdict), (extractor, text, instance.filtered_resps[theirs])
-            right += bool(verdict)
-    assert right >= 3  # both verdicts occur
+    return [
+        {which: bool(task.process_results(doc, [answer])["exact_match"]) for which, answer in i.filtered_resps.items()}
+        for i, (doc, _) in zip(task._instances, cases, strict=True)
+    ]

@@ -25,6 +25,14 @@ def test_no_server() -> None:
         find_model(Endpoint("http://127.0.0.1:9/v1"), None)
 
 
+def test_a_server_that_loads_its_model_is_waited_for(server: StandIn) -> None:
+    server.not_ready = 6
+    assert find_model(Endpoint(server.base_url), None).id == "stand-in"
+    server.not_ready = 100
+    with pytest.raises(FatalRequestError, match="503: starting a replica"):
+        find_model(Endpoint(server.base_url), None)
+
+
 def test_a_wrong_path(server: StandIn) -> None:
     with pytest.raises(FatalRequestError, match="404: no route /models"):
         find_model(Endpoint(server.base_url.removesuffix("/v1")), None)

@@ -5,12 +5,13 @@ from typing import Literal
 
 import pytest
 
+from eval_jobs.concurrency import START
 from eval_jobs.endpoint import FatalRequestError
 from eval_jobs.fanout import MAX_DEATHS, deal, evaluate
 from eval_jobs.problems import Problem
 from eval_jobs.rollout import RolloutPlan
 from roentgen.runs import Sample
-from tests.eval_jobs.conftest import attempts_at
+from tests.eval_jobs.conftest import attempts_at, take
 from tests.eval_jobs.stand_in import FOREVER, KILL, Fault, StandIn
 
 pytestmark = pytest.mark.usefixtures("local_ray")
@@ -50,6 +51,13 @@ def test_a_long_run_is_dealt_in_hands(
     server.fail(problems[5].question, KILL)
     assert_each_once(run(problems, plan, 5), problems)
     assert server.most_in_flight <= 5
+
+
+def test_as_many_in_flight_as_the_server_can_take(server: StandIn, plan: RolloutPlan) -> None:
+    problems = take("arithmetic", 60)
+    server.latency = 0.05  # however many it is asked, so more are always faster
+    assert_each_once(run(problems, plan, "auto"), problems)
+    assert server.most_in_flight > START
 
 
 def test_nothing_to_do(plan: RolloutPlan) -> None:
