@@ -1,25 +1,19 @@
 """X, y and groups: examples of runs and sessions, joined to their stored rows.
 
-What flows through here: a source is a run directory, whose `samples.jsonl` says what each answer was worth and which rollout
-holds its activations, or a session of the store, whose index says what was kept and with which labels. `ProbeDataset.open`
-joins any number of either. For a run, another session may be named (`roentgen capture` made it: other layers, another
-model): it is joined on the key that both were made under. Labels, groups and lengths are small and are read at once;
-activations are not, so `features` reads one key at one position when it is asked.
+`ProbeDataset.open` joins any number of runs and sessions (`sources`) to a label (`labels`). Labels, groups and lengths are
+small and are read at once; activations are not, so `features` reads one key at one position when it is asked.
 
 Groups are problems. Several attempts at one problem are not independent, and neither are attempts at it in different runs, so
-whoever splits this data must keep them together. In a conversation of several turns the first turn's rollout counts: it is
-where the model has seen the problem and nothing else.
+whoever splits this data must keep them together.
 """
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -27,26 +21,9 @@ from torch import Tensor
 from probes import positions as places
 from probes.errors import OneClassError, ProbeDataError
 from probes.labels import Example, Target, read_label
+from probes.sources import Source, Where, open_source
 from roentgen.contract import split_key
-from roentgen.runs import Run, Sample
-from roentgen.store import Session, StoreError
-
-Where = str | Path
-
-
-@dataclass(frozen=True)
-class Source:
-    """The part of a dataset that lies in one session.
-
-    Attributes:
-        session: the open session.
-        rollouts: rows of its index, one per example.
-        examples: the examples, in the same order.
-    """
-
-    session: Session
-    rollouts: pd.DataFrame
-    examples: tuple[Example, ...]
+from roentgen.store import StoreError
 
 
 @dataclass(frozen=True)
@@ -101,7 +78,7 @@ class ProbeDataset:
         left_out = 0
         for number, place in enumerate(where):
             try:
-                parts, missing = _open_source(place, session)
+                parts, missing = open_source(place, session)
                 joined += parts
                 left_out += missing
                 origin += [number] * sum(len(part.examples) for part in parts)
@@ -116,6 +93,10 @@ class ProbeDataset:
         joined = _keep(joined, kept)
         examples = [example for part in joined for example in part.examples]
         target = Target.of(label, [value for value in values if value is not None])
+        if not np.isfinite(target.values).all():
+            worst = int(np.flatnonzero(~np.isfinite(target.values))[0])
+            found = f"{examples[worst].problem} has {target.values[worst]}"
+            raise ProbeDataError(f"label: {label!r} has to be a finite number; {found}")
         groups = np.unique([example.problem for example in examples], return_inverse=True)[1]
         _check_varies(target, groups)
         keys = _common_keys(joined)
@@ -183,82 +164,6 @@ class ProbeDataset:
         return values if np.isfinite(values).all() else None
 
 
-def _open_source(place: Where, session: Where | None) -> tuple[list[Source], int]:
-    """Return a run's or a session's part of the dataset, and how many samples have no activations."""
-    path = Path(str(place)).expanduser()
-    if not (path / "config.json").exists() and ("://" in str(place) or (path / "session.json").exists()):
-        opened = Session.open(place)
-        frame = opened.rollouts()
-        if len(frame) == 0:
-            raise ProbeDataError(f"{place} holds no rollout")
-        return [Source(opened, frame, tuple(_of_index(row) for row in frame.to_dict("records")))], 0
-    run = Run.open(path)
-    recorded = run.samples()
-    answered = [sample for sample in recorded if sample.error is None]
-    parts = _join(run, answered) if session is None else _join_session(run, session, answered)
-    found = sum(len(part.examples) for part in parts)
-    if not found:
-        raise ProbeDataError(_nothing_to_join(run, len(recorded), session))
-    return parts, len(recorded) - found
-
-
-def _of_index(row: dict[Hashable, Any]) -> Example:
-    n_prompt, offsets, text = int(row["n_prompt"]), row["token_offsets"], str(row["text"])
-    end = int(offsets[n_prompt]) if len(offsets) > n_prompt else len(text)
-    problem = row["problem_id"] if isinstance(row["problem_id"], str) else row["rollout_id"]
-    epoch = 1 if pd.isna(row["epoch"]) else int(row["epoch"])
-    return Example(
-        str(problem), epoch, str(row["rollout_id"]), n_prompt, int(row["n_completion"]),
-        row["finish_reason"] == "length", text[:end], dict(row["labels"]),
-    )  # fmt: skip
-
-
-def _of_sample(run: Run, sample: Sample, row: pd.Series) -> Example:
-    return Example(
-        sample.problem_id, sample.epoch, row["rollout_id"], sample.prompt_tokens, sample.completion_tokens,
-        sample.finish_reason == "length", sample.question, dict(row["labels"]), sample, run.config,
-    )  # fmt: skip
-
-
-def _source(run: Run, session: Session, rows: pd.DataFrame, samples: Sequence[Sample]) -> Source:
-    examples = (_of_sample(run, sample, row) for sample, (_, row) in zip(samples, rows.iterrows(), strict=True))
-    return Source(session, rows, tuple(examples))
-
-
-def _join(run: Run, answered: list[Sample]) -> list[Source]:
-    """Find the samples that kept activations, and each one's row of the store's index."""
-    by_session = defaultdict(list)
-    for sample in answered:
-        if sample.rollouts:
-            ref = min(sample.rollouts, key=lambda ref: ref.turn)
-            by_session[run.session_uri(ref)].append((sample, ref.rollout_id))
-    sources = []
-    for uri, pairs in by_session.items():
-        session = Session.open(uri)
-        # By id, not by key: the record names the rollout that was acknowledged, and a later retry is not it.
-        index = session.rollouts(ids=[rollout_id for _, rollout_id in pairs]).set_index("rollout_id", drop=False)
-        missing = [rollout_id for _, rollout_id in pairs if rollout_id not in index.index]
-        if missing:
-            raise ProbeDataError(
-                f"{session.uri} lacks {len(missing)} of the {len(pairs)} rollouts that {run.record_path} names "
-                f"(the first is {missing[0]}); was the session deleted or made anew?"
-            )
-        rows = index.loc[[rollout_id for _, rollout_id in pairs]]
-        sources.append(_source(run, session, rows, [sample for sample, _ in pairs]))
-    return sources
-
-
-def _join_session(run: Run, uri: Where, answered: list[Sample]) -> list[Source]:
-    """Find the samples that a session has a rollout of, and its row; a sample's first turn counts."""
-    session = Session.open(uri)
-    frame = session.rollouts()
-    frame = frame[frame["config_hash"].notna()].sort_values("turn", ascending=False)
-    identities = zip(frame["config_hash"], frame["problem_id"], frame["epoch"].astype(int), strict=True)
-    place = {identity: number for number, identity in enumerate(identities)}
-    samples = [sample for sample in answered if sample.identity in place]
-    return [_source(run, session, frame.iloc[[place[sample.identity] for sample in samples]], samples)]
-
-
 def _keep(sources: list[Source], kept: np.ndarray) -> list[Source]:
     """Leave out the examples that have no label."""
     found, start = [], 0
@@ -296,33 +201,19 @@ def _mean_logprob(source: Source) -> Float[np.ndarray, "rollouts"]:
 def _check_varies(target: Target, groups: Int[np.ndarray, "samples"]) -> None:
     """Refuse a label that no grouped split can learn and test."""
     if target.kind == "real":
-        if len(np.unique(target.values)) < 2:
+        if len(np.unique(target.values)) == 1:
             raise OneClassError(f"all {len(groups)} samples have {target.name} = {target.values[0]}: nothing to read")
         return
-    known = [True, False] if target.kind == "binary" else list(range(len(target.classes)))
-    for value in known:
-        shown = target.classes[int(value)] if target.classes else value
-        problems = len(np.unique(groups[target.values == value]))
-        if problems == 0 or (target.classes and len(target.classes) < 2):
-            other = target.classes[-1] if target.classes else not value
-            raise OneClassError(
-                f"all {len(groups)} samples have {target.name} = {other}: a probe needs both classes; "
-                "evaluate more problems, or easier or harder ones"
-            )
-        if problems == 1:
-            raise OneClassError(
-                f"only one problem has samples with {target.name} = {shown}: a probe is tested on problems it has not seen, "
-                "so each class needs at least two; evaluate more problems"
-            )
-
-
-def _nothing_to_join(run: Run, recorded: int, session: Where | None) -> str:
-    if session is None:
-        return (
-            f"{run.path} has no activations: none of its {recorded} samples names a rollout; "
-            "evaluate again with activations kept"
+    classes = target.classes or (False, True)
+    problems = [len(np.unique(groups[target.values == number])) for number in range(len(classes))]
+    there = [shown for shown, count in zip(classes, problems, strict=True) if count]
+    if len(there) == 1:
+        raise OneClassError(
+            f"all {len(groups)} samples have {target.name} = {there[0]}: a probe needs both classes; "
+            "evaluate more problems, or easier or harder ones"
         )
-    return (
-        f"{session} holds none of the {recorded} samples of {run.path}: no rollout in it has the key of one; "
-        f"`roentgen capture {run.path}` makes a session that does"
-    )
+    if min(problems) == 1:
+        raise OneClassError(
+            f"only one problem has samples with {target.name} = {classes[problems.index(1)]}: a probe is tested on problems "
+            "it has not seen, so each class needs at least two; evaluate more problems"
+        )

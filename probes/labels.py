@@ -83,7 +83,7 @@ class Target:
             return cls(name, "real", np.array(values, dtype=np.float64))
         names, numbers = np.unique([str(value) for value in values], return_inverse=True)
         if len(names) <= 2:
-            return cls(name, "binary", numbers == len(names) - 1, tuple(names))
+            return cls(name, "binary", numbers == 1, tuple(names))
         return cls(name, "classes", numbers.astype(np.int64), tuple(names))
 
 

@@ -14,16 +14,17 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from probes.cross_validation import Case, cross_validate, whole
-from probes.dataset import ProbeDataset, Where
+from probes.dataset import ProbeDataset
 from probes.errors import OneClassError, ProbeDataError
 from probes.evaluation import main_estimate, main_metric_each
+from probes.fitting import choose_kind
 from probes.folds import grouped_splits
 from probes.intervals import bootstrap_weights
 from probes.kinds import Kind
 from probes.kinds.linear import LinearProbes
 from probes.labels import Target
 from probes.report import Estimate
-from probes.train import choose_kind
+from probes.sources import Where
 
 INNER_FOLDS = 3
 

@@ -117,11 +117,11 @@ def test_intervals_cover_chance_on_shuffled_labels():
     groups = np.arange(80)
     y = target(np.arange(80) < 32)
     X = torch.randn(1, 80, 12, generator=generator)
+    folds = nested_folds(y, groups)
+    shuffled = [shuffle_labels(y, groups, folds, seed) for seed in range(100)]
     draws = bootstrap_weights(groups, draws=300)
     covered = 0
-    for seed in range(100):
-        folds = nested_folds(y, groups, seed)
-        shuffled = shuffle_labels(y, groups, folds, seed)
-        found = main_estimate(evaluate(X, [shuffled], groups, folds, LOGISTIC)[0].scores[0], shuffled, groups, draws)
-        covered += found.low <= 0.5 <= found.high
+    for label, found in zip(shuffled, evaluate(X, shuffled, groups, folds, LOGISTIC), strict=True):
+        estimate = main_estimate(found.scores[0], label, groups, draws)
+        covered += estimate.low <= 0.5 <= estimate.high
     assert covered >= 89

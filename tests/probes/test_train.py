@@ -160,6 +160,22 @@ def test_labels_of_a_table_and_of_several_sources(run, tmp_path):
     assert data.origin.tolist() == [0] * 80 + [1] * 80
 
 
+def test_columns_that_cannot_be_probed_are_named(run, tmp_path):
+    table = tmp_path / "labels.csv"
+    table.write_text(
+        "\n".join(["problem_id,same,endless", *(f"problem-{i},k,{'inf' if i == 7 else i}" for i in range(80))])
+    )
+    with pytest.raises(OneClassError, match="all 80 samples have same = k"):
+        probes.train(run.path, "same", table=table)
+    with pytest.raises(ProbeDataError, match="label: 'endless' has to be a finite number; problem-7 has inf"):
+        probes.train(run.path, "endless", table=table)
+
+
+def test_a_device_that_is_not_here_is_named(run):
+    with pytest.raises(ProbeDataError, match="device: 'tpu' is not here; allowed are cpu"):
+        probes.train(run.path, device="tpu")
+
+
 def test_what_is_only_noise_says_so(build_run, planted):
     report = probes.train(build_run(*planted(KEYS, None)).path)
     assert any("reaches 0.5" in note for note in report.notes())
