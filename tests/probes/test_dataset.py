@@ -1,6 +1,7 @@
 import shutil
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -171,3 +172,24 @@ def test_a_session_of_other_texts_is_refused(build_run, planted):
         ProbeDataset.open(run.path, session=run.path / "activations" / "session")
     with pytest.raises(ProbeDataError, match=r"not a session"):
         ProbeDataset.open(run.path, session="nowhere")
+
+
+def test_what_is_not_asked_for_is_not_loaded(build_run):
+    """Two keys at one position, of a session twenty-five times as large: what is held is what is used."""
+    n, d = 100, 4096
+    keys = [f"layers.{layer}.resid_post" for layer in range(10)]
+    run = build_run({key: torch.randn(n, d) for key in keys}, [i % 2 == 0 for i in range(n)])
+    stored = sum(file.stat().st_size for file in (run.path / "activations").rglob("*.safetensors"))
+    data = ProbeDataset.open(run.path)
+    data.features(keys[0])  # whatever is imported and kept for good is there
+    before = own_memory()
+    features = [data.features(key) for key in keys[1:3]]
+    grown = own_memory() - before
+    assert stored > 80e6
+    assert grown < sum(part.nbytes for part in features) + 3e6
+
+
+def own_memory() -> int:
+    """Return the bytes that are this process's own: not the pages of mapped files, which the system may take back."""
+    info = psutil.Process().memory_info()
+    return info.rss - info.shared
