@@ -14,11 +14,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from ulid import ULID
 
 from roentgen.contract import RolloutKey
 from roentgen.store import CaptureSpec, Rollout, Segment, Session, StoreWriter
-from roentgen.store.merging import compact
 
 KEY = "layers.0.resid_post"
 WIDTH, TOKENS = 16, 80
@@ -43,7 +41,6 @@ class Opened:
         index_files: that name them.
         index_bytes: of those.
         make: to write them, the writer merging as it goes.
-        compact: to merge what the writer left.
         look_up: to open the session, and to find and read `ASKED` rollouts by id.
         table: to open the session, and to read where every rollout is, retried ones counted once.
         stack: beyond that, to read a row of each of them.
@@ -53,7 +50,6 @@ class Opened:
     index_files: int
     index_bytes: int
     make: Step
-    compact: Step
     look_up: Step
     table: Step
     stack: Step
@@ -63,9 +59,7 @@ def measure_session(store: str, rollouts: int, stage: Callable[[str], None]) -> 
     """Make a session in a store and measure it."""
     steps: dict[str, Step] = {}
     _alone(_make, f"{store}-warm", 10)
-    for name, work in (
-        ("make", _make), ("compact", _compact), ("look_up", _look_up), ("table", _table), ("stack", _stack),
-    ):  # fmt: skip
+    for name, work in (("make", _make), ("look_up", _look_up), ("table", _table), ("stack", _stack)):
         steps[name] = _alone(work, store, rollouts)
         stage(f"{store}: {rollouts:,} rollouts: {name}: {steps[name]}")
     files = Session.open(f"{store}/s").place.child("index").entries()
@@ -102,7 +96,7 @@ def _make(store: str, rollouts: int) -> float:
             last = writer.submit(
                 Rollout(
                     session_id="s",
-                    rollout_id=str(ULID.from_timestamp(1_700_000_000 + number / 100)),
+                    rollout_id=_id(number),
                     spec=spec,
                     tensors={KEY: torch.full((1, WIDTH), float(number))},
                     position=np.array([TOKENS // 2 - 1], dtype=np.int32),
@@ -123,27 +117,13 @@ def _make(store: str, rollouts: int) -> float:
     return time.perf_counter() - begin
 
 
-def _compact(store: str, rollouts: int) -> float:
-    begin = time.perf_counter()
-    compact(Session.open(f"{store}/s"))
-    return time.perf_counter() - begin
-
-
-def _ids(store: str, rollouts: int) -> dict[str, int]:
-    """Return random rollouts: their ids, from an index that was read in another process, and their numbers."""
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn) as pool:
-        return pool.submit(_choose, store).result()
-
-
-def _choose(store: str) -> dict[str, int]:
-    frame = Session.open(f"{store}/s").rollouts(unique=False, columns=("labels",))
-    chosen = random.Random(0).sample(range(len(frame)), min(ASKED, len(frame)))
-    return {frame["rollout_id"][at]: frame["labels"][at]["number"] for at in chosen}
+def _id(number: int) -> str:
+    return f"01{number:024}"
 
 
 def _look_up(store: str, rollouts: int) -> float:
-    numbers = _ids(store, rollouts)
+    chosen = random.Random(0).sample(range(rollouts), min(ASKED, rollouts))
+    numbers = {_id(number): number for number in chosen}
     begin = time.perf_counter()
     session = Session.open(f"{store}/s")
     frame = session.rollouts(ids=numbers, columns=())

@@ -22,6 +22,12 @@ COUNTED = 8
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
+DESCRIBED = 13
+"""Bytes of the columns that describe a row: its token, position, log-probability, and whether it was generated."""
+
+INDEXED = 7
+"""Bytes of the index per token, about: what the whole of GSM8K took (6.9)."""
+
 
 class _Tokens(BaseModel):
     count: int
@@ -36,24 +42,31 @@ class Estimate:
         keys: tensors of a rollout: layers × hook points.
         rows: of a rollout, at most.
         bytes_per_row: of one key.
+        tokens: of a rollout, at most.
     """
 
     samples: int
     keys: int
     rows: int
     bytes_per_row: int
+    tokens: int
+
+    @property
+    def index(self) -> int:
+        """Bytes of what is stored beside activations, at most."""
+        return self.samples * (self.rows * DESCRIBED + self.tokens * INDEXED)
 
     @property
     def total(self) -> int:
         """Bytes, at most."""
-        return self.samples * self.keys * self.rows * self.bytes_per_row
+        return self.samples * self.keys * self.rows * self.bytes_per_row + self.index
 
     def __str__(self) -> str:
         """Spell it, with what makes it less if that is a lot."""
         advice = "; --positions or --layers make it less" if self.total >= 10e9 else ""
         return (
             f"activations: at most {spell_bytes(self.total)} ({self.samples} samples × {self.keys} keys × {self.rows} rows × "
-            f"{self.bytes_per_row} bytes){advice}"
+            f"{self.bytes_per_row} bytes, and {spell_bytes(self.index)} to describe them){advice}"
         )
 
 
@@ -80,8 +93,9 @@ def estimate(
     n_prompt = _prompt_tokens(settings, endpoint, served.id, problems)
     turns = settings.max_turns if settings.mode == "with-tools" else 1
     positions = Positions.parse(settings.positions)
-    rows = 1 if positions.pooled else len(positions.select(n_prompt, n_prompt + turns * settings.max_tokens - 1))
-    return Estimate(len(problems) * settings.epochs * variants, keys, rows, width)
+    tokens = n_prompt + turns * settings.max_tokens
+    rows = 1 if positions.pooled else len(positions.select(n_prompt, tokens - 1))
+    return Estimate(len(problems) * settings.epochs * variants, keys, rows, width, tokens)
 
 
 def spell_bytes(size: float) -> str:

@@ -69,8 +69,9 @@ def test_a_dry_run_says_what_would_be_stored_and_stores_nothing(tmp_path: Path) 
         )
     assert code == 0
     assert "8 samples: 4 problems × 2 epochs × 1 variants" in stdout
-    # 10 + 91 - 1 rows of 31 keys of 8 float32
-    assert "activations: at most 794 kB (8 samples × 31 keys × 100 rows × 32 bytes)" in stdout
+    # 10 + 91 - 1 rows of 31 keys of 8 float32; 13 bytes describe a row, and 7 index each of 101 tokens
+    described = "and 16.1 kB to describe them"
+    assert f"activations: at most 810 kB (8 samples × 31 keys × 100 rows × 32 bytes, {described})" in stdout
     assert not (tmp_path / "results").exists()
 
 
