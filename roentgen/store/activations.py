@@ -73,18 +73,12 @@ class Activations(Sequence[RolloutRows]):
         return self._read(next(_places(self.rollouts.iloc[[index]])))
 
     def __iter__(self) -> Iterator[RolloutRows]:
-        places = _places(self.rollouts)
         if not self._session.place.remote:
-            coming: deque[RolloutRows] = deque()  # mapped, and on their way from the disk
-            for place in places:
-                coming.append(self._read(place))
-                if len(coming) > READS_AT_ONCE:
-                    yield coming.popleft()
-            yield from coming
+            yield from map(self._read, _places(self.rollouts))
             return
         with ThreadPoolExecutor(READS_AT_ONCE) as pool:
             ahead: deque[Future[RolloutRows]] = deque()
-            for place in places:
+            for place in _places(self.rollouts):
                 ahead.append(pool.submit(self._read, place))
                 if len(ahead) > READS_AT_ONCE:
                     yield ahead.popleft().result()
@@ -147,7 +141,6 @@ class Activations(Sequence[RolloutRows]):
         position = shard.column("position")[start:stop]
         stored = Positions.parse(shard.spec.positions)
         if self._positions.policy == "all" or self._positions == stored:
-            shard.expect(self.key, start, stop)
             return RolloutRows(place.rollout_id, shard.rows(self.key, start, stop), position)
 
         wanted = self._positions.select(place.n_prompt, place.n_prompt + max(place.n_completion - 1, 0))

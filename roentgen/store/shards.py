@@ -133,7 +133,7 @@ class Shard:
         return torch.frombuffer(data, dtype=stored.dtype).view(stop - start, *stored.shape[1:])
 
     def expect(self, name: str, start: int, stop: int) -> None:
-        """Say that rows `[start, stop)` of a tensor will be looked at soon."""
+        """Say that rows `[start, stop)` of a tensor will be looked at soon, and maybe not those around them."""
         stored = self._tensors[name]
         self._file.expect(stored.start + start * stored.row_bytes, (stop - start) * stored.row_bytes)
 
