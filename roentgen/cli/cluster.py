@@ -23,6 +23,7 @@ def up(
     model: Annotated[str, typer.Option(help="The model to serve.")] = "Qwen/Qwen3-0.6B",
     revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, float16 or bfloat16.")] = "auto",
+    engine: Annotated[str | None, typer.Option(help="vllm is installed if asked for; else transformers.")] = None,
     min_vram: Annotated[int, typer.Option(help="GB of memory that a GPU must have; 0 for no GPU.")] = 12,
     gpus: Annotated[int, typer.Option(help="GPUs per node.")] = 1,
     max_price: Annotated[float, typer.Option(help="Dollars per hour and node.")] = 0.60,
@@ -56,9 +57,10 @@ def up(
     stage = stage_printer()
     with expected_errors(LaunchError):
         settings = cluster_settings(
-            model=model, revision=revision, dtype=dtype, min_vram=min_vram, gpus=gpus, max_price=max_price, port=port,
-            name=name, cluster=cluster, reuse=reuse, sync=sync_mode(skip_sync, frozen_sync, fresh), nodes=nodes,
-            max_replicas=max_replicas, spot=spot, infra=infra, store=store, open_port=open_port, idle_minutes=idle_minutes,
+            model=model, revision=revision, dtype=dtype, engine=engine, min_vram=min_vram, gpus=gpus,
+            max_price=max_price, port=port, name=name, cluster=cluster, reuse=reuse,
+            sync=sync_mode(skip_sync, frozen_sync, fresh), nodes=nodes, max_replicas=max_replicas, spot=spot,
+            infra=infra, store=store, open_port=open_port, idle_minutes=idle_minutes,
         )  # fmt: skip
         launched = bring_up(settings, SkyPilot(), stage, check=validate_openapi)
     out.print(f"[bold]{launched.name}[/bold] serves {model}. It costs money until it is down. Next:", highlight=False)

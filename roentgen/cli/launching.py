@@ -38,6 +38,10 @@ def _cluster_options(
     reuse: Annotated[
         bool, typer.Option("--reuse", help="Use the running cluster called --name.", rich_help_panel="Cluster")
     ] = False,
+    engine: Annotated[
+        str | None,
+        typer.Option(help="vllm is installed if asked for; else transformers.", rich_help_panel="Cluster"),
+    ] = None,
     min_vram: Annotated[
         int, typer.Option(help="GB of memory that a GPU must have; 0 for no GPU.", rich_help_panel="Cluster")
     ] = 16,
@@ -112,7 +116,7 @@ def _launch(ctx: typer.Context, of_cluster: dict[str, Any], options: dict[str, A
         chosen = {
             name: of_cluster[name] for name in ("cluster", "name", "reuse", "min_vram", "gpus", "max_price", "nodes")
         }
-        chosen |= {name: of_cluster[name] for name in ("spot", "infra", "port")}
+        chosen |= {name: of_cluster[name] for name in ("spot", "infra", "port", "engine")}
         chosen |= {name: options[name] for name in OF_THE_SERVER if options[name] is not None}
         sync = sync_mode(of_cluster["skip_sync"], of_cluster["frozen_sync"], False)
         files = named_files(options)

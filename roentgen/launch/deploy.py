@@ -30,7 +30,7 @@ DEPLOY_TIMEOUT_S = 900.0
 START_TIMEOUT_S = 180.0
 RETRY_S = 5.0
 BUCKET = ("AWS_ENDPOINT_URL", "AWS_REGION")
-CODE = ("serve_app/**/*.py", "roentgen/*.py", "roentgen/store/**/*.py", "constraints.txt")
+CODE = ("serve_app/**/*.py", "roentgen/*.py", "roentgen/store/**/*.py", "constraints*.txt")
 
 
 def render(

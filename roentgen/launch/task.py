@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from serve_app.config import Dtype
+from serve_app.config import Dtype, EngineName
 
 Sync = Literal["full", "frozen", "fresh", "skip"]
 
@@ -18,6 +18,7 @@ class ClusterSettings(BaseModel):
         model: to serve.
         revision: of a hub model; the newest if absent.
         dtype: of weights and activations; "auto" takes bfloat16 where the GPU computes in it.
+        engine: "vllm" has the nodes install it; absent, what serve.yaml says, else transformers on a new cluster.
         min_vram: gigabytes of memory that a GPU must have; 0 for machines without one.
         gpus: per node.
         max_price: dollars per hour and node.
@@ -41,6 +42,7 @@ class ClusterSettings(BaseModel):
     model: str = "Qwen/Qwen3-0.6B"
     revision: str | None = None
     dtype: Dtype = "auto"
+    engine: EngineName | None = None
     min_vram: int = Field(default=16, ge=0)
     gpus: int = Field(default=1, ge=1)
     max_price: float = Field(default=0.60, gt=0)
@@ -90,6 +92,7 @@ def rewrite(task: dict[str, Any], settings: ClusterSettings, *, exists: bool = F
         "MODEL": settings.model,
         "REVISION": settings.revision or "",
         "DTYPE": settings.dtype,
+        "ENGINE": settings.engine or "",
         "STORE": settings.store,
         "PORT": str(settings.port),
         "MAX_REPLICAS": str(settings.max_replicas or ""),

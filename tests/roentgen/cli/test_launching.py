@@ -42,13 +42,13 @@ def test_what_is_given_travels_and_what_is_the_server_s_stays(launched: list[dic
         "--revision",
         "abc",
     )
-    done = run(*words, "--gpu-id", "gpu-1", "--remote-storage-only", "--verbose")
+    done = run(*words, "--engine", "vllm", "--gpu-id", "gpu-1", "--remote-storage-only", "--verbose")
     assert done.exit_code == 0, done.output
     (call,) = launched
     assert call["options"] == ["--samples", "7", "--mode", "with-tools", "--verbose"]
     settings = call["settings"]
     assert (settings.model, settings.dtype, settings.revision) == ("some/model", "float16", "abc")
-    assert (settings.cluster, settings.min_vram, settings.max_price) == ("gpu-1", 16, 0.60)
+    assert (settings.engine, settings.cluster, settings.min_vram, settings.max_price) == ("vllm", "gpu-1", 16, 0.60)
     assert call["afterwards"].transfer_activations is False
 
 
@@ -71,6 +71,7 @@ def test_files_of_this_machine_go_along(launched: list[dict[str, Any]], tmp_path
         (("--prompt-file", "nowhere.txt"), "nowhere.txt"),
         (("--variants", "nowhere.yaml"), "nowhere.yaml"),
         (("--dtype", "int4"), "--dtype"),
+        (("--engine", "sglang"), "--engine"),
         (("--device", "cuda"), "--device: not together with --launch"),
         (("--base-url", "http://127.0.0.1:1/v1"), "--base-url: not together with --launch"),
         (("--transfer-activations", "--remote-storage-only"), "exclude one another"),
