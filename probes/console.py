@@ -33,7 +33,7 @@ def _layers(report: ProbeReport) -> Table:
     table = Table(title=f"{METRICS[report.metric]}{within} [95% interval]", title_justify="left")
     table.add_column("layer", justify="right")
     for hook_point, positions in columns:
-        table.add_column(hook_point if len(report.positions) == 1 else f"{hook_point} at {positions}")
+        table.add_column(hook_point if len(report.positions) == 1 else f"{hook_point}@{positions}")
     for layer in sorted({result.layer for result in layered if result.layer is not None}):
         table.add_row(str(layer), *(cells.get((layer, *column), "") for column in columns))
     return table
@@ -47,7 +47,7 @@ def _summary(report: ProbeReport) -> Table:
     table.add_row("best, chosen on inner folds", str(report.best.estimate), ", ".join(dict.fromkeys(report.best.names)))
     for name, estimate in report.best.metrics.items():
         if name != report.metric:
-            table.add_row(f"  its {name.replace('_', ' ')}", str(estimate), "")
+            table.add_row(f"  its {METRICS[name]}", str(estimate), "")
     if report.declared is not None:
         table.add_row("named beforehand", str(report.declared.estimate), report.declared.names[0])
     for name, estimate in report.baselines.items():

@@ -11,6 +11,7 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from probes.closeup import Closeup, Trace
+from probes.plots import METRICS
 from probes.report import ProbeReport
 
 TRANSCRIPTS = 24
@@ -66,6 +67,7 @@ def render_page(report: ProbeReport, pictures: Mapping[str, bytes], closeup: Clo
                 if name in pictures
             ],
             closeup=closeup,
+            called=METRICS,
             middle=middle,
             transcripts=[(trace, _tokens(trace, middle, strongest)) for trace in shown],
         )

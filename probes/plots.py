@@ -18,7 +18,17 @@ from probes.report import KeyResult, ProbeReport
 
 MOST_TICKS = 16
 COLOURS = {True: "#17754a", False: "#b3402f"}
-METRICS = {"auroc": "AUROC", "r2": "R²"}
+METRICS = {
+    "auroc": "AUROC",
+    "within_auroc": "AUROC within problems",
+    "auprc": "AUPRC",
+    "accuracy": "accuracy",
+    "brier": "Brier score",
+    "ece": "ECE",
+    "r2": "R²",
+    "spearman": "Spearman's ρ",
+}
+"""What metrics are called where people read them."""
 
 
 def by_layer(report: ProbeReport) -> Figure:
@@ -31,7 +41,7 @@ def by_layer(report: ProbeReport) -> Figure:
     for (positions, hook_point), results in groupby(
         report.results, key=lambda result: (result.positions, result.hook_point)
     ):
-        label = hook_point if len(report.positions) == 1 else f"{hook_point} at {positions}"
+        label = hook_point if len(report.positions) == 1 else f"{hook_point}@{positions}"
         _draw_hook_point(axes, report, hook_point, label, list(results))
 
     length = report.baselines["prompt_length"]
@@ -51,7 +61,7 @@ def by_layer(report: ProbeReport) -> Figure:
     axes.set_xticks(layers[:: -(-len(layers) // MOST_TICKS)])
     axes.set_xlim(layers[0] - 1.5, layers[-1] + 1.5)
     axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     return figure
 
 
