@@ -53,7 +53,8 @@ test-browser: $(INSTALLED)
 	@[ "$$(id -u)" != 0 ] || command -v chromium >/dev/null || { apt-get update --quiet && apt-get install --yes --quiet chromium; } || true
 	ROENTGEN_TEST_BROWSER=1 $(BIN)/python -m pytest -rs tests/browser
 
-# The store on full and read-only disks, with killed writers and a failing bucket; skips, with the reason, what needs root.
+# The store on full and read-only disks, with killed writers and a failing bucket; an evaluation whose driver, workers and
+# replicas are killed. Skips, with the reason, what needs root.
 test-faults: $(INSTALLED)
 	@[ "$$(id -u)" != 0 ] || command -v strace >/dev/null || { apt-get update --quiet && apt-get install --yes --quiet strace; } || true
 	$(BIN)/python -m pytest -m faults

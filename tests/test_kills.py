@@ -1,8 +1,8 @@
 """Exactly once, by causing what breaks it: SIGKILL of the driver, a worker or the model's replica at random moments, over and
 over, and then the same samples as an evaluation that nobody disturbed.
 
-`make test-faults` runs six kills; `ROENTGEN_KILLS=60` as many as you like, on more problems. `ROENTGEN_KILLS_SEED` repeats the
-moments of a run, as far as moments can be repeated.
+`make test-faults` runs six kills; `ROENTGEN_EVAL_KILLS=60` as many as you like, on more problems. `ROENTGEN_EVAL_KILLS_SEED`
+repeats the moments of a run, as far as moments can be repeated.
 """
 
 import os
@@ -26,8 +26,8 @@ from tests.reference import smollm2
 
 pytestmark = [pytest.mark.faults, pytest.mark.timeout(3600)]
 
-KILLS = int(os.environ.get("ROENTGEN_KILLS", "6"))
-SEED = int(os.environ.get("ROENTGEN_KILLS_SEED", time.time_ns() % 100_000))
+KILLS = int(os.environ.get("ROENTGEN_EVAL_KILLS", "6"))
+SEED = int(os.environ.get("ROENTGEN_EVAL_KILLS_SEED", time.time_ns() % 100_000))
 PROBLEMS = 8 * KILLS
 VICTIMS = ("driver", "worker", "replica")
 NEAR = 0.01
@@ -123,7 +123,7 @@ def run_under_fire(evaluation: Evaluation, chance: random.Random) -> list[str]:
 def test_killed_again_and_again_every_problem_has_its_one_sample(
     own_server: Server, tmp_path: Path, ray_home: RayHome
 ) -> None:
-    print(f"ROENTGEN_KILLS={KILLS} ROENTGEN_KILLS_SEED={SEED}")
+    print(f"ROENTGEN_EVAL_KILLS={KILLS} ROENTGEN_EVAL_KILLS_SEED={SEED}")
     calm = Evaluation(own_server, tmp_path / "calm", ray_home)
     assert calm.start().wait(600) == 0, calm.said()
     disturbed = Evaluation(own_server, tmp_path / "disturbed", ray_home)
