@@ -157,17 +157,7 @@ def test_a_killed_driver_loses_and_repeats_nothing(
     # The store may hold a rollout twice that was acknowledged to the driver that died; it counts once.
     session = Session.open(kept[0].rollouts[0].uri)
     assert len(session.rollouts()) == 24
-    named = {s.rollouts[0].rollout_id for s in run.samples()}
-    stored = set(session.rollouts(unique=False)["rollout_id"])
-    assert named <= stored
-    # What nobody lived to write down is garbage, and nothing else is.
-    done = roentgen(
-        ray_home, "sessions", "gc", session.uri, "--run", str(tmp_path / "run"), "--older-than", "0", timeout=100
-    )
-    assert f"removed {len(stored - named)} rollouts" in done.stdout
-    session = Session.open(session.uri)
-    assert set(session.rollouts(unique=False)["rollout_id"]) == named
-    assert (verify(session).rollouts, verify(session).damage, verify(session).orphans) == (24, [], [])
+    assert {s.rollouts[0].rollout_id for s in run.samples()} <= set(session.rollouts(unique=False)["rollout_id"])
 
 
 def test_without_a_server_it_starts_one_and_leaves_nothing_running(tmp_path: Path, ray_home: RayHome) -> None:

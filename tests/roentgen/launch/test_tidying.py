@@ -1,5 +1,9 @@
 """`roentgen sessions`' verbs that change something, and what tidying a session against its runs removes."""
 
+import itertools
+import multiprocessing
+import time
+from collections import deque
 from pathlib import Path
 
 import pytest
@@ -7,7 +11,9 @@ from typer.testing import CliRunner
 
 from roentgen.cli import app
 from roentgen.launch.tidying import tidy
-from roentgen.store import Session, StoreWriter
+from roentgen.runs import RolloutRef, Run
+from roentgen.store import Receipt, Session, StoreWriter, verify
+from tests.roentgen.runs.test_run import config, sample
 from tests.roentgen.store.conftest import RolloutFactory
 
 RUNNER = CliRunner()
@@ -52,3 +58,37 @@ def test_an_unknown_key_is_named(session: str, tmp_path: Path) -> None:
     done = RUNNER.invoke(app, ["sessions", "export", session, str(tmp_path / "x"), "--format", "hf", "--key", "nope"])
     assert done.exit_code == 2
     assert not (tmp_path / "x").exists()
+
+
+def evaluate_without_end(store: str, run: str) -> None:
+    """Store rollouts and record their samples, two of which are always on their way from the store to the record."""
+    make, waiting = RolloutFactory(), deque[tuple[str, Receipt]]()
+    with Run.open(Path(run)).recording() as record, StoreWriter(store, max_wait_s=0) as writer:
+        for problem in map("p{}".format, itertools.count()):
+            waiting.append((problem, writer.submit(make(problem=problem)).result()))
+            if len(waiting) > 2:
+                recorded, receipt = waiting.popleft()
+                ref = RolloutRef(**vars(receipt), tensors={}, turn=0)
+                record.append(sample(recorded).model_copy(update={"config_hash": "c", "rollouts": [ref]}))
+
+
+def test_what_a_killed_evaluation_stored_and_did_not_record_goes(tmp_path: Path) -> None:
+    make, store, run = RolloutFactory(), str(tmp_path / "store"), Run.create(tmp_path / "run", config("c"))
+    with StoreWriter(store, max_wait_s=0) as writer:
+        others = writer.submit(make()).result().rollout_id  # which no evaluation asked for
+    evaluation = multiprocessing.get_context("spawn").Process(target=evaluate_without_end, args=(store, str(run.path)))
+    evaluation.start()
+    while not (run.record_path.exists() and run.record_path.read_bytes().count(b"\n") >= 5):
+        assert evaluation.is_alive()
+        time.sleep(0.01)
+    evaluation.kill()
+    evaluation.join()
+    named = {ref.rollout_id for one in run.samples() for ref in one.rollouts}
+    stored = set(Session.open(f"{store}/s").rollouts(unique=False)["rollout_id"])
+    assert len(named) >= 5
+    assert len(stored - named) >= 2  # and the other
+    done = RUNNER.invoke(app, ["sessions", "gc", f"{store}/s", "--run", str(run.path), "--older-than", "0"])
+    assert f"removed {len(stored - named - {others})} rollouts" in done.output
+    session = Session.open(f"{store}/s")
+    assert set(session.rollouts(unique=False)["rollout_id"]) == named | {others}
+    assert (verify(session).damage, verify(session).orphans) == ([], [])
