@@ -75,6 +75,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.serving
 	$(BIN)/python -m benchmarks.health
 	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.store
 
 # The same with vLLM beside it, and the ratio to it with many in flight. vLLM's CPU build is laid over the server's environment;
 # its own requirements would downgrade that, so what it really needs is listed.
