@@ -24,6 +24,9 @@ GSM8K = Path(os.environ.get("ROENTGEN_GSM8K_DIR", Path(__file__).parents[2] / "s
 # Clients that nobody here wrote have an environment of their own: `make test-clients`.
 collect_ignore = [] if importlib.util.find_spec("schemathesis") else ["clients"]
 
+# Ray gives its workers, replicas among them, the lowest priority but four: beside busy unit tests they would hardly run.
+os.environ.setdefault("RAY_worker_niceness", "0")
+
 ROENTGEN = os.environ.get("ROENTGEN") or str(Path(sys.executable).parent / "roentgen")
 
 
