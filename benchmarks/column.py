@@ -59,7 +59,7 @@ class Column:
 def measure_column(way: str, in_flight: int, prompts: int, workload: Workload) -> Column:
     """Measure one column in a process of its own."""
     task = {"way": way, "in_flight": in_flight, "prompts": prompts, "workload": asdict(workload)}
-    python = str(PYTHON) if way == "vllm" and PYTHON.exists() else sys.executable
+    python = str(PYTHON) if way.startswith("vllm") and PYTHON.exists() else sys.executable
     child = subprocess.run(
         [python, "-m", "benchmarks.column", json.dumps(task)],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""vLLM by itself, capturing nothing, as one of the ways to generate.
+"""vLLM by itself, capturing nothing, and with this project's capture, as ways to generate.
 
 It lives in an environment of its own (`make bench-vllm` makes it), so a column of it is measured by that environment's Python.
 The engine is driven step by step, so that a request is made when there is room for it, as for every other way.
@@ -7,17 +7,30 @@ The engine is driven step by step, so that a request is made when there is room 
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
+from ulid import ULID
 
-from benchmarks.ways import Run, UnavailableError, Way, end_tokens
+from benchmarks.ways import Keep, Run, UnavailableError, Way, end_tokens, engine_way
 from benchmarks.workload import Workload
+from roentgen.contract import ActivationRequest
+from serve_app.engines.protocol import Finished
+from serve_app.engines.vllm.loading import EngineUnavailableError, VllmModel, VllmSettings, start
+from serve_app.models import ServedModel
+from serve_app.openai_api.prompt import Prompt
+from serve_app.rollouts import make_entry
 from serve_app.sources import locate
+from serve_app.storing import Stored
+
+if TYPE_CHECKING:
+    from serve_app.engines.vllm.engine import VllmEngine
 
 PYTHON = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
 CACHE_BYTES = 4 << 30
@@ -43,11 +56,7 @@ def loaded_vllm(workload: Workload, in_flight: int) -> Iterator[tuple[Way, PreTr
     with TemporaryDirectory() as folder:
         saved = workload.saved(Path(folder))
         path = saved.model if saved is not workload else locate(workload.model).path
-        config = AutoConfig.from_pretrained(path)
-        with torch.device("meta"):
-            shape = AutoModelForCausalLM.from_config(config, dtype=dtype)
-        if (Path(path) / GENERATION_CONFIG_NAME).exists():
-            shape.generation_config = GenerationConfig.from_pretrained(path)
+        shape, config = _shape(path, dtype)
         end = sorted(end_tokens(shape, workload.tokenizer()))
         engine = LLMEngine.from_engine_args(
             EngineArgs(
@@ -90,3 +99,72 @@ def loaded_vllm(workload: Workload, in_flight: int) -> Iterator[tuple[Way, PreTr
         return Run(sum(map(len, prompts)), tokens, seconds, [first[name] - made[name] for name in made])
 
     yield run, shape
+
+
+def _shape(path: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PretrainedConfig]:
+    """Return a model without weights, and its configuration."""
+    config = AutoConfig.from_pretrained(path)
+    with torch.device("meta"):
+        shape = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    if (Path(path) / GENERATION_CONFIG_NAME).exists():
+        shape.generation_config = GenerationConfig.from_pretrained(path)
+    return shape, config
+
+
+@contextmanager
+def loaded_capturing_vllm(workload: Workload, in_flight: int, capture: str) -> Iterator[tuple[Way, PreTrainedModel]]:
+    """Load the model into the vLLM engine and yield the way to generate and capture with it, and the model's shape.
+
+    Raises:
+        UnavailableError: if vLLM is not installed.
+    """
+    with TemporaryDirectory() as folder, capturing_engine(workload, in_flight, Path(folder)) as (model, engine):
+        yield engine_way(engine, model, capture, keeper(model, engine)), _shape(model.source.path, model.dtype)[0]
+
+
+@contextmanager
+def capturing_engine(
+    workload: Workload, in_flight: int, folder: Path, *, cache_tokens: int = 0, threads: int = 0
+) -> "Iterator[tuple[VllmModel, VllmEngine]]":
+    """Start this project's vLLM engine; what it captures is stored in the folder.
+
+    Raises:
+        UnavailableError: if vLLM is not installed.
+    """
+    saved = workload.saved(folder)
+    try:
+        model, engine = start(locate(saved.model), settings(workload, in_flight, folder, cache_tokens, threads))
+    except EngineUnavailableError as error:
+        raise UnavailableError(str(error)) from error
+    try:
+        yield model, engine
+    finally:
+        engine.close()
+
+
+def settings(workload: Workload, in_flight: int, folder: Path, cache_tokens: int = 0, threads: int = 0) -> VllmSettings:
+    """Return the settings under which vLLM is measured."""
+    device, dtype = workload.place()
+    return VllmSettings(
+        dtype=str(dtype).removeprefix("torch."),
+        device=device.type,
+        max_batch=in_flight,
+        max_queue=1024,
+        max_cache_tokens=cache_tokens,
+        tensor_parallel_size=1,
+        threads=threads,
+        capture=True,
+        taps=(),
+        store=str(folder / "store"),
+    )
+
+
+def keeper(model: ServedModel, engine: "VllmEngine") -> Keep:
+    """Return what has the engine's worker store a completion."""
+
+    def keep(prompt: list[int], finished: Finished) -> "Future[Stored]":
+        said = Prompt("", prompt, [0] * len(prompt), [])
+        entry = make_entry(model, said, ActivationRequest(), finished, "measured", str(ULID()))
+        return engine.storage.keep(entry, finished)
+
+    return keep

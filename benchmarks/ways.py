@@ -8,6 +8,7 @@ import queue
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,9 +28,9 @@ from transformers import (
 from benchmarks.workload import Workload, capture_plan, capture_request
 from roentgen.contract import split_key
 from serve_app.capture.resolver import resolve_structure
-from serve_app.engines.protocol import Event, Failed, Finished, GenerationJob, Sampling
+from serve_app.engines.protocol import Engine, Event, Failed, Finished, GenerationJob, Sampling
 from serve_app.engines.transformers_engine import TransformersEngine
-from serve_app.models import LoadedModel
+from serve_app.models import ServedModel
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ WAYS = {
     "engine-3x2": "3x2",
     "engine-all": "all",
     "vllm": "none",
+    "vllm-3x2": "3x2",
+    "vllm-all": "all",
 }
 """The ways, and what each captures."""
 
@@ -77,12 +80,23 @@ class UnavailableError(Exception):
     """A way does not work here; the message says why."""
 
 
-def engine_way(engine: TransformersEngine, model: LoadedModel, capture: str) -> Way:
-    """Return this project's engine, with one of the captures; whoever finishes makes room for the next."""
+Keep = Callable[[list[int], Finished], "Future[Any]"]
+"""Stores a prompt's finished completion with its rows; the future completes when both are durable."""
+
+
+def engine_way(engine: Engine, model: ServedModel, capture: str, keep: Keep | None = None) -> Way:
+    """Return one of this project's engines, with one of the captures; whoever finishes makes room for the next.
+
+    Args:
+        engine: which.
+        model: what it runs.
+        capture: one of `CAPTURES`.
+        keep: stores what is captured, within the time that is measured; None leaves it in memory.
+    """
     plan = capture_plan(model, capture)
 
     def run(prompts: list[list[int]], max_tokens: int, in_flight: int) -> Run:
-        heard: queue.SimpleQueue[Finished | Failed] = queue.SimpleQueue()
+        heard: queue.SimpleQueue[tuple[int, Finished | Failed]] = queue.SimpleQueue()
         made: dict[int, float] = {}
         first: dict[int, float] = {}
 
@@ -90,7 +104,7 @@ def engine_way(engine: TransformersEngine, model: LoadedModel, capture: str) -> 
             def listen(event: Event) -> None:
                 first.setdefault(number, time.perf_counter())
                 if isinstance(event, Finished | Failed):
-                    heard.put(event)
+                    heard.put((number, event))
 
             made[number] = time.perf_counter()
             sampling = Sampling(max_tokens, temperature=0)
@@ -98,15 +112,20 @@ def engine_way(engine: TransformersEngine, model: LoadedModel, capture: str) -> 
 
         start = time.perf_counter()
         tokens = 0
+        kept: list[Future[Any]] = []
         for number in range(min(in_flight, len(prompts))):
             submit(number)
         for done in range(len(prompts)):
-            event = heard.get()
+            number, event = heard.get()
             if isinstance(event, Failed):
                 raise event.error
+            if keep is not None and plan is not None:
+                kept.append(keep(prompts[number], event))
             tokens += len(event.token_ids)
             if done + in_flight < len(prompts):
                 submit(done + in_flight)
+        for future in kept:
+            future.result()
         seconds = time.perf_counter() - start
         return Run(sum(map(len, prompts)), tokens, seconds, [first[i] - made[i] for i in made])
 
@@ -256,10 +275,15 @@ def loaded_way(name: str, workload: Workload, in_flight: int) -> Iterator[tuple[
         finally:
             engine.close()
         return
-    if name == "vllm":
-        from benchmarks.vllm_way import loaded_vllm  # which takes this module's types
+    if name.startswith("vllm"):
+        from benchmarks.vllm_way import loaded_capturing_vllm, loaded_vllm  # which take this module's types
 
-        with loaded_vllm(workload, in_flight) as loaded:
+        captures = WAYS[name] != "none"
+        with (
+            loaded_capturing_vllm(workload, in_flight, WAYS[name])
+            if captures
+            else loaded_vllm(workload, in_flight) as loaded
+        ):
             yield loaded
         return
     module, tokenizer = workload.load_plain()

@@ -21,7 +21,7 @@ from serve_app.capture.observer import observe
 from serve_app.capture.resolver import resolve_structure
 from serve_app.capture.rows import CapturePlan
 from serve_app.engines.attention import use_grouped_attention
-from serve_app.models import LoadedModel, load, native_dtype
+from serve_app.models import LoadedModel, ServedModel, load, native_dtype
 from serve_app.sources import EMBEDDED_MODEL, ModelSource, locate
 
 RANDOM_MODELS: dict[str, dict[str, Any]] = {
@@ -157,7 +157,7 @@ def stand_in_tokenizer(vocab_size: int) -> PreTrainedTokenizerBase:
     return wrapped
 
 
-def capture_plan(model: LoadedModel, capture: str) -> CapturePlan | None:
+def capture_plan(model: ServedModel, capture: str) -> CapturePlan | None:
     """Return what a run captures, one of `CAPTURES`."""
     request = capture_request(model.structure.num_layers, capture)
     if request is None:

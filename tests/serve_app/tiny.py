@@ -21,6 +21,14 @@ ROOM = {"intermediate_size": 64, "max_position_embeddings": 128}
 IDS = {"eos_token_id": EOS, "bos_token_id": None, "pad_token_id": EOS}
 GROUPED = {**SIZE, **ROOM, **IDS, "num_key_value_heads": 2}
 HEADED = {**GROUPED, "head_dim": 8}
+# Heads as wide as vLLM's kernels need them, and room for several blocks of its cache.
+WIDE = {
+    **GROUPED,
+    "hidden_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 512,
+}
 WINDOWED = {**HEADED, "sliding_window": 4}
 EXPERTS = {**GROUPED, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
 GPT = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 257, "eos_token_id": EOS, "bos_token_id": EOS}
@@ -44,8 +52,7 @@ DEEPSEEK |= {
 # By transformers' name of the model type; where one has several kinds of block, what tells them apart follows.
 CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("llama", GROUPED),
-    # Heads as wide as vLLM's kernels need them.
-    "wide_llama": ("llama", GROUPED | {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}),
+    "wide_llama": ("llama", WIDE),
     "mistral": ("mistral", GROUPED),
     "qwen2": ("qwen2", GROUPED),
     "qwen2_moe": ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 40}),

@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 from ulid import ULID
@@ -144,10 +145,9 @@ class VllmEngine:
         self._bytes_per_row = model.structure.d_model * model.dtype.itemsize
         self._closed = False
         self._lock = threading.Lock()
-        self._jobs: dict[str, tuple[GenerationJob, asyncio.Task[None] | None]] = {}
+        self._jobs: dict[str, tuple[GenerationJob, asyncio.Task[bool] | None]] = {}
         self._queue: deque[str] = deque()
         self._row_bytes: dict[str, int] = {}
-        self._running = 0
         self.storage = WorkerStorage(loop.loop, self._exchange)
         self._watching = asyncio.run_coroutine_threadsafe(self._watch(), loop.loop)
 
@@ -159,8 +159,10 @@ class VllmEngine:
     @property
     def load(self) -> Load:
         """What it has to do now."""
-        jobs = len(self._jobs)
-        running = min(self._running, self._max_batch)
+        with self._lock:
+            handed_over = sum(task is not None for _, task in self._jobs.values())
+            jobs = len(self._jobs)
+        running = min(handed_over, self._max_batch)
         return Load(running, jobs - running)
 
     @property
@@ -220,6 +222,8 @@ class VllmEngine:
         return size
 
     def _enqueue(self, job_id: str, size: int) -> None:
+        if job_id not in self._jobs:
+            return  # the engine was closed meanwhile
         self._row_bytes[job_id] = size
         self._queue.append(job_id)
         self._admit()
@@ -234,37 +238,39 @@ class VllmEngine:
                 return
             held += self._row_bytes[job_id]
             self._queue.popleft()
-            self._jobs[job_id] = (job, self._loop.loop.create_task(self._run(job_id, job)))
+            task = self._loop.loop.create_task(self._run(job_id, job))
+            task.add_done_callback(partial(self._leave, job_id))
+            self._jobs[job_id] = (job, task)
 
-    async def _run(self, job_id: str, job: GenerationJob) -> None:
-        """Run one job to its end, and tell its listener."""
-        order = Order(job_id, job.capture, job.steering) if job.capture is not None or job.steering else None
-        finished = False
-        self._running += 1
+    async def _run(self, job_id: str, job: GenerationJob) -> bool:
+        """Run one job to its end and tell its listener; returns whether its rows are the listener's to store."""
+        event: Finished | Failed
         try:
-            event = await self._generate(job_id, job, order)
-            finished = not isinstance(event, Failed)
-            if not job.cancelled.is_set() or (finished and job.capture is not None):
-                job.listener(event)
-        except asyncio.CancelledError:
-            if self._closed and not job.cancelled.is_set():
-                job.listener(Failed(EngineStoppedError("the engine was closed")))
+            event = await self._generate(job_id, job)
         except EngineDeadError:
-            job.listener(Failed(EngineStoppedError("vLLM's engine has died")))
+            event = Failed(EngineStoppedError("vLLM's engine has died"))
         except Exception as error:
             log.exception("a job failed")
-            job.listener(Failed(error))
-        finally:
-            self._running -= 1
-            if order is not None and not (finished and job.capture is not None):
-                self.storage.forget(job_id)
-            with self._lock:
-                del self._jobs[job_id]
-            del self._row_bytes[job_id]
-            self._admit()
+            event = Failed(error)
+        if job.cancelled.is_set():
+            return False
+        job.listener(event)
+        return isinstance(event, Finished) and event.held is not None
 
-    async def _generate(self, job_id: str, job: GenerationJob, order: Order | None) -> Finished | Failed:
+    def _leave(self, job_id: str, task: "asyncio.Task[bool]") -> None:
+        """Forget a job that has ended, or was cancelled, perhaps before it began."""
+        with self._lock:
+            job, _ = self._jobs.pop(job_id)
+        del self._row_bytes[job_id]
+        if task.cancelled() and not job.cancelled.is_set():
+            job.listener(Failed(EngineStoppedError("the engine was closed")))
+        if (job.capture is not None or job.steering) and (task.cancelled() or not task.result()):
+            self.storage.forget(job_id)
+        self._admit()
+
+    async def _generate(self, job_id: str, job: GenerationJob) -> Finished | Failed:
         """Generate a job's tokens."""
+        order = Order(job_id, job.capture, job.steering) if job.capture is not None or job.steering else None
         model, sampling = self._model, job.sampling
         ends = model.eos_token_ids | sampling.stop_token_ids
         completion = Completion(
@@ -333,9 +339,9 @@ class VllmEngine:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        self._jobs.clear()
         for job in waiting:
             job.listener(Failed(EngineStoppedError("the engine was closed")))
-        self._jobs.clear()
         if self._captures and not self._client.errored:
             await self._client.collective_rpc("roentgen_close")
         self.storage.fail_all(EngineStoppedError("the engine was closed"))

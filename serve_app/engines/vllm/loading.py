@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
 
+from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS
 from serve_app.capture.resolver import ResolutionError, number_of_experts
 from serve_app.capture.structure import ModelStructure
 from serve_app.engines.admission import CPU_SHARE, free_host_memory
@@ -284,7 +285,7 @@ def _structure(
         d_model=text.hidden_size,
         layers_path="",
         taps={},
-        missing={},
+        missing=dict.fromkeys((*LAYER_HOOK_POINTS, *MODEL_HOOK_POINTS), NO_CAPTURE),
         module_paths=frozenset(),
         verified_on=NO_CAPTURE,
     )

@@ -122,3 +122,11 @@ def test_a_serve_that_is_slow_to_start_is_asked_again(monkeypatch: pytest.Monkey
         put(serve_that_answers(500), {}, timeout_s=0)
     with pytest.raises(LaunchError, match="refused the roentgen application: 400: why it is so"):
         put(serve_that_answers(400, 200), {})
+
+
+def test_the_launch_may_choose_an_engine() -> None:
+    assert arguments(rendered()).engine == "auto"
+    assert arguments(rendered(ENGINE="vllm")).engine == "vllm"
+    assert arguments(rendered(1, 4, {"engine": "transformers"}, ENGINE="")).engine == "transformers"
+    split = arguments(rendered(2, 4, {"engine": "vllm", "tensor_parallel_size": 2}))
+    assert (split.num_replicas, split.tensor_parallel_size) == (4, 2)

@@ -1,5 +1,11 @@
-"""SmolLM2-135M's rows, captured in vLLM in the model's own bfloat16, against transformers reading the same tokens."""
+"""SmolLM2-135M's rows, captured in vLLM, against transformers reading the same tokens alone.
 
+In float32 they are the same but for the last bits. In bfloat16 they are as near to transformers' as rounding lets them be. How
+far that takes a row differs from row to row: some tokens have a norm many times the usual one, and cancel it some layers
+later. So there a row is an outlier if it is far from the exact one and transformers in bfloat16 is not.
+"""
+
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -10,7 +16,7 @@ from roentgen.contract import ActivationRequest, Positions
 from serve_app.capture.rows import CapturePlan
 from serve_app.engines.protocol import Sampling
 from serve_app.engines.vllm import loading as vllm
-from serve_app.models import load
+from serve_app.models import LoadedModel, load
 from serve_app.sources import locate
 from tests.serve_app.engines.subjects import Subject, vllm_settings
 from tests.serve_app.tiny import Call, run
@@ -27,55 +33,59 @@ STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "ln_att
 
 
 @pytest.mark.timeout(1200)
-def test_rows_are_those_of_transformers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_are_those_of_transformers(dtype: str, tmp_path: Path) -> None:
     source = locate("smollm2-135m")
-    settings = vllm_settings(tmp_path, dtype="bfloat16", max_cache_tokens=4096)
-    model, engine = vllm.start(source, settings)
+    model, engine = vllm.start(source, vllm_settings(tmp_path, dtype=dtype, max_cache_tokens=4096))
     try:
         assert model.structure.missing == {"router": "not a mixture of experts"}
-        taps = model.structure.resolve(
-            ActivationRequest(layers="all", hook_points=("resid_post", "embed", "final_norm"))
-        )
-        taps |= model.structure.resolve(ActivationRequest(layers=(0, 14, 29), hook_points=STREAM))
+        asked = ActivationRequest(layers="all", hook_points=(*STREAM, "embed", "final_norm"))
+        plan = CapturePlan(model.structure.resolve(asked), Positions("all"), "model")
         prompts = [
             model.tokenizer.apply_chat_template(
                 [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False
             )
             for question in QUESTIONS
         ]
-        plan = CapturePlan(taps, Positions("all"), "model")
         calls = [Call(p, Sampling(8 + 4 * i, temperature=0), plan) for i, p in enumerate(prompts)]
         subject = Subject(model, engine, engine.storage, None)  # type: ignore[arg-type]
         run(engine, calls)
         captured = [subject.rows(call) for call in calls]
     finally:
         engine.close()
-    reference = load(source, "bfloat16", "cpu")
-    places = reference.structure.resolve(ActivationRequest(layers="all", hook_points=STREAM))
-    places |= reference.structure.resolve(ActivationRequest(hook_points=("embed", "final_norm")))
-    worst = 1.0
+    exact = load(source, "float32", "cpu")
+    own = load(source, dtype, "cpu")
     for call, (positions, rows) in zip(calls, captured, strict=True):
         fed = call.job.prompt_ids + call.result().token_ids[:-1]
         assert positions == list(range(len(fed)))
-        seen: dict[str, torch.Tensor] = {}
-
-        class Keeper:
-            taps = {key: places[key] for key in rows}  # noqa: RUF012
-
-            def __call__(self, key: str, value: torch.Tensor, seen: dict[str, torch.Tensor] = seen) -> None:
-                seen[key] = value[0].clone()
-
-        with torch.inference_mode():
-            ids = torch.tensor([fed])
-            reference.observed.run(
-                [Keeper()], lambda ids=ids: reference.observed._module(input_ids=ids, use_cache=False)
-            )
+        wanted, rounded = forward(exact, fed, rows), forward(own, fed, rows)
         for key, values in rows.items():
-            assert values.dtype == torch.bfloat16
-            wanted = seen[key].float()
-            alike = cosine_similarity(values.float(), wanted, dim=1)
-            error = (values.float() - wanted).norm(dim=1) / wanted.norm(dim=1)
-            worst = min(worst, alike.min().item())
-            assert alike.min() >= 0.995, f"{key}: position {alike.argmin()} of {len(fed)}: {alike.min():.4f}"
-            assert error.max() <= 0.1, f"{key}: position {error.argmax()} of {len(fed)} is off by {error.max():.3f}"
-    print(f"the least alike row has a cosine of {worst:.5f}")
+            assert str(values.dtype) == f"torch.{dtype}"
+            alike = cosine_similarity(values.float(), rounded[key], dim=1)
+            least = (
+                0.995 if "resid" in key else 0.99
+            )  # what is added to the stream is a small difference of large numbers
+            assert alike.min() >= least, f"{key}: position {alike.argmin()} of {len(fed)}: {alike.min():.4f}"
+            norm = wanted[key].norm(dim=1)
+            ours, theirs = ((found - wanted[key]).norm(dim=1) / norm for found in (values.float(), rounded[key]))
+            limit = torch.full_like(ours, 1e-4) if dtype == "float32" else (4 * theirs).clamp(min=0.05)
+            worst = (ours / limit).argmax()
+            assert (ours <= limit).all(), f"{key}: position {worst} of {len(fed)} is off by {ours[worst]:.3g}"
+
+
+def forward(model: LoadedModel, tokens: list[int], keys: Iterable[str]) -> dict[str, torch.Tensor]:
+    """Read tokens alone through transformers; hook points as it has them, in float32."""
+    seen: dict[str, torch.Tensor] = {}
+
+    class Keeper:
+        def __init__(self) -> None:
+            hook_points = model.structure.taps
+            self.taps = {key: hook_points[key] for key in keys}
+
+        def __call__(self, key: str, value: torch.Tensor) -> None:
+            seen[key] = value[0].float().clone()
+
+    with torch.inference_mode():
+        ids = torch.tensor([tokens])
+        model.observed.run([Keeper()], lambda: model.observed._module(input_ids=ids, use_cache=False))
+    return seen

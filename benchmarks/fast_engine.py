@@ -1,0 +1,189 @@
+"""What capturing costs in vLLM, beside vLLM that captures nothing and nnsight's own way: `python -m benchmarks.fast_engine`.
+
+Three engines with the same settings are loaded into processes of their own, and run one after the other, round after round:
+vLLM as it is, this project's engine, and nnsight's with a block that is installed once and runs for every request. Needs the
+environment that `make test-vllm` makes. What is captured by this project's engine is on the disk before a run has ended; what
+nnsight captures has been handed to this process.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import nnsight
+import typer
+from transformers import AutoConfig
+
+from benchmarks.pairs import Ratio, interleave
+from benchmarks.record import record, table
+from benchmarks.statistics import ratios
+from benchmarks.vllm_way import capturing_engine, keeper, settings
+from benchmarks.ways import Run, Way, engine_way
+from benchmarks.workload import Workload
+from serve_app.engines.vllm.engine import EngineLoop, VllmEngine
+from serve_app.engines.vllm.loading import VllmModel, engine_arguments
+from serve_app.sources import locate
+
+CACHE_TOKENS = 32_768
+
+
+def main(
+    in_flight: Annotated[int, typer.Option(help="Requests at once, and prompts per run.")] = 32,
+    max_tokens: Annotated[int, typer.Option(help="The most to generate per prompt.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Of interleaved runs.")] = 5,
+    threads: Annotated[int, typer.Option(help="Of each engine on a CPU; 0 for one per core.")] = 0,
+    write: Annotated[bool, typer.Option("--record/--no-record", help="Update RESULTS.md.")] = True,
+) -> None:
+    """Measure what capturing costs in vLLM."""
+    workload = Workload(max_tokens=max_tokens)
+    prompts = workload.prompts(workload.tokenizer(), in_flight)
+    start = time.monotonic()
+
+    def stage(text: str) -> None:
+        print(f"{time.monotonic() - start:7.1f} s  {text}", file=sys.stderr, flush=True)
+
+    with TemporaryDirectory() as folder, ExitStack() as stack:
+        model, engine = stack.enter_context(
+            capturing_engine(workload, in_flight, Path(folder), cache_tokens=CACHE_TOKENS, threads=threads)
+        )
+        stage("this project's engine is there")
+        plain = stack.enter_context(_plain(model, workload, in_flight))
+        stage("plain vLLM is there")
+        keep = keeper(model, engine)
+        ways: dict[str, Way] = {
+            "plain": engine_way(plain, model, "none"),
+            "none": engine_way(engine, model, "none"),
+            "3x2": engine_way(engine, model, "3x2", keep),
+            "all": engine_way(engine, model, "all", keep),
+            "nnsight": stack.enter_context(_nnsight(model, workload, in_flight)),
+        }
+        stage("nnsight's engine is there")
+
+        def arm(name: str) -> Callable[[], float]:
+            def run() -> float:
+                found = ways[name](prompts, max_tokens, in_flight)
+                stage(f"{name}: {found.tokens} tokens, {found.rate:.1f}/s")
+                return found.rate
+
+            return run
+
+        for way in ways.values():
+            way(prompts[:4], 2, 4)
+        rates = interleave({name: arm(name) for name in ways}, rounds)
+    compared = [
+        ("no capture", 1.0, "none"),
+        ("capture of 3 layers × 2 hook points", 0.97, "3x2"),
+        ("capture of every layer's residual", 0.90, "all"),
+        ("the same, by a block of nnsight's per request", 0.0, "nnsight"),
+    ]
+    found = [Ratio(what, budget, ratios(rates[ours], rates["plain"]), rounds) for what, budget, ours in compared]
+    coverage = found[0].interval.coverage
+    body = "\n\n".join(
+        [
+            f"{workload.name}, {str(model.dtype).removeprefix('torch.')}, {in_flight} GSM8K prompts at once, at most "
+            f"{max_tokens} tokens each, greedy, {threads or 'all'} threads. Every engine is eager, without prefix caching and "
+            "chunked prefill; what this project captures is written to a disk within the time measured. Interleaved runs; "
+            f"median ratio to plain vLLM's tokens/s and its {coverage:.0%} interval:",
+            table(
+                ["against plain vLLM", "budget", "median (interval)", "pairs"],
+                [[r.what, f"{r.budget}×" if r.budget else "", str(r.interval), str(r.pairs)] for r in found],
+            ),
+        ]
+    )
+    print(body)
+    if write:
+        record("vLLM with capture", body)
+
+
+@contextmanager
+def _plain(model: VllmModel, workload: Workload, in_flight: int) -> Iterator[VllmEngine]:
+    """Start vLLM as it is, with the settings of an engine that captures."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    path, arguments = _arguments(workload, in_flight)
+    loop = EngineLoop(lambda: AsyncLLM.from_engine_args(AsyncEngineArgs(model=path, enforce_eager=True, **arguments)))
+    engine = VllmEngine(
+        loop, model, capacity=arguments["max_model_len"], captures=False, max_batch=in_flight, max_queue=1024
+    )
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+@contextmanager
+def _nnsight(model: VllmModel, workload: Workload, in_flight: int) -> Iterator[Way]:
+    """Start nnsight's engine with a block that reads every layer's residual stream of every request."""
+    from nnsight.modeling.vllm import VLLM
+    from vllm import TokensPrompt
+
+    class OnCpu(VLLM):
+        """nnsight's vLLM, on a CPU if need be."""
+
+        _WORKER_CLS = (
+            VLLM._WORKER_CLS if model.device.type == "cuda" else "benchmarks.nnsight_cpu_worker.NnsightCpuWorker"
+        )
+
+    path, arguments = _arguments(workload, in_flight)
+    made: list[Any] = []
+
+    def make() -> Any:
+        made.append(OnCpu(path, mode="async", dispatch=True, **arguments))
+        return made[0].vllm_entrypoint
+
+    loop = EngineLoop(make)
+    wrapped = made[0]
+
+    async def install() -> None:
+        async with wrapped.edit() as (tracer, _):
+            rows = nnsight.save([])
+            for _ in tracer.iter[:]:
+                for layer in wrapped.model.layers:
+                    rows.append(layer.output[0] + layer.output[1])
+
+    loop.run(install)
+
+    def run(prompts: list[list[int]], max_tokens: int, in_flight: int) -> Run:
+        start = time.perf_counter()
+        outputs = loop.run(
+            lambda: wrapped.generate(
+                [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
+                max_tokens=max_tokens,
+                temperature=0.0,
+                stop_token_ids=sorted(model.eos_token_ids),
+                ignore_eos=True,
+                detokenize=False,
+                logprobs=0,
+            )
+        )
+        tokens = 0
+        for prompt, output in zip(prompts, outputs, strict=True):
+            said = len(output.outputs[0].token_ids)
+            kept = sum(len(part) for part in output.saves["rows"])
+            if kept != (len(prompt) + said - 1) * model.structure.num_layers:
+                raise RuntimeError(f"nnsight kept {kept} rows of {len(prompt)} + {said} tokens")
+            tokens += said
+        return Run(sum(map(len, prompts)), tokens, time.perf_counter() - start, [])
+
+    try:
+        yield run
+    finally:
+        loop.client.shutdown()
+        loop.stop()
+
+
+def _arguments(workload: Workload, in_flight: int) -> tuple[str, dict[str, Any]]:
+    """Return the model's path and vLLM's arguments, those of this project's engine."""
+    path = locate(workload.model).path
+    place, kind = workload.place()
+    given = settings(workload, in_flight, Path(), cache_tokens=CACHE_TOKENS)
+    return path, engine_arguments(AutoConfig.from_pretrained(path), given, place, kind)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,129 @@
+"""Candidates by name, and what becomes of them when the rows say otherwise. No vLLM is needed for that."""
+
+import pytest
+import torch
+
+from roentgen.contract import ActivationRequest
+from serve_app.capture.resolver import ResolutionError
+from serve_app.capture.structure import CaptureRequestError, ModelStructure, Tap
+from serve_app.engines.vllm.hook_points import CHECK, candidates, describe_modules, missing, read, verify, written
+from serve_app.engines.vllm.loading import tap_patterns, tapped_modules
+
+LLAMA = (
+    "",
+    ".self_attn",
+    ".self_attn.qkv_proj",
+    ".mlp",
+    ".mlp.gate_up_proj",
+    ".input_layernorm",
+    ".post_attention_layernorm",
+)
+GEMMA = (*LLAMA, ".pre_feedforward_layernorm", ".post_feedforward_layernorm")
+
+
+def modules(inside: tuple[str, ...] = LLAMA, n_layers: int = 2):
+    paths = [f"model.layers.{i}{path}" for i in range(n_layers) for path in inside]
+    packed = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+    return describe_modules(["", "model", "model.embed_tokens", "model.layers", "model.norm", *paths], packed, "X")
+
+
+def consistent(n_layers: int = 2) -> dict[str, torch.Tensor]:
+    """Rows of a block that is what the names say."""
+    rows: dict[str, torch.Tensor] = {}
+    stream = torch.randn(10, 8)
+    rows["embed"] = stream.clone()
+    for i in range(n_layers):
+        attn, mlp, ln_attn, ln_mlp = (torch.randn(10, 8) for _ in range(4))
+        middle = stream + attn
+        names = {"resid_pre": stream, "resid_mid": middle, "resid_post": middle + mlp, "attn_out": attn, "mlp_out": mlp}
+        names |= {"ln_attn": ln_attn, "ln_mlp": ln_mlp}
+        rows |= {f"layers.{i}.{name}": values for name, values in names.items()}
+        checks = {"ln_attn": stream, "attention": ln_attn, "mlp": ln_mlp}
+        rows |= {f"{CHECK}layers.{i}.{name}": values for name, values in checks.items()}
+        stream = middle + mlp
+    rows["final_norm"], rows[CHECK + "final_norm"] = torch.randn(10, 8), stream
+    return rows
+
+
+def test_names_of_a_block_and_of_one_with_four_norms() -> None:
+    taps, checks = candidates(modules())
+    assert taps["layers.1.resid_mid"] == Tap("model.layers.1.post_attention_layernorm", "input", plus=1)
+    assert taps["layers.1.ln_mlp"] == Tap("model.layers.1.post_attention_layernorm", "output")
+    assert taps["layers.0.attn_out"] == Tap("model.layers.0.self_attn", "output")
+    assert checks[CHECK + "layers.0.mlp"] == Tap("model.layers.0.mlp", "input")
+    taps, _ = candidates(modules(GEMMA))
+    assert taps["layers.1.resid_mid"] == Tap("model.layers.1.pre_feedforward_layernorm", "input", plus=1)
+    assert taps["layers.0.attn_out"] == Tap("model.layers.0.post_attention_layernorm", "output")
+    assert taps["layers.0.mlp_out"] == Tap("model.layers.0.post_feedforward_layernorm", "output")
+
+
+def test_rows_that_add_up_hold() -> None:
+    assert verify(consistent(), 2, None) == {f"layers.{i}.router": "not a mixture of experts" for i in range(2)}
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "lost"),
+    [
+        ("layers.1.attn_out", {"layers.1.attn_out", "layers.1.resid_mid"}),
+        ("layers.0.mlp_out", {"layers.0.mlp_out"}),
+        ("layers.1.ln_attn", {"layers.1.ln_attn"}),
+        ("layers.0.ln_mlp", {"layers.0.ln_mlp"}),
+        (CHECK + "final_norm", {"final_norm"}),
+        ("layers.1.resid_pre", {"layers.0.resid_post", "layers.1.attn_out", "layers.1.resid_mid", "layers.1.ln_attn"}),
+    ],
+)
+def test_rows_that_do_not_add_up_are_missing(spoilt: str, lost: set[str]) -> None:
+    rows = consistent()
+    rows[spoilt] = rows[spoilt] + 0.1 * torch.randn(10, 8)
+    wrong = verify(rows, 2, None)
+    assert {key for key in wrong if not key.endswith("router")} == lost
+
+
+def test_what_is_missing_everywhere_and_in_some_layers() -> None:
+    taps, _ = candidates(modules())
+    found, reasons = missing(taps, {"layers.0.attn_out": "a", "layers.0.ln_mlp": "b", "layers.1.ln_mlp": "c"}, 2)
+    assert reasons == {"layers.0.attn_out": "a", "ln_mlp": "b; c"}
+    assert "layers.1.attn_out" in found
+    assert "layers.1.ln_mlp" not in found
+
+
+def test_the_stream_is_read_as_a_sum_and_written_in_its_first_part() -> None:
+    positions, hidden, residual = torch.arange(3), torch.ones(3, 2), torch.full((3, 2), 5.0)
+    tap = Tap("model.layers.0", "input", plus=1)
+    assert read(((positions, hidden, residual), {}), tap).tolist() == [[6.0, 6.0]] * 3
+    assert read(((positions, hidden, None), {}), tap).tolist() == [[1.0, 1.0]] * 3
+    assert written(((positions, hidden, residual), {}), tap) is hidden
+    with pytest.raises(TypeError):
+        read((positions,), tap)
+
+
+def structure() -> ModelStructure:
+    found = modules()
+    taps, _ = candidates(found)
+    return ModelStructure("m", "llama", "X", 2, 8, found.layers_path, taps, {}, found.paths, fused=found.fused)
+
+
+def test_a_layers_path_means_its_stream_and_what_is_fused_is_refused_by_name() -> None:
+    taps = structure().resolve(
+        ActivationRequest(layers=(1,), hook_points=("model.layers.0.output", "input_layernorm.output"))
+    )
+    assert taps == {
+        "layers.0.resid_post": Tap("model.layers.0", "output", plus=1),
+        "layers.1.ln_attn": Tap("model.layers.1.input_layernorm", "output"),
+    }
+    with pytest.raises(CaptureRequestError, match="computes up_proj together with others in gate_up_proj"):
+        structure().resolve(ActivationRequest(layers=(1,), hook_points=("mlp.up_proj.output",)))
+
+
+def test_taps_are_hook_points_or_paths() -> None:
+    declared = ("resid_post", "ln_mlp", "final_norm", "model.layers.*.mlp.gate_up_proj.output")
+    assert tap_patterns(declared, modules()) == (
+        "model.layers.*.output",
+        "model.layers.*.post_attention_layernorm.output",
+        "model.norm.output",
+        "model.layers.*.mlp.gate_up_proj.output",
+    )
+    assert "model.layers.1.output" in tapped_modules(declared, modules())
+    assert "model.layers.1.mlp.output" not in tapped_modules(declared, modules())
+    with pytest.raises(ResolutionError, match="taps: 'resid' is no hook point of X"):
+        tap_patterns(("resid",), modules())
