@@ -82,6 +82,7 @@ bench: $(INSTALLED)
 VLLM := .venv-vllm
 bench-vllm: $(VLLM)/.installed
 	$(BIN)/python -m benchmarks.engine --beside-vllm 5
+	$(VLLM)/bin/python -m benchmarks.fast_engine
 
 # The fast engine on vLLM's CPU build: what every engine has to do, fidelity to transformers, and a server with OpenAI's client.
 test-vllm: $(VLLM)/.installed

@@ -81,11 +81,14 @@ def main(
         ("the same, by a block of nnsight's per request", 0.0, "nnsight"),
     ]
     found = [Ratio(what, budget, ratios(rates[ours], rates["plain"]), rounds) for what, budget, ours in compared]
+    from vllm import __version__ as vllm_version
+
     coverage = found[0].interval.coverage
     body = "\n\n".join(
         [
             f"{workload.name}, {str(model.dtype).removeprefix('torch.')}, {in_flight} GSM8K prompts at once, at most "
-            f"{max_tokens} tokens each, greedy, {threads or 'all'} threads. Every engine is eager, without prefix caching and "
+            f"{max_tokens} tokens each, greedy, {threads or 'all'} threads, "
+            f"vLLM {vllm_version}. Every engine is eager, without prefix caching and "
             "chunked prefill; what this project captures is written to a disk within the time measured. Interleaved runs; "
             f"median ratio to plain vLLM's tokens/s and its {coverage:.0%} interval:",
             table(
