@@ -30,9 +30,12 @@ from serve_app.sources import locate
 
 CACHE_TOKENS = 32_768
 
+SETTLE_S = 2.0
+"""Between runs: what one has left to its engine's other threads is no part of the next."""
+
 
 def main(
-    in_flight: Annotated[int, typer.Option(help="Requests at once, and prompts per run.")] = 32,
+    in_flight: Annotated[int, typer.Option(help="Requests at once; twice as many prompts per run.")] = 32,
     max_tokens: Annotated[int, typer.Option(help="The most to generate per prompt.")] = 32,
     rounds: Annotated[int, typer.Option(help="Of interleaved runs.")] = 5,
     threads: Annotated[int, typer.Option(help="Of each engine on a CPU; 0 for one per core.")] = 0,
@@ -40,7 +43,7 @@ def main(
 ) -> None:
     """Measure what capturing costs in vLLM."""
     workload = Workload(max_tokens=max_tokens)
-    prompts = workload.prompts(workload.tokenizer(), in_flight)
+    prompts = workload.prompts(workload.tokenizer(), 2 * in_flight)
     start = time.monotonic()
 
     def stage(text: str) -> None:
@@ -65,6 +68,7 @@ def main(
 
         def arm(name: str) -> Callable[[], float]:
             def run() -> float:
+                time.sleep(SETTLE_S)
                 found = ways[name](prompts, max_tokens, in_flight)
                 stage(f"{name}: {found.tokens} tokens, {found.rate:.1f}/s")
                 return found.rate
@@ -86,7 +90,7 @@ def main(
     coverage = found[0].interval.coverage
     body = "\n\n".join(
         [
-            f"{workload.name}, {str(model.dtype).removeprefix('torch.')}, {in_flight} GSM8K prompts at once, at most "
+            f"{workload.name}, {str(model.dtype).removeprefix('torch.')}, {in_flight} of {2 * in_flight} GSM8K prompts at once, at most "
             f"{max_tokens} tokens each, greedy, {threads or 'all'} threads, "
             f"vLLM {vllm_version}. Every engine is eager, without prefix caching and "
             "chunked prefill; what this project captures is written to a disk within the time measured. Interleaved runs; "
