@@ -90,11 +90,10 @@ def main(
     coverage = found[0].interval.coverage
     body = "\n\n".join(
         [
-            f"{workload.name}, {str(model.dtype).removeprefix('torch.')}, {in_flight} of {2 * in_flight} GSM8K prompts at once, at most "
-            f"{max_tokens} tokens each, greedy, {threads or 'all'} threads, "
-            f"vLLM {vllm_version}. Every engine is eager, without prefix caching and "
-            "chunked prefill; what this project captures is written to a disk within the time measured. Interleaved runs; "
-            f"median ratio to plain vLLM's tokens/s and its {coverage:.0%} interval:",
+            f"{workload.name}, {str(model.dtype).removeprefix('torch.')}, {2 * in_flight} GSM8K prompts, {in_flight} in "
+            f"flight, at most {max_tokens} tokens, greedy, {threads or 'all'} threads, vLLM {vllm_version}. Engines are eager, "
+            "without prefix caching and chunked prefill; what this project captures is on a disk within the time measured. "
+            f"Interleaved runs; median ratio to plain vLLM's tokens/s and its {coverage:.0%} interval:",
             table(
                 ["against plain vLLM", "budget", "median (interval)", "pairs"],
                 [[r.what, f"{r.budget}×" if r.budget else "", str(r.interval), str(r.pairs)] for r in found],
