@@ -46,6 +46,7 @@ GEMMA = {  # names lie: post_attention_layernorm normalises attention's output h
 }
 LAYER = {
     "llama": LLAMA,
+    "wide_llama": LLAMA,
     "mistral": LLAMA,
     "qwen2": LLAMA,
     "qwen2_moe": LLAMA | {"router": "mlp.gate.output"},
