@@ -127,13 +127,14 @@ def expected(architecture: str) -> tuple[dict[str, str], dict[str, str]]:
 
 @pytest.mark.parametrize("architecture", tiny.CONFIGS)
 def test_hook_points_are_the_modules_of_the_source(architecture: str) -> None:
-    structure = resolve_structure(tiny.module(architecture), architecture)
+    model = tiny.module(architecture)
+    structure = resolve_structure(model, architecture)
     points, missing = expected(architecture)
     own = {name: stored_key(name, 1) if name in LAYER_HOOK_POINTS else name for name in points}
     found = {name: str(tap) for name, key in own.items() if (tap := structure.taps.get(key))}
     assert found == points
     assert {name: why for name, why in structure.missing.items() if "." not in name} == missing
-    assert (structure.num_layers, structure.d_model, structure.verified_on) == (3, 32, "weights")
+    assert (structure.num_layers, structure.d_model, structure.verified_on) == (3, model.config.hidden_size, "weights")
 
 
 def read(model: PreTrainedModel, structure: ModelStructure) -> dict[str, Tensor]:
