@@ -26,6 +26,8 @@ collect_ignore = [] if importlib.util.find_spec("schemathesis") else ["clients"]
 
 # Ray gives its workers, replicas among them, the lowest priority but four: beside busy unit tests they would hardly run.
 os.environ.setdefault("RAY_worker_niceness", "0")
+# And a thread of torch's that waits for another gives its core away, instead of spinning while the other has none.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 ROENTGEN = os.environ.get("ROENTGEN") or str(Path(sys.executable).parent / "roentgen")
 

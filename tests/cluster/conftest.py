@@ -39,6 +39,8 @@ def cluster() -> Iterator[Cluster]:
         "ROENTGEN_API_KEY": secrets.token_hex(16),
         "ROENTGEN_CACHE": str(cache_folder()),
         "HF_HUB_OFFLINE": "1",
+        # Two replicas with a thread per core share the cores: one that waits for another must not spin meanwhile.
+        "OMP_WAIT_POLICY": "PASSIVE",
         # Three nodes share this machine's memory, and each would take a third of it for objects that nobody makes here.
         "RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION": "0.01",
     }
