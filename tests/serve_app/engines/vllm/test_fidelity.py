@@ -2,7 +2,9 @@
 
 In float32 they are the same but for the last bits. In bfloat16 they are as near to transformers' as rounding lets them be. How
 far that takes a row differs from row to row: some tokens have a norm many times the usual one, and cancel it some layers
-later. So there a row is an outlier if it is far from the exact one and transformers in bfloat16 is not.
+later: a space before "3 boxes" in a question here is off by 16% in one layer, by 6% in transformers itself. So there a row
+is an outlier if it is off by more than that, and by several times what transformers in bfloat16 is. A row of another position,
+or of a buffer that has been written over, is off by about 100%.
 """
 
 from collections.abc import Iterable
@@ -62,13 +64,12 @@ def test_rows_are_those_of_transformers(dtype: str, tmp_path: Path) -> None:
         for key, values in rows.items():
             assert str(values.dtype) == f"torch.{dtype}"
             alike = cosine_similarity(values.float(), rounded[key], dim=1)
-            least = (
-                0.995 if "resid" in key else 0.99
-            )  # what is added to the stream is a small difference of large numbers
+            # What is added to the stream is a small difference of large numbers, and further off in transformers too.
+            least = 0.98 if key.endswith("_out") else 0.995
             assert alike.min() >= least, f"{key}: position {alike.argmin()} of {len(fed)}: {alike.min():.4f}"
             norm = wanted[key].norm(dim=1)
             ours, theirs = ((found - wanted[key]).norm(dim=1) / norm for found in (values.float(), rounded[key]))
-            limit = torch.full_like(ours, 1e-4) if dtype == "float32" else (4 * theirs).clamp(min=0.05)
+            limit = torch.full_like(ours, 1e-4) if dtype == "float32" else (4 * theirs).clamp(min=0.2)
             worst = (ours / limit).argmax()
             assert (ours <= limit).all(), f"{key}: position {worst} of {len(fed)} is off by {ours[worst]:.3g}"
 
