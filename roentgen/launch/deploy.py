@@ -155,7 +155,7 @@ def main(
     nodes: Annotated[int, typer.Option(help="Of the cluster.")],
     gpus_per_node: Annotated[int, typer.Option(help="Whole GPUs.")] = 0,
 ) -> None:
-    """Deploy serve.yaml and return when the model answers; exit code 2 if it cannot."""
+    """Deploy serve.yaml and return when the model answers at every address; exit code 2 if it cannot."""
     try:
         version = version_hash(Path(os.environ["AWS_SHARED_CREDENTIALS_FILE"]))
         config = render(yaml.safe_load((ROOT / "serve.yaml").read_text()), os.environ, nodes, gpus_per_node, version)
@@ -163,8 +163,9 @@ def main(
             wait_for_nodes(nodes)
             deploy(config)
             wait_until_deployed()
-        port = config["http_options"]["port"]
-        wait_until_ready(f"http://127.0.0.1:{port}", _say)
+        # A node's proxy comes up after the replica behind it.
+        for url in os.environ["ROENTGEN_BASE_URL"].split(","):
+            wait_until_ready(url.removesuffix("/v1"), _say)
     except (ClusterError, LaunchError) as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(2) from error

@@ -46,7 +46,7 @@ def test_a_server_passes_and_keeps_nothing_of_it(server: Server) -> None:
     assert report.rows > 10
     assert report.tensors == ("layers.0.resid_post", "layers.29.resid_post")
     assert said[-1] == "reading the activations back"
-    assert not [one for one in list_sessions(server.store) if one.name.startswith("smoke-")]
+    assert not [one for one in list_sessions(server.store) if one.session_id.startswith("smoke-")]
 
 
 @pytest.mark.integration
