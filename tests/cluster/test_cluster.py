@@ -152,7 +152,10 @@ def test_a_killed_driver_is_continued_by_another_submission(cluster: Cluster, gs
 
 def test_replicas_grow_with_the_load(cluster: Cluster) -> None:
     """From one to the most that were allowed, while more requests are there than a replica can run together."""
-    cluster.hosts.environment |= {"REPLICAS": "1", "MAX_REPLICAS": "2"}
+    cluster.hosts.environment["REPLICAS"] = "1"
+    cluster.hosts.launch()
+    wait_until(lambda: len(cluster.deployment("model")) == 1, 60, lambda: str(cluster.deployment("model")))
+    cluster.hosts.environment["MAX_REPLICAS"] = "2"
     cluster.hosts.launch()
     assert len(cluster.deployment("model")) == 1
     with ThreadPoolExecutor(96) as clients:
