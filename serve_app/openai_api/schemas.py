@@ -252,10 +252,11 @@ class DetokenizedText(Shape):
 
 
 class SessionEntry(Shape):
-    """What a session of the activation store holds."""
+    """What a session of the activation store holds; `damage` says why it cannot be read, if so."""
 
     session_id: str
     uri: str
+    damage: str
     rollouts: int = Field(ge=0)
     tokens: int = Field(ge=0)
     shards: int = Field(ge=0)
