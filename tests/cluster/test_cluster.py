@@ -161,7 +161,7 @@ def test_replicas_grow_with_the_load(cluster: Cluster) -> None:
     with ThreadPoolExecutor(96) as clients:
         asked = [
             clients.submit(
-                cluster.ask, cluster.hosts.nodes[number % 3], "/v1/chat/completions", CHAT | {"max_tokens": 96}
+                cluster.ask, cluster.hosts.nodes[number % 3], "/v1/chat/completions", CHAT | {"max_tokens": 64}
             )
             for number in range(96)
         ]
