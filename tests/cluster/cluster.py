@@ -53,7 +53,7 @@ class Cluster:
             {"Content-Type": "application/json", "Authorization": f"Bearer {self.key if key is None else key}"},
         )
         try:
-            with urllib.request.urlopen(request, timeout=600) as response:
+            with urllib.request.urlopen(request, timeout=60) as response:
                 return Answer(response.status, response.read().decode())
         except urllib.error.HTTPError as error:
             return Answer(error.code, error.read().decode())

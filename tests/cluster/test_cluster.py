@@ -6,7 +6,6 @@ The store is a folder that all nodes see, and then a bucket.
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -148,27 +147,6 @@ def test_a_killed_driver_is_continued_by_another_submission(cluster: Cluster, gs
     assert job.wait(300) == 0, log.read_text()
     assert f"continuing: {kept} of {PROBLEMS} problems are recorded already" in log.read_text()
     check_run(output, cluster.hosts.environment["STORE"])
-
-
-def test_replicas_grow_with_the_load(cluster: Cluster) -> None:
-    """From one to the most that were allowed, while more requests are there than a replica can run together."""
-    cluster.hosts.environment["REPLICAS"] = "1"
-    cluster.hosts.launch()
-    wait_until(lambda: len(cluster.deployment("model")) == 1, 60, lambda: str(cluster.deployment("model")))
-    cluster.hosts.environment["MAX_REPLICAS"] = "2"
-    cluster.hosts.launch()
-    assert len(cluster.deployment("model")) == 1
-    with ThreadPoolExecutor(96) as clients:
-        asked = [
-            clients.submit(
-                cluster.ask, cluster.hosts.nodes[number % 3], "/v1/chat/completions", CHAT | {"max_tokens": 64}
-            )
-            for number in range(96)
-        ]
-        wait_until(lambda: len(cluster.deployment("model")) == 2, 180, lambda: str(cluster.deployment("model")))
-        statuses = {answer.result().status for answer in asked}
-    assert statuses == {200}
-    cluster.hosts.environment |= {"REPLICAS": "2", "MAX_REPLICAS": ""}
 
 
 @pytest.mark.timeout(900)
