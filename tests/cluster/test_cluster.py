@@ -1,4 +1,4 @@
-"""What a cluster is for, and what happens to it: spread replicas, a lost node, a node that comes back, a killed driver.
+"""What a cluster is for, and what happens to it: spread replicas, a lost node, a node that comes back, a killed driver, load.
 
 The store is a folder that all nodes see, and then a bucket.
 """
@@ -147,6 +147,34 @@ def test_a_killed_driver_is_continued_by_another_submission(cluster: Cluster, gs
     assert job.wait(300) == 0, log.read_text()
     assert f"continuing: {kept} of {PROBLEMS} problems are recorded already" in log.read_text()
     check_run(output, cluster.hosts.environment["STORE"])
+
+
+@pytest.mark.timeout(900)
+def test_replicas_grow_with_the_load_of_an_evaluation(cluster: Cluster, gsm8k_test: Path) -> None:
+    """One replica whose batch is full three times over gets a second, on another node, and is not restarted for it."""
+    cluster.hosts.environment["REPLICAS"] = "1"
+    cluster.hosts.launch()
+    wait_until(lambda: len(cluster.deployment("model")) == 1, 120, lambda: str(cluster.deployment("model")))
+    (first,) = cluster.deployment("model")
+    cluster.hosts.environment["MAX_REPLICAS"] = "2"
+    cluster.hosts.launch()
+
+    log = cluster.folder / "growth.log"
+    output = cluster.folder / "growth"
+    load = ["--samples", "128", "--parallel", "96", "--max-tokens", "64", "--request-timeout", "600"]
+    job = cluster.submit("--problems", str(gsm8k_test), *load, "--output", str(output), log=log)
+    wait_until(lambda: len(cluster.deployment("model")) == 2 or job.poll() is not None, 400, log.read_text)
+    assert job.poll() is None, log.read_text()
+    replicas = cluster.deployment("model")
+    assert len({replica["node_ip"] for replica in replicas}) == 2
+    assert first["replica_id"] in {replica["replica_id"] for replica in replicas}
+    assert job.wait(400) == 0, log.read_text()
+    assert [sample.error for sample in Run.open(output).samples()] == [None] * 128
+
+    del cluster.hosts.environment["MAX_REPLICAS"]
+    cluster.hosts.environment["REPLICAS"] = "2"
+    cluster.hosts.launch()
+    assert len(cluster.deployment("model")) == 2
 
 
 @pytest.mark.timeout(900)

@@ -209,19 +209,23 @@ def test_another_model_is_loaded_while_health_is_live(served: tuple[Server, RayH
             if health.status_code == 503 and not refused:
                 refused.append(chat(server))
 
-    running: list[httpx.Response] = []
-    request = threading.Thread(target=lambda: running.append(chat(server, **{**LONG, "max_tokens": 40})))
     watcher = threading.Thread(target=watch)
-    request.start()
-    wait_for(lambda: gauge(server, "roentgen_generations_running") == 1)
-    watcher.start()
     points = [{"name": "middle", "selector": "model.layers[1].mlp.down_proj"}]
-    loaded = load(server, folders["qwen3"], savepoints=points)
+    swapped: list[httpx.Response] = []
+    swap = threading.Thread(target=lambda: swapped.append(load(server, folders["qwen3"], savepoints=points)))
+    running = body(stream=True, **{**LONG, "max_tokens": 500})
+    with httpx.stream("POST", f"{server.base_url}/chat/completions", json=running, timeout=60) as reply:
+        lines = reply.iter_lines()
+        assert next(lines).startswith("data: ")  # it runs when the swap is asked for
+        watcher.start()
+        swap.start()
+        rest = list(lines)
+    swap.join()
     done.set()
     watcher.join()
-    request.join()
+    (loaded,) = swapped
     assert (loaded.status_code, loaded.json()["id"]) == (200, "qwen3")
-    assert running[0].status_code == 200  # it was let finish
+    assert any('"length"' in line for line in rest) and "data: [DONE]" in rest  # it was let finish
     stages = {health["stage"].split(" ")[0] for status, health in seen if status == 503}
     assert stages & {"draining", "loading", "freeing", "verifying"}
     assert (refused[0].status_code, refused[0].headers["retry-after"]) == (503, "2")
