@@ -39,15 +39,20 @@ def write_inspect_log(run: Run, path: Path) -> int:
     samples = run.samples().by_name()
     summary = run.summary() or summarise(run.config, samples)
     extractors = _primary_first(summary["extractor"])
-    ids, summaries, finished = [], [], None
+    ids, finished = [], None
     with replacing(path) as temporary, ZipFile(temporary, "w", ZIP_DEFLATED) as archive:
         for sample in samples:
             entry = _sample(sample, summary["model"], extractors)
             archive.writestr(f"samples/{entry['id']}_epoch_{sample.epoch}.json", _json(entry))
             ids.append(entry["id"])
-            summaries.append(_summary(entry))
             finished = max(filter(None, (finished, sample.finished)), default=None)
-        archive.writestr("summaries.json", _json(summaries))
+        # Read once more, since an archive takes one file after the other, and a list of them all would grow with the run.
+        with archive.open("summaries.json", "w", force_zip64=True) as file:
+            file.write(b"[")
+            for number, sample in enumerate(samples):
+                line = _json(_summary(_sample(sample, summary["model"], extractors)))
+                file.write(f"{',' if number else ''}{line}".encode())
+            file.write(b"]")
         archive.writestr("header.json", _json(_header(run, summary, extractors, list(dict.fromkeys(ids)), finished)))
     return len(samples)
 
