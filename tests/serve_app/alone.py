@@ -9,6 +9,17 @@ from serve_app.capture.rows import CapturePlan
 from serve_app.models import LoadedModel
 from tests.serve_app import tiny
 
+# Where plain hooks find hook points: the module below a layer, and its side; written from the architectures' sources.
+LLAMA_MODULES = {
+    "resid_pre": ("", "input"),
+    "resid_mid": (".post_attention_layernorm", "input"),
+    "resid_post": ("", "output"),
+    "attn_out": (".self_attn", "output"),
+    "mlp_out": (".mlp", "output"),
+    "ln_attn": (".input_layernorm", "output"),
+    "ln_mlp": (".post_attention_layernorm", "output"),
+}
+
 
 def plan(model: LoadedModel, *hook_points: str, layers: Any = "all", positions: str = "all") -> CapturePlan:
     taps = model.structure.resolve(ActivationRequest(layers=layers, hook_points=hook_points))

@@ -24,6 +24,7 @@ from serve_app.engines.protocol import (
     Sampling,
     TextDelta,
 )
+from tests.serve_app.alone import LLAMA_MODULES
 from tests.serve_app.engines.subjects import ENGINES, Subject, subject
 from tests.serve_app.tiny import Call, run
 
@@ -33,15 +34,6 @@ GREEDY = Sampling(max_tokens=12, temperature=0)
 ASCII = replace(GREEDY, logit_bias=dict.fromkeys(range(94, 257), -100.0))
 """Every token is a letter, and none ends the text."""
 STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "ln_attn", "ln_mlp")
-MODULES = {
-    "resid_pre": ("", "input"),
-    "resid_mid": (".post_attention_layernorm", "input"),
-    "resid_post": ("", "output"),
-    "attn_out": (".self_attn", "output"),
-    "mlp_out": (".mlp", "output"),
-    "ln_attn": (".input_layernorm", "output"),
-    "ln_mlp": (".post_attention_layernorm", "output"),
-}
 
 
 @pytest.fixture(scope="module", params=ENGINES)
@@ -62,7 +54,7 @@ def forward(subject: Subject, tokens: list[int]) -> tuple[torch.Tensor, dict[str
     places = {
         stored_key(name, i): (f"model.layers.{i}{path}", side)
         for i in range(3)
-        for name, (path, side) in MODULES.items()
+        for name, (path, side) in LLAMA_MODULES.items()
     }
     places |= {"embed": ("model.embed_tokens", "output"), "final_norm": ("model.norm", "output")}
     for key, (path, side) in places.items():
@@ -274,7 +266,7 @@ def test_a_request_is_steered_and_its_company_is_not(under_test: Subject, hook_p
     steered, other = Call(PROMPTS[1], GREEDY, asked), Call(PROMPTS[3], GREEDY, asked)
     steered.job = replace(steered.job, steering=(Addition(key, tap, vector, Positions("generated")),))
     run(under_test.engine, [steered, other])
-    path, side = MODULES[hook_point]
+    path, side = LLAMA_MODULES[hook_point]
     module = under_test.reference.get_submodule(f"model.layers.1{path}")
     fed = PROMPTS[1] + steered.result().token_ids[:-1]
     addition = torch.zeros(1, len(fed), 64)

@@ -13,7 +13,7 @@ from serve_app.engines.protocol import EngineBusyError, EngineStoppedError, Fail
 from serve_app.engines.transformers_engine import TransformersEngine
 from serve_app.models import LoadedModel
 from tests.serve_app import tiny
-from tests.serve_app.alone import forward_with_hooks, generate_alone, layer_path, plan
+from tests.serve_app.alone import LLAMA_MODULES, forward_with_hooks, generate_alone, layer_path, plan
 from tests.serve_app.tiny import Call, run
 
 PROMPTS = [[5, 6, 7], [10, 11, 12, 13, 14, 15, 16, 17, 18], [40], [3, 1, 4, 1, 5, 9]]
@@ -29,16 +29,6 @@ def test_greedy_batches_equal_generate_alone(architecture: str) -> None:
     assert [r.token_ids for r in results] == [generate_alone(model, prompt, 12) for prompt in PROMPTS]
 
 
-# Where the modules are, written from the architectures' sources.
-LLAMA_MODULES = {
-    "resid_pre": ("", "input"),
-    "resid_mid": (".post_attention_layernorm", "input"),
-    "resid_post": ("", "output"),
-    "attn_out": (".self_attn", "output"),
-    "mlp_out": (".mlp", "output"),
-    "ln_attn": (".input_layernorm", "output"),
-    "ln_mlp": (".post_attention_layernorm", "output"),
-}
 GEMMA2_MODULES = LLAMA_MODULES | {
     "resid_mid": (".pre_feedforward_layernorm", "input"),
     "attn_out": (".post_attention_layernorm", "output"),
