@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.optimize import minimize
 from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.linear_model import LogisticRegression, Ridge
 from sklearn.metrics import roc_auc_score
@@ -111,6 +112,52 @@ def test_contrast_sees_past_what_a_problem_shares():
     assert weight[1].abs() > 10 * weight[0].abs()
     with pytest.raises(ValueError, match="no problem has attempts of both classes"):
         contrast.fit(X, groups % 2 == 0, groups, torch.tensor([0.1]))
+
+
+def test_attention_over_one_token_is_logistic_regression():
+    X, number = correlated(2, 120, 6)
+    y = number > number.median()
+    strengths = torch.tensor([0.1, 1.0])
+    scores = attention.fit(X[:, :100, None], y[:100], None, strengths).scores(X[:, :, None])
+    for model in range(2):
+        Z = X[model].double().numpy()
+        scaler = StandardScaler().fit(Z[:100])
+        for place, C in enumerate(strengths.tolist()):
+            reference = LogisticRegression(C=C, tol=1e-9, max_iter=10_000).fit(scaler.transform(Z[:100]), y[:100])
+            expected = reference.decision_function(scaler.transform(Z))
+            np.testing.assert_allclose(scores[model, place, 0], expected, atol=2e-3)
+
+
+def test_attention_over_many_tokens_is_the_minimum_that_scipy_finds():
+    """The objective of the module's description, written again in numpy for samples of unlike lengths."""
+    generator = torch.Generator().manual_seed(1)
+    n, most, d = 80, 5, 3
+    y = torch.arange(n) % 2 == 0
+    X = torch.randn(1, n, most, d, generator=generator)
+    place = torch.randint(2, (n,), generator=generator)
+    X[0, torch.arange(n), place, 0] += 3
+    X[0, torch.arange(n), place, 1] += 2 * y.float() - 1
+    lengths = torch.randint(2, most + 1, (n,), generator=generator)
+    X[0, torch.arange(most) >= lengths[:, None]] = torch.nan
+    samples = [tokens[:length].double().numpy() for tokens, length in zip(X[0], lengths, strict=True)]
+    tokens = np.concatenate(samples)
+    samples = [(sample - tokens.mean(0)) / tokens.std(0) for sample in samples]
+    signs = np.where(y, 1, -1)
+
+    def scores(parameters):
+        query, value, bias = parameters[:d], parameters[d : 2 * d], parameters[-1]
+        weights = [np.exp(sample @ query) for sample in samples]
+        return np.array([w @ (z @ value) / w.sum() + bias for w, z in zip(weights, samples, strict=True)])
+
+    strengths = torch.tensor([0.1, 1.0])
+    found = attention.fit(X, y, None, strengths).scores(X)
+    for place, C in enumerate(strengths.tolist()):
+
+        def objective(parameters, C=C):
+            return (parameters[:-1] ** 2).sum() / 2 + C * np.log1p(np.exp(-signs * scores(parameters))).sum()
+
+        reference = minimize(objective, np.zeros(2 * d + 1), options={"gtol": 1e-7})
+        np.testing.assert_allclose(found[0, place, 0], scores(reference.x), atol=5e-3)
 
 
 def test_attention_finds_the_token_that_shows_the_label():

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import psutil
 import torch
 import transformers as tr
 from safetensors.torch import load_file
@@ -107,6 +108,14 @@ def subject(name: str, folder: Path, architecture: str = "wide_llama", **setting
         yield Subject(served, fast, fast.storage, reference)
     finally:
         fast.close()
+
+
+def is_core(process: psutil.Process) -> bool:
+    """Whether a process is a running core of vLLM's."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE and "EngineCore" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return False
 
 
 def vllm_settings(store: Path, **changed: object) -> vllm.VllmSettings:

@@ -2,11 +2,16 @@
 
 import json
 import tempfile
+import threading
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import httpx
 import numpy as np
 import openai
+import psutil
 import pytest
 import torch
 from torch.nn.functional import cosine_similarity
@@ -15,16 +20,28 @@ from roentgen.store import Session, verify
 from serve_app.models import load
 from serve_app.sources import locate
 from tests.conftest import RayHome, Server, clean_up, start_server
+from tests.serve_app.engines.subjects import is_core, save_tiny
+from tests.serve_app.engines.test_both_engines import wait_for
 
 MODEL = "smollm2-135m"
+AT_ONCE, QUEUE = 8, 8
 ASKED = {"session_id": "asked", "layers": [0, 15, 29], "hook_points": ["resid_post", "ln_mlp"], "labels": {"n": 1}}
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that may be loaded in the place of the one that is served."""
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    save_tiny(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, other: Path) -> Iterator[Server]:
     home = RayHome(tempfile.mkdtemp(prefix="rt-", dir="/tmp"))
     try:
-        options = ("--engine", "vllm", "--threads", "1", "--max-batch", "8", "--max-cache-tokens", "4096")
+        options = ["--engine", "vllm", "--threads", "1", "--max-cache-tokens", "4096", "--allow-model", str(other)]
+        options += ["--max-batch", str(AT_ONCE), "--max-queue", str(QUEUE), "--allow-model", MODEL]
         running = start_server(tmp_path_factory.mktemp("store"), home, *options)
         yield running
         running.process.terminate()
@@ -126,3 +143,59 @@ def test_the_server_says_what_runs(server: Server) -> None:
         structure = json.load(response)
     assert structure["verified_on"] == "weights, as vLLM runs them"
     assert structure["hook_points"]["resid_mid"] == "model.layers.0.post_attention_layernorm.input[0] + [1]"
+
+
+def test_a_full_queue_is_refused_and_the_rest_is_answered(client: openai.OpenAI) -> None:
+    def one(number: int) -> int | str | None:
+        try:
+            reply = ask(client, f"Count to {number}.", max_tokens=60, extra_body={"activations": {"layers": [7]}})
+            return reply.usage and reply.usage.completion_tokens
+        except openai.RateLimitError as refused:
+            return refused.response.headers["retry-after"]
+
+    with ThreadPoolExecutor(3 * (AT_ONCE + QUEUE)) as pool:
+        said = list(pool.map(one, range(3 * (AT_ONCE + QUEUE))))
+    answered = [tokens for tokens in said if isinstance(tokens, int)]
+    assert len(answered) >= AT_ONCE + QUEUE
+    assert set(said) - set(answered) == {"2"}
+
+
+def test_another_model_takes_its_place_when_what_runs_has_ended(
+    server: Server, client: openai.OpenAI, other: Path
+) -> None:
+    """Its core ends, another begins, and `/health` answers all the while."""
+    (before,) = cores()
+    stages: list[str | None] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.05):
+            stages.append(httpx.get(f"{server.root}/health", timeout=10).json().get("stage"))
+
+    def load_model(model: str) -> httpx.Response:
+        return httpx.post(f"{server.base_url}/models/load", json={"model_id": model}, timeout=180)
+
+    with ThreadPoolExecutor() as pool:
+        stream = ask(client, max_tokens=60, stream=True, extra_body={"activations": ASKED | {"session_id": "swapped"}})
+        next(iter(stream))  # it runs
+        swap, watching = pool.submit(load_model, str(other)), pool.submit(watch)
+        chunks = [chunk.model_dump() for chunk in stream]
+        assert swap.result().status_code == 200, swap.result().text
+        done.set()
+        watching.result()
+    assert chunks[-1]["activations"]["rollouts"][0]["session_id"] == "swapped"
+    assert verify(Session.open(server.store / "swapped")).ok
+    assert {stage.split(" ")[0] for stage in stages if stage} >= {"loading"}
+    (after,) = cores()
+    assert after != before
+    reply = ask(client, model="tiny", extra_body={"activations": {"layers": [0], "return": "full"}})
+    (values,) = reply.model_dump()["activations"]["tensors"].values()
+    assert values["shape"][-1] == 64
+    assert load_model(MODEL).status_code == 200
+    assert ask(client).choices[0].message.content
+    wait_for(lambda: len(cores()) == 1)
+
+
+def cores() -> list[psutil.Process]:
+    """Return vLLM's cores on this machine."""
+    return [process for process in psutil.process_iter() if is_core(process)]

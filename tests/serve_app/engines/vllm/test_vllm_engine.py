@@ -17,7 +17,7 @@ from roentgen.contract import ActivationRequest, Positions
 from serve_app.capture.structure import CaptureRequestError
 from serve_app.engines.protocol import EngineStoppedError, Sampling
 from serve_app.engines.vllm.engine import VllmEngine
-from tests.serve_app.engines.subjects import Subject, save_tiny, subject
+from tests.serve_app.engines.subjects import Subject, is_core, save_tiny, subject
 from tests.serve_app.engines.test_both_engines import LONG, assert_rows, forward, plan, wait_for
 from tests.serve_app.tiny import Call, run
 
@@ -54,10 +54,6 @@ def recorded(engine: VllmEngine) -> Iterator[list[Any]]:
 def cores() -> set[psutil.Process]:
     """vLLM's cores that this process has started."""
     return {p for p in psutil.Process().children(recursive=True) if is_core(p)}
-
-
-def is_core(process: psutil.Process) -> bool:
-    return process.status() != psutil.STATUS_ZOMBIE and "EngineCore" in " ".join(process.cmdline())
 
 
 def test_preempted_requests_keep_exactly_their_rows(cramped: Subject) -> None:
