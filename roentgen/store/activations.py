@@ -1,8 +1,9 @@
 """One key's rows of many rollouts, read when they are looked at.
 
-An item is one rollout's rows, mapped from its shard on a disk, or asked of a bucket by range, several ahead; so a probe over
-one layer touches that layer's bytes only. `stack` is the short way to what a linear probe wants, one row of each rollout: it
-works out shard by shard which rows those are, and takes them together.
+An item is one rollout's rows, mapped from its shard on a disk. From a bucket, rollouts that follow one another in a shard are
+asked for together, as one range, and several such requests ahead. So a probe over one layer touches that layer's bytes only.
+`stack` is the short way to what a linear probe wants, one row of each rollout: it works out which rows of each shard those are,
+and takes them together.
 """
 
 from collections import deque
@@ -51,6 +52,10 @@ class _Place(NamedTuple):
     n_completion: int
 
 
+_ROWS_AT_ONCE = 1024
+"""Of one key, read from a bucket as one range; some megabytes."""
+
+
 class Activations(Sequence[RolloutRows]):
     """A lazy sequence of `RolloutRows`; an item is read when it is asked for."""
 
@@ -70,20 +75,21 @@ class Activations(Sequence[RolloutRows]):
     def __getitem__(self, index: int | slice) -> "RolloutRows | Activations":
         if isinstance(index, slice):
             return Activations(self._session, self.key, self.rollouts.iloc[index], self._positions)
-        return self._read(next(_places(self.rollouts.iloc[[index]])))
+        return self._read(list(_places(self.rollouts.iloc[[index]])))[0]
 
     def __iter__(self) -> Iterator[RolloutRows]:
         if not self._session.place.remote:
-            yield from map(self._read, _places(self.rollouts))
+            for place in _places(self.rollouts):
+                yield from self._read([place])
             return
         with ThreadPoolExecutor(READS_AT_ONCE) as pool:
-            ahead: deque[Future[RolloutRows]] = deque()
-            for place in _places(self.rollouts):
-                ahead.append(pool.submit(self._read, place))
+            ahead: deque[Future[list[RolloutRows]]] = deque()
+            for neighbours in _together(_places(self.rollouts)):
+                ahead.append(pool.submit(self._read, neighbours))
                 if len(ahead) > READS_AT_ONCE:
-                    yield ahead.popleft().result()
+                    yield from ahead.popleft().result()
             while ahead:
-                yield ahead.popleft().result()
+                yield from ahead.popleft().result()
 
     def stack(self) -> Shaped[Tensor, "rollouts ..."]:
         """Return one row per rollout, `[rollouts, *shape]`, for policies that give exactly one.
@@ -104,7 +110,7 @@ class Activations(Sequence[RolloutRows]):
         if rows is not None:
             return shard.take(self.key, rows)
         found = []
-        for item in map(self._read, _places(own)):
+        for item in self._read(list(_places(own))):
             if len(item.values) != 1:
                 raise StoreError(
                     f"rollout {item.rollout_id} has {len(item.values)} rows of {self.key} at positions "
@@ -131,30 +137,59 @@ class Activations(Sequence[RolloutRows]):
         inside = ((start <= rows) & (rows < stop)).all()
         return rows if inside and (position[rows] == wanted).all() else None
 
-    def _read(self, place: _Place) -> RolloutRows:
-        shard = self._session.shard(place.shard)
+    def _read(self, places: Sequence[_Place]) -> list[RolloutRows]:
+        """Read rollouts of one shard together."""
+        shard = self._session.shard(places[0].shard)
         if self.key not in shard.spec.keys:
             raise StoreError(
-                f"{self.key} was not captured for rollout {place.rollout_id}; it has {list(shard.spec.keys)}"
+                f"{self.key} was not captured for rollout {places[0].rollout_id}; it has {list(shard.spec.keys)}"
             )
-        start, stop = place.row_start, place.row_stop
-        position = shard.column("position")[start:stop]
+        position = shard.column("position")
         stored = Positions.parse(shard.spec.positions)
-        if self._positions.policy == "all" or self._positions == stored:
-            return RolloutRows(place.rollout_id, shard.rows(self.key, start, stop), position)
+        wanted = [self._rows(shard, place, position, stored) for place in places]
+        values = shard.take(self.key, np.concatenate(wanted)).split([len(rows) for rows in wanted])
+        found = []
+        for place, rows, own in zip(places, wanted, values, strict=True):
+            if self._positions.pooled and self._positions != stored and len(own):
+                # In float32: a bfloat16 mean over hundreds of rows would lose digits that the rows have.
+                mean = own.float().mean(0, keepdim=True)
+                found.append(RolloutRows(place.rollout_id, mean, np.array([-1], dtype=np.int32)))
+            else:
+                found.append(RolloutRows(place.rollout_id, own, position[rows]))
+        return found
 
+    def _rows(
+        self, shard: Shard, place: _Place, position: Int[np.ndarray, "rows"], stored: Positions
+    ) -> Int[np.ndarray, "wanted"]:
+        """Return which rows of the shard a rollout's positions are."""
+        shard.check(self.key, place.row_start, place.row_stop)
+        rows = np.arange(place.row_start, place.row_stop)
+        if self._positions.policy == "all" or self._positions == stored:
+            return rows
+        own = position[rows]
         wanted = self._positions.select(place.n_prompt, place.n_prompt + max(place.n_completion - 1, 0))
-        if stored.pooled or not np.isin(wanted, position).all():
+        if stored.pooled or not np.isin(wanted, own).all():
             raise StoreError(
                 f"rollout {place.rollout_id} stores positions '{stored}'; '{self._positions}' cannot be read from them"
             )
-        rows = np.flatnonzero(np.isin(position, wanted))
-        values = shard.take(self.key, start + rows)
-        if self._positions.pooled and len(values):
-            # In float32: a bfloat16 mean over hundreds of rows would lose digits that the rows have.
-            return RolloutRows(place.rollout_id, values.float().mean(0, keepdim=True), np.array([-1], dtype=np.int32))
-        return RolloutRows(place.rollout_id, values, position[rows])
+        return rows[np.isin(own, wanted)]
 
 
 def _places(frame: pd.DataFrame) -> Iterator[_Place]:
     return map(_Place._make, frame[list(_Place._fields)].itertuples(index=False, name=None))
+
+
+def _together(places: Iterator[_Place]) -> Iterator[list[_Place]]:
+    """Gather rollouts that follow one another in a shard, up to some rows."""
+    neighbours: list[_Place] = []
+    for place in places:
+        if neighbours and (
+            place.shard != neighbours[-1].shard
+            or place.row_start != neighbours[-1].row_stop
+            or place.row_stop - neighbours[0].row_start > _ROWS_AT_ONCE
+        ):
+            yield neighbours
+            neighbours = []
+        neighbours.append(place)
+    if neighbours:
+        yield neighbours

@@ -119,10 +119,7 @@ class Shard:
             StoreError: if they cannot be read.
         """
         stored = self._tensors[name]
-        if not 0 <= start <= stop <= stored.shape[0]:
-            raise StoreError(
-                f"{self._where} is damaged: it has {stored.shape[0]} rows, and its index names {start}:{stop}"
-            )
+        self.check(name, start, stop)
         size = (stop - start) * stored.row_bytes
         if not size:
             return torch.empty((stop - start, *stored.shape[1:]), dtype=stored.dtype)
@@ -132,6 +129,16 @@ class Shard:
             raise StoreError(f"{self._where} cannot be read: {error}") from error
         return torch.frombuffer(data, dtype=stored.dtype).view(stop - start, *stored.shape[1:])
 
+    def check(self, name: str, start: int, stop: int) -> None:
+        """Check that a tensor has rows `[start, stop)`.
+
+        Raises:
+            StoreError: if it has not.
+        """
+        rows = self._tensors[name].shape[0]
+        if not 0 <= start <= stop <= rows:
+            raise StoreError(f"{self._where} is damaged: it has {rows} rows, and its index names {start}:{stop}")
+
     def expect(self, name: str, start: int, stop: int) -> None:
         """Say that rows `[start, stop)` of a tensor will be looked at soon, and maybe not those around them."""
         stored = self._tensors[name]
@@ -140,11 +147,15 @@ class Shard:
     def take(self, name: str, rows: Int[np.ndarray, "n"]) -> Shaped[Tensor, "n ..."]:
         """Return the given rows, which may come in any order; what lies close together is read together.
 
+        Rows of a disk that follow one another are not copied: they stay mapped.
+
         Raises:
             StoreError: if they cannot be read.
         """
         if len(rows) == 0:
             return self.rows(name, 0, 0)
+        if not self.remote and (np.diff(rows) == 1).all():
+            return self.rows(name, int(rows[0]), int(rows[-1]) + 1)
         ordered, back = np.unique(rows, return_inverse=True)
         spans = _spans(ordered, self._tensors[name].row_bytes, self._file.gap)
         if not self.remote:
@@ -153,7 +164,8 @@ class Shard:
             spans = [ordered]
 
         def read(span: Int[np.ndarray, "m"]) -> Shaped[Tensor, "m ..."]:
-            return self.rows(name, int(span[0]), int(span[-1]) + 1)[torch.from_numpy(span - span[0])]
+            values = self.rows(name, int(span[0]), int(span[-1]) + 1)
+            return values if len(values) == len(span) else values[torch.from_numpy(span - span[0])]
 
         if len(spans) == 1:
             found = read(spans[0])

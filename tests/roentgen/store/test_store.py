@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from roentgen.contract import Positions
 from roentgen.store import Session, StoreError, StoreWriter, list_sessions, verify
+from roentgen.store.places import _RangedFile
 from tests.roentgen.store.conftest import KEYS, RolloutFactory
 
 
@@ -176,6 +177,33 @@ def test_some_rollouts_are_found_by_id(store: str, rollout: RolloutFactory, monk
     (item,) = session.activations(KEYS[1], where=session.rollouts(ids=wanted[1:2], columns=()))
     assert torch.equal(item.values, written[2].tensors[KEYS[1]])
     assert len(session.rollouts(ids=[])) == 0
+
+
+@pytest.mark.parametrize("store", ["bucket"], indirect=True)
+@pytest.mark.parametrize("policy", ["all", "last_prompt", "mean_generated", "stride:3"])
+def test_neighbours_are_asked_of_a_bucket_together(
+    store: str, rollout: RolloutFactory, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is left out and however it is ordered, and however many requests it takes."""
+    written = [rollout(n_prompt=2 + n, n_completion=4) for n in range(20)]
+    with StoreWriter(store, max_wait_s=5) as writer:
+        for one in written:
+            writer.submit(one)
+    session = Session.open(f"{store}/s")
+    everything = session.rollouts()
+    expected = [session.activations(KEYS[0], positions=policy)[n] for n in range(len(everything))]
+
+    reads: list[int] = []
+    read = _RangedFile.read
+    monkeypatch.setattr(_RangedFile, "read", lambda file, at, size: reads.append(size) or read(file, at, size))
+    for chosen in (list(range(20)), [*range(12), *range(15, 20)], [3, 2, 1, 7, 8, 9]):
+        reads.clear()
+        found = list(session.activations(KEYS[0], where=everything.iloc[chosen], positions=policy))
+        assert [item.rollout_id for item in found] == list(everything["rollout_id"].iloc[chosen])
+        for n, item in zip(chosen, found, strict=True):
+            assert torch.equal(item.values, expected[n].values)
+            assert item.position.tolist() == expected[n].position.tolist()
+        assert len(reads) == 1 + (np.diff(chosen) != 1).sum()
 
 
 def test_an_open_session_sees_new_commits(store: str, rollout: RolloutFactory) -> None:
