@@ -52,7 +52,7 @@ class _Place(NamedTuple):
     n_completion: int
 
 
-_ROWS_AT_ONCE = 1024
+_ROWS_AT_ONCE = 2048
 """Of one key, read from a bucket as one range; some megabytes."""
 
 

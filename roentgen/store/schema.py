@@ -88,6 +88,13 @@ class Segment:
     stop: int
 
 
+_TOKEN_BYTES = 2 * (8 + 28)
+"""Of a token in memory: its id and its offset, each a number and its place in a list."""
+
+_ROLLOUT_BYTES = 6 << 10
+"""Of a rollout in memory: its tensors' and arrays' objects, its names and labels, and the future that waits for it."""
+
+
 @dataclass(frozen=True)
 class Rollout:
     """One finished generation with its captured rows, ready to be stored.
@@ -147,6 +154,11 @@ class Rollout:
     def size(self) -> int:
         """Bytes of the activations and, about, of the text and the tokens."""
         return self.nbytes + len(self.text) + 8 * len(self.token_ids)
+
+    @property
+    def in_memory(self) -> int:
+        """Bytes that it takes while it waits to be written, about: of a small one they are mostly Python's objects."""
+        return self.nbytes + len(self.text) + _TOKEN_BYTES * len(self.token_ids) + _ROLLOUT_BYTES
 
     def all_tensors(self) -> dict[str, Tensor]:
         """Return the activations and the row columns, as the shard names them."""

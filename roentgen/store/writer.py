@@ -128,7 +128,7 @@ class StoreWriter:
                 self._locks.release(rollout.session_id)
                 raise StoreError("the store's writer is closed")
             self._pending.append(_Pending(rollout, future, time.monotonic()))
-            self._pending_bytes += rollout.size
+            self._pending_bytes += rollout.in_memory
             self._changed.notify_all()
         return future
 
@@ -159,7 +159,7 @@ class StoreWriter:
             for bucket in _buckets(group):
                 self._commit(bucket)
             with self._changed:
-                self._pending_bytes -= sum(item.rollout.size for item in group)
+                self._pending_bytes -= sum(item.rollout.in_memory for item in group)
                 self._changed.notify_all()
 
     def _announce(self, sessions: set[str]) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import threading
+import tracemalloc
+from concurrent.futures import Future
 from pathlib import Path
 from random import Random
 
@@ -303,7 +305,7 @@ def test_a_newer_schema_is_refused(tmp_path: Path, rollout: RolloutFactory) -> N
 
 
 def test_there_is_no_room_while_too_much_is_pending(tmp_path: Path, rollout: RolloutFactory) -> None:
-    with StoreWriter(tmp_path, max_wait_s=0.3, max_pending_bytes=2 * rollout().size) as writer:
+    with StoreWriter(tmp_path, max_wait_s=0.3, max_pending_bytes=2 * rollout().in_memory) as writer:
         assert writer.wait_for_room(0)
         first = writer.submit(rollout())
         assert writer.has_room
@@ -311,6 +313,17 @@ def test_there_is_no_room_while_too_much_is_pending(tmp_path: Path, rollout: Rol
         assert not writer.wait_for_room(0)
         assert writer.wait_for_room()
         assert first.done()  # there was room again only because it is on the disk
+
+
+def test_what_waits_takes_no_more_memory_than_is_counted(rollout: RolloutFactory) -> None:
+    """Of small rollouts most is Python's objects; were they not counted, a million would wait within the bound."""
+    tracemalloc.start()
+    waiting = [(rollout(n_prompt=40, n_completion=40), Future[None]()) for _ in range(500)]
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    counted = sum(one.in_memory for one, _ in waiting)
+    outside = sum(one.nbytes for one, _ in waiting)  # torch's own memory is not traced
+    assert taken + outside < counted < 4 * (taken + outside)
 
 
 def test_sessions_are_summarised(store: str, rollout: RolloutFactory) -> None:
