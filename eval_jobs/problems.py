@@ -31,7 +31,7 @@ class ProblemError(EvalError):
     """Problems cannot be loaded; the message names the source or the line."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Problem:
     """One problem.
 

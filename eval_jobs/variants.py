@@ -43,7 +43,9 @@ class Variant:
     config_hash: str
 
 
-@dataclass(frozen=True)
+# With slots, as a `Problem`: to be sent to a task, an object without them is given a dict that it keeps, and a driver may hold
+# millions of these.
+@dataclass(frozen=True, slots=True)
 class Attempt:
     """One problem, to be posed once under one variant.
 
