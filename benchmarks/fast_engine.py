@@ -8,10 +8,11 @@ nnsight captures has been handed to this process.
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import nnsight
@@ -30,12 +31,18 @@ from serve_app.sources import locate
 
 CACHE_TOKENS = 32_768
 
+SWITCHES = {"enable_prefix_caching": True, "enable_chunked_prefill": True}
+"""What an engine that captures does without."""
+
 SETTLE_S = 2.0
 """Between runs: what one has left to its engine's other threads is no part of the next."""
 
 
 def main(
-    in_flight: Annotated[int, typer.Option(help="Requests at once; twice as many prompts per run.")] = 32,
+    in_flight: Annotated[int, typer.Option(help="Requests at once.")] = 32,
+    waves: Annotated[
+        int, typer.Option(help="So many times as many prompts per run: the last of them end with fewer.")
+    ] = 4,
     max_tokens: Annotated[int, typer.Option(help="The most to generate per prompt.")] = 32,
     rounds: Annotated[int, typer.Option(help="Of interleaved runs.")] = 5,
     threads: Annotated[int, typer.Option(help="Of each engine on a CPU; 0 for one per core.")] = 0,
@@ -43,7 +50,7 @@ def main(
 ) -> None:
     """Measure what capturing costs in vLLM."""
     workload = Workload(max_tokens=max_tokens)
-    prompts = workload.prompts(workload.tokenizer(), 2 * in_flight)
+    prompts = workload.prompts(workload.tokenizer(), waves * in_flight)
     start = time.monotonic()
 
     def stage(text: str) -> None:
@@ -54,11 +61,14 @@ def main(
             capturing_engine(workload, in_flight, Path(folder), cache_tokens=CACHE_TOKENS, threads=threads)
         )
         stage("this project's engine is there")
-        plain = stack.enter_context(_plain(model, workload, in_flight))
+        _, plain = stack.enter_context(_plain(model, workload, in_flight))
         stage("plain vLLM is there")
+        loop, switched_on = stack.enter_context(_plain(model, workload, in_flight, SWITCHES))
+        stage("vLLM with its switches on is there")
         keep = keeper(model, engine)
         ways: dict[str, Way] = {
             "plain": engine_way(plain, model, "none"),
+            "switched on": _from_empty(loop, engine_way(switched_on, model, "none")),
             "none": engine_way(engine, model, "none"),
             "3x2": engine_way(engine, model, "3x2", keep),
             "all": engine_way(engine, model, "all", keep),
@@ -79,6 +89,7 @@ def main(
             way(prompts[:4], 2, 4)
         rates = interleave({name: arm(name) for name in ways}, rounds)
     compared = [
+        ("with prefix caching and chunked prefill, no capture", 0.0, "switched on"),
         ("no capture", 1.0, "none"),
         ("capture of 3 layers × 2 hook points", 0.97, "3x2"),
         ("capture of every layer's residual", 0.90, "all"),
@@ -90,7 +101,7 @@ def main(
     coverage = found[0].interval.coverage
     body = "\n\n".join(
         [
-            f"{workload.name}, {str(model.dtype).removeprefix('torch.')}, {2 * in_flight} GSM8K prompts, {in_flight} in "
+            f"{workload.name}, {str(model.dtype).removeprefix('torch.')}, {waves * in_flight} GSM8K prompts, {in_flight} in "
             f"flight, at most {max_tokens} tokens, greedy, {threads or 'all'} threads, vLLM {vllm_version}. Engines are eager, "
             "without prefix caching and chunked prefill; what this project captures is on a disk within the time measured. "
             f"Interleaved runs; median ratio to plain vLLM's tokens/s and its {coverage:.0%} interval:",
@@ -106,20 +117,33 @@ def main(
 
 
 @contextmanager
-def _plain(model: VllmModel, workload: Workload, in_flight: int) -> Iterator[VllmEngine]:
-    """Start vLLM as it is, with the settings of an engine that captures."""
+def _plain(
+    model: VllmModel, workload: Workload, in_flight: int, switches: Mapping[str, bool] = MappingProxyType({})
+) -> Iterator[tuple[EngineLoop, VllmEngine]]:
+    """Start vLLM as it is, with the settings of an engine that captures but for some switches."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
     path, arguments = _arguments(workload, in_flight)
+    arguments |= switches
     loop = EngineLoop(lambda: AsyncLLM.from_engine_args(AsyncEngineArgs(model=path, enforce_eager=True, **arguments)))
     engine = VllmEngine(
         loop, model, capacity=arguments["max_model_len"], captures=False, max_batch=in_flight, max_queue=1024
     )
     try:
-        yield engine
+        yield loop, engine
     finally:
         engine.close()
+
+
+def _from_empty(loop: EngineLoop, way: Way) -> Way:
+    """Have each run begin with an empty prefix cache: in another run's, it would find every prompt whole."""
+
+    def run(prompts: list[list[int]], max_tokens: int, in_flight: int) -> Run:
+        loop.run(loop.client.reset_prefix_cache)  # type: ignore[attr-defined]
+        return way(prompts, max_tokens, in_flight)
+
+    return run
 
 
 @contextmanager

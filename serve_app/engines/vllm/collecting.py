@@ -66,8 +66,9 @@ def settled(rows: CapturedRows, plan: CapturePlan, n_prompt: int, n_rows: int) -
     inside = np.isin(rows.position, np.arange(n_rows))
     if plan.positions.policy == "last":
         inside &= rows.position == n_rows - 1
-    kept = torch.from_numpy(np.flatnonzero(inside))
-    rows = CapturedRows({key: values[kept] for key, values in rows.tensors.items()}, rows.position[inside])
+    if not inside.all():
+        kept = torch.from_numpy(np.flatnonzero(inside))
+        rows = CapturedRows({key: values[kept] for key, values in rows.tensors.items()}, rows.position[inside])
     _check(rows, list(wanted))
     tensors = rows.tensors
     if plan.positions.policy == "mean_generated":

@@ -17,7 +17,7 @@ from serve_app.storing import Stored
 
 log = logging.getLogger(__name__)
 
-INTERVAL_S = 0.02
+INTERVAL_S = 0.05
 
 
 class WorkerStorage:
