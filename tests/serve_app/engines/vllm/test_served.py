@@ -183,14 +183,15 @@ def test_another_model_takes_its_place_when_what_runs_has_ended(
         assert swap.result().status_code == 200, swap.result().text
         done.set()
         watching.result()
-    assert chunks[-1]["activations"]["rollouts"][0]["session_id"] == "swapped"
+    assert chunks[-1]["activations"]["session_id"] == "swapped"
     assert verify(Session.open(server.store / "swapped")).ok
     assert {stage.split(" ")[0] for stage in stages if stage} >= {"loading"}
     (after,) = cores()
     assert after != before
-    reply = ask(client, model="tiny", extra_body={"activations": {"layers": [0], "return": "full"}})
+    asked = {"layers": [0], "hook_points": ["resid_post"], "return": "full"}
+    reply = ask(client, model="tiny", extra_body={"activations": asked})
     (values,) = reply.model_dump()["activations"]["tensors"].values()
-    assert values["shape"][-1] == 64
+    assert values["shape"][2] == json.loads((other / "config.json").read_text())["hidden_size"]
     assert load_model(MODEL).status_code == 200
     assert ask(client).choices[0].message.content
     wait_for(lambda: len(cores()) == 1)
