@@ -161,7 +161,7 @@ def test_replicas_grow_with_the_load_of_an_evaluation(cluster: Cluster, gsm8k_te
 
     log = cluster.folder / "growth.log"
     output = cluster.folder / "growth"
-    load = ["--samples", "96", "--parallel", "96", "--max-tokens", "64", "--request-timeout", "600"]
+    load = ["--samples", "128", "--parallel", "96", "--max-tokens", "64", "--request-timeout", "600"]
     job = cluster.submit("--problems", str(gsm8k_test), *load, "--output", str(output), log=log)
     wait_until(lambda: len(cluster.deployment("model")) == 2 or job.poll() is not None, 400, log.read_text)
     assert job.poll() is None, log.read_text()
@@ -169,7 +169,7 @@ def test_replicas_grow_with_the_load_of_an_evaluation(cluster: Cluster, gsm8k_te
     assert len({replica["node_ip"] for replica in replicas}) == 2
     assert first["replica_id"] in {replica["replica_id"] for replica in replicas}
     assert job.wait(400) == 0, log.read_text()
-    assert [sample.error for sample in Run.open(output).samples()] == [None] * 96
+    assert [sample.error for sample in Run.open(output).samples()] == [None] * 128
 
     del cluster.hosts.environment["MAX_REPLICAS"]
     cluster.hosts.environment["REPLICAS"] = "2"
