@@ -4,9 +4,9 @@ Method:
     1. Standardise by the mean and standard deviation over all training tokens, and clip to ±8: a few tokens (the first, often)
        have norms a hundred times the others', and a softmax would see nothing else.
     2. f = Σₜ softmax(q·zₜ)·(v·zₜ) + b over a sample's own tokens; padding has no weight.
-    3. Minimise ½‖v‖² + ½‖q‖² + C Σ log(1 + exp(−s·f)), the sum over all models and strengths at once, by L-BFGS with a line
-       search (Nocedal and Wright, Numerical Optimization, 7.2). q starts at 0, which is mean pooling; the objective is not
-       convex, and what is found is the minimum next to that. Strength: C.
+    3. Minimise ½‖v‖² + ½‖q‖² + C Σ log(1 + exp(−s·f)) by L-BFGS with a line search (Nocedal and Wright, Numerical Optimization,
+       7.2). q starts at 0, which is mean pooling; the objective is not convex, and what is found is the minimum next to that.
+       Each model and strength is alone in its search, so that what is found does not depend on its company. Strength: C.
 """
 
 from dataclasses import dataclass
@@ -71,25 +71,38 @@ def fit(
     spread = (X.double() - mean[:, None, None]).square().nanmean((1, 2)).sqrt()
     scale = torch.where(spread > 0, spread, 1.0)
     Z, there = _standardised(X, mean, scale)
-    shape = len(X), len(strengths), X.shape[-1]
-    query, value = (torch.zeros(shape, dtype=Z.dtype, device=X.device, requires_grad=True) for _ in range(2))
-    bias = torch.zeros(shape[:2], dtype=Z.dtype, device=X.device, requires_grad=True)
+    fitted = [
+        [_fit_one(Z[model : model + 1], there[model : model + 1], y, C) for C in strengths.tolist()]
+        for model in range(len(X))
+    ]
+    query, value, bias = (
+        torch.stack([torch.cat([probe[part] for probe in of_model]) for of_model in fitted]).double()
+        for part in range(3)
+    )
+    return AttentionProbes(query, value, bias, mean, scale)
+
+
+def _fit_one(
+    Z: Float[Tensor, "1 rows tokens d"], there: Bool[Tensor, "1 rows tokens"], y: Bool[Tensor, "rows"], C: float
+) -> tuple[Float[Tensor, "1 d"], Float[Tensor, "1 d"], Float[Tensor, "1"]]:
+    """Return the query, the value and the intercept of one model and strength."""
+    query, value = (Z.new_zeros(1, Z.shape[-1], requires_grad=True) for _ in range(2))
+    bias = Z.new_zeros(1, requires_grad=True)
     optimiser = torch.optim.LBFGS(
         [query, value, bias], max_iter=ITERATIONS, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
     )
-    C = strengths.to(Z)
-    target = y.to(Z).expand(*shape[:2], -1)
+    target = y.to(Z)
 
     def objective() -> Tensor:
         optimiser.zero_grad()
-        scores = _pooled(Z, there, query, value, bias)
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(scores, target, reduction="none").sum(-1)
-        total = (C * loss + (query.square() + value.square()).sum(-1) / 2).sum()
+        scores = _pooled(Z, there, query[None], value[None], bias[None])[0, 0]
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(scores, target, reduction="sum")
+        total = C * loss + (query.square() + value.square()).sum() / 2
         total.backward()
         return total
 
     optimiser.step(objective)
-    return AttentionProbes(query.detach().double(), value.detach().double(), bias.detach().double(), mean, scale)
+    return query.detach(), value.detach(), bias.detach()
 
 
 def _standardised(

@@ -114,6 +114,19 @@ def test_contrast_sees_past_what_a_problem_shares():
         contrast.fit(X, groups % 2 == 0, groups, torch.tensor([0.1]))
 
 
+def marked(n, most, d, *, first, mark, size):
+    """Samples of unlike lengths; one token of each, marked by feature 0, shows the label in feature 1."""
+    generator = torch.Generator().manual_seed(1)
+    y = torch.arange(n) % 2 == 0
+    X = torch.randn(1, n, most, d, generator=generator)
+    place = torch.randint(first, (n,), generator=generator)
+    X[0, torch.arange(n), place, 0] += mark
+    X[0, torch.arange(n), place, 1] += size * (2 * y.float() - 1)
+    lengths = torch.randint(first, most + 1, (n,), generator=generator)
+    X[0, torch.arange(most) >= lengths[:, None]] = torch.nan
+    return X, y, lengths
+
+
 def test_attention_over_one_token_is_logistic_regression():
     X, number = correlated(2, 120, 6)
     y = number > number.median()
@@ -130,15 +143,8 @@ def test_attention_over_one_token_is_logistic_regression():
 
 def test_attention_over_many_tokens_is_the_minimum_that_scipy_finds():
     """The objective of the module's description, written again in numpy for samples of unlike lengths."""
-    generator = torch.Generator().manual_seed(1)
-    n, most, d = 80, 5, 3
-    y = torch.arange(n) % 2 == 0
-    X = torch.randn(1, n, most, d, generator=generator)
-    place = torch.randint(2, (n,), generator=generator)
-    X[0, torch.arange(n), place, 0] += 3
-    X[0, torch.arange(n), place, 1] += 2 * y.float() - 1
-    lengths = torch.randint(2, most + 1, (n,), generator=generator)
-    X[0, torch.arange(most) >= lengths[:, None]] = torch.nan
+    d = 3
+    X, y, lengths = marked(80, 5, d, first=2, mark=3, size=1)
     samples = [tokens[:length].double().numpy() for tokens, length in zip(X[0], lengths, strict=True)]
     tokens = np.concatenate(samples)
     samples = [(sample - tokens.mean(0)) / tokens.std(0) for sample in samples]
@@ -160,17 +166,21 @@ def test_attention_over_many_tokens_is_the_minimum_that_scipy_finds():
         np.testing.assert_allclose(found[0, place, 0], scores(reference.x), atol=5e-3)
 
 
+def test_attention_probes_do_not_depend_on_those_fitted_with_them():
+    X, y, _ = marked(60, 5, 4, first=2, mark=3, size=1)
+    X = torch.cat([X, 3 * X.flip(-1)])
+    strengths = torch.tensor([0.01, 0.1, 1.0])
+    together = attention.fit(X, y, None, strengths).scores(X)
+    for model in range(2):
+        for place in range(3):
+            alone = attention.fit(X[[model]], y, None, strengths[[place]]).scores(X[[model]])
+            torch.testing.assert_close(together[model, place], alone[0, 0])
+
+
 def test_attention_finds_the_token_that_shows_the_label():
     """The signal is in one token of many, at a place that varies, marked by another feature: a mean over tokens dilutes it."""
-    generator = torch.Generator().manual_seed(1)
     n, most, d = 240, 12, 16
-    y = torch.arange(n) % 2 == 0
-    X = torch.randn(1, n, most, d, generator=generator)
-    place = torch.randint(4, (n,), generator=generator)
-    X[0, torch.arange(n), place, 0] += 6.0
-    X[0, torch.arange(n), place, 1] += 2.0 * (2 * y.float() - 1)
-    lengths = torch.randint(4, most + 1, (n,), generator=generator)
-    X[0, torch.arange(most) >= lengths[:, None]] = torch.nan
+    X, y, lengths = marked(n, most, d, first=4, mark=6, size=2)
     train, test = slice(None, 160), slice(160, None)
     probes = attention.fit(X[:, train], y[train], None, torch.tensor([0.1, 1.0]))
     attended = roc_auc_score(y[test], probes.scores(X[:, test])[0, 1, 0])
