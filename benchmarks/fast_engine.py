@@ -1,18 +1,17 @@
 """What capturing costs in vLLM, beside vLLM that captures nothing and nnsight's own way: `python -m benchmarks.fast_engine`.
 
-Three engines with the same settings are loaded into processes of their own, and run one after the other, round after round:
-vLLM as it is, this project's engine, and nnsight's with a block that is installed once and runs for every request. Needs the
-environment that `make test-vllm` makes. What is captured by this project's engine is on the disk before a run has ended; what
-nnsight captures has been handed to this process.
+Engines with the same settings are loaded into processes of their own, and run one after the other, round after round: vLLM as
+it is, the same with what an engine that captures does without, this project's, and nnsight's with a block that is installed once
+and runs for every request. Needs the environment that `make test-vllm` makes. What is captured by this project's engine is on
+the disk before a run has ended; what nnsight captures has been handed to this process.
 """
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import MappingProxyType
 from typing import Annotated, Any
 
 import nnsight
@@ -63,7 +62,7 @@ def main(
         stage("this project's engine is there")
         _, plain = stack.enter_context(_plain(model, workload, in_flight))
         stage("plain vLLM is there")
-        loop, switched_on = stack.enter_context(_plain(model, workload, in_flight, SWITCHES))
+        loop, switched_on = stack.enter_context(_plain(model, workload, in_flight, **SWITCHES))
         stage("vLLM with its switches on is there")
         keep = keeper(model, engine)
         ways: dict[str, Way] = {
@@ -118,7 +117,7 @@ def main(
 
 @contextmanager
 def _plain(
-    model: VllmModel, workload: Workload, in_flight: int, switches: Mapping[str, bool] = MappingProxyType({})
+    model: VllmModel, workload: Workload, in_flight: int, **switches: bool
 ) -> Iterator[tuple[EngineLoop, VllmEngine]]:
     """Start vLLM as it is, with the settings of an engine that captures but for some switches."""
     from vllm.engine.arg_utils import AsyncEngineArgs

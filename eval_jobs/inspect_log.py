@@ -13,9 +13,11 @@ primary one first.
 """
 
 import json
+import shutil
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZipFile
 
@@ -39,20 +41,20 @@ def write_inspect_log(run: Run, path: Path) -> int:
     samples = run.samples().by_name()
     summary = run.summary() or summarise(run.config, samples)
     extractors = _primary_first(summary["extractor"])
-    ids, finished = [], None
-    with replacing(path) as temporary, ZipFile(temporary, "w", ZIP_DEFLATED) as archive:
+    ids: list[str] = []
+    finished: float | None = None
+    # An archive takes one file after the other, so the summaries wait on the disk: a list of them would grow with the run.
+    with replacing(path) as temporary, ZipFile(temporary, "w", ZIP_DEFLATED) as archive, TemporaryFile() as summaries:
         for sample in samples:
             entry = _sample(sample, summary["model"], extractors)
             archive.writestr(f"samples/{entry['id']}_epoch_{sample.epoch}.json", _json(entry))
+            summaries.write(f"{',' if ids else '['}{_json(_summary(entry))}".encode())
             ids.append(entry["id"])
             finished = max(filter(None, (finished, sample.finished)), default=None)
-        # Read once more, since an archive takes one file after the other, and a list of them all would grow with the run.
+        summaries.write(b"]" if ids else b"[]")
+        summaries.seek(0)
         with archive.open("summaries.json", "w", force_zip64=True) as file:
-            file.write(b"[")
-            for number, sample in enumerate(samples):
-                line = _json(_summary(_sample(sample, summary["model"], extractors)))
-                file.write(f"{',' if number else ''}{line}".encode())
-            file.write(b"]")
+            shutil.copyfileobj(summaries, file)
         archive.writestr("header.json", _json(_header(run, summary, extractors, list(dict.fromkeys(ids)), finished)))
     return len(samples)
 
