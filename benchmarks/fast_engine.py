@@ -1,9 +1,9 @@
 """What capturing costs in vLLM, beside vLLM that captures nothing and nnsight's own way: `python -m benchmarks.fast_engine`.
 
 Engines with the same settings are loaded into processes of their own, and run one after the other, round after round: vLLM as
-it is, the same with what an engine that captures does without, this project's, and nnsight's with a block that is installed once
-and runs for every request. Needs the environment that `make test-vllm` makes. What is captured by this project's engine is on
-the disk before a run has ended; what nnsight captures has been handed to this process.
+it is, the same with what an engine that captures does without, this project's, and nnsight's with a block that is installed
+once and runs for every request. Needs the environment that `make test-vllm` makes. What is captured by this project's engine
+is on the disk before a run has ended; what nnsight captures has been handed to this process.
 """
 
 import sys

@@ -1,9 +1,9 @@
 """One key's rows of many rollouts, read when they are looked at.
 
-An item is one rollout's rows, mapped from its shard on a disk. From a bucket, rollouts that follow one another in a shard are
-asked for together, as one range, and several such requests ahead. So a probe over one layer touches that layer's bytes only.
-`stack` is the short way to what a linear probe wants, one row of each rollout: it works out which rows of each shard those are,
-and takes them together.
+An item is one rollout's rows. Rollouts that follow one another in a shard are taken together: mapped, on a disk, where only what
+is looked at is then read; asked of a bucket as one range, and several such requests ahead. So a probe over one layer touches
+that layer's bytes only. `stack` is the short way to what a linear probe wants, one row of each rollout: it works out which rows
+of each shard those are, and takes them together.
 """
 
 from collections import deque
@@ -53,7 +53,7 @@ class _Place(NamedTuple):
 
 
 _ROWS_AT_ONCE = 2048
-"""Of one key, read from a bucket as one range; some megabytes."""
+"""Of one key, taken together; some megabytes."""
 
 
 class Activations(Sequence[RolloutRows]):
@@ -79,8 +79,8 @@ class Activations(Sequence[RolloutRows]):
 
     def __iter__(self) -> Iterator[RolloutRows]:
         if not self._session.place.remote:
-            for place in _places(self.rollouts):
-                yield from self._read([place])
+            for neighbours in _together(_places(self.rollouts)):
+                yield from self._read(neighbours)
             return
         with ThreadPoolExecutor(READS_AT_ONCE) as pool:
             ahead: deque[Future[list[RolloutRows]]] = deque()
