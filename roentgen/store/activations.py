@@ -1,9 +1,9 @@
 """One key's rows of many rollouts, read when they are looked at.
 
-An item is one rollout's rows. Rollouts that follow one another in a shard are taken together: mapped, on a disk, where only what
-is looked at is then read; asked of a bucket as one range, and several such requests ahead. So a probe over one layer touches
-that layer's bytes only. `stack` is the short way to what a linear probe wants, one row of each rollout: it works out which rows
-of each shard those are, and takes them together.
+An item is one rollout's rows. Rollouts that follow one another in a shard are taken together: mapped, on a disk, where only
+what is looked at is then read; asked of a bucket as one range, and several such requests ahead. So a probe over one layer
+touches that layer's bytes only. `stack` is the short way to what a linear probe wants, one row of each rollout: it works out
+which rows of each shard those are, and takes them together.
 """
 
 from collections import deque
@@ -78,13 +78,14 @@ class Activations(Sequence[RolloutRows]):
         return self._read(list(_places(self.rollouts.iloc[[index]])))[0]
 
     def __iter__(self) -> Iterator[RolloutRows]:
+        together = _together(_places(self.rollouts))
         if not self._session.place.remote:
-            for neighbours in _together(_places(self.rollouts)):
+            for neighbours in together:
                 yield from self._read(neighbours)
             return
         with ThreadPoolExecutor(READS_AT_ONCE) as pool:
             ahead: deque[Future[list[RolloutRows]]] = deque()
-            for neighbours in _together(_places(self.rollouts)):
+            for neighbours in together:
                 ahead.append(pool.submit(self._read, neighbours))
                 if len(ahead) > READS_AT_ONCE:
                     yield from ahead.popleft().result()
