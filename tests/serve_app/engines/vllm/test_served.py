@@ -37,8 +37,12 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory, other: Path) -> Iterator[Server]:
-    home = RayHome(tempfile.mkdtemp(prefix="rt-", dir="/tmp"))
+def home() -> RayHome:
+    return RayHome(tempfile.mkdtemp(prefix="rt-", dir="/tmp"))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, home: RayHome, other: Path) -> Iterator[Server]:
     try:
         options = ["--engine", "vllm", "--threads", "1", "--max-cache-tokens", "4096", "--allow-model", str(other)]
         options += ["--max-batch", str(AT_ONCE), "--max-queue", str(QUEUE), "--allow-model", MODEL]
@@ -161,10 +165,10 @@ def test_a_full_queue_is_refused_and_the_rest_is_answered(client: openai.OpenAI)
 
 
 def test_another_model_takes_its_place_when_what_runs_has_ended(
-    server: Server, client: openai.OpenAI, other: Path
+    server: Server, home: RayHome, client: openai.OpenAI, other: Path
 ) -> None:
     """Its core ends, another begins, and `/health` answers all the while."""
-    (before,) = cores()
+    (before,) = cores(home)
     stages: list[str | None] = []
     done = threading.Event()
 
@@ -186,7 +190,7 @@ def test_another_model_takes_its_place_when_what_runs_has_ended(
     assert chunks[-1]["activations"]["session_id"] == "swapped"
     assert verify(Session.open(server.store / "swapped")).ok
     assert {stage.split(" ")[0] for stage in stages if stage} >= {"loading"}
-    (after,) = cores()
+    (after,) = cores(home)
     assert after != before
     asked = {"layers": [0], "hook_points": ["resid_post"], "return": "full"}
     reply = ask(client, model="tiny", extra_body={"activations": asked})
@@ -194,9 +198,10 @@ def test_another_model_takes_its_place_when_what_runs_has_ended(
     assert values["shape"][2] == json.loads((other / "config.json").read_text())["hidden_size"]
     assert load_model(MODEL).status_code == 200
     assert ask(client).choices[0].message.content
-    wait_for(lambda: len(cores()) == 1)
+    wait_for(lambda: len(cores(home)) == 1)
 
 
-def cores() -> list[psutil.Process]:
-    """Return vLLM's cores on this machine."""
-    return [process for process in psutil.process_iter() if is_core(process)]
+def cores(home: RayHome) -> list[psutil.Process]:
+    """Return the cores of vLLM's that the home's replicas have started."""
+    started = {child for process in home.processes() for child in process.children(recursive=True)}
+    return [process for process in started if is_core(process)]
