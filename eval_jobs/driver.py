@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 
 from rich.console import Console
 
@@ -65,10 +66,10 @@ def run_evaluation(settings: EvalSettings, problems: Sequence[Problem], base_url
         if missing:
             with (
                 connected(settings.ray_address, verbose=settings.verbose),
-                _terminated_like_interrupted(),
+                _stop_asked() as look_up,
                 Progress(console, len(attempts), tally) as bar,
             ):
-                timing = _run_missing(missing, plan, settings, run, record, bar)
+                timing = _run_missing(missing, plan, settings, run, record, bar, look_up)
     with _writing(run):
         write_missing_sample_files(run)
         write_summary(run, timing)
@@ -180,6 +181,7 @@ def _run_missing(
     run: Run,
     record: Recorder,
     progress: Progress,
+    look_up: Callable[[], None],
 ) -> Timing:
     """Run what is missing; return what it took.
 
@@ -204,7 +206,7 @@ def _run_missing(
             raise EvalError(f"{failed} samples failed (--fail-on-error), the last one with: {sample.error}")
 
     try:
-        evaluate(missing, plan, settings.parallel, keep)
+        evaluate(missing, plan, settings.parallel, keep, look_up)
     except KeyboardInterrupt:
         raise InterruptedRunError(f"stopped. {_how_to_go_on(run)}") from None
     except EvalError as error:
@@ -213,13 +215,33 @@ def _run_missing(
 
 
 @contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    """Let SIGTERM (a job is stopped, a machine taken back) end a run as Ctrl-C does; Ray's own handler dies noisily."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _stop_asked() -> Iterator[Callable[[], None]]:
+    """Give a check that raises KeyboardInterrupt after Ctrl-C, or after SIGTERM (a job is stopped, a machine taken back).
+
+    The signal itself only leaves a note: raised there and then, the interrupt would land inside Ray or half-way through a
+    sample's files, and not all of what it lands in lets it through. A second signal does not wait for that.
+    """
+    asked = False
+
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt
+        asked = True
+
+    def look_up() -> None:
+        if asked:
+            raise KeyboardInterrupt
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number, handler in before.items():
+        if handler != signal.SIG_IGN:  # as a shell has it for Ctrl-C of what it starts in the background
+            signal.signal(number, note)
     try:
-        yield
+        yield look_up
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ Three things can end a task before its slice is done:
   been in flight are suspects; each is dealt alone, so that one that kills its process is found out without taking others
   with it, and after `MAX_DEATHS` it becomes a failed sample.
 - a `FatalRequestError`: the other tasks are cancelled and the driver raises it.
-- Ctrl-C in the driver: all tasks are cancelled.
+- a callback of the driver's that raises, `on_sample` or `look_up`: all tasks are cancelled.
 """
 
 import asyncio
@@ -37,6 +37,9 @@ Identity = tuple[str, str, int]
 
 SLICE = 10_000
 """Attempts that a task is given at most: what a long run takes of memory is then the driver's list of them and no more."""
+
+LOOK_UP_S = 0.2
+"""How long the driver may wait for samples before it looks up."""
 
 MAX_DEATHS = 3
 """How many tasks a problem may take down before it is given up."""
@@ -75,7 +78,11 @@ class _Dealt:
 
 
 def evaluate(
-    attempts: Sequence[Attempt], plan: RolloutPlan, parallel: int | Literal["auto"], on_sample: Callable[[Sample], None]
+    attempts: Sequence[Attempt],
+    plan: RolloutPlan,
+    parallel: int | Literal["auto"],
+    on_sample: Callable[[Sample], None],
+    look_up: Callable[[], None] = lambda: None,
 ) -> None:
     """Make every attempt once and hand each sample to `on_sample` as it finishes; needs a Ray connection.
 
@@ -84,9 +91,11 @@ def evaluate(
         plan: what the rollouts share.
         parallel: requests in flight, over all tasks; "auto" finds out how many are worth it.
         on_sample: called in this process, one sample at a time.
+        look_up: called between two groups of samples, and every `LOOK_UP_S` seconds; it may raise to stop all.
 
     Raises:
         FatalRequestError: if a rollout meets what would meet all of them.
+        Exception: whatever the callbacks raise.
     """
     free = MOST if parallel == "auto" else parallel
     if parallel == "auto":
@@ -104,7 +113,11 @@ def evaluate(
                 dealt = _Dealt.of(waiting.popleft())
                 running[_run_slice.remote(dealt.piece, shared)] = dealt
                 free -= dealt.piece.in_flight
-            [stream], _ = ray.wait(list(running), num_returns=1)
+            look_up()
+            ready, _ = ray.wait(list(running), num_returns=1, timeout=LOOK_UP_S)
+            if not ready:
+                continue
+            [stream] = ready
             dealt = running[stream]
             try:
                 samples: list[Sample] = ray.get(next(stream))

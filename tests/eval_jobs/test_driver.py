@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from eval_jobs import EvalError
-from eval_jobs.driver import InterruptedRunError, run_evaluation
+from eval_jobs.driver import InterruptedRunError, _stop_asked, run_evaluation
 from eval_jobs.endpoint import FatalRequestError
 from eval_jobs.resume import OtherConfigurationError
 from eval_jobs.settings import check_settings
@@ -209,6 +209,18 @@ def test_two_drivers_do_not_share_a_run(server: StandIn) -> None:
         evaluate(server)
 
 
+def test_a_signal_waits_for_the_driver_to_look_up_and_a_second_one_does_not() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with _stop_asked() as look_up:
+        look_up()
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            look_up()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
 @pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_driver_stopped_half_way_is_continued(
     server: StandIn, local_ray: str, tmp_path: Path, signal_number: int
@@ -244,7 +256,7 @@ def test_a_driver_stopped_half_way_is_continued(
     driver.send_signal(signal_number)
     _, said = driver.communicate(timeout=60)
     if signal_number != signal.SIGKILL:
-        assert driver.returncode == 130
+        assert driver.returncode == 130, said
         assert "the same command (without --new) continues there" in said
         assert "Traceback" not in said
         assert "SIGTERM" not in said
