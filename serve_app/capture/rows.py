@@ -156,7 +156,8 @@ class RequestRows:
             raise UncapturableError(f"{key} does not give a row per token, so it cannot be captured")
         dtype = None if self.plan.dtype == "model" else getattr(torch, self.plan.dtype)
         found: dict[str, Tensor] = {}
-        for block in self._joined(spans).blocks:
+        joined = spans[0] if len(self._own) == 1 and not self._shared else self._joined(spans)
+        for block in joined.blocks:
             values = block.tensor
             if self.plan.positions.pooled:
                 values = values[:, :1] / max(len(self._position), 1) if self._position else values[:, :0]
@@ -187,7 +188,7 @@ class _Cohort:
         self.places: list[int] = []
         self.sums: list[int] = []
         self.blocks: list[_Block] = []
-        self._index: Int[Tensor, "places"] | None = None
+        self._picked: slice | Int[Tensor, "wanted"] | None = None
 
     def want(self, request: RequestRows, places: range) -> None:
         """Gather these places of the flattened batch for a request."""
@@ -197,27 +198,50 @@ class _Cohort:
             self.sums.append(len(places))
         self.spans.append((request, start, len(self.sums) if self.pooled else len(self.places)))
 
-    def gather(self, key: str, flat: Float[Tensor, "places ..."]) -> None:
-        """Copy the wanted rows of one value."""
-        if self._index is None or self._index.device != flat.device:
-            index = torch.tensor(self.places, dtype=torch.long)
-            if flat.device.type == "cuda":
-                index = index.pin_memory()  # from other memory, the copy would wait for all that the GPU has to do
-            self._index = index.to(flat.device, non_blocking=True)
-        rows = flat.index_select(0, self._index) if self.pooled else None
-        if rows is not None:
+    def gather(self, key: str, flat: Float[Tensor, "places ..."], plus: Float[Tensor, "places ..."] | None) -> None:
+        """Copy the wanted rows of one value, or of the sum of two: only what is wanted is added up."""
+        dtype = flat.dtype if plus is None else torch.result_type(flat, plus)
+        if self.pooled:
+            rows = self._wanted(flat) if plus is None else self._wanted(flat) + self._wanted(plus)
             rows = rows.float()
             if len(self.sums) < len(self.places):
                 lengths = torch.tensor(self.sums, device=flat.device)
                 rows = torch.segment_reduce(rows.flatten(1), "sum", lengths=lengths).reshape(-1, *flat.shape[1:])
-        n_rows = len(self.places) if rows is None else len(rows)
-        block = self._block((n_rows, *flat.shape[1:]), flat.dtype, flat.device)
-        target = block.tensor[len(block.keys)]
-        if rows is None:
-            torch.index_select(flat, 0, self._index, out=target)
+            self._target(key, tuple(rows.shape), dtype, flat.device).copy_(rows)
+            return
+        target = self._target(key, (len(self.places), *flat.shape[1:]), dtype, flat.device)
+        if plus is not None:
+            torch.add(self._wanted(flat), self._wanted(plus), out=target)
+        elif isinstance(where := self._where(flat.device), slice):
+            target.copy_(flat[where])
         else:
-            target.copy_(rows)
+            torch.index_select(flat, 0, where, out=target)
+
+    def _wanted(self, flat: Float[Tensor, "places ..."]) -> Float[Tensor, "wanted ..."]:
+        where = self._where(flat.device)
+        return flat[where] if isinstance(where, slice) else flat.index_select(0, where)
+
+    def _where(self, device: torch.device) -> slice | Int[Tensor, "wanted"]:
+        """Return what picks the wanted places: a slice, so that they need no copy, where nothing lies between them."""
+        if isinstance(self._picked, slice) or (self._picked is not None and self._picked.device == device):
+            return self._picked
+        first = self.places[0] if self.places else 0
+        stop = first + len(self.places)
+        if self.places == list(range(first, stop)):
+            self._picked = slice(first, stop)
+            return self._picked
+        index = torch.tensor(self.places, dtype=torch.long)
+        if device.type == "cuda":
+            index = index.pin_memory()  # from other memory, the copy would wait for all that the GPU has to do
+        self._picked = index.to(device, non_blocking=True)
+        return self._picked
+
+    def _target(
+        self, key: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    ) -> Float[Tensor, "rows ..."]:
+        block = self._block(shape, dtype, device)
         block.keys.append(key)
+        return block.tensor[len(block.keys) - 1]
 
     def _block(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> _Block:
         for block in self.blocks:
@@ -262,13 +286,16 @@ class StepRows:
             cohorts[kind].want(request, grid.places(row, kept))
         self._cohorts = list(cohorts.values())
 
-    def __call__(self, key: str, value: Float[Tensor, "batch tokens ..."]) -> None:
-        """Copy the wanted rows of one tapped value; a value without a row per token is left out."""
+    def __call__(
+        self, key: str, value: Float[Tensor, "batch tokens ..."], plus: Float[Tensor, "batch tokens ..."] | None = None
+    ) -> None:
+        """Copy the wanted rows of one tapped value, or of the sum of two; a value without a row per token is left out."""
         flat = self._grid.flat(value)
-        if flat is None:
+        other = self._grid.flat(plus) if plus is not None else None
+        if flat is None or (plus is not None and other is None):
             return
         for cohort in self._of_key[key]:
-            cohort.gather(key, flat)
+            cohort.gather(key, flat, other)
 
     def deliver(self, streams: "HostStreams") -> None:
         """Give each request its span, once the forward has been issued."""

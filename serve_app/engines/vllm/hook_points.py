@@ -14,7 +14,6 @@ What does not hold is missing, with the reason, and refused when it is asked for
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from jaxtyping import Float
@@ -83,8 +82,8 @@ def describe_modules(paths: Iterable[str], packed: Mapping[str, list[str]], arch
     return Modules(paths, layers_path, counts[layers_path], fused, architecture)
 
 
-def read(value: Any, tap: Tap) -> Float[Tensor, "..."]:
-    """Return what a tap reads of a module's input or output: one of its floating-point tensors, or the sum of two.
+def terms(value: Any, tap: Tap) -> tuple[Float[Tensor, "..."], ...]:
+    """Return the one or two tensors whose sum a tap reads of a module's input or output; to change the sum, change the first.
 
     Positions, which layers and attention take first, are whole numbers and do not count. The first layer is given no residual
     yet: where there is no second tensor, the first is the whole stream.
@@ -92,22 +91,11 @@ def read(value: Any, tap: Tap) -> Float[Tensor, "..."]:
     Raises:
         TypeError: if there is no such tensor.
     """
-    first = written(value, tap)
-    if tap.plus is None:
-        return first
-    second = next(islice(_floats(value), tap.plus, None), None)
-    return first if second is None else first + second
-
-
-def written(value: Any, tap: Tap) -> Float[Tensor, "..."]:
-    """Return the tensor of a tap's location that is to be changed in order to change what it reads.
-
-    Raises:
-        TypeError: if there is none.
-    """
-    for tensor in islice(_floats(value), tap.place, None):
-        return tensor
-    raise TypeError(f"no tensor {tap.place} in a {type(value).__name__}")
+    floats = list(_floats(value))
+    if tap.place >= len(floats):
+        raise TypeError(f"no tensor {tap.place} in a {type(value).__name__}")
+    first = floats[tap.place]
+    return (first,) if tap.plus is None or tap.plus >= len(floats) else (first, floats[tap.plus])
 
 
 def _floats(value: Any) -> Iterable[Tensor]:

@@ -11,10 +11,12 @@ What goes wrong while a value is read must not end the step, which belongs to ot
 that read in that step.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from nnsight.intervention.cache import Cache
 from nnsight.intervention.interleaver import Mediator
 from nnsight.modeling.vllm.model_runners.GPUModelRunner import Requests
@@ -23,7 +25,7 @@ from torch import Tensor
 from serve_app.capture.grid import Strip
 from serve_app.capture.structure import Tap
 from serve_app.engines.vllm.collecting import Collector, Step
-from serve_app.engines.vllm.hook_points import read, written
+from serve_app.engines.vllm.hook_points import terms
 from serve_app.engines.vllm.orders import EXTRA, Order, unpack
 
 log = logging.getLogger(__name__)
@@ -84,12 +86,12 @@ class BatchWorkers(Requests):
             steering, rows = self._step.steering, self._step.rows
             # What steers comes first: what captures then sees what the model goes on with.
             if steering is not None:
-                _see(looks, steering.taps, steering, written)
+                _see(looks, steering.taps, lambda key, first, *_: steering(key, first))
             if rows is not None:
-                _see(looks, rows.taps, rows, read)
+                _see(looks, rows.taps, rows)
         if self.watched is not None:
             self.watched.strip = Strip([span for _, span in positions])
-            _see(looks, self.watched.taps, self.watched, read)
+            _see(looks, self.watched.taps, self.watched)
         interleaver = model.interleaver
         interleaver.batcher.total = sum(tokens for _, tokens in spans)
         self.nrows = len(spans)
@@ -113,9 +115,9 @@ class Watched:
         self.strip = Strip([])
         self._parts: dict[str, list[Tensor]] = {}
 
-    def __call__(self, key: str, value: Tensor) -> None:
+    def __call__(self, key: str, *found: Tensor) -> None:
         """Keep a value's rows, if it has a row per token."""
-        flat = self.strip.flat(value)
+        flat = self.strip.flat(functools.reduce(torch.add, found))
         if flat is not None and flat.ndim == 2:
             self._parts.setdefault(key, []).append(flat.to("cpu", copy=True))
 
@@ -147,21 +149,16 @@ class _Observer(Cache):
             self.failure = error
 
 
-def _see(
-    looks: dict[str, list[Look]],
-    taps: dict[str, Tap],
-    visitor: Callable[[str, Tensor], None],
-    reading: Callable[[Any, Tap], Tensor],
-) -> None:
-    """Have a visitor look at its taps."""
+def _see(looks: dict[str, list[Look]], taps: dict[str, Tap], visitor: Callable[..., None]) -> None:
+    """Have a visitor look at its taps: it is called with a key, and the tensors whose sum that is (`hook_points.terms`)."""
 
     def look(key: str, tap: Tap) -> Look:
         def at(value: Any) -> None:
             try:
-                tensor = reading(value, tap)
+                found = terms(value, tap)
             except TypeError:
                 return  # a module that passes no tensor has no rows; the request that asked is told when it ends
-            visitor(key, tensor)
+            visitor(key, *found)
 
         return at
 

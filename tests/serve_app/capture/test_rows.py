@@ -39,6 +39,22 @@ def test_padding_and_other_requests_rows_are_left_out() -> None:
     assert third.cut().tensors["x"].flatten().tolist() == [8]
 
 
+@pytest.mark.parametrize("lengths", [[3, 3], [2, 3]])
+@pytest.mark.parametrize("policy", ["all", "mean_prompt"])
+def test_a_value_in_two_parts_is_their_sum(lengths: list[int], policy: str) -> None:
+    """Where the wanted rows lie side by side, and where padding is between them."""
+    requests = [RequestRows(plan(policy), length) for length in lengths]
+    value, plus = torch.randn(2, 3, 4).bfloat16(), torch.randn(2, 3, 4)
+    step = StepRows(list(requests), Grid([range(length) for length in lengths], 3))
+    step("x", value, plus)
+    step.deliver(STREAMS)
+    for request, length, rows in zip(requests, lengths, value + plus, strict=True):
+        kept = request.cut().tensors["x"]
+        expected = rows[-length:].mean(0, keepdim=True) if policy == "mean_prompt" else rows[-length:]
+        assert kept.dtype == torch.float32
+        torch.testing.assert_close(kept, expected)
+
+
 def test_a_module_that_sees_batch_and_tokens_flattened() -> None:
     request = RequestRows(plan(), 2)
     forward([request, None], [2, 2], 2, x=torch.arange(8.0).reshape(4, 2))
@@ -146,3 +162,12 @@ def test_a_long_request_does_not_keep_the_batch_alive() -> None:
     assert sum(block() is not None for block in blocks) == 5
     rows = request.cut().tensors["x"]
     assert rows[:, 0].tolist() == list(range(3 * JOIN_EVERY + 5))
+
+
+def test_what_was_joined_as_it_ended_is_not_copied_again() -> None:
+    request = RequestRows(plan(), 1)
+    for number in range(JOIN_EVERY):
+        forward([request], [1], 1, number, x=torch.full((1, 1, 4), float(number)))
+    once, again = request.cut().tensors["x"], request.cut().tensors["x"]
+    assert once[:, 0].tolist() == list(range(JOIN_EVERY))
+    assert once.data_ptr() == again.data_ptr()

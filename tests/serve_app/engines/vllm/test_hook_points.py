@@ -6,7 +6,7 @@ import torch
 from roentgen.contract import ActivationRequest
 from serve_app.capture.resolver import ResolutionError
 from serve_app.capture.structure import CaptureRequestError, ModelStructure, Tap
-from serve_app.engines.vllm.hook_points import CHECK, candidates, describe_modules, missing, read, verify, written
+from serve_app.engines.vllm.hook_points import CHECK, candidates, describe_modules, missing, terms, verify
 from serve_app.engines.vllm.loading import tap_patterns, tapped_modules
 
 LLAMA = (
@@ -87,14 +87,15 @@ def test_what_is_missing_everywhere_and_in_some_layers() -> None:
     assert "layers.1.ln_mlp" not in found
 
 
-def test_the_stream_is_read_as_a_sum_and_written_in_its_first_part() -> None:
+def test_the_stream_is_the_sum_of_two_tensors_and_changed_in_the_first() -> None:
     positions, hidden, residual = torch.arange(3), torch.ones(3, 2), torch.full((3, 2), 5.0)
     tap = Tap("model.layers.0", "input", plus=1)
-    assert read(((positions, hidden, residual), {}), tap).tolist() == [[6.0, 6.0]] * 3
-    assert read(((positions, hidden, None), {}), tap).tolist() == [[1.0, 1.0]] * 3
-    assert written(((positions, hidden, residual), {}), tap) is hidden
+    first, second = terms(((positions, hidden, residual), {}), tap)
+    assert first is hidden
+    assert second is residual
+    assert terms(((positions, hidden, None), {}), tap) == (hidden,)
     with pytest.raises(TypeError):
-        read((positions,), tap)
+        terms((positions,), tap)
 
 
 def structure() -> ModelStructure:
