@@ -2,9 +2,10 @@
 
 The engine's thread hands over finished rollouts and goes on; this thread gathers what arrives, writes one shard per
 (session, capture spec), then one index file per shard, and only then completes the rollouts' futures. Grouping makes one
-flush of the disk serve many rollouts; it waits until `max_bytes` are pending or the oldest has waited `max_wait_s`. There is no
-manifest: file names are ULIDs, so any number of writers on any number of machines append side by side. A crash between the two
-writes leaves an orphan shard, which readers never see.
+flush of the disk serve many rollouts; it waits until `max_bytes` are pending or the oldest has waited `max_wait_s`. Where a
+pause as long came before, rollouts come one by one, and waiting for company would only delay each. There is no manifest: file
+names are ULIDs, so any number of writers on any number of machines append side by side. A crash between the two writes leaves
+an orphan shard, which readers never see.
 
 Small groups make small shards. When a writer has made many of them, another thread merges them (`merging`).
 """
@@ -32,6 +33,9 @@ from roentgen.store.places import Place, check_writable, open_place
 from roentgen.store.schema import SCHEMA_VERSION, CaptureSpec, Receipt, Rollout, StoreError, index_row, rows_checksum
 
 log = logging.getLogger(__name__)
+
+AT_ONCE_S = 0.01
+"""What a rollout waits that comes after a pause: those that end in one step of the model come within this time."""
 
 
 @dataclass
@@ -61,7 +65,8 @@ class StoreWriter:
         Args:
             root: the store's address: a folder, made if absent, or a bucket's (`places`).
             max_bytes: commit at once when this much is pending.
-            max_wait_s: commit at the latest when a rollout has waited this long, in seconds.
+            max_wait_s: commit at the latest when a rollout has waited this long, in seconds; almost at once, if for so long
+                none had come before it.
             max_pending_bytes: there is no room for more while this much is pending, so that a disk slower than the model
                 slows the model instead of filling the memory.
             merge_shards: merge so many small shards of a session into one; 0 for never.
@@ -80,7 +85,7 @@ class StoreWriter:
         self._pending: list[_Pending] = []
         self._pending_bytes = 0
         self._closed = False
-        self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(time.monotonic(),), name="store-writer", daemon=True)
         self._thread.start()
 
     def __enter__(self) -> Self:
@@ -141,7 +146,8 @@ class StoreWriter:
         if self._merger is not None:
             self._merger.close()
 
-    def _run(self) -> None:
+    def _run(self, latest: float) -> None:
+        """Commit until closed; `latest` is when the last rollout came, or the writer was opened."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._pending)
@@ -150,12 +156,15 @@ class StoreWriter:
                 sessions = {item.rollout.session_id for item in self._pending}
             self._announce(sessions)
             with self._changed:
-                deadline = self._pending[0].arrived + self._max_wait_s
+                first = self._pending[0].arrived
+                alone = first - latest > self._max_wait_s
+                deadline = first + (min(AT_ONCE_S, self._max_wait_s) if alone else self._max_wait_s)
                 self._changed.wait_for(
                     lambda: self._closed or self._pending_bytes >= self._max_bytes,
                     timeout=max(0.0, deadline - time.monotonic()),
                 )
                 group, self._pending = self._pending, []
+            latest = group[-1].arrived
             for bucket in _buckets(group):
                 self._commit(bucket)
             with self._changed:
