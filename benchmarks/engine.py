@@ -89,6 +89,12 @@ def report(workload: Workload, limits: Limits, columns: list[Column], pairs: lis
     if columns:
         header = ["way", "in flight", "tokens/s", "first token, median", "p95", "peak memory", "of the machine's limit"]
         parts.append(table(header, [_row(column, limits) for column in columns if not column.skipped]))
+        if any(column.way.startswith("vllm") and not column.skipped for column in columns):
+            parts.append(
+                "`vllm` compiles the model, and stores and detokenizes nothing. `vllm-3x2` and `vllm-all` are this project's "
+                "engine, eager, since on a CPU its hooks need that; what they capture is on the disk within the time measured, "
+                "and their peak memory is of the replica's process alone: the model is in another."
+            )
         parts += [f"{c.way}, {c.in_flight} in flight: skipped, {c.skipped}" for c in columns if c.skipped]
     for ratios, how in (
         (pairs, f"Interleaved runs of one process, {PAIR_PROMPTS} prompts, {IN_FLIGHT} in flight"),
