@@ -18,11 +18,11 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class Limits:
-    """A machine's limits in one dtype.
+    """A machine's limits.
 
     Attributes:
         bytes_per_s: weights read, in a product with one vector.
-        flops: operations per second, in a product of large matrices.
+        flops: operations per second in one dtype, in a product of large matrices.
     """
 
     bytes_per_s: float
@@ -74,10 +74,13 @@ class Weights:
 
 
 def measure_limits(device: torch.device, dtype: torch.dtype) -> Limits:
-    """Measure the best of some runs of a matrix-vector and a matrix-matrix product."""
-    rows = MATVEC_BYTES // dtype.itemsize // 4096
-    matrix = torch.ones(rows, 4096, device=device, dtype=dtype)
-    vector = torch.ones(4096, device=device, dtype=dtype)
+    """Measure the best of some runs of a matrix-vector and a matrix-matrix product.
+
+    Memory has one bandwidth whatever the dtype: it is read as float32, since a CPU's product of a bfloat16 matrix with one
+    vector is slower than the memory.
+    """
+    matrix = torch.ones(MATVEC_BYTES // 4 // 4096, 4096, device=device)
+    vector = torch.ones(4096, device=device)
     square = torch.ones(MATMUL_SIZE, MATMUL_SIZE, device=device, dtype=dtype)
     with torch.inference_mode():
         read_s = _best(lambda: matrix @ vector, device)
