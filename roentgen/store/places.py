@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 from ulid import ULID
 
-from roentgen.store.durable import make_folder, sync_folder, write_durably
+from roentgen.store.durable import make_folder, sync_folder, write_chunks, write_durably
 from roentgen.store.schema import StoreError
 
 BUCKETS = ("s3", "gs", "gcs", "abfs", "abfss")
@@ -150,13 +150,7 @@ class FolderPlace(Place):
 
     def put(self, name: str, chunks: Iterable[Bytes]) -> None:  # noqa: D102
         make_folder(self.path)
-
-        def write(temporary: Path) -> None:
-            with temporary.open("wb") as file:
-                for chunk in chunks:
-                    file.write(chunk)
-
-        write_durably(self.path / name, write)
+        write_durably(self.path / name, lambda temporary: write_chunks(temporary, chunks))
 
     def entries(self) -> list[Entry]:  # noqa: D102
         found = []
