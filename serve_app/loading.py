@@ -203,7 +203,7 @@ class ModelSlot:
     def _make_transformers(self, choice: ModelChoice, source: ModelSource) -> Served:
         config = self._config
         if self._writer is None:
-            self._writer = StoreWriter(config.store)
+            self._writer = StoreWriter(config.store, expecting=self._generating)
         model = load(
             source,
             config.dtype,
@@ -222,6 +222,10 @@ class ModelSlot:
             max_cache_tokens=config.max_cache_tokens,
         )
         return Served(model, engine, LocalStorage(self._writer))
+
+    def _generating(self) -> bool:
+        served = self._served
+        return served is not None and served.engine.load.running > 0
 
     def _say(self, stage: str) -> None:
         self._stage = stage

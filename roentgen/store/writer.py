@@ -2,10 +2,10 @@
 
 The engine's thread hands over finished rollouts and goes on; this thread gathers what arrives, writes one shard per
 (session, capture spec), then one index file per shard, and only then completes the rollouts' futures. Grouping makes one
-flush of the disk serve many rollouts; it waits until `max_bytes` are pending or the oldest has waited `max_wait_s`. Where a
-pause as long came before, rollouts come one by one, and waiting for company would only delay each. There is no manifest: file
-names are ULIDs, so any number of writers on any number of machines append side by side. A crash between the two writes leaves
-an orphan shard, which readers never see.
+flush of the disk serve many rollouts; it waits until `max_bytes` are pending or the oldest has waited `max_wait_s`, but only
+as long as whoever makes the rollouts expects more of them: waiting for company that will not come only delays a rollout.
+There is no manifest: file names are ULIDs, so any number of writers on any number of machines append side by side. A crash
+between the two writes leaves an orphan shard, which readers never see.
 
 Small groups make small shards. When a writer has made many of them, another thread merges them (`merging`).
 """
@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -34,8 +34,8 @@ from roentgen.store.schema import SCHEMA_VERSION, CaptureSpec, Receipt, Rollout,
 
 log = logging.getLogger(__name__)
 
-AT_ONCE_S = 0.01
-"""What a rollout waits that comes after a pause: those that end in one step of the model come within this time."""
+ASK_S = 0.01
+"""How often it is asked whether more rollouts are expected; those that end in one step of the model come within this time."""
 
 
 @dataclass
@@ -59,17 +59,19 @@ class StoreWriter:
         max_wait_s: float = 0.25,
         max_pending_bytes: int = 1 << 30,
         merge_shards: int = 64,
+        expecting: Callable[[], bool] = lambda: True,
     ) -> None:
         """Open a store for appending.
 
         Args:
             root: the store's address: a folder, made if absent, or a bucket's (`places`).
             max_bytes: commit at once when this much is pending.
-            max_wait_s: commit at the latest when a rollout has waited this long, in seconds; almost at once, if for so long
-                none had come before it.
+            max_wait_s: commit at the latest when a rollout has waited this long, in seconds.
             max_pending_bytes: there is no room for more while this much is pending, so that a disk slower than the model
                 slows the model instead of filling the memory.
             merge_shards: merge so many small shards of a session into one; 0 for never.
+            expecting: whether more rollouts are being made; if not, what is pending is committed almost at once. Any thread
+                may ask.
 
         Raises:
             StoreError: if nothing can be written there.
@@ -79,13 +81,14 @@ class StoreWriter:
         self._max_bytes = max_bytes
         self._max_wait_s = max_wait_s
         self._max_pending_bytes = max_pending_bytes
+        self._expecting = expecting
         self._locks = writer_locks(self.root)
         self._merger = Merger(self.root, self._locks, merge_shards, max_bytes // 4, max_bytes) if merge_shards else None
         self._changed = threading.Condition()
         self._pending: list[_Pending] = []
         self._pending_bytes = 0
         self._closed = False
-        self._thread = threading.Thread(target=self._run, args=(time.monotonic(),), name="store-writer", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="store-writer", daemon=True)
         self._thread.start()
 
     def __enter__(self) -> Self:
@@ -146,8 +149,7 @@ class StoreWriter:
         if self._merger is not None:
             self._merger.close()
 
-    def _run(self, latest: float) -> None:
-        """Commit until closed; `latest` is when the last rollout came, or the writer was opened."""
+    def _run(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._pending)
@@ -156,20 +158,23 @@ class StoreWriter:
                 sessions = {item.rollout.session_id for item in self._pending}
             self._announce(sessions)
             with self._changed:
-                first = self._pending[0].arrived
-                alone = first - latest > self._max_wait_s
-                deadline = first + (min(AT_ONCE_S, self._max_wait_s) if alone else self._max_wait_s)
-                self._changed.wait_for(
-                    lambda: self._closed or self._pending_bytes >= self._max_bytes,
-                    timeout=max(0.0, deadline - time.monotonic()),
-                )
+                self._wait_for_company(self._pending[0].arrived + self._max_wait_s)
                 group, self._pending = self._pending, []
-            latest = group[-1].arrived
             for bucket in _buckets(group):
                 self._commit(bucket)
             with self._changed:
                 self._pending_bytes -= sum(item.rollout.in_memory for item in group)
                 self._changed.notify_all()
+
+    def _wait_for_company(self, deadline: float) -> None:
+        """Wait, holding the lock, until what is pending is to be committed."""
+        while (left := deadline - time.monotonic()) > 0:
+            if self._changed.wait_for(
+                lambda: self._closed or self._pending_bytes >= self._max_bytes, timeout=min(ASK_S, left)
+            ):
+                return
+            if not self._expecting():
+                return
 
     def _announce(self, sessions: set[str]) -> None:
         """Let whoever wants to delete these sessions know that they are being written, from the first rollout on."""

@@ -1,7 +1,8 @@
 """Has the workers store what they hold: entries go there, receipts come back, all that have gathered in one exchange.
 
 vLLM calls its workers between two steps, so an exchange must not wait for the disk. It hands over what is new and takes what
-is ready; while something is on its way, exchanges follow one another at a short interval.
+is ready; while something is on its way, exchanges follow one another at an interval, which is short when the workers hold no
+more rows: nothing then runs that will come to be stored with it.
 """
 
 import asyncio
@@ -18,6 +19,7 @@ from serve_app.storing import Stored
 log = logging.getLogger(__name__)
 
 INTERVAL_S = 0.05
+LAST_INTERVAL_S = 0.01
 
 
 class WorkerStorage:
@@ -89,4 +91,4 @@ class WorkerStorage:
                 self._waiting.pop(job_id).set_result(stored)
             for job_id, failure in report.failed.items():
                 self._waiting.pop(job_id).set_exception(failure)
-            await asyncio.sleep(INTERVAL_S)
+            await asyncio.sleep(INTERVAL_S if report.held else LAST_INTERVAL_S)

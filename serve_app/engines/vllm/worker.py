@@ -19,7 +19,7 @@ from serve_app.capture.rows import UncapturableError
 from serve_app.engines.vllm.collecting import Collector, LostRowsError
 from serve_app.engines.vllm.hook_points import candidates, describe_modules, verify
 from serve_app.engines.vllm.lifetime import EndsWithReplica
-from serve_app.engines.vllm.observer import BatchWorkers, Watched
+from serve_app.engines.vllm.observer import BatchInterleaver, BatchWorkers, Watched
 from serve_app.engines.vllm.orders import Exchange, Report, pack, unpack
 from serve_app.storing import Stored, write
 
@@ -32,6 +32,7 @@ class CapturingRunner(NNsightGPUModelRunner):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model and wrap it."""
         super().load_model(*args, **kwargs)
+        self.nnsight_model.interleaver.__class__ = BatchInterleaver
         self.collector = Collector()
         self.nnsight_requests = BatchWorkers(lambda: self.requests, self.collector)
 
@@ -54,7 +55,8 @@ class Capturing(EndsWithReplica):
         Raises:
             StoreError: if nothing can be written there.
         """
-        self._writer = StoreWriter(store) if self.rank == 0 else None
+        collector = self.model_runner.collector
+        self._writer = StoreWriter(store, expecting=lambda: collector.held > 0) if self.rank == 0 else None
         self._pending: dict[str, Future[Stored]] = {}
 
     def roentgen_modules(self) -> bytes:

@@ -2,12 +2,10 @@
 
 import json
 import threading
-import time
 import tracemalloc
 from concurrent.futures import Future
 from pathlib import Path
 from random import Random
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -73,19 +71,16 @@ def test_one_group_is_one_shard_per_spec(store: str, rollout: RolloutFactory) ->
     assert verify(Session.open(f"{store}/s")).rollouts == 4
 
 
-def test_after_a_pause_nobody_is_waited_for(
-    store: str, rollout: RolloutFactory, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A minute's wait, and a clock that is set on by two: only what is after that is written at once."""
-    later = SimpleNamespace(monotonic=lambda: time.monotonic() + 120)
-    with StoreWriter(store, max_wait_s=60) as writer:
+def test_company_is_waited_for_while_it_is_expected(store: str, rollout: RolloutFactory) -> None:
+    """A minute's wait, which ends when no more rollouts are being made."""
+    expecting = threading.Event()
+    expecting.set()
+    with StoreWriter(store, max_wait_s=60, expecting=expecting.is_set) as writer:
         early = writer.submit(rollout())
         with pytest.raises(TimeoutError):
             early.result(timeout=0.2)
-    assert early.result().row_stop
-    with StoreWriter(store, max_wait_s=60) as writer:
-        monkeypatch.setattr("roentgen.store.writer.time", later)
-        assert writer.submit(rollout()).result(timeout=30).row_stop
+        expecting.clear()
+        assert early.result(timeout=30).row_stop == writer.submit(rollout()).result(timeout=30).row_stop
 
 
 def test_position_policies_are_read_from_full_rows(store: str, rollout: RolloutFactory) -> None:
