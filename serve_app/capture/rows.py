@@ -130,11 +130,17 @@ class RequestRows:
         self._position += kept
         return kept
 
-    def add(self, blocks: list[_Block], start: int, stop: int) -> None:
-        """Take rows `[start, stop)` of a forward's blocks, the next ones in order of position."""
+    def add(self, blocks: list[_Block], start: int, stop: int, missing: str | None) -> None:
+        """Take rows `[start, stop)` of a forward's blocks, the next ones in order of position.
+
+        Args:
+            blocks: of all the cohort's keys.
+            start: the first row.
+            stop: behind the last.
+            missing: a key that is in no block, if there is one.
+        """
         self.begun = True
-        delivered = {key for block in blocks for key in block.keys}
-        self._missing = self._missing or next((key for key in self.plan.taps if key not in delivered), None)
+        self._missing = self._missing or missing
         if self._missing:
             return  # said in `cut`: others in this forward have what they asked for
         if self.plan.positions.policy == "last" and stop > start:
@@ -301,8 +307,10 @@ class StepRows:
         """Give each request its span, once the forward has been issued."""
         for cohort in self._cohorts:
             blocks = [streams.to_host(block) for block in cohort.blocks]
+            gathered = {key for block in blocks for key in block.keys}
+            missing = next((key for key in cohort.keys if key not in gathered), None)
             for request, start, stop in cohort.spans:
-                request.add(blocks, start, stop)
+                request.add(blocks, start, stop, missing)
 
 
 class HostStreams:

@@ -43,6 +43,9 @@ def prepare_cpu(threads: int) -> None:
         threads: to compute with; 0 for one per core.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # to vLLM's CPU platform, this forbids one process for both
+    # A prompt's activations are tens of megabytes, which the C library would give back and ask for again at every step.
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 << 20))
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(4 << 30))
     os.environ["OMP_NUM_THREADS"] = str(threads or len(os.sched_getaffinity(0)))
     # nnsight builds the model's skeleton in this process too, after which vLLM frees an accelerator's memory.
     torch.accelerator.empty_cache = lambda: None
