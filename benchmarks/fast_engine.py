@@ -1,6 +1,7 @@
 """What capturing costs in vLLM, beside vLLM that captures nothing and nnsight's own way: `python -m benchmarks.fast_engine`.
 
-Engines with the same settings are loaded into processes of their own, and run one after the other, round after round: vLLM as
+Engines with the same settings are loaded into processes of their own, and run one after the other, round after round, and all
+of that a few times, since equal processes differ by some per cent as long as they live: vLLM as
 it is, the same with what an engine that captures does without, this project's, and nnsight's with a block that is installed
 once and runs for every request. Needs the environment that `make test-vllm` makes. What is captured by this project's engine
 is on the disk before a run has ended; what nnsight captures has been handed to this process.
@@ -43,7 +44,8 @@ def main(
         int, typer.Option(help="So many times as many prompts per run: the last of them end with fewer.")
     ] = 4,
     max_tokens: Annotated[int, typer.Option(help="The most to generate per prompt.")] = 32,
-    rounds: Annotated[int, typer.Option(help="Of interleaved runs.")] = 5,
+    starts: Annotated[int, typer.Option(help="How often all engines are started: each has its luck with memory.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Of interleaved runs, per start.")] = 3,
     threads: Annotated[int, typer.Option(help="Of each engine on a CPU; 0 for one per core.")] = 0,
     write: Annotated[bool, typer.Option("--record/--no-record", help="Update RESULTS.md.")] = True,
 ) -> None:
@@ -55,6 +57,52 @@ def main(
     def stage(text: str) -> None:
         print(f"{time.monotonic() - start:7.1f} s  {text}", file=sys.stderr, flush=True)
 
+    rates: dict[str, list[float]] = {}
+    for _ in range(starts):
+        for name, measured in _one_start(workload, prompts, max_tokens, in_flight, rounds, threads, stage).items():
+            rates.setdefault(name, []).extend(measured)
+    dtype = str(workload.place()[1]).removeprefix("torch.")
+    compared = [
+        ("with prefix caching and chunked prefill, no capture", 0.0, "switched on"),
+        ("no capture", 1.0, "none"),
+        ("capture of 3 layers × 2 hook points", 0.97, "3x2"),
+        ("capture of every layer's residual", 0.90, "all"),
+        ("the same, by a block of nnsight's per request", 0.0, "nnsight"),
+    ]
+    found = [
+        Ratio(what, budget, ratios(rates[ours], rates["plain"]), starts * rounds) for what, budget, ours in compared
+    ]
+    from vllm import __version__ as vllm_version
+
+    coverage = found[0].interval.coverage
+    body = "\n\n".join(
+        [
+            f"{workload.name}, {dtype}, {waves * in_flight} GSM8K prompts, {in_flight} in "
+            f"flight, at most {max_tokens} tokens, greedy, {threads or 'all'} threads, vLLM {vllm_version}. Engines are eager, "
+            "without prefix caching and chunked prefill; what this project captures is on a disk within the time measured. "
+            f"{starts} starts of all engines, with {rounds} rounds of interleaved runs each; median ratio to plain vLLM's "
+            f"tokens/s and its {coverage:.0%} interval:",
+            table(
+                ["against plain vLLM", "budget", "median (interval)", "pairs"],
+                [[r.what, f"{r.budget}×" if r.budget else "", str(r.interval), str(r.pairs)] for r in found],
+            ),
+        ]
+    )
+    print(body)
+    if write:
+        record("vLLM with capture", body)
+
+
+def _one_start(
+    workload: Workload,
+    prompts: list[list[int]],
+    max_tokens: int,
+    in_flight: int,
+    rounds: int,
+    threads: int,
+    stage: Callable[[str], None],
+) -> dict[str, list[float]]:
+    """Start the engines and run them in turns; returns each way's tokens/s."""
     with TemporaryDirectory() as folder, ExitStack() as stack:
         model, engine = stack.enter_context(
             capturing_engine(workload, in_flight, Path(folder), cache_tokens=CACHE_TOKENS, threads=threads)
@@ -86,33 +134,7 @@ def main(
 
         for way in ways.values():
             way(prompts[:4], 2, 4)
-        rates = interleave({name: arm(name) for name in ways}, rounds)
-    compared = [
-        ("with prefix caching and chunked prefill, no capture", 0.0, "switched on"),
-        ("no capture", 1.0, "none"),
-        ("capture of 3 layers × 2 hook points", 0.97, "3x2"),
-        ("capture of every layer's residual", 0.90, "all"),
-        ("the same, by a block of nnsight's per request", 0.0, "nnsight"),
-    ]
-    found = [Ratio(what, budget, ratios(rates[ours], rates["plain"]), rounds) for what, budget, ours in compared]
-    from vllm import __version__ as vllm_version
-
-    coverage = found[0].interval.coverage
-    body = "\n\n".join(
-        [
-            f"{workload.name}, {str(model.dtype).removeprefix('torch.')}, {waves * in_flight} GSM8K prompts, {in_flight} in "
-            f"flight, at most {max_tokens} tokens, greedy, {threads or 'all'} threads, vLLM {vllm_version}. Engines are eager, "
-            "without prefix caching and chunked prefill; what this project captures is on a disk within the time measured. "
-            f"Interleaved runs; median ratio to plain vLLM's tokens/s and its {coverage:.0%} interval:",
-            table(
-                ["against plain vLLM", "budget", "median (interval)", "pairs"],
-                [[r.what, f"{r.budget}×" if r.budget else "", str(r.interval), str(r.pairs)] for r in found],
-            ),
-        ]
-    )
-    print(body)
-    if write:
-        record("vLLM with capture", body)
+        return interleave({name: arm(name) for name in ways}, rounds)
 
 
 @contextmanager
