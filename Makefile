@@ -86,7 +86,8 @@ bench-vllm: $(VLLM)/.installed
 
 # The fast engine on vLLM's CPU build: what every engine has to do, fidelity to transformers, and a server with OpenAI's client.
 test-vllm: $(VLLM)/.installed
-	$(VLLM)/bin/python -m pytest tests/serve_app/engines/test_both_engines.py tests/serve_app/engines/vllm
+	$(VLLM)/bin/python -m pytest tests/serve_app/engines/test_both_engines.py tests/serve_app/engines/vllm \
+		tests/benchmarks/test_vllm_way.py
 
 $(VLLM)/.installed: constraints-vllm.txt $(INSTALLED)
 	$(BIN)/python -m venv --clear --without-pip $(VLLM)
