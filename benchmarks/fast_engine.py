@@ -1,10 +1,10 @@
 """What capturing costs in vLLM, beside vLLM that captures nothing and nnsight's own way: `python -m benchmarks.fast_engine`.
 
-Engines with the same settings are loaded into processes of their own, and run one after the other, round after round, and all
-of that a few times, since equal processes differ by some per cent as long as they live: vLLM as
+Engines with the same settings are loaded into processes of their own, and run one after the other, round after round: vLLM as
 it is, the same with what an engine that captures does without, this project's, and nnsight's with a block that is installed
-once and runs for every request. Needs the environment that `make test-vllm` makes. What is captured by this project's engine
-is on the disk before a run has ended; what nnsight captures has been handed to this process.
+once and runs for every request. All are started anew a few times, since equal processes differ by some per cent as long as
+they live. Needs the environment that `make test-vllm` makes. What is captured by this project's engine is on the disk before a
+run has ended; what nnsight captures has been handed to this process.
 """
 
 import sys

@@ -19,7 +19,7 @@ from io import FileIO
 from pathlib import Path
 
 BUFFER_BYTES = 8 << 20
-"""Files up to this size go through the page cache: they are merged, or read again, before long."""
+"""What is written at once past the page cache; a file that does not fill it goes through the cache."""
 _ALIGNED = 4096
 """What lengths and places must be multiples of, past the page cache."""
 _DIRECT = getattr(os, "O_DIRECT", 0)  # macOS has none

@@ -33,6 +33,7 @@ def test_sizes_around_that_of_the_buffer(tmp_path: Path, size: int) -> None:
     assert (tmp_path / "whole").read_bytes() == data
 
 
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="this system writes nothing past the page cache")
 def test_only_what_is_large_goes_past_the_page_cache(tmp_path: Path) -> None:
     try:
         os.close(os.open(tmp_path / "tried", os.O_WRONLY | os.O_CREAT | os.O_DIRECT))
@@ -46,6 +47,7 @@ def test_only_what_is_large_goes_past_the_page_cache(tmp_path: Path) -> None:
     assert not _cached(tmp_path / "large")
 
 
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="this system writes nothing past the page cache")
 def test_a_file_system_that_cannot_is_written_through_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
