@@ -39,14 +39,18 @@ class Listener:
 
 def find_listener(port: int) -> Listener | None:
     """Return who listens on a TCP port of this machine, on any address."""
-    # psutil lists processes before sockets, so whoever began to listen in between is seen only at a second look.
     found = _listed(port)
-    if found is not None and found.pid is None:
+    if found is None and not _answers(port):
+        return None
+    # Whoever began to listen during the first look (psutil lists processes before sockets) is seen whole by a second one.
+    if found is None or found.pid is None:
         found = _listed(port)
-    if found is not None:
-        return found
-    with socket.socket() as probe:  # where another user's sockets cannot be listed
-        return Listener(port, None, "") if probe.connect_ex(("127.0.0.1", port)) == 0 else None
+    return found or Listener(port, None, "")  # where another user's sockets cannot be listed
+
+
+def _answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _listed(port: int) -> Listener | None:

@@ -1,9 +1,14 @@
 """Who has a port: real processes, named and stopped."""
 
 import os
+import socket
 import subprocess
 import sys
 import time
+from typing import Any
+
+import psutil
+import pytest
 
 from roentgen.launch.local import free_port
 from roentgen.launch.ports import Listener, find_listener, stop
@@ -34,6 +39,25 @@ def test_a_listener_is_found_named_and_stopped() -> None:
         stop(found)  # gone already
     finally:
         process.kill()
+
+
+@pytest.mark.parametrize("seen", ["not at all", "without its process"])
+def test_who_begins_to_listen_while_it_looks_is_named(seen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    port = free_port("127.0.0.1")
+    look = psutil.net_connections
+    with socket.socket() as listener:
+
+        def first_look(kind: str) -> list[Any]:
+            monkeypatch.setattr(psutil, "net_connections", look)
+            before = look(kind)
+            listener.bind(("127.0.0.1", port))
+            listener.listen()
+            if seen == "not at all":
+                return before
+            return [found._replace(pid=None) for found in look(kind)]
+
+        monkeypatch.setattr(psutil, "net_connections", first_look)
+        assert find_listener(port) == Listener(port, os.getpid(), " ".join(psutil.Process().cmdline()))
 
 
 def test_what_is_ours() -> None:
