@@ -8,7 +8,7 @@ forward's rows instead: pooled positions are reduced where they are, on the mode
 
 From a GPU a block goes to pinned memory in one asynchronous copy, on a stream of its own, while the next step runs. Every few
 steps, and when it ends, a request's spans are joined into tensors of its own, so that a long request does not keep alive
-what ran beside it.
+what ran beside it. All of it lies in one `RowMemory`.
 """
 
 from collections import defaultdict
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from roentgen.contract import Positions, StoredDtype
 from serve_app.capture.grid import Layout
+from serve_app.capture.memory import RowMemory
 from serve_app.capture.structure import Tap
 
 
@@ -107,16 +108,18 @@ class _Span:
 class RequestRows:
     """The rows of one running request: spans of the latest forwards' blocks, and what has been joined of earlier ones."""
 
-    def __init__(self, plan: CapturePlan, n_prompt: int) -> None:
+    def __init__(self, plan: CapturePlan, n_prompt: int, memory: RowMemory) -> None:
         """Begin before the first token.
 
         Args:
             plan: what to keep.
             n_prompt: tokens in the job's prompt.
+            memory: for its joined rows.
         """
         self.plan = plan
         self.begun = False
         self._n_prompt = n_prompt
+        self._memory = memory
         self._position: list[int] = []
         self._own: list[_Span] = []
         self._shared: list[_Span] = []
@@ -177,7 +180,9 @@ class RequestRows:
         blocks = []
         for same in zip(*(span.blocks for span in spans), strict=True):
             parts = [block.rows(span.start, span.stop) for block, span in zip(same, spans, strict=True)]
-            rows = torch.cat(parts, dim=1)
+            shape = (len(parts[0]), sum(part.shape[1] for part in parts), *parts[0].shape[2:])
+            rows = self._memory.empty(shape, parts[0].dtype, parts[0].device)
+            torch.cat(parts, dim=1, out=rows)
             if self.plan.positions.pooled:
                 rows = rows.sum(1, keepdim=True)
             blocks.append(_Block(rows, same[0].dtype, same[0].keys))
@@ -187,9 +192,10 @@ class RequestRows:
 class _Cohort:
     """The requests of a forward that want the same keys in the same way, and what is gathered for them."""
 
-    def __init__(self, keys: tuple[str, ...], pooled: bool) -> None:
+    def __init__(self, keys: tuple[str, ...], pooled: bool, memory: RowMemory) -> None:
         self.keys = keys
         self.pooled = pooled
+        self._memory = memory
         self.spans: list[tuple[RequestRows, int, int]] = []
         self.places: list[int] = []
         self.sums: list[int] = []
@@ -254,7 +260,7 @@ class _Cohort:
             if block.tensor.shape[1:] == shape and block.dtype == dtype and block.tensor.device == device:
                 return block
         kept_as = torch.float32 if self.pooled else dtype
-        self.blocks.append(_Block(torch.empty(len(self.keys), *shape, dtype=kept_as, device=device), dtype))
+        self.blocks.append(_Block(self._memory.empty((len(self.keys), *shape), kept_as, device), dtype))
         return self.blocks[-1]
 
 
@@ -265,14 +271,16 @@ class StepRows:
         taps: per stored key, where to read in this forward; nothing if no row of it is kept.
     """
 
-    def __init__(self, requests: list[RequestRows | None], grid: Layout) -> None:
+    def __init__(self, requests: list[RequestRows | None], grid: Layout, memory: RowMemory) -> None:
         """Lay out one forward's rows.
 
         Args:
             requests: per batch row, the request's rows, None if it captures nothing.
             grid: how the rows lie.
+            memory: for the blocks.
         """
         self._grid = grid
+        self._memory = memory
         cohorts: dict[tuple[tuple[str, ...], bool], _Cohort] = {}
         self._of_key: dict[str, list[_Cohort]] = defaultdict(list)
         self.taps: dict[str, Tap] = {}
@@ -285,7 +293,7 @@ class StepRows:
                 continue
             kind = tuple(request.plan.taps), request.plan.positions.pooled
             if kind not in cohorts:
-                cohorts[kind] = _Cohort(*kind)
+                cohorts[kind] = _Cohort(*kind, memory)
                 self.taps.update(request.plan.taps)
                 for key in kind[0]:
                     self._of_key[key].append(cohorts[kind])
@@ -303,34 +311,15 @@ class StepRows:
         for cohort in self._of_key[key]:
             cohort.gather(key, flat, other)
 
-    def deliver(self, streams: "HostStreams") -> None:
+    def deliver(self) -> None:
         """Give each request its span, once the forward has been issued."""
         for cohort in self._cohorts:
-            blocks = [streams.to_host(block) for block in cohort.blocks]
+            blocks = [self._on_host(block) for block in cohort.blocks]
             gathered = {key for block in blocks for key in block.keys}
             missing = next((key for key in cohort.keys if key not in gathered), None)
             for request, start, stop in cohort.spans:
                 request.add(blocks, start, stop, missing)
 
-
-class HostStreams:
-    """Copies blocks from GPUs to pinned memory, on a stream of each GPU's own beside the model's; on a CPU, does nothing."""
-
-    def __init__(self) -> None:
-        self._streams: dict[torch.device, torch.cuda.Stream] = {}
-
-    def to_host(self, block: _Block) -> _Block:
-        """Send a block on its way; `_Block.rows` waits for it."""
-        device = block.tensor.device
-        if device.type != "cuda":
-            return block
-        stream = self._streams.setdefault(device, torch.cuda.Stream(device))
-        used = block.tensor[: len(block.keys)]
-        host = torch.empty(used.shape, dtype=used.dtype, pin_memory=True)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            host.copy_(used, non_blocking=True)
-            copied = stream.record_event()
-        # The allocator must not hand the memory to the model's stream before the copy has read it.
-        block.tensor.record_stream(stream)
-        return _Block(host, block.dtype, block.keys, copied)
+    def _on_host(self, block: _Block) -> _Block:
+        tensor, copied = self._memory.to_host(block.tensor[: len(block.keys)])
+        return _Block(tensor, block.dtype, block.keys, copied)

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
+from serve_app.capture.memory import RowMemory
 from serve_app.capture.rows import RequestRows, UncapturableError
 from serve_app.capture.scoring import RequestScores, UnscorableError
 from serve_app.engines.completion import Completion
@@ -27,8 +28,8 @@ class Running(Completion):
     prompt_scores: list[TokenScore] = field(default_factory=list)
 
     @classmethod
-    def start(cls, job: GenerationJob, model: LoadedModel) -> "Running":
-        """Begin a job."""
+    def start(cls, job: GenerationJob, model: LoadedModel, memory: RowMemory) -> "Running":
+        """Begin a job, whose rows will lie in `memory`."""
         ends = model.eos_token_ids | job.sampling.stop_token_ids
         tapped = {tap.module for tap in job.capture.taps.values()} if job.capture else set()
         tapped |= {scorer.tap.module for scorer in job.probes}
@@ -37,7 +38,7 @@ class Running(Completion):
             text=TextStream(model.tokenizer.backend_tokenizer, job.sampling.stop, model.markers),
             ends=ends,
             sampler=Sampler(job.sampling, job.prompt_ids, ends, job.constraint),
-            rows=RequestRows(job.capture, len(job.prompt_ids)) if job.capture else None,
+            rows=RequestRows(job.capture, len(job.prompt_ids), memory) if job.capture else None,
             probed=RequestScores(job.probes) if job.probes else None,
             all_logits=job.score_prompt or model.head in tapped,
         )

@@ -28,7 +28,8 @@ from torch import Tensor
 from transformers import Cache
 
 from serve_app.capture.grid import Grid
-from serve_app.capture.rows import HostStreams, StepRows
+from serve_app.capture.memory import RowMemory
+from serve_app.capture.rows import StepRows
 from serve_app.capture.scoring import StepScores, UnscorableError
 from serve_app.capture.steering import OversteeredError, StepSteering
 from serve_app.engines.admission import Budget, next_jobs
@@ -86,7 +87,7 @@ class TransformersEngine:
             log.warning("%s has a cache that rows cannot join: requests run in static batches", model.source.name)
         self.budget = Budget.measure(model, max_cache_tokens)
         log.info("room for %d tokens in the KV cache", self.budget.cache_tokens)
-        self._streams = HostStreams()
+        self._memory = RowMemory()
         self._running: list[Running] = []
         self._steps: Counter[int] = Counter()
         self._prefill: Prefill | None = None
@@ -201,7 +202,7 @@ class TransformersEngine:
             )
         if not jobs:
             return None
-        return Prefill.lay_out([Running.start(job, self._model) for job in jobs], self._rows.new())
+        return Prefill.lay_out([Running.start(job, self._model, self._memory) for job in jobs], self._rows.new())
 
     def _piece(self, prefill: Prefill) -> int:
         """Return how many columns of a prefill to read at once; a static batch's cache takes only a whole prompt."""
@@ -277,7 +278,7 @@ class TransformersEngine:
         steering = StepSteering(
             [one.job.steering for one in running], [len(one.job.prompt_ids) for one in running], grid
         )
-        rows = StepRows([one.rows for one in running], grid)
+        rows = StepRows([one.rows for one in running], grid, self._memory)
         scores = StepScores([one.probed for one in running], grid)
         module = self._model.observed._module
         output = self._model.observed.run(
@@ -291,7 +292,7 @@ class TransformersEngine:
                 logits_to_keep=logits_to_keep,
             ),
         )
-        rows.deliver(self._streams)
+        rows.deliver()
         scores.deliver()
         logits: Tensor = output.logits
         return logits

@@ -20,7 +20,8 @@ import torch
 from roentgen.contract import Positions
 from roentgen.store import StoreError
 from serve_app.capture.grid import Strip
-from serve_app.capture.rows import CapturedRows, CapturePlan, HostStreams, RequestRows, StepRows
+from serve_app.capture.memory import RowMemory
+from serve_app.capture.rows import CapturedRows, CapturePlan, RequestRows, StepRows
 from serve_app.capture.steering import StepSteering
 from serve_app.engines.vllm.orders import Order
 
@@ -113,7 +114,7 @@ class Collector:
 
     def __init__(self) -> None:
         self._jobs: dict[str, _Job] = {}
-        self._streams = HostStreams()
+        self._memory = RowMemory()
 
     @property
     def held(self) -> int:
@@ -125,7 +126,7 @@ class Collector:
         if order.job_id in self._jobs:
             return
         plan = order.capture
-        rows = RequestRows(collecting_plan(plan, n_prompt), n_prompt) if plan is not None else None
+        rows = RequestRows(collecting_plan(plan, n_prompt), n_prompt, self._memory) if plan is not None else None
         self._jobs[order.job_id] = _Job(order, n_prompt, rows)
 
     def step(self, spans: list[tuple[str | None, range]]) -> Step | None:
@@ -148,7 +149,7 @@ class Collector:
         capturing = [job for job in known if job.rows is not None]
         rows = None
         if capturing:
-            rows = StepRows([job.rows if job is not None else None for job in jobs], Strip(new, lengths))
+            rows = StepRows([job.rows if job is not None else None for job in jobs], Strip(new, lengths), self._memory)
         return Step(steering, rows, capturing)
 
     def done(self, step: Step, failure: Exception | None) -> None:
@@ -162,7 +163,7 @@ class Collector:
             for job in step.jobs:
                 job.lost = job.lost or f"{type(failure).__name__}: {failure}"
         elif step.rows is not None:
-            step.rows.deliver(self._streams)
+            step.rows.deliver()
 
     def take(self, job_id: str, n_rows: int) -> CapturedRows:
         """Return a finished job's rows and forget it.

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from roentgen.contract import Positions, StoredDtype
 from serve_app.capture.grid import Grid
-from serve_app.capture.rows import JOIN_EVERY, CapturePlan, HostStreams, RequestRows, StepRows, UncapturableError
+from serve_app.capture.memory import RowMemory
+from serve_app.capture.rows import JOIN_EVERY, CapturePlan, RequestRows, StepRows, UncapturableError
 from serve_app.capture.structure import Tap
 
-STREAMS = HostStreams()
+MEMORY = RowMemory()
 
 
 def plan(positions: str = "all", dtype: StoredDtype = "model", keys: str = "x", **limits: int | None) -> CapturePlan:
@@ -24,16 +25,16 @@ def plan(positions: str = "all", dtype: StoredDtype = "model", keys: str = "x", 
 def forward(
     requests: list[RequestRows | None], lengths: list[int], width: int, start: int = 0, **values: torch.Tensor
 ) -> StepRows:
-    step = StepRows(requests, Grid([range(start, start + length) for length in lengths], width))
+    step = StepRows(requests, Grid([range(start, start + length) for length in lengths], width), MEMORY)
     for key, value in values.items():
         if key in step.taps:
             step(key, value)
-    step.deliver(STREAMS)
+    step.deliver()
     return step
 
 
 def test_padding_and_other_requests_rows_are_left_out() -> None:
-    first, third = RequestRows(plan(), 2), RequestRows(plan(), 1)
+    first, third = RequestRows(plan(), 2, MEMORY), RequestRows(plan(), 1, MEMORY)
     forward([first, None, third], [2, 3, 1], 3, x=torch.arange(9.0).reshape(3, 3, 1))
     assert first.cut().tensors["x"].flatten().tolist() == [1, 2]
     assert third.cut().tensors["x"].flatten().tolist() == [8]
@@ -43,11 +44,11 @@ def test_padding_and_other_requests_rows_are_left_out() -> None:
 @pytest.mark.parametrize("policy", ["all", "mean_prompt"])
 def test_a_value_in_two_parts_is_their_sum(lengths: list[int], policy: str) -> None:
     """Where the wanted rows lie side by side, and where padding is between them."""
-    requests = [RequestRows(plan(policy), length) for length in lengths]
+    requests = [RequestRows(plan(policy), length, MEMORY) for length in lengths]
     value, plus = torch.randn(2, 3, 4).bfloat16(), torch.randn(2, 3, 4)
-    step = StepRows(list(requests), Grid([range(length) for length in lengths], 3))
+    step = StepRows(list(requests), Grid([range(length) for length in lengths], 3), MEMORY)
     step("x", value, plus)
-    step.deliver(STREAMS)
+    step.deliver()
     for request, length, rows in zip(requests, lengths, value + plus, strict=True):
         kept = request.cut().tensors["x"]
         expected = rows[-length:].mean(0, keepdim=True) if policy == "mean_prompt" else rows[-length:]
@@ -56,13 +57,13 @@ def test_a_value_in_two_parts_is_their_sum(lengths: list[int], policy: str) -> N
 
 
 def test_a_module_that_sees_batch_and_tokens_flattened() -> None:
-    request = RequestRows(plan(), 2)
+    request = RequestRows(plan(), 2, MEMORY)
     forward([request, None], [2, 2], 2, x=torch.arange(8.0).reshape(4, 2))
     assert request.cut().tensors["x"].tolist() == [[0, 1], [2, 3]]
 
 
 def test_per_head_values_keep_their_shape() -> None:
-    request = RequestRows(plan("mean_prompt", keys="xh"), 2)
+    request = RequestRows(plan("mean_prompt", keys="xh"), 2, MEMORY)
     heads = torch.randn(1, 2, 4, 8)
     forward([request], [2], 2, x=torch.ones(1, 2, 5), h=heads)
     tensors = request.cut().tensors
@@ -73,7 +74,7 @@ def test_per_head_values_keep_their_shape() -> None:
 @pytest.mark.parametrize("value", [None, torch.ones(1, 5, 4), torch.ones(())])
 def test_a_value_without_a_row_per_token_is_an_error_for_who_asked(value: torch.Tensor | None) -> None:
     """A module that did not run, or one whose value is not per token, such as a table of positions."""
-    request, other = RequestRows(plan(keys="ox"), 5), RequestRows(plan(keys="o"), 5)
+    request, other = RequestRows(plan(keys="ox"), 5, MEMORY), RequestRows(plan(keys="o"), 5, MEMORY)
     values = {"o": torch.ones(2, 5, 3)} | ({} if value is None else {"x": value})
     forward([request, other], [5, 5], 5, **values)
     with pytest.raises(UncapturableError, match="x does not give a row per token"):
@@ -83,14 +84,14 @@ def test_a_value_without_a_row_per_token_is_an_error_for_who_asked(value: torch.
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_the_dtype_asked_for(dtype: StoredDtype) -> None:
-    request = RequestRows(plan(dtype=dtype), 1)
+    request = RequestRows(plan(dtype=dtype), 1, MEMORY)
     forward([request], [1], 1, x=torch.ones(1, 1, 4))
     assert request.cut().tensors["x"].dtype == getattr(torch, dtype)
 
 
 def test_pooling_adds_up_in_float32() -> None:
     """4,096 ones and a bfloat16 sum that stops at 256 would give a mean of 0.06."""
-    request = RequestRows(plan("mean_prompt"), 4096)
+    request = RequestRows(plan("mean_prompt"), 4096, MEMORY)
     forward([request], [4096], 4096, x=torch.ones(1, 4096, 1, dtype=torch.bfloat16))
     rows = request.cut().tensors["x"]
     assert rows.dtype == torch.bfloat16
@@ -115,7 +116,7 @@ def test_any_policy_however_the_tokens_come(
     """Prompts come in pieces and the rest one by one; what is kept must be what one look at the whole would keep."""
     batch = len(policies)
     whole = torch.randn(batch, n_prompt + n_steps, 2)
-    requests = [RequestRows(plan(policy, first=first, stop=stop), n_prompt) for policy in policies]
+    requests = [RequestRows(plan(policy, first=first, stop=stop), n_prompt, MEMORY) for policy in policies]
     pieces = [whole[:, a : min(a + piece, n_prompt)] for a in range(0, n_prompt, piece)]
     fed = 0
     for part in [*pieces, *whole[:, n_prompt:].split(1, dim=1)]:
@@ -145,7 +146,7 @@ def test_any_policy_however_the_tokens_come(
 
 
 def test_a_forward_whose_rows_nobody_keeps_reads_nothing() -> None:
-    request = RequestRows(plan("last_prompt"), 3)
+    request = RequestRows(plan("last_prompt"), 3, MEMORY)
     assert forward([request], [3], 3, x=torch.ones(1, 3, 2)).taps
     assert not forward([request], [1], 1, 3).taps
     assert len(request.cut().tensors["x"]) == 1
@@ -153,9 +154,11 @@ def test_a_forward_whose_rows_nobody_keeps_reads_nothing() -> None:
 
 def test_a_long_request_does_not_keep_the_batch_alive() -> None:
     """After many steps, only the latest blocks may still be there; and the rows are all right."""
-    request, blocks = RequestRows(plan(), 1), []
+    request, blocks = RequestRows(plan(), 1, MEMORY), []
     for number in range(3 * JOIN_EVERY + 5):
-        step = forward([request, RequestRows(plan(), 1)], [1, 1], 1, number, x=torch.full((2, 1, 4), float(number)))
+        step = forward(
+            [request, RequestRows(plan(), 1, MEMORY)], [1, 1], 1, number, x=torch.full((2, 1, 4), float(number))
+        )
         blocks.append(weakref.ref(step._cohorts[0].blocks[0].tensor))
         del step
     gc.collect()
@@ -165,7 +168,7 @@ def test_a_long_request_does_not_keep_the_batch_alive() -> None:
 
 
 def test_what_was_joined_as_it_ended_is_not_copied_again() -> None:
-    request = RequestRows(plan(), 1)
+    request = RequestRows(plan(), 1, MEMORY)
     for number in range(JOIN_EVERY):
         forward([request], [1], 1, number, x=torch.full((1, 1, 4), float(number)))
     once, again = request.cut().tensors["x"], request.cut().tensors["x"]
