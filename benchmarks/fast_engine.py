@@ -3,8 +3,9 @@
 Engines with the same settings are loaded into processes of their own, and run one after the other, round after round: vLLM as
 it is, the same with what an engine that captures does without, this project's, and nnsight's with a block that is installed
 once and runs for every request. All are started anew a few times, since equal processes differ by some per cent as long as
-they live. Needs the environment that `make test-vllm` makes. What is captured by this project's engine is on the disk before a
-run has ended; what nnsight captures has been handed to this process.
+they live; what has no budget is run once per start. A run is long enough that the commit after its last token is little of it,
+as it is of an evaluation. Needs the environment that `make test-vllm` makes. What is captured by this project's engine is on
+the disk before a run has ended; what nnsight captures has been handed to this process.
 """
 
 import sys
@@ -34,6 +35,8 @@ CACHE_TOKENS = 32_768
 SWITCHES = {"enable_prefix_caching": True, "enable_chunked_prefill": True}
 """What an engine that captures does without."""
 
+BESIDE = "plain, beside the rest"
+
 SETTLE_S = 2.0
 """Between runs: what one has left to its engine's other threads is no part of the next."""
 
@@ -42,10 +45,10 @@ def main(
     in_flight: Annotated[int, typer.Option(help="Requests at once.")] = 32,
     waves: Annotated[
         int, typer.Option(help="So many times as many prompts per run: the last of them end with fewer.")
-    ] = 4,
+    ] = 8,
     max_tokens: Annotated[int, typer.Option(help="The most to generate per prompt.")] = 32,
     starts: Annotated[int, typer.Option(help="How often all engines are started: each has its luck with memory.")] = 3,
-    rounds: Annotated[int, typer.Option(help="Of interleaved runs, per start.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Of interleaved runs of what has a budget, per start.")] = 4,
     threads: Annotated[int, typer.Option(help="Of each engine on a CPU; 0 for one per core.")] = 0,
     write: Annotated[bool, typer.Option("--record/--no-record", help="Update RESULTS.md.")] = True,
 ) -> None:
@@ -63,25 +66,26 @@ def main(
             rates.setdefault(name, []).extend(measured)
     dtype = str(workload.place()[1]).removeprefix("torch.")
     compared = [
-        ("with prefix caching and chunked prefill, no capture", 0.0, "switched on"),
-        ("no capture", 1.0, "none"),
-        ("capture of 3 layers × 2 hook points", 0.97, "3x2"),
-        ("capture of every layer's residual", 0.90, "all"),
-        ("the same, by a block of nnsight's per request", 0.0, "nnsight"),
+        ("with prefix caching and chunked prefill, no capture", 0.0, "switched on", BESIDE),
+        ("no capture", 1.0, "none", "plain"),
+        ("capture of 3 layers × 2 hook points", 0.97, "3x2", "plain"),
+        ("capture of every layer's residual", 0.90, "all", "plain"),
+        ("the same, by a block of nnsight's per request", 0.0, "nnsight", BESIDE),
     ]
     found = [
-        Ratio(what, budget, ratios(rates[ours], rates["plain"]), starts * rounds) for what, budget, ours in compared
+        Ratio(what, budget, ratios(rates[ours], rates[theirs]), len(rates[ours]))
+        for what, budget, ours, theirs in compared
     ]
     from vllm import __version__ as vllm_version
 
-    coverage = found[0].interval.coverage
+    coverage = found[1].interval.coverage
     body = "\n\n".join(
         [
             f"{workload.name}, {dtype}, {waves * in_flight} GSM8K prompts, {in_flight} in "
             f"flight, at most {max_tokens} tokens, greedy, {threads or 'all'} threads, vLLM {vllm_version}. Engines are eager, "
             "without prefix caching and chunked prefill; what this project captures is on a disk within the time measured. "
-            f"{starts} starts of all engines, with {rounds} rounds of interleaved runs each; median ratio to plain vLLM's "
-            f"tokens/s and its {coverage:.0%} interval:",
+            f"{starts} starts of all engines, with {rounds} rounds of interleaved runs of what has a budget and one of the rest; "
+            f"median ratio to plain vLLM's tokens/s and its interval ({coverage:.0%} where there is a budget):",
             table(
                 ["against plain vLLM", "budget", "median (interval)", "pairs"],
                 [[r.what, f"{r.budget}×" if r.budget else "", str(r.interval), str(r.pairs)] for r in found],
@@ -113,28 +117,32 @@ def _one_start(
         loop, switched_on = stack.enter_context(_plain(model, workload, in_flight, **SWITCHES))
         stage("vLLM with its switches on is there")
         keep = keeper(model, engine)
-        ways: dict[str, Way] = {
+        budgeted: dict[str, Way] = {
             "plain": engine_way(plain, model, "none"),
-            "switched on": _from_empty(loop, engine_way(switched_on, model, "none")),
             "none": engine_way(engine, model, "none"),
             "3x2": engine_way(engine, model, "3x2", keep),
             "all": engine_way(engine, model, "all", keep),
+        }
+        rest: dict[str, Way] = {
+            BESIDE: budgeted["plain"],
+            "switched on": _from_empty(loop, engine_way(switched_on, model, "none")),
             "nnsight": stack.enter_context(_nnsight(model, workload, in_flight)),
         }
         stage("nnsight's engine is there")
 
-        def arm(name: str) -> Callable[[], float]:
+        def arm(name: str, way: Way) -> Callable[[], float]:
             def run() -> float:
                 time.sleep(SETTLE_S)
-                found = ways[name](prompts, max_tokens, in_flight)
+                found = way(prompts, max_tokens, in_flight)
                 stage(f"{name}: {found.tokens} tokens, {found.rate:.1f}/s")
                 return found.rate
 
             return run
 
-        for way in ways.values():
+        for way in (*budgeted.values(), *rest.values()):
             way(prompts[:4], 2, 4)
-        return interleave({name: arm(name) for name in ways}, rounds)
+        measured = interleave({name: arm(name, way) for name, way in budgeted.items()}, rounds)
+        return measured | interleave({name: arm(name, way) for name, way in rest.items()}, 1)
 
 
 @contextmanager

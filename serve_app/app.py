@@ -9,6 +9,7 @@ The application is deployed again to load another model. Serve would take that f
 deployments carry a version that is made once and stays; what differs then is the model's `user_config` only.
 """
 
+import logging
 from functools import partial
 from typing import Any
 
@@ -22,6 +23,8 @@ from serve_app.config import ModelChoice, ServerConfig
 from serve_app.ingress import Ingress
 from serve_app.replica import ModelReplica
 from serve_app.routing import PERIOD_S, ReadyReplicas
+
+log = logging.getLogger(__name__)
 
 # The server writes a line for every request itself (`middleware`), with what Serve does not know.
 QUIET = {"enable_access_log": False}
@@ -89,11 +92,18 @@ def _place(config: ServerConfig) -> dict[str, Any]:
     A model that is split over several GPUs needs them on one node: its replica and vLLM's processes, which see what it sees,
     share one bundle of a placement group. Serve counts no replicas per node then; the GPUs do.
     """
-    if config.tensor_parallel_size > 1:
-        bundle = {"CPU": 1, "GPU": config.tensor_parallel_size}
+    gpus = config.tensor_parallel_size
+    if gpus > 1 and config.device != "cpu":
+        most = (
+            max((node["Resources"].get("GPU", 0) for node in ray.nodes()), default=0) if ray.is_initialized() else gpus
+        )
+        if most < gpus:
+            log.warning(
+                "tensor_parallel_size: a replica waits for a node with %d GPUs; here none has over %d", gpus, most
+            )
         return {
-            "ray_actor_options": {"num_cpus": 1, "num_gpus": config.tensor_parallel_size},
-            "placement_group_bundles": [bundle],
+            "ray_actor_options": {"num_cpus": 1, "num_gpus": gpus},
+            "placement_group_bundles": [{"CPU": 1, "GPU": gpus}],
             "placement_group_strategy": "STRICT_PACK",
         }
     return {

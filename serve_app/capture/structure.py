@@ -61,6 +61,7 @@ class ModelStructure:
         verified_on: "weights", or what stood in for them.
         savepoints: places that whoever loaded the model has named.
         fused: modules that other implementations have and this one does not, by name, and which module does their work.
+        split: places, `path.side`, at which each of the GPUs that hold the model has a part of every row only.
     """
 
     model_name: str
@@ -75,6 +76,7 @@ class ModelStructure:
     verified_on: str = "weights"
     savepoints: dict[str, Tap] = field(default_factory=dict)
     fused: dict[str, str] = field(default_factory=dict)
+    split: frozenset[str] = field(default=frozenset(), repr=False)
 
     def with_savepoints(self, savepoints: dict[str, Tap]) -> "ModelStructure":
         """Return the same structure with places of these names.
@@ -110,6 +112,13 @@ class ModelStructure:
             else:
                 paths = self._module_path(name, layers, everywhere=request.layers == "all")
                 found |= dict(canonical.get(tap, (key, tap)) for key, tap in paths.items())
+        for key, tap in found.items():
+            if f"{tap.module}.{tap.side}" in self.split:
+                raise CaptureRequestError(
+                    "activations.hook_points",
+                    f"{key} is in parts: the model is split, and each GPU has some columns of {tap} only; what the module "
+                    "after it takes is put together (ask for that one's .input)",
+                )
         return found
 
     def _layers(self, request: ActivationRequest) -> list[int]:

@@ -52,6 +52,26 @@ def test_a_model_that_is_split_has_its_gpus_in_one_bundle() -> None:
     assert deployment.ray_actor_options["num_gpus"] == 4
 
 
+def test_on_a_cpu_its_parts_reserve_nothing() -> None:
+    config = ServerConfig(engine="vllm", tensor_parallel_size=2, device="cpu")
+    (model,) = build(config)._bound_deployment.init_args[:1]
+    deployment = model._bound_deployment
+    assert deployment._replica_config.placement_group_bundles is None
+    assert (deployment.ray_actor_options["num_cpus"], deployment.ray_actor_options["num_gpus"]) == (1, 0)
+
+
+def test_gpus_that_no_node_has_are_said_to_be_waited_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    nodes = [{"Resources": {"CPU": 8, "GPU": count}} for count in (2, 3)] + [{"Resources": {"CPU": 8}}]
+    monkeypatch.setattr("serve_app.app.ray.is_initialized", lambda: True)
+    monkeypatch.setattr("serve_app.app.ray.nodes", lambda: nodes)
+    build(ServerConfig(engine="vllm", tensor_parallel_size=3))
+    assert not caplog.messages
+    build(ServerConfig(engine="vllm", tensor_parallel_size=4))
+    assert caplog.messages == ["tensor_parallel_size: a replica waits for a node with 4 GPUs; here none has over 3"]
+
+
 def settings(**changed: object) -> VllmSettings:
     usual = {"dtype": "auto", "device": "cpu", "max_batch": 8, "max_queue": 8, "max_cache_tokens": 0}
     usual |= {"tensor_parallel_size": 1, "threads": 1, "capture": True, "taps": (), "store": "s"}
@@ -71,6 +91,9 @@ def test_an_engine_that_captures_finds_no_token_in_a_cache() -> None:
     # Two tensors of 3 layers, 1 head of 32 numbers, 2 bytes each; 384 tokens and a block that vLLM keeps for itself.
     small = engine_arguments(config, settings(max_cache_tokens=300), place, kind)
     assert (small["max_model_len"], small["kv_cache_memory_bytes"]) == (300, (384 + 128) * 2 * 3 * 32 * 2)
+    heads = config.__class__(**{**config.to_dict(), "num_key_value_heads": 2})
+    halves = engine_arguments(heads, settings(max_cache_tokens=300, tensor_parallel_size=2), place, kind)
+    assert halves["kv_cache_memory_bytes"] == small["kv_cache_memory_bytes"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed here")

@@ -33,19 +33,22 @@ class CpuPlainWorker(EndsWithReplica, CPUWorker):
     """A CPU's worker that captures nothing: vLLM's own."""
 
 
-def prepare_cpu(threads: int) -> None:
+def prepare_cpu(threads: int, ranks: int) -> None:
     """Make this process ready to start vLLM's engine on a CPU.
 
     The engine's core and its worker are one process then, as they are with one GPU: vLLM would otherwise keep a core of its
     own for the former. What its workers take from the environment is set here, and stays set.
 
     Args:
-        threads: to compute with; 0 for one per core.
+        threads: for each rank to compute with; 0 for what cores there are.
+        ranks: workers that the model is split over.
     """
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # to vLLM's CPU platform, this forbids one process for both
     # A prompt's activations are tens of megabytes, which the C library would give back and ask for again at every step.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 << 20))
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(4 << 30))
-    os.environ["OMP_NUM_THREADS"] = str(threads or len(os.sched_getaffinity(0)))
+    os.environ["OMP_NUM_THREADS"] = str(threads or max(len(os.sched_getaffinity(0)) // ranks, 1))
+    if ranks > 1:
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # vLLM would want a NUMA node for each
     # nnsight builds the model's skeleton in this process too, after which vLLM frees an accelerator's memory.
     torch.accelerator.empty_cache = lambda: None

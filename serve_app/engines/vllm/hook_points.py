@@ -12,7 +12,8 @@ Names are only candidates (`candidates`). They are checked on the rows of a real
 What does not hold is missing, with the reason, and refused when it is asked for.
 """
 
-from collections.abc import Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,19 @@ class Modules:
     num_layers: int
     fused: dict[str, str]
     architecture: str
+
+
+@dataclass(frozen=True)
+class Verified:
+    """What one rank says of the request that hook points are verified on.
+
+    Attributes:
+        wrong: why hook points do not hold, per stored key.
+        norms: of every row, per place that was asked for and showed any.
+    """
+
+    wrong: dict[str, str]
+    norms: dict[str, list[float]]
 
 
 def describe_modules(paths: Iterable[str], packed: Mapping[str, list[str]], architecture: str) -> Modules:
@@ -141,6 +155,26 @@ def candidates(modules: Modules) -> tuple[dict[str, Tap], dict[str, Tap]]:
         taps["final_norm"] = Tap(final, "output")
         checks[CHECK + "final_norm"] = Tap(final, "input", plus=1)
     return taps, checks
+
+
+def tap_at(place: str) -> Tap:
+    """Return the tap at a place: a module's path and a side."""
+    path, _, side = place.rpartition(".")
+    return Tap(path, "input" if side == "input" else "output")
+
+
+def split_places(ranks: Sequence[Verified]) -> frozenset[str]:
+    """Return the places where ranks have different rows, each a part of the model's own; they are all but equal elsewhere."""
+    first = ranks[0].norms
+    return frozenset(
+        place
+        for place, norms in first.items()
+        if any(not _alike(norms, other.norms.get(place, [])) for other in ranks[1:])
+    )
+
+
+def _alike(a: list[float], b: list[float]) -> bool:
+    return len(a) == len(b) and all(math.isclose(x, y, rel_tol=1e-3, abs_tol=1e-9) for x, y in zip(a, b, strict=True))
 
 
 def _output(path: str | None) -> Tap | None:

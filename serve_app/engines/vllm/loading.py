@@ -20,7 +20,14 @@ from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS
 from serve_app.capture.resolver import ResolutionError, number_of_experts
 from serve_app.capture.structure import ModelStructure
 from serve_app.engines.admission import CPU_SHARE, free_host_memory
-from serve_app.engines.vllm.hook_points import Modules, candidates, describe_modules, missing
+from serve_app.engines.vllm.hook_points import (
+    Modules,
+    Verified,
+    candidates,
+    describe_modules,
+    missing,
+    split_places,
+)
 from serve_app.engines.vllm.lifetime import announce
 from serve_app.engines.vllm.orders import unpack
 from serve_app.models import ServedModel, native_dtype
@@ -176,7 +183,7 @@ def engine_arguments(
         # Named, because vLLM would take Ray's if it finds itself in one of Ray's placement groups.
         "distributed_executor_backend": "mp" if settings.tensor_parallel_size > 1 else "uni",
     }
-    per_token = cache_bytes_per_token(config, kind)
+    per_token = cache_bytes_per_token(config, kind, settings.tensor_parallel_size)
     if settings.max_cache_tokens:
         found["kv_cache_memory_bytes"] = _whole_blocks(settings.max_cache_tokens) * per_token
     elif place.type == "cpu":
@@ -185,12 +192,12 @@ def engine_arguments(
     return found
 
 
-def cache_bytes_per_token(config: PretrainedConfig, kind: torch.dtype) -> int:
-    """Return what a token takes in the KV cache, over all layers."""
+def cache_bytes_per_token(config: PretrainedConfig, kind: torch.dtype, ranks: int) -> int:
+    """Return what a token takes in the KV cache of each of so many ranks, over all layers."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return int(2 * text.num_hidden_layers * heads * width * kind.itemsize)
+    return int(2 * text.num_hidden_layers * max(heads // ranks, 1) * width * kind.itemsize)
 
 
 def _whole_blocks(tokens: int, block: int = 128) -> int:
@@ -206,7 +213,7 @@ def _client(path: str, arguments: dict[str, Any], settings: VllmSettings, place:
     if place.type == "cpu":
         from serve_app.engines.vllm.cpu_worker import prepare_cpu
 
-        prepare_cpu(settings.threads)
+        prepare_cpu(settings.threads, settings.tensor_parallel_size)
         worker = f"serve_app.engines.vllm.cpu_worker.Cpu{kind}Worker"
     if not settings.capture:
         from vllm.engine.arg_utils import AsyncEngineArgs
@@ -261,9 +268,14 @@ def tap_patterns(declared: tuple[str, ...], modules: Modules) -> tuple[str, ...]
     return tuple(dict.fromkeys(patterns))
 
 
+def every_place(modules: Modules) -> frozenset[str]:
+    """Return all places of a model, each a module's path and a side."""
+    return frozenset(f"{path}.{side}" for path in modules.paths for side in ("input", "output"))
+
+
 def tapped_modules(declared: tuple[str, ...], modules: Modules) -> frozenset[str]:
     """Return the places that a configuration's taps stand for, each a module's path and a side."""
-    places = frozenset(f"{path}.{side}" for path in modules.paths for side in ("input", "output"))
+    places = every_place(modules)
     patterns = [re.escape(pattern).replace(r"\*", r"[^.]+") for pattern in tap_patterns(declared, modules)]
     return frozenset(place for place in places if any(re.fullmatch(pattern, place) for pattern in patterns))
 
@@ -304,28 +316,31 @@ def _structure(
         fused=modules.fused,
     )
     taps, _ = candidates(modules)
-    if settings.taps:
-        tapped = tapped_modules(settings.taps, modules)
+    tapped = tapped_modules(settings.taps, modules) if settings.taps else None
+    places = tapped or every_place(modules) if settings.tensor_parallel_size > 1 else frozenset()
+    if tapped is None or places:
+        ranks = loop.run(lambda: _verify(loop.client, modules, number_of_experts(text), places))
+        structure = replace(structure, split=split_places(ranks))
+    if tapped is not None:
         wrong = {key: UNTAPPED for key, tap in taps.items() if f"{tap.module}.{tap.side}" not in tapped}
         paths = frozenset(place.rpartition(".")[0] for place in tapped)
         structure = replace(structure, module_paths=paths, verified_on=NAMED_ONLY)
     else:
-        wrong = loop.run(lambda: _verify(loop.client, modules, number_of_experts(text)))
+        wrong = ranks[0].wrong
         structure = replace(structure, verified_on=VERIFIED_ON)
     found, reasons = missing(taps, wrong, modules.num_layers)
     return replace(structure, taps=found, missing=reasons)
 
 
-async def _verify(client: "Client", modules: Modules, n_experts: int | None) -> dict[str, str]:
-    """Run a request while the workers watch it; returns what does not hold, and why."""
+async def _verify(client: "Client", modules: Modules, n_experts: int | None, places: frozenset[str]) -> list[Verified]:
+    """Run a request while the workers watch it, and the rows' norms at some places; returns what each rank says."""
     from vllm import SamplingParams, TokensPrompt
 
-    await client.collective_rpc("roentgen_watch")
+    await client.collective_rpc("roentgen_watch", args=(sorted(places),))
     prompt = TokensPrompt(prompt_token_ids=list(range(1, PROBE_TOKENS + 1)))
     # With log-probabilities, as every request has them: vLLM compiles what ranks them when it is first asked.
     params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True, detokenize=False, logprobs=0)
     async for _ in client.generate(prompt, params, "verification"):
         pass
     replies = await client.collective_rpc("roentgen_verify", args=(modules.num_layers, n_experts or 0))
-    wrong: dict[str, str] = replies[0]
-    return wrong
+    return [unpack(reply, Verified) for reply in replies]

@@ -49,7 +49,7 @@ class BatchWorkers(Requests):
     """nnsight's workers of one vLLM model runner: one for the whole batch, in the steps in which something is wanted.
 
     Attributes:
-        watched: what else to read of every step, while the model's hook points are verified.
+        watched: who else reads every step, while the model's hook points are verified.
     """
 
     def __init__(self, states: Callable[[], dict[str, Any]], collector: Collector) -> None:
@@ -65,7 +65,7 @@ class BatchWorkers(Requests):
         self._jobs: dict[str, str] = {}
         self._observer: _Observer | None = None
         self._step: Step | None = None
-        self.watched: Watched | None = None
+        self.watched: list[Watched] = []
 
     def add(self, new_requests: list[Any], persistent_objects: dict[str, Any]) -> None:
         """Take the orders of requests that have been scheduled for the first time, or again after a preemption."""
@@ -100,9 +100,9 @@ class BatchWorkers(Requests):
                 _see(looks, steering.taps, lambda key, first, *_: steering(key, first))
             if rows is not None:
                 _see(looks, rows.taps, rows)
-        if self.watched is not None:
-            self.watched.strip = Strip([span for _, span in positions])
-            _see(looks, self.watched.taps, self.watched)
+        for watched in self.watched:
+            watched.strip = Strip([span for _, span in positions])
+            _see(looks, watched.taps, watched)
         interleaver = model.interleaver
         interleaver.batcher.total = sum(tokens for _, tokens in spans)
         self.nrows = len(spans)
@@ -129,13 +129,23 @@ class Watched:
     def __call__(self, key: str, *found: Tensor) -> None:
         """Keep a value's rows, if it has a row per token."""
         flat = self.strip.flat(functools.reduce(torch.add, found))
-        if flat is not None and flat.ndim == 2:
-            self._parts.setdefault(key, []).append(flat.to("cpu", copy=True))
+        kept = self._kept(flat) if flat is not None else None
+        if kept is not None:
+            self._parts.setdefault(key, []).append(kept)
 
-    @property
-    def parts(self) -> dict[str, list[Tensor]]:
-        """Per key, the rows of each step."""
-        return self._parts
+    def seen(self) -> dict[str, Tensor]:
+        """Return, per key, what was kept of all rows."""
+        return {key: torch.cat(parts) for key, parts in self._parts.items()}
+
+    def _kept(self, flat: Tensor) -> Tensor | None:
+        return flat.to("cpu", copy=True) if flat.ndim == 2 else None
+
+
+class Norms(Watched):
+    """Keeps the rows' norms only: enough to tell whether several ranks have the same rows or each a part of them."""
+
+    def _kept(self, flat: Tensor) -> Tensor | None:
+        return flat.flatten(1).double().norm(dim=1).cpu()
 
 
 class _Observer(Cache):

@@ -2,14 +2,13 @@
 
 vLLM loads the class by its name, in the process that has the model. Its methods are called by name, through vLLM's
 `collective_rpc`, between two steps: they must not wait. With tensor parallelism every rank runs the same observers, because
-gathering what is split takes all of them; the rows are whole on each, and the first one's are stored.
+gathering what is split takes all of them; the rows are whole on each (`fragments`), and the first one's are stored.
 """
 
 import logging
 from concurrent.futures import Future
 from typing import Any
 
-import torch
 from nnsight.modeling.vllm.model_runners.GPUModelRunner import NNsightGPUModelRunner
 from nnsight.modeling.vllm.workers.GPUWorker import NNsightGPUWorker
 from vllm.v1.worker.gpu_worker import Worker
@@ -17,9 +16,10 @@ from vllm.v1.worker.gpu_worker import Worker
 from roentgen.store import StoreWriter
 from serve_app.capture.rows import UncapturableError
 from serve_app.engines.vllm.collecting import Collector, LostRowsError
-from serve_app.engines.vllm.hook_points import candidates, describe_modules, verify
+from serve_app.engines.vllm.fragments import OrderedFragments
+from serve_app.engines.vllm.hook_points import Verified, candidates, describe_modules, tap_at, verify
 from serve_app.engines.vllm.lifetime import EndsWithReplica
-from serve_app.engines.vllm.observer import BatchInterleaver, BatchWorkers, Watched
+from serve_app.engines.vllm.observer import BatchInterleaver, BatchWorkers, Norms, Watched
 from serve_app.engines.vllm.orders import Exchange, Report, pack, unpack
 from serve_app.storing import Stored, write
 
@@ -32,7 +32,9 @@ class CapturingRunner(NNsightGPUModelRunner):
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model and wrap it."""
         super().load_model(*args, **kwargs)
-        self.nnsight_model.interleaver.__class__ = BatchInterleaver
+        interleaver = self.nnsight_model.interleaver
+        interleaver.__class__ = BatchInterleaver
+        interleaver.fragments.__class__ = OrderedFragments
         self.collector = Collector()
         self.nnsight_requests = BatchWorkers(lambda: self.requests, self.collector)
 
@@ -66,24 +68,31 @@ class Capturing(EndsWithReplica):
         packed = getattr(model, "packed_modules_mapping", None) or {}
         return pack(describe_modules(paths, packed, type(model).__name__))
 
-    def roentgen_watch(self) -> None:
-        """Keep everything that the requests of the next steps show of the candidates for hook points."""
+    def roentgen_watch(self, places: list[str]) -> None:
+        """Keep what the requests of the next steps show of the candidates for hook points, and the rows' norms at places.
+
+        Args:
+            places: modules' paths and sides.
+        """
         model = self.model_runner.get_model()
         modules = describe_modules([path for path, _ in model.named_modules()], {}, "")
         taps, checks = candidates(modules)
-        self.model_runner.nnsight_requests.watched = Watched({**taps, **checks})
+        self.model_runner.nnsight_requests.watched = [
+            Watched({**taps, **checks}),
+            Norms({place: tap_at(place) for place in places}),
+        ]
 
-    def roentgen_verify(self, n_layers: int, n_experts: int) -> dict[str, str]:
-        """Check the candidates on what has been seen since `roentgen_watch`; returns what does not hold, and why.
+    def roentgen_verify(self, n_layers: int, n_experts: int) -> bytes:
+        """Check the candidates on what has been seen since `roentgen_watch`; returns `Verified`.
 
         Args:
             n_layers: decoder layers.
             n_experts: 0 for none.
         """
         workers = self.model_runner.nnsight_requests
-        watched, workers.watched = workers.watched, None
-        rows = {key: torch.cat(parts) for key, parts in watched.parts.items()}
-        return verify(rows, n_layers, n_experts or None)
+        (candidate, norms), workers.watched = workers.watched, []
+        wrong = verify(candidate.seen(), n_layers, n_experts or None)
+        return pack(Verified(wrong, {place: found.tolist() for place, found in norms.seen().items()}))
 
     def roentgen_exchange(self, message: bytes) -> bytes | None:
         """Store and forget jobs' rows as an `Exchange` says; returns a `Report`, on the rank that writes."""

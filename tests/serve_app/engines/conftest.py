@@ -5,5 +5,7 @@ import importlib.util
 collect_ignore = (
     []
     if importlib.util.find_spec("vllm")
-    else ["vllm/test_vllm_engine.py", "vllm/test_fidelity.py", "vllm/test_served.py"]
+    else [
+        f"vllm/test_{name}.py" for name in ("fidelity", "fragments", "served", "taps", "tensor_parallel", "vllm_engine")
+    ]
 )

@@ -23,7 +23,7 @@ from serve_app.sources import ModelSource
 from serve_app.storing import LocalStorage, Storage
 from tests.serve_app import tiny
 
-ENGINES = ["transformers"] + (["vllm"] if importlib.util.find_spec("vllm") else [])
+ENGINES = ["transformers"] + (["vllm", "vllm on two ranks"] if importlib.util.find_spec("vllm") else [])
 
 
 def save_tiny(folder: Path, architecture: str = "wide_llama") -> tr.PreTrainedModel:
@@ -89,7 +89,7 @@ def subject(name: str, folder: Path, architecture: str = "wide_llama", **setting
     """Start an engine on a tiny model.
 
     Args:
-        name: of the engine.
+        name: of `ENGINES`.
         folder: for the model and the store.
         architecture: of `tiny.CONFIGS`.
         settings: in place of the usual ones of vLLM, or options of the transformers engine.
@@ -103,6 +103,8 @@ def subject(name: str, folder: Path, architecture: str = "wide_llama", **setting
             yield Subject(model, engine, LocalStorage(writer), reference)
             engine.close()
         return
+    if name == "vllm on two ranks":
+        settings = {"tensor_parallel_size": 2, **settings}
     served, fast = vllm.start(source, vllm_settings(folder / "store", **settings))
     try:
         yield Subject(served, fast, fast.storage, reference)

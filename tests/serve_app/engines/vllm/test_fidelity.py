@@ -35,10 +35,11 @@ STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "ln_att
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_rows_are_those_of_transformers(dtype: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "ranks"), [("float32", 1), ("bfloat16", 1), ("bfloat16", 3)])
+def test_rows_are_those_of_transformers(dtype: str, ranks: int, tmp_path: Path) -> None:
     source = locate("smollm2-135m")
-    model, engine = vllm.start(source, vllm_settings(tmp_path, dtype=dtype, max_cache_tokens=4096))
+    settings = vllm_settings(tmp_path, dtype=dtype, max_cache_tokens=4096, tensor_parallel_size=ranks)
+    model, engine = vllm.start(source, settings)
     try:
         assert model.structure.missing == {"router": "not a mixture of experts"}
         asked = ActivationRequest(layers="all", hook_points=(*STREAM, "embed", "final_norm"))

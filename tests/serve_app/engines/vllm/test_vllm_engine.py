@@ -17,7 +17,7 @@ from roentgen.contract import ActivationRequest, Positions
 from serve_app.capture.structure import CaptureRequestError
 from serve_app.engines.protocol import EngineStoppedError, Sampling
 from serve_app.engines.vllm.engine import VllmEngine
-from tests.serve_app.engines.subjects import Subject, is_core, save_tiny, subject
+from tests.serve_app.engines.subjects import Subject, save_tiny, subject
 from tests.serve_app.engines.test_both_engines import LONG, assert_rows, forward, plan, wait_for
 from tests.serve_app.tiny import Call, run
 
@@ -51,9 +51,9 @@ def recorded(engine: VllmEngine) -> Iterator[list[Any]]:
         engine._client = client
 
 
-def cores() -> set[psutil.Process]:
-    """vLLM's cores that this process has started."""
-    return {p for p in psutil.Process().children(recursive=True) if is_core(p)}
+def named(name: str) -> set[psutil.Process]:
+    """Processes of vLLM's that this one has started, by the name that they give themselves."""
+    return {p for p in psutil.Process().children(recursive=True) if name in " ".join(p.cmdline())}
 
 
 def test_preempted_requests_keep_exactly_their_rows(cramped: Subject) -> None:
@@ -103,14 +103,15 @@ def test_nothing_is_held_of_requests_that_nobody_stores(cramped: Subject) -> Non
     wait_for(lambda: cramped.engine.storage.held == 0)
 
 
-def test_a_lost_core_fails_what_runs_and_is_noticed(tmp_path: Path) -> None:
-    others = cores()
-    with subject("vllm", tmp_path) as started:
+@pytest.mark.parametrize(("name", "lost"), [("vllm", "VLLM::EngineCore"), ("vllm on two ranks", "VLLM::Worker_TP1")])
+def test_a_lost_process_fails_what_runs_and_is_noticed(name: str, lost: str, tmp_path: Path) -> None:
+    others = named(lost)
+    with subject(name, tmp_path) as started:
         call = Call(LONG[1], Sampling(100, temperature=0, min_tokens=100), plan(started, "resid_post"), stream=True)
         started.engine.submit(call.job)
         wait_for(lambda: bool(call.heard))
-        (core,) = cores() - others
-        core.kill()
+        (process,) = named(lost) - others
+        process.kill()
         with pytest.raises(EngineStoppedError):
             call.result()
         wait_for(lambda: not started.engine.alive)
@@ -127,23 +128,25 @@ from tests.serve_app.engines.subjects import vllm_settings
 
 if __name__ == "__main__":
     source = ModelSource("tiny", sys.argv[1], "0")
-    model, engine = loading.start(source, vllm_settings(Path(sys.argv[2]), capture=False))
+    settings = vllm_settings(Path(sys.argv[2]), capture=False, tensor_parallel_size=int(sys.argv[3]))
+    model, engine = loading.start(source, settings)
     print("ready", flush=True)
     time.sleep(600)
 """
 
 
-def test_a_replica_that_is_killed_leaves_no_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_replica_that_is_killed_leaves_no_process(ranks: int, tmp_path: Path) -> None:
     save_tiny(tmp_path / "model")
     script = tmp_path / "started.py"
     script.write_text(STARTED)
-    command = [sys.executable, str(script), str(tmp_path / "model"), str(tmp_path / "store")]
+    command = [sys.executable, str(script), str(tmp_path / "model"), str(tmp_path / "store"), str(ranks)]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[4])}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as replica:
         assert replica.stdout is not None
         assert any(line == "ready\n" for line in replica.stdout)
-        processes = [p for p in psutil.Process(replica.pid).children(recursive=True) if is_core(p)]
-        assert processes
+        processes = psutil.Process(replica.pid).children(recursive=True)
+        assert sum("VLLM::" in " ".join(process.cmdline()) for process in processes) == (1 if ranks == 1 else 1 + ranks)
         os.kill(replica.pid, signal.SIGKILL)
     wait_for(
         lambda: not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
