@@ -84,7 +84,7 @@ def main(
             f"{workload.name}, {dtype}, {waves * in_flight} GSM8K prompts, {in_flight} in "
             f"flight, at most {max_tokens} tokens, greedy, {threads or 'all'} threads, vLLM {vllm_version}. Engines are eager, "
             "without prefix caching and chunked prefill; what this project captures is on a disk within the time measured. "
-            f"{starts} starts of all engines, with {rounds} rounds of interleaved runs of what has a budget and one of the rest; "
+            f"{starts} starts of all engines, {rounds} rounds of interleaved runs of what has a budget and one of the rest; "
             f"median ratio to plain vLLM's tokens/s and its interval ({coverage:.0%} where there is a budget):",
             table(
                 ["against plain vLLM", "budget", "median (interval)", "pairs"],

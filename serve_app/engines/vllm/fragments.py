@@ -6,7 +6,7 @@ there several times. Here it is q k v, as it is on one GPU: a probe trained on o
 """
 
 from collections.abc import Callable
-from functools import cache
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,63 +18,75 @@ from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVPar
 
 
 class OrderedFragments(VLLMFragments):
-    """nnsight's fragments of one engine, with fused projections in order."""
+    """nnsight's fragments of an engine, with fused projections in order."""
+
+    def __init__(self, found: VLLMFragments) -> None:
+        """Take over what nnsight has found to be split.
+
+        Args:
+            found: nnsight's own, of a model that has been wrapped.
+        """
+        super().__init__()
+        self.enabled, self.rules = found.enabled, found.rules
+        self._orders = {location: order for location, (module, _) in self.rules.items() if (order := order_of(module))}
 
     def whole(self, location: str, value: Any) -> tuple[Any, Callable[[Any], Any]]:
         """Return the whole of a value, and what cuts a whole back to this rank's piece."""
         gathered, cut = super().whole(location, value)
-        places = natural_places(self.rules[location][0])
-        if places is None:
+        order = self._orders.get(location)
+        if order is None:
             return gathered, cut
-        first = _first_at(places)
         return (
-            apply(gathered, lambda tensor: tensor[..., first.to(tensor.device)], Tensor),
-            lambda whole: cut(apply(whole, lambda tensor: tensor[..., places.to(tensor.device)], Tensor)),
+            apply(gathered, lambda columns: columns[..., order.columns], Tensor),
+            lambda whole: cut(apply(whole, lambda columns: columns[..., order.places], Tensor)),
         )
 
 
-@cache
-def natural_places(module: nn.Module) -> Int[Tensor, "gathered"] | None:
-    """Return, per column of the ranks' outputs side by side, its place in the whole output; None if they are in order.
+@dataclass(frozen=True)
+class Order:
+    """How the ranks' columns, side by side, lie in the whole.
 
-    Args:
-        module: whose output is gathered.
+    Attributes:
+        places: per gathered column, its place in the whole; a column that several ranks have is there several times.
+        columns: per place, a gathered column that has it.
     """
-    ranks = getattr(module, "tp_size", 1)
+
+    places: Int[Tensor, "gathered"]
+    columns: Int[Tensor, "whole"]
+
+    @classmethod
+    def interleaved(cls, widths: list[int], shared: list[int], ranks: int, device: torch.device) -> "Order":
+        """Return the order where each rank has one piece of every part.
+
+        Args:
+            widths: per part, of a rank's piece.
+            shared: per part, by how many ranks in turn each piece is held.
+            ranks: how many there are.
+            device: where the values are.
+        """
+        starts = [0]
+        for width, by in zip(widths, shared, strict=True):
+            starts.append(starts[-1] + width * ranks // by)
+        pieces = [
+            torch.arange(width) + start + rank // by * width
+            for rank in range(ranks)
+            for width, by, start in zip(widths, shared, starts[:-1], strict=True)
+        ]
+        places = torch.cat(pieces)
+        columns = torch.empty(starts[-1], dtype=torch.long)
+        columns[places] = torch.arange(len(places))
+        return cls(places.to(device), columns.to(device))
+
+
+def order_of(module: nn.Module) -> Order | None:
+    """Return the order of a split module's gathered output; None if side by side is the model's own."""
     if isinstance(module, QKVParallelLinear):
-        shared = module.num_kv_head_replicas
-        widths = [module.num_heads * module.head_size, *(module.num_kv_heads * size for size in _kv_sizes(module))]
-        return _interleaved(widths, [1, shared, shared], ranks)
-    if isinstance(module, MergedColumnParallelLinear):
-        return _interleaved([size // ranks for size in module.output_sizes], [1] * len(module.output_sizes), ranks)
-    return None
-
-
-def _kv_sizes(module: QKVParallelLinear) -> tuple[int, int]:
-    return module.head_size, module.v_head_size
-
-
-def _interleaved(widths: list[int], shared: list[int], ranks: int) -> Int[Tensor, "gathered"]:
-    """Return the places of columns of which each rank has one piece of every part.
-
-    Args:
-        widths: per part, of a rank's piece.
-        shared: per part, by how many ranks in turn each piece is held.
-        ranks: how many there are.
-    """
-    starts = [0]
-    for width, by in zip(widths, shared, strict=True):
-        starts.append(starts[-1] + width * ranks // by)
-    pieces = [
-        torch.arange(width) + start + rank // by * width
-        for rank in range(ranks)
-        for width, by, start in zip(widths, shared, starts[:-1], strict=True)
-    ]
-    return torch.cat(pieces)
-
-
-def _first_at(places: Int[Tensor, "gathered"]) -> Int[Tensor, "whole"]:
-    """Return, per place, the first column that has it."""
-    order = torch.argsort(places, stable=True)
-    starts = torch.searchsorted(places[order], torch.arange(int(places.max()) + 1))
-    return order[starts]
+        kv_heads, replicas = module.num_kv_heads, module.num_kv_head_replicas
+        widths = [module.num_heads * module.head_size, kv_heads * module.head_size, kv_heads * module.v_head_size]
+        shared = [1, replicas, replicas]
+    elif isinstance(module, MergedColumnParallelLinear):
+        widths = [size // module.tp_size for size in module.output_sizes]
+        shared = [1] * len(widths)
+    else:
+        return None
+    return Order.interleaved(widths, shared, module.tp_size, next(module.parameters()).device)

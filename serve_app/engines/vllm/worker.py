@@ -34,7 +34,7 @@ class CapturingRunner(NNsightGPUModelRunner):
         super().load_model(*args, **kwargs)
         interleaver = self.nnsight_model.interleaver
         interleaver.__class__ = BatchInterleaver
-        interleaver.fragments.__class__ = OrderedFragments
+        interleaver.fragments = OrderedFragments(interleaver.fragments)
         self.collector = Collector()
         self.nnsight_requests = BatchWorkers(lambda: self.requests, self.collector)
 
