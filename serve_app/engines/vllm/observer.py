@@ -145,7 +145,7 @@ class Norms(Watched):
     """Keeps the rows' norms only: enough to tell whether several ranks have the same rows or each a part of them."""
 
     def _kept(self, flat: Tensor) -> Tensor | None:
-        return flat.flatten(1).double().norm(dim=1).cpu()
+        return flat.reshape(len(flat), -1).double().norm(dim=1).cpu()
 
 
 class _Observer(Cache):

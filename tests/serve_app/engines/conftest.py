@@ -6,6 +6,7 @@ collect_ignore = (
     []
     if importlib.util.find_spec("vllm")
     else [
-        f"vllm/test_{name}.py" for name in ("fidelity", "fragments", "served", "taps", "tensor_parallel", "vllm_engine")
+        f"vllm/test_{name}.py"
+        for name in ("fidelity", "fragments", "observer", "served", "taps", "tensor_parallel", "vllm_engine")
     ]
 )

@@ -1,12 +1,23 @@
 """Candidates by name, and what becomes of them when the rows say otherwise. No vLLM is needed for that."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from roentgen.contract import ActivationRequest
 from serve_app.capture.resolver import ResolutionError
 from serve_app.capture.structure import CaptureRequestError, ModelStructure, Tap
-from serve_app.engines.vllm.hook_points import CHECK, candidates, describe_modules, missing, terms, verify
+from serve_app.engines.vllm.hook_points import (
+    CHECK,
+    Verified,
+    candidates,
+    describe_modules,
+    missing,
+    split_places,
+    terms,
+    verify,
+)
 from serve_app.engines.vllm.loading import tap_patterns, tapped_modules
 
 LLAMA = (
@@ -128,3 +139,23 @@ def test_taps_are_hook_points_or_paths() -> None:
     assert "model.layers.1.mlp.output" not in tapped_modules(declared, modules())
     with pytest.raises(ResolutionError, match="taps: 'resid' is no hook point of X"):
         tap_patterns(("resid",), modules())
+
+
+def test_places_where_ranks_differ_are_split() -> None:
+    first = {"whole": [1.0, 2.0], "rounded": [1.0, 2.0], "part": [1.0, 2.0], "zero": [0.0, 0.0], "silent there": [1.0]}
+    second = {"whole": [1.0, 2.0], "rounded": [1.0002, 1.9998], "part": [1.0, 2.5], "zero": [0.0, 0.0]}
+    assert split_places([Verified({}, first)]) == frozenset()
+    assert split_places([Verified({}, first), Verified({}, second)]) == {"part", "silent there"}
+    third = first | {"whole": [1.0, 2.0, 3.0]}
+    assert split_places([Verified({}, first), Verified({}, first), Verified({}, third)]) == {"whole"}
+
+
+@pytest.mark.parametrize("name", ["mlp.gate_up_proj.output", "model.layers.1.mlp.gate_up_proj.output", "halves"])
+def test_what_is_in_parts_is_refused_however_it_is_named(name: str) -> None:
+    place = Tap("model.layers.1.mlp.gate_up_proj", "output")
+    split = replace(structure(), split=frozenset({"model.layers.1.mlp.gate_up_proj.output"}))
+    split = split.with_savepoints({"halves": place})
+    with pytest.raises(CaptureRequestError, match=r"some columns of model\.layers\.1\.mlp\.gate_up_proj\.output only"):
+        split.resolve(ActivationRequest(layers=(0, 1), hook_points=(name,)))
+    assert len(split.resolve(ActivationRequest(layers=(0,), hook_points=("mlp.gate_up_proj.output",)))) == 1
+    assert len(split.resolve(ActivationRequest(layers=(1,), hook_points=("mlp.gate_up_proj.input",)))) == 1
