@@ -94,10 +94,8 @@ def _place(config: ServerConfig) -> dict[str, Any]:
     """
     gpus = config.tensor_parallel_size
     if gpus > 1 and config.device != "cpu":
-        most = (
-            max((node["Resources"].get("GPU", 0) for node in ray.nodes()), default=0) if ray.is_initialized() else gpus
-        )
-        if most < gpus:
+        here = [node["Resources"].get("GPU", 0) for node in ray.nodes()] if ray.is_initialized() else []
+        if here and (most := max(here)) < gpus:
             log.warning(
                 "tensor_parallel_size: a replica waits for a node with %d GPUs; here none has over %d", gpus, most
             )

@@ -50,6 +50,8 @@ class BatchWorkers(Requests):
 
     Attributes:
         watched: who else reads every step, while the model's hook points are verified.
+        keeps: whether what requests capture is kept here. Where it is not, it is shown all the same: gathering what is split
+            takes all ranks.
     """
 
     def __init__(self, states: Callable[[], dict[str, Any]], collector: Collector) -> None:
@@ -66,6 +68,7 @@ class BatchWorkers(Requests):
         self._observer: _Observer | None = None
         self._step: Step | None = None
         self.watched: list[Watched] = []
+        self.keeps = True
 
     def add(self, new_requests: list[Any], persistent_objects: dict[str, Any]) -> None:
         """Take the orders of requests that have been scheduled for the first time, or again after a preemption."""
@@ -99,7 +102,7 @@ class BatchWorkers(Requests):
             if steering is not None:
                 _see(looks, steering.taps, lambda key, first, *_: steering(key, first))
             if rows is not None:
-                _see(looks, rows.taps, rows)
+                _see(looks, rows.taps, rows if self.keeps else _pass_by)
         for watched in self.watched:
             watched.strip = Strip([span for _, span in positions])
             _see(looks, watched.taps, watched)
@@ -185,6 +188,10 @@ def _see(looks: dict[str, list[Look]], taps: dict[str, Tap], visitor: Callable[.
 
     for key, tap in taps.items():
         looks.setdefault(location(tap), []).append(look(key, tap))
+
+
+def _pass_by(key: str, *found: Tensor) -> None:
+    """Keep nothing of a value."""
 
 
 def location(tap: Tap) -> str:

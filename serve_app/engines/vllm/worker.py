@@ -2,7 +2,7 @@
 
 vLLM loads the class by its name, in the process that has the model. Its methods are called by name, through vLLM's
 `collective_rpc`, between two steps: they must not wait. With tensor parallelism every rank runs the same observers, because
-gathering what is split takes all of them; the rows are whole on each (`fragments`), and the first one's are stored.
+gathering what is split takes all of them; the values are whole on each (`fragments`), and the first one keeps and stores rows.
 """
 
 import logging
@@ -58,6 +58,7 @@ class Capturing(EndsWithReplica):
             StoreError: if nothing can be written there.
         """
         collector = self.model_runner.collector
+        self.model_runner.nnsight_requests.keeps = self.rank == 0
         self._writer = StoreWriter(store, expecting=lambda: collector.held > 0) if self.rank == 0 else None
         self._pending: dict[str, Future[Stored]] = {}
 
@@ -97,6 +98,10 @@ class Capturing(EndsWithReplica):
     def roentgen_exchange(self, message: bytes) -> bytes | None:
         """Store and forget jobs' rows as an `Exchange` says; returns a `Report`, on the rank that writes."""
         exchange, collector = unpack(message, Exchange), self.model_runner.collector
+        if self._writer is None:
+            for job_id in (*exchange.keep, *exchange.forget):
+                collector.forget(job_id)
+            return None
         failed: dict[str, Exception] = {}
         for job_id, entry in exchange.keep.items():
             try:
@@ -104,12 +109,9 @@ class Capturing(EndsWithReplica):
             except (LostRowsError, UncapturableError) as error:
                 failed[job_id] = error
                 continue
-            if self._writer is not None:
-                self._pending[job_id] = write(self._writer, entry, rows)
+            self._pending[job_id] = write(self._writer, entry, rows)
         for job_id in exchange.forget:
             collector.forget(job_id)
-        if self._writer is None:
-            return None
         stored: dict[str, Stored] = {}
         for job_id, future in list(self._pending.items()):
             if not future.done():

@@ -77,6 +77,18 @@ def assert_rows(rows: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
         assert error.max() <= 1e-4, f"{key}: {error.max()}"
 
 
+def captured(subject: Subject, asked: CapturePlan) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
+    """Capture long prompts together; yields the tokens that each fed to the model, and its rows, one per token in order."""
+    calls = [Call(p, Sampling(max_tokens=2 + 3 * i, temperature=0), asked) for i, p in enumerate(LONG)]
+    run(subject.engine, calls)
+    for call in calls:
+        fed = call.job.prompt_ids + call.result().token_ids[:-1]
+        positions, rows = subject.rows(call)
+        assert positions == list(range(len(fed)))
+        assert rows.keys() == asked.taps.keys()
+        yield fed, rows
+
+
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
@@ -90,13 +102,7 @@ def test_greedy_batches_equal_generate_alone(under_test: Subject) -> None:
 
 
 def test_rows_of_every_hook_point_equal_a_teacher_forced_forward(under_test: Subject) -> None:
-    asked = plan(under_test, *STREAM, "embed", "final_norm")
-    calls = [Call(p, Sampling(max_tokens=2 + 3 * i, temperature=0), asked) for i, p in enumerate(LONG)]
-    run(under_test.engine, calls)
-    for call in calls:
-        fed = call.job.prompt_ids + call.result().token_ids[:-1]
-        positions, rows = under_test.rows(call)
-        assert positions == list(range(len(fed)))
+    for fed, rows in captured(under_test, plan(under_test, *STREAM, "embed", "final_norm")):
         assert len(rows) == 3 * len(STREAM) + 2
         assert_rows(rows, forward(under_test, fed)[1])
 

@@ -133,6 +133,7 @@ class Runner:
         self.model.interleaver.mediators = []
         with self.model.interleaver:
             self.workers.scope(self.model, list(lengths.items()))
+            self.observed = set(self.model.interleaver.observers)
             if len(packed) <= GRAPH_ROWS:
                 self.buffer.fill_(torch.nan)[: len(packed)] = packed
                 self.graph.replay()
@@ -218,6 +219,21 @@ def test_what_is_added_at_a_tap_reaches_what_follows_in_the_graph(runner: Runner
         rows = runner.collector.take(f"job {name}", length)
         for key in STREAM:
             torch.testing.assert_close(rows.tensors[key], expected[key])
+
+
+def test_a_rank_that_keeps_nothing_sees_and_steers_as_the_others(runner: Runner) -> None:
+    """It must come to every tap, to gather there with the others; no copy is made of what it sees."""
+    tokens = {name: torch.randn(length, WIDTH) for name, length in LENGTHS.items()}
+    vector, key = torch.randn(WIDTH), "layers.1.resid_post"
+    runner.begin("a", 5, Order("job a", plan(STREAM), (Addition(key, STREAM[key], vector, Positions("all")),)))
+    runner.workers.keeps = False
+    expected = runner.expected(tokens["a"][:6], {1: vector})["output"]
+    for span in (range(5), range(5, 6)):
+        said = runner.step(tokens, {"a": span})["a"]
+        torch.testing.assert_close(said, expected[span.start : span.stop])
+        assert runner.observed == {location(tap) for tap in STREAM.values()}
+    with pytest.raises(UncapturableError):
+        runner.collector.take("job a", 6)
 
 
 def test_what_is_no_tap_is_read_nowhere_and_fails_who_asked_alone(runner: Runner) -> None:

@@ -12,7 +12,7 @@ import torch
 from serve_app.capture.structure import CaptureRequestError
 from serve_app.engines.protocol import Sampling
 from tests.serve_app.engines.subjects import Subject, subject
-from tests.serve_app.engines.test_both_engines import LONG, assert_rows, plan
+from tests.serve_app.engines.test_both_engines import LONG, assert_rows, captured, plan
 from tests.serve_app.tiny import Call, run
 
 PROJECTIONS = {  # what vLLM fuses, and what is put together from parts, by the modules of transformers that do it
@@ -55,14 +55,7 @@ def projected(split: Subject, tokens: list[int]) -> dict[str, torch.Tensor]:
 
 
 def test_projections_are_whole_and_in_the_models_order(split: Subject) -> None:
-    asked = plan(split, *PROJECTIONS, *INPUTS)
-    calls = [Call(p, Sampling(max_tokens=2 + 3 * i, temperature=0), asked) for i, p in enumerate(LONG)]
-    run(split.engine, calls)
-    for call in calls:
-        fed = call.job.prompt_ids + call.result().token_ids[:-1]
-        positions, rows = split.rows(call)
-        assert positions == list(range(len(fed)))
-        assert rows.keys() == asked.taps.keys()
+    for fed, rows in captured(split, plan(split, *PROJECTIONS, *INPUTS)):
         assert_rows(rows, projected(split, fed))
 
 
