@@ -62,6 +62,18 @@ class RayHome:
                 continue
         return found
 
+    def told(self) -> str:
+        """Return what it has said and what runs, for whoever has to find out why a test has failed."""
+        logs = [Path(self.path) / "serve.log", *sorted(Path(self.path).glob("session_latest/logs/serve/*.log"))]
+        said = [f"{log.name}:\n{log.read_text(errors='replace')[-2000:]}" for log in logs if log.exists()]
+        table = psutil.process_iter(["pid", "ppid", "name", "status", "cmdline"])
+        running = [
+            f"{of['pid']} of {of['ppid']}, {of['status']}: {of['name']}, {' '.join(of['cmdline'] or [])[:80]}"
+            for of in (process.info for process in table)
+            if of["ppid"] != 2  # the kernel's own
+        ]
+        return "\n".join([*said, *running])
+
     def wait_until_gone(self, seconds: float = 30) -> list[psutil.Process]:
         """Wait until nothing of it runs; return what does after all."""
         deadline = time.monotonic() + seconds
