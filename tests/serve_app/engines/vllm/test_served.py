@@ -168,7 +168,9 @@ def test_another_model_takes_its_place_when_what_runs_has_ended(
     server: Server, home: RayHome, client: openai.OpenAI, other: Path
 ) -> None:
     """Its core ends, another begins, and `/health` answers all the while."""
-    before = core(home)
+    before = core(
+        home, within_s=3
+    )  # less than a restart takes: a table that is read while processes change may lack one
     stages: list[str | None] = []
     done = threading.Event()
 
@@ -190,7 +192,7 @@ def test_another_model_takes_its_place_when_what_runs_has_ended(
     assert chunks[-1]["activations"]["session_id"] == "swapped"
     assert verify(Session.open(server.store / "swapped")).ok
     assert {stage.split(" ")[0] for stage in stages if stage} >= {"loading"}
-    assert core(home) != before
+    assert core(home) != before  # at once: the old one has ended before the new one is served
     asked = {"layers": [0], "hook_points": ["resid_post"], "return": "full"}
     reply = ask(client, model="tiny", extra_body={"activations": asked})
     (values,) = reply.model_dump()["activations"]["tensors"].values()
@@ -200,9 +202,9 @@ def test_another_model_takes_its_place_when_what_runs_has_ended(
     assert core(home).is_running()
 
 
-def core(home: RayHome) -> psutil.Process:
-    """Return the one core that there is, looking twice: a process table that is read while others change is not one moment."""
-    deadline = time.monotonic() + 3
+def core(home: RayHome, within_s: float = 0) -> psutil.Process:
+    """Return the one core that there is, now or within some seconds."""
+    deadline = time.monotonic() + within_s
     while len(found := cores(home)) != 1 and time.monotonic() < deadline:
         time.sleep(0.1)
     assert len(found) == 1, f"{found}\n{home.told()}"
