@@ -168,9 +168,8 @@ def test_another_model_takes_its_place_when_what_runs_has_ended(
     server: Server, home: RayHome, client: openai.OpenAI, other: Path
 ) -> None:
     """Its core ends, another begins, and `/health` answers all the while."""
-    before = core(
-        home, within_s=3
-    )  # less than a restart takes: a table that is read while processes change may lack one
+    # A table that is read while processes change may lack one; a restart would take longer.
+    before = core(home, within_s=3)
     stages: list[str | None] = []
     done = threading.Event()
 
