@@ -21,6 +21,9 @@ from roentgen.runs.sample import Sample
 BLOCK = 1 << 16
 """Bytes read at a time, where a file is read from its end."""
 
+_SUFFIX = re.compile(r"(_e[0-9]+)?(_v-.*)?$")
+"""What a sample's name says of its epoch and variant: `gsm8k_0001_e2_v-calm`."""
+
 
 class RunError(Exception):
     """A run directory cannot be used; the message names the file and what to do."""
@@ -72,14 +75,30 @@ def is_being_recorded(path: Path) -> bool:
     return False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Place:
-    """Where in the record a sample is."""
+    """Where in the record a sample is.
+
+    Attributes:
+        line: its number, from 1.
+        offset: in bytes.
+        sample_id: the sample's name.
+        epoch: which of several attempts.
+        variant: the place of its configuration among the run's variants, as declared.
+        failed: whether it has no answer.
+    """
 
     line: int
     offset: int
     sample_id: str
+    epoch: int
+    variant: int
     failed: bool
+
+    @property
+    def order(self) -> tuple[list[tuple[int, str]], int, int]:
+        """Sorts places by problem, then epoch, then variant: the order in which a run poses them."""
+        return _natural(_SUFFIX.sub("", self.sample_id)), self.epoch, self.variant
 
 
 class _Head(BaseModel):
@@ -117,8 +136,8 @@ class Samples(Sequence[Sample]):
         return self._read(self._places)
 
     def by_name(self) -> "Samples":
-        """Return them in the order of their names, whatever order they finished in."""
-        return Samples(self._path, sorted(self._places, key=lambda place: _natural(place.sample_id)))
+        """Return them by problem, epoch and variant (as declared), whatever order they finished in."""
+        return Samples(self._path, sorted(self._places, key=lambda place: place.order))
 
     def _read(self, places: Iterable[_Place]) -> Iterator[Sample]:
         if not self._places:
@@ -132,13 +151,18 @@ class Samples(Sequence[Sample]):
                     raise _damaged(self._path, place.line, error) from error
 
 
-def read_samples(path: Path) -> Samples:
+def read_samples(path: Path, config_hashes: Sequence[str] = ()) -> Samples:
     """Find each sample's line: its first answer's, or its last error's.
+
+    Args:
+        path: the record.
+        config_hashes: of the run's variants, in the order in which they were declared.
 
     Raises:
         RunError: if a line, other than a torn last one, is no sample's.
     """
     found: dict[tuple[str, str, int], _Place] = {}
+    variants = {config_hash: number for number, config_hash in enumerate(config_hashes)}
     if not path.exists():
         return Samples(path, [])
     offset = 0
@@ -152,7 +176,8 @@ def read_samples(path: Path) -> Samples:
                 raise _damaged(path, number, error) from error
             identity = (head.config_hash, head.problem_id, head.epoch)
             if identity not in found or found[identity].failed:
-                found[identity] = _Place(number, offset, head.sample_id, head.error is not None)
+                variant = variants.get(head.config_hash, len(variants))
+                found[identity] = _Place(number, offset, head.sample_id, head.epoch, variant, head.error is not None)
             offset += len(line)
     return Samples(path, list(found.values()))
 
@@ -162,7 +187,7 @@ def _damaged(path: Path, line: int, error: ValidationError) -> RunError:
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Return a key that sorts gsm8k_999 before gsm8k_1000, and gsm8k_0001 before gsm8k_0001_e2."""
+    """Return a key that sorts gsm8k_999 before gsm8k_1000."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name)]
 
 

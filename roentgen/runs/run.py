@@ -101,7 +101,7 @@ class Run:
         Raises:
             RunError: if any other line is not a sample, naming the line; a line is checked in full when it is read.
         """
-        return read_samples(self.record_path)
+        return read_samples(self.record_path, self.config.config_hashes)
 
     @property
     def is_running(self) -> bool:

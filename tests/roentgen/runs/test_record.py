@@ -44,6 +44,21 @@ def test_names_are_in_the_order_of_their_numbers(run: Run) -> None:
     assert names == ["gsm8k_0001", "gsm8k_0001_e2", "gsm8k_0002", "gsm8k_0999", "gsm8k_10000"]
 
 
+def test_variants_are_in_the_order_in_which_they_were_declared(tmp_path: Path) -> None:
+    variants = {name: {"prefix": "", "config_hash": f"hash-{name}"} for name in ("v10", "v9", "a")}
+    run = Run.create(tmp_path / "run", config().model_copy(update={"variants": variants}))
+    attempts = [(number, epoch, name) for number in (2, 10) for epoch in (1, 2, 11) for name in variants]
+    with run.recording() as record:
+        for number, epoch, name in reversed(attempts):
+            suffix = f"_e{epoch}" if epoch > 1 else ""
+            changes = {
+                "sample_id": f"gsm8k_{number:04d}{suffix}_v-{name}", "variant": name, "config_hash": f"hash-{name}"
+            }  # fmt: skip
+            record.append(sample(number, epoch).model_copy(update=changes))
+    found = [(int(s.problem_id[1:]), s.epoch, s.variant) for s in run.samples().by_name()]
+    assert found == attempts
+
+
 def test_a_rewritten_record_keeps_one_line_per_sample(run: Run) -> None:
     again = rewrite(run, lambda s: s.model_copy(update={"correct": True}), run.config)
     assert again.record_path.read_bytes().count(b"\n") == 5
