@@ -11,6 +11,7 @@ What flows through this room, in the order a newcomer should read it:
     fanout     many rollouts at once, as Ray tasks; samples stream back to the driver
     resume     the run directory: made, or found and continued
     driver     all of the above in order: `run_evaluation`
+    failures   failed samples counted by kind, with what to do about each
     outputs, report, console, progress   what is left on disk and on the screen
     command    the command line
 

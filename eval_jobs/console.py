@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from eval_jobs.comparison import Comparison
+from eval_jobs.failures import shorten
 from roentgen.runs import Run
 
 TOO_MANY = 0.10
@@ -18,7 +19,7 @@ def print_summary(run: Run, summary: dict[str, Any], console: Console) -> None:
     """Print a run's scores, its warnings and where its files are."""
     table = Table(title=f"{summary['model']} on {summary['problems']['source']}", title_justify="left")
     table.add_column("extractor")
-    for column in ("correct", "accuracy", "95% interval", "± s.e.", "unparsable"):
+    for column in ("correct", "accuracy", "95% interval", "± s.e.", "no answer"):
         table.add_column(column, justify="right")
     for name, scores in summary["extractors"].items():
         primary = name == summary["extractor"]
@@ -32,6 +33,7 @@ def print_summary(run: Run, summary: dict[str, Any], console: Console) -> None:
             style="bold" if primary else None,
         )
     console.print(table)
+    console.print(spell_samples(summary), markup=False, highlight=False, soft_wrap=True)
     for line in _conditions(summary):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     for line in _facts(summary):
@@ -63,15 +65,33 @@ def print_comparison(found: Comparison, console: Console) -> None:
 
 
 def spell_difference(change: dict[str, Any]) -> str:
-    """Spell a paired difference, `+4.2 points (−1.0 to 9.4), 12 gained, 7 lost, p = 0.36`."""
+    """Spell a paired difference, `+4.2 points (−1.0 to 9.4); of 120 problems 12 gained, 7 lost, p = 0.36`."""
     if change["value"] is None:
         return "no problem in common"
     low, high = change["low"], change["high"]
     span = "" if low is None else f" ({100 * low:+.1f} to {100 * high:+.1f})"
     return (
-        f"{100 * change['value']:+.1f} points{span}, {change['gained']} gained, {change['lost']} lost, "
-        f"p = {change['p_value']:.2g}"
+        f"{100 * change['value']:+.1f} points{span}; of {spell_count(change['problems'], 'problem')} "
+        f"{change['gained']} gained, {change['lost']} lost, p = {change['p_value']:.2g}"
     )
+
+
+def spell_samples(summary: dict[str, Any]) -> str:
+    """Spell what was scored, `120 of 120 samples scored: 40 problems × 3 epochs`."""
+    problems = summary["problems"]
+    parts = [spell_count(int(problems["samples"]), "problem")]
+    if problems.get("epochs", 1) > 1:
+        parts.append(f"{problems['epochs']} epochs")
+    if summary["variants"]:
+        parts.append(f"{len(summary['variants'])} variants")
+    failed = f", {summary['errors']} failed" if summary["errors"] else ""
+    expected = spell_count(int(summary["expected_samples"]), "sample")
+    return f"{summary['samples']} of {expected} scored{failed}: {' × '.join(parts)}"
+
+
+def spell_count(number: int, noun: str) -> str:
+    """Spell a count, `1 problem`, `3 problems`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def warnings(summary: dict[str, Any]) -> list[str]:
@@ -80,24 +100,36 @@ def warnings(summary: dict[str, Any]) -> list[str]:
 
 
 def percent(share: float | None) -> str:
-    """Spell a share, `37.5%`; `–` if there is none."""
-    return "–" if share is None else f"{100 * share:.1f}%"
+    """Spell a share, `37.5%`; `–` if there is none. `0.0%` and `100.0%` are none and all, not nearly so."""
+    if share is None:
+        return "–"
+    if 0 < share < 0.0005:
+        return "<0.1%"
+    return ">99.9%" if 0.9995 <= share < 1 else f"{100 * share:.1f}%"
 
 
 def interval(scores: dict[str, Any]) -> str:
     """Spell an interval, `13.7–69.4%`."""
-    return "–" if scores["low"] is None else f"{100 * scores['low']:.1f}–{percent(scores['high'])}"
+    return "–" if scores["low"] is None else f"{100 * scores['low']:.1f}–{100 * scores['high']:.1f}%"
 
 
 def _conditions(summary: dict[str, Any]) -> Iterator[str]:
     """Spell what several samples or variants come to."""
-    several = summary["several_samples"]
-    for name in ("pass_at_k", "maj_at_k") if several else ():
-        yield f"{name}: " + ", ".join(f"k={k} {percent(e['value'])} ({interval(e)})" for k, e in several[name].items())
+    yield from _several(summary["several_samples"])
     for name, variant in summary["variants"].items():
-        against = variant["against_first"]
+        against, scores = variant["against_first"], variant["accuracy"]
         change = "" if against is None else f"; against the first {spell_difference(against)}"
-        yield f"variant {name}: {percent(variant['accuracy']['value'])} ({interval(variant['accuracy'])}){change}"
+        yield f"variant {name}: {scores['correct']}/{scores['n']}, {percent(scores['value'])} ({interval(scores)}){change}"
+        yield from (f"  {line}" for line in _several(variant["several_samples"]))
+
+
+def _several(several: dict[str, Any] | None) -> Iterator[str]:
+    for name in ("pass_at_k", "maj_at_k") if several else ():
+        found = ((k, estimate) for k, estimate in (several or {})[name].items() if estimate is not None)
+        if spelled := ", ".join(
+            f"k={k} {percent(e['value'])} ({interval(e)}, n={e['problems']} problems)" for k, e in found
+        ):
+            yield f"{name}: {spelled}"
 
 
 def _facts(summary: dict[str, Any]) -> Iterator[str]:
@@ -119,10 +151,14 @@ def _facts(summary: dict[str, Any]) -> Iterator[str]:
 def _warnings(summary: dict[str, Any]) -> Iterator[str]:
     n = summary["samples"]
     if summary["errors"]:
+        total = n + summary["errors"]
         yield (
-            f"failed samples: {summary['errors']}. They are in no number here, 'error' in samples.jsonl says why, "
-            "and the same command tries them again."
+            f"failed samples: {summary['errors']} of {total} ({percent(summary['errors'] / total)}). They are in no number "
+            "here, 'error' in samples.jsonl says why, and the same command tries them again."
         )
+        for failure in summary.get("failures", [])[:1]:
+            message = shorten(failure["message"])
+            yield f"the commonest error ({failure['count']} of {summary['errors']}): {message}. {failure['advice']}"
     if n and summary["truncated"] / n > TOO_MANY:
         yield f"{summary['truncated']} of {n} outputs were cut at the token limit: raise --max-tokens."
     if n and summary["out_of_turns"] / n > TOO_MANY:

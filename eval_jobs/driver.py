@@ -17,6 +17,7 @@ from eval_jobs import EvalError
 from eval_jobs.config import ServedModel, hashed_configuration, variants_of
 from eval_jobs.endpoint import Endpoint, api_key, find_model
 from eval_jobs.estimate import estimate
+from eval_jobs.failures import Failures
 from eval_jobs.fanout import evaluate
 from eval_jobs.outputs import Timing, write_missing_sample_files, write_sample_files, write_summary
 from eval_jobs.problems import Problem
@@ -33,6 +34,10 @@ from roentgen.runs import Recorder, Run, RunConfig, Sample
 
 MAX_FAILED_IN_A_ROW = 10
 """So many failures on end are no property of the problems; each may have cost a minute of retries, so the run stops."""
+
+
+class TooManyFailuresError(EvalError):
+    """So many samples failed that the run stops; the message says how many, and with which error."""
 
 
 class InterruptedRunError(EvalError):
@@ -189,26 +194,36 @@ def _run_missing(
         EvalError: if it had to stop; the message says how to go on.
     """
     started = time.monotonic()
-    failed = failed_in_a_row = tokens = 0
+    recorded = failed = failed_in_a_row = tokens = 0
+    failures = Failures()
+    what = "problems" if settings.epochs == 1 and not run.config.variants else "samples"
 
     def keep(sample: Sample) -> None:
-        nonlocal failed, failed_in_a_row, tokens
+        nonlocal recorded, failed, failed_in_a_row, tokens
         with _writing(run):
             record.append(sample)
             write_sample_files(run, sample)
         progress.add(sample)
+        recorded += 1
         tokens += sample.completion_tokens
         failed += sample.error is not None
         failed_in_a_row = 0 if sample.error is None else failed_in_a_row + 1
+        if sample.error is not None:
+            failures.add(sample.sample_id, sample.error)
         if failed_in_a_row == MAX_FAILED_IN_A_ROW:
-            raise EvalError(f"the last {failed_in_a_row} problems failed, the last one with: {sample.error}")
+            raise TooManyFailuresError(f"the last {failed_in_a_row} {what} failed, {failures.spell_last()}")
         if failed == settings.fail_on_error:
-            raise EvalError(f"{failed} samples failed (--fail-on-error), the last one with: {sample.error}")
+            raise TooManyFailuresError(f"{failed} samples failed (--fail-on-error), {failures.spell_last()}")
 
     try:
         evaluate(missing, plan, settings.parallel, keep, look_up)
     except KeyboardInterrupt:
         raise InterruptedRunError(f"stopped. {_how_to_go_on(run)}") from None
+    except TooManyFailuresError as error:
+        with _writing(run):  # the page says what failed, and how often
+            write_summary(run, Timing(time.monotonic() - started, recorded, tokens))
+            write_report(run)
+        raise EvalError(f"{error}. {_how_to_go_on(run)} {failures.commonest_first()[0].advice}") from error
     except EvalError as error:
         raise EvalError(f"{error}. {_how_to_go_on(run)}") from error
     return Timing(time.monotonic() - started, len(missing), tokens)

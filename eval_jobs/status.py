@@ -3,6 +3,7 @@
 import time
 from dataclasses import dataclass
 
+from eval_jobs.failures import Failure, Failures, shorten
 from eval_jobs.progress import Tally, seconds_left
 from eval_jobs.summary import expected_samples
 from roentgen.runs import Run
@@ -21,6 +22,7 @@ class Status:
         recent: samples that finished in the last two minutes.
         recent_tokens: that they have.
         recent_seconds: the time that these two are over.
+        commonest: the commonest failure of those that have no answer yet, None if there is none.
     """
 
     running: bool
@@ -29,11 +31,14 @@ class Status:
     recent: int
     recent_tokens: int
     recent_seconds: float
+    commonest: Failure | None = None
 
     def __str__(self) -> str:
         """Spell it in a line."""
         done = f"{self.tally.scored}/{self.expected} done, {self.tally.correct_so_far}"
         errors = f", {self.tally.errors} errors" if self.tally.errors else ""
+        if self.commonest is not None:
+            errors += f" (the commonest, {self.commonest.count}: {shorten(self.commonest.message)})"
         if self.tally.scored == self.expected:
             return f"complete: {done}"
         if not self.running:
@@ -54,12 +59,15 @@ def status(run: Run, now: float | None = None) -> Status:
         RunError: if the record is damaged.
     """
     now = time.time() if now is None else now
-    tally, recent, tokens, first = Tally(), 0, 0, now
+    tally, failures, recent, tokens, first = Tally(), Failures(), 0, 0, now
     for sample in run.samples():
         tally.add(sample)
+        if sample.error is not None:
+            failures.add(sample.sample_id, sample.error)
         if sample.finished is not None and now - RECENT_S <= sample.finished <= now:
             recent += 1
             tokens += sample.completion_tokens
             first = min(first, sample.finished - sample.seconds)
     seconds = min(RECENT_S, now - first)
-    return Status(run.is_running, expected_samples(run.config), tally, recent, tokens, max(seconds, 1e-9))
+    commonest = next(iter(failures.commonest_first()), None)
+    return Status(run.is_running, expected_samples(run.config), tally, recent, tokens, max(seconds, 1e-9), commonest)

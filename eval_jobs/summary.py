@@ -11,6 +11,7 @@ from decimal import Decimal, InvalidOperation
 from itertools import combinations
 from typing import Any, NamedTuple
 
+from eval_jobs.failures import Failures
 from eval_jobs.scoring import EXTRACTORS
 from eval_jobs.statistics import accuracy, difference, majority, mean, pass_at_k
 from roentgen.runs import RunConfig, Sample
@@ -100,10 +101,11 @@ class _Stored:
 def summarise(config: RunConfig, samples: Iterable[Sample]) -> dict[str, Any]:
     """Return what a run's samples come to."""
     every, variants, stored = _Group(), {name: _Group() for name in config.variants}, _Stored()
-    errors, disagreements = 0, []
+    errors, failures, disagreements = 0, Failures(), []
     for sample in samples:
         if sample.error is not None:
             errors += 1
+            failures.add(sample.sample_id, sample.error)
             continue
         every.add(sample)
         stored.add(sample)
@@ -121,7 +123,10 @@ def summarise(config: RunConfig, samples: Iterable[Sample]) -> dict[str, Any]:
         "mode": config.hashed.get("mode", "no-tools"),
         "extractor": primary,
         "samples": scored,
+        "scored_problems": len({row.problem for row in every.rows}),
+        "expected_samples": expected_samples(config),
         "errors": errors,
+        "failures": [failure.to_json() for failure in failures.commonest_first()],
         "truncated": every.truncated,
         "out_of_turns": every.out_of_turns,
         "unparsable": every.unparsable(primary),

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from eval_jobs.console import interval, percent, print_summary, warnings
+from eval_jobs.console import interval, percent, print_summary, spell_samples, warnings
 from eval_jobs.outputs import Timing, write_summary
 from eval_jobs.progress import Progress, Tally
 from tests.eval_jobs.test_outputs import make_run
+from tests.eval_jobs.test_summary import make
 
 
 def test_the_summary_is_printed_with_its_warnings(tmp_path: Path) -> None:
@@ -43,6 +44,39 @@ def test_few_truncations_are_no_warning() -> None:
 def test_absent_numbers_are_dashes() -> None:
     assert percent(None) == "–"
     assert interval({"low": None, "high": None}) == "–"
+
+
+def test_nearly_none_is_not_none_and_nearly_all_is_not_all() -> None:
+    shares = (0.0, 1 / 5000, 0.001, 0.5, 4999 / 5000, 1.0)
+    assert [percent(share) for share in shares] == ["0.0%", "<0.1%", "0.1%", "50.0%", ">99.9%", "100.0%"]
+
+
+def test_the_commonest_error_is_a_warning(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    summary = write_summary(run, None)
+    said = warnings(summary)
+    assert said[0].startswith("failed samples: 1 of 5 (20.0%). They are in no number here")
+    assert said[1] == "the commonest error (1 of 1): 500: <b>poisoned</b>. The server failed: its log has the reason."
+    long = [{**summary["failures"][0], "message": "500: " + "word " * 1000}]
+    assert len(warnings({**summary, "failures": long})[1]) < 500
+
+
+def test_samples_problems_epochs_and_variants_are_told_apart(tmp_path: Path) -> None:
+    assert (
+        spell_samples(write_summary(make_run(tmp_path / "plain"), None))
+        == "4 of 5 samples scored, 1 failed: 5 problems"
+    )
+    (tmp_path / "v.yaml").write_text("plain: ''\ncalm: No hurry.\n")
+    run = make(
+        tmp_path / "run", {(1, 2, "calm"): "Answer: GOLD"}, variants=str(tmp_path / "v.yaml"), epochs=2, temperature=1.0
+    )
+    out = io.StringIO()
+    print_summary(run, write_summary(run, None), Console(file=out, width=120))
+    said = out.getvalue()
+    assert "12 of 12 samples scored: 3 problems × 2 epochs × 2 variants" in said
+    assert "variant calm: 1/6, 16.7%" in said
+    assert "of 3 problems 1 gained, 0 lost" in said
+    assert said.count("pass_at_k: k=1") == said.count("maj_at_k: k=1") == 2
 
 
 def test_without_a_terminal_progress_is_plain_lines(tmp_path: Path) -> None:

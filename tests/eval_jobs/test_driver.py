@@ -160,9 +160,16 @@ def test_overload_loses_nothing(server: StandIn) -> None:
 def test_a_server_that_fails_at_everything_stops_the_run(server: StandIn) -> None:
     for problem in take("arithmetic", 24):
         server.fail(problem.question, Fault(400, "too long", code="context_length_exceeded"))
-    with pytest.raises(EvalError, match=r"the last 10 problems failed, the last one with: 400: too long\. Finished"):
+    with pytest.raises(
+        EvalError, match=r"the last 10 problems failed, the last one with: 400: too long\. Finished"
+    ) as caught:
         evaluate(server, samples=24, parallel=2)
     assert len(server.requests) < 24
+    assert "lower --max-tokens" in str(caught.value)
+    run = Run.open("run")
+    summary = run.summary() or {}
+    assert summary["failures"][0]["count"] == summary["errors"] == summary["timing"]["samples"] >= 10
+    assert "400: too long" in (run.path / "report.html").read_text()
 
 
 def test_so_many_failed_samples_stop_the_run_and_no_fewer(server: StandIn) -> None:

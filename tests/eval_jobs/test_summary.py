@@ -97,6 +97,10 @@ def test_how_far_a_run_is(tmp_path: Path) -> None:
     lines = run.record_path.read_text().splitlines(keepends=True)
     run.record_path.write_text("".join(lines[:2]))
     assert str(status(run)).startswith("stopped: 2/3 done")
+    with run.recording() as record:
+        record.append(Run.open(run.path).samples()[1].model_copy(update={"epoch": 2, "error": "503: 4 waiting"}))
+    assert "1 errors (the commonest, 1: 503: 4 waiting); the same command continues it" in str(status(run))
+    run.record_path.write_text("".join(lines[:2]))
     with run.recording():
         # Two samples that began at 1000 and finished at 1010: twenty tokens in twenty seconds, the third in ten more.
         assert str(status(run, now=1020.0)) == "running: 2/3 done, 1 correct, 50.0% (9.5–90.5), 1 tokens/s, 0:10 left"
