@@ -1,11 +1,12 @@
 """Charts of the report, as numbers that its template draws."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from roentgen.runs import Sample
 
 BINS = 24
+MOST_TICKS = 5
 
 
 @dataclass(frozen=True)
@@ -46,3 +47,48 @@ def lengths(samples: Iterable[Sample]) -> list[Bar]:
     for tokens, correct, cut in found:
         counts[tokens // width][0 if correct else 2 if cut else 1] += 1
     return [Bar(number * width, (number + 1) * width - 1, *kinds) for number, kinds in enumerate(counts)]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """The histogram of one kind of answers, on a scale of its own so that a rare kind is as visible as a common one.
+
+    Attributes:
+        kind: "correct", "wrong" or "cut".
+        title: what a reader calls it.
+        counts: answers per bar.
+    """
+
+    kind: str
+    title: str
+    counts: list[int]
+
+    @property
+    def total(self) -> int:
+        """Answers of this kind."""
+        return sum(self.counts)
+
+    @property
+    def highest(self) -> int:
+        """Answers in the highest bar."""
+        return max(self.counts)
+
+
+def panels(bars: Sequence[Bar]) -> list[Panel]:
+    """Return a histogram for each kind of answers that there are."""
+    every = (
+        Panel("correct", "correct", [bar.correct for bar in bars]),
+        Panel("wrong", "wrong", [bar.wrong for bar in bars]),
+        Panel("cut", "wrong and cut at the token limit", [bar.cut for bar in bars]),
+    )
+    return [panel for panel in every if panel.total]
+
+
+def ticks(stop: int) -> list[int]:
+    """Return round numbers from 0 to at most `stop`, up to `MOST_TICKS` steps of 1, 2 or 5 times a power of ten."""
+    power = 1
+    while True:
+        for step in (power, 2 * power, 5 * power):
+            if stop <= step * MOST_TICKS:
+                return list(range(0, stop + 1, step))
+        power *= 10

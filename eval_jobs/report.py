@@ -7,18 +7,28 @@ radio buttons and style sheets.
 
 import base64
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from eval_jobs.charts import lengths
-from eval_jobs.console import interval, percent, spell_difference, warnings
+from eval_jobs.charts import lengths, panels, ticks
+from eval_jobs.console import interval, percent, spell_count, spell_difference, spell_samples, warnings
 from eval_jobs.summary import summarise
-from roentgen.runs import Run, RunError
+from roentgen.runs import Run, RunError, replacing
 
 TRANSCRIPTS_UP_TO = 2_000
 """A page with more transcripts than this is slow to open; the rest are in samples.jsonl."""
+
+KINDS_SHOWN = 10
+"""Kinds of failures on the page; all are in summary.json."""
+
+METRICS = {"auroc": "AUROC", "within_auroc": "AUROC within problems", "r2": "R²"}
+"""What the main metrics of probes are called where people read them."""
+
+PLOTS = {"light": "auroc_by_layer.png", "dark": "dark/auroc_by_layer.png"}
+"""A probe's plot for each color scheme; folders of older versions have the light one only."""
 
 
 def write_report(run: Run) -> Path:
@@ -28,7 +38,9 @@ def write_report(run: Run) -> Path:
         RunError: if the record or a probe's results are damaged.
     """
     samples = run.samples().by_name()
-    summary = run.summary() or {**summarise(run.config, samples), "timing": None}
+    # Counted again, so that the page agrees with the record, and can be made of runs whose summary an older version wrote.
+    summary = {**summarise(run.config, samples), "timing": (run.summary() or {}).get("timing")}
+    bars = lengths(samples)
     page = (
         _environment()
         .get_template("report.html")
@@ -36,16 +48,46 @@ def write_report(run: Run) -> Path:
             config=run.config,
             summary=summary,
             warnings=warnings(summary),
+            kinds_shown=KINDS_SHOWN,
+            filters=_filters(summary),
             samples=samples[:TRANSCRIPTS_UP_TO],
-            lengths=lengths(samples),
+            bars=bars,
+            panels=panels(bars),
+            ticks=ticks(bars[-1].stop + 1) if bars else [],
+            several=list(_several(summary)),
             disagreements=set(summary["disagreements"]),
             left_out=max(0, len(samples) - TRANSCRIPTS_UP_TO),
             probes=[_read_probe(folder) for folder in run.probe_folders()],
         )
     )
     path = run.path / "report.html"
-    path.write_text(page)
+    with replacing(path) as temporary:
+        # Half a surrogate pair, which a model may write, has no encoding.
+        temporary.write_text(page, encoding="utf-8", errors="replace")
     return path
+
+
+def _filters(summary: dict[str, Any]) -> list[tuple[str, str, int]]:
+    """Return the samples' filters: name, what they show, and how many samples of the run that is."""
+    scores = summary["accuracy"]
+    return [
+        ("all", "all", summary["samples"] + summary["errors"]),
+        ("correct", "correct", scores["correct"]),
+        ("wrong", "wrong", scores["n"] - scores["correct"]),
+        ("cut", "cut", summary["truncated"]),
+        ("unread", "no answer found", summary["unparsable"]),
+        ("failed", "failed", summary["errors"]),
+        ("disagree", "extractors disagree", len(summary["disagreements"])),
+    ]
+
+
+def _several(summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield a row per variant and k: pass@k and maj@k where there are several samples a problem."""
+    of_variants = ((name, variant["several_samples"]) for name, variant in summary["variants"].items())
+    for name, found in ((None, summary["several_samples"]), *of_variants):
+        for k, passed in found["pass_at_k"].items() if found else ():
+            if passed is not None:
+                yield {"variant": name, "k": k, "passed": passed, "agreed": found["maj_at_k"][k]}
 
 
 def _environment() -> Environment:
@@ -56,7 +98,13 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "interval": interval, "auroc": _auroc, "difference": spell_difference}
+    environment.filters |= {
+        "percent": percent,
+        "interval": interval,
+        "difference": spell_difference,
+        "speed": lambda speed: f"{speed:.1f}" if speed < 10 else f"{speed:.0f}",
+    }
+    environment.globals |= {"count": spell_count, "conditions": spell_samples}
     return environment
 
 
@@ -67,25 +115,49 @@ def _read_probe(folder: Path) -> dict[str, Any]:
         results = json.loads(file.read_text())
     except ValueError as error:
         raise RunError(f"{file} is damaged: {error}") from error
-    plot = folder / "auroc_by_layer.png"
+    best, metric = results.get("best") or {}, results.get("metric")
     return {
+        "name": folder.name,
         "label": results.get("label", folder.name),
+        "kind": results.get("kind"),
         "session": results.get("session"),
         "positions": results.get("positions"),
+        "metric": METRICS.get(metric or "auroc", metric),
         "n_samples": results.get("n_samples"),
         "n_problems": results.get("n_problems"),
+        "n_true": results.get("n_true"),
         "prevalence": results.get("prevalence"),
-        "best": results.get("best"),
-        "baselines": results.get("baselines", {}),
-        "keys": results.get("keys", []),
-        "notes": results.get("notes", []),
-        "plot": base64.b64encode(plot.read_bytes()).decode() if plot.exists() else None,
+        "best": _estimate(best, metric),
+        "chosen": list(dict.fromkeys(best.get("keys") or [])),
+        "rows": [_candidate(key, results, metric) for key in results.get("keys") or []],
+        "baselines": {
+            name.replace("_", " "): _estimate(found, metric) for name, found in (results.get("baselines") or {}).items()
+        },
+        "notes": results.get("notes") or [],
+        "page": (folder / "report.html").exists(),
+        "plots": {theme: _embedded(folder / file) for theme, file in PLOTS.items()},
     }
 
 
-def _auroc(estimate: dict[str, Any] | None) -> str:
-    """Spell an AUROC with its interval, `0.71 [0.62, 0.79]`."""
-    if estimate is None or estimate.get("auroc") is None:
+def _candidate(key: dict[str, Any], results: dict[str, Any], metric: str | None) -> dict[str, Any]:
+    """Return the row of a stored key at a position."""
+    return {
+        "hook_point": key.get("hook_point", key.get("key")),
+        "layer": key.get("layer"),
+        "positions": key.get("positions", results.get("positions")),
+        "estimate": _estimate(key, metric),
+    }
+
+
+def _embedded(file: Path) -> str | None:
+    return base64.b64encode(file.read_bytes()).decode() if file.exists() else None
+
+
+def _estimate(found: dict[str, Any] | None, metric: str | None) -> str:
+    """Spell a main metric with its interval, `0.71 [0.62, 0.79]`."""
+    found = found or {}
+    value = next((found[name] for name in (metric or "", *METRICS) if found.get(name) is not None), None)
+    if value is None:
         return "–"
-    low, high = estimate.get("low"), estimate.get("high")
-    return f"{estimate['auroc']:.2f}" + ("" if low is None or high is None else f" [{low:.2f}, {high:.2f}]")
+    low, high = found.get("low"), found.get("high")
+    return f"{value:.2f}" + ("" if low is None or high is None else f" [{low:.2f}, {high:.2f}]")

@@ -64,6 +64,22 @@ class Browser:
         x, y = await self.ask(f"(r => [r.x + r.width / 2, r.y + r.height / 2])({element}.getClientRects()[0])")
         await self.do("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
+    async def show_as(self, width: int, scheme: str) -> None:
+        """Take the width of a screen (a phone's has a mobile browser), and a color scheme."""
+        await self.do(
+            "Emulation.setDeviceMetricsOverride", width=width, height=900, deviceScaleFactor=1, mobile=width < 600
+        )
+        await self.do("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+
+    async def look_at(self, element: str) -> bytes:
+        """Return an element, given as an expression, as PNG."""
+        x, y, width, height = await self.ask(
+            f"(r => [r.x + scrollX, r.y + scrollY, r.width, r.height])({element}.getBoundingClientRect())"
+        )
+        clip = {"x": x, "y": y, "width": width, "height": height, "scale": 1}
+        reply = await self.do("Page.captureScreenshot", clip=clip, captureBeyondViewport=True)
+        return base64.b64decode(reply["data"])
+
     async def picture(self) -> bytes:
         """Return the page as PNG."""
         return base64.b64decode((await self.do("Page.captureScreenshot"))["data"])

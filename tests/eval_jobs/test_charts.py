@@ -1,6 +1,8 @@
 """The histogram of lengths, counted by hand."""
 
-from eval_jobs.charts import BINS, lengths
+import pytest
+
+from eval_jobs.charts import BINS, MOST_TICKS, lengths, panels, ticks
 from roentgen.runs import Sample
 
 
@@ -31,3 +33,26 @@ def test_long_answers_share_bars() -> None:
     assert sum(bar.height for bar in bars) == 1000
     assert bars[0].height == bars[0].stop + 1
     assert lengths([]) == []
+
+
+def test_each_kind_of_answers_has_a_scale_of_its_own() -> None:
+    found = [sample(3) for _ in range(500)] + [sample(3, correct=True), sample(9, correct=True)]
+    correct, wrong = panels(lengths(found))
+    assert (correct.kind, correct.counts[3], correct.highest, correct.total) == ("correct", 1, 1, 2)
+    assert (wrong.kind, wrong.counts[3], wrong.highest, wrong.total) == ("wrong", 500, 500, 500)
+    assert panels([]) == []
+
+
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [
+        (1, [0, 1]),
+        (7, [0, 2, 4, 6]),
+        (66, [0, 20, 40, 60]),
+        (100, [0, 20, 40, 60, 80, 100]),
+        (2049, [0, 500, 1000, 1500, 2000]),
+    ],
+)
+def test_ticks_are_round(stop: int, expected: list[int]) -> None:
+    assert ticks(stop) == expected
+    assert len(ticks(stop)) <= MOST_TICKS + 1
