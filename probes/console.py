@@ -4,12 +4,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from probes.plots import METRICS
+from probes.plots import METRICS, called
 from probes.report import ProbeReport
 
 
 def render(report: ProbeReport) -> RenderableType:
-    """Return the report as something rich can print: one row per layer, one column per hook point and position."""
+    """Return the report as something rich can print: one row per layer and position, one column per hook point."""
     return Group(
         _header(report), _layers(report), _summary(report), *(Text(f"! {note}", "yellow") for note in report.notes())
     )
@@ -18,7 +18,7 @@ def render(report: ProbeReport) -> RenderableType:
 def _header(report: ProbeReport) -> Text:
     places = ", ".join(report.positions)
     where = f"{places} in {report.session}" if report.session else places
-    share = "" if report.prevalence is None else f", {report.prevalence:.0%} True"
+    share = "" if report.prevalence is None else f", {report.n_true} True ({report.prevalence:.1%})"
     return Text(
         f"{report.label} read by {report.kind} at {where}: {report.n_samples} samples of {report.n_problems} problems"
         f"{share}, {report.n_folds} folds by problem"
@@ -27,24 +27,32 @@ def _header(report: ProbeReport) -> Text:
 
 def _layers(report: ProbeReport) -> Table:
     layered = [result for result in report.results if result.layer is not None]
-    cells = {(result.layer, result.hook_point, result.positions): str(result.estimate) for result in layered}
-    columns = list(dict.fromkeys((result.hook_point, result.positions) for result in layered))
-    within = ", within problems" if report.within else ""
-    table = Table(title=f"{METRICS[report.metric]}{within} [95% interval]", title_justify="left")
+    cells = {(result.layer, result.positions, result.hook_point): str(result.estimate) for result in layered}
+    hook_points = list(dict.fromkeys(result.hook_point for result in layered))
+    several = len(report.positions) > 1
+    table = Table(title=f"{called(report)} [95% interval]", title_justify="left")
     table.add_column("layer", justify="right")
-    for hook_point, positions in columns:
-        table.add_column(hook_point if len(report.positions) == 1 else f"{hook_point}@{positions}")
-    for layer in sorted({result.layer for result in layered if result.layer is not None}):
-        table.add_row(str(layer), *(cells.get((layer, *column), "") for column in columns))
+    if several:
+        table.add_column("position", overflow="fold")
+    for hook_point in hook_points:
+        table.add_column(hook_point, overflow="fold")  # never cut
+    for positions in report.positions:
+        for layer in sorted({result.layer for result in layered if result.layer is not None}):
+            place = [positions] if several else []
+            table.add_row(str(layer), *place, *(cells.get((layer, positions, name), "") for name in hook_points))
+        table.add_section()
     return table
 
 
 def _summary(report: ProbeReport) -> Table:
     table = Table(box=None, show_header=False)
+    for _ in range(3):
+        table.add_column(overflow="fold")
     for result in report.results:
         if result.layer is None:
-            table.add_row(result.key, str(result.estimate), "model-wide")
-    table.add_row("best, chosen on inner folds", str(report.best.estimate), ", ".join(dict.fromkeys(report.best.names)))
+            name = result.key if len(report.positions) == 1 else result.name
+            table.add_row(name, str(result.estimate), "model-wide")
+    table.add_row("best, chosen on inner folds", str(report.best.estimate), "\n".join(dict.fromkeys(report.best.names)))
     for name, estimate in report.best.metrics.items():
         if name != report.metric:
             table.add_row(f"  its {METRICS[name]}", str(estimate), "")

@@ -1,9 +1,10 @@
-"""The probes' page: one static HTML file that needs nothing else, with transcripts in which every token has its score's colour.
+"""The probes' page: one static HTML file that needs nothing else, with transcripts in which every token has its score's color.
 
 Everything a model wrote is escaped, and there is no script on the page: what shows when a token is pointed at is CSS.
 """
 
 import base64
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,19 +12,33 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from probes.closeup import Closeup, Trace
-from probes.plots import METRICS
+from probes.plots import METRICS, called
 from probes.report import ProbeReport
 
 TRANSCRIPTS = 24
 """Shown on the page, half of each class as far as there are."""
 
 PICTURES = {
-    "auroc_by_layer": "By layer",
-    "heatmap": "By layer and position",
-    "along_trace": "Along the trace",
-    "reliability": "Reliability",
-    "projection": "Every sample",
+    "auroc_by_layer": (
+        "By layer",
+        "lines over layers, one per hook point and position, beside chance and prompt length",
+    ),
+    "heatmap": (
+        "By layer and position",
+        "a panel per hook point, layers across, positions down, colored by the metric",
+    ),
+    "along_trace": (
+        "Along the trace",
+        "the mean score of each class from the end of the prompt to the end of the answer",
+    ),
+    "reliability": ("Reliability", "the share of samples whose label is True over the probability that the probe gave"),
+    "scores": ("Scores by class", "the distribution of each class's scores, as shares of the class"),
+    "projection": ("Every sample", "a point per sample: its score, and the largest variation across the probe"),
 }
+"""Titles and descriptions of the pictures, in the page's order."""
+
+OPEN_UP_TO = 24
+"""A table of more candidates than this is folded."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +49,7 @@ class Token:
         text: of it; what cannot be seen has a sign.
         position: in the sequence.
         score: None where it has none.
-        strength: of its colour, from -1 to 1.
+        strength: of its color, from -1 to 1.
     """
 
     text: str
@@ -43,16 +58,33 @@ class Token:
     strength: float
 
 
-def render_page(report: ProbeReport, pictures: Mapping[str, bytes], closeup: Closeup | None) -> str:
+@dataclass(frozen=True)
+class _Picture:
+    """A picture as the page shows it; the files are base64, `dark` is None where there is none for dark backgrounds."""
+
+    name: str
+    title: str
+    alt: str
+    light: str
+    dark: str | None
+
+
+def render_page(
+    report: ProbeReport,
+    pictures: Mapping[str, bytes],
+    closeup: Closeup | None,
+    dark: Mapping[str, bytes] | None = None,
+) -> str:
     """Return the page.
 
     Args:
         report: what was found.
         pictures: PNG files by name, see `PICTURES`.
         closeup: the candidate whose transcripts are shown, None for none.
+        dark: the same pictures for dark backgrounds.
     """
     shown = _choose(closeup.traces) if closeup else []
-    # A probe's zero means something only where it was trained to read, so colours begin at the middle of what is shown.
+    # A probe's zero means something only where it was trained to read, so colors begin at the middle of what is shown.
     scores = np.concatenate([trace.scores for trace in shown]) if shown else np.zeros(1)
     middle = float(np.median(scores))
     strongest = float(np.percentile(np.abs(scores - middle), 95)) or 1.0
@@ -61,11 +93,10 @@ def render_page(report: ProbeReport, pictures: Mapping[str, bytes], closeup: Clo
         .get_template("report.html")
         .render(
             report=report,
-            pictures=[
-                (title, name, base64.b64encode(pictures[name]).decode())
-                for name, title in PICTURES.items()
-                if name in pictures
-            ],
+            pictures=[_picture(name, report, pictures, dark or {}) for name in PICTURES if name in pictures],
+            metric=called(report),
+            several_epochs=any(trace.example.epoch > 1 for trace in shown),
+            folded=len(report.results) > OPEN_UP_TO,
             closeup=closeup,
             called=METRICS,
             middle=middle,
@@ -74,10 +105,26 @@ def render_page(report: ProbeReport, pictures: Mapping[str, bytes], closeup: Clo
     )
 
 
+def _picture(name: str, report: ProbeReport, light: Mapping[str, bytes], dark: Mapping[str, bytes]) -> _Picture:
+    title, described = PICTURES[name]
+    alt = f"{title}: {described}"
+    if name in ("auroc_by_layer", "heatmap"):
+        best = max(report.results, key=lambda result: np.nan_to_num(result.estimate.value, nan=-np.inf))
+        alt += f"; the highest is {best.estimate} at {best.name}. The table of candidates has the numbers."
+    dark_file = base64.b64encode(dark[name]).decode() if name in dark else None
+    return _Picture(name, title, alt, base64.b64encode(light[name]).decode(), dark_file)
+
+
 def _choose(traces: tuple[Trace, ...]) -> list[Trace]:
-    """Return the first of each class, in turn."""
-    own = [[trace for trace in traces if trace.value == value][: TRANSCRIPTS // 2] for value in (False, True)]
+    """Return the first of each class, in turn; those that there are of each, in the order of problems and epochs."""
+    ordered = sorted(traces, key=lambda trace: (_natural(trace.example.problem), trace.example.epoch))
+    own = [[trace for trace in ordered if trace.value == value][: TRANSCRIPTS // 2] for value in (False, True)]
     return [trace for number in range(TRANSCRIPTS // 2) for part in own for trace in part[number : number + 1]]
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Return a key that sorts problem-2 before problem-10."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]
 
 
 def _tokens(trace: Trace, middle: float, strongest: float) -> tuple[list[Token], list[Token]]:

@@ -35,6 +35,11 @@ class Estimate:
     high: float
 
     def __str__(self) -> str:
+        """Spell it as `0.71 [0.62, 0.79]`; what is not defined is a dash, not a number."""
+        if not math.isfinite(self.value):
+            return "–"
+        if not (math.isfinite(self.low) and math.isfinite(self.high)):
+            return f"{self.value:.2f} [–]"
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
     def to_json(self) -> dict[str, float | None]:

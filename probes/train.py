@@ -2,8 +2,9 @@
 
     RUN/probes/<label>/
       probes.safetensors  probes.json       the probes, fitted on all samples (`roentgen.saved_probes`)
-      auroc_by_layer.png  heatmap.png  reliability.png  along_trace.png  projection.png      those that there are
-      report.html                           all of it as one page, with transcripts coloured by score (`page`)
+      auroc_by_layer.png  heatmap.png  reliability.png  along_trace.png  scores.png  projection.png     those that there are
+      dark/                                 the same pictures, to be shown on a dark background
+      report.html                           all of it as one page, with transcripts colored by score (`page`)
       results.json                          the report (`ProbeReport.to_json`); written last: if it is there, all is there
 
 Probes on a session that `roentgen capture` made of the run's answers are in `RUN/probes/<label>@<session>/`; a kind that is
@@ -29,6 +30,7 @@ from probes.kinds import DEFAULT_KINDS, KINDS
 from probes.page import render_page
 from probes.report import ProbeReport
 from probes.sources import Where
+from probes.styles import darken
 from roentgen.runs import write_json
 from roentgen.saved_probes import save_probes
 from roentgen.store.durable import make_folder, write_durably
@@ -105,13 +107,19 @@ def _write(folder: Path, trained: Trained, data: ProbeDataset) -> None:
     if report.target == "binary" and not report.within:
         figures["reliability"] = plots.reliability(trained.raw[:, 0], data.target.values)
     if closeup is not None:
+        figures["scores"] = plots.distributions(closeup, data.target.values, report.label)
         figures["projection"] = plots.projection(closeup, data.target.values, report.label)
         if closeup.traces:
             figures["along_trace"] = plots.along_trace(closeup, report.label)
+    make_folder(folder / "dark")
     for name, figure in figures.items():
         write_durably(folder / f"{name}.png", partial(figure.savefig, format="png"))
+        write_durably(folder / "dark" / f"{name}.png", partial(darken(figure).savefig, format="png"))
     if trained.probes:
         save_probes(folder, trained.probes)
-    pictures = {name: (folder / f"{name}.png").read_bytes() for name in figures}
-    write_durably(folder / "report.html", lambda path: path.write_text(render_page(report, pictures, closeup)))
+    light, dark = (
+        {name: (place / f"{name}.png").read_bytes() for name in figures} for place in (folder, folder / "dark")
+    )
+    page = render_page(report, light, closeup, dark)
+    write_durably(folder / "report.html", lambda path: path.write_text(page, encoding="utf-8", errors="replace"))
     write_json(folder / "results.json", report.to_json())

@@ -111,6 +111,7 @@ class SweepReport:
             axes.axhline(plain.values[measure].value, color="0.4", linewidth=1, linestyle="--", label="no steering")
             axes.set_title(measure.replace("_", " "), loc="left", fontsize="medium")
             axes.set_xlabel(f"scale, in units of {self.unit:.3g}")
+            axes.set_ylabel("tokens" if measure == "length" else f"share of {self.problems} problems")
             axes.spines[["top", "right"]].set_visible(False)
             if measure != "length":
                 axes.set_ylim(-0.03, 1.03)

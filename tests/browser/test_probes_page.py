@@ -1,12 +1,19 @@
 """The probes' page as it looks: pictures drawn, tokens coloured, the score shown where one points, nothing fetched."""
 
+import io
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from matplotlib.colors import to_rgb
+from PIL import Image
 
 from probes.page import TRANSCRIPTS
+from probes.styles import CLASSES
 from probes.train import train
 from tests.browser.chromium import Browser
+from tests.browser.looks import check_looks
 from tests.probes.conftest import build_run, planted
 
 __all__ = ["build_run", "planted"]  # fixtures
@@ -16,7 +23,10 @@ KEYS = ("layers.1.resid_post", "layers.3.resid_post")
 
 @pytest.fixture
 def page(build_run, planted) -> Path:
-    run = build_run(*planted(KEYS, KEYS[1]))
+    features, _ = planted(KEYS, None)
+    correct = [number % 10 == 0 for number in range(80)]
+    features[KEYS[1]][:, 0] += 4 * torch.tensor(correct)
+    run = build_run(features, correct)
     train(run.path, positions=["last_prompt", "last"])
     return run.path / "probes" / "correct" / "report.html"
 
@@ -24,9 +34,9 @@ def page(build_run, planted) -> Path:
 async def test_the_page_as_a_reader_meets_it(browser: Browser, page: Path, tmp_path: Path) -> None:
     await browser.open(page)
     assert await browser.ask("document.querySelector('#best').textContent.trim()") != ""
-    assert await browser.ask("[...document.images].map(i => i.naturalWidth > 300 && i.clientWidth > 200)") == [True] * 5
+    assert await browser.ask("[...document.images].map(i => i.naturalWidth > 300 && i.clientWidth > 200)") == [True] * 6
     assert await browser.ask("document.documentElement.scrollWidth <= innerWidth")
-    assert await browser.ask("document.querySelectorAll('.transcript').length") == TRANSCRIPTS
+    assert await browser.ask("document.querySelectorAll('.transcript').length") == TRANSCRIPTS // 2 + 8
 
     # Colours: the stronger the score, the less transparent, green to one side and red to the other.
     def colour(kind: str) -> str:
@@ -60,7 +70,36 @@ async def test_the_page_as_a_reader_meets_it(browser: Browser, page: Path, tmp_p
     assert [url for url in browser.requests if not url.startswith(("file:", "data:"))] == []
 
 
-async def test_the_page_on_a_narrow_screen(browser: Browser, page: Path) -> None:
-    await browser.do("Emulation.setDeviceMetricsOverride", width=390, height=800, deviceScaleFactor=1, mobile=True)
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+async def test_the_page_at_any_width_and_in_either_color_scheme(browser: Browser, page: Path, scheme: str) -> None:
+    for width in (390, 1280):
+        await browser.show_as(width, scheme)
+        await browser.open(page)
+        await check_looks(browser)
+    # A picture's ground is that of the card around it; its ink is not.
+    card = "getComputedStyle(document.querySelector('figure')).backgroundColor.match(/[0-9]+/g).map(Number)"
+    ground = await browser.ask(card)
+    assert (sum(ground) < 150) is (scheme == "dark")
+    for number in range(await browser.ask("document.images.length")):
+        shown = await browser.look_at(f"document.images[{number}]")
+        pixels = np.asarray(Image.open(io.BytesIO(shown)).convert("RGB"), dtype=int)
+        assert np.abs(pixels[[12, 12, -12, -12], [12, -12, 12, -12]] - ground).max() <= 3
+        assert (np.abs(pixels.mean(2) - np.mean(ground)) > 150).sum() > 100
+
+
+async def test_both_classes_are_seen_in_the_scores(browser: Browser, page: Path) -> None:
+    """A class's color is in the picture of distributions, also where it is one of ten samples."""
     await browser.open(page)
-    assert await browser.ask("document.documentElement.scrollWidth <= innerWidth")
+    shown = await browser.look_at("document.querySelector('#scores img')")
+    pixels = np.asarray(Image.open(io.BytesIO(shown)).convert("RGB"), dtype=int)
+    for look in CLASSES.values():
+        color = 255 * np.array(to_rgb(look["color"]))
+        assert (np.abs(pixels - color).max(2) < 40).sum() > 300
+
+
+async def test_candidates_at_two_positions_are_two_rows(browser: Browser, page: Path) -> None:
+    await browser.open(page)
+    rows = await browser.ask("[...document.querySelectorAll('#candidates tbody tr')].map(r => r.innerText)")
+    assert len(set(rows)) == len(rows) == 4
+    heads = await browser.ask("[...document.querySelectorAll('#candidates thead th')].map(h => h.innerText)")
+    assert heads == ["hook point", "layer", "position", "AUROC [95% interval]"]

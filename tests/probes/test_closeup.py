@@ -69,7 +69,7 @@ def test_pictures_have_a_line_and_a_cloud_per_class(run):
     closeup = look(data)
     (axes,) = along_trace(closeup, "correct").axes
     lines = {line.get_label(): line for line in axes.lines}
-    high, low = lines["correct is True (40)"], lines["correct is False (40)"]
+    high, low = (lines[f"correct is {value} (n = 40 traces)"] for value in (True, False))
     assert high.get_ydata()[0] > low.get_ydata()[0]
     own = [trace.scores[N_PROMPT - 1] for trace in closeup.traces if trace.value]
     assert high.get_ydata()[0] == pytest.approx(np.mean(own))

@@ -1,11 +1,18 @@
+import io
 import re
+from dataclasses import replace
 
+import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
+from PIL import Image
 from rich.console import Console
 
+from probes.closeup import Closeup
 from probes.console import render
-from probes.plots import by_layer
+from probes.plots import by_layer, distributions, heatmap, projection, reliability
 from probes.report import Best, ProbeReport
+from probes.styles import CLASSES, COLORS, DARK_INK, REFERENCE, darken
 from tests.probes.conftest import auroc_of
 
 
@@ -30,6 +37,93 @@ def test_it_is_written_as_png(report, tmp_path):
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_several_hook_points_and_positions_look_different(report):
+    other = tuple(replace(result, positions="at:0.5") for result in report.results)
+    figure = by_layer(replace(report, positions=("last_prompt", "at:0.5"), results=report.results + other))
+    lines = {line.get_label(): (line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}
+    own = [look for label, look in lines.items() if str(label).startswith(("resid_post@", "ln_mlp@"))]
+    assert len(set(own)) == len(own) == 4
+
+
+@pytest.mark.parametrize("rare", [True, False])
+def test_the_rare_class_is_as_visible_as_the_common_one(rare):
+    """Two samples among a thousand, in the midst of the others."""
+    scores = np.concatenate([np.linspace(-3, 3, 1000), [-0.5, 0.5]])
+    y = np.concatenate([np.full(1000, not rare), np.full(2, rare)])
+    closeup = Closeup("layers.1.resid_post@last", scores, np.zeros(1002), ())
+    (axes,) = distributions(closeup, y, "correct").axes
+    steps = {patch.get_label(): patch for patch in axes.patches if patch.get_label()}
+    assert set(steps) == {f"correct is {rare} (n = 2)", f"correct is {not rare} (n = 1000)"}
+    for step in steps.values():
+        assert step.get_data().values.sum() == pytest.approx(1)  # shares of the class
+        assert not step.get_fill()  # an outline hides nothing
+    assert max(steps[f"correct is {rare} (n = 2)"].get_data().values) == 0.5
+    assert axes.get_xlabel()
+    assert axes.get_ylabel()
+    (axes,) = projection(closeup, y, "correct").axes
+    below, above = sorted(axes.collections, key=lambda cloud: axes.get_children().index(cloud))
+    assert (len(below.get_offsets()), len(above.get_offsets())) == (1000, 2)
+    assert above.get_sizes()[0] > below.get_sizes()[0]
+
+
+def test_scores_far_from_the_threshold_fill_the_figure():
+    scores = np.linspace(-3.5, -3.3, 50)
+    closeup = Closeup("layers.1.resid_post@last", scores, np.zeros(50), ())
+    for draw in (distributions, projection):
+        low, high = draw(closeup, np.arange(50) % 2 == 0, "correct").axes[0].get_xlim()
+        assert -4 < low < high < -3
+
+
+def test_every_figure_has_named_axes_with_ticks(report):
+    y = np.arange(60) % 3 == 0
+    closeup = Closeup("layers.1.resid_post@last", np.linspace(-1, 1, 60), np.zeros(60), ())
+    for figure in (
+        by_layer(report),
+        heatmap(report),
+        reliability(closeup.scores, y),
+        projection(closeup, y, "correct"),
+    ):
+        for axes in figure.axes:
+            assert axes.get_ylabel()
+            assert len(axes.get_yticks()) > 0
+        assert any(axes.get_xlabel() and len(axes.get_xticks()) for axes in figure.axes)
+
+
+def test_a_dark_figure_has_light_ink_and_no_background(report):
+    figure, ink = by_layer(report), []
+    for _ in range(2):
+        figure.savefig(file := io.BytesIO(), format="png")
+        pixels = np.asarray(Image.open(file).convert("RGBA"), dtype=float)
+        opaque = pixels[pixels[..., 3] > 250][:, :3]
+        ink.append((pixels[0, 0].tolist(), float((opaque.max(1) < 60).sum()), float((opaque.min(1) > 200).sum())))
+        darken(figure)
+    (light, dark_ink, _), (dark, left_over, light_ink) = ink
+    assert (light, dark[3]) == ([255, 255, 255, 255], 0)
+    assert dark_ink > 1000
+    assert left_over < 10
+    assert light_ink > 1000
+
+
+@pytest.mark.parametrize("background", ["#ffffff", "#1b1f25"])
+def test_lines_and_points_stand_out_against_both_backgrounds(background):
+    """WCAG 2.2, 1.4.11: parts of graphics have a contrast of at least 3 to 1."""
+    assert (
+        min(contrast(color, background) for color in (*COLORS, REFERENCE, *(c["color"] for c in CLASSES.values()))) >= 3
+    )
+    assert contrast(DARK_INK, "#1b1f25") >= 4.5
+
+
+def contrast(one: str, other: str) -> float:
+    high, low = sorted((luminance(one), luminance(other)), reverse=True)
+    return (high + 0.05) / (low + 0.05)
+
+
+def luminance(color: str) -> float:
+    channels = np.array(to_rgb(color))
+    linear = np.where(channels <= 0.04045, channels / 12.92, ((channels + 0.055) / 1.055) ** 2.4)
+    return float(linear @ [0.2126, 0.7152, 0.0722])
+
+
 def printed(report: ProbeReport) -> str:
     console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(render(report))
@@ -42,8 +136,16 @@ def test_the_table_has_layers_best_and_baselines(report):
     assert re.search(r"final_norm +0.70 \[0.60, 0.80\] +model-wide", text)
     assert re.search(r"best, chosen on inner folds +0.70 \[0.61, 0.79\] +layers.10.resid_post", text)
     assert re.search(r"prompt length +0.55 \[0.45, 0.65\]", text)
-    assert "100 samples of 50 problems, 40% True, 5 folds" in text
+    assert "100 samples of 50 problems, 40 True (40.0%), 5 folds" in text
     assert "! " not in text
+
+
+def test_the_table_names_positions_where_there_are_several(report):
+    other = tuple(replace(result, positions="mean_generated") for result in report.results)
+    text = printed(replace(report, positions=("last_prompt", "mean_generated"), results=report.results + other))
+    for place in ("last_prompt", "mean_generated"):
+        assert re.search(rf"10 +│ {place} +│ 0.70 \[0.60, 0.80\] │ 0.65", text)
+        assert re.search(rf"final_norm@{place} +0.70", text)
 
 
 def test_notes_warn_of_what_makes_a_result_weak(report):

@@ -51,13 +51,16 @@ def test_the_folder_holds_the_report_the_picture_and_the_probes(run):
     assert sorted(path.name for path in folder.iterdir()) == [
         "along_trace.png",
         "auroc_by_layer.png",
+        "dark",
         "probes.json",
         "probes.safetensors",
         "projection.png",
         "reliability.png",
         "report.html",
         "results.json",
+        "scores.png",
     ]
+    assert {path.name for path in (folder / "dark").iterdir()} == {path.name for path in folder.glob("*.png")}
     assert run.probe_folders() == [folder]
 
     results = json.loads((folder / "results.json").read_text())
