@@ -10,11 +10,12 @@ import shutil
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -26,8 +27,9 @@ from transformers.utils.logging import disable_progress_bar
 from serve_app.capture.observer import ObservedModel, observe
 from serve_app.capture.resolver import resolve_structure
 from serve_app.capture.structure import ModelStructure
-from serve_app.engines.attention import use_grouped_attention
+from serve_app.engines.batching import Batching
 from serve_app.engines.constraints import Constraints
+from serve_app.engines.load_checks import LoadReport, check_config, check_loaded
 from serve_app.openai_api.reply import MARKERS
 from serve_app.sources import ModelSource
 
@@ -96,9 +98,20 @@ class ServedModel(ABC):
 
 @dataclass(frozen=True)
 class LoadedModel(ServedModel):
-    """A model ready to generate and to be observed; `observed` holds the only copy of the weights."""
+    """A model ready to generate and to be observed.
+
+    Attributes:
+        observed: holds the only copy of the weights.
+        checks: what was found when it was loaded.
+    """
 
     observed: ObservedModel
+    checks: LoadReport = field(default_factory=LoadReport)
+
+    @property
+    def batching(self) -> Batching:
+        """Which requests may share a forward."""
+        return self.checks.batching
 
     @property
     def config(self) -> PretrainedConfig:
@@ -126,7 +139,7 @@ def load(
     *,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load a model's weights (one copy), verify its hook points by a forward, and wrap it with nnsight.
+    """Load a model's weights (one copy), check them and their hook points by forwards, and wrap them with nnsight.
 
     Args:
         source: what to load.
@@ -136,14 +149,19 @@ def load(
         device_map: spread the weights over this machine's devices, as accelerate does: "auto", "balanced", "sequential", or
             a device per module path ("cpu" and "disk" hold weights that are brought in when they are needed).
         trust_remote_code: whether code that comes with the model may run.
+
+    Raises:
+        ResolutionError: if its layers cannot be found, or it is not a causal decoder that the engine can run.
     """
     place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
     kind = native_dtype(place) if dtype == "auto" else getattr(torch, dtype)
     hub_revision = source.revision if source.path == source.name and source.revision != "unknown" else None
     disable_progress_bar()
     stage(f"loading {source.name} ({kind}, {place})")
-    tokenizer = AutoTokenizer.from_pretrained(source.path, revision=hub_revision, trust_remote_code=trust_remote_code)
-    options = {"revision": hub_revision, "dtype": kind, "trust_remote_code": trust_remote_code}
+    remote = {"revision": hub_revision, "trust_remote_code": trust_remote_code}
+    check_config(AutoConfig.from_pretrained(source.path, **remote), trust_remote_code=trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(source.path, **remote)
+    options = {"dtype": kind, **remote}
     if device_map is None:
         module = AutoModelForCausalLM.from_pretrained(source.path, **options).to(place).eval()
     else:
@@ -153,10 +171,11 @@ def load(
         module = AutoModelForCausalLM.from_pretrained(
             source.path, device_map=device_map, offload_folder=folder, **options
         ).eval()
-    use_grouped_attention(module)
     stage("verifying hook points")
     structure = resolve_structure(module, source.name)
-    return LoadedModel(source, tokenizer, structure, place, kind, observe(module, tokenizer))
+    stage("checking causality, attention and batching")
+    checks = check_loaded(module, structure)
+    return LoadedModel(source, tokenizer, structure, place, kind, observe(module, tokenizer), checks)
 
 
 def native_dtype(device: torch.device) -> torch.dtype:
