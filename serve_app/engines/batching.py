@@ -54,3 +54,6 @@ class Batching:
     def record(self) -> dict[str, Any]:
         """Return what a model's card says."""
         return {name: value for name, value in asdict(self).items() if value}
+
+
+ANY = Batching()

@@ -23,6 +23,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from serve_app.capture.steering import OversteeredError
 from serve_app.engines.admission import HOST_SHARE, free_host_memory, row_bytes
+from serve_app.engines.batching import ANY, Batching
 from serve_app.engines.completion import Completion
 from serve_app.engines.protocol import (
     ConstraintError,
@@ -123,6 +124,7 @@ class VllmEngine:
         captures: bool,
         max_batch: int,
         max_queue: int,
+        batching: Batching = ANY,
     ) -> None:
         """Take over a client whose model is loaded.
 
@@ -133,7 +135,9 @@ class VllmEngine:
             captures: whether its workers do.
             max_batch: requests generated together.
             max_queue: requests waiting for that.
+            batching: which requests may run at the same time.
         """
+        self._batching = batching
         self._loop = loop
         self._client = loop.client
         self._model = model
@@ -229,13 +233,17 @@ class VllmEngine:
         self._admit()
 
     def _admit(self) -> None:
-        """Hand over waiting jobs, in order, as far as the rows they may need fit."""
+        """Hand over waiting jobs, in order, as far as they may run together and the rows they may need fit."""
+        running = [job for job, task in self._jobs.values() if task is not None]
         held = sum(self._row_bytes[job_id] for job_id, (_, task) in self._jobs.items() if task is not None)
         while self._queue:
             job_id = self._queue[0]
             job, _ = self._jobs[job_id]
             if held and held + self._row_bytes[job_id] > self._row_budget:
                 return
+            if not all(self._batching.together(len(job.prompt_ids), len(other.prompt_ids)) for other in running):
+                return
+            running.append(job)
             held += self._row_bytes[job_id]
             self._queue.popleft()
             task = self._loop.loop.create_task(self._run(job_id, job))

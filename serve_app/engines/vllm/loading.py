@@ -20,6 +20,7 @@ from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS
 from serve_app.capture.resolver import ResolutionError, number_of_experts
 from serve_app.capture.structure import ModelStructure
 from serve_app.engines.admission import CPU_SHARE, free_host_memory
+from serve_app.engines.load_checks import check_config
 from serve_app.engines.vllm.hook_points import (
     Modules,
     Verified,
@@ -29,6 +30,7 @@ from serve_app.engines.vllm.hook_points import (
     split_places,
 )
 from serve_app.engines.vllm.lifetime import announce
+from serve_app.engines.vllm.neutrality import check_batching
 from serve_app.engines.vllm.orders import unpack
 from serve_app.models import ServedModel, native_dtype
 from serve_app.sources import ModelSource
@@ -120,7 +122,7 @@ def start(
 
     Raises:
         EngineUnavailableError: if vLLM is not installed, or not for this device.
-        ResolutionError: if the model's layers cannot be found.
+        ResolutionError: if the model's layers cannot be found, or it is not a causal decoder.
     """
     if not installed():
         raise EngineUnavailableError("engine: vllm is not installed here; use engine=transformers")
@@ -132,6 +134,7 @@ def start(
     kind = native_dtype(place) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     revision = source.revision if source.path == source.name and source.revision != "unknown" else None
     config = AutoConfig.from_pretrained(source.path, revision=revision, trust_remote_code=trust_remote_code)
+    check_config(config, trust_remote_code=trust_remote_code)
     arguments = engine_arguments(config, settings, place, kind)
     arguments |= {"revision": revision, "trust_remote_code": trust_remote_code}
     stage(f"loading {source.name} into vLLM ({kind}, {place})")
@@ -144,6 +147,11 @@ def start(
             generation = GenerationConfig.from_model_config(config)
         tokenizer = AutoTokenizer.from_pretrained(source.path, revision=revision, trust_remote_code=trust_remote_code)
         model = VllmModel(source, tokenizer, structure, place, kind, config, generation)
+        stage("checking batching")
+        context = arguments["max_model_len"]
+        batching = loop.run(lambda: check_batching(loop.client, model.vocab_size, context, kind))
+        if batching.reason:
+            log.warning("requests run %s: %s", batching.kind, batching.reason)
         if settings.capture:
             loop.run(lambda: loop.client.collective_rpc("roentgen_open", args=(settings.store,)))
     except BaseException:
@@ -157,6 +165,7 @@ def start(
         captures=settings.capture,
         max_batch=settings.max_batch,
         max_queue=settings.max_queue,
+        batching=batching,
     )
 
 

@@ -111,7 +111,7 @@ def test_longrope_takes_requests_on_one_side_of_its_limit(limit: int) -> None:
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "electra", "camembert"])
 def test_a_bidirectional_model_is_refused_by_what_it_does(model_type: str) -> None:
     model = built(model_type, **tiny.SIZE, **tiny.ROOM)
-    with pytest.raises(UnsupportedModelError, match="not a causal decoder.*yet to come"):
+    with pytest.raises(UnsupportedModelError, match=r"not a causal decoder.*yet to come"):
         checked(model)
 
 
@@ -121,7 +121,11 @@ def test_the_same_model_as_a_decoder_is_not() -> None:
 
 @pytest.mark.parametrize(
     ("model_type", "said"),
-    [("t5", "t5 is an encoder-decoder"), ("bart", "bart is an encoder-decoder"), ("vit", "vit is not a causal language")],
+    [
+        ("t5", "t5 is an encoder-decoder"),
+        ("bart", "bart is an encoder-decoder"),
+        ("vit", "vit is not a causal language"),
+    ],
 )
 def test_other_kinds_of_models_are_refused_before_their_weights_are_read(model_type: str, said: str) -> None:
     with pytest.raises(ResolutionError, match=said):
