@@ -23,6 +23,7 @@ from roentgen.store import StoreError, StoreWriter
 from serve_app.capture.resolver import ResolutionError
 from serve_app.capture.structure import CaptureRequestError
 from serve_app.config import ModelChoice, ServerConfig
+from serve_app.engines.model_cache import UnsupportedModelError
 from serve_app.engines.transformers_engine import TransformersEngine
 from serve_app.engines.vllm import loading as vllm
 from serve_app.generation import RETRY_AFTER_S, Served
@@ -268,7 +269,7 @@ def as_load_error(error: Exception) -> ApiError:
             return ApiError(400, str(error), param=error.param, code="savepoint_not_found")
         case vllm.EngineUnavailableError():
             return ApiError(400, str(error), code="engine_unavailable")
-        case ResolutionError():
+        case ResolutionError() | UnsupportedModelError():
             return ApiError(400, str(error), param="model_id", code="model_unsupported")
         case StoreError():
             return ApiError(500, str(error), code="store_failed")

@@ -27,6 +27,7 @@ from serve_app.capture.resolver import ResolutionError
 from serve_app.capture.rows import UncapturableError
 from serve_app.capture.structure import CaptureRequestError
 from serve_app.config import Dtype
+from serve_app.engines.model_cache import UnsupportedModelError
 from serve_app.engines.protocol import EngineStoppedError
 from serve_app.engines.transformers_engine import TransformersEngine
 from serve_app.models import LoadedModel, load
@@ -254,5 +255,5 @@ def _as_capture_errors() -> Iterator[None]:
         ) from error
     except UncapturableError as error:
         raise CaptureError(f"--hook-points: {error}") from error
-    except (EngineStoppedError, ModelNotFoundError, OtherCaptureError, ResolutionError) as error:
+    except (EngineStoppedError, ModelNotFoundError, OtherCaptureError, ResolutionError, UnsupportedModelError) as error:
         raise CaptureError(str(error)) from error

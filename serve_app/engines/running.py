@@ -1,11 +1,13 @@
 """One job while it runs, and several while their prompts are read: what the engine keeps of each besides its KV cache."""
 
+import logging
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache
 
 from serve_app.capture.memory import RowMemory
 from serve_app.capture.rows import RequestRows, UncapturableError
@@ -15,6 +17,8 @@ from serve_app.engines.protocol import Failed, GenerationJob, TextDelta, TokenSc
 from serve_app.engines.sampling import Sampler, score
 from serve_app.engines.text import TextStream
 from serve_app.models import LoadedModel
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -58,31 +62,57 @@ class Running(Completion):
             captured = self.rows.cut() if self.rows else None
             probed = self.probed.all() if self.probed else []
         except (UncapturableError, UnscorableError) as error:
-            self.job.listener(Failed(error))
+            self.fail(error)
             return
         prompt_scores = self.prompt_scores if self.job.score_prompt else None
         self.job.listener(replace(self.finished(reason), captured=captured, prompt_scores=prompt_scores, probed=probed))
 
+    def fail(self, error: Exception) -> None:
+        """Report that the job cannot be finished; it leaves the batch as one that is cancelled does."""
+        self.job.cancelled.set()
+        try:
+            self.job.listener(Failed(error))
+        except Exception:  # whoever asked is gone; the others of the batch are not
+            log.exception("a failure could not be reported: %s", error)
+
+    @property
+    def fed(self) -> list[int]:
+        """The tokens that have passed through the model once its prompt is read: all but the one sampled last."""
+        return self.job.prompt_ids + self.token_ids[:-1]
+
 
 @dataclass
 class Prefill:
-    """Jobs whose prompts are being read: row i of every tensor is job i, padded on the left; `done` columns are read."""
+    """Jobs whose tokens are being read: row i of every tensor is job i, padded on the left; `done` columns are read.
+
+    `cache` is None until the model has made one, if it makes its own.
+    """
 
     running: list[Running]
     tokens: Int[Tensor, "batch width"]
     padding: list[int]
-    cache: DynamicCache
+    cache: Any
     done: int = 0
 
     @classmethod
-    def lay_out(cls, running: list[Running], cache: DynamicCache) -> "Prefill":
-        """Put prompts of different lengths into one tensor."""
-        width = max(len(one.job.prompt_ids) for one in running)
-        padding = [width - len(one.job.prompt_ids) for one in running]
+    def lay_out(cls, running: list[Running], cache: Cache | None) -> "Prefill":
+        """Put prompts of different lengths, and what has been generated after them, into one tensor."""
+        width = max(len(one.fed) for one in running)
+        padding = [width - len(one.fed) for one in running]
         tokens = torch.zeros(len(running), width, dtype=torch.long)
         for row, one in enumerate(running):
-            tokens[row, padding[row] :] = torch.tensor(one.job.prompt_ids)
+            tokens[row, padding[row] :] = torch.tensor(one.fed)
         return cls(running, tokens, padding, cache)
+
+    @property
+    def width(self) -> int:
+        """Columns to read."""
+        return self.tokens.shape[1]
+
+    def inputs(self, stop: int) -> tuple[Int[Tensor, "batch context"], Int[Tensor, "batch piece"]]:
+        """Return the attention mask up to a column, and the position ids of the columns from `done` up to it."""
+        padding, columns = torch.tensor(self.padding)[:, None], torch.arange(stop)
+        return (columns >= padding).long(), (columns - padding).clamp(min=0)[:, self.done :]
 
     @property
     def all_logits(self) -> bool:
