@@ -9,7 +9,7 @@ import logging
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -27,6 +27,7 @@ from transformers.utils.logging import disable_progress_bar
 from serve_app.capture.observer import ObservedModel, observe
 from serve_app.capture.resolver import resolve_structure
 from serve_app.capture.structure import ModelStructure
+from serve_app.context import context_length
 from serve_app.engines.batching import Batching
 from serve_app.engines.constraints import Constraints
 from serve_app.engines.load_checks import LoadReport, check_config, check_loaded
@@ -78,9 +79,19 @@ class ServedModel(ABC):
         return {token_id: token.content for token_id, token in special if token.special and token.content in MARKERS}
 
     @property
-    def context_length(self) -> int:
-        """The most tokens a sequence may have."""
-        return int(self.config.get_text_config().max_position_embeddings)
+    def context_length(self) -> int | None:
+        """The most tokens a sequence may have; None if the model sets no limit."""
+        return context_length(self.config, self.tokenizer)
+
+    @property
+    def n_embeddings(self) -> int:
+        """How many tokens the model can be given."""
+        return self.vocab_size
+
+    def unknown_token(self, token_ids: Sequence[int]) -> int | None:
+        """Return the first of these tokens that the model cannot be given, None if it can be given all."""
+        known = range(self.n_embeddings)
+        return next((token for token in token_ids if token not in known), None)
 
     @property
     def vocab_size(self) -> int:
@@ -122,6 +133,11 @@ class LoadedModel(ServedModel):
     def generation_config(self) -> GenerationConfig:
         """How the model says that it generates."""
         return self.observed.generation_config
+
+    @cached_property
+    def n_embeddings(self) -> int:
+        """How many rows the embedding has; neither the tokenizer nor the configuration has to agree."""
+        return int(self.observed._module.get_input_embeddings().weight.shape[0])
 
     @cached_property
     def head(self) -> str:

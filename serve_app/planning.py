@@ -16,6 +16,7 @@ from serve_app.capture.rows import CapturePlan
 from serve_app.capture.steering import Addition
 from serve_app.capture.structure import CaptureRequestError
 from serve_app.config import ServerConfig
+from serve_app.context import UNBOUNDED
 from serve_app.engines.constraints import Grammar
 from serve_app.generation import Choice, Done, Served
 from serve_app.openai_api.chat import ChatReply, ChatRequest
@@ -165,7 +166,7 @@ def _max_tokens(served: Served, prompt: Prompt, limit: int | None, param: str) -
     Raises:
         ApiError: if prompt and completion do not fit into the context.
     """
-    context = min(served.model.context_length, served.engine.capacity)
+    context = min(served.model.context_length or UNBOUNDED, served.engine.capacity)
     left = context - len(prompt.token_ids)
     if left < (1 if limit is None else limit):
         completion = f" and the completion may take {limit}" if limit else ""

@@ -62,9 +62,9 @@ def resolve_structure(model: PreTrainedModel, model_name: str) -> ModelStructure
             raise ResolutionError(f"{path} passes no residual stream of its own")
     taps, missing = _by_key([blocks[path] for path, _ in layers])
     taps["embed"] = Tap(next(name for name, module in model.named_modules() if module is embedding), "output")
-    final = [path for path, taken in norms if same(taken, leaving[0])]
+    final = [place for place, (_, taken) in enumerate(norms) if same(taken, leaving[0])]
     if final:
-        taps["final_norm"] = Tap(final[-1], "output")
+        taps["final_norm"] = _norm_tap([path for path, _ in norms], final[-1])
     else:
         missing["final_norm"] = "no norm takes what leaves the last layer"
     return ModelStructure(
@@ -123,6 +123,13 @@ def _norms_around(model: nn.Module, layers_path: str) -> Iterator[list[tuple[str
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _norm_tap(paths: list[str], place: int) -> Tap:
+    """Return the tap of one of the norms that ran, given in order; some models use one norm at several places."""
+    path = paths[place]
+    run = paths[:place].count(path) if paths.count(path) > 1 else None
+    return Tap(path, "output", run=run)
 
 
 def _forward(model: PreTrainedModel, tokens: Int[Tensor, "batch tokens"]) -> None:

@@ -51,6 +51,10 @@ class Batching:
             case "alone":
                 return False
 
+    def whole(self, tokens: int) -> bool:
+        """Whether a prompt of this many tokens must be read in one forward."""
+        return not self.joins or (self.limit is not None and tokens > self.limit)
+
     def record(self) -> dict[str, Any]:
         """Return what a model's card says."""
         return {name: value for name, value in asdict(self).items() if value}

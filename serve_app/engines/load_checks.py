@@ -35,21 +35,16 @@ from serve_app.capture.narrowing import (
     stand_in,
     thresholds,
 )
-from serve_app.capture.resolver import ResolutionError
 from serve_app.capture.structure import ModelStructure, Tap
 from serve_app.engines.attention import use_grouped_attention
 from serve_app.engines.batching import KINDS, Batching, Kind
-from serve_app.engines.kv_cache import continuous
+from serve_app.engines.model_cache import UnsupportedModelError
 from serve_app.engines.trial import PIECE, Rows, Trial
 
 log = logging.getLogger(__name__)
 
 LONGEST = 300
 """The most tokens of a sequence that the model itself is tried with, to cross its windows and chunks."""
-
-
-class UnsupportedModelError(ResolutionError):
-    """The model cannot be served as a language model; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +191,7 @@ def find_batching(trial: Trial, limit: int | None, widest: Kind = "any") -> tupl
     Raises:
         UnsupportedModelError: if it does not run even alone.
     """
-    joins = continuous(trial.model.config)
+    joins = trial.remembered.continuous
     piece = PIECE if joins else None
 
     def off(*groups: Sequence[str], piece: int | None = None) -> float:
@@ -210,12 +205,12 @@ def find_batching(trial: Trial, limit: int | None, widest: Kind = "any") -> tupl
                 # A piece of a prompt does not show how long the prompt is: beyond the limit prompts are read whole.
                 below = off(("short", "middle"), ("short_twin",), piece=piece)
                 return max(below, off(("long", "longer"), ("long_twin",)))
-            case "any" | "one side of a limit":
+            case "any" | "one side of a limit" if not trial.remembered.alone:
                 return off(("short", "long"), ("middle",), piece=piece) if joins else off(("short", "long"))
-            case "same length":
+            case "same length" if not trial.remembered.alone:
                 return max(off(("short", "short_twin")), off(("long", "long_twin")))
-            case "alone":
-                return 0.0
+            case _:
+                return 0.0 if kind == "alone" else math.inf
 
     beside = error(widest)
     if not beside and widest != "alone":
@@ -263,19 +258,23 @@ def _has_grouped_heads(config: PretrainedConfig) -> bool:
 def _narrow_trial(model: PreTrainedModel, structure: ModelStructure) -> Trial | None:
     narrow = stand_in(type(model), model.config)
     if narrow is None:
-        log.warning("no narrow model of this configuration can be built: batching is checked on the model alone")
+        log.warning("no narrow model of this configuration can be built, so batching is checked on the model alone")
         return None
     n_layers = getattr(narrow.config.get_text_config(), "num_hidden_layers", structure.num_layers)
     taps = _taps(structure, min(n_layers, structure.num_layers))
-    return (
-        Trial("a narrow random model of its configuration", narrow.to(model.device), taps, 3 * LONG) if taps else None
-    )
+    if not taps:
+        return None
+    try:
+        return Trial("a narrow random model of its configuration", narrow.to(model.device), taps, 3 * LONG)
+    except UnsupportedModelError as error:
+        log.warning("batching is checked on the model alone: %s", error)
+        return None
 
 
 def _actual_trial(model: PreTrainedModel, structure: ModelStructure) -> Trial | None:
     taps = _taps(structure, structure.num_layers)
     if not taps:
-        log.warning("no hook point is in every layer, so batching is not checked")
+        log.warning("no layer has a hook point, so batching is not checked")
         return None
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST
     longest = max([n + 16 for n in thresholds(model.config).values() if n + 16 <= LONGEST], default=3 * LONG)

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import Cache, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from serve_app.capture.structure import Tap
 from serve_app.capture.watching import nth_tensor
-from serve_app.engines.kv_cache import BatchRows, SlotRows, StaticRows, continuous
+from serve_app.engines.kv_cache import BatchRows, SlotRows, StaticRows
+from serve_app.engines.model_cache import find_out
 
 EXACT, CHAOTIC = 1e-4, 1e-3
 """The largest relative error of a row in float32, as in `roentgen verify-capture`; and in a model whose layers amplify
@@ -45,6 +46,7 @@ class Trial:
     Attributes:
         name: what the model is, for people.
         model: the model.
+        remembered: how it remembers.
         sequences: what it is tried with, by name.
     """
 
@@ -56,9 +58,13 @@ class Trial:
             model: the model, in evaluation mode, with transformers' own attention.
             taps: where to read rows.
             longest: the most tokens of a sequence.
+
+        Raises:
+            UnsupportedModelError: if the engine cannot keep its cache.
         """
         self.name = name
         self.model = model
+        self.remembered = find_out(model, model.device)
         self.sequences = sequences(model.config, longest)
         self._taps = taps
         self._expected: dict[str, Rows] = {}
@@ -99,7 +105,8 @@ class Trial:
             groups: the sequences of each prefill.
             piece: tokens of a prompt to read at once; None reads whole prompts.
         """
-        rows: BatchRows = SlotRows() if continuous(self.model.config) else StaticRows(self.model.config)
+        remembered = self.remembered
+        rows: BatchRows = SlotRows() if remembered.continuous else StaticRows(remembered.new_cache, remembered.modules)
         sequences: list[list[int]] = []
         found: list[list[list[Tensor]]] = []
         for group in groups:
@@ -115,9 +122,9 @@ class Trial:
             with self._recorded() as forwards:
                 for start in range(0, width, piece or width):
                     stop = min(start + (piece or width), width)
-                    self._forward(tokens[:, start:stop], mask[:, :stop], positions[:, start:stop], cache)
+                    cache = self._forward(tokens[:, start:stop], mask[:, :stop], positions[:, start:stop], cache)
             read = [torch.cat(parts, dim=1) for parts in zip(*forwards, strict=True)]
-            rows.add(cache, list(range(len(group))), padding[:, 0].tolist())
+            rows.add(cache, list(range(len(group))), padding[:, 0].tolist(), width)
             sequences += group
             found += [[layer[i, width - length :] for layer in read] for i, length in enumerate(lengths)]
             self._decode(rows, sequences, found)
@@ -132,22 +139,16 @@ class Trial:
         )
         mask, positions = rows.step_inputs()
         with self._recorded() as forwards:
-            self._forward(tokens, mask, positions, rows.cache)
-        rows.stepped()
+            cache = self._forward(tokens, mask, positions, rows.cache)
+        rows.stepped(cache)
         for i, layers in enumerate(found):
             if layers[0].shape[0] < len(sequences[i]):
                 found[i] = [torch.cat([layer, new[i]]) for layer, new in zip(layers, forwards[0], strict=True)]
 
-    def _forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Cache) -> None:
-        device = self.model.device
-        self.model(
-            input_ids=tokens.to(device),
-            attention_mask=mask.to(device),
-            position_ids=positions.to(device),
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
+    def _forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Any:
+        """Run the model on new tokens; returns the cache to go on with."""
+        inputs = (part.to(self.model.device) for part in (tokens, mask, positions))
+        return self.remembered.given(self.model(**self.remembered.arguments(*inputs, cache, 1)), cache)
 
     @contextmanager
     def _recorded(self) -> Iterator[list[list[Tensor]]]:

@@ -73,7 +73,7 @@ def tokeniser(model: LoadedModel) -> Callable[[Transcript], TokenisedText]:
             )
         else:
             text = _spell(model, transcript, end_of_turn)
-        if len(text.token_ids) > model.context_length:
+        if model.context_length is not None and len(text.token_ids) > model.context_length:
             raise UnreadableTextError(
                 f"it has {len(text.token_ids)} tokens; the context of {model.source.name} is {model.context_length}"
             )

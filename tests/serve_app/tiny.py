@@ -10,6 +10,7 @@ from serve_app.capture.observer import observe
 from serve_app.capture.resolver import resolve_structure
 from serve_app.capture.rows import CapturePlan
 from serve_app.engines.attention import use_grouped_attention
+from serve_app.engines.load_checks import LoadReport, check_loaded
 from serve_app.engines.protocol import Event, Failed, Finished, GenerationJob, Sampling, TextDelta
 from serve_app.engines.transformers_engine import TransformersEngine
 from serve_app.models import LoadedModel
@@ -49,6 +50,9 @@ DEEPSEEK |= {
     "first_k_dense_replace": 1,
 }
 
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 16}
+LONGROPE |= {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}
+
 # By transformers' name of the model type; where one has several kinds of block, what tells them apart follows.
 CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("llama", GROUPED),
@@ -67,6 +71,8 @@ CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
     "gptj": ("gptj", GPT | {"n_positions": 128, "rotary_dim": 4}),
     "phi": ("phi", GROUPED),
     "phi3": ("phi3", GROUPED),
+    # LongRoPE: beyond 16 tokens, rotations take other frequencies.
+    "phi3_longrope": ("phi3", GROUPED | {"original_max_position_embeddings": 16, "rope_parameters": LONGROPE}),
     "olmo2": ("olmo2", GROUPED),
     "olmoe": ("olmoe", GROUPED | {"num_experts": 6, "num_experts_per_tok": 2}),
     "falcon": ("falcon", FALCON),
@@ -123,10 +129,21 @@ def tokenizer() -> tr.PreTrainedTokenizerFast:
 def loaded(architecture: str = "llama") -> LoadedModel:
     """A tiny model as the server holds it."""
     weights, words = module(architecture), tokenizer()
-    use_grouped_attention(weights)
-    structure = resolve_structure(weights, f"tiny-{architecture}")
-    source = ModelSource(f"tiny-{architecture}", "tiny", "0")
-    return LoadedModel(source, words, structure, torch.device("cpu"), torch.float32, observe(weights, words))
+    return loaded_from(weights, words, f"tiny-{architecture}")
+
+
+def loaded_from(
+    weights: tr.PreTrainedModel, words: tr.PreTrainedTokenizerBase, name: str = "tiny", *, check: bool = False
+) -> LoadedModel:
+    """A model as the server holds it; checked as at loading only if that is asked for."""
+    structure = resolve_structure(weights, name)
+    if check:
+        checks = check_loaded(weights, structure)
+    else:
+        checks = LoadReport()
+        use_grouped_attention(weights)
+    source = ModelSource(name, "tiny", "0")
+    return LoadedModel(source, words, structure, torch.device("cpu"), torch.float32, observe(weights, words), checks)
 
 
 class Call:

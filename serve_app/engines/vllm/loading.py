@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS
 from serve_app.capture.resolver import ResolutionError, number_of_experts
 from serve_app.capture.structure import ModelStructure
+from serve_app.context import context_length
 from serve_app.engines.admission import CPU_SHARE, free_host_memory
 from serve_app.engines.load_checks import check_config
 from serve_app.engines.vllm.hook_points import (
@@ -44,6 +45,9 @@ VERIFIED_ON = "weights, as vLLM runs them"
 NAMED_ONLY = "names only: CUDA graphs show nothing but the taps"
 UNTAPPED = "it is not among the taps of this server's configuration, which are all that its CUDA graphs serve"
 NO_CAPTURE = "this server does not capture (capture: false in its configuration)"
+
+ASSUMED_CONTEXT = 2048
+"""What vLLM itself takes where a configuration says no context length."""
 
 PROBE_TOKENS = 8
 """Of the request that hook points are verified on."""
@@ -180,7 +184,7 @@ def engine_arguments(
         place: where it computes.
         kind: what it computes in.
     """
-    context = int(config.get_text_config().max_position_embeddings)
+    context = context_length(config) or ASSUMED_CONTEXT
     found: dict[str, Any] = {
         "dtype": str(kind).removeprefix("torch."),
         "max_model_len": min(context, settings.max_cache_tokens or context),

@@ -60,7 +60,7 @@ def test_a_model_whose_code_reads_the_name_of_its_attention_keeps_it() -> None:
 
 
 class BlendedLlama(tr.LlamaForCausalLM):
-    """A model that lets a batch's neighbours or its padding into a row, by `blend` of the embeddings."""
+    """A model that lets a batch's neighbors or its padding into a row, by `blend` of the embeddings."""
 
     blend: Callable[[Tensor], Tensor]
 
@@ -77,7 +77,7 @@ class ReadsPadding(BlendedLlama):
         return 0.1 * torch.cat([torch.zeros_like(embedded[:, :1]), embedded[:, :-1]], dim=1)
 
 
-class ReadsNeighbours(BlendedLlama):
+class ReadsNeighbors(BlendedLlama):
     """The other rows of the batch are added to each."""
 
     @staticmethod
@@ -85,8 +85,8 @@ class ReadsNeighbours(BlendedLlama):
         return 0.1 * (embedded.sum(0, keepdim=True) - embedded)
 
 
-def test_a_model_that_lets_neighbours_in_runs_requests_alone() -> None:
-    report = checked(ReadsNeighbours(tiny.config("llama")).eval())
+def test_a_model_that_lets_neighbors_in_runs_requests_alone() -> None:
+    report = checked(ReadsNeighbors(tiny.config("llama")).eval())
     assert report.batching.kind == "alone"
     assert "beside a longer request" in report.batching.reason
     assert report.decoding_error == 0
