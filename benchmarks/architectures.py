@@ -153,7 +153,7 @@ def try_one(model_type: str) -> str:
         engine = TransformersEngine(loaded, max_cache_tokens=10_000)
     except Exception as error:
         return f"refused\t{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-    kind = "alone" if engine._remembered.alone else "continuous" if engine._continuous else "static"
+    kind = "alone" if engine._remembered.alone else "continuous" if engine._remembered.continuous else "static"
     calls = [tiny.Call(p, Sampling(m, temperature=0)) for p, (_, m) in zip(prompts, LENGTHS, strict=True)]
     try:
         results = tiny.run(engine, calls)

@@ -26,7 +26,7 @@ from serve_app.config import ModelChoice, ServerConfig
 from serve_app.engines.transformers_engine import TransformersEngine
 from serve_app.engines.vllm import loading as vllm
 from serve_app.generation import RETRY_AFTER_S, Served
-from serve_app.models import LoadedModel, load
+from serve_app.models import load
 from serve_app.openai_api.errors import ApiError
 from serve_app.sources import ModelNotFoundError, ModelSource, locate
 from serve_app.storing import LocalStorage
@@ -255,9 +255,8 @@ def describe(served: Served) -> dict[str, Any]:
         "num_layers": model.structure.num_layers,
         "d_model": model.structure.d_model,
         "context_length": model.context_length,
+        "checks": model.checks.record(),
     }
-    if isinstance(model, LoadedModel):
-        card["checks"] = model.checks.record()
     return {"model": card, "structure": model.structure.record()}
 
 

@@ -49,6 +49,7 @@ class ServedModel(ABC):
         structure: its hook points.
         device: where it computes.
         dtype: what it computes in.
+        checks: what was found when it was loaded.
     """
 
     source: ModelSource
@@ -56,6 +57,12 @@ class ServedModel(ABC):
     structure: ModelStructure
     device: torch.device
     dtype: torch.dtype
+    checks: LoadReport = field(default_factory=LoadReport, kw_only=True)
+
+    @property
+    def batching(self) -> Batching:
+        """Which requests may share a forward."""
+        return self.checks.batching
 
     @property
     @abstractmethod
@@ -109,20 +116,9 @@ class ServedModel(ABC):
 
 @dataclass(frozen=True)
 class LoadedModel(ServedModel):
-    """A model ready to generate and to be observed.
-
-    Attributes:
-        observed: holds the only copy of the weights.
-        checks: what was found when it was loaded.
-    """
+    """A model ready to generate and to be observed; `observed` holds the only copy of the weights."""
 
     observed: ObservedModel
-    checks: LoadReport = field(default_factory=LoadReport)
-
-    @property
-    def batching(self) -> Batching:
-        """Which requests may share a forward."""
-        return self.checks.batching
 
     @property
     def config(self) -> PretrainedConfig:
@@ -191,7 +187,7 @@ def load(
     structure = resolve_structure(module, source.name)
     stage("checking causality, attention and batching")
     checks = check_loaded(module, structure)
-    return LoadedModel(source, tokenizer, structure, place, kind, observe(module, tokenizer), checks)
+    return LoadedModel(source, tokenizer, structure, place, kind, observe(module, tokenizer), checks=checks)
 
 
 def native_dtype(device: torch.device) -> torch.dtype:

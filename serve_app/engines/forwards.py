@@ -19,6 +19,7 @@ from serve_app.capture.rows import StepRows
 from serve_app.capture.scoring import StepScores
 from serve_app.capture.steering import StepSteering
 from serve_app.engines.model_cache import Remembered
+from serve_app.engines.rotation import forget_lengths
 from serve_app.engines.running import Prefill, Running
 from serve_app.models import LoadedModel
 
@@ -137,6 +138,8 @@ class Forwards:
     ) -> Any:
         device = self._model.device
         module = self._model.observed._module
+        if mask.shape[1] == tokens.shape[1]:
+            forget_lengths(module)
         return module(
             **self._remembered.arguments(
                 tokens.to(device), mask.to(device), positions.to(device), cache, logits_to_keep

@@ -19,6 +19,7 @@ from serve_app.capture.structure import Tap
 from serve_app.capture.watching import nth_tensor
 from serve_app.engines.kv_cache import BatchRows, SlotRows, StaticRows
 from serve_app.engines.model_cache import find_out
+from serve_app.engines.rotation import forget_lengths
 
 EXACT, CHAOTIC = 1e-4, 1e-3
 """The largest relative error of a row in float32, as in `roentgen verify-capture`; and in a model whose layers amplify
@@ -83,6 +84,7 @@ class Trial:
 
     def alone(self, sequence: list[int], copies: int = 1) -> Rows:
         """Return a sequence's rows in one forward of its own, or beside copies of itself."""
+        forget_lengths(self.model)
         with self._recorded() as forwards:
             self.model(input_ids=torch.tensor([sequence] * copies, device=self.model.device), use_cache=False)
         return torch.stack([layer[0] for layer in forwards[0]])
@@ -108,7 +110,7 @@ class Trial:
         remembered = self.remembered
         rows: BatchRows = SlotRows() if remembered.continuous else StaticRows(remembered.new_cache, remembered.modules)
         sequences: list[list[int]] = []
-        found: list[list[list[Tensor]]] = []
+        found: list[list[Tensor]] = []  # per sequence and layer, [tokens, d]
         for group in groups:
             lengths = [len(sequence) - DECODED for sequence in group]
             width = max(lengths)
@@ -130,7 +132,7 @@ class Trial:
             self._decode(rows, sequences, found)
         for _ in range(DECODED - 1):
             self._decode(rows, sequences, found)
-        return [torch.stack(list(layers)) for layers in found]
+        return [torch.stack(layers) for layers in found]
 
     def _decode(self, rows: BatchRows, sequences: list[list[int]], found: list[list[Tensor]]) -> None:
         """Feed each sequence's next token, the last one again and again when a sequence is at its end."""
@@ -147,8 +149,11 @@ class Trial:
 
     def _forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Any:
         """Run the model on new tokens; returns the cache to go on with."""
-        inputs = (part.to(self.model.device) for part in (tokens, mask, positions))
-        return self.remembered.given(self.model(**self.remembered.arguments(*inputs, cache, 1)), cache)
+        if mask.shape[1] == tokens.shape[1]:
+            forget_lengths(self.model)
+        device = self.model.device
+        arguments = self.remembered.arguments(tokens.to(device), mask.to(device), positions.to(device), cache, 1)
+        return self.remembered.given(self.model(**arguments), cache)
 
     @contextmanager
     def _recorded(self) -> Iterator[list[list[Tensor]]]:

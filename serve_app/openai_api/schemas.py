@@ -202,6 +202,7 @@ class ModelCard(Shape):
     num_layers: int = Field(ge=1)
     d_model: int = Field(ge=1)
     context_length: int | None = Field(ge=1, description="Null if the model sets no limit: memory does.")
+    checks: dict[str, Any] = Field(description="What was found when it was loaded: batching, attention.")
 
 
 class ModelList(Shape):

@@ -143,7 +143,9 @@ def loaded_from(
         checks = LoadReport()
         use_grouped_attention(weights)
     source = ModelSource(name, "tiny", "0")
-    return LoadedModel(source, words, structure, torch.device("cpu"), torch.float32, observe(weights, words), checks)
+    return LoadedModel(
+        source, words, structure, torch.device("cpu"), torch.float32, observe(weights, words), checks=checks
+    )
 
 
 class Call:

@@ -23,7 +23,6 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from serve_app.capture.steering import OversteeredError
 from serve_app.engines.admission import HOST_SHARE, free_host_memory, row_bytes
-from serve_app.engines.batching import ANY, Batching
 from serve_app.engines.completion import Completion
 from serve_app.engines.protocol import (
     ConstraintError,
@@ -124,7 +123,6 @@ class VllmEngine:
         captures: bool,
         max_batch: int,
         max_queue: int,
-        batching: Batching = ANY,
     ) -> None:
         """Take over a client whose model is loaded.
 
@@ -135,9 +133,8 @@ class VllmEngine:
             captures: whether its workers do.
             max_batch: requests generated together.
             max_queue: requests waiting for that.
-            batching: which requests may run at the same time.
         """
-        self._batching = batching
+        self._batching = model.batching
         self._loop = loop
         self._client = loop.client
         self._model = model

@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import os
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ from serve_app.capture.resolver import ResolutionError, number_of_experts
 from serve_app.capture.structure import ModelStructure
 from serve_app.context import context_length
 from serve_app.engines.admission import CPU_SHARE, free_host_memory
-from serve_app.engines.load_checks import check_config
+from serve_app.engines.load_checks import LoadReport, check_config
 from serve_app.engines.vllm.hook_points import (
     Modules,
     Verified,
@@ -152,10 +153,13 @@ def start(
         tokenizer = AutoTokenizer.from_pretrained(source.path, revision=revision, trust_remote_code=trust_remote_code)
         model = VllmModel(source, tokenizer, structure, place, kind, config, generation)
         stage("checking batching")
+        begun = time.monotonic()
         context = arguments["max_model_len"]
         batching = loop.run(lambda: check_batching(loop.client, model.vocab_size, context, kind))
         if batching.reason:
             log.warning("requests run %s: %s", batching.kind, batching.reason)
+        checks = LoadReport(batching, attention="vLLM's", compared_on=("the model",), seconds=time.monotonic() - begun)
+        model = replace(model, checks=checks)
         if settings.capture:
             loop.run(lambda: loop.client.collective_rpc("roentgen_open", args=(settings.store,)))
     except BaseException:
@@ -169,7 +173,6 @@ def start(
         captures=settings.capture,
         max_batch=settings.max_batch,
         max_queue=settings.max_queue,
-        batching=batching,
     )
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers as tr
 from torch import Tensor
 
 from roentgen.contract import ActivationRequest, Positions
@@ -123,3 +124,23 @@ def test_requests_of_one_length_share_a_forward() -> None:
         results = tiny.run(engine, calls)
         assert set(engine.load.steps) == {3, 1}
     assert worst_error(model, prompts, results) < 1e-4
+
+
+def test_a_request_does_not_depend_on_longer_ones_before_it() -> None:
+    """Dynamic NTK scaling remembers the longest sequence."""
+    architecture = tiny.config("llama")
+    rotation = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0}
+    options = architecture.to_dict() | {"max_position_embeddings": 16, "rope_parameters": rotation}
+    torch.manual_seed(0)
+    weights = tr.LlamaForCausalLM(type(architecture)(**options)).eval()
+    model = tiny.loaded_from(weights, tiny.tokenizer(), check=True)
+    assert model.batching.kind == "same length"
+    prompts = [list(range(20, 40)), list(range(40, 100))]
+    forget = Sampling(0, temperature=0)
+    calls = [tiny.Call(prompt, forget, plan(model)) for prompt in (prompts[0], prompts[1], prompts[0])]
+    with serving(model) as engine:
+        first, _, again = [tiny.run(engine, [call])[0] for call in calls]
+    assert first.captured is not None
+    assert again.captured is not None
+    for key, rows in first.captured.tensors.items():
+        torch.testing.assert_close(again.captured.tensors[key], rows)
