@@ -29,6 +29,7 @@ from serve_app.capture.structure import ModelStructure
 from serve_app.context import context_length
 from serve_app.engines.attention import use_grouped_attention
 from serve_app.engines.constraints import Constraints
+from serve_app.engines.model_cache import UnsupportedModelError
 from serve_app.openai_api.reply import MARKERS
 from serve_app.sources import ModelSource
 
@@ -159,6 +160,10 @@ def load(
     disable_progress_bar()
     stage(f"loading {source.name} ({kind}, {place})")
     tokenizer = AutoTokenizer.from_pretrained(source.path, revision=hub_revision, trust_remote_code=trust_remote_code)
+    if not tokenizer.is_fast:
+        raise UnsupportedModelError(
+            f"{source.name} has a tokenizer ({type(tokenizer).__name__}) that cannot say which characters a token covers"
+        )
     options = {"revision": hub_revision, "dtype": kind, "trust_remote_code": trust_remote_code}
     if device_map is None:
         module = AutoModelForCausalLM.from_pretrained(source.path, **options).to(place).eval()

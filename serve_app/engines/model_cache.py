@@ -158,7 +158,8 @@ def _tried(model: PreTrainedModel, found: Remembered, device: torch.device, rows
     whole = [tensor for tensor in held(cache) if tensor.numel() > 1]
     if not whole and not modules:
         raise UnsupportedModelError(f"{kind} keeps no cache of past tokens, so it cannot generate here")
-    if strange := next((tensor for tensor in whole if not _per_row(tensor, rows)), None):
+    strange = next((tensor for tensor in whole if not _per_row(tensor, rows)), None)
+    if strange is not None:
         raise UnsupportedModelError(
             f"{kind} has a cache that the engine does not know: it holds {list(strange.shape)} for {rows} sequences"
         )
