@@ -141,9 +141,10 @@ def _tried(model: PreTrainedModel, found: Remembered, device: torch.device, rows
     def run(ids: Tensor, start: int, cache: Any) -> tuple[Tensor, Any]:
         stop = start + ids.shape[1]
         positions = torch.arange(start, stop).expand(rows, -1)
-        arguments = (ids, torch.ones(rows, stop, dtype=torch.long), positions)
+        mask = torch.ones(rows, stop, dtype=torch.long)
+        arguments = found.arguments(ids.to(device), mask.to(device), positions.to(device), cache, logits_to_keep=1)
         # Called past the hooks that the module has: nobody is to take these forwards for a request's.
-        output = model.forward(**found.arguments(*(one.to(device) for one in arguments), cache, 1))
+        output = model.forward(**arguments)
         return output.logits[:, -1].float(), found.given(output, cache)
 
     def prefill(which: int) -> Any:

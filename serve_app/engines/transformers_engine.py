@@ -277,7 +277,7 @@ class TransformersEngine:
                 prefill.cache,
                 logits_to_keep=0 if prefill.all_logits else 1,
             )
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is told to the request that caused it
             left = self._innocent(prefill.running, error, decoding=False)
             again = [Running.start(one.job, self._model, self._memory) for one in left]
             self._prefill = Prefill.lay_out(again, self._rows.new()) if again else None
@@ -308,7 +308,7 @@ class TransformersEngine:
             logits, cache = self._forwards.run(
                 self._running, tokens, mask, positions, self._rows.cache, logits_to_keep=1
             )
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is told to the request that caused it
             left = self._innocent(self._running, error, decoding=True)
             self._running, self._rows = left, self._empty()
             if left:

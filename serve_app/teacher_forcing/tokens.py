@@ -77,10 +77,6 @@ def tokeniser(model: LoadedModel) -> Callable[[Transcript], TokenisedText]:
             )
         else:
             text = _spell(model, transcript, end_of_turn)
-        if (wrong := model.unknown_token(text.token_ids)) is not None:
-            raise UnreadableTextError(
-                f"{wrong} is not a token of {model.source.name}, whose embedding has 0–{model.n_embeddings - 1}"
-            )
         if model.context_length is not None and len(text.token_ids) > model.context_length:
             raise UnreadableTextError(
                 f"it has {len(text.token_ids)} tokens; the context of {model.source.name} is {model.context_length}"

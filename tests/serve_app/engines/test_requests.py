@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from serve_app.engines.protocol import EngineStoppedError, Failed, RequestTooLargeError, Sampling
+from serve_app.engines.protocol import EngineStoppedError, RequestTooLargeError, Sampling
 from serve_app.engines.transformers_engine import MAX_FAILURES, TransformersEngine
 from serve_app.models import LoadedModel
 from tests.serve_app import tiny
