@@ -168,7 +168,8 @@ def _tried(model: PreTrainedModel, found: Remembered, device: torch.device, rows
     expected = step(cache)
     whole_read = run(tokens[0], 0, found.new_cache())[0]
     # Another sequence's logits are as far away as wrong ones are; rounding is not.
-    if (expected - whole_read).norm() > 0.3 * (run(tokens[1], 0, found.new_cache())[0] - whole_read).norm():
+    another = run(tokens[1], 0, found.new_cache())[0]
+    if (expected - whole_read).norm() > 0.3 * (another - whole_read).norm() + 1e-3 * whole_read.norm():
         raise UnsupportedModelError(
             f"{kind} gives something else with its cache than without, so it cannot generate here"
         )
@@ -179,7 +180,7 @@ def _tried(model: PreTrainedModel, found: Remembered, device: torch.device, rows
         mine, others = prefill(0), prefill(1)
         again, elsewhere = step(mine), step(others)
         # The same shapes give the same numbers, or nearly: what differs by more has been taken from the others.
-        if (again - expected).norm() <= 0.1 * (elsewhere - expected).norm():
+        if not (again - expected).norm() > 0.1 * (elsewhere - expected).norm():
             return found
     by_id = {id(module): module for module in model.modules()}
     own = {"continuous": False, "config": model.config} if found.continuous else {}
