@@ -23,7 +23,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from serve_app.capture.narrowing import narrowed
 from serve_app.capture.observer import observe
 from serve_app.capture.resolver import resolve_structure
-from serve_app.engines.attention import use_grouped_attention
+from serve_app.engines.load_checks import check_config, check_loaded
 from serve_app.engines.protocol import Sampling
 from serve_app.engines.transformers_engine import TransformersEngine
 from serve_app.models import LoadedModel
@@ -104,7 +104,7 @@ def build(model_type: str) -> PreTrainedModel:
                     parameter.data *= 3
             with torch.inference_mode():
                 model(input_ids=torch.arange(8)[None] + 3, use_cache=False)
-        except Exception as error:  # each way to narrow may fail in its own way
+        except Exception as error:  # noqa: BLE001 - each way to narrow may fail in its own way
             said.append(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error) else ''}")
         else:
             return model
@@ -130,7 +130,7 @@ def try_one(model_type: str) -> str:
     """Return the table's line for a model type."""
     try:
         plain = build(model_type)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - it is what the table says
         return f"not built\t{error}"
     vocab = plain.get_input_embeddings().weight.shape[0]
     prompts = [
@@ -139,25 +139,28 @@ def try_one(model_type: str) -> str:
     expected: list[list[int]] | str
     try:
         expected = [alone(plain, prompt, m) for prompt, (_, m) in zip(prompts, LENGTHS, strict=True)]
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - it is what the table says
         expected = f"generate fails: {type(error).__name__}: {str(error).splitlines()[0][:100]}"
     full = []
     try:
-        use_grouped_attention(plain)
+        check_config(plain.config)
         structure = resolve_structure(plain, model_type)
+        checks = check_loaded(plain, structure)
         words = tiny.tokenizer()
         source = ModelSource(model_type, "tiny", "0")
-        loaded = LoadedModel(source, words, structure, torch.device("cpu"), torch.float32, observe(plain, words))
+        loaded = LoadedModel(
+            source, words, structure, torch.device("cpu"), torch.float32, observe(plain, words), checks=checks
+        )
         loaded.generation_config.eos_token_id = None
         loaded.tokenizer.eos_token = None
         engine = TransformersEngine(loaded, max_cache_tokens=10_000)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - it is what the table says
         return f"refused\t{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-    kind = "alone" if engine._remembered.alone else "continuous" if engine._remembered.continuous else "static"
+    kind = f"{checks.batching.kind}, {'continuous' if engine._joins else 'static'}, {checks.seconds:.1f} s"
     calls = [tiny.Call(p, Sampling(m, temperature=0)) for p, (_, m) in zip(prompts, LENGTHS, strict=True)]
     try:
         results = tiny.run(engine, calls)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - it is what the table says
         return f"fails\t{kind}\t{type(error).__name__}: {str(error).splitlines()[0][:200]}"
     finally:
         engine.close()

@@ -31,6 +31,7 @@ from serve_app.context import context_length
 from serve_app.engines.batching import Batching
 from serve_app.engines.constraints import Constraints
 from serve_app.engines.load_checks import LoadReport, check_config, check_loaded
+from serve_app.engines.model_cache import UnsupportedModelError
 from serve_app.openai_api.reply import MARKERS
 from serve_app.sources import ModelSource
 
@@ -173,6 +174,10 @@ def load(
     remote = {"revision": hub_revision, "trust_remote_code": trust_remote_code}
     check_config(AutoConfig.from_pretrained(source.path, **remote), trust_remote_code=trust_remote_code)
     tokenizer = AutoTokenizer.from_pretrained(source.path, **remote)
+    if not tokenizer.is_fast:
+        raise UnsupportedModelError(
+            f"{source.name} has a tokenizer ({type(tokenizer).__name__}) that cannot say which characters a token covers"
+        )
     options = {"dtype": kind, **remote}
     if device_map is None:
         module = AutoModelForCausalLM.from_pretrained(source.path, **options).to(place).eval()

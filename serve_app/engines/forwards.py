@@ -99,7 +99,7 @@ class Forwards:
             if decoding:
                 mask, positions = torch.ones(1, prefill.width + 1, dtype=torch.long), torch.tensor([[prefill.width]])
                 self._replay(prefill, torch.tensor([one.token_ids[-1:]]), mask, positions)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is told to the request that caused it
             log.warning("a request fails alone: %s: %s", type(error).__name__, error)
             return error
         return None

@@ -144,9 +144,10 @@ def _tried(model: PreTrainedModel, found: Remembered, device: torch.device, rows
     def run(ids: Tensor, start: int, cache: Any) -> tuple[Tensor, Any]:
         stop = start + ids.shape[1]
         positions = torch.arange(start, stop).expand(rows, -1)
-        arguments = (ids, torch.ones(rows, stop, dtype=torch.long), positions)
+        mask = torch.ones(rows, stop, dtype=torch.long)
+        arguments = found.arguments(ids.to(device), mask.to(device), positions.to(device), cache, logits_to_keep=1)
         # Called past the hooks that the module has: nobody is to take these forwards for a request's.
-        output = model.forward(**found.arguments(*(one.to(device) for one in arguments), cache, 1))
+        output = model.forward(**arguments)
         return output.logits[:, -1].float(), found.given(output, cache)
 
     def prefill(which: int) -> Any:
@@ -161,7 +162,8 @@ def _tried(model: PreTrainedModel, found: Remembered, device: torch.device, rows
     whole = [tensor for tensor in held(cache) if tensor.numel() > 1]
     if not whole and not modules:
         raise UnsupportedModelError(f"{kind} keeps no cache of past tokens, so it cannot generate here")
-    if strange := next((tensor for tensor in whole if not _per_row(tensor, rows)), None):
+    strange = next((tensor for tensor in whole if not _per_row(tensor, rows)), None)
+    if strange is not None:
         raise UnsupportedModelError(
             f"{kind} has a cache that the engine does not know: it holds {list(strange.shape)} for {rows} sequences"
         )
@@ -169,7 +171,8 @@ def _tried(model: PreTrainedModel, found: Remembered, device: torch.device, rows
     expected = step(cache)
     whole_read = run(tokens[0], 0, found.new_cache())[0]
     # Another sequence's logits are as far away as wrong ones are; rounding is not.
-    if (expected - whole_read).norm() > 0.3 * (run(tokens[1], 0, found.new_cache())[0] - whole_read).norm():
+    another = run(tokens[1], 0, found.new_cache())[0]
+    if (expected - whole_read).norm() > 0.3 * (another - whole_read).norm() + 1e-3 * whole_read.norm():
         raise UnsupportedModelError(
             f"{kind} gives something else with its cache than without, so it cannot generate here"
         )
@@ -180,7 +183,7 @@ def _tried(model: PreTrainedModel, found: Remembered, device: torch.device, rows
         mine, others = prefill(0), prefill(1)
         again, elsewhere = step(mine), step(others)
         # The same shapes give the same numbers, or nearly: what differs by more has been taken from the others.
-        if (again - expected).norm() <= 0.1 * (elsewhere - expected).norm():
+        if not (again - expected).norm() > 0.1 * (elsewhere - expected).norm():
             return found
     by_id = {id(module): module for module in model.modules()}
     own = {"continuous": False, "config": model.config} if found.continuous else {}

@@ -39,7 +39,7 @@ class Running(Completion):
         tapped |= {scorer.tap.module for scorer in job.probes}
         return cls(
             job=job,
-            text=TextStream(model.tokenizer.backend_tokenizer, job.sampling.stop, model.markers),
+            text=TextStream(model.tokenizer.backend_tokenizer, job.sampling.stop, model.markers, job.prompt_ids),
             ends=ends,
             sampler=Sampler(job.sampling, job.prompt_ids, ends, job.constraint),
             rows=RequestRows(job.capture, len(job.prompt_ids), memory) if job.capture else None,

@@ -306,7 +306,7 @@ class TransformersEngine:
                 prefill.cache,
                 logits_to_keep=0 if prefill.all_logits else 1,
             )
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is told to the request that caused it
             left = self._innocent(prefill.running, error, decoding=False)
             for one in left:
                 one.begin_again(self._memory)
@@ -338,7 +338,7 @@ class TransformersEngine:
             logits, cache = self._forwards.run(
                 self._running, tokens, mask, positions, self._rows.cache, logits_to_keep=1
             )
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is told to the request that caused it
             left = self._innocent(self._running, error, decoding=True)
             self._running, self._rows = left, self._empty()
             if left:

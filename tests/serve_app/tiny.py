@@ -94,10 +94,22 @@ CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
     "llama4_text": ("llama4_text", HEADED | {"num_local_experts": 6, "intermediate_size_mlp": 64}),
 }
 
+STATES = {"state_size": 16, "num_hidden_layers": 3, "hidden_size": 32, "vocab_size": 257, **IDS}
+# Models whose hook points are not what is tested of them.
+OTHERS: dict[str, tuple[str, dict[str, object]]] = {
+    "mamba": ("mamba", STATES),
+    "mamba2": ("mamba2", STATES | {"num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 8}),
+    "rwkv": ("rwkv", {**STATES, "attention_hidden_size": 32, "intermediate_size": 64, "context_length": 128}),
+    "mpt": ("mpt", {**IDS, "d_model": 32, "n_layers": 3, "n_heads": 4, "vocab_size": 257, "max_seq_len": 128}),
+    "openai-gpt": ("openai-gpt", GPT | {"n_positions": 128}),
+    # It normalises the embeddings with the norm that comes last.
+    "nanochat": ("nanochat", GROUPED),
+}
+
 
 def config(architecture: str) -> tr.PretrainedConfig:
     """A tiny configuration of an architecture."""
-    model_type, options = CONFIGS[architecture]
+    model_type, options = {**CONFIGS, **OTHERS}[architecture]
     return tr.AutoConfig.for_model(model_type, **options)
 
 

@@ -279,7 +279,9 @@ class VllmEngine:
         model, sampling = self._model, job.sampling
         ends = model.eos_token_ids | sampling.stop_token_ids
         completion = Completion(
-            job=job, text=TextStream(model.tokenizer.backend_tokenizer, sampling.stop, model.markers), ends=ends
+            job=job,
+            text=TextStream(model.tokenizer.backend_tokenizer, sampling.stop, model.markers, job.prompt_ids),
+            ends=ends,
         )
         prompt_scores: list[TokenScore] = []
         outputs = self._client.generate(
