@@ -116,12 +116,14 @@ def check_loaded(model: PreTrainedModel, structure: ModelStructure) -> LoadRepor
         if narrow is not None:
             with one_thread():
                 check_causality(narrow, ("short", "long"))
+                check_positions(narrow)
                 grouped = grouped and grouped_is_same(narrow)
                 found, decoding_error = find_batching(narrow, LONG if limit else None)
             trials.append(narrow)
         actual = _actual_trial(model, structure)
         if actual is not None:
             check_causality(actual, ("short",))
+            check_positions(actual)
             for name in ("middle", "long"):
                 actual.expected(name)  # with the untouched attention
             if grouped:
@@ -163,6 +165,19 @@ def check_causality(trial: Trial, names: Sequence[str]) -> None:
                 f"{type(trial.model).__name__} is not a causal decoder: another last token moves the rows before it "
                 f"(by up to {moved:.0%} of their norm), so it reads what is yet to come and cannot generate"
             )
+
+
+def check_positions(trial: Trial) -> None:
+    """Count a sequence's positions from 0, as the engine does: no row may move.
+
+    Raises:
+        UnsupportedModelError: if one does.
+    """
+    moved = trial.off([trial.counted(trial.sequences["short"])], [trial.expected("short")])
+    if moved:
+        raise UnsupportedModelError(
+            f"{type(trial.model).__name__} does not count positions from 0: told to, it moves rows by {moved:.0%} of their norm"
+        )
 
 
 def grouped_is_same(trial: Trial) -> bool:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from serve_app.capture.structure import Tap
 from serve_app.capture.watching import nth_tensor
@@ -66,7 +66,7 @@ class Trial:
         self.name = name
         self.model = model
         self.remembered = find_out(model, model.device)
-        self.sequences = sequences(model.config, longest)
+        self.sequences = sequences(model, longest)
         self._taps = taps
         self._expected: dict[str, Rows] = {}
         noise = float(row_errors(self.alone(self.sequences["short"], copies=3), self.expected("short")).max())
@@ -87,6 +87,13 @@ class Trial:
         forget_lengths(self.model)
         with self._recorded() as forwards:
             self.model(input_ids=torch.tensor([sequence] * copies, device=self.model.device), use_cache=False)
+        return torch.stack([layer[0] for layer in forwards[0]])
+
+    def counted(self, sequence: list[int]) -> Rows:
+        """Return a sequence's rows in one forward of its own that is told its positions, from 0, as an engine tells them."""
+        tokens, positions = torch.tensor([sequence]), torch.arange(len(sequence))[None]
+        with self._recorded() as forwards:
+            self._forward(tokens, torch.ones_like(tokens), positions, self.remembered.new_cache())
         return torch.stack([layer[0] for layer in forwards[0]])
 
     def off(self, rows: Sequence[Rows], expected: Sequence[Rows]) -> float:
@@ -190,21 +197,23 @@ class Trial:
                 handle.remove()
 
 
-def sequences(config: PretrainedConfig, longest: int) -> dict[str, list[int]]:
+def sequences(model: PreTrainedModel, longest: int) -> dict[str, list[int]]:
     """Draw the sequences that a model is tried with; the last `DECODED` tokens of each are decoded.
 
     Args:
-        config: the model's, for its vocabulary.
+        model: the model, for its vocabulary.
         longest: the most tokens; more than windows, chunks and, on a stand-in, the rotation's limit.
 
     Returns:
         Tokens by name; a twin is as long as what it is a twin of, and has other tokens.
     """
-    text = config.get_text_config()
-    special = (
-        {text.pad_token_id, text.bos_token_id, text.eos_token_id} if not isinstance(text.eos_token_id, list) else set()
-    )
-    drawn = torch.randint(0, text.vocab_size, (8 * longest,), generator=torch.Generator().manual_seed(0)).tolist()
+    config = model.config.get_text_config()
+    special: set[int] = set()
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        ids = getattr(config, name, None)
+        special |= set(ids) if isinstance(ids, list) else {ids}
+    size = model.get_input_embeddings().weight.shape[0]
+    drawn = torch.randint(0, size, (8 * longest,), generator=torch.Generator().manual_seed(0)).tolist()
     tokens = iter([token for token in drawn if token not in special])
     lengths = {
         "short": 9,

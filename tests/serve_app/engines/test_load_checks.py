@@ -119,6 +119,11 @@ def test_the_same_model_as_a_decoder_is_not() -> None:
     assert checked(built("bert", **tiny.SIZE, **tiny.ROOM, is_decoder=True)).batching.kind in ("any", "same length")
 
 
+def test_a_model_that_counts_positions_in_its_own_way_is_refused() -> None:
+    with pytest.raises(UnsupportedModelError, match="does not count positions from 0"):
+        checked(built("roberta", **tiny.SIZE, **tiny.ROOM, is_decoder=True))
+
+
 @pytest.mark.parametrize(
     ("model_type", "said"),
     [
