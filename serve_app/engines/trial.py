@@ -208,7 +208,7 @@ def sequences(model: PreTrainedModel, longest: int) -> dict[str, list[int]]:
         Tokens by name; a twin is as long as what it is a twin of, and has other tokens.
     """
     config = model.config.get_text_config()
-    special: set[int] = set()
+    special: set[int | None] = set()
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         ids = getattr(config, name, None)
         special |= set(ids) if isinstance(ids, list) else {ids}
