@@ -16,7 +16,7 @@ from roentgen.contract import ActivationRequest
 from roentgen.store import StoreError
 from serve_app.capture.rows import CapturePlan, UncapturableError
 from serve_app.capture.scoring import Scorer, UnscorableError
-from serve_app.capture.steering import Addition, OversteeredError
+from serve_app.capture.steering import Addition, OversteeredError, UnsteerableError
 from serve_app.engines.constraints import Grammar, SchemaError
 from serve_app.engines.protocol import (
     Constraint,
@@ -31,6 +31,7 @@ from serve_app.engines.protocol import (
     RequestTooLargeError,
     Sampling,
     TextDelta,
+    UnknownTokenError,
 )
 from serve_app.models import ServedModel
 from serve_app.openai_api.errors import ApiError
@@ -157,7 +158,9 @@ async def generate(
         RequestTooLargeError,
         StoreError,
         UncapturableError,
+        UnknownTokenError,
         UnscorableError,
+        UnsteerableError,
     ) as error:
         raise as_api_error(error) from error
     except ApiError:
@@ -236,6 +239,10 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(400, f"activations.hook_points: {error}", param="activations.hook_points")
         case UnscorableError():
             return ApiError(400, f"probes: {error}", param="probes")
+        case UnsteerableError():
+            return ApiError(400, f"steering: {error}", param="steering")
+        case UnknownTokenError():
+            return ApiError(400, f"prompt: {error}", param="prompt")
         case OversteeredError():
             return ApiError(400, f"steering: {error}", param="steering", code="steering_overflow")
         case ConstraintError():

@@ -9,12 +9,13 @@ import logging
 import shutil
 import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
@@ -26,8 +27,11 @@ from transformers.utils.logging import disable_progress_bar
 from serve_app.capture.observer import ObservedModel, observe
 from serve_app.capture.resolver import resolve_structure
 from serve_app.capture.structure import ModelStructure
-from serve_app.engines.attention import use_grouped_attention
+from serve_app.context import context_length
+from serve_app.engines.batching import Batching
 from serve_app.engines.constraints import Constraints
+from serve_app.engines.load_checks import LoadReport, check_config, check_loaded
+from serve_app.engines.model_cache import UnsupportedModelError
 from serve_app.openai_api.reply import MARKERS
 from serve_app.sources import ModelSource
 
@@ -46,6 +50,7 @@ class ServedModel(ABC):
         structure: its hook points.
         device: where it computes.
         dtype: what it computes in.
+        checks: what was found when it was loaded.
     """
 
     source: ModelSource
@@ -53,6 +58,12 @@ class ServedModel(ABC):
     structure: ModelStructure
     device: torch.device
     dtype: torch.dtype
+    checks: LoadReport = field(default_factory=LoadReport, kw_only=True)
+
+    @property
+    def batching(self) -> Batching:
+        """Which requests may share a forward."""
+        return self.checks.batching
 
     @property
     @abstractmethod
@@ -76,9 +87,19 @@ class ServedModel(ABC):
         return {token_id: token.content for token_id, token in special if token.special and token.content in MARKERS}
 
     @property
-    def context_length(self) -> int:
-        """The most tokens a sequence may have."""
-        return int(self.config.get_text_config().max_position_embeddings)
+    def context_length(self) -> int | None:
+        """The most tokens a sequence may have; None if the model sets no limit."""
+        return context_length(self.config, self.tokenizer)
+
+    @property
+    def n_embeddings(self) -> int:
+        """How many tokens the model can be given."""
+        return self.vocab_size
+
+    def unknown_token(self, token_ids: Sequence[int]) -> int | None:
+        """Return the first of these tokens that the model cannot be given, None if it can be given all."""
+        known = range(self.n_embeddings)
+        return next((token for token in token_ids if token not in known), None)
 
     @property
     def vocab_size(self) -> int:
@@ -111,6 +132,11 @@ class LoadedModel(ServedModel):
         return self.observed.generation_config
 
     @cached_property
+    def n_embeddings(self) -> int:
+        """How many rows the embedding has; neither the tokenizer nor the configuration has to agree."""
+        return int(self.observed._module.get_input_embeddings().weight.shape[0])
+
+    @cached_property
     def head(self) -> str:
         """Path of the output head, which is run only where logits are wanted; "" if transformers does not say."""
         head = self.observed._module.get_output_embeddings()
@@ -126,7 +152,7 @@ def load(
     *,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load a model's weights (one copy), verify its hook points by a forward, and wrap it with nnsight.
+    """Load a model's weights (one copy), check them and their hook points by forwards, and wrap them with nnsight.
 
     Args:
         source: what to load.
@@ -136,14 +162,23 @@ def load(
         device_map: spread the weights over this machine's devices, as accelerate does: "auto", "balanced", "sequential", or
             a device per module path ("cpu" and "disk" hold weights that are brought in when they are needed).
         trust_remote_code: whether code that comes with the model may run.
+
+    Raises:
+        ResolutionError: if its layers cannot be found, or it is not a causal decoder that the engine can run.
     """
     place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
     kind = native_dtype(place) if dtype == "auto" else getattr(torch, dtype)
     hub_revision = source.revision if source.path == source.name and source.revision != "unknown" else None
     disable_progress_bar()
     stage(f"loading {source.name} ({kind}, {place})")
-    tokenizer = AutoTokenizer.from_pretrained(source.path, revision=hub_revision, trust_remote_code=trust_remote_code)
-    options = {"revision": hub_revision, "dtype": kind, "trust_remote_code": trust_remote_code}
+    remote = {"revision": hub_revision, "trust_remote_code": trust_remote_code}
+    check_config(AutoConfig.from_pretrained(source.path, **remote), trust_remote_code=trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(source.path, **remote)
+    if not tokenizer.is_fast:
+        raise UnsupportedModelError(
+            f"{source.name} has a tokenizer ({type(tokenizer).__name__}) that cannot say which characters a token covers"
+        )
+    options = {"dtype": kind, **remote}
     if device_map is None:
         module = AutoModelForCausalLM.from_pretrained(source.path, **options).to(place).eval()
     else:
@@ -153,10 +188,11 @@ def load(
         module = AutoModelForCausalLM.from_pretrained(
             source.path, device_map=device_map, offload_folder=folder, **options
         ).eval()
-    use_grouped_attention(module)
     stage("verifying hook points")
     structure = resolve_structure(module, source.name)
-    return LoadedModel(source, tokenizer, structure, place, kind, observe(module, tokenizer))
+    stage("checking causality, attention and batching")
+    checks = check_loaded(module, structure)
+    return LoadedModel(source, tokenizer, structure, place, kind, observe(module, tokenizer), checks=checks)
 
 
 def native_dtype(device: torch.device) -> torch.dtype:

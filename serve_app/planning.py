@@ -16,6 +16,7 @@ from serve_app.capture.rows import CapturePlan
 from serve_app.capture.steering import Addition
 from serve_app.capture.structure import CaptureRequestError
 from serve_app.config import ServerConfig
+from serve_app.context import UNBOUNDED
 from serve_app.engines.constraints import Grammar
 from serve_app.generation import Choice, Done, Served
 from serve_app.openai_api.chat import ChatReply, ChatRequest
@@ -27,6 +28,7 @@ from serve_app.openai_api.probing import STEERING_LABEL
 from serve_app.openai_api.prompt import Prompt, render
 from serve_app.openai_api.reply import Reasoning, reasoning_mode
 from serve_app.openai_api.seed_spelling import older_key
+from serve_app.openai_api.tokenize import check_tokens
 from serve_app.probing import resolve_probes, resolve_steering, steering_label
 
 BYTES_PER_VALUE = 12
@@ -68,6 +70,7 @@ def plan_chat(served: Served, request: ChatRequest, config: ServerConfig) -> Pla
     prompt = render(
         model.tokenizer, request.messages, model.source.name, tools=tools, template_kwargs=request.chat_template_kwargs
     )
+    check_tokens(prompt.token_ids, model.n_embeddings, "messages")
     max_tokens = _max_tokens(served, prompt, request.token_limit, "messages")
     probes = resolve_probes(model, request.probes, config.probes)
     steering = resolve_steering(model, request.steering, config.probes)
@@ -115,7 +118,13 @@ def plan_completion(served: Served, request: CompletionRequest, config: ServerCo
     _check_engine(served, request, config)
     tokenizer = served.model.tokenizer
     prompts = [
-        raw_prompt(tokenizer, prompt, add_special_tokens=request.add_special_tokens) for prompt in request.prompts
+        raw_prompt(
+            tokenizer,
+            prompt,
+            add_special_tokens=request.add_special_tokens,
+            n_embeddings=served.model.n_embeddings,
+        )
+        for prompt in request.prompts
     ]
     asked_for = request.capture
     if asked_for is not None and asked_for.key is not None and len(prompts) > 1:
@@ -165,7 +174,7 @@ def _max_tokens(served: Served, prompt: Prompt, limit: int | None, param: str) -
     Raises:
         ApiError: if prompt and completion do not fit into the context.
     """
-    context = min(served.model.context_length, served.engine.capacity)
+    context = min(served.model.context_length or UNBOUNDED, served.engine.capacity)
     left = context - len(prompt.token_ids)
     if left < (1 if limit is None else limit):
         completion = f" and the completion may take {limit}" if limit else ""

@@ -88,7 +88,9 @@ def make_entry(
         rollout_id: a ULID.
     """
     n_prompt = len(prompt.token_ids)
-    text, offsets = completion_offsets(model.tokenizer.backend_tokenizer, finished.token_ids, len(prompt.text))
+    text, offsets = completion_offsets(
+        model.tokenizer.backend_tokenizer, finished.token_ids, len(prompt.text), after=prompt.token_ids
+    )
     whole = prompt.text + text
     return Entry(
         session_id=session_id,

@@ -8,7 +8,9 @@ stream, rotations a head's), so there are two ways to narrow, tried in turn: to 
 
 import copy
 import dataclasses
-from collections.abc import Iterator
+import logging
+import re
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,12 +20,18 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from serve_app.capture.resolver import EXPERTS, ResolutionError, resolve_structure
 from serve_app.capture.structure import ModelStructure
 
+log = logging.getLogger(__name__)
+
 STAND_IN = "a narrowed random model of this configuration"
 
 MOST_PARAMETERS = 300_000_000
 """A stand-in with more (1.2 GB in float32) is not built."""
 
 HEAD_WIDTH = 8
+
+ROTATION = ("rope_parameters", "rope_scaling")
+POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
+"""Where configurations describe rotary positions, and what they call the most positions."""
 
 STREAM = ("hidden_size", "n_embd", "d_model", "emb_dim", "word_embed_proj_dim")
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
@@ -57,6 +65,115 @@ NARROW = {
 The number of experts is like no other width, so that a router cannot be mistaken for another projection."""
 
 
+THRESHOLD = re.compile(r"^(?!.*expert).*(window|chunk|topk|top_k|original_max|compress|block|stride|local|sparse)")
+"""Names of numbers of tokens beyond which a model computes in another way, and of other things, which are small."""
+
+MOST_LAYERS = 12
+"""Layers of a stand-in, enough for every pattern of layers that is known here."""
+
+STAND_INS = ((True, True, True), (False, True, True), (False, False, True), (False, True, False), (False, False, False))
+"""What is tried in turn: whether to have fewer layers, four heads, and the model's rotation and thresholds."""
+
+SHORT, LONG = 8, 16
+"""What a stand-in's thresholds become: windows and chunks, and the context that a rotation was first trained on."""
+
+
+def stand_in(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel | None:
+    """Build a narrow random model in float32 that treats positions and batches as a model of this configuration does.
+
+    Its layers and its rotation of positions are the model's. Windows, chunks and the like are a few tokens wide, so that
+    short sequences cross them, and its weights are large enough for attention to prefer some tokens to others.
+
+    Its first layers stand for all of them, where a configuration without the others can be built.
+
+    Returns:
+        The model on the CPU; None if none could be built that runs.
+    """
+    tokens = torch.arange(2 * LONG).view(1, -1)
+    for fewer_layers, four_heads, whole in STAND_INS:
+        narrow = narrowed(config, four_heads=four_heads, keep_positions=whole)
+        if whole:
+            _shorten(narrow)
+        if fewer_layers:
+            _cut_layers(narrow, MOST_LAYERS)
+        try:
+            model = _random_model(narrow, model_class._from_config)
+            _sharpen(model)
+            with torch.inference_mode():
+                output = model(input_ids=tokens, use_cache=False)
+        except Exception:
+            log.debug("no stand-in with %s", (fewer_layers, four_heads, whole), exc_info=True)
+            continue
+        if bool(output.logits.isfinite().all()):
+            return model
+    return None
+
+
+def thresholds(config: PretrainedConfig) -> dict[str, int]:
+    """Return the numbers of tokens beyond which a model computes in another way, by name."""
+    found: dict[str, int] = {}
+    for name, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            found |= thresholds(value)
+        elif isinstance(value, dict) and name in ROTATION:
+            inner = (
+                value
+                if "rope_type" in value
+                else {k: v for d in value.values() if isinstance(d, dict) for k, v in d.items()}
+            )
+            found |= {key: n for key, n in inner.items() if THRESHOLD.search(key) and isinstance(n, int)}
+        elif THRESHOLD.search(name) and isinstance(value, int) and not isinstance(value, bool) and value > LONG:
+            found[name] = value
+    return found
+
+
+def rotation_limit(config: PretrainedConfig) -> int | None:
+    """Return the tokens beyond which a rotation of positions takes other frequencies (LongRoPE, arXiv 2402.13753)."""
+    text = config.get_text_config()
+    rotation = getattr(text, "rope_parameters", None) or {}
+    for part in (rotation, *rotation.values()):
+        if isinstance(part, dict) and part.get("rope_type") == "longrope":
+            limit = part.get("original_max_position_embeddings") or getattr(
+                text, "original_max_position_embeddings", None
+            )
+            return int(limit or text.max_position_embeddings)
+    return None
+
+
+def _shorten(config: PretrainedConfig) -> None:
+    """Lower a configuration's thresholds, in place."""
+    for name, value in vars(config).items():
+        if isinstance(value, PretrainedConfig):
+            _shorten(value)
+        elif isinstance(value, dict) and name in ROTATION:
+            for part in (value, *value.values()):
+                if isinstance(part, dict) and "original_max_position_embeddings" in part:
+                    part["original_max_position_embeddings"] = LONG
+        elif THRESHOLD.search(name) and isinstance(value, int) and not isinstance(value, bool):
+            setattr(config, name, min(value, LONG if "original_max" in name else SHORT))
+
+
+def _cut_layers(config: PretrainedConfig, most: int) -> None:
+    """Cut a configuration to its first layers, in place, with what it lists per layer."""
+    for part in vars(config).values():
+        if isinstance(part, PretrainedConfig):
+            _cut_layers(part, most)
+    n_layers = getattr(config, "num_hidden_layers", None)
+    if not isinstance(n_layers, int) or n_layers <= most:
+        return
+    for name, value in vars(config).items():
+        if isinstance(value, list) and len(value) == n_layers:
+            setattr(config, name, value[:most])
+    config.num_hidden_layers = most
+
+
+def _sharpen(model: PreTrainedModel) -> None:
+    """Scale a random model's matrices so that what they give is as large as what they take, in place."""
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and 0 < (spread := float(parameter.detach().std())) < 0.1:
+            parameter.data *= parameter.shape[-1] ** -0.5 / spread
+
+
 def resolve_config(config: PretrainedConfig, model_name: str) -> ModelStructure:
     """Find and verify a model's hook points on a narrow random model of its configuration.
 
@@ -70,7 +187,7 @@ def resolve_config(config: PretrainedConfig, model_name: str) -> ModelStructure:
     for four_heads in (True, False):
         narrow = narrowed(config, four_heads=four_heads)
         try:
-            with _one_thread():
+            with one_thread():
                 structure = resolve_structure(_random_model(narrow), model_name)
         except ResolutionError as error:
             said.append(str(error))
@@ -80,22 +197,23 @@ def resolve_config(config: PretrainedConfig, model_name: str) -> ModelStructure:
     raise ResolutionError(f"the configuration alone does not do, give the weights: {'; '.join(dict.fromkeys(said))}")
 
 
-def narrowed(config: PretrainedConfig, *, four_heads: bool) -> PretrainedConfig:
+def narrowed(config: PretrainedConfig, *, four_heads: bool, keep_positions: bool = False) -> PretrainedConfig:
     """Copy a configuration with narrow widths and few experts, but all its layers.
 
     Args:
         config: of a whole model, or of one of its parts.
         four_heads: narrow to four heads, instead of keeping all of them.
+        keep_positions: keep how positions are rotated, which may have a number per dimension, and how many there are.
     """
     narrow = copy.deepcopy(config)
     fields = vars(narrow)
     for name, value in fields.items():
         if isinstance(value, PretrainedConfig):
-            setattr(narrow, name, narrowed(value, four_heads=four_heads))
-        elif isinstance(value, int) and value > NARROW.get(name, value):
+            setattr(narrow, name, narrowed(value, four_heads=four_heads, keep_positions=keep_positions))
+        elif isinstance(value, int) and value > NARROW.get(name, value) and not (keep_positions and name in POSITIONS):
             setattr(narrow, name, NARROW[name])
-        elif isinstance(value, dict) and name in ("rope_parameters", "rope_scaling"):
-            setattr(narrow, name, _plain_rotation(value))
+        elif isinstance(value, dict) and name in ROTATION:
+            setattr(narrow, name, _fewer_factors(value) if keep_positions else _plain_rotation(value))
     heads = next((n for name in HEADS if isinstance(n := fields.get(name), int)), None)
     if heads is not None:
         kept = 4 if four_heads else heads
@@ -118,7 +236,7 @@ def narrowed(config: PretrainedConfig, *, four_heads: bool) -> PretrainedConfig:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Compute on one thread: handing such small matrices to others takes longer than multiplying them."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -134,21 +252,37 @@ def _plain_rotation(parameters: dict[str, Any]) -> dict[str, Any]:
     return plain | {"rope_type": "default"} if "rope_type" in parameters else plain
 
 
+def _fewer_factors(parameters: dict[str, Any]) -> dict[str, Any]:
+    """Keep a scaling of rotary positions, with as many factors per dimension as a narrow head has."""
+    pairs = int(HEAD_WIDTH * parameters.get("partial_rotary_factor", 1)) // 2
+    kept: dict[str, Any] = {}
+    for name, value in parameters.items():
+        if isinstance(value, dict):
+            kept[name] = _fewer_factors(value)
+        elif name in ("short_factor", "long_factor") and isinstance(value, list):
+            kept[name] = [value[i * len(value) // pairs] for i in range(pairs)]
+        else:
+            kept[name] = value
+    return kept
+
+
 def _width(config: PretrainedConfig) -> int:
     """Return the width of the stream, by any of its names."""
     return int(config.get_text_config().hidden_size)
 
 
-def _random_model(config: PretrainedConfig) -> PreTrainedModel:
+def _random_model(
+    config: PretrainedConfig, build: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config
+) -> PreTrainedModel:
     """Build a random model whose parameters are nowhere constant, so that its norms can be told from one another."""
     try:
         with torch.device("meta"):
-            size = sum(p.numel() for p in AutoModelForCausalLM.from_config(config, dtype=torch.float32).parameters())
+            size = sum(p.numel() for p in build(config, dtype=torch.float32).parameters())
         if size > MOST_PARAMETERS:
             raise ResolutionError(f"narrowed, it still has {size:,} parameters")
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+            model = build(config, dtype=torch.float32).eval()
             for parameter in model.parameters():
                 if parameter.numel() > 1 and parameter.min() == parameter.max():
                     parameter.data += 0.3 * torch.randn_like(parameter)

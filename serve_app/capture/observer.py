@@ -11,7 +11,10 @@ Each module that nnsight wraps pays a little in every forward. So `ObservedModel
 wraps one when it is first reached by attribute, which is when a request first asks for it.
 """
 
+import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -32,6 +35,8 @@ from serve_app.capture.watching import nth_tensor
 if unmount is not None:
     unmount("save")
 
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 
@@ -46,6 +51,9 @@ class Visitor(Protocol):
 
     def __call__(self, key: str, value: Float[Tensor, "rows width ..."]) -> None:
         """Look at the whole batch's value; what is kept of it must be copied before this returns."""
+
+    def fail(self, key: str, reason: str) -> None:
+        """Take note that a key's value cannot be had in this forward: that concerns only the requests that asked for it."""
 
 
 class _Bare(Envoy):
@@ -69,7 +77,7 @@ class ObservedModel(TransformersModel):
         """Return nnsight's name of a tap's location, wrapping the module if this is the first time."""
         envoy: Envoy = self
         for part in tap.module.split("."):
-            envoy = getattr(envoy, part)
+            envoy = _child(envoy, part)
         return f"{envoy.path}.{tap.side}"
 
     def run(self, visitors: Sequence[Visitor], forward: Callable[[], T]) -> T:
@@ -82,10 +90,15 @@ class ObservedModel(TransformersModel):
         Returns:
             What `forward` returned.
         """
-        visits: dict[str, list[tuple[Visitor, str, int]]] = {}
+        visits: dict[str, list[_Visit]] = {}
         for visitor in visitors:
             for key, tap in visitor.taps.items():  # a norm that feeds attention and MLP has two names
-                visits.setdefault(self.location(tap), []).append((visitor, key, tap.place))
+                try:
+                    location = self.location(tap)
+                except AttributeError as error:
+                    visitor.fail(key, f"{tap} cannot be reached: {error}")
+                else:
+                    visits.setdefault(location, []).append(_Visit(visitor, key, tap.place, tap.run))
         if not visits:
             return forward()
         observer = _TapObserver(self, visits)
@@ -97,23 +110,65 @@ class ObservedModel(TransformersModel):
         return results[0]
 
 
-class _TapObserver(Cache):
-    """A cache that hands values on instead of keeping them."""
+def _child(envoy: Envoy, name: str) -> Envoy:
+    """Return the envoy of a submodule, wrapping it if this is the first time.
 
-    def __init__(self, model: ObservedModel, visits: dict[str, list[tuple[Visitor, str, int]]]) -> None:
+    A submodule may be named as something that every envoy has (`output` in BERT's layers); nnsight then calls its envoy
+    otherwise, and the attribute is not it.
+    """
+    for attribute in (f"{Envoy.OVERLOAD_PREFIX}{name}", name):
+        child = vars(envoy).get(attribute)
+        if isinstance(child, Envoy):
+            return child
+    wrapped: Envoy = envoy._wrap_envoy(name, envoy._module.get_submodule(name))
+    return wrapped
+
+
+@dataclass(frozen=True)
+class _Visit:
+    """Who wants to look at a location, under which key, at which of its tensors, in which of its runs."""
+
+    visitor: Visitor
+    key: str
+    place: int
+    run: int | None
+
+
+class _TapObserver(Cache):
+    """A cache that hands values on instead of keeping them.
+
+    What goes wrong with one key is told to its visitor and stays there: an exception would end the forward of the whole batch.
+    """
+
+    def __init__(self, model: ObservedModel, visits: dict[str, list[_Visit]]) -> None:
         super().__init__(model, modules=[])
         self._visits = visits
+        self._runs: Counter[str] = Counter()
 
     def subscriptions(self) -> dict[str, str]:
         return {location: location for location in self._visits}
 
     def observe_selected(self, selected: str, value: Any) -> None:
-        for visitor, key, place in self._visits[selected]:
-            try:
-                tensor = nth_tensor(value, place)
-            except TypeError:
-                continue  # a module that passes no tensor has no rows; the request that asked is told when it ends
-            visitor(key, tensor)
+        run = self._runs[selected]
+        self._runs[selected] += 1
+        for visit in self._visits[selected]:
+            if visit.run is None and run:
+                visit.visitor.fail(
+                    visit.key, f"{visit.key} runs more than once in a forward, so it does not give a row per token"
+                )
+            elif visit.run in (None, run):
+                self._show(visit, value)
+
+    def _show(self, visit: _Visit, value: Any) -> None:
+        try:
+            tensor = nth_tensor(value, visit.place)
+        except TypeError:
+            return  # a module that passes no tensor has no rows; the request that asked is told
+        try:
+            visit.visitor(visit.key, tensor)
+        except Exception as error:
+            log.exception("%s could not be read", visit.key)
+            visit.visitor.fail(visit.key, f"{visit.key} could not be read ({type(error).__name__}: {error})")
 
 
 def observe(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ObservedModel:

@@ -55,16 +55,24 @@ def resolve_structure(model: PreTrainedModel, model_name: str) -> ModelStructure
         blocks[passage.path] = resolve_block(passage, tokens.shape, n_experts)
         leaving[:] = [passage.given]
 
+    embedded: list[nn.Module] = []
+    counting = embedding.register_forward_pre_hook(lambda module, _: embedded.append(module))
     with _norms_around(model, layers_path) as norms, watch(layers, passed):
-        _forward(model, tokens)
+        try:
+            _forward(model, tokens)
+        finally:
+            counting.remove()
     for path, _ in layers:
         if path not in blocks:
             raise ResolutionError(f"{path} passes no residual stream of its own")
     taps, missing = _by_key([blocks[path] for path, _ in layers])
-    taps["embed"] = Tap(next(name for name, module in model.named_modules() if module is embedding), "output")
-    final = [path for path, taken in norms if same(taken, leaving[0])]
+    if len(embedded) == 1:
+        taps["embed"] = Tap(next(name for name, module in model.named_modules() if module is embedding), "output")
+    else:
+        missing["embed"] = f"the token embedding runs {len(embedded)} times in a forward"
+    final = [place for place, (_, taken) in enumerate(norms) if same(taken, leaving[0])]
     if final:
-        taps["final_norm"] = Tap(final[-1], "output")
+        taps["final_norm"] = _norm_tap([path for path, _ in norms], final[-1])
     else:
         missing["final_norm"] = "no norm takes what leaves the last layer"
     return ModelStructure(
@@ -123,6 +131,13 @@ def _norms_around(model: nn.Module, layers_path: str) -> Iterator[list[tuple[str
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _norm_tap(paths: list[str], place: int) -> Tap:
+    """Return the tap of one of the norms that ran, given in order; some models use one norm at several places."""
+    path = paths[place]
+    run = paths[:place].count(path) if paths.count(path) > 1 else None
+    return Tap(path, "output", run=run)
 
 
 def _forward(model: PreTrainedModel, tokens: Int[Tensor, "batch tokens"]) -> None:

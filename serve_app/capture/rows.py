@@ -106,7 +106,13 @@ class _Span:
 
 
 class RequestRows:
-    """The rows of one running request: spans of the latest forwards' blocks, and what has been joined of earlier ones."""
+    """The rows of one running request: spans of the latest forwards' blocks, and what has been joined of earlier ones.
+
+    Attributes:
+        plan: what to keep.
+        begun: whether a forward has been read.
+        failure: why it cannot have what it asked for, once that is known.
+    """
 
     def __init__(self, plan: CapturePlan, n_prompt: int, memory: RowMemory) -> None:
         """Begin before the first token.
@@ -123,29 +129,30 @@ class RequestRows:
         self._position: list[int] = []
         self._own: list[_Span] = []
         self._shared: list[_Span] = []
-        self._missing: str | None = None
+        self.failure: UncapturableError | None = None
 
-    def feed(self, span: range) -> range:
-        """Take the sequence positions of the next forward; returns those to keep."""
-        kept = self.plan.kept(self._n_prompt, span.start, span.stop)
-        if self.plan.positions.policy == "last" and kept:
-            self._position = []
-        self._position += kept
-        return kept
+    def kept(self, span: range) -> range:
+        """Return which of a forward's sequence positions to keep."""
+        return self.plan.kept(self._n_prompt, span.start, span.stop)
 
-    def add(self, blocks: list[_Block], start: int, stop: int, missing: str | None) -> None:
+    def add(self, kept: range, blocks: list[_Block], start: int, stop: int, failure: str | None) -> None:
         """Take rows `[start, stop)` of a forward's blocks, the next ones in order of position.
 
         Args:
+            kept: their sequence positions.
             blocks: of all the cohort's keys.
             start: the first row.
             stop: behind the last.
-            missing: a key that is in no block, if there is one.
+            failure: why there are none, if a key could not be had.
         """
         self.begun = True
-        self._missing = self._missing or missing
-        if self._missing:
-            return  # said in `cut`: others in this forward have what they asked for
+        if failure is not None:
+            self.failure = self.failure or UncapturableError(failure)
+        if self.failure is not None:
+            return  # others in this forward have what they asked for
+        if self.plan.positions.policy == "last" and kept:
+            self._position = []
+        self._position += kept
         if self.plan.positions.policy == "last" and stop > start:
             self._own, self._shared = [], []  # what was last is not any more
         self._shared.append(_Span(blocks, start, stop))
@@ -160,9 +167,10 @@ class RequestRows:
             UncapturableError: if a tapped module did not run in every forward, or gave no row per token.
         """
         spans = self._own + self._shared
-        if self._missing or not spans:
-            key = self._missing or next(iter(self.plan.taps))
-            raise UncapturableError(f"{key} does not give a row per token, so it cannot be captured")
+        if self.failure is not None:
+            raise self.failure
+        if not spans:
+            raise UncapturableError(_no_rows(next(iter(self.plan.taps))))
         dtype = None if self.plan.dtype == "model" else getattr(torch, self.plan.dtype)
         found: dict[str, Tensor] = {}
         joined = spans[0] if len(self._own) == 1 and not self._shared else self._joined(spans)
@@ -189,6 +197,10 @@ class RequestRows:
         return _Span(blocks, 0, blocks[0].tensor.shape[1])
 
 
+def _no_rows(key: str) -> str:
+    return f"{key} does not give a row per token, so it cannot be captured"
+
+
 class _Cohort:
     """The requests of a forward that want the same keys in the same way, and what is gathered for them."""
 
@@ -196,19 +208,20 @@ class _Cohort:
         self.keys = keys
         self.pooled = pooled
         self._memory = memory
-        self.spans: list[tuple[RequestRows, int, int]] = []
+        self.spans: list[tuple[RequestRows, range, int, int]] = []
+        self.failure: str | None = None
         self.places: list[int] = []
         self.sums: list[int] = []
         self.blocks: list[_Block] = []
         self._picked: slice | Int[Tensor, "wanted"] | None = None
 
-    def want(self, request: RequestRows, places: range) -> None:
-        """Gather these places of the flattened batch for a request."""
+    def want(self, request: RequestRows, kept: range, places: range) -> None:
+        """Gather these places of the flattened batch, which hold the positions `kept`, for a request."""
         start = len(self.sums) if self.pooled else len(self.places)
         self.places.extend(places)
         if self.pooled and places:
             self.sums.append(len(places))
-        self.spans.append((request, start, len(self.sums) if self.pooled else len(self.places)))
+        self.spans.append((request, kept, start, len(self.sums) if self.pooled else len(self.places)))
 
     def gather(self, key: str, flat: Float[Tensor, "places ..."], plus: Float[Tensor, "places ..."] | None) -> None:
         """Copy the wanted rows of one value, or of the sum of two: only what is wanted is added up."""
@@ -287,7 +300,7 @@ class StepRows:
         for row, request in enumerate(requests):
             if request is None:
                 continue
-            kept = request.feed(grid.spans[row])
+            kept = request.kept(grid.spans[row])
             # The first forward is read even if it keeps no row: it tells the shape of what has none.
             if not kept and request.begun:
                 continue
@@ -297,7 +310,7 @@ class StepRows:
                 self.taps.update(request.plan.taps)
                 for key in kind[0]:
                     self._of_key[key].append(cohorts[kind])
-            cohorts[kind].want(request, grid.places(row, kept))
+            cohorts[kind].want(request, kept, grid.places(row, kept))
         self._cohorts = list(cohorts.values())
 
     def __call__(
@@ -311,14 +324,20 @@ class StepRows:
         for cohort in self._of_key[key]:
             cohort.gather(key, flat, other)
 
+    def fail(self, key: str, reason: str) -> None:
+        """Take note that a key cannot be had: the requests that asked for it fail, and no others."""
+        for cohort in self._of_key[key]:
+            cohort.failure = cohort.failure or reason
+
     def deliver(self) -> None:
         """Give each request its span, once the forward has been issued."""
         for cohort in self._cohorts:
-            blocks = [self._on_host(block) for block in cohort.blocks]
+            failure = cohort.failure
+            blocks = [] if failure else [self._on_host(block) for block in cohort.blocks]
             gathered = {key for block in blocks for key in block.keys}
-            missing = next((key for key in cohort.keys if key not in gathered), None)
-            for request, start, stop in cohort.spans:
-                request.add(blocks, start, stop, missing)
+            failure = failure or next((_no_rows(key) for key in cohort.keys if key not in gathered), None)
+            for request, kept, start, stop in cohort.spans:
+                request.add(kept, blocks, start, stop, failure)
 
     def _on_host(self, block: _Block) -> _Block:
         tensor, copied = self._memory.to_host(block.tensor[: len(block.keys)])

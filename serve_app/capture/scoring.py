@@ -49,6 +49,7 @@ class RequestScores:
         self.scorers = scorers
         self._parts: list[list[Tensor]] = [[] for _ in scorers]
         self._fed = self._taken = 0
+        self.failure: UnscorableError | None = None
 
     def feed(self, length: int) -> None:
         """Count the tokens of a forward."""
@@ -57,6 +58,11 @@ class RequestScores:
     def add(self, number: int, scores: Float[Tensor, "rows outputs"]) -> None:
         """Take one probe's scores of the next rows."""
         self._parts[number].append(scores)
+
+    def begin_again(self) -> None:
+        """Forget all scores; what has been taken is not given a second time."""
+        self._parts = [[] for _ in self.scorers]
+        self._fed = 0
 
     def take(self) -> list[Float[Tensor, "rows outputs"]]:
         """Return, per probe, the scores that have come since the last time.
@@ -73,6 +79,8 @@ class RequestScores:
         Raises:
             UnscorableError: see `take`; or if a score is not a finite number.
         """
+        if self.failure is not None:
+            raise self.failure
         self._parts = [[torch.cat(parts)] if parts else [] for parts in self._parts]
         for scorer, parts in zip(self.scorers, self._parts, strict=True):
             if not parts or len(parts[0]) != self._fed:
@@ -101,12 +109,13 @@ class StepScores:
         """
         self._grid = grid
         self.taps: dict[str, Tap] = {}
+        self._lengths: list[tuple[RequestScores, int]] = []
         self._asked: dict[str, dict[int, list[tuple[RequestScores, int, range]]]] = {}
         self._found: list[tuple[Tensor, list[tuple[RequestScores, int, range]]]] = []
         for row, request in enumerate(requests):
             if request is None:
                 continue
-            request.feed(len(grid.spans[row]))
+            self._lengths.append((request, len(grid.spans[row])))
             places = grid.places(row, grid.spans[row])
             for number, scorer in enumerate(request.scorers):
                 self.taps[scorer.key] = scorer.tap
@@ -126,8 +135,16 @@ class StepScores:
                 places = torch.tensor([place for *_, places in asked for place in places], device=flat.device)
                 self._found.append((readout.scores(flat[places]), asked))
 
+    def fail(self, key: str, reason: str) -> None:
+        """Take note that a key cannot be had: the requests whose probes read it fail, and no others."""
+        for asked in self._asked[key].values():
+            for request, number, _ in asked:
+                request.failure = UnscorableError(f"{reason}, which the probe {request.scorers[number].name!r} reads")
+
     def deliver(self) -> None:
         """Give each request its scores, once the forward has been issued."""
+        for request, length in self._lengths:
+            request.feed(length)
         for scores, asked in self._found:
             parts = scores.cpu().split([len(places) for *_, places in asked])
             for (request, number, _), part in zip(asked, parts, strict=True):

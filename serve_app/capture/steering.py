@@ -24,6 +24,10 @@ class OversteeredError(Exception):
         super().__init__("what is added makes the model's output overflow; take a smaller scale")
 
 
+class UnsteerableError(Exception):
+    """A request's vector cannot be added at its hook point; the message says why."""
+
+
 @dataclass(frozen=True)
 class Addition:
     """What one request adds at one hook point.
@@ -71,6 +75,9 @@ class StepSteering:
         """
         self._grid = grid
         self._sums: dict[str, _Sums] = {}
+        self._steered: dict[str, list[int]] = {}
+        self._seen: set[str] = set()
+        self._failed: dict[str, str] = {}
         self.taps: dict[str, Tap] = {}
         for row, (additions, n_prompt) in enumerate(zip(requests, n_prompts, strict=True)):
             for addition in additions:
@@ -78,6 +85,7 @@ class StepSteering:
                 if not places:
                     continue
                 self.taps[addition.key] = addition.tap
+                self._steered.setdefault(addition.key, []).append(row)
                 sums = self._sums.setdefault(addition.key, _Sums())
                 sums.which += [len(sums.vectors)] * len(places)
                 sums.vectors.append(addition.vector)
@@ -89,9 +97,24 @@ class StepSteering:
         Raises:
             ValueError: if it has no row of the vectors' width per token, so that nothing can be added to it.
         """
+        self._seen.add(key)
         sums = self._sums[key]
         vectors = torch.stack(sums.vectors).to(value)
         index = self._grid.index(value, sums.places)
         if index is None or value.shape[len(index) :] != vectors.shape[1:]:
             raise ValueError(f"{key} is {list(value.shape)}: not a row of {vectors.shape[1]} per token")
         value.index_put_(index, vectors[sums.which], accumulate=True)
+
+    def fail(self, key: str, reason: str) -> None:
+        """Take note that nothing could be added at a hook point: the requests that steer there fail, and no others."""
+        self._failed.setdefault(key, reason)
+
+    @property
+    def failures(self) -> dict[int, UnsteerableError]:
+        """Per batch row whose request was not steered as it asked, why; complete once the forward has been issued."""
+        reasons = {
+            key: f"{key} was not reached, so nothing was added there" for key in self.taps if key not in self._seen
+        }
+        return {
+            row: UnsteerableError(why) for key, why in (reasons | self._failed).items() for row in self._steered[key]
+        }

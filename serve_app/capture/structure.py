@@ -28,19 +28,22 @@ class CaptureRequestError(ValueError):
 class Tap:
     """A location to read: a module's path from the root, its input or output, and which of the tensors there.
 
-    `plus` is another tensor there that is to be added, where a model passes the residual stream in two parts.
+    `plus` is another tensor there that is to be added, where a model passes the residual stream in two parts. `run` is which
+    of the module's runs in a forward is meant, counted from 0, of a module that runs several times; None of one that runs once.
     """
 
     module: str
     side: Side
     place: int = 0
     plus: int | None = None
+    run: int | None = None
 
     def __str__(self) -> str:
         """Write the location as people do: `model.layers.0.mlp.output`, or `….router.output[1]` for a second tensor."""
         if self.plus is not None:
             return f"{self.module}.{self.side}[{self.place}] + [{self.plus}]"
-        return f"{self.module}.{self.side}" + (f"[{self.place}]" if self.place else "")
+        where = f"{self.module}.{self.side}" + (f"[{self.place}]" if self.place else "")
+        return where if self.run is None else f"{where} (run {self.run + 1} of the module in a forward)"
 
 
 @dataclass(frozen=True)

@@ -6,15 +6,16 @@ rows times its longest; captured rows cost what each job keeps, in the host's me
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 import torch
-from transformers import DynamicCache
 
 from serve_app.capture.rows import CapturePlan
+from serve_app.engines.batching import ANY
+from serve_app.engines.model_cache import Remembered, find_out
 from serve_app.engines.protocol import GenerationJob, RequestTooLargeError
 from serve_app.models import LoadedModel
 
@@ -43,20 +44,26 @@ class Budget:
     bytes_per_row: int
 
     @classmethod
-    def measure(cls, model: LoadedModel, max_cache_tokens: int = 0) -> "Budget":
+    def measure(
+        cls, model: LoadedModel, max_cache_tokens: int = 0, *, max_batch: int = 1, remembered: Remembered | None = None
+    ) -> "Budget":
         """Compute the budget from the memory that is free now.
 
         Args:
             model: loaded, and not yet running.
             max_cache_tokens: keep to this many, 0 for what the memory allows.
+            max_batch: sequences that may run together, each of which may have a state of a fixed size.
+            remembered: how the model remembers, if that is known already.
         """
+        remembered = remembered or find_out(model.observed._module, model.device)
         host = free_host_memory()
         if model.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(model.device)
             for_cache = int(free * DEVICE_SHARE)
         else:
             for_cache = int(host * CPU_SHARE)
-        tokens = int(for_cache / (cache_bytes_per_token(model) * SLAB_OVERHEAD))
+        for_cache = max(0, for_cache - max_batch * remembered.sequence_bytes)
+        tokens = int(for_cache / (max(1, remembered.token_bytes) * SLAB_OVERHEAD))
         return cls(
             cache_tokens=min(tokens, max_cache_tokens or tokens),
             row_bytes=int(host * HOST_SHARE),
@@ -116,6 +123,8 @@ def next_jobs(
     budget: Budget,
     max_batch: int,
     max_prefill_tokens: int,
+    together: Callable[[int, int], bool] = ANY.together,
+    lengths: Sequence[int] = (),
 ) -> list[GenerationJob]:
     """Take from the queue what to prefill next, together in one forward.
 
@@ -128,17 +137,21 @@ def next_jobs(
         budget: to keep within.
         max_batch: the most that may run together.
         max_prefill_tokens: the most tokens of one forward, padding included; a longer prompt comes alone.
+        together: whether sequences of two lengths may share a forward.
+        lengths: of what runs already.
     """
     if not waiting or len(running) >= max_batch or not budget.admits(running, waiting[0]):
         return []
     head = waiting[0]
+    if not all(together(len(head.prompt_ids), other) for other in lengths):
+        return []
     taken = [head]
     length = len(head.prompt_ids)
     for job in sorted(list(waiting)[1 : 1 + max_batch], key=lambda job: abs(len(job.prompt_ids) - length)):
         width = max(len(other.prompt_ids) for other in (*taken, job))
         if len(running) + len(taken) >= max_batch or width * (len(taken) + 1) > max_prefill_tokens:
             break
-        if budget.admits([*running, *taken], job):
+        if together(len(job.prompt_ids), length) and budget.admits([*running, *taken], job):
             taken.append(job)
     chosen = {id(job) for job in taken}
     left = [job for job in waiting if id(job) not in chosen]
@@ -148,14 +161,8 @@ def next_jobs(
 
 
 def cache_bytes_per_token(model: LoadedModel) -> int:
-    """Measure what a token takes in the KV cache, over all layers, by running one."""
-    cache = DynamicCache(config=model.observed.config)
-    with torch.inference_mode():
-        model.observed._module(
-            input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), past_key_values=cache, use_cache=True
-        )
-    slabs = [getattr(layer, name, None) for layer in cache.layers for name in ("keys", "values")]
-    return max(1, sum(slab.nbytes for slab in slabs if slab is not None))
+    """Measure what a token takes in the KV cache, over all layers, by running a few; at least 1."""
+    return max(1, find_out(model.observed._module, model.device).token_bytes)
 
 
 def free_host_memory() -> int:

@@ -3,9 +3,14 @@
 With grouped-query attention transformers repeats each KV head for every query head it serves, and scaled dot-product
 attention then runs one single-row product per query head. With one new token per row there is a cheaper view of the same
 numbers: `[batch, heads, 1, d]` read as `[batch, kv_heads, group, d]` is a query of `group` positions for each KV head, which
-needs no repeat. Prefills, and models without grouped heads, take transformers' own path.
+needs no repeat. Prefills, models without grouped heads, and calls with an option that only transformers' function knows take
+transformers' own path.
+
+The switch gives attention another name, and a model's code can read that name: some skip a sparse mask unless it is "eager" or
+"sdpa". So `load_checks` compares a switched model with the untouched one before it is kept.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -16,6 +21,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 GROUPED = "roentgen_grouped"
+
+OTHER_OPTIONS = tuple(
+    name
+    for name, parameter in inspect.signature(sdpa_attention_forward).parameters.items()
+    if parameter.default is None and name not in ("scaling", "is_causal")
+)
+"""What transformers' `sdpa` takes beside a mask and a scale (`is_causal` means nothing for one token)."""
 
 
 def grouped_attention(
@@ -30,7 +42,12 @@ def grouped_attention(
     """Attend, as transformers' attention interface asks; the same result as its `sdpa`, up to rounding."""
     batch, heads, tokens, d = query.shape
     kv_heads = key.shape[1]
-    if tokens > 1 or kv_heads == heads:
+    if (
+        tokens > 1
+        or kv_heads == heads
+        or (attention_mask is not None and attention_mask.shape[1] > 1)  # a mask per head
+        or any(options.get(name) is not None for name in OTHER_OPTIONS)
+    ):
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
         return output, None
     grouped = query.view(batch, kv_heads, heads // kv_heads, d)

@@ -13,11 +13,12 @@ A model whose layers keep something else than all past keys and values (recurren
 cannot be cut and joined like this; `StaticRows` runs it in batches that are filled once.
 """
 
-from typing import Protocol
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer, DynamicSlidingWindowLayer
 
@@ -26,14 +27,21 @@ class BatchRows(Protocol):
     """The caches of a running batch."""
 
     @property
-    def cache(self) -> Cache:
+    def cache(self) -> Any:
         """What the model is given."""
 
-    def new(self) -> DynamicCache:
-        """Return the cache that a prefill is to run with."""
+    def new(self) -> Cache | None:
+        """Return the cache that a prefill is to run with, None for the model's own kind."""
 
-    def add(self, prefilled: DynamicCache, rows: list[int], padding: list[int]) -> None:
-        """Take rows of a prefilled batch, each with so many columns of padding on the left, as the last rows of this one."""
+    def add(self, prefilled: Any, rows: list[int], padding: list[int], width: int) -> None:
+        """Take rows of a prefilled batch as the last rows of this one.
+
+        Args:
+            prefilled: the batch's cache.
+            rows: which of its rows.
+            padding: how many columns of padding each of its rows has on the left.
+            width: its columns.
+        """
 
     def keep(self, rows: list[int]) -> list[int]:
         """Drop all rows but these; returns which of the former rows each of the rows now is."""
@@ -41,8 +49,8 @@ class BatchRows(Protocol):
     def step_inputs(self) -> tuple[Int[Tensor, "rows columns"], Int[Tensor, "rows 1"]]:
         """Make room for one more column; returns its attention mask (0 is padding) and position ids, on the CPU."""
 
-    def stepped(self) -> None:
-        """Count the column that a forward has written."""
+    def stepped(self, cache: Any) -> None:
+        """Count the column that a forward has written; `cache` is what it gave."""
 
 
 def continuous(config: PreTrainedConfig) -> bool:
@@ -65,9 +73,9 @@ class SlotRows:
         """Return a cache that keeps every column of every layer, sliding-window ones too."""
         return DynamicCache()
 
-    def add(self, prefilled: DynamicCache, rows: list[int], padding: list[int]) -> None:
+    def add(self, prefilled: DynamicCache, rows: list[int], padding: list[int], width: int) -> None:
         """See `BatchRows.add`."""
-        extent, width = self._extent, prefilled.get_seq_length()
+        extent = self._extent
         while len(self.cache.layers) < len(prefilled.layers):
             self.cache.layers.append(_SlotLayer(extent))
         self._make_room(len(rows), width)
@@ -96,7 +104,7 @@ class SlotRows:
         columns = torch.arange(self._extent.low, self._extent.high + 1)
         return (columns >= starts).long(), self._extent.high - starts
 
-    def stepped(self) -> None:
+    def stepped(self, cache: Any) -> None:
         """See `BatchRows.stepped`."""
         self._extent.high += 1
 
@@ -124,30 +132,45 @@ class SlotRows:
 
 
 class StaticRows:
-    """A batch that is filled once, for caches that cannot be joined."""
+    """A batch that is filled once, for caches that cannot be joined.
 
-    def __init__(self, config: PreTrainedConfig) -> None:
-        self._config = config
-        self.cache: Cache = Cache(layers=[])
+    What the model keeps in its own modules is thinned out with the cache.
+    """
+
+    def __init__(
+        self, new: Callable[[], Cache | None] = lambda: None, modules: tuple[tuple[nn.Module, str], ...] = ()
+    ) -> None:
+        """Begin empty.
+
+        Args:
+            new: makes the cache to prefill with, None for what the model makes itself.
+            modules: modules that keep a state per sequence themselves, each with the attribute's name.
+        """
+        self._new = new
+        self._modules = modules
+        self.cache: Any = None
         self._padding: list[int] = []
         self._width = 0
 
-    def new(self) -> DynamicCache:
-        """Return a cache of the model's own kind."""
-        return DynamicCache(config=self._config)
+    def new(self) -> Cache | None:
+        """See `BatchRows.new`."""
+        return self._new()
 
-    def add(self, prefilled: DynamicCache, rows: list[int], padding: list[int]) -> None:
+    def add(self, prefilled: Any, rows: list[int], padding: list[int], width: int) -> None:
         """See `BatchRows.add`; the batch must be empty, and the prefilled cache is taken over."""
         if self._padding:
             raise ValueError("rows cannot join a static batch")
-        self.cache, self._padding, self._width = prefilled, padding, prefilled.get_seq_length()
+        self.cache, self._padding, self._width = prefilled, padding, width
         self.keep(rows)
 
     def keep(self, rows: list[int]) -> list[int]:
         """See `BatchRows.keep`."""
-        if len(rows) < len(self._padding):
-            # What beam search reorders can be thinned out too, and every kind of layer has it.
-            self.cache.reorder_cache(torch.tensor(rows, dtype=torch.long))
+        n_rows = len(self._padding)
+        if len(rows) < n_rows:
+            index = torch.tensor(rows, dtype=torch.long)
+            self.cache = taken(self.cache, index, n_rows)
+            for module, name in self._modules:
+                setattr(module, name, taken(getattr(module, name), index, n_rows))
             self._padding = [self._padding[row] for row in rows]
         return rows
 
@@ -156,9 +179,65 @@ class StaticRows:
         padding = torch.tensor(self._padding)[:, None]
         return (torch.arange(self._width + 1) >= padding).long(), self._width - padding
 
-    def stepped(self) -> None:
+    def stepped(self, cache: Any) -> None:
         """See `BatchRows.stepped`."""
+        self.cache = cache
         self._width += 1
+
+
+def held(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+    """Yield the tensors that a cache holds, each once, whatever it is made of."""
+    seen = set() if seen is None else seen
+    if id(value) in seen:
+        return
+    if isinstance(value, Tensor):
+        seen.add(id(value))
+        yield value
+    elif (parts := _parts(value)) is not None:
+        seen.add(id(value))
+        for part in parts.values():
+            yield from held(part, seen)
+
+
+def taken(value: Any, rows: Int[Tensor, "kept"], n_rows: int, done: dict[int, Any] | None = None) -> Any:
+    """Return a cache with only some of its rows; its objects are changed in place, tensors are replaced.
+
+    Args:
+        value: the cache, or a part of it.
+        rows: those to keep.
+        n_rows: how many it has.
+        done: what has been replaced already: layers may share a tensor.
+    """
+    done = {} if done is None else done
+    if id(value) in done:
+        return done[id(value)]
+    result = done[id(value)] = value
+    if isinstance(value, Tensor):
+        if value.ndim and value.shape[0] == n_rows:
+            result = value.index_select(0, rows.to(value.device))
+    elif (parts := _parts(value)) is not None:
+        found = {name: taken(part, rows, n_rows, done) for name, part in parts.items()}
+        if isinstance(value, tuple):
+            result = tuple(found.values())
+        elif isinstance(value, list):
+            value[:] = found.values()
+        elif isinstance(value, dict):
+            value.update(found)
+        else:
+            vars(value).update(found)
+    done[id(value)] = result
+    return result
+
+
+def _parts(value: Any) -> dict[Any, Any] | None:
+    """Return what a cache, one of its layers or a container in it is made of; None for what holds nothing."""
+    if isinstance(value, dict):
+        return value
+    if isinstance(value, list | tuple):
+        return dict(enumerate(value))
+    if isinstance(value, type | nn.Module | PreTrainedConfig):
+        return None
+    return dict(vars(value)) if hasattr(value, "__dict__") else None
 
 
 def filled(n_rows: int, keep: list[int]) -> list[int]:

@@ -32,6 +32,10 @@ class RequestTooLargeError(ValueError):
     """A job needs more of the KV cache than the engine has; the message says both numbers."""
 
 
+class UnknownTokenError(ValueError):
+    """A job's prompt has a token that the model has no embedding for; the message names it."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How to choose tokens.
@@ -249,6 +253,7 @@ class Engine(Protocol):
 
         Raises:
             RequestTooLargeError: if it can never fit.
+            UnknownTokenError: if the model has no embedding for one of its tokens.
             EngineBusyError: if the queue is full.
             EngineStoppedError: if the engine is closed.
         """

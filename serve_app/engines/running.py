@@ -1,11 +1,13 @@
 """One job while it runs, and several while their prompts are read: what the engine keeps of each besides its KV cache."""
 
+import logging
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import Cache
 
 from serve_app.capture.memory import RowMemory
 from serve_app.capture.rows import RequestRows, UncapturableError
@@ -15,6 +17,8 @@ from serve_app.engines.protocol import Failed, GenerationJob, TextDelta, TokenSc
 from serve_app.engines.sampling import Sampler, score
 from serve_app.engines.text import TextStream
 from serve_app.models import LoadedModel
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -35,7 +39,7 @@ class Running(Completion):
         tapped |= {scorer.tap.module for scorer in job.probes}
         return cls(
             job=job,
-            text=TextStream(model.tokenizer.backend_tokenizer, job.sampling.stop, model.markers),
+            text=TextStream(model.tokenizer.backend_tokenizer, job.sampling.stop, model.markers, job.prompt_ids),
             ends=ends,
             sampler=Sampler(job.sampling, job.prompt_ids, ends, job.constraint),
             rows=RequestRows(job.capture, len(job.prompt_ids), memory) if job.capture else None,
@@ -58,31 +62,73 @@ class Running(Completion):
             captured = self.rows.cut() if self.rows else None
             probed = self.probed.all() if self.probed else []
         except (UncapturableError, UnscorableError) as error:
-            self.job.listener(Failed(error))
+            self.fail(error)
             return
         prompt_scores = self.prompt_scores if self.job.score_prompt else None
         self.job.listener(replace(self.finished(reason), captured=captured, prompt_scores=prompt_scores, probed=probed))
 
+    def begin_again(self, memory: RowMemory) -> None:
+        """Forget what its forwards have shown: they are run again, over the tokens that it has by now."""
+        if self.rows is not None:
+            self.rows = RequestRows(self.rows.plan, len(self.job.prompt_ids), memory)
+        if self.probed is not None:
+            self.probed.begin_again()
+        if not self.token_ids:
+            self.prompt_scores = []
+
+    def fail(self, error: Exception) -> None:
+        """Report that the job cannot be finished; it leaves the batch as one that is cancelled does."""
+        self.job.cancelled.set()
+        try:
+            self.job.listener(Failed(error))
+        except Exception:  # whoever asked is gone; the others of the batch are not
+            log.exception("a failure could not be reported: %s", error)
+
+    @property
+    def fed(self) -> list[int]:
+        """The tokens that have passed through the model once its prompt is read: all but the one sampled last."""
+        return self.job.prompt_ids + self.token_ids[:-1]
+
 
 @dataclass
 class Prefill:
-    """Jobs whose prompts are being read: row i of every tensor is job i, padded on the left; `done` columns are read."""
+    """Jobs whose tokens are being read: row i of every tensor is job i, padded on the left; `done` columns are read.
+
+    `cache` is None until the model has made one, if it makes its own.
+    """
 
     running: list[Running]
     tokens: Int[Tensor, "batch width"]
     padding: list[int]
-    cache: DynamicCache
+    cache: Any
     done: int = 0
 
     @classmethod
-    def lay_out(cls, running: list[Running], cache: DynamicCache) -> "Prefill":
-        """Put prompts of different lengths into one tensor."""
-        width = max(len(one.job.prompt_ids) for one in running)
-        padding = [width - len(one.job.prompt_ids) for one in running]
+    def lay_out(cls, running: list[Running], cache: Cache | None, *, fed: bool = False) -> "Prefill":
+        """Put jobs' tokens, of different numbers, into one tensor.
+
+        Args:
+            running: the jobs.
+            cache: to read them with.
+            fed: leave out the token that each has sampled last, which has not passed through the model.
+        """
+        sequences = [one.fed if fed else one.job.prompt_ids + one.token_ids for one in running]
+        width = max(map(len, sequences))
+        padding = [width - len(sequence) for sequence in sequences]
         tokens = torch.zeros(len(running), width, dtype=torch.long)
-        for row, one in enumerate(running):
-            tokens[row, padding[row] :] = torch.tensor(one.job.prompt_ids)
+        for row, sequence in enumerate(sequences):
+            tokens[row, padding[row] :] = torch.tensor(sequence)
         return cls(running, tokens, padding, cache)
+
+    @property
+    def width(self) -> int:
+        """Columns to read."""
+        return self.tokens.shape[1]
+
+    def inputs(self, stop: int) -> tuple[Int[Tensor, "batch context"], Int[Tensor, "batch piece"]]:
+        """Return the attention mask up to a column, and the position ids of the columns from `done` up to it."""
+        padding, columns = torch.tensor(self.padding)[:, None], torch.arange(stop)
+        return (columns >= padding).long(), (columns - padding).clamp(min=0)[:, self.done :]
 
     @property
     def all_logits(self) -> bool:
@@ -94,6 +140,6 @@ class Prefill:
         for row, one in enumerate(self.running):
             first = max(self.done, self.padding[row])
             following = self.tokens[row, first + 1 : self.done + logits.shape[1] + 1].tolist()
-            if one.job.score_prompt and following:
+            if one.job.score_prompt and following and not one.token_ids:
                 values = logits[row, first - self.done : first - self.done + len(following)].float()
                 one.prompt_scores += score(values, following, [one.job.sampling.top_logprobs] * len(following))

@@ -5,7 +5,7 @@ could be the beginning of a stop string is held until it is decided. Some tokeni
 reasoning as special tokens; those are text all the same, because a reply is taken apart by them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -19,14 +19,22 @@ class TextStream:
         stopped: whether a stop string has appeared.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stop: tuple[str, ...], markers: Mapping[int, str]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        stop: tuple[str, ...],
+        markers: Mapping[int, str],
+        after: Sequence[int] = (),
+    ) -> None:
         """Begin a completion.
 
         Args:
             tokenizer: the model's.
             stop: strings that end it.
             markers: special tokens that are text, and which.
+            after: the tokens before it.
         """
+        self._after: Sequence[int] | None = after  # until there is a first token
         self._tokenizer = tokenizer
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._stop = stop
@@ -41,9 +49,12 @@ class TextStream:
         if self.stopped:
             return
         if token_id in self._markers:
+            self._after = None
             piece = self._rest() + self._markers[token_id]
             self._decoder = DecodeStream(skip_special_tokens=True)
         else:
+            if self._after is not None:
+                self.text, self._after = space_lost(self._tokenizer, self._after, token_id), None
             self._pending.append(token_id)
             piece = self._decoder.step(self._tokenizer, token_id) or ""
             if not piece:
@@ -83,13 +94,29 @@ class TextStream:
         return 0
 
 
-def completion_offsets(tokenizer: Tokenizer, token_ids: list[int], start: int) -> tuple[str, list[int]]:
+def space_lost(tokenizer: Tokenizer, before: Sequence[int], token_id: int) -> str:
+    """Return the space that a token begins with and that decoding takes from the first token of all, or nothing.
+
+    After a special token there is none: a text begins there.
+    """
+    special = {place for place, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    if not before or before[-1] in special or token_id in special:
+        return ""
+    last, alone = (tokenizer.decode([token], skip_special_tokens=False) for token in (before[-1], token_id))
+    both = tokenizer.decode([before[-1], token_id], skip_special_tokens=False)
+    return " " if alone and both == f"{last} {alone}" else ""
+
+
+def completion_offsets(
+    tokenizer: Tokenizer, token_ids: list[int], start: int, after: Sequence[int] = ()
+) -> tuple[str, list[int]]:
     """Decode a finished completion with its special tokens.
 
     Args:
         tokenizer: the model's.
         token_ids: tokens generated.
         start: offset of the first character.
+        after: the tokens before them.
 
     Returns:
         The text, and the offset at which each token's characters begin; a token in the middle of a character begins where
@@ -97,8 +124,10 @@ def completion_offsets(tokenizer: Tokenizer, token_ids: list[int], start: int) -
     """
     decoder = DecodeStream(skip_special_tokens=False)
     text, offsets, pending = "", [], []
-    for token_id in token_ids:
+    for place, token_id in enumerate(token_ids):
         offsets.append(start + len(text))
+        if place == 0:
+            text = space_lost(tokenizer, after, token_id)
         pending.append(token_id)
         if piece := decoder.step(tokenizer, token_id):
             text += piece

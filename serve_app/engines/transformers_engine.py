@@ -9,11 +9,12 @@ One thread owns the model, because nnsight has one interleaver per model and no 
 3. lets finished and cancelled requests go: their slots are free at once, and their activations are cut and handed on while
    the others go on.
 
-Every forward runs through `ObservedModel.run`, with what its requests want to capture of it. A failed prefill fails the
-requests in it, a failed step all that run; the engine goes on with the others. After several failures in a row (a broken
-GPU answers nothing else) it gives up, and the replica is restarted.
+Every forward runs through `Forwards`, with what its requests want to capture of it. When one fails, each of its requests is
+tried alone: those that fail alone have failed, the others go on. If several times in a row no request passes, nor a token of
+nobody's (a broken GPU answers nothing else), the engine gives up, and the replica is restarted.
 
-A model whose cache cannot be joined runs in static batches, and the engine says so when it starts.
+A model whose cache cannot be joined runs in static batches, and the engine says so when it starts. One whose cache the
+engine cannot keep at all is refused then (`model_cache`).
 """
 
 import logging
@@ -23,18 +24,24 @@ import time
 from collections import Counter, deque
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
-from transformers import Cache
 
-from serve_app.capture.grid import Grid
 from serve_app.capture.memory import RowMemory
-from serve_app.capture.rows import StepRows
-from serve_app.capture.scoring import StepScores, UnscorableError
-from serve_app.capture.steering import OversteeredError, StepSteering
+from serve_app.capture.steering import OversteeredError
 from serve_app.engines.admission import Budget, next_jobs
-from serve_app.engines.kv_cache import BatchRows, SlotRows, StaticRows, continuous
-from serve_app.engines.protocol import EngineBusyError, EngineStoppedError, Failed, GenerationJob, Load
+from serve_app.engines.forwards import Forwards
+from serve_app.engines.kv_cache import BatchRows, SlotRows, StaticRows
+from serve_app.engines.model_cache import find_out
+from serve_app.engines.protocol import (
+    EngineBusyError,
+    EngineStoppedError,
+    Failed,
+    GenerationJob,
+    Load,
+    TokenScore,
+    UnknownTokenError,
+)
 from serve_app.engines.running import Prefill, Running
 from serve_app.engines.sampling import choose, score
 from serve_app.models import LoadedModel
@@ -51,7 +58,7 @@ LOGITS_BYTES = 256 << 20
 """Logits of one prefill that needs them at every position; beyond, it is read in more pieces."""
 
 MAX_FAILURES = 3
-"""Failures in a row after which the engine gives up."""
+"""Failures in a row, each of a model that answers nothing any more, after which the engine gives up."""
 
 
 class TransformersEngine:
@@ -77,20 +84,32 @@ class TransformersEngine:
             max_queue: requests waiting for that.
             max_prefill_tokens: the most that one prefill takes, padding included; 0 for what suits the device.
             max_cache_tokens: size of the KV cache, 0 for what the free memory allows.
+
+        Raises:
+            UnsupportedModelError: if the engine cannot keep the model's cache.
         """
         self._model = model
         self._max_batch = max_batch
         self._max_queue = max_queue
         self._max_prefill_tokens = max_prefill_tokens or PREFILL_TOKENS[model.device.type]
-        self._continuous = continuous(model.observed.config)
-        if not self._continuous:
-            log.warning("%s has a cache that rows cannot join: requests run in static batches", model.source.name)
-        self.budget = Budget.measure(model, max_cache_tokens)
+        self._remembered = find_out(model.observed._module, model.device)
+        self._batching = model.batching
+        self._joins = self._remembered.continuous and model.batching.joins
+        if self._remembered.alone or model.batching.kind == "alone":
+            self._max_batch = 1
+            log.warning("%s continues one sequence at a time: requests run one after the other", model.source.name)
+        elif not self._joins:
+            log.warning("%s has batches that requests cannot join: they run in static batches", model.source.name)
+        self.budget = Budget.measure(model, max_cache_tokens, max_batch=max_batch, remembered=self._remembered)
         log.info("room for %d tokens in the KV cache", self.budget.cache_tokens)
         self._memory = RowMemory()
+        self._forwards = Forwards(model, self._remembered, self._memory, self._max_prefill_tokens)
+        self._failures = 0
+        self._retried = False
         self._running: list[Running] = []
         self._steps: Counter[int] = Counter()
         self._prefill: Prefill | None = None
+        self._crossing: deque[Running] = deque()
         self._rows: BatchRows = self._empty()
         self._changed = threading.Condition()
         self._waiting: deque[GenerationJob] = deque()
@@ -107,7 +126,7 @@ class TransformersEngine:
     def load(self) -> Load:
         """What it has to do now, and has done."""
         prefill = self._prefill
-        running = len(self._running) + (len(prefill.running) if prefill else 0)
+        running = len(self._running) + len(self._crossing) + (len(prefill.running) if prefill else 0)
         return Load(running, len(self._waiting), dict(self._steps))
 
     @property
@@ -120,10 +139,13 @@ class TransformersEngine:
 
         Raises:
             RequestTooLargeError: if it can never fit.
+            UnknownTokenError: if the model has no embedding for one of its tokens.
             EngineBusyError: if the queue is full.
             EngineStoppedError: if the engine is closed.
         """
         self.budget.check(job)
+        if (wrong := self._model.unknown_token(job.prompt_ids)) is not None:
+            raise UnknownTokenError(f"{wrong} is not a token of the model, which has 0–{self._model.n_embeddings - 1}")
         with self._changed:
             if self._closed:
                 raise EngineStoppedError("the engine is closed")
@@ -140,23 +162,21 @@ class TransformersEngine:
         self._thread.join()
 
     def _empty(self) -> BatchRows:
-        return SlotRows() if self._continuous else StaticRows(self._model.observed.config)
+        if self._remembered.continuous:
+            return SlotRows()
+        return StaticRows(self._remembered.new_cache, self._remembered.modules)
 
     def _run(self) -> None:
-        failures = 0
         while self._wait_for_jobs():
             try:
                 with torch.inference_mode():
                     while not self._closed and self._turn():
-                        failures = 0
+                        pass
             except Exception as error:
-                log.exception("a forward failed")
-                failures += 1
+                log.exception("the batch failed")
                 self._fail_all(error)
-                if failures == MAX_FAILURES:
-                    log.critical("%d failures in a row: the engine gives up", failures)
-                    with self._changed:
-                        self._closed = True
+                with torch.inference_mode():
+                    self._count_failure()
             self._rows = self._empty()  # nothing runs: give the memory back
         self._fail_all(EngineStoppedError("the engine was closed"))
         with self._changed:
@@ -174,23 +194,78 @@ class TransformersEngine:
 
     def _turn(self) -> bool:
         """Read a piece of waiting prompts and decode one token for all that run; False if there was nothing to do."""
-        if self._prefill is None and (self._continuous or not self._running):
+        if self._prefill is None and (self._joins or not self._running):
             self._prefill = self._admit()
         prefill = self._prefill
         if prefill is not None:
             self._read(prefill)
+        self._cross()
         if self._running:
             self._decode()
-        return prefill is not None or bool(self._running)
+        return prefill is not None or bool(self._running or self._crossing)
+
+    def _cross(self) -> None:
+        """Take jobs out of the batch whose next token is beyond the limit: all of their tokens are to be read again.
+
+        That is what transformers' own `generate` does where a rotation takes other frequencies beyond a limit.
+        """
+        limit = self._batching.limit
+        rows = range(len(self._running))
+        staying = [row for row in rows if limit is None or len(self._running[row].fed) != limit]
+        if len(staying) < len(rows):
+            self._crossing.extend(one for row, one in enumerate(self._running) if row not in staying)
+            self._running = [self._running[row] for row in self._rows.keep(staying)]
 
     def _fail_all(self, error: Exception) -> None:
         """Tell all jobs that run or are being read that they could not be finished."""
-        for running in [*self._running, *(self._prefill.running if self._prefill else [])]:
+        for running in [*self._running, *self._crossing, *(self._prefill.running if self._prefill else [])]:
             running.job.listener(Failed(error))
         self._running, self._prefill = [], None
+        self._crossing.clear()
+
+    def _count_failure(self) -> None:
+        """Count a failure of which nobody was left, unless the model still answers; after several, give up."""
+        self._failures = 0 if self._forwards.answers() else self._failures + 1
+        if self._failures == MAX_FAILURES:
+            log.critical("%d failures in a row: the engine gives up", self._failures)
+            with self._changed:
+                self._closed = True
+
+    def _innocent(self, running: list[Running], error: Exception, *, decoding: bool) -> list[Running]:
+        """Fail those jobs of a failed forward that fail alone too; returns the others.
+
+        Args:
+            running: the forward's jobs.
+            error: why it failed.
+            decoding: whether it was a step.
+        """
+        log.warning("a forward of %d requests failed", len(running), exc_info=error)
+        here = [one for one in running if not one.job.cancelled.is_set()]
+        failures = [error] if len(here) == 1 else [self._forwards.failure_alone(one, decoding=decoding) for one in here]
+        if not any(failures) and self._retried:  # each passes alone, and not together for a second time
+            failures = [error] * len(here)
+        self._retried = not any(failures)
+        for one, failure in zip(here, failures, strict=True):
+            if failure is not None:
+                one.fail(failure)
+        left = [one for one, failure in zip(here, failures, strict=True) if failure is None]
+        if not left:
+            self._count_failure()
+        return left
 
     def _admit(self) -> Prefill | None:
-        """Take waiting jobs, as many as fit, and lay out their prompts."""
+        """Take waiting jobs, as many as fit, and lay out their tokens; those that cross a limit come first, one by one."""
+        lengths = [len(one.fed) for one in self._running]
+        while self._crossing:
+            one = self._crossing[0]
+            if one.job.cancelled.is_set():
+                self._crossing.popleft()
+            elif all(self._batching.together(len(one.fed) + 1, other) for other in lengths):
+                self._crossing.popleft()
+                one.begin_again(self._memory)
+                return Prefill.lay_out([one], self._rows.new())
+            else:
+                return None  # nobody joins those that it waits for
         with self._changed:
             self._waiting = deque(job for job in self._waiting if not job.cancelled.is_set())
             jobs = next_jobs(
@@ -199,15 +274,17 @@ class TransformersEngine:
                 self.budget,
                 self._max_batch,
                 self._max_prefill_tokens,
+                self._batching.together,
+                lengths,
             )
         if not jobs:
             return None
         return Prefill.lay_out([Running.start(job, self._model, self._memory) for job in jobs], self._rows.new())
 
     def _piece(self, prefill: Prefill) -> int:
-        """Return how many columns of a prefill to read at once; a static batch's cache takes only a whole prompt."""
-        if not self._continuous:
-            return prefill.tokens.shape[1]
+        """Return how many columns of a prefill to read at once; some prompts are read whole."""
+        if not self._joins or self._batching.whole(prefill.width):
+            return prefill.width
         limit = self._max_prefill_tokens
         if prefill.all_logits:
             limit = min(limit, LOGITS_BYTES // (4 * self._model.observed.config.get_text_config().vocab_size))
@@ -216,33 +293,30 @@ class TransformersEngine:
     def _read(self, prefill: Prefill) -> None:
         """Read the next piece of a prefill; after the last, its jobs have their first token and join the running ones.
 
-        If the forward fails, the new jobs fail with it; the running ones have a cache of their own and go on.
+        If the forward fails, those of its jobs that do not fail alone begin again; the running ones have a cache of their own.
         """
-        start, stop = prefill.done, min(prefill.done + self._piece(prefill), prefill.tokens.shape[1])
-        padding = torch.tensor(prefill.padding)[:, None]
-        columns = torch.arange(stop)
-        mask, positions = (columns >= padding).long(), (columns - padding).clamp(min=0)
+        start, stop = prefill.done, min(prefill.done + self._piece(prefill), prefill.width)
+        mask, positions = prefill.inputs(stop)
         try:
-            logits = self._forward(
+            logits, prefill.cache = self._forwards.run(
                 prefill.running,
                 prefill.tokens[:, start:stop],
                 mask,
-                positions[:, start:],
+                positions,
                 prefill.cache,
                 logits_to_keep=0 if prefill.all_logits else 1,
             )
-        except Exception as error:
-            if not self._running:
-                raise
-            log.exception("a prefill of %d requests failed", len(prefill.running))
-            self._prefill = None
-            for running in prefill.running:
-                running.job.listener(Failed(error))
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is told to the request that caused it
+            left = self._innocent(prefill.running, error, decoding=False)
+            for one in left:
+                one.begin_again(self._memory)
+            self._prefill = Prefill.lay_out(left, self._rows.new()) if left else None
             return
+        self._passed()
         if prefill.all_logits:
             prefill.score(logits)
         prefill.done = stop
-        if stop < prefill.tokens.shape[1]:
+        if stop < prefill.width:
             if all(running.job.cancelled.is_set() for running in prefill.running):
                 self._prefill = None
             return
@@ -250,52 +324,36 @@ class TransformersEngine:
         self._prefill = None
         if staying:
             self._running += [prefill.running[row] for row in staying]
-            self._rows.add(prefill.cache, staying, prefill.padding)
+            self._rows.add(prefill.cache, staying, prefill.padding, prefill.width)
 
     def _decode(self) -> None:
-        """Decode one token for every running job."""
+        """Decode one token for every running job.
+
+        If the forward fails, it may have changed the cache of any of them: it is made anew of those that do not fail alone.
+        """
         self._steps[len(self._running)] += 1
         tokens = torch.tensor([[running.token_ids[-1]] for running in self._running])
         mask, positions = self._rows.step_inputs()
-        logits = self._forward(self._running, tokens, mask, positions, self._rows.cache, logits_to_keep=1)
-        self._rows.stepped()
+        try:
+            logits, cache = self._forwards.run(
+                self._running, tokens, mask, positions, self._rows.cache, logits_to_keep=1
+            )
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is told to the request that caused it
+            left = self._innocent(self._running, error, decoding=True)
+            self._running, self._rows = left, self._empty()
+            if left:
+                again = self._forwards.replayed(left)
+                self._rows.add(again.cache, list(range(len(left))), again.padding, again.width)
+            return
+        self._passed()
+        self._rows.stepped(cache)
         staying = self._advance(self._running, logits[:, -1])
         if len(staying) < len(self._running):
             self._running = [self._running[row] for row in self._rows.keep(staying)]
 
-    def _forward(
-        self,
-        running: list[Running],
-        tokens: Int[Tensor, "batch width"],
-        mask: Int[Tensor, "batch context"],
-        positions: Int[Tensor, "batch width"],
-        cache: Cache,
-        logits_to_keep: int,
-    ) -> Float[Tensor, "batch kept vocab"]:
-        """Run the model on new tokens, steered, captured and scored as is asked; `logits_to_keep` 0 is all."""
-        device = self._model.device
-        grid = Grid.of(mask[:, -tokens.shape[1] :], positions)
-        steering = StepSteering(
-            [one.job.steering for one in running], [len(one.job.prompt_ids) for one in running], grid
-        )
-        rows = StepRows([one.rows for one in running], grid, self._memory)
-        scores = StepScores([one.probed for one in running], grid)
-        module = self._model.observed._module
-        output = self._model.observed.run(
-            (steering, rows, scores),
-            lambda: module(
-                input_ids=tokens.to(device),
-                attention_mask=mask.to(device),
-                position_ids=positions.to(device),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=logits_to_keep,
-            ),
-        )
-        rows.deliver()
-        scores.deliver()
-        logits: Tensor = output.logits
-        return logits
+    def _passed(self) -> None:
+        """Forget earlier failures: a forward has passed."""
+        self._failures, self._retried = 0, False
 
     def _advance(self, running: list[Running], logits: Float[Tensor, "batch vocab"]) -> list[int]:
         """Choose the next tokens, report them and the jobs that have ended; returns the rows that go on."""
@@ -304,24 +362,26 @@ class TransformersEngine:
         scores = score(logits, chosen, [one.job.sampling.top_logprobs for one in running])
         staying = []
         for row, one in enumerate(running):
-            if one.job.cancelled.is_set():
-                continue
-            if one.job.steering and math.isnan(scores[row].logprob):
-                one.job.listener(Failed(OversteeredError()))
-                continue
-            reason = one.advance(chosen[row], scores[row]) if one.job.sampling.max_tokens else "length"
-            if one.sampler.failure is not None:
-                one.job.listener(Failed(one.sampler.failure))
-                continue
             try:
-                delta = one.news(final=reason is not None) if one.job.stream else None
-            except UnscorableError as error:
-                one.job.listener(Failed(error))
-                continue
-            if delta is not None:
-                one.job.listener(delta)
-            if reason is None:
-                staying.append(row)
-            else:
-                one.finish(reason)
+                if not one.job.cancelled.is_set() and self._goes_on(one, chosen[row], scores[row]):
+                    staying.append(row)
+            except Exception as error:
+                log.exception("a request could not take its token")
+                one.fail(error)
         return staying
+
+    def _goes_on(self, one: Running, token: int, token_score: TokenScore) -> bool:
+        """Give a job its next token and report what it means; False if the job has ended."""
+        if one.job.steering and math.isnan(token_score.logprob):
+            one.fail(OversteeredError())
+            return False
+        reason = one.advance(token, token_score) if one.job.sampling.max_tokens else "length"
+        if one.sampler.failure is not None:
+            one.fail(one.sampler.failure)
+            return False
+        delta = one.news(final=reason is not None) if one.job.stream else None
+        if delta is not None:
+            one.job.listener(delta)
+        if reason is not None:
+            one.finish(reason)
+        return reason is None

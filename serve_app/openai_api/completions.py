@@ -23,6 +23,8 @@ from serve_app.openai_api.logprobs import completion_logprobs
 from serve_app.openai_api.params import MAX_TOP_LOGPROBS, GenerationParams
 from serve_app.openai_api.probing import spell_scores
 from serve_app.openai_api.prompt import Prompt
+from serve_app.openai_api.raw_text import tokenized
+from serve_app.openai_api.tokenize import check_tokens
 
 MAX_PROMPTS = 1024
 
@@ -59,25 +61,36 @@ class CompletionRequest(GenerationParams):
         return prompt if isinstance(prompt, list) and not isinstance(prompt[0], int) else [prompt]
 
 
-def raw_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str | list[int], *, add_special_tokens: bool) -> Prompt:
+def raw_prompt(
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | list[int],
+    *,
+    add_special_tokens: bool,
+    n_embeddings: int | None = None,
+) -> Prompt:
     """Take a prompt as it is; tokens are not read as text and tokenised again.
+
+    Args:
+        tokenizer: the model's.
+        prompt: text or tokens.
+        add_special_tokens: whether text gets what the tokenizer begins, or ends, a text with.
+        n_embeddings: how many tokens the model can be given; None for as many as the tokenizer has.
 
     Raises:
         ApiError: if it has no token, or one that the model does not know.
     """
     if isinstance(prompt, str):
-        encoded = tokenizer(prompt, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
-        token_ids, text = list(encoded["input_ids"]), prompt
-        offsets = [start for start, _ in encoded["offset_mapping"]]
+        raw = tokenized(tokenizer, prompt, add_special_tokens=add_special_tokens)
+        check_tokens(raw.token_ids, n_embeddings, "prompt")
+        text, token_ids, offsets = raw.text, raw.token_ids, raw.token_offsets
     else:
-        known = len(tokenizer)
-        if wrong := next((token for token in prompt if token >= known), None):
-            raise ApiError(400, f"prompt: {wrong} is not a token; the model has 0–{known - 1}", param="prompt")
+        check_tokens(prompt, len(tokenizer) if n_embeddings is None else n_embeddings, "prompt")
         token_ids = prompt
         text, offsets = completion_offsets(tokenizer.backend_tokenizer, prompt, 0)
     if not token_ids:
         raise ApiError(400, "prompt: is empty, and this model has no token that begins a text", param="prompt")
-    return Prompt(text, token_ids, offsets, [Segment("prompt", 0, len(text))])
+    given = prompt if isinstance(prompt, str) else None
+    return Prompt(text, token_ids, offsets, [Segment("prompt", 0, len(text))], given=given)
 
 
 @dataclass
@@ -108,7 +121,7 @@ class CompletionReply:
         """Return the chunks that begin a stream: the prompts, if they are echoed and their scores are not asked for."""
         if not self.request.echo or self.request.logprobs is not None:
             return []
-        return [self._chunk(i, self._prompt(i).text, None) for i in range(len(self._dones))]
+        return [self._chunk(i, self._prompt(i).echo, None) for i in range(len(self._dones))]
 
     def delta(self, index: int, event: TextDelta) -> list[dict[str, Any]]:
         """Return the chunks for a choice's new text; with echoed scores it has to wait for those of the prompt."""
@@ -154,7 +167,7 @@ class CompletionReply:
             return finished.text, self._logprobs(tokens, scores, self._start(index))
         if finished.prompt_scores is not None:
             scores = [None, *finished.prompt_scores, *scores]
-        return prompt.text + finished.text, self._logprobs(prompt.token_ids + tokens, scores, 0)
+        return prompt.echo + finished.text, self._logprobs(prompt.token_ids + tokens, scores, 0)
 
     def _logprobs(self, tokens: list[int], scores: list[TokenScore | None], start: int) -> dict[str, Any] | None:
         if self.request.logprobs is None:
@@ -173,7 +186,7 @@ class CompletionReply:
         return self.prompts[index // self.request.n]
 
     def _start(self, index: int) -> int:
-        return len(self._prompt(index).text) if self.request.echo else 0
+        return len(self._prompt(index).echo) if self.request.echo else 0
 
     def _usage(self) -> dict[str, int]:
         return usage(sum(len(prompt.token_ids) for prompt in self.prompts), self._dones)

@@ -41,6 +41,7 @@ class Prompt:
         segments: which characters each role spoke; tools that answer together share one.
         turn_start: the first token that is new in this turn: the last one of the last assistant message, which the turn
             before sampled but did not feed; 0 in a first turn.
+        given: what the client sent, where the tokenizer adds something around it; None if that is all of `text`.
     """
 
     text: str
@@ -48,6 +49,12 @@ class Prompt:
     token_offsets: list[int]
     segments: list[Segment]
     turn_start: int = 0
+    given: str | None = None
+
+    @property
+    def echo(self) -> str:
+        """What a reply that repeats its prompt says: what the client sent."""
+        return self.text if self.given is None else self.given
 
 
 def render(

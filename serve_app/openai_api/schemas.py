@@ -201,7 +201,8 @@ class ModelCard(Shape):
     dtype: str
     num_layers: int = Field(ge=1)
     d_model: int = Field(ge=1)
-    context_length: int = Field(ge=1)
+    context_length: int | None = Field(ge=1, description="Null if the model sets no limit: memory does.")
+    checks: dict[str, Any] = Field(description="What was found when it was loaded: batching, attention.")
 
 
 class ModelList(Shape):
@@ -241,7 +242,7 @@ class Tokens(Shape):
 
     tokens: list[int]
     count: int = Field(ge=0)
-    max_model_len: int = Field(ge=1)
+    max_model_len: int | None = Field(ge=1, description="Null if the model sets no limit.")
     token_strs: list[str] = Field(default=[], description="Present if asked for.")
 
 

@@ -1,5 +1,6 @@
 """`/tokenize` and `/detokenize`, spelled as vLLM spells them: how many tokens a text or a conversation takes, and which."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Self
 
 from pydantic import Field, model_validator
@@ -45,6 +46,23 @@ class DetokenizeRequest(Wire):
     tokens: list[Annotated[int, Field(ge=0)]]
 
 
+def check_tokens(token_ids: Sequence[int], n_tokens: int | None, param: str) -> None:
+    """Check that a model knows some tokens.
+
+    Args:
+        token_ids: the tokens.
+        n_tokens: how many there are; None for no limit.
+        param: the request's parameter that they come from.
+
+    Raises:
+        ApiError: naming the first that it does not know.
+    """
+    if n_tokens is None:
+        return
+    if (wrong := next((token for token in token_ids if not 0 <= token < n_tokens), None)) is not None:
+        raise ApiError(400, f"{param}: {wrong} is not a token; the model has 0–{n_tokens - 1}", param=param)
+
+
 def tokenize(model: ServedModel, request: TokenizeRequest) -> dict[str, Any]:
     """Return `{tokens, count, max_model_len}` and, if asked, `token_strs`."""
     if request.messages is not None:
@@ -69,7 +87,6 @@ def detokenize(model: ServedModel, request: DetokenizeRequest) -> dict[str, Any]
     Raises:
         ApiError: if a token is none of the model's.
     """
-    known = len(model.tokenizer)
-    if wrong := next((token for token in request.tokens if token >= known), None):
-        raise ApiError(400, f"tokens: {wrong} is not a token; the model has 0–{known - 1}", param="tokens")
+    # Embeddings are often padded beyond the tokenizer's tokens; what such a row stands for is no text.
+    check_tokens(request.tokens, max(len(model.tokenizer), model.n_embeddings), "tokens")
     return {"prompt": model.tokenizer.decode(request.tokens)}

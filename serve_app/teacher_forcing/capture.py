@@ -33,6 +33,7 @@ from serve_app.engines.protocol import (
     GenerationJob,
     RequestTooLargeError,
     Sampling,
+    UnknownTokenError,
 )
 from serve_app.models import LoadedModel
 from serve_app.teacher_forcing.tokens import TokenisedText
@@ -181,7 +182,7 @@ class TeacherForcing:
                         self._engine.submit(waiting[0][1])
                         waiting.popleft()
                         running += 1
-                except RequestTooLargeError as error:
+                except (RequestTooLargeError, UnknownTokenError) as error:
                     yield waiting.popleft()[0], error
                     continue
                 except EngineBusyError:

@@ -22,6 +22,10 @@ from serve_app.models import LoadedModel
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.messages import Message
 from serve_app.openai_api.prompt import Prompt, render
+from serve_app.openai_api.raw_text import tokenized
+
+MARKS = ("\n", "a", "0")
+"""What a completion is put behind, to tokenise it as something that does not begin a text."""
 
 
 class UnreadableTextError(Exception):
@@ -73,7 +77,7 @@ def tokeniser(model: LoadedModel) -> Callable[[Transcript], TokenisedText]:
             )
         else:
             text = _spell(model, transcript, end_of_turn)
-        if len(text.token_ids) > model.context_length:
+        if model.context_length is not None and len(text.token_ids) > model.context_length:
             raise UnreadableTextError(
                 f"it has {len(text.token_ids)} tokens; the context of {model.source.name} is {model.context_length}"
             )
@@ -85,7 +89,7 @@ def tokeniser(model: LoadedModel) -> Callable[[Transcript], TokenisedText]:
 def _spell(model: LoadedModel, transcript: Transcript, end_of_turn: Callable[[], int | None]) -> TokenisedText:
     tokenizer = model.tokenizer
     if raw := isinstance(transcript.prompt, str):
-        prompt = _raw_prompt(tokenizer, transcript.prompt)
+        prompt = _raw_prompt(tokenizer, transcript.prompt, continued=transcript.completion is not None)
     else:
         prompt = _conversation(model, transcript.prompt)
     if not prompt.token_ids:
@@ -98,7 +102,9 @@ def _spell(model: LoadedModel, transcript: Transcript, end_of_turn: Callable[[],
             if end is None:
                 raise UnreadableTextError(f"it ends with 'stop', and {model.source.name} has no token that says so")
             completion.append(end)
-    words, offsets = completion_offsets(tokenizer.backend_tokenizer, completion, len(prompt.text))
+    words, offsets = completion_offsets(
+        tokenizer.backend_tokenizer, completion, len(prompt.text), after=prompt.token_ids
+    )
     text = prompt.text + words
     if transcript.completion is not None:
         said = [Segment("completion" if raw else "assistant", len(prompt.text), len(text))]
@@ -124,26 +130,39 @@ def _conversation(model: LoadedModel, messages: tuple[dict[str, Any], ...]) -> P
         raise UnreadableTextError(error.message) from error
 
 
-def _raw_prompt(tokenizer: PreTrainedTokenizerBase, text: str) -> Prompt:
-    """Tokenise raw text, after the token that begins every text, if the model knows one."""
-    opening = tokenizer("")["input_ids"]
-    if opening and opening[0] == tokenizer.bos_token_id:
-        text = tokenizer.bos_token + text
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    offsets = [start for start, _ in encoded["offset_mapping"]]
-    return Prompt(text, list(encoded["input_ids"]), offsets, [Segment("prompt", 0, len(text))])
+def _raw_prompt(tokenizer: PreTrainedTokenizerBase, text: str, *, continued: bool) -> Prompt:
+    """Tokenise raw text as the tokenizer does; one that is continued does not get what ends a text."""
+    raw = tokenized(tokenizer, text)
+    raw = raw.opened if continued else raw
+    return Prompt(raw.text, raw.token_ids, raw.token_offsets, [Segment("prompt", 0, len(raw.text))], given=text)
 
 
 def _completion_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, completion: str) -> list[int]:
-    """Tokenise a completion where it stands; alone, if a token would otherwise span the prompt's end.
+    """Tokenise a completion where it stands; apart from the prompt, if a token would otherwise span the prompt's end.
 
-    Alone is second best: some tokenizers put a space before a text's first word.
+    Some tokenizers put a space before a text's first word. So apart means behind something else that it shares no token with,
+    if it does not spell the same alone.
     """
-    together: list[int] = list(tokenizer(prompt.text + completion, add_special_tokens=False)["input_ids"])
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    if prompt.given is None:
+        together = encode(prompt.text + completion)
+    else:
+        together = tokenized(tokenizer, prompt.given + completion).opened.token_ids
     n_prompt = len(prompt.token_ids)
     if together[:n_prompt] == prompt.token_ids:
         return together[n_prompt:]
-    return list(tokenizer(completion, add_special_tokens=False)["input_ids"])
+    alone = encode(completion)
+    behind = [
+        ids[len(lead) :] for mark in MARKS if (ids := encode(mark + completion))[: len(lead := encode(mark))] == lead
+    ]
+
+    def spelled(ids: list[int]) -> str:
+        return completion_offsets(tokenizer.backend_tokenizer, ids, 0, after=prompt.token_ids)[0]
+
+    return next((ids for ids in (alone, *behind) if spelled(ids) == completion), alone)
 
 
 def _end_of_turn(model: LoadedModel) -> int | None:

@@ -14,6 +14,7 @@ from typing import Literal
 from roentgen.contract import Positions
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.structure import Tap
+from serve_app.context import UNBOUNDED
 from serve_app.engines.protocol import Sampling
 from serve_app.models import LoadedModel
 
@@ -89,7 +90,7 @@ def read_prompts(path: Path) -> list[str]:
 
 def tokenized(model: LoadedModel, prompts: Sequence[str]) -> list[list[int]]:
     """Turn prompts into tokens; one that leaves the context no room for the longest completion loses its end."""
-    room = model.context_length - max(LENGTHS) - 1
+    room = (model.context_length or UNBOUNDED) - max(LENGTHS) - 1
     return [list(model.tokenizer(prompt)["input_ids"])[:room] for prompt in prompts]
 
 

@@ -4,6 +4,7 @@ No batch, no padding, no KV cache, no nnsight trace, transformers' own attention
 a question about one position where `Positions.select` makes lists.
 """
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,9 +122,13 @@ def _hooked(model: LoadedModel, taps: dict[str, Tap], n_rows: int) -> Iterator[d
     What has no row per token is left out.
     """
     seen: dict[str, Tensor] = {}
+    runs: Counter[str] = Counter()
     handles = []
 
     def keep(key: str, value: Any, place: int) -> None:
+        runs[key] += 1
+        if taps[key].run not in (None, runs[key] - 1):
+            return
         if place:
             value = value[place]
         while isinstance(value, tuple):

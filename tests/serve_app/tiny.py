@@ -10,6 +10,7 @@ from serve_app.capture.observer import observe
 from serve_app.capture.resolver import resolve_structure
 from serve_app.capture.rows import CapturePlan
 from serve_app.engines.attention import use_grouped_attention
+from serve_app.engines.load_checks import LoadReport, check_loaded
 from serve_app.engines.protocol import Event, Failed, Finished, GenerationJob, Sampling, TextDelta
 from serve_app.engines.transformers_engine import TransformersEngine
 from serve_app.models import LoadedModel
@@ -49,6 +50,9 @@ DEEPSEEK |= {
     "first_k_dense_replace": 1,
 }
 
+LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 16}
+LONGROPE |= {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}
+
 # By transformers' name of the model type; where one has several kinds of block, what tells them apart follows.
 CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
     "llama": ("llama", GROUPED),
@@ -67,6 +71,8 @@ CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
     "gptj": ("gptj", GPT | {"n_positions": 128, "rotary_dim": 4}),
     "phi": ("phi", GROUPED),
     "phi3": ("phi3", GROUPED),
+    # LongRoPE: beyond 16 tokens, rotations take other frequencies.
+    "phi3_longrope": ("phi3", GROUPED | {"original_max_position_embeddings": 16, "rope_parameters": LONGROPE}),
     "olmo2": ("olmo2", GROUPED),
     "olmoe": ("olmoe", GROUPED | {"num_experts": 6, "num_experts_per_tok": 2}),
     "falcon": ("falcon", FALCON),
@@ -88,10 +94,22 @@ CONFIGS: dict[str, tuple[str, dict[str, object]]] = {
     "llama4_text": ("llama4_text", HEADED | {"num_local_experts": 6, "intermediate_size_mlp": 64}),
 }
 
+STATES = {"state_size": 16, "num_hidden_layers": 3, "hidden_size": 32, "vocab_size": 257, **IDS}
+# Models whose hook points are not what is tested of them.
+OTHERS: dict[str, tuple[str, dict[str, object]]] = {
+    "mamba": ("mamba", STATES),
+    "mamba2": ("mamba2", STATES | {"num_heads": 8, "head_dim": 8, "n_groups": 2, "chunk_size": 8}),
+    "rwkv": ("rwkv", {**STATES, "attention_hidden_size": 32, "intermediate_size": 64, "context_length": 128}),
+    "mpt": ("mpt", {**IDS, "d_model": 32, "n_layers": 3, "n_heads": 4, "vocab_size": 257, "max_seq_len": 128}),
+    "openai-gpt": ("openai-gpt", GPT | {"n_positions": 128}),
+    # It normalises the embeddings with the norm that comes last.
+    "nanochat": ("nanochat", GROUPED),
+}
+
 
 def config(architecture: str) -> tr.PretrainedConfig:
     """A tiny configuration of an architecture."""
-    model_type, options = CONFIGS[architecture]
+    model_type, options = {**CONFIGS, **OTHERS}[architecture]
     return tr.AutoConfig.for_model(model_type, **options)
 
 
@@ -123,10 +141,23 @@ def tokenizer() -> tr.PreTrainedTokenizerFast:
 def loaded(architecture: str = "llama") -> LoadedModel:
     """A tiny model as the server holds it."""
     weights, words = module(architecture), tokenizer()
-    use_grouped_attention(weights)
-    structure = resolve_structure(weights, f"tiny-{architecture}")
-    source = ModelSource(f"tiny-{architecture}", "tiny", "0")
-    return LoadedModel(source, words, structure, torch.device("cpu"), torch.float32, observe(weights, words))
+    return loaded_from(weights, words, f"tiny-{architecture}")
+
+
+def loaded_from(
+    weights: tr.PreTrainedModel, words: tr.PreTrainedTokenizerBase, name: str = "tiny", *, check: bool = False
+) -> LoadedModel:
+    """A model as the server holds it; checked as at loading only if that is asked for."""
+    structure = resolve_structure(weights, name)
+    if check:
+        checks = check_loaded(weights, structure)
+    else:
+        checks = LoadReport()
+        use_grouped_attention(weights)
+    source = ModelSource(name, "tiny", "0")
+    return LoadedModel(
+        source, words, structure, torch.device("cpu"), torch.float32, observe(weights, words), checks=checks
+    )
 
 
 class Call:

@@ -134,6 +134,7 @@ class VllmEngine:
             max_batch: requests generated together.
             max_queue: requests waiting for that.
         """
+        self._batching = model.batching
         self._loop = loop
         self._client = loop.client
         self._model = model
@@ -229,13 +230,17 @@ class VllmEngine:
         self._admit()
 
     def _admit(self) -> None:
-        """Hand over waiting jobs, in order, as far as the rows they may need fit."""
+        """Hand over waiting jobs, in order, as far as they may run together and the rows they may need fit."""
+        running = [job for job, task in self._jobs.values() if task is not None]
         held = sum(self._row_bytes[job_id] for job_id, (_, task) in self._jobs.items() if task is not None)
         while self._queue:
             job_id = self._queue[0]
             job, _ = self._jobs[job_id]
             if held and held + self._row_bytes[job_id] > self._row_budget:
                 return
+            if not all(self._batching.together(len(job.prompt_ids), len(other.prompt_ids)) for other in running):
+                return
+            running.append(job)
             held += self._row_bytes[job_id]
             self._queue.popleft()
             task = self._loop.loop.create_task(self._run(job_id, job))
@@ -274,7 +279,9 @@ class VllmEngine:
         model, sampling = self._model, job.sampling
         ends = model.eos_token_ids | sampling.stop_token_ids
         completion = Completion(
-            job=job, text=TextStream(model.tokenizer.backend_tokenizer, sampling.stop, model.markers), ends=ends
+            job=job,
+            text=TextStream(model.tokenizer.backend_tokenizer, sampling.stop, model.markers, job.prompt_ids),
+            ends=ends,
         )
         prompt_scores: list[TokenScore] = []
         outputs = self._client.generate(

@@ -9,6 +9,7 @@ import importlib.util
 import logging
 import os
 import re
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,9 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS
 from serve_app.capture.resolver import ResolutionError, number_of_experts
 from serve_app.capture.structure import ModelStructure
+from serve_app.context import context_length
 from serve_app.engines.admission import CPU_SHARE, free_host_memory
+from serve_app.engines.load_checks import LoadReport, check_config
 from serve_app.engines.vllm.hook_points import (
     Modules,
     Verified,
@@ -29,6 +32,7 @@ from serve_app.engines.vllm.hook_points import (
     split_places,
 )
 from serve_app.engines.vllm.lifetime import announce
+from serve_app.engines.vllm.neutrality import check_batching
 from serve_app.engines.vllm.orders import unpack
 from serve_app.models import ServedModel, native_dtype
 from serve_app.sources import ModelSource
@@ -42,6 +46,9 @@ VERIFIED_ON = "weights, as vLLM runs them"
 NAMED_ONLY = "names only: CUDA graphs show nothing but the taps"
 UNTAPPED = "it is not among the taps of this server's configuration, which are all that its CUDA graphs serve"
 NO_CAPTURE = "this server does not capture (capture: false in its configuration)"
+
+ASSUMED_CONTEXT = 2048
+"""What vLLM itself takes where a configuration says no context length."""
 
 PROBE_TOKENS = 8
 """Of the request that hook points are verified on."""
@@ -120,7 +127,7 @@ def start(
 
     Raises:
         EngineUnavailableError: if vLLM is not installed, or not for this device.
-        ResolutionError: if the model's layers cannot be found.
+        ResolutionError: if the model's layers cannot be found, or it is not a causal decoder.
     """
     if not installed():
         raise EngineUnavailableError("engine: vllm is not installed here; use engine=transformers")
@@ -132,6 +139,7 @@ def start(
     kind = native_dtype(place) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     revision = source.revision if source.path == source.name and source.revision != "unknown" else None
     config = AutoConfig.from_pretrained(source.path, revision=revision, trust_remote_code=trust_remote_code)
+    check_config(config, trust_remote_code=trust_remote_code)
     arguments = engine_arguments(config, settings, place, kind)
     arguments |= {"revision": revision, "trust_remote_code": trust_remote_code}
     stage(f"loading {source.name} into vLLM ({kind}, {place})")
@@ -144,6 +152,14 @@ def start(
             generation = GenerationConfig.from_model_config(config)
         tokenizer = AutoTokenizer.from_pretrained(source.path, revision=revision, trust_remote_code=trust_remote_code)
         model = VllmModel(source, tokenizer, structure, place, kind, config, generation)
+        stage("checking batching")
+        begun = time.monotonic()
+        context = arguments["max_model_len"]
+        batching = loop.run(lambda: check_batching(loop.client, model.vocab_size, context, kind))
+        if batching.reason:
+            log.warning("requests run %s: %s", batching.kind, batching.reason)
+        checks = LoadReport(batching, attention="vLLM's", compared_on=("the model",), seconds=time.monotonic() - begun)
+        model = replace(model, checks=checks)
         if settings.capture:
             loop.run(lambda: loop.client.collective_rpc("roentgen_open", args=(settings.store,)))
     except BaseException:
@@ -171,7 +187,7 @@ def engine_arguments(
         place: where it computes.
         kind: what it computes in.
     """
-    context = int(config.get_text_config().max_position_embeddings)
+    context = context_length(config) or ASSUMED_CONTEXT
     found: dict[str, Any] = {
         "dtype": str(kind).removeprefix("torch."),
         "max_model_len": min(context, settings.max_cache_tokens or context),

@@ -46,7 +46,7 @@ def step(rows: SlotRows, references: list[Reference]) -> None:
             seen = keys[row][:, mask[row].bool()]
             assert torch.equal(seen, torch.stack(reference.columns, dim=1) + layer)
             assert positions[row].item() == len(reference.columns) - 1
-    rows.stepped()
+    rows.stepped(rows.cache)
 
 
 Action = st.one_of(
@@ -64,7 +64,7 @@ def test_rows_that_join_and_leave_keep_what_is_theirs(actions: list[list[int] | 
         if isinstance(action, list):
             cache, new = prefilled(action)
             width = max(action)
-            rows.add(cache, list(range(len(action))), [width - n for n in action])
+            rows.add(cache, list(range(len(action))), [width - n for n in action], width)
             references += new
         elif isinstance(action, set):
             keep = [row for row in range(len(references)) if row not in action]
@@ -77,7 +77,7 @@ def test_rows_that_join_and_leave_keep_what_is_theirs(actions: list[list[int] | 
 def test_only_the_rows_asked_for_are_taken_from_a_prefill() -> None:
     rows = SlotRows()
     cache, references = prefilled([5, 2, 9])
-    rows.add(cache, [2, 0], [4, 7, 0])
+    rows.add(cache, [2, 0], [4, 7, 0], 9)
     step(rows, [references[2], references[0]])
 
 
@@ -95,7 +95,7 @@ def test_the_slabs_stay_small() -> None:
     rows = SlotRows()
     for _ in range(30):
         cache, references = prefilled([40])
-        rows.add(cache, [0], [0])
+        rows.add(cache, [0], [0], 40)
         for _ in range(50):
             step(rows, references)
         rows.keep([])
@@ -109,8 +109,8 @@ def test_which_models_can_run_continuously() -> None:
 
 
 def test_a_static_batch_is_filled_once() -> None:
-    rows = StaticRows(tr.LlamaConfig(num_hidden_layers=LAYERS))
+    rows = StaticRows()
     cache, _ = prefilled([3, 1])
-    rows.add(cache, [0, 1], [0, 2])
+    rows.add(cache, [0, 1], [0, 2], 3)
     with pytest.raises(ValueError, match="cannot join"):
-        rows.add(prefilled([2])[0], [0], [0])
+        rows.add(prefilled([2])[0], [0], [0], 2)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from serve_app.engines.protocol import EngineStoppedError, Failed, RequestTooLargeError, Sampling
+from serve_app.engines.protocol import EngineStoppedError, RequestTooLargeError, Sampling
 from serve_app.engines.transformers_engine import MAX_FAILURES, TransformersEngine
 from serve_app.models import LoadedModel
 from tests.serve_app import tiny
@@ -196,13 +196,10 @@ def test_an_engine_recovers_from_one_failure(engine: TransformersEngine, llama: 
     calls = [Call(PROMPT, GREEDY) for _ in range(3)]
     for call in calls:
         engine.submit(call.job)
-    for call in calls:
-        with pytest.raises(RuntimeError, match="out of luck"):
-            call.result()
-        assert [type(event) for event in call.heard] == [Failed]
-    (result,) = run(engine, [Call(PROMPT, GREEDY)])
+    results = [call.result() for call in calls]
     handle.remove()
-    assert result.token_ids == generate_alone(llama, PROMPT, 12)
+    assert next(forwards) > 5
+    assert [result.token_ids for result in results] == [generate_alone(llama, PROMPT, 12)] * 3
 
 
 def test_a_model_whose_cache_cannot_be_joined_runs_in_static_batches(caplog: pytest.LogCaptureFixture) -> None:

@@ -4,19 +4,23 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from roentgen.contract import ActivationRequest, Positions
 from serve_app.capture.structure import CaptureRequestError
+from serve_app.engines.batching import Batching
 from serve_app.engines.protocol import EngineStoppedError, Sampling
 from serve_app.engines.vllm.engine import VllmEngine
+from serve_app.engines.vllm.neutrality import check_batching
 from tests.serve_app.engines.subjects import Subject, save_tiny, subject
 from tests.serve_app.engines.test_both_engines import LONG, assert_rows, forward, plan, wait_for
 from tests.serve_app.tiny import Call, run
@@ -164,3 +168,71 @@ def test_a_server_that_does_not_capture_is_plain_vllm(tmp_path: Path) -> None:
                 (result,) = run(started.engine, [Call(prompt, Sampling(5, temperature=0))])
                 assert result.token_ids == started.alone(prompt, 5)
         assert [output.num_cached_tokens for output in outputs] == [0, 128]  # whole blocks of the prompt
+
+
+class Leaking:
+    """vLLM's client, with log-probabilities that the neighbors of a request change."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+        self._running = 0
+
+    async def generate(self, *args: Any) -> AsyncIterator[Any]:
+        self._running += 1
+        neighbors = 0
+        async for output in self._client.generate(*args):
+            neighbors = max(neighbors, self._running - 1)
+            yield SimpleNamespace(
+                outputs=output.outputs,
+                prompt_logprobs=[
+                    found
+                    and {token: SimpleNamespace(logprob=one.logprob + 0.01 * neighbors) for token, one in found.items()}
+                    for found in output.prompt_logprobs or []
+                ],
+            )
+        self._running -= 1
+
+
+def test_requests_share_a_forward_where_neighbors_change_nothing(cramped: Subject) -> None:
+    engine = cramped.engine
+    assert isinstance(engine, VllmEngine)
+    assert engine._batching.kind == "any"
+
+
+def test_a_model_that_lets_neighbors_in_is_found(cramped: Subject) -> None:
+    engine = cramped.engine
+    assert isinstance(engine, VllmEngine)
+    found = engine._loop.run(lambda: check_batching(Leaking(engine._client), 257, 384, torch.float32))
+    assert found.kind == "alone"
+    assert "off by 0.0" in found.reason
+
+
+def test_requests_that_must_run_alone_wait_for_one_another(cramped: Subject) -> None:
+    engine = cramped.engine
+    assert isinstance(engine, VllmEngine)
+    prompts = [[1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    most = 0
+    client = engine._client
+
+    class Counting:
+        def __init__(self) -> None:
+            self.running = 0
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(client, name)
+
+        async def generate(self, *args: Any) -> AsyncIterator[Any]:
+            nonlocal most
+            self.running += 1
+            most = max(most, self.running)
+            async for output in client.generate(*args):
+                yield output
+            self.running -= 1
+
+    engine._client, engine._batching = Counting(), Batching("alone")  # type: ignore[assignment]
+    try:
+        results = run(engine, [Call(prompt, Sampling(12, temperature=0)) for prompt in prompts])  # type: ignore[arg-type]
+    finally:
+        engine._client, engine._batching = client, Batching()
+    assert most == 1
+    assert [one.token_ids for one in results] == [cramped.alone(prompt, 12) for prompt in prompts]
