@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import (
@@ -27,9 +28,11 @@ from serve_app.capture.observer import ObservedModel, observe
 from serve_app.capture.resolver import resolve_structure
 from serve_app.capture.structure import ModelStructure
 from serve_app.engines.attention import use_grouped_attention
-from serve_app.engines.constraints import Constraints
-from serve_app.openai_api.reply import MARKERS
+from serve_app.engines.markers import MARKERS
 from serve_app.sources import ModelSource
+
+if TYPE_CHECKING:
+    from serve_app.engines.constraints import Constraints
 
 log = logging.getLogger(__name__)
 
@@ -65,8 +68,10 @@ class ServedModel(ABC):
         """How the model says that it generates."""
 
     @cached_property
-    def constraints(self) -> Constraints:
+    def constraints(self) -> "Constraints":
         """Makes generations follow grammars."""
+        from serve_app.engines.constraints import Constraints  # free text needs no llguidance
+
         return Constraints(self.tokenizer, self.vocab_size, self.eos_token_ids)
 
     @cached_property
