@@ -14,7 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +23,7 @@ import psutil
 import torch
 import typer
 
-from benchmarks.gpu_report import Part, Report, Status
+from benchmarks.gpu_report import SECTION, Part, Report, Status
 from benchmarks.gpu_rows import check_rows, release
 from benchmarks.gpu_speed import DidNotFitError, fitting, group_json, measure_copies, measure_group
 from benchmarks.record import RESULTS, installed, machine
@@ -47,6 +47,8 @@ class Size:
     rounds: int
 
 
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
 FULL = Size(("llama-0.6b", "llama-8b"), (1, 8, 64, 256), 64, 3)
 TINY = Size(("llama-tiny",), (1, 8), 6, 1)
 
@@ -55,32 +57,36 @@ def main(
     tiny: Annotated[bool, typer.Option("--tiny", help="A tiny model; without a GPU there is no other.")] = False,
     out: Annotated[str, typer.Option(help="Where to write; $OUT if it is set, else results/bench-gpu.")] = "",
     seconds: Annotated[float, typer.Option(help="All there is, from the start of the process.")] = 480.0,
-    models: Annotated[str, typer.Option(help=f"Shapes, of {', '.join(RANDOM_MODELS)}; Llamas only.")] = "",
+    models: Annotated[str, typer.Option(help="Shapes: llama-0.6b, llama-8b, llama-tiny.")] = "",
     in_flight: Annotated[str, typer.Option(help="Requests at once, as 1,8,64.")] = "",
-    dtype: Annotated[str, typer.Option(help="auto (bfloat16 where the device has it), float32 or bfloat16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPES)}; auto is bfloat16 on a GPU that has it.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     write: Annotated[bool | None, typer.Option("--record/--no-record", help="Update RESULTS.md.")] = None,
 ) -> None:
     """Check the engine's rows on a GPU, and measure it."""
-    cuda = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    if dtype not in DTYPES:
+        raise typer.BadParameter(f"{dtype!r} is none of {', '.join(DTYPES)}", param_hint="--dtype")
+    if device not in ("auto", "cpu", "cuda"):
+        raise typer.BadParameter(f"{device!r} is none of auto, cpu, cuda", param_hint="--device")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("torch finds no CUDA GPU here", param_hint="--device")
+    cuda = device != "cpu" and torch.cuda.is_available()
     size = TINY if tiny or not cuda else FULL
     shapes = tuple(filter(None, models.split(","))) or size.models
-    for name in shapes:
-        if RANDOM_MODELS.get(name, {}).get("model_type") != "llama":
-            known = ", ".join(name for name, shape in RANDOM_MODELS.items() if shape["model_type"] == "llama")
-            raise typer.BadParameter(
-                f"{name!r} is no Llama with random weights; there are {known}", param_hint="--models"
-            )
-    size = Size(
-        shapes, tuple(map(int, filter(None, in_flight.split(",")))) or size.in_flight, size.max_tokens, size.rounds
-    )
+    known = [name for name, shape in RANDOM_MODELS.items() if shape["model_type"] == "llama"]
+    if unknown := set(shapes) - set(known):
+        raise typer.BadParameter(f"{min(unknown)!r} is none of {', '.join(known)}", param_hint="--models")
+    numbers = list(filter(None, in_flight.split(",")))
+    if not all(number.isascii() and number.isdigit() and int(number) for number in numbers):
+        raise typer.BadParameter(f"{in_flight!r} is not a list of numbers above 0, as 1,8,64", param_hint="--in-flight")
+    size = replace(size, models=shapes, in_flight=tuple(map(int, numbers)) or size.in_flight)
     full = cuda and not tiny
-    report = Report(
-        Path(out or os.environ.get("OUT") or "results/bench-gpu"),
-        RESULTS if (full if write is None else write) else None,
-    )
+    folder = Path(out or os.environ.get("OUT") or "results/bench-gpu")
+    report = Report(folder, RESULTS if (full if write is None else write) else None)
     began = time.monotonic() - (time.time() - psutil.Process().create_time())
-    raise typer.Exit(Bench(report, size, dtype, device, began, began + seconds - RESERVE_S).run())
+    code = Bench(report, size, dtype, device, began, began + seconds - RESERVE_S).run()
+    print((folder / SECTION).read_text())
+    raise typer.Exit(code)
 
 
 class Bench:

@@ -123,12 +123,13 @@ def section(parts: list[Part]) -> str:
     if speeds:
         pieces.append(
             "Tokens per second, reading the prompts included; with capture also as a ratio to the run without, of the same "
-            "round (median, and the range of the rounds). Memory: tensors on the device with the weights in them, pinned "
-            "memory so far, the process."
+            "round (median, and the range of the rounds). A step decoded so many requests together, on average. Memory: "
+            "tensors on the device with the weights in them, pinned memory so far, the process."
         )
         header = [
             "model",
             "in flight",
+            "a step",
             "captured",
             "tokens/s",
             "ratio",
@@ -158,7 +159,8 @@ def _check_row(check: dict[str, Any]) -> list[str]:
 
 def _arm_row(part: Part, arm: dict[str, Any]) -> list[str]:
     model, in_flight = part.of.rsplit(", ", 1)
-    start = [model, in_flight.removesuffix(" in flight"), arm["capture"]]
+    together = f"{arm['rows_per_step']:.1f}" if arm["rates"] else "–"
+    start = [model, in_flight.removesuffix(" in flight"), together, arm["capture"]]
     if not arm["rates"]:
         return [*start, "–", "–", "–", "–", "–"]
     ratio, seconds = arm["ratio"], arm["tokens"] / arm["rate"]

@@ -12,6 +12,7 @@ than that. How much further is measured too, and a check that could not tell suc
 prove nothing.
 """
 
+import gc
 import math
 import queue
 import threading
@@ -218,11 +219,11 @@ def checked_keys(num_layers: int) -> list[str]:
 
 def release() -> None:
     """Give the device's unused memory back, so that what comes next can have it."""
-    import gc
-
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        if hasattr(torch.accelerator, "empty_host_cache"):
+            torch.accelerator.empty_host_cache()  # pinned memory, which would count as used when the next engine plans
 
 
 def _generate(

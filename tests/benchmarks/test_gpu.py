@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from packaging.requirements import Requirement
+from typer.testing import CliRunner
 
-from benchmarks.gpu import TINY, Bench, Size
+from benchmarks.gpu import TINY, Bench, Size, main
 from benchmarks.gpu_report import PARTS, SECTION, Report
 from benchmarks.gpu_rows import IN_LAYER, check_rows, checked_keys, in_float32, kept_positions, read_alone
 from benchmarks.gpu_speed import DidNotFitError, fitting, measure_group
@@ -93,7 +95,8 @@ def test_it_needs_no_more_than_make_installs_for_it(tmp_path: Path) -> None:
         assert [bool(arm["captured_bytes"]) for arm in arms] == [False, True, True]
     section = (out / SECTION).read_text()
     assert section.startswith("## GPU\n")
-    assert "| llama-tiny | 8 | all |" in section
+    assert re.search(r"\| llama-tiny \| 8 \| \d\.\d \| all \| \d", section)
+    assert section in done.stdout
     assert "- copies: not run, there is no GPU to copy from" in section
 
 
@@ -129,6 +132,7 @@ COUNT = r"request \d+ has rows of positions \d"
 @pytest.mark.parametrize(
     ("fault", "dtype", "named"),
     [(one_to_the_left, "bfloat16", ROWS), (no_mask, "bfloat16", ROWS), (mixed_up, "float32", COUNT)],
+    ids=["one_to_the_left", "no_mask", "mixed_up"],
 )
 def test_wrong_rows_are_found_and_named(
     fault: Any,
@@ -176,6 +180,27 @@ def test_positions_are_decided_as_in_the_contract(policy: str) -> None:
     positions = Positions.parse(policy)
     for n_prompt, n_rows in ((1, 1), (4, 4), (3, 11)):
         assert kept_positions(positions, n_prompt, n_rows) == list(positions.select(n_prompt, n_rows))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "named"),
+    [
+        ("--dtype", "int8", "bfloat16"),
+        ("--device", "gpu", "cuda"),
+        ("--models", "qwen3-0.6b", "llama-8b"),
+        ("--in-flight", "8,0", "above 0"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused_at_once(option: str, value: str, named: str, tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(main)
+    result = CliRunner().invoke(app, [option, value, "--out", str(tmp_path / "none")])
+    assert result.exit_code == 2
+    said = " ".join(result.output.replace("│", " ").split())
+    assert option in said
+    assert f"'{value}'" in said
+    assert named in said
+    assert not (tmp_path / "none").exists()
 
 
 def test_what_the_time_does_not_allow_is_named(tmp_path: Path) -> None:
