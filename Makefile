@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo install test test-units test-servers test-clients test-vllm test-browser test-faults test-cluster test-cloud check format bench bench-vllm cloud-env clean
+.PHONY: demo install test test-units test-servers test-clients test-vllm test-browser test-faults test-cluster test-cloud check format bench bench-gpu bench-vllm cloud-env clean
 
 # The main job: serve a real model, evaluate it on problems it can sometimes solve, keep its activations, train probes.
 DEMO := results/demo
@@ -77,6 +77,24 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.store
 
+# The transformers engine on a CUDA GPU, with random weights: rows, speed, copies, memory, within eight minutes (docs/gpu.md). It
+# takes .venv where there is one, else makes a small environment. To use one that has the packages already:
+# make bench-gpu PYTHON=/path/to/python
+GPU := .venv-gpu
+GPU_PACKAGES := torch transformers nnsight jaxtyping psutil
+ifeq ($(origin PYTHON),command line)
+GPU_PYTHON := $(PYTHON)
+else
+GPU_PYTHON := $(if $(wildcard $(INSTALLED)),$(BIN)/python,$(GPU)/bin/python)
+endif
+bench-gpu: $(if $(filter $(GPU)/%,$(GPU_PYTHON)),$(GPU)/.installed)
+	$(GPU_PYTHON) -m benchmarks.gpu $(ARGS)
+
+$(GPU)/.installed: constraints.txt
+	$(PYTHON) -m venv $(GPU)
+	$(GPU)/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $(GPU_PACKAGES)
+	touch $@
+
 # The same with vLLM beside it, and the ratio to it with many in flight. vLLM's CPU build is laid over the server's environment;
 # its own requirements would downgrade that, so what it really needs is listed.
 VLLM := .venv-vllm
@@ -118,4 +136,4 @@ cloud-env: .venv-cloud/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-cloud $(CLIENTS) $(VLLM) .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf $(VENV) .venv-cloud $(CLIENTS) $(VLLM) $(GPU) .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -5,7 +5,7 @@ import re
 import shlex
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
@@ -33,11 +33,22 @@ def record(title: str, body: str, path: Path = RESULTS) -> None:
 
 def conditions() -> str:
     """Say what this was measured on, when, with what."""
-    versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    versions = ", ".join(f"{name} {number}" for name, number in installed().items())
     script = Path(sys.argv[0])
     command = shlex.join(["python", "-m", f"benchmarks.{script.stem}", *sys.argv[1:]])
     today = datetime.now(UTC).strftime("%Y-%m-%d")
     return f"{today}; {machine()}; Python {platform.python_version()}, {versions}.\n\n    {command}"
+
+
+def installed() -> dict[str, str]:
+    """Return the versions of the packages that matter to a measurement; not every benchmark needs all of them."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
 
 
 def machine() -> str:

@@ -4,6 +4,7 @@ All are greedy and stop where the model stops; each counts the tokens it really 
 token was there, counted from the moment the request was made.
 """
 
+import math
 import queue
 import time
 import warnings
@@ -80,11 +81,17 @@ class UnavailableError(Exception):
     """A way does not work here; the message says why."""
 
 
+class OutOfTimeError(Exception):
+    """A run was stopped because its deadline had passed."""
+
+
 Keep = Callable[[list[int], Finished], "Future[Any]"]
 """Stores a prompt's finished completion with its rows; the future completes when both are durable."""
 
 
-def engine_way(engine: Engine, model: ServedModel, capture: str, keep: Keep | None = None) -> Way:
+def engine_way(
+    engine: Engine, model: ServedModel, capture: str, keep: Keep | None = None, deadline: float = math.inf
+) -> Way:
     """Return one of this project's engines, with one of the captures; whoever finishes makes room for the next.
 
     Args:
@@ -92,6 +99,8 @@ def engine_way(engine: Engine, model: ServedModel, capture: str, keep: Keep | No
         model: what it runs.
         capture: one of `CAPTURES`.
         keep: stores what is captured, within the time that is measured; None leaves it in memory.
+        deadline: on the monotonic clock. A run that has not ended by then cancels its requests and raises an
+            `OutOfTimeError`; a run that fails cancels them too.
     """
     plan = capture_plan(model, capture)
 
@@ -99,6 +108,7 @@ def engine_way(engine: Engine, model: ServedModel, capture: str, keep: Keep | No
         heard: queue.SimpleQueue[tuple[int, Finished | Failed]] = queue.SimpleQueue()
         made: dict[int, float] = {}
         first: dict[int, float] = {}
+        jobs: list[GenerationJob] = []
 
         def submit(number: int) -> None:
             def listen(event: Event) -> None:
@@ -108,28 +118,46 @@ def engine_way(engine: Engine, model: ServedModel, capture: str, keep: Keep | No
 
             made[number] = time.perf_counter()
             sampling = Sampling(max_tokens, temperature=0)
-            engine.submit(GenerationJob(prompts[number], sampling, listen, plan, stream=True))
+            jobs.append(GenerationJob(prompts[number], sampling, listen, plan, stream=True))
+            engine.submit(jobs[-1])
 
         start = time.perf_counter()
         tokens = 0
         kept: list[Future[Any]] = []
-        for number in range(min(in_flight, len(prompts))):
-            submit(number)
-        for done in range(len(prompts)):
-            number, event = heard.get()
-            if isinstance(event, Failed):
-                raise event.error
-            if keep is not None and plan is not None:
-                kept.append(keep(prompts[number], event))
-            tokens += len(event.token_ids)
-            if done + in_flight < len(prompts):
-                submit(done + in_flight)
+        try:
+            for number in range(min(in_flight, len(prompts))):
+                submit(number)
+            for done in range(len(prompts)):
+                number, event = _next(heard, deadline)
+                if isinstance(event, Failed):
+                    raise event.error
+                if keep is not None and plan is not None:
+                    kept.append(keep(prompts[number], event))
+                tokens += len(event.token_ids)
+                if done + in_flight < len(prompts):
+                    submit(done + in_flight)
+        except BaseException:
+            for job in jobs:
+                job.cancelled.set()  # the engine goes on for whoever runs next
+            raise
         for future in kept:
             future.result()
         seconds = time.perf_counter() - start
         return Run(sum(map(len, prompts)), tokens, seconds, [first[i] - made[i] for i in made])
 
     return run
+
+
+def _next(heard: "queue.SimpleQueue[tuple[int, Finished | Failed]]", deadline: float) -> tuple[int, Finished | Failed]:
+    """Wait for the next request that ends.
+
+    Raises:
+        OutOfTimeError: if the deadline passes first.
+    """
+    try:
+        return heard.get(timeout=None if deadline == math.inf else max(0.0, deadline - time.monotonic()))
+    except queue.Empty:
+        raise OutOfTimeError("the time was over") from None
 
 
 class _Clock(StoppingCriteria):

@@ -15,7 +15,6 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from eval_jobs.selection import Selection, load_problems
 from roentgen.contract import ActivationRequest, Positions
 from serve_app.capture.observer import observe
 from serve_app.capture.resolver import resolve_structure
@@ -36,9 +35,52 @@ RANDOM_MODELS: dict[str, dict[str, Any]] = {
         "vocab_size": 151_936,
         "max_position_embeddings": 40_960,
         "tie_word_embeddings": True,
-    }
+    },
+    "llama-0.6b": {
+        "model_type": "llama",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151_936,
+        "max_position_embeddings": 40_960,
+        "initializer_range": 0.04,
+        "tie_word_embeddings": True,
+    },
+    "llama-8b": {
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "intermediate_size": 14_336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 128_256,
+        "max_position_embeddings": 131_072,
+        "initializer_range": 0.02,
+        "tie_word_embeddings": False,
+    },
+    "llama-tiny": {
+        "model_type": "llama",
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "vocab_size": 1024,
+        "max_position_embeddings": 1024,
+        "initializer_range": 0.16,
+        "tie_word_embeddings": True,
+    },
 }
-"""Shapes of real models, for `--random-weights`."""
+"""Shapes of real models, and a tiny one, for `--random-weights`.
+
+With a Llama's default weights a narrow model's attention is an average over all tokens, the rows of successive tokens hardly
+differ, and no check could tell them apart. So `initializer_range` is 1.28 / √hidden_size, as it is by default in the 8B shape.
+"""
 
 CAPTURES = ("none", "3x2", "all")
 """Nothing; three layers' two norms, the default of a request; every layer's residual stream."""
@@ -119,6 +161,8 @@ class Workload:
 
     def messages(self, count: int) -> list[list[dict[str, str]]]:
         """Return conversations that pose the first `count` problems; again from the first if there are fewer."""
+        from eval_jobs.selection import Selection, load_problems  # random prompts need no package of the evaluation's
+
         found = load_problems(Selection(source=problem_source(self.problems), samples=count))
         return [[{"role": "user", "content": found[i % len(found)].question}] for i in range(count)]
 

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import (
@@ -29,11 +30,13 @@ from serve_app.capture.resolver import resolve_structure
 from serve_app.capture.structure import ModelStructure
 from serve_app.context import context_length
 from serve_app.engines.batching import Batching
-from serve_app.engines.constraints import Constraints
 from serve_app.engines.load_checks import LoadReport, check_config, check_loaded
+from serve_app.engines.markers import MARKERS
 from serve_app.engines.model_cache import UnsupportedModelError
-from serve_app.openai_api.reply import MARKERS
 from serve_app.sources import ModelSource
+
+if TYPE_CHECKING:
+    from serve_app.engines.constraints import Constraints
 
 log = logging.getLogger(__name__)
 
@@ -76,8 +79,10 @@ class ServedModel(ABC):
         """How the model says that it generates."""
 
     @cached_property
-    def constraints(self) -> Constraints:
+    def constraints(self) -> "Constraints":
         """Makes generations follow grammars."""
+        from serve_app.engines.constraints import Constraints  # free text needs no llguidance
+
         return Constraints(self.tokenizer, self.vocab_size, self.eos_token_ids)
 
     @cached_property

@@ -6,14 +6,18 @@ and those generated but the last, which never does.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from roentgen.saved_probes import Readout
 from serve_app.capture.grid import Layout
 from serve_app.capture.structure import Tap
+
+if TYPE_CHECKING:
+    # Only a type here: importing it brings the store with it, and pyarrow.
+    from roentgen.saved_probes import Readout
 
 
 class UnscorableError(Exception):
@@ -36,7 +40,7 @@ class Scorer:
     name: str
     key: str
     tap: Tap
-    readout: Readout
+    readout: "Readout"
     label: str
     classes: tuple[str, ...] = ()
 

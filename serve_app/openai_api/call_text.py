@@ -7,8 +7,8 @@ there whole is parsed.
 import json
 import re
 
+from serve_app.engines.markers import CALL_END
 from serve_app.openai_api.messages import NAME
-from serve_app.openai_api.tools import CALL_END
 
 HEADER = re.compile(r'\s*\{\s*"name"\s*:\s*"([A-Za-z0-9_-]{1,64})"\s*,\s*"arguments"\s*:\s*(?=\{)')
 """How a call begins that names its function first: from here on its arguments can be passed on."""

@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from serve_app.engines.constraints import Grammar, Schema
+from serve_app.engines.markers import CALL_END, CALL_START, THINK_END, THINK_START
 from serve_app.openai_api.messages import NamedToolChoice, Tool, ToolChoice
-from serve_app.openai_api.reply import THINK_END, THINK_START, Reasoning
-from serve_app.openai_api.tools import CALL_END, CALL_START
+from serve_app.openai_api.reply import Reasoning
 
 THOUGHTS = {"think_start": THINK_START, "think_end": THINK_END}
 BLOCKS = {"call_start": CALL_START, "call_end": CALL_END}

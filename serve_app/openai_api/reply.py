@@ -13,12 +13,8 @@ from typing import Any, Literal
 
 from ulid import ULID
 
+from serve_app.engines.markers import CALL_END, CALL_START, THINK_END, THINK_START
 from serve_app.openai_api.call_text import HEADER, Braces, parse_call
-from serve_app.openai_api.tools import CALL_END, CALL_START
-
-THINK_START = "<think>"
-THINK_END = "</think>"
-MARKERS = frozenset({THINK_START, THINK_END, CALL_START, CALL_END})
 
 Reasoning = Literal["started", "possible", "none"]
 """How a reply begins: within the model's thoughts, perhaps with `<think>`, or with what it has to say."""

@@ -12,10 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from serve_app.engines.markers import CALL_END, CALL_START
 from serve_app.openai_api.messages import Message, Tool
-
-CALL_START = "<tool_call>"
-CALL_END = "</tool_call>"
 
 HOW_TO_CALL = f"""To call a function, write its name and its arguments, a JSON object, in a block like this one:
 {CALL_START}

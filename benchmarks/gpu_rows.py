@@ -1,0 +1,522 @@
+"""Checks the engine's rows of a shifting batch against a teacher-forced forward on the same device.
+
+Requests of different lengths, sampled and with different position policies, join and leave a batch that is smaller than
+their number; one is canceled. The tokens of each request that finished then pass alone through the same weights, made again
+from the same seed: one sequence, no cache, no padding, transformers' own attention, plain PyTorch hooks at places that are
+written down here. That forward runs twice, in the model's dtype and in float32.
+
+In bfloat16 two right implementations differ, and neither can judge the other. So the float32 forward judges: the engine's
+row may be at most `MARGIN` times as far from it as the plain forward in the model's dtype is at worst, at the same hook
+point, and the rows of a hook point at most `MEAN_MARGIN` times as far on average. A row of another position is further away
+than that. How much further is measured too, and a check that could not tell such a row from rounding fails, for it would
+prove nothing.
+"""
+
+import gc
+import math
+import queue
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import fmean, median
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from benchmarks.ways import OutOfTimeError
+from benchmarks.workload import Workload
+from roentgen.contract import Positions, stored_key
+from serve_app.capture.rows import CapturePlan
+from serve_app.engines.protocol import Event, Failed, Finished, GenerationJob, Sampling
+from serve_app.engines.transformers_engine import TransformersEngine
+from serve_app.models import LoadedModel
+
+IN_LAYER = {
+    "resid_pre": ("", "input"),
+    "ln_attn": ("input_layernorm", "output"),
+    "attn_out": ("self_attn", "output"),
+    "resid_mid": ("post_attention_layernorm", "input"),
+    "ln_mlp": ("post_attention_layernorm", "output"),
+    "mlp_out": ("mlp", "output"),
+    "resid_post": ("", "output"),
+}
+"""Where a Llama layer has its hook points: a module within the layer, and its side."""
+
+IN_MODEL = {"embed": ("model.embed_tokens", "output"), "final_norm": ("model.norm", "output")}
+
+MARGIN, MEAN_MARGIN = 3.0, 1.5
+"""How many times the plain forward's error the engine's may be: at worst, and on average over a key's rows."""
+
+FLOOR = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+"""The least error that is allowed: 1e-4 as everywhere in the tests, two machine epsilons in half precision."""
+
+PROMPTS = (24, 5, 90, 300, 1, 33, 150, 2, 64, 260, 7, 41, 12, 75, 3, 128)
+COMPLETIONS = (16, 40, 3, 12, 24, 1, 9, 33, 20, 5, 28, 7, 14, 2, 36, 11)
+"""Tokens of the requests' prompts, and the most of their completions."""
+
+POSITIONS = ("all", "all", "generated", "all", "mean_generated", "all", "mean_prompt", "all", "last", "all", "stride:3")
+"""Which rows the requests keep, in turn; every fifth one from the third on keeps nothing."""
+
+CANCELED = 7
+"""The request that is canceled after its second token."""
+
+FOR_MEANS = 30
+"""Rows from which their average error is judged."""
+
+MAX_BATCH = 6
+PREFILL_TOKENS = 128
+"""Smaller than usual, so that a long prompt is read in pieces while others generate."""
+
+LISTED = 20
+"""Wrong rows are listed by request and key, at most so many."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request of the batch; `plan` is what it captures, None for nothing."""
+
+    number: int
+    prompt_ids: list[int]
+    sampling: Sampling
+    plan: CapturePlan | None
+
+
+@dataclass(frozen=True)
+class KeyErrors:
+    """What the rows of one key differ by, relative to their length.
+
+    Attributes:
+        key: the stored key.
+        pooled: whether the rows are averages over positions.
+        rows: how many were compared.
+        engine: the engine's from the float32 forward's, at worst.
+        plain: those of the plain forward in the model's dtype from the float32 forward's, at worst.
+        apart: the engine's from those of the plain forward, at worst.
+        allowed: what `engine` may be.
+        engine_mean: the engine's from the float32 forward's, on average.
+        plain_mean: those of the plain forward, on average.
+        neighbor: the row of the position before, where another token was fed, from the row itself, in the median; None where
+            there is none.
+    """
+
+    key: str
+    pooled: bool
+    rows: int
+    engine: float
+    plain: float
+    apart: float
+    allowed: float
+    engine_mean: float
+    plain_mean: float
+    neighbor: float | None
+
+
+@dataclass(frozen=True)
+class WrongRows:
+    """Rows of one request and key that are further off than is allowed; a pooled row's position is -1."""
+
+    request: int
+    key: str
+    positions: list[int]
+    of: int
+    error: float
+    allowed: float
+
+    def __str__(self) -> str:
+        return (
+            f"request {self.request}, {self.key}: {len(self.positions)} of {self.of} rows are wrong, at positions "
+            f"{_spans(self.positions)}; off by up to {self.error:.2e} where {self.allowed:.1e} is allowed"
+        )
+
+
+@dataclass(frozen=True)
+class RowCheck:
+    """What was found.
+
+    Attributes:
+        model: its name.
+        dtype: what it computes in.
+        requests: how many finished and were compared.
+        rows: how many were compared, over all keys.
+        steps: how many steps decoded how many requests together.
+        keys: per key, what its rows differ by.
+        logprob_error: the engine's log-probabilities from the float32 forward's, at worst.
+        logprob_allowed: what that may be.
+        wrong: rows that are wrong.
+        problems: everything that is wrong, in words.
+    """
+
+    model: str
+    dtype: str
+    requests: int
+    rows: int
+    steps: dict[int, int]
+    keys: list[KeyErrors]
+    logprob_error: float
+    logprob_allowed: float
+    wrong: list[WrongRows]
+    problems: list[str]
+
+
+def check_rows(workload: Workload, deadline: float) -> RowCheck:
+    """Run the batch and compare its rows; the model is made twice, and gone in between.
+
+    Args:
+        workload: a Llama with random weights, and where to run it.
+        deadline: on the monotonic clock.
+
+    Raises:
+        OutOfTimeError: if the deadline passes first.
+    """
+    torch.set_float32_matmul_precision("highest")  # the judge must not compute in TensorFloat-32
+    device, dtype = workload.place()
+    requests, finished, steps, problems = _generate(workload, deadline)
+    release()
+    module, _ = workload.load_plain()
+    comparison = _Comparison(dtype, problems)
+    for request in requests:
+        if time.monotonic() > deadline:
+            raise OutOfTimeError("the time was over")
+        if request.number in finished:
+            comparison.add(request, finished.pop(request.number), module, device)
+    if len([size for size in steps if steps[size]]) < 3:
+        comparison.problems.append(f"the batch did not shift: its steps decoded {dict(steps)} (requests: steps)")
+    return comparison.judge(workload.random_weights, steps)
+
+
+def make_requests(model: LoadedModel) -> list[Request]:
+    """Make the batch's requests; their prompts are random tokens."""
+    keys = checked_keys(model.structure.num_layers)
+    taps = {key: model.structure.taps[key] for key in keys}
+    random = torch.Generator().manual_seed(1)
+    requests = []
+    for number, (prompt, completion) in enumerate(zip(PROMPTS, COMPLETIONS, strict=True)):
+        ids = torch.randint(model.vocab_size - 1, (prompt,), generator=random).tolist()
+        positions = POSITIONS[number % len(POSITIONS)]
+        plan = None if number % 5 == 2 else CapturePlan(taps, Positions.parse(positions), "model")
+        # Sampled: a model with random weights, left to its most likely token, says the same one again and again.
+        sampling = Sampling(completion, min_tokens=completion, temperature=1.0, seed=number)
+        requests.append(Request(number, ids, sampling, plan))
+    return requests
+
+
+def checked_keys(num_layers: int) -> list[str]:
+    """Return the keys that are compared: all of three layers and of the model, and every layer's residual stream."""
+    chosen = {num_layers * part // 4 for part in (1, 2, 3)}
+    keys = [
+        stored_key(name, layer)
+        for layer in range(num_layers)
+        for name in IN_LAYER
+        if name == "resid_post" or layer in chosen
+    ]
+    return [*keys, *IN_MODEL]
+
+
+def release() -> None:
+    """Give the device's unused memory back, so that what comes next can have it."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        if hasattr(torch.accelerator, "empty_host_cache"):
+            torch.accelerator.empty_host_cache()  # pinned memory, which would count as used when the next engine plans
+
+
+def _generate(
+    workload: Workload, deadline: float
+) -> tuple[list[Request], dict[int, Finished], dict[int, int], list[str]]:
+    """Run the batch: the requests, what they gave, the sizes of the steps, and what went wrong."""
+    model = workload.load()
+    requests = make_requests(model)
+    engine = TransformersEngine(model, max_batch=MAX_BATCH, max_queue=len(requests), max_prefill_tokens=PREFILL_TOKENS)
+    heard: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
+    finished: dict[int, Finished] = {}
+    problems = []
+    jobs = [_job(request, heard) for request in requests]
+    waiting, later = {request.number for request in requests}, jobs[MAX_BATCH + 2 :]
+    try:
+        for job in jobs[: MAX_BATCH + 2]:
+            engine.submit(job)
+        while waiting:
+            try:
+                number, event = heard.get(timeout=max(0.0, deadline - time.monotonic()))
+            except queue.Empty:
+                raise OutOfTimeError("the time was over") from None
+            if number == CANCELED and jobs[number].cancelled.is_set() and not isinstance(event, Failed):
+                if isinstance(event, Finished):
+                    problems.append(f"request {number} was canceled, and finished")
+            elif isinstance(event, Finished):
+                finished[number] = event
+            elif isinstance(event, Failed):
+                problems.append(f"request {number} failed: {event.error}")
+            else:
+                continue
+            if number in waiting:
+                waiting.remove(number)
+                if later:  # one that ends lets another join
+                    engine.submit(later.pop(0))
+        steps = dict(engine.load.steps)
+    finally:
+        engine.close()
+    return requests, finished, steps, problems
+
+
+def _job(request: Request, heard: "queue.SimpleQueue[tuple[int, Event]]") -> GenerationJob:
+    canceled = threading.Event()
+
+    def listen(event: Event) -> None:
+        if request.number == CANCELED:
+            canceled.set()
+        heard.put((request.number, event))
+
+    return GenerationJob(
+        request.prompt_ids,
+        request.sampling,
+        listen,
+        request.plan,
+        stream=request.number == CANCELED,
+        cancelled=canceled,
+    )
+
+
+@dataclass
+class _Errors:
+    """Of one key's rows: from which request and position each is, and its errors."""
+
+    requests: list[int] = field(default_factory=list)
+    positions: list[int] = field(default_factory=list)
+    engine: list[float] = field(default_factory=list)
+    plain: list[float] = field(default_factory=list)
+    apart: list[float] = field(default_factory=list)
+    neighbor: list[float] = field(default_factory=list)
+
+
+class _Comparison:
+    """Gathers requests, one by one, and judges."""
+
+    def __init__(self, dtype: torch.dtype, problems: list[str]) -> None:
+        self._dtype = dtype
+        self.problems = problems
+        self._errors: dict[tuple[str, bool], _Errors] = defaultdict(_Errors)
+        self._logprobs: list[tuple[int, float, float]] = []  # request, the engine's error, the plain forward's
+        self._requests = 0
+
+    def add(self, request: Request, finished: Finished, module: nn.Module, device: torch.device) -> None:
+        """Compare one request with what its tokens give alone."""
+        self._requests += 1
+        n_prompt, ids = len(request.prompt_ids), finished.token_ids
+        if len(ids) != request.sampling.max_tokens:
+            self.problems.append(f"request {request.number} has {len(ids)} tokens, not {request.sampling.max_tokens}")
+        fed = request.prompt_ids + ids[:-1]  # the last token was chosen, but never went through the model
+        keys = list(request.plan.taps) if request.plan else []
+        plain, plain_logits = read_alone(module, fed, keys, device)
+        with in_float32(module):
+            exact, exact_logits = read_alone(module, fed, keys, device)
+        index = torch.tensor(ids, device=device)[:, None]
+        right, rounded = (
+            logits[n_prompt - 1 :].float().log_softmax(-1).gather(-1, index)[:, 0].tolist()
+            for logits in (exact_logits, plain_logits)
+        )
+        for score, want, near in zip(finished.scores, right, rounded, strict=True):
+            self._logprobs.append((request.number, abs(score.logprob - want), abs(near - want)))
+        if request.plan is None:
+            return
+        if finished.captured is None:
+            self.problems.append(f"request {request.number} asked for rows and got none")
+            return
+        kept = kept_positions(request.plan.positions, n_prompt, len(fed))
+        pooled = request.plan.positions.pooled
+        if finished.captured.position.tolist() != ([-1] if pooled else kept):
+            self.problems.append(
+                f"request {request.number} has rows of positions {_spans(finished.captured.position.tolist())}, "
+                f"not {_spans([-1] if pooled else kept)}"
+            )
+            return
+        for key in keys:
+            rows = finished.captured.tensors[key].to(device).float()
+            want, near = exact[key][kept].float(), plain[key][kept].float()
+            if pooled:
+                want, near = want.mean(0, keepdim=True), near.mean(0, keepdim=True)
+            if rows.shape != want.shape:
+                self.problems.append(
+                    f"request {request.number}, {key}: {list(rows.shape)} was kept, not {list(want.shape)}"
+                )
+                continue
+            errors = self._errors[key, pooled]
+            errors.requests += [request.number] * len(rows)
+            errors.positions += [-1] if pooled else kept
+            errors.engine += distances(rows, want)
+            errors.plain += distances(near, want)
+            errors.apart += distances(rows, near)
+            if not pooled:
+                differ = [i for i in range(len(kept) - 1) if fed[kept[i]] != fed[kept[i + 1]]]
+                errors.neighbor += distances(want[differ], want[[i + 1 for i in differ]])
+
+    def judge(self, model: str, steps: dict[int, int]) -> RowCheck:
+        """Judge what has been gathered."""
+        keys, wrong = [], []
+        for (key, pooled), errors in self._errors.items():
+            allowed = max(FLOOR[self._dtype], MARGIN * max(errors.plain))
+            neighbor = median(errors.neighbor) if errors.neighbor else None
+            keys.append(
+                KeyErrors(
+                    key=key,
+                    pooled=pooled,
+                    rows=len(errors.engine),
+                    engine=max(errors.engine),
+                    plain=max(errors.plain),
+                    apart=max(errors.apart),
+                    allowed=allowed,
+                    engine_mean=fmean(errors.engine),
+                    plain_mean=fmean(errors.plain),
+                    neighbor=neighbor,
+                )
+            )
+            wrong += _wrong(key, errors, allowed)
+            enough = len(errors.engine) >= FOR_MEANS
+            if enough and not keys[-1].engine_mean <= max(FLOOR[self._dtype] / 4, MEAN_MARGIN * keys[-1].plain_mean):
+                self.problems.append(
+                    f"{key}: rows are off by {keys[-1].engine_mean:.1e} on average, the plain forward's by "
+                    f"{keys[-1].plain_mean:.1e}"
+                )
+            if neighbor is not None and neighbor <= allowed:
+                self.problems.append(
+                    f"{key}: the check is blind: a row is {neighbor:.1e} from the next, and {allowed:.1e} is allowed"
+                )
+        if not keys:
+            self.problems.append("no row was compared")
+        self.problems += [str(rows) for rows in wrong[:LISTED]]
+        if len(wrong) > LISTED:
+            self.problems.append(f"… and rows of {len(wrong) - LISTED} more pairs of a request and a key")
+        allowed = max(FLOOR[self._dtype], MARGIN * max((plain for *_, plain in self._logprobs), default=0.0))
+        off = sorted({request for request, error, _ in self._logprobs if not error <= allowed})
+        error = max((error for _, error, _ in self._logprobs), default=0.0)
+        if off:
+            self.problems.append(
+                f"requests {_spans(off)}: log-probabilities are off by up to {error:.1e} where {allowed:.1e} is allowed"
+            )
+        return RowCheck(
+            model=model,
+            dtype=str(self._dtype).removeprefix("torch."),
+            requests=self._requests,
+            rows=sum(key.rows for key in keys),
+            steps=dict(sorted(steps.items())),
+            keys=keys,
+            logprob_error=error,
+            logprob_allowed=allowed,
+            wrong=wrong,
+            problems=self.problems,
+        )
+
+
+def _wrong(key: str, errors: _Errors, allowed: float) -> list[WrongRows]:
+    """Return a key's wrong rows, by request; an error that is not a number is wrong."""
+    found = []
+    for request in dict.fromkeys(errors.requests):
+        rows = [i for i, number in enumerate(errors.requests) if number == request]
+        bad = [i for i in rows if not errors.engine[i] <= allowed]
+        if bad:
+            worst = max(errors.engine[i] for i in bad)
+            found.append(WrongRows(request, key, [errors.positions[i] for i in bad], len(rows), worst, allowed))
+    return found
+
+
+def read_alone(
+    module: nn.Module, fed: Sequence[int], keys: Sequence[str], device: torch.device
+) -> tuple[dict[str, Float[Tensor, "tokens d"]], Float[Tensor, "tokens vocab"]]:
+    """Run one sequence through a plain Llama, and read keys with PyTorch's hooks; returns the logits too."""
+    seen: dict[str, Tensor] = {}
+    handles = []
+    for key in keys:
+        path, side = _place(key)
+        part = module.get_submodule(path)
+
+        def before(_module: nn.Module, args: Any, key: str = key) -> None:
+            seen[key] = args[0][0].clone()
+
+        def after(_module: nn.Module, _args: Any, output: Any, key: str = key) -> None:
+            seen[key] = (output[0] if isinstance(output, tuple) else output)[0].clone()
+
+        handles.append(part.register_forward_pre_hook(before) if side == "input" else part.register_forward_hook(after))
+    try:
+        with torch.no_grad():
+            logits: Tensor = module(input_ids=torch.tensor([list(fed)], device=device), use_cache=False).logits[0]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen, logits
+
+
+@contextmanager
+def in_float32(module: nn.Module) -> Iterator[None]:
+    """Compute in float32 with the weights as they are, one submodule's at a time in float32, so that any model fits.
+
+    A bfloat16 or float16 number is a float32 number, so the weights are afterwards what they were.
+    """
+    dtypes: dict[nn.Parameter, torch.dtype] = {p: p.dtype for p in module.parameters()}
+
+    def raise_(part: nn.Module, _args: Any) -> None:
+        for parameter in part.parameters(recurse=False):
+            parameter.data = parameter.data.float()
+
+    def lower(part: nn.Module, _args: Any, _output: Any) -> None:
+        for parameter in part.parameters(recurse=False):
+            parameter.data = parameter.data.to(dtypes[parameter])
+
+    handles = []
+    for part in module.modules():
+        if any(True for _ in part.parameters(recurse=False)):
+            handles += [part.register_forward_pre_hook(raise_), part.register_forward_hook(lower)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for part in module.modules():
+            lower(part, None, None)
+
+
+def kept_positions(positions: Positions, n_prompt: int, n_rows: int) -> list[int]:
+    """Return the positions that a policy keeps (a pooled one: averages), as a question about each one of them."""
+    rules = {
+        "all": lambda t: True,
+        "generated": lambda t: t >= n_prompt,
+        "mean_generated": lambda t: t >= n_prompt,
+        "mean_prompt": lambda t: t < n_prompt,
+        "last": lambda t: t + 1 == n_rows,
+        "stride": lambda t: t % positions.stride == 0,
+    }
+    return [t for t in range(n_rows) if rules[positions.policy](t)]
+
+
+def distances(rows: Float[Tensor, "rows d"], want: Float[Tensor, "rows d"]) -> list[float]:
+    """Return how far each row is from the wanted one, relative to that one's length; infinite if it is not a number."""
+    difference = (rows - want).norm(dim=1)
+    found: list[float] = (
+        torch.where(difference == 0, 0.0, difference / want.norm(dim=1)).nan_to_num(nan=math.inf).tolist()
+    )
+    return found
+
+
+def _place(key: str) -> tuple[str, str]:
+    """Return the module and side of a key in a Llama."""
+    if key in IN_MODEL:
+        return IN_MODEL[key]
+    _, layer, name = key.split(".")
+    path, side = IN_LAYER[name]
+    return ".".join(filter(None, (f"model.layers.{layer}", path))), side
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """Write numbers shortly: `0–3, 7`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in runs) or "none"
