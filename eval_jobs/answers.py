@@ -16,8 +16,9 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from eval_jobs.quantities import NOTHING, UNCLEAR, Quantity, Unread, begins_like_heading, conclusion, read_content
+from eval_jobs.exact_numbers import NOTHING, UNCLEAR, Quantity, Unread
 from eval_jobs.plain_text import normalize
+from eval_jobs.quantities import begins_like_heading, conclusion, read_content
 
 MARKS_UP_TO = 64
 """Marks of a kind that are looked at: the first counts, so a text that repeats them for ever is cheap."""
@@ -53,7 +54,8 @@ _NEXT_PROBLEM = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _ANSWERED = re.compile(
-    r"=|####|\\boxed|\banswers?\b|\b(?:so|therefore|thus|hence)\b|<answer|答|\bans\b|\bantwort|\brespuesta|\br[ée]ponse", re.IGNORECASE
+    r"=|####|\\boxed|\banswers?\b|\b(?:so|therefore|thus|hence)\b|<answer|答|\bans\b|\bantwort|\brespuesta|\br[ée]ponse",
+    re.IGNORECASE,
 )
 
 _WORD = re.compile(
@@ -213,7 +215,11 @@ def _labelled(text: str, word: re.Match[str]) -> _Mark | None:
     if heading and at_line_start:
         return _Mark(_FINAL if final else _MADE_FOR_IT, heading.end())
     line = text[word.end() : min(_end_of_line(text, word.end()), word.end() + 60)]
-    if at_line_start and re.match(r"[^\S\n]*[*_`]*[^\S\n]*[$\d]", line) and not re.match(r"[^\S\n]*\d+[^\S\n]*[:).]", line):
+    if (
+        at_line_start
+        and re.match(r"[^\S\n]*[*_`]*[^\S\n]*[$\d]", line)
+        and not re.match(r"[^\S\n]*\d+[^\S\n]*[:).]", line)
+    ):
         return _Mark(_FINAL if final else _MADE_FOR_IT, word.end(), tentative=True)
     return None
 
@@ -314,7 +320,9 @@ def _says_something(line: str) -> bool:
 
 def _starts_with_mark(text: str, start: int) -> bool:
     head = text[start : min(_end_of_line(text, start), start + 200)]
-    return bool(_HASHES.search(head) or _TAG.search(head) or (found := _WORD.search(head)) and _SIGN.match(head, found.end()))
+    return bool(
+        _HASHES.search(head) or _TAG.search(head) or ((found := _WORD.search(head)) and _SIGN.match(head, found.end()))
+    )
 
 
 def _next_line(text: str, at: int) -> int | None:

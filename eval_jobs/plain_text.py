@@ -147,7 +147,11 @@ def _without_remarks(text: str) -> str:
         if match[0] == "(" and depth == 1:
             start = match.start()
         elif match[0] == ")" and depth == 0:
-            before, group, after = text[at:start], text[start : match.end()], text[match.end() : match.end() + 3].lstrip()[:1]
+            before, group, after = (
+                text[at:start],
+                text[start : match.end()],
+                text[match.end() : match.end() + 3].lstrip()[:1],
+            )
             left = (parts[-1] if parts and not before.strip() else before).rstrip()[-1:]
             parts.append(before)
             calculated = (left and left in "+-*/^=≈(") or (after and after in "*/^+")

@@ -1,16 +1,8 @@
 """The default way of reading: many ways of writing an answer, each with what a careful reader would read."""
 
-import random
-import time
-from decimal import Decimal
-from fractions import Fraction
-
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from eval_jobs.answers import read_answer
-from eval_jobs.scoring import score
 
 LABELS = [
     ("Answer: 42", "42"),
