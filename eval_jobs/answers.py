@@ -13,6 +13,7 @@ text without any mark is read only if it is, or concludes with, one quantity. Wh
 """
 
 import re
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -50,9 +51,19 @@ _NEXT_PROBLEM = re.compile(
     r"[^\S\n]+)*(?:question|problem|exercise|example|puzzle|task|instruction|instructions|input|prompt|query|user|human|student|q)"
     r"(?:[^\S\n]*(?:no\.?|number|\#)?[^\S\n]*\d{1,4})?[*_\]\s)]*(?::|\.(?=\s)|$|(?<=\d)\)|(?=\n))"
     r"|(?:let's|let us|now)[^\S\n]+(?:try|do|solve|consider|look at|move on to)[^\S\n]+(?:another|a new|a different|the next|one more)\b"
+    r"|you are an?[^\S\n]+(?:ai|helpful|assistant)"
     r"|(?:frage|pregunta|problema|pytanie|вопрос|задача|问题|問題|题目|문제|السؤال|سؤال|प्रश्न)[^\S\n]*\d{0,3}[*_]*[^\S\n]*:)",
     re.IGNORECASE | re.MULTILINE,
 )
+_PROBLEM_IN_LINE = re.compile(
+    r"(?<=[\w.!?)*>$}%\]])[^\S\n]+(?:#+[^\S\n]*|\*\*)?(?:Question|Problem|Exercise|Human|User|Q)[^\S\n]?\d{0,3}:"
+)
+_QUESTION_PARAGRAPH = re.compile(
+    r"\n[^\S\n]*\n(?![^\n]*\b(?:wait|actually|sorry|check|mistake)\b)"
+    r"(?=[^\n]{0,600}\b(?:how (?:many|much|long|far|old|tall|often)|what (?:is|are|was|will|would|fraction|percent))\b[^\n?]{0,300}\?)",
+    re.IGNORECASE,
+)
+_MARKED = re.compile(r"####+[^\S\n]*[*$]*\d|boxed|<answer|\banswers?\b[^\w\n]*(?:is\b|:|=)|答案", re.IGNORECASE)
 _ANSWERED = re.compile(
     r"=|####|\\boxed|\banswers?\b|\b(?:so|therefore|thus|hence)\b|<answer|答|\bans\b|\bantwort|\brespuesta|\br[ée]ponse",
     re.IGNORECASE,
@@ -85,23 +96,27 @@ _NOT_THE_ANSWER = re.compile(
 )
 _HEADING = re.compile(r"[^\S\n]*[*_`:#.\]|]*[^\S\n]*(?=\n|$)")
 _NUMBERED = re.compile(r"[^\S\n]*\(?\d{1,3}\)?[^\S\n]*[*_]*[^\S\n]*[:)]|[^\S\n]+(?:to|for)[^\n:]{0,40}\d[^\n:]{0,40}:")
+_BULLET = re.compile(r"^\s*[-*+•][^\S\n]+(?=\S)")
 _HASHES = re.compile(r"####+[^\S\n]*")
 _BOX = re.compile(r"(?:\\|\x08|(?<![A-Za-z]))(?:boxed|fbox)[^\S\n]*(?:\{|(?=[-+]?\d))|\x08oxed\{")
 _TAG = re.compile(r"<(?:final_?|final )?answer>", re.IGNORECASE)
 _TAG_END = re.compile(r"</(?:final_?|final )?answer>", re.IGNORECASE)
 
 _SENTENCE_END = re.compile(r"[.!?。)\]}*$\"'`]\s*$")
+_SUMS_UP = re.compile(r"\b(?:in total|altogether|in all|overall)\b", re.IGNORECASE)
 _UNFINISHED = re.compile(r",\s+(?!so\b|or\b|and\b)[^\W\d][^,]*$", re.IGNORECASE)
 
 _CORRECTS = re.compile(
     r"(?:^|[\n.?!,;:(—–…-])[^\S\n]*[*_]*(?:(?:oh|but|hmm+|um|ah|no)[,.]?[^\S\n]+)*"
-    r"(?P<cue>wait\b|actually\b|correction\b|corrected\b|sorry\b|apologies\b|my (?:mistake|bad)\b|oops\b|hold on\b|hmm+\b|scratch that\b"
-    r"|rather\b|i mean(?:t)?\b|edit:|no\b(?=[\s]*(?:[,.!;:—–-]|$|\d|\$|it\b|that\b|the\b|wait\b))"
+    r"(?P<cue>wait\b(?=\s*[,.!:;—–-]|\s*$|\s*\n|\s+(?:no|actually|that|i|it|the answer|let)\b)|actually\b|correction\b|corrected\b|sorry\b|apologies\b|my (?:mistake|bad)\b|oops\b|hold on\b|hmm+\b|scratch that\b"
+    r"|rather\b(?! than)|i mean(?:t)?\b|edit:|no\b(?=[\s]*(?:[,.!;:—–-]|$|\d|\$|it\b|that\b|the\b|wait\b))"
     r"|(?:this|that|which|it)(?:'s| is| was) (?:wrong|incorrect|not right|not correct|a mistake)"
-    r"|i (?:made|see) (?:a|an|my) (?:mistake|error)|let me (?:re|fix|correct|double|start over|try again)|re-?check|recalculat|double[- ]check"
+    r"|i (?:made|see) (?:a|an|my) (?:mistake|error)|let me (?:fix|correct (?:that|it|this|my)|start over|try again)"
     r"|there(?:'s| is| was) (?:a|an) (?:mistake|error)|mistake\b|incorrect\b)",
     re.IGNORECASE,
 )
+_RECHECKS = re.compile(r"\b(?:let me (?:re|double)|re-?check|recalculat|re-?comput|double[- ]check)", re.IGNORECASE)
+_CONFIRMS = re.compile(r"\b(?:yes|correct|right|good|matches|confirmed|checks out|consistent|fine)\b", re.IGNORECASE)
 _TAKES_BACK = re.compile(r"\b(?:no|wrong|incorrect|mistake|error|not right|scratch that|oops)\b", re.IGNORECASE)
 
 
@@ -126,9 +141,9 @@ def read_answer(text: str) -> str | None:
     """Read the answer that a text gives, as a canonical number or quantity; None if it gives none, or more than one."""
     text = before_next_problem(after_reasoning(normalize(text)))
     marks = list(_marks(text))
+    marks.sort(key=lambda mark: mark.start)
     for kind in (_FINAL, _MADE_FOR_IT, _MENTIONED):
-        of_kind = sorted((mark for mark in marks if mark.kind == kind), key=lambda mark: mark.start)
-        found = _first_that_stands(text, of_kind[:MARKS_UP_TO])
+        found = _first_that_stands(text, [mark for mark in marks if mark.kind == kind][:MARKS_UP_TO], marks)
         if found is not NOTHING:
             return found.text if isinstance(found, Quantity) else None
     if not marks or all(mark.tentative for mark in marks):
@@ -162,8 +177,14 @@ def before_next_problem(text: str) -> str:
     for posed in _NEXT_PROBLEM.finditer(text):
         answered = answered or _is_answered(text, checked, posed.start())
         if answered:
-            return text[: posed.start()]
+            text = text[: posed.start()]
+            break
         checked = posed.end()
+    for pattern in (_PROBLEM_IN_LINE, _QUESTION_PARAGRAPH):
+        for posed in pattern.finditer(text):
+            if _MARKED.search(text, 0, posed.start()):
+                text = text[: posed.start()]
+                break
     return text
 
 
@@ -224,21 +245,26 @@ def _labelled(text: str, word: re.Match[str]) -> _Mark | None:
     return None
 
 
-def _first_that_stands(text: str, marks: list[_Mark]) -> Quantity | Unread:
-    """Read the first mark that has a content, or the one that the text corrects it to."""
+def _first_that_stands(text: str, of_kind: list[_Mark], marks: list[_Mark]) -> Quantity | Unread:
+    """Read the first mark of a kind that has a content, or the mark, of any kind, that the text corrects it to."""
+    starts = [mark.start for mark in marks]
+
+    def read(mark: _Mark) -> Quantity | Unread:
+        place = bisect_right(starts, mark.start)
+        return _read_mark(text, mark, starts[place] if place < len(starts) else len(text))
+
     found: Quantity | Unread = NOTHING
-    for i, mark in enumerate(marks):
-        stop = marks[i + 1].start if i + 1 < len(marks) else len(text)
-        here = _read_mark(text, mark, stop)
-        if here is NOTHING:
-            continue
-        found = here
-        if i + 1 == len(marks):
-            break
-        between = text[mark.start : stop]
-        gap = between.find("\n\n")
-        if not _CORRECTS.search(between) and not (here is UNCLEAR and gap < 0):
-            break
+    first = next((mark for mark in of_kind if (found := read(mark)) is not NOTHING), None)
+    if first is None:
+        return NOTHING
+    place = bisect_right(starts, first.start)
+    at = first
+    for mark in marks[place : place + MARKS_UP_TO]:
+        between = text[at.start : mark.start]
+        corrects = _CORRECTS.search(between) or _RECHECKS.search(between)
+        narrows = found is UNCLEAR and "\n" in between and "\n\n" not in between
+        if (corrects or narrows) and isinstance(here := read(mark), Quantity):
+            found, at = here, mark
     return found
 
 
@@ -252,7 +278,7 @@ def _read_mark(text: str, mark: _Mark, stop: int) -> Quantity | Unread:
         if start is None or start >= stop or _starts_with_mark(text, start):
             return NOTHING
         end = _end_of_line(text, start)
-        line = re.sub(r"^\s*[-*+•][^\S\n]+(?=\S)", "", text[start:end])
+        line = _BULLET.sub("", text[start:end])
     box = _BOX.search(line)
     if box and box[0].endswith("{"):
         closed = _closing_brace(line, box.end())
@@ -266,7 +292,7 @@ def _read_mark(text: str, mark: _Mark, stop: int) -> Quantity | Unread:
         if corrected is not NOTHING:
             return corrected
     after_hashes = mark.tentative and bool(_HASHES.search(text, max(0, mark.start - 12), mark.start))
-    found = read_content(line, lead_only=True)
+    found = NOTHING if begins_like_heading(line) else read_content(line, lead_only=True)
     if found is NOTHING and not after_hashes:
         return conclusion(block) if rest.strip() else read_content(line)
     return found
@@ -277,7 +303,9 @@ def _corrected(block: str) -> Quantity | Unread:
     cues = list(_CORRECTS.finditer(block))
     for cue in reversed(cues):
         before, after = block[: cue.start("cue")], block[cue.end("cue") :].lstrip(" ,.:;!—–-\n")
-        if not re.search(r"\d", before):
+        if not re.search(r"\d", before) or (
+            _CONFIRMS.search(after) and not _TAKES_BACK.search(cue["cue"] + " " + after)
+        ):
             continue
         if re.search(r"\d", after):
             found = read_content(after.split("\n\n")[0])
@@ -296,12 +324,15 @@ def _implied(text: str) -> Quantity | Unread:
     if not lines:
         return NOTHING
     last = lines[-1].rstrip()
+    if begins_like_heading(last):
+        last = re.sub(r"^[\s*_]*\d+\s*[.):]", "", last)
+    last = _BULLET.sub("", last)
     ended = bool(_SENTENCE_END.search(last))
     if not ended and _UNFINISHED.search(last[-400:]):
         return NOTHING
     found = read_content(last, lead_only=True)
     if found is NOTHING:
-        found = conclusion(last, alone=ended and len(lines) == 1)
+        found = conclusion(last, alone=ended and (len(lines) == 1 or bool(_SUMS_UP.search(last))))
     return found
 
 
@@ -314,7 +345,7 @@ def _implied_after(text: str, mark: _Mark) -> Quantity | Unread:
 def _says_something(line: str) -> bool:
     """Whether a line has a letter or digit outside a placeholder such as `[number]`."""
     line = re.sub(r"[\[<({][^\d\[\]<>(){}\n]{1,40}[\]>)}]", " ", line[:400])
-    line = re.sub(r"\\(?:begin|end)\s*\{[^{}]*\}|```\w*|\\[()\[\]]", " ", line)
+    line = re.sub(r"\\(?:begin|end)\s*\{[^{}]*\}|^\s*```\w*\s*$|\\[()\[\]]", " ", line)
     return bool(re.search(r"[^\W_]", line))
 
 

@@ -43,6 +43,8 @@ class Quantity:
 
 
 class Token(NamedTuple):
+    """A word, number or sign."""
+
     kind: str
     text: str
     glued: bool  # nothing stands between it and the token before
@@ -74,7 +76,7 @@ _PLAIN = re.compile(r"[*_`\s]*([-+]?)\$?([0-9][0-9,]*)(\.[0-9]+)?\.?[*_`\s]*")
 
 _MULTIPLIERS = {
     "hundred": 10**2, "thousand": 10**3, "thousands": 10**3, "k": 10**3, "million": 10**6, "millions": 10**6, "mn": 10**6,
-    "mio": 10**6, "m": 10**6, "billion": 10**9, "billions": 10**9, "bn": 10**9, "b": 10**9, "trillion": 10**12, "lakh": 10**5,
+    "mio": 10**6, "mil": 10**6, "m": 10**6, "billion": 10**9, "billions": 10**9, "bn": 10**9, "b": 10**9, "trillion": 10**12, "lakh": 10**5,
     "crore": 10**7,
 }  # fmt: skip
 _GLUED_ONLY = {"k": "kK", "m": "M", "b": "B"}
@@ -108,6 +110,13 @@ _UNITS = {
     )
     for name in names
 }  # fmt: skip
+
+
+_PARTS = {
+    "length": {"in": _UNITS["inches"]},
+    "metric length": {"m": _UNITS["meters"]},
+}
+"""Words and letters that are units only after a larger one of the dimension."""
 
 
 def tokens_of(text: str) -> Iterator[Token]:
@@ -158,6 +167,7 @@ def is_named(tokens: Sequence[Token], i: int) -> bool:
 
 
 def has_number(tokens: Sequence[Token]) -> bool:
+    """Whether there is a number that is not part of a name."""
     return any(token.kind == "number" and not is_named(tokens, i) for i, token in enumerate(tokens))
 
 
@@ -188,6 +198,8 @@ class QuantityParser:
         self.parts = 1
         text = canonical(value)
         if self._kind() == "percent" or self._word() in ("percent", "pct"):
+            if any(token.kind == "operator" and token.text in "*+^" for token in self.tokens[start : self.at]):
+                return UNCLEAR  # `24 * 75%`
             self.at += 1
             return Quantity(f"{text}%", (text, canonical(value / 100)))
         if self._word() in ("dozen", "dozens"):
@@ -350,10 +362,14 @@ class QuantityParser:
                 value += smaller * following
         return _bounded(value)
 
-    def _unit(self) -> _Unit | None:
+    def _unit(self, dimension: str | None = None) -> _Unit | None:
+        """Read a unit; a part of a larger quantity has the dimension of that quantity, which tells what a letter means."""
         if self._kind() == "cent":
             self.at += 1
             return _UNITS["cents"]
+        if dimension is not None:
+            self.at += 1
+            return _PARTS.get(dimension, {}).get(self._word(-1)) or _UNITS.get(self._word(-1))
         unit = _UNITS.get(self._word())
         if unit is None or (len(self._word()) == 1 and not self._glued() and self._word() not in "hms"):
             return None
@@ -370,7 +386,7 @@ class QuantityParser:
         if self._kind() == "number":
             value = _fraction(self._text())
             self.at += 1
-            smaller = self._unit()
+            smaller = self._unit(unit.dimension)
             if value is not None and smaller and smaller.dimension == unit.dimension and smaller.size < unit.size:
                 return value, smaller
         self.at = start

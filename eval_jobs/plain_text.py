@@ -15,7 +15,9 @@ _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-
 _POWER = re.compile(r"(?<=[0-9)])[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 _OTHER_SUPERSCRIPT = re.compile(r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻]")
 _VULGAR = re.compile(r"[¼½¾⅐-⅞↉]")
-_INVISIBLE = re.compile("[\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\ufeff]")
+_INVISIBLE = re.compile(
+    "[\u00ad\u061c\u180e\u200b-\u200f\u202a-\u202e\u2060-\u2064\u2066-\u2069\u20e3\ufe00-\ufe0f\ufeff]"
+)
 _FOREIGN_DIGIT = re.compile(r"(?![0-9])\d")
 _CHARACTERS = str.maketrans(
     {
@@ -28,7 +30,7 @@ _CHARACTERS = str.maketrans(
 
 _STRUCK = re.compile(r"~~[^~\n]*~~|\\(?:cancel|xcancel|bcancel|sout)\s*\{[^{}]*\}")
 _WRAPPER = re.compile(
-    r"\\(?:text[a-z]*|math[a-z]+|operatorname|mbox|hbox|fbox|boxed|underline|overline|emph|bf|bm|boldsymbol|ensuremath|color"
+    r"\\(?:text[a-z]*|math[a-z]+|operatorname|mbox|hbox|fbox|boxed|underline|emph|bf|bm|boldsymbol|ensuremath|color"
     r"|textcolor\s*\{[^{}]*\}|large|Large|tag)\*?\s*\{([^{}]*)\}"
 )
 _FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
@@ -63,6 +65,12 @@ _SIGN_AND_CURRENCY = re.compile(rf"([-+–])\s*[{CURRENCY}]\s*(?=[\d.])")
 _SQUARE_UNIT = re.compile(
     r"(?<![A-Za-z])((?:sq\s+)?(?:[cmk]?m|ft|in|yd|mi|inch(?:es)?|feet|meters?|metres?|miles?|yards?|units?))\s?\^\s?\(?\s?[23]\s?\)?(?!\d)"
 )
+_ROUNDED = re.compile(
+    r",?\s*(?:\bwhich\s+)?(?:\bis\s+)?(?<![A-Za-z])round(?:ed|s|ing)?\s+(?:(?:up|down|off)\s+)?(?:to|is|gives)\s+(?:about\s+)?"
+    r"(?=[$\d])(?!\d+\s+(?:decimal|digit|place|significant))",
+    re.IGNORECASE,
+)
+_AND_A_HALF = re.compile(r"(?<![\d./,])(\d{1,9})\s+([A-Za-z]{1,20})\s+and\s+a\s+(half|quarter)\b")
 _OPERAND = re.compile(r"\s{0,3}(?:[(\d]|[.-]\d)")
 _MULTIPLES = {"k": "thousand", "m": "million", "mn": "million", "b": "billion", "bn": "billion"}
 
@@ -71,6 +79,7 @@ def normalize(text: str) -> str:
     """Spell a text's digits, signs and spaces in ASCII where that loses nothing."""
     if text.isascii():
         return html.unescape(text) if "&" in text else text
+    text = re.sub(r"−\s+(?=[\d$])", "-", text)
     text = _POWER.sub(lambda match: f"^({match[0].translate(_SUPERSCRIPTS)})", _INVISIBLE.sub("", text))
     text = _VULGAR.sub(lambda match: " " + unicodedata.normalize("NFKC", match[0]), _OTHER_SUPERSCRIPT.sub("", text))
     text = unicodedata.normalize("NFKC", text.translate(_CHARACTERS)).translate(_CHARACTERS)
@@ -81,6 +90,15 @@ def normalize(text: str) -> str:
 def clean(text: str) -> str:
     """Remove LaTeX, Markdown, currency signs, quotation marks and remarks in parentheses from the content of an answer."""
     text = _STRUCK.sub(" ", text)
+    text = re.sub(r"[-=]+>", "→", text.replace("∴", " therefore "))
+    text = re.sub(r"(?<=\d)[,.]-+(?!\d)", "", text)  # `18,-`
+    text = re.sub(r"-{2,}", "–", text)
+    text = _ROUNDED.sub(" ≈ ", text)
+    text = _AND_A_HALF.sub(lambda match: f"{match[1]} {'1/2' if match[3] == 'half' else '1/4'} {match[2]}", text)
+    text = re.sub(r"¢\s?(\d+(?:\.\d+)?)", r"\1 cents", text)
+    text = re.sub(
+        r"\b(?:in conclusion|in summary|to conclude|as a result|in the end)\b,?", "therefore", text, flags=re.IGNORECASE
+    )
     text = _money(text)
     text = re.sub(rf"\\?[{re.escape(CURRENCY)}]", lambda match: "$", text)
     for pattern, replacement in _LATEX[:5]:
@@ -104,7 +122,7 @@ def clean(text: str) -> str:
     text = _SQUARE_UNIT.sub(r"\1", text)
     text = re.sub(r"(?<=\d)\s+%", "%", text)
     text = re.sub(r"(?<![\w'])'|'(?![\w'])", " ", text)
-    text = re.sub(r"^\s*(?:\(?[A-Ha-h][).:]|\([A-Ha-h]\)|[-•>]\s)\s*(?=[\d$+-])", " ", text)
+    text = re.sub(r"^\s*(?:\(?[A-Ha-h][).:]|\([A-Ha-h]\)|•\s)\s*(?=[\d$+])", " ", text)
     text = re.sub(r"[^\S\n]+", " ", text)
     return _without_remarks(text).strip()
 
@@ -154,7 +172,8 @@ def _without_remarks(text: str) -> str:
             )
             left = (parts[-1] if parts and not before.strip() else before).rstrip()[-1:]
             parts.append(before)
-            calculated = (left and left in "+-*/^=≈(") or (after and after in "*/^+")
+            touches = match.start() and before[-1:].isdigit() and not re.search(r"[^\W\d]", group)
+            calculated = touches or (left and left in "+-*/^=≈(") or (after and after in "*/^+")
             alternative = re.match(r"\(\s*or\b", group)
             first = not "".join(parts).strip() and re.search(r"\d", group)
             parts.append(group if calculated or first else f" {group[1:-1]} " if alternative else " ")

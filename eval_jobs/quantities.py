@@ -19,6 +19,7 @@ Nothing here evaluates text. Arithmetic is limited to short numbers and small po
 
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 
 from eval_jobs.exact_numbers import (
     NOTHING,
@@ -38,208 +39,46 @@ from eval_jobs.plain_text import clean, normalize
 MAX_LENGTH = 1_000
 """A content longer than this is read only at its ends, so time is linear in the text."""
 
-_FILLERS = frozenset(
-    [
-        "the",
-        "a",
-        "an",
-        "answer",
-        "final",
-        "is",
-        "are",
-        "was",
-        "be",
-        "equals",
-        "equal",
-        "to",
-        "about",
-        "approximately",
-        "approx",
-        "around",
-        "roughly",
-        "exactly",
-        "only",
-        "just",
-        "nearly",
-        "almost",
-        "total",
-        "all",
-        "altogether",
-        "sum",
-        "result",
-        "value",
-        "therefore",
-        "so",
-        "thus",
-        "hence",
-        "then",
-        "would",
-        "should",
-        "correct",
-        "usd",
-        "eur",
-        "gbp",
-        "rs",
-        "inr",
-        "us",
-        "cad",
-        "aud",
-        "sgd",
-        "hkd",
-        "chf",
-        "maybe",
-        "probably",
-        "perhaps",
-        "i",
-        "think",
-        "believe",
-        "get",
-        "it",
-        "its",
-        "it's",
-        "at",
-        "least",
-        "most",
-        "up",
-        "both",
-    ]
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_FILLERS = _words(
+    "solution conclusion the a an answer final is are was be equals equal to about approximately approx around roughly exactly only "
+    "just nearly almost total all altogether sum result value therefore so thus hence then would should correct "
+    "usd eur gbp rs inr us cad aud sgd hkd chf maybe probably perhaps i think believe get it its it's at least "
+    "most up both"
 )
 """Words that may stand before the quantity that a clause begins with."""
 
-_REMARKS = frozenset(
-    [
-        "in",
-        "for",
-        "of",
-        "per",
-        "every",
-        "out",
-        "from",
-        "at",
-        "after",
-        "with",
-        "within",
-        "each",
-        "by",
-        "on",
-        "because",
-        "since",
-        "as",
-        "when",
-        "if",
-        "which",
-        "that",
-        "while",
-        "who",
-        "instead",
-        "rather",
-        "using",
-        "given",
-        "where",
-        "until",
-        "before",
-        "during",
-        "left",
-        "total",
-        "more",
-        "less",
-        "fewer",
-        "until",
-        "through",
-        "into",
-        "via",
-        "if",
-        "including",
-    ]
+_REMARKS = _words(
+    "in for of per every out from at after with within each by on because since as when if which that while who "
+    "instead rather using given where until before during left total more less fewer until through into via if "
+    "including"
 )
 """Words after which further numbers say something about the quantity, not what it is: `18 apples in 3 bags`."""
 
-_NOT_A_QUANTITY = frozenset(
-    [
-        "than",
-        "over",
-        "under",
-        "above",
-        "below",
-        "not",
-        "isn't",
-        "aren't",
-        "wasn't",
-        "n't",
-        "problem",
-        "question",
-        "step",
-        "example",
-        "exercise",
-        "part",
-        "page",
-        "equation",
-        "line",
-        "case",
-        "note",
-        "option",
-        "chapter",
-        "section",
-        "figure",
-        "table",
-        "version",
-        "method",
-        "choice",
-        "task",
-        "formula",
-        "rule",
-        "theorem",
-        "exceeding",
-        "beyond",
-    ]
+_NOT_A_QUANTITY = _words(
+    "than over under above below not isn't aren't wasn't n't problem question step example exercise part page "
+    "equation line case note option chapter section figure table version method choice task formula rule theorem "
+    "exceeding beyond"
 )
 """Words before a number that is no answer: `step 3`, `more than 18`, `not 18`."""
 
 _REFUSALS = re.compile(
     r"\b(?:cannot|can't|can not|unknown|unclear|undetermined|insufficient|impossible|not enough|unable|don't|do not|undefined)\b"
 )
-_CONCLUDES = frozenset(
-    [
-        "so",
-        "therefore",
-        "thus",
-        "hence",
-        "consequently",
-        "making",
-        "giving",
-        "leaving",
-        "totaling",
-        "totalling",
-        "finally",
-    ]
+_CONCLUDES = _words("so therefore thus hence consequently making giving leaving totaling totalling finally")
+_COPULAS = _words("is are was were equals makes make gives totals")
+_VARIABLES = _words("x y z n i π pi")
+_SHARES = _words("half third thirds quarter quarters fourth fifth twice")
+_SUPPOSES = _words("let if suppose assume given where when say")
+_TOTALS = _words("total sum amount profit loss maximum minimum average balance")
+_BEFORE_QUANTITY = _words(
+    "the her his their these those all about approximately roughly exactly only just around nearly almost usd"
 )
-_TOTALS = frozenset(["total", "sum", "amount", "profit", "loss", "maximum", "minimum", "average", "balance"])
-_BEFORE_QUANTITY = frozenset(
-    ["about", "approximately", "roughly", "exactly", "only", "just", "around", "nearly", "almost", "usd"]
-)
-_ABBREVIATIONS = frozenset(
-    [
-        "approx",
-        "rs",
-        "no",
-        "ans",
-        "sq",
-        "ft",
-        "in",
-        "oz",
-        "lb",
-        "lbs",
-        "mr",
-        "mrs",
-        "ms",
-        "dr",
-        "st",
-        "vs",
-        "e.g",
-        "i.e",
-        "etc",
-    ]
-)
+_ABBREVIATIONS = _words("approx rs no ans sq ft in oz lb lbs mr mrs ms dr st vs e.g i.e etc")
 
 
 def read_quantity(text: str) -> Quantity | Unread:
@@ -306,7 +145,22 @@ def _sentences(text: str) -> list[list[Token]]:
             sentences[-1].append(token)
         elif token.text != "." or before not in _ABBREVIATIONS:
             sentences.append([])
+    sentences = [_with_copula(sentence) for sentence in sentences]
     return [sentence for sentence in sentences if sentence]
+
+
+def _with_copula(tokens: list[Token]) -> list[Token]:
+    """Make an equation of `3 bags of 6 is 18`: a verb between two quantities."""
+    for i in reversed(range(1, len(tokens))):
+        comma = max((place for place in range(i) if tokens[place].kind == "comma"), default=-1)
+        subject = tokens[comma + 1 : i]
+        if tokens[i].text.lower() in _COPULAS and has_number(subject) and not {"and", "or", "but"} & {*_texts(subject)}:
+            after = i + 1
+            while after < len(tokens) and _is_filler(tokens, after):
+                after += 1
+            if after < len(tokens) and tokens[after].kind == "number":
+                return [*tokens[:i], Token("equals", "=", False), *tokens[after:]]
+    return tokens
 
 
 def _clauses(tokens: Sequence[Token]) -> list[list[Token]]:
@@ -358,7 +212,7 @@ def _lead(tokens: Sequence[Token]) -> Quantity | Unread:
     for i, clause in enumerate(clauses[1:], 1):
         bare = clause[1:] if clause[0].text.lower() in ("and", "or", "&") else clause
         if not bare or not (bare[0].kind in ("number", "operator", "open") or _is_variable_equation(bare)):
-            if clause[0].text.lower() in ("and", "or") and has_number(clause):
+            if clause[0].text.lower() in ("and", "or", "but") and has_number(clause) and "not" not in _texts(clause):
                 return UNCLEAR
             continue
         found = _clause(bare)
@@ -402,14 +256,16 @@ def _equation(tokens: Sequence[Token]) -> Quantity | Unread:
         else:
             sides[-1].append(token)
     filled = [side for side in sides if side]
-    if not filled:
+    if not filled or filled[0][0].text.lower() in _SUPPOSES:
         return NOTHING
+    if any(one.kind == "number" and other.glued and other.text in _VARIABLES for one, other in pairwise(tokens)):
+        return UNCLEAR  # `6x = 18`
     if len(sides) > 1 and not sides[-1]:
         return UNCLEAR  # cut before the result
     last = _clause(filled[-1])
     if isinstance(last, Quantity) and not _has_operator(filled[-1]):
         first = _clause(filled[0])
-        rounded = any(token.text == "≈" for token in tokens)
+        rounded = any(token.text in "≈→" for token in tokens)
         if len(filled) == 2 and isinstance(first, Quantity) and not _has_operator(filled[0]) and not rounded:
             same = set(first.values) & set(last.values)
             return last if same or not _is_bare(filled[0]) else UNCLEAR
@@ -437,13 +293,24 @@ def _tail_is_harmless(tokens: Sequence[Token], at: int, found: Quantity) -> bool
     if not rest:
         return True
     head, after = rest[0], rest[1] if len(rest) > 1 else None
-    word_after = after is not None and after.kind == "word" and len(after.text) > 1
+    word_after = (
+        after is not None and after.kind == "word" and (len(after.text) > 1 or (after.glued and after.text in "hsmdwl"))
+    )
     if head.kind == "command" or (head.kind in ("operator", "dash") and not (head.text in "-/–—" and word_after)):
         return head.text in "-+" and after is None
-    if head.kind == "word" and head.glued and head.text in ("x", "y", "z", "n", "i", "π", "pi"):
+    if head.kind == "word" and head.glued and head.text in _VARIABLES:
         return False
+    if head.kind == "word" and head.text in ("k", "K", "M", "B"):
+        return False  # `18 K`: thousands, or kelvins
+    if head.text in (".", "...") and after is not None and after.kind == "command":
+        return False  # a period of decimals
     if head.kind in ("other", "percent") and head.text in "<>≤≥≠±:√π∞" and head.text != "%":
         return head.text == ":" and not has_number(rest)
+    part = "/" in found.text or "%" in found.text or "." in found.text
+    if _texts(rest[:1]) in (["times"], ["divided"], ["multiplied"]) and has_number(rest):
+        return False
+    if part and _texts(rest[:1]) in (["of"], ["off"]) and any(t.kind == "number" for t in rest[1:3]):
+        return False  # `3/4 of 24`, `20% of 40`
     words: list[str] = []
     for i, token in enumerate(rest):
         if token.kind == "number" and not (token.glued and i and rest[i - 1].kind == "word"):
@@ -506,6 +373,8 @@ def _is_one_of_several(tokens: Sequence[Token], i: int) -> bool:
         return True
     if before.text == "-" and i == 1 and not tokens[i].glued:
         return True
+    if before.text.lower() in ("twice", "double") or (before.text == "of" and _word_before(tokens, i - 1) in _SHARES):
+        return True
     return (
         i > 1
         and tokens[i - 2].kind == "number"
@@ -531,6 +400,10 @@ def _has_operator(tokens: Sequence[Token]) -> bool:
     numbers = [i for i, token in enumerate(tokens) if token.kind == "number"]
     plain_fraction = len(numbers) == 2 and tokens[numbers[0] + 1].text == "/" and numbers[1] == numbers[0] + 2
     return len(numbers) > 1 and not plain_fraction and any(token.kind == "operator" for token in tokens)
+
+
+def _texts(tokens: Sequence[Token]) -> list[str]:
+    return [token.text.lower() for token in tokens]
 
 
 def _is_bare(tokens: Sequence[Token]) -> bool:
