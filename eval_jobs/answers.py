@@ -21,8 +21,11 @@ from eval_jobs.exact_numbers import NOTHING, UNCLEAR, Quantity, Unread
 from eval_jobs.plain_text import normalize
 from eval_jobs.quantities import begins_like_heading, conclusion, read_content
 
-MARKS_UP_TO = 64
+MARKS_UP_TO = 16
 """Marks of a kind that are looked at: the first counts, so a text that repeats them for ever is cheap."""
+
+BLOCK_UP_TO = 2_000
+"""Characters of a block in which corrections are looked for."""
 
 _FINAL, _MADE_FOR_IT, _MENTIONED = 0, 1, 2
 
@@ -46,9 +49,9 @@ _TURN_ENDS = re.compile(
     re.IGNORECASE,
 )
 _NEXT_PROBLEM = re.compile(
-    r"^[^\S\n]*(?:[>#*_\-=\[(]+[^\S\n]*)*"
+    r"^[ \t>#*_\-=\[(]{0,24}"
     r"(?:(?:(?:new|next|another|second|third|follow-?up|similar|related|bonus|extra|practice|here(?:'s| is) (?:another|a new|the next))"
-    r"[^\S\n]+)*(?:question|problem|exercise|example|puzzle|task|instruction|instructions|input|prompt|query|user|human|student|q)"
+    r"[^\S\n]+){0,3}(?:question|problem|exercise|example|puzzle|task|instruction|instructions|input|prompt|query|user|human|student|q)"
     r"(?:[^\S\n]*(?:no\.?|number|\#)?[^\S\n]*\d{1,4})?[*_\]\s)]*(?::|\.(?=\s)|$|(?<=\d)\)|(?=\n))"
     r"|(?:let's|let us|now)[^\S\n]+(?:try|do|solve|consider|look at|move on to)[^\S\n]+(?:another|a new|a different|the next|one more)\b"
     r"|you are an?[^\S\n]+(?:ai|helpful|assistant)"
@@ -180,11 +183,10 @@ def before_next_problem(text: str) -> str:
             text = text[: posed.start()]
             break
         checked = posed.end()
-    for pattern in (_PROBLEM_IN_LINE, _QUESTION_PARAGRAPH):
-        for posed in pattern.finditer(text):
-            if _MARKED.search(text, 0, posed.start()):
-                text = text[: posed.start()]
-                break
+    if (marked := _MARKED.search(text)) is not None:
+        for pattern in (_PROBLEM_IN_LINE, _QUESTION_PARAGRAPH):
+            if (unannounced := pattern.search(text, marked.end())) is not None:
+                text = text[: unannounced.start()]
     return text
 
 
@@ -200,12 +202,12 @@ def _marks(text: str) -> Iterator[_Mark]:
     for match in _TAG.finditer(text):
         end = _TAG_END.search(text, match.end(), match.end() + 2_000)
         yield _Mark(_MADE_FOR_IT, match.end(), end.start() if end else None)
+    closing = _closing_braces(text) if _BOX.search(text) else {}
     for match in _BOX.finditer(text):
         if not match[0].endswith("{"):
             yield _Mark(_MADE_FOR_IT, match.end(), _end_of_line(text, match.end()))
         else:  # a box that is never closed was cut
-            stop = _closing_brace(text, match.end())
-            yield _Mark(_MADE_FOR_IT, match.end(), match.end() if stop is None else stop)
+            yield _Mark(_MADE_FOR_IT, match.end(), closing.get(match.end() - 1, match.end()))
     for match in _HASHES.finditer(text):
         if not begins_like_heading(text[match.end() : match.end() + 40]):
             yield _Mark(_MADE_FOR_IT, match.end(), tentative=True)
@@ -260,7 +262,7 @@ def _first_that_stands(text: str, of_kind: list[_Mark], marks: list[_Mark]) -> Q
     place = bisect_right(starts, first.start)
     at = first
     for mark in marks[place : place + MARKS_UP_TO]:
-        between = text[at.start : mark.start]
+        between = text[max(at.start, mark.start - BLOCK_UP_TO) : mark.start]
         corrects = _CORRECTS.search(between) or _RECHECKS.search(between)
         narrows = found is UNCLEAR and "\n" in between and "\n\n" not in between
         if (corrects or narrows) and isinstance(here := read(mark), Quantity):
@@ -281,14 +283,14 @@ def _read_mark(text: str, mark: _Mark, stop: int) -> Quantity | Unread:
         line = _BULLET.sub("", text[start:end])
     box = _BOX.search(line)
     if box and box[0].endswith("{"):
-        closed = _closing_brace(line, box.end())
+        closed = _closing_braces(line).get(box.end() - 1)
         if closed is not None:
             return read_content(line[box.end() : closed])
     paragraph_end = text.find("\n\n", end, stop)
     rest = text[end : paragraph_end if paragraph_end >= 0 else stop]
     block = line + rest
     if not mark.tentative or isinstance(read_content(line, lead_only=True), Quantity):
-        corrected = _corrected(block)
+        corrected = _corrected(block[:BLOCK_UP_TO])
         if corrected is not NOTHING:
             return corrected
     after_hashes = mark.tentative and bool(_HASHES.search(text, max(0, mark.start - 12), mark.start))
@@ -372,11 +374,13 @@ def _end_of_line(text: str, at: int) -> int:
     return len(text) if end < 0 else end
 
 
-def _closing_brace(text: str, at: int) -> int | None:
-    """Return the place of the brace that closes the group that `at` is in; None if it is never closed."""
-    depth = 1
-    for match in re.compile(r"[{}]").finditer(text, at):
-        depth += 1 if match[0] == "{" else -1
-        if depth == 0:
-            return match.start()
-    return None
+def _closing_braces(text: str) -> dict[int, int]:
+    """Return, for the place of each brace that is closed, where it is closed."""
+    opened: list[int] = []
+    closed: dict[int, int] = {}
+    for match in re.finditer(r"[{}]", text):
+        if match[0] == "{":
+            opened.append(match.start())
+        elif opened:
+            closed[opened.pop()] = match.start()
+    return closed

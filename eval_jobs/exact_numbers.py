@@ -1,8 +1,7 @@
 r"""Reads an exact number, with what belongs to it, from the beginning of a cleaned text's tokens.
 
 Grammar: sums, products and powers of numbers in any usual spelling (`1,234.50`, `12 500`, `1 1/2`, `2e3`), multiplied by words
-(`2 million`) and followed by a unit, or by several of one dimension (`2 hours 30 minutes`). Values are exact (`Fraction`) and are
-compared as canonical strings; numbers too long to calculate with are compared all the same. Nothing evaluates text: numbers
+(`2 million`) and followed by a unit, or by several of one dimension (`2 hours 30 minutes`). Values are exact and are compared as canonical strings; numbers too long to calculate with are compared all the same. Nothing evaluates text: numbers
 and powers are bounded.
 """
 

@@ -152,9 +152,11 @@ def _sentences(text: str) -> list[list[Token]]:
 def _with_copula(tokens: list[Token]) -> list[Token]:
     """Make an equation of `3 bags of 6 is 18`: a verb between two quantities."""
     for i in reversed(range(1, len(tokens))):
+        if tokens[i].text.lower() not in _COPULAS:
+            continue
         comma = max((place for place in range(i) if tokens[place].kind == "comma"), default=-1)
         subject = tokens[comma + 1 : i]
-        if tokens[i].text.lower() in _COPULAS and has_number(subject) and not {"and", "or", "but"} & {*_texts(subject)}:
+        if has_number(subject) and not {"and", "or", "but"} & {*_texts(subject)}:
             after = i + 1
             while after < len(tokens) and _is_filler(tokens, after):
                 after += 1

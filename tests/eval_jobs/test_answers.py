@@ -1,8 +1,17 @@
 """The default way of reading: many ways of writing an answer, each with what a careful reader would read."""
 
+import random
+import time
+from decimal import Decimal
+from fractions import Fraction
+
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from eval_jobs.answers import read_answer
+from eval_jobs.exact_numbers import canonical
+from eval_jobs.quantities import same_quantity
 
 LABELS = [
     ("Answer: 42", "42"),
@@ -308,7 +317,6 @@ NUMBERS = [
     ("1️⃣8️⃣", "18"),
     ("1e400", None),
     # More than one reading:
-    ("- 18", None),
     ("75% of 24", None),
     ("3/4 of 24", None),
     ("24 * 75%", None),
@@ -437,6 +445,8 @@ WHICH_COUNTS = [
     ("Answer: 20\n\nLet me re-check: 3 * 6 = 18. The answer is 18.", "18"),
     ("Answer: 20 (I made a mistake, it should be 18)", "18"),
     ("The answer is 18 and the answer is 20", None),
+    ("Answer: - 18", None),
+    ("Answer:\n- 18", "18"),
     # No mark, and one reading.
     ("18", "18"),
     ("**18**", "18"),
@@ -468,3 +478,86 @@ def test_which_part_is_the_answer(text: str, answer: str | None) -> None:
 def test_a_quantity_is_read_whole_or_not_at_all(text: str, answer: str | None) -> None:
     assert read_answer(f"Three bags of six.\nAnswer: {text}") == answer
     assert read_answer(f"**Final Answer:**\n{text}") == answer
+
+
+STYLES = [
+    "Answer: {}", "**Answer:** {}", "**Final Answer:** {}", "### Final Answer\n\n{}", "The answer is {}.", "So it is {}.\nAnswer: {}",
+    "#### {}", "<answer>{}</answer>", "\\boxed{{{}}}", "Answer: $\\boxed{{{}}}$", "Answer: ${}$", "Answer: \\({}\\)", "Answer: {} eggs",
+    "Answer: [{}]", "<think>Answer: 0</think>\nAnswer: {}", "Answer: {}\n\nQuestion: 1 + 1?\nAnswer: 2", "Answer: x = {}", "Answer: **{}**",
+    "Answer: \\text{{{}}}", "{}", "Answer: {}<|im_end|>", '{{"answer": "{}"}}', "Answer: about {}", "最终答案：{}",
+]  # fmt: skip
+
+
+def spelled(value: Decimal) -> list[str]:
+    """Spellings of a number that leave no doubt."""
+    plain = f"{value:f}"
+    grouped = f"{value:,f}"
+    spellings = [plain, plain.replace("-", "\u2212"), grouped, grouped.replace(",", "{,}"), grouped.replace(",", "'")]
+    spellings += [grouped.replace(",", space) for space in ("\u00a0", "\u2009", "\u202f", "\\,")]
+    spellings += [
+        f"-${plain[1:]}" if value < 0 else f"${plain}",
+        plain.translate({48 + n: 0xFF10 + n for n in range(10)}),
+    ]
+    spellings += [plain.translate({48 + n: 0x0660 + n for n in range(10)})]
+    over, under = abs(value).as_integer_ratio()
+    spellings += [f"{'-' * (value < 0)}{over}/{under}", f"{'-' * (value < 0)}\\frac{{{over}}}{{{under}}}"]
+    return spellings
+
+
+@settings(deadline=None)
+@given(st.decimals(-(10**9), 10**9, places=2), st.sampled_from(STYLES), st.randoms(use_true_random=False))
+def test_a_number_in_any_style_reads_back(number: Decimal, style: str, choose: random.Random) -> None:
+    number = number if number else Decimal("0.00")
+    for spelling in choose.sample(spelled(number), 4):
+        text = style.replace("{}", spelling).replace("{{", "{").replace("}}", "}")
+        found = read_answer(text)
+        assert found is not None, text
+        assert same_quantity(found, str(number)), (text, found)
+        assert not same_quantity(found, str(number + 1)), (text, found)
+
+
+@settings(deadline=None)
+@given(st.text(alphabet=st.one_of(st.characters(), st.sampled_from("0123456789.,$-−–#\\{}[]()<>|*/^=%: \nAnswer"))))
+def test_no_text_breaks_the_reading_and_what_is_read_reads_back(text: str) -> None:
+    for written in (text, f"Answer: {text}", f"\\boxed{{{text}}}", f"#### {text}"):
+        found = read_answer(written)
+        assert found is None or same_quantity(found, found), (written, found)
+
+
+@settings(deadline=None)
+@given(st.fractions(max_denominator=10**6))
+def test_values_are_spelled_in_one_way(value: Fraction) -> None:
+    assert Fraction(canonical(value)) == value
+    assert same_quantity(f"{value.numerator * 3}/{value.denominator * 3}", canonical(value))
+
+
+@pytest.mark.parametrize(
+    ("answer", "gold", "same"),
+    [
+        ("18", "18.0", True), ("18", "1,8", False), ("1234", "1,234", True), ("0.5", "1/2", True), ("1/3", "0.333", False),
+        ("0.1000000000000000000000000000000001", "0.1", False), ("12345678901234567891", "12345678901234567890", False),
+        ("50%", "50", True), ("50%", "0.5", True), ("0.5", "50", False), ("0.5", "50%", True), ("50%", "5", False),
+        ("550 cents", "550", True), ("550 cents", "5.5", True), ("5.5", "550", False), ("3 dozen", "36", True), ("3 dozen", "3", True),
+        ("2 hours 30 minutes", "150", True), ("2 hours 30 minutes", "2.5", True), ("2 hours 30 minutes", "2", False),
+        ("5 dollars 50 cents", "5.5", True), ("5 dollars 50 cents", "5", False), ("18", "$18.00", True), ("18", "18 apples", True),
+        ("18", "blue", False), ("18", "", False),
+    ],
+)  # fmt: skip
+def test_values_are_compared_exactly(answer: str, gold: str, same: bool) -> None:
+    assert same_quantity(answer, gold) is same
+
+
+PIECES = [
+    "Answer: ", "Answer: 18\n", "Answer: [number]\n", "answer is ", "#### ", "#### 1\n", "\\boxed{", "\\boxed{1}", "{", "(", "1 + ", "1,", "1 000 ", "1/2 ",
+    "so 18, ", "so ", "\\frac{1}{2}", "\\frac", "<think>", "</think>", "Question: ", "\n", "\n\n", " ", "**", "- ", "wait, no, ", "Wait.\nAnswer: 1\n",
+    "2 hours 30 minutes ", "two hundred and ", "= ", "x = 3, ", "٣", "½", "$", "<answer>", "How many?\n\n", "7", "~~", "\\text{", "e9", ". ", "^2", "¢5",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_time_is_linear(piece: str) -> None:
+    text = piece * (200_000 // len(piece))
+    for written in (text, "Answer: " + text, text + "\nAnswer: 18", "Answer: 18\n" + text):
+        started = time.process_time()
+        read_answer(written)
+        assert time.process_time() - started < 2

@@ -18,7 +18,7 @@ def test_the_summary_is_printed_with_its_warnings(tmp_path: Path) -> None:
     said = out.getvalue()
     for words in (
         "stand-in on arithmetic",
-        "→ answer_line",
+        "→ answer",
         "2/4",
         "50.0%",
         "15.0–85.0%",
@@ -27,7 +27,7 @@ def test_the_summary_is_printed_with_its_warnings(tmp_path: Path) -> None:
         "activations: 4 rollouts × 1 keys, 5 rows each, in /store/s",
         "warning: failed samples: 1",
         "warning: 1 of 4 outputs were cut at the token limit: raise --max-tokens.",
-        "warning: answer_line found no answer in 1 of 4 outputs.",
+        "warning: answer found no answer in 1 of 4 outputs.",
         "warning: extractors disagree about 1 of 4 outputs: gsm8k_0003.",
         f"report: {run.path / 'report.html'}",
     ):

@@ -12,11 +12,13 @@ from eval_jobs.problems import gold_answer
 from eval_jobs.scoring import EXTRACTORS, same_number, score
 
 WRITTEN_FOR = {
+    "answer": "So it is done.\n**Final Answer:** {}",
     "answer_line": "So it is done.\nAnswer: {}",
     "gsm8k_strict": "So it is done.\n#### {}",
     "cot_strict": "The answer is {}.\n",
     "flexible": "It comes to {} in the end",
     "boxed": r"So it is \boxed{{{}}}.",
+    "math_verify": r"So the final answer is $\boxed{{{}}}$.",
 }
 """A text each extractor is made for."""
 
