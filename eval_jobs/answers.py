@@ -50,10 +50,12 @@ _TURN_ENDS = re.compile(
 )
 _NEXT_PROBLEM = re.compile(
     r"^[ \t>#*_\-=\[(]{0,24}"
-    r"(?:(?:(?:new|next|another|second|third|follow-?up|similar|related|bonus|extra|practice|here(?:'s| is) (?:another|a new|the next))"
+    r"(?:(?:(?:new|next|another|second|third|follow-?up|similar|related|bonus|extra|practice"
+    r"|here(?:'s| is) (?:another|a new|the next))"
     r"[^\S\n]+){0,3}(?:question|problem|exercise|example|puzzle|task|instruction|instructions|input|prompt|query|user|human|student|q)"
     r"(?:[^\S\n]*(?:no\.?|number|\#)?[^\S\n]*\d{1,4})?[*_\]\s)]*(?::|\.(?=\s)|$|(?<=\d)\)|(?=\n))"
-    r"|(?:let's|let us|now)[^\S\n]+(?:try|do|solve|consider|look at|move on to)[^\S\n]+(?:another|a new|a different|the next|one more)\b"
+    r"|(?:let's|let us|now)[^\S\n]+(?:try|do|solve|consider|look at|move on to)[^\S\n]+"
+    r"(?:another|a new|a different|the next|one more)\b"
     r"|you are an?[^\S\n]+(?:ai|helpful|assistant)"
     r"|(?:frage|pregunta|problema|pytanie|вопрос|задача|问题|問題|题目|문제|السؤال|سؤال|प्रश्न)[^\S\n]*\d{0,3}[*_]*[^\S\n]*:)",
     re.IGNORECASE | re.MULTILINE,
@@ -63,7 +65,8 @@ _PROBLEM_IN_LINE = re.compile(
 )
 _QUESTION_PARAGRAPH = re.compile(
     r"\n[^\S\n]*\n(?![^\n]*\b(?:wait|actually|sorry|check|mistake)\b)"
-    r"(?=[^\n]{0,600}\b(?:how (?:many|much|long|far|old|tall|often)|what (?:is|are|was|will|would|fraction|percent))\b[^\n?]{0,300}\?)",
+    r"(?=[^\n]{0,600}\b(?:how (?:many|much|long|far|old|tall|often)"
+    r"|what (?:is|are|was|will|would|fraction|percent))\b[^\n?]{0,300}\?)",
     re.IGNORECASE,
 )
 _MARKED = re.compile(r"####+[^\S\n]*[*$]*\d|boxed|<answer|\banswers?\b[^\w\n]*(?:is\b|:|=)|答案", re.IGNORECASE)
@@ -111,7 +114,8 @@ _UNFINISHED = re.compile(r",\s+(?!so\b|or\b|and\b)[^\W\d][^,]*$", re.IGNORECASE)
 
 _CORRECTS = re.compile(
     r"(?:^|[\n.?!,;:(—–…-])[^\S\n]*[*_]*(?:(?:oh|but|hmm+|um|ah|no)[,.]?[^\S\n]+)*"
-    r"(?P<cue>wait\b(?=\s*[,.!:;—–-]|\s*$|\s*\n|\s+(?:no|actually|that|i|it|the answer|let)\b)|actually\b|correction\b|corrected\b|sorry\b|apologies\b|my (?:mistake|bad)\b|oops\b|hold on\b|hmm+\b|scratch that\b"
+    r"(?P<cue>wait\b(?=\s*[,.!:;—–-]|\s*$|\s*\n|\s+(?:no|actually|that|i|it|the answer|let)\b)"
+    r"|actually\b|correction\b|corrected\b|sorry\b|apologies\b|my (?:mistake|bad)\b|oops\b|hold on\b|hmm+\b|scratch that\b"
     r"|rather\b(?! than)|i mean(?:t)?\b|edit:|no\b(?=[\s]*(?:[,.!;:—–-]|$|\d|\$|it\b|that\b|the\b|wait\b))"
     r"|(?:this|that|which|it)(?:'s| is| was) (?:wrong|incorrect|not right|not correct|a mistake)"
     r"|i (?:made|see) (?:a|an|my) (?:mistake|error)|let me (?:fix|correct (?:that|it|this|my)|start over|try again)"

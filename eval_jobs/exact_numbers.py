@@ -1,8 +1,9 @@
 r"""Reads an exact number, with what belongs to it, from the beginning of a cleaned text's tokens.
 
 Grammar: sums, products and powers of numbers in any usual spelling (`1,234.50`, `12 500`, `1 1/2`, `2e3`), multiplied by words
-(`2 million`) and followed by a unit, or by several of one dimension (`2 hours 30 minutes`). Values are exact and are compared as canonical strings; numbers too long to calculate with are compared all the same. Nothing evaluates text: numbers
-and powers are bounded.
+(`2 million`) and followed by a unit, or by several of one dimension (`2 hours 30 minutes`). Values are exact and are compared
+as canonical strings; numbers too long to calculate with are compared all the same. Nothing evaluates text: numbers and powers
+are bounded.
 """
 
 import re
@@ -75,7 +76,8 @@ _PLAIN = re.compile(r"[*_`\s]*([-+]?)\$?([0-9][0-9,]*)(\.[0-9]+)?\.?[*_`\s]*")
 
 _MULTIPLIERS = {
     "hundred": 10**2, "thousand": 10**3, "thousands": 10**3, "k": 10**3, "million": 10**6, "millions": 10**6, "mn": 10**6,
-    "mio": 10**6, "mil": 10**6, "m": 10**6, "billion": 10**9, "billions": 10**9, "bn": 10**9, "b": 10**9, "trillion": 10**12, "lakh": 10**5,
+    "mio": 10**6, "mil": 10**6, "m": 10**6, "billion": 10**9, "billions": 10**9,
+    "bn": 10**9, "b": 10**9, "trillion": 10**12, "lakh": 10**5,
     "crore": 10**7,
 }  # fmt: skip
 _GLUED_ONLY = {"k": "kK", "m": "M", "b": "B"}

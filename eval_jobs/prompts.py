@@ -90,8 +90,8 @@ Problem: {question}""",
     stop=("\nProblem:",),
 )
 """Reason step by step, then a last line `Answer: [number]`. The examples are for very small models: SmolLM2-135M, told in
-words alone, wrote no such line in 48 replies to `arithmetic`; shown it, it wrote one in 15 of 24. A model that goes on with a problem of its own is stopped
-there."""
+words alone, wrote no such line in 48 replies to `arithmetic`; shown it, it wrote one in 15 of 24. A model that goes on with a
+problem of its own is stopped there."""
 
 ANSWER_LINE_1 = replace(ANSWER_LINE, version=1, stop=(), extractor="answer_line")
 """The first version, without a stop, so that runs that began with it can be continued."""

@@ -45,8 +45,8 @@ def _words(text: str) -> frozenset[str]:
 
 
 _FILLERS = _words(
-    "solution conclusion the a an answer final is are was be equals equal to about approximately approx around roughly exactly only "
-    "just nearly almost total all altogether sum result value therefore so thus hence then would should correct "
+    "solution conclusion the a an answer final is are was be equals equal to about approximately approx around roughly exactly "
+    "only just nearly almost total all altogether sum result value therefore so thus hence then would should correct "
     "usd eur gbp rs inr us cad aud sgd hkd chf maybe probably perhaps i think believe get it its it's at least "
     "most up both"
 )
@@ -67,7 +67,8 @@ _NOT_A_QUANTITY = _words(
 """Words before a number that is no answer: `step 3`, `more than 18`, `not 18`."""
 
 _REFUSALS = re.compile(
-    r"\b(?:cannot|can't|can not|unknown|unclear|undetermined|insufficient|impossible|not enough|unable|don't|do not|undefined)\b"
+    r"\b(?:cannot|can't|can not|unknown|unclear|undetermined|insufficient|impossible|not enough|unable"
+    r"|don't|do not|undefined)\b"
 )
 _CONCLUDES = _words("so therefore thus hence consequently making giving leaving totaling totalling finally")
 _COPULAS = _words("is are was were equals makes make gives totals")

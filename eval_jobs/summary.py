@@ -23,8 +23,8 @@ VERDICTS = ("correct", "wrong", "no_answer")
 
 
 class _Row(NamedTuple):
-    """What of a sample is kept: per extractor of `NAMES`, what it read and whether that is right; None if it was recorded before
-    there was such an extractor."""
+    """What of a sample is kept: per extractor of `NAMES`, what it read and whether that is right (None if the sample is older
+    than the extractor)."""
 
     problem: str
     answers: tuple[str | None, ...]

@@ -9,10 +9,27 @@ from math_verify import parse, verify
 from eval_jobs.symbolic import MAX_LENGTH, read_symbolic, same_expression
 
 TEXTS = [
-    "Answer: 18", "The final answer is $\\boxed{18}$.", "#### 18", "\\boxed{\\frac{36}{2}}", "$x = 18$", "Answer: 3 * 6", "18.00", "Answer: 1,8",
-    "Answer: 1800%", "\\boxed{50\\%}", "so 3 * 6 = 18 and 2 more", "\\boxed{17}", "eighteen", "", "Answer: -18", "Answer: 2^4 + 2", "**18**",
-    "\\boxed{\\text{18 apples}}", "$18$ or $20$", "\\boxed{18, 20}",
-]  # fmt: skip
+    "Answer: 18",
+    "The final answer is $\\boxed{18}$.",
+    "#### 18",
+    "\\boxed{\\frac{36}{2}}",
+    "$x = 18$",
+    "Answer: 3 * 6",
+    "18.00",
+    "Answer: 1,8",
+    "Answer: 1800%",
+    "\\boxed{50\\%}",
+    "so 3 * 6 = 18 and 2 more",
+    "\\boxed{17}",
+    "eighteen",
+    "",
+    "Answer: -18",
+    "Answer: 2^4 + 2",
+    "**18**",
+    "\\boxed{\\text{18 apples}}",
+    "$18$ or $20$",
+    "\\boxed{18, 20}",
+]
 
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -30,11 +47,25 @@ def test_it_reads_in_a_thread() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "\\boxed{9^{9^{9}}}", "Answer: 9^9^9", "9**9**9", "\\boxed{99999999!}", "$((9^9)^9)^9$", "\\boxed{\\binom{9999999}{4999999}}",
-        "$9^{99999999}$", "$(99!)!$", "$\\sum_{i=1}^{9999999} i^2$", "Answer: 1e999999999", "$" + "(" * 400 + "1" + ")" * 400 + "$",
-        "$" + "-" * 900 + "1$", "{" * 50_000, "$" * 50_000, "\\boxed{" * 20_000, "1+" * 50_000, "7" * 200_000,
+        "\\boxed{9^{9^{9}}}",
+        "Answer: 9^9^9",
+        "9**9**9",
+        "\\boxed{99999999!}",
+        "$((9^9)^9)^9$",
+        "\\boxed{\\binom{9999999}{4999999}}",
+        "$9^{99999999}$",
+        "$(99!)!$",
+        "$\\sum_{i=1}^{9999999} i^2$",
+        "Answer: 1e999999999",
+        "$" + "(" * 400 + "1" + ")" * 400 + "$",
+        "$" + "-" * 900 + "1$",
+        "{" * 50_000,
+        "$" * 50_000,
+        "\\boxed{" * 20_000,
+        "1+" * 50_000,
+        "7" * 200_000,
     ],
-)  # fmt: skip
+)
 def test_time_is_bounded(text: str) -> None:
     read_symbolic("Answer: 1")  # imports the library
     started = time.process_time()
