@@ -20,6 +20,7 @@ def test_the_summary_is_printed_with_its_warnings(tmp_path: Path) -> None:
         "stand-in on arithmetic",
         "→ answer",
         "2/4",
+        "verdicts of answer: 2 correct, 1 wrong, 1 no answer found",
         "50.0%",
         "15.0–85.0%",
         "tokens: 40 in, 10 out",

@@ -34,6 +34,7 @@ async def test_an_answer_is_scored_by_every_extractor(server: StandIn, plan: Rol
         "cot_strict": None,
         "flexible": "3",
         "boxed": None,
+        "math_verify": "3",
     }
     assert [message["role"] for message in sample.messages] == ["user", "assistant"]
     assert sample.response == sample.messages[-1]["content"] == "It is 3.\nAnswer: 3"
