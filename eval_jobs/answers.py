@@ -336,7 +336,9 @@ def _implied(text: str) -> Quantity | Unread:
     ended = bool(_SENTENCE_END.search(last))
     if not ended and _UNFINISHED.search(last[-400:]):
         return NOTHING
-    found = read_content(last, lead_only=True)
+    found = conclusion(last)
+    if found is NOTHING:
+        found = read_content(last, lead_only=True)
     if found is NOTHING:
         found = conclusion(last, alone=ended and (len(lines) == 1 or bool(_SUMS_UP.search(last))))
     return found

@@ -243,6 +243,8 @@ def _clause(tokens: Sequence[Token]) -> Quantity | Unread:
 
 def _is_filler(tokens: Sequence[Token], i: int) -> bool:
     word = tokens[i].text.lower()
+    if word == "at":
+        return i + 1 < len(tokens) and tokens[i + 1].text.lower() in ("least", "most")
     if word == "in":
         return i + 1 < len(tokens) and tokens[i + 1].text.lower() in ("total", "all")
     if word == "of":

@@ -457,6 +457,8 @@ WHICH_COUNTS = [
     ("First 16 - 3 = 13.\nThen 13 + 5 = 18.", "18"),
     ("She has 3 bags of 6.\n\n18", "18"),
     ("She sells 16 - 3 - 4 = 9 eggs a day.\nShe makes 9 * 2 = $18 every day.", "18"),
+    ("24 / 3 = 8. On Monday there were 2 * 9 = 18 feet.", "18"),
+    ("At 3 tomatoes a can, Ann used 3 * 6 = 18 tomatoes.", "18"),
     # No mark, and no or several readings.
     ("She has 3 bags of 6", None),
     ("She has 18 apples and 20 pears.", None),
