@@ -193,6 +193,8 @@ def _concluded(tokens: Sequence[Token]) -> Quantity | Unread:
             found = _lead(inner[:-1]) if inner else NOTHING
             return found if found is not NOTHING else _prose(inner)
         if any(token.kind == "equals" for token in clauses[i]):
+            if i and _calculates(clauses[i]) and not any(t.kind == "equals" for clause in clauses[:i] for t in clause):
+                return _clause(clauses[i])
             return _lead([token for clause in clauses for token in [*clause, Token("comma", ",", False)]][:-1])
     return NOTHING
 
