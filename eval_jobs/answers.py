@@ -16,6 +16,7 @@ import re
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from eval_jobs.exact_numbers import NOTHING, UNCLEAR, Quantity, Unread
 from eval_jobs.plain_text import normalize
@@ -23,6 +24,9 @@ from eval_jobs.quantities import begins_like_heading, conclusion, read_content
 
 MARKS_UP_TO = 16
 """Marks of a kind that are looked at: the first counts, so a text that repeats them for ever is cheap."""
+
+PLACES_UP_TO = 1_000
+"""Places that are looked at for a mark of each form."""
 
 BLOCK_UP_TO = 2_000
 """Characters of a block in which corrections are looked for."""
@@ -203,19 +207,19 @@ def _is_answered(text: str, start: int, stop: int) -> bool:
 
 def _marks(text: str) -> Iterator[_Mark]:
     """Yield the places where an answer is given."""
-    for match in _TAG.finditer(text):
+    for match in islice(_TAG.finditer(text), PLACES_UP_TO):
         end = _TAG_END.search(text, match.end(), match.end() + 2_000)
         yield _Mark(_MADE_FOR_IT, match.end(), end.start() if end else None)
     closing = _closing_braces(text) if _BOX.search(text) else {}
-    for match in _BOX.finditer(text):
+    for match in islice(_BOX.finditer(text), PLACES_UP_TO):
         if not match[0].endswith("{"):
             yield _Mark(_MADE_FOR_IT, match.end(), _end_of_line(text, match.end()))
         else:  # a box that is never closed was cut
             yield _Mark(_MADE_FOR_IT, match.end(), closing.get(match.end() - 1, match.end()))
-    for match in _HASHES.finditer(text):
+    for match in islice(_HASHES.finditer(text), PLACES_UP_TO):
         if not begins_like_heading(text[match.end() : match.end() + 40]):
             yield _Mark(_MADE_FOR_IT, match.end(), tentative=True)
-    for match in _WORD.finditer(text):
+    for match in islice(_WORD.finditer(text), PLACES_UP_TO):
         mark = _labelled(text, match)
         if mark is not None:
             yield mark

@@ -54,7 +54,7 @@ def same_expression(answer: str, gold: str) -> bool:
 
 def _marked(answer: str) -> str:
     """Return an answer as the library finds it again: plain arithmetic in a line, anything else in a box."""
-    return f"Answer: {answer}" if re.fullmatch(r"[\d\s.,+*/^()-]+", answer) else rf"\boxed{{{answer}}}"
+    return f"Answer: {answer}" if re.fullmatch(r"[\d\s.+*/^()-]+", answer) else rf"\boxed{{{answer}}}"
 
 
 @cache
@@ -84,6 +84,4 @@ def _depth(text: str) -> int:
 
 
 def _is_percentage(expression: Any) -> bool:
-    from sympy import Rational
-
-    return bool(getattr(expression, "is_Mul", False)) and Rational(1, 100) in expression.args
+    return bool(getattr(expression, "is_Mul", False)) and str(expression).endswith("(1/100)")

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval_jobs.problems import gold_answer
@@ -126,19 +126,20 @@ def test_absurdly_long_numbers_are_compared_exactly_and_fast() -> None:
     exact = {
         name: text for name, text in WRITTEN_FOR.items() if name != "math_verify"
     }  # which reads the end of a text only
-    started = time.monotonic()
+    started = time.process_time()
     assert all(score(text.format(digits), digits).correct_by[name] for name, text in exact.items())
     assert not any(score(text.format(digits), digits[:-1] + "8").correct_by[name] for name, text in exact.items())
-    assert time.monotonic() - started < 5
+    assert time.process_time() - started < 5
 
 
 @pytest.mark.parametrize("piece", ["*", "#### ", "1,", "answer", "Answer:", "\\boxed{", "{", "= ", "The answer is 1"])
 def test_time_is_linear_in_the_text(piece: str) -> None:
-    started = time.monotonic()
+    started = time.process_time()
     score(piece * 50_000, "18")
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
 
 
+@settings(deadline=None)  # the first call imports math-verify
 @given(st.text(alphabet=st.one_of(st.characters(), st.sampled_from("0123456789.,$-−#\\{}: =*Answer\n"))))
 def test_no_text_breaks_an_extractor(text: str) -> None:
     for written in (text, *(form.format(text) for form in WRITTEN_FOR.values())):
@@ -147,6 +148,7 @@ def test_no_text_breaks_an_extractor(text: str) -> None:
         assert not any(scores.correct_by[name] for name, answer in scores.answers.items() if answer is None)
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.decimals(allow_nan=False, allow_infinity=False, places=2), st.text(alphabet="abc .\n"))
 def test_every_extractor_reads_what_was_written_for_it(number: object, before: str) -> None:
     for name, form in WRITTEN_FOR.items():

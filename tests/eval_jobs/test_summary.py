@@ -78,7 +78,7 @@ def test_variants_are_compared_with_the_first(tmp_path: Path) -> None:
 
 
 def test_a_run_is_scored_again_without_the_model(tmp_path: Path) -> None:
-    run = make(tmp_path / "run", {(1, 1, None): "Answer: GOLD (see step 3)", (2, 1, None): "so GOLD"})
+    run = make(tmp_path / "run", {(1, 1, None): "Answer: GOLD (see step 3)", (2, 1, None): "2 or GOLD"})
     assert write_summary(run, None)["accuracy"]["correct"] == 1
     before = [sample.response for sample in run.samples()]
     again = rescore(run, "flexible")
