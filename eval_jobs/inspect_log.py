@@ -43,7 +43,7 @@ def write_inspect_log(run: Run, path: Path) -> int:
     """
     samples = run.samples().by_name()
     summary = run.summary() or summarise(run.config, samples)
-    extractors = _primary_first(summary["extractor"])
+    extractors = [name for name in _primary_first(summary["extractor"]) if name in summary["extractors"]]
     ids: list[str] = []
     finished: float | None = None
     # An archive takes one file after the other, so the summaries wait on the disk: a list of them would grow with the run.
