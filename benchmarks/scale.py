@@ -87,7 +87,7 @@ def measure(count: int, replicas: int, parallel: int, latency: float, folder: Pa
     for server in servers:
         server.start()
     urls = ",".join(f"http://127.0.0.1:{port}/v1" for port in ports)
-    plan = RolloutPlan(Endpoint(urls), "stand-in", ANSWER_LINE, {"max_tokens": 8, "seed": 0}, "answer_line")
+    plan = RolloutPlan(Endpoint(urls), "stand-in", ANSWER_LINE, {"max_tokens": 8, "seed": 0}, ANSWER_LINE.extractor)
     variant = Variant(None, "", "0" * 16)
     attempts = [
         Attempt(Problem(f"p{n}", n, f"What is {n} + {n}?", f"#### {2 * n}", str(2 * n)), variant)

@@ -7,7 +7,7 @@ What flows through this room, in the order a newcomer should read it:
     config     what was asked for (`EvalSettings`), and the hash that makes two runs comparable
     endpoint   the server: is it there, what does it serve
     rollout    one problem against the server becomes one scored `Sample`
-    scoring    the extractors, and the statistics over their verdicts
+    scoring    the extractors; `answers` is the default one (with `quantities`, `exact_numbers`), `symbolic` is math-verify
     fanout     many rollouts at once, as Ray tasks; samples stream back to the driver
     resume     the run directory: made, or found and continued
     driver     all of the above in order: `run_evaluation`

@@ -133,6 +133,11 @@ def _several(several: dict[str, Any] | None) -> Iterator[str]:
 
 
 def _facts(summary: dict[str, Any]) -> Iterator[str]:
+    verdicts = summary["verdicts"]
+    yield (
+        f"verdicts of {summary['extractor']}: {verdicts['correct']} correct, {verdicts['wrong']} wrong, "
+        f"{verdicts['no_answer']} no answer found"
+    )
     yield f"tokens: {summary['prompt_tokens']} in, {summary['completion_tokens']} out"
     timing = summary["timing"]
     if timing is not None and timing["tokens_per_second"] is not None:
@@ -165,6 +170,11 @@ def _warnings(summary: dict[str, Any]) -> Iterator[str]:
         yield f"{summary['out_of_turns']} of {n} samples were still calling tools in their last turn: raise --max-turns."
     if n and summary["unparsable"] / n > TOO_MANY:
         yield f"{summary['extractor']} found no answer in {summary['unparsable']} of {n} outputs."
+    if summary.get("unread_but_right"):  # absent from summaries of older versions
+        yield (
+            f"{summary['extractor']} found no answer in {summary['unread_but_right']} outputs in which another extractor "
+            "read the gold answer: see audit.jsonl."
+        )
     if summary["disagreements"]:
         yield f"extractors disagree about {len(summary['disagreements'])} of {n} outputs: {_some(summary['disagreements'])}."
 

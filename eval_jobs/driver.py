@@ -23,7 +23,7 @@ from eval_jobs.outputs import Timing, write_missing_sample_files, write_sample_f
 from eval_jobs.problems import Problem
 from eval_jobs.progress import Progress, Tally
 from eval_jobs.report import write_report
-from eval_jobs.resume import open_run
+from eval_jobs.resume import as_begun, open_run
 from eval_jobs.rollout import RolloutPlan
 from eval_jobs.settings import EvalSettings
 from eval_jobs.tools import TOOLS
@@ -59,7 +59,7 @@ def run_evaluation(settings: EvalSettings, problems: Sequence[Problem], base_url
         EvalError: if the server, Ray or the run directory cannot be used, or on Ctrl-C or SIGTERM; what is recorded stays.
         RunError: if the run directory cannot be used.
     """
-    endpoint, served, settings = prepare(settings, base_url, lambda text: _say(console, text))
+    endpoint, served, settings = prepare(as_begun(settings), base_url, lambda text: _say(console, text))
     run = open_run(settings, problems, served, base_url)
     plan = _plan(settings, endpoint, served.id, run)
     attempts = _attempts(settings, problems, run.config)
@@ -172,6 +172,9 @@ def _announce(
     if settings.epochs > 1 and settings.temperature == 0:
         _say(console, f"--epochs {settings.epochs} at temperature 0: every sample of a problem will be the same")
     _say(console, f"run directory: {run.path}")
+    extractor = run.config.settings["extractor"]
+    if settings.extractor is None and extractor != settings.chosen_prompt.extractor:
+        _say(console, f"the run began with the extractor {extractor}, and keeps it")
     what = "problems" if len(attempts) == len(problems) else "samples"
     if not missing:
         _say(console, f"all {len(attempts)} {what} are recorded already: nothing to run")

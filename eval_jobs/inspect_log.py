@@ -22,13 +22,16 @@ from typing import Any
 from zipfile import ZIP_DEFLATED, ZipFile
 
 from eval_jobs.scoring import EXTRACTORS
-from eval_jobs.summary import summarise
+from eval_jobs.summary import summarise, verdict
 from roentgen.runs import Run, Sample, replacing
 
 SCHEMA_VERSION = 2
 
 STOP_REASONS = {"stop": "stop", "length": "max_tokens", "tool_calls": "tool_calls", "max_turns": "tool_calls"}
 """Our `finish_reason` in inspect_ai's words; what is not here is "unknown" there."""
+
+_VALUES = {"correct": "C", "wrong": "I", "no_answer": "N"}
+"""Our verdicts in inspect_ai's words."""
 
 
 def write_inspect_log(run: Run, path: Path) -> int:
@@ -40,7 +43,7 @@ def write_inspect_log(run: Run, path: Path) -> int:
     """
     samples = run.samples().by_name()
     summary = run.summary() or summarise(run.config, samples)
-    extractors = _primary_first(summary["extractor"])
+    extractors = [name for name in _primary_first(summary["extractor"]) if name in summary["extractors"]]
     ids: list[str] = []
     finished: float | None = None
     # An archive takes one file after the other, so the summaries wait on the disk: a list of them would grow with the run.
@@ -127,7 +130,9 @@ def _sample(sample: Sample, model: str, extractors: Iterable[str]) -> dict[str, 
             "usage": usage,
             "time": sample.seconds,
         },
-        "scores": {name: _score(sample, name) for name in extractors} if sample.error is None else {},
+        "scores": {name: _score(sample, name) for name in extractors if name in sample.correct_by}
+        if sample.error is None
+        else {},
         "metadata": {
             "sample_id": sample.sample_id,
             "variant": sample.variant,
@@ -158,7 +163,7 @@ def _summary(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _score(sample: Sample, name: str) -> dict[str, Any]:
-    return {"value": "C" if sample.correct_by.get(name) else "I", "answer": sample.answers.get(name)}
+    return {"value": _VALUES[verdict(sample, name) or "no_answer"], "answer": sample.answers.get(name)}
 
 
 def _usage(prompt: int, completion: int) -> dict[str, int]:

@@ -1,7 +1,8 @@
 """What is made from the record: `summary.json`, `dataset.jsonl`, `audit.jsonl`, and three small files per sample.
 
     dataset.jsonl                   the problems posed
-    audit.jsonl                     the outputs that extractors disagree about: what each read, and the text around it
+    audit.jsonl                     the outputs that extractors disagree about, or in which the primary one
+                                    found nothing and another the gold answer: what each read, and the text around it
     samples/gsm8k_0001.json         the sample, and under `activations` where each stored tensor is
     trajectories/gsm8k_0001.jsonl   the conversation, a message per line
     agent_states/gsm8k_0001.json    how it went, turn by turn: request, tokens, why it stopped
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval_jobs.summary import disagree, expected_samples, summarise
+from eval_jobs.summary import disagree, expected_samples, summarise, verdict
 from roentgen.runs import Run, RunConfig, Sample, replacing, write_json
 
 SAMPLE_FILES_UP_TO = 10_000
@@ -75,17 +76,20 @@ def write_summary(run: Run, timing: Timing | None) -> dict[str, Any]:
     summary = summarise(run.config, samples)
     summary["timing"] = (run.summary() or {}).get("timing") if timing is None else _speed(timing)
     _write_jsonl(run.path / "dataset.jsonl", _dataset(samples))
-    _write_jsonl(run.path / "audit.jsonl", (audited(sample) for sample in samples if disagree(sample)))
+    primary = run.config.settings["extractor"]
+    _write_jsonl(run.path / "audit.jsonl", (audited(s, primary) for s in samples if disagree(s, primary)))
     write_json(run.path / "summary.json", summary)
     return summary
 
 
-def audited(sample: Sample) -> dict[str, Any]:
-    """Return what each extractor read in an output, and the text around it."""
+def audited(sample: Sample, primary: str) -> dict[str, Any]:
+    """Return the primary extractor's verdict of an output, what each extractor read, and the text around it."""
     return {
         "sample_id": sample.sample_id,
         "problem_id": sample.problem_id,
         "gold": sample.gold,
+        "extractor": primary,
+        "verdict": verdict(sample, primary),
         "readings": {
             name: {"answer": answer, "correct": sample.correct_by[name], "around": around(sample.response, answer)}
             for name, answer in sample.answers.items()

@@ -2,7 +2,8 @@
 
     roentgen export RUN samples.parquet
 
-Each extractor has two columns, `answer_NAME` and `correct_NAME`; `correct` is the primary one's. Messages are JSON. A
+Each extractor has two columns, `answer_NAME` and `correct_NAME`; `correct` is the primary one's, and `verdict` tells a
+wrong answer from none (correct, wrong, no_answer). Messages are JSON. A
 sample's activations are found by its `rollout_ids`, one a turn, in the session at `session`.
 """
 
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from eval_jobs.scoring import EXTRACTORS
+from eval_jobs.summary import verdict
 from roentgen.runs import Run, Sample, replacing
 
 ROWS_AT_ONCE = 1_000
@@ -30,6 +32,7 @@ SCHEMA = pa.schema(
         ("messages", pa.string()),
         ("response", pa.string()),
         ("correct", pa.bool_()),
+        ("verdict", pa.string()),
         *((f"answer_{name}", pa.string()) for name in EXTRACTORS),
         *((f"correct_{name}", pa.bool_()) for name in EXTRACTORS),
         ("finish_reason", pa.string()),
@@ -68,6 +71,7 @@ def _row(run: Run, sample: Sample) -> dict[str, Any]:
         **{name: getattr(sample, name) for name in _AS_RECORDED},
         "messages": json.dumps(sample.messages, ensure_ascii=False),
         "correct": None if sample.error is not None else sample.correct,
+        "verdict": verdict(sample, run.config.settings["extractor"]),
         **{f"answer_{name}": answer for name, answer in sample.answers.items()},
         **{f"correct_{name}": correct for name, correct in sample.correct_by.items()},
         "turns": len(sample.turns),

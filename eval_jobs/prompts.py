@@ -13,6 +13,7 @@ from pathlib import Path
 
 from eval_jobs import EvalError
 from eval_jobs.problems import Problem
+from eval_jobs.scoring import DEFAULT_EXTRACTOR
 from roentgen.contract import canonical_hash
 
 QUESTION = "{question}"
@@ -42,7 +43,7 @@ class Prompt:
     system: str | None = None
     shots: int = 0
     stop: tuple[str, ...] = ()
-    extractor: str = "answer_line"
+    extractor: str = DEFAULT_EXTRACTOR
 
     @property
     def hash(self) -> str:
@@ -70,7 +71,7 @@ class Prompt:
 
 ANSWER_LINE = Prompt(
     name="answer-line",
-    version=1,
+    version=2,
     user="""Solve the last problem step by step, as in the examples. End with a line Answer: [number].
 
 Problem: What is 7 + 2 - 4?
@@ -86,9 +87,14 @@ Problem: What is 2 - 8?
 Answer: -6
 
 Problem: {question}""",
+    stop=("\nProblem:",),
 )
 """Reason step by step, then a last line `Answer: [number]`. The examples are for very small models: SmolLM2-135M, told in
-words alone, wrote no such line in 48 replies to `arithmetic`; shown it, it wrote one in 15 of 24."""
+words alone, wrote no such line in 48 replies to `arithmetic`; shown it, it wrote one in 15 of 24. A model that goes on with a
+problem of its own is stopped there."""
+
+ANSWER_LINE_1 = replace(ANSWER_LINE, version=1, stop=(), extractor="answer_line")
+"""The first version, without a stop, so that runs that began with it can be continued."""
 
 GSM8K = Prompt(
     name="gsm8k",
@@ -107,7 +113,10 @@ GSM8K_COT_ZEROSHOT = Prompt(
     extractor="cot_strict",
 )
 
-PROMPTS: dict[str, Prompt] = {prompt.name: prompt for prompt in (ANSWER_LINE, GSM8K, GSM8K_COT_ZEROSHOT)}
+PROMPTS: dict[str, Prompt] = {
+    **{prompt.name: prompt for prompt in (ANSWER_LINE, GSM8K, GSM8K_COT_ZEROSHOT)},
+    "answer-line-1": ANSWER_LINE_1,
+}
 
 
 def choose_prompt(name: str, file: Path | None = None, system: str | None = None) -> Prompt:

@@ -19,6 +19,7 @@ from typing import Any
 from eval_jobs import EvalError
 from eval_jobs.config import ServedModel, hashed_configuration, variants_of
 from eval_jobs.problems import SOURCES, Problem
+from eval_jobs.prompts import PROMPTS
 from eval_jobs.settings import EvalSettings
 from roentgen.contract import canonical_hash, check_session_id
 from roentgen.runs import Run, RunConfig, find_unfinished
@@ -40,11 +41,12 @@ def open_run(settings: EvalSettings, problems: Sequence[Problem], served: Served
         RunError: if the folder cannot be written, or a run in it is damaged.
     """
     config = _describe(settings, problems, served, base_url)
+    asked = _comparable(config, settings)
     if settings.output is not None:
         if not (settings.output / "config.json").exists():
             return Run.create(settings.output, config)
         run = Run.open(settings.output)
-        different = list(differences(_comparable(run.config), _comparable(config)))
+        different = list(differences(_comparable(run.config, settings), asked))
         if different:
             raise OtherConfigurationError(
                 f"{run.path} holds a run of another configuration; choose another --output. What differs:\n"
@@ -52,7 +54,7 @@ def open_run(settings: EvalSettings, problems: Sequence[Problem], served: Served
             )
         return run
     unfinished = None if settings.new else find_unfinished(RESULTS, config.config_hash, config.problems)
-    if unfinished is not None and _comparable(unfinished.config) == _comparable(config):
+    if unfinished is not None and _comparable(unfinished.config, settings) == asked:
         return unfinished
     return Run.create((RESULTS / folder_name(settings, len(problems), served.id)).absolute(), config)
 
@@ -94,11 +96,28 @@ def _describe(settings: EvalSettings, problems: Sequence[Problem], served: Serve
     )
 
 
-def _comparable(config: RunConfig) -> dict[str, Any]:
-    """Return what must be equal for samples to belong to one run: the primary extractor too, for `correct` is its word."""
+def as_begun(settings: EvalSettings) -> EvalSettings:
+    """Return the settings with which the run in the output folder goes on: it keeps the version of the prompt that it began
+    with.
+
+    Raises:
+        RunError: if the run in the folder is damaged.
+    """
+    if settings.output is None or not (settings.output / "config.json").exists() or settings.prompt_file is not None:
+        return settings
+    begun = Run.open(settings.output).config.prompt
+    older = f"{settings.prompt}-{begun.get('version')}"
+    if begun.get("name") == settings.prompt and older in PROMPTS:
+        return settings.model_copy(update={"prompt": older})
+    return settings
+
+
+def _comparable(config: RunConfig, settings: EvalSettings) -> dict[str, Any]:
+    """Return what must be equal for samples to belong to one run: the primary extractor too, for `correct` is its word. A run
+    keeps the one that it began with, unless another is asked for."""
     prefixes = {name: variant["prefix"] for name, variant in config.variants.items()}
-    extractor = config.settings["extractor"]
-    return {**config.hashed, "problems": config.problems, "variants": prefixes, "extractor": extractor}
+    comparable = {**config.hashed, "problems": config.problems, "variants": prefixes}
+    return comparable if settings.extractor is None else {**comparable, "extractor": config.settings["extractor"]}
 
 
 def differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -4,19 +4,28 @@ GSM8K scores differ silently with the way the answer is read, so the ways are na
 every output; one is primary. An `Extractor` is a pair: `read` finds the answer in a text (None if there is none), `agrees`
 compares it with the gold answer by the same convention. A new extractor is one function and one line in `EXTRACTORS`.
 
+- `answer`, the default, reads an answer however it is written, and none where two readings are possible (`answers`,
+  `quantities`). It compares exact values: `18.00`, `36/2` and `eighteen` are `18`. A unit that has parts may be counted in
+  either: `550 cents` is 550 or 5.5, `50%` is 50 or 0.5 (but `0.5` is not 50), `3 dozen` is 36 or 3.
+- `answer_line`, the default of older runs, reads the first number of the last line `Answer: …`; `boxed` that of the last
+  `\\boxed{…}`. Both take a number out of what stands there: `1/2` is read as `1`. They compare numbers: `18.00` is `18`.
 - `gsm8k_strict`, `cot_strict` and `flexible` are lm-evaluation-harness's filters with its exact match: after `,`, `$`,
   everything up to `#### ` and a final `.` are removed, case ignored. Its misreads are kept, since published numbers contain
   them: `flexible` reads `$18.00` as `18.00`, which is not `18`, and `18 (see step 3)` as `3`; `cot_strict` wants a
   character after the number, so a text that ends with `The answer is 18` gives `1`.
-- `answer_line` and `boxed` compare numbers: `18.00` is `18`.
+- `math_verify` is Hugging Face's library of that name (`symbolic`).
 
-The text is the model's, so it may be anything: patterns match ASCII digits, take linear time, and never evaluate.
+The text is the model's, so it may be anything: patterns take linear time, and nothing is evaluated but short arithmetic.
 """
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
+
+from eval_jobs.answers import read_answer
+from eval_jobs.quantities import same_quantity
+from eval_jobs.symbolic import read_symbolic, same_expression
 
 _NUMBER = r"[-−]?\$?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
 _ANSWER_LINE = re.compile(r"^[^\w\n]*answer[^\w\n]*:(.*)$", re.IGNORECASE | re.MULTILINE)
@@ -100,12 +109,16 @@ def harness_match(answer: str, gold: str) -> bool:
     return _harness_normal(answer) == _harness_normal(gold)
 
 
+DEFAULT_EXTRACTOR = "answer"
+
 EXTRACTORS: dict[str, Extractor] = {
+    DEFAULT_EXTRACTOR: Extractor(read_answer, same_quantity),
     "answer_line": Extractor(read_answer_line, same_number),
     "gsm8k_strict": Extractor(read_gsm8k_strict, harness_match),
     "cot_strict": Extractor(read_cot_strict, harness_match),
     "flexible": Extractor(read_flexible, harness_match),
     "boxed": Extractor(read_boxed, same_number),
+    "math_verify": Extractor(read_symbolic, same_expression),
 }
 
 

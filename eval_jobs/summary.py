@@ -7,24 +7,29 @@ tens of megabytes. Samples with an error are counted as such and are in no other
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from decimal import Decimal, InvalidOperation
 from itertools import combinations
 from typing import Any, NamedTuple
 
+from eval_jobs.exact_numbers import Quantity
 from eval_jobs.failures import Failures
+from eval_jobs.quantities import read_quantity
 from eval_jobs.scoring import EXTRACTORS
 from eval_jobs.statistics import accuracy, difference, majority, mean, pass_at_k
 from roentgen.runs import RunConfig, Sample
 
 NAMES = tuple(EXTRACTORS)
 
+VERDICTS = ("correct", "wrong", "no_answer")
+"""What an extractor can say of an output. One in which it found no answer counts against the accuracy, and is counted apart."""
+
 
 class _Row(NamedTuple):
-    """What of a sample is kept: per extractor of `NAMES`, what it read and whether that is right."""
+    """What of a sample is kept: per extractor of `NAMES`, what it read and whether that is right (None if the sample is older
+    than the extractor)."""
 
     problem: str
     answers: tuple[str | None, ...]
-    correct: tuple[bool, ...]
+    correct: tuple[bool | None, ...]
 
 
 @dataclass
@@ -42,7 +47,7 @@ class _Group:
 
     def add(self, sample: Sample) -> None:
         answers = tuple(sample.answers.get(name) for name in NAMES)
-        correct = tuple(sample.correct_by.get(name, False) for name in NAMES)
+        correct = tuple(sample.correct_by.get(name) for name in NAMES)
         self.rows.append(_Row(sample.problem_id, answers, correct))
         self.truncated += sample.finish_reason == "length"
         self.out_of_turns += sample.finish_reason == "max_turns"
@@ -57,16 +62,30 @@ class _Group:
         which = NAMES.index(extractor)
         found: dict[Hashable, list[bool]] = defaultdict(list)
         for row in self.rows:
-            found[row.problem].append(row.correct[which])
+            found[row.problem].append(bool(row.correct[which]))
         return found
 
     def accuracy(self, extractor: str) -> dict[str, Any]:
         which = NAMES.index(extractor)
-        return asdict(accuracy([row.correct[which] for row in self.rows], [row.problem for row in self.rows]))
+        judged = [(verdict, row.problem) for row in self.rows if (verdict := row.correct[which]) is not None]
+        return asdict(accuracy([verdict for verdict, _ in judged], [problem for _, problem in judged]))
 
     def unparsable(self, extractor: str) -> int:
         which = NAMES.index(extractor)
-        return sum(row.answers[which] is None for row in self.rows)
+        return sum(row.answers[which] is None for row in self.rows if row.correct[which] is not None)
+
+    def count_verdicts(self, extractor: str) -> dict[str, int]:
+        """Count what an extractor says of the samples, by `VERDICTS`."""
+        which = NAMES.index(extractor)
+        right = sum(bool(row.correct[which]) for row in self.rows)
+        judged = sum(row.correct[which] is not None for row in self.rows)
+        unread = self.unparsable(extractor)
+        return dict(zip(VERDICTS, (right, judged - right - unread, unread), strict=True))
+
+    def unread_but_right(self, extractor: str) -> int:
+        """Count the samples in which an extractor found nothing and another one the gold answer."""
+        which = NAMES.index(extractor)
+        return sum(row.answers[which] is None and any(row.correct) for row in self.rows)
 
 
 @dataclass
@@ -111,7 +130,7 @@ def summarise(config: RunConfig, samples: Iterable[Sample]) -> dict[str, Any]:
         stored.add(sample)
         if sample.variant is not None:
             variants[sample.variant].add(sample)
-        if disagree(sample):
+        if disagree(sample, config.settings["extractor"]):
             disagreements.append(sample.sample_id)
     primary, scored = config.settings["extractor"], len(every.rows)
     return {
@@ -130,6 +149,8 @@ def summarise(config: RunConfig, samples: Iterable[Sample]) -> dict[str, Any]:
         "truncated": every.truncated,
         "out_of_turns": every.out_of_turns,
         "unparsable": every.unparsable(primary),
+        "unread_but_right": every.unread_but_right(primary),
+        "verdicts": every.count_verdicts(primary),
         "accuracy": every.accuracy(primary),
         "several_samples": _several(every, primary) if config.problems.get("epochs", 1) > 1 and not variants else None,
         "extractors": {name: _extractor(every, name, primary) for name in EXTRACTORS},
@@ -150,9 +171,17 @@ def expected_samples(config: RunConfig) -> int:
     return int(config.problems["samples"]) * int(config.problems.get("epochs", 1)) * max(1, len(config.variants))
 
 
-def disagree(sample: Sample) -> bool:
-    """Whether extractors that found an answer judge it differently."""
-    return len({sample.correct_by[name] for name, answer in sample.answers.items() if answer is not None}) > 1
+def verdict(sample: Sample, extractor: str) -> str | None:
+    """Return what an extractor says of an output, one of `VERDICTS`; None of a failed sample or an unknown extractor."""
+    if sample.error is not None or extractor not in sample.correct_by:
+        return None
+    return "no_answer" if sample.answers[extractor] is None else "correct" if sample.correct_by[extractor] else "wrong"
+
+
+def disagree(sample: Sample, primary: str) -> bool:
+    """Whether extractors that found an answer judge it differently, or the primary one found none and another the gold one."""
+    verdicts = {sample.correct_by[name] for name, answer in sample.answers.items() if answer is not None}
+    return len(verdicts) > 1 or (True in verdicts and sample.answers.get(primary) is None)
 
 
 def _extractor(group: _Group, name: str, primary: str) -> dict[str, Any]:
@@ -160,7 +189,10 @@ def _extractor(group: _Group, name: str, primary: str) -> dict[str, Any]:
     return {
         **group.accuracy(name),
         "unparsable": group.unparsable(name),
-        "differs_from_primary": sum(row.correct[this] != row.correct[that] for row in group.rows),
+        "verdicts": group.count_verdicts(name),
+        "differs_from_primary": sum(
+            row.correct[this] != row.correct[that] for row in group.rows if row.correct[this] is not None
+        ),
     }
 
 
@@ -169,11 +201,12 @@ def _agreement(rows: Sequence[_Row]) -> list[dict[str, Any]]:
     return [
         {
             "extractors": [NAMES[one], NAMES[other]],
-            "same": sum(row.correct[one] == row.correct[other] for row in rows),
-            "only_first": sum(row.correct[one] and not row.correct[other] for row in rows),
-            "only_second": sum(row.correct[other] and not row.correct[one] for row in rows),
+            "same": sum(row.correct[one] == row.correct[other] for row in both),
+            "only_first": sum(bool(row.correct[one]) and not row.correct[other] for row in both),
+            "only_second": sum(bool(row.correct[other]) and not row.correct[one] for row in both),
         }
         for one, other in combinations(range(len(NAMES)), 2)
+        for both in [[row for row in rows if None not in (row.correct[one], row.correct[other])]]
     ]
 
 
@@ -182,7 +215,7 @@ def _several(group: _Group, extractor: str) -> dict[str, Any]:
     which = NAMES.index(extractor)
     by_problem: dict[str, list[tuple[str | None, bool]]] = defaultdict(list)
     for row in group.rows:
-        by_problem[row.problem].append((_number(row.answers[which]), row.correct[which]))
+        by_problem[row.problem].append((_number(row.answers[which]), bool(row.correct[which])))
     most = max(map(len, by_problem.values()), default=0)
     found: dict[str, Any] = {"pass_at_k": {}, "maj_at_k": {}}
     for k in _ks(most):
@@ -206,10 +239,8 @@ def _majority_is_right(samples: Sequence[tuple[str | None, bool]]) -> bool:
 
 def _number(answer: str | None) -> str | None:
     """Spell equal numbers alike, so that 18 and 18.00 are votes for the same."""
-    try:
-        return answer if answer is None else str(Decimal(answer.replace(",", "").replace("$", "")).normalize())
-    except InvalidOperation:
-        return answer
+    found = None if answer is None else read_quantity(answer)
+    return found.values[0] if isinstance(found, Quantity) else answer
 
 
 def _variants(groups: dict[str, _Group], primary: str, epochs: int) -> dict[str, Any]:
@@ -225,6 +256,7 @@ def _variants(groups: dict[str, _Group], primary: str, epochs: int) -> dict[str,
             "extractors": {extractor: group.accuracy(extractor) for extractor in EXTRACTORS},
             "truncated": group.truncated,
             "unparsable": group.unparsable(primary),
+            "verdicts": group.count_verdicts(primary),
             "completion_tokens": group.completion_tokens,
             "against_first": None if reference is None else asdict(difference(verdicts, reference)),
         }

@@ -59,6 +59,6 @@ def make_plan(base_url: str, max_retries: int = 2, timeout: float = 30.0, captur
         model="stand-in",
         prompt=ANSWER_LINE,
         sampling=EvalSettings().sampling,
-        extractor="answer_line",
+        extractor="answer",
         capture=ActivationRequest(session_id="session") if capture else None,
     )

@@ -85,7 +85,7 @@ def test_verbose_shows_the_traceback() -> None:
 def test_the_scores_go_to_stdout_and_the_rest_to_stderr(server: StandIn) -> None:
     code, stdout, stderr = run("--base-url", server.base_url, "--output", "run", "--samples", "2")
     assert code == 0
-    assert "→ answer_line" in stdout
+    assert "→ answer" in stdout
     assert "run directory" in stderr
     assert Run.open("run").config.settings["samples"] == 2
 

@@ -19,8 +19,9 @@ def test_the_summary_is_printed_with_its_warnings(tmp_path: Path) -> None:
     said = out.getvalue()
     for words in (
         "stand-in on arithmetic",
-        "→ answer_line",
+        "→ answer",
         "2/4",
+        "verdicts of answer: 2 correct, 1 wrong, 1 no answer found",
         "50.0%",
         "15.0–85.0%",
         "tokens: 40 in, 10 out",
@@ -28,7 +29,7 @@ def test_the_summary_is_printed_with_its_warnings(tmp_path: Path) -> None:
         "activations: 4 rollouts × 1 keys, 5 rows each, in /store/s",
         "warning: failed samples: 1",
         "warning: 1 of 4 outputs were cut at the token limit: raise --max-tokens.",
-        "warning: answer_line found no answer in 1 of 4 outputs.",
+        "warning: answer found no answer in 1 of 4 outputs.",
         "warning: extractors disagree about 1 of 4 outputs: gsm8k_0003.",
         f"report: {run.path / 'report.html'}",
     ):

@@ -31,12 +31,19 @@ def test_a_run_s_numbers_are_the_log_s(tmp_path: Path) -> None:
     assert (header["eval"]["model"], header["eval"]["task"]) == ("stand-in", "arithmetic")
     assert header["eval"]["metadata"]["hashed"] == run.config.hashed
     primary, *others = header["results"]["scores"]
-    assert primary["name"] == "answer_line"
+    assert primary["name"] == "answer"
     assert primary["metrics"]["accuracy"]["value"] == summary["accuracy"]["value"] == 0.5
-    assert {scores["name"] for scores in others} == {"gsm8k_strict", "cot_strict", "flexible", "boxed"}
+    assert {scores["name"] for scores in others} == {
+        "answer_line",
+        "gsm8k_strict",
+        "cot_strict",
+        "flexible",
+        "boxed",
+        "math_verify",
+    }
     assert [line["id"] for line in files["summaries.json"]] == header["eval"]["dataset"]["sample_ids"]
     third = files["samples/arithmetic-0003_epoch_1.json"]
-    assert (third["target"], third["scores"]["answer_line"]) == ("6", {"value": "C", "answer": "6"})
+    assert (third["target"], third["scores"]["answer"]) == ("6", {"value": "C", "answer": "6"})
     assert third["scores"]["flexible"] == {"value": "I", "answer": "3"}
     assert third["metadata"]["rollouts"] == [{"session": "/store/s", "rollout_id": "r3", "turn": 0}]
     assert files["samples/arithmetic-0004_epoch_1.json"]["output"]["choices"][0]["stop_reason"] == "max_tokens"

@@ -19,7 +19,7 @@ from tests.eval_jobs.conftest import take
 REPLIES = {
     1: ("Answer: -103", "stop"),
     2: ("Answer: 4", "stop"),  # wrong, and every extractor that reads it says so
-    3: ("Answer: 6 (see step 3)", "stop"),  # right by answer_line, wrong by flexible
+    3: ("Answer: 6 (see step 3)", "stop"),  # right by answer, wrong by flexible
     4: ("I will now", "length"),
     5: ("", None),  # failed
 }
@@ -49,7 +49,7 @@ def sample(problem: Problem, response: str, finish_reason: str | None, rollouts:
         response=response,
         answers=scores.answers,
         correct_by=scores.correct_by,
-        correct=scores.correct_by["answer_line"],
+        correct=scores.correct_by["answer"],
         finish_reason=finish_reason,
         prompt_tokens=10,
         completion_tokens=problem.number,
@@ -82,7 +82,7 @@ def test_the_summary_recounted_by_hand(run: Run) -> None:
     assert (summary["samples"], summary["errors"], summary["truncated"], summary["unparsable"]) == (4, 1, 1, 1)
     assert summary["accuracy"]["value"] == 0.5
     assert summary["accuracy"]["standard_error"] == pytest.approx((0.25 / 3) ** 0.5)
-    assert summary["extractors"]["answer_line"]["correct"] == 2
+    assert summary["extractors"]["answer"]["correct"] == 2
     assert summary["extractors"]["flexible"]["correct"] == 1
     assert summary["extractors"]["flexible"]["differs_from_primary"] == 1
     assert summary["extractors"]["boxed"]["unparsable"] == 4
@@ -122,6 +122,37 @@ def test_a_run_of_nothing_has_a_summary(tmp_path: Path) -> None:
     assert summary["complete"] is False
     assert summary["accuracy"]["value"] is None
     assert summary["activations"] is None
+
+
+def test_an_answer_that_only_another_extractor_found_is_audited(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    gold = take("arithmetic", 5)[4].gold
+    with run.recording() as record:
+        record.append(sample(take("arithmetic", 5)[4], f"It is 2 or 3, that is: {gold}", "length"))
+    summary = write_summary(run, None)
+    assert (summary["unparsable"], summary["unread_but_right"]) == (2, 1)
+    assert summary["verdicts"] == {"correct": 2, "wrong": 1, "no_answer": 2}
+    assert summary["extractors"]["boxed"]["verdicts"] == {"correct": 0, "wrong": 0, "no_answer": 5}
+    audit = {line["sample_id"]: line for line in map(json.loads, (run.path / "audit.jsonl").read_text().splitlines())}
+    assert summary["disagreements"] == list(audit) == ["gsm8k_0003", "gsm8k_0005"]
+    unread = audit["gsm8k_0005"]
+    assert (unread["extractor"], unread["verdict"]) == ("answer", "no_answer")
+    assert unread["readings"]["flexible"]["correct"]
+    assert audit["gsm8k_0003"]["verdict"] == "correct"
+
+
+def test_samples_from_before_an_extractor_are_not_judged_by_it(run: Run) -> None:
+    older = {"answer_line": "-103", "flexible": "-103"}
+    with run.recording() as record:
+        now = sample(take("arithmetic", 5)[4], "Answer: 0", "stop")
+        record.append(
+            now.model_copy(update={"answers": older, "correct_by": dict.fromkeys(older, True), "correct": True})
+        )
+    summary = write_summary(run, None)
+    assert (summary["extractors"]["answer"]["n"], summary["extractors"]["flexible"]["n"]) == (4, 5)
+    assert summary["extractors"]["answer"]["unparsable"] == 1
+    pair = next(p for p in summary["agreement"] if p["extractors"] == ["answer", "flexible"])
+    assert pair["same"] + pair["only_first"] + pair["only_second"] == 4
 
 
 def test_the_dataset_can_be_posed_again(run: Run) -> None:

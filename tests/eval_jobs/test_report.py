@@ -95,7 +95,7 @@ def test_it_says_what_the_summary_says(run: Run) -> None:
     assert write_report(run) == run.path / "report.html"
     assert "50.0%" in page.text
     assert "15.0–85.0%" in page.text  # Wilson, 2 of 4
-    assert "answer_line (primary)" in page.text
+    assert "answer (primary)" in page.text
     assert "failed samples: 1" in page.text
     assert "extractors disagree about 1 of 4 outputs: gsm8k_0003" in page.text
     assert page.tags.count("details") == 5 + 1  # a transcript each, and the agreement of extractors

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from eval_jobs.config import ServedModel
-from eval_jobs.resume import OtherConfigurationError, open_run
+from eval_jobs.resume import OtherConfigurationError, as_begun, open_run
 from eval_jobs.settings import check_settings
 from roentgen.contract import check_session_id
 from roentgen.runs import Run, RunError, write_json
@@ -88,7 +88,7 @@ def test_an_output_folder_of_another_configuration_is_refused_with_what_differs(
         "  model: 'Qwen/Qwen3-0.6B' in the folder, 'other' asked for",
         "  sampling.seed: 0 in the folder, 7 asked for",
         "  problems.samples: 3 in the folder, 4 asked for",
-        "  extractor: 'answer_line' in the folder, 'boxed' asked for",
+        "  extractor: 'answer' in the folder, 'boxed' asked for",
         "'layers': [8, 12]",
     ):
         assert line in said
@@ -104,3 +104,25 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 def test_no_key_is_written_down(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ROENTGEN_API_KEY", "very-secret")
     assert "very-secret" not in (opened().path / "config.json").read_text()
+
+
+def test_a_run_keeps_the_extractor_it_began_with(tmp_path: Path) -> None:
+    opened(output="out", extractor="answer_line")
+    again = opened(output="out")
+    assert again.config.settings["extractor"] == "answer_line"
+    with pytest.raises(OtherConfigurationError, match="extractor: 'answer_line' in the folder, 'answer' asked for"):
+        opened(output="out", extractor="answer")
+    here = opened(extractor="answer_line")
+    assert opened().path == here.path
+
+
+def test_a_run_keeps_the_version_of_the_prompt_it_began_with(tmp_path: Path) -> None:
+    opened(output="out", prompt="answer-line-1")
+    settings = check_settings(output="out")
+    with pytest.raises(OtherConfigurationError, match=r"prompt\.hash"):
+        opened(output="out")
+    assert as_begun(settings).prompt == "answer-line-1"
+    run = opened(output="out", prompt=as_begun(settings).prompt)
+    assert (run.config.prompt["version"], run.config.settings["extractor"]) == (1, "answer_line")
+    assert as_begun(check_settings(output="new")).prompt == "answer-line"
+    assert as_begun(check_settings(output="out", prompt="gsm8k")).prompt == "gsm8k"

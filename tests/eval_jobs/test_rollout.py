@@ -28,11 +28,13 @@ async def test_an_answer_is_scored_by_every_extractor(server: StandIn, plan: Rol
     assert sample.sample_id == "gsm8k_0002"
     assert sample.correct
     assert sample.answers == {
+        "answer": "3",
         "answer_line": "3",
         "gsm8k_strict": None,
         "cot_strict": None,
         "flexible": "3",
         "boxed": None,
+        "math_verify": "3",
     }
     assert [message["role"] for message in sample.messages] == ["user", "assistant"]
     assert sample.response == sample.messages[-1]["content"] == "It is 3.\nAnswer: 3"

@@ -42,7 +42,7 @@ def test_what_the_command_line_spells_is_read() -> None:
         ({"hook_points": "a,,b"}, "--hook-points: 'a,,b' has nothing between two commas, or nothing at all"),
         ({"positions": "some"}, "--positions: 'some' is not a position policy; allowed are all, prompt"),
         ({"prompt": "poem"}, "--prompt: 'poem' is unknown; allowed are answer-line"),
-        ({"extractor": "luck"}, "--extractor: 'luck' is unknown; allowed are answer_line, gsm8k_strict"),
+        ({"extractor": "luck"}, "--extractor: 'luck' is unknown; allowed are answer, answer_line"),
         ({"base_url": "localhost:8000"}, "--base-url: 'localhost:8000' is not the address of a server"),
         ({"ray_address": "auto"}, "--ray-address: 'auto' takes whatever Ray it finds"),
         ({"ray_address": "head"}, "--ray-address: 'head' is not an address of Ray; allowed are local and HOST:PORT"),

@@ -38,7 +38,7 @@ def make(path: Path, says: dict[tuple[int, int, str | None], str], **values: Any
                             sample_id=attempt.sample_id, problem_id=problem.problem_id, epoch=epoch, variant=variant.name,
                             config_hash=variant.config_hash, question=problem.question, solution=problem.solution,
                             gold=problem.gold, response=text, answers=scores.answers, correct_by=scores.correct_by,
-                            correct=scores.correct_by["answer_line"], finish_reason="stop", completion_tokens=10,
+                            correct=scores.correct_by["answer"], finish_reason="stop", completion_tokens=10,
                             finished=1000.0 + 10 * epoch, seconds=10.0,
                         )
                     )  # fmt: skip
@@ -78,7 +78,7 @@ def test_variants_are_compared_with_the_first(tmp_path: Path) -> None:
 
 
 def test_a_run_is_scored_again_without_the_model(tmp_path: Path) -> None:
-    run = make(tmp_path / "run", {(1, 1, None): "Answer: GOLD (see step 3)", (2, 1, None): "so GOLD"})
+    run = make(tmp_path / "run", {(1, 1, None): "Answer: GOLD (see step 3)", (2, 1, None): "2 or GOLD"})
     assert write_summary(run, None)["accuracy"]["correct"] == 1
     before = [sample.response for sample in run.samples()]
     again = rescore(run, "flexible")
