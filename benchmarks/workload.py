@@ -19,7 +19,7 @@ from roentgen.contract import ActivationRequest, Positions
 from serve_app.capture.observer import observe
 from serve_app.capture.resolver import resolve_structure
 from serve_app.capture.rows import CapturePlan
-from serve_app.engines.attention import use_grouped_attention
+from serve_app.engines.load_checks import check_loaded
 from serve_app.models import LoadedModel, ServedModel, load, native_dtype
 from serve_app.sources import EMBEDDED_MODEL, ModelSource, locate
 
@@ -138,10 +138,10 @@ class Workload:
             return load(locate(self.model), self.dtype, self.device)
         device, dtype = self.place()
         module, tokenizer = self.load_plain()
-        use_grouped_attention(module)
         structure = resolve_structure(module, self.random_weights)
+        checks = check_loaded(module, structure)
         source = ModelSource(self.random_weights, self.random_weights, "random")
-        return LoadedModel(source, tokenizer, structure, device, dtype, observe(module, tokenizer))
+        return LoadedModel(source, tokenizer, structure, device, dtype, observe(module, tokenizer), checks=checks)
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Load the tokenizer alone."""
