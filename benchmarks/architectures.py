@@ -49,6 +49,7 @@ NEEDED: dict[str, dict[str, object]] = {
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 8},
     "bamba": {"attn_layer_indices": [2]},
+    "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention", "mamba"], "num_hidden_layers": 4},
     "mamba2": {"hidden_size": 32, "num_heads": 8, "head_dim": 8, "n_groups": 2, "state_size": 16, "vocab_size": 512},
     "rwkv": {"hidden_size": 32, "attention_hidden_size": 32, "vocab_size": 512},
     "xlstm": {"hidden_size": 32, "num_heads": 4, "embedding_dim": 32, "vocab_size": 512},

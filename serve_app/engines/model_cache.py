@@ -136,7 +136,7 @@ def _only_past_tokens(config: PretrainedConfig) -> bool:
 
 
 def _tried(model: PreTrainedModel, found: Remembered, device: torch.device, rows: int) -> Remembered:
-    """Run what an engine runs: a prefill, a prefill of other sequences in between, and a step; measure the cache."""
+    """Run a prefill and a step, and all of it without a cache; measure the cache, and find states outside of it."""
     kind = type(model).__name__
     size = model.get_input_embeddings().weight.shape[0]
     tokens = torch.arange(2 * rows * (LENGTH + 1)).view(2, rows, LENGTH + 1) % size
@@ -171,7 +171,7 @@ def _tried(model: PreTrainedModel, found: Remembered, device: torch.device, rows
     expected = step(cache)
     whole_read = run(tokens[0], 0, found.new_cache())[0]
     # Another sequence's logits are as far away as wrong ones are; rounding is not.
-    another = run(tokens[1], 0, found.new_cache())[0]
+    another = whole_read.roll(1, 0) if rows > 1 else run(tokens[1], 0, found.new_cache())[0]
     if (expected - whole_read).norm() > 0.3 * (another - whole_read).norm() + 1e-3 * whole_read.norm():
         raise UnsupportedModelError(
             f"{kind} gives something else with its cache than without, so it cannot generate here"
@@ -179,7 +179,9 @@ def _tried(model: PreTrainedModel, found: Remembered, device: torch.device, rows
     grown = (sum(tensor.nbytes for tensor in held(cache)) - size_before) // rows
     token_bytes = max(grown, 0)
     found = replace(found, token_bytes=token_bytes, sequence_bytes=max(0, size_before // rows - LENGTH * token_bytes))
-    if found.continuous:
+    if found.continuous and not modules:
+        return found
+    if found.continuous:  # what modules hold need not be a state
         mine, others = prefill(0), prefill(1)
         again, elsewhere = step(mine), step(others)
         # The same shapes give the same numbers, or nearly: what differs by more has been taken from the others.

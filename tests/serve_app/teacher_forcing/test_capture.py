@@ -245,3 +245,16 @@ def test_a_full_disk_ends_it_and_says_so(force, engine, llama, monkeypatch):
     monkeypatch.setattr("roentgen.store.places.write_durably", full)
     with pytest.raises(StoreError, match=r"could not be stored: .*No space left"):
         capture_all(force(llama, engine), llama)
+
+
+def test_a_text_with_a_token_that_the_model_does_not_have_stops_nobody(engine, llama, tmp_path):
+    texts = [tokeniser(llama)(t) for t in TRANSCRIPTS]
+    wrong = replace(texts[0], token_ids=[*texts[0].token_ids[:-1], 257])
+    with StoreWriter(str(tmp_path / "more")) as writer:
+        asked = ActivationRequest(layers=(0,), hook_points=("resid_post",))
+        forcing = TeacherForcing(llama, engine, writer, asked, "s")
+        outcomes = list(forcing.capture([wrong, *texts[1:]]))
+    (failed,) = [outcome for outcome in outcomes if isinstance(outcome, NotStored)]
+    assert failed.text is wrong
+    assert "257 is not a token of the model, which has 0–256" in failed.reason
+    assert len([outcome for outcome in outcomes if isinstance(outcome, Stored)]) == len(texts) - 1
