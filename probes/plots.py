@@ -128,7 +128,7 @@ def along_trace(closeup: Closeup, label: str) -> Figure:
         axes.fill_between(fractions, low, high, color=colour, alpha=0.12, linewidth=0)
     axes.axhline(0, color="0.7", linewidth=1)
     axes.set_xlabel("from the end of the prompt to the end of the answer")
-    axes.set_ylabel("score (log-odds), problems unseen in training")
+    axes.set_ylabel(f"score (log-odds at {closeup.name.rpartition('@')[2]}), problems unseen in training")
     axes.set_title(closeup.name, loc="left", fontsize="medium")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize="small")

@@ -84,21 +84,24 @@ def train(
     return trained.report
 
 
-def _look_closely(data: ProbeDataset, report: ProbeReport) -> Closeup | None:
+def _look_closely(data: ProbeDataset, trained: Trained) -> Closeup | None:
     """Look at the candidate named beforehand, else at the one most folds chose; None where a sample has no score of its own."""
+    report = trained.report
     kind = KINDS[report.kind]
     if report.target != "binary" or kind.tokens or kind.within:
         return None
     (name,) = report.declared.names if report.declared else (Counter(report.best.names).most_common(1)[0][0],)
-    result = next(result for result in report.results if result.name == name)
+    number, result = next((n, result) for n, result in enumerate(report.results) if result.name == name)
     folds = nested_folds(data.target, data.groups, report.seed)
-    return look_closely(data, result.key, result.positions, kind, result.strength, folds, report.seed)
+    return look_closely(
+        data, result.key, result.positions, kind, result.strength, folds, report.seed, trained.calibrations[number]
+    )
 
 
 def _write(folder: Path, trained: Trained, data: ProbeDataset) -> None:
     make_folder(folder)
     report = trained.report
-    closeup = _look_closely(data, report)
+    closeup = _look_closely(data, trained)
     figures = {"auroc_by_layer": plots.by_layer(report)}
     if len(report.positions) > 1:
         figures["heatmap"] = plots.heatmap(report)

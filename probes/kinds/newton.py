@@ -95,14 +95,15 @@ def minimise(
     """
     exactly, roughly = _products(Z)
     a = Z.new_zeros(len(Z), problems, outputs, Z.shape[1])
-    b = a[..., :1]
+    Ka, b = torch.zeros_like(a), a[..., :1]
     found = []
     for C in strengths.tolist():
         for _ in range(MAX_STEPS):
-            Ka = exactly(a)
-            step = _newton_step(roughly, loss, C, a, Ka + b, intercept=intercept)
+            rough = _newton_step(roughly, loss, C, a, Ka + b, intercept=intercept)
+            # What a step does is computed in float64: from float32's own products a good step may seem to do harm.
+            step = Step(rough.a, rough.b, exactly(rough.a))
             by = _step_length(loss, C, Ka, b, step)
-            a, b = a + by * step.a, b + by * step.b
+            a, b, Ka = a + by * step.a, b + by * step.b, Ka + by * step.Ka
             if (by * (step.Ka + step.b)).abs().max() < TOLERANCE:
                 break
         else:

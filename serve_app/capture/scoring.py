@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from roentgen.saved_probes import Readout
+from roentgen.saved_probes import Readout, ScoreUnit
 from serve_app.capture.grid import Layout
 from serve_app.capture.structure import Tap
 
@@ -31,6 +31,7 @@ class Scorer:
         readout: the probe's arithmetic, on the model's device.
         label: what it reads.
         classes: names of its outputs, where they have names.
+        unit: what its scores are, see `ProbeCard`.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Scorer:
     readout: Readout
     label: str
     classes: tuple[str, ...] = ()
+    unit: ScoreUnit = "score"
 
 
 class RequestScores:
