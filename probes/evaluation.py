@@ -29,6 +29,7 @@ from probes.intervals import WIDENING, estimate
 from probes.kinds import Kind
 from probes.labels import Target
 from probes.report import Estimate
+from roentgen.intervals import auroc, exact
 
 
 @dataclass(frozen=True)
@@ -205,7 +206,37 @@ def main_estimate(
     widening: float = WIDENING,
 ) -> Estimate:
     """Return the main metric with its interval."""
-    return estimate(*main_measure(scores, target, groups, within=within), draws, widening)
+    name, measure = main_measure(scores, target, groups, within=within)
+    told = "within_auroc" if within else name
+    return _never_flat(told, estimate(name, measure, draws, widening), target, groups, draws, widening)
+
+
+def _never_flat(
+    name: str,
+    found: Estimate,
+    target: Target,
+    groups: Int[np.ndarray, "rows"],
+    draws: Int[np.ndarray, "draws rows"],
+    widening: float,
+) -> Estimate:
+    """Give a width to the interval of a metric that is 0 or 1, so that every draw of problems gives the same.
+
+    It is that of as many independent samples as problems were drawn (or what counts as one: rows that are always drawn alike).
+    """
+    if target.kind != "binary" or found.value not in (0.0, 1.0) or name not in ("auroc", "within_auroc", "accuracy"):
+        return found
+    y = target.values
+    parts = (
+        (y, ~y)
+        if name == "auroc"
+        else (mixed(y, groups),)
+        if name == "within_auroc"
+        else (np.ones(len(y), dtype=bool),)
+    )
+    counts = [np.unique(draws[:, part], axis=1).shape[1] for part in parts]
+    low, high = auroc(found.value, *counts) if name == "auroc" else exact(found.value, *counts)
+    ends = (found.value + widening * (end - found.value) for end in (low, high))
+    return Estimate(found.metric, found.value, *(min(1.0, max(0.0, end)) for end in ends))
 
 
 def all_estimates(
@@ -232,7 +263,10 @@ def all_estimates(
         measures["auprc"] = lambda weights: metrics.auprc(scores[:, 0], y, weights)
         if not within:  # scores that compare within a problem only are no probabilities
             measures |= forecast_measures(raw, target)
-    return {name: estimate(name, measure, draws, widening) for name, measure in measures.items()}
+    return {
+        name: _never_flat(name, estimate(name, measure, draws, widening), target, groups, draws, widening)
+        for name, measure in measures.items()
+    }
 
 
 def forecast_measures(raw: Float[np.ndarray, "rows outputs"], target: Target) -> dict[str, Measure]:
