@@ -156,13 +156,8 @@ class ProbeDataset:
         parts = []
         for source in self.sources:
             values = places.read(source.session, source.rollouts, key, positions)
-            own = values.isfinite() | (values.isnan().all(-1, keepdim=True) if values.ndim == 3 else False)
-            broken = int((~own.flatten(1).all(1)).sum())
-            if broken:
-                raise ProbeDataError(
-                    f"{key} has values that are not finite in {broken} of {len(values)} samples of {source.session.uri}; "
-                    "store a wider dtype"
-                )
+            if positions != "tokens":
+                places.check_finite(values.isfinite().all(1).tolist(), key, source.session)
             parts.append(values)
         if positions == "tokens":
             longest = max(part.shape[1] for part in parts)
@@ -226,5 +221,6 @@ def _check_varies(target: Target, groups: Int[np.ndarray, "samples"]) -> None:
     if min(problems) == 1:
         raise OneClassError(
             f"only one problem has samples with {target.name} = {classes[problems.index(1)]}: a probe is tested on problems "
-            "it has not seen, so each class needs at least two; evaluate more problems"
+            "it has not seen, so each class needs at least two; evaluate more problems "
+            "(the same question under several ids, and questions of one template, are one problem here)"
         )

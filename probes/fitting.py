@@ -80,6 +80,28 @@ def choose_kind(target: Target, name: str | None) -> Kind:
     return kind
 
 
+def check_reads(kind: Kind, positions: Sequence[str]) -> None:
+    """Refuse positions that a kind of probe does not read.
+
+    Raises:
+        ProbeDataError: if there are some, or what is named is no position.
+    """
+    for name in positions:
+        if (check_positions(name) == "tokens") != kind.tokens:
+            wanted = "tokens" if kind.tokens else "one row per sample"
+            raise ProbeDataError(f"positions: the kind {kind.name!r} reads {wanted}, not {name!r}")
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that no generator takes.
+
+    Raises:
+        ProbeDataError: if it is one.
+    """
+    if not 0 <= seed < 2**32:
+        raise ProbeDataError(f"seed: {seed} is out of range; allowed are 0 to {2**32 - 1}")
+
+
 def fit_and_evaluate(
     data: ProbeDataset,
     positions: Sequence[str] = ("last_prompt",),
@@ -105,10 +127,7 @@ def fit_and_evaluate(
         OneClassError: if the label does not vary enough.
     """
     chosen = choose_kind(data.target, kind)
-    for name in positions:
-        if (check_positions(name) == "tokens") != chosen.tokens:
-            wanted = "tokens" if chosen.tokens else "one row per sample"
-            raise ProbeDataError(f"positions: the kind {chosen.name!r} reads {wanted}, not {name!r}")
+    check_reads(chosen, positions)
     contrasts = mixed(data.target.values, data.problems) if chosen.within else None
     folds = nested_folds(data.target, data.groups, seed, contrasts)
     shuffled = shuffle_labels(data.target, data.problems, folds, seed, inside=chosen.within)

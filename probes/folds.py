@@ -16,6 +16,8 @@ from probes.labels import Target
 
 OUTER_FOLDS = 5
 INNER_FOLDS = 3
+NEEDS_CONTRASTS = "problems with attempts of both classes"
+SAMPLE_AGAIN = "sample each problem several times (--epochs 4 --temperature 0.7), or choose another --kind"
 UNNEEDED = -1
 """The stratum of rows that no training part needs."""
 
@@ -74,6 +76,8 @@ def grouped_splits(
     if target.kind != "real":
         problems = min(len(np.unique(own[labels == label])) for label in present)
     for k in range(min(most, problems), 1, -1):
+        if target.kind == "real" and k > np.bincount(labels).max():  # too few samples for quintiles
+            labels = np.zeros_like(labels)
         folds = StratifiedGroupKFold(k, shuffle=True, random_state=seed)
         splits = tuple((train, test) for train, test in folds.split(labels, labels, own) if len(test))
         if target.kind == "real" or all(np.isin(present, labels[train]).all() for train, _ in splits):
@@ -101,16 +105,16 @@ def nested_folds(
     if contrasts is not None and len(np.unique(groups[contrasts])) < 2:
         found = "none has" if not contrasts.any() else "one has, and a probe is tested on problems that it has not seen"
         raise OneClassError(
-            f"kind: 'contrast' learns from problems with attempts of both classes of {target.name!r}; of the "
-            f"{len(np.unique(groups))} problems here {found}; sample each problem several times "
-            "(--epochs 4 --temperature 0.7), or choose another --kind"
+            f"kind: 'contrast' needs at least two {NEEDS_CONTRASTS} ({target.name!r}); of the {len(np.unique(groups))} here "
+            f"{found}; {SAMPLE_AGAIN}"
         )
     outer = grouped_splits(target, np.arange(len(groups)), groups, OUTER_FOLDS, seed, contrasts)
     if not outer:
         counts = f" ({int(target.values.sum())} True)" if target.kind == "binary" else ""
+        left = "there is something to train on" if target.kind == "real" else "both classes are left to train on"
         raise OneClassError(
             f"{len(groups)} samples{counts} of {len(np.unique(groups))} problems cannot be split by problem "
-            "so that both classes are left to train on; evaluate more problems"
+            f"so that {left}; evaluate more problems"
         )
     return tuple(
         Fold(train, test, grouped_splits(target, train, groups, INNER_FOLDS, seed, contrasts)) for train, test in outer

@@ -17,8 +17,8 @@ from probes.cross_validation import Case, cross_validate, whole
 from probes.dataset import ProbeDataset
 from probes.errors import OneClassError, ProbeDataError
 from probes.evaluation import choose_strength, main_estimate
-from probes.fitting import choose_kind
-from probes.folds import grouped_splits
+from probes.fitting import check_reads, check_seed, choose_kind
+from probes.folds import NEEDS_CONTRASTS, SAMPLE_AGAIN, grouped_splits, mixed
 from probes.intervals import bootstrap_weights
 from probes.kinds import Kind
 from probes.kinds.linear import LinearProbes
@@ -93,9 +93,15 @@ def transfer(
         OneClassError: if a side is left with one class.
     """
     chosen = choose_kind(train.target, kind)
+    check_reads(chosen, [positions])
+    check_seed(seed)
     if (train.target.kind, train.target.classes) != (test.target.kind, test.target.classes):
         raise ProbeDataError(f"{train.target.name} and {test.target.name} are not the same kind of label")
     learn, judge = _deal(train, test, seed)
+    if chosen.within:
+        for data, kept, side in ((train, learn, "to train on"), (test, judge, "to test on")):
+            if not mixed(data.target.values[kept], data.problems[kept]).any():
+                raise OneClassError(f"{data.names[0]} has no {NEEDS_CONTRASTS} left {side}; {SAMPLE_AGAIN}")
     target = _part(test.target, judge)
     groups, problems = (np.unique(part[judge], return_inverse=True)[1] for part in (test.groups, test.problems))
     weights = bootstrap_weights(groups, seed)
@@ -138,6 +144,8 @@ def compare(
     if not keys:
         raise ProbeDataError(f"{first} and {second} have no stored key in common")
     chosen = choose_kind(one.target, kind)
+    if chosen.tokens:
+        raise ProbeDataError(f"kind: {chosen.name!r} has no direction to compare")
     there = transfer(one, two, keys, positions, kind, seed)
     back = transfer(two, one, keys, positions, kind, seed)
     cosines = [_cosine(one, two, key, positions, chosen, seed) for key in keys]
@@ -162,7 +170,8 @@ def _direction(data: ProbeDataset, key: str, positions: str, kind: Kind, seed: i
 
 def _fit(X: Float[Tensor, "1 rows d"], data: ProbeDataset, rows: np.ndarray, kind: Kind, seed: int) -> Any:
     """Fit one probe on some rows, its strength chosen on folds of them."""
-    splits = grouped_splits(data.target, rows, data.groups, INNER_FOLDS, seed)
+    contrasts = mixed(data.target.values, data.problems) if kind.within else None
+    splits = grouped_splits(data.target, rows, data.groups, INNER_FOLDS, seed, contrasts)
     strength = kind.strengths[0]
     if splits and len(kind.strengths) > 1:
         cases = [Case(data.target, rows[train], rows[test]) for train, test in splits]

@@ -1,8 +1,8 @@
 """95% intervals of shares, of their paired differences and of AUROCs, from counts of independent trials.
 
-Those of the kind "estimate ± 1.96 standard errors" have no width where all trials agree, and percentiles of a bootstrap have none
-either. These have one, and keep what they promise with few trials. The trials need not be whole numbers: for clustered samples
-they are how many independent ones would say as much.
+Those of the kind "estimate ± 1.96 standard errors" have no width where all trials agree, and percentiles of a bootstrap have
+none either. These have one, and keep what they promise with few trials. The trials need not be whole numbers: for clustered
+samples they are how many independent ones would say as much.
 """
 
 import math
@@ -52,8 +52,10 @@ def paired(more: float, less: float, n: float) -> tuple[float, float]:
 
 
 def auroc(value: float, trues: float, falses: float) -> tuple[float, float]:
-    """Return a 95% score interval of an AUROC: Newcombe's method 5 (2006, "Confidence intervals for an effect size measure based
-    on the Mann-Whitney statistic, part 2", Statistics in Medicine 25), which has a width where the order is perfect.
+    """Return a 95% score interval of an AUROC, which has a width where the order is perfect.
+
+    It is Newcombe's method 5 (2006, "Confidence intervals for an effect size measure based on the Mann-Whitney statistic,
+    part 2", Statistics in Medicine 25).
 
     Args:
         value: the AUROC.

@@ -1,9 +1,9 @@
 """From the answers of a sweep to its findings: per direction and scale accuracy, parse rate and length, with intervals.
 
 Problems are the unit. Several directions of one kind are averaged within a problem first, so an interval is over problems,
-whatever the number of directions. Shares have Wilson's interval, and differences of shares Tango's (`roentgen.intervals`), of as
-many trials as there are problems: both have a width where all problems do alike. Lengths and their differences have a bootstrap
-over problems. Differences are paired: each problem against itself without steering.
+whatever the number of directions. Shares have Wilson's interval, and differences of shares Tango's (`roentgen.intervals`), of
+as many trials as there are problems: both have a width where all problems do alike. Lengths and their differences have a
+bootstrap over problems. Differences are paired: each problem against itself without steering.
 """
 
 from collections import defaultdict
