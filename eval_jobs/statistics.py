@@ -32,7 +32,7 @@ from scipy.stats import t as student
 
 from roentgen.intervals import Z_95, exact, paired, wilson
 
-FEW = 10
+FEW = 30
 """Problems of which a variance of shares says too little to be used: each counts as one trial then."""
 
 NO_CHANGE = 1e-9

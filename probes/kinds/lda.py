@@ -8,6 +8,7 @@ On principal axes the total covariance is diagonal, and Σw differs from it by t
 division and a Sherman-Morrison correction, for all models and strengths at once.
 """
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 

@@ -110,8 +110,8 @@ def minimise(
                 break
         else:
             raise NoConvergenceError(
-                f"the fit has not converged in {MAX_STEPS} steps for C = {C:g}: features may differ too much in size, or rows be "
-                "damaged; look at them (`roentgen sessions verify`), or choose --kind lda or mean_difference"
+                f"the fit has not converged in {MAX_STEPS} steps for C = {C:g}: features may differ too much in size, or "
+                "rows be damaged; look at them (`roentgen sessions verify`), or choose --kind lda or mean_difference"
             )
         found.append((a, b))
     a, b = (torch.stack(parts, 2).flatten(1, 2) for parts in zip(*found, strict=True))
