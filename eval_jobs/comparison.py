@@ -1,26 +1,56 @@
-"""Two runs on the same problems: what differs in their configurations, and in their answers."""
+"""Two runs on the same problems: what differs in their configurations, and in their answers.
+
+Like is compared with like. Where runs have variants, a variant is compared with the one that poses problems as it does: with
+the same prefix or, where no other has that, of the same name; a run without variants poses them without a prefix. What has no
+counterpart is named and is in no number.
+"""
 
 from collections import defaultdict
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from eval_jobs.resume import differences
 from eval_jobs.statistics import Accuracy, Difference, accuracy, difference
-from roentgen.runs import Run
+from roentgen.runs import Posed, Run, same_template
+
+Verdicts = Mapping[Hashable, list[bool]]
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What two runs say of the problems that both have.
+class Paired:
+    """What two conditions say of the problems that both have.
 
     Attributes:
-        configuration: what differs: name, value in the first, value in the second.
-        first: the first run's accuracy on them.
+        names: of the two variants; None of a run without variants.
+        first: the first's accuracy on them.
         second: the second's.
         difference: the second minus the first, paired by problem.
         gained: problems that the second does better.
         lost: problems that it does worse.
+    """
+
+    names: tuple[str | None, str | None]
+    first: Accuracy
+    second: Accuracy
+    difference: Difference
+    gained: list[str]
+    lost: list[str]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What two runs say, like compared with like.
+
+    Attributes:
+        configuration: what differs: name, value in the first, value in the second.
+        first: the first run's accuracy on what both posed alike: each problem, under each pair of variants.
+        second: the second's.
+        difference: the second minus the first, paired likewise and clustered by problem.
+        gained: problems that the second does better, `problem under variant` where there are several pairs.
+        lost: problems that it does worse.
+        pairs: the same, per pair of variants that pose problems alike; one pair of runs without variants.
+        alone: variants of either run that have no counterpart.
     """
 
     configuration: list[tuple[str, Any, Any]]
@@ -29,6 +59,8 @@ class Comparison:
     difference: Difference
     gained: list[str]
     lost: list[str]
+    pairs: tuple[Paired, ...]
+    alone: tuple[tuple[str | None, ...], tuple[str | None, ...]]
 
 
 def compare(first: Run, second: Run) -> Comparison:
@@ -37,24 +69,86 @@ def compare(first: Run, second: Run) -> Comparison:
     Raises:
         RunError: if a record is damaged.
     """
-    before, after = _verdicts(first), _verdicts(second)
-    common = [problem for problem in before if problem in after]
-    changes = {problem: _share(after[problem]) - _share(before[problem]) for problem in common}
+    posed: dict[str, Posed] = {}
+    before, after = (_verdicts(run, posed) for run in (first, second))
+    groups = dict(zip(posed, same_template(list(posed.values())), strict=True))
+    names = _counterparts(_prefixes(first), _prefixes(second))
+    clusters: dict[Hashable, int] = {(pair, problem): groups[problem] for pair in names for problem in groups}
+    every_before: dict[Hashable, list[bool]] = {}
+    every_after: dict[Hashable, list[bool]] = {}
+    pairs = []
+    for pair in names:
+        one: dict[Hashable, list[bool]] = {(pair, problem): v for problem, v in before.get(pair[0], {}).items()}
+        two: dict[Hashable, list[bool]] = {(pair, problem): v for problem, v in after.get(pair[1], {}).items()}
+        pairs.append(_pair(pair, one, two, clusters))
+        every_before |= one
+        every_after |= two
+    whole = pairs[0] if len(pairs) == 1 else _pair((None, None), every_before, every_after, clusters, several=True)
     return Comparison(
-        configuration=list(differences(_described(first), _described(second))),
-        first=_accuracy(before, common),
-        second=_accuracy(after, common),
-        difference=difference(after, before),
-        gained=[str(problem) for problem, change in changes.items() if change > 0],
-        lost=[str(problem) for problem, change in changes.items() if change < 0],
+        list(differences(_described(first), _described(second))),
+        whole.first, whole.second, whole.difference, whole.gained, whole.lost, tuple(pairs),
+        (
+            tuple(name for name in _prefixes(first) if name not in {one for one, _ in names}),
+            tuple(name for name in _prefixes(second) if name not in {two for _, two in names}),
+        ),
+    )  # fmt: skip
+
+
+def _pair(
+    names: tuple[str | None, str | None],
+    before: Verdicts,
+    after: Verdicts,
+    clusters: Mapping[Hashable, int],
+    *,
+    several: bool = False,
+) -> Paired:
+    """Compare the verdicts of two conditions, whose keys are a pair of variants and a problem."""
+    common = [key for key in before if key in after]
+    changes = {key: _share(after[key]) - _share(before[key]) for key in common}
+
+    def spell(key: Any) -> str:
+        (_, variant), problem = key
+        return f"{problem} under {variant}" if several else str(problem)
+
+    return Paired(
+        names=names,
+        first=_accuracy(before, common, clusters),
+        second=_accuracy(after, common, clusters),
+        difference=difference(after, before, clusters),
+        gained=[spell(key) for key, change in changes.items() if change > 0],
+        lost=[spell(key) for key, change in changes.items() if change < 0],
     )
 
 
-def _verdicts(run: Run) -> dict[Hashable, list[bool]]:
-    found: dict[Hashable, list[bool]] = defaultdict(list)
+def _prefixes(run: Run) -> dict[str | None, str]:
+    """Return what each variant puts before the user's message; a run without variants puts nothing."""
+    return {name: variant["prefix"] for name, variant in run.config.variants.items()} or {None: ""}
+
+
+def _counterparts(
+    first: Mapping[str | None, str], second: Mapping[str | None, str]
+) -> list[tuple[str | None, str | None]]:
+    """Pair variants with the same prefix, those of the same name before others; then those left that share a name."""
+    found: list[tuple[str | None, str | None]] = []
+    for alike in (
+        lambda one, two: one == two and first[one] == second[two],
+        lambda one, two: first[one] == second[two],
+        lambda one, two: one == two,
+    ):
+        for one in first:
+            two = next((n for n in second if alike(one, n) and n not in {b for _, b in found}), one)
+            if two in second and alike(one, two) and not any(one == a or two == b for a, b in found):
+                found.append((one, two))
+    return sorted(found, key=lambda pair: list(first).index(pair[0]))
+
+
+def _verdicts(run: Run, posed: dict[str, Posed]) -> dict[str | None, dict[str, list[bool]]]:
+    """Return each problem's verdicts by variant, and add what was posed."""
+    found: dict[str | None, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for sample in run.samples().by_name():
         if sample.error is None:
-            found[sample.problem_id].append(sample.correct)
+            posed.setdefault(sample.problem_id, sample.posed.brief())
+            found[sample.variant][sample.problem_id].append(sample.correct)
     return dict(found)
 
 
@@ -62,10 +156,13 @@ def _share(verdicts: list[bool]) -> float:
     return sum(verdicts) / len(verdicts)
 
 
-def _accuracy(verdicts: dict[Hashable, list[bool]], problems: list[Hashable]) -> Accuracy:
-    pairs = [(verdict, problem) for problem in problems for verdict in verdicts[problem]]
-    return accuracy([verdict for verdict, _ in pairs], [problem for _, problem in pairs])
+def _accuracy(verdicts: Verdicts, problems: list[Hashable], clusters: Mapping[Hashable, int]) -> Accuracy:
+    pairs = [(verdict, clusters[problem]) for problem in problems for verdict in verdicts[problem]]
+    return accuracy([verdict for verdict, _ in pairs], [cluster for _, cluster in pairs])
 
 
 def _described(run: Run) -> dict[str, Any]:
-    return {**run.config.hashed, "extractor": run.config.settings["extractor"], "versions": run.config.versions}
+    hashed = run.config.hashed
+    prefixes = {name: variant["prefix"] for name, variant in run.config.variants.items()}
+    extras = {"extractor": run.config.settings["extractor"], "versions": run.config.versions}
+    return {**hashed, **extras} | ({"variants": prefixes} if prefixes else {})

@@ -51,17 +51,31 @@ def print_comparison(found: Comparison, console: Console) -> None:
 
     for name, one, other in found.configuration:
         say(f"  {name}: {one!r} → {other!r}")
-    change = found.difference
-    if change.value is None:
-        say("the runs have no problem in common")
-        return
-    say(f"problems in common: {change.problems}")
-    say(f"first:  {percent(found.first.value)} ({interval(asdict(found.first))})")
-    say(f"second: {percent(found.second.value)} ({interval(asdict(found.second))})")
-    say(f"second − first: {spell_difference(asdict(change))}")
-    for what, problems in (("better", found.gained), ("worse", found.lost)):
-        if problems:
-            say(f"{what} in the second: {_some(problems, 20)}")
+    for pair in found.pairs:
+        if pair.names != (None, None):
+            say(" against ".join(_called(name) for name in pair.names))
+        change = pair.difference
+        if change.value is None:
+            say("the runs have no problem in common")
+            continue
+        say(f"problems in common: {change.problems}")
+        say(f"first:  {percent(pair.first.value)} ({interval(asdict(pair.first))})")
+        say(f"second: {percent(pair.second.value)} ({interval(asdict(pair.second))})")
+        say(f"second − first: {spell_difference(asdict(change))}")
+        for what, problems in (("better", pair.gained), ("worse", pair.lost)):
+            if problems:
+                say(f"{what} in the second: {_some(problems, 20)}")
+    if len(found.pairs) > 1:
+        say(f"all pairs of variants together: second − first: {spell_difference(asdict(found.difference))}")
+    for which, names in zip(("first", "second"), found.alone, strict=True):
+        if names:
+            say(
+                f"not compared, because the other run poses no problem so: {', '.join(map(_called, names))} of the {which}"
+            )
+
+
+def _called(variant: str | None) -> str:
+    return "no variant" if variant is None else f"variant {variant}"
 
 
 def spell_difference(change: dict[str, Any]) -> str:

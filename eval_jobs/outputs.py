@@ -126,7 +126,7 @@ def _dataset(samples: Iterable[Sample]) -> Iterator[dict[str, str]]:
                 "question": sample.question,
                 "answer": sample.solution,
                 "gold": sample.gold,
-            }
+            } | ({} if sample.template is None else {"template": sample.template})
 
 
 def _activations(sample: Sample) -> dict[str, Any]:

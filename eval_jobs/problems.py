@@ -5,6 +5,8 @@ and on every machine, because its id is what joins samples, activations and labe
 in `SOURCES`; whatever is not named there is read as a file in GSM8K's own format, a JSON object per line with `question`
 and `answer`, the answer ending with `#### <number>`.
 
+Questions that were made from one template say so, because they are hardly more independent than attempts at one question.
+
 Everything is read and checked before anything runs: a broken line found after an hour of GPU time helps nobody.
 """
 
@@ -42,6 +44,7 @@ class Problem:
         solution: the gold rationale, ending with `#### <number>`.
         gold: the gold answer: what follows `####`, commas removed.
         shots: solved problems to be shown before it.
+        template: what the question was made from, which other problems may share; None if it is like no other.
     """
 
     problem_id: str
@@ -50,6 +53,7 @@ class Problem:
     solution: str
     gold: str
     shots: tuple["Problem", ...] = ()
+    template: str | None = None
 
 
 def read_source(source: str) -> Iterator[Problem]:
@@ -81,7 +85,7 @@ def arithmetic() -> Iterator[Problem]:
     Raises:
         ProblemError: if reasoning-gym is not installed.
     """
-    for number, item in _generated("arithmetic", "chain_sum", min_terms=2, max_terms=3, min_digits=1, max_digits=2):
+    for number, item, _ in _generated("arithmetic", "chain_sum", min_terms=2, max_terms=3, min_digits=1, max_digits=2):
         expression, gold = item["metadata"]["expression"], item["answer"]
         solution = f"{expression} = {gold}\n#### {gold}"
         yield Problem(f"arithmetic-{number:04d}", number, f"What is {expression}?", solution, gold)
@@ -94,9 +98,10 @@ def gsm_symbolic() -> Iterator[Problem]:
     Raises:
         ProblemError: if reasoning-gym is not installed.
     """
-    for number, item in _generated("gsm-symbolic", "gsm_symbolic"):
-        solution = item["metadata"]["answer_cot"]
-        yield Problem(f"gsm-symbolic-{number:04d}", number, item["question"], solution, item["answer"])
+    for number, item, template in _generated("gsm-symbolic", "gsm_symbolic"):
+        solution, problem_id = item["metadata"]["answer_cot"], f"gsm-symbolic-{number:04d}"
+        made_from = None if template is None else f"gsm-symbolic/{template}"
+        yield Problem(problem_id, number, item["question"], solution, item["answer"], template=made_from)
 
 
 def gsm8k() -> Iterator[Problem]:
@@ -124,12 +129,13 @@ SOURCES: dict[str, Callable[[], Iterator[Problem]]] = {
     "gsm-symbolic": gsm_symbolic,
 }
 
-_Line = tuple[int, str, str, str]
-"""Line number, question, solution, gold."""
+_Line = tuple[int, str, str, str, str | None]
+"""Line number, question, solution, gold, template."""
 
 
-def _generated(source: str, dataset: str, **settings: int) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield reasoning-gym's items, numbered; each is made when it is asked for, from its number."""
+def _generated(source: str, dataset: str, **settings: int) -> Iterator[tuple[int, dict[str, Any], int | None]]:
+    """Yield reasoning-gym's items, numbered, with the template of each where there are templates; each is made when it is
+    asked for, from its number."""
     try:
         import reasoning_gym
     except ImportError:
@@ -137,25 +143,27 @@ def _generated(source: str, dataset: str, **settings: int) -> Iterator[tuple[int
     items = reasoning_gym.create_dataset(dataset, seed=GENERATED_SEED, size=GENERATED_SIZE, **settings)
     seen: set[str] = set()
     numbers = count(1)
-    for item in items:
+    templates: list[int] | None = getattr(items, "task_indices", None)
+    for place, item in enumerate(items):
         if item["question"] in seen:  # the same question twice would put one on both sides of a split by problem
             continue
         seen.add(item["question"])
-        yield next(numbers), item
+        yield next(numbers), item, None if templates is None else templates[place]
 
 
 def _gsm8k(split: Literal["train", "test"]) -> Iterator[Problem]:
     folder = os.environ.get(GSM8K_FOLDER_VARIABLE)
     lines = _read_jsonl(Path(folder).expanduser() / f"{split}.jsonl") if folder else _gsm8k_from_hub(split)
-    for number, question, solution, gold in lines:
+    for number, question, solution, gold, _ in lines:
         yield Problem(f"gsm8k-{split}-{number:04d}", number, question, solution, gold)
 
 
 def _file(path: Path) -> Iterator[Problem]:
     """Yield a file's problems. The id carries a hash of the question, so that an edited line is another problem."""
-    for number, question, solution, gold in _read_jsonl(path):
+    for number, question, solution, gold, template in _read_jsonl(path):
         digest = hashlib.sha256(question.encode()).hexdigest()[:8]
-        yield Problem(f"{path.stem[:100]}-{number:04d}-{digest}", number, question, solution, gold)
+        problem_id = f"{path.stem[:100]}-{number:04d}-{digest}"
+        yield Problem(problem_id, number, question, solution, gold, template=template)
 
 
 def _read_jsonl(path: Path) -> list[_Line]:
@@ -181,7 +189,16 @@ def _parse(line: bytes, path: Path, number: int) -> _Line:
     gold = gold_answer(fields["answer"])
     if gold is None:
         raise ProblemError(f"{where}: 'answer' has no '#### <number>' line")
-    return number, fields["question"], fields["answer"], gold
+    return number, fields["question"], fields["answer"], gold, _template(fields)
+
+
+def _template(fields: dict[str, Any]) -> str | None:
+    """Return what a line says its question was made from: `template`, or `original_id` as GSM-Symbolic's files have it."""
+    if fields.get("template") is not None:
+        template = fields["template"]
+        return template if isinstance(template, str) else json.dumps(template, sort_keys=True)
+    original = fields.get("original_id")
+    return None if original is None else f"gsm8k/{original}"
 
 
 def _gsm8k_from_hub(split: str) -> Iterator[_Line]:
@@ -198,4 +215,4 @@ def _gsm8k_from_hub(split: str) -> Iterator[_Line]:
         gold = gold_answer(row["answer"])
         if gold is None:
             raise ProblemError(f"openai/gsm8k, row {number}: 'answer' has no '#### <number>' line")
-        yield number, row["question"], row["answer"], gold
+        yield number, row["question"], row["answer"], gold, None

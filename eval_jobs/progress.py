@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-from eval_jobs.statistics import wilson
+from roentgen.intervals import wilson
 from roentgen.runs import Sample
 
 SECONDS_BETWEEN_LINES = 5.0

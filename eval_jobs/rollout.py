@@ -127,6 +127,7 @@ def _identity(attempt: Attempt) -> dict[str, Any]:
         "question": problem.question,
         "solution": problem.solution,
         "gold": problem.gold,
+        "template": problem.template,
         "finished": time.time(),
     }
 

@@ -1,20 +1,42 @@
 """What verdicts come to: accuracies with intervals, pass@k and maj@k, and differences between paired conditions.
 
-Several samples of one problem are no independent evidence, so everything is clustered by problem (Miller 2024, "Adding Error
-Bars to Evals", arXiv 2411.00640).
+Several samples of one problem are no independent evidence, so everything is clustered by problem, or by what problems have in
+common, such as a template (Miller 2024, "Adding Error Bars to Evals", arXiv 2411.00640). Standard errors are that paper's.
+
+Intervals are not the estimate ± 1.96 standard errors (Wald's): with few problems, or where all do alike, those are far too
+narrow, down to no width at all. Each comes from a method for independent trials, given the number of trials that would have the
+standard error found (the effective sample size, with a correction for few clusters, as Korn and Graubard 1998, "Confidence
+intervals for proportions with small expected number of positive counts estimated from survey data", Survey Methodology 24, use
+it):
+
+- an accuracy: Wilson's score interval;
+- a mean over problems of shares (pass@k, maj@k): Clopper and Pearson's exact interval;
+- a difference of the same problems under two conditions: Tango's score interval for paired proportions (Tango 1998,
+  "Equivalence test and confidence interval for the difference in proportions for the paired-sample design", Statistics in
+  Medicine 17; Newcombe 1998, "Improved confidence intervals for the difference between binomial proportions based on paired
+  data", in the same volume, shows how the Wald interval fails).
+
+With n clusters there are at least n trials, because a cluster's mean varies at most as a single trial does: a variance that few
+clusters show too small by chance, or not at all, gives no narrow interval.
 """
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from scipy.stats import binomtest
+from scipy.stats import t as student
 
-Z_95 = 1.959963984540054
-"""Standard normal quantile of a two-sided 95% interval."""
+from roentgen.intervals import Z_95, exact, paired, wilson
+
+FEW = 30
+"""Problems of which a variance of shares says too little to be used: each counts as one trial then."""
+
+NO_CHANGE = 1e-9
+"""A cluster whose changes add up to less than this is as good under both conditions."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +64,7 @@ class Accuracy:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over problems with its 95% interval (normal, cut to [0, 1])."""
+    """A mean over problems, each a share, with its 95% interval."""
 
     value: float
     standard_error: float | None
@@ -62,7 +84,8 @@ class Difference:
         high: upper end.
         gained: problems right here and wrong there. With several samples a problem: better here.
         lost: the reverse.
-        p_value: of McNemar's exact test on these two; with several samples a problem, it is the sign test on problems.
+        p_value: of McNemar's exact test on these two; with several samples a problem, it is the sign test on problems; with
+            clusters of several problems, on clusters.
     """
 
     problems: int
@@ -80,30 +103,64 @@ def accuracy(verdicts: Sequence[bool], problems: Sequence[Hashable] | None = Non
 
     Args:
         verdicts: one per sample.
-        problems: whose samples they are; None if each has its own.
+        problems: whose samples they are, or whose that count as one; None if each has its own.
     """
     n, correct = len(verdicts), sum(map(bool, verdicts))
     if n == 0:
         return Accuracy(0, 0, None, None, None, None)
     p = correct / n
+    own = _clustered(np.array(verdicts, dtype=float), range(n) if problems is None else problems, p * (1 - p))
+    return Accuracy(n, correct, p, own.standard_error, *wilson(p, own.trials(n)))
+
+
+@dataclass(frozen=True)
+class _Clustered:
+    """How a mean varies over clusters.
+
+    Attributes:
+        n: values.
+        clusters: clusters of them; of unequal ones, how many equal ones would weigh as much (Kish's n², over Σ sizes²).
+        count: clusters.
+        standard_error: of the mean; None of fewer than two clusters.
+        ratio: how many times the variance of the mean of independent trials this is; None where one of the two is 0.
+    """
+
+    n: int
+    clusters: float
+    count: int
+    standard_error: float | None
+    ratio: float | None
+
+    def trials(self, most: int) -> float:
+        """Return how many independent trials would say as much, at most `most`."""
+        if self.ratio is None:
+            return min(float(most), self.clusters)
+        # How wrong a variance of few clusters may be is what Student's quantile adds to the normal one.
+        found = self.n / self.ratio * (Z_95 / float(student.ppf(0.975, self.count - 1))) ** 2
+        return min(float(most), max(self.clusters, found))
+
+
+def _clustered(values: Float[np.ndarray, "n"], clusters: Sequence[Hashable], variance: float) -> _Clustered:
+    """Return how the mean of values varies over clusters.
+
+    Args:
+        values: the values.
+        clusters: whose each is.
+        variance: that single trials of the same mean would have.
+    """
+    n, centred = len(values), values - values.mean()
     sums: defaultdict[Hashable, float] = defaultdict(float)
-    for verdict, problem in zip(verdicts, range(n) if problems is None else problems, strict=True):
-        sums[problem] += bool(verdict) - p
-    clusters = len(sums)
-    error = (
-        math.sqrt(sum(total**2 for total in sums.values()) * clusters / (clusters - 1)) / n if clusters > 1 else None
-    )
-    independent = math.sqrt(p * (1 - p) / (n - 1)) if n > 1 else 0.0
-    # If all verdicts are equal, nothing is known of how they vary within a problem: each problem counts once.
-    effective = n * (independent / error) ** 2 if error and independent else float(clusters)
-    return Accuracy(n, correct, p, error, *wilson(p, min(float(n), effective)))
-
-
-def wilson(p: float, n: float) -> tuple[float, float]:
-    """Return Wilson's 95% interval of a share `p` of `n` independent trials."""
-    centre = (p + Z_95**2 / (2 * n)) / (1 + Z_95**2 / n)
-    half = Z_95 * math.sqrt(p * (1 - p) / n + Z_95**2 / (4 * n**2)) / (1 + Z_95**2 / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+    sizes: Counter[Hashable] = Counter()
+    for value, cluster in zip(centred.tolist(), clusters, strict=True):
+        sums[cluster] += value
+        sizes[cluster] += 1
+    count = len(sums)
+    equal = n**2 / sum(size**2 for size in sizes.values())
+    if count < 2:
+        return _Clustered(n, equal, count, None, None)
+    error = math.sqrt(sum(total**2 for total in sums.values()) * count / (count - 1)) / n
+    independent = math.sqrt(variance / (n - 1))
+    return _Clustered(n, equal, count, error, (error / independent) ** 2 if error and independent else None)
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -125,32 +182,55 @@ def majority(answers: Iterable[str | None]) -> str | None:
     return max(votes, key=votes.__getitem__) if votes else None
 
 
-def mean(values: Sequence[float]) -> Estimate | None:
-    """Estimate a mean over problems; None of no problems."""
+def mean(
+    values: Sequence[float], clusters: Sequence[Hashable] | None = None, trials: int | None = None
+) -> Estimate | None:
+    """Estimate a mean over problems; None of no problems.
+
+    Args:
+        values: a share of each problem.
+        clusters: which problems count as one; None if each is alone.
+        trials: samples that the values come from, at most how many independent trials they are worth; None if they are that
+            many themselves.
+    """
     if not values:
         return None
-    value = float(np.mean(values))
-    if len(values) == 1:
-        return Estimate(value, None, None, None)
-    error = float(np.std(values, ddof=1) / math.sqrt(len(values)))
-    return Estimate(value, error, max(0.0, value - Z_95 * error), min(1.0, value + Z_95 * error))
+    n, value = len(values), float(np.mean(values))
+    own = _clustered(np.array(values, dtype=float), range(n) if clusters is None else clusters, value * (1 - value))
+    return Estimate(value, own.standard_error, *exact(value, own.trials(n if trials is None or n < FEW else trials)))
 
 
-def difference(here: dict[Hashable, list[bool]], there: dict[Hashable, list[bool]]) -> Difference:
-    """Compare two conditions on the problems that both have; each is a problem's verdicts, one per sample."""
+def difference(
+    here: Mapping[Hashable, Sequence[bool]],
+    there: Mapping[Hashable, Sequence[bool]],
+    clusters: Mapping[Hashable, Hashable] | None = None,
+) -> Difference:
+    """Compare two conditions on the problems that both have.
+
+    Args:
+        here: a problem's verdicts, one per sample.
+        there: likewise.
+        clusters: of each problem, what it counts as one with; None if each is alone.
+    """
     common = [problem for problem in here if problem in there]
     shares: Float[np.ndarray, "problems"] = np.array(
         [np.mean(here[problem]) - np.mean(there[problem]) for problem in common], dtype=float
     )
-    better: Bool[np.ndarray, "problems"] = shares > 0
-    worse: Bool[np.ndarray, "problems"] = shares < 0
-    gained, lost = int(better.sum()), int(worse.sum())
     n = len(common)
     if n == 0:
         return Difference(0, None, None, None, None, 0, 0, None)
-    value = float(shares.mean())
-    p_value = float(binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
-    if n == 1:
-        return Difference(n, value, None, None, None, gained, lost, p_value)
-    error = float(shares.std(ddof=1) / math.sqrt(n))
-    return Difference(n, value, error, value - Z_95 * error, value + Z_95 * error, gained, lost, p_value)
+    gained, lost = int((shares > 0).sum()), int((shares < 0).sum())
+    value, more, less = float(shares.mean()), float(shares.clip(min=0).mean()), float((-shares).clip(min=0).mean())
+    belongs = common if clusters is None else [clusters[problem] for problem in common]
+    own = _clustered(shares, belongs, max(0.0, more + less - value**2))
+    low, high = paired(more, less, own.trials(sum(min(len(here[p]), len(there[p])) for p in common)))
+    return Difference(n, value, own.standard_error, low, high, gained, lost, _sign_test(shares, belongs))
+
+
+def _sign_test(shares: Float[np.ndarray, "problems"], clusters: Sequence[Hashable]) -> float:
+    """Return the p-value of the sign test: McNemar's exact one, where a cluster is a problem with one sample."""
+    sums: defaultdict[Hashable, float] = defaultdict(float)
+    for share, cluster in zip(shares.tolist(), clusters, strict=True):
+        sums[cluster] += share
+    up, down = sum(total > NO_CHANGE for total in sums.values()), sum(total < -NO_CHANGE for total in sums.values())
+    return float(binomtest(up, up + down).pvalue) if up + down else 1.0

@@ -15,7 +15,7 @@ from eval_jobs.failures import Failures
 from eval_jobs.quantities import read_quantity
 from eval_jobs.scoring import EXTRACTORS
 from eval_jobs.statistics import accuracy, difference, majority, mean, pass_at_k
-from roentgen.runs import RunConfig, Sample
+from roentgen.runs import Posed, RunConfig, Sample, same_template
 
 NAMES = tuple(EXTRACTORS)
 
@@ -34,8 +34,14 @@ class _Row(NamedTuple):
 
 @dataclass
 class _Group:
-    """The samples of a variant, or of a run."""
+    """The samples of a variant, or of a run.
 
+    Attributes:
+        clusters: of each problem's id, the problems that count as one with it: the same question, or of one template. Filled
+            when all samples have been read.
+    """
+
+    clusters: dict[Hashable, int]
     rows: list[_Row] = field(default_factory=list)
     truncated: int = 0
     out_of_turns: int = 0
@@ -68,7 +74,7 @@ class _Group:
     def accuracy(self, extractor: str) -> dict[str, Any]:
         which = NAMES.index(extractor)
         judged = [(verdict, row.problem) for row in self.rows if (verdict := row.correct[which]) is not None]
-        return asdict(accuracy([verdict for verdict, _ in judged], [problem for _, problem in judged]))
+        return asdict(accuracy([verdict for verdict, _ in judged], [self.clusters[problem] for _, problem in judged]))
 
     def unparsable(self, extractor: str) -> int:
         which = NAMES.index(extractor)
@@ -119,19 +125,22 @@ class _Stored:
 
 def summarise(config: RunConfig, samples: Iterable[Sample]) -> dict[str, Any]:
     """Return what a run's samples come to."""
-    every, variants, stored = _Group(), {name: _Group() for name in config.variants}, _Stored()
-    errors, failures, disagreements = 0, Failures(), []
+    clusters: dict[Hashable, int] = {}
+    every, variants, stored = _Group(clusters), {name: _Group(clusters) for name in config.variants}, _Stored()
+    errors, failures, disagreements, posed = 0, Failures(), [], dict[str, Posed]()
     for sample in samples:
         if sample.error is not None:
             errors += 1
             failures.add(sample.sample_id, sample.error)
             continue
         every.add(sample)
+        posed.setdefault(sample.problem_id, sample.posed.brief())
         stored.add(sample)
         if sample.variant is not None:
             variants[sample.variant].add(sample)
         if disagree(sample, config.settings["extractor"]):
             disagreements.append(sample.sample_id)
+    clusters.update(zip(posed, same_template(list(posed.values())), strict=True))
     primary, scored = config.settings["extractor"], len(every.rows)
     return {
         "complete": scored == expected_samples(config),
@@ -219,9 +228,14 @@ def _several(group: _Group, extractor: str) -> dict[str, Any]:
     most = max(map(len, by_problem.values()), default=0)
     found: dict[str, Any] = {"pass_at_k": {}, "maj_at_k": {}}
     for k in _ks(most):
-        enough = [samples for samples in by_problem.values() if len(samples) >= k]
-        passed = mean([pass_at_k(len(samples), sum(correct for _, correct in samples), k) for samples in enough])
-        agreed = mean([float(_majority_is_right(samples[:k])) for samples in enough])
+        problems = [problem for problem, samples in by_problem.items() if len(samples) >= k]
+        enough, belongs = (
+            [by_problem[problem] for problem in problems],
+            [group.clusters[problem] for problem in problems],
+        )
+        chances = [pass_at_k(len(samples), sum(correct for _, correct in samples), k) for samples in enough]
+        passed = mean(chances, belongs, trials=sum(len(samples) // k for samples in enough))
+        agreed = mean([float(_majority_is_right(samples[:k])) for samples in enough], belongs)
         found["pass_at_k"][str(k)] = {**asdict(passed), "problems": len(enough)} if passed else None
         found["maj_at_k"][str(k)] = {**asdict(agreed), "problems": len(enough)} if agreed else None
     return found
@@ -258,7 +272,7 @@ def _variants(groups: dict[str, _Group], primary: str, epochs: int) -> dict[str,
             "unparsable": group.unparsable(primary),
             "verdicts": group.count_verdicts(primary),
             "completion_tokens": group.completion_tokens,
-            "against_first": None if reference is None else asdict(difference(verdicts, reference)),
+            "against_first": None if reference is None else asdict(difference(verdicts, reference, group.clusters)),
         }
         reference = verdicts if reference is None else reference
     return found

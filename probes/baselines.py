@@ -7,12 +7,12 @@ mean_logprob        how sure the model was of its tokens, likewise
 question_words      which words the question has (hashed counts: nothing is learned from test questions)
 shuffled_labels     the whole search, on labels dealt at random among problems: what the search finds in noise
 random_direction    one random direction per candidate instead of a fitted one, the rest of the search the same
-first_layer         the lowest key there is: what the tokens alone show
+first_layer         the first key that the model computes of those there are: what the tokens alone show
 """
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 from sklearn.feature_extraction.text import HashingVectorizer
 from torch import Tensor
 
@@ -46,6 +46,11 @@ def random_projection(X: Float[Tensor, "models rows d"], seed: int) -> Float[Ten
     return Z @ directions
 
 
-def truncated(data: ProbeDataset) -> Int[np.ndarray, "samples"]:
-    """Return which examples were cut, as 0 and 1."""
-    return np.array([int(example.truncated) for example in data.examples])
+def truncated(data: ProbeDataset) -> Bool[np.ndarray, "samples"]:
+    """Return which examples were cut."""
+    return np.array([example.truncated for example in data.examples], dtype=bool)
+
+
+def unread(data: ProbeDataset) -> Bool[np.ndarray, "samples"]:
+    """Return in which examples no answer was found; none where that is not known."""
+    return np.array([example.unread for example in data.examples], dtype=bool)

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from probes.calibration import Calibration
 from probes.dataset import ProbeDataset
 from probes.folds import Fold
 from probes.kinds import Kind
@@ -70,7 +71,14 @@ class Closeup:
 
 
 def look_closely(
-    data: ProbeDataset, key: str, positions: str, kind: Kind, strength: float, folds: Sequence[Fold], seed: int = 0
+    data: ProbeDataset,
+    key: str,
+    positions: str,
+    kind: Kind,
+    strength: float,
+    folds: Sequence[Fold],
+    seed: int = 0,
+    calibrations: Sequence[Calibration] | None = None,
 ) -> Closeup:
     """Score every sample, and some of the traces.
 
@@ -82,15 +90,17 @@ def look_closely(
         strength: of its penalty.
         folds: the outer ones.
         seed: of the choice of traces.
+        calibrations: what makes log-odds of the scores of each fold's probe; None leaves scores as they are.
     """
     X, y = data.features(key, positions).double(), torch.from_numpy(data.target.values)
-    groups, strengths = torch.from_numpy(data.groups), torch.tensor([strength], dtype=torch.float64)
+    groups, strengths = torch.from_numpy(data.problems), torch.tensor([strength], dtype=torch.float64)
     probe_of = np.zeros(len(y), dtype=int)
     probes: list[LinearProbes] = []
     scores = np.zeros(len(y))
     for number, fold in enumerate(folds):
         fitted = kind.fit(X[None, fold.train], y[fold.train], groups[fold.train], strengths)
         assert isinstance(fitted, LinearProbes)
+        fitted = fitted if calibrations is None else calibrations[number].probes(fitted)
         probes.append(fitted)
         probe_of[fold.test] = number
         scores[fold.test] = _scores(fitted, X[fold.test])

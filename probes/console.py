@@ -18,9 +18,11 @@ def render(report: ProbeReport) -> RenderableType:
 def _header(report: ProbeReport) -> Text:
     places = ", ".join(report.positions)
     where = f"{places} in {report.session}" if report.session else places
+    templates = report.n_groups is not None and report.n_groups < report.n_problems
+    grouped = f" ({report.n_groups} groups: templates count once)" if templates else ""
     share = "" if report.prevalence is None else f", {report.n_true} True ({report.prevalence:.1%})"
     return Text(
-        f"{report.label} read by {report.kind} at {where}: {report.n_samples} samples of {report.n_problems} problems"
+        f"{report.label} read by {report.kind} at {where}: {report.n_samples} samples of {report.n_problems} problems{grouped}"
         f"{share}, {report.n_folds} folds by problem"
     )
 
@@ -55,7 +57,9 @@ def _summary(report: ProbeReport) -> Table:
     table.add_row("best, chosen on inner folds", str(report.best.estimate), "\n".join(dict.fromkeys(report.best.names)))
     for name, estimate in report.best.metrics.items():
         if name != report.metric:
-            table.add_row(f"  its {METRICS[name]}", str(estimate), "")
+            plain = report.forecast.get(name)
+            beside = "" if plain is None else f"without reading anything {plain}"
+            table.add_row(f"  its {METRICS[name]}", str(estimate), beside)
     if report.declared is not None:
         table.add_row("named beforehand", str(report.declared.estimate), report.declared.names[0])
     for name, estimate in report.baselines.items():

@@ -3,8 +3,9 @@
 `ProbeDataset.open` joins any number of runs and sessions (`sources`) to a label (`labels`). Labels, groups and lengths are
 small and are read at once; activations are not, so `features` reads one key at one position when it is asked.
 
-Groups are problems. Several attempts at one problem are not independent, and neither are attempts at it in different runs, so
-whoever splits this data must keep them together.
+Several attempts at one problem are not independent, and neither are attempts at it in different runs, so whoever splits this
+data must keep them together. A problem is a question, not an id, and problems made from one template count as one where data is
+split or drawn (`roentgen.runs.questions`).
 """
 
 import hashlib
@@ -22,7 +23,8 @@ from probes import positions as places
 from probes.errors import OneClassError, ProbeDataError
 from probes.labels import Example, Target, read_label
 from probes.sources import Source, Where, open_source
-from roentgen.contract import split_key
+from roentgen.contract import execution_order, split_key
+from roentgen.runs import same_question, same_template
 from roentgen.store import StoreError
 
 
@@ -33,7 +35,9 @@ class ProbeDataset:
     Attributes:
         names: of the runs and sessions it comes from.
         target: the label that was asked for.
-        groups: the problem of each example, numbered from 0, `[samples]`.
+        groups: what is kept together in splits and draws, numbered from 0: the problem of each example, or its template where
+            problems have templates, `[samples]`.
+        problems: the problem of each example, numbered from 0, `[samples]`.
         origin: which run or session each is from, as an index into `names`, `[samples]`.
         examples: the examples, those of one session together.
         keys: stored keys that every example has.
@@ -44,6 +48,7 @@ class ProbeDataset:
     names: tuple[str, ...]
     target: Target
     groups: Int[np.ndarray, "samples"]
+    problems: Int[np.ndarray, "samples"]
     origin: Int[np.ndarray, "samples"]
     examples: tuple[Example, ...]
     keys: tuple[str, ...]
@@ -97,19 +102,25 @@ class ProbeDataset:
             worst = int(np.flatnonzero(~np.isfinite(target.values))[0])
             found = f"{examples[worst].problem} has {target.values[worst]}"
             raise ProbeDataError(f"label: {label!r} has to be a finite number; {found}")
-        groups = np.unique([example.problem for example in examples], return_inverse=True)[1]
+        posed = [example.posed for example in examples]
+        groups, problems = np.array(same_template(posed)), np.array(same_question(posed))
         _check_varies(target, groups)
         keys = _common_keys(joined)
         if not keys:
             raise ProbeDataError(f"no key was stored for every example of {', '.join(names)}")
         return cls(
-            names, target, groups, np.array(origin)[kept], tuple(examples), keys, left_out + int((~kept).sum()),
+            names, target, groups, problems, np.array(origin)[kept], tuple(examples), keys, left_out + int((~kept).sum()),
             tuple(joined),
         )  # fmt: skip
 
     @property
     def n_problems(self) -> int:
         """How many problems the examples are of."""
+        return int(self.problems.max()) + 1
+
+    @property
+    def n_groups(self) -> int:
+        """How many groups they are in: fewer than problems where problems share templates."""
         return int(self.groups.max()) + 1
 
     @property
@@ -121,9 +132,9 @@ class ProbeDataset:
         return digest.hexdigest()[:16]
 
     def hook_points(self) -> dict[str, list[str]]:
-        """Return the keys by hook point, each list in order of layer; a model-wide hook point has one key."""
+        """Return the keys by hook point, hook points and layers in the order a model computes them."""
         keys = defaultdict(list)
-        for key in sorted(self.keys, key=lambda key: split_key(key)[1] or 0):
+        for key in sorted(self.keys, key=execution_order):
             keys[split_key(key)[0]].append(key)
         return dict(keys)
 
@@ -145,13 +156,8 @@ class ProbeDataset:
         parts = []
         for source in self.sources:
             values = places.read(source.session, source.rollouts, key, positions)
-            own = values.isfinite() | (values.isnan().all(-1, keepdim=True) if values.ndim == 3 else False)
-            broken = int((~own.flatten(1).all(1)).sum())
-            if broken:
-                raise ProbeDataError(
-                    f"{key} has values that are not finite in {broken} of {len(values)} samples of {source.session.uri}; "
-                    "store a wider dtype"
-                )
+            if positions != "tokens":
+                places.check_finite(values.isfinite().all(1).tolist(), key, source.session)
             parts.append(values)
         if positions == "tokens":
             longest = max(part.shape[1] for part in parts)
@@ -215,5 +221,6 @@ def _check_varies(target: Target, groups: Int[np.ndarray, "samples"]) -> None:
     if min(problems) == 1:
         raise OneClassError(
             f"only one problem has samples with {target.name} = {classes[problems.index(1)]}: a probe is tested on problems "
-            "it has not seen, so each class needs at least two; evaluate more problems"
+            "it has not seen, so each class needs at least two; evaluate more problems "
+            "(the same question under several ids, and questions of one template, are one problem here)"
         )

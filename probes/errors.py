@@ -5,5 +5,9 @@ class ProbeDataError(Exception):
     """There is no data to probe; the message says what is missing and what to do."""
 
 
+class NoConvergenceError(ProbeDataError, RuntimeError):
+    """A fit does not settle; the message says what to do."""
+
+
 class OneClassError(Exception):
     """A label does not vary enough to be probed; the message says what it has and what to do."""

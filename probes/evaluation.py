@@ -6,7 +6,8 @@ Method:
        and every strength.
     3. Whatever is chosen (a candidate's strength; the best candidate) is chosen on inner folds and scored on the outer test
        part, which played no part in the choice. A maximum over layers that is chosen and reported on the same folds is
-       flattery.
+       flattery. Strengths are chosen by the log-loss, because an AUROC is the same however far a penalty holds scores
+       together; candidates by the main metric. The inner scores then make log-odds of the outer ones (`calibration`).
     4. Test scores of all outer folds together give the metrics, and problems drawn with replacement their intervals
     (`intervals`).
     5. Baselines go through the same steps (`baselines`).
@@ -21,12 +22,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from probes import metrics
+from probes.calibration import Calibration, log_loss
 from probes.cross_validation import Case, Tested, cross_validate, whole
-from probes.folds import Fold
+from probes.folds import Fold, mixed
 from probes.intervals import WIDENING, estimate
 from probes.kinds import Kind
 from probes.labels import Target
 from probes.report import Estimate
+from roentgen.intervals import auroc, exact
 
 
 @dataclass(frozen=True)
@@ -36,15 +39,27 @@ class Evaluation:
     Attributes:
         scores: of each row by a probe that was neither fitted nor chosen on its problem, comparable across folds,
             `[candidates, rows, outputs]`.
-        raw: the same as the probe gave them: log-odds, values or logits.
+        raw: the same in units that mean something: log-odds, values or logits.
         inner: the main metric on the inner folds, at the strength chosen there, `[folds, candidates]`.
         strength: for a refit on all rows: the best over the outer folds, `[candidates]`.
+        slope: with `intercept`, what makes log-odds of the scores of probes of that strength: first of a refit on all rows,
+            then of the fit of each outer fold, `[1 + folds, candidates]`.
+        intercept: likewise.
     """
 
     scores: Float[np.ndarray, "candidates rows outputs"]
     raw: Float[np.ndarray, "candidates rows outputs"]
     inner: Float[np.ndarray, "folds candidates"]
     strength: Float[np.ndarray, "candidates"]
+    slope: Float[np.ndarray, "fits candidates"]
+    intercept: Float[np.ndarray, "fits candidates"]
+
+    def calibration(self, candidate: int) -> tuple[Calibration, ...]:
+        """Return what makes log-odds of a candidate's scores: of a refit on all rows, then of the fit of each outer fold."""
+        return tuple(
+            Calibration(*(part[fit, [candidate]] for part in (self.slope, self.intercept)))
+            for fit in range(len(self.slope))
+        )
 
     @classmethod
     def concatenate(cls, parts: Sequence["Evaluation"]) -> "Evaluation":
@@ -54,6 +69,8 @@ class Evaluation:
             np.concatenate([part.raw for part in parts]),
             np.concatenate([part.inner for part in parts], axis=1),
             np.concatenate([part.strength for part in parts]),
+            np.concatenate([part.slope for part in parts], axis=1),
+            np.concatenate([part.intercept for part in parts], axis=1),
         )
 
 
@@ -69,9 +86,9 @@ def evaluate(
     Targets are labels of the same rows: the one that is asked about, and shuffled ones beside it.
     """
     outer = [[Case(target, fold.train, fold.test) for fold in folds] for target in targets]
-    # With one candidate and one strength there is nothing to choose, and nothing to look for on inner folds.
-    chooses = len(X) * len(kind.strengths) > 1
-    inner = [[_inner_cases(target, fold) if chooses else [] for fold in folds] for target in targets]
+    # With one candidate and one strength there is nothing to choose on inner folds, and of values nothing to calibrate.
+    chooses = len(X) * len(kind.strengths) > 1 or kind.probabilistic
+    inner = [[_inner_cases(target, fold, groups, kind) if chooses else [] for fold in folds] for target in targets]
     tested: list[list[list[Tested]]] = [[[] for _ in folds] for _ in targets]
     for place in range(len(folds)):
         cases = [[outer[t][place], *inner[t][place]] for t in range(len(targets))]
@@ -81,11 +98,13 @@ def evaluate(
     return [_evaluation(X, outer[t], inner[t], tested[t], groups, kind) for t in range(len(targets))]
 
 
-def _inner_cases(target: Target, fold: Fold) -> list[Case]:
+def _inner_cases(target: Target, fold: Fold, groups: Int[np.ndarray, "rows"], kind: Kind) -> list[Case]:
     """Return the inner folds of an outer one; not those in which shuffling has left a class nothing to train on."""
     cases = [Case(target, fold.train[train], fold.train[test]) for train, test in fold.inner]
     if target.kind == "real":
         return cases
+    if kind.within:
+        return [case for case in cases if mixed(target.values[case.train], groups[case.train]).any()]
     classes = len(np.unique(target.values))
     return [case for case in cases if len(np.unique(target.values[case.train])) == classes]
 
@@ -101,21 +120,51 @@ def _evaluation(
     """Choose each candidate's strength on the inner folds of each outer one, and take its scores there."""
     target, number, everything = outer[0].target, np.arange(len(X)), np.arange(len(groups))
     at_each, raw_at_each = whole(outer, [found[0] for found in tested], len(groups))
+    best = choose_strength(at_each, raw_at_each, target, groups, everything, kind)
+    calibrations = [_calibrate(raw_at_each[number, best], target, everything, kind)]
     scores, raw = at_each[:, 0].copy(), raw_at_each[:, 0].copy()
-    chosen_by = np.empty((len(outer), len(X)))
+    chosen_by = np.zeros((len(outer), len(X)))
     for place, case in enumerate(outer):
-        # Without inner folds nothing is known: every choice ties, and the first is taken.
-        found = np.zeros((len(X), len(kind.strengths)))
+        # Without inner folds nothing is known: the first strength and candidate are taken, and scores stay as they are.
+        chosen, calibration, of_best = np.zeros(len(X), dtype=int), Calibration.none(len(X)), Calibration.none(len(X))
         if inner[place]:
-            inside, _ = whole(inner[place], tested[place][1:], len(groups))
             rows = np.concatenate([one.test for one in inner[place]])
-            found = main_metric_each(inside[:, :, rows], target, groups, rows, kind)
-        chosen = found.argmax(1)
-        chosen_by[place] = found[number, chosen]
+            inside, raw_inside = (part[:, :, rows] for part in whole(inner[place], tested[place][1:], len(groups)))
+            chosen = choose_strength(inside, raw_inside, target, groups, rows, kind)
+            chosen_by[place] = main_metric_each(inside[number, chosen][:, None], target, groups, rows, kind)[:, 0]
+            calibration = _calibrate(raw_inside[number, chosen], target, rows, kind)
+            of_best = _calibrate(raw_inside[number, best], target, rows, kind)
+        calibrations.append(of_best)
         scores[:, case.test] = at_each[number, chosen][:, case.test]
-        raw[:, case.test] = raw_at_each[number, chosen][:, case.test]
-    best = main_metric_each(at_each, target, groups, everything, kind).argmax(1)
-    return Evaluation(scores, raw, chosen_by, np.array(kind.strengths)[best])
+        raw[:, case.test] = calibration(raw_at_each[number, chosen][:, case.test])
+    slope, intercept = np.stack([c.slope for c in calibrations]), np.stack([c.intercept for c in calibrations])
+    return Evaluation(scores, raw, chosen_by, np.array(kind.strengths)[best], slope, intercept)
+
+
+def choose_strength(
+    scores: Float[np.ndarray, "candidates strengths rows outputs"],
+    raw: Float[np.ndarray, "candidates strengths rows outputs"],
+    target: Target,
+    groups: Int[np.ndarray, "samples"],
+    rows: Int[np.ndarray, "rows"],
+    kind: Kind,
+) -> Int[np.ndarray, "candidates"]:
+    """Return which strength does best on some rows: by the log-loss where scores are log-odds, else by the main metric."""
+    if raw.shape[1] == 1:
+        return np.zeros(len(raw), dtype=int)
+    if kind.probabilistic:
+        return log_loss(raw, target.values[rows]).argmin(1)
+    return main_metric_each(scores, target, groups, rows, kind).argmax(1)
+
+
+def _calibrate(
+    raw: Float[np.ndarray, "candidates rows outputs"], target: Target, rows: Int[np.ndarray, "rows"], kind: Kind
+) -> Calibration:
+    """Find what makes log-odds of scores, from those of rows that the probes had not seen."""
+    if not kind.probabilistic:
+        return Calibration.none(len(raw))
+    y = target.values[rows]
+    return Calibration.classes(raw, y) if target.kind == "classes" else Calibration.binary(raw[..., 0], y)
 
 
 def nested_best(
@@ -157,7 +206,37 @@ def main_estimate(
     widening: float = WIDENING,
 ) -> Estimate:
     """Return the main metric with its interval."""
-    return estimate(*main_measure(scores, target, groups, within=within), draws, widening)
+    name, measure = main_measure(scores, target, groups, within=within)
+    told = "within_auroc" if within else name
+    return _never_flat(told, estimate(name, measure, draws, widening), target, groups, draws, widening)
+
+
+def _never_flat(
+    name: str,
+    found: Estimate,
+    target: Target,
+    groups: Int[np.ndarray, "rows"],
+    draws: Int[np.ndarray, "draws rows"],
+    widening: float,
+) -> Estimate:
+    """Give a width to the interval of a metric that is 0 or 1, so that every draw of problems gives the same.
+
+    It is that of as many independent samples as problems were drawn (or what counts as one: rows that are always drawn alike).
+    """
+    if target.kind != "binary" or found.value not in (0.0, 1.0) or name not in ("auroc", "within_auroc", "accuracy"):
+        return found
+    y = target.values
+    parts = (
+        (y, ~y)
+        if name == "auroc"
+        else (mixed(y, groups),)
+        if name == "within_auroc"
+        else (np.ones(len(y), dtype=bool),)
+    )
+    counts = [np.unique(draws[:, part], axis=1).shape[1] for part in parts]
+    low, high = auroc(found.value, *counts) if name == "auroc" else exact(found.value, *counts)
+    ends = (found.value + widening * (end - found.value) for end in (low, high))
+    return Estimate(found.metric, found.value, *(min(1.0, max(0.0, end)) for end in ends))
 
 
 def all_estimates(
@@ -177,22 +256,30 @@ def all_estimates(
     if target.kind == "real":
         measures["spearman"] = lambda weights: metrics.spearman(scores[:, 0], y, weights)
     elif target.kind == "classes":
-        measures["accuracy"] = lambda weights: metrics.class_accuracy(raw, y, weights)
+        measures |= forecast_measures(raw, target)
     else:
-        if has_contrast(y, groups):
+        if mixed(y, groups).any():
             measures["within_auroc"] = lambda weights: metrics.within_auroc(scores[:, 0], y, weights, groups)
         measures["auprc"] = lambda weights: metrics.auprc(scores[:, 0], y, weights)
         if not within:  # scores that compare within a problem only are no probabilities
-            said = 1 / (1 + np.exp(-raw[:, 0].clip(-500, 500)))
-            measures["accuracy"] = lambda weights: metrics.accuracy(said, y, weights)
-            measures["brier"] = lambda weights: metrics.brier(said, y, weights)
-            measures["ece"] = lambda weights: metrics.ece(said, y, weights)
-    return {name: estimate(name, measure, draws, widening) for name, measure in measures.items()}
+            measures |= forecast_measures(raw, target)
+    return {
+        name: _never_flat(name, estimate(name, measure, draws, widening), target, groups, draws, widening)
+        for name, measure in measures.items()
+    }
 
 
-def has_contrast(y: Float[np.ndarray, "rows"], groups: Int[np.ndarray, "rows"]) -> bool:
-    """Tell whether some problem has rows of both classes."""
-    return bool(np.intersect1d(groups[y.astype(bool)], groups[~y.astype(bool)]).size)
+def forecast_measures(raw: Float[np.ndarray, "rows outputs"], target: Target) -> dict[str, Measure]:
+    """Return the metrics of log-odds or logits as a forecast, by name."""
+    y = target.values
+    if target.kind == "classes":
+        return {"accuracy": lambda weights: metrics.class_accuracy(raw, y, weights)}
+    said = 1 / (1 + np.exp(-raw[:, 0].clip(-500, 500)))
+    return {
+        "accuracy": lambda weights: metrics.accuracy(said, y, weights),
+        "brier": lambda weights: metrics.brier(said, y, weights),
+        "ece": lambda weights: metrics.ece(said, y, weights),
+    }
 
 
 def main_metric_each(

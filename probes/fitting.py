@@ -4,7 +4,7 @@ Activations are read one hook point and position at a time, all its layers toget
 in memory. The metrics beside a saved probe are of probes that had not seen the problems they were tested on.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,10 +14,12 @@ from torch import Tensor
 
 import roentgen
 from probes import baselines
+from probes.calibration import Calibration
+from probes.controls import Controls, without
 from probes.dataset import ProbeDataset
 from probes.errors import ProbeDataError
-from probes.evaluation import Evaluation, all_estimates, evaluate, main_estimate, nested_best
-from probes.folds import Fold, nested_folds, shuffle_labels
+from probes.evaluation import Evaluation, evaluate, nested_best
+from probes.folds import Fold, mixed, nested_folds, shuffle_labels
 from probes.intervals import bootstrap_weights
 from probes.kinds import DEFAULT_KINDS, KINDS, Kind
 from probes.kinds.linear import LinearProbes
@@ -25,11 +27,10 @@ from probes.labels import Target
 from probes.positions import check_positions
 from probes.report import Best, Estimate, KeyResult, ProbeReport
 from probes.sources import Where
-from roentgen.contract import split_key
-from roentgen.saved_probes import ProbeCard, SavedProbe
+from roentgen.contract import execution_order, split_key
+from roentgen.saved_probes import ProbeCard, SavedProbe, ScoreUnit
 
-MainMeasure = Callable[[Float[np.ndarray, "rows outputs"]], Estimate]
-FullMeasure = Callable[[Float[np.ndarray, "rows outputs"], Float[np.ndarray, "rows outputs"]], dict[str, Estimate]]
+Scores = Float[np.ndarray, "rows outputs"]
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,16 @@ class Trained:
     Attributes:
         report: what it found.
         scores: of the best candidate, comparable across folds, `[samples, outputs]`.
-        raw: the same as the probes gave them.
+        raw: the same as log-odds, logits or values.
         probes: one per candidate, fitted on all samples; none for kinds that are no direction.
+        calibrations: per candidate, what makes log-odds of the scores of each outer fold's probe.
     """
 
     report: ProbeReport
     scores: Float[np.ndarray, "samples outputs"]
     raw: Float[np.ndarray, "samples outputs"]
     probes: list[SavedProbe]
+    calibrations: tuple[tuple[Calibration, ...], ...]
 
 
 def choose_kind(target: Target, name: str | None) -> Kind:
@@ -75,6 +78,28 @@ def choose_kind(target: Target, name: str | None) -> Kind:
             f"kind: {name!r} does not read {target.name!r}, which is {target.kind}; allowed are {', '.join(fitting)}"
         )
     return kind
+
+
+def check_reads(kind: Kind, positions: Sequence[str]) -> None:
+    """Refuse positions that a kind of probe does not read.
+
+    Raises:
+        ProbeDataError: if there are some, or what is named is no position.
+    """
+    for name in positions:
+        if (check_positions(name) == "tokens") != kind.tokens:
+            wanted = "tokens" if kind.tokens else "one row per sample"
+            raise ProbeDataError(f"positions: the kind {kind.name!r} reads {wanted}, not {name!r}")
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that no generator takes.
+
+    Raises:
+        ProbeDataError: if it is one.
+    """
+    if not 0 <= seed < 2**32:
+        raise ProbeDataError(f"seed: {seed} is out of range; allowed are 0 to {2**32 - 1}")
 
 
 def fit_and_evaluate(
@@ -102,53 +127,52 @@ def fit_and_evaluate(
         OneClassError: if the label does not vary enough.
     """
     chosen = choose_kind(data.target, kind)
-    for name in positions:
-        if (check_positions(name) == "tokens") != chosen.tokens:
-            wanted = "tokens" if chosen.tokens else "one row per sample"
-            raise ProbeDataError(f"positions: the kind {chosen.name!r} reads {wanted}, not {name!r}")
-    folds = nested_folds(data.target, data.groups, seed)
-    shuffled = shuffle_labels(data.target, data.groups, folds, seed)
+    check_reads(chosen, positions)
+    contrasts = mixed(data.target.values, data.problems) if chosen.within else None
+    folds = nested_folds(data.target, data.groups, seed, contrasts)
+    shuffled = shuffle_labels(data.target, data.problems, folds, seed, inside=chosen.within)
 
     candidates: list[Candidate] = []
     found, by_chance, at_random = [], [], []
-    weights: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    weights: list[LinearProbes] = []
     for place in positions:
         for keys in data.hook_points().values():
             X = torch.stack([data.features(key, place) for key in keys]).to(device)
             candidates += [Candidate(key, place) for key in keys]
-            told, shuffled_told = evaluate(X, (data.target, shuffled), data.groups, folds, chosen)
+            told, shuffled_told = evaluate(X, (data.target, shuffled), data.problems, folds, chosen)
             found.append(told)
             by_chance.append(shuffled_told)
             if not chosen.tokens:
                 projected = baselines.random_projection(X, seed)
-                at_random += evaluate(projected, (data.target,), data.groups, folds, chosen)
-                weights += _refit(X, data, chosen, found[-1].strength)
+                at_random += evaluate(projected, (data.target,), data.problems, folds, chosen)
+                weights += _refit(X, data, chosen, told)
 
-    draws = bootstrap_weights(data.groups, seed)
-
-    def main(scores: Float[np.ndarray, "rows outputs"], target: Target = data.target) -> Estimate:
-        return main_estimate(scores, target, data.groups, draws, within=chosen.within)
-
-    def full(scores: Float[np.ndarray, "rows outputs"], raw: Float[np.ndarray, "rows outputs"]) -> dict[str, Estimate]:
-        return all_estimates(scores, raw, data.target, data.groups, draws, within=chosen.within)
-
+    controls = Controls(data, bootstrap_weights(data.groups, seed), chosen.within)
     everything = Evaluation.concatenate(found)
     scores, raw, picked = nested_best(everything, folds)
-    best = Best(main(scores), tuple(candidates[number].name for number in picked), full(scores, raw))
+    best = Best(controls.main(scores), tuple(candidates[number].name for number in picked), controls.every(scores, raw))
     results = tuple(
-        KeyResult(c.key, *split_key(c.key), c.positions, main(everything.scores[n]), float(everything.strength[n]))
+        KeyResult(
+            c.key, *split_key(c.key), c.positions, controls.main(everything.scores[n]), float(everything.strength[n])
+        )
         for n, c in enumerate(candidates)
     )
-    chance = main(nested_best(Evaluation.concatenate(by_chance), folds)[0], shuffled)
-    compared = _simpler(data, folds, main) | {"shuffled_labels": chance}
+    simpler = _simpler(data, folds)
     if at_random:
-        compared["random_direction"] = main(nested_best(Evaluation.concatenate(at_random), folds)[0])
-    compared["first_layer"] = min(results, key=lambda r: (r.hook_point != "embed", r.layer or 0)).estimate
+        simpler["random_direction"] = nested_best(Evaluation.concatenate(at_random), folds)[:2]
+    first = min(range(len(candidates)), key=lambda n: (execution_order(candidates[n].key), n))
+    simpler["first_layer"] = everything.scores[first], everything.raw[first]
+    compared = {name: controls.main(own) for name, (own, _) in simpler.items()}
+    compared["shuffled_labels"] = controls.main(nested_best(Evaluation.concatenate(by_chance), folds)[0], shuffled)
+    against = {name: controls.against(scores, own) for name, (own, _) in simpler.items() if name != "prevalence"}
+    if set(picked) == {first}:  # the best is this very probe
+        del against["first_layer"]
+    forecast, gains = controls.forecast(raw, simpler["prevalence"][1])
     named = None
     if declared is not None:
         number = _find(candidates, declared)
         own = everything.scores[number], everything.raw[number]
-        named = Best(main(own[0]), (declared,), full(*own))
+        named = Best(controls.main(own[0]), (declared,), controls.every(*own))
     report = ProbeReport(
         sources=data.names,
         label=data.target.name,
@@ -171,50 +195,45 @@ def fit_and_evaluate(
         best=best,
         declared=named,
         baselines=compared,
-        uncut=_uncut(data, scores, within=chosen.within, seed=seed),
+        against=against,
+        forecast=forecast,
+        gains=gains,
+        without=without(data, scores, within=chosen.within, seed=seed),
+        n_groups=data.n_groups,
         session=None if session is None else data.sources[0].session.name,
         within=chosen.within,
     )
     probes = [
-        SavedProbe(*parts, card=_card(data, report, result, everything, n, full))
-        for n, (result, parts) in enumerate(zip(results, weights, strict=False))
-    ]
-    return Trained(report, scores, raw, probes)
+        SavedProbe(
+            part.weight[0, 0], part.bias[0, 0], part.mean[0], part.scale[0],
+            card=_card(data, report, result, controls.every(everything.scores[n], everything.raw[n])),
+        )
+        for n, (result, part) in enumerate(zip(results, weights, strict=False))
+    ]  # fmt: skip
+    calibrations = tuple(everything.calibration(n)[1:] for n in range(len(candidates)))
+    return Trained(report, scores, raw, probes, calibrations)
 
 
-def _refit(
-    X: Float[Tensor, "models rows d"], data: ProbeDataset, kind: Kind, strength: Float[np.ndarray, "models"]
-) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Fit each model on all rows at its own strength."""
-    y, groups = torch.from_numpy(data.target.values).to(X.device), torch.from_numpy(data.groups).to(X.device)
-    parts = []
-    for number, value in enumerate(strength):
+def _refit(X: Float[Tensor, "models rows d"], data: ProbeDataset, kind: Kind, told: Evaluation) -> list[LinearProbes]:
+    """Fit each model on all rows at its own strength, and calibrate it by the scores of the outer folds."""
+    y, problems = (torch.from_numpy(part).to(X.device) for part in (data.target.values, data.problems))
+    fitted = []
+    for number, value in enumerate(told.strength):
         strengths = torch.tensor([value], dtype=torch.float64, device=X.device)
-        probes = kind.fit(X[number : number + 1], y, groups, strengths)
+        probes = kind.fit(X[number : number + 1], y, problems, strengths)
         assert isinstance(probes, LinearProbes)
-        parts.append((probes.weight[0, 0], probes.bias[0, 0], probes.mean[0], probes.scale[0]))
-    return parts
+        fitted.append(told.calibration(number)[0].probes(probes))
+    return fitted
 
 
-def _simpler(data: ProbeDataset, folds: Sequence[Fold], main: MainMeasure) -> dict[str, Estimate]:
-    """Evaluate the baselines that need no activations with the usual kind of the target."""
+def _simpler(data: ProbeDataset, folds: Sequence[Fold]) -> dict[str, tuple[Scores, Scores]]:
+    """Return the scores, comparable ones and raw, that the baselines without activations get with the usual kind of target."""
     kind = KINDS[DEFAULT_KINDS[data.target.kind]]
-    features = baselines.covariates(data)
-    return {
-        name: main(evaluate(X, (data.target,), data.groups, folds, kind)[0].scores[0]) for name, X in features.items()
-    }
-
-
-def _uncut(
-    data: ProbeDataset, scores: Float[np.ndarray, "samples outputs"], *, within: bool, seed: int
-) -> Estimate | None:
-    """Estimate the best candidate on samples that were not truncated, None where that says nothing new or cannot be said."""
-    kept = baselines.truncated(data) == 0
-    target = Target(data.target.name, data.target.kind, data.target.values[kept], data.target.classes)
-    if kept.all() or len(np.unique(target.values)) < max(2, len(target.classes)):
-        return None
-    groups = np.unique(data.groups[kept], return_inverse=True)[1]
-    return main_estimate(scores[kept], target, groups, bootstrap_weights(groups, seed), within=within)
+    found = {}
+    for name, X in baselines.covariates(data).items():
+        (told,) = evaluate(X, (data.target,), data.problems, folds, kind)
+        found[name] = told.scores[0], told.raw[0]
+    return found
 
 
 def _find(candidates: list[Candidate], name: str) -> int:
@@ -224,11 +243,8 @@ def _find(candidates: list[Candidate], name: str) -> int:
     return names.index(name)
 
 
-def _card(
-    data: ProbeDataset, report: ProbeReport, result: KeyResult, everything: Evaluation, number: int, full: FullMeasure
-) -> ProbeCard:
+def _card(data: ProbeDataset, report: ProbeReport, result: KeyResult, metrics: dict[str, Estimate]) -> ProbeCard:
     spec = data.sources[0].session.spec(str(data.sources[0].rollouts["shard"].iloc[0]))
-    metrics = full(everything.scores[number], everything.raw[number])
     return ProbeCard(
         model=spec.model,
         revision=spec.revision,
@@ -238,6 +254,7 @@ def _card(
         label=report.label,
         target=report.target,
         classes=report.classes,
+        unit=_unit(KINDS[report.kind]),
         strength=result.strength,
         folds=report.n_folds,
         metrics={name: estimate.to_json() for name, estimate in metrics.items()},
@@ -245,3 +262,10 @@ def _card(
         seed=report.seed,
         roentgen=report.roentgen,
     )
+
+
+def _unit(kind: Kind) -> ScoreUnit:
+    """Return what the scores of a saved probe are."""
+    if not kind.probabilistic:
+        return "value" if kind.target == "real" else "score"
+    return "logits" if kind.target == "classes" else "log_odds"

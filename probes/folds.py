@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int, Shaped
 from sklearn.model_selection import StratifiedGroupKFold
 
 from probes.errors import OneClassError
@@ -16,6 +16,10 @@ from probes.labels import Target
 
 OUTER_FOLDS = 5
 INNER_FOLDS = 3
+NEEDS_CONTRASTS = "problems with attempts of both classes"
+SAMPLE_AGAIN = "sample each problem several times (--epochs 4 --temperature 0.7), or choose another --kind"
+UNNEEDED = -1
+"""The stratum of rows that no training part needs."""
 
 Rows = Int[np.ndarray, "part"]
 Split = tuple[Rows, Rows]
@@ -44,51 +48,94 @@ def strata(target: Target) -> Int[np.ndarray, "rows"]:
     return target.values.astype(np.int64)
 
 
+def mixed(y: Shaped[np.ndarray, "rows"], problems: Int[np.ndarray, "rows"]) -> Bool[np.ndarray, "rows"]:
+    """Tell which rows are of problems that have rows of both classes."""
+    return np.isin(problems, np.intersect1d(problems[y.astype(bool)], problems[~y.astype(bool)]))
+
+
 def grouped_splits(
-    target: Target, rows: Rows, groups: Int[np.ndarray, "samples"], most: int, seed: int
+    target: Target,
+    rows: Rows,
+    groups: Int[np.ndarray, "samples"],
+    most: int,
+    seed: int,
+    needed: Bool[np.ndarray, "samples"] | None = None,
 ) -> tuple[Split, ...]:
     """Split some rows into (train, test) parts, as indices into them, that share no group.
 
-    There are `most` splits, or fewer where the rarest class has fewer problems, so that every training part has every class;
-    none if that leaves no way to split.
+    There are `most` splits, or fewer where the rarest class has fewer problems, so that every training part has every class
+    (counting only rows that are needed); none if that leaves no way to split.
     """
     own, labels = groups[rows], strata(target)[rows]
-    present = np.unique(labels)
+    if needed is not None:
+        labels = np.where(needed[rows], labels, UNNEEDED)
+    present = np.unique(labels[labels != UNNEEDED])
     problems = len(np.unique(own))
+    if not len(present):
+        return ()
     if target.kind != "real":
         problems = min(len(np.unique(own[labels == label])) for label in present)
     for k in range(min(most, problems), 1, -1):
+        if target.kind == "real" and k > np.bincount(labels).max():  # too few samples for quintiles
+            labels = np.zeros_like(labels)
         folds = StratifiedGroupKFold(k, shuffle=True, random_state=seed)
         splits = tuple((train, test) for train, test in folds.split(labels, labels, own) if len(test))
-        if target.kind == "real" or all(len(np.unique(labels[train])) == len(present) for train, _ in splits):
+        if target.kind == "real" or all(np.isin(present, labels[train]).all() for train, _ in splits):
             return splits
     return ()
 
 
-def nested_folds(target: Target, groups: Int[np.ndarray, "samples"], seed: int = 0) -> tuple[Fold, ...]:
+def nested_folds(
+    target: Target,
+    groups: Int[np.ndarray, "samples"],
+    seed: int = 0,
+    contrasts: Bool[np.ndarray, "samples"] | None = None,
+) -> tuple[Fold, ...]:
     """Make the outer folds and, inside each, the inner ones.
+
+    Args:
+        target: the label.
+        groups: what is kept together.
+        seed: of the folds.
+        contrasts: which samples are of problems with attempts of both classes, for a kind that learns from those alone.
 
     Raises:
         OneClassError: if no split by problem leaves every class to train on.
     """
-    outer = grouped_splits(target, np.arange(len(groups)), groups, OUTER_FOLDS, seed)
+    if contrasts is not None and len(np.unique(groups[contrasts])) < 2:
+        found = "none has" if not contrasts.any() else "one has, and a probe is tested on problems that it has not seen"
+        raise OneClassError(
+            f"kind: 'contrast' needs at least two {NEEDS_CONTRASTS} ({target.name!r}); of the {len(np.unique(groups))} here "
+            f"{found}; {SAMPLE_AGAIN}"
+        )
+    outer = grouped_splits(target, np.arange(len(groups)), groups, OUTER_FOLDS, seed, contrasts)
     if not outer:
         counts = f" ({int(target.values.sum())} True)" if target.kind == "binary" else ""
+        left = "there is something to train on" if target.kind == "real" else "both classes are left to train on"
         raise OneClassError(
             f"{len(groups)} samples{counts} of {len(np.unique(groups))} problems cannot be split by problem "
-            "so that both classes are left to train on; evaluate more problems"
+            f"so that {left}; evaluate more problems"
         )
-    return tuple(Fold(train, test, grouped_splits(target, train, groups, INNER_FOLDS, seed)) for train, test in outer)
+    return tuple(
+        Fold(train, test, grouped_splits(target, train, groups, INNER_FOLDS, seed, contrasts)) for train, test in outer
+    )
 
 
-def shuffle_labels(target: Target, groups: Int[np.ndarray, "samples"], folds: Sequence[Fold], seed: int = 0) -> Target:
+def shuffle_labels(
+    target: Target, groups: Int[np.ndarray, "samples"], folds: Sequence[Fold], seed: int = 0, *, inside: bool = False
+) -> Target:
     """Deal each problem's labels, as a block, to another problem of the same outer fold: what is left to find is chance.
 
     Blocks stay whole where problems have equally many samples. The number of each class stays what it is in every fold, as
-    it does in the stratified folds of the labels themselves.
+    it does in the stratified folds of the labels themselves. With `inside`, labels are dealt among the attempts at each problem
+    instead: what is left then for who compares these.
     """
     generator = np.random.default_rng(seed)
     values = target.values.copy()
+    if inside:
+        order = np.lexsort((generator.random(len(groups)), groups))
+        values[np.argsort(groups, kind="stable")] = target.values[order]
+        return Target(target.name, target.kind, values, target.classes)
     for fold in folds:
         own = groups[fold.test]
         dealt = generator.permutation(int(groups.max()) + 1)

@@ -19,7 +19,7 @@ from jaxtyping import Shaped
 
 from probes.errors import ProbeDataError
 from probes.kinds import TargetKind
-from roentgen.runs import RunConfig, Sample
+from roentgen.runs import Posed, RunConfig, Sample, same_question
 
 _CALCULATION = re.compile(r"<<[^<>]*=\s*(-?[\d.,]+)>>")
 _NUMBER = re.compile(r"-?[\d.,]*\d")
@@ -30,7 +30,7 @@ class Example:
     """One sample: an attempt at a problem, whose activations are somewhere.
 
     Attributes:
-        problem: what it is an attempt at; examples of one problem are never split.
+        problem: the id of what it is an attempt at.
         epoch: which attempt.
         rollout_id: its activations.
         n_prompt: tokens of the prompt.
@@ -40,6 +40,7 @@ class Example:
         labels: what was stored with the activations.
         sample: the run's record of it, None if it comes from a session alone.
         config: the run's configuration, likewise.
+        asked: the question without what surrounds it, where `question` is a whole prompt and the question is known; else None.
     """
 
     problem: str
@@ -52,6 +53,23 @@ class Example:
     labels: dict[str, Any]
     sample: Sample | None = None
     config: RunConfig | None = None
+    asked: str | None = None
+
+    @property
+    def posed(self) -> Posed:
+        """What it was asked, to be compared with what others were asked."""
+        if self.sample is not None:
+            return self.sample.posed
+        template = self.labels.get("template")
+        prompt = self.question if self.asked is None else None
+        return Posed(self.problem, self.asked, None if template is None else str(template), prompt)
+
+    @property
+    def unread(self) -> bool:
+        """Whether no answer was found in it; False where that is not known."""
+        if self.sample is None or self.config is None:
+            return "correct" in self.labels and self.labels.get("answer", "") is None
+        return self.sample.answers.get(self.config.settings.get("extractor", ""), "") is None
 
 
 @dataclass(frozen=True)
@@ -97,12 +115,14 @@ def _configured(read: Callable[[dict[str, Any]], Any]) -> Callable[[Sequence[Exa
 
 def difficulty(examples: Sequence[Example]) -> list[float | None]:
     """Return the share of attempts at each example's problem that are wrong, over its run's configuration."""
+    problems = same_question([example.posed for example in examples])
     verdicts = defaultdict(list)
-    for example in examples:
+    for example, problem in zip(examples, problems, strict=True):
         if example.sample is not None:
-            verdicts[example.sample.config_hash, example.problem].append(example.sample.correct)
+            verdicts[example.sample.config_hash, problem].append(example.sample.correct)
     return [
-        None if e.sample is None else 1 - float(np.mean(verdicts[e.sample.config_hash, e.problem])) for e in examples
+        None if e.sample is None else 1 - float(np.mean(verdicts[e.sample.config_hash, problem]))
+        for e, problem in zip(examples, problems, strict=True)
     ]
 
 

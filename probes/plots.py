@@ -163,7 +163,8 @@ def along_trace(closeup: Closeup, label: str) -> Figure:
     if axes.get_ylim()[0] <= 0 <= axes.get_ylim()[1]:
         axes.axhline(0, color=REFERENCE, linewidth=1)
     axes.set_xlabel("from the end of the prompt (0) to the end of the answer (1)", fontsize="small")
-    axes.set_ylabel("score (log-odds), problems unseen", fontsize="small")
+    place = closeup.name.rpartition("@")[2]
+    axes.set_ylabel(f"score (log-odds at {place}), problems unseen", fontsize="small")
     _finish(figure, axes, closeup.name)
     return figure
 

@@ -9,7 +9,7 @@ Rows are read one rollout at a time and only what is asked for is kept, so memor
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import pandas as pd
@@ -50,9 +50,9 @@ def read(
             return session.activations(key, where=rollouts, positions=positions).stack().float().flatten(1)
         rows = session.activations(key, where=rollouts, positions="all")
         if positions == "tokens":
-            return torch.nn.utils.rnn.pad_sequence(
-                [item.values.float().flatten(1) for item in rows], batch_first=True, padding_value=torch.nan
-            )
+            parts = [item.values.float().flatten(1) for item in rows]
+            check_finite([bool(part.isfinite().all()) for part in parts], key, session)  # before NaN means padding
+            return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=torch.nan)
         wanted = _wanted(rollouts, positions)
         kept = []
         for item, position in zip(rows, wanted, strict=True):
@@ -63,6 +63,19 @@ def read(
         return torch.stack(kept)
     except StoreError as error:
         raise ProbeDataError(f"positions: {positions!r} cannot be read from {session.uri}: {error}") from error
+
+
+def check_finite(finite: Sequence[bool], key: str, session: Session) -> None:
+    """Refuse rows with values that are not finite.
+
+    Raises:
+        ProbeDataError: if there are some, naming the key and how many samples have them.
+    """
+    broken = len(finite) - sum(finite)
+    if broken:
+        raise ProbeDataError(
+            f"{key} has values that are not finite in {broken} of {len(finite)} samples of {session.uri}; store a wider dtype"
+        )
 
 
 def _fraction(name: str) -> float | None:

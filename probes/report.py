@@ -14,6 +14,15 @@ SCHEMA_VERSION = 2
 FEW = 10
 """Samples of the rarest class below which a metric says little."""
 
+MARGIN = {"auroc": 0.05, "r2": 0.05}
+"""How far apart two probes may be and do "about as well": the interval of their difference has to lie within it."""
+
+CONFOUNDERS = {
+    "truncated": ("that were not truncated", "evaluate again with more --max-tokens"),
+    "unread": ("whose answer could be read", "see what the others wrote, and score again with another --extractor"),
+}
+"""What the samples without a confounder are, and what can be done about the others."""
+
 CHANCE = {"auroc": 0.5, "r2": 0.0}
 """What the main metric of a probe that knows nothing is."""
 
@@ -46,6 +55,18 @@ class Estimate:
         """Return it as `{"auroc": …, "low": …, "high": …}`; what is not defined is null."""
         values = {self.metric: self.value, "low": self.low, "high": self.high}
         return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
+def compared(difference: Estimate, margin: float) -> str:
+    """Return what the paired difference of the probe from a baseline says: "equal", "better", "worse" or "unclear"."""
+    if -margin < difference.low and difference.high < margin:
+        return "equal"
+    return "better" if difference.low > 0 else "worse" if difference.high < 0 else "unclear"
+
+
+def spell_difference(difference: Estimate) -> str:
+    """Spell a difference with its interval, `+0.04 [-0.02, +0.10]`."""
+    return f"{difference.value:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
 
 
 @dataclass(frozen=True)
@@ -90,6 +111,21 @@ class Best:
 
 
 @dataclass(frozen=True)
+class Subset:
+    """The best candidate on the samples without a confounder (being cut, having no answer that could be read).
+
+    Attributes:
+        left_out: how many samples have it.
+        estimate: the main metric on the others; None where they have one class only.
+        only: the class that all the others have, None where there are several.
+    """
+
+    left_out: int
+    estimate: Estimate | None
+    only: str | None = None
+
+
+@dataclass(frozen=True)
 class ProbeReport:
     """What one training found.
 
@@ -104,7 +140,7 @@ class ProbeReport:
         roentgen: the version that found it.
         data_hash: of which samples with which labels.
         n_samples: samples used.
-        n_problems: problems they are of.
+        n_problems: problems they are of: questions, whatever their ids.
         n_left_out: samples without activations or without this label.
         n_folds: outer folds.
         n_rarest: samples of the rarest class; all of them for a number.
@@ -113,7 +149,12 @@ class ProbeReport:
         best: the best candidate, chosen without looking at the samples it is reported on.
         declared: every metric of the candidate that was named beforehand, None if none was.
         baselines: see `baselines`.
-        uncut: the best candidate's main metric on samples that were not truncated, None where all or none were.
+        against: how much better the best candidate is than a baseline, by name, paired: over the same draws of problems.
+        forecast: what a forecast that reads nothing gets by the metrics of `best` that need a threshold or a probability: the
+            accuracy of the most frequent class; the other metrics of the training share of True.
+        gains: how much higher the best candidate's are, paired; of Brier score and calibration error, lower is better.
+        without: the best candidate on samples without a confounder, by its name, where some have it: `truncated`, `unread`.
+        n_groups: groups that folds keep together: problems, or templates that problems share; None: as many as problems.
         session: the session it was read from, None for the run's own activations.
         within: whether the main metric is that within problems.
     """
@@ -137,7 +178,11 @@ class ProbeReport:
     best: Best
     declared: Best | None
     baselines: dict[str, Estimate]
-    uncut: Estimate | None = None
+    against: dict[str, Estimate] = field(default_factory=dict)
+    forecast: dict[str, Estimate] = field(default_factory=dict)
+    gains: dict[str, Estimate] = field(default_factory=dict)
+    without: dict[str, Subset] = field(default_factory=dict)
+    n_groups: int | None = None
     session: str | None = None
     within: bool = False
 
@@ -150,6 +195,11 @@ class ProbeReport:
     def chance(self) -> float:
         """The main metric of a probe that knows nothing."""
         return CHANCE[self.metric]
+
+    @property
+    def uncut(self) -> Estimate | None:
+        """The best candidate's main metric on samples that were not truncated, None where all or none were."""
+        return self.without["truncated"].estimate if "truncated" in self.without else None
 
     @property
     def prevalence(self) -> float | None:
@@ -165,26 +215,59 @@ class ProbeReport:
             yield f"The rarest class has {self.n_rarest} samples (fewer than {FEW}): the intervals themselves are rough."
         if not self.best.estimate.low > self.chance:
             yield f"The best probe's interval reaches {self.chance:g}: no better than chance as far as this data can tell."
-        for name in (
-            "prompt_length",
-            "response_length",
-            "mean_logprob",
-            "question_words",
-            "random_direction",
-            "first_layer",
-        ):
-            found = self.baselines.get(name)
-            if found is not None and found.value >= self.best.estimate.low and found.value > self.chance:
-                yield (
-                    f"{name.replace('_', ' ').capitalize()} alone does about as well ({found}): the probe may be reading that."
-                )
-        if self.uncut is not None and self.best.estimate.low > self.chance >= self.uncut.low:
-            yield (
-                f"Among samples that were not truncated it is {self.uncut}: truncated outputs may carry the signal; "
-                "evaluate again with more --max-tokens."
-            )
+        yield from self._beside_baselines()
+        yield from self._beside_no_information()
+        yield from self._without_confounders()
         if self.n_left_out:
             yield f"{self.n_left_out} samples have no activations or no such label and were left out."
+
+    def _beside_baselines(self) -> Iterator[str]:
+        unclear = []
+        for name, difference in self.against.items():
+            found, called = self.baselines[name], name.replace("_", " ")
+            if not found.value > self.chance:
+                continue
+            verdict = compared(difference, MARGIN[self.metric])
+            if verdict in ("equal", "worse"):
+                how = f"about as well{'' if verdict == 'equal' else ' or better'}"
+                yield (
+                    f"{called.capitalize()} alone does {how} ({found}; difference {spell_difference(difference)}): "
+                    "the probe may be reading that."
+                )
+            elif verdict == "unclear" and self.best.estimate.low > self.chance:
+                unclear.append(f"{called} ({found}; difference {spell_difference(difference)})")
+        if unclear:
+            yield f"This data cannot tell whether the probe does better than {', '.join(unclear)}."
+
+    def _beside_no_information(self) -> Iterator[str]:
+        accuracy, brier = self.gains.get("accuracy"), self.gains.get("brier")
+        if accuracy is not None and not accuracy.low > 0:
+            own, plain = self.best.metrics["accuracy"], self.forecast["accuracy"]
+            what = f"giving the most frequent answer every time ({plain.value:.2f}; difference {spell_difference(accuracy)})"
+            if accuracy.value <= 0:
+                yield f"Its accuracy, {own}, is no better than {what}: its yes or no is of no use, whatever its rank order."
+            else:
+                yield f"This data cannot tell whether its accuracy, {own}, is better than {what}."
+        if brier is not None and not brier.high < 0:
+            own, plain = self.best.metrics["brier"], self.forecast["brier"]
+            what = (
+                f"that of saying the share of True every time ({plain.value:.2f}; difference {spell_difference(brier)})"
+            )
+            if brier.value >= 0:
+                yield f"Its Brier score, {own}, is no better than {what}: its probabilities are of no use."
+            else:
+                yield f"This data cannot tell whether its Brier score, {own}, is better than {what}."
+
+    def _without_confounders(self) -> Iterator[str]:
+        for name, subset in self.without.items():
+            others, advice = CONFOUNDERS[name]
+            if subset.only is not None:
+                yield (
+                    f"All samples {others} have {self.label} = {subset.only}: the label cannot be told apart from what the "
+                    f"{subset.left_out} others have in common; {advice}."
+                )
+            elif subset.estimate is not None and self.best.estimate.low > self.chance >= subset.estimate.low:
+                yield f"Among samples {others} it is {subset.estimate}: the others may carry the signal; {advice}."
 
     def to_json(self) -> dict[str, Any]:
         """Return the contents of `results.json`."""
@@ -204,6 +287,7 @@ class ProbeReport:
             "n_samples": self.n_samples,
             "n_problems": self.n_problems,
             "n_left_out": self.n_left_out,
+            "n_groups": self.n_problems if self.n_groups is None else self.n_groups,
             "n_folds": self.n_folds,
             "n_true": self.n_true,
             "prevalence": self.prevalence,
@@ -218,6 +302,19 @@ class ProbeReport:
             "declared": None if self.declared is None else _best(self.declared),
             "baselines": {name: estimate.to_json() for name, estimate in self.baselines.items()},
             "uncut": None if self.uncut is None else self.uncut.to_json(),
+            "against": {
+                name: {**difference.to_json(), "verdict": compared(difference, MARGIN[self.metric])}
+                for name, difference in self.against.items()
+            },
+            "forecast": {name: estimate.to_json() for name, estimate in self.forecast.items()},
+            "gains": {name: gain.to_json() for name, gain in self.gains.items()},
+            "without": {
+                name: {
+                    "left_out": subset.left_out, "only": subset.only,
+                    **({} if subset.estimate is None else subset.estimate.to_json()),
+                }
+                for name, subset in self.without.items()
+            },
             "notes": self.notes(),
         }  # fmt: skip
 

@@ -63,8 +63,17 @@ def _of_index(row: dict[Hashable, Any]) -> Example:
     epoch = 1 if pd.isna(row["epoch"]) else int(row["epoch"])
     return Example(
         str(problem), epoch, str(row["rollout_id"]), n_prompt, int(row["n_completion"]),
-        row["finish_reason"] == "length", text[:end], dict(row["labels"]),
+        row["finish_reason"] == "length", text[:end], dict(row["labels"]), asked=_asked(row, text, end),
     )  # fmt: skip
+
+
+def _asked(row: dict[Hashable, Any], text: str, end: int) -> str | None:
+    """Return the question of an evaluation's sample: its last user message, without the examples shown before it.
+
+    Of other rollouts it is not known which part of the prompt is the question.
+    """
+    spoken = [s for s in row["segments"] if s["role"] == "user" and s["stop"] <= end]
+    return text[spoken[-1]["start"] : spoken[-1]["stop"]] if spoken and "sample_id" in row["labels"] else None
 
 
 def _of_sample(run: Run, sample: Sample, row: pd.Series) -> Example:

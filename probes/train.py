@@ -13,6 +13,7 @@ not the label's usual one is part of the name likewise (`<label>+lda`).
 `fitting` does the work.
 """
 
+import os
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
@@ -24,7 +25,7 @@ from probes import plots
 from probes.closeup import Closeup, look_closely
 from probes.dataset import ProbeDataset
 from probes.errors import ProbeDataError
-from probes.fitting import Trained, choose_kind, fit_and_evaluate
+from probes.fitting import Trained, check_seed, choose_kind, fit_and_evaluate
 from probes.folds import nested_folds
 from probes.kinds import DEFAULT_KINDS, KINDS
 from probes.page import render_page
@@ -70,6 +71,7 @@ def train(
     """
     if device != "cpu" and not (device == "cuda" and torch.cuda.is_available()):
         raise ProbeDataError(f"device: {device!r} is not here; allowed are cpu, and cuda where there is a GPU")
+    check_seed(seed)
     data = ProbeDataset.open(sources, label, session=session, table=table)
     places = [positions] if isinstance(positions, str) else list(positions)
     usual = choose_kind(data.target, kind).name == DEFAULT_KINDS[data.target.kind]
@@ -81,26 +83,38 @@ def train(
         run = Path(str(sources if isinstance(sources, str | Path) else sources[0])).expanduser().absolute()
         name = label.replace(":", "-") + ("" if session is None else f"@{data.sources[0].session.name}")
         output = run / "probes" / (name if usual else f"{name}+{kind}")
+    _check_folder(Path(str(output)).expanduser())
     trained = fit_and_evaluate(data, places, kind, declared, seed, session, device)
-    _write(Path(str(output)), trained, data)
+    _write(Path(str(output)).expanduser(), trained, data)
     return trained.report
 
 
-def _look_closely(data: ProbeDataset, report: ProbeReport) -> Closeup | None:
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to, before anything is fitted."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        why = "is not a folder" if not there.is_dir() else "is not writable"
+        raise ProbeDataError(f"output: {folder} cannot be written: {there} {why}; choose another --output")
+
+
+def _look_closely(data: ProbeDataset, trained: Trained) -> Closeup | None:
     """Look at the candidate named beforehand, else at the one most folds chose; None where a sample has no score of its own."""
+    report = trained.report
     kind = KINDS[report.kind]
     if report.target != "binary" or kind.tokens or kind.within:
         return None
     (name,) = report.declared.names if report.declared else (Counter(report.best.names).most_common(1)[0][0],)
-    result = next(result for result in report.results if result.name == name)
+    number, result = next((n, result) for n, result in enumerate(report.results) if result.name == name)
     folds = nested_folds(data.target, data.groups, report.seed)
-    return look_closely(data, result.key, result.positions, kind, result.strength, folds, report.seed)
+    return look_closely(
+        data, result.key, result.positions, kind, result.strength, folds, report.seed, trained.calibrations[number]
+    )
 
 
 def _write(folder: Path, trained: Trained, data: ProbeDataset) -> None:
     make_folder(folder)
     report = trained.report
-    closeup = _look_closely(data, report)
+    closeup = _look_closely(data, trained)
     figures = {"auroc_by_layer": plots.by_layer(report)}
     if len(report.positions) > 1:
         figures["heatmap"] = plots.heatmap(report)

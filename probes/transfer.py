@@ -2,7 +2,7 @@
 
 The test problems have had no part in training, so the bootstrap over them needs no widening. A problem that is in both sets
 would have. So that a run with tools and a run without, on the same problems, can be compared, half of the problems that both
-have, dealt at random, train and the other half are tested.
+have, dealt at random, train and the other half are tested; what shares a question or a template is one problem here.
 """
 
 from dataclasses import asdict, dataclass
@@ -16,15 +16,16 @@ from torch import Tensor
 from probes.cross_validation import Case, cross_validate, whole
 from probes.dataset import ProbeDataset
 from probes.errors import OneClassError, ProbeDataError
-from probes.evaluation import main_estimate, main_metric_each
-from probes.fitting import choose_kind
-from probes.folds import grouped_splits
+from probes.evaluation import choose_strength, main_estimate
+from probes.fitting import check_reads, check_seed, choose_kind
+from probes.folds import NEEDS_CONTRASTS, SAMPLE_AGAIN, grouped_splits, mixed
 from probes.intervals import bootstrap_weights
 from probes.kinds import Kind
 from probes.kinds.linear import LinearProbes
 from probes.labels import Target
 from probes.report import Estimate
 from probes.sources import Where
+from roentgen.runs import same_template
 
 INNER_FOLDS = 3
 
@@ -92,18 +93,24 @@ def transfer(
         OneClassError: if a side is left with one class.
     """
     chosen = choose_kind(train.target, kind)
+    check_reads(chosen, [positions])
+    check_seed(seed)
     if (train.target.kind, train.target.classes) != (test.target.kind, test.target.classes):
         raise ProbeDataError(f"{train.target.name} and {test.target.name} are not the same kind of label")
     learn, judge = _deal(train, test, seed)
+    if chosen.within:
+        for data, kept, side in ((train, learn, "to train on"), (test, judge, "to test on")):
+            if not mixed(data.target.values[kept], data.problems[kept]).any():
+                raise OneClassError(f"{data.names[0]} has no {NEEDS_CONTRASTS} left {side}; {SAMPLE_AGAIN}")
     target = _part(test.target, judge)
-    groups = np.unique(test.groups[judge], return_inverse=True)[1]
+    groups, problems = (np.unique(part[judge], return_inverse=True)[1] for part in (test.groups, test.problems))
     weights = bootstrap_weights(groups, seed)
     found = []
     for key in keys:
         X = train.features(key, positions)[None]
         probes = _fit(X, train, np.flatnonzero(learn), chosen, seed)
         scores = probes.scores(test.features(key, positions)[None][:, torch.from_numpy(judge)])[0, 0].mT.numpy()
-        found.append(main_estimate(scores, target, groups, weights, within=chosen.within, widening=1.0))
+        found.append(main_estimate(scores, target, problems, weights, within=chosen.within, widening=1.0))
     return found
 
 
@@ -137,6 +144,8 @@ def compare(
     if not keys:
         raise ProbeDataError(f"{first} and {second} have no stored key in common")
     chosen = choose_kind(one.target, kind)
+    if chosen.tokens:
+        raise ProbeDataError(f"kind: {chosen.name!r} has no direction to compare")
     there = transfer(one, two, keys, positions, kind, seed)
     back = transfer(two, one, keys, positions, kind, seed)
     cosines = [_cosine(one, two, key, positions, chosen, seed) for key in keys]
@@ -161,15 +170,16 @@ def _direction(data: ProbeDataset, key: str, positions: str, kind: Kind, seed: i
 
 def _fit(X: Float[Tensor, "1 rows d"], data: ProbeDataset, rows: np.ndarray, kind: Kind, seed: int) -> Any:
     """Fit one probe on some rows, its strength chosen on folds of them."""
-    splits = grouped_splits(data.target, rows, data.groups, INNER_FOLDS, seed)
+    contrasts = mixed(data.target.values, data.problems) if kind.within else None
+    splits = grouped_splits(data.target, rows, data.groups, INNER_FOLDS, seed, contrasts)
     strength = kind.strengths[0]
     if splits and len(kind.strengths) > 1:
         cases = [Case(data.target, rows[train], rows[test]) for train, test in splits]
-        inside, _ = whole(cases, cross_validate(X, cases, data.groups, kind), len(data.groups))
-        found = main_metric_each(inside[:, :, rows], data.target, data.groups, rows, kind)
-        strength = kind.strengths[int(found[0].argmax())]
+        inside, raw = whole(cases, cross_validate(X, cases, data.problems, kind), len(data.groups))
+        chosen = choose_strength(inside[:, :, rows], raw[:, :, rows], data.target, data.problems, rows, kind)
+        strength = kind.strengths[int(chosen[0])]
     kept = torch.from_numpy(rows)
-    y, groups = torch.from_numpy(data.target.values)[kept], torch.from_numpy(data.groups)[kept]
+    y, groups = torch.from_numpy(data.target.values)[kept], torch.from_numpy(data.problems)[kept]
     return kind.fit(X[:, kept], y, groups, torch.tensor([strength], dtype=torch.float64))
 
 
@@ -177,8 +187,8 @@ def _deal(
     train: ProbeDataset, test: ProbeDataset, seed: int
 ) -> tuple[Bool[np.ndarray, "train"], Bool[np.ndarray, "test"]]:
     """Say which examples train and which are tested, so that no problem is on both sides."""
-    of_train = np.array([example.problem for example in train.examples])
-    of_test = np.array([example.problem for example in test.examples])
+    groups = np.array(same_template([example.posed for data in (train, test) for example in data.examples]))
+    of_train, of_test = groups[: len(train.examples)], groups[len(train.examples) :]
     shared = np.intersect1d(of_train, of_test)
     taught = np.random.default_rng(seed).permutation(shared)[: len(shared) // 2]
     learn = ~np.isin(of_train, np.setdiff1d(shared, taught))

@@ -37,6 +37,13 @@ LAYER_HOOK_POINTS: dict[str, str] = {
 }
 """Canonical hook points of a decoder layer, in the order a sequential block computes them."""
 
+_IN_BLOCK = {
+    name: place
+    for place, name in enumerate(
+        ("resid_pre", "ln_attn", "attn_out", "resid_mid", "ln_mlp", "router", "mlp_out", "resid_post")
+    )
+}
+
 MODEL_HOOK_POINTS: dict[str, str] = {
     "embed": "output of the token embedding",
     "final_norm": "output of the last norm, before the output head",
@@ -77,6 +84,19 @@ def split_key(key: str) -> tuple[str, int | None]:
     """Undo `stored_key`: return `(hook_point, layer)`, with layer None for a model-wide key."""
     match = re.fullmatch(r"layers\.(\d+)\.(.+)", key)
     return (match[2], int(match[1])) if match else (key, None)
+
+
+def execution_order(key: str) -> tuple[int, int, int, str]:
+    """Return what sorts stored keys as a model computes them: the embedding, layer by layer, what follows the last layer.
+
+    Inside a layer, canonical hook points come as a sequential block computes them, then module paths by name. A model-wide
+    module path follows the layers, unless it is the embedding's.
+    """
+    hook_point, layer = split_key(key)
+    if layer is None:
+        before = re.search(r"(?<!un)embed(?!_out)|\bwte\b|\bwpe\b", hook_point) is not None
+        return (0 if before else 2), 0, 0 if hook_point in MODEL_HOOK_POINTS else 1, hook_point
+    return 1, layer, _IN_BLOCK.get(hook_point, len(_IN_BLOCK)), hook_point
 
 
 @dataclass(frozen=True)

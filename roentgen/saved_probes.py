@@ -6,13 +6,15 @@
       presence means all is there
 
 A name is `<key>@<positions>`, as in `layers.12.resid_post@last_prompt`. The score of a row x is
-`weight · (x − mean) / scale + bias`: log-odds that the label is True, a value, or a logit per class. Nothing is pickled.
+`weight · (x − mean) / scale + bias`, and the card's `unit` says what it is: log-odds that the label is True or logits of the
+classes (calibrated: 1 in 4 of the rows with log-odds of −1.1 have it, where the probe was trained to read), a value, or a mere
+score, of which more is more likely and no more is said. Probes saved before there was a `unit` have scores. Nothing is pickled.
 """
 
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -23,6 +25,8 @@ from torch import Tensor
 
 from roentgen.contract import split_key
 from roentgen.store.durable import make_folder, write_durably
+
+ScoreUnit = Literal["log_odds", "logits", "value", "score"]
 
 TENSORS = "probes.safetensors"
 CARDS = "probes.json"
@@ -44,6 +48,7 @@ class ProbeCard(BaseModel):
         label: what it reads.
         target: "binary", "real" or "classes".
         classes: names of the classes, where they have names.
+        unit: what its scores are; those of older files are mere scores.
         strength: of the penalty.
         folds: outer folds of the evaluation.
         metrics: out-of-fold metrics, each with its interval.
@@ -62,6 +67,7 @@ class ProbeCard(BaseModel):
     label: str
     target: str
     classes: tuple[str, ...] = ()
+    unit: ScoreUnit = "score"
     strength: float
     folds: int
     metrics: dict[str, dict[str, float | None]]

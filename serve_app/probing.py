@@ -68,7 +68,9 @@ def _scorer(model: ServedModel, asked: str | InlineProbe, param: str, folders: S
     if isinstance(asked, str):
         probe = _saved(model, asked, param, folders)
         card = probe.card
-        return Scorer(asked, card.key, _tap(model, card.key, param), _on(model, probe), card.label, card.classes)
+        return Scorer(
+            asked, card.key, _tap(model, card.key, param), _on(model, probe), card.label, card.classes, card.unit
+        )
     weight = torch.tensor([asked.weight])
     width = weight.shape[1]
     mean = torch.tensor(asked.mean) if asked.mean is not None else torch.zeros(width)

@@ -49,6 +49,11 @@ class Kind:
     tokens: bool = False
     within: bool = False
 
+    @property
+    def probabilistic(self) -> bool:
+        """Whether its scores, once calibrated, are log-odds (of classes: logits); else they are values, or mere scores."""
+        return self.target != "real" and not self.within
+
 
 KINDS: dict[str, Kind] = {
     kind.name: kind

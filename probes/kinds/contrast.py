@@ -35,7 +35,7 @@ def fit(
 
     Raises:
         ValueError: if no problem has rows of both classes.
-        RuntimeError: if the fit does not converge.
+        NoConvergenceError: if the fit does not converge.
     """
     _, group = torch.unique(groups, return_inverse=True)
     n = torch.bincount(group)

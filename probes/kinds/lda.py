@@ -8,6 +8,7 @@ On principal axes the total covariance is diagonal, and Σw differs from it by t
 division and a Sherman-Morrison correction, for all models and strengths at once.
 """
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -42,7 +43,7 @@ def fit(
     average = (total.sum(-1) - between * apart.square().sum((1, 2))) / d
     s = strengths.double()[:, None]
     diagonal = (1 - s) * total[:, None] + s * average[:, None, None]
-    weight = apart / diagonal
+    weight = torch.where(diagonal > 0, apart / diagonal, 0.0)  # all features are constant
     weight = weight / (1 - (1 - s) * between * (apart * weight).sum(-1, keepdim=True))
     bias = (share / (1 - share)).log() - (weight * (high + low)[:, None]).sum(-1) / 2
     return rows.probes(weight[:, :, None], bias[:, :, None])

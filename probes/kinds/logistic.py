@@ -58,7 +58,7 @@ def fit(
 
     Raises:
         ValueError: if `y` has one class only.
-        RuntimeError: if the fit does not converge.
+        NoConvergenceError: if the fit does not converge.
     """
     return fit_together(X, y[None], torch.ones_like(y)[None], strengths)
 
@@ -79,7 +79,7 @@ def fit_together(
 
     Raises:
         ValueError: if `y` has one class only where it trains.
-        RuntimeError: if the fit does not converge.
+        NoConvergenceError: if the fit does not converge.
     """
     for labels, part in zip(y, trains, strict=True):
         check_two_classes(labels[part])

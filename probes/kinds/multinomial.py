@@ -55,7 +55,7 @@ def fit(
 
     Raises:
         ValueError: if there are fewer than two classes, or one that no row has.
-        RuntimeError: if the fit does not converge.
+        NoConvergenceError: if the fit does not converge.
     """
     counts = torch.bincount(y)
     if len(counts) < 2 or bool((counts == 0).any()):

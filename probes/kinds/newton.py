@@ -23,6 +23,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from probes.errors import NoConvergenceError
+
 Rows = Float[Tensor, "models problems outputs rows"]
 PerOutput = Float[Tensor, "models problems outputs 1"]
 PerProblem = Float[Tensor, "models problems 1 1"]
@@ -91,22 +93,26 @@ def minimise(
         intercept: whether there is one; it is not penalised.
 
     Raises:
-        RuntimeError: if it does not converge.
+        NoConvergenceError: if it does not converge.
     """
     exactly, roughly = _products(Z)
     a = Z.new_zeros(len(Z), problems, outputs, Z.shape[1])
-    b = a[..., :1]
+    Ka, b = torch.zeros_like(a), a[..., :1]
     found = []
     for C in strengths.tolist():
         for _ in range(MAX_STEPS):
-            Ka = exactly(a)
-            step = _newton_step(roughly, loss, C, a, Ka + b, intercept=intercept)
+            rough = _newton_step(roughly, loss, C, a, Ka + b, intercept=intercept)
+            # What a step does is computed in float64: from float32's own products a good step may seem to do harm.
+            step = Step(rough.a, rough.b, exactly(rough.a))
             by = _step_length(loss, C, Ka, b, step)
-            a, b = a + by * step.a, b + by * step.b
+            a, b, Ka = a + by * step.a, b + by * step.b, Ka + by * step.Ka
             if (by * (step.Ka + step.b)).abs().max() < TOLERANCE:
                 break
         else:
-            raise RuntimeError(f"no convergence in {MAX_STEPS} steps for C = {C:g}; choose a smaller C")
+            raise NoConvergenceError(
+                f"the fit has not converged in {MAX_STEPS} steps for C = {C:g}: features may differ too much in size, or "
+                "rows be damaged; look at them (`roentgen sessions verify`), or choose --kind lda or mean_difference"
+            )
         found.append((a, b))
     a, b = (torch.stack(parts, 2).flatten(1, 2) for parts in zip(*found, strict=True))
     return (a.flatten(1, 2) @ Z).unflatten(1, a.shape[1:3]), b[..., 0]

@@ -1,8 +1,9 @@
 """From the answers of a sweep to its findings: per direction and scale accuracy, parse rate and length, with intervals.
 
 Problems are the unit. Several directions of one kind are averaged within a problem first, so an interval is over problems,
-whatever the number of directions. Shares have Wilson's interval, which stays inside [0, 1] and has a width at 0 and at 1;
-lengths and differences have a bootstrap over problems. Differences are paired: each problem against itself without steering.
+whatever the number of directions. Shares have Wilson's interval, and differences of shares Tango's (`roentgen.intervals`), of
+as many trials as there are problems: both have a width where all problems do alike. Lengths and their differences have a
+bootstrap over problems. Differences are paired: each problem against itself without steering.
 """
 
 from collections import defaultdict
@@ -18,8 +19,8 @@ from probes.intervals import bootstrap_weights
 from probes.report import Estimate
 from probes.steering.arms import Along
 from probes.steering.sweep import Outcome
+from roentgen.intervals import paired, wilson
 
-Z_95 = 1.959963984540054
 MEASURES: dict[str, Callable[[Outcome], float]] = {
     "accuracy": lambda outcome: float(outcome.correct),
     "parse_rate": lambda outcome: float(outcome.parsed),
@@ -142,7 +143,12 @@ def summarise(outcomes: Sequence[Outcome], seed: int = 0) -> tuple[Finding, ...]
             name: _mean(name, values, weights) if name == "length" else _share(name, values)
             for name, values in means.items()
         }
-        differences = {name: _mean(name, values - plain[name], weights) for name, values in means.items()}
+        differences = {
+            name: _mean(name, values - plain[name], weights)
+            if name == "length"
+            else _change(name, values - plain[name])
+            for name, values in means.items()
+        }
         findings.append(
             Finding(
                 along,
@@ -166,10 +172,14 @@ def _per_problem(
 
 def _share(name: str, values: Float[np.ndarray, "problems"]) -> Estimate:
     """Estimate a share, with Wilson's interval (1927) of as many trials as there are problems."""
-    n, p = len(values), float(values.mean())
-    centre = (p + Z_95**2 / (2 * n)) / (1 + Z_95**2 / n)
-    half = Z_95 * np.sqrt(p * (1 - p) / n + Z_95**2 / (4 * n**2)) / (1 + Z_95**2 / n)
-    return Estimate(name, p, max(0.0, float(centre - half)), min(1.0, float(centre + half)))
+    p = float(values.mean())
+    return Estimate(name, p, *wilson(p, len(values)))
+
+
+def _change(name: str, changes: Float[np.ndarray, "problems"]) -> Estimate:
+    """Estimate a difference of shares, with Tango's interval."""
+    more, less = float(changes.clip(min=0).mean()), float((-changes).clip(min=0).mean())
+    return Estimate(name, more - less, *paired(more, less, len(changes)))
 
 
 def _mean(name: str, values: Float[np.ndarray, "problems"], weights: np.ndarray) -> Estimate:

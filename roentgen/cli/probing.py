@@ -78,6 +78,8 @@ def probe_compare(
     from roentgen.runs import RunError
     from roentgen.store import StoreError
 
+    if output is not None and not output.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{output.parent} is not a folder", param_hint="--output")
     try:
         with expected_errors(ProbeDataError, RunError, StoreError):
             found = compare(first, second, label, positions, kind, seed, table)
@@ -92,7 +94,8 @@ def probe_compare(
         shown.add_row(key.key, str(key.there), str(key.back), f"{key.cosine:.2f}")
     out.print(shown)
     if output is not None:
-        output.write_text(json.dumps(found.to_json(), indent=2) + "\n")
+        with expected_errors(OSError):
+            output.write_text(json.dumps(found.to_json(), indent=2) + "\n")
 
 
 @probe_app.command("steer")

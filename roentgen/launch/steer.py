@@ -27,7 +27,7 @@ from eval_jobs.scoring import score
 from probes.steering import SweepError, SweepPlan, SweepReport, Task, make_arms, run_sweep, summarise
 from roentgen.contract import split_key
 from roentgen.launch.local import serving
-from roentgen.runs import Run, write_json
+from roentgen.runs import Run, same_question, write_json
 from roentgen.saved_probes import CARDS, SavedProbe, SavedProbeError, load_probe
 from roentgen.store.durable import make_folder, write_durably
 from serve_app.config import ServerConfig
@@ -152,8 +152,11 @@ def _tasks(run: Run, samples: int) -> list[Task]:
     if run.config.hashed.get("mode") == "with-tools":
         raise SweepError(f"{run.path} was answered with tools, which a sweep does not give; take a run without")
     tasks: dict[str, Task] = {}
-    for sample in run.samples().by_name():
-        if sample.error is None and sample.problem_id not in tasks and len(tasks) < samples:
+    answered = [sample for sample in run.samples().by_name() if sample.error is None]
+    posed: set[int] = set()  # the same question under two ids is one problem
+    for sample, problem in zip(answered, same_question([sample.posed for sample in answered]), strict=True):
+        if problem not in posed and len(tasks) < samples:
+            posed.add(problem)
             asked = []
             for message in sample.messages:
                 if message["role"] == "assistant":

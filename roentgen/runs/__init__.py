@@ -9,16 +9,19 @@
 
 Everything but config.json and samples.jsonl can be made again from those two. A module a concern:
 
-    sample   one attempt at one problem
-    record   samples.jsonl: appended durably, read line by line
-    run      the directory and its config.json
+    sample     one attempt at one problem
+    record     samples.jsonl: appended durably, read line by line
+    run        the directory and its config.json
+    questions  which samples are attempts at the same problem
 """
 
+from roentgen.runs.questions import Posed, same_question, same_template
 from roentgen.runs.record import Recorder, RunError, Samples
 from roentgen.runs.run import Run, RunConfig, find_unfinished, replacing, rewrite, write_json
 from roentgen.runs.sample import RolloutRef, Sample, Turn
 
 __all__ = [
+    "Posed",
     "Recorder",
     "RolloutRef",
     "Run",
@@ -30,5 +33,7 @@ __all__ = [
     "find_unfinished",
     "replacing",
     "rewrite",
+    "same_question",
+    "same_template",
     "write_json",
 ]

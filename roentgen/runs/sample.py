@@ -5,6 +5,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from roentgen.contract import ActivationReply
+from roentgen.runs.questions import Posed
 
 
 class RolloutRef(ActivationReply):
@@ -45,6 +46,7 @@ class Sample(BaseModel):
         question: as posed.
         solution: the gold rationale.
         gold: the gold answer.
+        template: what the question was made from, where problems are made from templates; None of others and of old records.
         messages: the conversation, the model's last message included.
         response: the model's last message.
         answers: what each extractor read, None where it found nothing.
@@ -70,6 +72,7 @@ class Sample(BaseModel):
     question: str
     solution: str
     gold: str
+    template: str | None = None
     messages: list[dict[str, Any]] = Field(default_factory=list)
     response: str = ""
     answers: dict[str, str | None] = Field(default_factory=dict)
@@ -88,3 +91,8 @@ class Sample(BaseModel):
     def identity(self) -> tuple[str, str, int]:
         """What makes it the same sample when it is tried again."""
         return self.config_hash, self.problem_id, self.epoch
+
+    @property
+    def posed(self) -> Posed:
+        """What it was asked, to be compared with what others were asked."""
+        return Posed(self.problem_id, self.question, self.template)

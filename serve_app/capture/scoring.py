@@ -17,7 +17,7 @@ from serve_app.capture.structure import Tap
 
 if TYPE_CHECKING:
     # Only a type here: importing it brings the store with it, and pyarrow.
-    from roentgen.saved_probes import Readout
+    from roentgen.saved_probes import Readout, ScoreUnit
 
 
 class UnscorableError(Exception):
@@ -35,6 +35,7 @@ class Scorer:
         readout: the probe's arithmetic, on the model's device.
         label: what it reads.
         classes: names of its outputs, where they have names.
+        unit: what its scores are, see `ProbeCard`.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Scorer:
     readout: "Readout"
     label: str
     classes: tuple[str, ...] = ()
+    unit: "ScoreUnit" = "score"
 
 
 class RequestScores:

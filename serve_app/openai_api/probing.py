@@ -121,6 +121,7 @@ def spell_scores(
             "key": scorer.key,
             "label": scorer.label,
             "classes": list(scorer.classes),
+            "unit": scorer.unit,
             "n_prompt": n_prompt,
             "start": start,
             "scores": (scores[:, 0] if scores.shape[1] == 1 else scores).tolist(),

@@ -1,12 +1,15 @@
 """Sums over samples of several epochs and variants, recounted by hand; runs scored again, watched and compared."""
 
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from eval_jobs.comparison import compare
 from eval_jobs.config import ServedModel, hashed_configuration, variants_of
+from eval_jobs.console import print_comparison
 from eval_jobs.outputs import around, write_summary
 from eval_jobs.rescoring import rescore
 from eval_jobs.resume import open_run
@@ -115,6 +118,62 @@ def test_two_runs_are_compared_by_problem(tmp_path: Path) -> None:
     assert (found.first.correct, found.second.correct) == (1, 2)
     assert (found.gained, found.lost) == (["arithmetic-0002", "arithmetic-0003"], ["arithmetic-0001"])
     assert found.difference.value == pytest.approx(1 / 3)
+
+
+def test_variants_are_compared_with_their_likes(tmp_path: Path) -> None:
+    """A run without variants is compared with the one without a prefix; variants with those of the same prefix."""
+    (tmp_path / "v.yaml").write_text("calm: No hurry.\nplain: ''\n")
+    (tmp_path / "w.yaml").write_text("relaxed: No hurry.\nother: Quick!\n")
+    says: dict[tuple[int, int, str | None], str] = {(n, 1, "calm"): "Answer: GOLD" for n in (1, 2, 3)}
+    bare = make(tmp_path / "bare", {(1, 1, None): "Answer: GOLD"})
+    varied = make(tmp_path / "varied", {**says, (2, 1, "plain"): "Answer: GOLD"}, variants=str(tmp_path / "v.yaml"))
+    found = compare(bare, varied)
+    assert [pair.names for pair in found.pairs] == [(None, "plain")]
+    assert found.alone == ((), ("calm",))
+    assert (found.first.correct, found.second.correct) == (1, 1)
+    assert (found.gained, found.lost) == (["arithmetic-0002"], ["arithmetic-0001"])
+
+    renamed = make(tmp_path / "renamed", {(1, 1, "relaxed"): "Answer: GOLD"}, variants=str(tmp_path / "w.yaml"))
+    found = compare(varied, renamed)
+    assert [pair.names for pair in found.pairs] == [("calm", "relaxed")]
+    assert (found.first.correct, found.second.correct) == (3, 1)
+    assert found.alone == (("plain",), ("other",))
+
+    again = compare(varied, varied)
+    assert [pair.names for pair in again.pairs] == [("calm", "calm"), ("plain", "plain")]
+    assert (again.first.correct, again.difference.value, again.difference.problems) == (4, 0.0, 6)
+    console = Console(record=True, width=200, file=io.StringIO())
+    print_comparison(found, console)
+    said = console.export_text()
+    assert "variant calm against variant relaxed" in said
+    assert "not compared, because the other run poses no problem so: variant plain of the first" in said
+
+
+def test_the_same_question_under_two_ids_is_one_problem(tmp_path: Path) -> None:
+    """Its error is that of the questions, whatever the number of copies."""
+    (tmp_path / "p.jsonl").write_text(
+        "".join(f'{{"question": "{n} + {n}?", "answer": "#### {2 * n}"}}\n' for n in (1, 2, 3))
+    )
+    (tmp_path / "twice.jsonl").write_text((tmp_path / "p.jsonl").read_text() * 2)
+    found = []
+    for name, samples in (("p", 3), ("twice", 6)):
+        problems = take(str(tmp_path / f"{name}.jsonl"), samples)
+        settings = check_settings(output=tmp_path / name, samples=samples, problems=str(tmp_path / f"{name}.jsonl"))
+        run = open_run(settings, problems, SERVED, "http://h:1/v1")
+        with run.recording() as record:
+            for problem in problems:
+                text = f"Answer: {problem.gold if problem.gold == '2' else 0}"
+                scores = score(text, problem.gold)
+                record.append(
+                    Sample(
+                        sample_id=f"s{problem.number}", problem_id=problem.problem_id, config_hash=run.config.config_hash,
+                        question=problem.question, solution=problem.solution, gold=problem.gold, response=text,
+                        answers=scores.answers, correct_by=scores.correct_by, correct=scores.correct_by["answer_line"],
+                    )
+                )  # fmt: skip
+        found.append(write_summary(run, None)["extractors"]["answer_line"])
+    assert found[1]["n"] == 2 * found[0]["n"]
+    assert found[1]["standard_error"] == pytest.approx(found[0]["standard_error"])
 
 
 def test_the_text_around_an_answer() -> None:

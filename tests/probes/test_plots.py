@@ -11,7 +11,7 @@ from rich.console import Console
 from probes.closeup import Closeup
 from probes.console import render
 from probes.plots import by_layer, distributions, heatmap, projection, reliability
-from probes.report import Best, ProbeReport
+from probes.report import Best, Estimate, ProbeReport, Subset
 from probes.styles import CLASSES, COLORS, DARK_INK, REFERENCE, darken
 from tests.probes.conftest import auroc_of
 
@@ -156,11 +156,50 @@ def test_notes_warn_of_what_makes_a_result_weak(report):
             "n_left_out": 3,
             "best": Best(auroc_of(0.6, 0.45, 0.75), ("embed@last_prompt",)),
             "baselines": {**report.baselines, "prompt_length": auroc_of(0.62, 0.5, 0.7)},
+            "against": {"prompt_length": Estimate("difference", -0.01, -0.04, 0.03)},
         }
     )
     notes = weak.notes()
     assert "rarest class has 4 samples" in notes[0]
     assert "reaches 0.5" in notes[1]
-    assert notes[2].startswith("Prompt length alone does about as well (0.62 [0.50, 0.70])")
+    assert notes[2].startswith("Prompt length alone does about as well (0.62 [0.50, 0.70]")
     assert "3 samples have no activations" in notes[-1]
     assert all(f"! {note.split(':')[0]}" in printed(weak) for note in notes)
+
+
+def test_about_as_well_is_a_claim_of_its_own(report):
+    """A difference within the margin is equal; a wide interval around it says nothing, and that is said."""
+
+    def note(low: float, high: float) -> list[str]:
+        against = {"prompt_length": Estimate("difference", (low + high) / 2, low, high)}
+        return ProbeReport(**{**vars(report), "against": against}).notes()
+
+    assert note(0.06, 0.2) == note(0.01, 0.2) == []
+    assert "Prompt length alone does about as well (" in note(-0.04, 0.04)[0]
+    assert "Prompt length alone does about as well or better (" in note(-0.2, -0.06)[0]
+    (unclear,) = note(-0.1, 0.3)
+    assert unclear.startswith("This data cannot tell whether the probe does better than prompt length (0.55")
+
+
+def test_what_is_no_better_than_no_information_is_said(report):
+    """Accuracy 0.89 where always False has 0.91, with a rank order that looks well."""
+    metrics = {"accuracy": Estimate("accuracy", 0.89, 0.85, 0.93), "brier": Estimate("brier", 0.07, 0.05, 0.09)}
+    forecast = {"accuracy": Estimate("accuracy", 0.91, 0.86, 0.95), "brier": Estimate("brier", 0.08, 0.06, 0.1)}
+    gains = {
+        "accuracy": Estimate("difference", -0.02, -0.05, 0.01),
+        "brier": Estimate("difference", -0.01, -0.02, -0.002),
+    }
+    best = Best(report.best.estimate, report.best.names, metrics)
+    poor = ProbeReport(**{**vars(report), "best": best, "forecast": forecast, "gains": gains})
+    (said,) = poor.notes()
+    assert said.startswith(
+        "Its accuracy, 0.89 [0.85, 0.93], is no better than giving the most frequent answer every time (0.91;"
+    )
+    assert "without reading anything 0.91" in printed(poor)
+
+
+def test_confounders_are_named(report):
+    without = {"unread": Subset(30, auroc_of(0.5, 0.4, 0.6)), "truncated": Subset(20, None, "True")}
+    unread, truncated = ProbeReport(**{**vars(report), "without": without}).notes()
+    assert unread.startswith("Among samples whose answer could be read it is 0.50")
+    assert truncated.startswith("All samples that were not truncated have correct = True")

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,10 @@ import probes
 import roentgen
 from probes.dataset import ProbeDataset
 from probes.errors import OneClassError, ProbeDataError
+from roentgen.runs import same_question
 from roentgen.saved_probes import SavedProbeError, load_probe, read_cards
+from tests.eval_jobs.conftest import take
+from tests.probes.test_plots import printed
 
 KEYS = ("embed", "layers.1.resid_post", "layers.3.resid_post", "layers.1.mlp_out", "layers.3.mlp_out")
 SIGNAL = "layers.3.resid_post"
@@ -83,6 +87,10 @@ def test_the_folder_holds_the_report_the_picture_and_the_probes(run):
         "prevalence", "prompt_length", "response_length", "mean_logprob", "question_words", "shuffled_labels",
         "random_direction", "first_layer",
     }  # fmt: skip
+    assert set(results["against"]) == set(results["baselines"]) - {"prevalence", "shuffled_labels"}
+    assert results["against"]["prompt_length"]["verdict"] == "better"
+    assert results["forecast"]["accuracy"]["accuracy"] == 0.5
+    assert results["forecast"]["brier"]["brier"] == pytest.approx(0.25, abs=0.01)
     assert set(results["best"]["metrics"]) == {"auroc", "auprc", "accuracy", "brier", "ece"}
     assert results["declared"] is None
 
@@ -103,6 +111,7 @@ def test_a_saved_probe_scores_rows_as_documented(run):
     probe = load_probe(folder, f"{SIGNAL}@last_prompt")
     assert torch.allclose(probe.scores(x)[:, 0], scores, atol=1e-5)
     assert (probe.card.layer, probe.card.label, probe.card.positions) == (3, "correct", "last_prompt")
+    assert probe.card.unit == "log_odds"
     assert (probe.card.data_hash, probe.card.folds) == (report.data_hash, 5)
     assert probe.card.metrics["auroc"]["auroc"] > 0.95
     moved = x + 0.5 * probe.direction
@@ -213,3 +222,141 @@ def test_one_class_leaves_no_results(build_run, planted):
     with pytest.raises(OneClassError, match="all 8 samples have correct = False"):
         probes.train(run.path)
     assert not (run.path / "probes").exists()
+
+
+@pytest.fixture
+def fingerprints():
+    """Return a function that makes rows which show only which of some groups a sample is of, and labels drawn per group."""
+
+    def make(groups: list[int]) -> tuple[dict[str, torch.Tensor], list[bool]]:
+        generator = torch.Generator().manual_seed(1)
+        marks, noise = (
+            torch.randn(max(groups) + 1, 32, generator=generator),
+            torch.randn(len(groups), 32, generator=generator),
+        )
+        return {"layers.1.resid_post": marks[groups] + 0.1 * noise}, [group % 2 == 0 for group in groups]
+
+    return make
+
+
+def test_a_fingerprint_of_the_question_is_at_chance(build_run, fingerprints):
+    """30 questions under three ids each: a probe that knows the question by heart learns nothing of others."""
+    asked = [i % 30 for i in range(90)]
+    posed = {i: {"question": f"Tom has {q} apples and {q * q} pears."} for i, q in enumerate(asked)}
+    run = build_run(*fingerprints(asked), changes=posed)
+    report = probes.train(run.path)
+    assert (report.n_problems, report.n_groups) == (30, 30)
+    assert report.best.estimate.low <= 0.5 <= report.best.estimate.high
+    data = ProbeDataset.open(run.path)
+    assert all(len(set(data.groups[[i, i + 30, i + 60]])) == 1 for i in range(30))
+
+
+def test_a_fingerprint_of_the_template_is_at_chance(build_run, fingerprints):
+    """GSM-Symbolic's templates, as an old record has them: no template is named, only the questions are there."""
+    problems = take("gsm-symbolic", 120)
+    names = sorted({problem.template for problem in problems})
+    templates = [names.index(problem.template) for problem in problems]
+    posed = {i: {"question": problem.question} for i, problem in enumerate(problems)}
+    features, correct = fingerprints(templates)
+    run = build_run(features, correct, problems=[p.problem_id for p in problems], changes=posed)
+    report = probes.train(run.path)
+    assert (report.n_problems, report.n_groups) == (120, len(names))
+    assert report.best.estimate.low <= 0.5 <= report.best.estimate.high
+    assert f"120 problems ({len(names)} groups" in printed(report)
+
+
+def test_the_same_prompt_in_a_session_is_one_question(build_run, fingerprints):
+    """Without ids that say so; the texts of this session are all alike, so that nothing is linked until one is not."""
+    run = build_run(*fingerprints([i % 20 for i in range(40)]))
+    data = ProbeDataset.open(run.path / "activations" / "session", "side", table=_sides(run.path))
+    assert data.n_problems == 40
+    examples = [replace(e, question=f"Q{i % 20}") for i, e in enumerate(data.examples)]
+    assert len(set(same_question([example.posed for example in examples]))) == 20
+
+
+def test_the_first_layer_is_the_first_that_is_computed(build_run, planted):
+    keys = ("final_norm", "layers.3.resid_post", "layers.0.resid_post", "layers.0.resid_pre")
+    run = build_run(*planted(keys, "final_norm"))
+    report = probes.train(run.path)
+    found = {result.key: result.estimate for result in report.results}
+    assert report.baselines["first_layer"] == found["layers.0.resid_pre"]
+    assert report.against["first_layer"].low > 0
+    assert [result.key for result in report.results] == [
+        "layers.0.resid_pre", "layers.0.resid_post", "layers.3.resid_post", "final_norm"
+    ]  # fmt: skip
+
+
+def test_a_probe_is_not_compared_with_itself(build_run, planted):
+    report = probes.train(build_run(*planted(("embed",), "embed")).path)
+    assert "first_layer" not in report.against
+    assert report.notes() == []
+
+
+def test_answers_that_were_not_read_are_controlled_for(build_run, planted):
+    """The probe reads whether an answer was found: among those where one was, nothing is left."""
+    features, unread = planted(KEYS, SIGNAL, n=120)
+    correct = [not u and i % 4 != 1 for i, u in enumerate(unread)]
+    found = {i: {"answers": {"answer": None if u else "7"}} for i, u in enumerate(unread)}
+    run = build_run(features, correct, changes=found)
+    config = run.config.model_copy(update={"settings": {"extractor": "answer"}})
+    (run.path / "config.json").write_text(config.model_dump_json())
+    report = probes.train(run.path)
+    assert report.best.estimate.low > 0.6
+    assert report.without["unread"].left_out == 60
+    assert report.without["unread"].estimate.low <= 0.5
+    assert any(note.startswith("Among samples whose answer could be read") for note in report.notes())
+
+
+def test_a_contrast_without_contrasts_says_what_it_needs(build_run, planted):
+    run = build_run(*planted(KEYS, SIGNAL, n=24))
+    for attempt in (
+        lambda: probes.train(run.path, kind="contrast"),
+        lambda: probes.compare(run.path, run.path, kind="contrast"),
+    ):
+        with pytest.raises(
+            OneClassError, match=r"problems with attempts of both classes.*sample each problem several times"
+        ):
+            attempt()
+
+
+def test_few_contrasts_are_dealt_to_every_fold(build_run, planted):
+    """Three problems of twelve have attempts of both classes: each fold trains on one at least."""
+    features, _ = planted(KEYS, None, n=48)
+    correct = [i % 2 == 0 if i < 12 else i // 4 % 2 == 0 for i in range(48)]
+    run = build_run(features, correct, problems=[f"p{i // 4}" for i in range(48)])
+    report = probes.train(run.path, kind="contrast")
+    assert report.n_folds == 3
+    assert load_probe(run.path / "probes/correct+contrast", "embed@last_prompt").card.unit == "score"
+
+
+def test_what_cannot_be_is_said_before_anything_is_fitted(run, tmp_path):
+    with pytest.raises(ProbeDataError, match=r"seed: -1 is out of range; allowed are 0 to"):
+        probes.train(run.path, seed=-1)
+    with pytest.raises(ProbeDataError, match=r"output: .* cannot be written: .*config.json is not a folder"):
+        probes.train(run.path, output=run.path / "config.json" / "x")
+    with pytest.raises(ProbeDataError, match="the kind 'logistic' reads one row per sample, not 'tokens'"):
+        probes.compare(run.path, run.path, positions="tokens")
+    with pytest.raises(ProbeDataError, match="'attention' has no direction"):
+        probes.compare(run.path, run.path, kind="attention")
+
+
+def test_rows_that_are_not_finite_are_no_padding(build_run, planted):
+    features, correct = planted(KEYS[1:2], None, n=8)
+    features[KEYS[1]][3] = torch.nan
+    run = build_run(features, correct)
+    with pytest.raises(ProbeDataError, match="values that are not finite in 1 of 8 samples"):
+        probes.train(run.path, kind="attention", positions="tokens")
+
+
+def test_probes_saved_before_there_was_a_unit_have_mere_scores(run):
+    probes.train(run.path)
+    cards = run.path / "probes/correct/probes.json"
+    old = {name: {k: v for k, v in card.items() if k != "unit"} for name, card in json.loads(cards.read_text()).items()}
+    cards.write_text(json.dumps(old))
+    assert {card.unit for card in read_cards(cards.parent).values()} == {"score"}
+
+
+def _sides(folder):
+    table = folder / "sides.csv"
+    table.write_text("\n".join(["problem_id,side", *(f"problem-{i},{i % 2}" for i in range(40))]))
+    return table

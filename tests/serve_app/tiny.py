@@ -17,24 +17,31 @@ from serve_app.models import LoadedModel
 from serve_app.sources import ModelSource
 
 EOS = 256
-SIZE = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 257}
-ROOM = {"intermediate_size": 64, "max_position_embeddings": 128}
-IDS = {"eos_token_id": EOS, "bos_token_id": None, "pad_token_id": EOS}
-GROUPED = {**SIZE, **ROOM, **IDS, "num_key_value_heads": 2}
-HEADED = {**GROUPED, "head_dim": 8}
+SIZE: dict[str, object] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 257}
+ROOM: dict[str, object] = {"intermediate_size": 64, "max_position_embeddings": 128}
+IDS: dict[str, object] = {"eos_token_id": EOS, "bos_token_id": None, "pad_token_id": EOS}
+GROUPED: dict[str, object] = {**SIZE, **ROOM, **IDS, "num_key_value_heads": 2}
+HEADED: dict[str, object] = {**GROUPED, "head_dim": 8}
 # Heads as wide as vLLM's kernels need them, and room for several blocks of its cache.
-WIDE = {
+WIDE: dict[str, object] = {
     **GROUPED,
     "hidden_size": 64,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "max_position_embeddings": 512,
 }
-WINDOWED = {**HEADED, "sliding_window": 4}
-EXPERTS = {**GROUPED, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
-GPT = {"n_embd": 32, "n_layer": 3, "n_head": 4, "vocab_size": 257, "eos_token_id": EOS, "bos_token_id": EOS}
-FALCON = {**SIZE, **IDS, "max_position_embeddings": 128}
-DEEPSEEK = {
+WINDOWED: dict[str, object] = {**HEADED, "sliding_window": 4}
+EXPERTS: dict[str, object] = {**GROUPED, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
+GPT: dict[str, object] = {
+    "n_embd": 32,
+    "n_layer": 3,
+    "n_head": 4,
+    "vocab_size": 257,
+    "eos_token_id": EOS,
+    "bos_token_id": EOS,
+}
+FALCON: dict[str, object] = {**SIZE, **IDS, "max_position_embeddings": 128}
+DEEPSEEK: dict[str, object] = {
     "q_lora_rank": 12,
     "kv_lora_rank": 12,
     "qk_rope_head_dim": 8,
@@ -50,7 +57,12 @@ DEEPSEEK |= {
     "first_k_dense_replace": 1,
 }
 
-LONGROPE = {"rope_type": "longrope", "rope_theta": 10000.0, "factor": 8.0, "original_max_position_embeddings": 16}
+LONGROPE: dict[str, object] = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+}
 LONGROPE |= {"short_factor": [1.0] * 4, "long_factor": [1.0, 2.0, 4.0, 8.0]}
 
 # By transformers' name of the model type; where one has several kinds of block, what tells them apart follows.
