@@ -133,7 +133,7 @@ def test_clients_that_leave_at_any_moment_are_no_failures(served: tuple[Server, 
     wait_for(lambda: gauge(server, "roentgen_generations_running") == 0, 10)
     assert httpx.get(f"{server.base_url}/models").status_code == 200
     assert failures(server) == before
-    logs = {file.name: file.read_text() for file in Path(home.path).glob("session_2*/logs/*.err")}
+    logs = {file.name: file.read_text() for file in Path(home.path).rglob("*.err")}
     assert sum('"leaves-' in text for text in logs.values())  # these are the logs of the ingress
     assert [name for name, text in logs.items() if "Traceback" in text] == []
 
@@ -160,7 +160,7 @@ def test_ids_are_echoed_chunks_are_counted_and_no_origin_is_let_in(served: tuple
     )
     assert reply.headers["x-request-id"] == "of-this-test"
     odd = httpx.get(f"{server.base_url}/models", headers={"X-Request-Id": b"\xe9\xff", "traceparent": b"\xff"})  # type: ignore[dict-item]
-    assert (odd.status_code, odd.headers["x-request-id"].encode("latin-1")) == (200, "éÿ".encode())
+    assert (odd.status_code, odd.headers["x-request-id"]) == (200, "éÿ")
     assert not [name for name in reply.headers if name.startswith("access-control")]
     pieces = (b" " * 1_000_000 for _ in range(33))
     big = httpx.post(
