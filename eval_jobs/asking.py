@@ -18,8 +18,8 @@ from eval_jobs.tools import ToolCall
 CONFIGURATION_ERRORS = frozenset({400, 401, 403, 404, 422})
 """Statuses that blame the request's form, which all problems share."""
 
-TOO_LONG = "context_length_exceeded"
-"""The one code of a 400 that blames the problem."""
+PROBLEM_ERRORS = frozenset({"context_length_exceeded", "request_too_large", "invalid_text"})
+"""The codes of a 400 that blame the problem: its text is too long, or is none."""
 
 SAID = ("role", "content", "reasoning_content", "tool_calls")
 """What of a reply's message is kept, and sent back in the next turn."""
@@ -96,9 +96,11 @@ async def ask(client: AsyncOpenAI, endpoint: Endpoint, parameters: dict[str, Any
         await _check_alive(client, endpoint)
         raise ProblemFailedError(f"the connection was lost: {error.__cause__ or error}") from error
     except APIStatusError as error:
-        if error.status_code in CONFIGURATION_ERRORS and error.code != TOO_LONG:
+        if error.status_code in CONFIGURATION_ERRORS and error.code not in PROBLEM_ERRORS:
             raise FatalRequestError(f"the server refuses the request: {server_message(error)}") from error
         raise ProblemFailedError(server_message(error)) from error
+    except UnicodeEncodeError as error:  # raised by the SDK before anything is sent
+        raise ProblemFailedError("a message has half a surrogate pair, which cannot be sent") from error
     except ValidationError as error:  # a 200 that is not JSON, or JSON of another shape
         raise ProblemFailedError(f"the reply cannot be read: {error.errors()[0]['msg']}") from error
 

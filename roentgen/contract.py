@@ -12,6 +12,7 @@ model. Row t is the state at sequence position t, where the token *fed* was toke
 
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -19,6 +20,7 @@ from typing import Annotated, Any, Literal
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     SerializerFunctionWrapHandler,
@@ -72,7 +74,88 @@ def check_session_id(value: str) -> str:
 
 
 SessionId = Annotated[str, AfterValidator(check_session_id)]
-LabelValue = str | int | float | bool | None
+
+MAX_INT32 = 2**31 - 1
+"""What the index's columns of small numbers hold."""
+
+MAX_LABEL_BYTES = 1 << 20
+"""Of a rollout's labels, spelled as JSON."""
+
+
+def is_text(value: str) -> bool:
+    """Whether a string is text: Python's may hold halves of surrogate pairs, which nothing can encode."""
+    if value.isascii():
+        return True
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_text(value: str) -> str:
+    """Return `value` if it is text.
+
+    Raises:
+        ValueError: if it has half a surrogate pair.
+    """
+    if not is_text(value):
+        raise ValueError(f"{value!r} has half a surrogate pair, which is no text")
+    return value
+
+
+def no_booleans(value: Any) -> Any:
+    """Return `value`, which is to become a number or a list of them, if it has no boolean.
+
+    To Python, true is the integer 1; whoever sends it means something else.
+
+    Raises:
+        ValueError: if there is one.
+    """
+    found = value if isinstance(value, bool) else None
+    if isinstance(value, list):
+        found = next((one for one in value if isinstance(one, bool)), None)
+    if found is not None:
+        raise ValueError(f"a number is needed, not {str(found).lower()}")
+    return value
+
+
+Text = Annotated[str, AfterValidator(check_text)]
+Int = Annotated[int, BeforeValidator(no_booleans)]
+Float = Annotated[float, BeforeValidator(no_booleans)]
+
+
+def _check_label(value: Any) -> Any:
+    if value is not None and not isinstance(value, str | int | float | bool):
+        raise ValueError(f"a label is a text, a number, true, false or null, and this is a {type(value).__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{value} is no label: JSON, which labels are stored as, has only finite numbers")
+    return check_text(value) if isinstance(value, str) else value
+
+
+LabelValue = Annotated[str | int | float | bool | None, BeforeValidator(_check_label)]
+
+
+def _check_labels(labels: dict[str, Any]) -> dict[str, Any]:
+    for name in labels:
+        check_text(name)
+    size = len(spell_labels(labels))
+    if size > MAX_LABEL_BYTES:
+        raise ValueError(f"they are {size:,} bytes as JSON; allowed are {MAX_LABEL_BYTES:,}")
+    return labels
+
+
+def spell_labels(labels: dict[str, Any]) -> str:
+    """Spell labels as the store keeps them: JSON, in which any integer and any finite float is exact.
+
+    Raises:
+        ValueError: if a value is not finite.
+        TypeError: if one is not JSON's.
+    """
+    return json.dumps(labels, sort_keys=True, allow_nan=False)
+
+
+Labels = Annotated[dict[str, LabelValue], AfterValidator(_check_labels)]
 
 
 def stored_key(hook_point: str, layer: int | None = None) -> str:
@@ -122,13 +205,15 @@ class Positions:
             ValueError: if `text` is not a policy.
         """
         name, _, number = text.partition(":")
-        if name == "stride" and number.isascii() and number.isdigit() and int(number) > 0:
-            return cls("stride", int(number))
+        if name == "stride" and number.isascii() and number.isdigit() and len(number) <= 10:
+            stride = int(number)
+            if 0 < stride <= MAX_INT32:
+                return cls("stride", stride)
         if text in ("all", "prompt", "generated", "last_prompt", "last", "mean_prompt", "mean_generated"):
             return cls(text)
         raise ValueError(
-            f"{text!r} is not a position policy; allowed are all, prompt, generated, last_prompt, last, stride:k, "
-            "mean_prompt, mean_generated"
+            f"{text[:100]!r} is not a position policy; allowed are all, prompt, generated, last_prompt, last, stride:k (k from "
+            f"1 to {MAX_INT32}), mean_prompt, mean_generated"
         )
 
     def __str__(self) -> str:
@@ -171,10 +256,10 @@ class RolloutKey(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    config_hash: str = Field(min_length=1, max_length=64)
-    problem_id: str = Field(min_length=1, max_length=200)
-    epoch: int = Field(default=1, ge=1)
-    turn: int = Field(default=0, ge=0)
+    config_hash: Text = Field(min_length=1, max_length=64)
+    problem_id: Text = Field(min_length=1, max_length=200)
+    epoch: Int = Field(default=1, ge=1, le=MAX_INT32)
+    turn: Int = Field(default=0, ge=0, le=MAX_INT32)
 
 
 class ActivationRequest(BaseModel):
@@ -190,20 +275,20 @@ class ActivationRequest(BaseModel):
             message on (that token was sampled in the turn before, but never fed). Without such a message, all rows.
         dtype: what to store; "model" keeps the model's own dtype.
         delivery: how the reply carries values (`return` on the wire).
-        labels: a flat JSON object stored with the rollout.
+        labels: a flat JSON object stored with the rollout; its numbers are kept exactly.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     session_id: SessionId | None = None
     key: RolloutKey | None = None
-    layers: tuple[int, ...] | Literal["all"] = DEFAULT_LAYERS
-    hook_points: tuple[str, ...] = Field(default=DEFAULT_HOOK_POINTS, min_length=1)
+    layers: tuple[Int, ...] | Literal["all"] = DEFAULT_LAYERS
+    hook_points: tuple[Text, ...] = Field(default=DEFAULT_HOOK_POINTS, min_length=1)
     positions: Annotated[str, AfterValidator(_check_positions)] = "all"
     since: Literal["turn"] | None = None
     dtype: StoredDtype = "model"
     delivery: Literal["reference", "sample", "full"] = Field(default="reference", alias="return")
-    labels: dict[str, LabelValue] = Field(default_factory=dict)
+    labels: Labels = Field(default_factory=dict)
 
 
 SAMPLED_FEATURES = 50

@@ -6,6 +6,7 @@ which frees their places at the engine's next step.
 """
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -38,6 +39,8 @@ from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.prompt import Prompt
 from serve_app.rollouts import make_entry
 from serve_app.storing import Storage, Stored
+
+log = logging.getLogger(__name__)
 
 RETRY_AFTER_S = 2
 _ROOM_POLL_S = 0.02
@@ -210,7 +213,11 @@ class _Listener:
         elif self._choice.asked is None:
             self._tell(Done(event, None))
         else:
-            self._commit(event, self._choice.asked)
+            try:
+                self._commit(event, self._choice.asked)
+            except Exception as error:  # raised on the engine's thread, it would fail the whole batch
+                log.exception("a finished generation cannot be stored")
+                self._tell(Failed(error))
 
     def _commit(self, finished: Finished, asked: ActivationRequest) -> None:
         session_id = asked.session_id or self._session_id

@@ -7,12 +7,14 @@ before it answers, so that whatever can fail at once fails with an HTTP status i
 
 import asyncio
 import json
+import math
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Annotated, Any
 
+import pandas as pd
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -24,7 +26,7 @@ from roentgen.store import Session, SessionBusyError, SessionNotFoundError, Sess
 from roentgen.store.pulling import is_session_file
 from roentgen.store.sessions import delete_session, file_place, find_session, session_files, summarise, tar_session
 from serve_app.config import ModelChoice, ServerConfig
-from serve_app.http_api import check_key, make_api
+from serve_app.http_api import JsonRoute, check_key, make_api
 from serve_app.logs import write_json_logs
 from serve_app.metrics import Metrics
 from serve_app.openai_api.chat import ChatRequest
@@ -68,7 +70,7 @@ class Ingress:
         """Bind the routes to this object's methods; Serve calls it once per replica. All but `/health` ask for the key."""
         api = make_api(self._config.max_body_bytes, self._metrics)
         api.add_api_route("/health", self.health, methods=["GET"], **HEALTH)
-        locked = APIRouter(dependencies=[Depends(check_key)])
+        locked = APIRouter(dependencies=[Depends(check_key)], route_class=JsonRoute)
         locked.add_api_route("/v1/models", self.models, methods=["GET"], **documented(ModelList))
         locked.add_api_route("/v1/models/{model_id:path}", self.model, methods=["GET"], **documented(ModelCard))
         locked.add_api_route("/v1/model/structure", self.structure, methods=["GET"], **documented(ModelStructure))
@@ -179,10 +181,9 @@ class Ingress:
         """Show what a session holds, with a page of its rollouts."""
         session = self._find(session_id)
         summary: SessionSummary = summarise(session.place)
-        columns = ["rollout_id", "problem_id", "epoch", "turn", "shard", "row_start", "row_stop", "labels"]
         ids = session.rollouts(columns=())["rollout_id"].iloc[offset : offset + limit]
-        page = session.rollouts(columns=("labels",), ids=ids).sort_values("rollout_id")[columns]
-        return {**asdict(summary), "offset": offset, "items": json.loads(page.to_json(orient="records"))}
+        page = session.rollouts(columns=("labels",), ids=ids).sort_values("rollout_id")
+        return {**asdict(summary), "offset": offset, "items": [_entry(row) for row in page.to_dict("records")]}
 
     def delete_session(self, session_id: str) -> Body:
         """Delete a session and all it holds; one that is being written is refused."""
@@ -291,6 +292,23 @@ def _check_id(session_id: str) -> None:
 
 def _no_session(session_id: str) -> ApiError:
     return ApiError(404, f"there is no session {session_id!r}", param="session_id", code="session_not_found")
+
+
+_ENTRY = ("rollout_id", "problem_id", "epoch", "turn", "shard", "row_start", "row_stop")
+
+
+def _entry(row: dict[Any, Any]) -> Body:
+    """Spell a rollout of a session's page; its labels as they were sent, where pandas would round their numbers."""
+    entry = {name: None if pd.isna(row[name]) else row[name] for name in _ENTRY}
+    # pandas has no integers in a column with gaps.
+    numbers = {name: int(row[name]) for name in ("epoch", "turn") if entry[name] is not None}
+    # An older store may hold NaN and Infinity, which JSON does not have.
+    labels = {key: None if _is_odd(value) else value for key, value in row["labels"].items()}
+    return {**entry, **numbers, "labels": labels}
+
+
+def _is_odd(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def _answer(result: Body) -> JSONResponse:

@@ -8,7 +8,9 @@ import logging
 import time
 
 from fastapi.responses import JSONResponse
+from ray.exceptions import RayError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from ulid import ULID
 
@@ -39,17 +41,27 @@ class Observed:
             await self._app(scope, receive, send)
             return
         # Serve's proxy has given it one if the client has not, and sends it back.
-        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("latin-1")
+        given = dict(scope["headers"]).get(b"x-request-id", b"").decode("utf-8", "replace")
         about = given[:MAX_ID] or f"req-{str(ULID()).lower()}"
         state = scope.setdefault("state", {})
         state["request_id"] = about
         start = time.monotonic()
         status = CLIENT_GONE
-        whole = False
+        whole = gone = False
+
+        async def heard() -> Message:
+            nonlocal gone
+            try:
+                message = await receive()
+            except RayError:
+                # Serve fetches what the client sends from its proxy, and cancels that when the client has left.
+                message = {"type": "http.disconnect"}
+            gone = gone or message["type"] == "http.disconnect"
+            return message
 
         async def watched(message: Message) -> None:
             nonlocal status, whole
-            if message["type"] == "http.response.start":
+            if message["type"] == "http.response.start" and not gone:
                 status = message["status"]
             await send(message)
             whole = message["type"] == "http.response.body" and not message.get("more_body", False)
@@ -57,7 +69,9 @@ class Observed:
         self._metrics.began()
         token = request_id.set(about)
         try:
-            await self._app(scope, receive, watched)
+            await self._app(scope, heard, watched)
+        except ClientDisconnect:
+            pass  # nobody is there to be told
         except Exception:
             status = 500  # sent further out, see `http_api.make_api`
             raise

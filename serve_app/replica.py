@@ -11,7 +11,8 @@ Errors leave as data (`ApiError.payload`), see `openai_api.errors`; what a reque
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ulid import ULID
@@ -24,7 +25,7 @@ from serve_app.logs import request_id, write_json_logs
 from serve_app.metrics import RequestStats
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.completions import CompletionRequest
-from serve_app.openai_api.errors import ApiError
+from serve_app.openai_api.errors import ApiError, internal_error
 from serve_app.openai_api.tokenize import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 from serve_app.planning import Plan, describe_all, plan_chat, plan_completion
 
@@ -80,7 +81,7 @@ class ModelReplica:
         """
         request_id.set(about)
         try:
-            with self._slot.use() as served:
+            with _known_errors(), self._slot.use() as served:
                 plan = self._plan(served, request)
                 dones: list[Done | None] = [None] * len(plan.choices)
                 async for events in self._run(served, plan, stream=False):
@@ -107,7 +108,7 @@ class ModelReplica:
         """
         request_id.set(about)
         try:
-            with self._slot.use() as served:
+            with _known_errors(), self._slot.use() as served:
                 plan = self._plan(served, request)
                 opening = plan.reply.opening()
                 dones: list[Done | None] = [None] * len(plan.choices)
@@ -129,7 +130,7 @@ class ModelReplica:
     async def tokenize(self, request: TokenizeRequest) -> dict[str, Any]:
         """Turn text or messages into tokens: `{"reply": …}` or `{"error": …}`."""
         try:
-            with self._slot.use() as served:
+            with _known_errors(), self._slot.use() as served:
                 _check_model(request.model, served.model.source.name)
                 return {"reply": tokenize(served.model, request)}
         except ApiError as error:
@@ -138,7 +139,7 @@ class ModelReplica:
     async def detokenize(self, request: DetokenizeRequest) -> dict[str, Any]:
         """Turn tokens into text: `{"reply": …}` or `{"error": …}`."""
         try:
-            with self._slot.use() as served:
+            with _known_errors(), self._slot.use() as served:
                 _check_model(request.model, served.model.source.name)
                 return {"reply": detokenize(served.model, request)}
         except ApiError as error:
@@ -152,6 +153,22 @@ class ModelReplica:
     def _run(self, served: Served, plan: Plan, *, stream: bool) -> AsyncIterator[list[tuple[int, Any]]]:
         timeout_s = self._config.request_timeout_s
         return generate(served, plan.choices, stream=stream, session_id=self._session_id, timeout_s=timeout_s)
+
+
+@contextmanager
+def _known_errors() -> Iterator[None]:
+    """Turn what nobody expected into an error that leaves as data, like all others, and log where it came from.
+
+    Raises:
+        ApiError: 500, with the reason.
+    """
+    try:
+        yield
+    except ApiError:
+        raise
+    except Exception as error:
+        log.exception("a request failed in a way that was not expected")
+        raise internal_error(error) from error
 
 
 def _stats(plan: Plan, dones: list[Done]) -> RequestStats:

@@ -13,18 +13,41 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import Context
 from typing import Any
 
-from ray.exceptions import RayError
+from ray.exceptions import (
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayError,
+    RayTaskError,
+    RpcError,
+    TaskCancelledError,
+    WorkerCrashedError,
+)
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import ModelChoice, ServerConfig
 from serve_app.engines.protocol import Load
 from serve_app.generation import RETRY_AFTER_S
-from serve_app.openai_api.errors import ApiError
+from serve_app.openai_api.errors import ApiError, internal_error
 
 log = logging.getLogger(__name__)
+
+LOST = (
+    LocalRayletDiedError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RpcError,
+    WorkerCrashedError,
+)
+"""How a replica is lost; any other of Ray's errors was raised by code that runs."""
 
 STATUS_TIMEOUT_S = 5.0
 GOOD_FOR_S = 1.0
@@ -70,12 +93,23 @@ class Replicas:
         Raises:
             TimeoutError: if another does not either.
         """
+        # Serve and Ray cancel what a request has asked for when its client leaves, and find it by the context. This answer is
+        # kept for other requests, so it is asked for outside of any request.
+        answers = await asyncio.shield(asyncio.create_task(self._answers(), context=Context()))
+        if answers is None:
+            raise TimeoutError
+        return [answer for answer in answers if isinstance(answer, dict)]
+
+    async def _answers(self) -> list[Any] | None:
+        """Return what the replicas say, or their failures; None if one takes too long."""
         try:
             asked = self._model.broadcast("status")
-            answers = await asked.results_async(timeout_s=STATUS_TIMEOUT_S, return_exceptions=True)
+            answers: list[Any] = await asked.results_async(timeout_s=STATUS_TIMEOUT_S, return_exceptions=True)
         except DeploymentUnavailableError:
             return []
-        return [answer for answer in answers if isinstance(answer, dict)]
+        except TimeoutError:
+            return None
+        return answers
 
     async def status(self) -> Status:
         """Ask how the deployment is: as the replica that is furthest."""
@@ -105,16 +139,25 @@ class Replicas:
         answer in plain text.
 
         Raises:
-            ApiError: 429 if too many requests wait for the replicas, 503 if one has been lost or there is none.
+            ApiError: 429 if too many requests wait for the replicas, 503 if one has been lost or there is none, 500 if the
+                replica's code has failed: that one answers, and would fail again.
+            CancelledError: if the client has left.
         """
         try:
             yield
         except BackPressureError as error:
             raise ApiError(429, "the server is busy", code="busy", retry_after_s=RETRY_AFTER_S) from error
-        except (DeploymentUnavailableError, RayError) as error:
+        except TaskCancelledError as error:
+            # The client has left, and what this request asked of a replica was cancelled before the request itself.
+            raise asyncio.CancelledError from error
+        except (DeploymentUnavailableError, *LOST) as error:
+            if isinstance(error, RayTaskError) and not isinstance(error, DeploymentUnavailableError):
+                raise _failed(error) from error  # it answered: what died is something that it uses
             log.error("a replica failed: %s", error)
             self._known_at = -GOOD_FOR_S
             raise ApiError(503, "the model's replica was lost; try again", retry_after_s=RETRY_AFTER_S) from error
+        except RayError as error:
+            raise _failed(error) from error
 
     async def check_there(self) -> None:
         """Refuse a request that would have to wait until a replica has been started.
@@ -209,6 +252,12 @@ class Replicas:
                     await asyncio.sleep(0.1)
         except TimeoutError:
             return ApiError(500, f"{choice.model_id} was not ready after {LOAD_TIMEOUT_S:.0f} s", code="load_failed")
+
+
+def _failed(error: RayError) -> ApiError:
+    """Log a failure of a replica's code and spell it for a client."""
+    log.error("a replica's code has failed: %s", error)
+    return internal_error(error.cause if isinstance(error, RayTaskError) else error)
 
 
 def _unready(status: Status) -> ApiError:

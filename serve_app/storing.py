@@ -71,16 +71,16 @@ def write(writer: StoreWriter, entry: Entry, captured: CapturedRows) -> "Future[
     try:
         rollout = join(entry, captured)
         receipt = writer.submit(rollout)
-    except (StoreError, ValueError) as error:
-        stored.set_exception(StoreError(str(error)))
+    except Exception as error:  # noqa: BLE001 - an engine's thread calls this: the failure is this generation's alone
+        stored.set_exception(StoreError(f"the activations could not be stored: {error}"))
         return stored
 
     def committed(done: "Future[Receipt]") -> None:
-        error = done.exception()
-        if error is not None:
+        try:
+            reply = describe(rollout, done.result(), entry.delivery)
+        except Exception as error:  # noqa: BLE001 - on the writer's thread: raised here, nobody would hear of it
             stored.set_exception(StoreError(f"the activations could not be stored: {error}"))
             return
-        reply = describe(rollout, done.result(), entry.delivery)
         stored.set_result(Stored(reply, rollout.nbytes, time.monotonic() - start))
 
     receipt.add_done_callback(committed)

@@ -13,11 +13,12 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from roentgen.cluster import LOCAL, connected
 from roentgen.store.places import check_writable, open_place
 from serve_app.config import ServerConfig
+from serve_app.proxy import named_in_environment
 from serve_app.sources import ModelNotFoundError, locate
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,10 @@ def serving(
     stage("starting Ray" if ray_address == LOCAL else f"joining Ray at {ray_address}")
     # A Ray that is stopped takes Serve with it; of someone's cluster, only what was started here is stopped.
     ours = ray_address == LOCAL
-    with connected(ray_address, verbose=verbose), _application(config, host, port, stage, verbose, ours):
+    with ExitStack() as stack:
+        with named_in_environment():
+            stack.enter_context(connected(ray_address, verbose=verbose))
+        stack.enter_context(_application(config, host, port, stage, verbose, ours))
         base = f"http://{host}:{port}"
         wait_until_ready(base, stage)
         yield f"{base}/v1"

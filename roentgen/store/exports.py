@@ -16,6 +16,7 @@ from roentgen.contract import split_key
 from roentgen.store.activations import RolloutRows
 from roentgen.store.durable import make_folder, write_durably
 from roentgen.store.reader import Session
+from roentgen.store.schema import StoreError
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -44,22 +45,38 @@ def export_pt(session: Session, folder: Path, *, said: Callable[[int], None] = l
         How many files there are.
 
     Raises:
-        StoreError: if the session cannot be read.
+        StoreError: if the session cannot be read, or some of its rollouts: all others have been written then.
         OSError: as the disk answers; what is there is whole.
     """
     make_folder(folder)
     frame = session.rollouts(columns=())
     files = 0
+    unread: list[tuple[str, StoreError]] = []
     for number in range(len(frame)):
         row = frame.iloc[number : number + 1]
-        for key in session.spec(row["shard"].iloc[0]).keys:
-            path = folder / pt_file_name(session.name, row["rollout_id"].iloc[0], key)
-            if not path.exists():
-                values = session.activations(key, where=row)[0].values.float().unsqueeze(0).clone()
-                write_durably(path, lambda temporary, values=values: torch.save(values, temporary))  # type: ignore[misc]
-            files += 1
+        try:
+            files += _export_rollout(session, row, folder)
+        except StoreError as error:
+            unread.append((row["rollout_id"].iloc[0], error))
         said(number + 1)
+    if unread:
+        rollout_id, reason = unread[0]
+        raise StoreError(
+            f"{len(unread)} of {len(frame)} rollouts cannot be read and were left out, the first {rollout_id}: {reason}; "
+            f"the others are in {folder}"
+        )
     return files
+
+
+def _export_rollout(session: Session, row: pd.DataFrame, folder: Path) -> int:
+    """Write the files of one rollout, those that are not there yet; returns how many it has."""
+    keys = session.spec(row["shard"].iloc[0]).keys
+    for key in keys:
+        path = folder / pt_file_name(session.name, row["rollout_id"].iloc[0], key)
+        if not path.exists():
+            values = session.activations(key, where=row)[0].values.float().unsqueeze(0).clone()
+            write_durably(path, lambda temporary, values=values: torch.save(values, temporary))  # type: ignore[misc]
+    return len(keys)
 
 
 class TorchRollouts(IterableDataset[dict[str, Any]]):

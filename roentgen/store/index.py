@@ -81,23 +81,23 @@ def write_shard(session: Place, name: str, parts: Sequence[dict[str, Tensor]], s
             yield chunk
 
     session.child("shards").put(f"{name}.safetensors", watched())
-    return ShardFile(f"shards/{name}.safetensors", size, digest.hexdigest())
+    return ShardFile(shard_name(name), size, digest.hexdigest())
 
 
-def index_bytes(
-    rows: Sequence[dict[str, Any]] | pa.Table, shards: Sequence[ShardFile], replaces: Sequence[str] = ()
-) -> bytes:
+def shard_name(name: str) -> str:
+    """Return a shard's path inside its session."""
+    return f"shards/{name}.safetensors"
+
+
+def index_bytes(table: pa.Table, shards: Sequence[ShardFile], replaces: Sequence[str] = ()) -> bytes:
     """Return an index file's bytes."""
-    table = (
-        rows.cast(INDEX_SCHEMA) if isinstance(rows, pa.Table) else pa.Table.from_pylist(list(rows), schema=INDEX_SCHEMA)
-    )
     metadata = {
         "roentgen_schema": str(SCHEMA_VERSION),
         "shards": json.dumps({shard.name: {"bytes": shard.size, "xxh3_128": shard.checksum} for shard in shards}),
         "replaces": json.dumps(sorted(replaces)),
     }
     buffer = pa.BufferOutputStream()
-    table = table.replace_schema_metadata(metadata)
+    table = table.cast(INDEX_SCHEMA).replace_schema_metadata(metadata)
     pq.write_table(table, buffer, write_page_checksum=True, row_group_size=ROW_GROUP)
     return bytes(buffer.getvalue())
 

@@ -249,7 +249,7 @@ class Merger:
                 self._locks.settle(session_id)
                 self._merge(session_id, sizes)
                 self._remove_old()
-            except (StoreError, OSError):  # nothing is lost: the small shards stay, and `compact` can merge them
+            except Exception:  # nothing is lost: the small shards stay, and `compact` can merge them
                 log.exception("the small shards of session %s could not be merged", session_id)
             finally:
                 self._locks.release(session_id)

@@ -26,7 +26,14 @@ from roentgen.contract import Positions
 from roentgen.store.activations import Activations
 from roentgen.store.index import IndexFile, ShardFile, read_index
 from roentgen.store.places import Place, open_place
-from roentgen.store.schema import INDEX_SCHEMA, CaptureSpec, SessionNotFoundError, StoreError, check_version
+from roentgen.store.schema import (
+    INDEX_SCHEMA,
+    CaptureSpec,
+    SessionNotFoundError,
+    StoreError,
+    check_version,
+    read_labels,
+)
 from roentgen.store.shards import READS_AT_ONCE, Shard
 
 _KEY_COLUMNS = ["config_hash", "problem_id", "epoch", "turn"]
@@ -95,7 +102,7 @@ class Session:
         # Files that were merged twice at the same time hold the same rollouts twice.
         frame = table.unify_dictionaries().to_pandas().drop_duplicates("rollout_id", keep="last")
         if "labels" in frame:
-            frame["labels"] = [json.loads(text) for text in frame["labels"]]
+            frame["labels"] = [read_labels(text) for text in frame["labels"]]
         if unique and ids is None:
             frame = frame.sort_values("rollout_id", kind="stable")
             keyed = frame["config_hash"].notna()

@@ -6,6 +6,7 @@ characters each token covers, who said what, and the caller's key and labels.
 """
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +18,7 @@ from jaxtyping import Shaped
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from roentgen.contract import LabelValue, RolloutKey
+from roentgen.contract import LabelValue, RolloutKey, is_text, spell_labels
 
 SCHEMA_VERSION = 1
 
@@ -53,6 +54,10 @@ INDEX_SCHEMA = pa.schema(
 
 class StoreError(Exception):
     """The store could not be read or written; the message names the file and what to do."""
+
+
+class UnstorableError(StoreError):
+    """A rollout has something that the index's columns do not hold; the message names the column."""
 
 
 class SessionNotFoundError(StoreError):
@@ -152,13 +157,18 @@ class Rollout:
 
     @property
     def size(self) -> int:
-        """Bytes of the activations and, about, of the text and the tokens."""
-        return self.nbytes + len(self.text) + 8 * len(self.token_ids)
+        """Bytes of the activations and, about, of the text, the tokens and the labels."""
+        return self.nbytes + len(self.text) + 8 * len(self.token_ids) + self._label_bytes
 
     @property
     def in_memory(self) -> int:
         """Bytes that it takes while it waits to be written, about: of a small one they are mostly Python's objects."""
-        return self.nbytes + len(self.text) + _TOKEN_BYTES * len(self.token_ids) + _ROLLOUT_BYTES
+        tokens = _TOKEN_BYTES * len(self.token_ids)
+        return self.nbytes + len(self.text) + tokens + self._label_bytes + _ROLLOUT_BYTES
+
+    @property
+    def _label_bytes(self) -> int:
+        return sum(len(key) + (len(value) if isinstance(value, str) else 8) for key, value in self.labels.items())
 
     def all_tensors(self) -> dict[str, Tensor]:
         """Return the activations and the row columns, as the shard names them."""
@@ -238,7 +248,7 @@ def index_row(rollout: Rollout, receipt: Receipt, created: Any, checksum: str) -
         "problem_id": key.problem_id if key else None,
         "epoch": key.epoch if key else None,
         "turn": key.turn if key else None,
-        "labels": json.dumps(rollout.labels, sort_keys=True),
+        "labels": _spelled(rollout.labels),
         "shard": receipt.shard,
         "row_start": receipt.row_start,
         "row_stop": receipt.row_stop,
@@ -253,3 +263,40 @@ def index_row(rollout: Rollout, receipt: Receipt, created: Any, checksum: str) -
         "final_logprob": rollout.final_logprob if rollout.n_completion else None,
         "checksum": checksum,
     }
+
+
+def _spelled(labels: dict[str, LabelValue]) -> str:
+    try:
+        return spell_labels(labels)
+    except (TypeError, ValueError) as error:
+        raise UnstorableError(f"labels: {error}") from error
+
+
+def index_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
+    """Put rows of the index into its columns.
+
+    Raises:
+        UnstorableError: if a column does not hold one of its values.
+    """
+    return pa.table([_column(field, rows) for field in INDEX_SCHEMA], schema=INDEX_SCHEMA)
+
+
+def _column(field: pa.Field, rows: Sequence[dict[str, Any]]) -> pa.Array | pa.ChunkedArray:
+    try:
+        return pa.array([row[field.name] for row in rows], field.type)
+    except (pa.ArrowException, OverflowError, TypeError, ValueError) as error:
+        raise UnstorableError(f"{field.name}: {error}") from error
+
+
+def read_labels(text: str) -> dict[str, LabelValue]:
+    """Read a rollout's labels back.
+
+    Older versions let half a surrogate pair in. Nothing that the labels are then put into (a page, a file, a terminal) can
+    spell one, so it is read as U+FFFD, as any decoder reads it.
+    """
+    labels: dict[str, LabelValue] = json.loads(text)
+    if all(is_text(key) and (not isinstance(value, str) or is_text(value)) for key, value in labels.items()):
+        return labels
+    whole = json.dumps(labels, ensure_ascii=False).encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    mended: dict[str, LabelValue] = json.loads(whole)
+    return mended

@@ -15,7 +15,7 @@ import logging
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,11 +26,20 @@ from typing import Self
 from ulid import ULID
 
 from roentgen.contract import check_session_id
-from roentgen.store.index import index_bytes, write_shard
+from roentgen.store.index import index_bytes, shard_name, write_shard
 from roentgen.store.locks import writer_locks
 from roentgen.store.merging import Merger
 from roentgen.store.places import Place, check_writable, open_place
-from roentgen.store.schema import SCHEMA_VERSION, CaptureSpec, Receipt, Rollout, StoreError, index_row, rows_checksum
+from roentgen.store.schema import (
+    SCHEMA_VERSION,
+    CaptureSpec,
+    Receipt,
+    Rollout,
+    StoreError,
+    index_row,
+    index_table,
+    rows_checksum,
+)
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +52,10 @@ class _Pending:
     rollout: Rollout
     future: "Future[Receipt]"
     arrived: float
+
+
+_Outcome = tuple[list[_Pending], list[Receipt] | Exception]
+"""Rollouts that were written together and where they are, or why they could not be."""
 
 
 class StoreWriter:
@@ -117,7 +130,7 @@ class StoreWriter:
             return self._changed.wait_for(lambda: self.has_room, timeout_s)
 
     def submit(self, rollout: Rollout) -> "Future[Receipt]":
-        """Queue a rollout; the future completes when its index is durable, or fails with the disk's error.
+        """Queue a rollout; the future completes when its index is durable, or fails with the disk's error or its own.
 
         Its rows are in memory already, so it never waits: whoever makes rows asks `wait_for_room` before it begins.
 
@@ -185,22 +198,40 @@ class StoreWriter:
                 log.warning("session %s cannot be announced as being written: %s", session_id, error)
 
     def _commit(self, bucket: list[_Pending]) -> None:
-        rollouts = [item.rollout for item in bucket]
-        session_id = rollouts[0].session_id
+        session_id = bucket[0].rollout.session_id
+        outcomes: list[_Outcome]
         try:
             self._locks.settle(session_id)
-            receipts = commit(rollouts, self.root)
+            outcomes = list(self._write(bucket))
         except Exception as error:  # noqa: BLE001 - whatever went wrong belongs to these rollouts' callers, and only to them
-            for item in bucket:
-                item.future.set_exception(error)
-            return
+            outcomes = [(bucket, error)]
         finally:
             for _ in bucket:
                 self._locks.release(session_id)
-        for item, receipt in zip(bucket, receipts, strict=True):
-            item.future.set_result(receipt)
-        if self._merger is not None:
-            self._merger.add(receipts[0], sum(rollout.size for rollout in rollouts))
+        for items, outcome in outcomes:
+            if isinstance(outcome, Exception):
+                for item in items:
+                    item.future.set_exception(outcome)
+                continue
+            for item, receipt in zip(items, outcome, strict=True):
+                item.future.set_result(receipt)
+            if self._merger is not None:
+                self._merger.add(outcome[0], sum(item.rollout.size for item in items))
+
+    def _write(self, bucket: list[_Pending]) -> "Iterator[_Outcome]":
+        """Commit rollouts together; if one of them cannot be, find it by halves, so that it alone fails."""
+        try:
+            yield bucket, commit([item.rollout for item in bucket], self.root)
+        except OSError as error:  # the disk's or the bucket's, which all rollouts share
+            yield bucket, error
+        except Exception as error:
+            if len(bucket) == 1:
+                log.exception("rollout %s cannot be stored", bucket[0].rollout.rollout_id)
+                yield bucket, error
+                return
+            middle = len(bucket) // 2
+            yield from self._write(bucket[:middle])
+            yield from self._write(bucket[middle:])
 
 
 def _buckets(group: list[_Pending]) -> list[list[_Pending]]:
@@ -217,23 +248,25 @@ def commit(rollouts: Sequence[Rollout], root: Place) -> list[Receipt]:
     """Write one shard and its index for rollouts of one session and spec; durable when it returns.
 
     Raises:
+        UnstorableError: if one of them does not fit into the index; nothing has been written then.
         OSError: as the disk or the bucket answers; nothing is then visible to readers.
     """
     session = root.child(rollouts[0].session_id)
-    _make_session(session)
     name = str(ULID())
     parts = [rollout.all_tensors() for rollout in rollouts]
-    shard = write_shard(session, name, parts, rollouts[0].spec)
-
     created = datetime.now(UTC)
     receipts, rows, start = [], [], 0
     for rollout, part in zip(rollouts, parts, strict=True):
         stop = start + rollout.n_rows
-        receipt = Receipt(session.name, rollout.rollout_id, session.uri, shard.name, start, stop)
+        receipt = Receipt(session.name, rollout.rollout_id, session.uri, shard_name(name), start, stop)
         receipts.append(receipt)
         rows.append(index_row(rollout, receipt, created, rows_checksum(part)))
         start = stop
-    session.child("index").put(f"{name}.parquet", [index_bytes(rows, [shard])])
+    table = index_table(rows)
+
+    _make_session(session)
+    shard = write_shard(session, name, parts, rollouts[0].spec)
+    session.child("index").put(f"{name}.parquet", [index_bytes(table, [shard])])
     return receipts
 
 

@@ -14,7 +14,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from roentgen.contract import LabelValue, RolloutKey, canonical_hash
+from roentgen.contract import Labels, RolloutKey, canonical_hash
+from roentgen.strict_json import JsonError, read_json
 from roentgen.transcripts.transcript import Transcript, TranscriptError
 
 Words = Annotated[str, Field(min_length=1)]
@@ -37,7 +38,7 @@ class _Line(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     id: Annotated[str, Field(min_length=1, max_length=200), BeforeValidator(_spell_number)] | None = None
-    labels: dict[str, LabelValue] = Field(default_factory=dict)
+    labels: Labels = Field(default_factory=dict)
     text: Words | None = None
     prompt: Words | None = None
     completion: str | None = None
@@ -107,15 +108,18 @@ def read_file(path: Path) -> list[Transcript]:
 
 def _parse(line: bytes, where: str) -> _Line:
     try:
-        return _Line.model_validate_json(line)
+        value = read_json(line)
+        if not isinstance(value, dict):
+            raise TranscriptError(f"{where}: a line is a JSON object, and this one is {_short(value)}")
+        return _Line.model_validate(value)
+    except JsonError as error:
+        raise TranscriptError(f"{where}: {error}") from error
     except ValidationError as error:
         first = error.errors()[0]
         # A union's alternatives are in the path too; a user knows only the field.
         field = ".".join(str(part) for part in first["loc"] if part not in ("str", "int", "float", "bool"))
         message = first["msg"].removeprefix("Value error, ")
-        given = (
-            "" if first["type"] in ("missing", "value_error", "json_invalid") else f" (given: {_short(first['input'])})"
-        )
+        given = "" if first["type"] in ("missing", "value_error") else f" (given: {_short(first['input'])})"
         raise TranscriptError(f"{where}: {f'{field}: ' if field else ''}{message}{given}") from error
 
 

@@ -8,10 +8,11 @@ import time
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from roentgen.contract import Int, no_booleans
 from roentgen.store import Segment
 from serve_app.capture.scoring import Scorer
 from serve_app.engines.protocol import TextDelta, TokenScore
@@ -28,7 +29,7 @@ from serve_app.openai_api.tokenize import check_tokens
 
 MAX_PROMPTS = 1024
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(no_booleans), Field(min_length=1)]
 
 
 class CompletionRequest(GenerationParams):
@@ -40,10 +41,10 @@ class CompletionRequest(GenerationParams):
         | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
         | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
     )
-    max_tokens: int = Field(default=16, ge=0)
+    max_tokens: Int = Field(default=16, ge=0)
     echo: bool = False
-    logprobs: int | None = Field(default=None, ge=0, le=MAX_TOP_LOGPROBS)
-    best_of: int | None = Field(default=None, ge=1)
+    logprobs: Annotated[Int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    best_of: Annotated[Int, Field(ge=1)] | None = None
     add_special_tokens: bool = True
 
     @model_validator(mode="after")

@@ -8,6 +8,11 @@ traceback that is no client's business.
 import re
 from typing import Any
 
+from roentgen.strict_json import MAX_FIELD, JsonError
+
+MAX_REASON = 500
+"""Characters of an unexpected error that a client is told."""
+
 
 class ApiError(Exception):
     """An error in OpenAI's shape.
@@ -29,6 +34,8 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after_s: int | None = None,
     ) -> None:
+        # Errors of others quote what they were given, which need not be text, and a reply has to be.
+        message = message.encode("utf-8", "backslashreplace").decode()
         super().__init__(message)
         self.status = status
         self.message = message
@@ -71,7 +78,23 @@ class ApiError(Exception):
         return cls(**payload)
 
 
+def internal_error(error: BaseException) -> ApiError:
+    """Spell a failure of the server's own code: a client that tries again would only meet it again."""
+    return ApiError(500, f"internal error: {type(error).__name__}: {error}"[:MAX_REASON], code="internal_error")
+
+
+INVALID_TEXT = "invalid_text"
+"""The code of a text that no model can read. To an evaluation it is one problem's fault; other 400s are everybody's."""
+
+
+def from_json(error: JsonError) -> ApiError:
+    """Turn what is wrong with a body's JSON into a 400."""
+    code = INVALID_TEXT if error.no_text else None
+    return ApiError(400, f"{error.field or 'the body'}: {error.reason}", param=error.field, code=code)
+
+
 _ALTERNATIVES = ("tuple[", "literal[", "function-", "list[", "probe-")
+_TYPES = ("str", "int", "float", "bool")
 
 
 def from_validation(errors: list[Any]) -> ApiError:
@@ -79,15 +102,17 @@ def from_validation(errors: list[Any]) -> ApiError:
     first = errors[0]
     path = [str(part) for part in first["loc"] if part != "body"]
     # Unions add the name of the alternative tried; a client knows only the field.
-    param = ".".join(part for part in path if not part.startswith(_ALTERNATIVES)) or None
+    if len(path) > 1 and path[-1] in _TYPES and first["type"] == f"{path[-1].replace('str', 'string')}_type":
+        path.pop()
+    param = ".".join(part for part in path if not part.startswith(_ALTERNATIVES))[:MAX_FIELD] or None
     if first["type"] == "missing" and not path:
         return ApiError(400, "the body is empty; send a JSON object")
+    if not path and first["type"] in ("model_attributes_type", "model_type"):
+        return ApiError(400, "the body is not a JSON object; send one, with Content-Type: application/json")
     if first["type"] == "extra_forbidden":
         return ApiError(
             400, f"{param} is unknown or not supported by this server", param=param, code="unsupported_parameter"
         )
-    if first["type"] == "json_invalid":
-        return ApiError(400, f"the body is not JSON: {first.get('ctx', {}).get('error', first['msg'])}")
     reason = first["msg"].removeprefix("Value error, ")
     # What parameters are to each other is checked on the whole body; the message then begins with the name of one of them.
     if param is None and (found := re.match(r"([a-z_.]+): ", reason)):

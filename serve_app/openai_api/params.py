@@ -5,11 +5,12 @@ ignored makes a result wrong without anyone noticing. `top_k`, `min_tokens`, `re
 not OpenAI's; they are spelled as vLLM spells them.
 """
 
+import re
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from roentgen.contract import ActivationRequest
+from roentgen.contract import MAX_INT32, ActivationRequest, Float, Int, no_booleans
 from serve_app.engines.protocol import Sampling
 from serve_app.openai_api.probing import (
     MAX_ADDITIONS,
@@ -28,6 +29,17 @@ def _stop_list(stop: Any) -> Any:
     return [] if stop is None else [stop] if isinstance(stop, str) else stop
 
 
+def _different_tokens(biases: Any) -> Any:
+    """Refuse a token that is spelled in two ways, of which one bias would be dropped."""
+    if isinstance(biases, dict):
+        tokens = [
+            int(token) for token in biases if isinstance(token, str) and re.fullmatch(r"\s*\+?[0-9_]{1,20}\s*", token)
+        ]
+        if len(set(tokens)) < len(tokens):
+            raise ValueError("a token is there twice")
+    return biases
+
+
 class StreamOptions(BaseModel):
     """`stream_options`."""
 
@@ -44,18 +56,22 @@ class GenerationParams(BaseModel):
     model: str
     stream: bool = False
     stream_options: StreamOptions | None = None
-    temperature: float = Field(default=1.0, ge=0, le=2)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    top_k: int = Field(default=0, ge=-1)
-    min_tokens: int = Field(default=0, ge=0)
-    seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    temperature: Float = Field(default=1.0, ge=0, le=2)
+    top_p: Float = Field(default=1.0, gt=0, le=1)
+    top_k: Int = Field(default=0, ge=-1)
+    min_tokens: Int = Field(default=0, ge=0)
+    seed: Annotated[Int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=16), BeforeValidator(_stop_list)] = []
-    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=64)] = []
-    presence_penalty: float = Field(default=0, ge=-2, le=2)
-    frequency_penalty: float = Field(default=0, ge=-2, le=2)
-    repetition_penalty: float = Field(default=1, gt=0, le=10)
-    logit_bias: dict[Annotated[int, Field(ge=0)], Annotated[float, Field(ge=-100, le=100)]] = {}
-    n: int = Field(default=1, ge=1, le=MAX_CHOICES)
+    stop_token_ids: Annotated[
+        list[Annotated[int, Field(ge=0)]], BeforeValidator(no_booleans), Field(max_length=64)
+    ] = []
+    presence_penalty: Float = Field(default=0, ge=-2, le=2)
+    frequency_penalty: Float = Field(default=0, ge=-2, le=2)
+    repetition_penalty: Float = Field(default=1, gt=0, le=10)
+    logit_bias: Annotated[
+        dict[Annotated[int, Field(ge=0)], Annotated[Float, Field(ge=-100, le=100)]], BeforeValidator(_different_tokens)
+    ] = {}
+    n: Int = Field(default=1, ge=1, le=MAX_CHOICES)
     user: str | None = None
     metadata: dict[str, str] | None = None
     activations: ActivationRequest | None = None
@@ -102,9 +118,9 @@ class GenerationParams(BaseModel):
         """
         return Sampling(
             max_tokens=max_tokens,
-            min_tokens=self.min_tokens,
+            min_tokens=min(self.min_tokens, MAX_INT32),
             temperature=self.temperature,
-            top_k=max(self.top_k, 0),
+            top_k=min(max(self.top_k, 0), MAX_INT32),  # no vocabulary is larger
             top_p=self.top_p,
             seed=None if self.seed is None else self.seed % 2**64 + (choice << 64),
             stop=tuple(self.stop),

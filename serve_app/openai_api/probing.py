@@ -6,11 +6,20 @@ comes with the request, as numbers. What the names stand for is `serve_app.probi
 
 from typing import Annotated, Any
 
-from jaxtyping import Float
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+import jaxtyping
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    model_validator,
+)
 from torch import Tensor
 
-from roentgen.contract import Positions
+from roentgen.contract import Float, Int, Positions, no_booleans
 from serve_app.capture.scoring import Scorer
 
 MAX_PROBES = 16
@@ -18,8 +27,12 @@ MAX_ADDITIONS = 16
 MAX_WIDTH = 65_536
 """Numbers in a vector; no model's stream is wider."""
 
-Number = Annotated[float, Field(allow_inf_nan=False)]
-Vector = Annotated[list[Number], Field(min_length=1, max_length=MAX_WIDTH)]
+Number = Annotated[Float, Field(allow_inf_nan=False)]
+Vector = Annotated[
+    list[Annotated[float, Field(allow_inf_nan=False)]],
+    BeforeValidator(no_booleans),
+    Field(min_length=1, max_length=MAX_WIDTH),
+]
 ProbePath = Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f]+$")]
 
 STEERING_LABEL = "steering"
@@ -92,10 +105,10 @@ class SteeringRequest(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     probe: ProbePath | None = None
-    output: Annotated[int, Field(ge=0)] | None = None
+    output: Annotated[Int, Field(ge=0)] | None = None
     vector: Vector | None = None
     hook_point: Annotated[str, Field(min_length=1, max_length=64)] | None = None
-    layer: int | None = None
+    layer: Int | None = None
     scale: Number
     positions: Annotated[str, AfterValidator(_knowable)] = "all"
 
@@ -109,7 +122,7 @@ class SteeringRequest(BaseModel):
 
 
 def spell_scores(
-    scorers: tuple[Scorer, ...], probed: list[Float[Tensor, "rows outputs"]], n_prompt: int, start: int = 0
+    scorers: tuple[Scorer, ...], probed: list[jaxtyping.Float[Tensor, "rows outputs"]], n_prompt: int, start: int = 0
 ) -> list[dict[str, Any]]:
     """Return a choice's `probes`: what each probe gave the rows from position `start` on.
 

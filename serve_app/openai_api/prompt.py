@@ -26,7 +26,7 @@ from serve_app.openai_api.tools import Turn, native_turns, offered, plain_turns,
 MARK = "\ue000"
 """A character for private use, which no conversation has: it shows where a message's words begin."""
 
-REFUSALS = (TemplateError, TypeError, ValueError)
+REFUSALS = (TemplateError, TypeError, ValueError, ArithmeticError, AttributeError, LookupError, RecursionError)
 """How a template fails on messages that it was not made for: by saying so, or in the middle of an expression."""
 
 

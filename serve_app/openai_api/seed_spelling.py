@@ -8,7 +8,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from roentgen.contract import DEFAULT_HOOK_POINTS, DEFAULT_LAYERS, ActivationRequest, split_key
+from roentgen.contract import DEFAULT_HOOK_POINTS, DEFAULT_LAYERS, ActivationRequest, Int, split_key
 
 
 class CollectActivations(BaseModel):
@@ -22,7 +22,7 @@ class CollectActivations(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    layers: tuple[int, ...] | Literal["all"] = DEFAULT_LAYERS
+    layers: tuple[Int, ...] | Literal["all"] = DEFAULT_LAYERS
     hook_points: tuple[str, ...] = Field(default=DEFAULT_HOOK_POINTS, min_length=1)
     return_activations: bool | Literal["reference", "sample", "full"] = True
 

@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from typing import Annotated, Any, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from roentgen.contract import no_booleans
 from serve_app.models import ServedModel
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.messages import Message, Tool, Wire
@@ -43,7 +44,7 @@ class DetokenizeRequest(Wire):
     """Tokens to turn into text."""
 
     model: str
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(no_booleans)]
 
 
 def check_tokens(token_ids: Sequence[int], n_tokens: int | None, param: str) -> None:

@@ -125,9 +125,12 @@ class TeacherForcing:
             for text, read in self._read(group):
                 if isinstance(read, _Read):
                     self._writer.wait_for_room()
-                    pending.append((text, self._writer.submit(self._rollout(text, read))))
+                    try:
+                        pending.append((text, self._writer.submit(self._rollout(text, read))))
+                    except ValueError as error:
+                        yield _not_stored(text, error)
                 else:
-                    yield NotStored(text, f"{type(read).__name__}: {read}")
+                    yield _not_stored(text, read)
                 while pending and pending[0][1].done():
                     yield _stored(*pending.popleft())
         for text, future in pending:
@@ -271,8 +274,19 @@ def _joined(rows: CapturedRows, more: CapturedRows) -> CapturedRows:
     return replace(rows, tensors={**rows.tensors, **more.tensors})
 
 
-def _stored(text: TokenisedText, future: "Future[Receipt]") -> Stored:
-    try:
-        return Stored(text, future.result())
-    except OSError as error:
+def _stored(text: TokenisedText, future: "Future[Receipt]") -> Stored | NotStored:
+    """Return what came of a commit: a disk that is full stops everything, a rollout that cannot be stored only itself.
+
+    Raises:
+        StoreError: if the store cannot be written.
+    """
+    error = future.exception()
+    if isinstance(error, OSError):
         raise StoreError(f"the activations could not be stored: {error}") from error
+    if isinstance(error, Exception):
+        return _not_stored(text, error)
+    return Stored(text, future.result())
+
+
+def _not_stored(text: TokenisedText, error: Exception) -> NotStored:
+    return NotStored(text, f"{type(error).__name__}: {error}")

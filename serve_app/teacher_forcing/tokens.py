@@ -6,7 +6,8 @@ through the tokenizer as the model expects it, and a completion that ended its t
 completion never share a token: that is where generation would have begun.
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -15,6 +16,7 @@ from jinja2 import TemplateError
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
+from roentgen.contract import is_text
 from roentgen.store import Segment
 from roentgen.transcripts import Transcript
 from serve_app.engines.text import completion_offsets
@@ -88,6 +90,8 @@ def tokeniser(model: LoadedModel) -> Callable[[Transcript], TokenisedText]:
 
 def _spell(model: LoadedModel, transcript: Transcript, end_of_turn: Callable[[], int | None]) -> TokenisedText:
     tokenizer = model.tokenizer
+    if not all(is_text(said) for said in _words(transcript)):
+        raise UnreadableTextError("it has half a surrogate pair, which is no text")
     if raw := isinstance(transcript.prompt, str):
         prompt = _raw_prompt(tokenizer, transcript.prompt, continued=transcript.completion is not None)
     else:
@@ -116,6 +120,15 @@ def _spell(model: LoadedModel, transcript: Transcript, end_of_turn: Callable[[],
         text=text,
         segments=[*prompt.segments, *said],
     )
+
+
+def _words(transcript: Transcript) -> Iterator[str]:
+    """Yield all that is said in a transcript, spelled as JSON where it has parts."""
+    if isinstance(transcript.prompt, str):
+        yield transcript.prompt
+    else:
+        yield json.dumps(transcript.prompt, ensure_ascii=False)
+    yield transcript.completion or ""
 
 
 def _conversation(model: LoadedModel, messages: tuple[dict[str, Any], ...]) -> Prompt:

@@ -93,10 +93,27 @@ async def test_a_problem_that_always_loses_its_connection_is_a_failed_sample(
     assert "the connection was lost" in str((await run(plan)).error)
 
 
-async def test_a_prompt_longer_than_the_context_is_a_failed_sample(server: StandIn, plan: RolloutPlan) -> None:
-    server.fail(PROBLEM.question, Fault(400, "the context is 8 tokens", code="context_length_exceeded"))
-    assert (await run(plan)).error == "400: the context is 8 tokens"
+@pytest.mark.parametrize("code", ["context_length_exceeded", "request_too_large", "invalid_text"])
+async def test_a_prompt_that_is_too_long_or_no_text_is_a_failed_sample(
+    server: StandIn, plan: RolloutPlan, code: str
+) -> None:
+    server.fail(PROBLEM.question, Fault(400, "not this one", code=code))
+    assert (await run(plan)).error == "400: not this one"
     assert len(server.requests) == 1
+
+
+async def test_a_message_that_cannot_be_sent_is_a_failed_sample(server: StandIn, plan: RolloutPlan) -> None:
+    sample = await run(plan, Attempt(replace(PROBLEM, question="half \ud83d"), PLAIN))
+    assert sample.error == "a message has half a surrogate pair, which cannot be sent"
+    assert server.requests == []
+
+
+async def test_a_server_that_fails_is_not_taken_for_a_busy_one(server: StandIn, plan: RolloutPlan) -> None:
+    busy: list[None] = []
+    server.fail(PROBLEM.question, Fault(500, code="internal_error", headers=SOON), Fault(503, headers=SOON))
+    async with plan.endpoint.client(lambda: busy.append(None)) as client:
+        assert (await run_rollout(client, Attempt(PROBLEM, PLAIN), plan)).correct
+    assert (len(server.requests), len(busy)) == (3, 1)
 
 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422])

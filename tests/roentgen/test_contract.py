@@ -3,7 +3,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from roentgen.contract import ActivationRequest, Positions, canonical_hash, check_session_id, split_key, stored_key
+from roentgen.contract import (
+    MAX_LABEL_BYTES,
+    ActivationRequest,
+    Positions,
+    canonical_hash,
+    check_session_id,
+    split_key,
+    stored_key,
+)
 
 
 @pytest.mark.parametrize("name", ["a", "run-1", "A.b_c-9", "x" * 64])
@@ -51,6 +59,39 @@ def test_the_request_names_what_is_wrong() -> None:
         ActivationRequest(positions="everywhere")
     with pytest.raises(ValidationError, match="Extra inputs"):
         ActivationRequest.model_validate({"layer": [1]})
+
+
+KEY = {"config_hash": "c", "problem_id": "p"}
+
+
+@pytest.mark.parametrize(
+    ("request_", "where"),
+    [
+        ({"key": {**KEY, "turn": 2**31}}, ("key", "turn")),
+        ({"key": {**KEY, "epoch": 2**31}}, ("key", "epoch")),
+        ({"key": {**KEY, "epoch": True}}, ("key", "epoch")),
+        ({"key": {**KEY, "turn": 10**400}}, ("key", "turn")),
+        ({"key": {**KEY, "problem_id": "\ud83d"}}, ("key", "problem_id")),
+        ({"key": {**KEY, "config_hash": "\udc00"}}, ("key", "config_hash")),
+        ({"labels": {"a": float("nan")}}, ("labels", "a")),
+        ({"labels": {"a": float("-inf")}}, ("labels", "a")),
+        ({"labels": {"a": "\ud83d"}}, ("labels", "a")),
+        ({"labels": {"a": {"b": 1}}}, ("labels", "a")),
+        ({"labels": {"a": [1]}}, ("labels", "a")),
+        ({"labels": {"\ud83d": 1}}, ("labels",)),
+        ({"labels": {"a": "x" * MAX_LABEL_BYTES}}, ("labels",)),
+        ({"hook_points": ["\ud83d"]}, ("hook_points", 0)),
+        ({"layers": [0, True]}, ("layers", "tuple[function-before[no_booleans(), int], ...]", 1)),
+        ({"positions": f"stride:{2**31}"}, ("positions",)),
+        ({"positions": "stride:" + "9" * 5000}, ("positions",)),
+    ],
+)
+def test_what_the_store_does_not_hold_is_refused_by_name(
+    request_: dict[str, object], where: tuple[object, ...]
+) -> None:
+    with pytest.raises(ValidationError) as caught:
+        ActivationRequest.model_validate(request_)
+    assert caught.value.errors()[0]["loc"] == where
 
 
 def test_the_defaults_are_the_seeds() -> None:

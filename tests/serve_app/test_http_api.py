@@ -1,17 +1,22 @@
 """What surrounds every route: limits, ids, logs and counts, and errors in the envelope."""
 
+import asyncio
 import json
 import logging
-from collections.abc import Iterator
+import re
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
-from fastapi import FastAPI, Request
+from fastapi import Depends, FastAPI, Request
+from fastapi.responses import StreamingResponse
 from fastapi.testclient import TestClient
 from pydantic import BaseModel
+from ray.exceptions import ActorDiedError, TaskCancelledError
+from starlette.types import Message
 
 from serve_app.engines.protocol import Load
-from serve_app.http_api import make_api
+from serve_app.http_api import check_key, make_api
 from serve_app.logs import JsonFormatter
 from serve_app.metrics import ChoiceStats, Metrics, RequestStats
 from serve_app.openai_api.errors import ApiError
@@ -74,6 +79,132 @@ def test_a_bug_is_500_and_says_nothing_of_the_inside(client: TestClient) -> None
     reply = client.get("/bug")
     assert (reply.status_code, reply.json()["error"]["type"]) == (500, "server_error")
     assert "secret" not in reply.text
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        (b'{"text": "\\ud83d"}', "text", "half a surrogate pair"),
+        (b'{"text": "a", "text": "b"}', "text", "there twice"),
+        (b'{"text": NaN}', "text", "NaN"),
+        (b'{"text": "\xff"}', None, "not UTF-8"),
+        (b"[]", None, "not a JSON object"),
+        (b'"text"', None, "not a JSON object"),
+        (b"null", None, "not a JSON object"),
+        (b"", None, "empty"),
+        (b"{", None, "not JSON"),
+    ],
+)
+def test_a_body_is_read_strictly_on_every_route(client: TestClient, body: bytes, param: str | None, words: str) -> None:
+    reply = client.post("/echo", content=body, headers={"content-type": "application/json"})
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"], words in error["message"]) == (400, param, True), error
+
+
+@pytest.mark.parametrize(
+    "kind", ["text/plain", "\xff", ";;;", "application/", "multipart/form-data", "application/json\xff"]
+)
+def test_a_body_of_another_type_is_no_json(client: TestClient, kind: str) -> None:
+    reply = client.post("/echo", content=b'{"text": "a"}', headers={"content-type": kind.encode("latin-1")})  # type: ignore[dict-item]
+    assert (reply.status_code, "Content-Type: application/json" in reply.json()["error"]["message"]) == (400, True)
+
+
+@pytest.mark.parametrize("name", ["x-request-id", "authorization", "traceparent", "cookie", "accept"])
+@pytest.mark.parametrize("value", [b"\xff\xfe", b"Bearer \xe9", b"a" * 5000, b""])
+def test_headers_may_hold_any_bytes(client: TestClient, name: str, value: bytes) -> None:
+    reply = client.post("/echo", json={"text": "a"}, headers={name: value})  # type: ignore[dict-item]
+    assert reply.status_code == 200
+
+
+@pytest.mark.parametrize(("given", "status"), [("ключ".encode(), 200), (b"\xff\xfe", 401), ("ключ ".encode(), 200)])
+def test_a_key_may_have_any_characters(
+    metrics: Metrics, monkeypatch: pytest.MonkeyPatch, given: bytes, status: int
+) -> None:
+    monkeypatch.setenv("ROENTGEN_API_KEY", "ключ")
+    api = make_api(1000, metrics)
+    api.add_api_route("/here", lambda: {"here": True}, dependencies=[Depends(check_key)])
+    reply = TestClient(api).get("/here", headers={"authorization": b"Bearer " + given})  # type: ignore[dict-item]
+    assert reply.status_code == status
+
+
+HERE_AGAIN: Message = {"type": "http.request", "body": b'{"text": "a"}', "more_body": False}
+HALF_A_BODY: Message = {"type": "http.request", "body": b'{"text', "more_body": True}
+GONE: Message = {"type": "http.disconnect"}
+
+
+async def exchange(api: FastAPI, path: str, *arrives: Message | Exception) -> list[Message]:
+    """Have an application serve one request as Serve does; what arrives ends with the last, again and again."""
+    coming, sent = list(arrives), list[Message]()
+
+    async def receive() -> Message:
+        await asyncio.sleep(0)
+        one = coming.pop(0) if len(coming) > 1 else coming[0]
+        if isinstance(one, Exception):
+            raise one
+        return one
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    headers = [(b"content-type", b"application/json"), (b"host", b"x")]
+    scope = {
+        "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"", "headers": headers,
+        "client": HERE, "server": ("x", 80), "scheme": "http", "http_version": "1.1", "asgi": {"version": "3.0"},
+    }  # fmt: skip
+    await api(scope, receive, send)
+    return sent
+
+
+@pytest.mark.parametrize("gone", [GONE, TaskCancelledError(), ActorDiedError()])
+async def test_a_client_that_leaves_before_its_body_is_whole_is_499(
+    api: FastAPI, metrics: Metrics, gone: Message | Exception
+) -> None:
+    await exchange(api, "/echo", HALF_A_BODY, gone)
+    assert counted(metrics, "/echo") == {"499": 1}
+
+
+@pytest.mark.parametrize("gone", [GONE, TaskCancelledError(), ActorDiedError()])
+@pytest.mark.parametrize("path", ["/stream", "/late"])
+async def test_a_client_that_leaves_a_stream_is_no_failure(
+    api: FastAPI, metrics: Metrics, gone: Message | Exception, path: str
+) -> None:
+    """Serve's own way of hearing from the client is cancelled when the client leaves, and raises so."""
+
+    async def forever() -> AsyncIterator[str]:
+        while True:
+            yield "piece"
+            await asyncio.sleep(0.001)
+
+    async def late() -> AsyncIterator[str]:
+        await asyncio.sleep(3600)
+        yield "never"
+
+    api.add_api_route("/stream", lambda: StreamingResponse(forever()), methods=["POST"])
+    api.add_api_route("/late", lambda: StreamingResponse(late()), methods=["POST"])
+    await asyncio.wait_for(exchange(api, path, HERE_AGAIN, gone), 10)
+    assert set(counted(metrics, path)) <= {"200", "499"}
+
+
+async def test_a_client_that_leaves_while_it_is_answered_is_499(api: FastAPI, metrics: Metrics) -> None:
+    started = asyncio.Event()
+
+    async def slow() -> None:
+        started.set()
+        await asyncio.sleep(3600)
+
+    api.add_api_route("/slow", slow, methods=["POST"])
+    serving = asyncio.create_task(exchange(api, "/slow", HERE_AGAIN))
+    await started.wait()
+    serving.cancel()  # as Serve does
+    await asyncio.wait({serving})
+    assert counted(metrics, "/slow") == {"499": 1}
+
+
+def counted(metrics: Metrics, route: str) -> dict[str, float]:
+    found = re.findall(
+        rf'roentgen_requests_total{{method="POST",route="{route}",status="(\d+)"}} (\S+)', metrics.text({}).decode()
+    )
+    return {status: float(count) for status, count in found}
 
 
 def test_no_page_of_another_origin_may_read_it(client: TestClient) -> None:

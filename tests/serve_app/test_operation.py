@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import random
 import shutil
 import tempfile
 import threading
@@ -108,6 +109,41 @@ def test_a_client_that_leaves_the_queue_is_gone_from_it(served: tuple[Server, Ra
         assert gauge(server, "roentgen_generations_running") == 1
 
 
+def test_clients_that_leave_at_any_moment_are_no_failures(served: tuple[Server, RayHome]) -> None:
+    """Before their body is whole, in the queue, while they are answered: no 5xx is counted and no traceback logged."""
+    server, home = served
+    dice = random.Random(0)
+
+    async def leave(number: int) -> None:
+        message = json.dumps(body(stream=bool(number % 2), **LONG)).encode()
+        sent = message[: len(message) // 2] if number % 3 == 0 else message
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(message)}\r\n"
+        _, writer = await asyncio.open_connection("127.0.0.1", int(server.root.rpartition(":")[2]))
+        writer.write(f"{head}Content-Type: application/json\r\nX-Request-Id: leaves-{number}\r\n\r\n".encode() + sent)
+        await writer.drain()
+        await asyncio.sleep(dice.choice([0, 0.01, 0.1, 0.5]) * dice.random())
+        writer.transport.abort()
+
+    async def leave_all() -> None:
+        await asyncio.gather(*(leave(number) for number in range(60)))
+
+    before = failures(server)
+    asyncio.run(leave_all())
+    assert chat(server).status_code == 200
+    wait_for(lambda: gauge(server, "roentgen_generations_running") == 0, 10)
+    assert httpx.get(f"{server.base_url}/models").status_code == 200
+    assert failures(server) == before
+    logs = {file.name: file.read_text() for file in Path(home.path).rglob("*.err")}
+    assert sum('"leaves-' in text for text in logs.values())  # these are the logs of the ingress
+    assert [name for name, text in logs.items() if "Traceback" in text] == []
+
+
+def failures(server: Server) -> list[str]:
+    text = httpx.get(f"{server.root}/metrics", timeout=10).text
+    counts = [line for line in text.splitlines() if line.startswith("roentgen_requests_total{")]
+    return [line for line in counts if 'status="5' in line and '"/health"' not in line]
+
+
 def test_a_request_that_takes_too_long_is_408(served: tuple[Server, RayHome]) -> None:
     server, _ = served
     late = chat(server, **LONG)
@@ -123,6 +159,8 @@ def test_ids_are_echoed_chunks_are_counted_and_no_origin_is_let_in(served: tuple
         headers={"X-Request-Id": "of-this-test", "Origin": "https://x.y"},
     )
     assert reply.headers["x-request-id"] == "of-this-test"
+    odd = httpx.get(f"{server.base_url}/models", headers={"X-Request-Id": b"\xe9\xff", "traceparent": b"\xff"})  # type: ignore[dict-item]
+    assert (odd.status_code, odd.headers["x-request-id"]) == (200, "éÿ")
     assert not [name for name in reply.headers if name.startswith("access-control")]
     pieces = (b" " * 1_000_000 for _ in range(33))
     big = httpx.post(

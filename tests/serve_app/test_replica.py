@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+from roentgen.contract import ActivationRequest, RolloutKey
 from roentgen.store import Session
 from serve_app.config import ServerConfig
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.completions import CompletionRequest
+from serve_app.openai_api.messages import Message
 from serve_app.openai_api.tokenize import DetokenizeRequest, TokenizeRequest
 from serve_app.replica import ModelReplica
 from tests.serve_app import tiny
@@ -278,3 +280,81 @@ async def test_tokens_there_and_back(replica: ModelReplica) -> None:
     assert (await replica.detokenize(DetokenizeRequest(model=name, tokens=[999])))["error"]["param"] == "tokens"
     rendered = await replica.tokenize(TokenizeRequest(model=name, messages=[{"role": "user", "content": "x"}]))
     assert rendered["reply"]["count"] == len("[user]x[reply]")
+
+
+def bypassing(**body: Any) -> ChatRequest:
+    """Return a request that holds what the wire would have refused."""
+    request = ChatRequest.model_validate(
+        {"model": "m", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    )
+    return request.model_copy(update=body)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_nobody_expected_is_500_with_its_reason(replica: ModelReplica, stream: bool) -> None:
+    half = [Message.model_construct(role="user", content="\ud83d", tool_calls=[])]
+    request = bypassing(model=alone_name(replica), messages=half)
+    if stream:
+        ((reply,),) = [chunks async for chunks in replica.generate_stream(request)]
+    else:
+        reply = await replica.generate(request)
+    assert (reply["error"]["status"], reply["error"]["code"]) == (500, "internal_error")
+    assert "TypeError" in reply["error"]["message"]
+    prompt = TokenizeRequest.model_construct(model=alone_name(replica), prompt="\ud83d")
+    assert (await replica.tokenize(prompt))["error"]["code"] == "internal_error"
+    tokens = DetokenizeRequest.model_construct(model=alone_name(replica), tokens=["x"])
+    assert (await replica.detokenize(tokens))["error"]["code"] == "internal_error"
+    assert (await chat(replica))["reply"]["choices"]  # and the next is answered
+
+
+async def test_a_rollout_that_cannot_be_stored_does_not_fail_those_beside_it(replica: ModelReplica) -> None:
+    asked = ActivationRequest(layers=(1,), hook_points=("resid_post",), session_id="beside")
+    keys = [RolloutKey.model_construct(config_hash="c", problem_id=f"p{i}", epoch=1, turn=0) for i in range(6)]
+    keys[2] = keys[2].model_copy(update={"turn": 2**31})
+    name = alone_name(replica)
+    requests = [bypassing(model=name, activations=asked.model_copy(update={"key": key})) for key in keys]
+    replies = await asyncio.gather(*(replica.generate(request) for request in requests))
+    assert [number for number, reply in enumerate(replies) if "error" in reply] == [2]
+    error = replies[2]["error"]
+    assert (error["status"], error["code"], "turn" in error["message"]) == (500, "activations_not_stored", True)
+    uri = replies[0]["reply"]["activations"]["uri"]
+    assert sorted(Session.open(uri).rollouts()["problem_id"]) == ["p0", "p1", "p3", "p4", "p5"]
+
+
+@pytest.mark.parametrize(
+    "template", ["{{ 1 / 0 }}", "{{ messages[9].content.x.y }}", "{% for i in range(10 ** 9) %}{% endfor %}"]
+)
+async def test_a_template_that_fails_on_a_conversation_refuses_it(replica: ModelReplica, template: str) -> None:
+    replica._slot.served.model.tokenizer.chat_template = template  # type: ignore[union-attr]
+    error = (await chat(replica))["error"]
+    assert (error["status"], error["param"]) == (400, "messages")
+
+
+HUGE = 10**30
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"max_tokens": HUGE}, "messages"),
+        ({"logit_bias": {str(HUGE): 1}}, "logit_bias"),
+        ({"stop_token_ids": [HUGE]}, "stop_token_ids"),
+        ({"activations": {"layers": [HUGE]}}, "activations.layers"),
+        ({"activations": {"layers": [-HUGE]}}, "activations.layers"),
+        ({"steering": [{"vector": [0.0] * 32, "layer": HUGE, "scale": 1}]}, "steering.0"),
+        ({"steering": [{"vector": [1e300] * 32, "layer": 1, "scale": 1e300}]}, "steering.0.scale"),
+        ({"top_k": HUGE, "temperature": 1}, None),
+        ({"min_tokens": HUGE}, None),
+        ({"activations": {"layers": [1], "positions": "stride:2147483647"}}, None),
+        ({"seed": 2**63 - 1, "temperature": 1, "n": 3}, None),
+    ],
+)
+async def test_huge_numbers_are_refused_or_mean_what_they_say(
+    replica: ModelReplica, body: Body, param: str | None
+) -> None:
+    reply, beside = await asyncio.gather(chat(replica, **body), chat(replica))
+    assert "reply" in beside
+    if param is None:
+        assert "reply" in reply
+    else:
+        assert (reply["error"]["status"], reply["error"]["param"]) == (400, param)

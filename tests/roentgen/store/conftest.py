@@ -4,6 +4,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from ulid import ULID
@@ -53,6 +55,14 @@ class RolloutFactory:
             key=RolloutKey(config_hash="c", problem_id=problem) if problem else None,
             labels={"problem": problem},
         )
+
+
+def spoil_labels(store: Path, labels: str) -> None:
+    """Put labels into the one index file of session "s" that this version does not let in."""
+    (file,) = (store / "s/index").iterdir()
+    table = pq.read_table(file)
+    spoilt = pa.array([labels] * len(table), pa.string())
+    pq.write_table(table.set_column(table.column_names.index("labels"), "labels", spoilt), file)
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from roentgen.store import Rollout, Session, StoreWriter
+from roentgen.store import Rollout, Session, StoreError, StoreWriter
 from roentgen.store.exports import export_pt, to_hf, to_ray, to_torch
 from tests.roentgen.store.conftest import RolloutFactory
 
@@ -69,6 +69,18 @@ def test_scripts_for_loose_files_go_on_working(store: str, written: dict[str, Ro
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     assert export_pt(session, folder) == 10  # again: only what is missing
     assert all(path.stat().st_mtime_ns == then for path, then in before.items())
+
+
+def test_a_rollout_that_is_damaged_is_left_out_and_named(tmp_path: Path, rollout: RolloutFactory) -> None:
+    written = [rollout() for _ in range(3)]
+    for one in written:  # each in a shard of its own
+        with StoreWriter(tmp_path, merge_shards=0) as writer:
+            receipt = writer.submit(one).result()
+    spoilt, *_ = sorted((tmp_path / "s/shards").iterdir())
+    spoilt.write_bytes(spoilt.read_bytes()[:50])
+    with pytest.raises(StoreError, match=rf"1 of 3 rollouts cannot be read .*the first {written[0].rollout_id}: "):
+        export_pt(Session.open(receipt.uri), tmp_path / "out")
+    assert {path.name.split("_")[2] for path in (tmp_path / "out").iterdir()} == {one.rollout_id for one in written[1:]}
 
 
 def test_a_torch_dataset_is_read_by_several_workers(store: str, written: dict[str, Rollout]) -> None:

@@ -4,8 +4,10 @@ import json
 import threading
 import tracemalloc
 from concurrent.futures import Future
+from dataclasses import replace
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,10 +18,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from roentgen.contract import Positions
-from roentgen.store import Session, StoreError, StoreWriter, list_sessions, verify
+from roentgen.contract import ActivationRequest, Positions, RolloutKey, spell_labels
+from roentgen.store import Segment, Session, StoreError, StoreWriter, list_sessions, verify
+from roentgen.store.merging import compact
 from roentgen.store.places import _RangedFile
-from tests.roentgen.store.conftest import KEYS, RolloutFactory
+from roentgen.store.schema import INDEX_SCHEMA, UnstorableError, index_table, read_labels
+from tests.roentgen.store.conftest import KEYS, RolloutFactory, spoil_labels
 
 
 def index_file(store: Path) -> Path:
@@ -371,3 +375,106 @@ def test_any_mix_of_rollouts_comes_back(
     for item in session.activations(KEYS[1]):
         assert torch.equal(item.values, written[item.rollout_id].tensors[KEYS[1]])
         assert item.position.tolist() == written[item.rollout_id].position.tolist()
+
+
+EXTREMES: dict[str, object] = {
+    "": "",
+    "nul\0": "a\0b",
+    "wide": "\U0001f600é\u202e",
+    "max": 2**63 - 1,
+    "min": -(2**63),
+    "beyond": 2**70,
+    "large": 1e308,
+    "small": 5e-324,
+    "sum": 0.1 + 0.2,
+    "minus": -0.0,
+    "true": True,
+    "none": None,
+    "long": "x" * 500_000,
+}
+
+
+def test_the_contracts_bounds_are_what_the_index_holds(tmp_path: Path, rollout: RolloutFactory) -> None:
+    """The greatest that a request may say is stored, merged and read exactly, beside a rollout that says nothing."""
+    key = RolloutKey(
+        config_hash="\U0001f600" * 64, problem_id="\0é\ufffe\U0010ffff" * 50, epoch=2**31 - 1, turn=2**31 - 1
+    )
+    labels = ActivationRequest.model_validate({"labels": EXTREMES}).labels
+    written = [replace(rollout(), key=key, labels=labels), replace(rollout(), labels={"max": "a text", "none": 1.5})]
+    for one in written:  # each in a shard of its own
+        with StoreWriter(tmp_path) as writer:
+            writer.submit(one).result()
+    session = Session.open(tmp_path / "s")
+    for _ in range(2):
+        first, second = session.rollouts().to_dict("records")
+        assert RolloutKey(**{name: first[name] for name in RolloutKey.model_fields}) == key
+        assert repr(sorted(first["labels"].items())) == repr(sorted(EXTREMES.items()))
+        assert second["labels"] == {"max": "a text", "none": 1.5}
+        assert compact(session).replaced in (0, 2)
+    assert verify(session).rollouts == 2
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.dictionaries(
+        st.text(),
+        st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    )
+)
+def test_any_labels_come_back_exactly(labels: dict[str, object]) -> None:
+    accepted = ActivationRequest.model_validate({"labels": labels}).labels
+    table = index_table([dict.fromkeys(INDEX_SCHEMA.names) | {"labels": spell_labels(accepted)}])
+    (read,) = table.column("labels").to_pylist()
+    assert repr(sorted(read_labels(read).items())) == repr(sorted(labels.items()))
+
+
+def beyond(**key: object) -> dict[str, object]:
+    """Return a change to a rollout that the contract does not let through."""
+    whole: dict[str, Any] = {"config_hash": "c", "problem_id": "p", "epoch": 1, "turn": 0, **key}
+    return {"key": RolloutKey.model_construct(**whole)}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (beyond(turn=2**31), "turn"),
+        (beyond(epoch=2**63), "epoch"),
+        (beyond(problem_id="\ud83d"), "problem_id"),
+        (beyond(turn=True), "turn"),
+        ({"labels": {"a": float("nan")}}, "labels"),
+        ({"labels": {"a": {1, 2}}}, "labels"),
+        ({"text": "half \ud83d"}, "text"),
+        ({"token_ids": [2**31] * 7}, "token_ids"),
+        ({"segments": [Segment("\udc00", 0, 1)]}, "segments"),
+    ],
+)
+def test_a_rollout_that_cannot_be_stored_fails_alone(
+    tmp_path: Path, rollout: RolloutFactory, change: dict[str, object], words: str
+) -> None:
+    good = [rollout(problem=f"p{i}") for i in range(9)]
+    with StoreWriter(tmp_path, max_wait_s=5, merge_shards=0) as writer:
+        futures = [writer.submit(one) for one in good[:6]]
+        bad = [writer.submit(replace(rollout(), **change)) for _ in range(2)]
+        futures += [writer.submit(one) for one in good[6:]]
+    for future in bad:
+        with pytest.raises(UnstorableError, match=f"^{words}: "):
+            future.result()
+    session = Session.open(tmp_path / "s")
+    assert {future.result().rollout_id for future in futures} == {one.rollout_id for one in good}
+    assert set(session.rollouts()["rollout_id"]) == {one.rollout_id for one in good}
+    report = verify(session)
+    assert (report.rollouts, report.damage, report.orphans) == (9, [], [])
+
+
+def test_a_group_whose_rollouts_can_all_be_stored_is_one_shard(tmp_path: Path, rollout: RolloutFactory) -> None:
+    with StoreWriter(tmp_path, max_wait_s=5) as writer:
+        futures = [writer.submit(rollout()) for _ in range(9)]
+    assert len({future.result().shard for future in futures}) == 1
+
+
+def test_labels_that_an_older_version_let_in_can_be_read(tmp_path: Path, rollout: RolloutFactory) -> None:
+    with StoreWriter(tmp_path) as writer:
+        writer.submit(replace(rollout(), labels={"a": 1})).result()
+    spoil_labels(tmp_path, '{"a\\ud83d": "half \\ud83d!", "b": NaN, "c": "\\ud83d\\ude00"}')
+    (labels,) = Session.open(tmp_path / "s").rollouts()["labels"]
+    assert {**labels, "b": None} == {"a\ufffd": "half \ufffd!", "b": None, "c": "\U0001f600"}

@@ -11,7 +11,8 @@ from roentgen.transcripts.file import read_file
 WORDS = st.text(min_size=1)
 ROLES = st.sampled_from(["system", "developer", "user", "assistant"])
 LABELS = st.dictionaries(
-    st.text(), st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | st.text()
+    st.text(),
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
 )
 SHAPES = st.one_of(
     st.fixed_dictionaries({"text": WORDS}),
@@ -72,15 +73,20 @@ def test_blank_lines_are_no_lines_but_count(tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ('{"text": "a"', "Invalid JSON"),
-        ("[1]", "Input should be an object"),
+        ('{"text": "a"', "not JSON: "),
+        ("[1]", "a line is a JSON object, and this one is [1]"),
         ({}, "text, or prompt and completion, or messages; this one has none of them"),
         ({"text": ""}, "text: String should have at least 1 character (given: '')"),
         ({"text": 3}, "text: Input should be a valid string (given: 3)"),
         ({"text": "a", "prompt": "b"}, "this one has prompt and text"),
         ({"prompt": "a"}, "this one has prompt"),
         ({"txt": "a"}, "txt: Extra inputs are not permitted (given: 'a')"),
-        ({"text": "a", "labels": {"x": [1]}}, "labels.x: Input should be a valid"),
+        ({"text": "a", "labels": {"x": [1]}}, "labels.x: a label is a text, a number, true, false or null"),
+        ({"text": "a", "labels": {"x": float("nan")}}, "labels.x: NaN"),
+        ({"text": "a", "labels": {"x": float("-inf")}}, "labels.x: -Infinity"),
+        ({"text": "a \ud83d"}, "text: half a surrogate pair"),
+        ({"text": "a", "labels": {"x": "\ud83d"}}, "labels.x: half a surrogate pair"),
+        ({"text": "a", "labels": {"\ud83d": 1}}, "labels: its key"),
         ({"text": "a", "finish_reason": "stop"}, "finish_reason is of a completion"),
         (
             {"prompt": "a", "completion": "b", "finish_reason": "eos"},

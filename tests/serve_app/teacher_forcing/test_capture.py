@@ -226,6 +226,23 @@ def test_a_full_queue_is_waited_for_while_results_are_taken(force, llama, tmp_pa
     assert len(Session.open(tmp_path / "s").rollouts()) == 40
 
 
+def test_a_text_whose_rollout_cannot_be_stored_fails_alone(force, engine, llama, tmp_path):
+    beyond = TRANSCRIPTS[3].key.model_copy(update={"turn": 2**31})
+    transcripts = [
+        *TRANSCRIPTS,
+        replace(TRANSCRIPTS[3], key=beyond),
+        replace(TRANSCRIPTS[0], labels={"n": float("nan")}),
+    ]
+    texts = [tokeniser(llama)(transcript) for transcript in transcripts]
+    outcomes = list(force(llama, engine).capture(texts))
+    reasons = sorted(outcome.reason for outcome in outcomes if isinstance(outcome, NotStored))
+    assert [reason.split(":")[:2] for reason in reasons] == [
+        ["UnstorableError", " labels"],
+        ["UnstorableError", " turn"],
+    ]
+    assert sorted(Session.open(tmp_path / "s").rollouts()["problem_id"]) == [t.key.problem_id for t in TRANSCRIPTS]
+
+
 def test_a_hook_point_without_rows_ends_it(force, engine, llama):
     with pytest.raises(UncapturableError, match=r"model\.layers\.output"):
         capture_all(force(llama, engine, hook_points=["model.layers.output"]), llama, [TRANSCRIPTS[2]])

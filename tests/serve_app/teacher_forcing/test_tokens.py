@@ -108,6 +108,20 @@ def test_a_text_longer_than_the_context_is_refused_with_both_numbers(model):
     assert tokeniser(model)(Transcript(KEY, "x" * 128)).n_rows == 128
 
 
+@pytest.mark.parametrize(
+    "transcript",
+    [
+        Transcript(KEY, "half \ud83d"),
+        Transcript(KEY, "whole", "half \ud83d"),
+        Transcript(KEY, ({"role": "user", "content": "half \ud83d"},), "whole"),
+        Transcript(KEY, ASK, "half \ud83d", "stop"),
+    ],
+)
+def test_half_a_surrogate_pair_is_refused(model, transcript):
+    with pytest.raises(UnreadableTextError, match="half a surrogate pair"):
+        tokeniser(model)(transcript)
+
+
 def test_what_the_template_cannot_say_is_refused(model):
     with pytest.raises(UnreadableTextError, match=r"role"):
         tokeniser(model)(Transcript(KEY, ({"role": "robot", "content": "hi"},), "yo"))
