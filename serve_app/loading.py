@@ -28,7 +28,7 @@ from serve_app.engines.vllm import loading as vllm
 from serve_app.generation import RETRY_AFTER_S, Served
 from serve_app.models import load
 from serve_app.openai_api.errors import ApiError
-from serve_app.sources import ModelNotFoundError, ModelSource, locate
+from serve_app.sources import ModelNotFoundError, ModelSource, WeightsError, locate
 from serve_app.storing import LocalStorage
 
 log = logging.getLogger(__name__)
@@ -262,6 +262,8 @@ def describe(served: Served) -> dict[str, Any]:
 def as_load_error(error: Exception) -> ApiError:
     """Spell why a model could not be loaded: 4xx for what whoever chose it did wrong."""
     match error:
+        case WeightsError():
+            return ApiError(500, str(error), param="model_id", code="weights_unusable")
         case ModelNotFoundError():
             return ApiError(404, str(error), param="model_id", code="model_not_found")
         case CaptureRequestError():

@@ -15,7 +15,6 @@ from functools import cached_property
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
@@ -23,6 +22,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from serve_app.adapters import read_model
 from serve_app.capture.observer import ObservedModel, observe
 from serve_app.capture.resolver import resolve_structure
 from serve_app.capture.structure import ModelStructure
@@ -136,23 +136,25 @@ def load(
         device_map: spread the weights over this machine's devices, as accelerate does: "auto", "balanced", "sequential", or
             a device per module path ("cpu" and "disk" hold weights that are brought in when they are needed).
         trust_remote_code: whether code that comes with the model may run.
+
+    Raises:
+        WeightsError: if the weights are not all there, or not the model's; see `weights` and `adapters`.
+        ResolutionError: if the model's layers cannot be found.
     """
     place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
     kind = native_dtype(place) if dtype == "auto" else getattr(torch, dtype)
-    hub_revision = source.revision if source.path == source.name and source.revision != "unknown" else None
     disable_progress_bar()
     stage(f"loading {source.name} ({kind}, {place})")
-    tokenizer = AutoTokenizer.from_pretrained(source.path, revision=hub_revision, trust_remote_code=trust_remote_code)
-    options = {"revision": hub_revision, "dtype": kind, "trust_remote_code": trust_remote_code}
+    words, commit = source.tokenizer_at
+    tokenizer = AutoTokenizer.from_pretrained(words, revision=commit, trust_remote_code=trust_remote_code)
+    options = {"revision": source.commit, "dtype": kind, "trust_remote_code": trust_remote_code}
     if device_map is None:
-        module = AutoModelForCausalLM.from_pretrained(source.path, **options).to(place).eval()
+        module = read_model(source, **options).to(place).eval()
     else:
         # Weights on disk are read from here for as long as the process lives.
         folder = tempfile.mkdtemp(prefix="roentgen-offload-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        module = AutoModelForCausalLM.from_pretrained(
-            source.path, device_map=device_map, offload_folder=folder, **options
-        ).eval()
+        module = read_model(source, device_map=device_map, offload_folder=folder, **options).eval()
     use_grouped_attention(module)
     stage("verifying hook points")
     structure = resolve_structure(module, source.name)
