@@ -11,7 +11,7 @@ import importlib.util
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -83,7 +83,9 @@ def _read_config(adapter: Adapter, name: str) -> Any:
         reason = "it runs layers of the model more than once (layer_replication)"
     if reason is not None:
         kind = getattr(config.peft_type, "value", config.peft_type)
-        raise WeightsError(f"model {name!r} is an adapter of type {kind} that cannot be merged into its model: {reason}")
+        raise WeightsError(
+            f"model {name!r} is an adapter of type {kind} that cannot be merged into its model: {reason}"
+        )
     return config
 
 
@@ -107,7 +109,7 @@ def _merge(base: PreTrainedModel, config: Any, adapter: Adapter, name: str) -> P
             _load(model, config, stored)
             expected = _logits(model)
             _untie(base)
-            merged: PreTrainedModel = model.merge_and_unload().eval()
+            merged: PreTrainedModel = cast(Any, model.merge_and_unload)().eval()
     except (KeyError, NotImplementedError, OSError, RuntimeError, SafetensorError, ValueError) as error:
         raise WeightsError(f"model {name!r}: its adapter does not fit its base model: {_bounded(error)}") from error
     off = (_logits(merged) - expected).abs().max() / expected.abs().max()
@@ -128,7 +130,7 @@ def _load(model: Any, config: Any, stored: dict[str, Tensor]) -> None:
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
     from peft.utils.save_and_load import set_peft_model_state_dict
 
-    result = set_peft_model_state_dict(model, stored)
+    result: Any = set_peft_model_state_dict(model, stored)
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
     missing = [key for key in result.missing_keys if prefix in key and ADAPTER_NAME in key.split(".")]
     problems = [
@@ -157,10 +159,10 @@ def _untie(base: PreTrainedModel) -> None:
     """Give the output head weights of its own if the adapter changes only it or only the embedding that it is tied to."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    ends = [base.get_input_embeddings(), base.get_output_embeddings()]
+    ends: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
     if None in ends or not any(isinstance(end, BaseTunerLayer) for end in ends):
         return
-    taken, given = (end.get_base_layer() if isinstance(end, BaseTunerLayer) else end for end in ends)
+    taken, given = (end.base_layer if hasattr(end, "base_layer") else end for end in ends)
     if getattr(taken, "weight", None) is getattr(given, "weight", None):
         given.weight = nn.Parameter(given.weight.detach().clone(), requires_grad=False)
         base.config.tie_word_embeddings = False
@@ -168,6 +170,7 @@ def _untie(base: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def _logits(model: Any) -> Tensor:
+    """Return the logits of a few tokens."""
     embedding = model.get_input_embeddings()
     tokens = torch.arange(PROBE_TOKENS, device=embedding.weight.device) % embedding.weight.shape[0]
     logits: Tensor = model(input_ids=tokens[None]).logits.float()

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ulid import ULID
 
 from roentgen.contract import ActivationRequest
-from roentgen.store import StoreError
+from roentgen.store import NonFiniteRowsError, StoreError
 from serve_app.capture.rows import CapturePlan, UncapturableError
 from serve_app.capture.scoring import Scorer, UnscorableError
 from serve_app.capture.steering import Addition, OversteeredError
@@ -28,6 +28,7 @@ from serve_app.engines.protocol import (
     Failed,
     Finished,
     GenerationJob,
+    NonFiniteLogitsError,
     RequestTooLargeError,
     Sampling,
     TextDelta,
@@ -153,6 +154,7 @@ async def generate(
         ConstraintError,
         EngineBusyError,
         EngineStoppedError,
+        NonFiniteLogitsError,
         OversteeredError,
         RequestTooLargeError,
         StoreError,
@@ -232,6 +234,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(503, str(error), retry_after_s=RETRY_AFTER_S)
         case RequestTooLargeError():
             return ApiError(400, str(error), code="request_too_large")
+        case NonFiniteLogitsError():
+            return ApiError(500, str(error), code="non_finite_logits")
         case UncapturableError():
             return ApiError(400, f"activations.hook_points: {error}", param="activations.hook_points")
         case UnscorableError():
@@ -240,5 +244,7 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(400, f"steering: {error}", param="steering", code="steering_overflow")
         case ConstraintError():
             return ApiError(400, f"response_format or tools: {error}", code="constraint_failed")
+        case NonFiniteRowsError():
+            return ApiError(500, f"activations: {error}", param="activations", code="non_finite_rows")
         case _:
             return ApiError(500, str(error), code="activations_not_stored")

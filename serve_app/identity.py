@@ -155,7 +155,9 @@ def read_header(path: Path) -> SafetensorsHeader:
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER):
-            raise DamagedWeightsError(f"{path} is not a whole safetensors file: it has {size:,} bytes and no whole header")
+            raise DamagedWeightsError(
+                f"{path} is not a whole safetensors file: it has {size:,} bytes and no whole header"
+            )
         try:
             tensors = json.loads(file.read(length))
             tensors.pop("__metadata__", None)

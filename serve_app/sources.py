@@ -33,7 +33,12 @@ EMBEDDED_MODEL = "smollm2-135m"
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-BASE_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+BASE_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 """The files that transformers begins with, in the order in which it looks for them."""
 _CONVERTED = ".converted"
 """Says which file's content a converted model has, and the hash of its own."""
@@ -140,7 +145,9 @@ def _in_folder(name: str, folder: Path, trust_remote_code: bool) -> ModelSource:
                 "have been merged into the model, remove it"
             )
         has_base = has_config and any((folder / weights).exists() for weights in BASE_WEIGHTS)
-        base = ModelSource(folder.name, str(folder), "") if has_base else _base(name, described, folder, trust_remote_code)
+        base = (
+            ModelSource(folder.name, str(folder), "") if has_base else _base(name, described, folder, trust_remote_code)
+        )
         return replace(
             base,
             name=folder.name,
@@ -184,7 +191,9 @@ def _base(name: str, described: dict[str, Any], folder: Path | None, trust_remot
     except ModelNotFoundError as error:
         raise WeightsError(f"model {name!r} is an adapter of {base!r} (base_model_name_or_path): {error}") from error
     if found.adapter is not None:
-        raise WeightsError(f"model {name!r} is an adapter of {base!r}, which is an adapter itself: merge that one first")
+        raise WeightsError(
+            f"model {name!r} is an adapter of {base!r}, which is an adapter itself: merge that one first"
+        )
     return found
 
 
@@ -259,7 +268,9 @@ def _commit(file: Path | None) -> str:
 
     commit: str | None = extract_commit_hash(str(file), None) if file is not None else None
     if commit is None:
-        raise ModelNotFoundError(f"{file or 'the configuration'} is of no commit of the hub; give the model's folder instead")
+        raise ModelNotFoundError(
+            f"{file or 'the configuration'} is of no commit of the hub; give the model's folder instead"
+        )
     return commit
 
 

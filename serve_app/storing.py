@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from roentgen.store import Receipt, StoreError, StoreWriter
+from roentgen.store import NonFiniteRowsError, Receipt, StoreError, StoreWriter
 from serve_app.capture.rows import CapturedRows
 from serve_app.engines.protocol import Finished
 from serve_app.rollouts import Entry, describe, join
@@ -78,7 +78,8 @@ def write(writer: StoreWriter, entry: Entry, captured: CapturedRows) -> "Future[
     def committed(done: "Future[Receipt]") -> None:
         error = done.exception()
         if error is not None:
-            stored.set_exception(StoreError(f"the activations could not be stored: {error}"))
+            expected = isinstance(error, NonFiniteRowsError)
+            stored.set_exception(error if expected else StoreError(f"the activations could not be stored: {error}"))
             return
         reply = describe(rollout, done.result(), entry.delivery)
         stored.set_result(Stored(reply, rollout.nbytes, time.monotonic() - start))

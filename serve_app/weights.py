@@ -138,7 +138,8 @@ def check_found(module: PreTrainedModel, name: str, found: dict[str, Any]) -> No
     """
     missing = sorted((key for key in found["missing_keys"] if not _BUFFERS.search(key)), key=natural)
     mismatched = sorted(found["mismatched_keys"], key=lambda entry: natural(entry[0]))
-    wrong, leftover = [], []
+    wrong: list[str] = []
+    leftover: list[str] = []
     for key in sorted(found["unexpected_keys"], key=natural):
         (leftover if _is_harmless(key, module) else wrong).append(key)
     problems = []
@@ -184,7 +185,8 @@ def _is_harmless(key: str, module: PreTrainedModel) -> bool:
 
 def _where_it_leaves(key: str, module: PreTrainedModel) -> tuple[str, str]:
     """Return the deepest module on a weight's path that the model has, and the name of what it does not have in there."""
-    around, current = [], module
+    around: list[str] = []
+    current: torch.nn.Module = module
     for part in key.split("."):
         inner = getattr(current, "_modules", {}).get(part)
         if inner is None:
@@ -294,7 +296,9 @@ def _log_cast(path: str, name: str, computed_in: Any) -> None:
     stored: set[str] = set()
     for file in weight_files(folder):
         if file.suffix == ".safetensors":
-            stored |= {_DTYPES[tensor["dtype"]] for tensor in read_header(file).tensors.values() if tensor["dtype"] in _DTYPES}
+            stored |= {
+                _DTYPES[tensor["dtype"]] for tensor in read_header(file).tensors.values() if tensor["dtype"] in _DTYPES
+            }
     others = sorted(stored - {wanted})
     if not others:
         return

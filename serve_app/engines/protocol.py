@@ -32,6 +32,16 @@ class RequestTooLargeError(ValueError):
     """A job needs more of the KV cache than the engine has; the message says both numbers."""
 
 
+class NonFiniteLogitsError(Exception):
+    """The model gives no probabilities, so there is no token to choose; the message says why and what to do."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model's logits are NaN, so no token can be chosen: its activations overflow in this dtype; run it in bfloat16 "
+            "or float32 (dtype)"
+        )
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How to choose tokens.

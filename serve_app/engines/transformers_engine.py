@@ -31,8 +31,9 @@ from serve_app.capture.grid import Grid
 from serve_app.capture.memory import RowMemory
 from serve_app.capture.rows import StepRows
 from serve_app.capture.scoring import StepScores, UnscorableError
-from serve_app.capture.steering import OversteeredError, StepSteering
+from serve_app.capture.steering import StepSteering
 from serve_app.engines.admission import Budget, next_jobs
+from serve_app.engines.completion import no_token
 from serve_app.engines.kv_cache import BatchRows, SlotRows, StaticRows, continuous
 from serve_app.engines.protocol import EngineBusyError, EngineStoppedError, Failed, GenerationJob, Load
 from serve_app.engines.running import Prefill, Running
@@ -306,8 +307,8 @@ class TransformersEngine:
         for row, one in enumerate(running):
             if one.job.cancelled.is_set():
                 continue
-            if one.job.steering and math.isnan(scores[row].logprob):
-                one.job.listener(Failed(OversteeredError()))
+            if math.isnan(scores[row].logprob) and (failure := no_token(one.job)) is not None:
+                one.job.listener(Failed(failure))
                 continue
             reason = one.advance(chosen[row], scores[row]) if one.job.sampling.max_tokens else "length"
             if one.sampler.failure is not None:

@@ -8,6 +8,9 @@ traceback that is no client's business.
 import re
 from typing import Any
 
+NOT_AGAIN = frozenset({"non_finite_logits", "non_finite_rows"})
+"""Codes of 5xx errors that would come again: OpenAI's clients are told not to repeat the request."""
+
 
 class ApiError(Exception):
     """An error in OpenAI's shape.
@@ -53,6 +56,8 @@ class ApiError(Exception):
 
     def headers(self) -> dict[str, str]:
         """Return the headers that go with it."""
+        if self.code in NOT_AGAIN:
+            return {"x-should-retry": "false"}
         return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
 
     def payload(self) -> dict[str, Any]:
