@@ -10,9 +10,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import numpy as np
+
 from roentgen.store import NonFiniteRowsError, Receipt, StoreError, StoreWriter
+from roentgen.store.schema import check_finite
 from serve_app.capture.rows import CapturedRows
-from serve_app.engines.protocol import Finished
+from serve_app.engines.protocol import Finished, NonFiniteLogitsError
 from serve_app.rollouts import Entry, describe, join
 
 
@@ -70,7 +73,13 @@ def write(writer: StoreWriter, entry: Entry, captured: CapturedRows) -> "Future[
     stored: Future[Stored] = Future()
     try:
         rollout = join(entry, captured)
+        if not entry.allow_non_finite and np.isnan(entry.logprobs[entry.n_prompt :]).any():
+            check_finite(rollout)  # the rows say where it begins, if they are among those asked for
+            raise NonFiniteLogitsError
         receipt = writer.submit(rollout)
+    except (NonFiniteLogitsError, NonFiniteRowsError) as error:
+        stored.set_exception(error)
+        return stored
     except (StoreError, ValueError) as error:
         stored.set_exception(StoreError(str(error)))
         return stored

@@ -87,7 +87,7 @@ class Completion:
 
 
 def no_token(job: GenerationJob) -> Exception | None:
-    """Return why a job fails whose logits are NaN; None if its rows are captured, which tell, or it chooses no token."""
+    """Return why a job fails whose logits are NaN; None if it captures, and is judged when it is stored, or only reads."""
     if job.steering:
         return OversteeredError()
     return NonFiniteLogitsError() if job.capture is None and job.sampling.max_tokens else None

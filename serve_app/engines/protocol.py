@@ -41,6 +41,9 @@ class NonFiniteLogitsError(Exception):
             "or float32 (dtype)"
         )
 
+    def __reduce__(self) -> tuple[type["NonFiniteLogitsError"], tuple[()]]:
+        return type(self), ()  # it crosses from a worker to its replica
+
 
 @dataclass(frozen=True)
 class Sampling:

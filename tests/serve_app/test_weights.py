@@ -136,7 +136,7 @@ def headers(folder: Path) -> None:
     ("extra", "config"),
     [
         ({"model.layers.0.self_attn.rotary_emb.inv_freq": (4,)}, {}),
-        ({"model.layers.3.mlp.up_proj.weight": (64, 32), "model.layers.3.eh_proj.weight": (2, 2)}, {"num_nextn_predict_layers": 1}),
+        ({"model.layers.3.mlp.up_proj.weight": (64, 32)}, {"num_nextn_predict_layers": 1}),
         ({"mtp.layers.0.input_layernorm.weight": (32,), "mtp.fc.weight": (2, 2)}, {}),
         ({"vision_tower.encoder.layers.0.mlp.fc1.weight": (4, 4), "multi_modal_projector.linear_1.weight": (4, 4)}, {}),
         ({"model.vision_tower.blocks.0.weight": (4, 4), "model.visual.merger.weight": (2, 2)}, {}),
@@ -186,7 +186,7 @@ def test_weights_as_transformers_saves_them_are_the_models(tmp_path: Path, archi
     del weights[least]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     for read in (headers, lambda folder: read_module(str(folder), architecture)):
-        with pytest.raises(WeightsError, match="missing|another shape|converted"):
+        with pytest.raises(WeightsError, match=r"missing|another shape|converted"):
             read(tmp_path)
 
 
@@ -217,7 +217,7 @@ def test_damaged_files_are_named_before_anything_is_loaded(whole: Path, tmp_path
 def test_a_quantization_that_is_not_installed_is_named(whole: Path, tmp_path: Path) -> None:
     described = {"quant_method": "gptq", "bits": 4, "group_size": 128}
     folder = copied(whole, tmp_path / "quantized", quantization_config=described)
-    with pytest.raises(WeightsError, match="cannot be loaded here: .*optimum"):
+    with pytest.raises(WeightsError, match=r"cannot be loaded here: .*optimum"):
         load(locate(str(folder)), device="cpu")
 
 
