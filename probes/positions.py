@@ -50,9 +50,9 @@ def read(
             return session.activations(key, where=rollouts, positions=positions).stack().float().flatten(1)
         rows = session.activations(key, where=rollouts, positions="all")
         if positions == "tokens":
-            return torch.nn.utils.rnn.pad_sequence(
-                [item.values.float().flatten(1) for item in rows], batch_first=True, padding_value=torch.nan
-            )
+            # A stored NaN must not look like padding: as infinity it is found not to be finite.
+            found = [item.values.float().flatten(1).nan_to_num(torch.inf, torch.inf, -torch.inf) for item in rows]
+            return torch.nn.utils.rnn.pad_sequence(found, batch_first=True, padding_value=torch.nan)
         wanted = _wanted(rollouts, positions)
         kept = []
         for item, position in zip(rows, wanted, strict=True):

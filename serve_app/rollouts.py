@@ -143,7 +143,7 @@ def join(entry: Entry, captured: CapturedRows) -> Rollout:
         final_logprob=float(entry.logprobs[-1]),
         key=entry.key,
         labels=entry.labels,
-        allow_non_finite=entry.allow_non_finite,
+        require_finite=not entry.allow_non_finite,
     )
 
 

@@ -142,7 +142,7 @@ class Rollout:
         final_logprob: log-probability of the final token, which no row holds.
         key: the caller's identity for the rollout, if it gave one.
         labels: the caller's labels.
-        allow_non_finite: whether rows may hold NaN and infinity.
+        require_finite: whether rows that hold NaN or infinity fail the rollout; they are counted in any case.
     """
 
     session_id: str
@@ -161,7 +161,7 @@ class Rollout:
     final_logprob: float
     key: RolloutKey | None = None
     labels: dict[str, LabelValue] = field(default_factory=dict)
-    allow_non_finite: bool = False
+    require_finite: bool = False
 
     @cached_property
     def non_finite(self) -> NonFinite | None:
@@ -239,12 +239,12 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def check_finite(rollout: Rollout) -> None:
-    """Refuse a rollout with rows that are not finite, unless it allows them.
+    """Refuse a rollout with rows that are not finite, if it requires them to be.
 
     Raises:
         NonFiniteRowsError: naming the first of them.
     """
-    found = None if rollout.allow_non_finite else rollout.non_finite
+    found = rollout.non_finite if rollout.require_finite else None
     if found is None:
         return
     where = "a pooled row" if found.position < 0 else f"position {found.position}"

@@ -4,7 +4,7 @@ The engine's thread hands over finished rollouts and goes on; this thread gather
 (session, capture spec), then one index file per shard, and only then completes the rollouts' futures. Grouping makes one
 flush of the disk serve many rollouts; it waits until `max_bytes` are pending or the oldest has waited `max_wait_s`, but only
 as long as whoever makes the rollouts expects more of them: waiting for company that will not come only delays a rollout.
-A rollout with rows that are not finite fails alone, unless it allows them.
+A rollout with rows that are not finite fails alone, if it requires them to be.
 There is no manifest: file names are ULIDs, so any number of writers on any number of machines append side by side. A crash
 between the two writes leaves an orphan shard, which readers never see.
 

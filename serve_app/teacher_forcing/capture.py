@@ -255,7 +255,7 @@ class TeacherForcing:
             final_logprob=float(logprobs[-1]),
             key=transcript.key,
             labels=transcript.labels,
-            allow_non_finite=self._request.allow_non_finite,
+            require_finite=not self._request.allow_non_finite,
         )
 
 
