@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import pickle
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -10,10 +9,12 @@ import pytest
 import torch
 
 from roentgen.contract import ActivationRequest
-from roentgen.store import Session, StoreWriter
+from roentgen.store import NonFiniteRowsError, Session, StoreWriter
 from serve_app.config import ServerConfig
 from serve_app.engines.protocol import NonFiniteLogitsError
 from serve_app.engines.transformers_engine import TransformersEngine
+from serve_app.engines.vllm.orders import Report, pack, unpack
+from serve_app.generation import as_api_error
 from serve_app.models import load
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.replica import ModelReplica
@@ -94,7 +95,14 @@ async def test_without_rows_to_tell_it_the_logits_do(replica: ModelReplica) -> N
     # Of rows that are finite, too, the generated tokens mean nothing.
     reply = await chat(replica, activations=asked(layers=[0]))
     assert reply["error"]["code"] == "non_finite_logits"
-    assert isinstance(pickle.loads(pickle.dumps(NonFiniteLogitsError())), NonFiniteLogitsError)
+
+
+def test_a_worker_tells_its_replica_why() -> None:
+    """vLLM's workers write rows in another process, by the same code; what fails there crosses as it is."""
+    failed = {"rows": NonFiniteRowsError("1 of 2 rows"), "logits": NonFiniteLogitsError()}
+    told = unpack(pack(Report({}, failed, has_room=True, held=0)), Report).failed
+    assert [as_api_error(told[name]).code for name in failed] == ["non_finite_rows", "non_finite_logits"]
+    assert as_api_error(told["rows"]).headers() == {"x-should-retry": "false"}
 
 
 def test_texts_that_are_read_are_not_captured_and_say_why(folder: Path, tmp_path: Path) -> None:
