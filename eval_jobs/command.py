@@ -64,6 +64,10 @@ def evaluate(
         ),
     ] = _DEFAULTS.positions,
     collect_activations: Annotated[bool, typer.Option("--collect-activations", help="Keep activations.")] = False,
+    allow_non_finite: Annotated[
+        bool,
+        typer.Option("--allow-non-finite", help="Keep rows with NaN or infinity; they fail their sample otherwise."),
+    ] = False,
     output: Annotated[Path | None, typer.Option(help="The run directory; made up under results/ if absent.")] = None,
     base_url: Annotated[str | None, typer.Option(help="An OpenAI-compatible server, http://HOST:PORT/v1.")] = None,
     ray_address: Annotated[str | None, typer.Option(help="The Ray cluster: local or HOST:PORT.")] = None,

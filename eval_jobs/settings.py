@@ -53,6 +53,7 @@ class EvalSettings(BaseModel):
         layers: which layers, or "all".
         hook_points: which hook points.
         positions: which positions, a policy of `contract.Positions`.
+        allow_non_finite: keep rows that hold NaN or infinity, which otherwise fail their sample.
         output: the run directory; made up if absent.
         new: start another run even if an unfinished one could be continued.
         base_url: the server, `http://HOST:PORT/v1`; several with commas between them, if it has several.
@@ -92,6 +93,7 @@ class EvalSettings(BaseModel):
     layers: tuple[int, ...] | Literal["all"] = DEFAULT_LAYERS
     hook_points: tuple[str, ...] = DEFAULT_HOOK_POINTS
     positions: str = "all"
+    allow_non_finite: bool = False
     output: Path | None = None
     new: bool = False
     base_url: str | None = None
@@ -223,7 +225,9 @@ class EvalSettings(BaseModel):
         """What to keep of the model's activations; None if nothing."""
         if not self.collect_activations:
             return None
-        return self.model_dump(mode="json", include={"layers", "hook_points", "positions"})
+        kept = self.model_dump(mode="json", include={"layers", "hook_points", "positions"})
+        # Said only where it is asked for: it would make another configuration of every run there is.
+        return {**kept, "allow_non_finite": True} if self.allow_non_finite else kept
 
 
 def check_settings(**values: Any) -> EvalSettings:

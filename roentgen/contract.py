@@ -274,6 +274,7 @@ class ActivationRequest(BaseModel):
         since: "turn" keeps only what is new in this turn of a conversation: rows from the last token of the last assistant
             message on (that token was sampled in the turn before, but never fed). Without such a message, all rows.
         dtype: what to store; "model" keeps the model's own dtype.
+        allow_non_finite: keep rows that hold NaN or infinity, which otherwise fail the request (500, `non_finite_rows`).
         delivery: how the reply carries values (`return` on the wire).
         labels: a flat JSON object stored with the rollout; its numbers are kept exactly.
     """
@@ -287,6 +288,7 @@ class ActivationRequest(BaseModel):
     positions: Annotated[str, AfterValidator(_check_positions)] = "all"
     since: Literal["turn"] | None = None
     dtype: StoredDtype = "model"
+    allow_non_finite: bool = False
     delivery: Literal["reference", "sample", "full"] = Field(default="reference", alias="return")
     labels: Labels = Field(default_factory=dict)
 
@@ -303,7 +305,7 @@ class StoredTensor(BaseModel):
         shape: of the whole: `[rows, *shape]` for a reference, `[1, rows, *shape]` where values are sent.
         dtype: of the stored values ("torch.float32").
         stored_path: the shard that holds them.
-        data: the values, nested as `shape` says.
+        data: the values, nested as `shape` says; null for NaN and infinity, which JSON does not have.
         sample_info: which of them a sample is.
     """
 
@@ -333,6 +335,7 @@ class ActivationReply(BaseModel):
         row_start: first row of this rollout in every tensor of the shard.
         row_stop: one past its last row.
         tensors: per stored key, where and what.
+        non_finite_rows: how many rows hold NaN or infinity; absent if none do.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -344,6 +347,7 @@ class ActivationReply(BaseModel):
     row_start: int
     row_stop: int
     tensors: dict[str, StoredTensor]
+    non_finite_rows: int | None = None
 
 
 def canonical_hash(value: Any) -> str:

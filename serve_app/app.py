@@ -21,7 +21,7 @@ from ulid import ULID
 
 from serve_app.config import ModelChoice, ServerConfig
 from serve_app.ingress import Ingress
-from serve_app.replica import ModelReplica
+from serve_app.replica import ASKED, ModelReplica
 from serve_app.routing import PERIOD_S, ReadyReplicas
 
 log = logging.getLogger(__name__)
@@ -35,10 +35,11 @@ BESIDE = 64
 
 def build(config: ServerConfig) -> Application:
     """Build the application from its configuration."""
-    return _application(config, str(ULID()), config.choice)
+    version = str(ULID())
+    return _application(config, version, config.choice, version)
 
 
-def _application(config: ServerConfig, version: str, choice: ModelChoice) -> Application:
+def _application(config: ServerConfig, version: str, choice: ModelChoice, asked: str) -> Application:
     most = most_per_replica(config)
     ingress = serve.deployment(
         serve.ingress()(Ingress),
@@ -61,7 +62,8 @@ def _application(config: ServerConfig, version: str, choice: ModelChoice) -> App
         ),
         graceful_shutdown_timeout_s=10,
         health_check_period_s=3,  # a replica whose engine has given up fails three checks before Serve restarts it
-        user_config=choice.model_dump(mode="json"),
+        # Serve tells replicas what has changed only: the same choice again, of a folder that has changed, is another.
+        user_config={**choice.model_dump(mode="json"), ASKED: asked},
         logging_config=QUIET,
     )
     replicas = _pinned(model, version).bind(config)
@@ -117,7 +119,7 @@ def _pinned(deployment: Deployment, version: str) -> Deployment:
 
 def _redeploy(config: ServerConfig, version: str, choice: ModelChoice) -> None:
     """Deploy the application that this replica is part of again, with another choice of model."""
-    serve.run(_application(config, version, choice), name=serve.get_replica_context().app_name)
+    serve.run(_application(config, version, choice, str(ULID())), name=serve.get_replica_context().app_name)
 
 
 def _gpus(config: ServerConfig) -> float:

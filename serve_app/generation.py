@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from ulid import ULID
 
 from roentgen.contract import ActivationRequest
-from roentgen.store import StoreError
+from roentgen.store import NonFiniteRowsError, StoreError
 from serve_app.capture.rows import CapturePlan, UncapturableError
 from serve_app.capture.scoring import Scorer, UnscorableError
 from serve_app.capture.steering import Addition, OversteeredError, UnsteerableError
@@ -29,6 +29,7 @@ from serve_app.engines.protocol import (
     Failed,
     Finished,
     GenerationJob,
+    NonFiniteLogitsError,
     RequestTooLargeError,
     Sampling,
     TextDelta,
@@ -157,6 +158,7 @@ async def generate(
         ConstraintError,
         EngineBusyError,
         EngineStoppedError,
+        NonFiniteLogitsError,
         OversteeredError,
         RequestTooLargeError,
         StoreError,
@@ -242,6 +244,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(503, str(error), retry_after_s=RETRY_AFTER_S)
         case RequestTooLargeError():
             return ApiError(400, str(error), code="request_too_large")
+        case NonFiniteLogitsError():
+            return ApiError(500, str(error), code="non_finite_logits")
         case UncapturableError():
             return ApiError(400, f"activations.hook_points: {error}", param="activations.hook_points")
         case UnscorableError():
@@ -254,5 +258,7 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(400, f"steering: {error}", param="steering", code="steering_overflow")
         case ConstraintError():
             return ApiError(400, f"response_format or tools: {error}", code="constraint_failed")
+        case NonFiniteRowsError():
+            return ApiError(500, f"activations: {error}", param="activations", code="non_finite_rows")
         case _:
             return ApiError(500, str(error), code="activations_not_stored")

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
+from serve_app.adapters import read_model
 from serve_app.capture.narrowing import resolve_config
 from serve_app.capture.resolver import resolve_structure
 from serve_app.capture.structure import ModelStructure
@@ -21,15 +22,17 @@ def inspect_model(name: str, *, revision: str | None = None, config_only: bool =
 
     Raises:
         ModelNotFoundError: if there is no such model, or transformers cannot load it.
+        WeightsError: if its weights are not all there, or not the model's.
         ResolutionError: if its hook points cannot be found.
     """
     disable_progress_bar()
     source = locate(name, revision)
-    at = revision if source.path == source.name else None  # a folder has no revisions
     try:
         if config_only or _is_bare(source):
-            return resolve_config(AutoConfig.from_pretrained(source.path, revision=at), source.name)
-        model = AutoModelForCausalLM.from_pretrained(source.path, revision=at, dtype="auto").eval()
+            return resolve_config(AutoConfig.from_pretrained(source.path, revision=source.commit), source.name)
+        model = read_model(source, revision=source.commit, dtype="auto").eval()
+    except ModelNotFoundError:
+        raise
     except (OSError, ValueError) as error:
         raise ModelNotFoundError(f"model {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
     return resolve_structure(model, source.name)

@@ -28,7 +28,7 @@ from serve_app.engines.vllm import loading as vllm
 from serve_app.generation import RETRY_AFTER_S, Served
 from serve_app.models import load
 from serve_app.openai_api.errors import ApiError
-from serve_app.sources import ModelNotFoundError, ModelSource, locate
+from serve_app.sources import ModelNotFoundError, ModelSource, WeightsError, locate
 from serve_app.storing import LocalStorage
 
 log = logging.getLogger(__name__)
@@ -45,13 +45,16 @@ class ModelSlot:
         self._refused: tuple[ModelChoice, ApiError] | None = None
         self._stage = "starting"
         self._users = 0
+        self._unsettled = 0
         self._open = False
         self._changed = threading.Condition()
         self._one_at_a_time = threading.Lock()
 
     def choose(self, choice: ModelChoice) -> None:
-        """Start to serve another model; returns at once. If it is the one that is served, nothing happens."""
+        """Start to serve another model; returns at once. If it is the one that is served, unchanged, nothing happens."""
         self._refused = None
+        with self._changed:
+            self._unsettled += 1
         threading.Thread(target=self._swap, args=(choice,), name="load", daemon=True).start()
 
     @property
@@ -70,6 +73,7 @@ class ModelSlot:
         served, refused = self._served, self._refused
         status: dict[str, Any] = {
             "choice": self._choice,
+            "settled": self._unsettled == 0,
             "refused": {"choice": refused[0], "error": refused[1].payload()} if refused else None,
         }
         if served is not None and not served.engine.alive:
@@ -114,15 +118,24 @@ class ModelSlot:
         return ApiError(503, f"the model is loading: {status['stage']}", code="loading", retry_after_s=RETRY_AFTER_S)
 
     def _swap(self, choice: ModelChoice) -> None:
+        try:
+            self._settle(choice)
+        finally:
+            with self._changed:
+                self._unsettled -= 1
+
+    def _settle(self, choice: ModelChoice) -> None:
+        """Serve a model, or the former one if that fails."""
         with self._one_at_a_time:
             former = self._choice
-            if choice == former:
-                return
             torch.set_num_threads(self._config.threads or os.cpu_count() or 1)
             source = self._find(choice)
             if source is None:
                 return
             if self._served is not None:
+                if choice == former and source == self._served.model.source:
+                    self._say("ready")
+                    return
                 self._drain()
                 self._free()
             if not self._load(choice, source) and former is not None:
@@ -172,7 +185,7 @@ class ModelSlot:
         return True
 
     def _make(self, choice: ModelChoice, source: ModelSource) -> Served:
-        engine = engine_for(self._config, choice)
+        engine = engine_for(self._config, choice, source)
         return self._make_vllm(choice, source) if engine == "vllm" else self._make_transformers(choice, source)
 
     def _make_vllm(self, choice: ModelChoice, source: ModelSource) -> Served:
@@ -232,11 +245,12 @@ class ModelSlot:
         log.info("%s", stage)
 
 
-def engine_for(config: ServerConfig, choice: ModelChoice) -> str:
-    """Return which engine runs a model: "auto" is vLLM where it is installed, on a CUDA GPU."""
+def engine_for(config: ServerConfig, choice: ModelChoice, source: ModelSource | None = None) -> str:
+    """Return which engine runs a model: "auto" is vLLM where it is installed, on a CUDA GPU, for what it can run."""
     if config.engine != "auto":
         return config.engine
-    fits = config.device != "cpu" and choice.device_map is None
+    adapted = source is not None and source.adapter is not None
+    fits = config.device != "cpu" and choice.device_map is None and not adapted
     return "vllm" if fits and torch.cuda.is_available() and vllm.installed() else "transformers"
 
 
@@ -263,6 +277,8 @@ def describe(served: Served) -> dict[str, Any]:
 def as_load_error(error: Exception) -> ApiError:
     """Spell why a model could not be loaded: 4xx for what whoever chose it did wrong."""
     match error:
+        case WeightsError():
+            return ApiError(500, str(error), param="model_id", code="weights_unusable")
         case ModelNotFoundError():
             return ApiError(404, str(error), param="model_id", code="model_not_found")
         case CaptureRequestError():

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PretrainedConfig,
@@ -25,6 +24,7 @@ from transformers import (
 )
 from transformers.utils.logging import disable_progress_bar
 
+from serve_app.adapters import read_model
 from serve_app.capture.observer import ObservedModel, observe
 from serve_app.capture.resolver import resolve_structure
 from serve_app.capture.structure import ModelStructure
@@ -169,30 +169,29 @@ def load(
         trust_remote_code: whether code that comes with the model may run.
 
     Raises:
+        WeightsError: if the weights are not all there, or not the model's; see `weights` and `adapters`.
         ResolutionError: if its layers cannot be found, or it is not a causal decoder that the engine can run.
     """
     place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
     kind = native_dtype(place) if dtype == "auto" else getattr(torch, dtype)
-    hub_revision = source.revision if source.path == source.name and source.revision != "unknown" else None
     disable_progress_bar()
     stage(f"loading {source.name} ({kind}, {place})")
-    remote = {"revision": hub_revision, "trust_remote_code": trust_remote_code}
-    check_config(AutoConfig.from_pretrained(source.path, **remote), trust_remote_code=trust_remote_code)
-    tokenizer = AutoTokenizer.from_pretrained(source.path, **remote)
+    config = AutoConfig.from_pretrained(source.path, revision=source.commit, trust_remote_code=trust_remote_code)
+    check_config(config, trust_remote_code=trust_remote_code)
+    words, commit = source.tokenizer_at
+    tokenizer = AutoTokenizer.from_pretrained(words, revision=commit, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
         raise UnsupportedModelError(
             f"{source.name} has a tokenizer ({type(tokenizer).__name__}) that cannot say which characters a token covers"
         )
-    options = {"dtype": kind, **remote}
+    options = {"revision": source.commit, "dtype": kind, "trust_remote_code": trust_remote_code}
     if device_map is None:
-        module = AutoModelForCausalLM.from_pretrained(source.path, **options).to(place).eval()
+        module = read_model(source, **options).to(place).eval()
     else:
         # Weights on disk are read from here for as long as the process lives.
         folder = tempfile.mkdtemp(prefix="roentgen-offload-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
-        module = AutoModelForCausalLM.from_pretrained(
-            source.path, device_map=device_map, offload_folder=folder, **options
-        ).eval()
+        module = read_model(source, device_map=device_map, offload_folder=folder, **options).eval()
     stage("verifying hook points")
     structure = resolve_structure(module, source.name)
     stage("checking causality, attention and batching")

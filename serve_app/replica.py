@@ -31,6 +31,9 @@ from serve_app.planning import Plan, describe_all, plan_chat, plan_completion
 
 log = logging.getLogger(__name__)
 
+ASKED = "asked"
+"""The key of a model's `user_config` that says which asking it is."""
+
 Generation = ChatRequest | CompletionRequest
 
 
@@ -47,7 +50,8 @@ class ModelReplica:
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Start to serve a model (a `ModelChoice` as data), in place of the one there may be; returns at once."""
-        self._slot.choose(ModelChoice.model_validate(user_config))
+        choice = {name: value for name, value in user_config.items() if name != ASKED}
+        self._slot.choose(ModelChoice.model_validate(choice))
 
     def close(self) -> None:
         """Stop the engine and commit what is pending."""

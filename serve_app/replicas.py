@@ -246,7 +246,9 @@ class Replicas:
                         refused = status["refused"]
                         if refused is not None and refused["choice"] == choice:
                             return ApiError.from_payload(refused["error"])
-                    ready = [s for s in statuses if s["status"] == "ok" and s["choice"] == choice]
+                    ready = [
+                        s for s in statuses if s["status"] == "ok" and s["choice"] == choice and s.get("settled", True)
+                    ]
                     if len(ready) >= self._config.num_replicas:
                         return None
                     await asyncio.sleep(0.1)

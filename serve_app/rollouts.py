@@ -50,6 +50,8 @@ class Entry:
         key: the caller's identity for it, if it gave one.
         labels: the caller's labels.
         delivery: whether the reply carries values, and how many.
+        computed_in: the dtype that the model computes in.
+        allow_non_finite: whether rows may hold NaN and infinity.
     """
 
     session_id: str
@@ -67,6 +69,8 @@ class Entry:
     key: RolloutKey | None
     labels: dict[str, LabelValue]
     delivery: Delivery
+    computed_in: str | None = None
+    allow_non_finite: bool = False
 
     @property
     def n_rows(self) -> int:
@@ -108,6 +112,8 @@ def make_entry(
         key=asked.key,
         labels=asked.labels,
         delivery=asked.delivery,
+        computed_in=str(model.dtype),
+        allow_non_finite=asked.allow_non_finite,
     )
 
 
@@ -124,6 +130,7 @@ def join(entry: Entry, captured: CapturedRows) -> Rollout:
             keys=tuple(captured.tensors),
             positions=entry.positions,
             dtype=", ".join(sorted(dtypes)),
+            computed_in=entry.computed_in,
         ),
         tensors=captured.tensors,
         position=captured.position,
@@ -138,6 +145,7 @@ def join(entry: Entry, captured: CapturedRows) -> Rollout:
         final_logprob=float(entry.logprobs[-1]),
         key=entry.key,
         labels=entry.labels,
+        require_finite=not entry.allow_non_finite,
     )
 
 
@@ -150,6 +158,7 @@ def describe(rollout: Rollout, receipt: Receipt, delivery: Delivery = "reference
         delivery: whether the reply carries values, and how many.
     """
     path = f"{receipt.uri}/{receipt.shard}"
+    found = rollout.non_finite
     reply = ActivationReply(
         session_id=receipt.session_id,
         rollout_id=receipt.rollout_id,
@@ -158,6 +167,7 @@ def describe(rollout: Rollout, receipt: Receipt, delivery: Delivery = "reference
         row_start=receipt.row_start,
         row_stop=receipt.row_stop,
         tensors={key: _tensor(values, path, delivery) for key, values in rollout.tensors.items()},
+        non_finite_rows=found.rows if found else None,
     )
     return reply.model_dump(mode="json", exclude_none=True)
 
@@ -169,13 +179,23 @@ def _tensor(values: Float[Tensor, "rows ..."], path: str, delivery: Delivery) ->
     whole = values[None].float()
     if delivery == "full":
         return StoredTensor(
-            format="complete_tensor", shape=tuple(whole.shape), dtype=dtype, stored_path=path, data=whole.tolist()
+            format="complete_tensor", shape=tuple(whole.shape), dtype=dtype, stored_path=path, data=_listed(whole)
         )
     return StoredTensor(
         format="sampled_tensor",
         shape=tuple(whole.shape),
         dtype=dtype,
         stored_path=path,
-        data=whole[..., :SAMPLED_FEATURES].tolist(),
+        data=_listed(whole[..., :SAMPLED_FEATURES]),
         sample_info=f"first_{SAMPLED_FEATURES}_features",
     )
+
+
+def _listed(values: Float[Tensor, "..."]) -> list[Any]:
+    """Nest values as their shape says, with None for those that JSON cannot spell."""
+    finite = values.isfinite()
+    if finite.all():
+        return values.tolist()
+    listed = values.numpy().astype(object)
+    listed[~finite.numpy()] = None
+    return listed.tolist()

@@ -10,9 +10,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from roentgen.store import Receipt, StoreError, StoreWriter
+import numpy as np
+
+from roentgen.store import NonFiniteRowsError, Receipt, StoreError, StoreWriter
+from roentgen.store.schema import check_finite
 from serve_app.capture.rows import CapturedRows
-from serve_app.engines.protocol import Finished
+from serve_app.engines.protocol import Finished, NonFiniteLogitsError
 from serve_app.rollouts import Entry, describe, join
 
 
@@ -70,7 +73,13 @@ def write(writer: StoreWriter, entry: Entry, captured: CapturedRows) -> "Future[
     stored: Future[Stored] = Future()
     try:
         rollout = join(entry, captured)
+        if not entry.allow_non_finite and np.isnan(entry.logprobs[entry.n_prompt :]).any():
+            check_finite(rollout)  # the rows say where it begins, if they are among those asked for
+            raise NonFiniteLogitsError
         receipt = writer.submit(rollout)
+    except (NonFiniteLogitsError, NonFiniteRowsError) as error:
+        stored.set_exception(error)
+        return stored
     except Exception as error:  # noqa: BLE001 - an engine's thread calls this: the failure is this generation's alone
         stored.set_exception(StoreError(f"the activations could not be stored: {error}"))
         return stored
@@ -78,6 +87,9 @@ def write(writer: StoreWriter, entry: Entry, captured: CapturedRows) -> "Future[
     def committed(done: "Future[Receipt]") -> None:
         try:
             reply = describe(rollout, done.result(), entry.delivery)
+        except NonFiniteRowsError as error:
+            stored.set_exception(error)
+            return
         except Exception as error:  # noqa: BLE001 - on the writer's thread: raised here, nobody would hear of it
             stored.set_exception(StoreError(f"the activations could not be stored: {error}"))
             return

@@ -17,6 +17,9 @@ def capture(
     layers: Annotated[str, typer.Option(help="Layers to keep, or all.")] = ",".join(map(str, DEFAULT_LAYERS)),
     hook_points: Annotated[str, typer.Option(help="Hook points to keep.")] = ",".join(DEFAULT_HOOK_POINTS),
     positions: Annotated[str, typer.Option(help="Positions to keep.")] = "all",
+    allow_non_finite: Annotated[
+        bool, typer.Option("--allow-non-finite", help="Keep rows with NaN or infinity; they fail their text otherwise.")
+    ] = False,
     store: Annotated[str | None, typer.Option(help="Folder of the activation store; the run's if absent.")] = None,
     session: Annotated[str | None, typer.Option(help="Session to store in; made up if absent.")] = None,
     batch: Annotated[int, typer.Option(help="Texts in one forward.")] = 32,
@@ -41,7 +44,8 @@ def capture(
     from roentgen.transcripts import TranscriptError
 
     with expected_errors(CaptureError, RunError, SettingsError, StoreError, TranscriptError, ValidationError):
-        asked = check_settings(layers=layers, hook_points=hook_points, positions=positions, collect_activations=True)
+        asked = check_settings(layers=layers, hook_points=hook_points, positions=positions, collect_activations=True,
+                               allow_non_finite=allow_non_finite)  # fmt: skip
         settings = CaptureSettings(
             source=source, model=model, revision=revision, dtype=dtype, device=device, store=store, session=session,
             request=ActivationRequest.model_validate(asked.capture),

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
@@ -189,7 +189,8 @@ def _store_of(run: Run) -> str | None:
 def _session_name(settings: CaptureSettings, run: Run | None, model: LoadedModel) -> str:
     """Make up a session that is the same for the same texts, model and capture, and no other."""
     source = run.config.run_id if run else str(settings.source.absolute())
-    described = [source, model.source.name, model.source.revision, str(model.dtype), settings.request.model_dump()]
+    described: list[Any] = [source, model.source.name, model.source.revision, str(model.dtype)]
+    described.append(settings.request.model_dump(exclude={"allow_non_finite"}))
     stem = run.config.run_id if run else settings.source.stem
     parts = [re.sub(r"[^A-Za-z0-9_-]+", "-", part)[:size] for part, size in ((stem, 32), (model.source.name, 20))]
     return ".".join([*parts, canonical_hash(described)[:8]])

@@ -13,13 +13,22 @@ docs/store.md describes the format for readers in other languages.
 from roentgen.store.activations import Activations, RolloutRows
 from roentgen.store.locks import SessionBusyError
 from roentgen.store.reader import Session
-from roentgen.store.schema import CaptureSpec, Receipt, Rollout, Segment, SessionNotFoundError, StoreError
+from roentgen.store.schema import (
+    CaptureSpec,
+    NonFiniteRowsError,
+    Receipt,
+    Rollout,
+    Segment,
+    SessionNotFoundError,
+    StoreError,
+)
 from roentgen.store.sessions import SessionSummary, VerifyReport, list_sessions, verify
 from roentgen.store.writer import StoreWriter
 
 __all__ = [
     "Activations",
     "CaptureSpec",
+    "NonFiniteRowsError",
     "Receipt",
     "Rollout",
     "RolloutRows",

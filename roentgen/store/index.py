@@ -16,7 +16,7 @@ import xxhash
 from torch import Tensor
 
 from roentgen.store.places import Place
-from roentgen.store.schema import INDEX_SCHEMA, SCHEMA_VERSION, CaptureSpec, StoreError, check_version
+from roentgen.store.schema import ADDED_COLUMNS, INDEX_SCHEMA, SCHEMA_VERSION, CaptureSpec, StoreError, check_version
 from roentgen.store.shards import shard_bytes
 
 ROW_GROUP = 8192
@@ -129,8 +129,10 @@ def read_index(
             version = metadata.get(b"roentgen_schema", b"").decode()
             check_version(version or None, where)
             _check_columns(file.schema_arrow, where)
-            wanted = list(columns) if columns is not None else None
-            table = file.read(wanted) if ids is None else _read_some(file, wanted, ids)
+            wanted = list(columns) if columns is not None else INDEX_SCHEMA.names
+            there = [name for name in wanted if name in file.schema_arrow.names]
+            table = file.read(there) if ids is None else _read_some(file, there, ids)
+            table = _with_added(table, wanted)
         shards = json.loads(metadata.get(b"shards", b"{}"))
         replaces = frozenset(json.loads(metadata.get(b"replaces", b"[]")))
         named = {name: ShardFile(name, int(shard["bytes"]), str(shard["xxh3_128"])) for name, shard in shards.items()}
@@ -142,18 +144,27 @@ def read_index(
     return IndexFile(name, table.replace_schema_metadata(None).unify_dictionaries(), named, replaces)
 
 
-def _read_some(file: pq.ParquetFile, columns: list[str] | None, ids: pa.Array) -> pa.Table:
+def _read_some(file: pq.ParquetFile, columns: list[str], ids: pa.Array) -> pa.Table:
     found = []
     for group in range(file.num_row_groups):
         mask = pc.is_in(file.read_row_group(group, ["rollout_id"]).column(0), value_set=ids)
         if pc.any(mask).as_py():
             found.append(file.read_row_group(group, columns).filter(mask))
-    return pa.concat_tables(found) if found else file.schema_arrow.empty_table().select(columns or INDEX_SCHEMA.names)
+    return pa.concat_tables(found) if found else file.schema_arrow.empty_table().select(columns)
+
+
+def _with_added(table: pa.Table, wanted: Sequence[str]) -> pa.Table:
+    """Add the columns that an older file does not have, as null."""
+    for name in wanted:
+        if name in ADDED_COLUMNS and name not in table.column_names:
+            table = table.append_column(INDEX_SCHEMA.field(name), pa.nulls(len(table), INDEX_SCHEMA.field(name).type))
+    return table.select(list(wanted))
 
 
 def _check_columns(stored: pa.Schema, where: str) -> None:
     plain = pa.schema(
         [f.with_type(f.type.value_type) if pa.types.is_dictionary(f.type) else f for f in stored], stored.metadata
     )
-    if not plain.equals(INDEX_SCHEMA):
+    at_first = pa.schema([field for field in INDEX_SCHEMA if field.name not in ADDED_COLUMNS], INDEX_SCHEMA.metadata)
+    if not plain.equals(INDEX_SCHEMA) and not plain.equals(at_first):
         raise StoreError(f"{where} is damaged: its columns are not those of schema {SCHEMA_VERSION}")

@@ -8,6 +8,7 @@ characters each token covers, who said what, and the caller's key and labels.
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -47,9 +48,13 @@ INDEX_SCHEMA = pa.schema(
         ("final_token", pa.int32()),
         ("final_logprob", pa.float32()),
         ("checksum", pa.string()),
+        ("non_finite_rows", pa.int32()),
     ],
     metadata={"roentgen_schema": str(SCHEMA_VERSION)},
 )
+
+ADDED_COLUMNS = frozenset({"non_finite_rows"})
+"""Columns that schema 1 did not have at first: in an index file without them they are null, which means not counted."""
 
 
 class StoreError(Exception):
@@ -64,6 +69,10 @@ class SessionNotFoundError(StoreError):
     """There is no session at an address."""
 
 
+class NonFiniteRowsError(StoreError):
+    """Rows hold NaN or infinity, and whoever captured them did not allow it; the message names the first of them."""
+
+
 class CaptureSpec(BaseModel):
     """What all rollouts of one shard have in common; it is the shard's header metadata.
 
@@ -73,6 +82,7 @@ class CaptureSpec(BaseModel):
         keys: stored keys, in the order asked for.
         positions: the position policy.
         dtype: the stored dtype, e.g. "torch.bfloat16".
+        computed_in: the dtype that the model computed in; None in shards that do not say.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -82,6 +92,7 @@ class CaptureSpec(BaseModel):
     keys: tuple[str, ...]
     positions: str
     dtype: str
+    computed_in: str | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +102,21 @@ class Segment:
     role: str
     start: int
     stop: int
+
+
+@dataclass(frozen=True)
+class NonFinite:
+    """What of a rollout's rows is not finite.
+
+    Attributes:
+        rows: how many rows hold NaN or infinity under any key.
+        key: the first key that has such a row.
+        position: of the first such row of that key; -1 for a pooled row.
+    """
+
+    rows: int
+    key: str
+    position: int
 
 
 _TOKEN_BYTES = 2 * (8 + 28)
@@ -121,6 +147,7 @@ class Rollout:
         final_logprob: log-probability of the final token, which no row holds.
         key: the caller's identity for the rollout, if it gave one.
         labels: the caller's labels.
+        require_finite: whether rows that hold NaN or infinity fail the rollout; they are counted in any case.
     """
 
     session_id: str
@@ -139,6 +166,22 @@ class Rollout:
     final_logprob: float
     key: RolloutKey | None = None
     labels: dict[str, LabelValue] = field(default_factory=dict)
+    require_finite: bool = False
+
+    @cached_property
+    def non_finite(self) -> NonFinite | None:
+        """The rows that are not finite, None if all are; it reads every value, so the writer's thread asks first."""
+        bad: np.ndarray | None = None
+        first: tuple[str, int] | None = None
+        for key in self.spec.keys:
+            if all_finite(self.tensors[key]):
+                continue
+            rows = ~self.tensors[key].reshape(self.n_rows, -1).isfinite().all(dim=1).numpy()
+            first = first or (key, int(self.position[int(rows.argmax())]))
+            bad = rows if bad is None else bad | rows
+        if bad is None or first is None:
+            return None
+        return NonFinite(int(bad.sum()), *first)
 
     @property
     def n_rows(self) -> int:
@@ -194,6 +237,35 @@ class Receipt:
     row_stop: int
 
 
+def all_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity.
+
+    A sum shows both, in one pass without a copy, thirty times as fast as `isfinite`. A sum of finite values may overflow, in
+    float16 soon; the least and the greatest value then tell.
+    """
+    if not tensor.is_floating_point() or tensor.sum().isfinite():
+        return True
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
+def check_finite(rollout: Rollout) -> None:
+    """Refuse a rollout with rows that are not finite, if it requires them to be.
+
+    Raises:
+        NonFiniteRowsError: naming the first of them.
+    """
+    found = rollout.non_finite if rollout.require_finite else None
+    if found is None:
+        return
+    where = "a pooled row" if found.position < 0 else f"position {found.position}"
+    dtypes = [*rollout.spec.dtype.split(", "), rollout.spec.computed_in]
+    limit = " float16 ends at 65,504:" if "torch.float16" in dtypes else ""
+    raise NonFiniteRowsError(
+        f"{found.rows} of {rollout.n_rows} rows hold NaN or infinity, first {found.key} at {where}, so nothing was stored."
+        f"{limit} run the model in bfloat16 or float32 (dtype), leave those layers out, or set allow_non_finite to keep them"
+    )
+
+
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return a tensor's bytes, row after row, without copying one that lies so already."""
     if not tensor.numel():  # torch cannot view an empty tensor as bytes
@@ -213,7 +285,7 @@ def rows_checksum(tensors: dict[str, Tensor]) -> str:
 
 def spec_metadata(spec: CaptureSpec) -> dict[str, str]:
     """Spell a spec as safetensors header metadata (strings only)."""
-    return {"roentgen_schema": str(SCHEMA_VERSION), "format": "pt", "spec": spec.model_dump_json()}
+    return {"roentgen_schema": str(SCHEMA_VERSION), "format": "pt", "spec": spec.model_dump_json(exclude_none=True)}
 
 
 def read_spec(metadata: dict[str, str] | None, where: str) -> CaptureSpec:
@@ -262,6 +334,7 @@ def index_row(rollout: Rollout, receipt: Receipt, created: Any, checksum: str) -
         "final_token": rollout.token_ids[-1] if rollout.n_completion else None,
         "final_logprob": rollout.final_logprob if rollout.n_completion else None,
         "checksum": checksum,
+        "non_finite_rows": rollout.non_finite.rows if rollout.non_finite else 0,
     }
 
 

@@ -4,6 +4,7 @@ The engine's thread hands over finished rollouts and goes on; this thread gather
 (session, capture spec), then one index file per shard, and only then completes the rollouts' futures. Grouping makes one
 flush of the disk serve many rollouts; it waits until `max_bytes` are pending or the oldest has waited `max_wait_s`, but only
 as long as whoever makes the rollouts expects more of them: waiting for company that will not come only delays a rollout.
+A rollout with rows that are not finite fails alone, if it requires them to be.
 There is no manifest: file names are ULIDs, so any number of writers on any number of machines append side by side. A crash
 between the two writes leaves an orphan shard, which readers never see.
 
@@ -33,9 +34,11 @@ from roentgen.store.places import Place, check_writable, open_place
 from roentgen.store.schema import (
     SCHEMA_VERSION,
     CaptureSpec,
+    NonFiniteRowsError,
     Receipt,
     Rollout,
     StoreError,
+    check_finite,
     index_row,
     index_table,
     rows_checksum,
@@ -199,6 +202,9 @@ class StoreWriter:
 
     def _commit(self, bucket: list[_Pending]) -> None:
         session_id = bucket[0].rollout.session_id
+        bucket = [item for item in bucket if self._is_finite(item)]
+        if not bucket:
+            return
         outcomes: list[_Outcome]
         try:
             self._locks.settle(session_id)
@@ -232,6 +238,16 @@ class StoreWriter:
             middle = len(bucket) // 2
             yield from self._write(bucket[:middle])
             yield from self._write(bucket[middle:])
+
+    def _is_finite(self, item: _Pending) -> bool:
+        """Fail a rollout whose rows are not finite and need to be; others of its group go on."""
+        try:
+            check_finite(item.rollout)
+        except NonFiniteRowsError as error:
+            self._locks.release(item.rollout.session_id)
+            item.future.set_exception(error)
+            return False
+        return True
 
 
 def _buckets(group: list[_Pending]) -> list[list[_Pending]]:

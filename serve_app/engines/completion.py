@@ -6,7 +6,15 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from serve_app.engines.protocol import Finished, GenerationJob, TextDelta, Timings, TokenScore
+from serve_app.capture.steering import OversteeredError
+from serve_app.engines.protocol import (
+    Finished,
+    GenerationJob,
+    NonFiniteLogitsError,
+    TextDelta,
+    Timings,
+    TokenScore,
+)
 from serve_app.engines.text import TextStream
 
 
@@ -76,3 +84,10 @@ class Completion:
             ended_by=self.ended_by,
             timings=Timings(self.started - submitted, (self.spoke or end) - submitted, end - submitted),
         )
+
+
+def no_token(job: GenerationJob) -> Exception | None:
+    """Return why a job fails whose logits are NaN; None if it captures, and is judged when it is stored, or only reads."""
+    if job.steering:
+        return OversteeredError()
+    return NonFiniteLogitsError() if job.capture is None and job.sampling.max_tokens else None

@@ -36,6 +36,19 @@ class UnknownTokenError(ValueError):
     """A job's prompt has a token that the model has no embedding for; the message names it."""
 
 
+class NonFiniteLogitsError(Exception):
+    """The model gives no probabilities, so there is no token to choose; the message says why and what to do."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "the model's logits are NaN, so no token can be chosen: its activations overflow in this dtype; run it in bfloat16 "
+            "or float32 (dtype)"
+        )
+
+    def __reduce__(self) -> tuple[type["NonFiniteLogitsError"], tuple[()]]:
+        return type(self), ()  # it crosses from a worker to its replica
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How to choose tokens.

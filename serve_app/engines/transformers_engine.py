@@ -28,8 +28,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from serve_app.capture.memory import RowMemory
-from serve_app.capture.steering import OversteeredError
 from serve_app.engines.admission import Budget, next_jobs
+from serve_app.engines.completion import no_token
 from serve_app.engines.forwards import Forwards
 from serve_app.engines.kv_cache import BatchRows, SlotRows, StaticRows
 from serve_app.engines.model_cache import find_out
@@ -372,8 +372,8 @@ class TransformersEngine:
 
     def _goes_on(self, one: Running, token: int, token_score: TokenScore) -> bool:
         """Give a job its next token and report what it means; False if the job has ended."""
-        if one.job.steering and math.isnan(token_score.logprob):
-            one.fail(OversteeredError())
+        if math.isnan(token_score.logprob) and (failure := no_token(one.job)) is not None:
+            one.fail(failure)
             return False
         reason = one.advance(token, token_score) if one.job.sampling.max_tokens else "length"
         if one.sampler.failure is not None:

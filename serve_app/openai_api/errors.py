@@ -13,6 +13,9 @@ from roentgen.strict_json import MAX_FIELD, JsonError
 MAX_REASON = 500
 """Characters of an unexpected error that a client is told."""
 
+NOT_AGAIN = frozenset({"non_finite_logits", "non_finite_rows"})
+"""Codes of 5xx errors that would come again: OpenAI's clients are told not to repeat the request."""
+
 
 class ApiError(Exception):
     """An error in OpenAI's shape.
@@ -60,6 +63,8 @@ class ApiError(Exception):
 
     def headers(self) -> dict[str, str]:
         """Return the headers that go with it."""
+        if self.code in NOT_AGAIN:
+            return {"x-should-retry": "false"}
         return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
 
     def payload(self) -> dict[str, Any]:

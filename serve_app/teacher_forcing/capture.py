@@ -20,7 +20,7 @@ import numpy as np
 from ulid import ULID
 
 from roentgen.contract import ActivationRequest, Positions, split_key
-from roentgen.store import CaptureSpec, Receipt, Rollout, StoreError, StoreWriter
+from roentgen.store import CaptureSpec, NonFiniteRowsError, Receipt, Rollout, StoreError, StoreWriter
 from serve_app.capture.rows import CapturedRows, CapturePlan, UncapturableError
 from serve_app.capture.structure import Tap
 from serve_app.engines.protocol import (
@@ -109,7 +109,12 @@ class TeacherForcing:
         dtype = self._model.dtype if self._request.dtype == "model" else f"torch.{self._request.dtype}"
         source, positions = self._model.source, self._request.positions
         return CaptureSpec(
-            model=source.name, revision=source.revision, keys=tuple(self._taps), positions=positions, dtype=str(dtype)
+            model=source.name,
+            revision=source.revision,
+            keys=tuple(self._taps),
+            positions=positions,
+            dtype=str(dtype),
+            computed_in=str(self._model.dtype),
         )
 
     def capture(self, texts: Sequence[TokenisedText]) -> Iterator[Stored | NotStored]:
@@ -254,6 +259,7 @@ class TeacherForcing:
             final_logprob=float(logprobs[-1]),
             key=transcript.key,
             labels=transcript.labels,
+            require_finite=not self._request.allow_non_finite,
         )
 
 
@@ -281,6 +287,8 @@ def _stored(text: TokenisedText, future: "Future[Receipt]") -> Stored | NotStore
         StoreError: if the store cannot be written.
     """
     error = future.exception()
+    if isinstance(error, NonFiniteRowsError):
+        return NotStored(text, str(error))
     if isinstance(error, OSError):
         raise StoreError(f"the activations could not be stored: {error}") from error
     if isinstance(error, Exception):

@@ -72,6 +72,7 @@ def _check_same(session: Session, stored: CaptureSpec, asked: CaptureSpec) -> No
             ("keys", sorted(stored.keys), sorted(asked.keys)),
             ("positions", stored.positions, asked.positions),
             ("dtype", stored.dtype, asked.dtype),
+            ("computed in", stored.computed_in or asked.computed_in, asked.computed_in),
         )
         # Of several dtypes (a norm may compute in a wider one), the model's is among the stored ones.
         if there != here and not (name == "dtype" and asked.dtype in stored.dtype.split(", "))

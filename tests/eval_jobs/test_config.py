@@ -7,7 +7,7 @@ import pytest
 
 from eval_jobs.config import ServedModel, hashed_configuration, variants_of
 from eval_jobs.settings import EvalSettings, check_settings
-from roentgen.contract import canonical_hash
+from roentgen.contract import ActivationRequest, canonical_hash
 
 SERVED = ServedModel("m", "r", "float32", 30, 576)
 
@@ -31,11 +31,21 @@ def hash_of(settings: EvalSettings, served: ServedModel = SERVED) -> str:
         {"collect_activations": True, "layers": "all"},
         {"collect_activations": True, "hook_points": "resid_post"},
         {"collect_activations": True, "positions": "last"},
+        {"collect_activations": True, "allow_non_finite": True},
     ],
 )
 def test_the_hash_covers_what_changes_the_model_s_work(values: dict[str, Any]) -> None:
     assert hash_of(check_settings(**values)) != hash_of(EvalSettings())
     assert hash_of(check_settings(**values)) == hash_of(check_settings(**values))
+
+
+def test_rows_that_are_not_finite_are_asked_for_only_if_they_are_wanted() -> None:
+    """A run from before the option has the hash that it had."""
+    usual = check_settings(collect_activations=True).capture or {}
+    assert set(usual) == {"layers", "hook_points", "positions"}
+    allowing = check_settings(collect_activations=True, allow_non_finite=True).capture
+    assert allowing == {**usual, "allow_non_finite": True}
+    assert ActivationRequest.model_validate(allowing).allow_non_finite
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,17 @@ def test_values_that_are_not_finite_are_refused(build_run, planted):
         ProbeDataset.open(run.path).features(KEYS[1])
 
 
+def test_rows_that_are_all_nan_are_not_taken_for_padding(build_run, planted):
+    features, correct = planted(KEYS, None, n=6)
+    features[KEYS[1]][2] = np.nan
+    run = build_run(features, correct)
+    data = ProbeDataset.open(run.path)
+    assert len(data.features(KEYS[0], "tokens")) == 6
+    for positions in ("tokens", "last_prompt"):
+        with pytest.raises(ProbeDataError, match=r"layers.10.resid_post has values that are not finite in 1 of 6"):
+            data.features(KEYS[1], positions)
+
+
 def test_another_session_is_joined_on_the_key(build_run, planted):
     """Sessions "one" and "two" each hold half of the samples; the record's own rollout ids are not looked at."""
     features, _ = planted(KEYS, None, n=12)

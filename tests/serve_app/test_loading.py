@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from serve_app import loading
@@ -42,6 +45,9 @@ def put(slot: ModelSlot, model: str, **options: Any) -> dict[str, Any]:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
         status = slot.status()
+        if not status["settled"]:
+            time.sleep(0.01)
+            continue
         refused = status["refused"] is not None and status["refused"]["choice"] == choice
         if status["status"] == "failed" or (status["status"] == "ok" and (refused or status["choice"] == choice)):
             return status
@@ -115,6 +121,40 @@ def test_a_load_that_fails_leaves_the_model_there_was(slot: ModelSlot, folders: 
     torn = put(slot, str(broken))
     assert (torn["refused"]["error"]["status"], torn["structure"]["model_type"]) == (500, "llama")
     assert put(slot, folders["qwen3"])["refused"] is None
+
+
+def test_the_same_folder_with_other_weights_is_another_model(
+    slot: ModelSlot, folders: dict[str, str], tmp_path: Path
+) -> None:
+    folder = tmp_path / "mine"
+    shutil.copytree(folders["llama"], folder)
+    first = put(slot, str(folder))
+    assert first["settled"]
+    engine = slot.served.engine
+    again = put(slot, str(folder))
+    assert (again["model"]["revision"], slot.served.engine) == (first["model"]["revision"], engine)  # nothing happened
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] *= 2
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    changed = put(slot, str(folder))
+    assert changed["model"]["revision"] not in (first["model"]["revision"], "")
+    head = slot.served.model.observed._module.model.norm.weight
+    assert torch.equal(head, weights["model.norm.weight"])
+
+
+def test_weights_that_are_not_the_models_leave_the_model_there_was(
+    slot: ModelSlot, folders: dict[str, str], tmp_path: Path
+) -> None:
+    put(slot, folders["llama"])
+    folder = tmp_path / "mine"
+    shutil.copytree(folders["qwen3"], folder)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    refused = put(slot, str(folder))
+    error = refused["refused"]["error"]
+    assert (error["code"], refused["structure"]["model_type"]) == ("weights_unusable", "llama")
+    assert "model.norm.weight" in error["message"]
 
 
 def test_an_empty_slot_says_why(slot: ModelSlot) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from safetensors.torch import load_file, save_file
 
 from serve_app.app import most_per_replica
 from serve_app.config import ServerConfig
@@ -322,6 +323,11 @@ def load(server: Server, model: Path | str, **options: Any) -> httpx.Response:
     return httpx.post(f"{server.base_url}/models/load", json={"model_id": str(model), **options}, timeout=120)
 
 
+def revisions(server: Server) -> set[str]:
+    """Return the revisions that the server says it serves, asked often enough to meet each replica."""
+    return {httpx.get(f"{server.base_url}/models").json()["data"][0]["revision"] for _ in range(6)}
+
+
 def replicas(home: RayHome) -> list[psutil.Process]:
     """Return the processes that hold a model: those of the RayHome's replicas."""
     ours = {child.pid for process in home.processes() for child in [process, *process.children(recursive=True)]}
@@ -339,6 +345,13 @@ def test_two_replicas_swap_together_and_one_lost_comes_back_as_the_other(
         wait_for(lambda: len(replicas(ray_home)) == 2 and len(loads(server)) == 2)
         before = replicas(ray_home)
         assert load(server, folders["qwen3"]).status_code == 200
+        assert replicas(ray_home) == before
+        # The same folder with other weights is another model, which both serve before the answer comes.
+        former, weights = revisions(server), load_file(folders["qwen3"] / "model.safetensors")
+        weights["model.norm.weight"] *= 1.5
+        save_file(weights, folders["qwen3"] / "model.safetensors", metadata={"format": "pt"})
+        assert load(server, folders["qwen3"]).status_code == 200
+        assert len(former | revisions(server)) == 2
         assert replicas(ray_home) == before
         assert {chat(server, "qwen3").status_code for _ in range(20)} == {200}  # whichever replica it meets
         before[0].kill()

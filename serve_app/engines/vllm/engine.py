@@ -21,9 +21,8 @@ from ulid import ULID
 from vllm import TokensPrompt
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from serve_app.capture.steering import OversteeredError
 from serve_app.engines.admission import HOST_SHARE, free_host_memory, row_bytes
-from serve_app.engines.completion import Completion
+from serve_app.engines.completion import Completion, no_token
 from serve_app.engines.protocol import (
     ConstraintError,
     EngineBusyError,
@@ -298,9 +297,10 @@ class VllmEngine:
             for token, found in zip(said.token_ids, said.logprobs, strict=True):
                 if reason is None and sampling.max_tokens:
                     reason = completion.push(token, token_score(token, found, sampling.top_logprobs))
-            if job.steering and completion.scores and math.isnan(completion.scores[-1].logprob):
+            is_nan = bool(completion.scores) and math.isnan(completion.scores[-1].logprob)
+            if is_nan and (failure := no_token(job)) is not None:
                 await outputs.aclose()
-                return Failed(OversteeredError())
+                return Failed(failure)
             if output.metrics is not None:
                 # vLLM's core is another process of this machine, with the same monotonic clock.
                 completion.started = output.metrics.scheduled_ts or completion.started

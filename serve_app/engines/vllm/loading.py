@@ -36,6 +36,7 @@ from serve_app.engines.vllm.neutrality import check_batching
 from serve_app.engines.vllm.orders import unpack
 from serve_app.models import ServedModel, native_dtype
 from serve_app.sources import ModelSource
+from serve_app.weights import compare_headers
 
 if TYPE_CHECKING:
     from serve_app.engines.vllm.engine import Client, EngineLoop, VllmEngine
@@ -126,9 +127,15 @@ def start(
         trust_remote_code: whether code that comes with the model may run.
 
     Raises:
-        EngineUnavailableError: if vLLM is not installed, or not for this device.
+        EngineUnavailableError: if vLLM is not installed, or not for this device, or the model is an adapter.
+        WeightsError: if a folder's weights are not those of the model that its configuration describes.
         ResolutionError: if the model's layers cannot be found, or it is not a causal decoder.
     """
+    if source.adapter is not None:
+        raise EngineUnavailableError(
+            f"engine: {source.name!r} is an adapter ({source.adapter.peft_type}), which is not served with vLLM; use "
+            "engine=transformers, or merge it into its model"
+        )
     if not installed():
         raise EngineUnavailableError("engine: vllm is not installed here; use engine=transformers")
     from serve_app.engines.vllm.engine import EngineLoop, VllmEngine
@@ -137,9 +144,10 @@ def start(
     if settings.device == "cuda" and place.type == "cpu":
         raise EngineUnavailableError("device: there is no CUDA GPU here")
     kind = native_dtype(place) if settings.dtype == "auto" else getattr(torch, settings.dtype)
-    revision = source.revision if source.path == source.name and source.revision != "unknown" else None
+    revision = source.commit
     config = AutoConfig.from_pretrained(source.path, revision=revision, trust_remote_code=trust_remote_code)
     check_config(config, trust_remote_code=trust_remote_code)
+    compare_headers(source.path, source.name, config)
     arguments = engine_arguments(config, settings, place, kind)
     arguments |= {"revision": revision, "trust_remote_code": trust_remote_code}
     stage(f"loading {source.name} into vLLM ({kind}, {place})")

@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from roentgen.store import Session
 from serve_app.teacher_forcing.held import OtherCaptureError, find_missing
@@ -59,3 +60,16 @@ def test_another_models_reading_is_refused_and_other_texts_are_not(force, engine
     with pytest.raises(OtherCaptureError, match=r"model tiny-llama \(0\) there, tiny-llama \(1\) asked for"):
         find_missing(session, texts, other)
     assert find_missing(session, texts[1:], other).missing == texts[1:]
+
+
+def test_what_was_computed_in_another_dtype_is_another_capture(force, engine, llama, tmp_path, texts):
+    """Stored as float32, rows of a model in bfloat16 look like those of one in float32."""
+    forcing = force(llama, engine, dtype="float32")
+    list(forcing.capture(texts[:1]))
+    session = Session.open(tmp_path / "s")
+    other = force(replace(llama, dtype=torch.bfloat16), engine, dtype="float32")
+    with pytest.raises(OtherCaptureError, match=r"computed in torch\.float32 there, torch\.bfloat16 asked for"):
+        find_missing(session, texts, other.spec)
+    unsaid = forcing.spec.model_copy(update={"computed_in": None})  # as shards from before
+    session.spec = lambda shard: unsaid
+    assert find_missing(session, texts, other.spec).missing == texts[1:]
