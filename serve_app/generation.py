@@ -238,6 +238,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(400, f"probes: {error}", param="probes")
         case OversteeredError():
             return ApiError(400, f"steering: {error}", param="steering", code="steering_overflow")
+        case SchemaError():
+            return ApiError(400, str(error), param=error.param, code="constraint_failed")
         case ConstraintError():
             return ApiError(400, f"response_format or tools: {error}", code="constraint_failed")
         case _:

@@ -80,9 +80,11 @@ class Constraint(Protocol):
 
     Attributes:
         grammar: in llguidance's dialect of Lark.
+        param: where the request has it, for errors.
     """
 
     grammar: str
+    param: str
 
     def mask(self, logits: Float[Tensor, "vocab"]) -> None:
         """Set the logits of tokens that may not come to minus infinity, in place.

@@ -24,8 +24,8 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from serve_app.capture.steering import OversteeredError
 from serve_app.engines.admission import HOST_SHARE, free_host_memory, row_bytes
 from serve_app.engines.completion import Completion
+from serve_app.engines.constraints import SchemaError
 from serve_app.engines.protocol import (
-    ConstraintError,
     EngineBusyError,
     EngineStoppedError,
     Failed,
@@ -350,5 +350,5 @@ class VllmEngine:
 
 def _failure(job: GenerationJob, reason: str) -> Exception:
     if job.constraint is not None:
-        return ConstraintError("the grammar cannot be followed any further")
+        return SchemaError(job.constraint.param, "the grammar cannot be followed any further")
     return RuntimeError(f"vLLM ended the request: {reason}")
