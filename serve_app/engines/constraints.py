@@ -131,7 +131,9 @@ class Constraints:
                     raise _explain(grammar, matcher.get_error())
                 for schema in grammar.schemas.values():
                     if not can_end(schema.schema):
-                        raise SchemaError(schema.param, "no value matches it: something that it requires contains itself")
+                        raise SchemaError(
+                            schema.param, "no value matches it: something that it requires contains itself"
+                        )
                 self._compiled[lark] = matcher
                 if len(self._compiled) > KEPT:
                     self._compiled.popitem(last=False)
@@ -170,7 +172,9 @@ class GrammarConstraint:
             return
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         if self._matcher.is_error():
-            raise SchemaError(self.param, f"the grammar cannot be followed any further: {_reason(self._matcher.get_error())}")
+            raise SchemaError(
+                self.param, f"the grammar cannot be followed any further: {_reason(self._matcher.get_error())}"
+            )
         allowed = np.unpackbits(self._bits.view(np.uint8), count=len(logits), bitorder="little")
         logits.masked_fill_(torch.from_numpy(allowed == 0).to(logits.device), -torch.inf)
 

@@ -29,11 +29,13 @@ def _ends(schema: Any, ending: set[str], met: set[str]) -> bool:
     parts = [_reference(schema["$ref"], ending, met)] if isinstance(schema.get("$ref"), str) else []
     for name in ("anyOf", "oneOf"):
         if isinstance(options := schema.get(name), list) and options:
-            parts.append(any([_ends(option, ending, met) for option in options]))
+            found = [_ends(option, ending, met) for option in options]  # all, so that every reference is met
+            parts.append(any(found))
     if isinstance(every := schema.get("allOf"), list):
         parts += [_ends(option, ending, met) for option in every]
     if not {"enum", "const"} & schema.keys() and (types := _types(schema)):
-        parts.append(any([_type_ends(name, schema, ending, met) for name in types]))
+        found = [_type_ends(name, schema, ending, met) for name in types]
+        parts.append(any(found))
     return all(parts)
 
 
@@ -42,18 +44,22 @@ def _type_ends(name: str, schema: Mapping[str, Any], ending: set[str], met: set[
     if name == "object" and isinstance(required := schema.get("required"), list):
         properties, others = schema.get("properties"), schema.get("additionalProperties")
         listed = properties if isinstance(properties, Mapping) else {}
-        return all([_ends(listed.get(key, others), ending, met) for key in required if isinstance(key, str)])
+        found = [_ends(listed.get(key, others), ending, met) for key in required if isinstance(key, str)]
+        return all(found)
     if name == "array" and isinstance(least := schema.get("minItems"), int) and least > 0:
         first = schema.get("prefixItems")
         items = first[:least] if isinstance(first, list) else []
         more = [schema.get("items")] if least > len(items) else []
-        return all([_ends(item, ending, met) for item in [*items, *more]])
+        found = [_ends(item, ending, met) for item in [*items, *more]]
+        return all(found)
     return True
 
 
 def _types(schema: Mapping[str, Any]) -> list[str]:
     types = schema.get("type")
-    return [name for name in types if isinstance(name, str)] if isinstance(types, list) else [str(types)] if types else []
+    return (
+        [name for name in types if isinstance(name, str)] if isinstance(types, list) else [str(types)] if types else []
+    )
 
 
 def _reference(reference: str, ending: set[str], met: set[str]) -> bool:
