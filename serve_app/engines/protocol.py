@@ -241,10 +241,12 @@ class Engine(Protocol):
     Attributes:
         name: as the server's configuration calls it.
         scores_rows: whether jobs may have probes.
+        batch_invariant: whether what a job gives depends on nothing that runs beside it.
     """
 
     name: str
     scores_rows: bool
+    batch_invariant: bool
 
     def submit(self, job: GenerationJob) -> None:
         """Queue a job.

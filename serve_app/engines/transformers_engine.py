@@ -14,6 +14,10 @@ requests in it, a failed step all that run; the engine goes on with the others. 
 GPU answers nothing else) it gives up, and the replica is restarted.
 
 A model whose cache cannot be joined runs in static batches, and the engine says so when it starts.
+
+Batch-invariant, nothing of a request depends on what runs beside it, to the last bit: each prompt is read alone in pieces of
+one size, steps compute rows in fixed shapes (`invariance`), and tokens are chosen row by row. A model that cannot is run one
+request at a time.
 """
 
 import logging
@@ -21,6 +25,8 @@ import math
 import threading
 import time
 from collections import Counter, deque
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -33,8 +39,9 @@ from serve_app.capture.rows import StepRows
 from serve_app.capture.scoring import StepScores, UnscorableError
 from serve_app.capture.steering import OversteeredError, StepSteering
 from serve_app.engines.admission import Budget, next_jobs
+from serve_app.engines.invariance import PIECE, FixedShapes, settle
 from serve_app.engines.kv_cache import BatchRows, SlotRows, StaticRows, continuous
-from serve_app.engines.protocol import EngineBusyError, EngineStoppedError, Failed, GenerationJob, Load
+from serve_app.engines.protocol import EngineBusyError, EngineStoppedError, Failed, GenerationJob, Load, TokenScore
 from serve_app.engines.running import Prefill, Running
 from serve_app.engines.sampling import choose, score
 from serve_app.models import LoadedModel
@@ -68,6 +75,7 @@ class TransformersEngine:
         max_queue: int = 256,
         max_prefill_tokens: int = 0,
         max_cache_tokens: int = 0,
+        batch_invariant: bool = False,
     ) -> None:
         """Measure the memory and start the engine's thread.
 
@@ -77,8 +85,14 @@ class TransformersEngine:
             max_queue: requests waiting for that.
             max_prefill_tokens: the most that one prefill takes, padding included; 0 for what suits the device.
             max_cache_tokens: size of the KV cache, 0 for what the free memory allows.
+            batch_invariant: whether a request's tokens, scores and rows must not depend on what runs beside it.
         """
         self._model = model
+        self.batch_invariant = batch_invariant
+        self._shapes, reason = settle(model, max_batch) if batch_invariant else (None, "")
+        self._together = 1 if reason else max_batch
+        if reason:
+            log.warning("%s runs one request at a time to be batch-invariant: %s", model.source.name, reason)
         self._max_batch = max_batch
         self._max_queue = max_queue
         self._max_prefill_tokens = max_prefill_tokens or PREFILL_TOKENS[model.device.type]
@@ -197,17 +211,21 @@ class TransformersEngine:
                 self._waiting,
                 [running.job for running in self._running],
                 self.budget,
-                self._max_batch,
-                self._max_prefill_tokens,
+                self._together,
+                1 if self.batch_invariant else self._max_prefill_tokens,  # 1: a prompt is read alone
             )
         if not jobs:
             return None
+        if self._together == 1:
+            self._rows = self._empty()  # so that the memory it computes on lies as if nothing had run before
         return Prefill.lay_out([Running.start(job, self._model, self._memory) for job in jobs], self._rows.new())
 
     def _piece(self, prefill: Prefill) -> int:
         """Return how many columns of a prefill to read at once; a static batch's cache takes only a whole prompt."""
         if not self._continuous:
             return prefill.tokens.shape[1]
+        if self.batch_invariant:
+            return PIECE
         limit = self._max_prefill_tokens
         if prefill.all_logits:
             limit = min(limit, LOGITS_BYTES // (4 * self._model.observed.config.get_text_config().vocab_size))
@@ -257,7 +275,8 @@ class TransformersEngine:
         self._steps[len(self._running)] += 1
         tokens = torch.tensor([[running.token_ids[-1]] for running in self._running])
         mask, positions = self._rows.step_inputs()
-        logits = self._forward(self._running, tokens, mask, positions, self._rows.cache, logits_to_keep=1)
+        shapes = self._shapes.step(mask) if self._shapes is not None else None
+        logits = self._forward(self._running, tokens, mask, positions, self._rows.cache, 1, shapes)
         self._rows.stepped()
         staying = self._advance(self._running, logits[:, -1])
         if len(staying) < len(self._running):
@@ -271,6 +290,7 @@ class TransformersEngine:
         positions: Int[Tensor, "batch width"],
         cache: Cache,
         logits_to_keep: int,
+        shapes: FixedShapes | None = None,
     ) -> Float[Tensor, "batch kept vocab"]:
         """Run the model on new tokens, steered, captured and scored as is asked; `logits_to_keep` 0 is all."""
         device = self._model.device
@@ -281,17 +301,19 @@ class TransformersEngine:
         rows = StepRows([one.rows for one in running], grid, self._memory)
         scores = StepScores([one.probed for one in running], grid)
         module = self._model.observed._module
-        output = self._model.observed.run(
-            (steering, rows, scores),
-            lambda: module(
-                input_ids=tokens.to(device),
-                attention_mask=mask.to(device),
-                position_ids=positions.to(device),
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=logits_to_keep,
-            ),
-        )
+
+        def forward() -> Any:
+            with shapes or nullcontext():
+                return module(
+                    input_ids=tokens.to(device),
+                    attention_mask=mask.to(device),
+                    position_ids=positions.to(device),
+                    past_key_values=cache,
+                    use_cache=True,
+                    logits_to_keep=logits_to_keep,
+                )
+
+        output = self._model.observed.run((steering, rows, scores), forward)
         rows.deliver()
         scores.deliver()
         logits: Tensor = output.logits
@@ -300,8 +322,15 @@ class TransformersEngine:
     def _advance(self, running: list[Running], logits: Float[Tensor, "batch vocab"]) -> list[int]:
         """Choose the next tokens, report them and the jobs that have ended; returns the rows that go on."""
         logits = logits.float()
-        chosen = choose(logits, [one.sampler for one in running])
-        scores = score(logits, chosen, [one.job.sampling.top_logprobs for one in running])
+        samplers, top = [one.sampler for one in running], [one.job.sampling.top_logprobs for one in running]
+        # Row by row, a row's shape is its own.
+        height = 1 if self.batch_invariant else len(running)
+        chosen: list[int] = []
+        scores: list[TokenScore] = []
+        for start in range(0, len(running), height):
+            rows = slice(start, start + height)
+            chosen += choose(logits[rows], samplers[rows])
+            scores += score(logits[rows], chosen[rows], top[rows])
         staying = []
         for row, one in enumerate(running):
             if one.job.cancelled.is_set():

@@ -123,6 +123,7 @@ class VllmEngine:
         captures: bool,
         max_batch: int,
         max_queue: int,
+        batch_invariant: bool = False,
     ) -> None:
         """Take over a client whose model is loaded.
 
@@ -133,7 +134,9 @@ class VllmEngine:
             captures: whether its workers do.
             max_batch: requests generated together.
             max_queue: requests waiting for that.
+            batch_invariant: whether vLLM was started so.
         """
+        self.batch_invariant = batch_invariant
         self._loop = loop
         self._client = loop.client
         self._model = model
