@@ -115,7 +115,8 @@ def choose(logits: Float[Tensor, "batch vocab"], samplers: list[Sampler]) -> lis
         for row in adjusting:
             samplers[row].adjust(logits[row])
     tokens: list[int] = logits.argmax(-1).tolist()
-    free, cut = [], []
+    free: list[int] = []
+    cut: list[int] = []
     for row, sampler in enumerate(samplers):
         if (s := sampler.sampling).temperature > 0:
             (free if s.top_k == 0 and s.top_p >= 1 else cut).append(row)
