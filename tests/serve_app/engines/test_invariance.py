@@ -116,7 +116,7 @@ def test_what_heights_are_measured_on_shows_the_order_of_additions(transposed: b
     assert (rows.double() @ other.double()).abs().max() < 1e-9, "exactly 0, but for the rounding of float64"
     one = rows.float() @ other
     half = rows[:, ::2].float() @ other[::2] + rows[:, 1::2].float() @ other[1::2]
-    assert (one.bfloat16() != half.bfloat16()).float().mean() > 0.5
+    assert (one.bfloat16() != half.bfloat16()).float().mean() > 0.3
 
 
 @pytest.mark.parametrize("rows", [1, 3, 16, 70])
