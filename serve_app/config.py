@@ -89,6 +89,8 @@ class ServerConfig(BaseModel):
         max_queue: requests waiting; beyond, 429.
         max_prefill_tokens: prompt tokens read in one forward, 0 for what suits the device; running requests wait for it.
         max_cache_tokens: size of the KV cache, 0 for what the free memory allows.
+        batch_invariant: whether a request's tokens, scores and rows must be the same whatever runs beside it, to the last bit
+            (docs/reproducibility.md); it costs throughput.
         request_timeout_s: the longest that a request may take, its time in the queue included; beyond, 408.
         max_body_bytes: the largest request body; beyond, 413.
         max_inline_bytes: the largest reply that may carry activations' values (`return: sample` or `full`).
@@ -119,6 +121,7 @@ class ServerConfig(BaseModel):
     max_queue: int = Field(default=256, ge=0)
     max_prefill_tokens: int = Field(default=0, ge=0)
     max_cache_tokens: int = Field(default=0, ge=0)
+    batch_invariant: bool = False
     request_timeout_s: float = Field(default=3600, gt=0)
     max_body_bytes: int = Field(default=32_000_000, ge=1)
     max_inline_bytes: int = Field(default=64_000_000, ge=0)
@@ -136,6 +139,8 @@ class ServerConfig(BaseModel):
             raise ValueError("device_map: vLLM spreads a model over GPUs by tensor_parallel_size")
         if self.engine != "vllm" and (self.taps or self.tensor_parallel_size > 1):
             raise ValueError("taps and tensor_parallel_size are vLLM's: set engine=vllm")
+        if self.engine == "vllm" and self.device == "cpu" and self.batch_invariant:
+            raise ValueError("batch_invariant: vLLM has it on CUDA GPUs only; set engine=transformers")
         if self.taps and not self.capture:
             raise ValueError("taps: a server that does not capture has no use for them")
         return self

@@ -256,6 +256,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(400, f"prompt: {error}", param="prompt")
         case OversteeredError():
             return ApiError(400, f"steering: {error}", param="steering", code="steering_overflow")
+        case SchemaError():
+            return ApiError(400, str(error), param=error.param, code="constraint_failed")
         case ConstraintError():
             return ApiError(400, f"response_format or tools: {error}", code="constraint_failed")
         case NonFiniteRowsError():

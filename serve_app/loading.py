@@ -203,6 +203,7 @@ class ModelSlot:
             capture=config.capture,
             taps=config.taps,
             store=config.store,
+            batch_invariant=config.batch_invariant,
         )
         model, engine = vllm.start(source, settings, self._say, trust_remote_code=choice.trust_remote_code)
         savepoints = {savepoint.name: savepoint.tap for savepoint in choice.savepoints}
@@ -233,6 +234,7 @@ class ModelSlot:
             max_queue=config.max_queue,
             max_prefill_tokens=config.max_prefill_tokens,
             max_cache_tokens=config.max_cache_tokens,
+            batch_invariant=config.batch_invariant,
         )
         return Served(model, engine, LocalStorage(self._writer))
 
@@ -266,6 +268,7 @@ def describe(served: Served) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": str(model.device),
         "engine": served.engine.name,
+        "batch_invariant": served.engine.batch_invariant,
         "num_layers": model.structure.num_layers,
         "d_model": model.structure.d_model,
         "context_length": model.context_length,

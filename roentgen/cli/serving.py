@@ -82,6 +82,9 @@ def serve(
     ] = None,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that comes with a model.")] = False,
     max_cache_tokens: Annotated[int, typer.Option(help="Size of the KV cache; 0 for what the memory allows.")] = 0,
+    batch_invariant: Annotated[
+        bool, typer.Option(help="Same bits whatever runs beside a request; slower (docs/reproducibility.md).")
+    ] = False,
     threads: Annotated[int, typer.Option(help="Of a replica on a CPU; 0 for one per core.")] = 0,
     num_gpus: Annotated[float, typer.Option(help="GPUs per replica; 0 for one where there are any.")] = 0,
     ray_address: Annotated[str, typer.Option(help="'local' starts a Ray here; HOST:PORT joins one.")] = "local",
@@ -115,6 +118,7 @@ def serve(
             probes=tuple(str(folder) for folder in probes or ()),
             trust_remote_code=trust_remote_code,
             max_cache_tokens=max_cache_tokens,
+            batch_invariant=batch_invariant,
             threads=threads,
             num_gpus=num_gpus,
         )

@@ -22,11 +22,15 @@ from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from serve_app.engines.endless import can_end
 from serve_app.engines.protocol import ConstraintError
 
 KEPT = 32
 """Compiled grammars that are kept, the last ones used."""
 
+
+MAX_REASON = 300
+"""Characters of llguidance's reason that a client is given; the rest is its parser's state."""
 
 MAX_LENGTH = 500_000
 """Characters a grammar may have with its schemas; a larger one would take seconds to compile."""
@@ -74,6 +78,12 @@ class Grammar:
     schemas: Mapping[str, Schema] = field(default_factory=dict)
     markers: Mapping[str, str] = field(default_factory=dict)
 
+    @property
+    def param(self) -> str:
+        """Where the request has what it must follow: the one schema's place, or the common beginning of several."""
+        places = {schema.param for schema in self.schemas.values()}
+        return places.pop() if len(places) == 1 else "tools"
+
 
 class Constraints:
     """Compiles grammars for one model's tokens; any thread may."""
@@ -119,11 +129,16 @@ class Constraints:
                 matcher = LLMatcher(self._vocabulary, lark, log_level=0)
                 if matcher.is_error():
                     raise _explain(grammar, matcher.get_error())
+                for schema in grammar.schemas.values():
+                    if not can_end(schema.schema):
+                        raise SchemaError(
+                            schema.param, "no value matches it: something that it requires contains itself"
+                        )
                 self._compiled[lark] = matcher
                 if len(self._compiled) > KEPT:
                     self._compiled.popitem(last=False)
             self._compiled.move_to_end(lark)
-            return GrammarConstraint(matcher.deep_copy(), lark, self._size, self._ends)
+            return GrammarConstraint(matcher.deep_copy(), lark, grammar.param, self._size, self._ends)
 
 
 class GrammarConstraint:
@@ -131,10 +146,12 @@ class GrammarConstraint:
 
     Attributes:
         grammar: what it follows, in llguidance's dialect of Lark, for an engine that runs llguidance itself.
+        param: where the request has it.
     """
 
-    def __init__(self, matcher: LLMatcher, grammar: str, size: int, ends: list[int]) -> None:
+    def __init__(self, matcher: LLMatcher, grammar: str, param: str, size: int, ends: list[int]) -> None:
         self.grammar = grammar
+        self.param = param
         self._matcher = matcher
         self._ends = ends
         self._bits = np.zeros(-(-size // 32), dtype=np.int32)
@@ -145,7 +162,7 @@ class GrammarConstraint:
         Once nothing else may come, tokens that end the generation may, even if something had ruled them out before.
 
         Raises:
-            ConstraintError: if nothing may come.
+            SchemaError: if nothing may come.
         """
         if self._matcher.is_stopped() and not self._matcher.is_error():
             ends = torch.tensor(self._ends, device=logits.device)
@@ -155,7 +172,9 @@ class GrammarConstraint:
             return
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         if self._matcher.is_error():
-            raise ConstraintError(f"the grammar cannot be followed any further: {_reason(self._matcher.get_error())}")
+            raise SchemaError(
+                self.param, f"the grammar cannot be followed any further: {_reason(self._matcher.get_error())}"
+            )
         allowed = np.unpackbits(self._bits.view(np.uint8), count=len(logits), bitorder="little")
         logits.masked_fill_(torch.from_numpy(allowed == 0).to(logits.device), -torch.inf)
 
@@ -163,10 +182,10 @@ class GrammarConstraint:
         """Go on with a token.
 
         Raises:
-            ConstraintError: if it may not come.
+            SchemaError: if it may not come.
         """
         if not self._matcher.consume_token(token):
-            raise ConstraintError(f"token {token} is against the grammar: {_reason(self._matcher.get_error())}")
+            raise SchemaError(self.param, f"token {token} is against the grammar: {_reason(self._matcher.get_error())}")
 
 
 def _json(schema: Schema) -> str:
@@ -197,6 +216,10 @@ def _explain(grammar: Grammar, error: str) -> ConstraintError:
 
 
 def _reason(error: str) -> str:
-    """Return what llguidance says, without where in our grammar it stands."""
-    said = error.rpartition("failed to compile JSON schema: ")[2]
-    return " ".join(re.split(r"\n\s*\d+ \| ", said)[0].split())
+    """Return what llguidance says, cut to `MAX_REASON` characters, without its parser's state and our grammar's text."""
+    if "Too many items" in error:
+        return "it is too complex for the parser"
+    said = error.partition("<state>")[0].partition("<grammar>")[0]
+    said = said.rpartition("failed to compile JSON schema: ")[2]
+    said = " ".join(re.split(r"\n\s*\d+ \| ", said)[0].split())
+    return said if len(said) <= MAX_REASON else f"{said[:MAX_REASON]} …"

@@ -7,6 +7,7 @@ that belongs to no request tells a bad request from a model that answers nothing
 """
 
 import logging
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from serve_app.capture.memory import RowMemory
 from serve_app.capture.rows import StepRows
 from serve_app.capture.scoring import StepScores
 from serve_app.capture.steering import StepSteering
+from serve_app.engines.invariance import FixedShapes
 from serve_app.engines.model_cache import Remembered
 from serve_app.engines.rotation import forget_lengths
 from serve_app.engines.running import Prefill, Running
@@ -51,8 +53,18 @@ class Forwards:
         positions: Int[Tensor, "batch width"],
         cache: Any,
         logits_to_keep: int,
+        shapes: FixedShapes | None = None,
     ) -> tuple[Float[Tensor, "batch kept vocab"], Any]:
-        """Run the model on new tokens, steered, captured and scored as is asked; `logits_to_keep` 0 is all.
+        """Run the model on new tokens, steered, captured and scored as is asked.
+
+        Args:
+            running: the forward's jobs.
+            tokens: their new tokens.
+            mask: 0 is padding, of all columns.
+            positions: of the new tokens.
+            cache: what the model remembers.
+            logits_to_keep: for how many columns to give logits, 0 for all.
+            shapes: computes in shapes that do not depend on the batch, if that is asked for.
 
         A request that cannot have what it asked for is failed here, and no other.
 
@@ -64,7 +76,12 @@ class Forwards:
         rows = StepRows([one.rows for one in running], grid, self._memory)
         scores = StepScores([one.probed for one in running], grid)
         visitors = (steering, rows, scores)
-        output = self._model.observed.run(visitors, lambda: self._bare(tokens, mask, positions, cache, logits_to_keep))
+
+        def forward() -> Any:
+            with shapes or nullcontext():
+                return self._bare(tokens, mask, positions, cache, logits_to_keep)
+
+        output = self._model.observed.run(visitors, forward)
         rows.deliver()
         scores.deliver()
         unsteered = steering.failures

@@ -97,9 +97,11 @@ class Constraint(Protocol):
 
     Attributes:
         grammar: in llguidance's dialect of Lark.
+        param: where the request has it, for errors.
     """
 
     grammar: str
+    param: str
 
     def mask(self, logits: Float[Tensor, "vocab"]) -> None:
         """Set the logits of tokens that may not come to minus infinity, in place.
@@ -256,10 +258,12 @@ class Engine(Protocol):
     Attributes:
         name: as the server's configuration calls it.
         scores_rows: whether jobs may have probes.
+        batch_invariant: whether what a job gives depends on nothing that runs beside it.
     """
 
     name: str
     scores_rows: bool
+    batch_invariant: bool
 
     def submit(self, job: GenerationJob) -> None:
         """Queue a job.

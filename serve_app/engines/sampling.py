@@ -1,17 +1,19 @@
 """Chooses the next token of each row of a batch, by each row's own settings and its own random stream.
 
-Everything that is the same for all rows runs once for the batch: the argmax of the greedy ones, the softmax, cumulative sum
-and search of the sampled ones, on the model's device. A request's only randomness is one uniform number per token, drawn
-from a generator of its own, so that a seed means the same whatever runs beside it.
+Everything that is the same for all rows runs once for the batch, on the model's device. A token is drawn by adding noise to
+the logits of those that top_k and top_p keep and taking the largest, which is the same as drawing from their softmax
+(`noise`). A token's noise depends on the request's seed, on how many tokens the request has, and on the token's id; so a seed
+means the same whatever runs beside it, and logits that differ by a rounding rarely give another token.
 """
 
 from collections import Counter
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from serve_app.engines.noise import gumbel
 from serve_app.engines.protocol import Constraint, ConstraintError, Sampling, TokenScore
 
 FEW = 1024
@@ -49,9 +51,10 @@ class Sampler:
         self._counts: Counter[int] = Counter()
         self._prompt = set(prompt_ids) if sampling.repetition_penalty != 1 else set()
 
-    def uniform(self) -> float:
-        """Draw the stream's next number, in [0, 1)."""
-        return float(self._random.random())
+    def key(self) -> tuple[int, int]:
+        """Draw the key of the next token's noise from the stream, two numbers of 32 bits."""
+        first, second = divmod(int(self._random.bit_generator.random_raw()), 1 << 32)
+        return first, second
 
     def saw(self, token: int) -> None:
         """Remember a generated token."""
@@ -104,7 +107,7 @@ def choose(logits: Float[Tensor, "batch vocab"], samplers: list[Sampler]) -> lis
 
     Args:
         logits: the model's, in float32; not changed.
-        samplers: one per row; each that samples draws one number.
+        samplers: one per row; each that samples draws one key.
     """
     adjusting = [row for row, sampler in enumerate(samplers) if sampler.adjusts]
     if adjusting:
@@ -112,37 +115,89 @@ def choose(logits: Float[Tensor, "batch vocab"], samplers: list[Sampler]) -> lis
         for row in adjusting:
             samplers[row].adjust(logits[row])
     tokens: list[int] = logits.argmax(-1).tolist()
-    sampled = [row for row, sampler in enumerate(samplers) if sampler.sampling.temperature > 0]
-    if sampled:
-        chosen = _sample(logits[sampled], [samplers[row] for row in sampled])
-        for row, token in zip(sampled, chosen, strict=True):
-            tokens[row] = token
+    free: list[int] = []
+    cut: list[int] = []
+    for row, sampler in enumerate(samplers):
+        if (s := sampler.sampling).temperature > 0:
+            (free if s.top_k == 0 and s.top_p >= 1 else cut).append(row)
+    for rows in _together(free, logits.device):
+        scaled, settings, keys = _scaled(logits, samplers, rows)
+        ids = torch.arange(logits.shape[-1], device=logits.device).expand(len(rows), -1)
+        _take(tokens, rows, _largest(scaled, ids, keys))
+    if cut:
+        scaled, settings, keys = _scaled(logits, samplers, cut)
+        _take(tokens, cut, _sample_cut(scaled, settings, keys))
     return tokens
 
 
-def _sample(logits: Float[Tensor, "rows vocab"], samplers: list[Sampler]) -> list[int]:
-    settings = [sampler.sampling for sampler in samplers]
+def _take(tokens: list[int], rows: list[int], chosen: list[int]) -> None:
+    for row, token in zip(rows, chosen, strict=True):
+        tokens[row] = token
 
-    def column(values: list[float]) -> Float[Tensor, "rows 1"]:
-        return torch.tensor(values, device=logits.device, dtype=torch.float32)[:, None]
 
-    probabilities = torch.softmax(logits / column([s.temperature for s in settings]), dim=-1)
-    uniform = column([sampler.uniform() for sampler in samplers])
-    if all(s.top_k == 0 and s.top_p >= 1 for s in settings):
-        return _search(probabilities, uniform).tolist()
-    vocabulary = logits.shape[-1]
-    top_k = column([s.top_k or vocabulary for s in settings])
-    top_p = column([s.top_p for s in settings])
-    # A few tokens nearly always hold what top_k and top_p keep; sort all of them only if they do not.
-    for count in (min(FEW, vocabulary), vocabulary):
-        ordered, order = probabilities.topk(count, dim=-1)
-        in_top_k = torch.arange(count, device=logits.device) < top_k
-        enough = (ordered.sum(-1, keepdim=True) >= top_p) | (top_k <= count)
-        if count == vocabulary or bool(enough.all()):
+def _scaled(
+    logits: Float[Tensor, "batch vocab"], samplers: list[Sampler], rows: list[int]
+) -> tuple[Float[Tensor, "rows vocab"], list[Sampling], list[tuple[int, int]]]:
+    """Return some rows' logits divided by their temperatures, their settings, and the keys of their next tokens' noise."""
+    settings = [samplers[row].sampling for row in rows]
+    scaled = _rows(logits, rows) / _column([s.temperature for s in settings], logits)
+    return scaled, settings, [samplers[row].key() for row in rows]
+
+
+def _rows(values: Tensor, rows: list[int]) -> Tensor:
+    return values if len(rows) == len(values) else values[rows[0], None] if len(rows) == 1 else values[rows]
+
+
+def _sample_cut(
+    scaled: Float[Tensor, "rows vocab"], settings: list[Sampling], keys: list[tuple[int, int]]
+) -> list[int]:
+    """Draw a token per row from those that top_k and top_p keep."""
+    tokens = [0] * len(settings)
+    left = list(range(len(settings)))
+    # A few tokens nearly always hold all that is kept; the whole vocabulary is sorted only for rows where they do not.
+    for count in (min(FEW, scaled.shape[-1]), scaled.shape[-1]):
+        if not left:
             break
-    kept = ordered * in_top_k
+        values, ids, enough = _kept(_rows(scaled, left), [settings[row] for row in left], count)
+        _take(tokens, left, _largest(values, ids, [keys[row] for row in left]))
+        left = [row for row, found in zip(left, enough, strict=True) if not found]
+    return tokens
+
+
+def _together(rows: list[int], device: torch.device) -> list[list[int]]:
+    """Divide rows into those that are worked on together: on a CPU one at a time, which its cache holds."""
+    return [[row] for row in rows] if device.type == "cpu" else [rows] if rows else []
+
+
+def _kept(
+    scaled: Float[Tensor, "rows vocab"], settings: list[Sampling], count: int
+) -> tuple[Float[Tensor, "rows tokens"], Int[Tensor, "rows tokens"], list[bool]]:
+    """Find what top_k and top_p keep among the `count` most likely tokens.
+
+    Returns:
+        The logits of these tokens, minus infinity for those that are not kept; their ids; and per row, whether all that is
+        kept is among them.
+    """
+    vocabulary = scaled.shape[-1]
+    top_k = _column([s.top_k or vocabulary for s in settings], scaled)
+    top_p = _column([s.top_p for s in settings], scaled)
+    ordered, ids = torch.softmax(scaled, dim=-1).topk(count, dim=-1)
+    kept = ordered * (torch.arange(count, device=scaled.device) < top_k)
+    enough = (ordered.sum(-1, keepdim=True) >= top_p) | (top_k <= count)
     kept = nucleus(kept / torch.where(top_k < vocabulary, kept.sum(-1, keepdim=True), 1), top_p)
-    return order.gather(-1, _search(kept, uniform)[:, None])[:, 0].tolist()
+    return scaled.gather(-1, ids).masked_fill_(kept == 0, -torch.inf), ids, enough[:, 0].tolist()
+
+
+def _largest(
+    scaled: Float[Tensor, "rows tokens"], ids: Int[Tensor, "rows tokens"], keys: list[tuple[int, int]]
+) -> list[int]:
+    """Draw one token per row from the softmax of its logits."""
+    place = (scaled + gumbel(ids, keys)).argmax(-1, keepdim=True)
+    return ids.gather(-1, place)[:, 0].tolist()
+
+
+def _column(values: list[float], beside: Tensor) -> Float[Tensor, "rows 1"]:
+    return torch.tensor(values, device=beside.device, dtype=torch.float32)[:, None]
 
 
 def nucleus(ordered: Float[Tensor, "rows tokens"], top_p: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows tokens"]:
@@ -159,16 +214,6 @@ def nucleus(ordered: Float[Tensor, "rows tokens"], top_p: Float[Tensor, "rows 1"
     return ordered * ((before < top_p) | (top_p >= 1))
 
 
-def _search(weights: Float[Tensor, "rows tokens"], uniform: Float[Tensor, "rows 1"]) -> Tensor:
-    """Return the token at which the cumulative weight passes the uniform share of the whole, `[rows]`."""
-    # In float64: over a vocabulary, a float32 sum loses what rare tokens add.
-    cumulative = weights.cumsum(-1, dtype=torch.float64)
-    found = torch.searchsorted(cumulative, uniform.double() * cumulative[:, -1:], right=True)[:, 0]
-    # Rounding may point behind the last token that has any weight.
-    last = weights.shape[-1] - 1 - (weights.flip(-1) > 0).int().argmax(-1)
-    return torch.minimum(found, last)
-
-
 def score(logits: Float[Tensor, "rows vocab"], tokens: list[int], top: list[int]) -> list[TokenScore]:
     """Return how likely one token per row was, under the unmodified distribution.
 
@@ -177,7 +222,8 @@ def score(logits: Float[Tensor, "rows vocab"], tokens: list[int], top: list[int]
         tokens: one per row.
         top: per row, how many of the most likely tokens to report beside it.
     """
-    whole = logits.logsumexp(-1)
+    # Row by row: over many columns, a sum's rounding depends on how many rows it is taken of.
+    whole = torch.stack([row.logsumexp(-1) for row in logits])
     index = torch.tensor(tokens, device=logits.device)[:, None]
     logprobs: list[float] = (logits.gather(-1, index)[:, 0] - whole).tolist()
     if not any(top):

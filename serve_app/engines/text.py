@@ -45,7 +45,13 @@ class TextStream:
         self.stopped = False
 
     def push(self, token_id: int, *, may_stop: bool = True) -> None:
-        """Add a token; its text is looked through for stop strings unless it may not stop yet."""
+        """Add a token.
+
+        Args:
+            token_id: the token.
+            may_stop: whether a stop string that its text completes ends the completion. One that was completed before that
+                is text like any other.
+        """
         if self.stopped:
             return
         if token_id in self._markers:
@@ -60,12 +66,12 @@ class TextStream:
             if not piece:
                 return
             self._pending.clear()
-        # A stop string can begin in earlier text, but not further back than its own length.
-        start = max(0, len(self.text) - max(map(len, self._stop), default=0))
+        before = len(self.text)
         self.text += piece
         if not may_stop:
             return
-        found = [at for stop in self._stop if (at := self.text.find(stop, start)) >= 0]
+        # Only a stop string that this piece completes ends the text: one completed earlier was not allowed to, and is text.
+        found = [at for stop in self._stop if (at := self.text.find(stop, max(0, before + 1 - len(stop)))) >= 0]
         if found:
             self.text = self.text[: min(found)]
             self.stopped = True

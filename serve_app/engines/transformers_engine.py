@@ -15,6 +15,10 @@ nobody's (a broken GPU answers nothing else), the engine gives up, and the repli
 
 A model whose cache cannot be joined runs in static batches, and the engine says so when it starts. One whose cache the
 engine cannot keep at all is refused then (`model_cache`).
+
+Batch-invariant, nothing of a request depends on what runs beside it, to the last bit: each prompt is read alone in pieces of
+one size, steps compute rows in fixed shapes (`invariance`), and tokens are chosen row by row. A model that cannot is run one
+request at a time.
 """
 
 import logging
@@ -31,6 +35,7 @@ from serve_app.capture.memory import RowMemory
 from serve_app.engines.admission import Budget, next_jobs
 from serve_app.engines.completion import no_token
 from serve_app.engines.forwards import Forwards
+from serve_app.engines.invariance import PIECE, settle
 from serve_app.engines.kv_cache import BatchRows, SlotRows, StaticRows
 from serve_app.engines.model_cache import find_out
 from serve_app.engines.protocol import (
@@ -75,6 +80,7 @@ class TransformersEngine:
         max_queue: int = 256,
         max_prefill_tokens: int = 0,
         max_cache_tokens: int = 0,
+        batch_invariant: bool = False,
     ) -> None:
         """Measure the memory and start the engine's thread.
 
@@ -84,19 +90,26 @@ class TransformersEngine:
             max_queue: requests waiting for that.
             max_prefill_tokens: the most that one prefill takes, padding included; 0 for what suits the device.
             max_cache_tokens: size of the KV cache, 0 for what the free memory allows.
+            batch_invariant: whether a request's tokens, scores and rows must not depend on what runs beside it.
 
         Raises:
             UnsupportedModelError: if the engine cannot keep the model's cache.
         """
         self._model = model
+        self.batch_invariant = batch_invariant
         self._max_batch = max_batch
         self._max_queue = max_queue
         self._max_prefill_tokens = max_prefill_tokens or PREFILL_TOKENS[model.device.type]
         self._remembered = find_out(model.observed._module, model.device)
         self._batching = model.batching
         self._joins = self._remembered.continuous and model.batching.joins
-        if self._remembered.alone or model.batching.kind == "alone":
-            self._max_batch = 1
+        self._shapes, reason = settle(model, self._remembered, max_batch) if batch_invariant else (None, "")
+        self._together = max_batch
+        if reason:
+            self._together = 1
+            log.warning("%s runs one request at a time to be batch-invariant: %s", model.source.name, reason)
+        elif self._remembered.alone or model.batching.kind == "alone":
+            self._together = 1
             log.warning("%s continues one sequence at a time: requests run one after the other", model.source.name)
         elif not self._joins:
             log.warning("%s has batches that requests cannot join: they run in static batches", model.source.name)
@@ -272,19 +285,23 @@ class TransformersEngine:
                 self._waiting,
                 [running.job for running in self._running],
                 self.budget,
-                self._max_batch,
-                self._max_prefill_tokens,
+                self._together,
+                1 if self.batch_invariant else self._max_prefill_tokens,  # 1: a prompt is read alone
                 self._batching.together,
                 lengths,
             )
         if not jobs:
             return None
+        if self._together == 1:
+            self._rows = self._empty()  # so that the memory it computes on lies as if nothing had run before
         return Prefill.lay_out([Running.start(job, self._model, self._memory) for job in jobs], self._rows.new())
 
     def _piece(self, prefill: Prefill) -> int:
         """Return how many columns of a prefill to read at once; some prompts are read whole."""
         if not self._joins or self._batching.whole(prefill.width):
             return prefill.width
+        if self.batch_invariant:
+            return PIECE
         limit = self._max_prefill_tokens
         if prefill.all_logits:
             limit = min(limit, LOGITS_BYTES // (4 * self._model.observed.config.get_text_config().vocab_size))
@@ -334,9 +351,10 @@ class TransformersEngine:
         self._steps[len(self._running)] += 1
         tokens = torch.tensor([[running.token_ids[-1]] for running in self._running])
         mask, positions = self._rows.step_inputs()
+        shapes = self._shapes.step(mask) if self._shapes is not None else None
         try:
             logits, cache = self._forwards.run(
-                self._running, tokens, mask, positions, self._rows.cache, logits_to_keep=1
+                self._running, tokens, mask, positions, self._rows.cache, logits_to_keep=1, shapes=shapes
             )
         except Exception as error:  # noqa: BLE001 - whatever it is, it is told to the request that caused it
             left = self._innocent(self._running, error, decoding=True)
@@ -358,8 +376,15 @@ class TransformersEngine:
     def _advance(self, running: list[Running], logits: Float[Tensor, "batch vocab"]) -> list[int]:
         """Choose the next tokens, report them and the jobs that have ended; returns the rows that go on."""
         logits = logits.float()
-        chosen = choose(logits, [one.sampler for one in running])
-        scores = score(logits, chosen, [one.job.sampling.top_logprobs for one in running])
+        samplers, top = [one.sampler for one in running], [one.job.sampling.top_logprobs for one in running]
+        # Row by row, a row's shape is its own.
+        height = 1 if self.batch_invariant else len(running)
+        chosen: list[int] = []
+        scores: list[TokenScore] = []
+        for start in range(0, len(running), height):
+            rows = slice(start, start + height)
+            chosen += choose(logits[rows], samplers[rows])
+            scores += score(logits[rows], chosen[rows], top[rows])
         staying = []
         for row, one in enumerate(running):
             try:

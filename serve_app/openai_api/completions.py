@@ -5,6 +5,7 @@ whose token is thrown away), and `echo` with `logprobs` returns the score of eve
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -20,7 +21,7 @@ from serve_app.engines.text import completion_offsets
 from serve_app.generation import Done
 from serve_app.openai_api.chat import usage
 from serve_app.openai_api.errors import ApiError
-from serve_app.openai_api.logprobs import completion_logprobs
+from serve_app.openai_api.logprobs import Offsets, completion_logprobs
 from serve_app.openai_api.params import MAX_TOP_LOGPROBS, GenerationParams
 from serve_app.openai_api.probing import spell_scores
 from serve_app.openai_api.prompt import Prompt
@@ -115,7 +116,7 @@ class CompletionReply:
 
     def __post_init__(self) -> None:
         self._dones: list[Done | None] = [None] * (len(self.prompts) * self.request.n)
-        self._sent = [0] * len(self._dones)
+        self._offsets = [Offsets() for _ in self._dones]
         self._scored = [0] * len(self._dones)  # rows whose scores have been sent
 
     def opening(self) -> list[dict[str, Any]]:
@@ -128,8 +129,7 @@ class CompletionReply:
         """Return the chunks for a choice's new text; with echoed scores it has to wait for those of the prompt."""
         if self.request.echo and self.request.logprobs is not None:
             return []
-        logprobs = self._logprobs(event.token_ids, list(event.scores), self._start(index) + self._sent[index])
-        self._sent[index] += len(event.text)
+        logprobs = self._logprobs(event.token_ids, list(event.scores), self._offsets[index])
         return [self._chunk(index, event.text, logprobs, probed=self._probed(index, event.probed))]
 
     def done(self, index: int, done: Done) -> list[dict[str, Any]]:
@@ -165,15 +165,19 @@ class CompletionReply:
         spoken = len(finished.token_ids) - (finished.ended_by is not None)
         tokens, scores = finished.token_ids[:spoken], list[TokenScore | None](finished.scores[:spoken])
         if not self.request.echo:
-            return finished.text, self._logprobs(tokens, scores, self._start(index))
+            return finished.text, self._logprobs(tokens, scores, Offsets())
         if finished.prompt_scores is not None:
             scores = [None, *finished.prompt_scores, *scores]
-        return prompt.echo + finished.text, self._logprobs(prompt.token_ids + tokens, scores, 0)
+        offsets = Offsets(len(prompt.echo))
+        logprobs = self._logprobs(prompt.token_ids + tokens, scores, offsets, prompt.echo_offsets)
+        return prompt.echo + finished.text, logprobs
 
-    def _logprobs(self, tokens: list[int], scores: list[TokenScore | None], start: int) -> dict[str, Any] | None:
+    def _logprobs(
+        self, tokens: list[int], scores: list[TokenScore | None], offsets: Offsets, echoed: Sequence[int] = ()
+    ) -> dict[str, Any] | None:
         if self.request.logprobs is None:
             return None
-        return completion_logprobs(self.tokenizer, tokens, scores, start)
+        return completion_logprobs(self.tokenizer, tokens, scores, offsets, echoed)
 
     def _probed(self, index: int, scores: list[Tensor]) -> dict[str, Any]:
         """Spell the scores of a choice's next rows, and count these as sent."""
@@ -185,9 +189,6 @@ class CompletionReply:
 
     def _prompt(self, index: int) -> Prompt:
         return self.prompts[index // self.request.n]
-
-    def _start(self, index: int) -> int:
-        return len(self._prompt(index).echo) if self.request.echo else 0
 
     def _usage(self) -> dict[str, int]:
         return usage(sum(len(prompt.token_ids) for prompt in self.prompts), self._dones)

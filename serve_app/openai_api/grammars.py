@@ -29,18 +29,24 @@ def json_object_grammar(*, reasoning: Reasoning = "none") -> Grammar:
     Args:
         reasoning: how the reply begins.
     """
-    return json_schema_grammar({"type": "object"}, reasoning=reasoning)
+    return json_schema_grammar({"type": "object"}, reasoning=reasoning, param="response_format")
 
 
-def json_schema_grammar(schema: Mapping[str, Any], *, strict: bool = False, reasoning: Reasoning = "none") -> Grammar:
+def json_schema_grammar(
+    schema: Mapping[str, Any],
+    *,
+    strict: bool = False,
+    reasoning: Reasoning = "none",
+    param: str = "response_format.json_schema.schema",
+) -> Grammar:
     """JSON that matches a schema.
 
     Args:
         schema: the schema.
         strict: whether a keyword that cannot be enforced is an error.
         reasoning: how the reply begins.
+        param: where the request asks for it, for errors.
     """
-    param = "response_format.json_schema.schema"
     return _after_thoughts("answer: object", {"object": Schema(_closed(schema), param, strict)}, {}, reasoning)
 
 

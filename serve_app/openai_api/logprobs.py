@@ -1,6 +1,8 @@
 """Log-probabilities in OpenAI's two shapes: chat's list of objects, and completions' four parallel lists."""
 
+import codecs
 import re
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -9,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from serve_app.engines.protocol import TokenScore
+from serve_app.engines.markers import MARKERS
 
 
 def chat_logprobs(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], scores: list[TokenScore]) -> dict[str, Any]:
@@ -25,34 +28,71 @@ def chat_logprobs(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], scor
     return {"content": content, "refusal": None}
 
 
+class Offsets:
+    """Where the tokens of a growing text begin in it, in characters.
+
+    A token in the middle of a character begins where that character does.
+    """
+
+    def __init__(self, start: int = 0) -> None:
+        """Begin a text.
+
+        Args:
+            start: offset of its first character.
+        """
+        self._at = start
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def of(self, raw: bytes) -> int:
+        """Return where the next token begins.
+
+        Args:
+            raw: the bytes that the token adds to the text.
+        """
+        at = self._at
+        self._at += len(self._decoder.decode(raw))
+        return at
+
+
 def completion_logprobs(
-    tokenizer: PreTrainedTokenizerBase, token_ids: list[int], scores: list[TokenScore | None], start: int = 0
+    tokenizer: PreTrainedTokenizerBase,
+    token_ids: list[int],
+    scores: list[TokenScore | None],
+    offsets: Offsets,
+    echoed: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """Spell a completion choice's `logprobs`.
+    """Spell a completion choice's `logprobs`, or a chunk's part of them.
+
+    `top_logprobs` has, at each position, the most likely tokens as many as were asked for, and the token itself.
 
     Args:
         tokenizer: the model's.
         token_ids: the tokens, the prompt's first if it is echoed.
         scores: of each; None for the very first token of a prompt, which nothing predicts.
-        start: offset of the first token in the text.
+        offsets: of the generated text so far.
+        echoed: offsets of the prompt's tokens, if it is echoed.
     """
-    texts = [token_bytes(tokenizer, token).decode("utf-8", "replace") for token in token_ids]
-    offsets, at = [], start
-    for text in texts:
-        offsets.append(at)
-        at += len(text)
-    top = [
-        None
-        if score is None or not score.top
-        else {token_bytes(tokenizer, token).decode("utf-8", "replace"): logprob for token, logprob in score.top}
-        for score in scores
-    ]
+    spelled = [token_bytes(tokenizer, token) for token in token_ids]
+    special = tokenizer.added_tokens_decoder.items()
+    left_out = {token for token, added in special if added.special and added.content not in MARKERS}
+    generated = list(zip(token_ids, spelled, strict=True))[len(echoed) :]
+    texts = [raw.decode("utf-8", "replace") for raw in spelled]
     return {
         "tokens": texts,
         "token_logprobs": [None if score is None else score.logprob for score in scores],
-        "top_logprobs": top if any(top) else None,
-        "text_offset": offsets,
+        "top_logprobs": [
+            None if score is None else _top(tokenizer, text, score) for text, score in zip(texts, scores, strict=True)
+        ],
+        "text_offset": [*echoed, *(offsets.of(b"" if token in left_out else raw) for token, raw in generated)],
     }
+
+
+def _top(tokenizer: PreTrainedTokenizerBase, text: str, score: TokenScore) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for token, logprob in score.top:
+        # Tokens that are parts of characters may have one text; the most likely of them stands for it.
+        found.setdefault(token_bytes(tokenizer, token).decode("utf-8", "replace"), logprob)
+    return found | {text: score.logprob}
 
 
 @lru_cache(maxsize=1)

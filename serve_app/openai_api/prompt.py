@@ -56,6 +56,12 @@ class Prompt:
         """What a reply that repeats its prompt says: what the client sent."""
         return self.text if self.given is None else self.given
 
+    @property
+    def echo_offsets(self) -> list[int]:
+        """The first character of each token in `echo`; what the tokenizer added before it begins where it does."""
+        before = max(self.text.find(self.echo), 0)
+        return [min(max(offset - before, 0), len(self.echo)) for offset in self.token_offsets]
+
 
 def render(
     tokenizer: PreTrainedTokenizerBase,

@@ -8,7 +8,13 @@ from pydantic import ValidationError
 
 from serve_app.app import build
 from serve_app.config import ModelChoice, ServerConfig
-from serve_app.engines.vllm.loading import EngineUnavailableError, VllmSettings, engine_arguments, start
+from serve_app.engines.vllm.loading import (
+    EngineUnavailableError,
+    VllmSettings,
+    check_batch_invariance,
+    engine_arguments,
+    start,
+)
 from serve_app.loading import as_load_error, engine_for
 from serve_app.sources import ModelSource
 from tests.serve_app import tiny
@@ -34,12 +40,21 @@ def test_auto_is_vllm_where_there_are_both_a_gpu_and_vllm(monkeypatch: pytest.Mo
         ({"taps": ["resid_post"]}, "set engine=vllm"),
         ({"tensor_parallel_size": 2}, "set engine=vllm"),
         ({"engine": "vllm", "capture": False, "taps": ["resid_post"]}, "has no use for them"),
+        ({"engine": "vllm", "device": "cpu", "batch_invariant": True}, "set engine=transformers"),
         ({"engine": "tensorrt"}, "'auto', 'transformers' or 'vllm'"),
     ],
 )
 def test_what_does_not_go_together_is_refused(options: dict, said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         ServerConfig.model_validate(options)
+
+
+def test_vllm_is_batch_invariant_where_it_says_so() -> None:
+    check_batch_invariance((8, 0))
+    check_batch_invariance((9, 0))
+    for capability, said in (((7, 5), "compute capability 7.5"), (None, "a CPU")):
+        with pytest.raises(EngineUnavailableError, match=f"batch_invariant: .*{said}"):
+            check_batch_invariance(capability)
 
 
 def test_a_model_that_is_split_has_its_gpus_in_one_bundle() -> None:

@@ -23,8 +23,8 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from serve_app.engines.admission import HOST_SHARE, free_host_memory, row_bytes
 from serve_app.engines.completion import Completion, no_token
+from serve_app.engines.constraints import SchemaError
 from serve_app.engines.protocol import (
-    ConstraintError,
     EngineBusyError,
     EngineStoppedError,
     Failed,
@@ -122,6 +122,7 @@ class VllmEngine:
         captures: bool,
         max_batch: int,
         max_queue: int,
+        batch_invariant: bool = False,
     ) -> None:
         """Take over a client whose model is loaded.
 
@@ -132,8 +133,10 @@ class VllmEngine:
             captures: whether its workers do.
             max_batch: requests generated together.
             max_queue: requests waiting for that.
+            batch_invariant: whether vLLM was started so.
         """
         self._batching = model.batching
+        self.batch_invariant = batch_invariant
         self._loop = loop
         self._client = loop.client
         self._model = model
@@ -357,5 +360,5 @@ class VllmEngine:
 
 def _failure(job: GenerationJob, reason: str) -> Exception:
     if job.constraint is not None:
-        return ConstraintError("the grammar cannot be followed any further")
+        return SchemaError(job.constraint.param, "the grammar cannot be followed any further")
     return RuntimeError(f"vLLM ended the request: {reason}")

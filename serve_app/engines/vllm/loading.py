@@ -51,6 +51,9 @@ NO_CAPTURE = "this server does not capture (capture: false in its configuration)
 ASSUMED_CONTEXT = 2048
 """What vLLM itself takes where a configuration says no context length."""
 
+BATCH_INVARIANT_FROM = (8, 0)
+"""The compute capability that vLLM's batch-invariant mode asks for (its documentation, 0.32)."""
+
 PROBE_TOKENS = 8
 """Of the request that hook points are verified on."""
 
@@ -74,6 +77,7 @@ class VllmSettings:
         capture: whether requests may capture and steer.
         taps: hook points that CUDA graphs are to serve; without any, there are no CUDA graphs.
         store: where captured rows go.
+        batch_invariant: whether a request's tokens must not depend on what runs beside it.
     """
 
     dtype: str
@@ -86,6 +90,7 @@ class VllmSettings:
     capture: bool
     taps: tuple[str, ...]
     store: str
+    batch_invariant: bool = False
 
 
 @dataclass(frozen=True)
@@ -143,6 +148,8 @@ def start(
     place = torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
     if settings.device == "cuda" and place.type == "cpu":
         raise EngineUnavailableError("device: there is no CUDA GPU here")
+    if settings.batch_invariant:
+        check_batch_invariance(torch.cuda.get_device_capability() if place.type == "cuda" else None)
     kind = native_dtype(place) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     revision = source.commit
     config = AutoConfig.from_pretrained(source.path, revision=revision, trust_remote_code=trust_remote_code)
@@ -181,7 +188,25 @@ def start(
         captures=settings.capture,
         max_batch=settings.max_batch,
         max_queue=settings.max_queue,
+        batch_invariant=settings.batch_invariant,
     )
+
+
+def check_batch_invariance(capability: tuple[int, int] | None) -> None:
+    """Refuse what vLLM's batch-invariant kernels do not run on.
+
+    Args:
+        capability: the GPU's compute capability, None for a CPU.
+
+    Raises:
+        EngineUnavailableError: saying what it needs.
+    """
+    if capability is None or capability < BATCH_INVARIANT_FROM:
+        found = "a CPU" if capability is None else f"a GPU of compute capability {capability[0]}.{capability[1]}"
+        raise EngineUnavailableError(
+            f"batch_invariant: vLLM has it on CUDA GPUs of compute capability 8.0 and later, and this is {found}; use "
+            "engine=transformers"
+        )
 
 
 def engine_arguments(
@@ -231,6 +256,8 @@ def _whole_blocks(tokens: int, block: int = 128) -> int:
 def _client(path: str, arguments: dict[str, Any], settings: VllmSettings, place: torch.device) -> "Client":
     """Start vLLM's processes."""
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM would tell its makers what it runs on
+    if settings.batch_invariant:
+        os.environ["VLLM_BATCH_INVARIANT"] = "1"
     announce()
     kind = "Capturing" if settings.capture else "Plain"
     worker = f"serve_app.engines.vllm.worker.{kind}Worker"

@@ -1,7 +1,10 @@
 """Choosing tokens: against transformers' own logits processors, and against frequencies that can be computed by hand."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from scipy import stats
 from transformers import (
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -65,6 +68,76 @@ def test_frequencies_are_those_of_transformers_own_warpers(sampling: Sampling) -
     # Four standard errors of a frequency near one half are 0.032; what is cut off never comes.
     assert torch.allclose(found, expected, atol=0.032)
     assert (found[expected == 0] == 0).all()
+
+
+@pytest.mark.parametrize("cut", [{}, {"top_k": 30, "top_p": 0.8, "temperature": 0.7}])
+def test_draws_have_the_exact_probabilities(cut: dict[str, float]) -> None:
+    """Chi-square over 8,000 draws of different seeds, from a peaked distribution over 2,000 tokens."""
+    logits = torch.randn(2000, generator=torch.Generator().manual_seed(2)) * 2
+    logits[:20] += 5
+    settings = Sampling(1, **cut)  # type: ignore[arg-type]
+    warped = TemperatureLogitsWarper(settings.temperature)(None, logits[None])
+    if settings.top_k:
+        warped = TopKLogitsWarper(settings.top_k)(None, warped)
+    if settings.top_p < 1:
+        warped = TopPLogitsWarper(settings.top_p)(None, warped)
+    expected = warped.double().softmax(-1)[0]
+    drawn = []
+    for seeds in torch.arange(8_000).split(500):
+        batch = [sampler(replace(settings, seed=int(seed))) for seed in seeds]
+        drawn += choose(logits.expand(500, -1), batch)
+    counts = torch.bincount(torch.tensor(drawn), minlength=2000).double()
+    assert counts[expected == 0].sum() == 0
+    often = expected * len(drawn) >= 5
+    observed = [*counts[often].tolist(), counts[~often].sum().item()]
+    wanted = [*(expected[often] * len(drawn)).tolist(), (expected[~often].sum() * len(drawn)).item()]
+    if wanted[-1] == 0:
+        observed, wanted = observed[:-1], wanted[:-1]
+    assert stats.chisquare(observed, wanted, sum_check=False).pvalue > 1e-3
+
+
+def stream_of(logits: torch.Tensor, beside: torch.Tensor, settings: Sampling, others: list[Sampling]) -> list[int]:
+    """Twenty draws of one request from the same logits, beside others."""
+    batch = [sampler(settings), *(sampler(other) for other in others)]
+    rows = torch.cat([logits[None], beside[: len(others)]])
+    return [choose(rows, batch)[0] for _ in range(20)]
+
+
+@pytest.mark.parametrize("cut", [{}, {"top_k": 40}, {"top_p": 0.9}, {"top_p": 0.999}])
+def test_neighbours_do_not_change_a_draw(cut: dict[str, float]) -> None:
+    rows = torch.randn(5, 3 * FEW, generator=torch.Generator().manual_seed(3)) * 3
+    settings = Sampling(1, seed=5, **cut)  # type: ignore[arg-type]
+    alone = stream_of(rows[0], rows[1:], settings, [])
+    company = [Sampling(1, temperature=0), Sampling(1, top_p=0.99), Sampling(1, top_k=3), Sampling(1, temperature=2)]
+    assert stream_of(rows[0], rows[1:], settings, company) == alone
+    assert stream_of(rows[0], rows[1:] * 0, settings, company[1:]) == alone
+
+
+def test_a_token_that_is_kept_is_drawn_whatever_else_is_cut() -> None:
+    """The noise belongs to the tokens: cutting others, or ruling them out, leaves the winner."""
+    logits = torch.randn(300, generator=torch.Generator().manual_seed(4)) * 2
+    order = logits.argsort(descending=True).tolist()
+    for seed in range(40):
+        whole = choose(logits[None], [sampler(Sampling(1, seed=seed))])[0]
+        rank = order.index(whole)
+        assert choose(logits[None], [sampler(Sampling(1, seed=seed, top_k=rank + 1))]) == [whole]
+        others = dict.fromkeys(order[rank + 1 :][:5], -100.0)
+        assert choose(logits[None], [sampler(Sampling(1, seed=seed, logit_bias=others))]) == [whole]
+
+
+def test_rounding_rarely_changes_a_draw() -> None:
+    """Logits rounded to bfloat16, as another kernel would round them: few draws change, many with a cumulative sum."""
+    logits = torch.randn(20_000, generator=torch.Generator().manual_seed(5)) * 0.5
+    rounded = logits + torch.randn(20_000, generator=torch.Generator().manual_seed(6)) * 0.004
+    changed = by_sum = 0
+    for seed in range(200):
+        first, second = (choose(row[None], [sampler(Sampling(1, seed=seed))])[0] for row in (logits, rounded))
+        changed += first != second
+        uniform = torch.rand((), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        found = [int(torch.searchsorted(row.double().softmax(-1).cumsum(-1), uniform)) for row in (logits, rounded)]
+        by_sum += found[0] != found[1]
+    assert changed <= 6
+    assert by_sum > 25, "the control: the old way changes with any rounding before the token"
 
 
 def test_a_nucleus_wider_than_the_first_tokens_is_looked_for_in_all() -> None:
