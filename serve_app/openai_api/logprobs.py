@@ -10,8 +10,8 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from serve_app.engines.protocol import TokenScore
 from serve_app.engines.markers import MARKERS
+from serve_app.engines.protocol import TokenScore
 
 
 def chat_logprobs(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], scores: list[TokenScore]) -> dict[str, Any]:
