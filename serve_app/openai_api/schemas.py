@@ -10,6 +10,7 @@ from fastapi import Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from roentgen.contract import ActivationReply
+from roentgen.saved_probes import ScoreUnit
 
 ERRORS = {
     400: "The request cannot be carried out; `param` names what is wrong",
@@ -129,6 +130,9 @@ class ProbeScores(Shape):
     probe: str
     key: str
     label: str
+    unit: ScoreUnit = Field(
+        description="What a score is: log-odds, logits, a value of the label, or a score of no unit."
+    )
     classes: list[str]
     n_prompt: int = Field(ge=1)
     start: int = Field(ge=0)

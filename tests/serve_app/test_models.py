@@ -31,7 +31,11 @@ def test_a_folder_is_loaded_and_said_what_it_is(source: ModelSource) -> None:
     model = load(source, "float32", "cpu", stages.append)
     assert model.structure.num_layers == 3
     assert (model.context_length, model.eos_token_ids) == (128, {256})
-    assert stages == ["loading tiny-llama (torch.float32, cpu)", "verifying hook points"]
+    assert stages == [
+        "loading tiny-llama (torch.float32, cpu)",
+        "verifying hook points",
+        "checking causality, attention and batching",
+    ]
 
 
 def test_a_model_split_over_memory_and_disk_generates_and_captures_the_same(source: ModelSource) -> None:

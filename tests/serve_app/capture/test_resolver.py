@@ -61,6 +61,7 @@ LAYER = {
     "gptj": parallel("attn", "mlp", "ln_1", "ln_1"),
     "phi": parallel("self_attn", "mlp", "input_layernorm", "input_layernorm"),
     "phi3": LLAMA,
+    "phi3_longrope": LLAMA,
     "olmo2": {
         "resid_mid": "mlp.input",
         "attn_out": "post_attention_layernorm.output",

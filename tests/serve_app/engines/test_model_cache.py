@@ -58,7 +58,7 @@ def test_what_each_model_is_found_to_keep() -> None:
 
 
 def test_a_model_without_a_cache_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedModelError, match="OpenAIGPTLMHeadModel takes no cache of past tokens") as caught:
+    with pytest.raises(UnsupportedModelError, match="OpenAIGPTLMHeadModel keeps no cache of past tokens") as caught:
         TransformersEngine(tiny.loaded("openai-gpt"))
     error = as_load_error(caught.value)
     assert (error.status, error.param, error.code) == (400, "model_id", "model_unsupported")
