@@ -16,7 +16,6 @@ import typer
 from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
-from benchmarks import workload
 from benchmarks.gpu import TINY, Bench, Size, main
 from benchmarks.gpu_report import PARTS, SECTION, Report
 from benchmarks.gpu_rows import IN_LAYER, check_rows, checked_keys, in_float32, kept_positions, read_alone
@@ -145,7 +144,7 @@ def test_wrong_rows_are_found_and_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     # The check at loading finds some of these too, and would keep requests apart.
-    monkeypatch.setattr(workload, "check_loaded", lambda *_: LoadReport())
+    monkeypatch.setattr("benchmarks.workload.check_loaded", lambda *_: LoadReport())
     fault(monkeypatch)
     bench = Bench(Report(tmp_path, None), ROWS_ONLY, dtype, "cpu", time.monotonic(), soon())
     assert bench.run() == 1
