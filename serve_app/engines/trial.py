@@ -229,7 +229,7 @@ def sequences(model: PreTrainedModel, longest: int) -> dict[str, list[int]]:
 def row_errors(rows: Rows, expected: Rows) -> Float[Tensor, "tokens"]:
     """Return, per token, the largest relative error of its rows.
 
-    It is infinite where one is not finite and the other is, and 0 where neither is: a model that overflows is not judged by that.
+    It is infinite where one is not finite and the other is, and 0 where neither is: an overflow is not judged here.
     """
     difference = (rows - expected).norm(dim=-1)
     errors = torch.where(difference == 0, 0.0, difference / expected.norm(dim=-1).clamp_min(1e-30)).nan_to_num(math.inf)
