@@ -38,7 +38,7 @@ from serve_app.capture.narrowing import (
 from serve_app.capture.structure import ModelStructure, Tap
 from serve_app.engines.attention import use_grouped_attention
 from serve_app.engines.batching import KINDS, Batching, Kind
-from serve_app.engines.model_cache import UnsupportedModelError
+from serve_app.engines.model_cache import Remembered, UnsupportedModelError
 from serve_app.engines.trial import PIECE, Rows, Trial
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,7 @@ class LoadReport:
         decoding_error: how far the rows of a request that runs alone, with its cache, are from those of one forward over the
             whole sequence, relative to their norm; 0 if rounding explains it. The model itself computes them differently then.
         compared_on: the models that were tried.
+        remembered: how the model remembers, for the engine.
         seconds: what the checks took.
     """
 
@@ -64,6 +65,7 @@ class LoadReport:
     attention: str = "sdpa"
     decoding_error: float = 0.0
     compared_on: tuple[str, ...] = ()
+    remembered: Remembered | None = None
     seconds: float = 0.0
 
     def record(self) -> dict[str, Any]:
@@ -146,6 +148,7 @@ def check_loaded(model: PreTrainedModel, structure: ModelStructure) -> LoadRepor
         attention="grouped" if model.config._attn_implementation != own else own,
         decoding_error=decoding_error,
         compared_on=tuple(trial.name for trial in trials),
+        remembered=actual.remembered if actual is not None else None,
         seconds=time.monotonic() - begun,
     )
 
@@ -292,7 +295,7 @@ def _actual_trial(model: PreTrainedModel, structure: ModelStructure) -> Trial | 
         log.warning("no layer has a hook point, so batching is not checked")
         return None
     context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or LONGEST
-    longest = max([n + 16 for n in thresholds(model.config).values() if n + 16 <= LONGEST], default=3 * LONG)
+    longest = max([n + 16 for n in thresholds(model.config).values() if n + 16 <= LONGEST], default=2 * LONG)
     return Trial("the model", model, taps, min(longest, context))
 
 

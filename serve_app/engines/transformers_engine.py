@@ -100,7 +100,7 @@ class TransformersEngine:
         self._max_batch = max_batch
         self._max_queue = max_queue
         self._max_prefill_tokens = max_prefill_tokens or PREFILL_TOKENS[model.device.type]
-        self._remembered = find_out(model.observed._module, model.device)
+        self._remembered = model.checks.remembered or find_out(model.observed._module, model.device)
         self._batching = model.batching
         self._joins = self._remembered.continuous and model.batching.joins
         self._shapes, reason = settle(model, self._remembered, max_batch) if batch_invariant else (None, "")
