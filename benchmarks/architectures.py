@@ -34,7 +34,7 @@ from benchmarks.architecture_cases import (
     configuration,
     in_six_layers,
 )
-from benchmarks.architecture_models import build
+from benchmarks.architecture_models import CannotBeBuiltError, build
 from benchmarks.architecture_page import PAGE, Finding, rewrite
 from serve_app.capture.narrowing import resolve_config, rotation_limit
 from serve_app.capture.observer import observe
@@ -53,6 +53,9 @@ LENGTHS = ((5, 20), (40, 9), (17, 14))
 
 TOLERANCE = 1e-3
 """Of a log-probability, in float32."""
+
+OURS = (CannotBeBuiltError, ResolutionError, UnsupportedModelError)
+"""Errors that say all by themselves, whatever their type."""
 
 LIMIT_S = 100
 """The seconds that a case may take."""
@@ -94,7 +97,7 @@ def try_case(case: str) -> Iterator[Finding]:
         return
     try:
         plain = build(case)
-    except Exception as error:  # noqa: BLE001 - it is what the page says
+    except CannotBeBuiltError as error:
         yield dataclasses.replace(finding, not_built=_say(error))
         return
     yield dataclasses.replace(finding, **generate(plain, case))
@@ -173,7 +176,7 @@ def _engine(plain: PreTrainedModel, structure: ModelStructure, checks: LoadRepor
 def _say(error: Exception) -> str:
     """Return an error in a line; the type, too, if it is not one of ours."""
     text = " ".join(str(error).split())
-    text = text if isinstance(error, (ResolutionError, UnsupportedModelError)) else f"{type(error).__name__}: {text}"
+    text = text if isinstance(error, OURS) else f"{type(error).__name__}: {text}"
     return text if len(text) <= 200 else f"{text[:200]}…"
 
 

@@ -7,6 +7,7 @@ from benchmarks.architecture_cases import COLUMNS, cases, cell, in_six_layers
 from benchmarks.architecture_page import PAGE
 from serve_app.capture.narrowing import STAND_IN, resolve_config
 from serve_app.capture.resolver import ResolutionError, resolve_structure
+from serve_app.engines.batching import KINDS
 from tests.serve_app import tiny
 
 FULL_SIZE = (
@@ -40,7 +41,11 @@ def test_the_same_as_on_weights(architecture: str) -> None:
     assert set(narrow.missing) == set(wide.missing)
 
 
-@pytest.mark.parametrize(("case", "cells"), rows(), ids=lambda value: value if isinstance(value, str) else "")
+# Rows of models that the server refuses, and of decoders made of encoders, would double the time.
+SERVED = [(case, cells) for case, cells in rows() if cells[-1] in KINDS and "is_decoder" not in case]
+
+
+@pytest.mark.parametrize(("case", "cells"), SERVED, ids=lambda value: value if isinstance(value, str) else "")
 def test_the_table_of_the_docs(case: str, cells: list[str]) -> None:
     structure = resolve_config(in_six_layers(case), case)
     assert [cell(structure, name) for name in COLUMNS] == cells[:-1]
