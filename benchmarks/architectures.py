@@ -1,29 +1,47 @@
-"""Generates with a tiny random model of every causal architecture of transformers, and compares with transformers alone.
+"""Tries every causal architecture of transformers: its hook points, whether it generates, and which requests share a forward.
 
-For each model type, a narrow random model of its default configuration (`capture.narrowing`) runs in the transformers engine
-with prompts of different lengths together, which end at different times. Its tokens have to be those of transformers' own
-`generate` with each prompt alone, and its log-probabilities those of a forward over the whole sequence. The table says per
-model type whether that holds, by how much it does not, or why the server refuses the model.
+Each case (`architecture_cases`) is tried in a process of its own. Its hook points are resolved from the configuration alone.
+Then a narrow random model of it (`architecture_models`) is checked as at loading, and runs in the transformers engine with
+prompts of different lengths together, which end at different times. Its tokens have to be those of transformers' own
+`generate` with each prompt alone, and its log-probabilities those of a forward over the whole sequence.
 
-    python -m benchmarks.architectures [MODEL_TYPE ...] > table.txt
+    python -m benchmarks.architectures ["MODEL_TYPE OPTION=VALUE ..." ...]
+    python -m benchmarks.architectures --docs
+
+The first prints a line per case. The second tries all cases and writes what was found into docs/architectures.md; with
+`--findings FILE`, it keeps findings in that file as they come, and cases that are there already are not tried again.
 """
 
 import argparse
+import dataclasses
+import json
 import logging
 import multiprocessing
-import sys
 import time
+from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
 
 import torch
 import transformers as tr
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from serve_app.capture.narrowing import narrowed
+from benchmarks.architecture_cases import (
+    COLUMNS,
+    cases,
+    cell,
+    configuration,
+    in_six_layers,
+)
+from benchmarks.architecture_models import CannotBeBuiltError, build
+from benchmarks.architecture_page import PAGE, Finding, rewrite
+from serve_app.capture.narrowing import resolve_config, rotation_limit
 from serve_app.capture.observer import observe
-from serve_app.capture.resolver import resolve_structure
-from serve_app.engines.load_checks import check_config, check_loaded
+from serve_app.capture.resolver import ResolutionError, resolve_structure
+from serve_app.capture.structure import ModelStructure
+from serve_app.engines.load_checks import LoadReport, check_config, check_loaded
+from serve_app.engines.model_cache import UnsupportedModelError
 from serve_app.engines.protocol import Sampling
 from serve_app.engines.transformers_engine import TransformersEngine
 from serve_app.models import LoadedModel
@@ -36,80 +54,11 @@ LENGTHS = ((5, 20), (40, 9), (17, 14))
 TOLERANCE = 1e-3
 """Of a log-probability, in float32."""
 
+OURS = (CannotBeBuiltError, ResolutionError, UnsupportedModelError)
+"""Errors that say all by themselves, whatever their type."""
+
 LIMIT_S = 100
-
-
-LAYERS = 6
-
-NEEDED: dict[str, dict[str, object]] = {
-    "deepseek_v2": {"num_experts_per_tok": 4},
-    "dots1": {"n_routed_experts": 24, "num_experts_per_tok": 4, "n_shared_experts": 2},
-    "hunyuan_v1_dense": {"head_dim": 8},
-    "hunyuan_v1_moe": {"head_dim": 8},
-    "ministral": {"head_dim": 8},
-    "nemotron": {"num_key_value_heads": 8},
-    "bamba": {"attn_layer_indices": [2]},
-    "granitemoehybrid": {"layer_types": ["mamba", "mamba", "attention", "mamba"], "num_hidden_layers": 4},
-    "mamba2": {"hidden_size": 32, "num_heads": 8, "head_dim": 8, "n_groups": 2, "state_size": 16, "vocab_size": 512},
-    "rwkv": {"hidden_size": 32, "attention_hidden_size": 32, "vocab_size": 512},
-    "xlstm": {"hidden_size": 32, "num_heads": 4, "embedding_dim": 32, "vocab_size": 512},
-    "falcon_h1": {"hidden_size": 32, "mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8, "mamba_n_groups": 1},
-}
-"""What default configurations leave out."""
-
-NARROW_ALREADY = ("mamba2", "rwkv", "xlstm")
-
-
-def shallow(config: tr.PretrainedConfig) -> None:
-    """Leave a configuration its first layers, with whatever it says for each of them."""
-    fields = vars(config)
-    name = next((n for n in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if n in fields), None)
-    if name is None or fields[name] <= LAYERS:
-        return
-    for key, value in list(fields.items()):
-        if isinstance(value, list) and len(value) == fields[name]:
-            fields[key] = value[:LAYERS]
-        elif key in ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers"):
-            fields[key] = LAYERS
-
-
-def build(model_type: str) -> PreTrainedModel:
-    """Build a narrow random model, with weights large enough for its tokens to depend on one another."""
-    said = []
-    for four_heads, few_layers in ((True, True), (False, True), (True, False), (False, False)):
-        config = tr.AutoConfig.for_model(model_type, **NEEDED.get(model_type, {}))
-        if model_type not in NARROW_ALREADY:
-            config = narrowed(config, four_heads=four_heads)
-        if few_layers:
-            shallow(config)
-            shallow(config.get_text_config())
-        for part in {id(config): config, id(config.get_text_config()): config.get_text_config()}.values():
-            if isinstance(getattr(part, "sliding_window", None), int):
-                part.sliding_window = 12
-            if hasattr(part, "is_decoder"):
-                part.is_decoder = True
-            vars(part)["eos_token_id"] = vars(part)["bos_token_id"] = None
-            if getattr(part, "pad_token_id", None) is not None:
-                part.pad_token_id = 0
-        try:
-            with torch.device("meta"):
-                size = sum(p.numel() for p in tr.AutoModelForCausalLM.from_config(config).parameters())
-            if size > 200_000_000:
-                raise ValueError(f"{size:,} parameters")
-            torch.manual_seed(0)
-            model = tr.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-            for parameter in model.parameters():
-                if parameter.numel() > 1 and parameter.min() == parameter.max():
-                    parameter.data += 0.3 * torch.randn_like(parameter)
-                elif parameter.ndim == 2:
-                    parameter.data *= 3
-            with torch.inference_mode():
-                model(input_ids=torch.arange(8)[None] + 3, use_cache=False)
-        except Exception as error:  # noqa: BLE001 - each way to narrow may fail in its own way
-            said.append(f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120] if str(error) else ''}")
-        else:
-            return model
-    raise ValueError("; ".join(dict.fromkeys(said)))
+"""The seconds that a case may take."""
 
 
 def alone(model: PreTrainedModel, prompt: list[int], max_tokens: int) -> list[int]:
@@ -123,93 +72,176 @@ def alone(model: PreTrainedModel, prompt: list[int], max_tokens: int) -> list[in
             max_new_tokens=max_tokens,
             eos_token_id=None,
             pad_token_id=0,
+            # Beyond the limit of such a rotation, generate forgets what its cache holds.
+            use_cache=rotation_limit(model.config) is None,
         )
     return output[0, len(prompt) :].tolist()
 
 
-def try_one(model_type: str) -> str:
-    """Return the table's line for a model type."""
+def try_case(case: str) -> Iterator[Finding]:
+    """Try a case; yield what is known of it so far, the whole last."""
+    finding = Finding(case)
     try:
-        plain = build(model_type)
-    except Exception as error:  # noqa: BLE001 - it is what the table says
-        return f"not built\t{error}"
+        structure = resolve_config(in_six_layers(case), case)
+        finding = dataclasses.replace(finding, cells=tuple(cell(structure, name) for name in COLUMNS))
+    except Exception as error:  # noqa: BLE001 - it is what the page says
+        finding = dataclasses.replace(finding, unresolved=_say(error))
+    yield dataclasses.replace(finding, not_built=f"not tried: more than {LIMIT_S} s")
+    try:
+        check_config(configuration(case))
+    except UnsupportedModelError as error:
+        yield dataclasses.replace(finding, refused=_say(error))
+        return
+    except Exception as error:  # noqa: BLE001 - it is what the page says
+        yield dataclasses.replace(finding, not_built=_say(error))
+        return
+    try:
+        plain = build(case)
+    except CannotBeBuiltError as error:
+        yield dataclasses.replace(finding, not_built=_say(error))
+        return
+    yield dataclasses.replace(finding, **generate(plain, case))
+
+
+def generate(plain: PreTrainedModel, case: str) -> dict[str, Any]:
+    """Return what is found when a model is checked and generates."""
     vocab = plain.get_input_embeddings().weight.shape[0]
     prompts = [
         [3 + (7 * i + 5 * j * j + j) % (min(vocab, 500) - 4) for j in range(n)] for i, (n, _) in enumerate(LENGTHS)
     ]
-    expected: list[list[int]] | str
+    expected: list[list[int]] = []
+    note = ""
+    for name in ("forced_eos_token_id", "forced_bos_token_id"):
+        setattr(plain.generation_config, name, None)
     try:
         expected = [alone(plain, prompt, m) for prompt, (_, m) in zip(prompts, LENGTHS, strict=True)]
-    except Exception as error:  # noqa: BLE001 - it is what the table says
-        expected = f"generate fails: {type(error).__name__}: {str(error).splitlines()[0][:100]}"
-    full = []
+    except Exception as error:  # noqa: BLE001 - it is what the page says
+        note = f"transformers' own generate fails ({_say(error)})"
     try:
-        check_config(plain.config)
-        structure = resolve_structure(plain, model_type)
+        structure = resolve_structure(plain, case)
         checks = check_loaded(plain, structure)
-        words = tiny.tokenizer()
-        source = ModelSource(model_type, "tiny", "0")
-        loaded = LoadedModel(
-            source, words, structure, torch.device("cpu"), torch.float32, observe(plain, words), checks=checks
-        )
-        loaded.generation_config.eos_token_id = None
-        loaded.tokenizer.eos_token = None
-        engine = TransformersEngine(loaded, max_cache_tokens=10_000)
-    except Exception as error:  # noqa: BLE001 - it is what the table says
-        return f"refused\t{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-    kind = f"{checks.batching.kind}, {'continuous' if engine._joins else 'static'}, {checks.seconds:.1f} s"
+        engine = _engine(plain, structure, checks)
+    except (ResolutionError, UnsupportedModelError) as error:
+        return {"refused": _say(error)}
+    except Exception as error:  # noqa: BLE001 - it is what the page says
+        return {"wrong": f"it cannot be loaded ({_say(error)})"}
+    found: dict[str, Any] = {
+        "batches": checks.batching.kind,
+        "reason": checks.batching.reason,
+        "joins": engine._joins,
+    }
     calls = [tiny.Call(p, Sampling(m, temperature=0)) for p, (_, m) in zip(prompts, LENGTHS, strict=True)]
     try:
         results = tiny.run(engine, calls)
-    except Exception as error:  # noqa: BLE001 - it is what the table says
-        return f"fails\t{kind}\t{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+    except Exception as error:  # noqa: BLE001 - it is what the page says
+        return found | {"wrong": f"a request fails ({_say(error)})"}
     finally:
         engine.close()
     errors = []
     for prompt, result in zip(prompts, results, strict=True):
-        tokens = prompt + result.token_ids
-        with torch.inference_mode():
-            logits = plain(input_ids=torch.tensor([tokens]), use_cache=False).logits[0].float()
-        logprobs = torch.log_softmax(logits[len(prompt) - 1 : -1], -1)
-        wanted = logprobs.gather(1, torch.tensor(result.token_ids)[:, None])[:, 0]
         given = torch.tensor([score.logprob for score in result.scores])
-        errors.append(float((given - wanted).abs().max()))
-        full.append(logprobs.argmax(-1).tolist())
-    same = isinstance(expected, str) or [r.token_ids for r in results] == expected
-    verdict = "ok" if same and max(errors) <= TOLERANCE else "wrong"
-    said = f"\t{expected}" if isinstance(expected, str) else ("" if same else "\ttokens differ from generate")
-    if not isinstance(expected, str) and not same and full == expected:
-        said += " (a full forward gives generate's)"
-    return f"{verdict}\t{kind}\tlog-probabilities off by {', '.join(f'{e:.1e}' for e in errors)}{said}"
+        errors.append(float((given - log_probabilities(plain, prompt, result.token_ids)).abs().max()))
+    wrong = f"log-probabilities are off by {max(errors):.0e}" if max(errors) > TOLERANCE else ""
+    if expected and [result.token_ids for result in results] != expected:
+        note = "tokens differ from those of transformers' own generate"
+    return found | {"error": max(errors), "wrong": wrong, "note": note}
 
 
-def _child(model_type: str, pipe: Connection) -> None:
+def log_probabilities(model: PreTrainedModel, prompt: list[int], completion: list[int]) -> torch.Tensor:
+    """Return what a model gives each token of a completion, by one forward over the whole sequence.
+
+    Where a rotation of positions depends on the sequence's length, each token has a forward over what precedes it.
+    """
+    tokens = torch.tensor([prompt + completion])
+    with torch.inference_mode():
+        if rotation_limit(model.config) is None:
+            logits = model(input_ids=tokens, use_cache=False).logits[0, len(prompt) - 1 : -1]
+        else:
+            ends = range(len(prompt), tokens.shape[1])
+            logits = torch.stack([model(input_ids=tokens[:, :n], use_cache=False).logits[0, -1] for n in ends])
+    return torch.log_softmax(logits.float(), -1).gather(1, torch.tensor(completion)[:, None])[:, 0]
+
+
+def _engine(plain: PreTrainedModel, structure: ModelStructure, checks: LoadReport) -> TransformersEngine:
+    """Start the engine that a server would have."""
+    words = tiny.tokenizer()
+    source = ModelSource(structure.model_name, "tiny", "0")
+    cpu = torch.device("cpu")
+    loaded = LoadedModel(source, words, structure, cpu, torch.float32, observe(plain, words), checks=checks)
+    loaded.generation_config.eos_token_id = None
+    loaded.tokenizer.eos_token = None
+    return TransformersEngine(loaded, max_cache_tokens=10_000)
+
+
+def _say(error: Exception) -> str:
+    """Return an error in a line; the type, too, if it is not one of ours."""
+    text = " ".join(str(error).split())
+    text = text if isinstance(error, OURS) else f"{type(error).__name__}: {text}"
+    return text if len(text) <= 200 else f"{text[:200]}…"
+
+
+def _child(case: str, pipe: Connection) -> None:
     torch.set_num_threads(1)
-    pipe.send(try_one(model_type))
+    for finding in try_case(case):
+        pipe.send(finding)
+    pipe.close()
+
+
+def find(case: str) -> Finding:
+    """Try a case in a process of its own, as long as it may take."""
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe(duplex=False)
+    process = fork.Process(target=_child, args=(case, there))
+    process.start()
+    there.close()
+    finding = Finding(
+        case, unresolved=f"not tried: more than {LIMIT_S} s", not_built=f"not tried: more than {LIMIT_S} s"
+    )
+    ends = time.monotonic() + LIMIT_S
+    try:
+        while here.poll(max(0.0, ends - time.monotonic())):
+            finding = here.recv()
+    except EOFError:
+        pass
+    process.kill()
+    process.join()
+    return finding
+
+
+def find_all(asked: Sequence[str], file: Path | None) -> list[Finding]:
+    """Try cases, one after the other, but those that a file of findings has."""
+    known: dict[str, Finding] = {}
+    if file is not None and file.exists():
+        for line in file.read_text().splitlines():
+            read = json.loads(line)
+            known[read["case"]] = Finding(**read | {"cells": tuple(read["cells"])})
+    findings = []
+    for case in asked:
+        if case not in known:
+            begun = time.monotonic()
+            known[case] = find(case)
+            print(f"{known[case].line()}\t({time.monotonic() - begun:.0f} s)", flush=True)
+            if file is not None:
+                with file.open("a") as lines:
+                    lines.write(json.dumps(dataclasses.asdict(known[case])) + "\n")
+        findings.append(known[case])
+    return findings
 
 
 def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model_types", nargs="*")
-    asked = parser.parse_args().model_types
+    """Try cases and print what was found, or write it into the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", help="a model type and options, as in the first cell of a row; all if none")
+    parser.add_argument("--docs", action="store_true", help="try all cases and write docs/architectures.md")
+    parser.add_argument("--findings", type=Path, help="a file of findings; what it has is not tried again")
+    arguments = parser.parse_args()
+    if arguments.docs and arguments.cases:
+        parser.error("--docs takes all cases")
     logging.disable(logging.CRITICAL)
     tr.logging.set_verbosity_error()
-    fork = multiprocessing.get_context("fork")
-    for model_type in asked or MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        here, there = fork.Pipe(duplex=False)
-        started = time.monotonic()
-        process = fork.Process(target=_child, args=(model_type, there))
-        process.start()
-        there.close()
-        try:
-            line = here.recv() if here.poll(LIMIT_S) else "timeout"
-        except EOFError:
-            line = "died"
-        process.kill()
-        process.join()
-        print(f"{model_type}\t{line}\t({time.monotonic() - started:.0f} s)", flush=True)
-    sys.exit(0)
+    findings = find_all(arguments.cases or cases(), arguments.findings)
+    if arguments.docs:
+        PAGE.write_text(rewrite(PAGE.read_text(), findings))
 
 
 if __name__ == "__main__":
