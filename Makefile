@@ -76,6 +76,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.health
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.store
+	$(BIN)/python -m benchmarks.invariance
 
 # The transformers engine on a CUDA GPU, with random weights: rows, speed, copies, memory, within eight minutes (docs/gpu.md). It
 # takes .venv where there is one, else makes a small environment. To use one that has the packages already:

@@ -8,7 +8,7 @@ import math
 import queue
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -29,6 +29,7 @@ from transformers import (
 from benchmarks.workload import Workload, capture_plan, capture_request
 from roentgen.contract import split_key
 from serve_app.capture.resolver import resolve_structure
+from serve_app.capture.rows import CapturePlan
 from serve_app.engines.protocol import Engine, Event, Failed, Finished, GenerationJob, Sampling
 from serve_app.engines.transformers_engine import TransformersEngine
 from serve_app.models import ServedModel
@@ -146,6 +147,32 @@ def engine_way(
         return Run(sum(map(len, prompts)), tokens, seconds, [first[i] - made[i] for i in made])
 
     return run
+
+
+def finish_all(
+    engine: Engine, requests: Sequence[tuple[list[int], Sampling]], plan: CapturePlan | None
+) -> list[Finished]:
+    """Generate for prompts, all at once, each with settings of its own; returns the results in order.
+
+    Args:
+        engine: which.
+        requests: prompts and their settings.
+        plan: what is captured, None for nothing.
+    """
+    heard: list[Future[Finished]] = [Future() for _ in requests]
+
+    def listener(future: "Future[Finished]") -> Callable[[Event], None]:
+        def listen(event: Event) -> None:
+            if isinstance(event, Finished):
+                future.set_result(event)
+            elif isinstance(event, Failed):
+                future.set_exception(event.error)
+
+        return listen
+
+    for (prompt, sampling), future in zip(requests, heard, strict=True):
+        engine.submit(GenerationJob(prompt, sampling, listener(future), plan))
+    return [future.result() for future in heard]
 
 
 def _next(heard: "queue.SimpleQueue[tuple[int, Finished | Failed]]", deadline: float) -> tuple[int, Finished | Failed]:

@@ -10,8 +10,10 @@ import json
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import llguidance.hf
@@ -34,6 +36,10 @@ MAX_REASON = 300
 
 MAX_LENGTH = 500_000
 """Characters a grammar may have with its schemas; a larger one would take seconds to compile."""
+
+STACK = 16 << 20
+"""Bytes of stack to compile on, and a MiB more for every 1024 characters: schemas of nothing but references take a fifth of
+that. What is not needed is never touched."""
 
 
 class SchemaError(ConstraintError):
@@ -126,19 +132,38 @@ class Constraints:
                 self._vocabulary = llguidance.hf.from_tokenizer(self._tokenizer, self._size, self._ends)
             matcher = self._compiled.get(lark)
             if matcher is None:
-                matcher = LLMatcher(self._vocabulary, lark, log_level=0)
-                if matcher.is_error():
-                    raise _explain(grammar, matcher.get_error())
-                for schema in grammar.schemas.values():
-                    if not can_end(schema.schema):
-                        raise SchemaError(
-                            schema.param, "no value matches it: something that it requires contains itself"
-                        )
+                matcher = _on_a_large_stack(partial(_compiled, self._vocabulary, grammar, lark), len(lark))
                 self._compiled[lark] = matcher
                 if len(self._compiled) > KEPT:
                     self._compiled.popitem(last=False)
             self._compiled.move_to_end(lark)
             return GrammarConstraint(matcher.deep_copy(), lark, grammar.param, self._size, self._ends)
+
+
+def _compiled(vocabulary: LLTokenizer, grammar: Grammar, lark: str) -> LLMatcher:
+    """Compile a grammar that is written out, or raise what `Constraints.compile` does."""
+    matcher = LLMatcher(vocabulary, lark, log_level=0)
+    if matcher.is_error():
+        raise _explain(grammar, matcher.get_error())
+    for schema in grammar.schemas.values():
+        if not can_end(schema.schema):
+            raise SchemaError(schema.param, "no value matches it: something that it requires contains itself")
+    return matcher
+
+
+def _on_a_large_stack(function: Callable[[], LLMatcher], length: int) -> LLMatcher:
+    """Call a function in a thread whose stack suits a grammar of so many characters; one caller at a time.
+
+    llguidance compiles references by recursion, without a limit. On a thread's usual stack some hundred of them, one inside
+    the other, end the process.
+    """
+    with ThreadPoolExecutor(1, "grammar") as pool:
+        before = threading.stack_size(STACK + (length // 1024 << 20))
+        try:
+            future = pool.submit(function)  # starts the thread
+        finally:
+            threading.stack_size(before)
+        return future.result()
 
 
 class GrammarConstraint:

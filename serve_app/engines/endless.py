@@ -1,83 +1,267 @@
 """Finds JSON schemas that no finite value matches, because something they require contains itself.
 
-llguidance compiles such a schema and follows it until its parser is full. Here it is refused before anything is generated.
-A schema can end if everything that it requires can. References may lead back, so those that can end are collected until no
-more are found.
+llguidance compiles such a schema and follows it until its parser is full, or until the request's tokens are used up. Here it
+is refused before anything is generated.
+
+A schema can end if one of the types that it allows can: an object if its required properties can, an array if its least items
+can. That is a system of implications between the schemas of a document, one gate to each: an "all" or an "any" of other
+gates. Gates that need nothing are open; what they feed opens in turn, and a schema whose gate stays closed cannot end. Parts
+of a schema that apply to one value (`allOf`, `$ref`, an option of `anyOf`) are read together, since one may require a
+property that another describes.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
+from urllib.parse import unquote, urldefrag, urljoin
+
+Schema = Mapping[str, Any]
+
+Parts = dict[int, tuple[Schema, tuple[int, ...]]]
+"""Schemas that all apply to one value, each with the schemas that led to it and itself; by their identity."""
+
+MAX_WORK = 100_000
+"""Parts that are looked at, in a fraction of a second; a schema that takes more counts as one that can end."""
+
+MAX_DEPTH = 20
+"""References in a row that are read together with what refers to them; beyond, they are schemas of their own."""
+
+COMPOSITE = {"object", "array"}
 
 
-def can_end(schema: Mapping[str, Any]) -> bool:
+def can_end(schema: Schema) -> bool:
     """Whether recursion leaves a finite value that matches a schema; a keyword that is not looked at counts as finite."""
-    ending: set[str] = set()
-    met: set[str] = set()
-    while True:
-        known = len(ending), len(met)
-        if _ends(schema, ending, met):
-            return True
-        ending |= {reference for reference in sorted(met) if _ends(_at(schema, reference), ending, met)}
-        if known == (len(ending), len(met)):
-            return False
-
-
-def _ends(schema: Any, ending: set[str], met: set[str]) -> bool:
-    """Whether a schema can end if these references can; `met` collects all references on the way."""
-    if not isinstance(schema, Mapping):
+    try:
+        return _Implications(schema).hold()
+    except _TooLargeError:
         return True
-    parts = [_reference(schema["$ref"], ending, met)] if isinstance(schema.get("$ref"), str) else []
-    for name in ("anyOf", "oneOf"):
-        if isinstance(options := schema.get(name), list) and options:
-            found = [_ends(option, ending, met) for option in options]  # all, so that every reference is met
-            parts.append(any(found))
-    if isinstance(every := schema.get("allOf"), list):
-        parts += [_ends(option, ending, met) for option in every]
-    if not {"enum", "const"} & schema.keys() and (types := _types(schema)):
-        found = [_type_ends(name, schema, ending, met) for name in types]
-        parts.append(any(found))
-    return all(parts)
 
 
-def _type_ends(name: str, schema: Mapping[str, Any], ending: set[str], met: set[str]) -> bool:
-    """Whether a value of one type can end: an object whose required properties do, an array whose least items do."""
-    if name == "object" and isinstance(required := schema.get("required"), list):
-        properties, others = schema.get("properties"), schema.get("additionalProperties")
-        listed = properties if isinstance(properties, Mapping) else {}
-        found = [_ends(listed.get(key, others), ending, met) for key in required if isinstance(key, str)]
-        return all(found)
-    if name == "array" and isinstance(least := schema.get("minItems"), int) and least > 0:
-        first = schema.get("prefixItems")
-        items = first[:least] if isinstance(first, list) else []
-        more = [schema.get("items")] if least > len(items) else []
-        found = [_ends(item, ending, met) for item in [*items, *more]]
-        return all(found)
-    return True
+class _TooLargeError(Exception):
+    """The schema takes more than `MAX_WORK`."""
 
 
-def _types(schema: Mapping[str, Any]) -> list[str]:
-    types = schema.get("type")
-    return (
-        [name for name in types if isinstance(name, str)] if isinstance(types, list) else [str(types)] if types else []
-    )
+class _Implications:
+    """The gates of a document.
 
+    A gate opens once as many gates that feed it are open as it needs.
+    """
 
-def _reference(reference: str, ending: set[str], met: set[str]) -> bool:
-    met.add(reference)
-    return reference in ending
+    def __init__(self, root: Schema) -> None:
+        self._needs: list[int] = []
+        self._feeds: list[list[int]] = []
+        self._gates: dict[int, int] = {}
+        self._waiting: list[Schema] = []
+        self._work = 0
+        self._targets = _Targets(root)
+        self._never = self._gate(1, [])
+        self._root = self._schema(root)
 
+    def hold(self) -> bool:
+        """Whether the root's gate opens."""
+        while self._waiting:
+            schema = self._waiting.pop()
+            self._feed(self._of_value(schema), self._gates[id(schema)])
+        opened = [gate for gate, need in enumerate(self._needs) if need == 0]
+        for gate in opened:
+            for fed in self._feeds[gate]:
+                self._needs[fed] -= 1
+                if self._needs[fed] == 0:
+                    opened.append(fed)
+        return self._root in opened
 
-def _at(schema: Mapping[str, Any], reference: str) -> Any:
-    """Return what a reference within a schema leads to, None if that is not here."""
-    if not reference.startswith("#"):
-        return None
-    found: Any = schema
-    for step in reference[1:].split("/")[1:]:
-        name = step.replace("~1", "/").replace("~0", "~")
-        if isinstance(found, Mapping):
-            found = found.get(name)
-        elif isinstance(found, list) and name.isdecimal() and int(name) < len(found):
-            found = found[int(name)]
-        else:
+    def _gate(self, need: int, fed_by: Sequence[int]) -> int:
+        self._needs.append(need)
+        self._feeds.append([])
+        for gate in fed_by:
+            self._feed(gate, len(self._needs) - 1)
+        return len(self._needs) - 1
+
+    def _feed(self, gate: int, fed: int) -> None:
+        self._feeds[gate].append(fed)
+
+    def _all(self, gates: Sequence[int]) -> int:
+        return self._gate(len(gates), gates)
+
+    def _any(self, gates: Sequence[int]) -> int:
+        return self._gate(1, gates)
+
+    def _schema(self, schema: Any) -> int:
+        """Return the gate of a schema of its own, which is laid out later; a schema that is true or false is open."""
+        if not isinstance(schema, Mapping):
+            return self._all([])
+        if id(schema) not in self._gates:
+            self._gates[id(schema)] = self._gate(1, [])
+            self._waiting.append(schema)
+        return self._gates[id(schema)]
+
+    def _of_value(self, schema: Schema) -> int:
+        parts: Parts = {}
+        if (others := self._collect(schema, parts, ())) is None:
+            return self._never
+        return self._all([*others, *self._of_parts(parts, list(parts))])
+
+    def _collect(self, schema: Schema, parts: Parts, path: tuple[int, ...]) -> list[int] | None:
+        """Add a schema and what applies to the same value to `parts`.
+
+        Returns:
+            Gates of references that are too deep to be read together; None if the schema refers to itself.
+        """
+        self._count()
+        if id(schema) in path:
             return None
-    return found
+        if id(schema) in parts:
+            return []
+        path = (*path, id(schema))
+        parts[id(schema)] = schema, path
+        every = schema.get("allOf")
+        applied = [part for part in every if isinstance(part, Mapping)] if isinstance(every, list) else []
+        if (target := self._targets.of(schema)) is not None:
+            applied.append(target)
+        if len(path) >= MAX_DEPTH:
+            return [self._schema(part) for part in applied]
+        gates = []
+        for part in applied:
+            found = self._collect(part, parts, path)
+            if found is None:
+                return None
+            gates += found
+        return gates
+
+    def _of_parts(self, parts: Parts, new: list[int]) -> Iterator[int]:
+        """Lay out what a value that matches all parts needs.
+
+        Args:
+            parts: all of them.
+            new: those whose options have not been looked at.
+        """
+        yield self._of_types([schema for schema, _ in parts.values()])
+        for part, path in [parts[key] for key in new]:
+            for name in ("anyOf", "oneOf"):
+                if options := _list(part, name):
+                    yield self._any([self._of_option(option, parts, path) for option in options])
+
+    def _of_option(self, option: Any, beside: Parts, path: tuple[int, ...]) -> int:
+        """Lay out one option of several, which is read with the parts beside it."""
+        if not isinstance(option, Mapping):
+            return self._all([])
+        parts = dict(beside)
+        if (others := self._collect(option, parts, path)) is None:
+            return self._never
+        return self._all([*others, *self._of_parts(parts, list(parts)[len(beside) :])])
+
+    def _of_types(self, parts: list[Schema]) -> int:
+        """Lay out what the types need that all parts allow; numbers, strings and given values need nothing."""
+        self._count(len(parts))
+        given = any({"enum", "const"} & part.keys() for part in parts)
+        allowed = [types for part in parts if (types := _types(part))]
+        types = set.intersection(*allowed) if allowed else set()
+        if given or not types or types - COMPOSITE:
+            return self._all([])
+        return self._any([self._of_object(parts) if name == "object" else self._of_array(parts) for name in types])
+
+    def _of_object(self, parts: list[Schema]) -> int:
+        required = {key for part in parts for key in _list(part, "required") if isinstance(key, str)}
+        self._count(len(required) * len(parts))
+        gates = [self._schema(_property(part, key)) for key in sorted(required) for part in parts]
+        least = max((_number(part, "minProperties") for part in parts), default=0)
+        closed = [part["additionalProperties"] for part in parts if part.get("additionalProperties", True) is not True]
+        if least > len(required) and closed:
+            more = [value for name in ("properties", "patternProperties") for p in parts for value in _values(p, name)]
+            more += [other for other in closed if isinstance(other, Mapping)]
+            self._count(len(more))
+            if more:
+                gates.append(self._any([self._schema(value) for value in more]))
+        return self._all(gates)
+
+    def _of_array(self, parts: list[Schema]) -> int:
+        least = max((_number(part, "minItems") for part in parts), default=0)
+        gates = []
+        for part in parts:
+            items, first = part.get("items"), _list(part, "prefixItems")
+            if isinstance(items, list):  # as drafts before 2020-12 have it
+                items, first = part.get("additionalItems"), items
+            found = [*first[:least], *([items] if least > len(first) else [])]
+            self._count(len(found))
+            gates += [self._schema(item) for item in found]
+        return self._all(gates)
+
+    def _count(self, work: int = 1) -> None:
+        self._work += work
+        if self._work > MAX_WORK:
+            raise _TooLargeError
+
+
+class _Targets:
+    """What references lead to: pointers, `$id`s and `$anchor`s of one document."""
+
+    def __init__(self, root: Schema) -> None:
+        self._bases: dict[int, str] = {}
+        self._found: dict[int, Schema | None] = {}
+        self._named: dict[str, Any] = {"": root}
+        waiting: list[tuple[Any, str]] = [(root, "")]
+        while waiting:
+            value, base = waiting.pop()
+            if isinstance(value, Mapping):
+                if isinstance(name := value.get("$id"), str):
+                    base = urldefrag(urljoin(base, name)).url
+                    self._named.setdefault(base, value)
+                if isinstance(anchor := value.get("$anchor"), str):
+                    self._named.setdefault(f"{base}#{anchor}", value)
+                self._bases.setdefault(id(value), base)
+                waiting += [(inner, base) for inner in value.values()]
+            elif isinstance(value, list):
+                waiting += [(inner, base) for inner in value]
+
+    def of(self, schema: Schema) -> Schema | None:
+        """Return the schema that a schema refers to; None if it refers to none, or to one that is not here."""
+        if not isinstance(reference := schema.get("$ref"), str):
+            return None
+        if id(schema) not in self._found:
+            self._found[id(schema)] = self._find(schema, reference)
+        return self._found[id(schema)]
+
+    def _find(self, schema: Schema, reference: str) -> Schema | None:
+        place, fragment = urldefrag(urljoin(self._bases.get(id(schema), ""), reference))
+        if fragment and not fragment.startswith("/"):
+            found = self._named.get(f"{place}#{fragment}")
+        else:
+            found = self._named.get(place)
+            for step in unquote(fragment).split("/")[1:]:
+                found = _step(found, step.replace("~1", "/").replace("~0", "~"))
+        return found if isinstance(found, Mapping) else None
+
+
+def _step(value: Any, name: str) -> Any:
+    if isinstance(value, Mapping):
+        return value.get(name)
+    if isinstance(value, list) and name.isdecimal() and int(name) < len(value):
+        return value[int(name)]
+    return None
+
+
+def _types(schema: Schema) -> set[str]:
+    types = schema.get("type")
+    return {name for name in (types if isinstance(types, list) else [types]) if isinstance(name, str)}
+
+
+def _property(schema: Schema, key: str) -> Any:
+    """Return what a part says of a property; None if nothing is known."""
+    properties = schema.get("properties")
+    if isinstance(properties, Mapping) and key in properties:
+        return properties[key]
+    return None if "patternProperties" in schema else schema.get("additionalProperties")
+
+
+def _list(schema: Schema, name: str) -> list[Any]:
+    found = schema.get(name)
+    return found if isinstance(found, list) else []
+
+
+def _values(schema: Schema, name: str) -> list[Any]:
+    found = schema.get(name)
+    return list(found.values()) if isinstance(found, Mapping) else []
+
+
+def _number(schema: Schema, name: str) -> int:
+    found = schema.get(name)
+    return found if type(found) is int else 0
