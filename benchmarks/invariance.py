@@ -90,7 +90,7 @@ def main(
     random_weights: Annotated[str, typer.Option(help="Instead, a shape with random weights: llama-tiny.")] = "",
     problems: Annotated[str, typer.Option(help="A source of problems; GSM8K if it is at hand.")] = "",
     dtypes: Annotated[str, typer.Option(help="What to compute in; bfloat16 too where the machine has it.")] = "",
-    pairs: Annotated[int, typer.Option(min=1, help="Rounds of interleaved runs for the speed.")] = 3,
+    pairs: Annotated[int, typer.Option(min=0, help="Rounds of interleaved runs for the speed; 0 for none.")] = 3,
     speed_tokens: Annotated[int, typer.Option(min=2, help="Tokens per completion for the speed.")] = 8,
     max_tokens: Annotated[int, typer.Option(min=2, help="Tokens per completion for reproducibility.")] = 16,
     requests: Annotated[int, typer.Option(min=2, help="Requests at once for reproducibility.")] = 18,
@@ -121,7 +121,7 @@ def main(
         loaded = workload.load()
         prompts = [prompt[-PROMPT_TOKENS:] for prompt in workload.prompts(loaded.tokenizer, max(requests, IN_FLIGHT))]
         most = max(requests, IN_FLIGHT)
-        settled[dtype] = [settle_seconds(loaded, most, dtype) for _ in range(3)]
+        settled[dtype] = [settle_seconds(loaded, most, dtype) for _ in range(max(1, pairs))]
         stage(f"{dtype}: the check takes {median(settled[dtype]):.1f} s")
         engines = {
             mode: TransformersEngine(
@@ -130,7 +130,8 @@ def main(
             for mode in MODES
         }
         try:
-            prices += measure_price(engines, loaded, prompts, speed_tokens, pairs, dtype, stage)
+            if pairs:
+                prices += measure_price(engines, loaded, prompts, speed_tokens, pairs, dtype, stage)
             for mode, engine in engines.items():
                 comparisons += [
                     Comparison(dtype, mode, *kind)
@@ -140,12 +141,11 @@ def main(
         finally:
             for engine in engines.values():
                 engine.close()
-    name = Workload(model, random_weights).name
-    seconds = time.monotonic() - start
-    body = report(name, settled, prices, comparisons, (requests, max_tokens, speed_tokens, seconds), note)
+        seconds = time.monotonic() - start
+        body = report(workload.name, settled, prices, comparisons, (requests, max_tokens, speed_tokens, seconds), note)
+        if write:
+            record("Batch-invariance", body)  # after each dtype, so that a run that is stopped leaves what it has
     print(body)
-    if write:
-        record("Batch-invariance", body)
 
 
 def settle_seconds(model: LoadedModel, max_batch: int, dtype: str) -> float:
@@ -268,18 +268,20 @@ def report(
     """
     requests, max_tokens, speed_tokens, seconds = size
     checks = ", ".join(f"{median(times):.1f} s in {dtype}" for dtype, times in settled.items())
-    coverage = prices[0].ratio.coverage
     times_checked = len(next(iter(settled.values())))
+    speed = [
+        f"Interleaved runs of {speed_tokens} tokens a request; median ratio and its {p.ratio.coverage:.0%} interval:"
+        for p in prices[:1]
+    ]
+    if prices:
+        header = ["tokens/s with the mode against without", "in flight", "without", "ratio (interval)"]
+        speed.append(table(header, [[p.dtype, str(p.in_flight), f"{p.without:.1f}/s", str(p.ratio)] for p in prices]))
     return "\n\n".join(
         [
             f"{name}, the last {PROMPT_TOKENS} tokens of GSM8K-shaped prompts, the transformers engine with "
             f"`--batch-invariant` and without, in one process; {seconds / 60:.0f} minutes. The check at load takes {checks} "
             f"(median of {times_checked}). {note}".strip(),
-            f"Interleaved runs of {speed_tokens} tokens a request; median ratio and its {coverage:.0%} interval:",
-            table(
-                ["tokens/s with the mode against without", "in flight", "without", "ratio (interval)"],
-                [[p.dtype, str(p.in_flight), f"{p.without:.1f}/s", str(p.ratio)] for p in prices],
-            ),
+            *speed,
             f"{requests} requests of {max_tokens} tokens, half greedy and half seeded at temperature 1; some also alone. "
             "How many have the same tokens, and also the same log-probabilities and rows of every layer, bit for bit; and the "
             "largest relative distance between two rows where the same tokens were read:",

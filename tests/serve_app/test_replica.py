@@ -116,6 +116,35 @@ async def test_an_echoed_prompt_is_scored_like_a_lone_forward(replica: ModelRepl
     assert reply["usage"] == {"prompt_tokens": 8, "completion_tokens": 0, "total_tokens": 8}
 
 
+@pytest.mark.parametrize("top", [0, 2])
+async def test_a_completions_alternatives_hold_the_token_that_came(replica: ModelReplica, top: int) -> None:
+    body = {"prompt": "ab", "max_tokens": 12, "temperature": 2, "logprobs": top, "echo": True}
+    (whole,) = (await complete(replica, **body))["reply"]["choices"]
+    chunks = await streamed(replica, CompletionRequest, seed=1, **body)
+    pieces = [c["choices"][0]["logprobs"] for c in chunks if c["choices"] and c["choices"][0]["logprobs"]]
+    joined = {key: [value for piece in pieces for value in piece[key]] for key in pieces[0]}
+    for logprobs in (whole["logprobs"], joined):
+        rows = list(zip(logprobs["tokens"], logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True))
+        assert len(rows) == 2 + 12
+        assert rows[0][1:] == (None, None)  # nothing predicts the first token
+        for token, logprob, best in rows[1:]:
+            assert best[token] == logprob
+            assert logprob <= max(best.values())
+            assert 1 <= len(best) <= top + 1
+        if top:
+            assert any(len(best) == top + 1 for _, _, best in rows[1:]), (
+                "the control: some token was none of the likeliest"
+            )
+    assert joined["tokens"] == whole["logprobs"]["tokens"]
+
+
+async def test_a_chats_logprobs_have_as_many_alternatives_as_asked_for(replica: ModelReplica) -> None:
+    for top, given in ((None, 0), (0, 0), (3, 3)):
+        body = {"logprobs": True, "temperature": 2} | ({} if top is None else {"top_logprobs": top})
+        (choice,) = (await chat(replica, **body))["reply"]["choices"]
+        assert [len(token["top_logprobs"]) for token in choice["logprobs"]["content"]] == [given] * 6
+
+
 async def test_prompts_of_every_shape_and_their_choices_in_order(replica: ModelReplica) -> None:
     alone = (await complete(replica, prompt="ab", max_tokens=4))["reply"]["choices"][0]["text"]
     tokens = (await replica.tokenize(TokenizeRequest(model=alone_name(replica), prompt="ab")))["reply"]["tokens"]
@@ -242,6 +271,21 @@ async def test_a_random_model_writes_the_json_that_is_asked_for(replica: ModelRe
     broken = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "nothing"}}}
     error = (await chat(replica, response_format=broken))["error"]
     assert (error["status"], error["param"]) == (400, "response_format.json_schema.schema")
+
+
+async def test_a_schema_that_cannot_end_is_refused_wherever_it_stands(replica: ModelReplica) -> None:
+    endless = {"type": "object", "properties": {"next": {"$ref": "#"}}, "required": ["next"]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": endless}}
+    for body, param in (
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": endless}}},
+         "response_format.json_schema.schema"),
+        ({"tools": [SUM, tool], "tool_choice": "required"}, "tools.1.function.parameters"),
+    ):  # fmt: skip
+        # The tools' description would fill this model's context.
+        replica._slot.served.model.tokenizer.chat_template = "{{ '?' if messages else '' }}"  # type: ignore[union-attr]
+        error = (await chat(replica, **body))["error"]
+        assert (error["status"], error["param"]) == (400, param)
+        assert error["message"] == f"{param}: no value matches it: something that it requires contains itself"
 
 
 REFUSED = [
