@@ -21,7 +21,7 @@ BLT = Finding("blt", unresolved="its widths_depend", not_built="not tried: more 
         "llama",
         "bert",
         "phi3 rope_type='longrope'",
-        "bart",
+        "openai-gpt",
         "rwkv hidden_size=32 attention_hidden_size=32 vocab_size=512",
     ],
 )
@@ -33,7 +33,7 @@ def test_the_page_says_what_a_case_does(case: str) -> None:
         assert hook_point_table([found]).splitlines()[-1] in page
     else:
         assert any(line.startswith("- ") and found.name in line for line in page.splitlines())
-    assert found.last_cell == {"llama": "any", "bert": "reads ahead", "bart": "encoder-decoder", "rwkv": "alone"}.get(
+    assert found.last_cell == {"llama": "any", "bert": "reads ahead", "openai-gpt": "no cache", "rwkv": "alone"}.get(
         case.split()[0], "one side of a limit"
     )
 
