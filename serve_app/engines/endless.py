@@ -177,9 +177,10 @@ class _Implications:
         least = max((_number(part, "minItems") for part in parts), default=0)
         gates = []
         for part in parts:
-            items, first = part.get("items"), _list(part, "prefixItems")
+            items: Any = part.get("items")
+            first = _list(part, "prefixItems")
             if isinstance(items, list):  # as drafts before 2020-12 have it
-                items, first = part.get("additionalItems"), items
+                first, items = items, part.get("additionalItems")
             found = [*first[:least], *([items] if least > len(first) else [])]
             self._count(len(found))
             gates += [self._schema(item) for item in found]
