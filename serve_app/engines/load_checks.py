@@ -118,9 +118,10 @@ def check_loaded(model: PreTrainedModel, structure: ModelStructure) -> LoadRepor
         if narrow is not None:
             with one_thread():
                 check_causality(narrow, ("short", "long"))
-                check_positions(narrow)
-                grouped = grouped and grouped_is_same(narrow)
-                found, decoding_error = find_batching(narrow, LONG if limit else None)
+                if _remembers(narrow):
+                    check_positions(narrow)
+                    grouped = grouped and grouped_is_same(narrow)
+                    found, decoding_error = find_batching(narrow, LONG if limit else None)
             trials.append(narrow)
         actual = _actual_trial(model, structure)
         if actual is not None:
@@ -282,11 +283,16 @@ def _narrow_trial(model: PreTrainedModel, structure: ModelStructure) -> Trial | 
     taps = _taps(structure, min(n_layers, structure.num_layers))
     if not taps:
         return None
+    return Trial("a narrow random model of its configuration", narrow.to(model.device), taps, 3 * LONG)
+
+
+def _remembers(trial: Trial) -> bool:
+    """Whether the engine can keep a stand-in's cache; the model itself may do what its stand-in does not."""
     try:
-        return Trial("a narrow random model of its configuration", narrow.to(model.device), taps, 3 * LONG)
+        return trial.remembered is not None
     except UnsupportedModelError as error:
         log.warning("batching is checked on the model alone: %s", error)
-        return None
+        return False
 
 
 def _actual_trial(model: PreTrainedModel, structure: ModelStructure) -> Trial | None:

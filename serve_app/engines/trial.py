@@ -6,7 +6,7 @@ Plain PyTorch hooks read the rows, so that what is found depends on nothing but 
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from typing import Any
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from serve_app.capture.structure import Tap
 from serve_app.capture.watching import nth_tensor
 from serve_app.engines.kv_cache import BatchRows, SlotRows, StaticRows
-from serve_app.engines.model_cache import find_out
+from serve_app.engines.model_cache import Remembered, find_out
 from serve_app.engines.rotation import forget_lengths
 
 EXACT, CHAOTIC = 1e-4, 1e-3
@@ -47,7 +47,6 @@ class Trial:
     Attributes:
         name: what the model is, for people.
         model: the model.
-        remembered: how it remembers.
         sequences: what it is tried with, by name.
     """
 
@@ -59,18 +58,23 @@ class Trial:
             model: the model, in evaluation mode, with transformers' own attention.
             taps: where to read rows.
             longest: the most tokens of a sequence.
-
-        Raises:
-            UnsupportedModelError: if the engine cannot keep its cache.
         """
         self.name = name
         self.model = model
-        self.remembered = find_out(model, model.device)
         self.sequences = sequences(model, longest)
         self._taps = taps
         self._expected: dict[str, Rows] = {}
         noise = float(row_errors(self.alone(self.sequences["short"], copies=3), self.expected("short")).max())
         self._tolerance = ROUGH if model.dtype != torch.float32 else min(max(EXACT, 10 * noise), CHAOTIC)
+
+    @cached_property
+    def remembered(self) -> Remembered:
+        """How the model remembers.
+
+        Raises:
+            UnsupportedModelError: if the engine cannot keep its cache.
+        """
+        return find_out(self.model, self.model.device)
 
     def expected(self, name: str) -> Rows:
         """Return what a sequence's rows have to be: at first, those of one forward of its own."""
@@ -92,8 +96,9 @@ class Trial:
     def counted(self, sequence: list[int]) -> Rows:
         """Return a sequence's rows in one forward of its own that is told its positions, from 0, as an engine tells them."""
         tokens, positions = torch.tensor([sequence]), torch.arange(len(sequence))[None]
+        cache = self.remembered.new_cache()  # found out before rows are recorded
         with self._recorded() as forwards:
-            self._forward(tokens, torch.ones_like(tokens), positions, self.remembered.new_cache())
+            self._forward(tokens, torch.ones_like(tokens), positions, cache)
         return torch.stack([layer[0] for layer in forwards[0]])
 
     def off(self, rows: Sequence[Rows], expected: Sequence[Rows]) -> float:
