@@ -32,7 +32,7 @@ massive activations: only a gross fault is told from rounding."""
 FEW_ROWS = 0.05
 """The share of rows that may be off: rounding alone can send a token to another expert."""
 
-DECODED = 4
+DECODED = 2
 """Tokens of each sequence that are decoded one by one, after its prompt."""
 
 PIECE = 15
