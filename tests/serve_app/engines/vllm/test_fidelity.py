@@ -1,11 +1,13 @@
 """SmolLM2-135M's rows, captured in vLLM, against transformers reading the same tokens alone.
 
-In float32 they are the same but for the last bits. In bfloat16 both are judged by float32: two forwards in bfloat16 differ
-more from one another than either does from float32. How far rounding takes a row differs from row to row: some tokens have a
-norm many times the usual one, and cancel it some layers later. A space before "3 boxes" in a question here is off by 16% in
-one layer, by 24% on a CPU with bfloat16 products, and by 6% in transformers itself. So a row is an outlier if it is off by
-more than 20%, and by several times what transformers in bfloat16 is; one row in fifty may be. A row of another position, or
-of a buffer that has been written over, is off by about 100%, and none may be off by half of that.
+In float32 they are the same but for the last bits. In bfloat16 they are as near to transformers' as rounding lets them be. How
+far that takes a row differs from row to row: some tokens have a norm many times the usual one, and cancel it some layers
+later: a space before "3 boxes" in a question here is off by 16% in one layer, by 6% in transformers itself. So there a row
+is an outlier if it is off by more than that, and by several times what transformers in bfloat16 is. A row of another position,
+or of a buffer that has been written over, is off by about 100%.
+
+On a CPU that multiplies in bfloat16, such a token is off by 28%, and transformers' own rows are no reference for it. There rows
+are judged by float32 alone, one in fifty may be an outlier, and none may be off by half.
 """
 
 from collections.abc import Iterable
@@ -13,12 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import cosine_similarity
 
 from roentgen.contract import ActivationRequest, Positions
 from serve_app.capture.rows import CapturePlan
 from serve_app.engines.protocol import Sampling
 from serve_app.engines.vllm import loading as vllm
-from serve_app.models import LoadedModel, load
+from serve_app.models import LoadedModel, load, native_dtype
 from serve_app.sources import locate
 from tests.serve_app.engines.subjects import Subject, vllm_settings
 from tests.serve_app.tiny import Call, run
@@ -38,6 +41,7 @@ STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "ln_att
 @pytest.mark.parametrize(("dtype", "ranks"), [("float32", 1), ("bfloat16", 1), ("bfloat16", 3)])
 def test_rows_are_those_of_transformers(dtype: str, ranks: int, tmp_path: Path) -> None:
     source = locate("smollm2-135m")
+    rough = dtype == "bfloat16" and native_dtype(torch.device("cpu")) == torch.bfloat16
     settings = vllm_settings(tmp_path, dtype=dtype, max_cache_tokens=4096, tensor_parallel_size=ranks)
     model, engine = vllm.start(source, settings)
     try:
@@ -64,13 +68,18 @@ def test_rows_are_those_of_transformers(dtype: str, ranks: int, tmp_path: Path) 
         wanted, rounded = forward(exact, fed, rows), forward(own, fed, rows)
         for key, values in rows.items():
             assert str(values.dtype) == f"torch.{dtype}"
+            if not rough:
+                alike = cosine_similarity(values.float(), rounded[key], dim=1)
+                # What is added to the stream is a small difference of large numbers, and further off in transformers too.
+                least = 0.98 if key.endswith("_out") else 0.995
+                assert alike.min() >= least, f"{key}: position {alike.argmin()} of {len(fed)}: {alike.min():.4f}"
             norm = wanted[key].norm(dim=1)
             ours, theirs = ((found - wanted[key]).norm(dim=1) / norm for found in (values.float(), rounded[key]))
             limit = torch.full_like(ours, 1e-4) if dtype == "float32" else (4 * theirs).clamp(min=0.2)
             worst, outliers = (ours / limit).argmax(), int((ours > limit).sum())
             said = f"{key}: position {worst} of {len(fed)} is off by {ours[worst]:.3g}"
             assert ours.max() < 0.5, said
-            assert outliers <= (0 if dtype == "float32" else max(1, len(fed) // 50)), said
+            assert outliers <= (max(1, len(fed) // 50) if rough else 0), said
 
 
 def forward(model: LoadedModel, tokens: list[int], keys: Iterable[str]) -> dict[str, torch.Tensor]:
