@@ -47,7 +47,10 @@ def test_inspect_ai_reads_every_sample(log: EvalLog, run: Run) -> None:
         assert found.output.completion == sample.response
         assert found.scores is not None
         for name, score in found.scores.items():
-            assert (score.value, score.answer) == ("C" if sample.correct_by[name] else "I", sample.answers[name])
+            answer = sample.answers[name]
+            # inspect_ai tells an answer that is wrong (`INCORRECT`) from none (`NOANSWER`).
+            assert score.value == ("C" if sample.correct_by[name] else "N" if answer is None else "I")
+            assert score.answer == answer
 
 
 def test_tool_calls_are_tool_calls(log: EvalLog) -> None:
