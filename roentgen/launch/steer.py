@@ -26,10 +26,10 @@ from rich.table import Table
 from eval_jobs.scoring import score
 from probes.steering import SweepError, SweepPlan, SweepReport, Task, make_arms, run_sweep, summarise
 from roentgen.contract import split_key
+from roentgen.durable import atomic_write, make_folder, write_json
 from roentgen.launch.local import serving
-from roentgen.runs import Run, same_question, write_json
+from roentgen.runs import Run, same_question
 from roentgen.saved_probes import CARDS, SavedProbe, SavedProbeError, load_probe
-from roentgen.store.durable import make_folder, write_durably
 from serve_app.config import ServerConfig
 
 RETRIES = 4
@@ -105,7 +105,8 @@ def steer(
         sampling=sampling,
         findings=summarise(outcomes, seed),
     )
-    write_durably(output / "steering.png", partial(report.draw().savefig, format="png"))
+    with atomic_write(output / "steering.png") as temporary:
+        report.draw().savefig(temporary, format="png")
     write_json(output / "steering.json", report.to_json())
     return report
 

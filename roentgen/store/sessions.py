@@ -11,7 +11,7 @@ import pandas as pd
 import xxhash
 
 from roentgen.contract import check_session_id
-from roentgen.store.durable import sync_folder
+from roentgen.durable import sync_folder
 from roentgen.store.index import ShardFile, read_index
 from roentgen.store.locks import deleting
 from roentgen.store.places import Entry, FolderPlace, Place, open_place

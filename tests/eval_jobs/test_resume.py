@@ -9,7 +9,8 @@ from eval_jobs.config import ServedModel
 from eval_jobs.resume import OtherConfigurationError, as_begun, open_run
 from eval_jobs.settings import check_settings
 from roentgen.contract import check_session_id
-from roentgen.runs import Run, RunError, write_json
+from roentgen.durable import write_json
+from roentgen.runs import Run, RunError
 from tests.eval_jobs.conftest import take
 
 SERVED = ServedModel("Qwen/Qwen3-0.6B", "r", "float32", 28, 1024)
