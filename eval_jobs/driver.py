@@ -15,7 +15,7 @@ from rich.console import Console
 
 from eval_jobs import EvalError
 from eval_jobs.config import ServedModel, hashed_configuration, variants_of
-from eval_jobs.endpoint import Endpoint, api_key, find_model
+from eval_jobs.endpoint import Endpoint, find_model
 from eval_jobs.estimate import estimate
 from eval_jobs.failures import Failures
 from eval_jobs.fanout import evaluate
@@ -28,6 +28,7 @@ from eval_jobs.rollout import RolloutPlan
 from eval_jobs.settings import EvalSettings
 from eval_jobs.tools import TOOLS
 from eval_jobs.variants import Attempt
+from roentgen.api_keys import client_key
 from roentgen.cluster import connected
 from roentgen.contract import ActivationRequest, canonical_hash
 from roentgen.runs import Recorder, Run, RunConfig, Sample
@@ -114,7 +115,7 @@ def prepare(
     Raises:
         FatalRequestError: if no server answers, or it does not serve the model.
     """
-    endpoint = Endpoint(base_url, timeout=settings.request_timeout, api_key=api_key())
+    endpoint = Endpoint(base_url, timeout=settings.request_timeout, api_key=client_key())
     served = find_model(endpoint, settings.model)
     if settings.collect_activations and served.d_model is None:
         say(f"the server at {base_url} is not Roentgen's: no activations are kept")

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import httpx
 import numpy as np
+from httpx2 import Client, HTTPError, Response
 
 from roentgen.contract import ActivationReply
+from roentgen.http_client import connect, explain
 from roentgen.launch.local import LaunchError, wait_until_ready
 from roentgen.store import Session, verify
 
@@ -49,7 +50,7 @@ def smoke(
 
     Args:
         base: http://HOST:PORT.
-        key: of the server; "" if it has none.
+        key: the server's.
         stage: told what is being done.
         model: loaded if another is served; whatever is served if absent.
         ready_timeout_s: how long the server may take to be ready.
@@ -59,8 +60,7 @@ def smoke(
     """
     stage(f"waiting for {base}/health")
     wait_until_ready(base, stage, ready_timeout_s)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    with httpx.Client(base_url=base, headers=headers, timeout=REQUEST_TIMEOUT_S) as client:
+    with connect(base, key, REQUEST_TIMEOUT_S) as client:
         stage("reading /openapi.json")
         routes = _call(client, "GET", "/openapi.json").json().get("paths", {})
         if missing := [route for route in ROUTES if route not in routes]:
@@ -75,7 +75,7 @@ def smoke(
             _call(client, "DELETE", f"/v1/activations/session/{session}")
 
 
-def _load(client: httpx.Client, wanted: str | None, stage: Callable[[str], None]) -> str:
+def _load(client: Client, wanted: str | None, stage: Callable[[str], None]) -> str:
     served = str(_call(client, "GET", "/v1/models").json()["data"][0]["id"])
     if wanted in (None, served):
         return served
@@ -94,7 +94,7 @@ def _question(model: str, session: str) -> dict[str, Any]:
 
 
 def _check(
-    client: httpx.Client, model: str, session: str, reply: dict[str, Any], stage: Callable[[str], None]
+    client: Client, model: str, session: str, reply: dict[str, Any], stage: Callable[[str], None]
 ) -> SmokeReport:
     """Fetch what the server says it kept, and compare it with what it says of it."""
     stage("reading the activations back")
@@ -117,16 +117,13 @@ def _check(
     return SmokeReport(model, str(reply["choices"][0]["message"]["content"]), rows, tuple(kept.tensors))
 
 
-def _call(client: httpx.Client, method: str, path: str, body: dict[str, Any] | None = None) -> httpx.Response:
+def _call(client: Client, method: str, path: str, body: dict[str, Any] | None = None) -> Response:
     """Send a request.
 
     Raises:
         LaunchError: if it does not succeed.
     """
     try:
-        response = client.request(method, path, json=body)
-    except httpx.HTTPError as error:
-        raise LaunchError(f"{method} {path}: {error or type(error).__name__}") from error
-    if response.is_error:
-        raise LaunchError(f"{method} {path} answers {response.status_code}: {response.text[:1000]}")
-    return response
+        return client.request(method, path, json=body).raise_for_status()
+    except HTTPError as error:
+        raise LaunchError(f"{method} {path} {explain(error)}") from error
