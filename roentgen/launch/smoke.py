@@ -5,13 +5,10 @@ everything is not); it has the model; it answers a question; what it kept is in 
 deleted. All of it goes over HTTP, so the same check runs on the cluster's head and through a tunnel.
 """
 
-import io
 import secrets
-import tarfile
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +17,8 @@ from httpx2 import Client, HTTPError, Response
 from roentgen.contract import ActivationReply
 from roentgen.http_client import connect, explain
 from roentgen.launch.local import LaunchError, wait_until_ready
-from roentgen.store import Session, verify
+from roentgen.store import Session, StoreError, verify
+from roentgen.store.pulling import pull
 
 ROUTES = ("/v1/chat/completions", "/v1/models", "/v1/models/load", "/v1/activations/sessions")
 REQUEST_TIMEOUT_S = 300.0
@@ -70,7 +68,7 @@ def smoke(
         session = f"smoke-{secrets.token_hex(4)}"
         reply = _call(client, "POST", "/v1/chat/completions", _question(name, session)).json()
         try:
-            return _check(client, name, session, reply, stage)
+            return _check(base, key, name, session, reply, stage)
         finally:
             _call(client, "DELETE", f"/v1/activations/session/{session}")
 
@@ -94,25 +92,25 @@ def _question(model: str, session: str) -> dict[str, Any]:
 
 
 def _check(
-    client: Client, model: str, session: str, reply: dict[str, Any], stage: Callable[[str], None]
+    base: str, key: str, model: str, session: str, reply: dict[str, Any], stage: Callable[[str], None]
 ) -> SmokeReport:
     """Fetch what the server says it kept, and compare it with what it says of it."""
     stage("reading the activations back")
     kept = ActivationReply.model_validate(reply["activations"])
     rows = reply["usage"]["prompt_tokens"] + reply["usage"]["completion_tokens"] - 1
-    archive = _call(client, "GET", f"/v1/activations/session/{session}/download").content
     with tempfile.TemporaryDirectory() as folder:
-        with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
-            tar.extractall(folder, filter="data")
-        opened = Session.open(str(Path(folder) / session))
+        try:
+            opened = Session.open(pull(f"{base}/v1/activations/session/{session}", folder, api_key=key))
+        except StoreError as error:
+            raise LaunchError(str(error)) from error
         checked = verify(opened)
         if not checked.ok or checked.rollouts != 1:
             raise LaunchError(f"session {session} holds {checked.rollouts} rollouts instead of one, or is damaged")
-        for key in kept.tensors:
-            values = opened.activations(key)[0].values.float().numpy()
+        for stored in kept.tensors:
+            values = opened.activations(stored)[0].values.float().numpy()
             if values.shape[0] != rows or not np.isfinite(values).all():
                 raise LaunchError(
-                    f"{key} of session {session} has shape {values.shape} and should have {rows} finite rows"
+                    f"{stored} of session {session} has shape {values.shape} and should have {rows} finite rows"
                 )
     return SmokeReport(model, str(reply["choices"][0]["message"]["content"]), rows, tuple(kept.tensors))
 

@@ -5,8 +5,9 @@
       shards/<ulid>.safetensors    tensors, one per key, rows of all the shard's rollouts back to back
       index/<ulid>.parquet         one row per rollout; written last, so its presence means "committed"
 
-`schema` says what the files hold, `writer` groups and commits, `reader` opens a session and
-`activations` its rows, lazily, `sessions` lists, verifies, deletes and packs, `locks` keeps deleting and writing apart.
+`schema` says what the files hold, `writer` groups and commits, `reader` opens a session and `activations` its rows, lazily,
+`files` lists, reads and packs a session's files, `sessions` summarizes, verifies and deletes sessions, `locks` keeps deleting
+and writing apart.
 docs/store.md describes the format for readers in other languages.
 """
 

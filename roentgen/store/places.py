@@ -129,11 +129,14 @@ class Place(ABC):
         file = self.open(name)
         return bytes(file.read(0, file.size))
 
-    def stream(self, name: str) -> Iterator[Bytes]:
-        """Yield a file's bytes a few megabytes at a time."""
+    def stream(self, name: str) -> tuple[int, Iterator[Bytes]]:
+        """Return a file's size and its bytes, a few megabytes at a time.
+
+        Raises:
+            FileNotFoundError: if it is not there.
+        """
         file = self.open(name)
-        for offset in range(0, file.size, _PIECE):
-            yield file.read(offset, min(_PIECE, file.size - offset))
+        return file.size, (file.read(offset, min(_PIECE, file.size - offset)) for offset in range(0, file.size, _PIECE))
 
 
 class FolderPlace(Place):

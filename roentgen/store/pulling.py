@@ -4,7 +4,6 @@ A session's files never change and are named once, so what is here already need 
 interrupted goes on where it stopped. Shards come first and indexes last, so that what is half here is never seen.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -12,21 +11,15 @@ from httpx2 import HTTPError
 
 from roentgen.contract import check_session_id
 from roentgen.http_client import connect, explain
+from roentgen.store.files import is_session_file, read_file, session_files
 from roentgen.store.places import Bytes, open_place
 from roentgen.store.reader import Session
 from roentgen.store.schema import StoreError
-from roentgen.store.sessions import file_place, session_files
 
-_FILE = re.compile(r"session\.json|shards/[0-9A-Z]{26}\.safetensors|index/[0-9A-Z]{26}\.parquet")
 _TIMEOUT_S = 60.0
 
 Files = list[tuple[str, int]]
 Fetch = Callable[[str], Iterator[Bytes]]
-
-
-def is_session_file(name: str) -> bool:
-    """Whether a path can be that of a session's file."""
-    return _FILE.fullmatch(name) is not None
 
 
 def pull(
@@ -72,12 +65,8 @@ def _opened(source: str, api_key: str) -> Iterator[tuple[str, Files, Fetch]]:
             yield opened
         return
     session = Session.open(source)
-
-    def fetch(path: str) -> Iterator[Bytes]:
-        place, name = file_place(session, path)
-        return place.stream(name)
-
-    yield session.name, [(entry.name, entry.size) for entry in session_files(session)], fetch
+    files = [(entry.name, entry.size) for entry in session_files(session)]
+    yield session.name, files, lambda path: read_file(session, path)[1]
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """The server as its users meet it: real Serve, real HTTP, the unmodified openai client, SmolLM2-135M."""
 
 import asyncio
+import io
 import json
+import tarfile
 import time
 from pathlib import Path
 
@@ -120,6 +122,10 @@ def test_stored_rows_equal_a_teacher_forced_forward(server: Server) -> None:
     assert verify(session).ok
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_sessions_are_listed_shown_and_pulled(server: Server, client: OpenAI, tmp_path: Path) -> None:
     for number in range(3):
         key = {"config_hash": "abc", "problem_id": f"p{number}"}
@@ -136,6 +142,10 @@ def test_sessions_are_listed_shown_and_pulled(server: Server, client: OpenAI, tm
     address = f"{server.base_url}/activations/session/listed"
     report = verify(Session.open(pull(address, str(tmp_path))))
     assert (report.rollouts, report.damage, report.orphans) == (3, [], [])
+    archive = httpx2.get(f"{address}/download")
+    with tarfile.open(fileobj=io.BytesIO(archive.content)) as packed:
+        packed.extractall(tmp_path / "unpacked", filter="data")
+    assert files_of(tmp_path / "unpacked" / "listed") == files_of(tmp_path / "listed")
     for path in ("nothing", "shards/..%2Fsession.json", f"shards/{26 * '0'}.safetensors"):
         assert httpx2.get(f"{address}/files/{path}").status_code == 404
 

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from roentgen.store import Session, StoreError, StoreWriter, verify
-from roentgen.store.pulling import is_session_file, pull
+from roentgen.store.files import is_session_file
+from roentgen.store.pulling import pull
 from tests.roentgen.store.conftest import KEYS, RolloutFactory
 
 
