@@ -4,8 +4,6 @@ First the table: each way in a process of its own, on the same prompts. Then the
 gains over the way that this project replaces, as ratios of interleaved runs.
 """
 
-import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +14,7 @@ from benchmarks.column import Column, measure_column
 from benchmarks.limits import Limits, measure_limits
 from benchmarks.pairs import IN_FLIGHT, MANY, Ratio, measure_beside_vllm, measure_pairs
 from benchmarks.record import record, table
+from benchmarks.stages import stage_printer
 from benchmarks.ways import WAYS
 from benchmarks.workload import Workload
 from roentgen.durable import write_json
@@ -41,11 +40,7 @@ def main(
 ) -> None:
     """Measure the engine."""
     workload = Workload(model, random_weights, problems, max_tokens, dtype, device)
-    start = time.monotonic()
-
-    def stage(text: str) -> None:
-        print(f"{time.monotonic() - start:7.1f} s  {text}", file=sys.stderr, flush=True)
-
+    stage = stage_printer()
     names = [name for name in columns.split(",") if name]
     unknown = [name for name in names if name not in WAYS]
     if unknown:

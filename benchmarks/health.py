@@ -5,7 +5,6 @@ answer that is late does not make the next question later), as a load balancer w
 """
 
 import asyncio
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from httpx2 import AsyncClient
 from openai import AsyncOpenAI, RateLimitError
 
 from benchmarks.record import record, table
+from benchmarks.stages import stage_printer
 from benchmarks.statistics import percentile
 from benchmarks.workload import Workload
 from roentgen.launch.local import serving
@@ -55,11 +55,7 @@ def main(
 ) -> None:
     """Measure how soon `/health` answers."""
     workload = Workload(model, problems=problems, max_tokens=max_tokens)
-    start = time.monotonic()
-
-    def stage(text: str) -> None:
-        print(f"{time.monotonic() - start:7.1f} s  {text}", file=sys.stderr, flush=True)
-
+    stage = stage_printer()
     with tempfile.TemporaryDirectory() as folder:
         found = measure_health(workload, Path(folder), max_batch, clients, every, lasting, stage)
     body = report(workload, found, max_batch, clients)

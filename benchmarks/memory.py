@@ -4,10 +4,8 @@ Requests run through the engine, their rows are committed to a store, and every 
 The store is in a temporary folder. What should come out is a flat line: nothing is kept of a request that is done.
 """
 
-import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ import typer
 from ulid import ULID
 
 from benchmarks.record import record, table
+from benchmarks.stages import stage_printer
 from benchmarks.statistics import Interval, slope_interval
 from benchmarks.workload import CAPTURES, Workload, capture_plan
 from roentgen.store import CaptureSpec, Receipt, Rollout, Segment, StoreWriter
@@ -63,11 +62,7 @@ def main(
     if capture not in CAPTURES[1:]:
         raise typer.BadParameter(f"{capture!r} is unknown", param_hint="--capture")
     workload = Workload(model, random_weights, problems, max_tokens, dtype, device)
-    start = time.monotonic()
-
-    def stage(text: str) -> None:
-        print(f"{time.monotonic() - start:7.1f} s  {text}", file=sys.stderr, flush=True)
-
+    stage = stage_printer()
     samples = measure_memory(workload, capture, requests, every, in_flight, stage)
     body = report(workload, capture, samples, in_flight)
     print(body)
