@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from probes.closeup import Closeup, Trace
 from probes.plots import METRICS, called
 from probes.report import ProbeReport
+from roentgen.pages import page_environment
 
 TRANSCRIPTS = 24
 """Shown on the page, half of each class as far as there are."""
@@ -89,7 +89,7 @@ def render_page(
     middle = float(np.median(scores))
     strongest = float(np.percentile(np.abs(scores - middle), 95)) or 1.0
     return (
-        _environment()
+        page_environment("probes")
         .get_template("report.html")
         .render(
             report=report,
@@ -137,13 +137,3 @@ def _tokens(trace: Trace, middle: float, strongest: float) -> tuple[list[Token],
         # A token may be part of a character, which then stands with the first of its tokens.
         tokens.append(Token((text or "·").replace("\n", "↵\n"), position, score, round(strength, 3)))
     return tokens[: trace.n_prompt], tokens[trace.n_prompt :]
-
-
-def _environment() -> Environment:
-    return Environment(
-        loader=PackageLoader("probes"),
-        autoescape=True,
-        undefined=StrictUndefined,  # a misspelt name in the template is an error, not a hole in the page
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
