@@ -4,7 +4,6 @@ Everything a model wrote is escaped, and there is no script on the page: what sh
 """
 
 import base64
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,6 +13,7 @@ from probes.closeup import Closeup, Trace
 from probes.plots import METRICS, called
 from probes.report import ProbeReport
 from roentgen.pages import page_environment
+from roentgen.runs.record import natural_order
 
 TRANSCRIPTS = 24
 """Shown on the page, half of each class as far as there are."""
@@ -117,14 +117,9 @@ def _picture(name: str, report: ProbeReport, light: Mapping[str, bytes], dark: M
 
 def _choose(traces: tuple[Trace, ...]) -> list[Trace]:
     """Return the first of each class, in turn; those that there are of each, in the order of problems and epochs."""
-    ordered = sorted(traces, key=lambda trace: (_natural(trace.example.problem), trace.example.epoch))
+    ordered = sorted(traces, key=lambda trace: (natural_order(trace.example.problem), trace.example.epoch))
     own = [[trace for trace in ordered if trace.value == value][: TRANSCRIPTS // 2] for value in (False, True)]
     return [trace for number in range(TRANSCRIPTS // 2) for part in own for trace in part[number : number + 1]]
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Return a key that sorts problem-2 before problem-10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]
 
 
 def _tokens(trace: Trace, middle: float, strongest: float) -> tuple[list[Token], list[Token]]:
