@@ -33,8 +33,8 @@ from benchmarks.workload import Workload
 from roentgen.contract import Positions, stored_key
 from serve_app.capture.rows import CapturePlan
 from serve_app.engines.protocol import Event, Failed, Finished, GenerationJob, Sampling
-from serve_app.engines.transformers_engine import TransformersEngine
-from serve_app.models import LoadedModel
+from serve_app.engines.transformers.engine import TransformersEngine
+from serve_app.engines.transformers.model import LoadedModel
 
 IN_LAYER = {
     "resid_pre": ("", "input"),

@@ -23,8 +23,8 @@ from benchmarks.statistics import Interval, slope_interval
 from benchmarks.workload import CAPTURES, Workload, capture_plan
 from roentgen.store import CaptureSpec, Receipt, Rollout, Segment, StoreWriter
 from serve_app.engines.protocol import Event, Failed, Finished, GenerationJob, Sampling
-from serve_app.engines.transformers_engine import TransformersEngine
-from serve_app.models import LoadedModel
+from serve_app.engines.transformers.engine import TransformersEngine
+from serve_app.engines.transformers.model import LoadedModel
 
 PROMPT_TOKENS = 48
 """Prompts are cut to this: it is the number of requests that matters here."""

@@ -21,13 +21,13 @@ from ulid import ULID
 from benchmarks.ways import Keep, Run, UnavailableError, Way, end_tokens, engine_way
 from benchmarks.workload import Workload
 from roentgen.contract import ActivationRequest
+from serve_app.engines.prompt import Prompt
 from serve_app.engines.protocol import Finished
+from serve_app.engines.rollout import make_entry
+from serve_app.engines.served_model import ServedModel
+from serve_app.engines.storage import Stored
 from serve_app.engines.vllm.loading import EngineUnavailableError, VllmModel, VllmSettings, start
-from serve_app.models import ServedModel
-from serve_app.openai_api.prompt import Prompt
-from serve_app.rollouts import make_entry
-from serve_app.sources import locate
-from serve_app.storing import Stored
+from serve_app.models.sources import locate
 
 if TYPE_CHECKING:
     from serve_app.engines.vllm.engine import VllmEngine

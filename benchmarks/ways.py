@@ -31,8 +31,8 @@ from roentgen.contract import split_key
 from serve_app.capture.resolver import resolve_structure
 from serve_app.capture.rows import CapturePlan
 from serve_app.engines.protocol import Engine, Event, Failed, Finished, GenerationJob, Sampling
-from serve_app.engines.transformers_engine import TransformersEngine
-from serve_app.models import ServedModel
+from serve_app.engines.served_model import ServedModel
+from serve_app.engines.transformers.engine import TransformersEngine
 
 
 @dataclass(frozen=True)

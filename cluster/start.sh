@@ -19,8 +19,8 @@ gpus=${SKYPILOT_NUM_GPUS_PER_NODE:-0}
 [ "$gpus" != 0 ] || gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 [ -n "${CUDA_VISIBLE_DEVICES:-}" ] || unset CUDA_VISIBLE_DEVICES
 
-# What Serve's proxies put before themselves (serve_app/proxy.py).
-export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.proxy:middlewares
+# What Serve's proxies put before themselves (serve_app/http/proxy.py).
+export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.http.proxy:middlewares
 
 runs_here() { pgrep -f "raylet .*--gcs-address=$head:6379" >/dev/null; }
 answers() { ray health-check --address "$head:6379" >/dev/null 2>&1; }

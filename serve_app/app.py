@@ -20,9 +20,9 @@ from ray.serve.config import RequestRouterConfig
 from ulid import ULID
 
 from serve_app.config import ModelChoice, ServerConfig
-from serve_app.ingress import Ingress
-from serve_app.replica import ASKED, ModelReplica
-from serve_app.routing import PERIOD_S, ReadyReplicas
+from serve_app.http.ingress import Ingress
+from serve_app.replica.replica import ASKED, ModelReplica
+from serve_app.replica.routing import PERIOD_S, ReadyReplicas
 
 log = logging.getLogger(__name__)
 

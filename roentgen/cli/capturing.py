@@ -83,9 +83,10 @@ def verify(
 
     from serve_app.capture.resolver import ResolutionError
     from serve_app.capture.structure import CaptureRequestError
-    from serve_app.engines.model_cache import UnsupportedModelError
-    from serve_app.models import load
-    from serve_app.sources import ModelNotFoundError, locate
+    from serve_app.engines.transformers.model import load
+    from serve_app.models.architecture import UnsupportedModelError
+    from serve_app.models.errors import ModelNotFoundError
+    from serve_app.models.sources import locate
     from serve_app.verification import (
         BUILT_IN_PROMPTS,
         VerificationError,

@@ -28,9 +28,10 @@ from serve_app.capture.rows import UncapturableError
 from serve_app.capture.structure import CaptureRequestError
 from serve_app.config import Dtype
 from serve_app.engines.protocol import EngineStoppedError
-from serve_app.engines.transformers_engine import TransformersEngine
-from serve_app.models import LoadedModel, load
-from serve_app.sources import EMBEDDED_MODEL, ModelNotFoundError, ModelSource, locate
+from serve_app.engines.transformers.engine import TransformersEngine
+from serve_app.engines.transformers.model import LoadedModel, load
+from serve_app.models.errors import ModelNotFoundError
+from serve_app.models.sources import EMBEDDED_MODEL, ModelSource, locate
 from serve_app.teacher_forcing.capture import NotStored, Stored, TeacherForcing
 from serve_app.teacher_forcing.held import OtherCaptureError, find_missing
 from serve_app.teacher_forcing.tokens import TokenisedText, UnreadableTextError, tokeniser

@@ -18,8 +18,9 @@ from contextlib import ExitStack, contextmanager
 from roentgen.cluster import LOCAL, connected
 from roentgen.store.places import check_writable, open_place
 from serve_app.config import ServerConfig
-from serve_app.proxy import named_in_environment
-from serve_app.sources import ModelNotFoundError, locate
+from serve_app.http.proxy import named_in_environment
+from serve_app.models.errors import ModelNotFoundError
+from serve_app.models.sources import locate
 
 log = logging.getLogger(__name__)
 

@@ -16,15 +16,15 @@ from transformers import PreTrainedTokenizerBase
 from roentgen.contract import Int, no_booleans
 from roentgen.store import Segment
 from serve_app.capture.scoring import Scorer
+from serve_app.engines.prompt import Prompt
 from serve_app.engines.protocol import TextDelta, TokenScore
+from serve_app.engines.storage import Done
 from serve_app.engines.text import completion_offsets
-from serve_app.generation import Done
 from serve_app.openai_api.chat import usage
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.logprobs import Offsets, completion_logprobs
 from serve_app.openai_api.params import MAX_TOP_LOGPROBS, GenerationParams
 from serve_app.openai_api.probing import spell_scores
-from serve_app.openai_api.prompt import Prompt
 from serve_app.openai_api.raw_text import tokenized
 from serve_app.openai_api.tokenize import check_tokens
 

@@ -10,7 +10,6 @@ import inspect
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -19,6 +18,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
 from roentgen.store import Segment
+from serve_app.engines.prompt import Prompt
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.messages import Message, Tool, check_tool_results
 from serve_app.openai_api.tools import Turn, native_turns, offered, plain_turns, takes_tools
@@ -28,39 +28,6 @@ MARK = "\ue000"
 
 REFUSALS = (TemplateError, TypeError, ValueError, ArithmeticError, AttributeError, LookupError, RecursionError)
 """How a template fails on messages that it was not made for: by saying so, or in the middle of an expression."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A rendered conversation.
-
-    Attributes:
-        text: what the model sees.
-        token_ids: its tokens.
-        token_offsets: the first character of each token in `text`.
-        segments: which characters each role spoke; tools that answer together share one.
-        turn_start: the first token that is new in this turn: the last one of the last assistant message, which the turn
-            before sampled but did not feed; 0 in a first turn.
-        given: what the client sent, where the tokenizer adds something around it; None if that is all of `text`.
-    """
-
-    text: str
-    token_ids: list[int]
-    token_offsets: list[int]
-    segments: list[Segment]
-    turn_start: int = 0
-    given: str | None = None
-
-    @property
-    def echo(self) -> str:
-        """What a reply that repeats its prompt says: what the client sent."""
-        return self.text if self.given is None else self.given
-
-    @property
-    def echo_offsets(self) -> list[int]:
-        """The first character of each token in `echo`; what the tokenizer added before it begins where it does."""
-        before = max(self.text.find(self.echo), 0)
-        return [min(max(offset - before, 0), len(self.echo)) for offset in self.token_offsets]
 
 
 def render(

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from roentgen.contract import no_booleans
-from serve_app.models import ServedModel
+from serve_app.engines.served_model import ServedModel
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.messages import Message, Tool, Wire
 from serve_app.openai_api.prompt import render

@@ -35,7 +35,7 @@ from serve_app.engines.protocol import (
     Sampling,
     UnknownTokenError,
 )
-from serve_app.models import LoadedModel
+from serve_app.engines.transformers.model import LoadedModel
 from serve_app.teacher_forcing.tokens import TokenisedText
 
 READ_ONLY = Sampling(max_tokens=0, temperature=0)

@@ -19,11 +19,12 @@ from transformers import PreTrainedTokenizerBase
 from roentgen.contract import is_text
 from roentgen.store import Segment
 from roentgen.transcripts import Transcript
+from serve_app.engines.prompt import Prompt
 from serve_app.engines.text import completion_offsets
-from serve_app.models import LoadedModel
+from serve_app.engines.transformers.model import LoadedModel
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.messages import Message
-from serve_app.openai_api.prompt import Prompt, render
+from serve_app.openai_api.prompt import render
 from serve_app.openai_api.raw_text import tokenized
 
 MARKS = ("\n", "a", "0")

@@ -25,9 +25,9 @@ from benchmarks.workload import Workload
 from roentgen.contract import Positions
 from serve_app.capture.grid import Grid
 from serve_app.capture.rows import StepRows
-from serve_app.engines.kv_cache import SlotRows
-from serve_app.engines.load_checks import LoadReport
-from serve_app.engines.transformers_engine import TransformersEngine
+from serve_app.engines.transformers.engine import TransformersEngine
+from serve_app.engines.transformers.kv_cache import SlotRows
+from serve_app.engines.transformers.load_checks import CheckedModel
 from tests.serve_app import tiny
 
 ROOT = Path(__file__).parents[2]
@@ -144,7 +144,7 @@ def test_wrong_rows_are_found_and_named(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     # The check at loading finds some of these too, and would keep requests apart.
-    monkeypatch.setattr("benchmarks.workload.check_loaded", lambda *_: LoadReport())
+    monkeypatch.setattr("benchmarks.workload.check_loaded", lambda *_: CheckedModel())
     fault(monkeypatch)
     bench = Bench(Report(tmp_path, None), ROWS_ONLY, dtype, "cpu", time.monotonic(), soon())
     assert bench.run() == 1

@@ -15,13 +15,13 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from roentgen.store import StoreWriter
 from serve_app.capture.rows import UncapturableError
+from serve_app.engines.storage import Stored, write
 from serve_app.engines.vllm.collecting import Collector, LostRowsError
 from serve_app.engines.vllm.fragments import OrderedFragments
 from serve_app.engines.vllm.hook_points import Verified, candidates, describe_modules, tap_at, verify
 from serve_app.engines.vllm.lifetime import EndsWithReplica
 from serve_app.engines.vllm.observer import BatchInterleaver, BatchWorkers, Norms, Watched
 from serve_app.engines.vllm.orders import Exchange, Report, pack, unpack
-from serve_app.storing import Stored, write
 
 log = logging.getLogger(__name__)
 

@@ -15,12 +15,13 @@ from ulid import ULID
 
 from roentgen.store import StoreWriter
 from serve_app.engines.protocol import Engine, Finished
-from serve_app.engines.transformers_engine import TransformersEngine
+from serve_app.engines.rollout import Entry
+from serve_app.engines.served_model import ServedModel
+from serve_app.engines.storage import LocalStorage, Storage
+from serve_app.engines.transformers.engine import TransformersEngine
+from serve_app.engines.transformers.model import load
 from serve_app.engines.vllm import loading as vllm
-from serve_app.models import ServedModel, load
-from serve_app.rollouts import Entry
-from serve_app.sources import ModelSource
-from serve_app.storing import LocalStorage, Storage
+from serve_app.models.sources import ModelSource
 from tests.serve_app import tiny
 
 ENGINES = ["transformers"] + (["vllm", "vllm on two ranks"] if importlib.util.find_spec("vllm") else [])

@@ -3,9 +3,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from serve_app.engines.prompt import Prompt
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.messages import Message, Tool
-from serve_app.openai_api.prompt import Prompt, render
+from serve_app.openai_api.prompt import render
 from tests.serve_app import tiny
 from tests.serve_app.openai_api.templates import GEMMA, LLAMA, QWEN
 

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from roentgen.contract import RolloutKey
 from roentgen.transcripts import Transcript
 from serve_app.engines.text import TextStream, completion_offsets
-from serve_app.models import LoadedModel
+from serve_app.engines.transformers.model import LoadedModel
 from serve_app.openai_api.completions import raw_prompt
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.messages import Message

@@ -6,7 +6,7 @@ import pytest
 from roentgen.contract import RolloutKey
 from roentgen.store import Segment
 from roentgen.transcripts import KnownTokens, Transcript
-from serve_app.models import LoadedModel
+from serve_app.engines.transformers.model import LoadedModel
 from serve_app.teacher_forcing.tokens import TokenisedText, UnreadableTextError, tokeniser
 from tests.serve_app import tiny
 
