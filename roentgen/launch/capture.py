@@ -34,7 +34,7 @@ from serve_app.models.errors import ModelNotFoundError
 from serve_app.models.sources import EMBEDDED_MODEL, ModelSource, locate
 from serve_app.teacher_forcing.capture import NotStored, Stored, TeacherForcing
 from serve_app.teacher_forcing.held import OtherCaptureError, find_missing
-from serve_app.teacher_forcing.tokens import TokenisedText, UnreadableTextError, tokeniser
+from serve_app.teacher_forcing.tokens import TokenizedTranscript, UnreadableTextError, transcript_tokenizer
 
 DEFAULT_STORE = "activations"
 
@@ -125,7 +125,7 @@ def capture(settings: CaptureSettings, console: Console, stage: Callable[[str], 
     with _as_capture_errors():
         model = _load(settings, run, stage)
         session = settings.session or _session_name(settings, run, model)
-        texts, failures = _tokenise(model, transcripts, stage)
+        texts, failures = _tokenize(model, transcripts, stage)
         report = CaptureReport(store.child(session).uri, run.path if run else None, failures=failures)
         engine = TransformersEngine(
             model, max_batch=settings.batch, max_queue=settings.batch, max_prefill_tokens=settings.batch_tokens
@@ -197,16 +197,16 @@ def _session_name(settings: CaptureSettings, run: Run | None, model: LoadedModel
     return ".".join([*parts, canonical_hash(described)[:8]])
 
 
-def _tokenise(
+def _tokenize(
     model: LoadedModel, transcripts: Sequence[Transcript], stage: Callable[[str], None]
-) -> tuple[list[TokenisedText], list[tuple[str, str]]]:
+) -> tuple[list[TokenizedTranscript], list[tuple[str, str]]]:
     """Spell every transcript for the model; those that it cannot read are failures."""
-    tokenise = tokeniser(model)
-    texts: list[TokenisedText] = []
+    tokenize = transcript_tokenizer(model)
+    texts: list[TokenizedTranscript] = []
     failures: list[tuple[str, str]] = []
     for transcript in transcripts:
         try:
-            texts.append(tokenise(transcript))
+            texts.append(tokenize(transcript))
         except UnreadableTextError as error:
             failures.append((transcript.name, str(error)))
     exact = sum(text.exact for text in texts)
@@ -215,7 +215,9 @@ def _tokenise(
     return texts, failures
 
 
-def _capture(forcing: TeacherForcing, texts: Sequence[TokenisedText], report: CaptureReport, console: Console) -> None:
+def _capture(
+    forcing: TeacherForcing, texts: Sequence[TokenizedTranscript], report: CaptureReport, console: Console
+) -> None:
     """Capture texts and count what comes of them."""
     started = last_line = time.monotonic()
     bar = Progress(
@@ -233,7 +235,7 @@ def _capture(forcing: TeacherForcing, texts: Sequence[TokenisedText], report: Ca
             match outcome:
                 case Stored(text=text):
                     report.stored += 1
-                    report.tokens += len(text.token_ids)
+                    report.tokens += len(text.sequence.token_ids)
                 case NotStored(text=text, reason=reason):
                     report.failures.append((text.transcript.name, reason))
             now = time.monotonic()

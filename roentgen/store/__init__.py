@@ -18,7 +18,6 @@ from roentgen.store.schema import (
     NonFiniteRowsError,
     Receipt,
     Rollout,
-    Segment,
     SessionNotFoundError,
     StoreError,
 )
@@ -32,7 +31,6 @@ __all__ = [
     "Receipt",
     "Rollout",
     "RolloutRows",
-    "Segment",
     "Session",
     "SessionBusyError",
     "SessionNotFoundError",

@@ -10,18 +10,19 @@ from transformers import PreTrainedTokenizerFast
 
 from roentgen.contract import RolloutKey
 from roentgen.transcripts import Transcript
-from serve_app.engines.text import TextStream, completion_offsets
+from serve_app.engines.text import TextStream
 from serve_app.engines.transformers.model import LoadedModel
+from serve_app.models.tokenization import completed, decode, decode_tokens, tokenize_text
 from serve_app.openai_api.completions import raw_prompt
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.messages import Message
 from serve_app.openai_api.prompt import render
-from serve_app.openai_api.raw_text import tokenized
 from serve_app.openai_api.tokenize import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
-from serve_app.teacher_forcing.tokens import tokeniser
+from serve_app.teacher_forcing.tokens import transcript_tokenizer
 from tests.serve_app import tiny
 from tests.serve_app.tokenizers import KINDS
 
+CORE = tiny.tokenizer().backend_tokenizer
 KEY = RolloutKey(config_hash="c", problem_id="p")
 TEXTS = st.one_of(
     st.text(alphabet=st.sampled_from(list("onetwhra 12\n.▁éÅ中🙂")), max_size=12),
@@ -61,16 +62,16 @@ def check_offsets(text: str, token_ids: list[int], offsets: list[int]) -> None:
 @given(text=TEXTS, special=st.booleans())
 def test_tokens_are_the_tokenizers_and_offsets_are_where_it_puts_them(kind: str, text: str, special: bool) -> None:
     tokenizer = words(kind)
-    raw = tokenized(tokenizer, text, add_special_tokens=special)
+    raw = tokenize_text(tokenizer, text, add_special_tokens=special)
     encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=True)
-    assert raw.token_ids == encoded["input_ids"]
-    assert raw.text[raw.own] == text
-    check_offsets(raw.text, raw.token_ids, raw.token_offsets)
+    assert raw.prompt.token_ids == encoded["input_ids"]
+    assert raw.prompt.text[raw.own] == text
+    check_offsets(raw.prompt.text, raw.prompt.token_ids, raw.prompt.token_offsets)
     for token, at, sequence, (start, _) in zip(
-        raw.token_ids, raw.token_offsets, encoded.sequence_ids(0), encoded["offset_mapping"], strict=True
+        raw.prompt.token_ids, raw.prompt.token_offsets, encoded.sequence_ids(0), encoded["offset_mapping"], strict=True
     ):
         if sequence is None:  # what the tokenizer adds stands in the text, where its offset says
-            assert raw.text[at:].startswith(tokenizer.convert_ids_to_tokens(token))
+            assert raw.prompt.text[at:].startswith(tokenizer.convert_ids_to_tokens(token))
         else:
             assert at == raw.own.start + start
 
@@ -78,17 +79,20 @@ def test_tokens_are_the_tokenizers_and_offsets_are_where_it_puts_them(kind: str,
 @settings(max_examples=40, deadline=None)
 @given(text=TEXTS)
 def test_every_route_gives_the_same(kind: str, model: LoadedModel, text: str) -> None:
-    expected = words(kind)(text)["input_ids"]
+    tokenizer = words(kind)
+    expected = tokenizer(text)["input_ids"]
     assert tokenize(model, TokenizeRequest(model="m", prompt=text))["tokens"] == expected
     if not expected:
         with pytest.raises(ApiError, match="prompt: is empty"):
-            raw_prompt(words(kind), text, add_special_tokens=True)
+            raw_prompt(tokenizer, text, add_special_tokens=True)
         return
-    prompt = raw_prompt(words(kind), text, add_special_tokens=True)
-    captured = tokeniser(model)(Transcript(KEY, text))
-    assert prompt.token_ids == captured.token_ids == expected
-    assert (prompt.text, prompt.token_offsets) == (captured.text, captured.token_offsets)
-    assert prompt.echo == text
+    sent = raw_prompt(tokenizer, text, add_special_tokens=True)
+    assert sent.prompt.token_ids == expected
+    assert sent.echo == text
+    assert transcript_tokenizer(model)(Transcript(KEY, text)).sequence == sent.prompt
+    as_tokens = raw_prompt(tokenizer, expected, add_special_tokens=True).prompt
+    if as_tokens.text == sent.prompt.text:  # tokens may not say all of a text (<unk>, a space that was put before it)
+        assert as_tokens == sent.prompt
 
 
 @settings(max_examples=40, deadline=None)
@@ -97,22 +101,22 @@ def test_a_completion_stands_where_it_would_have_been_generated(
     kind: str, model: LoadedModel, prompt: str, completion: str
 ) -> None:
     tokenizer = words(kind)
-    opened = tokenized(tokenizer, prompt).opened
+    opened = tokenize_text(tokenizer, prompt).opened.prompt
     if not opened.token_ids:
         return
-    text = tokeniser(model)(Transcript(KEY, prompt, completion, "length"))
+    text = transcript_tokenizer(model)(Transcript(KEY, prompt, completion, "length")).sequence
     n_prompt = len(opened.token_ids)
     assert text.token_ids[:n_prompt] == opened.token_ids
     assert (text.n_prompt, text.text[: len(opened.text)]) == (n_prompt, opened.text)
     check_offsets(text.text, text.token_ids, text.token_offsets)
-    whole = tokenized(tokenizer, prompt + completion).opened.token_ids
+    whole = tokenize_text(tokenizer, prompt + completion).opened.prompt.token_ids
     if whole[:n_prompt] == opened.token_ids:
         assert text.token_ids == whole
 
 
 def test_the_templates_own_beginning_is_not_doubled(kind: str) -> None:
     tokenizer = words(kind)
-    prompt = render(tokenizer, [Message.model_validate(message) for message in TALK], "m")
+    prompt = render(tokenizer, [Message.model_validate(message) for message in TALK], "m").prompt
     expected = tokenizer.apply_chat_template(TALK, tokenize=True, add_generation_prompt=True, return_dict=False)
     assert prompt.token_ids == list(expected)
     begin = tokenizer.bos_token_id
@@ -125,18 +129,18 @@ def test_the_templates_own_beginning_is_not_doubled(kind: str) -> None:
 )
 def test_the_first_word_is_spelled_as_the_model_learned_it(scheme: str, first: str) -> None:
     tokenizer = words(scheme)
-    raw = tokenized(tokenizer, "one two")
-    assert tokenizer.convert_ids_to_tokens(raw.token_ids) == ["<s>", first, "▁two"]
-    assert (raw.text, raw.token_offsets) == ("<s>one two", [0, 3, 6])
+    raw = tokenize_text(tokenizer, "one two")
+    assert tokenizer.convert_ids_to_tokens(raw.prompt.token_ids) == ["<s>", first, "▁two"]
+    assert (raw.prompt.text, raw.prompt.token_offsets) == ("<s>one two", [0, 3, 6])
 
 
 def test_what_ends_a_text_is_in_it_unless_the_text_goes_on() -> None:
-    raw = tokenized(words("first, begins and ends"), "one two")
-    assert (raw.text, raw.token_offsets) == ("<s>one two</s>", [0, 3, 6, 10])
-    assert (raw.opened.text, raw.opened.token_ids) == ("<s>one two", raw.token_ids[:-1])
-    empty = tokenized(words("first, begins and ends"), "")
-    assert (empty.text, empty.token_offsets, empty.opened.text) == ("<s></s>", [0, 3], "<s>")
-    assert empty.opened.token_ids == empty.token_ids[:1]
+    raw = tokenize_text(words("first, begins and ends"), "one two")
+    assert (raw.prompt.text, raw.prompt.token_offsets) == ("<s>one two</s>", [0, 3, 6, 10])
+    assert (raw.opened.prompt.text, raw.opened.prompt.token_ids) == ("<s>one two", raw.prompt.token_ids[:-1])
+    empty = tokenize_text(words("first, begins and ends"), "")
+    assert (empty.prompt.text, empty.prompt.token_offsets, empty.opened.prompt.text) == ("<s></s>", [0, 3], "<s>")
+    assert empty.opened.prompt.token_ids == empty.prompt.token_ids[:1]
 
 
 @pytest.mark.parametrize(
@@ -154,7 +158,8 @@ def test_a_completion_is_spelled_as_a_continuation(
     scheme: str, prompt: str, completion: str, pieces: list[str]
 ) -> None:
     tokenizer = words(scheme)
-    text = tokeniser(replace(tiny.loaded("llama"), tokenizer=tokenizer))(Transcript(KEY, prompt, completion, "length"))
+    tokenize = transcript_tokenizer(replace(tiny.loaded("llama"), tokenizer=tokenizer))
+    text = tokenize(Transcript(KEY, prompt, completion, "length")).sequence
     assert tokenizer.convert_ids_to_tokens(text.token_ids[text.n_prompt :]) == pieces
     assert text.text == f"<s>{prompt}{completion}"
 
@@ -166,14 +171,14 @@ def test_the_space_before_a_completions_first_word_is_kept(scheme: str) -> None:
     prompt = tokenizer("one")["input_ids"]
     two = tokenizer.convert_tokens_to_ids(["▁two", "▁three"])
     core = tokenizer.backend_tokenizer
-    assert completion_offsets(core, two, 6, after=prompt) == (" two three", [6, 10])
+    assert decode(core, two, after=prompt) == (" two three", [0, 4])
     stream = TextStream(core, (), {}, prompt)
     for token in two:
         stream.push(token)
     assert stream.text == " two three"
     # A text begins after a special token, as it does without anything before it.
     for before in ([], prompt[:1]):
-        assert completion_offsets(core, two, 0, after=before)[0].lstrip() == "two three"
+        assert decode(core, two, after=before)[0].lstrip() == "two three"
 
 
 def test_tokens_beyond_the_embedding_are_refused_by_name() -> None:
@@ -195,5 +200,21 @@ def test_text_whose_tokens_the_embedding_does_not_have_is_refused() -> None:
 
 
 def test_an_embedding_larger_than_the_tokenizer_is_all_the_models() -> None:
-    prompt = raw_prompt(tiny.tokenizer(), [65, 300], add_special_tokens=True, n_embeddings=512)
+    prompt = raw_prompt(tiny.tokenizer(), [65, 300], add_special_tokens=True, n_embeddings=512).prompt
     assert (prompt.token_ids, len(prompt.token_offsets)) == ([65, 300], 2)
+
+
+@given(st.lists(st.integers(0, len(CORE.get_vocab()) - 1), max_size=20))
+def test_offsets_belong_to_the_text_that_the_tokenizer_makes(tokens: list[int]) -> None:
+    text, offsets = decode(CORE, tokens)
+    assert text == CORE.decode(tokens, skip_special_tokens=False)
+    check_offsets(text, tokens, offsets)
+
+
+def test_a_completion_comes_after_its_prompt_with_its_special_tokens() -> None:
+    tokens = [*CORE.encode("hé", add_special_tokens=False).ids, tiny.EOS]
+    prompt = decode_tokens(tiny.tokenizer(), [65, 66]).prompt
+    whole = completed(tiny.tokenizer(), prompt, tokens, "assistant")
+    assert (whole.text, whole.n_prompt, whole.n_completion, whole.n_rows) == (prompt.text + "hé<eos>", 2, 4, 5)
+    assert whole.token_offsets == [0, 1, 2, 3, 3, 4]
+    assert [(s.role, s.start, s.stop) for s in whole.segments] == [("prompt", 0, 2), ("assistant", 2, 9)]
