@@ -93,9 +93,9 @@ def sessions_gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
 ) -> None:
     """Remove what no reader wants: orphan shards, half-written files, what a merge has replaced."""
-    from roentgen.launch.tidying import tidy
     from roentgen.runs import RunError
     from roentgen.store import StoreError
+    from roentgen.workflows.garbage_collection import tidy
 
     with expected_errors(StoreError, RunError, OSError):
         tidied = tidy(session, run or [], older_than_s=older_than * 60, dry_run=dry_run)

@@ -10,9 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from roentgen.cli import app
-from roentgen.launch.tidying import tidy
 from roentgen.runs import RolloutRef, Run
 from roentgen.store import Receipt, Session, StoreWriter, verify
+from roentgen.workflows.garbage_collection import tidy
 from tests.roentgen.runs.test_run import config, sample
 from tests.roentgen.store.conftest import RolloutFactory
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from roentgen.launch.local import LaunchError
+from roentgen.serving.local_server import LaunchError
 
 ROOT = Path(__file__).parents[2]
 ASKED_IN_SKY = Path(__file__).parent / "in_sky.py"

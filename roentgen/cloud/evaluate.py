@@ -17,12 +17,12 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from roentgen.launch.local import LaunchError
-from roentgen.launch.remote import Head
-from roentgen.launch.skypilot import ROOT, SkyPilot
-from roentgen.launch.task import ClusterSettings
-from roentgen.launch.up import Launched, up
+from roentgen.cloud.remote import Head
+from roentgen.cloud.skypilot import ROOT, SkyPilot
+from roentgen.cloud.task import ClusterSettings
+from roentgen.cloud.up import Launched, up
 from roentgen.runs import Run, RunError
+from roentgen.serving.local_server import LaunchError
 
 TASK = ROOT / "eval.yaml"
 REMOTE_RUNS = "~/runs"
