@@ -14,11 +14,11 @@ prove nothing.
 
 import gc
 import math
-import queue
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from statistics import fmean, median
@@ -233,54 +233,42 @@ def _generate(
     model = workload.load()
     requests = make_requests(model)
     engine = TransformersEngine(model, max_batch=MAX_BATCH, max_queue=len(requests), max_prefill_tokens=PREFILL_TOKENS)
-    heard: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
+    ends: list[Future[Finished | Failed]] = [Future() for _ in requests]
     finished: dict[int, Finished] = {}
     problems = []
-    jobs = [_job(request, heard) for request in requests]
-    waiting, later = {request.number for request in requests}, jobs[MAX_BATCH + 2 :]
     try:
-        for job in jobs[: MAX_BATCH + 2]:
-            engine.submit(job)
-        while waiting:
+        for request, end in zip(requests, ends, strict=True):
+            engine.submit(_job(request, end))
+        for number, end in enumerate(ends):
+            if number == CANCELED:
+                continue
             try:
-                number, event = heard.get(timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Empty:
+                event = end.result(max(0.0, deadline - time.monotonic()))
+            except TimeoutError:
                 raise OutOfTimeError("the time was over") from None
-            if number == CANCELED and jobs[number].cancelled.is_set() and not isinstance(event, Failed):
-                if isinstance(event, Finished):
-                    problems.append(f"request {number} was canceled, and finished")
-            elif isinstance(event, Finished):
-                finished[number] = event
-            elif isinstance(event, Failed):
+            if isinstance(event, Failed):
                 problems.append(f"request {number} failed: {event.error}")
             else:
-                continue
-            if number in waiting:
-                waiting.remove(number)
-                if later:  # one that ends lets another join
-                    engine.submit(later.pop(0))
+                finished[number] = event
+        if ends[CANCELED].done():  # the others take longer than it would
+            problems.append(f"request {CANCELED} was canceled, and {type(ends[CANCELED].result()).__name__.lower()}")
         steps = dict(engine.load.steps)
     finally:
         engine.close()
     return requests, finished, steps, problems
 
 
-def _job(request: Request, heard: "queue.SimpleQueue[tuple[int, Event]]") -> GenerationJob:
+def _job(request: Request, end: "Future[Finished | Failed]") -> GenerationJob:
     canceled = threading.Event()
 
     def listen(event: Event) -> None:
         if request.number == CANCELED:
             canceled.set()
-        heard.put((request.number, event))
+        if isinstance(event, Finished | Failed):
+            end.set_result(event)
 
-    return GenerationJob(
-        request.prompt_ids,
-        request.sampling,
-        listen,
-        request.plan,
-        stream=request.number == CANCELED,
-        cancelled=canceled,
-    )
+    stream = request.number == CANCELED
+    return GenerationJob(request.prompt_ids, request.sampling, listen, request.plan, stream=stream, cancelled=canceled)
 
 
 @dataclass
@@ -328,7 +316,7 @@ class _Comparison:
         if finished.captured is None:
             self.problems.append(f"request {request.number} asked for rows and got none")
             return
-        kept = kept_positions(request.plan.positions, n_prompt, len(fed))
+        kept = list(request.plan.positions.select(n_prompt, len(fed)))
         pooled = request.plan.positions.pooled
         if finished.captured.position.tolist() != ([-1] if pooled else kept):
             self.problems.append(
@@ -480,26 +468,11 @@ def in_float32(module: nn.Module) -> Iterator[None]:
             lower(part, None, None)
 
 
-def kept_positions(positions: Positions, n_prompt: int, n_rows: int) -> list[int]:
-    """Return the positions that a policy keeps (a pooled one: averages), as a question about each one of them."""
-    rules = {
-        "all": lambda t: True,
-        "generated": lambda t: t >= n_prompt,
-        "mean_generated": lambda t: t >= n_prompt,
-        "mean_prompt": lambda t: t < n_prompt,
-        "last": lambda t: t + 1 == n_rows,
-        "stride": lambda t: t % positions.stride == 0,
-    }
-    return [t for t in range(n_rows) if rules[positions.policy](t)]
-
-
 def distances(rows: Float[Tensor, "rows d"], want: Float[Tensor, "rows d"]) -> list[float]:
     """Return how far each row is from the wanted one, relative to that one's length; infinite if it is not a number."""
     difference = (rows - want).norm(dim=1)
-    found: list[float] = (
-        torch.where(difference == 0, 0.0, difference / want.norm(dim=1)).nan_to_num(nan=math.inf).tolist()
-    )
-    return found
+    relative: Tensor = torch.where(difference == 0, 0.0, difference / want.norm(dim=1))
+    return list(relative.nan_to_num(nan=math.inf).tolist())
 
 
 def _place(key: str) -> tuple[str, str]:

@@ -1,4 +1,4 @@
-"""`roentgen sessions`: what a store holds, whether it is still what was written, and how to move it, collect garbage and remove it."""
+"""`roentgen sessions`: list, show, verify, copy, compact, export and remove what a store holds."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
