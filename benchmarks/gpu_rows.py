@@ -20,9 +20,9 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import fmean, median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -271,16 +271,15 @@ def _job(request: Request, end: "Future[Finished | Failed]") -> GenerationJob:
     return GenerationJob(request.prompt_ids, request.sampling, listen, request.plan, stream=stream, cancelled=canceled)
 
 
-@dataclass
-class _Errors:
-    """Of one key's rows: from which request and position each is, and its errors."""
+class _Rows(NamedTuple):
+    """One request's rows of one key: their positions, and how far each is off."""
 
-    requests: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    engine: list[float] = field(default_factory=list)
-    plain: list[float] = field(default_factory=list)
-    apart: list[float] = field(default_factory=list)
-    neighbor: list[float] = field(default_factory=list)
+    request: int
+    positions: list[int]
+    engine: list[float]
+    plain: list[float]
+    apart: list[float]
+    neighbor: list[float]
 
 
 class _Comparison:
@@ -289,7 +288,7 @@ class _Comparison:
     def __init__(self, dtype: torch.dtype, problems: list[str]) -> None:
         self._dtype = dtype
         self.problems = problems
-        self._errors: dict[tuple[str, bool], _Errors] = defaultdict(_Errors)
+        self._rows: dict[tuple[str, bool], list[_Rows]] = defaultdict(list)
         self._logprobs: list[tuple[int, float, float]] = []  # request, the engine's error, the plain forward's
         self._requests = 0
 
@@ -318,12 +317,14 @@ class _Comparison:
             return
         kept = list(request.plan.positions.select(n_prompt, len(fed)))
         pooled = request.plan.positions.pooled
-        if finished.captured.position.tolist() != ([-1] if pooled else kept):
+        positions = [-1] if pooled else kept
+        if finished.captured.position.tolist() != positions:
             self.problems.append(
                 f"request {request.number} has rows of positions {_spans(finished.captured.position.tolist())}, "
-                f"not {_spans([-1] if pooled else kept)}"
+                f"not {_spans(positions)}"
             )
             return
+        differ = [i for i in range(len(positions) - 1) if fed[kept[i]] != fed[kept[i + 1]]]
         for key in keys:
             rows = finished.captured.tensors[key].to(device).float()
             want, near = exact[key][kept].float(), plain[key][kept].float()
@@ -334,38 +335,39 @@ class _Comparison:
                     f"request {request.number}, {key}: {list(rows.shape)} was kept, not {list(want.shape)}"
                 )
                 continue
-            errors = self._errors[key, pooled]
-            errors.requests += [request.number] * len(rows)
-            errors.positions += [-1] if pooled else kept
-            errors.engine += distances(rows, want)
-            errors.plain += distances(near, want)
-            errors.apart += distances(rows, near)
-            if not pooled:
-                differ = [i for i in range(len(kept) - 1) if fed[kept[i]] != fed[kept[i + 1]]]
-                errors.neighbor += distances(want[differ], want[[i + 1 for i in differ]])
+            errors = (distances(rows, want), distances(near, want), distances(rows, near))
+            neighbor = distances(want[differ], want[[i + 1 for i in differ]])
+            self._rows[key, pooled].append(_Rows(request.number, positions, *errors, neighbor))
 
     def judge(self, model: str, steps: dict[int, int]) -> RowCheck:
         """Judge what has been gathered."""
         keys, wrong = [], []
-        for (key, pooled), errors in self._errors.items():
-            allowed = max(FLOOR[self._dtype], MARGIN * max(errors.plain))
-            neighbor = median(errors.neighbor) if errors.neighbor else None
+        for (key, pooled), requests in self._rows.items():
+            engine, plain, apart, neighbors = (
+                [error for errors in gathered for error in errors]
+                for gathered in zip(*(rows[2:] for rows in requests), strict=True)
+            )
+            allowed = max(FLOOR[self._dtype], MARGIN * max(plain))
+            neighbor = median(neighbors) if neighbors else None
             keys.append(
                 KeyErrors(
                     key=key,
                     pooled=pooled,
-                    rows=len(errors.engine),
-                    engine=max(errors.engine),
-                    plain=max(errors.plain),
-                    apart=max(errors.apart),
+                    rows=len(engine),
+                    engine=max(engine),
+                    plain=max(plain),
+                    apart=max(apart),
                     allowed=allowed,
-                    engine_mean=fmean(errors.engine),
-                    plain_mean=fmean(errors.plain),
+                    engine_mean=fmean(engine),
+                    plain_mean=fmean(plain),
                     neighbor=neighbor,
                 )
             )
-            wrong += _wrong(key, errors, allowed)
-            enough = len(errors.engine) >= FOR_MEANS
+            for rows in requests:
+                bad = [at for at, error in zip(rows.positions, rows.engine, strict=True) if not error <= allowed]
+                if bad:
+                    wrong.append(WrongRows(rows.request, key, bad, len(rows.engine), max(rows.engine), allowed))
+            enough = len(engine) >= FOR_MEANS
             if enough and not keys[-1].engine_mean <= max(FLOOR[self._dtype] / 4, MEAN_MARGIN * keys[-1].plain_mean):
                 self.problems.append(
                     f"{key}: rows are off by {keys[-1].engine_mean:.1e} on average, the plain forward's by "
@@ -399,18 +401,6 @@ class _Comparison:
             wrong=wrong,
             problems=self.problems,
         )
-
-
-def _wrong(key: str, errors: _Errors, allowed: float) -> list[WrongRows]:
-    """Return a key's wrong rows, by request; an error that is not a number is wrong."""
-    found = []
-    for request in dict.fromkeys(errors.requests):
-        rows = [i for i, number in enumerate(errors.requests) if number == request]
-        bad = [i for i in rows if not errors.engine[i] <= allowed]
-        if bad:
-            worst = max(errors.engine[i] for i in bad)
-            found.append(WrongRows(request, key, [errors.positions[i] for i in bad], len(rows), worst, allowed))
-    return found
 
 
 def read_alone(
