@@ -1,7 +1,7 @@
 """Trains a probe for every candidate of some data and writes what it found.
 
     RUN/probes/<label>/
-      probes.safetensors  probes.json       the probes, fitted on all samples (`roentgen.saved_probes`)
+      probes.safetensors  probes.json       the probes, fitted on all samples (`roentgen.linear_probe`)
       auroc_by_layer.png  heatmap.png  reliability.png  along_trace.png  scores.png  projection.png     those that there are
       dark/                                 the same pictures, to be shown on a dark background
       report.html                           all of it as one page, with transcripts colored by score (`page`)
@@ -32,8 +32,8 @@ from probes.page import render_page
 from probes.report import ProbeReport
 from probes.sources import Where
 from probes.styles import darken
+from roentgen.linear_probe import save_probes
 from roentgen.runs import write_json
-from roentgen.saved_probes import save_probes
 from roentgen.store.durable import make_folder, write_durably
 
 

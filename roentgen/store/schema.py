@@ -23,9 +23,6 @@ from roentgen.contract import LabelValue, RolloutKey, is_text, spell_labels
 
 SCHEMA_VERSION = 1
 
-ROW_COLUMNS = ("token_id", "position", "generated", "logprob")
-"""Tensors of every shard that describe its rows; all other tensors are activations."""
-
 INDEX_SCHEMA = pa.schema(
     [
         ("rollout_id", pa.string()),

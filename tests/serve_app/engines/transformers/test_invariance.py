@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from serve_app.engines.transformers import engine
 from serve_app.engines.protocol import Finished, Sampling
+from serve_app.engines.transformers import engine
 from serve_app.engines.transformers.engine import TransformersEngine
 from serve_app.engines.transformers.invariance import FixedShapes, cancelling, same_bits, settle
 from serve_app.engines.transformers.model import LoadedModel

@@ -18,7 +18,7 @@ import httpx
 import numpy as np
 
 from roentgen.contract import ActivationReply
-from roentgen.launch.local import LaunchError, wait_until_ready
+from roentgen.serving.local_server import LaunchError, wait_until_ready
 from roentgen.store import Session, verify
 
 ROUTES = ("/v1/chat/completions", "/v1/models", "/v1/models/load", "/v1/activations/sessions")

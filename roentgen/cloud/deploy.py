@@ -5,7 +5,7 @@ cluster.yaml's variables. Both become one declarative configuration of Ray Serve
 of the code and of the bucket's keys is part of it, so that launching again after an edit or with other keys restarts the
 replicas and launching again without either does not. Only the port cannot change while Serve runs: it is shut down for that.
 
-    python -m roentgen.launch.deploy --address HEAD:6379 --nodes 2 --gpus-per-node 1
+    python -m roentgen.cloud.deploy --address HEAD:6379 --nodes 2 --gpus-per-node 1
 """
 
 import hashlib
@@ -21,7 +21,7 @@ import typer
 import yaml
 
 from roentgen.cluster import ClusterError, connected
-from roentgen.launch.local import APP_NAME, LaunchError, wait_until_ready
+from roentgen.serving.local_server import APP_NAME, LaunchError, wait_until_ready
 
 ROOT = Path(__file__).parents[2]
 SERVE = "http://127.0.0.1:8265/api/serve/applications/"

@@ -8,8 +8,8 @@ import httpx
 import pytest
 import yaml
 
-from roentgen.launch.deploy import ROOT, put, render, version_hash
-from roentgen.launch.local import LaunchError
+from roentgen.cloud.deploy import ROOT, put, render, version_hash
+from roentgen.serving.local_server import LaunchError
 from serve_app.config import ServerConfig
 
 CHOICES = {"MODEL": "some/model", "STORE": "s3://bucket/folder"}
@@ -116,7 +116,7 @@ def serve_that_answers(*statuses: int) -> httpx.Client:
 
 
 def test_a_serve_that_is_slow_to_start_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("roentgen.launch.deploy.RETRY_S", 0)
+    monkeypatch.setattr("roentgen.cloud.deploy.RETRY_S", 0)
     put(serve_that_answers(500, 500, 200), {})
     with pytest.raises(LaunchError, match="cannot take the roentgen application: why it is so"):
         put(serve_that_answers(500), {}, timeout_s=0)

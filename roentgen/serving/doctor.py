@@ -17,7 +17,7 @@ from typing import Literal
 
 import httpx
 
-from roentgen.launch.ports import find_listener
+from roentgen.serving.ports import find_listener
 
 Verdict = Literal["fine", "note", "wrong"]
 PINNED = (("nnsight", "0.8"), ("transformers", "5."), ("ray", "2.60"), ("torch", "2.13"))

@@ -26,9 +26,9 @@ from rich.table import Table
 from eval_jobs.scoring import score
 from probes.steering import SweepError, SweepPlan, SweepReport, Task, make_arms, run_sweep, summarise
 from roentgen.contract import split_key
-from roentgen.launch.local import serving
+from roentgen.linear_probe import CARDS, SavedProbe, SavedProbeError, load_probe
 from roentgen.runs import Run, same_question, write_json
-from roentgen.saved_probes import CARDS, SavedProbe, SavedProbeError, load_probe
+from roentgen.serving.local_server import serving
 from roentgen.store.durable import make_folder, write_durably
 from serve_app.config import ServerConfig
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from roentgen.launch.doctor import examine_server
-from roentgen.launch.local import LaunchError, free_port
-from roentgen.launch.smoke import smoke
+from roentgen.serving.doctor import examine_server
+from roentgen.serving.local_server import LaunchError, free_port
+from roentgen.serving.smoke import smoke
 from roentgen.store import list_sessions
 from tests.conftest import ROENTGEN, Server
 

@@ -18,11 +18,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from roentgen.launch.local import LaunchError
-from roentgen.launch.remote import Head
-from roentgen.launch.skypilot import JOB_FAILED, ROOT, Cluster, SkyPilot
-from roentgen.launch.smoke import smoke
-from roentgen.launch.task import ClusterSettings, write
+from roentgen.cloud.remote import Head
+from roentgen.cloud.skypilot import JOB_FAILED, ROOT, Cluster, SkyPilot
+from roentgen.cloud.task import ClusterSettings, write
+from roentgen.serving.local_server import LaunchError
+from roentgen.serving.smoke import smoke
 
 TASK = ROOT / "cluster.yaml"
 MADE_HERE = ("RAY_AUTH_TOKEN", "ROENTGEN_API_KEY")
