@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("roentgen", "eval_jobs", "probes", "benchmarks")  # serve_app is left out while its files move
+PACKAGES = ("roentgen", "serve_app", "eval_jobs", "probes", "benchmarks")
 NAME = re.compile(r"`((?![a-z_]+\.(?:jsonl?|html)`)[a-z_]+(?:\.[a-z_]+)*)`")
 
 
