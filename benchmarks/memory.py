@@ -132,7 +132,6 @@ def _rollout(model: LoadedModel, prompt: list[int], finished: Finished, position
     captured = finished.captured
     assert captured is not None
     token_ids = prompt + finished.token_ids
-    logprobs = np.array([np.nan] * len(prompt) + [score.logprob for score in finished.scores], dtype=np.float32)
     return Rollout(
         session_id="memory",
         rollout_id=str(ULID()),
@@ -145,15 +144,13 @@ def _rollout(model: LoadedModel, prompt: list[int], finished: Finished, position
         ),
         tensors=captured.tensors,
         position=captured.position,
-        row_token_id=np.array(token_ids)[captured.position],
-        row_logprob=logprobs[captured.position],
         token_ids=token_ids,
+        logprobs=np.array([np.nan] * len(prompt) + [score.logprob for score in finished.scores], dtype=np.float32),
         token_offsets=[0] * len(token_ids),
         n_prompt=len(prompt),
         text=finished.text,
         segments=[Segment("assistant", 0, len(finished.text))],
         finish_reason=finished.finish_reason,
-        final_logprob=finished.scores[-1].logprob,
         key=None,
         labels={},
     )

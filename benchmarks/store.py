@@ -170,15 +170,13 @@ def _rollouts(megabytes: int) -> list[Rollout]:
             spec=spec,
             tensors=tensors,
             position=position,
-            row_token_id=position,
-            row_logprob=np.full(ROWS, np.nan),
             token_ids=tokens,
+            logprobs=np.full(ROWS + 1, np.nan, dtype=np.float32),
             token_offsets=tokens,
             n_prompt=ROWS,
             text="x" * ROWS,
             segments=[Segment("user", 0, ROWS)],
             finish_reason="stop",
-            final_logprob=0.0,
         )
         for _ in range(count)
     ]

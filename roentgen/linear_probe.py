@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from roentgen.contract import split_key
-from roentgen.store.durable import make_folder, write_durably
+from roentgen.durable import atomic_write, make_folder, write_json
 
 ScoreUnit = Literal["log_odds", "logits", "value", "score"]
 
@@ -137,8 +137,9 @@ def save_probes(folder: Path, probes: list[SavedProbe]) -> None:
         for part in ("weight", "bias", "mean", "scale")
     }
     cards = {probe.card.name: probe.card.model_dump(mode="json") for probe in probes}
-    write_durably(folder / TENSORS, lambda path: save_file(tensors, path))
-    write_durably(folder / CARDS, lambda path: path.write_text(json.dumps(cards, indent=2, allow_nan=False) + "\n"))
+    with atomic_write(folder / TENSORS) as temporary:
+        save_file(tensors, temporary)
+    write_json(folder / CARDS, cards)
 
 
 def read_cards(folder: Path) -> dict[str, ProbeCard]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from roentgen.api_keys import client_key
 from roentgen.cli.console import err, expected_errors, out, stage_printer
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def smoke(
     from roentgen.serving.smoke import smoke as check
 
     with expected_errors(LaunchError):
-        report = check(_root(base), _key(), stage_printer(), model=model)
+        report = check(_root(base), client_key(), stage_printer(), model=model)
     kept = ", ".join(report.tensors)
     out.print(f"{report.model} answers {report.answer!r}; {report.rows} rows of {kept} read back", soft_wrap=True)
 
@@ -96,7 +97,7 @@ def doctor(
         head = Head(where)
         command = head.ssh(head.in_project("roentgen", "doctor", "--port", str(port)))
         raise typer.Exit(subprocess.run(command, check=False).returncode)
-    findings = examine_server(_root(where or f"http://127.0.0.1:{port}"), _key())
+    findings = examine_server(_root(where or f"http://127.0.0.1:{port}"), client_key())
     findings += [] if where else examine_here(port)
     out.print(_findings(findings))
     raise typer.Exit(1 if any(finding.verdict == "wrong" for finding in findings) else 0)
@@ -202,10 +203,6 @@ def sync_mode(skip: bool, frozen: bool, fresh: bool) -> str:
 
 def _root(base: str) -> str:
     return base.rstrip("/").removesuffix("/v1")
-
-
-def _key() -> str:
-    return os.environ.get("ROENTGEN_API_KEY", "").split(",")[0].strip()
 
 
 def _plain(text: str) -> None:

@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from roentgen import api_keys
 from roentgen.cli.console import err, expected_errors, out
 
 sessions_app = typer.Typer(no_args_is_help=True, help="Activation sessions of a store.")
@@ -160,7 +161,7 @@ def sessions_export(
 def sessions_pull(
     source: Annotated[str, typer.Argument(help="STORE/SESSION, or http://SERVER/v1/activations/session/ID.")],
     store: Annotated[str, typer.Argument(help="The store to copy it to.")],
-    api_key: Annotated[str, typer.Option(envvar="ROENTGEN_API_KEY", help="The server's.")] = "",
+    api_key: Annotated[str, typer.Option(envvar=api_keys.VARIABLE, help="The server's.")] = "",
 ) -> None:
     """Copy a session here from a bucket or a server; run again, it goes on where it stopped."""
     from roentgen.store import Session, StoreError, verify
@@ -168,7 +169,7 @@ def sessions_pull(
 
     with expected_errors(StoreError, OSError):
         with _bar("bytes") as told:
-            uri = pull(source, store, api_key=api_key.partition(",")[0], said=told)
+            uri = pull(source, store, api_key=api_keys.client_key(api_key), said=told)
         report = verify(Session.open(uri))
     out.print(f"{report.rollouts:,} rollouts in {uri}, {len(report.damage)} damaged", highlight=False)
     if not report.ok:

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
-from roentgen.contract import Positions
+from roentgen.contract import Positions, count_rows
 from roentgen.store.schema import StoreError
 from roentgen.store.shards import READS_AT_ONCE, Shard
 
@@ -130,9 +130,7 @@ class Activations(Sequence[RolloutRows]):
             return None
         if not (start < stop).all():
             return None
-        wanted = n_prompt - 1
-        if self._positions.policy == "last":
-            wanted += np.maximum(n_completion - 1, 0)
+        wanted = (n_prompt if self._positions.policy == "last_prompt" else count_rows(n_prompt, n_completion)) - 1
         # Rows are of consecutive positions under every policy but a stride and the pooled ones.
         position = shard.column("position")
         rows = start + wanted - position[start]
@@ -169,7 +167,7 @@ class Activations(Sequence[RolloutRows]):
         if self._positions.policy == "all" or self._positions == stored:
             return rows
         own = position[rows]
-        wanted = self._positions.select(place.n_prompt, place.n_prompt + max(place.n_completion - 1, 0))
+        wanted = self._positions.select(place.n_prompt, count_rows(place.n_prompt, place.n_completion))
         if stored.pooled or not np.isin(wanted, own).all():
             raise StoreError(
                 f"rollout {place.rollout_id} stores positions '{stored}'; '{self._positions}' cannot be read from them"

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 import xxhash
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
@@ -133,15 +133,13 @@ class Rollout:
         spec: what was captured.
         tensors: per key of the spec, `[rows, *shape]`.
         position: sequence position per row, -1 for a pooled row, `[rows]`.
-        row_token_id: token fed per row, -1 for a pooled row, `[rows]`.
-        row_logprob: log-probability of that token when it was sampled; NaN for prompt and pooled rows, `[rows]`.
-        token_ids: the whole sequence, prompt and completion, the final token included.
+        token_ids: the whole sequence, prompt and completion, the final token included, which no row holds.
+        logprobs: log-probability of each of `token_ids` when it was sampled; NaN for the prompt's, `[tokens]`.
         token_offsets: first character in `text` of each of `token_ids`.
         n_prompt: tokens in the prompt.
         text: prompt and completion as the model saw them.
         segments: who spoke which characters.
         finish_reason: "stop" or "length".
-        final_logprob: log-probability of the final token, which no row holds.
         key: the caller's identity for the rollout, if it gave one.
         labels: the caller's labels.
         require_finite: whether rows that hold NaN or infinity fail the rollout; they are counted in any case.
@@ -152,15 +150,13 @@ class Rollout:
     spec: CaptureSpec
     tensors: dict[str, Shaped[Tensor, "rows ..."]]
     position: Shaped[np.ndarray, "rows"]
-    row_token_id: Shaped[np.ndarray, "rows"]
-    row_logprob: Shaped[np.ndarray, "rows"]
     token_ids: list[int]
+    logprobs: Float[np.ndarray, "tokens"]
     token_offsets: list[int]
     n_prompt: int
     text: str
     segments: list[Segment]
     finish_reason: str
-    final_logprob: float
     key: RolloutKey | None = None
     labels: dict[str, LabelValue] = field(default_factory=dict)
     require_finite: bool = False
@@ -211,15 +207,15 @@ class Rollout:
         return sum(len(key) + (len(value) if isinstance(value, str) else 8) for key, value in self.labels.items())
 
     def all_tensors(self) -> dict[str, Tensor]:
-        """Return the activations and the row columns, as the shard names them."""
-        generated = (self.position >= self.n_prompt).astype(np.uint8)
-        return {
-            **self.tensors,
-            "token_id": torch.from_numpy(self.row_token_id.astype(np.int32)),
-            "position": torch.from_numpy(self.position.astype(np.int32)),
-            "generated": torch.from_numpy(generated),
-            "logprob": torch.from_numpy(self.row_logprob.astype(np.float32)),
+        """Return the activations and the row columns, as the shard names them; a pooled row has no token."""
+        pooled = self.position < 0
+        columns = {
+            "token_id": np.where(pooled, -1, np.array(self.token_ids)[self.position]).astype(np.int32),
+            "position": self.position.astype(np.int32),
+            "generated": (self.position >= self.n_prompt).astype(np.uint8),
+            "logprob": np.where(pooled, np.nan, self.logprobs[self.position]).astype(np.float32),
         }
+        return self.tensors | {name: torch.from_numpy(column) for name, column in columns.items()}
 
 
 @dataclass(frozen=True)
@@ -329,7 +325,7 @@ def index_row(rollout: Rollout, receipt: Receipt, created: Any, checksum: str) -
         "text": rollout.text,
         "finish_reason": rollout.finish_reason,
         "final_token": rollout.token_ids[-1] if rollout.n_completion else None,
-        "final_logprob": rollout.final_logprob if rollout.n_completion else None,
+        "final_logprob": float(rollout.logprobs[-1]) if rollout.n_completion else None,
         "checksum": checksum,
         "non_finite_rows": rollout.non_finite.rows if rollout.non_finite else 0,
     }

@@ -19,6 +19,7 @@ from roentgen.contract import (
     LabelValue,
     RolloutKey,
     StoredTensor,
+    count_rows,
 )
 from roentgen.store import CaptureSpec, Receipt, Rollout, Segment
 from serve_app.capture.rows import CapturedRows
@@ -75,7 +76,7 @@ class Entry:
     @property
     def n_rows(self) -> int:
         """Rows of a full capture: the last token sampled never passes through the model."""
-        return self.n_prompt + max(len(self.token_ids) - self.n_prompt - 1, 0)
+        return count_rows(self.n_prompt, len(self.token_ids) - self.n_prompt)
 
 
 def make_entry(
@@ -119,7 +120,6 @@ def make_entry(
 
 def join(entry: Entry, captured: CapturedRows) -> Rollout:
     """Join what was said to what was captured."""
-    pooled = captured.position < 0
     dtypes = {str(tensor.dtype) for tensor in captured.tensors.values()}
     return Rollout(
         session_id=entry.session_id,
@@ -134,15 +134,13 @@ def join(entry: Entry, captured: CapturedRows) -> Rollout:
         ),
         tensors=captured.tensors,
         position=captured.position,
-        row_token_id=np.where(pooled, -1, np.array(entry.token_ids)[captured.position]),
-        row_logprob=np.where(pooled, np.nan, entry.logprobs[captured.position]),
         token_ids=entry.token_ids,
+        logprobs=entry.logprobs,
         token_offsets=entry.token_offsets,
         n_prompt=entry.n_prompt,
         text=entry.text,
         segments=entry.segments,
         finish_reason=entry.finish_reason,
-        final_logprob=float(entry.logprobs[-1]),
         key=entry.key,
         labels=entry.labels,
         require_finite=not entry.allow_non_finite,

@@ -234,29 +234,25 @@ class TeacherForcing:
                     raise EngineStoppedError("the engine's thread has died") from None
 
     def _rollout(self, text: TokenisedText, read: _Read) -> Rollout:
-        position = read.rows.position
         tensors = {key: read.rows.tensors[key] for key in self._taps}
         # As when tokens are sampled: the prompt's have no log-probability. The model scores all but a sequence's first.
         logprobs = np.full(len(text.token_ids), np.nan, dtype=np.float32)
         if text.n_completion:
             logprobs[text.n_prompt :] = read.logprobs[text.n_prompt - 1 :]
-        pooled = position < 0
         transcript = text.transcript
         return Rollout(
             session_id=self._session_id,
             rollout_id=str(ULID()),
             spec=self.spec.model_copy(update={"dtype": ", ".join(sorted({str(t.dtype) for t in tensors.values()}))}),
             tensors=tensors,
-            position=position,
-            row_token_id=np.where(pooled, -1, np.array(text.token_ids)[position]),
-            row_logprob=np.where(pooled, np.nan, logprobs[position]),
+            position=read.rows.position,
             token_ids=text.token_ids,
+            logprobs=logprobs,
             token_offsets=text.token_offsets,
             n_prompt=text.n_prompt,
             text=text.text,
             segments=text.segments,
             finish_reason=transcript.finish_reason,
-            final_logprob=float(logprobs[-1]),
             key=transcript.key,
             labels=transcript.labels,
             require_finite=not self._request.allow_non_finite,

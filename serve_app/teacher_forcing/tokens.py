@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
-from roentgen.contract import is_text
+from roentgen.contract import count_rows, is_text
 from roentgen.store import Segment
 from roentgen.transcripts import Transcript
 from serve_app.engines.prompt import Prompt
@@ -65,7 +65,7 @@ class TokenisedText:
     @property
     def n_rows(self) -> int:
         """Rows of a full capture: a completion's last token has none, as in generation, where it is never fed."""
-        return self.n_prompt + max(self.n_completion - 1, 0)
+        return count_rows(self.n_prompt, self.n_completion)
 
 
 def tokeniser(model: LoadedModel) -> Callable[[Transcript], TokenisedText]:

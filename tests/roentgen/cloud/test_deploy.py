@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 import yaml
 
@@ -105,14 +105,14 @@ def test_other_code_or_other_keys_are_another_version(tmp_path: Path) -> None:
     assert len(set(versions)) == 3
 
 
-def serve_that_answers(*statuses: int) -> httpx.Client:
+def serve_that_answers(*statuses: int) -> httpx2.Client:
     """A Serve that answers with these statuses in turn, and then always with the last."""
     left = list(statuses)
 
-    def answer(_: httpx.Request) -> httpx.Response:
-        return httpx.Response(left.pop(0) if len(left) > 1 else left[0], text="why it is so")
+    def answer(_: httpx2.Request) -> httpx2.Response:
+        return httpx2.Response(left.pop(0) if len(left) > 1 else left[0], text="why it is so")
 
-    return httpx.Client(transport=httpx.MockTransport(answer))
+    return httpx2.Client(transport=httpx2.MockTransport(answer))
 
 
 def test_a_serve_that_is_slow_to_start_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -40,15 +40,13 @@ def store(run, rollout_id="01", session="run"):
         spec=CaptureSpec(model="m", revision="r", keys=("embed",), positions="last", dtype="torch.float32"),
         tensors={"embed": torch.zeros(1, 2)},
         position=np.array([3]),
-        row_token_id=np.array([4]),
-        row_logprob=np.array([-1.0]),
         token_ids=[1, 2, 3, 4, 5],
+        logprobs=np.array([np.nan, np.nan, np.nan, -1.0, -1.0]),
         token_offsets=[0, 1, 2, 3, 4],
         n_prompt=3,
         text="abcde",
         segments=[Segment("user", 0, 3), Segment("assistant", 3, 5)],
         finish_reason="stop",
-        final_logprob=-1.0,
         key=RolloutKey(config_hash="c0ffee", problem_id="p0"),
     )
     with StoreWriter(run.path / "activations") as writer:
