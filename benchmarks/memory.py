@@ -13,7 +13,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Annotated
 
-import numpy as np
 import psutil
 import typer
 from ulid import ULID
@@ -133,7 +132,6 @@ def _rollout(model: LoadedModel, prompt: list[int], finished: Finished, position
     captured = finished.captured
     assert captured is not None
     token_ids = prompt + finished.token_ids
-    logprobs = np.array([np.nan] * len(prompt) + [score.logprob for score in finished.scores], dtype=np.float32)
     return Rollout(
         session_id="memory",
         rollout_id=str(ULID()),
@@ -153,7 +151,7 @@ def _rollout(model: LoadedModel, prompt: list[int], finished: Finished, position
             segments=[Segment("assistant", 0, len(finished.text))],
             n_prompt=len(prompt),
         ),
-        logprobs=logprobs,
+        logprobs=np.array([np.nan] * len(prompt) + [score.logprob for score in finished.scores], dtype=np.float32),
         finish_reason=finished.finish_reason,
         key=None,
         labels={},

@@ -6,6 +6,8 @@ the same form whichever way it came. `serve_app.models.tokenization` makes it.
 
 from dataclasses import dataclass
 
+from roentgen.contract import count_rows
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -39,4 +41,4 @@ class TokenizedText:
     @property
     def n_rows(self) -> int:
         """Rows of a full capture: a completion's final token has none, because it never passes through the model."""
-        return self.n_prompt + max(self.n_completion - 1, 0)
+        return count_rows(self.n_prompt, self.n_completion)

@@ -24,9 +24,6 @@ from roentgen.tokenized_text import TokenizedText
 
 SCHEMA_VERSION = 1
 
-ROW_COLUMNS = ("token_id", "position", "generated", "logprob")
-"""Tensors of every shard that describe its rows; all other tensors are activations."""
-
 INDEX_SCHEMA = pa.schema(
     [
         ("rollout_id", pa.string()),
@@ -189,18 +186,15 @@ class Rollout:
         return sum(len(key) + (len(value) if isinstance(value, str) else 8) for key, value in self.labels.items())
 
     def all_tensors(self) -> dict[str, Tensor]:
-        """Return the activations and the row columns, as the shard names them; a pooled row is of no token (-1, NaN)."""
+        """Return the activations and the row columns, as the shard names them; a pooled row has no token."""
         pooled = self.position < 0
-        token_id = np.where(pooled, -1, np.array(self.sequence.token_ids)[self.position])
-        logprob = np.where(pooled, np.nan, self.logprobs[self.position])
-        generated = (self.position >= self.sequence.n_prompt).astype(np.uint8)
-        return {
-            **self.tensors,
-            "token_id": torch.from_numpy(token_id.astype(np.int32)),
-            "position": torch.from_numpy(self.position.astype(np.int32)),
-            "generated": torch.from_numpy(generated),
-            "logprob": torch.from_numpy(logprob.astype(np.float32)),
+        columns = {
+            "token_id": np.where(pooled, -1, np.array(self.sequence.token_ids)[self.position]).astype(np.int32),
+            "position": self.position.astype(np.int32),
+            "generated": (self.position >= self.sequence.n_prompt).astype(np.uint8),
+            "logprob": np.where(pooled, np.nan, self.logprobs[self.position]).astype(np.float32),
         }
+        return self.tensors | {name: torch.from_numpy(column) for name, column in columns.items()}
 
 
 @dataclass(frozen=True)

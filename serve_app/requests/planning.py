@@ -11,7 +11,7 @@ from typing import Any
 
 from ulid import ULID
 
-from roentgen.contract import SAMPLED_FEATURES, ActivationRequest, Positions
+from roentgen.contract import SAMPLED_FEATURES, ActivationRequest, Positions, count_rows
 from roentgen.tokenized_text import TokenizedText
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.steering import Addition
@@ -241,7 +241,7 @@ def _check_inline(
     config: ServerConfig,
 ) -> None:
     """Refuse values that would make too large a reply, before anything is generated."""
-    n_rows = 1 if plan.positions.pooled else len(plan.kept(n_prompt, 0, n_prompt + max(max_tokens - 1, 0)))
+    n_rows = plan.count(n_prompt, count_rows(n_prompt, max_tokens))
     per_row = SAMPLED_FEATURES if asked.delivery == "sample" else served.model.structure.d_model
     size = prod((n_rows, len(plan.taps), per_row, BYTES_PER_VALUE))
     if size > config.max_inline_bytes:

@@ -234,7 +234,6 @@ class TeacherForcing:
                     raise EngineStoppedError("the engine's thread has died") from None
 
     def _rollout(self, text: TokenizedTranscript, read: _Read) -> Rollout:
-        position = read.rows.position
         tensors = {key: read.rows.tensors[key] for key in self._taps}
         # As when tokens are sampled: the prompt's have no log-probability. The model scores all but a sequence's first.
         logprobs = np.full(len(text.sequence.token_ids), np.nan, dtype=np.float32)
@@ -246,7 +245,7 @@ class TeacherForcing:
             rollout_id=str(ULID()),
             spec=self.spec.model_copy(update={"dtype": ", ".join(sorted({str(t.dtype) for t in tensors.values()}))}),
             tensors=tensors,
-            position=position,
+            position=read.rows.position,
             sequence=text.sequence,
             logprobs=logprobs,
             finish_reason=transcript.finish_reason,

@@ -5,7 +5,7 @@ cluster.yaml's variables. Both become one declarative configuration of Ray Serve
 of the code and of the bucket's keys is part of it, so that launching again after an edit or with other keys restarts the
 replicas and launching again without either does not. Only the port cannot change while Serve runs: it is shut down for that.
 
-    python -m roentgen.launch.deploy --address HEAD:6379 --nodes 2 --gpus-per-node 1
+    python -m roentgen.cloud.deploy --address HEAD:6379 --nodes 2 --gpus-per-node 1
 """
 
 import hashlib
@@ -16,12 +16,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
 import typer
 import yaml
+from httpx2 import Client, HTTPError, Response
 
+from roentgen.api_keys import VARIABLE, api_keys
 from roentgen.cluster import ClusterError, connected
-from roentgen.launch.local import APP_NAME, LaunchError, wait_until_ready
+from roentgen.http_client import connect, explain
+from roentgen.serving.local_server import APP_NAME, LaunchError, wait_until_ready
 
 ROOT = Path(__file__).parents[2]
 SERVE = "http://127.0.0.1:8265/api/serve/applications/"
@@ -78,7 +80,7 @@ def render(
         "num_ingresses": nodes,
     }
     http = {**config["http_options"], "port": _number(environment, "PORT", 8000)}
-    if environment.get("ROENTGEN_API_KEY"):
+    if api_keys(environment.get(VARIABLE, "")):
         http["host"] = "0.0.0.0"
     variables = {name: environment[name] for name in BUCKET if environment.get(name)}
     runtime_env = {"env_vars": {"ROENTGEN_VERSION": version, **variables}}
@@ -180,7 +182,7 @@ def deploy(config: dict[str, Any]) -> None:
     """
     from ray import serve
 
-    with httpx.Client(headers={"Authorization": f"Bearer {os.environ['RAY_AUTH_TOKEN']}"}, timeout=120) as client:
+    with connect(SERVE, os.environ["RAY_AUTH_TOKEN"], 120) as client:
         listens = _asked(client, "GET").json().get("http_options") or {}
         if any(listens.get(name, wanted) != wanted for name, wanted in config["http_options"].items()):
             _say(f"Serve listens at {listens['host']}:{listens['port']}: starting it anew")
@@ -188,7 +190,7 @@ def deploy(config: dict[str, Any]) -> None:
         put(client, config)
 
 
-def put(client: httpx.Client, config: dict[str, Any], timeout_s: float = START_TIMEOUT_S) -> None:
+def put(client: Client, config: dict[str, Any], timeout_s: float = START_TIMEOUT_S) -> None:
     """Hand a configuration to Serve, which starts if it does not run.
 
     On a slow machine a proxy may not be up when Serve looks; Serve then ends it, answers 500 and starts another: asked again,
@@ -214,11 +216,11 @@ class _ServeFailedError(LaunchError):
     """Serve answered 5xx: asked again, it may do what it could not."""
 
 
-def _asked(client: httpx.Client, method: str, body: dict[str, Any] | None = None) -> httpx.Response:
+def _asked(client: Client, method: str, body: dict[str, Any] | None = None) -> Response:
     try:
         answer = client.request(method, SERVE, json=body)
-    except httpx.HTTPError as error:
-        raise LaunchError(f"Ray's dashboard does not answer: {error or type(error).__name__}") from error
+    except HTTPError as error:
+        raise LaunchError(f"Ray's dashboard {explain(error)}") from error
     if answer.is_server_error:
         raise _ServeFailedError(f"Serve cannot take the {APP_NAME} application: {answer.text[-2000:]}")
     if answer.is_error:

@@ -10,8 +10,8 @@ from typing import Any
 import psutil
 import pytest
 
-from roentgen.launch.local import free_port
-from roentgen.launch.ports import Listener, find_listener, stop
+from roentgen.serving.local_server import free_port
+from roentgen.serving.ports import Listener, find_listener, stop
 
 LISTEN = "import socket, sys, time; s = socket.create_server(('127.0.0.1', int(sys.argv[1]))); time.sleep(60)"
 
@@ -66,6 +66,7 @@ def test_what_is_ours() -> None:
 
     assert ours("ssh -N -o BatchMode=yes -L 8000:localhost:8000 roentgen")
     assert ours("/home/me/.venv/bin/python /home/me/.venv/bin/roentgen serve --port 8000")
+    assert ours("python -m roentgen.cloud.deploy --address 10.0.0.1:6379")
     assert ours("ray::ProxyActor")
     assert not ours("nginx: master process /usr/sbin/nginx")
     assert not ours("ssh me@elsewhere")

@@ -1,14 +1,15 @@
-"""A saved probe: what a training leaves and what a server or another run can pick up.
+"""A linear probe as it is saved: training writes it, and a server or another run reads it.
 
     probes/<label>/
       probes.safetensors    per probe: `<name>.weight` [outputs, d], `<name>.bias` [outputs], `<name>.mean` [d],
-      `<name>.scale` [d] probes.json           per probe: where it reads, of what, how well it did; written last, so its
-      presence means all is there
+                            `<name>.scale` [d]
+      probes.json           per probe: its card (`ProbeCard`); written last, so if it is there, all is there
 
 A name is `<key>@<positions>`, as in `layers.12.resid_post@last_prompt`. The score of a row x is
-`weight · (x − mean) / scale + bias`, and the card's `unit` says what it is: log-odds that the label is True or logits of the
-classes (calibrated: 1 in 4 of the rows with log-odds of −1.1 have it, where the probe was trained to read), a value, or a mere
-score, of which more is more likely and no more is said. Probes saved before there was a `unit` have scores. Nothing is pickled.
+`weight · (x − mean) / scale + bias`. The card's `unit` says what the score is: log-odds that the label is True, logits of the
+classes, a value, or only a score, of which more is more likely. Log-odds and logits are calibrated where the probe was trained
+to read: of the rows with log-odds of −1.1, 1 in 4 have the label. Probes saved before there was a `unit` have scores. Nothing
+is pickled.
 """
 
 import json
@@ -24,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from roentgen.contract import split_key
-from roentgen.store.durable import make_folder, write_durably
+from roentgen.durable import atomic_write, make_folder, write_json
 
 ScoreUnit = Literal["log_odds", "logits", "value", "score"]
 
@@ -136,8 +137,9 @@ def save_probes(folder: Path, probes: list[SavedProbe]) -> None:
         for part in ("weight", "bias", "mean", "scale")
     }
     cards = {probe.card.name: probe.card.model_dump(mode="json") for probe in probes}
-    write_durably(folder / TENSORS, lambda path: save_file(tensors, path))
-    write_durably(folder / CARDS, lambda path: path.write_text(json.dumps(cards, indent=2, allow_nan=False) + "\n"))
+    with atomic_write(folder / TENSORS) as temporary:
+        save_file(tensors, temporary)
+    write_json(folder / CARDS, cards)
 
 
 def read_cards(folder: Path) -> dict[str, ProbeCard]:

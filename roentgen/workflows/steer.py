@@ -12,7 +12,6 @@ the summed variances that the probe was standardised with): scales mean the same
 
 import asyncio
 import json
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,11 +24,12 @@ from rich.table import Table
 
 from eval_jobs.scoring import score
 from probes.steering import SweepError, SweepPlan, SweepReport, Task, make_arms, run_sweep, summarise
+from roentgen.api_keys import client_key
 from roentgen.contract import split_key
-from roentgen.launch.local import serving
-from roentgen.runs import Run, same_question, write_json
-from roentgen.saved_probes import CARDS, SavedProbe, SavedProbeError, load_probe
-from roentgen.store.durable import make_folder, write_durably
+from roentgen.durable import atomic_write, make_folder, write_json
+from roentgen.linear_probe import CARDS, SavedProbe, SavedProbeError, load_probe
+from roentgen.runs import Run, same_question
+from roentgen.serving.local_server import serving
 from serve_app.config import ServerConfig
 
 RETRIES = 4
@@ -89,7 +89,7 @@ def steer(
     with _server(base_url, run, saved, stage) as url:
         _check_served(url, saved)
         stage(f"{len(tasks)} problems × {len(arms)} arms = {len(tasks) * len(arms)} requests")
-        client = AsyncOpenAI(base_url=url, api_key=_api_key(), max_retries=RETRIES, timeout=3600)
+        client = AsyncOpenAI(base_url=url, api_key=client_key(), max_retries=RETRIES, timeout=3600)
         outcomes = asyncio.run(run_sweep(client, plan, tasks, arms, judge, record))
     report = SweepReport(
         probe=str(path),
@@ -105,7 +105,8 @@ def steer(
         sampling=sampling,
         findings=summarise(outcomes, seed),
     )
-    write_durably(output / "steering.png", partial(report.draw().savefig, format="png"))
+    with atomic_write(output / "steering.png") as temporary:
+        report.draw().savefig(temporary, format="png")
     write_json(output / "steering.json", report.to_json())
     return report
 
@@ -192,7 +193,7 @@ def _check_served(url: str, probe: SavedProbe) -> None:
     """Refuse a server of another model, before a thousand requests do."""
     try:
         models = {
-            model.id: model for model in OpenAI(base_url=url, api_key=_api_key(), max_retries=RETRIES).models.list()
+            model.id: model for model in OpenAI(base_url=url, api_key=client_key(), max_retries=RETRIES).models.list()
         }
     except APIError as error:
         raise SweepError(f"the server at {url} cannot be asked for its models: {error.message}") from error
@@ -202,7 +203,3 @@ def _check_served(url: str, probe: SavedProbe) -> None:
     if revision != card.revision:
         found = ", ".join(f"{name} ({(model.model_extra or {}).get('revision')})" for name, model in models.items())
         raise SweepError(f"the probe is of {card.model} ({card.revision}); {url} serves {found}")
-
-
-def _api_key() -> str:
-    return os.environ.get("ROENTGEN_API_KEY", "").split(",")[0].strip() or "none"

@@ -5,16 +5,15 @@ after an error or Ctrl-C, the Serve application it deployed and the Ray it start
 """
 
 import ipaddress
-import json
 import logging
-import os
 import socket
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
+from httpx2 import Client, TransportError
+
+from roentgen.api_keys import api_keys
 from roentgen.cluster import LOCAL, connected
 from roentgen.store.places import check_writable, open_place
 from serve_app.config import ServerConfig
@@ -126,7 +125,7 @@ def check_host(host: str) -> None:
         LaunchError: naming both ways out.
     """
     loopback = host == "localhost" or _is_loopback(host)
-    if not loopback and not os.environ.get("ROENTGEN_API_KEY"):
+    if not loopback and not api_keys():
         raise LaunchError(
             f"--host {host} can be reached by others and no API key is set: set ROENTGEN_API_KEY, or bind to 127.0.0.1"
         )
@@ -171,29 +170,27 @@ def wait_until_ready(base: str, stage: Callable[[str], None], timeout_s: float =
     """
     deadline = time.monotonic() + timeout_s
     last = ""
-    while time.monotonic() < deadline:
-        status = _health(base)
-        if status["status"] == "ok":
-            return
-        if status["status"] == "failed":
-            raise LaunchError(status["stage"])
-        if status["stage"] != last:
-            last = status["stage"]
-            stage(last)
-        time.sleep(0.2)
+    with Client(timeout=10) as client:
+        while time.monotonic() < deadline:
+            status = _health(client, base)
+            if status["status"] == "ok":
+                return
+            if status["status"] == "failed":
+                raise LaunchError(status["stage"])
+            if status["stage"] != last:
+                last = status["stage"]
+                stage(last)
+            time.sleep(0.2)
     raise LaunchError(f"{base}/health was not ready after {timeout_s:.0f} s; its last stage was: {last}")
 
 
-def _health(base: str) -> dict[str, str]:
+def _health(client: Client, base: str) -> dict[str, str]:
     try:
-        with urllib.request.urlopen(f"{base}/health", timeout=10) as response:
-            return dict(json.load(response))
-    except urllib.error.HTTPError as error:
-        text = error.read().decode(errors="replace")
-        if error.code == 503 and text.startswith("{"):
-            return dict(json.loads(text))
-        if error.code in (404, 503):  # Serve's proxy, until it knows the application
-            return {"status": "loading", "stage": "starting the application"}
-        return {"status": "failed", "stage": f"{base}/health answered {error.code}: {text[:500]}"}
-    except (urllib.error.URLError, TimeoutError, ConnectionError):
+        answer = client.get(f"{base}/health")
+    except TransportError:
         return {"status": "loading", "stage": "starting the proxy"}
+    if answer.is_success or (answer.status_code == 503 and answer.text.startswith("{")):
+        return dict(answer.json())
+    if answer.status_code in (404, 503):  # Serve's proxy, until it knows the application
+        return {"status": "loading", "stage": "starting the application"}
+    return {"status": "failed", "stage": f"{base}/health answered {answer.status_code}: {answer.text[:500]}"}

@@ -1,4 +1,4 @@
-"""`roentgen sessions`' verbs that change something, and what tidying a session against its runs removes."""
+"""`roentgen sessions`' verbs that change something, and what garbage collection against its runs removes."""
 
 import itertools
 import multiprocessing
@@ -10,9 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from roentgen.cli import app
-from roentgen.launch.tidying import tidy
 from roentgen.runs import RolloutRef, Run
 from roentgen.store import Receipt, Session, StoreWriter, verify
+from roentgen.workflows.garbage_collection import collect_garbage
 from tests.roentgen.runs.test_run import config, sample
 from tests.roentgen.store.conftest import RolloutFactory
 
@@ -30,7 +30,7 @@ def session(tmp_path: Path) -> str:
 
 
 def test_without_a_run_no_rollout_goes(session: str) -> None:
-    assert tidy(session, [], older_than_s=0).dropped == 0
+    assert collect_garbage(session, [], older_than_s=0).dropped == 0
     assert len(Session.open(session).rollouts()) == 4
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import psutil
 
-OURS = re.compile(r"(^|/)ssh .*-L ?\d+:localhost:\d+|\broentgen(\.launch\.deploy)? |\bserve_app\b|^ray::")
+OURS = re.compile(r"(^|/)ssh .*-L ?\d+:localhost:\d+|\broentgen(\.cloud\.deploy)? |\bserve_app\b|^ray::")
 STOP_TIMEOUT_S = 10.0
 
 

@@ -1,7 +1,7 @@
-"""Tidies a session: what no reader wants goes, and, against the runs it belongs to, what no run names.
+"""`roentgen sessions gc`: removes from a session what no reader uses and, given its runs, what no run names.
 
-A rollout that was stored but never recorded was acknowledged to nobody who lived to write it down: its evaluation was killed,
-and its problem posed again. Only the runs know which those are, so they must be named; rollouts of other configurations stay.
+An evaluation that is killed may leave rollouts that are stored but not recorded: when it continues, it poses their problems
+again. Only the runs tell which rollouts those are, so they must be given; rollouts of other configurations stay.
 """
 
 import time
@@ -17,16 +17,16 @@ from roentgen.store.merging import collect, compact
 
 
 @dataclass(frozen=True)
-class Tidied:
-    """What went: rollouts that no run names, and files with their bytes."""
+class Removed:
+    """What was removed: rollouts that no run names, and files with their bytes."""
 
     dropped: int = 0
     files: list[str] = field(default_factory=list)
     size: int = 0
 
 
-def tidy(uri: str, runs: Sequence[Path], *, older_than_s: float, dry_run: bool = False) -> Tidied:
-    """Remove from a session what is not wanted.
+def collect_garbage(uri: str, runs: Sequence[Path], *, older_than_s: float, dry_run: bool = False) -> Removed:
+    """Remove unused files and rollouts from a session.
 
     Args:
         uri: the session's address.
@@ -52,4 +52,4 @@ def tidy(uri: str, runs: Sequence[Path], *, older_than_s: float, dry_run: bool =
     if unwanted and not dry_run:
         compact(session, drop=unwanted)
     gone = collect(session, grace_s=older_than_s, dry_run=dry_run)
-    return Tidied(len(unwanted), gone.files, gone.size)
+    return Removed(len(unwanted), gone.files, gone.size)

@@ -1,22 +1,25 @@
-"""How bytes reach a local or mounted folder so that a crash leaves a whole file or none.
+"""Atomic, fsynced writes: after a crash, a file on a local or mounted disk is the old one or the new one, whole.
 
-Every file is written once, under a temporary name in the same folder, flushed to the disk (`fsync`), renamed
-into place, and the folder itself is flushed; only then may anyone be told that it exists. Readers skip names that start
-with a dot, which is what the temporary ones do.
+The bytes go to a temporary name in the same folder, are flushed to the disk (`fsync`), and are renamed into place; then the
+folder itself is flushed. Only then may anyone be told that the file exists. Temporary names begin with a dot; readers skip
+them. The store, the runs and the probes write all their files this way.
 
-What is large goes past the kernel's page cache. Through it, every byte is copied once more, on cores that the model computes
-with, and takes memory from what others read: 512 MB cost 0.1 s of a core where the cache had free pages at hand and 1.3 s
-where it had not; straight from a buffer they cost 0.02 s, and the disk is as fast.
+Large files bypass the kernel's page cache. Through the cache, every byte is copied once more, on cores that the model computes
+with, and displaces pages that others read: 512 MB cost 0.1 s of a core where the cache had free pages and 1.3 s where it had
+none; written straight from a buffer they cost 0.02 s, and the disk is as fast.
 """
 
 import errno
 import fcntl
+import json
 import mmap
 import os
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
+from typing import Any
 
 BUFFER_BYTES = 8 << 20
 """What is written at once past the page cache; a file that does not fill it goes through the cache."""
@@ -25,22 +28,34 @@ _ALIGNED = 4096
 _DIRECT = getattr(os, "O_DIRECT", 0)  # macOS has none
 
 
-def write_durably(path: Path, write: Callable[[Path], object]) -> None:
-    """Create `path` with what `write` puts into the temporary file it is given; whole or not at all.
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """Yield a temporary path to write to, which then replaces `path`; if anything fails, it is removed and `path` unchanged.
 
     Raises:
-        OSError: as the disk answers (full, read-only); the temporary file is removed first.
+        OSError: if the disk is full or read-only.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
-        write(temporary)
+        yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.rename(temporary, path)
-    except BaseException:
+    except BaseException:  # Ctrl-C can arrive at any moment
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str, errors: str = "strict") -> None:
+    """Write a text file atomically, in UTF-8; `errors` as in `str.encode`."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors=errors)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file atomically, indented, for people to read."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_chunks(path: Path, chunks: Iterable[bytes | bytearray | memoryview]) -> None:

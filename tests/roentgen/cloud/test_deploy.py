@@ -4,12 +4,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import pytest
 import yaml
 
-from roentgen.launch.deploy import ROOT, put, render, version_hash
-from roentgen.launch.local import LaunchError
+from roentgen.cloud.deploy import ROOT, put, render, version_hash
+from roentgen.serving.local_server import LaunchError
 from serve_app.config import ServerConfig
 
 CHOICES = {"MODEL": "some/model", "STORE": "s3://bucket/folder"}
@@ -105,18 +105,18 @@ def test_other_code_or_other_keys_are_another_version(tmp_path: Path) -> None:
     assert len(set(versions)) == 3
 
 
-def serve_that_answers(*statuses: int) -> httpx.Client:
+def serve_that_answers(*statuses: int) -> httpx2.Client:
     """A Serve that answers with these statuses in turn, and then always with the last."""
     left = list(statuses)
 
-    def answer(_: httpx.Request) -> httpx.Response:
-        return httpx.Response(left.pop(0) if len(left) > 1 else left[0], text="why it is so")
+    def answer(_: httpx2.Request) -> httpx2.Response:
+        return httpx2.Response(left.pop(0) if len(left) > 1 else left[0], text="why it is so")
 
-    return httpx.Client(transport=httpx.MockTransport(answer))
+    return httpx2.Client(transport=httpx2.MockTransport(answer))
 
 
 def test_a_serve_that_is_slow_to_start_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("roentgen.launch.deploy.RETRY_S", 0)
+    monkeypatch.setattr("roentgen.cloud.deploy.RETRY_S", 0)
     put(serve_that_answers(500, 500, 200), {})
     with pytest.raises(LaunchError, match="cannot take the roentgen application: why it is so"):
         put(serve_that_answers(500), {}, timeout_s=0)

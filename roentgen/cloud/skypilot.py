@@ -1,8 +1,8 @@
 """SkyPilot, as a command: the launcher's only way to a cloud.
 
-SkyPilot and the server's packages cannot share an environment (their `click` differs), so `sky` is a program here: the one
-that $ROENTGEN_SKY names, the one of `make cloud-env`, or the one on the PATH. Its state (which clusters there are) is its own;
-nothing of it is kept twice.
+SkyPilot and the server need different versions of click, so they cannot share an environment, and `sky` is a program here: the
+one that $ROENTGEN_SKY names, the one of `make cloud-env`, or the one on the PATH. SkyPilot alone records which clusters there
+are.
 """
 
 import json
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from roentgen.launch.local import LaunchError
+from roentgen.serving.local_server import LaunchError
 
 ROOT = Path(__file__).parents[2]
 ASKED_IN_SKY = Path(__file__).parent / "in_sky.py"

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from roentgen.launch.local import LaunchError
-from roentgen.launch.ports import find_listener, stop
+from roentgen.serving.local_server import LaunchError
+from roentgen.serving.ports import find_listener, stop
 
 WORKDIR = "sky_workdir"
 TUNNEL_TIMEOUT_S = 20.0

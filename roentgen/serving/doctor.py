@@ -15,9 +15,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
-import httpx
+from httpx2 import URL, Client, HTTPError
 
-from roentgen.launch.ports import find_listener
+from roentgen.http_client import connect
+from roentgen.serving.ports import find_listener
 
 Verdict = Literal["fine", "note", "wrong"]
 PINNED = (("nnsight", "0.8"), ("transformers", "5."), ("ray", "2.60"), ("torch", "2.13"))
@@ -47,18 +48,17 @@ def examine_server(base: str, key: str) -> list[Finding]:
 
     Args:
         base: http://HOST:PORT.
-        key: of the server; "" if it has none.
+        key: the server's.
     """
-    url = httpx.URL(base)
+    url = URL(base)
     port = url.port or (443 if url.scheme == "https" else 80)
     try:
         socket.create_connection((url.host, port), timeout=5).close()
     except OSError as error:
         todo = "start it (`roentgen serve`), or open a tunnel: ssh -N -L PORT:localhost:PORT CLUSTER"
         return [Finding("port", "wrong", f"nothing answers at {url.host}:{port}: {error}", todo)]
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    with httpx.Client(base_url=base, headers=headers, timeout=30) as client:
-        checks: list[Callable[[httpx.Client], Finding]] = [_health, _routes, _model, _sessions]
+    with connect(base, key, 30) as client:
+        checks: list[Callable[[Client], Finding]] = [_health, _routes, _model, _sessions]
         return [Finding("port", "fine", f"{url.host}:{port} answers"), *(_made(check, client) for check in checks)]
 
 
@@ -75,15 +75,15 @@ def examine_here(port: int) -> list[Finding]:
     return [who, _gpu(), *_disk(), *_packages(), *_ray(), *_logs()]
 
 
-def _made(check: Callable[[httpx.Client], Finding], client: httpx.Client) -> Finding:
+def _made(check: Callable[[Client], Finding], client: Client) -> Finding:
     name = check.__name__.lstrip("_")
     try:
         return check(client)
-    except (httpx.HTTPError, ValueError, KeyError, IndexError) as error:
+    except (HTTPError, ValueError, KeyError, IndexError) as error:
         return Finding(name, "wrong", f"{type(error).__name__}: {error}", "is it a Roentgen server that answers here?")
 
 
-def _health(client: httpx.Client) -> Finding:
+def _health(client: Client) -> Finding:
     started = time.monotonic()
     answer = client.get("/health")
     seconds = time.monotonic() - started
@@ -96,7 +96,7 @@ def _health(client: httpx.Client) -> Finding:
     return Finding("health", "wrong", text, "read the replica's log below; another model: POST /v1/models/load")
 
 
-def _routes(client: httpx.Client) -> Finding:
+def _routes(client: Client) -> Finding:
     answer = client.get("/openapi.json")
     if answer.status_code == 401:
         return Finding("routes", "wrong", "401: the key is missing or wrong", "export ROENTGEN_API_KEY=…")
@@ -106,7 +106,7 @@ def _routes(client: httpx.Client) -> Finding:
     return Finding("routes", "wrong", f"not Roentgen's: {', '.join(list(routes)[:5])}", "something else has this port")
 
 
-def _model(client: httpx.Client) -> Finding:
+def _model(client: Client) -> Finding:
     answer = client.get("/v1/models")
     if answer.is_error:
         return Finding("model", "wrong", f"{answer.status_code}: {answer.text[:200]}", "see health")
@@ -114,7 +114,7 @@ def _model(client: httpx.Client) -> Finding:
     return Finding("model", "fine", f"{model['id']} ({model.get('dtype')}, {model.get('num_layers')} layers)")
 
 
-def _sessions(client: httpx.Client) -> Finding:
+def _sessions(client: Client) -> Finding:
     answer = client.get("/v1/activations/sessions")
     if answer.is_error:
         return Finding(

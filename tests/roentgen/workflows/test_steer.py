@@ -9,9 +9,9 @@ import pytest
 import torch
 from openai import OpenAI
 
-from roentgen.launch.steer import find_probe, steer
+from roentgen.linear_probe import ProbeCard, SavedProbe, SavedProbeError, save_probes
 from roentgen.runs import Run, RunConfig, RunError, Sample
-from roentgen.saved_probes import ProbeCard, SavedProbe, SavedProbeError, save_probes
+from roentgen.workflows.steer import find_probe, steer
 from tests.conftest import ROENTGEN, Server
 
 MODEL = "smollm2-135m"

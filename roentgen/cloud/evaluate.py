@@ -2,9 +2,9 @@
 
 The evaluation runs as a job of SkyPilot's, on the cluster, so that autostop sees it. Files that its options name go there
 first. The run directory is always fetched, and a run that is here already goes there too, so that the same command continues
-it on any cluster. Activations are fetched if
-asked, or if they would end with the cluster; in a bucket they stay readable. Whatever happens, also Ctrl-C, a cluster that was
-created here is taken down, unless it is to keep running; one that was there is left alone.
+it on any cluster. Activations are fetched if asked, or if they would end with the cluster; in a bucket they stay readable.
+Whatever happens, also Ctrl-C, a cluster that was created here is taken down, unless it is to keep running; one that was there
+is left alone.
 """
 
 import shlex
@@ -17,12 +17,12 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from roentgen.launch.local import LaunchError
-from roentgen.launch.remote import Head
-from roentgen.launch.skypilot import ROOT, SkyPilot
-from roentgen.launch.task import ClusterSettings
-from roentgen.launch.up import Launched, up
+from roentgen.cloud.remote import Head
+from roentgen.cloud.skypilot import ROOT, SkyPilot
+from roentgen.cloud.task import ClusterSettings
+from roentgen.cloud.up import Launched, up
 from roentgen.runs import Run, RunError
+from roentgen.serving.local_server import LaunchError
 
 TASK = ROOT / "eval.yaml"
 REMOTE_RUNS = "~/runs"

@@ -6,9 +6,9 @@ import pytest
 import yaml
 
 from roentgen.cli.cluster import cluster_settings, sync_mode
-from roentgen.launch.local import LaunchError
-from roentgen.launch.skypilot import ROOT
-from roentgen.launch.task import ClusterSettings, rewrite, write
+from roentgen.cloud.skypilot import ROOT
+from roentgen.cloud.task import ClusterSettings, rewrite, write
+from roentgen.serving.local_server import LaunchError
 
 
 def written(folder: Path, **options: object) -> dict:  # type: ignore[type-arg]

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from roentgen.launch.doctor import examine_server
-from roentgen.launch.local import LaunchError, free_port
-from roentgen.launch.smoke import smoke
+from roentgen.serving.doctor import examine_server
+from roentgen.serving.local_server import LaunchError, free_port
+from roentgen.serving.smoke import smoke
 from roentgen.store import list_sessions
 from tests.conftest import ROENTGEN, Server
 
@@ -41,7 +41,7 @@ def nginx() -> Iterator[str]:
 @pytest.mark.integration
 def test_a_server_passes_and_keeps_nothing_of_it(server: Server) -> None:
     said: list[str] = []
-    report = smoke(server.root, "", said.append)
+    report = smoke(server.root, "none", said.append)
     assert report.model == "smollm2-135m"
     assert report.rows > 10
     assert report.tensors == ("layers.0.resid_post", "layers.29.resid_post")
@@ -61,20 +61,20 @@ def test_the_commands(server: Server) -> None:
 
 @pytest.mark.integration
 def test_the_doctor_finds_a_server_well(server: Server) -> None:
-    findings = examine_server(server.root, "")
+    findings = examine_server(server.root, "none")
     assert {finding.verdict for finding in findings} == {"fine"}, findings
     assert [finding.what for finding in findings] == ["port", "health", "routes", "model", "store"]
 
 
 def test_a_server_of_something_else_is_found_out(nginx: str) -> None:
     with pytest.raises(LaunchError, match=r"is not a Roentgen server: /openapi.json lacks /v1/chat/completions"):
-        smoke(nginx, "", lambda _: None)
-    wrong = {finding.what for finding in examine_server(nginx, "") if finding.verdict == "wrong"}
+        smoke(nginx, "none", lambda _: None)
+    wrong = {finding.what for finding in examine_server(nginx, "none") if finding.verdict == "wrong"}
     assert {"routes", "model"} <= wrong
 
 
 def test_where_nothing_listens_the_doctor_says_so_and_what_to_do() -> None:
-    (finding,) = examine_server(f"http://127.0.0.1:{free_port('127.0.0.1')}", "")
+    (finding,) = examine_server(f"http://127.0.0.1:{free_port('127.0.0.1')}", "none")
     assert finding.verdict == "wrong"
     assert "nothing answers" in finding.text
     assert "open a tunnel" in finding.todo

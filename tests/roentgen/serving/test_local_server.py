@@ -9,7 +9,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from roentgen.launch.local import LaunchError, check_host, check_port, free_port, serving, wait_until_ready
+from roentgen.serving.local_server import LaunchError, check_host, check_port, free_port, serving, wait_until_ready
 from serve_app.config import ServerConfig
 
 

@@ -1,4 +1,4 @@
-"""Bytes reach a file as they were given, through the page cache and past it."""
+"""Files are written atomically and flushed in order; bytes arrive as given, through the page cache and past it."""
 
 import errno
 import os
@@ -9,10 +9,35 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from roentgen.store import durable
-from roentgen.store.durable import BUFFER_BYTES, write_chunks
+from roentgen import durable
+from roentgen.durable import BUFFER_BYTES, write_chunks, write_json
+from tests.disk import DiskCalls
 
 SMALL = 8192
+
+
+def test_a_file_gets_its_name_between_two_flushes(tmp_path: Path, disk_calls: DiskCalls) -> None:
+    write_json(tmp_path / "config.json", {"a": "é"})
+    assert (tmp_path / "config.json").read_text(encoding="utf-8") == '{\n  "a": "é"\n}\n'
+    disk_calls.check_atomic(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("broken", ["fsync", "rename"])
+def test_a_failing_disk_leaves_the_old_file_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    path = tmp_path / "config.json"
+    write_json(path, {"old": True})
+    whole = path.read_bytes()
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, broken, fail)
+    with pytest.raises(OSError, match="No space"):
+        write_json(path, {"new": True})
+    assert path.read_bytes() == whole
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"new": float("nan")})
+    assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
 
 @given(sizes=st.lists(st.integers(0, 3 * SMALL), max_size=8), seed=st.integers(0, 100))

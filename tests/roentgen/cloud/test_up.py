@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import yaml
 
-from roentgen.launch.evaluate import Afterwards, launch_and_evaluate
-from roentgen.launch.local import LaunchError
-from roentgen.launch.skypilot import Cluster, SkyPilot
-from roentgen.launch.task import ClusterSettings
-from roentgen.launch.up import choose, given_to, up
+from roentgen.cloud.evaluate import Afterwards, launch_and_evaluate
+from roentgen.cloud.skypilot import Cluster, SkyPilot
+from roentgen.cloud.task import ClusterSettings
+from roentgen.cloud.up import choose, given_to, up
+from roentgen.serving.local_server import LaunchError
 
 STAND_IN = Path(__file__).parent / "sky_stand_in.py"
 
@@ -257,6 +257,6 @@ def test_ctrl_c_takes_down_what_was_created(sky: StandIn, tmp_path: Path) -> Non
 def test_a_missing_skypilot_is_named_with_the_way_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("ROENTGEN_SKY", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setattr("roentgen.launch.skypilot.ROOT", tmp_path)
+    monkeypatch.setattr("roentgen.cloud.skypilot.ROOT", tmp_path)
     with pytest.raises(LaunchError, match="make cloud-env"):
         SkyPilot()

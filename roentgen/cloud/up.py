@@ -18,14 +18,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from roentgen.launch.local import LaunchError
-from roentgen.launch.remote import Head
-from roentgen.launch.skypilot import JOB_FAILED, ROOT, Cluster, SkyPilot
-from roentgen.launch.smoke import smoke
-from roentgen.launch.task import ClusterSettings, write
+from roentgen.api_keys import VARIABLE, client_key
+from roentgen.cloud.remote import Head
+from roentgen.cloud.skypilot import JOB_FAILED, ROOT, Cluster, SkyPilot
+from roentgen.cloud.task import ClusterSettings, write
+from roentgen.serving.local_server import LaunchError
+from roentgen.serving.smoke import smoke
 
 TASK = ROOT / "cluster.yaml"
-MADE_HERE = ("RAY_AUTH_TOKEN", "ROENTGEN_API_KEY")
+MADE_HERE = ("RAY_AUTH_TOKEN", VARIABLE)
 BUCKET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
 BUCKET_ADDRESS = {"AWS_ENDPOINT_URL": "AWS_ENDPOINT_URL_S3", "AWS_REGION": "AWS_DEFAULT_REGION"}
 """On the nodes, and how else it may be called here: AWS_ENDPOINT_URL would move SkyPilot's own requests, too."""
@@ -164,7 +165,7 @@ def smoke_on(launched: Launched, model: str, stage: Callable[[str], None]) -> No
             stage(line)
     except LaunchError as error:
         raise LaunchError(f"the smoke test failed: {error}\n{head.tail()}") from error
-    key = head.environment().get("ROENTGEN_API_KEY", "")
+    key = client_key(head.environment().get(VARIABLE, ""))
     try:
         with head.tunnel(launched.port, replace=True) as base:
             smoke(base, key, stage)
