@@ -13,6 +13,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Annotated
 
+import numpy as np
 import psutil
 import typer
 from ulid import ULID
