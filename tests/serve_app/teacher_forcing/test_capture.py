@@ -20,7 +20,7 @@ from serve_app.engines.transformers.model import LoadedModel
 from serve_app.openai_api.chat import Message
 from serve_app.openai_api.prompt import render
 from serve_app.teacher_forcing.capture import NotStored, Stored, TeacherForcing, layer_chunks
-from serve_app.teacher_forcing.tokens import TokenizedTranscript
+from serve_app.teacher_forcing.tokens import TokenizedTranscript, transcript_tokenizer
 from tests.serve_app import tiny
 from tests.serve_app.teacher_forcing.conftest import TRANSCRIPTS
 
@@ -202,7 +202,7 @@ def test_chunks_are_of_layers_not_of_keys():
 def test_one_that_the_engine_refuses_stops_nobody(force, engine, llama, tmp_path, chunk_size):
     texts = [transcript_tokenizer(llama)(t) for t in TRANSCRIPTS]
     refused = texts[1]
-    outcomes = list(force(llama, Watched(engine, len(refused.token_ids)), chunk_size).capture(texts))
+    outcomes = list(force(llama, Watched(engine, len(refused.sequence.token_ids)), chunk_size).capture(texts))
     assert [o for o in outcomes if isinstance(o, NotStored)] == [NotStored(refused, "RequestTooLargeError: no room")]
     assert len(Session.open(tmp_path / "s").rollouts()) == len(outcomes) - 1 == len(TRANSCRIPTS) - 1
 
@@ -259,7 +259,8 @@ def test_a_full_disk_ends_it_and_says_so(force, engine, llama, monkeypatch):
 
 def test_a_text_with_a_token_that_the_model_does_not_have_stops_nobody(engine, llama, tmp_path):
     texts = [transcript_tokenizer(llama)(t) for t in TRANSCRIPTS]
-    wrong = replace(texts[0], token_ids=[*texts[0].token_ids[:-1], 257])
+    tokens = [*texts[0].sequence.token_ids[:-1], 257]
+    wrong = replace(texts[0], sequence=replace(texts[0].sequence, token_ids=tokens))
     with StoreWriter(str(tmp_path / "more")) as writer:
         asked = ActivationRequest(layers=(0,), hook_points=("resid_post",))
         forcing = TeacherForcing(llama, engine, writer, asked, "s")
