@@ -10,12 +10,11 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.column import Column, measure_column
+from benchmarks.column import WAYS, Column, measure_column
 from benchmarks.limits import Limits, measure_limits
 from benchmarks.pairs import IN_FLIGHT, MANY, Ratio, measure_beside_vllm, measure_pairs
 from benchmarks.record import record, table
 from benchmarks.stages import stage_printer
-from benchmarks.ways import WAYS
 from benchmarks.workload import Workload
 from roentgen.durable import write_json
 

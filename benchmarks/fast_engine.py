@@ -28,7 +28,7 @@ from benchmarks.ways import Run, Way, engine_way
 from benchmarks.workload import Workload
 from serve_app.engines.vllm.engine import EngineLoop, VllmEngine
 from serve_app.engines.vllm.loading import VllmModel, engine_arguments
-from serve_app.sources import locate
+from serve_app.models.sources import locate
 
 CACHE_TOKENS = 32_768
 

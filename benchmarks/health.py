@@ -21,7 +21,7 @@ from benchmarks.record import record, table
 from benchmarks.stages import stage_printer
 from benchmarks.statistics import percentile
 from benchmarks.workload import Workload
-from roentgen.launch.local import serving
+from roentgen.serving.local_server import serving
 from serve_app.config import ServerConfig
 
 BUDGET_S = 0.2

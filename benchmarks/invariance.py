@@ -24,11 +24,12 @@ from benchmarks.stages import stage_printer
 from benchmarks.statistics import Interval, ratios
 from benchmarks.ways import Way, engine_way, finish_all
 from benchmarks.workload import Workload, capture_plan
-from serve_app.engines.invariance import settle
-from serve_app.engines.model_cache import find_out
 from serve_app.engines.protocol import Finished, Sampling
-from serve_app.engines.transformers_engine import TransformersEngine
-from serve_app.models import LoadedModel, native_dtype
+from serve_app.engines.served_model import native_dtype
+from serve_app.engines.transformers.engine import TransformersEngine
+from serve_app.engines.transformers.invariance import settle
+from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.model_cache import find_out
 
 IN_FLIGHT = 16
 PROMPT_TOKENS = 48

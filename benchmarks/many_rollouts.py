@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from roentgen.contract import RolloutKey
-from roentgen.store import CaptureSpec, Rollout, Segment, Session, StoreWriter
+from roentgen.store import CaptureSpec, Rollout, Session, StoreWriter
+from roentgen.tokenized_text import Segment, TokenizedText
 
 KEY = "layers.0.resid_post"
 WIDTH, TOKENS = 16, 80
@@ -102,12 +103,8 @@ def _make(store: str, rollouts: int) -> float:
                     spec=spec,
                     tensors={KEY: torch.full((1, WIDTH), float(number))},
                     position=np.array([TOKENS // 2 - 1], dtype=np.int32),
-                    token_ids=tokens,
-                    logprobs=np.full(TOKENS, np.nan, dtype=np.float32),
-                    token_offsets=tokens,
-                    n_prompt=TOKENS // 2,
-                    text=text,
-                    segments=[Segment("user", 0, 10)],
+                    sequence=TokenizedText(text, tokens, tokens, [Segment("user", 0, 10)], TOKENS // 2),
+                    logprobs=np.full(TOKENS, np.nan),
                     finish_reason="stop",
                     key=RolloutKey(config_hash="c" * 16, problem_id=f"problem-{problem}"),
                     labels={"number": number},

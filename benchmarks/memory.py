@@ -20,10 +20,11 @@ from benchmarks.record import record, table
 from benchmarks.stages import stage_printer
 from benchmarks.statistics import Interval, slope_interval
 from benchmarks.workload import CAPTURES, Workload, capture_plan
-from roentgen.store import CaptureSpec, Receipt, Rollout, Segment, StoreWriter
+from roentgen.store import CaptureSpec, Receipt, Rollout, StoreWriter
+from roentgen.tokenized_text import Segment, TokenizedText
 from serve_app.engines.protocol import Event, Failed, Finished, GenerationJob, Sampling
-from serve_app.engines.transformers_engine import TransformersEngine
-from serve_app.models import LoadedModel
+from serve_app.engines.transformers.engine import TransformersEngine
+from serve_app.engines.transformers.model import LoadedModel
 
 PROMPT_TOKENS = 48
 """Prompts are cut to this: it is the number of requests that matters here."""
@@ -139,12 +140,14 @@ def _rollout(model: LoadedModel, prompt: list[int], finished: Finished, position
         ),
         tensors=captured.tensors,
         position=captured.position,
-        token_ids=token_ids,
+        sequence=TokenizedText(
+            text=finished.text,
+            token_ids=token_ids,
+            token_offsets=[0] * len(token_ids),
+            segments=[Segment("assistant", 0, len(finished.text))],
+            n_prompt=len(prompt),
+        ),
         logprobs=np.array([np.nan] * len(prompt) + [score.logprob for score in finished.scores], dtype=np.float32),
-        token_offsets=[0] * len(token_ids),
-        n_prompt=len(prompt),
-        text=finished.text,
-        segments=[Segment("assistant", 0, len(finished.text))],
         finish_reason=finished.finish_reason,
         key=None,
         labels={},

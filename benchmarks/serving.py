@@ -22,9 +22,9 @@ from benchmarks.stages import stage_printer
 from benchmarks.statistics import Interval, ratios
 from benchmarks.ways import engine_way
 from benchmarks.workload import CAPTURES, Workload, capture_request
-from roentgen.launch.local import serving
+from roentgen.serving.local_server import serving
 from serve_app.config import ServerConfig
-from serve_app.engines.transformers_engine import TransformersEngine
+from serve_app.engines.transformers.engine import TransformersEngine
 
 BUDGET = 0.9
 WORKER_NICENESS = int(os.environ.get("RAY_worker_niceness", "15"))  # noqa: SIM112 - as Ray spells it

@@ -30,8 +30,9 @@ from benchmarks.pairs import interleave
 from benchmarks.record import record, table
 from benchmarks.stages import stage_printer
 from benchmarks.statistics import ratios
-from roentgen.store import CaptureSpec, Rollout, Segment, Session, StoreWriter
+from roentgen.store import CaptureSpec, Rollout, Session, StoreWriter
 from roentgen.store.places import FolderPlace, Place, open_place
+from roentgen.tokenized_text import Segment, TokenizedText
 from tests.s3 import BUCKET, ENVIRONMENT, s3_endpoint
 
 BLOCK = 8 << 20
@@ -166,12 +167,8 @@ def _rollouts(megabytes: int) -> list[Rollout]:
             spec=spec,
             tensors=tensors,
             position=position,
-            token_ids=tokens,
-            logprobs=np.full(ROWS + 1, np.nan, dtype=np.float32),
-            token_offsets=tokens,
-            n_prompt=ROWS,
-            text="x" * ROWS,
-            segments=[Segment("user", 0, ROWS)],
+            sequence=TokenizedText("x" * ROWS, tokens, tokens, [Segment("user", 0, ROWS)], ROWS),
+            logprobs=np.full(ROWS + 1, np.nan),
             finish_reason="stop",
         )
         for _ in range(count)

@@ -1,7 +1,7 @@
 """Trains a probe for every candidate of some data and writes what it found.
 
     RUN/probes/<label>/
-      probes.safetensors  probes.json       the probes, fitted on all samples (`roentgen.saved_probes`)
+      probes.safetensors  probes.json       the probes, fitted on all samples (`roentgen.linear_probe`)
       auroc_by_layer.png  heatmap.png  reliability.png  along_trace.png  scores.png  projection.png     those that there are
       dark/                                 the same pictures, to be shown on a dark background
       report.html                           all of it as one page, with transcripts colored by score (`page`)
@@ -33,7 +33,7 @@ from probes.report import ProbeReport
 from probes.sources import Where
 from probes.styles import darken
 from roentgen.durable import atomic_write, make_folder, write_json, write_text
-from roentgen.saved_probes import save_probes
+from roentgen.linear_probe import save_probes
 
 
 def train(

@@ -1,9 +1,9 @@
-"""The words every room agrees on: hook points, positions, keys, and the shapes of a capture request and its reply.
+"""The names that every part shares: hook points, positions, keys, and the shapes of a capture request and its reply.
 
 What flows through here: a client writes an `ActivationRequest` into the request body; the server resolves its hook points
 to modules, captures rows, stores them under the keys spelled by `stored_key`, and answers with an `ActivationReply`; the
-store and the probes select rows with the same `Positions`. Nothing here imports a room, torch or Ray, so every process can
-afford it.
+store and the probes select rows with the same `Positions`. Nothing here imports another part, torch or Ray, so importing
+it is cheap in any process.
 
 Rows. N generated tokens take N forwards (one prefill, then N - 1 steps): the last sampled token never passes through the
 model. Row t is the state at sequence position t, where the token *fed* was token t. A full capture therefore has

@@ -1,7 +1,7 @@
 """The server's configuration, validated once, where the application is built; and which model it is to serve.
 
 The two are apart because they change apart: a `ServerConfig` holds for as long as the server runs, a `ModelChoice` until
-another model is loaded (`swapping`).
+another model is loaded (`replica.model_slot`).
 """
 
 import json
@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from serve_app.savepoints import Savepoint, unique_names
+from serve_app.models.savepoints import Savepoint, unique_names
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 EngineName = Literal["auto", "transformers", "vllm"]

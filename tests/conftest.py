@@ -18,7 +18,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from roentgen.launch.local import free_port
+from roentgen.serving.local_server import free_port
 from tests.disk import DiskCalls
 
 GSM8K = Path(os.environ.get("ROENTGEN_GSM8K_DIR", Path(__file__).parents[2] / "shared" / "gsm8k"))

@@ -37,11 +37,11 @@ def capture(
 
     from eval_jobs.settings import SettingsError, check_settings
     from roentgen.contract import ActivationRequest
-    from roentgen.launch.capture import CaptureError, CaptureSettings
-    from roentgen.launch.capture import capture as run_capture
     from roentgen.runs import RunError
     from roentgen.store import StoreError
     from roentgen.transcripts import TranscriptError
+    from roentgen.workflows.capture import CaptureError, CaptureSettings
+    from roentgen.workflows.capture import capture as run_capture
 
     with expected_errors(CaptureError, RunError, SettingsError, StoreError, TranscriptError, ValidationError):
         asked = check_settings(layers=layers, hook_points=hook_points, positions=positions, collect_activations=True,
@@ -83,9 +83,10 @@ def verify(
 
     from serve_app.capture.resolver import ResolutionError
     from serve_app.capture.structure import CaptureRequestError
-    from serve_app.engines.model_cache import UnsupportedModelError
-    from serve_app.models import load
-    from serve_app.sources import ModelNotFoundError, locate
+    from serve_app.engines.transformers.model import load
+    from serve_app.models.architecture import UnsupportedModelError
+    from serve_app.models.errors import ModelNotFoundError
+    from serve_app.models.sources import locate
     from serve_app.verification import (
         BUILT_IN_PROMPTS,
         VerificationError,

@@ -117,11 +117,11 @@ def probe_steer(
     """Answer problems with a probe's direction added, and along directions that know nothing, and compare."""
     from probes.steering import SweepError
     from roentgen.cluster import ClusterError
-    from roentgen.launch.local import LaunchError
-    from roentgen.launch.steer import render, steer
+    from roentgen.linear_probe import SavedProbeError
     from roentgen.runs import RunError
-    from roentgen.saved_probes import SavedProbeError
+    from roentgen.serving.local_server import LaunchError
     from roentgen.store import StoreError
+    from roentgen.workflows.steer import render, steer
 
     try:
         steps = tuple(dict.fromkeys(float(step) for step in scales.split(",")))

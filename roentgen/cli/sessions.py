@@ -1,4 +1,4 @@
-"""`roentgen sessions`: what a store holds, whether it is still what was written, and how to move, tidy and remove it."""
+"""`roentgen sessions`: list, show, verify, copy, compact, export and remove what a store holds."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -94,15 +94,15 @@ def sessions_gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
 ) -> None:
     """Remove what no reader wants: orphan shards, half-written files, what a merge has replaced."""
-    from roentgen.launch.tidying import tidy
     from roentgen.runs import RunError
     from roentgen.store import StoreError
+    from roentgen.workflows.garbage_collection import collect_garbage
 
     with expected_errors(StoreError, RunError, OSError):
-        tidied = tidy(session, run or [], older_than_s=older_than * 60, dry_run=dry_run)
-    for name in tidied.files:
+        removed = collect_garbage(session, run or [], older_than_s=older_than * 60, dry_run=dry_run)
+    for name in removed.files:
         out.print(name, highlight=False)
-    what = f"{tidied.dropped:,} rollouts and {len(tidied.files):,} files, {tidied.size / 1e6:,.1f} MB"
+    what = f"{removed.dropped:,} rollouts and {len(removed.files):,} files, {removed.size / 1e6:,.1f} MB"
     out.print(f"{'would remove' if dry_run else 'removed'} {what}", highlight=False)
 
 

@@ -5,7 +5,7 @@ from typing import Literal
 
 from roentgen.contract import ActivationRequest, split_key
 from serve_app.capture.structure import ModelStructure, Tap
-from serve_app.models import LoadedModel
+from serve_app.engines.transformers.model import LoadedModel
 from serve_app.verification.comparison import Comparison
 from serve_app.verification.mix import (
     BUILT_IN_PROMPTS,

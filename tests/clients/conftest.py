@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
-from serve_app.sources import EMBEDDED_MODEL, locate
+from serve_app.models.sources import EMBEDDED_MODEL, locate
 from tests.conftest import Server
 
 DOCS = Path(__file__).parents[2] / "docs" / "clients.md"

@@ -11,7 +11,8 @@ from torch import Tensor
 from probes.report import Best, Estimate, KeyResult, ProbeReport
 from roentgen.contract import RolloutKey, StoredTensor
 from roentgen.runs import RolloutRef, Run, RunConfig, Sample
-from roentgen.store import CaptureSpec, Rollout, Segment, StoreWriter
+from roentgen.store import CaptureSpec, Rollout, StoreWriter
+from roentgen.tokenized_text import Segment, TokenizedText
 
 N_PROMPT, N_COMPLETION = 3, 3
 N_ROWS = N_PROMPT + N_COMPLETION - 1
@@ -118,12 +119,14 @@ def _rollout(session_id: str, rollout_id: str, spec: CaptureSpec, rows: dict[str
         spec=spec,
         tensors={name: values[kept].contiguous() for name, values in rows.items()},
         position=np.arange(N_ROWS)[kept],
-        token_ids=[0] * (N_PROMPT + N_COMPLETION),
+        sequence=TokenizedText(
+            text="abcdef",
+            token_ids=[0] * (N_PROMPT + N_COMPLETION),
+            token_offsets=list(range(N_PROMPT + N_COMPLETION)),
+            segments=[Segment("user", 0, N_PROMPT)],
+            n_prompt=N_PROMPT,
+        ),
         logprobs=np.zeros(N_PROMPT + N_COMPLETION),
-        token_offsets=list(range(N_PROMPT + N_COMPLETION)),
-        n_prompt=N_PROMPT,
-        text="abcdef",
-        segments=[Segment("user", 0, N_PROMPT)],
         finish_reason="stop",
         key=key,
     )
