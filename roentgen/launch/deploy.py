@@ -21,10 +21,11 @@ import typer
 import yaml
 
 from roentgen.cluster import ClusterError, connected
+from roentgen.defaults import DASHBOARD_PORT, HOST, PORT
 from roentgen.launch.local import APP_NAME, LaunchError, wait_until_ready
 
 ROOT = Path(__file__).parents[2]
-SERVE = "http://127.0.0.1:8265/api/serve/applications/"
+SERVE = f"http://{HOST}:{DASHBOARD_PORT}/api/serve/applications/"
 NODES_TIMEOUT_S = 900.0
 DEPLOY_TIMEOUT_S = 900.0
 START_TIMEOUT_S = 180.0
@@ -77,7 +78,7 @@ def render(
         "max_replicas_per_node": per_node,
         "num_ingresses": nodes,
     }
-    http = {**config["http_options"], "port": _number(environment, "PORT", 8000)}
+    http = {**config["http_options"], "port": _number(environment, "PORT", PORT)}
     if environment.get("ROENTGEN_API_KEY"):
         http["host"] = "0.0.0.0"
     variables = {name: environment[name] for name in BUCKET if environment.get(name)}

@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from roentgen.defaults import DASHBOARD_PORT, HOST
 from roentgen.launch.local import LaunchError
 from roentgen.launch.remote import Head
 from roentgen.launch.skypilot import JOB_FAILED, ROOT, Cluster, SkyPilot
@@ -48,11 +49,12 @@ class Launched:
     @property
     def next_commands(self) -> list[str]:
         """What one does next."""
+        ray = DASHBOARD_PORT
         return [
-            f"ssh -N -L {self.port}:localhost:{self.port} -L 8265:localhost:8265 {self.name}   # the server and Ray, here",
+            f"ssh -N -L {self.port}:localhost:{self.port} -L {ray}:localhost:{ray} {self.name}   # the server and Ray, here",
             f"ssh {self.name} cat .roentgen/env                                # its key (ROENTGEN_API_KEY) and Ray's token",
             f"roentgen eval --launch --cluster {self.name} --samples 200 --parallel 32 --collect-activations",
-            f"roentgen doctor {self.name}",
+            f"roentgen doctor {self.name} --port {self.port}",
             f"roentgen cluster logs {self.name}",
             f"roentgen cluster down {self.name}",
         ]
@@ -159,7 +161,7 @@ def smoke_on(launched: Launched, model: str, stage: Callable[[str], None]) -> No
     head = Head(launched.name)
     stage("smoke test on the head node")
     try:
-        arguments = ("roentgen", "smoke", f"http://127.0.0.1:{launched.port}", "--model", model)
+        arguments = ("roentgen", "smoke", f"http://{HOST}:{launched.port}", "--model", model)
         for line in head.run(head.in_project(*arguments), timeout=900).splitlines():
             stage(line)
     except LaunchError as error:

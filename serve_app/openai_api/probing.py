@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import jaxtyping
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -19,7 +18,7 @@ from pydantic import (
 )
 from torch import Tensor
 
-from roentgen.contract import Float, Int, Positions, no_booleans
+from roentgen.contract import Float, Int, SteeredPositions, no_booleans
 from serve_app.capture.scoring import Scorer
 
 MAX_PROBES = 16
@@ -37,16 +36,6 @@ ProbePath = Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[^\x0
 
 STEERING_LABEL = "steering"
 """The label that the rollouts of steered requests carry, and no others."""
-
-STEERABLE = ("all", "prompt", "generated", "last_prompt", "stride:k")
-
-
-def _knowable(value: str) -> str:
-    """Refuse policies that say which rows only when all are there."""
-    positions = Positions.parse(value)
-    if positions.pooled or positions.policy == "last":
-        raise ValueError(f"{value!r} does not say which rows while they are made; allowed are {', '.join(STEERABLE)}")
-    return str(positions)
 
 
 class InlineProbe(BaseModel):
@@ -99,7 +88,6 @@ class SteeringRequest(BaseModel):
         hook_point: where; a saved probe's own, else `resid_post`.
         layer: where; a saved probe's own by default. Negative ones count from the end.
         scale: factor.
-        positions: to which rows.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -110,7 +98,7 @@ class SteeringRequest(BaseModel):
     hook_point: Annotated[str, Field(min_length=1, max_length=64)] | None = None
     layer: Int | None = None
     scale: Number
-    positions: Annotated[str, AfterValidator(_knowable)] = "all"
+    positions: SteeredPositions = "all"
 
     @model_validator(mode="after")
     def _one_source(self) -> "SteeringRequest":

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from roentgen.cli.cluster import cluster_settings, sync_mode
-from roentgen.launch.local import LaunchError
+from roentgen.cli.cluster import cluster_settings
 from roentgen.launch.skypilot import ROOT
 from roentgen.launch.task import ClusterSettings, rewrite, write
+from roentgen.options import OptionError
 
 
 def written(folder: Path, **options: object) -> dict:  # type: ignore[type-arg]
@@ -71,13 +71,12 @@ def test_no_secret_is_ever_in_the_file(tmp_path: Path, monkeypatch: pytest.Monke
     ],
 )
 def test_a_setting_that_cannot_be_is_named(options: dict[str, object], words: str) -> None:
-    with pytest.raises(LaunchError, match=words):
-        cluster_settings(**options)
+    with pytest.raises(OptionError, match=words):
+        cluster_settings(options)
 
 
 def test_ways_of_syncing_exclude_one_another() -> None:
-    assert [sync_mode(*flags) for flags in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]] == [
-        "full", "skip", "frozen", "fresh",
-    ]  # fmt: skip
-    with pytest.raises(LaunchError, match="exclude one another"):
-        sync_mode(True, False, True)
+    flags = [{}, {"skip_sync": True}, {"frozen_sync": True}, {"fresh": True}]
+    assert [cluster_settings(given).sync for given in flags] == ["full", "skip", "frozen", "fresh"]
+    with pytest.raises(OptionError, match="exclude one another"):
+        cluster_settings({"skip_sync": True, "fresh": True})
