@@ -158,6 +158,12 @@ def test_the_keys_of_a_bucket_go_only_where_there_is_one() -> None:
     assert plain == {"STORE": "/shared"}
 
 
+def test_what_to_do_next_names_the_port(sky: StandIn) -> None:
+    launched = up(ClusterSettings(port=8011), sky, lambda _: None, check=False)
+    assert "roentgen doctor roentgen --port 8011" in launched.next_commands
+    assert launched.next_commands[0].startswith("ssh -N -L 8011:localhost:8011 -L 8265:localhost:8265 roentgen ")
+
+
 def test_skip_sync_only_runs_the_start_script(sky: StandIn, head: Path) -> None:
     sky.change(clusters=[running("roentgen")])
     up(ClusterSettings(reuse=True, sync="skip"), sky, lambda _: None, check=False)
