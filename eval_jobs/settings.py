@@ -43,65 +43,59 @@ class EvalSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    problems: str = Field(
-        default="arithmetic", description=f"{', '.join(SOURCES)}, or a .jsonl file in GSM8K's format."
-    )
-    samples: int = Field(default=3, ge=1, description="How many problems.")
-    offset: int = Field(default=0, ge=0, description="How many problems to leave out before them.")
+    problems: str = Field("arithmetic", description=f"{', '.join(SOURCES)}, or a .jsonl file in GSM8K's format.")
+    samples: int = Field(3, ge=1, description="How many problems.")
+    offset: int = Field(0, ge=0, description="How many problems to leave out before them.")
     sample_ids: Annotated[tuple[str, ...] | None, BeforeValidator(read_names)] = Field(
-        default=None, description="Exactly these problems: 3,17 or gsm8k-test-0017."
+        None, description="Exactly these problems: 3,17 or gsm8k-test-0017."
     )
-    shuffle: bool = Field(default=False, description="Take problems in an order drawn from --seed.")
-    epochs: int = Field(default=1, ge=1, le=10_000, description="Samples per problem.")
-    mode: Literal["no-tools", "with-tools"] = Field(
-        default="no-tools", description="Without tools, or with a calculator."
-    )
-    max_turns: int = Field(default=10, ge=1, le=100, description="Requests per sample, at most, with tools.")
+    shuffle: bool = Field(False, description="Take problems in an order drawn from --seed.")
+    epochs: int = Field(1, ge=1, le=10_000, description="Samples per problem.")
+    mode: Literal["no-tools", "with-tools"] = Field("no-tools", description="Without tools, or with a calculator.")
+    max_turns: int = Field(10, ge=1, le=100, description="Requests per sample, at most, with tools.")
     max_tokens: MaxTokens = 512
     parallel: int | Literal["auto"] = Field(
-        default=1, description="Requests in flight, or auto for as many as make the server faster."
+        1, description="Requests in flight, or auto for as many as make the server faster."
     )
     model: str | None = Field(
-        default=None,
-        description=f"The model; {EMBEDDED_MODEL} on a server started here, else the server's own.",
+        None, description=f"The model; {EMBEDDED_MODEL} on a server started here, else the server's own."
     )
     layers: WrittenLayers = DEFAULT_LAYERS
     hook_points: WrittenHookPoints = DEFAULT_HOOK_POINTS
     positions: PositionPolicy = "all"
-    collect_activations: bool = Field(default=False, description="Keep activations.")
+    collect_activations: bool = Field(False, description="Keep activations.")
     allow_non_finite: AllowNonFinite = False
-    output: Path | None = Field(default=None, description="The run directory; made up under results/ if absent.")
+    output: Path | None = Field(None, description="The run directory; made up under results/ if absent.")
     base_url: str | None = Field(
-        default=None,
+        None,
         description="An OpenAI-compatible server, http://HOST:PORT/v1; several, with commas between them, if it has several.",
     )
-    ray_address: str | None = Field(default=None, description="The Ray cluster: local or HOST:PORT.")
+    ray_address: str | None = Field(None, description="The Ray cluster: local or HOST:PORT.")
     temperature: Temperature = 0.0
     top_p: TopP = 1.0
-    seed: int = Field(default=0, ge=0, lt=2**63, description="Seed of the sampling; epoch e samples with seed + e - 1.")
-    prompt: str = Field(default="answer-line", description=f"{', '.join(PROMPTS)}.")
-    prompt_file: Path | None = Field(default=None, description="A text with {question} in it, instead.")
-    system: str | None = Field(default=None, description="The system's message, instead of the prompt's own.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the sampling; epoch e samples with seed + e - 1.")
+    prompt: str = Field("answer-line", description=f"{', '.join(PROMPTS)}.")
+    prompt_file: Path | None = Field(None, description="A text with {question} in it, instead.")
+    system: str | None = Field(None, description="The system's message, instead of the prompt's own.")
     variants: Path | None = Field(
-        default=None, description="A YAML file of names and prompt prefixes: all problems under each."
+        None, description="A YAML file of names and prompt prefixes: all problems under each."
     )
     extractor: str | None = Field(
-        default=None,
-        description=f"The primary one of {', '.join(EXTRACTORS)}; the prompt's own if absent. All are reported.",
+        None, description=f"The primary one of {', '.join(EXTRACTORS)}; the prompt's own if absent. All are reported."
     )
     request_timeout: float = Field(
-        default=600.0, gt=0, le=86_400, description="Seconds one request may take, retries and waiting included."
+        600.0, gt=0, le=86_400, description="Seconds one request may take, retries and waiting included."
     )
     fail_on_error: int | None = Field(
-        default=None, ge=1, description="Stop after so many failed samples; if absent, only if many fail in a row."
+        None, ge=1, description="Stop after so many failed samples; if absent, only if many fail in a row."
     )
-    dry_run: bool = Field(default=False, description="Say what would be run and how much would be stored, and stop.")
-    new: bool = Field(default=False, description="Start another run instead of continuing one.")
-    store: str | None = Field(default=None, description="Where a server started here keeps activations.")
-    dtype: Dtype | None = Field(default=None, description="Precision of a model loaded here.")
+    dry_run: bool = Field(False, description="Say what would be run and how much would be stored, and stop.")
+    new: bool = Field(False, description="Start another run instead of continuing one.")
+    store: str | None = Field(None, description="Where a server started here keeps activations.")
+    dtype: Dtype | None = Field(None, description="Precision of a model loaded here.")
     revision: Revision = None
-    device: Device | None = Field(default=None, description="Device of a model loaded here.")
-    verbose: bool = Field(default=False, description="Show Ray's log, and tracebacks.")
+    device: Device | None = Field(None, description="Device of a model loaded here.")
+    verbose: bool = Field(False, description="Show Ray's log, and tracebacks.")
 
     @field_validator("prompt")
     @classmethod

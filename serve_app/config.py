@@ -61,7 +61,7 @@ class ModelChoice(BaseModel):
     device_map: Spread = None
     trust_remote_code: TrustRemoteCode = False
     savepoints: Annotated[tuple[Savepoint, ...], AfterValidator(unique_names)] = Field(
-        default=(),
+        (),
         max_length=256,
         description="Hook points with names of their own; one that the model does not have fails the load.",
     )
@@ -78,84 +78,80 @@ class ServerConfig(BaseModel):
     model: ModelName = EMBEDDED_MODEL
     revision: Revision = None
     dtype: Dtype = Field(
-        default="auto",
+        "auto",
         description="Precision of weights and activations; auto is bfloat16 where the device computes in it, else float32.",
     )
-    device: Device = Field(default="auto", description="Where the model runs; auto takes a GPU if there is one.")
+    device: Device = Field("auto", description="Where the model runs; auto takes a GPU if there is one.")
     engine: EngineName = Field(
-        default="auto", description="What generates; auto takes vLLM where it is installed and there is a CUDA GPU."
+        "auto", description="What generates; auto takes vLLM where it is installed and there is a CUDA GPU."
     )
     capture: bool = Field(
-        default=True,
+        True,
         description="Whether requests may capture, steer and probe. With vLLM, a server that does not is plain vLLM: with "
         "prefix caching, chunked prefill and CUDA graphs.",
     )
     taps: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
-        default=(),
+        (),
         description="With vLLM: the only hook points that requests may name, as resid_post,ln_mlp or vLLM's module paths with "
         "* for a layer's number; CUDA graphs stay on. Without any, every hook point is there, and there are no CUDA graphs.",
     )
     tensor_parallel_size: int = Field(
-        default=1, ge=1, description="With vLLM: GPUs of one node that a replica's model is split over."
+        1, ge=1, description="With vLLM: GPUs of one node that a replica's model is split over."
     )
     device_map: Spread = None
     allowed_models: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
-        default=(),
+        (),
         description="A model that clients may load in its place, written as they will ask; may be repeated.",
         json_schema_extra={"flags": ["--allow-model"], "repeated": True},
     )
     trust_remote_code: TrustRemoteCode = Field(
-        default=False, json_schema_extra={"flags": ["--trust-remote-code/--no-trust-remote-code"]}
+        False, json_schema_extra={"flags": ["--trust-remote-code/--no-trust-remote-code"]}
     )
     store: Annotated[str, AfterValidator(_absolute)] = Field(
-        default=STORE, validate_default=True, description="The activation store: a folder, or s3://BUCKET/FOLDER."
+        STORE, validate_default=True, description="The activation store: a folder, or s3://BUCKET/FOLDER."
     )
     probes: Annotated[tuple[str, ...], BeforeValidator(_names), AfterValidator(_all_absolute)] = Field(
-        default=(),
+        (),
         description="A folder, on each replica's machine, whose saved probes requests may name; may be repeated.",
         json_schema_extra={"repeated": True},
     )
-    max_batch: int = Field(default=32, ge=1, description="Requests generated together.")
-    max_queue: int = Field(default=256, ge=0, description="Requests waiting for that; beyond, 429.")
+    max_batch: int = Field(32, ge=1, description="Requests generated together.")
+    max_queue: int = Field(256, ge=0, description="Requests waiting for that; beyond, 429.")
     max_prefill_tokens: int = Field(
-        default=0,
+        0,
         ge=0,
         description="Prompt tokens read in one forward, which running requests wait for; 0 for what suits the device.",
     )
-    max_cache_tokens: int = Field(
-        default=0, ge=0, description="Size of the KV cache; 0 for what the free memory allows."
-    )
+    max_cache_tokens: int = Field(0, ge=0, description="Size of the KV cache; 0 for what the free memory allows.")
     batch_invariant: bool = Field(
-        default=False,
+        False,
         description="Same tokens, scores and rows, to the last bit, whatever runs beside a request; slower "
         "(docs/reproducibility.md).",
         json_schema_extra={"flags": ["--batch-invariant/--no-batch-invariant"]},
     )
     request_timeout_s: float = Field(
-        default=3600,
+        3600,
         gt=0,
         description="Seconds that a request may take, its time in the queue included; beyond, 408.",
         json_schema_extra={"flags": ["--request-timeout"]},
     )
-    max_body_bytes: int = Field(default=32_000_000, ge=1, description="The largest request body; beyond, 413.")
+    max_body_bytes: int = Field(32_000_000, ge=1, description="The largest request body; beyond, 413.")
     max_inline_bytes: int = Field(
-        default=64_000_000,
-        ge=0,
-        description="The largest reply that may carry activations' values (return: sample or full).",
+        64_000_000, ge=0, description="The largest reply that may carry activations' values (return: sample or full)."
     )
     threads: int = Field(
-        default=0, ge=0, description="Torch threads of a replica; 0 for one per core (Ray would otherwise allow one)."
+        0, ge=0, description="Torch threads of a replica; 0 for one per core (Ray would otherwise allow one)."
     )
-    num_gpus: float = Field(default=0, ge=0, description="GPUs per replica; 0 for one where there are any.")
-    num_replicas: int = Field(default=1, ge=1, description="Copies of the model.")
+    num_gpus: float = Field(0, ge=0, description="GPUs per replica; 0 for one where there are any.")
+    num_replicas: int = Field(1, ge=1, description="Copies of the model.")
     max_replicas: int = Field(
-        default=0,
+        0,
         ge=0,
         description="If more than the copies to begin with: Serve starts more, up to this, while there is much to do.",
     )
-    max_replicas_per_node: int = Field(default=0, ge=0, description="0 for as many as there is room for.")
+    max_replicas_per_node: int = Field(0, ge=0, description="0 for as many as there is room for.")
     num_ingresses: int = Field(
-        default=1, ge=1, description="Copies of the ingress, on as many nodes: the nodes whose proxy answers."
+        1, ge=1, description="Copies of the ingress, on as many nodes: the nodes whose proxy answers."
     )
 
     @model_validator(mode="after")

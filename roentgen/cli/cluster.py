@@ -2,16 +2,14 @@
 
 import os
 import subprocess
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pydantic import BaseModel, Field, model_validator
 from rich.table import Table
 
 from roentgen.cli.console import err, expected_errors, out, stage_printer
 from roentgen.defaults import CLUSTER_NAME, HOST, PORT
-from roentgen.launch.task import ClusterSettings, Sync
+from roentgen.launch.task import ClusterSettings
 from roentgen.options import options_of, read_options
 
 if TYPE_CHECKING:
@@ -22,37 +20,7 @@ cluster_app = typer.Typer(no_args_is_help=True, help="A cluster that was launche
 Name = Annotated[str, typer.Argument(help="The cluster.")]
 
 
-class SyncOptions(BaseModel):
-    """Options that choose `ClusterSettings.sync`."""
-
-    skip_sync: bool = Field(default=False, description="Reused: sync and install nothing (fastest).")
-    frozen_sync: bool = Field(default=False, description="Install exactly the pinned versions.")
-    fresh: bool = Field(default=False, description="Reused: install again from nothing.")
-
-    @model_validator(mode="after")
-    def _one(self) -> Self:
-        if self.skip_sync + self.frozen_sync + self.fresh > 1:
-            raise ValueError("--skip-sync, --frozen-sync and --fresh exclude one another")
-        return self
-
-    @property
-    def sync(self) -> Sync:
-        """What is installed."""
-        return "skip" if self.skip_sync else "frozen" if self.frozen_sync else "fresh" if self.fresh else "full"
-
-
-def cluster_settings(options: Mapping[str, Any]) -> ClusterSettings:
-    """Return the settings of a cluster among a command's options.
-
-    Raises:
-        OptionError: naming the option.
-    """
-    given = {name: options[name] for name in ClusterSettings.model_fields if options.get(name) is not None}
-    return read_options(ClusterSettings, {**given, "sync": read_options(SyncOptions, options).sync})
-
-
-@options_of(ClusterSettings, leave_out={"sync"}, min_vram=12)
-@options_of(SyncOptions)
+@options_of(ClusterSettings, min_vram=12)
 def up(
     validate_openapi: Annotated[bool, typer.Option(help="Check the server with one request when it is up.")] = True,
     **options: Any,
@@ -64,7 +32,7 @@ def up(
 
     stage = stage_printer()
     with expected_errors(LaunchError):
-        settings = cluster_settings(options)
+        settings = read_options(ClusterSettings, options)
         launched = bring_up(settings, SkyPilot(), stage, check=validate_openapi)
     out.print(
         f"[bold]{launched.name}[/bold] serves {settings.model}. It costs money until it is down. Next:", highlight=False

@@ -16,7 +16,6 @@ from eval_jobs.command import evaluate
 from eval_jobs.problems import SOURCES, read_source
 from eval_jobs.settings import EvalSettings, check_settings
 from eval_jobs.variants import read_variants
-from roentgen.cli.cluster import SyncOptions, cluster_settings
 from roentgen.cli.console import expected_errors, out, stage_printer
 from roentgen.launch.task import ClusterSettings
 from roentgen.options import options_of, read_options
@@ -32,13 +31,12 @@ MAY_BE_FILES = ("problems", "prompt_file", "variants")
 class LaunchOptions(BaseModel):
     """Options of `--launch` beside those of a cluster."""
 
-    launch: bool = Field(default=False, description="Evaluate on a cluster in a cloud.")
-    keep_running: bool = Field(default=False, description="Leave a new cluster running.")
+    launch: bool = Field(False, description="Evaluate on a cluster in a cloud.")
+    keep_running: bool = Field(False, description="Leave a new cluster running.")
     transfer_activations: bool = Field(
-        default=False,
-        description="Fetch the activations; by default only those that would end with the cluster.",
+        False, description="Fetch the activations; by default only those that would end with the cluster."
     )
-    remote_storage_only: bool = Field(default=False, description="Leave them where they are.")
+    remote_storage_only: bool = Field(False, description="Leave them where they are.")
 
     @model_validator(mode="after")
     def _one(self) -> Self:
@@ -48,16 +46,16 @@ class LaunchOptions(BaseModel):
 
 
 @options_of(EvalSettings)
-@options_of(ClusterSettings, leave_out={"sync", *OF_THE_SERVER}, panel="Cluster", name="roentgen-eval")
-@options_of(SyncOptions, leave_out={"fresh"}, panel="Cluster")
+@options_of(ClusterSettings, leave_out={"fresh", *OF_THE_SERVER}, panel="Cluster", name="roentgen-eval")
 @options_of(LaunchOptions, panel="Cluster")
 def evaluate_or_launch(ctx: typer.Context, **options: Any) -> None:
     """Evaluate here, or with `--launch` on a cluster; what is shown as help is the evaluation's."""
-    of_cluster = {name: options.pop(name) for name in options.keys() - EvalSettings.model_fields.keys()}
-    if of_cluster["launch"]:
-        _launch(ctx, of_cluster, options)
+    launch = {name: options.pop(name) for name in LaunchOptions.model_fields}
+    cluster = {name: options.pop(name) for name in options.keys() - EvalSettings.model_fields.keys()}
+    if launch["launch"]:
+        _launch(ctx, launch, cluster, options)
         return
-    if given := _given(ctx, of_cluster):
+    if given := _given(ctx, launch | cluster):
         raise typer.BadParameter(f"{', '.join(given)}: only together with --launch")
     evaluate(ctx, **options)
 
@@ -65,25 +63,26 @@ def evaluate_or_launch(ctx: typer.Context, **options: Any) -> None:
 evaluate_or_launch.__doc__ = evaluate.__doc__
 
 
-def _launch(ctx: typer.Context, of_cluster: dict[str, Any], options: dict[str, Any]) -> None:
+def _launch(ctx: typer.Context, launch: dict[str, Any], cluster: dict[str, Any], options: dict[str, Any]) -> None:
     from roentgen.launch.evaluate import Afterwards, launch_and_evaluate
     from roentgen.launch.local import LaunchError
     from roentgen.launch.skypilot import SkyPilot
 
     with expected_errors(LaunchError, EvalError):
         _check(options)
-        launch = read_options(LaunchOptions, of_cluster)
+        how = read_options(LaunchOptions, launch)
         if given := _given(ctx, ("base_url", "ray_address", "device")):
             raise LaunchError(
                 f"{', '.join(given)}: not together with --launch, which has a server and a Ray of its own"
             )
+        served = {name: options[name] for name in OF_THE_SERVER if options[name] is not None}
         files = named_files(options)
         run = launch_and_evaluate(
-            cluster_settings(of_cluster | {name: options[name] for name in OF_THE_SERVER}),
+            read_options(ClusterSettings, cluster | served),
             forwarded(ctx, leave_out=STAYS_HERE | files.keys()),
             Afterwards(
-                keep_running=launch.keep_running,
-                transfer_activations=launch.transfer_activations or (False if launch.remote_storage_only else None),
+                keep_running=how.keep_running,
+                transfer_activations=how.transfer_activations or (False if how.remote_storage_only else None),
                 output=options["output"],
             ),
             SkyPilot(),

@@ -76,7 +76,7 @@ def choose(settings: ClusterSettings, clusters: list[Cluster]) -> Cluster | None
         raise LaunchError(
             f"--name: a cluster {found.name!r} exists ({found.status}): use it with --reuse, or choose another --name"
         )
-    if settings.sync == "skip" and (found is None or found.status != "UP"):
+    if settings.skip_sync and (found is None or found.status != "UP"):
         raise LaunchError("--skip-sync: nothing is installed on a new cluster; it is for one that runs")
     return found
 
@@ -185,7 +185,7 @@ def _launch(settings: ClusterSettings, sky: SkyPilot, found: Cluster | None, sta
         # A cluster that runs keeps its size: rank and number of nodes come from it.
         nodes = {"nodes": found.nodes} if found else {}
         write(TASK, task, settings.model_copy(update=nodes), exists=found is not None)
-        if settings.sync == "skip":
+        if settings.skip_sync:
             command = ["exec", name, str(task), *flags]
         else:
             command = ["launch", "--yes", "--cluster", name, str(task), *flags]

@@ -46,30 +46,29 @@ class CaptureSettings(BaseModel):
 
     source: Path = Field(description="A run directory, or a JSON lines file (docs/capture.md).")
     model: str | None = Field(
-        default=None,
-        description="The model to read with; the run's own if absent, the embedded one for a file.",
+        None, description="The model to read with; the run's own if absent, the embedded one for a file."
     )
     layers: WrittenLayers = DEFAULT_LAYERS
     hook_points: WrittenHookPoints = DEFAULT_HOOK_POINTS
     positions: PositionPolicy = "all"
     allow_non_finite: AllowNonFinite = False
     store: str | None = Field(
-        default=None, description="Folder of the activation store; the one that the run's activations are in if absent."
+        None, description="Folder of the activation store; the one that the run's activations are in if absent."
     )
     session: SessionId | None = Field(
-        default=None,
+        None,
         description="Session to store in; if absent, named after source, model and capture: the same command continues.",
     )
-    batch: int = Field(default=32, ge=1, description="Texts in one forward.")
+    batch: int = Field(32, ge=1, description="Texts in one forward.")
     batch_tokens: int = Field(
-        default=0, ge=0, description="Tokens in one forward, padding included; 0 for what suits the device."
+        0, ge=0, description="Tokens in one forward, padding included; 0 for what suits the device."
     )
     chunk_size: int | None = Field(
-        default=None, ge=1, description="Layers captured per pass, to need less memory; all in one if absent."
+        None, ge=1, description="Layers captured per pass, to need less memory; all in one if absent."
     )
     revision: Revision = None
-    dtype: Dtype | None = Field(default=None, description="Precision to read in; the run's own if absent.")
-    device: Device = Field(default="auto", description="Where the model runs; auto takes a GPU if there is one.")
+    dtype: Dtype | None = Field(None, description="Precision to read in; the run's own if absent.")
+    device: Device = Field("auto", description="Where the model runs; auto takes a GPU if there is one.")
 
     @property
     def request(self) -> ActivationRequest:
@@ -88,7 +87,7 @@ class InspectSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: ModelName
-    config_only: bool = Field(default=False, description="Leave the weights alone: verify on a narrow random model.")
+    config_only: bool = Field(False, description="Leave the weights alone: verify on a narrow random model.")
     revision: Revision = None
 
 
@@ -98,15 +97,15 @@ class VerifySettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     model: ModelName
-    layers: WrittenLayers = Field(default="all", description="Layers to verify, such as 0,12,-1, or all.")
+    layers: WrittenLayers = Field("all", description="Layers to verify, such as 0,12,-1, or all.")
     hook_points: WrittenHookPoints | None = Field(
-        default=None, description="Hook points to verify; by default all that the model has."
+        None, description="Hook points to verify; by default all that the model has."
     )
-    requests: int = Field(default=16, ge=2, description="Requests to run.")
-    prompts: Path | None = Field(default=None, description="Prompts, one a line, or .jsonl with prompt or question.")
+    requests: int = Field(16, ge=2, description="Requests to run.")
+    prompts: Path | None = Field(None, description="Prompts, one a line, or .jsonl with prompt or question.")
     revision: Revision = None
-    dtype: Dtype = Field(default="auto", description="Precision of weights and activations.")
-    device: Device = Field(default="auto", description="Where the model runs; auto takes a GPU if there is one.")
+    dtype: Dtype = Field("auto", description="Precision of weights and activations.")
+    device: Device = Field("auto", description="Where the model runs; auto takes a GPU if there is one.")
 
 
 class SteerSettings(BaseModel):
@@ -115,18 +114,18 @@ class SteerSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     probe: Path = Field(description="A saved probe, FOLDER/NAME; or a run, for its best.")
-    label: str = Field(default="correct", description="Of a run: whose probes.")
+    label: str = Field("correct", description="Of a run: whose probes.")
     problems: Path | None = Field(
-        default=None, description="A run whose problems to pose; else the run that the probe lies in."
+        None, description="A run whose problems to pose; else the run that the probe lies in."
     )
-    samples: int = Field(default=32, ge=2, description="How many problems, the first of the run.")
+    samples: int = Field(32, ge=2, description="How many problems, the first of the run.")
     scales: Annotated[tuple[float, ...], BeforeValidator(_read_scales)] = Field(
-        default=(-1, -0.5, 0.5, 1),
+        (-1, -0.5, 0.5, 1),
         description="How far to push, comma-separated; 1 is the typical distance of a row from the mean.",
     )
-    controls: int = Field(default=2, ge=0, description="Random directions, and as many orthogonal ones.")
+    controls: int = Field(2, ge=0, description="Random directions, and as many orthogonal ones.")
     positions: SteeredPositions = "all"
-    base_url: str | None = Field(default=None, description="A server of the probe's model; else one is started.")
-    parallel: int = Field(default=16, ge=1, description="Requests in flight.")
-    seed: int = Field(default=0, description="Seed of the directions, the order of requests and the bootstrap.")
-    output: Path | None = Field(default=None, description="The folder; else beside the probe, steering/NAME.")
+    base_url: str | None = Field(None, description="A server of the probe's model; else one is started.")
+    parallel: int = Field(16, ge=1, description="Requests in flight.")
+    seed: int = Field(0, description="Seed of the directions, the order of requests and the bootstrap.")
+    output: Path | None = Field(None, description="The folder; else beside the probe, steering/NAME.")

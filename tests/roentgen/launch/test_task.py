@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from roentgen.cli.cluster import cluster_settings
 from roentgen.launch.skypilot import ROOT
 from roentgen.launch.task import ClusterSettings, rewrite, write
-from roentgen.options import OptionError
+from roentgen.options import OptionError, read_options
 
 
 def written(folder: Path, **options: object) -> dict:  # type: ignore[type-arg]
@@ -47,7 +46,7 @@ def test_the_port_is_opened_only_if_asked(tmp_path: Path) -> None:
 
 
 def test_without_a_sync_there_is_nothing_but_the_start_script(tmp_path: Path) -> None:
-    task = written(tmp_path, sync="skip", reuse=True)
+    task = written(tmp_path, skip_sync=True, reuse=True)
     assert "workdir" not in task
     assert "setup" not in task
     assert task["run"] == "cd ~/sky_workdir && bash cluster/start.sh"
@@ -72,11 +71,11 @@ def test_no_secret_is_ever_in_the_file(tmp_path: Path, monkeypatch: pytest.Monke
 )
 def test_a_setting_that_cannot_be_is_named(options: dict[str, object], words: str) -> None:
     with pytest.raises(OptionError, match=words):
-        cluster_settings(options)
+        read_options(ClusterSettings, options)
 
 
 def test_ways_of_syncing_exclude_one_another() -> None:
     flags = [{}, {"skip_sync": True}, {"frozen_sync": True}, {"fresh": True}]
-    assert [cluster_settings(given).sync for given in flags] == ["full", "skip", "frozen", "fresh"]
+    assert [ClusterSettings.model_validate(given).sync for given in flags] == ["full", "skip", "frozen", "fresh"]
     with pytest.raises(OptionError, match="exclude one another"):
-        cluster_settings({"skip_sync": True, "fresh": True})
+        read_options(ClusterSettings, {"skip_sync": True, "fresh": True})
