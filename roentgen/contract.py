@@ -328,9 +328,11 @@ ModelName = Annotated[
 ]
 Revision = Annotated[Annotated[str, Field(max_length=256)] | None, Field(description="Revision of a hub model.")]
 
-MaxTokens = Annotated[Int, Field(ge=1, description="Most tokens to generate per request.")]
-Temperature = Annotated[Float, Field(ge=0, le=2, description="Temperature of the sampling; 0 is greedy.")]
-TopP = Annotated[Float, Field(gt=0, le=1, description="Nucleus of the sampling: the probability that it covers.")]
+# The limits come before the validator: JSON Schema has them as `minimum` and `maximum` only there.
+_NO_BOOLEANS = BeforeValidator(no_booleans)
+MaxTokens = Annotated[int, Field(ge=1, description="Most tokens to generate per request."), _NO_BOOLEANS]
+Temperature = Annotated[float, Field(ge=0, le=2, description="Of the sampling; 0 is greedy."), _NO_BOOLEANS]
+TopP = Annotated[float, Field(gt=0, le=1, description="Probability that the sampling's nucleus covers."), _NO_BOOLEANS]
 
 
 class RolloutKey(BaseModel):

@@ -1,5 +1,6 @@
 """Options: a command has its model's fields, with their defaults and descriptions; and what the docs say of them is true."""
 
+import inspect
 import json
 import re
 import subprocess
@@ -100,6 +101,16 @@ def test_a_command_is_its_models(
 
 def test_the_evaluation_is_the_same_command_without_the_cli() -> None:
     assert differences(alone(evaluate), {EvalSettings: set()}) == []
+
+
+def test_training_probes_has_the_defaults_of_the_library() -> None:
+    import probes
+
+    for name, function in (("probe train", probes.train), ("probe compare", probes.compare)):
+        parameters = inspect.signature(function).parameters.values()
+        wanted = {p.name: ",".join(p.default) if isinstance(p.default, tuple) else p.default for p in parameters}
+        given = {one.name: one.default for one in COMMANDS[name].params if one.param_type_name == "option"}
+        assert given.items() <= wanted.items() | {("output", None)}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
