@@ -46,8 +46,8 @@ class LaunchOptions(BaseModel):
 
 
 @options_of(EvalSettings)
-@options_of(ClusterSettings, leave_out={"fresh", *OF_THE_SERVER}, panel="Cluster", name="roentgen-eval")
 @options_of(LaunchOptions, panel="Cluster")
+@options_of(ClusterSettings, leave_out={"fresh", *OF_THE_SERVER}, panel="Cluster", name="roentgen-eval")
 def evaluate_or_launch(ctx: typer.Context, **options: Any) -> None:
     """Evaluate here, or with `--launch` on a cluster; what is shown as help is the evaluation's."""
     launch = {name: options.pop(name) for name in LaunchOptions.model_fields}

@@ -39,9 +39,9 @@ class ClusterSettings(BaseModel):
         None, description="Use exactly this running cluster.", json_schema_extra={"flags": ["--cluster", "--gpu-id"]}
     )
     reuse: bool = Field(False, description="Use the running cluster called --name, if there is one.")
-    skip_sync: bool = Field(False, description="Reused: sync and install nothing (fastest).")
+    skip_sync: bool = Field(False, description="On a cluster that runs: sync and install nothing.")
     frozen_sync: bool = Field(False, description="Install exactly the pinned versions.")
-    fresh: bool = Field(False, description="Reused: install again from nothing.")
+    fresh: bool = Field(False, description="On a cluster that runs: install again from nothing.")
     nodes: int = Field(1, ge=1, description="Nodes of the cluster.")
     max_replicas: int = Field(0, ge=0, description="Copies of the model under load; 0 for a fixed number, one per GPU.")
     spot: bool = Field(False, description="Cheaper machines that the provider may take back.")
