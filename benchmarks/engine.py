@@ -16,6 +16,7 @@ from benchmarks.pairs import IN_FLIGHT, MANY, Ratio, measure_beside_vllm, measur
 from benchmarks.record import record, table
 from benchmarks.stages import stage_printer
 from benchmarks.workload import Workload
+from roentgen.defaults import EMBEDDED_MODEL
 from roentgen.durable import write_json
 
 PAIR_PROMPTS = IN_FLIGHT * 3 // 2
@@ -23,7 +24,7 @@ PAIR_PROMPTS = IN_FLIGHT * 3 // 2
 
 
 def main(
-    model: Annotated[str, typer.Option(help="smollm2-135m, a folder, or a hub id.")] = "smollm2-135m",
+    model: Annotated[str, typer.Option(help=f"{EMBEDDED_MODEL}, a folder, or a hub id.")] = EMBEDDED_MODEL,
     random_weights: Annotated[str, typer.Option(help="Instead, a shape with random weights: qwen3-0.6b.")] = "",
     problems: Annotated[str, typer.Option(help="A source of problems; GSM8K if it is at hand.")] = "",
     in_flight: Annotated[str, typer.Option(help="Requests at once.")] = "1,16,64",

@@ -21,6 +21,7 @@ from benchmarks.record import record, table
 from benchmarks.stages import stage_printer
 from benchmarks.statistics import percentile
 from benchmarks.workload import Workload
+from roentgen.defaults import EMBEDDED_MODEL
 from roentgen.serving.local_server import serving
 from serve_app.config import ServerConfig
 
@@ -44,7 +45,7 @@ class Answers:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="smollm2-135m, a folder, or a hub id.")] = "smollm2-135m",
+    model: Annotated[str, typer.Option(help=f"{EMBEDDED_MODEL}, a folder, or a hub id.")] = EMBEDDED_MODEL,
     problems: Annotated[str, typer.Option(help="A source of problems; GSM8K if it is at hand.")] = "",
     max_batch: Annotated[int, typer.Option(help="Generations at once.")] = 16,
     clients: Annotated[int, typer.Option(help="Requests at once; more than fit into the batch.")] = 64,

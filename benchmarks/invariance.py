@@ -24,6 +24,7 @@ from benchmarks.stages import stage_printer
 from benchmarks.statistics import Interval, ratios
 from benchmarks.ways import Way, engine_way, finish_all
 from benchmarks.workload import Workload, capture_plan
+from roentgen.defaults import EMBEDDED_MODEL
 from serve_app.engines.protocol import Finished, Sampling
 from serve_app.engines.served_model import native_dtype
 from serve_app.engines.transformers.engine import TransformersEngine
@@ -87,7 +88,7 @@ class Comparison:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="smollm2-135m, a folder, or a hub id.")] = "smollm2-135m",
+    model: Annotated[str, typer.Option(help=f"{EMBEDDED_MODEL}, a folder, or a hub id.")] = EMBEDDED_MODEL,
     random_weights: Annotated[str, typer.Option(help="Instead, a shape with random weights: llama-tiny.")] = "",
     problems: Annotated[str, typer.Option(help="A source of problems; GSM8K if it is at hand.")] = "",
     dtypes: Annotated[str, typer.Option(help="What to compute in; bfloat16 too where the machine has it.")] = "",
