@@ -9,7 +9,7 @@ from jinja2 import ChoiceLoader, Environment, PackageLoader, StrictUndefined
 def page_environment(package: str) -> Environment:
     """Return the environment in which a package's templates are rendered."""
     return Environment(
-        loader=ChoiceLoader([PackageLoader(package), PackageLoader("roentgen")]),
+        loader=ChoiceLoader([PackageLoader(package), PackageLoader("roentgen.pages")]),
         autoescape=True,
         undefined=StrictUndefined,  # a misspelled name in the template is an error, not a hole in the page
         trim_blocks=True,
