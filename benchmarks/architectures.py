@@ -36,16 +36,17 @@ from benchmarks.architecture_cases import (
 )
 from benchmarks.architecture_models import CannotBeBuiltError, build
 from benchmarks.architecture_page import PAGE, Finding, rewrite
+from roentgen.durable import write_text
 from serve_app.capture.narrowing import resolve_config, rotation_limit
 from serve_app.capture.observer import observe
 from serve_app.capture.resolver import ResolutionError, resolve_structure
 from serve_app.capture.structure import ModelStructure
-from serve_app.engines.load_checks import LoadReport, check_config, check_loaded
-from serve_app.engines.model_cache import UnsupportedModelError
 from serve_app.engines.protocol import Sampling
-from serve_app.engines.transformers_engine import TransformersEngine
-from serve_app.models import LoadedModel
-from serve_app.sources import ModelSource
+from serve_app.engines.transformers.engine import TransformersEngine
+from serve_app.engines.transformers.load_checks import CheckedModel, check_loaded
+from serve_app.engines.transformers.model import LoadedModel
+from serve_app.models.architecture import UnsupportedModelError, check_config
+from serve_app.models.sources import ModelSource
 from tests.serve_app import tiny
 
 LENGTHS = ((5, 20), (40, 9), (17, 14))
@@ -162,7 +163,7 @@ def log_probabilities(model: PreTrainedModel, prompt: list[int], completion: lis
     return torch.log_softmax(logits.float(), -1).gather(1, torch.tensor(completion)[:, None])[:, 0]
 
 
-def _engine(plain: PreTrainedModel, structure: ModelStructure, checks: LoadReport) -> TransformersEngine:
+def _engine(plain: PreTrainedModel, structure: ModelStructure, checks: CheckedModel) -> TransformersEngine:
     """Start the engine that a server would have."""
     words = tiny.tokenizer()
     source = ModelSource(structure.model_name, "tiny", "0")
@@ -241,7 +242,7 @@ def main() -> None:
     tr.logging.set_verbosity_error()
     findings = find_all(arguments.cases or cases(), arguments.findings)
     if arguments.docs:
-        PAGE.write_text(rewrite(PAGE.read_text(), findings))
+        write_text(PAGE, rewrite(PAGE.read_text(), findings))
 
 
 if __name__ == "__main__":

@@ -4,22 +4,20 @@ First the table: each way in a process of its own, on the same prompts. Then the
 gains over the way that this project replaces, as ratios of interleaved runs.
 """
 
-import json
-import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from benchmarks.column import Column, measure_column
+from benchmarks.column import WAYS, Column, measure_column
 from benchmarks.limits import Limits, measure_limits
 from benchmarks.pairs import IN_FLIGHT, MANY, Ratio, measure_beside_vllm, measure_pairs
 from benchmarks.record import record, table
-from benchmarks.ways import WAYS
+from benchmarks.stages import stage_printer
 from benchmarks.workload import Workload
 from roentgen.defaults import EMBEDDED_MODEL
+from roentgen.durable import write_json
 
 PAIR_PROMPTS = IN_FLIGHT * 3 // 2
 """More than run at once, as in an evaluation: what ends makes room for another."""
@@ -42,11 +40,7 @@ def main(
 ) -> None:
     """Measure the engine."""
     workload = Workload(model, random_weights, problems, max_tokens, dtype, device)
-    start = time.monotonic()
-
-    def stage(text: str) -> None:
-        print(f"{time.monotonic() - start:7.1f} s  {text}", file=sys.stderr, flush=True)
-
+    stage = stage_printer()
     names = [name for name in columns.split(",") if name]
     unknown = [name for name in names if name not in WAYS]
     if unknown:
@@ -75,7 +69,7 @@ def main(
             "columns": [asdict(column) for column in found],
             "ratios": [asdict(ratio) for ratio in [*measured, *beside]],
         }
-        json_file.write_text(json.dumps(everything, indent=2) + "\n")
+        write_json(json_file, everything)
 
 
 def report(workload: Workload, limits: Limits, columns: list[Column], pairs: list[Ratio], beside: list[Ratio]) -> str:

@@ -29,7 +29,7 @@ from benchmarks.gpu_speed import DidNotFitError, fitting, group_json, measure_co
 from benchmarks.record import RESULTS, installed, machine
 from benchmarks.ways import OutOfTimeError
 from benchmarks.workload import RANDOM_MODELS, Workload
-from serve_app.models import LoadedModel
+from serve_app.engines.transformers.model import LoadedModel
 
 log = logging.getLogger(__name__)
 

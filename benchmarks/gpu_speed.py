@@ -21,8 +21,8 @@ from benchmarks.ways import OutOfTimeError, Run, engine_way
 from benchmarks.workload import CAPTURES, capture_plan
 from serve_app.capture.memory import RowMemory
 from serve_app.engines.protocol import RequestTooLargeError
-from serve_app.engines.transformers_engine import TransformersEngine
-from serve_app.models import LoadedModel
+from serve_app.engines.transformers.engine import TransformersEngine
+from serve_app.engines.transformers.model import LoadedModel
 
 PROMPT_TOKENS = (64, 192)
 """The least and the most tokens of a prompt: a GSM8K question in a chat template has about 130."""

@@ -5,7 +5,6 @@ answer that is late does not make the next question later), as a load balancer w
 """
 
 import asyncio
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -14,15 +13,16 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated
 
-import httpx
 import typer
+from httpx2 import AsyncClient
 from openai import AsyncOpenAI, RateLimitError
 
 from benchmarks.record import record, table
+from benchmarks.stages import stage_printer
 from benchmarks.statistics import percentile
 from benchmarks.workload import Workload
 from roentgen.defaults import EMBEDDED_MODEL
-from roentgen.launch.local import serving
+from roentgen.serving.local_server import serving
 from serve_app.config import ServerConfig
 
 BUDGET_S = 0.2
@@ -56,11 +56,7 @@ def main(
 ) -> None:
     """Measure how soon `/health` answers."""
     workload = Workload(model, problems=problems, max_tokens=max_tokens)
-    start = time.monotonic()
-
-    def stage(text: str) -> None:
-        print(f"{time.monotonic() - start:7.1f} s  {text}", file=sys.stderr, flush=True)
-
+    stage = stage_printer()
     with tempfile.TemporaryDirectory() as folder:
         found = measure_health(workload, Path(folder), max_batch, clients, every, lasting, stage)
     body = report(workload, found, max_batch, clients)
@@ -103,13 +99,13 @@ async def _ask(base_url: str, state: str, every: float, lasting: float) -> Answe
     answers = Answers(state, [], [])
     url = base_url.removesuffix("/v1") + "/health"
 
-    async def once(client: httpx.AsyncClient) -> None:
+    async def once(client: AsyncClient) -> None:
         start = time.perf_counter()
         reply = await client.get(url)
         answers.seconds.append(time.perf_counter() - start)
         answers.statuses.append(reply.status_code)
 
-    async with httpx.AsyncClient(timeout=60) as client, asyncio.TaskGroup() as group:
+    async with AsyncClient(timeout=60) as client, asyncio.TaskGroup() as group:
         end = time.monotonic() + lasting
         while time.monotonic() < end:
             group.create_task(once(client))

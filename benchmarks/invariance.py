@@ -8,7 +8,6 @@ log-probabilities and rows of every layer are compared bit for bit. How far rows
 the same tokens, since after a different token the texts are different.
 """
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,15 +20,17 @@ from torch import Tensor
 
 from benchmarks.pairs import interleave
 from benchmarks.record import record, table
+from benchmarks.stages import stage_printer
 from benchmarks.statistics import Interval, ratios
 from benchmarks.ways import Way, engine_way, finish_all
 from benchmarks.workload import Workload, capture_plan
 from roentgen.defaults import EMBEDDED_MODEL
-from serve_app.engines.invariance import settle
-from serve_app.engines.model_cache import find_out
 from serve_app.engines.protocol import Finished, Sampling
-from serve_app.engines.transformers_engine import TransformersEngine
-from serve_app.models import LoadedModel, native_dtype
+from serve_app.engines.served_model import native_dtype
+from serve_app.engines.transformers.engine import TransformersEngine
+from serve_app.engines.transformers.invariance import settle
+from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.model_cache import find_out
 
 IN_FLIGHT = 16
 PROMPT_TOKENS = 48
@@ -106,11 +107,7 @@ def main(
         raise typer.BadParameter(f"{compared} of {requests} requests cannot run alone", param_hint="--compared")
     if threads:
         torch.set_num_threads(threads)
-    start = time.monotonic()
-
-    def stage(text: str) -> None:
-        print(f"{time.monotonic() - start:7.1f} s  {text}", file=sys.stderr, flush=True)
-
+    start, stage = time.monotonic(), stage_printer()
     place, _ = Workload(model, random_weights, problems, device=device).place()
     native = str(native_dtype(place)).removeprefix("torch.")
     chosen = dtypes.split(",") if dtypes else list(dict.fromkeys([native, "float32"]))

@@ -4,10 +4,8 @@ Requests run through the engine, their rows are committed to a store, and every 
 The store is in a temporary folder. What should come out is a flat line: nothing is kept of a request that is done.
 """
 
-import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -19,13 +17,15 @@ import typer
 from ulid import ULID
 
 from benchmarks.record import record, table
+from benchmarks.stages import stage_printer
 from benchmarks.statistics import Interval, slope_interval
 from benchmarks.workload import CAPTURES, Workload, capture_plan
 from roentgen.defaults import EMBEDDED_MODEL
-from roentgen.store import CaptureSpec, Receipt, Rollout, Segment, StoreWriter
+from roentgen.store import CaptureSpec, Receipt, Rollout, StoreWriter
+from roentgen.tokenized_text import Segment, TokenizedText
 from serve_app.engines.protocol import Event, Failed, Finished, GenerationJob, Sampling
-from serve_app.engines.transformers_engine import TransformersEngine
-from serve_app.models import LoadedModel
+from serve_app.engines.transformers.engine import TransformersEngine
+from serve_app.engines.transformers.model import LoadedModel
 
 PROMPT_TOKENS = 48
 """Prompts are cut to this: it is the number of requests that matters here."""
@@ -64,11 +64,7 @@ def main(
     if capture not in CAPTURES[1:]:
         raise typer.BadParameter(f"{capture!r} is unknown", param_hint="--capture")
     workload = Workload(model, random_weights, problems, max_tokens, dtype, device)
-    start = time.monotonic()
-
-    def stage(text: str) -> None:
-        print(f"{time.monotonic() - start:7.1f} s  {text}", file=sys.stderr, flush=True)
-
+    stage = stage_printer()
     samples = measure_memory(workload, capture, requests, every, in_flight, stage)
     body = report(workload, capture, samples, in_flight)
     print(body)
@@ -133,7 +129,6 @@ def _rollout(model: LoadedModel, prompt: list[int], finished: Finished, position
     captured = finished.captured
     assert captured is not None
     token_ids = prompt + finished.token_ids
-    logprobs = np.array([np.nan] * len(prompt) + [score.logprob for score in finished.scores], dtype=np.float32)
     return Rollout(
         session_id="memory",
         rollout_id=str(ULID()),
@@ -146,15 +141,15 @@ def _rollout(model: LoadedModel, prompt: list[int], finished: Finished, position
         ),
         tensors=captured.tensors,
         position=captured.position,
-        row_token_id=np.array(token_ids)[captured.position],
-        row_logprob=logprobs[captured.position],
-        token_ids=token_ids,
-        token_offsets=[0] * len(token_ids),
-        n_prompt=len(prompt),
-        text=finished.text,
-        segments=[Segment("assistant", 0, len(finished.text))],
+        sequence=TokenizedText(
+            text=finished.text,
+            token_ids=token_ids,
+            token_offsets=[0] * len(token_ids),
+            segments=[Segment("assistant", 0, len(finished.text))],
+            n_prompt=len(prompt),
+        ),
+        logprobs=np.array([np.nan] * len(prompt) + [score.logprob for score in finished.scores], dtype=np.float32),
         finish_reason=finished.finish_reason,
-        final_logprob=finished.scores[-1].logprob,
         key=None,
         labels={},
     )

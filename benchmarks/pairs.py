@@ -11,7 +11,7 @@ from benchmarks.column import measure_column
 from benchmarks.statistics import Interval, ratios
 from benchmarks.ways import UnavailableError, Way, end_tokens, engine_way, generate_way, seed_way
 from benchmarks.workload import Workload
-from serve_app.engines.transformers_engine import TransformersEngine
+from serve_app.engines.transformers.engine import TransformersEngine
 
 IN_FLIGHT = 16
 MANY = 64

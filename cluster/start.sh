@@ -19,8 +19,8 @@ gpus=${SKYPILOT_NUM_GPUS_PER_NODE:-0}
 [ "$gpus" != 0 ] || gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 [ -n "${CUDA_VISIBLE_DEVICES:-}" ] || unset CUDA_VISIBLE_DEVICES
 
-# What Serve's proxies put before themselves (serve_app/proxy.py).
-export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.proxy:middlewares
+# What Serve's proxies put before themselves (serve_app/http/proxy.py).
+export RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH=serve_app.http.proxy:middlewares
 
 runs_here() { pgrep -f "raylet .*--gcs-address=$head:6379" >/dev/null; }
 answers() { ray health-check --address "$head:6379" >/dev/null 2>&1; }
@@ -106,5 +106,5 @@ if [ "$SKYPILOT_NODE_RANK" != 0 ]; then
   exit 0
 fi
 answers || start --head --port 6379 --dashboard-host 127.0.0.1 --dashboard-port 8265 --ray-client-server-port 10101
-exec python -m roentgen.launch.deploy --address "$head:6379" --nodes "$SKYPILOT_NUM_NODES" \
+exec python -m roentgen.cloud.deploy --address "$head:6379" --nodes "$SKYPILOT_NUM_NODES" \
   --gpus-per-node "$gpus"

@@ -15,7 +15,8 @@ from rich.console import Console
 
 from eval_jobs import EvalError
 from eval_jobs.config import ServedModel, hashed_configuration, variants_of
-from eval_jobs.endpoint import Endpoint, api_key, find_model
+from eval_jobs.console import say
+from eval_jobs.endpoint import Endpoint, find_model
 from eval_jobs.estimate import estimate
 from eval_jobs.failures import Failures
 from eval_jobs.fanout import evaluate
@@ -27,10 +28,11 @@ from eval_jobs.resume import as_begun, open_run
 from eval_jobs.rollout import RolloutPlan
 from eval_jobs.settings import EvalSettings
 from eval_jobs.tools import TOOLS
-from eval_jobs.variants import Attempt
+from eval_jobs.variants import Attempt, attempts_of
+from roentgen.api_keys import client_key
 from roentgen.cluster import connected
 from roentgen.contract import ActivationRequest, canonical_hash
-from roentgen.runs import Recorder, Run, RunConfig, Sample
+from roentgen.runs import Recorder, Run, Sample
 
 MAX_FAILED_IN_A_ROW = 10
 """So many failures on end are no property of the problems; each may have cost a minute of retries, so the run stops."""
@@ -59,10 +61,10 @@ def run_evaluation(settings: EvalSettings, problems: Sequence[Problem], base_url
         EvalError: if the server, Ray or the run directory cannot be used, or on Ctrl-C or SIGTERM; what is recorded stays.
         RunError: if the run directory cannot be used.
     """
-    endpoint, served, settings = prepare(as_begun(settings), base_url, lambda text: _say(console, text))
+    endpoint, served, settings = prepare(as_begun(settings), base_url, lambda text: say(console, text))
     run = open_run(settings, problems, served, base_url)
     plan = _plan(settings, endpoint, served.id, run)
-    attempts = _attempts(settings, problems, run.config)
+    attempts = attempts_of(run.config, problems)
     with run.recording() as record:
         recorded, tally = _recorded(run)
         missing = [attempt for attempt in attempts if attempt.identity not in recorded]
@@ -88,17 +90,17 @@ def describe(settings: EvalSettings, problems: Sequence[Problem], base_url: str,
     Raises:
         EvalError: if the server cannot be used, or the file of variants.
     """
-    endpoint, served, settings = prepare(settings, base_url, lambda text: _say(console, text))
+    endpoint, served, settings = prepare(settings, base_url, lambda text: say(console, text))
     hashed = hashed_configuration(settings, served)
     variants = variants_of(settings, hashed)
     samples = len(problems) * settings.epochs * len(variants)
-    _say(
+    say(
         console,
         f"configuration {canonical_hash(hashed)}: {served.id}, prompt {settings.chosen_prompt.name}, {settings.mode}",
     )
-    _say(console, f"{samples} samples: {len(problems)} problems × {settings.epochs} epochs × {len(variants)} variants")
+    say(console, f"{samples} samples: {len(problems)} problems × {settings.epochs} epochs × {len(variants)} variants")
     stored = estimate(settings, served, endpoint, problems, len(variants))
-    _say(console, "activations: none" if stored is None else str(stored))
+    say(console, "activations: none" if stored is None else str(stored))
 
 
 def prepare(
@@ -114,7 +116,7 @@ def prepare(
     Raises:
         FatalRequestError: if no server answers, or it does not serve the model.
     """
-    endpoint = Endpoint(base_url, timeout=settings.request_timeout, api_key=api_key())
+    endpoint = Endpoint(base_url, timeout=settings.request_timeout, api_key=client_key())
     served = find_model(endpoint, settings.model)
     if settings.collect_activations and served.d_model is None:
         say(f"the server at {base_url} is not Roentgen's: no activations are kept")
@@ -139,13 +141,6 @@ def _plan(settings: EvalSettings, endpoint: Endpoint, model: str, run: Run) -> R
     )
 
 
-def _attempts(settings: EvalSettings, problems: Sequence[Problem], config: RunConfig) -> list[Attempt]:
-    """Return what is to be done, problem by problem, so that a run that is stopped has all of some problems."""
-    variants = variants_of(settings, config.hashed)
-    epochs = range(1, settings.epochs + 1)
-    return [Attempt(problem, variant, epoch) for problem in problems for epoch in epochs for variant in variants]
-
-
 def _recorded(run: Run) -> tuple[set[tuple[str, str, int]], Tally]:
     """Return which attempts have an answer, and what these come to."""
     answered, tally = set(), Tally()
@@ -165,21 +160,21 @@ def _announce(
     console: Console,
 ) -> None:
     if settings.sample_ids is None and len(problems) < settings.samples:
-        _say(
+        say(
             console,
             f"{settings.problems} has {len(problems)} problems, fewer than --samples {settings.samples}: all are used",
         )
     if settings.epochs > 1 and settings.temperature == 0:
-        _say(console, f"--epochs {settings.epochs} at temperature 0: every sample of a problem will be the same")
-    _say(console, f"run directory: {run.path}")
+        say(console, f"--epochs {settings.epochs} at temperature 0: every sample of a problem will be the same")
+    say(console, f"run directory: {run.path}")
     extractor = run.config.settings["extractor"]
     if settings.extractor is None and extractor != settings.chosen_prompt.extractor:
-        _say(console, f"the run began with the extractor {extractor}, and keeps it")
+        say(console, f"the run began with the extractor {extractor}, and keeps it")
     what = "problems" if len(attempts) == len(problems) else "samples"
     if not missing:
-        _say(console, f"all {len(attempts)} {what} are recorded already: nothing to run")
+        say(console, f"all {len(attempts)} {what} are recorded already: nothing to run")
     elif len(missing) < len(attempts):
-        _say(console, f"continuing: {len(attempts) - len(missing)} of {len(attempts)} {what} are recorded already")
+        say(console, f"continuing: {len(attempts) - len(missing)} of {len(attempts)} {what} are recorded already")
 
 
 def _run_missing(
@@ -269,10 +264,6 @@ def _writing(run: Run) -> Iterator[None]:
         yield
     except OSError as error:
         raise EvalError(f"{error.filename or run.path} cannot be written: {error.strerror}") from error
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _how_to_go_on(run: Run) -> str:

@@ -1,7 +1,7 @@
 """The server's configuration, validated once, where the application is built; and which model it is to serve.
 
 The two are apart because they change apart: a `ServerConfig` holds for as long as the server runs, a `ModelChoice` until
-another model is loaded.
+another model is loaded (`replica.model_slot`).
 """
 
 import json
@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from roentgen.contract import Device, Dtype, ModelName, Revision
 from roentgen.defaults import EMBEDDED_MODEL, STORE
-from serve_app.savepoints import Savepoint, unique_names
+from serve_app.models.savepoints import Savepoint, unique_names
 
 EngineName = Literal["auto", "transformers", "vllm"]
 

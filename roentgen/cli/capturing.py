@@ -16,11 +16,12 @@ def capture(**options: Any) -> None:
 
     Nothing is generated. Run it again to continue. Ends with 1 if some texts could not be captured.
     """
-    from roentgen.launch.capture import CaptureError
-    from roentgen.launch.capture import capture as run_capture
+
     from roentgen.runs import RunError
     from roentgen.store import StoreError
     from roentgen.transcripts import TranscriptError
+    from roentgen.workflows.capture import CaptureError, CaptureSettings
+    from roentgen.workflows.capture import capture as run_capture
 
     with expected_errors(CaptureError, RunError, StoreError, TranscriptError):
         report = run_capture(read_options(CaptureSettings, options), err, stage_printer())
@@ -44,9 +45,10 @@ def verify(
     """Compare captures of a running batch with lone forwards, row by row; exit code 1 if they differ."""
     from serve_app.capture.resolver import ResolutionError
     from serve_app.capture.structure import CaptureRequestError
-    from serve_app.engines.model_cache import UnsupportedModelError
-    from serve_app.models import load
-    from serve_app.sources import ModelNotFoundError, locate
+    from serve_app.engines.transformers.model import load
+    from serve_app.models.architecture import UnsupportedModelError
+    from serve_app.models.errors import ModelNotFoundError
+    from serve_app.models.sources import locate
     from serve_app.verification import (
         BUILT_IN_PROMPTS,
         VerificationError,

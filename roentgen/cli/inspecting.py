@@ -20,8 +20,8 @@ def inspect(
 ) -> None:
     """Show what a model has to capture: where each hook point is, or why it is missing."""
     from serve_app.capture.resolver import ResolutionError
-    from serve_app.inspection import inspect_model
-    from serve_app.sources import ModelNotFoundError
+    from serve_app.models.errors import ModelNotFoundError
+    from serve_app.models.inspection import inspect_model
 
     with expected_errors(ModelNotFoundError, ResolutionError):
         asked = read_options(InspectSettings, options)

@@ -17,7 +17,7 @@ from eval_jobs.problems import SOURCES, read_source
 from eval_jobs.settings import EvalSettings, check_settings
 from eval_jobs.variants import read_variants
 from roentgen.cli.console import expected_errors, out, stage_printer
-from roentgen.launch.task import ClusterSettings
+from roentgen.cloud.task import ClusterSettings
 from roentgen.options import options_of, read_options
 
 OF_THE_SERVER = ("model", "revision", "dtype", "store")
@@ -64,9 +64,9 @@ evaluate_or_launch.__doc__ = evaluate.__doc__
 
 
 def _launch(ctx: typer.Context, launch: dict[str, Any], cluster: dict[str, Any], options: dict[str, Any]) -> None:
-    from roentgen.launch.evaluate import Afterwards, launch_and_evaluate
-    from roentgen.launch.local import LaunchError
-    from roentgen.launch.skypilot import SkyPilot
+    from roentgen.cloud.evaluate import Afterwards, launch_and_evaluate
+    from roentgen.cloud.skypilot import SkyPilot
+    from roentgen.serving.local_server import LaunchError
 
     with expected_errors(LaunchError, EvalError):
         _check(options)

@@ -1,12 +1,12 @@
 """Probes on stored activations: `roentgen probe`."""
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from roentgen.cli.console import err, expected_errors, out, stage_printer
+from roentgen.durable import write_json
 from roentgen.options import options_of, read_options
 from roentgen.workflows.settings import SteerSettings
 
@@ -96,7 +96,7 @@ def probe_compare(
     out.print(shown)
     if output is not None:
         with expected_errors(OSError):
-            output.write_text(json.dumps(found.to_json(), indent=2) + "\n")
+            write_json(output, found.to_json())
 
 
 @probe_app.command("steer")
@@ -105,11 +105,11 @@ def probe_steer(**options: Any) -> None:
     """Answer problems with a probe's direction added, and along directions that know nothing, and compare."""
     from probes.steering import SweepError
     from roentgen.cluster import ClusterError
-    from roentgen.launch.local import LaunchError
-    from roentgen.launch.steer import render, steer
+    from roentgen.linear_probe import SavedProbeError
     from roentgen.runs import RunError
-    from roentgen.saved_probes import SavedProbeError
+    from roentgen.serving.local_server import LaunchError
     from roentgen.store import StoreError
+    from roentgen.workflows.steer import render, steer
 
     with expected_errors(ClusterError, LaunchError, RunError, SavedProbeError, StoreError, SweepError):
         report = steer(read_options(SteerSettings, options), stage_printer())

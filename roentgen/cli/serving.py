@@ -29,7 +29,7 @@ def config_for(settings: "EvalSettings") -> ServerConfig:
 def serve_for_eval(settings: "EvalSettings") -> Iterator[str]:
     """Start Ray and the server for an evaluation that was given none; yields its base URL."""
     from eval_jobs import EvalError
-    from roentgen.launch.local import LaunchError, serving
+    from roentgen.serving.local_server import LaunchError, serving
     from roentgen.store import StoreError
 
     try:
@@ -54,7 +54,8 @@ def serve(
     **options: Any,
 ) -> None:
     """Serve a model behind the OpenAI route until interrupted."""
-    from roentgen.launch.local import LaunchError, serving
+
+    from roentgen.serving.local_server import LaunchError, serving
     from roentgen.store import StoreError
 
     with expected_errors(ClusterError, LaunchError, StoreError, ValueError):

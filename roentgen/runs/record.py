@@ -16,6 +16,7 @@ from typing import IO, Self, overload
 
 from pydantic import BaseModel, ValidationError
 
+from roentgen.durable import sync_folder
 from roentgen.runs.sample import Sample
 
 BLOCK = 1 << 16
@@ -37,6 +38,7 @@ class Recorder:
         self._file: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
+        created = not self._path.exists()
         file = open(self._path, "ab+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -44,6 +46,8 @@ class Recorder:
             file.close()
             raise RunError(f"{self._path.parent} is being written by another evaluation") from None
         _cut_torn_line(file)
+        if created:
+            sync_folder(self._path.parent)
         self._file = file
         return self
 
@@ -98,7 +102,7 @@ class _Place:
     @property
     def order(self) -> tuple[list[tuple[int, str]], int, int]:
         """Sorts places by problem, then epoch, then variant: the order in which a run poses them."""
-        return _natural(_SUFFIX.sub("", self.sample_id)), self.epoch, self.variant
+        return natural_order(_SUFFIX.sub("", self.sample_id)), self.epoch, self.variant
 
 
 class _Head(BaseModel):
@@ -186,7 +190,7 @@ def _damaged(path: Path, line: int, error: ValidationError) -> RunError:
     return RunError(f"{path}, line {line} is not a sample: {error.errors()[0]['msg']}")
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural_order(name: str) -> list[tuple[int, str]]:
     """Return a key that sorts gsm8k_999 before gsm8k_1000."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name)]
 

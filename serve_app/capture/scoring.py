@@ -17,7 +17,7 @@ from serve_app.capture.structure import Tap
 
 if TYPE_CHECKING:
     # Only a type here: importing it brings the store with it, and pyarrow.
-    from roentgen.saved_probes import Readout, ScoreUnit
+    from roentgen.linear_probe import Readout, ScoreUnit
 
 
 class UnscorableError(Exception):

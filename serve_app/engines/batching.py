@@ -2,10 +2,11 @@
 
 Batching is neutral if a request gets the same values whatever runs beside it. Most models are: padding is masked, and rows do
 not see one another. Some are not: a recurrent layer may read padding, a rotary embedding may take its frequencies from the
-longest row of the batch. `load_checks` finds out when a model is loaded; engines then keep apart what must not share a forward.
+longest row of the batch. `transformers.load_checks` finds out when a model is loaded; engines then keep apart what must not
+share a forward.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 Kind = Literal["any", "one side of a limit", "same length", "alone"]
@@ -61,3 +62,33 @@ class Batching:
 
 
 ANY = Batching()
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What the checks of a loaded model found.
+
+    Attributes:
+        batching: which requests may share a forward.
+        attention: "grouped", or the name of the implementation that the model keeps.
+        decoding_error: how far the rows of a request that runs alone, with its cache, are from those of one forward over the
+            whole sequence, relative to their norm; 0 if rounding explains it. The model itself computes them differently then.
+        compared_on: the models that were tried.
+        seconds: what the checks took.
+    """
+
+    batching: Batching = field(default_factory=Batching)
+    attention: str = "sdpa"
+    decoding_error: float = 0.0
+    compared_on: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    def record(self) -> dict[str, Any]:
+        """Return what a model's card says."""
+        return {
+            "batching": self.batching.record(),
+            "attention": self.attention,
+            "decoding_error": self.decoding_error,
+            "compared_on": list(self.compared_on),
+            "seconds": round(self.seconds, 2),
+        }

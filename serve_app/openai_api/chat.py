@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from roentgen.contract import Int, MaxTokens
 from serve_app.capture.scoring import Scorer
 from serve_app.engines.protocol import Finished, TextDelta
-from serve_app.generation import Done
+from serve_app.engines.storage import Done
 from serve_app.openai_api.logprobs import chat_logprobs
 from serve_app.openai_api.messages import Message, NamedToolChoice, ResponseFormat, Tool, ToolChoice, check_tool_results
 from serve_app.openai_api.params import MAX_TOP_LOGPROBS, GenerationParams

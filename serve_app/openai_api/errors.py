@@ -13,6 +13,9 @@ from roentgen.strict_json import MAX_FIELD, JsonError
 MAX_REASON = 500
 """Characters of an unexpected error that a client is told."""
 
+RETRY_AFTER_S = 2
+"""When to try again what the server cannot do just now."""
+
 NOT_AGAIN = frozenset({"non_finite_logits", "non_finite_rows"})
 """Codes of 5xx errors that would come again: OpenAI's clients are told not to repeat the request."""
 

@@ -1,7 +1,7 @@
 """`probes` and `steering`: how a request names what its tokens are scored with and what is added to its stream.
 
 A saved probe is named by a path under one of the folders that the server's configuration allows, `FOLDER/NAME`; or a probe
-comes with the request, as numbers. What the names stand for is `serve_app.probing`'s to find; here is the wire.
+comes with the request, as numbers. `requests.probes_and_steering` finds what the names stand for; here is the wire.
 """
 
 from typing import Annotated, Any

@@ -1,6 +1,6 @@
 """From messages to tokens: the model's own chat template, and where each role's words are in the text it makes.
 
-The template is rendered to text first and tokenised with offsets, so that a stored rollout can say which characters each
+The template is rendered to text first and tokenized with offsets, so that a stored rollout can say which characters each
 token covers. Who said what is found by rendering the conversation one turn longer each time: what a turn adds is its
 segment. A template that rewrites earlier messages breaks that; then the whole prompt is one segment. Tools go to templates
 that write calls as `<tool_call>`; for all others, `tools` puts them into plain words.
@@ -18,7 +18,8 @@ from jinja2 import TemplateError, meta
 from jinja2.sandbox import SandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
-from roentgen.store import Segment
+from roentgen.tokenized_text import Segment, TokenizedText
+from serve_app.models.tokenization import PROMPT, tokenize_rendered
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.messages import Message, Tool, check_tool_results
 from serve_app.openai_api.tools import Turn, native_turns, offered, plain_turns, takes_tools
@@ -31,36 +32,17 @@ REFUSALS = (TemplateError, TypeError, ValueError, ArithmeticError, AttributeErro
 
 
 @dataclass(frozen=True)
-class Prompt:
+class Rendered:
     """A rendered conversation.
 
     Attributes:
-        text: what the model sees.
-        token_ids: its tokens.
-        token_offsets: the first character of each token in `text`.
-        segments: which characters each role spoke; tools that answer together share one.
+        prompt: what the model sees.
         turn_start: the first token that is new in this turn: the last one of the last assistant message, which the turn
             before sampled but did not feed; 0 in a first turn.
-        given: what the client sent, where the tokenizer adds something around it; None if that is all of `text`.
     """
 
-    text: str
-    token_ids: list[int]
-    token_offsets: list[int]
-    segments: list[Segment]
-    turn_start: int = 0
-    given: str | None = None
-
-    @property
-    def echo(self) -> str:
-        """What a reply that repeats its prompt says: what the client sent."""
-        return self.text if self.given is None else self.given
-
-    @property
-    def echo_offsets(self) -> list[int]:
-        """The first character of each token in `echo`; what the tokenizer added before it begins where it does."""
-        before = max(self.text.find(self.echo), 0)
-        return [min(max(offset - before, 0), len(self.echo)) for offset in self.token_offsets]
+    prompt: TokenizedText
+    turn_start: int
 
 
 def render(
@@ -69,8 +51,8 @@ def render(
     model: str,
     tools: Sequence[Tool] = (),
     template_kwargs: dict[str, Any] | None = None,
-) -> Prompt:
-    """Render and tokenise a conversation, ready for the model's turn.
+) -> Rendered:
+    """Render and tokenize a conversation, ready for the model's turn.
 
     Args:
         tokenizer: the model's, with its chat template.
@@ -95,10 +77,8 @@ def render(
         text = template.render(turns, start_reply=True)
     except REFUSALS as error:
         raise ApiError(400, f"messages: {model}'s chat template refuses them: {error}", param="messages") from error
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    offsets = [start for start, _ in encoded["offset_mapping"]]
-    segments = _segments(template, turns, text)
-    return Prompt(text, list(encoded["input_ids"]), offsets, segments, _turn_start(template, turns, text, offsets))
+    prompt = tokenize_rendered(tokenizer, text, _segments(template, turns, text))
+    return Rendered(prompt, _turn_start(template, turns, text, prompt.token_offsets))
 
 
 class _Template:
@@ -173,9 +153,9 @@ def _segments(template: _Template, turns: list[Turn], text: str) -> list[Segment
         try:
             so_far = template.render(turns[:count], start_reply=False)
         except REFUSALS:  # some templates refuse a conversation that stops here
-            return [Segment("prompt", 0, len(text))]
+            return [Segment(PROMPT, 0, len(text))]
         if not text.startswith(so_far) or len(so_far) < start:
-            return [Segment("prompt", 0, len(text))]
+            return [Segment(PROMPT, 0, len(text))]
         segments.append(Segment(turn.role, start, len(so_far)))
         start = len(so_far)
     return segments

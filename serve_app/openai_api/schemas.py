@@ -10,7 +10,7 @@ from fastapi import Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from roentgen.contract import ActivationReply
-from roentgen.saved_probes import ScoreUnit
+from roentgen.linear_probe import ScoreUnit
 
 ERRORS = {
     400: "The request cannot be carried out; `param` names what is wrong",

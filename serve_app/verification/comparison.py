@@ -18,7 +18,7 @@ from roentgen.contract import split_key
 from serve_app.capture.rows import CapturedRows
 from serve_app.capture.structure import Tap
 from serve_app.engines.protocol import Finished
-from serve_app.models import LoadedModel
+from serve_app.engines.transformers.model import LoadedModel
 from serve_app.verification.mix import Request
 from serve_app.verification.reference import Alone
 from serve_app.verification.report import MAX_ERROR, MEAN_COSINE, MIN_COSINE, Deviation, Divergence, Report, Rollout

@@ -14,9 +14,9 @@ from typing import Literal
 from roentgen.contract import Positions
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.structure import Tap
-from serve_app.context import UNBOUNDED
 from serve_app.engines.protocol import Sampling
-from serve_app.models import LoadedModel
+from serve_app.engines.transformers.model import LoadedModel
+from serve_app.models.context import UNBOUNDED
 
 REQUESTS = 16
 POLICIES = ("all", "generated", "prompt", "mean_generated", "stride:3", "last", "mean_prompt", "last_prompt")

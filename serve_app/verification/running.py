@@ -13,8 +13,8 @@ from functools import partial
 from queue import Empty, SimpleQueue
 
 from serve_app.engines.protocol import EngineStoppedError, Event, Failed, Finished, GenerationJob, TextDelta
-from serve_app.engines.transformers_engine import TransformersEngine
-from serve_app.models import LoadedModel
+from serve_app.engines.transformers.engine import TransformersEngine
+from serve_app.engines.transformers.model import LoadedModel
 from serve_app.verification.mix import Request
 
 IN_BATCH = 6

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from roentgen.contract import ActivationRequest, Layers, split_key
 from serve_app.capture.structure import ModelStructure, Tap
-from serve_app.models import LoadedModel
+from serve_app.engines.transformers.model import LoadedModel
 from serve_app.verification.comparison import Comparison
 from serve_app.verification.mix import (
     BUILT_IN_PROMPTS,

@@ -7,7 +7,7 @@ from benchmarks.invariance import agreement, measure_agreement
 from benchmarks.ways import finish_all
 from benchmarks.workload import capture_plan
 from serve_app.engines.protocol import Sampling
-from serve_app.engines.transformers_engine import TransformersEngine
+from serve_app.engines.transformers.engine import TransformersEngine
 from tests.serve_app import tiny
 
 PROMPTS = [[(7 * number + 3 * i) % 250 for i in range(3 + 4 * number)] for number in range(5)]

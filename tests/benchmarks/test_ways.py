@@ -10,7 +10,7 @@ from benchmarks.memory import Sample, growth, report, sparkline
 from benchmarks.pairs import interleave
 from benchmarks.ways import UnavailableError, Way, continuous_way, end_tokens, engine_way, generate_way, seed_way
 from benchmarks.workload import CAPTURES, RANDOM_MODELS, Workload, capture_request
-from serve_app.engines.transformers_engine import TransformersEngine
+from serve_app.engines.transformers.engine import TransformersEngine
 from tests.serve_app import tiny
 
 PROMPTS = [[5, 6, 7], [10, 11, 12, 13, 14, 15, 16, 17, 18], [40], [3, 1, 4, 1, 5, 9]]

@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
@@ -11,8 +12,8 @@ import probes
 import roentgen
 from probes.dataset import ProbeDataset
 from probes.errors import OneClassError, ProbeDataError
+from roentgen.linear_probe import SavedProbeError, load_probe, read_cards
 from roentgen.runs import same_question
-from roentgen.saved_probes import SavedProbeError, load_probe, read_cards
 from tests.eval_jobs.conftest import take
 from tests.probes.test_plots import printed
 
@@ -64,6 +65,9 @@ def test_the_folder_holds_the_report_the_picture_and_the_probes(run):
         "results.json",
         "scores.png",
     ]
+    light, dark = (imread(place / "reliability.png") for place in (folder, folder / "dark"))
+    assert light[light[..., 3] > 0.95].min() == 0  # black ink
+    assert dark[dark[..., 3] > 0.95].max(1).min() > 0.4  # light ink
     assert {path.name for path in (folder / "dark").iterdir()} == {path.name for path in folder.glob("*.png")}
     assert run.probe_folders() == [folder]
 

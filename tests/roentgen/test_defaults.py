@@ -5,8 +5,8 @@ from typing import Any
 
 import yaml
 
+from roentgen.cloud.task import ClusterSettings, rewrite
 from roentgen.defaults import CLUSTER_MODEL, CLUSTER_NAME, DASHBOARD_PORT, HOST, PORT
-from roentgen.launch.task import ClusterSettings, rewrite
 
 ROOT = Path(__file__).parents[2]
 

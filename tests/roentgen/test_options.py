@@ -19,8 +19,8 @@ from eval_jobs.command import evaluate
 from eval_jobs.settings import EvalSettings
 from roentgen.cli import app
 from roentgen.cli.launching import OF_THE_SERVER, LaunchOptions
+from roentgen.cloud.task import ClusterSettings
 from roentgen.contract import ActivationRequest
-from roentgen.launch.task import ClusterSettings
 from roentgen.options import OptionError, options_of, read_options
 from roentgen.workflows.settings import CaptureSettings, InspectSettings, SteerSettings, VerifySettings
 from serve_app.config import ServerConfig

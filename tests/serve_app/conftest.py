@@ -2,8 +2,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from serve_app.engines.transformers_engine import TransformersEngine
-from serve_app.models import LoadedModel
+from serve_app.engines.transformers.engine import TransformersEngine
+from serve_app.engines.transformers.model import LoadedModel
 from tests.serve_app import tiny
 
 

@@ -9,12 +9,12 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from serve_app.capture.observer import observe
 from serve_app.capture.resolver import resolve_structure
 from serve_app.capture.rows import CapturePlan
-from serve_app.engines.attention import use_grouped_attention
-from serve_app.engines.load_checks import LoadReport, check_loaded
 from serve_app.engines.protocol import Event, Failed, Finished, GenerationJob, Sampling, TextDelta
-from serve_app.engines.transformers_engine import TransformersEngine
-from serve_app.models import LoadedModel
-from serve_app.sources import ModelSource
+from serve_app.engines.transformers.attention import use_grouped_attention
+from serve_app.engines.transformers.engine import TransformersEngine
+from serve_app.engines.transformers.load_checks import CheckedModel, check_loaded
+from serve_app.engines.transformers.model import LoadedModel
+from serve_app.models.sources import ModelSource
 
 EOS = 256
 SIZE: dict[str, object] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 257}
@@ -164,7 +164,7 @@ def loaded_from(
     if check:
         checks = check_loaded(weights, structure)
     else:
-        checks = LoadReport()
+        checks = CheckedModel()
         use_grouped_attention(weights)
     source = ModelSource(name, "tiny", "0")
     return LoadedModel(

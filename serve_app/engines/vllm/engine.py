@@ -21,9 +21,9 @@ from ulid import ULID
 from vllm import TokensPrompt
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from serve_app.engines.admission import HOST_SHARE, free_host_memory, row_bytes
 from serve_app.engines.completion import Completion, no_token
 from serve_app.engines.constraints import SchemaError
+from serve_app.engines.memory import HOST_SHARE, free_host_memory, row_bytes
 from serve_app.engines.protocol import (
     EngineBusyError,
     EngineStoppedError,
@@ -35,12 +35,12 @@ from serve_app.engines.protocol import (
     RequestTooLargeError,
     TokenScore,
 )
+from serve_app.engines.served_model import ServedModel
 from serve_app.engines.text import TextStream
 from serve_app.engines.vllm.collecting import collecting_plan
 from serve_app.engines.vllm.orders import Exchange, Order, Report, pack, unpack
 from serve_app.engines.vllm.sampling import sampling_params, token_score
 from serve_app.engines.vllm.storage import WorkerStorage
-from serve_app.models import ServedModel
 
 log = logging.getLogger(__name__)
 

@@ -20,9 +20,9 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, Pretrained
 from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS
 from serve_app.capture.resolver import ResolutionError, number_of_experts
 from serve_app.capture.structure import ModelStructure
-from serve_app.context import context_length
-from serve_app.engines.admission import CPU_SHARE, free_host_memory
-from serve_app.engines.load_checks import LoadReport, check_config
+from serve_app.engines.batching import LoadReport
+from serve_app.engines.memory import CPU_SHARE, free_host_memory
+from serve_app.engines.served_model import ServedModel, native_dtype
 from serve_app.engines.vllm.hook_points import (
     Modules,
     Verified,
@@ -34,9 +34,10 @@ from serve_app.engines.vllm.hook_points import (
 from serve_app.engines.vllm.lifetime import announce
 from serve_app.engines.vllm.neutrality import check_batching
 from serve_app.engines.vllm.orders import unpack
-from serve_app.models import ServedModel, native_dtype
-from serve_app.sources import ModelSource
-from serve_app.weights import compare_headers
+from serve_app.models.architecture import check_config
+from serve_app.models.context import context_length
+from serve_app.models.sources import ModelSource
+from serve_app.models.weights import compare_headers
 
 if TYPE_CHECKING:
     from serve_app.engines.vllm.engine import Client, EngineLoop, VllmEngine

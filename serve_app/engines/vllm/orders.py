@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.steering import Addition
-from serve_app.rollouts import Entry
-from serve_app.storing import Stored
+from serve_app.engines.rollout import Entry
+from serve_app.engines.storage import Stored
 
 EXTRA = "roentgen"
 """The key of an order in vLLM's `extra_args`."""

@@ -12,9 +12,9 @@ from concurrent.futures import Future
 
 from roentgen.store import StoreError
 from serve_app.engines.protocol import Finished
+from serve_app.engines.rollout import Entry
+from serve_app.engines.storage import Stored
 from serve_app.engines.vllm.orders import Exchange, Report
-from serve_app.rollouts import Entry
-from serve_app.storing import Stored
 
 log = logging.getLogger(__name__)
 

@@ -15,13 +15,13 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from roentgen.store import StoreWriter
 from serve_app.capture.rows import UncapturableError
+from serve_app.engines.storage import Stored, write
 from serve_app.engines.vllm.collecting import Collector, LostRowsError
 from serve_app.engines.vllm.fragments import OrderedFragments
 from serve_app.engines.vllm.hook_points import Verified, candidates, describe_modules, tap_at, verify
 from serve_app.engines.vllm.lifetime import EndsWithReplica
 from serve_app.engines.vllm.observer import BatchInterleaver, BatchWorkers, Norms, Watched
 from serve_app.engines.vllm.orders import Exchange, Report, pack, unpack
-from serve_app.storing import Stored, write
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ class Capturing(EndsWithReplica):
         failed: dict[str, Exception] = {}
         for job_id, entry in exchange.keep.items():
             try:
-                rows = collector.take(job_id, entry.n_rows)
+                rows = collector.take(job_id, entry.sequence.n_rows)
             except (LostRowsError, UncapturableError) as error:
                 failed[job_id] = error
                 continue

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from roentgen.contract import ActivationRequest, split_key
-from roentgen.saved_probes import Readout
+from roentgen.linear_probe import Readout
 from serve_app.capture.scoring import Scorer, UnscorableError
 from serve_app.engines.protocol import Finished, Sampling, TextDelta
-from serve_app.engines.transformers_engine import TransformersEngine
-from serve_app.models import LoadedModel
+from serve_app.engines.transformers.engine import TransformersEngine
+from serve_app.engines.transformers.model import LoadedModel
 from tests.serve_app import tiny
 from tests.serve_app.alone import plan
 from tests.serve_app.capture.test_steering import steered

@@ -14,13 +14,15 @@ from safetensors.torch import load_file
 from ulid import ULID
 
 from roentgen.store import StoreWriter
+from roentgen.tokenized_text import TokenizedText
 from serve_app.engines.protocol import Engine, Finished
-from serve_app.engines.transformers_engine import TransformersEngine
+from serve_app.engines.rollout import Entry
+from serve_app.engines.served_model import ServedModel
+from serve_app.engines.storage import LocalStorage, Storage
+from serve_app.engines.transformers.engine import TransformersEngine
+from serve_app.engines.transformers.model import load
 from serve_app.engines.vllm import loading as vllm
-from serve_app.models import ServedModel, load
-from serve_app.rollouts import Entry
-from serve_app.sources import ModelSource
-from serve_app.storing import LocalStorage, Storage
+from serve_app.models.sources import ModelSource
 from tests.serve_app import tiny
 
 ENGINES = ["transformers"] + (["vllm", "vllm on two ranks"] if importlib.util.find_spec("vllm") else [])
@@ -71,12 +73,8 @@ def entry(prompt: list[int], result: Finished, positions: str) -> Entry:
         model="tiny",
         revision="0",
         positions=positions,
-        token_ids=ids,
-        token_offsets=[0] * len(ids),
-        n_prompt=len(prompt),
+        sequence=TokenizedText("", ids, [0] * len(ids), [], len(prompt)),
         logprobs=logprobs,
-        text="",
-        segments=[],
         finish_reason=result.finish_reason,
         key=None,
         labels={},

@@ -12,13 +12,13 @@ from torch import Tensor
 from roentgen.contract import ActivationRequest, Positions
 from serve_app.capture.rows import CapturePlan
 from serve_app.engines.batching import Batching
-from serve_app.engines.load_checks import LoadReport
 from serve_app.engines.protocol import Finished, Sampling
-from serve_app.engines.transformers_engine import TransformersEngine
-from serve_app.models import LoadedModel
+from serve_app.engines.transformers.engine import TransformersEngine
+from serve_app.engines.transformers.load_checks import CheckedModel
+from serve_app.engines.transformers.model import LoadedModel
 from serve_app.verification.reference import stock_attention
 from tests.serve_app import tiny
-from tests.serve_app.engines.test_load_checks import ReadsNeighbors
+from tests.serve_app.engines.transformers.test_load_checks import ReadsNeighbors
 
 LIMIT = 16
 PROMPTS = [[7, 8, 9], list(range(20, 33)), list(range(40, 62)), list(range(70, 86)), [5, 6], list(range(90, 127))]
@@ -95,7 +95,7 @@ def test_longrope_rows_and_tokens_are_those_of_each_request_alone(longrope: Load
 
 
 def test_without_the_limit_the_rows_are_wrong(longrope: LoadedModel) -> None:
-    careless = replace(longrope, checks=LoadReport())
+    careless = replace(longrope, checks=CheckedModel())
     assert worst_error(careless, PROMPTS, captured(careless, PROMPTS)) > 1e-3
 
 
@@ -112,12 +112,12 @@ def test_requests_that_must_run_alone_do() -> None:
     assert model.batching.kind == "alone"
     prompts = PROMPTS[:4]
     assert worst_error(model, prompts, captured(model, prompts)) < 1e-4
-    careless = replace(model, checks=LoadReport())
+    careless = replace(model, checks=CheckedModel())
     assert worst_error(careless, prompts, captured(careless, prompts)) > 1e-3
 
 
 def test_requests_of_one_length_share_a_forward() -> None:
-    model = replace(tiny.loaded("llama"), checks=LoadReport(batching=Batching("same length")))
+    model = replace(tiny.loaded("llama"), checks=CheckedModel(batching=Batching("same length")))
     prompts = [[1, 2, 3], [4, 5, 6], [7, 8, 9, 10], [11, 12, 13]]
     calls = [tiny.Call(prompt, Sampling(NEW, temperature=0), plan(model)) for prompt in prompts]
     with serving(model) as engine:

@@ -14,10 +14,10 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from serve_app.engines.constraints import Constraints, Grammar, GrammarConstraint, SchemaError
+from serve_app.models.sources import locate
 from serve_app.openai_api.grammars import json_object_grammar, json_schema_grammar, tool_call_grammar
 from serve_app.openai_api.messages import FunctionName, NamedToolChoice, Tool
 from serve_app.openai_api.reply import Reasoning, ReplyParser, assemble
-from serve_app.sources import locate
 from tests.reference import smollm2
 from tests.serve_app import tiny
 

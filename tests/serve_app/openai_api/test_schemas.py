@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from serve_app.config import ServerConfig
-from serve_app.ingress import Ingress
+from serve_app.http.ingress import Ingress
 
 
 @pytest.fixture(scope="module")

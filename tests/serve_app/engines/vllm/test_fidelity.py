@@ -20,9 +20,10 @@ from torch.nn.functional import cosine_similarity
 from roentgen.contract import ActivationRequest, Positions
 from serve_app.capture.rows import CapturePlan
 from serve_app.engines.protocol import Sampling
+from serve_app.engines.served_model import native_dtype
+from serve_app.engines.transformers.model import LoadedModel, load
 from serve_app.engines.vllm import loading as vllm
-from serve_app.models import LoadedModel, load, native_dtype
-from serve_app.sources import locate
+from serve_app.models.sources import locate
 from tests.serve_app.engines.subjects import Subject, vllm_settings
 from tests.serve_app.tiny import Call, run
 

@@ -127,7 +127,7 @@ STARTED = """
 import sys, time
 from pathlib import Path
 from serve_app.engines.vllm import loading
-from serve_app.sources import ModelSource
+from serve_app.models.sources import ModelSource
 from tests.serve_app.engines.subjects import vllm_settings
 
 if __name__ == "__main__":

@@ -1,0 +1,179 @@
+"""From a finished generation to the rollout that is stored, and from its receipt to what the reply says.
+
+What was said and what was captured may be in different processes: an engine whose model runs in workers leaves the rows there.
+So everything but the rows is an `Entry`, which is small and can be sent to where they are. `join` then makes the rollout of
+both, and `describe` what the reply says of it once it is durable.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from jaxtyping import Float
+from torch import Tensor
+
+from roentgen.contract import (
+    SAMPLED_FEATURES,
+    ActivationReply,
+    ActivationRequest,
+    LabelValue,
+    RolloutKey,
+    StoredTensor,
+)
+from roentgen.store import CaptureSpec, Receipt, Rollout
+from roentgen.tokenized_text import TokenizedText
+from serve_app.capture.rows import CapturedRows
+from serve_app.engines.protocol import Finished
+from serve_app.engines.served_model import ServedModel
+from serve_app.models.tokenization import completed
+
+Delivery = Literal["reference", "sample", "full"]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A finished generation as the store is to have it, but for its rows.
+
+    Attributes:
+        session_id: where it goes.
+        rollout_id: a ULID.
+        model: the model's served name.
+        revision: its revision.
+        positions: which of its rows were kept.
+        sequence: prompt and completion.
+        logprobs: of each of its tokens when it was sampled; NaN for those of the prompt.
+        finish_reason: "stop" or "length".
+        key: the caller's identity for it, if it gave one.
+        labels: the caller's labels.
+        delivery: whether the reply carries values, and how many.
+        computed_in: the dtype that the model computes in.
+        allow_non_finite: whether rows may hold NaN and infinity.
+    """
+
+    session_id: str
+    rollout_id: str
+    model: str
+    revision: str
+    positions: str
+    sequence: TokenizedText
+    logprobs: Float[np.ndarray, "tokens"]
+    finish_reason: str
+    key: RolloutKey | None
+    labels: dict[str, LabelValue]
+    delivery: Delivery
+    computed_in: str | None = None
+    allow_non_finite: bool = False
+
+
+def make_entry(
+    model: ServedModel,
+    prompt: TokenizedText,
+    role: str,
+    asked: ActivationRequest,
+    finished: Finished,
+    session_id: str,
+    rollout_id: str,
+) -> Entry:
+    """Put together what is stored with the rows.
+
+    Args:
+        model: what generated it.
+        prompt: what it was given.
+        role: who speaks the completion.
+        asked: the request's `activations`.
+        finished: what it said.
+        session_id: where to store it.
+        rollout_id: a ULID.
+    """
+    return Entry(
+        session_id=session_id,
+        rollout_id=rollout_id,
+        model=model.source.name,
+        revision=model.source.revision,
+        positions=asked.positions,
+        sequence=completed(model.tokenizer, prompt, finished.token_ids, role),
+        logprobs=np.array([np.nan] * prompt.n_prompt + [score.logprob for score in finished.scores], dtype=np.float32),
+        finish_reason=finished.finish_reason,
+        key=asked.key,
+        labels=asked.labels,
+        delivery=asked.delivery,
+        computed_in=str(model.dtype),
+        allow_non_finite=asked.allow_non_finite,
+    )
+
+
+def join(entry: Entry, captured: CapturedRows) -> Rollout:
+    """Join what was said to what was captured."""
+    dtypes = {str(tensor.dtype) for tensor in captured.tensors.values()}
+    return Rollout(
+        session_id=entry.session_id,
+        rollout_id=entry.rollout_id,
+        spec=CaptureSpec(
+            model=entry.model,
+            revision=entry.revision,
+            keys=tuple(captured.tensors),
+            positions=entry.positions,
+            dtype=", ".join(sorted(dtypes)),
+            computed_in=entry.computed_in,
+        ),
+        tensors=captured.tensors,
+        position=captured.position,
+        sequence=entry.sequence,
+        logprobs=entry.logprobs,
+        finish_reason=entry.finish_reason,
+        key=entry.key,
+        labels=entry.labels,
+        require_finite=not entry.allow_non_finite,
+    )
+
+
+def describe(rollout: Rollout, receipt: Receipt, delivery: Delivery = "reference") -> dict[str, Any]:
+    """Return the reply's `activations` object for a committed rollout.
+
+    Args:
+        rollout: what was committed.
+        receipt: where.
+        delivery: whether the reply carries values, and how many.
+    """
+    path = f"{receipt.uri}/{receipt.shard}"
+    found = rollout.non_finite
+    reply = ActivationReply(
+        session_id=receipt.session_id,
+        rollout_id=receipt.rollout_id,
+        uri=receipt.uri,
+        shard=receipt.shard,
+        row_start=receipt.row_start,
+        row_stop=receipt.row_stop,
+        tensors={key: _tensor(values, path, delivery) for key, values in rollout.tensors.items()},
+        non_finite_rows=found.rows if found else None,
+    )
+    return reply.model_dump(mode="json", exclude_none=True)
+
+
+def _tensor(values: Float[Tensor, "rows ..."], path: str, delivery: Delivery) -> StoredTensor:
+    dtype = str(values.dtype)
+    if delivery == "reference":
+        return StoredTensor(shape=tuple(values.shape), dtype=dtype, stored_path=path)
+    whole = values[None].float()
+    if delivery == "full":
+        return StoredTensor(
+            format="complete_tensor", shape=tuple(whole.shape), dtype=dtype, stored_path=path, data=_listed(whole)
+        )
+    return StoredTensor(
+        format="sampled_tensor",
+        shape=tuple(whole.shape),
+        dtype=dtype,
+        stored_path=path,
+        data=_listed(whole[..., :SAMPLED_FEATURES]),
+        sample_info=f"first_{SAMPLED_FEATURES}_features",
+    )
+
+
+def _listed(values: Float[Tensor, "..."]) -> list[Any]:
+    """Nest values as their shape says, with None for those that JSON cannot spell."""
+    finite = values.isfinite()
+    if finite.all():
+        return values.tolist()
+    listed = values.numpy().astype(object)
+    listed[~finite.numpy()] = None
+    return listed.tolist()

@@ -1,0 +1,108 @@
+"""What serving needs to know of a model, wherever its weights are.
+
+Rendering, planning and the reply need a model's tokenizer, limits and hook points, and no weights. That is `ServedModel`, which
+every engine gives. Engines that have the weights in their own process derive from it (`transformers.model`).
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from serve_app.capture.structure import ModelStructure
+from serve_app.engines.batching import Batching, LoadReport
+from serve_app.engines.markers import MARKERS
+from serve_app.models.context import context_length
+from serve_app.models.sources import ModelSource
+
+if TYPE_CHECKING:
+    from serve_app.engines.constraints import Constraints
+
+
+@dataclass(frozen=True)
+class ServedModel(ABC):
+    """A model as whoever serves it sees it, wherever its weights are.
+
+    Attributes:
+        source: where it came from.
+        tokenizer: its own.
+        structure: its hook points.
+        device: where it computes.
+        dtype: what it computes in.
+        checks: what was found when it was loaded.
+    """
+
+    source: ModelSource
+    tokenizer: PreTrainedTokenizerBase
+    structure: ModelStructure
+    device: torch.device
+    dtype: torch.dtype
+    checks: LoadReport = field(default_factory=LoadReport, kw_only=True)
+
+    @property
+    def batching(self) -> Batching:
+        """Which requests may share a forward."""
+        return self.checks.batching
+
+    @property
+    @abstractmethod
+    def config(self) -> PretrainedConfig:
+        """The model's configuration."""
+
+    @property
+    @abstractmethod
+    def generation_config(self) -> GenerationConfig:
+        """How the model says that it generates."""
+
+    @cached_property
+    def constraints(self) -> "Constraints":
+        """Makes generations follow grammars."""
+        from serve_app.engines.constraints import Constraints  # free text needs no llguidance
+
+        return Constraints(self.tokenizer, self.vocab_size, self.eos_token_ids)
+
+    @cached_property
+    def markers(self) -> dict[int, str]:
+        """Special tokens that are text, because replies are taken apart by them (`openai_api.reply`)."""
+        special = self.tokenizer.added_tokens_decoder.items()
+        return {token_id: token.content for token_id, token in special if token.special and token.content in MARKERS}
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens a sequence may have; None if the model sets no limit."""
+        return context_length(self.config, self.tokenizer)
+
+    @property
+    def n_embeddings(self) -> int:
+        """How many tokens the model can be given."""
+        return self.vocab_size
+
+    def unknown_token(self, token_ids: Sequence[int]) -> int | None:
+        """Return the first of these tokens that the model cannot be given, None if it can be given all."""
+        known = range(self.n_embeddings)
+        return next((token for token in token_ids if token not in known), None)
+
+    @property
+    def vocab_size(self) -> int:
+        """How many logits the model has."""
+        return int(self.config.get_text_config().vocab_size)
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Tokens that end a generation."""
+        ids = self.generation_config.eos_token_id
+        if ids is None:
+            ids = self.tokenizer.eos_token_id
+        return frozenset([ids] if isinstance(ids, int) else ids or [])
+
+
+def native_dtype(device: torch.device) -> torch.dtype:
+    """Return bfloat16 where the device computes in it, else float32: emulated bfloat16 is several times slower."""
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    has_bf16 = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if has_bf16 else torch.float32

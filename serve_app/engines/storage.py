@@ -1,0 +1,107 @@
+"""Where finished generations' rows go, and when they are durable.
+
+An engine that has its model in this process hands rows over, and a `LocalStorage` writes them. One whose model runs in workers
+hands over a ticket, and its own `Storage` has the worker that holds the rows write them (`engines.vllm.storage`). Both end in
+`write`, in the process that has the rows; what crosses to the replica is a `Stored`.
+"""
+
+import time
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from roentgen.store import NonFiniteRowsError, Receipt, StoreError, StoreWriter
+from roentgen.store.schema import check_finite
+from serve_app.capture.rows import CapturedRows
+from serve_app.engines.protocol import Finished, NonFiniteLogitsError
+from serve_app.engines.rollout import Entry, describe, join
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A generation's committed activations.
+
+    Attributes:
+        reply: what the reply says of them.
+        nbytes: their size.
+        seconds: how long the commit took.
+    """
+
+    reply: dict[str, Any]
+    nbytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished choice; `stored` is there if activations were asked for, and then durable."""
+
+    finished: Finished
+    stored: Stored | None
+
+
+class Storage(Protocol):
+    """Stores what engines have captured."""
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more may be captured now: the disk may be slower than the model."""
+
+    def keep(self, entry: Entry, finished: Finished) -> "Future[Stored]":
+        """Store a finished generation; the future completes when it is durable, or fails with a `StoreError`.
+
+        Args:
+            entry: what was said.
+            finished: its rows, or where they are held.
+        """
+
+
+class LocalStorage:
+    """Stores rows that are in this process, through its writer."""
+
+    def __init__(self, writer: StoreWriter) -> None:
+        self._writer = writer
+
+    @property
+    def has_room(self) -> bool:
+        """Whether more may be captured now."""
+        return self._writer.has_room
+
+    def keep(self, entry: Entry, finished: Finished) -> "Future[Stored]":
+        """Store a finished generation."""
+        assert finished.captured is not None
+        return write(self._writer, entry, finished.captured)
+
+
+def write(writer: StoreWriter, entry: Entry, captured: CapturedRows) -> "Future[Stored]":
+    """Queue a generation for writing; the future completes on the writer's thread."""
+    start = time.monotonic()
+    stored: Future[Stored] = Future()
+    try:
+        rollout = join(entry, captured)
+        if not entry.allow_non_finite and np.isnan(entry.logprobs[entry.sequence.n_prompt :]).any():
+            check_finite(rollout)  # the rows say where it begins, if they are among those asked for
+            raise NonFiniteLogitsError
+        receipt = writer.submit(rollout)
+    except (NonFiniteLogitsError, NonFiniteRowsError) as error:
+        stored.set_exception(error)
+        return stored
+    except Exception as error:  # noqa: BLE001 - an engine's thread calls this: the failure is this generation's alone
+        stored.set_exception(StoreError(f"the activations could not be stored: {error}"))
+        return stored
+
+    def committed(done: "Future[Receipt]") -> None:
+        try:
+            reply = describe(rollout, done.result(), entry.delivery)
+        except NonFiniteRowsError as error:
+            stored.set_exception(error)
+            return
+        except Exception as error:  # noqa: BLE001 - on the writer's thread: raised here, nobody would hear of it
+            stored.set_exception(StoreError(f"the activations could not be stored: {error}"))
+            return
+        stored.set_result(Stored(reply, rollout.nbytes, time.monotonic() - start))
+
+    receipt.add_done_callback(committed)
+    return stored

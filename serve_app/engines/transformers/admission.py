@@ -1,0 +1,144 @@
+"""How much may run at once: a budget of memory, set when the engine starts, that admitted jobs draw on.
+
+A job reserves what it may need in the worst case, its whole prompt and all the tokens it may generate, so what has been
+admitted never runs out of memory half-way. Keys and values lie in slabs as wide as the longest row, so a batch costs its
+rows times its longest; captured rows cost what each job keeps, in the host's memory.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from serve_app.engines.batching import ANY
+from serve_app.engines.memory import CPU_SHARE, DEVICE_SHARE, HOST_SHARE, free_host_memory, row_bytes
+from serve_app.engines.protocol import GenerationJob, RequestTooLargeError
+from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.model_cache import Remembered, find_out
+
+SLAB_OVERHEAD = 1.25
+"""Slabs have a quarter more columns than are in use (`kv_cache`)."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What may be held at once.
+
+    Attributes:
+        cache_tokens: rows times columns of the KV cache.
+        row_bytes: captured rows, in bytes.
+        bytes_per_row: of one hook point's row, an estimate: the residual stream's width.
+    """
+
+    cache_tokens: int
+    row_bytes: int
+    bytes_per_row: int
+
+    @classmethod
+    def measure(
+        cls, model: LoadedModel, max_cache_tokens: int = 0, *, max_batch: int = 1, remembered: Remembered | None = None
+    ) -> "Budget":
+        """Compute the budget from the memory that is free now.
+
+        Args:
+            model: loaded, and not yet running.
+            max_cache_tokens: keep to this many, 0 for what the memory allows.
+            max_batch: sequences that may run together, each of which may have a state of a fixed size.
+            remembered: how the model remembers, if that is known already.
+        """
+        remembered = remembered or find_out(model.observed._module, model.device)
+        host = free_host_memory()
+        if model.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(model.device)
+            for_cache = int(free * DEVICE_SHARE)
+        else:
+            for_cache = int(host * CPU_SHARE)
+        for_cache = max(0, for_cache - max_batch * remembered.sequence_bytes)
+        tokens = int(for_cache / (max(1, remembered.token_bytes) * SLAB_OVERHEAD))
+        return cls(
+            cache_tokens=min(tokens, max_cache_tokens or tokens),
+            row_bytes=int(host * HOST_SHARE),
+            bytes_per_row=model.structure.d_model * model.dtype.itemsize,
+        )
+
+    def check(self, job: GenerationJob) -> None:
+        """Refuse a job that can never fit.
+
+        Raises:
+            RequestTooLargeError: saying what it needs and what there is.
+        """
+        if total_tokens(job) > self.cache_tokens:
+            raise RequestTooLargeError(
+                f"the prompt's {len(job.prompt_ids)} tokens and up to {job.sampling.max_tokens} new ones need room for "
+                f"{total_tokens(job)} tokens; the KV cache holds {self.cache_tokens}"
+            )
+        if (size := self._row_bytes(job)) > self.row_bytes:
+            raise RequestTooLargeError(
+                f"the activations asked for may take {size / 1e6:,.0f} MB; {self.row_bytes / 1e6:,.0f} MB are set aside "
+                "for them: ask for fewer layers, hook points, positions or tokens"
+            )
+
+    def admits(self, running: Sequence[GenerationJob], job: GenerationJob) -> bool:
+        """Whether a job fits beside the running ones."""
+        jobs = [*running, job]
+        width = max(total_tokens(other) for other in jobs)
+        return len(jobs) * width <= self.cache_tokens and sum(map(self._row_bytes, jobs)) <= self.row_bytes
+
+    def _row_bytes(self, job: GenerationJob) -> int:
+        if job.capture is None:
+            return 0
+        return row_bytes(job.capture, len(job.prompt_ids), total_tokens(job), self.bytes_per_row)
+
+
+def total_tokens(job: GenerationJob) -> int:
+    """Return the tokens that a job's sequence may grow to."""
+    return len(job.prompt_ids) + job.sampling.max_tokens
+
+
+def next_jobs(
+    waiting: deque[GenerationJob],
+    running: Sequence[GenerationJob],
+    budget: Budget,
+    max_batch: int,
+    max_prefill_tokens: int,
+    together: Callable[[int, int], bool] = ANY.together,
+    lengths: Sequence[int] = (),
+) -> list[GenerationJob]:
+    """Take from the queue what to prefill next, together in one forward.
+
+    The first in the queue always comes first, so nothing waits for ever; the others are those nearest to it in length, so
+    that little of the forward is padding.
+
+    Args:
+        waiting: the queue; what is taken is removed.
+        running: what runs already.
+        budget: to keep within.
+        max_batch: the most that may run together.
+        max_prefill_tokens: the most tokens of one forward, padding included; a longer prompt comes alone.
+        together: whether sequences of two lengths may share a forward.
+        lengths: of what runs already.
+    """
+    if not waiting or len(running) >= max_batch or not budget.admits(running, waiting[0]):
+        return []
+    head = waiting[0]
+    if not all(together(len(head.prompt_ids), other) for other in lengths):
+        return []
+    taken = [head]
+    length = len(head.prompt_ids)
+    for job in sorted(list(waiting)[1 : 1 + max_batch], key=lambda job: abs(len(job.prompt_ids) - length)):
+        width = max(len(other.prompt_ids) for other in (*taken, job))
+        if len(running) + len(taken) >= max_batch or width * (len(taken) + 1) > max_prefill_tokens:
+            break
+        if together(len(job.prompt_ids), length) and budget.admits([*running, *taken], job):
+            taken.append(job)
+    chosen = {id(job) for job in taken}
+    left = [job for job in waiting if id(job) not in chosen]
+    waiting.clear()
+    waiting.extend(left)
+    return taken
+
+
+def cache_bytes_per_token(model: LoadedModel) -> int:
+    """Measure what a token takes in the KV cache, over all layers, by running a few; at least 1."""
+    return max(1, find_out(model.observed._module, model.device).token_bytes)

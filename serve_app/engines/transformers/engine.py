@@ -1,0 +1,405 @@
+"""The engine that runs everywhere: a continuous batch of requests through the nnsight-wrapped transformers model.
+
+One thread owns the model, because nnsight has one interleaver per model and no lock. Between any two steps it
+
+1. admits requests that have arrived, as far as memory allows (`admission`), and prefills them together in a forward of their
+   own. A prefill is bounded; a prompt longer than the bound is read in pieces, with a step of the running ones between
+   each two, so that nobody waits long;
+2. decodes one token for every running request, in one forward over keys and values that stay where they are (`kv_cache`);
+3. lets finished and cancelled requests go: their slots are free at once, and their activations are cut and handed on while
+   the others go on.
+
+Every forward runs through `Forwards`, with what its requests want to capture of it. When one fails, each of its requests is
+tried alone: those that fail alone have failed, the others go on. If several times in a row no request passes, nor a token of
+nobody's (a broken GPU answers nothing else), the engine gives up, and the replica is restarted.
+
+A model whose cache cannot be joined runs in static batches, and the engine says so when it starts. One whose cache the
+engine cannot keep at all is refused then (`model_cache`).
+
+Batch-invariant, nothing of a request depends on what runs beside it, to the last bit: each prompt is read alone in pieces of
+one size, steps compute rows in fixed shapes (`invariance`), and tokens are chosen row by row. A model that cannot is run one
+request at a time.
+"""
+
+import logging
+import math
+import threading
+import time
+from collections import Counter, deque
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from serve_app.capture.memory import RowMemory
+from serve_app.engines.completion import no_token
+from serve_app.engines.protocol import (
+    EngineBusyError,
+    EngineStoppedError,
+    Failed,
+    GenerationJob,
+    Load,
+    TokenScore,
+    UnknownTokenError,
+)
+from serve_app.engines.transformers.admission import Budget, next_jobs
+from serve_app.engines.transformers.forwards import Forwards
+from serve_app.engines.transformers.invariance import PIECE, settle
+from serve_app.engines.transformers.kv_cache import BatchRows, SlotRows, StaticRows
+from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.model_cache import Step, find_out
+from serve_app.engines.transformers.running import Prefill, Running
+from serve_app.engines.transformers.sampling import choose, score
+
+log = logging.getLogger(__name__)
+
+GATHER_S = 0.02
+"""How long an idle engine waits for company after a first request: requests sent together should run together."""
+
+PREFILL_TOKENS = {"cpu": 512, "cuda": 8192}
+"""Tokens of one prefill: enough to fill the device, and few enough for the running requests to wait for."""
+
+LOGITS_BYTES = 256 << 20
+"""Logits of one prefill that needs them at every position; beyond, it is read in more pieces."""
+
+MAX_FAILURES = 3
+"""Failures in a row, each of a model that answers nothing any more, after which the engine gives up."""
+
+
+class TransformersEngine:
+    """Generates with a transformers model, in a continuous batch (see the module)."""
+
+    name = "transformers"
+    scores_rows = True
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        *,
+        max_batch: int = 32,
+        max_queue: int = 256,
+        max_prefill_tokens: int = 0,
+        max_cache_tokens: int = 0,
+        batch_invariant: bool = False,
+    ) -> None:
+        """Measure the memory and start the engine's thread.
+
+        Args:
+            model: the model; this engine's thread is the only one to run it from now on.
+            max_batch: requests generated together.
+            max_queue: requests waiting for that.
+            max_prefill_tokens: the most that one prefill takes, padding included; 0 for what suits the device.
+            max_cache_tokens: size of the KV cache, 0 for what the free memory allows.
+            batch_invariant: whether a request's tokens, scores and rows must not depend on what runs beside it.
+
+        Raises:
+            UnsupportedModelError: if the engine cannot keep the model's cache.
+        """
+        self._model = model
+        self.batch_invariant = batch_invariant
+        self._max_batch = max_batch
+        self._max_queue = max_queue
+        self._max_prefill_tokens = max_prefill_tokens or PREFILL_TOKENS[model.device.type]
+        self._remembered = model.checks.remembered or find_out(model.observed._module, model.device)
+        self._batching = model.batching
+        self._joins = self._remembered.continuous and model.batching.joins
+        self._shapes, reason = settle(model, self._remembered, max_batch) if batch_invariant else (None, "")
+        self._together = max_batch
+        if reason:
+            self._together = 1
+            log.warning("%s runs one request at a time to be batch-invariant: %s", model.source.name, reason)
+        elif self._remembered.alone or model.batching.kind == "alone":
+            self._together = 1
+            log.warning("%s continues one sequence at a time: requests run one after the other", model.source.name)
+        elif not self._joins:
+            log.warning("%s has batches that requests cannot join: they run in static batches", model.source.name)
+        self.budget = Budget.measure(model, max_cache_tokens, max_batch=max_batch, remembered=self._remembered)
+        log.info("room for %d tokens in the KV cache", self.budget.cache_tokens)
+        self._memory = RowMemory()
+        self._forwards = Forwards(model, self._remembered, self._memory, self._max_prefill_tokens)
+        self._failures = 0
+        self._retried = False
+        self._running: list[Running] = []
+        self._steps: Counter[int] = Counter()
+        self._prefill: Prefill | None = None
+        self._crossing: deque[Running] = deque()
+        self._rows: BatchRows = self._empty()
+        self._changed = threading.Condition()
+        self._waiting: deque[GenerationJob] = deque()
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def load(self) -> Load:
+        """What it has to do now, and has done."""
+        prefill = self._prefill
+        running = len(self._running) + len(self._crossing) + (len(prefill.running) if prefill else 0)
+        return Load(running, len(self._waiting), dict(self._steps))
+
+    @property
+    def capacity(self) -> int:
+        """The most tokens that one sequence may have."""
+        return self.budget.cache_tokens
+
+    def submit(self, job: GenerationJob) -> None:
+        """Queue a job.
+
+        Raises:
+            RequestTooLargeError: if it can never fit.
+            UnknownTokenError: if the model has no embedding for one of its tokens.
+            EngineBusyError: if the queue is full.
+            EngineStoppedError: if the engine is closed.
+        """
+        self.budget.check(job)
+        if (wrong := self._model.unknown_token(job.prompt_ids)) is not None:
+            raise UnknownTokenError(f"{wrong} is not a token of the model, which has 0–{self._model.n_embeddings - 1}")
+        with self._changed:
+            if self._closed:
+                raise EngineStoppedError("the engine is closed")
+            if len(self._waiting) >= self._max_queue + self._max_batch:
+                raise EngineBusyError(f"{len(self._waiting)} requests are waiting already")
+            self._waiting.append(job)
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        """Stop after the current step; jobs that have not finished fail."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _empty(self) -> BatchRows:
+        if self._remembered.continuous:
+            return SlotRows()
+        return StaticRows(self._remembered.new_cache, self._remembered.modules)
+
+    def _run(self) -> None:
+        while self._wait_for_jobs():
+            try:
+                with torch.inference_mode():
+                    while not self._closed and self._turn():
+                        pass
+            except Exception as error:
+                log.exception("the batch failed")
+                self._fail_all(error)
+                with torch.inference_mode():
+                    self._count_failure()
+            self._rows = self._empty()  # nothing runs: give the memory back
+        self._fail_all(EngineStoppedError("the engine was closed"))
+        with self._changed:
+            waiting, self._waiting = self._waiting, deque()
+        for job in waiting:
+            job.listener(Failed(EngineStoppedError("the engine was closed")))
+
+    def _wait_for_jobs(self) -> bool:
+        """Wait until there is something to do, and a moment longer for company; False when the engine is closed."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._closed or self._waiting)
+        if not self._closed:
+            time.sleep(GATHER_S)
+        return not self._closed
+
+    def _turn(self) -> bool:
+        """Read a piece of waiting prompts and decode one token for all that run; False if there was nothing to do."""
+        if self._prefill is None and (self._joins or not self._running):
+            self._prefill = self._admit()
+        prefill = self._prefill
+        if prefill is not None:
+            self._read(prefill)
+        self._cross()
+        if self._running:
+            self._decode()
+        return prefill is not None or bool(self._running or self._crossing)
+
+    def _cross(self) -> None:
+        """Take jobs out of the batch whose next token is beyond the limit: all of their tokens are to be read again.
+
+        That is what transformers' own `generate` does where a rotation takes other frequencies beyond a limit.
+        """
+        limit = self._batching.limit
+        rows = range(len(self._running))
+        staying = [row for row in rows if limit is None or len(self._running[row].fed) != limit]
+        if len(staying) < len(rows):
+            self._crossing.extend(one for row, one in enumerate(self._running) if row not in staying)
+            self._running = [self._running[row] for row in self._rows.keep(staying)]
+
+    def _fail_all(self, error: Exception) -> None:
+        """Tell all jobs that run or are being read that they could not be finished."""
+        for running in [*self._running, *self._crossing, *(self._prefill.running if self._prefill else [])]:
+            running.job.listener(Failed(error))
+        self._running, self._prefill = [], None
+        self._crossing.clear()
+
+    def _count_failure(self) -> None:
+        """Count a failure of which nobody was left, unless the model still answers; after several, give up."""
+        self._failures = 0 if self._forwards.answers() else self._failures + 1
+        if self._failures == MAX_FAILURES:
+            log.critical("%d failures in a row: the engine gives up", self._failures)
+            with self._changed:
+                self._closed = True
+
+    def _innocent(self, running: list[Running], error: Exception, *, decoding: bool) -> list[Running]:
+        """Fail those jobs of a failed forward that fail alone too; returns the others.
+
+        Args:
+            running: the forward's jobs.
+            error: why it failed.
+            decoding: whether it was a step.
+        """
+        log.warning("a forward of %d requests failed", len(running), exc_info=error)
+        here = [one for one in running if not one.job.cancelled.is_set()]
+        failures = [error] if len(here) == 1 else [self._forwards.failure_alone(one, decoding=decoding) for one in here]
+        if not any(failures) and self._retried:  # each passes alone, and not together for a second time
+            failures = [error] * len(here)
+        self._retried = not any(failures)
+        for one, failure in zip(here, failures, strict=True):
+            if failure is not None:
+                one.fail(failure)
+        left = [one for one, failure in zip(here, failures, strict=True) if failure is None]
+        if not left:
+            self._count_failure()
+        return left
+
+    def _admit(self) -> Prefill | None:
+        """Take waiting jobs, as many as fit, and lay out their tokens; those that cross a limit come first, one by one."""
+        lengths = [len(one.fed) for one in self._running]
+        while self._crossing:
+            one = self._crossing[0]
+            if one.job.cancelled.is_set():
+                self._crossing.popleft()
+            elif all(self._batching.together(len(one.fed) + 1, other) for other in lengths):
+                self._crossing.popleft()
+                one.begin_again(self._memory)
+                return Prefill.lay_out([one], self._rows.new())
+            else:
+                return None  # nobody joins those that it waits for
+        with self._changed:
+            self._waiting = deque(job for job in self._waiting if not job.cancelled.is_set())
+            jobs = next_jobs(
+                self._waiting,
+                [running.job for running in self._running],
+                self.budget,
+                self._together,
+                1 if self.batch_invariant else self._max_prefill_tokens,  # 1: a prompt is read alone
+                self._batching.together,
+                lengths,
+            )
+        if not jobs:
+            return None
+        if self._together == 1:
+            self._rows = self._empty()  # so that the memory it computes on lies as if nothing had run before
+        return Prefill.lay_out([Running.start(job, self._model, self._memory) for job in jobs], self._rows.new())
+
+    def _piece(self, prefill: Prefill) -> int:
+        """Return how many columns of a prefill to read at once; some prompts are read whole."""
+        if not self._joins or self._batching.whole(prefill.width):
+            return prefill.width
+        if self.batch_invariant:
+            return PIECE
+        limit = self._max_prefill_tokens
+        if prefill.all_logits:
+            limit = min(limit, LOGITS_BYTES // (4 * self._model.observed.config.get_text_config().vocab_size))
+        return max(1, limit // len(prefill.running))
+
+    def _read(self, prefill: Prefill) -> None:
+        """Read the next piece of a prefill; after the last, its jobs have their first token and join the running ones.
+
+        If the forward fails, those of its jobs that do not fail alone begin again; the running ones have a cache of their own.
+        """
+        start, stop = prefill.done, min(prefill.done + self._piece(prefill), prefill.width)
+        mask, positions = prefill.inputs(stop)
+        try:
+            step = Step(prefill.tokens[:, start:stop], mask, positions, prefill.cache, 0 if prefill.all_logits else 1)
+            logits, prefill.cache = self._forwards.run(prefill.running, step)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is told to the request that caused it
+            left = self._innocent(prefill.running, error, decoding=False)
+            for one in left:
+                one.begin_again(self._memory)
+            self._prefill = Prefill.lay_out(left, self._rows.new()) if left else None
+            return
+        self._passed()
+        if prefill.all_logits:
+            prefill.score(logits)
+        prefill.done = stop
+        if stop < prefill.width:
+            if all(running.job.cancelled.is_set() for running in prefill.running):
+                self._prefill = None
+            return
+        staying = self._advance(prefill.running, logits[:, -1])
+        self._prefill = None
+        if staying:
+            self._running += [prefill.running[row] for row in staying]
+            self._rows.add(prefill.cache, staying, prefill.padding, prefill.width)
+
+    def _decode(self) -> None:
+        """Decode one token for every running job.
+
+        If the forward fails, it may have changed the cache of any of them: it is made anew of those that do not fail alone.
+        """
+        self._steps[len(self._running)] += 1
+        tokens = torch.tensor([[running.token_ids[-1]] for running in self._running])
+        mask, positions = self._rows.step_inputs()
+        shapes = self._shapes.step(mask) if self._shapes is not None else None
+        try:
+            step = Step(tokens, mask, positions, self._rows.cache)
+            logits, cache = self._forwards.run(self._running, step, shapes)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is told to the request that caused it
+            left = self._innocent(self._running, error, decoding=True)
+            self._running, self._rows = left, self._empty()
+            if left:
+                again = self._forwards.replayed(left)
+                self._rows.add(again.cache, list(range(len(left))), again.padding, again.width)
+            return
+        self._passed()
+        self._rows.stepped(cache)
+        staying = self._advance(self._running, logits[:, -1])
+        if len(staying) < len(self._running):
+            self._running = [self._running[row] for row in self._rows.keep(staying)]
+
+    def _passed(self) -> None:
+        """Forget earlier failures: a forward has passed."""
+        self._failures, self._retried = 0, False
+
+    def _advance(self, running: list[Running], logits: Float[Tensor, "batch vocab"]) -> list[int]:
+        """Choose the next tokens, report them and the jobs that have ended; returns the rows that go on."""
+        logits = logits.float()
+        samplers, top = [one.sampler for one in running], [one.job.sampling.top_logprobs for one in running]
+        # Row by row, a row's shape is its own.
+        height = 1 if self.batch_invariant else len(running)
+        chosen: list[int] = []
+        scores: list[TokenScore] = []
+        for start in range(0, len(running), height):
+            rows = slice(start, start + height)
+            chosen += choose(logits[rows], samplers[rows])
+            scores += score(logits[rows], chosen[rows], top[rows])
+        staying = []
+        for row, one in enumerate(running):
+            try:
+                if not one.job.cancelled.is_set() and self._goes_on(one, chosen[row], scores[row]):
+                    staying.append(row)
+            except Exception as error:
+                log.exception("a request could not take its token")
+                one.fail(error)
+        return staying
+
+    def _goes_on(self, one: Running, token: int, token_score: TokenScore) -> bool:
+        """Give a job its next token and report what it means; False if the job has ended."""
+        if math.isnan(token_score.logprob) and (failure := no_token(one.job)) is not None:
+            one.fail(failure)
+            return False
+        reason = one.advance(token, token_score) if one.job.sampling.max_tokens else "length"
+        if one.sampler.failure is not None:
+            one.fail(one.sampler.failure)
+            return False
+        delta = one.news(final=reason is not None) if one.job.stream else None
+        if delta is not None:
+            one.job.listener(delta)
+        if reason is not None:
+            one.finish(reason)
+        return reason is None

@@ -1,0 +1,215 @@
+"""How a model's forward takes what it remembers of earlier tokens, and whether the engine can keep that between forwards.
+
+Models name the argument differently (`past_key_values`, in state-space models `cache_params`, in RWKV `state`), and some
+keep recurrent states in their own modules besides. The engine needs to know all of it: a state it does not know of would
+pass from one request to another. So the first forwards of an engine are short ones that find out, and a model whose cache
+the engine cannot keep is refused there, with the reason, not at its first request.
+"""
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
+
+from serve_app.engines.transformers.kv_cache import continuous, held
+from serve_app.models.architecture import UnsupportedModelError
+
+CACHES = ("past_key_values", "cache_params", "state")
+"""What forwards call the cache, in their arguments and in their outputs."""
+
+ROWS, LENGTH = 3, 6
+"""Sequences, and tokens of each, with which a model is tried."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one forward is given.
+
+    Attributes:
+        tokens: the new tokens.
+        mask: 0 is padding, of all columns.
+        positions: of the new tokens.
+        cache: what the model remembers; None has it make its own.
+        logits_to_keep: for how many columns to give logits, 0 for all.
+    """
+
+    tokens: Int[Tensor, "batch width"]
+    mask: Int[Tensor, "batch context"]
+    positions: Int[Tensor, "batch width"]
+    cache: Any
+    logits_to_keep: int = 1
+
+    @property
+    def begins(self) -> bool:
+        """Whether no tokens have been read before."""
+        return self.mask.shape[1] == self.tokens.shape[1]
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """How a model remembers.
+
+    Attributes:
+        argument: what its forward calls the cache, in its arguments and in its output.
+        named: which other arguments its forward names; None if it takes any.
+        continuous: whether the cache is past keys and values in every layer and nothing else, so that rows can be cut and
+            joined at any time.
+        config: of whose kind a cache is to be given to the model; None if the model makes it itself.
+        alone: whether it continues only one sequence at a time rightly.
+        modules: modules that keep a state per sequence themselves, each with the attribute's name.
+        token_bytes: what a token adds to the cache of a sequence.
+        sequence_bytes: what a sequence takes at any length.
+    """
+
+    argument: str
+    named: frozenset[str] | None
+    continuous: bool
+    config: PretrainedConfig | None = None
+    alone: bool = False
+    modules: tuple[tuple[nn.Module, str], ...] = ()
+    token_bytes: int = 0
+    sequence_bytes: int = 0
+
+    def arguments(self, step: Step, device: torch.device) -> dict[str, Any]:
+        """Return a forward's arguments. A model that keeps states only, and no past tokens, masks the new tokens only."""
+        mask = step.mask if self.argument == "past_key_values" else step.mask[:, -step.tokens.shape[1] :]
+        found = {
+            "input_ids": step.tokens.to(device),
+            "attention_mask": mask.to(device),
+            "position_ids": step.positions.to(device),
+            "use_cache": True,
+            "logits_to_keep": step.logits_to_keep,
+            self.argument: step.cache,
+        }
+        return {name: value for name, value in found.items() if self.named is None or name in self.named}
+
+    def given(self, output: Any, cache: Any) -> Any:
+        """Return the cache after a forward: the one it was given, or the one it made."""
+        return output[self.argument] if cache is None or self.argument == "state" else cache
+
+    def new_cache(self) -> Cache | None:
+        """Return the cache to prefill with: one that keeps every column of every layer, or None for the model's own kind."""
+        if self.continuous:
+            return DynamicCache()
+        return None if self.config is None else DynamicCache(config=self.config)
+
+
+def find_out(model: PreTrainedModel, device: torch.device) -> Remembered:
+    """Try a model's cache with a few short forwards.
+
+    Args:
+        model: on its device.
+        device: where it takes its tokens.
+
+    Raises:
+        UnsupportedModelError: if it has no cache, or one that the engine cannot keep.
+    """
+    parameters = inspect.signature(model.forward).parameters
+    argument = next((name for name in CACHES if name in parameters), None)
+    kind = type(model).__name__
+    takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
+    if argument is None and takes_any:  # a wrapper that hands its arguments on
+        argument = CACHES[0]
+    if argument is None:
+        raise UnsupportedModelError(f"{kind} takes no cache of past tokens, so it cannot generate here")
+    stateful = argument != "past_key_values" or getattr(model, "_is_stateful", False)
+    named = None if takes_any else frozenset(parameters)
+    if not stateful and _only_past_tokens(model.config):
+        ways = [Remembered(argument, named, continuous=True)]
+    else:
+        ways = [Remembered(argument, named, continuous=False, config=config) for config in (None, model.config)]
+    failure: Exception | None = None
+    for rows in (ROWS, 1):
+        for way in ways:
+            try:
+                with torch.inference_mode():
+                    return _tried(model, replace(way, alone=rows == 1), device, rows)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the engine cannot use the model in this way
+                failure = failure or error
+    if isinstance(failure, UnsupportedModelError):
+        raise failure
+    reason = str(failure).strip().split("\n")[0]
+    raise UnsupportedModelError(
+        f"{kind} does not continue from its cache as the engine keeps it ({type(failure).__name__}: {reason})"
+    ) from failure
+
+
+def _only_past_tokens(config: PretrainedConfig) -> bool:
+    try:
+        return continuous(config)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return False  # a configuration that transformers' cache does not understand: the model makes its own
+
+
+def _tried(model: PreTrainedModel, found: Remembered, device: torch.device, rows: int) -> Remembered:
+    """Run a prefill and a step, and all of it without a cache; measure the cache, and find states outside of it."""
+    kind = type(model).__name__
+    size = model.get_input_embeddings().weight.shape[0]
+    tokens = torch.arange(2 * rows * (LENGTH + 1)).view(2, rows, LENGTH + 1) % size
+
+    def run(ids: Tensor, start: int, cache: Any) -> tuple[Tensor, Any]:
+        stop = start + ids.shape[1]
+        positions = torch.arange(start, stop).expand(rows, -1)
+        mask = torch.ones(rows, stop, dtype=torch.long)
+        arguments = found.arguments(Step(ids, mask, positions, cache), device)
+        # Called past the hooks that the module has: nobody is to take these forwards for a request's.
+        output = model.forward(**arguments)
+        return output.logits[:, -1].float(), found.given(output, cache)
+
+    def prefill(which: int) -> Any:
+        return run(tokens[which, :, :LENGTH], 0, found.new_cache())[1]
+
+    def step(cache: Any) -> Tensor:
+        return run(tokens[0, :, LENGTH:], LENGTH, cache)[0]
+
+    before = dict(_attributes(model))
+    cache = prefill(0)
+    modules = [place for place, value in _attributes(model) if value is not before.get(place) and _per_row(value, rows)]
+    whole = [tensor for tensor in held(cache) if tensor.numel() > 1]
+    if not whole and not modules:
+        raise UnsupportedModelError(f"{kind} keeps no cache of past tokens, so it cannot generate here")
+    strange = next((tensor for tensor in whole if not _per_row(tensor, rows)), None)
+    if strange is not None:
+        raise UnsupportedModelError(
+            f"{kind} has a cache that the engine does not know: it holds {list(strange.shape)} for {rows} sequences"
+        )
+    size_before = sum(tensor.nbytes for tensor in whole)
+    expected = step(cache)
+    whole_read = run(tokens[0], 0, found.new_cache())[0]
+    # Another sequence's logits are as far away as wrong ones are; rounding is not.
+    another = whole_read.roll(1, 0) if rows > 1 else run(tokens[1], 0, found.new_cache())[0]
+    if (expected - whole_read).norm() > 0.3 * (another - whole_read).norm() + 1e-3 * whole_read.norm():
+        raise UnsupportedModelError(
+            f"{kind} gives something else with its cache than without, so it cannot generate here"
+        )
+    grown = (sum(tensor.nbytes for tensor in held(cache)) - size_before) // rows
+    token_bytes = max(grown, 0)
+    found = replace(found, token_bytes=token_bytes, sequence_bytes=max(0, size_before // rows - LENGTH * token_bytes))
+    if found.continuous and not modules:
+        return found
+    if found.continuous:  # what modules hold need not be a state
+        mine, others = prefill(0), prefill(1)
+        again, elsewhere = step(mine), step(others)
+        # The same shapes give the same numbers, or nearly: what differs by more has been taken from the others.
+        if not (again - expected).norm() > 0.1 * (elsewhere - expected).norm():
+            return found
+    by_id = {id(module): module for module in model.modules()}
+    own = {"continuous": False, "config": model.config} if found.continuous else {}
+    return replace(found, modules=tuple((by_id[key], name) for key, name in modules), **own)
+
+
+def _attributes(model: nn.Module) -> Iterator[tuple[tuple[int, str], Tensor]]:
+    """Yield the tensors that modules hold as plain attributes, beside parameters and buffers."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor):
+                yield (id(module), name), value
+
+
+def _per_row(tensor: Tensor, rows: int) -> bool:
+    return tensor.ndim > 0 and tensor.shape[0] == rows

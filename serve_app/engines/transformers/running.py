@@ -1,0 +1,145 @@
+"""One job while it runs, and several while their prompts are read: what the engine keeps of each besides its KV cache."""
+
+import logging
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import Cache
+
+from serve_app.capture.memory import RowMemory
+from serve_app.capture.rows import RequestRows, UncapturableError
+from serve_app.capture.scoring import RequestScores, UnscorableError
+from serve_app.engines.completion import Completion
+from serve_app.engines.protocol import Failed, GenerationJob, TextDelta, TokenScore
+from serve_app.engines.text import TextStream
+from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.sampling import Sampler, score
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Running(Completion):
+    """A job, and what this engine has for it: `all_logits` is whether its prompt needs logits at every position."""
+
+    sampler: Sampler
+    rows: RequestRows | None
+    probed: RequestScores | None
+    all_logits: bool
+    prompt_scores: list[TokenScore] = field(default_factory=list)
+
+    @classmethod
+    def start(cls, job: GenerationJob, model: LoadedModel, memory: RowMemory) -> "Running":
+        """Begin a job, whose rows will lie in `memory`."""
+        ends = model.eos_token_ids | job.sampling.stop_token_ids
+        tapped = {tap.module for tap in job.capture.taps.values()} if job.capture else set()
+        tapped |= {scorer.tap.module for scorer in job.probes}
+        return cls(
+            job=job,
+            text=TextStream(model.tokenizer.backend_tokenizer, job.sampling.stop, model.markers, job.prompt_ids),
+            ends=ends,
+            sampler=Sampler(job.sampling, job.prompt_ids, ends, job.constraint),
+            rows=RequestRows(job.capture, len(job.prompt_ids), memory) if job.capture else None,
+            probed=RequestScores(job.probes) if job.probes else None,
+            all_logits=job.score_prompt or model.head in tapped,
+        )
+
+    def advance(self, token: int, token_score: TokenScore) -> str | None:
+        """Take a sampled token; returns why the generation has ended, None if it goes on."""
+        self.sampler.saw(token)
+        return self.push(token, token_score)
+
+    def news(self, *, final: bool) -> TextDelta | None:
+        """Return what has become certain since the last time, None for nothing."""
+        return self.delta(final=final, probed=self.probed.take if self.probed else None)
+
+    def finish(self, reason: str) -> None:
+        """Cut a job's rows and report its result; what it should not have asked for fails it alone."""
+        try:
+            captured = self.rows.cut() if self.rows else None
+            probed = self.probed.all() if self.probed else []
+        except (UncapturableError, UnscorableError) as error:
+            self.fail(error)
+            return
+        prompt_scores = self.prompt_scores if self.job.score_prompt else None
+        self.job.listener(replace(self.finished(reason), captured=captured, prompt_scores=prompt_scores, probed=probed))
+
+    def begin_again(self, memory: RowMemory) -> None:
+        """Forget what its forwards have shown: they are run again, over the tokens that it has by now."""
+        if self.rows is not None:
+            self.rows = RequestRows(self.rows.plan, len(self.job.prompt_ids), memory)
+        if self.probed is not None:
+            self.probed.begin_again()
+        if not self.token_ids:
+            self.prompt_scores = []
+
+    def fail(self, error: Exception) -> None:
+        """Report that the job cannot be finished; it leaves the batch as one that is cancelled does."""
+        self.job.cancelled.set()
+        try:
+            self.job.listener(Failed(error))
+        except Exception:  # whoever asked is gone; the others of the batch are not
+            log.exception("a failure could not be reported: %s", error)
+
+    @property
+    def fed(self) -> list[int]:
+        """The tokens that have passed through the model once its prompt is read: all but the one sampled last."""
+        return self.job.prompt_ids + self.token_ids[:-1]
+
+
+@dataclass
+class Prefill:
+    """Jobs whose tokens are being read: row i of every tensor is job i, padded on the left; `done` columns are read.
+
+    `cache` is None until the model has made one, if it makes its own.
+    """
+
+    running: list[Running]
+    tokens: Int[Tensor, "batch width"]
+    padding: list[int]
+    cache: Any
+    done: int = 0
+
+    @classmethod
+    def lay_out(cls, running: list[Running], cache: Cache | None, *, fed: bool = False) -> "Prefill":
+        """Put jobs' tokens, of different numbers, into one tensor.
+
+        Args:
+            running: the jobs.
+            cache: to read them with.
+            fed: leave out the token that each has sampled last, which has not passed through the model.
+        """
+        sequences = [one.fed if fed else one.job.prompt_ids + one.token_ids for one in running]
+        width = max(map(len, sequences))
+        padding = [width - len(sequence) for sequence in sequences]
+        tokens = torch.zeros(len(running), width, dtype=torch.long)
+        for row, sequence in enumerate(sequences):
+            tokens[row, padding[row] :] = torch.tensor(sequence)
+        return cls(running, tokens, padding, cache)
+
+    @property
+    def width(self) -> int:
+        """Columns to read."""
+        return self.tokens.shape[1]
+
+    def inputs(self, stop: int) -> tuple[Int[Tensor, "batch context"], Int[Tensor, "batch piece"]]:
+        """Return the attention mask up to a column, and the position ids of the columns from `done` up to it."""
+        padding, columns = torch.tensor(self.padding)[:, None], torch.arange(stop)
+        return (columns >= padding).long(), (columns - padding).clamp(min=0)[:, self.done :]
+
+    @property
+    def all_logits(self) -> bool:
+        """Whether logits are needed at every position, not only at the last."""
+        return any(one.all_logits for one in self.running)
+
+    def score(self, logits: Float[Tensor, "batch piece vocab"]) -> None:
+        """Score the prompts' tokens that follow those of the piece just read, for the jobs that want it."""
+        for row, one in enumerate(self.running):
+            first = max(self.done, self.padding[row])
+            following = self.tokens[row, first + 1 : self.done + logits.shape[1] + 1].tolist()
+            if one.job.score_prompt and following and not one.token_ids:
+                values = logits[row, first - self.done : first - self.done + len(following)].float()
+                one.prompt_scores += score(values, following, [one.job.sampling.top_logprobs] * len(following))

@@ -1,0 +1,241 @@
+"""A model on trial: sequences of tokens run alone, and together as an engine runs them, with their rows read at every layer.
+
+Plain PyTorch hooks read the rows, so that what is found depends on nothing but the model and how it is run.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
+from itertools import islice
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from serve_app.capture.structure import Tap
+from serve_app.capture.watching import nth_tensor
+from serve_app.engines.transformers.kv_cache import BatchRows, SlotRows, StaticRows
+from serve_app.engines.transformers.model_cache import Remembered, Step, find_out
+from serve_app.engines.transformers.rotation import forget_lengths
+
+EXACT, CHAOTIC = 1e-4, 1e-3
+"""The largest relative error of a row in float32, as in `roentgen verify-capture`; and in a model whose layers amplify
+rounding: ten times what copies of one sequence in a batch do to a row, and at most the second."""
+
+ROUGH = 0.1
+"""The same in half precision, where single rows of a correct path are off by some per cent, and by more where a token has
+massive activations: only a gross fault is told from rounding."""
+
+FEW_ROWS = 0.05
+"""The share of rows that may be off: rounding alone can send a token to another expert."""
+
+DECODED = 2
+"""Tokens of each sequence that are decoded one by one, after its prompt."""
+
+PIECE = 15
+"""Tokens of a prompt to read at once."""
+
+Rows = Float[Tensor, "layers tokens d"]
+
+
+class Trial:
+    """A model on trial.
+
+    Attributes:
+        name: what the model is, for people.
+        model: the model.
+        sequences: what it is tried with, by name.
+    """
+
+    def __init__(self, name: str, model: PreTrainedModel, taps: list[Tap], longest: int) -> None:
+        """Draw sequences.
+
+        Args:
+            name: what the model is.
+            model: the model, in evaluation mode, with transformers' own attention.
+            taps: where to read rows.
+            longest: the most tokens of a sequence.
+        """
+        self.name = name
+        self.model = model
+        self.sequences = sequences(model, longest)
+        self._taps = taps
+        self._expected: dict[str, Rows] = {}
+        noise = float(row_errors(self.alone(self.sequences["short"], copies=3), self.expected("short")).max())
+        self._tolerance = ROUGH if model.dtype != torch.float32 else min(max(EXACT, 10 * noise), CHAOTIC)
+
+    @cached_property
+    def remembered(self) -> Remembered:
+        """How the model remembers.
+
+        Raises:
+            UnsupportedModelError: if the engine cannot keep its cache.
+        """
+        return find_out(self.model, self.model.device)
+
+    def expected(self, name: str) -> Rows:
+        """Return what a sequence's rows have to be: at first, those of one forward of its own."""
+        if name not in self._expected:
+            self._expected[name] = self.alone(self.sequences[name])
+        return self._expected[name]
+
+    def expect(self, name: str, rows: Rows) -> None:
+        """Say what a sequence's rows have to be."""
+        self._expected[name] = rows
+
+    def alone(self, sequence: list[int], copies: int = 1) -> Rows:
+        """Return a sequence's rows in one forward of its own, or beside copies of itself."""
+        forget_lengths(self.model)
+        with self._recorded() as forwards:
+            self.model(input_ids=torch.tensor([sequence] * copies, device=self.model.device), use_cache=False)
+        return torch.stack([layer[0] for layer in forwards[0]])
+
+    def counted(self, sequence: list[int]) -> Rows:
+        """Return a sequence's rows in one forward of its own that is told its positions, from 0, as an engine tells them."""
+        tokens, positions = torch.tensor([sequence]), torch.arange(len(sequence))[None]
+        cache = self.remembered.new_cache()  # found out before rows are recorded
+        with self._recorded() as forwards:
+            self._forward(tokens, torch.ones_like(tokens), positions, cache)
+        return torch.stack([layer[0] for layer in forwards[0]])
+
+    def off(self, rows: Sequence[Rows], expected: Sequence[Rows]) -> float:
+        """Return the largest relative error of sequences' rows; 0 if no more rows are off than rounding explains."""
+        worst = 0.0
+        for got, wanted in zip(rows, expected, strict=True):
+            errors = row_errors(got, wanted)
+            if float((errors > self._tolerance).float().mean()) > FEW_ROWS:
+                worst = max(worst, float(errors.max()))
+        return worst
+
+    def batched(self, groups: Sequence[Sequence[list[int]]], *, piece: int | None = None) -> list[Rows]:
+        """Run sequences as an engine does; returns the rows of each.
+
+        The first group is prefilled with padding on the left; the next ones join after a decoded token each.
+
+        Args:
+            groups: the sequences of each prefill.
+            piece: tokens of a prompt to read at once; None reads whole prompts.
+        """
+        remembered = self.remembered
+        rows: BatchRows = SlotRows() if remembered.continuous else StaticRows(remembered.new_cache, remembered.modules)
+        sequences: list[list[int]] = []
+        found: list[list[Tensor]] = []  # per sequence and layer, [tokens, d]
+        for group in groups:
+            lengths = [len(sequence) - DECODED for sequence in group]
+            width = max(lengths)
+            padding = torch.tensor([width - length for length in lengths])[:, None]
+            tokens = torch.tensor(
+                [[0] * int(pad) + seq[:length] for pad, seq, length in zip(padding, group, lengths, strict=True)]
+            )
+            columns = torch.arange(width)
+            mask, positions = (columns >= padding).long(), (columns - padding).clamp(min=0)
+            cache = rows.new()
+            with self._recorded() as forwards:
+                for start in range(0, width, piece or width):
+                    stop = min(start + (piece or width), width)
+                    cache = self._forward(tokens[:, start:stop], mask[:, :stop], positions[:, start:stop], cache)
+            read = [torch.cat(parts, dim=1) for parts in zip(*forwards, strict=True)]
+            rows.add(cache, list(range(len(group))), padding[:, 0].tolist(), width)
+            sequences += group
+            found += [[layer[i, width - length :] for layer in read] for i, length in enumerate(lengths)]
+            self._decode(rows, sequences, found)
+        for _ in range(DECODED - 1):
+            self._decode(rows, sequences, found)
+        return [torch.stack(layers) for layers in found]
+
+    def _decode(self, rows: BatchRows, sequences: list[list[int]], found: list[list[Tensor]]) -> None:
+        """Feed each sequence's next token, the last one again and again when a sequence is at its end."""
+        tokens = torch.tensor(
+            [[seq[min(layers[0].shape[0], len(seq) - 1)]] for seq, layers in zip(sequences, found, strict=True)]
+        )
+        mask, positions = rows.step_inputs()
+        with self._recorded() as forwards:
+            cache = self._forward(tokens, mask, positions, rows.cache)
+        rows.stepped(cache)
+        for i, layers in enumerate(found):
+            if layers[0].shape[0] < len(sequences[i]):
+                found[i] = [torch.cat([layer, new[i]]) for layer, new in zip(layers, forwards[0], strict=True)]
+
+    def _forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Any:
+        """Run the model on new tokens; returns the cache to go on with."""
+        step = Step(tokens, mask, positions, cache)
+        if step.begins:
+            forget_lengths(self.model)
+        return self.remembered.given(self.model(**self.remembered.arguments(step, self.model.device)), cache)
+
+    @contextmanager
+    def _recorded(self) -> Iterator[list[list[Tensor]]]:
+        """Record, per forward and layer, the rows `[batch, tokens, d]`."""
+        forwards: list[list[Tensor]] = []
+        batch = tokens = 0
+
+        def begin(_module: Any, _args: Any, kwargs: Any) -> None:
+            nonlocal batch, tokens
+            batch, tokens = kwargs["input_ids"].shape
+            forwards.append([])
+
+        def keep(value: Any, place: int) -> None:
+            forwards[-1].append(nth_tensor(value, place).float().reshape(batch, tokens, -1).cpu())
+
+        def taken(_module: Any, args: Any, kwargs: Any) -> None:
+            keep((args, kwargs), 0)
+
+        def given(_module: Any, _args: Any, output: Any, *, place: int) -> None:
+            keep(output, place)
+
+        handles = [self.model.register_forward_pre_hook(begin, with_kwargs=True)]
+        for tap in self._taps:
+            module = self.model.get_submodule(tap.module)
+            handles.append(
+                module.register_forward_pre_hook(taken, with_kwargs=True)
+                if tap.side == "input"
+                else module.register_forward_hook(partial(given, place=tap.place))
+            )
+        try:
+            yield forwards
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def sequences(model: PreTrainedModel, longest: int) -> dict[str, list[int]]:
+    """Draw the sequences that a model is tried with; the last `DECODED` tokens of each are decoded.
+
+    Args:
+        model: the model, for its vocabulary.
+        longest: the most tokens; more than windows, chunks and, on a stand-in, the rotation's limit.
+
+    Returns:
+        Tokens by name; a twin is as long as what it is a twin of, and has other tokens.
+    """
+    config = model.config.get_text_config()
+    special: set[int | None] = set()
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        ids = getattr(config, name, None)
+        special |= set(ids) if isinstance(ids, list) else {ids}
+    size = model.get_input_embeddings().weight.shape[0]
+    drawn = torch.randint(0, size, (8 * longest,), generator=torch.Generator().manual_seed(0)).tolist()
+    tokens = iter([token for token in drawn if token not in special])
+    lengths = {
+        "short": 9,
+        "middle": 14,
+        "long": longest - 8,
+        "longer": longest,
+        "short_twin": 9,
+        "long_twin": longest - 8,
+    }
+    return {name: list(islice(tokens, length)) for name, length in lengths.items()}
+
+
+def row_errors(rows: Rows, expected: Rows) -> Float[Tensor, "tokens"]:
+    """Return, per token, the largest relative error of its rows.
+
+    It is infinite where one is not finite and the other is, and 0 where neither is: an overflow is not judged here.
+    """
+    difference = (rows - expected).norm(dim=-1)
+    errors = torch.where(difference == 0, 0.0, difference / expected.norm(dim=-1).clamp_min(1e-30)).nan_to_num(math.inf)
+    overflown = ~rows.isfinite().all(-1) & ~expected.isfinite().all(-1)
+    return errors.masked_fill(overflown, 0.0).amax(0)

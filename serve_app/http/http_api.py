@@ -1,0 +1,105 @@
+"""What every route has in common: the error envelope, the key, and what `middleware` puts around a request.
+
+FastAPI's own errors (an unknown route, an invalid body) become OpenAI's envelope too, and never 422: OpenAI's clients know
+400. There is no CORS: a page in a browser cannot use the server of whoever looks at it.
+"""
+
+import hmac
+import logging
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.routing import APIRoute
+from starlette.exceptions import HTTPException
+
+from roentgen import __version__
+from roentgen.api_keys import api_keys
+from roentgen.store import StoreError
+from roentgen.strict_json import JsonError, read_json
+from serve_app.http.metrics import Metrics
+from serve_app.http.middleware import BodyLimit, LoopbackOnly, Observed
+from serve_app.openai_api.errors import ApiError, from_json, from_validation
+
+log = logging.getLogger(__name__)
+
+
+def check_key(request: Request) -> None:
+    """Refuse a request without a valid key.
+
+    Raises:
+        ApiError: 401.
+    """
+    keys = api_keys()
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    # Every key is compared, each in constant time, so that timing tells nothing; as bytes: a header need not be UTF-8.
+    matches = [hmac.compare_digest(given.strip().encode("latin-1"), key.encode()) for key in keys]
+    if keys and not (scheme.lower() == "bearer" and any(matches)):
+        raise ApiError(401, "no valid API key; send it as 'Authorization: Bearer KEY'", code="invalid_api_key")
+
+
+class _JsonRequest(Request):
+    async def json(self) -> Any:
+        if not hasattr(self, "_json"):
+            self._json = read_json(await self.body())
+        return self._json
+
+
+class JsonRoute(APIRoute):
+    """A route whose body is read strictly (`roentgen.strict_json`); the ingress's routers make their routes of it."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """Return the handler, which FastAPI asks for the body."""
+        handle = super().get_route_handler()
+
+        async def checked(request: Request) -> Response:
+            return await handle(_JsonRequest(request.scope, request.receive))
+
+        return checked
+
+
+def make_api(max_body_bytes: int, metrics: Metrics) -> FastAPI:
+    """Return an application without routes that turns every error into the envelope.
+
+    Args:
+        max_body_bytes: the largest body it reads; beyond, 413.
+        metrics: told of every request.
+    """
+    # The description of the routes is a route like the others, behind the key (`Ingress`).
+    api = FastAPI(title="Roentgen", version=__version__, openapi_url=None)
+    api.router.route_class = JsonRoute
+    api.add_middleware(BodyLimit, max_bytes=max_body_bytes)
+    if not api_keys():
+        api.add_middleware(LoopbackOnly)
+    api.add_middleware(Observed, metrics=metrics)
+
+    @api.exception_handler(ApiError)
+    async def on_api_error(request: Request, error: ApiError) -> JSONResponse:
+        request.state.error_code = error.code
+        return JSONResponse(error.body(), error.status, error.headers())
+
+    @api.exception_handler(RequestValidationError)
+    async def on_invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        return await on_api_error(request, from_validation(list(error.errors())))
+
+    @api.exception_handler(HTTPException)
+    async def on_http(request: Request, error: HTTPException) -> JSONResponse:
+        if isinstance(error.__cause__, JsonError):  # FastAPI wraps whatever is raised while a body is read
+            return await on_api_error(request, from_json(error.__cause__))
+        message = f"{request.method} {request.url.path}: {error.detail}"
+        return JSONResponse(ApiError(error.status_code, message).body(), error.status_code, error.headers)
+
+    @api.exception_handler(StoreError)
+    async def on_store(request: Request, error: StoreError) -> JSONResponse:
+        log.error("%s", error)  # with paths, which are no client's business
+        return await on_api_error(request, ApiError(500, "the session cannot be read", code="store_failed"))
+
+    @api.exception_handler(Exception)
+    async def on_bug(request: Request, error: Exception) -> JSONResponse:
+        return await on_api_error(
+            request, ApiError(500, f"internal error: {type(error).__name__}", code="internal_error")
+        )
+
+    return api

@@ -1,0 +1,330 @@
+"""The routes: each validates a request, hands it to a replica, and turns what comes back into a reply.
+
+The ingress holds no model. It validates a request's body (unknown parameters are errors), hands it to a replica through the
+Serve handle, and turns what comes back into a JSON reply or server-sent events. For a stream it waits for the first piece
+before it answers, so that whatever can fail at once fails with an HTTP status instead of inside a 200.
+"""
+
+import asyncio
+import json
+import math
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import pandas as pd
+from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from ray.serve.handle import DeploymentHandle
+from starlette.datastructures import State
+
+from roentgen.contract import check_session_id
+from roentgen.store import Session, SessionBusyError, SessionNotFoundError, SessionSummary, list_sessions
+from roentgen.store.files import read_file, session_files, tar_session
+from roentgen.store.sessions import delete_session, find_session, summarise
+from serve_app.config import ModelChoice, ServerConfig
+from serve_app.http.http_api import JsonRoute, check_key, make_api
+from serve_app.http.metrics import Metrics
+from serve_app.logs import write_json_logs
+from serve_app.openai_api.chat import ChatRequest
+from serve_app.openai_api.completions import CompletionRequest
+from serve_app.openai_api.errors import ApiError
+from serve_app.openai_api.schemas import (
+    HEALTH,
+    ChatCompletion,
+    Completion,
+    DeletedSession,
+    DetokenizedText,
+    ModelCard,
+    ModelList,
+    ModelStructure,
+    SessionFiles,
+    SessionList,
+    SessionPage,
+    Tokens,
+    binary,
+    documented,
+    exposition,
+)
+from serve_app.openai_api.tokenize import DetokenizeRequest, TokenizeRequest
+from serve_app.replica.fleet import Replicas
+
+Body = dict[str, Any]
+
+
+class Ingress:
+    """The routes; `app.build` makes it a Serve deployment."""
+
+    def __init__(self, model: DeploymentHandle, config: ServerConfig, redeploy: Callable[[ModelChoice], None]) -> None:
+        write_json_logs()
+        self._model = model
+        self._config = config
+        self._metrics = Metrics()
+        self._replicas = Replicas(model, config, redeploy)
+        self._writing: Counter[str] = Counter()
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Bind the routes to this object's methods; Serve calls it once per replica. All but `/health` ask for the key."""
+        api = make_api(self._config.max_body_bytes, self._metrics)
+        api.add_api_route("/health", self.health, methods=["GET"], **HEALTH)
+        locked = APIRouter(dependencies=[Depends(check_key)], route_class=JsonRoute)
+        locked.add_api_route("/v1/models", self.models, methods=["GET"], **documented(ModelList))
+        locked.add_api_route("/v1/models/{model_id:path}", self.model, methods=["GET"], **documented(ModelCard))
+        locked.add_api_route("/v1/model/structure", self.structure, methods=["GET"], **documented(ModelStructure))
+        locked.add_api_route(
+            "/v1/chat/completions", self.chat, methods=["POST"], **documented(ChatCompletion, streams=True)
+        )
+        locked.add_api_route(
+            "/v1/completions", self.completions, methods=["POST"], **documented(Completion, streams=True)
+        )
+        locked.add_api_route("/tokenize", self.tokenize, methods=["POST"], **documented(Tokens))
+        locked.add_api_route("/detokenize", self.detokenize, methods=["POST"], **documented(DetokenizedText))
+        locked.add_api_route("/v1/activations/sessions", self.sessions, methods=["GET"], **documented(SessionList))
+        locked.add_api_route(
+            "/v1/activations/session/{session_id}", self.session, methods=["GET"], **documented(SessionPage)
+        )
+        locked.add_api_route(
+            "/v1/activations/session/{session_id}",
+            self.delete_session,
+            methods=["DELETE"],
+            **documented(DeletedSession),
+        )
+        locked.add_api_route(
+            "/v1/activations/session/{session_id}/download",
+            self.download,
+            methods=["GET"],
+            **binary("application/x-tar"),
+        )
+        locked.add_api_route(
+            "/v1/activations/session/{session_id}/files", self.files, methods=["GET"], **documented(SessionFiles)
+        )
+        locked.add_api_route(
+            "/v1/activations/session/{session_id}/files/{path:path}",
+            self.file,
+            methods=["GET"],
+            **binary("application/octet-stream"),
+        )
+        locked.add_api_route("/v1/models/load", self.load_model, methods=["POST"], **documented(ModelCard))
+        locked.add_api_route("/models/load", self.load_model, methods=["POST"], include_in_schema=False)
+        locked.add_api_route("/metrics", self.metrics, methods=["GET"], **exposition())
+        locked.add_api_route("/openapi.json", api.openapi, methods=["GET"], include_in_schema=False)
+        api.include_router(locked)
+        return api
+
+    async def health(self) -> JSONResponse:
+        """Say whether the model answers, or what stage its start or its swap is in; 503 until it is ready."""
+        status = await self._replicas.known()
+        code = 200 if status["status"] == "ok" else 503
+        return JSONResponse({"status": status["status"], "stage": status["stage"]}, code)
+
+    async def models(self) -> Body:
+        """List the served model."""
+        return {"object": "list", "data": [(await self._replicas.serving())["model"]]}
+
+    async def model(self, model_id: str) -> Body:
+        """Show the served model."""
+        card: Body = (await self._replicas.serving())["model"]
+        if card["id"] != model_id:
+            raise ApiError(404, f"model {model_id!r} is not served here", param="model", code="model_not_found")
+        return card
+
+    async def structure(self) -> Body:
+        """Show the model's layers and hook points."""
+        structure: Body = (await self._replicas.serving())["structure"]
+        return structure
+
+    async def load_model(self, body: ModelChoice) -> Body:
+        """Serve another model in place of this one; answers when it is ready, or why it cannot be."""
+        self._replicas.check_allowed(body)
+        # Begun is begun: a client that goes away does not leave the replicas between two models.
+        status = await asyncio.shield(asyncio.create_task(self._replicas.swap(body)))
+        card: Body = status["model"]
+        return card
+
+    async def metrics(self) -> Response:
+        """Show what has been measured, and how much there is to do."""
+        return Response(self._metrics.text(await self._replicas.loads()), media_type=CONTENT_TYPE_LATEST)
+
+    async def chat(self, request: Request, body: ChatRequest) -> Any:
+        """Answer a chat completion, whole or streamed, with activations kept if asked."""
+        return await self._generate(request.state, body)
+
+    async def completions(self, request: Request, body: CompletionRequest) -> Any:
+        """Continue raw prompts, whole or streamed, with activations kept if asked."""
+        return await self._generate(request.state, body)
+
+    async def tokenize(self, body: TokenizeRequest) -> JSONResponse:
+        """Count and return the tokens of a text or of a conversation."""
+        await self._replicas.check_there()
+        with self._replicas.asked():
+            return _answer(await self._model.tokenize.remote(body))
+
+    async def detokenize(self, body: DetokenizeRequest) -> JSONResponse:
+        """Return the text of tokens."""
+        await self._replicas.check_there()
+        with self._replicas.asked():
+            return _answer(await self._model.detokenize.remote(body))
+
+    def sessions(self) -> Body:
+        """List the sessions of the activation store."""
+        return {"object": "list", "data": [asdict(summary) for summary in list_sessions(self._config.store)]}
+
+    def session(
+        self,
+        session_id: str,
+        offset: Annotated[int, Query(ge=0)] = 0,
+        limit: Annotated[int, Query(ge=0, le=10_000)] = 100,
+    ) -> Body:
+        """Show what a session holds, with a page of its rollouts."""
+        session = self._find(session_id)
+        summary: SessionSummary = summarise(session.place)
+        ids = session.rollouts(columns=())["rollout_id"].iloc[offset : offset + limit]
+        page = session.rollouts(columns=("labels",), ids=ids).sort_values("rollout_id")
+        return {**asdict(summary), "offset": offset, "items": [_entry(row) for row in page.to_dict("records")]}
+
+    def delete_session(self, session_id: str) -> Body:
+        """Delete a session and all it holds; one that is being written is refused."""
+        _check_id(session_id)
+        if self._writing[session_id]:
+            raise ApiError(409, f"session {session_id!r} is being written", param="session_id", code="session_busy")
+        try:
+            freed = delete_session(self._config.store, session_id)
+        except SessionNotFoundError as error:
+            raise _no_session(session_id) from error
+        except SessionBusyError as error:
+            raise ApiError(409, str(error), param="session_id", code="session_busy") from error
+        return {"id": session_id, "object": "activations.session", "deleted": True, "bytes": freed}
+
+    def download(self, session_id: str) -> StreamingResponse:
+        """Send a session as a tar archive: what is committed now, also while more is being written."""
+        size, pieces = tar_session(self._find(session_id))
+        headers = {"Content-Length": str(size), "Content-Disposition": f'attachment; filename="{session_id}.tar"'}
+        return StreamingResponse(pieces, media_type="application/x-tar", headers=headers)
+
+    def files(self, session_id: str) -> Body:
+        """List a session's committed files: what `roentgen sessions pull` fetches, one by one."""
+        files = session_files(self._find(session_id))
+        return {"object": "list", "data": [{"name": file.name, "size": file.size} for file in files]}
+
+    def file(self, session_id: str, path: str) -> StreamingResponse:
+        """Send one of a session's files."""
+        session = self._find(session_id)
+        try:
+            size, pieces = read_file(session, path)
+        except FileNotFoundError as error:
+            message = f"session {session_id!r} has no file {path!r}"
+            raise ApiError(404, message, param="path", code="file_not_found") from error
+        return StreamingResponse(
+            map(bytes, pieces), media_type="application/octet-stream", headers={"Content-Length": str(size)}
+        )
+
+    def _find(self, session_id: str) -> Session:
+        _check_id(session_id)
+        try:
+            return find_session(self._config.store, session_id)
+        except SessionNotFoundError as error:
+            raise _no_session(session_id) from error
+
+    async def _generate(self, state: State, body: ChatRequest | CompletionRequest) -> Any:
+        await self._replicas.check_there()
+        if body.stream:
+            return await self._stream(state, body)
+        with self._session_in_use(body), self._replicas.asked():
+            response = self._model.generate.remote(body, state.request_id)
+            try:
+                result = await response
+            except asyncio.CancelledError:
+                response.cancel()  # the client went away: free its place in the batch
+                raise
+        state.stats = result.get("stats")
+        return _answer(result)
+
+    async def _stream(self, state: State, body: ChatRequest | CompletionRequest) -> StreamingResponse:
+        pieces = self._model.options(stream=True).generate_stream.remote(body, state.request_id)
+        with self._replicas.asked():
+            try:
+                first = await anext(pieces)
+            except asyncio.CancelledError:
+                pieces.cancel()  # the client went away before anything was said
+                raise
+        if first and "error" in first[0]:
+            raise ApiError.from_payload(first[0]["error"])
+
+        async def events() -> AsyncIterator[str]:
+            try:
+                with self._session_in_use(body), self._replicas.asked():
+                    yield _sse(state, first)
+                    async for chunks in pieces:
+                        yield _sse(state, chunks)
+            except ApiError as error:  # the status is sent already: the failure has to be said inside the stream
+                yield _sse(state, [{"error": error.payload()}])
+            finally:
+                pieces.cancel()
+            yield "data: [DONE]\n\n"
+
+        return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+
+    @contextmanager
+    def _session_in_use(self, body: ChatRequest | CompletionRequest) -> Iterator[None]:
+        """Count a request that writes a session, so that nobody deletes it meanwhile."""
+        session_id = body.capture.session_id if body.capture else None
+        if session_id is None:
+            yield
+            return
+        self._writing[session_id] += 1
+        try:
+            yield
+        finally:
+            self._writing[session_id] -= 1
+
+
+def _check_id(session_id: str) -> None:
+    try:
+        check_session_id(session_id)
+    except ValueError as error:
+        raise ApiError(400, str(error), param="session_id") from error
+
+
+def _no_session(session_id: str) -> ApiError:
+    return ApiError(404, f"there is no session {session_id!r}", param="session_id", code="session_not_found")
+
+
+_ENTRY = ("rollout_id", "problem_id", "epoch", "turn", "shard", "row_start", "row_stop")
+
+
+def _entry(row: dict[Any, Any]) -> Body:
+    """Spell a rollout of a session's page; its labels as they were sent, where pandas would round their numbers."""
+    entry = {name: None if pd.isna(row[name]) else row[name] for name in _ENTRY}
+    # pandas has no integers in a column with gaps.
+    numbers = {name: int(row[name]) for name in ("epoch", "turn") if entry[name] is not None}
+    # An older store may hold NaN and Infinity, which JSON does not have.
+    labels = {key: None if _is_odd(value) else value for key, value in row["labels"].items()}
+    return {**entry, **numbers, "labels": labels}
+
+
+def _is_odd(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
+
+
+def _answer(result: Body) -> JSONResponse:
+    if "error" in result:
+        raise ApiError.from_payload(result["error"])
+    return JSONResponse(result["reply"])
+
+
+def _sse(state: State, chunks: list[Body]) -> str:
+    """Spell chunks as server-sent events; an error becomes the envelope, and what the request took is kept."""
+    bodies = []
+    for chunk in chunks:
+        if "stats" in chunk:
+            state.stats = chunk["stats"]
+        elif "error" in chunk:
+            error = ApiError.from_payload(chunk["error"])
+            state.error_code = error.code
+            bodies.append(error.body())
+        else:
+            bodies.append(chunk)
+    return "".join(f"data: {json.dumps(body, ensure_ascii=False)}\n\n" for body in bodies)

@@ -1,0 +1,1 @@
+"""Models before they run: finding, identifying, reading and inspecting their weights."""

@@ -1,0 +1,45 @@
+"""Says what a model has to capture, without serving it: from its weights, or from its configuration alone."""
+
+from pathlib import Path
+
+from transformers import AutoConfig
+from transformers.utils.logging import disable_progress_bar
+
+from serve_app.capture.narrowing import resolve_config
+from serve_app.capture.resolver import resolve_structure
+from serve_app.capture.structure import ModelStructure
+from serve_app.models.adapters import read_model
+from serve_app.models.errors import ModelNotFoundError
+from serve_app.models.sources import ModelSource, locate
+
+
+def inspect_model(name: str, *, revision: str | None = None, config_only: bool = False) -> ModelStructure:
+    """Find and verify a model's hook points.
+
+    Args:
+        name: the embedded model, a folder or a hub id; a folder with nothing but a config.json is resolved from that.
+        revision: of a hub model.
+        config_only: leave weights alone (and, of a hub model, do not download them).
+
+    Raises:
+        ModelNotFoundError: if there is no such model, or transformers cannot load it.
+        WeightsError: if its weights are not all there, or not the model's.
+        ResolutionError: if its hook points cannot be found.
+    """
+    disable_progress_bar()
+    source = locate(name, revision)
+    try:
+        if config_only or _is_bare(source):
+            return resolve_config(AutoConfig.from_pretrained(source.path, revision=source.commit), source.name)
+        model = read_model(source, revision=source.commit, dtype="auto").eval()
+    except ModelNotFoundError:
+        raise
+    except (OSError, ValueError) as error:
+        raise ModelNotFoundError(f"model {name!r} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    return resolve_structure(model, source.name)
+
+
+def _is_bare(source: ModelSource) -> bool:
+    """Whether a source is a folder with no weights in it."""
+    folder = Path(source.path)
+    return folder.is_dir() and not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir())

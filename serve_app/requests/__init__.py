@@ -1,0 +1,1 @@
+"""What happens to one request between the wire and the engine: planning, running, probes and steering."""

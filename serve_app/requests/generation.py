@@ -1,0 +1,261 @@
+"""Runs the choices of one request through the engine and the store, and says what has happened as it happens.
+
+A request is one or more choices (`n`, or several prompts), each a job of its own in the engine's batch. A choice that captures
+is done only when its rows are durable. Leaving early, by an error, a time limit or the client going away, cancels every choice,
+which frees their places at the engine's next step.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+from ulid import ULID
+
+from roentgen.contract import ActivationRequest
+from roentgen.store import NonFiniteRowsError, StoreError
+from roentgen.tokenized_text import TokenizedText
+from serve_app.capture.rows import CapturePlan, UncapturableError
+from serve_app.capture.scoring import Scorer, UnscorableError
+from serve_app.capture.steering import Addition, OversteeredError, UnsteerableError
+from serve_app.engines.constraints import Grammar, SchemaError
+from serve_app.engines.protocol import (
+    Constraint,
+    ConstraintError,
+    Engine,
+    EngineBusyError,
+    EngineStoppedError,
+    Event,
+    Failed,
+    Finished,
+    GenerationJob,
+    NonFiniteLogitsError,
+    RequestTooLargeError,
+    Sampling,
+    TextDelta,
+    UnknownTokenError,
+)
+from serve_app.engines.rollout import make_entry
+from serve_app.engines.served_model import ServedModel
+from serve_app.engines.storage import Done, Storage, Stored
+from serve_app.openai_api.errors import RETRY_AFTER_S, ApiError
+
+log = logging.getLogger(__name__)
+
+_ROOM_POLL_S = 0.02
+
+
+@dataclass(frozen=True)
+class Served:
+    """What a replica that can serve has."""
+
+    model: ServedModel
+    engine: Engine
+    storage: Storage
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One generation of a request.
+
+    Attributes:
+        prompt: what the model is given.
+        sampling: how to choose tokens.
+        role: who speaks the completion.
+        asked: what to keep, None for nothing.
+        plan: `asked`, resolved.
+        grammar: what to follow, None for free text.
+        score_prompt: whether the prompt's own tokens are to be scored.
+        probes: what its tokens are to be scored with.
+        steering: what is to be added to its stream.
+    """
+
+    prompt: TokenizedText
+    sampling: Sampling
+    role: str
+    asked: ActivationRequest | None = None
+    plan: CapturePlan | None = None
+    grammar: Grammar | None = None
+    score_prompt: bool = False
+    probes: tuple[Scorer, ...] = ()
+    steering: tuple[Addition, ...] = ()
+
+
+Item = tuple[int, TextDelta | Done | Failed]
+Tell = Callable[[TextDelta | Done | Failed], None]
+
+
+async def generate(
+    served: Served, choices: list[Choice], *, stream: bool, session_id: str, timeout_s: float
+) -> AsyncIterator[list[tuple[int, TextDelta | Done]]]:
+    """Run choices and yield, each time, what has happened since the last time, by the choice's number.
+
+    Args:
+        served: the model, its engine and its store.
+        choices: what to generate; all are submitted at once.
+        stream: whether to yield text as it comes.
+        session_id: where activations go that name no session.
+        timeout_s: the longest that all of it may take.
+
+    Raises:
+        ApiError: if a grammar cannot be followed, the queue is full, it takes too long, or generation, capture or commit
+            fails.
+    """
+    loop = asyncio.get_running_loop()
+    queue: asyncio.Queue[Item] = asyncio.Queue()
+
+    def listener(index: int, choice: Choice) -> "_Listener":
+        def tell(item: TextDelta | Done | Failed) -> None:
+            loop.call_soon_threadsafe(queue.put_nowait, (index, item))
+
+        return _Listener(served, choice, session_id, tell)
+
+    constraints = await _constraints(served, choices)
+    jobs = [
+        GenerationJob(
+            prompt_ids=choice.prompt.token_ids,
+            sampling=choice.sampling,
+            listener=listener(index, choice).hear,
+            capture=choice.plan,
+            stream=stream,
+            constraint=constraint,
+            score_prompt=choice.score_prompt,
+            probes=choice.probes,
+            steering=choice.steering,
+        )
+        for index, (choice, constraint) in enumerate(zip(choices, constraints, strict=True))
+    ]
+    open_choices = len(jobs)
+    try:
+        async with asyncio.timeout(timeout_s):
+            # The store is slower than the model: whoever wants more stored waits outside the batch, where nothing is held.
+            while any(choice.plan for choice in choices) and not served.storage.has_room:
+                await asyncio.sleep(_ROOM_POLL_S)
+            for job in jobs:
+                served.engine.submit(job)
+            while open_choices:
+                arrived = [await queue.get()]
+                while not queue.empty():
+                    arrived.append(queue.get_nowait())
+                events = []
+                for index, item in arrived:
+                    if isinstance(item, Failed):
+                        raise item.error
+                    open_choices -= isinstance(item, Done)
+                    events.append((index, item))
+                yield events
+    except TimeoutError as error:
+        raise ApiError(408, f"not finished within {timeout_s:g} s", code="timeout") from error
+    except (
+        ConstraintError,
+        EngineBusyError,
+        EngineStoppedError,
+        NonFiniteLogitsError,
+        OversteeredError,
+        RequestTooLargeError,
+        StoreError,
+        UncapturableError,
+        UnknownTokenError,
+        UnscorableError,
+        UnsteerableError,
+    ) as error:
+        raise as_api_error(error) from error
+    except ApiError:
+        raise
+    except Exception as error:
+        raise ApiError(
+            500, f"the generation failed: {type(error).__name__}: {error}", code="generation_failed"
+        ) from error
+    finally:
+        for job in jobs:
+            job.cancelled.set()
+
+
+async def _constraints(served: Served, choices: list[Choice]) -> list[Constraint | None]:
+    """Compile each choice's grammar, on a thread: a large schema takes a while, and others want answers meanwhile.
+
+    Raises:
+        ApiError: if a schema cannot be followed, naming where the request has it.
+    """
+
+    def compiled() -> list[Constraint | None]:
+        made = served.model.constraints
+        return [made.compile(choice.grammar) if choice.grammar is not None else None for choice in choices]
+
+    if all(choice.grammar is None for choice in choices):
+        return [None] * len(choices)
+    try:
+        return await asyncio.to_thread(compiled)
+    except ConstraintError as error:
+        param = error.param if isinstance(error, SchemaError) else None
+        raise ApiError(400, str(error), param=param, code="unsupported_schema") from error
+
+
+class _Listener:
+    """Hears one choice's events on the engine's thread, and stores what it captured before it is called done."""
+
+    def __init__(self, served: Served, choice: Choice, session_id: str, tell: Tell) -> None:
+        self._served = served
+        self._choice = choice
+        self._session_id = session_id
+        self._tell = tell
+
+    def hear(self, event: Event) -> None:
+        """Pass an event on; a finished choice that captured goes to the store first."""
+        if not isinstance(event, Finished):
+            self._tell(event)
+        elif self._choice.asked is None:
+            self._tell(Done(event, None))
+        else:
+            try:
+                self._commit(event, self._choice.asked)
+            except Exception as error:  # raised on the engine's thread, it would fail the whole batch
+                log.exception("a finished generation cannot be stored")
+                self._tell(Failed(error))
+
+    def _commit(self, finished: Finished, asked: ActivationRequest) -> None:
+        session_id = asked.session_id or self._session_id
+        entry = make_entry(
+            self._served.model, self._choice.prompt, self._choice.role, asked, finished, session_id, str(ULID())
+        )
+
+        def committed(future: "Future[Stored]") -> None:  # on the storage's thread
+            error = future.exception()
+            if error is None:
+                self._tell(Done(finished, future.result()))
+            else:
+                self._tell(Failed(error if isinstance(error, Exception) else StoreError(str(error))))
+
+        self._served.storage.keep(entry, finished).add_done_callback(committed)
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """Spell a failure that is expected for a client."""
+    match error:
+        case EngineBusyError():
+            return ApiError(429, f"the server is busy: {error}", code="busy", retry_after_s=RETRY_AFTER_S)
+        case EngineStoppedError():
+            return ApiError(503, str(error), retry_after_s=RETRY_AFTER_S)
+        case RequestTooLargeError():
+            return ApiError(400, str(error), code="request_too_large")
+        case NonFiniteLogitsError():
+            return ApiError(500, str(error), code="non_finite_logits")
+        case UncapturableError():
+            return ApiError(400, f"activations.hook_points: {error}", param="activations.hook_points")
+        case UnscorableError():
+            return ApiError(400, f"probes: {error}", param="probes")
+        case UnsteerableError():
+            return ApiError(400, f"steering: {error}", param="steering")
+        case UnknownTokenError():
+            return ApiError(400, f"prompt: {error}", param="prompt")
+        case OversteeredError():
+            return ApiError(400, f"steering: {error}", param="steering", code="steering_overflow")
+        case SchemaError():
+            return ApiError(400, str(error), param=error.param, code="constraint_failed")
+        case ConstraintError():
+            return ApiError(400, f"response_format or tools: {error}", code="constraint_failed")
+        case NonFiniteRowsError():
+            return ApiError(500, f"activations: {error}", param="activations", code="non_finite_rows")
+        case _:
+            return ApiError(500, str(error), code="activations_not_stored")

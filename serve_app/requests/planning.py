@@ -1,0 +1,284 @@
+"""From a checked request to the choices that the engine runs: what needs the model, its tokenizer and its limits.
+
+What can be refused by looking is refused here, before anything is queued: a prompt that is too long, a hook point the model
+does not have, values too many to send.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from ulid import ULID
+
+from roentgen.contract import SAMPLED_FEATURES, ActivationRequest, Positions, count_rows
+from roentgen.tokenized_text import TokenizedText
+from serve_app.capture.rows import CapturePlan
+from serve_app.capture.steering import Addition
+from serve_app.capture.structure import CaptureRequestError
+from serve_app.config import ServerConfig
+from serve_app.engines.constraints import Grammar
+from serve_app.engines.storage import Done
+from serve_app.models.context import UNBOUNDED
+from serve_app.models.tokenization import ASSISTANT, COMPLETION
+from serve_app.openai_api.chat import ChatReply, ChatRequest
+from serve_app.openai_api.completions import CompletionReply, CompletionRequest, raw_prompt
+from serve_app.openai_api.errors import ApiError
+from serve_app.openai_api.grammars import json_object_grammar, json_schema_grammar, tool_call_grammar
+from serve_app.openai_api.params import GenerationParams
+from serve_app.openai_api.probing import STEERING_LABEL
+from serve_app.openai_api.prompt import render
+from serve_app.openai_api.reply import Reasoning, reasoning_mode
+from serve_app.openai_api.seed_spelling import older_key
+from serve_app.openai_api.tokenize import check_tokens
+from serve_app.requests.generation import Choice, Served
+from serve_app.requests.probes_and_steering import resolve_probes, resolve_steering, steering_label
+
+BYTES_PER_VALUE = 12
+"""What a number takes in a JSON reply, about."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request, ready to run.
+
+    Attributes:
+        choices: what to generate.
+        reply: turns what happens into the reply.
+        asked: what to keep, None for nothing.
+        spelling: how the reply spells stored keys, where it does so in another way.
+        listed: whether the reply lists its rollouts, as it does for several choices.
+    """
+
+    choices: list[Choice]
+    reply: ChatReply | CompletionReply
+    asked: ActivationRequest | None
+    spelling: dict[str, str]
+
+    @property
+    def listed(self) -> bool:
+        """Whether the reply lists its rollouts: one is given as it is, several as a list."""
+        return len(self.choices) > 1
+
+
+def plan_chat(served: Served, request: ChatRequest, config: ServerConfig) -> Plan:
+    """Render a conversation and plan its choices.
+
+    Raises:
+        ApiError: if something asked for cannot be.
+    """
+    _check_engine(served, request, config)
+    model = served.model
+    tools = request.tools if request.calls_tools else []
+    rendered = render(
+        model.tokenizer, request.messages, model.source.name, tools=tools, template_kwargs=request.chat_template_kwargs
+    )
+    prompt = rendered.prompt
+    check_tokens(prompt.token_ids, model.n_embeddings, "messages")
+    max_tokens = _max_tokens(served, prompt, request.token_limit, "messages")
+    probes = resolve_probes(model, request.probes, config.probes)
+    steering = resolve_steering(model, request.steering, config.probes)
+    first = rendered.turn_start if request.capture and request.capture.since == "turn" else 0
+    asked, capture, spelling = _capture(served, request, prompt, max_tokens, config, steering, first=first)
+    template = model.tokenizer.chat_template
+    reasoning = reasoning_mode(template if isinstance(template, str) else str(template), prompt.text)
+    grammar = _grammar(request, reasoning)
+    choices = [
+        Choice(
+            prompt=prompt,
+            sampling=request.sampling(max_tokens, number, request.top_logprobs),
+            role=ASSISTANT,
+            asked=asked,
+            plan=capture,
+            grammar=grammar,
+            probes=probes,
+            steering=steering,
+        )
+        for number in range(request.n)
+    ]
+    request_id = f"chatcmpl-{str(ULID()).lower()}"
+    reply = ChatReply(request, request_id, model.tokenizer, reasoning, prompt.n_prompt, probes)
+    return Plan(choices, reply, asked, spelling)
+
+
+def _grammar(request: ChatRequest, reasoning: Reasoning) -> Grammar | None:
+    """Return what a reply has to follow, None for any text."""
+    if request.calls_tools:
+        return tool_call_grammar(
+            request.tools, request.tool_choice or "auto", request.parallel_tool_calls, reasoning=reasoning
+        )
+    shape = request.response_format
+    if shape is None or shape.type == "text":
+        return None
+    if shape.json_schema is None:
+        return json_object_grammar(reasoning=reasoning)
+    return json_schema_grammar(shape.json_schema.schema_, strict=shape.json_schema.strict, reasoning=reasoning)
+
+
+def plan_completion(served: Served, request: CompletionRequest, config: ServerConfig) -> Plan:
+    """Tokenize raw prompts and plan their choices.
+
+    Raises:
+        ApiError: if something asked for cannot be.
+    """
+    _check_engine(served, request, config)
+    tokenizer = served.model.tokenizer
+    prompts = [
+        raw_prompt(
+            tokenizer,
+            prompt,
+            add_special_tokens=request.add_special_tokens,
+            n_embeddings=served.model.n_embeddings,
+        )
+        for prompt in request.prompts
+    ]
+    asked_for = request.capture
+    if asked_for is not None and asked_for.key is not None and len(prompts) > 1:
+        raise ApiError(400, "activations.key: a key names one rollout; send one prompt", param="activations.key")
+    probes = resolve_probes(served.model, request.probes, config.probes)
+    steering = resolve_steering(served.model, request.steering, config.probes)
+    choices = []
+    spelling: dict[str, str] = {}
+    for prompt in (raw.prompt for raw in prompts):
+        max_tokens = _max_tokens(served, prompt, request.max_tokens, "prompt")
+        asked, capture, spelling = _capture(served, request, prompt, max_tokens, config, steering)
+        choices += [
+            Choice(
+                prompt=prompt,
+                sampling=request.sampling(max_tokens, number, request.logprobs or 0),
+                role=COMPLETION,
+                asked=asked,
+                plan=capture,
+                score_prompt=request.echo and request.logprobs is not None,
+                probes=probes,
+                steering=steering,
+            )
+            for number in range(request.n)
+        ]
+    reply = CompletionReply(request, f"cmpl-{str(ULID()).lower()}", tokenizer, prompts, probes)
+    return Plan(choices, reply, asked_for, spelling)
+
+
+def describe_all(plan: Plan, dones: Sequence[Done]) -> dict[str, Any] | None:
+    """Return the reply's `activations` object, None if nothing was asked for."""
+    if plan.asked is None:
+        return None
+    rollouts = []
+    for index, done in enumerate(dones):
+        assert done.stored is not None
+        described = dict(done.stored.reply)
+        if plan.spelling:
+            described["tensors"] = {plan.spelling[key]: value for key, value in described["tensors"].items()}
+        rollouts.append({"choice_index": index, **described})
+    if plan.listed:
+        return {"session_id": rollouts[0]["session_id"], "rollouts": rollouts}
+    return {key: value for key, value in rollouts[0].items() if key != "choice_index"}
+
+
+def _max_tokens(served: Served, prompt: TokenizedText, limit: int | None, param: str) -> int:
+    """Return how many tokens a completion may have.
+
+    Raises:
+        ApiError: if prompt and completion do not fit into the context.
+    """
+    context = min(served.model.context_length or UNBOUNDED, served.engine.capacity)
+    left = context - prompt.n_prompt
+    if left < (1 if limit is None else limit):
+        completion = f" and the completion may take {limit}" if limit else ""
+        raise ApiError(
+            400,
+            f"this model's context is {context} tokens; the {param} takes {prompt.n_prompt}{completion}: "
+            "shorten one of them",
+            param=param,
+            code="context_length_exceeded",
+        )
+    return left if limit is None else limit
+
+
+def _capture(
+    served: Served,
+    request: GenerationParams,
+    prompt: TokenizedText,
+    max_tokens: int,
+    config: ServerConfig,
+    steering: tuple[Addition, ...],
+    first: int = 0,
+) -> tuple[ActivationRequest | None, CapturePlan | None, dict[str, str]]:
+    """Resolve what a request wants to keep, and how its reply is to spell the keys; a steered one is labelled so."""
+    _check_tokens(served, request)
+    asked = request.capture
+    if asked is None:
+        return None, None, {}
+    try:
+        taps = served.model.structure.resolve(asked)
+        names = {
+            key: name
+            for name in asked.hook_points
+            for key in served.model.structure.resolve(asked.model_copy(update={"hook_points": (name,)}))
+        }
+    except CaptureRequestError as error:
+        raise ApiError(400, str(error), param=error.param) from error
+    if not taps:
+        raise ApiError(
+            400, "activations.layers: no layer is named, so there is nothing to keep", param="activations.layers"
+        )
+    plan = CapturePlan(taps, Positions.parse(asked.positions), asked.dtype, first=first)
+    if asked.delivery != "reference":
+        _check_inline(served, asked, plan, prompt.n_prompt, max_tokens, config)
+    spelling = {key: older_key(key, name) for key, name in names.items()} if request.collect_activations else {}
+    if steering:
+        labels = {**asked.labels, STEERING_LABEL: steering_label(request.steering, steering)}
+        asked = asked.model_copy(update={"labels": labels})
+    return asked, plan, spelling
+
+
+def _check_inline(
+    served: Served,
+    asked: ActivationRequest,
+    plan: CapturePlan,
+    n_prompt: int,
+    max_tokens: int,
+    config: ServerConfig,
+) -> None:
+    """Refuse values that would make too large a reply, before anything is generated."""
+    n_rows = plan.count(n_prompt, count_rows(n_prompt, max_tokens))
+    per_row = SAMPLED_FEATURES if asked.delivery == "sample" else served.model.structure.d_model
+    size = prod((n_rows, len(plan.taps), per_row, BYTES_PER_VALUE))
+    if size > config.max_inline_bytes:
+        raise ApiError(
+            400,
+            f"activations.return: {asked.delivery!r} may send about {size / 1e6:,.0f} MB ({n_rows} rows of {len(plan.taps)} "
+            f"keys); the limit is {config.max_inline_bytes / 1e6:,.0f} MB: ask for fewer rows, keys or max_tokens, or for a "
+            "reference, and read the rows from the store",
+            param="activations.return",
+            code="reply_too_large",
+        )
+
+
+def _check_engine(served: Served, request: GenerationParams, config: ServerConfig) -> None:
+    """Refuse what this server or its engine does not do."""
+    asked = {"activations": request.capture, "steering": request.steering, "probes": request.probes}
+    for param, value in asked.items():
+        if value and not config.capture:
+            raise ApiError(
+                400,
+                f"{param}: this server reads and changes no activations (capture: false)",
+                param=param,
+                code="no_capture",
+            )
+    if request.probes and not served.engine.scores_rows:
+        raise ApiError(
+            400,
+            f"probes: the {served.engine.name} engine does not score tokens while it generates; capture their activations, or "
+            "use a server with engine=transformers",
+            param="probes",
+            code="unsupported_by_engine",
+        )
+
+
+def _check_tokens(served: Served, request: GenerationParams) -> None:
+    """Refuse tokens that the model's output does not have."""
+    size = served.model.vocab_size
+    for param, tokens in (("logit_bias", request.logit_bias), ("stop_token_ids", request.stop_token_ids)):
+        if wrong := next((token for token in tokens if token >= size), None):
+            raise ApiError(400, f"{param}: {wrong} is not a token; the model has 0–{size - 1}", param=param)

@@ -1,0 +1,193 @@
+"""From what a request names to what the engine is given: probes to score with, vectors to add.
+
+Saved probes are read from folders of this replica's machine that the configuration allows, and from nowhere else; they are
+safetensors and JSON, so reading one runs nothing. Everything is checked here, before anything is queued: that a probe is of
+the served model and revision, that its hook point is there, that widths agree and that numbers are finite in the model's
+dtype.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS, ActivationRequest, Positions, split_key
+from roentgen.linear_probe import CARDS, Readout, SavedProbe, SavedProbeError, load_probe
+from serve_app.capture.scoring import Scorer
+from serve_app.capture.steering import Addition
+from serve_app.capture.structure import CaptureRequestError, Tap
+from serve_app.engines.served_model import ServedModel
+from serve_app.openai_api.errors import ApiError
+from serve_app.openai_api.probing import InlineProbe, SteeringRequest
+
+WIDE = tuple(name for name in (*LAYER_HOOK_POINTS, *MODEL_HOOK_POINTS) if name != "router")
+"""Hook points whose rows are as wide as the stream."""
+
+
+def resolve_probes(
+    model: ServedModel, asked: Sequence[str | InlineProbe], folders: Sequence[str]
+) -> tuple[Scorer, ...]:
+    """Find the probes that a request asks for.
+
+    Raises:
+        ApiError: naming the one that cannot be used, and why.
+    """
+    return tuple(_scorer(model, probe, f"probes.{place}", folders) for place, probe in enumerate(asked))
+
+
+def resolve_steering(
+    model: ServedModel, asked: Sequence[SteeringRequest], folders: Sequence[str]
+) -> tuple[Addition, ...]:
+    """Find the vectors that a request adds.
+
+    Raises:
+        ApiError: naming the one that cannot be added, and why.
+    """
+    return tuple(_addition(model, one, f"steering.{place}", folders) for place, one in enumerate(asked))
+
+
+def steering_label(asked: Sequence[SteeringRequest], additions: Sequence[Addition]) -> str:
+    """Say what a rollout was steered with, as JSON; a vector of the request by a hash of its numbers."""
+    said: list[dict[str, Any]] = []
+    for one, addition in zip(asked, additions, strict=True):
+        if one.probe is not None:
+            source = {"probe": one.probe} | ({} if one.output is None else {"output": one.output})
+        else:
+            source = {"vector": hashlib.sha256(json.dumps(one.vector).encode()).hexdigest()[:16]}
+        said.append({**source, "key": addition.key, "scale": one.scale, "positions": one.positions})
+    return json.dumps(said)
+
+
+def _scorer(model: ServedModel, asked: str | InlineProbe, param: str, folders: Sequence[str]) -> Scorer:
+    if isinstance(asked, str):
+        probe = _saved(model, asked, param, folders)
+        card = probe.card
+        return Scorer(
+            asked, card.key, _tap(model, card.key, param), _on(model, probe), card.label, card.classes, card.unit
+        )
+    weight = torch.tensor([asked.weight])
+    width = weight.shape[1]
+    mean = torch.tensor(asked.mean) if asked.mean is not None else torch.zeros(width)
+    scale = torch.tensor(asked.scale) if asked.scale is not None else torch.ones(width)
+    tap = _tap(model, asked.key, f"{param}.key")
+    _check_width(model, asked.key, width, f"{param}.weight")
+    return Scorer(
+        asked.name, asked.key, tap, Readout(weight, torch.tensor([asked.bias]), mean, scale).to(model.device), ""
+    )
+
+
+def _addition(model: ServedModel, asked: SteeringRequest, param: str, folders: Sequence[str]) -> Addition:
+    hook_point, layer, direction = asked.hook_point, asked.layer, None
+    if asked.probe is not None:
+        probe = _saved(model, asked.probe, f"{param}.probe", folders)
+        hook, own_layer = split_key(probe.card.key)
+        hook_point = hook_point or hook
+        layer = own_layer if layer is None else layer
+        direction = _direction(probe, asked, f"{param}.output")
+    else:
+        direction = torch.tensor(asked.vector, dtype=torch.float64)
+    hook_point = hook_point or "resid_post"
+    if hook_point not in WIDE:
+        raise _refused(f"{param}.hook_point", f"{hook_point!r} is not one to steer at; allowed are {', '.join(WIDE)}")
+    if hook_point in LAYER_HOOK_POINTS and layer is None:
+        raise _refused(f"{param}.layer", f"is needed, for {hook_point} is in every layer")
+    ((key, tap),) = _resolved(model, hook_point, layer, param).items()
+    _check_width(model, key, len(direction), f"{param}.{'vector' if asked.probe is None else 'probe'}")
+    vector = asked.scale * direction
+    if not vector.to(model.dtype).isfinite().all():
+        raise _refused(f"{param}.scale", f"what is added does not fit into {str(model.dtype).removeprefix('torch.')}")
+    return Addition(key, tap, vector.to(model.device, torch.float32), Positions.parse(asked.positions))
+
+
+def _direction(probe: SavedProbe, asked: SteeringRequest, param: str) -> Float[Tensor, "d"]:
+    outputs = len(probe.weight)
+    if asked.output is None and outputs > 1:
+        names = ", ".join(f"{i} ({name})" for i, name in enumerate(probe.card.classes))
+        raise _refused(param, f"is needed: {asked.probe} has {outputs} directions, {names or f'0–{outputs - 1}'}")
+    output = asked.output or 0
+    if output >= outputs:
+        raise _refused(param, f"{output} is out of range; {asked.probe} has {outputs}")
+    return probe.direction[output].double()
+
+
+def _saved(model: ServedModel, asked: str, param: str, folders: Sequence[str]) -> SavedProbe:
+    """Read a saved probe and check that it is of this model."""
+    if not folders:
+        raise _refused(
+            param, "this server has no folder of saved probes; start it with --probes FOLDER, or send numbers"
+        )
+    inside, _, name = asked.rpartition("/")
+    folder = next((found for base in folders if (found := _inside(Path(base), inside)) is not None), None)
+    if folder is None:
+        raise _refused(param, f"{asked!r} is not FOLDER/NAME of a probe under {', '.join(folders)}", "probe_not_found")
+    try:
+        probe = _load(folder, name, (folder / CARDS).stat().st_mtime_ns)
+    except (SavedProbeError, OSError) as error:
+        raise _refused(param, str(error), "probe_not_found") from error
+    card, source = probe.card, model.source
+    for what, its, served in (("model", card.model, source.name), ("revision", card.revision, source.revision)):
+        if its != served:
+            raise _refused(param, f"{asked} is of {what} {its!r}; this server has {served!r}", "probe_of_another_model")
+    _check_width(model, card.key, len(probe.mean), param)
+    return probe
+
+
+def _inside(base: Path, folder: str) -> Path | None:
+    """Return a folder of probes, None if it is not there or, links followed, not under the base."""
+    try:
+        found = (base / folder).resolve()
+        return found if found.is_relative_to(base.resolve()) and (found / CARDS).is_file() else None
+    except OSError:  # a name that is too long
+        return None
+
+
+@lru_cache(maxsize=128)
+def _load(folder: Path, name: str, modified: int) -> SavedProbe:
+    """Load a probe once: it is then one object, which requests are scored with together."""
+    probe = load_probe(folder, name)
+    if not all(part.isfinite().all() for part in (probe.weight, probe.bias, probe.mean, probe.scale)):
+        raise SavedProbeError(f"{folder} is damaged: {name} has numbers that are not finite")
+    return probe
+
+
+@lru_cache(maxsize=128)
+def _moved(probe: SavedProbe, device: torch.device) -> Readout:
+    return probe.to(device)
+
+
+def _on(model: ServedModel, probe: SavedProbe) -> Readout:
+    return _moved(probe, model.device)
+
+
+def _tap(model: ServedModel, key: str, param: str) -> Tap:
+    """Return where a stored key is read."""
+    hook_point, layer = split_key(key)
+    taps = _resolved(model, hook_point, layer, param)
+    if key not in taps:
+        raise _refused(param, f"{key!r} is stored as {next(iter(taps))!r} of {model.source.name}; name that")
+    return taps[key]
+
+
+def _resolved(model: ServedModel, hook_point: str, layer: int | None, param: str) -> dict[str, Tap]:
+    try:
+        asked = ActivationRequest(layers=(0 if layer is None else layer,), hook_points=(hook_point,))
+        return model.structure.resolve(asked)
+    except CaptureRequestError as error:
+        raise _refused(param, str(error).removeprefix(f"{error.param}: ")) from error
+
+
+def _check_width(model: ServedModel, key: str, width: int, param: str) -> None:
+    """Check what is known beforehand: canonical hook points are as wide as the stream."""
+    d_model = model.structure.d_model
+    if split_key(key)[0] in WIDE and width != d_model:
+        raise _refused(param, f"is {width} wide; {key} of {model.source.name} is {d_model}")
+
+
+def _refused(param: str, message: str, code: str | None = None) -> ApiError:
+    return ApiError(400, f"{param}: {message}", param=param, code=code)
