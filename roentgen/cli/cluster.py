@@ -14,7 +14,6 @@ from roentgen.defaults import CLUSTER_NAME, HOST, PORT
 from roentgen.options import options_of, read_options
 
 if TYPE_CHECKING:
-    from roentgen.cloud.task import ClusterSettings
     from roentgen.serving.doctor import Finding
 
 cluster_app = typer.Typer(no_args_is_help=True, help="A cluster that was launched.")
