@@ -5,7 +5,9 @@ touching the model. What the model does not have is refused here, by name, befor
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
+
+from typing_extensions import TypedDict
 
 from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS, ActivationRequest, stored_key
 
@@ -44,6 +46,24 @@ class Tap:
             return f"{self.module}.{self.side}[{self.place}] + [{self.plus}]"
         where = f"{self.module}.{self.side}" + (f"[{self.place}]" if self.place else "")
         return where if self.run is None else f"{where} (run {self.run + 1} of the module in a forward)"
+
+
+class StructureRecord(TypedDict):
+    """A model's layers and hook points as JSON: where each is, which are missing and why."""
+
+    model_name: str
+    model_type: str
+    architecture: str
+    num_layers: int
+    layer_access_pattern: str
+    pre_attention_path: str | None
+    pre_mlp_path: str | None
+    d_model: int
+    hook_points: dict[str, str]
+    hook_point_layers: dict[str, dict[str, list[int]]]
+    missing: dict[str, str]
+    verified_on: str
+    savepoints: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -199,7 +219,7 @@ class ModelStructure:
                 found.setdefault(reason, []).append(layer)
         return found
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> StructureRecord:
         """Return the structure as `layer_analysis_results.json` has it, extended.
 
         `hook_points` has a layer's hook points at the first layer that has them; `hook_point_layers` has all of them.

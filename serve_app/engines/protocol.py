@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from jaxtyping import Float
 from torch import Tensor
@@ -18,6 +18,8 @@ from torch import Tensor
 from serve_app.capture.rows import CapturedRows, CapturePlan
 from serve_app.capture.scoring import Scorer
 from serve_app.capture.steering import Addition
+
+FinishReason = Literal["stop", "length"]
 
 
 class EngineBusyError(Exception):
@@ -202,7 +204,7 @@ class Finished:
     text: str
     token_ids: list[int]
     scores: list[TokenScore]
-    finish_reason: str
+    finish_reason: FinishReason
     captured: CapturedRows | None
     held: HeldRows | None = None
     ended_by: int | None = None

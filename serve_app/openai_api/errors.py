@@ -9,6 +9,7 @@ import re
 from typing import Any
 
 from roentgen.strict_json import MAX_FIELD, JsonError
+from serve_app.openai_api.schemas import ErrorReply, ErrorType
 
 MAX_REASON = 500
 """Characters of an unexpected error that a client is told."""
@@ -50,17 +51,18 @@ class ApiError(Exception):
         self.retry_after_s = retry_after_s
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> ErrorType:
         """OpenAI's `type` for the status."""
-        return {
+        kinds: dict[int, ErrorType] = {
             401: "authentication_error",
             403: "permission_error",
             404: "not_found_error",
             429: "rate_limit_error",
             503: "service_unavailable_error",
-        }.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        }
+        return kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> ErrorReply:
         """Return the envelope, as the client gets it."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 

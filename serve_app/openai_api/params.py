@@ -108,6 +108,11 @@ class GenerationParams(BaseModel):
         """What to keep, in either of its spellings."""
         return self.collect_activations.request() if self.collect_activations else self.activations
 
+    @property
+    def counts_usage(self) -> bool:
+        """Whether a stream ends with the numbers of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
     def sampling(self, max_tokens: int, choice: int, top_logprobs: int) -> Sampling:
         """Say how to choose one choice's tokens; each choice of a seeded request has a stream of its own.
 

@@ -30,6 +30,7 @@ from serve_app.engines.vllm import loading as vllm
 from serve_app.models.errors import ModelNotFoundError, WeightsError
 from serve_app.models.sources import ModelSource, locate
 from serve_app.openai_api.errors import RETRY_AFTER_S, ApiError
+from serve_app.openai_api.schemas import ModelCard
 from serve_app.requests.generation import Served
 
 log = logging.getLogger(__name__)
@@ -260,7 +261,7 @@ def engine_for(config: ServerConfig, choice: ModelChoice, source: ModelSource | 
 def describe(served: Served) -> dict[str, Any]:
     """Return the model's card and structure."""
     model = served.model
-    card = {
+    card: ModelCard = {
         "id": model.source.name,
         "object": "model",
         "created": 0,

@@ -117,7 +117,7 @@ class ModelReplica:
         try:
             with _known_errors(), self._slot.use() as served:
                 plan = self._plan(served, request)
-                opening = plan.reply.opening()
+                opening: list[Any] = [*plan.reply.opening()]
                 dones: list[Done | None] = [None] * len(plan.choices)
                 async for events in self._run(served, plan, stream=True):
                     chunks, opening = opening, []

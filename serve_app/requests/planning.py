@@ -7,7 +7,6 @@ does not have, values too many to send.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 from ulid import ULID
 
@@ -28,6 +27,7 @@ from serve_app.openai_api.params import GenerationParams
 from serve_app.openai_api.probing import STEERING_LABEL
 from serve_app.openai_api.prompt import render
 from serve_app.openai_api.reply import Reasoning, reasoning_mode
+from serve_app.openai_api.schemas import Kept
 from serve_app.openai_api.seed_spelling import older_key
 from serve_app.openai_api.tokenize import check_tokens
 from serve_app.requests.generation import Choice, Served
@@ -154,20 +154,21 @@ def plan_completion(served: Served, request: CompletionRequest, config: ServerCo
     return Plan(choices, reply, asked_for, spelling)
 
 
-def describe_all(plan: Plan, dones: Sequence[Done]) -> dict[str, Any] | None:
-    """Return the reply's `activations` object, None if nothing was asked for."""
+def describe_all(plan: Plan, dones: Sequence[Done]) -> Kept:
+    """Return the reply's `activations`, if they were asked for."""
     if plan.asked is None:
-        return None
+        return {}
     rollouts = []
-    for index, done in enumerate(dones):
+    for done in dones:
         assert done.stored is not None
         described = dict(done.stored.reply)
         if plan.spelling:
             described["tensors"] = {plan.spelling[key]: value for key, value in described["tensors"].items()}
-        rollouts.append({"choice_index": index, **described})
-    if plan.listed:
-        return {"session_id": rollouts[0]["session_id"], "rollouts": rollouts}
-    return {key: value for key, value in rollouts[0].items() if key != "choice_index"}
+        rollouts.append(described)
+    if not plan.listed:
+        return {"activations": rollouts[0]}
+    chosen = [{"choice_index": index, **rollout} for index, rollout in enumerate(rollouts)]
+    return {"activations": {"session_id": chosen[0]["session_id"], "rollouts": chosen}}
 
 
 def _max_tokens(served: Served, prompt: Prompt, limit: int | None, param: str) -> int:
