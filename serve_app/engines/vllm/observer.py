@@ -13,7 +13,7 @@ that read in that step.
 
 import functools
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -197,11 +197,6 @@ def _pass_by(key: str, *found: Tensor) -> None:
 def location(tap: Tap) -> str:
     """Return nnsight's name of a tap's location in a vLLM worker."""
     return f"model.{tap.module}.{tap.side}"
-
-
-def locations(taps: Iterable[Tap]) -> list[str]:
-    """Return the module paths that nnsight has to know beforehand to serve these taps from CUDA graphs."""
-    return list(dict.fromkeys(f"{tap.module}.{tap.side}" for tap in taps))
 
 
 def _worker(observer: _Observer) -> Mediator:
