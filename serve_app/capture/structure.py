@@ -10,20 +10,18 @@ from typing import Literal
 from typing_extensions import TypedDict
 
 from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS, ActivationRequest, stored_key
+from serve_app.errors import RequestError
 
 Side = Literal["input", "output"]
 
 
-class CaptureRequestError(ValueError):
-    """A request asks for something the model does not have.
+class CaptureRequestError(RequestError):
+    """A request asks for something the model does not have; `param` is "activations.layers" or "activations.hook_points"."""
 
-    Attributes:
-        param: the offending parameter, "activations.layers" or "activations.hook_points".
-    """
-
-    def __init__(self, param: str, message: str) -> None:
+    def __init__(self, param: str, message: str, code: str | None = None) -> None:
         super().__init__(f"{param}: {message}")
         self.param = param
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,8 @@ class ModelStructure:
         """
         for name, tap in savepoints.items():
             if tap.module not in self.module_paths:
-                raise CaptureRequestError("savepoints", f"{name}: {self.model_name} has no module {tap.module!r}")
+                message = f"{name}: {self.model_name} has no module {tap.module!r}"
+                raise CaptureRequestError("savepoints", message, "savepoint_not_found")
         return replace(self, savepoints=savepoints)
 
     def resolve(self, request: ActivationRequest) -> dict[str, Tap]:

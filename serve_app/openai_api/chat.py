@@ -167,13 +167,9 @@ class ChatReply:
                 case ToolCallStart(number, call_id, name):
                     self._choices[index].called = True
                     function: schemas.FunctionDelta = {"name": name, "arguments": ""}
-                    call: schemas.ToolCallDelta = {
-                        "index": number,
-                        "id": call_id,
-                        "type": "function",
-                        "function": function,
-                    }
-                    deltas.append({"tool_calls": [call]})
+                    deltas.append(
+                        {"tool_calls": [{"index": number, "id": call_id, "type": "function", "function": function}]}
+                    )
                 case ToolCallArguments(number, text):
                     deltas.append({"tool_calls": [{"index": number, "function": {"arguments": text}}]})
         logprobs = self._logprobs(event.token_ids, event.scores) if event else None
@@ -211,12 +207,8 @@ class ChatReply:
         probed: schemas.Probed | None = None,
     ) -> schemas.ChatCompletionChunk:
         choice: schemas.ChatChunkChoice = {
-            "index": index,
-            "delta": delta,
-            "logprobs": logprobs,
-            "finish_reason": finish_reason,
-            **(probed or {}),
-        }
+            "index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason, **(probed or {})
+        }  # fmt: skip
         return self._enveloped([choice])
 
     def _enveloped(self, choices: list[schemas.ChatChunkChoice]) -> schemas.ChatCompletionChunk:

@@ -207,12 +207,8 @@ class CompletionReply:
         probed: schemas.Probed | None = None,
     ) -> schemas.CompletionChunk:
         choice: schemas.CompletionChunkChoice = {
-            "index": index,
-            "text": text,
-            "logprobs": logprobs,
-            "finish_reason": finish_reason,
-            **(probed or {}),
-        }
+            "index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason, **(probed or {})
+        }  # fmt: skip
         return self._enveloped([choice])
 
     def _enveloped(self, choices: list[schemas.CompletionChunkChoice]) -> schemas.CompletionChunk:

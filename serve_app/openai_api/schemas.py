@@ -91,6 +91,14 @@ class Kept(TypedDict):
     activations: NotRequired[Annotated[Activations, Field(description="Present if asked for.")]]
 
 
+class Reply(Kept):
+    """What every generation's reply has, whole or a piece of it."""
+
+    id: str
+    created: int
+    model: str
+
+
 class Counted(TypedDict):
     """The part of a stream's last chunk that `include_usage` adds."""
 
@@ -176,13 +184,10 @@ class ChatChoice(Probed):
     finish_reason: ChatFinishReason
 
 
-class ChatCompletion(Kept):
+class ChatCompletion(Reply):
     """A reply to a conversation."""
 
-    id: str
     object: Literal["chat.completion"]
-    created: int
-    model: str
     choices: Annotated[list[ChatChoice], Field(min_length=1)]
     usage: Usage
 
@@ -221,13 +226,10 @@ class ChatChunkChoice(Probed):
     finish_reason: ChatFinishReason | None
 
 
-class ChatCompletionChunk(Counted, Kept):
+class ChatCompletionChunk(Counted, Reply):
     """A piece of a streamed reply to a conversation."""
 
-    id: str
     object: Literal["chat.completion.chunk"]
-    created: int
-    model: str
     choices: list[ChatChunkChoice]
 
 
@@ -249,13 +251,10 @@ class CompletionChoice(Probed):
     finish_reason: FinishReason
 
 
-class Completion(Kept):
+class Completion(Reply):
     """Continuations of raw prompts."""
 
-    id: str
     object: Literal["text_completion"]
-    created: int
-    model: str
     choices: Annotated[list[CompletionChoice], Field(min_length=1)]
     usage: Usage
 
@@ -269,13 +268,10 @@ class CompletionChunkChoice(Probed):
     finish_reason: FinishReason | None
 
 
-class CompletionChunk(Counted, Kept):
+class CompletionChunk(Counted, Reply):
     """A piece of streamed continuations."""
 
-    id: str
     object: Literal["text_completion"]
-    created: int
-    model: str
     choices: list[CompletionChunkChoice]
 
 

@@ -33,7 +33,8 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import ModelChoice, ServerConfig
 from serve_app.engines.protocol import Load
-from serve_app.openai_api.errors import RETRY_AFTER_S, ApiError, internal_error
+from serve_app.errors import RETRY_AFTER_S
+from serve_app.openai_api.errors import ApiError, internal_error
 
 log = logging.getLogger(__name__)
 

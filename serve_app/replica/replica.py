@@ -6,7 +6,7 @@ after a restart, and whenever another is to be served. A request is rendered and
 tokenizer), run as one or more choices (`requests.generation`), and acknowledged only when the activations it asked for are
 durable.
 
-Errors leave as data (`ApiError.payload`), see `openai_api.errors`; what a request took leaves beside its reply
+Errors leave as data (`RequestError.payload`), see `openai_api.errors`; what a request took leaves beside its reply
 (`requests.stats`).
 """
 
@@ -22,6 +22,7 @@ from ulid import ULID
 from serve_app.config import ModelChoice, ServerConfig
 from serve_app.engines.protocol import Load
 from serve_app.engines.storage import Done
+from serve_app.errors import RequestError
 from serve_app.logs import request_id, write_json_logs
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.completions import CompletionRequest
@@ -98,7 +99,7 @@ class ModelReplica:
                 finished = [done for done in dones if done is not None]
                 reply = plan.reply.whole(finished, describe_all(plan, finished))
                 return {"reply": reply, "stats": _stats(plan, finished)}
-        except ApiError as error:
+        except RequestError as error:
             return _error(error)
 
     async def generate_stream(
@@ -131,7 +132,7 @@ class ModelReplica:
                 finished = [done for done in dones if done is not None]
                 closing = plan.reply.closing(describe_all(plan, finished))
                 yield [*closing, {"stats": _stats(plan, finished)}]
-        except ApiError as error:
+        except RequestError as error:
             yield [_error(error)]
 
     async def tokenize(self, request: TokenizeRequest) -> dict[str, Any]:
@@ -140,7 +141,7 @@ class ModelReplica:
             with _known_errors(), self._slot.use() as served:
                 _check_model(request.model, served.model.source.name)
                 return {"reply": tokenize(served.model, request)}
-        except ApiError as error:
+        except RequestError as error:
             return _error(error)
 
     async def detokenize(self, request: DetokenizeRequest) -> dict[str, Any]:
@@ -149,7 +150,7 @@ class ModelReplica:
             with _known_errors(), self._slot.use() as served:
                 _check_model(request.model, served.model.source.name)
                 return {"reply": detokenize(served.model, request)}
-        except ApiError as error:
+        except RequestError as error:
             return _error(error)
 
     def _plan(self, served: Served, request: Generation) -> Plan:
@@ -171,7 +172,7 @@ def _known_errors() -> Iterator[None]:
     """
     try:
         yield
-    except ApiError:
+    except RequestError:
         raise
     except Exception as error:
         log.exception("a request failed in a way that was not expected")
@@ -183,7 +184,7 @@ def _stats(plan: Plan, dones: list[Done]) -> RequestStats:
     return RequestStats.of(dones, sum(prompts.values()))
 
 
-def _error(error: ApiError) -> dict[str, Any]:
+def _error(error: RequestError) -> dict[str, Any]:
     if error.status >= 500:
         log.error("%s", error.message)
     return {"error": error.payload()}

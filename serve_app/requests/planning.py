@@ -13,7 +13,6 @@ from ulid import ULID
 from roentgen.contract import SAMPLED_FEATURES, ActivationRequest, Positions
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.steering import Addition
-from serve_app.capture.structure import CaptureRequestError
 from serve_app.config import ServerConfig
 from serve_app.engines.constraints import Grammar
 from serve_app.engines.prompt import Prompt
@@ -64,7 +63,7 @@ def plan_chat(served: Served, request: ChatRequest, config: ServerConfig) -> Pla
     """Render a conversation and plan its choices.
 
     Raises:
-        ApiError: if something asked for cannot be.
+        RequestError: if something asked for cannot be.
     """
     _check_engine(served, request, config)
     model = served.model
@@ -115,7 +114,7 @@ def plan_completion(served: Served, request: CompletionRequest, config: ServerCo
     """Tokenise raw prompts and plan their choices.
 
     Raises:
-        ApiError: if something asked for cannot be.
+        RequestError: if something asked for cannot be.
     """
     _check_engine(served, request, config)
     tokenizer = served.model.tokenizer
@@ -204,15 +203,12 @@ def _capture(
     asked = request.capture
     if asked is None:
         return None, None, {}
-    try:
-        taps = served.model.structure.resolve(asked)
-        names = {
-            key: name
-            for name in asked.hook_points
-            for key in served.model.structure.resolve(asked.model_copy(update={"hook_points": (name,)}))
-        }
-    except CaptureRequestError as error:
-        raise ApiError(400, str(error), param=error.param) from error
+    taps = served.model.structure.resolve(asked)
+    names = {
+        key: name
+        for name in asked.hook_points
+        for key in served.model.structure.resolve(asked.model_copy(update={"hook_points": (name,)}))
+    }
     if not taps:
         raise ApiError(
             400, "activations.layers: no layer is named, so there is nothing to keep", param="activations.layers"
