@@ -36,13 +36,7 @@ class RequestError(Exception):
 
     def payload(self) -> dict[str, Any]:
         """Return the error as data, to cross a Serve handle."""
-        return {
-            "status": self.status,
-            "message": self.message,
-            "param": self.param,
-            "code": self.code,
-            "retry_after_s": self.retry_after_s,
-        }
+        return {name: getattr(self, name) for name in ("status", "message", "param", "code", "retry_after_s")}
 
     def __reduce__(self) -> tuple[Any, ...]:
         # It crosses processes. Python would call the class with its text, which is not what every one is made of.

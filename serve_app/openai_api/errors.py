@@ -66,6 +66,11 @@ class ApiError(RequestError):
         return cls(**payload)
 
 
+def refused(param: str, reason: str, code: str | None = None) -> ApiError:
+    """Refuse a request for one of its parameters."""
+    return ApiError(400, f"{param}: {reason}", param=param, code=code)
+
+
 def internal_error(error: BaseException) -> ApiError:
     """Spell a failure of the server's own code: a client that tries again would only meet it again."""
     return ApiError(500, f"internal error: {type(error).__name__}: {error}"[:MAX_REASON], code="internal_error")

@@ -390,11 +390,8 @@ COMPONENT = "#/components/schemas/{model}"
 
 HEALTH: dict[str, Any] = {
     "responses": {
-        status: {"model": Health, "description": text}
-        for status, text in (
-            (200, "The model answers"),
-            (503, "It does not yet, or it could not be loaded"),
-        )
+        200: {"model": Health, "description": "The model answers"},
+        503: {"model": Health, "description": "It does not yet, or it could not be loaded"},
     }
 }
 """The arguments of the one route without errors."""

@@ -20,7 +20,7 @@ from serve_app.engines.storage import Done
 from serve_app.models.context import UNBOUNDED
 from serve_app.openai_api.chat import ChatReply, ChatRequest
 from serve_app.openai_api.completions import CompletionReply, CompletionRequest, raw_prompt
-from serve_app.openai_api.errors import ApiError
+from serve_app.openai_api.errors import ApiError, refused
 from serve_app.openai_api.grammars import json_object_grammar, json_schema_grammar, tool_call_grammar
 from serve_app.openai_api.params import GenerationParams
 from serve_app.openai_api.probing import STEERING_LABEL
@@ -45,18 +45,12 @@ class Plan:
         reply: turns what happens into the reply.
         asked: what to keep, None for nothing.
         spelling: how the reply spells stored keys, where it does so in another way.
-        listed: whether the reply lists its rollouts, as it does for several choices.
     """
 
     choices: list[Choice]
     reply: ChatReply | CompletionReply
     asked: ActivationRequest | None
     spelling: dict[str, str]
-
-    @property
-    def listed(self) -> bool:
-        """Whether the reply lists its rollouts: one is given as it is, several as a list."""
-        return len(self.choices) > 1
 
 
 def plan_chat(served: Served, request: ChatRequest, config: ServerConfig) -> Plan:
@@ -129,7 +123,7 @@ def plan_completion(served: Served, request: CompletionRequest, config: ServerCo
     ]
     asked_for = request.capture
     if asked_for is not None and asked_for.key is not None and len(prompts) > 1:
-        raise ApiError(400, "activations.key: a key names one rollout; send one prompt", param="activations.key")
+        raise refused("activations.key", "a key names one rollout; send one prompt")
     probes = resolve_probes(served.model, request.probes, config.probes)
     steering = resolve_steering(served.model, request.steering, config.probes)
     choices = []
@@ -164,7 +158,7 @@ def describe_all(plan: Plan, dones: Sequence[Done]) -> Kept:
         if plan.spelling:
             described["tensors"] = {plan.spelling[key]: value for key, value in described["tensors"].items()}
         rollouts.append(described)
-    if not plan.listed:
+    if len(plan.choices) == 1:
         return {"activations": rollouts[0]}
     chosen = [{"choice_index": index, **rollout} for index, rollout in enumerate(rollouts)]
     return {"activations": {"session_id": chosen[0]["session_id"], "rollouts": chosen}}
@@ -199,7 +193,8 @@ def _capture(
     steering: tuple[Addition, ...],
 ) -> tuple[ActivationRequest | None, CapturePlan | None, dict[str, str]]:
     """Resolve what a request wants to keep, and how its reply is to spell the keys; a steered one is labelled so."""
-    _check_tokens(served, request)
+    check_tokens(list(request.logit_bias), served.model.vocab_size, "logit_bias")
+    check_tokens(request.stop_token_ids, served.model.vocab_size, "stop_token_ids")
     asked = request.capture
     if asked is None:
         return None, None, {}
@@ -210,9 +205,7 @@ def _capture(
         for key in served.model.structure.resolve(asked.model_copy(update={"hook_points": (name,)}))
     }
     if not taps:
-        raise ApiError(
-            400, "activations.layers: no layer is named, so there is nothing to keep", param="activations.layers"
-        )
+        raise refused("activations.layers", "no layer is named, so there is nothing to keep")
     first = prompt.turn_start if asked.since == "turn" else 0
     plan = CapturePlan(taps, Positions.parse(asked.positions), asked.dtype, first=first)
     if asked.delivery != "reference":
@@ -237,13 +230,12 @@ def _check_inline(
     per_row = SAMPLED_FEATURES if asked.delivery == "sample" else served.model.structure.d_model
     size = prod((n_rows, len(plan.taps), per_row, BYTES_PER_VALUE))
     if size > config.max_inline_bytes:
-        raise ApiError(
-            400,
-            f"activations.return: {asked.delivery!r} may send about {size / 1e6:,.0f} MB ({n_rows} rows of {len(plan.taps)} "
-            f"keys); the limit is {config.max_inline_bytes / 1e6:,.0f} MB: ask for fewer rows, keys or max_tokens, or for a "
-            "reference, and read the rows from the store",
-            param="activations.return",
-            code="reply_too_large",
+        raise refused(
+            "activations.return",
+            f"{asked.delivery!r} may send about {size / 1e6:,.0f} MB ({n_rows} rows of {len(plan.taps)} keys); the limit is "
+            f"{config.max_inline_bytes / 1e6:,.0f} MB: ask for fewer rows, keys or max_tokens, or for a reference, and read "
+            "the rows from the store",
+            "reply_too_large",
         )
 
 
@@ -252,25 +244,11 @@ def _check_engine(served: Served, request: GenerationParams, config: ServerConfi
     asked = {"activations": request.capture, "steering": request.steering, "probes": request.probes}
     for param, value in asked.items():
         if value and not config.capture:
-            raise ApiError(
-                400,
-                f"{param}: this server reads and changes no activations (capture: false)",
-                param=param,
-                code="no_capture",
-            )
+            raise refused(param, "this server reads and changes no activations (capture: false)", "no_capture")
     if request.probes and not served.engine.scores_rows:
-        raise ApiError(
-            400,
-            f"probes: the {served.engine.name} engine does not score tokens while it generates; capture their activations, or "
-            "use a server with engine=transformers",
-            param="probes",
-            code="unsupported_by_engine",
+        raise refused(
+            "probes",
+            f"the {served.engine.name} engine does not score tokens while it generates; capture their activations, or use a "
+            "server with engine=transformers",
+            "unsupported_by_engine",
         )
-
-
-def _check_tokens(served: Served, request: GenerationParams) -> None:
-    """Refuse tokens that the model's output does not have."""
-    size = served.model.vocab_size
-    for param, tokens in (("logit_bias", request.logit_bias), ("stop_token_ids", request.stop_token_ids)):
-        if wrong := next((token for token in tokens if token >= size), None):
-            raise ApiError(400, f"{param}: {wrong} is not a token; the model has 0–{size - 1}", param=param)
