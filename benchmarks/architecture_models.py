@@ -1,7 +1,7 @@
 """Builds the narrow random models that `benchmarks.architectures` generates with.
 
-They are narrowed as the server narrows configurations (`capture.narrowing`), and have few layers, short windows and no token
-that ends a sequence, so that every prompt runs as long as it is asked to.
+They are narrowed as the server narrows configurations (`serve_app.capture.narrowing`). They have few layers, short windows and
+no token that ends a sequence, so that every prompt runs as long as it is asked to.
 """
 
 import torch

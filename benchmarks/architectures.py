@@ -36,6 +36,7 @@ from benchmarks.architecture_cases import (
 )
 from benchmarks.architecture_models import CannotBeBuiltError, build
 from benchmarks.architecture_page import PAGE, Finding, rewrite
+from roentgen.durable import write_text
 from serve_app.capture.narrowing import resolve_config, rotation_limit
 from serve_app.capture.observer import observe
 from serve_app.capture.resolver import ResolutionError, resolve_structure
@@ -241,7 +242,7 @@ def main() -> None:
     tr.logging.set_verbosity_error()
     findings = find_all(arguments.cases or cases(), arguments.findings)
     if arguments.docs:
-        PAGE.write_text(rewrite(PAGE.read_text(), findings))
+        write_text(PAGE, rewrite(PAGE.read_text(), findings))
 
 
 if __name__ == "__main__":

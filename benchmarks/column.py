@@ -8,16 +8,33 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from statistics import median
 
 import torch
+from transformers import PreTrainedModel
 
 from benchmarks.limits import Weights
 from benchmarks.statistics import percentile
-from benchmarks.vllm_way import PYTHON
-from benchmarks.ways import UnavailableError, loaded_way
+from benchmarks.vllm_way import PYTHON, loaded_capturing_vllm, loaded_vllm
+from benchmarks.ways import UnavailableError, Way, continuous_way, end_tokens, engine_way, generate_way, seed_way
 from benchmarks.workload import Workload
+from serve_app.engines.transformers.engine import TransformersEngine
+
+WAYS = {
+    "seed": "3x2",
+    "generate": "none",
+    "continuous": "none",
+    "engine": "none",
+    "engine-3x2": "3x2",
+    "engine-all": "all",
+    "vllm": "none",
+    "vllm-3x2": "3x2",
+    "vllm-all": "all",
+}
+"""The ways, and what each captures."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +114,40 @@ def run_column(way: str, in_flight: int, prompts: int, workload: Workload) -> Co
         peak_bytes=peak_bytes(),
         weights=weights,
     )
+
+
+@contextmanager
+def loaded_way(name: str, workload: Workload, in_flight: int) -> Iterator[tuple[Way, PreTrainedModel]]:
+    """Load the model and yield a way to generate with it, and the bare model.
+
+    Args:
+        name: one of `WAYS`.
+        workload: what to load.
+        in_flight: the most requests that will be in flight.
+    """
+    if name.startswith("engine"):
+        model = workload.load()
+        engine = TransformersEngine(model, max_batch=in_flight, max_queue=1024)
+        try:
+            yield engine_way(engine, model, WAYS[name]), model.observed._module
+        finally:
+            engine.close()
+        return
+    if name.startswith("vllm"):
+        capture = WAYS[name]
+        with (
+            loaded_vllm(workload, in_flight)
+            if capture == "none"
+            else loaded_capturing_vllm(workload, in_flight, capture) as loaded
+        ):
+            yield loaded
+        return
+    module, tokenizer = workload.load_plain()
+    end = end_tokens(module, tokenizer)
+    if name == "seed":
+        yield seed_way(module, tokenizer), module
+    else:
+        yield (generate_way if name == "generate" else continuous_way)(module, end), module
 
 
 def peak_bytes() -> int:

@@ -4,7 +4,6 @@ First the table: each way in a process of its own, on the same prompts. Then the
 gains over the way that this project replaces, as ratios of interleaved runs.
 """
 
-import json
 import sys
 import time
 from dataclasses import asdict
@@ -13,12 +12,12 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.column import Column, measure_column
+from benchmarks.column import WAYS, Column, measure_column
 from benchmarks.limits import Limits, measure_limits
 from benchmarks.pairs import IN_FLIGHT, MANY, Ratio, measure_beside_vllm, measure_pairs
 from benchmarks.record import record, table
-from benchmarks.ways import WAYS
 from benchmarks.workload import Workload
+from roentgen.durable import write_json
 
 PAIR_PROMPTS = IN_FLIGHT * 3 // 2
 """More than run at once, as in an evaluation: what ends makes room for another."""
@@ -74,7 +73,7 @@ def main(
             "columns": [asdict(column) for column in found],
             "ratios": [asdict(ratio) for ratio in [*measured, *beside]],
         }
-        json_file.write_text(json.dumps(everything, indent=2) + "\n")
+        write_json(json_file, everything)
 
 
 def report(workload: Workload, limits: Limits, columns: list[Column], pairs: list[Ratio], beside: list[Ratio]) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.record import conditions, record, replace_section, table
+from roentgen.durable import write_text
 
 TITLE = "GPU"
 PARTS, SECTION = "parts.jsonl", "section.md"
@@ -76,7 +77,7 @@ class Report:
             file.flush()
             os.fsync(file.fileno())
         body = section(self.parts)
-        (self._folder / SECTION).write_text(replace_section("", TITLE, f"{body}\n\n{conditions()}"))
+        write_text(self._folder / SECTION, replace_section("", TITLE, f"{body}\n\n{conditions()}"))
         if self._results is not None:
             record(TITLE, body, self._results)
 

@@ -14,15 +14,15 @@ prove nothing.
 
 import gc
 import math
-import queue
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import fmean, median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -233,66 +233,53 @@ def _generate(
     model = workload.load()
     requests = make_requests(model)
     engine = TransformersEngine(model, max_batch=MAX_BATCH, max_queue=len(requests), max_prefill_tokens=PREFILL_TOKENS)
-    heard: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
+    ends: list[Future[Finished | Failed]] = [Future() for _ in requests]
     finished: dict[int, Finished] = {}
     problems = []
-    jobs = [_job(request, heard) for request in requests]
-    waiting, later = {request.number for request in requests}, jobs[MAX_BATCH + 2 :]
     try:
-        for job in jobs[: MAX_BATCH + 2]:
-            engine.submit(job)
-        while waiting:
+        for request, end in zip(requests, ends, strict=True):
+            engine.submit(_job(request, end))
+        for number, end in enumerate(ends):
+            if number == CANCELED:
+                continue
             try:
-                number, event = heard.get(timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Empty:
+                event = end.result(max(0.0, deadline - time.monotonic()))
+            except TimeoutError:
                 raise OutOfTimeError("the time was over") from None
-            if number == CANCELED and jobs[number].cancelled.is_set() and not isinstance(event, Failed):
-                if isinstance(event, Finished):
-                    problems.append(f"request {number} was canceled, and finished")
-            elif isinstance(event, Finished):
-                finished[number] = event
-            elif isinstance(event, Failed):
+            if isinstance(event, Failed):
                 problems.append(f"request {number} failed: {event.error}")
             else:
-                continue
-            if number in waiting:
-                waiting.remove(number)
-                if later:  # one that ends lets another join
-                    engine.submit(later.pop(0))
+                finished[number] = event
+        if ends[CANCELED].done():  # the others take longer than it would
+            problems.append(f"request {CANCELED} was canceled, and {type(ends[CANCELED].result()).__name__.lower()}")
         steps = dict(engine.load.steps)
     finally:
         engine.close()
     return requests, finished, steps, problems
 
 
-def _job(request: Request, heard: "queue.SimpleQueue[tuple[int, Event]]") -> GenerationJob:
+def _job(request: Request, end: "Future[Finished | Failed]") -> GenerationJob:
     canceled = threading.Event()
 
     def listen(event: Event) -> None:
         if request.number == CANCELED:
             canceled.set()
-        heard.put((request.number, event))
+        if isinstance(event, Finished | Failed):
+            end.set_result(event)
 
-    return GenerationJob(
-        request.prompt_ids,
-        request.sampling,
-        listen,
-        request.plan,
-        stream=request.number == CANCELED,
-        cancelled=canceled,
-    )
+    stream = request.number == CANCELED
+    return GenerationJob(request.prompt_ids, request.sampling, listen, request.plan, stream=stream, cancelled=canceled)
 
 
-@dataclass
-class _Errors:
-    """Of one key's rows: from which request and position each is, and its errors."""
+class _Rows(NamedTuple):
+    """One request's rows of one key: their positions, and how far each is off."""
 
-    requests: list[int] = field(default_factory=list)
-    positions: list[int] = field(default_factory=list)
-    engine: list[float] = field(default_factory=list)
-    plain: list[float] = field(default_factory=list)
-    apart: list[float] = field(default_factory=list)
-    neighbor: list[float] = field(default_factory=list)
+    request: int
+    positions: list[int]
+    engine: list[float]
+    plain: list[float]
+    apart: list[float]
+    neighbor: list[float]
 
 
 class _Comparison:
@@ -301,7 +288,7 @@ class _Comparison:
     def __init__(self, dtype: torch.dtype, problems: list[str]) -> None:
         self._dtype = dtype
         self.problems = problems
-        self._errors: dict[tuple[str, bool], _Errors] = defaultdict(_Errors)
+        self._rows: dict[tuple[str, bool], list[_Rows]] = defaultdict(list)
         self._logprobs: list[tuple[int, float, float]] = []  # request, the engine's error, the plain forward's
         self._requests = 0
 
@@ -328,14 +315,16 @@ class _Comparison:
         if finished.captured is None:
             self.problems.append(f"request {request.number} asked for rows and got none")
             return
-        kept = kept_positions(request.plan.positions, n_prompt, len(fed))
+        kept = list(request.plan.positions.select(n_prompt, len(fed)))
         pooled = request.plan.positions.pooled
-        if finished.captured.position.tolist() != ([-1] if pooled else kept):
+        positions = [-1] if pooled else kept
+        if finished.captured.position.tolist() != positions:
             self.problems.append(
                 f"request {request.number} has rows of positions {_spans(finished.captured.position.tolist())}, "
-                f"not {_spans([-1] if pooled else kept)}"
+                f"not {_spans(positions)}"
             )
             return
+        differ = [i for i in range(len(positions) - 1) if fed[kept[i]] != fed[kept[i + 1]]]
         for key in keys:
             rows = finished.captured.tensors[key].to(device).float()
             want, near = exact[key][kept].float(), plain[key][kept].float()
@@ -346,38 +335,39 @@ class _Comparison:
                     f"request {request.number}, {key}: {list(rows.shape)} was kept, not {list(want.shape)}"
                 )
                 continue
-            errors = self._errors[key, pooled]
-            errors.requests += [request.number] * len(rows)
-            errors.positions += [-1] if pooled else kept
-            errors.engine += distances(rows, want)
-            errors.plain += distances(near, want)
-            errors.apart += distances(rows, near)
-            if not pooled:
-                differ = [i for i in range(len(kept) - 1) if fed[kept[i]] != fed[kept[i + 1]]]
-                errors.neighbor += distances(want[differ], want[[i + 1 for i in differ]])
+            errors = (distances(rows, want), distances(near, want), distances(rows, near))
+            neighbor = distances(want[differ], want[[i + 1 for i in differ]])
+            self._rows[key, pooled].append(_Rows(request.number, positions, *errors, neighbor))
 
     def judge(self, model: str, steps: dict[int, int]) -> RowCheck:
         """Judge what has been gathered."""
         keys, wrong = [], []
-        for (key, pooled), errors in self._errors.items():
-            allowed = max(FLOOR[self._dtype], MARGIN * max(errors.plain))
-            neighbor = median(errors.neighbor) if errors.neighbor else None
+        for (key, pooled), requests in self._rows.items():
+            engine, plain, apart, neighbors = (
+                [error for errors in gathered for error in errors]
+                for gathered in zip(*(rows[2:] for rows in requests), strict=True)
+            )
+            allowed = max(FLOOR[self._dtype], MARGIN * max(plain))
+            neighbor = median(neighbors) if neighbors else None
             keys.append(
                 KeyErrors(
                     key=key,
                     pooled=pooled,
-                    rows=len(errors.engine),
-                    engine=max(errors.engine),
-                    plain=max(errors.plain),
-                    apart=max(errors.apart),
+                    rows=len(engine),
+                    engine=max(engine),
+                    plain=max(plain),
+                    apart=max(apart),
                     allowed=allowed,
-                    engine_mean=fmean(errors.engine),
-                    plain_mean=fmean(errors.plain),
+                    engine_mean=fmean(engine),
+                    plain_mean=fmean(plain),
                     neighbor=neighbor,
                 )
             )
-            wrong += _wrong(key, errors, allowed)
-            enough = len(errors.engine) >= FOR_MEANS
+            for rows in requests:
+                bad = [at for at, error in zip(rows.positions, rows.engine, strict=True) if not error <= allowed]
+                if bad:
+                    wrong.append(WrongRows(rows.request, key, bad, len(rows.engine), max(rows.engine), allowed))
+            enough = len(engine) >= FOR_MEANS
             if enough and not keys[-1].engine_mean <= max(FLOOR[self._dtype] / 4, MEAN_MARGIN * keys[-1].plain_mean):
                 self.problems.append(
                     f"{key}: rows are off by {keys[-1].engine_mean:.1e} on average, the plain forward's by "
@@ -411,18 +401,6 @@ class _Comparison:
             wrong=wrong,
             problems=self.problems,
         )
-
-
-def _wrong(key: str, errors: _Errors, allowed: float) -> list[WrongRows]:
-    """Return a key's wrong rows, by request; an error that is not a number is wrong."""
-    found = []
-    for request in dict.fromkeys(errors.requests):
-        rows = [i for i, number in enumerate(errors.requests) if number == request]
-        bad = [i for i in rows if not errors.engine[i] <= allowed]
-        if bad:
-            worst = max(errors.engine[i] for i in bad)
-            found.append(WrongRows(request, key, [errors.positions[i] for i in bad], len(rows), worst, allowed))
-    return found
 
 
 def read_alone(
@@ -480,26 +458,11 @@ def in_float32(module: nn.Module) -> Iterator[None]:
             lower(part, None, None)
 
 
-def kept_positions(positions: Positions, n_prompt: int, n_rows: int) -> list[int]:
-    """Return the positions that a policy keeps (a pooled one: averages), as a question about each one of them."""
-    rules = {
-        "all": lambda t: True,
-        "generated": lambda t: t >= n_prompt,
-        "mean_generated": lambda t: t >= n_prompt,
-        "mean_prompt": lambda t: t < n_prompt,
-        "last": lambda t: t + 1 == n_rows,
-        "stride": lambda t: t % positions.stride == 0,
-    }
-    return [t for t in range(n_rows) if rules[positions.policy](t)]
-
-
 def distances(rows: Float[Tensor, "rows d"], want: Float[Tensor, "rows d"]) -> list[float]:
     """Return how far each row is from the wanted one, relative to that one's length; infinite if it is not a number."""
     difference = (rows - want).norm(dim=1)
-    found: list[float] = (
-        torch.where(difference == 0, 0.0, difference / want.norm(dim=1)).nan_to_num(nan=math.inf).tolist()
-    )
-    return found
+    relative: Tensor = torch.where(difference == 0, 0.0, difference / want.norm(dim=1))
+    return list(relative.nan_to_num(nan=math.inf).tolist())
 
 
 def _place(key: str) -> tuple[str, str]:

@@ -14,14 +14,14 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated
 
-import httpx
 import typer
+from httpx2 import AsyncClient
 from openai import AsyncOpenAI, RateLimitError
 
 from benchmarks.record import record, table
 from benchmarks.statistics import percentile
 from benchmarks.workload import Workload
-from roentgen.launch.local import serving
+from roentgen.serving.local_server import serving
 from serve_app.config import ServerConfig
 
 BUDGET_S = 0.2
@@ -102,13 +102,13 @@ async def _ask(base_url: str, state: str, every: float, lasting: float) -> Answe
     answers = Answers(state, [], [])
     url = base_url.removesuffix("/v1") + "/health"
 
-    async def once(client: httpx.AsyncClient) -> None:
+    async def once(client: AsyncClient) -> None:
         start = time.perf_counter()
         reply = await client.get(url)
         answers.seconds.append(time.perf_counter() - start)
         answers.statuses.append(reply.status_code)
 
-    async with httpx.AsyncClient(timeout=60) as client, asyncio.TaskGroup() as group:
+    async with AsyncClient(timeout=60) as client, asyncio.TaskGroup() as group:
         end = time.monotonic() + lasting
         while time.monotonic() < end:
             group.create_task(once(client))

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from roentgen.contract import RolloutKey
-from roentgen.store import CaptureSpec, Rollout, Segment, Session, StoreWriter
+from roentgen.store import CaptureSpec, Rollout, Session, StoreWriter
+from roentgen.tokenized_text import Segment, TokenizedText
 
 KEY = "layers.0.resid_post"
 WIDTH, TOKENS = 16, 80
@@ -102,15 +103,9 @@ def _make(store: str, rollouts: int) -> float:
                     spec=spec,
                     tensors={KEY: torch.full((1, WIDTH), float(number))},
                     position=np.array([TOKENS // 2 - 1], dtype=np.int32),
-                    row_token_id=np.array([7]),
-                    row_logprob=np.array([np.nan]),
-                    token_ids=tokens,
-                    token_offsets=tokens,
-                    n_prompt=TOKENS // 2,
-                    text=text,
-                    segments=[Segment("user", 0, 10)],
+                    sequence=TokenizedText(text, tokens, tokens, [Segment("user", 0, 10)], TOKENS // 2),
+                    logprobs=np.full(TOKENS, np.nan),
                     finish_reason="stop",
-                    final_logprob=0.0,
                     key=RolloutKey(config_hash="c" * 16, problem_id=f"problem-{problem}"),
                     labels={"number": number},
                 )

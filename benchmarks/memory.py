@@ -21,7 +21,8 @@ from ulid import ULID
 from benchmarks.record import record, table
 from benchmarks.statistics import Interval, slope_interval
 from benchmarks.workload import CAPTURES, Workload, capture_plan
-from roentgen.store import CaptureSpec, Receipt, Rollout, Segment, StoreWriter
+from roentgen.store import CaptureSpec, Receipt, Rollout, StoreWriter
+from roentgen.tokenized_text import Segment, TokenizedText
 from serve_app.engines.protocol import Event, Failed, Finished, GenerationJob, Sampling
 from serve_app.engines.transformers.engine import TransformersEngine
 from serve_app.engines.transformers.model import LoadedModel
@@ -132,7 +133,6 @@ def _rollout(model: LoadedModel, prompt: list[int], finished: Finished, position
     captured = finished.captured
     assert captured is not None
     token_ids = prompt + finished.token_ids
-    logprobs = np.array([np.nan] * len(prompt) + [score.logprob for score in finished.scores], dtype=np.float32)
     return Rollout(
         session_id="memory",
         rollout_id=str(ULID()),
@@ -145,15 +145,15 @@ def _rollout(model: LoadedModel, prompt: list[int], finished: Finished, position
         ),
         tensors=captured.tensors,
         position=captured.position,
-        row_token_id=np.array(token_ids)[captured.position],
-        row_logprob=logprobs[captured.position],
-        token_ids=token_ids,
-        token_offsets=[0] * len(token_ids),
-        n_prompt=len(prompt),
-        text=finished.text,
-        segments=[Segment("assistant", 0, len(finished.text))],
+        sequence=TokenizedText(
+            text=finished.text,
+            token_ids=token_ids,
+            token_offsets=[0] * len(token_ids),
+            segments=[Segment("assistant", 0, len(finished.text))],
+            n_prompt=len(prompt),
+        ),
+        logprobs=np.array([np.nan] * len(prompt) + [score.logprob for score in finished.scores], dtype=np.float32),
         finish_reason=finished.finish_reason,
-        final_logprob=finished.scores[-1].logprob,
         key=None,
         labels={},
     )

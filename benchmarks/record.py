@@ -11,6 +11,8 @@ from pathlib import Path
 import psutil
 import torch
 
+from roentgen.durable import write_text
+
 RESULTS = Path(__file__).parent / "RESULTS.md"
 PACKAGES = ("torch", "transformers", "nnsight", "ray")
 
@@ -28,7 +30,7 @@ def replace_section(document: str, title: str, body: str) -> str:
 def record(title: str, body: str, path: Path = RESULTS) -> None:
     """Write a benchmark's section, with the machine, the date, the versions and the command that made it."""
     text = path.read_text() if path.exists() else "# Measured\n"
-    path.write_text(replace_section(text, title, f"{body.strip()}\n\n{conditions()}"))
+    write_text(path, replace_section(text, title, f"{body.strip()}\n\n{conditions()}"))
 
 
 def conditions() -> str:

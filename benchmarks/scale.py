@@ -29,8 +29,8 @@ from eval_jobs.prompts import ANSWER_LINE
 from eval_jobs.rollout import RolloutPlan
 from eval_jobs.variants import Attempt, Variant
 from roentgen.cluster import connected
-from roentgen.launch.local import free_port
 from roentgen.runs import Run, RunConfig, Sample
+from roentgen.serving.local_server import free_port
 
 ANSWER = json.dumps(
     {

@@ -22,7 +22,7 @@ from benchmarks.record import record, table
 from benchmarks.statistics import Interval, ratios
 from benchmarks.ways import engine_way
 from benchmarks.workload import CAPTURES, Workload, capture_request
-from roentgen.launch.local import serving
+from roentgen.serving.local_server import serving
 from serve_app.config import ServerConfig
 from serve_app.engines.transformers.engine import TransformersEngine
 

@@ -30,8 +30,9 @@ from benchmarks.many_rollouts import WIDTH as WIDTH_OF_MANY
 from benchmarks.pairs import interleave
 from benchmarks.record import record, table
 from benchmarks.statistics import ratios
-from roentgen.store import CaptureSpec, Rollout, Segment, Session, StoreWriter
+from roentgen.store import CaptureSpec, Rollout, Session, StoreWriter
 from roentgen.store.places import FolderPlace, Place, open_place
+from roentgen.tokenized_text import Segment, TokenizedText
 from tests.s3 import BUCKET, ENVIRONMENT, s3_endpoint
 
 BLOCK = 8 << 20
@@ -170,15 +171,9 @@ def _rollouts(megabytes: int) -> list[Rollout]:
             spec=spec,
             tensors=tensors,
             position=position,
-            row_token_id=position,
-            row_logprob=np.full(ROWS, np.nan),
-            token_ids=tokens,
-            token_offsets=tokens,
-            n_prompt=ROWS,
-            text="x" * ROWS,
-            segments=[Segment("user", 0, ROWS)],
+            sequence=TokenizedText("x" * ROWS, tokens, tokens, [Segment("user", 0, ROWS)], ROWS),
+            logprobs=np.full(ROWS + 1, np.nan),
             finish_reason="stop",
-            final_logprob=0.0,
         )
         for _ in range(count)
     ]

@@ -21,7 +21,7 @@ from ulid import ULID
 from benchmarks.ways import Keep, Run, UnavailableError, Way, end_tokens, engine_way
 from benchmarks.workload import Workload
 from roentgen.contract import ActivationRequest
-from serve_app.engines.prompt import Prompt
+from roentgen.tokenized_text import TokenizedText
 from serve_app.engines.protocol import Finished
 from serve_app.engines.rollout import make_entry
 from serve_app.engines.served_model import ServedModel
@@ -163,8 +163,8 @@ def keeper(model: ServedModel, engine: "VllmEngine") -> Keep:
     """Return what has the engine's worker store a completion."""
 
     def keep(prompt: list[int], finished: Finished) -> "Future[Stored]":
-        said = Prompt("", prompt, [0] * len(prompt), [])
-        entry = make_entry(model, said, ActivationRequest(), finished, "measured", str(ULID()))
+        said = TokenizedText("", prompt, [0] * len(prompt), [], len(prompt))
+        entry = make_entry(model, said, "completion", ActivationRequest(), finished, "measured", str(ULID()))
         return engine.storage.keep(entry, finished)
 
     return keep

@@ -8,9 +8,8 @@ import math
 import queue
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,13 +25,12 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from benchmarks.workload import Workload, capture_plan, capture_request
+from benchmarks.workload import capture_plan, capture_request
 from roentgen.contract import split_key
 from serve_app.capture.resolver import resolve_structure
 from serve_app.capture.rows import CapturePlan
 from serve_app.engines.protocol import Engine, Event, Failed, Finished, GenerationJob, Sampling
 from serve_app.engines.served_model import ServedModel
-from serve_app.engines.transformers.engine import TransformersEngine
 
 
 @dataclass(frozen=True)
@@ -62,20 +60,6 @@ PAGE, BATCH_TOKENS = 256, 512
 
 Way = Callable[[list[list[int]], int, int], Run]
 """Generates for prompts, at most so many tokens each, with so many in flight."""
-
-
-WAYS = {
-    "seed": "3x2",
-    "generate": "none",
-    "continuous": "none",
-    "engine": "none",
-    "engine-3x2": "3x2",
-    "engine-all": "all",
-    "vllm": "none",
-    "vllm-3x2": "3x2",
-    "vllm-all": "all",
-}
-"""The ways, and what each captures."""
 
 
 class UnavailableError(Exception):
@@ -311,42 +295,6 @@ def _envoy(wrapped: TransformersModel, path: str) -> Any:
     for part in path.split("."):
         envoy = envoy[int(part)] if part.isdigit() else getattr(envoy, part)
     return envoy
-
-
-@contextmanager
-def loaded_way(name: str, workload: Workload, in_flight: int) -> Iterator[tuple[Way, PreTrainedModel]]:
-    """Load the model and yield a way to generate with it, and the bare model.
-
-    Args:
-        name: one of `WAYS`.
-        workload: what to load.
-        in_flight: the most requests that will be in flight.
-    """
-    if name.startswith("engine"):
-        model = workload.load()
-        engine = TransformersEngine(model, max_batch=in_flight, max_queue=1024)
-        try:
-            yield engine_way(engine, model, WAYS[name]), model.observed._module
-        finally:
-            engine.close()
-        return
-    if name.startswith("vllm"):
-        from benchmarks.vllm_way import loaded_capturing_vllm, loaded_vllm  # which take this module's types
-
-        captures = WAYS[name] != "none"
-        with (
-            loaded_capturing_vllm(workload, in_flight, WAYS[name])
-            if captures
-            else loaded_vllm(workload, in_flight) as loaded
-        ):
-            yield loaded
-        return
-    module, tokenizer = workload.load_plain()
-    end = end_tokens(module, tokenizer)
-    if name == "seed":
-        yield seed_way(module, tokenizer), module
-    else:
-        yield (generate_way if name == "generate" else continuous_way)(module, end), module
 
 
 def end_tokens(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

@@ -106,5 +106,5 @@ if [ "$SKYPILOT_NODE_RANK" != 0 ]; then
   exit 0
 fi
 answers || start --head --port 6379 --dashboard-host 127.0.0.1 --dashboard-port 8265 --ray-client-server-port 10101
-exec python -m roentgen.launch.deploy --address "$head:6379" --nodes "$SKYPILOT_NUM_NODES" \
+exec python -m roentgen.cloud.deploy --address "$head:6379" --nodes "$SKYPILOT_NUM_NODES" \
   --gpus-per-node "$gpus"

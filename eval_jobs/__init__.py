@@ -1,21 +1,28 @@
-"""The evaluation: problems go to an OpenAI-compatible server, answers come back scored, with their activations' addresses.
+"""The evaluation: send problems to an OpenAI-compatible server, and score its answers.
 
-What flows through this room, in the order a newcomer should read it:
+The modules, in the order a newcomer should read them:
 
-    problems   a source (arithmetic, gsm8k, a file) becomes a list of `Problem`
-    prompts    a `Problem`'s question becomes messages
-    config     what was asked for (`EvalSettings`), and the hash that makes two runs comparable
-    endpoint   the server: is it there, what does it serve
-    rollout    one problem against the server becomes one scored `Sample`
-    scoring    the extractors; `answers` is the default one (with `quantities`, `exact_numbers`), `symbolic` is math-verify
-    fanout     many rollouts at once, as Ray tasks; samples stream back to the driver
-    resume     the run directory: made, or found and continued
-    driver     all of the above in order: `run_evaluation`
-    failures   failed samples counted by kind, with what to do about each
-    outputs, report, console, progress   what is left on disk and on the screen
-    command    the command line
+    settings, command          the options, checked once; the command line
+    config                     the part of the settings that makes two runs comparable, and its hash
+    problems, selection        a source (arithmetic, gsm8k, a file) becomes a list of `Problem`; which of them are posed
+    prompts, variants          a `Problem` becomes messages, under one prefix or several
+    endpoint, addresses        the server: whether it answers, what it serves, several addresses as one client
+    rollout, asking            one attempt at one problem becomes one scored `Sample`; one request and its failures
+    tools, calculator          what the model may call
+    scoring                    the extractors
+    answers                    the default extractor, with `quantities`, `exact_numbers`, `number_words`, `plain_text`
+    symbolic                   the extractor that uses math-verify
+    fanout, concurrency        many rollouts at once, as Ray tasks; how many are in flight
+    resume                     the run directory: made, or found and continued
+    driver, progress           all of the above in order (`run_evaluation`); what is shown meanwhile
+    statistics, summary        accuracies with intervals; the numbers in `summary.json`
+    failures                   failed samples, counted by kind
+    outputs, report, charts    the files of the run and its page
+    console                    the scores in the terminal
+    parquet, inspect_log       exports
+    comparison, rescoring, status, estimate    two runs compared; answers read again; progress from outside; `--dry-run`
 
-It talks to the server only as an OpenAI client, so any compatible server will do (without activations).
+It reaches the server only as an OpenAI client, so any compatible server will do (without activations).
 """
 
 

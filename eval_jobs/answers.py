@@ -92,7 +92,6 @@ _SIGN = re.compile(
     r"(?![a-z])(?:[^\S\n]+(?:therefore|thus|then|also|simply|just|indeed|now))?[^\S\n]*:?))",
     re.IGNORECASE,
 )
-_ONLY_MARKUP = re.compile(r"[\s*_#>`\"'.\-=|(\[{$~\\]*")
 _LABEL_PREFIX = re.compile(
     r"[\s*_#>`\"'.\-=|(\[{,]*(?:(?:so|thus|hence|therefore|and|the|my|your|our|correct|short|numerical|numeric|exact|complete|full"
     r"|in conclusion|conclusion|solution|step \d+)[\s,:*_]*)*[*_`\"'(\[]*",

@@ -35,7 +35,7 @@ class ServedModel:
 
 
 def hashed_configuration(settings: EvalSettings, served: ServedModel) -> dict[str, Any]:
-    """Return what changes what the model does: two runs are comparable if it is equal (`contract.canonical_hash`)."""
+    """Return what changes what the model does: two runs are comparable if it is equal (`roentgen.contract.canonical_hash`)."""
     prompt = settings.chosen_prompt
     tools = list(TOOLS) if settings.mode == "with-tools" else []
     hashed: dict[str, Any] = {

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from eval_jobs import EvalError
 from eval_jobs.config import ServedModel, hashed_configuration, variants_of
-from eval_jobs.endpoint import Endpoint, api_key, find_model
+from eval_jobs.endpoint import Endpoint, find_model
 from eval_jobs.estimate import estimate
 from eval_jobs.failures import Failures
 from eval_jobs.fanout import evaluate
@@ -27,10 +27,11 @@ from eval_jobs.resume import as_begun, open_run
 from eval_jobs.rollout import RolloutPlan
 from eval_jobs.settings import EvalSettings
 from eval_jobs.tools import TOOLS
-from eval_jobs.variants import Attempt
+from eval_jobs.variants import Attempt, attempts_of
+from roentgen.api_keys import client_key
 from roentgen.cluster import connected
 from roentgen.contract import ActivationRequest, canonical_hash
-from roentgen.runs import Recorder, Run, RunConfig, Sample
+from roentgen.runs import Recorder, Run, Sample
 
 MAX_FAILED_IN_A_ROW = 10
 """So many failures on end are no property of the problems; each may have cost a minute of retries, so the run stops."""
@@ -62,7 +63,7 @@ def run_evaluation(settings: EvalSettings, problems: Sequence[Problem], base_url
     endpoint, served, settings = prepare(as_begun(settings), base_url, lambda text: _say(console, text))
     run = open_run(settings, problems, served, base_url)
     plan = _plan(settings, endpoint, served.id, run)
-    attempts = _attempts(settings, problems, run.config)
+    attempts = attempts_of(run.config, problems)
     with run.recording() as record:
         recorded, tally = _recorded(run)
         missing = [attempt for attempt in attempts if attempt.identity not in recorded]
@@ -114,7 +115,7 @@ def prepare(
     Raises:
         FatalRequestError: if no server answers, or it does not serve the model.
     """
-    endpoint = Endpoint(base_url, timeout=settings.request_timeout, api_key=api_key())
+    endpoint = Endpoint(base_url, timeout=settings.request_timeout, api_key=client_key())
     served = find_model(endpoint, settings.model)
     if settings.collect_activations and served.d_model is None:
         say(f"the server at {base_url} is not Roentgen's: no activations are kept")
@@ -137,13 +138,6 @@ def _plan(settings: EvalSettings, endpoint: Endpoint, model: str, run: Run) -> R
         max_turns=settings.max_turns if with_tools else 1,
         capture=capture,
     )
-
-
-def _attempts(settings: EvalSettings, problems: Sequence[Problem], config: RunConfig) -> list[Attempt]:
-    """Return what is to be done, problem by problem, so that a run that is stopped has all of some problems."""
-    variants = variants_of(settings, config.hashed)
-    epochs = range(1, settings.epochs + 1)
-    return [Attempt(problem, variant, epoch) for problem in problems for epoch in epochs for variant in variants]
 
 
 def _recorded(run: Run) -> tuple[set[tuple[str, str, int]], Tally]:

@@ -5,7 +5,6 @@ failed samples; a server that is there and busy, or loads its model, is waited f
 lost connections), which honours `Retry-After`.
 """
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,7 +25,6 @@ from eval_jobs import EvalError
 from eval_jobs.addresses import Addresses, split
 from eval_jobs.config import ServedModel
 
-API_KEY_VARIABLE = "ROENTGEN_API_KEY"
 CONNECT_TIMEOUT_S = 5.0
 LIST_TIMEOUT = Timeout(30.0, connect=CONNECT_TIMEOUT_S)
 
@@ -85,11 +83,6 @@ class Endpoint:
             timeout=timeout,
             http_client=AsyncClient(transport=Addresses(self.urls), timeout=timeout, event_hooks={"response": [watch]}),
         )
-
-
-def api_key() -> str:
-    """Return the first key in `$ROENTGEN_API_KEY` (comma-separated, as the server reads it); "none" if there is none."""
-    return os.environ.get(API_KEY_VARIABLE, "").split(",")[0].strip() or "none"
 
 
 def find_model(endpoint: Endpoint, wanted: str | None) -> ServedModel:

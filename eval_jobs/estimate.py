@@ -8,7 +8,7 @@ and the tools' answers, which are short.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import httpx
+from httpx2 import HTTPError
 from pydantic import BaseModel, ValidationError
 
 from eval_jobs.config import ServedModel
@@ -16,6 +16,7 @@ from eval_jobs.endpoint import Endpoint, FatalRequestError
 from eval_jobs.problems import Problem
 from eval_jobs.settings import EvalSettings
 from roentgen.contract import MODEL_HOOK_POINTS, Positions
+from roentgen.http_client import connect
 
 COUNTED = 8
 """Problems whose prompts are tokenized."""
@@ -109,15 +110,15 @@ def spell_bytes(size: float) -> str:
 
 def _prompt_tokens(settings: EvalSettings, endpoint: Endpoint, model: str, problems: Sequence[Problem]) -> int:
     """Return the tokens of the longest prompt among a few problems, evenly chosen."""
-    url = endpoint.urls[0].removesuffix("/v1") + "/tokenize"
-    headers = {"Authorization": f"Bearer {endpoint.api_key}"}
+    root = endpoint.urls[0].removesuffix("/v1")
     step = max(1, len(problems) // COUNTED)
     counts = []
     try:
-        for problem in problems[::step][:COUNTED]:
-            body = {"model": model, "messages": settings.chosen_prompt.messages(problem)}
-            reply = httpx.post(url, json=body, headers=headers, timeout=60.0).raise_for_status()
-            counts.append(_Tokens.model_validate_json(reply.content).count)
-    except (httpx.HTTPError, ValidationError) as error:
-        raise FatalRequestError(f"{url} does not count tokens: {error}") from error
+        with connect(root, endpoint.api_key, 60.0) as client:
+            for problem in problems[::step][:COUNTED]:
+                body = {"model": model, "messages": settings.chosen_prompt.messages(problem)}
+                reply = client.post("/tokenize", json=body).raise_for_status()
+                counts.append(_Tokens.model_validate_json(reply.content).count)
+    except (HTTPError, ValidationError) as error:
+        raise FatalRequestError(f"{root}/tokenize does not count tokens: {error}") from error
     return max(counts)

@@ -23,7 +23,8 @@ from zipfile import ZIP_DEFLATED, ZipFile
 
 from eval_jobs.scoring import EXTRACTORS
 from eval_jobs.summary import summarise, verdict
-from roentgen.runs import Run, Sample, replacing
+from roentgen.durable import atomic_write
+from roentgen.runs import Run, Sample
 
 SCHEMA_VERSION = 2
 
@@ -47,7 +48,11 @@ def write_inspect_log(run: Run, path: Path) -> int:
     ids: list[str] = []
     finished: float | None = None
     # An archive takes one file after the other, so the summaries wait on the disk: a list of them would grow with the run.
-    with replacing(path) as temporary, ZipFile(temporary, "w", ZIP_DEFLATED) as archive, TemporaryFile() as summaries:
+    with (
+        atomic_write(path) as temporary,
+        ZipFile(temporary, "w", ZIP_DEFLATED) as archive,
+        TemporaryFile() as summaries,
+    ):
         for sample in samples:
             entry = _sample(sample, summary["model"], extractors)
             archive.writestr(f"samples/{entry['id']}_epoch_{sample.epoch}.json", _json(entry))

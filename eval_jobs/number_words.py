@@ -1,4 +1,4 @@
-"""Spells number words as digits: `eighteen` is 18, `two and a half` is 2 1/2, `one hundred and five` is 105."""
+"""Spells number words as digits: "eighteen" is 18, `two and a half` is 2 1/2, `one hundred and five` is 105."""
 
 import re
 

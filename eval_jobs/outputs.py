@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from eval_jobs.summary import disagree, expected_samples, summarise, verdict
-from roentgen.runs import Run, RunConfig, Sample, replacing, write_json
+from roentgen.durable import atomic_write, write_json
+from roentgen.runs import Run, RunConfig, Sample
 
 SAMPLE_FILES_UP_TO = 10_000
 """Runs of more samples than this get no files per sample: folders that large help nobody."""
@@ -174,5 +175,5 @@ def _folder(run: Run, name: str) -> Path:
 
 def _write_jsonl(path: Path, lines: Iterable[dict[str, Any]]) -> None:
     """Write a file whole or not at all, a line at a time."""
-    with replacing(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
+    with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

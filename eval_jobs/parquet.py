@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 
 from eval_jobs.scoring import EXTRACTORS
 from eval_jobs.summary import verdict
-from roentgen.runs import Run, Sample, replacing
+from roentgen.durable import atomic_write
+from roentgen.runs import Run, Sample
 
 ROWS_AT_ONCE = 1_000
 
@@ -58,7 +59,7 @@ def write_parquet(run: Run, path: Path) -> int:
         OSError: as the disk answers.
     """
     samples = run.samples().by_name()
-    with replacing(path) as temporary, pq.ParquetWriter(temporary, SCHEMA) as writer:
+    with atomic_write(path) as temporary, pq.ParquetWriter(temporary, SCHEMA) as writer:
         for start in range(0, len(samples), ROWS_AT_ONCE):
             rows = [_row(run, sample) for sample in samples[start : start + ROWS_AT_ONCE]]
             writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))

@@ -1,6 +1,6 @@
 r"""Reads the quantity that a short piece of text states, as an exact number.
 
-A model writes `18` in many ways: `**$18.00**`, `1{,}800`, `12'500`, `\frac{3}{4}`, `1 1/2`, `2 million`, `eighteen`, `x = 18`,
+A model writes `18` in many ways: `**$18.00**`, `1{,}800`, `12'500`, `\frac{3}{4}`, `1 1/2`, `2 million`, "eighteen", `x = 18`,
 `3 * 6 = 18`, `2 hours 30 minutes`. Text flows through three steps:
 
     normalize    characters: digits of any script, widths, spaces, minus signs (for a whole output, once)

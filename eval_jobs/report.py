@@ -16,7 +16,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from eval_jobs.charts import lengths, panels, ticks
 from eval_jobs.console import interval, percent, spell_count, spell_difference, spell_samples, warnings
 from eval_jobs.summary import summarise
-from roentgen.runs import Run, RunError, replacing
+from roentgen.durable import write_text
+from roentgen.runs import Run, RunError
 
 TRANSCRIPTS_UP_TO = 2_000
 """A page with more transcripts than this is slow to open; the rest are in samples.jsonl."""
@@ -61,9 +62,7 @@ def write_report(run: Run) -> Path:
         )
     )
     path = run.path / "report.html"
-    with replacing(path) as temporary:
-        # Half a surrogate pair, which a model may write, has no encoding.
-        temporary.write_text(page, encoding="utf-8", errors="replace")
+    write_text(path, page, errors="replace")  # half a surrogate pair, which a model may write, has no encoding
     return path
 
 

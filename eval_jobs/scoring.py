@@ -5,7 +5,7 @@ every output; one is primary. An `Extractor` is a pair: `read` finds the answer 
 compares it with the gold answer by the same convention. A new extractor is one function and one line in `EXTRACTORS`.
 
 - `answer`, the default, reads an answer however it is written, and none where two readings are possible (`answers`,
-  `quantities`). It compares exact values: `18.00`, `36/2` and `eighteen` are `18`. A unit that has parts may be counted in
+  `quantities`). It compares exact values: `18.00`, `36/2` and "eighteen" are `18`. A unit that has parts may be counted in
   either: `550 cents` is 550 or 5.5, `50%` is 50 or 0.5 (but `0.5` is not 50), `3 dozen` is 36 or 3.
 - `answer_line`, the default of older runs, reads the first number of the last line `Answer: …`; `boxed` that of the last
   `\\boxed{…}`. Both take a number out of what stands there: `1/2` is read as `1`. They compare numbers: `18.00` is `18`.
@@ -105,7 +105,7 @@ def same_number(answer: str, gold: str) -> bool:
 
 
 def harness_match(answer: str, gold: str) -> bool:
-    """Compare as lm-evaluation-harness's `exact_match` does with GSM8K's settings."""
+    """Compare as lm-evaluation-harness's exact match does with GSM8K's settings."""
     return _harness_normal(answer) == _harness_normal(gold)
 
 
@@ -150,5 +150,5 @@ def _inside_braces(text: str) -> str:
 
 
 def _harness_normal(text: str) -> str:
-    """Remove what the harness's `regexes_to_ignore` remove (its `.*#### ` takes quadratic time on long digits)."""
+    """Remove what the harness's regular expressions to ignore remove (its `.*#### ` takes quadratic time on long digits)."""
     return text.replace(",", "").replace("$", "").rpartition("#### ")[2].removesuffix(".").lower()

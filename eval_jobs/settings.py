@@ -57,7 +57,7 @@ class EvalSettings(BaseModel):
         output: the run directory; made up if absent.
         new: start another run even if an unfinished one could be continued.
         base_url: the server, `http://HOST:PORT/v1`; several with commas between them, if it has several.
-        ray_address: `local` or `HOST:PORT`.
+        ray_address: "local" or HOST:PORT.
         store: where a server started here keeps activations.
         dtype: in which precision a server started here loads the model.
         revision: which revision of the model a server started here loads.

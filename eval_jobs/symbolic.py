@@ -1,6 +1,6 @@
 """Reads and compares answers with Hugging Face's math-verify, as many leaderboards do.
 
-The library bounds its time with `signal.alarm`, which works only in a process's main thread, cannot interrupt Python's long
+The library bounds its time with `signal.alarm()`, which works only in a process's main thread, cannot interrupt Python's long
 integers, and would let a verdict depend on how fast the machine is. So its time limits are off and its input is bounded: only
 the end of a long text is read, and a text in which a short formula can stand for a very large number or an endless calculation
 (towers of powers, factorials, sums, integrals) is not read.

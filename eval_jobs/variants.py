@@ -11,7 +11,7 @@ others are compared with.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ import yaml
 
 from eval_jobs import EvalError
 from eval_jobs.problems import Problem
+from roentgen.runs import RunConfig
 
 _NAME = re.compile(r"[A-Za-z0-9.-]{1,32}")
 
@@ -69,6 +70,16 @@ class Attempt:
         """What names its files."""
         epoch = f"_e{self.epoch}" if self.epoch > 1 else ""
         return f"gsm8k_{self.problem.number:04d}{epoch}" + (f"_v-{self.variant.name}" if self.variant.name else "")
+
+
+def attempts_of(config: RunConfig, problems: Sequence[Problem]) -> list[Attempt]:
+    """Return what a run is to do, problem by problem, so that a run that is stopped has all of some problems.
+
+    The variants are those that the run was made with: the file that they came from may have been edited since.
+    """
+    recorded = [Variant(name, variant["prefix"], variant["config_hash"]) for name, variant in config.variants.items()]
+    variants, epochs = recorded or [Variant(None, "", config.config_hash)], range(1, config.problems["epochs"] + 1)
+    return [Attempt(problem, variant, epoch) for problem in problems for epoch in epochs for variant in variants]
 
 
 def read_variants(path: Path) -> dict[str, str]:

@@ -8,8 +8,8 @@ Method:
        part, which played no part in the choice. A maximum over layers that is chosen and reported on the same folds is
        flattery. Strengths are chosen by the log-loss, because an AUROC is the same however far a penalty holds scores
        together; candidates by the main metric. The inner scores then make log-odds of the outer ones (`calibration`).
-    4. Test scores of all outer folds together give the metrics, and problems drawn with replacement their intervals
-    (`intervals`).
+    4. The test scores of all outer folds together give the metrics; problems drawn with replacement give the metrics'
+       intervals (`intervals`).
     5. Baselines go through the same steps (`baselines`).
 """
 

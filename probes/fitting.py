@@ -28,7 +28,7 @@ from probes.positions import check_positions
 from probes.report import Best, Estimate, KeyResult, ProbeReport
 from probes.sources import Where
 from roentgen.contract import execution_order, split_key
-from roentgen.saved_probes import ProbeCard, SavedProbe, ScoreUnit
+from roentgen.linear_probe import ProbeCard, SavedProbe, ScoreUnit
 
 Scores = Float[np.ndarray, "rows outputs"]
 

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probes.errors import ProbeDataError
+from roentgen.contract import count_rows
 from roentgen.store import Session, StoreError
 
 POLICIES = ("last_prompt", "last", "mean_prompt", "mean_generated")
@@ -92,7 +93,7 @@ def _wanted(rollouts: pd.DataFrame, positions: str) -> Iterator[int]:
 
 
 def _at(row: pd.Series, fraction: float) -> int:
-    n_prompt, n_rows = int(row["n_prompt"]), int(row["n_prompt"]) + max(int(row["n_completion"]) - 1, 0)
+    n_prompt, n_rows = int(row["n_prompt"]), count_rows(int(row["n_prompt"]), int(row["n_completion"]))
     return n_prompt - 1 + round(fraction * (n_rows - n_prompt))
 
 
@@ -101,7 +102,7 @@ def before_answer(row: pd.Series) -> int:
 
     Without a number it is the last row: the model was cut before it came to one, or gave none.
     """
-    n_prompt, n_rows = int(row["n_prompt"]), int(row["n_prompt"]) + max(int(row["n_completion"]) - 1, 0)
+    n_prompt, n_rows = int(row["n_prompt"]), count_rows(int(row["n_prompt"]), int(row["n_completion"]))
     offsets = row["token_offsets"]
     start = int(offsets[n_prompt]) if len(offsets) > n_prompt else len(row["text"])
     numbers = list(_NUMBER.finditer(row["text"], start))

@@ -1,7 +1,7 @@
 """Trains a probe for every candidate of some data and writes what it found.
 
     RUN/probes/<label>/
-      probes.safetensors  probes.json       the probes, fitted on all samples (`roentgen.saved_probes`)
+      probes.safetensors  probes.json       the probes, fitted on all samples (`roentgen.linear_probe`)
       auroc_by_layer.png  heatmap.png  reliability.png  along_trace.png  scores.png  projection.png     those that there are
       dark/                                 the same pictures, to be shown on a dark background
       report.html                           all of it as one page, with transcripts colored by score (`page`)
@@ -16,7 +16,6 @@ not the label's usual one is part of the name likewise (`<label>+lda`).
 import os
 from collections import Counter
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,9 +31,8 @@ from probes.page import render_page
 from probes.report import ProbeReport
 from probes.sources import Where
 from probes.styles import darken
-from roentgen.runs import write_json
-from roentgen.saved_probes import save_probes
-from roentgen.store.durable import make_folder, write_durably
+from roentgen.durable import atomic_write, make_folder, write_json, write_text
+from roentgen.linear_probe import save_probes
 
 
 def train(
@@ -127,13 +125,14 @@ def _write(folder: Path, trained: Trained, data: ProbeDataset) -> None:
             figures["along_trace"] = plots.along_trace(closeup, report.label)
     make_folder(folder / "dark")
     for name, figure in figures.items():
-        write_durably(folder / f"{name}.png", partial(figure.savefig, format="png"))
-        write_durably(folder / "dark" / f"{name}.png", partial(darken(figure).savefig, format="png"))
+        for place, drawn in ((folder, figure), (folder / "dark", darken(figure))):
+            with atomic_write(place / f"{name}.png") as temporary:
+                drawn.savefig(temporary, format="png")
     if trained.probes:
         save_probes(folder, trained.probes)
     light, dark = (
         {name: (place / f"{name}.png").read_bytes() for name in figures} for place in (folder, folder / "dark")
     )
     page = render_page(report, light, closeup, dark)
-    write_durably(folder / "report.html", lambda path: path.write_text(page, encoding="utf-8", errors="replace"))
+    write_text(folder / "report.html", page, errors="replace")
     write_json(folder / "results.json", report.to_json())

@@ -1,7 +1,9 @@
-"""Roentgen: evaluate a language model on GSM8K and keep what it held inside.
+"""Roentgen: evaluate a language model on GSM8K and store its internal activations.
 
-This package is what the rooms share. Read `contract` first: it holds the words (hook points, positions, keys) that the
-server, the store and the probes agree on.
+Read `contract` first: it defines the names that every part shares (hook points, positions, keys). `store`, `runs`,
+`transcripts` and `linear_probe` read and write files. `serving` starts and checks a server, `cloud` manages clusters, and
+`workflows` holds the commands that join several parts. `cli` is the `roentgen` command. The server itself is `serve_app`, the
+evaluation `eval_jobs`, and the training of probes `probes`.
 """
 
 __version__ = "0.1.0"

@@ -1,13 +1,13 @@
-"""The words every room agrees on: hook points, positions, keys, and the shapes of a capture request and its reply.
+"""The names that every part shares: hook points, positions, keys, and the shapes of a capture request and its reply.
 
 What flows through here: a client writes an `ActivationRequest` into the request body; the server resolves its hook points
 to modules, captures rows, stores them under the keys spelled by `stored_key`, and answers with an `ActivationReply`; the
-store and the probes select rows with the same `Positions`. Nothing here imports a room, torch or Ray, so every process can
-afford it.
+store and the probes select rows with the same `Positions`. Nothing here imports another part, torch or Ray, so importing
+it is cheap in any process.
 
 Rows. N generated tokens take N forwards (one prefill, then N - 1 steps): the last sampled token never passes through the
 model. Row t is the state at sequence position t, where the token *fed* was token t. A full capture therefore has
-`n_prompt + max(n_completion - 1, 0)` rows.
+`count_rows(n_prompt, n_completion)` rows.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import json
 import math
 import re
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, overload
 
 from pydantic import (
     AfterValidator,
@@ -180,6 +180,19 @@ def execution_order(key: str) -> tuple[int, int, int, str]:
     return 1, layer, _IN_BLOCK.get(hook_point, len(_IN_BLOCK)), hook_point
 
 
+@overload
+def count_rows(n_prompt: int, n_completion: int) -> int: ...
+
+
+@overload
+def count_rows(n_prompt: Any, n_completion: Any) -> Any: ...
+
+
+def count_rows(n_prompt: Any, n_completion: Any) -> Any:
+    """Return how many rows a full capture has: one per token but the last of a completion. Takes numbers, arrays or columns."""
+    return n_prompt + n_completion - (n_completion > 0)
+
+
 @dataclass(frozen=True)
 class Positions:
     """A position policy: which sequence positions of a rollout are kept.
@@ -227,7 +240,7 @@ class Positions:
 
         Args:
             n_prompt: tokens in the prompt.
-            n_rows: rows of a full capture, `n_prompt + max(n_completion - 1, 0)`.
+            n_rows: rows of a full capture (`count_rows`).
             first: leave out positions before this one.
         """
         match self.policy:

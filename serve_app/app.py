@@ -19,6 +19,7 @@ from ray.serve import Application, Deployment
 from ray.serve.config import RequestRouterConfig
 from ulid import ULID
 
+from roentgen.compat import check
 from serve_app.config import ModelChoice, ServerConfig
 from serve_app.http.ingress import Ingress
 from serve_app.replica.replica import ASKED, ModelReplica
@@ -35,6 +36,7 @@ BESIDE = 64
 
 def build(config: ServerConfig) -> Application:
     """Build the application from its configuration."""
+    check("ray")
     version = str(ULID())
     return _application(config, version, config.choice, version)
 

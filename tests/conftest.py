@@ -18,7 +18,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from roentgen.launch.local import free_port
+from roentgen.serving.local_server import free_port
+from tests.disk import DiskCalls
 
 GSM8K = Path(os.environ.get("ROENTGEN_GSM8K_DIR", Path(__file__).parents[2] / "shared" / "gsm8k"))
 # Clients that nobody here wrote have an environment of their own: `make test-clients`.
@@ -39,6 +40,12 @@ def gsm8k_test() -> Path:
     if not file.exists():
         pytest.skip(f"GSM8K is not here: {file} does not exist; set ROENTGEN_GSM8K_DIR to a folder with test.jsonl")
     return file
+
+
+@pytest.fixture
+def disk_calls(monkeypatch: pytest.MonkeyPatch) -> DiskCalls:
+    """Record this process's flushes and renames, in order."""
+    return DiskCalls(monkeypatch)
 
 
 @dataclass(frozen=True)

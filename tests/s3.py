@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from roentgen.launch.local import free_port
+from roentgen.serving.local_server import free_port
 
 ENVIRONMENT = {
     "AWS_ACCESS_KEY_ID": "test",

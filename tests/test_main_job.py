@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from roentgen.launch.local import free_port
 from roentgen.runs import Run
+from roentgen.serving.local_server import free_port
 from roentgen.store import Session, verify
 from tests.conftest import ROENTGEN, RayHome, Server
 from tests.reference import teacher_forced, worst_error

@@ -1,7 +1,7 @@
-"""The `roentgen` command: each verb calls one function of a room and prints what it returns.
+"""The `roentgen` command: each subcommand calls one function of another package and prints its result.
 
-A module here has the verbs of one concern. Rooms are imported inside the verbs, so that `roentgen --help` does not wait for
-torch.
+Each module holds related subcommands. A subcommand imports what it needs when it runs, so that `roentgen --help` does not wait
+for torch.
 """
 
 import typer

@@ -37,11 +37,11 @@ def capture(
 
     from eval_jobs.settings import SettingsError, check_settings
     from roentgen.contract import ActivationRequest
-    from roentgen.launch.capture import CaptureError, CaptureSettings
-    from roentgen.launch.capture import capture as run_capture
     from roentgen.runs import RunError
     from roentgen.store import StoreError
     from roentgen.transcripts import TranscriptError
+    from roentgen.workflows.capture import CaptureError, CaptureSettings
+    from roentgen.workflows.capture import capture as run_capture
 
     with expected_errors(CaptureError, RunError, SettingsError, StoreError, TranscriptError, ValidationError):
         asked = check_settings(layers=layers, hook_points=hook_points, positions=positions, collect_activations=True,

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
+from roentgen.api_keys import client_key
 from roentgen.cli.console import err, expected_errors, out, stage_printer
 
 if TYPE_CHECKING:
-    from roentgen.launch.doctor import Finding
-    from roentgen.launch.task import ClusterSettings
+    from roentgen.cloud.task import ClusterSettings
+    from roentgen.serving.doctor import Finding
 
 cluster_app = typer.Typer(no_args_is_help=True, help="A cluster that was launched.")
 
@@ -50,9 +51,9 @@ def up(
     validate_openapi: Annotated[bool, typer.Option(help="Check the server with one request when it is up.")] = True,
 ) -> None:
     """Launch a cluster that serves a model, or use one that runs, and check it. Leaves it running."""
-    from roentgen.launch.local import LaunchError
-    from roentgen.launch.skypilot import SkyPilot
-    from roentgen.launch.up import up as bring_up
+    from roentgen.cloud.skypilot import SkyPilot
+    from roentgen.cloud.up import up as bring_up
+    from roentgen.serving.local_server import LaunchError
 
     stage = stage_printer()
     with expected_errors(LaunchError):
@@ -73,11 +74,11 @@ def smoke(
     model: Annotated[str | None, typer.Option(help="Loaded if another is served.")] = None,
 ) -> None:
     """Check a server with one request: health, routes, model, an answer, and its activations read back."""
-    from roentgen.launch.local import LaunchError
-    from roentgen.launch.smoke import smoke as check
+    from roentgen.serving.local_server import LaunchError
+    from roentgen.serving.smoke import smoke as check
 
     with expected_errors(LaunchError):
-        report = check(_root(base), _key(), stage_printer(), model=model)
+        report = check(_root(base), client_key(), stage_printer(), model=model)
     kept = ", ".join(report.tensors)
     out.print(f"{report.model} answers {report.answer!r}; {report.rows} rows of {kept} read back", soft_wrap=True)
 
@@ -89,14 +90,14 @@ def doctor(
     port: Annotated[int, typer.Option(help="Of the server on this machine or the cluster.")] = 8000,
 ) -> None:
     """Say what is wrong with a server and what to do; exit code 1 if something is."""
-    from roentgen.launch.doctor import examine_here, examine_server
-    from roentgen.launch.remote import Head
+    from roentgen.cloud.remote import Head
+    from roentgen.serving.doctor import examine_here, examine_server
 
     if where is not None and not where.startswith(("http://", "https://")):
         head = Head(where)
         command = head.ssh(head.in_project("roentgen", "doctor", "--port", str(port)))
         raise typer.Exit(subprocess.run(command, check=False).returncode)
-    findings = examine_server(_root(where or f"http://127.0.0.1:{port}"), _key())
+    findings = examine_server(_root(where or f"http://127.0.0.1:{port}"), client_key())
     findings += [] if where else examine_here(port)
     out.print(_findings(findings))
     raise typer.Exit(1 if any(finding.verdict == "wrong" for finding in findings) else 0)
@@ -105,8 +106,8 @@ def doctor(
 @cluster_app.command()
 def status() -> None:
     """List the clusters, as their providers see them."""
-    from roentgen.launch.local import LaunchError
-    from roentgen.launch.skypilot import SkyPilot
+    from roentgen.cloud.skypilot import SkyPilot
+    from roentgen.serving.local_server import LaunchError
 
     with expected_errors(LaunchError):
         clusters = SkyPilot().clusters(refresh=True)
@@ -123,9 +124,9 @@ def logs(
     lines: Annotated[int, typer.Option(help="Of each log.")] = 50,
 ) -> None:
     """Show the ends of the newest job's log and of Serve's logs."""
-    from roentgen.launch.local import LaunchError
-    from roentgen.launch.remote import Head
-    from roentgen.launch.skypilot import SkyPilot
+    from roentgen.cloud.remote import Head
+    from roentgen.cloud.skypilot import SkyPilot
+    from roentgen.serving.local_server import LaunchError
 
     with expected_errors(LaunchError):
         SkyPilot().stream(["logs", name, "--no-follow", "--tail", str(lines)], _plain)
@@ -141,8 +142,8 @@ def ssh(name: Name = DEFAULT_NAME) -> None:
 @cluster_app.command()
 def cost(name: Name = DEFAULT_NAME) -> None:
     """Show what clusters of a name have cost, as SkyPilot reckons."""
-    from roentgen.launch.local import LaunchError
-    from roentgen.launch.skypilot import SkyPilot
+    from roentgen.cloud.skypilot import SkyPilot
+    from roentgen.serving.local_server import LaunchError
 
     with expected_errors(LaunchError):
         entries = SkyPilot().cost(name)
@@ -156,8 +157,8 @@ def cost(name: Name = DEFAULT_NAME) -> None:
 @cluster_app.command()
 def down(name: Name = DEFAULT_NAME) -> None:
     """Take a cluster down, and wait until its provider says that it is gone."""
-    from roentgen.launch.local import LaunchError
-    from roentgen.launch.skypilot import SkyPilot
+    from roentgen.cloud.skypilot import SkyPilot
+    from roentgen.serving.local_server import LaunchError
 
     with expected_errors(LaunchError):
         gone = SkyPilot().down(name, stage_printer())
@@ -172,8 +173,8 @@ def cluster_settings(**options: object) -> "ClusterSettings":
     """
     from pydantic import ValidationError
 
-    from roentgen.launch.local import LaunchError
-    from roentgen.launch.task import ClusterSettings
+    from roentgen.cloud.task import ClusterSettings
+    from roentgen.serving.local_server import LaunchError
 
     try:
         return ClusterSettings.model_validate(options)
@@ -192,7 +193,7 @@ def sync_mode(skip: bool, frozen: bool, fresh: bool) -> str:
     Raises:
         LaunchError: if more than one is asked for.
     """
-    from roentgen.launch.local import LaunchError
+    from roentgen.serving.local_server import LaunchError
 
     given = [mode for mode, asked in (("skip", skip), ("frozen", frozen), ("fresh", fresh)) if asked]
     if len(given) > 1:
@@ -202,10 +203,6 @@ def sync_mode(skip: bool, frozen: bool, fresh: bool) -> str:
 
 def _root(base: str) -> str:
     return base.rstrip("/").removesuffix("/v1")
-
-
-def _key() -> str:
-    return os.environ.get("ROENTGEN_API_KEY", "").split(",")[0].strip()
 
 
 def _plain(text: str) -> None:

@@ -100,9 +100,9 @@ evaluate_or_launch.__annotations__ = {**evaluate.__annotations__, **_cluster_opt
 
 def _launch(ctx: typer.Context, of_cluster: dict[str, Any], options: dict[str, Any]) -> None:
     from roentgen.cli.cluster import cluster_settings, sync_mode
-    from roentgen.launch.evaluate import Afterwards, launch_and_evaluate
-    from roentgen.launch.local import LaunchError
-    from roentgen.launch.skypilot import SkyPilot
+    from roentgen.cloud.evaluate import Afterwards, launch_and_evaluate
+    from roentgen.cloud.skypilot import SkyPilot
+    from roentgen.serving.local_server import LaunchError
 
     with expected_errors(LaunchError, EvalError):
         _check(options)

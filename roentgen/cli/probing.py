@@ -1,6 +1,5 @@
 """Probes on stored activations: `roentgen probe`."""
 
-import json
 import math
 from pathlib import Path
 from typing import Annotated
@@ -8,6 +7,7 @@ from typing import Annotated
 import typer
 
 from roentgen.cli.console import err, expected_errors, out, stage_printer
+from roentgen.durable import write_json
 
 probe_app = typer.Typer(no_args_is_help=True, help="Probes on stored activations.")
 
@@ -95,7 +95,7 @@ def probe_compare(
     out.print(shown)
     if output is not None:
         with expected_errors(OSError):
-            output.write_text(json.dumps(found.to_json(), indent=2) + "\n")
+            write_json(output, found.to_json())
 
 
 @probe_app.command("steer")
@@ -117,11 +117,11 @@ def probe_steer(
     """Answer problems with a probe's direction added, and along directions that know nothing, and compare."""
     from probes.steering import SweepError
     from roentgen.cluster import ClusterError
-    from roentgen.launch.local import LaunchError
-    from roentgen.launch.steer import render, steer
+    from roentgen.linear_probe import SavedProbeError
     from roentgen.runs import RunError
-    from roentgen.saved_probes import SavedProbeError
+    from roentgen.serving.local_server import LaunchError
     from roentgen.store import StoreError
+    from roentgen.workflows.steer import render, steer
 
     try:
         steps = tuple(dict.fromkeys(float(step) for step in scales.split(",")))

@@ -37,7 +37,7 @@ def serve_for_eval(settings: "EvalSettings") -> Iterator[str]:
 
     from eval_jobs import EvalError
     from roentgen.cluster import ClusterError
-    from roentgen.launch.local import LaunchError, serving
+    from roentgen.serving.local_server import LaunchError, serving
     from roentgen.store import StoreError
 
     try:
@@ -94,7 +94,7 @@ def serve(
     from pydantic import ValidationError
 
     from roentgen.cluster import ClusterError, check_address
-    from roentgen.launch.local import LaunchError, serving
+    from roentgen.serving.local_server import LaunchError, serving
     from roentgen.store import StoreError
 
     with expected_errors(ClusterError, LaunchError, StoreError, ValidationError, ValueError):

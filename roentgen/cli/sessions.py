@@ -1,4 +1,4 @@
-"""`roentgen sessions`: what a store holds, whether it is still what was written, and how to move, tidy and remove it."""
+"""`roentgen sessions`: list, show, verify, copy, compact, export and remove what a store holds."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from roentgen import api_keys
 from roentgen.cli.console import err, expected_errors, out
 
 sessions_app = typer.Typer(no_args_is_help=True, help="Activation sessions of a store.")
@@ -93,15 +94,15 @@ def sessions_gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
 ) -> None:
     """Remove what no reader wants: orphan shards, half-written files, what a merge has replaced."""
-    from roentgen.launch.tidying import tidy
     from roentgen.runs import RunError
     from roentgen.store import StoreError
+    from roentgen.workflows.garbage_collection import collect_garbage
 
     with expected_errors(StoreError, RunError, OSError):
-        tidied = tidy(session, run or [], older_than_s=older_than * 60, dry_run=dry_run)
-    for name in tidied.files:
+        removed = collect_garbage(session, run or [], older_than_s=older_than * 60, dry_run=dry_run)
+    for name in removed.files:
         out.print(name, highlight=False)
-    what = f"{tidied.dropped:,} rollouts and {len(tidied.files):,} files, {tidied.size / 1e6:,.1f} MB"
+    what = f"{removed.dropped:,} rollouts and {len(removed.files):,} files, {removed.size / 1e6:,.1f} MB"
     out.print(f"{'would remove' if dry_run else 'removed'} {what}", highlight=False)
 
 
@@ -160,7 +161,7 @@ def sessions_export(
 def sessions_pull(
     source: Annotated[str, typer.Argument(help="STORE/SESSION, or http://SERVER/v1/activations/session/ID.")],
     store: Annotated[str, typer.Argument(help="The store to copy it to.")],
-    api_key: Annotated[str, typer.Option(envvar="ROENTGEN_API_KEY", help="The server's.")] = "",
+    api_key: Annotated[str, typer.Option(envvar=api_keys.VARIABLE, help="The server's.")] = "",
 ) -> None:
     """Copy a session here from a bucket or a server; run again, it goes on where it stopped."""
     from roentgen.store import Session, StoreError, verify
@@ -168,7 +169,7 @@ def sessions_pull(
 
     with expected_errors(StoreError, OSError):
         with _bar("bytes") as told:
-            uri = pull(source, store, api_key=api_key.partition(",")[0], said=told)
+            uri = pull(source, store, api_key=api_keys.client_key(api_key), said=told)
         report = verify(Session.open(uri))
     out.print(f"{report.rollouts:,} rollouts in {uri}, {len(report.damage)} damaged", highlight=False)
     if not report.ok:

@@ -17,7 +17,7 @@ Everything but config.json and samples.jsonl can be made again from those two. A
 
 from roentgen.runs.questions import Posed, same_question, same_template
 from roentgen.runs.record import Recorder, RunError, Samples
-from roentgen.runs.run import Run, RunConfig, find_unfinished, replacing, rewrite, write_json
+from roentgen.runs.run import Run, RunConfig, find_unfinished, rewrite
 from roentgen.runs.sample import RolloutRef, Sample, Turn
 
 __all__ = [
@@ -31,9 +31,7 @@ __all__ = [
     "Samples",
     "Turn",
     "find_unfinished",
-    "replacing",
     "rewrite",
     "same_question",
     "same_template",
-    "write_json",
 ]

@@ -16,6 +16,7 @@ from typing import IO, Self, overload
 
 from pydantic import BaseModel, ValidationError
 
+from roentgen.durable import sync_folder
 from roentgen.runs.sample import Sample
 
 BLOCK = 1 << 16
@@ -37,6 +38,7 @@ class Recorder:
         self._file: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
+        created = not self._path.exists()
         file = open(self._path, "ab+")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -44,6 +46,8 @@ class Recorder:
             file.close()
             raise RunError(f"{self._path.parent} is being written by another evaluation") from None
         _cut_torn_line(file)
+        if created:
+            sync_folder(self._path.parent)
         self._file = file
         return self
 

@@ -1,15 +1,13 @@
 """The run directory and its config.json. Reading needs no lock; appending happens inside `with run.recording() as record`."""
 
 import json
-import os
-import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, Field, ValidationError
 
+from roentgen.durable import atomic_write, make_folder, write_json
 from roentgen.runs.record import Recorder, RunError, Samples, is_being_recorded, read_samples
 from roentgen.runs.sample import RolloutRef, Sample
 
@@ -64,7 +62,7 @@ class Run:
         if (path / "config.json").exists():
             raise RunError(f"{path} already holds a run")
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            make_folder(path)
             write_json(path / "config.json", config.model_dump())
         except OSError as error:
             raise RunError(
@@ -136,30 +134,10 @@ def rewrite(run: Run, change: Callable[[Sample], Sample], config: RunConfig) -> 
         RunError: if an evaluation is writing the run, or the record is damaged.
     """
     with run.recording():
-        with replacing(run.record_path) as temporary, open(temporary, "wb") as file:
-            for sample in run.samples():
-                file.write(change(sample).model_dump_json().encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with atomic_write(run.record_path) as temporary, open(temporary, "wb") as file:
+            file.writelines(change(sample).model_dump_json().encode() + b"\n" for sample in run.samples())
         write_json(run.path / "config.json", config.model_dump())
     return Run(run.path, config)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Write a file whole or not at all: yields where to write, which takes the file's place in the end."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:  # Ctrl-C comes at any moment
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def find_unfinished(results: Path, config_hash: str, problems: dict[str, Any]) -> Run | None:

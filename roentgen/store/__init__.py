@@ -5,8 +5,11 @@
       shards/<ulid>.safetensors    tensors, one per key, rows of all the shard's rollouts back to back
       index/<ulid>.parquet         one row per rollout; written last, so its presence means "committed"
 
-`schema` says what the files hold, `durable` how bytes reach the disk, `writer` groups and commits, `reader` opens a session and
-`activations` its rows, lazily, `sessions` lists, verifies, deletes and packs, `locks` keeps deleting and writing apart.
+`schema` defines what the files hold, `shards` and `index` read and write them, and `places` puts bytes on a disk or into a
+bucket. `writer` groups rollouts and commits them. `reader` opens a session, and `activations` reads its rows lazily. `merging`
+makes large shards of small ones and removes unused files; `locks` keeps a session from being deleted while it is written.
+`files` lists, reads and packs a session's files, `pulling` copies them here, `sessions` summarizes, verifies and deletes
+sessions, and `exports` converts them.
 docs/store.md describes the format for readers in other languages.
 """
 
@@ -18,7 +21,6 @@ from roentgen.store.schema import (
     NonFiniteRowsError,
     Receipt,
     Rollout,
-    Segment,
     SessionNotFoundError,
     StoreError,
 )
@@ -32,7 +34,6 @@ __all__ = [
     "Receipt",
     "Rollout",
     "RolloutRows",
-    "Segment",
     "Session",
     "SessionBusyError",
     "SessionNotFoundError",

@@ -7,10 +7,10 @@ which rows of each shard those are, and takes them together.
 """
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, overload
+from typing import NamedTuple, overload
 
 import numpy as np
 import pandas as pd
@@ -18,12 +18,9 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
-from roentgen.contract import Positions
+from roentgen.contract import Positions, count_rows
 from roentgen.store.schema import StoreError
 from roentgen.store.shards import READS_AT_ONCE, Shard
-
-if TYPE_CHECKING:
-    from roentgen.store.reader import Session
 
 
 @dataclass(frozen=True)
@@ -59,10 +56,13 @@ _ROWS_AT_ONCE = 2048
 class Activations(Sequence[RolloutRows]):
     """A lazy sequence of `RolloutRows`; an item is read when it is asked for."""
 
-    def __init__(self, session: "Session", key: str, rollouts: pd.DataFrame, positions: Positions) -> None:
+    def __init__(
+        self, open_shard: Callable[[str], Shard], remote: bool, key: str, rollouts: pd.DataFrame, positions: Positions
+    ) -> None:
         self.key = key
         self.rollouts = rollouts
-        self._session = session
+        self._open_shard = open_shard
+        self._remote = remote
         self._positions = positions
 
     def __len__(self) -> int:
@@ -74,12 +74,13 @@ class Activations(Sequence[RolloutRows]):
     def __getitem__(self, index: slice) -> "Activations": ...
     def __getitem__(self, index: int | slice) -> "RolloutRows | Activations":
         if isinstance(index, slice):
-            return Activations(self._session, self.key, self.rollouts.iloc[index], self._positions)
+            chosen = self.rollouts.iloc[index]
+            return Activations(self._open_shard, self._remote, self.key, chosen, self._positions)
         return self._read(list(_places(self.rollouts.iloc[[index]])))[0]
 
     def __iter__(self) -> Iterator[RolloutRows]:
         together = _together(_places(self.rollouts))
-        if not self._session.place.remote:
+        if not self._remote:
             for neighbours in together:
                 yield from self._read(neighbours)
             return
@@ -102,7 +103,7 @@ class Activations(Sequence[RolloutRows]):
         shards = list(frame.groupby("shard", sort=False, observed=True))
         if not shards:
             return torch.empty(0)
-        stacked = torch.cat([self._stack(self._session.shard(str(name)), own) for name, own in shards])
+        stacked = torch.cat([self._stack(self._open_shard(str(name)), own) for name, own in shards])
         at = np.concatenate([own.index.to_numpy() for _, own in shards])
         return stacked if (at[1:] > at[:-1]).all() else stacked[torch.from_numpy(np.argsort(at))]
 
@@ -129,9 +130,7 @@ class Activations(Sequence[RolloutRows]):
             return None
         if not (start < stop).all():
             return None
-        wanted = n_prompt - 1
-        if self._positions.policy == "last":
-            wanted += np.maximum(n_completion - 1, 0)
+        wanted = (n_prompt if self._positions.policy == "last_prompt" else count_rows(n_prompt, n_completion)) - 1
         # Rows are of consecutive positions under every policy but a stride and the pooled ones.
         position = shard.column("position")
         rows = start + wanted - position[start]
@@ -140,7 +139,7 @@ class Activations(Sequence[RolloutRows]):
 
     def _read(self, places: Sequence[_Place]) -> list[RolloutRows]:
         """Read rollouts of one shard together."""
-        shard = self._session.shard(places[0].shard)
+        shard = self._open_shard(places[0].shard)
         if self.key not in shard.spec.keys:
             raise StoreError(
                 f"{self.key} was not captured for rollout {places[0].rollout_id}; it has {list(shard.spec.keys)}"
@@ -168,7 +167,7 @@ class Activations(Sequence[RolloutRows]):
         if self._positions.policy == "all" or self._positions == stored:
             return rows
         own = position[rows]
-        wanted = self._positions.select(place.n_prompt, place.n_prompt + max(place.n_completion - 1, 0))
+        wanted = self._positions.select(place.n_prompt, count_rows(place.n_prompt, place.n_completion))
         if stored.pooled or not np.isin(wanted, own).all():
             raise StoreError(
                 f"rollout {place.rollout_id} stores positions '{stored}'; '{self._positions}' cannot be read from them"

@@ -13,8 +13,8 @@ import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from roentgen.contract import split_key
+from roentgen.durable import atomic_write, make_folder
 from roentgen.store.activations import RolloutRows
-from roentgen.store.durable import make_folder, write_durably
 from roentgen.store.reader import Session
 from roentgen.store.schema import StoreError
 
@@ -75,14 +75,15 @@ def _export_rollout(session: Session, row: pd.DataFrame, folder: Path) -> int:
         path = folder / pt_file_name(session.name, row["rollout_id"].iloc[0], key)
         if not path.exists():
             values = session.activations(key, where=row)[0].values.float().unsqueeze(0).clone()
-            write_durably(path, lambda temporary, values=values: torch.save(values, temporary))  # type: ignore[misc]
+            with atomic_write(path) as temporary:
+                torch.save(values, temporary)
     return len(keys)
 
 
 class TorchRollouts(IterableDataset[dict[str, Any]]):
     """A torch dataset: `rollout_id`, `values` (`[rows, *shape]`, as stored), `position` (`[rows]`) and `labels`.
 
-    Each worker of a DataLoader reads every so many-th rollout. Batches of ragged rollouts need a `collate_fn`.
+    Each worker of a DataLoader reads every so many-th rollout. Batches of ragged rollouts need a collate function.
     """
 
     def __init__(self, uri: str, key: str, where: pd.DataFrame, positions: str) -> None:

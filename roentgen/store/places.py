@@ -1,7 +1,7 @@
 """Where a store is: a folder of a disk, or of a bucket; both answer to the same few verbs.
 
 Files are written once, whole or not at all, and never changed, so a place only has to create, list, read and remove them.
-On a disk that is a temporary file, a flush, a rename and a flush of the folder (`durable`), and reading maps the file into
+On a disk that is an atomic, fsynced write (`roentgen.durable`), and reading maps the file into
 memory. In a bucket it is one object, which no one can see before its last byte is there, and reading asks for ranges.
 
     s3://bucket/folder      credentials and region as AWS's own tools find them; AWS_ENDPOINT_URL names another S3 server
@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 from ulid import ULID
 
-from roentgen.store.durable import make_folder, sync_folder, write_chunks, write_durably
+from roentgen.durable import atomic_write, make_folder, sync_folder, write_chunks
 from roentgen.store.schema import StoreError
 
 BUCKETS = ("s3", "gs", "gcs", "abfs", "abfss")
@@ -129,11 +129,14 @@ class Place(ABC):
         file = self.open(name)
         return bytes(file.read(0, file.size))
 
-    def stream(self, name: str) -> Iterator[Bytes]:
-        """Yield a file's bytes a few megabytes at a time."""
+    def stream(self, name: str) -> tuple[int, Iterator[Bytes]]:
+        """Return a file's size and its bytes, a few megabytes at a time.
+
+        Raises:
+            FileNotFoundError: if it is not there.
+        """
         file = self.open(name)
-        for offset in range(0, file.size, _PIECE):
-            yield file.read(offset, min(_PIECE, file.size - offset))
+        return file.size, (file.read(offset, min(_PIECE, file.size - offset)) for offset in range(0, file.size, _PIECE))
 
 
 class FolderPlace(Place):
@@ -150,7 +153,8 @@ class FolderPlace(Place):
 
     def put(self, name: str, chunks: Iterable[Bytes]) -> None:  # noqa: D102
         make_folder(self.path)
-        write_durably(self.path / name, lambda temporary: write_chunks(temporary, chunks))
+        with atomic_write(self.path / name) as temporary:
+            write_chunks(temporary, chunks)
 
     def entries(self) -> list[Entry]:  # noqa: D102
         found = []

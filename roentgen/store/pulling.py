@@ -4,32 +4,26 @@ A session's files never change and are named once, so what is here already need 
 interrupted goes on where it stopped. Shards come first and indexes last, so that what is half here is never seen.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import httpx
+from httpx2 import HTTPError
 
 from roentgen.contract import check_session_id
+from roentgen.http_client import connect, explain
+from roentgen.store.files import is_session_file, read_file, session_files
 from roentgen.store.places import Bytes, open_place
 from roentgen.store.reader import Session
 from roentgen.store.schema import StoreError
-from roentgen.store.sessions import file_place, session_files
 
-_FILE = re.compile(r"session\.json|shards/[0-9A-Z]{26}\.safetensors|index/[0-9A-Z]{26}\.parquet")
 _TIMEOUT_S = 60.0
 
 Files = list[tuple[str, int]]
 Fetch = Callable[[str], Iterator[Bytes]]
 
 
-def is_session_file(name: str) -> bool:
-    """Whether a path can be that of a session's file."""
-    return _FILE.fullmatch(name) is not None
-
-
 def pull(
-    source: str, store: str, *, api_key: str = "", said: Callable[[int, int], None] = lambda done, size: None
+    source: str, store: str, *, api_key: str = "none", said: Callable[[int, int], None] = lambda done, size: None
 ) -> str:
     """Copy a session into a store.
 
@@ -71,39 +65,31 @@ def _opened(source: str, api_key: str) -> Iterator[tuple[str, Files, Fetch]]:
             yield opened
         return
     session = Session.open(source)
-
-    def fetch(path: str) -> Iterator[Bytes]:
-        place, name = file_place(session, path)
-        return place.stream(name)
-
-    yield session.name, [(entry.name, entry.size) for entry in session_files(session)], fetch
+    files = [(entry.name, entry.size) for entry in session_files(session)]
+    yield session.name, files, lambda path: read_file(session, path)[1]
 
 
 @contextmanager
 def _server(address: str, api_key: str) -> Iterator[tuple[str, Files, Fetch]]:
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    with httpx.Client(headers=headers, timeout=_TIMEOUT_S) as client:
+    with connect(address, api_key, _TIMEOUT_S) as client:
         try:
-            reply = client.get(f"{address}/files")
-            if reply.is_error:
-                raise StoreError(f"{address}/files answers {reply.status_code}: {reply.text[:500]}")
-            files = [(str(file["name"]), int(file["size"])) for file in reply.json()["data"]]
+            listed = client.get("files").raise_for_status().json()["data"]
+            files = [(str(file["name"]), int(file["size"])) for file in listed]
             name = check_session_id(address.rpartition("/")[2])
-        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{address} is not a session of a server: {error or type(error).__name__}") from error
+        except HTTPError as error:
+            raise StoreError(f"{address} is not a session of a server: {address}/files {explain(error)}") from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{address} is not a session of a server: {error!r}") from error
         if unsafe := [path for path, _ in files if not is_session_file(path)]:
             raise StoreError(f"{address} lists {unsafe[0]!r}, which is no file of a session")
 
         def fetch(path: str) -> Iterator[Bytes]:
             try:
-                with client.stream("GET", f"{address}/files/{path}") as reply:
+                with client.stream("GET", f"files/{path}") as reply:
                     if reply.is_error:
                         reply.read()
-                        raise StoreError(f"{address}/files/{path} answers {reply.status_code}: {reply.text[:500]}")
-                    yield from reply.iter_bytes(1 << 20)
-            except httpx.HTTPError as error:
-                raise StoreError(
-                    f"{address}/files/{path}: {error or type(error).__name__}; pull again to go on"
-                ) from error
+                    yield from reply.raise_for_status().iter_bytes(1 << 20)
+            except HTTPError as error:
+                raise StoreError(f"{address}/files/{path} {explain(error)}; pull again to continue") from error
 
         yield name, files, fetch

@@ -194,7 +194,7 @@ class Session:
             ValueError: if `positions` is not a policy.
         """
         frame = self.rollouts(columns=()) if where is None else where
-        return Activations(self, key, frame, Positions.parse(positions))
+        return Activations(self.shard, self.place.remote, key, frame, Positions.parse(positions))
 
     def _open_shard(self, name: str) -> Shard:
         return Shard(self.place, name)

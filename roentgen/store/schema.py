@@ -15,16 +15,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 import xxhash
-from jaxtyping import Shaped
+from jaxtyping import Float, Shaped
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from roentgen.contract import LabelValue, RolloutKey, is_text, spell_labels
+from roentgen.tokenized_text import TokenizedText
 
 SCHEMA_VERSION = 1
-
-ROW_COLUMNS = ("token_id", "position", "generated", "logprob")
-"""Tensors of every shard that describe its rows; all other tensors are activations."""
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -96,15 +94,6 @@ class CaptureSpec(BaseModel):
 
 
 @dataclass(frozen=True)
-class Segment:
-    """Characters `[start, stop)` of a rollout's text that one role spoke."""
-
-    role: str
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True)
 class NonFinite:
     """What of a rollout's rows is not finite.
 
@@ -136,15 +125,9 @@ class Rollout:
         spec: what was captured.
         tensors: per key of the spec, `[rows, *shape]`.
         position: sequence position per row, -1 for a pooled row, `[rows]`.
-        row_token_id: token fed per row, -1 for a pooled row, `[rows]`.
-        row_logprob: log-probability of that token when it was sampled; NaN for prompt and pooled rows, `[rows]`.
-        token_ids: the whole sequence, prompt and completion, the final token included.
-        token_offsets: first character in `text` of each of `token_ids`.
-        n_prompt: tokens in the prompt.
-        text: prompt and completion as the model saw them.
-        segments: who spoke which characters.
+        sequence: prompt and completion.
+        logprobs: log-probability of each of its tokens when it was sampled; NaN for those of the prompt, `[tokens]`.
         finish_reason: "stop" or "length".
-        final_logprob: log-probability of the final token, which no row holds.
         key: the caller's identity for the rollout, if it gave one.
         labels: the caller's labels.
         require_finite: whether rows that hold NaN or infinity fail the rollout; they are counted in any case.
@@ -155,15 +138,9 @@ class Rollout:
     spec: CaptureSpec
     tensors: dict[str, Shaped[Tensor, "rows ..."]]
     position: Shaped[np.ndarray, "rows"]
-    row_token_id: Shaped[np.ndarray, "rows"]
-    row_logprob: Shaped[np.ndarray, "rows"]
-    token_ids: list[int]
-    token_offsets: list[int]
-    n_prompt: int
-    text: str
-    segments: list[Segment]
+    sequence: TokenizedText
+    logprobs: Float[np.ndarray, "tokens"]
     finish_reason: str
-    final_logprob: float
     key: RolloutKey | None = None
     labels: dict[str, LabelValue] = field(default_factory=dict)
     require_finite: bool = False
@@ -189,11 +166,6 @@ class Rollout:
         return len(self.position)
 
     @property
-    def n_completion(self) -> int:
-        """Tokens generated, the final one included."""
-        return len(self.token_ids) - self.n_prompt
-
-    @property
     def nbytes(self) -> int:
         """Bytes of the activations."""
         return sum(tensor.nbytes for tensor in self.tensors.values())
@@ -201,28 +173,28 @@ class Rollout:
     @property
     def size(self) -> int:
         """Bytes of the activations and, about, of the text, the tokens and the labels."""
-        return self.nbytes + len(self.text) + 8 * len(self.token_ids) + self._label_bytes
+        return self.nbytes + len(self.sequence.text) + 8 * len(self.sequence.token_ids) + self._label_bytes
 
     @property
     def in_memory(self) -> int:
         """Bytes that it takes while it waits to be written, about: of a small one they are mostly Python's objects."""
-        tokens = _TOKEN_BYTES * len(self.token_ids)
-        return self.nbytes + len(self.text) + tokens + self._label_bytes + _ROLLOUT_BYTES
+        tokens = _TOKEN_BYTES * len(self.sequence.token_ids)
+        return self.nbytes + len(self.sequence.text) + tokens + self._label_bytes + _ROLLOUT_BYTES
 
     @property
     def _label_bytes(self) -> int:
         return sum(len(key) + (len(value) if isinstance(value, str) else 8) for key, value in self.labels.items())
 
     def all_tensors(self) -> dict[str, Tensor]:
-        """Return the activations and the row columns, as the shard names them."""
-        generated = (self.position >= self.n_prompt).astype(np.uint8)
-        return {
-            **self.tensors,
-            "token_id": torch.from_numpy(self.row_token_id.astype(np.int32)),
-            "position": torch.from_numpy(self.position.astype(np.int32)),
-            "generated": torch.from_numpy(generated),
-            "logprob": torch.from_numpy(self.row_logprob.astype(np.float32)),
+        """Return the activations and the row columns, as the shard names them; a pooled row has no token."""
+        pooled = self.position < 0
+        columns = {
+            "token_id": np.where(pooled, -1, np.array(self.sequence.token_ids)[self.position]).astype(np.int32),
+            "position": self.position.astype(np.int32),
+            "generated": (self.position >= self.sequence.n_prompt).astype(np.uint8),
+            "logprob": np.where(pooled, np.nan, self.logprobs[self.position]).astype(np.float32),
         }
+        return self.tensors | {name: torch.from_numpy(column) for name, column in columns.items()}
 
 
 @dataclass(frozen=True)
@@ -312,7 +284,7 @@ def check_version(version: str | None, where: str) -> None:
 
 def index_row(rollout: Rollout, receipt: Receipt, created: Any, checksum: str) -> dict[str, Any]:
     """Spell a committed rollout as a row of the index."""
-    key = rollout.key
+    key, sequence = rollout.key, rollout.sequence
     return {
         "rollout_id": rollout.rollout_id,
         "created": created,
@@ -324,15 +296,15 @@ def index_row(rollout: Rollout, receipt: Receipt, created: Any, checksum: str) -
         "shard": receipt.shard,
         "row_start": receipt.row_start,
         "row_stop": receipt.row_stop,
-        "n_prompt": rollout.n_prompt,
-        "n_completion": rollout.n_completion,
-        "token_ids": rollout.token_ids,
-        "token_offsets": rollout.token_offsets,
-        "segments": [{"role": s.role, "start": s.start, "stop": s.stop} for s in rollout.segments],
-        "text": rollout.text,
+        "n_prompt": sequence.n_prompt,
+        "n_completion": sequence.n_completion,
+        "token_ids": sequence.token_ids,
+        "token_offsets": sequence.token_offsets,
+        "segments": [{"role": s.role, "start": s.start, "stop": s.stop} for s in sequence.segments],
+        "text": sequence.text,
         "finish_reason": rollout.finish_reason,
-        "final_token": rollout.token_ids[-1] if rollout.n_completion else None,
-        "final_logprob": rollout.final_logprob if rollout.n_completion else None,
+        "final_token": sequence.token_ids[-1] if sequence.n_completion else None,
+        "final_logprob": float(rollout.logprobs[-1]) if sequence.n_completion else None,
         "checksum": checksum,
         "non_finite_rows": rollout.non_finite.rows if rollout.non_finite else 0,
     }

@@ -1,24 +1,22 @@
 """What can be asked of whole sessions: which are there, what they hold, whether every byte is still what was written."""
 
 import shutil
-import tarfile
 import uuid
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
 import pandas as pd
 import xxhash
 
-from roentgen.contract import check_session_id
-from roentgen.store.durable import sync_folder
+from roentgen.contract import check_session_id, count_rows
+from roentgen.durable import sync_folder
+from roentgen.store.files import read_file
 from roentgen.store.index import ShardFile, read_index
 from roentgen.store.locks import deleting
-from roentgen.store.places import Entry, FolderPlace, Place, open_place
-from roentgen.store.reader import LOCATION, Session
+from roentgen.store.places import FolderPlace, Place, open_place
+from roentgen.store.reader import Session
 from roentgen.store.schema import INDEX_SCHEMA, SessionNotFoundError, StoreError, rows_checksum
 
-_BLOCK = tarfile.BLOCKSIZE
 _VERIFIED = ("shard", "row_start", "row_stop", "checksum")
 
 
@@ -128,7 +126,7 @@ def _summarise(session: Session) -> SessionSummary:
         session_id=session.name,
         uri=session.uri,
         rollouts=len(frame),
-        tokens=int((frame["n_prompt"] + (frame["n_completion"] - 1).clip(lower=0)).sum()),
+        tokens=int(count_rows(frame["n_prompt"], frame["n_completion"]).sum()),
         shards=len(shards),
         bytes=sum(sizes.get(shard, 0) for shard in shards),
         keys=list(dict.fromkeys(key for spec in specs for key in spec.keys)),
@@ -176,47 +174,6 @@ def _delete_objects(session: Place) -> int:
     return size
 
 
-def session_files(session: Session) -> list[Entry]:
-    """Return the files that are committed now, by their paths inside the session: what they name first, indexes last."""
-    live = session.index(LOCATION)
-    named = {shard for file in live.values() for shard in file.named}
-    listed = [Entry(f"shards/{e.name}", e.size, e.modified) for e in session.place.child("shards").entries()]
-    indexes = [
-        Entry(f"index/{e.name}", e.size, e.modified) for e in session.place.child("index").entries() if e.name in live
-    ]
-    identity = [entry for entry in session.place.entries() if entry.name == "session.json"]
-    return [*identity, *(entry for entry in listed if entry.name in named), *indexes]
-
-
-def file_place(session: Session, name: str) -> tuple[Place, str]:
-    """Return the folder that one of `session_files` is in, and its name there."""
-    folder, _, file = name.rpartition("/")
-    return (session.place.child(folder) if folder else session.place), file
-
-
-def tar_session(session: Session) -> tuple[int, Iterator[bytes]]:
-    """Pack a session as a tar archive: its identity, and what is committed now, also while more is being written.
-
-    Returns:
-        The archive's size in bytes, and its pieces.
-    """
-    members = session_files(session)
-    blocks = sum(_BLOCK + entry.size + -entry.size % _BLOCK for entry in members) + 2 * _BLOCK
-
-    def pieces() -> Iterator[bytes]:
-        for entry in members:
-            header = tarfile.TarInfo(f"{session.name}/{entry.name}")
-            header.size, header.mtime = entry.size, int(entry.modified)
-            yield header.tobuf(tarfile.USTAR_FORMAT)
-            place, name = file_place(session, entry.name)
-            for piece in place.stream(name):
-                yield bytes(piece)
-            yield bytes(-entry.size % _BLOCK)
-        yield bytes(2 * _BLOCK)
-
-    return blocks, pieces()
-
-
 def verify(session: Session) -> VerifyReport:
     """Read every shard back and recompute its checksum, and its rollouts' where it differs; damage is collected, not raised."""
     damage: list[Damage] = []
@@ -244,10 +201,9 @@ def verify(session: Session) -> VerifyReport:
 
 
 def _is_whole(session: Session, shard: ShardFile) -> bool:
-    place, name = file_place(session, shard.name)
     digest = xxhash.xxh3_128()
     try:
-        for piece in place.stream(name):
+        for piece in read_file(session, shard.name)[1]:
             digest.update(piece)
     except OSError:  # which `_verify_shard` meets again, and names
         return False

@@ -9,7 +9,8 @@ from typing import Any
 
 from roentgen.contract import LabelValue, RolloutKey
 from roentgen.runs import RolloutRef, Run, Sample
-from roentgen.store import Segment, Session, StoreError
+from roentgen.store import Session, StoreError
+from roentgen.tokenized_text import Segment, TokenizedText
 from roentgen.transcripts.transcript import KnownTokens, Transcript, TranscriptError
 
 
@@ -80,12 +81,11 @@ def _known_tokens(run: Run, samples: list[Sample], say: Callable[[str], None]) -
 
 def _tokens(session: Session, row: dict[Any, Any]) -> KnownTokens:
     spec = session.spec(row["shard"])
-    return KnownTokens(
-        model=spec.model,
-        revision=spec.revision,
+    sequence = TokenizedText(
+        text=row["text"],
         token_ids=[int(token) for token in row["token_ids"]],
         token_offsets=[int(offset) for offset in row["token_offsets"]],
-        n_prompt=int(row["n_prompt"]),
-        text=row["text"],
         segments=[Segment(s["role"], int(s["start"]), int(s["stop"])) for s in row["segments"]],
+        n_prompt=int(row["n_prompt"]),
     )
+    return KnownTokens(spec.model, spec.revision, sequence)

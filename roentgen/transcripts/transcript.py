@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from roentgen.contract import LabelValue, RolloutKey
-from roentgen.store import Segment
+from roentgen.tokenized_text import TokenizedText
 
 
 class TranscriptError(Exception):
@@ -18,20 +18,12 @@ class KnownTokens:
     Attributes:
         model: served name of the model whose tokens they are.
         revision: its revision.
-        token_ids: prompt and completion.
-        token_offsets: first character in `text` of each of `token_ids`.
-        n_prompt: tokens in the prompt.
-        text: what they spell, special tokens included.
-        segments: who spoke which characters.
+        sequence: prompt and completion.
     """
 
     model: str
     revision: str
-    token_ids: list[int]
-    token_offsets: list[int]
-    n_prompt: int
-    text: str
-    segments: list[Segment]
+    sequence: TokenizedText
 
 
 @dataclass(frozen=True)

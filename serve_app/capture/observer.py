@@ -27,6 +27,7 @@ from nnsight.modeling.transformers import TransformersModel
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from roentgen.compat import check
 from serve_app.capture.structure import Tap
 from serve_app.capture.watching import nth_tensor
 
@@ -173,4 +174,5 @@ class _TapObserver(Cache):
 
 def observe(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ObservedModel:
     """Wrap a loaded model with nnsight, instrumenting nothing yet."""
+    check("nnsight")
     return ObservedModel(module, tokenizer=tokenizer, envoys=_Bare)

@@ -55,6 +55,10 @@ class CapturePlan:
             n_prompt = self.n_prompt
         return self.positions.select(n_prompt, stop, first=max(start, self.first))
 
+    def count(self, n_prompt: int, n_rows: int) -> int:
+        """Return how many rows are kept of a job with `n_rows` of them."""
+        return 1 if self.positions.pooled else len(self.kept(n_prompt, 0, n_rows))
+
 
 @dataclass(frozen=True)
 class CapturedRows:

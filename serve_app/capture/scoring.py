@@ -18,7 +18,7 @@ from serve_app.errors import RequestError
 
 if TYPE_CHECKING:
     # Only a type here: importing it brings the store with it, and pyarrow.
-    from roentgen.saved_probes import Readout, ScoreUnit
+    from roentgen.linear_probe import Readout, ScoreUnit
 
 
 class UnscorableError(RequestError):

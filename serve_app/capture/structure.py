@@ -114,7 +114,7 @@ class ModelStructure:
     def resolve(self, request: ActivationRequest) -> dict[str, Tap]:
         """Turn a request into taps, per stored key, in the order asked for.
 
-        A module path may be relative to a layer (`mlp.gate_proj.output`, read in each layer asked for) or absolute
+        A module path may be relative to a layer ("mlp.gate_proj.output", read in each layer asked for) or absolute
         (`model.norm.output`, read once), and a savepoint's name is read once too. Where either is a canonical hook point it is
         stored under the canonical key.
 

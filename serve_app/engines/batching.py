@@ -2,7 +2,8 @@
 
 Batching is neutral if a request gets the same values whatever runs beside it. Most models are: padding is masked, and rows do
 not see one another. Some are not: a recurrent layer may read padding, a rotary embedding may take its frequencies from the
-longest row of the batch. `load_checks` finds out when a model is loaded; engines then keep apart what must not share a forward.
+longest row of the batch. `transformers.load_checks` finds out when a model is loaded; engines then keep apart what must not
+share a forward.
 """
 
 from dataclasses import asdict, dataclass, field

@@ -22,8 +22,7 @@ def row_bytes(plan: CapturePlan, n_prompt: int, n_rows: int, bytes_per_row: int)
         n_rows: the most tokens that it may have.
         bytes_per_row: of one hook point's row.
     """
-    kept = 1 if plan.positions.pooled else len(plan.kept(n_prompt, 0, n_rows))
-    return kept * len(plan.taps) * bytes_per_row
+    return plan.count(n_prompt, n_rows) * len(plan.taps) * bytes_per_row
 
 
 def free_host_memory() -> int:

@@ -20,12 +20,12 @@ from roentgen.contract import (
     RolloutKey,
     StoredTensor,
 )
-from roentgen.store import CaptureSpec, Receipt, Rollout, Segment
+from roentgen.store import CaptureSpec, Receipt, Rollout
+from roentgen.tokenized_text import TokenizedText
 from serve_app.capture.rows import CapturedRows
-from serve_app.engines.prompt import Prompt
 from serve_app.engines.protocol import Finished
 from serve_app.engines.served_model import ServedModel
-from serve_app.engines.text import completion_offsets
+from serve_app.models.tokenization import completed
 
 Delivery = Literal["reference", "sample", "full"]
 
@@ -40,12 +40,8 @@ class Entry:
         model: the model's served name.
         revision: its revision.
         positions: which of its rows were kept.
-        token_ids: prompt and completion, the final token included.
-        token_offsets: first character in `text` of each of them.
-        n_prompt: how many are the prompt's.
-        logprobs: of each of them when it was sampled; NaN for those of the prompt.
-        text: prompt and completion as the model saw them.
-        segments: who spoke which characters.
+        sequence: prompt and completion.
+        logprobs: of each of its tokens when it was sampled; NaN for those of the prompt.
         finish_reason: "stop" or "length".
         key: the caller's identity for it, if it gave one.
         labels: the caller's labels.
@@ -59,12 +55,8 @@ class Entry:
     model: str
     revision: str
     positions: str
-    token_ids: list[int]
-    token_offsets: list[int]
-    n_prompt: int
+    sequence: TokenizedText
     logprobs: Float[np.ndarray, "tokens"]
-    text: str
-    segments: list[Segment]
     finish_reason: str
     key: RolloutKey | None
     labels: dict[str, LabelValue]
@@ -72,42 +64,35 @@ class Entry:
     computed_in: str | None = None
     allow_non_finite: bool = False
 
-    @property
-    def n_rows(self) -> int:
-        """Rows of a full capture: the last token sampled never passes through the model."""
-        return self.n_prompt + max(len(self.token_ids) - self.n_prompt - 1, 0)
-
 
 def make_entry(
-    model: ServedModel, prompt: Prompt, asked: ActivationRequest, finished: Finished, session_id: str, rollout_id: str
+    model: ServedModel,
+    prompt: TokenizedText,
+    role: str,
+    asked: ActivationRequest,
+    finished: Finished,
+    session_id: str,
+    rollout_id: str,
 ) -> Entry:
     """Put together what is stored with the rows.
 
     Args:
         model: what generated it.
         prompt: what it was given.
+        role: who speaks the completion.
         asked: the request's `activations`.
         finished: what it said.
         session_id: where to store it.
         rollout_id: a ULID.
     """
-    n_prompt = len(prompt.token_ids)
-    text, offsets = completion_offsets(
-        model.tokenizer.backend_tokenizer, finished.token_ids, len(prompt.text), after=prompt.token_ids
-    )
-    whole = prompt.text + text
     return Entry(
         session_id=session_id,
         rollout_id=rollout_id,
         model=model.source.name,
         revision=model.source.revision,
         positions=asked.positions,
-        token_ids=prompt.token_ids + finished.token_ids,
-        token_offsets=prompt.token_offsets + offsets,
-        n_prompt=n_prompt,
-        logprobs=np.array([np.nan] * n_prompt + [score.logprob for score in finished.scores], dtype=np.float32),
-        text=whole,
-        segments=[*prompt.segments, Segment("assistant", len(prompt.text), len(whole))],
+        sequence=completed(model.tokenizer, prompt, finished.token_ids, role),
+        logprobs=np.array([np.nan] * prompt.n_prompt + [score.logprob for score in finished.scores], dtype=np.float32),
         finish_reason=finished.finish_reason,
         key=asked.key,
         labels=asked.labels,
@@ -119,7 +104,6 @@ def make_entry(
 
 def join(entry: Entry, captured: CapturedRows) -> Rollout:
     """Join what was said to what was captured."""
-    pooled = captured.position < 0
     dtypes = {str(tensor.dtype) for tensor in captured.tensors.values()}
     return Rollout(
         session_id=entry.session_id,
@@ -134,15 +118,9 @@ def join(entry: Entry, captured: CapturedRows) -> Rollout:
         ),
         tensors=captured.tensors,
         position=captured.position,
-        row_token_id=np.where(pooled, -1, np.array(entry.token_ids)[captured.position]),
-        row_logprob=np.where(pooled, np.nan, entry.logprobs[captured.position]),
-        token_ids=entry.token_ids,
-        token_offsets=entry.token_offsets,
-        n_prompt=entry.n_prompt,
-        text=entry.text,
-        segments=entry.segments,
+        sequence=entry.sequence,
+        logprobs=entry.logprobs,
         finish_reason=entry.finish_reason,
-        final_logprob=float(entry.logprobs[-1]),
         key=entry.key,
         labels=entry.labels,
         require_finite=not entry.allow_non_finite,

@@ -81,7 +81,7 @@ def write(writer: StoreWriter, entry: Entry, captured: CapturedRows) -> "Future[
     stored: Future[Stored] = Future()
     try:
         rollout = join(entry, captured)
-        if not entry.allow_non_finite and np.isnan(entry.logprobs[entry.n_prompt :]).any():
+        if not entry.allow_non_finite and np.isnan(entry.logprobs[entry.sequence.n_prompt :]).any():
             check_finite(rollout)  # the rows say where it begins, if they are among those asked for
             raise NonFiniteLogitsError
         receipt = writer.submit(rollout)

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from serve_app.models.tokenization import space_lost
+
 
 class TextStream:
     """The text of one growing completion.
@@ -98,44 +100,3 @@ class TextStream:
             if any(stop.startswith(self.text[-length:]) for stop in self._stop):
                 return length
         return 0
-
-
-def space_lost(tokenizer: Tokenizer, before: Sequence[int], token_id: int) -> str:
-    """Return the space that a token begins with and that decoding takes from the first token of all, or nothing.
-
-    After a special token there is none: a text begins there.
-    """
-    special = {place for place, token in tokenizer.get_added_tokens_decoder().items() if token.special}
-    if not before or before[-1] in special or token_id in special:
-        return ""
-    last, alone = (tokenizer.decode([token], skip_special_tokens=False) for token in (before[-1], token_id))
-    both = tokenizer.decode([before[-1], token_id], skip_special_tokens=False)
-    return " " if alone and both == f"{last} {alone}" else ""
-
-
-def completion_offsets(
-    tokenizer: Tokenizer, token_ids: list[int], start: int, after: Sequence[int] = ()
-) -> tuple[str, list[int]]:
-    """Decode a finished completion with its special tokens.
-
-    Args:
-        tokenizer: the model's.
-        token_ids: tokens generated.
-        start: offset of the first character.
-        after: the tokens before them.
-
-    Returns:
-        The text, and the offset at which each token's characters begin; a token in the middle of a character begins where
-        that character does.
-    """
-    decoder = DecodeStream(skip_special_tokens=False)
-    text, offsets, pending = "", [], []
-    for place, token_id in enumerate(token_ids):
-        offsets.append(start + len(text))
-        if place == 0:
-            text = space_lost(tokenizer, after, token_id)
-        pending.append(token_id)
-        if piece := decoder.step(tokenizer, token_id):
-            text += piece
-            pending = []
-    return text + tokenizer.decode(pending, skip_special_tokens=False), offsets

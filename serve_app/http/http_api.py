@@ -6,7 +6,6 @@ FastAPI's own errors (an unknown route, an invalid body) become OpenAI's envelop
 
 import hmac
 import logging
-import os
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -17,6 +16,7 @@ from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from roentgen import __version__
+from roentgen.api_keys import api_keys
 from roentgen.store import StoreError
 from roentgen.strict_json import JsonError, read_json
 from serve_app.http.metrics import Metrics
@@ -24,13 +24,6 @@ from serve_app.http.middleware import BodyLimit, LoopbackOnly, Observed
 from serve_app.openai_api.errors import ApiError, from_json, from_validation
 
 log = logging.getLogger(__name__)
-
-API_KEY_VARIABLE = "ROENTGEN_API_KEY"
-
-
-def api_keys() -> list[str]:
-    """Return the keys that open this server, from the environment; none means that it is open (and on loopback only)."""
-    return [key.strip() for key in os.environ.get(API_KEY_VARIABLE, "").split(",") if key.strip()]
 
 
 def check_key(request: Request) -> None:

@@ -23,8 +23,8 @@ from starlette.datastructures import State
 
 from roentgen.contract import check_session_id
 from roentgen.store import Session, SessionBusyError, SessionNotFoundError, SessionSummary, list_sessions
-from roentgen.store.pulling import is_session_file
-from roentgen.store.sessions import delete_session, file_place, find_session, session_files, summarise, tar_session
+from roentgen.store.files import read_file, session_files, tar_session
+from roentgen.store.sessions import delete_session, find_session, summarise
 from serve_app.capture.structure import StructureRecord
 from serve_app.config import ModelChoice, ServerConfig
 from serve_app.http.http_api import JsonRoute, check_key, make_api
@@ -183,16 +183,14 @@ class Ingress:
     def file(self, session_id: str, path: str) -> StreamingResponse:
         """Send one of a session's files."""
         session = self._find(session_id)
-        missing = ApiError(404, f"session {session_id!r} has no file {path!r}", param="path", code="file_not_found")
-        if not is_session_file(path):
-            raise missing
-        place, name = file_place(session, path)
         try:
-            size = place.open(name).size
+            size, pieces = read_file(session, path)
         except FileNotFoundError as error:
-            raise missing from error
-        pieces = (bytes(piece) for piece in place.stream(name))
-        return StreamingResponse(pieces, media_type="application/octet-stream", headers={"Content-Length": str(size)})
+            message = f"session {session_id!r} has no file {path!r}"
+            raise ApiError(404, message, param="path", code="file_not_found") from error
+        return StreamingResponse(
+            map(bytes, pieces), media_type="application/octet-stream", headers={"Content-Length": str(size)}
+        )
 
     def _find(self, session_id: str) -> Session:
         _check_id(session_id)

@@ -14,19 +14,16 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from roentgen.contract import Int, no_booleans
-from roentgen.store import Segment
 from serve_app.capture.scoring import Scorer
-from serve_app.engines.prompt import Prompt
 from serve_app.engines.protocol import FinishReason, TextDelta, TokenScore
 from serve_app.engines.storage import Done
-from serve_app.engines.text import completion_offsets
+from serve_app.models.tokenization import RawText, decode_tokens, tokenize_text
 from serve_app.openai_api import schemas
 from serve_app.openai_api.chat import usage
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.logprobs import Offsets, completion_logprobs
 from serve_app.openai_api.params import MAX_TOP_LOGPROBS, GenerationParams
 from serve_app.openai_api.probing import spell_scores
-from serve_app.openai_api.raw_text import tokenized
 from serve_app.openai_api.tokenize import check_tokens
 
 MAX_PROMPTS = 1024
@@ -70,8 +67,8 @@ def raw_prompt(
     *,
     add_special_tokens: bool,
     n_embeddings: int | None = None,
-) -> Prompt:
-    """Take a prompt as it is; tokens are not read as text and tokenised again.
+) -> RawText:
+    """Take a prompt as it is; tokens are not read as text and tokenized again.
 
     Args:
         tokenizer: the model's.
@@ -83,17 +80,14 @@ def raw_prompt(
         ApiError: if it has no token, or one that the model does not know.
     """
     if isinstance(prompt, str):
-        raw = tokenized(tokenizer, prompt, add_special_tokens=add_special_tokens)
-        check_tokens(raw.token_ids, n_embeddings, "prompt")
-        text, token_ids, offsets = raw.text, raw.token_ids, raw.token_offsets
+        raw = tokenize_text(tokenizer, prompt, add_special_tokens=add_special_tokens)
+        check_tokens(raw.prompt.token_ids, n_embeddings, "prompt")
     else:
         check_tokens(prompt, len(tokenizer) if n_embeddings is None else n_embeddings, "prompt")
-        token_ids = prompt
-        text, offsets = completion_offsets(tokenizer.backend_tokenizer, prompt, 0)
-    if not token_ids:
+        raw = decode_tokens(tokenizer, prompt)
+    if not raw.prompt.token_ids:
         raise ApiError(400, "prompt: is empty, and this model has no token that begins a text", param="prompt")
-    given = prompt if isinstance(prompt, str) else None
-    return Prompt(text, token_ids, offsets, [Segment("prompt", 0, len(text))], given=given)
+    return raw
 
 
 @dataclass
@@ -104,14 +98,14 @@ class CompletionReply:
         request: what was asked.
         request_id: names the reply.
         tokenizer: the model's, to spell logprobs.
-        prompts: as tokenised.
+        prompts: as tokenized.
         probes: what their tokens are scored with.
     """
 
     request: CompletionRequest
     request_id: str
     tokenizer: PreTrainedTokenizerBase
-    prompts: list[Prompt]
+    prompts: list[RawText]
     probes: tuple[Scorer, ...] = ()
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -174,7 +168,7 @@ class CompletionReply:
         if finished.prompt_scores is not None:
             scores = [None, *finished.prompt_scores, *scores]
         offsets = Offsets(len(prompt.echo))
-        logprobs = self._logprobs(prompt.token_ids + tokens, scores, offsets, prompt.echo_offsets)
+        logprobs = self._logprobs(prompt.prompt.token_ids + tokens, scores, offsets, prompt.echo_offsets)
         return prompt.echo + finished.text, logprobs
 
     def _logprobs(
@@ -190,13 +184,13 @@ class CompletionReply:
             return {}
         start = self._scored[index]
         self._scored[index] += len(scores[0])
-        return {"probes": spell_scores(self.probes, scores, len(self._prompt(index).token_ids), start)}
+        return {"probes": spell_scores(self.probes, scores, self._prompt(index).prompt.n_prompt, start)}
 
-    def _prompt(self, index: int) -> Prompt:
+    def _prompt(self, index: int) -> RawText:
         return self.prompts[index // self.request.n]
 
     def _usage(self) -> schemas.Usage:
-        return usage(sum(len(prompt.token_ids) for prompt in self.prompts), self._dones)
+        return usage(sum(raw.prompt.n_prompt for raw in self.prompts), self._dones)
 
     def _chunk(
         self,

@@ -1,6 +1,6 @@
 """From messages to tokens: the model's own chat template, and where each role's words are in the text it makes.
 
-The template is rendered to text first and tokenised with offsets, so that a stored rollout can say which characters each
+The template is rendered to text first and tokenized with offsets, so that a stored rollout can say which characters each
 token covers. Who said what is found by rendering the conversation one turn longer each time: what a turn adds is its
 segment. A template that rewrites earlier messages breaks that; then the whole prompt is one segment. Tools go to templates
 that write calls as `<tool_call>`; for all others, `tools` puts them into plain words.
@@ -10,6 +10,7 @@ import inspect
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -17,8 +18,8 @@ from jinja2 import TemplateError, meta
 from jinja2.sandbox import SandboxedEnvironment
 from transformers import PreTrainedTokenizerBase
 
-from roentgen.store import Segment
-from serve_app.engines.prompt import Prompt
+from roentgen.tokenized_text import Segment, TokenizedText
+from serve_app.models.tokenization import PROMPT, tokenize_rendered
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.messages import Message, Tool, check_tool_results
 from serve_app.openai_api.tools import Turn, native_turns, offered, plain_turns, takes_tools
@@ -30,14 +31,28 @@ REFUSALS = (TemplateError, TypeError, ValueError, ArithmeticError, AttributeErro
 """How a template fails on messages that it was not made for: by saying so, or in the middle of an expression."""
 
 
+@dataclass(frozen=True)
+class Rendered:
+    """A rendered conversation.
+
+    Attributes:
+        prompt: what the model sees.
+        turn_start: the first token that is new in this turn: the last one of the last assistant message, which the turn
+            before sampled but did not feed; 0 in a first turn.
+    """
+
+    prompt: TokenizedText
+    turn_start: int
+
+
 def render(
     tokenizer: PreTrainedTokenizerBase,
     messages: Sequence[Message],
     model: str,
     tools: Sequence[Tool] = (),
     template_kwargs: dict[str, Any] | None = None,
-) -> Prompt:
-    """Render and tokenise a conversation, ready for the model's turn.
+) -> Rendered:
+    """Render and tokenize a conversation, ready for the model's turn.
 
     Args:
         tokenizer: the model's, with its chat template.
@@ -62,10 +77,8 @@ def render(
         text = template.render(turns, start_reply=True)
     except REFUSALS as error:
         raise ApiError(400, f"messages: {model}'s chat template refuses them: {error}", param="messages") from error
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    offsets = [start for start, _ in encoded["offset_mapping"]]
-    segments = _segments(template, turns, text)
-    return Prompt(text, list(encoded["input_ids"]), offsets, segments, _turn_start(template, turns, text, offsets))
+    prompt = tokenize_rendered(tokenizer, text, _segments(template, turns, text))
+    return Rendered(prompt, _turn_start(template, turns, text, prompt.token_offsets))
 
 
 class _Template:
@@ -140,9 +153,9 @@ def _segments(template: _Template, turns: list[Turn], text: str) -> list[Segment
         try:
             so_far = template.render(turns[:count], start_reply=False)
         except REFUSALS:  # some templates refuse a conversation that stops here
-            return [Segment("prompt", 0, len(text))]
+            return [Segment(PROMPT, 0, len(text))]
         if not text.startswith(so_far) or len(so_far) < start:
-            return [Segment("prompt", 0, len(text))]
+            return [Segment(PROMPT, 0, len(text))]
         segments.append(Segment(turn.role, start, len(so_far)))
         start = len(so_far)
     return segments

@@ -13,7 +13,7 @@ from pydantic import Field, GetPydanticSchema, TypeAdapter
 from typing_extensions import TypedDict
 
 from roentgen.contract import ActivationReply
-from roentgen.saved_probes import ScoreUnit
+from roentgen.linear_probe import ScoreUnit
 from serve_app.engines.protocol import FinishReason
 
 ERRORS = {

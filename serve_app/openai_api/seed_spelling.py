@@ -17,7 +17,7 @@ class CollectActivations(BaseModel):
     Attributes:
         layers: as in `ActivationRequest`.
         hook_points: as in `ActivationRequest`.
-        return_activations: True for a sample of the values, False for references; or one of the words of `return`.
+        return_activations: True for a sample of the values, False for references; or one of the words of "return".
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

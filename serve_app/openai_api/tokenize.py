@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from roentgen.contract import no_booleans
 from serve_app.engines.served_model import ServedModel
+from serve_app.models.tokenization import tokenize_text
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.messages import Message, Tool, Wire
 from serve_app.openai_api.prompt import render
@@ -74,9 +75,10 @@ def tokenize(model: ServedModel, request: TokenizeRequest) -> Tokens:
             model.source.name,
             tools=request.tools,
             template_kwargs=request.chat_template_kwargs,
-        ).token_ids
+        ).prompt.token_ids
     else:
-        token_ids = list(model.tokenizer(request.prompt, add_special_tokens=request.add_special_tokens)["input_ids"])
+        raw = tokenize_text(model.tokenizer, request.prompt or "", add_special_tokens=request.add_special_tokens)
+        token_ids = raw.prompt.token_ids
     reply: Tokens = {"tokens": token_ids, "count": len(token_ids), "max_model_len": model.context_length}
     if request.return_token_strs:
         reply["token_strs"] = model.tokenizer.convert_ids_to_tokens(token_ids)

@@ -15,11 +15,11 @@ from ulid import ULID
 
 from roentgen.contract import ActivationRequest
 from roentgen.store import StoreError
+from roentgen.tokenized_text import TokenizedText
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.scoring import Scorer
 from serve_app.capture.steering import Addition
 from serve_app.engines.constraints import Grammar
-from serve_app.engines.prompt import Prompt
 from serve_app.engines.protocol import (
     Constraint,
     ConstraintError,
@@ -58,6 +58,7 @@ class Choice:
     Attributes:
         prompt: what the model is given.
         sampling: how to choose tokens.
+        role: who speaks the completion.
         asked: what to keep, None for nothing.
         plan: `asked`, resolved.
         grammar: what to follow, None for free text.
@@ -66,8 +67,9 @@ class Choice:
         steering: what is to be added to its stream.
     """
 
-    prompt: Prompt
+    prompt: TokenizedText
     sampling: Sampling
+    role: str
     asked: ActivationRequest | None = None
     plan: CapturePlan | None = None
     grammar: Grammar | None = None
@@ -197,7 +199,9 @@ class _Listener:
 
     def _commit(self, finished: Finished, asked: ActivationRequest) -> None:
         session_id = asked.session_id or self._session_id
-        entry = make_entry(self._served.model, self._choice.prompt, asked, finished, session_id, str(ULID()))
+        entry = make_entry(
+            self._served.model, self._choice.prompt, self._choice.role, asked, finished, session_id, str(ULID())
+        )
 
         def committed(future: "Future[Stored]") -> None:  # on the storage's thread
             error = future.exception()

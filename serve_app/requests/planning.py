@@ -10,14 +10,15 @@ from math import prod
 
 from ulid import ULID
 
-from roentgen.contract import SAMPLED_FEATURES, ActivationRequest, Positions
+from roentgen.contract import SAMPLED_FEATURES, ActivationRequest, Positions, count_rows
+from roentgen.tokenized_text import TokenizedText
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.steering import Addition
 from serve_app.config import ServerConfig
 from serve_app.engines.constraints import Grammar
-from serve_app.engines.prompt import Prompt
 from serve_app.engines.storage import Done
 from serve_app.models.context import UNBOUNDED
+from serve_app.models.tokenization import ASSISTANT, COMPLETION
 from serve_app.openai_api.chat import ChatReply, ChatRequest
 from serve_app.openai_api.completions import CompletionReply, CompletionRequest, raw_prompt
 from serve_app.openai_api.errors import ApiError, refused
@@ -62,14 +63,16 @@ def plan_chat(served: Served, request: ChatRequest, config: ServerConfig) -> Pla
     _check_engine(served, request, config)
     model = served.model
     tools = request.tools if request.calls_tools else []
-    prompt = render(
+    rendered = render(
         model.tokenizer, request.messages, model.source.name, tools=tools, template_kwargs=request.chat_template_kwargs
     )
+    prompt = rendered.prompt
     check_tokens(prompt.token_ids, model.n_embeddings, "messages")
     max_tokens = _max_tokens(served, prompt, request.token_limit, "messages")
     probes = resolve_probes(model, request.probes, config.probes)
     steering = resolve_steering(model, request.steering, config.probes)
-    asked, capture, spelling = _capture(served, request, prompt, max_tokens, config, steering)
+    first = rendered.turn_start if request.capture and request.capture.since == "turn" else 0
+    asked, capture, spelling = _capture(served, request, prompt, max_tokens, config, steering, first=first)
     template = model.tokenizer.chat_template
     reasoning = reasoning_mode(template if isinstance(template, str) else str(template), prompt.text)
     grammar = _grammar(request, reasoning)
@@ -77,6 +80,7 @@ def plan_chat(served: Served, request: ChatRequest, config: ServerConfig) -> Pla
         Choice(
             prompt=prompt,
             sampling=request.sampling(max_tokens, number, request.top_logprobs),
+            role=ASSISTANT,
             asked=asked,
             plan=capture,
             grammar=grammar,
@@ -86,7 +90,7 @@ def plan_chat(served: Served, request: ChatRequest, config: ServerConfig) -> Pla
         for number in range(request.n)
     ]
     request_id = f"chatcmpl-{str(ULID()).lower()}"
-    reply = ChatReply(request, request_id, model.tokenizer, reasoning, len(prompt.token_ids), probes)
+    reply = ChatReply(request, request_id, model.tokenizer, reasoning, prompt.n_prompt, probes)
     return Plan(choices, reply, asked, spelling)
 
 
@@ -105,7 +109,7 @@ def _grammar(request: ChatRequest, reasoning: Reasoning) -> Grammar | None:
 
 
 def plan_completion(served: Served, request: CompletionRequest, config: ServerConfig) -> Plan:
-    """Tokenise raw prompts and plan their choices.
+    """Tokenize raw prompts and plan their choices.
 
     Raises:
         RequestError: if something asked for cannot be.
@@ -128,13 +132,14 @@ def plan_completion(served: Served, request: CompletionRequest, config: ServerCo
     steering = resolve_steering(served.model, request.steering, config.probes)
     choices = []
     spelling: dict[str, str] = {}
-    for prompt in prompts:
+    for prompt in (raw.prompt for raw in prompts):
         max_tokens = _max_tokens(served, prompt, request.max_tokens, "prompt")
         asked, capture, spelling = _capture(served, request, prompt, max_tokens, config, steering)
         choices += [
             Choice(
                 prompt=prompt,
                 sampling=request.sampling(max_tokens, number, request.logprobs or 0),
+                role=COMPLETION,
                 asked=asked,
                 plan=capture,
                 score_prompt=request.echo and request.logprobs is not None,
@@ -164,19 +169,19 @@ def describe_all(plan: Plan, dones: Sequence[Done]) -> Kept:
     return {"activations": {"session_id": chosen[0]["session_id"], "rollouts": chosen}}
 
 
-def _max_tokens(served: Served, prompt: Prompt, limit: int | None, param: str) -> int:
+def _max_tokens(served: Served, prompt: TokenizedText, limit: int | None, param: str) -> int:
     """Return how many tokens a completion may have.
 
     Raises:
         ApiError: if prompt and completion do not fit into the context.
     """
     context = min(served.model.context_length or UNBOUNDED, served.engine.capacity)
-    left = context - len(prompt.token_ids)
+    left = context - prompt.n_prompt
     if left < (1 if limit is None else limit):
         completion = f" and the completion may take {limit}" if limit else ""
         raise ApiError(
             400,
-            f"this model's context is {context} tokens; the {param} takes {len(prompt.token_ids)}{completion}: "
+            f"this model's context is {context} tokens; the {param} takes {prompt.n_prompt}{completion}: "
             "shorten one of them",
             param=param,
             code="context_length_exceeded",
@@ -187,10 +192,11 @@ def _max_tokens(served: Served, prompt: Prompt, limit: int | None, param: str) -
 def _capture(
     served: Served,
     request: GenerationParams,
-    prompt: Prompt,
+    prompt: TokenizedText,
     max_tokens: int,
     config: ServerConfig,
     steering: tuple[Addition, ...],
+    first: int = 0,
 ) -> tuple[ActivationRequest | None, CapturePlan | None, dict[str, str]]:
     """Resolve what a request wants to keep, and how its reply is to spell the keys; a steered one is labelled so."""
     check_tokens(list(request.logit_bias), served.model.vocab_size, "logit_bias")
@@ -206,10 +212,9 @@ def _capture(
     }
     if not taps:
         raise refused("activations.layers", "no layer is named, so there is nothing to keep")
-    first = prompt.turn_start if asked.since == "turn" else 0
     plan = CapturePlan(taps, Positions.parse(asked.positions), asked.dtype, first=first)
     if asked.delivery != "reference":
-        _check_inline(served, asked, plan, len(prompt.token_ids), max_tokens, config)
+        _check_inline(served, asked, plan, prompt.n_prompt, max_tokens, config)
     spelling = {key: older_key(key, name) for key, name in names.items()} if request.collect_activations else {}
     if steering:
         labels = {**asked.labels, STEERING_LABEL: steering_label(request.steering, steering)}
@@ -226,7 +231,7 @@ def _check_inline(
     config: ServerConfig,
 ) -> None:
     """Refuse values that would make too large a reply, before anything is generated."""
-    n_rows = 1 if plan.positions.pooled else len(plan.kept(n_prompt, 0, n_prompt + max(max_tokens - 1, 0)))
+    n_rows = plan.count(n_prompt, count_rows(n_prompt, max_tokens))
     per_row = SAMPLED_FEATURES if asked.delivery == "sample" else served.model.structure.d_model
     size = prod((n_rows, len(plan.taps), per_row, BYTES_PER_VALUE))
     if size > config.max_inline_bytes:

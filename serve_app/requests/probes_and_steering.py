@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS, ActivationRequest, Positions, split_key
-from roentgen.saved_probes import CARDS, Readout, SavedProbe, SavedProbeError, load_probe
+from roentgen.linear_probe import CARDS, Readout, SavedProbe, SavedProbeError, load_probe
 from serve_app.capture.scoring import Scorer
 from serve_app.capture.steering import Addition
 from serve_app.capture.structure import CaptureRequestError, Tap

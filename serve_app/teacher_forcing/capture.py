@@ -1,4 +1,4 @@
-"""Runs tokenised texts through an engine without generating, and stores their rows.
+"""Runs tokenized texts through an engine without generating, and stores their rows.
 
 Texts go in groups, the longest first, so that those in one forward have similar lengths and a memory that is too small is
 found out at once. A group is what is in this machine's memory, so it is bounded. With `chunk_size` a group passes through
@@ -36,7 +36,7 @@ from serve_app.engines.protocol import (
     UnknownTokenError,
 )
 from serve_app.engines.transformers.model import LoadedModel
-from serve_app.teacher_forcing.tokens import TokenisedText
+from serve_app.teacher_forcing.tokens import TokenizedTranscript
 
 READ_ONLY = Sampling(max_tokens=0, temperature=0)
 
@@ -49,7 +49,7 @@ GROUP_BYTES = 1 << 30
 class Stored:
     """A text whose rollout is durable."""
 
-    text: TokenisedText
+    text: TokenizedTranscript
     receipt: Receipt
 
 
@@ -57,7 +57,7 @@ class Stored:
 class NotStored:
     """A text that could not be captured, and why."""
 
-    text: TokenisedText
+    text: TokenizedTranscript
     reason: str
 
 
@@ -117,7 +117,7 @@ class TeacherForcing:
             computed_in=str(self._model.dtype),
         )
 
-    def capture(self, texts: Sequence[TokenisedText]) -> Iterator[Stored | NotStored]:
+    def capture(self, texts: Sequence[TokenizedTranscript]) -> Iterator[Stored | NotStored]:
         """Capture texts, in groups; yields each as soon as it is durable or has failed. Leaving early cancels the rest.
 
         Raises:
@@ -125,7 +125,7 @@ class TeacherForcing:
             EngineStoppedError: if the engine dies.
             StoreError: if rollouts cannot be written; those yielded before are safe.
         """
-        pending: deque[tuple[TokenisedText, Future[Receipt]]] = deque()
+        pending: deque[tuple[TokenizedTranscript, Future[Receipt]]] = deque()
         for group in self._groups(texts):
             for text, read in self._read(group):
                 if isinstance(read, _Read):
@@ -141,20 +141,20 @@ class TeacherForcing:
         for text, future in pending:
             yield _stored(text, future)
 
-    def _groups(self, texts: Sequence[TokenisedText]) -> Iterator[list[TokenisedText]]:
+    def _groups(self, texts: Sequence[TokenizedTranscript]) -> Iterator[list[TokenizedTranscript]]:
         row_bytes = len(self._taps) * self._model.structure.d_model * self._model.dtype.itemsize
-        group: list[TokenisedText] = []
+        group: list[TokenizedTranscript] = []
         rows = 0
-        for text in sorted(texts, key=lambda text: len(text.token_ids), reverse=True):
-            if group and (len(group) == GROUP_TEXTS or (rows + text.n_rows) * row_bytes > GROUP_BYTES):
+        for text in sorted(texts, key=lambda text: len(text.sequence.token_ids), reverse=True):
+            if group and (len(group) == GROUP_TEXTS or (rows + text.sequence.n_rows) * row_bytes > GROUP_BYTES):
                 yield group
                 group, rows = [], 0
             group.append(text)
-            rows += text.n_rows
+            rows += text.sequence.n_rows
         if group:
             yield group
 
-    def _read(self, group: list[TokenisedText]) -> Iterator[tuple[TokenisedText, _Read | Exception]]:
+    def _read(self, group: list[TokenizedTranscript]) -> Iterator[tuple[TokenizedTranscript, _Read | Exception]]:
         """Pass a group through the model, once per chunk of layers; a text is yielded after its last pass."""
         logprobs: dict[int, list[float]] = {}
         rows: dict[int, CapturedRows] = {}
@@ -172,7 +172,7 @@ class TeacherForcing:
                     yield left.pop(i), _Read(rows.pop(i), logprobs.pop(i))
 
     def _pass(
-        self, texts: dict[int, TokenisedText], taps: dict[str, Tap], *, score: bool
+        self, texts: dict[int, TokenizedTranscript], taps: dict[str, Tap], *, score: bool
     ) -> Iterator[tuple[int, Finished | Exception]]:
         """Have the engine read some texts; yields each one's result as it comes.
 
@@ -211,18 +211,18 @@ class TeacherForcing:
     def _job(
         self,
         i: int,
-        text: TokenisedText,
+        text: TokenizedTranscript,
         taps: dict[str, Tap],
         score: bool,
         heard: "SimpleQueue[tuple[int, Event]]",
     ) -> GenerationJob:
         positions, dtype = Positions.parse(self._request.positions), self._request.dtype
         return GenerationJob(
-            prompt_ids=text.token_ids,
+            prompt_ids=text.sequence.token_ids,
             sampling=READ_ONLY,
             listener=lambda event: heard.put((i, event)),
-            capture=CapturePlan(taps, positions, dtype, n_prompt=text.n_prompt, stop=text.n_rows),
-            score_prompt=score and text.n_completion > 0,
+            capture=CapturePlan(taps, positions, dtype, n_prompt=text.sequence.n_prompt, stop=text.sequence.n_rows),
+            score_prompt=score and text.sequence.n_completion > 0,
         )
 
     def _next(self, heard: "SimpleQueue[tuple[int, Event]]") -> tuple[int, Event]:
@@ -233,30 +233,22 @@ class TeacherForcing:
                 if not self._engine.alive:
                     raise EngineStoppedError("the engine's thread has died") from None
 
-    def _rollout(self, text: TokenisedText, read: _Read) -> Rollout:
-        position = read.rows.position
+    def _rollout(self, text: TokenizedTranscript, read: _Read) -> Rollout:
         tensors = {key: read.rows.tensors[key] for key in self._taps}
         # As when tokens are sampled: the prompt's have no log-probability. The model scores all but a sequence's first.
-        logprobs = np.full(len(text.token_ids), np.nan, dtype=np.float32)
-        if text.n_completion:
-            logprobs[text.n_prompt :] = read.logprobs[text.n_prompt - 1 :]
-        pooled = position < 0
+        logprobs = np.full(len(text.sequence.token_ids), np.nan, dtype=np.float32)
+        if text.sequence.n_completion:
+            logprobs[text.sequence.n_prompt :] = read.logprobs[text.sequence.n_prompt - 1 :]
         transcript = text.transcript
         return Rollout(
             session_id=self._session_id,
             rollout_id=str(ULID()),
             spec=self.spec.model_copy(update={"dtype": ", ".join(sorted({str(t.dtype) for t in tensors.values()}))}),
             tensors=tensors,
-            position=position,
-            row_token_id=np.where(pooled, -1, np.array(text.token_ids)[position]),
-            row_logprob=np.where(pooled, np.nan, logprobs[position]),
-            token_ids=text.token_ids,
-            token_offsets=text.token_offsets,
-            n_prompt=text.n_prompt,
-            text=text.text,
-            segments=text.segments,
+            position=read.rows.position,
+            sequence=text.sequence,
+            logprobs=logprobs,
             finish_reason=transcript.finish_reason,
-            final_logprob=float(logprobs[-1]),
             key=transcript.key,
             labels=transcript.labels,
             require_finite=not self._request.allow_non_finite,
@@ -280,7 +272,7 @@ def _joined(rows: CapturedRows, more: CapturedRows) -> CapturedRows:
     return replace(rows, tensors={**rows.tensors, **more.tensors})
 
 
-def _stored(text: TokenisedText, future: "Future[Receipt]") -> Stored | NotStored:
+def _stored(text: TokenizedTranscript, future: "Future[Receipt]") -> Stored | NotStored:
     """Return what came of a commit: a disk that is full stops everything, a rollout that cannot be stored only itself.
 
     Raises:
@@ -296,5 +288,5 @@ def _stored(text: TokenisedText, future: "Future[Receipt]") -> Stored | NotStore
     return Stored(text, future.result())
 
 
-def _not_stored(text: TokenisedText, error: Exception) -> NotStored:
+def _not_stored(text: TokenizedTranscript, error: Exception) -> NotStored:
     return NotStored(text, f"{type(error).__name__}: {error}")

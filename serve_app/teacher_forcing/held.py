@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from roentgen.store import CaptureSpec, Session
-from serve_app.teacher_forcing.tokens import TokenisedText
+from serve_app.teacher_forcing.tokens import TokenizedTranscript
 
 
 class OtherCaptureError(Exception):
@@ -24,11 +24,11 @@ class Held:
         changed: how many of those it has under the same key with other tokens; readers will count the new ones.
     """
 
-    missing: list[TokenisedText]
+    missing: list[TokenizedTranscript]
     changed: int
 
 
-def find_missing(session: Session | None, texts: Sequence[TokenisedText], spec: CaptureSpec) -> Held:
+def find_missing(session: Session | None, texts: Sequence[TokenizedTranscript], spec: CaptureSpec) -> Held:
     """Compare texts with what a session holds.
 
     Args:
@@ -58,7 +58,7 @@ def find_missing(session: Session | None, texts: Sequence[TokenisedText], spec: 
             missing.append(text)
             continue
         _check_same(session, session.spec(row["shard"]), spec)
-        if list(row["token_ids"]) != text.token_ids or row["n_prompt"] != text.n_prompt:
+        if (list(row["token_ids"]), row["n_prompt"]) != (text.sequence.token_ids, text.sequence.n_prompt):
             missing.append(text)
             changed += 1
     return Held(missing, changed)

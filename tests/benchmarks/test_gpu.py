@@ -18,11 +18,10 @@ from typer.testing import CliRunner
 
 from benchmarks.gpu import TINY, Bench, Size, main
 from benchmarks.gpu_report import PARTS, SECTION, Report
-from benchmarks.gpu_rows import IN_LAYER, check_rows, checked_keys, in_float32, kept_positions, read_alone
+from benchmarks.gpu_rows import IN_LAYER, check_rows, checked_keys, in_float32, read_alone
 from benchmarks.gpu_speed import DidNotFitError, fitting, measure_group
 from benchmarks.ways import OutOfTimeError, engine_way
 from benchmarks.workload import Workload
-from roentgen.contract import Positions
 from serve_app.capture.grid import Grid
 from serve_app.capture.rows import StepRows
 from serve_app.engines.transformers.engine import TransformersEngine
@@ -176,13 +175,6 @@ def test_the_judge_is_a_float32_forward_of_the_same_weights() -> None:
     assert all(rows[key].dtype == torch.float32 and torch.equal(rows[key], expected[key]) for key in keys)
     assert torch.equal(logits, expected_logits)
     assert len({tuple(rows[f"layers.2.{name}"].flatten().tolist()) for name in IN_LAYER}) == len(IN_LAYER)
-
-
-@pytest.mark.parametrize("policy", ["all", "generated", "mean_generated", "mean_prompt", "last", "stride:3"])
-def test_positions_are_decided_as_in_the_contract(policy: str) -> None:
-    positions = Positions.parse(policy)
-    for n_prompt, n_rows in ((1, 1), (4, 4), (3, 11)):
-        assert kept_positions(positions, n_prompt, n_rows) == list(positions.select(n_prompt, n_rows))
 
 
 @pytest.mark.parametrize(

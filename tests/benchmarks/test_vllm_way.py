@@ -4,8 +4,7 @@ import importlib.util
 
 import pytest
 
-from benchmarks.column import run_column
-from benchmarks.ways import loaded_way
+from benchmarks.column import loaded_way, run_column
 from benchmarks.workload import Workload
 
 INSTALLED = importlib.util.find_spec("vllm") is not None

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from roentgen.launch.local import LaunchError
-from roentgen.launch.skypilot import SkyPilot
+from roentgen.cloud.skypilot import SkyPilot
+from roentgen.serving.local_server import LaunchError
 
 collect_ignore = [] if os.environ.get("ROENTGEN_TEST_CLOUD") else ["test_choices.py", "test_launch.py"]
 CATALOGS = Path(__file__).parent / "catalogs"

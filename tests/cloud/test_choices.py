@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
-from roentgen.launch.skypilot import ROOT
-from roentgen.launch.task import ClusterSettings, rewrite
+from roentgen.cloud.skypilot import ROOT
+from roentgen.cloud.task import ClusterSettings, rewrite
 from tests.cloud.conftest import make_home
 
 CLUSTER = yaml.safe_load((ROOT / "cluster.yaml").read_text()) | {"workdir": str(ROOT)}

@@ -15,9 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from roentgen.launch.local import free_port
-from roentgen.launch.ports import find_listener
 from roentgen.runs import Run
+from roentgen.serving.local_server import free_port
+from roentgen.serving.ports import find_listener
 from roentgen.store import Session, verify
 from tests.cloud.conftest import make_home
 from tests.cloud.fake_ec2 import BRIDGE, GATEWAY, why_not

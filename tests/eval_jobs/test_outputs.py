@@ -14,6 +14,7 @@ from eval_jobs.scoring import score
 from eval_jobs.settings import check_settings
 from roentgen.contract import StoredTensor
 from roentgen.runs import RolloutRef, Run, Sample, Turn
+from tests.disk import DiskCalls
 from tests.eval_jobs.conftest import take
 
 REPLIES = {
@@ -175,8 +176,17 @@ def test_what_a_killed_driver_left_half_written_goes(run: Run) -> None:
     assert len(list((run.path / "samples").iterdir())) == 5
 
 
-def test_the_files_of_a_sample(run: Run) -> None:
+def test_the_files_of_a_sample(run: Run, disk_calls: DiskCalls) -> None:
     write_missing_sample_files(run)
+    write_summary(run, None)
+    written = [
+        path
+        for path in run.path.rglob("*")
+        if path.is_file() and path not in (run.record_path, run.path / "config.json")
+    ]
+    assert len(written) == 3 * 5 + 3
+    for path in written:
+        disk_calls.check_atomic(path)
     for folder, suffix in (("samples", "json"), ("trajectories", "jsonl"), ("agent_states", "json")):
         names = [path.name for path in sorted((run.path / folder).iterdir())]
         assert names == [f"gsm8k_000{number}.{suffix}" for number in range(1, 6)]

@@ -8,8 +8,10 @@ import pytest
 from eval_jobs.config import ServedModel
 from eval_jobs.resume import OtherConfigurationError, as_begun, open_run
 from eval_jobs.settings import check_settings
+from eval_jobs.variants import attempts_of
 from roentgen.contract import check_session_id
-from roentgen.runs import Run, RunError, write_json
+from roentgen.durable import write_json
+from roentgen.runs import Run, RunError
 from tests.eval_jobs.conftest import take
 
 SERVED = ServedModel("Qwen/Qwen3-0.6B", "r", "float32", 28, 1024)
@@ -61,6 +63,23 @@ def test_an_unfinished_run_is_continued_and_a_finished_one_is_not(monkeypatch: p
     write_json(run.path / "summary.json", {"complete": True})
     monkeypatch.setattr("eval_jobs.resume.folder_name", lambda *_: "another")
     assert opened().path.name == "another"
+
+
+def test_a_file_of_variants_is_read_once(tmp_path: Path) -> None:
+    file = tmp_path / "v.yaml"
+    file.write_text("plain: ''\ncalm: No hurry.\n")
+    run = opened(samples=2, epochs=2, variants=str(file))
+    file.write_text("plain: ''\ncalm: Hurry!\nnew: Now!\n")
+    attempts = attempts_of(run.config, take("arithmetic", 2))
+    assert [attempt.sample_id for attempt in attempts[:4]] == [
+        "gsm8k_0001_v-plain", "gsm8k_0001_v-calm", "gsm8k_0001_e2_v-plain", "gsm8k_0001_e2_v-calm"
+    ]  # fmt: skip
+    assert {attempt.variant.prefix for attempt in attempts} == {"", "No hurry."}
+    assert {attempt.variant.config_hash for attempt in attempts} == set(run.config.config_hashes)
+    assert [
+        attempt.variant.name
+        for attempt in attempts_of(opened(samples=2, output=tmp_path / "one").config, take("arithmetic", 2))
+    ] == [None] * 2
 
 
 @pytest.mark.parametrize(

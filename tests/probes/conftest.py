@@ -11,7 +11,8 @@ from torch import Tensor
 from probes.report import Best, Estimate, KeyResult, ProbeReport
 from roentgen.contract import RolloutKey, StoredTensor
 from roentgen.runs import RolloutRef, Run, RunConfig, Sample
-from roentgen.store import CaptureSpec, Rollout, Segment, StoreWriter
+from roentgen.store import CaptureSpec, Rollout, StoreWriter
+from roentgen.tokenized_text import Segment, TokenizedText
 
 N_PROMPT, N_COMPLETION = 3, 3
 N_ROWS = N_PROMPT + N_COMPLETION - 1
@@ -112,22 +113,21 @@ def _rows(last_prompt: Tensor) -> Tensor:
 
 def _rollout(session_id: str, rollout_id: str, spec: CaptureSpec, rows: dict[str, Tensor], key: RolloutKey) -> Rollout:
     kept = {"all": slice(None), "last": slice(-1, None)}[spec.positions]
-    n_kept = len(range(N_ROWS)[kept])
     return Rollout(
         session_id=session_id,
         rollout_id=rollout_id,
         spec=spec,
         tensors={name: values[kept].contiguous() for name, values in rows.items()},
         position=np.arange(N_ROWS)[kept],
-        row_token_id=np.zeros(n_kept),
-        row_logprob=np.zeros(n_kept),
-        token_ids=[0] * (N_PROMPT + N_COMPLETION),
-        token_offsets=list(range(N_PROMPT + N_COMPLETION)),
-        n_prompt=N_PROMPT,
-        text="abcdef",
-        segments=[Segment("user", 0, N_PROMPT)],
+        sequence=TokenizedText(
+            text="abcdef",
+            token_ids=[0] * (N_PROMPT + N_COMPLETION),
+            token_offsets=list(range(N_PROMPT + N_COMPLETION)),
+            segments=[Segment("user", 0, N_PROMPT)],
+            n_prompt=N_PROMPT,
+        ),
+        logprobs=np.zeros(N_PROMPT + N_COMPLETION),
         finish_reason="stop",
-        final_logprob=0.0,
         key=key,
     )
 

@@ -11,8 +11,8 @@ import probes
 import roentgen
 from probes.dataset import ProbeDataset
 from probes.errors import OneClassError, ProbeDataError
+from roentgen.linear_probe import SavedProbeError, load_probe, read_cards
 from roentgen.runs import same_question
-from roentgen.saved_probes import SavedProbeError, load_probe, read_cards
 from tests.eval_jobs.conftest import take
 from tests.probes.test_plots import printed
 

@@ -1,3 +1,5 @@
+import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,6 +11,7 @@ from roentgen.contract import (
     Positions,
     canonical_hash,
     check_session_id,
+    count_rows,
     split_key,
     stored_key,
 )
@@ -23,6 +26,14 @@ def test_safe_session_ids_pass(name: str) -> None:
 def test_unsafe_session_ids_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match="session id"):
         check_session_id(name)
+
+
+def test_a_full_capture_has_a_row_per_token_but_the_last_of_a_completion() -> None:
+    n_prompt, n_completion, rows = [4, 4, 4, 1], [0, 1, 3, 2], [4, 4, 6, 2]
+    assert [count_rows(*pair) for pair in zip(n_prompt, n_completion, strict=True)] == rows
+    assert count_rows(np.array(n_prompt), np.array(n_completion)).tolist() == rows
+    frame = pd.DataFrame({"n_prompt": n_prompt, "n_completion": n_completion}, dtype="int32")
+    assert count_rows(frame["n_prompt"], frame["n_completion"]).tolist() == rows
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import psutil
 import pytest
 from safetensors.torch import load_file, save_file
@@ -61,12 +61,12 @@ def body(model: str = "llama", **extra: Any) -> dict[str, Any]:
     return {"model": model, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 3, **extra}
 
 
-def chat(server: Server, model: str = "llama", **extra: Any) -> httpx.Response:
-    return httpx.post(f"{server.base_url}/chat/completions", json=body(model, **extra), timeout=60)
+def chat(server: Server, model: str = "llama", **extra: Any) -> httpx2.Response:
+    return httpx2.post(f"{server.base_url}/chat/completions", json=body(model, **extra), timeout=60)
 
 
 def gauge(server: Server, name: str) -> float:
-    text = httpx.get(f"{server.root}/metrics", timeout=10).text
+    text = httpx2.get(f"{server.root}/metrics", timeout=10).text
     return sum(float(line.split()[-1]) for line in text.splitlines() if line.startswith(f"{name}{{"))
 
 
@@ -82,14 +82,14 @@ def wait_for(what: Callable[[], Any], seconds: float = 60) -> Any:
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_place(served: tuple[Server, RayHome], stream: bool) -> None:
     server, _ = served
-    with httpx.Client(timeout=60) as leaving:
+    with httpx2.Client(timeout=60) as leaving:
         if stream:
             with leaving.stream("POST", f"{server.base_url}/chat/completions", json=body(stream=True, **LONG)) as reply:
                 lines = reply.iter_lines()
                 assert next(lines).startswith("data: ")
                 wait_for(lambda: gauge(server, "roentgen_generations_running") == 1, 5)
         else:
-            with pytest.raises(httpx.ReadTimeout):
+            with pytest.raises(httpx2.ReadTimeout):
                 leaving.post(f"{server.base_url}/chat/completions", json=body(**LONG), timeout=1)
     start = time.monotonic()
     assert chat(server).status_code == 200  # the only place in the batch
@@ -101,11 +101,11 @@ def test_a_client_that_leaves_frees_its_place(served: tuple[Server, RayHome], st
 def test_a_client_that_leaves_the_queue_is_gone_from_it(served: tuple[Server, RayHome], stream: bool) -> None:
     server, _ = served
     url = f"{server.base_url}/chat/completions"
-    with httpx.Client(timeout=60) as first, first.stream("POST", url, json=body(stream=True, **LONG)) as reply:
+    with httpx2.Client(timeout=60) as first, first.stream("POST", url, json=body(stream=True, **LONG)) as reply:
         lines = reply.iter_lines()
         assert next(lines).startswith("data: ")
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(url, json=body(stream=stream), timeout=1)
+        with pytest.raises(httpx2.ReadTimeout):
+            httpx2.post(url, json=body(stream=stream), timeout=1)
         wait_for(lambda: gauge(server, "roentgen_generations_waiting") == 0, 5)
         assert gauge(server, "roentgen_generations_running") == 1
 
@@ -132,7 +132,7 @@ def test_clients_that_leave_at_any_moment_are_no_failures(served: tuple[Server, 
     asyncio.run(leave_all())
     assert chat(server).status_code == 200
     wait_for(lambda: gauge(server, "roentgen_generations_running") == 0, 10)
-    assert httpx.get(f"{server.base_url}/models").status_code == 200
+    assert httpx2.get(f"{server.base_url}/models").status_code == 200
     assert failures(server) == before
     logs = {file.name: file.read_text() for file in Path(home.path).rglob("*.err")}
     assert sum('"leaves-' in text for text in logs.values())  # these are the logs of the ingress
@@ -140,7 +140,7 @@ def test_clients_that_leave_at_any_moment_are_no_failures(served: tuple[Server, 
 
 
 def failures(server: Server) -> list[str]:
-    text = httpx.get(f"{server.root}/metrics", timeout=10).text
+    text = httpx2.get(f"{server.root}/metrics", timeout=10).text
     counts = [line for line in text.splitlines() if line.startswith("roentgen_requests_total{")]
     return [line for line in counts if 'status="5' in line and '"/health"' not in line]
 
@@ -154,17 +154,17 @@ def test_a_request_that_takes_too_long_is_408(served: tuple[Server, RayHome]) ->
 
 def test_ids_are_echoed_chunks_are_counted_and_no_origin_is_let_in(served: tuple[Server, RayHome]) -> None:
     server, home = served
-    reply = httpx.post(
+    reply = httpx2.post(
         f"{server.base_url}/chat/completions",
         json=body(),
         headers={"X-Request-Id": "of-this-test", "Origin": "https://x.y"},
     )
     assert reply.headers["x-request-id"] == "of-this-test"
-    odd = httpx.get(f"{server.base_url}/models", headers={"X-Request-Id": b"\xe9\xff", "traceparent": b"\xff"})  # type: ignore[dict-item]
+    odd = httpx2.get(f"{server.base_url}/models", headers={"X-Request-Id": b"\xe9\xff", "traceparent": b"\xff"})  # type: ignore[dict-item]
     assert (odd.status_code, odd.headers["x-request-id"]) == (200, "éÿ")
     assert not [name for name in reply.headers if name.startswith("access-control")]
     pieces = (b" " * 1_000_000 for _ in range(33))
-    big = httpx.post(
+    big = httpx2.post(
         f"{server.base_url}/chat/completions", content=pieces, headers={"content-type": "application/json"}
     )
     assert (big.status_code, "larger than" in big.json()["error"]["message"]) == (413, True)
@@ -176,8 +176,8 @@ def test_ids_are_echoed_chunks_are_counted_and_no_origin_is_let_in(served: tuple
 def test_health_answers_while_a_replica_does_not(served: tuple[Server, RayHome]) -> None:
     server, home = served
 
-    def health() -> httpx.Response:
-        return httpx.get(f"{server.root}/health", timeout=4)  # less than a replica is given to answer
+    def health() -> httpx2.Response:
+        return httpx2.get(f"{server.root}/health", timeout=4)  # less than a replica is given to answer
 
     (replica,) = replicas(home)
     replica.suspend()
@@ -197,9 +197,9 @@ def test_replicas_that_hang_gather_a_bounded_number_of_requests(served: tuple[Se
         ServerConfig(max_batch=1, max_queue=MAX_QUEUE)
     )  # on their way, and in Serve's own queue
 
-    async def send_all() -> list[httpx.Response]:
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        async with httpx.AsyncClient(timeout=120, limits=limits) as client:
+    async def send_all() -> list[httpx2.Response]:
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=0)
+        async with httpx2.AsyncClient(timeout=120, limits=limits) as client:
             url = f"{server.base_url}/chat/completions"
             sent = [asyncio.create_task(client.post(url, json=body(max_tokens=1))) for _ in range(most + 50)]
             try:
@@ -217,20 +217,20 @@ def test_replicas_that_hang_gather_a_bounded_number_of_requests(served: tuple[Se
     assert {reply.headers["retry-after"] for reply in refused} == {"2"}
     assert {reply.json()["error"]["code"] for reply in refused} == {"busy"}
     assert len(refused) >= 50
-    wait_for(lambda: httpx.get(f"{server.root}/health", timeout=10).status_code == 200)
+    wait_for(lambda: httpx2.get(f"{server.root}/health", timeout=10).status_code == 200)
 
 
 def test_an_unknown_session_is_said_without_where_sessions_are(served: tuple[Server, RayHome]) -> None:
     server, _ = served
     for method in ("GET", "DELETE"):
-        reply = httpx.request(method, f"{server.base_url}/activations/session/none-such")
+        reply = httpx2.request(method, f"{server.base_url}/activations/session/none-such")
         assert (reply.status_code, reply.json()["error"]["code"]) == (404, "session_not_found")
         assert reply.json()["error"]["message"] == "there is no session 'none-such'"
 
 
 def test_an_empty_body_is_said_to_be_empty(served: tuple[Server, RayHome]) -> None:
     server, _ = served
-    reply = httpx.post(f"{server.base_url}/chat/completions")
+    reply = httpx2.post(f"{server.base_url}/chat/completions")
     assert (reply.status_code, reply.json()["error"]["message"]) == (400, "the body is empty; send a JSON object")
 
 
@@ -238,22 +238,22 @@ def test_another_model_is_loaded_while_health_is_live(served: tuple[Server, RayH
     server, home = served
     (before,) = replicas(home)
     seen: list[tuple[int, dict[str, str]]] = []
-    refused: list[httpx.Response] = []
+    refused: list[httpx2.Response] = []
     done = threading.Event()
 
     def watch() -> None:
         while not done.is_set():
-            health = httpx.get(f"{server.root}/health", timeout=10)
+            health = httpx2.get(f"{server.root}/health", timeout=10)
             seen.append((health.status_code, health.json()))
             if health.status_code == 503 and not refused:
                 refused.append(chat(server))
 
     watcher = threading.Thread(target=watch)
     points = [{"name": "middle", "selector": "model.layers[1].mlp.down_proj"}]
-    swapped: list[httpx.Response] = []
+    swapped: list[httpx2.Response] = []
     swap = threading.Thread(target=lambda: swapped.append(load(server, folders["qwen3"], savepoints=points)))
     running = body(stream=True, **{**LONG, "max_tokens": 500})
-    with httpx.stream("POST", f"{server.base_url}/chat/completions", json=running, timeout=60) as reply:
+    with httpx2.stream("POST", f"{server.base_url}/chat/completions", json=running, timeout=60) as reply:
         lines = reply.iter_lines()
         assert next(lines).startswith("data: ")  # it runs when the swap is asked for
         watcher.start()
@@ -272,14 +272,14 @@ def test_another_model_is_loaded_while_health_is_live(served: tuple[Server, RayH
     assert replicas(home) == [before]  # the process has stayed
     kept = chat(server, "qwen3", activations={"layers": [0], "hook_points": ["middle", "resid_post"]})
     assert set(kept.json()["activations"]["tensors"]) == {"middle", "layers.0.resid_post"}
-    structure = httpx.get(f"{server.base_url}/model/structure").json()
+    structure = httpx2.get(f"{server.base_url}/model/structure").json()
     assert structure["savepoints"] == {"middle": "model.layers.1.mlp.down_proj.output"}
     assert chat(server).status_code == 404
 
 
 def test_what_may_not_or_cannot_be_loaded(served: tuple[Server, RayHome], folders: dict[str, Path]) -> None:
     server, _ = served
-    current = httpx.get(f"{server.base_url}/models").json()["data"][0]["id"]
+    current = httpx2.get(f"{server.base_url}/models").json()["data"][0]["id"]
     path = folders["llama"]
     for model, extra, status, words in (
         ("/etc", {}, 403, "allowed_models"),
@@ -298,8 +298,10 @@ def test_a_killed_replica_is_said_and_comes_back_with_the_model_loaded_last(
 ) -> None:
     server, home = served
     assert load(server, folders["qwen3"]).status_code == 200
-    unary: list[httpx.Response] = []
-    with httpx.stream("POST", f"{server.base_url}/chat/completions", json=body("qwen3", stream=True, **LONG)) as stream:
+    unary: list[httpx2.Response] = []
+    with httpx2.stream(
+        "POST", f"{server.base_url}/chat/completions", json=body("qwen3", stream=True, **LONG)
+    ) as stream:
         lines = stream.iter_lines()
         next(lines)
         waiting = threading.Thread(target=lambda: unary.append(chat(server, "qwen3")))
@@ -315,17 +317,17 @@ def test_a_killed_replica_is_said_and_comes_back_with_the_model_loaded_last(
     refused = chat(server, "qwen3")  # at once: it does not wait for the next replica
     assert (refused.status_code, refused.headers["Retry-After"]) == (503, "2")
     assert "starting a replica" in refused.json()["error"]["message"]
-    wait_for(lambda: httpx.get(f"{server.root}/health", timeout=30).status_code == 200)
+    wait_for(lambda: httpx2.get(f"{server.root}/health", timeout=30).status_code == 200)
     assert chat(server, "qwen3").status_code == 200
 
 
-def load(server: Server, model: Path | str, **options: Any) -> httpx.Response:
-    return httpx.post(f"{server.base_url}/models/load", json={"model_id": str(model), **options}, timeout=120)
+def load(server: Server, model: Path | str, **options: Any) -> httpx2.Response:
+    return httpx2.post(f"{server.base_url}/models/load", json={"model_id": str(model), **options}, timeout=120)
 
 
 def revisions(server: Server) -> set[str]:
     """Return the revisions that the server says it serves, asked often enough to meet each replica."""
-    return {httpx.get(f"{server.base_url}/models").json()["data"][0]["revision"] for _ in range(6)}
+    return {httpx2.get(f"{server.base_url}/models").json()["data"][0]["revision"] for _ in range(6)}
 
 
 def replicas(home: RayHome) -> list[psutil.Process]:
@@ -368,7 +370,7 @@ def test_two_replicas_swap_together_and_one_lost_comes_back_as_the_other(
 
 def loads(server: Server) -> list[str]:
     """Return what `/metrics` says of each replica that answers."""
-    text = httpx.get(f"{server.root}/metrics", timeout=10).text
+    text = httpx2.get(f"{server.root}/metrics", timeout=10).text
     return [line for line in text.splitlines() if line.startswith("roentgen_generations_running{")]
 
 
@@ -412,7 +414,7 @@ def test_an_engine_that_gives_up_is_replaced(fragile: Path, ray_home: RayHome, t
         assert "the device is broken" in failed[0].json()["error"]["message"]
         refused = chat(server, "fragile")
         assert (refused.status_code, refused.json()["error"]["type"]) == (503, "service_unavailable_error")
-        wait_for(lambda: not before.is_running() and httpx.get(f"{server.root}/health", timeout=10).status_code == 200)
+        wait_for(lambda: not before.is_running() and httpx2.get(f"{server.root}/health", timeout=10).status_code == 200)
         assert chat(server, "fragile").status_code == 200
     finally:
         server.process.terminate()

@@ -1,11 +1,13 @@
 """The server as its users meet it: real Serve, real HTTP, the unmodified openai client, SmolLM2-135M."""
 
 import asyncio
+import io
 import json
+import tarfile
 import time
 from pathlib import Path
 
-import httpx
+import httpx2
 import openai
 import pytest
 from openai import AsyncOpenAI, OpenAI
@@ -35,9 +37,9 @@ def test_models_and_structure(server: Server, client: OpenAI) -> None:
     assert model.id == MODEL
     assert model.model_extra is not None
     assert (model.model_extra["num_layers"], model.model_extra["d_model"]) == (30, 576)
-    structure = httpx.get(f"{server.base_url}/model/structure").json()
+    structure = httpx2.get(f"{server.base_url}/model/structure").json()
     assert structure["layer_access_pattern"] == "model.layers[i]"
-    assert "/v1/chat/completions" in httpx.get(f"{server.root}/openapi.json").json()["paths"]
+    assert "/v1/chat/completions" in httpx2.get(f"{server.root}/openapi.json").json()["paths"]
 
 
 def test_usage_and_finish_reasons_are_true(client: OpenAI) -> None:
@@ -78,7 +80,7 @@ def test_a_stream_says_what_a_whole_reply_says(client: OpenAI) -> None:
 
 def test_a_raw_stream_ends_with_done(server: Server) -> None:
     body = {"model": MODEL, "messages": QUESTION, "max_tokens": 3, "stream": True}
-    lines = httpx.post(f"{server.base_url}/chat/completions", json=body).text.split("\n\n")
+    lines = httpx2.post(f"{server.base_url}/chat/completions", json=body).text.split("\n\n")
     assert lines[-2:] == ["data: [DONE]", ""]
     assert all(json.loads(line.removeprefix("data: "))["object"] == "chat.completion.chunk" for line in lines[:-2])
 
@@ -120,24 +122,32 @@ def test_stored_rows_equal_a_teacher_forced_forward(server: Server) -> None:
     assert verify(session).ok
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def test_sessions_are_listed_shown_and_pulled(server: Server, client: OpenAI, tmp_path: Path) -> None:
     for number in range(3):
         key = {"config_hash": "abc", "problem_id": f"p{number}"}
         ask(
             client, extra_body={"activations": {"session_id": "listed", "key": key, "layers": [1], "positions": "last"}}
         )
-    listed = httpx.get(f"{server.base_url}/activations/sessions").json()["data"]
+    listed = httpx2.get(f"{server.base_url}/activations/sessions").json()["data"]
     (summary,) = [s for s in listed if s["session_id"] == "listed"]
     assert (summary["rollouts"], summary["keys"]) == (3, ["layers.1.ln_attn", "layers.1.ln_mlp"])
-    page = httpx.get(f"{server.base_url}/activations/session/listed", params={"offset": 1, "limit": 1}).json()
+    page = httpx2.get(f"{server.base_url}/activations/session/listed", params={"offset": 1, "limit": 1}).json()
     assert [item["problem_id"] for item in page["items"]] == ["p1"]
-    assert httpx.get(f"{server.base_url}/activations/session/none").status_code == 404
-    assert httpx.get(f"{server.base_url}/activations/session/*").status_code == 400
+    assert httpx2.get(f"{server.base_url}/activations/session/none").status_code == 404
+    assert httpx2.get(f"{server.base_url}/activations/session/*").status_code == 400
     address = f"{server.base_url}/activations/session/listed"
     report = verify(Session.open(pull(address, str(tmp_path))))
     assert (report.rollouts, report.damage, report.orphans) == (3, [], [])
+    archive = httpx2.get(f"{address}/download")
+    with tarfile.open(fileobj=io.BytesIO(archive.content)) as packed:
+        packed.extractall(tmp_path / "unpacked", filter="data")
+    assert files_of(tmp_path / "unpacked" / "listed") == files_of(tmp_path / "listed")
     for path in ("nothing", "shards/..%2Fsession.json", f"shards/{26 * '0'}.safetensors"):
-        assert httpx.get(f"{address}/files/{path}").status_code == 404
+        assert httpx2.get(f"{address}/files/{path}").status_code == 404
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -178,18 +188,18 @@ def test_errors_are_openais(
 
 
 def test_what_is_not_json_and_what_is_not_there(server: Server) -> None:
-    broken = httpx.post(
+    broken = httpx2.post(
         f"{server.base_url}/chat/completions", content="{", headers={"content-type": "application/json"}
     )
     assert (broken.status_code, "not JSON" in broken.json()["error"]["message"]) == (400, True)
-    missing = httpx.get(f"{server.base_url}/nothing")
+    missing = httpx2.get(f"{server.base_url}/nothing")
     assert (missing.status_code, missing.json()["error"]["type"]) == (404, "not_found_error")
-    assert httpx.get(f"{server.base_url}/chat/completions").status_code == 405
+    assert httpx2.get(f"{server.base_url}/chat/completions").status_code == 405
 
 
 def test_health_answers_while_a_batch_runs(server: Server) -> None:
     async def probe() -> tuple[list[float], int]:
-        async with AsyncOpenAI(base_url=server.base_url, api_key="none") as client, httpx.AsyncClient() as http:
+        async with AsyncOpenAI(base_url=server.base_url, api_key="none") as client, httpx2.AsyncClient() as http:
             batch = asyncio.gather(
                 *(
                     client.chat.completions.create(model=MODEL, messages=QUESTION, max_tokens=60, temperature=2, seed=i)
@@ -211,9 +221,9 @@ def test_health_answers_while_a_batch_runs(server: Server) -> None:
 
 def test_a_key_locks_everything_but_health(tmp_path, ray_home: RayHome) -> None:  # type: ignore[no-untyped-def]
     locked = start_server(tmp_path, ray_home, environment={"ROENTGEN_API_KEY": "first, second"})
-    assert httpx.get(f"{locked.root}/health").status_code == 200
+    assert httpx2.get(f"{locked.root}/health").status_code == 200
     for path in ("models", "model/structure", "activations/sessions", "activations/session/x"):
-        refused = httpx.get(f"{locked.base_url}/{path}", headers={"Authorization": "Bearer wrong"})
+        refused = httpx2.get(f"{locked.base_url}/{path}", headers={"Authorization": "Bearer wrong"})
         assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
     with pytest.raises(openai.AuthenticationError):
         ask(OpenAI(base_url=locked.base_url, api_key="nope", max_retries=0))
@@ -228,8 +238,8 @@ def test_a_full_queue_is_429_with_retry_after_and_the_rest_are_served(tmp_path, 
     small = start_server(tmp_path, ray_home, "--max-batch", "1", "--max-queue", "1")
     body = {"model": MODEL, "messages": QUESTION, "max_tokens": 30, "temperature": 0}
 
-    async def flood() -> list[httpx.Response]:
-        async with httpx.AsyncClient(timeout=120) as http:
+    async def flood() -> list[httpx2.Response]:
+        async with httpx2.AsyncClient(timeout=120) as http:
             requests = [
                 http.post(f"{small.base_url}/chat/completions", json={**body, "stream": i % 2 == 0}) for i in range(8)
             ]

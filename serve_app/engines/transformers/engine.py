@@ -47,7 +47,7 @@ from serve_app.engines.transformers.forwards import Forwards
 from serve_app.engines.transformers.invariance import PIECE, settle
 from serve_app.engines.transformers.kv_cache import BatchRows, SlotRows, StaticRows
 from serve_app.engines.transformers.model import LoadedModel
-from serve_app.engines.transformers.model_cache import find_out
+from serve_app.engines.transformers.model_cache import Step, find_out
 from serve_app.engines.transformers.running import Prefill, Running
 from serve_app.engines.transformers.sampling import choose, score
 
@@ -315,14 +315,8 @@ class TransformersEngine:
         start, stop = prefill.done, min(prefill.done + self._piece(prefill), prefill.width)
         mask, positions = prefill.inputs(stop)
         try:
-            logits, prefill.cache = self._forwards.run(
-                prefill.running,
-                prefill.tokens[:, start:stop],
-                mask,
-                positions,
-                prefill.cache,
-                logits_to_keep=0 if prefill.all_logits else 1,
-            )
+            step = Step(prefill.tokens[:, start:stop], mask, positions, prefill.cache, 0 if prefill.all_logits else 1)
+            logits, prefill.cache = self._forwards.run(prefill.running, step)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is told to the request that caused it
             left = self._innocent(prefill.running, error, decoding=False)
             for one in left:
@@ -353,9 +347,8 @@ class TransformersEngine:
         mask, positions = self._rows.step_inputs()
         shapes = self._shapes.step(mask) if self._shapes is not None else None
         try:
-            logits, cache = self._forwards.run(
-                self._running, tokens, mask, positions, self._rows.cache, logits_to_keep=1, shapes=shapes
-            )
+            step = Step(tokens, mask, positions, self._rows.cache)
+            logits, cache = self._forwards.run(self._running, step, shapes)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is told to the request that caused it
             left = self._innocent(self._running, error, decoding=True)
             self._running, self._rows = left, self._empty()

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from serve_app.capture.grid import Grid
@@ -21,7 +21,7 @@ from serve_app.capture.scoring import StepScores
 from serve_app.capture.steering import StepSteering
 from serve_app.engines.transformers.invariance import FixedShapes
 from serve_app.engines.transformers.model import LoadedModel
-from serve_app.engines.transformers.model_cache import Remembered
+from serve_app.engines.transformers.model_cache import Remembered, Step
 from serve_app.engines.transformers.rotation import forget_lengths
 from serve_app.engines.transformers.running import Prefill, Running
 
@@ -48,22 +48,14 @@ class Forwards:
     def run(
         self,
         running: list[Running],
-        tokens: Int[Tensor, "batch width"],
-        mask: Int[Tensor, "batch context"],
-        positions: Int[Tensor, "batch width"],
-        cache: Any,
-        logits_to_keep: int,
+        step: Step,
         shapes: FixedShapes | None = None,
     ) -> tuple[Float[Tensor, "batch kept vocab"], Any]:
         """Run the model on new tokens, steered, captured and scored as is asked.
 
         Args:
             running: the forward's jobs.
-            tokens: their new tokens.
-            mask: 0 is padding, of all columns.
-            positions: of the new tokens.
-            cache: what the model remembers.
-            logits_to_keep: for how many columns to give logits, 0 for all.
+            step: their new tokens.
             shapes: computes in shapes that do not depend on the batch, if that is asked for.
 
         A request that cannot have what it asked for is failed here, and no other.
@@ -71,7 +63,7 @@ class Forwards:
         Returns:
             The logits, and the cache to go on with.
         """
-        grid = Grid.of(mask[:, -tokens.shape[1] :], positions)
+        grid = self._grid(step)
         steering = self._steering(running, grid)
         rows = StepRows([one.rows for one in running], grid, self._memory)
         scores = StepScores([one.probed for one in running], grid)
@@ -79,7 +71,7 @@ class Forwards:
 
         def forward() -> Any:
             with shapes or nullcontext():
-                return self._bare(tokens, mask, positions, cache, logits_to_keep)
+                return self._bare(step)
 
         output = self._model.observed.run(visitors, forward)
         rows.deliver()
@@ -90,7 +82,7 @@ class Forwards:
             failure = next((error for error in found if error), None)
             if failure is not None and not one.job.cancelled.is_set():
                 one.fail(failure)
-        return output.logits, self._remembered.given(output, cache)
+        return output.logits, self._remembered.given(output, step.cache)
 
     def replayed(self, running: list[Running]) -> Prefill:
         """Read again what has passed through the model of some jobs, steered as it was; nothing else is observed."""
@@ -100,7 +92,7 @@ class Forwards:
         while prefill.done < prefill.width:
             stop = min(prefill.done + piece, prefill.width)
             mask, positions = prefill.inputs(stop)
-            self._replay(prefill, prefill.tokens[:, prefill.done : stop], mask, positions)
+            self._replay(prefill, Step(prefill.tokens[:, prefill.done : stop], mask, positions, prefill.cache))
             prefill.done = stop
         return prefill
 
@@ -115,7 +107,7 @@ class Forwards:
             prefill = self.replayed([one])
             if decoding:
                 mask, positions = torch.ones(1, prefill.width + 1, dtype=torch.long), torch.tensor([[prefill.width]])
-                self._replay(prefill, torch.tensor([one.token_ids[-1:]]), mask, positions)
+                self._replay(prefill, Step(torch.tensor([one.token_ids[-1:]]), mask, positions, prefill.cache))
         except Exception as error:  # noqa: BLE001 - whatever it is, it is told to the request that caused it
             log.warning("a request fails alone: %s: %s", type(error).__name__, error)
             return error
@@ -125,40 +117,25 @@ class Forwards:
         """Whether the model still answers, to a token of nobody's."""
         one = torch.zeros(1, 1, dtype=torch.long)
         try:
-            self._bare(one, torch.ones_like(one), one, self._remembered.new_cache(), 1)
+            self._bare(Step(one, torch.ones_like(one), one, self._remembered.new_cache()))
         except Exception:
             log.exception("the model answers nothing")
             return False
         return True
 
-    def _replay(
-        self,
-        prefill: Prefill,
-        tokens: Int[Tensor, "batch width"],
-        mask: Int[Tensor, "batch context"],
-        positions: Int[Tensor, "batch width"],
-    ) -> None:
-        steering = self._steering(prefill.running, Grid.of(mask[:, -tokens.shape[1] :], positions))
-        output = self._model.observed.run((steering,), lambda: self._bare(tokens, mask, positions, prefill.cache, 1))
-        prefill.cache = self._remembered.given(output, prefill.cache)
+    def _replay(self, prefill: Prefill, step: Step) -> None:
+        steering = self._steering(prefill.running, self._grid(step))
+        output = self._model.observed.run((steering,), lambda: self._bare(step))
+        prefill.cache = self._remembered.given(output, step.cache)
+
+    def _grid(self, step: Step) -> Grid:
+        return Grid.of(step.mask[:, -step.tokens.shape[1] :], step.positions)
 
     def _steering(self, running: list[Running], grid: Grid) -> StepSteering:
         return StepSteering([one.job.steering for one in running], [len(one.job.prompt_ids) for one in running], grid)
 
-    def _bare(
-        self,
-        tokens: Int[Tensor, "batch width"],
-        mask: Int[Tensor, "batch context"],
-        positions: Int[Tensor, "batch width"],
-        cache: Any,
-        logits_to_keep: int,
-    ) -> Any:
-        device = self._model.device
+    def _bare(self, step: Step) -> Any:
         module = self._model.observed._module
-        if mask.shape[1] == tokens.shape[1]:
+        if step.begins:
             forget_lengths(module)
-        return module(
-            **self._remembered.arguments(
-                tokens.to(device), mask.to(device), positions.to(device), cache, logits_to_keep
-            )
-        )
+        return module(**self._remembered.arguments(step, self._model.device))

@@ -10,8 +10,8 @@ rows join and leave) must not change a value. For most architectures it does not
    model. If their rows differ, narrower groups are tried (`batching.Kind`), down to one request at a time.
 
 Rows are compared at every layer of two models: of a narrow random one in float32 with the same layers and rotation, whose
-windows and thresholds are a few tokens wide (`narrowing.stand_in`), where any real difference is far above rounding; and of
-the model itself, in its own dtype, against what rounding does there. The first finds what a configuration brings about,
+windows and thresholds are a few tokens wide (`capture.narrowing.stand_in`), where any real difference is far above rounding;
+and of the model itself, in its own dtype, against what rounding does there. The first finds what a configuration brings about,
 whatever the size and dtype; the second, gross faults of this model only.
 """
 

@@ -78,7 +78,7 @@ def load(
         trust_remote_code: whether code that comes with the model may run.
 
     Raises:
-        WeightsError: if the weights are not all there, or not the model's; see `weights` and `adapters`.
+        WeightsError: if the weights are not all there, or not the model's; see `weights` and `models.adapters`.
         ResolutionError: if its layers cannot be found, or it is not a causal decoder that the engine can run.
     """
     place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))

@@ -27,6 +27,30 @@ ROWS, LENGTH = 3, 6
 
 
 @dataclass(frozen=True)
+class Step:
+    """What one forward is given.
+
+    Attributes:
+        tokens: the new tokens.
+        mask: 0 is padding, of all columns.
+        positions: of the new tokens.
+        cache: what the model remembers; None has it make its own.
+        logits_to_keep: for how many columns to give logits, 0 for all.
+    """
+
+    tokens: Int[Tensor, "batch width"]
+    mask: Int[Tensor, "batch context"]
+    positions: Int[Tensor, "batch width"]
+    cache: Any
+    logits_to_keep: int = 1
+
+    @property
+    def begins(self) -> bool:
+        """Whether no tokens have been read before."""
+        return self.mask.shape[1] == self.tokens.shape[1]
+
+
+@dataclass(frozen=True)
 class Remembered:
     """How a model remembers.
 
@@ -51,25 +75,16 @@ class Remembered:
     token_bytes: int = 0
     sequence_bytes: int = 0
 
-    def arguments(
-        self,
-        tokens: Int[Tensor, "batch width"],
-        mask: Int[Tensor, "batch context"],
-        positions: Int[Tensor, "batch width"],
-        cache: Any,
-        logits_to_keep: int,
-    ) -> dict[str, Any]:
-        """Return a forward's arguments; a cache of None has the model make its own.
-
-        A model that keeps states only, and no past tokens, masks the new tokens only.
-        """
+    def arguments(self, step: Step, device: torch.device) -> dict[str, Any]:
+        """Return a forward's arguments. A model that keeps states only, and no past tokens, masks the new tokens only."""
+        mask = step.mask if self.argument == "past_key_values" else step.mask[:, -step.tokens.shape[1] :]
         found = {
-            "input_ids": tokens,
-            "attention_mask": mask if self.argument == "past_key_values" else mask[:, -tokens.shape[1] :],
-            "position_ids": positions,
+            "input_ids": step.tokens.to(device),
+            "attention_mask": mask.to(device),
+            "position_ids": step.positions.to(device),
             "use_cache": True,
-            "logits_to_keep": logits_to_keep,
-            self.argument: cache,
+            "logits_to_keep": step.logits_to_keep,
+            self.argument: step.cache,
         }
         return {name: value for name, value in found.items() if self.named is None or name in self.named}
 
@@ -141,7 +156,7 @@ def _tried(model: PreTrainedModel, found: Remembered, device: torch.device, rows
         stop = start + ids.shape[1]
         positions = torch.arange(start, stop).expand(rows, -1)
         mask = torch.ones(rows, stop, dtype=torch.long)
-        arguments = found.arguments(ids.to(device), mask.to(device), positions.to(device), cache, logits_to_keep=1)
+        arguments = found.arguments(Step(ids, mask, positions, cache), device)
         # Called past the hooks that the module has: nobody is to take these forwards for a request's.
         output = model.forward(**arguments)
         return output.logits[:, -1].float(), found.given(output, cache)

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from serve_app.capture.structure import Tap
 from serve_app.capture.watching import nth_tensor
 from serve_app.engines.transformers.kv_cache import BatchRows, SlotRows, StaticRows
-from serve_app.engines.transformers.model_cache import Remembered, find_out
+from serve_app.engines.transformers.model_cache import Remembered, Step, find_out
 from serve_app.engines.transformers.rotation import forget_lengths
 
 EXACT, CHAOTIC = 1e-4, 1e-3
@@ -161,11 +161,10 @@ class Trial:
 
     def _forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Any:
         """Run the model on new tokens; returns the cache to go on with."""
-        if mask.shape[1] == tokens.shape[1]:
+        step = Step(tokens, mask, positions, cache)
+        if step.begins:
             forget_lengths(self.model)
-        device = self.model.device
-        arguments = self.remembered.arguments(tokens.to(device), mask.to(device), positions.to(device), cache, 1)
-        return self.remembered.given(self.model(**arguments), cache)
+        return self.remembered.given(self.model(**self.remembered.arguments(step, self.model.device)), cache)
 
     @contextmanager
     def _recorded(self) -> Iterator[list[list[Tensor]]]:

@@ -105,7 +105,7 @@ class Capturing(EndsWithReplica):
         failed: dict[str, Exception] = {}
         for job_id, entry in exchange.keep.items():
             try:
-                rows = collector.take(job_id, entry.n_rows)
+                rows = collector.take(job_id, entry.sequence.n_rows)
             except (LostRowsError, UncapturableError) as error:
                 failed[job_id] = error
                 continue

@@ -7,20 +7,20 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from roentgen.cli import app
-from roentgen.launch.evaluate import Afterwards
-from roentgen.launch.task import ClusterSettings
+from roentgen.cloud.evaluate import Afterwards
+from roentgen.cloud.task import ClusterSettings
 
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[dict[str, Any]]:
-    """What was handed to the launcher, call by call; the launcher itself is tested in tests/roentgen/launch."""
+    """What was handed to the launcher, call by call; the launcher itself is tested in tests/roentgen/cloud."""
     calls: list[dict[str, Any]] = []
 
     def launch(settings: ClusterSettings, options: list[str], afterwards: Afterwards, *rest: Any) -> Path:
         calls.append({"settings": settings, "options": options, "afterwards": afterwards, "files": rest[-1]})
         return tmp_path / "run"
 
-    monkeypatch.setattr("roentgen.launch.evaluate.launch_and_evaluate", launch)
+    monkeypatch.setattr("roentgen.cloud.evaluate.launch_and_evaluate", launch)
     monkeypatch.setenv("ROENTGEN_SKY", "/bin/true")
     return calls
 

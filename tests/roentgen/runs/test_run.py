@@ -1,12 +1,16 @@
 """The run record: durable, cut where a crash tore it, one writer at a time."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from roentgen.runs import Run, RunConfig, RunError, Sample, find_unfinished, write_json
+from roentgen.durable import write_json
+from roentgen.runs import Run, RunConfig, RunError, Sample, find_unfinished, rewrite
+from tests.disk import DiskCalls
 
 
 def config(config_hash: str = "h", created: str = "2026-01-01T00:00:00Z") -> RunConfig:
@@ -106,3 +110,35 @@ def test_the_newest_unfinished_run_of_a_configuration_is_found(tmp_path: Path) -
     assert found is not None
     assert found.path.name == "new"
     assert find_unfinished(tmp_path, "h", {"n": 3}) is None
+
+
+def test_a_run_is_written_and_rewritten_durably(tmp_path: Path, disk_calls: DiskCalls) -> None:
+    run = Run.create(tmp_path / "new" / "run", config())
+    assert ("fsync", str(tmp_path / "new")) in disk_calls.calls  # the run's folder, in its parent
+    disk_calls.check_atomic(run.path / "config.json")
+    disk_calls.calls.clear()
+    with run.recording() as record:
+        record.append(sample("a"))
+    assert disk_calls.calls == [("fsync", str(run.path)), ("fsync", str(run.record_path))]
+    disk_calls.calls.clear()
+    run = rewrite(run, lambda one: one.model_copy(update={"response": "again"}), config("other"))
+    assert [one.response for one in run.samples()] == ["again"]
+    disk_calls.check_atomic(run.record_path)
+    disk_calls.check_atomic(run.path / "config.json")
+
+
+def test_a_disk_that_fails_during_a_rewrite_leaves_the_run_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run.create(tmp_path, config())
+    with run.recording() as record:
+        record.append(sample("a"))
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+
+    def fail(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="No space"):
+        rewrite(run, lambda one: one.model_copy(update={"response": "again"}), config("other"))
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

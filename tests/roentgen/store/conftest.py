@@ -11,7 +11,8 @@ import torch
 from ulid import ULID
 
 from roentgen.contract import Positions, RolloutKey
-from roentgen.store import CaptureSpec, Rollout, Segment
+from roentgen.store import CaptureSpec, Rollout
+from roentgen.tokenized_text import Segment, TokenizedText
 from tests.s3 import BUCKET, ENVIRONMENT, s3_endpoint
 
 KEYS = ("layers.1.resid_post", "layers.2.resid_post")
@@ -43,15 +44,15 @@ class RolloutFactory:
             spec=CaptureSpec(model="m", revision="r", keys=keys, positions=positions, dtype=str(dtype)),
             tensors=tensors,
             position=position,
-            row_token_id=np.array(tokens)[position],
-            row_logprob=np.where(position >= n_prompt, -0.5, np.nan),
-            token_ids=tokens,
-            token_offsets=list(range(len(tokens))),
-            n_prompt=n_prompt,
-            text="x" * len(tokens),
-            segments=[Segment("user", 0, n_prompt), Segment("assistant", n_prompt, len(tokens))],
+            sequence=TokenizedText(
+                text="x" * len(tokens),
+                token_ids=tokens,
+                token_offsets=list(range(len(tokens))),
+                segments=[Segment("user", 0, n_prompt), Segment("assistant", n_prompt, len(tokens))],
+                n_prompt=n_prompt,
+            ),
+            logprobs=np.array([np.nan] * n_prompt + [-0.5] * (n_completion - 1) + [-1.0] * (n_completion > 0)),
             finish_reason="stop",
-            final_logprob=-1.0,
             key=RolloutKey(config_hash="c", problem_id=problem) if problem else None,
             labels={"problem": problem},
         )

@@ -91,8 +91,8 @@ def test_a_torch_dataset_is_read_by_several_workers(store: str, written: dict[st
     assert sorted(item["rollout_id"] for item in seen) == sorted(written)
     for item in seen:
         one = written[item["rollout_id"]]
-        assert torch.equal(item["values"], one.tensors[KEYS[0]][one.n_prompt :])
-        assert item["position"].tolist() == [one.n_prompt, one.n_prompt + 1]
+        assert torch.equal(item["values"], one.tensors[KEYS[0]][one.sequence.n_prompt :])
+        assert item["position"].tolist() == [one.sequence.n_prompt, one.sequence.n_prompt + 1]
         assert item["labels"] == one.labels
 
 
@@ -125,5 +125,5 @@ def test_a_ray_dataset_is_read_by_rays_tasks(store: str, written: dict[str, Roll
     assert sorted(row["problem_id"] for row in rows) == ["p1", "p2", "p4", "p5"]
     for row in rows:
         one = written[row["rollout_id"]]
-        assert np.array_equal(row["values"], one.tensors[KEYS[0]][one.n_prompt :].float().numpy())
-        assert row["position"].tolist() == [one.n_prompt, one.n_prompt + 1]
+        assert np.array_equal(row["values"], one.tensors[KEYS[0]][one.sequence.n_prompt :].float().numpy())
+        assert row["position"].tolist() == [one.sequence.n_prompt, one.sequence.n_prompt + 1]

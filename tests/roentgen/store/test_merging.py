@@ -28,7 +28,7 @@ def check(session: Session, rollouts: list[Rollout]) -> None:
     frame = session.rollouts(unique=False)
     assert sorted(frame["rollout_id"]) == sorted(written)
     for _, row in frame.iterrows():
-        assert list(row["token_ids"]) == written[row["rollout_id"]].token_ids
+        assert list(row["token_ids"]) == written[row["rollout_id"]].sequence.token_ids
         assert row["labels"] == written[row["rollout_id"]].labels
     for key in KEYS:
         for item in session.activations(key, where=frame):

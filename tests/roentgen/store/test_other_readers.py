@@ -105,10 +105,10 @@ def same(found: list[tuple[dict[str, Any], ShardReader]], written: list[Rollout]
         assert list(shard.rows("generated", *rows)) == [int(at >= row["n_prompt"]) for at in position]
         logprob = struct.unpack(f"<{rollout.n_rows}f", shard.rows("logprob", *rows))
         assert [math.isnan(value) for value in logprob] == [at < row["n_prompt"] for at in position]
-        assert row["token_ids"] == rollout.token_ids
-        assert row["final_token"] == rollout.token_ids[-1]
+        assert row["token_ids"] == rollout.sequence.token_ids
+        assert row["final_token"] == rollout.sequence.token_ids[-1]
         assert json.loads(row["labels"]) == rollout.labels
-        assert "".join(row["text"][s["start"] : s["stop"]] for s in row["segments"]) == rollout.text
+        assert "".join(row["text"][s["start"] : s["stop"]] for s in row["segments"]) == rollout.sequence.text
 
 
 def test_a_reader_made_from_the_document_reads_everything(tmp_path: Path, rollout: RolloutFactory) -> None:

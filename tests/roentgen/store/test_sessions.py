@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from roentgen.store import Session, SessionBusyError, StoreError, StoreWriter, list_sessions, verify
+from roentgen.store.files import session_files, tar_session
 from roentgen.store.places import open_place
-from roentgen.store.sessions import delete_session, find_session, tar_session
+from roentgen.store.sessions import delete_session, find_session
 from tests.roentgen.store.conftest import RolloutFactory
 
 
@@ -53,11 +54,13 @@ def test_a_packed_session_is_what_was_committed_then(tmp_path: Path, store: str,
     with StoreWriter(store, max_wait_s=0) as writer:
         for _ in range(3):
             writer.submit(rollout(session="a", n_prompt=700)).result()
+        listed = [entry.name for entry in session_files(Session.open(f"{store}/a"))]
         size, pieces = tar_session(Session.open(f"{store}/a"))
         writer.submit(rollout(session="a")).result()  # not in the archive
     packed = b"".join(pieces)
     assert len(packed) == size
     with tarfile.open(fileobj=io.BytesIO(packed)) as archive:
+        assert archive.getnames() == [f"a/{name}" for name in listed]
         archive.extractall(tmp_path / "unpacked", filter="data")
     report = verify(Session.open(tmp_path / "unpacked" / "a"))
     assert (report.rollouts, report.ok, report.orphans) == (3, True, [])

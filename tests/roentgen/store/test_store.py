@@ -19,10 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roentgen.contract import ActivationRequest, Positions, RolloutKey, spell_labels
-from roentgen.store import Segment, Session, StoreError, StoreWriter, list_sessions, verify
+from roentgen.store import Session, StoreError, StoreWriter, list_sessions, verify
 from roentgen.store.merging import compact
 from roentgen.store.places import _RangedFile
 from roentgen.store.schema import INDEX_SCHEMA, UnstorableError, index_table, read_labels
+from roentgen.tokenized_text import Segment
 from tests.roentgen.store.conftest import KEYS, RolloutFactory, spoil_labels
 
 
@@ -44,11 +45,14 @@ def test_rows_come_back_as_written(store: str, rollout: RolloutFactory) -> None:
             item = read[original.rollout_id]
             assert torch.equal(item.values, original.tensors[key])
             assert item.values.dtype == torch.bfloat16
-            assert receipt.row_stop - receipt.row_start == original.n_prompt + max(original.n_completion - 1, 0)
+            assert receipt.row_stop - receipt.row_start == original.sequence.n_rows
             row = frame.loc[original.rollout_id]
-            assert (row["n_prompt"], row["n_completion"]) == (original.n_prompt, original.n_completion)
-            assert list(row["token_ids"]) == original.token_ids
-            assert row["final_token"] == original.token_ids[-1]
+            assert (row["n_prompt"], row["n_completion"]) == (
+                original.sequence.n_prompt,
+                original.sequence.n_completion,
+            )
+            assert list(row["token_ids"]) == original.sequence.token_ids
+            assert row["final_token"] == original.sequence.token_ids[-1]
 
 
 def test_a_stranger_can_read_it(tmp_path: Path, rollout: RolloutFactory) -> None:
@@ -61,7 +65,7 @@ def test_a_stranger_can_read_it(tmp_path: Path, rollout: RolloutFactory) -> None
     row = index.iloc[0]
     rows = slice(row["row_start"], row["row_stop"])
     assert torch.equal(shard[KEYS[0]][rows], original.tensors[KEYS[0]])
-    assert shard["token_id"][rows].tolist() == original.token_ids[:-1]
+    assert shard["token_id"][rows].tolist() == original.sequence.token_ids[:-1]
     assert shard["generated"][rows].tolist() == [0, 0, 0, 0, 1, 1]
     assert np.isnan(shard["logprob"][rows].numpy()).tolist() == [True] * 4 + [False] * 2
     assert json.loads((tmp_path / "s" / "session.json").read_text())["name"] == "s"
@@ -128,8 +132,10 @@ def test_any_positions_are_read_from_any_that_hold_them(
     read = session.activations(KEYS[0], where=frame, positions=asked)
     expected = {}
     for one in made:
-        n_rows = one.n_prompt + max(one.n_completion - 1, 0)
-        wanted = list(one.position) if asked == "all" else list(Positions.parse(asked).select(one.n_prompt, n_rows))
+        n_rows = one.sequence.n_rows
+        wanted = (
+            list(one.position) if asked == "all" else list(Positions.parse(asked).select(one.sequence.n_prompt, n_rows))
+        )
         if set(wanted) <= set(one.position):
             values = torch.stack(
                 [one.tensors[KEYS[0]][list(one.position).index(at)] for at in wanted] or [torch.empty(0)]
@@ -434,6 +440,11 @@ def beyond(**key: object) -> dict[str, object]:
     return {"key": RolloutKey.model_construct(**whole)}
 
 
+def said(**change: object) -> dict[str, object]:
+    """Return a change to what a rollout says."""
+    return {"sequence": replace(RolloutFactory()().sequence, **change)}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -443,9 +454,9 @@ def beyond(**key: object) -> dict[str, object]:
         (beyond(turn=True), "turn"),
         ({"labels": {"a": float("nan")}}, "labels"),
         ({"labels": {"a": {1, 2}}}, "labels"),
-        ({"text": "half \ud83d"}, "text"),
-        ({"token_ids": [2**31] * 7}, "token_ids"),
-        ({"segments": [Segment("\udc00", 0, 1)]}, "segments"),
+        (said(text="half \ud83d"), "text"),
+        (said(token_ids=[2**31] * 7), "token_ids"),
+        (said(segments=[Segment("\udc00", 0, 1)]), "segments"),
     ],
 )
 def test_a_rollout_that_cannot_be_stored_fails_alone(

@@ -4,7 +4,8 @@ import torch
 
 from roentgen.contract import RolloutKey
 from roentgen.runs import RolloutRef, Run, RunConfig, Sample
-from roentgen.store import CaptureSpec, Rollout, Segment, StoreWriter
+from roentgen.store import CaptureSpec, Rollout, StoreWriter
+from roentgen.tokenized_text import Segment, TokenizedText
 from roentgen.transcripts import TranscriptError
 from roentgen.transcripts.run import read_run
 
@@ -32,6 +33,9 @@ def record(run, *changes):
             recorder.append(Sample.model_validate(fields | names | change))
 
 
+SEGMENTS = [Segment("user", 0, 3), Segment("assistant", 3, 5)]
+
+
 def store(run, rollout_id="01", session="run"):
     """Put a rollout of [1, 2, 3 | 4, 5] into the run's session; return where it is, as the record says it."""
     rollout = Rollout(
@@ -40,15 +44,9 @@ def store(run, rollout_id="01", session="run"):
         spec=CaptureSpec(model="m", revision="r", keys=("embed",), positions="last", dtype="torch.float32"),
         tensors={"embed": torch.zeros(1, 2)},
         position=np.array([3]),
-        row_token_id=np.array([4]),
-        row_logprob=np.array([-1.0]),
-        token_ids=[1, 2, 3, 4, 5],
-        token_offsets=[0, 1, 2, 3, 4],
-        n_prompt=3,
-        text="abcde",
-        segments=[Segment("user", 0, 3), Segment("assistant", 3, 5)],
+        sequence=TokenizedText("abcde", [1, 2, 3, 4, 5], [0, 1, 2, 3, 4], SEGMENTS, 3),
+        logprobs=np.array([np.nan, np.nan, np.nan, -1.0, -1.0]),
         finish_reason="stop",
-        final_logprob=-1.0,
         key=RolloutKey(config_hash="c0ffee", problem_id="p0"),
     )
     with StoreWriter(run.path / "activations") as writer:
@@ -96,9 +94,9 @@ def test_stored_tokens_come_along_also_from_a_moved_run(run, tmp_path):
     said = []
     first, second = read_run(Run.open(moved), said.append)
     assert first.tokens is not None
-    assert (first.tokens.token_ids, first.tokens.n_prompt) == ([1, 2, 3, 4, 5], 3)
+    assert (first.tokens.sequence.token_ids, first.tokens.sequence.n_prompt) == ([1, 2, 3, 4, 5], 3)
     assert (first.tokens.model, first.tokens.revision) == ("m", "r")
-    assert first.tokens.segments == [Segment("user", 0, 3), Segment("assistant", 3, 5)]
+    assert first.tokens.sequence.segments == SEGMENTS
     assert second.tokens is None
     assert said == []
 

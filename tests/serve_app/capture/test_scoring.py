@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from roentgen.contract import ActivationRequest, split_key
-from roentgen.saved_probes import Readout
+from roentgen.linear_probe import Readout
 from serve_app.capture.scoring import Scorer, UnscorableError
 from serve_app.engines.protocol import Finished, Sampling, TextDelta
 from serve_app.engines.transformers.engine import TransformersEngine

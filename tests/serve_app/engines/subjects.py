@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from ulid import ULID
 
 from roentgen.store import StoreWriter
+from roentgen.tokenized_text import TokenizedText
 from serve_app.engines.protocol import Engine, Finished
 from serve_app.engines.rollout import Entry
 from serve_app.engines.served_model import ServedModel
@@ -72,12 +73,8 @@ def entry(prompt: list[int], result: Finished, positions: str) -> Entry:
         model="tiny",
         revision="0",
         positions=positions,
-        token_ids=ids,
-        token_offsets=[0] * len(ids),
-        n_prompt=len(prompt),
+        sequence=TokenizedText("", ids, [0] * len(ids), [], len(prompt)),
         logprobs=logprobs,
-        text="",
-        segments=[],
         finish_reason=result.finish_reason,
         key=None,
         labels={},

@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.engines.text import TextStream, completion_offsets
+from serve_app.engines.text import TextStream
 from tests.serve_app import tiny
 
 WORDS = tiny.tokenizer()
@@ -92,18 +92,3 @@ def test_what_is_handed_out_is_the_text_before_the_first_stop(text: str, stops: 
             expected = text[: min(hits)]
             break
     assert "".join(pieces) == out.text == expected
-
-
-@given(st.lists(st.integers(0, len(CORE.get_vocab()) - 1), max_size=20))
-def test_offsets_belong_to_the_text_that_the_tokenizer_makes(tokens: list[int]) -> None:
-    text, offsets = completion_offsets(CORE, tokens, start=0)
-    assert text == CORE.decode(tokens, skip_special_tokens=False)
-    assert offsets == sorted(offsets)
-    assert all(offset <= len(text) for offset in offsets)
-
-
-def test_offsets_cover_the_completion_with_its_special_tokens() -> None:
-    tokens = [*encode("hé"), tiny.EOS]
-    text, offsets = completion_offsets(CORE, tokens, start=10)
-    assert text == "hé<eos>"
-    assert offsets == [10, 11, 11, 12]

@@ -59,5 +59,5 @@ def test_serve_is_told_in_the_environment_unless_it_is_told_otherwise(monkeypatc
     monkeypatch.setenv(proxy.CALLBACK_VARIABLE, "mine:own")
     with proxy.named_in_environment():
         assert os.environ[proxy.CALLBACK_VARIABLE] == "mine:own"
-    start = Path(__file__).parents[2] / "cluster" / "start.sh"
+    start = Path(__file__).parents[3] / "cluster" / "start.sh"
     assert f"export {proxy.CALLBACK_VARIABLE}={proxy.CALLBACK}\n" in start.read_text()

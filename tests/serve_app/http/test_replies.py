@@ -18,7 +18,7 @@ import torch
 from fastapi.testclient import TestClient
 from ray.exceptions import ActorDiedError
 
-from roentgen.saved_probes import ProbeCard, SavedProbe, save_probes
+from roentgen.linear_probe import ProbeCard, SavedProbe, save_probes
 from serve_app.config import ModelChoice, ServerConfig
 from serve_app.http.ingress import Ingress
 from serve_app.replica.replica import ModelReplica

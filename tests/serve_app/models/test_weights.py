@@ -234,7 +234,7 @@ def test_the_store_never_sees_a_random_layer(whole: Path, tmp_path: Path) -> Non
     from rich.console import Console
 
     from roentgen.contract import ActivationRequest
-    from roentgen.launch.capture import CaptureError, CaptureSettings, capture
+    from roentgen.workflows.capture import CaptureError, CaptureSettings, capture
 
     weights = load_file(whole / "model.safetensors")
     without(".layers.1.")(weights)

@@ -3,10 +3,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from serve_app.engines.prompt import Prompt
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.messages import Message, Tool
-from serve_app.openai_api.prompt import render
+from serve_app.openai_api.prompt import Rendered, render
 from tests.serve_app import tiny
 from tests.serve_app.openai_api.templates import GEMMA, LLAMA, QWEN
 
@@ -38,24 +37,24 @@ def words_with(template: str | None) -> PreTrainedTokenizerFast:
     return words
 
 
-def new_text(prompt: Prompt) -> str:
-    return prompt.text[prompt.token_offsets[prompt.turn_start] :]
+def new_text(rendered: Rendered) -> str:
+    return rendered.prompt.text[rendered.prompt.token_offsets[rendered.turn_start] :]
 
 
 def test_tokens_offsets_and_segments_agree_with_the_text() -> None:
-    prompt = render(tiny.tokenizer(), TALK, "tiny")
-    assert prompt.text == "[system]Be brief.[user]é?[assistant]No.[user]Why[reply]"
-    assert [prompt.text[s.start : s.stop] for s in prompt.segments] == [
+    rendered = render(tiny.tokenizer(), TALK, "tiny")
+    assert rendered.prompt.text == "[system]Be brief.[user]é?[assistant]No.[user]Why[reply]"
+    assert [rendered.prompt.text[s.start : s.stop] for s in rendered.prompt.segments] == [
         "[system]Be brief.", "[user]é?", "[assistant]No.", "[user]Why",
     ]  # fmt: skip
-    assert [s.role for s in prompt.segments] == ["system", "user", "assistant", "user"]
-    assert len(prompt.token_ids) == len(prompt.text.encode())
-    assert [prompt.text[o] for o in prompt.token_offsets[:4]] == list("[sys")
+    assert [s.role for s in rendered.prompt.segments] == ["system", "user", "assistant", "user"]
+    assert len(rendered.prompt.token_ids) == len(rendered.prompt.text.encode())
+    assert [rendered.prompt.text[o] for o in rendered.prompt.token_offsets[:4]] == list("[sys")
 
 
 def test_a_template_that_rewrites_history_has_one_segment() -> None:
     words = words_with("{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}")
-    assert [s.role for s in render(words, TALK, "tiny").segments] == ["prompt"]
+    assert [s.role for s in render(words, TALK, "tiny").prompt.segments] == ["prompt"]
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('roles must alternate') }}", "{{ 'roles' + 3 }}"])
@@ -78,9 +77,9 @@ def test_a_turn_begins_with_the_token_that_was_sampled_last() -> None:
 def test_a_turn_begins_there_too_when_the_template_rewrites_history() -> None:
     # The words are said again by the user: only what the assistant said counts.
     talk = [*TALK[:3], Message(role="user", content="No. No. No.")]
-    prompt = render(words_with(QWEN), talk, "tiny")
-    assert [s.role for s in prompt.segments] == ["prompt"]
-    assert new_text(prompt) == ".<|im_end|>\n<|im_start|>user\nNo. No. No.<|im_end|>\n<|im_start|>assistant\n"
+    rendered = render(words_with(QWEN), talk, "tiny")
+    assert [s.role for s in rendered.prompt.segments] == ["prompt"]
+    assert new_text(rendered) == ".<|im_end|>\n<|im_start|>user\nNo. No. No.<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_a_turn_whose_words_the_template_changes_begins_with_them() -> None:
@@ -89,12 +88,12 @@ def test_a_turn_whose_words_the_template_changes_begins_with_them() -> None:
 
 
 def test_a_template_that_calls_as_hermes_gets_the_tools() -> None:
-    prompt = render(words_with(QWEN), CALLED, "tiny", tools=[ADD])
-    assert '<|im_start|>system\nTools:\n{"type": "function", "function": {"name": "add"' in prompt.text
+    rendered = render(words_with(QWEN), CALLED, "tiny", tools=[ADD])
+    assert '<|im_start|>system\nTools:\n{"type": "function", "function": {"name": "add"' in rendered.prompt.text
     block = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
-    assert f"I add.\n{block}\n{block}<|im_end|>" in prompt.text
+    assert f"I add.\n{block}\n{block}<|im_end|>" in rendered.prompt.text
     # The model sees no ids: the results stand in the order of the calls.
-    assert new_text(prompt) == (
+    assert new_text(rendered) == (
         "><|im_end|>\n<|im_start|>user\n<tool_response>\nfirst\n</tool_response>\n"
         "<tool_response>\nsecond\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
     )
@@ -102,44 +101,49 @@ def test_a_template_that_calls_as_hermes_gets_the_tools() -> None:
 
 def test_what_tools_say_is_theirs() -> None:
     talk = [*CALLED[:1], CALLED[1].model_copy(update={"reasoning_content": "Hm."}), *CALLED[2:]]
-    prompt = render(words_with(QWEN), talk, "tiny", tools=[ADD])
-    assert [s.role for s in prompt.segments] == ["user", "assistant", "tool"]
-    assert "<think>\nHm.\n</think>\n\nI add." in prompt.text
-    assert prompt.text[prompt.segments[2].start :].startswith("<|im_start|>user\n<tool_response>\nfirst")
+    rendered = render(words_with(QWEN), talk, "tiny", tools=[ADD])
+    assert [s.role for s in rendered.prompt.segments] == ["user", "assistant", "tool"]
+    assert "<think>\nHm.\n</think>\n\nI add." in rendered.prompt.text
+    assert rendered.prompt.text[rendered.prompt.segments[2].start :].startswith(
+        "<|im_start|>user\n<tool_response>\nfirst"
+    )
 
 
 @pytest.mark.parametrize("template", [str(tiny.tokenizer().chat_template), LLAMA])
 def test_other_templates_are_told_in_plain_words(template: str) -> None:
-    prompt = render(words_with(template), [TALK[0], *CALLED], "tiny", tools=[ADD])
-    before, _, after = prompt.text.partition("[user]1 and 2?")
+    rendered = render(words_with(template), [TALK[0], *CALLED], "tiny", tools=[ADD])
+    before, _, after = rendered.prompt.text.partition("[user]1 and 2?")
     assert before.startswith("[system]Be brief.\n\nYou may call these functions:\n")
     assert '{"name": "add", "description": "Sums.", "parameters": {"type": "object"' in before
     assert '<tool_call>\n{"name": "function_name"' in before
     block = '<tool_call>\n{"name": "add", "arguments": {"a": 1}}\n</tool_call>'
     assert after.startswith(f"[assistant]I add.\n{block}\n{block}[user]<tool_response>\nfirst\n</tool_response>\n")
-    assert [s.role for s in prompt.segments] == ["system", "user", "assistant", "tool"]
-    assert new_text(prompt).startswith(">[user]<tool_response>")
+    assert [s.role for s in rendered.prompt.segments] == ["system", "user", "assistant", "tool"]
+    assert new_text(rendered).startswith(">[user]<tool_response>")
 
 
 def test_calls_are_written_as_the_model_wrote_them() -> None:
     cut = Message.model_validate({"role": "assistant", "content": None, "tool_calls": [call("x", '{"a":  1, "b')]})
     for template in (QWEN, str(tiny.tokenizer().chat_template)):
-        prompt = render(words_with(template), [CALLED[0], cut, CALLED[3]], "tiny", tools=[ADD])
-        assert '<tool_call>\n{"name": "add", "arguments": {"a":  1, "b}\n</tool_call>' in prompt.text
+        rendered = render(words_with(template), [CALLED[0], cut, CALLED[3]], "tiny", tools=[ADD])
+        assert '<tool_call>\n{"name": "add", "arguments": {"a":  1, "b}\n</tool_call>' in rendered.prompt.text
 
 
 def test_a_strict_template_sees_turns_and_no_system_message() -> None:
     talk = [*CALLED, Message(role="user", content="Quick!")]
-    prompt = render(words_with(GEMMA), talk, "tiny", tools=[ADD])
-    assert prompt.text.startswith("<turn>user\nYou may call these functions:\n")
-    assert "just write the answer.\n\n1 and 2?</turn>" in prompt.text
-    assert "</tool_response>\nQuick!</turn>\n<turn>model\n" in prompt.text
+    rendered = render(words_with(GEMMA), talk, "tiny", tools=[ADD])
+    assert rendered.prompt.text.startswith("<turn>user\nYou may call these functions:\n")
+    assert "just write the answer.\n\n1 and 2?</turn>" in rendered.prompt.text
+    assert "</tool_response>\nQuick!</turn>\n<turn>model\n" in rendered.prompt.text
 
 
 def test_a_history_of_calls_needs_no_tools() -> None:
-    prompt = render(words_with(GEMMA), CALLED, "tiny")
-    assert "functions" not in prompt.text
-    assert "<tool_response>\nfirst\n</tool_response>\n<tool_response>\nsecond\n</tool_response></turn>" in prompt.text
+    rendered = render(words_with(GEMMA), CALLED, "tiny")
+    assert "functions" not in rendered.prompt.text
+    assert (
+        "<tool_response>\nfirst\n</tool_response>\n<tool_response>\nsecond\n</tool_response></turn>"
+        in rendered.prompt.text
+    )
 
 
 def test_a_result_of_no_call_is_refused() -> None:
@@ -149,9 +153,11 @@ def test_a_result_of_no_call_is_refused() -> None:
 
 
 def test_variables_of_the_template_can_be_set() -> None:
-    prompt = render(words_with(QWEN), TALK, "tiny", template_kwargs={"enable_thinking": False})
-    assert prompt.text.endswith("<think>\n\n</think>\n\n")
-    assert not render(words_with(QWEN), TALK, "tiny", template_kwargs={"enable_thinking": True}).text.endswith("\n\n")
+    rendered = render(words_with(QWEN), TALK, "tiny", template_kwargs={"enable_thinking": False})
+    assert rendered.prompt.text.endswith("<think>\n\n</think>\n\n")
+    assert not render(words_with(QWEN), TALK, "tiny", template_kwargs={"enable_thinking": True}).prompt.text.endswith(
+        "\n\n"
+    )
 
 
 @pytest.mark.parametrize(

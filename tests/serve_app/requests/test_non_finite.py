@@ -20,7 +20,7 @@ from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.errors import from_store
 from serve_app.replica.replica import ModelReplica
 from serve_app.teacher_forcing.capture import NotStored, Stored, TeacherForcing
-from serve_app.teacher_forcing.tokens import tokeniser
+from serve_app.teacher_forcing.tokens import transcript_tokenizer
 from tests.serve_app import tiny
 from tests.serve_app.replica.test_replica import chat, complete, streamed
 from tests.serve_app.teacher_forcing.conftest import TRANSCRIPTS
@@ -108,7 +108,7 @@ def test_a_worker_tells_its_replica_why() -> None:
 
 def test_texts_that_are_read_are_not_captured_and_say_why(folder: Path, tmp_path: Path) -> None:
     model = load(locate(str(folder)), "float16", "cpu", lambda _: None)
-    texts = [tokeniser(model)(transcript) for transcript in TRANSCRIPTS]
+    texts = [transcript_tokenizer(model)(transcript) for transcript in TRANSCRIPTS]
     engine = TransformersEngine(model)
     with StoreWriter(tmp_path) as writer:
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from pydantic import TypeAdapter, ValidationError
 
-from roentgen.saved_probes import CARDS, TENSORS, ProbeCard, SavedProbe, load_probe, save_probes
+from roentgen.linear_probe import CARDS, TENSORS, ProbeCard, SavedProbe, load_probe, save_probes
 from roentgen.store import Session
 from serve_app.config import ServerConfig
 from serve_app.openai_api.chat import ChatRequest

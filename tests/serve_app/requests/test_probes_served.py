@@ -9,7 +9,7 @@ import pytest
 import torch
 from openai import AsyncOpenAI, OpenAI
 
-from roentgen.saved_probes import ProbeCard, SavedProbe, save_probes
+from roentgen.linear_probe import ProbeCard, SavedProbe, save_probes
 from roentgen.store import Session
 from tests.conftest import Server
 from tests.reference import smollm2, worst_error

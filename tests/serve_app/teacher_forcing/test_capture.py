@@ -20,7 +20,7 @@ from serve_app.engines.transformers.model import LoadedModel
 from serve_app.openai_api.chat import Message
 from serve_app.openai_api.prompt import render
 from serve_app.teacher_forcing.capture import NotStored, Stored, TeacherForcing, layer_chunks
-from serve_app.teacher_forcing.tokens import TokenisedText, tokeniser
+from serve_app.teacher_forcing.tokens import TokenizedTranscript, transcript_tokenizer
 from tests.serve_app import tiny
 from tests.serve_app.teacher_forcing.conftest import TRANSCRIPTS
 
@@ -74,8 +74,8 @@ def column(session: Session, row: pd.Series, name: str) -> np.ndarray:
 
 def capture_all(
     forcing: TeacherForcing, model: LoadedModel, transcripts: list[Transcript] = TRANSCRIPTS
-) -> dict[str, TokenisedText]:
-    texts = [tokeniser(model)(transcript) for transcript in transcripts]
+) -> dict[str, TokenizedTranscript]:
+    texts = [transcript_tokenizer(model)(transcript) for transcript in transcripts]
     outcomes = list(forcing.capture(texts))
     assert len(outcomes) == len(texts)
     assert {type(outcome) for outcome in outcomes} == {Stored}
@@ -95,7 +95,7 @@ def test_rows_and_logprobs_are_those_of_stock_transformers(force, tmp_path, arch
     assert sorted(frame["problem_id"]) == sorted(texts)
     for i, row in frame.iterrows():
         text = texts[row["problem_id"]]
-        tokens, n_prompt, n_rows = text.token_ids, text.n_prompt, text.n_rows
+        tokens, n_prompt, n_rows = text.sequence.token_ids, text.sequence.n_prompt, text.sequence.n_rows
         expected, scores = stock(architecture, tokens)
         for key in KEYS:
             rows = session.activations(key, where=frame)[i]
@@ -112,7 +112,7 @@ def test_rows_and_logprobs_are_those_of_stock_transformers(force, tmp_path, arch
             assert row["final_logprob"] == pytest.approx(said[-1], rel=1e-4, abs=1e-5)
         assert list(row["token_ids"]) == tokens
         assert (row["n_prompt"], row["n_completion"]) == (n_prompt, len(tokens) - n_prompt)
-        assert (row["text"], row["labels"]) == (text.text, {"number": int(row["problem_id"][1:])})
+        assert (row["text"], row["labels"]) == (text.sequence.text, {"number": int(row["problem_id"][1:])})
         assert row["finish_reason"] == text.transcript.finish_reason
     assert verify(session).ok
 
@@ -121,7 +121,7 @@ def test_reading_an_answer_again_gives_what_generating_it_gave(force, engine, ll
     """The same store rows, by both ways: tensors, columns, index."""
     asked = ActivationRequest(layers="all", hook_points=("resid_post", "embed"))
     plan = CapturePlan(llama.structure.resolve(asked), Positions.parse("all"), "model")
-    prompts = [render(llama.tokenizer, [Message(role="user", content=c)], "tiny") for c in ("hi", "2 + 2?", "x")]
+    prompts = [render(llama.tokenizer, [Message(role="user", content=c)], "tiny").prompt for c in ("hi", "2 + 2?", "x")]
     calls = [
         tiny.Call(p.token_ids, Sampling(max_tokens=6 + i, temperature=1, seed=i), plan) for i, p in enumerate(prompts)
     ]
@@ -129,18 +129,11 @@ def test_reading_an_answer_again_gives_what_generating_it_gave(force, engine, ll
     with StoreWriter(tmp_path) as writer:
         for i, (prompt, finished) in enumerate(zip(prompts, tiny.run(engine, calls), strict=True)):
             key = RolloutKey(config_hash="c", problem_id=f"p{i}")
-            entry = make_entry(llama, prompt, asked.model_copy(update={"key": key}), finished, "own", str(ULID()))
+            keyed = asked.model_copy(update={"key": key})
+            entry = make_entry(llama, prompt, "assistant", keyed, finished, "own", str(ULID()))
             rollout = join(entry, finished.captured)
             writer.submit(rollout).result()
-            known = KnownTokens(
-                "tiny-llama",
-                "0",
-                rollout.token_ids,
-                rollout.token_offsets,
-                rollout.n_prompt,
-                rollout.text,
-                rollout.segments,
-            )
+            known = KnownTokens("tiny-llama", "0", rollout.sequence)
             transcripts.append(Transcript(key, (), "", finished.finish_reason, tokens=known))
     capture_all(force(llama, engine), llama, transcripts)
 
@@ -173,8 +166,8 @@ def test_position_policies_count_from_the_completion(force, engine, llama, tmp_p
     frame = session.rollouts()
     for i, row in frame.iterrows():
         text = texts[row["problem_id"]]
-        wanted = Positions.parse(positions).select(text.n_prompt, text.n_rows)
-        expected = stock("llama", text.token_ids)[0]["layers.1.resid_post"][wanted]
+        wanted = Positions.parse(positions).select(text.sequence.n_prompt, text.sequence.n_rows)
+        expected = stock("llama", text.sequence.token_ids)[0]["layers.1.resid_post"][wanted]
         if positions.startswith("mean_") and len(wanted):
             expected = expected.mean(0, keepdim=True)
             wanted = [-1]
@@ -207,9 +200,9 @@ def test_chunks_are_of_layers_not_of_keys():
 
 @pytest.mark.parametrize("chunk_size", [None, 1])
 def test_one_that_the_engine_refuses_stops_nobody(force, engine, llama, tmp_path, chunk_size):
-    texts = [tokeniser(llama)(t) for t in TRANSCRIPTS]
+    texts = [transcript_tokenizer(llama)(t) for t in TRANSCRIPTS]
     refused = texts[1]
-    outcomes = list(force(llama, Watched(engine, len(refused.token_ids)), chunk_size).capture(texts))
+    outcomes = list(force(llama, Watched(engine, len(refused.sequence.token_ids)), chunk_size).capture(texts))
     assert [o for o in outcomes if isinstance(o, NotStored)] == [NotStored(refused, "RequestTooLargeError: no room")]
     assert len(Session.open(tmp_path / "s").rollouts()) == len(outcomes) - 1 == len(TRANSCRIPTS) - 1
 
@@ -218,7 +211,7 @@ def test_a_full_queue_is_waited_for_while_results_are_taken(force, llama, tmp_pa
     engine = TransformersEngine(llama, max_batch=1, max_queue=0)
     watched = Watched(engine)
     transcripts = [replace(TRANSCRIPTS[0], key=RolloutKey(config_hash="c", problem_id=str(i))) for i in range(40)]
-    outcomes = force(llama, watched).capture([tokeniser(llama)(transcript) for transcript in transcripts])
+    outcomes = force(llama, watched).capture([transcript_tokenizer(llama)(transcript) for transcript in transcripts])
     assert isinstance(next(outcomes), Stored)
     assert len(watched.jobs) < 40
     assert len(list(outcomes)) == 39
@@ -233,7 +226,7 @@ def test_a_text_whose_rollout_cannot_be_stored_fails_alone(force, engine, llama,
         replace(TRANSCRIPTS[3], key=beyond),
         replace(TRANSCRIPTS[0], labels={"n": float("nan")}),
     ]
-    texts = [tokeniser(llama)(transcript) for transcript in transcripts]
+    texts = [transcript_tokenizer(llama)(transcript) for transcript in transcripts]
     outcomes = list(force(llama, engine).capture(texts))
     reasons = sorted(outcome.reason for outcome in outcomes if isinstance(outcome, NotStored))
     assert [reason.split(":")[:2] for reason in reasons] == [
@@ -259,14 +252,15 @@ def test_a_full_disk_ends_it_and_says_so(force, engine, llama, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("roentgen.store.places.write_durably", full)
+    monkeypatch.setattr("roentgen.store.places.write_chunks", full)
     with pytest.raises(StoreError, match=r"could not be stored: .*No space left"):
         capture_all(force(llama, engine), llama)
 
 
 def test_a_text_with_a_token_that_the_model_does_not_have_stops_nobody(engine, llama, tmp_path):
-    texts = [tokeniser(llama)(t) for t in TRANSCRIPTS]
-    wrong = replace(texts[0], token_ids=[*texts[0].token_ids[:-1], 257])
+    texts = [transcript_tokenizer(llama)(t) for t in TRANSCRIPTS]
+    tokens = [*texts[0].sequence.token_ids[:-1], 257]
+    wrong = replace(texts[0], sequence=replace(texts[0].sequence, token_ids=tokens))
     with StoreWriter(str(tmp_path / "more")) as writer:
         asked = ActivationRequest(layers=(0,), hook_points=("resid_post",))
         forcing = TeacherForcing(llama, engine, writer, asked, "s")

@@ -5,13 +5,13 @@ import torch
 
 from roentgen.store import Session
 from serve_app.teacher_forcing.held import OtherCaptureError, find_missing
-from serve_app.teacher_forcing.tokens import tokeniser
+from serve_app.teacher_forcing.tokens import transcript_tokenizer
 from tests.serve_app.teacher_forcing.conftest import TRANSCRIPTS
 
 
 @pytest.fixture
 def texts(llama):
-    return [tokeniser(llama)(transcript) for transcript in TRANSCRIPTS]
+    return [transcript_tokenizer(llama)(transcript) for transcript in TRANSCRIPTS]
 
 
 def test_a_stopped_capture_goes_on_and_a_finished_one_does_nothing(force, engine, llama, tmp_path, texts):
@@ -27,12 +27,12 @@ def test_a_stopped_capture_goes_on_and_a_finished_one_does_nothing(force, engine
 def test_a_text_that_has_changed_is_captured_again(force, engine, llama, tmp_path, texts):
     forcing = force(llama, engine)
     list(forcing.capture(texts))
-    edited = tokeniser(llama)(replace(TRANSCRIPTS[0], completion=", that is the answer."))
+    edited = transcript_tokenizer(llama)(replace(TRANSCRIPTS[0], completion=", that is the answer."))
     session = Session.open(tmp_path / "s")
     held = find_missing(session, [edited, *texts[1:]], forcing.spec)
     assert (held.missing, held.changed) == ([edited], 1)
     list(forcing.capture(held.missing))
-    assert set(session.rollouts()["text"]) == {edited.text, *(text.text for text in texts[1:])}
+    assert set(session.rollouts()["text"]) == {edited.sequence.text, *(text.sequence.text for text in texts[1:])}
 
 
 @pytest.mark.parametrize(

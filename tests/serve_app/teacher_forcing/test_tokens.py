@@ -4,10 +4,10 @@ from dataclasses import replace
 import pytest
 
 from roentgen.contract import RolloutKey
-from roentgen.store import Segment
+from roentgen.tokenized_text import Segment, TokenizedText
 from roentgen.transcripts import KnownTokens, Transcript
 from serve_app.engines.transformers.model import LoadedModel
-from serve_app.teacher_forcing.tokens import TokenisedText, UnreadableTextError, tokeniser
+from serve_app.teacher_forcing.tokens import UnreadableTextError, transcript_tokenizer
 from tests.serve_app import tiny
 
 KEY = RolloutKey(config_hash="c", problem_id="p")
@@ -20,13 +20,13 @@ def model(llama: LoadedModel) -> Iterator[LoadedModel]:
     return replace(llama, tokenizer=tiny.tokenizer())
 
 
-def spell(text: TokenisedText) -> str:
+def spell(text: TokenizedText) -> str:
     """Read the tokens back: token i is byte i in the alphabet's order, so this is the tokenizer's own decoding."""
     return tiny.tokenizer().decode(text.token_ids)
 
 
 def test_a_conversation_goes_through_the_template_and_ends_its_turn(model):
-    text = tokeniser(model)(Transcript(KEY, ASK, "yo", "stop"))
+    text = transcript_tokenizer(model)(Transcript(KEY, ASK, "yo", "stop")).sequence
     assert spell(text) == text.text == "[user]hi[reply]yo<eos>"
     assert (text.n_prompt, text.n_completion, text.n_rows) == (15, 3, 17)
     assert text.segments == [Segment("user", 0, 8), Segment("assistant", 15, 22)]
@@ -34,17 +34,17 @@ def test_a_conversation_goes_through_the_template_and_ends_its_turn(model):
 
 
 def test_a_cut_completion_does_not_end(model):
-    assert tokeniser(model)(Transcript(KEY, ASK, "yo", "length")).text == "[user]hi[reply]yo"
+    assert transcript_tokenizer(model)(Transcript(KEY, ASK, "yo", "length")).sequence.text == "[user]hi[reply]yo"
 
 
 def test_without_completion_all_is_prompt_ready_for_the_answer(model):
-    text = tokeniser(model)(Transcript(KEY, ASK))
+    text = transcript_tokenizer(model)(Transcript(KEY, ASK)).sequence
     assert text.text == "[user]hi[reply]"
     assert text.n_prompt == text.n_rows == len(text.token_ids) == 15
 
 
 def test_an_empty_answer_is_only_the_end(model):
-    text = tokeniser(model)(Transcript(KEY, ASK, "", "stop"))
+    text = transcript_tokenizer(model)(Transcript(KEY, ASK, "", "stop")).sequence
     assert (text.n_completion, text.n_rows) == (1, text.n_prompt)
 
 
@@ -58,12 +58,12 @@ def test_the_end_of_a_turn_is_the_templates_own(model):
     turn = model.tokenizer.convert_tokens_to_ids("<turn>")
     both = type("TwoEnds", (LoadedModel,), {"eos_token_ids": frozenset({tiny.EOS, turn})})
     model = both(**{name: getattr(model, name) for name in model.__dataclass_fields__})
-    assert tokeniser(model)(Transcript(KEY, ASK, "yo", "stop")).token_ids[-1] == turn
-    assert tokeniser(model)(Transcript(KEY, "raw", "yo", "stop")).token_ids[-1] == tiny.EOS
+    assert transcript_tokenizer(model)(Transcript(KEY, ASK, "yo", "stop")).sequence.token_ids[-1] == turn
+    assert transcript_tokenizer(model)(Transcript(KEY, "raw", "yo", "stop")).sequence.token_ids[-1] == tiny.EOS
 
 
 def test_raw_text_begins_as_the_tokenizer_begins_texts(model):
-    plain = tokeniser(model)(Transcript(KEY, "abc", "d"))
+    plain = transcript_tokenizer(model)(Transcript(KEY, "abc", "d")).sequence
     assert (plain.text, plain.n_prompt, plain.n_completion) == ("abcd", 3, 1)
     assert plain.segments == [Segment("prompt", 0, 3), Segment("completion", 3, 4)]
 
@@ -73,7 +73,7 @@ def test_raw_text_begins_as_the_tokenizer_begins_texts(model):
     model.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<eos> $A", special_tokens=[("<eos>", tiny.EOS)]
     )
-    begun = tokeniser(model)(Transcript(KEY, "abc", "d"))
+    begun = transcript_tokenizer(model)(Transcript(KEY, "abc", "d")).sequence
     assert (begun.text, begun.n_prompt, begun.n_completion) == ("<eos>abcd", 4, 1)
     assert begun.token_ids == [tiny.EOS, *plain.token_ids]
     assert begun.token_offsets == [0, 5, 6, 7, 8]
@@ -89,23 +89,23 @@ def test_prompt_and_completion_share_no_token(model):
     merged = Tokenizer(models.BPE(vocab={**vocabulary, "bc": 300}, merges=[("b", "c")]))
     merged.pre_tokenizer, merged.decoder = core.pre_tokenizer, core.decoder
     model.tokenizer._tokenizer = merged
-    assert 300 in tokeniser(model)(Transcript(KEY, "abc", "d")).token_ids
-    apart = tokeniser(model)(Transcript(KEY, "ab", "cd"))
+    assert 300 in transcript_tokenizer(model)(Transcript(KEY, "abc", "d")).sequence.token_ids
+    apart = transcript_tokenizer(model)(Transcript(KEY, "ab", "cd")).sequence
     assert (300 in apart.token_ids, apart.n_prompt, apart.n_completion) == (False, 2, 2)
 
 
 def test_known_tokens_are_taken_for_the_same_weights_only(model):
-    known = KnownTokens("tiny-llama", "0", [1, 2, 3], [0, 0, 1], 2, "ab", [Segment("user", 0, 1)])
-    same = tokeniser(model)(Transcript(KEY, ASK, "yo", "stop", tokens=known))
-    assert (same.token_ids, same.n_prompt, same.text, same.exact) == ([1, 2, 3], 2, "ab", True)
-    other = tokeniser(model)(Transcript(KEY, ASK, "yo", "stop", tokens=replace(known, revision="1")))
-    assert (other.text, other.exact) == ("[user]hi[reply]yo<eos>", False)
+    known = KnownTokens("tiny-llama", "0", TokenizedText("ab", [1, 2, 3], [0, 0, 1], [Segment("user", 0, 1)], 2))
+    same = transcript_tokenizer(model)(Transcript(KEY, ASK, "yo", "stop", tokens=known))
+    assert (same.sequence, same.exact) == (known.sequence, True)
+    other = transcript_tokenizer(model)(Transcript(KEY, ASK, "yo", "stop", tokens=replace(known, revision="1")))
+    assert (other.sequence.text, other.exact) == ("[user]hi[reply]yo<eos>", False)
 
 
 def test_a_text_longer_than_the_context_is_refused_with_both_numbers(model):
     with pytest.raises(UnreadableTextError, match=r"129 tokens; the context of tiny-llama is 128"):
-        tokeniser(model)(Transcript(KEY, "x" * 129))
-    assert tokeniser(model)(Transcript(KEY, "x" * 128)).n_rows == 128
+        transcript_tokenizer(model)(Transcript(KEY, "x" * 129))
+    assert transcript_tokenizer(model)(Transcript(KEY, "x" * 128)).sequence.n_rows == 128
 
 
 @pytest.mark.parametrize(
@@ -119,12 +119,12 @@ def test_a_text_longer_than_the_context_is_refused_with_both_numbers(model):
 )
 def test_half_a_surrogate_pair_is_refused(model, transcript):
     with pytest.raises(UnreadableTextError, match="half a surrogate pair"):
-        tokeniser(model)(transcript)
+        transcript_tokenizer(model)(transcript)
 
 
 def test_what_the_template_cannot_say_is_refused(model):
     with pytest.raises(UnreadableTextError, match=r"role"):
-        tokeniser(model)(Transcript(KEY, ({"role": "robot", "content": "hi"},), "yo"))
+        transcript_tokenizer(model)(Transcript(KEY, ({"role": "robot", "content": "hi"},), "yo"))
     model.tokenizer.chat_template = None
     with pytest.raises(UnreadableTextError, match=r"tiny-llama has no chat template"):
-        tokeniser(model)(Transcript(KEY, ASK, "yo"))
+        transcript_tokenizer(model)(Transcript(KEY, ASK, "yo"))

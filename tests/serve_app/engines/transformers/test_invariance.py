@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from serve_app.engines import transformers_engine
 from serve_app.engines.protocol import Finished, Sampling
+from serve_app.engines.transformers import engine
 from serve_app.engines.transformers.engine import TransformersEngine
 from serve_app.engines.transformers.invariance import FixedShapes, cancelling, same_bits, settle
 from serve_app.engines.transformers.model import LoadedModel
@@ -72,7 +72,7 @@ def settled(model: LoadedModel, max_batch: int) -> tuple[FixedShapes | None, str
 def test_a_request_gives_the_same_bits_alone_and_among_others(
     architecture: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(transformers_engine, "PIECE", 8)  # so that others decode between a prompt's pieces
+    monkeypatch.setattr(engine, "PIECE", 8)  # so that others decode between a prompt's pieces
     model = in_dtype(architecture, dtype)
     assert (settled(model, 18)[0] is None) == (architecture in ALONE)
     assert differing(model, batch_invariant=True) == 0

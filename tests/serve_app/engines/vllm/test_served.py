@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import httpx
+import httpx2
 import numpy as np
 import openai
 import psutil
@@ -175,10 +175,10 @@ def test_another_model_takes_its_place_when_what_runs_has_ended(
 
     def watch() -> None:
         while not done.wait(0.05):
-            stages.append(httpx.get(f"{server.root}/health", timeout=10).json().get("stage"))
+            stages.append(httpx2.get(f"{server.root}/health", timeout=10).json().get("stage"))
 
-    def load_model(model: str) -> httpx.Response:
-        return httpx.post(f"{server.base_url}/models/load", json={"model_id": model}, timeout=180)
+    def load_model(model: str) -> httpx2.Response:
+        return httpx2.post(f"{server.base_url}/models/load", json={"model_id": model}, timeout=180)
 
     with ThreadPoolExecutor() as pool:
         stream = ask(client, max_tokens=60, stream=True, extra_body={"activations": ASKED | {"session_id": "swapped"}})

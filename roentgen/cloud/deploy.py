@@ -1,0 +1,236 @@
+"""Deploys serve.yaml on a cluster: what cluster/start.sh does last, on the head. Run again, it changes only what changed.
+
+serve.yaml holds what is the same for every launch; the launch's own choices (model, store, port, replicas) come from
+cluster.yaml's variables. Both become one declarative configuration of Ray Serve, which keeps what is equal to what runs. A hash
+of the code and of the bucket's keys is part of it, so that launching again after an edit or with other keys restarts the
+replicas and launching again without either does not. Only the port cannot change while Serve runs: it is shut down for that.
+
+    python -m roentgen.cloud.deploy --address HEAD:6379 --nodes 2 --gpus-per-node 1
+"""
+
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from httpx2 import Client, HTTPError, Response
+
+from roentgen.api_keys import VARIABLE, api_keys
+from roentgen.cluster import ClusterError, connected
+from roentgen.http_client import connect, explain
+from roentgen.serving.local_server import APP_NAME, LaunchError, wait_until_ready
+
+ROOT = Path(__file__).parents[2]
+SERVE = "http://127.0.0.1:8265/api/serve/applications/"
+NODES_TIMEOUT_S = 900.0
+DEPLOY_TIMEOUT_S = 900.0
+START_TIMEOUT_S = 180.0
+RETRY_S = 5.0
+BUCKET = ("AWS_ENDPOINT_URL", "AWS_REGION")
+CODE = ("serve_app/**/*.py", "roentgen/*.py", "roentgen/store/**/*.py", "constraints*.txt")
+
+
+def render(
+    config: Mapping[str, Any], environment: Mapping[str, str], nodes: int, gpus_per_node: int, version: str
+) -> dict[str, Any]:
+    """Fill a launch's choices into serve.yaml's content.
+
+    Args:
+        config: serve.yaml's content.
+        environment: MODEL, REVISION, DTYPE, ENGINE, STORE, PORT, REPLICAS, MAX_REPLICAS, ROENTGEN_API_KEY,
+            AWS_ENDPOINT_URL, AWS_REGION; what is absent or empty has a default.
+        nodes: of the cluster.
+        gpus_per_node: whole GPUs.
+        version: of what replicas read when they start; they are restarted when it changes.
+
+    Raises:
+        LaunchError: if a variable is not a number, or more replicas are asked for than have a place.
+    """
+    per_node = max(1, gpus_per_node)
+    places = nodes * per_node
+    (application,) = config["applications"]
+    # A model that takes several GPUs says so in serve.yaml.
+    given = application["args"]
+    gpus = float(given.get("num_gpus", given.get("tensor_parallel_size", 1))) or 1
+    if gpus_per_node and gpus > 1:
+        per_node = int(gpus_per_node // gpus)
+        places = nodes * per_node
+    replicas = _number(environment, "REPLICAS", places)
+    most = _number(environment, "MAX_REPLICAS", replicas)
+    if not 1 <= replicas <= most <= places:
+        raise LaunchError(
+            f"REPLICAS={replicas} and MAX_REPLICAS={most}: the first may not be larger than the second, and "
+            f"{nodes} nodes with {gpus_per_node} GPUs have a place for 1 to {places}"
+        )
+    args = {
+        **application["args"],
+        "model": environment["MODEL"],
+        "revision": environment.get("REVISION") or None,
+        "dtype": environment.get("DTYPE") or "auto",
+        "engine": environment.get("ENGINE") or given.get("engine", "auto"),
+        "store": environment["STORE"],
+        "num_replicas": replicas,
+        "max_replicas": most,
+        "max_replicas_per_node": per_node,
+        "num_ingresses": nodes,
+    }
+    http = {**config["http_options"], "port": _number(environment, "PORT", 8000)}
+    if api_keys(environment.get(VARIABLE, "")):
+        http["host"] = "0.0.0.0"
+    variables = {name: environment[name] for name in BUCKET if environment.get(name)}
+    runtime_env = {"env_vars": {"ROENTGEN_VERSION": version, **variables}}
+    return {
+        **config,
+        "http_options": http,
+        "applications": [{**application, "args": args, "runtime_env": runtime_env}],
+    }
+
+
+def _number(environment: Mapping[str, str], name: str, default: int) -> int:
+    text = environment.get(name, "")
+    if not text:
+        return default
+    if not (text.isascii() and text.isdigit()):
+        raise LaunchError(f"{name}={text}: allowed is a whole number")
+    return int(text)
+
+
+def version_hash(keys: Path, root: Path = ROOT) -> str:
+    """Return a hash of what replicas read when they start: their code, and the keys of the bucket.
+
+    Args:
+        keys: AWS's file of keys; it need not exist.
+        root: of the code.
+    """
+    digest = hashlib.sha256(keys.read_bytes() if keys.exists() else b"")
+    for pattern in CODE:
+        for file in sorted(root.glob(pattern)):
+            digest.update(f"{file.relative_to(root)}\n".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def wait_for_nodes(wanted: int, timeout_s: float = NODES_TIMEOUT_S) -> None:
+    """Wait until so many nodes are alive in the Ray that this process is connected to.
+
+    Raises:
+        LaunchError: if they are not in time.
+    """
+    import ray
+
+    deadline = time.monotonic() + timeout_s
+    # Of those that are listed some may be dead: a node that comes back is another one to Ray.
+    while (alive := sum(node["Alive"] for node in ray.nodes())) < wanted:
+        if time.monotonic() > deadline:
+            raise LaunchError(f"only {alive} of {wanted} nodes joined within {timeout_s:.0f} s")
+        _say(f"{alive} of {wanted} nodes are here")
+        time.sleep(3)
+
+
+def wait_until_deployed(timeout_s: float = DEPLOY_TIMEOUT_S) -> None:
+    """Wait until every replica is that of the newest configuration; until then an older one may still answer.
+
+    Raises:
+        LaunchError: if the application cannot be deployed, or not in time.
+    """
+    from ray import serve
+
+    deadline = time.monotonic() + timeout_s
+    said = ""
+    while (found := serve.status().applications.get(APP_NAME)) is None or found.status != "RUNNING":
+        if found is not None and found.status == "DEPLOY_FAILED":
+            raise LaunchError(f"Serve cannot deploy: {found.message}")
+        if time.monotonic() > deadline:
+            raise LaunchError(f"not deployed after {timeout_s:.0f} s: {found.message if found else 'not begun'}")
+        waiting_for = [name for name, one in found.deployments.items() if one.status != "HEALTHY"] if found else []
+        if waiting_for and said != (said := f"starting replicas: {', '.join(waiting_for)}"):
+            _say(said)
+        time.sleep(1)
+
+
+def main(
+    address: Annotated[str, typer.Option(help="Our Ray, HOST:PORT.")],
+    nodes: Annotated[int, typer.Option(help="Of the cluster.")],
+    gpus_per_node: Annotated[int, typer.Option(help="Whole GPUs.")] = 0,
+) -> None:
+    """Deploy serve.yaml and return when the model answers at every address; exit code 2 if it cannot."""
+    try:
+        version = version_hash(Path(os.environ["AWS_SHARED_CREDENTIALS_FILE"]))
+        config = render(yaml.safe_load((ROOT / "serve.yaml").read_text()), os.environ, nodes, gpus_per_node, version)
+        with connected(address):
+            wait_for_nodes(nodes)
+            deploy(config)
+            wait_until_deployed()
+        # A node's proxy comes up after the replica behind it.
+        for url in os.environ["ROENTGEN_BASE_URL"].split(","):
+            wait_until_ready(url.removesuffix("/v1"), _say)
+    except (ClusterError, LaunchError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
+    _say(f"serving {os.environ['MODEL']} at {os.environ['ROENTGEN_BASE_URL']}, activations in {os.environ['STORE']}")
+
+
+def deploy(config: dict[str, Any]) -> None:
+    """Hand a configuration to the Serve of the Ray that this process is connected to.
+
+    Raises:
+        LaunchError: if Serve refuses it.
+    """
+    from ray import serve
+
+    with connect(SERVE, os.environ["RAY_AUTH_TOKEN"], 120) as client:
+        listens = _asked(client, "GET").json().get("http_options") or {}
+        if any(listens.get(name, wanted) != wanted for name, wanted in config["http_options"].items()):
+            _say(f"Serve listens at {listens['host']}:{listens['port']}: starting it anew")
+            serve.shutdown()
+        put(client, config)
+
+
+def put(client: Client, config: dict[str, Any], timeout_s: float = START_TIMEOUT_S) -> None:
+    """Hand a configuration to Serve, which starts if it does not run.
+
+    On a slow machine a proxy may not be up when Serve looks; Serve then ends it, answers 500 and starts another: asked again,
+    it answers. What is wrong with the configuration itself is a 4xx.
+
+    Raises:
+        LaunchError: if Serve refuses it, or still fails after `timeout_s`.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            _asked(client, "PUT", config)
+        except _ServeFailedError:
+            if time.monotonic() > deadline:
+                raise
+            _say("Serve is not up yet: asking again")
+            time.sleep(RETRY_S)
+        else:
+            return
+
+
+class _ServeFailedError(LaunchError):
+    """Serve answered 5xx: asked again, it may do what it could not."""
+
+
+def _asked(client: Client, method: str, body: dict[str, Any] | None = None) -> Response:
+    try:
+        answer = client.request(method, SERVE, json=body)
+    except HTTPError as error:
+        raise LaunchError(f"Ray's dashboard {explain(error)}") from error
+    if answer.is_server_error:
+        raise _ServeFailedError(f"Serve cannot take the {APP_NAME} application: {answer.text[-2000:]}")
+    if answer.is_error:
+        raise LaunchError(f"Serve refused the {APP_NAME} application: {answer.status_code}: {answer.text[-2000:]}")
+    return answer
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)

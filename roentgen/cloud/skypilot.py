@@ -1,0 +1,182 @@
+"""SkyPilot, as a command: the launcher's only way to a cloud.
+
+SkyPilot and the server need different versions of click, so they cannot share an environment, and `sky` is a program here: the
+one that $ROENTGEN_SKY names, the one of `make cloud-env`, or the one on the PATH. SkyPilot alone records which clusters there
+are.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from roentgen.serving.local_server import LaunchError
+
+ROOT = Path(__file__).parents[2]
+ASKED_IN_SKY = Path(__file__).parent / "in_sky.py"
+GONE_TIMEOUT_S = 300.0
+
+JOB_FAILED = 100
+"""SkyPilot's exit code for a job that ran and failed; others mean that it did not run."""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster as SkyPilot knows it.
+
+    Attributes:
+        name: of the cluster.
+        status: UP, INIT or STOPPED.
+        nodes: how many it has.
+        resources: what it runs on, in SkyPilot's words.
+        autostop: idle minutes after which it stops, -1 for never.
+    """
+
+    name: str
+    status: str
+    nodes: int
+    resources: str
+    autostop: int
+
+
+class SkyPilot:
+    """The `sky` command."""
+
+    def __init__(self, command: str | None = None) -> None:
+        """Find the command.
+
+        Args:
+            command: its path; found if absent.
+
+        Raises:
+            LaunchError: if SkyPilot is not installed.
+        """
+        own = ROOT / ".venv-cloud" / "bin" / "sky"
+        found = command or os.environ.get("ROENTGEN_SKY") or (str(own) if own.exists() else shutil.which("sky"))
+        if found is None:
+            raise LaunchError(
+                "SkyPilot is not here: `make cloud-env` installs it into .venv-cloud (it cannot share an environment with the "
+                "server's packages), or put `sky` on the PATH"
+            )
+        self.command = found
+
+    def clusters(self, *, refresh: bool = False) -> list[Cluster]:
+        """List the clusters.
+
+        Args:
+            refresh: ask the clouds too, instead of SkyPilot's own notes.
+
+        Raises:
+            LaunchError: if SkyPilot cannot say.
+        """
+        listed = self._json(["status", *(["--refresh"] if refresh else []), "-o", "json"])
+        return [_cluster(entry) for entry in listed]
+
+    def find(self, name: str, *, refresh: bool = False) -> Cluster | None:
+        """Return a cluster by name, None if there is none."""
+        return next((cluster for cluster in self.clusters(refresh=refresh) if cluster.name == name), None)
+
+    def cost(self, name: str) -> list[dict[str, Any]]:
+        """Return what SkyPilot reckons that clusters of a name have cost, newest first."""
+        listed = self._json(["cost-report", "--all", "-o", "json"])
+        return [entry for entry in listed if entry.get("name") == name]
+
+    def stream(
+        self, arguments: Sequence[str], say: Callable[[str], None], environment: Mapping[str, str] | None = None
+    ) -> tuple[int, list[str]]:
+        """Run a command, passing on every line it prints; returns its exit code and its last lines.
+
+        On Ctrl-C the command gets the same signal, as it has the same terminal, and is waited for.
+        """
+        last: deque[str] = deque(maxlen=40)
+        with subprocess.Popen(
+            [self.command, *arguments],
+            env={**os.environ, **(environment or {})},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if text := line.rstrip():
+                    last.append(text)
+                    say(text)
+        return process.returncode, list(last)
+
+    def down(self, name: str, say: Callable[[str], None], timeout_s: float = GONE_TIMEOUT_S) -> list[str]:
+        """Take a cluster down and wait until its provider says that the instances are gone.
+
+        Args:
+            name: of the cluster.
+            say: told what is being done.
+            timeout_s: how long the provider may take after `sky down` has ended.
+
+        Returns:
+            The ids of the instances that are gone.
+
+        Raises:
+            LaunchError: if there is no such cluster, `sky down` fails, or instances are still there.
+        """
+        if self.find(name) is None:
+            raise LaunchError(f"there is no cluster {name!r}: `sky status --refresh` lists what there is")
+        # SkyPilot forgets where the instances were once they are asked to end, so this comes first.
+        where = self._in_sky("where", name)
+        had = self._in_sky("instances", json.dumps(where))
+        # `--graceful` waits for what mounted buckets still have to upload.
+        code, last = self.stream(["down", "--yes", "--graceful", name], say)
+        if code:
+            raise LaunchError(
+                f"`sky down {name}` failed: INSTANCES MAY STILL RUN AND COST MONEY; see `sky status --refresh` and the "
+                "provider's console. It said:\n" + "\n".join(last)
+            )
+        deadline = time.monotonic() + timeout_s
+        while left := self._in_sky("instances", json.dumps(where)):
+            if time.monotonic() > deadline:
+                raise LaunchError(
+                    f"{where['provider']} still has instances of {name} after {timeout_s:.0f} s: {', '.join(left)}. THEY COST "
+                    "MONEY; end them in the provider's console"
+                )
+            say(f"waiting for {where['provider']} to end {', '.join(left)}")
+            time.sleep(3)
+        return list(had)
+
+    def _in_sky(self, *arguments: str) -> Any:
+        """Ask SkyPilot's own code, in its environment, what its command line does not tell."""
+        python = Path(self.command).parent / "python"
+        command = [str(python) if python.exists() else "python3", str(ASKED_IN_SKY), *arguments]
+        return _read(subprocess.run(command, capture_output=True, text=True, check=False), "SkyPilot's state")
+
+    def _json(self, arguments: Sequence[str]) -> Any:
+        done = subprocess.run([self.command, *arguments], capture_output=True, text=True, check=False)
+        return _read(done, f"`sky {' '.join(arguments)}`")
+
+
+def _read(done: subprocess.CompletedProcess[str], what: str) -> Any:
+    """Read the JSON that a command ends its output with; SkyPilot prints hints before it."""
+    if done.returncode == 0:
+        lines = done.stdout.splitlines()
+        for number, line in enumerate(lines):
+            if line[:1] in "[{":
+                try:
+                    return json.loads("\n".join(lines[number:]))
+                except ValueError:
+                    continue
+    raise LaunchError(f"{what} cannot be read: {(done.stdout + done.stderr).strip()[-2000:]}")
+
+
+def _cluster(entry: Mapping[str, Any]) -> Cluster:
+    return Cluster(
+        name=entry["name"],
+        status=str(entry["status"]).rpartition(".")[2],
+        nodes=int(entry.get("nodes") or 1),
+        resources=str(entry.get("resources_str") or ""),
+        autostop=-1 if entry.get("autostop") is None else int(entry["autostop"]),
+    )

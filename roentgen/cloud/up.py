@@ -1,0 +1,202 @@
+"""`roentgen up`: a cluster that serves the model, and the proof that it does.
+
+Which cluster, first that applies: the one that is named (`cluster`), which must run; with `reuse` the one called `name`, which
+is started again if it is stopped; a new one. A new one never takes the name of one that exists, since SkyPilot would silently
+use that.
+
+cluster.yaml is rewritten for the launch and handed to `sky launch`, which provisions, syncs, installs and runs the start
+script; `sky exec` runs the start script alone where nothing is to be synced. Keys are made here, reach the nodes as
+SkyPilot's secrets (through the environment: never on a command line) and are kept there; they are read back over ssh, never
+printed. A cluster keeps its keys and its store: a node that is provisioned in place of a lost one needs those of the others. A
+bucket's keys and address, where this machine's environment has any, go the same way.
+"""
+
+import os
+import secrets
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from roentgen.api_keys import VARIABLE, client_key
+from roentgen.cloud.remote import Head
+from roentgen.cloud.skypilot import JOB_FAILED, ROOT, Cluster, SkyPilot
+from roentgen.cloud.task import ClusterSettings, write
+from roentgen.serving.local_server import LaunchError
+from roentgen.serving.smoke import smoke
+
+TASK = ROOT / "cluster.yaml"
+MADE_HERE = ("RAY_AUTH_TOKEN", VARIABLE)
+BUCKET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN")
+BUCKET_ADDRESS = {"AWS_ENDPOINT_URL": "AWS_ENDPOINT_URL_S3", "AWS_REGION": "AWS_DEFAULT_REGION"}
+"""On the nodes, and how else it may be called here: AWS_ENDPOINT_URL would move SkyPilot's own requests, too."""
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A cluster that serves.
+
+    Attributes:
+        name: of the cluster.
+        created: whether it was provisioned by this launch, and so is this launch's to take down.
+        port: of the server.
+    """
+
+    name: str
+    created: bool
+    port: int
+
+    @property
+    def next_commands(self) -> list[str]:
+        """What one does next."""
+        return [
+            f"ssh -N -L {self.port}:localhost:{self.port} -L 8265:localhost:8265 {self.name}   # the server and Ray, here",
+            f"ssh {self.name} cat .roentgen/env                                # its key (ROENTGEN_API_KEY) and Ray's token",
+            f"roentgen eval --launch --cluster {self.name} --samples 200 --parallel 32 --collect-activations",
+            f"roentgen doctor {self.name}",
+            f"roentgen cluster logs {self.name}",
+            f"roentgen cluster down {self.name}",
+        ]
+
+
+def choose(settings: ClusterSettings, clusters: list[Cluster]) -> Cluster | None:
+    """Return the cluster to use, None for a new one.
+
+    Raises:
+        LaunchError: if the one that is named does not run, or a new one would take the name of one that exists.
+    """
+    there = {cluster.name: cluster for cluster in clusters}
+    found = there.get(settings.wanted)
+    if settings.cluster is not None and (found is None or found.status != "UP"):
+        running = ", ".join(name for name, one in there.items() if one.status == "UP") or "none"
+        state = f"is {found.status}" if found else "does not exist"
+        raise LaunchError(f"--cluster: {settings.cluster!r} {state}; running: {running}")
+    if found is not None and settings.cluster is None and not settings.reuse:
+        raise LaunchError(
+            f"--name: a cluster {found.name!r} exists ({found.status}): use it with --reuse, or choose another --name"
+        )
+    if settings.sync == "skip" and (found is None or found.status != "UP"):
+        raise LaunchError("--skip-sync: nothing is installed on a new cluster; it is for one that runs")
+    return found
+
+
+def kept_on(found: Cluster | None) -> dict[str, str]:
+    """Return the keys and the store that a cluster has, to hand them on to nodes that are new in it.
+
+    Raises:
+        LaunchError: if it runs and does not answer.
+    """
+    if found is None:
+        return {}
+    try:
+        return Head(found.name).environment()
+    except LaunchError:
+        if found.status == "UP":
+            raise
+        return {}  # stopped, or without its head: its Ray is gone, and the next one gets other keys
+
+
+def given_to(
+    settings: ClusterSettings, kept: Mapping[str, str], environment: Mapping[str, str]
+) -> tuple[dict[str, str], dict[str, str]]:
+    """Return what a launch hands to the nodes: secrets, and variables that are none.
+
+    Args:
+        settings: of the launch.
+        kept: what the cluster has already.
+        environment: this machine's.
+    """
+    secret = {name: kept.get(name) or environment.get(name) or secrets.token_hex(32) for name in MADE_HERE}
+    plain = {"STORE": settings.store}
+    if not settings.store:
+        plain = {name: kept.get(name, "") for name in ("STORE", *BUCKET_ADDRESS)}
+    elif plain["STORE"].startswith("s3://"):
+        plain |= {name: environment.get(other) or environment.get(name, "") for name, other in BUCKET_ADDRESS.items()}
+    wanted = ("HF_TOKEN", *(BUCKET_KEYS if plain["STORE"].startswith("s3://") else ()))
+    secret |= {name: environment.get(name, "") for name in wanted}
+    return {name: text for name, text in secret.items() if text}, {name: text for name, text in plain.items() if text}
+
+
+def up(
+    settings: ClusterSettings,
+    sky: SkyPilot,
+    stage: Callable[[str], None],
+    *,
+    claim: Callable[[Launched], None] = lambda _: None,
+    accept: Callable[[Launched], None] = lambda _: None,
+    check: bool = True,
+) -> Launched:
+    """Bring up a cluster that serves the model.
+
+    Args:
+        settings: what it is to be.
+        sky: SkyPilot.
+        stage: told what is being done.
+        claim: told of the cluster before anything is provisioned, so that it can be taken down whatever happens then.
+        accept: told of it before that, and may refuse it.
+        check: whether to check it with `smoke`.
+
+    Raises:
+        LaunchError: if it cannot be brought up; the message ends with the log that says why.
+    """
+    stage("asking SkyPilot which clusters run")
+    found = choose(settings, sky.clusters(refresh=True))
+    launched = Launched(settings.wanted, found is None, settings.port)
+    accept(launched)
+    claim(launched)
+    stage(f"{'using' if found else 'provisioning'} {launched.name}")
+    _launch(settings, sky, found, stage)
+    if check:
+        smoke_on(launched, settings.model, stage)
+    return launched
+
+
+def smoke_on(launched: Launched, model: str, stage: Callable[[str], None]) -> None:
+    """Check the server on its own node, which counts, and through a tunnel, which is reported.
+
+    Raises:
+        LaunchError: if it fails on its own node, with the end of the log.
+    """
+    head = Head(launched.name)
+    stage("smoke test on the head node")
+    try:
+        arguments = ("roentgen", "smoke", f"http://127.0.0.1:{launched.port}", "--model", model)
+        for line in head.run(head.in_project(*arguments), timeout=900).splitlines():
+            stage(line)
+    except LaunchError as error:
+        raise LaunchError(f"the smoke test failed: {error}\n{head.tail()}") from error
+    key = client_key(head.environment().get(VARIABLE, ""))
+    try:
+        with head.tunnel(launched.port, replace=True) as base:
+            smoke(base, key, stage)
+        stage("reached through a tunnel too")
+    except LaunchError as error:
+        stage(f"not reached from here, which does not matter to the cluster: {error}")
+
+
+def _launch(settings: ClusterSettings, sky: SkyPilot, found: Cluster | None, stage: Callable[[str], None]) -> None:
+    name = settings.wanted
+    secret, plain = given_to(settings, kept_on(found), os.environ)
+    flags = [part for variable in secret for part in ("--secret", variable)]
+    flags += [part for variable, text in plain.items() for part in ("--env", f"{variable}={text}")]
+    with tempfile.TemporaryDirectory() as folder:
+        task = Path(folder) / "cluster.yaml"
+        # A cluster that runs keeps its size: rank and number of nodes come from it.
+        nodes = {"nodes": found.nodes} if found else {}
+        write(TASK, task, settings.model_copy(update=nodes), exists=found is not None)
+        if settings.sync == "skip":
+            command = ["exec", name, str(task), *flags]
+        else:
+            command = ["launch", "--yes", "--cluster", name, str(task), *flags]
+        code, last = sky.stream(command, stage, secret)
+        if code not in (0, JOB_FAILED) and found is not None:
+            # After the loss of a node SkyPilot's own Ray is healed by one launch and used by the next.
+            stage("trying once more")
+            code, last = sky.stream(command, stage, secret)
+    if code == JOB_FAILED:
+        raise LaunchError(f"the start script failed on {name}:\n" + "\n".join(last))
+    if code:
+        raise LaunchError(
+            f"SkyPilot could not bring up {name} with --min-vram {settings.min_vram} --max-price {settings.max_price} "
+            f"(exit code {code}):\n" + "\n".join(last)
+        )

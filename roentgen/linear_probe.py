@@ -1,0 +1,181 @@
+"""A linear probe as it is saved: training writes it, and a server or another run reads it.
+
+    probes/<label>/
+      probes.safetensors    per probe: `<name>.weight` [outputs, d], `<name>.bias` [outputs], `<name>.mean` [d],
+                            `<name>.scale` [d]
+      probes.json           per probe: its card (`ProbeCard`); written last, so if it is there, all is there
+
+A name is `<key>@<positions>`, as in `layers.12.resid_post@last_prompt`. The score of a row x is
+`weight · (x − mean) / scale + bias`. The card's `unit` says what the score is: log-odds that the label is True, logits of the
+classes, a value, or only a score, of which more is more likely. Log-odds and logits are calibrated where the probe was trained
+to read: of the rows with log-odds of −1.1, 1 in 4 have the label. Probes saved before there was a `unit` have scores. Nothing
+is pickled.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from roentgen.contract import split_key
+from roentgen.durable import atomic_write, make_folder, write_json
+
+ScoreUnit = Literal["log_odds", "logits", "value", "score"]
+
+TENSORS = "probes.safetensors"
+CARDS = "probes.json"
+
+
+class SavedProbeError(Exception):
+    """A saved probe cannot be used; the message names the file and what to do."""
+
+
+class ProbeCard(BaseModel):
+    """What is known of a saved probe.
+
+    Attributes:
+        model: the model whose activations it reads.
+        revision: its revision.
+        key: the stored key.
+        positions: where in a rollout it was trained to read.
+        kind: the kind of probe.
+        label: what it reads.
+        target: "binary", "real" or "classes".
+        classes: names of the classes, where they have names.
+        unit: what its scores are; those of older files are mere scores.
+        strength: of the penalty.
+        folds: outer folds of the evaluation.
+        metrics: out-of-fold metrics, each with its interval.
+        data_hash: of which samples with which labels it was trained on.
+        seed: of the folds.
+        roentgen: the version that made it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    revision: str
+    key: str
+    positions: str
+    kind: str
+    label: str
+    target: str
+    classes: tuple[str, ...] = ()
+    unit: ScoreUnit = "score"
+    strength: float
+    folds: int
+    metrics: dict[str, dict[str, float | None]]
+    data_hash: str
+    seed: int
+    roentgen: str
+
+    @property
+    def name(self) -> str:
+        """What it is called in its folder."""
+        return f"{self.key}@{self.positions}"
+
+    @property
+    def layer(self) -> int | None:
+        """The layer it reads, None for a model-wide key."""
+        return split_key(self.key)[1]
+
+
+@dataclass(frozen=True, eq=False)
+class Readout:
+    """A linear probe's arithmetic.
+
+    Attributes:
+        weight: directions in standardised features, `[outputs, d]`.
+        bias: intercepts, `[outputs]`.
+        mean: subtracted from the features, `[d]`.
+        scale: what they are then divided by, `[d]`.
+    """
+
+    weight: Float[Tensor, "outputs d"]
+    bias: Float[Tensor, "outputs"]
+    mean: Float[Tensor, "d"]
+    scale: Float[Tensor, "d"]
+
+    def scores(self, X: Float[Tensor, "rows d"]) -> Float[Tensor, "rows outputs"]:
+        """Return the scores of rows."""
+        return (X.to(self.mean) - self.mean) / self.scale @ self.weight.mT + self.bias
+
+    @property
+    def direction(self) -> Float[Tensor, "outputs d"]:
+        """The directions in the activations' own units, of length 1: along them the scores grow fastest."""
+        return torch.nn.functional.normalize(self.weight / self.scale, dim=-1)
+
+    def to(self, device: torch.device) -> "Readout":
+        """Return the same on a device, in float32."""
+        return Readout(*(part.to(device, torch.float32) for part in (self.weight, self.bias, self.mean, self.scale)))
+
+
+@dataclass(frozen=True, eq=False)
+class SavedProbe(Readout):
+    """A probe that says what it is.
+
+    Attributes:
+        card: what is known of it.
+    """
+
+    card: ProbeCard
+
+
+def save_probes(folder: Path, probes: list[SavedProbe]) -> None:
+    """Write a folder of probes, whole or not at all."""
+    make_folder(folder)
+    tensors = {
+        f"{probe.card.name}.{part}": getattr(probe, part).float().cpu().contiguous()
+        for probe in probes
+        for part in ("weight", "bias", "mean", "scale")
+    }
+    cards = {probe.card.name: probe.card.model_dump(mode="json") for probe in probes}
+    with atomic_write(folder / TENSORS) as temporary:
+        save_file(tensors, temporary)
+    write_json(folder / CARDS, cards)
+
+
+def read_cards(folder: Path) -> dict[str, ProbeCard]:
+    """Return what is known of each probe of a folder, by name.
+
+    Raises:
+        SavedProbeError: if there are none, or the file is damaged.
+    """
+    file = folder / CARDS
+    try:
+        cards: dict[str, Any] = json.loads(file.read_text())
+        return {name: ProbeCard.model_validate(card) for name, card in cards.items()}
+    except FileNotFoundError:
+        raise SavedProbeError(f"{folder} holds no probes: it has no {CARDS}; `roentgen probe train` makes it") from None
+    except (json.JSONDecodeError, ValidationError, AttributeError) as error:
+        raise SavedProbeError(f"{file} is damaged: {error}") from error
+
+
+def load_probe(folder: Path, name: str) -> SavedProbe:
+    """Load one probe.
+
+    Args:
+        folder: where it is.
+        name: its name, `<key>@<positions>`.
+
+    Raises:
+        SavedProbeError: if there is no such probe, or a file is damaged.
+    """
+    cards = read_cards(folder)
+    if name not in cards:
+        raise SavedProbeError(f"{folder} has no probe {name!r}; it has {', '.join(cards)}")
+    try:
+        with safe_open(folder / TENSORS, framework="pt") as file:
+            weight, bias, mean, scale = (file.get_tensor(f"{name}.{p}") for p in ("weight", "bias", "mean", "scale"))
+    except (SafetensorError, OSError) as error:
+        raise SavedProbeError(f"{folder / TENSORS} is damaged: {error}") from error
+    if weight.shape[1:] != mean.shape or mean.shape != scale.shape or bias.shape != weight.shape[:1]:
+        raise SavedProbeError(f"{folder / TENSORS} is damaged: the parts of {name} do not fit together")
+    return SavedProbe(weight, bias, mean, scale, cards[name])

@@ -1,0 +1,1 @@
+"""Starts a server from this machine (`local_server`) and checks one (`ports`, `doctor`, `smoke`)."""

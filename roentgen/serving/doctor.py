@@ -1,0 +1,201 @@
+"""`roentgen doctor`: one screen that says what is wrong with a server or a node, and what to do.
+
+Each check is one small function that finds one thing out and says it with a verdict: fine, worth knowing, or wrong, with the
+way out. A check that cannot be made says so; none stops the others.
+"""
+
+import os
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from httpx2 import URL, Client, HTTPError
+
+from roentgen.http_client import connect
+from roentgen.serving.ports import find_listener
+
+Verdict = Literal["fine", "note", "wrong"]
+PINNED = (("nnsight", "0.8"), ("transformers", "5."), ("ray", "2.60"), ("torch", "2.13"))
+LOGS = Path("/tmp/ray/session_latest/logs")
+TOO_FULL = 0.9
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one check found.
+
+    Attributes:
+        what: was checked.
+        verdict: of it.
+        text: what was found.
+        todo: what to do, if something is wrong.
+    """
+
+    what: str
+    verdict: Verdict
+    text: str
+    todo: str = ""
+
+
+def examine_server(base: str, key: str) -> list[Finding]:
+    """Examine a server over HTTP.
+
+    Args:
+        base: http://HOST:PORT.
+        key: the server's.
+    """
+    url = URL(base)
+    port = url.port or (443 if url.scheme == "https" else 80)
+    try:
+        socket.create_connection((url.host, port), timeout=5).close()
+    except OSError as error:
+        todo = "start it (`roentgen serve`), or open a tunnel: ssh -N -L PORT:localhost:PORT CLUSTER"
+        return [Finding("port", "wrong", f"nothing answers at {url.host}:{port}: {error}", todo)]
+    with connect(base, key, 30) as client:
+        checks: list[Callable[[Client], Finding]] = [_health, _routes, _model, _sessions]
+        return [Finding("port", "fine", f"{url.host}:{port} answers"), *(_made(check, client) for check in checks)]
+
+
+def examine_here(port: int) -> list[Finding]:
+    """Examine this machine: what listens, GPUs, disk, packages, Ray's nodes, Serve, the ends of logs."""
+    listener = find_listener(port)
+    who = Finding(
+        "listener", "fine" if listener and listener.is_ours else "wrong" if listener else "note", str(listener)
+    )
+    if listener is None:
+        who = Finding("listener", "note", f"nothing listens on port {port}", "start a server, or name its port")
+    elif not listener.is_ours:
+        who = Finding("listener", "wrong", str(listener), "it is not Roentgen's: end it, or choose another --port")
+    return [who, _gpu(), *_disk(), *_packages(), *_ray(), *_logs()]
+
+
+def _made(check: Callable[[Client], Finding], client: Client) -> Finding:
+    name = check.__name__.lstrip("_")
+    try:
+        return check(client)
+    except (HTTPError, ValueError, KeyError, IndexError) as error:
+        return Finding(name, "wrong", f"{type(error).__name__}: {error}", "is it a Roentgen server that answers here?")
+
+
+def _health(client: Client) -> Finding:
+    started = time.monotonic()
+    answer = client.get("/health")
+    seconds = time.monotonic() - started
+    said = answer.json()
+    text = f"{said['status']}: {said['stage']} ({1000 * seconds:.0f} ms)"
+    if answer.status_code == 200:
+        return Finding("health", "fine", text)
+    if said["status"] == "loading":
+        return Finding("health", "note", text, "wait: a first start may download the model")
+    return Finding("health", "wrong", text, "read the replica's log below; another model: POST /v1/models/load")
+
+
+def _routes(client: Client) -> Finding:
+    answer = client.get("/openapi.json")
+    if answer.status_code == 401:
+        return Finding("routes", "wrong", "401: the key is missing or wrong", "export ROENTGEN_API_KEY=…")
+    routes = answer.json()["paths"]
+    if "/v1/chat/completions" in routes and "/v1/models/load" in routes:
+        return Finding("routes", "fine", f"{len(routes)} routes")
+    return Finding("routes", "wrong", f"not Roentgen's: {', '.join(list(routes)[:5])}", "something else has this port")
+
+
+def _model(client: Client) -> Finding:
+    answer = client.get("/v1/models")
+    if answer.is_error:
+        return Finding("model", "wrong", f"{answer.status_code}: {answer.text[:200]}", "see health")
+    model = answer.json()["data"][0]
+    return Finding("model", "fine", f"{model['id']} ({model.get('dtype')}, {model.get('num_layers')} layers)")
+
+
+def _sessions(client: Client) -> Finding:
+    answer = client.get("/v1/activations/sessions")
+    if answer.is_error:
+        return Finding(
+            "store", "wrong", f"{answer.status_code}: {answer.text[:200]}", "is the store there and writable?"
+        )
+    return Finding("store", "fine", f"{len(answer.json()['data'])} sessions")
+
+
+def _gpu() -> Finding:
+    if shutil.which("nvidia-smi") is None:
+        return Finding("GPU", "note", "none: no nvidia-smi here, the model runs on the CPU")
+    query = "--query-gpu=name,memory.used,memory.total,utilization.gpu"
+    done = subprocess.run(
+        ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, check=False, timeout=30
+    )
+    if done.returncode:
+        return Finding(
+            "GPU", "wrong", (done.stdout + done.stderr).strip()[:300], "the driver does not work: another node"
+        )
+    return Finding("GPU", "fine", "; ".join(done.stdout.strip().splitlines()))
+
+
+def _disk() -> Iterator[Finding]:
+    store = os.environ.get("STORE", "")
+    folders = [Path.home(), Path("/tmp"), *([Path(store)] if store.startswith("/") else [])]
+    for folder in folders:
+        if folder.exists():
+            usage = shutil.disk_usage(folder)
+            full = usage.used / usage.total
+            text = f"{folder}: {usage.free / 1e9:.0f} GB free, {full:.0%} used"
+            yield Finding("disk", "wrong" if full > TOO_FULL else "fine", text, "make room" if full > TOO_FULL else "")
+
+
+def _packages() -> Iterator[Finding]:
+    for package, wanted in PINNED:
+        try:
+            found = version(package)
+        except PackageNotFoundError:
+            found = "not installed"
+        good = found.startswith(wanted)
+        yield Finding(package, "fine" if good else "wrong", found, "" if good else f"needs {wanted}*: make install")
+
+
+def _ray() -> Iterator[Finding]:
+    """Find out which nodes are alive and what Serve says, at the Ray that the start script named."""
+    address = os.environ.get("RAY_ADDRESS")
+    if not address:
+        yield Finding("Ray", "note", "RAY_ADDRESS is not set: no cluster was started here by cluster/start.sh")
+        return
+    from roentgen.cluster import ClusterError, connected
+
+    try:
+        with connected(address):
+            import ray
+            from ray import serve
+
+            nodes = ray.nodes()
+            alive = [node["NodeManagerAddress"] for node in nodes if node["Alive"]]
+            lost = {node["NodeManagerAddress"] for node in nodes} - set(alive)
+            yield Finding(
+                "Ray",
+                "wrong" if lost else "fine",
+                f"alive: {', '.join(sorted(alive))}" + (f"; lost: {', '.join(sorted(lost))}" if lost else ""),
+                "launch cluster.yaml again: it brings lost nodes back" if lost else "",
+            )
+            for name, application in serve.status().applications.items():
+                states = ", ".join(
+                    f"{key} {one.status} {one.replica_states}" for key, one in application.deployments.items()
+                )
+                good = application.status == "RUNNING"
+                yield Finding(
+                    "Serve", "fine" if good else "wrong", f"{name} {application.status}: {states}", application.message
+                )
+    except ClusterError as error:
+        yield Finding("Ray", "wrong", str(error), "launch cluster.yaml again")
+
+
+def _logs() -> Iterator[Finding]:
+    """Show the last error of each of Serve's newest logs."""
+    newest = sorted((LOGS / "serve").glob("*.log"), key=lambda file: file.stat().st_mtime, reverse=True)[:8]
+    for file in newest:
+        errors = [line for line in file.read_text(errors="replace").splitlines() if "ERROR" in line or "Error:" in line]
+        if errors:
+            yield Finding("log", "note", f"{file.name}: {errors[-1][:300]}", f"tail -n 50 {file}")

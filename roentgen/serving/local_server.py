@@ -1,0 +1,196 @@
+"""Runs the server on a Ray that is started here, or on one that is given, and takes away what it started.
+
+`serving(config, …)` is the one way in: a context manager that yields the base URL once the model answers. On leaving, also
+after an error or Ctrl-C, the Serve application it deployed and the Ray it started are gone.
+"""
+
+import ipaddress
+import logging
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from httpx2 import Client, TransportError
+
+from roentgen.api_keys import api_keys
+from roentgen.cluster import LOCAL, connected
+from roentgen.store.places import check_writable, open_place
+from serve_app.config import ServerConfig
+from serve_app.http.proxy import named_in_environment
+from serve_app.models.errors import ModelNotFoundError
+from serve_app.models.sources import locate
+
+log = logging.getLogger(__name__)
+
+APP_NAME = "roentgen"
+START_TIMEOUT_S = 1800
+"""A first start may download a model."""
+
+
+class LaunchError(Exception):
+    """The server could not be started; the message says why and what to do."""
+
+
+@contextmanager
+def serving(
+    config: ServerConfig,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    ray_address: str = LOCAL,
+    stage: Callable[[str], None] = log.info,
+    verbose: bool = False,
+) -> Iterator[str]:
+    """Serve a model; yields the base URL, such as `http://127.0.0.1:8000/v1`.
+
+    Args:
+        config: the server's configuration.
+        host: address to bind to; anything but loopback needs an API key in the environment.
+        port: 0 chooses a free one.
+        ray_address: "local" starts a Ray here; HOST:PORT joins one that runs.
+        stage: told what is being done.
+        verbose: let Ray's and the replicas' logs through.
+
+    Raises:
+        LaunchError: if the port is taken, the address needs a key, or the model cannot be loaded.
+        ClusterError: if no Ray answers at the address.
+        StoreError: if the store is not writable.
+    """
+    check_host(host)
+    port = port or free_port(host)
+    check_port(host, port)
+    check_writable(open_place(config.store))
+    stage(f"finding {config.model}")
+    if ray_address == LOCAL:  # on another machine, what the name leads to is for the replica to find out
+        try:
+            locate(config.model, config.revision)
+        except ModelNotFoundError as error:
+            raise LaunchError(str(error)) from error
+
+    stage("starting Ray" if ray_address == LOCAL else f"joining Ray at {ray_address}")
+    # A Ray that is stopped takes Serve with it; of someone's cluster, only what was started here is stopped.
+    ours = ray_address == LOCAL
+    with ExitStack() as stack:
+        with named_in_environment():
+            stack.enter_context(connected(ray_address, verbose=verbose))
+        stack.enter_context(_application(config, host, port, stage, verbose, ours))
+        base = f"http://{host}:{port}"
+        wait_until_ready(base, stage)
+        yield f"{base}/v1"
+
+
+@contextmanager
+def _application(
+    config: ServerConfig, host: str, port: int, stage: Callable[[str], None], verbose: bool, ray_ends: bool
+) -> Iterator[None]:
+    """Deploy the Serve application on the Ray that this process is connected to; on leaving, take it away."""
+    from ray import serve
+    from ray.serve.config import HTTPOptions
+
+    from serve_app.app import build
+
+    logging.getLogger("ray.serve").setLevel(logging.INFO if verbose else logging.ERROR)
+    stage("starting Ray Serve")
+    found_serve = bool(serve.status().proxies)
+    with _startable():
+        serve.start(http_options=HTTPOptions(host=host, port=port))
+    try:
+        with _startable():
+            serve.run(build(config), name=APP_NAME, route_prefix="/", blocking=False)
+        yield
+    finally:
+        stage("stopping the server")
+        serve.delete(APP_NAME)
+        if not (ray_ends or found_serve):
+            serve.shutdown()
+
+
+@contextmanager
+def _startable() -> Iterator[None]:
+    """Say in one line that Serve did not start, as on a machine that is too busy for it."""
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
+
+    try:
+        yield
+    except (RayError, RayServeException, TimeoutError) as error:
+        raise LaunchError(f"Ray Serve could not be started: {error}") from error
+
+
+def check_host(host: str) -> None:
+    """Refuse an address that others can reach, unless an API key is set.
+
+    Raises:
+        LaunchError: naming both ways out.
+    """
+    loopback = host == "localhost" or _is_loopback(host)
+    if not loopback and not api_keys():
+        raise LaunchError(
+            f"--host {host} can be reached by others and no API key is set: set ROENTGEN_API_KEY, or bind to 127.0.0.1"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def free_port(host: str) -> int:
+    """Return a port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def check_port(host: str, port: int) -> None:
+    """Make sure that nothing listens on a port.
+
+    Raises:
+        LaunchError: naming the port.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise LaunchError(
+                f"--port {port}: {error.strerror or error}; choose another, or 0 for any free one"
+            ) from error
+
+
+def wait_until_ready(base: str, stage: Callable[[str], None], timeout_s: float = START_TIMEOUT_S) -> None:
+    """Wait until `/health` says that the model answers, passing its stages on.
+
+    Raises:
+        LaunchError: if the model cannot be loaded, or nothing answers in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    last = ""
+    with Client(timeout=10) as client:
+        while time.monotonic() < deadline:
+            status = _health(client, base)
+            if status["status"] == "ok":
+                return
+            if status["status"] == "failed":
+                raise LaunchError(status["stage"])
+            if status["stage"] != last:
+                last = status["stage"]
+                stage(last)
+            time.sleep(0.2)
+    raise LaunchError(f"{base}/health was not ready after {timeout_s:.0f} s; its last stage was: {last}")
+
+
+def _health(client: Client, base: str) -> dict[str, str]:
+    try:
+        answer = client.get(f"{base}/health")
+    except TransportError:
+        return {"status": "loading", "stage": "starting the proxy"}
+    if answer.is_success or (answer.status_code == 503 and answer.text.startswith("{")):
+        return dict(answer.json())
+    if answer.status_code in (404, 503):  # Serve's proxy, until it knows the application
+        return {"status": "loading", "stage": "starting the application"}
+    return {"status": "failed", "stage": f"{base}/health answered {answer.status_code}: {answer.text[:500]}"}

@@ -1,0 +1,127 @@
+"""One request through everything: does this server answer, and are the activations that it acknowledges really there?
+
+Six steps, each of which can only pass if the one before did: the server is up; it is ours (a web server that answers 200 to
+everything is not); it has the model; it answers a question; what it kept is in its store, whole and finite; and it can be
+deleted. All of it goes over HTTP, so the same check runs on the cluster's head and through a tunnel.
+"""
+
+import secrets
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from httpx2 import Client, HTTPError, Response
+
+from roentgen.contract import ActivationReply
+from roentgen.http_client import connect, explain
+from roentgen.serving.local_server import LaunchError, wait_until_ready
+from roentgen.store import Session, StoreError, verify
+from roentgen.store.pulling import pull
+
+ROUTES = ("/v1/chat/completions", "/v1/models", "/v1/models/load", "/v1/activations/sessions")
+REQUEST_TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True)
+class SmokeReport:
+    """What was found.
+
+    Attributes:
+        model: served.
+        answer: what the model said.
+        rows: activation rows kept of it, one per token that passed through the model.
+        tensors: hook points kept.
+    """
+
+    model: str
+    answer: str
+    rows: int
+    tensors: tuple[str, ...]
+
+
+def smoke(
+    base: str, key: str, stage: Callable[[str], None], *, model: str | None = None, ready_timeout_s: float = 60
+) -> SmokeReport:
+    """Check a server with one request.
+
+    Args:
+        base: http://HOST:PORT.
+        key: the server's.
+        stage: told what is being done.
+        model: loaded if another is served; whatever is served if absent.
+        ready_timeout_s: how long the server may take to be ready.
+
+    Raises:
+        LaunchError: saying which step failed and what was found instead.
+    """
+    stage(f"waiting for {base}/health")
+    wait_until_ready(base, stage, ready_timeout_s)
+    with connect(base, key, REQUEST_TIMEOUT_S) as client:
+        stage("reading /openapi.json")
+        routes = _call(client, "GET", "/openapi.json").json().get("paths", {})
+        if missing := [route for route in ROUTES if route not in routes]:
+            raise LaunchError(f"{base} is not a Roentgen server: /openapi.json lacks {', '.join(missing)}")
+        name = _load(client, model, stage)
+        stage("asking a question, activations kept")
+        session = f"smoke-{secrets.token_hex(4)}"
+        reply = _call(client, "POST", "/v1/chat/completions", _question(name, session)).json()
+        try:
+            return _check(base, key, name, session, reply, stage)
+        finally:
+            _call(client, "DELETE", f"/v1/activations/session/{session}")
+
+
+def _load(client: Client, wanted: str | None, stage: Callable[[str], None]) -> str:
+    served = str(_call(client, "GET", "/v1/models").json()["data"][0]["id"])
+    if wanted in (None, served):
+        return served
+    stage(f"loading {wanted} in place of {served}")
+    return str(_call(client, "POST", "/v1/models/load", {"model_id": wanted}).json()["id"])
+
+
+def _question(model: str, session: str) -> dict[str, Any]:
+    return {
+        "model": model,
+        "messages": [{"role": "user", "content": "What is 12 * 7?"}],
+        "max_tokens": 8,
+        "temperature": 0,
+        "activations": {"session_id": session, "layers": [0, -1], "hook_points": ["resid_post"]},
+    }
+
+
+def _check(
+    base: str, key: str, model: str, session: str, reply: dict[str, Any], stage: Callable[[str], None]
+) -> SmokeReport:
+    """Fetch what the server says it kept, and compare it with what it says of it."""
+    stage("reading the activations back")
+    kept = ActivationReply.model_validate(reply["activations"])
+    rows = reply["usage"]["prompt_tokens"] + reply["usage"]["completion_tokens"] - 1
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            opened = Session.open(pull(f"{base}/v1/activations/session/{session}", folder, api_key=key))
+        except StoreError as error:
+            raise LaunchError(str(error)) from error
+        checked = verify(opened)
+        if not checked.ok or checked.rollouts != 1:
+            raise LaunchError(f"session {session} holds {checked.rollouts} rollouts instead of one, or is damaged")
+        for stored in kept.tensors:
+            values = opened.activations(stored)[0].values.float().numpy()
+            if values.shape[0] != rows or not np.isfinite(values).all():
+                raise LaunchError(
+                    f"{stored} of session {session} has shape {values.shape} and should have {rows} finite rows"
+                )
+    return SmokeReport(model, str(reply["choices"][0]["message"]["content"]), rows, tuple(kept.tensors))
+
+
+def _call(client: Client, method: str, path: str, body: dict[str, Any] | None = None) -> Response:
+    """Send a request.
+
+    Raises:
+        LaunchError: if it does not succeed.
+    """
+    try:
+        return client.request(method, path, json=body).raise_for_status()
+    except HTTPError as error:
+        raise LaunchError(f"{method} {path} {explain(error)}") from error

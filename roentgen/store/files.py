@@ -1,0 +1,62 @@
+"""The files of a session, listed and read in one place: by `pull`, by the server's routes for files and by its tar archive.
+
+Files never change and are named once. The listing has what is committed now, and names a file after those that it needs, so
+whoever copies in this order never shows half a session.
+"""
+
+import re
+import tarfile
+from collections.abc import Iterator
+
+from roentgen.store.places import Bytes, Entry
+from roentgen.store.reader import LOCATION, Session
+
+_NAME = re.compile(r"session\.json|shards/[0-9A-Z]{26}\.safetensors|index/[0-9A-Z]{26}\.parquet")
+_BLOCK = tarfile.BLOCKSIZE
+
+
+def is_session_file(name: str) -> bool:
+    """Whether a path can be that of a session's file."""
+    return _NAME.fullmatch(name) is not None
+
+
+def session_files(session: Session) -> list[Entry]:
+    """Return the committed files, by their paths inside the session: the identity, then shards, then indexes."""
+    live = session.index(LOCATION)
+    named = {shard for file in live.values() for shard in file.named} | {f"index/{name}" for name in live}
+    inside = [
+        Entry(f"{folder}/{entry.name}", entry.size, entry.modified)
+        for folder in ("shards", "index")
+        for entry in session.place.child(folder).entries()
+    ]
+    identity = [entry for entry in session.place.entries() if entry.name == "session.json"]
+    return [*identity, *(entry for entry in inside if entry.name in named)]
+
+
+def read_file(session: Session, name: str) -> tuple[int, Iterator[Bytes]]:
+    """Return the size of one of a session's files and its bytes, a few megabytes at a time.
+
+    Raises:
+        FileNotFoundError: if the session has no such file.
+        OSError: as the disk or the bucket answers.
+    """
+    if not is_session_file(name):
+        raise FileNotFoundError(f"{name!r} is no file of a session")
+    folder, _, file = name.rpartition("/")
+    return (session.place.child(folder) if folder else session.place).stream(file)
+
+
+def tar_session(session: Session) -> tuple[int, Iterator[bytes]]:
+    """Return a session as a tar archive, its size and its bytes: what is committed now, also while more is being written."""
+    entries = session_files(session)
+
+    def pieces() -> Iterator[bytes]:
+        for entry in entries:
+            header = tarfile.TarInfo(f"{session.name}/{entry.name}")
+            header.size, header.mtime = entry.size, int(entry.modified)
+            yield header.tobuf(tarfile.USTAR_FORMAT)
+            yield from map(bytes, read_file(session, entry.name)[1])
+            yield bytes(-entry.size % _BLOCK)
+        yield bytes(2 * _BLOCK)
+
+    return sum(_BLOCK + entry.size + -entry.size % _BLOCK for entry in entries) + 2 * _BLOCK, pieces()

@@ -1,0 +1,44 @@
+"""A text with its tokens, as one model was fed it.
+
+The server's routes, `roentgen capture`, transcripts and the store pass this one type along, so that the same text is stored in
+the same form whichever way it came. `serve_app.models.tokenization` makes it.
+"""
+
+from dataclasses import dataclass
+
+from roentgen.contract import count_rows
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Characters `[start, stop)` of a text that one role spoke."""
+
+    role: str
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """A prompt, or a prompt and its completion."""
+
+    text: str
+    """What the model saw, special tokens included."""
+    token_ids: list[int]
+    """Its tokens, a completion's final one included."""
+    token_offsets: list[int]
+    """The first character of each token in `text`; a token in the middle of a character begins where the character does."""
+    segments: list[Segment]
+    """Who spoke which characters; tools that answer together share one."""
+    n_prompt: int
+    """Tokens in the prompt. A prompt and its completion never share a token."""
+
+    @property
+    def n_completion(self) -> int:
+        """Tokens in the completion."""
+        return len(self.token_ids) - self.n_prompt
+
+    @property
+    def n_rows(self) -> int:
+        """Rows of a full capture: a completion's final token has none, because it never passes through the model."""
+        return count_rows(self.n_prompt, self.n_completion)

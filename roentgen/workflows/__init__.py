@@ -1,0 +1,1 @@
+"""Commands that join several packages: `capture`, `steer`, `garbage_collection`."""

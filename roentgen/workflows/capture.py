@@ -1,0 +1,262 @@
+"""`roentgen capture` in order: read the texts, load the model, leave out what the session has, capture the rest.
+
+Everything that can be checked without the model is checked before it is loaded, and everything that can be checked without
+a forward before the first one. The model runs in this process: there is no server, and nothing is generated.
+"""
+
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from roentgen.contract import ActivationRequest, SessionId, canonical_hash
+from roentgen.runs import Run
+from roentgen.store import Session, SessionNotFoundError, StoreWriter
+from roentgen.store.places import check_writable, open_place
+from roentgen.transcripts import Transcript, TranscriptError
+from roentgen.transcripts.file import read_file
+from roentgen.transcripts.run import read_run
+from serve_app.capture.resolver import ResolutionError
+from serve_app.capture.rows import UncapturableError
+from serve_app.capture.structure import CaptureRequestError
+from serve_app.config import Dtype
+from serve_app.engines.protocol import EngineStoppedError
+from serve_app.engines.transformers.engine import TransformersEngine
+from serve_app.engines.transformers.model import LoadedModel, load
+from serve_app.models.errors import ModelNotFoundError
+from serve_app.models.sources import EMBEDDED_MODEL, ModelSource, locate
+from serve_app.teacher_forcing.capture import NotStored, Stored, TeacherForcing
+from serve_app.teacher_forcing.held import OtherCaptureError, find_missing
+from serve_app.teacher_forcing.tokens import TokenizedTranscript, UnreadableTextError, transcript_tokenizer
+
+DEFAULT_STORE = "activations"
+
+SECONDS_BETWEEN_LINES = 5.0
+"""Of progress, where there is no terminal to draw a bar on."""
+
+
+class CaptureError(Exception):
+    """Nothing, or nothing more, can be captured; the message says why and what to do."""
+
+
+class CaptureSettings(BaseModel):
+    """What `roentgen capture` is asked for.
+
+    Attributes:
+        source: a run directory, or a JSON lines file.
+        model: a name as `roentgen serve` takes it; the run's own if absent, the embedded one for a file.
+        revision: of a hub model; for the run's own model, the one that it ran with.
+        dtype: "auto", or a torch dtype's name; for the run's own model, the one that it ran in.
+        device: "auto", "cpu" or "cuda".
+        store: the store's folder; the one that the run's activations are in if absent.
+        session: where rollouts go; named after source, model and capture if absent, so that the same command continues.
+        request: layers, hook points, positions.
+        batch: texts in one forward.
+        batch_tokens: tokens in one forward, padding included; 0 for what suits the device.
+        chunk_size: layers captured per pass; None captures all in one.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    source: Path
+    model: str | None = None
+    revision: str | None = None
+    dtype: Dtype | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    store: str | None = None
+    session: SessionId | None = None
+    request: ActivationRequest
+    batch: int = Field(default=32, ge=1)
+    batch_tokens: int = Field(default=0, ge=0)
+    chunk_size: int | None = Field(default=None, ge=1)
+
+
+@dataclass
+class CaptureReport:
+    """What came of it.
+
+    Attributes:
+        session: the session's address.
+        run: the run that the texts are of, None if they are a file's.
+        held: texts that the session had already.
+        stored: texts captured.
+        tokens: of those.
+        seconds: it took to capture them.
+        failures: per text that was not captured, why.
+    """
+
+    session: str
+    run: Path | None
+    held: int = 0
+    stored: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    failures: list[tuple[str, str]] = field(default_factory=list)
+
+
+def capture(settings: CaptureSettings, console: Console, stage: Callable[[str], None]) -> CaptureReport:
+    """Capture what a model holds inside while it reads existing texts; run again, it goes on.
+
+    Args:
+        settings: what to do.
+        console: where progress is shown.
+        stage: told what is being done.
+
+    Raises:
+        RunError: if the run directory cannot be read.
+        TranscriptError: if the texts cannot be read.
+        StoreError: if the store cannot be read or written.
+        CaptureError: if the model cannot be loaded, lacks what is asked for, or the session is another capture's.
+    """
+    run = Run.open(settings.source) if settings.source.is_dir() else None
+    if run is None and not settings.source.exists():
+        raise TranscriptError(f"{settings.source} is neither a run directory nor a file")
+    stage(f"reading {settings.source}")
+    transcripts = read_run(run, stage) if run else read_file(settings.source)
+    store = open_place(settings.store or (_store_of(run) if run else None) or DEFAULT_STORE)
+    check_writable(store)
+    with _as_capture_errors():
+        model = _load(settings, run, stage)
+        session = settings.session or _session_name(settings, run, model)
+        texts, failures = _tokenize(model, transcripts, stage)
+        report = CaptureReport(store.child(session).uri, run.path if run else None, failures=failures)
+        engine = TransformersEngine(
+            model, max_batch=settings.batch, max_queue=settings.batch, max_prefill_tokens=settings.batch_tokens
+        )
+        try:
+            with StoreWriter(store) as writer:
+                forcing = TeacherForcing(
+                    model, engine, writer, settings.request, session, chunk_size=settings.chunk_size
+                )
+                there = _existing(report.session)
+                held = find_missing(there, texts, forcing.spec)
+                report.held = len(texts) - len(held.missing)
+                if report.held:
+                    stage(f"{report.held} of {len(texts)} texts are in the session already")
+                if held.changed:
+                    stage(
+                        f"{held.changed} texts have changed since: the session's older rollouts of them no longer count"
+                    )
+                if held.missing:
+                    stage(f"capturing {len(held.missing)} texts")
+                    _capture(forcing, held.missing, report, console)
+        finally:
+            engine.close()
+    return report
+
+
+def _load(settings: CaptureSettings, run: Run | None, stage: Callable[[str], None]) -> LoadedModel:
+    """Load the model asked for, or the run's own as it ran."""
+    hashed = run.config.hashed if run else {}
+    own = run.config.settings.get("model") or hashed["model"] if run else EMBEDDED_MODEL
+    name = settings.model or str(own)
+    is_own = run is not None and name in (own, hashed.get("model"))
+    revision, dtype = settings.revision, settings.dtype
+    if is_own:
+        # Of a run's revisions only a hub's commit can be asked for; the others are hashes of what was there.
+        pinned = hashed.get("revision") or ""
+        revision = revision or (pinned if re.fullmatch("[0-9a-f]{40}", pinned) else None)
+        dtype = dtype or hashed.get("dtype")
+    stage(f"finding {name}")
+    source: ModelSource = locate(name, revision)
+    if is_own and hashed.get("revision") not in (None, source.revision):
+        stage(f"the run's model was {hashed['revision']}; this is {source.revision}")
+    return load(source, dtype or "auto", settings.device, stage)
+
+
+def _existing(uri: str) -> Session | None:
+    try:
+        return Session.open(uri)
+    except SessionNotFoundError:
+        return None
+
+
+def _store_of(run: Run) -> str | None:
+    """Return the store that a run's activations are in, if it kept any and they are still there."""
+    for sample in run.samples():
+        for ref in sample.rollouts:
+            session = run.session_uri(ref)
+            return session.rpartition("/")[0] if _existing(session) else None
+    return None
+
+
+def _session_name(settings: CaptureSettings, run: Run | None, model: LoadedModel) -> str:
+    """Make up a session that is the same for the same texts, model and capture, and no other."""
+    source = run.config.run_id if run else str(settings.source.absolute())
+    described: list[Any] = [source, model.source.name, model.source.revision, str(model.dtype)]
+    described.append(settings.request.model_dump(exclude={"allow_non_finite"}))
+    stem = run.config.run_id if run else settings.source.stem
+    parts = [re.sub(r"[^A-Za-z0-9_-]+", "-", part)[:size] for part, size in ((stem, 32), (model.source.name, 20))]
+    return ".".join([*parts, canonical_hash(described)[:8]])
+
+
+def _tokenize(
+    model: LoadedModel, transcripts: Sequence[Transcript], stage: Callable[[str], None]
+) -> tuple[list[TokenizedTranscript], list[tuple[str, str]]]:
+    """Spell every transcript for the model; those that it cannot read are failures."""
+    tokenize = transcript_tokenizer(model)
+    texts: list[TokenizedTranscript] = []
+    failures: list[tuple[str, str]] = []
+    for transcript in transcripts:
+        try:
+            texts.append(tokenize(transcript))
+        except UnreadableTextError as error:
+            failures.append((transcript.name, str(error)))
+    exact = sum(text.exact for text in texts)
+    if exact:
+        stage(f"{exact} of {len(texts)} texts have the very tokens that were sampled")
+    return texts, failures
+
+
+def _capture(
+    forcing: TeacherForcing, texts: Sequence[TokenizedTranscript], report: CaptureReport, console: Console
+) -> None:
+    """Capture texts and count what comes of them."""
+    started = last_line = time.monotonic()
+    bar = Progress(
+        TextColumn("capturing"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(elapsed_when_finished=True),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    task = bar.add_task("capturing", total=len(texts), speed="")
+    with bar:
+        for number, outcome in enumerate(forcing.capture(texts), start=1):
+            match outcome:
+                case Stored(text=text):
+                    report.stored += 1
+                    report.tokens += len(text.sequence.token_ids)
+                case NotStored(text=text, reason=reason):
+                    report.failures.append((text.transcript.name, reason))
+            now = time.monotonic()
+            report.seconds = now - started
+            speed = f"{report.tokens / report.seconds:,.0f} tokens/s"
+            bar.update(task, completed=number, speed=speed)
+            if not console.is_terminal and (number == len(texts) or now - last_line > SECONDS_BETWEEN_LINES):
+                last_line = now
+                console.print(f"{number}/{len(texts)} texts, {speed}", markup=False, highlight=False)
+
+
+@contextmanager
+def _as_capture_errors() -> Iterator[None]:
+    """Turn what the model and the engine refuse into errors of this command."""
+    try:
+        yield
+    except CaptureRequestError as error:
+        raise CaptureError(
+            f"--{str(error).removeprefix('activations.').replace('hook_points', 'hook-points', 1)}"
+        ) from error
+    except UncapturableError as error:
+        raise CaptureError(f"--hook-points: {error}") from error
+    except (EngineStoppedError, ModelNotFoundError, OtherCaptureError, ResolutionError) as error:
+        raise CaptureError(str(error)) from error

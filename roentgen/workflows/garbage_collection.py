@@ -1,0 +1,55 @@
+"""`roentgen sessions gc`: removes from a session what no reader uses and, given its runs, what no run names.
+
+An evaluation that is killed may leave rollouts that are stored but not recorded: when it continues, it poses their problems
+again. Only the runs tell which rollouts those are, so they must be given; rollouts of other configurations stay.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ulid import ULID
+
+from roentgen.runs import Run
+from roentgen.store import Session
+from roentgen.store.merging import collect, compact
+
+
+@dataclass(frozen=True)
+class Removed:
+    """What was removed: rollouts that no run names, and files with their bytes."""
+
+    dropped: int = 0
+    files: list[str] = field(default_factory=list)
+    size: int = 0
+
+
+def collect_garbage(uri: str, runs: Sequence[Path], *, older_than_s: float, dry_run: bool = False) -> Removed:
+    """Remove unused files and rollouts from a session.
+
+    Args:
+        uri: the session's address.
+        runs: run directories: of their configurations, only rollouts that they name stay.
+        older_than_s: leave what is younger than this, in seconds.
+        dry_run: only say what would go.
+
+    Raises:
+        StoreError: if the session cannot be read, or is damaged.
+        RunError: if a run cannot be read.
+        OSError: as the disk or the bucket answers.
+    """
+    session, opened = Session.open(uri), [Run.open(run) for run in runs]
+    named = {ref.rollout_id for run in opened for sample in run.samples() for ref in sample.rollouts}
+    hashes = {config_hash for run in opened for config_hash in run.config.config_hashes}
+    unwanted: list[str] = []
+    if runs:
+        frame = session.rollouts(unique=False, columns=())
+        # A ULID begins with its time, and sorts by it.
+        old = frame["rollout_id"] < str(ULID.from_timestamp(time.time() - older_than_s))
+        of_these = frame["config_hash"].isin(hashes) & ~frame["rollout_id"].isin(named)
+        unwanted = frame.loc[old & of_these, "rollout_id"].tolist()
+    if unwanted and not dry_run:
+        compact(session, drop=unwanted)
+    gone = collect(session, grace_s=older_than_s, dry_run=dry_run)
+    return Removed(len(unwanted), gone.files, gone.size)

@@ -1,0 +1,205 @@
+"""`roentgen probe steer`: a saved probe's direction, tried on a run's problems through a server.
+
+    RUN/probes/<label>/steering/<probe>/
+      outcomes.jsonl   every answer, as it came
+      steering.png     accuracy, parse rate and length over the scale
+      steering.json    what was found; written last
+
+The problems, the prompts, the sampling and the way answers are read are those of the run, so that "no steering" is the run's
+own condition. A scale of 1 adds a vector as long as rows typically are from their mean, where the probe reads (the root of
+the summed variances that the probe was standardised with): scales mean the same at every layer and of every model.
+"""
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from openai import APIError, AsyncOpenAI, OpenAI
+from rich.table import Table
+
+from eval_jobs.scoring import score
+from probes.steering import SweepError, SweepPlan, SweepReport, Task, make_arms, run_sweep, summarise
+from roentgen.api_keys import client_key
+from roentgen.contract import split_key
+from roentgen.durable import atomic_write, make_folder, write_json
+from roentgen.linear_probe import CARDS, SavedProbe, SavedProbeError, load_probe
+from roentgen.runs import Run, same_question
+from roentgen.serving.local_server import serving
+from serve_app.config import ServerConfig
+
+RETRIES = 4
+
+
+def steer(
+    probe: Path,
+    *,
+    label: str = "correct",
+    problems: Path | None = None,
+    samples: int = 32,
+    scales: Sequence[float] = (-1.0, -0.5, 0.5, 1.0),
+    controls: int = 2,
+    positions: str = "all",
+    base_url: str | None = None,
+    parallel: int = 16,
+    seed: int = 0,
+    output: Path | None = None,
+    stage: Callable[[str], None] = lambda text: None,
+) -> SweepReport:
+    """Answer a run's problems with and without steering and write what it did.
+
+    Args:
+        probe: a saved probe, FOLDER/NAME; or a run, for the one that was best.
+        label: of a run's probes, which.
+        problems: the run whose problems are posed; the one the probe lies in if None.
+        samples: how many of them, the first.
+        scales: how far to push, see the module.
+        controls: how many random, and as many orthogonal directions.
+        positions: to which tokens to add.
+        base_url: a server of the probe's model; one is started if None.
+        parallel: requests in flight.
+        seed: of the control directions, the order of requests and the bootstrap.
+        output: where to write.
+        stage: told what is being done.
+
+    Raises:
+        SavedProbeError: if there is no such probe.
+        RunError: if there is no such run.
+        SweepError: if the probe, the run and the server do not fit together, or a request fails for good.
+    """
+    path, saved = find_probe(probe, label)
+    run = Run.open(problems or path.parent.parent.parent)
+    if len(saved.weight) > 1:
+        raise SweepError(f"{path} has {len(saved.weight)} directions, one per class; steer with a probe that has one")
+    tasks = _tasks(run, samples)
+    card, unit = saved.card, float(saved.scale.norm())
+    hook_point, layer = split_key(card.key)
+    sampling = run.config.hashed["sampling"]
+    output = output or path.parent / "steering" / path.name
+    make_folder(output)
+    record = output / "outcomes.jsonl"
+    record.write_text("")
+    arms = make_arms(saved.direction[0], scales, controls, seed)
+    plan = SweepPlan(card.model, hook_point, layer, positions, unit, sampling, parallel, seed)
+    judge = partial(_judge, run.config.settings["extractor"])
+    with _server(base_url, run, saved, stage) as url:
+        _check_served(url, saved)
+        stage(f"{len(tasks)} problems × {len(arms)} arms = {len(tasks) * len(arms)} requests")
+        client = AsyncOpenAI(base_url=url, api_key=client_key(), max_retries=RETRIES, timeout=3600)
+        outcomes = asyncio.run(run_sweep(client, plan, tasks, arms, judge, record))
+    report = SweepReport(
+        probe=str(path),
+        model=card.model,
+        revision=card.revision,
+        label=card.label,
+        key=card.key,
+        positions=positions,
+        unit=unit,
+        problems=len(tasks),
+        seen=run.path == path.parent.parent.parent,
+        seed=seed,
+        sampling=sampling,
+        findings=summarise(outcomes, seed),
+    )
+    with atomic_write(output / "steering.png") as temporary:
+        report.draw().savefig(temporary, format="png")
+    write_json(output / "steering.json", report.to_json())
+    return report
+
+
+def find_probe(given: Path, label: str) -> tuple[Path, SavedProbe]:
+    """Return a saved probe and its path, FOLDER/NAME; of a run, the one most folds have chosen.
+
+    Raises:
+        SavedProbeError: if there is none.
+    """
+    path = given.expanduser().absolute()
+    if (path / "config.json").exists():
+        folder = path / "probes" / label
+        results = folder / "results.json"
+        if not results.exists() or not (folder / CARDS).exists():
+            raise SavedProbeError(f"{path} has no saved probes of {label!r}; `roentgen probe train` makes them")
+        path = folder / Counter(json.loads(results.read_text())["best"]["keys"]).most_common(1)[0][0]
+    return path, load_probe(path.parent, path.name)
+
+
+def render(report: SweepReport) -> Table:
+    """Return what was found as a table."""
+    name = report.probe.rpartition("/")[2]
+    title = f"{name}, {report.problems} problems; a scale of 1 adds {report.unit:.3g} [95% interval]"
+    table = Table(title=title, title_justify="left")
+    for column in ("along", "scale", "accuracy", "Δ accuracy", "parse rate", "length"):
+        table.add_column(column, justify="left" if column == "along" else "right")
+    for finding in report.findings:
+        many = f" × {finding.directions}" if finding.directions > 1 else ""
+        length = finding.values["length"]
+        table.add_row(
+            finding.along + many,
+            "" if finding.along == "nothing" else f"{finding.scale:+g}",
+            str(finding.values["accuracy"]),
+            str(finding.differences.get("accuracy", "")),
+            str(finding.values["parse_rate"]),
+            f"{length.value:.0f} [{length.low:.0f}, {length.high:.0f}]",
+        )
+    return table
+
+
+def _tasks(run: Run, samples: int) -> list[Task]:
+    """Return the first problems of a run, each once, as they were posed."""
+    if run.config.hashed.get("mode") == "with-tools":
+        raise SweepError(f"{run.path} was answered with tools, which a sweep does not give; take a run without")
+    tasks: dict[str, Task] = {}
+    answered = [sample for sample in run.samples().by_name() if sample.error is None]
+    posed: set[int] = set()  # the same question under two ids is one problem
+    for sample, problem in zip(answered, same_question([sample.posed for sample in answered]), strict=True):
+        if problem not in posed and len(tasks) < samples:
+            posed.add(problem)
+            asked = []
+            for message in sample.messages:
+                if message["role"] == "assistant":
+                    break
+                asked.append(message)
+            tasks[sample.problem_id] = Task(sample.problem_id, asked, sample.gold)
+    if not tasks:
+        raise SweepError(f"{run.path} has no answered problem")
+    return list(tasks.values())
+
+
+def _judge(extractor: str, text: str, gold: str) -> tuple[bool, bool]:
+    scores = score(text, gold)
+    return scores.answers[extractor] is not None, scores.correct_by[extractor]
+
+
+@contextmanager
+def _server(base_url: str | None, run: Run, probe: SavedProbe, stage: Callable[[str], None]) -> Iterator[str]:
+    if base_url is not None:
+        yield base_url
+        return
+    settings = run.config.settings
+    given = {name: settings[name] for name in ("dtype", "device", "revision") if settings.get(name) is not None}
+    # A sweep stores no activations; the server wants a place for them all the same.
+    with (
+        TemporaryDirectory(prefix="roentgen-steer-") as store,
+        serving(ServerConfig(model=probe.card.model, store=store, **given), stage=stage) as url,
+    ):
+        yield url
+
+
+def _check_served(url: str, probe: SavedProbe) -> None:
+    """Refuse a server of another model, before a thousand requests do."""
+    try:
+        models = {
+            model.id: model for model in OpenAI(base_url=url, api_key=client_key(), max_retries=RETRIES).models.list()
+        }
+    except APIError as error:
+        raise SweepError(f"the server at {url} cannot be asked for its models: {error.message}") from error
+    card = probe.card
+    served = models.get(card.model)
+    revision = (served.model_extra or {}).get("revision") if served else None
+    if revision != card.revision:
+        found = ", ".join(f"{name} ({(model.model_extra or {}).get('revision')})" for name, model in models.items())
+        raise SweepError(f"the probe is of {card.model} ({card.revision}); {url} serves {found}")

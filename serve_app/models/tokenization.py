@@ -1,0 +1,179 @@
+"""Makes a `TokenizedText`, from each of the three things that one can come from: raw text, token ids, a rendered conversation.
+
+The tokenizer is asked once, for the whole text, as `AutoTokenizer` is: putting its opening token into the text and leaving it
+out of the call is not the same, because what stands first in a text may be tokenized otherwise (SentencePiece's `▁`). What the
+tokenizer adds is part of the text that the model sees, and so of the text that is stored.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import takewhile
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+from transformers import PreTrainedTokenizerBase
+
+from roentgen.tokenized_text import Segment, TokenizedText
+
+PROMPT, COMPLETION, ASSISTANT = "prompt", "completion", "assistant"
+"""Who speaks raw text, what continues it, and the reply in a conversation."""
+
+
+@dataclass(frozen=True)
+class RawText:
+    """A raw prompt.
+
+    Attributes:
+        prompt: what the model sees: the text, and around it what the tokenizer adds.
+        own: where the text itself is in `prompt.text`.
+    """
+
+    prompt: TokenizedText
+    own: slice
+
+    @property
+    def opened(self) -> "RawText":
+        """The same without what the tokenizer adds at the end: a text that continues."""
+        stop = sum(offset < self.own.stop for offset in self.prompt.token_offsets) if self.own.stop else 0
+        text, offsets = self.prompt.text[: self.own.stop], self.prompt.token_offsets[:stop]
+        return RawText(_raw(text, self.prompt.token_ids[:stop], offsets), self.own)
+
+    @property
+    def echo(self) -> str:
+        """What a reply that repeats its prompt says: the text itself."""
+        return self.prompt.text[self.own]
+
+    @property
+    def echo_offsets(self) -> list[int]:
+        """The first character of each token in `echo`; what the tokenizer added before it begins where it does."""
+        return [min(max(at, self.own.start), self.own.stop) - self.own.start for at in self.prompt.token_offsets]
+
+
+def tokenize_text(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = True) -> RawText:
+    """Tokenize raw text.
+
+    Args:
+        tokenizer: the model's.
+        text: anything.
+        add_special_tokens: whether the tokenizer adds what begins, or ends, a text.
+    """
+    encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+    token_ids = list(encoded["input_ids"])
+    added = [sequence is None for sequence in encoded.sequence_ids(0)]
+    n_opening = sum(takewhile(bool, added))
+    if n_opening == len(added):  # no token is the text's own: what begins a text is what begins another one
+        n_opening = sum(takewhile(bool, (n is None for n in tokenizer("a").sequence_ids(0)))) if added else 0
+    pieces = [
+        str(tokenizer.convert_ids_to_tokens(token)) if new else "" for token, new in zip(token_ids, added, strict=True)
+    ]
+    opening = "".join(pieces[:n_opening])
+    own = slice(len(opening), len(opening) + len(text))
+    offsets, at = [], 0
+    for place, (new, piece, (start, _)) in enumerate(zip(added, pieces, encoded["offset_mapping"], strict=True)):
+        at = max(at, own.stop) if place >= n_opening and new else at
+        offsets.append(at if new else own.start + start)
+        at += len(piece)
+    return RawText(_raw(opening + text + "".join(pieces[n_opening:]), token_ids, offsets), own)
+
+
+def decode_tokens(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> RawText:
+    """Take token ids as they are, in the same form as the text that they are the tokens of.
+
+    Decoding alone gives another form: SentencePiece's `▁` is a space behind a special token, and nothing at the beginning of a
+    text. So a text is looked for whose tokens these are; where there is none, the form is that of decoding.
+    """
+    for text, special in _texts_of(tokenizer, token_ids):
+        whole = tokenize_text(tokenizer, text, add_special_tokens=special)
+        for raw in (whole, whole.opened):
+            if raw.prompt.token_ids == token_ids:
+                return RawText(raw.prompt, slice(0, len(raw.prompt.text)))
+    text, offsets = decode(tokenizer.backend_tokenizer, token_ids)
+    return RawText(_raw(text, token_ids, offsets), slice(0, len(text)))
+
+
+def _texts_of(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> Iterator[tuple[str, bool]]:
+    """Yield texts that may have these tokens, and whether the tokenizer is to add special tokens to them."""
+    added = [sequence is None for sequence in tokenizer("a").sequence_ids(0)]
+    opening = tokenizer("a")["input_ids"][: sum(takewhile(bool, added))]
+    closing = tokenizer("a")["input_ids"][len(added) - sum(takewhile(bool, reversed(added))) :]
+    tokens_of = {False: token_ids}
+    if (opening or closing) and token_ids[: len(opening)] == opening:
+        own = token_ids[len(opening) :]
+        tokens_of = {True: own[: -len(closing)] if closing and own[-len(closing) :] == closing else own, **tokens_of}
+    for special, own in tokens_of.items():
+        text = tokenizer.backend_tokenizer.decode(own, skip_special_tokens=False)
+        yield (
+            text.removeprefix(" "),
+            special,
+        )  # some tokenizers put a space before a text, and do not take it away again
+        yield text, special
+
+
+def tokenize_rendered(tokenizer: PreTrainedTokenizerBase, text: str, segments: list[Segment]) -> TokenizedText:
+    """Tokenize what a chat template made, which has every special token already."""
+    raw = tokenize_text(tokenizer, text, add_special_tokens=False).prompt
+    return replace(raw, segments=segments)
+
+
+def completed(
+    tokenizer: PreTrainedTokenizerBase, prompt: TokenizedText, token_ids: list[int], role: str
+) -> TokenizedText:
+    """Add the tokens of a completion, and the text that they spell, to a prompt.
+
+    Args:
+        tokenizer: the model's.
+        prompt: what was completed.
+        token_ids: the completion's tokens.
+        role: who spoke it.
+    """
+    words, offsets = decode(tokenizer.backend_tokenizer, token_ids, after=prompt.token_ids)
+    start = len(prompt.text)
+    return TokenizedText(
+        text=prompt.text + words,
+        token_ids=prompt.token_ids + token_ids,
+        token_offsets=prompt.token_offsets + [start + offset for offset in offsets],
+        segments=[*prompt.segments, Segment(role, start, start + len(words))],
+        n_prompt=prompt.n_prompt,
+    )
+
+
+def decode(tokenizer: Tokenizer, token_ids: Sequence[int], after: Sequence[int] = ()) -> tuple[str, list[int]]:
+    """Decode tokens with the special ones among them.
+
+    Args:
+        tokenizer: the model's.
+        token_ids: what to decode.
+        after: the tokens before them.
+
+    Returns:
+        The text, and the offset in it at which each token's characters begin; a token in the middle of a character begins where
+        that character does.
+    """
+    decoder = DecodeStream(skip_special_tokens=False)
+    text, offsets, pending = "", [], []
+    for place, token_id in enumerate(token_ids):
+        offsets.append(len(text))
+        if place == 0:
+            text = space_lost(tokenizer, after, token_id)
+        pending.append(token_id)
+        if piece := decoder.step(tokenizer, token_id):
+            text += piece
+            pending = []
+    return text + tokenizer.decode(pending, skip_special_tokens=False), offsets
+
+
+def space_lost(tokenizer: Tokenizer, before: Sequence[int], token_id: int) -> str:
+    """Return the space that a token begins with and that decoding takes from the first token of all, or nothing.
+
+    After a special token there is none: a text begins there.
+    """
+    special = {place for place, token in tokenizer.get_added_tokens_decoder().items() if token.special}
+    if not before or before[-1] in special or token_id in special:
+        return ""
+    last, alone = (tokenizer.decode([token], skip_special_tokens=False) for token in (before[-1], token_id))
+    both = tokenizer.decode([before[-1], token_id], skip_special_tokens=False)
+    return " " if alone and both == f"{last} {alone}" else ""
+
+
+def _raw(text: str, token_ids: list[int], token_offsets: list[int]) -> TokenizedText:
+    return TokenizedText(text, token_ids, token_offsets, [Segment(PROMPT, 0, len(text))], len(token_ids))

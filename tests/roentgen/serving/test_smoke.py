@@ -1,0 +1,80 @@
+"""The smoke test and the doctor before a real server, and before things that are none."""
+
+import http.server
+import subprocess
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from roentgen.serving.doctor import examine_server
+from roentgen.serving.local_server import LaunchError, free_port
+from roentgen.serving.smoke import smoke
+from roentgen.store import list_sessions
+from tests.conftest import ROENTGEN, Server
+
+
+@pytest.fixture
+def nginx() -> Iterator[str]:
+    """A web server that answers 200 to everything: what the seed's users took for a healthy server."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = b'{"status": "ok", "stage": "fine"}' if self.path == "/health" else b"{}"
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            return
+
+    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=web.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{web.server_port}"
+    web.shutdown()
+    thread.join()
+    web.server_close()
+
+
+@pytest.mark.integration
+def test_a_server_passes_and_keeps_nothing_of_it(server: Server) -> None:
+    said: list[str] = []
+    report = smoke(server.root, "none", said.append)
+    assert report.model == "smollm2-135m"
+    assert report.rows > 10
+    assert report.tensors == ("layers.0.resid_post", "layers.29.resid_post")
+    assert said[-1] == "reading the activations back"
+    assert not [one for one in list_sessions(server.store) if one.session_id.startswith("smoke-")]
+
+
+@pytest.mark.integration
+def test_the_commands(server: Server) -> None:
+    done = subprocess.run([ROENTGEN, "smoke", server.base_url], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "rows of layers.0.resid_post, layers.29.resid_post read back" in done.stdout
+    done = subprocess.run([ROENTGEN, "doctor", server.base_url], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "smollm2-135m" in done.stdout
+
+
+@pytest.mark.integration
+def test_the_doctor_finds_a_server_well(server: Server) -> None:
+    findings = examine_server(server.root, "none")
+    assert {finding.verdict for finding in findings} == {"fine"}, findings
+    assert [finding.what for finding in findings] == ["port", "health", "routes", "model", "store"]
+
+
+def test_a_server_of_something_else_is_found_out(nginx: str) -> None:
+    with pytest.raises(LaunchError, match=r"is not a Roentgen server: /openapi.json lacks /v1/chat/completions"):
+        smoke(nginx, "none", lambda _: None)
+    wrong = {finding.what for finding in examine_server(nginx, "none") if finding.verdict == "wrong"}
+    assert {"routes", "model"} <= wrong
+
+
+def test_where_nothing_listens_the_doctor_says_so_and_what_to_do() -> None:
+    (finding,) = examine_server(f"http://127.0.0.1:{free_port('127.0.0.1')}", "none")
+    assert finding.verdict == "wrong"
+    assert "nothing answers" in finding.text
+    assert "open a tunnel" in finding.todo
