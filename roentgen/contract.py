@@ -23,8 +23,6 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    SerializerFunctionWrapHandler,
-    model_serializer,
 )
 
 from roentgen.defaults import EMBEDDED_MODEL
@@ -409,13 +407,9 @@ class StoredTensor(BaseModel):
     shape: tuple[int, ...]
     dtype: str
     stored_path: str
-    data: list[Any] | None = None
-    sample_info: str | None = None
-
-    @model_serializer(mode="wrap")
-    def _said(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # A reference has no values, and says nothing of them.
-        return {key: value for key, value in handler(self).items() if value is not None}
+    # A reference has no values, and says nothing of them.
+    data: list[Any] | None = Field(default=None, exclude_if=lambda data: data is None)
+    sample_info: str | None = Field(default=None, exclude_if=lambda info: info is None)
 
 
 class ActivationReply(BaseModel):

@@ -9,6 +9,7 @@
     engines                                       what generates: `transformers` or `vllm`, and what both share
     models                                        finding, identifying and reading weights
     capture                                       hook points: finding them, reading rows, adding and scoring
+    errors                                        the base of every error that a client may see
 
 `make check` holds them to it.
 """

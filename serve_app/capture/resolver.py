@@ -24,6 +24,7 @@ from serve_app.capture.block import Found, resolve_block
 from serve_app.capture.equations import same
 from serve_app.capture.structure import ModelStructure, Tap
 from serve_app.capture.watching import Passage, first_tensor, watch
+from serve_app.errors import RequestError
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 """What configurations call the number of experts."""
@@ -31,8 +32,10 @@ EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_expe
 Layers = list[tuple[str, nn.Module]]
 
 
-class ResolutionError(Exception):
+class ResolutionError(RequestError):
     """The model's decoder layers could not be found, or it does not run on tokens alone."""
+
+    code, param = "model_unsupported", "model_id"
 
 
 def resolve_structure(model: PreTrainedModel, model_name: str) -> ModelStructure:

@@ -23,6 +23,7 @@ from roentgen.contract import Positions, StoredDtype
 from serve_app.capture.grid import Layout
 from serve_app.capture.memory import RowMemory
 from serve_app.capture.structure import Tap
+from serve_app.errors import RequestError
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,10 @@ class CapturedRows:
     position: Int[np.ndarray, "rows"]
 
 
-class UncapturableError(Exception):
+class UncapturableError(RequestError):
     """A request's hook point gave no row per token, so what it asked for cannot be kept; the message names the key."""
+
+    param, prefix = "activations.hook_points", "activations.hook_points: "
 
 
 JOIN_EVERY = 32

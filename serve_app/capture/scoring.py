@@ -14,14 +14,17 @@ from torch import Tensor
 
 from serve_app.capture.grid import Layout
 from serve_app.capture.structure import Tap
+from serve_app.errors import RequestError
 
 if TYPE_CHECKING:
     # Only a type here: importing it brings the store with it, and pyarrow.
     from roentgen.linear_probe import Readout, ScoreUnit
 
 
-class UnscorableError(Exception):
+class UnscorableError(RequestError):
     """A request's probe cannot read its hook point, so what it asked for cannot be told; the message names both."""
+
+    param, prefix = "probes", "probes: "
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,17 +15,22 @@ from torch import Tensor
 from roentgen.contract import Positions
 from serve_app.capture.grid import Layout
 from serve_app.capture.structure import Tap
+from serve_app.errors import RequestError
 
 
-class OversteeredError(Exception):
+class OversteeredError(RequestError):
     """What was added made the model's output something else than numbers."""
+
+    code, param, prefix = "steering_overflow", "steering", "steering: "
 
     def __init__(self) -> None:
         super().__init__("what is added makes the model's output overflow; take a smaller scale")
 
 
-class UnsteerableError(Exception):
+class UnsteerableError(RequestError):
     """A request's vector cannot be added at its hook point; the message says why."""
+
+    param, prefix = "steering", "steering: "
 
 
 @dataclass(frozen=True)

@@ -5,23 +5,23 @@ touching the model. What the model does not have is refused here, by name, befor
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
+
+from typing_extensions import TypedDict
 
 from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS, ActivationRequest, stored_key
+from serve_app.errors import RequestError
 
 Side = Literal["input", "output"]
 
 
-class CaptureRequestError(ValueError):
-    """A request asks for something the model does not have.
+class CaptureRequestError(RequestError):
+    """A request asks for something the model does not have; `param` is "activations.layers" or "activations.hook_points"."""
 
-    Attributes:
-        param: the offending parameter, "activations.layers" or "activations.hook_points".
-    """
-
-    def __init__(self, param: str, message: str) -> None:
+    def __init__(self, param: str, message: str, code: str | None = None) -> None:
         super().__init__(f"{param}: {message}")
         self.param = param
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,24 @@ class Tap:
             return f"{self.module}.{self.side}[{self.place}] + [{self.plus}]"
         where = f"{self.module}.{self.side}" + (f"[{self.place}]" if self.place else "")
         return where if self.run is None else f"{where} (run {self.run + 1} of the module in a forward)"
+
+
+class StructureRecord(TypedDict):
+    """A model's layers and hook points as JSON: where each is, which are missing and why."""
+
+    model_name: str
+    model_type: str
+    architecture: str
+    num_layers: int
+    layer_access_pattern: str
+    pre_attention_path: str | None
+    pre_mlp_path: str | None
+    d_model: int
+    hook_points: dict[str, str]
+    hook_point_layers: dict[str, dict[str, list[int]]]
+    missing: dict[str, str]
+    verified_on: str
+    savepoints: dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -89,7 +107,8 @@ class ModelStructure:
         """
         for name, tap in savepoints.items():
             if tap.module not in self.module_paths:
-                raise CaptureRequestError("savepoints", f"{name}: {self.model_name} has no module {tap.module!r}")
+                message = f"{name}: {self.model_name} has no module {tap.module!r}"
+                raise CaptureRequestError("savepoints", message, "savepoint_not_found")
         return replace(self, savepoints=savepoints)
 
     def resolve(self, request: ActivationRequest) -> dict[str, Tap]:
@@ -199,7 +218,7 @@ class ModelStructure:
                 found.setdefault(reason, []).append(layer)
         return found
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> StructureRecord:
         """Return the structure as `layer_analysis_results.json` has it, extended.
 
         `hook_points` has a layer's hook points at the first layer that has them; `hook_point_layers` has all of them.

@@ -9,6 +9,7 @@ from torch import Tensor
 from serve_app.capture.steering import OversteeredError
 from serve_app.engines.protocol import (
     Finished,
+    FinishReason,
     GenerationJob,
     NonFiniteLogitsError,
     TextDelta,
@@ -39,7 +40,7 @@ class Completion:
         """The end-of-text or stop token that came last, if one did."""
         return self.token_ids[-1] if self.token_ids and self.token_ids[-1] in self.ends else None
 
-    def push(self, token: int, token_score: TokenScore) -> str | None:
+    def push(self, token: int, token_score: TokenScore) -> FinishReason | None:
         """Take a token; returns why the generation has ended, None if it goes on."""
         self.spoke = self.spoke or time.monotonic()
         self.token_ids.append(token)
@@ -49,7 +50,7 @@ class Completion:
             self.text.close()
         return reason
 
-    def _ended(self, token: int) -> str | None:
+    def _ended(self, token: int) -> FinishReason | None:
         sampling = self.job.sampling
         if self.ended_by is not None:
             return "stop"
@@ -72,7 +73,7 @@ class Completion:
         start, self.told = self.told, spoken
         return TextDelta(text, self.token_ids[start:spoken], self.scores[start:spoken], probed() if probed else [])
 
-    def finished(self, reason: str) -> Finished:
+    def finished(self, reason: FinishReason) -> Finished:
         """Return the result, without what was captured or scored."""
         submitted, end = self.job.submitted, time.monotonic()
         return Finished(

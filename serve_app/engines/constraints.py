@@ -43,11 +43,9 @@ that. What is not needed is never touched."""
 
 
 class SchemaError(ConstraintError):
-    """A JSON schema cannot be followed.
+    """A JSON schema cannot be followed; `param` says where the request has it."""
 
-    Attributes:
-        param: where the request has it.
-    """
+    prefix = ""
 
     def __init__(self, param: str, reason: str) -> None:
         super().__init__(f"{param}: {reason}")

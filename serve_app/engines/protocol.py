@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from jaxtyping import Float
 from torch import Tensor
@@ -18,35 +18,45 @@ from torch import Tensor
 from serve_app.capture.rows import CapturedRows, CapturePlan
 from serve_app.capture.scoring import Scorer
 from serve_app.capture.steering import Addition
+from serve_app.errors import RETRY_AFTER_S, RequestError
+
+FinishReason = Literal["stop", "length"]
 
 
-class EngineBusyError(Exception):
+class EngineBusyError(RequestError):
     """The queue is full; try again later."""
 
+    status, code, prefix, retry_after_s = 429, "busy", "the server is busy: ", RETRY_AFTER_S
 
-class EngineStoppedError(Exception):
+
+class EngineStoppedError(RequestError):
     """The engine has been closed."""
 
+    status, retry_after_s = 503, RETRY_AFTER_S
 
-class RequestTooLargeError(ValueError):
+
+class RequestTooLargeError(RequestError):
     """A job needs more of the KV cache than the engine has; the message says both numbers."""
 
+    code = "request_too_large"
 
-class UnknownTokenError(ValueError):
+
+class UnknownTokenError(RequestError):
     """A job's prompt has a token that the model has no embedding for; the message names it."""
 
+    param, prefix = "prompt", "prompt: "
 
-class NonFiniteLogitsError(Exception):
+
+class NonFiniteLogitsError(RequestError):
     """The model gives no probabilities, so there is no token to choose; the message says why and what to do."""
+
+    status, code = 500, "non_finite_logits"
 
     def __init__(self) -> None:
         super().__init__(
             "the model's logits are NaN, so no token can be chosen: its activations overflow in this dtype; run it in bfloat16 "
             "or float32 (dtype)"
         )
-
-    def __reduce__(self) -> tuple[type["NonFiniteLogitsError"], tuple[()]]:
-        return type(self), ()  # it crosses from a worker to its replica
 
 
 @dataclass(frozen=True)
@@ -88,8 +98,10 @@ class Sampling:
     top_logprobs: int = 0
 
 
-class ConstraintError(Exception):
+class ConstraintError(RequestError):
     """A constraint cannot be built or followed; the message says why."""
+
+    code, prefix = "constraint_failed", "response_format or tools: "
 
 
 class Constraint(Protocol):
@@ -202,7 +214,7 @@ class Finished:
     text: str
     token_ids: list[int]
     scores: list[TokenScore]
-    finish_reason: str
+    finish_reason: FinishReason
     captured: CapturedRows | None
     held: HeldRows | None = None
     ended_by: int | None = None

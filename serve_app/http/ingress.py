@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import pandas as pd
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
@@ -25,30 +25,16 @@ from roentgen.contract import check_session_id
 from roentgen.store import Session, SessionBusyError, SessionNotFoundError, SessionSummary, list_sessions
 from roentgen.store.files import read_file, session_files, tar_session
 from roentgen.store.sessions import delete_session, find_session, summarise
+from serve_app.capture.structure import StructureRecord
 from serve_app.config import ModelChoice, ServerConfig
 from serve_app.http.http_api import JsonRoute, check_key, make_api
 from serve_app.http.metrics import Metrics
 from serve_app.logs import write_json_logs
+from serve_app.openai_api import schemas
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.completions import CompletionRequest
 from serve_app.openai_api.errors import ApiError
-from serve_app.openai_api.schemas import (
-    HEALTH,
-    ChatCompletion,
-    Completion,
-    DeletedSession,
-    DetokenizedText,
-    ModelCard,
-    ModelList,
-    ModelStructure,
-    SessionFiles,
-    SessionList,
-    SessionPage,
-    Tokens,
-    binary,
-    documented,
-    exposition,
-)
+from serve_app.openai_api.schemas import HEALTH, complete_document, documented, raw
 from serve_app.openai_api.tokenize import DetokenizeRequest, TokenizeRequest
 from serve_app.replica.fleet import Replicas
 
@@ -71,77 +57,62 @@ class Ingress:
         api = make_api(self._config.max_body_bytes, self._metrics)
         api.add_api_route("/health", self.health, methods=["GET"], **HEALTH)
         locked = APIRouter(dependencies=[Depends(check_key)], route_class=JsonRoute)
-        locked.add_api_route("/v1/models", self.models, methods=["GET"], **documented(ModelList))
-        locked.add_api_route("/v1/models/{model_id:path}", self.model, methods=["GET"], **documented(ModelCard))
-        locked.add_api_route("/v1/model/structure", self.structure, methods=["GET"], **documented(ModelStructure))
-        locked.add_api_route(
-            "/v1/chat/completions", self.chat, methods=["POST"], **documented(ChatCompletion, streams=True)
-        )
-        locked.add_api_route(
-            "/v1/completions", self.completions, methods=["POST"], **documented(Completion, streams=True)
-        )
-        locked.add_api_route("/tokenize", self.tokenize, methods=["POST"], **documented(Tokens))
-        locked.add_api_route("/detokenize", self.detokenize, methods=["POST"], **documented(DetokenizedText))
-        locked.add_api_route("/v1/activations/sessions", self.sessions, methods=["GET"], **documented(SessionList))
-        locked.add_api_route(
-            "/v1/activations/session/{session_id}", self.session, methods=["GET"], **documented(SessionPage)
-        )
-        locked.add_api_route(
-            "/v1/activations/session/{session_id}",
-            self.delete_session,
-            methods=["DELETE"],
-            **documented(DeletedSession),
-        )
-        locked.add_api_route(
-            "/v1/activations/session/{session_id}/download",
-            self.download,
-            methods=["GET"],
-            **binary("application/x-tar"),
-        )
-        locked.add_api_route(
-            "/v1/activations/session/{session_id}/files", self.files, methods=["GET"], **documented(SessionFiles)
-        )
-        locked.add_api_route(
-            "/v1/activations/session/{session_id}/files/{path:path}",
-            self.file,
-            methods=["GET"],
-            **binary("application/octet-stream"),
-        )
-        locked.add_api_route("/v1/models/load", self.load_model, methods=["POST"], **documented(ModelCard))
-        locked.add_api_route("/models/load", self.load_model, methods=["POST"], include_in_schema=False)
-        locked.add_api_route("/metrics", self.metrics, methods=["GET"], **exposition())
-        locked.add_api_route("/openapi.json", api.openapi, methods=["GET"], include_in_schema=False)
+        session = "/v1/activations/session/{session_id}"
+        chat = documented(schemas.ChatCompletion, chunk=schemas.ChatCompletionChunk)
+        completion = documented(schemas.Completion, chunk=schemas.CompletionChunk)
+        routes: list[tuple[str, str, Callable[..., Any], dict[str, Any]]] = [
+            ("GET", "/v1/models", self.models, documented(schemas.ModelList)),
+            ("GET", "/v1/models/{model_id:path}", self.model, documented(schemas.ModelCard)),
+            ("GET", "/v1/model/structure", self.structure, documented(StructureRecord)),
+            ("POST", "/v1/chat/completions", self.chat, chat),
+            ("POST", "/v1/completions", self.completions, completion),
+            ("POST", "/tokenize", self.tokenize, documented(schemas.Tokens)),
+            ("POST", "/detokenize", self.detokenize, documented(schemas.DetokenizedText)),
+            ("GET", "/v1/activations/sessions", self.sessions, documented(schemas.SessionList)),
+            ("GET", session, self.session, documented(schemas.SessionPage)),
+            ("DELETE", session, self.delete_session, documented(schemas.DeletedSession)),
+            ("GET", f"{session}/download", self.download, raw("application/x-tar", format="binary")),
+            ("GET", f"{session}/files", self.files, documented(schemas.SessionFiles)),
+            ("GET", f"{session}/files/{{path:path}}", self.file, raw("application/octet-stream", format="binary")),
+            ("POST", "/v1/models/load", self.load_model, documented(schemas.ModelCard)),
+            ("POST", "/models/load", self.load_model, {"include_in_schema": False}),
+            ("GET", "/metrics", self.metrics, raw("text/plain")),
+            ("GET", "/openapi.json", api.openapi, {"include_in_schema": False}),
+        ]
+        for method, path, answer, about in routes:
+            locked.add_api_route(path, answer, methods=[method], **about)
         api.include_router(locked)
+        complete_document(api)
         return api
 
     async def health(self) -> JSONResponse:
         """Say whether the model answers, or what stage its start or its swap is in; 503 until it is ready."""
         status = await self._replicas.known()
-        code = 200 if status["status"] == "ok" else 503
-        return JSONResponse({"status": status["status"], "stage": status["stage"]}, code)
+        health: schemas.Health = {"status": status["status"], "stage": status["stage"]}
+        return JSONResponse(health, 200 if health["status"] == "ok" else 503)
 
-    async def models(self) -> Body:
+    async def models(self) -> schemas.ModelList:
         """List the served model."""
         return {"object": "list", "data": [(await self._replicas.serving())["model"]]}
 
-    async def model(self, model_id: str) -> Body:
+    async def model(self, model_id: str) -> schemas.ModelCard:
         """Show the served model."""
-        card: Body = (await self._replicas.serving())["model"]
+        card: schemas.ModelCard = (await self._replicas.serving())["model"]
         if card["id"] != model_id:
             raise ApiError(404, f"model {model_id!r} is not served here", param="model", code="model_not_found")
         return card
 
-    async def structure(self) -> Body:
+    async def structure(self) -> StructureRecord:
         """Show the model's layers and hook points."""
-        structure: Body = (await self._replicas.serving())["structure"]
+        structure: StructureRecord = (await self._replicas.serving())["structure"]
         return structure
 
-    async def load_model(self, body: ModelChoice) -> Body:
+    async def load_model(self, body: ModelChoice) -> schemas.ModelCard:
         """Serve another model in place of this one; answers when it is ready, or why it cannot be."""
         self._replicas.check_allowed(body)
         # Begun is begun: a client that goes away does not leave the replicas between two models.
         status = await asyncio.shield(asyncio.create_task(self._replicas.swap(body)))
-        card: Body = status["model"]
+        card: schemas.ModelCard = status["model"]
         return card
 
     async def metrics(self) -> Response:
@@ -168,24 +139,24 @@ class Ingress:
         with self._replicas.asked():
             return _answer(await self._model.detokenize.remote(body))
 
-    def sessions(self) -> Body:
+    def sessions(self) -> schemas.SessionList:
         """List the sessions of the activation store."""
-        return {"object": "list", "data": [asdict(summary) for summary in list_sessions(self._config.store)]}
+        return {"object": "list", "data": [_session_entry(summary) for summary in list_sessions(self._config.store)]}
 
     def session(
         self,
         session_id: str,
         offset: Annotated[int, Query(ge=0)] = 0,
         limit: Annotated[int, Query(ge=0, le=10_000)] = 100,
-    ) -> Body:
+    ) -> schemas.SessionPage:
         """Show what a session holds, with a page of its rollouts."""
         session = self._find(session_id)
-        summary: SessionSummary = summarise(session.place)
+        entry = _session_entry(summarise(session.place))
         ids = session.rollouts(columns=())["rollout_id"].iloc[offset : offset + limit]
         page = session.rollouts(columns=("labels",), ids=ids).sort_values("rollout_id")
-        return {**asdict(summary), "offset": offset, "items": [_entry(row) for row in page.to_dict("records")]}
+        return {**entry, "offset": offset, "items": [_entry(row) for row in page.to_dict("records")]}
 
-    def delete_session(self, session_id: str) -> Body:
+    def delete_session(self, session_id: str) -> schemas.DeletedSession:
         """Delete a session and all it holds; one that is being written is refused."""
         _check_id(session_id)
         if self._writing[session_id]:
@@ -204,7 +175,7 @@ class Ingress:
         headers = {"Content-Length": str(size), "Content-Disposition": f'attachment; filename="{session_id}.tar"'}
         return StreamingResponse(pieces, media_type="application/x-tar", headers=headers)
 
-    def files(self, session_id: str) -> Body:
+    def files(self, session_id: str) -> schemas.SessionFiles:
         """List a session's committed files: what `roentgen sessions pull` fetches, one by one."""
         files = session_files(self._find(session_id))
         return {"object": "list", "data": [{"name": file.name, "size": file.size} for file in files]}
@@ -292,17 +263,21 @@ def _no_session(session_id: str) -> ApiError:
     return ApiError(404, f"there is no session {session_id!r}", param="session_id", code="session_not_found")
 
 
+def _session_entry(summary: SessionSummary) -> schemas.SessionEntry:
+    return cast(schemas.SessionEntry, asdict(summary))
+
+
 _ENTRY = ("rollout_id", "problem_id", "epoch", "turn", "shard", "row_start", "row_stop")
 
 
-def _entry(row: dict[Any, Any]) -> Body:
+def _entry(row: dict[Any, Any]) -> schemas.RolloutEntry:
     """Spell a rollout of a session's page; its labels as they were sent, where pandas would round their numbers."""
     entry = {name: None if pd.isna(row[name]) else row[name] for name in _ENTRY}
     # pandas has no integers in a column with gaps.
     numbers = {name: int(row[name]) for name in ("epoch", "turn") if entry[name] is not None}
     # An older store may hold NaN and Infinity, which JSON does not have.
     labels = {key: None if _is_odd(value) else value for key, value in row["labels"].items()}
-    return {**entry, **numbers, "labels": labels}
+    return cast(schemas.RolloutEntry, {**entry, **numbers, "labels": labels})
 
 
 def _is_odd(value: Any) -> bool:
@@ -317,7 +292,7 @@ def _answer(result: Body) -> JSONResponse:
 
 def _sse(state: State, chunks: list[Body]) -> str:
     """Spell chunks as server-sent events; an error becomes the envelope, and what the request took is kept."""
-    bodies = []
+    bodies: list[Body | schemas.ErrorReply] = []
     for chunk in chunks:
         if "stats" in chunk:
             state.stats = chunk["stats"]

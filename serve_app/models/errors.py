@@ -1,9 +1,15 @@
 """Why no model can be loaded from a name."""
 
+from serve_app.errors import RequestError
 
-class ModelNotFoundError(Exception):
+
+class ModelNotFoundError(RequestError):
     """No weights behind a model's name; the message names the ways out."""
+
+    status, code, param = 404, "model_not_found", "model_id"
 
 
 class WeightsError(ModelNotFoundError):
     """The weights behind a name are damaged or not those of the model; the message names what is wrong with them."""
+
+    status, code = 500, "weights_unusable"

@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from roentgen.contract import Int, MaxTokens
 from serve_app.capture.scoring import Scorer
-from serve_app.engines.protocol import Finished, TextDelta
+from serve_app.engines.protocol import Finished, TextDelta, TokenScore
 from serve_app.engines.storage import Done
+from serve_app.openai_api import schemas
 from serve_app.openai_api.logprobs import chat_logprobs
 from serve_app.openai_api.messages import Message, NamedToolChoice, ResponseFormat, Tool, ToolChoice, check_tool_results
 from serve_app.openai_api.params import MAX_TOP_LOGPROBS, GenerationParams
@@ -106,15 +107,15 @@ class ChatReply:
             for _ in range(self.request.n)
         ]
 
-    def opening(self) -> list[dict[str, Any]]:
+    def opening(self) -> list[schemas.ChatCompletionChunk]:
         """Return the chunks that begin a stream."""
         return [self._chunk(i, {"role": "assistant", "content": ""}) for i in range(len(self._choices))]
 
-    def delta(self, index: int, event: TextDelta) -> list[dict[str, Any]]:
+    def delta(self, index: int, event: TextDelta) -> list[schemas.ChatCompletionChunk]:
         """Return the chunks for a choice's new text."""
         return self._pieces(index, self._choices[index].parser.feed(event.text), event)
 
-    def done(self, index: int, done: Done) -> list[dict[str, Any]]:
+    def done(self, index: int, done: Done) -> list[schemas.ChatCompletionChunk]:
         """Return the last chunks of a choice."""
         choice = self._choices[index]
         choice.done = done
@@ -122,18 +123,14 @@ class ChatReply:
         probed = self._probed(choice, [scores[choice.probed :] for scores in done.finished.probed])
         return [*pieces, self._chunk(index, {}, self._finish_reason(choice, done.finished), probed=probed)]
 
-    def closing(self, activations: dict[str, Any] | None) -> list[dict[str, Any]]:
+    def closing(self, kept: schemas.Kept) -> list[schemas.ChatCompletionChunk]:
         """Return the chunks after all choices: usage, if it is asked for, and activations."""
-        extra: dict[str, Any] = {}
-        if self.request.stream_options is not None and self.request.stream_options.include_usage:
-            extra["usage"] = self._usage()
-        if activations is not None:
-            extra["activations"] = activations
-        return [{**self._envelope("chat.completion.chunk"), "choices": [], **extra}] if extra else []
+        counted: schemas.Counted = {"usage": self._usage()} if self.request.counts_usage else {}
+        return [{**self._enveloped([]), **counted, **kept}] if counted or kept else []
 
-    def whole(self, dones: list[Done], activations: dict[str, Any] | None) -> dict[str, Any]:
+    def whole(self, dones: list[Done], kept: schemas.Kept) -> schemas.ChatCompletion:
         """Return the reply of a request that is not streamed."""
-        choices = []
+        choices: list[schemas.ChatChoice] = []
         for index, (choice, done) in enumerate(zip(self._choices, dones, strict=True)):
             finished = done.finished
             choice.done = done
@@ -149,11 +146,18 @@ class ChatReply:
                     **self._probed(choice, finished.probed),
                 }
             )
-        reply = {**self._envelope("chat.completion"), "choices": choices, "usage": self._usage()}
-        return reply | ({"activations": activations} if activations is not None else {})
+        return {
+            "id": self.request_id,
+            "object": "chat.completion",
+            "created": self.created,
+            "model": self.request.model,
+            "choices": choices,
+            "usage": self._usage(),
+            **kept,
+        }
 
-    def _pieces(self, index: int, parts: list[ReplyPart], event: TextDelta | None) -> list[dict[str, Any]]:
-        deltas: list[dict[str, Any]] = []
+    def _pieces(self, index: int, parts: list[ReplyPart], event: TextDelta | None) -> list[schemas.ChatCompletionChunk]:
+        deltas: list[schemas.ChatDelta] = []
         for part in parts:
             match part:
                 case ContentDelta(text):
@@ -162,13 +166,14 @@ class ChatReply:
                     deltas.append({"reasoning_content": text})
                 case ToolCallStart(number, call_id, name):
                     self._choices[index].called = True
-                    function = {"name": name, "arguments": ""}
-                    call = {"index": number, "id": call_id, "type": "function", "function": function}
-                    deltas.append({"tool_calls": [call]})
+                    function: schemas.FunctionDelta = {"name": name, "arguments": ""}
+                    deltas.append(
+                        {"tool_calls": [{"index": number, "id": call_id, "type": "function", "function": function}]}
+                    )
                 case ToolCallArguments(number, text):
                     deltas.append({"tool_calls": [{"index": number, "function": {"arguments": text}}]})
         logprobs = self._logprobs(event.token_ids, event.scores) if event else None
-        probed = self._probed(self._choices[index], event.probed) if event else {}
+        probed: schemas.Probed = self._probed(self._choices[index], event.probed) if event else {}
         if ((logprobs and logprobs["content"]) or probed) and not deltas:
             deltas.append({})
         # The tokens of one step go with the first of its pieces.
@@ -177,44 +182,46 @@ class ChatReply:
             for i, delta in enumerate(deltas)
         ]
 
-    def _probed(self, choice: _ChoiceState, scores: list[Tensor]) -> dict[str, Any]:
+    def _probed(self, choice: _ChoiceState, scores: list[Tensor]) -> schemas.Probed:
         """Spell the scores of a choice's next rows, and count these as sent."""
         if not scores or not len(scores[0]):
             return {}
         start, choice.probed = choice.probed, choice.probed + len(scores[0])
         return {"probes": spell_scores(self.probes, scores, self.n_prompt, start)}
 
-    def _logprobs(self, token_ids: list[int], scores: list[Any]) -> dict[str, Any] | None:
+    def _logprobs(self, token_ids: list[int], scores: list[TokenScore]) -> schemas.ChatLogprobs | None:
         return chat_logprobs(self.tokenizer, token_ids, scores) if self.request.logprobs else None
 
-    def _finish_reason(self, choice: _ChoiceState, finished: Finished) -> str:
+    def _finish_reason(self, choice: _ChoiceState, finished: Finished) -> schemas.ChatFinishReason:
         return "tool_calls" if choice.called and finished.finish_reason == "stop" else finished.finish_reason
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> schemas.Usage:
         return usage(self.n_prompt, [choice.done for choice in self._choices])
 
     def _chunk(
         self,
         index: int,
-        delta: dict[str, Any],
-        finish_reason: str | None = None,
-        logprobs: dict[str, Any] | None = None,
-        probed: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        choice = {
-            "index": index,
-            "delta": delta,
-            "logprobs": logprobs,
-            "finish_reason": finish_reason,
-            **(probed or {}),
+        delta: schemas.ChatDelta,
+        finish_reason: schemas.ChatFinishReason | None = None,
+        logprobs: schemas.ChatLogprobs | None = None,
+        probed: schemas.Probed | None = None,
+    ) -> schemas.ChatCompletionChunk:
+        choice: schemas.ChatChunkChoice = {
+            "index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason, **(probed or {})
+        }  # fmt: skip
+        return self._enveloped([choice])
+
+    def _enveloped(self, choices: list[schemas.ChatChunkChoice]) -> schemas.ChatCompletionChunk:
+        return {
+            "id": self.request_id,
+            "object": "chat.completion.chunk",
+            "created": self.created,
+            "model": self.request.model,
+            "choices": choices,
         }
-        return {**self._envelope("chat.completion.chunk"), "choices": [choice]}
-
-    def _envelope(self, kind: str) -> dict[str, Any]:
-        return {"id": self.request_id, "object": kind, "created": self.created, "model": self.request.model}
 
 
-def usage(n_prompt: int, dones: list[Done | None]) -> dict[str, int]:
+def usage(n_prompt: int, dones: list[Done | None]) -> schemas.Usage:
     """Spell the token counts: the prompt once, the completions of all choices."""
     completion = sum(len(done.finished.token_ids) for done in dones if done is not None)
     return {"prompt_tokens": n_prompt, "completion_tokens": completion, "total_tokens": n_prompt + completion}

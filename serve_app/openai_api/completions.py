@@ -15,9 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from roentgen.contract import Int, no_booleans
 from serve_app.capture.scoring import Scorer
-from serve_app.engines.protocol import TextDelta, TokenScore
+from serve_app.engines.protocol import FinishReason, TextDelta, TokenScore
 from serve_app.engines.storage import Done
 from serve_app.models.tokenization import RawText, decode_tokens, tokenize_text
+from serve_app.openai_api import schemas
 from serve_app.openai_api.chat import usage
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.logprobs import Offsets, completion_logprobs
@@ -113,20 +114,20 @@ class CompletionReply:
         self._offsets = [Offsets() for _ in self._dones]
         self._scored = [0] * len(self._dones)  # rows whose scores have been sent
 
-    def opening(self) -> list[dict[str, Any]]:
+    def opening(self) -> list[schemas.CompletionChunk]:
         """Return the chunks that begin a stream: the prompts, if they are echoed and their scores are not asked for."""
         if not self.request.echo or self.request.logprobs is not None:
             return []
         return [self._chunk(i, self._prompt(i).echo, None) for i in range(len(self._dones))]
 
-    def delta(self, index: int, event: TextDelta) -> list[dict[str, Any]]:
+    def delta(self, index: int, event: TextDelta) -> list[schemas.CompletionChunk]:
         """Return the chunks for a choice's new text; with echoed scores it has to wait for those of the prompt."""
         if self.request.echo and self.request.logprobs is not None:
             return []
         logprobs = self._logprobs(event.token_ids, list(event.scores), self._offsets[index])
         return [self._chunk(index, event.text, logprobs, probed=self._probed(index, event.probed))]
 
-    def done(self, index: int, done: Done) -> list[dict[str, Any]]:
+    def done(self, index: int, done: Done) -> list[schemas.CompletionChunk]:
         """Return the last chunks of a choice."""
         self._dones[index] = done
         late = self.request.echo and self.request.logprobs is not None
@@ -134,27 +135,31 @@ class CompletionReply:
         probed = self._probed(index, [scores[self._scored[index] :] for scores in done.finished.probed])
         return [self._chunk(index, text, logprobs, done.finished.finish_reason, probed)]
 
-    def closing(self, activations: dict[str, Any] | None) -> list[dict[str, Any]]:
+    def closing(self, kept: schemas.Kept) -> list[schemas.CompletionChunk]:
         """Return the chunks after all choices: usage, if it is asked for, and activations."""
-        extra: dict[str, Any] = {}
-        if self.request.stream_options is not None and self.request.stream_options.include_usage:
-            extra["usage"] = self._usage()
-        if activations is not None:
-            extra["activations"] = activations
-        return [{**self._envelope(), "choices": [], **extra}] if extra else []
+        counted: schemas.Counted = {"usage": self._usage()} if self.request.counts_usage else {}
+        return [{**self._enveloped([]), **counted, **kept}] if counted or kept else []
 
-    def whole(self, dones: list[Done], activations: dict[str, Any] | None) -> dict[str, Any]:
+    def whole(self, dones: list[Done], kept: schemas.Kept) -> schemas.Completion:
         """Return the reply of a request that is not streamed."""
         self._dones = list(dones)
-        choices = []
+        choices: list[schemas.CompletionChoice] = []
         for index, done in enumerate(dones):
             text, logprobs = self._text_and_logprobs(index, done)
             probed = self._probed(index, done.finished.probed)
-            choices.append(_choice(index, text, logprobs, done.finished.finish_reason, probed))
-        reply = {**self._envelope(), "choices": choices, "usage": self._usage()}
-        return reply | ({"activations": activations} if activations is not None else {})
+            reason = done.finished.finish_reason
+            choices.append({"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason, **probed})
+        return {
+            "id": self.request_id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.request.model,
+            "choices": choices,
+            "usage": self._usage(),
+            **kept,
+        }
 
-    def _text_and_logprobs(self, index: int, done: Done) -> tuple[str, dict[str, Any] | None]:
+    def _text_and_logprobs(self, index: int, done: Done) -> tuple[str, schemas.CompletionLogprobs | None]:
         finished, prompt = done.finished, self._prompt(index)
         spoken = len(finished.token_ids) - (finished.ended_by is not None)
         tokens, scores = finished.token_ids[:spoken], list[TokenScore | None](finished.scores[:spoken])
@@ -168,12 +173,12 @@ class CompletionReply:
 
     def _logprobs(
         self, tokens: list[int], scores: list[TokenScore | None], offsets: Offsets, echoed: Sequence[int] = ()
-    ) -> dict[str, Any] | None:
+    ) -> schemas.CompletionLogprobs | None:
         if self.request.logprobs is None:
             return None
         return completion_logprobs(self.tokenizer, tokens, scores, offsets, echoed)
 
-    def _probed(self, index: int, scores: list[Tensor]) -> dict[str, Any]:
+    def _probed(self, index: int, scores: list[Tensor]) -> schemas.Probed:
         """Spell the scores of a choice's next rows, and count these as sent."""
         if not scores or not len(scores[0]):
             return {}
@@ -184,29 +189,27 @@ class CompletionReply:
     def _prompt(self, index: int) -> RawText:
         return self.prompts[index // self.request.n]
 
-    def _usage(self) -> dict[str, int]:
+    def _usage(self) -> schemas.Usage:
         return usage(sum(raw.prompt.n_prompt for raw in self.prompts), self._dones)
 
     def _chunk(
         self,
         index: int,
         text: str,
-        logprobs: dict[str, Any] | None,
-        finish_reason: str | None = None,
-        probed: dict[str, Any] | None = None,
-    ) -> dict[str, Any]:
-        return {**self._envelope(), "choices": [_choice(index, text, logprobs, finish_reason, probed or {})]}
+        logprobs: schemas.CompletionLogprobs | None,
+        finish_reason: FinishReason | None = None,
+        probed: schemas.Probed | None = None,
+    ) -> schemas.CompletionChunk:
+        choice: schemas.CompletionChunkChoice = {
+            "index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason, **(probed or {})
+        }  # fmt: skip
+        return self._enveloped([choice])
 
-    def _envelope(self) -> dict[str, Any]:
+    def _enveloped(self, choices: list[schemas.CompletionChunkChoice]) -> schemas.CompletionChunk:
         return {
             "id": self.request_id,
             "object": "text_completion",
             "created": self.created,
             "model": self.request.model,
+            "choices": choices,
         }
-
-
-def _choice(
-    index: int, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None, probed: dict[str, Any]
-) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason, **probed}

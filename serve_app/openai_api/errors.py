@@ -1,35 +1,27 @@
 """The OpenAI error envelope, and the errors that become one.
 
-Any failure a client can see is an `ApiError`: raised in the ingress it becomes an HTTP status and a JSON body; raised in a
-replica it crosses the Serve handle as data (`payload`), because an exception would cross it wrapped in Ray's own, with a
-traceback that is no client's business.
+Any failure a client can see is a `RequestError`. Raised in a replica, it crosses the Serve handle as data (`payload`),
+because an exception would cross it wrapped in Ray's own, with a traceback that is no client's business; in the ingress it is
+an `ApiError`, which becomes an HTTP status and a JSON body.
 """
 
 import re
 from typing import Any
 
+from roentgen.store import NonFiniteRowsError, StoreError
 from roentgen.strict_json import MAX_FIELD, JsonError
+from serve_app.errors import RequestError
+from serve_app.openai_api.schemas import ErrorReply, ErrorType
 
 MAX_REASON = 500
 """Characters of an unexpected error that a client is told."""
-
-RETRY_AFTER_S = 2
-"""When to try again what the server cannot do just now."""
 
 NOT_AGAIN = frozenset({"non_finite_logits", "non_finite_rows"})
 """Codes of 5xx errors that would come again: OpenAI's clients are told not to repeat the request."""
 
 
-class ApiError(Exception):
-    """An error in OpenAI's shape.
-
-    Attributes:
-        status: the HTTP status.
-        message: one sentence: what was asked, why it can't be, what is allowed.
-        param: the request's parameter at fault.
-        code: a word for programs, such as "context_length_exceeded".
-        retry_after_s: for 429 and 503, when to try again.
-    """
+class ApiError(RequestError):
+    """An error that says at each place where it is raised what it means to a client; and how every one is written."""
 
     def __init__(
         self,
@@ -40,27 +32,25 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after_s: int | None = None,
     ) -> None:
-        # Errors of others quote what they were given, which need not be text, and a reply has to be.
-        message = message.encode("utf-8", "backslashreplace").decode()
         super().__init__(message)
         self.status = status
-        self.message = message
         self.param = param
         self.code = code
         self.retry_after_s = retry_after_s
 
     @property
-    def kind(self) -> str:
+    def kind(self) -> ErrorType:
         """OpenAI's `type` for the status."""
-        return {
+        kinds: dict[int, ErrorType] = {
             401: "authentication_error",
             403: "permission_error",
             404: "not_found_error",
             429: "rate_limit_error",
             503: "service_unavailable_error",
-        }.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
+        }
+        return kinds.get(self.status, "invalid_request_error" if self.status < 500 else "server_error")
 
-    def body(self) -> dict[str, Any]:
+    def body(self) -> ErrorReply:
         """Return the envelope, as the client gets it."""
         return {"error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code}}
 
@@ -70,25 +60,27 @@ class ApiError(Exception):
             return {"x-should-retry": "false"}
         return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
 
-    def payload(self) -> dict[str, Any]:
-        """Return the error as data, to cross a Serve handle."""
-        return {
-            "status": self.status,
-            "message": self.message,
-            "param": self.param,
-            "code": self.code,
-            "retry_after_s": self.retry_after_s,
-        }
-
     @classmethod
     def from_payload(cls, payload: dict[str, Any]) -> "ApiError":
         """Undo `payload`."""
         return cls(**payload)
 
 
+def refused(param: str, reason: str, code: str | None = None) -> ApiError:
+    """Refuse a request for one of its parameters."""
+    return ApiError(400, f"{param}: {reason}", param=param, code=code)
+
+
 def internal_error(error: BaseException) -> ApiError:
     """Spell a failure of the server's own code: a client that tries again would only meet it again."""
     return ApiError(500, f"internal error: {type(error).__name__}: {error}"[:MAX_REASON], code="internal_error")
+
+
+def from_store(error: StoreError, code: str) -> ApiError:
+    """Write a failure of the store: a bug or a disk, but for rows that the model made."""
+    if isinstance(error, NonFiniteRowsError):
+        return ApiError(500, f"activations: {error}", param="activations", code="non_finite_rows")
+    return ApiError(500, str(error), code=code)
 
 
 INVALID_TEXT = "invalid_text"

@@ -4,7 +4,6 @@ import codecs
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase
@@ -12,16 +11,17 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from serve_app.engines.markers import MARKERS
 from serve_app.engines.protocol import TokenScore
+from serve_app.openai_api.schemas import ChatLogprobs, ChosenToken, CompletionLogprobs, ScoredToken
 
 
-def chat_logprobs(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], scores: list[TokenScore]) -> dict[str, Any]:
+def chat_logprobs(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], scores: list[TokenScore]) -> ChatLogprobs:
     """Spell a chat choice's `logprobs`: per token its text, bytes and logprob, and the most likely ones beside it."""
 
-    def spell(token: int, logprob: float) -> dict[str, Any]:
+    def spell(token: int, logprob: float) -> ScoredToken:
         raw = token_bytes(tokenizer, token)
         return {"token": raw.decode("utf-8", "replace"), "logprob": logprob, "bytes": list(raw)}
 
-    content = [
+    content: list[ChosenToken] = [
         {**spell(token, score.logprob), "top_logprobs": [spell(*pair) for pair in score.top]}
         for token, score in zip(token_ids, scores, strict=True)
     ]
@@ -60,7 +60,7 @@ def completion_logprobs(
     scores: list[TokenScore | None],
     offsets: Offsets,
     echoed: Sequence[int] = (),
-) -> dict[str, Any]:
+) -> CompletionLogprobs:
     """Spell a completion choice's `logprobs`, or a chunk's part of them.
 
     `top_logprobs` has, at each position, the most likely tokens as many as were asked for, and the token itself.

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from roentgen.contract import MAX_INT32, ActivationRequest, Float, Int, Temperature, TopP, no_booleans
 from serve_app.engines.protocol import Sampling
+from serve_app.openai_api.messages import Wire
 from serve_app.openai_api.probing import (
     MAX_ADDITIONS,
     MAX_PROBES,
@@ -48,10 +49,8 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class GenerationParams(BaseModel):
+class GenerationParams(Wire):
     """The part of a request's body that both routes share; the fields are OpenAI's (docs/http.md)."""
-
-    model_config = ConfigDict(extra="forbid")
 
     model: str
     stream: bool = False
@@ -61,29 +60,25 @@ class GenerationParams(BaseModel):
     top_k: Int = Field(default=0, ge=-1)
     min_tokens: Int = Field(default=0, ge=0)
     seed: Annotated[Int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=16), BeforeValidator(_stop_list)] = []
-    stop_token_ids: Annotated[
-        list[Annotated[int, Field(ge=0)]], BeforeValidator(no_booleans), Field(max_length=64)
-    ] = []
+    stop: Annotated[list[Annotated[str, Field(min_length=1)]], Field(max_length=16), BeforeValidator(_stop_list)] = (
+        Field(default=[])
+    )
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(no_booleans), Field(max_length=64)] = (
+        Field(default=[])
+    )
     presence_penalty: Float = Field(default=0, ge=-2, le=2)
     frequency_penalty: Float = Field(default=0, ge=-2, le=2)
     repetition_penalty: Float = Field(default=1, gt=0, le=10)
     logit_bias: Annotated[
         dict[Annotated[int, Field(ge=0)], Annotated[Float, Field(ge=-100, le=100)]], BeforeValidator(_different_tokens)
-    ] = {}
+    ] = Field(default={})
     n: Int = Field(default=1, ge=1, le=MAX_CHOICES)
     user: str | None = None
     metadata: dict[str, str] | None = None
     activations: ActivationRequest | None = None
     collect_activations: CollectActivations | None = None
-    probes: Annotated[list[ProbeRequest], Field(max_length=MAX_PROBES)] = []
-    steering: Annotated[list[SteeringRequest], Field(max_length=MAX_ADDITIONS)] = []
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, body: Any) -> Any:
-        # OpenAI's clients may send null for "not given".
-        return {k: v for k, v in body.items() if v is not None} if isinstance(body, dict) else body
+    probes: list[ProbeRequest] = Field(default=[], max_length=MAX_PROBES)
+    steering: list[SteeringRequest] = Field(default=[], max_length=MAX_ADDITIONS)
 
     @model_validator(mode="after")
     def _agree(self) -> "GenerationParams":
@@ -107,6 +102,11 @@ class GenerationParams(BaseModel):
     def capture(self) -> ActivationRequest | None:
         """What to keep, in either of its spellings."""
         return self.collect_activations.request() if self.collect_activations else self.activations
+
+    @property
+    def counts_usage(self) -> bool:
+        """Whether a stream ends with the numbers of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
 
     def sampling(self, max_tokens: int, choice: int, top_logprobs: int) -> Sampling:
         """Say how to choose one choice's tokens; each choice of a seeded request has a stream of its own.

@@ -4,7 +4,7 @@ A saved probe is named by a path under one of the folders that the server's conf
 comes with the request, as numbers. `requests.probes_and_steering` finds what the names stand for; here is the wire.
 """
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import jaxtyping
 from pydantic import (
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from roentgen.contract import Float, Int, SteeredPositions, no_booleans
 from serve_app.capture.scoring import Scorer
+from serve_app.openai_api.schemas import ProbeScores
 
 MAX_PROBES = 16
 MAX_ADDITIONS = 16
@@ -97,7 +98,7 @@ class SteeringRequest(BaseModel):
 
 def spell_scores(
     scorers: tuple[Scorer, ...], probed: list[jaxtyping.Float[Tensor, "rows outputs"]], n_prompt: int, start: int = 0
-) -> list[dict[str, Any]]:
+) -> list[ProbeScores]:
     """Return a choice's `probes`: what each probe gave the rows from position `start` on.
 
     A probe with one output gives a number per row, one with several a list of them.

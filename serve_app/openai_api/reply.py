@@ -9,12 +9,13 @@ replies, so a reply says the same streamed or not.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from ulid import ULID
 
 from serve_app.engines.markers import CALL_END, CALL_START, THINK_END, THINK_START
 from serve_app.openai_api.call_text import HEADER, Braces, parse_call
+from serve_app.openai_api.schemas import AssistantMessage, MadeToolCall
 
 Reasoning = Literal["started", "possible", "none"]
 """How a reply begins: within the model's thoughts, perhaps with `<think>`, or with what it has to say."""
@@ -62,17 +63,17 @@ def reasoning_mode(template_source: str, prompt_text: str) -> Reasoning:
     return "possible" if THINK_END in template_source and not prompt.endswith(THINK_END) else "none"
 
 
-def assemble(parts: list[ReplyPart]) -> dict[str, Any]:
+def assemble(parts: list[ReplyPart]) -> AssistantMessage:
     """Put the parts of a whole reply together to an assistant's message."""
     content = "".join(part.text for part in parts if isinstance(part, ContentDelta))
     reasoning = "".join(part.text for part in parts if isinstance(part, ReasoningDelta))
-    calls: list[dict[str, Any]] = []
+    calls: list[MadeToolCall] = []
     for part in parts:
         if isinstance(part, ToolCallStart):
             calls.append({"id": part.id, "type": "function", "function": {"name": part.name, "arguments": ""}})
         elif isinstance(part, ToolCallArguments):
             calls[part.index]["function"]["arguments"] += part.text
-    message: dict[str, Any] = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
+    message: AssistantMessage = {"role": "assistant", "content": content or (None if calls else ""), "refusal": None}
     if reasoning:
         message["reasoning_content"] = reasoning
     if calls:

@@ -1,16 +1,20 @@
-"""What replies look like, for `/openapi.json`: clients are generated from it, and fuzzers hold every reply against it.
+"""What replies are: each one declared once, here, built as declared, and documented so in `/openapi.json`.
 
-These models only describe; replies are built where they are made (`chat`, `completions`, …) and are not passed through here.
-`documented` turns a model into arguments of a route. Every error of every route is the one envelope.
+A reply is a `TypedDict`: mypy checks it where it is built, pydantic describes it, and at run time it is a plain dict, which
+crosses a Serve handle and becomes JSON at no further cost; a stream makes one for every token. A key that may be absent is
+`NotRequired`; one that may be null says so. `documented` turns a declaration into arguments of a route. Every error of every
+route is the one envelope.
 """
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
-from fastapi import Response
-from pydantic import BaseModel, ConfigDict, Field
+from fastapi import FastAPI, Response
+from pydantic import Field, GetPydanticSchema, TypeAdapter
+from typing_extensions import TypedDict
 
 from roentgen.contract import ActivationReply
 from roentgen.linear_probe import ScoreUnit
+from serve_app.engines.protocol import FinishReason
 
 ERRORS = {
     400: "The request cannot be carried out; `param` names what is wrong",
@@ -28,57 +32,80 @@ ERRORS = {
 """Which statuses an error may have."""
 
 
-class Shape(BaseModel):
-    """An object with these fields and no others."""
+Count = Annotated[int, Field(ge=0)]
 
-    model_config = ConfigDict(extra="forbid")
+ErrorType = Literal[
+    "invalid_request_error",
+    "authentication_error",
+    "permission_error",
+    "not_found_error",
+    "rate_limit_error",
+    "server_error",
+    "service_unavailable_error",
+]
 
 
-class ErrorDetail(Shape):
+class ErrorDetail(TypedDict):
     """What went wrong, in OpenAI's words."""
 
     message: str
-    type: Literal[
-        "invalid_request_error",
-        "authentication_error",
-        "permission_error",
-        "not_found_error",
-        "rate_limit_error",
-        "server_error",
-        "service_unavailable_error",
-    ]
+    type: ErrorType
     param: str | None
     code: str | None
 
 
-class ErrorReply(Shape):
+class ErrorReply(TypedDict):
     """OpenAI's error envelope."""
 
     error: ErrorDetail
 
 
-class Usage(Shape):
+class Usage(TypedDict):
     """Tokens read and written."""
 
-    prompt_tokens: int = Field(ge=0)
-    completion_tokens: int = Field(ge=0)
-    total_tokens: int = Field(ge=0)
+    prompt_tokens: Count
+    completion_tokens: Count
+    total_tokens: Count
 
 
 class ChosenRollout(ActivationReply):
     """The activations of one choice of several."""
 
-    choice_index: int = Field(ge=0)
+    choice_index: Count
 
 
-class RolloutList(Shape):
+class RolloutList(TypedDict):
     """The activations of several choices."""
 
     session_id: str
-    rollouts: list[ChosenRollout]
+    rollouts: list[Annotated[dict[str, Any], GetPydanticSchema(lambda _, handler: handler(ChosenRollout))]]
 
 
-class ScoredToken(Shape):
+Activations = Annotated[dict[str, Any], GetPydanticSchema(lambda _, handler: handler(ActivationReply))] | RolloutList
+"""Where a request's activations are: an `ActivationReply`, already dumped where it was made, or a list of them."""
+
+
+class Kept(TypedDict):
+    """The part of a reply that a request for activations adds."""
+
+    activations: NotRequired[Annotated[Activations, Field(description="Present if asked for.")]]
+
+
+class Reply(Kept):
+    """What every generation's reply has, whole or a piece of it."""
+
+    id: str
+    created: int
+    model: str
+
+
+class Counted(TypedDict):
+    """The part of a stream's last chunk that `include_usage` adds."""
+
+    usage: NotRequired[Usage]
+
+
+class ScoredToken(TypedDict):
     """A token and how likely it was."""
 
     token: str
@@ -92,21 +119,21 @@ class ChosenToken(ScoredToken):
     top_logprobs: list[ScoredToken]
 
 
-class ChatLogprobs(Shape):
+class ChatLogprobs(TypedDict):
     """How likely a reply's tokens were."""
 
     content: list[ChosenToken]
     refusal: None
 
 
-class FunctionCall(Shape):
+class FunctionCall(TypedDict):
     """The function and its arguments, which are JSON unless the reply was cut."""
 
     name: str
     arguments: str
 
 
-class MadeToolCall(Shape):
+class MadeToolCall(TypedDict):
     """A call that the model makes."""
 
     id: str
@@ -114,88 +141,142 @@ class MadeToolCall(Shape):
     function: FunctionCall
 
 
-class AssistantMessage(Shape):
+class AssistantMessage(TypedDict):
     """What the model says; `content` is null if it only calls tools."""
 
     role: Literal["assistant"]
     content: str | None
     refusal: None
-    reasoning_content: str = Field(default="", description="What it thought before; absent if it did not.")
-    tool_calls: list[MadeToolCall] = Field(default=[], description="Absent if there are none.")
+    reasoning_content: NotRequired[Annotated[str, Field(description="What it thought before; absent if it did not.")]]
+    tool_calls: NotRequired[Annotated[list[MadeToolCall], Field(description="Absent if there are none.")]]
 
 
-class ProbeScores(Shape):
+class ProbeScores(TypedDict):
     """What one probe gives a choice's tokens, from position `start` on; with several outputs, a list per token."""
 
     probe: str
     key: str
     label: str
-    unit: ScoreUnit = Field(
-        description="What a score is: log-odds, logits, a value of the label, or a score of no unit."
-    )
     classes: list[str]
-    n_prompt: int = Field(ge=1)
-    start: int = Field(ge=0)
+    unit: Annotated[
+        ScoreUnit, Field(description="What a score is: log-odds, logits, a value of the label, or a score of no unit.")
+    ]
+    n_prompt: Annotated[int, Field(ge=1)]
+    start: Count
     scores: list[float] | list[list[float]]
 
 
-class ChatChoice(Shape):
+class Probed(TypedDict):
+    """The part of a choice that a request for probes adds."""
+
+    probes: NotRequired[Annotated[list[ProbeScores], Field(description="Present if asked for.")]]
+
+
+ChatFinishReason = FinishReason | Literal["tool_calls"]
+
+
+class ChatChoice(Probed):
     """One of `n` replies."""
 
-    index: int = Field(ge=0)
+    index: Count
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length", "tool_calls"]
-    probes: list[ProbeScores] = Field(default=[], description="Present if asked for.")
+    finish_reason: ChatFinishReason
 
 
-class ChatCompletion(Shape):
+class ChatCompletion(Reply):
     """A reply to a conversation."""
 
-    id: str
     object: Literal["chat.completion"]
-    created: int
-    model: str
-    choices: list[ChatChoice] = Field(min_length=1)
+    choices: Annotated[list[ChatChoice], Field(min_length=1)]
     usage: Usage
-    activations: ActivationReply | RolloutList | None = Field(default=None, description="Present if asked for.")
 
 
-class CompletionLogprobs(Shape):
+class FunctionDelta(TypedDict):
+    """The name of the function, or more of its arguments."""
+
+    name: NotRequired[str]
+    arguments: str
+
+
+class ToolCallDelta(TypedDict):
+    """A call begins, with its id, or goes on."""
+
+    index: Count
+    id: NotRequired[str]
+    type: NotRequired[Literal["function"]]
+    function: FunctionDelta
+
+
+class ChatDelta(TypedDict):
+    """What a chunk adds to a message; the last of a choice adds nothing."""
+
+    role: NotRequired[Literal["assistant"]]
+    content: NotRequired[str]
+    reasoning_content: NotRequired[str]
+    tool_calls: NotRequired[list[ToolCallDelta]]
+
+
+class ChatChunkChoice(Probed):
+    """What a chunk adds to one of `n` replies."""
+
+    index: Count
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: ChatFinishReason | None
+
+
+class ChatCompletionChunk(Counted, Reply):
+    """A piece of a streamed reply to a conversation."""
+
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChatChunkChoice]
+
+
+class CompletionLogprobs(TypedDict):
     """How likely a text's tokens were; the first token of an echoed prompt has no score."""
 
     tokens: list[str]
     token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float] | None] | None
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
-class CompletionChoice(Shape):
+class CompletionChoice(Probed):
     """One of `n` continuations of a prompt."""
 
-    index: int = Field(ge=0)
+    index: Count
     text: str
     logprobs: CompletionLogprobs | None
-    finish_reason: Literal["stop", "length"]
-    probes: list[ProbeScores] = Field(default=[], description="Present if asked for.")
+    finish_reason: FinishReason
 
 
-class Completion(Shape):
+class Completion(Reply):
     """Continuations of raw prompts."""
 
-    id: str
     object: Literal["text_completion"]
-    created: int
-    model: str
-    choices: list[CompletionChoice] = Field(min_length=1)
+    choices: Annotated[list[CompletionChoice], Field(min_length=1)]
     usage: Usage
-    activations: ActivationReply | RolloutList | None = Field(default=None, description="Present if asked for.")
 
 
-class ModelCard(Shape):
+class CompletionChunkChoice(Probed):
+    """What a chunk adds to one of `n` continuations."""
+
+    index: Count
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: FinishReason | None
+
+
+class CompletionChunk(Counted, Reply):
+    """A piece of streamed continuations."""
+
+    object: Literal["text_completion"]
+    choices: list[CompletionChunkChoice]
+
+
+class ModelCard(TypedDict):
     """The served model."""
-
-    model_config = ConfigDict(extra="allow")
 
     id: str
     object: Literal["model"]
@@ -203,81 +284,66 @@ class ModelCard(Shape):
     owned_by: str
     revision: str
     dtype: str
-    num_layers: int = Field(ge=1)
-    d_model: int = Field(ge=1)
-    context_length: int | None = Field(ge=1, description="Null if the model sets no limit: memory does.")
-    checks: dict[str, Any] = Field(description="What was found when it was loaded: batching, attention.")
+    device: str
+    engine: str
+    batch_invariant: bool
+    num_layers: Annotated[int, Field(ge=1)]
+    d_model: Annotated[int, Field(ge=1)]
+    context_length: Annotated[int | None, Field(ge=1, description="Null if the model sets no limit: memory does.")]
+    checks: Annotated[dict[str, Any], Field(description="What was found when it was loaded: batching, attention.")]
 
 
-class ModelList(Shape):
+class ModelList(TypedDict):
     """The served models: one."""
 
     object: Literal["list"]
     data: list[ModelCard]
 
 
-class ModelStructure(BaseModel):
-    """The model's layers and hook points: where each is, which are missing and why."""
-
-    model_config = ConfigDict(extra="allow", protected_namespaces=())
-
-    model_name: str
-    model_type: str
-    architecture: str
-    num_layers: int
-    layer_access_pattern: str
-    pre_attention_path: str | None
-    pre_mlp_path: str | None
-    hook_points: dict[str, str]
-    missing: dict[str, str]
-
-
-class Health(BaseModel):
+class Health(TypedDict):
     """Whether the model answers, or what stage its start is in."""
 
-    model_config = ConfigDict(extra="allow")
-
-    status: str
+    status: Literal["ok", "loading", "failed"]
     stage: str
 
 
-class Tokens(Shape):
+class Tokens(TypedDict):
     """A text's tokens."""
 
     tokens: list[int]
-    count: int = Field(ge=0)
-    max_model_len: int | None = Field(ge=1, description="Null if the model sets no limit.")
-    token_strs: list[str] = Field(default=[], description="Present if asked for.")
+    count: Count
+    max_model_len: Annotated[int | None, Field(ge=1, description="Null if the model sets no limit.")]
+    token_strs: NotRequired[Annotated[list[str], Field(description="Present if asked for.")]]
 
 
-class DetokenizedText(Shape):
+class DetokenizedText(TypedDict):
     """The text of tokens."""
 
     prompt: str
 
 
-class SessionEntry(Shape):
+class SessionEntry(TypedDict):
     """What a session of the activation store holds; `damage` says why it cannot be read, if so."""
 
     session_id: str
     uri: str
-    damage: str
-    rollouts: int = Field(ge=0)
-    tokens: int = Field(ge=0)
-    shards: int = Field(ge=0)
-    bytes: int = Field(ge=0)
+    rollouts: Count
+    tokens: Count
+    shards: Count
+    bytes: Count
     keys: list[str]
     models: list[str]
+    damage: str
 
 
-class SessionList(Shape):
+class SessionList(TypedDict):
     """The sessions of the store."""
 
     object: Literal["list"]
     data: list[SessionEntry]
 
 
-class RolloutEntry(Shape):
+class RolloutEntry(TypedDict):
     """A stored rollout: its key, where its rows are, and its labels."""
 
     rollout_id: str
@@ -287,86 +353,87 @@ class RolloutEntry(Shape):
     shard: str
     row_start: int
     row_stop: int
-    labels: dict[str, str | int | float | bool | None] | None
+    labels: dict[str, str | int | float | bool | None]
 
 
 class SessionPage(SessionEntry):
     """A session with a page of its rollouts."""
 
-    offset: int = Field(ge=0)
+    offset: Count
     items: list[RolloutEntry]
 
 
-class SessionFile(Shape):
+class SessionFile(TypedDict):
     """A file of a session: its path inside, and its size in bytes."""
 
     name: str
-    size: int = Field(ge=0)
+    size: Count
 
 
-class SessionFiles(Shape):
+class SessionFiles(TypedDict):
     """The committed files of a session: those that others name come before those that name them."""
 
     object: Literal["list"]
     data: list[SessionFile]
 
 
-class DeletedSession(Shape):
+class DeletedSession(TypedDict):
     """A session that is gone."""
 
     id: str
     object: Literal["activations.session"]
     deleted: Literal[True]
-    bytes: int = Field(ge=0)
+    bytes: Count
 
+
+COMPONENT = "#/components/schemas/{model}"
 
 HEALTH: dict[str, Any] = {
     "responses": {
-        status: {"model": Health, "description": text}
-        for status, text in (
-            (200, "The model answers"),
-            (503, "It does not yet, or it could not be loaded"),
-        )
+        200: {"model": Health, "description": "The model answers"},
+        503: {"model": Health, "description": "It does not yet, or it could not be loaded"},
     }
 }
 """The arguments of the one route without errors."""
 
 
-def documented(reply: type[BaseModel], *, streams: bool = False) -> dict[str, Any]:
+def documented(reply: Any, *, chunk: Any = None) -> dict[str, Any]:
     """Return a route's arguments that document its replies and its errors.
 
     Args:
         reply: what a 200 carries.
-        streams: whether it may come as server-sent events instead.
+        chunk: what an event carries, if the reply may come as server-sent events instead.
     """
     good: dict[str, Any] = {"model": reply, "description": "As asked"}
-    if streams:
-        events = (
-            "With `stream: true`, an event: `data` is a JSON object, OpenAI's chunk, or an error in its envelope; "
-            "the last event's is `[DONE]`."
-        )
+    if chunk is not None:
+        either = [{"$ref": COMPONENT.format(model=kind.__name__)} for kind in (chunk, ErrorReply)]
+        data = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": either}}
         event = {
             "type": "object",
-            "properties": {"data": {"type": "string"}},
+            "properties": {"data": {"anyOf": [data, {"const": "[DONE]"}]}},
             "required": ["data"],
-            "description": events,
+            "description": "With `stream: true`, an event; the last event's data is `[DONE]`.",
         }
         good["content"] = {"text/event-stream": {"schema": event}}
     return {"response_model": None, "responses": {200: good, **_errors()}}
 
 
-def binary(media_type: str) -> dict[str, Any]:
-    """Return the arguments of a route that sends bytes."""
-    content = {media_type: {"schema": {"type": "string", "format": "binary"}}}
-    return {
-        "response_class": Response,
-        "responses": {200: {"content": content, "description": "As asked"}, **_errors()},
-    }
+def complete_document(api: FastAPI) -> None:
+    """Add to an application's document what FastAPI leaves out: the chunks of streams, and that objects have no other keys."""
+    chunks = (ChatCompletionChunk, CompletionChunk)
+    _, found = TypeAdapter.json_schemas(
+        [(chunk.__name__, "serialization", TypeAdapter(chunk)) for chunk in chunks], ref_template=COMPONENT
+    )
+    schemas = api.openapi()["components"]["schemas"]
+    schemas |= found["$defs"]
+    for schema in schemas.values():
+        if "properties" in schema:
+            schema.setdefault("additionalProperties", False)
 
 
-def exposition() -> dict[str, Any]:
-    """Return the arguments of the route that sends what Prometheus reads."""
-    content = {"text/plain": {"schema": {"type": "string"}}}
+def raw(media_type: str, **form: str) -> dict[str, Any]:
+    """Return the arguments of a route that sends text, or what else `form` says."""
+    content = {media_type: {"schema": {"type": "string", **form}}}
     return {
         "response_class": Response,
         "responses": {200: {"content": content, "description": "As asked"}, **_errors()},

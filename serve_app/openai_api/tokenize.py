@@ -11,6 +11,7 @@ from serve_app.models.tokenization import tokenize_text
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.messages import Message, Tool, Wire
 from serve_app.openai_api.prompt import render
+from serve_app.openai_api.schemas import DetokenizedText, Tokens
 
 
 class TokenizeRequest(Wire):
@@ -65,7 +66,7 @@ def check_tokens(token_ids: Sequence[int], n_tokens: int | None, param: str) -> 
         raise ApiError(400, f"{param}: {wrong} is not a token; the model has 0–{n_tokens - 1}", param=param)
 
 
-def tokenize(model: ServedModel, request: TokenizeRequest) -> dict[str, Any]:
+def tokenize(model: ServedModel, request: TokenizeRequest) -> Tokens:
     """Return `{tokens, count, max_model_len}` and, if asked, `token_strs`."""
     if request.messages is not None:
         token_ids = render(
@@ -78,13 +79,13 @@ def tokenize(model: ServedModel, request: TokenizeRequest) -> dict[str, Any]:
     else:
         raw = tokenize_text(model.tokenizer, request.prompt or "", add_special_tokens=request.add_special_tokens)
         token_ids = raw.prompt.token_ids
-    reply = {"tokens": token_ids, "count": len(token_ids), "max_model_len": model.context_length}
+    reply: Tokens = {"tokens": token_ids, "count": len(token_ids), "max_model_len": model.context_length}
     if request.return_token_strs:
         reply["token_strs"] = model.tokenizer.convert_ids_to_tokens(token_ids)
     return reply
 
 
-def detokenize(model: ServedModel, request: DetokenizeRequest) -> dict[str, Any]:
+def detokenize(model: ServedModel, request: DetokenizeRequest) -> DetokenizedText:
     """Return `{prompt}`.
 
     Raises:

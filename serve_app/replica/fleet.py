@@ -33,7 +33,8 @@ from ray.serve.handle import DeploymentHandle
 
 from serve_app.config import ModelChoice, ServerConfig
 from serve_app.engines.protocol import Load
-from serve_app.openai_api.errors import RETRY_AFTER_S, ApiError, internal_error
+from serve_app.errors import RETRY_AFTER_S
+from serve_app.openai_api.errors import ApiError, internal_error
 
 log = logging.getLogger(__name__)
 
@@ -191,28 +192,14 @@ class Replicas:
         """
         config = self._config
         if choice.model_id not in (config.model, *config.allowed_models):
-            raise ApiError(
-                403,
-                f"model_id: {choice.model_id!r} is not among the models that this server may load "
-                "(allowed_models in its configuration)",
-                param="model_id",
-                code="model_not_allowed",
-            )
+            allowed = "is not among the models that this server may load (allowed_models in its configuration)"
+            raise _forbidden("model_id", f"{choice.model_id!r} {allowed}", "model_not_allowed")
         if choice.trust_remote_code and not config.trust_remote_code:
-            raise ApiError(
-                403,
-                "trust_remote_code: this server does not run code that comes with a model (trust_remote_code in its "
-                "configuration)",
-                param="trust_remote_code",
-                code="remote_code_not_allowed",
-            )
+            reason = "this server does not run code that comes with a model (trust_remote_code in its configuration)"
+            raise _forbidden("trust_remote_code", reason, "remote_code_not_allowed")
         if choice.trust_remote_code and choice.revision not in (None, config.revision):
-            raise ApiError(
-                403,
-                f"revision: code is not run from {choice.revision!r}, which the client chose; leave it out",
-                param="revision",
-                code="remote_code_not_allowed",
-            )
+            reason = f"code is not run from {choice.revision!r}, which the client chose; leave it out"
+            raise _forbidden("revision", reason, "remote_code_not_allowed")
 
     async def swap(self, choice: ModelChoice) -> Status:
         """Serve another model in place of the one that is served; returns the new status when every replica has it.
@@ -253,6 +240,10 @@ class Replicas:
                     await asyncio.sleep(0.1)
         except TimeoutError:
             return ApiError(500, f"{choice.model_id} was not ready after {LOAD_TIMEOUT_S:.0f} s", code="load_failed")
+
+
+def _forbidden(param: str, reason: str, code: str) -> ApiError:
+    return ApiError(403, f"{param}: {reason}", param=param, code=code)
 
 
 def _failed(error: RayError) -> ApiError:

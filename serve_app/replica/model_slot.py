@@ -20,16 +20,16 @@ from typing import Any
 import torch
 
 from roentgen.store import StoreError, StoreWriter
-from serve_app.capture.resolver import ResolutionError
 from serve_app.capture.structure import CaptureRequestError
 from serve_app.config import ModelChoice, ServerConfig
 from serve_app.engines.storage import LocalStorage
 from serve_app.engines.transformers.engine import TransformersEngine
 from serve_app.engines.transformers.model import load
 from serve_app.engines.vllm import loading as vllm
-from serve_app.models.errors import ModelNotFoundError, WeightsError
+from serve_app.errors import RETRY_AFTER_S, RequestError
 from serve_app.models.sources import ModelSource, locate
-from serve_app.openai_api.errors import RETRY_AFTER_S, ApiError
+from serve_app.openai_api.errors import ApiError, from_store
+from serve_app.openai_api.schemas import ModelCard
 from serve_app.requests.generation import Served
 
 log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class ModelSlot:
         self._writer: StoreWriter | None = None
         self._served: Served | None = None
         self._choice: ModelChoice | None = None
-        self._refused: tuple[ModelChoice, ApiError] | None = None
+        self._refused: tuple[ModelChoice, RequestError] | None = None
         self._stage = "starting"
         self._users = 0
         self._unsettled = 0
@@ -260,7 +260,7 @@ def engine_for(config: ServerConfig, choice: ModelChoice, source: ModelSource | 
 def describe(served: Served) -> dict[str, Any]:
     """Return the model's card and structure."""
     model = served.model
-    card = {
+    card: ModelCard = {
         "id": model.source.name,
         "object": "model",
         "created": 0,
@@ -278,20 +278,10 @@ def describe(served: Served) -> dict[str, Any]:
     return {"model": card, "structure": model.structure.record()}
 
 
-def as_load_error(error: Exception) -> ApiError:
-    """Spell why a model could not be loaded: 4xx for what whoever chose it did wrong."""
-    match error:
-        case WeightsError():
-            return ApiError(500, str(error), param="model_id", code="weights_unusable")
-        case ModelNotFoundError():
-            return ApiError(404, str(error), param="model_id", code="model_not_found")
-        case CaptureRequestError():
-            return ApiError(400, str(error), param=error.param, code="savepoint_not_found")
-        case vllm.EngineUnavailableError():
-            return ApiError(400, str(error), code="engine_unavailable")
-        case ResolutionError():
-            return ApiError(400, str(error), param="model_id", code="model_unsupported")
-        case StoreError():
-            return ApiError(500, str(error), code="store_failed")
-        case _:
-            return ApiError(500, f"{type(error).__name__}: {error}", code="load_failed")
+def as_load_error(error: Exception) -> RequestError:
+    """Return why a model could not be loaded: 4xx for what whoever chose it did wrong."""
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, StoreError):
+        return from_store(error, "store_failed")
+    return ApiError(500, f"{type(error).__name__}: {error}", code="load_failed")

@@ -6,22 +6,23 @@ after a restart, and whenever another is to be served. A request is rendered and
 tokenizer), run as one or more choices (`requests.generation`), and acknowledged only when the activations it asked for are
 durable.
 
-Errors leave as data (`ApiError.payload`), see `openai_api.errors`; what a request took leaves beside its reply
+Errors leave as data (`RequestError.payload`), see `openai_api.errors`; what a request took leaves beside its reply
 (`requests.stats`).
 """
 
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from ulid import ULID
 
 from serve_app.config import ModelChoice, ServerConfig
 from serve_app.engines.protocol import Load
+from serve_app.engines.served_model import ServedModel
 from serve_app.engines.storage import Done
+from serve_app.errors import RequestError
 from serve_app.logs import request_id, write_json_logs
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.completions import CompletionRequest
@@ -88,7 +89,7 @@ class ModelReplica:
         """
         request_id.set(about)
         try:
-            with _known_errors(), self._slot.use() as served:
+            with self._slot.use() as served:
                 plan = self._plan(served, request)
                 dones: list[Done | None] = [None] * len(plan.choices)
                 async for events in self._run(served, plan, stream=False):
@@ -98,7 +99,7 @@ class ModelReplica:
                 finished = [done for done in dones if done is not None]
                 reply = plan.reply.whole(finished, describe_all(plan, finished))
                 return {"reply": reply, "stats": _stats(plan, finished)}
-        except ApiError as error:
+        except Exception as error:  # noqa: BLE001 - it leaves as data
             return _error(error)
 
     async def generate_stream(
@@ -115,9 +116,9 @@ class ModelReplica:
         """
         request_id.set(about)
         try:
-            with _known_errors(), self._slot.use() as served:
+            with self._slot.use() as served:
                 plan = self._plan(served, request)
-                opening = plan.reply.opening()
+                opening: list[Any] = [*plan.reply.opening()]
                 dones: list[Done | None] = [None] * len(plan.choices)
                 async for events in self._run(served, plan, stream=True):
                     chunks, opening = opening, []
@@ -131,25 +132,23 @@ class ModelReplica:
                 finished = [done for done in dones if done is not None]
                 closing = plan.reply.closing(describe_all(plan, finished))
                 yield [*closing, {"stats": _stats(plan, finished)}]
-        except ApiError as error:
+        except Exception as error:  # noqa: BLE001 - it leaves as data
             yield [_error(error)]
 
     async def tokenize(self, request: TokenizeRequest) -> dict[str, Any]:
         """Turn text or messages into tokens: `{"reply": …}` or `{"error": …}`."""
-        try:
-            with _known_errors(), self._slot.use() as served:
-                _check_model(request.model, served.model.source.name)
-                return {"reply": tokenize(served.model, request)}
-        except ApiError as error:
-            return _error(error)
+        return self._answer(request, tokenize)
 
     async def detokenize(self, request: DetokenizeRequest) -> dict[str, Any]:
         """Turn tokens into text: `{"reply": …}` or `{"error": …}`."""
+        return self._answer(request, detokenize)
+
+    def _answer(self, request: Any, answer: Callable[[ServedModel, Any], Any]) -> dict[str, Any]:
         try:
-            with _known_errors(), self._slot.use() as served:
+            with self._slot.use() as served:
                 _check_model(request.model, served.model.source.name)
-                return {"reply": detokenize(served.model, request)}
-        except ApiError as error:
+                return {"reply": answer(served.model, request)}
+        except Exception as error:  # noqa: BLE001 - it leaves as data
             return _error(error)
 
     def _plan(self, served: Served, request: Generation) -> Plan:
@@ -162,28 +161,16 @@ class ModelReplica:
         return generate(served, plan.choices, stream=stream, session_id=self._session_id, timeout_s=timeout_s)
 
 
-@contextmanager
-def _known_errors() -> Iterator[None]:
-    """Turn what nobody expected into an error that leaves as data, like all others, and log where it came from.
-
-    Raises:
-        ApiError: 500, with the reason.
-    """
-    try:
-        yield
-    except ApiError:
-        raise
-    except Exception as error:
-        log.exception("a request failed in a way that was not expected")
-        raise internal_error(error) from error
-
-
 def _stats(plan: Plan, dones: list[Done]) -> RequestStats:
     prompts = {id(choice.prompt): len(choice.prompt.token_ids) for choice in plan.choices}
     return RequestStats.of(dones, sum(prompts.values()))
 
 
-def _error(error: ApiError) -> dict[str, Any]:
+def _error(error: Exception) -> dict[str, Any]:
+    """Return an error as data; one that nobody expected is a 500, and logged with where it came from."""
+    if not isinstance(error, RequestError):
+        log.error("a request failed in a way that was not expected", exc_info=error)
+        error = internal_error(error)
     if error.status >= 500:
         log.error("%s", error.message)
     return {"error": error.payload()}

@@ -14,32 +14,28 @@ from dataclasses import dataclass
 from ulid import ULID
 
 from roentgen.contract import ActivationRequest
-from roentgen.store import NonFiniteRowsError, StoreError
+from roentgen.store import StoreError
 from roentgen.tokenized_text import TokenizedText
-from serve_app.capture.rows import CapturePlan, UncapturableError
-from serve_app.capture.scoring import Scorer, UnscorableError
-from serve_app.capture.steering import Addition, OversteeredError, UnsteerableError
-from serve_app.engines.constraints import Grammar, SchemaError
+from serve_app.capture.rows import CapturePlan
+from serve_app.capture.scoring import Scorer
+from serve_app.capture.steering import Addition
+from serve_app.engines.constraints import Grammar
 from serve_app.engines.protocol import (
     Constraint,
     ConstraintError,
     Engine,
-    EngineBusyError,
-    EngineStoppedError,
     Event,
     Failed,
     Finished,
     GenerationJob,
-    NonFiniteLogitsError,
-    RequestTooLargeError,
     Sampling,
     TextDelta,
-    UnknownTokenError,
 )
 from serve_app.engines.rollout import make_entry
 from serve_app.engines.served_model import ServedModel
 from serve_app.engines.storage import Done, Storage, Stored
-from serve_app.openai_api.errors import RETRY_AFTER_S, ApiError
+from serve_app.errors import RequestError
+from serve_app.openai_api.errors import ApiError, from_store
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +95,7 @@ async def generate(
         timeout_s: the longest that all of it may take.
 
     Raises:
-        ApiError: if a grammar cannot be followed, the queue is full, it takes too long, or generation, capture or commit
+        RequestError: if a grammar cannot be followed, the queue is full, it takes too long, or generation, capture or commit
             fails.
     """
     loop = asyncio.get_running_loop()
@@ -147,22 +143,10 @@ async def generate(
                 yield events
     except TimeoutError as error:
         raise ApiError(408, f"not finished within {timeout_s:g} s", code="timeout") from error
-    except (
-        ConstraintError,
-        EngineBusyError,
-        EngineStoppedError,
-        NonFiniteLogitsError,
-        OversteeredError,
-        RequestTooLargeError,
-        StoreError,
-        UncapturableError,
-        UnknownTokenError,
-        UnscorableError,
-        UnsteerableError,
-    ) as error:
-        raise as_api_error(error) from error
-    except ApiError:
+    except RequestError:
         raise
+    except StoreError as error:
+        raise from_store(error, "activations_not_stored") from error
     except Exception as error:
         raise ApiError(
             500, f"the generation failed: {type(error).__name__}: {error}", code="generation_failed"
@@ -188,8 +172,7 @@ async def _constraints(served: Served, choices: list[Choice]) -> list[Constraint
     try:
         return await asyncio.to_thread(compiled)
     except ConstraintError as error:
-        param = error.param if isinstance(error, SchemaError) else None
-        raise ApiError(400, str(error), param=param, code="unsupported_schema") from error
+        raise ApiError(400, str(error), param=error.param, code="unsupported_schema") from error
 
 
 class _Listener:
@@ -228,34 +211,3 @@ class _Listener:
                 self._tell(Failed(error if isinstance(error, Exception) else StoreError(str(error))))
 
         self._served.storage.keep(entry, finished).add_done_callback(committed)
-
-
-def as_api_error(error: Exception) -> ApiError:
-    """Spell a failure that is expected for a client."""
-    match error:
-        case EngineBusyError():
-            return ApiError(429, f"the server is busy: {error}", code="busy", retry_after_s=RETRY_AFTER_S)
-        case EngineStoppedError():
-            return ApiError(503, str(error), retry_after_s=RETRY_AFTER_S)
-        case RequestTooLargeError():
-            return ApiError(400, str(error), code="request_too_large")
-        case NonFiniteLogitsError():
-            return ApiError(500, str(error), code="non_finite_logits")
-        case UncapturableError():
-            return ApiError(400, f"activations.hook_points: {error}", param="activations.hook_points")
-        case UnscorableError():
-            return ApiError(400, f"probes: {error}", param="probes")
-        case UnsteerableError():
-            return ApiError(400, f"steering: {error}", param="steering")
-        case UnknownTokenError():
-            return ApiError(400, f"prompt: {error}", param="prompt")
-        case OversteeredError():
-            return ApiError(400, f"steering: {error}", param="steering", code="steering_overflow")
-        case SchemaError():
-            return ApiError(400, str(error), param=error.param, code="constraint_failed")
-        case ConstraintError():
-            return ApiError(400, f"response_format or tools: {error}", code="constraint_failed")
-        case NonFiniteRowsError():
-            return ApiError(500, f"activations: {error}", param="activations", code="non_finite_rows")
-        case _:
-            return ApiError(500, str(error), code="activations_not_stored")

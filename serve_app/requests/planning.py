@@ -7,7 +7,6 @@ does not have, values too many to send.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import Any
 
 from ulid import ULID
 
@@ -15,7 +14,6 @@ from roentgen.contract import SAMPLED_FEATURES, ActivationRequest, Positions, co
 from roentgen.tokenized_text import TokenizedText
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.steering import Addition
-from serve_app.capture.structure import CaptureRequestError
 from serve_app.config import ServerConfig
 from serve_app.engines.constraints import Grammar
 from serve_app.engines.storage import Done
@@ -23,12 +21,13 @@ from serve_app.models.context import UNBOUNDED
 from serve_app.models.tokenization import ASSISTANT, COMPLETION
 from serve_app.openai_api.chat import ChatReply, ChatRequest
 from serve_app.openai_api.completions import CompletionReply, CompletionRequest, raw_prompt
-from serve_app.openai_api.errors import ApiError
+from serve_app.openai_api.errors import ApiError, refused
 from serve_app.openai_api.grammars import json_object_grammar, json_schema_grammar, tool_call_grammar
 from serve_app.openai_api.params import GenerationParams
 from serve_app.openai_api.probing import STEERING_LABEL
 from serve_app.openai_api.prompt import render
 from serve_app.openai_api.reply import Reasoning, reasoning_mode
+from serve_app.openai_api.schemas import Kept
 from serve_app.openai_api.seed_spelling import older_key
 from serve_app.openai_api.tokenize import check_tokens
 from serve_app.requests.generation import Choice, Served
@@ -47,7 +46,6 @@ class Plan:
         reply: turns what happens into the reply.
         asked: what to keep, None for nothing.
         spelling: how the reply spells stored keys, where it does so in another way.
-        listed: whether the reply lists its rollouts, as it does for several choices.
     """
 
     choices: list[Choice]
@@ -55,17 +53,12 @@ class Plan:
     asked: ActivationRequest | None
     spelling: dict[str, str]
 
-    @property
-    def listed(self) -> bool:
-        """Whether the reply lists its rollouts: one is given as it is, several as a list."""
-        return len(self.choices) > 1
-
 
 def plan_chat(served: Served, request: ChatRequest, config: ServerConfig) -> Plan:
     """Render a conversation and plan its choices.
 
     Raises:
-        ApiError: if something asked for cannot be.
+        RequestError: if something asked for cannot be.
     """
     _check_engine(served, request, config)
     model = served.model
@@ -119,7 +112,7 @@ def plan_completion(served: Served, request: CompletionRequest, config: ServerCo
     """Tokenize raw prompts and plan their choices.
 
     Raises:
-        ApiError: if something asked for cannot be.
+        RequestError: if something asked for cannot be.
     """
     _check_engine(served, request, config)
     tokenizer = served.model.tokenizer
@@ -134,7 +127,7 @@ def plan_completion(served: Served, request: CompletionRequest, config: ServerCo
     ]
     asked_for = request.capture
     if asked_for is not None and asked_for.key is not None and len(prompts) > 1:
-        raise ApiError(400, "activations.key: a key names one rollout; send one prompt", param="activations.key")
+        raise refused("activations.key", "a key names one rollout; send one prompt")
     probes = resolve_probes(served.model, request.probes, config.probes)
     steering = resolve_steering(served.model, request.steering, config.probes)
     choices = []
@@ -159,20 +152,21 @@ def plan_completion(served: Served, request: CompletionRequest, config: ServerCo
     return Plan(choices, reply, asked_for, spelling)
 
 
-def describe_all(plan: Plan, dones: Sequence[Done]) -> dict[str, Any] | None:
-    """Return the reply's `activations` object, None if nothing was asked for."""
+def describe_all(plan: Plan, dones: Sequence[Done]) -> Kept:
+    """Return the reply's `activations`, if they were asked for."""
     if plan.asked is None:
-        return None
+        return {}
     rollouts = []
-    for index, done in enumerate(dones):
+    for done in dones:
         assert done.stored is not None
         described = dict(done.stored.reply)
         if plan.spelling:
             described["tensors"] = {plan.spelling[key]: value for key, value in described["tensors"].items()}
-        rollouts.append({"choice_index": index, **described})
-    if plan.listed:
-        return {"session_id": rollouts[0]["session_id"], "rollouts": rollouts}
-    return {key: value for key, value in rollouts[0].items() if key != "choice_index"}
+        rollouts.append(described)
+    if len(plan.choices) == 1:
+        return {"activations": rollouts[0]}
+    chosen = [{"choice_index": index, **rollout} for index, rollout in enumerate(rollouts)]
+    return {"activations": {"session_id": chosen[0]["session_id"], "rollouts": chosen}}
 
 
 def _max_tokens(served: Served, prompt: TokenizedText, limit: int | None, param: str) -> int:
@@ -205,23 +199,19 @@ def _capture(
     first: int = 0,
 ) -> tuple[ActivationRequest | None, CapturePlan | None, dict[str, str]]:
     """Resolve what a request wants to keep, and how its reply is to spell the keys; a steered one is labelled so."""
-    _check_tokens(served, request)
+    check_tokens(list(request.logit_bias), served.model.vocab_size, "logit_bias")
+    check_tokens(request.stop_token_ids, served.model.vocab_size, "stop_token_ids")
     asked = request.capture
     if asked is None:
         return None, None, {}
-    try:
-        taps = served.model.structure.resolve(asked)
-        names = {
-            key: name
-            for name in asked.hook_points
-            for key in served.model.structure.resolve(asked.model_copy(update={"hook_points": (name,)}))
-        }
-    except CaptureRequestError as error:
-        raise ApiError(400, str(error), param=error.param) from error
+    taps = served.model.structure.resolve(asked)
+    names = {
+        key: name
+        for name in asked.hook_points
+        for key in served.model.structure.resolve(asked.model_copy(update={"hook_points": (name,)}))
+    }
     if not taps:
-        raise ApiError(
-            400, "activations.layers: no layer is named, so there is nothing to keep", param="activations.layers"
-        )
+        raise refused("activations.layers", "no layer is named, so there is nothing to keep")
     plan = CapturePlan(taps, Positions.parse(asked.positions), asked.dtype, first=first)
     if asked.delivery != "reference":
         _check_inline(served, asked, plan, prompt.n_prompt, max_tokens, config)
@@ -245,13 +235,12 @@ def _check_inline(
     per_row = SAMPLED_FEATURES if asked.delivery == "sample" else served.model.structure.d_model
     size = prod((n_rows, len(plan.taps), per_row, BYTES_PER_VALUE))
     if size > config.max_inline_bytes:
-        raise ApiError(
-            400,
-            f"activations.return: {asked.delivery!r} may send about {size / 1e6:,.0f} MB ({n_rows} rows of {len(plan.taps)} "
-            f"keys); the limit is {config.max_inline_bytes / 1e6:,.0f} MB: ask for fewer rows, keys or max_tokens, or for a "
-            "reference, and read the rows from the store",
-            param="activations.return",
-            code="reply_too_large",
+        raise refused(
+            "activations.return",
+            f"{asked.delivery!r} may send about {size / 1e6:,.0f} MB ({n_rows} rows of {len(plan.taps)} keys); the limit is "
+            f"{config.max_inline_bytes / 1e6:,.0f} MB: ask for fewer rows, keys or max_tokens, or for a reference, and read "
+            "the rows from the store",
+            "reply_too_large",
         )
 
 
@@ -260,25 +249,11 @@ def _check_engine(served: Served, request: GenerationParams, config: ServerConfi
     asked = {"activations": request.capture, "steering": request.steering, "probes": request.probes}
     for param, value in asked.items():
         if value and not config.capture:
-            raise ApiError(
-                400,
-                f"{param}: this server reads and changes no activations (capture: false)",
-                param=param,
-                code="no_capture",
-            )
+            raise refused(param, "this server reads and changes no activations (capture: false)", "no_capture")
     if request.probes and not served.engine.scores_rows:
-        raise ApiError(
-            400,
-            f"probes: the {served.engine.name} engine does not score tokens while it generates; capture their activations, or "
-            "use a server with engine=transformers",
-            param="probes",
-            code="unsupported_by_engine",
+        raise refused(
+            "probes",
+            f"the {served.engine.name} engine does not score tokens while it generates; capture their activations, or use a "
+            "server with engine=transformers",
+            "unsupported_by_engine",
         )
-
-
-def _check_tokens(served: Served, request: GenerationParams) -> None:
-    """Refuse tokens that the model's output does not have."""
-    size = served.model.vocab_size
-    for param, tokens in (("logit_bias", request.logit_bias), ("stop_token_ids", request.stop_token_ids)):
-        if wrong := next((token for token in tokens if token >= size), None):
-            raise ApiError(400, f"{param}: {wrong} is not a token; the model has 0–{size - 1}", param=param)

@@ -23,7 +23,7 @@ from serve_app.capture.scoring import Scorer
 from serve_app.capture.steering import Addition
 from serve_app.capture.structure import CaptureRequestError, Tap
 from serve_app.engines.served_model import ServedModel
-from serve_app.openai_api.errors import ApiError
+from serve_app.openai_api.errors import refused
 from serve_app.openai_api.probing import InlineProbe, SteeringRequest
 
 WIDE = tuple(name for name in (*LAYER_HOOK_POINTS, *MODEL_HOOK_POINTS) if name != "router")
@@ -94,14 +94,14 @@ def _addition(model: ServedModel, asked: SteeringRequest, param: str, folders: S
         direction = torch.tensor(asked.vector, dtype=torch.float64)
     hook_point = hook_point or "resid_post"
     if hook_point not in WIDE:
-        raise _refused(f"{param}.hook_point", f"{hook_point!r} is not one to steer at; allowed are {', '.join(WIDE)}")
+        raise refused(f"{param}.hook_point", f"{hook_point!r} is not one to steer at; allowed are {', '.join(WIDE)}")
     if hook_point in LAYER_HOOK_POINTS and layer is None:
-        raise _refused(f"{param}.layer", f"is needed, for {hook_point} is in every layer")
+        raise refused(f"{param}.layer", f"is needed, for {hook_point} is in every layer")
     ((key, tap),) = _resolved(model, hook_point, layer, param).items()
     _check_width(model, key, len(direction), f"{param}.{'vector' if asked.probe is None else 'probe'}")
     vector = asked.scale * direction
     if not vector.to(model.dtype).isfinite().all():
-        raise _refused(f"{param}.scale", f"what is added does not fit into {str(model.dtype).removeprefix('torch.')}")
+        raise refused(f"{param}.scale", f"what is added does not fit into {str(model.dtype).removeprefix('torch.')}")
     return Addition(key, tap, vector.to(model.device, torch.float32), Positions.parse(asked.positions))
 
 
@@ -109,31 +109,31 @@ def _direction(probe: SavedProbe, asked: SteeringRequest, param: str) -> Float[T
     outputs = len(probe.weight)
     if asked.output is None and outputs > 1:
         names = ", ".join(f"{i} ({name})" for i, name in enumerate(probe.card.classes))
-        raise _refused(param, f"is needed: {asked.probe} has {outputs} directions, {names or f'0–{outputs - 1}'}")
+        raise refused(param, f"is needed: {asked.probe} has {outputs} directions, {names or f'0–{outputs - 1}'}")
     output = asked.output or 0
     if output >= outputs:
-        raise _refused(param, f"{output} is out of range; {asked.probe} has {outputs}")
+        raise refused(param, f"{output} is out of range; {asked.probe} has {outputs}")
     return probe.direction[output].double()
 
 
 def _saved(model: ServedModel, asked: str, param: str, folders: Sequence[str]) -> SavedProbe:
     """Read a saved probe and check that it is of this model."""
     if not folders:
-        raise _refused(
+        raise refused(
             param, "this server has no folder of saved probes; start it with --probes FOLDER, or send numbers"
         )
     inside, _, name = asked.rpartition("/")
     folder = next((found for base in folders if (found := _inside(Path(base), inside)) is not None), None)
     if folder is None:
-        raise _refused(param, f"{asked!r} is not FOLDER/NAME of a probe under {', '.join(folders)}", "probe_not_found")
+        raise refused(param, f"{asked!r} is not FOLDER/NAME of a probe under {', '.join(folders)}", "probe_not_found")
     try:
         probe = _load(folder, name, (folder / CARDS).stat().st_mtime_ns)
     except (SavedProbeError, OSError) as error:
-        raise _refused(param, str(error), "probe_not_found") from error
+        raise refused(param, str(error), "probe_not_found") from error
     card, source = probe.card, model.source
     for what, its, served in (("model", card.model, source.name), ("revision", card.revision, source.revision)):
         if its != served:
-            raise _refused(param, f"{asked} is of {what} {its!r}; this server has {served!r}", "probe_of_another_model")
+            raise refused(param, f"{asked} is of {what} {its!r}; this server has {served!r}", "probe_of_another_model")
     _check_width(model, card.key, len(probe.mean), param)
     return probe
 
@@ -170,7 +170,7 @@ def _tap(model: ServedModel, key: str, param: str) -> Tap:
     hook_point, layer = split_key(key)
     taps = _resolved(model, hook_point, layer, param)
     if key not in taps:
-        raise _refused(param, f"{key!r} is stored as {next(iter(taps))!r} of {model.source.name}; name that")
+        raise refused(param, f"{key!r} is stored as {next(iter(taps))!r} of {model.source.name}; name that")
     return taps[key]
 
 
@@ -179,15 +179,11 @@ def _resolved(model: ServedModel, hook_point: str, layer: int | None, param: str
         asked = ActivationRequest(layers=(0 if layer is None else layer,), hook_points=(hook_point,))
         return model.structure.resolve(asked)
     except CaptureRequestError as error:
-        raise _refused(param, str(error).removeprefix(f"{error.param}: ")) from error
+        raise refused(param, str(error).removeprefix(f"{error.param}: ")) from error
 
 
 def _check_width(model: ServedModel, key: str, width: int, param: str) -> None:
     """Check what is known beforehand: canonical hook points are as wide as the stream."""
     d_model = model.structure.d_model
     if split_key(key)[0] in WIDE and width != d_model:
-        raise _refused(param, f"is {width} wide; {key} of {model.source.name} is {d_model}")
-
-
-def _refused(param: str, message: str, code: str | None = None) -> ApiError:
-    return ApiError(400, f"{param}: {message}", param=param, code=code)
+        raise refused(param, f"is {width} wide; {key} of {model.source.name} is {d_model}")

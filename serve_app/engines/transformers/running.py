@@ -13,7 +13,7 @@ from serve_app.capture.memory import RowMemory
 from serve_app.capture.rows import RequestRows, UncapturableError
 from serve_app.capture.scoring import RequestScores, UnscorableError
 from serve_app.engines.completion import Completion
-from serve_app.engines.protocol import Failed, GenerationJob, TextDelta, TokenScore
+from serve_app.engines.protocol import Failed, FinishReason, GenerationJob, TextDelta, TokenScore
 from serve_app.engines.text import TextStream
 from serve_app.engines.transformers.model import LoadedModel
 from serve_app.engines.transformers.sampling import Sampler, score
@@ -47,7 +47,7 @@ class Running(Completion):
             all_logits=job.score_prompt or model.head in tapped,
         )
 
-    def advance(self, token: int, token_score: TokenScore) -> str | None:
+    def advance(self, token: int, token_score: TokenScore) -> FinishReason | None:
         """Take a sampled token; returns why the generation has ended, None if it goes on."""
         self.sampler.saw(token)
         return self.push(token, token_score)
@@ -56,7 +56,7 @@ class Running(Completion):
         """Return what has become certain since the last time, None for nothing."""
         return self.delta(final=final, probed=self.probed.take if self.probed else None)
 
-    def finish(self, reason: str) -> None:
+    def finish(self, reason: FinishReason) -> None:
         """Cut a job's rows and report its result; what it should not have asked for fails it alone."""
         try:
             captured = self.rows.cut() if self.rows else None

@@ -34,6 +34,7 @@ from serve_app.engines.vllm.hook_points import (
 from serve_app.engines.vllm.lifetime import announce
 from serve_app.engines.vllm.neutrality import check_batching
 from serve_app.engines.vllm.orders import unpack
+from serve_app.errors import RequestError
 from serve_app.models.architecture import check_config
 from serve_app.models.context import context_length
 from serve_app.models.sources import ModelSource
@@ -59,8 +60,10 @@ PROBE_TOKENS = 8
 """Of the request that hook points are verified on."""
 
 
-class EngineUnavailableError(Exception):
+class EngineUnavailableError(RequestError):
     """vLLM cannot be used here; the message says why."""
+
+    code = "engine_unavailable"
 
 
 @dataclass(frozen=True)

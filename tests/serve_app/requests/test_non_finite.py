@@ -17,8 +17,8 @@ from serve_app.engines.transformers.model import load
 from serve_app.engines.vllm.orders import Report, pack, unpack
 from serve_app.models.sources import locate
 from serve_app.openai_api.chat import ChatRequest
+from serve_app.openai_api.errors import from_store
 from serve_app.replica.replica import ModelReplica
-from serve_app.requests.generation import as_api_error
 from serve_app.teacher_forcing.capture import NotStored, Stored, TeacherForcing
 from serve_app.teacher_forcing.tokens import transcript_tokenizer
 from tests.serve_app import tiny
@@ -101,8 +101,9 @@ def test_a_worker_tells_its_replica_why() -> None:
     """vLLM's workers write rows in another process, by the same code; what fails there crosses as it is."""
     failed = {"rows": NonFiniteRowsError("1 of 2 rows"), "logits": NonFiniteLogitsError()}
     told = unpack(pack(Report({}, failed, has_room=True, held=0)), Report).failed
-    assert [as_api_error(told[name]).code for name in failed] == ["non_finite_rows", "non_finite_logits"]
-    assert as_api_error(told["rows"]).headers() == {"x-should-retry": "false"}
+    rows = from_store(told["rows"], "activations_not_stored")  # type: ignore[arg-type]
+    assert [rows.code, told["logits"].code] == ["non_finite_rows", "non_finite_logits"]  # type: ignore[attr-defined]
+    assert rows.headers() == {"x-should-retry": "false"}
 
 
 def test_texts_that_are_read_are_not_captured_and_say_why(folder: Path, tmp_path: Path) -> None:

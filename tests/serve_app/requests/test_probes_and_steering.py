@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from roentgen.linear_probe import CARDS, TENSORS, ProbeCard, SavedProbe, load_probe, save_probes
 from roentgen.store import Session
@@ -101,7 +101,7 @@ async def test_scores_equal_numpy_on_the_stored_activations_of_the_same_request(
     hooks = ["resid_post", "resid_pre", "ln_mlp", "mlp.gate_proj.output"]
     asked = {"layers": "all", "hook_points": hooks, "session_id": "s"}
     reply = (await chat(replica, probes=[*names, inline], activations=asked))["reply"]
-    ChatCompletion.model_validate(reply)
+    TypeAdapter(ChatCompletion).validate_python(reply, extra="forbid")
     (choice,) = reply["choices"]
     n_prompt, n_rows = reply["usage"]["prompt_tokens"], reply["usage"]["total_tokens"] - 1
     assert [found["probe"] for found in choice["probes"]] == [*names, "mine"]
@@ -137,7 +137,7 @@ async def test_a_streams_scores_join_to_those_of_the_whole_reply(
         body |= {"prompt": ["abc", "defgh"], **{key: int(value) for key, value in extra.items()}}
         body |= {"echo": bool(extra.get("echo"))}
     whole = (await (chat if kind is ChatRequest else complete)(replica, temperature=1, **body))["reply"]
-    (ChatCompletion if kind is ChatRequest else Completion).model_validate(whole)
+    TypeAdapter(ChatCompletion if kind is ChatRequest else Completion).validate_python(whole, extra="forbid")
     chunks = await streamed(replica, kind, **body)
     for index, expected in enumerate(whole["choices"]):
         own = [c["choices"][0] for c in chunks if c["choices"] and c["choices"][0]["index"] == index]
