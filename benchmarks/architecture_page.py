@@ -12,33 +12,30 @@ PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of a case.
-
-    Attributes:
-        case: a model type and options.
-        cells: what the table says of each hook point; empty if the configuration alone does not do.
-        unresolved: why it does not.
-        not_built: why no narrow model generates: transformers builds none, or it took too long.
-        refused: why the server refuses the model.
-        batches: which requests may share a forward.
-        reason: why not any.
-        joins: whether requests join and leave a running batch.
-        error: of the log-probabilities, at most.
-        wrong: what is wrong with what the engine generates.
-        note: how transformers' own generate differs.
-    """
+    """What was found of a case."""
 
     case: str
+    """A model type and options."""
     cells: tuple[str, ...] = ()
+    """What the table says of each hook point; empty if the configuration alone does not do."""
     unresolved: str = ""
+    """Why it does not."""
     not_built: str = ""
+    """Why no narrow model generates: transformers builds none, or it took too long."""
     refused: str = ""
+    """Why the server refuses the model."""
     batches: str = ""
+    """Which requests may share a forward."""
     reason: str = ""
+    """Why not any."""
     joins: bool = False
+    """Whether requests join and leave a running batch."""
     error: float = 0.0
+    """Of the log-probabilities, at most."""
     wrong: str = ""
+    """What is wrong with what the engine generates."""
     note: str = ""
+    """How transformers' own generate differs."""
 
     @property
     def name(self) -> str:

@@ -39,33 +39,30 @@ WAYS = {
 
 @dataclass(frozen=True)
 class Column:
-    """What one way reached.
-
-    Attributes:
-        way: its name.
-        in_flight: requests at once.
-        prompts: how many there were.
-        prompt_tokens: read.
-        tokens: generated.
-        seconds: taken.
-        first_token_s: median time to a first token.
-        first_token_p95_s: its 95th percentile.
-        peak_bytes: the process's memory at its largest (on a GPU, the tensors on it).
-        weights: of the model.
-        skipped: why it could not run; everything else is then 0.
-    """
+    """What one way reached."""
 
     way: str
+    """Its name."""
     in_flight: int
+    """Requests at once."""
     prompts: int = 0
+    """How many there were."""
     prompt_tokens: int = 0
+    """Tokens of the prompts."""
     tokens: int = 0
+    """Generated."""
     seconds: float = 0.0
+    """How long it took."""
     first_token_s: float = 0.0
+    """Median time to a first token."""
     first_token_p95_s: float = 0.0
+    """Its 95th percentile."""
     peak_bytes: int = 0
+    """The process's memory at its largest (on a GPU, the tensors on it)."""
     weights: Weights | None = None
+    """Of the model."""
     skipped: str = ""
+    """Why it could not run; everything else is then 0."""
 
     @property
     def rate(self) -> float:

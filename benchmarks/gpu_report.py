@@ -18,23 +18,20 @@ Status = Literal["ok", "wrong", "failed", "did not fit", "not run"]
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the benchmark.
-
-    Attributes:
-        name: "environment", "rows", "copies", "load" or "speed".
-        of: the model, and for "speed" how many in flight; "" where there is none.
-        status: how it ended; "wrong" if what it checks does not hold.
-        seconds: it took.
-        result: what it found.
-        reason: why there is no result, or what is wrong.
-    """
+    """One part of the benchmark."""
 
     name: str
+    """"environment", "rows", "copies", "load" or "speed"."""
     of: str
+    """The model, and for "speed" how many in flight; "" where there is none."""
     status: Status
+    """How it ended; "wrong" if what it checks does not hold."""
     seconds: float
+    """How long it took."""
     result: dict[str, Any] = field(default_factory=dict)
+    """What it found."""
     reason: str = ""
+    """Why there is no result, or what is wrong."""
 
     @property
     def title(self) -> str:

@@ -88,32 +88,29 @@ class Request:
 
 @dataclass(frozen=True)
 class KeyErrors:
-    """What the rows of one key differ by, relative to their length.
-
-    Attributes:
-        key: the stored key.
-        pooled: whether the rows are averages over positions.
-        rows: how many were compared.
-        engine: the engine's from the float32 forward's, at worst.
-        plain: those of the plain forward in the model's dtype from the float32 forward's, at worst.
-        apart: the engine's from those of the plain forward, at worst.
-        allowed: what `engine` may be.
-        engine_mean: the engine's from the float32 forward's, on average.
-        plain_mean: those of the plain forward, on average.
-        neighbor: the row of the position before, where another token was fed, from the row itself, in the median; None where
-            there is none.
-    """
+    """What the rows of one key differ by, relative to their length."""
 
     key: str
+    """The stored key."""
     pooled: bool
+    """Whether the rows are averages over positions."""
     rows: int
+    """How many were compared."""
     engine: float
+    """The engine's from the float32 forward's, at worst."""
     plain: float
+    """Those of the plain forward in the model's dtype from the float32 forward's, at worst."""
     apart: float
+    """The engine's from those of the plain forward, at worst."""
     allowed: float
+    """What `engine` may be."""
     engine_mean: float
+    """The engine's from the float32 forward's, on average."""
     plain_mean: float
+    """Those of the plain forward, on average."""
     neighbor: float | None
+    """The row of the position before, where another token was fed, from the row itself, in the median; None where there is
+    none."""
 
 
 @dataclass(frozen=True)
@@ -136,31 +133,28 @@ class WrongRows:
 
 @dataclass(frozen=True)
 class RowCheck:
-    """What was found.
-
-    Attributes:
-        model: its name.
-        dtype: what it computes in.
-        requests: how many finished and were compared.
-        rows: how many were compared, over all keys.
-        steps: how many steps decoded how many requests together.
-        keys: per key, what its rows differ by.
-        logprob_error: the engine's log-probabilities from the float32 forward's, at worst.
-        logprob_allowed: what that may be.
-        wrong: rows that are wrong.
-        problems: everything that is wrong, in words.
-    """
+    """What was found."""
 
     model: str
+    """Its name."""
     dtype: str
+    """What it computes in."""
     requests: int
+    """How many finished and were compared."""
     rows: int
+    """How many were compared, over all keys."""
     steps: dict[int, int]
+    """How many steps decoded how many requests together."""
     keys: list[KeyErrors]
+    """Per key, what its rows differ by."""
     logprob_error: float
+    """The engine's log-probabilities from the float32 forward's, at worst."""
     logprob_allowed: float
+    """What that may be."""
     wrong: list[WrongRows]
+    """Rows that are wrong."""
     problems: list[str]
+    """Everything that is wrong, in words."""
 
 
 def check_rows(workload: Workload, deadline: float) -> RowCheck:

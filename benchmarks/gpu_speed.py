@@ -39,35 +39,32 @@ COPY_BYTES = (1 << 20, 16 << 20, 256 << 20)
 
 @dataclass(frozen=True)
 class Arm:
-    """What the engine reached with one capture.
-
-    Attributes:
-        capture: one of `CAPTURES`.
-        rates: tokens generated per second, by round; reading the prompts is part of the time.
-        ratio: of the rates to those without capture; None for those themselves.
-        first_token_s: the median time to a request's first token, in the last round.
-        tokens: generated in a round.
-        prompt_tokens: read in a round.
-        rows_per_step: how many requests a step decoded together, on average.
-        captured_bytes: rows of a round.
-        device_bytes: the most memory of tensors on the GPU, weights included; None on a CPU.
-        pinned_bytes: the most pinned memory of the process so far, as torch's allocator holds it; None on a CPU.
-        host_bytes: the process's resident memory after the last round.
-        skipped: why there is nothing of it: "did not fit: …" or "not run: …".
-    """
+    """What the engine reached with one capture."""
 
     capture: str
+    """One of `CAPTURES`."""
     rates: tuple[float, ...] = ()
+    """Tokens generated per second, by round; reading the prompts is part of the time."""
     ratio: Interval | None = None
+    """Of the rates to those without capture; None for those themselves."""
     first_token_s: float = 0.0
+    """The median time to a request's first token, in the last round."""
     tokens: int = 0
+    """Generated in a round."""
     prompt_tokens: int = 0
+    """Tokens of the prompts that are read in a round."""
     rows_per_step: float = 0.0
+    """How many requests a step decoded together, on average."""
     captured_bytes: int = 0
+    """Rows of a round."""
     device_bytes: int | None = None
+    """The most memory of tensors on the GPU, weights included; None on a CPU."""
     pinned_bytes: int | None = None
+    """The most pinned memory of the process so far, as torch's allocator holds it; None on a CPU."""
     host_bytes: int = 0
+    """The process's resident memory after the last round."""
     skipped: str = ""
+    """Why there is nothing of it: "did not fit: …" or "not run: …"."""
 
     @property
     def rate(self) -> float:
@@ -86,21 +83,18 @@ class Group:
 
 @dataclass(frozen=True)
 class Copy:
-    """How fast blocks of one size go from the device to the host, in bytes per second.
-
-    Attributes:
-        nbytes: of a block.
-        capture: as the capture sends them: into pinned memory of torch's cache, on a stream of its own.
-        first: the same the first time, when that memory has to be taken from the system.
-        pinned: into pinned memory that is there already, on the stream of the computation.
-        pageable: with `Tensor.cpu()`.
-    """
+    """How fast blocks of one size go from the device to the host, in bytes per second."""
 
     nbytes: int
+    """Size of a block."""
     capture: float
+    """As the capture sends them: into pinned memory of torch's cache, on a stream of its own."""
     first: float
+    """The same the first time, when that memory has to be taken from the system."""
     pinned: float
+    """Into pinned memory that is there already, on the stream of the computation."""
     pageable: float
+    """With `Tensor.cpu()`."""
 
 
 class DidNotFitError(Exception):

@@ -31,17 +31,14 @@ CAPTURE = {"activations": {"layers": "all", "hook_points": ["resid_post"]}}
 
 @dataclass(frozen=True)
 class Answers:
-    """How `/health` answered in one state of the server.
-
-    Attributes:
-        state: of the server.
-        seconds: each answer took.
-        statuses: the answers' HTTP statuses.
-    """
+    """How `/health` answered in one state of the server."""
 
     state: str
+    """Of the server."""
     seconds: list[float]
+    """How long each answer took."""
     statuses: list[int]
+    """The answers' HTTP statuses."""
 
 
 def main(

@@ -42,38 +42,32 @@ MODES = ("off", "on")
 
 @dataclass(frozen=True)
 class Price:
-    """Tokens per second with the mode, as a share of those without.
-
-    Attributes:
-        dtype: what it is computed in.
-        in_flight: requests at once.
-        without: tokens per second without the mode, the median.
-        ratio: the share.
-    """
+    """Tokens per second with the mode, as a share of those without."""
 
     dtype: str
+    """What it is computed in."""
     in_flight: int
+    """Requests at once."""
     without: float
+    """Tokens per second without the mode, the median."""
     ratio: Interval
+    """The share."""
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How many requests gave the same bits in two runs.
-
-    Attributes:
-        requests: that were compared.
-        tokens: of these, how many have the same tokens.
-        logprobs: how many have the same log-probabilities too, to the last bit.
-        rows: how many have the same tokens and rows of every layer, to the last bit.
-        apart: the largest relative distance between two rows of the same tokens.
-    """
+    """How many requests gave the same bits in two runs."""
 
     requests: int
+    """Requests that were compared."""
     tokens: int
+    """Of these, how many have the same tokens."""
     logprobs: int
+    """How many have the same log-probabilities too, to the last bit."""
     rows: int
+    """How many have the same tokens and rows of every layer, to the last bit."""
     apart: float
+    """The largest relative distance between two rows of the same tokens."""
 
 
 @dataclass(frozen=True)

@@ -18,15 +18,12 @@ REPEATS = 5
 
 @dataclass(frozen=True)
 class Limits:
-    """A machine's limits.
-
-    Attributes:
-        bytes_per_s: weights read, in a product with one vector.
-        flops: operations per second in one dtype, in a product of large matrices.
-    """
+    """A machine's limits."""
 
     bytes_per_s: float
+    """Weights read, in a product with one vector."""
     flops: float
+    """Operations per second in one dtype, in a product of large matrices."""
 
     def forward_s(self, weights: "Weights", n_tokens: int, n_logits: int) -> float:
         """Return the seconds that a forward over `n_tokens` tokens takes at least, if `n_logits` of them need logits."""
@@ -52,17 +49,14 @@ class Limits:
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights that every forward uses: all but an embedding that only looks rows up.
-
-    Attributes:
-        body: numbers that every token meets.
-        head: numbers of the output head, which only tokens whose logits are wanted meet.
-        n_bytes: of both.
-    """
+    """The weights that every forward uses: all but an embedding that only looks rows up."""
 
     body: int
+    """Numbers that every token meets."""
     head: int
+    """Numbers of the output head, which only tokens whose logits are wanted meet."""
     n_bytes: int
+    """Size of both."""
 
     @classmethod
     def of(cls, model: nn.Module) -> "Weights":

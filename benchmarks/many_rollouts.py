@@ -35,25 +35,22 @@ class Step:
 
 @dataclass(frozen=True)
 class Opened:
-    """What a session of so many rollouts took.
-
-    Attributes:
-        rollouts: how many.
-        index_files: that name them.
-        index_bytes: of those.
-        make: to write them, the writer merging as it goes.
-        look_up: to open the session, and to find and read `ASKED` rollouts by id.
-        table: to open the session, and to read where every rollout is, retried ones counted once.
-        stack: beyond that, to read a row of each of them.
-    """
+    """What a session of so many rollouts took."""
 
     rollouts: int
+    """How many rollouts."""
     index_files: int
+    """Index files that name them."""
     index_bytes: int
+    """Size of those files."""
     make: Step
+    """To write them, the writer merging as it goes."""
     look_up: Step
+    """To open the session, and to find and read `ASKED` rollouts by id."""
     table: Step
+    """To open the session, and to read where every rollout is, retried ones counted once."""
     stack: Step
+    """Beyond that, to read a row of each of them."""
 
 
 def measure_session(store: str, rollouts: int, stage: Callable[[str], None]) -> Opened:

@@ -21,19 +21,16 @@ SEED_PROMPTS = 2
 
 @dataclass(frozen=True)
 class Ratio:
-    """One row of the budget.
-
-    Attributes:
-        what: it compares.
-        budget: the least that the ratio should be.
-        interval: the ratio.
-        pairs: how many.
-    """
+    """One row of the budget."""
 
     what: str
+    """What it compares."""
     budget: float
+    """The least that the ratio should be."""
     interval: Interval
+    """The ratio."""
     pairs: int
+    """How many pairs."""
 
 
 @dataclass(frozen=True)

@@ -49,19 +49,16 @@ REPLY = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %
 
 @dataclass(frozen=True)
 class Growth:
-    """What the driver took.
-
-    Attributes:
-        samples: recorded so far.
-        seconds: since the start.
-        megabytes: of memory that the driver's process holds.
-        cpu_seconds: of processor time that it has taken.
-    """
+    """What the driver took."""
 
     samples: int
+    """Recorded so far."""
     seconds: float
+    """Since the start."""
     megabytes: float
+    """Of memory that the driver's process holds."""
     cpu_seconds: float
+    """Of processor time that it has taken."""
 
 
 def main(

@@ -10,19 +10,16 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and what it may be.
-
-    Attributes:
-        estimate: the median.
-        low: lower end.
-        high: upper end.
-        coverage: probability that such an interval contains the true median.
-    """
+    """An estimate and what it may be."""
 
     estimate: float
+    """The median."""
     low: float
+    """Lower end."""
     high: float
+    """Upper end."""
     coverage: float
+    """Probability that such an interval contains the true median."""
 
     def __str__(self) -> str:
         return f"{self.estimate:.3f} ({self.low:.3f} to {self.high:.3f})"

@@ -35,19 +35,16 @@ from serve_app.engines.served_model import ServedModel
 
 @dataclass(frozen=True)
 class Run:
-    """One run of a workload.
-
-    Attributes:
-        prompt_tokens: read.
-        tokens: generated.
-        seconds: it took.
-        first_token_s: per request, the seconds until its first token.
-    """
+    """One run of a workload."""
 
     prompt_tokens: int
+    """Tokens of the prompts."""
     tokens: int
+    """Generated."""
     seconds: float
+    """How long it took."""
     first_token_s: list[float] = field(repr=False)
+    """Per request, the seconds until its first token."""
 
     @property
     def rate(self) -> float:

@@ -90,23 +90,20 @@ CAPTURES = ("none", "3x2", "all")
 
 @dataclass(frozen=True)
 class Workload:
-    """What is run.
-
-    Attributes:
-        model: a name that `roentgen serve` takes.
-        random_weights: instead, a name in `RANDOM_MODELS`.
-        problems: a source of problems, as `roentgen eval --problems` takes it; "" for GSM8K or what stands in for it.
-        max_tokens: the most to generate per prompt; an end-of-text token ends it before.
-        dtype: "auto", or a torch dtype's name.
-        device: "auto", "cpu" or "cuda".
-    """
+    """What is run."""
 
     model: str = EMBEDDED_MODEL
+    """A name that `roentgen serve` takes."""
     random_weights: str = ""
+    """Instead, a name in `RANDOM_MODELS`."""
     problems: str = ""
+    """A source of problems, as `roentgen eval --problems` takes it; "" for GSM8K or what stands in for it."""
     max_tokens: int = 32
+    """The most to generate per prompt; an end-of-text token ends it before."""
     dtype: str = "auto"
+    """"auto", or a torch dtype's name."""
     device: str = "auto"
+    """"auto", "cpu" or "cuda"."""
 
     @property
     def name(self) -> str:

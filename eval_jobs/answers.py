@@ -132,19 +132,16 @@ _TAKES_BACK = re.compile(r"\b(?:no|wrong|incorrect|mistake|error|not right|scrat
 
 @dataclass(frozen=True)
 class _Mark:
-    """A place where an answer is given.
-
-    Attributes:
-        kind: how strong it is, 0 the strongest.
-        start: where the content starts.
-        stop: where it ends, for a box or a tag; None if it goes to the end of the line.
-        tentative: whether a content that is no quantity shows that this is no mark.
-    """
+    """A place where an answer is given."""
 
     kind: int
+    """How strong it is, 0 the strongest."""
     start: int
+    """Where the content starts."""
     stop: int | None = None
+    """Where it ends, for a box or a tag; None if it goes to the end of the line."""
     tentative: bool = False
+    """Whether a content that is no quantity shows that this is no mark."""
 
 
 def read_answer(text: str) -> str | None:

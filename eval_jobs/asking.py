@@ -31,25 +31,22 @@ class ProblemFailedError(Exception):
 
 @dataclass(frozen=True)
 class Asked:
-    """What came of a request.
-
-    Attributes:
-        message: the assistant's.
-        finish_reason: why the model stopped.
-        tool_calls: what it wants to be called.
-        prompt_tokens: tokens of the prompt.
-        completion_tokens: tokens generated.
-        seconds: wall time, retries included.
-        activations: the reply's `activations` as it came.
-    """
+    """What came of a request."""
 
     message: dict[str, Any]
+    """The assistant's message."""
     finish_reason: str | None
+    """Why the model stopped."""
     tool_calls: list[ToolCall]
+    """What it wants to be called."""
     prompt_tokens: int
+    """Tokens of the prompt."""
     completion_tokens: int
+    """Tokens generated."""
     seconds: float
+    """Wall time, retries included."""
     activations: Any
+    """The reply's `activations` as it came."""
 
 
 class _Message(BaseModel):

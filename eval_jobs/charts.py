@@ -11,21 +11,18 @@ MOST_TICKS = 5
 
 @dataclass(frozen=True)
 class Bar:
-    """How many answers have a length.
-
-    Attributes:
-        start: fewest tokens.
-        stop: most tokens.
-        correct: right answers of that length.
-        wrong: wrong ones that ended by themselves.
-        cut: wrong ones that were cut.
-    """
+    """How many answers have a length."""
 
     start: int
+    """Fewest tokens."""
     stop: int
+    """Most tokens."""
     correct: int
+    """Right answers of that length."""
     wrong: int
+    """Wrong ones that ended by themselves."""
     cut: int
+    """Wrong ones that were cut."""
 
     @property
     def height(self) -> int:
@@ -51,17 +48,14 @@ def lengths(samples: Iterable[Sample]) -> list[Bar]:
 
 @dataclass(frozen=True)
 class Panel:
-    """The histogram of one kind of answers, on a scale of its own so that a rare kind is as visible as a common one.
-
-    Attributes:
-        kind: "correct", "wrong" or "cut".
-        title: what a reader calls it.
-        counts: answers per bar.
-    """
+    """The histogram of one kind of answers, on a scale of its own so that a rare kind is as visible as a common one."""
 
     kind: str
+    """"correct", "wrong" or "cut"."""
     title: str
+    """What a reader calls it."""
     counts: list[int]
+    """Answers per bar."""
 
     @property
     def total(self) -> int:

@@ -19,48 +19,42 @@ Verdicts = Mapping[Hashable, list[bool]]
 
 @dataclass(frozen=True)
 class Paired:
-    """What two conditions say of the problems that both have.
-
-    Attributes:
-        names: of the two variants; None of a run without variants.
-        first: the first's accuracy on them.
-        second: the second's.
-        difference: the second minus the first, paired by problem.
-        gained: problems that the second does better.
-        lost: problems that it does worse.
-    """
+    """What two conditions say of the problems that both have."""
 
     names: tuple[str | None, str | None]
+    """Of the two variants; None of a run without variants."""
     first: Accuracy
+    """The first's accuracy on them."""
     second: Accuracy
+    """Of the second."""
     difference: Difference
+    """The second minus the first, paired by problem."""
     gained: list[str]
+    """Problems that the second does better."""
     lost: list[str]
+    """Problems that it does worse."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two runs say, like compared with like.
-
-    Attributes:
-        configuration: what differs: name, value in the first, value in the second.
-        first: the first run's accuracy on what both posed alike: each problem, under each pair of variants.
-        second: the second's.
-        difference: the second minus the first, paired likewise and clustered by problem.
-        gained: problems that the second does better, `problem under variant` where there are several pairs.
-        lost: problems that it does worse.
-        pairs: the same, per pair of variants that pose problems alike; one pair of runs without variants.
-        alone: variants of either run that have no counterpart.
-    """
+    """What two runs say, like compared with like."""
 
     configuration: list[tuple[str, Any, Any]]
+    """What differs: name, value in the first, value in the second."""
     first: Accuracy
+    """The first run's accuracy on what both posed alike: each problem, under each pair of variants."""
     second: Accuracy
+    """Of the second."""
     difference: Difference
+    """The second minus the first, paired likewise and clustered by problem."""
     gained: list[str]
+    """Problems that the second does better, `problem under variant` where there are several pairs."""
     lost: list[str]
+    """Problems that it does worse."""
     pairs: tuple[Paired, ...]
+    """The same, per pair of variants that pose problems alike; one pair of runs without variants."""
     alone: tuple[tuple[str | None, ...], tuple[str | None, ...]]
+    """Variants of either run that have no counterpart."""
 
 
 def compare(first: Run, second: Run) -> Comparison:

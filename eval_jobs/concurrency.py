@@ -57,15 +57,12 @@ class Fixed:
 
 @dataclass
 class Climbing:
-    """As many as make the server faster.
-
-    Attributes:
-        value: requests in flight now.
-        most: never more than that.
-    """
+    """As many as make the server faster."""
 
     value: int = START
+    """Requests in flight now."""
     most: int = MOST
+    """Never more than that."""
     _step: float = field(default=2.0, init=False)
     _before: int = field(default=0, init=False)
     _best: float = field(default=0.0, init=False)

@@ -17,21 +17,18 @@ from roentgen.contract import canonical_hash
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What the server says of the model; all but the id is None where the server is not Roentgen's.
-
-    Attributes:
-        id: the name to ask for.
-        revision: what pins its weights.
-        dtype: of weights and activations.
-        num_layers: decoder layers.
-        d_model: width of the residual stream.
-    """
+    """What the server says of the model; all but the id is None where the server is not Roentgen's."""
 
     id: str
+    """The name to ask for."""
     revision: str | None = None
+    """What pins its weights."""
     dtype: str | None = None
+    """Of weights and activations."""
     num_layers: int | None = None
+    """Decoder layers."""
     d_model: int | None = None
+    """Width of the residual stream."""
 
 
 def hashed_configuration(settings: EvalSettings, served: ServedModel) -> dict[str, Any]:

@@ -45,19 +45,16 @@ class UnreachableError(FatalRequestError):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the server is.
-
-    Attributes:
-        base_url: http://HOST:PORT/v1; several, with commas between them, for a server that has several.
-        timeout: seconds to wait for a reply.
-        max_retries: how often a request is tried again.
-        api_key: never shown, never written into a run.
-    """
+    """Where the server is."""
 
     base_url: str
+    """Http://HOST:PORT/v1; several, with commas between them, for a server that has several."""
     timeout: float = 600.0
+    """Seconds to wait for a reply."""
     max_retries: int = MAX_RETRIES
+    """How often a request is tried again."""
     api_key: str = field(default="none", repr=False)
+    """Never shown, never written into a run."""
 
     @property
     def urls(self) -> tuple[str, ...]:

@@ -37,21 +37,18 @@ class _Tokens(BaseModel):
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a run would store.
-
-    Attributes:
-        samples: in all.
-        keys: tensors of a rollout: layers × hook points.
-        rows: of a rollout, at most.
-        bytes_per_row: of one key.
-        tokens: of a rollout, at most.
-    """
+    """What a run would store."""
 
     samples: int
+    """Samples in all."""
     keys: int
+    """Tensors of a rollout: layers × hook points."""
     rows: int
+    """Of a rollout, at most."""
     bytes_per_row: int
+    """Size of a row of one key."""
     tokens: int
+    """Of a rollout, at most."""
 
     @property
     def index(self) -> int:

@@ -31,15 +31,12 @@ NOTHING, UNCLEAR = Unread.NOTHING, Unread.UNCLEAR
 
 @dataclass(frozen=True)
 class Quantity:
-    """A quantity that was read.
-
-    Attributes:
-        text: a canonical spelling, which reads back as the same quantity: `18`, `3/7`, `550 cents`.
-        values: the numbers it may be compared as, canonical too; the first is its own.
-    """
+    """A quantity that was read."""
 
     text: str
+    """A canonical spelling, which reads back as the same quantity: `18`, `3/7`, `550 cents`."""
     values: tuple[str, ...]
+    """The numbers it may be compared as, canonical too; the first is its own."""
 
 
 class Token(NamedTuple):

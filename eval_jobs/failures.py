@@ -37,19 +37,16 @@ OTHERWISE = "Look into the server's log."
 
 @dataclass(frozen=True)
 class Failure:
-    """A kind of failure.
-
-    Attributes:
-        count: samples that failed in this way.
-        message: of the first of them.
-        sample_id: the first of them.
-        advice: what to do.
-    """
+    """A kind of failure."""
 
     count: int
+    """Samples that failed in this way."""
     message: str
+    """Of the first of them."""
     sample_id: str
+    """The first of them."""
     advice: str
+    """What to do."""
 
     def to_json(self) -> dict[str, Any]:
         """Return it as an entry of `failures` in `summary.json`."""

@@ -47,17 +47,14 @@ MAX_DEATHS = 3
 
 @dataclass(frozen=True)
 class Slice:
-    """What one task is given.
-
-    Attributes:
-        attempts: in the order they are started.
-        in_flight: how many at once.
-        climbing: fewer at first, up to so many if that is faster.
-    """
+    """What one task is given."""
 
     attempts: tuple[Attempt, ...]
+    """In the order they are started."""
     in_flight: int
+    """How many at once."""
     climbing: bool = False
+    """Fewer at first, up to so many if that is faster."""
 
     @property
     def limit(self) -> Limit:

@@ -32,17 +32,14 @@ AROUND = 60
 
 @dataclass(frozen=True)
 class Timing:
-    """What the driver's clock saw.
-
-    Attributes:
-        seconds: wall time.
-        samples: run in it.
-        completion_tokens: generated in it.
-    """
+    """What the driver's clock saw."""
 
     seconds: float
+    """Wall time."""
     samples: int
+    """Samples run in it."""
     completion_tokens: int
+    """Tokens generated in it."""
 
 
 def write_sample_files(run: Run, sample: Sample) -> None:

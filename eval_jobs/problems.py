@@ -35,25 +35,22 @@ class ProblemError(EvalError):
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One problem.
-
-    Attributes:
-        problem_id: stable across runs, "gsm8k-test-0001".
-        number: its place in the source, from 1; it names the sample's files.
-        question: as posed.
-        solution: the gold rationale, ending with `#### <number>`.
-        gold: the gold answer: what follows `####`, commas removed.
-        shots: solved problems to be shown before it.
-        template: what the question was made from, which other problems may share; None if it is like no other.
-    """
+    """One problem."""
 
     problem_id: str
+    """Stable across runs, "gsm8k-test-0001"."""
     number: int
+    """Its place in the source, from 1; it names the sample's files."""
     question: str
+    """As posed."""
     solution: str
+    """The gold rationale, ending with `#### <number>`."""
     gold: str
+    """The gold answer: what follows `####`, commas removed."""
     shots: tuple["Problem", ...] = ()
+    """Solved problems to be shown before it."""
     template: str | None = None
+    """What the question was made from, which other problems may share; None if it is like no other."""
 
 
 def read_source(source: str) -> Iterator[Problem]:

@@ -17,19 +17,16 @@ SECONDS_BETWEEN_LINES = 5.0
 
 @dataclass
 class Tally:
-    """Counts samples.
-
-    Attributes:
-        scored: those with an answer.
-        correct: the right ones.
-        errors: those without one.
-        tokens: generated.
-    """
+    """Counts samples."""
 
     scored: int = 0
+    """Those with an answer."""
     correct: int = 0
+    """How many are right."""
     errors: int = 0
+    """Those without one."""
     tokens: int = 0
+    """Generated."""
 
     def add(self, sample: Sample) -> None:
         """Count a sample."""

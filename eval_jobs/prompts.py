@@ -25,25 +25,22 @@ class PromptError(EvalError):
 
 @dataclass(frozen=True)
 class Prompt:
-    """How a problem is posed.
-
-    Attributes:
-        name: what `--prompt` calls it.
-        version: raised with every edit.
-        user: the user's message, with `{question}` where the question goes.
-        system: the system's message; None sends none.
-        shots: solved problems that are shown before, each as a message of the user and one of the assistant.
-        stop: sequences at which the model is stopped.
-        extractor: the way of reading an answer that belongs to it.
-    """
+    """How a problem is posed."""
 
     name: str
+    """What `--prompt` calls it."""
     version: int
+    """Raised with every edit."""
     user: str
+    """The user's message, with `{question}` where the question goes."""
     system: str | None = None
+    """The system's message; None sends none."""
     shots: int = 0
+    """Solved problems that are shown before, each as a message of the user and one of the assistant."""
     stop: tuple[str, ...] = ()
+    """Sequences at which the model is stopped."""
     extractor: str = DEFAULT_EXTRACTOR
+    """The way of reading an answer that belongs to it."""
 
     @property
     def hash(self) -> str:

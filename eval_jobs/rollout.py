@@ -28,27 +28,24 @@ from roentgen.runs import RolloutRef, Sample, Turn
 
 @dataclass(frozen=True)
 class RolloutPlan:
-    """What all rollouts of a run share; it travels to every Ray task.
-
-    Attributes:
-        endpoint: the server.
-        model: the name to ask for.
-        prompt: how problems are posed.
-        sampling: parameters of every request.
-        extractor: whose verdict is the sample's.
-        tools: names in `TOOLS` that the model may call.
-        max_turns: requests per rollout, at most.
-        capture: what to keep of the activations, and in which session; None keeps nothing.
-    """
+    """What all rollouts of a run share; it travels to every Ray task."""
 
     endpoint: Endpoint
+    """The server."""
     model: str
+    """The name to ask for."""
     prompt: Prompt
+    """How problems are posed."""
     sampling: dict[str, Any]
+    """Parameters of every request."""
     extractor: str
+    """Whose verdict is the sample's."""
     tools: tuple[str, ...] = ()
+    """Names in `TOOLS` that the model may call."""
     max_turns: int = 1
+    """Requests per rollout, at most."""
     capture: ActivationRequest | None = None
+    """What to keep of the activations, and in which session; None keeps nothing."""
 
 
 @dataclass

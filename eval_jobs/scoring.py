@@ -37,28 +37,22 @@ _FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 
 @dataclass(frozen=True)
 class Extractor:
-    """One convention of reading and judging an answer.
-
-    Attributes:
-        read: finds the answer in a text, None if there is none.
-        agrees: whether an answer that was read is the gold one.
-    """
+    """One convention of reading and judging an answer."""
 
     read: Callable[[str], str | None]
+    """Finds the answer in a text, None if there is none."""
     agrees: Callable[[str, str], bool]
+    """Whether an answer that was read is the gold one."""
 
 
 @dataclass(frozen=True)
 class Scores:
-    """One output, judged by every extractor.
-
-    Attributes:
-        answers: what each extractor read.
-        correct_by: whether that is the gold answer.
-    """
+    """One output, judged by every extractor."""
 
     answers: dict[str, str | None]
+    """What each extractor read."""
     correct_by: dict[str, bool]
+    """Whether that is the gold answer."""
 
 
 def read_answer_line(text: str) -> str | None:

@@ -23,25 +23,22 @@ LOOKED_AT = 50_000
 
 
 class Selection(BaseModel):
-    """Which problems.
-
-    Attributes:
-        source: a name in `problems.SOURCES`, or the path of a file in GSM8K's format.
-        samples: how many.
-        offset: how many to leave out before them.
-        sample_ids: exactly these, by number ("17") or id ("gsm8k-test-0017"); nothing else is looked at.
-        shuffle_seed: of the order they are taken in; None keeps the source's.
-        shots: how many solved problems are shown before each.
-    """
+    """Which problems."""
 
     model_config = ConfigDict(frozen=True)
 
     source: str
+    """A name in `problems.SOURCES`, or the path of a file in GSM8K's format."""
     samples: int = Field(ge=1)
+    """How many samples."""
     offset: int = Field(default=0, ge=0)
+    """How many to leave out before them."""
     sample_ids: tuple[str, ...] | None = None
+    """Exactly these, by number ("17") or id ("gsm8k-test-0017"); nothing else is looked at."""
     shuffle_seed: int | None = None
+    """Of the order they are taken in; None keeps the source's."""
     shots: int = Field(default=0, ge=0)
+    """How many solved problems are shown before each."""
 
 
 def load_problems(selection: Selection) -> list[Problem]:

@@ -41,25 +41,22 @@ NO_CHANGE = 1e-9
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A share of correct samples.
-
-    Attributes:
-        n: samples.
-        correct: how many are correct.
-        value: the share, None of no samples.
-        standard_error: clustered by problem; with one sample a problem, sample standard deviation / √n, as
-            lm-evaluation-harness reports it. None for fewer than two problems.
-        low: lower end of the 95% interval (Wilson's, which stays inside [0, 1] and holds for few samples; of the number of
-            independent samples that would have this standard error).
-        high: its upper end.
-    """
+    """A share of correct samples."""
 
     n: int
+    """Samples."""
     correct: int
+    """How many are correct."""
     value: float | None
+    """The share, None of no samples."""
     standard_error: float | None
+    """Clustered by problem; with one sample a problem, sample standard deviation / √n, as lm-evaluation-harness reports it.
+    None for fewer than two problems."""
     low: float | None
+    """Lower end of the 95% interval (Wilson's, which stays inside [0, 1] and holds for few samples; of the number of
+    independent samples that would have this standard error)."""
     high: float | None
+    """Its upper end."""
 
 
 @dataclass(frozen=True)
@@ -74,28 +71,25 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """How a condition differs from another on the same problems.
-
-    Attributes:
-        problems: that both have.
-        value: difference of the accuracies on them, each problem counted once.
-        standard_error: of the paired difference, over problems; None for fewer than two.
-        low: lower end of its 95% interval.
-        high: upper end.
-        gained: problems right here and wrong there. With several samples a problem: better here.
-        lost: the reverse.
-        p_value: of McNemar's exact test on these two; with several samples a problem, it is the sign test on problems; with
-            clusters of several problems, on clusters.
-    """
+    """How a condition differs from another on the same problems."""
 
     problems: int
+    """Problems that both have."""
     value: float | None
+    """Difference of the accuracies on them, each problem counted once."""
     standard_error: float | None
+    """Of the paired difference, over problems; None for fewer than two."""
     low: float | None
+    """Lower end of its 95% interval."""
     high: float | None
+    """Upper end."""
     gained: int
+    """Problems right here and wrong there. With several samples a problem: better here."""
     lost: int
+    """The reverse of the former."""
     p_value: float | None
+    """Of McNemar's exact test on these two; with several samples a problem, it is the sign test on problems; with clusters
+    of several problems, on clusters."""
 
 
 def accuracy(verdicts: Sequence[bool], problems: Sequence[Hashable] | None = None) -> Accuracy:
@@ -115,21 +109,18 @@ def accuracy(verdicts: Sequence[bool], problems: Sequence[Hashable] | None = Non
 
 @dataclass(frozen=True)
 class _Clustered:
-    """How a mean varies over clusters.
-
-    Attributes:
-        n: values.
-        clusters: clusters of them; of unequal ones, how many equal ones would weigh as much (Kish's n², over Σ sizes²).
-        count: clusters.
-        standard_error: of the mean; None of fewer than two clusters.
-        ratio: how many times the variance of the mean of independent trials this is; None where one of the two is 0.
-    """
+    """How a mean varies over clusters."""
 
     n: int
+    """Values."""
     clusters: float
+    """Clusters of them; of unequal ones, how many equal ones would weigh as much (Kish's n², over Σ sizes²)."""
     count: int
+    """Clusters."""
     standard_error: float | None
+    """Of the mean; None of fewer than two clusters."""
     ratio: float | None
+    """How many times the variance of the mean of independent trials this is; None where one of the two is 0."""
 
     def trials(self, most: int) -> float:
         """Return how many independent trials would say as much, at most `most`."""

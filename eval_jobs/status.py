@@ -13,25 +13,22 @@ RECENT_S = 120.0
 
 @dataclass(frozen=True)
 class Status:
-    """How far a run is.
-
-    Attributes:
-        running: whether an evaluation is recording into it.
-        expected: samples when it is complete.
-        tally: of those recorded.
-        recent: samples that finished in the last two minutes.
-        recent_tokens: that they have.
-        recent_seconds: the time that these two are over.
-        commonest: the commonest failure of those that have no answer yet, None if there is none.
-    """
+    """How far a run is."""
 
     running: bool
+    """Whether an evaluation is recording into it."""
     expected: int
+    """Samples when it is complete."""
     tally: Tally
+    """Of those recorded."""
     recent: int
+    """Samples that finished in the last two minutes."""
     recent_tokens: int
+    """Tokens that they have."""
     recent_seconds: float
+    """The time that these two are over."""
     commonest: Failure | None = None
+    """The commonest failure of those that have no answer yet, None if there is none."""
 
     def __str__(self) -> str:
         """Spell it in a line."""

@@ -34,14 +34,11 @@ class _Row(NamedTuple):
 
 @dataclass
 class _Group:
-    """The samples of a variant, or of a run.
-
-    Attributes:
-        clusters: of each problem's id, the problems that count as one with it: the same question, or of one template. Filled
-            when all samples have been read.
-    """
+    """The samples of a variant, or of a run."""
 
     clusters: dict[Hashable, int]
+    """Of each problem's id, the problems that count as one with it: the same question, or of one template. Filled when all
+    samples have been read."""
     rows: list[_Row] = field(default_factory=list)
     truncated: int = 0
     out_of_turns: int = 0

@@ -16,19 +16,16 @@ from eval_jobs.calculator import calculate
 
 @dataclass(frozen=True)
 class Tool:
-    """What a model may call.
-
-    Attributes:
-        name: what it is called by.
-        description: what the model is told.
-        argument: the name of its one argument, a text.
-        run: answers a call.
-    """
+    """What a model may call."""
 
     name: str
+    """What it is called by."""
     description: str
+    """What the model is told."""
     argument: str
+    """The name of its one argument, a text."""
     run: Callable[[str], str]
+    """Answers a call."""
 
     @property
     def definition(self) -> dict[str, Any]:

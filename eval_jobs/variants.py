@@ -31,34 +31,28 @@ class VariantError(EvalError):
 
 @dataclass(frozen=True)
 class Variant:
-    """One configuration of a run.
-
-    Attributes:
-        name: what people call it; None of a run without variants.
-        prefix: what is put before the user's last message.
-        config_hash: of the configuration with this prefix.
-    """
+    """One configuration of a run."""
 
     name: str | None
+    """What people call it; None of a run without variants."""
     prefix: str
+    """What is put before the user's last message."""
     config_hash: str
+    """Of the configuration with this prefix."""
 
 
 # With slots, as a `Problem`: to be sent to a task, an object without them is given a dict that it keeps, and a driver may hold
 # millions of these.
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """One problem, to be posed once under one variant.
-
-    Attributes:
-        problem: what is asked.
-        variant: how.
-        epoch: which of several attempts, from 1.
-    """
+    """One problem, to be posed once under one variant."""
 
     problem: Problem
+    """What is asked."""
     variant: Variant
+    """How."""
     epoch: int = 1
+    """Which of several attempts, from 1."""
 
     @property
     def identity(self) -> tuple[str, str, int]:

@@ -29,15 +29,12 @@ ENOUGH = 1e-9
 
 @dataclass(frozen=True)
 class Calibration:
-    """What turns the scores of several probes into log-odds or logits.
-
-    Attributes:
-        slope: `[probes]`.
-        intercept: `[probes]`.
-    """
+    """What turns the scores of several probes into log-odds or logits."""
 
     slope: Float[np.ndarray, "probes"]
+    """`[probes]`."""
     intercept: Float[np.ndarray, "probes"]
+    """`[probes]`."""
 
     @classmethod
     def none(cls, probes: int) -> "Calibration":

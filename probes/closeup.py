@@ -27,25 +27,22 @@ MOST_TRACES = 200
 
 @dataclass(frozen=True)
 class Trace:
-    """One rollout, scored token by token.
-
-    Attributes:
-        example: whose it is.
-        value: its label.
-        n_prompt: tokens of the prompt.
-        tokens: the text of every token, the last one included, which has no score.
-        position: where the scores are, `[rows]`.
-        scores: log-odds there, `[rows]`.
-        group: the number of its problem.
-    """
+    """One rollout, scored token by token."""
 
     example: Example
+    """Whose it is."""
     value: bool
+    """Its label."""
     n_prompt: int
+    """Tokens of the prompt."""
     tokens: tuple[str, ...]
+    """The text of every token, the last one included, which has no score."""
     position: Int[np.ndarray, "rows"]
+    """Where the scores are, `[rows]`."""
     scores: Float[np.ndarray, "rows"]
+    """Log-odds there, `[rows]`."""
     group: int
+    """The number of its problem."""
 
     def along(self, fractions: Float[np.ndarray, "points"]) -> Float[np.ndarray, "points"]:
         """Return the scores at fractions of the trace: 0 is the last token of the prompt, 1 the last row."""
@@ -55,20 +52,17 @@ class Trace:
 
 @dataclass(frozen=True)
 class Closeup:
-    """A candidate's scores of binary labels, out of fold.
-
-    Attributes:
-        name: the candidate's.
-        scores: log-odds where it was trained to read, `[samples]`.
-        across: the rows' largest variation that the probe does not see: their first principal coordinate, after what lies
-            along the probe's direction is taken out, `[samples]`.
-        traces: as many as are shown; none if not every row was stored.
-    """
+    """A candidate's scores of binary labels, out of fold."""
 
     name: str
+    """The candidate's name."""
     scores: Float[np.ndarray, "samples"]
+    """Log-odds where it was trained to read, `[samples]`."""
     across: Float[np.ndarray, "samples"]
+    """The rows' largest variation that the probe does not see: their first principal coordinate, after what lies along the
+    probe's direction is taken out, `[samples]`."""
     traces: tuple[Trace, ...]
+    """As many as are shown; none if not every row was stored."""
 
 
 def look_closely(

@@ -30,17 +30,14 @@ Scores = Float[np.ndarray, "rows outputs"]
 
 @dataclass(frozen=True)
 class Controls:
-    """The rows of some data, and how metrics of scores of them are drawn.
-
-    Attributes:
-        data: the data.
-        draws: how often each row counts in each draw.
-        within: whether scores compare within problems only.
-    """
+    """The rows of some data, and how metrics of scores of them are drawn."""
 
     data: ProbeDataset
+    """The data."""
     draws: Int[np.ndarray, "draws rows"]
+    """How often each row counts in each draw."""
     within: bool
+    """Whether scores compare within problems only."""
 
     def main(self, scores: Scores, target: Target | None = None) -> Estimate:
         """Return the main metric of scores."""

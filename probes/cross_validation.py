@@ -31,30 +31,24 @@ NO_SPREAD = 1e-12
 
 @dataclass(frozen=True)
 class Case:
-    """A label to learn on some rows, and the rows to test on.
-
-    Attributes:
-        target: the label of all rows.
-        train: rows to learn from.
-        test: rows to score.
-    """
+    """A label to learn on some rows, and the rows to test on."""
 
     target: Target
+    """The label of all rows."""
     train: Rows
+    """Rows to learn from."""
     test: Rows
+    """Rows to score."""
 
 
 @dataclass(frozen=True)
 class Tested:
-    """The scores of a case's test rows.
-
-    Attributes:
-        scores: comparable across cases, `[candidates, strengths, rows, outputs]`.
-        raw: as the probes gave them: log-odds, values or logits.
-    """
+    """The scores of a case's test rows."""
 
     scores: Float[np.ndarray, "candidates strengths rows outputs"]
+    """Comparable across cases, `[candidates, strengths, rows, outputs]`."""
     raw: Float[np.ndarray, "candidates strengths rows outputs"]
+    """As the probes gave them: log-odds, values or logits."""
 
 
 def cross_validate(

@@ -30,30 +30,27 @@ from roentgen.store import StoreError
 
 @dataclass(frozen=True)
 class ProbeDataset:
-    """What a probe learns from: one row per example.
-
-    Attributes:
-        names: of the runs and sessions it comes from.
-        target: the label that was asked for.
-        groups: what is kept together in splits and draws, numbered from 0: the problem of each example, or its template where
-            problems have templates, `[samples]`.
-        problems: the problem of each example, numbered from 0, `[samples]`.
-        origin: which run or session each is from, as an index into `names`, `[samples]`.
-        examples: the examples, those of one session together.
-        keys: stored keys that every example has.
-        left_out: samples of the runs that are not here: they failed, kept no activations, or have no such label.
-        sources: where the rows are.
-    """
+    """What a probe learns from: one row per example."""
 
     names: tuple[str, ...]
+    """Of the runs and sessions it comes from."""
     target: Target
+    """The label that was asked for."""
     groups: Int[np.ndarray, "samples"]
+    """What is kept together in splits and draws, numbered from 0: the problem of each example, or its template where
+    problems have templates, `[samples]`."""
     problems: Int[np.ndarray, "samples"]
+    """The problem of each example, numbered from 0, `[samples]`."""
     origin: Int[np.ndarray, "samples"]
+    """Which run or session each is from, as an index into `names`, `[samples]`."""
     examples: tuple[Example, ...]
+    """The examples, those of one session together."""
     keys: tuple[str, ...]
+    """Stored keys that every example has."""
     left_out: int
+    """Samples of the runs that are not here: they failed, kept no activations, or have no such label."""
     sources: tuple[Source, ...]
+    """Where the rows are."""
 
     @classmethod
     def open(

@@ -34,25 +34,22 @@ from roentgen.intervals import auroc, exact
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Nested scores of several candidates on the same rows.
-
-    Attributes:
-        scores: of each row by a probe that was neither fitted nor chosen on its problem, comparable across folds,
-            `[candidates, rows, outputs]`.
-        raw: the same in units that mean something: log-odds, values or logits.
-        inner: the main metric on the inner folds, at the strength chosen there, `[folds, candidates]`.
-        strength: for a refit on all rows: the best over the outer folds, `[candidates]`.
-        slope: with `intercept`, what makes log-odds of the scores of probes of that strength: first of a refit on all rows,
-            then of the fit of each outer fold, `[1 + folds, candidates]`.
-        intercept: likewise.
-    """
+    """Nested scores of several candidates on the same rows."""
 
     scores: Float[np.ndarray, "candidates rows outputs"]
+    """Of each row by a probe that was neither fitted nor chosen on its problem, comparable across folds, `[candidates, rows,
+    outputs]`."""
     raw: Float[np.ndarray, "candidates rows outputs"]
+    """The same in units that mean something: log-odds, values or logits."""
     inner: Float[np.ndarray, "folds candidates"]
+    """The main metric on the inner folds, at the strength chosen there, `[folds, candidates]`."""
     strength: Float[np.ndarray, "candidates"]
+    """For a refit on all rows: the best over the outer folds, `[candidates]`."""
     slope: Float[np.ndarray, "fits candidates"]
+    """With `intercept`, what makes log-odds of the scores of probes of that strength: first of a refit on all rows, then of
+    the fit of each outer fold, `[1 + folds, candidates]`."""
     intercept: Float[np.ndarray, "fits candidates"]
+    """Likewise."""
 
     def calibration(self, candidate: int) -> tuple[Calibration, ...]:
         """Return what makes log-odds of a candidate's scores: of a refit on all rows, then of the fit of each outer fold."""

@@ -35,21 +35,18 @@ Scores = Float[np.ndarray, "rows outputs"]
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training gives.
-
-    Attributes:
-        report: what it found.
-        scores: of the best candidate, comparable across folds, `[samples, outputs]`.
-        raw: the same as log-odds, logits or values.
-        probes: one per candidate, fitted on all samples; none for kinds that are no direction.
-        calibrations: per candidate, what makes log-odds of the scores of each outer fold's probe.
-    """
+    """What a training gives."""
 
     report: ProbeReport
+    """What it found."""
     scores: Float[np.ndarray, "samples outputs"]
+    """Of the best candidate, comparable across folds, `[samples, outputs]`."""
     raw: Float[np.ndarray, "samples outputs"]
+    """The same as log-odds, logits or values."""
     probes: list[SavedProbe]
+    """One per candidate, fitted on all samples; none for kinds that are no direction."""
     calibrations: tuple[tuple[Calibration, ...], ...]
+    """Per candidate, what makes log-odds of the scores of each outer fold's probe."""
 
 
 def choose_kind(target: Target, name: str | None) -> Kind:

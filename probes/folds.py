@@ -27,17 +27,14 @@ Split = tuple[Rows, Rows]
 
 @dataclass(frozen=True)
 class Fold:
-    """One outer fold.
-
-    Attributes:
-        train: its training rows.
-        test: its test rows.
-        inner: splits of the training part, as indices into `train`; empty if its rarest class has a single problem.
-    """
+    """One outer fold."""
 
     train: Rows
+    """Its training rows."""
     test: Rows
+    """Its test rows."""
     inner: tuple[Split, ...]
+    """Splits of the training part, as indices into `train`; empty if its rarest class has a single problem."""
 
 
 def strata(target: Target) -> Int[np.ndarray, "rows"]:

@@ -27,33 +27,30 @@ _NUMBER = re.compile(r"-?[\d.,]*\d")
 
 @dataclass(frozen=True)
 class Example:
-    """One sample: an attempt at a problem, whose activations are somewhere.
-
-    Attributes:
-        problem: the id of what it is an attempt at.
-        epoch: which attempt.
-        rollout_id: its activations.
-        n_prompt: tokens of the prompt.
-        n_completion: tokens generated.
-        truncated: whether it was cut.
-        question: the problem's text.
-        labels: what was stored with the activations.
-        sample: the run's record of it, None if it comes from a session alone.
-        config: the run's configuration, likewise.
-        asked: the question without what surrounds it, where `question` is a whole prompt and the question is known; else None.
-    """
+    """One sample: an attempt at a problem, whose activations are somewhere."""
 
     problem: str
+    """The id of what it is an attempt at."""
     epoch: int
+    """Which attempt."""
     rollout_id: str
+    """Its activations."""
     n_prompt: int
+    """Tokens of the prompt."""
     n_completion: int
+    """Tokens generated."""
     truncated: bool
+    """Whether it was cut."""
     question: str
+    """The problem's text."""
     labels: dict[str, Any]
+    """What was stored with the activations."""
     sample: Sample | None = None
+    """The run's record of it, None if it comes from a session alone."""
     config: RunConfig | None = None
+    """The run's configuration, likewise."""
     asked: str | None = None
+    """The question without what surrounds it, where `question` is a whole prompt and the question is known; else None."""
 
     @property
     def posed(self) -> Posed:
@@ -74,19 +71,16 @@ class Example:
 
 @dataclass(frozen=True)
 class Target:
-    """What is to be read.
-
-    Attributes:
-        name: the label.
-        kind: True or False, a number, or one of several classes.
-        values: one per example: bool, float64, or the class's number, `[samples]`.
-        classes: the classes' names, for a target of several.
-    """
+    """What is to be read."""
 
     name: str
+    """The label."""
     kind: TargetKind
+    """True or False, a number, or one of several classes."""
     values: Shaped[np.ndarray, "samples"]
+    """One per example: bool, float64, or the class's number, `[samples]`."""
     classes: tuple[str, ...] = ()
+    """The classes' names, for a target of several."""
 
     @classmethod
     def of(cls, name: str, values: Sequence[Any]) -> "Target":

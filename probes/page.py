@@ -43,19 +43,16 @@ OPEN_UP_TO = 24
 
 @dataclass(frozen=True)
 class Token:
-    """A token as the page shows it.
-
-    Attributes:
-        text: of it; what cannot be seen has a sign.
-        position: in the sequence.
-        score: None where it has none.
-        strength: of its color, from -1 to 1.
-    """
+    """A token as the page shows it."""
 
     text: str
+    """Of it; what cannot be seen has a sign."""
     position: int
+    """In the sequence."""
     score: float | None
+    """None where it has none."""
     strength: float
+    """Of its color, from -1 to 1."""
 
 
 @dataclass(frozen=True)

@@ -31,19 +31,16 @@ CHANCE = {"auroc": 0.5, "r2": 0.0}
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric with its 95% interval (a bootstrap over problems).
-
-    Attributes:
-        metric: its name.
-        value: the estimate.
-        low: the interval's lower end.
-        high: its upper end.
-    """
+    """A metric with its 95% interval (a bootstrap over problems)."""
 
     metric: str
+    """Its name."""
     value: float
+    """The estimate."""
     low: float
+    """The interval's lower end."""
     high: float
+    """Its upper end."""
 
     def __str__(self) -> str:
         """Spell it as `0.71 [0.62, 0.79]`; what is not defined is a dash, not a number."""
@@ -96,107 +93,95 @@ class Candidate:
 
 @dataclass(frozen=True)
 class KeyResult(Candidate):
-    """What a candidate gives.
-
-    Attributes:
-        estimate: the main metric out of fold, the strength chosen on inner folds.
-        strength: of the saved probe, which is fitted on all samples.
-    """
+    """What a candidate gives."""
 
     estimate: Estimate
+    """The main metric out of fold, the strength chosen on inner folds."""
     strength: float
+    """Of the saved probe, which is fitted on all samples."""
 
 
 @dataclass(frozen=True)
 class Best:
-    """The best candidate, chosen on inner folds and reported on outer ones.
-
-    Attributes:
-        estimate: the main metric of the whole procedure, the choice included.
-        names: the candidate chosen in each outer fold.
-        metrics: every metric of it.
-    """
+    """The best candidate, chosen on inner folds and reported on outer ones."""
 
     estimate: Estimate
+    """The main metric of the whole procedure, the choice included."""
     names: tuple[str, ...]
+    """The candidate chosen in each outer fold."""
     metrics: dict[str, Estimate] = field(default_factory=dict)
+    """Every metric of it."""
 
 
 @dataclass(frozen=True)
 class Subset:
-    """The best candidate on the samples without a confounder (being cut, having no answer that could be read).
-
-    Attributes:
-        left_out: how many samples have it.
-        estimate: the main metric on the others; None where they have one class only.
-        only: the class that all the others have, None where there are several.
-    """
+    """The best candidate on the samples without a confounder (being cut, having no answer that could be read)."""
 
     left_out: int
+    """How many samples have it."""
     estimate: Estimate | None
+    """The main metric on the others; None where they have one class only."""
     only: str | None = None
+    """The class that all the others have, None where there are several."""
 
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """What one training found.
-
-    Attributes:
-        sources: names of the runs and sessions.
-        label: what was to be read.
-        target: "binary", "real" or "classes".
-        classes: names of the classes, where they have names.
-        kind: the kind of probe.
-        positions: where each rollout was read.
-        seed: of folds, bootstrap and shuffles.
-        roentgen: the version that found it.
-        data_hash: of which samples with which labels.
-        n_samples: samples used.
-        n_problems: problems they are of: questions, whatever their ids.
-        n_left_out: samples without activations or without this label.
-        n_folds: outer folds.
-        n_rarest: samples of the rarest class; all of them for a number.
-        n_true: samples whose label is True, None where it is not a truth.
-        results: per candidate.
-        best: the best candidate, chosen without looking at the samples it is reported on.
-        declared: every metric of the candidate that was named beforehand, None if none was.
-        baselines: see `baselines`.
-        against: how much better the best candidate is than a baseline, by name, paired: over the same draws of problems.
-        forecast: what a forecast that reads nothing gets by the metrics of `best` that need a threshold or a probability: the
-            accuracy of the most frequent class; the other metrics of the training share of True.
-        gains: how much higher the best candidate's are, paired; of Brier score and calibration error, lower is better.
-        without: the best candidate on samples without a confounder, by its name, where some have it: `truncated`, `unread`.
-        n_groups: groups that folds keep together: problems, or templates that problems share; None: as many as problems.
-        session: the session it was read from, None for the run's own activations.
-        within: whether the main metric is that within problems.
-    """
+    """What one training found."""
 
     sources: tuple[str, ...]
+    """Names of the runs and sessions."""
     label: str
+    """What was to be read."""
     target: str
+    """"binary", "real" or "classes"."""
     classes: tuple[str, ...]
+    """Names of the classes, where they have names."""
     kind: str
+    """The kind of probe."""
     positions: tuple[str, ...]
+    """Where each rollout was read."""
     seed: int
+    """Of folds, bootstrap and shuffles."""
     roentgen: str
+    """The version that found it."""
     data_hash: str
+    """Of which samples with which labels."""
     n_samples: int
+    """Samples used."""
     n_problems: int
+    """Problems they are of: questions, whatever their ids."""
     n_left_out: int
+    """Samples without activations or without this label."""
     n_folds: int
+    """Outer folds."""
     n_rarest: int
+    """Samples of the rarest class; all of them for a number."""
     n_true: int | None
+    """Samples whose label is True, None where it is not a truth."""
     results: tuple[KeyResult, ...]
+    """Per candidate."""
     best: Best
+    """The best candidate, chosen without looking at the samples it is reported on."""
     declared: Best | None
+    """Every metric of the candidate that was named beforehand, None if none was."""
     baselines: dict[str, Estimate]
+    """See `baselines`."""
     against: dict[str, Estimate] = field(default_factory=dict)
+    """How much better the best candidate is than a baseline, by name, paired: over the same draws of problems."""
     forecast: dict[str, Estimate] = field(default_factory=dict)
+    """What a forecast that reads nothing gets by the metrics of `best` that need a threshold or a probability: the accuracy
+    of the most frequent class; the other metrics of the training share of True."""
     gains: dict[str, Estimate] = field(default_factory=dict)
+    """How much higher the best candidate's are, paired; of Brier score and calibration error, lower is better."""
     without: dict[str, Subset] = field(default_factory=dict)
+    """The best candidate on samples without a confounder, by its name, where some have it: `truncated`, `unread`."""
     n_groups: int | None = None
+    """Groups that folds keep together: problems, or templates that problems share; None: as many as problems."""
     session: str | None = None
+    """The session it was read from, None for the run's own activations."""
     within: bool = False
+    """Whether the main metric is that within problems."""
 
     @property
     def metric(self) -> str:

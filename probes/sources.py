@@ -24,17 +24,14 @@ Where = str | Path
 
 @dataclass(frozen=True)
 class Source:
-    """The part of a dataset that lies in one session.
-
-    Attributes:
-        session: the open session.
-        rollouts: rows of its index, one per example.
-        examples: the examples, in the same order.
-    """
+    """The part of a dataset that lies in one session."""
 
     session: Session
+    """The open session."""
     rollouts: pd.DataFrame
+    """Rows of its index, one per example."""
     examples: tuple[Example, ...]
+    """The examples, in the same order."""
 
 
 def open_source(place: Where, session: Where | None) -> tuple[list[Source], int]:

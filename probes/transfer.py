@@ -32,38 +32,32 @@ INNER_FOLDS = 3
 
 @dataclass(frozen=True)
 class KeyComparison:
-    """What two sets of data have in common at one key.
-
-    Attributes:
-        key: the stored key.
-        cosine: between the two probes' directions, each fitted on all of its own data, in the activations' own units.
-        there: trained on the first, tested on the second.
-        back: trained on the second, tested on the first.
-    """
+    """What two sets of data have in common at one key."""
 
     key: str
+    """The stored key."""
     cosine: float
+    """Between the two probes' directions, each fitted on all of its own data, in the activations' own units."""
     there: Estimate
+    """Trained on the first, tested on the second."""
     back: Estimate
+    """Trained on the second, tested on the first."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two sets of data, key by key.
-
-    Attributes:
-        names: of the sets.
-        label: what is read.
-        kind: of probe.
-        positions: where.
-        keys: per key that both have.
-    """
+    """Two sets of data, key by key."""
 
     names: tuple[str, str]
+    """The names of the sets."""
     label: str
+    """What is read."""
     kind: str
+    """The kind of probe."""
     positions: str
+    """Where."""
     keys: tuple[KeyComparison, ...]
+    """Per key that both have."""
 
     def to_json(self) -> dict[str, Any]:
         """Return it as data."""

@@ -201,14 +201,12 @@ class Positions:
 
     The grammar is `all`, `prompt`, `generated`, `last_prompt`, `last`, `stride:k` (every k-th position, from 0), and the
     pooled `mean_prompt` and `mean_generated`, which average the rows they cover into one row at position -1.
-
-    Attributes:
-        policy: the policy's name, without the stride.
-        stride: k of `stride:k`, otherwise 1.
     """
 
     policy: str
+    """The policy's name, without the stride."""
     stride: int = 1
+    """K of `stride:k`, otherwise 1."""
 
     @classmethod
     def parse(cls, text: str) -> "Positions":
@@ -390,52 +388,46 @@ SAMPLED_FEATURES = 50
 
 
 class StoredTensor(BaseModel):
-    """One key of a reply: where its rows are and, if the request asked for them, their values.
-
-    Attributes:
-        format: "stored_tensor" is a reference, "sampled_tensor" carries the first features of each row, "complete_tensor" all.
-        shape: of the whole: `[rows, *shape]` for a reference, `[1, rows, *shape]` where values are sent.
-        dtype: of the stored values ("torch.float32").
-        stored_path: the shard that holds them.
-        data: the values, nested as `shape` says; null for NaN and infinity, which JSON does not have.
-        sample_info: which of them a sample is.
-    """
+    """One key of a reply: where its rows are and, if the request asked for them, their values."""
 
     model_config = ConfigDict(frozen=True)
 
     format: Literal["stored_tensor", "sampled_tensor", "complete_tensor"] = "stored_tensor"
+    """"stored_tensor" is a reference, "sampled_tensor" carries the first features of each row, "complete_tensor" all."""
     shape: tuple[int, ...]
+    """Of the whole: `[rows, *shape]` for a reference, `[1, rows, *shape]` where values are sent."""
     dtype: str
+    """Of the stored values ("torch.float32")."""
     stored_path: str
+    """The shard that holds them."""
     # A reference has no values, and says nothing of them.
     data: list[Any] | None = Field(default=None, exclude_if=lambda data: data is None)
+    """The values, nested as `shape` says; null for NaN and infinity, which JSON does not have."""
     sample_info: str | None = Field(default=None, exclude_if=lambda info: info is None)
+    """Which of them a sample is."""
 
 
 class ActivationReply(BaseModel):
-    """The reply's `activations` object; it is sent only after the rollout is durable.
-
-    Attributes:
-        session_id: the session that holds the rollout.
-        rollout_id: its id, also in the index.
-        uri: the session's address, for `Session.open`.
-        shard: the shard's path inside the session.
-        row_start: first row of this rollout in every tensor of the shard.
-        row_stop: one past its last row.
-        tensors: per stored key, where and what.
-        non_finite_rows: how many rows hold NaN or infinity; absent if none do.
-    """
+    """The reply's `activations` object; it is sent only after the rollout is durable."""
 
     model_config = ConfigDict(frozen=True)
 
     session_id: str
+    """The session that holds the rollout."""
     rollout_id: str
+    """Its id, also in the index."""
     uri: str
+    """The session's address, for `Session.open`."""
     shard: str
+    """The shard's path inside the session."""
     row_start: int
+    """First row of this rollout in every tensor of the shard."""
     row_stop: int
+    """One past its last row."""
     tensors: dict[str, StoredTensor]
+    """Per stored key, where and what."""
     non_finite_rows: int | None = None
+    """How many rows hold NaN or infinity; absent if none do."""
 
 
 def canonical_hash(value: Any) -> str:

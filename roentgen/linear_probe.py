@@ -38,43 +38,40 @@ class SavedProbeError(Exception):
 
 
 class ProbeCard(BaseModel):
-    """What is known of a saved probe.
-
-    Attributes:
-        model: the model whose activations it reads.
-        revision: its revision.
-        key: the stored key.
-        positions: where in a rollout it was trained to read.
-        kind: the kind of probe.
-        label: what it reads.
-        target: "binary", "real" or "classes".
-        classes: names of the classes, where they have names.
-        unit: what its scores are; those of older files are mere scores.
-        strength: of the penalty.
-        folds: outer folds of the evaluation.
-        metrics: out-of-fold metrics, each with its interval.
-        data_hash: of which samples with which labels it was trained on.
-        seed: of the folds.
-        roentgen: the version that made it.
-    """
+    """What is known of a saved probe."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
+    """The model whose activations it reads."""
     revision: str
+    """Its revision."""
     key: str
+    """The stored key."""
     positions: str
+    """Where in a rollout it was trained to read."""
     kind: str
+    """The kind of probe."""
     label: str
+    """What it reads."""
     target: str
+    """"binary", "real" or "classes"."""
     classes: tuple[str, ...] = ()
+    """Names of the classes, where they have names."""
     unit: ScoreUnit = "score"
+    """What its scores are; those of older files are mere scores."""
     strength: float
+    """Of the penalty."""
     folds: int
+    """Outer folds of the evaluation."""
     metrics: dict[str, dict[str, float | None]]
+    """Out-of-fold metrics, each with its interval."""
     data_hash: str
+    """Of which samples with which labels it was trained on."""
     seed: int
+    """Of the folds."""
     roentgen: str
+    """The version that made it."""
 
     @property
     def name(self) -> str:
@@ -89,19 +86,16 @@ class ProbeCard(BaseModel):
 
 @dataclass(frozen=True, eq=False)
 class Readout:
-    """A linear probe's arithmetic.
-
-    Attributes:
-        weight: directions in standardised features, `[outputs, d]`.
-        bias: intercepts, `[outputs]`.
-        mean: subtracted from the features, `[d]`.
-        scale: what they are then divided by, `[d]`.
-    """
+    """A linear probe's arithmetic."""
 
     weight: Float[Tensor, "outputs d"]
+    """Directions in standardised features, `[outputs, d]`."""
     bias: Float[Tensor, "outputs"]
+    """Intercepts, `[outputs]`."""
     mean: Float[Tensor, "d"]
+    """Subtracted from the features, `[d]`."""
     scale: Float[Tensor, "d"]
+    """What they are then divided by, `[d]`."""
 
     def scores(self, X: Float[Tensor, "rows d"]) -> Float[Tensor, "rows outputs"]:
         """Return the scores of rows."""
@@ -119,13 +113,10 @@ class Readout:
 
 @dataclass(frozen=True, eq=False)
 class SavedProbe(Readout):
-    """A probe that says what it is.
-
-    Attributes:
-        card: what is known of it.
-    """
+    """A probe that says what it is."""
 
     card: ProbeCard
+    """What is known of it."""
 
 
 def save_probes(folder: Path, probes: list[SavedProbe]) -> None:

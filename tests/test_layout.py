@@ -17,7 +17,11 @@ def test_back_ticked_names_are_modules_or_words_of_the_code() -> None:
         nodes = [(file, node) for file, tree in trees.items() for node in ast.walk(tree)]
         words = {text for _, node in nodes for text in vars(node).values() if isinstance(text, str)}
         documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-        for file, docstring in ((f, ast.get_docstring(n) or "") for f, n in nodes if isinstance(n, documented)):
+        docstrings = [(file, ast.get_docstring(node) or "") for file, node in nodes if isinstance(node, documented)]
+        docstrings += [
+            (file, text) for file, node in nodes if isinstance(node, ast.ClassDef) for text in _of_fields(node)
+        ]
+        for file, docstring in docstrings:
             for name in NAME.findall(docstring):
                 head, _, last = name.rpartition(".")
                 if not (
@@ -27,6 +31,12 @@ def test_back_ticked_names_are_modules_or_words_of_the_code() -> None:
                 ):
                     unknown.append(f"{file}: `{name}`")
     assert unknown == []
+
+
+def _of_fields(node: ast.ClassDef) -> list[str]:
+    """The docstrings below a class's fields."""
+    values = [part.value for part in node.body[1:] if isinstance(part, ast.Expr)]
+    return [value.value for value in values if isinstance(value, ast.Constant) and isinstance(value.value, str)]
 
 
 def _is_module(name: str, file: Path) -> bool:

@@ -24,30 +24,26 @@ class Probes(Protocol):
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of probe.
-
-    Attributes:
-        name: what it is called.
-        target: what it can read: True or False, a number, or one of several classes.
-        fit: `(X, y, groups, strengths)` to probes. `X` is `[models, rows, d]`, or `[models, rows, tokens, d]` with NaN for
-            padding if it takes every token.
-        strengths: what to choose from on inner folds, most regularised first: ties go to the first.
-        strength: what the strength is, in words.
-        fit_together: likewise `(X, y, trains, strengths)` for several labellings of the same rows, `y` and `trains` (which rows
-            train) `[labellings, rows]`, labellings before strengths in the result; None where fitting them together saves
-            nothing.
-        tokens: whether it takes every token of a sample instead of one row.
-        within: whether it reads differences within a problem only, so that samples of different problems do not compare.
-    """
+    """A kind of probe."""
 
     name: str
+    """What it is called."""
     target: TargetKind
+    """What it can read: True or False, a number, or one of several classes."""
     fit: Callable[[Tensor, Tensor, Tensor, Tensor], Probes]
+    """`(X, y, groups, strengths)` to probes. `X` is `[models, rows, d]`, or `[models, rows, tokens, d]` with NaN for padding
+    if it takes every token."""
     strengths: tuple[float, ...]
+    """What to choose from on inner folds, most regularised first: ties go to the first."""
     strength: str
+    """What the strength is, in words."""
     fit_together: Callable[[Tensor, Tensor, Tensor, Tensor], Probes] | None = None
+    """Likewise `(X, y, trains, strengths)` for several labellings of the same rows, `y` and `trains` (which rows train)
+    `[labellings, rows]`, labellings before strengths in the result; None where fitting them together saves nothing."""
     tokens: bool = False
+    """Whether it takes every token of a sample instead of one row."""
     within: bool = False
+    """Whether it reads differences within a problem only, so that samples of different problems do not compare."""
 
     @property
     def probabilistic(self) -> bool:

@@ -23,21 +23,18 @@ ITERATIONS = 200
 
 @dataclass(frozen=True)
 class AttentionProbes:
-    """Fitted probes, one per model and strength.
-
-    Attributes:
-        query: what to attend to, in standardised features, `[models, strengths, d]`.
-        value: what to read there, `[models, strengths, d]`.
-        bias: intercepts, `[models, strengths]`.
-        mean: subtracted from the features, `[models, d]`.
-        scale: what they are then divided by, `[models, d]`.
-    """
+    """Fitted probes, one per model and strength."""
 
     query: Float[Tensor, "models strengths d"]
+    """What to attend to, in standardised features, `[models, strengths, d]`."""
     value: Float[Tensor, "models strengths d"]
+    """What to read there, `[models, strengths, d]`."""
     bias: Float[Tensor, "models strengths"]
+    """Intercepts, `[models, strengths]`."""
     mean: Float[Tensor, "models d"]
+    """Subtracted from the features, `[models, d]`."""
     scale: Float[Tensor, "models d"]
+    """What they are then divided by, `[models, d]`."""
 
     def scores(self, X: Float[Tensor, "models rows tokens d"]) -> Float[Tensor, "models strengths 1 rows"]:
         """Return the log-odds of samples; tokens that are NaN are padding."""

@@ -18,19 +18,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class LinearProbes:
-    """Fitted probes, one per model (a key at a position) and strength.
-
-    Attributes:
-        weight: directions in standardised features, `[models, strengths, outputs, d]`.
-        bias: intercepts, `[models, strengths, outputs]`.
-        mean: subtracted from the features, `[models, d]`.
-        scale: what they are then divided by, `[models, d]`.
-    """
+    """Fitted probes, one per model (a key at a position) and strength."""
 
     weight: Float[Tensor, "models strengths outputs d"]
+    """Directions in standardised features, `[models, strengths, outputs, d]`."""
     bias: Float[Tensor, "models strengths outputs"]
+    """Intercepts, `[models, strengths, outputs]`."""
     mean: Float[Tensor, "models d"]
+    """Subtracted from the features, `[models, d]`."""
     scale: Float[Tensor, "models d"]
+    """What they are then divided by, `[models, d]`."""
 
     def scores(self, X: Float[Tensor, "models rows d"]) -> Float[Tensor, "models strengths outputs rows"]:
         """Return the scores of rows: log-odds, a value, or a logit per class."""
@@ -40,17 +37,14 @@ class LinearProbes:
 
 @dataclass(frozen=True)
 class Standardised:
-    """Rows, each feature with mean 0 and standard deviation 1.
-
-    Attributes:
-        Z: `[models, rows, d]`.
-        mean: subtracted, `[models, d]`.
-        scale: then divided by, `[models, d]`.
-    """
+    """Rows, each feature with mean 0 and standard deviation 1."""
 
     Z: Float[Tensor, "models rows d"]
+    """`[models, rows, d]`."""
     mean: Float[Tensor, "models d"]
+    """Subtracted, `[models, d]`."""
     scale: Float[Tensor, "models d"]
+    """Then divided by, `[models, d]`."""
 
     @classmethod
     def of(cls, X: Float[Tensor, "models rows d"]) -> "Standardised":
@@ -64,20 +58,17 @@ class Standardised:
 
 @dataclass(frozen=True)
 class Axes:
-    """Standardised rows in principal coordinates.
-
-    Attributes:
-        rotated: `[models, rows, axes]`, centred, its columns orthogonal.
-        back: matrices whose product, `[models, axes, d]`, has the axes as its rows: weights on the axes times each in turn
-            are weights of the features. They are not multiplied out: that would cost more than all the rest.
-        mean: `[models, d]`.
-        scale: `[models, d]`.
-    """
+    """Standardised rows in principal coordinates."""
 
     rotated: Float[Tensor, "models rows axes"]
+    """`[models, rows, axes]`, centred, its columns orthogonal."""
     back: tuple[Float[Tensor, "models _ _"], ...]
+    """Matrices whose product, `[models, axes, d]`, has the axes as its rows: weights on the axes times each in turn are
+    weights of the features. They are not multiplied out: that would cost more than all the rest."""
     mean: Float[Tensor, "models d"]
+    """`[models, d]`."""
     scale: Float[Tensor, "models d"]
+    """`[models, d]`."""
 
     @classmethod
     def of(cls, X: Float[Tensor, "models rows d"]) -> "Axes":

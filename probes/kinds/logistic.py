@@ -17,15 +17,12 @@ from probes.kinds.newton import PerProblem, Rows, minimise
 
 @dataclass(frozen=True)
 class LogLoss:
-    """Σ weight·(log(1 + exp(f)) − y·f).
-
-    Attributes:
-        y: labels, 0 or 1, `[problems, 1, rows]`.
-        weight: of each row in each problem, likewise.
-    """
+    """Σ weight·(log(1 + exp(f)) − y·f)."""
 
     y: Float[Tensor, "problems 1 rows"]
+    """Labels, 0 or 1, `[problems, 1, rows]`."""
     weight: Float[Tensor, "problems 1 rows"]
+    """Of each row in each problem, likewise."""
 
     def value(self, f: Rows) -> PerProblem:
         """Return the loss."""

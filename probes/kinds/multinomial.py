@@ -17,13 +17,10 @@ from probes.kinds.newton import PerProblem, Rows, minimise
 
 @dataclass(frozen=True)
 class SoftmaxLoss:
-    """Σ −log softmax(f)[y].
-
-    Attributes:
-        target: 1 at the class of each row, else 0, `[classes, rows]`.
-    """
+    """Σ −log softmax(f)[y]."""
 
     target: Float[Tensor, "classes rows"]
+    """1 at the class of each row, else 0, `[classes, rows]`."""
 
     def value(self, f: Rows) -> PerProblem:
         """Return the loss."""

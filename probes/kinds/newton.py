@@ -60,17 +60,14 @@ class Loss(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """What to add to where the search is.
-
-    Attributes:
-        a: to the dual weights.
-        b: to the intercepts.
-        Ka: K times `a`.
-    """
+    """What to add to where the search is."""
 
     a: Rows
+    """To the dual weights."""
     b: PerOutput
+    """To the intercepts."""
     Ka: Rows
+    """K times `a`."""
 
 
 def minimise(

@@ -17,19 +17,16 @@ Along = Literal["nothing", "probe", "random", "orthogonal"]
 
 @dataclass(frozen=True, eq=False)
 class Arm:
-    """One way to answer all problems.
-
-    Attributes:
-        along: what is added.
-        number: which of the directions of this kind, from 0.
-        scale: in units of `SweepPlan.unit`.
-        direction: of length 1, `[d]`; None for no steering.
-    """
+    """One way to answer all problems."""
 
     along: Along
+    """What is added."""
     number: int = 0
+    """Which of the directions of this kind, from 0."""
     scale: float = 0.0
+    """In units of `SweepPlan.unit`."""
     direction: Float[Tensor, "d"] | None = None
+    """Of length 1, `[d]`; None for no steering."""
 
 
 def make_arms(direction: Float[Tensor, "d"], scales: Sequence[float], controls: int, seed: int = 0) -> list[Arm]:

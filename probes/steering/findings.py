@@ -31,54 +31,48 @@ COLOURS = {"probe": "C0", "random": "C1", "orthogonal": "C2"}
 
 @dataclass(frozen=True)
 class Finding:
-    """What steering along one kind of direction, at one scale, did.
-
-    Attributes:
-        along: the kind.
-        scale: how far.
-        directions: how many directions of the kind there were.
-        values: per measure, its mean over problems.
-        differences: per measure, the mean difference from no steering; none without steering.
-    """
+    """What steering along one kind of direction, at one scale, did."""
 
     along: Along
+    """The kind."""
     scale: float
+    """How far."""
     directions: int
+    """How many directions of the kind there were."""
     values: dict[str, Estimate]
+    """Per measure, its mean over problems."""
     differences: dict[str, Estimate]
+    """Per measure, the mean difference from no steering; none without steering."""
 
 
 @dataclass(frozen=True)
 class SweepReport:
-    """A sweep and what it found: the contents of `steering.json`.
-
-    Attributes:
-        probe: the probe's path.
-        model: the served model.
-        revision: its revision.
-        label: what the probe reads.
-        key: where vectors were added.
-        positions: to which tokens.
-        unit: the length of what a scale of 1 added.
-        problems: how many were answered, in every arm.
-        seen: whether the probe was trained on these problems.
-        seed: of the control directions.
-        sampling: of every request.
-        findings: no steering first, then by direction and scale.
-    """
+    """A sweep and what it found: the contents of `steering.json`."""
 
     probe: str
+    """The probe's path."""
     model: str
+    """The served model."""
     revision: str
+    """Its revision."""
     label: str
+    """What the probe reads."""
     key: str
+    """Where vectors were added."""
     positions: str
+    """To which tokens."""
     unit: float
+    """The length of what a scale of 1 added."""
     problems: int
+    """How many were answered, in every arm."""
     seen: bool
+    """Whether the probe was trained on these problems."""
     seed: int
+    """Of the control directions."""
     sampling: dict[str, Any]
+    """Of every request."""
     findings: tuple[Finding, ...]
+    """No steering first, then by direction and scale."""
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values."""

@@ -36,56 +36,50 @@ Judge = Callable[[str, str], tuple[bool, bool]]
 
 
 class Outcome(BaseModel):
-    """One answer: a line of `outcomes.jsonl`.
-
-    Attributes:
-        problem_id: which problem.
-        along: the arm.
-        number: the arm's direction.
-        scale: the arm's scale.
-        text: the answer.
-        parsed: whether an answer could be read.
-        correct: whether it is right.
-        tokens: generated.
-        finish_reason: why the model stopped.
-    """
+    """One answer: a line of `outcomes.jsonl`."""
 
     model_config = ConfigDict(frozen=True)
 
     problem_id: str
+    """Which problem."""
     along: Along
+    """The arm."""
     number: int
+    """The arm's direction."""
     scale: float
+    """The arm's scale."""
     text: str
+    """The answer."""
     parsed: bool
+    """Whether an answer could be read."""
     correct: bool
+    """Whether it is right."""
     tokens: int
+    """Generated."""
     finish_reason: str | None
+    """Why the model stopped."""
 
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """How problems are answered.
-
-    Attributes:
-        model: the served model.
-        hook_point: where vectors are added.
-        layer: in which layer, None for a model-wide hook point.
-        positions: to which tokens.
-        unit: the length of what a scale of 1 adds.
-        sampling: parameters of every request.
-        parallel: requests in flight.
-        seed: of the order in which they are sent.
-    """
+    """How problems are answered."""
 
     model: str
+    """The served model."""
     hook_point: str
+    """Where vectors are added."""
     layer: int | None
+    """In which layer, None for a model-wide hook point."""
     positions: str
+    """To which tokens."""
     unit: float
+    """The length of what a scale of 1 adds."""
     sampling: dict[str, Any] = field(default_factory=dict)
+    """Parameters of every request."""
     parallel: int = 16
+    """Requests in flight."""
     seed: int = 0
+    """Of the order in which they are sent."""
 
     def extra_body(self, arm: Arm) -> dict[str, Any]:
         """Return what an arm adds to a request."""

@@ -30,19 +30,16 @@ REMOTE_FILES = "~/runs/.files"
 
 
 class Afterwards(BaseModel):
-    """What is done when the evaluation is over.
-
-    Attributes:
-        keep_running: leave a cluster that was created for this running.
-        transfer_activations: fetch the activations too; if absent, those that would end with a cluster that is taken down.
-        output: the run directory here.
-    """
+    """What is done when the evaluation is over."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     keep_running: bool = False
+    """Leave a cluster that was created for this running."""
     transfer_activations: bool | None = None
+    """Fetch the activations too; if absent, those that would end with a cluster that is taken down."""
     output: Path | None = None
+    """The run directory here."""
 
 
 def launch_and_evaluate(

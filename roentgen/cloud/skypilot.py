@@ -28,21 +28,18 @@ JOB_FAILED = 100
 
 @dataclass(frozen=True)
 class Cluster:
-    """A cluster as SkyPilot knows it.
-
-    Attributes:
-        name: of the cluster.
-        status: UP, INIT or STOPPED.
-        nodes: how many it has.
-        resources: what it runs on, in SkyPilot's words.
-        autostop: idle minutes after which it stops, -1 for never.
-    """
+    """A cluster as SkyPilot knows it."""
 
     name: str
+    """The cluster's name."""
     status: str
+    """UP, INIT or STOPPED."""
     nodes: int
+    """How many it has."""
     resources: str
+    """What it runs on, in SkyPilot's words."""
     autostop: int
+    """Idle minutes after which it stops, -1 for never."""
 
 
 class SkyPilot:

@@ -35,17 +35,14 @@ BUCKET_ADDRESS = {"AWS_ENDPOINT_URL": "AWS_ENDPOINT_URL_S3", "AWS_REGION": "AWS_
 
 @dataclass(frozen=True)
 class Launched:
-    """A cluster that serves.
-
-    Attributes:
-        name: of the cluster.
-        created: whether it was provisioned by this launch, and so is this launch's to take down.
-        port: of the server.
-    """
+    """A cluster that serves."""
 
     name: str
+    """The cluster's name."""
     created: bool
+    """Whether it was provisioned by this launch, and so is this launch's to take down."""
     port: int
+    """The server's port."""
 
     @property
     def next_commands(self) -> list[str]:

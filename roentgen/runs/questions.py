@@ -39,19 +39,16 @@ Shingles = frozenset[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Posed:
-    """What a sample was asked.
-
-    Attributes:
-        problem_id: the problem's id.
-        question: the text; None where it is not known.
-        template: what the question was made from; None where it was not, or it is not known.
-        prompt: all that was read before the answer, where it is not known which part of it is the question.
-    """
+    """What a sample was asked."""
 
     problem_id: str
+    """The problem's id."""
     question: str | None = None
+    """The text; None where it is not known."""
     template: str | None = None
+    """What the question was made from; None where it was not, or it is not known."""
     prompt: str | None = None
+    """All that was read before the answer, where it is not known which part of it is the question."""
 
     @property
     def text(self) -> str:

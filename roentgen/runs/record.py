@@ -81,23 +81,20 @@ def is_being_recorded(path: Path) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """Where in the record a sample is.
-
-    Attributes:
-        line: its number, from 1.
-        offset: in bytes.
-        sample_id: the sample's name.
-        epoch: which of several attempts.
-        variant: the place of its configuration among the run's variants, as declared.
-        failed: whether it has no answer.
-    """
+    """Where in the record a sample is."""
 
     line: int
+    """Its number, from 1."""
     offset: int
+    """In bytes."""
     sample_id: str
+    """The sample's name."""
     epoch: int
+    """Which of several attempts."""
     variant: int
+    """The place of its configuration among the run's variants, as declared."""
     failed: bool
+    """Whether it has no answer."""
 
     @property
     def order(self) -> tuple[list[tuple[int, str]], int, int]:

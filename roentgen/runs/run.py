@@ -13,31 +13,28 @@ from roentgen.runs.sample import RolloutRef, Sample
 
 
 class RunConfig(BaseModel):
-    """The contents of config.json.
-
-    Attributes:
-        run_id: names the run and its session in the store.
-        created: ISO time.
-        config_hash: hash of `hashed`.
-        hashed: what makes two runs comparable: model, revision, dtype, prompt, variant, sampling, tools, capture.
-        variants: of a run that poses its problems under several prompt prefixes, each one's `prefix` and `config_hash`.
-        problems: which problems: source, how many, how many samples each.
-        settings: everything else: parallelism, addresses, scoring.
-        prompt: the prompt's text, as data.
-        versions: of the packages that matter.
-        git_revision: of the working tree, if it is one.
-    """
+    """The contents of config.json."""
 
     run_id: str
+    """Names the run and its session in the store."""
     created: str
+    """ISO time."""
     config_hash: str
+    """Hash of `hashed`."""
     hashed: dict[str, Any]
+    """What makes two runs comparable: model, revision, dtype, prompt, variant, sampling, tools, capture."""
     problems: dict[str, Any]
+    """Which problems: source, how many, how many samples each."""
     settings: dict[str, Any]
+    """Everything else: parallelism, addresses, scoring."""
     prompt: dict[str, Any]
+    """The prompt's text, as data."""
     versions: dict[str, str]
+    """Of the packages that matter."""
     git_revision: str | None = None
+    """Of the working tree, if it is one."""
     variants: dict[str, dict[str, str]] = Field(default_factory=dict)
+    """Of a run that poses its problems under several prompt prefixes, each one's `prefix` and `config_hash`."""
 
     @property
     def config_hashes(self) -> list[str]:

@@ -15,77 +15,71 @@ class RolloutRef(ActivationReply):
 
 
 class Turn(BaseModel):
-    """One request of a conversation, and its reply.
-
-    Attributes:
-        finish_reason: why the model stopped: "stop", "length", "tool_calls".
-        prompt_tokens: tokens of the prompt, the conversation before included.
-        completion_tokens: tokens generated.
-        seconds: wall time of the request.
-        tool_calls: tools called.
-    """
+    """One request of a conversation, and its reply."""
 
     model_config = ConfigDict(frozen=True)
 
     finish_reason: str | None = None
+    """Why the model stopped: "stop", "length", "tool_calls"."""
     prompt_tokens: int = 0
+    """Tokens of the prompt, the conversation before included."""
     completion_tokens: int = 0
+    """Tokens generated."""
     seconds: float = 0.0
+    """Wall time of the request."""
     tool_calls: int = 0
+    """Tools called."""
 
 
 class Sample(BaseModel):
-    """One attempt at one problem.
-
-    Attributes:
-        sample_id: names its files, "gsm8k_0001", "gsm8k_0001_e2_v-calm".
-        problem_id: the problem, stable across runs.
-        epoch: which of several attempts, from 1.
-        variant: under which of the run's prompt prefixes; None if it has none.
-        config_hash: the configuration it was made under; with problem_id and epoch it is the sample's identity.
-        question: as posed.
-        solution: the gold rationale.
-        gold: the gold answer.
-        template: what the question was made from, where problems are made from templates; None of others and of old records.
-        messages: the conversation, the model's last message included.
-        response: the model's last message.
-        answers: what each extractor read, None where it found nothing.
-        correct_by: each extractor's verdict.
-        correct: the primary extractor's verdict.
-        finish_reason: "stop", "length" if it was cut, "max_turns" if it was still calling tools in its last turn.
-        prompt_tokens: tokens of the prompts, over all turns.
-        completion_tokens: tokens generated, over all turns.
-        seconds: wall time, from the first request to the last reply.
-        turns: request by request.
-        finished: when, seconds since 1970; None of old records.
-        rollouts: where its activations are, one per turn.
-        error: why there is no answer; such a sample is tried again on resume.
-    """
+    """One attempt at one problem."""
 
     model_config = ConfigDict(frozen=True)
 
     sample_id: str
+    """Names its files, "gsm8k_0001", "gsm8k_0001_e2_v-calm"."""
     problem_id: str
+    """The problem, stable across runs."""
     epoch: int = 1
+    """Which of several attempts, from 1."""
     variant: str | None = None
+    """Under which of the run's prompt prefixes; None if it has none."""
     config_hash: str
+    """The configuration it was made under; with problem_id and epoch it is the sample's identity."""
     question: str
+    """As posed."""
     solution: str
+    """The gold rationale."""
     gold: str
+    """The gold answer."""
     template: str | None = None
+    """What the question was made from, where problems are made from templates; None of others and of old records."""
     messages: list[dict[str, Any]] = Field(default_factory=list)
+    """The conversation, the model's last message included."""
     response: str = ""
+    """The model's last message."""
     answers: dict[str, str | None] = Field(default_factory=dict)
+    """What each extractor read, None where it found nothing."""
     correct_by: dict[str, bool] = Field(default_factory=dict)
+    """Each extractor's verdict."""
     correct: bool = False
+    """The primary extractor's verdict."""
     finish_reason: str | None = None
+    """"stop", "length" if it was cut, "max_turns" if it was still calling tools in its last turn."""
     prompt_tokens: int = 0
+    """Tokens of the prompts, over all turns."""
     completion_tokens: int = 0
+    """Tokens generated, over all turns."""
     seconds: float = 0.0
+    """Wall time, from the first request to the last reply."""
     turns: list[Turn] = Field(default_factory=list)
+    """Request by request."""
     finished: float | None = None
+    """When, seconds since 1970; None of old records."""
     rollouts: list[RolloutRef] = Field(default_factory=list)
+    """Where its activations are, one per turn."""
     error: str | None = None
+    """Why there is no answer; such a sample is tried again on resume."""
 
     @property
     def identity(self) -> tuple[str, str, int]:

@@ -28,19 +28,16 @@ TOO_FULL = 0.9
 
 @dataclass(frozen=True)
 class Finding:
-    """What one check found.
-
-    Attributes:
-        what: was checked.
-        verdict: of it.
-        text: what was found.
-        todo: what to do, if something is wrong.
-    """
+    """What one check found."""
 
     what: str
+    """Was checked."""
     verdict: Verdict
+    """Of it."""
     text: str
+    """What was found."""
     todo: str = ""
+    """What to do, if something is wrong."""
 
 
 def examine_server(base: str, key: str) -> list[Finding]:

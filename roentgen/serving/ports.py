@@ -17,17 +17,14 @@ STOP_TIMEOUT_S = 10.0
 
 @dataclass(frozen=True)
 class Listener:
-    """A process that listens on a port.
-
-    Attributes:
-        port: it listens on.
-        pid: of the process; None if it is another user's.
-        command: its command line.
-    """
+    """A process that listens on a port."""
 
     port: int
+    """Where it listens."""
     pid: int | None
+    """Of the process; None if it is another user's."""
     command: str
+    """Its command line."""
 
     @property
     def is_ours(self) -> bool:

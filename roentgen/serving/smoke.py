@@ -26,19 +26,16 @@ REQUEST_TIMEOUT_S = 300.0
 
 @dataclass(frozen=True)
 class SmokeReport:
-    """What was found.
-
-    Attributes:
-        model: served.
-        answer: what the model said.
-        rows: activation rows kept of it, one per token that passed through the model.
-        tensors: hook points kept.
-    """
+    """What was found."""
 
     model: str
+    """The served name."""
     answer: str
+    """What the model said."""
     rows: int
+    """Activation rows kept of it, one per token that passed through the model."""
     tensors: tuple[str, ...]
+    """Hook points kept."""
 
 
 def smoke(

@@ -25,17 +25,14 @@ from roentgen.store.shards import READS_AT_ONCE, Shard
 
 @dataclass(frozen=True)
 class RolloutRows:
-    """One rollout's rows of one key.
-
-    Attributes:
-        rollout_id: whose rows.
-        values: `[rows, *shape]`.
-        position: sequence position per row, -1 for a pooled one, `[rows]`.
-    """
+    """One rollout's rows of one key."""
 
     rollout_id: str
+    """Whose rows."""
     values: Shaped[Tensor, "rows ..."]
+    """`[rows, *shape]`."""
     position: Int[np.ndarray, "rows"]
+    """Sequence position per row, -1 for a pooled one, `[rows]`."""
 
 
 class _Place(NamedTuple):

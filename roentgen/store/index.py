@@ -29,34 +29,28 @@ _ONE_REQUEST = 4 << 20
 
 @dataclass(frozen=True)
 class ShardFile:
-    """A shard as an index names it.
-
-    Attributes:
-        name: its path inside the session.
-        size: in bytes.
-        checksum: XXH3-128 of the whole file, hex.
-    """
+    """A shard as an index names it."""
 
     name: str
+    """Its path inside the session."""
     size: int
+    """In bytes."""
     checksum: str
+    """XXH3-128 of the whole file, hex."""
 
 
 @dataclass(frozen=True)
 class IndexFile:
-    """What an index file says.
-
-    Attributes:
-        name: its name in the folder `index`.
-        table: its rows, of the columns asked for.
-        shards: what it says of shards, by name.
-        replaces: index files that no longer count, since this one holds what they held.
-    """
+    """What an index file says."""
 
     name: str
+    """Its name in the folder `index`."""
     table: pa.Table
+    """Its rows, of the columns asked for."""
     shards: dict[str, ShardFile]
+    """What it says of shards, by name."""
     replaces: frozenset[str]
+    """Index files that no longer count, since this one holds what they held."""
 
     @property
     def named(self) -> list[str]:

@@ -41,23 +41,20 @@ _MOVED_BY = [*LOCATION, "checksum"]
 
 @dataclass(frozen=True)
 class Merged:
-    """What a merge has done.
-
-    Attributes:
-        replaced: index files that no longer count.
-        indexes: the index files that do instead.
-        moved: shards whose rollouts are elsewhere now.
-        into: shards that they are in now.
-        rollouts: how many the new index files name.
-        dropped: rollouts that were left out, as asked.
-    """
+    """What a merge has done."""
 
     replaced: int = 0
+    """Index files that no longer count."""
     indexes: tuple[str, ...] = ()
+    """The index files that do instead."""
     moved: tuple[str, ...] = ()
+    """Shards whose rollouts are elsewhere now."""
     into: tuple[ShardFile, ...] = ()
+    """Shards that they are in now."""
     rollouts: int = 0
+    """How many the new index files name."""
     dropped: int = 0
+    """Rollouts that were left out, as asked."""
 
     def __add__(self, other: "Merged") -> "Merged":
         return Merged(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))

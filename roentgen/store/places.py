@@ -40,15 +40,12 @@ class Entry:
 
 
 class Readable(Protocol):
-    """An open file that is read in any order.
-
-    Attributes:
-        size: in bytes.
-        gap: so many bytes are rather read along than left out by asking twice.
-    """
+    """An open file that is read in any order."""
 
     size: int
+    """In bytes."""
     gap: int
+    """So many bytes are rather read along than left out by asking twice."""
 
     def expect(self, offset: int, length: int) -> None:
         """Begin to fetch what will be looked at soon, if that can go on by itself."""

@@ -72,40 +72,34 @@ class NonFiniteRowsError(StoreError):
 
 
 class CaptureSpec(BaseModel):
-    """What all rollouts of one shard have in common; it is the shard's header metadata.
-
-    Attributes:
-        model: the model's served name.
-        revision: its revision or content hash.
-        keys: stored keys, in the order asked for.
-        positions: the position policy.
-        dtype: the stored dtype, e.g. "torch.bfloat16".
-        computed_in: the dtype that the model computed in; None in shards that do not say.
-    """
+    """What all rollouts of one shard have in common; it is the shard's header metadata."""
 
     model_config = ConfigDict(frozen=True)
 
     model: str
+    """The model's served name."""
     revision: str
+    """Its revision or content hash."""
     keys: tuple[str, ...]
+    """Stored keys, in the order asked for."""
     positions: str
+    """The position policy."""
     dtype: str
+    """The stored dtype, e.g. "torch.bfloat16"."""
     computed_in: str | None = None
+    """The dtype that the model computed in; None in shards that do not say."""
 
 
 @dataclass(frozen=True)
 class NonFinite:
-    """What of a rollout's rows is not finite.
-
-    Attributes:
-        rows: how many rows hold NaN or infinity under any key.
-        key: the first key that has such a row.
-        position: of the first such row of that key; -1 for a pooled row.
-    """
+    """What of a rollout's rows is not finite."""
 
     rows: int
+    """How many rows hold NaN or infinity under any key."""
     key: str
+    """The first key that has such a row."""
     position: int
+    """Of the first such row of that key; -1 for a pooled row."""
 
 
 _TOKEN_BYTES = 2 * (8 + 28)
@@ -117,33 +111,30 @@ _ROLLOUT_BYTES = 6 << 10
 
 @dataclass(frozen=True)
 class Rollout:
-    """One finished generation with its captured rows, ready to be stored.
-
-    Attributes:
-        session_id: the session to append to.
-        rollout_id: a ULID.
-        spec: what was captured.
-        tensors: per key of the spec, `[rows, *shape]`.
-        position: sequence position per row, -1 for a pooled row, `[rows]`.
-        sequence: prompt and completion.
-        logprobs: log-probability of each of its tokens when it was sampled; NaN for those of the prompt, `[tokens]`.
-        finish_reason: "stop" or "length".
-        key: the caller's identity for the rollout, if it gave one.
-        labels: the caller's labels.
-        require_finite: whether rows that hold NaN or infinity fail the rollout; they are counted in any case.
-    """
+    """One finished generation with its captured rows, ready to be stored."""
 
     session_id: str
+    """The session to append to."""
     rollout_id: str
+    """A ULID."""
     spec: CaptureSpec
+    """What was captured."""
     tensors: dict[str, Shaped[Tensor, "rows ..."]]
+    """Per key of the spec, `[rows, *shape]`."""
     position: Shaped[np.ndarray, "rows"]
+    """Sequence position per row, -1 for a pooled row, `[rows]`."""
     sequence: TokenizedText
+    """Prompt and completion."""
     logprobs: Float[np.ndarray, "tokens"]
+    """Log-probability of each of its tokens when it was sampled; NaN for those of the prompt, `[tokens]`."""
     finish_reason: str
+    """"stop" or "length"."""
     key: RolloutKey | None = None
+    """The caller's identity for the rollout, if it gave one."""
     labels: dict[str, LabelValue] = field(default_factory=dict)
+    """The caller's labels."""
     require_finite: bool = False
+    """Whether rows that hold NaN or infinity fail the rollout; they are counted in any case."""
 
     @cached_property
     def non_finite(self) -> NonFinite | None:

@@ -22,29 +22,26 @@ _VERIFIED = ("shard", "row_start", "row_stop", "checksum")
 
 @dataclass(frozen=True)
 class SessionSummary:
-    """What a session holds.
-
-    Attributes:
-        session_id: its name.
-        uri: its address.
-        rollouts: committed rollouts, retried ones counted once.
-        tokens: rows a full capture of them has.
-        shards: shards that an index names.
-        bytes: size of those shards.
-        keys: stored keys.
-        models: served names of the models captured.
-        damage: why it cannot be read, if so; nothing but its size is known then.
-    """
+    """What a session holds."""
 
     session_id: str
+    """Its name."""
     uri: str
+    """Its address."""
     rollouts: int
+    """Committed rollouts, retried ones counted once."""
     tokens: int
+    """Rows a full capture of them has."""
     shards: int
+    """Shards that an index names."""
     bytes: int
+    """Size of those shards."""
     keys: list[str]
+    """Stored keys."""
     models: list[str]
+    """Served names of the models captured."""
     damage: str = ""
+    """Why it cannot be read, if so; nothing but its size is known then."""
 
 
 @dataclass(frozen=True)
@@ -58,17 +55,14 @@ class Damage:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """The result of reading a session back.
-
-    Attributes:
-        rollouts: rollouts whose checksum was recomputed and is right.
-        damage: everything that is wrong.
-        orphans: shards no index names: left by a crash, invisible to readers.
-    """
+    """The result of reading a session back."""
 
     rollouts: int
+    """Rollouts whose checksum was recomputed and is right."""
     damage: list[Damage] = field(default_factory=list)
+    """Everything that is wrong."""
     orphans: list[str] = field(default_factory=list)
+    """Shards no index names: left by a crash, invisible to readers."""
 
     @property
     def ok(self) -> bool:

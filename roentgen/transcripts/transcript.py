@@ -13,38 +13,32 @@ class TranscriptError(Exception):
 
 @dataclass(frozen=True)
 class KnownTokens:
-    """The tokens that a model was really fed, as the store kept them; text alone does not always give the same ones back.
-
-    Attributes:
-        model: served name of the model whose tokens they are.
-        revision: its revision.
-        sequence: prompt and completion.
-    """
+    """The tokens that a model was really fed, as the store kept them; text alone does not always give the same ones back."""
 
     model: str
+    """Served name of the model whose tokens they are."""
     revision: str
+    """Its revision."""
     sequence: TokenizedText
+    """Prompt and completion."""
 
 
 @dataclass(frozen=True)
 class Transcript:
-    """A text to be read by a model.
-
-    Attributes:
-        key: its identity in the store.
-        prompt: raw text, or a conversation's messages, which the model's own chat template renders.
-        completion: what was said then; None if the whole text is prompt.
-        finish_reason: "stop" if the speaker ended the completion, which then ends with the model's end-of-turn token.
-        labels: stored with its rollout.
-        tokens: the tokens as they were when a model said this, if they are known.
-    """
+    """A text to be read by a model."""
 
     key: RolloutKey
+    """Its identity in the store."""
     prompt: str | tuple[dict[str, Any], ...]
+    """Raw text, or a conversation's messages, which the model's own chat template renders."""
     completion: str | None = None
+    """What was said then; None if the whole text is prompt."""
     finish_reason: Literal["stop", "length"] = "length"
+    """"stop" if the speaker ended the completion, which then ends with the model's end-of-turn token."""
     labels: dict[str, LabelValue] = field(default_factory=dict)
+    """Stored with its rollout."""
     tokens: KnownTokens | None = None
+    """The tokens as they were when a model said this, if they are known."""
 
     @property
     def name(self) -> str:

@@ -46,25 +46,22 @@ class CaptureError(Exception):
 
 @dataclass
 class CaptureReport:
-    """What came of it.
-
-    Attributes:
-        session: the session's address.
-        run: the run that the texts are of, None if they are a file's.
-        held: texts that the session had already.
-        stored: texts captured.
-        tokens: of those.
-        seconds: it took to capture them.
-        failures: per text that was not captured, why.
-    """
+    """What came of it."""
 
     session: str
+    """The session's address."""
     run: Path | None
+    """The run that the texts are of, None if they are a file's."""
     held: int = 0
+    """Texts that the session had already."""
     stored: int = 0
+    """Texts captured."""
     tokens: int = 0
+    """Of those."""
     seconds: float = 0.0
+    """How long capturing them took."""
     failures: list[tuple[str, str]] = field(default_factory=list)
+    """Per text that was not captured, why."""
 
 
 def capture(settings: CaptureSettings, console: Console, stage: Callable[[str], None]) -> CaptureReport:

@@ -34,15 +34,12 @@ class Layout(Protocol):
 
 @dataclass(frozen=True)
 class Grid:
-    """One forward's layout.
-
-    Attributes:
-        spans: per row, the sequence positions it holds; empty for a row of padding only.
-        width: places per row.
-    """
+    """One forward's layout."""
 
     spans: list[range]
+    """Per row, the sequence positions it holds; empty for a row of padding only."""
     width: int
+    """Places per row."""
 
     @classmethod
     def of(cls, mask: Int[Tensor, "rows width"], positions: Int[Tensor, "rows width"]) -> "Grid":

@@ -42,13 +42,10 @@ T = TypeVar("T")
 
 
 class Visitor(Protocol):
-    """Something that is shown values of one forward.
-
-    Attributes:
-        taps: per stored key, where it wants to look.
-    """
+    """Something that is shown values of one forward."""
 
     taps: dict[str, Tap]
+    """Per stored key, where it wants to look."""
 
     def __call__(self, key: str, value: Float[Tensor, "rows width ..."]) -> None:
         """Look at the whole batch's value; what is kept of it must be copied before this returns."""

@@ -28,24 +28,21 @@ from serve_app.errors import RequestError
 
 @dataclass(frozen=True)
 class CapturePlan:
-    """What one request keeps.
-
-    Attributes:
-        taps: per stored key, where to read.
-        positions: which of its rows.
-        dtype: what to store them as.
-        n_prompt: tokens before the completion; None says that the whole of the job's prompt is (it is not, when a finished
-            answer is read again).
-        first: rows before this position are not kept.
-        stop: rows from this position on are not kept.
-    """
+    """What one request keeps."""
 
     taps: dict[str, Tap]
+    """Per stored key, where to read."""
     positions: Positions
+    """Which of its rows."""
     dtype: StoredDtype
+    """What to store them as."""
     n_prompt: int | None = None
+    """Tokens before the completion; None says that the whole of the job's prompt is (it is not, when a finished answer is
+    read again)."""
     first: int = 0
+    """Rows before this position are not kept."""
     stop: int | None = None
+    """Rows from this position on are not kept."""
 
     def kept(self, n_prompt: int, start: int, stop: int) -> range:
         """Return the positions in `[start, stop)` to keep, of a job whose prompt has `n_prompt` tokens."""
@@ -62,15 +59,12 @@ class CapturePlan:
 
 @dataclass(frozen=True)
 class CapturedRows:
-    """A finished request's rows, on the CPU, owning their memory.
-
-    Attributes:
-        tensors: per stored key, `[rows, *shape]`.
-        position: sequence position per row, -1 for a pooled row, `[rows]`.
-    """
+    """A finished request's rows, on the CPU, owning their memory."""
 
     tensors: dict[str, Float[Tensor, "rows ..."]]
+    """Per stored key, `[rows, *shape]`."""
     position: Int[np.ndarray, "rows"]
+    """Sequence position per row, -1 for a pooled row, `[rows]`."""
 
 
 class UncapturableError(RequestError):
@@ -85,19 +79,16 @@ JOIN_EVERY = 32
 
 @dataclass
 class _Block:
-    """One forward's rows of a cohort's keys that have the same shape and dtype.
-
-    Attributes:
-        tensor: `[keys, rows, *shape]`; for a pooled policy each row is a sum, in float32.
-        dtype: the values' own.
-        keys: the first `len(keys)` of the tensor's are in use.
-        copied: on a GPU, the event after which `tensor` is there.
-    """
+    """One forward's rows of a cohort's keys that have the same shape and dtype."""
 
     tensor: Float[Tensor, "keys rows ..."]
+    """`[keys, rows, *shape]`; for a pooled policy each row is a sum, in float32."""
     dtype: torch.dtype
+    """The values' own."""
     keys: list[str] = field(default_factory=list)
+    """The first `len(keys)` of the tensor's are in use."""
     copied: torch.cuda.Event | None = None
+    """On a GPU, the event after which `tensor` is there."""
 
     def rows(self, start: int, stop: int) -> Float[Tensor, "keys rows ..."]:
         if self.copied is not None:

@@ -29,25 +29,22 @@ class UnscorableError(RequestError):
 
 @dataclass(frozen=True, eq=False)
 class Scorer:
-    """A probe that a request asks for.
-
-    Attributes:
-        name: what the reply calls it.
-        key: the stored key it reads.
-        tap: where that is.
-        readout: the probe's arithmetic, on the model's device.
-        label: what it reads.
-        classes: names of its outputs, where they have names.
-        unit: what its scores are, see `ProbeCard`.
-    """
+    """A probe that a request asks for."""
 
     name: str
+    """What the reply calls it."""
     key: str
+    """The stored key it reads."""
     tap: Tap
+    """Where that is."""
     readout: "Readout"
+    """The probe's arithmetic, on the model's device."""
     label: str
+    """What it reads."""
     classes: tuple[str, ...] = ()
+    """Names of its outputs, where they have names."""
     unit: "ScoreUnit" = "score"
+    """What its scores are, see `ProbeCard`."""
 
 
 class RequestScores:

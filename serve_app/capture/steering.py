@@ -35,19 +35,16 @@ class UnsteerableError(RequestError):
 
 @dataclass(frozen=True)
 class Addition:
-    """What one request adds at one hook point.
-
-    Attributes:
-        key: the stored key of the hook point.
-        tap: where that is.
-        vector: what is added, on the model's device, `[d_model]`.
-        positions: to which of its rows.
-    """
+    """What one request adds at one hook point."""
 
     key: str
+    """The stored key of the hook point."""
     tap: Tap
+    """Where that is."""
     vector: Float[Tensor, "d_model"]
+    """What is added, on the model's device, `[d_model]`."""
     positions: Positions
+    """To which of its rows."""
 
     def wanted(self, n_prompt: int, span: range) -> range:
         """Return the positions in `span` to add to, of a job whose prompt has `n_prompt` tokens."""

@@ -66,38 +66,35 @@ class StructureRecord(TypedDict):
 
 @dataclass(frozen=True)
 class ModelStructure:
-    """A model's hook points, resolved and verified.
-
-    Attributes:
-        model_name: the served name.
-        model_type: transformers' `config.model_type`.
-        architecture: the model's class.
-        num_layers: decoder layers.
-        d_model: width of the residual stream.
-        layers_path: path of the decoder layers' ModuleList.
-        taps: per stored key of a canonical hook point, where it is.
-        missing: why a hook point is missing: per name where no layer has it (`resid_mid`), per stored key where only some
-            layers have it (`layers.0.router`, in a mixture of experts whose first layer is dense).
-        module_paths: every module's path, for requests that name one.
-        verified_on: "weights", or what stood in for them.
-        savepoints: places that whoever loaded the model has named.
-        fused: modules that other implementations have and this one does not, by name, and which module does their work.
-        split: places, `path.side`, at which each of the GPUs that hold the model has a part of every row only.
-    """
+    """A model's hook points, resolved and verified."""
 
     model_name: str
+    """The served name."""
     model_type: str
+    """Transformers' `config.model_type`."""
     architecture: str
+    """The model's class."""
     num_layers: int
+    """Decoder layers."""
     d_model: int
+    """Width of the residual stream."""
     layers_path: str
+    """Path of the decoder layers' ModuleList."""
     taps: dict[str, Tap]
+    """Per stored key of a canonical hook point, where it is."""
     missing: dict[str, str]
+    """Why a hook point is missing: per name where no layer has it (`resid_mid`), per stored key where only some layers have
+    it (`layers.0.router`, in a mixture of experts whose first layer is dense)."""
     module_paths: frozenset[str] = field(repr=False)
+    """Every module's path, for requests that name one."""
     verified_on: str = "weights"
+    """"weights", or what stood in for them."""
     savepoints: dict[str, Tap] = field(default_factory=dict)
+    """Places that whoever loaded the model has named."""
     fused: dict[str, str] = field(default_factory=dict)
+    """Modules that other implementations have and this one does not, by name, and which module does their work."""
     split: frozenset[str] = field(default=frozenset(), repr=False)
+    """Places, `path.side`, at which each of the GPUs that hold the model has a part of every row only."""
 
     def with_savepoints(self, savepoints: dict[str, Tap]) -> "ModelStructure":
         """Return the same structure with places of these names.

@@ -50,21 +50,18 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 @dataclass
 class Visit:
-    """What one module took and gave in a forward.
-
-    Attributes:
-        path: the module's path from the root of the model.
-        module: the module.
-        taken: the first tensor it was given, `[batch, tokens, width]` or flattened to `[batch * tokens, width]`.
-        given: the first tensor it gave, likewise.
-        beside: what a module that gives a tuple gave beside its first tensor.
-    """
+    """What one module took and gave in a forward."""
 
     path: str
+    """The module's path from the root of the model."""
     module: nn.Module
+    """The module."""
     taken: Tensor
+    """The first tensor it was given, `[batch, tokens, width]` or flattened to `[batch * tokens, width]`."""
     given: Tensor
+    """The first tensor it gave, likewise."""
     beside: list[Tensor] = field(default_factory=list)
+    """What a module that gives a tuple gave beside its first tensor."""
 
     @property
     def _said(self) -> str:
@@ -88,19 +85,16 @@ class Visit:
 
 @dataclass(frozen=True)
 class Passage:
-    """One run of a decoder layer.
-
-    Attributes:
-        path: the layer's path from the root of the model.
-        taken: what entered it.
-        given: what left it.
-        visits: the modules inside it that ran once, took hidden states and gave a tensor, in the order they started.
-    """
+    """One run of a decoder layer."""
 
     path: str
+    """The layer's path from the root of the model."""
     taken: Tensor
+    """What entered it."""
     given: Tensor
+    """What left it."""
     visits: list[Visit]
+    """The modules inside it that ran once, took hidden states and gave a tensor, in the order they started."""
 
 
 @contextmanager

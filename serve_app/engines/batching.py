@@ -16,18 +16,15 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 @dataclass(frozen=True)
 class Batching:
-    """The requests that may share a forward.
-
-    Attributes:
-        kind: "any" requests; those on "one side of a limit" of tokens, so that the longest row of a batch changes nothing;
-            those of the "same length", which need no padding; or each request "alone".
-        limit: the tokens of "one side of a limit".
-        reason: why not "any", for people.
-    """
+    """The requests that may share a forward."""
 
     kind: Kind = "any"
+    """"any" requests; those on "one side of a limit" of tokens, so that the longest row of a batch changes nothing; those of
+    the "same length", which need no padding; or each request "alone"."""
     limit: int | None = None
+    """The tokens of "one side of a limit"."""
     reason: str = ""
+    """Why not "any", for people."""
 
     @property
     def joins(self) -> bool:
@@ -66,22 +63,19 @@ ANY = Batching()
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What the checks of a loaded model found.
-
-    Attributes:
-        batching: which requests may share a forward.
-        attention: "grouped", or the name of the implementation that the model keeps.
-        decoding_error: how far the rows of a request that runs alone, with its cache, are from those of one forward over the
-            whole sequence, relative to their norm; 0 if rounding explains it. The model itself computes them differently then.
-        compared_on: the models that were tried.
-        seconds: what the checks took.
-    """
+    """What the checks of a loaded model found."""
 
     batching: Batching = field(default_factory=Batching)
+    """Which requests may share a forward."""
     attention: str = "sdpa"
+    """"grouped", or the name of the implementation that the model keeps."""
     decoding_error: float = 0.0
+    """How far the rows of a request that runs alone, with its cache, are from those of one forward over the whole sequence,
+    relative to their norm; 0 if rounding explains it. The model itself computes them differently then."""
     compared_on: tuple[str, ...] = ()
+    """The models that were tried."""
     seconds: float = 0.0
+    """What the checks took."""
 
     def record(self) -> dict[str, Any]:
         """Return what a model's card says."""

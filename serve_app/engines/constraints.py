@@ -54,33 +54,27 @@ class SchemaError(ConstraintError):
 
 @dataclass(frozen=True)
 class Schema:
-    """A JSON schema within a grammar.
-
-    Attributes:
-        schema: the schema.
-        param: where the request has it, for errors.
-        strict: whether a keyword that cannot be enforced is an error; otherwise it is left out.
-    """
+    """A JSON schema within a grammar."""
 
     schema: Mapping[str, Any]
+    """The schema."""
     param: str
+    """Where the request has it, for errors."""
     strict: bool
+    """Whether a keyword that cannot be enforced is an error; otherwise it is left out."""
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """What may be generated.
-
-    Attributes:
-        rules: in llguidance's dialect of Lark; `start` is the whole.
-        schemas: by the rule that stands for JSON matching it.
-        markers: texts that may be a token of their own, by a name X. The rules may use X, the marker; `to_X`, any text up
-            to and with it; and `without_X`, any text in which it does not occur.
-    """
+    """What may be generated."""
 
     rules: str
+    """In llguidance's dialect of Lark; `start` is the whole."""
     schemas: Mapping[str, Schema] = field(default_factory=dict)
+    """By the rule that stands for JSON matching it."""
     markers: Mapping[str, str] = field(default_factory=dict)
+    """Texts that may be a token of their own, by a name X. The rules may use X, the marker; `to_X`, any text up to and with
+    it; and `without_X`, any text in which it does not occur."""
 
     @property
     def param(self) -> str:

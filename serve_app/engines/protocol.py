@@ -65,37 +65,35 @@ class Sampling:
 
     What a request asks for is applied in this order: biases and penalties on the logits, tokens that may not come yet,
     temperature, top_k, top_p.
-
-    Attributes:
-        max_tokens: the most to generate; 0 only reads the prompt.
-        min_tokens: the least to generate before an end-of-text token, a stop token or a stop string may end it.
-        temperature: 0 takes the most likely token.
-        top_k: sample from this many of the most likely tokens, 0 for all.
-        top_p: sample from the smallest set of tokens with this much probability.
-        seed: of this request's random stream, which depends on nothing else.
-        stop: strings that end the generation; not part of the text.
-        stop_token_ids: tokens that end it, beside the model's own end-of-text tokens.
-        presence_penalty: subtracted from the logit of every token generated before.
-        frequency_penalty: subtracted once for every time a token was generated before.
-        repetition_penalty: divides positive and multiplies negative logits of tokens in prompt or completion (CTRL, arXiv
-            1909.05858), 1 for none.
-        logit_bias: added to the logits of these tokens.
-        top_logprobs: how many of the most likely tokens to report at each position.
     """
 
     max_tokens: int
+    """The most to generate; 0 only reads the prompt."""
     min_tokens: int = 0
+    """The least to generate before an end-of-text token, a stop token or a stop string may end it."""
     temperature: float = 1.0
+    """0 takes the most likely token."""
     top_k: int = 0
+    """Sample from this many of the most likely tokens, 0 for all."""
     top_p: float = 1.0
+    """Sample from the smallest set of tokens with this much probability."""
     seed: int | None = None
+    """Of this request's random stream, which depends on nothing else."""
     stop: tuple[str, ...] = ()
+    """Strings that end the generation; not part of the text."""
     stop_token_ids: frozenset[int] = frozenset()
+    """Tokens that end it, beside the model's own end-of-text tokens."""
     presence_penalty: float = 0.0
+    """Subtracted from the logit of every token generated before."""
     frequency_penalty: float = 0.0
+    """Subtracted once for every time a token was generated before."""
     repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in prompt or completion (CTRL, arXiv 1909.05858), 1 for
+    none."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of these tokens."""
     top_logprobs: int = 0
+    """How many of the most likely tokens to report at each position."""
 
 
 class ConstraintError(RequestError):
@@ -105,15 +103,12 @@ class ConstraintError(RequestError):
 
 
 class Constraint(Protocol):
-    """What may come next, of a generation that has to follow a grammar; it belongs to one job.
-
-    Attributes:
-        grammar: in llguidance's dialect of Lark.
-        param: where the request has it, for errors.
-    """
+    """What may come next, of a generation that has to follow a grammar; it belongs to one job."""
 
     grammar: str
+    """In llguidance's dialect of Lark."""
     param: str
+    """Where the request has it, for errors."""
 
     def mask(self, logits: Float[Tensor, "vocab"]) -> None:
         """Set the logits of tokens that may not come to minus infinity, in place.
@@ -128,15 +123,12 @@ class Constraint(Protocol):
 
 @dataclass(frozen=True)
 class TokenScore:
-    """How likely a token was, under the model's own distribution (before penalties, temperature, top_k and top_p).
-
-    Attributes:
-        logprob: natural logarithm of its probability.
-        top: the most likely tokens at its position, most likely first, each with its logprob; as many as were asked for.
-    """
+    """How likely a token was, under the model's own distribution (before penalties, temperature, top_k and top_p)."""
 
     logprob: float
+    """Natural logarithm of its probability."""
     top: tuple[tuple[int, float], ...] = ()
+    """The most likely tokens at its position, most likely first, each with its logprob; as many as were asked for."""
 
 
 @dataclass(frozen=True)
@@ -155,72 +147,60 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class Timings:
-    """How long a job took, in seconds since it was submitted.
-
-    Attributes:
-        queued: until its prompt began to be read.
-        first_token: until its first token.
-        total: until its last.
-    """
+    """How long a job took, in seconds since it was submitted."""
 
     queued: float
+    """Until its prompt began to be read."""
     first_token: float
+    """Until its first token."""
     total: float
+    """Until its last."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What an engine has to do, and has done.
-
-    Attributes:
-        running: jobs in the batch.
-        waiting: jobs in the queue.
-        steps: how many steps have decoded a token for how many jobs together.
-    """
+    """What an engine has to do, and has done."""
 
     running: int
+    """Jobs in the batch."""
     waiting: int
+    """Jobs in the queue."""
     steps: Mapping[int, int] = field(default_factory=dict)
+    """How many steps have decoded a token for how many jobs together."""
 
 
 @dataclass(frozen=True)
 class HeldRows:
-    """A finished job's rows that its engine holds where they were captured, until they are stored (`storing.Storage`).
-
-    Attributes:
-        job_id: the engine's name for the job.
-    """
+    """A finished job's rows that its engine holds where they were captured, until they are stored (`storing.Storage`)."""
 
     job_id: str
+    """The engine's name for the job."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """A job's result.
-
-    Attributes:
-        text: the completion, without special tokens and stop strings.
-        token_ids: tokens generated, the final one included.
-        scores: of each of them.
-        finish_reason: "stop", or "length" if it was cut.
-        ended_by: the token that ended it, which is no part of the text; None if something else did.
-        captured: the rows asked for, if they are in this process.
-        held: where they are otherwise.
-        prompt_scores: of the prompt's tokens from the second on, if the job asked for them: `[n_prompt - 1]`.
-        probed: per probe, the scores of all rows: `[n_prompt + max(n_completion - 1, 0), outputs]`.
-        timings: how long it took.
-    """
+    """A job's result."""
 
     text: str
+    """The completion, without special tokens and stop strings."""
     token_ids: list[int]
+    """Tokens generated, the final one included."""
     scores: list[TokenScore]
+    """Of each of them."""
     finish_reason: FinishReason
+    """"stop", or "length" if it was cut."""
     captured: CapturedRows | None
+    """The rows asked for, if they are in this process."""
     held: HeldRows | None = None
+    """Where they are otherwise."""
     ended_by: int | None = None
+    """The token that ended it, which is no part of the text; None if something else did."""
     prompt_scores: list[TokenScore] | None = None
+    """Of the prompt's tokens from the second on, if the job asked for them: `[n_prompt - 1]`."""
     probed: list[Float[Tensor, "rows outputs"]] = field(default_factory=list)
+    """Per probe, the scores of all rows: `[n_prompt + max(n_completion - 1, 0), outputs]`."""
     timings: Timings = field(default_factory=lambda: Timings(0, 0, 0))
+    """How long it took."""
 
 
 @dataclass(frozen=True)
@@ -235,47 +215,41 @@ Event = TextDelta | Finished | Failed
 
 @dataclass(frozen=True)
 class GenerationJob:
-    """One generation.
-
-    Attributes:
-        prompt_ids: the prompt's tokens; at least one, and with `sampling.max_tokens` within the context.
-        sampling: how to choose tokens.
-        listener: hears what happens.
-        capture: what to keep, None for nothing.
-        steering: what to add to its rows.
-        probes: what to score its rows with.
-        stream: whether to send `TextDelta`s.
-        constraint: the grammar to follow, None for free text.
-        score_prompt: whether to report how likely the prompt's own tokens were.
-        cancelled: set to leave.
-        submitted: when it was made, on the monotonic clock.
-    """
+    """One generation."""
 
     prompt_ids: list[int]
+    """The prompt's tokens; at least one, and with `sampling.max_tokens` within the context."""
     sampling: Sampling
+    """How to choose tokens."""
     listener: Callable[[Event], None]
+    """Hears what happens."""
     capture: CapturePlan | None = None
+    """What to keep, None for nothing."""
     stream: bool = False
+    """Whether to send `TextDelta`s."""
     steering: tuple[Addition, ...] = ()
+    """What to add to its rows."""
     probes: tuple[Scorer, ...] = ()
+    """What to score its rows with."""
     constraint: Constraint | None = None
+    """The grammar to follow, None for free text."""
     score_prompt: bool = False
+    """Whether to report how likely the prompt's own tokens were."""
     cancelled: threading.Event = field(default_factory=threading.Event)
+    """Set to leave."""
     submitted: float = field(default_factory=time.monotonic)
+    """When it was made, on the monotonic clock."""
 
 
 class Engine(Protocol):
-    """Generates for many jobs at once.
-
-    Attributes:
-        name: as the server's configuration calls it.
-        scores_rows: whether jobs may have probes.
-        batch_invariant: whether what a job gives depends on nothing that runs beside it.
-    """
+    """Generates for many jobs at once."""
 
     name: str
+    """As the server's configuration calls it."""
     scores_rows: bool
+    """Whether jobs may have probes."""
     batch_invariant: bool
+    """Whether what a job gives depends on nothing that runs beside it."""
 
     def submit(self, job: GenerationJob) -> None:
         """Queue a job.

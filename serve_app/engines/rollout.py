@@ -32,37 +32,34 @@ Delivery = Literal["reference", "sample", "full"]
 
 @dataclass(frozen=True)
 class Entry:
-    """A finished generation as the store is to have it, but for its rows.
-
-    Attributes:
-        session_id: where it goes.
-        rollout_id: a ULID.
-        model: the model's served name.
-        revision: its revision.
-        positions: which of its rows were kept.
-        sequence: prompt and completion.
-        logprobs: of each of its tokens when it was sampled; NaN for those of the prompt.
-        finish_reason: "stop" or "length".
-        key: the caller's identity for it, if it gave one.
-        labels: the caller's labels.
-        delivery: whether the reply carries values, and how many.
-        computed_in: the dtype that the model computes in.
-        allow_non_finite: whether rows may hold NaN and infinity.
-    """
+    """A finished generation as the store is to have it, but for its rows."""
 
     session_id: str
+    """Where it goes."""
     rollout_id: str
+    """A ULID."""
     model: str
+    """The model's served name."""
     revision: str
+    """Its revision."""
     positions: str
+    """Which of its rows were kept."""
     sequence: TokenizedText
+    """Prompt and completion."""
     logprobs: Float[np.ndarray, "tokens"]
+    """Of each of its tokens when it was sampled; NaN for those of the prompt."""
     finish_reason: str
+    """"stop" or "length"."""
     key: RolloutKey | None
+    """The caller's identity for it, if it gave one."""
     labels: dict[str, LabelValue]
+    """The caller's labels."""
     delivery: Delivery
+    """Whether the reply carries values, and how many."""
     computed_in: str | None = None
+    """The dtype that the model computes in."""
     allow_non_finite: bool = False
+    """Whether rows may hold NaN and infinity."""
 
 
 def make_entry(

@@ -25,23 +25,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ServedModel(ABC):
-    """A model as whoever serves it sees it, wherever its weights are.
-
-    Attributes:
-        source: where it came from.
-        tokenizer: its own.
-        structure: its hook points.
-        device: where it computes.
-        dtype: what it computes in.
-        checks: what was found when it was loaded.
-    """
+    """A model as whoever serves it sees it, wherever its weights are."""
 
     source: ModelSource
+    """Where it came from."""
     tokenizer: PreTrainedTokenizerBase
+    """Its own."""
     structure: ModelStructure
+    """Its hook points."""
     device: torch.device
+    """Where it computes."""
     dtype: torch.dtype
+    """What it computes in."""
     checks: LoadReport = field(default_factory=LoadReport, kw_only=True)
+    """What was found when it was loaded."""
 
     @property
     def batching(self) -> Batching:

@@ -21,17 +21,14 @@ from serve_app.engines.rollout import Entry, describe, join
 
 @dataclass(frozen=True)
 class Stored:
-    """A generation's committed activations.
-
-    Attributes:
-        reply: what the reply says of them.
-        nbytes: their size.
-        seconds: how long the commit took.
-    """
+    """A generation's committed activations."""
 
     reply: dict[str, Any]
+    """What the reply says of them."""
     nbytes: int
+    """Their size."""
     seconds: float
+    """How long the commit took."""
 
 
 @dataclass(frozen=True)

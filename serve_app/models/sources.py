@@ -38,38 +38,32 @@ _CONVERTED = ".converted"
 
 @dataclass(frozen=True)
 class Adapter:
-    """Where the weights are that change a model's.
-
-    Attributes:
-        path: a folder, or a hub id.
-        peft_type: the kind, as peft calls it: "LORA".
-        commit: of a hub repository; None for a folder.
-        has_tokenizer: whether a tokenizer comes with it.
-    """
+    """Where the weights are that change a model's."""
 
     path: str
+    """A folder, or a hub id."""
     peft_type: str
+    """The kind, as peft calls it: "LORA"."""
     commit: str | None = None
+    """Of a hub repository; None for a folder."""
     has_tokenizer: bool = False
+    """Whether a tokenizer comes with it."""
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model's weights are.
-
-    Attributes:
-        name: the name it is served under.
-        path: a folder, or a hub id; of an adapted model, the base model's.
-        revision: what pins its weights: a hub commit, or a hash of the files' content.
-        commit: the commit at which `path` is read; None for a folder.
-        adapter: what is merged into the weights, None for nothing.
-    """
+    """Where a model's weights are."""
 
     name: str
+    """The name it is served under."""
     path: str
+    """A folder, or a hub id; of an adapted model, the base model's."""
     revision: str
+    """What pins its weights: a hub commit, or a hash of the files' content."""
     commit: str | None = None
+    """The commit at which `path` is read; None for a folder."""
     adapter: Adapter | None = None
+    """What is merged into the weights, None for nothing."""
 
     @property
     def tokenizer_at(self) -> tuple[str, str | None]:

@@ -21,15 +21,12 @@ PROMPT, COMPLETION, ASSISTANT = "prompt", "completion", "assistant"
 
 @dataclass(frozen=True)
 class RawText:
-    """A raw prompt.
-
-    Attributes:
-        prompt: what the model sees: the text, and around it what the tokenizer adds.
-        own: where the text itself is in `prompt.text`.
-    """
+    """A raw prompt."""
 
     prompt: TokenizedText
+    """What the model sees: the text, and around it what the tokenizer adds."""
     own: slice
+    """Where the text itself is in `prompt.text`."""
 
     @property
     def opened(self) -> "RawText":

@@ -82,23 +82,20 @@ class _ChoiceState:
 
 @dataclass
 class ChatReply:
-    """The reply to one request, as its choices go on.
-
-    Attributes:
-        request: what was asked.
-        request_id: names the reply.
-        tokenizer: the model's, to spell logprobs.
-        reasoning: how a choice's text begins (see `ReplyParser`).
-        n_prompt: tokens of the prompt.
-        probes: what its tokens are scored with.
-    """
+    """The reply to one request, as its choices go on."""
 
     request: ChatRequest
+    """What was asked."""
     request_id: str
+    """Names the reply."""
     tokenizer: PreTrainedTokenizerBase
+    """The model's, to spell logprobs."""
     reasoning: Literal["started", "possible", "none"]
+    """How a choice's text begins (see `ReplyParser`)."""
     n_prompt: int
+    """Tokens of the prompt."""
     probes: tuple[Scorer, ...] = ()
+    """What its tokens are scored with."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:

@@ -92,21 +92,18 @@ def raw_prompt(
 
 @dataclass
 class CompletionReply:
-    """The reply to one request, as its choices go on: `n` for each prompt, in the prompts' order.
-
-    Attributes:
-        request: what was asked.
-        request_id: names the reply.
-        tokenizer: the model's, to spell logprobs.
-        prompts: as tokenized.
-        probes: what their tokens are scored with.
-    """
+    """The reply to one request, as its choices go on: `n` for each prompt, in the prompts' order."""
 
     request: CompletionRequest
+    """What was asked."""
     request_id: str
+    """Names the reply."""
     tokenizer: PreTrainedTokenizerBase
+    """The model's, to spell logprobs."""
     prompts: list[RawText]
+    """As tokenized."""
     probes: tuple[Scorer, ...] = ()
+    """What their tokens are scored with."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:

@@ -49,17 +49,14 @@ def _join(content: Any) -> Any:
 
 
 class CalledFunction(Wire):
-    """What a tool call calls.
-
-    Attributes:
-        name: the function.
-        arguments: JSON, as the model wrote it.
-        parsed_arguments: the arguments once more; OpenAI's SDK adds them when a parsed reply is sent back. Not used.
-    """
+    """What a tool call calls."""
 
     name: str = Field(pattern=NAME)
+    """The function."""
     arguments: str
+    """JSON, as the model wrote it."""
     parsed_arguments: JsonValue = None
+    """The arguments once more; OpenAI's SDK adds them when a parsed reply is sent back. Not used."""
 
 
 class ToolCall(Wire):
@@ -71,25 +68,22 @@ class ToolCall(Wire):
 
 
 class Message(Wire):
-    """One message of a conversation.
-
-    Attributes:
-        role: who speaks.
-        content: the text; empty for an assistant who only called tools.
-        name: of the speaker.
-        tool_calls: an assistant's calls.
-        reasoning_content: what an assistant thought before it answered.
-        parsed: the content once more; OpenAI's SDK adds it when a parsed reply is sent back. Not used.
-        tool_call_id: the call that a tool answers.
-    """
+    """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
+    """Who speaks."""
     content: Annotated[str, BeforeValidator(_join, json_schema_input_type=str | list[TextPart] | None)] = ""
+    """The text; empty for an assistant who only called tools."""
     name: str | None = None
+    """The speaker's name."""
     tool_calls: list[ToolCall] = []
+    """An assistant's calls."""
     reasoning_content: str | None = None
+    """What an assistant thought before it answered."""
     parsed: JsonValue = None
+    """The content once more; OpenAI's SDK adds it when a parsed reply is sent back. Not used."""
     tool_call_id: str | None = None
+    """The call that a tool answers."""
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> Self:
@@ -122,19 +116,16 @@ def check_tool_results(messages: Sequence[Message]) -> None:
 
 
 class Function(Wire):
-    """A function that the model may call.
-
-    Attributes:
-        name: letters, digits, `_` and `-`.
-        description: what it does.
-        parameters: a JSON schema of its arguments, which are an object; by default it takes none.
-        strict: refuse a schema of which a keyword cannot be enforced; otherwise that keyword is only shown to the model.
-    """
+    """A function that the model may call."""
 
     name: str = Field(pattern=NAME)
+    """Letters, digits, `_` and `-`."""
     description: str | None = None
+    """What it does."""
     parameters: dict[str, JsonValue] = {"type": "object", "properties": {}}
+    """A JSON schema of its arguments, which are an object; by default it takes none."""
     strict: bool = False
+    """Refuse a schema of which a keyword cannot be enforced; otherwise that keyword is only shown to the model."""
 
     @field_validator("parameters")
     @classmethod
@@ -174,19 +165,16 @@ ToolChoice = Annotated[Literal["none", "auto", "required"] | NamedToolChoice, Be
 
 
 class JsonSchema(Wire):
-    """The schema that a reply must match.
-
-    Attributes:
-        name: what the client calls it.
-        schema_: the JSON schema, on the wire `schema`; by default any object.
-        description: what it is for.
-        strict: refuse a schema of which a keyword cannot be enforced; otherwise that keyword is not enforced.
-    """
+    """The schema that a reply must match."""
 
     name: str = Field(pattern=NAME)
+    """What the client calls it."""
     schema_: dict[str, JsonValue] = Field(alias="schema", default={"type": "object"})
+    """The JSON schema, on the wire `schema`; by default any object."""
     description: str | None = None
+    """What it is for."""
     strict: bool = False
+    """Refuse a schema of which a keyword cannot be enforced; otherwise that keyword is not enforced."""
 
 
 class ResponseFormat(Wire):

@@ -33,16 +33,13 @@ REFUSALS = (TemplateError, TypeError, ValueError, ArithmeticError, AttributeErro
 
 @dataclass(frozen=True)
 class Rendered:
-    """A rendered conversation.
-
-    Attributes:
-        prompt: what the model sees.
-        turn_start: the first token that is new in this turn: the last one of the last assistant message, which the turn
-            before sampled but did not feed; 0 in a first turn.
-    """
+    """A rendered conversation."""
 
     prompt: TokenizedText
+    """What the model sees."""
     turn_start: int
+    """The first token that is new in this turn: the last one of the last assistant message, which the turn before sampled
+    but did not feed; 0 in a first turn."""
 
 
 def render(

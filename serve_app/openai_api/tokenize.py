@@ -15,25 +15,22 @@ from serve_app.openai_api.schemas import DetokenizedText, Tokens
 
 
 class TokenizeRequest(Wire):
-    """Exactly one of `prompt` and `messages`.
-
-    Attributes:
-        model: the served model.
-        prompt: raw text.
-        messages: a conversation, rendered as for a chat completion.
-        tools: on offer in it.
-        chat_template_kwargs: for the template.
-        add_special_tokens: whether raw text gets the tokens that begin a text.
-        return_token_strs: whether to return each token's text.
-    """
+    """Exactly one of `prompt` and `messages`."""
 
     model: str
+    """The served model."""
     prompt: str | None = None
+    """Raw text."""
     messages: list[Message] | None = Field(default=None, min_length=1)
+    """A conversation, rendered as for a chat completion."""
     tools: list[Tool] = Field(default_factory=list)
+    """On offer in it."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """For the template."""
     add_special_tokens: bool = True
+    """Whether raw text gets the tokens that begin a text."""
     return_token_strs: bool = False
+    """Whether to return each token's text."""
 
     @model_validator(mode="after")
     def _one_of_two(self) -> Self:

@@ -25,17 +25,14 @@ To answer without calling a function, just write the answer."""
 
 @dataclass(frozen=True)
 class Turn:
-    """What one role says at a time, as a chat template takes it.
-
-    Attributes:
-        role: who speaks.
-        messages: the template's messages; several only where several tools answer.
-        words: the last words of it that the template is to render, as far as they are known.
-    """
+    """What one role says at a time, as a chat template takes it."""
 
     role: str
+    """Who speaks."""
     messages: list[dict[str, Any]]
+    """The template's messages; several only where several tools answer."""
     words: str
+    """The last words of it that the template is to render, as far as they are known."""
 
 
 def native_turns(messages: Sequence[Message]) -> list[Turn]:

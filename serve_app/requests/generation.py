@@ -53,29 +53,26 @@ class Served:
 
 @dataclass(frozen=True)
 class Choice:
-    """One generation of a request.
-
-    Attributes:
-        prompt: what the model is given.
-        sampling: how to choose tokens.
-        role: who speaks the completion.
-        asked: what to keep, None for nothing.
-        plan: `asked`, resolved.
-        grammar: what to follow, None for free text.
-        score_prompt: whether the prompt's own tokens are to be scored.
-        probes: what its tokens are to be scored with.
-        steering: what is to be added to its stream.
-    """
+    """One generation of a request."""
 
     prompt: TokenizedText
+    """What the model is given."""
     sampling: Sampling
+    """How to choose tokens."""
     role: str
+    """Who speaks the completion."""
     asked: ActivationRequest | None = None
+    """What to keep, None for nothing."""
     plan: CapturePlan | None = None
+    """`asked`, resolved."""
     grammar: Grammar | None = None
+    """What to follow, None for free text."""
     score_prompt: bool = False
+    """Whether the prompt's own tokens are to be scored."""
     probes: tuple[Scorer, ...] = ()
+    """What its tokens are to be scored with."""
     steering: tuple[Addition, ...] = ()
+    """What is to be added to its stream."""
 
 
 Item = tuple[int, TextDelta | Done | Failed]

@@ -39,19 +39,16 @@ BYTES_PER_VALUE = 12
 
 @dataclass(frozen=True)
 class Plan:
-    """A request, ready to run.
-
-    Attributes:
-        choices: what to generate.
-        reply: turns what happens into the reply.
-        asked: what to keep, None for nothing.
-        spelling: how the reply spells stored keys, where it does so in another way.
-    """
+    """A request, ready to run."""
 
     choices: list[Choice]
+    """What to generate."""
     reply: ChatReply | CompletionReply
+    """Turns what happens into the reply."""
     asked: ActivationRequest | None
+    """What to keep, None for nothing."""
     spelling: dict[str, str]
+    """How the reply spells stored keys, where it does so in another way."""
 
 
 def plan_chat(served: Served, request: ChatRequest, config: ServerConfig) -> Plan:

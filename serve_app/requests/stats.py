@@ -8,38 +8,32 @@ from serve_app.engines.storage import Done
 
 @dataclass(frozen=True)
 class ChoiceStats:
-    """What one generation took.
-
-    Attributes:
-        tokens: generated.
-        queued_s: until its prompt began to be read.
-        first_token_s: until its first token.
-        total_s: until its last.
-        capture_bytes: of the activations kept.
-        commit_s: how long they took to become durable, None if there were none.
-    """
+    """What one generation took."""
 
     tokens: int
+    """Generated."""
     queued_s: float
+    """Until its prompt began to be read."""
     first_token_s: float
+    """Until its first token."""
     total_s: float
+    """Until its last."""
     capture_bytes: int = 0
+    """Of the activations kept."""
     commit_s: float | None = None
+    """How long they took to become durable, None if there were none."""
 
 
 @dataclass(frozen=True)
 class RequestStats:
-    """What one request took.
-
-    Attributes:
-        prompt_tokens: of all its prompts.
-        session: where its activations are, None if it kept none.
-        choices: each generation.
-    """
+    """What one request took."""
 
     prompt_tokens: int
+    """Of all its prompts."""
     session: str | None
+    """Where its activations are, None if it kept none."""
     choices: tuple[ChoiceStats, ...]
+    """Each generation."""
 
     @property
     def completion_tokens(self) -> int:

@@ -17,15 +17,12 @@ class OtherCaptureError(Exception):
 
 @dataclass(frozen=True)
 class Held:
-    """What a session has of some texts.
-
-    Attributes:
-        missing: texts to capture.
-        changed: how many of those it has under the same key with other tokens; readers will count the new ones.
-    """
+    """What a session has of some texts."""
 
     missing: list[TokenizedTranscript]
+    """Texts to capture."""
     changed: int
+    """How many of those it has under the same key with other tokens; readers will count the new ones."""
 
 
 def find_missing(session: Session | None, texts: Sequence[TokenizedTranscript], spec: CaptureSpec) -> Held:

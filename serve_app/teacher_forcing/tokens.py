@@ -35,17 +35,14 @@ class UnreadableTextError(Exception):
 
 @dataclass(frozen=True)
 class TokenizedTranscript:
-    """A transcript as the model is fed it.
-
-    Attributes:
-        transcript: what it is of.
-        sequence: its prompt, of at least one token, and its completion.
-        exact: whether these are the very tokens that the model sampled, not its text tokenized again.
-    """
+    """A transcript as the model is fed it."""
 
     transcript: Transcript
+    """What it is of."""
     sequence: TokenizedText
+    """Its prompt, of at least one token, and its completion."""
     exact: bool = False
+    """Whether these are the very tokens that the model sampled, not its text tokenized again."""
 
 
 def transcript_tokenizer(model: LoadedModel) -> Callable[[Transcript], TokenizedTranscript]:

@@ -49,23 +49,20 @@ class VerificationError(Exception):
 
 @dataclass(frozen=True)
 class Request:
-    """One request of the mix.
-
-    Attributes:
-        number: its place in it, from 0.
-        prompt_ids: the prompt's tokens.
-        sampling: how to choose tokens.
-        plan: what to capture, None for nothing.
-        kind: what is special about it.
-        score_prompt: whether it asks how likely its prompt was.
-    """
+    """One request of the mix."""
 
     number: int
+    """Its place in it, from 0."""
     prompt_ids: list[int]
+    """The prompt's tokens."""
     sampling: Sampling
+    """How to choose tokens."""
     plan: CapturePlan | None
+    """What to capture, None for nothing."""
     kind: Kind
+    """What is special about it."""
     score_prompt: bool
+    """Whether it asks how likely its prompt was."""
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -27,18 +27,15 @@ OWN_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "fle
 
 @dataclass(frozen=True)
 class Alone:
-    """What a rollout gives when it runs alone.
-
-    Attributes:
-        rows: per stored key, the rows that its plan keeps, `[rows, ...]`.
-        positions: of these rows, -1 for a pooled one.
-        logits: over what comes after each of the last positions: those at which the completion's tokens were chosen or, if
-            the prompt is scored, all, `[positions, vocab]`.
-    """
+    """What a rollout gives when it runs alone."""
 
     rows: dict[str, Float[Tensor, "rows ..."]]
+    """Per stored key, the rows that its plan keeps, `[rows, ...]`."""
     positions: list[int]
+    """Of these rows, -1 for a pooled one."""
     logits: Float[Tensor, "positions vocab"]
+    """Over what comes after each of the last positions: those at which the completion's tokens were chosen or, if the prompt
+    is scored, all, `[positions, vocab]`."""
 
 
 @contextmanager

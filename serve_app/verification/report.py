@@ -13,48 +13,42 @@ be further off, because half precision is: SmolLM2-135M alone in bfloat16 has ro
 
 @dataclass(frozen=True)
 class Deviation:
-    """How far one hook point's rows at one layer are from those computed alone.
-
-    Attributes:
-        key: the stored key.
-        hook_point: its hook point.
-        layer: its layer, None for a model-wide hook point.
-        rows: how many were compared.
-        max_error: the largest norm of a row's difference, relative to the row's norm.
-        mean_error: the mean of that.
-        mean_cosine: the mean cosine between a row and itself computed alone.
-        min_cosine: the smallest of them.
-    """
+    """How far one hook point's rows at one layer are from those computed alone."""
 
     key: str
+    """The stored key."""
     hook_point: str
+    """Its hook point."""
     layer: int | None
+    """Its layer, None for a model-wide hook point."""
     rows: int
+    """How many were compared."""
     max_error: float
+    """The largest norm of a row's difference, relative to the row's norm."""
     mean_error: float
+    """The mean of that."""
     mean_cosine: float
+    """The mean cosine between a row and itself computed alone."""
     min_cosine: float
+    """The smallest of them."""
 
 
 @dataclass(frozen=True)
 class Divergence:
-    """A greedy choice that differs from the most likely token of the lone forward.
-
-    Attributes:
-        request: the request's number.
-        index: of the token in the completion.
-        chosen: the token that the engine chose.
-        expected: the most likely one, alone.
-        margin: how much larger its logit is, alone.
-        rounding: how large a margin rounding explains.
-    """
+    """A greedy choice that differs from the most likely token of the lone forward."""
 
     request: int
+    """The request's number."""
     index: int
+    """Of the token in the completion."""
     chosen: int
+    """The token that the engine chose."""
     expected: int
+    """The most likely one, alone."""
     margin: float
+    """How much larger its logit is, alone."""
     rounding: float
+    """How large a margin rounding explains."""
 
 
 @dataclass(frozen=True)
@@ -73,31 +67,28 @@ class Rollout:
 
 @dataclass(frozen=True)
 class Report:
-    """A verification's result.
-
-    Attributes:
-        model: the model's name.
-        revision: of its weights.
-        dtype: it computes and is captured in.
-        device: it ran on.
-        together: how many requests were under way at once.
-        rollouts: what ran.
-        deviations: per stored key.
-        divergences: greedy choices that differ.
-        max_logprob_error: the largest difference of a token's log-probability.
-        problems: what is wrong, in words; empty if nothing is.
-    """
+    """A verification's result."""
 
     model: str
+    """The model's name."""
     revision: str
+    """The revision of its weights."""
     dtype: str
+    """What it computes in, and is captured in."""
     device: str
+    """Where it ran."""
     together: int
+    """How many requests were under way at once."""
     rollouts: tuple[Rollout, ...]
+    """What ran."""
     deviations: tuple[Deviation, ...]
+    """Per stored key."""
     divergences: tuple[Divergence, ...]
+    """Greedy choices that differ."""
     max_logprob_error: float
+    """The largest difference of a token's log-probability."""
     problems: tuple[str, ...]
+    """What is wrong, in words; empty if nothing is."""
 
     @property
     def ok(self) -> bool:

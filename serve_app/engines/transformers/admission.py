@@ -23,17 +23,14 @@ SLAB_OVERHEAD = 1.25
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be held at once.
-
-    Attributes:
-        cache_tokens: rows times columns of the KV cache.
-        row_bytes: captured rows, in bytes.
-        bytes_per_row: of one hook point's row, an estimate: the residual stream's width.
-    """
+    """What may be held at once."""
 
     cache_tokens: int
+    """Rows times columns of the KV cache."""
     row_bytes: int
+    """Captured rows, in bytes."""
     bytes_per_row: int
+    """Of one hook point's row, an estimate: the residual stream's width."""
 
     @classmethod
     def measure(

@@ -49,13 +49,10 @@ LONGEST = 300
 
 @dataclass(frozen=True)
 class CheckedModel(LoadReport):
-    """A report with what the engine needs of a model that was tried.
-
-    Attributes:
-        remembered: how the model remembers; None if it was not found out.
-    """
+    """A report with what the engine needs of a model that was tried."""
 
     remembered: Remembered | None = None
+    """How the model remembers; None if it was not found out."""
 
 
 def check_loaded(model: PreTrainedModel, structure: ModelStructure) -> CheckedModel:

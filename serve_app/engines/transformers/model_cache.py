@@ -28,21 +28,18 @@ ROWS, LENGTH = 3, 6
 
 @dataclass(frozen=True)
 class Step:
-    """What one forward is given.
-
-    Attributes:
-        tokens: the new tokens.
-        mask: 0 is padding, of all columns.
-        positions: of the new tokens.
-        cache: what the model remembers; None has it make its own.
-        logits_to_keep: for how many columns to give logits, 0 for all.
-    """
+    """What one forward is given."""
 
     tokens: Int[Tensor, "batch width"]
+    """The new tokens."""
     mask: Int[Tensor, "batch context"]
+    """0 is padding, of all columns."""
     positions: Int[Tensor, "batch width"]
+    """Of the new tokens."""
     cache: Any
+    """What the model remembers; None has it make its own."""
     logits_to_keep: int = 1
+    """For how many columns to give logits, 0 for all."""
 
     @property
     def begins(self) -> bool:
@@ -52,28 +49,25 @@ class Step:
 
 @dataclass(frozen=True)
 class Remembered:
-    """How a model remembers.
-
-    Attributes:
-        argument: what its forward calls the cache, in its arguments and in its output.
-        named: which other arguments its forward names; None if it takes any.
-        continuous: whether the cache is past keys and values in every layer and nothing else, so that rows can be cut and
-            joined at any time.
-        config: of whose kind a cache is to be given to the model; None if the model makes it itself.
-        alone: whether it continues only one sequence at a time rightly.
-        modules: modules that keep a state per sequence themselves, each with the attribute's name.
-        token_bytes: what a token adds to the cache of a sequence.
-        sequence_bytes: what a sequence takes at any length.
-    """
+    """How a model remembers."""
 
     argument: str
+    """What its forward calls the cache, in its arguments and in its output."""
     named: frozenset[str] | None
+    """Which other arguments its forward names; None if it takes any."""
     continuous: bool
+    """Whether the cache is past keys and values in every layer and nothing else, so that rows can be cut and joined at any
+    time."""
     config: PretrainedConfig | None = None
+    """Of whose kind a cache is to be given to the model; None if the model makes it itself."""
     alone: bool = False
+    """Whether it continues only one sequence at a time rightly."""
     modules: tuple[tuple[nn.Module, str], ...] = ()
+    """Modules that keep a state per sequence themselves, each with the attribute's name."""
     token_bytes: int = 0
+    """What a token adds to the cache of a sequence."""
     sequence_bytes: int = 0
+    """What a sequence takes at any length."""
 
     def arguments(self, step: Step, device: torch.device) -> dict[str, Any]:
         """Return a forward's arguments. A model that keeps states only, and no past tokens, masks the new tokens only."""

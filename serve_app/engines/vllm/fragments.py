@@ -44,15 +44,12 @@ class OrderedFragments(VLLMFragments):
 
 @dataclass(frozen=True)
 class Order:
-    """How the ranks' columns, side by side, lie in the whole.
-
-    Attributes:
-        places: per gathered column, its place in the whole; a column that several ranks have is there several times.
-        columns: per place, a gathered column that has it.
-    """
+    """How the ranks' columns, side by side, lie in the whole."""
 
     places: Int[Tensor, "gathered"]
+    """Per gathered column, its place in the whole; a column that several ranks have is there several times."""
     columns: Int[Tensor, "whole"]
+    """Per place, a gathered column that has it."""
 
     @classmethod
     def interleaved(cls, widths: list[int], shared: list[int], ranks: int, device: torch.device) -> "Order":

@@ -42,34 +42,28 @@ CHECK = "check."
 
 @dataclass(frozen=True)
 class Modules:
-    """What a worker says of the model that it has loaded.
-
-    Attributes:
-        paths: of every module.
-        layers_path: of the list of decoder layers.
-        num_layers: how many there are.
-        fused: names of modules that are fused with others, and into which.
-        architecture: the model's class.
-    """
+    """What a worker says of the model that it has loaded."""
 
     paths: frozenset[str]
+    """The path of every module."""
     layers_path: str
+    """Of the list of decoder layers."""
     num_layers: int
+    """How many there are."""
     fused: dict[str, str]
+    """Names of modules that are fused with others, and into which."""
     architecture: str
+    """The model's class."""
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What one rank says of the request that hook points are verified on.
-
-    Attributes:
-        wrong: why hook points do not hold, per stored key.
-        norms: of every row, per place that was asked for and showed any.
-    """
+    """What one rank says of the request that hook points are verified on."""
 
     wrong: dict[str, str]
+    """Why hook points do not hold, per stored key."""
     norms: dict[str, list[float]]
+    """Of every row, per place that was asked for and showed any."""
 
 
 def describe_modules(paths: Iterable[str], packed: Mapping[str, list[str]], architecture: str) -> Modules:

@@ -68,33 +68,30 @@ class EngineUnavailableError(RequestError):
 
 @dataclass(frozen=True)
 class VllmSettings:
-    """How to start vLLM.
-
-    Attributes:
-        dtype: "auto", or a torch dtype's name.
-        device: "auto", "cpu" or "cuda".
-        max_batch: requests generated together.
-        max_queue: requests waiting for that.
-        max_cache_tokens: size of the KV cache, 0 for what the memory allows.
-        tensor_parallel_size: GPUs to split the model over.
-        threads: to compute with on a CPU, 0 for one per core.
-        capture: whether requests may capture and steer.
-        taps: hook points that CUDA graphs are to serve; without any, there are no CUDA graphs.
-        store: where captured rows go.
-        batch_invariant: whether a request's tokens must not depend on what runs beside it.
-    """
+    """How to start vLLM."""
 
     dtype: str
+    """"auto", or a torch dtype's name."""
     device: str
+    """"auto", "cpu" or "cuda"."""
     max_batch: int
+    """Requests generated together."""
     max_queue: int
+    """Requests waiting for that."""
     max_cache_tokens: int
+    """Size of the KV cache, 0 for what the memory allows."""
     tensor_parallel_size: int
+    """GPUs to split the model over."""
     threads: int
+    """To compute with on a CPU, 0 for one per core."""
     capture: bool
+    """Whether requests may capture and steer."""
     taps: tuple[str, ...]
+    """Hook points that CUDA graphs are to serve; without any, there are no CUDA graphs."""
     store: str
+    """Where captured rows go."""
     batch_invariant: bool = False
+    """Whether a request's tokens must not depend on what runs beside it."""
 
 
 @dataclass(frozen=True)

@@ -21,47 +21,38 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Order:
-    """What a worker does for one job.
-
-    Attributes:
-        job_id: the engine's name for it.
-        capture: what to keep, None for nothing.
-        steering: what to add to its rows.
-    """
+    """What a worker does for one job."""
 
     job_id: str
+    """The engine's name for it."""
     capture: CapturePlan | None
+    """What to keep, None for nothing."""
     steering: tuple[Addition, ...] = ()
+    """What to add to its rows."""
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """What the replica wants of a worker's rows.
-
-    Attributes:
-        keep: jobs to store, with what was said.
-        forget: jobs whose rows nobody wants.
-    """
+    """What the replica wants of a worker's rows."""
 
     keep: dict[str, Entry] = field(default_factory=dict)
+    """Jobs to store, with what was said."""
     forget: frozenset[str] = frozenset()
+    """Jobs whose rows nobody wants."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What has happened since the last exchange.
-
-    Attributes:
-        stored: jobs whose rows are durable.
-        failed: jobs whose rows are not there or could not be written, and why.
-        has_room: whether the store's writer keeps up.
-        held: jobs whose rows the worker holds.
-    """
+    """What has happened since the last exchange."""
 
     stored: dict[str, Stored]
+    """Jobs whose rows are durable."""
     failed: dict[str, Exception]
+    """Jobs whose rows are not there or could not be written, and why."""
     has_room: bool
+    """Whether the store's writer keeps up."""
     held: int
+    """Jobs whose rows the worker holds."""
 
 
 def pack(value: Any) -> bytes:
