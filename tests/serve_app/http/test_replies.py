@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
+import httpx2
 import jsonschema
 import pytest
 import torch
@@ -242,7 +242,7 @@ class Document:
             self._validators[name] = jsonschema.Draft202012Validator(whole)
         return bool(self._validators[name].is_valid(value))
 
-    def bodies(self, reply: httpx.Response) -> Iterator[tuple[dict[str, Any], Any]]:
+    def bodies(self, reply: httpx2.Response) -> Iterator[tuple[dict[str, Any], Any]]:
         """Take a reply apart, a stream into its chunks, and give each with its schema."""
         path, kind = reply.request.url.path, reply.headers["content-type"].partition(";")[0]
         documented = next(
