@@ -4,8 +4,6 @@ First the table: each way in a process of its own, on the same prompts. Then the
 gains over the way that this project replaces, as ratios of interleaved runs.
 """
 
-import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +14,9 @@ from benchmarks.column import WAYS, Column, measure_column
 from benchmarks.limits import Limits, measure_limits
 from benchmarks.pairs import IN_FLIGHT, MANY, Ratio, measure_beside_vllm, measure_pairs
 from benchmarks.record import record, table
+from benchmarks.stages import stage_printer
 from benchmarks.workload import Workload
+from roentgen.defaults import EMBEDDED_MODEL
 from roentgen.durable import write_json
 
 PAIR_PROMPTS = IN_FLIGHT * 3 // 2
@@ -24,7 +24,7 @@ PAIR_PROMPTS = IN_FLIGHT * 3 // 2
 
 
 def main(
-    model: Annotated[str, typer.Option(help="smollm2-135m, a folder, or a hub id.")] = "smollm2-135m",
+    model: Annotated[str, typer.Option(help=f"{EMBEDDED_MODEL}, a folder, or a hub id.")] = EMBEDDED_MODEL,
     random_weights: Annotated[str, typer.Option(help="Instead, a shape with random weights: qwen3-0.6b.")] = "",
     problems: Annotated[str, typer.Option(help="A source of problems; GSM8K if it is at hand.")] = "",
     in_flight: Annotated[str, typer.Option(help="Requests at once.")] = "1,16,64",
@@ -40,11 +40,7 @@ def main(
 ) -> None:
     """Measure the engine."""
     workload = Workload(model, random_weights, problems, max_tokens, dtype, device)
-    start = time.monotonic()
-
-    def stage(text: str) -> None:
-        print(f"{time.monotonic() - start:7.1f} s  {text}", file=sys.stderr, flush=True)
-
+    stage = stage_printer()
     names = [name for name in columns.split(",") if name]
     unknown = [name for name in names if name not in WAYS]
     if unknown:

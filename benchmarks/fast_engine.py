@@ -8,7 +8,6 @@ as it is of an evaluation. Needs the environment that `make test-vllm` makes. Wh
 the disk before a run has ended; what nnsight captures has been handed to this process.
 """
 
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,6 +21,7 @@ from transformers import AutoConfig
 
 from benchmarks.pairs import Ratio, interleave
 from benchmarks.record import record, table
+from benchmarks.stages import stage_printer
 from benchmarks.statistics import ratios
 from benchmarks.vllm_way import capturing_engine, keeper, settings
 from benchmarks.ways import Run, Way, engine_way
@@ -55,11 +55,7 @@ def main(
     """Measure what capturing costs in vLLM."""
     workload = Workload(max_tokens=max_tokens)
     prompts = workload.prompts(workload.tokenizer(), waves * in_flight)
-    start = time.monotonic()
-
-    def stage(text: str) -> None:
-        print(f"{time.monotonic() - start:7.1f} s  {text}", file=sys.stderr, flush=True)
-
+    stage = stage_printer()
     rates: dict[str, list[float]] = {}
     for _ in range(starts):
         for name, measured in _one_start(workload, prompts, max_tokens, in_flight, rounds, threads, stage).items():

@@ -5,7 +5,6 @@ answer that is late does not make the next question later), as a load balancer w
 """
 
 import asyncio
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,8 +18,10 @@ from httpx2 import AsyncClient
 from openai import AsyncOpenAI, RateLimitError
 
 from benchmarks.record import record, table
+from benchmarks.stages import stage_printer
 from benchmarks.statistics import percentile
 from benchmarks.workload import Workload
+from roentgen.defaults import EMBEDDED_MODEL
 from roentgen.serving.local_server import serving
 from serve_app.config import ServerConfig
 
@@ -44,7 +45,7 @@ class Answers:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="smollm2-135m, a folder, or a hub id.")] = "smollm2-135m",
+    model: Annotated[str, typer.Option(help=f"{EMBEDDED_MODEL}, a folder, or a hub id.")] = EMBEDDED_MODEL,
     problems: Annotated[str, typer.Option(help="A source of problems; GSM8K if it is at hand.")] = "",
     max_batch: Annotated[int, typer.Option(help="Generations at once.")] = 16,
     clients: Annotated[int, typer.Option(help="Requests at once; more than fit into the batch.")] = 64,
@@ -55,11 +56,7 @@ def main(
 ) -> None:
     """Measure how soon `/health` answers."""
     workload = Workload(model, problems=problems, max_tokens=max_tokens)
-    start = time.monotonic()
-
-    def stage(text: str) -> None:
-        print(f"{time.monotonic() - start:7.1f} s  {text}", file=sys.stderr, flush=True)
-
+    stage = stage_printer()
     with tempfile.TemporaryDirectory() as folder:
         found = measure_health(workload, Path(folder), max_batch, clients, every, lasting, stage)
     body = report(workload, found, max_batch, clients)

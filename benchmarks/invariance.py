@@ -8,7 +8,6 @@ log-probabilities and rows of every layer are compared bit for bit. How far rows
 the same tokens, since after a different token the texts are different.
 """
 
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,9 +20,11 @@ from torch import Tensor
 
 from benchmarks.pairs import interleave
 from benchmarks.record import record, table
+from benchmarks.stages import stage_printer
 from benchmarks.statistics import Interval, ratios
 from benchmarks.ways import Way, engine_way, finish_all
 from benchmarks.workload import Workload, capture_plan
+from roentgen.defaults import EMBEDDED_MODEL
 from serve_app.engines.protocol import Finished, Sampling
 from serve_app.engines.served_model import native_dtype
 from serve_app.engines.transformers.engine import TransformersEngine
@@ -87,7 +88,7 @@ class Comparison:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="smollm2-135m, a folder, or a hub id.")] = "smollm2-135m",
+    model: Annotated[str, typer.Option(help=f"{EMBEDDED_MODEL}, a folder, or a hub id.")] = EMBEDDED_MODEL,
     random_weights: Annotated[str, typer.Option(help="Instead, a shape with random weights: llama-tiny.")] = "",
     problems: Annotated[str, typer.Option(help="A source of problems; GSM8K if it is at hand.")] = "",
     dtypes: Annotated[str, typer.Option(help="What to compute in; bfloat16 too where the machine has it.")] = "",
@@ -106,11 +107,7 @@ def main(
         raise typer.BadParameter(f"{compared} of {requests} requests cannot run alone", param_hint="--compared")
     if threads:
         torch.set_num_threads(threads)
-    start = time.monotonic()
-
-    def stage(text: str) -> None:
-        print(f"{time.monotonic() - start:7.1f} s  {text}", file=sys.stderr, flush=True)
-
+    start, stage = time.monotonic(), stage_printer()
     place, _ = Workload(model, random_weights, problems, device=device).place()
     native = str(native_dtype(place)).removeprefix("torch.")
     chosen = dtypes.split(",") if dtypes else list(dict.fromkeys([native, "float32"]))

@@ -4,10 +4,8 @@ Requests run through the engine, their rows are committed to a store, and every 
 The store is in a temporary folder. What should come out is a flat line: nothing is kept of a request that is done.
 """
 
-import sys
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -19,8 +17,10 @@ import typer
 from ulid import ULID
 
 from benchmarks.record import record, table
+from benchmarks.stages import stage_printer
 from benchmarks.statistics import Interval, slope_interval
 from benchmarks.workload import CAPTURES, Workload, capture_plan
+from roentgen.defaults import EMBEDDED_MODEL
 from roentgen.store import CaptureSpec, Receipt, Rollout, StoreWriter
 from roentgen.tokenized_text import Segment, TokenizedText
 from serve_app.engines.protocol import Event, Failed, Finished, GenerationJob, Sampling
@@ -48,7 +48,7 @@ class Sample:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="smollm2-135m, a folder, or a hub id.")] = "smollm2-135m",
+    model: Annotated[str, typer.Option(help=f"{EMBEDDED_MODEL}, a folder, or a hub id.")] = EMBEDDED_MODEL,
     random_weights: Annotated[str, typer.Option(help="Instead, a shape with random weights: qwen3-0.6b.")] = "",
     problems: Annotated[str, typer.Option(help="A source of problems; GSM8K if it is at hand.")] = "",
     requests: Annotated[int, typer.Option(min=10, help="Captured requests.")] = 1000,
@@ -64,11 +64,7 @@ def main(
     if capture not in CAPTURES[1:]:
         raise typer.BadParameter(f"{capture!r} is unknown", param_hint="--capture")
     workload = Workload(model, random_weights, problems, max_tokens, dtype, device)
-    start = time.monotonic()
-
-    def stage(text: str) -> None:
-        print(f"{time.monotonic() - start:7.1f} s  {text}", file=sys.stderr, flush=True)
-
+    stage = stage_printer()
     samples = measure_memory(workload, capture, requests, every, in_flight, stage)
     body = report(workload, capture, samples, in_flight)
     print(body)

@@ -7,7 +7,6 @@ ratio is what all of that costs together.
 
 import asyncio
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -19,9 +18,11 @@ from openai import AsyncOpenAI
 
 from benchmarks.pairs import interleave
 from benchmarks.record import record, table
+from benchmarks.stages import stage_printer
 from benchmarks.statistics import Interval, ratios
 from benchmarks.ways import engine_way
 from benchmarks.workload import CAPTURES, Workload, capture_request
+from roentgen.defaults import EMBEDDED_MODEL
 from roentgen.serving.local_server import serving
 from serve_app.config import ServerConfig
 from serve_app.engines.transformers.engine import TransformersEngine
@@ -32,7 +33,7 @@ WORKER_NICENESS = int(os.environ.get("RAY_worker_niceness", "15"))  # noqa: SIM1
 
 
 def main(
-    model: Annotated[str, typer.Option(help="smollm2-135m, a folder, or a hub id.")] = "smollm2-135m",
+    model: Annotated[str, typer.Option(help=f"{EMBEDDED_MODEL}, a folder, or a hub id.")] = EMBEDDED_MODEL,
     random_weights: Annotated[str, typer.Option(help="Instead, a shape with random weights: qwen3-0.6b.")] = "",
     problems: Annotated[str, typer.Option(help="A source of problems; GSM8K if it is at hand.")] = "",
     in_flight: Annotated[int, typer.Option(help="Requests at once.")] = 16,
@@ -45,11 +46,7 @@ def main(
 ) -> None:
     """Measure the server against its own engine."""
     workload = Workload(model, random_weights, problems, max_tokens, dtype, device)
-    start = time.monotonic()
-
-    def stage(text: str) -> None:
-        print(f"{time.monotonic() - start:7.1f} s  {text}", file=sys.stderr, flush=True)
-
+    stage = stage_printer()
     with tempfile.TemporaryDirectory() as folder:
         found = measure_serving(workload.saved(Path(folder)), Path(folder), prompts, in_flight, pairs, stage)
     body = report(workload, found, in_flight, pairs)

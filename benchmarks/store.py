@@ -10,7 +10,6 @@ how much more memory they needed than to import the store.
 
 import gc
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,6 +28,7 @@ from benchmarks.many_rollouts import ASKED, TOKENS, Opened, Step, measure_sessio
 from benchmarks.many_rollouts import WIDTH as WIDTH_OF_MANY
 from benchmarks.pairs import interleave
 from benchmarks.record import record, table
+from benchmarks.stages import stage_printer
 from benchmarks.statistics import ratios
 from roentgen.store import CaptureSpec, Rollout, Session, StoreWriter
 from roentgen.store.places import FolderPlace, Place, open_place
@@ -61,11 +61,7 @@ def main(
     write: Annotated[bool, typer.Option("--record/--no-record", help="Update RESULTS.md.")] = True,
 ) -> None:
     """Measure the activation store."""
-    start = time.monotonic()
-
-    def stage(text: str) -> None:
-        print(f"{time.monotonic() - start:7.1f} s  {text}", file=sys.stderr, flush=True)
-
+    stage = stage_printer()
     bandwidths, sessions = [], []
     with tempfile.TemporaryDirectory(dir=folder) as made:
         here = Path(made)

@@ -16,13 +16,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from roentgen.contract import ActivationRequest, Positions
+from roentgen.defaults import EMBEDDED_MODEL
 from serve_app.capture.observer import observe
 from serve_app.capture.resolver import resolve_structure
 from serve_app.capture.rows import CapturePlan
 from serve_app.engines.served_model import ServedModel, native_dtype
 from serve_app.engines.transformers.load_checks import check_loaded
 from serve_app.engines.transformers.model import LoadedModel, load
-from serve_app.models.sources import EMBEDDED_MODEL, ModelSource, locate
+from serve_app.models.sources import ModelSource, locate
 
 RANDOM_MODELS: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": {

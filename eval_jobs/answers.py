@@ -150,8 +150,7 @@ class _Mark:
 def read_answer(text: str) -> str | None:
     """Read the answer that a text gives, as a canonical number or quantity; None if it gives none, or more than one."""
     text = before_next_problem(after_reasoning(normalize(text)))
-    marks = list(_marks(text))
-    marks.sort(key=lambda mark: mark.start)
+    marks = sorted(_marks(text), key=lambda mark: mark.start)
     for kind in (_FINAL, _MADE_FOR_IT, _MENTIONED):
         found = _first_that_stands(text, [mark for mark in marks if mark.kind == kind][:MARKS_UP_TO], marks)
         if found is not NOTHING:

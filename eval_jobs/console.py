@@ -15,6 +15,11 @@ TOO_MANY = 0.10
 """A share of truncated or unparsable outputs above which the accuracy says more about the budget than about the model."""
 
 
+def say(console: Console, text: str, style: str = "") -> None:
+    """Print a line as it is."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
 def print_summary(run: Run, summary: dict[str, Any], console: Console) -> None:
     """Print a run's scores, its warnings and where its files are."""
     table = Table(title=f"{summary['model']} on {summary['problems']['source']}", title_justify="left")
@@ -33,44 +38,38 @@ def print_summary(run: Run, summary: dict[str, Any], console: Console) -> None:
             style="bold" if primary else None,
         )
     console.print(table)
-    console.print(spell_samples(summary), markup=False, highlight=False, soft_wrap=True)
-    for line in _conditions(summary):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-    for line in _facts(summary):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    for line in (spell_samples(summary), *_conditions(summary), *_facts(summary)):
+        say(console, line)
     for warning in warnings(summary):
-        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"report: {run.path / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+        say(console, f"warning: {warning}", style="yellow")
+    say(console, f"report: {run.path / 'report.html'}")
 
 
 def print_comparison(found: Comparison, console: Console) -> None:
     """Print what two runs say of the problems that both have."""
-
-    def say(text: str) -> None:
-        console.print(text, markup=False, highlight=False, soft_wrap=True)
-
     for name, one, other in found.configuration:
-        say(f"  {name}: {one!r} → {other!r}")
+        say(console, f"  {name}: {one!r} → {other!r}")
     for pair in found.pairs:
         if pair.names != (None, None):
-            say(" against ".join(_called(name) for name in pair.names))
+            say(console, " against ".join(_called(name) for name in pair.names))
         change = pair.difference
         if change.value is None:
-            say("the runs have no problem in common")
+            say(console, "the runs have no problem in common")
             continue
-        say(f"problems in common: {change.problems}")
-        say(f"first:  {percent(pair.first.value)} ({interval(asdict(pair.first))})")
-        say(f"second: {percent(pair.second.value)} ({interval(asdict(pair.second))})")
-        say(f"second − first: {spell_difference(asdict(change))}")
+        say(console, f"problems in common: {change.problems}")
+        say(console, f"first:  {percent(pair.first.value)} ({interval(asdict(pair.first))})")
+        say(console, f"second: {percent(pair.second.value)} ({interval(asdict(pair.second))})")
+        say(console, f"second − first: {spell_difference(asdict(change))}")
         for what, problems in (("better", pair.gained), ("worse", pair.lost)):
             if problems:
-                say(f"{what} in the second: {_some(problems, 20)}")
+                say(console, f"{what} in the second: {_some(problems, 20)}")
     if len(found.pairs) > 1:
-        say(f"all pairs of variants together: second − first: {spell_difference(asdict(found.difference))}")
+        say(console, f"all pairs of variants together: second − first: {spell_difference(asdict(found.difference))}")
     for which, names in zip(("first", "second"), found.alone, strict=True):
         if names:
             say(
-                f"not compared, because the other run poses no problem so: {', '.join(map(_called, names))} of the {which}"
+                console,
+                f"not compared, because the other run poses no problem so: {', '.join(map(_called, names))} of the {which}",
             )
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 
 from eval_jobs import EvalError
 from eval_jobs.config import ServedModel, hashed_configuration, variants_of
+from eval_jobs.console import say
 from eval_jobs.endpoint import Endpoint, find_model
 from eval_jobs.estimate import estimate
 from eval_jobs.failures import Failures
@@ -60,7 +61,7 @@ def run_evaluation(settings: EvalSettings, problems: Sequence[Problem], base_url
         EvalError: if the server, Ray or the run directory cannot be used, or on Ctrl-C or SIGTERM; what is recorded stays.
         RunError: if the run directory cannot be used.
     """
-    endpoint, served, settings = prepare(as_begun(settings), base_url, lambda text: _say(console, text))
+    endpoint, served, settings = prepare(as_begun(settings), base_url, lambda text: say(console, text))
     run = open_run(settings, problems, served, base_url)
     plan = _plan(settings, endpoint, served.id, run)
     attempts = attempts_of(run.config, problems)
@@ -89,17 +90,17 @@ def describe(settings: EvalSettings, problems: Sequence[Problem], base_url: str,
     Raises:
         EvalError: if the server cannot be used, or the file of variants.
     """
-    endpoint, served, settings = prepare(settings, base_url, lambda text: _say(console, text))
+    endpoint, served, settings = prepare(settings, base_url, lambda text: say(console, text))
     hashed = hashed_configuration(settings, served)
     variants = variants_of(settings, hashed)
     samples = len(problems) * settings.epochs * len(variants)
-    _say(
+    say(
         console,
         f"configuration {canonical_hash(hashed)}: {served.id}, prompt {settings.chosen_prompt.name}, {settings.mode}",
     )
-    _say(console, f"{samples} samples: {len(problems)} problems × {settings.epochs} epochs × {len(variants)} variants")
+    say(console, f"{samples} samples: {len(problems)} problems × {settings.epochs} epochs × {len(variants)} variants")
     stored = estimate(settings, served, endpoint, problems, len(variants))
-    _say(console, "activations: none" if stored is None else str(stored))
+    say(console, "activations: none" if stored is None else str(stored))
 
 
 def prepare(
@@ -159,21 +160,21 @@ def _announce(
     console: Console,
 ) -> None:
     if settings.sample_ids is None and len(problems) < settings.samples:
-        _say(
+        say(
             console,
             f"{settings.problems} has {len(problems)} problems, fewer than --samples {settings.samples}: all are used",
         )
     if settings.epochs > 1 and settings.temperature == 0:
-        _say(console, f"--epochs {settings.epochs} at temperature 0: every sample of a problem will be the same")
-    _say(console, f"run directory: {run.path}")
+        say(console, f"--epochs {settings.epochs} at temperature 0: every sample of a problem will be the same")
+    say(console, f"run directory: {run.path}")
     extractor = run.config.settings["extractor"]
     if settings.extractor is None and extractor != settings.chosen_prompt.extractor:
-        _say(console, f"the run began with the extractor {extractor}, and keeps it")
+        say(console, f"the run began with the extractor {extractor}, and keeps it")
     what = "problems" if len(attempts) == len(problems) else "samples"
     if not missing:
-        _say(console, f"all {len(attempts)} {what} are recorded already: nothing to run")
+        say(console, f"all {len(attempts)} {what} are recorded already: nothing to run")
     elif len(missing) < len(attempts):
-        _say(console, f"continuing: {len(attempts) - len(missing)} of {len(attempts)} {what} are recorded already")
+        say(console, f"continuing: {len(attempts) - len(missing)} of {len(attempts)} {what} are recorded already")
 
 
 def _run_missing(
@@ -263,10 +264,6 @@ def _writing(run: Run) -> Iterator[None]:
         yield
     except OSError as error:
         raise EvalError(f"{error.filename or run.path} cannot be written: {error.strerror}") from error
-
-
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _how_to_go_on(run: Run) -> str:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 from eval_jobs.config import ServedModel
 from eval_jobs.endpoint import Endpoint, FatalRequestError
 from eval_jobs.problems import Problem
+from eval_jobs.prompts import Prompt
 from eval_jobs.settings import EvalSettings
 from roentgen.contract import MODEL_HOOK_POINTS, Positions
 from roentgen.http_client import connect
@@ -91,7 +92,7 @@ def estimate(
     width = BYTES.get(served.dtype or "float32", 4) * served.d_model
     layers = served.num_layers if settings.layers == "all" else len(settings.layers)
     keys = sum(1 if hook in MODEL_HOOK_POINTS else layers for hook in settings.hook_points)
-    n_prompt = _prompt_tokens(settings, endpoint, served.id, problems)
+    n_prompt = _prompt_tokens(settings.chosen_prompt, endpoint, served.id, problems)
     turns = settings.max_turns if settings.mode == "with-tools" else 1
     positions = Positions.parse(settings.positions)
     tokens = n_prompt + turns * settings.max_tokens
@@ -108,7 +109,7 @@ def spell_bytes(size: float) -> str:
     return f"{size:.3g} TB"
 
 
-def _prompt_tokens(settings: EvalSettings, endpoint: Endpoint, model: str, problems: Sequence[Problem]) -> int:
+def _prompt_tokens(prompt: Prompt, endpoint: Endpoint, model: str, problems: Sequence[Problem]) -> int:
     """Return the tokens of the longest prompt among a few problems, evenly chosen."""
     root = endpoint.urls[0].removesuffix("/v1")
     step = max(1, len(problems) // COUNTED)
@@ -116,7 +117,7 @@ def _prompt_tokens(settings: EvalSettings, endpoint: Endpoint, model: str, probl
     try:
         with connect(root, endpoint.api_key, 60.0) as client:
             for problem in problems[::step][:COUNTED]:
-                body = {"model": model, "messages": settings.chosen_prompt.messages(problem)}
+                body = {"model": model, "messages": prompt.messages(problem)}
                 reply = client.post("/tokenize", json=body).raise_for_status()
                 counts.append(_Tokens.model_validate_json(reply.content).count)
     except (HTTPError, ValidationError) as error:

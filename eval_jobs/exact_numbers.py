@@ -50,6 +50,9 @@ class Token(NamedTuple):
     glued: bool  # nothing stands between it and the token before
 
 
+_END = Token("", "", False)
+
+
 class _Unit(NamedTuple):
     dimension: str
     size: int
@@ -233,21 +236,15 @@ class QuantityParser:
         one, other = _fraction(read[0].text), _fraction(read[2].text)
         return one is None or other is None or one <= other or (read[1].glued and read[2].glued)
 
-    def _token(self, ahead: int = 0) -> Token | None:
+    def _token(self, ahead: int = 0) -> Token:
         place = self.at + ahead
-        return self.tokens[place] if place < len(self.tokens) else None
-
-    def _glued(self, ahead: int = 0) -> bool:
-        token = self._token(ahead)
-        return token is not None and token.glued
+        return self.tokens[place] if place < len(self.tokens) else _END
 
     def _kind(self, ahead: int = 0) -> str:
-        token = self._token(ahead)
-        return token.kind if token else ""
+        return self._token(ahead).kind
 
     def _text(self, ahead: int = 0) -> str:
-        token = self._token(ahead)
-        return token.text if token else ""
+        return self._token(ahead).text
 
     def _word(self, ahead: int = 0) -> str:
         return self._text(ahead).lower() if self._kind(ahead) == "word" else ""
@@ -295,9 +292,7 @@ class QuantityParser:
     def _factor(self) -> Fraction | None:
         sign = 1
         if self._text() in ("-", "–") or self._word() in ("minus", "negative"):
-            after = self._token(1)
-            # `- 18` with a space is a dash as well as a sign.
-            if self._kind() != "word" and (after is None or not after.glued):
+            if self._kind() != "word" and not self._token(1).glued:  # `- 18` is a dash as well as a sign
                 return None
             sign = -1
             self.at += 1
@@ -327,7 +322,7 @@ class QuantityParser:
         value = _fraction(self._text())
         whole = "." not in self._text()
         self.at += 1
-        if value is None or (self._kind() == "number" and self._glued()):
+        if value is None or (self._kind() == "number" and self._token().glued):
             return None
         if whole and (mixed := self._mixed()) is not None:
             return value + mixed
@@ -335,7 +330,9 @@ class QuantityParser:
 
     def _mixed(self) -> Fraction | None:
         """Read the fraction of a mixed number: ` 1/2`, ` and 1/2`, `-1/2`."""
-        ahead = 1 if self._word() == "and" or self._text() == "&" or (self._text() == "-" and self._glued()) else 0
+        ahead = (
+            1 if self._word() == "and" or self._text() == "&" or (self._text() == "-" and self._token().glued) else 0
+        )
         ahead += self._kind(ahead) == "open"
         if [self._kind(ahead), self._text(ahead + 1), self._kind(ahead + 2)] != ["number", "/", "number"]:
             return None
@@ -349,7 +346,7 @@ class QuantityParser:
     def _multiplied(self, value: Fraction) -> Fraction | None:
         while (word := self._word()) in _MULTIPLIERS:
             letter = _GLUED_ONLY.get(word)
-            if letter is not None and not (self._glued() and self._text() in letter):
+            if letter is not None and not (self._token().glued and self._text() in letter):
                 break
             value *= _MULTIPLIERS[word]
             self.at += 1
@@ -372,7 +369,7 @@ class QuantityParser:
             self.at += 1
             return _PARTS.get(dimension, {}).get(self._word(-1)) or _UNITS.get(self._word(-1))
         unit = _UNITS.get(self._word())
-        if unit is None or (len(self._word()) == 1 and not self._glued() and self._word() not in "hms"):
+        if unit is None or (len(self._word()) == 1 and not self._token().glued and self._word() not in "hms"):
             return None
         self.at += 1
         return unit

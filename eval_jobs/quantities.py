@@ -19,7 +19,7 @@ Nothing here evaluates text. Arithmetic is limited to short numbers and small po
 
 import re
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 from eval_jobs.exact_numbers import (
     NOTHING,
@@ -158,9 +158,7 @@ def _with_copula(tokens: list[Token]) -> list[Token]:
         comma = max((place for place in range(i) if tokens[place].kind == "comma"), default=-1)
         subject = tokens[comma + 1 : i]
         if has_number(subject) and not {"and", "or", "but"} & {*_texts(subject)}:
-            after = i + 1
-            while after < len(tokens) and _is_filler(tokens, after):
-                after += 1
+            after = _skip_fillers(tokens, i + 1)
             if after < len(tokens) and tokens[after].kind == "number":
                 return [*tokens[:i], Token("equals", "=", False), *tokens[after:]]
     return tokens
@@ -171,9 +169,7 @@ def _clauses(tokens: Sequence[Token]) -> list[list[Token]]:
     clauses: list[list[Token]] = [[]]
     for i, token in enumerate(tokens):
         word = token.text.lower()
-        joins = word in ("and", "or") and any(t.kind == "equals" for t in clauses[-1]) and any(
-            t.kind == "equals" for t in tokens[i:]
-        )  # fmt: skip
+        joins = word in ("and", "or") and _has_equals(clauses[-1]) and _has_equals(tokens[i:])
         if token.kind == "comma" or joins:
             clauses.append([])
             continue
@@ -189,13 +185,13 @@ def _concluded(tokens: Sequence[Token]) -> Quantity | Unread:
     for i in reversed(range(len(clauses))):
         first = clauses[i][0].text.lower()
         if first in _CONCLUDES:
-            inner = [token for clause in clauses[i:] for token in [*clause, Token("comma", ",", False)]][1:]
-            found = _lead(inner[:-1]) if inner else NOTHING
-            return found if found is not NOTHING else _prose(inner)
-        if any(token.kind == "equals" for token in clauses[i]):
-            if i and _calculates(clauses[i]) and not any(t.kind == "equals" for clause in clauses[:i] for t in clause):
+            inner = _joined(clauses[i:])[1:]
+            found = _lead(inner)
+            return found if found is not NOTHING else _prose([*inner, Token("comma", ",", False)])
+        if _has_equals(clauses[i]):
+            if i and _calculates(clauses[i]) and not any(map(_has_equals, clauses[:i])):
                 return _clause(clauses[i])
-            return _lead([token for clause in clauses for token in [*clause, Token("comma", ",", False)]][:-1])
+            return _lead(_joined(clauses))
     return NOTHING
 
 
@@ -206,17 +202,18 @@ def _lead(tokens: Sequence[Token]) -> Quantity | Unread:
         return NOTHING
     for i in reversed(range(1, len(clauses))):
         if clauses[i][0].text.lower() in _CONCLUDES:
-            return _concluded([token for clause in clauses[i:] for token in [*clause, Token("comma", ",", False)]][:-1])
+            return _concluded(_joined(clauses[i:]))
     first = _clause(clauses[0])
-    if isinstance(first, Unread) and len(clauses) > 1 and first is NOTHING and not has_number(clauses[0]):
-        return _lead([token for clause in clauses[1:] for token in [*clause, Token("comma", ",", False)]][:-1])
+    if first is NOTHING and len(clauses) > 1 and not has_number(clauses[0]):
+        return _lead(_joined(clauses[1:]))
     if isinstance(first, Unread):
         return first
     calculates = _calculates(clauses[0])
     total = first
     for i, clause in enumerate(clauses[1:], 1):
         bare = clause[1:] if clause[0].text.lower() in ("and", "or", "&") else clause
-        if not bare or not (bare[0].kind in ("number", "operator", "open") or _is_variable_equation(bare)):
+        of_variable = _has_equals(bare) and not _calculates(bare)
+        if not bare or not (of_variable or bare[0].kind in ("number", "operator", "open")):
             if clause[0].text.lower() in ("and", "or", "but") and has_number(clause) and "not" not in _texts(clause):
                 return UNCLEAR
             continue
@@ -235,12 +232,13 @@ def _lead(tokens: Sequence[Token]) -> Quantity | Unread:
 
 def _clause(tokens: Sequence[Token]) -> Quantity | Unread:
     """Read a clause that begins with its quantity, after words that say nothing, or that is an equation."""
-    if any(token.kind == "equals" for token in tokens):
+    if _has_equals(tokens):
         return _equation(tokens)
-    start = 0
-    while start < len(tokens) and _is_filler(tokens, start):
-        start += 1
-    return _quantity_with_tail(tokens[start:])
+    return _quantity_with_tail(tokens[_skip_fillers(tokens, 0) :])
+
+
+def _skip_fillers(tokens: Sequence[Token], i: int) -> int:
+    return next((place for place in range(i, len(tokens)) if not _is_filler(tokens, place)), len(tokens))
 
 
 def _is_filler(tokens: Sequence[Token], i: int) -> bool:
@@ -417,11 +415,14 @@ def _is_bare(tokens: Sequence[Token]) -> bool:
     return all(token.kind in ("number", "operator", "percent", "cent") for token in tokens)
 
 
+def _has_equals(tokens: Sequence[Token]) -> bool:
+    return any(token.kind == "equals" for token in tokens)
+
+
 def _calculates(tokens: Sequence[Token]) -> bool:
-    place = next((i for i, token in enumerate(tokens) if token.kind == "equals"), None)
-    return place is not None and has_number(tokens[:place])
+    return _has_equals(tokens) and has_number(list(takewhile(lambda token: token.kind != "equals", tokens)))
 
 
-def _is_variable_equation(tokens: Sequence[Token]) -> bool:
-    place = next((i for i, token in enumerate(tokens) if token.kind == "equals"), None)
-    return place is not None and not has_number(tokens[:place])
+def _joined(clauses: Sequence[Sequence[Token]]) -> list[Token]:
+    """Put clauses together again, with commas between them."""
+    return [token for clause in clauses for token in [*clause, Token("comma", ",", False)]][:-1]

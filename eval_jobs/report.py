@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment
 
 from eval_jobs.charts import lengths, panels, ticks
 from eval_jobs.console import interval, percent, spell_count, spell_difference, spell_samples, warnings
 from eval_jobs.summary import summarise
 from roentgen.durable import write_text
+from roentgen.pages import page_environment
 from roentgen.runs import Run, RunError
 
 TRANSCRIPTS_UP_TO = 2_000
@@ -90,13 +91,7 @@ def _several(summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("eval_jobs"),
-        autoescape=True,
-        undefined=StrictUndefined,  # a misspelt name in the template is an error, not a hole in the page
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_environment("eval_jobs")
     environment.filters |= {
         "percent": percent,
         "interval": interval,

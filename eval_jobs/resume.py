@@ -41,12 +41,12 @@ def open_run(settings: EvalSettings, problems: Sequence[Problem], served: Served
         RunError: if the folder cannot be written, or a run in it is damaged.
     """
     config = _describe(settings, problems, served, base_url)
-    asked = _comparable(config, settings)
+    asked = _comparable(config, settings.extractor)
     if settings.output is not None:
         if not (settings.output / "config.json").exists():
             return Run.create(settings.output, config)
         run = Run.open(settings.output)
-        different = list(differences(_comparable(run.config, settings), asked))
+        different = list(differences(_comparable(run.config, settings.extractor), asked))
         if different:
             raise OtherConfigurationError(
                 f"{run.path} holds a run of another configuration; choose another --output. What differs:\n"
@@ -54,7 +54,7 @@ def open_run(settings: EvalSettings, problems: Sequence[Problem], served: Served
             )
         return run
     unfinished = None if settings.new else find_unfinished(RESULTS, config.config_hash, config.problems)
-    if unfinished is not None and _comparable(unfinished.config, settings) == asked:
+    if unfinished is not None and _comparable(unfinished.config, settings.extractor) == asked:
         return unfinished
     return Run.create((RESULTS / folder_name(settings, len(problems), served.id)).absolute(), config)
 
@@ -112,12 +112,12 @@ def as_begun(settings: EvalSettings) -> EvalSettings:
     return settings
 
 
-def _comparable(config: RunConfig, settings: EvalSettings) -> dict[str, Any]:
+def _comparable(config: RunConfig, extractor: str | None) -> dict[str, Any]:
     """Return what must be equal for samples to belong to one run: the primary extractor too, for `correct` is its word. A run
     keeps the one that it began with, unless another is asked for."""
     prefixes = {name: variant["prefix"] for name, variant in config.variants.items()}
     comparable = {**config.hashed, "problems": config.problems, "variants": prefixes}
-    return comparable if settings.extractor is None else {**comparable, "extractor": config.settings["extractor"]}
+    return comparable if extractor is None else {**comparable, "extractor": config.settings["extractor"]}
 
 
 def differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -1,19 +1,34 @@
 """Every choice of an evaluation, checked once, with messages that name the option; everything after may rely on it."""
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
 from eval_jobs import EvalError
 from eval_jobs.addresses import split
+from eval_jobs.problems import SOURCES
 from eval_jobs.prompts import PROMPTS, Prompt, choose_prompt
 from eval_jobs.scoring import EXTRACTORS
 from eval_jobs.selection import Selection
 from roentgen.cluster import check_address
-from roentgen.contract import DEFAULT_HOOK_POINTS, DEFAULT_LAYERS, Positions
-
-EMBEDDED_MODEL = "smollm2-135m"
+from roentgen.contract import (
+    DEFAULT_HOOK_POINTS,
+    DEFAULT_LAYERS,
+    AllowNonFinite,
+    Device,
+    Dtype,
+    MaxTokens,
+    PositionPolicy,
+    Revision,
+    Temperature,
+    TopP,
+    WrittenHookPoints,
+    WrittenLayers,
+    read_names,
+)
+from roentgen.defaults import EMBEDDED_MODEL
+from roentgen.options import read_options
 
 SERVER_OPTIONS = ("store", "dtype", "revision", "device")
 """Options of the server: they can be given only to one that this command starts."""
@@ -24,85 +39,63 @@ class SettingsError(EvalError):
 
 
 class EvalSettings(BaseModel):
-    """A field is the command line's option of the same name.
-
-    Attributes:
-        problems: a source in `problems.SOURCES`, or the path of a file in GSM8K's format.
-        samples: how many problems.
-        offset: how many problems to leave out before them.
-        sample_ids: exactly these problems, by number or id.
-        shuffle: take the problems in an order drawn from `seed`.
-        epochs: samples per problem.
-        mode: `no-tools`, or `with-tools` for a calculator.
-        max_turns: requests per sample, at most, with tools.
-        max_tokens: most tokens to generate per request.
-        temperature: 0 is greedy.
-        top_p: nucleus of the sampling.
-        seed: of the sampling; epoch e samples with seed + e - 1.
-        prompt: a name in `prompts.PROMPTS`.
-        prompt_file: a text with `{question}` in it, instead.
-        system: the system's message, instead of the prompt's own.
-        variants: a file of prompt prefixes, each of which all problems are posed under.
-        extractor: the primary one, a name in `scoring.EXTRACTORS`; the prompt's own if absent.
-        parallel: requests in flight, or "auto" for as many as make the server faster.
-        request_timeout: seconds one request may take, retries and waiting included.
-        fail_on_error: stop after so many failed samples; None only if many fail in a row.
-        dry_run: say what would be run and how much would be stored, and stop.
-        model: the model's name; the server's only one if absent.
-        collect_activations: whether to keep activations.
-        layers: which layers, or "all".
-        hook_points: which hook points.
-        positions: which positions, a policy of `contract.Positions`.
-        allow_non_finite: keep rows that hold NaN or infinity, which otherwise fail their sample.
-        output: the run directory; made up if absent.
-        new: start another run even if an unfinished one could be continued.
-        base_url: the server, `http://HOST:PORT/v1`; several with commas between them, if it has several.
-        ray_address: "local" or HOST:PORT.
-        store: where a server started here keeps activations.
-        dtype: in which precision a server started here loads the model.
-        revision: which revision of the model a server started here loads.
-        device: where a server started here runs the model.
-        verbose: show Ray's log and tracebacks.
-    """
+    """A field is the command line's option of the same name (`roentgen.options`)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    problems: str = "arithmetic"
-    samples: int = Field(default=3, ge=1)
-    offset: int = Field(default=0, ge=0)
-    sample_ids: tuple[str, ...] | None = None
-    shuffle: bool = False
-    epochs: int = Field(default=1, ge=1, le=10_000)
-    mode: Literal["no-tools", "with-tools"] = "no-tools"
-    max_turns: int = Field(default=10, ge=1, le=100)
-    max_tokens: int = Field(default=512, ge=1)
-    temperature: float = Field(default=0.0, ge=0, le=2)
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    seed: int = Field(default=0, ge=0, lt=2**63)
-    prompt: str = "answer-line"
-    prompt_file: Path | None = None
-    system: str | None = None
-    variants: Path | None = None
-    extractor: str | None = None
-    parallel: int | Literal["auto"] = 1
-    request_timeout: float = Field(default=600.0, gt=0, le=86_400)
-    fail_on_error: int | None = Field(default=None, ge=1)
-    dry_run: bool = False
-    model: str | None = None
-    collect_activations: bool = False
-    layers: tuple[int, ...] | Literal["all"] = DEFAULT_LAYERS
-    hook_points: tuple[str, ...] = DEFAULT_HOOK_POINTS
-    positions: str = "all"
-    allow_non_finite: bool = False
-    output: Path | None = None
-    new: bool = False
-    base_url: str | None = None
-    ray_address: str | None = None
-    store: str | None = None
-    dtype: str | None = None
-    revision: str | None = None
-    device: str | None = None
-    verbose: bool = False
+    problems: str = Field("arithmetic", description=f"{', '.join(SOURCES)}, or a .jsonl file in GSM8K's format.")
+    samples: int = Field(3, ge=1, description="How many problems.")
+    offset: int = Field(0, ge=0, description="How many problems to leave out before them.")
+    sample_ids: Annotated[tuple[str, ...] | None, BeforeValidator(read_names)] = Field(
+        None, description="Exactly these problems: 3,17 or gsm8k-test-0017."
+    )
+    shuffle: bool = Field(False, description="Take problems in an order drawn from --seed.")
+    epochs: int = Field(1, ge=1, le=10_000, description="Samples per problem.")
+    mode: Literal["no-tools", "with-tools"] = Field("no-tools", description="Without tools, or with a calculator.")
+    max_turns: int = Field(10, ge=1, le=100, description="Requests per sample, at most, with tools.")
+    max_tokens: MaxTokens = 512
+    parallel: int | Literal["auto"] = Field(
+        1, description="Requests in flight, or auto for as many as make the server faster."
+    )
+    model: str | None = Field(
+        None, description=f"The model; {EMBEDDED_MODEL} on a server started here, else the server's own."
+    )
+    layers: WrittenLayers = DEFAULT_LAYERS
+    hook_points: WrittenHookPoints = DEFAULT_HOOK_POINTS
+    positions: PositionPolicy = "all"
+    collect_activations: bool = Field(False, description="Keep activations.")
+    allow_non_finite: AllowNonFinite = False
+    output: Path | None = Field(None, description="The run directory; made up under results/ if absent.")
+    base_url: str | None = Field(
+        None,
+        description="An OpenAI-compatible server, http://HOST:PORT/v1; several, with commas between them, if it has several.",
+    )
+    ray_address: str | None = Field(None, description="The Ray cluster: local or HOST:PORT.")
+    temperature: Temperature = 0.0
+    top_p: TopP = 1.0
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the sampling; epoch e samples with seed + e - 1.")
+    prompt: str = Field("answer-line", description=f"{', '.join(PROMPTS)}.")
+    prompt_file: Path | None = Field(None, description="A text with {question} in it, instead.")
+    system: str | None = Field(None, description="The system's message, instead of the prompt's own.")
+    variants: Path | None = Field(
+        None, description="A YAML file of names and prompt prefixes: all problems under each."
+    )
+    extractor: str | None = Field(
+        None, description=f"The primary one of {', '.join(EXTRACTORS)}; the prompt's own if absent. All are reported."
+    )
+    request_timeout: float = Field(
+        600.0, gt=0, le=86_400, description="Seconds one request may take, retries and waiting included."
+    )
+    fail_on_error: int | None = Field(
+        None, ge=1, description="Stop after so many failed samples; if absent, only if many fail in a row."
+    )
+    dry_run: bool = Field(False, description="Say what would be run and how much would be stored, and stop.")
+    new: bool = Field(False, description="Start another run instead of continuing one.")
+    store: str | None = Field(None, description="Where a server started here keeps activations.")
+    dtype: Dtype | None = Field(None, description="Precision of a model loaded here.")
+    revision: Revision = None
+    device: Device | None = Field(None, description="Device of a model loaded here.")
+    verbose: bool = Field(False, description="Show Ray's log, and tracebacks.")
 
     @field_validator("prompt")
     @classmethod
@@ -126,43 +119,6 @@ class EvalSettings(BaseModel):
         if number < 1:
             raise ValueError(f"{value!r} is not allowed; allowed are whole numbers from 1, and auto")
         return number
-
-    @field_validator("sample_ids", mode="before")
-    @classmethod
-    def _read_sample_ids(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        names = tuple(name.strip() for name in value.split(","))
-        if "" in names:
-            raise ValueError(f"{value!r} has nothing between two commas, or nothing at all")
-        return names
-
-    @field_validator("layers", mode="before")
-    @classmethod
-    def _read_layers(cls, value: Any) -> Any:
-        if not isinstance(value, str) or value == "all":
-            return value
-        try:
-            return tuple(int(part) for part in value.split(","))
-        except ValueError:
-            raise ValueError(f"{value!r} is not a list of layers; allowed are 8,12,16 and the like, or all") from None
-
-    @field_validator("hook_points", mode="before")
-    @classmethod
-    def _read_hook_points(cls, value: Any) -> Any:
-        return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
-
-    @field_validator("layers", "hook_points")
-    @classmethod
-    def _no_empty_list(cls, value: Any) -> Any:
-        if isinstance(value, tuple) and (not value or "" in value):
-            raise ValueError(f"{','.join(map(str, value))!r} has nothing between two commas, or nothing at all")
-        return value
-
-    @field_validator("positions")
-    @classmethod
-    def _known_positions(cls, value: str) -> str:
-        return str(Positions.parse(value))
 
     @field_validator("output", "prompt_file", "variants")
     @classmethod
@@ -236,23 +192,10 @@ def check_settings(**values: Any) -> EvalSettings:
     Raises:
         SettingsError: if one is not allowed, naming its option.
     """
-    try:
-        return EvalSettings(**values)
-    except ValidationError as error:
-        lines = [_spell(problem["loc"], problem["msg"], problem["input"]) for problem in error.errors()]
-        raise SettingsError("\n".join(lines)) from error
+    return read_options(EvalSettings, values, SettingsError)
 
 
 def _one_of(value: str, allowed: dict[str, Any]) -> str:
     if value not in allowed:
         raise ValueError(f"{value!r} is unknown; allowed are {', '.join(allowed)}")
     return value
-
-
-def _spell(location: tuple[int | str, ...], message: str, value: Any) -> str:
-    """Spell one of pydantic's errors; those of our own validators name the value already."""
-    text = message.removeprefix("Value error, ")
-    if not location:
-        return text
-    given = "" if text != message else f" (given: {value!r})"
-    return f"--{str(location[0]).replace('_', '-')}: {text[:1].lower() if given else text[:1]}{text[1:]}{given}"

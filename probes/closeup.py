@@ -19,6 +19,7 @@ from probes.folds import Fold
 from probes.kinds import Kind
 from probes.kinds.linear import LinearProbes
 from probes.labels import Example
+from probes.report import Candidate
 from roentgen.store import RolloutRows
 
 MOST_TRACES = 200
@@ -116,7 +117,7 @@ def look_closely(
         for number, item, (_, row) in zip(own, items, rollouts.iterrows(), strict=True):
             traces.append(_trace(data, int(number), row, item, probes[probe_of[number]]))
         start += len(source.examples)
-    return Closeup(f"{key}@{positions}", scores, _across(X, whole), tuple(traces))
+    return Closeup(Candidate(key, positions).name, scores, _across(X, whole), tuple(traces))
 
 
 def _scores(probe: LinearProbes, X: Float[Tensor, "rows d"]) -> Float[np.ndarray, "rows"]:

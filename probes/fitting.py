@@ -25,25 +25,12 @@ from probes.kinds import DEFAULT_KINDS, KINDS, Kind
 from probes.kinds.linear import LinearProbes
 from probes.labels import Target
 from probes.positions import check_positions
-from probes.report import Best, Estimate, KeyResult, ProbeReport
+from probes.report import Best, Candidate, Estimate, KeyResult, ProbeReport
 from probes.sources import Where
-from roentgen.contract import execution_order, split_key
+from roentgen.contract import execution_order
 from roentgen.linear_probe import ProbeCard, SavedProbe, ScoreUnit
 
 Scores = Float[np.ndarray, "rows outputs"]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A stored key at a position."""
-
-    key: str
-    positions: str
-
-    @property
-    def name(self) -> str:
-        """What its saved probe is called."""
-        return f"{self.key}@{self.positions}"
 
 
 @dataclass(frozen=True)
@@ -152,9 +139,7 @@ def fit_and_evaluate(
     scores, raw, picked = nested_best(everything, folds)
     best = Best(controls.main(scores), tuple(candidates[number].name for number in picked), controls.every(scores, raw))
     results = tuple(
-        KeyResult(
-            c.key, *split_key(c.key), c.positions, controls.main(everything.scores[n]), float(everything.strength[n])
-        )
+        KeyResult(c.key, c.positions, controls.main(everything.scores[n]), float(everything.strength[n]))
         for n, c in enumerate(candidates)
     )
     simpler = _simpler(data, folds)

@@ -4,16 +4,16 @@ Everything a model wrote is escaped, and there is no script on the page: what sh
 """
 
 import base64
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from probes.closeup import Closeup, Trace
 from probes.plots import METRICS, called
 from probes.report import ProbeReport
+from roentgen.pages import page_environment
+from roentgen.runs.record import natural_order
 
 TRANSCRIPTS = 24
 """Shown on the page, half of each class as far as there are."""
@@ -89,7 +89,7 @@ def render_page(
     middle = float(np.median(scores))
     strongest = float(np.percentile(np.abs(scores - middle), 95)) or 1.0
     return (
-        _environment()
+        page_environment("probes")
         .get_template("report.html")
         .render(
             report=report,
@@ -117,14 +117,9 @@ def _picture(name: str, report: ProbeReport, light: Mapping[str, bytes], dark: M
 
 def _choose(traces: tuple[Trace, ...]) -> list[Trace]:
     """Return the first of each class, in turn; those that there are of each, in the order of problems and epochs."""
-    ordered = sorted(traces, key=lambda trace: (_natural(trace.example.problem), trace.example.epoch))
+    ordered = sorted(traces, key=lambda trace: (natural_order(trace.example.problem), trace.example.epoch))
     own = [[trace for trace in ordered if trace.value == value][: TRANSCRIPTS // 2] for value in (False, True)]
     return [trace for number in range(TRANSCRIPTS // 2) for part in own for trace in part[number : number + 1]]
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Return a key that sorts problem-2 before problem-10."""
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"([0-9]+)", name)]
 
 
 def _tokens(trace: Trace, middle: float, strongest: float) -> tuple[list[Token], list[Token]]:
@@ -137,13 +132,3 @@ def _tokens(trace: Trace, middle: float, strongest: float) -> tuple[list[Token],
         # A token may be part of a character, which then stands with the first of its tokens.
         tokens.append(Token((text or "·").replace("\n", "↵\n"), position, score, round(strength, 3)))
     return tokens[: trace.n_prompt], tokens[trace.n_prompt :]
-
-
-def _environment() -> Environment:
-    return Environment(
-        loader=PackageLoader("probes"),
-        autoescape=True,
-        undefined=StrictUndefined,  # a misspelt name in the template is an error, not a hole in the page
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )

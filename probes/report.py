@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from roentgen.contract import split_key
+
 SCHEMA_VERSION = 2
 
 FEW = 10
@@ -70,29 +72,39 @@ def spell_difference(difference: Estimate) -> str:
 
 
 @dataclass(frozen=True)
-class KeyResult:
-    """The probe of one candidate: a stored key at a position.
-
-    Attributes:
-        key: the stored key, `layers.12.resid_post`.
-        hook_point: the hook point.
-        layer: the layer, None for a model-wide key.
-        positions: where it was read.
-        estimate: the main metric out of fold, the strength chosen on inner folds.
-        strength: of the saved probe, which is fitted on all samples.
-    """
+class Candidate:
+    """A stored key, `layers.12.resid_post`, and the position where it is read."""
 
     key: str
-    hook_point: str
-    layer: int | None
     positions: str
-    estimate: Estimate
-    strength: float
 
     @property
     def name(self) -> str:
         """What the saved probe is called, `layers.12.resid_post@last_prompt`."""
         return f"{self.key}@{self.positions}"
+
+    @property
+    def hook_point(self) -> str:
+        """The hook point."""
+        return split_key(self.key)[0]
+
+    @property
+    def layer(self) -> int | None:
+        """The layer, None for a model-wide key."""
+        return split_key(self.key)[1]
+
+
+@dataclass(frozen=True)
+class KeyResult(Candidate):
+    """What a candidate gives.
+
+    Attributes:
+        estimate: the main metric out of fold, the strength chosen on inner folds.
+        strength: of the saved probe, which is fitted on all samples.
+    """
+
+    estimate: Estimate
+    strength: float
 
 
 @dataclass(frozen=True)

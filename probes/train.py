@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from matplotlib.figure import Figure
 
 from probes import plots
 from probes.closeup import Closeup, look_closely
@@ -125,9 +126,8 @@ def _write(folder: Path, trained: Trained, data: ProbeDataset) -> None:
             figures["along_trace"] = plots.along_trace(closeup, report.label)
     make_folder(folder / "dark")
     for name, figure in figures.items():
-        for place, drawn in ((folder, figure), (folder / "dark", darken(figure))):
-            with atomic_write(place / f"{name}.png") as temporary:
-                drawn.savefig(temporary, format="png")
+        _save(figure, folder / f"{name}.png")
+        _save(darken(figure), folder / "dark" / f"{name}.png")  # last, since it changes the figure
     if trained.probes:
         save_probes(folder, trained.probes)
     light, dark = (
@@ -136,3 +136,8 @@ def _write(folder: Path, trained: Trained, data: ProbeDataset) -> None:
     page = render_page(report, light, closeup, dark)
     write_text(folder / "report.html", page, errors="replace")
     write_json(folder / "results.json", report.to_json())
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png")

@@ -25,6 +25,8 @@ from pydantic import (
     Field,
 )
 
+from roentgen.defaults import EMBEDDED_MODEL
+
 LAYER_HOOK_POINTS: dict[str, str] = {
     "resid_pre": "residual stream entering the block",
     "resid_mid": "residual stream after attention's contribution is added",
@@ -262,6 +264,88 @@ def _check_positions(value: str) -> str:
     return str(Positions.parse(value))
 
 
+def read_layers(value: Any) -> Any:
+    """Read layers as people write them, `0,12,-1` or `all`; what is no text is left to the type.
+
+    Raises:
+        ValueError: if the text is not a list of layers.
+    """
+    if not isinstance(value, str) or value == "all":
+        return value
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError:
+        raise ValueError(f"{value!r} is not a list of layers; allowed are 8,12,16 and the like, or all") from None
+
+
+def read_names(value: Any) -> Any:
+    """Read names as people write them, with commas between them; what is no text is left to the type.
+
+    Raises:
+        ValueError: if one is empty.
+    """
+    if not isinstance(value, str):
+        return value
+    names = tuple(name.strip() for name in value.split(","))
+    if "" in names:
+        raise ValueError(f"{value!r} has nothing between two commas, or nothing at all")
+    return names
+
+
+Layers = Annotated[
+    tuple[Int, ...] | Literal["all"],
+    Field(description='Layers to keep, such as 8,12,16 (negative ones count from the end), or "all".'),
+]
+HookPoints = Annotated[
+    tuple[Text, ...],
+    Field(
+        min_length=1, description="Hook points to keep: canonical names, or module paths ending in .input or .output."
+    ),
+]
+WrittenLayers = Annotated[Layers, BeforeValidator(read_layers)]
+"""Layers where they may also be text: in a command's options. HTTP takes JSON's lists only."""
+
+WrittenHookPoints = Annotated[HookPoints, BeforeValidator(read_names)]
+
+PositionPolicy = Annotated[
+    str,
+    AfterValidator(_check_positions),
+    Field(
+        description="Positions to keep: all, prompt, generated, last_prompt, last, stride:k, mean_prompt, mean_generated."
+    ),
+]
+STEERABLE = ("all", "prompt", "generated", "last_prompt", "stride:k")
+
+
+def _check_steered(value: str) -> str:
+    """Refuse policies that say which rows only when all are there."""
+    positions = Positions.parse(value)
+    if positions.pooled or positions.policy == "last":
+        raise ValueError(f"{value!r} does not say which rows while they are made; allowed are {', '.join(STEERABLE)}")
+    return str(positions)
+
+
+SteeredPositions = Annotated[
+    str, AfterValidator(_check_steered), Field(description=f"Positions to steer: {', '.join(STEERABLE)}.")
+]
+AllowNonFinite = Annotated[
+    bool, Field(description="Keep rows with NaN or infinity, which otherwise fail their request.")
+]
+
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+Device = Literal["auto", "cpu", "cuda"]
+ModelName = Annotated[
+    str, Field(min_length=1, max_length=1024, description=f"{EMBEDDED_MODEL} (embedded), a folder, or a hub id.")
+]
+Revision = Annotated[Annotated[str, Field(max_length=256)] | None, Field(description="Revision of a hub model.")]
+
+# The limits come before the validator: JSON Schema has them as `minimum` and `maximum` only there.
+_NO_BOOLEANS = BeforeValidator(no_booleans)
+MaxTokens = Annotated[int, Field(ge=1, description="Most tokens to generate per request."), _NO_BOOLEANS]
+Temperature = Annotated[float, Field(ge=0, le=2, description="Of the sampling; 0 is greedy."), _NO_BOOLEANS]
+TopP = Annotated[float, Field(gt=0, le=1, description="Probability that the sampling's nucleus covers."), _NO_BOOLEANS]
+
+
 class RolloutKey(BaseModel):
     """What makes a rollout the same rollout when it is tried again; the store counts it once by this key."""
 
@@ -274,34 +358,31 @@ class RolloutKey(BaseModel):
 
 
 class ActivationRequest(BaseModel):
-    """`extra_body={"activations": {...}}`: what to keep of one request.
-
-    Attributes:
-        session_id: where to keep it; the server's default session if absent.
-        key: the rollout's identity, for clients that retry.
-        layers: layer indices (negative ones count from the end), or "all".
-        hook_points: canonical names, or module paths ending in `.input` or `.output`.
-        positions: a policy of `Positions`.
-        since: "turn" keeps only what is new in this turn of a conversation: rows from the last token of the last assistant
-            message on (that token was sampled in the turn before, but never fed). Without such a message, all rows.
-        dtype: what to store; "model" keeps the model's own dtype.
-        allow_non_finite: keep rows that hold NaN or infinity, which otherwise fail the request (500, `non_finite_rows`).
-        delivery: how the reply carries values (`return` on the wire).
-        labels: a flat JSON object stored with the rollout; its numbers are kept exactly.
-    """
+    """`extra_body={"activations": {...}}`: what to keep of one request."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
-    session_id: SessionId | None = None
-    key: RolloutKey | None = None
-    layers: tuple[Int, ...] | Literal["all"] = DEFAULT_LAYERS
-    hook_points: tuple[Text, ...] = Field(default=DEFAULT_HOOK_POINTS, min_length=1)
-    positions: Annotated[str, AfterValidator(_check_positions)] = "all"
-    since: Literal["turn"] | None = None
-    dtype: StoredDtype = "model"
-    allow_non_finite: bool = False
-    delivery: Literal["reference", "sample", "full"] = Field(default="reference", alias="return")
-    labels: Labels = Field(default_factory=dict)
+    session_id: SessionId | None = Field(
+        default=None, description="Where to keep it; the server's default session if absent."
+    )
+    key: RolloutKey | None = Field(default=None, description="The rollout's identity, for clients that retry.")
+    layers: Layers = DEFAULT_LAYERS
+    hook_points: HookPoints = DEFAULT_HOOK_POINTS
+    positions: PositionPolicy = "all"
+    since: Literal["turn"] | None = Field(
+        default=None,
+        description='"turn" keeps only what is new in this turn of a conversation: rows from the last token of the last '
+        "assistant message on (that token was sampled in the turn before, but never fed). Without such a message, all rows.",
+    )
+    dtype: StoredDtype = Field(default="model", description='What to store; "model" keeps the model\'s own dtype.')
+    allow_non_finite: AllowNonFinite = False
+    delivery: Literal["reference", "sample", "full"] = Field(
+        default="reference", alias="return", description="How the reply carries values."
+    )
+    labels: Labels = Field(
+        default_factory=dict,
+        description="A flat JSON object stored with the rollout; its numbers are kept exactly.",
+    )
 
 
 SAMPLED_FEATURES = 50

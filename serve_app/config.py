@@ -1,7 +1,7 @@
 """The server's configuration, validated once, where the application is built; and which model it is to serve.
 
 The two are apart because they change apart: a `ServerConfig` holds for as long as the server runs, a `ModelChoice` until
-another model is loaded (`replica.model_slot`).
+another model is loaded.
 """
 
 import json
@@ -10,9 +10,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from roentgen.contract import Device, Dtype, ModelName, Revision
+from roentgen.defaults import EMBEDDED_MODEL, STORE
 from serve_app.models.savepoints import Savepoint, unique_names
 
-Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 EngineName = Literal["auto", "transformers", "vllm"]
 
 
@@ -37,100 +38,121 @@ def _names(value: Any) -> Any:
     return json.loads(value) if value.lstrip().startswith("[") else [name for name in value.split(",") if name]
 
 
-DeviceMap = Annotated[
-    Literal["auto", "balanced", "sequential"] | dict[str, str | int],
-    BeforeValidator(_json),
+DeviceMap = Annotated[Literal["auto", "balanced", "sequential"] | dict[str, str | int], BeforeValidator(_json)]
+Spread = Annotated[
+    DeviceMap | None,
+    Field(
+        description="With transformers: spread a model larger than one device over a replica's GPUs and memory, as accelerate "
+        "does: auto, balanced, sequential, or a JSON object that gives each module path its device (0, 1, cpu, disk)."
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool, Field(description="Run code that comes with a model; a client's load also needs the server to allow it.")
 ]
 
 
 class ModelChoice(BaseModel):
-    """Which model to serve and how: the body of `POST /v1/models/load`, and what Serve hands to every replica.
-
-    Attributes:
-        model_id: "smollm2-135m" (embedded), a folder, or a hub id.
-        revision: of a hub model.
-        device_map: as `ServerConfig.device_map`.
-        trust_remote_code: run code that comes with the model, if the server's configuration allows it.
-        savepoints: hook points with names of their own; one that the model does not have fails the load.
-    """
+    """Which model to serve and how: the body of `POST /v1/models/load`, and what Serve hands to every replica."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    model_id: str = Field(min_length=1, max_length=1024)
-    revision: str | None = Field(default=None, max_length=256)
-    device_map: DeviceMap | None = None
-    trust_remote_code: bool = False
-    savepoints: Annotated[tuple[Savepoint, ...], AfterValidator(unique_names)] = Field(default=(), max_length=256)
+    model_id: ModelName
+    revision: Revision = None
+    device_map: Spread = None
+    trust_remote_code: TrustRemoteCode = False
+    savepoints: Annotated[tuple[Savepoint, ...], AfterValidator(unique_names)] = Field(
+        (),
+        max_length=256,
+        description="Hook points with names of their own; one that the model does not have fails the load.",
+    )
 
 
 class ServerConfig(BaseModel):
     """What `roentgen serve`, `serve run serve_app.app:build key=value …` and serve.yaml can set.
 
-    Attributes:
-        model: "smollm2-135m" (embedded), a folder, or a hub id.
-        revision: of a hub model.
-        dtype: "auto" takes bfloat16 where the device computes in it, else float32.
-        device: "auto" takes a GPU if there is one.
-        engine: what generates: "transformers", "vllm", or "auto", which takes vLLM where it is installed and there is a CUDA
-            GPU.
-        capture: whether requests may capture, steer and probe. With vLLM, a server that does not is plain vLLM: with prefix
-            caching, chunked prefill and CUDA graphs.
-        taps: with vLLM, the hook points that requests may name while CUDA graphs stay on: canonical names, or vLLM's module
-            paths with `*` for a layer's number. Without any, every hook point is there, and there are no CUDA graphs.
-        tensor_parallel_size: with vLLM, the GPUs of one node that a replica's model is split over.
-        device_map: with transformers, spread a model larger than one device over a replica's GPUs and memory, as accelerate
-            does: "auto", "balanced", "sequential", or a JSON object that gives each module path its device (0, 1, "cpu",
-            "disk").
-        allowed_models: models that clients may load in place of `model` (`POST /v1/models/load`), written as they will ask.
-        trust_remote_code: whether code that comes with a model may run, of `model` or if a client's load asks for it.
-        store: the activation store's folder.
-        probes: folders on each replica's machine whose saved probes requests may name; nothing else is read.
-        max_batch: requests generated together.
-        max_queue: requests waiting; beyond, 429.
-        max_prefill_tokens: prompt tokens read in one forward, 0 for what suits the device; running requests wait for it.
-        max_cache_tokens: size of the KV cache, 0 for what the free memory allows.
-        batch_invariant: whether a request's tokens, scores and rows must be the same whatever runs beside it, to the last bit
-            (docs/reproducibility.md); it costs throughput.
-        request_timeout_s: the longest that a request may take, its time in the queue included; beyond, 408.
-        max_body_bytes: the largest request body; beyond, 413.
-        max_inline_bytes: the largest reply that may carry activations' values (`return: sample` or `full`).
-        threads: torch threads of a replica, 0 for one per core (Ray would otherwise allow one).
-        num_gpus: GPUs reserved per replica.
-        num_replicas: copies of the model.
-        max_replicas: if more than `num_replicas`, Serve starts more copies, up to this, while there is much to do.
-        max_replicas_per_node: 0 for as many as there is room for.
-        num_ingresses: copies of the ingress, on as many nodes: the nodes whose proxy answers.
+    `json_schema_extra` says how `roentgen serve` spells a field that it does not call by its name (`roentgen.options`).
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str = "smollm2-135m"
-    revision: str | None = None
-    dtype: Dtype = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    engine: EngineName = "auto"
-    capture: bool = True
-    taps: Annotated[tuple[str, ...], BeforeValidator(_names)] = ()
-    tensor_parallel_size: int = Field(default=1, ge=1)
-    device_map: DeviceMap | None = None
-    allowed_models: Annotated[tuple[str, ...], BeforeValidator(_names)] = ()
-    trust_remote_code: bool = False
-    store: Annotated[str, AfterValidator(_absolute)] = Field(default="activations", validate_default=True)
-    probes: Annotated[tuple[str, ...], BeforeValidator(_names), AfterValidator(_all_absolute)] = ()
-    max_batch: int = Field(default=32, ge=1)
-    max_queue: int = Field(default=256, ge=0)
-    max_prefill_tokens: int = Field(default=0, ge=0)
-    max_cache_tokens: int = Field(default=0, ge=0)
-    batch_invariant: bool = False
-    request_timeout_s: float = Field(default=3600, gt=0)
-    max_body_bytes: int = Field(default=32_000_000, ge=1)
-    max_inline_bytes: int = Field(default=64_000_000, ge=0)
-    threads: int = Field(default=0, ge=0)
-    num_gpus: float = Field(default=0, ge=0)
-    num_replicas: int = Field(default=1, ge=1)
-    max_replicas: int = Field(default=0, ge=0)
-    max_replicas_per_node: int = Field(default=0, ge=0)
-    num_ingresses: int = Field(default=1, ge=1)
+    model: ModelName = EMBEDDED_MODEL
+    revision: Revision = None
+    dtype: Dtype = Field(
+        "auto",
+        description="Precision of weights and activations; auto is bfloat16 where the device computes in it, else float32.",
+    )
+    device: Device = Field("auto", description="Where the model runs; auto takes a GPU if there is one.")
+    engine: EngineName = Field(
+        "auto", description="What generates; auto takes vLLM where it is installed and there is a CUDA GPU."
+    )
+    capture: bool = Field(
+        True,
+        description="Whether requests may capture, steer and probe. With vLLM, a server that does not is plain vLLM: with "
+        "prefix caching, chunked prefill and CUDA graphs.",
+    )
+    taps: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
+        (),
+        description="With vLLM: the only hook points that requests may name, as resid_post,ln_mlp or vLLM's module paths with "
+        "* for a layer's number; CUDA graphs stay on. Without any, every hook point is there, and there are no CUDA graphs.",
+    )
+    tensor_parallel_size: int = Field(
+        1, ge=1, description="With vLLM: GPUs of one node that a replica's model is split over."
+    )
+    device_map: Spread = None
+    allowed_models: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
+        (),
+        description="A model that clients may load in its place, written as they will ask; may be repeated.",
+        json_schema_extra={"flags": ["--allow-model"], "repeated": True},
+    )
+    trust_remote_code: TrustRemoteCode = Field(
+        False, json_schema_extra={"flags": ["--trust-remote-code/--no-trust-remote-code"]}
+    )
+    store: Annotated[str, AfterValidator(_absolute)] = Field(
+        STORE, validate_default=True, description="The activation store: a folder, or s3://BUCKET/FOLDER."
+    )
+    probes: Annotated[tuple[str, ...], BeforeValidator(_names), AfterValidator(_all_absolute)] = Field(
+        (),
+        description="A folder, on each replica's machine, whose saved probes requests may name; may be repeated.",
+        json_schema_extra={"repeated": True},
+    )
+    max_batch: int = Field(32, ge=1, description="Requests generated together.")
+    max_queue: int = Field(256, ge=0, description="Requests waiting for that; beyond, 429.")
+    max_prefill_tokens: int = Field(
+        0,
+        ge=0,
+        description="Prompt tokens read in one forward, which running requests wait for; 0 for what suits the device.",
+    )
+    max_cache_tokens: int = Field(0, ge=0, description="Size of the KV cache; 0 for what the free memory allows.")
+    batch_invariant: bool = Field(
+        False,
+        description="Same tokens, scores and rows, to the last bit, whatever runs beside a request; slower "
+        "(docs/reproducibility.md).",
+        json_schema_extra={"flags": ["--batch-invariant/--no-batch-invariant"]},
+    )
+    request_timeout_s: float = Field(
+        3600,
+        gt=0,
+        description="Seconds that a request may take, its time in the queue included; beyond, 408.",
+        json_schema_extra={"flags": ["--request-timeout"]},
+    )
+    max_body_bytes: int = Field(32_000_000, ge=1, description="The largest request body; beyond, 413.")
+    max_inline_bytes: int = Field(
+        64_000_000, ge=0, description="The largest reply that may carry activations' values (return: sample or full)."
+    )
+    threads: int = Field(
+        0, ge=0, description="Torch threads of a replica; 0 for one per core (Ray would otherwise allow one)."
+    )
+    num_gpus: float = Field(0, ge=0, description="GPUs per replica; 0 for one where there are any.")
+    num_replicas: int = Field(1, ge=1, description="Copies of the model.")
+    max_replicas: int = Field(
+        0,
+        ge=0,
+        description="If more than the copies to begin with: Serve starts more, up to this, while there is much to do.",
+    )
+    max_replicas_per_node: int = Field(0, ge=0, description="0 for as many as there is room for.")
+    num_ingresses: int = Field(
+        1, ge=1, description="Copies of the ingress, on as many nodes: the nodes whose proxy answers."
+    )
 
     @model_validator(mode="after")
     def _one_engine(self) -> Self:

@@ -39,5 +39,6 @@ def _is_module(name: str, file: Path) -> bool:
 def test_every_part_of_roentgen_has_a_layer() -> None:
     contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
     layers = {part for line in contracts[0]["layers"] for part in line.split(" | ")}
-    there = {f"roentgen.{path.stem}" for path in (ROOT / "roentgen").iterdir() if not path.name.startswith("__")}
+    there = {f"roentgen.{path.stem}" for path in (ROOT / "roentgen").glob("[!_]*.py")}
+    there |= {f"roentgen.{path.parent.name}" for path in (ROOT / "roentgen").glob("*/__init__.py")}
     assert there == {part for part in layers if part.startswith("roentgen.")}

@@ -1,24 +1,22 @@
 """`roentgen inspect`: what a model has to capture."""
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
 from roentgen.cli.console import expected_errors, out
 from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS
+from roentgen.options import options_of, read_options
+from roentgen.workflows.settings import InspectSettings
 
 if TYPE_CHECKING:
     from serve_app.capture.structure import ModelStructure
 
 
+@options_of(InspectSettings)
 def inspect(
-    model: Annotated[str, typer.Argument(help="smollm2-135m (embedded), a folder, or a hub id.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print the whole record as JSON.")] = False,
-    config_only: Annotated[
-        bool, typer.Option("--config-only", help="Leave the weights alone: verify on a narrow random model.")
-    ] = False,
-    revision: Annotated[str | None, typer.Option(help="Revision of a hub model.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole record as JSON.")] = False, **options: Any
 ) -> None:
     """Show what a model has to capture: where each hook point is, or why it is missing."""
     from serve_app.capture.resolver import ResolutionError
@@ -26,7 +24,8 @@ def inspect(
     from serve_app.models.inspection import inspect_model
 
     with expected_errors(ModelNotFoundError, ResolutionError):
-        structure = inspect_model(model, revision=revision, config_only=config_only)
+        asked = read_options(InspectSettings, options)
+        structure = inspect_model(asked.model, revision=asked.revision, config_only=asked.config_only)
     if as_json:
         out.print_json(data=structure.record())
         return

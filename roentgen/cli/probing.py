@@ -1,13 +1,14 @@
 """Probes on stored activations: `roentgen probe`."""
 
-import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from roentgen.cli.console import err, expected_errors, out, stage_printer
 from roentgen.durable import write_json
+from roentgen.options import options_of, read_options
+from roentgen.workflows.settings import SteerSettings
 
 probe_app = typer.Typer(no_args_is_help=True, help="Probes on stored activations.")
 
@@ -99,21 +100,8 @@ def probe_compare(
 
 
 @probe_app.command("steer")
-def probe_steer(
-    probe: Annotated[Path, typer.Argument(help="A saved probe, FOLDER/NAME; or a run, for its best.")],
-    label: Annotated[str, typer.Option(help="Of a run: whose probes.")] = "correct",
-    problems: Annotated[Path | None, typer.Option(help="A run whose problems to pose; else the probe's own.")] = None,
-    samples: Annotated[int, typer.Option(min=2, help="How many problems.")] = 32,
-    scales: Annotated[
-        str, typer.Option(help="How far to push, comma-separated; 1 is the typical distance of a row from the mean.")
-    ] = "-1,-0.5,0.5,1",
-    controls: Annotated[int, typer.Option(min=0, help="Random directions, and as many orthogonal ones.")] = 2,
-    positions: Annotated[str, typer.Option(help="all, prompt, generated, last_prompt or stride:k.")] = "all",
-    base_url: Annotated[str | None, typer.Option(help="A server of the probe's model; else one is started.")] = None,
-    parallel: Annotated[int, typer.Option(min=1, help="Requests in flight.")] = 16,
-    seed: Annotated[int, typer.Option(help="Of directions, order and bootstrap.")] = 0,
-    output: Annotated[Path | None, typer.Option(help="The folder; else beside the probe, steering/NAME.")] = None,
-) -> None:
+@options_of(SteerSettings)
+def probe_steer(**options: Any) -> None:
     """Answer problems with a probe's direction added, and along directions that know nothing, and compare."""
     from probes.steering import SweepError
     from roentgen.cluster import ClusterError
@@ -123,15 +111,6 @@ def probe_steer(
     from roentgen.store import StoreError
     from roentgen.workflows.steer import render, steer
 
-    try:
-        steps = tuple(dict.fromkeys(float(step) for step in scales.split(",")))
-        if not all(map(math.isfinite, steps)):
-            raise ValueError(scales)
-    except ValueError as error:
-        raise typer.BadParameter("numbers with commas between them", param_hint="--scales") from error
     with expected_errors(ClusterError, LaunchError, RunError, SavedProbeError, StoreError, SweepError):
-        report = steer(
-            probe, label=label, problems=problems, samples=samples, scales=steps, controls=controls,
-            positions=positions, base_url=base_url, parallel=parallel, seed=seed, output=output, stage=stage_printer(),
-        )  # fmt: skip
+        report = steer(read_options(SteerSettings, options), stage_printer())
     out.print(render(report))

@@ -22,11 +22,12 @@ from httpx2 import Client, HTTPError, Response
 
 from roentgen.api_keys import VARIABLE, api_keys
 from roentgen.cluster import ClusterError, connected
+from roentgen.defaults import DASHBOARD_PORT, HOST, PORT
 from roentgen.http_client import connect, explain
 from roentgen.serving.local_server import APP_NAME, LaunchError, wait_until_ready
 
 ROOT = Path(__file__).parents[2]
-SERVE = "http://127.0.0.1:8265/api/serve/applications/"
+SERVE = f"http://{HOST}:{DASHBOARD_PORT}/api/serve/applications/"
 NODES_TIMEOUT_S = 900.0
 DEPLOY_TIMEOUT_S = 900.0
 START_TIMEOUT_S = 180.0
@@ -79,7 +80,7 @@ def render(
         "max_replicas_per_node": per_node,
         "num_ingresses": nodes,
     }
-    http = {**config["http_options"], "port": _number(environment, "PORT", 8000)}
+    http = {**config["http_options"], "port": _number(environment, "PORT", PORT)}
     if api_keys(environment.get(VARIABLE, "")):
         http["host"] = "0.0.0.0"
     variables = {name: environment[name] for name in BUCKET if environment.get(name)}

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from roentgen.defaults import HOST
 from roentgen.serving.local_server import LaunchError
 from roentgen.serving.ports import find_listener, stop
 
@@ -113,7 +114,7 @@ class Head:
                     said = process.communicate()[1].strip()
                     raise LaunchError(f"no tunnel to {self.name}: {said or 'ssh did not connect'}")
                 time.sleep(0.1)
-            yield f"http://127.0.0.1:{port}"
+            yield f"http://{HOST}:{port}"
         finally:
             process.terminate()
             process.wait()

@@ -1,63 +1,62 @@
 """Rewrites cluster.yaml for one launch: memory, price and the like are no flags of SkyPilot's, so they go into the file."""
 
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from serve_app.config import Dtype, EngineName
-
-Sync = Literal["full", "frozen", "fresh", "skip"]
+from roentgen.contract import Dtype, Revision
+from roentgen.defaults import CLUSTER_MODEL, CLUSTER_NAME, CLUSTER_PORT
+from serve_app.config import EngineName
 
 
 class ClusterSettings(BaseModel):
-    """What a cluster is to be; the options of `roentgen up` and `roentgen eval --launch`.
-
-    Attributes:
-        model: to serve.
-        revision: of a hub model; the newest if absent.
-        dtype: of weights and activations; "auto" takes bfloat16 where the GPU computes in it.
-        engine: "vllm" has the nodes install it; absent, what serve.yaml says, else transformers on a new cluster.
-        min_vram: gigabytes of memory that a GPU must have; 0 for machines without one.
-        gpus: per node.
-        max_price: dollars per hour and node.
-        port: the server's, on the cluster and at this end of the tunnel.
-        name: of the cluster.
-        cluster: a running cluster to use, by name; nothing is provisioned.
-        reuse: use a running cluster called `name`, if there is one.
-        sync: what is installed on a cluster that runs: resolved anew (full), exactly the pins (frozen), from nothing
-            (fresh), or nothing, without syncing the code either (skip).
-        nodes: of the cluster.
-        spot: whether the provider may take the machines back, at a lower price.
-        infra: where, in SkyPilot's words: aws, aws/us-east-1, …; anywhere if absent.
-        store: s3://BUCKET/FOLDER, or a folder on the nodes.
-        max_replicas: copies of the model that Serve may start under load; 0 for a fixed number, one per GPU.
-        open_port: open the port to the Internet, behind an API key, instead of only to a tunnel.
-        idle_minutes: after which the cluster takes itself down.
-    """
+    """What a cluster is to be; the options of `roentgen up` and `roentgen eval --launch` (`roentgen.options`)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: str = "Qwen/Qwen3-0.6B"
-    revision: str | None = None
-    dtype: Dtype = "auto"
-    engine: EngineName | None = None
-    min_vram: int = Field(default=16, ge=0)
-    gpus: int = Field(default=1, ge=1)
-    max_price: float = Field(default=0.60, gt=0)
-    port: int = Field(default=8000, ge=1024, le=65535)
-    name: str = Field(default="roentgen", pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=40)
-    cluster: str | None = None
-    reuse: bool = False
-    sync: Sync = "full"
-    nodes: int = Field(default=1, ge=1)
-    spot: bool = False
-    infra: str | None = None
-    store: str = ""
-    max_replicas: int = Field(default=0, ge=0)
-    open_port: bool = False
-    idle_minutes: int = Field(default=15, ge=1)
+    model: str = Field(CLUSTER_MODEL, description="The model to serve.")
+    revision: Revision = None
+    dtype: Dtype = Field(
+        "auto",
+        description="Precision of weights and activations; auto is bfloat16 where the GPU computes in it, else float32.",
+    )
+    engine: EngineName | None = Field(
+        None,
+        description="vllm has the nodes install it; if absent, what serve.yaml says, else transformers on a new cluster.",
+    )
+    min_vram: int = Field(16, ge=0, description="GB of memory that a GPU must have; 0 for no GPU.")
+    gpus: int = Field(1, ge=1, description="GPUs per node.")
+    max_price: float = Field(0.60, gt=0, description="Dollars per hour and node.")
+    port: int = Field(
+        CLUSTER_PORT, ge=1024, le=65535, description="Port of the server, on the cluster and at this end of the tunnel."
+    )
+    name: str = Field(
+        CLUSTER_NAME, pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=40, description="Name of a new cluster."
+    )
+    cluster: str | None = Field(
+        None, description="Use exactly this running cluster.", json_schema_extra={"flags": ["--cluster", "--gpu-id"]}
+    )
+    reuse: bool = Field(False, description="Use the running cluster called --name, if there is one.")
+    skip_sync: bool = Field(False, description="On a cluster that runs: sync and install nothing.")
+    frozen_sync: bool = Field(False, description="Install exactly the pinned versions.")
+    fresh: bool = Field(False, description="On a cluster that runs: install again from nothing.")
+    nodes: int = Field(1, ge=1, description="Nodes of the cluster.")
+    max_replicas: int = Field(0, ge=0, description="Copies of the model under load; 0 for a fixed number, one per GPU.")
+    spot: bool = Field(False, description="Cheaper machines that the provider may take back.")
+    infra: str | None = Field(
+        None, description="Where, as SkyPilot writes it: aws, aws/us-east-1, …; anywhere if absent."
+    )
+    store: str = Field("", description="s3://BUCKET/FOLDER, or a folder on the nodes.")
+    open_port: bool = Field(False, description="Open the port to the Internet, behind a key.")
+    idle_minutes: int = Field(15, ge=1, description="Minutes until an idle cluster takes itself down.")
+
+    @model_validator(mode="after")
+    def _one_way_to_install(self) -> Self:
+        if self.skip_sync + self.frozen_sync + self.fresh > 1:
+            raise ValueError("--skip-sync, --frozen-sync and --fresh exclude one another")
+        return self
 
     @model_validator(mode="after")
     def _several_nodes_share_a_store(self) -> Self:
@@ -67,6 +66,11 @@ class ClusterSettings(BaseModel):
                 "cluster.yaml mounts on all of them)"
             )
         return self
+
+    @property
+    def sync(self) -> str:
+        """What is installed: all anew, exactly the pins, all from nothing, or nothing, without the code either."""
+        return "skip" if self.skip_sync else "frozen" if self.frozen_sync else "fresh" if self.fresh else "full"
 
     @property
     def wanted(self) -> str:
@@ -119,7 +123,7 @@ def write(source: Path, target: Path, settings: ClusterSettings, *, exists: bool
     task = rewrite(yaml.safe_load(source.read_text()), settings, exists=exists)
     if task.get("workdir") == ".":
         task["workdir"] = str(source.parent.absolute())
-    if settings.sync == "skip":
+    if settings.skip_sync:
         del task["workdir"]
         del task["setup"]
         task["run"] = f"cd ~/sky_workdir && {task['run']}"

@@ -22,6 +22,7 @@ from roentgen.api_keys import VARIABLE, client_key
 from roentgen.cloud.remote import Head
 from roentgen.cloud.skypilot import JOB_FAILED, ROOT, Cluster, SkyPilot
 from roentgen.cloud.task import ClusterSettings, write
+from roentgen.defaults import DASHBOARD_PORT, HOST
 from roentgen.serving.local_server import LaunchError
 from roentgen.serving.smoke import smoke
 
@@ -49,11 +50,12 @@ class Launched:
     @property
     def next_commands(self) -> list[str]:
         """What one does next."""
+        ray = DASHBOARD_PORT
         return [
-            f"ssh -N -L {self.port}:localhost:{self.port} -L 8265:localhost:8265 {self.name}   # the server and Ray, here",
+            f"ssh -N -L {self.port}:localhost:{self.port} -L {ray}:localhost:{ray} {self.name}   # the server and Ray, here",
             f"ssh {self.name} cat .roentgen/env                                # its key (ROENTGEN_API_KEY) and Ray's token",
             f"roentgen eval --launch --cluster {self.name} --samples 200 --parallel 32 --collect-activations",
-            f"roentgen doctor {self.name}",
+            f"roentgen doctor {self.name} --port {self.port}",
             f"roentgen cluster logs {self.name}",
             f"roentgen cluster down {self.name}",
         ]
@@ -75,7 +77,7 @@ def choose(settings: ClusterSettings, clusters: list[Cluster]) -> Cluster | None
         raise LaunchError(
             f"--name: a cluster {found.name!r} exists ({found.status}): use it with --reuse, or choose another --name"
         )
-    if settings.sync == "skip" and (found is None or found.status != "UP"):
+    if settings.skip_sync and (found is None or found.status != "UP"):
         raise LaunchError("--skip-sync: nothing is installed on a new cluster; it is for one that runs")
     return found
 
@@ -160,7 +162,7 @@ def smoke_on(launched: Launched, model: str, stage: Callable[[str], None]) -> No
     head = Head(launched.name)
     stage("smoke test on the head node")
     try:
-        arguments = ("roentgen", "smoke", f"http://127.0.0.1:{launched.port}", "--model", model)
+        arguments = ("roentgen", "smoke", f"http://{HOST}:{launched.port}", "--model", model)
         for line in head.run(head.in_project(*arguments), timeout=900).splitlines():
             stage(line)
     except LaunchError as error:
@@ -184,7 +186,7 @@ def _launch(settings: ClusterSettings, sky: SkyPilot, found: Cluster | None, sta
         # A cluster that runs keeps its size: rank and number of nodes come from it.
         nodes = {"nodes": found.nodes} if found else {}
         write(TASK, task, settings.model_copy(update=nodes), exists=found is not None)
-        if settings.sync == "skip":
+        if settings.skip_sync:
             command = ["exec", name, str(task), *flags]
         else:
             command = ["launch", "--yes", "--cluster", name, str(task), *flags]

@@ -102,7 +102,7 @@ class _Place:
     @property
     def order(self) -> tuple[list[tuple[int, str]], int, int]:
         """Sorts places by problem, then epoch, then variant: the order in which a run poses them."""
-        return _natural(_SUFFIX.sub("", self.sample_id)), self.epoch, self.variant
+        return natural_order(_SUFFIX.sub("", self.sample_id)), self.epoch, self.variant
 
 
 class _Head(BaseModel):
@@ -190,7 +190,7 @@ def _damaged(path: Path, line: int, error: ValidationError) -> RunError:
     return RunError(f"{path}, line {line} is not a sample: {error.errors()[0]['msg']}")
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
+def natural_order(name: str) -> list[tuple[int, str]]:
     """Return a key that sorts gsm8k_999 before gsm8k_1000."""
     return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name)]
 

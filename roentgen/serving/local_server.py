@@ -15,6 +15,7 @@ from httpx2 import Client, TransportError
 
 from roentgen.api_keys import api_keys
 from roentgen.cluster import LOCAL, connected
+from roentgen.defaults import HOST
 from roentgen.store.places import check_writable, open_place
 from serve_app.config import ServerConfig
 from serve_app.http.proxy import named_in_environment
@@ -36,7 +37,7 @@ class LaunchError(Exception):
 def serving(
     config: ServerConfig,
     *,
-    host: str = "127.0.0.1",
+    host: str = HOST,
     port: int = 0,
     ray_address: str = LOCAL,
     stage: Callable[[str], None] = log.info,
@@ -127,7 +128,7 @@ def check_host(host: str) -> None:
     loopback = host == "localhost" or _is_loopback(host)
     if not loopback and not api_keys():
         raise LaunchError(
-            f"--host {host} can be reached by others and no API key is set: set ROENTGEN_API_KEY, or bind to 127.0.0.1"
+            f"--host {host} can be reached by others and no API key is set: set ROENTGEN_API_KEY, or bind to {HOST}"
         )
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import psutil
 
+from roentgen.defaults import HOST
+
 OURS = re.compile(r"(^|/)ssh .*-L ?\d+:localhost:\d+|\broentgen(\.cloud\.deploy)? |\bserve_app\b|^ray::")
 STOP_TIMEOUT_S = 10.0
 
@@ -50,7 +52,7 @@ def find_listener(port: int) -> Listener | None:
 
 def _answers(port: int) -> bool:
     with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
+        return probe.connect_ex((HOST, port)) == 0
 
 
 def _listed(port: int) -> Listener | None:

@@ -10,33 +10,31 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from roentgen.contract import ActivationRequest, SessionId, canonical_hash
+from roentgen.contract import canonical_hash
+from roentgen.defaults import EMBEDDED_MODEL, STORE
 from roentgen.runs import Run
 from roentgen.store import Session, SessionNotFoundError, StoreWriter
 from roentgen.store.places import check_writable, open_place
 from roentgen.transcripts import Transcript, TranscriptError
 from roentgen.transcripts.file import read_file
 from roentgen.transcripts.run import read_run
+from roentgen.workflows.settings import CaptureSettings
 from serve_app.capture.resolver import ResolutionError
 from serve_app.capture.rows import UncapturableError
 from serve_app.capture.structure import CaptureRequestError
-from serve_app.config import Dtype
 from serve_app.engines.protocol import EngineStoppedError
 from serve_app.engines.transformers.engine import TransformersEngine
 from serve_app.engines.transformers.model import LoadedModel, load
 from serve_app.models.errors import ModelNotFoundError
-from serve_app.models.sources import EMBEDDED_MODEL, ModelSource, locate
+from serve_app.models.sources import ModelSource, locate
 from serve_app.teacher_forcing.capture import NotStored, Stored, TeacherForcing
 from serve_app.teacher_forcing.held import OtherCaptureError, find_missing
 from serve_app.teacher_forcing.tokens import TokenizedTranscript, UnreadableTextError, transcript_tokenizer
-
-DEFAULT_STORE = "activations"
 
 SECONDS_BETWEEN_LINES = 5.0
 """Of progress, where there is no terminal to draw a bar on."""
@@ -44,38 +42,6 @@ SECONDS_BETWEEN_LINES = 5.0
 
 class CaptureError(Exception):
     """Nothing, or nothing more, can be captured; the message says why and what to do."""
-
-
-class CaptureSettings(BaseModel):
-    """What `roentgen capture` is asked for.
-
-    Attributes:
-        source: a run directory, or a JSON lines file.
-        model: a name as `roentgen serve` takes it; the run's own if absent, the embedded one for a file.
-        revision: of a hub model; for the run's own model, the one that it ran with.
-        dtype: "auto", or a torch dtype's name; for the run's own model, the one that it ran in.
-        device: "auto", "cpu" or "cuda".
-        store: the store's folder; the one that the run's activations are in if absent.
-        session: where rollouts go; named after source, model and capture if absent, so that the same command continues.
-        request: layers, hook points, positions.
-        batch: texts in one forward.
-        batch_tokens: tokens in one forward, padding included; 0 for what suits the device.
-        chunk_size: layers captured per pass; None captures all in one.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    source: Path
-    model: str | None = None
-    revision: str | None = None
-    dtype: Dtype | None = None
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    store: str | None = None
-    session: SessionId | None = None
-    request: ActivationRequest
-    batch: int = Field(default=32, ge=1)
-    batch_tokens: int = Field(default=0, ge=0)
-    chunk_size: int | None = Field(default=None, ge=1)
 
 
 @dataclass
@@ -120,7 +86,7 @@ def capture(settings: CaptureSettings, console: Console, stage: Callable[[str], 
         raise TranscriptError(f"{settings.source} is neither a run directory nor a file")
     stage(f"reading {settings.source}")
     transcripts = read_run(run, stage) if run else read_file(settings.source)
-    store = open_place(settings.store or (_store_of(run) if run else None) or DEFAULT_STORE)
+    store = open_place(settings.store or (_store_of(run) if run else None) or STORE)
     check_writable(store)
     with _as_capture_errors():
         model = _load(settings, run, stage)

@@ -13,7 +13,7 @@ the summed variances that the probe was standardised with): scales mean the same
 import asyncio
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -30,40 +30,17 @@ from roentgen.durable import atomic_write, make_folder, write_json
 from roentgen.linear_probe import CARDS, SavedProbe, SavedProbeError, load_probe
 from roentgen.runs import Run, same_question
 from roentgen.serving.local_server import serving
+from roentgen.workflows.settings import SteerSettings
 from serve_app.config import ServerConfig
 
 RETRIES = 4
 
 
-def steer(
-    probe: Path,
-    *,
-    label: str = "correct",
-    problems: Path | None = None,
-    samples: int = 32,
-    scales: Sequence[float] = (-1.0, -0.5, 0.5, 1.0),
-    controls: int = 2,
-    positions: str = "all",
-    base_url: str | None = None,
-    parallel: int = 16,
-    seed: int = 0,
-    output: Path | None = None,
-    stage: Callable[[str], None] = lambda text: None,
-) -> SweepReport:
+def steer(settings: SteerSettings, stage: Callable[[str], None] = lambda text: None) -> SweepReport:
     """Answer a run's problems with and without steering and write what it did.
 
     Args:
-        probe: a saved probe, FOLDER/NAME; or a run, for the one that was best.
-        label: of a run's probes, which.
-        problems: the run whose problems are posed; the one the probe lies in if None.
-        samples: how many of them, the first.
-        scales: how far to push, see the module.
-        controls: how many random, and as many orthogonal directions.
-        positions: to which tokens to add.
-        base_url: a server of the probe's model; one is started if None.
-        parallel: requests in flight.
-        seed: of the control directions, the order of requests and the bootstrap.
-        output: where to write.
+        settings: what to do.
         stage: told what is being done.
 
     Raises:
@@ -71,22 +48,24 @@ def steer(
         RunError: if there is no such run.
         SweepError: if the probe, the run and the server do not fit together, or a request fails for good.
     """
-    path, saved = find_probe(probe, label)
-    run = Run.open(problems or path.parent.parent.parent)
+    path, saved = find_probe(settings.probe, settings.label)
+    run = Run.open(settings.problems or path.parent.parent.parent)
     if len(saved.weight) > 1:
         raise SweepError(f"{path} has {len(saved.weight)} directions, one per class; steer with a probe that has one")
-    tasks = _tasks(run, samples)
+    tasks = _tasks(run, settings.samples)
     card, unit = saved.card, float(saved.scale.norm())
     hook_point, layer = split_key(card.key)
     sampling = run.config.hashed["sampling"]
-    output = output or path.parent / "steering" / path.name
+    output = settings.output or path.parent / "steering" / path.name
     make_folder(output)
     record = output / "outcomes.jsonl"
     record.write_text("")
-    arms = make_arms(saved.direction[0], scales, controls, seed)
-    plan = SweepPlan(card.model, hook_point, layer, positions, unit, sampling, parallel, seed)
+    arms = make_arms(saved.direction[0], settings.scales, settings.controls, settings.seed)
+    plan = SweepPlan(
+        card.model, hook_point, layer, settings.positions, unit, sampling, settings.parallel, settings.seed
+    )
     judge = partial(_judge, run.config.settings["extractor"])
-    with _server(base_url, run, saved, stage) as url:
+    with _server(settings.base_url, run, saved, stage) as url:
         _check_served(url, saved)
         stage(f"{len(tasks)} problems × {len(arms)} arms = {len(tasks) * len(arms)} requests")
         client = AsyncOpenAI(base_url=url, api_key=client_key(), max_retries=RETRIES, timeout=3600)
@@ -97,13 +76,13 @@ def steer(
         revision=card.revision,
         label=card.label,
         key=card.key,
-        positions=positions,
+        positions=settings.positions,
         unit=unit,
         problems=len(tasks),
         seen=run.path == path.parent.parent.parent,
-        seed=seed,
+        seed=settings.seed,
         sampling=sampling,
-        findings=summarise(outcomes, seed),
+        findings=summarise(outcomes, settings.seed),
     )
     with atomic_write(output / "steering.png") as temporary:
         report.draw().savefig(temporary, format="png")

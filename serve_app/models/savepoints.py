@@ -5,7 +5,7 @@ A selector is a module's path from the root, with layers as `layers[12]` or `lay
 """
 
 import re
-from typing import Annotated, get_args
+from typing import get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -17,17 +17,17 @@ SELECTOR = re.compile(rf"{_PART}(?:\.{_PART})*", re.ASCII)
 
 
 class Savepoint(BaseModel):
-    """A name for a place in the model.
-
-    Attributes:
-        name: what requests call it; not a canonical hook point's name.
-        selector: where it is, such as `model.layers[12].mlp` (its output) or `model.layers.12.mlp.input`.
-    """
+    """A name for a place in the model."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
-    selector: Annotated[str, Field(max_length=512)]
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9_-]{1,64}$", description="What requests call it; not a canonical hook point's name."
+    )
+    selector: str = Field(
+        max_length=512,
+        description="Where it is, such as `model.layers[12].mlp` (its output) or `model.layers.12.mlp.input`.",
+    )
 
     @field_validator("name")
     @classmethod

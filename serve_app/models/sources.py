@@ -24,13 +24,11 @@ from typing import Any
 
 from filelock import FileLock
 
+from roentgen.defaults import EMBEDDED_MODEL
 from serve_app.models.errors import ModelNotFoundError, WeightsError
 from serve_app.models.identity import BASE_WEIGHTS, DamagedWeightsError, file_revision, folder_revision
 
 log = logging.getLogger(__name__)
-
-EMBEDDED_MODEL = "smollm2-135m"
-
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

@@ -6,13 +6,13 @@ A `ChatReply` hears what the choices of one request do and turns it into OpenAI'
 
 import time
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from roentgen.contract import Int
+from roentgen.contract import Int, MaxTokens
 from serve_app.capture.scoring import Scorer
 from serve_app.engines.protocol import Finished, TextDelta, TokenScore
 from serve_app.engines.storage import Done
@@ -36,8 +36,8 @@ class ChatRequest(GenerationParams):
     """The body of a chat completion request; the fields are OpenAI's, `activations` is ours (docs/http.md)."""
 
     messages: list[Message] = Field(min_length=1)
-    max_tokens: Annotated[Int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
+    max_tokens: MaxTokens | None = None
+    max_completion_tokens: MaxTokens | None = None
     logprobs: bool = False
     top_logprobs: Int = Field(default=0, ge=0, le=MAX_TOP_LOGPROBS)
     tools: list[Tool] = Field(default=[], max_length=128)

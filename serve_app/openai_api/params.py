@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from roentgen.contract import MAX_INT32, ActivationRequest, Float, Int, no_booleans
+from roentgen.contract import MAX_INT32, ActivationRequest, Float, Int, Temperature, TopP, no_booleans
 from serve_app.engines.protocol import Sampling
 from serve_app.openai_api.messages import Wire
 from serve_app.openai_api.probing import (
@@ -55,8 +55,8 @@ class GenerationParams(Wire):
     model: str
     stream: bool = False
     stream_options: StreamOptions | None = None
-    temperature: Float = Field(default=1.0, ge=0, le=2)
-    top_p: Float = Field(default=1.0, gt=0, le=1)
+    temperature: Temperature = 1.0
+    top_p: TopP = 1.0
     top_k: Int = Field(default=0, ge=-1)
     min_tokens: Int = Field(default=0, ge=0)
     seed: Annotated[Int, Field(ge=-(2**63), lt=2**63)] | None = None

@@ -8,7 +8,6 @@ from typing import Annotated
 
 import jaxtyping
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -19,7 +18,7 @@ from pydantic import (
 )
 from torch import Tensor
 
-from roentgen.contract import Float, Int, Positions, no_booleans
+from roentgen.contract import Float, Int, SteeredPositions, no_booleans
 from serve_app.capture.scoring import Scorer
 from serve_app.openai_api.schemas import ProbeScores
 
@@ -39,37 +38,18 @@ ProbePath = Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[^\x0
 STEERING_LABEL = "steering"
 """The label that the rollouts of steered requests carry, and no others."""
 
-STEERABLE = ("all", "prompt", "generated", "last_prompt", "stride:k")
-
-
-def _knowable(value: str) -> str:
-    """Refuse policies that say which rows only when all are there."""
-    positions = Positions.parse(value)
-    if positions.pooled or positions.policy == "last":
-        raise ValueError(f"{value!r} does not say which rows while they are made; allowed are {', '.join(STEERABLE)}")
-    return str(positions)
-
 
 class InlineProbe(BaseModel):
-    """A probe that comes with the request: the score of a row x is `weight · (x − mean) / scale + bias`.
-
-    Attributes:
-        name: what the reply calls it.
-        key: the stored key it reads, `layers.12.resid_post`.
-        weight: as wide as the key's rows.
-        bias: added to the product.
-        mean: zeros if absent.
-        scale: ones if absent; no number of it may be 0.
-    """
+    """A probe that comes with the request: the score of a row x is `weight · (x − mean) / scale + bias`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    name: str = Field(min_length=1, max_length=200)
-    key: str = Field(min_length=1, max_length=512)
-    weight: Vector
-    bias: Number = 0.0
-    mean: Vector | None = None
-    scale: Vector | None = None
+    name: str = Field(min_length=1, max_length=200, description="What the reply calls it.")
+    key: str = Field(min_length=1, max_length=512, description="The stored key it reads, `layers.12.resid_post`.")
+    weight: Vector = Field(description="As wide as the key's rows.")
+    bias: Number = Field(0.0, description="Added to the product.")
+    mean: Vector | None = Field(None, description="Zeros if absent.")
+    scale: Vector | None = Field(None, description="Ones if absent; no number of it may be 0.")
 
     @model_validator(mode="after")
     def _fits(self) -> "InlineProbe":
@@ -91,27 +71,21 @@ ProbeRequest = Annotated[
 
 
 class SteeringRequest(BaseModel):
-    """One vector to add: `scale` times a saved probe's direction (of length 1), or times a vector as it is given.
-
-    Attributes:
-        probe: a saved probe.
-        output: which of a probe's directions, for one with several.
-        vector: numbers, as many as the stream is wide.
-        hook_point: where; a saved probe's own, else `resid_post`.
-        layer: where; a saved probe's own by default. Negative ones count from the end.
-        scale: factor.
-        positions: to which rows.
-    """
+    """One vector to add: `scale` times a saved probe's direction (of length 1), or times a vector as it is given."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    probe: ProbePath | None = None
-    output: Annotated[Int, Field(ge=0)] | None = None
-    vector: Vector | None = None
-    hook_point: Annotated[str, Field(min_length=1, max_length=64)] | None = None
-    layer: Int | None = None
-    scale: Number
-    positions: Annotated[str, AfterValidator(_knowable)] = "all"
+    probe: ProbePath | None = Field(None, description="A saved probe.")
+    output: Int | None = Field(None, ge=0, description="Which of a probe's directions, for one with several.")
+    vector: Vector | None = Field(None, description="Numbers, as many as the stream is wide.")
+    hook_point: str | None = Field(
+        None, min_length=1, max_length=64, description="Where; a saved probe's own, else `resid_post`."
+    )
+    layer: Int | None = Field(
+        None, description="Where; a saved probe's own by default. Negative ones count from the end."
+    )
+    scale: Number = Field(description="What the vector is multiplied by.")
+    positions: SteeredPositions = "all"
 
     @model_validator(mode="after")
     def _one_source(self) -> "SteeringRequest":

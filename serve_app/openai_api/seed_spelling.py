@@ -8,23 +8,20 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from roentgen.contract import DEFAULT_HOOK_POINTS, DEFAULT_LAYERS, ActivationRequest, Int, split_key
+from roentgen.contract import DEFAULT_HOOK_POINTS, DEFAULT_LAYERS, ActivationRequest, HookPoints, Layers, split_key
 
 
 class CollectActivations(BaseModel):
-    """The older request: layers, hook points, and whether the reply carries values.
-
-    Attributes:
-        layers: as in `ActivationRequest`.
-        hook_points: as in `ActivationRequest`.
-        return_activations: True for a sample of the values, False for references; or one of the words of "return".
-    """
+    """The older request: layers, hook points, and whether the reply carries values."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    layers: tuple[Int, ...] | Literal["all"] = DEFAULT_LAYERS
-    hook_points: tuple[str, ...] = Field(default=DEFAULT_HOOK_POINTS, min_length=1)
-    return_activations: bool | Literal["reference", "sample", "full"] = True
+    layers: Layers = DEFAULT_LAYERS
+    hook_points: HookPoints = DEFAULT_HOOK_POINTS
+    return_activations: bool | Literal["reference", "sample", "full"] = Field(
+        default=True,
+        description="True for a sample of the values, False for references; or one of the words of `return`.",
+    )
 
     def request(self) -> ActivationRequest:
         """Say the same in the present spelling."""

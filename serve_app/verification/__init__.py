@@ -12,14 +12,13 @@ There is one copy of the weights: the same model serves both paths, one after th
 from serve_app.verification.console import render
 from serve_app.verification.mix import BUILT_IN_PROMPTS, REQUESTS, VerificationError, read_prompts
 from serve_app.verification.report import Report
-from serve_app.verification.verify import read_layers, taps_to_verify, verify_capture
+from serve_app.verification.verify import taps_to_verify, verify_capture
 
 __all__ = [
     "BUILT_IN_PROMPTS",
     "REQUESTS",
     "Report",
     "VerificationError",
-    "read_layers",
     "read_prompts",
     "render",
     "taps_to_verify",

@@ -1,9 +1,8 @@
 """From a loaded model to a report: run the mix, close the engine, run each rollout alone, compare."""
 
 from collections.abc import Sequence
-from typing import Literal
 
-from roentgen.contract import ActivationRequest, split_key
+from roentgen.contract import ActivationRequest, Layers, split_key
 from serve_app.capture.structure import ModelStructure, Tap
 from serve_app.engines.transformers.model import LoadedModel
 from serve_app.verification.comparison import Comparison
@@ -12,15 +11,12 @@ from serve_app.verification.mix import (
     LENGTHS,
     REQUESTS,
     SCOUTED,
-    VerificationError,
     make_requests,
     tokenized,
 )
 from serve_app.verification.reference import continuation, run_alone, stock_attention
 from serve_app.verification.report import Report
 from serve_app.verification.running import run_requests
-
-Layers = tuple[int, ...] | Literal["all"]
 
 
 def verify_capture(
@@ -52,19 +48,6 @@ def verify_capture(
             alone = run_alone(model, outcome.request, outcome.finished) if outcome.finished else None
             comparison.add(outcome, alone)
     return comparison.report()
-
-
-def read_layers(text: str) -> Layers:
-    """Read layers as one writes them: `0,12,-1` or `all`.
-
-    Raises:
-        VerificationError: if that is not a list of layers.
-    """
-    try:
-        return "all" if text == "all" else tuple(int(part) for part in text.split(","))
-    except ValueError:
-        message = f"--layers: {text!r} is not a list of layers; allowed are 8,12,16 and the like, or all"
-        raise VerificationError(message) from None
 
 
 def taps_to_verify(structure: ModelStructure, layers: Layers, hook_points: tuple[str, ...]) -> dict[str, Tap]:

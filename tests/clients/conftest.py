@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from openai import OpenAI
 
-from serve_app.models.sources import EMBEDDED_MODEL, locate
+from roentgen.defaults import EMBEDDED_MODEL
+from serve_app.models.sources import locate
 from tests.conftest import Server
 
 DOCS = Path(__file__).parents[2] / "docs" / "clients.md"

@@ -138,7 +138,7 @@ def auroc_of(value: float, low: float, high: float) -> Estimate:
 
 def result(hook_point: str, layer: int | None, auroc: float) -> KeyResult:
     key = hook_point if layer is None else f"layers.{layer}.{hook_point}"
-    return KeyResult(key, hook_point, layer, "last_prompt", auroc_of(auroc, auroc - 0.1, auroc + 0.1), 0.01)
+    return KeyResult(key, "last_prompt", auroc_of(auroc, auroc - 0.1, auroc + 0.1), 0.01)
 
 
 @pytest.fixture

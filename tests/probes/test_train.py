@@ -4,6 +4,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 from safetensors.torch import load_file
 from sklearn.metrics import roc_auc_score
 
@@ -64,6 +65,9 @@ def test_the_folder_holds_the_report_the_picture_and_the_probes(run):
         "results.json",
         "scores.png",
     ]
+    light, dark = (imread(place / "reliability.png") for place in (folder, folder / "dark"))
+    assert light[light[..., 3] > 0.95].min() == 0  # black ink
+    assert dark[dark[..., 3] > 0.95].max(1).min() > 0.4  # light ink
     assert {path.name for path in (folder / "dark").iterdir()} == {path.name for path in folder.glob("*.png")}
     assert run.probe_folders() == [folder]
 

@@ -3,18 +3,44 @@ import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from roentgen.contract import (
     MAX_LABEL_BYTES,
     ActivationRequest,
+    MaxTokens,
     Positions,
+    Temperature,
+    TopP,
+    WrittenHookPoints,
+    WrittenLayers,
     canonical_hash,
     check_session_id,
     count_rows,
     split_key,
     stored_key,
 )
+
+
+def test_lists_are_text_on_a_command_line_only() -> None:
+    layers, hook_points = TypeAdapter(WrittenLayers), TypeAdapter(WrittenHookPoints)
+    assert [layers.validate_python(text) for text in ("0,12,-1", "all", (3,))] == [(0, 12, -1), "all", (3,)]
+    assert hook_points.validate_python("resid_pre, mlp.output") == ("resid_pre", "mlp.output")
+    with pytest.raises(
+        ValidationError, match="'8,x' is not a list of layers; allowed are 8,12,16 and the like, or all"
+    ):
+        layers.validate_python("8,x")
+    for written in ({"layers": "0,12"}, {"hook_points": "resid_pre,resid_post"}):
+        with pytest.raises(ValidationError):
+            ActivationRequest.model_validate(written)
+
+
+def test_limits_that_are_shared_are_those_of_json_schema() -> None:
+    limits = [TypeAdapter(shared).json_schema() for shared in (MaxTokens, Temperature, TopP)]
+    assert [limits[0]["minimum"], limits[1]["minimum"], limits[1]["maximum"]] == [1, 0, 2]
+    assert (limits[2]["exclusiveMinimum"], limits[2]["maximum"]) == (0, 1)
+    with pytest.raises(ValidationError, match="a number is needed, not true"):
+        TypeAdapter(MaxTokens).validate_python(True)
 
 
 @pytest.mark.parametrize("name", ["a", "run-1", "A.b_c-9", "x" * 64])

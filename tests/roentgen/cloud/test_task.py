@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from roentgen.cli.cluster import cluster_settings, sync_mode
 from roentgen.cloud.skypilot import ROOT
 from roentgen.cloud.task import ClusterSettings, rewrite, write
-from roentgen.serving.local_server import LaunchError
+from roentgen.options import OptionError, read_options
 
 
 def written(folder: Path, **options: object) -> dict:  # type: ignore[type-arg]
@@ -47,7 +46,7 @@ def test_the_port_is_opened_only_if_asked(tmp_path: Path) -> None:
 
 
 def test_without_a_sync_there_is_nothing_but_the_start_script(tmp_path: Path) -> None:
-    task = written(tmp_path, sync="skip", reuse=True)
+    task = written(tmp_path, skip_sync=True, reuse=True)
     assert "workdir" not in task
     assert "setup" not in task
     assert task["run"] == "cd ~/sky_workdir && bash cluster/start.sh"
@@ -71,13 +70,12 @@ def test_no_secret_is_ever_in_the_file(tmp_path: Path, monkeypatch: pytest.Monke
     ],
 )
 def test_a_setting_that_cannot_be_is_named(options: dict[str, object], words: str) -> None:
-    with pytest.raises(LaunchError, match=words):
-        cluster_settings(**options)
+    with pytest.raises(OptionError, match=words):
+        read_options(ClusterSettings, options)
 
 
 def test_ways_of_syncing_exclude_one_another() -> None:
-    assert [sync_mode(*flags) for flags in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1)]] == [
-        "full", "skip", "frozen", "fresh",
-    ]  # fmt: skip
-    with pytest.raises(LaunchError, match="exclude one another"):
-        sync_mode(True, False, True)
+    flags = [{}, {"skip_sync": True}, {"frozen_sync": True}, {"fresh": True}]
+    assert [ClusterSettings.model_validate(given).sync for given in flags] == ["full", "skip", "frozen", "fresh"]
+    with pytest.raises(OptionError, match="exclude one another"):
+        read_options(ClusterSettings, {"skip_sync": True, "fresh": True})

@@ -99,7 +99,7 @@ def test_a_new_cluster_never_takes_the_name_of_another() -> None:
 def test_nothing_can_be_skipped_on_a_new_cluster() -> None:
     for clusters in ([], [STOPPED]):
         with pytest.raises(LaunchError, match="nothing is installed on a new cluster"):
-            choose(ClusterSettings(sync="skip", reuse=True), clusters)
+            choose(ClusterSettings(skip_sync=True, reuse=True), clusters)
 
 
 def test_a_new_cluster_gets_keys_of_its_own_which_are_never_on_the_command_line(sky: StandIn) -> None:
@@ -158,9 +158,15 @@ def test_the_keys_of_a_bucket_go_only_where_there_is_one() -> None:
     assert plain == {"STORE": "/shared"}
 
 
+def test_what_to_do_next_names_the_port(sky: StandIn) -> None:
+    launched = up(ClusterSettings(port=8011), sky, lambda _: None, check=False)
+    assert "roentgen doctor roentgen --port 8011" in launched.next_commands
+    assert launched.next_commands[0].startswith("ssh -N -L 8011:localhost:8011 -L 8265:localhost:8265 roentgen ")
+
+
 def test_skip_sync_only_runs_the_start_script(sky: StandIn, head: Path) -> None:
     sky.change(clusters=[running("roentgen")])
-    up(ClusterSettings(reuse=True, sync="skip"), sky, lambda _: None, check=False)
+    up(ClusterSettings(reuse=True, skip_sync=True), sky, lambda _: None, check=False)
     assert sky.calls[0]["words"][:2] == ["exec", "roentgen"]
 
 

@@ -11,6 +11,7 @@ from openai import OpenAI
 
 from roentgen.linear_probe import ProbeCard, SavedProbe, SavedProbeError, save_probes
 from roentgen.runs import Run, RunConfig, RunError, Sample
+from roentgen.workflows.settings import SteerSettings
 from roentgen.workflows.steer import find_probe, steer
 from tests.conftest import ROENTGEN, Server
 
@@ -104,7 +105,7 @@ def test_a_sweep_through_the_server(server: Server, tmp_path: Path) -> None:
         ({"mode": "with-tools", "revision": "served"}, (), "was answered with tools"),
         ({"revision": "other"}, (), "the probe is of smollm2-135m (other)"),
         ({"revision": "served"}, ("--positions", "last"), "does not say which rows while they are made"),
-        ({"revision": "served"}, ("--scales", "1,inf"), "numbers with commas"),
+        ({"revision": "served"}, ("--scales", "1,inf"), "not a list of numbers with commas"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line(
@@ -122,4 +123,4 @@ def test_a_run_is_needed(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
     (run / "config.json").rename(run / "gone.json")
     with pytest.raises(RunError, match="is not a run directory"):
-        steer(run / "probes" / "correct" / NAMES[0], base_url="http://127.0.0.1:9/v1")
+        steer(SteerSettings(probe=run / "probes" / "correct" / NAMES[0], base_url="http://127.0.0.1:9/v1"))

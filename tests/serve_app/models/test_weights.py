@@ -233,17 +233,22 @@ def test_the_store_never_sees_a_random_layer(whole: Path, tmp_path: Path) -> Non
     """`roentgen capture` ends before it writes."""
     from rich.console import Console
 
-    from roentgen.contract import ActivationRequest
-    from roentgen.workflows.capture import CaptureError, CaptureSettings, capture
+    from roentgen.workflows.capture import CaptureError, capture
+    from roentgen.workflows.settings import CaptureSettings
 
     weights = load_file(whole / "model.safetensors")
     without(".layers.1.")(weights)
     folder = copied(whole, tmp_path / "wrong", weights)
     texts = tmp_path / "texts.jsonl"
     texts.write_text('{"prompt": "hi", "completion": "you"}\n')
-    asked = ActivationRequest(layers="all", hook_points=("resid_post",))
     settings = CaptureSettings(
-        source=texts, model=str(folder), device="cpu", store=str(tmp_path / "s"), session="s", request=asked
+        source=texts,
+        model=str(folder),
+        device="cpu",
+        store=str(tmp_path / "s"),
+        session="s",
+        layers="all",
+        hook_points=("resid_post",),
     )
     with pytest.raises(CaptureError, match="9 weights are missing"):
         capture(settings, Console(quiet=True), lambda _: None)
