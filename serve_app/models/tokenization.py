@@ -5,13 +5,17 @@ out of the call is not the same, because what stands first in a text may be toke
 tokenizer adds is part of the text that the model sees, and so of the text that is stored.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import takewhile
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
+from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from roentgen.tokenized_text import Segment, TokenizedText
 
@@ -174,3 +178,28 @@ def space_lost(tokenizer: Tokenizer, before: Sequence[int], token_id: int) -> st
 
 def _raw(text: str, token_ids: list[int], token_offsets: list[int]) -> TokenizedText:
     return TokenizedText(text, token_ids, token_offsets, [Segment(PROMPT, 0, len(text))], len(token_ids))
+
+
+@lru_cache(maxsize=1)
+def _byte_of_character() -> dict[str, int]:
+    return {character: byte for byte, character in bytes_to_unicode().items()}
+
+
+def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
+    """Return the bytes that a token stands for; a character may span several tokens, none of which is text alone."""
+    piece = tokenizer.convert_ids_to_tokens(token)
+    if piece is None:
+        return b""  # the model's vocabulary may be padded beyond the tokenizer's
+    if found := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
+        return bytes.fromhex(found[1])
+    alphabet = _byte_of_character()
+    if _is_byte_level(tokenizer) and all(character in alphabet for character in piece):
+        return bytes(alphabet[character] for character in piece)
+    text: str = tokenizer.decode([token])
+    # A piece that begins a word is written with a mark for its space, which decoding alone takes away.
+    return (" " + text if piece.startswith("▁") and not text.startswith(" ") else text).encode()
+
+
+def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
+    core = tokenizer.backend_tokenizer
+    return "ByteLevel" in f"{core.decoder!r}{core.pre_tokenizer!r}" or isinstance(core.pre_tokenizer, ByteLevel)

@@ -1,16 +1,13 @@
 """Log-probabilities in OpenAI's two shapes: chat's list of objects, and completions' four parallel lists."""
 
 import codecs
-import re
 from collections.abc import Sequence
-from functools import lru_cache
 
-from tokenizers.pre_tokenizers import ByteLevel
 from transformers import PreTrainedTokenizerBase
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from serve_app.engines.markers import MARKERS
 from serve_app.engines.protocol import TokenScore
+from serve_app.models.tokenization import token_bytes
 from serve_app.openai_api.schemas import ChatLogprobs, ChosenToken, CompletionLogprobs, ScoredToken
 
 
@@ -93,28 +90,3 @@ def _top(tokenizer: PreTrainedTokenizerBase, text: str, score: TokenScore) -> di
         # Tokens that are parts of characters may have one text; the most likely of them stands for it.
         found.setdefault(token_bytes(tokenizer, token).decode("utf-8", "replace"), logprob)
     return found | {text: score.logprob}
-
-
-@lru_cache(maxsize=1)
-def _byte_of_character() -> dict[str, int]:
-    return {character: byte for byte, character in bytes_to_unicode().items()}
-
-
-def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
-    """Return the bytes that a token stands for; a character may span several tokens, none of which is text alone."""
-    piece = tokenizer.convert_ids_to_tokens(token)
-    if piece is None:
-        return b""  # the model's vocabulary may be padded beyond the tokenizer's
-    if found := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
-        return bytes.fromhex(found[1])
-    alphabet = _byte_of_character()
-    if _is_byte_level(tokenizer) and all(character in alphabet for character in piece):
-        return bytes(alphabet[character] for character in piece)
-    text: str = tokenizer.decode([token])
-    # A piece that begins a word is written with a mark for its space, which decoding alone takes away.
-    return (" " + text if piece.startswith("▁") and not text.startswith(" ") else text).encode()
-
-
-def _is_byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
-    core = tokenizer.backend_tokenizer
-    return "ByteLevel" in f"{core.decoder!r}{core.pre_tokenizer!r}" or isinstance(core.pre_tokenizer, ByteLevel)
