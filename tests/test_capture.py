@@ -114,7 +114,7 @@ def test_new_layers_for_an_old_run_and_probes_on_them(tmp_path: Path) -> None:
         ('{"text": "a"}', ["--layers", "eight"], "--layers: 'eight' is not a list of layers"),
         ('{"text": "a"}', ["--positions", "some"], "'some' is not a position policy"),
         ('{"text": "a"}', ["--session", "../x"], "'../x' is not a session id"),
-        ('{"text": "a"}', ["--chunk-size", "0"], "--chunk-size: Input should be greater than or equal to 1"),
+        ('{"text": "a"}', ["--chunk-size", "0"], "--chunk-size: input should be greater than or equal to 1"),
         ('{"text": "a"}', ["--dtype", "float8"], "--dtype"),
         ('{"text": "a"}', ["--model", "./nowhere"], "no such folder"),
         ('{"text": "a"}', ["--store", "/proc/nowhere"], "not writable"),

@@ -169,19 +169,18 @@ def test_two_models_of_one_name_are_two_to_a_session(model: Path, copy: Path, tm
     """The second capture into one session is refused; into a session made up for it, it captures its own rows."""
     from rich.console import Console
 
-    from roentgen.contract import ActivationRequest
     from roentgen.store import Session
-    from roentgen.workflows.capture import CaptureError, CaptureSettings, capture
+    from roentgen.workflows.capture import CaptureError, capture
+    from roentgen.workflows.settings import CaptureSettings
 
     change_one("model.layers.0.mlp.down_proj.weight", 5)(copy)
     texts = tmp_path / "texts.jsonl"
     texts.write_text(json.dumps({"prompt": "hi", "completion": "you"}) + "\n")
-    asked = ActivationRequest(layers="all", hook_points=("resid_post",))
 
     def run(folder: Path, session: str | None = None, dtype: str = "float32"):
         settings = CaptureSettings(
             source=texts, model=str(folder), device="cpu", dtype=dtype, store=str(tmp_path / "s"), session=session,
-            request=asked,
+            layers="all", hook_points=("resid_post",),
         )  # fmt: skip
         return capture(settings, Console(quiet=True), lambda _: None)
 
