@@ -8,9 +8,8 @@ reasoning as special tokens; those are text all the same, because a reply is tak
 from collections.abc import Mapping, Sequence
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
-from serve_app.models.tokenization import space_lost
+from serve_app.models.tokenization import Decoder
 
 
 class TextStream:
@@ -36,12 +35,10 @@ class TextStream:
             markers: special tokens that are text, and which.
             after: the tokens before it.
         """
-        self._after: Sequence[int] | None = after  # until there is a first token
         self._tokenizer = tokenizer
-        self._decoder = DecodeStream(skip_special_tokens=True)
+        self._decoder = Decoder(tokenizer, skip_special_tokens=True, after=after)
         self._stop = stop
         self._markers = markers
-        self._pending: list[int] = []  # tokens that have not become text yet
         self._sent = 0
         self.text = ""
         self.stopped = False
@@ -57,20 +54,13 @@ class TextStream:
         if self.stopped:
             return
         if token_id in self._markers:
-            self._after = None
-            piece = self._rest() + self._markers[token_id]
-            self._decoder = DecodeStream(skip_special_tokens=True)
+            piece = self._decoder.rest() + self._markers[token_id]
+            self._decoder = Decoder(self._tokenizer, skip_special_tokens=True)
         else:
-            if self._after is not None:
-                self.text, self._after = space_lost(self._tokenizer, self._after, token_id), None
-            self._pending.append(token_id)
-            piece = self._decoder.step(self._tokenizer, token_id) or ""
-            if not piece:
-                return
-            self._pending.clear()
+            piece = self._decoder.step(token_id)
         before = len(self.text)
         self.text += piece
-        if not may_stop:
+        if not piece or not may_stop:
             return
         # Only a stop string that this piece completes ends the text: one completed earlier was not allowed to, and is text.
         found = [at for stop in self._stop if (at := self.text.find(stop, max(0, before + 1 - len(stop)))) >= 0]
@@ -81,11 +71,7 @@ class TextStream:
     def close(self) -> None:
         """End the completion: a character that has only begun becomes U+FFFD, as in any decoder."""
         if not self.stopped:
-            self.text += self._rest()
-
-    def _rest(self) -> str:
-        pending, self._pending = self._pending, []
-        return self._tokenizer.decode(pending, skip_special_tokens=True)
+            self.text += self._decoder.rest()
 
     def take(self, *, final: bool = False) -> str:
         """Return the text that has become certain since the last call; with `final`, all that is left."""

@@ -150,17 +150,54 @@ def decode(tokenizer: Tokenizer, token_ids: Sequence[int], after: Sequence[int] 
         The text, and the offset in it at which each token's characters begin; a token in the middle of a character begins where
         that character does.
     """
-    decoder = DecodeStream(skip_special_tokens=False)
-    text, offsets, pending = "", [], []
-    for place, token_id in enumerate(token_ids):
+    decoder = Decoder(tokenizer, skip_special_tokens=False, after=after)
+    text, offsets = "", []
+    for token_id in token_ids:
         offsets.append(len(text))
-        if place == 0:
-            text = space_lost(tokenizer, after, token_id)
-        pending.append(token_id)
-        if piece := decoder.step(tokenizer, token_id):
-            text += piece
-            pending = []
-    return text + tokenizer.decode(pending, skip_special_tokens=False), offsets
+        text += decoder.step(token_id)
+    return text + decoder.rest(), offsets
+
+
+class Decoder:
+    """Decodes a text's tokens one at a time; what it has given is never changed.
+
+    SentencePiece's byte tokens decode together: a character is taken back if bytes follow it that are none. `tokenizers` raises
+    then. Here the character stays, and what follows it is decoded apart.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool, after: Sequence[int] = ()) -> None:
+        """Begin a text.
+
+        Args:
+            tokenizer: the model's.
+            skip_special_tokens: whether they are no part of the text.
+            after: the tokens before it.
+        """
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._before: Sequence[int] | None = after  # until there is a first token
+        self._pending: list[int] = []  # tokens that have not become text yet
+
+    def step(self, token_id: int) -> str:
+        """Add a token; returns the text that has become whole."""
+        space = "" if self._before is None else space_lost(self._tokenizer, self._before, token_id)
+        self._before = None
+        try:
+            piece = self._stream.step(self._tokenizer, token_id)
+        except Exception as error:
+            if "Invalid prefix" not in str(error):
+                raise
+            self._before = self._pending[-1:]
+            stray, self._stream = self.rest(), DecodeStream(skip_special_tokens=self._skip)
+            return space + stray + self.step(token_id)
+        self._pending = [] if piece else [*self._pending, token_id]
+        return space + (piece or "")
+
+    def rest(self) -> str:
+        """End the text: a character that has only begun becomes U+FFFD, as in any decoder."""
+        pending, self._pending = self._pending, []
+        return str(self._tokenizer.decode(pending, skip_special_tokens=self._skip))
 
 
 def space_lost(tokenizer: Tokenizer, before: Sequence[int], token_id: int) -> str:

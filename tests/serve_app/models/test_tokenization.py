@@ -6,6 +6,7 @@ from functools import cache
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers.decoders import DecodeStream
 from transformers import PreTrainedTokenizerFast
 
 from roentgen.contract import RolloutKey
@@ -218,3 +219,36 @@ def test_a_completion_comes_after_its_prompt_with_its_special_tokens() -> None:
     assert (whole.text, whole.n_prompt, whole.n_completion, whole.n_rows) == (prompt.text + "hé<eos>", 2, 4, 5)
     assert whole.token_offsets == [0, 1, 2, 3, 3, 4]
     assert [(s.role, s.start, s.stop) for s in whole.segments] == [("prompt", 0, 2), ("assistant", 2, 9)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_any_tokens_have_a_text_that_only_grows(kind: str, data: st.DataObject) -> None:
+    """A sampled token may be any: also a byte that is part of no character."""
+    core = words(kind).backend_tokenizer
+    special = {place for place, token in core.get_added_tokens_decoder().items() if token.special}
+    ids = st.integers(0, len(words(kind)) - 1).filter(lambda token: token not in special)
+    tokens = data.draw(st.lists(ids, max_size=14))
+    stream, seen = TextStream(core, (), {}), [""]
+    for token in tokens:
+        stream.push(token)
+        seen.append(stream.text)
+    stream.close()
+    assert all(later.startswith(earlier) for earlier, later in zip(seen, [*seen[1:], stream.text], strict=True))
+    text, offsets = decode(core, tokens)
+    assert text == stream.text
+    check_offsets(text, tokens, offsets)
+    try:
+        whole = [DecodeStream(skip_special_tokens=False)]
+        pieces = [whole[0].step(core, token) or "" for token in tokens]
+    except Exception:  # noqa: BLE001 - tokenizers takes a character back: what was given stays
+        return
+    assert text.startswith("".join(pieces))
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "normalizer"])
+def test_bytes_that_are_no_character_do_not_take_back_the_one_before(scheme: str) -> None:
+    tokenizer = words(scheme)
+    stray = [tokenizer.convert_tokens_to_ids(f"<0x{byte:02X}>") for byte in [*"Њ".encode(), 0x9A, 0x9A]]
+    text, _ = decode(tokenizer.backend_tokenizer, [*stray, tokenizer.convert_tokens_to_ids("▁ab")])
+    assert text == "Њ\ufffd\ufffd ab"
