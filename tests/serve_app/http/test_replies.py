@@ -23,6 +23,7 @@ from serve_app.config import ModelChoice, ServerConfig
 from serve_app.http.ingress import Ingress
 from serve_app.replica.replica import ModelReplica
 from tests.serve_app import tiny
+from tests.serve_app.replica.test_replica import SUM
 
 TEMPLATE = (
     "{% if short %}?{% else %}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[reply]{% endif %}"
@@ -126,17 +127,6 @@ CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
 LOAD = "/v1/models/load"
 SESSION = "/v1/activations/session"
-SUM = {
-    "type": "function",
-    "function": {
-        "name": "add",
-        "parameters": {
-            "type": "object",
-            "properties": {"a": {"type": "integer", "maximum": 99}, "b": {"type": "boolean"}},
-            "required": ["a", "b"],
-        },
-    },
-}
 CALLS = {
     "tools": [SUM], "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 90, "temperature": 2,
     "chat_template_kwargs": {"short": True},

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +32,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-async def replica(folder: Path, tmp_path: Path) -> AsyncIterator[ModelReplica]:
-    config = ServerConfig(model=str(folder), store=str(tmp_path / "store"), dtype="float32")
+@asynccontextmanager
+async def started(**options: Any) -> AsyncIterator[ModelReplica]:
+    """A replica that has loaded its model."""
+    config = ServerConfig(**options)
     replica = ModelReplica(config)
     replica.reconfigure(config.choice.model_dump())  # as Serve does
     while (await replica.status())["status"] == "loading":
         await asyncio.sleep(0.01)
     yield replica
     replica.close()
+
+
+@pytest.fixture
+async def replica(folder: Path, tmp_path: Path) -> AsyncIterator[ModelReplica]:
+    async with started(model=str(folder), store=str(tmp_path / "store"), dtype="float32") as replica:
+        yield replica
 
 
 async def chat(replica: ModelReplica, **body: Any) -> Body:

@@ -10,7 +10,6 @@ import torch
 
 from roentgen.contract import ActivationRequest
 from roentgen.store import NonFiniteRowsError, Session, StoreWriter
-from serve_app.config import ServerConfig
 from serve_app.engines.protocol import NonFiniteLogitsError
 from serve_app.engines.transformers.engine import TransformersEngine
 from serve_app.engines.transformers.model import load
@@ -22,7 +21,7 @@ from serve_app.replica.replica import ModelReplica
 from serve_app.teacher_forcing.capture import NotStored, Stored, TeacherForcing
 from serve_app.teacher_forcing.tokens import transcript_tokenizer
 from tests.serve_app import tiny
-from tests.serve_app.replica.test_replica import chat, complete, streamed
+from tests.serve_app.replica.test_replica import chat, complete, started, streamed
 from tests.serve_app.teacher_forcing.conftest import TRANSCRIPTS
 
 
@@ -39,13 +38,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 async def replica(folder: Path, tmp_path: Path) -> AsyncIterator[ModelReplica]:
-    config = ServerConfig(model=str(folder), store=str(tmp_path / "store"), dtype="float16", device="cpu")
-    replica = ModelReplica(config)
-    replica.reconfigure(config.choice.model_dump())
-    while (await replica.status())["status"] == "loading":
-        await asyncio.sleep(0.01)
-    yield replica
-    replica.close()
+    async with started(model=str(folder), store=str(tmp_path / "store"), dtype="float16", device="cpu") as replica:
+        yield replica
 
 
 def asked(**options: object) -> dict[str, object]:

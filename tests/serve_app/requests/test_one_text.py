@@ -1,6 +1,5 @@
 """One text, sent by every route: it is stored in one form, and its rows are the same."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import transformers as tr
 from roentgen.contract import ActivationRequest, RolloutKey
 from roentgen.store import Session, StoreWriter
 from roentgen.transcripts import Transcript
-from serve_app.config import ServerConfig
 from serve_app.engines.transformers.engine import TransformersEngine
 from serve_app.engines.transformers.model import load
 from serve_app.models.sources import locate
@@ -22,7 +20,7 @@ from serve_app.replica.replica import ModelReplica
 from serve_app.teacher_forcing.capture import TeacherForcing
 from serve_app.teacher_forcing.tokens import transcript_tokenizer
 from tests.serve_app import tiny
-from tests.serve_app.replica.test_replica import chat, complete
+from tests.serve_app.replica.test_replica import chat, complete, started
 from tests.serve_app.tokenizers import KINDS
 
 TEXT = "one  two, three"
@@ -42,13 +40,8 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 @pytest.fixture
 async def replica(folder: Path, tmp_path: Path) -> AsyncIterator[ModelReplica]:
-    config = ServerConfig(model=str(folder), store=str(tmp_path / "store"), dtype="float32", device="cpu")
-    replica = ModelReplica(config)
-    replica.reconfigure(config.choice.model_dump())
-    while (await replica.status())["status"] == "loading":
-        await asyncio.sleep(0.01)
-    yield replica
-    replica.close()
+    async with started(model=str(folder), store=str(tmp_path / "store"), dtype="float32", device="cpu") as replica:
+        yield replica
 
 
 def asked(session: str) -> dict[str, Any]:

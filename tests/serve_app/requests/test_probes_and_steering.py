@@ -1,6 +1,5 @@
 """Probes and steering through a replica: what requests may name, what replies and stored rollouts say, what is refused."""
 
-import asyncio
 import json
 import os
 import re
@@ -15,13 +14,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from roentgen.linear_probe import CARDS, TENSORS, ProbeCard, SavedProbe, load_probe, save_probes
 from roentgen.store import Session
-from serve_app.config import ServerConfig
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.completions import CompletionRequest
 from serve_app.openai_api.errors import from_validation
 from serve_app.openai_api.schemas import ChatCompletion, Completion
 from serve_app.replica.replica import ModelReplica
 from tests.serve_app import tiny
+from tests.serve_app.replica.test_replica import complete, started, streamed
 
 Body = dict[str, Any]
 
@@ -54,39 +53,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 async def replica(folder: Path, tmp_path: Path) -> AsyncIterator[ModelReplica]:
     shelf = tmp_path / "shelf"
-    config = ServerConfig(model=str(folder), store=str(tmp_path / "store"), dtype="float32", probes=(str(shelf),))
-    replica = ModelReplica(config)
-    replica.reconfigure(config.choice.model_dump())  # as Serve does
-    while (await replica.status())["status"] == "loading":
-        await asyncio.sleep(0.01)
-    card = (await replica.status())["model"]
-    one = probe(card["id"], card["revision"])
-    save_probes(shelf / "correct", [one, probe(card["id"], card["revision"], "layers.0.resid_pre", outputs=3)])
-    save_probes(shelf / "other", [probe("m", "r"), probe(card["id"], "r2", "embed")])
-    save_probes(shelf / "narrow", [probe(card["id"], card["revision"], width=31)])
-    save_probes(shelf / "gate", [probe(card["id"], card["revision"], "layers.1.mlp.gate_proj.output", width=64)])
-    save_probes(shelf / "deep", [probe(card["id"], card["revision"], "layers.7.resid_post")])
-    save_probes(tmp_path / "outside", [one])
-    (shelf / "link").symlink_to(tmp_path / "outside")
-    yield replica
-    replica.close()
+    options = {"model": str(folder), "store": str(tmp_path / "store"), "dtype": "float32", "probes": (str(shelf),)}
+    async with started(**options) as replica:
+        card = (await replica.status())["model"]
+        one = probe(card["id"], card["revision"])
+        save_probes(shelf / "correct", [one, probe(card["id"], card["revision"], "layers.0.resid_pre", outputs=3)])
+        save_probes(shelf / "other", [probe("m", "r"), probe(card["id"], "r2", "embed")])
+        save_probes(shelf / "narrow", [probe(card["id"], card["revision"], width=31)])
+        save_probes(shelf / "gate", [probe(card["id"], card["revision"], "layers.1.mlp.gate_proj.output", width=64)])
+        save_probes(shelf / "deep", [probe(card["id"], card["revision"], "layers.7.resid_post")])
+        save_probes(tmp_path / "outside", [one])
+        (shelf / "link").symlink_to(tmp_path / "outside")
+        yield replica
 
 
 async def chat(replica: ModelReplica, **body: Any) -> Body:
     request = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 6, "seed": 1, "temperature": 0} | body
     name = (await replica.status())["model"]["id"]
     return await replica.generate(ChatRequest.model_validate({"model": name, **request}))
-
-
-async def complete(replica: ModelReplica, **body: Any) -> Body:
-    name = (await replica.status())["model"]["id"]
-    return await replica.generate(CompletionRequest.model_validate({"model": name, "seed": 1, **body}))
-
-
-async def streamed(replica: ModelReplica, kind: type, **body: Any) -> list[Body]:
-    name = (await replica.status())["model"]["id"]
-    pieces = replica.generate_stream(kind.model_validate({"model": name, "stream": True, **body}))
-    return [chunk async for chunks in pieces for chunk in chunks if "stats" not in chunk]
 
 
 async def test_scores_equal_numpy_on_the_stored_activations_of_the_same_request(
