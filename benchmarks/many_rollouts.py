@@ -35,7 +35,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Opened:
-    """What a session of so many rollouts took."""
+    """Time and memory that a session of many rollouts took."""
 
     rollouts: int
     """How many rollouts."""

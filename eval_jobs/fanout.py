@@ -52,9 +52,9 @@ class Slice:
     attempts: tuple[Attempt, ...]
     """In the order they are started."""
     in_flight: int
-    """How many at once."""
+    """The most requests in flight."""
     climbing: bool = False
-    """Fewer at first, up to so many if that is faster."""
+    """Whether to start with fewer and add more while throughput grows."""
 
     @property
     def limit(self) -> Limit:

@@ -87,7 +87,7 @@ class EvalSettings(BaseModel):
         600.0, gt=0, le=86_400, description="Seconds one request may take, retries and waiting included."
     )
     fail_on_error: int | None = Field(
-        None, ge=1, description="Stop after so many failed samples; if absent, only if many fail in a row."
+        None, ge=1, description="Stop after this many failed samples; if absent, only if many fail in a row."
     )
     dry_run: bool = Field(False, description="Say what would be run and how much would be stored, and stop.")
     new: bool = Field(False, description="Start another run instead of continuing one.")

@@ -1,7 +1,7 @@
 """The private or undocumented parts of nnsight and Ray that this project relies on.
 
-A new version of either may lack one: a server then says so when it starts, instead of failing in a request. Whoever relies on
-another such part adds it here.
+A new version of either may lack one. A server checks them when it starts, so that it does not fail in a request. Add a part
+here when code begins to rely on it.
 """
 
 import importlib

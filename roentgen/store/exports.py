@@ -83,7 +83,7 @@ def _export_rollout(session: Session, row: pd.DataFrame, folder: Path) -> int:
 class TorchRollouts(IterableDataset[dict[str, Any]]):
     """A torch dataset: `rollout_id`, `values` (`[rows, *shape]`, as stored), `position` (`[rows]`) and `labels`.
 
-    Each worker of a DataLoader reads every so many-th rollout. Batches of ragged rollouts need a collate function.
+    The workers of a DataLoader share the rollouts out among them. Batches of ragged rollouts need a collate function.
     """
 
     def __init__(self, uri: str, key: str, where: pd.DataFrame, positions: str) -> None:

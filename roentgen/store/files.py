@@ -1,7 +1,7 @@
 """The files of a session, listed and read in one place: by `pull`, by the server's routes for files and by its tar archive.
 
 Files never change and are named once. The listing has what is committed now, and names a file after those that it needs, so
-whoever copies in this order never shows half a session.
+a copy made in this order is never half a session.
 """
 
 import re

@@ -43,9 +43,9 @@ class Readable(Protocol):
     """An open file that is read in any order."""
 
     size: int
-    """In bytes."""
+    """Size in bytes."""
     gap: int
-    """So many bytes are rather read along than left out by asking twice."""
+    """The most bytes between two ranges that one request reads along, because a second request would cost more."""
 
     def expect(self, offset: int, length: int) -> None:
         """Begin to fetch what will be looked at soon, if that can go on by itself."""
