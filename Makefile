@@ -1,6 +1,8 @@
 # Everything a user or CI does. Each target sets up what it needs; a second run starts at once.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# Of the tests that take turns (tests/rotation.py), every SHARE-th runs.
+SHARE ?= 1
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
@@ -39,7 +41,7 @@ test-servers: $(INSTALLED)
 # transformers are installed once, and lm-eval's own model computes with the very libraries that the server has.
 CLIENTS := .venv-clients
 test-clients: $(CLIENTS)/.installed
-	ROENTGEN=$(abspath $(BIN)/roentgen) $(CLIENTS)/bin/python -m pytest tests/clients
+	ROENTGEN=$(abspath $(BIN)/roentgen) $(CLIENTS)/bin/python -m pytest --share $(SHARE) tests/clients
 
 $(CLIENTS)/.installed: constraints-clients.txt $(INSTALLED)
 	$(BIN)/python -m venv --clear --without-pip $(CLIENTS)
@@ -51,13 +53,13 @@ $(CLIENTS)/.installed: constraints-clients.txt $(INSTALLED)
 # Pages in headless Chromium; skipped with the reason where there is none.
 test-browser: $(INSTALLED)
 	@[ "$$(id -u)" != 0 ] || command -v chromium >/dev/null || { apt-get update --quiet && apt-get install --yes --quiet chromium; } || true
-	ROENTGEN_TEST_BROWSER=1 $(BIN)/python -m pytest -rs tests/browser
+	ROENTGEN_TEST_BROWSER=1 $(BIN)/python -m pytest --share $(SHARE) -rs tests/browser
 
 # The store on full and read-only disks, with killed writers and a failing bucket; an evaluation whose driver, workers and
 # replicas are killed. Skips, with the reason, what needs root.
 test-faults: $(INSTALLED)
 	@[ "$$(id -u)" != 0 ] || command -v strace >/dev/null || { apt-get update --quiet && apt-get install --yes --quiet strace; } || true
-	$(BIN)/python -m pytest -m faults
+	$(BIN)/python -m pytest --share $(SHARE) -m faults
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .
@@ -105,7 +107,7 @@ bench-vllm: $(VLLM)/.installed
 
 # The fast engine on vLLM's CPU build: what every engine has to do, fidelity to transformers, and a server with OpenAI's client.
 test-vllm: $(VLLM)/.installed
-	$(VLLM)/bin/python -m pytest tests/serve_app/engines/test_both_engines.py tests/serve_app/engines/vllm \
+	$(VLLM)/bin/python -m pytest --share $(SHARE) tests/serve_app/engines/test_both_engines.py tests/serve_app/engines/vllm \
 		tests/benchmarks/test_vllm_way.py
 
 $(VLLM)/.installed: constraints-vllm.txt $(INSTALLED)

@@ -20,6 +20,9 @@ import pytest
 
 from roentgen.serving.local_server import free_port
 from tests.disk import DiskCalls
+from tests.rotation import pytest_addoption, pytest_collection_modifyitems
+
+__all__ = ["pytest_addoption", "pytest_collection_modifyitems"]  # pytest's own hooks
 
 GSM8K = Path(os.environ.get("ROENTGEN_GSM8K_DIR", Path(__file__).parents[2] / "shared" / "gsm8k"))
 # Clients that nobody here wrote have an environment of their own: `make test-clients`.
