@@ -1,8 +1,8 @@
 """Tests that take turns: CI runs a share of those marked `rotating`, chosen by the commit.
 
-Some tests are many of one kind: ten clients, the cases of another project's suite, the same rows in more precisions. CI has no
-time for all of them. `--share 3` keeps a third of them, and every test that is not marked; without it, all run. A marked file or
-class is kept or left out whole, because its tests share what they set up.
+Some tests are many of one kind: ten clients, the cases of another project's suite, the same rows in more precisions. CI has
+no time for all of them. `--share 3` keeps a third of them, and every test that is not marked; without it, all run. A marked
+file or class is kept or left out whole, because its tests share what they set up.
 """
 
 import subprocess
