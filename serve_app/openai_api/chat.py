@@ -19,6 +19,7 @@ from serve_app.engines.storage import Done
 from serve_app.openai_api import schemas
 from serve_app.openai_api.logprobs import chat_logprobs
 from serve_app.openai_api.messages import Message, NamedToolChoice, ResponseFormat, Tool, ToolChoice, check_tool_results
+from serve_app.openai_api.neutral import NeutralChatParams
 from serve_app.openai_api.params import MAX_TOP_LOGPROBS, GenerationParams
 from serve_app.openai_api.probing import spell_scores
 from serve_app.openai_api.reply import (
@@ -32,7 +33,7 @@ from serve_app.openai_api.reply import (
 )
 
 
-class ChatRequest(GenerationParams):
+class ChatRequest(NeutralChatParams, GenerationParams):
     """The body of a chat completion request; the fields are OpenAI's, `activations` is ours (docs/http.md)."""
 
     messages: list[Message] = Field(min_length=1)

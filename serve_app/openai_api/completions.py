@@ -22,6 +22,7 @@ from serve_app.openai_api import schemas
 from serve_app.openai_api.chat import usage
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.logprobs import Offsets, completion_logprobs
+from serve_app.openai_api.neutral import NeutralCompletionParams
 from serve_app.openai_api.params import MAX_TOP_LOGPROBS, GenerationParams
 from serve_app.openai_api.probing import spell_scores
 from serve_app.openai_api.tokenize import check_tokens
@@ -31,7 +32,7 @@ MAX_PROMPTS = 1024
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(no_booleans), Field(min_length=1)]
 
 
-class CompletionRequest(GenerationParams):
+class CompletionRequest(NeutralCompletionParams, GenerationParams):
     """The body of a completion request."""
 
     prompt: (

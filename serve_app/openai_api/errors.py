@@ -117,5 +117,9 @@ def from_validation(errors: list[Any]) -> ApiError:
     # What parameters are to each other is checked on the whole body; the message then begins with the name of one of them.
     if param is None and (found := re.match(r"([a-z_.]+): ", reason)):
         param, reason = found[1], reason[found.end() :]
+    if first["type"] == "unsupported_value":
+        return ApiError(
+            400, f"{param}: {reason} (given: {str(first['input'])[:80]!r})", param=param, code="unsupported_value"
+        )
     given = "" if first["type"] in ("missing", "value_error") else f" (given: {str(first.get('input'))[:80]!r})"
     return ApiError(400, f"{param}: {reason}{given}" if param else reason, param=param)

@@ -1,8 +1,8 @@
 """What chat completions and completions have in common: how to choose tokens, and whether to stream.
 
-Every OpenAI parameter here is honoured; every one that is not here is refused by name, because a parameter that is silently
-ignored makes a result wrong without anyone noticing. `top_k`, `min_tokens`, `repetition_penalty` and `stop_token_ids` are
-not OpenAI's; they are spelled as vLLM spells them.
+Every OpenAI parameter here is honoured, but for those whose one value is what happens anyway (`neutral`). Every one that is
+not here is refused by name, because a parameter that is silently ignored makes a result wrong without anyone noticing.
+`top_k`, `min_tokens`, `repetition_penalty` and `stop_token_ids` are not OpenAI's; they are spelled as vLLM spells them.
 """
 
 import re
@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from roentgen.contract import MAX_INT32, ActivationRequest, Float, Int, Temperature, TopP, no_booleans
 from serve_app.engines.protocol import Sampling
-from serve_app.openai_api.messages import Wire
+from serve_app.openai_api.neutral import NeutralParams
 from serve_app.openai_api.probing import (
     MAX_ADDITIONS,
     MAX_PROBES,
@@ -47,9 +47,11 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     include_usage: bool = False
+    include_obfuscation: bool = False
+    """OpenAI pads the chunks of a stream so that their sizes tell nothing; accepted, and not done here."""
 
 
-class GenerationParams(Wire):
+class GenerationParams(NeutralParams):
     """The part of a request's body that both routes share; the fields are OpenAI's (docs/http.md)."""
 
     model: str
@@ -73,8 +75,6 @@ class GenerationParams(Wire):
         dict[Annotated[int, Field(ge=0)], Annotated[Float, Field(ge=-100, le=100)]], BeforeValidator(_different_tokens)
     ] = Field(default={})
     n: Int = Field(default=1, ge=1, le=MAX_CHOICES)
-    user: str | None = None
-    metadata: dict[str, str] | None = None
     activations: ActivationRequest | None = None
     collect_activations: CollectActivations | None = None
     probes: list[ProbeRequest] = Field(default=[], max_length=MAX_PROBES)

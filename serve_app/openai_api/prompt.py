@@ -7,6 +7,7 @@ that write calls as `<tool_call>`; for all others, `tools` puts them into plain 
 """
 
 import inspect
+import logging
 import re
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -23,6 +24,8 @@ from serve_app.models.tokenization import PROMPT, tokenize_rendered
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.messages import Message, Tool, check_tool_results
 from serve_app.openai_api.tools import Turn, native_turns, offered, plain_turns, takes_tools
+
+log = logging.getLogger(__name__)
 
 MARK = "\ue000"
 """A character for private use, which no conversation has: it shows where a message's words begin."""
@@ -59,7 +62,7 @@ def render(
         template_kwargs: variables of the template that the client sets.
 
     Raises:
-        ApiError: if the model has no chat template, the template refuses the messages or does not know a variable, or a
+        ApiError: if the model has no chat template, the template refuses the messages, a variable is not to be set, or a
             tool's message answers no call.
     """
     if tokenizer.chat_template is None:
@@ -82,25 +85,31 @@ class _Template:
     """A model's chat template, with what a request sets in it and the tools it is to show."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, model: str, variables: dict[str, Any]) -> None:
-        """Take a request's variables.
+        """Take a request's variables. One that the template does not use has no effect, and the log says so.
 
         Raises:
-            ApiError: if the template does not use one, or it is not the client's to set.
+            ApiError: if one is not the client's to set.
         """
         self._tokenizer = tokenizer
-        self._variables = variables
         self._shown: list[dict[str, Any]] | None = None
-        if variables:
-            source = tokenizer.get_chat_template()
-            ours = {*inspect.signature(tokenizer.apply_chat_template).parameters, *tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
-            free = sorted(_variables_of(source) - ours - {"messages"})
-            if wrong := next((name for name in variables if name not in free), None):
-                known = f"it has {', '.join(free)}" if free else "it has none"
+        self._variables: dict[str, Any] = {}
+        if not variables:
+            return
+        ours = {*inspect.signature(tokenizer.apply_chat_template).parameters, *tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
+        ours |= {"messages"}
+        free = _variables_of(tokenizer.get_chat_template()) - ours
+        known = f"it has {', '.join(sorted(free))}" if free else "it has none"
+        for name, value in variables.items():
+            if name in ours:
                 raise ApiError(
                     400,
-                    f"chat_template_kwargs: {wrong!r} is not a variable of {model}'s chat template to be set; {known}",
+                    f"chat_template_kwargs: {name!r} is not a variable of {model}'s chat template to be set; {known}",
                     param="chat_template_kwargs",
                 )
+            if name in free:
+                self._variables[name] = value
+            else:
+                log.info("chat_template_kwargs: %s's chat template does not use %r; %s", model, name, known)
 
     def take(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[Turn]:
         """Write a conversation for this template, which shows the tools from now on if it can."""

@@ -247,6 +247,8 @@ def _check_engine(served: Served, request: GenerationParams, config: ServerConfi
     for param, value in asked.items():
         if value and not config.capture:
             raise refused(param, "this server reads and changes no activations (capture: false)", "no_capture")
+    if request.cache_salt and served.engine.name == "vllm" and not config.capture:
+        raise refused("cache_salt", "this server's prefix cache is shared by all its clients", "unsupported_by_engine")
     if request.probes and not served.engine.scores_rows:
         raise refused(
             "probes",

@@ -31,10 +31,8 @@ def test_content_parts_are_joined_and_the_new_name_of_the_limit_wins() -> None:
 @pytest.mark.parametrize(
     ("extra", "param"),
     [
-        ({"functions": []}, "functions"),
         ({"audio": {}}, "audio"),
-        ({"service_tier": "flex"}, "service_tier"),
-        ({"prediction": {"type": "content", "content": "x"}}, "prediction"),
+        ({"web_search_options": {}}, "web_search_options"),
         ({"made_up": 1}, "made_up"),
     ],
 )

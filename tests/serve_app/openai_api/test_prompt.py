@@ -1,3 +1,4 @@
+import logging
 from typing import Any
 
 import pytest
@@ -161,12 +162,19 @@ def test_variables_of_the_template_can_be_set() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["messages", "tools", "add_generation_prompt", "tokenize", "chat_template", "bos_token", "enable_thinkin"]
+    "name", ["messages", "tools", "add_generation_prompt", "tokenize", "chat_template", "bos_token"]
 )
-def test_other_variables_are_refused(name: str) -> None:
+def test_variables_that_are_not_the_client_s_are_refused(name: str) -> None:
     words = words_with(
         QWEN + "{{ bos_token }}{% generation %}{% endgeneration %}{% for m in messages %}{% break %}{% endfor %}"
     )
     with pytest.raises(ApiError, match=f"{name}' is not a variable .* to be set; it has enable_thinking$") as caught:
         render(words, TALK, "tiny", template_kwargs={name: False})
     assert (caught.value.status, caught.value.param) == (400, "chat_template_kwargs")
+
+
+def test_a_variable_that_the_template_does_not_use_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="serve_app.openai_api.prompt"):
+        rendered = render(words_with(QWEN), TALK, "tiny", template_kwargs={"think": 1, "enable_thinking": False})
+    assert rendered.prompt == render(words_with(QWEN), TALK, "tiny", template_kwargs={"enable_thinking": False}).prompt
+    assert ["'think'" in record.getMessage() for record in caplog.records] == [True]
