@@ -29,6 +29,9 @@ class ServedModel:
     """Decoder layers."""
     d_model: int | None = None
     """Width of the residual stream."""
+    root: str | None = None
+    """What leads to it from anywhere: its folder, or its hub id. It says where the weights lie and not which they are, so no
+    hash has it: a folder that is moved is the same model."""
 
 
 def hashed_configuration(settings: EvalSettings, served: ServedModel) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from openai import (
 from eval_jobs import EvalError
 from eval_jobs.addresses import Addresses, split
 from eval_jobs.config import ServedModel
+from roentgen.model_names import is_named, suggest
 
 CONNECT_TIMEOUT_S = 5.0
 LIST_TIMEOUT = Timeout(30.0, connect=CONNECT_TIMEOUT_S)
@@ -95,10 +96,14 @@ def find_model(endpoint: Endpoint, wanted: str | None) -> ServedModel:
     found = {model["id"]: model for model in _list_models(endpoint)}
     if wanted is None and len(found) != 1:
         raise FatalRequestError(f"{endpoint.base_url} serves {_names(found)}: choose one with --model")
-    name = next(iter(found)) if wanted is None else wanted
-    if name not in found:
-        raise FatalRequestError(f"--model: {name!r} is not served at {endpoint.base_url}; it serves {_names(found)}")
-    details = {key: found[name].get(key) for key in ("revision", "dtype", "num_layers", "d_model")}
+    # By its id, or by where it was loaded from, however that is spelled.
+    name = next((id for id, model in found.items() if wanted is None or is_named(wanted, _called(model))), None)
+    if name is None:
+        raise FatalRequestError(
+            f"--model: {wanted!r} is not served at {endpoint.base_url}; it serves {_names(found)}"
+            f"{suggest(str(wanted), found)}"
+        )
+    details = {key: found[name].get(key) for key in ("revision", "dtype", "num_layers", "d_model", "root")}
     return ServedModel(name, **details)
 
 
@@ -139,6 +144,11 @@ def _list_models_at(url: str, key: str) -> list[dict[str, Any]]:
     if not models or not all(isinstance(model.get("id"), str) for model in models):
         raise FatalRequestError(f"the server at {url} lists no models")
     return models
+
+
+def _called(model: dict[str, Any]) -> list[str]:
+    """Return a listed model's id and, where the server says it, what it was loaded from."""
+    return [model["id"], *([model["root"]] if isinstance(model.get("root"), str) else [])]
 
 
 def _names(found: dict[str, Any]) -> str:

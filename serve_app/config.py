@@ -12,6 +12,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from roentgen.contract import Device, Dtype, ModelName, Revision
 from roentgen.defaults import EMBEDDED_MODEL, STORE
+from roentgen.model_names import canonical_name
 from serve_app.models.savepoints import Savepoint, unique_names
 
 EngineName = Literal["auto", "transformers", "vllm"]
@@ -56,7 +57,7 @@ class ModelChoice(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    model_id: ModelName
+    model_id: Annotated[ModelName, AfterValidator(canonical_name)]
     revision: Revision = None
     device_map: Spread = None
     trust_remote_code: TrustRemoteCode = False
@@ -75,7 +76,7 @@ class ServerConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    model: ModelName = EMBEDDED_MODEL
+    model: Annotated[ModelName, AfterValidator(canonical_name)] = EMBEDDED_MODEL
     revision: Revision = None
     dtype: Dtype = Field(
         "auto",

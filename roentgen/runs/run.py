@@ -37,6 +37,12 @@ class RunConfig(BaseModel):
     """Of a run that poses its problems under several prompt prefixes, each one's `prefix` and `config_hash`."""
 
     @property
+    def model_root(self) -> str:
+        """What its model can be loaded from; runs of older versions have only the name that they were given."""
+        served = self.settings.get("served") or {}
+        return str(served.get("root") or self.settings.get("model") or self.hashed["model"])
+
+    @property
     def config_hashes(self) -> list[str]:
         """The hashes that its samples may carry: one per variant, or the run's own."""
         return [variant["config_hash"] for variant in self.variants.values()] or [self.config_hash]

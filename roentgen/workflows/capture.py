@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from roentgen.contract import canonical_hash
 from roentgen.defaults import EMBEDDED_MODEL, STORE
+from roentgen.model_names import is_named
 from roentgen.runs import Run
 from roentgen.store import Session, SessionNotFoundError, StoreWriter
 from roentgen.store.places import check_writable, open_place
@@ -118,9 +119,9 @@ def capture(settings: CaptureSettings, console: Console, stage: Callable[[str], 
 def _load(settings: CaptureSettings, run: Run | None, stage: Callable[[str], None]) -> LoadedModel:
     """Load the model asked for, or the run's own as it ran."""
     hashed = run.config.hashed if run else {}
-    own = run.config.settings.get("model") or hashed["model"] if run else EMBEDDED_MODEL
-    name = settings.model or str(own)
-    is_own = run is not None and name in (own, hashed.get("model"))
+    own = run.config.model_root if run else EMBEDDED_MODEL
+    is_own = run is not None and (settings.model is None or is_named(settings.model, (own, run.config.hashed["model"])))
+    name = own if settings.model is None or is_own else settings.model
     revision, dtype = settings.revision, settings.dtype
     if is_own:
         # Of a run's revisions only a hub's commit can be asked for; the others are hashes of what was there.

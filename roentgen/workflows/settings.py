@@ -126,6 +126,9 @@ class SteerSettings(BaseModel):
     controls: int = Field(2, ge=0, description="Random directions, and as many orthogonal ones.")
     positions: SteeredPositions = "all"
     base_url: str | None = Field(None, description="A server of the probe's model; else one is started.")
+    model: str | None = Field(
+        None, description="Where the probe's model is, if it was not the run's own or has been moved since."
+    )
     parallel: int = Field(16, ge=1, description="Requests in flight.")
     seed: int = Field(0, description="Seed of the directions, the order of requests and the bootstrap.")
     output: Path | None = Field(None, description="The folder; else beside the probe, steering/NAME.")

@@ -61,12 +61,12 @@ def steer(settings: SteerSettings, stage: Callable[[str], None] = lambda text: N
     record = output / "outcomes.jsonl"
     record.write_text("")
     arms = make_arms(saved.direction[0], settings.scales, settings.controls, settings.seed)
-    plan = SweepPlan(
-        card.model, hook_point, layer, settings.positions, unit, sampling, settings.parallel, settings.seed
-    )
     judge = partial(_judge, run.config.settings["extractor"])
-    with _server(settings.base_url, run, saved, stage) as url:
-        _check_served(url, saved)
+    with _server(settings, run, saved, stage) as url:
+        served = _served_name(url, saved)
+        plan = SweepPlan(
+            served, hook_point, layer, settings.positions, unit, sampling, settings.parallel, settings.seed
+        )
         stage(f"{len(tasks)} problems × {len(arms)} arms = {len(tasks) * len(arms)} requests")
         client = AsyncOpenAI(base_url=url, api_key=client_key(), max_retries=RETRIES, timeout=3600)
         outcomes = asyncio.run(run_sweep(client, plan, tasks, arms, judge, record))
@@ -154,31 +154,36 @@ def _judge(extractor: str, text: str, gold: str) -> tuple[bool, bool]:
 
 
 @contextmanager
-def _server(base_url: str | None, run: Run, probe: SavedProbe, stage: Callable[[str], None]) -> Iterator[str]:
-    if base_url is not None:
-        yield base_url
+def _server(asked: SteerSettings, run: Run, probe: SavedProbe, stage: Callable[[str], None]) -> Iterator[str]:
+    if asked.base_url is not None:
+        yield asked.base_url
         return
-    settings = run.config.settings
+    settings, hashed, card = run.config.settings, run.config.hashed, probe.card
     given = {name: settings[name] for name in ("dtype", "device", "revision") if settings.get(name) is not None}
+    is_runs = (hashed.get("model"), hashed.get("revision")) == (card.model, card.revision)
+    model = asked.model or (run.config.model_root if is_runs else card.model)
     # A sweep stores no activations; the server wants a place for them all the same.
     with (
         TemporaryDirectory(prefix="roentgen-steer-") as store,
-        serving(ServerConfig(model=probe.card.model, store=store, **given), stage=stage) as url,
+        serving(ServerConfig(model=model, store=store, **given), stage=stage) as url,
     ):
         yield url
 
 
-def _check_served(url: str, probe: SavedProbe) -> None:
-    """Refuse a server of another model, before a thousand requests do."""
+def _served_name(url: str, probe: SavedProbe) -> str:
+    """Return what the probe's model is called there: a folder that has another name by now is the same model.
+
+    Raises:
+        SweepError: if another model is served, before a thousand requests find out.
+    """
     try:
-        models = {
-            model.id: model for model in OpenAI(base_url=url, api_key=client_key(), max_retries=RETRIES).models.list()
-        }
+        listed = OpenAI(base_url=url, api_key=client_key(), max_retries=RETRIES).models.list()
+        revisions = {model.id: (model.model_extra or {}).get("revision") for model in listed}
     except APIError as error:
         raise SweepError(f"the server at {url} cannot be asked for its models: {error.message}") from error
     card = probe.card
-    served = models.get(card.model)
-    revision = (served.model_extra or {}).get("revision") if served else None
-    if revision != card.revision:
-        found = ", ".join(f"{name} ({(model.model_extra or {}).get('revision')})" for name, model in models.items())
+    name = next((name for name, revision in revisions.items() if revision == card.revision), None)
+    if name is None:
+        found = ", ".join(f"{name} ({revision})" for name, revision in revisions.items())
         raise SweepError(f"the probe is of {card.model} ({card.revision}); {url} serves {found}")
+    return name

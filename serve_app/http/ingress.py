@@ -22,6 +22,7 @@ from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import State
 
 from roentgen.contract import check_session_id
+from roentgen.model_names import is_named
 from roentgen.store import Session, SessionBusyError, SessionNotFoundError, SessionSummary, list_sessions
 from roentgen.store.files import read_file, session_files, tar_session
 from roentgen.store.sessions import delete_session, find_session, summarise
@@ -98,7 +99,7 @@ class Ingress:
     async def model(self, model_id: str) -> schemas.ModelCard:
         """Show the served model."""
         card: schemas.ModelCard = (await self._replicas.serving())["model"]
-        if card["id"] != model_id:
+        if not is_named(model_id, (card["id"], card["root"])):
             raise ApiError(404, f"model {model_id!r} is not served here", param="model", code="model_not_found")
         return card
 

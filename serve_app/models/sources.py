@@ -25,6 +25,7 @@ from typing import Any
 from filelock import FileLock
 
 from roentgen.defaults import EMBEDDED_MODEL
+from roentgen.model_names import canonical_name
 from serve_app.models.errors import ModelNotFoundError, WeightsError
 from serve_app.models.identity import BASE_WEIGHTS, DamagedWeightsError, file_revision, folder_revision
 
@@ -66,6 +67,18 @@ class ModelSource:
     """What is merged into the weights, None for nothing."""
 
     @property
+    def root(self) -> str:
+        """What leads to the model from any working directory: a folder, a hub id, or the embedded model's name."""
+        if self.adapter is not None:
+            return self.adapter.path
+        return self.name if Path(self.path) == _embedded_folder() else self.path
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """What requests may call it."""
+        return self.name, self.root
+
+    @property
     def tokenizer_at(self) -> tuple[str, str | None]:
         """Where the tokenizer is, and at which commit: the adapter's own, if one comes with it."""
         if self.adapter is not None and self.adapter.has_tokenizer:
@@ -92,9 +105,9 @@ def locate(name: str, revision: str | None = None, *, trust_remote_code: bool = 
     """
     if name == EMBEDDED_MODEL:
         return _pinned(_embedded(), revision)
-    folder = Path(name).expanduser()
+    folder = Path(canonical_name(name))
     if folder.is_dir():
-        return _pinned(_in_folder(name, folder.absolute(), trust_remote_code), revision)
+        return _pinned(_in_folder(name, folder, trust_remote_code), revision)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise ModelNotFoundError(f"model {name!r}: there is no such folder")
     return _on_hub(name, revision, trust_remote_code)
@@ -252,6 +265,11 @@ def _commit(file: Path | None) -> str:
     return commit
 
 
+def _embedded_folder() -> Path:
+    """Return where the embedded model is kept once it is converted."""
+    return cache_folder() / "models" / EMBEDDED_MODEL
+
+
 def _embedded() -> ModelSource:
     """Return the embedded model's folder in the cache, converting it there at first use.
 
@@ -266,9 +284,9 @@ def _embedded() -> ModelSource:
         )
     gguf = next(Path(spec.origin).parent.glob("*.gguf"))
     revision = file_revision(gguf)
-    models = cache_folder() / "models"
+    folder = _embedded_folder()
+    models = folder.parent
     models.mkdir(parents=True, exist_ok=True)
-    folder = models / EMBEDDED_MODEL
     with FileLock(models / f"{EMBEDDED_MODEL}.lock"):
         if not _is_of(folder, revision):
             _convert(gguf, folder, revision)

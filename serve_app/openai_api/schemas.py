@@ -279,6 +279,9 @@ class ModelCard(TypedDict):
     """The served model."""
 
     id: str
+    root: Annotated[
+        str, Field(description="Where it was loaded from: a folder, a hub id, or the embedded model's name.")
+    ]
     object: Literal["model"]
     created: int
     owned_by: str

@@ -31,6 +31,7 @@ from ray.exceptions import (
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from roentgen.model_names import is_named
 from serve_app.config import ModelChoice, ServerConfig
 from serve_app.engines.protocol import Load
 from serve_app.errors import RETRY_AFTER_S
@@ -191,7 +192,7 @@ class Replicas:
             ApiError: 403.
         """
         config = self._config
-        if choice.model_id not in (config.model, *config.allowed_models):
+        if not is_named(choice.model_id, (config.model, *config.allowed_models)):
             allowed = "is not among the models that this server may load (allowed_models in its configuration)"
             raise _forbidden("model_id", f"{choice.model_id!r} {allowed}", "model_not_allowed")
         if choice.trust_remote_code and not config.trust_remote_code:

@@ -262,6 +262,7 @@ def describe(served: Served) -> dict[str, Any]:
     model = served.model
     card: ModelCard = {
         "id": model.source.name,
+        "root": model.source.root,
         "object": "model",
         "created": 0,
         "owned_by": "roentgen",

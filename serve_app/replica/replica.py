@@ -18,12 +18,14 @@ from typing import Any
 
 from ulid import ULID
 
+from roentgen.model_names import is_named
 from serve_app.config import ModelChoice, ServerConfig
 from serve_app.engines.protocol import Load
 from serve_app.engines.served_model import ServedModel
 from serve_app.engines.storage import Done
 from serve_app.errors import RequestError
 from serve_app.logs import request_id, write_json_logs
+from serve_app.models.sources import ModelSource
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.completions import CompletionRequest
 from serve_app.openai_api.errors import ApiError, internal_error
@@ -146,13 +148,13 @@ class ModelReplica:
     def _answer(self, request: Any, answer: Callable[[ServedModel, Any], Any]) -> dict[str, Any]:
         try:
             with self._slot.use() as served:
-                _check_model(request.model, served.model.source.name)
+                _check_model(request.model, served.model.source)
                 return {"reply": answer(served.model, request)}
         except Exception as error:  # noqa: BLE001 - it leaves as data
             return _error(error)
 
     def _plan(self, served: Served, request: Generation) -> Plan:
-        _check_model(request.model, served.model.source.name)
+        _check_model(request.model, served.model.source)
         plan = plan_chat if isinstance(request, ChatRequest) else plan_completion
         return plan(served, request, self._config)  # type: ignore[arg-type]
 
@@ -176,11 +178,11 @@ def _error(error: Exception) -> dict[str, Any]:
     return {"error": error.payload()}
 
 
-def _check_model(asked: str, served: str) -> None:
-    if asked != served:
+def _check_model(asked: str, served: ModelSource) -> None:
+    if not is_named(asked, served.names):
         raise ApiError(
             404,
-            f"model {asked!r} is not served here; this server has {served!r}",
+            f"model {asked!r} is not served here; this server has {served.name!r}",
             param="model",
             code="model_not_found",
         )

@@ -1,5 +1,7 @@
 """The server is asked before anything runs: wrong addresses, keys and names cost seconds, in clear words."""
 
+from pathlib import Path
+
 import pytest
 
 from eval_jobs.config import ServedModel
@@ -18,6 +20,23 @@ def test_another_server_says_the_name_only(server: StandIn) -> None:
         find_model(Endpoint(server.base_url), None)
     with pytest.raises(FatalRequestError, match=r"--model: 'c' is not served at .*; it serves a, b"):
         find_model(Endpoint(server.base_url), "c")
+
+
+@pytest.mark.parametrize("wanted", ["tiny", "{0}", "{0}/", "models/tiny", "./models/tiny/"])
+def test_a_folder_is_asked_for_by_its_id_or_by_where_it_is(
+    server: StandIn, wanted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "models" / "tiny"
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    server.models = [{"id": "tiny", "root": str(folder), "revision": "local-1"}]
+    found = find_model(Endpoint(server.base_url), wanted.format(folder))
+    assert (found.id, found.root) == ("tiny", str(folder))
+
+
+def test_a_misspelt_model_is_answered_with_the_nearest(server: StandIn) -> None:
+    with pytest.raises(FatalRequestError, match=r"it serves stand-in; did you mean 'stand-in'\?"):
+        find_model(Endpoint(server.base_url), "stand_in")
 
 
 def test_no_server() -> None:

@@ -20,6 +20,16 @@ def test_a_folder_is_a_model_and_its_revision_follows_its_files(tmp_path: Path) 
     assert locate(str(tmp_path / "mine")).revision != source.revision
 
 
+def test_a_root_leads_to_the_same_model_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.module("llama").save_pretrained(tmp_path / "mine")
+    monkeypatch.chdir(tmp_path)
+    found = locate("./mine/")
+    assert (found.name, found.root) == ("mine", str(tmp_path / "mine"))
+    monkeypatch.chdir("/")
+    assert locate(found.root) == found
+    assert locate("smollm2-135m").root == "smollm2-135m"
+
+
 @pytest.mark.parametrize("name", ["./nothing", "/no/such/folder", "~/nothing", "a/b/c"])
 def test_a_path_that_is_not_there(name: str) -> None:
     with pytest.raises(ModelNotFoundError, match="no such folder"):

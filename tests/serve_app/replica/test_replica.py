@@ -50,6 +50,13 @@ async def replica(folder: Path, tmp_path: Path) -> AsyncIterator[ModelReplica]:
         yield replica
 
 
+async def test_a_folder_is_asked_for_by_its_name_or_its_path(replica: ModelReplica, folder: Path) -> None:
+    assert (await replica.status())["model"]["root"] == str(folder)
+    for name in (folder.name, str(folder), f"{folder}/"):
+        assert "reply" in await chat(replica, model=name)
+    assert (await chat(replica, model=f"{folder}x"))["error"]["code"] == "model_not_found"
+
+
 async def chat(replica: ModelReplica, **body: Any) -> Body:
     request = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 6, "seed": 1} | body
     name = (await replica.status())["model"]["id"]
