@@ -1,8 +1,10 @@
 """What a chat request is made of besides settings: its messages, its tools, and the shape it asks the reply to have.
 
 Everything here is OpenAI's wire form, checked once, so that what follows (`prompt`, `grammars`) need not doubt it. SDKs spell
-"not given" as null, and repeat in a history what a reply gave them (`refusal: null`, `parsed: null`), so nulls are dropped
-before fields are looked at; any other unknown field is refused by name. Parts of a content are joined: models see one text.
+"not given" as null, so nulls are dropped before fields are looked at. A history repeats what a reply said, and every server's
+replies have fields of their own (`annotations`, `parsed`, `provider_specific_fields`): in an assistant's message, and in parts
+and calls, what is unknown is left out. What the client itself writes has no such excuse: there an unknown field may be content
+that the model would not see, and is refused by name.
 """
 
 from collections.abc import Sequence
@@ -14,6 +16,8 @@ from pydantic import (
     ConfigDict,
     Field,
     JsonValue,
+    ModelWrapValidatorHandler,
+    PrivateAttr,
     TypeAdapter,
     field_validator,
     model_validator,
@@ -34,32 +38,49 @@ class Wire(BaseModel):
         return {key: value for key, value in body.items() if value is not None} if isinstance(body, dict) else body
 
 
-class TextPart(Wire):
-    """One text part of a message's content."""
+class Recorded(Wire):
+    """An object that another server may have written: what is unknown is left out."""
 
-    type: Literal["text"]
+    model_config = ConfigDict(extra="ignore", json_schema_extra={"additionalProperties": True})
+
+
+class TextPart(Recorded):
+    """One part of a message's content; what the assistant refused to say was its text, too."""
+
+    type: Literal["text", "input_text", "output_text", "refusal"]
     text: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_text(cls, body: Any) -> Any:
+        if isinstance(body, dict) and body.get("type") == "refusal" and "refusal" in body:
+            return {"type": "refusal", "text": body["refusal"]}
+        return body
 
 
 _PARTS = TypeAdapter(list[TextPart])
+SEPARATOR = "\n"
+"""What is between the parts of a content where a chat template takes one text, as in vLLM."""
 
 
 def _join(content: Any) -> Any:
-    return "".join(part.text for part in _PARTS.validate_python(content)) if isinstance(content, list) else content
+    return SEPARATOR.join(_texts(content)) if isinstance(content, list) else content
 
 
-class CalledFunction(Wire):
+def _texts(content: Any) -> list[str]:
+    return [part.text for part in _PARTS.validate_python(content)]
+
+
+class CalledFunction(Recorded):
     """What a tool call calls."""
 
     name: str = Field(pattern=NAME)
     """The function."""
     arguments: str
     """JSON, as the model wrote it."""
-    parsed_arguments: JsonValue = None
-    """The arguments once more; OpenAI's SDK adds them when a parsed reply is sent back. Not used."""
 
 
-class ToolCall(Wire):
+class ToolCall(Recorded):
     """A call that the assistant made."""
 
     id: str
@@ -67,33 +88,87 @@ class ToolCall(Wire):
     function: CalledFunction
 
 
+BESIDE = frozenset({"annotations", "cache_control", "id", "metadata", "provider_specific_fields", "timestamp"})
+"""What clients write beside the words of any message: it is about the message, and no part of it."""
+
+UNSAID = frozenset({"audio", "partial", "prefix"})
+"""Fields of an assistant's message that cannot be left out: they hold what it said, or ask for its words to be continued."""
+
+
 class Message(Wire):
     """One message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    """Who speaks."""
+    model_config = ConfigDict(json_schema_extra={"additionalProperties": True})
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    """Who speaks; what a function said is a tool's message from here on."""
     content: Annotated[str, BeforeValidator(_join, json_schema_input_type=str | list[TextPart] | None)] = ""
-    """The text; empty for an assistant who only called tools."""
+    """The text; empty for an assistant who only called tools, and for a tool that returned none."""
     name: str | None = None
     """The speaker's name."""
     tool_calls: list[ToolCall] = []
     """An assistant's calls."""
     reasoning_content: str | None = None
     """What an assistant thought before it answered."""
-    parsed: JsonValue = None
-    """The content once more; OpenAI's SDK adds it when a parsed reply is sent back. Not used."""
     tool_call_id: str | None = None
     """The call that a tool answers."""
+    _parts: tuple[str, ...] = PrivateAttr(default=())
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The texts of the content's parts; one if it was a text."""
+        return self._parts or (self.content,)
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keep_parts(cls, body: Any, handler: ModelWrapValidatorHandler[Self]) -> Self:
+        body = _as_written_today(body, frozenset(cls.model_fields))
+        message = handler(body)
+        if isinstance(body, dict) and isinstance(body.get("content"), list):
+            message._parts = tuple(_texts(body["content"]))
+        return message
 
     @model_validator(mode="after")
     def _fits_its_role(self) -> Self:
-        if self.role != "assistant" and (odd := self.model_fields_set & {"tool_calls", "reasoning_content", "parsed"}):
+        if self.role != "assistant" and (odd := self.model_fields_set & {"tool_calls", "reasoning_content"}):
             raise ValueError(f"{min(odd)}: only an assistant's message has it, this one is a {self.role}'s")
         if (self.role == "tool") != (self.tool_call_id is not None):
             raise ValueError("tool_call_id: a tool's message names the call that it answers, and no other message does")
-        if "content" not in self.model_fields_set and not self.tool_calls:
-            raise ValueError("content: it is missing; only an assistant's message with tool_calls may leave it out")
+        if "content" not in self.model_fields_set and self.role not in ("assistant", "tool"):
+            raise ValueError("content: it is missing; only the messages of an assistant or a tool may leave it out")
         return self
+
+
+def _as_written_today(body: Any, fields: frozenset[str]) -> Any:
+    """Spell a message as OpenAI does now, without what only goes beside it; anything else is returned as it is.
+
+    Args:
+        body: the message, as it was sent.
+        fields: those that a message has.
+    """
+    if not isinstance(body, dict):
+        return body
+    # An empty value says as little as null.
+    said = {key: value for key, value in body.items() if key == "content" or value not in (None, [], {}, "")}
+    if said.get("role") == "function":
+        said |= {"role": "tool", "tool_call_id": _id_of_function(said.get("name"))}
+    if said.get("role") != "assistant":
+        return {key: value for key, value in said.items() if key not in BESIDE}
+    if isinstance(said.get("reasoning"), str):
+        said.setdefault("reasoning_content", said["reasoning"])
+    if isinstance(said.get("refusal"), str):
+        content = said.get("content") or []
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        said["content"] = [*parts, {"type": "refusal", "refusal": said["refusal"]}]
+    if isinstance(function := said.get("function_call"), dict):
+        said.setdefault("tool_calls", [{"id": _id_of_function(function.get("name")), "function": function}])
+    # What is false asks for nothing.
+    return {key: value for key, value in said.items() if key in fields or (key in UNSAID and value)}
+
+
+def _id_of_function(name: Any) -> str:
+    """Return the id of the one call that a message could make before there were ids."""
+    return f"function_{name}"
 
 
 def check_tool_results(messages: Sequence[Message]) -> None:

@@ -114,14 +114,14 @@ class _Template:
     def take(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[Turn]:
         """Write a conversation for this template, which shows the tools from now on if it can."""
         if not tools and not any(message.role == "tool" or message.tool_calls for message in messages):
-            return native_turns(messages)
+            return native_turns(messages, self._takes_parts)
         try:
             native = takes_tools(self._try)
         except REFUSALS:
             native = False
         if native:
             self._shown = offered(tools) or None
-            return native_turns(messages)
+            return native_turns(messages, self._takes_parts)
         try:
             has_system = "Agreed." in self._try(
                 [{"role": "system", "content": "Agreed."}, {"role": "user", "content": "?"}], None
@@ -137,6 +137,18 @@ class _Template:
             messages, tools=self._shown, tokenize=False, add_generation_prompt=start_reply, **self._variables
         )
         return str(rendered)
+
+    def _takes_parts(self, role: str) -> bool:
+        """Find out whether the template goes through the parts of a role's content, by trying it on two."""
+        said = {"role": role, "content": [{"type": "text", "text": "Agreed."}, {"type": "text", "text": "Thanks."}]}
+        user: dict[str, Any] = {"role": "user", "content": "?"}
+        try:
+            tried = self._try(
+                [said, user] if role == "system" else [user, said] if role == "assistant" else [said], None
+            )
+        except REFUSALS:
+            return False
+        return "Agreed." in tried and "Thanks." in tried and "'type'" not in tried and '"type"' not in tried
 
     def _try(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None) -> str:
         return str(self._tokenizer.apply_chat_template(messages, tools=tools, tokenize=False))
@@ -188,9 +200,16 @@ def _turn_start(template: _Template, turns: list[Turn], text: str, offsets: list
 def _begins(template: _Template, turns: list[Turn], place: int, text: str) -> int | None:
     """Return the character at which a turn's words begin: the first that changes when they begin with something else."""
     said, *others = turns[place].messages
-    marked = Turn(turns[place].role, [{**said, "content": MARK + said["content"]}, *others], "")
+    marked = Turn(turns[place].role, [{**said, "content": _marked(said["content"])}, *others], "")
     try:
         changed = template.render([*turns[:place], marked, *turns[place + 1 :]], start_reply=True)
     except REFUSALS:
         return None
     return next((at for at, (old, new) in enumerate(zip(text, changed, strict=False)) if old != new), None)
+
+
+def _marked(content: str | list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    if isinstance(content, str):
+        return MARK + content
+    first, *others = content
+    return [{**first, "text": MARK + first["text"]}, *others]

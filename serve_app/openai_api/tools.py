@@ -35,11 +35,12 @@ class Turn:
     """The last words of it that the template is to render, as far as they are known."""
 
 
-def native_turns(messages: Sequence[Message]) -> list[Turn]:
+def native_turns(messages: Sequence[Message], in_parts: Callable[[str], bool] = lambda role: False) -> list[Turn]:
     """Write a conversation for a template that knows tools; results come in the order of their calls.
 
     Args:
         messages: the conversation, which has passed `check_tool_results`.
+        in_parts: whether the template takes a role's content in parts; it is asked where there are several.
     """
     turns: list[Turn] = []
     names: dict[str, str] = {}
@@ -55,12 +56,16 @@ def native_turns(messages: Sequence[Message]) -> list[Turn]:
                 turns.append(Turn("tool", [result], message.content))
             continue
         role = "system" if message.role == "developer" else message.role
+        words = message.content
         said: dict[str, Any] = {"role": role, "content": message.content}
+        if len(message.parts) > 1 and in_parts(role):
+            said["content"] = [{"type": "text", "text": text} for text in message.parts]
+            words = message.parts[-1]
         if message.name is not None:
             said["name"] = message.name
         if message.reasoning_content is not None:
             said["reasoning_content"] = message.reasoning_content
-        words = message.content.strip()
+        words = words.strip()
         names = {call.id: call.function.name for call in message.tool_calls}
         if message.tool_calls:
             words = CALL_END

@@ -55,3 +55,12 @@ LLAMA = """
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"""
 """Knows tools, but calls them in another form."""
+
+PARTS = """
+{%- for message in messages %}
+    {{- '[' + message.role + ']' }}
+    {%- if message.content is string %}{{ message.content }}
+    {%- else %}{% for part in message.content %}{{ '<' + part.text | trim + '>' }}{% endfor %}{% endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ '[assistant]' }}{% endif %}"""
+"""Goes through the parts of a content."""

@@ -24,7 +24,7 @@ def test_content_parts_are_joined_and_the_new_name_of_the_limit_wins() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     body = {"model": "m", "messages": [{"role": "user", "content": parts}], "max_tokens": 3, "max_completion_tokens": 5}
     request = ChatRequest.model_validate(body)
-    assert request.messages[0].content == "ab"
+    assert request.messages[0].content == "a\nb"
     assert request.token_limit == 5
 
 

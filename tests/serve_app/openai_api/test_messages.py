@@ -1,3 +1,4 @@
+import pickle
 from typing import Any
 
 import pytest
@@ -37,9 +38,68 @@ def test_a_parsed_reply_can_be_sent_back() -> None:
 
 
 def test_parts_are_joined_for_every_role() -> None:
-    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-    assert Message.model_validate({"role": "user", "content": parts}).content == "ab"
-    assert Message.model_validate({"role": "tool", "content": parts, "tool_call_id": "x"}).content == "ab"
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "cache_control": {"type": "ephemeral"}}]
+    user = Message.model_validate({"role": "user", "content": parts})
+    assert (user.content, user.parts) == ("a\nb", ("a", "b"))
+    assert Message.model_validate({"role": "tool", "content": parts, "tool_call_id": "x"}).content == "a\nb"
+    assert pickle.loads(pickle.dumps(user)).parts == ("a", "b")
+    assert Message(role="user", content="a").parts == ("a",)
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        {"annotations": [{"type": "url_citation", "url_citation": {"url": "u"}}]},
+        {"provider_specific_fields": {"citations": None}},
+        {"parsed": {"value": 3}},
+        {"audio": None, "function_call": None, "refusal": None, "tool_calls": []},
+        {"cache_control": {"type": "ephemeral"}},
+        {"thinking_blocks": [{"type": "thinking", "thinking": "Hm."}], "reasoning_details": [{}]},
+        {"stop_reason": None, "token_ids": [1, 2], "prefix": False},
+    ],
+)
+def test_what_other_servers_say_of_an_answer_is_left_out(field: dict[str, object]) -> None:
+    assert Message.model_validate({"role": "assistant", "content": "3", **field}) == Message(
+        role="assistant", content="3"
+    )
+
+
+def test_both_spellings_of_thoughts() -> None:
+    for name in ("reasoning", "reasoning_content"):
+        assert Message.model_validate({"role": "assistant", "content": "3", name: "Hm."}).reasoning_content == "Hm."
+
+
+def test_a_refusal_is_what_the_assistant_said() -> None:
+    part = {"type": "refusal", "refusal": "I will not."}
+    for body in ({"content": None, "refusal": "I will not."}, {"content": [part]}):
+        assert Message.model_validate({"role": "assistant", **body}).content == "I will not."
+    assert Message.model_validate({"role": "assistant", "content": "No.", "refusal": "Never."}).parts == (
+        "No.",
+        "Never.",
+    )
+
+
+def test_a_tool_and_an_assistant_may_say_nothing() -> None:
+    for message in ({"role": "assistant"}, {"role": "tool", "tool_call_id": "x"}):
+        assert Message.model_validate({**message, "content": None}).content == ""
+
+
+@pytest.mark.parametrize("role", ["system", "developer", "user"])
+def test_what_goes_beside_a_message_is_left_out_and_content_is_not(role: str) -> None:
+    said = {"role": role, "content": "hi", "cache_control": {"type": "ephemeral"}, "id": "msg_1", "tool_calls": []}
+    assert Message.model_validate(said) == Message.model_validate({"role": role, "content": "hi"})
+    assert refusal(Message, {"role": role, "content": "hi", "images": ["data:"]})[0] == "images"
+
+
+def test_functions_are_the_tools_of_old() -> None:
+    called = Message.model_validate(
+        {"role": "assistant", "content": None, "function_call": {"name": "add", "arguments": '{"a": 1}'}}
+    )
+    result = Message.model_validate({"role": "function", "name": "add", "content": "3"})
+    assert (called.tool_calls[0].function.name, result.role, result.content) == ("add", "tool", "3")
+    check_tool_results([called, result])
+    with pytest.raises(ValueError, match=r"messages.1.tool_call_id: 'function_sub' answers no call"):
+        check_tool_results([called, Message.model_validate({"role": "function", "name": "sub", "content": "3"})])
 
 
 @pytest.mark.parametrize(
@@ -47,11 +107,12 @@ def test_parts_are_joined_for_every_role() -> None:
     [
         ({"role": "robot", "content": ""}, "role", "'tool'"),
         ({"role": "user"}, "", "content: it is missing"),
-        ({"role": "assistant", "content": None}, "", "content: it is missing"),
+        ({"role": "user", "content": None}, "", "content: it is missing"),
         ({"role": "tool", "content": "3"}, "", "tool_call_id"),
         ({"role": "user", "content": "3", "tool_call_id": "x"}, "", "tool_call_id"),
         ({"role": "user", "content": "3", "tool_calls": [CALL]}, "", "tool_calls: only an assistant's"),
-        ({"role": "assistant", "content": "3", "refusal": "no"}, "refusal", "Extra"),
+        ({"role": "assistant", "content": "3", "audio": {"id": "a"}}, "audio", "Extra"),
+        ({"role": "assistant", "content": "3", "prefix": True}, "prefix", "Extra"),
         (
             {"role": "user", "content": [{"type": "text", "text": ""}, {"type": "image_url"}]},
             "content.1.type",

@@ -8,7 +8,7 @@ from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.messages import Message, Tool
 from serve_app.openai_api.prompt import Rendered, render
 from tests.serve_app import tiny
-from tests.serve_app.openai_api.templates import GEMMA, LLAMA, QWEN
+from tests.serve_app.openai_api.templates import GEMMA, LLAMA, PARTS, QWEN
 
 TALK = [
     Message(role="developer", content="Be brief."),
@@ -178,3 +178,24 @@ def test_a_variable_that_the_template_does_not_use_is_logged(caplog: pytest.LogC
         rendered = render(words_with(QWEN), TALK, "tiny", template_kwargs={"think": 1, "enable_thinking": False})
     assert rendered.prompt == render(words_with(QWEN), TALK, "tiny", template_kwargs={"enable_thinking": False}).prompt
     assert ["'think'" in record.getMessage() for record in caplog.records] == [True]
+
+
+IN_PARTS = [
+    Message.model_validate({"role": role, "content": [{"type": "text", "text": text} for text in texts]})
+    for role, *texts in (("system", "Be", "brief."), ("user", "Hi"), ("assistant", "No ", " way."), ("user", "1", "2"))
+]
+
+
+def test_a_template_that_goes_through_parts_gets_them() -> None:
+    rendered = render(words_with(PARTS), IN_PARTS, "tiny")
+    assert rendered.prompt.text == "[system]<Be><brief.>[user]Hi[assistant]<No><way.>[user]<1><2>[assistant]"
+    assert [segment.role for segment in rendered.prompt.segments] == ["system", "user", "assistant", "user"]
+    assert new_text(rendered) == ".>[user]<1><2>[assistant]"
+
+
+@pytest.mark.parametrize("template", [str(tiny.tokenizer().chat_template), QWEN])
+def test_any_other_gets_one_text(template: str) -> None:
+    joined = [Message(role=message.role, content=message.content) for message in IN_PARTS]
+    rendered = render(words_with(template), IN_PARTS, "tiny")
+    assert "Be\nbrief." in rendered.prompt.text
+    assert rendered == render(words_with(template), joined, "tiny")
