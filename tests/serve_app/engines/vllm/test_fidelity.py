@@ -38,6 +38,7 @@ QUESTIONS = [
 STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "ln_attn", "ln_mlp")
 
 
+@pytest.mark.rotating
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("dtype", "ranks"), [("float32", 1), ("bfloat16", 1), ("bfloat16", 3)])
 def test_rows_are_those_of_transformers(dtype: str, ranks: int, tmp_path: Path) -> None:
