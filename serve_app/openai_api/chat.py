@@ -18,7 +18,7 @@ from serve_app.engines.protocol import Finished, TextDelta, TokenScore
 from serve_app.engines.storage import Done
 from serve_app.openai_api import schemas
 from serve_app.openai_api.logprobs import chat_logprobs
-from serve_app.openai_api.messages import Message, NamedToolChoice, ResponseFormat, Tool, ToolChoice, check_tool_results
+from serve_app.openai_api.messages import Message, ResponseFormat, Tool, ToolChoice, callable_names, check_tool_results
 from serve_app.openai_api.neutral import NeutralChatParams
 from serve_app.openai_api.params import MAX_TOP_LOGPROBS, GenerationParams
 from serve_app.openai_api.probing import spell_scores
@@ -54,12 +54,9 @@ class ChatRequest(NeutralChatParams, GenerationParams):
             raise ValueError("top_logprobs: only with logprobs: true")
         if self.tool_choice not in (None, "none", "auto") and not self.tools:
             raise ValueError("tool_choice: there are no tools to choose from")
-        if isinstance(self.tool_choice, NamedToolChoice):
-            name = self.tool_choice.function.name
-            if name not in {tool.function.name for tool in self.tools}:
-                raise ValueError(f"tool_choice: there is no tool named {name!r}")
-        if self.calls_tools and self.response_format is not None and self.response_format.type != "text":
-            raise ValueError("response_format: cannot be combined with tools; set tool_choice to none")
+        named = callable_names(self.tool_choice or "auto") or frozenset()
+        if unknown := sorted(named - {tool.function.name for tool in self.tools}):
+            raise ValueError(f"tool_choice: there is no tool named {', '.join(map(repr, unknown))}")
         return self
 
     @property

@@ -3,7 +3,7 @@
 A model that must call a function, or answer in JSON, may think first, where it does so at all. Calls have one form, the one
 that `tools` describes to the model and `reply` reads. Without a choice the model writes what it likes; but once it has
 written `<tool_call>`, the rest is a call of a known function with arguments that match its schema, and after calls nothing
-but calls comes.
+but calls comes. If `response_format` is there too, what the model likes is either calls or an answer in that form.
 """
 
 import json
@@ -12,7 +12,14 @@ from typing import Any
 
 from serve_app.engines.constraints import Grammar, Schema
 from serve_app.engines.markers import CALL_END, CALL_START, THINK_END, THINK_START
-from serve_app.openai_api.messages import NamedToolChoice, Tool, ToolChoice
+from serve_app.openai_api.messages import (
+    AllowedToolsChoice,
+    NamedToolChoice,
+    ResponseFormat,
+    Tool,
+    ToolChoice,
+    callable_names,
+)
 from serve_app.openai_api.reply import Reasoning
 
 THOUGHTS = {"think_start": THINK_START, "think_end": THINK_END}
@@ -23,35 +30,37 @@ MAX_CALLS = 8
 COMBINATORS = {"$ref", "allOf", "anyOf", "oneOf", "if", "not", "patternProperties", "dependentSchemas"}
 
 
-def json_object_grammar(*, reasoning: Reasoning = "none") -> Grammar:
-    """Any JSON object.
+def answer_schema(shape: ResponseFormat | None) -> Schema | None:
+    """Return the schema that an answer must match, None if it may be any text.
 
     Args:
-        reasoning: how the reply begins.
+        shape: the request's `response_format`.
     """
-    return json_schema_grammar({"type": "object"}, reasoning=reasoning, param="response_format")
+    if shape is None or shape.type == "text":
+        return None
+    if shape.json_schema is None:
+        return Schema({"type": "object"}, "response_format", strict=False)
+    asked = shape.json_schema
+    return Schema(_closed(asked.schema_), "response_format.json_schema.schema", asked.strict)
 
 
-def json_schema_grammar(
-    schema: Mapping[str, Any],
-    *,
-    strict: bool = False,
-    reasoning: Reasoning = "none",
-    param: str = "response_format.json_schema.schema",
-) -> Grammar:
+def answer_grammar(answer: Schema, *, reasoning: Reasoning = "none") -> Grammar:
     """JSON that matches a schema.
 
     Args:
-        schema: the schema.
-        strict: whether a keyword that cannot be enforced is an error.
+        answer: the schema.
         reasoning: how the reply begins.
-        param: where the request asks for it, for errors.
     """
-    return _after_thoughts("answer: object", {"object": Schema(_closed(schema), param, strict)}, {}, reasoning)
+    return _after_thoughts("answer: object", {"object": answer}, {}, reasoning)
 
 
 def tool_call_grammar(
-    tools: Sequence[Tool], choice: ToolChoice, parallel: bool, *, reasoning: Reasoning = "none"
+    tools: Sequence[Tool],
+    choice: ToolChoice,
+    parallel: bool,
+    *,
+    answer: Schema | None = None,
+    reasoning: Reasoning = "none",
 ) -> Grammar:
     """Calls of tools: as the model likes ("auto"), at least one ("required"), or one of a named function.
 
@@ -59,21 +68,31 @@ def tool_call_grammar(
         tools: what may be called, at least one; "none" and unknown names are not for here.
         choice: the request's `tool_choice`.
         parallel: whether up to `MAX_CALLS` may be made at once; of a named function it is always one.
+        answer: what a reply that calls nothing must match; None for any text, which may then stand before calls, too.
         reasoning: how the reply begins.
     """
-    named = choice.function.name if isinstance(choice, NamedToolChoice) else None
+    allowed = callable_names(choice)
     calls, schemas = [], {}
     for place, tool in enumerate(tools):
         function = tool.function
-        if named in (None, function.name):
+        if allowed is None or function.name in allowed:
             opening = f'{{"name": {json.dumps(function.name)}, "arguments": '
             calls.append(f'{json.dumps(opening)} arguments_{place} "}}"')
             schemas[f"arguments_{place}"] = Schema(
                 _closed(function.parameters), f"tools.{place}.function.parameters", function.strict
             )
-    more = f'("\\n" call_start rest){{0,{MAX_CALLS - 1}}}' if parallel and named is None else ""
-    answer = f"without_call_start | to_call_start rest {more}" if choice == "auto" else f"call_start rest {more}"
-    rules = "\n".join([f"answer: {answer}", r'rest: "\n" call "\n" call_end', f"call: {' | '.join(calls)}"])
+    more = f'("\\n" call_start rest){{0,{MAX_CALLS - 1}}}'
+    if not parallel or isinstance(choice, NamedToolChoice):
+        more = ""
+    mode = choice.allowed_tools.mode if isinstance(choice, AllowedToolsChoice) else choice
+    if mode != "auto":
+        reply = f"call_start rest {more}"
+    elif answer is None:
+        reply = f"without_call_start | to_call_start rest {more}"
+    else:
+        reply = f"object | call_start rest {more}"
+        schemas["object"] = answer
+    rules = "\n".join([f"answer: {reply}", r'rest: "\n" call "\n" call_end', f"call: {' | '.join(calls)}"])
     return _after_thoughts(rules, schemas, BLOCKS, reasoning)
 
 

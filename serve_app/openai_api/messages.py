@@ -217,8 +217,8 @@ class Tool(Wire):
     function: Function
 
 
-class FunctionName(Wire):
-    """The function that must be called."""
+class FunctionName(Recorded):
+    """A function on offer, by its name; clients may repeat the rest of it."""
 
     name: str
 
@@ -230,13 +230,41 @@ class NamedToolChoice(Wire):
     function: FunctionName
 
 
-def _parse_named(choice: Any) -> Any:
+class AllowedTools(Wire):
+    """Some of the tools on offer, and whether one of them must be called."""
+
+    mode: Literal["auto", "required"]
+    tools: list[NamedToolChoice] = Field(min_length=1)
+
+
+class AllowedToolsChoice(Wire):
+    """A tool choice among some of the tools on offer; the model is shown all of them."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedTools
+
+
+def _parse_choice(choice: Any) -> Any:
     # Tried here and not as one of a union, so that an error names the field that is wrong.
-    return NamedToolChoice.model_validate(choice) if isinstance(choice, dict) else choice
+    if not isinstance(choice, dict):
+        return choice
+    kind = AllowedToolsChoice if choice.get("type") == "allowed_tools" else NamedToolChoice
+    return kind.model_validate(choice)
 
 
-ToolChoice = Annotated[Literal["none", "auto", "required"] | NamedToolChoice, BeforeValidator(_parse_named)]
-"""Whether tools are called: never, as the model likes, at least one, or this one."""
+ToolChoice = Annotated[
+    Literal["none", "auto", "required"] | NamedToolChoice | AllowedToolsChoice, BeforeValidator(_parse_choice)
+]
+"""Whether tools are called: never, as the model likes, at least one, this one, or only some of them."""
+
+
+def callable_names(choice: ToolChoice) -> frozenset[str] | None:
+    """Return the functions that a tool choice names, None if it leaves all of them."""
+    if isinstance(choice, NamedToolChoice):
+        return frozenset({choice.function.name})
+    if isinstance(choice, AllowedToolsChoice):
+        return frozenset(tool.function.name for tool in choice.allowed_tools.tools)
+    return None
 
 
 class JsonSchema(Wire):

@@ -22,7 +22,7 @@ from serve_app.models.tokenization import ASSISTANT, COMPLETION
 from serve_app.openai_api.chat import ChatReply, ChatRequest
 from serve_app.openai_api.completions import CompletionReply, CompletionRequest, raw_prompt
 from serve_app.openai_api.errors import ApiError, refused
-from serve_app.openai_api.grammars import json_object_grammar, json_schema_grammar, tool_call_grammar
+from serve_app.openai_api.grammars import answer_grammar, answer_schema, tool_call_grammar
 from serve_app.openai_api.params import GenerationParams
 from serve_app.openai_api.probing import STEERING_LABEL
 from serve_app.openai_api.prompt import render
@@ -93,16 +93,11 @@ def plan_chat(served: Served, request: ChatRequest, config: ServerConfig) -> Pla
 
 def _grammar(request: ChatRequest, reasoning: Reasoning) -> Grammar | None:
     """Return what a reply has to follow, None for any text."""
+    answer = answer_schema(request.response_format)
     if request.calls_tools:
-        return tool_call_grammar(
-            request.tools, request.tool_choice or "auto", request.parallel_tool_calls, reasoning=reasoning
-        )
-    shape = request.response_format
-    if shape is None or shape.type == "text":
-        return None
-    if shape.json_schema is None:
-        return json_object_grammar(reasoning=reasoning)
-    return json_schema_grammar(shape.json_schema.schema_, strict=shape.json_schema.strict, reasoning=reasoning)
+        choice = request.tool_choice or "auto"
+        return tool_call_grammar(request.tools, choice, request.parallel_tool_calls, answer=answer, reasoning=reasoning)
+    return None if answer is None else answer_grammar(answer, reasoning=reasoning)
 
 
 def plan_completion(served: Served, request: CompletionRequest, config: ServerConfig) -> Plan:

@@ -4,6 +4,7 @@ Where vLLM is installed (`make test-vllm`), all of it runs on vLLM too.
 """
 
 import json
+import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -24,6 +25,8 @@ from serve_app.engines.protocol import (
     Sampling,
     TextDelta,
 )
+from serve_app.openai_api.grammars import answer_schema, tool_call_grammar
+from serve_app.openai_api.messages import ResponseFormat, Tool
 from tests.serve_app.alone import LLAMA_MODULES
 from tests.serve_app.engines.subjects import ENGINES, Subject, subject
 from tests.serve_app.tiny import Call, run
@@ -262,6 +265,25 @@ def test_a_grammar_is_followed(under_test: Subject) -> None:
     (result,) = run(under_test.engine, [call])
     assert result.finish_reason == "stop"
     assert 0 <= json.loads(result.text)["n"] <= 99
+
+
+def test_calls_or_else_an_answer_in_the_form_asked_for(under_test: Subject) -> None:
+    number = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 9, "minimum": 0}}, "required": ["n"]}
+    tool = Tool.model_validate({"type": "function", "function": {"name": "f", "parameters": number}})
+    shape = {"type": "json_schema", "json_schema": {"name": "a", "schema": number}}
+    answer = answer_schema(ResponseFormat.model_validate(shape))
+    constraints = under_test.model.constraints
+    grammar = tool_call_grammar([tool], "auto", False, answer=answer)
+    calls = [Call(PROMPTS[1], Sampling(90, seed=seed, temperature=2)) for seed in range(8)]
+    for call in calls:
+        call.job = replace(call.job, constraint=constraints.compile(grammar))
+    texts = [result.text for result in run(under_test.engine, calls)]
+    called = [
+        re.fullmatch(r'<tool_call>\n\{"name": "f", "arguments": (\{"n": \d\})\}\n</tool_call>', text) for text in texts
+    ]
+    assert 0 < sum(found is not None for found in called) < len(texts)  # a random model takes either way
+    for text, found in zip(texts, called, strict=True):
+        assert 0 <= json.loads(found[1] if found else text)["n"] <= 9
 
 
 @pytest.mark.parametrize("hook_point", ["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"])

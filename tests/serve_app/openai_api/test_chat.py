@@ -4,6 +4,8 @@ from pydantic import ValidationError
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.errors import ApiError, from_validation
 
+TOOL = {"type": "function", "function": {"name": "add"}}
+SUBTRACTED = {"type": "function", "function": {"name": "sub"}}
 HELLO = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 
 
@@ -51,6 +53,27 @@ def test_what_is_not_honoured_is_refused_by_name(extra: dict[str, object], param
         ({"presence_penalty": 3}, "presence_penalty", "less than or equal to 2"),
         ({"stream_options": {"include_usage": True}}, "stream_options", "only with stream"),
         ({"tool_choice": "required"}, "tool_choice", "no tools"),
+        (
+            {
+                "tools": [TOOL],
+                "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "none", "tools": [TOOL]}},
+            },
+            "tool_choice.allowed_tools.mode",
+            "'required'",
+        ),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}},
+            "tool_choice.allowed_tools.tools",
+            "at least 1",
+        ),
+        (
+            {
+                "tools": [TOOL],
+                "tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [SUBTRACTED]}},
+            },
+            "tool_choice",
+            "no tool named 'sub'",
+        ),
         ({"activations": {}, "collect_activations": {}}, "activations", "two spellings"),
         ({"n": 2, "activations": {"key": {"config_hash": "c", "problem_id": "p"}}}, "activations.key", "n > 1"),
         ({"temperature": 3}, "temperature", "less than or equal to 2"),

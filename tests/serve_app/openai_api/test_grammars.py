@@ -13,10 +13,17 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from serve_app.engines.constraints import Constraints, Grammar, GrammarConstraint, SchemaError
+from serve_app.engines.constraints import Constraints, Grammar, GrammarConstraint, Schema, SchemaError
 from serve_app.models.sources import locate
-from serve_app.openai_api.grammars import json_object_grammar, json_schema_grammar, tool_call_grammar
-from serve_app.openai_api.messages import FunctionName, NamedToolChoice, Tool
+from serve_app.openai_api.grammars import answer_grammar, answer_schema, tool_call_grammar
+from serve_app.openai_api.messages import (
+    AllowedTools,
+    AllowedToolsChoice,
+    FunctionName,
+    NamedToolChoice,
+    ResponseFormat,
+    Tool,
+)
 from serve_app.openai_api.reply import Reasoning, ReplyParser, assemble
 from tests.reference import smollm2
 from tests.serve_app import tiny
@@ -36,6 +43,29 @@ TOOLS = [
 MOVE = NamedToolChoice(type="function", function=FunctionName(name="move"))
 ADD = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": 2.5}}\n</tool_call>'
 NOW = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+
+
+def shape(schema: dict[str, Any] | None = None) -> Schema:
+    """What `response_format` asks for: JSON that matches a schema, or any object."""
+    asked = (
+        {"type": "json_schema", "json_schema": {"name": "a", "schema": schema}} if schema else {"type": "json_object"}
+    )
+    found = answer_schema(ResponseFormat.model_validate(asked))
+    assert found is not None
+    return found
+
+
+def json_like(schema: dict[str, Any], reasoning: Reasoning = "none") -> Grammar:
+    return answer_grammar(shape(schema), reasoning=reasoning)
+
+
+def an_object(reasoning: Reasoning = "none") -> Grammar:
+    return answer_grammar(shape(), reasoning=reasoning)
+
+
+def allowed(mode: Any, *names: str) -> AllowedToolsChoice:
+    tools = [NamedToolChoice(type="function", function=FunctionName(name=name)) for name in names]
+    return AllowedToolsChoice(type="allowed_tools", allowed_tools=AllowedTools(mode=mode, tools=tools))
 
 
 class Speaker:
@@ -148,6 +178,69 @@ def test_calls(speakers: dict[str, Speaker], kind: str, choice: Any, parallel: b
 
 
 @KINDS
+@pytest.mark.parametrize(
+    ("choice", "text", "may"),
+    [
+        ("auto", '{"x": 3}', True),
+        ("auto", f"{ADD}\n{NOW}", True),
+        ("auto", "Four.", False),
+        ("auto", '{"y": 3}', False),
+        ("auto", f"I add.\n{ADD}", False),
+        ("auto", f'{{"x": 3}}\n{ADD}', False),
+        ("required", '{"x": 3}', False),
+        ("required", ADD, True),
+        (MOVE, '{"x": 3}', False),
+        (allowed("auto", "now"), '{"x": 3}', True),
+        (allowed("auto", "now"), NOW, True),
+        (allowed("auto", "now"), ADD, False),
+        (allowed("required", "now"), '{"x": 3}', False),
+    ],
+)
+def test_calls_or_else_the_answer_s_schema(
+    speakers: dict[str, Speaker], kind: str, choice: Any, text: str, may: bool
+) -> None:
+    for reasoning, before in (("none", ""), ("possible", "<think>\nHm.\n</think>\n\n"), ("started", "Hm.</think>")):
+        grammar = tool_call_grammar(TOOLS, choice, True, answer=shape(POINT), reasoning=reasoning)  # type: ignore[arg-type]
+        assert speakers[kind].may_say(grammar, before + text) == may
+
+
+@KINDS
+@pytest.mark.parametrize(
+    ("choice", "text", "may"),
+    [
+        (allowed("auto", "add", "move"), "Four.", True),
+        (allowed("auto", "add", "move"), f"I add.\n{ADD}", True),
+        (allowed("auto", "add", "move"), NOW, False),
+        (allowed("required", "add", "now"), f"{NOW}\n{ADD}", True),
+        (allowed("required", "add"), "Four.", False),
+        (allowed("required", "add"), f"{ADD}\n{NOW}", False),
+    ],
+)
+def test_only_some_tools_are_allowed(
+    speakers: dict[str, Speaker], kind: str, choice: Any, text: str, may: bool
+) -> None:
+    assert speakers[kind].may_say(tool_call_grammar(TOOLS, choice, True), text) == may
+
+
+@KINDS
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 2**32), parallel=st.booleans(), mode=st.sampled_from(["auto", "required"]))
+def test_whatever_is_drawn_is_calls_or_matches_the_schema(
+    speakers: dict[str, Speaker], kind: str, seed: int, parallel: bool, mode: str
+) -> None:
+    text = speakers[kind].babble(
+        tool_call_grammar(TOOLS, allowed(mode, "add", "now"), parallel, answer=shape(POINT)), seed
+    )
+    content, calls = read_calls(text)
+    check_calls(calls)
+    assert {name for name, _ in calls} <= {"add", "now"}
+    assert (content is None) == bool(calls)
+    if content is not None:
+        assert mode == "auto"
+        jsonschema.validate(json.loads(content), POINT)
+
+
+@KINDS
 @pytest.mark.parametrize("choice", ["auto", "required"])
 def test_thoughts_come_first_where_a_model_thinks(speakers: dict[str, Speaker], kind: str, choice: Any) -> None:
     def may(reasoning: Reasoning, text: str) -> bool:
@@ -164,10 +257,10 @@ def test_thoughts_come_first_where_a_model_thinks(speakers: dict[str, Speaker], 
 @KINDS
 def test_json_after_thoughts(speakers: dict[str, Speaker], kind: str) -> None:
     speaker = speakers[kind]
-    assert speaker.may_say(json_object_grammar(reasoning="started"), 'Hm.</think>\n{"a": [{}]}')
-    assert speaker.may_say(json_schema_grammar(POINT, reasoning="possible"), '{"x": 3}')
-    assert not speaker.may_say(json_schema_grammar(POINT), '<think></think>{"x": 3}')
-    assert not speaker.may_say(json_object_grammar(), "[1]")
+    assert speaker.may_say(an_object(reasoning="started"), 'Hm.</think>\n{"a": [{}]}')
+    assert speaker.may_say(json_like(POINT, reasoning="possible"), '{"x": 3}')
+    assert not speaker.may_say(json_like(POINT), '<think></think>{"x": 3}')
+    assert not speaker.may_say(an_object(), "[1]")
 
 
 def test_a_tool_that_cannot_be_followed_is_named(speakers: dict[str, Speaker]) -> None:
@@ -177,13 +270,13 @@ def test_a_tool_that_cannot_be_followed_is_named(speakers: dict[str, Speaker]) -
         speakers["tokens"].constraints.compile(tool_call_grammar([*TOOLS, odd], "auto", True))
     assert caught.value.param == "tools.4.function.parameters"
     with pytest.raises(SchemaError) as caught:
-        speakers["tokens"].constraints.compile(json_schema_grammar({"type": "x"}))
+        speakers["tokens"].constraints.compile(json_like({"type": "x"}))
     assert caught.value.param == "response_format.json_schema.schema"
 
 
 def test_an_open_schema_stays_open_where_it_says_so(speakers: dict[str, Speaker]) -> None:
     def may(schema: dict[str, Any]) -> bool:
-        return speakers["tokens"].may_say(json_schema_grammar(schema), '{"x": 3, "y": 4}')
+        return speakers["tokens"].may_say(json_like(schema), '{"x": 3, "y": 4}')
 
     assert not may(POINT)
     assert may(POINT | {"additionalProperties": True})
@@ -226,14 +319,14 @@ SCHEMAS: list[dict[str, Any]] = [
 def test_whatever_is_drawn_the_json_matches(
     speakers: dict[str, Speaker], kind: str, schema: dict[str, Any], seed: int
 ) -> None:
-    jsonschema.validate(json.loads(speakers[kind].babble(json_schema_grammar(schema), seed)), schema)
+    jsonschema.validate(json.loads(speakers[kind].babble(json_like(schema), seed)), schema)
 
 
 @KINDS
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**32))
 def test_whatever_is_drawn_is_an_object(speakers: dict[str, Speaker], kind: str, seed: int) -> None:
-    assert isinstance(json.loads(speakers[kind].babble(json_object_grammar(), seed)), dict)
+    assert isinstance(json.loads(speakers[kind].babble(an_object(), seed)), dict)
 
 
 @pytest.mark.parametrize(("choice", "temperature"), [("required", 0.0), ("required", 1.0), (MOVE, 0.0)])

@@ -288,6 +288,40 @@ async def test_a_random_model_writes_the_json_that_is_asked_for(replica: ModelRe
     assert (error["status"], error["param"]) == (400, "response_format.json_schema.schema")
 
 
+async def test_a_random_model_calls_a_tool_or_answers_in_the_form_asked_for(replica: ModelReplica) -> None:
+    shape = {"type": "json_schema", "json_schema": {"name": "sum", "schema": SUM["function"]["parameters"]}}  # type: ignore[index]
+    choice = {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [SUM]}}
+    tools = {"tools": [SUM, {"type": "function", "function": {"name": "never"}}], "tool_choice": choice}
+    body = {
+        **tools,
+        "response_format": shape,
+        "max_tokens": 100,
+        "temperature": 2,
+        "n": 6,
+        "parallel_tool_calls": False,
+    }
+    replica._slot.served.model.tokenizer.chat_template = "{{ '?' if messages else '' }}"  # type: ignore[union-attr]
+    choices = (await chat(replica, **body))["reply"]["choices"]
+    assert {choice["finish_reason"] for choice in choices} == {"tool_calls", "stop"}
+    chunks = await streamed(replica, ChatRequest, messages=[{"role": "user", "content": "hi"}], seed=1, **body)
+    for choice in choices:
+        message = choice["message"]
+        deltas = [
+            c["choices"][0]["delta"] for c in chunks if c["choices"] and c["choices"][0]["index"] == choice["index"]
+        ]
+        pieces = [piece["function"] for delta in deltas for piece in delta.get("tool_calls", [])]
+        if choice["finish_reason"] == "tool_calls":
+            assert message["content"] is None
+            (call,) = (call["function"] for call in message["tool_calls"])
+            assert (pieces[0]["name"], "".join(piece["arguments"] for piece in pieces)) == ("add", call["arguments"])
+            said = call["arguments"]
+        else:
+            said = message["content"]
+            assert "".join(delta.get("content") or "" for delta in deltas) == said
+            assert not pieces
+        assert set(json.loads(said)) == {"a", "b"}
+
+
 async def test_a_schema_that_cannot_end_is_refused_wherever_it_stands(replica: ModelReplica) -> None:
     endless = {"type": "object", "properties": {"next": {"$ref": "#"}}, "required": ["next"]}
     tool = {"type": "function", "function": {"name": "f", "parameters": endless}}
