@@ -37,8 +37,17 @@ class Completion:
 
     @property
     def ended_by(self) -> int | None:
-        """The end-of-text or stop token that came last, if one did."""
-        return self.token_ids[-1] if self.token_ids and self.token_ids[-1] in self.ends else None
+        """The end-of-text or stop token that came last, if one did and it is no part of the text."""
+        last = self.token_ids[-1] if self.token_ids else None
+        return last if last in self.ends and not self._is_said(last) else None
+
+    @property
+    def stop_reason(self) -> int | str | None:
+        """The stop string or stop token that ended it, if the request named it."""
+        if self.text.stopped_by is not None:
+            return self.text.stopped_by
+        last = self.token_ids[-1] if self.token_ids else None
+        return last if last in self.ends and last in self.job.sampling.stop_token_ids else None
 
     def push(self, token: int, token_score: TokenScore) -> FinishReason | None:
         """Take a token; returns why the generation has ended, None if it goes on."""
@@ -55,9 +64,13 @@ class Completion:
         if self.ended_by is not None:
             return "stop"
         self.text.push(token, may_stop=len(self.token_ids) >= sampling.min_tokens)
-        if self.text.stopped:
+        if self.text.stopped or token in self.ends:
             return "stop"
         return "length" if len(self.token_ids) >= sampling.max_tokens else None
+
+    def _is_said(self, end: int) -> bool:
+        """Whether a token that ends the generation is part of its text."""
+        return self.job.sampling.include_stop and end in self.job.sampling.stop_token_ids
 
     def delta(self, *, final: bool, probed: Callable[[], list[Tensor]] | None = None) -> TextDelta | None:
         """Return what has become certain since the last time, None for nothing.
@@ -83,6 +96,7 @@ class Completion:
             finish_reason=reason,
             captured=None,
             ended_by=self.ended_by,
+            stop_reason=self.stop_reason,
             timings=Timings(self.started - submitted, (self.spoke or end) - submitted, end - submitted),
         )
 

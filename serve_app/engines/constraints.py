@@ -75,12 +75,14 @@ class Grammar:
     markers: Mapping[str, str] = field(default_factory=dict)
     """Texts that may be a token of their own, by a name X. The rules may use X, the marker; `to_X`, any text up to and with
     it; and `without_X`, any text in which it does not occur."""
+    source: str = "tools"
+    """Where the request has the rules, for errors."""
 
     @property
     def param(self) -> str:
-        """Where the request has what it must follow: the one schema's place, or the common beginning of several."""
+        """Where the request has what it must follow: the one schema's place, or that of the rules."""
         places = {schema.param for schema in self.schemas.values()}
-        return places.pop() if len(places) == 1 else "tools"
+        return places.pop() if len(places) == 1 else self.source
 
 
 class Constraints:
@@ -229,6 +231,8 @@ def _explain(grammar: Grammar, error: str) -> ConstraintError:
         failed, said = LLMatcher.validate_grammar_with_warnings(f"%llguidance {{}}\nstart: {_json(schema)}")
         if failed:
             return SchemaError(schema.param, _reason(said[0]))
+    if not grammar.schemas:
+        return SchemaError(grammar.source, _reason(error))
     return ConstraintError(f"the grammar cannot be followed: {_reason(error)}")
 
 

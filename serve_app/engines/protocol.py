@@ -63,8 +63,8 @@ class NonFiniteLogitsError(RequestError):
 class Sampling:
     """How to choose tokens.
 
-    What a request asks for is applied in this order: biases and penalties on the logits, tokens that may not come yet,
-    temperature, top_k, top_p.
+    What a request asks for is applied in this order: biases and penalties on the logits, tokens that may not come,
+    temperature, top_k, top_p, min_p.
     """
 
     max_tokens: int
@@ -77,12 +77,18 @@ class Sampling:
     """Sample from this many of the most likely tokens, 0 for all."""
     top_p: float = 1.0
     """Sample from the smallest set of tokens with this much probability."""
+    min_p: float = 0.0
+    """Sample from tokens with at least this share of the most likely one's probability (arXiv 2407.01082), 0 for all."""
     seed: int | None = None
     """Of this request's random stream, which depends on nothing else."""
     stop: tuple[str, ...] = ()
     """Strings that end the generation; not part of the text."""
     stop_token_ids: frozenset[int] = frozenset()
     """Tokens that end it, beside the model's own end-of-text tokens."""
+    ignore_eos: bool = False
+    """Whether the model's own end-of-text tokens do not end it."""
+    include_stop: bool = False
+    """Whether the stop string or the token of `stop_token_ids` that ended it is part of the text."""
     presence_penalty: float = 0.0
     """Subtracted from the logit of every token generated before."""
     frequency_penalty: float = 0.0
@@ -92,8 +98,25 @@ class Sampling:
     none."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these tokens."""
+    allowed_token_ids: tuple[int, ...] | None = None
+    """The only tokens that may come; None for all."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Sequences of tokens that may not come in the completion: the last token of one, where the others stand before it."""
     top_logprobs: int = 0
     """How many of the most likely tokens to report at each position."""
+    prompt_logprobs: int | None = None
+    """How many of the most likely tokens to report beside each token of a scored prompt, if more than `top_logprobs`; not
+    None, its rank too."""
+    logprob_token_ids: tuple[int, ...] = ()
+    """Tokens to report at each position, in place of the most likely ones."""
+
+    def ends(self, eos_token_ids: frozenset[int]) -> frozenset[int]:
+        """Return the tokens that end the generation.
+
+        Args:
+            eos_token_ids: the model's own.
+        """
+        return self.stop_token_ids if self.ignore_eos else eos_token_ids | self.stop_token_ids
 
 
 class ConstraintError(RequestError):
@@ -129,6 +152,8 @@ class TokenScore:
     """Natural logarithm of its probability."""
     top: tuple[tuple[int, float], ...] = ()
     """The most likely tokens at its position, most likely first, each with its logprob; as many as were asked for."""
+    rank: int | None = None
+    """Its place among all tokens, the most likely one's being 1; of a prompt's token, if `Sampling.prompt_logprobs` is set."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +219,9 @@ class Finished:
     held: HeldRows | None = None
     """Where they are otherwise."""
     ended_by: int | None = None
-    """The token that ended it, which is no part of the text; None if something else did."""
+    """The token that ended it and is no part of the text; None if something else did."""
+    stop_reason: int | str | None = None
+    """The stop string, or the token of `Sampling.stop_token_ids`, that ended it; None if something else did."""
     prompt_scores: list[TokenScore] | None = None
     """Of the prompt's tokens from the second on, if the job asked for them: `[n_prompt - 1]`."""
     probed: list[Float[Tensor, "rows outputs"]] = field(default_factory=list)

@@ -16,8 +16,8 @@ class TextStream:
     """The text of one growing completion.
 
     Attributes:
-        text: everything decoded, cut before a stop string.
-        stopped: whether a stop string has appeared.
+        text: everything decoded, cut before a stop string, or behind it if that is asked for.
+        stopped_by: the stop string that has appeared, if one has.
     """
 
     def __init__(
@@ -26,6 +26,8 @@ class TextStream:
         stop: tuple[str, ...],
         markers: Mapping[int, str],
         after: Sequence[int] = (),
+        *,
+        include_stop: bool = False,
     ) -> None:
         """Begin a completion.
 
@@ -34,14 +36,21 @@ class TextStream:
             stop: strings that end it.
             markers: special tokens that are text, and which.
             after: the tokens before it.
+            include_stop: whether the stop string that ends it is part of it.
         """
         self._tokenizer = tokenizer
         self._decoder = Decoder(tokenizer, skip_special_tokens=True, after=after)
         self._stop = stop
+        self._include_stop = include_stop
         self._markers = markers
         self._sent = 0
         self.text = ""
-        self.stopped = False
+        self.stopped_by: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has appeared."""
+        return self.stopped_by is not None
 
     def push(self, token_id: int, *, may_stop: bool = True) -> None:
         """Add a token.
@@ -63,10 +72,10 @@ class TextStream:
         if not piece or not may_stop:
             return
         # Only a stop string that this piece completes ends the text: one completed earlier was not allowed to, and is text.
-        found = [at for stop in self._stop if (at := self.text.find(stop, max(0, before + 1 - len(stop)))) >= 0]
+        found = [(at, stop) for stop in self._stop if (at := self.text.find(stop, max(0, before + 1 - len(stop)))) >= 0]
         if found:
-            self.text = self.text[: min(found)]
-            self.stopped = True
+            at, self.stopped_by = min(found)
+            self.text = self.text[: at + len(self.stopped_by) if self._include_stop else at]
 
     def close(self) -> None:
         """End the completion: a character that has only begun becomes U+FFFD, as in any decoder."""

@@ -69,6 +69,7 @@ class Ingress:
             ("POST", "/v1/completions", self.completions, completion),
             ("POST", "/tokenize", self.tokenize, documented(schemas.Tokens)),
             ("POST", "/detokenize", self.detokenize, documented(schemas.DetokenizedText)),
+            ("GET", "/tokenizer_info", self.tokenizer_info, documented(schemas.TokenizerInfo)),
             ("GET", "/v1/activations/sessions", self.sessions, documented(schemas.SessionList)),
             ("GET", session, self.session, documented(schemas.SessionPage)),
             ("DELETE", session, self.delete_session, documented(schemas.DeletedSession)),
@@ -139,6 +140,12 @@ class Ingress:
         await self._replicas.check_there()
         with self._replicas.asked():
             return _answer(await self._model.detokenize.remote(body))
+
+    async def tokenizer_info(self) -> JSONResponse:
+        """Describe the model's tokenizer, for clients that tokenize as the server does."""
+        await self._replicas.check_there()
+        with self._replicas.asked():
+            return _answer(await self._model.tokenizer_info.remote())
 
     def sessions(self) -> schemas.SessionList:
         """List the sessions of the activation store."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import takewhile
+from typing import Literal
 
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -39,6 +40,21 @@ class RawText:
         text, offsets = self.prompt.text[: self.own.stop], self.prompt.token_offsets[:stop]
         return RawText(_raw(text, self.prompt.token_ids[:stop], offsets), self.own)
 
+    def cut(self, keep: int, side: Literal["left", "right"]) -> "RawText":
+        """The same with the first or last tokens left out.
+
+        Args:
+            keep: how many tokens stay; more than there are leaves none out.
+            side: where they are left out.
+        """
+        prompt = cut_prompt(self.prompt, keep, side)
+        if side == "left":
+            start = len(self.prompt.text) - len(prompt.text)
+            own = slice(max(self.own.start - start, 0), max(self.own.stop - start, 0))
+        else:
+            own = slice(min(self.own.start, len(prompt.text)), min(self.own.stop, len(prompt.text)))
+        return RawText(prompt, own)
+
     @property
     def echo(self) -> str:
         """What a reply that repeats its prompt says: the text itself."""
@@ -48,6 +64,34 @@ class RawText:
     def echo_offsets(self) -> list[int]:
         """The first character of each token in `echo`; what the tokenizer added before it begins where it does."""
         return [min(max(at, self.own.start), self.own.stop) - self.own.start for at in self.prompt.token_offsets]
+
+
+def cut_prompt(prompt: TokenizedText, keep: int, side: Literal["left", "right"]) -> TokenizedText:
+    """Return a prompt with its first or last tokens left out, and the text that they cover.
+
+    Args:
+        prompt: a prompt without a completion.
+        keep: how many tokens stay; more than there are leaves none out.
+        side: where they are left out.
+    """
+    n = len(prompt.token_ids)
+    if keep >= n:
+        return prompt
+    first, stop = (n - keep, n) if side == "left" else (0, keep)
+    offsets = [*prompt.token_offsets, len(prompt.text)]
+    begin, end = offsets[first], offsets[stop]
+    segments = [
+        Segment(one.role, max(one.start, begin) - begin, min(one.stop, end) - begin)
+        for one in prompt.segments
+        if one.start < end and one.stop > begin
+    ]
+    return TokenizedText(
+        text=prompt.text[begin:end],
+        token_ids=prompt.token_ids[first:stop],
+        token_offsets=[offset - begin for offset in prompt.token_offsets[first:stop]],
+        segments=segments,
+        n_prompt=keep,
+    )
 
 
 def tokenize_text(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = True) -> RawText:
@@ -110,10 +154,21 @@ def _texts_of(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> Itera
         yield text, special
 
 
-def tokenize_rendered(tokenizer: PreTrainedTokenizerBase, text: str, segments: list[Segment]) -> TokenizedText:
-    """Tokenize what a chat template made, which has every special token already."""
-    raw = tokenize_text(tokenizer, text, add_special_tokens=False).prompt
-    return replace(raw, segments=segments)
+def tokenize_rendered(
+    tokenizer: PreTrainedTokenizerBase, text: str, segments: list[Segment], *, add_special_tokens: bool = False
+) -> TokenizedText:
+    """Tokenize what a chat template made.
+
+    Args:
+        tokenizer: the model's.
+        text: what the template made.
+        segments: who speaks which of its characters.
+        add_special_tokens: whether the tokenizer adds what begins, or ends, a text; templates write that themselves.
+    """
+    raw = tokenize_text(tokenizer, text, add_special_tokens=add_special_tokens)
+    before = raw.own.start
+    moved = [Segment(one.role, one.start + before, one.stop + before) for one in segments]
+    return replace(raw.prompt, segments=moved)
 
 
 def completed(

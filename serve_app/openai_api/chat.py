@@ -5,6 +5,7 @@ A `ChatReply` hears what the choices of one request do and turns it into OpenAI'
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,11 +18,12 @@ from serve_app.capture.scoring import Scorer
 from serve_app.engines.protocol import Finished, TextDelta, TokenScore
 from serve_app.engines.storage import Done
 from serve_app.openai_api import schemas
-from serve_app.openai_api.logprobs import chat_logprobs
+from serve_app.openai_api.logprobs import chat_logprobs, prompt_logprobs
 from serve_app.openai_api.messages import Message, ResponseFormat, Tool, ToolChoice, callable_names, check_tool_results
 from serve_app.openai_api.neutral import NeutralChatParams
 from serve_app.openai_api.params import MAX_TOP_LOGPROBS, GenerationParams
 from serve_app.openai_api.probing import spell_scores
+from serve_app.openai_api.prompt import Ending
 from serve_app.openai_api.reply import (
     ContentDelta,
     ReasoningDelta,
@@ -46,6 +48,10 @@ class ChatRequest(NeutralChatParams, GenerationParams):
     parallel_tool_calls: bool = True
     response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    echo: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> "ChatRequest":
@@ -57,12 +63,37 @@ class ChatRequest(NeutralChatParams, GenerationParams):
         named = callable_names(self.tool_choice or "auto") or frozenset()
         if unknown := sorted(named - {tool.function.name for tool in self.tools}):
             raise ValueError(f"tool_choice: there is no tool named {', '.join(map(repr, unknown))}")
+        if self.logprob_token_ids and not self.logprobs:
+            raise ValueError("logprob_token_ids: only with logprobs: true")
+        if self.continue_final_message:
+            if self.add_generation_prompt and "add_generation_prompt" in self.model_fields_set:
+                raise ValueError(
+                    "continue_final_message: a message that is left open needs add_generation_prompt: false"
+                )
+            if (last := self.messages[-1]).role != "assistant" or last.tool_calls:
+                raise ValueError("continue_final_message: the last message must be an assistant's, without tool_calls")
+        shaped = self.response_format is not None and self.response_format.type != "text"
+        if self.structured is not None and (self.calls_tools or shaped):
+            other = "tools; set tool_choice to none" if self.calls_tools else "response_format"
+            raise ValueError(f"{self.structured[0]}: cannot be combined with {other}")
+        if self.ignore_eos and (self.calls_tools or shaped):
+            raise ValueError("ignore_eos: a reply that follows tools or response_format ends where they say")
         return self
 
     @property
     def token_limit(self) -> int | None:
         """The most tokens to generate, under either of its names."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def ending(self) -> Ending:
+        """What stands at the end of the rendered conversation."""
+        return "open" if self.continue_final_message else "reply" if self.add_generation_prompt else "none"
+
+    @property
+    def echoed(self) -> str:
+        """What a reply begins with that repeats the last message, if that is the assistant's."""
+        return self.messages[-1].content if self.echo and self.messages[-1].role == "assistant" else ""
 
     @property
     def calls_tools(self) -> bool:
@@ -76,6 +107,7 @@ class _ChoiceState:
     called: bool = False
     done: Done | None = None
     probed: int = 0  # rows whose scores have been sent
+    told: int = 0  # tokens that have been sent
 
 
 @dataclass
@@ -94,6 +126,8 @@ class ChatReply:
     """Tokens of the prompt."""
     probes: tuple[Scorer, ...] = ()
     """What its tokens are scored with."""
+    prompt_token_ids: Sequence[int] = ()
+    """The prompt."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -104,19 +138,28 @@ class ChatReply:
 
     def opening(self) -> list[schemas.ChatCompletionChunk]:
         """Return the chunks that begin a stream."""
-        return [self._chunk(i, {"role": "assistant", "content": ""}) for i in range(len(self._choices))]
+        echoed = self.request.echoed
+        chunks = [self._chunk(i, {"role": "assistant", "content": echoed}) for i in range(len(self._choices))]
+        if self.request.tells_tokens:
+            chunks[0]["prompt_token_ids"] = list(self.prompt_token_ids)
+        return chunks
 
     def delta(self, index: int, event: TextDelta) -> list[schemas.ChatCompletionChunk]:
         """Return the chunks for a choice's new text."""
-        return self._pieces(index, self._choices[index].parser.feed(event.text), event)
+        choice = self._choices[index]
+        choice.told += len(event.token_ids)
+        return self._pieces(index, choice.parser.feed(event.text), event)
 
     def done(self, index: int, done: Done) -> list[schemas.ChatCompletionChunk]:
         """Return the last chunks of a choice."""
         choice = self._choices[index]
-        choice.done = done
+        finished = done.finished
         pieces = self._pieces(index, choice.parser.finish(), None)
-        probed = self._probed(choice, [scores[choice.probed :] for scores in done.finished.probed])
-        return [*pieces, self._chunk(index, {}, self._finish_reason(choice, done.finished), probed=probed)]
+        rest, choice.told, choice.done = finished.token_ids[choice.told :], len(finished.token_ids), done
+        probed = self._probed(choice, [scores[choice.probed :] for scores in finished.probed])
+        last = self._chunk(index, {}, self._finish_reason(choice, finished), probed=probed, tokens=rest)
+        last["choices"][0]["stop_reason"] = finished.stop_reason
+        return [*pieces, last]
 
     def closing(self, kept: schemas.Kept) -> list[schemas.ChatCompletionChunk]:
         """Return the chunks after all choices: usage, if it is asked for, and activations."""
@@ -132,15 +175,25 @@ class ChatReply:
             parts = [*choice.parser.feed(finished.text), *choice.parser.finish()]
             choice.called = any(isinstance(part, ToolCallStart) for part in parts)
             spoken = len(finished.token_ids) - (finished.ended_by is not None)
+            choice.told = len(finished.token_ids)
+            message = assemble(parts)
+            if echoed := self.request.echoed:
+                message["content"] = echoed + (message["content"] or "")
             choices.append(
                 {
                     "index": index,
-                    "message": assemble(parts),
+                    "message": message,
                     "logprobs": self._logprobs(finished.token_ids[:spoken], finished.scores[:spoken]),
                     "finish_reason": self._finish_reason(choice, finished),
+                    "stop_reason": finished.stop_reason,
+                    "token_ids": finished.token_ids if self.request.tells_tokens else None,
                     **self._probed(choice, finished.probed),
                 }
             )
+        scores, top = dones[0].finished.prompt_scores, self.request.prompt_logprobs
+        scored = None
+        if scores is not None and top is not None:
+            scored = prompt_logprobs(self.tokenizer, self.prompt_token_ids, scores, top)
         return {
             "id": self.request_id,
             "object": "chat.completion",
@@ -148,6 +201,8 @@ class ChatReply:
             "model": self.request.model,
             "choices": choices,
             "usage": self._usage(),
+            "prompt_token_ids": list(self.prompt_token_ids) if self.request.tells_tokens else None,
+            "prompt_logprobs": scored,
             **kept,
         }
 
@@ -169,11 +224,14 @@ class ChatReply:
                     deltas.append({"tool_calls": [{"index": number, "function": {"arguments": text}}]})
         logprobs = self._logprobs(event.token_ids, event.scores) if event else None
         probed: schemas.Probed = self._probed(self._choices[index], event.probed) if event else {}
-        if ((logprobs and logprobs["content"]) or probed) and not deltas:
+        tokens = event.token_ids if event else []
+        if ((logprobs and logprobs["content"]) or probed or (tokens and self.request.tells_tokens)) and not deltas:
             deltas.append({})
         # The tokens of one step go with the first of its pieces.
         return [
-            self._chunk(index, delta, logprobs=logprobs if i == 0 else None, probed=probed if i == 0 else {})
+            self._chunk(index, delta, logprobs=logprobs, probed=probed, tokens=tokens)
+            if i == 0
+            else self._chunk(index, delta)
             for i, delta in enumerate(deltas)
         ]
 
@@ -185,13 +243,15 @@ class ChatReply:
         return {"probes": spell_scores(self.probes, scores, self.n_prompt, start)}
 
     def _logprobs(self, token_ids: list[int], scores: list[TokenScore]) -> schemas.ChatLogprobs | None:
-        return chat_logprobs(self.tokenizer, token_ids, scores) if self.request.logprobs else None
+        if not self.request.logprobs:
+            return None
+        return chat_logprobs(self.tokenizer, token_ids, scores, as_ids=self.request.return_tokens_as_token_ids)
 
     def _finish_reason(self, choice: _ChoiceState, finished: Finished) -> schemas.ChatFinishReason:
         return "tool_calls" if choice.called and finished.finish_reason == "stop" else finished.finish_reason
 
     def _usage(self) -> schemas.Usage:
-        return usage(self.n_prompt, [choice.done for choice in self._choices])
+        return usage(self.n_prompt, sum(choice.told for choice in self._choices))
 
     def _chunk(
         self,
@@ -200,23 +260,27 @@ class ChatReply:
         finish_reason: schemas.ChatFinishReason | None = None,
         logprobs: schemas.ChatLogprobs | None = None,
         probed: schemas.Probed | None = None,
+        tokens: list[int] | None = None,
     ) -> schemas.ChatCompletionChunk:
         choice: schemas.ChatChunkChoice = {
             "index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason, **(probed or {})
         }  # fmt: skip
+        if self.request.tells_tokens and tokens is not None:
+            choice["token_ids"] = tokens
         return self._enveloped([choice])
 
     def _enveloped(self, choices: list[schemas.ChatChunkChoice]) -> schemas.ChatCompletionChunk:
+        counted: schemas.Counted = {"usage": self._usage()} if self.request.counts_on else {}
         return {
             "id": self.request_id,
             "object": "chat.completion.chunk",
             "created": self.created,
             "model": self.request.model,
             "choices": choices,
+            **counted,
         }
 
 
-def usage(n_prompt: int, dones: list[Done | None]) -> schemas.Usage:
+def usage(n_prompt: int, completion: int) -> schemas.Usage:
     """Spell the token counts: the prompt once, the completions of all choices."""
-    completion = sum(len(done.finished.token_ids) for done in dones if done is not None)
     return {"prompt_tokens": n_prompt, "completion_tokens": completion, "total_tokens": n_prompt + completion}

@@ -6,7 +6,7 @@ whose token is thrown away), and `echo` with `logprobs` returns the score of eve
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -21,7 +21,7 @@ from serve_app.models.tokenization import RawText, decode_tokens, tokenize_text
 from serve_app.openai_api import schemas
 from serve_app.openai_api.chat import usage
 from serve_app.openai_api.errors import ApiError
-from serve_app.openai_api.logprobs import Offsets, completion_logprobs
+from serve_app.openai_api.logprobs import Offsets, completion_logprobs, prompt_logprobs
 from serve_app.openai_api.neutral import NeutralCompletionParams
 from serve_app.openai_api.params import MAX_TOP_LOGPROBS, GenerationParams
 from serve_app.openai_api.probing import spell_scores
@@ -53,6 +53,8 @@ class CompletionRequest(NeutralCompletionParams, GenerationParams):
             raise ValueError(f"best_of: only as many as n ({self.n}); this server returns every choice it generates")
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens: 0 generates nothing; it needs echo: true")
+        if self.logprob_token_ids and (self.logprobs is None or self.max_tokens == 0):
+            raise ValueError("logprob_token_ids: only with logprobs, and of tokens that are generated")
         return self
 
     @property
@@ -111,6 +113,8 @@ class CompletionReply:
         self._dones: list[Done | None] = [None] * (len(self.prompts) * self.request.n)
         self._offsets = [Offsets() for _ in self._dones]
         self._scored = [0] * len(self._dones)  # rows whose scores have been sent
+        self._told = [0] * len(self._dones)  # tokens that have been sent
+        self._begun = [False] * len(self._dones)
 
     def opening(self) -> list[schemas.CompletionChunk]:
         """Return the chunks that begin a stream: the prompts, if they are echoed and their scores are not asked for."""
@@ -120,18 +124,25 @@ class CompletionReply:
 
     def delta(self, index: int, event: TextDelta) -> list[schemas.CompletionChunk]:
         """Return the chunks for a choice's new text; with echoed scores it has to wait for those of the prompt."""
+        self._told[index] += len(event.token_ids)
         if self.request.echo and self.request.logprobs is not None:
             return []
         logprobs = self._logprobs(event.token_ids, list(event.scores), self._offsets[index])
-        return [self._chunk(index, event.text, logprobs, probed=self._probed(index, event.probed))]
+        probed = self._probed(index, event.probed)
+        return [self._chunk(index, event.text, logprobs, probed=probed, tokens=event.token_ids)]
 
     def done(self, index: int, done: Done) -> list[schemas.CompletionChunk]:
         """Return the last chunks of a choice."""
         self._dones[index] = done
         late = self.request.echo and self.request.logprobs is not None
+        finished = done.finished
         text, logprobs = self._text_and_logprobs(index, done) if late else ("", None)
-        probed = self._probed(index, [scores[self._scored[index] :] for scores in done.finished.probed])
-        return [self._chunk(index, text, logprobs, done.finished.finish_reason, probed)]
+        rest = finished.token_ids[0 if late else self._told[index] :]
+        self._told[index] = len(finished.token_ids)
+        probed = self._probed(index, [scores[self._scored[index] :] for scores in finished.probed])
+        last = self._chunk(index, text, logprobs, finished.finish_reason, probed, rest)
+        last["choices"][0]["stop_reason"] = finished.stop_reason
+        return [last]
 
     def closing(self, kept: schemas.Kept) -> list[schemas.CompletionChunk]:
         """Return the chunks after all choices: usage, if it is asked for, and activations."""
@@ -144,9 +155,25 @@ class CompletionReply:
         choices: list[schemas.CompletionChoice] = []
         for index, done in enumerate(dones):
             text, logprobs = self._text_and_logprobs(index, done)
-            probed = self._probed(index, done.finished.probed)
-            reason = done.finished.finish_reason
-            choices.append({"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason, **probed})
+            finished, prompt_ids = done.finished, self._prompt(index).prompt.token_ids
+            self._told[index] = len(finished.token_ids)
+            scores, top = finished.prompt_scores, self.request.prompt_logprobs
+            scored = None
+            if scores is not None and top is not None:
+                scored = prompt_logprobs(self.tokenizer, prompt_ids, scores, top)
+            choices.append(
+                {
+                    "index": index,
+                    "text": text,
+                    "logprobs": logprobs,
+                    "finish_reason": finished.finish_reason,
+                    "stop_reason": finished.stop_reason,
+                    "token_ids": finished.token_ids if self.request.tells_tokens else None,
+                    "prompt_token_ids": prompt_ids if self.request.tells_tokens else None,
+                    "prompt_logprobs": scored,
+                    **self._probed(index, finished.probed),
+                }
+            )
         return {
             "id": self.request_id,
             "object": "text_completion",
@@ -164,7 +191,9 @@ class CompletionReply:
         if not self.request.echo:
             return finished.text, self._logprobs(tokens, scores, Offsets())
         if finished.prompt_scores is not None:
-            scores = [None, *finished.prompt_scores, *scores]
+            # There are more of them if `prompt_logprobs` asks for more.
+            n = self.request.logprobs or 0
+            scores = [None, *(replace(score, top=score.top[:n]) for score in finished.prompt_scores), *scores]
         offsets = Offsets(len(prompt.echo))
         logprobs = self._logprobs(prompt.prompt.token_ids + tokens, scores, offsets, prompt.echo_offsets)
         return prompt.echo + finished.text, logprobs
@@ -174,7 +203,8 @@ class CompletionReply:
     ) -> schemas.CompletionLogprobs | None:
         if self.request.logprobs is None:
             return None
-        return completion_logprobs(self.tokenizer, tokens, scores, offsets, echoed)
+        as_ids = self.request.return_tokens_as_token_ids
+        return completion_logprobs(self.tokenizer, tokens, scores, offsets, echoed, as_ids=as_ids)
 
     def _probed(self, index: int, scores: list[Tensor]) -> schemas.Probed:
         """Spell the scores of a choice's next rows, and count these as sent."""
@@ -188,7 +218,7 @@ class CompletionReply:
         return self.prompts[index // self.request.n]
 
     def _usage(self) -> schemas.Usage:
-        return usage(sum(raw.prompt.n_prompt for raw in self.prompts), self._dones)
+        return usage(sum(raw.prompt.n_prompt for raw in self.prompts), sum(self._told))
 
     def _chunk(
         self,
@@ -197,17 +227,25 @@ class CompletionReply:
         logprobs: schemas.CompletionLogprobs | None,
         finish_reason: FinishReason | None = None,
         probed: schemas.Probed | None = None,
+        tokens: list[int] | None = None,
     ) -> schemas.CompletionChunk:
         choice: schemas.CompletionChunkChoice = {
             "index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason, **(probed or {})
         }  # fmt: skip
+        if self.request.tells_tokens:
+            choice["token_ids"] = tokens or []
+            if not self._begun[index]:
+                choice["prompt_token_ids"] = self._prompt(index).prompt.token_ids
+                self._begun[index] = True
         return self._enveloped([choice])
 
     def _enveloped(self, choices: list[schemas.CompletionChunkChoice]) -> schemas.CompletionChunk:
+        counted: schemas.Counted = {"usage": self._usage()} if self.request.counts_on else {}
         return {
             "id": self.request_id,
             "object": "text_completion",
             "created": self.created,
             "model": self.request.model,
             "choices": choices,
+            **counted,
         }

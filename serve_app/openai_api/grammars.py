@@ -41,7 +41,18 @@ def answer_schema(shape: ResponseFormat | None) -> Schema | None:
     if shape.json_schema is None:
         return Schema({"type": "object"}, "response_format", strict=False)
     asked = shape.json_schema
-    return Schema(_closed(asked.schema_), "response_format.json_schema.schema", asked.strict)
+    return closed_schema(asked.schema_, "response_format.json_schema.schema", strict=asked.strict)
+
+
+def closed_schema(schema: Mapping[str, Any], param: str, *, strict: bool = False) -> Schema:
+    """Return a schema whose objects have no properties but those listed, unless it says otherwise.
+
+    Args:
+        schema: the schema.
+        param: where the request has it, for errors.
+        strict: whether a keyword that cannot be enforced is an error.
+    """
+    return Schema(_closed(schema), param, strict)
 
 
 def answer_grammar(answer: Schema, *, reasoning: Reasoning = "none") -> Grammar:
@@ -51,7 +62,7 @@ def answer_grammar(answer: Schema, *, reasoning: Reasoning = "none") -> Grammar:
         answer: the schema.
         reasoning: how the reply begins.
     """
-    return _after_thoughts("answer: object", {"object": answer}, {}, reasoning)
+    return after_thoughts("answer: object", {"object": answer}, {}, reasoning)
 
 
 def tool_call_grammar(
@@ -93,20 +104,34 @@ def tool_call_grammar(
         reply = f"object | call_start rest {more}"
         schemas["object"] = answer
     rules = "\n".join([f"answer: {reply}", r'rest: "\n" call "\n" call_end', f"call: {' | '.join(calls)}"])
-    return _after_thoughts(rules, schemas, BLOCKS, reasoning)
+    return after_thoughts(rules, schemas, BLOCKS, reasoning)
 
 
-def _after_thoughts(
-    rules: str, schemas: Mapping[str, Schema], markers: Mapping[str, str], reasoning: Reasoning
+def after_thoughts(
+    rules: str,
+    schemas: Mapping[str, Schema],
+    markers: Mapping[str, str],
+    reasoning: Reasoning,
+    *,
+    param: str = "tools",
 ) -> Grammar:
+    """Return a grammar for a reply: what it thinks, where it does, and then the rule `answer`.
+
+    Args:
+        rules: `answer`, and what it needs.
+        schemas: as in `Grammar`.
+        markers: as in `Grammar`.
+        reasoning: how the reply begins.
+        param: where the request asks for it, for errors; schemas have their own.
+    """
     start = {
         "none": "start: answer",
         "possible": "start: answer | think_start to_think_end GAP answer",
         "started": "start: to_think_end GAP answer",
     }[reasoning]
     if reasoning == "none":
-        return Grammar(f"{start}\n{rules}", schemas, markers)
-    return Grammar(f"{start}\nGAP: /\\n{{0,2}}/\n{rules}", schemas, {**markers, **THOUGHTS})
+        return Grammar(f"{start}\n{rules}", schemas, markers, param)
+    return Grammar(f"{start}\nGAP: /\\n{{0,2}}/\n{rules}", schemas, {**markers, **THOUGHTS}, param)
 
 
 def _closed(schema: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -64,7 +64,6 @@ class NeutralParams(Wire):
     use_beam_search: Annotated[JsonValue, Only(False)] = False
     length_penalty: Annotated[JsonValue, Only(1)] = 1
     early_stopping: Annotated[JsonValue, Only(False)] = False
-    return_tokens_as_token_ids: Annotated[JsonValue, Only(False)] = False
     logits_processors: Annotated[JsonValue, Only([])] = Field(default=[])
     vllm_xargs: Annotated[JsonValue, Only({})] = Field(default={})
 
@@ -77,9 +76,6 @@ class NeutralChatParams(Wire):
     function_call: Annotated[JsonValue, Only("none", "auto")] = "none"
     verbosity: Annotated[JsonValue, Only("medium")] = "medium"
     prediction: dict[str, JsonValue] | None = None
-    echo: Annotated[JsonValue, Only(False)] = False
-    add_generation_prompt: Annotated[JsonValue, Only(True)] = True
-    add_special_tokens: Annotated[JsonValue, Only(False)] = False
     include_reasoning: Annotated[JsonValue, Only(True)] = True
     documents: Annotated[JsonValue, Only([])] = Field(default=[])
     mm_processor_kwargs: Annotated[JsonValue, Only({})] = Field(default={})

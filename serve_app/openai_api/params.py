@@ -2,7 +2,8 @@
 
 Every OpenAI parameter here is honoured, but for those whose one value is what happens anyway (`neutral`). Every one that is
 not here is refused by name, because a parameter that is silently ignored makes a result wrong without anyone noticing.
-`top_k`, `min_tokens`, `repetition_penalty` and `stop_token_ids` are not OpenAI's; they are spelled as vLLM spells them.
+`top_k`, `min_tokens`, `repetition_penalty` and `stop_token_ids` are not OpenAI's; they are spelled as vLLM spells them, as
+those of `vllm_params` are.
 """
 
 import re
@@ -21,9 +22,11 @@ from serve_app.openai_api.probing import (
     SteeringRequest,
 )
 from serve_app.openai_api.seed_spelling import CollectActivations
+from serve_app.openai_api.vllm_params import MAX_TOP_LOGPROBS, VllmParams
+
+__all__ = ["MAX_TOP_LOGPROBS", "GenerationParams", "StreamOptions"]
 
 MAX_CHOICES = 128
-MAX_TOP_LOGPROBS = 20
 
 
 def _stop_list(stop: Any) -> Any:
@@ -49,9 +52,11 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
     include_obfuscation: bool = False
     """OpenAI pads the chunks of a stream so that their sizes tell nothing; accepted, and not done here."""
+    continuous_usage_stats: bool = False
+    """With `include_usage`, every chunk has the numbers of tokens so far."""
 
 
-class GenerationParams(NeutralParams):
+class GenerationParams(NeutralParams, VllmParams):
     """The part of a request's body that both routes share; the fields are OpenAI's (docs/http.md)."""
 
     model: str
@@ -86,6 +91,8 @@ class GenerationParams(NeutralParams):
             raise ValueError("activations: it and collect_activations are two spellings of one thing; send one of them")
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options: only with stream: true")
+        if self.prompt_logprobs is not None and self.stream:
+            raise ValueError("prompt_logprobs: only with stream: false")
         names = [probe if isinstance(probe, str) else probe.name for probe in self.probes]
         if len(set(names)) < len(names):
             raise ValueError("probes: two have one name")
@@ -108,13 +115,28 @@ class GenerationParams(NeutralParams):
         """Whether a stream ends with the numbers of tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def sampling(self, max_tokens: int, choice: int, top_logprobs: int) -> Sampling:
+    @property
+    def counts_on(self) -> bool:
+        """Whether every chunk of a stream has the numbers of tokens so far."""
+        return self.counts_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
+
+    @property
+    def tells_tokens(self) -> bool:
+        """Whether the reply has the ids of tokens: asked for, or because it has rows or scores, which are one per token."""
+        if self.return_token_ids is not None:
+            return self.return_token_ids
+        return bool(self.probes) or (self.capture is not None and self.capture.delivery != "reference")
+
+    def sampling(
+        self, max_tokens: int, choice: int, top_logprobs: int, bad_words: tuple[tuple[int, ...], ...] = ()
+    ) -> Sampling:
         """Say how to choose one choice's tokens; each choice of a seeded request has a stream of its own.
 
         Args:
             max_tokens: the most to generate.
             choice: which choice of the request, from 0.
             top_logprobs: alternatives to report per token.
+            bad_words: the tokens of `bad_words`.
         """
         return Sampling(
             max_tokens=max_tokens,
@@ -122,12 +144,19 @@ class GenerationParams(NeutralParams):
             temperature=self.temperature,
             top_k=min(max(self.top_k, 0), MAX_INT32),  # no vocabulary is larger
             top_p=self.top_p,
+            min_p=self.min_p,
             seed=None if self.seed is None else self.seed % 2**64 + (choice << 64),
             stop=tuple(self.stop),
             stop_token_ids=frozenset(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+            include_stop=self.include_stop_str_in_output,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
             repetition_penalty=self.repetition_penalty,
             logit_bias=self.logit_bias,
-            top_logprobs=top_logprobs,
+            allowed_token_ids=None if self.allowed_token_ids is None else tuple(self.allowed_token_ids),
+            bad_words=bad_words,
+            top_logprobs=0 if self.logprob_token_ids else top_logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+            logprob_token_ids=tuple(self.logprob_token_ids),
         )

@@ -13,7 +13,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from jinja2 import TemplateError, meta
 from jinja2.sandbox import SandboxedEnvironment
@@ -34,6 +34,11 @@ REFUSALS = (TemplateError, TypeError, ValueError, ArithmeticError, AttributeErro
 """How a template fails on messages that it was not made for: by saying so, or in the middle of an expression."""
 
 
+Ending = Literal["reply", "none", "open"]
+"""What stands at the end of a rendered conversation: the words that begin a reply; the last message, closed; or the last
+message, left open for the model to continue."""
+
+
 @dataclass(frozen=True)
 class Rendered:
     """A rendered conversation."""
@@ -51,6 +56,9 @@ def render(
     model: str,
     tools: Sequence[Tool] = (),
     template_kwargs: dict[str, Any] | None = None,
+    *,
+    ending: Ending = "reply",
+    add_special_tokens: bool = False,
 ) -> Rendered:
     """Render and tokenize a conversation, ready for the model's turn.
 
@@ -60,6 +68,8 @@ def render(
         model: its name, for errors.
         tools: what the model may call.
         template_kwargs: variables of the template that the client sets.
+        ending: what stands at its end.
+        add_special_tokens: whether the tokenizer adds what begins, or ends, a text, beside what the template writes.
 
     Raises:
         ApiError: if the model has no chat template, the template refuses the messages, a variable is not to be set, or a
@@ -71,26 +81,32 @@ def render(
         check_tool_results(messages)
     except ValueError as error:
         raise ApiError(400, str(error), param="messages") from error
-    template = _Template(tokenizer, model, template_kwargs or {})
+    template = _Template(tokenizer, model, template_kwargs or {}, ending)
     try:
         turns = template.take(messages, tools)
-        text = template.render(turns, start_reply=True)
+        text = template.render(turns)
     except REFUSALS as error:
         raise ApiError(400, f"messages: {model}'s chat template refuses them: {error}", param="messages") from error
-    prompt = tokenize_rendered(tokenizer, text, _segments(template, turns, text))
-    return Rendered(prompt, _turn_start(template, turns, text, prompt.token_offsets))
+    segments = _segments(template, turns, text)
+    prompt = tokenize_rendered(tokenizer, text, segments, add_special_tokens=add_special_tokens)
+    added = prompt.segments[0].start - segments[0].start  # characters that the tokenizer put before it
+    offsets = [offset - added for offset in prompt.token_offsets]
+    return Rendered(prompt, _turn_start(template, turns, text, offsets))
 
 
 class _Template:
     """A model's chat template, with what a request sets in it and the tools it is to show."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, model: str, variables: dict[str, Any]) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, model: str, variables: dict[str, Any], ending: Ending
+    ) -> None:
         """Take a request's variables. One that the template does not use has no effect, and the log says so.
 
         Raises:
             ApiError: if one is not the client's to set.
         """
         self._tokenizer = tokenizer
+        self.ending = ending
         self._shown: list[dict[str, Any]] | None = None
         self._variables: dict[str, Any] = {}
         if not variables:
@@ -130,11 +146,21 @@ class _Template:
             has_system = False
         return plain_turns(messages, tools, has_system=has_system)
 
-    def render(self, turns: list[Turn], *, start_reply: bool) -> str:
-        """Render turns to text."""
+    def render(self, turns: list[Turn], *, whole: bool = True) -> str:
+        """Render turns to text.
+
+        Args:
+            turns: who says what.
+            whole: whether they are the whole conversation, which ends as the request says, or its beginning.
+        """
         messages = [message for turn in turns for message in turn.messages]
         rendered: Any = self._tokenizer.apply_chat_template(
-            messages, tools=self._shown, tokenize=False, add_generation_prompt=start_reply, **self._variables
+            messages,
+            tools=self._shown,
+            tokenize=False,
+            add_generation_prompt=whole and self.ending == "reply",
+            continue_final_message=whole and self.ending == "open",
+            **self._variables,
         )
         return str(rendered)
 
@@ -168,8 +194,10 @@ def _segments(template: _Template, turns: list[Turn], text: str) -> list[Segment
     segments: list[Segment] = []
     start = 0
     for count, turn in enumerate(turns, start=1):
+        if count == len(turns) and template.ending == "open":
+            return [*segments, Segment(turn.role, start, len(text))]
         try:
-            so_far = template.render(turns[:count], start_reply=False)
+            so_far = template.render(turns[:count], whole=False)
         except REFUSALS:  # some templates refuse a conversation that stops here
             return [Segment(PROMPT, 0, len(text))]
         if not text.startswith(so_far) or len(so_far) < start:
@@ -185,7 +213,8 @@ def _turn_start(template: _Template, turns: list[Turn], text: str, offsets: list
     If they cannot be found in what the template made of them, it is the first of its words, or the first token of all:
     rather kept twice than not at all.
     """
-    last = max((place for place, turn in enumerate(turns) if turn.role == "assistant"), default=None)
+    said = turns[:-1] if template.ending == "open" else turns  # a message that is left open belongs to this turn
+    last = max((place for place, turn in enumerate(said) if turn.role == "assistant"), default=None)
     if last is None:
         return 0
     start = _begins(template, turns, last, text)
@@ -202,7 +231,7 @@ def _begins(template: _Template, turns: list[Turn], place: int, text: str) -> in
     said, *others = turns[place].messages
     marked = Turn(turns[place].role, [{**said, "content": _marked(said["content"])}, *others], "")
     try:
-        changed = template.render([*turns[:place], marked, *turns[place + 1 :]], start_reply=True)
+        changed = template.render([*turns[:place], marked, *turns[place + 1 :]])
     except REFUSALS:
         return None
     return next((at for at, (old, new) in enumerate(zip(text, changed, strict=False)) if old != new), None)

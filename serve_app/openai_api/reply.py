@@ -55,8 +55,16 @@ class ToolCallArguments:
 ReplyPart = ContentDelta | ReasoningDelta | ToolCallStart | ToolCallArguments
 
 
-def reasoning_mode(template_source: str, prompt_text: str) -> Reasoning:
-    """Say how a reply begins, from the model's chat template and the prompt it made."""
+def reasoning_mode(template_source: str, prompt_text: str, prefill: str = "") -> Reasoning:
+    """Say how a reply begins, from the model's chat template and the prompt it made.
+
+    Args:
+        template_source: the template.
+        prompt_text: the prompt.
+        prefill: how the message begins that the reply continues, if it continues one.
+    """
+    if prefill.strip():
+        return "started" if prefill.rfind(THINK_START) > prefill.rfind(THINK_END) else "none"
     prompt = prompt_text.rstrip()
     if prompt.endswith(THINK_START):
         return "started"

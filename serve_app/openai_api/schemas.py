@@ -172,10 +172,42 @@ class Probed(TypedDict):
     probes: NotRequired[Annotated[list[ProbeScores], Field(description="Present if asked for.")]]
 
 
+class Told(TypedDict):
+    """The part of a choice that says what ended it, and which tokens it has; vLLM's, as `prompt_logprobs` is."""
+
+    stop_reason: Annotated[
+        int | str | None, Field(description="The stop string or stop token that ended it, if the request named it.")
+    ]
+    token_ids: Annotated[
+        list[int] | None, Field(description="With `return_token_ids`, probes or rows: all that were generated.")
+    ]
+
+
+class ToldSoFar(TypedDict):
+    """The same of a chunk: the tokens since the last; `stop_reason` comes with `finish_reason`."""
+
+    stop_reason: NotRequired[int | str | None]
+    token_ids: NotRequired[list[int]]
+
+
+class PromptToken(TypedDict):
+    """How likely a token was at a position of the prompt, and its place among all tokens there, from 1."""
+
+    logprob: float
+    rank: Annotated[int, Field(ge=1)]
+    decoded_token: str
+
+
+PromptIds = Annotated[list[int] | None, Field(description="With `return_token_ids`, probes or rows.")]
+PromptLogprobs = Annotated[
+    list[dict[str, PromptToken] | None] | None,
+    Field(description="With `prompt_logprobs`: per position, by token id, its own token and the most likely ones."),
+]
+
 ChatFinishReason = FinishReason | Literal["tool_calls"]
 
 
-class ChatChoice(Probed):
+class ChatChoice(Told, Probed):
     """One of `n` replies."""
 
     index: Count
@@ -190,6 +222,8 @@ class ChatCompletion(Reply):
     object: Literal["chat.completion"]
     choices: Annotated[list[ChatChoice], Field(min_length=1)]
     usage: Usage
+    prompt_token_ids: PromptIds
+    prompt_logprobs: PromptLogprobs
 
 
 class FunctionDelta(TypedDict):
@@ -217,7 +251,7 @@ class ChatDelta(TypedDict):
     tool_calls: NotRequired[list[ToolCallDelta]]
 
 
-class ChatChunkChoice(Probed):
+class ChatChunkChoice(ToldSoFar, Probed):
     """What a chunk adds to one of `n` replies."""
 
     index: Count
@@ -231,6 +265,7 @@ class ChatCompletionChunk(Counted, Reply):
 
     object: Literal["chat.completion.chunk"]
     choices: list[ChatChunkChoice]
+    prompt_token_ids: NotRequired[Annotated[list[int], Field(description="In the first chunk, if asked for.")]]
 
 
 class CompletionLogprobs(TypedDict):
@@ -242,13 +277,15 @@ class CompletionLogprobs(TypedDict):
     text_offset: list[int]
 
 
-class CompletionChoice(Probed):
+class CompletionChoice(Told, Probed):
     """One of `n` continuations of a prompt."""
 
     index: Count
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason
+    prompt_token_ids: PromptIds
+    prompt_logprobs: PromptLogprobs
 
 
 class Completion(Reply):
@@ -259,13 +296,14 @@ class Completion(Reply):
     usage: Usage
 
 
-class CompletionChunkChoice(Probed):
+class CompletionChunkChoice(ToldSoFar, Probed):
     """What a chunk adds to one of `n` continuations."""
 
     index: Count
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: FinishReason | None
+    prompt_token_ids: NotRequired[Annotated[list[int], Field(description="In a choice's first chunk, if asked for.")]]
 
 
 class CompletionChunk(Counted, Reply):
@@ -316,7 +354,22 @@ class Tokens(TypedDict):
     tokens: list[int]
     count: Count
     max_model_len: Annotated[int | None, Field(ge=1, description="Null if the model sets no limit.")]
-    token_strs: NotRequired[Annotated[list[str], Field(description="Present if asked for.")]]
+    token_strs: Annotated[list[str] | None, Field(description="Null if not asked for.")]
+
+
+class TokenizerInfo(TypedDict):
+    """The model's tokenizer, for clients that render and tokenize as the server does."""
+
+    tokenizer_class: str
+    model_max_length: Annotated[int | None, Field(description="Null if the tokenizer sets no limit.")]
+    vocab_size: Count
+    bos_token: str | None
+    eos_token: str | None
+    pad_token: str | None
+    unk_token: str | None
+    additional_special_tokens: list[str]
+    added_tokens_decoder: Annotated[dict[str, str], Field(description="Tokens beside the vocabulary, by their ids.")]
+    chat_template: str | None
 
 
 class DetokenizedText(TypedDict):

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, model_validator
+from transformers import PreTrainedTokenizerBase
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 
 from roentgen.contract import no_booleans
 from serve_app.engines.served_model import ServedModel
@@ -11,14 +13,14 @@ from serve_app.models.tokenization import tokenize_text
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.messages import Message, Tool, Wire
 from serve_app.openai_api.prompt import render
-from serve_app.openai_api.schemas import DetokenizedText, Tokens
+from serve_app.openai_api.schemas import DetokenizedText, TokenizerInfo, Tokens
 
 
 class TokenizeRequest(Wire):
     """Exactly one of `prompt` and `messages`."""
 
-    model: str
-    """The served model."""
+    model: str | None = None
+    """The served model; lm-eval's remote tokenizer names none."""
     prompt: str | None = None
     """Raw text."""
     messages: list[Message] | None = Field(default=None, min_length=1)
@@ -27,8 +29,12 @@ class TokenizeRequest(Wire):
     """On offer in it."""
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
     """For the template."""
-    add_special_tokens: bool = True
-    """Whether raw text gets the tokens that begin a text."""
+    add_generation_prompt: bool = True
+    """Whether a conversation ends with the words that begin a reply."""
+    continue_final_message: bool = False
+    """Whether its last message is left open."""
+    add_special_tokens: bool | None = None
+    """Whether the tokenizer adds what begins, or ends, a text; by default to raw text, and not to what a template made."""
     return_token_strs: bool = False
     """Whether to return each token's text."""
 
@@ -36,13 +42,19 @@ class TokenizeRequest(Wire):
     def _one_of_two(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
             raise ValueError("prompt: send either prompt or messages")
+        if (
+            self.continue_final_message
+            and self.add_generation_prompt
+            and "add_generation_prompt" in self.model_fields_set
+        ):
+            raise ValueError("continue_final_message: a message that is left open needs add_generation_prompt: false")
         return self
 
 
 class DetokenizeRequest(Wire):
     """Tokens to turn into text."""
 
-    model: str
+    model: str | None = None
     tokens: Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(no_booleans)]
 
 
@@ -63,8 +75,45 @@ def check_tokens(token_ids: Sequence[int], n_tokens: int | None, param: str) -> 
         raise ApiError(400, f"{param}: {wrong} is not a token; the model has 0–{n_tokens - 1}", param=param)
 
 
+def bad_word_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
+    """Return the sequences of tokens that words are, at the beginning of a text and, where it is as long, in the middle.
+
+    That is vLLM's rule. A word may still be spelled by other tokens than the tokenizer's own.
+
+    Raises:
+        ApiError: if a word has no tokens.
+    """
+    found: dict[tuple[int, ...], None] = {}
+    for word in words:
+        first, inner = (tuple(tokenizer.encode(space + word.lstrip(), add_special_tokens=False)) for space in ("", " "))
+        if not first:
+            raise ApiError(400, f"bad_words: {word!r} has no tokens", param="bad_words")
+        found[first] = None
+        if len(inner) == len(first) and inner[0] != first[0]:
+            found[inner] = None
+    return tuple(found)
+
+
+def tokenizer_info(model: ServedModel) -> TokenizerInfo:
+    """Return what a client needs to render and tokenize as this server does; lm-eval's remote tokenizer asks for it."""
+    tokenizer, limit = model.tokenizer, model.tokenizer.model_max_length
+    added = tokenizer.added_tokens_decoder
+    return {
+        "tokenizer_class": type(tokenizer).__name__,
+        "model_max_length": limit if limit < VERY_LARGE_INTEGER else None,
+        "vocab_size": len(tokenizer),
+        "bos_token": tokenizer.bos_token,
+        "eos_token": tokenizer.eos_token,
+        "pad_token": tokenizer.pad_token,
+        "unk_token": tokenizer.unk_token,
+        "additional_special_tokens": [token.content for token in added.values() if token.special],
+        "added_tokens_decoder": {str(token_id): token.content for token_id, token in added.items()},
+        "chat_template": tokenizer.get_chat_template() if tokenizer.chat_template is not None else None,
+    }
+
+
 def tokenize(model: ServedModel, request: TokenizeRequest) -> Tokens:
-    """Return `{tokens, count, max_model_len}` and, if asked, `token_strs`."""
+    """Return `{tokens, count, max_model_len, token_strs}`."""
     if request.messages is not None:
         token_ids = render(
             model.tokenizer,
@@ -72,14 +121,20 @@ def tokenize(model: ServedModel, request: TokenizeRequest) -> Tokens:
             model.source.name,
             tools=request.tools,
             template_kwargs=request.chat_template_kwargs,
+            ending="open" if request.continue_final_message else "reply" if request.add_generation_prompt else "none",
+            add_special_tokens=bool(request.add_special_tokens),
         ).prompt.token_ids
     else:
-        raw = tokenize_text(model.tokenizer, request.prompt or "", add_special_tokens=request.add_special_tokens)
+        raw = tokenize_text(
+            model.tokenizer, request.prompt or "", add_special_tokens=request.add_special_tokens is not False
+        )
         token_ids = raw.prompt.token_ids
-    reply: Tokens = {"tokens": token_ids, "count": len(token_ids), "max_model_len": model.context_length}
-    if request.return_token_strs:
-        reply["token_strs"] = model.tokenizer.convert_ids_to_tokens(token_ids)
-    return reply
+    return {
+        "tokens": token_ids,
+        "count": len(token_ids),
+        "max_model_len": model.context_length,
+        "token_strs": model.tokenizer.convert_ids_to_tokens(token_ids) if request.return_token_strs else None,
+    }
 
 
 def detokenize(model: ServedModel, request: DetokenizeRequest) -> DetokenizedText:

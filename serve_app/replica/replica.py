@@ -29,7 +29,7 @@ from serve_app.models.sources import ModelSource
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.completions import CompletionRequest
 from serve_app.openai_api.errors import ApiError, internal_error
-from serve_app.openai_api.tokenize import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
+from serve_app.openai_api.tokenize import DetokenizeRequest, TokenizeRequest, detokenize, tokenize, tokenizer_info
 from serve_app.replica.model_slot import ModelSlot
 from serve_app.requests.generation import Served, generate
 from serve_app.requests.planning import Plan, describe_all, plan_chat, plan_completion
@@ -145,10 +145,15 @@ class ModelReplica:
         """Turn tokens into text: `{"reply": …}` or `{"error": …}`."""
         return self._answer(request, detokenize)
 
+    async def tokenizer_info(self) -> dict[str, Any]:
+        """Describe the tokenizer: `{"reply": …}` or `{"error": …}`."""
+        return self._answer(None, lambda model, _: tokenizer_info(model))
+
     def _answer(self, request: Any, answer: Callable[[ServedModel, Any], Any]) -> dict[str, Any]:
         try:
             with self._slot.use() as served:
-                _check_model(request.model, served.model.source)
+                if request is not None and request.model is not None:
+                    _check_model(request.model, served.model.source)
                 return {"reply": answer(served.model, request)}
         except Exception as error:  # noqa: BLE001 - it leaves as data
             return _error(error)

@@ -16,9 +16,10 @@ from serve_app.capture.rows import CapturePlan
 from serve_app.capture.steering import Addition
 from serve_app.config import ServerConfig
 from serve_app.engines.constraints import Grammar
+from serve_app.engines.served_model import ServedModel
 from serve_app.engines.storage import Done
 from serve_app.models.context import UNBOUNDED
-from serve_app.models.tokenization import ASSISTANT, COMPLETION
+from serve_app.models.tokenization import ASSISTANT, COMPLETION, cut_prompt
 from serve_app.openai_api.chat import ChatReply, ChatRequest
 from serve_app.openai_api.completions import CompletionReply, CompletionRequest, raw_prompt
 from serve_app.openai_api.errors import ApiError, refused
@@ -29,7 +30,7 @@ from serve_app.openai_api.prompt import render
 from serve_app.openai_api.reply import Reasoning, reasoning_mode
 from serve_app.openai_api.schemas import Kept
 from serve_app.openai_api.seed_spelling import older_key
-from serve_app.openai_api.tokenize import check_tokens
+from serve_app.openai_api.tokenize import bad_word_tokens, check_tokens
 from serve_app.requests.generation import Choice, Served
 from serve_app.requests.probes_and_steering import resolve_probes, resolve_steering, steering_label
 
@@ -61,33 +62,44 @@ def plan_chat(served: Served, request: ChatRequest, config: ServerConfig) -> Pla
     model = served.model
     tools = request.tools if request.calls_tools else []
     rendered = render(
-        model.tokenizer, request.messages, model.source.name, tools=tools, template_kwargs=request.chat_template_kwargs
+        model.tokenizer,
+        request.messages,
+        model.source.name,
+        tools=tools,
+        template_kwargs=request.chat_template_kwargs,
+        ending=request.ending,
+        add_special_tokens=request.add_special_tokens,
     )
-    prompt = rendered.prompt
-    check_tokens(prompt.token_ids, model.n_embeddings, "messages")
+    check_tokens(rendered.prompt.token_ids, model.n_embeddings, "messages")
+    keep = _kept_tokens(served, request, request.token_limit)
+    prompt = rendered.prompt if keep is None else cut_prompt(rendered.prompt, keep, request.truncation_side)
     max_tokens = _max_tokens(served, prompt, request.token_limit, "messages")
     probes = resolve_probes(model, request.probes, config.probes)
     steering = resolve_steering(model, request.steering, config.probes)
-    first = rendered.turn_start if request.capture and request.capture.since == "turn" else 0
+    cut = rendered.prompt.n_prompt - prompt.n_prompt if request.truncation_side == "left" else 0
+    first = max(rendered.turn_start - cut, 0) if request.capture and request.capture.since == "turn" else 0
     asked, capture, spelling = _capture(served, request, prompt, max_tokens, config, steering, first=first)
     template = model.tokenizer.chat_template
-    reasoning = reasoning_mode(template if isinstance(template, str) else str(template), prompt.text)
+    prefill = request.messages[-1].content if request.continue_final_message else ""
+    reasoning = reasoning_mode(template if isinstance(template, str) else str(template), prompt.text, prefill)
     grammar = _grammar(request, reasoning)
+    bad_words = _check_named_tokens(model, request)
     choices = [
         Choice(
             prompt=prompt,
-            sampling=request.sampling(max_tokens, number, request.top_logprobs),
+            sampling=request.sampling(max_tokens, number, request.top_logprobs, bad_words),
             role=ASSISTANT,
             asked=asked,
             plan=capture,
             grammar=grammar,
+            score_prompt=request.prompt_logprobs is not None,
             probes=probes,
             steering=steering,
         )
         for number in range(request.n)
     ]
     request_id = f"chatcmpl-{str(ULID()).lower()}"
-    reply = ChatReply(request, request_id, model.tokenizer, reasoning, prompt.n_prompt, probes)
+    reply = ChatReply(request, request_id, model.tokenizer, reasoning, prompt.n_prompt, probes, prompt.token_ids)
     return Plan(choices, reply, asked, spelling)
 
 
@@ -97,6 +109,9 @@ def _grammar(request: ChatRequest, reasoning: Reasoning) -> Grammar | None:
     if request.calls_tools:
         choice = request.tool_choice or "auto"
         return tool_call_grammar(request.tools, choice, request.parallel_tool_calls, answer=answer, reasoning=reasoning)
+    if request.structured is not None:
+        param, outputs = request.structured
+        return outputs.to_grammar(param, reasoning=reasoning)
     return None if answer is None else answer_grammar(answer, reasoning=reasoning)
 
 
@@ -117,11 +132,16 @@ def plan_completion(served: Served, request: CompletionRequest, config: ServerCo
         )
         for prompt in request.prompts
     ]
+    keep = _kept_tokens(served, request, request.max_tokens)
+    if keep is not None:
+        prompts = [raw.cut(keep, request.truncation_side) for raw in prompts]
     asked_for = request.capture
     if asked_for is not None and asked_for.key is not None and len(prompts) > 1:
         raise refused("activations.key", "a key names one rollout; send one prompt")
     probes = resolve_probes(served.model, request.probes, config.probes)
     steering = resolve_steering(served.model, request.steering, config.probes)
+    grammar = request.structured[1].to_grammar(request.structured[0]) if request.structured else None
+    bad_words = _check_named_tokens(served.model, request)
     choices = []
     spelling: dict[str, str] = {}
     for prompt in (raw.prompt for raw in prompts):
@@ -130,11 +150,12 @@ def plan_completion(served: Served, request: CompletionRequest, config: ServerCo
         choices += [
             Choice(
                 prompt=prompt,
-                sampling=request.sampling(max_tokens, number, request.logprobs or 0),
+                sampling=request.sampling(max_tokens, number, request.logprobs or 0, bad_words),
                 role=COMPLETION,
                 asked=asked,
                 plan=capture,
-                score_prompt=request.echo and request.logprobs is not None,
+                grammar=grammar,
+                score_prompt=(request.echo and request.logprobs is not None) or request.prompt_logprobs is not None,
                 probes=probes,
                 steering=steering,
             )
@@ -161,13 +182,34 @@ def describe_all(plan: Plan, dones: Sequence[Done]) -> Kept:
     return {"activations": {"session_id": chosen[0]["session_id"], "rollouts": chosen}}
 
 
+def _kept_tokens(served: Served, request: GenerationParams, limit: int | None) -> int | None:
+    """Return how many tokens of a prompt are kept, None for all; -1 keeps as many as fit beside the completion's."""
+    keep = request.truncate_prompt_tokens
+    return _context(served) - (1 if limit is None else limit) if keep == -1 else keep
+
+
+def _check_named_tokens(model: ServedModel, request: GenerationParams) -> tuple[tuple[int, ...], ...]:
+    """Check the tokens that a request names; returns those of its `bad_words`.
+
+    Raises:
+        ApiError: naming the first that the model does not know.
+    """
+    for param in ("logit_bias", "stop_token_ids", "allowed_token_ids", "logprob_token_ids"):
+        check_tokens(list(getattr(request, param) or ()), model.vocab_size, param)
+    return bad_word_tokens(model.tokenizer, request.bad_words)
+
+
+def _context(served: Served) -> int:
+    return min(served.model.context_length or UNBOUNDED, served.engine.capacity)
+
+
 def _max_tokens(served: Served, prompt: TokenizedText, limit: int | None, param: str) -> int:
     """Return how many tokens a completion may have.
 
     Raises:
         ApiError: if prompt and completion do not fit into the context.
     """
-    context = min(served.model.context_length or UNBOUNDED, served.engine.capacity)
+    context = _context(served)
     left = context - prompt.n_prompt
     if left < (1 if limit is None else limit):
         completion = f" and the completion may take {limit}" if limit else ""
@@ -191,8 +233,6 @@ def _capture(
     first: int = 0,
 ) -> tuple[ActivationRequest | None, CapturePlan | None, dict[str, str]]:
     """Resolve what a request wants to keep, and how its reply is to spell the keys; a steered one is labelled so."""
-    check_tokens(list(request.logit_bias), served.model.vocab_size, "logit_bias")
-    check_tokens(request.stop_token_ids, served.model.vocab_size, "stop_token_ids")
     asked = request.capture
     if asked is None:
         return None, None, {}

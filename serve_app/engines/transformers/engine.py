@@ -26,6 +26,7 @@ import math
 import threading
 import time
 from collections import Counter, deque
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -49,7 +50,7 @@ from serve_app.engines.transformers.kv_cache import BatchRows, SlotRows, StaticR
 from serve_app.engines.transformers.model import LoadedModel
 from serve_app.engines.transformers.model_cache import Step, find_out
 from serve_app.engines.transformers.running import Prefill, Running
-from serve_app.engines.transformers.sampling import choose, score
+from serve_app.engines.transformers.sampling import choose, score, score_named
 
 log = logging.getLogger(__name__)
 
@@ -378,6 +379,9 @@ class TransformersEngine:
             rows = slice(start, start + height)
             chosen += choose(logits[rows], samplers[rows])
             scores += score(logits[rows], chosen[rows], top[rows])
+        for row, one in enumerate(running):
+            if named := one.job.sampling.logprob_token_ids:
+                scores[row] = replace(scores[row], top=score_named(logits[row], (chosen[row], *named)))
         staying = []
         for row, one in enumerate(running):
             try:

@@ -16,7 +16,7 @@ from serve_app.engines.completion import Completion
 from serve_app.engines.protocol import Failed, FinishReason, GenerationJob, TextDelta, TokenScore
 from serve_app.engines.text import TextStream
 from serve_app.engines.transformers.model import LoadedModel
-from serve_app.engines.transformers.sampling import Sampler, score
+from serve_app.engines.transformers.sampling import Sampler, score_prompt
 
 log = logging.getLogger(__name__)
 
@@ -34,14 +34,20 @@ class Running(Completion):
     @classmethod
     def start(cls, job: GenerationJob, model: LoadedModel, memory: RowMemory) -> "Running":
         """Begin a job, whose rows will lie in `memory`."""
-        ends = model.eos_token_ids | job.sampling.stop_token_ids
+        sampling, ends = job.sampling, job.sampling.ends(model.eos_token_ids)
         tapped = {tap.module for tap in job.capture.taps.values()} if job.capture else set()
         tapped |= {scorer.tap.module for scorer in job.probes}
         return cls(
             job=job,
-            text=TextStream(model.tokenizer.backend_tokenizer, job.sampling.stop, model.markers, job.prompt_ids),
+            text=TextStream(
+                model.tokenizer.backend_tokenizer,
+                sampling.stop,
+                model.markers,
+                job.prompt_ids,
+                include_stop=sampling.include_stop,
+            ),
             ends=ends,
-            sampler=Sampler(job.sampling, job.prompt_ids, ends, job.constraint),
+            sampler=Sampler(sampling, job.prompt_ids, ends, job.constraint),
             rows=RequestRows(job.capture, len(job.prompt_ids), memory) if job.capture else None,
             probed=RequestScores(job.probes) if job.probes else None,
             all_logits=job.score_prompt or model.head in tapped,
@@ -142,4 +148,4 @@ class Prefill:
             following = self.tokens[row, first + 1 : self.done + logits.shape[1] + 1].tolist()
             if one.job.score_prompt and following and not one.token_ids:
                 values = logits[row, first - self.done : first - self.done + len(following)].float()
-                one.prompt_scores += score(values, following, [one.job.sampling.top_logprobs] * len(following))
+                one.prompt_scores += score_prompt(values, following, one.job.sampling)

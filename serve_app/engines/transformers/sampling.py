@@ -1,12 +1,14 @@
 """Chooses the next token of each row of a batch, by each row's own settings and its own random stream.
 
 Everything that is the same for all rows runs once for the batch, on the model's device. A token is drawn by adding noise to
-the logits of those that top_k and top_p keep and taking the largest, which is the same as drawing from their softmax
+the logits of those that top_k, top_p and min_p keep and taking the largest, which is the same as drawing from their softmax
 (`noise`). A token's noise depends on the request's seed, on how many tokens the request has, and on the token's id; so a seed
 means the same whatever runs beside it, and logits that differ by a rounding rarely give another token.
 """
 
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -17,7 +19,7 @@ from serve_app.engines.protocol import Constraint, ConstraintError, Sampling, To
 from serve_app.engines.transformers.noise import gumbel
 
 FEW = 1024
-"""Tokens in which top_k and top_p are looked for first; sorting a whole vocabulary costs much more."""
+"""Tokens in which those that are kept are looked for first; sorting a whole vocabulary costs much more."""
 
 
 class Sampler:
@@ -50,6 +52,8 @@ class Sampler:
         self._ends = sorted(end_token_ids)
         self._counts: Counter[int] = Counter()
         self._prompt = set(prompt_ids) if sampling.repetition_penalty != 1 else set()
+        self._words = sampling.bad_words
+        self._last: deque[int] = deque(maxlen=max(map(len, self._words), default=1) - 1)
 
     def key(self) -> tuple[int, int]:
         """Draw the key of the next token's noise from the stream, two numbers of 32 bits."""
@@ -59,6 +63,7 @@ class Sampler:
     def saw(self, token: int) -> None:
         """Remember a generated token."""
         self._counts[token] += 1
+        self._last.append(token)
         if self._constraint is not None and self.failure is None:
             try:
                 self._constraint.accept(token)
@@ -75,11 +80,13 @@ class Sampler:
             or s.presence_penalty
             or s.frequency_penalty
             or s.repetition_penalty != 1
+            or s.allowed_token_ids is not None
+            or s.bad_words
             or self._counts.total() < s.min_tokens
         )
 
     def adjust(self, logits: Float[Tensor, "vocab"]) -> None:
-        """Apply biases, penalties, the least length and the constraint to one row of logits, in place."""
+        """Apply biases, penalties and what may not come to one row of logits, in place."""
         s, device = self.sampling, logits.device
         if s.repetition_penalty != 1 and (known := sorted(self._prompt | self._counts.keys())):
             index = torch.tensor(known, device=device)
@@ -95,11 +102,21 @@ class Sampler:
             logits[index] += torch.tensor(list(s.logit_bias.values()), device=device, dtype=logits.dtype)
         if self._counts.total() < s.min_tokens and self._ends:
             logits[torch.tensor(self._ends, device=device)] = -torch.inf
+        if s.allowed_token_ids is not None:
+            index = torch.tensor(s.allowed_token_ids, device=device)
+            logits.copy_(torch.full_like(logits, -torch.inf).index_copy_(0, index, logits[index]))
+        if ruled_out := self._completing():
+            logits[torch.tensor(ruled_out, device=device)] = -torch.inf
         if self._constraint is not None and self.failure is None:
             try:
                 self._constraint.mask(logits)
             except ConstraintError as error:
                 self.failure = error  # this request's alone: the others in the batch go on
+
+    def _completing(self) -> list[int]:
+        """Return the tokens that would complete a bad word."""
+        last = tuple(self._last)
+        return [end for *before, end in self._words if not before or last[-len(before) :] == tuple(before)]
 
 
 def choose(logits: Float[Tensor, "batch vocab"], samplers: list[Sampler]) -> list[int]:
@@ -119,7 +136,7 @@ def choose(logits: Float[Tensor, "batch vocab"], samplers: list[Sampler]) -> lis
     cut: list[int] = []
     for row, sampler in enumerate(samplers):
         if (s := sampler.sampling).temperature > 0:
-            (free if s.top_k == 0 and s.top_p >= 1 else cut).append(row)
+            (free if s.top_k == 0 and s.top_p >= 1 and s.min_p == 0 else cut).append(row)
     for rows in _together(free, logits.device):
         scaled, settings, keys = _scaled(logits, samplers, rows)
         ids = torch.arange(logits.shape[-1], device=logits.device).expand(len(rows), -1)
@@ -151,7 +168,7 @@ def _rows(values: Tensor, rows: list[int]) -> Tensor:
 def _sample_cut(
     scaled: Float[Tensor, "rows vocab"], settings: list[Sampling], keys: list[tuple[int, int]]
 ) -> list[int]:
-    """Draw a token per row from those that top_k and top_p keep."""
+    """Draw a token per row from those that top_k, top_p and min_p keep."""
     tokens = [0] * len(settings)
     left = list(range(len(settings)))
     # A few tokens nearly always hold all that is kept; the whole vocabulary is sorted only for rows where they do not.
@@ -172,7 +189,7 @@ def _together(rows: list[int], device: torch.device) -> list[list[int]]:
 def _kept(
     scaled: Float[Tensor, "rows vocab"], settings: list[Sampling], count: int
 ) -> tuple[Float[Tensor, "rows tokens"], Int[Tensor, "rows tokens"], list[bool]]:
-    """Find what top_k and top_p keep among the `count` most likely tokens.
+    """Find what top_k, top_p and min_p keep among the `count` most likely tokens.
 
     Returns:
         The logits of these tokens, minus infinity for those that are not kept; their ids; and per row, whether all that is
@@ -185,6 +202,10 @@ def _kept(
     kept = ordered * (torch.arange(count, device=scaled.device) < top_k)
     enough = (ordered.sum(-1, keepdim=True) >= top_p) | (top_k <= count)
     kept = nucleus(kept / torch.where(top_k < vocabulary, kept.sum(-1, keepdim=True), 1), top_p)
+    if any(s.min_p for s in settings):
+        least = ordered[:, :1] * _column([s.min_p for s in settings], scaled)
+        kept = kept.masked_fill(ordered < least, 0)
+        enough |= ordered[:, -1:] < least
     return scaled.gather(-1, ids).masked_fill_(kept == 0, -torch.inf), ids, enough[:, 0].tolist()
 
 
@@ -212,6 +233,28 @@ def nucleus(ordered: Float[Tensor, "rows tokens"], top_p: Float[Tensor, "rows 1"
     """
     before = ordered.cumsum(-1) - ordered
     return ordered * ((before < top_p) | (top_p >= 1))
+
+
+def score_named(logits: Float[Tensor, "vocab"], tokens: Sequence[int]) -> tuple[tuple[int, float], ...]:
+    """Return how likely some tokens were at one position, each with its logprob, as `TokenScore.top` has them."""
+    index = torch.tensor(list(dict.fromkeys(tokens)), device=logits.device)
+    return tuple(zip(index.tolist(), (logits[index] - logits.logsumexp(-1)).tolist(), strict=True))
+
+
+def score_prompt(logits: Float[Tensor, "rows vocab"], tokens: list[int], sampling: Sampling) -> list[TokenScore]:
+    """Return how likely tokens of a prompt were, as `score` does, with their ranks if `sampling.prompt_logprobs` is set.
+
+    Args:
+        logits: the model's at the position before each token, in float32.
+        tokens: the tokens.
+        sampling: says how many of the most likely tokens to report beside each.
+    """
+    found = score(logits, tokens, [max(sampling.top_logprobs, sampling.prompt_logprobs or 0)] * len(tokens))
+    if sampling.prompt_logprobs is None:
+        return found
+    own = logits.gather(-1, torch.tensor(tokens, device=logits.device)[:, None])
+    ranks = 1 + (logits > own).sum(-1)
+    return [replace(one, rank=rank) for one, rank in zip(found, ranks.tolist(), strict=True)]
 
 
 def score(logits: Float[Tensor, "rows vocab"], tokens: list[int], top: list[int]) -> list[TokenScore]:

@@ -279,10 +279,16 @@ class VllmEngine:
         """Generate a job's tokens."""
         order = Order(job_id, job.capture, job.steering) if job.capture is not None or job.steering else None
         model, sampling = self._model, job.sampling
-        ends = model.eos_token_ids | sampling.stop_token_ids
+        ends = sampling.ends(model.eos_token_ids)
         completion = Completion(
             job=job,
-            text=TextStream(model.tokenizer.backend_tokenizer, sampling.stop, model.markers, job.prompt_ids),
+            text=TextStream(
+                model.tokenizer.backend_tokenizer,
+                sampling.stop,
+                model.markers,
+                job.prompt_ids,
+                include_stop=sampling.include_stop,
+            ),
             ends=ends,
         )
         prompt_scores: list[TokenScore] = []
@@ -293,13 +299,15 @@ class VllmEngine:
         async for output in outputs:
             if output.prompt_logprobs and not prompt_scores:
                 prompt_scores = [
-                    token_score(token, found, sampling.top_logprobs)
+                    token_score(token, found, max(sampling.top_logprobs, sampling.prompt_logprobs or 0))
                     for token, found in zip(job.prompt_ids[1:], output.prompt_logprobs[1:], strict=True)
                 ]
             said = output.outputs[0]
             for token, found in zip(said.token_ids, said.logprobs, strict=True):
                 if reason is None and sampling.max_tokens:
-                    reason = completion.push(token, token_score(token, found, sampling.top_logprobs))
+                    reason = completion.push(
+                        token, token_score(token, found, sampling.top_logprobs, sampling.logprob_token_ids)
+                    )
             is_nan = bool(completion.scores) and math.isnan(completion.scores[-1].logprob)
             if is_nan and (failure := no_token(job)) is not None:
                 await outputs.aclose()

@@ -1,6 +1,6 @@
 """A job's sampling in vLLM's words, and vLLM's log-probabilities in ours. Choosing tokens is vLLM's own."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vllm import SamplingParams
@@ -26,35 +26,46 @@ def sampling_params(job: GenerationJob, ends: frozenset[int], order: Order | Non
     """
     s = job.sampling
     follow = job.constraint.grammar if job.constraint is not None else None
-    return SamplingParams(
+    params = SamplingParams(
         temperature=s.temperature,
         top_p=s.top_p if s.top_p > 0 else 1.0,
         top_k=s.top_k if s.top_p > 0 else 1,  # the smallest set with no probability at all is the most likely token
+        min_p=s.min_p,
         seed=None if s.seed is None else s.seed % SEEDS,
         max_tokens=max(s.max_tokens, 1),  # reading a prompt takes a token with it, which is thrown away
         min_tokens=min(s.min_tokens, max(s.max_tokens, 1)),
         stop_token_ids=sorted(ends),
         ignore_eos=True,  # those are all of them
+        allowed_token_ids=None if s.allowed_token_ids is None else list(s.allowed_token_ids),
         presence_penalty=s.presence_penalty,
         frequency_penalty=s.frequency_penalty,
         repetition_penalty=s.repetition_penalty,
         logit_bias=dict(s.logit_bias) or None,
-        logprobs=s.top_logprobs,
-        prompt_logprobs=s.top_logprobs if job.score_prompt else None,
+        logprobs=len(s.logprob_token_ids) or s.top_logprobs,
+        logprob_token_ids=list(s.logprob_token_ids) or None,
+        prompt_logprobs=max(s.top_logprobs, s.prompt_logprobs or 0) if job.score_prompt else None,
         structured_outputs=StructuredOutputsParams(grammar=follow) if follow is not None else None,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA if job.stream or s.stop else RequestOutputKind.FINAL_ONLY,
         extra_args={EXTRA: pack(order)} if order is not None else None,
     )
+    # vLLM would make tokens of words; which tokens a word has is the same code for both engines.
+    params._bad_words_token_ids = [list(word) for word in s.bad_words] or None
+    return params
 
 
-def token_score(token: int, found: Mapping[int, Any], top: int) -> TokenScore:
+def token_score(token: int, found: Mapping[int, Any], top: int, named: Sequence[int] = ()) -> TokenScore:
     """Return how likely a token was.
 
     Args:
         token: which.
-        found: vLLM's log-probabilities at its position, by token: its own and the most likely ones.
-        top: how many of those to report.
+        found: vLLM's log-probabilities at its position, by token: its own, and the most likely ones or the named ones.
+        top: how many of the most likely to report.
+        named: what to report in place of the most likely ones.
     """
+    if named:
+        told = dict.fromkeys((token, *named))
+        return TokenScore(found[token].logprob, tuple((other, found[other].logprob) for other in told))
     best = sorted((one.rank, other, one.logprob) for other, one in found.items() if one.rank is not None)[:top]
-    return TokenScore(found[token].logprob, tuple((other, logprob) for _, other, logprob in best))
+    top_tokens = tuple((other, logprob) for _, other, logprob in best)
+    return TokenScore(found[token].logprob, top_tokens, found[token].rank)

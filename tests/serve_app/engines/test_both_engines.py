@@ -211,6 +211,84 @@ def test_penalised_greedy_tokens_are_those_of_generate(under_test: Subject) -> N
     assert biased.token_ids == under_test.alone(PROMPTS[1], 60, bad_words_ids=[[token] for token in banned])
 
 
+def test_bad_words_are_left_out_as_generate_leaves_them_out(under_test: Subject) -> None:
+    plain = under_test.alone(PROMPTS[1], 40)
+    words = (tuple(plain[3:5]), tuple(plain[6:7]), tuple(plain[8:11]))
+    (said,) = run(under_test.engine, [Call(PROMPTS[1], replace(GREEDY, max_tokens=40, bad_words=words))])
+    assert said.token_ids == under_test.alone(PROMPTS[1], 40, bad_words_ids=[list(word) for word in words])
+    assert said.token_ids != plain
+
+
+def test_only_allowed_tokens_come(under_test: Subject) -> None:
+    few = replace(GREEDY, allowed_token_ids=(70, 80, 90))
+    greedy, drawn = run(
+        under_test.engine, [Call(PROMPTS[1], few), Call(PROMPTS[1], replace(few, temperature=2, seed=1))]
+    )
+    logprobs, _ = forward(under_test, PROMPTS[1] + greedy.token_ids)
+    best = logprobs[len(PROMPTS[1]) - 1 : -1, [70, 80, 90]].argmax(-1)
+    assert greedy.token_ids == [(70, 80, 90)[place] for place in best.tolist()]
+    assert set(drawn.token_ids) <= {70, 80, 90}
+    assert len(set(drawn.token_ids)) > 1
+
+
+def test_a_least_probability_leaves_out_what_is_less_likely(under_test: Subject) -> None:
+    hot = Sampling(60, temperature=1.5, seed=4, logit_bias={256: -100.0})
+    cut, free = run(under_test.engine, [Call(PROMPTS[1], replace(hot, min_p=0.75)), Call(PROMPTS[1], hot)])
+    for result, least in ((cut, True), (free, False)):
+        logprobs, _ = forward(under_test, PROMPTS[1] + result.token_ids)
+        at = logprobs[len(PROMPTS[1]) - 1 : -1] / hot.temperature
+        share = (at.gather(1, torch.tensor(result.token_ids)[:, None])[:, 0] - at.max(-1).values).exp()
+        assert bool(share.min() >= 0.75 - 1e-4) is least
+
+
+def test_the_models_own_end_is_ignored_if_it_is_to_be(under_test: Subject) -> None:
+    (end,) = under_test.model.eos_token_ids
+    wanted = replace(GREEDY, logit_bias={end: 100.0})
+    ended, going_on = run(
+        under_test.engine, [Call(PROMPTS[1], wanted), Call(PROMPTS[1], replace(wanted, ignore_eos=True))]
+    )
+    assert (ended.token_ids, ended.finish_reason, ended.stop_reason) == ([end], "stop", None)
+    assert (going_on.token_ids, going_on.finish_reason, going_on.text) == ([end] * 12, "length", "")
+
+
+def test_what_ended_it_is_told_and_is_text_if_it_is_to_be(under_test: Subject) -> None:
+    (free,) = run(under_test.engine, [Call(PROMPTS[1], ASCII)])
+    stop, token = free.text[3:6], free.token_ids[5]
+    by_text = replace(ASCII, stop=("no such thing", stop))
+    by_token = replace(ASCII, stop_token_ids=frozenset({token}))
+    asked = [by_text, replace(by_text, include_stop=True), by_token, replace(by_token, include_stop=True)]
+    calls = [Call(PROMPTS[1], sampling, stream=True) for sampling in asked]
+    results = run(under_test.engine, calls)
+    at, first = free.text.find(stop), free.token_ids.index(token)
+    assert [result.text for result in results] == [
+        free.text[:at], free.text[: at + 3], free.text[:first], free.text[: first + 1],
+    ]  # fmt: skip
+    assert [result.stop_reason for result in results] == [stop, stop, token, token]
+    for call, result in zip(calls, results, strict=True):
+        assert "".join(event.text for event in call.heard if isinstance(event, TextDelta)) == result.text
+
+
+def test_named_tokens_are_scored_beside_the_one_that_came(under_test: Subject) -> None:
+    sampling = Sampling(4, temperature=0, logprob_token_ids=(7, 250, 90))
+    (result,) = run(under_test.engine, [Call(PROMPTS[0], sampling)])
+    logprobs, _ = forward(under_test, PROMPTS[0] + result.token_ids)
+    for at, (token, score) in enumerate(zip(result.token_ids, result.scores, strict=True), start=2):
+        assert [named for named, _ in score.top] == list(dict.fromkeys((token, 7, 250, 90)))
+        for named, value in score.top:
+            assert value == pytest.approx(logprobs[at, named].item(), rel=1e-4, abs=1e-4)
+
+
+def test_a_prompts_tokens_have_ranks(under_test: Subject) -> None:
+    call = Call(PROMPTS[1], Sampling(1, temperature=0, prompt_logprobs=3))
+    call.job = replace(call.job, score_prompt=True)
+    (result,) = run(under_test.engine, [call])
+    logprobs, _ = forward(under_test, PROMPTS[1])
+    assert result.prompt_scores is not None
+    for at, (token, score) in enumerate(zip(PROMPTS[1][1:], result.prompt_scores, strict=True)):
+        assert score.rank == 1 + logprobs[at].argsort(descending=True).tolist().index(token)
+        assert [other for other, _ in score.top] == logprobs[at].topk(3).indices.tolist()
+
+
 def test_a_stop_token_ends_it_and_is_no_text(under_test: Subject) -> None:
     expected = under_test.alone(PROMPTS[1], 12)
     (result,) = run(under_test.engine, [Call(PROMPTS[1], replace(GREEDY, stop_token_ids=frozenset({expected[5]})))])

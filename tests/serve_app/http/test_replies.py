@@ -165,6 +165,22 @@ ASKED: dict[str, tuple[str, dict[str, Any]]] = {
     "text ended": (TEXT, {"prompt": "ab", "logit_bias": {"256": 100}, "logprobs": 1}),
     "text scored": (TEXT, {"prompt": "ab", "probes": [INLINE, "mine/layers.1.resid_post@all"]}),
     "text kept": (TEXT, {"prompt": "ab", "activations": {**KEPT, "return": "sample"}}),
+    "tokens": (CHAT, {"return_token_ids": True, "return_tokens_as_token_ids": True, "logprobs": True, "n": 2}),
+    "counted on": (CHAT, {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}),
+    "continued": (
+        CHAT,
+        {
+            "continue_final_message": True,
+            "echo": True,
+            "messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ab"}],
+        },
+    ),
+    "prompt scored": (CHAT, {"prompt_logprobs": 2}),
+    "stopped": (CHAT, {"stop_token_ids": [70], "logit_bias": {"70": 100}, "include_stop_str_in_output": True}),
+    "text tokens": (TEXT, {"prompt": ["ab", "c"], "return_token_ids": True, "logprobs": 1, "echo": True}),
+    "text prompt scored": (TEXT, {"prompt": ["ab", "c"], "prompt_logprobs": 0, "truncate_prompt_tokens": 1}),
+    "text chosen from": (TEXT, {"prompt": "ab", "structured_outputs": {"choice": ["a", "b"]}}),
+    "text named": (TEXT, {"prompt": "ab", "logprobs": 1, "logprob_token_ids": [5], "allowed_token_ids": [7]}),
     "text kept n": (TEXT, {"prompt": ["ab", "c"], "collect_activations": OLDER}),
     # Errors.
     "lost": (CHAT, {"user": LOST}),
@@ -189,6 +205,7 @@ OTHERS: list[tuple[str, str, dict[str, Any] | None]] = [
     ("POST", "/tokenize", {}),
     ("POST", "/detokenize", {"tokens": [1, 70]}),
     ("POST", "/detokenize", {"tokens": [999]}),
+    ("GET", "/tokenizer_info", None),
     ("GET", "/health", None),
     ("GET", "/v1/models", None),
     ("GET", "/v1/models/{id}", None),
@@ -210,11 +227,13 @@ OTHERS: list[tuple[str, str, dict[str, Any] | None]] = [
 ]
 
 
-MAPS = {"hook_points", "labels", "missing", "savepoints", "tensors", "top_logprobs"}
+MAPS = {
+    "added_tokens_decoder", "hook_points", "labels", "missing", "prompt_logprobs", "savepoints", "tensors", "top_logprobs",
+}  # fmt: skip
 """Objects whose keys are data."""
 MAY_BE_ABSENT = {
-    "activations", "content", "data", "format", "id", "name", "probes", "reasoning_content", "role", "sample_info",
-    "token_strs", "tool_calls", "type", "usage",
+    "activations", "content", "data", "format", "id", "name", "probes", "prompt_token_ids", "reasoning_content", "role",
+    "sample_info", "stop_reason", "token_ids", "tool_calls", "type", "usage",
 }  # fmt: skip
 
 
@@ -265,7 +284,7 @@ def bodies(client: TestClient, folder: Path, document: Document) -> list[tuple[s
         for stream in (False, True):
             body = {"model": served["id"], "seed": 1, "max_tokens": 6, "stream": stream, **asked}
             if path == CHAT:
-                body["messages"] = [{"role": "user", "content": "hi"}]
+                body = {"messages": [{"role": "user", "content": "hi"}], **body}
             if not stream:
                 body.pop("stream_options", None)
             found += [(f"{name}, {stream=}", *sent) for sent in document.bodies(client.post(path, json=body))]

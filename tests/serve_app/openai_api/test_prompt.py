@@ -9,6 +9,7 @@ from serve_app.openai_api.messages import Message, Tool
 from serve_app.openai_api.prompt import Rendered, render
 from tests.serve_app import tiny
 from tests.serve_app.openai_api.templates import GEMMA, LLAMA, PARTS, QWEN
+from tests.serve_app.tokenizers import sentencepiece
 
 TALK = [
     Message(role="developer", content="Be brief."),
@@ -199,3 +200,45 @@ def test_any_other_gets_one_text(template: str) -> None:
     rendered = render(words_with(template), IN_PARTS, "tiny")
     assert "Be\nbrief." in rendered.prompt.text
     assert rendered == render(words_with(template), joined, "tiny")
+
+
+def test_an_open_message_ends_the_prompt_and_belongs_to_it() -> None:
+    """Against transformers' own `continue_final_message`, with templates that end a message in several ways."""
+    talk = [*TALK, Message(role="assistant", content="Because it")]
+    plain = [{"role": m.role.replace("developer", "system"), "content": m.content} for m in talk]
+    for template in (None, LLAMA):
+        words = tiny.tokenizer() if template is None else words_with(template)
+        rendered = render(words, talk, "tiny", ending="open")
+        expected = words.apply_chat_template(plain, tokenize=False, continue_final_message=True)
+        assert rendered.prompt.text == expected
+        assert rendered.prompt.text.endswith("[assistant]Because it")
+        assert rendered.prompt.n_prompt == len(rendered.prompt.token_ids)
+        last = rendered.prompt.segments[-1]
+        assert (last.role, rendered.prompt.text[last.start : last.stop]) == ("assistant", "[assistant]Because it")
+
+
+def test_an_open_message_is_part_of_this_turn() -> None:
+    talk = [*TALK, Message(role="assistant", content="Because")]
+    assert new_text(render(tiny.tokenizer(), talk, "tiny", ending="open")) == ".[user]Why[assistant]Because"
+
+
+def test_an_open_message_that_the_template_closes_with_a_marker_stays_open() -> None:
+    talk = [Message(role="user", content="1?"), Message(role="assistant", content="It is")]
+    text = render(words_with(QWEN), talk, "tiny", ending="open").prompt.text
+    assert text == "<|im_start|>user\n1?<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\nIt is"
+
+
+def test_a_conversation_may_end_without_the_words_that_begin_a_reply() -> None:
+    rendered = render(tiny.tokenizer(), TALK, "tiny", ending="none")
+    assert rendered.prompt.text == "[system]Be brief.[user]é?[assistant]No.[user]Why"
+
+
+def test_what_the_tokenizer_adds_stands_before_the_segments() -> None:
+    words = sentencepiece("first")
+    plain, added = (render(words, TALK, "tiny", add_special_tokens=special) for special in (False, True))
+    assert added.prompt.token_ids == words(plain.prompt.text, add_special_tokens=True)["input_ids"]
+    assert added.prompt.token_ids != plain.prompt.token_ids
+    assert added.turn_start == plain.turn_start + 1
+    assert [added.prompt.text[s.start : s.stop] for s in added.prompt.segments] == [
+        plain.prompt.text[s.start : s.stop] for s in plain.prompt.segments
+    ]

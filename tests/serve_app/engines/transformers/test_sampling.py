@@ -6,6 +6,8 @@ import pytest
 import torch
 from scipy import stats
 from transformers import (
+    MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -54,6 +56,8 @@ def test_the_stream_depends_on_the_seed_alone() -> None:
         Sampling(1, seed=0, top_k=3),
         Sampling(1, seed=0, top_p=0.7),
         Sampling(1, seed=0, temperature=1.5, top_k=4, top_p=0.8),
+        Sampling(1, seed=0, min_p=0.3),
+        Sampling(1, seed=0, temperature=2.0, top_k=5, top_p=0.9, min_p=0.2),
     ],
 )
 def test_frequencies_are_those_of_transformers_own_warpers(sampling: Sampling) -> None:
@@ -63,6 +67,8 @@ def test_frequencies_are_those_of_transformers_own_warpers(sampling: Sampling) -
         warped = TopKLogitsWarper(sampling.top_k)(None, warped)
     if sampling.top_p < 1:
         warped = TopPLogitsWarper(sampling.top_p)(None, warped)
+    if sampling.min_p:
+        warped = MinPLogitsWarper(sampling.min_p)(None, warped)
     expected = warped.softmax(-1)[0]
     found = draw(logits, sampling, 4000)
     # Four standard errors of a frequency near one half are 0.032; what is cut off never comes.
@@ -103,7 +109,7 @@ def stream_of(logits: torch.Tensor, beside: torch.Tensor, settings: Sampling, ot
     return [choose(rows, batch)[0] for _ in range(20)]
 
 
-@pytest.mark.parametrize("cut", [{}, {"top_k": 40}, {"top_p": 0.9}, {"top_p": 0.999}])
+@pytest.mark.parametrize("cut", [{}, {"top_k": 40}, {"top_p": 0.9}, {"top_p": 0.999}, {"min_p": 0.01}])
 def test_neighbours_do_not_change_a_draw(cut: dict[str, float]) -> None:
     rows = torch.randn(5, 3 * FEW, generator=torch.Generator().manual_seed(3)) * 3
     settings = Sampling(1, seed=5, **cut)  # type: ignore[arg-type]
@@ -145,6 +151,35 @@ def test_a_nucleus_wider_than_the_first_tokens_is_looked_for_in_all() -> None:
     tokens = {choose(flat[None], [one])[0] for one in (sampler(Sampling(1, seed=i, top_p=0.9)) for i in range(60))}
     assert len(tokens) > 50  # and not only FEW of them: the chance that 60 draws stay in a quarter is nil
     assert max(tokens) > FEW
+
+
+def test_a_least_probability_that_more_than_the_first_tokens_reach_keeps_them_all() -> None:
+    flat = torch.zeros(4 * FEW)
+    flat[3 * FEW :] = -2.0
+    drawn = [choose(flat[None], [sampler(Sampling(1, seed=i, min_p=0.5))])[0] for i in range(80)]
+    assert FEW < max(drawn) < 3 * FEW
+
+
+def test_only_allowed_tokens_are_left() -> None:
+    logits = torch.randn(9, generator=torch.Generator().manual_seed(7))
+    expected = torch.full((9,), -torch.inf)
+    expected[[2, 5]] = logits[[2, 5]] + torch.tensor([0.0, 3.0])
+    one = sampler(Sampling(1, allowed_token_ids=(5, 2), logit_bias={5: 3.0, 1: 50.0}))
+    one.adjust(logits)
+    assert logits.tolist() == expected.tolist()
+
+
+def test_bad_words_are_those_of_transformers() -> None:
+    words = ((3,), (1, 2), (2, 1, 0), (1, 1))
+    processor = NoBadWordsLogitsProcessor([list(word) for word in words], eos_token_id=None)
+    for said in ([], [1], [2, 1], [1, 2], [2, 2, 1], [0, 1, 1]):
+        one = sampler(Sampling(9, bad_words=words), prompt=(2, 1))  # words are looked for in the completion
+        for token in said:
+            one.saw(token)
+        logits = torch.arange(5.0)
+        expected = processor(torch.tensor([said], dtype=torch.long), logits[None].clone())[0]
+        one.adjust(logits)
+        assert logits.tolist() == expected.tolist(), said
 
 
 def test_nucleus_keeps_the_smallest_set_that_reaches_top_p() -> None:
