@@ -6,7 +6,6 @@ before it answers, so that whatever can fail at once fails with an HTTP status i
 """
 
 import asyncio
-import json
 import math
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -28,6 +27,7 @@ from roentgen.store.files import read_file, session_files, tar_session
 from roentgen.store.sessions import delete_session, find_session, summarise
 from serve_app.capture.structure import StructureRecord
 from serve_app.config import ModelChoice, ServerConfig
+from serve_app.http.event_stream import EventStream, ResponseEventStream
 from serve_app.http.http_api import JsonRoute, check_key, make_api
 from serve_app.http.metrics import Metrics
 from serve_app.logs import write_json_logs
@@ -35,11 +35,14 @@ from serve_app.openai_api import schemas
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.completions import CompletionRequest
 from serve_app.openai_api.errors import ApiError
+from serve_app.openai_api.responses import schemas as responses
+from serve_app.openai_api.responses.request import ResponsesRequest
 from serve_app.openai_api.schemas import HEALTH, complete_document, documented, raw
 from serve_app.openai_api.tokenize import DetokenizeRequest, TokenizeRequest
 from serve_app.replica.fleet import Replicas
 
 Body = dict[str, Any]
+Generation = ChatRequest | CompletionRequest | ResponsesRequest
 
 
 class Ingress:
@@ -67,6 +70,7 @@ class Ingress:
             ("GET", "/v1/model/structure", self.structure, documented(StructureRecord)),
             ("POST", "/v1/chat/completions", self.chat, chat),
             ("POST", "/v1/completions", self.completions, completion),
+            ("POST", "/v1/responses", self.responses, documented(responses.Response, events=responses.EVENTS)),
             ("POST", "/tokenize", self.tokenize, documented(schemas.Tokens)),
             ("POST", "/detokenize", self.detokenize, documented(schemas.DetokenizedText)),
             ("GET", "/tokenizer_info", self.tokenizer_info, documented(schemas.TokenizerInfo)),
@@ -84,7 +88,7 @@ class Ingress:
         for method, path, answer, about in routes:
             locked.add_api_route(path, answer, methods=[method], **about)
         api.include_router(locked)
-        complete_document(api)
+        complete_document(api, schemas.ChatCompletionChunk, schemas.CompletionChunk, *responses.EVENTS)
         return api
 
     async def health(self) -> JSONResponse:
@@ -127,6 +131,10 @@ class Ingress:
 
     async def completions(self, request: Request, body: CompletionRequest) -> Any:
         """Continue raw prompts, whole or streamed, with activations kept if asked."""
+        return await self._generate(request.state, body)
+
+    async def responses(self, request: Request, body: ResponsesRequest) -> Any:
+        """Answer a request for a response, whole or streamed, with activations kept if asked."""
         return await self._generate(request.state, body)
 
     async def tokenize(self, body: TokenizeRequest) -> JSONResponse:
@@ -207,7 +215,7 @@ class Ingress:
         except SessionNotFoundError as error:
             raise _no_session(session_id) from error
 
-    async def _generate(self, state: State, body: ChatRequest | CompletionRequest) -> Any:
+    async def _generate(self, state: State, body: Generation) -> Any:
         await self._replicas.check_there()
         if body.stream:
             return await self._stream(state, body)
@@ -219,9 +227,11 @@ class Ingress:
                 response.cancel()  # the client went away: free its place in the batch
                 raise
         state.stats = result.get("stats")
-        return _answer(result)
+        if "error" in result:
+            raise _named(body, result["error"])
+        return JSONResponse(result["reply"])
 
-    async def _stream(self, state: State, body: ChatRequest | CompletionRequest) -> StreamingResponse:
+    async def _stream(self, state: State, body: Generation) -> StreamingResponse:
         pieces = self._model.options(stream=True).generate_stream.remote(body, state.request_id)
         with self._replicas.asked():
             try:
@@ -229,25 +239,26 @@ class Ingress:
             except asyncio.CancelledError:
                 pieces.cancel()  # the client went away before anything was said
                 raise
-        if first and "error" in first[0]:
-            raise ApiError.from_payload(first[0]["error"])
+        if first and first[0].keys() == {"error"}:
+            raise _named(body, first[0]["error"])
+        written = ResponseEventStream(state, body) if isinstance(body, ResponsesRequest) else EventStream(state)
 
         async def events() -> AsyncIterator[str]:
             try:
                 with self._session_in_use(body), self._replicas.asked():
-                    yield _sse(state, first)
+                    yield written.write(first)
                     async for chunks in pieces:
-                        yield _sse(state, chunks)
+                        yield written.write(chunks)
             except ApiError as error:  # the status is sent already: the failure has to be said inside the stream
-                yield _sse(state, [{"error": error.payload()}])
+                yield written.fail(error)
             finally:
                 pieces.cancel()
-            yield "data: [DONE]\n\n"
+            yield written.end
 
         return StreamingResponse(events(), media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
 
     @contextmanager
-    def _session_in_use(self, body: ChatRequest | CompletionRequest) -> Iterator[None]:
+    def _session_in_use(self, body: Generation) -> Iterator[None]:
         """Count a request that writes a session, so that nobody deletes it meanwhile."""
         session_id = body.capture.session_id if body.capture else None
         if session_id is None:
@@ -298,16 +309,7 @@ def _answer(result: Body) -> JSONResponse:
     return JSONResponse(result["reply"])
 
 
-def _sse(state: State, chunks: list[Body]) -> str:
-    """Spell chunks as server-sent events; an error becomes the envelope, and what the request took is kept."""
-    bodies: list[Body | schemas.ErrorReply] = []
-    for chunk in chunks:
-        if "stats" in chunk:
-            state.stats = chunk["stats"]
-        elif "error" in chunk:
-            error = ApiError.from_payload(chunk["error"])
-            state.error_code = error.code
-            bodies.append(error.body())
-        else:
-            bodies.append(chunk)
-    return "".join(f"data: {json.dumps(body, ensure_ascii=False)}\n\n" for body in bodies)
+def _named(body: Generation, payload: Body) -> ApiError:
+    """Return an error with the names that parameters have on the request's route."""
+    error = ApiError.from_payload(payload)
+    return body.renamed(error) if isinstance(body, ResponsesRequest) else error

@@ -115,7 +115,7 @@ def from_validation(errors: list[Any]) -> ApiError:
         )
     reason = first["msg"].removeprefix("Value error, ")
     # What parameters are to each other is checked on the whole body; the message then begins with the name of one of them.
-    if param is None and (found := re.match(r"([a-z_.]+): ", reason)):
+    if param is None and (found := re.match(r"([a-z_][a-z0-9_.]*): ", reason)):
         param, reason = found[1], reason[found.end() :]
     if first["type"] == "unsupported_value":
         return ApiError(

@@ -453,30 +453,43 @@ HEALTH: dict[str, Any] = {
 """The arguments of the one route without errors."""
 
 
-def documented(reply: Any, *, chunk: Any = None) -> dict[str, Any]:
+def documented(reply: Any, *, chunk: type | None = None, events: tuple[type, ...] = ()) -> dict[str, Any]:
     """Return a route's arguments that document its replies and its errors.
 
     Args:
         reply: what a 200 carries.
-        chunk: what an event carries, if the reply may come as server-sent events instead.
+        chunk: what an event carries, if the reply may come as server-sent events instead, or else an error.
+        events: what one carries that is named by its `type`.
     """
     good: dict[str, Any] = {"model": reply, "description": "As asked"}
     if chunk is not None:
-        either = [{"$ref": COMPONENT.format(model=kind.__name__)} for kind in (chunk, ErrorReply)]
-        data = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": either}}
-        event = {
-            "type": "object",
-            "properties": {"data": {"anyOf": [data, {"const": "[DONE]"}]}},
-            "required": ["data"],
-            "description": "With `stream: true`, an event; the last event's data is `[DONE]`.",
-        }
-        good["content"] = {"text/event-stream": {"schema": event}}
+        data = {"anyOf": [_json_of(chunk, ErrorReply), {"const": "[DONE]"}]}
+        good["content"] = _event("the last event's data is `[DONE]`", data=data)
+    if events:
+        good["content"] = _event("named by its `type`", event={"type": "string"}, data=_json_of(*events))
     return {"response_model": None, "responses": {200: good, **_errors()}}
 
 
-def complete_document(api: FastAPI) -> None:
-    """Add to an application's document what FastAPI leaves out: the chunks of streams, and that objects have no other keys."""
-    chunks = (ChatCompletionChunk, CompletionChunk)
+def _json_of(*kinds: type) -> dict[str, Any]:
+    """Describe a text that is JSON of one of some kinds."""
+    either = [{"$ref": COMPONENT.format(model=kind.__name__)} for kind in kinds]
+    return {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": either}}
+
+
+def _event(about: str, **fields: dict[str, Any]) -> dict[str, Any]:
+    """Describe a reply as a stream, by an event's fields."""
+    described = f"With `stream: true`, an event; {about}."
+    event = {"type": "object", "properties": fields, "required": [*fields], "description": described}
+    return {"text/event-stream": {"schema": event}}
+
+
+def complete_document(api: FastAPI, *chunks: type) -> None:
+    """Add to an application's document what FastAPI leaves out: that objects have no other keys, and what streams carry.
+
+    Args:
+        api: the application, with all its routes.
+        chunks: what the events of streams carry.
+    """
     _, found = TypeAdapter.json_schemas(
         [(chunk.__name__, "serialization", TypeAdapter(chunk)) for chunk in chunks], ref_template=COMPONENT
     )

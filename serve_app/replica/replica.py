@@ -29,10 +29,11 @@ from serve_app.models.sources import ModelSource
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.completions import CompletionRequest
 from serve_app.openai_api.errors import ApiError, internal_error
+from serve_app.openai_api.responses.request import ResponsesRequest
 from serve_app.openai_api.tokenize import DetokenizeRequest, TokenizeRequest, detokenize, tokenize, tokenizer_info
 from serve_app.replica.model_slot import ModelSlot
 from serve_app.requests.generation import Served, generate
-from serve_app.requests.planning import Plan, describe_all, plan_chat, plan_completion
+from serve_app.requests.planning import Plan, describe_all, plan_chat, plan_completion, plan_response
 from serve_app.requests.stats import RequestStats
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ log = logging.getLogger(__name__)
 ASKED = "asked"
 """The key of a model's `user_config` that says which asking it is."""
 
-Generation = ChatRequest | CompletionRequest
+Generation = ChatRequest | CompletionRequest | ResponsesRequest
 
 
 class ModelReplica:
@@ -160,8 +161,13 @@ class ModelReplica:
 
     def _plan(self, served: Served, request: Generation) -> Plan:
         _check_model(request.model, served.model.source)
-        plan = plan_chat if isinstance(request, ChatRequest) else plan_completion
-        return plan(served, request, self._config)  # type: ignore[arg-type]
+        match request:
+            case ChatRequest():
+                return plan_chat(served, request, self._config)
+            case CompletionRequest():
+                return plan_completion(served, request, self._config)
+            case ResponsesRequest():
+                return plan_response(served, request, self._config)
 
     def _run(self, served: Served, plan: Plan, *, stream: bool) -> AsyncIterator[list[tuple[int, Any]]]:
         timeout_s = self._config.request_timeout_s

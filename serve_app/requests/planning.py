@@ -5,7 +5,7 @@ does not have, values too many to send.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from ulid import ULID
@@ -28,6 +28,8 @@ from serve_app.openai_api.params import GenerationParams
 from serve_app.openai_api.probing import STEERING_LABEL
 from serve_app.openai_api.prompt import render
 from serve_app.openai_api.reply import Reasoning, reasoning_mode
+from serve_app.openai_api.responses.reply import ResponsesReply
+from serve_app.openai_api.responses.request import ResponsesRequest
 from serve_app.openai_api.schemas import Kept
 from serve_app.openai_api.seed_spelling import older_key
 from serve_app.openai_api.tokenize import bad_word_tokens, check_tokens
@@ -44,7 +46,7 @@ class Plan:
 
     choices: list[Choice]
     """What to generate."""
-    reply: ChatReply | CompletionReply
+    reply: ChatReply | CompletionReply | ResponsesReply
     """Turns what happens into the reply."""
     asked: ActivationRequest | None
     """What to keep, None for nothing."""
@@ -101,6 +103,17 @@ def plan_chat(served: Served, request: ChatRequest, config: ServerConfig) -> Pla
     request_id = f"chatcmpl-{str(ULID()).lower()}"
     reply = ChatReply(request, request_id, model.tokenizer, reasoning, prompt.n_prompt, probes, prompt.token_ids)
     return Plan(choices, reply, asked, spelling)
+
+
+def plan_response(served: Served, request: ResponsesRequest, config: ServerConfig) -> Plan:
+    """Plan the chat that a response is.
+
+    Raises:
+        RequestError: if something asked for cannot be.
+    """
+    plan = plan_chat(served, request.chat, config)
+    assert isinstance(plan.reply, ChatReply)
+    return replace(plan, reply=ResponsesReply(request, plan.reply))
 
 
 def _grammar(request: ChatRequest, reasoning: Reasoning) -> Grammar | None:

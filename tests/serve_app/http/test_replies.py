@@ -16,6 +16,8 @@ import jsonschema
 import pytest
 import torch
 from fastapi.testclient import TestClient
+from openai.types.responses import Response, ResponseStreamEvent
+from pydantic import TypeAdapter
 from ray.exceptions import ActorDiedError
 
 from roentgen.linear_probe import ProbeCard, SavedProbe, save_probes
@@ -31,6 +33,7 @@ TEMPLATE = (
 )
 
 
+EVENT: TypeAdapter[ResponseStreamEvent] = TypeAdapter(ResponseStreamEvent)
 LOST = "whose replica is lost"
 
 
@@ -125,12 +128,18 @@ def client(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[T
 
 CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
+RESPONSE = "/v1/responses"
 LOAD = "/v1/models/load"
 SESSION = "/v1/activations/session"
 CALLS = {
     "tools": [SUM], "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 90, "temperature": 2,
     "chat_template_kwargs": {"short": True},
 }  # fmt: skip
+CALLED = {
+    "tools": [{"type": "function", **SUM["function"]}], "parallel_tool_calls": False, "max_output_tokens": 90, "temperature": 2,
+    "chat_template_kwargs": {"short": True},
+}  # fmt: skip
+YES = {"enum": ["yes"]}
 INLINE = {"name": "mine", "key": "layers.1.resid_post", "weight": [0.25] * 32}
 OVERFLOW = {"vector": [1e38] * 32, "layer": 1, "scale": 3}
 KEPT = {"session_id": "s", "layers": [1], "hook_points": ["resid_post"]}
@@ -182,7 +191,23 @@ ASKED: dict[str, tuple[str, dict[str, Any]]] = {
     "text chosen from": (TEXT, {"prompt": "ab", "structured_outputs": {"choice": ["a", "b"]}}),
     "text named": (TEXT, {"prompt": "ab", "logprobs": 1, "logprob_token_ids": [5], "allowed_token_ids": [7]}),
     "text kept n": (TEXT, {"prompt": ["ab", "c"], "collect_activations": OLDER}),
+    "response": (RESPONSE, {"metadata": {"a": "b"}, "instructions": "Be brief."}),
+    "response ended": (RESPONSE, {"logit_bias": {"256": 100}}),
+    "response top": (RESPONSE, {"include": ["message.output_text.logprobs"], "top_logprobs": 2}),
+    "response thought": (RESPONSE, {"chat_template_kwargs": {"think": True}, "reasoning": {"effort": "low"}}),
+    "response called": (RESPONSE, {**CALLED, "tool_choice": "required"}),
+    "response called by name": (RESPONSE, {**CALLED, "tool_choice": {"type": "function", "name": "add"}}),
+    "response of a shape": (RESPONSE, {"text": {"format": {"type": "json_object"}}, "max_output_tokens": 20}),
+    "response of a schema": (RESPONSE, {"text": {"format": {"type": "json_schema", "name": "x", "schema": YES}}}),
+    "response scored": (RESPONSE, {"probes": [INLINE, "mine/layers.1.resid_post@all"]}),
+    "response tokens": (RESPONSE, {"return_token_ids": True, "truncation": "auto", "stop": ["e"]}),
+    "response kept": (RESPONSE, {"activations": {**KEPT, "return": "sample"}}),
     # Errors.
+    "response lost": (RESPONSE, {"user": LOST}),
+    "response too long": (RESPONSE, {"max_output_tokens": 500}),
+    "response later": (RESPONSE, {"steering": [{**OVERFLOW, "positions": "generated"}] * 2, "max_output_tokens": 9}),
+    "response without model": (RESPONSE, {"model": "other"}),
+    "response to none": (RESPONSE, {"previous_response_id": "resp_1"}),
     "lost": (CHAT, {"user": LOST}),
     "lost text": (TEXT, {"prompt": "ab", "user": LOST}),
     "overflow": (CHAT, {"steering": [OVERFLOW] * 2}),
@@ -228,9 +253,12 @@ OTHERS: list[tuple[str, str, dict[str, Any] | None]] = [
 
 
 MAPS = {
-    "added_tokens_decoder", "hook_points", "labels", "missing", "prompt_logprobs", "savepoints", "tensors", "top_logprobs",
+    "added_tokens_decoder", "hook_points", "labels", "metadata", "missing", "prompt_logprobs", "savepoints", "tensors",
+    "top_logprobs",
 }  # fmt: skip
 """Objects whose keys are data."""
+FREE = {"checks", "hook_point_layers", "parameters", "schema"}
+"""Objects that may hold anything."""
 MAY_BE_ABSENT = {
     "activations", "content", "data", "format", "id", "name", "probes", "prompt_token_ids", "reasoning_content", "role",
     "sample_info", "stop_reason", "token_ids", "tool_calls", "type", "usage",
@@ -263,9 +291,17 @@ class Document:
         if kind == "application/json":
             yield schema, reply.json()
             return
+        *events, rest = reply.text.split("\n\n")
+        assert rest == ""
+        if "event" in schema["properties"]:
+            for event in events:
+                name, _, data = event.removeprefix("event: ").partition("\ndata: ")
+                body = json.loads(data)
+                assert body["type"] == name
+                yield schema["properties"]["data"]["contentSchema"], body
+            return
         chunk, end = schema["properties"]["data"]["anyOf"]
-        *events, done, rest = reply.text.split("\n\n")
-        assert (done, rest) == (f"data: {end['const']}", "")
+        assert events.pop() == f"data: {end['const']}"
         for event in events:
             yield chunk["contentSchema"], json.loads(event.removeprefix("data: "))
 
@@ -282,7 +318,10 @@ def bodies(client: TestClient, folder: Path, document: Document) -> list[tuple[s
     found = []
     for name, (path, asked) in ASKED.items():
         for stream in (False, True):
-            body = {"model": served["id"], "seed": 1, "max_tokens": 6, "stream": stream, **asked}
+            limit = "max_output_tokens" if path == RESPONSE else "max_tokens"
+            body = {"model": served["id"], "seed": 1, limit: 6, "stream": stream, **asked}
+            if path == RESPONSE:
+                body["input"] = "hi"
             if path == CHAT:
                 body = {"messages": [{"role": "user", "content": "hi"}], **body}
             if not stream:
@@ -309,6 +348,81 @@ def test_a_key_too_many_or_too_few_is_not_as_documented(document: Document, bodi
     assert len(kinds) > 40
 
 
+def test_responses_are_what_the_openai_sdk_expects(bodies: list[tuple[str, Any, Any]]) -> None:
+    """Each validated by the SDK's own types, and the events of each stream in the order of its protocol."""
+    streams: dict[str, list[Any]] = {}
+    whole = 0
+    for name, _, body in bodies:
+        if name.startswith("response") and "type" in body:
+            EVENT.validate_python(body)
+            streams.setdefault(name, []).append(body)
+        elif name.startswith("response") and "error" in body and body["error"] is None:
+            Response.model_validate(body)
+            whole += 1
+    assert whole >= 10
+    for events in streams.values():
+        assert [event["sequence_number"] for event in events] == [*range(len(events))]
+        kinds = [event["type"] for event in events]
+        assert kinds[:2] == ["response.created", "response.in_progress"]
+        assert kinds[-1] in ("response.completed", "response.incomplete", "response.failed")
+        final = events[-1]["response"]
+        if final["status"] == "failed":
+            continue
+        assert [event["item"] for event in events if event["type"] == "response.output_item.done"] == final["output"]
+        for index, item in enumerate(final["output"]):
+            own = [event for event in events if event.get("output_index") == index]
+            deltas = [event for event in own if event["type"].endswith("delta")]
+            said = item["arguments"] if item["type"] == "function_call" else item["content"][0]["text"]
+            assert "".join(event["delta"] for event in deltas) == said
+            if item["type"] == "message":
+                assert own[1]["part"] == {"type": "output_text", "text": "", "annotations": [], "logprobs": []}
+                assert [token for event in deltas for token in event["logprobs"]] == item["content"][0]["logprobs"]
+            assert own[0]["item"]["id"] == item["id"]
+            assert {event["item_id"] for event in own if "item_id" in event} == {item["id"]}
+        scores = [event["probes"] for event in events if "probes" in event]
+        for place, probe in enumerate(final.get("probes", [])):
+            carried = [score for probes in scores for score in probes[place]["scores"]]
+            assert carried == probe["scores"][: len(carried)]
+            assert len(carried) >= probe["n_prompt"]
+    assert {event["type"] for events in streams.values() for event in events} == {
+        "error", "response.completed", "response.content_part.added", "response.content_part.done", "response.created",
+        "response.failed", "response.function_call_arguments.delta", "response.function_call_arguments.done",
+        "response.in_progress", "response.incomplete", "response.output_item.added", "response.output_item.done",
+        "response.output_text.delta", "response.output_text.done", "response.reasoning_text.delta",
+        "response.reasoning_text.done",
+    }  # fmt: skip
+
+
+def test_a_streamed_response_says_the_same_as_a_whole_one(bodies: list[tuple[str, Any, Any]]) -> None:
+    found = {name: body.get("response", body) for name, _, body in bodies if name.startswith("response")}
+    for name, whole in found.items():
+        if name.endswith("stream=False") and whole.get("object") == "response" and "lost" not in name:
+            streamed = found[name.replace("False", "True")]
+            assert steady(streamed) == steady(whole), name
+
+
+def steady(value: Any) -> Any:
+    """Leave out what differs from one reply to the next: ids, times, and where rows are."""
+    if isinstance(value, list):
+        return [steady(one) for one in value]
+    if isinstance(value, float):
+        return pytest.approx(value, rel=1e-4)
+    if not isinstance(value, dict):
+        return value
+    left_out = (
+        "id",
+        "call_id",
+        "created_at",
+        "completed_at",
+        "rollout_id",
+        "shard",
+        "stored_path",
+        "row_start",
+        "row_stop",
+    )
+    return {key: steady(one) for key, one in value.items() if key not in left_out}
+
+
 def keys(value: Any) -> Iterator[str]:
     """Yield the keys of all objects in a JSON value."""
     for one in value if isinstance(value, list) else value.values() if isinstance(value, dict) else ():
@@ -321,7 +435,7 @@ def changed(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
     """Yield a JSON value as often as one of its objects can have a key too few, and which, or one too many."""
     if isinstance(value, list) and value and isinstance(value[0], dict):
         yield from ((key, [one, *value[1:]]) for key, one in changed(value[0], name))
-    elif isinstance(value, dict) and name not in ("checks", "hook_point_layers"):
+    elif isinstance(value, dict) and name not in FREE:
         yield "one too many", {**value, "one too many": [0.5]}
         for key, inner in value.items():
             if name not in MAPS:

@@ -1,0 +1,270 @@
+"""What a request to `/v1/responses` may say, and the chat request that it is.
+
+The fields that a chat has too are declared once, with the chat's; what is Responses' own is checked here and rewritten. The
+chat request is made when the body is checked, so that nothing that a chat refuses is refused later, and by the name that it
+has here (`renamed`).
+"""
+
+import re
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, JsonValue, PrivateAttr, TypeAdapter, ValidationError, model_validator
+
+from roentgen.contract import Int, MaxTokens
+from serve_app.openai_api.chat import ChatRequest
+from serve_app.openai_api.errors import ApiError, from_validation
+from serve_app.openai_api.messages import NAME, Wire
+from serve_app.openai_api.neutral import Only
+from serve_app.openai_api.params import MAX_TOP_LOGPROBS, GenerationParams
+from serve_app.openai_api.responses.items import Item, chat_messages
+from serve_app.openai_api.responses.schemas import PlainFormat, SchemaFormat
+
+_ITEMS = TypeAdapter(list[Item])
+
+
+def _read_items(given: Any) -> Any:
+    # Tried here and not as one of a union, so that an error names the field that is wrong.
+    return _ITEMS.validate_python(given) if isinstance(given, list) else given
+
+
+Input = Annotated[
+    str | list[Item],
+    Field(min_length=1),
+    BeforeValidator(
+        _read_items,
+        json_schema_input_type=Annotated[str, Field(min_length=1)] | Annotated[list[Item], Field(min_length=1)],
+    ),
+]
+
+LOGPROBS = "message.output_text.logprobs"
+
+Include = Literal[
+    "message.output_text.logprobs",
+    # Of items that no reply of this server has, or that are there in plain words.
+    "reasoning.encrypted_content",
+    "file_search_call.results",
+    "web_search_call.results",
+    "web_search_call.action.sources",
+    "message.input_image.image_url",
+    "computer_call_output.output.image_url",
+    "code_interpreter_call.outputs",
+]
+
+
+class FunctionTool(Wire):
+    """A function on offer."""
+
+    type: Literal["function"]
+    name: str = Field(pattern=NAME)
+    description: str | None = None
+    parameters: dict[str, JsonValue] = Field(default={"type": "object", "properties": {}})
+    strict: bool = False
+
+    def for_chat(self) -> dict[str, Any]:
+        """Write it as a chat's tool."""
+        return {"type": "function", "function": self.model_dump(exclude={"type"})}
+
+
+class FunctionChoice(Wire):
+    """The function that must be called."""
+
+    type: Literal["function"]
+    name: str
+
+
+class AllowedTools(Wire):
+    """Which of the tools may be called."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: list[FunctionChoice] = Field(min_length=1)
+
+
+def _read_choice(choice: Any) -> Any:
+    if not isinstance(choice, dict):
+        return choice
+    return (AllowedTools if choice.get("type") == "allowed_tools" else FunctionChoice).model_validate(choice)
+
+
+Choice = Annotated[
+    Literal["none", "auto", "required"] | FunctionChoice | AllowedTools,
+    BeforeValidator(
+        _read_choice, json_schema_input_type=Literal["none", "auto", "required"] | FunctionChoice | AllowedTools
+    ),
+]
+
+
+class TextFormat(Wire):
+    """What the words of a reply must be: any, a JSON object, or JSON that matches a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    name: Annotated[str, Field(pattern=NAME)] | None = None
+    schema_: dict[str, JsonValue] | None = Field(alias="schema", default=None)
+    description: str | None = None
+    strict: bool | None = None
+
+    @model_validator(mode="after")
+    def _has_its_schema(self) -> Self:
+        given = self.model_fields_set - {"type"}
+        if self.type != "json_schema" and given:
+            raise ValueError(f"{min(given).rstrip('_')}: only with type json_schema")
+        if self.type == "json_schema" and not given >= {"name", "schema_"}:
+            raise ValueError("schema: json_schema needs a name and a schema")
+        return self
+
+    def for_chat(self) -> dict[str, Any]:
+        """Write it as a chat's `response_format`."""
+        if self.type != "json_schema":
+            return {"type": self.type}
+        return {"type": self.type, "json_schema": self.model_dump(by_alias=True, exclude={"type"}, exclude_none=True)}
+
+    def described(self) -> PlainFormat | SchemaFormat:
+        """Say what is asked for, in the reply."""
+        if self.type != "json_schema":
+            return {"type": self.type}
+        return {
+            "type": self.type,
+            "name": self.name or "",
+            "schema": self.schema_ or {},
+            "description": self.description,
+            "strict": bool(self.strict),
+        }
+
+
+class TextOptions(Wire):
+    """`text`: how the words of a reply are to be."""
+
+    format: TextFormat = TextFormat(type="text")
+    verbosity: Annotated[JsonValue, Only("medium")] = "medium"
+
+
+class Reasoning(Wire):
+    """`reasoning`: how a model is to think. What it thinks is sent whole, so that no summary is made."""
+
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None
+    generate_summary: Literal["auto", "concise", "detailed"] | None = None
+
+
+class ResponsesRequest(GenerationParams):
+    """The body of a request for a response; the fields are OpenAI's, and what a chat adds to them (docs/http.md)."""
+
+    input: Input
+    instructions: str | None = None
+    max_output_tokens: MaxTokens | None = None
+    tools: list[FunctionTool] = Field(default=[], max_length=128)
+    tool_choice: Choice = "auto"
+    parallel_tool_calls: bool = True
+    text: TextOptions = TextOptions()
+    reasoning: Reasoning = Reasoning()
+    include: list[Include] = Field(default=[])
+    top_logprobs: Int = Field(default=0, ge=0, le=MAX_TOP_LOGPROBS)
+    truncation: Literal["auto", "disabled"] = "disabled"
+    """What does not fit is refused, or with "auto" cut: the prompt's first tokens, as by `truncate_prompt_tokens`."""
+    chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    n: Int = Field(default=1, ge=1, le=1)
+    # What this server does anyway.
+    background: Annotated[JsonValue, Only(False)] = False
+    max_tool_calls: Annotated[Int, Field(ge=1)] | None = None  # calls of tools that a server runs
+
+    _chat: ChatRequest = PrivateAttr()
+    _places: list[int] = PrivateAttr()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keeps_nothing(cls, body: Any) -> Any:
+        if isinstance(body, dict):
+            for name in ("previous_response_id", "conversation", "prompt"):
+                if body.get(name) is not None:
+                    raise ValueError(f"{name}: nothing is kept between requests; send the whole conversation as input")
+        return body
+
+    @model_validator(mode="after")
+    def _is_a_chat(self) -> Self:
+        if self.top_logprobs and not self.scores_tokens:
+            raise ValueError(f"top_logprobs: only with include: [{LOGPROBS!r}]")
+        items = self.input
+        messages: list[dict[str, Any]]
+        if isinstance(items, str):
+            messages, self._places = [{"role": "user", "content": items}], [0]
+        else:
+            messages, self._places = chat_messages(items)
+        if self.instructions is not None:
+            messages.insert(0, {"role": "system", "content": self.instructions})
+            self._places.insert(0, 0)
+        if len(messages) == (self.instructions is not None):
+            raise ValueError("input: it has no message")
+        shared = {name: getattr(self, name) for name in self.model_fields_set & _SHARED}
+        try:
+            self._chat = ChatRequest.model_validate({**shared, "messages": messages, **self._rewritten()})
+        except ValidationError as error:
+            raise ValueError(self.renamed(from_validation(list(error.errors()))).message) from error
+        return self
+
+    def _rewritten(self) -> dict[str, Any]:
+        """Write what a chat spells in another way."""
+        choice: Any = self.tool_choice
+        if isinstance(choice, FunctionChoice):
+            choice = _named(choice)
+        elif isinstance(choice, AllowedTools):
+            allowed = {"mode": choice.mode, "tools": [_named(tool) for tool in choice.tools]}
+            choice = {"type": "allowed_tools", "allowed_tools": allowed}
+        cut = (
+            {"truncate_prompt_tokens": -1} if self.truncation == "auto" and self.truncate_prompt_tokens is None else {}
+        )
+        return {
+            **cut,
+            "max_completion_tokens": self.max_output_tokens,
+            "tools": [tool.for_chat() for tool in self.tools],
+            "tool_choice": choice,
+            "response_format": self.text.format.for_chat(),
+            "logprobs": self.scores_tokens,
+        }
+
+    @property
+    def chat(self) -> ChatRequest:
+        """The same as a chat request."""
+        return self._chat
+
+    @property
+    def scores_tokens(self) -> bool:
+        """Whether the reply says how likely its tokens were."""
+        return LOGPROBS in self.include
+
+    def renamed(self, error: ApiError) -> ApiError:
+        """Return an error about the chat request as one about this, with the names that its parameters have here."""
+        if error.param is None:
+            return error
+        name = error.param
+        if found := re.match(r"messages\.(\d+)", name):
+            place = int(found[1])
+            said_by_instructions = place == 0 and self.instructions is not None
+            here = "instructions" if said_by_instructions else f"input.{self._places[place]}"
+            name = here + name[found.end() :].replace("tool_call_id", "call_id")
+        for there, here in _NAMES:
+            name = re.sub(there, here, name)
+        message = (
+            name + error.message.removeprefix(error.param) if error.message.startswith(error.param) else error.message
+        )
+        return ApiError(error.status, message, param=name, code=error.code, retry_after_s=error.retry_after_s)
+
+
+_NAMES = (
+    (r"^messages$", "input"),
+    (r"^max_(completion_)?tokens$", "max_output_tokens"),
+    (r"^response_format(\.json_schema)?", "text.format"),
+    (r"^(tools\.\d+)\.function\b", r"\1"),
+    (r"^logprobs$", "include"),
+)
+
+_OF_CHATS = {
+    "top_logprobs", "parallel_tool_calls", "chat_template_kwargs", "add_generation_prompt", "continue_final_message"
+}  # fmt: skip
+_SHARED = (GenerationParams.model_fields.keys() | _OF_CHATS) - {"n", "stream_options"}
+"""Fields that a chat has too, and that mean the same there."""
+
+
+def _named(choice: FunctionChoice) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": choice.name}}
