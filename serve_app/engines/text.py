@@ -16,6 +16,7 @@ class TextStream:
     """The text of one growing completion.
 
     Attributes:
+        tokenizer: the model's.
         text: everything decoded, cut before a stop string, or behind it if that is asked for.
         stopped_by: the stop string that has appeared, if one has.
     """
@@ -38,7 +39,7 @@ class TextStream:
             after: the tokens before it.
             include_stop: whether the stop string that ends it is part of it.
         """
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self._decoder = Decoder(tokenizer, skip_special_tokens=True, after=after)
         self._stop = stop
         self._include_stop = include_stop
@@ -64,7 +65,7 @@ class TextStream:
             return
         if token_id in self._markers:
             piece = self._decoder.rest() + self._markers[token_id]
-            self._decoder = Decoder(self._tokenizer, skip_special_tokens=True)
+            self._decoder = Decoder(self.tokenizer, skip_special_tokens=True)
         else:
             piece = self._decoder.step(token_id)
         before = len(self.text)

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import takewhile
+from itertools import groupby, takewhile
 from typing import Literal
 
 from tokenizers import Tokenizer
@@ -22,6 +22,10 @@ from roentgen.tokenized_text import Segment, TokenizedText
 
 PROMPT, COMPLETION, ASSISTANT = "prompt", "completion", "assistant"
 """Who speaks raw text, what continues it, and the reply in a conversation."""
+
+
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")
+"""How SentencePiece writes a token that is a byte."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +123,40 @@ def tokenize_text(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_
         offsets.append(at if new else own.start + start)
         at += len(piece)
     return RawText(_raw(opening + text + "".join(pieces[n_opening:]), token_ids, offsets), own)
+
+
+def tell_bytes_apart(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], offsets: Sequence[int]) -> list[int]:
+    """Return offsets in which tokens that are bytes have those of their characters.
+
+    Some tokenizers give a run of bytes the offset of the first.
+
+    Args:
+        tokenizer: the model's.
+        token_ids: of a text.
+        offsets: where each begins.
+    """
+    pieces = [str(piece) for piece in tokenizer.convert_ids_to_tokens(token_ids)]
+    found = list(offsets)
+    for (offset, is_byte), run in groupby(
+        range(len(token_ids)), lambda place: (offsets[place], _BYTE.fullmatch(pieces[place]) is not None)
+    ):
+        places = list(run) if is_byte else []
+        raw = b"".join(token_bytes(tokenizer, token_ids[place]) for place in places)
+        for at, place in enumerate(places):
+            found[place] = offset + character_at(raw, at)
+    return found
+
+
+def character_at(raw: bytes, at: int) -> int:
+    """Return which character the byte at a place belongs to; bytes that are none count as U+FFFD."""
+    before, through = raw[:at].decode("utf-8", "replace"), raw[: at + 1].decode("utf-8", "replace")
+    # A byte that changes nothing that can be seen goes on with the character before it.
+    return len(before) - 1 if before == through and at < len(raw) else n_common(before, through)
+
+
+def n_common(one: str, other: str) -> int:
+    """Return how many characters two texts begin with alike."""
+    return sum(takewhile(bool, (a == b for a, b in zip(one, other, strict=False))))
 
 
 def decode_tokens(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> RawText:
@@ -282,7 +320,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
     piece = tokenizer.convert_ids_to_tokens(token)
     if piece is None:
         return b""  # the model's vocabulary may be padded beyond the tokenizer's
-    if found := re.fullmatch(r"<0x([0-9A-F]{2})>", piece):
+    if found := _BYTE.fullmatch(piece):
         return bytes.fromhex(found[1])
     alphabet = _byte_of_character()
     if _is_byte_level(tokenizer) and all(character in alphabet for character in piece):

@@ -5,7 +5,7 @@ whose token is thrown away), and `echo` with `logprobs` returns the score of eve
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
@@ -17,6 +17,7 @@ from roentgen.contract import Int, no_booleans
 from serve_app.capture.scoring import Scorer
 from serve_app.engines.protocol import FinishReason, TextDelta, TokenScore
 from serve_app.engines.storage import Done
+from serve_app.engines.text import TextStream
 from serve_app.models.tokenization import RawText, decode_tokens, tokenize_text
 from serve_app.openai_api import schemas
 from serve_app.openai_api.chat import usage
@@ -105,13 +106,15 @@ class CompletionReply:
     """The model's, to spell logprobs."""
     prompts: list[RawText]
     """As tokenized."""
+    markers: Mapping[int, str]
+    """Special tokens that are text."""
     probes: tuple[Scorer, ...] = ()
     """What their tokens are scored with."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
         self._dones: list[Done | None] = [None] * (len(self.prompts) * self.request.n)
-        self._offsets = [Offsets() for _ in self._dones]
+        self._offsets = [self._new_offsets(index) for index in range(len(self._dones))]
         self._scored = [0] * len(self._dones)  # rows whose scores have been sent
         self._told = [0] * len(self._dones)  # tokens that have been sent
         self._begun = [False] * len(self._dones)
@@ -189,12 +192,12 @@ class CompletionReply:
         spoken = len(finished.token_ids) - (finished.ended_by is not None)
         tokens, scores = finished.token_ids[:spoken], list[TokenScore | None](finished.scores[:spoken])
         if not self.request.echo:
-            return finished.text, self._logprobs(tokens, scores, Offsets())
+            return finished.text, self._logprobs(tokens, scores, self._new_offsets(index))
         if finished.prompt_scores is not None:
             # There are more of them if `prompt_logprobs` asks for more.
             n = self.request.logprobs or 0
             scores = [None, *(replace(score, top=score.top[:n]) for score in finished.prompt_scores), *scores]
-        offsets = Offsets(len(prompt.echo))
+        offsets = self._new_offsets(index, start=len(prompt.echo))
         logprobs = self._logprobs(prompt.prompt.token_ids + tokens, scores, offsets, prompt.echo_offsets)
         return prompt.echo + finished.text, logprobs
 
@@ -205,6 +208,12 @@ class CompletionReply:
             return None
         as_ids = self.request.return_tokens_as_token_ids
         return completion_logprobs(self.tokenizer, tokens, scores, offsets, echoed, as_ids=as_ids)
+
+    def _new_offsets(self, index: int, start: int = 0) -> Offsets:
+        core, after = self.tokenizer.backend_tokenizer, self._prompt(index).prompt.token_ids
+        include_stop = self.request.include_stop_str_in_output
+        stream = TextStream(core, tuple(self.request.stop), self.markers, after, include_stop=include_stop)
+        return Offsets(self.tokenizer, stream, start=start, min_tokens=self.request.min_tokens)
 
     def _probed(self, index: int, scores: list[Tensor]) -> schemas.Probed:
         """Spell the scores of a choice's next rows, and count these as sent."""

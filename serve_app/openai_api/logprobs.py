@@ -1,13 +1,18 @@
-"""Log-probabilities in OpenAI's two shapes: chat's list of objects, and completions' four parallel lists."""
+"""Log-probabilities in OpenAI's two shapes: chat's list of objects, and completions' four parallel lists.
 
-import codecs
+A token may be part of a character, and then it is no text. OpenAI spells its bytes, `\\xf0\\x9f` in chat and `bytes:\\xf0\\x9f`
+in completions, where `top_logprobs` is keyed by the spelling and U+FFFD would stand for every such token.
+"""
+
 from collections.abc import Sequence
+from itertools import accumulate
 
 from transformers import PreTrainedTokenizerBase
 
 from serve_app.engines.markers import MARKERS
 from serve_app.engines.protocol import TokenScore
-from serve_app.models.tokenization import token_bytes
+from serve_app.engines.text import TextStream
+from serve_app.models.tokenization import character_at, n_common, tell_bytes_apart, token_bytes
 from serve_app.openai_api.schemas import (
     ChatLogprobs,
     ChosenToken,
@@ -32,7 +37,7 @@ def chat_logprobs(
 
     def spell(token: int, logprob: float) -> ScoredToken:
         raw = token_bytes(tokenizer, token)
-        return {"token": _spelled(token, raw, as_ids), "logprob": logprob, "bytes": list(raw)}
+        return {"token": _spelled(token, raw, as_ids=as_ids), "logprob": logprob, "bytes": list(raw)}
 
     content: list[ChosenToken] = [
         {**spell(token, score.logprob), "top_logprobs": [spell(*pair) for pair in score.top]}
@@ -65,34 +70,66 @@ def prompt_logprobs(
     return spelled
 
 
-def _spelled(token: int, raw: bytes, as_ids: bool) -> str:
-    return f"token_id:{token}" if as_ids else raw.decode("utf-8", "replace")
-
-
 class Offsets:
     """Where the tokens of a growing text begin in it, in characters.
 
-    A token in the middle of a character begins where that character does.
+    A token in the middle of a character begins where that character does; one that a stop string has cut off begins where the
+    text ends. The text is made here as an engine makes it, so that the offsets are those of the text that is sent.
     """
 
-    def __init__(self, start: int = 0) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, stream: TextStream, *, start: int = 0, min_tokens: int = 0
+    ) -> None:
         """Begin a text.
 
         Args:
+            tokenizer: the model's.
+            stream: makes the text.
             start: offset of its first character.
+            min_tokens: tokens before which no stop string ends it.
         """
-        self._at = start
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._tokenizer = tokenizer
+        self._stream = stream
+        self._start = start
+        self._min_tokens = min_tokens
+        self._n_tokens = 0
+        special = tokenizer.added_tokens_decoder.items()
+        self._silent = {token for token, added in special if added.special and added.content not in MARKERS}
+        self._undecided: list[int] = []  # tokens whose text has only begun
 
-    def of(self, raw: bytes) -> int:
-        """Return where the next token begins.
+    def of(self, token_ids: Sequence[int]) -> list[int]:
+        """Return where the next tokens begin."""
+        begins: list[int] = []
+        for n_read, token in enumerate(token_ids, start=1):
+            self._n_tokens += 1
+            before = len(self._stream.text)
+            self._stream.push(token, may_stop=self._n_tokens >= self._min_tokens)
+            self._undecided.append(token)
+            if new := self._stream.text[before:]:
+                begins += self._within(before, new)[len(begins) - n_read :]
+                self._undecided = []
+        if n_left := len(token_ids) - len(begins):
+            begins += self._within(len(self._stream.text), None)[-n_left:]
+        end = len(self._stream.text)
+        return [self._start + (min(at, end) if self._stream.stopped else at) for at in begins]
+
+    def _within(self, before: int, text: str | None) -> list[int]:
+        """Return where the undecided tokens begin.
 
         Args:
-            raw: the bytes that the token adds to the text.
+            before: where the first of them does.
+            text: what they are together; None if that is not decided yet.
         """
-        at = self._at
-        self._at += len(self._decoder.decode(raw))
-        return at
+        if len(self._undecided) == 1:
+            return [before]
+        spelled = [b"" if token in self._silent else token_bytes(self._tokenizer, token) for token in self._undecided]
+        raw = b"".join(spelled)
+        if text is None or raw.decode("utf-8", "replace") == text:
+            return [before + character_at(raw, at) for at in accumulate(map(len, spelled[:-1]), initial=0)]
+        # The tokenizer has another way with bytes that are no character: what it makes of the tokens before one tells.
+        decode = self._stream.tokenizer.decode
+        shorter = [decode(self._undecided[:n], skip_special_tokens=True) for n in range(len(self._undecided))]
+        return [before + n_common(said, text) for said in shorter]
 
 
 def completion_logprobs(
@@ -116,25 +153,36 @@ def completion_logprobs(
         echoed: offsets of the prompt's tokens, if it is echoed.
         as_ids: whether tokens are spelled `token_id:5` and not by their text.
     """
-    spelled = [token_bytes(tokenizer, token) for token in token_ids]
-    special = tokenizer.added_tokens_decoder.items()
-    left_out = {token for token, added in special if added.special and added.content not in MARKERS}
-    generated = list(zip(token_ids, spelled, strict=True))[len(echoed) :]
-    texts = [_spelled(token, raw, as_ids) for token, raw in zip(token_ids, spelled, strict=True)]
+
+    def spell(token: int) -> str:
+        return _spelled(token, token_bytes(tokenizer, token), "bytes:", as_ids=as_ids)
+
+    def top(token: int, score: TokenScore) -> dict[str, float]:
+        found: dict[str, float] = {}
+        # Even whole tokens may have one spelling (SentencePiece has letters as bytes, too): the most likely stands for it.
+        for other, logprob in (*score.top, (token, score.logprob)):
+            name = spell(other)
+            found[name] = max(logprob, found.get(name, logprob))
+        return found
+
     return {
-        "tokens": texts,
+        "tokens": [spell(token) for token in token_ids],
         "token_logprobs": [None if score is None else score.logprob for score in scores],
         "top_logprobs": [
-            None if score is None else _top(tokenizer, text, score, as_ids)
-            for text, score in zip(texts, scores, strict=True)
+            None if score is None else top(token, score) for token, score in zip(token_ids, scores, strict=True)
         ],
-        "text_offset": [*echoed, *(offsets.of(b"" if token in left_out else raw) for token, raw in generated)],
+        "text_offset": [
+            *tell_bytes_apart(tokenizer, token_ids[: len(echoed)], echoed),
+            *offsets.of(token_ids[len(echoed) :]),
+        ],
     }
 
 
-def _top(tokenizer: PreTrainedTokenizerBase, text: str, score: TokenScore, as_ids: bool) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for token, logprob in score.top:
-        # Tokens that are parts of characters may have one text; the most likely of them stands for it.
-        found.setdefault(_spelled(token, token_bytes(tokenizer, token), as_ids), logprob)
-    return found | {text: score.logprob}
+def _spelled(token: int, raw: bytes, mark: str = "", *, as_ids: bool = False) -> str:
+    """Return the text that a token's bytes are; if they are none, a mark and the bytes, those of ASCII as they are."""
+    if as_ids:
+        return f"token_id:{token}"
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return mark + "".join(chr(byte) if 32 <= byte < 127 and byte != 92 else f"\\x{byte:02x}" for byte in raw)

@@ -174,7 +174,7 @@ def plan_completion(served: Served, request: CompletionRequest, config: ServerCo
             )
             for number in range(request.n)
         ]
-    reply = CompletionReply(request, f"cmpl-{str(ULID()).lower()}", tokenizer, prompts, probes)
+    reply = CompletionReply(request, f"cmpl-{str(ULID()).lower()}", tokenizer, prompts, served.model.markers, probes)
     return Plan(choices, reply, asked_for, spelling)
 
 
