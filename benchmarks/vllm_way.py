@@ -26,7 +26,8 @@ from serve_app.engines.protocol import Finished
 from serve_app.engines.rollout import make_entry
 from serve_app.engines.served_model import ServedModel
 from serve_app.engines.storage import Stored
-from serve_app.engines.vllm.loading import EngineUnavailableError, VllmModel, VllmSettings, start
+from serve_app.engines.vllm.loading import VllmModel, VllmSettings, start
+from serve_app.engines.vllm.requirements import EngineUnavailableError
 from serve_app.models.sources import locate
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from eval_jobs import EvalError
 from eval_jobs.selection import load_problems
-from eval_jobs.settings import SERVER_OPTIONS, EvalSettings, SettingsError, check_settings
+from eval_jobs.settings import CAPTURE_OPTIONS, SERVER_OPTIONS, EvalSettings, SettingsError, check_settings
 from roentgen.cluster import ClusterError
 from roentgen.defaults import EMBEDDED_MODEL, base_url
 from roentgen.options import options_of
@@ -38,7 +38,7 @@ def evaluate(ctx: typer.Context, **options: Any) -> None:
     """
     progress = Console(stderr=True)
     try:
-        settings = check_settings(**options)
+        settings = check_settings(**{**options, **_meant(ctx, options, progress)})
         failed = _run(settings, ctx.obj if callable(ctx.obj) else None, progress)
     except (ClusterError, EvalError, RunError) as error:
         if options["verbose"]:
@@ -51,6 +51,19 @@ def evaluate(ctx: typer.Context, **options: Any) -> None:
     raise typer.Exit(1 if failed else 0)
 
 
+def _meant(ctx: typer.Context, options: dict[str, Any], progress: Console) -> dict[str, Any]:
+    """Return what options mean that say nothing by themselves: who says what to keep of activations wants them kept."""
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name in CAPTURE_OPTIONS
+        if (source := ctx.get_parameter_source(name)) is not None and source.name == "COMMANDLINE"
+    ]
+    if options["collect_activations"] or not given:
+        return {}
+    progress.print(f"{', '.join(given)}: activations are kept (--collect-activations)", highlight=False, soft_wrap=True)
+    return {"collect_activations": True}
+
+
 def _run(settings: EvalSettings, factory: ServerFactory | None, progress: Console) -> int:
     """Run an evaluation and print its summary; return the number of failed samples."""
     problems = load_problems(settings.selection)
@@ -60,10 +73,11 @@ def _run(settings: EvalSettings, factory: ServerFactory | None, progress: Consol
     else:
         server = nullcontext(_address(settings))
 
-    from eval_jobs.console import print_summary
-    from eval_jobs.driver import describe, run_evaluation
-
     with server as base_url:
+        # After the server's checks, which say what is wrong all the sooner.
+        from eval_jobs.console import print_summary
+        from eval_jobs.driver import describe, run_evaluation
+
         if settings.dry_run:
             describe(settings, problems, base_url, Console())
             return 0

@@ -16,7 +16,7 @@ from rich.console import Console
 from eval_jobs import EvalError
 from eval_jobs.config import ServedModel, hashed_configuration, variants_of
 from eval_jobs.console import say
-from eval_jobs.endpoint import Endpoint, find_model
+from eval_jobs.endpoint import Endpoint, FatalRequestError, find_model
 from eval_jobs.estimate import estimate
 from eval_jobs.failures import Failures
 from eval_jobs.fanout import evaluate
@@ -30,7 +30,7 @@ from eval_jobs.settings import EvalSettings
 from eval_jobs.tools import TOOLS
 from eval_jobs.variants import Attempt, attempts_of
 from roentgen.api_keys import client_key
-from roentgen.cluster import connected
+from roentgen.cluster import ClusterError, connected
 from roentgen.contract import ActivationRequest, canonical_hash
 from roentgen.runs import Recorder, Run, Sample
 
@@ -65,7 +65,7 @@ def run_evaluation(settings: EvalSettings, problems: Sequence[Problem], base_url
     run = open_run(settings, problems, served, base_url)
     plan = _plan(settings, endpoint, served.id, run)
     attempts = attempts_of(run.config, problems)
-    with run.recording() as record:
+    with run.recording() as record, _nothing_left(run):
         recorded, tally = _recorded(run)
         missing = [attempt for attempt in attempts if attempt.identity not in recorded]
         _announce(run, settings, problems, attempts, missing, console)
@@ -114,13 +114,19 @@ def prepare(
         say: told what is left out.
 
     Raises:
-        FatalRequestError: if no server answers, or it does not serve the model.
+        FatalRequestError: if no server answers, it does not serve the model, or the model lacks a layer that is to be kept.
     """
     endpoint = Endpoint(base_url, timeout=settings.request_timeout, api_key=client_key())
     served = find_model(endpoint, settings.model)
     if settings.collect_activations and served.d_model is None:
         say(f"the server at {base_url} is not Roentgen's: no activations are kept")
         settings = settings.model_copy(update={"collect_activations": False})
+    if settings.collect_activations and served.num_layers is not None and settings.layers != "all":
+        for layer in settings.layers:
+            if not -served.num_layers <= layer < served.num_layers:
+                raise FatalRequestError(
+                    f'--layers: {layer} is out of range; {served.id} has layers 0–{served.num_layers - 1} (or "all")'
+                )
     return endpoint, served, settings
 
 
@@ -228,6 +234,16 @@ def _run_missing(
 
 
 @contextmanager
+def _nothing_left(run: Run) -> Iterator[None]:
+    """Leave no run directory behind if an evaluation ends before it has recorded anything."""
+    try:
+        yield
+    except (EvalError, ClusterError, KeyboardInterrupt):
+        run.remove_if_empty()
+        raise
+
+
+@contextmanager
 def _stop_asked() -> Iterator[Callable[[], None]]:
     """Give a check that raises KeyboardInterrupt after Ctrl-C, or after SIGTERM (a job is stopped, a machine taken back).
 
@@ -267,4 +283,6 @@ def _writing(run: Run) -> Iterator[None]:
 
 
 def _how_to_go_on(run: Run) -> str:
+    if not len(run.samples()):
+        return "Nothing was recorded."
     return f"Finished samples are kept in {run.path}; the same command (without --new) continues there."

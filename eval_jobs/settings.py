@@ -34,6 +34,10 @@ SERVER_OPTIONS = ("store", "dtype", "revision", "device")
 """Options of the server: they can be given only to one that this command starts."""
 
 
+CAPTURE_OPTIONS = ("layers", "hook_points", "positions", "allow_non_finite")
+"""Options that say what to keep of activations."""
+
+
 class SettingsError(EvalError):
     """Settings that cannot be; the message has a line per option."""
 

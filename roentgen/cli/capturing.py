@@ -42,10 +42,12 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False, **options: Any
 ) -> None:
     """Compare captures of a running batch with lone forwards, row by row; exit code 1 if they differ."""
+    from roentgen.serving.preflight import PreflightError, check_device
     from serve_app.capture.resolver import ResolutionError
     from serve_app.capture.structure import CaptureRequestError
     from serve_app.engines.transformers.model import load
     from serve_app.models.architecture import UnsupportedModelError
+    from serve_app.models.description import describe
     from serve_app.models.errors import ModelNotFoundError
     from serve_app.models.sources import locate
     from serve_app.verification import (
@@ -58,10 +60,14 @@ def verify(
     )
 
     stage = stage_printer()
-    with expected_errors(CaptureRequestError, ModelNotFoundError, ResolutionError, VerificationError):
+    with expected_errors(CaptureRequestError, ModelNotFoundError, PreflightError, ResolutionError, VerificationError):
         asked = read_options(VerifySettings, options)
         texts = BUILT_IN_PROMPTS if asked.prompts is None else read_prompts(asked.prompts)
-        loaded = load(locate(asked.model, asked.revision), asked.dtype, asked.device, stage)
+        stage(f"finding {asked.model}")
+        check_device(asked.device)
+        source = locate(asked.model, asked.revision)
+        describe(source).check_capture(asked.layers, asked.hook_points or ())
+        loaded = load(source, asked.dtype, asked.device, stage)
         taps = taps_to_verify(loaded.structure, asked.layers, asked.hook_points or ())
     stage(f"{asked.requests} requests join and leave a batch, then each runs alone: {len(taps)} hook points")
     with expected_errors(UnsupportedModelError):

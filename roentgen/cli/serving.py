@@ -38,6 +38,7 @@ def serve_for_eval(settings: "EvalSettings") -> Iterator[str]:
             ray_address=settings.ray_address or LOCAL,
             stage=stage_printer(),
             verbose=settings.verbose,
+            capture=settings if settings.collect_activations else None,
         )
         with running as base_url:
             yield base_url

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,16 @@ class Run:
         file = self.path / "summary.json"
         summary: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
         return summary
+
+    def remove_if_empty(self) -> bool:
+        """Remove a run without a sample: its configuration alone is nothing to go on with. Whether it was."""
+        if self.record_path.exists() and self.record_path.stat().st_size:
+            return False
+        for file in (self.record_path, self.path / "config.json"):
+            file.unlink(missing_ok=True)
+        with suppress(OSError):  # somebody has put something of their own there
+            self.path.rmdir()
+        return True
 
     def session_uri(self, ref: RolloutRef) -> str:
         """Return where a rollout's session is: where it was written or, if that folder is gone, inside the run, which may

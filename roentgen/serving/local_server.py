@@ -16,15 +16,15 @@ from httpx2 import Client, TransportError
 from roentgen.api_keys import api_keys
 from roentgen.cluster import LOCAL, connected
 from roentgen.defaults import HOST
+from roentgen.serving.preflight import Capture, PreflightError, check_start
 from roentgen.store.places import check_writable, open_place
 from serve_app.config import ServerConfig
 from serve_app.http.proxy import named_in_environment
-from serve_app.models.errors import ModelNotFoundError
-from serve_app.models.sources import locate
 
 log = logging.getLogger(__name__)
 
 APP_NAME = "roentgen"
+LAST_PORT = 65_535
 START_TIMEOUT_S = 1800
 """A first start may download a model."""
 
@@ -42,6 +42,7 @@ def serving(
     ray_address: str = LOCAL,
     stage: Callable[[str], None] = log.info,
     verbose: bool = False,
+    capture: Capture | None = None,
 ) -> Iterator[str]:
     """Serve a model; yields the base URL, such as `http://127.0.0.1:8000/v1`.
 
@@ -52,6 +53,7 @@ def serving(
         ray_address: "local" starts a Ray here; HOST:PORT joins one that runs.
         stage: told what is being done.
         verbose: let Ray's and the replicas' logs through.
+        capture: what the server is going to be asked to capture, if that is known.
 
     Raises:
         LaunchError: if the port is taken, the address needs a key, or the model cannot be loaded.
@@ -59,15 +61,15 @@ def serving(
         StoreError: if the store is not writable.
     """
     check_host(host)
-    port = port or free_port(host)
     check_port(host, port)
-    check_writable(open_place(config.store))
+    port = port or free_port(host)
     stage(f"finding {config.model}")
-    if ray_address == LOCAL:  # on another machine, what the name leads to is for the replica to find out
+    if ray_address == LOCAL:  # on another machine, what is there is for the replica to find out
         try:
-            locate(config.model, config.revision)
-        except ModelNotFoundError as error:
+            check_start(config, capture)
+        except PreflightError as error:
             raise LaunchError(str(error)) from error
+    check_writable(open_place(config.store))
 
     stage("starting Ray" if ray_address == LOCAL else f"joining Ray at {ray_address}")
     # A Ray that is stopped takes Serve with it; of someone's cluster, only what was started here is stopped.
@@ -148,11 +150,13 @@ def free_port(host: str) -> int:
 
 
 def check_port(host: str, port: int) -> None:
-    """Make sure that nothing listens on a port.
+    """Make sure that nothing listens on a port; 0 stands for one that is free.
 
     Raises:
         LaunchError: naming the port.
     """
+    if not 0 <= port <= LAST_PORT:
+        raise LaunchError(f"--port {port} is no port; allowed are 1 to {LAST_PORT}, or 0 for any free one")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -19,6 +19,7 @@ from roentgen.contract import canonical_hash
 from roentgen.defaults import EMBEDDED_MODEL, STORE
 from roentgen.model_names import is_named
 from roentgen.runs import Run
+from roentgen.serving.preflight import PreflightError, check_device, spell_option
 from roentgen.store import Session, SessionNotFoundError, StoreWriter
 from roentgen.store.places import check_writable, open_place
 from roentgen.transcripts import Transcript, TranscriptError
@@ -31,6 +32,7 @@ from serve_app.capture.structure import CaptureRequestError
 from serve_app.engines.protocol import EngineStoppedError
 from serve_app.engines.transformers.engine import TransformersEngine
 from serve_app.engines.transformers.model import LoadedModel, load
+from serve_app.models.description import describe
 from serve_app.models.errors import ModelNotFoundError
 from serve_app.models.sources import ModelSource, locate
 from serve_app.teacher_forcing.capture import NotStored, Stored, TeacherForcing
@@ -129,7 +131,9 @@ def _load(settings: CaptureSettings, run: Run | None, stage: Callable[[str], Non
         revision = revision or (pinned if re.fullmatch("[0-9a-f]{40}", pinned) else None)
         dtype = dtype or hashed.get("dtype")
     stage(f"finding {name}")
+    check_device(settings.device)
     source: ModelSource = locate(name, revision)
+    describe(source).check_capture(settings.layers, settings.hook_points)
     if is_own and hashed.get("revision") not in (None, source.revision):
         stage(f"the run's model was {hashed['revision']}; this is {source.revision}")
     return load(source, dtype or "auto", settings.device, stage)
@@ -217,10 +221,8 @@ def _as_capture_errors() -> Iterator[None]:
     try:
         yield
     except CaptureRequestError as error:
-        raise CaptureError(
-            f"--{str(error).removeprefix('activations.').replace('hook_points', 'hook-points', 1)}"
-        ) from error
+        raise CaptureError(spell_option(str(error))) from error
     except UncapturableError as error:
         raise CaptureError(f"--hook-points: {error}") from error
-    except (EngineStoppedError, ModelNotFoundError, OtherCaptureError, ResolutionError) as error:
+    except (EngineStoppedError, ModelNotFoundError, OtherCaptureError, PreflightError, ResolutionError) as error:
         raise CaptureError(str(error)) from error

@@ -4,12 +4,14 @@
 touching the model. What the model does not have is refused here, by name, before anything is generated.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from typing_extensions import TypedDict
 
 from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS, ActivationRequest, stored_key
+from roentgen.model_names import suggest
 from serve_app.errors import RequestError
 
 Side = Literal["input", "output"]
@@ -143,12 +145,7 @@ class ModelStructure:
     def _layers(self, request: ActivationRequest) -> list[int]:
         if request.layers == "all":
             return list(range(self.num_layers))
-        for layer in request.layers:
-            if not -self.num_layers <= layer < self.num_layers:
-                raise CaptureRequestError(
-                    "activations.layers",
-                    f'{layer} is out of range; {self.model_name} has layers 0–{self.num_layers - 1} (or "all")',
-                )
+        check_layers(request.layers, self.num_layers, self.model_name)
         return list(dict.fromkeys(layer % self.num_layers for layer in request.layers))
 
     def _canonical(self, name: str, layers: list[int], *, everywhere: bool) -> dict[str, Tap]:
@@ -239,6 +236,36 @@ class ModelStructure:
             "verified_on": self.verified_on,
             "savepoints": {name: str(tap) for name, tap in self.savepoints.items()},
         }
+
+
+def check_layers(layers: tuple[int, ...] | Literal["all"], num_layers: int, model_name: str) -> None:
+    """Refuse layers that a model with so many does not have.
+
+    Raises:
+        CaptureRequestError: naming the first of them.
+    """
+    for layer in () if layers == "all" else layers:
+        if not -num_layers <= layer < num_layers:
+            raise CaptureRequestError(
+                "activations.layers",
+                f'{layer} is out of range; {model_name} has layers 0–{num_layers - 1} (or "all")',
+            )
+
+
+def check_hook_points(names: Iterable[str]) -> None:
+    """Refuse names that no model without savepoints has: neither a hook point's nor a module path with its side.
+
+    Raises:
+        CaptureRequestError: naming the first of them.
+    """
+    known = (*LAYER_HOOK_POINTS, *MODEL_HOOK_POINTS)
+    for name in names:
+        if name not in known and not name.endswith((".input", ".output")):
+            raise CaptureRequestError(
+                "activations.hook_points",
+                f"{name!r} is not a hook point; allowed are {', '.join(known)}, and any module path ending in .input or .output"
+                f"{suggest(name, known)}",
+            )
 
 
 def ranges(layers: list[int]) -> str:

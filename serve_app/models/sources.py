@@ -17,15 +17,21 @@ import json
 import logging
 import os
 import shutil
+import socket
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 from filelock import FileLock
 
 from roentgen.defaults import EMBEDDED_MODEL
-from roentgen.model_names import canonical_name
+from roentgen.model_names import canonical_name, suggest
 from serve_app.models.errors import ModelNotFoundError, WeightsError
 from serve_app.models.identity import BASE_WEIGHTS, DamagedWeightsError, file_revision, folder_revision
 
@@ -33,6 +39,10 @@ log = logging.getLogger(__name__)
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+HUB_PATIENCE_S = 3.0
+"""How long the hub may take to be reached."""
+MOST_BESIDE = 1000
+"""Folders that are looked through for one that may have been meant."""
 _CONVERTED = ".converted"
 """Says which file's content a converted model has, and the hash of its own."""
 
@@ -109,7 +119,7 @@ def locate(name: str, revision: str | None = None, *, trust_remote_code: bool = 
     if folder.is_dir():
         return _pinned(_in_folder(name, folder, trust_remote_code), revision)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise ModelNotFoundError(f"model {name!r}: there is no such folder")
+        raise ModelNotFoundError(f"model {name!r}: there is no such folder{suggest(name, _folders_beside(folder))}")
     return _on_hub(name, revision, trust_remote_code)
 
 
@@ -192,12 +202,23 @@ def _has_tokenizer(folder: Path) -> bool:
     return any((folder / file).exists() for file in ("tokenizer.json", "tokenizer.model", "tokenizer_config.json"))
 
 
+def config_file(source: ModelSource) -> Path | None:
+    """Return a source's config.json, None if it is not on this machine."""
+    folder = Path(source.path)
+    if folder.is_dir():
+        return folder / "config.json" if (folder / "config.json").exists() else None
+    return _hub_file(source.path, "config.json", source.commit, local_only=True)
+
+
 def _on_hub(name: str, revision: str | None, trust_remote_code: bool) -> ModelSource:
     """Find a hub model, or one in the hub's cache; its revision is the commit of the files that are found."""
     from transformers import AutoConfig
 
+    answers = _hub_answers()
     try:
-        AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        AutoConfig.from_pretrained(
+            name, revision=revision, trust_remote_code=trust_remote_code, local_files_only=not answers
+        )
         unfound = None
     except (OSError, ValueError) as error:
         unfound = error
@@ -207,13 +228,52 @@ def _on_hub(name: str, revision: str | None, trust_remote_code: bool) -> ModelSo
     if described is not None:
         return _adapter_on_hub(name, described, trust_remote_code)
     if unfound is not None:
+        why = str(unfound).splitlines()[0] if answers else "which does not answer, and its cache here has no such model"
+        known = (EMBEDDED_MODEL, *_cached_names(), *_folders_beside(Path(name)))
         raise ModelNotFoundError(
-            f"model {name!r} is neither a local folder nor to be had from the model hub ({str(unfound).splitlines()[0]}). "
+            f"model {name!r} is neither a local folder nor to be had from the model hub ({why}){suggest(name, known)}. "
             f"Two ways out: --model {EMBEDDED_MODEL} needs no hub; or download the model where the hub can be reached "
             "and give its folder, --model path/to/folder"
         ) from unfound
     commit = _commit(_hub_file(name, "config.json", revision, local_only=True))
     return ModelSource(name, name, commit, commit)
+
+
+def _hub_answers() -> bool:
+    """Whether the hub can be reached, found out in a moment: its own client would try for the better part of a minute."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if {"https", "all"} & getproxies().keys():
+        return True  # what is behind a proxy, only asking shows
+    hub, found = urlsplit(constants.ENDPOINT), Event()
+
+    def knock() -> None:
+        with suppress(OSError):
+            socket.create_connection((hub.hostname, hub.port or 443), timeout=HUB_PATIENCE_S).close()
+            found.set()
+
+    # On a thread, because looking a name up has no time limit of its own.
+    knocking = Thread(target=knock, daemon=True)
+    knocking.start()
+    knocking.join(HUB_PATIENCE_S)
+    return found.is_set()
+
+
+def _cached_names() -> list[str]:
+    """Return the models in the hub's cache."""
+    from huggingface_hub import constants
+
+    return [
+        path.name.removeprefix("models--").replace("--", "/") for path in Path(constants.HF_HUB_CACHE).glob("models--*")
+    ]
+
+
+def _folders_beside(folder: Path) -> list[str]:
+    """Return the folders with models in them that lie where a folder was looked for."""
+    found = folder.expanduser().parent.glob("*/config.json")
+    return [str(folder.with_name(config.parent.name)) for config in islice(found, MOST_BESIDE)]
 
 
 def _adapter_on_hub(name: str, described: Path, trust_remote_code: bool) -> ModelSource:

@@ -26,6 +26,7 @@ from serve_app.engines.storage import LocalStorage
 from serve_app.engines.transformers.engine import TransformersEngine
 from serve_app.engines.transformers.model import load
 from serve_app.engines.vllm import loading as vllm
+from serve_app.engines.vllm.requirements import EngineUnavailableError, installed
 from serve_app.errors import RETRY_AFTER_S, RequestError
 from serve_app.models.sources import ModelSource, locate
 from serve_app.openai_api.errors import ApiError, from_store
@@ -192,7 +193,7 @@ class ModelSlot:
     def _make_vllm(self, choice: ModelChoice, source: ModelSource) -> Served:
         config = self._config
         if choice.device_map is not None:
-            raise vllm.EngineUnavailableError("device_map: vLLM spreads a model by the server's tensor_parallel_size")
+            raise EngineUnavailableError("device_map: vLLM spreads a model by the server's tensor_parallel_size")
         settings = vllm.VllmSettings(
             dtype=config.dtype,
             device=config.device,
@@ -254,7 +255,7 @@ def engine_for(config: ServerConfig, choice: ModelChoice, source: ModelSource | 
         return config.engine
     adapted = source is not None and source.adapter is not None
     fits = config.device != "cpu" and choice.device_map is None and not adapted
-    return "vllm" if fits and torch.cuda.is_available() and vllm.installed() else "transformers"
+    return "vllm" if fits and torch.cuda.is_available() and installed() else "transformers"
 
 
 def describe(served: Served) -> dict[str, Any]:

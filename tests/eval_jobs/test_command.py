@@ -75,6 +75,18 @@ def test_a_dry_run_says_what_would_be_stored_and_stores_nothing(tmp_path: Path) 
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.usefixtures("local_ray")
+@pytest.mark.parametrize("option", [("--layers", "3"), ("--hook-points", "resid_post"), ("--positions", "last")])
+def test_who_says_what_to_keep_keeps_it(server: StandIn, option: tuple[str, str]) -> None:
+    _, _, stderr = run("--base-url", server.base_url, "--output", "run", "--samples", "1", *option)
+    assert f"{option[0]}: activations are kept (--collect-activations)" in stderr
+    kept = Run.open("run").config.hashed["capture"]
+    assert str(option[1]) in str(kept)
+    _, _, stderr = run("--base-url", server.base_url, "--output", "plain", "--samples", "1")
+    assert "activations are kept" not in stderr
+    assert Run.open("plain").config.hashed["capture"] is None
+
+
 def test_verbose_shows_the_traceback() -> None:
     code, _, stderr = run("--samples", "0", "--verbose")
     assert code == 2

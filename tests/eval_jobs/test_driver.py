@@ -201,13 +201,45 @@ def test_ctrl_c_says_how_to_go_on(server: StandIn, monkeypatch: pytest.MonkeyPat
     assert_complete(evaluate(server)[0])
 
 
-def test_a_full_disk_is_one_clear_error(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("room", "said"), [(2, "Finished samples are kept"), (0, "Nothing was recorded")])
+def test_a_full_disk_is_one_clear_error(
+    server: StandIn, monkeypatch: pytest.MonkeyPatch, room: int, said: str, tmp_path: Path
+) -> None:
+    append, kept = Recorder.append, []
+
     def full(self: Recorder, sample: Sample) -> None:
-        raise OSError(28, "No space left on device")
+        if len(kept) == room:
+            raise OSError(28, "No space left on device")
+        append(self, sample)
+        kept.append(sample)
 
     monkeypatch.setattr(Recorder, "append", full)
-    with pytest.raises(EvalError, match=r"run cannot be written: No space left on device\. Finished samples are kept"):
+    with pytest.raises(EvalError, match=rf"run cannot be written: No space left on device\. {said}"):
         evaluate(server)
+    assert (tmp_path / "run").exists() == (room > 0)
+
+
+def test_a_run_that_fails_at_once_leaves_no_folder_and_nothing_of_others(server: StandIn, tmp_path: Path) -> None:
+    def refuse(question: str) -> None:
+        server.fail(question, Fault(404, "no such model"), times=50)
+
+    for problem in take("arithmetic", 12):
+        refuse(problem.question)
+    with pytest.raises(EvalError, match="no such model"):
+        evaluate(server)
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("kept")
+    with pytest.raises(EvalError, match="no such model"):
+        evaluate(server)
+    assert [file.name for file in (tmp_path / "run").iterdir()] == ["mine.txt"]
+
+
+def test_layers_that_the_model_lacks_are_refused_before_anything_is_asked(server: StandIn, tmp_path: Path) -> None:
+    with pytest.raises(FatalRequestError, match=r'--layers: 30 is out of range; stand-in has layers 0–29 \(or "all"\)'):
+        evaluate(server, collect_activations=True, layers="-30,30")
+    assert server.requests == []
+    assert not (tmp_path / "run").exists()
 
 
 def test_two_drivers_do_not_share_a_run(server: StandIn) -> None:

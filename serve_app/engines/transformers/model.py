@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from serve_app.capture.observer import ObservedModel, observe
@@ -21,6 +21,7 @@ from serve_app.engines.served_model import ServedModel, native_dtype
 from serve_app.engines.transformers.load_checks import CheckedModel, check_loaded
 from serve_app.models.adapters import read_model
 from serve_app.models.architecture import UnsupportedModelError, check_config
+from serve_app.models.description import read_tokenizer
 from serve_app.models.sources import ModelSource
 
 log = logging.getLogger(__name__)
@@ -87,8 +88,7 @@ def load(
     stage(f"loading {source.name} ({kind}, {place})")
     config = AutoConfig.from_pretrained(source.path, revision=source.commit, trust_remote_code=trust_remote_code)
     check_config(config, trust_remote_code=trust_remote_code)
-    words, commit = source.tokenizer_at
-    tokenizer = AutoTokenizer.from_pretrained(words, revision=commit, trust_remote_code=trust_remote_code)
+    tokenizer = read_tokenizer(source, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
         raise UnsupportedModelError(
             f"{source.name} has a tokenizer ({type(tokenizer).__name__}) that cannot say which characters a token covers"

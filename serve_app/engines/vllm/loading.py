@@ -5,7 +5,6 @@ token that is found in the cache passes through no module, so it has no row), pr
 configuration declares the hook points that they have to serve (`taps`). One that does not is plain vLLM with all of that on.
 """
 
-import importlib.util
 import logging
 import os
 import re
@@ -15,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PretrainedConfig
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS
 from serve_app.capture.resolver import ResolutionError, number_of_experts
@@ -34,9 +33,10 @@ from serve_app.engines.vllm.hook_points import (
 from serve_app.engines.vllm.lifetime import announce
 from serve_app.engines.vllm.neutrality import check_batching
 from serve_app.engines.vllm.orders import unpack
-from serve_app.errors import RequestError
+from serve_app.engines.vllm.requirements import check_available
 from serve_app.models.architecture import check_config
 from serve_app.models.context import context_length
+from serve_app.models.description import read_tokenizer
 from serve_app.models.sources import ModelSource
 from serve_app.models.weights import compare_headers
 
@@ -53,17 +53,8 @@ NO_CAPTURE = "this server does not capture (capture: false in its configuration)
 ASSUMED_CONTEXT = 2048
 """What vLLM itself takes where a configuration says no context length."""
 
-BATCH_INVARIANT_FROM = (8, 0)
-"""The compute capability that vLLM's batch-invariant mode asks for (its documentation, 0.32)."""
-
 PROBE_TOKENS = 8
 """Of the request that hook points are verified on."""
-
-
-class EngineUnavailableError(RequestError):
-    """vLLM cannot be used here; the message says why."""
-
-    code = "engine_unavailable"
 
 
 @dataclass(frozen=True)
@@ -112,11 +103,6 @@ class VllmModel(ServedModel):
         return self.read_generation_config
 
 
-def installed() -> bool:
-    """Whether vLLM is."""
-    return importlib.util.find_spec("vllm") is not None
-
-
 def start(
     source: ModelSource,
     settings: VllmSettings,
@@ -137,20 +123,10 @@ def start(
         WeightsError: if a folder's weights are not those of the model that its configuration describes.
         ResolutionError: if the model's layers cannot be found, or it is not a causal decoder.
     """
-    if source.adapter is not None:
-        raise EngineUnavailableError(
-            f"engine: {source.name!r} is an adapter ({source.adapter.peft_type}), which is not served with vLLM; use "
-            "engine=transformers, or merge it into its model"
-        )
-    if not installed():
-        raise EngineUnavailableError("engine: vllm is not installed here; use engine=transformers")
+    check_available(source, device=settings.device, batch_invariant=settings.batch_invariant)
     from serve_app.engines.vllm.engine import EngineLoop, VllmEngine
 
     place = torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
-    if settings.device == "cuda" and place.type == "cpu":
-        raise EngineUnavailableError("device: there is no CUDA GPU here")
-    if settings.batch_invariant:
-        check_batch_invariance(torch.cuda.get_device_capability() if place.type == "cuda" else None)
     kind = native_dtype(place) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     revision = source.commit
     config = AutoConfig.from_pretrained(source.path, revision=revision, trust_remote_code=trust_remote_code)
@@ -166,7 +142,7 @@ def start(
             generation = GenerationConfig.from_pretrained(source.path, revision=revision)
         except OSError:
             generation = GenerationConfig.from_model_config(config)
-        tokenizer = AutoTokenizer.from_pretrained(source.path, revision=revision, trust_remote_code=trust_remote_code)
+        tokenizer = read_tokenizer(source, trust_remote_code=trust_remote_code)
         model = VllmModel(source, tokenizer, structure, place, kind, config, generation)
         stage("checking batching")
         begun = time.monotonic()
@@ -191,23 +167,6 @@ def start(
         max_queue=settings.max_queue,
         batch_invariant=settings.batch_invariant,
     )
-
-
-def check_batch_invariance(capability: tuple[int, int] | None) -> None:
-    """Refuse what vLLM's batch-invariant kernels do not run on.
-
-    Args:
-        capability: the GPU's compute capability, None for a CPU.
-
-    Raises:
-        EngineUnavailableError: saying what it needs.
-    """
-    if capability is None or capability < BATCH_INVARIANT_FROM:
-        found = "a CPU" if capability is None else f"a GPU of compute capability {capability[0]}.{capability[1]}"
-        raise EngineUnavailableError(
-            f"batch_invariant: vLLM has it on CUDA GPUs of compute capability 8.0 and later, and this is {found}; use "
-            "engine=transformers"
-        )
 
 
 def engine_arguments(

@@ -15,7 +15,8 @@ from serve_app.config import ModelChoice, ServerConfig
 from serve_app.engines.protocol import Sampling
 from serve_app.engines.transformers.engine import TransformersEngine
 from serve_app.engines.transformers.model import LoadedModel, load
-from serve_app.engines.vllm.loading import EngineUnavailableError, start
+from serve_app.engines.vllm.loading import start
+from serve_app.engines.vllm.requirements import EngineUnavailableError
 from serve_app.models import adapters
 from serve_app.models.adapters import read_model
 from serve_app.models.errors import WeightsError

@@ -8,13 +8,8 @@ from pydantic import ValidationError
 
 from serve_app.app import build
 from serve_app.config import ModelChoice, ServerConfig
-from serve_app.engines.vllm.loading import (
-    EngineUnavailableError,
-    VllmSettings,
-    check_batch_invariance,
-    engine_arguments,
-    start,
-)
+from serve_app.engines.vllm.loading import VllmSettings, engine_arguments, start
+from serve_app.engines.vllm.requirements import EngineUnavailableError, check_batch_invariance
 from serve_app.models.sources import ModelSource
 from serve_app.replica.model_slot import as_load_error, engine_for
 from tests.serve_app import tiny
@@ -26,7 +21,7 @@ def test_auto_is_vllm_where_there_are_both_a_gpu_and_vllm(monkeypatch: pytest.Mo
     there = importlib.util.find_spec("vllm") is not None
     assert engine_for(ServerConfig(), CHOICE) == ("vllm" if there and torch.cuda.is_available() else "transformers")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("serve_app.engines.vllm.loading.installed", lambda: True)
+    monkeypatch.setattr("serve_app.replica.model_slot.installed", lambda: True)
     assert engine_for(ServerConfig(), CHOICE) == "vllm"
     assert engine_for(ServerConfig(device="cpu"), CHOICE) == "transformers"
     assert engine_for(ServerConfig(), ModelChoice(model_id="m", device_map="auto")) == "transformers"
