@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -33,15 +33,24 @@ MAX_PROMPTS = 1024
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], BeforeValidator(no_booleans), Field(min_length=1)]
 
 
+def _kind_of_prompt(prompt: Any) -> str:
+    """Tell the kinds of prompts apart by their first part, so that an error is about the kind that was meant."""
+    if not isinstance(prompt, list):
+        return "list[text]"
+    first = prompt[0] if prompt else 0
+    return "list[texts]" if isinstance(first, str) else "list[lists]" if isinstance(first, list) else "list[tokens]"
+
+
 class CompletionRequest(NeutralCompletionParams, GenerationParams):
     """The body of a completion request."""
 
-    prompt: (
-        str
-        | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
-    )
+    prompt: Annotated[
+        Annotated[str, Tag("list[text]")]
+        | Annotated[TokenIds, Tag("list[tokens]")]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS), Tag("list[texts]")]
+        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS), Tag("list[lists]")],
+        Discriminator(_kind_of_prompt),
+    ]
     max_tokens: Int = Field(default=16, ge=0)
     echo: bool = False
     logprobs: Annotated[Int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None

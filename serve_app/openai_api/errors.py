@@ -6,6 +6,7 @@ an `ApiError`, which becomes an HTTP status and a JSON body.
 """
 
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from roentgen.store import NonFiniteRowsError, StoreError
@@ -64,6 +65,12 @@ class ApiError(RequestError):
     def from_payload(cls, payload: dict[str, Any]) -> "ApiError":
         """Undo `payload`."""
         return cls(**payload)
+
+
+def enumerated(names: Iterable[str]) -> str:
+    """Write names one after another, the first ten of many."""
+    listed = list(names)
+    return ", ".join(listed[:10]) + (f" and {len(listed) - 10} more" if len(listed) > 10 else "")
 
 
 def refused(param: str, reason: str, code: str | None = None) -> ApiError:

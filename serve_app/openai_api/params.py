@@ -13,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from roentgen.contract import MAX_INT32, ActivationRequest, Float, Int, Temperature, TopP, no_booleans
 from serve_app.engines.protocol import Sampling
+from serve_app.openai_api.errors import enumerated
 from serve_app.openai_api.neutral import NeutralParams
 from serve_app.openai_api.probing import (
     MAX_ADDITIONS,
@@ -34,12 +35,12 @@ def _stop_list(stop: Any) -> Any:
 
 
 def _different_tokens(biases: Any) -> Any:
-    """Refuse a token that is spelled in two ways, of which one bias would be dropped."""
+    """Refuse what is no token, all of it at once, and one that is spelled in two ways, of which one bias would be dropped."""
     if isinstance(biases, dict):
-        tokens = [
-            int(token) for token in biases if isinstance(token, str) and re.fullmatch(r"\s*\+?[0-9_]{1,20}\s*", token)
-        ]
-        if len(set(tokens)) < len(tokens):
+        named = [re.fullmatch(r"\s*\+?([0-9]{1,4300})\s*", str(token)) for token in biases]
+        if wrong := [token for token, found in zip(biases, named, strict=True) if found is None]:
+            raise ValueError(f"the keys are token ids, 0 or more; {enumerated(map(repr, wrong))} cannot be one")
+        if len({int(found[1]) for found in named if found}) < len(biases):
             raise ValueError("a token is there twice")
     return biases
 

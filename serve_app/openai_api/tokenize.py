@@ -10,7 +10,7 @@ from transformers.tokenization_utils_base import VERY_LARGE_INTEGER
 from roentgen.contract import no_booleans
 from serve_app.engines.served_model import ServedModel
 from serve_app.models.tokenization import tokenize_text
-from serve_app.openai_api.errors import ApiError
+from serve_app.openai_api.errors import ApiError, enumerated
 from serve_app.openai_api.messages import Message, Tool, Wire
 from serve_app.openai_api.prompt import render
 from serve_app.openai_api.schemas import DetokenizedText, TokenizerInfo, Tokens
@@ -67,12 +67,15 @@ def check_tokens(token_ids: Sequence[int], n_tokens: int | None, param: str) -> 
         param: the request's parameter that they come from.
 
     Raises:
-        ApiError: naming the first that it does not know.
+        ApiError: naming those that it does not know.
     """
     if n_tokens is None:
         return
-    if (wrong := next((token for token in token_ids if not 0 <= token < n_tokens), None)) is not None:
-        raise ApiError(400, f"{param}: {wrong} is not a token; the model has 0–{n_tokens - 1}", param=param)
+    if wrong := list(dict.fromkeys(token for token in token_ids if not 0 <= token < n_tokens)):
+        are = "is not a token" if len(wrong) == 1 else "are not tokens"
+        raise ApiError(
+            400, f"{param}: {enumerated(map(str, wrong))} {are}; the model has 0–{n_tokens - 1}", param=param
+        )
 
 
 def bad_word_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:

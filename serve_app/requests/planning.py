@@ -225,11 +225,15 @@ def _max_tokens(served: Served, prompt: TokenizedText, limit: int | None, param:
     context = _context(served)
     left = context - prompt.n_prompt
     if left < (1 if limit is None else limit):
-        completion = f" and the completion may take {limit}" if limit else ""
+        n_prompt = prompt.n_prompt
+        taken = f"your {param} resulted in {n_prompt} tokens"
+        if limit:
+            taken = f"you requested {n_prompt + limit} tokens ({n_prompt} in the {param}, {limit} in the completion)"
+        # OpenAI's words, which clients know (litellm's ContextWindowExceededError, inspect_ai's model_length).
         raise ApiError(
             400,
-            f"this model's context is {context} tokens; the {param} takes {prompt.n_prompt}{completion}: "
-            "shorten one of them",
+            f"This model's maximum context length is {context} tokens. However, {taken}. Please reduce the length of the "
+            f"{param}{' or completion' if limit else ''}.",
             param=param,
             code="context_length_exceeded",
         )

@@ -338,8 +338,13 @@ async def test_a_schema_that_cannot_end_is_refused_wherever_it_stands(replica: M
 
 
 REFUSED = [
-    ({"max_tokens": 500}, 400, "messages", r"context is 128 tokens; the messages takes? \d+ and the completion may take 500"),
+    ({"max_tokens": 500}, 400, "messages",
+     r"This model's maximum context length is 128 tokens\. However, you requested 5\d\d tokens \(\d+ in the messages, 500 in "
+     r"the completion\)\. Please reduce the length of the messages or completion\.$"),
+    ({"messages": [{"role": "user", "content": "long " * 30}], "max_tokens": None}, 400, "messages",
+     r"This model's maximum context length is 128 tokens\. However, your messages resulted in 1\d\d tokens\. Please reduce"),
     ({"logit_bias": {"9999": 1}}, 400, "logit_bias", "9999 is not a token"),
+    ({"logit_bias": {"9999": 1, "3": 1, "300": 1}}, 400, "logit_bias", "9999, 300 are not tokens; the model has 0–256"),
     ({"stop_token_ids": [257]}, 400, "stop_token_ids", "257 is not a token"),
     ({"activations": {"layers": [7]}}, 400, "activations.layers", "out of range"),
     ({"activations": {"layers": [1], "return": "full"}, "max_tokens": 100}, 400, "activations.return", "limit is 0 MB"),
