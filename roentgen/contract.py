@@ -73,7 +73,10 @@ def check_session_id(value: str) -> str:
     return value
 
 
-SessionId = Annotated[str, AfterValidator(check_session_id)]
+SESSION_ID_PATTERN = f"^{_SESSION_ID.pattern}$"
+"""What `check_session_id` allows, for documents."""
+
+SessionId = Annotated[str, AfterValidator(check_session_id), Field(json_schema_extra={"pattern": SESSION_ID_PATTERN})]
 
 MAX_INT32 = 2**31 - 1
 """What the index's columns of small numbers hold."""
@@ -309,7 +312,10 @@ PositionPolicy = Annotated[
     str,
     AfterValidator(_check_positions),
     Field(
-        description="Positions to keep: all, prompt, generated, last_prompt, last, stride:k, mean_prompt, mean_generated."
+        description="Positions to keep: all, prompt, generated, last_prompt, last, stride:k, mean_prompt, mean_generated.",
+        json_schema_extra={
+            "pattern": "^(all|prompt|generated|last_prompt|last|mean_prompt|mean_generated|stride:[0-9]{1,10})$"
+        },
     ),
 ]
 STEERABLE = ("all", "prompt", "generated", "last_prompt", "stride:k")
@@ -324,7 +330,12 @@ def _check_steered(value: str) -> str:
 
 
 SteeredPositions = Annotated[
-    str, AfterValidator(_check_steered), Field(description=f"Positions to steer: {', '.join(STEERABLE)}.")
+    str,
+    AfterValidator(_check_steered),
+    Field(
+        description=f"Positions to steer: {', '.join(STEERABLE)}.",
+        json_schema_extra={"pattern": "^(all|prompt|generated|last_prompt|stride:[0-9]{1,10})$"},
+    ),
 ]
 AllowNonFinite = Annotated[
     bool, Field(description="Keep rows with NaN or infinity, which otherwise fail their request.")

@@ -9,10 +9,11 @@ import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response, Security, params
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 from roentgen import __version__
@@ -38,6 +39,12 @@ def check_key(request: Request) -> None:
     matches = [hmac.compare_digest(given.strip().encode("latin-1"), key.encode()) for key in keys]
     if keys and not (scheme.lower() == "bearer" and any(matches)):
         raise ApiError(401, "no valid API key; send it as 'Authorization: Bearer KEY'", code="invalid_api_key")
+
+
+def locks() -> list[params.Depends]:
+    """Return what stands before every route but `/health`: the check of the key, and, with a key, its description."""
+    described = [Security(HTTPBearer(auto_error=False, scheme_name="key"))] if api_keys() else []
+    return [Depends(check_key), *described]
 
 
 class _JsonRequest(Request):

@@ -14,13 +14,13 @@ from dataclasses import asdict
 from typing import Annotated, Any, cast
 
 import pandas as pd
-from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
+from fastapi import APIRouter, FastAPI, Path, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import State
 
-from roentgen.contract import check_session_id
+from roentgen.contract import SESSION_ID_PATTERN, check_session_id
 from roentgen.model_names import is_named
 from roentgen.store import Session, SessionBusyError, SessionNotFoundError, SessionSummary, list_sessions
 from roentgen.store.files import read_file, session_files, tar_session
@@ -28,7 +28,7 @@ from roentgen.store.sessions import delete_session, find_session, summarise
 from serve_app.capture.structure import StructureRecord
 from serve_app.config import ModelChoice, ServerConfig
 from serve_app.http.event_stream import EventStream, ResponseEventStream
-from serve_app.http.http_api import JsonRoute, check_key, make_api
+from serve_app.http.http_api import JsonRoute, locks, make_api
 from serve_app.http.metrics import Metrics
 from serve_app.logs import write_json_logs
 from serve_app.openai_api import schemas
@@ -43,6 +43,8 @@ from serve_app.replica.fleet import Replicas
 
 Body = dict[str, Any]
 Generation = ChatRequest | CompletionRequest | ResponsesRequest
+# Checked by `_check_id`, so that the error is worded as everywhere.
+SessionInPath = Annotated[str, Path(json_schema_extra={"pattern": SESSION_ID_PATTERN})]
 
 
 class Ingress:
@@ -60,7 +62,7 @@ class Ingress:
         """Bind the routes to this object's methods; Serve calls it once per replica. All but `/health` ask for the key."""
         api = make_api(self._config.max_body_bytes, self._metrics)
         api.add_api_route("/health", self.health, methods=["GET"], **HEALTH)
-        locked = APIRouter(dependencies=[Depends(check_key)], route_class=JsonRoute)
+        locked = APIRouter(dependencies=locks(), route_class=JsonRoute)
         session = "/v1/activations/session/{session_id}"
         chat = documented(schemas.ChatCompletion, chunk=schemas.ChatCompletionChunk)
         completion = documented(schemas.Completion, chunk=schemas.CompletionChunk)
@@ -161,7 +163,7 @@ class Ingress:
 
     def session(
         self,
-        session_id: str,
+        session_id: SessionInPath,
         offset: Annotated[int, Query(ge=0)] = 0,
         limit: Annotated[int, Query(ge=0, le=10_000)] = 100,
     ) -> schemas.SessionPage:
@@ -172,7 +174,7 @@ class Ingress:
         page = session.rollouts(columns=("labels",), ids=ids).sort_values("rollout_id")
         return {**entry, "offset": offset, "items": [_entry(row) for row in page.to_dict("records")]}
 
-    def delete_session(self, session_id: str) -> schemas.DeletedSession:
+    def delete_session(self, session_id: SessionInPath) -> schemas.DeletedSession:
         """Delete a session and all it holds; one that is being written is refused."""
         _check_id(session_id)
         if self._writing[session_id]:
@@ -185,18 +187,18 @@ class Ingress:
             raise ApiError(409, str(error), param="session_id", code="session_busy") from error
         return {"id": session_id, "object": "activations.session", "deleted": True, "bytes": freed}
 
-    def download(self, session_id: str) -> StreamingResponse:
+    def download(self, session_id: SessionInPath) -> StreamingResponse:
         """Send a session as a tar archive: what is committed now, also while more is being written."""
         size, pieces = tar_session(self._find(session_id))
         headers = {"Content-Length": str(size), "Content-Disposition": f'attachment; filename="{session_id}.tar"'}
         return StreamingResponse(pieces, media_type="application/x-tar", headers=headers)
 
-    def files(self, session_id: str) -> schemas.SessionFiles:
+    def files(self, session_id: SessionInPath) -> schemas.SessionFiles:
         """List a session's committed files: what `roentgen sessions pull` fetches, one by one."""
         files = session_files(self._find(session_id))
         return {"object": "list", "data": [{"name": file.name, "size": file.size} for file in files]}
 
-    def file(self, session_id: str, path: str) -> StreamingResponse:
+    def file(self, session_id: SessionInPath, path: str) -> StreamingResponse:
         """Send one of a session's files."""
         session = self._find(session_id)
         try:

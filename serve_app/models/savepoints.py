@@ -26,6 +26,7 @@ class Savepoint(BaseModel):
     )
     selector: str = Field(
         max_length=512,
+        json_schema_extra={"pattern": f"^{SELECTOR.pattern}$"},
         description="Where it is, such as `model.layers[12].mlp` (its output) or `model.layers.12.mlp.input`.",
     )
 

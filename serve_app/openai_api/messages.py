@@ -220,7 +220,7 @@ class Tool(Wire):
 class FunctionName(Recorded):
     """A function on offer, by its name; clients may repeat the rest of it."""
 
-    name: str
+    name: str = Field(pattern=NAME)
 
 
 class NamedToolChoice(Wire):

@@ -69,7 +69,7 @@ class FunctionChoice(Wire):
     """The function that must be called."""
 
     type: Literal["function"]
-    name: str
+    name: str = Field(pattern=NAME)
 
 
 class AllowedTools(Wire):

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
-from fastapi import Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.responses import StreamingResponse
 from fastapi.testclient import TestClient
 from pydantic import BaseModel
@@ -16,7 +16,7 @@ from ray.exceptions import ActorDiedError, TaskCancelledError
 from starlette.types import Message
 
 from serve_app.engines.protocol import Load
-from serve_app.http.http_api import check_key, make_api
+from serve_app.http.http_api import check_key, locks, make_api
 from serve_app.http.metrics import Metrics
 from serve_app.logs import JsonFormatter
 from serve_app.openai_api.errors import ApiError
@@ -283,3 +283,15 @@ def test_what_the_engines_did_is_told_by_replica(metrics: Metrics) -> None:
     ):
         assert line in text
     assert 'replica="a"' not in metrics.text({}).decode()  # a replica that is gone is not told of
+
+
+def test_the_document_says_whether_a_key_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key in ("", "secret"):
+        monkeypatch.setenv("ROENTGEN_API_KEY", key)
+        api = FastAPI()
+        locked = APIRouter(dependencies=locks())
+        locked.add_api_route("/here", lambda: {"here": True})
+        api.include_router(locked)
+        document = api.openapi()
+        assert ("securitySchemes" in document.get("components", {})) == bool(key)
+        assert document["paths"]["/here"]["get"].get("security") == ([{"key": []}] if key else None)

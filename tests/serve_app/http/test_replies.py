@@ -340,6 +340,22 @@ def test_every_reply_and_every_chunk_is_as_documented(document: Document, bodies
     assert {"lost, stream=True", "lost text, stream=True"} <= in_streams
 
 
+def test_strings_are_documented_with_their_patterns(client: TestClient) -> None:
+    content = client.get("/openapi.json").json()
+    (path, *_) = content["paths"][f"{SESSION}/{{session_id}}"]["get"]["parameters"]
+    kept = content["components"]["schemas"]["ActivationRequest"]["properties"]
+    session = kept["session_id"]["anyOf"][0]["pattern"]
+    assert path["schema"]["pattern"] == session
+    steered = content["components"]["schemas"]["SteeringRequest"]["properties"]["positions"]["pattern"]
+    for pattern, good, bad in (
+        (session, ["a", "a.b-c_9"], [".a", "a b", "", "a" * 65]),
+        (kept["positions"]["pattern"], ["all", "stride:3", "mean_prompt"], ["stride:", "every", "last "]),
+        (steered, ["all", "stride:3"], ["last", "mean_prompt"]),
+    ):
+        assert [text for text in good if not re.search(pattern, text)] == []
+        assert [text for text in bad if re.search(pattern, text)] == []
+
+
 def test_a_key_too_many_or_too_few_is_not_as_documented(document: Document, bodies: list[tuple[str, Any, Any]]) -> None:
     """The control: of every kind of body, every object is closed, and only what may be absent may be."""
     kinds = {(str(schema), *sorted(set(keys(value)))): (schema, value) for _, schema, value in bodies}
