@@ -115,7 +115,7 @@ class Server:
 
     @property
     def probes(self) -> Path:
-        """The folder whose saved probes requests may name; a test makes it."""
+        """The folder whose saved probes requests may name; empty at first."""
         return self.store / "probes"
 
     @property
@@ -127,6 +127,7 @@ def start_server(store: Path, home: RayHome, *options: str, environment: dict[st
     """Start `roentgen serve` on a free port and wait until it answers."""
     port = free_port("127.0.0.1")
     command = [ROENTGEN, "serve", "--port", str(port), "--store", str(store), "--dtype", "float32", *options]
+    (store / "probes").mkdir(parents=True, exist_ok=True)
     command += ["--probes", str(store / "probes")]
     log = open(f"{home.path}/serve.log", "w")  # noqa: SIM115 - the process writes to it for as long as it runs
     process = subprocess.Popen(
