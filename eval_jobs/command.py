@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 
 from eval_jobs import EvalError
+from eval_jobs.resume import check_output
 from eval_jobs.selection import load_problems
 from eval_jobs.settings import CAPTURE_OPTIONS, SERVER_OPTIONS, EvalSettings, SettingsError, check_settings
 from roentgen.cluster import ClusterError
@@ -69,6 +70,7 @@ def _run(settings: EvalSettings, factory: ServerFactory | None, progress: Consol
     problems = load_problems(settings.selection)
     if factory is not None and settings.base_url is None:
         settings = settings.model_copy(update={"model": settings.model or EMBEDDED_MODEL})
+        check_output(settings, problems)
         server = factory(settings)
     else:
         server = nullcontext(_address(settings))

@@ -8,7 +8,7 @@ record. Starting again with the same settings continues.
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from types import FrameType
 
 from rich.console import Console
@@ -23,19 +23,26 @@ from eval_jobs.fanout import evaluate
 from eval_jobs.outputs import Timing, write_missing_sample_files, write_sample_files, write_summary
 from eval_jobs.problems import Problem
 from eval_jobs.progress import Progress, Tally
+from eval_jobs.pulse import Pulse
 from eval_jobs.report import write_report
 from eval_jobs.resume import as_begun, open_run
 from eval_jobs.rollout import RolloutPlan
 from eval_jobs.settings import EvalSettings
+from eval_jobs.summary import expected_samples
 from eval_jobs.tools import TOOLS
 from eval_jobs.variants import Attempt, attempts_of
 from roentgen.api_keys import client_key
 from roentgen.cluster import ClusterError, connected
 from roentgen.contract import ActivationRequest, canonical_hash
 from roentgen.runs import Recorder, Run, Sample
+from roentgen.stages import Stages
 
 MAX_FAILED_IN_A_ROW = 10
 """So many failures on end are no property of the problems; each may have cost a minute of retries, so the run stops."""
+
+
+MANY = 500
+"""Samples whose summary and page take a while."""
 
 
 class TooManyFailuresError(EvalError):
@@ -66,18 +73,27 @@ def run_evaluation(settings: EvalSettings, problems: Sequence[Problem], base_url
     plan = _plan(settings, endpoint, served.id, run)
     attempts = attempts_of(run.config, problems)
     with run.recording() as record, _nothing_left(run):
+        begun = Run.open(run.path).config
+        if begun != run.config:
+            run.write_config()
+            before, now = expected_samples(begun), expected_samples(run.config)
+            say(console, f"the run grows from {before} to {now} samples")
         recorded, tally = _recorded(run)
         missing = [attempt for attempt in attempts if attempt.identity not in recorded]
         _announce(run, settings, problems, attempts, missing, console)
         timing = None
         if missing:
             with (
-                connected(settings.ray_address, verbose=settings.verbose),
+                closing(Pulse(endpoint)) as pulse,
+                Progress(console, len(attempts), tally, pulse.tokens) as bar,
+                connected(settings.ray_address, verbose=settings.verbose, starting=bar.begin),
                 _stop_asked() as look_up,
-                Progress(console, len(attempts), tally) as bar,
             ):
+                bar.begin("evaluating")
                 timing = _run_missing(missing, plan, settings, run, record, bar, look_up)
-    with _writing(run):
+    with _writing(run), Stages(console) as stage:
+        if len(attempts) > MANY:
+            stage(f"writing the summary and the page of {len(attempts):,} samples")
         write_missing_sample_files(run)
         write_summary(run, timing)
         write_report(run)

@@ -56,7 +56,7 @@ def write_missing_sample_files(run: Run) -> None:
     """Write the files of samples whose driver died after it had recorded them and before it had written these."""
     if expected_samples(run.config) > SAMPLE_FILES_UP_TO:
         return
-    for half_written in run.path.glob("*/.gsm8k_*.tmp"):
+    for half_written in run.path.glob("*/.*.tmp"):
         half_written.unlink()
     for sample in run.samples():
         if not (run.path / "agent_states" / f"{sample.sample_id}.json").exists():

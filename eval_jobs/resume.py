@@ -1,8 +1,12 @@
 """The run directory: made for a new evaluation, or found and continued.
 
-With `--output` the folder is given, and it either is new or holds a run of exactly this configuration. Without it the
-newest unfinished run of this configuration and these problems under `results/` is continued (`--new` starts another). A
-folder is never shared by two configurations: their samples would look alike and mean different things.
+With `--output` the folder is given, and it either is new or holds a run of this configuration. Without it the newest unfinished
+run of this configuration and these problems under `results/` is continued (`--new` starts another). A folder is never shared by
+two configurations: their samples would look alike and mean different things.
+
+A run may grow. More problems, more epochs and more variants make it longer and change no sample that it has, so they are no
+part of what it is: the configuration in the folder takes them in, and only what is new is asked. Everything that was posed has
+to be posed again, word for word; a run never shrinks.
 """
 
 import platform
@@ -18,8 +22,9 @@ from typing import Any
 
 from eval_jobs import EvalError
 from eval_jobs.config import ServedModel, hashed_configuration, variants_of
-from eval_jobs.problems import SOURCES, Problem
+from eval_jobs.problems import SOURCES, Problem, ProblemError
 from eval_jobs.prompts import PROMPTS
+from eval_jobs.selection import Selection, load_problems
 from eval_jobs.settings import EvalSettings
 from roentgen.contract import canonical_hash, check_session_id
 from roentgen.runs import Run, RunConfig, find_unfinished
@@ -27,6 +32,8 @@ from roentgen.runs import Run, RunConfig, find_unfinished
 RESULTS = Path("results")
 VERSIONED = ("roentgen", "ray", "openai", "datasets", "reasoning-gym", "torch", "transformers", "nnsight")
 RUN_ID_STEM = 50
+SET_NAME = 40
+"""Letters of a file's name that its samples are called after."""
 
 
 class OtherConfigurationError(EvalError):
@@ -41,27 +48,129 @@ def open_run(settings: EvalSettings, problems: Sequence[Problem], served: Served
         RunError: if the folder cannot be written, or a run in it is damaged.
     """
     config = _describe(settings, problems, served, base_url)
-    asked = _comparable(config, settings.extractor)
     if settings.output is not None:
         if not (settings.output / "config.json").exists():
             return Run.create(settings.output, config)
-        run = Run.open(settings.output)
-        different = list(differences(_comparable(run.config, settings.extractor), asked))
-        if different:
-            raise OtherConfigurationError(
-                f"{run.path} holds a run of another configuration; choose another --output. What differs:\n"
-                + "\n".join(f"  {name}: {old!r} in the folder, {new!r} asked for" for name, old, new in different)
-            )
-        return run
+        return _continued(Run.open(settings.output), config, settings, problems)
     unfinished = None if settings.new else find_unfinished(RESULTS, config.config_hash, config.problems)
-    if unfinished is not None and _comparable(unfinished.config, settings.extractor) == asked:
+    asked = _comparable(config, settings.extractor)
+    if (
+        unfinished is not None
+        and _comparable(unfinished.config, settings.extractor) == asked
+        and unfinished.config.variants == config.variants
+    ):
         return unfinished
     return Run.create((RESULTS / folder_name(settings, len(problems), served.id)).absolute(), config)
 
 
+def check_output(settings: EvalSettings, problems: Sequence[Problem]) -> None:
+    """Refuse an output folder that these settings do not continue, whatever model is served: before one is.
+
+    Raises:
+        OtherConfigurationError: saying what differs.
+        RunError: if the run in the folder is damaged.
+    """
+    if settings.output is None or not (settings.output / "config.json").exists():
+        return
+    run, settings = Run.open(settings.output), as_begun(settings)
+    hashed = run.config.hashed
+    served = ServedModel(hashed["model"], hashed.get("revision"), hashed.get("dtype"))
+    _continued(run, _describe(settings, problems, served, ""), settings, problems)
+
+
+def _continued(run: Run, config: RunConfig, settings: EvalSettings, problems: Sequence[Problem]) -> Run:
+    """Return a run with what it is asked to grow by.
+
+    Raises:
+        OtherConfigurationError: if that is another run, saying what differs.
+    """
+    asked, begun = (_comparable(one, settings.extractor) for one in (config, run.config))
+    different = [*differences(begun, asked), *_lost(run.config, config, problems)]
+    if different:
+        raise OtherConfigurationError(
+            f"{run.path} holds a run of another configuration; choose another --output. (With more --samples, --epochs or "
+            "--variants it would grow.) What differs:\n"
+            + "\n".join(f"  {name}: {old!r} in the folder, {new!r} asked for" for name, old, new in different)
+        )
+    wanted = {**config.problems, "name": run.config.set_name}
+    if {**run.config.problems, "name": run.config.set_name} == wanted and run.config.variants == config.variants:
+        return run
+    return Run(
+        run.path,
+        run.config.model_copy(
+            update={
+                "problems": wanted,
+                "variants": config.variants,
+                "settings": {**config.settings, "extractor": run.config.settings["extractor"]},
+            }
+        ),
+    )
+
+
+def _lost(begun: RunConfig, asked: RunConfig, problems: Sequence[Problem]) -> Iterator[tuple[str, Any, Any]]:
+    """Yield what of a run would not be posed again, or otherwise: its name, and both values."""
+    epochs, more = (int(config.problems.get("epochs", 1)) for config in (begun, asked))
+    if more < epochs:
+        yield "problems.epochs", epochs, more
+    old, new = ({name: v["prefix"] for name, v in config.variants.items()} for config in (begun, asked))
+    if bool(old) != bool(new):
+        yield "variants", list(old) or None, list(new) or None
+    else:
+        yield from ((f"variants.{name}", was, new.get(name)) for name, was in old.items() if new.get(name) != was)
+    if begun.problems["hash"] == asked.problems["hash"] or begun.problems["source"] != asked.problems["source"]:
+        return
+    before, after = (
+        {name: config.settings.get(name) for name in ("offset", "sample_ids", "shuffle")}
+        | {"samples": config.problems["samples"]}
+        for config in (begun, asked)
+    )
+    posed = _posed(begun)
+    if posed is None or problems_hash(posed) != begun.problems["hash"]:
+        yield "problems.hash", begun.problems["hash"], asked.problems["hash"]
+    elif not {_words(problem) for problem in posed} <= {_words(problem) for problem in problems}:
+        yield from differences(before, after, "problems.")
+
+
+def _posed(config: RunConfig) -> list[Problem] | None:
+    """Return the problems that a run was made with, None if its source has them no more."""
+    settings = config.settings
+    try:
+        return load_problems(
+            Selection(
+                source=config.problems["source"],
+                samples=config.problems["samples"],
+                offset=settings.get("offset") or 0,
+                sample_ids=settings.get("sample_ids"),
+                shuffle_seed=settings.get("seed") if settings.get("shuffle") else None,
+            )
+        )
+    except ProblemError:
+        return None
+
+
+def _words(problem: Problem) -> tuple[str, str, str]:
+    return problem.problem_id, problem.question, problem.solution
+
+
+def problems_hash(problems: Sequence[Problem]) -> str:
+    """Return a hash of problems, in their order."""
+    return canonical_hash([list(_words(problem)) for problem in problems])
+
+
+def set_name(source: str) -> str:
+    """Return what a source's runs and samples are called after: its name, or its file's."""
+    stem = source if source in SOURCES else Path(source).stem[:SET_NAME]
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", stem).strip(".-") or "problems"
+
+
 def folder_name(settings: EvalSettings, n: int, model: str) -> str:
     """Make up a run's folder: `gsm8k_smollm2-135m_no_tools_n8_activations_20250912_140530`."""
-    parts = ["gsm8k", _slug(model.rstrip("/").rpartition("/")[2]), settings.mode.replace("-", "_"), f"n{n}"]
+    parts = [
+        set_name(settings.problems),
+        _slug(model.rstrip("/").rpartition("/")[2]),
+        settings.mode.replace("-", "_"),
+        f"n{n}",
+    ]
     parts += ["activations"] if settings.collect_activations else []
     return "_".join([*parts, datetime.now().strftime("%Y%m%d_%H%M%S")])
 
@@ -81,7 +190,8 @@ def _describe(settings: EvalSettings, problems: Sequence[Problem], served: Serve
             "source": settings.problems if settings.problems in SOURCES else str(Path(settings.problems).absolute()),
             "samples": len(problems),
             "epochs": settings.epochs,
-            "hash": canonical_hash([[p.problem_id, p.question, p.solution] for p in problems]),
+            "hash": problems_hash(problems),
+            "name": set_name(settings.problems),
         },
         settings={
             **settings.model_dump(mode="json"),
@@ -113,10 +223,9 @@ def as_begun(settings: EvalSettings) -> EvalSettings:
 
 
 def _comparable(config: RunConfig, extractor: str | None) -> dict[str, Any]:
-    """Return what must be equal for samples to belong to one run: the primary extractor too, for `correct` is its word. A run
-    keeps the one that it began with, unless another is asked for."""
-    prefixes = {name: variant["prefix"] for name, variant in config.variants.items()}
-    comparable = {**config.hashed, "problems": config.problems, "variants": prefixes}
+    """Return what must be equal for samples to belong to one run, however long: the primary extractor too, for `correct` is its
+    word. A run keeps the one that it began with, unless another is asked for."""
+    comparable = {**config.hashed, "problems": {"source": config.problems["source"]}}
     return comparable if extractor is None else {**comparable, "extractor": config.settings["extractor"]}
 
 

@@ -53,6 +53,8 @@ class Attempt:
     """How."""
     epoch: int = 1
     """Which of several attempts, from 1."""
+    set_name: str = "gsm8k"
+    """What the run's samples are called after."""
 
     @property
     def identity(self) -> tuple[str, str, int]:
@@ -63,7 +65,8 @@ class Attempt:
     def sample_id(self) -> str:
         """What names its files."""
         epoch = f"_e{self.epoch}" if self.epoch > 1 else ""
-        return f"gsm8k_{self.problem.number:04d}{epoch}" + (f"_v-{self.variant.name}" if self.variant.name else "")
+        variant = f"_v-{self.variant.name}" if self.variant.name else ""
+        return f"{self.set_name}_{self.problem.number:04d}{epoch}{variant}"
 
 
 def attempts_of(config: RunConfig, problems: Sequence[Problem]) -> list[Attempt]:
@@ -72,8 +75,12 @@ def attempts_of(config: RunConfig, problems: Sequence[Problem]) -> list[Attempt]
     The variants are those that the run was made with: the file that they came from may have been edited since.
     """
     recorded = [Variant(name, variant["prefix"], variant["config_hash"]) for name, variant in config.variants.items()]
-    variants, epochs = recorded or [Variant(None, "", config.config_hash)], range(1, config.problems["epochs"] + 1)
-    return [Attempt(problem, variant, epoch) for problem in problems for epoch in epochs for variant in variants]
+    variants, epochs = (
+        recorded or [Variant(None, "", config.config_hash)],
+        range(1, config.problems.get("epochs", 1) + 1),
+    )
+    name = config.set_name
+    return [Attempt(problem, variant, epoch, name) for problem in problems for epoch in epochs for variant in variants]
 
 
 def read_variants(path: Path) -> dict[str, str]:

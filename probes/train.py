@@ -15,7 +15,7 @@ not the label's usual one is part of the name likewise (`<label>+lda`).
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -48,6 +48,8 @@ def train(
     table: Where | None = None,
     output: Where | None = None,
     device: str = "cpu",
+    stage: Callable[[str], None] = lambda text: None,
+    written: Callable[[Path], None] = lambda page: None,
 ) -> ProbeReport:
     """Train and evaluate a probe per candidate; write the folder.
 
@@ -62,6 +64,8 @@ def train(
         table: labels, as CSV or parquet.
         output: the folder; for a single run it may be left out.
         device: where to fit, "cpu" or "cuda".
+        stage: told what is being done.
+        written: told where the page is.
 
     Raises:
         RunError: if a run is damaged.
@@ -71,6 +75,7 @@ def train(
     if device != "cpu" and not (device == "cuda" and torch.cuda.is_available()):
         raise ProbeDataError(f"device: {device!r} is not here; allowed are cpu, and cuda where there is a GPU")
     check_seed(seed)
+    stage("reading the activations' index")
     data = ProbeDataset.open(sources, label, session=session, table=table)
     places = [positions] if isinstance(positions, str) else list(positions)
     usual = choose_kind(data.target, kind).name == DEFAULT_KINDS[data.target.kind]
@@ -83,8 +88,12 @@ def train(
         name = label.replace(":", "-") + ("" if session is None else f"@{data.sources[0].session.name}")
         output = run / "probes" / (name if usual else f"{name}+{kind}")
     _check_folder(Path(str(output)).expanduser())
+    stage(f"training {kind or DEFAULT_KINDS[data.target.kind]} probes: {len(data.keys)} keys at {', '.join(places)}")
     trained = fit_and_evaluate(data, places, kind, declared, seed, session, device)
-    _write(Path(str(output)).expanduser(), trained, data)
+    stage("drawing the page")
+    folder = Path(str(output)).expanduser().absolute()
+    _write(folder, trained, data)
+    written(folder / "report.html")
     return trained.report
 
 

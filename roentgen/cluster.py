@@ -8,7 +8,7 @@ Ray listens on every interface: a Ray started here is locked with a token, as Ra
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 LOCAL = "local"
@@ -37,12 +37,15 @@ def check_address(address: str) -> str:
 
 
 @contextmanager
-def connected(address: str | None, *, verbose: bool = False) -> Iterator[None]:
+def connected(
+    address: str | None, *, verbose: bool = False, starting: Callable[[str], None] = lambda text: None
+) -> Iterator[None]:
     """Connect to Ray, unless this process is connected already; on leaving, undo what was done here.
 
     Args:
         address: `local` starts one here, `HOST:PORT` joins a cluster; None means the one Ray names inside a job, or local.
         verbose: show what tasks and Ray's own processes log.
+        starting: told what is done, if this process is not connected yet.
 
     Raises:
         ClusterError: if no cluster answers.
@@ -53,6 +56,7 @@ def connected(address: str | None, *, verbose: bool = False) -> Iterator[None]:
         yield
         return
     where = address or os.environ.get("RAY_ADDRESS") or LOCAL
+    starting("starting Ray" if where == LOCAL else f"joining Ray at {where}")
     if where != LOCAL:
         _check_reachable(where)
     options = {"include_dashboard": False} if where == LOCAL else {}

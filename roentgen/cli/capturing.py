@@ -1,13 +1,17 @@
 """`roentgen capture` keeps what a model holds inside while it reads; `roentgen verify-capture` checks captures."""
 
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from roentgen.cli.console import err, expected_errors, out, stage_printer
-from roentgen.options import options_of, read_options
+from roentgen.cli.console import LOADING, err, expected_errors, out, stages
+from roentgen.options import OptionError, options_of, read_options
+from roentgen.stages import Stages
 from roentgen.workflows.settings import CaptureSettings, VerifySettings
+
+if TYPE_CHECKING:
+    from serve_app.verification import Report
 
 
 @options_of(CaptureSettings)
@@ -16,14 +20,19 @@ def capture(**options: Any) -> None:
 
     Nothing is generated. Run it again to continue. Ends with 1 if some texts could not be captured.
     """
-    from roentgen.runs import RunError
-    from roentgen.store import StoreError
-    from roentgen.transcripts import TranscriptError
-    from roentgen.workflows.capture import CaptureError, CaptureSettings
-    from roentgen.workflows.capture import capture as run_capture
+    with stages() as stage, expected_errors():
+        settings = read_options(CaptureSettings, options)
+        if not settings.source.exists():
+            raise OptionError(f"{settings.source} is neither a run directory nor a file")
+        stage(LOADING)
+        from roentgen.runs import RunError
+        from roentgen.store import StoreError
+        from roentgen.transcripts import TranscriptError
+        from roentgen.workflows.capture import CaptureError
+        from roentgen.workflows.capture import capture as run_capture
 
-    with expected_errors(CaptureError, RunError, StoreError, TranscriptError):
-        report = run_capture(read_options(CaptureSettings, options), err, stage_printer())
+        with expected_errors(CaptureError, RunError, StoreError, TranscriptError):
+            report = run_capture(settings, err, stage)
     for name, reason in report.failures:
         err.print(f"not captured: {name}: {reason}", style="red", highlight=False, markup=False)
     say = partial(out.print, highlight=False, markup=False, soft_wrap=True)
@@ -42,39 +51,51 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False, **options: Any
 ) -> None:
     """Compare captures of a running batch with lone forwards, row by row; exit code 1 if they differ."""
-    from roentgen.serving.preflight import PreflightError, check_device
-    from serve_app.capture.resolver import ResolutionError
+    with stages() as stage, expected_errors():
+        asked = read_options(VerifySettings, options)
+        stage(LOADING)
+        report = _verify(asked, stage)
+    if as_json:
+        print(report.to_json())
+    else:
+        from serve_app.verification import render
+
+        out.print(render(report))
+    if not report.ok:
+        raise typer.Exit(1)
+
+
+def _verify(asked: VerifySettings, stage: Stages) -> "Report":
+    """Check what files alone tell, load the model, and verify it."""
+    from roentgen.serving.preflight import PreflightError, check_device, spell_option
     from serve_app.capture.structure import CaptureRequestError
-    from serve_app.engines.transformers.model import load
-    from serve_app.models.architecture import UnsupportedModelError
     from serve_app.models.description import describe
     from serve_app.models.errors import ModelNotFoundError
     from serve_app.models.sources import locate
+
+    with expected_errors(ModelNotFoundError, PreflightError):
+        stage(f"finding {asked.model}")
+        check_device(asked.device)
+        source = locate(asked.model, asked.revision)
+        try:
+            describe(source).check_capture(asked.layers, asked.hook_points or ())
+        except CaptureRequestError as error:
+            raise OptionError(spell_option(str(error))) from error
+    # What follows takes seconds to import.
+    from serve_app.capture.resolver import ResolutionError
+    from serve_app.engines.transformers.model import load
     from serve_app.verification import (
         BUILT_IN_PROMPTS,
         VerificationError,
         read_prompts,
-        render,
         taps_to_verify,
         verify_capture,
     )
 
-    stage = stage_printer()
-    with expected_errors(CaptureRequestError, ModelNotFoundError, PreflightError, ResolutionError, VerificationError):
-        asked = read_options(VerifySettings, options)
+    # An architecture that cannot be verified is one of the resolution's errors.
+    with expected_errors(CaptureRequestError, ModelNotFoundError, ResolutionError, VerificationError):
         texts = BUILT_IN_PROMPTS if asked.prompts is None else read_prompts(asked.prompts)
-        stage(f"finding {asked.model}")
-        check_device(asked.device)
-        source = locate(asked.model, asked.revision)
-        describe(source).check_capture(asked.layers, asked.hook_points or ())
         loaded = load(source, asked.dtype, asked.device, stage)
         taps = taps_to_verify(loaded.structure, asked.layers, asked.hook_points or ())
-    stage(f"{asked.requests} requests join and leave a batch, then each runs alone: {len(taps)} hook points")
-    with expected_errors(UnsupportedModelError):
-        report = verify_capture(loaded, taps=taps, prompts=texts, count=asked.requests)
-    if as_json:
-        print(report.to_json())
-    else:
-        out.print(render(report))
-    if not report.ok:
-        raise typer.Exit(1)
+        stage(f"{asked.requests} requests join and leave a batch, then each runs alone: {len(taps)} hook points")
+        return verify_capture(loaded, taps=taps, prompts=texts, count=asked.requests)

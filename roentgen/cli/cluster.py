@@ -8,7 +8,7 @@ import typer
 from rich.table import Table
 
 from roentgen.api_keys import client_key
-from roentgen.cli.console import err, expected_errors, out, stage_printer
+from roentgen.cli.console import err, expected_errors, out, stages
 from roentgen.cloud.task import ClusterSettings
 from roentgen.defaults import CLUSTER_NAME, HOST, PORT
 from roentgen.options import options_of, read_options
@@ -31,8 +31,7 @@ def up(
     from roentgen.cloud.up import up as bring_up
     from roentgen.serving.local_server import LaunchError
 
-    stage = stage_printer()
-    with expected_errors(LaunchError):
+    with stages() as stage, expected_errors(LaunchError):
         settings = read_options(ClusterSettings, options)
         launched = bring_up(settings, SkyPilot(), stage, check=validate_openapi)
     out.print(
@@ -50,8 +49,8 @@ def smoke(
     from roentgen.serving.local_server import LaunchError
     from roentgen.serving.smoke import smoke as check
 
-    with expected_errors(LaunchError):
-        report = check(_root(base), client_key(), stage_printer(), model=model)
+    with stages() as stage, expected_errors(LaunchError):
+        report = check(_root(base), client_key(), stage, model=model)
     kept = ", ".join(report.tensors)
     out.print(f"{report.model} answers {report.answer!r}; {report.rows} rows of {kept} read back", soft_wrap=True)
 
@@ -133,8 +132,8 @@ def down(name: Name = CLUSTER_NAME) -> None:
     from roentgen.cloud.skypilot import SkyPilot
     from roentgen.serving.local_server import LaunchError
 
-    with expected_errors(LaunchError):
-        gone = SkyPilot().down(name, stage_printer())
+    with stages() as stage, expected_errors(LaunchError):
+        gone = SkyPilot().down(name, stage)
     out.print(f"{name} is down: its provider says that {', '.join(gone) or 'every instance'} is gone", highlight=False)
 
 

@@ -3,17 +3,20 @@
 Expected errors end as one line on stderr and exit code 2; anything else is a bug and shows its traceback.
 """
 
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import typer
 from rich.console import Console
 
 from roentgen.options import OptionError
+from roentgen.stages import Stages
 
 out = Console()
 err = Console(stderr=True, soft_wrap=True)
+
+LOADING = "loading libraries"
+"""The first stage of what needs torch."""
 
 
 @contextmanager
@@ -27,7 +30,6 @@ def expected_errors(*kinds: type[Exception]) -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
-def stage_printer() -> Callable[[str], None]:
-    """Return a function that prints what is being done, with the seconds since the start."""
-    start = time.monotonic()
-    return lambda text: err.print(f"[dim]{time.monotonic() - start:6.1f} s[/dim] {text}", highlight=False)
+def stages() -> Stages:
+    """Return what says on stderr what is being done; use it as a context."""
+    return Stages(err)

@@ -16,7 +16,7 @@ from eval_jobs.command import evaluate
 from eval_jobs.problems import SOURCES, read_source
 from eval_jobs.settings import EvalSettings, check_settings
 from eval_jobs.variants import read_variants
-from roentgen.cli.console import expected_errors, out, stage_printer
+from roentgen.cli.console import expected_errors, out, stages
 from roentgen.cloud.task import ClusterSettings
 from roentgen.options import options_of, read_options
 
@@ -68,7 +68,7 @@ def _launch(ctx: typer.Context, launch: dict[str, Any], cluster: dict[str, Any],
     from roentgen.cloud.skypilot import SkyPilot
     from roentgen.serving.local_server import LaunchError
 
-    with expected_errors(LaunchError, EvalError):
+    with stages() as stage, expected_errors(LaunchError, EvalError):
         _check(options)
         how = read_options(LaunchOptions, launch)
         if given := _given(ctx, ("base_url", "ray_address", "device")):
@@ -86,7 +86,7 @@ def _launch(ctx: typer.Context, launch: dict[str, Any], cluster: dict[str, Any],
                 output=options["output"],
             ),
             SkyPilot(),
-            stage_printer(),
+            stage,
             {f"--{name.replace('_', '-')}": file for name, file in files.items()},
         )
     out.print(f"the run is in [bold]{run}[/bold]", highlight=False, soft_wrap=True)

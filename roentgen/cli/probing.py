@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from roentgen.cli.console import err, expected_errors, out, stage_printer
+from roentgen.cli.console import LOADING, err, expected_errors, out, stages
 from roentgen.durable import write_json
 from roentgen.options import options_of, read_options
 from roentgen.workflows.settings import SteerSettings
@@ -45,20 +45,25 @@ def probe_train(
     device: Annotated[str, typer.Option(help="Where to fit: cpu or cuda.")] = "cpu",
 ) -> None:
     """Train probes per layer and hook point; exit code 3 if the label has one class only."""
-    from probes import OneClassError, ProbeDataError, render, train
-    from roentgen.runs import RunError
-    from roentgen.store import StoreError
+    pages: list[Path] = []
+    with stages() as stage:
+        stage(LOADING)
+        from probes import OneClassError, ProbeDataError, render, train
+        from roentgen.runs import RunError
+        from roentgen.store import StoreError
 
-    try:
-        with expected_errors(ProbeDataError, RunError, StoreError):
-            report = train(
-                sources, label, [name.strip() for name in positions.split(",")], kind=kind, declared=declared, seed=seed,
-                session=session, table=table, output=output, device=device,
-            )  # fmt: skip
-    except OneClassError as error:
-        err.print(f"[yellow]no probe:[/yellow] {error}", highlight=False)
-        raise typer.Exit(3) from error
+        try:
+            with expected_errors(ProbeDataError, RunError, StoreError):
+                report = train(
+                    sources, label, [name.strip() for name in positions.split(",")], kind=kind, declared=declared,
+                    seed=seed, session=session, table=table, output=output, device=device, stage=stage, written=pages.append,
+                )  # fmt: skip
+        except OneClassError as error:
+            err.print(f"[yellow]no probe:[/yellow] {error}", highlight=False)
+            raise typer.Exit(3) from error
     out.print(render(report))
+    for page in pages:
+        out.print(f"page: {page}", highlight=False, markup=False, soft_wrap=True)
 
 
 @probe_app.command("compare")
@@ -103,14 +108,17 @@ def probe_compare(
 @options_of(SteerSettings)
 def probe_steer(**options: Any) -> None:
     """Answer problems with a probe's direction added, and along directions that know nothing, and compare."""
-    from probes.steering import SweepError
-    from roentgen.cluster import ClusterError
-    from roentgen.linear_probe import SavedProbeError
-    from roentgen.runs import RunError
-    from roentgen.serving.local_server import LaunchError
-    from roentgen.store import StoreError
-    from roentgen.workflows.steer import render, steer
+    with stages() as stage, expected_errors():
+        settings = read_options(SteerSettings, options)
+        stage(LOADING)
+        from probes.steering import SweepError
+        from roentgen.cluster import ClusterError
+        from roentgen.linear_probe import SavedProbeError
+        from roentgen.runs import RunError
+        from roentgen.serving.local_server import LaunchError
+        from roentgen.store import StoreError
+        from roentgen.workflows.steer import render, steer
 
-    with expected_errors(ClusterError, LaunchError, RunError, SavedProbeError, StoreError, SweepError):
-        report = steer(read_options(SteerSettings, options), stage_printer())
+        with expected_errors(ClusterError, LaunchError, RunError, SavedProbeError, StoreError, SweepError):
+            report = steer(settings, stage)
     out.print(render(report))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from roentgen.cli.console import expected_errors, out, stage_printer
+from roentgen.cli.console import LOADING, expected_errors, out, stages
 from roentgen.cluster import LOCAL, ClusterError, check_address
 from roentgen.defaults import HOST, PORT
 from roentgen.options import OptionError, options_of, read_options
@@ -29,21 +29,25 @@ def config_for(settings: "EvalSettings") -> ServerConfig:
 def serve_for_eval(settings: "EvalSettings") -> Iterator[str]:
     """Start Ray and the server for an evaluation that was given none; yields its base URL."""
     from eval_jobs import EvalError
-    from roentgen.serving.local_server import LaunchError, serving
-    from roentgen.store import StoreError
 
-    try:
-        running = serving(
-            config_for(settings),
-            ray_address=settings.ray_address or LOCAL,
-            stage=stage_printer(),
-            verbose=settings.verbose,
-            capture=settings if settings.collect_activations else None,
-        )
-        with running as base_url:
-            yield base_url
-    except (ClusterError, LaunchError, OptionError, StoreError) as error:
-        raise EvalError(str(error)) from error
+    with stages() as stage:
+        stage(LOADING)
+        from roentgen.serving.local_server import LaunchError, serving
+        from roentgen.store import StoreError
+
+        try:
+            running = serving(
+                config_for(settings),
+                ray_address=settings.ray_address or LOCAL,
+                stage=stage,
+                verbose=settings.verbose,
+                capture=settings if settings.collect_activations else None,
+            )
+            with running as base_url:
+                stage.rest()
+                yield base_url
+        except (ClusterError, LaunchError, OptionError, StoreError) as error:
+            raise EvalError(str(error)) from error
 
 
 @options_of(ServerConfig)
@@ -55,20 +59,23 @@ def serve(
     **options: Any,
 ) -> None:
     """Serve a model behind the OpenAI route until interrupted."""
-    from roentgen.serving.local_server import LaunchError, serving
-    from roentgen.store import StoreError
-
-    with expected_errors(ClusterError, LaunchError, StoreError, ValueError):
+    with stages() as stage, expected_errors(ClusterError, ValueError):
         check_address(ray_address)
         config = read_options(ServerConfig, options)
-        running = serving(config, host=host, port=port, ray_address=ray_address, stage=stage_printer(), verbose=verbose)
-        with running as base_url:
-            out.print(
-                f"serving [bold]{config.model}[/bold] at [bold]{base_url}[/bold]  activations in {config.store}",
-                highlight=False,
-            )
-            out.print("Ctrl-C stops it", highlight=False)
-            wait_for_interrupt()
+        stage(LOADING)
+        from roentgen.serving.local_server import LaunchError, serving
+        from roentgen.store import StoreError
+
+        with expected_errors(LaunchError, StoreError):
+            running = serving(config, host=host, port=port, ray_address=ray_address, stage=stage, verbose=verbose)
+            with running as base_url:
+                stage.rest()
+                out.print(
+                    f"serving [bold]{config.model}[/bold] at [bold]{base_url}[/bold]  activations in {config.store}",
+                    highlight=False,
+                )
+                out.print("Ctrl-C stops it", highlight=False)
+                wait_for_interrupt()
 
 
 def wait_for_interrupt() -> None:

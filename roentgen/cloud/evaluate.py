@@ -66,7 +66,7 @@ def launch_and_evaluate(
     Raises:
         LaunchError: if the cluster, the evaluation or taking it down fails, or its activations would be lost.
     """
-    name = f"gsm8k_{datetime.now().strftime('%Y%m%d_%H%M%S')}"
+    name = f"eval_{datetime.now().strftime('%Y%m%d_%H%M%S')}"
     output = (afterwards.output or Path("results") / name).expanduser().absolute()
     with _taken_down(sky, afterwards.keep_running, stage) as claim:
         launched = up(settings, sky, stage, claim=claim, accept=partial(_check_kept, settings, afterwards))

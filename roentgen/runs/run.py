@@ -38,6 +38,11 @@ class RunConfig(BaseModel):
     """Of a run that poses its problems under several prompt prefixes, each one's `prefix` and `config_hash`."""
 
     @property
+    def set_name(self) -> str:
+        """What its samples are called after; those of older runs are all called after GSM8K."""
+        return str(self.problems.get("name") or "gsm8k")
+
+    @property
     def model_root(self) -> str:
         """What its model can be loaded from; runs of older versions have only the name that they were given."""
         served = self.settings.get("served") or {}
@@ -120,6 +125,17 @@ class Run:
         summary: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
         return summary
 
+    def write_config(self) -> None:
+        """Write config.json again, after a run has grown; for whoever holds the recorder.
+
+        Raises:
+            RunError: if it cannot be written.
+        """
+        try:
+            write_json(self.path / "config.json", self.config.model_dump())
+        except OSError as error:
+            raise RunError(f"{self.path / 'config.json'} cannot be written: {error.strerror or error}") from error
+
     def remove_if_empty(self) -> bool:
         """Remove a run without a sample: its configuration alone is nothing to go on with. Whether it was."""
         if self.record_path.exists() and self.record_path.stat().st_size:
@@ -162,7 +178,7 @@ def find_unfinished(results: Path, config_hash: str, problems: dict[str, Any]) -
         summary = run.summary()
         if (
             run.config.config_hash == config_hash
-            and run.config.problems == problems
+            and {**run.config.problems, "name": None} == {**problems, "name": None}
             and not (summary or {}).get("complete")
         ):
             candidates.append(run)

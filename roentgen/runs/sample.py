@@ -37,7 +37,7 @@ class Sample(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     sample_id: str
-    """Names its files, "gsm8k_0001", "gsm8k_0001_e2_v-calm"."""
+    """Names its files, after its problem set: "gsm8k_0001", "arithmetic_0001_e2_v-calm"."""
     problem_id: str
     """The problem, stable across runs."""
     epoch: int = 1

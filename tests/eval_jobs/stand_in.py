@@ -47,6 +47,7 @@ class StandIn:
         ]
     )
     models_text: str | None = None
+    metrics: str | None = None
     not_ready: int = 0
     calls: list[list[tuple[str, str, str]]] = field(default_factory=list)
     reply: str = "It is {answer}.\nAnswer: {answer}"
@@ -81,7 +82,11 @@ def running(stand_in: StandIn) -> Iterator[StandIn]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            if stand_in.not_ready:
+            if self.path == "/metrics" and stand_in.metrics is not None:
+                self.send_text(stand_in.metrics)
+            elif self.path == "/metrics":
+                self.send({"error": {"message": "no route /metrics"}}, 404)
+            elif stand_in.not_ready:
                 stand_in.not_ready -= 1
                 self.send({"error": {"message": "starting a replica"}}, 503, {"Retry-After": "0.05"})
             elif stand_in.models_text is not None:

@@ -80,7 +80,7 @@ def test_running_it_again_runs_nothing(server: StandIn) -> None:
 
 def test_files_that_a_dead_driver_did_not_write_are_written(server: StandIn) -> None:
     run, _ = evaluate(server)
-    written = run.path / "agent_states" / "gsm8k_0005.json"
+    written = run.path / "agent_states" / "arithmetic_0005.json"
     before = written.read_text()
     written.unlink()
     evaluate(server)

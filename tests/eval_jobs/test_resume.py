@@ -30,8 +30,8 @@ def opened(served: ServedModel = SERVED, **values: Any) -> Run:
 def test_a_made_up_folder_says_what_it_holds(tmp_path: Path) -> None:
     run = opened(samples=2, collect_activations=True)
     assert run.path.parent == tmp_path / "results"
-    assert run.path.name.startswith("gsm8k_Qwen3-0.6B_no_tools_n2_activations_2")
-    assert opened(samples=2).path.name.startswith("gsm8k_Qwen3-0.6B_no_tools_n2_2")
+    assert run.path.name.startswith("arithmetic_Qwen3-0.6B_no_tools_n2_activations_2")
+    assert opened(samples=2).path.name.startswith("arithmetic_Qwen3-0.6B_no_tools_n2_2")
 
 
 def test_the_configuration_is_all_that_is_needed_to_run_it_again() -> None:
@@ -72,7 +72,7 @@ def test_a_file_of_variants_is_read_once(tmp_path: Path) -> None:
     file.write_text("plain: ''\ncalm: Hurry!\nnew: Now!\n")
     attempts = attempts_of(run.config, take("arithmetic", 2))
     assert [attempt.sample_id for attempt in attempts[:4]] == [
-        "gsm8k_0001_v-plain", "gsm8k_0001_v-calm", "gsm8k_0001_e2_v-plain", "gsm8k_0001_e2_v-calm"
+        "arithmetic_0001_v-plain", "arithmetic_0001_v-calm", "arithmetic_0001_e2_v-plain", "arithmetic_0001_e2_v-calm"
     ]  # fmt: skip
     assert {attempt.variant.prefix for attempt in attempts} == {"", "No hurry."}
     assert {attempt.variant.config_hash for attempt in attempts} == set(run.config.config_hashes)
@@ -101,12 +101,12 @@ def test_an_output_folder_is_continued_from_anywhere(tmp_path: Path, monkeypatch
 def test_an_output_folder_of_another_configuration_is_refused_with_what_differs() -> None:
     opened(output="out", collect_activations=True, layers="8,12")
     with pytest.raises(OtherConfigurationError) as caught:
-        opened(ServedModel("other", "r", "float32"), output="out", seed=7, samples=4, extractor="boxed")
+        opened(ServedModel("other", "r", "float32"), output="out", seed=7, samples=2, extractor="boxed")
     said = str(caught.value)
     for line in (
         "  model: 'Qwen/Qwen3-0.6B' in the folder, 'other' asked for",
         "  sampling.seed: 0 in the folder, 7 asked for",
-        "  problems.samples: 3 in the folder, 4 asked for",
+        "  problems.samples: 3 in the folder, 2 asked for",
         "  extractor: 'answer' in the folder, 'boxed' asked for",
         "'layers': [8, 12]",
     ):
