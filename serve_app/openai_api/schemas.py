@@ -331,6 +331,7 @@ class ModelCard(TypedDict):
     num_layers: Annotated[int, Field(ge=1)]
     d_model: Annotated[int, Field(ge=1)]
     context_length: Annotated[int | None, Field(ge=1, description="Null if the model sets no limit: memory does.")]
+    max_model_len: Annotated[int | None, Field(ge=1, description="The same, by vLLM's name.")]
     checks: Annotated[dict[str, Any], Field(description="What was found when it was loaded: batching, attention.")]
 
 

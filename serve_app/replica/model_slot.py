@@ -275,6 +275,7 @@ def describe(served: Served) -> dict[str, Any]:
         "num_layers": model.structure.num_layers,
         "d_model": model.structure.d_model,
         "context_length": model.context_length,
+        "max_model_len": model.context_length,
         "checks": model.checks.record(),
     }
     return {"model": card, "structure": model.structure.record()}

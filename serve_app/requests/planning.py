@@ -94,7 +94,7 @@ def plan_chat(served: Served, request: ChatRequest, config: ServerConfig) -> Pla
             asked=asked,
             plan=capture,
             grammar=grammar,
-            score_prompt=request.prompt_logprobs is not None,
+            score_prompt=request.prompt_logprobs is not None and number == 0,  # the prompt is the same for all
             probes=probes,
             steering=steering,
         )
@@ -198,7 +198,8 @@ def describe_all(plan: Plan, dones: Sequence[Done]) -> Kept:
 def _kept_tokens(served: Served, request: GenerationParams, limit: int | None) -> int | None:
     """Return how many tokens of a prompt are kept, None for all; -1 keeps as many as fit beside the completion's."""
     keep = request.truncate_prompt_tokens
-    return _context(served) - (1 if limit is None else limit) if keep == -1 else keep
+    # If none fits, one is kept, and the request is refused as any that is too long.
+    return max(_context(served) - (1 if limit is None else limit), 1) if keep == -1 else keep
 
 
 def _check_named_tokens(model: ServedModel, request: GenerationParams) -> tuple[tuple[int, ...], ...]:

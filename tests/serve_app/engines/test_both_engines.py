@@ -27,6 +27,7 @@ from serve_app.engines.protocol import (
 )
 from serve_app.openai_api.grammars import answer_schema, tool_call_grammar
 from serve_app.openai_api.messages import ResponseFormat, Tool
+from serve_app.openai_api.structured_outputs import StructuredOutputs
 from tests.serve_app.alone import LLAMA_MODULES
 from tests.serve_app.engines.subjects import ENGINES, Subject, subject
 from tests.serve_app.tiny import Call, run
@@ -36,6 +37,7 @@ LONG = [[(7 * i + j) % 250 for j in range(n)] for i, n in enumerate((3, 25, 9, 1
 GREEDY = Sampling(max_tokens=12, temperature=0)
 ASCII = replace(GREEDY, logit_bias=dict.fromkeys(range(94, 257), -100.0))
 """Every token is a letter, and none ends the text."""
+CARDINAL = 'start: way "th"\nway: "nor" | "sou"'
 STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "ln_attn", "ln_mlp")
 
 
@@ -362,6 +364,17 @@ def test_calls_or_else_an_answer_in_the_form_asked_for(under_test: Subject) -> N
     assert 0 < sum(found is not None for found in called) < len(texts)  # a random model takes either way
     for text, found in zip(texts, called, strict=True):
         assert 0 <= json.loads(found[1] if found else text)["n"] <= 9
+
+
+@pytest.mark.parametrize("outputs", [{"choice": ["north", "south"]}, {"regex": "(north|south)"}, {"grammar": CARDINAL}])
+def test_structured_outputs_are_followed(under_test: Subject, outputs: dict[str, object]) -> None:
+    grammar = StructuredOutputs.model_validate(outputs).to_grammar("x")
+    calls = [Call(PROMPTS[1], Sampling(9, seed=seed)) for seed in range(8)]
+    for call in calls:
+        call.job = replace(call.job, constraint=under_test.model.constraints.compile(grammar))
+    results = run(under_test.engine, calls)
+    assert {result.text for result in results} == {"north", "south"}
+    assert {result.finish_reason for result in results} == {"stop"}
 
 
 @pytest.mark.parametrize("hook_point", ["resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out"])

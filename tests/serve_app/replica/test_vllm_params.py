@@ -157,11 +157,15 @@ async def test_a_prompt_is_cut_to_so_many_tokens(replica: ModelReplica, keep: in
 
 
 async def test_minus_one_keeps_as_many_tokens_as_fit(replica: ModelReplica) -> None:
-    context = (await replica.status())["model"]["context_length"]
+    card = (await replica.status())["model"]
+    context = card["context_length"]
+    assert card["max_model_len"] == context
     asked = {"prompt": "a" * (context + 50), "max_tokens": 7, "return_token_ids": True}
     assert (await complete(replica, **asked))["error"]["code"] == "context_length_exceeded"
     (choice,) = (await complete(replica, **asked, truncate_prompt_tokens=-1))["reply"]["choices"]
     assert len(choice["prompt_token_ids"]) == context - 7
+    asked |= {"truncate_prompt_tokens": -1, "max_tokens": context + 1}
+    assert (await complete(replica, **asked))["error"]["code"] == "context_length_exceeded"
 
 
 async def test_a_cut_conversation_is_stored_as_the_model_saw_it(replica: ModelReplica) -> None:
