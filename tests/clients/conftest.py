@@ -18,6 +18,9 @@ from roentgen.defaults import EMBEDDED_MODEL
 from serve_app.models.sources import locate
 from tests.conftest import Server
 
+# litellm, and dspy on it, would look on the Internet for newer lists of models.
+os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+
 DOCS = Path(__file__).parents[2] / "docs" / "clients.md"
 DOCUMENTED_ROOT = "http://127.0.0.1:8000"
 

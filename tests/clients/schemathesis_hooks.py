@@ -18,9 +18,13 @@ from typing import Any
 import schemathesis
 from openai.types import Completion
 from openai.types.chat import ChatCompletionChunk
+from openai.types.responses import ResponseStreamEvent
+from pydantic import TypeAdapter
 
 MODEL = "smollm2-135m"
-AT_MOST = {"max_tokens": 2, "max_completion_tokens": 2, "n": 2}
+AT_MOST = {"max_tokens": 2, "max_completion_tokens": 2, "max_output_tokens": 2, "n": 2}
+LIMIT = {"/v1/chat/completions": "max_tokens", "/v1/completions": "max_tokens", "/v1/responses": "max_output_tokens"}
+"""The routes that generate, and what limits that there."""
 NEVER_SENT = {422}
 
 LIMITS = {
@@ -33,6 +37,8 @@ LIMITS = {
 
 KEPT = {"session_id": "fuzzed", "layers": [0], "hook_points": ["resid_post"], "positions": "last"}
 
+EVENT: TypeAdapter[ResponseStreamEvent] = TypeAdapter(ResponseStreamEvent)
+
 statuses: Counter[str] = Counter()
 
 
@@ -42,28 +48,31 @@ def map_body(context: Any, body: Any) -> Any:
         return body
     # JSON knows one kind of number: a whole float is as long as its int, and 29.0 answers take minutes.
     changed = {key: min(body[key], most) for key, most in AT_MOST.items() if type(body.get(key)) in (int, float)}
-    generates = context.operation.path.endswith("completions")
-    if generates and body.get("max_tokens") is None and body.get("max_completion_tokens") is None:
-        changed["max_tokens"] = 2  # left out, a chat goes on until its context is full
+    limit = LIMIT.get(context.operation.path)
+    if limit and body.get(limit) is None and body.get("max_completion_tokens") is None:
+        changed[limit] = 2  # left out, a chat goes on until its context is full
     if isinstance(body.get("model"), str):
         changed["model"] = MODEL
     body = {**body, **changed}
-    return _put_right(body) if generates and zlib.crc32(repr(body).encode()) % 2 else body
+    return _put_right(body, limit) if limit and zlib.crc32(repr(body).encode()) % 2 else body
 
 
-def _put_right(body: dict[str, Any]) -> dict[str, Any]:
+def _put_right(body: dict[str, Any], limit: str) -> dict[str, Any]:
     """Keep of a body what stands alone and is within its limits, and give it something to answer."""
     kept = {key: body[key] for key, (low, high) in LIMITS.items() if type(body.get(key)) in (int, float)
             and low <= body[key] <= high}  # fmt: skip
     kept |= {key: body[key] for key in ("stream", "echo") if isinstance(body.get(key), bool)}
     kept |= {"user": body["user"]} if isinstance(body.get("user"), str) else {}
-    kept |= {"model": MODEL, "max_tokens": 2}
+    kept |= {"model": MODEL, limit: 2}
     if isinstance(body.get("activations"), dict):
         kept["activations"] = KEPT
     if "messages" in body:
         made = body["messages"] if isinstance(body["messages"], list) else []
         texts = [m["content"] for m in made if isinstance(m, dict) and isinstance(m.get("content"), str)]
         return kept | {"messages": [{"role": "user", "content": text} for text in texts or ["Hello"]]}
+    if limit == "max_output_tokens":
+        given = body.get("input")
+        return kept | {"input": given if isinstance(given, str) and given else "Hello"}
     prompt = body.get("prompt")
     return kept | {"prompt": prompt if isinstance(prompt, str) and prompt else "Hello"}
 
@@ -75,8 +84,11 @@ def after_call(context: Any, case: Any, response: Any) -> None:
 
 @schemathesis.check
 def events_are_openais(context: Any, response: Any, case: Any) -> None:
-    """A stream is lines of OpenAI's chunks, or one error in its envelope, and ends with `[DONE]`."""
+    """A stream is lines of OpenAI's chunks, or one error in its envelope, and ends with `[DONE]`; or a response's events."""
     if not response.headers.get("content-type", [""])[0].startswith("text/event-stream"):
+        return
+    if case.operation.path == "/v1/responses":
+        _are_of_a_response(response.text)
         return
     *events, done, end = response.text.split("\n\n")
     assert (done, end) == ("data: [DONE]", ""), "the stream does not end with [DONE]"
@@ -91,6 +103,16 @@ def events_are_openais(context: Any, response: Any, case: Any) -> None:
             Completion.model_validate({**chunk, "choices": choices})
         else:
             ChatCompletionChunk.model_validate(chunk)
+
+
+def _are_of_a_response(stream: str) -> None:
+    *events, end = stream.split("\n\n")
+    assert end == "", "the stream does not end with an event"
+    for number, event in enumerate(events):
+        name, _, data = event.removeprefix("event: ").partition("\ndata: ")
+        found = EVENT.validate_python(json.loads(data))
+        assert (found.type, found.sequence_number) == (name, number)
+        assert found.type != "error" or found.error["type"] != "server_error", data  # type: ignore[union-attr]
 
 
 @schemathesis.check
