@@ -58,7 +58,7 @@ class ResponsesReply:
 
     def opening(self) -> Events:
         """Return the events that begin a stream."""
-        return [self._whole("created"), self._whole("in_progress")]
+        return [self._state("created"), self._state("in_progress")]
 
     def delta(self, index: int, event: TextDelta) -> Events:
         """Return the events for new text."""
@@ -72,7 +72,7 @@ class ResponsesReply:
     def closing(self, kept: Kept) -> Events:
         """Return the last event: the whole response."""
         self._response = {**self._response, **kept}
-        return [self._whole(self._response["status"])]
+        return [self._state(self._response["status"])]
 
     def whole(self, dones: list[Done], kept: Kept) -> schemas.Response:
         """Return the reply of a request that is not streamed."""
@@ -210,7 +210,7 @@ class ResponsesReply:
         probed, self._probed = self._probed, []
         return {"probes": probed} if probed else {}
 
-    def _whole(self, state: str) -> dict[str, Any]:
+    def _state(self, state: str) -> dict[str, Any]:
         return self._event(f"response.{state}", {"response": {**self._response, "output": [*self._response["output"]]}})
 
     def _event(self, kind: str, said: dict[str, Any]) -> dict[str, Any]:
