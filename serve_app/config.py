@@ -136,6 +136,12 @@ class ServerConfig(BaseModel):
         description="Seconds that a request may take, its time in the queue included; beyond, 408.",
         json_schema_extra={"flags": ["--request-timeout"]},
     )
+    cors_origins: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
+        (),
+        description="An origin whose pages may use the server from a browser, as https://app.example, or * for every one; "
+        "may be repeated. None may by default.",
+        json_schema_extra={"flags": ["--cors-origin"], "repeated": True},
+    )
     max_body_bytes: int = Field(32_000_000, ge=1, description="The largest request body; beyond, 413.")
     max_inline_bytes: int = Field(
         64_000_000, ge=0, description="The largest reply that may carry activations' values (return: sample or full)."

@@ -1,12 +1,13 @@
 """What every route has in common: the error envelope, the key, and what `middleware` puts around a request.
 
 FastAPI's own errors (an unknown route, an invalid body) become OpenAI's envelope too, and never 422: OpenAI's clients know
-400. There is no CORS: a page in a browser cannot use the server of whoever looks at it.
+400. Pages in browsers may use the server only from the origins that the configuration names; by default from none.
 """
 
 import hmac
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response, Security, params
@@ -15,13 +16,16 @@ from fastapi.responses import JSONResponse
 from fastapi.routing import APIRoute
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Match
+from starlette.types import Scope
 
 from roentgen import __version__
 from roentgen.api_keys import api_keys
 from roentgen.store import StoreError
 from roentgen.strict_json import JsonError, read_json
 from serve_app.http.metrics import Metrics
-from serve_app.http.middleware import BodyLimit, LoopbackOnly, Observed
+from serve_app.http.middleware import BodyLimit, HeadAsGet, LoopbackOnly, Observed
 from serve_app.openai_api.errors import ApiError, from_json, from_validation
 
 log = logging.getLogger(__name__)
@@ -47,6 +51,13 @@ def locks() -> list[params.Depends]:
     return [Depends(check_key), *described]
 
 
+def _methods(api: FastAPI, scope: Scope) -> list[str]:
+    """Return the methods that a path has; the first route that knows the path would only tell its own."""
+    asked = [{**scope, "method": method} for method in ("DELETE", "GET", "PATCH", "POST", "PUT")]
+    found = [one["method"] for one in asked if any(route.matches(one)[0] is Match.FULL for route in api.routes)]
+    return sorted([*found, *(["HEAD"] if "GET" in found else [])])
+
+
 class _JsonRequest(Request):
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
@@ -67,12 +78,13 @@ class JsonRoute(APIRoute):
         return checked
 
 
-def make_api(max_body_bytes: int, metrics: Metrics) -> FastAPI:
+def make_api(max_body_bytes: int, metrics: Metrics, cors_origins: Sequence[str] = ()) -> FastAPI:
     """Return an application without routes that turns every error into the envelope.
 
     Args:
         max_body_bytes: the largest body it reads; beyond, 413.
         metrics: told of every request.
+        cors_origins: whose pages may use it from a browser; `*` for everybody's.
     """
     # The description of the routes is a route like the others, behind the key (`Ingress`).
     api = FastAPI(title="Roentgen", version=__version__, openapi_url=None)
@@ -80,6 +92,15 @@ def make_api(max_body_bytes: int, metrics: Metrics) -> FastAPI:
     api.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     if not api_keys():
         api.add_middleware(LoopbackOnly)
+    api.add_middleware(HeadAsGet)
+    if cors_origins:
+        api.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(cors_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],  # Authorization, and what OpenAI's SDK says of itself
+            expose_headers=["X-Request-Id", "Retry-After"],
+        )
     api.add_middleware(Observed, metrics=metrics)
 
     @api.exception_handler(ApiError)
@@ -96,7 +117,10 @@ def make_api(max_body_bytes: int, metrics: Metrics) -> FastAPI:
         if isinstance(error.__cause__, JsonError):  # FastAPI wraps whatever is raised while a body is read
             return await on_api_error(request, from_json(error.__cause__))
         message = f"{request.method} {request.url.path}: {error.detail}"
-        return JSONResponse(ApiError(error.status_code, message).body(), error.status_code, error.headers)
+        headers = dict(error.headers or {})
+        if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            headers["Allow"] = ", ".join(_methods(api, request.scope))
+        return JSONResponse(ApiError(error.status_code, message).body(), error.status_code, headers)
 
     @api.exception_handler(StoreError)
     async def on_store(request: Request, error: StoreError) -> JSONResponse:

@@ -20,6 +20,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import State
 
+from roentgen import __version__
 from roentgen.contract import SESSION_ID_PATTERN, check_session_id
 from roentgen.model_names import is_named
 from roentgen.store import Session, SessionBusyError, SessionNotFoundError, SessionSummary, list_sessions
@@ -60,7 +61,7 @@ class Ingress:
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Bind the routes to this object's methods; Serve calls it once per replica. All but `/health` ask for the key."""
-        api = make_api(self._config.max_body_bytes, self._metrics)
+        api = make_api(self._config.max_body_bytes, self._metrics, self._config.cors_origins)
         api.add_api_route("/health", self.health, methods=["GET"], **HEALTH)
         locked = APIRouter(dependencies=locks(), route_class=JsonRoute)
         session = "/v1/activations/session/{session_id}"
@@ -84,6 +85,7 @@ class Ingress:
             ("GET", f"{session}/files/{{path:path}}", self.file, raw("application/octet-stream", format="binary")),
             ("POST", "/v1/models/load", self.load_model, documented(schemas.ModelCard)),
             ("POST", "/models/load", self.load_model, {"include_in_schema": False}),
+            ("GET", "/version", self.version, documented(schemas.Version)),
             ("GET", "/metrics", self.metrics, raw("text/plain")),
             ("GET", "/openapi.json", api.openapi, {"include_in_schema": False}),
         ]
@@ -122,6 +124,10 @@ class Ingress:
         status = await asyncio.shield(asyncio.create_task(self._replicas.swap(body)))
         card: schemas.ModelCard = status["model"]
         return card
+
+    async def version(self) -> schemas.Version:
+        """Say which version of Roentgen answers."""
+        return {"version": __version__}
 
     async def metrics(self) -> Response:
         """Show what has been measured, and how much there is to do."""

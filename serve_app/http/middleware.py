@@ -3,9 +3,11 @@
 All of it is plain ASGI, so that it neither buffers a stream nor hides a disconnect.
 """
 
+import asyncio
 import ipaddress
 import logging
 import time
+from contextlib import suppress
 
 from fastapi.responses import JSONResponse
 from ray.exceptions import RayError
@@ -106,6 +108,45 @@ def _fields(
         "ttft_s": round(min(choice.first_token_s for choice in stats.choices), 4),
         "session": stats.session,
     }
+
+
+class HeadAsGet:
+    """Answers HEAD on every route that has GET: with the headers of what GET would send, and without making the rest of it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+        sent = asyncio.Event()
+
+        async def headers_only(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                await send(message)
+                await send({"type": "http.response.body", "body": b""})
+                sent.set()
+
+        # In place: what the routes write into the scope is for `Observed`, too.
+        scope["method"] = "GET"
+        answer = asyncio.create_task(_called(self._app, scope, receive, headers_only))
+        headers = asyncio.create_task(sent.wait())
+        try:
+            await asyncio.wait({answer, headers}, return_when=asyncio.FIRST_COMPLETED)
+            if sent.is_set():
+                answer.cancel()  # a session's archive may be large
+            with suppress(asyncio.CancelledError):
+                await answer
+        finally:
+            headers.cancel()
+            answer.cancel()
+            scope["method"] = "HEAD"
+
+
+async def _called(app: ASGIApp, scope: Scope, receive: Receive, send: Send) -> None:
+    await app(scope, receive, send)
 
 
 class LoopbackOnly:

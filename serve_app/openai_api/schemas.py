@@ -349,6 +349,12 @@ class Health(TypedDict):
     stage: str
 
 
+class Version(TypedDict):
+    """The server's version."""
+
+    version: str
+
+
 class Tokens(TypedDict):
     """A text's tokens."""
 

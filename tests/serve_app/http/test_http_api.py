@@ -133,7 +133,7 @@ HALF_A_BODY: Message = {"type": "http.request", "body": b'{"text', "more_body": 
 GONE: Message = {"type": "http.disconnect"}
 
 
-async def exchange(api: FastAPI, path: str, *arrives: Message | Exception) -> list[Message]:
+async def exchange(api: FastAPI, path: str, *arrives: Message | Exception, method: str = "POST") -> list[Message]:
     """Have an application serve one request as Serve does; what arrives ends with the last, again and again."""
     coming, sent = list(arrives), list[Message]()
 
@@ -149,7 +149,7 @@ async def exchange(api: FastAPI, path: str, *arrives: Message | Exception) -> li
 
     headers = [(b"content-type", b"application/json"), (b"host", b"x")]
     scope = {
-        "type": "http", "method": "POST", "path": path, "raw_path": path.encode(), "query_string": b"", "headers": headers,
+        "type": "http", "method": method, "path": path, "raw_path": path.encode(), "query_string": b"", "headers": headers,
         "client": HERE, "server": ("x", 80), "scheme": "http", "http_version": "1.1", "asgi": {"version": "3.0"},
     }  # fmt: skip
     await api(scope, receive, send)
@@ -212,6 +212,72 @@ def test_no_page_of_another_origin_may_read_it(client: TestClient) -> None:
     headers = {"Origin": "https://elsewhere.example", "Access-Control-Request-Method": "POST"}
     for reply in (client.post("/echo", json={"text": ""}, headers=headers), client.options("/echo", headers=headers)):
         assert not [name for name in reply.headers if name.startswith("access-control")]
+
+
+@pytest.mark.parametrize(
+    ("origins", "origin", "allowed"),
+    [
+        (("https://app.example",), "https://app.example", "https://app.example"),
+        (("https://app.example",), "https://elsewhere.example", None),
+        (("*",), "https://elsewhere.example", "*"),
+    ],
+)
+def test_pages_of_the_origins_that_are_named_may_use_it(
+    metrics: Metrics, monkeypatch: pytest.MonkeyPatch, origins: tuple[str, ...], origin: str, allowed: str | None
+) -> None:
+    monkeypatch.setenv("ROENTGEN_API_KEY", "k")
+    api = make_api(1000, metrics, origins)
+    api.add_api_route("/here", lambda: {"here": True}, dependencies=[Depends(check_key)], methods=["POST"])
+    client = TestClient(api)
+    asked = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization, x-stainless-lang",
+    }
+    preflight = client.options("/here", headers={"Origin": origin, **asked})
+    assert preflight.status_code == (200 if allowed else 400)
+    assert preflight.headers.get("access-control-allow-origin") == allowed
+    if allowed:
+        assert "authorization" in preflight.headers["access-control-allow-headers"]
+    for key, status in (("k", 200), ("wrong", 401)):  # a page reads errors, too
+        reply = client.post("/here", headers={"Origin": origin, "Authorization": f"Bearer {key}"})
+        assert (reply.status_code, reply.headers.get("access-control-allow-origin")) == (status, allowed)
+
+
+def test_head_has_the_headers_of_get_and_no_body(client: TestClient, metrics: Metrics) -> None:
+    whole, head = client.get("/busy"), client.head("/busy")
+    assert (head.status_code, head.text) == (429, "")
+    assert head.headers == whole.headers
+    assert 'method="HEAD",route="/busy",status="429"} 1.0' in metrics.text({}).decode()
+
+
+async def test_head_does_not_make_what_it_does_not_send(api: FastAPI) -> None:
+    made: list[int] = []
+
+    async def archive() -> AsyncIterator[str]:
+        for number in range(1000):
+            made.append(number)
+            yield "piece"
+            await asyncio.sleep(0.001)
+
+    api.add_api_route("/archive", lambda: StreamingResponse(archive(), headers={"Content-Length": "5000"}))
+    start, body = await asyncio.wait_for(exchange(api, "/archive", HERE_AGAIN, method="HEAD"), 10)
+    assert (start["status"], dict(start["headers"])[b"content-length"], body["body"]) == (200, b"5000", b"")
+    assert len(made) < 100
+
+
+def test_a_405_says_every_method_of_its_path(client: TestClient, api: FastAPI) -> None:
+    api.add_api_route("/thing/{name}", lambda name: name, methods=["GET"])
+    api.add_api_route("/thing/{name}", lambda name: name, methods=["DELETE"])
+    api.add_api_route("/thing/new", lambda: "", methods=["POST"])
+    for method, path, allowed in (
+        ("PUT", "/thing/a", "DELETE, GET, HEAD"),
+        ("PUT", "/thing/new", "DELETE, GET, HEAD, POST"),
+        ("GET", "/echo", "POST"),
+        ("HEAD", "/echo", "POST"),
+    ):
+        reply = client.request(method, path)
+        assert (reply.status_code, reply.headers["allow"]) == (405, allowed)
+        assert method == "HEAD" or reply.json()["error"]["message"].startswith(f"{method} {path}")
 
 
 @pytest.mark.parametrize("key", [None, "k"])

@@ -11,6 +11,7 @@ from fastapi.testclient import TestClient
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from roentgen import __version__
 from roentgen.contract import ActivationRequest
 from roentgen.store import StoreWriter
 from serve_app.config import ServerConfig
@@ -180,3 +181,14 @@ def test_any_page_can_be_asked_for(client: TestClient, store: Path, query: str) 
 def test_any_session_can_be_asked_for(client: TestClient, name: str) -> None:
     for path in ("", "/files", "/download", "/files/shards%2F%00"):
         assert client.get(f"/v1/activations/session/{name}{path}").status_code in (400, 404)
+
+
+def test_the_version_is_told(client: TestClient) -> None:
+    assert client.get("/version").json() == {"version": __version__}
+
+
+def test_every_get_route_has_head_and_a_405_says_so(client: TestClient) -> None:
+    assert (client.head("/version").status_code, client.head("/v1/activations/sessions").text) == (200, "")
+    reply = client.put("/v1/activations/session/s")
+    assert (reply.status_code, reply.headers["allow"]) == (405, "DELETE, GET, HEAD")
+    assert client.get("/v1/chat/completions").headers["allow"] == "POST"
