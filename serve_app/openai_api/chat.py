@@ -18,6 +18,7 @@ from serve_app.capture.scoring import Scorer
 from serve_app.engines.protocol import Finished, TextDelta, TokenScore
 from serve_app.engines.storage import Done
 from serve_app.openai_api import schemas
+from serve_app.openai_api.effort import Effort
 from serve_app.openai_api.logprobs import chat_logprobs, prompt_logprobs
 from serve_app.openai_api.messages import Message, ResponseFormat, Tool, ToolChoice, callable_names, check_tool_results
 from serve_app.openai_api.neutral import NeutralChatParams
@@ -48,6 +49,7 @@ class ChatRequest(NeutralChatParams, GenerationParams):
     parallel_tool_calls: bool = True
     response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    reasoning_effort: Effort | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     add_special_tokens: bool = False

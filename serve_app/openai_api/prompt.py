@@ -113,7 +113,7 @@ class _Template:
             return
         ours = {*inspect.signature(tokenizer.apply_chat_template).parameters, *tokenizer.SPECIAL_TOKENS_ATTRIBUTES}
         ours |= {"messages"}
-        free = _variables_of(tokenizer.get_chat_template()) - ours
+        free = template_variables(tokenizer.get_chat_template()) - ours
         known = f"it has {', '.join(sorted(free))}" if free else "it has none"
         for name, value in variables.items():
             if name in ours:
@@ -181,7 +181,7 @@ class _Template:
 
 
 @lru_cache(maxsize=8)
-def _variables_of(source: str) -> frozenset[str]:
+def template_variables(source: str) -> frozenset[str]:
     """Return the variables that a chat template looks up."""
     environment = SandboxedEnvironment(extensions=["jinja2.ext.loopcontrols"])
     environment.globals.update(dict.fromkeys(["raise_exception", "strftime_now"]))

@@ -22,6 +22,7 @@ from serve_app.models.context import UNBOUNDED
 from serve_app.models.tokenization import ASSISTANT, COMPLETION, cut_prompt
 from serve_app.openai_api.chat import ChatReply, ChatRequest
 from serve_app.openai_api.completions import CompletionReply, CompletionRequest, raw_prompt
+from serve_app.openai_api.effort import effort_variables
 from serve_app.openai_api.errors import ApiError, refused
 from serve_app.openai_api.grammars import answer_grammar, answer_schema, tool_call_grammar
 from serve_app.openai_api.params import GenerationParams
@@ -63,12 +64,13 @@ def plan_chat(served: Served, request: ChatRequest, config: ServerConfig) -> Pla
     _check_engine(served, request, config)
     model = served.model
     tools = request.tools if request.calls_tools else []
+    effort = effort_variables(model.tokenizer, request.reasoning_effort, model.source.name)
     rendered = render(
         model.tokenizer,
         request.messages,
         model.source.name,
         tools=tools,
-        template_kwargs=request.chat_template_kwargs,
+        template_kwargs={**effort, **request.chat_template_kwargs},
         ending=request.ending,
         add_special_tokens=request.add_special_tokens,
     )

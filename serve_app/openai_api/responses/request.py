@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, JsonValue, PrivateAttr, TypeAdapter
 
 from roentgen.contract import Int, MaxTokens
 from serve_app.openai_api.chat import ChatRequest
+from serve_app.openai_api.effort import Effort
 from serve_app.openai_api.errors import ApiError, from_validation
 from serve_app.openai_api.messages import NAME, Wire
 from serve_app.openai_api.neutral import Only
@@ -141,7 +142,7 @@ class TextOptions(Wire):
 class Reasoning(Wire):
     """`reasoning`: how a model is to think. What it thinks is sent whole, so that no summary is made."""
 
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    effort: Effort | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
     generate_summary: Literal["auto", "concise", "detailed"] | None = None
 
@@ -220,6 +221,7 @@ class ResponsesRequest(GenerationParams):
             "tools": [tool.for_chat() for tool in self.tools],
             "tool_choice": choice,
             "response_format": self.text.format.for_chat(),
+            "reasoning_effort": self.reasoning.effort,
             "logprobs": self.scores_tokens,
         }
 
@@ -257,6 +259,7 @@ _NAMES = (
     (r"^response_format(\.json_schema)?", "text.format"),
     (r"^(tools\.\d+)\.function\b", r"\1"),
     (r"^logprobs$", "include"),
+    (r"^reasoning_effort$", "reasoning.effort"),
 )
 
 _OF_CHATS = {

@@ -194,7 +194,10 @@ ASKED: dict[str, tuple[str, dict[str, Any]]] = {
     "response": (RESPONSE, {"metadata": {"a": "b"}, "instructions": "Be brief."}),
     "response ended": (RESPONSE, {"logit_bias": {"256": 100}}),
     "response top": (RESPONSE, {"include": ["message.output_text.logprobs"], "top_logprobs": 2}),
-    "response thought": (RESPONSE, {"chat_template_kwargs": {"think": True}, "reasoning": {"effort": "low"}}),
+    "response thought": (
+        RESPONSE,
+        {"chat_template_kwargs": {"think": True}, "reasoning": {"effort": "none", "summary": "auto"}},
+    ),
     "response called": (RESPONSE, {**CALLED, "tool_choice": "required"}),
     "response called by name": (RESPONSE, {**CALLED, "tool_choice": {"type": "function", "name": "add"}}),
     "response of a shape": (RESPONSE, {"text": {"format": {"type": "json_object"}}, "max_output_tokens": 20}),

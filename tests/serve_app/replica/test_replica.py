@@ -456,3 +456,18 @@ async def test_huge_numbers_are_refused_or_mean_what_they_say(
         assert "reply" in reply
     else:
         assert (reply["error"]["status"], reply["error"]["param"]) == (400, param)
+
+
+async def test_an_effort_turns_thinking_off_unless_the_template_s_own_variable_says_otherwise(
+    replica: ModelReplica,
+) -> None:
+    words = replica._slot.served.model.tokenizer  # type: ignore[union-attr]
+    words.chat_template = "{{ '</think>' if enable_thinking is defined and not enable_thinking else '<think>' }}"
+
+    async def prompt_of(**body: Any) -> str:
+        return words.decode((await chat(replica, return_token_ids=True, **body))["reply"]["prompt_token_ids"])
+
+    assert await prompt_of(reasoning_effort="none") == "</think>"
+    assert await prompt_of(reasoning_effort="medium") == "<think>"
+    assert await prompt_of(reasoning_effort="none", chat_template_kwargs={"enable_thinking": True}) == "<think>"
+    assert (await chat(replica, reasoning_effort="high"))["error"]["param"] == "reasoning_effort"
