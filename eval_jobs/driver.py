@@ -16,7 +16,7 @@ from rich.console import Console
 from eval_jobs import EvalError
 from eval_jobs.config import ServedModel, hashed_configuration, variants_of
 from eval_jobs.console import say
-from eval_jobs.endpoint import Endpoint, FatalRequestError, find_model
+from eval_jobs.endpoint import Endpoint, FatalRequestError, find_model, settle
 from eval_jobs.estimate import estimate
 from eval_jobs.failures import Failures
 from eval_jobs.fanout import evaluate
@@ -69,7 +69,7 @@ def run_evaluation(settings: EvalSettings, problems: Sequence[Problem], base_url
         RunError: if the run directory cannot be used.
     """
     endpoint, served, settings = prepare(as_begun(settings), base_url, lambda text: say(console, text))
-    run = open_run(settings, problems, served, base_url)
+    run = open_run(settings, problems, served, endpoint.base_url)
     plan = _plan(settings, endpoint, served.id, run)
     attempts = attempts_of(run.config, problems)
     with run.recording() as record, _nothing_left(run):
@@ -132,7 +132,7 @@ def prepare(
     Raises:
         FatalRequestError: if no server answers, it does not serve the model, or the model lacks a layer that is to be kept.
     """
-    endpoint = Endpoint(base_url, timeout=settings.request_timeout, api_key=client_key())
+    endpoint = settle(Endpoint(base_url, timeout=settings.request_timeout, api_key=client_key()))
     served = find_model(endpoint, settings.model)
     if settings.collect_activations and served.d_model is None:
         say(f"the server at {base_url} is not Roentgen's: no activations are kept")

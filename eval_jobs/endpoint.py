@@ -6,7 +6,7 @@ lost connections), which honours `Retry-After`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from httpx2 import AsyncClient, Response
@@ -81,6 +81,28 @@ class Endpoint:
             timeout=timeout,
             http_client=AsyncClient(transport=Addresses(self.urls), timeout=timeout, event_hooks={"response": [watch]}),
         )
+
+
+def settle(endpoint: Endpoint) -> Endpoint:
+    """Return a server at the path at which it answers: OpenAI's routes are under /v1, which people leave out.
+
+    Raises:
+        FatalRequestError: if no server answers, or it is not OpenAI-compatible.
+    """
+    try:
+        _list_models(endpoint)
+    except UnreachableError:
+        raise
+    except FatalRequestError as error:
+        if all(url.endswith("/v1") for url in endpoint.urls):
+            raise
+        inside = replace(endpoint, base_url=",".join(f"{url}/v1" for url in endpoint.urls))
+        try:
+            _list_models(inside)
+        except FatalRequestError:
+            raise error from None
+        return inside
+    return endpoint
 
 
 def find_model(endpoint: Endpoint, wanted: str | None) -> ServedModel:

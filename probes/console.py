@@ -48,8 +48,11 @@ def _layers(report: ProbeReport) -> Table:
 
 def _summary(report: ProbeReport) -> Table:
     table = Table(box=None, show_header=False)
-    for _ in range(3):
+    for _ in range(2):
         table.add_column(overflow="fold")
+    # A probe's name is to be copied into the next command: whatever else has to give way, it is in one line.
+    longest = max(len(name) for name in (*report.best.names, *(report.declared.names if report.declared else ())))
+    table.add_column(overflow="fold", min_width=longest)
     for result in report.results:
         if result.layer is None:
             name = result.key if len(report.positions) == 1 else result.name

@@ -211,18 +211,22 @@ class ProbeReport:
         if self.n_rarest < FEW:
             yield f"The rarest class has {self.n_rarest} samples (fewer than {FEW}): the intervals themselves are rough."
         if not self.best.estimate.low > self.chance:
+            # And so no better than what else is no better than chance: that is said once.
             yield f"The best probe's interval reaches {self.chance:g}: no better than chance as far as this data can tell."
-        yield from self._beside_baselines()
-        yield from self._beside_no_information()
+            yield from self._beside_baselines(only_better=True)
+        else:
+            yield from self._beside_baselines()
+            yield from self._beside_no_information()
         yield from self._without_confounders()
         if self.n_left_out:
             yield f"{self.n_left_out} samples have no activations or no such label and were left out."
 
-    def _beside_baselines(self) -> Iterator[str]:
+    def _beside_baselines(self, *, only_better: bool = False) -> Iterator[str]:
+        """Say which baselines do as well; where the probe may know nothing, only those that do know something."""
         unclear = []
         for name, difference in self.against.items():
             found, called = self.baselines[name], name.replace("_", " ")
-            if not found.value > self.chance:
+            if not (found.low if only_better else found.value) > self.chance:
                 continue
             verdict = compared(difference, MARGIN[self.metric])
             if verdict in ("equal", "worse"):

@@ -1,6 +1,8 @@
 """Plain HTTP to a server. Requests of an evaluation go through OpenAI's SDK instead, which is built on httpx2 too."""
 
-from httpx2 import Client, HTTPError, HTTPStatusError
+from httpx2 import URL, Client, HTTPError, HTTPStatusError, InvalidURL
+
+LAST_PORT = 65_535
 
 
 def connect(base_url: str, key: str, timeout_s: float) -> Client:
@@ -8,8 +10,29 @@ def connect(base_url: str, key: str, timeout_s: float) -> Client:
     return Client(base_url=base_url, headers={b"Authorization": f"Bearer {key}".encode()}, timeout=timeout_s)
 
 
+def server_root(address: str) -> str:
+    """Return http://HOST:PORT of a server's address as people write it: with or without http://, a slash at the end, /v1.
+
+    Raises:
+        ValueError: if it is no address.
+    """
+    try:
+        url = URL(address if "://" in address else f"http://{address}")
+        valid = url.scheme in ("http", "https") and bool(url.host) and (url.port is None or 0 < url.port <= LAST_PORT)
+    except (InvalidURL, ValueError):
+        valid = False
+    if not valid:
+        raise ValueError(
+            f"{address!r} is not the address of a server; allowed are HOST:PORT, http://HOST:PORT and https://HOST, and ports "
+            f"from 1 to {LAST_PORT}"
+        )
+    return str(url).rstrip("/").removesuffix("/v1").rstrip("/")
+
+
 def explain(error: HTTPError) -> str:
     """Say how a request failed: what the server answered, or why no answer came."""
     if isinstance(error, HTTPStatusError):
+        if error.response.status_code == 401:
+            return "answers 401: the API key is missing or wrong; set ROENTGEN_API_KEY to the server's"
         return f"answers {error.response.status_code}: {error.response.text[:1000]}"
     return f"fails: {str(error) or type(error).__name__}"

@@ -8,15 +8,20 @@ import typer
 from rich.table import Table
 
 from roentgen.api_keys import client_key
-from roentgen.cli.console import err, expected_errors, out, stages
+from roentgen.cli.console import err, expected_errors, out, stages, table_of
 from roentgen.cloud.task import ClusterSettings
 from roentgen.defaults import CLUSTER_NAME, HOST, PORT
+from roentgen.http_client import LAST_PORT, server_root
 from roentgen.options import options_of, read_options
 
 if TYPE_CHECKING:
     from roentgen.serving.doctor import Finding
 
 cluster_app = typer.Typer(no_args_is_help=True, help="A cluster that was launched.")
+
+NOT_REACHED = 255
+"""Ssh's exit code for a machine that it does not reach."""
+NO_SSH = "error: there is no ssh here; install OpenSSH's client (apt install openssh-client)"
 
 Name = Annotated[str, typer.Argument(help="The cluster.")]
 
@@ -49,8 +54,8 @@ def smoke(
     from roentgen.serving.local_server import LaunchError
     from roentgen.serving.smoke import smoke as check
 
-    with stages() as stage, expected_errors(LaunchError):
-        report = check(_root(base), client_key(), stage, model=model)
+    with stages() as stage, expected_errors(LaunchError, ValueError):
+        report = check(server_root(base), client_key(), stage, model=model)
     kept = ", ".join(report.tensors)
     out.print(f"{report.model} answers {report.answer!r}; {report.rows} rows of {kept} read back", soft_wrap=True)
 
@@ -59,17 +64,29 @@ def doctor(
     where: Annotated[
         str | None, typer.Argument(help="A cluster's name or http://HOST:PORT; absent: this machine.")
     ] = None,
-    port: Annotated[int, typer.Option(help="Of the server on this machine or the cluster.")] = PORT,
+    port: Annotated[
+        int, typer.Option(min=1, max=LAST_PORT, help="Of the server on this machine or the cluster.")
+    ] = PORT,
 ) -> None:
     """Say what is wrong with a server and what to do; exit code 1 if something is."""
     from roentgen.cloud.remote import Head
     from roentgen.serving.doctor import examine_here, examine_server
 
-    if where is not None and not where.startswith(("http://", "https://")):
+    if where is not None and "://" not in where and ":" not in where and where != "localhost":
         head = Head(where)
-        command = head.ssh(head.in_project("roentgen", "doctor", "--port", str(port)))
-        raise typer.Exit(subprocess.run(command, check=False).returncode)
-    findings = examine_server(_root(where or f"http://{HOST}:{port}"), client_key())
+        done = _on_head(head.ssh(head.in_project("roentgen", "doctor", "--port", str(port))))
+        if done == NOT_REACHED:
+            err.print(
+                f"error: no machine {where!r} is reached by ssh. SkyPilot writes the names of clusters into ~/.ssh/config "
+                "(`roentgen cluster status` lists them; `make cloud-env` installs SkyPilot); a server's address is "
+                "http://HOST:PORT",
+                style="red", highlight=False, markup=False,
+            )  # fmt: skip
+            raise typer.Exit(2)
+        raise typer.Exit(done)
+    with expected_errors(ValueError):
+        root = server_root(where or f"http://{HOST}:{port}")
+    findings = examine_server(root, client_key())
     findings += [] if where else examine_here(port)
     out.print(_findings(findings))
     raise typer.Exit(1 if any(finding.verdict == "wrong" for finding in findings) else 0)
@@ -83,7 +100,7 @@ def status() -> None:
 
     with expected_errors(LaunchError):
         clusters = SkyPilot().clusters(refresh=True)
-    table = Table("cluster", "status", "nodes", "resources", "takes itself down")
+    table = table_of("cluster", "status", "nodes", "resources", "takes itself down")
     for one in clusters:
         idle = f"after {one.autostop} idle minutes" if one.autostop >= 0 else "never"
         table.add_row(one.name, one.status, str(one.nodes), one.resources, idle)
@@ -108,7 +125,11 @@ def logs(
 @cluster_app.command()
 def ssh(name: Name = CLUSTER_NAME) -> None:
     """Open a shell on the head node."""
-    os.execvp("ssh", ["ssh", name])
+    try:
+        os.execvp("ssh", ["ssh", name])
+    except FileNotFoundError:
+        err.print(NO_SSH, style="red", highlight=False)
+        raise typer.Exit(2) from None
 
 
 @cluster_app.command()
@@ -119,7 +140,7 @@ def cost(name: Name = CLUSTER_NAME) -> None:
 
     with expected_errors(LaunchError):
         entries = SkyPilot().cost(name)
-    table = Table("cluster", "status", "hours", "dollars")
+    table = table_of("cluster", "status", "hours", "dollars")
     for entry in entries:
         hours = float(entry.get("duration") or 0) / 3600
         table.add_row(name, str(entry["status"]), f"{hours:.2f}", f"{float(entry.get('total_cost') or 0):.2f}")
@@ -137,8 +158,13 @@ def down(name: Name = CLUSTER_NAME) -> None:
     out.print(f"{name} is down: its provider says that {', '.join(gone) or 'every instance'} is gone", highlight=False)
 
 
-def _root(base: str) -> str:
-    return base.rstrip("/").removesuffix("/v1")
+def _on_head(command: list[str]) -> int:
+    """Run a command that begins with ssh, and return its exit code; 255 is ssh's own, for a machine that it does not reach."""
+    try:
+        return subprocess.run(command, check=False).returncode
+    except FileNotFoundError:
+        err.print(NO_SSH, style="red", highlight=False)
+        raise typer.Exit(2) from None
 
 
 def _plain(text: str) -> None:
@@ -147,7 +173,7 @@ def _plain(text: str) -> None:
 
 def _findings(findings: "list[Finding]") -> Table:
     colours = {"fine": "green", "note": "yellow", "wrong": "bold red"}
-    table = Table("", "what", "found", "what to do")
+    table = table_of("", "what", "found", "what to do")
     for finding in findings:
         colour = colours[finding.verdict]
         table.add_row(f"[{colour}]{finding.verdict}[/{colour}]", finding.what, finding.text, finding.todo)

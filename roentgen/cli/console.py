@@ -5,9 +5,11 @@ Expected errors end as one line on stderr and exit code 2; anything else is a bu
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import typer
 from rich.console import Console
+from rich.table import Column, Table
 
 from roentgen.options import OptionError
 from roentgen.stages import Stages
@@ -28,6 +30,11 @@ def expected_errors(*kinds: type[Exception]) -> Iterator[None]:
     except expected as error:
         err.print(f"error: {error}", style="red", highlight=False, markup=False)
         raise typer.Exit(2) from error
+
+
+def table_of(*columns: str, **options: Any) -> Table:
+    """Return a table that shows every name whole: what does not fit goes on in the next line, and is not cut."""
+    return Table(*(Column(column, overflow="fold") for column in columns), **options)
 
 
 def stages() -> Stages:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from roentgen.cli.console import expected_errors, out
+from roentgen.cli.console import expected_errors, out, table_of
 from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS
 from roentgen.options import options_of, read_options
 from roentgen.workflows.settings import InspectSettings
@@ -43,7 +43,7 @@ def hook_point_table(structure: "ModelStructure") -> Table:
     """Lay out a model's hook points: the module, the side of it, and the layers; of a missing one, why."""
     from serve_app.capture.structure import ranges
 
-    table = Table("hook point", "module", "side", "layers")
+    table = table_of("hook point", "module", "side", "layers")
     for name in LAYER_HOOK_POINTS:
         for place, layers in structure.places(name).items():
             module, _, side = place.rpartition(".")

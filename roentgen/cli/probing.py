@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from roentgen.cli.console import LOADING, err, expected_errors, out, stages
+from roentgen.cli.console import LOADING, err, expected_errors, out, stages, table_of
 from roentgen.durable import write_json
 from roentgen.options import options_of, read_options
 from roentgen.workflows.settings import SteerSettings
@@ -78,8 +78,6 @@ def probe_compare(
     output: Annotated[Path | None, typer.Option(help="A JSON file to write as well.")] = None,
 ) -> None:
     """Carry probes from one run to another and back, and compare their directions; exit code 3 for one class only."""
-    from rich.table import Table
-
     from probes import OneClassError, ProbeDataError, compare
     from roentgen.runs import RunError
     from roentgen.store import StoreError
@@ -93,7 +91,7 @@ def probe_compare(
         err.print(f"[yellow]no probe:[/yellow] {error}", highlight=False)
         raise typer.Exit(3) from error
     one, two = found.names
-    shown = Table(
+    shown = table_of(
         "key", f"{one} → {two}", f"{two} → {one}", "cosine", title=f"{label} at {positions}", title_justify="left"
     )
     for key in found.keys:

@@ -7,10 +7,9 @@ from typing import Annotated, Literal
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from roentgen import api_keys
-from roentgen.cli.console import err, expected_errors, out
+from roentgen.cli.console import err, expected_errors, out, table_of
 
 sessions_app = typer.Typer(no_args_is_help=True, help="Activation sessions of a store.")
 
@@ -25,7 +24,7 @@ def sessions_list(store: Annotated[str, typer.Argument(help="A folder, or s3://B
 
     with expected_errors(StoreError):
         summaries = list_sessions(store)
-    table = Table("session", "rollouts", "tokens", "shards", "size", "keys", "models")
+    table = table_of("session", "rollouts", "tokens", "shards", "size", "keys", "models")
     for s in summaries:
         size = f"{s.bytes / 1e6:,.1f} MB"
         table.add_row(
@@ -54,7 +53,7 @@ def sessions_show(session: Address) -> None:
         highlight=False,
     )
     out.print("keys: " + ", ".join(summary.keys), highlight=False)
-    table = Table("rollout", "problem", "epoch", "turn", "prompt", "completion", "finish", "shard rows")
+    table = table_of("rollout", "problem", "epoch", "turn", "prompt", "completion", "finish", "shard rows")
     for row in frame.head(50).to_dict("records"):
         keyed = isinstance(row["problem_id"], str)
         identity = (row["problem_id"], f"{row['epoch']:.0f}", f"{row['turn']:.0f}") if keyed else ("-", "-", "-")
@@ -133,14 +132,15 @@ def sessions_export(
     output: Annotated[Path, typer.Argument(help="Folder to write to.")],
     kind: Annotated[
         Literal["pt", "hf"],
-        typer.Option("--format", help="pt: a float32 file per rollout and key; hf: a dataset of one key."),
+        typer.Option("--format", help="pt: a float32 file per rollout and key; hf: a dataset per key."),
     ] = "pt",
-    key: Annotated[str, typer.Option(help="For hf: which key, such as layers.12.resid_post.")] = "",
+    key: Annotated[str, typer.Option(help="For hf: only this key, such as layers.12.resid_post.")] = "",
     positions: Annotated[str, typer.Option(help="For hf: a position policy.")] = "all",
 ) -> None:
     """Write a session in another format."""
+    from roentgen.model_names import suggest
     from roentgen.store import Session, StoreError
-    from roentgen.store.exports import export_pt, to_hf
+    from roentgen.store.exports import all_to_hf, export_pt, to_hf
 
     with expected_errors(StoreError, OSError, ValueError):
         opened = Session.open(session)
@@ -151,10 +151,14 @@ def sessions_export(
             out.print(f"{count:,} files in {output}", highlight=False)
             return
         stored = opened.keys()
-        if key not in stored:
-            raise ValueError(f"--key: {key!r} is not stored; there are {', '.join(stored)}")
-        to_hf(opened, key, positions=positions).save_to_disk(output)
-    out.print(f"datasets.load_from_disk({str(output)!r})", highlight=False)
+        if key and key not in stored:
+            raise ValueError(f"--key: {key!r} is not stored; there are {', '.join(stored)}{suggest(key, stored)}")
+        if key:
+            to_hf(opened, key, positions=positions).save_to_disk(output)
+        else:
+            all_to_hf(opened, positions=positions).save_to_disk(output)
+    which = "" if key else f"[{stored[0]!r}]"
+    out.print(f"datasets.load_from_disk({str(output)!r}){which}", highlight=False, soft_wrap=True)
 
 
 @sessions_app.command("pull")

@@ -16,6 +16,7 @@ from httpx2 import Client, TransportError
 from roentgen.api_keys import api_keys
 from roentgen.cluster import LOCAL, connected
 from roentgen.defaults import HOST
+from roentgen.http_client import LAST_PORT
 from roentgen.serving.preflight import Capture, PreflightError, check_start
 from roentgen.store.places import check_writable, open_place
 from serve_app.config import ServerConfig
@@ -24,7 +25,6 @@ from serve_app.http.proxy import named_in_environment
 log = logging.getLogger(__name__)
 
 APP_NAME = "roentgen"
-LAST_PORT = 65_535
 START_TIMEOUT_S = 1800
 """A first start may download a model."""
 

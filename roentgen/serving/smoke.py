@@ -6,22 +6,26 @@ deleted. All of it goes over HTTP, so the same check runs on the cluster's head 
 """
 
 import secrets
+import socket
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from httpx2 import Client, HTTPError, Response
+from httpx2 import URL, Client, HTTPError, Response
 
 from roentgen.contract import ActivationReply
 from roentgen.http_client import connect, explain
+from roentgen.model_names import is_named
 from roentgen.serving.local_server import LaunchError, wait_until_ready
 from roentgen.store import Session, StoreError, verify
 from roentgen.store.pulling import pull
 
 ROUTES = ("/v1/chat/completions", "/v1/models", "/v1/models/load", "/v1/activations/sessions")
 REQUEST_TIMEOUT_S = 300.0
+CONNECT_TIMEOUT_S = 5.0
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ def smoke(
     Raises:
         LaunchError: saying which step failed and what was found instead.
     """
+    _check_answers(base)
     stage(f"waiting for {base}/health")
     wait_until_ready(base, stage, ready_timeout_s)
     with connect(base, key, REQUEST_TIMEOUT_S) as client:
@@ -65,14 +70,45 @@ def smoke(
         session = f"smoke-{secrets.token_hex(4)}"
         reply = _call(client, "POST", "/v1/chat/completions", _question(name, session)).json()
         try:
-            return _check(base, key, name, session, reply, stage)
-        finally:
-            _call(client, "DELETE", f"/v1/activations/session/{session}")
+            report = _check(base, key, name, session, reply, stage)
+        except LaunchError:
+            with suppress(LaunchError):  # what was found first is what is wrong
+                _call(client, "DELETE", f"/v1/activations/session/{session}")
+            raise
+        _call(client, "DELETE", f"/v1/activations/session/{session}")
+        return report
+
+
+def _check_answers(base: str) -> None:
+    """Tell a place where nothing listens, or something else does, from a server that starts.
+
+    Raises:
+        LaunchError: saying which it is.
+    """
+    url = URL(base)
+    port = url.port or (443 if url.scheme == "https" else 80)
+    try:
+        socket.create_connection((url.host, port), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise LaunchError(
+            f"nothing answers at {url.host}:{port} ({error.strerror or error}): start a server there (`roentgen serve`), or "
+            "open a tunnel: ssh -N -L PORT:localhost:PORT CLUSTER"
+        ) from error
+    try:
+        with Client(base_url=base, timeout=CONNECT_TIMEOUT_S) as client:
+            found, serves = client.get("/health"), client.get("/-/healthz")
+    except HTTPError:
+        return  # it may be starting
+    if (
+        found.status_code == 404 and serves.status_code == 404
+    ):  # Serve's proxy, before it has an application, has the second
+        raise LaunchError(f"{base} is not a Roentgen server: GET /health answers 404")
 
 
 def _load(client: Client, wanted: str | None, stage: Callable[[str], None]) -> str:
-    served = str(_call(client, "GET", "/v1/models").json()["data"][0]["id"])
-    if wanted in (None, served):
+    card = _call(client, "GET", "/v1/models").json()["data"][0]
+    served = str(card["id"])
+    if wanted is None or is_named(wanted, (served, str(card.get("root", served)))):
         return served
     stage(f"loading {wanted} in place of {served}")
     return str(_call(client, "POST", "/v1/models/load", {"model_id": wanted}).json()["id"])

@@ -19,7 +19,7 @@ from roentgen.store.reader import Session
 from roentgen.store.schema import StoreError
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
     from ray.data import Dataset as RayDataset
 
 _OLD_HOOKS = {"ln_attn": "input_layernorm_output", "ln_mlp": "post_attention_layernorm_output"}
@@ -130,6 +130,13 @@ def to_hf(session: Session, key: str, *, where: pd.DataFrame | None = None, posi
         examples, gen_kwargs={"uri": session.uri, "key": key, "positions": positions}
     )
     return made
+
+
+def all_to_hf(session: Session, *, positions: str = "all") -> "DatasetDict":
+    """Return a Hugging Face dataset of each key, by key, as `to_hf` makes it of one."""
+    from datasets import DatasetDict
+
+    return DatasetDict({key: to_hf(session, key, positions=positions) for key in session.keys()})  # noqa: SIM118 - no dict
 
 
 def to_ray(session: Session, key: str, *, where: pd.DataFrame | None = None, positions: str = "all") -> "RayDataset":

@@ -22,6 +22,7 @@ from tempfile import TemporaryDirectory
 from openai import APIError, AsyncOpenAI, OpenAI
 from rich.table import Table
 
+from eval_jobs.endpoint import Endpoint, FatalRequestError, settle
 from eval_jobs.scoring import score
 from probes.steering import SweepError, SweepPlan, SweepReport, Task, make_arms, run_sweep, summarise
 from roentgen.api_keys import client_key
@@ -97,6 +98,8 @@ def find_probe(given: Path, label: str) -> tuple[Path, SavedProbe]:
         SavedProbeError: if there is none.
     """
     path = given.expanduser().absolute()
+    if not path.exists() and not (path.parent / CARDS).exists():
+        raise SavedProbeError(f"{given} is neither a run nor a saved probe, FOLDER/NAME")
     if (path / "config.json").exists():
         folder = path / "probes" / label
         results = folder / "results.json"
@@ -112,7 +115,7 @@ def render(report: SweepReport) -> Table:
     title = f"{name}, {report.problems} problems; a scale of 1 adds {report.unit:.3g} [95% interval]"
     table = Table(title=title, title_justify="left")
     for column in ("along", "scale", "accuracy", "Δ accuracy", "parse rate", "length"):
-        table.add_column(column, justify="left" if column == "along" else "right")
+        table.add_column(column, justify="left" if column == "along" else "right", overflow="fold")
     for finding in report.findings:
         many = f" × {finding.directions}" if finding.directions > 1 else ""
         length = finding.values["length"]
@@ -156,7 +159,11 @@ def _judge(extractor: str, text: str, gold: str) -> tuple[bool, bool]:
 @contextmanager
 def _server(asked: SteerSettings, run: Run, probe: SavedProbe, stage: Callable[[str], None]) -> Iterator[str]:
     if asked.base_url is not None:
-        yield asked.base_url
+        try:
+            settled = settle(Endpoint(asked.base_url, api_key=client_key()))
+        except FatalRequestError as error:
+            raise SweepError(str(error)) from error
+        yield settled.base_url
         return
     settings, hashed, card = run.config.settings, run.config.hashed, probe.card
     given = {name: settings[name] for name in ("dtype", "device", "revision") if settings.get(name) is not None}

@@ -1,15 +1,19 @@
 """The smoke test and the doctor before a real server, and before things that are none."""
 
 import http.server
+import json
 import subprocess
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 
 from roentgen.serving.doctor import examine_server
 from roentgen.serving.local_server import LaunchError, free_port
-from roentgen.serving.smoke import smoke
+from roentgen.serving.smoke import ROUTES, smoke
 from roentgen.store import list_sessions
 from tests.conftest import ROENTGEN, Server
 
@@ -71,6 +75,88 @@ def test_a_server_of_something_else_is_found_out(nginx: str) -> None:
         smoke(nginx, "none", lambda _: None)
     wrong = {finding.what for finding in examine_server(nginx, "none") if finding.verdict == "wrong"}
     assert {"routes", "model"} <= wrong
+
+
+def test_where_nothing_listens_is_said_at_once() -> None:
+    port = free_port("127.0.0.1")
+    started = time.monotonic()
+    with pytest.raises(
+        LaunchError, match=rf"nothing answers at 127\.0\.0\.1:{port} \(Connection refused\): start a server"
+    ):
+        smoke(f"http://127.0.0.1:{port}", "none", lambda _: None)
+    assert time.monotonic() - started < 30  # it used to wait for a minute
+
+
+@contextmanager
+def serving(answer: Callable[[str, str], tuple[int, Any]]) -> Iterator[str]:
+    """An HTTP server that answers a method and a path with a status and JSON."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"] or 0))
+            status, said = answer(self.command, self.path)
+            body = json.dumps(said).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_POST = do_DELETE = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None:
+            return
+
+    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=web.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{web.server_port}"
+    web.shutdown()
+    thread.join()
+    web.server_close()
+
+
+def test_another_server_is_not_said_to_be_starting() -> None:
+    with (
+        serving(lambda method, path: (404, {})) as base,
+        pytest.raises(LaunchError, match="is not a Roentgen server: GET /health"),
+    ):
+        smoke(base, "none", lambda _: None)
+
+
+def test_what_was_found_first_is_blamed() -> None:
+    """A session that is not there cannot be deleted either; that is not what is wrong."""
+    tensor = {"shape": [9, 4], "dtype": "torch.float32", "stored_path": "s"}
+    kept = {"session_id": "x", "rollout_id": "r", "uri": "/u", "shard": "s", "row_start": 0, "row_stop": 9}
+    reply = {
+        "choices": [{"message": {"content": "84"}}],
+        "usage": {"prompt_tokens": 8, "completion_tokens": 2},
+        "activations": {**kept, "tensors": {"layers.0.resid_post": tensor}},
+    }
+
+    def answer(method: str, path: str) -> tuple[int, Any]:
+        known = {
+            "/health": {"status": "ok", "stage": "ready"},
+            "/openapi.json": {"paths": dict.fromkeys(ROUTES)},
+            "/v1/models": {"data": [{"id": "tiny"}]},
+            "/v1/chat/completions": reply,
+        }
+        return (200, known[path]) if path in known else (404, {"error": {"message": f"no {method} {path}"}})
+
+    with serving(answer) as base, pytest.raises(LaunchError) as caught:
+        smoke(base, "none", lambda _: None)
+    assert "DELETE" not in str(caught.value)
+    assert "/v1/activations/session/smoke-" in str(caught.value)
+
+
+def test_a_wrong_key_is_called_one() -> None:
+    def answer(method: str, path: str) -> tuple[int, Any]:
+        return (200, {"status": "ok", "stage": "ready"}) if path == "/health" else (401, {"error": {"message": "no"}})
+
+    with (
+        serving(answer) as base,
+        pytest.raises(LaunchError, match="the API key is missing or wrong; set ROENTGEN_API_KEY"),
+    ):
+        smoke(base, "none", lambda _: None)
 
 
 def test_where_nothing_listens_the_doctor_says_so_and_what_to_do() -> None:

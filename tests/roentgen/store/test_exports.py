@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from roentgen.store import Rollout, Session, StoreError, StoreWriter
-from roentgen.store.exports import export_pt, to_hf, to_ray, to_torch
+from roentgen.store.exports import all_to_hf, export_pt, to_hf, to_ray, to_torch
 from tests.roentgen.store.conftest import RolloutFactory
 
 KEYS = ("layers.12.ln_attn", "layers.12.ln_mlp")
@@ -94,6 +94,19 @@ def test_a_torch_dataset_is_read_by_several_workers(store: str, written: dict[st
         assert torch.equal(item["values"], one.tensors[KEYS[0]][one.sequence.n_prompt :])
         assert item["position"].tolist() == [one.sequence.n_prompt, one.sequence.n_prompt + 1]
         assert item["labels"] == one.labels
+
+
+def test_all_keys_are_given_away_as_a_dataset_each(written: dict[str, Rollout], store: str, tmp_path: Path) -> None:
+    from datasets import load_from_disk
+
+    session = Session.open(f"{store}/a_b")
+    all_to_hf(session).save_to_disk(tmp_path / "hf")
+    back = load_from_disk(tmp_path / "hf")
+    assert tuple(back) == KEYS
+    for key in KEYS:
+        found = {row["rollout_id"]: np.array(row["values"]) for row in back[key]}
+        for rollout_id, rollout in written.items():
+            np.testing.assert_array_equal(found[rollout_id], rollout.tensors[key].float().numpy())
 
 
 def test_a_hugging_face_dataset_goes_to_disk_and_back(
