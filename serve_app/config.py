@@ -93,8 +93,9 @@ class ServerConfig(BaseModel):
     )
     taps: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
         (),
-        description="With vLLM: the only hook points that requests may name, as resid_post,ln_mlp or vLLM's module paths with "
-        "* for a layer's number; CUDA graphs stay on. Without any, every hook point is there, and there are no CUDA graphs.",
+        description="With vLLM: the only hook points that requests may name, as resid_post,ln_mlp, layers.12.resid_mid or "
+        "module paths, whole or inside a layer. The model is compiled then, with CUDA graphs. Without any it runs module by "
+        "module, which is slower, and every module may be named.",
     )
     tensor_parallel_size: int = Field(
         1, ge=1, description="With vLLM: GPUs of one node that a replica's model is split over."

@@ -47,6 +47,18 @@ class Scorer:
     """What its scores are, see `ProbeCard`."""
 
 
+@dataclass(frozen=True)
+class NewScores:
+    """A request's scores that have come since the last time, on the CPU."""
+
+    fed: int
+    """Tokens that they are of."""
+    parts: list[Float[Tensor, "rows outputs"] | None]
+    """Per probe; None where its hook point gave nothing that it can read."""
+    failure: UnscorableError | None
+    """Why there can be none, if that is known."""
+
+
 class RequestScores:
     """The scores of one running request, probe by probe."""
 
@@ -57,6 +69,11 @@ class RequestScores:
         self._fed = self._taken = 0
         self.failure: UnscorableError | None = None
 
+    @property
+    def fed(self) -> int:
+        """Tokens that have been scored."""
+        return self._fed
+
     def feed(self, length: int) -> None:
         """Count the tokens of a forward."""
         self._fed += length
@@ -64,6 +81,21 @@ class RequestScores:
     def add(self, number: int, scores: Float[Tensor, "rows outputs"]) -> None:
         """Take one probe's scores of the next rows."""
         self._parts[number].append(scores)
+
+    def drain(self) -> "NewScores":
+        """Return what has come since the last time, and keep none of it."""
+        parts = [torch.cat(parts).cpu() if parts else None for parts in self._parts]
+        new = NewScores(self._fed, parts, self.failure)
+        self._parts, self._fed = [[] for _ in self.scorers], 0
+        return new
+
+    def take_in(self, new: "NewScores") -> None:
+        """Take what `drain` has given elsewhere."""
+        self.feed(new.fed)
+        self.failure = self.failure or new.failure
+        for number, part in enumerate(new.parts):
+            if part is not None:
+                self.add(number, part)
 
     def begin_again(self) -> None:
         """Forget all scores; what has been taken is not given a second time."""
@@ -147,11 +179,15 @@ class StepScores:
             for request, number, _ in asked:
                 request.failure = UnscorableError(f"{reason}, which the probe {request.scorers[number].name!r} reads")
 
-    def deliver(self) -> None:
-        """Give each request its scores, once the forward has been issued."""
+    def deliver(self, *, wait: bool = True) -> None:
+        """Give each request its scores, once the forward has been issued.
+
+        Args:
+            wait: until they are there; otherwise they stay on the model's device.
+        """
         for request, length in self._lengths:
             request.feed(length)
         for scores, asked in self._found:
-            parts = scores.cpu().split([len(places) for *_, places in asked])
+            parts = (scores.cpu() if wait else scores).split([len(places) for *_, places in asked])
             for (request, number, _), part in zip(asked, parts, strict=True):
                 request.add(number, part)

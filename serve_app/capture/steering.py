@@ -6,6 +6,8 @@ that the model goes on with, before what captures and scores is, and adds in pla
 too, as `resid_mid` has to be seen by both the MLP's norm and the sum around it.
 """
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -49,6 +51,22 @@ class Addition:
     def wanted(self, n_prompt: int, span: range) -> range:
         """Return the positions in `span` to add to, of a job whose prompt has `n_prompt` tokens."""
         return self.positions.select(n_prompt, span.stop, first=span.start)
+
+
+def different_sums(additions: Sequence[Addition], n_prompt: int, n_rows: int) -> int:
+    """Return how many different vectors a request adds, over all hook points: at a token, all that are added there are one.
+
+    Args:
+        additions: the request's.
+        n_prompt: tokens of its prompt.
+        n_rows: of a full capture.
+    """
+    found: dict[str, dict[int, tuple[int, ...]]] = defaultdict(dict)
+    for number, addition in enumerate(additions):
+        at = found[addition.key]
+        for place in addition.wanted(n_prompt, range(n_rows)):
+            at[place] = (*at.get(place, ()), number)
+    return sum(len(set(at.values())) for at in found.values())
 
 
 @dataclass
@@ -106,6 +124,19 @@ class StepSteering:
         if index is None or value.shape[len(index) :] != vectors.shape[1:]:
             raise ValueError(f"{key} is {list(value.shape)}: not a row of {vectors.shape[1]} per token")
         value.index_put_(index, vectors[sums.which], accumulate=True)
+
+    def added(self, key: str) -> tuple[list[int], list[int], list[Float[Tensor, "d_model"]]]:
+        """Return the places to add to at one hook point, per place which sum is added, and the different sums.
+
+        Whoever asks adds them; nothing is then missing of what was to be added there.
+        """
+        self._seen.add(key)
+        sums, at = self._sums[key], defaultdict(list)
+        for place, number in zip(sums.places, sums.which, strict=True):
+            at[place].append(number)
+        kinds = {kind: number for number, kind in enumerate(dict.fromkeys(map(tuple, at.values())))}
+        vectors = [torch.stack([sums.vectors[number] for number in kind]).sum(0) for kind in kinds]
+        return list(at), [kinds[tuple(numbers)] for numbers in at.values()], vectors
 
     def fail(self, key: str, reason: str) -> None:
         """Take note that nothing could be added at a hook point: the requests that steer there fail, and no others."""

@@ -97,6 +97,10 @@ class ModelStructure:
     """Modules that other implementations have and this one does not, by name, and which module does their work."""
     split: frozenset[str] = field(default=frozenset(), repr=False)
     """Places, `path.side`, at which each of the GPUs that hold the model has a part of every row only."""
+    tapped: frozenset[str] | None = field(default=None, repr=False)
+    """The only places, `path.side`, that the engine reads; None if it reads all."""
+    untapped: str = ""
+    """Why it reads no others, and what to do."""
 
     def with_savepoints(self, savepoints: dict[str, Tap]) -> "ModelStructure":
         """Return the same structure with places of these names.
@@ -134,6 +138,8 @@ class ModelStructure:
                 paths = self._module_path(name, layers, everywhere=request.layers == "all")
                 found |= dict(canonical.get(tap, (key, tap)) for key, tap in paths.items())
         for key, tap in found.items():
+            if self.tapped is not None and f"{tap.module}.{tap.side}" not in self.tapped:
+                raise CaptureRequestError("activations.hook_points", f"{key}: {self.untapped}")
             if f"{tap.module}.{tap.side}" in self.split:
                 raise CaptureRequestError(
                     "activations.hook_points",

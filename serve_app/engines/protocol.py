@@ -273,8 +273,6 @@ class Engine(Protocol):
 
     name: str
     """As the server's configuration calls it."""
-    scores_rows: bool
-    """Whether jobs may have probes."""
     batch_invariant: bool
     """Whether what a job gives depends on nothing that runs beside it."""
 

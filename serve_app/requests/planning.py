@@ -304,10 +304,3 @@ def _check_engine(served: Served, request: GenerationParams, config: ServerConfi
             raise refused(param, "this server reads and changes no activations (capture: false)", "no_capture")
     if request.cache_salt and served.engine.name == "vllm" and not config.capture:
         raise refused("cache_salt", "this server's prefix cache is shared by all its clients", "unsupported_by_engine")
-    if request.probes and not served.engine.scores_rows:
-        raise refused(
-            "probes",
-            f"the {served.engine.name} engine does not score tokens while it generates; capture their activations, or use a "
-            "server with engine=transformers",
-            "unsupported_by_engine",
-        )

@@ -71,7 +71,6 @@ class TransformersEngine:
     """Generates with a transformers model, in a continuous batch (see the module)."""
 
     name = "transformers"
-    scores_rows = True
 
     def __init__(
         self,

@@ -1,10 +1,12 @@
-"""The fast engine: vLLM, captured from through nnsight's integration of it.
+"""The fast engine: vLLM, with everything that touches activations in its worker processes.
 
-The model runs in vLLM's worker processes, and so does everything that touches its activations. A job goes to the workers with
-what it wants to keep, as vLLM's `extra_args` (`orders`). There, once per step, one observer reads the whole batch's values
-(`observer`) and the rows are cut per request (`collecting`) with the same code as for the other engine. When the job has
-ended, the replica sends what was said, the worker joins it to the rows and writes both to the store, and only the receipt
-comes back (`storage`). `worker` and `cpu_worker` are vLLM's worker classes, `engine` the replica's side, `loading` starts both.
+A job goes to the workers with what it wants, as vLLM's `extra_args` (`orders`, `batch`). There, once per step, the whole
+batch's values are read in one of two ways: by one observer, through nnsight, of a model that runs module by module
+(`eager_runner`, `observer`), or from taps in a compiled graph (`graph_runner`, `graph_taps`). The rows are cut per request
+(`collecting`) with the same code as for the other engine. When the job has ended, the replica sends what was said, the worker
+joins it to the rows and writes both to the store, and only the receipt comes back (`storage`); scores of probes come back when
+they are asked for (`scores`). `worker` and `cpu_worker` are vLLM's worker classes, `engine` the replica's side, `loading` starts
+both.
 
 Nothing here is imported unless this engine is chosen: vLLM need not be installed.
 """

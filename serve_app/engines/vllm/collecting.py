@@ -12,20 +12,27 @@ A request whose rows are not exactly those of its prompt and all but the last to
 """
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from hashlib import blake2b
 
 import numpy as np
 import torch
 
 from roentgen.contract import Positions
+from roentgen.linear_probe import Readout
 from roentgen.store import StoreError
 from serve_app.capture.grid import Strip
 from serve_app.capture.memory import RowMemory
 from serve_app.capture.rows import CapturedRows, CapturePlan, RequestRows, StepRows
+from serve_app.capture.scoring import NewScores, RequestScores, Scorer, StepScores, UnscorableError
 from serve_app.capture.steering import StepSteering
 from serve_app.engines.vllm.orders import Order
 
 log = logging.getLogger(__name__)
+
+MAX_READOUTS = 256
+"""Probes whose numbers are kept on the model's device."""
 
 
 class LostRowsError(StoreError):
@@ -96,6 +103,7 @@ class _Job:
     order: Order
     n_prompt: int
     rows: RequestRows | None
+    scores: RequestScores | None
     fed: int = 0
     lost: str | None = None
 
@@ -106,15 +114,23 @@ class Step:
 
     steering: StepSteering | None
     rows: StepRows | None
+    scores: StepScores | None
     jobs: list[_Job] = field(repr=False)
 
 
 class Collector:
     """The rows of one worker's requests."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        """Begin without requests.
+
+        Args:
+            device: the model's.
+        """
         self._jobs: dict[str, _Job] = {}
         self._memory = RowMemory()
+        self._device = device
+        self._readouts: dict[bytes, Readout] = {}
 
     @property
     def held(self) -> int:
@@ -127,7 +143,8 @@ class Collector:
             return
         plan = order.capture
         rows = RequestRows(collecting_plan(plan, n_prompt), n_prompt, self._memory) if plan is not None else None
-        self._jobs[order.job_id] = _Job(order, n_prompt, rows)
+        scores = RequestScores(tuple(self._shared(scorer) for scorer in order.probes)) if order.probes else None
+        self._jobs[order.job_id] = _Job(order, n_prompt, rows, scores)
 
     def step(self, spans: list[tuple[str | None, range]]) -> Step | None:
         """Lay out a forward; None if nothing is to be done in it.
@@ -150,7 +167,10 @@ class Collector:
         rows = None
         if capturing:
             rows = StepRows([job.rows if job is not None else None for job in jobs], Strip(new, lengths), self._memory)
-        return Step(steering, rows, capturing)
+        scores = None
+        if any(job.scores is not None for job in known):
+            scores = StepScores([job.scores if job is not None else None for job in jobs], Strip(new, lengths))
+        return Step(steering, rows, scores, known)
 
     def done(self, step: Step, failure: Exception | None) -> None:
         """Give each job of a forward its rows, once it has been issued.
@@ -162,8 +182,11 @@ class Collector:
         if failure is not None:
             for job in step.jobs:
                 job.lost = job.lost or f"{type(failure).__name__}: {failure}"
-        elif step.rows is not None:
+            return
+        if step.rows is not None:
             step.rows.deliver()
+        if step.scores is not None:
+            step.scores.deliver(wait=False)
 
     def take(self, job_id: str, n_rows: int) -> CapturedRows:
         """Return a finished job's rows and forget it.
@@ -184,6 +207,31 @@ class Collector:
         if job.fed < n_rows:
             raise LostRowsError(f"{job.fed} tokens of this request passed through the model, not {n_rows}")
         return settled(job.rows.cut(), job.order.capture, job.n_prompt, n_rows)
+
+    def scores(self, job_ids: Iterable[str]) -> dict[str, NewScores]:
+        """Return the scores that have come since the last time, of those of these jobs that are here.
+
+        A job whose rows are lost has the reason among its scores.
+        """
+        found = {}
+        for job_id in job_ids:
+            job = self._jobs.get(job_id)
+            if job is not None and job.scores is not None:
+                if job.lost is not None:
+                    job.scores.failure = UnscorableError(job.lost)
+                found[job_id] = job.scores.drain()
+        return found
+
+    def _shared(self, scorer: Scorer) -> Scorer:
+        """Return the same probe with the one copy of its numbers that all requests share: then one product scores them all."""
+        readout = scorer.readout
+        parts = (readout.weight, readout.bias, readout.mean, readout.scale)
+        digest = blake2b(b"".join(part.cpu().numpy().tobytes() for part in parts), digest_size=16).digest()
+        if digest not in self._readouts:
+            while len(self._readouts) >= MAX_READOUTS:
+                del self._readouts[next(iter(self._readouts))]
+            self._readouts[digest] = readout.to(self._device)
+        return replace(scorer, readout=self._readouts[digest])
 
     def forget(self, job_id: str) -> None:
         """Drop a job's rows."""

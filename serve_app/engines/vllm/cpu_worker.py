@@ -10,23 +10,36 @@ import torch
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from serve_app.engines.vllm.eager_runner import EagerRunner
+from serve_app.engines.vllm.graph_runner import GraphRunner
 from serve_app.engines.vllm.lifetime import EndsWithReplica
-from serve_app.engines.vllm.worker import Capturing, CapturingRunner
+from serve_app.engines.vllm.worker import Capturing, CapturingInGraph, take_over
 
 
-class CpuCapturingRunner(CapturingRunner, CPUModelRunner):
+class CpuEagerRunner(EagerRunner, CPUModelRunner):
     """nnsight's model runner, on a CPU."""
 
 
-class CpuCapturingWorker(Capturing, CPUWorker):
-    """A CPU's worker."""
+class CpuGraphRunner(GraphRunner, CPUModelRunner):
+    """A model runner with taps in the graph, on a CPU."""
+
+
+class CpuEagerWorker(Capturing, CPUWorker):
+    """A CPU's worker, whose model runs module by module."""
 
     def init_device(self) -> None:
         """Make the device ready, and have its model runner observe."""
         super().init_device()
-        if type(self.model_runner) is not CPUModelRunner:
-            raise NotImplementedError(f"only vLLM's first CPU model runner is known, not {type(self.model_runner)}")
-        self.model_runner.__class__ = CpuCapturingRunner
+        take_over(self.model_runner, CPUModelRunner, CpuEagerRunner)
+
+
+class CpuGraphWorker(CapturingInGraph, CPUWorker):
+    """A CPU's worker, whose model has taps in its graph."""
+
+    def init_device(self) -> None:
+        """Make the device ready, and have its model runner tap."""
+        super().init_device()
+        take_over(self.model_runner, CPUModelRunner, CpuGraphRunner)
 
 
 class CpuPlainWorker(EndsWithReplica, CPUWorker):

@@ -21,6 +21,9 @@ from ulid import ULID
 from vllm import TokensPrompt
 from vllm.v1.engine.exceptions import EngineDeadError
 
+from roentgen.contract import count_rows
+from serve_app.capture.scoring import NewScores
+from serve_app.capture.steering import different_sums
 from serve_app.engines.completion import Completion, no_token
 from serve_app.engines.constraints import SchemaError
 from serve_app.engines.memory import HOST_SHARE, free_host_memory, row_bytes
@@ -38,8 +41,9 @@ from serve_app.engines.protocol import (
 from serve_app.engines.served_model import ServedModel
 from serve_app.engines.text import TextStream
 from serve_app.engines.vllm.collecting import collecting_plan
-from serve_app.engines.vllm.orders import Exchange, Order, Report, pack, unpack
+from serve_app.engines.vllm.orders import VECTORS_PER_REQUEST, Exchange, Order, Report, pack, unpack
 from serve_app.engines.vllm.sampling import sampling_params, token_score
+from serve_app.engines.vllm.scores import ScoreBoard
 from serve_app.engines.vllm.storage import WorkerStorage
 
 log = logging.getLogger(__name__)
@@ -111,7 +115,6 @@ class VllmEngine:
     """Generates with vLLM (see the module)."""
 
     name = "vllm"
-    scores_rows = False  # a stream tells scores as its tokens come, and those are in another process
 
     def __init__(
         self,
@@ -152,6 +155,7 @@ class VllmEngine:
         self._queue: deque[str] = deque()
         self._row_bytes: dict[str, int] = {}
         self.storage = WorkerStorage(loop.loop, self._exchange)
+        self._scores = ScoreBoard(self._new_scores)
         self._watching = asyncio.run_coroutine_threadsafe(self._watch(), loop.loop)
 
     @property
@@ -213,6 +217,12 @@ class VllmEngine:
                 f"the prompt's {len(job.prompt_ids)} tokens and up to {job.sampling.max_tokens} new ones need room for "
                 f"{total} tokens; a sequence may have {self._capacity}"
             )
+        vectors = different_sums(job.steering, len(job.prompt_ids), total)
+        if vectors > VECTORS_PER_REQUEST:
+            raise RequestTooLargeError(
+                f"steering: {vectors} different vectors are to be added, counting their sums at different tokens; a "
+                f"request may add {VECTORS_PER_REQUEST}"
+            )
         if job.capture is None:
             return 0
         plan = collecting_plan(job.capture, len(job.prompt_ids))
@@ -271,13 +281,16 @@ class VllmEngine:
         del self._row_bytes[job_id]
         if task.cancelled() and not job.cancelled.is_set():
             job.listener(Failed(EngineStoppedError("the engine was closed")))
-        if (job.capture is not None or job.steering) and (task.cancelled() or not task.result()):
+        if _order(job_id, job) is not None and (task.cancelled() or not task.result()):
             self.storage.forget(job_id)
+        self._scores.forget(job_id)
         self._admit()
 
     async def _generate(self, job_id: str, job: GenerationJob) -> Finished | Failed:
         """Generate a job's tokens."""
-        order = Order(job_id, job.capture, job.steering) if job.capture is not None or job.steering else None
+        order = _order(job_id, job)
+        if job.probes:
+            self._scores.begin(job_id, job.probes)
         model, sampling = self._model, job.sampling
         ends = sampling.ends(model.eos_token_ids)
         completion = Completion(
@@ -316,15 +329,20 @@ class VllmEngine:
                 # vLLM's core is another process of this machine, with the same monotonic clock.
                 completion.started = output.metrics.scheduled_ts or completion.started
                 completion.spoke = output.metrics.first_token_ts or completion.spoke
-            if job.stream and (delta := completion.delta(final=reason is not None or output.finished)) is not None:
+            rows = count_rows(len(job.prompt_ids), len(completion.token_ids))
+            probed = partial(self._scores.news, job_id, rows) if job.probes else None
+            final = reason is not None or output.finished
+            if job.stream and (delta := completion.delta(final=final, probed=probed)) is not None:
                 job.listener(delta)
             if said.finish_reason in ("error", "abort"):
                 return Failed(_failure(job, said.finish_reason))
             if reason is not None and not output.finished:
                 await outputs.aclose()  # a stop string: vLLM knows nothing of it and would go on
                 break
+        rows = count_rows(len(job.prompt_ids), len(completion.token_ids))
         return replace(
             completion.finished(reason or "length"),
+            probed=await self._scores.all(job_id, rows) if job.probes else [],
             held=HeldRows(job_id) if job.capture is not None else None,
             prompt_scores=prompt_scores if job.score_prompt else None,
         )
@@ -349,6 +367,11 @@ class VllmEngine:
         replies = await self._client.collective_rpc("roentgen_exchange", args=(pack(exchange),))
         return unpack(next(reply for reply in replies if reply is not None), Report)
 
+    async def _new_scores(self, job_ids: list[str]) -> dict[str, NewScores]:
+        replies = await self._client.collective_rpc("roentgen_scores", args=(job_ids,))
+        found: dict[str, NewScores] = unpack(next(reply for reply in replies if reply is not None), dict)
+        return found
+
     async def _end(self) -> None:
         self._watching.cancel()
         tasks = [task for _, task in self._jobs.values() if task is not None]
@@ -364,6 +387,12 @@ class VllmEngine:
             await self._client.collective_rpc("roentgen_close")
         self.storage.fail_all(EngineStoppedError("the engine was closed"))
         self._client.shutdown()
+
+
+def _order(job_id: str, job: GenerationJob) -> Order | None:
+    """Return what the workers do for a job, None for nothing."""
+    wanted = job.capture is not None or job.steering or job.probes
+    return Order(job_id, job.capture, job.steering, job.probes) if wanted else None
 
 
 def _failure(job: GenerationJob, reason: str) -> Exception:

@@ -13,6 +13,7 @@ What does not hold is missing, with the reason, and refused when it is asked for
 """
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -149,6 +150,41 @@ def candidates(modules: Modules) -> tuple[dict[str, Tap], dict[str, Tap]]:
         taps["final_norm"] = Tap(final, "output")
         checks[CHECK + "final_norm"] = Tap(final, "input", plus=1)
     return taps, checks
+
+
+def declared_taps(declared: Iterable[str], modules: Modules) -> tuple[dict[str, Tap], list[str]]:
+    """Return the taps that a configuration declares, by stored key, and the names that stand for nothing in this model.
+
+    Args:
+        declared: hook points (`resid_post`, of all layers), stored keys (`layers.12.resid_post`), or module paths that end in
+            .input or .output, from the root, inside each layer, or inside one (`layers.12.mlp.output`); `*` stands for any part
+            of a path.
+        modules: the model's.
+    """
+    known, _ = candidates(modules)
+    canonical = {(tap.module, tap.side): key for key, tap in reversed(known.items())}
+    found: dict[str, Tap] = {}
+    unknown: list[str] = []
+    for name in declared:
+        taps = {key: tap for key, tap in known.items() if name in (key, split_key(key)[0])}
+        path, _, side = name.rpartition(".")
+        if not taps and side in ("input", "output"):
+            for module in _matching(path, modules):
+                place = tap_at(f"{module}.{side}")
+                key = canonical.get((module, place.side), f"{module}.{side}")
+                taps[key] = known.get(key, place)
+        found |= taps
+        if not taps:
+            unknown.append(name)
+    return found, unknown
+
+
+def _matching(path: str, modules: Modules) -> list[str]:
+    """Return the modules that a declared path stands for."""
+    layers = modules.layers_path
+    spellings = (path, f"{layers}.*.{path}", f"{layers}.{path.removeprefix('layers.')}")
+    patterns = [re.compile(re.escape(one).replace(r"\*", r"[^.]+")) for one in spellings]
+    return sorted(module for module in modules.paths if any(pattern.fullmatch(module) for pattern in patterns))
 
 
 def tap_at(place: str) -> Tap:

@@ -1,13 +1,13 @@
 """Starts vLLM with a model, and finds out what it can capture.
 
-The engine's settings follow from whether the server captures. One that does runs nnsight's integration: no prefix caching (a
-token that is found in the cache passes through no module, so it has no row), prompts read whole, and no CUDA graphs unless the
-configuration declares the hook points that they have to serve (`taps`). One that does not is plain vLLM with all of that on.
+A server that captures runs the model module by module, through nnsight's integration, and requests may name any module. If its
+configuration declares `taps`, the model is compiled instead, with CUDA graphs, and has taps in its graph (`graph_taps`) at the
+hook points declared. Prefix caching is off in both: a token that is found in the cache passes through no module, so it has no
+row. A server that does not capture is plain vLLM.
 """
 
 import logging
 import os
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ from transformers import AutoConfig, GenerationConfig, PretrainedConfig
 
 from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS
 from serve_app.capture.resolver import ResolutionError, number_of_experts
-from serve_app.capture.structure import ModelStructure
+from serve_app.capture.structure import ModelStructure, Tap
 from serve_app.engines.batching import LoadReport
 from serve_app.engines.memory import CPU_SHARE, free_host_memory
 from serve_app.engines.served_model import ServedModel, native_dtype
@@ -26,13 +26,13 @@ from serve_app.engines.vllm.hook_points import (
     Modules,
     Verified,
     candidates,
-    describe_modules,
+    declared_taps,
     missing,
     split_places,
 )
 from serve_app.engines.vllm.lifetime import announce
 from serve_app.engines.vllm.neutrality import check_batching
-from serve_app.engines.vllm.orders import unpack
+from serve_app.engines.vllm.orders import DECLARED, unpack
 from serve_app.engines.vllm.requirements import check_available
 from serve_app.models.architecture import check_config
 from serve_app.models.context import context_length
@@ -46,8 +46,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 VERIFIED_ON = "weights, as vLLM runs them"
-NAMED_ONLY = "names only: CUDA graphs show nothing but the taps"
-UNTAPPED = "it is not among the taps of this server's configuration, which are all that its CUDA graphs serve"
+UNTAPPED = "this server has no tap there; add it to --taps, or start it without, which reads any module and is slower"
 NO_CAPTURE = "this server does not capture (capture: false in its configuration)"
 
 ASSUMED_CONTEXT = 2048
@@ -55,6 +54,12 @@ ASSUMED_CONTEXT = 2048
 
 PROBE_TOKENS = 8
 """Of the request that hook points are verified on."""
+
+TAP_ERROR = {torch.float32: 1e-3}
+"""How far the median row of a tap may be from what hooks show; in half precision, kernels differ by more (`HALF_TAP_ERROR`)."""
+
+HALF_TAP_ERROR = 0.1
+"""In half precision; rows of another token or of another step are off by 1 or so."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +83,16 @@ class VllmSettings:
     capture: bool
     """Whether requests may capture and steer."""
     taps: tuple[str, ...]
-    """Hook points that CUDA graphs are to serve; without any, there are no CUDA graphs."""
+    """Hook points to tap in the model's graph; without any, the model runs module by module."""
     store: str
     """Where captured rows go."""
     batch_invariant: bool = False
     """Whether a request's tokens must not depend on what runs beside it."""
+
+    @property
+    def eager(self) -> bool:
+        """Whether the model runs module by module."""
+        return self.capture and not self.taps
 
 
 @dataclass(frozen=True)
@@ -137,7 +147,7 @@ def start(
     stage(f"loading {source.name} into vLLM ({kind}, {place})")
     loop = EngineLoop(lambda: _client(source.path, arguments, settings, place))
     try:
-        structure = _structure(loop, source.name, config, settings, stage)
+        structure = _structure(loop, source.name, config, settings, kind, stage)
         try:
             generation = GenerationConfig.from_pretrained(source.path, revision=revision)
         except OSError:
@@ -187,7 +197,7 @@ def engine_arguments(
         "max_num_seqs": settings.max_batch,
         "tensor_parallel_size": settings.tensor_parallel_size,
         "enable_prefix_caching": not settings.capture,
-        "enable_chunked_prefill": not settings.capture,
+        "enable_chunked_prefill": not settings.eager,
         "structured_outputs_config": {"backend": "guidance"},
         # Named, because vLLM would take Ray's if it finds itself in one of Ray's placement groups.
         "distributed_executor_backend": "mp" if settings.tensor_parallel_size > 1 else "uni",
@@ -219,64 +229,29 @@ def _client(path: str, arguments: dict[str, Any], settings: VllmSettings, place:
     if settings.batch_invariant:
         os.environ["VLLM_BATCH_INVARIANT"] = "1"
     announce()
-    kind = "Capturing" if settings.capture else "Plain"
+    kind = "Plain" if not settings.capture else "Eager" if settings.eager else "Graph"
     worker = f"serve_app.engines.vllm.worker.{kind}Worker"
     if place.type == "cpu":
         from serve_app.engines.vllm.cpu_worker import prepare_cpu
 
         prepare_cpu(settings.threads, settings.tensor_parallel_size)
         worker = f"serve_app.engines.vllm.cpu_worker.Cpu{kind}Worker"
-    if not settings.capture:
+    if not settings.eager:
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
+        if settings.capture:
+            arguments = {**arguments, "additional_config": {DECLARED: settings.taps}}
         client: Client = AsyncLLM.from_engine_args(AsyncEngineArgs(model=path, worker_cls=worker, **arguments))
         return client
     from nnsight.modeling.vllm import VLLM
 
-    class Capturing(VLLM):
-        """nnsight's vLLM, with workers that observe whole batches, and hook points for taps."""
+    class Observed(VLLM):
+        """nnsight's vLLM, with workers that observe whole batches."""
 
         _WORKER_CLS = worker
-        taps: tuple[str, ...]
 
-        def _resolve_taps(self, module: torch.nn.Module) -> tuple[str, ...]:
-            modules = describe_modules([name for name, _ in module.named_modules()], {}, type(module).__name__)
-            self.taps = tap_patterns(self.taps, modules)
-            resolved: tuple[str, ...] = super()._resolve_taps(module)
-            return resolved
-
-    return Capturing(path, mode="async", dispatch=True, taps=settings.taps, **arguments).vllm_entrypoint
-
-
-def tap_patterns(declared: tuple[str, ...], modules: Modules) -> tuple[str, ...]:
-    """Spell the hook points of a configuration as nnsight's taps: module paths, `*` standing for any layer.
-
-    Raises:
-        ResolutionError: naming one that is neither a canonical hook point of the model nor a path ending in .input or .output.
-    """
-    taps, _ = candidates(modules)
-    patterns = []
-    for name in declared:
-        places = {
-            f"{tap.module}.{tap.side}"
-            for key, tap in taps.items()
-            if key == name or key.partition(".")[2].endswith(f".{name}")
-        }
-        if places:
-            layers = f"{modules.layers_path}."
-            patterns += [
-                f"{layers}*.{place.removeprefix(layers).partition('.')[2]}" if place.startswith(layers) else place
-                for place in places
-            ]
-        elif name.endswith((".input", ".output")):
-            patterns.append(name)
-        else:
-            raise ResolutionError(
-                f"taps: {name!r} is no hook point of {modules.architecture}; allowed are canonical names, and module paths "
-                "ending in .input or .output with * for a layer's number"
-            )
-    return tuple(dict.fromkeys(patterns))
+    return Observed(path, mode="async", dispatch=True, **arguments).vllm_entrypoint
 
 
 def every_place(modules: Modules) -> frozenset[str]:
@@ -284,18 +259,12 @@ def every_place(modules: Modules) -> frozenset[str]:
     return frozenset(f"{path}.{side}" for path in modules.paths for side in ("input", "output"))
 
 
-def tapped_modules(declared: tuple[str, ...], modules: Modules) -> frozenset[str]:
-    """Return the places that a configuration's taps stand for, each a module's path and a side."""
-    places = every_place(modules)
-    patterns = [re.escape(pattern).replace(r"\*", r"[^.]+") for pattern in tap_patterns(declared, modules)]
-    return frozenset(place for place in places if any(re.fullmatch(pattern, place) for pattern in patterns))
-
-
 def _structure(
     loop: "EngineLoop",
     name: str,
     config: PretrainedConfig,
     settings: VllmSettings,
+    kind: torch.dtype,
     stage: Callable[[str], None],
 ) -> ModelStructure:
     """Find and verify the hook points of the model that the workers have loaded."""
@@ -327,18 +296,29 @@ def _structure(
         fused=modules.fused,
     )
     taps, _ = candidates(modules)
-    tapped = tapped_modules(settings.taps, modules) if settings.taps else None
-    places = tapped or every_place(modules) if settings.tensor_parallel_size > 1 else frozenset()
-    if tapped is None or places:
-        ranks = loop.run(lambda: _verify(loop.client, modules, number_of_experts(text), places))
-        structure = replace(structure, split=split_places(ranks))
+    tapped: dict[str, Tap] | None = None
+    if not settings.eager:
+        tapped, unknown = declared_taps(settings.taps, modules)
+        if unknown:
+            raise ResolutionError(
+                f"taps: {unknown[0]!r} is no hook point of {modules.architecture}; allowed are canonical names, stored keys, "
+                "and module paths ending in .input or .output with * for a part of the path"
+            )
+    places = (
+        frozenset(f"{tap.module}.{tap.side}" for tap in tapped.values()) if tapped is not None else every_place(modules)
+    )
+    if settings.tensor_parallel_size == 1:
+        places = frozenset()
+    ranks = loop.run(lambda: _verify(loop.client, modules, number_of_experts(text), places))
+    wrong = ranks[0].wrong
     if tapped is not None:
-        wrong = {key: UNTAPPED for key, tap in taps.items() if f"{tap.module}.{tap.side}" not in tapped}
-        paths = frozenset(place.rpartition(".")[0] for place in tapped)
-        structure = replace(structure, module_paths=paths, verified_on=NAMED_ONLY)
-    else:
-        wrong = ranks[0].wrong
-        structure = replace(structure, verified_on=VERIFIED_ON)
+        stage("comparing taps in the graph with hooks")
+        loop.run(lambda: _compare(loop.client, kind))
+        wrong = {**dict.fromkeys(taps.keys() - tapped.keys(), UNTAPPED), **wrong}
+        structure = replace(
+            structure, tapped=frozenset(f"{tap.module}.{tap.side}" for tap in tapped.values()), untapped=UNTAPPED
+        )
+    structure = replace(structure, split=split_places(ranks), verified_on=VERIFIED_ON)
     found, reasons = missing(taps, wrong, modules.num_layers)
     return replace(structure, taps=found, missing=reasons)
 
@@ -350,8 +330,32 @@ async def _verify(client: "Client", modules: Modules, n_experts: int | None, pla
     await client.collective_rpc("roentgen_watch", args=(sorted(places),))
     prompt = TokensPrompt(prompt_token_ids=list(range(1, PROBE_TOKENS + 1)))
     # With log-probabilities, as every request has them: vLLM compiles what ranks them when it is first asked.
-    params = SamplingParams(max_tokens=2, temperature=0, ignore_eos=True, detokenize=False, logprobs=0)
+    params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False, logprobs=0)
     async for _ in client.generate(prompt, params, "verification"):
         pass
     replies = await client.collective_rpc("roentgen_verify", args=(modules.num_layers, n_experts or 0))
     return [unpack(reply, Verified) for reply in replies]
+
+
+async def _compare(client: "Client", kind: torch.dtype) -> None:
+    """Run the tokens of the verification through the graph, the last of them as a decoding step, and compare what taps show.
+
+    Raises:
+        ResolutionError: naming a tap that shows something else than hooks did.
+    """
+    from vllm import SamplingParams, TokensPrompt
+
+    prompt = TokensPrompt(prompt_token_ids=list(range(1, PROBE_TOKENS)))
+    params = SamplingParams(
+        max_tokens=2, temperature=0, ignore_eos=True, detokenize=False, logprobs=0, allowed_token_ids=[PROBE_TOKENS]
+    )
+    async for _ in client.generate(prompt, params, "comparison"):
+        pass
+    limit = TAP_ERROR.get(kind, HALF_TAP_ERROR)
+    for reply in await client.collective_rpc("roentgen_compare"):
+        for place, error in unpack(reply, dict).items():
+            if not error <= limit:
+                raise ResolutionError(
+                    f"taps: {place} shows other rows in vLLM's compiled graph than in the model (off by {error:.2g} in the "
+                    "median row). A graph from an old cache does that: VLLM_DISABLE_COMPILE_CACHE=1 builds a new one"
+                )

@@ -11,23 +11,20 @@ What goes wrong while a value is read must not end the step, which belongs to ot
 that read in that step.
 """
 
-import functools
 import logging
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from nnsight.intervention.cache import Cache
 from nnsight.intervention.interleaver import Mediator
 from nnsight.modeling.vllm.interleaver import VLLMInterleaver
 from nnsight.modeling.vllm.model_runners.GPUModelRunner import Requests
 from torch import Tensor
 
-from serve_app.capture.grid import Strip
 from serve_app.capture.structure import Tap
-from serve_app.engines.vllm.collecting import Collector, Step
+from serve_app.engines.vllm.batch import Batch
 from serve_app.engines.vllm.hook_points import terms
-from serve_app.engines.vllm.orders import EXTRA, Order, unpack
+from serve_app.engines.vllm.watched import sum_of
 
 log = logging.getLogger(__name__)
 
@@ -46,65 +43,44 @@ class BatchInterleaver(VLLMInterleaver):
 
 
 class BatchWorkers(Requests):
-    """nnsight's workers of one vLLM model runner: one for the whole batch, in the steps in which something is wanted.
+    """nnsight's workers of one vLLM model runner: one for the whole batch, in the steps in which something is wanted."""
 
-    Attributes:
-        watched: who else reads every step, while the model's hook points are verified.
-        keeps: whether what requests capture is kept here. Where it is not, it is shown all the same: gathering what is split
-            takes all ranks.
-    """
-
-    def __init__(self, states: Callable[[], dict[str, Any]], collector: Collector) -> None:
+    def __init__(self, batch: Batch) -> None:
         """Begin without requests.
 
         Args:
-            states: returns the runner's state of each request, by vLLM's name for it.
-            collector: cuts what is read into requests' rows.
+            batch: what is wanted of them.
         """
         super().__init__()
-        self._states = states
-        self._collector = collector
-        self._jobs: dict[str, str] = {}
+        self._batch = batch
         self._observer: _Observer | None = None
-        self._step: Step | None = None
-        self.watched: list[Watched] = []
-        self.keeps = True
 
     def add(self, new_requests: list[Any], persistent_objects: dict[str, Any]) -> None:
-        """Take the orders of requests that have been scheduled for the first time, or again after a preemption."""
-        for data in new_requests:
-            order = (data.sampling_params.extra_args or {}).get(EXTRA) if data.sampling_params is not None else None
-            if order is None:
-                continue
-            parsed = unpack(order, Order)
-            self._jobs[data.req_id] = parsed.job_id
-            self._collector.begin(parsed, len(data.prompt_token_ids))
+        """Take the orders of requests."""
+        self._batch.begin(new_requests)
 
     def harvest(self, finished: set[str]) -> None:
-        """Forget vLLM's names of finished requests; their rows wait for the replica."""
-        for request_id in finished:
-            self._jobs.pop(request_id, None)
+        """Forget finished requests."""
+        self._batch.end(finished)
 
     def refuse_chunked(self, spans: list[tuple[str, int]], states: dict[str, Any]) -> None:
         """Refuse nothing: a prompt that is read in pieces gives its rows in pieces."""
 
     def scope(self, model: Any, spans: list[tuple[str, int]]) -> None:
         """Lay out the step that is about to run: which requests' tokens are in it, and what is wanted of them."""
-        states, positions = self._states(), []
-        for request_id, tokens in spans:
-            start = states[request_id].num_computed_tokens
-            positions.append((self._jobs.get(request_id), range(start, start + tokens)))
-        self._step = self._collector.step(positions)
+        batch, step = self._batch, self._batch.lay_out(spans)
         looks: dict[str, list[Look]] = {}
-        if self._step is not None:
-            steering, rows = self._step.steering, self._step.rows
+        if step is not None:
             # What steers comes first: what captures then sees what the model goes on with.
-            if steering is not None:
+            if step.steering is not None:
+                steering = step.steering
                 _see(looks, steering.taps, lambda key, first, *_: steering(key, first))
-            if rows is not None:
-                _see(looks, rows.taps, rows if self.keeps else _pass_by)
-        for watched in self.watched:
-            watched.strip = Strip([span for _, span in positions])
+            if step.rows is not None:
+                _see(looks, step.rows.taps, step.rows if batch.keeps else _pass_by)
+            if step.scores is not None:
+                scores = step.scores
+                _see(looks, scores.taps, (lambda key, *found: scores(key, sum_of(found))) if batch.keeps else _pass_by)
+        for watched in batch.watched:
             _see(looks, watched.taps, watched)
         interleaver = model.interleaver
         interleaver.batcher.total = sum(tokens for _, tokens in spans)
@@ -115,40 +91,8 @@ class BatchWorkers(Requests):
 
     def end_step(self) -> None:
         """Hand out the rows of the step whose forward has been issued."""
-        step, self._step = self._step, None
         observer, self._observer = self._observer, None
-        if step is not None:
-            self._collector.done(step, observer.failure if observer is not None else None)
-
-
-class Watched:
-    """Keeps everything that its taps read: a visitor for the verification of hook points."""
-
-    def __init__(self, taps: dict[str, Tap]) -> None:
-        self.taps = taps
-        self.strip = Strip([])
-        self._parts: dict[str, list[Tensor]] = {}
-
-    def __call__(self, key: str, *found: Tensor) -> None:
-        """Keep a value's rows, if it has a row per token."""
-        flat = self.strip.flat(functools.reduce(torch.add, found))
-        kept = self._kept(flat) if flat is not None else None
-        if kept is not None:
-            self._parts.setdefault(key, []).append(kept)
-
-    def seen(self) -> dict[str, Tensor]:
-        """Return, per key, what was kept of all rows."""
-        return {key: torch.cat(parts) for key, parts in self._parts.items()}
-
-    def _kept(self, flat: Tensor) -> Tensor | None:
-        return flat.to("cpu", copy=True) if flat.ndim == 2 else None
-
-
-class Norms(Watched):
-    """Keeps the rows' norms only: enough to tell whether several ranks have the same rows or each a part of them."""
-
-    def _kept(self, flat: Tensor) -> Tensor | None:
-        return flat.reshape(len(flat), -1).double().norm(dim=1).cpu()
+        self._batch.deliver(observer.failure if observer is not None else None)
 
 
 class _Observer(Cache):

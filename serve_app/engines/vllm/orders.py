@@ -9,12 +9,19 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from serve_app.capture.rows import CapturePlan
+from serve_app.capture.scoring import Scorer
 from serve_app.capture.steering import Addition
 from serve_app.engines.rollout import Entry
 from serve_app.engines.storage import Stored
 
 EXTRA = "roentgen"
 """The key of an order in vLLM's `extra_args`."""
+
+DECLARED = "roentgen_taps"
+"""The key of the declared taps in vLLM's `additional_config`, which is a part of its compile cache's key."""
+
+VECTORS_PER_REQUEST = 32
+"""The most different vectors that one request adds."""
 
 T = TypeVar("T")
 
@@ -29,6 +36,8 @@ class Order:
     """What to keep, None for nothing."""
     steering: tuple[Addition, ...] = ()
     """What to add to its rows."""
+    probes: tuple[Scorer, ...] = ()
+    """What to score them with."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""vLLM's worker on a GPU: nnsight's, which observes whole batches and writes what it captures to the store by itself.
+"""vLLM's workers on a GPU, which write what they capture to the store by themselves.
 
 vLLM loads the class by its name, in the process that has the model. Its methods are called by name, through vLLM's
 `collective_rpc`, between two steps: they must not wait. With tensor parallelism every rank runs the same observers, because
@@ -9,40 +9,22 @@ import logging
 from concurrent.futures import Future
 from typing import Any
 
-from nnsight.modeling.vllm.model_runners.GPUModelRunner import NNsightGPUModelRunner
 from nnsight.modeling.vllm.workers.GPUWorker import NNsightGPUWorker
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from vllm.v1.worker.gpu_worker import Worker
 
 from roentgen.store import StoreWriter
 from serve_app.capture.rows import UncapturableError
 from serve_app.engines.storage import Stored, write
-from serve_app.engines.vllm.collecting import Collector, LostRowsError
-from serve_app.engines.vllm.fragments import OrderedFragments
+from serve_app.engines.vllm.collecting import LostRowsError
+from serve_app.engines.vllm.eager_runner import EagerRunner
+from serve_app.engines.vllm.graph_runner import GraphRunner
 from serve_app.engines.vllm.hook_points import Verified, candidates, describe_modules, tap_at, verify
 from serve_app.engines.vllm.lifetime import EndsWithReplica
-from serve_app.engines.vllm.observer import BatchInterleaver, BatchWorkers, Norms, Watched
 from serve_app.engines.vllm.orders import Exchange, Report, pack, unpack
+from serve_app.engines.vllm.watched import Norms, Watched
 
 log = logging.getLogger(__name__)
-
-
-class CapturingRunner(NNsightGPUModelRunner):
-    """nnsight's model runner, with one observer of the whole batch in place of a worker per request."""
-
-    def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Load the model and wrap it."""
-        super().load_model(*args, **kwargs)
-        interleaver = self.nnsight_model.interleaver
-        interleaver.__class__ = BatchInterleaver
-        interleaver.fragments = OrderedFragments(interleaver.fragments)
-        self.collector = Collector()
-        self.nnsight_requests = BatchWorkers(lambda: self.requests, self.collector)
-
-    def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
-        """Run a step, and give its requests their rows."""
-        output = super().execute_model(scheduler_output, intermediate_tensors)
-        self.nnsight_requests.end_step()
-        return output
 
 
 class Capturing(EndsWithReplica):
@@ -57,9 +39,9 @@ class Capturing(EndsWithReplica):
         Raises:
             StoreError: if nothing can be written there.
         """
-        collector = self.model_runner.collector
-        self.model_runner.nnsight_requests.keeps = self.rank == 0
-        self._writer = StoreWriter(store, expecting=lambda: collector.held > 0) if self.rank == 0 else None
+        batch = self.model_runner.batch
+        batch.keeps = self.rank == 0
+        self._writer = StoreWriter(store, expecting=lambda: batch.collector.held > 0) if self.rank == 0 else None
         self._pending: dict[str, Future[Stored]] = {}
 
     def roentgen_modules(self) -> bytes:
@@ -78,10 +60,7 @@ class Capturing(EndsWithReplica):
         model = self.model_runner.get_model()
         modules = describe_modules([path for path, _ in model.named_modules()], {}, "")
         taps, checks = candidates(modules)
-        self.model_runner.nnsight_requests.watched = [
-            Watched({**taps, **checks}),
-            Norms({place: tap_at(place) for place in places}),
-        ]
+        self.model_runner.batch.watch([Watched({**taps, **checks}), Norms({place: tap_at(place) for place in places})])
 
     def roentgen_verify(self, n_layers: int, n_experts: int) -> bytes:
         """Check the candidates on what has been seen since `roentgen_watch`; returns `Verified`.
@@ -90,14 +69,13 @@ class Capturing(EndsWithReplica):
             n_layers: decoder layers.
             n_experts: 0 for none.
         """
-        workers = self.model_runner.nnsight_requests
-        (candidate, norms), workers.watched = workers.watched, []
+        candidate, norms = self.model_runner.batch.unwatch()
         wrong = verify(candidate.seen(), n_layers, n_experts or None)
         return pack(Verified(wrong, {place: found.tolist() for place, found in norms.seen().items()}))
 
     def roentgen_exchange(self, message: bytes) -> bytes | None:
         """Store and forget jobs' rows as an `Exchange` says; returns a `Report`, on the rank that writes."""
-        exchange, collector = unpack(message, Exchange), self.model_runner.collector
+        exchange, collector = unpack(message, Exchange), self.model_runner.batch.collector
         if self._writer is None:
             for job_id in (*exchange.keep, *exchange.forget):
                 collector.forget(job_id)
@@ -124,20 +102,52 @@ class Capturing(EndsWithReplica):
                 stored[job_id] = future.result()
         return pack(Report(stored, failed, self._writer.has_room, collector.held))
 
+    def roentgen_scores(self, job_ids: list[str]) -> bytes | None:
+        """Return what these jobs' probes have given since the last time, on the rank that writes."""
+        return None if self._writer is None else pack(self.model_runner.batch.collector.scores(job_ids))
+
     def roentgen_close(self) -> None:
         """Commit what is pending."""
         if self._writer is not None:
             self._writer.close()
 
 
-class CapturingWorker(Capturing, NNsightGPUWorker):
-    """A GPU's worker."""
+class CapturingInGraph(Capturing):
+    """What the replica asks of a worker whose model has taps in its graph."""
+
+    def roentgen_compare(self) -> bytes:
+        """Compare what the taps have shown since `roentgen_verify` with what hooks had shown before; returns errors per key."""
+        return pack(self.model_runner.batch.errors())
+
+
+class EagerWorker(Capturing, NNsightGPUWorker):
+    """A GPU's worker, whose model runs module by module."""
 
     def init_device(self) -> None:
         """Make the device ready, and have its model runner observe."""
         super().init_device()  # which refuses a runner that nnsight cannot instrument
-        self.model_runner.__class__ = CapturingRunner
+        self.model_runner.__class__ = EagerRunner
+
+
+class GraphWorker(CapturingInGraph, Worker):
+    """A GPU's worker, whose model has taps in its graph."""
+
+    def init_device(self) -> None:
+        """Make the device ready, and have its model runner tap."""
+        super().init_device()
+        take_over(self.model_runner, GPUModelRunner, GraphRunner)
 
 
 class PlainWorker(EndsWithReplica, Worker):
     """A GPU's worker that captures nothing: vLLM's own."""
+
+
+def take_over(runner: GPUModelRunner, known: type[GPUModelRunner], ours: type[GPUModelRunner]) -> None:
+    """Make a model runner one of ours.
+
+    Raises:
+        NotImplementedError: if it is not the runner that ours is made of.
+    """
+    if type(runner) is not known:
+        raise NotImplementedError(f"only vLLM's {known.__name__} is known, not {type(runner)}")
+    runner.__class__ = ours

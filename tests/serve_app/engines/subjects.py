@@ -25,7 +25,13 @@ from serve_app.engines.vllm import loading as vllm
 from serve_app.models.sources import ModelSource
 from tests.serve_app import tiny
 
-ENGINES = ["transformers"] + (["vllm", "vllm on two ranks"] if importlib.util.find_spec("vllm") else [])
+ENGINES = ["transformers"] + (
+    ["vllm", "vllm with taps", "vllm on two ranks"] if importlib.util.find_spec("vllm") else []
+)
+
+
+EVERY_TAP = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "ln_attn", "ln_mlp", "embed", "final_norm")
+"""The hook points of a decoder, for vLLM to tap in its graph."""
 
 
 def save_tiny(folder: Path, architecture: str = "wide_llama") -> tr.PreTrainedModel:
@@ -101,6 +107,8 @@ def subject(name: str, folder: Path, architecture: str = "wide_llama", **setting
             yield Subject(model, engine, LocalStorage(writer), reference)
             engine.close()
         return
+    if name == "vllm with taps":
+        settings = {"taps": EVERY_TAP, **settings}
     if name == "vllm on two ranks":
         settings = {"tensor_parallel_size": 2, **settings}
     served, fast = vllm.start(source, vllm_settings(folder / "store", **settings))

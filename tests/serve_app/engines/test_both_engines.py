@@ -9,12 +9,16 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from roentgen.contract import ActivationRequest, Positions, stored_key
+from roentgen.contract import ActivationRequest, Positions, split_key, stored_key
+from roentgen.linear_probe import Readout
 from serve_app.capture.rows import CapturePlan, UncapturableError
+from serve_app.capture.scoring import Scorer, UnscorableError
 from serve_app.capture.steering import Addition
+from serve_app.capture.structure import CaptureRequestError
 from serve_app.engines.constraints import Grammar, Schema
 from serve_app.engines.protocol import (
     EngineBusyError,
@@ -420,8 +424,14 @@ def test_a_cancelled_job_leaves_and_the_others_go_on(under_test: Subject) -> Non
     assert all(isinstance(event, TextDelta | Finished) for event in gone.heard)
 
 
-def test_a_hook_point_without_rows_fails_alone(under_test: Subject) -> None:
-    """A list of layers never runs, so it has no row per token to keep."""
+def test_a_hook_point_without_rows_is_refused_or_fails_alone(under_test: Subject) -> None:
+    """A list of layers never runs, so it has no row per token to keep; and no graph has a tap there."""
+    if under_test.model.structure.tapped is not None:
+        with pytest.raises(
+            CaptureRequestError, match=r"model\.layers\.output: this server has no tap there; add it to --taps"
+        ):
+            plan(under_test, "resid_post", "model.layers.output")
+        return
     odd = Call(PROMPTS[0], GREEDY, plan(under_test, "resid_post", "model.layers.output"))
     fine = Call(PROMPTS[1], GREEDY, plan(under_test, "resid_post"))
     for call in (odd, fine):
@@ -429,6 +439,70 @@ def test_a_hook_point_without_rows_fails_alone(under_test: Subject) -> None:
     assert len(under_test.rows(fine)[0]) == 20
     with pytest.raises(UncapturableError, match=r"model\.layers\.output does not give a row per token"):
         under_test.rows(odd)
+
+
+def scorer(subject: Subject, key: str, *, outputs: int = 1, seed: int = 0) -> Scorer:
+    hook_point, layer = split_key(key)
+    tap = plan(subject, hook_point, layers=(layer or 0,)).taps[key]
+    width, generator = subject.model.structure.d_model, torch.Generator().manual_seed(seed)
+    weight, mean = torch.randn(outputs, width, generator=generator), torch.randn(width, generator=generator)
+    scale, bias = torch.rand(width, generator=generator) + 0.5, torch.randn(outputs, generator=generator)
+    return Scorer(f"{key} {seed}", key, tap, Readout(weight, bias, mean, scale), "label")
+
+
+@pytest.mark.parametrize("steered", [False, True])
+def test_rows_are_scored_as_they_are_captured(under_test: Subject, steered: bool) -> None:
+    """Against the probe's formula in numpy on the rows that the store then has."""
+    one = scorer(under_test, "layers.0.resid_post")
+    asked = [
+        (one,),
+        (one, scorer(under_test, "layers.0.resid_post", outputs=3, seed=1)),
+        (),
+        (scorer(under_test, "embed"), one),
+    ]
+    vector = Addition(one.key, one.tap, torch.ones(under_test.model.structure.d_model), Positions("all"))
+    calls = [
+        Call(p, replace(GREEDY, max_tokens=3 + 4 * i), plan(under_test, "resid_post", "embed"))
+        for i, p in enumerate(PROMPTS)
+    ]
+    for call, probes in zip(calls, asked, strict=True):
+        call.job = replace(call.job, probes=probes, steering=(vector,) if steered else ())
+    for call, probes, result in zip(calls, asked, run(under_test.engine, calls), strict=True):
+        rows = under_test.rows(call)[1]
+        assert len(result.probed) == len(probes)
+        for probe, scores in zip(probes, result.probed, strict=True):
+            weight, bias, mean, scale = (
+                getattr(probe.readout, part).double().numpy() for part in ("weight", "bias", "mean", "scale")
+            )
+            expected = (rows[probe.key].double().numpy() - mean) / scale @ weight.T + bias
+            assert scores.shape == expected.shape
+            np.testing.assert_allclose(scores.numpy(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_streams_scores_join_to_the_whole(under_test: Subject) -> None:
+    probes = (scorer(under_test, "layers.1.resid_post"), scorer(under_test, "layers.2.resid_pre", outputs=2))
+    calls = [Call(p, Sampling(40, temperature=0, logit_bias=ASCII.logit_bias), stream=True) for p in PROMPTS]
+    for call in calls:
+        call.job = replace(call.job, probes=probes)
+    for call, result in zip(calls, run(under_test.engine, calls), strict=True):
+        pieces = [event.probed for event in call.heard if isinstance(event, TextDelta) and event.probed]
+        assert len(pieces) > 3
+        for number, whole in enumerate(result.probed):
+            told = torch.cat([piece[number] for piece in pieces])
+            assert torch.equal(told, whole[: len(told)])
+            assert len(whole) == len(call.job.prompt_ids) + 39
+
+
+def test_a_probe_of_another_width_fails_alone(under_test: Subject) -> None:
+    odd, fine = Call(PROMPTS[0], GREEDY), Call(PROMPTS[1], GREEDY)
+    probe = scorer(under_test, "layers.1.resid_post")
+    narrow = replace(probe, readout=Readout(torch.ones(1, 3), torch.ones(1), torch.ones(3), torch.ones(3)))
+    odd.job, fine.job = replace(odd.job, probes=(narrow,)), replace(fine.job, probes=(probe,))
+    for call in (odd, fine):
+        under_test.engine.submit(call.job)
+    assert len(fine.result().probed[0]) == 20
+    with pytest.raises(UnscorableError, match="does not give a row of 3 per token"):
+        odd.result()
 
 
 def test_what_can_never_fit_is_refused_at_once(under_test: Subject) -> None:

@@ -49,7 +49,7 @@ def run(collector: Collector, batch: list[tuple[int, range]]) -> None:
     data=st.data(),
 )
 def test_what_is_kept_does_not_depend_on_what_happened(jobs: list, data: st.DataObject) -> None:
-    collector = Collector()
+    collector = Collector(torch.device("cpu"))
     left = {}
     for number, (policy, n_prompt, n_completion, beyond, preempted) in enumerate(jobs):
         collector.begin(Order(str(number), plan(policy)), n_prompt)
@@ -80,7 +80,7 @@ def test_what_is_kept_does_not_depend_on_what_happened(jobs: list, data: st.Data
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_token_that_passed_through_no_module_is_missed(policy: str) -> None:
     """As it would be if it came from a prefix cache."""
-    collector = Collector()
+    collector = Collector(torch.device("cpu"))
     collector.begin(Order("0", plan(policy)), 6)
     run(collector, [(0, range(4, 6))])
     with pytest.raises(LostRowsError, match="tokens 0–3 did not pass through the model"):
@@ -88,7 +88,7 @@ def test_a_token_that_passed_through_no_module_is_missed(policy: str) -> None:
 
 
 def test_a_completion_that_is_longer_than_what_passed_is_missed() -> None:
-    collector = Collector()
+    collector = Collector(torch.device("cpu"))
     collector.begin(Order("0", plan("mean_prompt")), 2)
     run(collector, [(0, range(2))])
     with pytest.raises(LostRowsError, match="2 tokens of this request passed through the model, not 5"):
@@ -96,7 +96,7 @@ def test_a_completion_that_is_longer_than_what_passed_is_missed() -> None:
 
 
 def test_a_step_that_could_not_be_read_fails_those_in_it_alone() -> None:
-    collector = Collector()
+    collector = Collector(torch.device("cpu"))
     for job in ("0", "1"):
         collector.begin(Order(job, plan("all")), 2)
     run(collector, [(0, range(2))])
@@ -111,7 +111,7 @@ def test_a_step_that_could_not_be_read_fails_those_in_it_alone() -> None:
 def test_a_mean_is_taken_before_it_is_rounded() -> None:
     """4,096 ones in bfloat16: a sum in bfloat16 stops at 256, and a mean of rounded parts is not the mean."""
     for dtype, kept in (("model", torch.bfloat16), ("float32", torch.float32)):
-        collector = Collector()
+        collector = Collector(torch.device("cpu"))
         collector.begin(Order("0", plan("mean_generated", dtype)), 1)
         for span in (range(1), range(1, 4097)):
             step = collector.step([("0", span)])
@@ -128,7 +128,7 @@ def test_a_mean_is_taken_before_it_is_rounded() -> None:
 
 
 def test_nobody_else_is_laid_out() -> None:
-    collector = Collector()
+    collector = Collector(torch.device("cpu"))
     assert collector.step([(None, range(3)), (None, range(7, 8))]) is None
     assert collector.held == 0
     with pytest.raises(LostRowsError, match="no rows of this request"):

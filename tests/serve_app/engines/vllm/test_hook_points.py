@@ -6,19 +6,18 @@ import pytest
 import torch
 
 from roentgen.contract import ActivationRequest
-from serve_app.capture.resolver import ResolutionError
 from serve_app.capture.structure import CaptureRequestError, ModelStructure, Tap
 from serve_app.engines.vllm.hook_points import (
     CHECK,
     Verified,
     candidates,
+    declared_taps,
     describe_modules,
     missing,
     split_places,
     terms,
     verify,
 )
-from serve_app.engines.vllm.loading import tap_patterns, tapped_modules
 
 LLAMA = (
     "",
@@ -127,18 +126,50 @@ def test_a_layers_path_means_its_stream_and_what_is_fused_is_refused_by_name() -
         structure().resolve(ActivationRequest(layers=(1,), hook_points=("mlp.up_proj.output",)))
 
 
-def test_taps_are_hook_points_or_paths() -> None:
-    declared = ("resid_post", "ln_mlp", "final_norm", "model.layers.*.mlp.gate_up_proj.output")
-    assert tap_patterns(declared, modules()) == (
-        "model.layers.*.output",
-        "model.layers.*.post_attention_layernorm.output",
-        "model.norm.output",
-        "model.layers.*.mlp.gate_up_proj.output",
+def test_taps_are_hook_points_stored_keys_or_paths() -> None:
+    found, unknown = declared_taps(
+        (
+            "ln_mlp",
+            "layers.1.resid_post",
+            "final_norm",
+            "model.layers.*.mlp.gate_up_proj.output",
+            "resid",
+            "a.b.output",
+        ),
+        modules(),
     )
-    assert "model.layers.1.output" in tapped_modules(declared, modules())
-    assert "model.layers.1.mlp.output" not in tapped_modules(declared, modules())
-    with pytest.raises(ResolutionError, match="taps: 'resid' is no hook point of X"):
-        tap_patterns(("resid",), modules())
+    assert {key: str(tap) for key, tap in found.items()} == {
+        "layers.0.ln_mlp": "model.layers.0.post_attention_layernorm.output",
+        "layers.1.ln_mlp": "model.layers.1.post_attention_layernorm.output",
+        "layers.1.resid_post": "model.layers.1.output[0] + [1]",
+        "final_norm": "model.norm.output",
+        "model.layers.0.mlp.gate_up_proj.output": "model.layers.0.mlp.gate_up_proj.output",
+        "model.layers.1.mlp.gate_up_proj.output": "model.layers.1.mlp.gate_up_proj.output",
+    }
+    assert unknown == ["resid", "a.b.output"]
+
+
+def test_a_path_that_is_a_hook_point_is_tapped_as_that() -> None:
+    """The stream is passed in two parts there, whose sum is meant."""
+    found, _ = declared_taps(("model.layers.*.output",), modules())
+    assert found == {f"layers.{i}.resid_post": Tap(f"model.layers.{i}", "output", plus=1) for i in range(len(found))}
+
+
+def test_a_path_may_be_inside_every_layer_or_one() -> None:
+    every, _ = declared_taps(("mlp.gate_up_proj.output",), modules())
+    one, _ = declared_taps(("layers.1.mlp.gate_up_proj.output",), modules())
+    assert list(every) == [f"model.layers.{i}.mlp.gate_up_proj.output" for i in range(len(every))]
+    assert list(one) == ["model.layers.1.mlp.gate_up_proj.output"]
+    assert list(declared_taps(("input_layernorm.output",), modules())[0]) == ["layers.0.ln_attn", "layers.1.ln_attn"]
+
+
+def test_what_has_no_tap_is_refused_with_what_adds_it() -> None:
+    tapped = replace(structure(), tapped=frozenset({"model.layers.0.output"}), untapped="add it to --taps")
+    assert len(tapped.resolve(ActivationRequest(layers=(0,), hook_points=("resid_post",)))) == 1
+    with pytest.raises(CaptureRequestError, match=r"layers\.1\.resid_post: add it to --taps"):
+        tapped.resolve(ActivationRequest(layers=(1,), hook_points=("resid_post",)))
+    with pytest.raises(CaptureRequestError, match=r"mlp\.gate_up_proj\.output: add it to --taps"):
+        tapped.resolve(ActivationRequest(layers=(0,), hook_points=("mlp.gate_up_proj.output",)))
 
 
 def test_places_where_ranks_differ_are_split() -> None:

@@ -117,11 +117,6 @@ def test_a_schema_is_followed(client: openai.OpenAI) -> None:
             "q_proj together with",
         ),
         ({"activations": {"hook_points": ["router"]}}, "activations.hook_points", "has no router"),
-        (
-            {"probes": [{"name": "p", "key": "layers.1.resid_post", "weight": [1.0] * 576}]},
-            "probes",
-            "engine=transformers",
-        ),
         ({"activations": {"layers": [30]}}, "activations.layers", "30 is out of range"),
     ],
 )
@@ -138,6 +133,21 @@ def test_steering_changes_what_is_said(client: openai.OpenAI) -> None:
     plain, steered = ask(client), ask(client, extra_body={"steering": steering})
     assert plain.choices[0].message.content != steered.choices[0].message.content
     assert plain.choices[0].message.content == ask(client).choices[0].message.content
+
+
+def test_probes_score_whole_replies_and_streams(server: Server, client: openai.OpenAI) -> None:
+    weight = np.random.default_rng(0).normal(size=576)
+    extra = {"probes": [{"name": "p", "key": "layers.15.resid_post", "weight": weight.tolist()}]}
+    reply = ask(client, extra_body=extra | {"activations": ASKED | {"session_id": "probed"}})
+    (whole,) = reply.choices[0].model_dump()["probes"]
+    rows = Session.open(server.store / "probed").activations("layers.15.resid_post")[0].values
+    np.testing.assert_allclose(whole["scores"], np.asarray(rows, dtype=np.float64) @ weight, rtol=1e-3, atol=1e-2)
+    told: list[float] = []
+    for chunk in ask(client, stream=True, extra_body=extra):
+        for piece in [piece for choice in chunk.choices for piece in choice.model_dump().get("probes") or []]:
+            assert piece["start"] == len(told)
+            told += piece["scores"]
+    assert told == pytest.approx(whole["scores"], rel=1e-3, abs=1e-2)
 
 
 def test_the_server_says_what_runs(server: Server) -> None:

@@ -1,0 +1,165 @@
+"""vLLM's own model runner with taps in its graph: compiled, with CUDA graphs, and nothing of it patched.
+
+Taps are put into the model between loading and compiling. Before each forward the vectors that requests add are laid out; after
+it the rows that they keep are gathered, on the stream that the forward runs on, before a later step can overwrite them.
+
+What the taps show is checked once, when the server starts, against hooks. For that one request runs with the model's compiled
+forward switched off, so that hooks see every module (`watch`), and then the same tokens run through the graph (`errors`). So a
+graph that is not this model's, as one that vLLM took from a stale cache, or a module that the compiler left out, is found then.
+"""
+
+import logging
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner
+
+from serve_app.capture.rows import StepRows
+from serve_app.capture.scoring import StepScores
+from serve_app.capture.structure import Tap
+from serve_app.engines.vllm.batch import Batch
+from serve_app.engines.vllm.graph_taps import GraphTaps
+from serve_app.engines.vllm.hook_points import declared_taps, describe_modules, terms
+from serve_app.engines.vllm.orders import DECLARED, VECTORS_PER_REQUEST
+from serve_app.engines.vllm.watched import Watched
+
+Visitor = StepRows | StepScores | Watched
+"""Reads rows of a step, by stored key."""
+
+log = logging.getLogger(__name__)
+
+
+class GraphBatch(Batch):
+    """The requests of a runner whose model has taps in its graph."""
+
+    def __init__(self, states: Callable[[], dict[str, Any]], model: nn.Module, taps: GraphTaps) -> None:
+        """Begin without requests.
+
+        Args:
+            states: returns the runner's state of each request, by vLLM's name for it.
+            model: that the runner runs.
+            taps: in its graph.
+        """
+        super().__init__(states, next(model.parameters()).device)
+        self._model = model
+        self._taps = taps
+        self._n_tokens = 0
+        self._failure: Exception | None = None
+        self._hooks: ExitStack | None = None
+        self._by_hooks = Watched({})
+
+    def scope(self, spans: list[tuple[str, int]]) -> None:
+        """Lay out the step that is about to run."""
+        step = self.lay_out(spans)
+        self._n_tokens, self._failure = sum(tokens for _, tokens in spans), None
+        try:
+            self._taps.steer(step.steering if step is not None else None)
+        except ValueError as error:
+            log.exception("a step could not be steered")
+            self._failure = error
+
+    def end_step(self) -> None:
+        """Gather and hand out the rows of the step whose forward has been issued."""
+        step, visitors = self._step, list[Visitor]()
+        if step is not None and self.keeps:
+            visitors += [visitor for visitor in (step.rows, step.scores) if visitor is not None]
+        if self._hooks is None:
+            visitors += self.watched
+        for visitor in visitors:
+            for key, tap in visitor.taps.items():
+                if (rows := self._taps.rows(tap, self._n_tokens)) is not None:
+                    visitor(key, rows)
+        self.deliver(self._failure)
+
+    def watch(self, watched: list[Watched]) -> None:
+        """Have the next steps run module by module, and show every module's values to who watches."""
+        super().watch([*watched, Watched({str(tap): tap for tap in self._taps.taps})])
+        self._hooks = ExitStack()
+        for module in self._model.modules():
+            if getattr(module, "do_not_compile", True) is False:
+                object.__setattr__(module, "do_not_compile", True)
+                self._hooks.callback(object.__setattr__, module, "do_not_compile", False)
+        for one in self.watched:
+            for key, tap in one.taps.items():
+                self._hooks.callback(_hook(self._model.get_submodule(tap.module), tap, partial(self._show, one, key)))
+
+    def unwatch(self) -> list[Watched]:
+        """Have steps run as they do; the next ones are compared with those that were watched. Returns who watched."""
+        assert self._hooks is not None
+        self._hooks.close()
+        self._hooks = None
+        *watched, self._by_hooks = super().unwatch()
+        self.watched = [Watched(self._by_hooks.taps)]
+        return watched
+
+    def errors(self) -> dict[str, float]:
+        """Return, by its place, how far off the rows are that each tap has shown since (`median_error`)."""
+        (shown,) = super().unwatch()
+        there, here = self._by_hooks.seen(), shown.seen()
+        return {place: median_error(here.get(place), rows) for place, rows in there.items()}
+
+    def _show(self, watched: Watched, key: str, tap: Tap, value: Any) -> None:
+        try:
+            found = terms(value, tap)
+        except TypeError:
+            return  # a module that passes no tensor has no rows
+        watched(key, *(tensor[: self._n_tokens] for tensor in found))
+
+
+def _hook(module: nn.Module, tap: Tap, look: Callable[[Tap, Any], None]) -> Callable[[], None]:
+    """Show what a module takes or gives; returns what ends it."""
+    if tap.side == "output":
+        return module.register_forward_hook(lambda _, __, value: look(tap, value)).remove
+    taken = module.register_forward_pre_hook(
+        lambda _, args, kwargs: look(tap, (*args, *kwargs.values())), with_kwargs=True
+    )
+    return taken.remove
+
+
+def median_error(rows: Float[Tensor, "rows width"] | None, expected: Float[Tensor, "rows width"]) -> float:
+    """Return how far rows are from those expected, relative to their length, in the median row; infinite if there are none."""
+    if rows is None or rows.shape != expected.shape:
+        return math.inf
+    expected = expected.float()
+    return float(((rows.float() - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-9)).median())
+
+
+class GraphRunner(GPUModelRunner):
+    """vLLM's runner, with taps in the graph. Mixed into the runner of a device."""
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        """Load the model, and put the declared taps into it."""
+        super().load_model(*args, **kwargs)
+        model = self.get_model()
+        modules = describe_modules([path for path, _ in model.named_modules()], {}, type(model).__name__)
+        declared, _ = declared_taps(self.vllm_config.additional_config[DECLARED], modules)
+        scheduler = self.vllm_config.scheduler_config
+        taps = GraphTaps(
+            model,
+            declared.values(),
+            width=self.model_config.get_hidden_size(),
+            n_tokens=scheduler.max_num_batched_tokens,
+            n_vectors=scheduler.max_num_seqs * VECTORS_PER_REQUEST,
+        )
+        log.info("%d taps, whose buffers take %.2f GB", len(taps.taps), taps.nbytes / 1e9)
+        self.batch = GraphBatch(lambda: self.requests, model, taps)
+
+    def _update_states(self, scheduler_output: Any) -> Any:
+        corrections = super()._update_states(scheduler_output)
+        self.batch.end(set(scheduler_output.finished_req_ids))
+        self.batch.begin(scheduler_output.scheduled_new_reqs)
+        # The batch's order, not the scheduler's: the batch is condensed after the scheduler has counted tokens.
+        tokens = scheduler_output.num_scheduled_tokens
+        self.batch.scope([(request, tokens[request]) for request in self.input_batch.req_ids if request in tokens])
+        return corrections
+
+    def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
+        """Run a step, and give its requests their rows."""
+        output = super().execute_model(scheduler_output, intermediate_tensors)
+        self.batch.end_step()
+        return output

@@ -1,0 +1,159 @@
+"""Taps that are part of a model's own graph: they survive compilation and the replay of CUDA graphs, and break neither.
+
+A hook is Python between two modules. vLLM compiles a model into one graph, in which no Python runs, so a hook sees nothing.
+A tap is two operations instead, put into the forward of the module that it reads before the model is compiled:
+
+    value += table[index[:n]]       add a vector to each row that somebody steers; all others take the table's first row, zeros
+    rows[:n] = value                copy the rows, of which there is one per token, into a buffer that is always the same
+
+To the compiler both are operations like the model's own. It fuses them into the kernels around them, so a tap that nobody
+reads costs about as much as writing its rows once. What differs from step to step lies in `rows`, `table` and `index`. They are
+filled before a forward and read after it, at addresses that a graph may keep. They are buffers of the tapped modules, not
+variables of a closure: a graph that vLLM loads from its cache finds the buffers of the model that it runs, and no closure's.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from vllm.model_executor.layers.linear import LinearBase
+
+from serve_app.capture.steering import StepSteering
+from serve_app.capture.structure import Tap
+from serve_app.engines.vllm.hook_points import terms
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A tap in a module's forward, and what its buffers are called there."""
+
+    tap: Tap
+    rows: str
+    index: str | None  # None where the rows are not of the stream's width, so that nothing can be added
+
+
+TABLE = "roentgen_table"
+"""The table of what is added, as every module with a steerable tap calls it."""
+
+
+class GraphTaps:
+    """The taps of one loaded model."""
+
+    def __init__(self, model: nn.Module, taps: Iterable[Tap], *, width: int, n_tokens: int, n_vectors: int) -> None:
+        """Put taps into a model that has been loaded and not yet compiled.
+
+        Args:
+            model: whose modules' forwards are wrapped.
+            taps: where.
+            width: of the residual stream.
+            n_tokens: the most that a forward has.
+            n_vectors: the most vectors that are added in one forward.
+        """
+        example = next(model.parameters())
+        self._modules = dict(model.named_modules())
+        self._table = torch.zeros(n_vectors + 1, width, dtype=example.dtype, device=example.device)
+        self._points: dict[Tap, _Point] = {}
+        self._added: list[tuple[Tensor, int]] = []
+        of_module: dict[str, list[_Point]] = {}
+        for number, tap in enumerate(dict.fromkeys(taps)):
+            module = self._modules[tap.module]
+            size = _width(module, tap, width)
+            point = _Point(tap, f"roentgen_rows_{number}", f"roentgen_index_{number}" if size == width else None)
+            rows = torch.zeros(n_tokens, size, dtype=example.dtype, device=example.device)
+            module.register_buffer(point.rows, rows, persistent=False)
+            if point.index is not None:
+                index = torch.zeros(n_tokens, dtype=torch.long, device=example.device)
+                module.register_buffer(point.index, index, persistent=False)
+                module.register_buffer(TABLE, self._table, persistent=False)
+            self._points[tap] = point
+            of_module.setdefault(tap.module, []).append(point)
+        for path, points in of_module.items():
+            _wrap(self._modules[path], points)
+
+    @property
+    def taps(self) -> tuple[Tap, ...]:
+        """Where values are read."""
+        return tuple(self._points)
+
+    @property
+    def nbytes(self) -> int:
+        """What the buffers take."""
+        return self._table.nbytes + sum(
+            getattr(self._modules[tap.module], name).nbytes
+            for tap, point in self._points.items()
+            for name in (point.rows, point.index)
+            if name is not None
+        )
+
+    def rows(self, tap: Tap, n_tokens: int) -> Float[Tensor, "tokens width"] | None:
+        """Return the rows that the last forward gave at a tap, None if there is none."""
+        point = self._points.get(tap)
+        return None if point is None else getattr(self._modules[tap.module], point.rows)[:n_tokens]
+
+    def steer(self, steering: StepSteering | None) -> None:
+        """Lay out what the next forward adds.
+
+        Raises:
+            ValueError: if that is more than there is room for, or somewhere else than at a tap.
+        """
+        for index, length in self._added:
+            index[:length].zero_()
+        self._added = []
+        if steering is None:
+            return
+        vectors: list[Tensor] = []
+        found: list[tuple[Tensor, Tensor, Tensor]] = []
+        for key, tap in steering.taps.items():
+            point = self._points.get(tap)
+            if point is None or point.index is None:
+                raise ValueError(f"{key} is no tap of this server that can be added to")
+            places, which, sums = steering.added(key)
+            index = getattr(self._modules[tap.module], point.index)
+            found.append((index, torch.tensor(places), torch.tensor(which) + len(vectors) + 1))
+            vectors += sums
+        if len(vectors) >= len(self._table):
+            raise ValueError(
+                f"{len(vectors)} different vectors are to be added; there is room for {len(self._table) - 1}"
+            )
+        for index, at, rows in found:
+            index.index_copy_(0, at.to(index.device), rows.to(index.device))
+            self._added.append((index, int(at.max()) + 1))
+        if vectors:
+            self._table[1 : len(vectors) + 1] = torch.stack(vectors).to(self._table)
+
+
+def _wrap(module: nn.Module, points: Sequence[_Point]) -> None:
+    """Have a module's forward read, and add to, what it takes and what it gives."""
+    forward = module.forward
+    taken = [point for point in points if point.tap.side == "input"]
+    given = [point for point in points if point.tap.side == "output"]
+
+    def tapped(*args: Any, **kwargs: Any) -> Any:
+        for point in taken:
+            _touch(module, point, (*args, *kwargs.values()))
+        value = forward(*args, **kwargs)
+        for point in given:
+            _touch(module, point, value)
+        return value
+
+    module.forward = tapped
+
+
+def _touch(module: nn.Module, point: _Point, value: Any) -> None:
+    """Add to a value, and copy it."""
+    first, *second = terms(value, point.tap)
+    rows, n = getattr(module, point.rows), first.shape[0]
+    if point.index is not None:
+        first.add_(getattr(module, TABLE)[getattr(module, point.index)[:n]])
+    rows[:n].copy_(first + second[0] if second else first)
+
+
+def _width(module: nn.Module, tap: Tap, width: int) -> int:
+    """Return how wide a row is there, as vLLM's linear layers know of themselves; elsewhere it is the stream's width."""
+    if not isinstance(module, LinearBase):
+        return width
+    side = f"{tap.side}_size"
+    return int(getattr(module, f"{side}_per_partition", None) or getattr(module, side))

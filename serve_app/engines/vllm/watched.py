@@ -1,0 +1,45 @@
+"""What is kept of the steps in which a model's hook points are verified."""
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from serve_app.capture.grid import Strip
+from serve_app.capture.structure import Tap
+
+
+def sum_of(found: Sequence[Tensor]) -> Tensor:
+    """Return the sum of a value's terms (`hook_points.terms`)."""
+    return functools.reduce(torch.add, found)
+
+
+class Watched:
+    """Keeps everything that its taps read: a visitor for the verification of hook points."""
+
+    def __init__(self, taps: dict[str, Tap]) -> None:
+        self.taps = taps
+        self.strip = Strip([])
+        self._parts: dict[str, list[Tensor]] = {}
+
+    def __call__(self, key: str, *found: Tensor) -> None:
+        """Keep a value's rows, if it has a row per token."""
+        flat = self.strip.flat(sum_of(found))
+        kept = self._kept(flat) if flat is not None else None
+        if kept is not None:
+            self._parts.setdefault(key, []).append(kept)
+
+    def seen(self) -> dict[str, Tensor]:
+        """Return, per key, what was kept of all rows."""
+        return {key: torch.cat(parts) for key, parts in self._parts.items()}
+
+    def _kept(self, flat: Tensor) -> Tensor | None:
+        return flat.to("cpu", copy=True) if flat.ndim == 2 else None
+
+
+class Norms(Watched):
+    """Keeps the rows' norms only: enough to tell whether several ranks have the same rows or each a part of them."""
+
+    def _kept(self, flat: Tensor) -> Tensor | None:
+        return flat.reshape(len(flat), -1).double().norm(dim=1).cpu()
