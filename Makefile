@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python tools/pip_install.py
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo install test test-units test-servers test-clients test-vllm test-browser test-faults test-cluster test-cloud check format bench bench-gpu bench-vllm cloud-env clean
+.PHONY: demo install test test-units test-servers test-clients test-peers test-vllm test-browser test-faults test-cluster test-cloud check format bench bench-gpu bench-vllm cloud-env clean
 
 # The main job: serve a real model, evaluate it on problems it can sometimes solve, keep its activations, train probes.
 DEMO := results/demo
@@ -56,6 +56,10 @@ $(CLIENTS)/.installed: constraints-clients.txt $(NODE)/package-lock.json $(INSTA
 		-c constraints-clients.txt instructor
 	PATH="$(abspath $(CLIENTS))/bin:$$PATH" npm ci --prefix $(NODE) --no-audit --no-fund --silent
 	touch $@
+
+# The suites of other servers, unchanged and fetched when they are run: vLLM's entrypoint tests (docs/peers.md).
+test-peers: $(INSTALLED)
+	$(BIN)/python -m tests.peers --share $(SHARE)
 
 # Pages in headless Chromium; skipped with the reason where there is none.
 test-browser: $(INSTALLED)
@@ -146,4 +150,4 @@ cloud-env: .venv-cloud/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-cloud $(CLIENTS) $(NODE)/node_modules $(VLLM) $(GPU) .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf $(VENV) .venv-cloud $(CLIENTS) $(NODE)/node_modules $(VLLM) $(GPU) .peers .mypy_cache .ruff_cache .pytest_cache *.egg-info

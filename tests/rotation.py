@@ -24,7 +24,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if shares < 1:
         raise pytest.UsageError(f"--share: {shares} is no number of shares; allowed are whole numbers from 1")
     units = {item: unit for item in items if (unit := _unit(item)) is not None}
-    kept = turn(sorted(set(units.values())), shares, _number(Path(str(config.rootpath))))
+    kept = turn(sorted(set(units.values())), shares, commit_number(Path(str(config.rootpath))))
     left_out = [item for item, unit in units.items() if unit not in kept]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in set(left_out)]
@@ -40,7 +40,7 @@ def _unit(item: pytest.Item) -> str | None:
     return next((node.nodeid for node, _ in item.iter_markers_with_node("rotating")), None)
 
 
-def _number(root: Path) -> int:
+def commit_number(root: Path) -> int:
     """Return a number that the commit decides; where there is none, the day."""
     done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=False)
     return int(done.stdout, 16) if done.returncode == 0 else int(time.time()) // SECONDS_A_DAY

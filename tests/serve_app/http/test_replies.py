@@ -79,7 +79,7 @@ class Handle:
         return self
 
     def remote(self, *arguments: Any) -> Asked:
-        lost = getattr(arguments[0], "user", None) == LOST
+        lost = getattr(next(iter(arguments), None), "user", None) == LOST
         return Asked(getattr(self._replica, self._method)(*arguments), lost=lost)
 
     def broadcast(self, method: str) -> Asked:

@@ -1,0 +1,1 @@
+"""The suites of other servers, unchanged, against this one: `make test-peers`."""
