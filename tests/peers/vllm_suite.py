@@ -14,6 +14,7 @@ import os
 import sys
 import tomllib
 import types
+import zlib
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, ClassVar
