@@ -11,7 +11,11 @@ from probes.report import ProbeReport
 def render(report: ProbeReport) -> RenderableType:
     """Return the report as something rich can print: one row per layer and position, one column per hook point."""
     return Group(
-        _header(report), _layers(report), _summary(report), *(Text(f"! {note}", "yellow") for note in report.notes())
+        _header(report),
+        _layers(report),
+        _summary(report),
+        _names(report),
+        *(Text(f"! {note}", "yellow") for note in report.notes()),
     )
 
 
@@ -48,23 +52,28 @@ def _layers(report: ProbeReport) -> Table:
 
 def _summary(report: ProbeReport) -> Table:
     table = Table(box=None, show_header=False)
-    for _ in range(2):
+    for _ in range(3):
         table.add_column(overflow="fold")
-    # A probe's name is to be copied into the next command: whatever else has to give way, it is in one line.
-    longest = max(len(name) for name in (*report.best.names, *(report.declared.names if report.declared else ())))
-    table.add_column(overflow="fold", min_width=longest)
     for result in report.results:
         if result.layer is None:
             name = result.key if len(report.positions) == 1 else result.name
             table.add_row(name, str(result.estimate), "model-wide")
-    table.add_row("best, chosen on inner folds", str(report.best.estimate), "\n".join(dict.fromkeys(report.best.names)))
+    table.add_row("best, chosen on inner folds", str(report.best.estimate), "")
     for name, estimate in report.best.metrics.items():
         if name != report.metric:
             plain = report.forecast.get(name)
             beside = "" if plain is None else f"without reading anything {plain}"
             table.add_row(f"  its {METRICS[name]}", str(estimate), beside)
     if report.declared is not None:
-        table.add_row("named beforehand", str(report.declared.estimate), report.declared.names[0])
+        table.add_row("named beforehand", str(report.declared.estimate), "")
     for name, estimate in report.baselines.items():
         table.add_row(name.replace("_", " "), str(estimate), "baseline")
     return table
+
+
+def _names(report: ProbeReport) -> Text:
+    """Name the probes outside of any table: a name is to be copied into the next command, so it is never cut."""
+    lines = [f"best: {name}" for name in dict.fromkeys(report.best.names)]
+    if report.declared is not None:
+        lines.append(f"named beforehand: {report.declared.names[0]}")
+    return Text("\n".join(lines))

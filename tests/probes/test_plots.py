@@ -124,17 +124,24 @@ def luminance(color: str) -> float:
     return float(linear @ [0.2126, 0.7152, 0.0722])
 
 
-def printed(report: ProbeReport) -> str:
-    console = Console(width=140, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+def printed(report: ProbeReport, width: int = 140) -> str:
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
     console.print(render(report))
     return console.export_text()
+
+
+@pytest.mark.parametrize("width", [60, 80, 81, 140])
+def test_a_probes_name_is_whole_at_any_width(report, width):
+    lines = [line.strip() for line in printed(report, width).splitlines()]
+    for name in report.best.names:
+        assert f"best: {name}" in lines
 
 
 def test_the_table_has_layers_best_and_baselines(report):
     text = printed(report)
     assert re.search(r"10 +│ 0.70 \[0.60, 0.80\] │ 0.65 \[0.55, 0.75\]", text)
     assert re.search(r"final_norm +0.70 \[0.60, 0.80\] +model-wide", text)
-    assert re.search(r"best, chosen on inner folds +0.70 \[0.61, 0.79\] +layers.10.resid_post", text)
+    assert re.search(r"best, chosen on inner folds +0.70 \[0.61, 0.79\]", text)
     assert re.search(r"prompt length +0.55 \[0.45, 0.65\]", text)
     assert "100 samples of 50 problems, 40 True (40.0%), 5 folds" in text
     assert "! " not in text
@@ -155,16 +162,19 @@ def test_notes_warn_of_what_makes_a_result_weak(report):
             "n_rarest": 4,
             "n_left_out": 3,
             "best": Best(auroc_of(0.6, 0.45, 0.75), ("embed@last_prompt",)),
-            "baselines": {**report.baselines, "prompt_length": auroc_of(0.62, 0.5, 0.7)},
+            "baselines": {**report.baselines, "prompt_length": auroc_of(0.62, 0.52, 0.7)},
             "against": {"prompt_length": Estimate("difference", -0.01, -0.04, 0.03)},
         }
     )
     notes = weak.notes()
     assert "rarest class has 4 samples" in notes[0]
     assert "reaches 0.5" in notes[1]
-    assert notes[2].startswith("Prompt length alone does about as well (0.62 [0.50, 0.70]")
+    assert notes[2].startswith("Prompt length alone does about as well (0.62 [0.52, 0.70]")
     assert "3 samples have no activations" in notes[-1]
     assert all(f"! {note.split(':')[0]}" in printed(weak) for note in notes)
+    # A baseline that may know nothing either is part of what the second note says.
+    unknowing = {**weak.baselines, "prompt_length": auroc_of(0.62, 0.5, 0.7)}
+    assert ProbeReport(**{**vars(weak), "baselines": unknowing}).notes() == [*notes[:2], notes[-1]]
 
 
 def test_about_as_well_is_a_claim_of_its_own(report):
