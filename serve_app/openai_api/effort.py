@@ -2,7 +2,7 @@
 
 A template may have the effort as a variable (gpt-oss), a switch for thinking (Qwen 3, DeepSeek 3.1), or neither: then the model
 thinks always or never. What a template cannot tell would change nothing, so it is refused; the exception is `medium`, OpenAI's
-default, which asks a model that thinks to do so.
+default, which clients send to any model.
 """
 
 from typing import Any, Literal
@@ -44,7 +44,7 @@ def effort_variables(tokenizer: PreTrainedTokenizerBase, effort: Effort | None, 
     elif THINK_END in source:
         able, allowed = "cannot tell it how much to think", ("medium",)
     else:
-        able, allowed = "has no thinking", ("none",)
+        able, allowed = "has no thinking", ("none", "medium")
     if effort in allowed:
         return variables
     supported = " or ".join(map(repr, allowed))

@@ -31,7 +31,7 @@ def variables(template: str | None, effort: Any) -> dict[str, Any]:
         (QWEN, {"none": {"enable_thinking": False}, "medium": {"enable_thinking": True}}),
         (DEEPSEEK, {"none": {"thinking": False}, "medium": {"thinking": True}}),
         (ALWAYS, {"medium": {}}),
-        (LLAMA, {"none": {}}),
+        (LLAMA, {"none": {}, "medium": {}}),
     ],
 )
 def test_an_effort_is_told_or_refused(template: str, told: dict[str, Any]) -> None:
