@@ -130,6 +130,8 @@ class ChatReply:
     """What its tokens are scored with."""
     prompt_token_ids: Sequence[int] = ()
     """The prompt."""
+    cacheless: bool = True
+    """Whether no token of the prompt can have come from a cache."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -253,7 +255,7 @@ class ChatReply:
         return "tool_calls" if choice.called and finished.finish_reason == "stop" else finished.finish_reason
 
     def _usage(self) -> schemas.Usage:
-        return usage(self.n_prompt, sum(choice.told for choice in self._choices))
+        return usage(self.n_prompt, sum(choice.told for choice in self._choices), cacheless=self.cacheless)
 
     def _chunk(
         self,
@@ -283,6 +285,11 @@ class ChatReply:
         }
 
 
-def usage(n_prompt: int, completion: int) -> schemas.Usage:
+def usage(n_prompt: int, completion: int, *, cacheless: bool) -> schemas.Usage:
     """Spell the token counts: the prompt once, the completions of all choices."""
-    return {"prompt_tokens": n_prompt, "completion_tokens": completion, "total_tokens": n_prompt + completion}
+    return {
+        "prompt_tokens": n_prompt,
+        "completion_tokens": completion,
+        "total_tokens": n_prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": 0} if cacheless else None,
+    }

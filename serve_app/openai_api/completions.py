@@ -119,6 +119,8 @@ class CompletionReply:
     """Special tokens that are text."""
     probes: tuple[Scorer, ...] = ()
     """What their tokens are scored with."""
+    cacheless: bool = True
+    """Whether no token of a prompt can have come from a cache."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -236,7 +238,8 @@ class CompletionReply:
         return self.prompts[index // self.request.n]
 
     def _usage(self) -> schemas.Usage:
-        return usage(sum(raw.prompt.n_prompt for raw in self.prompts), sum(self._told))
+        n_prompt = sum(raw.prompt.n_prompt for raw in self.prompts)
+        return usage(n_prompt, sum(self._told), cacheless=self.cacheless)
 
     def _chunk(
         self,

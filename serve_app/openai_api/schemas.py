@@ -60,12 +60,21 @@ class ErrorReply(TypedDict):
     error: ErrorDetail
 
 
+class PromptTokensDetails(TypedDict):
+    """Of the tokens read; none are cached."""
+
+    cached_tokens: Literal[0]
+
+
 class Usage(TypedDict):
     """Tokens read and written."""
 
     prompt_tokens: Count
     completion_tokens: Count
     total_tokens: Count
+    prompt_tokens_details: Annotated[
+        PromptTokensDetails | None, Field(description="null where the server has a prefix cache, which is not counted.")
+    ]
 
 
 class ChosenRollout(ActivationReply):

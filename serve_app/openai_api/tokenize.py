@@ -72,10 +72,8 @@ def check_tokens(token_ids: Sequence[int], n_tokens: int | None, param: str) -> 
     if n_tokens is None:
         return
     if wrong := list(dict.fromkeys(token for token in token_ids if not 0 <= token < n_tokens)):
-        are = "is not a token" if len(wrong) == 1 else "are not tokens"
-        raise ApiError(
-            400, f"{param}: {enumerated(map(str, wrong))} {are}; the model has 0–{n_tokens - 1}", param=param
-        )
+        said = f"{enumerated(map(str, wrong))} {'is' if len(wrong) == 1 else 'are'} out of vocabulary"
+        raise ApiError(400, f"{param}: {said}; the model has {n_tokens} tokens, 0–{n_tokens - 1}", param=param)
 
 
 def bad_word_tokens(tokenizer: PreTrainedTokenizerBase, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:

@@ -103,7 +103,10 @@ def plan_chat(served: Served, request: ChatRequest, config: ServerConfig) -> Pla
         for number in range(request.n)
     ]
     request_id = f"chatcmpl-{str(ULID()).lower()}"
-    reply = ChatReply(request, request_id, model.tokenizer, reasoning, prompt.n_prompt, probes, prompt.token_ids)
+    reply = ChatReply(
+        request, request_id, model.tokenizer, reasoning, prompt.n_prompt, probes, prompt.token_ids,
+        cacheless=not _caches(served, config),
+    )  # fmt: skip
     return Plan(choices, reply, asked, spelling)
 
 
@@ -176,7 +179,10 @@ def plan_completion(served: Served, request: CompletionRequest, config: ServerCo
             )
             for number in range(request.n)
         ]
-    reply = CompletionReply(request, f"cmpl-{str(ULID()).lower()}", tokenizer, prompts, served.model.markers, probes)
+    reply = CompletionReply(
+        request, f"cmpl-{str(ULID()).lower()}", tokenizer, prompts, served.model.markers, probes,
+        cacheless=not _caches(served, config),
+    )  # fmt: skip
     return Plan(choices, reply, asked_for, spelling)
 
 
@@ -296,11 +302,16 @@ def _check_inline(
         )
 
 
+def _caches(served: Served, config: ServerConfig) -> bool:
+    """Whether the engine keeps what it computed of a prompt for the next one that begins so."""
+    return served.engine.name == "vllm" and not config.capture
+
+
 def _check_engine(served: Served, request: GenerationParams, config: ServerConfig) -> None:
     """Refuse what this server or its engine does not do."""
     asked = {"activations": request.capture, "steering": request.steering, "probes": request.probes}
     for param, value in asked.items():
         if value and not config.capture:
             raise refused(param, "this server reads and changes no activations (capture: false)", "no_capture")
-    if request.cache_salt and served.engine.name == "vllm" and not config.capture:
+    if request.cache_salt and _caches(served, config):
         raise refused("cache_salt", "this server's prefix cache is shared by all its clients", "unsupported_by_engine")

@@ -157,7 +157,7 @@ def test_sessions_are_listed_shown_and_pulled(server: Server, client: OpenAI, tm
         ({"model": "gpt-5"}, openai.NotFoundError, "model", "not served here"),
         ({"messages": [{"role": "user", "content": "x " * 9000}]}, openai.BadRequestError, "messages", "8192 tokens"),
         ({"max_tokens": 9000}, openai.BadRequestError, "messages", "8192 tokens"),
-        ({"logit_bias": {"99999": 1}}, openai.BadRequestError, "logit_bias", "not a token"),
+        ({"logit_bias": {"99999": 1}}, openai.BadRequestError, "logit_bias", "out of vocabulary"),
         ({"extra_body": {"made_up": 1}}, openai.BadRequestError, "made_up", "not supported"),
         (
             {"extra_body": {"activations": {"layers": [40]}}},

@@ -158,7 +158,8 @@ class TransformersEngine:
         """
         self.budget.check(job)
         if (wrong := self._model.unknown_token(job.prompt_ids)) is not None:
-            raise UnknownTokenError(f"{wrong} is not a token of the model, which has 0–{self._model.n_embeddings - 1}")
+            n_tokens = self._model.n_embeddings
+            raise UnknownTokenError(f"{wrong} is out of vocabulary; the model has {n_tokens} tokens, 0–{n_tokens - 1}")
         with self._changed:
             if self._closed:
                 raise EngineStoppedError("the engine is closed")

@@ -190,7 +190,7 @@ def test_steering_where_it_cannot_be_fails_its_request_only(tap: Tap) -> None:
 def test_a_token_that_the_model_does_not_know_is_refused_before_it_joins(
     engine: TransformersEngine, token: int
 ) -> None:
-    with pytest.raises(UnknownTokenError, match=rf"{token} is not a token of the model, which has 0–256"):
+    with pytest.raises(UnknownTokenError, match=rf"{token} is out of vocabulary; the model has 257 tokens, 0–256"):
         engine.submit(Call([1, token], GREEDY).job)
 
 

@@ -186,17 +186,21 @@ def test_tokens_beyond_the_embedding_are_refused_by_name() -> None:
     model = tiny.loaded("llama")
     assert model.n_embeddings == 257
     for tokens in ([1, 257], [2**40]):
-        with pytest.raises(ApiError, match=rf"prompt: {tokens[-1]} is not a token; the model has 0–256") as caught:
+        with pytest.raises(
+            ApiError, match=rf"prompt: {tokens[-1]} is out of vocabulary; the model has 257 tokens, 0–256"
+        ) as caught:
             raw_prompt(model.tokenizer, tokens, add_special_tokens=True, n_embeddings=model.n_embeddings)
         assert (caught.value.status, caught.value.param) == (400, "prompt")
-        with pytest.raises(ApiError, match=rf"tokens: {tokens[-1]} is not a token; the model has 0–256"):
+        with pytest.raises(
+            ApiError, match=rf"tokens: {tokens[-1]} is out of vocabulary; the model has 257 tokens, 0–256"
+        ):
             detokenize(model, DetokenizeRequest(model="m", tokens=tokens))
 
 
 def test_text_whose_tokens_the_embedding_does_not_have_is_refused() -> None:
     model = tiny.loaded("llama")
     model.tokenizer.add_tokens(["<new>"])
-    with pytest.raises(ApiError, match="prompt: 257 is not a token; the model has 0–256"):
+    with pytest.raises(ApiError, match="prompt: 257 is out of vocabulary; the model has 257 tokens, 0–256"):
         raw_prompt(model.tokenizer, "a<new>", add_special_tokens=True, n_embeddings=model.n_embeddings)
 
 

@@ -128,7 +128,9 @@ async def test_an_echoed_prompt_is_scored_like_a_lone_forward(replica: ModelRepl
         best = [max(top.values()) for top in logprobs["top_logprobs"][1:]]
         assert best == pytest.approx(logits[:-1].max(-1).values.tolist(), abs=1e-4)
         assert logprobs["text_offset"][0] == 0
-    assert reply["usage"] == {"prompt_tokens": 8, "completion_tokens": 0, "total_tokens": 8}
+    assert reply["usage"] == {
+        "prompt_tokens": 8, "completion_tokens": 0, "total_tokens": 8, "prompt_tokens_details": {"cached_tokens": 0}
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("top", [0, 2])
@@ -343,9 +345,10 @@ REFUSED = [
      r"the completion\)\. Please reduce the length of the messages or completion\.$"),
     ({"messages": [{"role": "user", "content": "long " * 30}], "max_tokens": None}, 400, "messages",
      r"This model's maximum context length is 128 tokens\. However, your messages resulted in 1\d\d tokens\. Please reduce"),
-    ({"logit_bias": {"9999": 1}}, 400, "logit_bias", "9999 is not a token"),
-    ({"logit_bias": {"9999": 1, "3": 1, "300": 1}}, 400, "logit_bias", "9999, 300 are not tokens; the model has 0–256"),
-    ({"stop_token_ids": [257]}, 400, "stop_token_ids", "257 is not a token"),
+    ({"logit_bias": {"9999": 1}}, 400, "logit_bias", "9999 is out of vocabulary"),
+    ({"logit_bias": {"9999": 1, "3": 1, "300": 1}}, 400, "logit_bias",
+     "9999, 300 are out of vocabulary; the model has 257 tokens, 0–256"),
+    ({"stop_token_ids": [257]}, 400, "stop_token_ids", "257 is out of vocabulary"),
     ({"activations": {"layers": [7]}}, 400, "activations.layers", "out of range"),
     ({"activations": {"layers": [1], "return": "full"}, "max_tokens": 100}, 400, "activations.return", "limit is 0 MB"),
     ({"activations": {"layers": []}}, 400, "activations.layers", "nothing to keep"),

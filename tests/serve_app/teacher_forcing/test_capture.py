@@ -267,5 +267,5 @@ def test_a_text_with_a_token_that_the_model_does_not_have_stops_nobody(engine, l
         outcomes = list(forcing.capture([wrong, *texts[1:]]))
     (failed,) = [outcome for outcome in outcomes if isinstance(outcome, NotStored)]
     assert failed.text is wrong
-    assert "257 is not a token of the model, which has 0–256" in failed.reason
+    assert "257 is out of vocabulary; the model has 257 tokens, 0–256" in failed.reason
     assert len([outcome for outcome in outcomes if isinstance(outcome, Stored)]) == len(texts) - 1
