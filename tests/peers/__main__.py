@@ -23,7 +23,12 @@ from tests.peers.source import VERSION, fetch
 from tests.rotation import commit_number
 
 FOLDER = Path(".peers")
-SUITES = ("tests/entrypoints/openai", "tests/entrypoints/serve/tokenize", "tests/entrypoints/serve/instrumentator")
+SUITES = (
+    "tests/entrypoints/openai",
+    "tests/entrypoints/serve/tokenize",
+    "tests/entrypoints/serve/instrumentator",
+    "tests/tool_use",
+)
 PROCESSES = 4
 SECONDS_A_TEST = 120
 

@@ -12,14 +12,14 @@ from pip._internal.commands.download import DownloadCommand
 
 VERSION = "0.33.0"
 SHA256 = "f4c33c2503d52bb411146afa9618a4f48bed68912f617e6803ac8d76e4c74112"
-PARTS = ("tests/__init__.py", "tests/entrypoints/")
+PARTS = ("tests/__init__.py", "tests/entrypoints/", "tests/tool_use/")
 SETTINGS = "[pytest]\nasyncio_mode = auto\nfilterwarnings = ignore\n"
 
 
 def fetch(folder: Path) -> Path:
     """Return the folder that holds vLLM's `tests`, fetched if it is not there."""
     unpacked = folder / f"vllm-{VERSION}"
-    if not (unpacked / "pytest.ini").exists():
+    if not all((unpacked / part).exists() for part in (*PARTS, "pytest.ini")):
         with tarfile.open(fileobj=io.BytesIO(_download())) as archive:
             wanted = [
                 member

@@ -2,19 +2,23 @@
 
 The tests are vLLM's and stay as they are. What they import of vLLM is faked, since only its names are needed to load a module;
 a test that needs more than a server (vLLM's own classes, a LoRA, another server's options) is set aside, with the reason.
-Wherever a test starts a server, it gets the one that runs, and wherever it names a model, the served one.
+Wherever a test starts a server, it gets the one that runs, and wherever it names a model, the served one. A request that names
+no seed gets one, its number in the test, so that what a test meets is the same in every run. Tests that are run with several
+models are run once.
 """
 
 import importlib.abc
 import importlib.machinery
 import importlib.metadata
 import inspect
+import itertools
 import json
 import os
 import sys
 import tomllib
 import types
 import zlib
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, ClassVar
@@ -34,7 +38,9 @@ NUMBER = os.environ["PEERS_NUMBER"]
 WHOLE = bool(os.environ["PEERS_WHOLE"])
 """Whether no test is left out by the command."""
 BELOW = "tests/entrypoints/"
-FAKED = {"vllm", "openai_harmony", "mistral_common", "mcp", "pybase64", "lm_eval", "schemathesis"}
+SAMPLING = ("/completions", "/responses")
+"""How the routes end that draw tokens."""
+FAKED = {"vllm", "openai_harmony", "mistral_common", "mcp", "pybase64", "lm_eval", "schemathesis", "gpt_oss"}
 ASKING = {"server", "client", "async_client", "remote_server", "openai_server", "tool_use_client"}
 """Fixtures whose tests ask a server."""
 UNLOADABLE = (
@@ -42,6 +48,7 @@ UNLOADABLE = (
     "openai/chat_completion/test_serving_chat.py",
     "openai/completion/test_completion_with_prompt_embeds.py",
     "openai/responses/test_serving_responses.py",
+    "tests/tool_use/test_tool_choice_required.py",
 )
 """Files of units that use vLLM's classes while they are loaded."""
 
@@ -74,10 +81,23 @@ def _options(given: dict[str, Any]) -> dict[str, Any]:
     return {"base_url": f"{URL}/v1", "api_key": "none", "max_retries": 0, "timeout": 600, **given}
 
 
+class _Seeds:
+    """Seeds for the requests of one test that name none."""
+
+    left: ClassVar[Iterator[int]] = itertools.count()
+
+
+def pytest_runtest_setup() -> None:
+    """Begin again, so that a test's seeds do not depend on the tests before it."""
+    _Seeds.left = itertools.count()
+
+
 def _served(options: Any) -> Any:
-    """Name the served model in a request's body; vLLM does with none, too."""
+    """Name the served model in a request's body, which vLLM does without, too, and a seed in one that samples."""
     if isinstance(options.json_data, dict):
         options.json_data["model"] = MODEL
+        if options.url.endswith(SAMPLING):
+            options.json_data.setdefault("seed", next(_Seeds.left))
     return options
 
 
@@ -150,7 +170,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.machinery.ModuleSpec(name, self, is_package=True) if name.split(".")[0] in FAKED else None
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
-        return _Fake(spec.name)
+        return TRUE.get(spec.name) or _Fake(spec.name)  # `import vllm.envs` sees what `from vllm import envs` does
 
     def exec_module(self, module: types.ModuleType) -> None:
         pass
@@ -194,7 +214,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     names = [item.nodeid.removeprefix(BELOW) for item in items]
     kept = []
     for place, item in enumerate(items):
-        if not isinstance(item, pytest.Function) or not _asks_a_server(item):
+        if not isinstance(item, pytest.Function) or not _asks_a_server(item) or _is_of_a_further_model(item):
             continue
         module = item.module
         if isinstance(getattr(module, "MODEL_NAME", None), str):
@@ -217,6 +237,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _asks_a_server(item: pytest.Function) -> bool:
     return bool(ASKING & set(item.fixturenames)) or "RemoteOpenAIServer" in inspect.getsource(item.function)
+
+
+def _is_of_a_further_model(item: pytest.Function) -> bool:
+    """Whether tests/tool_use has this test for a model before this one, which would be the served one again."""
+    named = getattr(item, "callspec", None)
+    return bool(named and named.indices.get("server_config", 0) > 0)
 
 
 def _wants_lora(item: pytest.Function) -> bool:
