@@ -85,7 +85,7 @@ def test_the_summary_agrees_with_the_samples(gsm8k_run: Run) -> None:
     assert summary["accuracy"]["value"] == sum(line["correct"] for line in lines) / 32
     assert summary["truncated"] == sum(line["finish_reason"] == "length" for line in lines)
     for number in range(1, 33):
-        name = f"gsm8k_{number:04d}"
+        name = f"test_{number:04d}"  # GSM8K here is a file called test.jsonl
         one = json.loads((gsm8k_run.path / "samples" / f"{name}.json").read_text())
         assert one["activations"]
         roles = [json.loads(line)["role"] for line in (gsm8k_run.path / f"trajectories/{name}.jsonl").open()]

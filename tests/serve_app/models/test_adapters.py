@@ -254,7 +254,7 @@ def test_vllm_refuses_an_adapter_and_auto_takes_the_engine_that_does_not(
     with pytest.raises(EngineUnavailableError, match=r"'mine' is an adapter \(LORA\), which is not served with vLLM"):
         start(source, settings())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("serve_app.engines.vllm.loading.installed", lambda: True)
+    monkeypatch.setattr("serve_app.replica.model_slot.installed", lambda: True)
     choice = ModelChoice(model_id="mine")
     assert engine_for(ServerConfig(), choice, source) == "transformers"
     assert engine_for(ServerConfig(), choice, locate(str(base))) == "vllm"
