@@ -42,7 +42,8 @@ def test_gsm8k_runs_scores_and_keeps_activations(docs: Documentation, server: Se
     "options", [{}, {"stream": True}, {"responses_api": True}], ids=["chat", "stream", "responses"]
 )
 async def test_tools_typed_answers_and_a_prompt_that_is_too_long(server: Server, options: dict[str, bool]) -> None:
-    config = GenerateConfig(temperature=0, max_tokens=60, extra_body=keep("inspect-model"), parallel_tool_calls=False)
+    session = "-".join(["inspect", *options])
+    config = GenerateConfig(temperature=0, max_tokens=60, extra_body=keep(session), parallel_tool_calls=False)
     model = get_model(
         f"openai-api/roentgen/{MODEL}",
         base_url=server.base_url,
@@ -62,4 +63,6 @@ async def test_tools_typed_answers_and_a_prompt_that_is_too_long(server: Server,
     typed = await model.generate(SUM, config=GenerateConfig(response_schema=shape))
     Answer.model_validate_json(typed.completion)
     assert (await model.generate(str([*range(9000)]))).stop_reason == "model_length"
-    assert stored(server.store, "inspect-model") >= 3
+    # For the Responses API, inspect_ai sends fields of its own list only, and no other of `extra_body`.
+    if "responses_api" not in options:
+        assert stored(server.store, session) == 3
