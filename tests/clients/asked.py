@@ -33,5 +33,5 @@ def keep(session: str) -> dict[str, Any]:
 
 
 def stored(store: Path, session: str) -> int:
-    """How many rollouts a session has."""
-    return len(Session.open(str(store / session)).rollouts())
+    """How many rollouts a session has: none before its first."""
+    return len(Session.open(str(store / session)).rollouts()) if (store / session / "session.json").exists() else 0
