@@ -1,14 +1,26 @@
 """What people call models: a model has an id, which requests name, and a root, from which it can be loaded anywhere.
 
 The root of a folder is its absolute path, that of a hub's model its id there, and that of the embedded model its name. People
-write one folder in many ways (`models/tiny`, `./models/tiny/`, `~/models/tiny`), and all of them mean the same model.
+write one folder in many ways (`models/tiny`, `./models/tiny/`, `~/models/tiny`), and all of them mean the same model. The
+folder of the cache that the embedded model is converted to means the embedded model.
 """
 
 import os
 from collections.abc import Iterable
 from difflib import get_close_matches
+from pathlib import Path
 
 from roentgen.defaults import EMBEDDED_MODEL
+
+
+def cache_folder() -> Path:
+    """Return the cache: `$ROENTGEN_CACHE`, by default `~/.cache/roentgen`."""
+    return Path(os.environ.get("ROENTGEN_CACHE") or "~/.cache/roentgen").expanduser()
+
+
+def embedded_folder() -> Path:
+    """Return where the embedded model is kept once it is converted."""
+    return cache_folder() / "models" / EMBEDDED_MODEL
 
 
 def canonical_name(name: str) -> str:
@@ -17,7 +29,8 @@ def canonical_name(name: str) -> str:
         return name
     folder = os.path.expanduser(name)
     if os.path.isdir(folder) or name.startswith((".", "/", "~")):
-        return os.path.abspath(folder)
+        path = os.path.abspath(folder)
+        return EMBEDDED_MODEL if path == os.path.abspath(embedded_folder()) else path
     return name.rstrip("/")
 
 

@@ -15,7 +15,6 @@ import hashlib
 import importlib.util
 import json
 import logging
-import os
 import shutil
 import socket
 import tempfile
@@ -31,7 +30,7 @@ from urllib.request import getproxies
 from filelock import FileLock
 
 from roentgen.defaults import EMBEDDED_MODEL
-from roentgen.model_names import canonical_name, suggest
+from roentgen.model_names import canonical_name, embedded_folder, suggest
 from serve_app.models.errors import ModelNotFoundError, WeightsError
 from serve_app.models.identity import BASE_WEIGHTS, DamagedWeightsError, file_revision, folder_revision
 
@@ -81,7 +80,7 @@ class ModelSource:
         """What leads to the model from any working directory: a folder, a hub id, or the embedded model's name."""
         if self.adapter is not None:
             return self.adapter.path
-        return self.name if Path(self.path) == _embedded_folder() else self.path
+        return self.name if Path(self.path) == embedded_folder() else self.path
 
     @property
     def names(self) -> tuple[str, str]:
@@ -96,11 +95,6 @@ class ModelSource:
         return self.path, self.commit
 
 
-def cache_folder() -> Path:
-    """Return the cache: `$ROENTGEN_CACHE`, by default `~/.cache/roentgen`."""
-    return Path(os.environ.get("ROENTGEN_CACHE") or "~/.cache/roentgen").expanduser()
-
-
 def locate(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> ModelSource:
     """Find a model, converting the embedded one if that has not been done.
 
@@ -113,9 +107,10 @@ def locate(name: str, revision: str | None = None, *, trust_remote_code: bool = 
         ModelNotFoundError: if there are no weights behind the name, or they have another revision.
         WeightsError: if the weights are damaged, or an adapter's base model cannot be found.
     """
-    if name == EMBEDDED_MODEL:
+    canonical = canonical_name(name)
+    if canonical == EMBEDDED_MODEL:
         return _pinned(_embedded(), revision)
-    folder = Path(canonical_name(name))
+    folder = Path(canonical)
     if folder.is_dir():
         return _pinned(_in_folder(name, folder, trust_remote_code), revision)
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
@@ -325,11 +320,6 @@ def _commit(file: Path | None) -> str:
     return commit
 
 
-def _embedded_folder() -> Path:
-    """Return where the embedded model is kept once it is converted."""
-    return cache_folder() / "models" / EMBEDDED_MODEL
-
-
 def _embedded() -> ModelSource:
     """Return the embedded model's folder in the cache, converting it there at first use.
 
@@ -344,7 +334,7 @@ def _embedded() -> ModelSource:
         )
     gguf = next(Path(spec.origin).parent.glob("*.gguf"))
     revision = file_revision(gguf)
-    folder = _embedded_folder()
+    folder = embedded_folder()
     models = folder.parent
     models.mkdir(parents=True, exist_ok=True)
     with FileLock(models / f"{EMBEDDED_MODEL}.lock"):

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from serve_app.models.sources import cache_folder, locate
+from roentgen.model_names import cache_folder
+from serve_app.models.sources import locate
 from tests.cluster.cluster import Cluster
 from tests.cluster.nodes import GATEWAY, Nodes, why_not
 from tests.s3 import lock, s3_endpoint

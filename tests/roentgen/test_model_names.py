@@ -11,6 +11,7 @@ from roentgen.model_names import canonical_name, is_named, suggest
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("ROENTGEN_CACHE", raising=False)
     (tmp_path / "models" / "tiny").mkdir(parents=True)
     return tmp_path / "models" / "tiny"
 
@@ -21,6 +22,13 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_folder_s_spellings_are_one_model(folder: Path, spelling: str) -> None:
     assert canonical_name(spelling.format(folder)) == str(folder)
     assert is_named(spelling.format(folder), ("tiny", str(folder)))
+
+
+def test_the_embedded_models_folder_is_the_embedded_model(folder: Path) -> None:
+    cached = "~/.cache/roentgen/models/smollm2-135m"
+    assert canonical_name(cached) == canonical_name(f"{folder.parents[1]}{cached[1:]}/") == "smollm2-135m"
+    assert is_named(cached, ("smollm2-135m", "smollm2-135m"))
+    assert not is_named("~/elsewhere/smollm2-135m", ("smollm2-135m", "smollm2-135m"))
 
 
 @pytest.mark.parametrize("name", ["smollm2-135m", "Qwen/Qwen3-0.6B", "", "~nobody\0/x"])
