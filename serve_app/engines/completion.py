@@ -16,7 +16,19 @@ from serve_app.engines.protocol import (
     Timings,
     TokenScore,
 )
+from serve_app.engines.served_model import ServedModel
 from serve_app.engines.text import TextStream
+
+
+def text_stream(job: GenerationJob, model: ServedModel) -> TextStream:
+    """Begin the text of a job's completion."""
+    return TextStream(
+        model.tokenizer.backend_tokenizer,
+        job.sampling.stop,
+        model.markers,
+        job.prompt_ids,
+        include_stop=job.sampling.include_stop,
+    )
 
 
 @dataclass(kw_only=True)

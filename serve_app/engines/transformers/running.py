@@ -12,9 +12,8 @@ from transformers import Cache
 from serve_app.capture.memory import RowMemory
 from serve_app.capture.rows import RequestRows, UncapturableError
 from serve_app.capture.scoring import RequestScores, UnscorableError
-from serve_app.engines.completion import Completion
+from serve_app.engines.completion import Completion, text_stream
 from serve_app.engines.protocol import Failed, FinishReason, GenerationJob, TextDelta, TokenScore
-from serve_app.engines.text import TextStream
 from serve_app.engines.transformers.model import LoadedModel
 from serve_app.engines.transformers.sampling import Sampler, score_prompt
 
@@ -39,13 +38,7 @@ class Running(Completion):
         tapped |= {scorer.tap.module for scorer in job.probes}
         return cls(
             job=job,
-            text=TextStream(
-                model.tokenizer.backend_tokenizer,
-                sampling.stop,
-                model.markers,
-                job.prompt_ids,
-                include_stop=sampling.include_stop,
-            ),
+            text=text_stream(job, model),
             ends=ends,
             sampler=Sampler(sampling, job.prompt_ids, ends, job.constraint),
             rows=RequestRows(job.capture, len(job.prompt_ids), memory) if job.capture else None,

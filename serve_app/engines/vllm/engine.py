@@ -24,7 +24,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from roentgen.contract import count_rows
 from serve_app.capture.scoring import NewScores
 from serve_app.capture.steering import different_sums
-from serve_app.engines.completion import Completion, no_token
+from serve_app.engines.completion import Completion, no_token, text_stream
 from serve_app.engines.constraints import SchemaError
 from serve_app.engines.memory import HOST_SHARE, free_host_memory, row_bytes
 from serve_app.engines.protocol import (
@@ -39,7 +39,6 @@ from serve_app.engines.protocol import (
     TokenScore,
 )
 from serve_app.engines.served_model import ServedModel
-from serve_app.engines.text import TextStream
 from serve_app.engines.vllm.collecting import collecting_plan
 from serve_app.engines.vllm.orders import VECTORS_PER_REQUEST, Exchange, Order, Report, pack, unpack
 from serve_app.engines.vllm.sampling import sampling_params, token_score
@@ -295,13 +294,7 @@ class VllmEngine:
         ends = sampling.ends(model.eos_token_ids)
         completion = Completion(
             job=job,
-            text=TextStream(
-                model.tokenizer.backend_tokenizer,
-                sampling.stop,
-                model.markers,
-                job.prompt_ids,
-                include_stop=sampling.include_stop,
-            ),
+            text=text_stream(job, model),
             ends=ends,
         )
         prompt_scores: list[TokenScore] = []
