@@ -18,17 +18,21 @@ from roentgen.store import list_sessions
 from tests.conftest import ROENTGEN, Server
 
 
-@pytest.fixture
-def nginx() -> Iterator[str]:
-    """A web server that answers 200 to everything: what the seed's users took for a healthy server."""
+@contextmanager
+def serving(answer: Callable[[str, str], tuple[int, Any]]) -> Iterator[str]:
+    """An HTTP server that answers a method and a path with a status and JSON."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            body = b'{"status": "ok", "stage": "fine"}' if self.path == "/health" else b"{}"
-            self.send_response(200)
+            self.rfile.read(int(self.headers["Content-Length"] or 0))
+            status, said = answer(self.command, self.path)
+            body = json.dumps(said).encode()
+            self.send_response(status)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body)
+
+        do_POST = do_DELETE = do_GET  # noqa: N815
 
         def log_message(self, *_: object) -> None:
             return
@@ -40,6 +44,15 @@ def nginx() -> Iterator[str]:
     web.shutdown()
     thread.join()
     web.server_close()
+
+
+@pytest.fixture
+def nginx() -> Iterator[str]:
+    """A web server that answers 200 to everything: what the seed's users took for a healthy server."""
+
+    said = {"/health": {"status": "ok", "stage": "fine"}}
+    with serving(lambda _, path: (200, said.get(path, {}))) as url:
+        yield url
 
 
 @pytest.mark.integration
@@ -85,34 +98,6 @@ def test_where_nothing_listens_is_said_at_once() -> None:
     ):
         smoke(f"http://127.0.0.1:{port}", "none", lambda _: None)
     assert time.monotonic() - started < 30  # it used to wait for a minute
-
-
-@contextmanager
-def serving(answer: Callable[[str, str], tuple[int, Any]]) -> Iterator[str]:
-    """An HTTP server that answers a method and a path with a status and JSON."""
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            self.rfile.read(int(self.headers["Content-Length"] or 0))
-            status, said = answer(self.command, self.path)
-            body = json.dumps(said).encode()
-            self.send_response(status)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-        do_POST = do_DELETE = do_GET  # noqa: N815
-
-        def log_message(self, *_: object) -> None:
-            return
-
-    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=web.serve_forever)
-    thread.start()
-    yield f"http://127.0.0.1:{web.server_port}"
-    web.shutdown()
-    thread.join()
-    web.server_close()
 
 
 def test_another_server_is_not_said_to_be_starting() -> None:
