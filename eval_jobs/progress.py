@@ -17,7 +17,7 @@ from roentgen.runs import Sample
 SECONDS_BETWEEN_LINES = 5.0
 SECONDS_BETWEEN_BEATS = 1.0
 SECONDS_OF_SILENCE = 12.0
-"""Where there is no terminal, a line is printed after so many seconds without one."""
+"""Without a terminal, a line is printed after this many seconds of silence."""
 
 
 @dataclass
@@ -119,7 +119,7 @@ class Progress:
             self._print_line()
 
     def _keep_alive(self) -> None:
-        """Show that something goes on while no sample finishes: the time, and the tokens that the server has generated."""
+        """Show the time and the tokens that the server has generated until a sample finishes."""
         while not self._over.wait(SECONDS_BETWEEN_BEATS):
             self._under_way = self._generated()
             self._update()
