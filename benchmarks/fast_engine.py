@@ -26,6 +26,7 @@ from benchmarks.statistics import ratios
 from benchmarks.vllm_way import capturing_engine, keeper, settings
 from benchmarks.ways import Run, Way, engine_way
 from benchmarks.workload import Workload
+from serve_app.engines.protocol import PrefixCaching
 from serve_app.engines.vllm.engine import EngineLoop, VllmEngine
 from serve_app.engines.vllm.loading import VllmModel, engine_arguments
 from serve_app.models.sources import locate
@@ -153,7 +154,13 @@ def _plain(
     arguments |= switches
     loop = EngineLoop(lambda: AsyncLLM.from_engine_args(AsyncEngineArgs(model=path, enforce_eager=True, **arguments)))
     engine = VllmEngine(
-        loop, model, capacity=arguments["max_model_len"], captures=False, max_batch=in_flight, max_queue=1024
+        loop,
+        model,
+        capacity=arguments["max_model_len"],
+        captures=False,
+        max_batch=in_flight,
+        max_queue=1024,
+        prefix_cache=PrefixCaching(arguments["enable_prefix_caching"]),
     )
     try:
         yield loop, engine

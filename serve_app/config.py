@@ -125,6 +125,12 @@ class ServerConfig(BaseModel):
         description="Prompt tokens read in one forward, which running requests wait for; 0 for what suits the device.",
     )
     max_cache_tokens: int = Field(0, ge=0, description="Size of the KV cache; 0 for what the free memory allows.")
+    prefix_cache: bool = Field(
+        True,
+        description="Whether what has been read of a prompt is kept for the next one that begins in the same way; rows and "
+        "tokens are the same without.",
+        json_schema_extra={"flags": ["--prefix-cache/--no-prefix-cache"]},
+    )
     batch_invariant: bool = Field(
         False,
         description="Same tokens, scores and rows, to the last bit, whatever runs beside a request; slower "

@@ -192,6 +192,25 @@ class Load:
     """Jobs in the queue."""
     steps: Mapping[int, int] = field(default_factory=dict)
     """How many steps have decoded a token for how many jobs together."""
+    cache_bytes: int = 0
+    """What the prefix cache holds, captured rows included."""
+    cache_hits: int = 0
+    """Prompt tokens that were found in the prefix cache."""
+    cache_misses: int = 0
+    """Prompt tokens that were looked for in it and had to be read."""
+
+
+SWITCHED_OFF = "it is switched off (prefix_cache: false in the configuration)"
+
+
+@dataclass(frozen=True)
+class PrefixCaching:
+    """Whether an engine keeps what it has read of a prompt for the next one that begins in the same way."""
+
+    enabled: bool
+    """Whether it does."""
+    reason: str = ""
+    """Why not, for people."""
 
 
 @dataclass(frozen=True)
@@ -226,6 +245,8 @@ class Finished:
     """Of the prompt's tokens from the second on, if the job asked for them: `[n_prompt - 1]`."""
     probed: list[Float[Tensor, "rows outputs"]] = field(default_factory=list)
     """Per probe, the scores of all rows: `[n_prompt + max(n_completion - 1, 0), outputs]`."""
+    cached_tokens: int = 0
+    """Tokens of the prompt that were found in the prefix cache, and not read."""
     timings: Timings = field(default_factory=lambda: Timings(0, 0, 0))
     """How long it took."""
 
@@ -262,6 +283,8 @@ class GenerationJob:
     """The grammar to follow, None for free text."""
     score_prompt: bool = False
     """Whether to report how likely the prompt's own tokens were."""
+    cache_salt: str | None = None
+    """What is found in the prefix cache has to have been read under the same salt; None shares with all that have none."""
     cancelled: threading.Event = field(default_factory=threading.Event)
     """Set to leave."""
     submitted: float = field(default_factory=time.monotonic)
@@ -275,6 +298,8 @@ class Engine(Protocol):
     """As the server's configuration calls it."""
     batch_invariant: bool
     """Whether what a job gives depends on nothing that runs beside it."""
+    prefix_cache: PrefixCaching
+    """Whether prompts are read only from where they differ from earlier ones."""
 
     def submit(self, job: GenerationJob) -> None:
         """Queue a job.

@@ -8,7 +8,7 @@ of the replicas when `/metrics` is read.
 from collections.abc import Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from serve_app.engines.protocol import Load
@@ -31,13 +31,25 @@ class _Engines(Collector):
         sizes = HistogramMetricFamily(
             "roentgen_batch_size", "Generations that a step decodes a token for, together.", labels=["replica"]
         )
+        held = GaugeMetricFamily(
+            "roentgen_prefix_cache_bytes", "Held for prompts to come, captured rows included.", labels=["replica"]
+        )
+        hits = CounterMetricFamily(
+            "roentgen_prefix_cache_hit_tokens", "Prompt tokens found in the prefix cache.", labels=["replica"]
+        )
+        misses = CounterMetricFamily(
+            "roentgen_prefix_cache_miss_tokens", "Prompt tokens looked for in it, and read.", labels=["replica"]
+        )
         for replica, load in self.loads.items():
+            held.add_metric([replica], load.cache_bytes)
+            hits.add_metric([replica], load.cache_hits)
+            misses.add_metric([replica], load.cache_misses)
             running.add_metric([replica], load.running)
             waiting.add_metric([replica], load.waiting)
             below = [(str(float(most)), sum(n for size, n in load.steps.items() if size <= most)) for most in BATCH]
             total = sum(load.steps.values())
             sizes.add_metric([replica], [*below, ("+Inf", total)], sum(size * n for size, n in load.steps.items()))
-        yield from (running, waiting, sizes)
+        yield from (running, waiting, sizes, held, hits, misses)
 
 
 class Metrics:

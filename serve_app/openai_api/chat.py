@@ -130,8 +130,6 @@ class ChatReply:
     """What its tokens are scored with."""
     prompt_token_ids: Sequence[int] = ()
     """The prompt."""
-    cacheless: bool = True
-    """Whether no token of the prompt can have come from a cache."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -255,7 +253,8 @@ class ChatReply:
         return "tool_calls" if choice.called and finished.finish_reason == "stop" else finished.finish_reason
 
     def _usage(self) -> schemas.Usage:
-        return usage(self.n_prompt, sum(choice.told for choice in self._choices), cacheless=self.cacheless)
+        told = sum(choice.told for choice in self._choices)
+        return usage(self.n_prompt, told, [[choice.done for choice in self._choices]])
 
     def _chunk(
         self,
@@ -285,11 +284,19 @@ class ChatReply:
         }
 
 
-def usage(n_prompt: int, completion: int, *, cacheless: bool) -> schemas.Usage:
-    """Spell the token counts: the prompt once, the completions of all choices."""
+def usage(n_prompt: int, completion: int, dones: Sequence[Sequence[Done | None]]) -> schemas.Usage:
+    """Spell the token counts: each prompt once, the completions of all choices.
+
+    Args:
+        n_prompt: tokens of the prompts.
+        completion: tokens of all completions so far.
+        dones: per prompt, its choices; of a prompt's tokens those are cached that none of them has read.
+    """
+    ended = [[done.finished.cached_tokens for done in choices if done is not None] for choices in dones]
+    all_ended = all(len(found) == len(choices) for found, choices in zip(ended, dones, strict=True))
     return {
         "prompt_tokens": n_prompt,
         "completion_tokens": completion,
         "total_tokens": n_prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": 0} if cacheless else None,
+        "prompt_tokens_details": {"cached_tokens": sum(map(min, ended))} if all_ended else None,
     }

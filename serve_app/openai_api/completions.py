@@ -119,8 +119,6 @@ class CompletionReply:
     """Special tokens that are text."""
     probes: tuple[Scorer, ...] = ()
     """What their tokens are scored with."""
-    cacheless: bool = True
-    """Whether no token of a prompt can have come from a cache."""
     created: int = field(default_factory=lambda: int(time.time()))
 
     def __post_init__(self) -> None:
@@ -239,7 +237,9 @@ class CompletionReply:
 
     def _usage(self) -> schemas.Usage:
         n_prompt = sum(raw.prompt.n_prompt for raw in self.prompts)
-        return usage(n_prompt, sum(self._told), cacheless=self.cacheless)
+        n = self.request.n
+        choices = [self._dones[start : start + n] for start in range(0, len(self._dones), n)]
+        return usage(n_prompt, sum(self._told), choices)
 
     def _chunk(
         self,

@@ -57,7 +57,6 @@ class NeutralParams(Wire):
     prompt_cache_key: Hint | None = None
     prompt_cache_retention: Hint | None = None
     safety_identifier: Hint | None = None
-    cache_salt: Hint | None = None
     priority: Int = 0
     skip_special_tokens: Annotated[JsonValue, Only(True)] = True
     spaces_between_special_tokens: bool = True

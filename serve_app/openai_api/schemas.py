@@ -61,9 +61,9 @@ class ErrorReply(TypedDict):
 
 
 class PromptTokensDetails(TypedDict):
-    """Of the tokens read; none are cached."""
+    """Of the prompts' tokens."""
 
-    cached_tokens: Literal[0]
+    cached_tokens: Annotated[Count, Field(description="Found in the prefix cache, and not read again.")]
 
 
 class Usage(TypedDict):
@@ -73,7 +73,7 @@ class Usage(TypedDict):
     completion_tokens: Count
     total_tokens: Count
     prompt_tokens_details: Annotated[
-        PromptTokensDetails | None, Field(description="null where the server has a prefix cache, which is not counted.")
+        PromptTokensDetails | None, Field(description="null in a stream's chunks before all choices have ended.")
     ]
 
 
@@ -322,6 +322,13 @@ class CompletionChunk(Counted, Reply):
     choices: list[CompletionChunkChoice]
 
 
+class PrefixCacheState(TypedDict):
+    """Whether prompts are read only from where they differ from earlier ones."""
+
+    enabled: bool
+    reason: Annotated[str | None, Field(description="Why not; null where it is on.")]
+
+
 class ModelCard(TypedDict):
     """The served model."""
 
@@ -337,6 +344,7 @@ class ModelCard(TypedDict):
     device: str
     engine: str
     batch_invariant: bool
+    prefix_cache: PrefixCacheState
     num_layers: Annotated[int, Field(ge=1)]
     d_model: Annotated[int, Field(ge=1)]
     context_length: Annotated[int | None, Field(ge=1, description="Null if the model sets no limit: memory does.")]

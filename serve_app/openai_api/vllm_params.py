@@ -35,6 +35,7 @@ class VllmParams(Wire):
     truncation_side: Literal["left", "right"] = "left"
     prompt_logprobs: Annotated[Int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     logprob_token_ids: Annotated[list[Token], BeforeValidator(no_booleans)] = Field(default=[], max_length=MAX_NAMED)
+    cache_salt: Annotated[str, Field(min_length=1)] | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool = False
     structured_outputs: StructuredOutputs | None = None

@@ -206,6 +206,7 @@ class ModelSlot:
             taps=config.taps,
             store=config.store,
             batch_invariant=config.batch_invariant,
+            prefix_cache=config.prefix_cache,
         )
         model, engine = vllm.start(source, settings, self._say, trust_remote_code=choice.trust_remote_code)
         savepoints = {savepoint.name: savepoint.tap for savepoint in choice.savepoints}
@@ -237,6 +238,7 @@ class ModelSlot:
             max_prefill_tokens=config.max_prefill_tokens,
             max_cache_tokens=config.max_cache_tokens,
             batch_invariant=config.batch_invariant,
+            prefix_cache=config.prefix_cache,
         )
         return Served(model, engine, LocalStorage(self._writer))
 
@@ -260,7 +262,7 @@ def engine_for(config: ServerConfig, choice: ModelChoice, source: ModelSource | 
 
 def describe(served: Served) -> dict[str, Any]:
     """Return the model's card and structure."""
-    model = served.model
+    model, cache = served.model, served.engine.prefix_cache
     card: ModelCard = {
         "id": model.source.name,
         "root": model.source.root,
@@ -272,6 +274,7 @@ def describe(served: Served) -> dict[str, Any]:
         "device": str(model.device),
         "engine": served.engine.name,
         "batch_invariant": served.engine.batch_invariant,
+        "prefix_cache": {"enabled": cache.enabled, "reason": cache.reason or None},
         "num_layers": model.structure.num_layers,
         "d_model": model.structure.d_model,
         "context_length": model.context_length,

@@ -73,6 +73,8 @@ class Choice:
     """What its tokens are to be scored with."""
     steering: tuple[Addition, ...] = ()
     """What is to be added to its stream."""
+    cache_salt: str | None = None
+    """Under what its prefix is cached, None for what all share."""
 
 
 Item = tuple[int, TextDelta | Done | Failed]
@@ -116,6 +118,7 @@ async def generate(
             score_prompt=choice.score_prompt,
             probes=choice.probes,
             steering=choice.steering,
+            cache_salt=choice.cache_salt,
         )
         for index, (choice, constraint) in enumerate(zip(choices, constraints, strict=True))
     ]

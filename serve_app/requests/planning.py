@@ -61,7 +61,7 @@ def plan_chat(served: Served, request: ChatRequest, config: ServerConfig) -> Pla
     Raises:
         RequestError: if something asked for cannot be.
     """
-    _check_engine(served, request, config)
+    _check_capture(request, config)
     model = served.model
     tools = request.tools if request.calls_tools else []
     effort = effort_variables(model.tokenizer, request.reasoning_effort, model.source.name)
@@ -99,14 +99,12 @@ def plan_chat(served: Served, request: ChatRequest, config: ServerConfig) -> Pla
             score_prompt=request.prompt_logprobs is not None and number == 0,  # the prompt is the same for all
             probes=probes,
             steering=steering,
+            cache_salt=request.cache_salt,
         )
         for number in range(request.n)
     ]
     request_id = f"chatcmpl-{str(ULID()).lower()}"
-    reply = ChatReply(
-        request, request_id, model.tokenizer, reasoning, prompt.n_prompt, probes, prompt.token_ids,
-        cacheless=not _caches(served, config),
-    )  # fmt: skip
+    reply = ChatReply(request, request_id, model.tokenizer, reasoning, prompt.n_prompt, probes, prompt.token_ids)
     return Plan(choices, reply, asked, spelling)
 
 
@@ -139,7 +137,7 @@ def plan_completion(served: Served, request: CompletionRequest, config: ServerCo
     Raises:
         RequestError: if something asked for cannot be.
     """
-    _check_engine(served, request, config)
+    _check_capture(request, config)
     tokenizer = served.model.tokenizer
     prompts = [
         raw_prompt(
@@ -176,13 +174,11 @@ def plan_completion(served: Served, request: CompletionRequest, config: ServerCo
                 score_prompt=(request.echo and request.logprobs is not None) or request.prompt_logprobs is not None,
                 probes=probes,
                 steering=steering,
+                cache_salt=request.cache_salt,
             )
             for number in range(request.n)
         ]
-    reply = CompletionReply(
-        request, f"cmpl-{str(ULID()).lower()}", tokenizer, prompts, served.model.markers, probes,
-        cacheless=not _caches(served, config),
-    )  # fmt: skip
+    reply = CompletionReply(request, f"cmpl-{str(ULID()).lower()}", tokenizer, prompts, served.model.markers, probes)
     return Plan(choices, reply, asked_for, spelling)
 
 
@@ -302,16 +298,9 @@ def _check_inline(
         )
 
 
-def _caches(served: Served, config: ServerConfig) -> bool:
-    """Whether the engine keeps what it computed of a prompt for the next one that begins so."""
-    return served.engine.name == "vllm" and not config.capture
-
-
-def _check_engine(served: Served, request: GenerationParams, config: ServerConfig) -> None:
-    """Refuse what this server or its engine does not do."""
+def _check_capture(request: GenerationParams, config: ServerConfig) -> None:
+    """Refuse what this server does not do."""
     asked = {"activations": request.capture, "steering": request.steering, "probes": request.probes}
     for param, value in asked.items():
         if value and not config.capture:
             raise refused(param, "this server reads and changes no activations (capture: false)", "no_capture")
-    if request.cache_salt and _caches(served, config):
-        raise refused("cache_salt", "this server's prefix cache is shared by all its clients", "unsupported_by_engine")

@@ -35,11 +35,13 @@ from torch import Tensor
 from serve_app.capture.memory import RowMemory
 from serve_app.engines.completion import no_token
 from serve_app.engines.protocol import (
+    SWITCHED_OFF,
     EngineBusyError,
     EngineStoppedError,
     Failed,
     GenerationJob,
     Load,
+    PrefixCaching,
     TokenScore,
     UnknownTokenError,
 )
@@ -81,6 +83,7 @@ class TransformersEngine:
         max_prefill_tokens: int = 0,
         max_cache_tokens: int = 0,
         batch_invariant: bool = False,
+        prefix_cache: bool = True,
     ) -> None:
         """Measure the memory and start the engine's thread.
 
@@ -91,12 +94,14 @@ class TransformersEngine:
             max_prefill_tokens: the most that one prefill takes, padding included; 0 for what suits the device.
             max_cache_tokens: size of the KV cache, 0 for what the free memory allows.
             batch_invariant: whether a request's tokens, scores and rows must not depend on what runs beside it.
+            prefix_cache: whether what has been read of a prompt is kept for the next one that begins in the same way.
 
         Raises:
             UnsupportedModelError: if the engine cannot keep the model's cache.
         """
         self._model = model
         self.batch_invariant = batch_invariant
+        self.prefix_cache = PrefixCaching(False, SWITCHED_OFF if not prefix_cache else "this engine has none yet")
         self._max_batch = max_batch
         self._max_queue = max_queue
         self._max_prefill_tokens = max_prefill_tokens or PREFILL_TOKENS[model.device.type]

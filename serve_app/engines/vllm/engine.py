@@ -35,6 +35,7 @@ from serve_app.engines.protocol import (
     GenerationJob,
     HeldRows,
     Load,
+    PrefixCaching,
     RequestTooLargeError,
     TokenScore,
 )
@@ -124,6 +125,7 @@ class VllmEngine:
         captures: bool,
         max_batch: int,
         max_queue: int,
+        prefix_cache: PrefixCaching,
         batch_invariant: bool = False,
     ) -> None:
         """Take over a client whose model is loaded.
@@ -135,10 +137,12 @@ class VllmEngine:
             captures: whether its workers do.
             max_batch: requests generated together.
             max_queue: requests waiting for that.
+            prefix_cache: whether vLLM was started with its prefix cache.
             batch_invariant: whether vLLM was started so.
         """
         self._batching = model.batching
         self.batch_invariant = batch_invariant
+        self.prefix_cache = prefix_cache
         self._loop = loop
         self._client = loop.client
         self._model = model
@@ -298,11 +302,10 @@ class VllmEngine:
             ends=ends,
         )
         prompt_scores: list[TokenScore] = []
-        outputs = self._client.generate(
-            TokensPrompt(prompt_token_ids=job.prompt_ids), sampling_params(job, ends, order), job_id
-        )
-        reason = None
+        outputs = self._client.generate(_prompt(job), sampling_params(job, ends, order), job_id)
+        reason, cached = None, 0
         async for output in outputs:
+            cached = output.num_cached_tokens or cached
             if output.prompt_logprobs and not prompt_scores:
                 prompt_scores = [
                     token_score(token, found, max(sampling.top_logprobs, sampling.prompt_logprobs or 0))
@@ -338,6 +341,7 @@ class VllmEngine:
             probed=await self._scores.all(job_id, rows) if job.probes else [],
             held=HeldRows(job_id) if job.capture is not None else None,
             prompt_scores=prompt_scores if job.score_prompt else None,
+            cached_tokens=cached,
         )
 
     async def _watch(self) -> None:
@@ -380,6 +384,13 @@ class VllmEngine:
             await self._client.collective_rpc("roentgen_close")
         self.storage.fail_all(EngineStoppedError("the engine was closed"))
         self._client.shutdown()
+
+
+def _prompt(job: GenerationJob) -> TokensPrompt:
+    prompt = TokensPrompt(prompt_token_ids=job.prompt_ids)
+    if job.cache_salt is not None:
+        prompt["cache_salt"] = job.cache_salt
+    return prompt
 
 
 def _order(job_id: str, job: GenerationJob) -> Order | None:

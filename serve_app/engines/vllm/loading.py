@@ -21,6 +21,7 @@ from serve_app.capture.resolver import ResolutionError, number_of_experts
 from serve_app.capture.structure import ModelStructure, Tap
 from serve_app.engines.batching import LoadReport
 from serve_app.engines.memory import CPU_SHARE, free_host_memory
+from serve_app.engines.protocol import SWITCHED_OFF, PrefixCaching
 from serve_app.engines.served_model import ServedModel, native_dtype
 from serve_app.engines.vllm.hook_points import (
     Modules,
@@ -88,6 +89,19 @@ class VllmSettings:
     """Where captured rows go."""
     batch_invariant: bool = False
     """Whether a request's tokens must not depend on what runs beside it."""
+    prefix_cache: bool = True
+    """Whether tokens that begin a prompt are read once, as far as the server's kind allows."""
+
+    @property
+    def prefix_caching(self) -> PrefixCaching:
+        """Whether vLLM's prefix cache is on."""
+        if not self.prefix_cache:
+            return PrefixCaching(False, SWITCHED_OFF)
+        if self.capture:
+            return PrefixCaching(
+                False, "a token that is found in vLLM's cache passes through no module, so it has no row"
+            )
+        return PrefixCaching(True)
 
     @property
     def eager(self) -> bool:
@@ -176,6 +190,7 @@ def start(
         max_batch=settings.max_batch,
         max_queue=settings.max_queue,
         batch_invariant=settings.batch_invariant,
+        prefix_cache=settings.prefix_caching,
     )
 
 
@@ -196,7 +211,7 @@ def engine_arguments(
         "max_model_len": min(context, settings.max_cache_tokens or context),
         "max_num_seqs": settings.max_batch,
         "tensor_parallel_size": settings.tensor_parallel_size,
-        "enable_prefix_caching": not settings.capture,
+        "enable_prefix_caching": settings.prefix_caching.enabled,
         "enable_chunked_prefill": not settings.eager,
         "structured_outputs_config": {"backend": "guidance"},
         # Named, because vLLM would take Ray's if it finds itself in one of Ray's placement groups.

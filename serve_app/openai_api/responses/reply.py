@@ -193,7 +193,7 @@ class ResponsesReply:
         n_prompt, n_written = self._chat.n_prompt, len(finished.token_ids)
         response["usage"] = {
             "input_tokens": n_prompt,
-            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "input_tokens_details": {"cached_tokens": finished.cached_tokens, "cache_write_tokens": 0},
             "output_tokens": n_written,
             "output_tokens_details": {"reasoning_tokens": n_thoughts},
             "total_tokens": n_prompt + n_written,

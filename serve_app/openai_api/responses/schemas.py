@@ -76,9 +76,9 @@ OutputItem = MessageItem | ReasoningOutput | CallItem
 
 
 class InputTokensDetails(TypedDict):
-    """Of the tokens read; none are cached."""
+    """Of the prompt's tokens: how many were found in the prefix cache, and not read again. Writing to it is not counted."""
 
-    cached_tokens: Literal[0]
+    cached_tokens: Count
     cache_write_tokens: Literal[0]
 
 

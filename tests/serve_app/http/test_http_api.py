@@ -337,7 +337,7 @@ def test_requests_are_counted_by_route_and_status(client: TestClient, metrics: M
 
 
 def test_what_the_engines_did_is_told_by_replica(metrics: Metrics) -> None:
-    text = metrics.text({"a": Load(2, 1, {1: 3, 2: 4, 900: 1}), "b": Load(0, 0)}).decode()
+    text = metrics.text({"a": Load(2, 1, {1: 3, 2: 4, 900: 1}, 4096, 64, 7), "b": Load(0, 0)}).decode()
     for line in (
         'roentgen_generations_running{replica="a"} 2.0',
         'roentgen_generations_waiting{replica="a"} 1.0',
@@ -346,6 +346,9 @@ def test_what_the_engines_did_is_told_by_replica(metrics: Metrics) -> None:
         'roentgen_batch_size_bucket{le="+Inf",replica="a"} 8.0',
         'roentgen_batch_size_sum{replica="a"} 911.0',
         'roentgen_batch_size_count{replica="b"} 0.0',
+        'roentgen_prefix_cache_bytes{replica="a"} 4096.0',
+        'roentgen_prefix_cache_hit_tokens_total{replica="a"} 64.0',
+        'roentgen_prefix_cache_miss_tokens_total{replica="a"} 7.0',
     ):
         assert line in text
     assert 'replica="a"' not in metrics.text({}).decode()  # a replica that is gone is not told of

@@ -64,7 +64,6 @@ def test_what_is_allowed_is_said_as_json() -> None:
         ("metadata", {"a": "b"}, {"a": 1}),
         ("prompt_cache_key", "k", 1),
         ("safety_identifier", "k", []),
-        ("cache_salt", "k", 1),
         ("priority", -3, "high"),
         ("spaces_between_special_tokens", False, "no way"),
         ("stream_options", {"include_obfuscation": True}, {"include_obfuscation": 3}),

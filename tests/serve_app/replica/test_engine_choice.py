@@ -8,6 +8,7 @@ from pydantic import ValidationError
 
 from serve_app.app import build
 from serve_app.config import ModelChoice, ServerConfig
+from serve_app.engines.protocol import PrefixCaching
 from serve_app.engines.vllm.loading import VllmSettings, engine_arguments, start
 from serve_app.engines.vllm.requirements import EngineUnavailableError, check_batch_invariance
 from serve_app.models.sources import ModelSource
@@ -88,6 +89,12 @@ def settings(**changed: object) -> VllmSettings:
     return VllmSettings(**{**usual, **changed})  # type: ignore[arg-type]
 
 
+def test_a_server_says_why_its_prefix_cache_is_off() -> None:
+    assert settings(capture=False).prefix_caching == PrefixCaching(True)
+    assert "no row" in settings().prefix_caching.reason
+    assert "switched off" in settings(capture=False, prefix_cache=False).prefix_caching.reason
+
+
 def test_an_engine_that_captures_finds_no_token_in_a_cache() -> None:
     config = tiny.config("wide_llama")
     place, kind = torch.device("cuda"), torch.bfloat16
@@ -97,6 +104,9 @@ def test_an_engine_that_captures_finds_no_token_in_a_cache() -> None:
     assert "kv_cache_memory_bytes" not in capturing
     plain = engine_arguments(config, settings(capture=False, tensor_parallel_size=2), place, kind)
     assert (plain["enable_prefix_caching"], plain["enable_chunked_prefill"]) == (True, True)
+    assert not engine_arguments(config, settings(capture=False, prefix_cache=False), place, kind)[
+        "enable_prefix_caching"
+    ]
     assert (plain["tensor_parallel_size"], plain["distributed_executor_backend"]) == (2, "mp")
     # Two tensors of 3 layers, 1 head of 32 numbers, 2 bytes each; 384 tokens and a block that vLLM keeps for itself.
     small = engine_arguments(config, settings(max_cache_tokens=300), place, kind)
