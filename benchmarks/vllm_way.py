@@ -156,6 +156,7 @@ def settings(workload: Workload, in_flight: int, folder: Path, cache_tokens: int
         threads=threads,
         capture=True,
         taps=(),
+        eager=True,
         store=str(folder / "store"),
     )
 

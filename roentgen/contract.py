@@ -55,6 +55,11 @@ MODEL_HOOK_POINTS: dict[str, str] = {
 DEFAULT_LAYERS: tuple[int, ...] = (8, 12, 16)
 DEFAULT_HOOK_POINTS: tuple[str, ...] = ("input_layernorm.output", "post_attention_layernorm.output")
 
+DEFAULT_TAPS = ("resid_post", "ln_attn", "ln_mlp", *DEFAULT_HOOK_POINTS)
+"""What a vLLM server taps by default, as far as a model has it: the stream, and what requests read that name no hook point."""
+DEFAULT_TAPS_NAME = "default"
+"""Stands for these among the hook points that a server is to tap."""
+
 StoredDtype = Literal["model", "float32", "float16", "bfloat16"]
 
 _SESSION_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")

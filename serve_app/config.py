@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from roentgen.contract import Device, Dtype, ModelName, Revision
+from roentgen.contract import DEFAULT_TAPS_NAME, Device, Dtype, ModelName, Revision
 from roentgen.defaults import EMBEDDED_MODEL, STORE
 from roentgen.model_names import canonical_name
 from serve_app.models.savepoints import Savepoint, unique_names
@@ -88,14 +88,17 @@ class ServerConfig(BaseModel):
     )
     capture: bool = Field(
         True,
-        description="Whether requests may capture, steer and probe. With vLLM, a server that does not is plain vLLM: with "
-        "prefix caching, chunked prefill and CUDA graphs.",
+        description="Whether requests may capture, steer and probe. With vLLM, a server that does not is plain vLLM.",
     )
     taps: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
-        (),
-        description="With vLLM: the only hook points that requests may name, as resid_post,ln_mlp, layers.12.resid_mid or "
-        "module paths, whole or inside a layer. The model is compiled then, with CUDA graphs. Without any it runs module by "
-        "module, which is slower, and every module may be named.",
+        (DEFAULT_TAPS_NAME,),
+        description="With vLLM, which compiles the model: the hook points that requests may name: resid_mid (of all layers), "
+        "layers.12.resid_mid, or a module path that ends in .input or .output. default stands for resid_post, ln_attn, ln_mlp "
+        "and the norms that a request reads which names none: default,resid_mid adds one, resid_post alone narrows.",
+    )
+    eager: bool = Field(
+        False,
+        description="With vLLM: run the model module by module, not compiled; slower, but requests may name any module.",
     )
     tensor_parallel_size: int = Field(
         1, ge=1, description="With vLLM: GPUs of one node that a replica's model is split over."
@@ -173,12 +176,10 @@ class ServerConfig(BaseModel):
         """Refuse what the engine chosen does not have."""
         if self.engine == "vllm" and self.device_map is not None:
             raise ValueError("device_map: vLLM spreads a model over GPUs by tensor_parallel_size")
-        if self.engine != "vllm" and (self.taps or self.tensor_parallel_size > 1):
-            raise ValueError("taps and tensor_parallel_size are vLLM's: set engine=vllm")
+        if self.engine != "vllm" and self.tensor_parallel_size > 1:
+            raise ValueError("tensor_parallel_size is vLLM's: set engine=vllm")
         if self.engine == "vllm" and self.device == "cpu" and self.batch_invariant:
             raise ValueError("batch_invariant: vLLM has it on CUDA GPUs only; set engine=transformers")
-        if self.taps and not self.capture:
-            raise ValueError("taps: a server that does not capture has no use for them")
         return self
 
     @property

@@ -18,6 +18,7 @@ from eval_jobs.settings import EvalSettings, check_settings
 from eval_jobs.variants import read_variants
 from roentgen.cli.console import expected_errors, out, stages
 from roentgen.cloud.task import ClusterSettings
+from roentgen.contract import DEFAULT_TAPS, DEFAULT_TAPS_NAME
 from roentgen.options import options_of, read_options
 
 OF_THE_SERVER = ("model", "revision", "dtype", "store")
@@ -47,7 +48,7 @@ class LaunchOptions(BaseModel):
 
 @options_of(EvalSettings)
 @options_of(LaunchOptions, panel="Cluster")
-@options_of(ClusterSettings, leave_out={"fresh", *OF_THE_SERVER}, panel="Cluster", name="roentgen-eval")
+@options_of(ClusterSettings, leave_out={"fresh", "taps", *OF_THE_SERVER}, panel="Cluster", name="roentgen-eval")
 def evaluate_or_launch(ctx: typer.Context, **options: Any) -> None:
     """Evaluate here, or with `--launch` on a cluster; what is shown as help is the evaluation's."""
     launch = {name: options.pop(name) for name in LaunchOptions.model_fields}
@@ -69,7 +70,7 @@ def _launch(ctx: typer.Context, launch: dict[str, Any], cluster: dict[str, Any],
     from roentgen.serving.local_server import LaunchError
 
     with stages() as stage, expected_errors(LaunchError, EvalError):
-        _check(options)
+        asked = _check(options)
         how = read_options(LaunchOptions, launch)
         if given := _given(ctx, ("base_url", "ray_address", "device")):
             raise LaunchError(
@@ -78,7 +79,7 @@ def _launch(ctx: typer.Context, launch: dict[str, Any], cluster: dict[str, Any],
         served = {name: options[name] for name in OF_THE_SERVER if options[name] is not None}
         files = named_files(options)
         run = launch_and_evaluate(
-            read_options(ClusterSettings, cluster | served),
+            read_options(ClusterSettings, cluster | served | {"taps": ",".join(taps_of(asked))}),
             forwarded(ctx, leave_out=STAYS_HERE | files.keys()),
             Afterwards(
                 keep_running=how.keep_running,
@@ -92,8 +93,8 @@ def _launch(ctx: typer.Context, launch: dict[str, Any], cluster: dict[str, Any],
     out.print(f"the run is in [bold]{run}[/bold]", highlight=False, soft_wrap=True)
 
 
-def _check(options: dict[str, Any]) -> None:
-    """Find out here what is wrong with an evaluation's options, before a machine is paid for.
+def _check(options: dict[str, Any]) -> EvalSettings:
+    """Find out here what is wrong with an evaluation's options, before a machine is paid for; returns them.
 
     Raises:
         EvalError: naming the option.
@@ -104,6 +105,12 @@ def _check(options: dict[str, Any]) -> None:
     settings.chosen_prompt  # noqa: B018 - reads the prompt's file
     if settings.variants is not None:
         read_variants(settings.variants)
+    return settings
+
+
+def taps_of(settings: EvalSettings) -> tuple[str, ...]:
+    """Return what vLLM taps on a cluster for an evaluation: the default, which other runs may read, and what this one adds."""
+    return (DEFAULT_TAPS_NAME, *(name for name in settings.hook_points if name not in DEFAULT_TAPS))
 
 
 def named_files(options: dict[str, Any]) -> dict[str, Path]:

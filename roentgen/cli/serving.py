@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 def config_for(settings: "EvalSettings") -> ServerConfig:
     """Return the server that suits an evaluation: what is in flight is generated together, as far as the memory goes."""
     given = settings.model_dump(include={"model", "revision", "dtype", "device", "store"}, exclude_none=True)
-    config = read_options(ServerConfig, given)
+    config = read_options(ServerConfig, given | {"capture": settings.collect_activations})
     if settings.parallel == "auto":
         return config
     return config.model_copy(update={"max_batch": max(config.max_batch, settings.parallel)})

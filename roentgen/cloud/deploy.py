@@ -22,6 +22,7 @@ from httpx2 import Client, HTTPError, Response
 
 from roentgen.api_keys import VARIABLE, api_keys
 from roentgen.cluster import ClusterError, connected
+from roentgen.contract import DEFAULT_TAPS_NAME
 from roentgen.defaults import DASHBOARD_PORT, HOST, PORT
 from roentgen.http_client import connect, explain
 from roentgen.serving.local_server import APP_NAME, LaunchError, wait_until_ready
@@ -43,8 +44,8 @@ def render(
 
     Args:
         config: serve.yaml's content.
-        environment: MODEL, REVISION, DTYPE, ENGINE, STORE, PORT, REPLICAS, MAX_REPLICAS, ROENTGEN_API_KEY,
-            AWS_ENDPOINT_URL, AWS_REGION; what is absent or empty has a default.
+        environment: MODEL, REVISION, DTYPE, ENGINE, TAPS, STORE, PORT, REPLICAS, MAX_REPLICAS,
+            ROENTGEN_API_KEY, AWS_ENDPOINT_URL, AWS_REGION; what is absent or empty has a default.
         nodes: of the cluster.
         gpus_per_node: whole GPUs.
         version: of what replicas read when they start; they are restarted when it changes.
@@ -74,6 +75,7 @@ def render(
         "revision": environment.get("REVISION") or None,
         "dtype": environment.get("DTYPE") or "auto",
         "engine": environment.get("ENGINE") or given.get("engine", "auto"),
+        "taps": environment.get("TAPS") or given.get("taps", DEFAULT_TAPS_NAME),
         "store": environment["STORE"],
         "num_replicas": replicas,
         "max_replicas": most,

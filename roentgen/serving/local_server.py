@@ -15,6 +15,7 @@ from httpx2 import Client, TransportError
 
 from roentgen.api_keys import api_keys
 from roentgen.cluster import LOCAL, connected
+from roentgen.contract import LAYER_HOOK_POINTS, stored_key
 from roentgen.defaults import HOST
 from roentgen.http_client import LAST_PORT
 from roentgen.serving.preflight import Capture, PreflightError, check_start
@@ -53,7 +54,8 @@ def serving(
         ray_address: "local" starts a Ray here; HOST:PORT joins one that runs.
         stage: told what is being done.
         verbose: let Ray's and the replicas' logs through.
-        capture: what the server is going to be asked to capture, if that is known.
+        capture: what the server is going to be asked to capture, if that is known; vLLM taps this, unless the
+            configuration says what it taps.
 
     Raises:
         LaunchError: if the port is taken, the address needs a key, or the model cannot be loaded.
@@ -64,6 +66,8 @@ def serving(
     check_port(host, port)
     port = port or free_port(host)
     stage(f"finding {config.model}")
+    if capture is not None and "taps" not in config.model_fields_set:
+        config = config.model_copy(update={"taps": taps_for(capture)})
     if ray_address == LOCAL:  # on another machine, what is there is for the replica to find out
         try:
             check_start(config, capture)
@@ -81,6 +85,18 @@ def serving(
         base = f"http://{host}:{port}"
         wait_until_ready(base, stage)
         yield f"{base}/v1"
+
+
+def taps_for(capture: Capture) -> tuple[str, ...]:
+    """Return what vLLM has to tap for a capture: hook points, in the layers asked for where those are counted from 0."""
+    layers = capture.layers
+    if layers == "all" or any(layer < 0 for layer in layers):
+        return capture.hook_points
+    return tuple(
+        tap
+        for name in capture.hook_points
+        for tap in ([stored_key(name, layer) for layer in layers] if name in LAYER_HOOK_POINTS else [name])
+    )
 
 
 @contextmanager

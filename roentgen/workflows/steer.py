@@ -172,7 +172,7 @@ def _server(asked: SteerSettings, run: Run, probe: SavedProbe, stage: Callable[[
     # A sweep stores no activations; the server wants a place for them all the same.
     with (
         TemporaryDirectory(prefix="roentgen-steer-") as store,
-        serving(ServerConfig(model=model, store=store, **given), stage=stage) as url,
+        serving(ServerConfig(model=model, store=store, taps=(card.key,), **given), stage=stage) as url,
     ):
         yield url
 

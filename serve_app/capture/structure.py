@@ -141,10 +141,14 @@ class ModelStructure:
             if self.tapped is not None and f"{tap.module}.{tap.side}" not in self.tapped:
                 raise CaptureRequestError("activations.hook_points", f"{key}: {self.untapped}")
             if f"{tap.module}.{tap.side}" in self.split:
+                way_out = (
+                    "what the module after it takes is put together (ask for that one's .input)"
+                    if self.tapped is None
+                    else "a server started with --eager puts together what linear layers take and give"
+                )
                 raise CaptureRequestError(
                     "activations.hook_points",
-                    f"{key} is in parts: the model is split, and each GPU has some columns of {tap} only; what the module "
-                    "after it takes is put together (ask for that one's .input)",
+                    f"{key} is in parts: the model is split, and each GPU has some columns of {tap} only; {way_out}",
                 )
         return found
 

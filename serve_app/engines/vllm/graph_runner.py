@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
@@ -22,11 +23,15 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from serve_app.capture.rows import StepRows
 from serve_app.capture.scoring import StepScores
 from serve_app.capture.structure import Tap
+from serve_app.engines.memory import HOST_SHARE, free_host_memory
 from serve_app.engines.vllm.batch import Batch
-from serve_app.engines.vllm.graph_taps import GraphTaps
+from serve_app.engines.vllm.graph_taps import GraphTaps, Sizes, buffer_bytes
 from serve_app.engines.vllm.hook_points import declared_taps, describe_modules, terms
 from serve_app.engines.vllm.orders import DECLARED, VECTORS_PER_REQUEST
 from serve_app.engines.vllm.watched import Watched
+
+DEVICE_SHARE_OF_TAPS = 0.5
+"""The share of a GPU's memory beside the weights that taps' buffers may take."""
 
 Visitor = StepRows | StepScores | Watched
 """Reads rows of a step, by stored key."""
@@ -130,7 +135,14 @@ def median_error(rows: Float[Tensor, "rows width"] | None, expected: Float[Tenso
 
 
 class GraphRunner(GPUModelRunner):
-    """vLLM's runner, with taps in the graph. Mixed into the runner of a device."""
+    """vLLM's runner, with taps in the graph. Mixed into the runner of a device.
+
+    Attributes:
+        refusal: why there are no taps, where their buffers do not fit. vLLM loses what a worker raises while it loads, so the
+            replica asks for it.
+    """
+
+    refusal: str | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, and put the declared taps into it."""
@@ -139,15 +151,28 @@ class GraphRunner(GPUModelRunner):
         modules = describe_modules([path for path, _ in model.named_modules()], {}, type(model).__name__)
         declared, _ = declared_taps(self.vllm_config.additional_config[DECLARED], modules)
         scheduler = self.vllm_config.scheduler_config
-        taps = GraphTaps(
-            model,
-            declared.values(),
+        sizes = Sizes(
             width=self.model_config.get_hidden_size(),
-            n_tokens=scheduler.max_num_batched_tokens,
-            n_vectors=scheduler.max_num_seqs * VECTORS_PER_REQUEST,
+            tokens=scheduler.max_num_batched_tokens,
+            vectors=scheduler.max_num_seqs * VECTORS_PER_REQUEST,
         )
-        log.info("%d taps, whose buffers take %.2f GB", len(taps.taps), taps.nbytes / 1e9)
-        self.batch = GraphBatch(lambda: self.requests, model, taps)
+        needed, room = buffer_bytes(model, declared.values(), sizes), self._room()
+        log.info("%d taps of %d tokens: their buffers take %.2f GB", len(declared), sizes.tokens, needed / 1e9)
+        if needed > room:
+            self.refusal = (
+                f"taps: {len(declared)} taps of {sizes.tokens:,} tokens take {needed / 1e9:.1f} GB; {room / 1e9:.1f} GB may be "
+                "taken of what the weights leave. Tap fewer hook points or layers (--taps), or lower --max-prefill-tokens"
+            )
+            declared = {}
+        self.batch = GraphBatch(lambda: self.requests, model, GraphTaps(model, declared.values(), sizes))
+
+    def _room(self) -> int:
+        """Return what buffers may take now that the weights are loaded: keys and values need the rest."""
+        if self.device.type == "cpu":
+            return int(free_host_memory() * HOST_SHARE)
+        free, total = torch.cuda.mem_get_info(self.device)
+        kept_back = total * (1 - self.cache_config.gpu_memory_utilization)
+        return int((free - kept_back) * DEVICE_SHARE_OF_TAPS)
 
     def _update_states(self, scheduler_output: Any) -> Any:
         corrections = super()._update_states(scheduler_output)

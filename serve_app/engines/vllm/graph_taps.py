@@ -39,33 +39,43 @@ TABLE = "roentgen_table"
 """The table of what is added, as every module with a steerable tap calls it."""
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """What a model's taps have to hold."""
+
+    width: int
+    """Of the residual stream."""
+    tokens: int
+    """The most that a forward has."""
+    vectors: int
+    """The most different ones that are added in a forward."""
+
+
 class GraphTaps:
     """The taps of one loaded model."""
 
-    def __init__(self, model: nn.Module, taps: Iterable[Tap], *, width: int, n_tokens: int, n_vectors: int) -> None:
+    def __init__(self, model: nn.Module, taps: Iterable[Tap], sizes: Sizes) -> None:
         """Put taps into a model that has been loaded and not yet compiled.
 
         Args:
             model: whose modules' forwards are wrapped.
             taps: where.
-            width: of the residual stream.
-            n_tokens: the most that a forward has.
-            n_vectors: the most vectors that are added in one forward.
+            sizes: of the buffers.
         """
         example = next(model.parameters())
         self._modules = dict(model.named_modules())
-        self._table = torch.zeros(n_vectors + 1, width, dtype=example.dtype, device=example.device)
+        self._table = torch.zeros(sizes.vectors + 1, sizes.width, dtype=example.dtype, device=example.device)
         self._points: dict[Tap, _Point] = {}
         self._added: list[tuple[Tensor, int]] = []
         of_module: dict[str, list[_Point]] = {}
         for number, tap in enumerate(dict.fromkeys(taps)):
             module = self._modules[tap.module]
-            size = _width(module, tap, width)
-            point = _Point(tap, f"roentgen_rows_{number}", f"roentgen_index_{number}" if size == width else None)
-            rows = torch.zeros(n_tokens, size, dtype=example.dtype, device=example.device)
+            size = _width(module, tap, sizes.width)
+            point = _Point(tap, f"roentgen_rows_{number}", f"roentgen_index_{number}" if size == sizes.width else None)
+            rows = torch.zeros(sizes.tokens, size, dtype=example.dtype, device=example.device)
             module.register_buffer(point.rows, rows, persistent=False)
             if point.index is not None:
-                index = torch.zeros(n_tokens, dtype=torch.long, device=example.device)
+                index = torch.zeros(sizes.tokens, dtype=torch.long, device=example.device)
                 module.register_buffer(point.index, index, persistent=False)
                 module.register_buffer(TABLE, self._table, persistent=False)
             self._points[tap] = point
@@ -77,16 +87,6 @@ class GraphTaps:
     def taps(self) -> tuple[Tap, ...]:
         """Where values are read."""
         return tuple(self._points)
-
-    @property
-    def nbytes(self) -> int:
-        """What the buffers take."""
-        return self._table.nbytes + sum(
-            getattr(self._modules[tap.module], name).nbytes
-            for tap, point in self._points.items()
-            for name in (point.rows, point.index)
-            if name is not None
-        )
 
     def rows(self, tap: Tap, n_tokens: int) -> Float[Tensor, "tokens width"] | None:
         """Return the rows that the last forward gave at a tap, None if there is none."""
@@ -123,6 +123,12 @@ class GraphTaps:
             self._added.append((index, int(at.max()) + 1))
         if vectors:
             self._table[1 : len(vectors) + 1] = torch.stack(vectors).to(self._table)
+
+
+def buffer_bytes(model: nn.Module, taps: Iterable[Tap], sizes: Sizes) -> int:
+    """Return what the buffers of taps take, but for their indices, which are small."""
+    widths = sum(_width(model.get_submodule(tap.module), tap, sizes.width) for tap in set(taps))
+    return (widths * sizes.tokens + sizes.width * (sizes.vectors + 1)) * next(model.parameters()).dtype.itemsize
 
 
 def _wrap(module: nn.Module, points: Sequence[_Point]) -> None:

@@ -21,7 +21,14 @@ from typing import Any
 from jaxtyping import Float
 from torch import Tensor
 
-from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS, split_key, stored_key
+from roentgen.contract import (
+    DEFAULT_TAPS,
+    DEFAULT_TAPS_NAME,
+    LAYER_HOOK_POINTS,
+    MODEL_HOOK_POINTS,
+    split_key,
+    stored_key,
+)
 from serve_app.capture.equations import same, share
 from serve_app.capture.structure import Tap
 from serve_app.capture.watching import tensors
@@ -158,7 +165,7 @@ def declared_taps(declared: Iterable[str], modules: Modules) -> tuple[dict[str, 
     Args:
         declared: hook points (`resid_post`, of all layers), stored keys (`layers.12.resid_post`), or module paths that end in
             .input or .output, from the root, inside each layer, or inside one (`layers.12.mlp.output`); `*` stands for any part
-            of a path.
+            of a path. `default` stands for those of `DEFAULT_TAPS` that the model has.
         modules: the model's.
     """
     known, _ = candidates(modules)
@@ -166,6 +173,9 @@ def declared_taps(declared: Iterable[str], modules: Modules) -> tuple[dict[str, 
     found: dict[str, Tap] = {}
     unknown: list[str] = []
     for name in declared:
+        if name == DEFAULT_TAPS_NAME:
+            found |= declared_taps(DEFAULT_TAPS, modules)[0]
+            continue
         taps = {key: tap for key, tap in known.items() if name in (key, split_key(key)[0])}
         path, _, side = name.rpartition(".")
         if not taps and side in ("input", "output"):

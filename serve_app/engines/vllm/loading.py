@@ -1,9 +1,9 @@
 """Starts vLLM with a model, and finds out what it can capture.
 
-A server that captures runs the model module by module, through nnsight's integration, and requests may name any module. If its
-configuration declares `taps`, the model is compiled instead, with CUDA graphs, and has taps in its graph (`graph_taps`) at the
-hook points declared. Prefix caching is off in both: a token that is found in the cache passes through no module, so it has no
-row. A server that does not capture is plain vLLM.
+The model is compiled, with CUDA graphs, and has taps in its graph (`graph_taps`) at the hook points that the server's
+configuration declares. An eager server runs it module by module instead, through nnsight's integration, and requests may name
+any module. Prefix caching is off in both: a token that is found in the cache passes through no module, so it has no row. A
+server that does not capture is plain vLLM.
 """
 
 import logging
@@ -47,7 +47,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 VERIFIED_ON = "weights, as vLLM runs them"
-UNTAPPED = "this server has no tap there; add it to --taps, or start it without, which reads any module and is slower"
+UNTAPPED = (
+    "this server has no tap there; start it with --taps default and that hook point, separated by a comma, or with --eager, "
+    "which reads any module and is slower"
+)
 NO_CAPTURE = "this server does not capture (capture: false in its configuration)"
 
 ASSUMED_CONTEXT = 2048
@@ -84,13 +87,17 @@ class VllmSettings:
     capture: bool
     """Whether requests may capture and steer."""
     taps: tuple[str, ...]
-    """Hook points to tap in the model's graph; without any, the model runs module by module."""
+    """Hook points to tap in the model's graph."""
     store: str
     """Where captured rows go."""
+    eager: bool = False
+    """Whether a server that captures runs the model module by module, without taps."""
     batch_invariant: bool = False
     """Whether a request's tokens must not depend on what runs beside it."""
     prefix_cache: bool = True
     """Whether tokens that begin a prompt are read once, as far as the server's kind allows."""
+    max_prefill_tokens: int = 0
+    """The most tokens of one step, 0 for what vLLM chooses; an eager server reads prompts whole."""
 
     @property
     def prefix_caching(self) -> PrefixCaching:
@@ -104,9 +111,9 @@ class VllmSettings:
         return PrefixCaching(True)
 
     @property
-    def eager(self) -> bool:
-        """Whether the model runs module by module."""
-        return self.capture and not self.taps
+    def tapped(self) -> bool:
+        """Whether the model has taps in its graph."""
+        return self.capture and not self.eager
 
 
 @dataclass(frozen=True)
@@ -212,11 +219,13 @@ def engine_arguments(
         "max_num_seqs": settings.max_batch,
         "tensor_parallel_size": settings.tensor_parallel_size,
         "enable_prefix_caching": settings.prefix_caching.enabled,
-        "enable_chunked_prefill": not settings.eager,
+        "enable_chunked_prefill": settings.tapped or not settings.capture,
         "structured_outputs_config": {"backend": "guidance"},
         # Named, because vLLM would take Ray's if it finds itself in one of Ray's placement groups.
         "distributed_executor_backend": "mp" if settings.tensor_parallel_size > 1 else "uni",
     }
+    if settings.max_prefill_tokens and found["enable_chunked_prefill"]:
+        found["max_num_batched_tokens"] = max(settings.max_prefill_tokens, settings.max_batch)
     per_token = cache_bytes_per_token(config, kind, settings.tensor_parallel_size)
     if settings.max_cache_tokens:
         found["kv_cache_memory_bytes"] = _whole_blocks(settings.max_cache_tokens) * per_token
@@ -244,29 +253,32 @@ def _client(path: str, arguments: dict[str, Any], settings: VllmSettings, place:
     if settings.batch_invariant:
         os.environ["VLLM_BATCH_INVARIANT"] = "1"
     announce()
-    kind = "Plain" if not settings.capture else "Eager" if settings.eager else "Graph"
+    kind = "Graph" if settings.tapped else "Eager" if settings.capture else "Plain"
     worker = f"serve_app.engines.vllm.worker.{kind}Worker"
     if place.type == "cpu":
         from serve_app.engines.vllm.cpu_worker import prepare_cpu
 
         prepare_cpu(settings.threads, settings.tensor_parallel_size)
         worker = f"serve_app.engines.vllm.cpu_worker.Cpu{kind}Worker"
-    if not settings.eager:
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
+    if kind == "Eager":
+        from nnsight.modeling.vllm import VLLM
 
-        if settings.capture:
-            arguments = {**arguments, "additional_config": {DECLARED: settings.taps}}
-        client: Client = AsyncLLM.from_engine_args(AsyncEngineArgs(model=path, worker_cls=worker, **arguments))
-        return client
-    from nnsight.modeling.vllm import VLLM
+        class Observed(VLLM):
+            """nnsight's vLLM, with workers that observe whole batches."""
 
-    class Observed(VLLM):
-        """nnsight's vLLM, with workers that observe whole batches."""
+            _WORKER_CLS = worker
 
-        _WORKER_CLS = worker
+        return Observed(path, mode="async", dispatch=True, **arguments).vllm_entrypoint
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.usage.usage_lib import UsageContext
+    from vllm.v1.engine.async_llm import AsyncLLM
 
-    return Observed(path, mode="async", dispatch=True, **arguments).vllm_entrypoint
+    if settings.tapped:
+        arguments = {**arguments, "additional_config": {DECLARED: settings.taps}}
+    engine = AsyncEngineArgs(model=path, worker_cls=worker, **arguments)
+    # What vLLM chooses by the machine and is not said here, as the tokens of a step, it chooses as for its own server.
+    client: Client = AsyncLLM.from_engine_args(engine, usage_context=UsageContext.OPENAI_API_SERVER)
+    return client
 
 
 def every_place(modules: Modules) -> frozenset[str]:
@@ -299,10 +311,9 @@ def _structure(
     if not settings.capture:
         return structure
     stage("verifying hook points")
-    try:
-        modules = unpack(loop.run(lambda: loop.client.collective_rpc("roentgen_modules"))[0], Modules)
-    except ValueError as error:
-        raise ResolutionError(str(error)) from error
+    modules = unpack(loop.run(lambda: loop.client.collective_rpc("roentgen_modules"))[0], object)
+    if not isinstance(modules, Modules):
+        raise ResolutionError(str(modules))
     structure = replace(
         structure,
         architecture=modules.architecture,
@@ -312,7 +323,7 @@ def _structure(
     )
     taps, _ = candidates(modules)
     tapped: dict[str, Tap] | None = None
-    if not settings.eager:
+    if settings.tapped:
         tapped, unknown = declared_taps(settings.taps, modules)
         if unknown:
             raise ResolutionError(

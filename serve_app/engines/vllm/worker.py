@@ -45,11 +45,17 @@ class Capturing(EndsWithReplica):
         self._pending: dict[str, Future[Stored]] = {}
 
     def roentgen_modules(self) -> bytes:
-        """Describe the model's modules (`hook_points.Modules`)."""
+        """Describe the model's modules (`hook_points.Modules`), or say why the server cannot start with them."""
+        refusal = getattr(self.model_runner, "refusal", None)
+        if refusal is not None:
+            return pack(refusal)
         model = self.model_runner.get_model()
         paths = [path for path, _ in model.named_modules()]
         packed = getattr(model, "packed_modules_mapping", None) or {}
-        return pack(describe_modules(paths, packed, type(model).__name__))
+        try:
+            return pack(describe_modules(paths, packed, type(model).__name__))
+        except ValueError as error:
+            return pack(str(error))
 
     def roentgen_watch(self, places: list[str]) -> None:
         """Keep what the requests of the next steps show of the candidates for hook points, and the rows' norms at places.

@@ -52,6 +52,12 @@ def test_what_is_given_travels_and_what_is_the_server_s_stays(launched: list[dic
     assert call["afterwards"].transfer_activations is False
 
 
+def test_the_server_taps_what_the_run_reads(launched: list[dict[str, Any]]) -> None:
+    assert run("--hook-points", "resid_post,resid_mid,mlp.output").exit_code == 0
+    assert run("--collect-activations").exit_code == 0
+    assert [call["settings"].taps for call in launched] == ["default,resid_mid,mlp.output", "default"]
+
+
 def test_files_of_this_machine_go_along(launched: list[dict[str, Any]], tmp_path: Path) -> None:
     problems, variants = tmp_path / "my problems.jsonl", tmp_path / "moods.yaml"
     problems.write_text('{"question": "2 + 2?", "answer": "#### 4"}\n')

@@ -23,8 +23,8 @@ def run(*arguments: str) -> tuple[int, str]:
     [
         (["serve", "--port", "99999"], "--port 99999 is no port; allowed are 1 to 65535"),
         (
-            ["serve", "--allow-model", "nope", "--taps", "x"],
-            "taps and tensor_parallel_size are vLLM's: set engine=vllm",
+            ["serve", "--allow-model", "nope", "--tensor-parallel-size", "2"],
+            "tensor_parallel_size is vLLM's: set engine=vllm",
         ),
         (["serve", "--device-map", "{"], "error: --device-map: "),
         (["serve", "--probes", "nowhere"], "nowhere is not a folder"),

@@ -124,6 +124,12 @@ def test_a_serve_that_is_slow_to_start_is_asked_again(monkeypatch: pytest.Monkey
         put(serve_that_answers(400, 200), {})
 
 
+def test_the_launch_may_choose_what_vllm_taps() -> None:
+    assert arguments(rendered()).taps == ("default",)
+    assert arguments(rendered(TAPS="default,resid_mid")).taps == ("default", "resid_mid")
+    assert arguments(rendered(1, 4, {"taps": ["resid_post"]}, TAPS="")).taps == ("resid_post",)
+
+
 def test_the_launch_may_choose_an_engine() -> None:
     assert arguments(rendered()).engine == "auto"
     assert arguments(rendered(ENGINE="vllm")).engine == "vllm"

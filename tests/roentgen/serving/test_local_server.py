@@ -9,7 +9,16 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from roentgen.serving.local_server import LaunchError, check_host, check_port, free_port, serving, wait_until_ready
+from roentgen.contract import ActivationRequest
+from roentgen.serving.local_server import (
+    LaunchError,
+    check_host,
+    check_port,
+    free_port,
+    serving,
+    taps_for,
+    wait_until_ready,
+)
 from serve_app.config import ServerConfig
 
 
@@ -97,3 +106,16 @@ def test_a_model_that_is_not_there_is_refused_before_ray_starts(tmp_path, monkey
     config = ServerConfig(model=str(tmp_path / "nothing"), store=str(tmp_path / "store"))
     with pytest.raises(LaunchError, match="no such folder"), serving(config, stage=lambda _: None):
         pass
+
+
+@pytest.mark.parametrize(
+    ("layers", "hook_points", "taps"),
+    [
+        ((0, 2), ("resid_post", "embed"), ("layers.0.resid_post", "layers.2.resid_post", "embed")),
+        ((0, -1), ("resid_post",), ("resid_post",)),
+        ("all", ("resid_mid", "ln_mlp"), ("resid_mid", "ln_mlp")),
+        ((1,), ("mlp.down_proj.input", "resid_pre"), ("mlp.down_proj.input", "layers.1.resid_pre")),
+    ],
+)
+def test_vllm_taps_what_is_going_to_be_captured(layers: object, hook_points: tuple[str, ...], taps: object) -> None:
+    assert taps_for(ActivationRequest(layers=layers, hook_points=hook_points)) == taps

@@ -25,9 +25,7 @@ from serve_app.engines.vllm import loading as vllm
 from serve_app.models.sources import ModelSource
 from tests.serve_app import tiny
 
-ENGINES = ["transformers"] + (
-    ["vllm", "vllm with taps", "vllm on two ranks"] if importlib.util.find_spec("vllm") else []
-)
+ENGINES = ["transformers"] + (["vllm", "vllm eager", "vllm on two ranks"] if importlib.util.find_spec("vllm") else [])
 
 
 EVERY_TAP = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "ln_attn", "ln_mlp", "embed", "final_norm")
@@ -107,8 +105,8 @@ def subject(name: str, folder: Path, architecture: str = "wide_llama", **setting
             yield Subject(model, engine, LocalStorage(writer), reference)
             engine.close()
         return
-    if name == "vllm with taps":
-        settings = {"taps": EVERY_TAP, **settings}
+    if name == "vllm eager":
+        settings = {"eager": True, **settings}
     if name == "vllm on two ranks":
         settings = {"tensor_parallel_size": 2, **settings}
     served, fast = vllm.start(source, vllm_settings(folder / "store", **settings))
@@ -137,7 +135,7 @@ def vllm_settings(store: Path, **changed: object) -> vllm.VllmSettings:
         "tensor_parallel_size": 1,
         "threads": 1,
         "capture": True,
-        "taps": (),
+        "taps": EVERY_TAP,
         "store": str(store),
     }
     return vllm.VllmSettings(**{**usual, **changed})  # type: ignore[arg-type]

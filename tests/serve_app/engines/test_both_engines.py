@@ -428,7 +428,8 @@ def test_a_hook_point_without_rows_is_refused_or_fails_alone(under_test: Subject
     """A list of layers never runs, so it has no row per token to keep; and no graph has a tap there."""
     if under_test.model.structure.tapped is not None:
         with pytest.raises(
-            CaptureRequestError, match=r"model\.layers\.output: this server has no tap there; add it to --taps"
+            CaptureRequestError,
+            match=r"model\.layers\.output: this server has no tap there; start it with --taps default and",
         ):
             plan(under_test, "resid_post", "model.layers.output")
         return

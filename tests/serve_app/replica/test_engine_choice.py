@@ -33,9 +33,7 @@ def test_auto_is_vllm_where_there_are_both_a_gpu_and_vllm(monkeypatch: pytest.Mo
     ("options", "said"),
     [
         ({"engine": "vllm", "device_map": "auto"}, "tensor_parallel_size"),
-        ({"taps": ["resid_post"]}, "set engine=vllm"),
         ({"tensor_parallel_size": 2}, "set engine=vllm"),
-        ({"engine": "vllm", "capture": False, "taps": ["resid_post"]}, "has no use for them"),
         ({"engine": "vllm", "device": "cpu", "batch_invariant": True}, "set engine=transformers"),
         ({"engine": "tensorrt"}, "'auto', 'transformers' or 'vllm'"),
     ],
@@ -99,7 +97,12 @@ def test_an_engine_that_captures_finds_no_token_in_a_cache() -> None:
     config = tiny.config("wide_llama")
     place, kind = torch.device("cuda"), torch.bfloat16
     capturing = engine_arguments(config, settings(), place, kind)
-    assert (capturing["enable_prefix_caching"], capturing["enable_chunked_prefill"]) == (False, False)
+    assert (capturing["enable_prefix_caching"], capturing["enable_chunked_prefill"]) == (False, True)
+    assert "max_num_batched_tokens" not in capturing
+    assert engine_arguments(config, settings(max_prefill_tokens=64), place, kind)["max_num_batched_tokens"] == 64
+    assert engine_arguments(config, settings(max_prefill_tokens=2), place, kind)["max_num_batched_tokens"] == 8
+    eager = engine_arguments(config, settings(eager=True, max_prefill_tokens=64), place, kind)
+    assert (eager["enable_chunked_prefill"], "max_num_batched_tokens" in eager) == (False, False)
     assert (capturing["max_model_len"], capturing["distributed_executor_backend"]) == (512, "uni")
     assert "kv_cache_memory_bytes" not in capturing
     plain = engine_arguments(config, settings(capture=False, tensor_parallel_size=2), place, kind)

@@ -19,7 +19,7 @@ from serve_app.capture.steering import Addition
 from serve_app.capture.structure import Tap
 from serve_app.engines.vllm.collecting import LostRowsError
 from serve_app.engines.vllm.graph_runner import GraphBatch
-from serve_app.engines.vllm.graph_taps import GraphTaps
+from serve_app.engines.vllm.graph_taps import GraphTaps, Sizes, buffer_bytes
 from serve_app.engines.vllm.orders import EXTRA, Order, pack
 from serve_app.engines.vllm.watched import Watched
 
@@ -75,7 +75,7 @@ class Runner:
         torch.manual_seed(0)
         self.module = Model().requires_grad_(requires_grad=False)
         self.reference = copy.deepcopy(self.module)
-        self.taps = GraphTaps(self.module, TAPS.values(), width=WIDTH, n_tokens=LONGEST, n_vectors=VECTORS)
+        self.taps = GraphTaps(self.module, TAPS.values(), Sizes(WIDTH, LONGEST, VECTORS))
         self.states: dict[str, Any] = {}
         self.batch = GraphBatch(lambda: self.states, self.module, self.taps)
 
@@ -204,6 +204,6 @@ def test_a_graph_that_writes_elsewhere_is_found(runner: Runner, wrong: str) -> N
 
 
 def test_what_the_buffers_take_is_told(runner: Runner) -> None:
-    rows = len(TAPS) * LONGEST * WIDTH * 4
-    indexes = len(TAPS) * LONGEST * 8
-    assert runner.taps.nbytes == rows + indexes + (VECTORS + 1) * WIDTH * 4
+    held = {buffer.data_ptr(): buffer for buffer in runner.module.buffers() if buffer.is_floating_point()}
+    told = buffer_bytes(runner.module, TAPS.values(), Sizes(WIDTH, LONGEST, VECTORS))
+    assert told == sum(buffer.nbytes for buffer in held.values()) == (len(TAPS) * LONGEST + VECTORS + 1) * WIDTH * 4

@@ -149,6 +149,18 @@ def test_taps_are_hook_points_stored_keys_or_paths() -> None:
     assert unknown == ["resid", "a.b.output"]
 
 
+def test_the_default_taps_are_those_that_the_model_has() -> None:
+    """The stream, and what requests read that name no hook point; a norm with two names is tapped once."""
+    found, unknown = declared_taps(("default", "layers.1.resid_mid"), modules())
+    names = ("resid_post", "ln_attn", "ln_mlp")
+    assert found.keys() == {f"layers.{i}.{name}" for i in range(2) for name in names} | {"layers.1.resid_mid"}
+    assert unknown == []
+    sandwiched, unknown = declared_taps(("default",), modules(GEMMA))
+    assert str(sandwiched["layers.0.attn_out"]) == "model.layers.0.post_attention_layernorm.output"
+    assert sandwiched.keys() >= {f"layers.{i}.ln_mlp" for i in range(2)}
+    assert unknown == []
+
+
 def test_a_path_that_is_a_hook_point_is_tapped_as_that() -> None:
     """The stream is passed in two parts there, whose sum is meant."""
     found, _ = declared_taps(("model.layers.*.output",), modules())

@@ -46,6 +46,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, home: RayHome, other: Path)
     try:
         options = ["--engine", "vllm", "--threads", "1", "--max-cache-tokens", "4096", "--allow-model", str(other)]
         options += ["--max-batch", str(AT_ONCE), "--max-queue", str(QUEUE), "--allow-model", MODEL]
+        options += ["--taps", "default,resid_mid"]
         running = start_server(tmp_path_factory.mktemp("store"), home, *options)
         yield running
         running.process.terminate()
@@ -118,6 +119,7 @@ def test_a_schema_is_followed(client: openai.OpenAI) -> None:
         ),
         ({"activations": {"hook_points": ["router"]}}, "activations.hook_points", "has no router"),
         ({"activations": {"layers": [30]}}, "activations.layers", "30 is out of range"),
+        ({"activations": {"hook_points": ["attn_out"]}}, "activations.hook_points", "start it with --taps default and"),
     ],
 )
 def test_what_it_does_not_have_is_refused_by_name(client: openai.OpenAI, body: dict, param: str, said: str) -> None:

@@ -26,7 +26,7 @@ SPLIT = ("mlp.act_fn.output", "self_attn.attn.output")
 @pytest.fixture(scope="module")
 def split(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
     """Each rank has a query's head; both have the only key's."""
-    with subject("vllm on two ranks", tmp_path_factory.mktemp("split"), max_cache_tokens=2048) as started:
+    with subject("vllm on two ranks", tmp_path_factory.mktemp("split"), max_cache_tokens=2048, eager=True) as started:
         yield started
 
 
