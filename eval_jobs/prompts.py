@@ -4,15 +4,18 @@ A prompt turns a problem into messages. Its hash goes into every sample's config
 for the old one; raise `version` when you edit the text, for the people who read names. A new prompt is one line in
 `PROMPTS`; one of your own is a text file with `{question}` in it (`--prompt-file`).
 
-`gsm8k` and `gsm8k_cot_zeroshot` are lm-evaluation-harness's tasks of these names (versions 3.0) as it poses them to a chat
-model (`--apply_chat_template`): the same messages, stop sequences, shots and way of reading, so that numbers can be compared.
+`gsm8k`, `gsm8k_cot` and `gsm8k_cot_zeroshot` are lm-evaluation-harness's tasks of these names (versions 3.0) as it poses them
+to a chat model (`--apply_chat_template`): the same messages, stop sequences, shots and way of reading, so that numbers can be
+compared. Shots that are the same before every problem belong to the prompt; those that are drawn for each come with it.
 """
 
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 from eval_jobs import EvalError
-from eval_jobs.problems import Problem
+from eval_jobs.chain_of_thought import CHAIN_OF_THOUGHT
+from eval_jobs.problems import Problem, gsm8k_train
 from eval_jobs.scoring import DEFAULT_EXTRACTOR
 from roentgen.contract import canonical_hash
 
@@ -20,7 +23,17 @@ QUESTION = "{question}"
 
 
 class PromptError(EvalError):
-    """A prompt file cannot be used; the message names it."""
+    """A prompt cannot be used; the message names the option."""
+
+
+@dataclass(frozen=True)
+class Shot:
+    """A solved problem that is shown before every problem."""
+
+    question: str
+    """As posed."""
+    solution: str
+    """What the assistant says to it."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +49,10 @@ class Prompt:
     system: str | None = None
     """The system's message; None sends none."""
     shots: int = 0
-    """Solved problems that are shown before, each as a message of the user and one of the assistant."""
+    """Solved problems that are drawn for each problem and shown before it, each as a message of the user and one of the
+    assistant."""
+    fixed_shots: tuple[Shot, ...] = ()
+    """Solved problems that are shown before every problem, in the same way."""
     stop: tuple[str, ...] = ()
     """Sequences at which the model is stopped."""
     extractor: str = DEFAULT_EXTRACTOR
@@ -45,17 +61,23 @@ class Prompt:
     @property
     def hash(self) -> str:
         """Hash of what the model is shown, the name and the version; how answers are read is no part of it."""
-        return canonical_hash({name: value for name, value in asdict(self).items() if name != "extractor"})
+        shown = {name: value for name, value in asdict(self).items() if name != "extractor"}
+        if not self.fixed_shots:
+            del shown["fixed_shots"]  # prompts without them are older than the field
+        return canonical_hash(shown)
 
     def messages(self, problem: Problem, prefix: str = "") -> list[dict[str, str]]:
-        """Return the messages that pose a problem.
+        """Return the messages that pose a problem. A shot that asks the same question is left out: it has the answer.
 
         Args:
             problem: with its shots, if the prompt shows any.
             prefix: what a variant puts before the user's last message.
         """
         messages = [] if self.system is None else [{"role": "system", "content": self.system}]
-        for shot in problem.shots:
+        drawn = (Shot(shot.question, shot.solution) for shot in problem.shots)
+        for shot in (*self.fixed_shots, *drawn):
+            if shot.question == problem.question:
+                continue
             messages.append({"role": "user", "content": self._ask(shot.question)})
             messages.append({"role": "assistant", "content": shot.solution})
         asked = self._ask(problem.question)
@@ -102,6 +124,15 @@ GSM8K = Prompt(
     extractor="gsm8k_strict",
 )
 
+GSM8K_COT = Prompt(
+    name="gsm8k_cot",
+    version=3,
+    user="Q: {question}\nA:",
+    fixed_shots=tuple(Shot(*shot) for shot in CHAIN_OF_THOUGHT),
+    stop=("Q:", "</s>", "<|im_end|>"),
+    extractor="cot_strict",
+)
+
 GSM8K_COT_ZEROSHOT = Prompt(
     name="gsm8k_cot_zeroshot",
     version=3,
@@ -111,24 +142,40 @@ GSM8K_COT_ZEROSHOT = Prompt(
 )
 
 PROMPTS: dict[str, Prompt] = {
-    **{prompt.name: prompt for prompt in (ANSWER_LINE, GSM8K, GSM8K_COT_ZEROSHOT)},
+    **{prompt.name: prompt for prompt in (ANSWER_LINE, GSM8K, GSM8K_COT, GSM8K_COT_ZEROSHOT)},
     "answer-line-1": ANSWER_LINE_1,
 }
 
 
-def choose_prompt(name: str, file: Path | None = None, system: str | None = None) -> Prompt:
+def choose_prompt(
+    name: str, file: Path | None = None, system: str | None = None, fixed_shots: int | None = None
+) -> Prompt:
     """Return a prompt.
 
     Args:
         name: in `PROMPTS`; not looked at if there is a file.
         file: a text with `{question}` in it, the user's message.
         system: replaces the system's message.
+        fixed_shots: how many solved problems to show before every problem, in place of the shots that the prompt has: the first
+            of its own fixed ones, or of GSM8K's training set if it has none.
 
     Raises:
-        PromptError: if the file cannot be read or does not say where the question goes.
+        PromptError: if the file cannot be read or does not say where the question goes, or there are fewer shots.
+        ProblemError: if GSM8K's training set cannot be had.
     """
     prompt = PROMPTS[name] if file is None else _read(file)
-    return prompt if system is None else replace(prompt, system=system)
+    if system is not None:
+        prompt = replace(prompt, system=system)
+    return prompt if fixed_shots is None else replace(prompt, shots=0, fixed_shots=_first_shots(prompt, fixed_shots))
+
+
+def _first_shots(prompt: Prompt, count: int) -> tuple[Shot, ...]:
+    trained = (Shot(problem.question, problem.solution) for problem in gsm8k_train())
+    found = tuple(islice(prompt.fixed_shots or trained, count))
+    if len(found) < count:
+        whose = f"the prompt {prompt.name}" if prompt.fixed_shots else "GSM8K's training set"
+        raise PromptError(f"--fixed-shots: {count} is more than the {len(found)} of {whose}")
+    return found
 
 
 def _read(file: Path) -> Prompt:

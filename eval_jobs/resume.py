@@ -199,7 +199,12 @@ def _describe(settings: EvalSettings, problems: Sequence[Problem], served: Serve
             "base_url": base_url,
             "served": asdict(served),
         },
-        prompt={**asdict(prompt), "stop": list(prompt.stop), "hash": prompt.hash},
+        prompt={
+            **asdict(prompt),  # with lists, as they come back from the file
+            "stop": list(prompt.stop),
+            "fixed_shots": [asdict(shot) for shot in prompt.fixed_shots],
+            "hash": prompt.hash,
+        },
         variants={str(v.name): {"prefix": v.prefix, "config_hash": v.config_hash} for v in variants},
         versions=_versions(),
         git_revision=_git_revision(),

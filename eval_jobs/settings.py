@@ -81,6 +81,12 @@ class EvalSettings(BaseModel):
     prompt: str = Field("answer-line", description=f"{', '.join(PROMPTS)}.")
     prompt_file: Path | None = Field(None, description="A text with {question} in it, instead.")
     system: str | None = Field(None, description="The system's message, instead of the prompt's own.")
+    fixed_shots: int | None = Field(
+        None,
+        ge=0,
+        description="Solved problems before every problem, always the same, instead of the prompt's shots: the first of its "
+        "own fixed ones, or of GSM8K's training set.",
+    )
     variants: Path | None = Field(
         None, description="A YAML file of names and prompt prefixes: all problems under each."
     )
@@ -159,9 +165,10 @@ class EvalSettings(BaseModel):
         """How problems are posed.
 
         Raises:
-            PromptError: if the prompt's file cannot be used.
+            PromptError: if the prompt's file cannot be used, or there are fewer fixed shots.
+            ProblemError: if fixed shots cannot be read.
         """
-        return choose_prompt(self.prompt, self.prompt_file, self.system)
+        return choose_prompt(self.prompt, self.prompt_file, self.system, self.fixed_shots)
 
     @property
     def selection(self) -> Selection:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field, model_validator
 from eval_jobs import EvalError
 from eval_jobs.command import evaluate
 from eval_jobs.problems import SOURCES, read_source
+from eval_jobs.prompts import choose_prompt
 from eval_jobs.settings import EvalSettings, check_settings
 from eval_jobs.variants import read_variants
 from roentgen.cli.console import expected_errors, out, stages
@@ -102,7 +103,7 @@ def _check(options: dict[str, Any]) -> EvalSettings:
     settings = check_settings(**options)
     if settings.problems not in SOURCES:
         next(read_source(settings.problems))
-    settings.chosen_prompt  # noqa: B018 - reads the prompt's file
+    choose_prompt(settings.prompt, settings.prompt_file)  # fixed shots are read there, as problems are
     if settings.variants is not None:
         read_variants(settings.variants)
     return settings

@@ -1,4 +1,4 @@
-"""Our `gsm8k` and `gsm8k_cot_zeroshot` against lm-evaluation-harness's: the same messages, the same verdicts on real outputs.
+"""Our `gsm8k`, `gsm8k_cot` and `gsm8k_cot_zeroshot` against lm-evaluation-harness's: the same messages, the same verdicts.
 
 The harness's task files are taken as it installs them; only the data comes from a local folder.
 """
@@ -13,7 +13,7 @@ import yaml
 from openai import OpenAI
 
 from eval_jobs.problems import GSM8K_FOLDER_VARIABLE, gold_answer
-from eval_jobs.prompts import PROMPTS
+from eval_jobs.prompts import PROMPTS, choose_prompt
 from eval_jobs.scoring import score
 from eval_jobs.selection import Selection, load_problems
 from roentgen.runs import Run
@@ -22,8 +22,8 @@ from tests.conftest import Server
 pytestmark = pytest.mark.integration
 
 ITEMS = 6
-FILES = {"gsm8k": "gsm8k.yaml", "gsm8k_cot_zeroshot": "gsm8k-cot-zeroshot.yaml"}
-STRICT = {"gsm8k": "gsm8k_strict", "gsm8k_cot_zeroshot": "cot_strict"}
+FILES = {"gsm8k": "gsm8k.yaml", "gsm8k_cot": "gsm8k-cot.yaml", "gsm8k_cot_zeroshot": "gsm8k-cot-zeroshot.yaml"}
+STRICT = {"gsm8k": "gsm8k_strict", "gsm8k_cot": "cot_strict", "gsm8k_cot_zeroshot": "cot_strict"}
 AWKWARD = [
     "#### 18", "#### $18", "so #### 1,800 and #### 3", "The answer is 18.", "The answer is 18", "It is $18.00",
     "18 (see step 3)", "no number", "", "-5.", "The answer is -1,234.50.", "#### -7.",
@@ -54,7 +54,8 @@ def test_messages_are_the_harnesss(name: str, gsm8k_test: Path, monkeypatch: pyt
     task = harness_task(name, gsm8k_test.parent)
     prompt = PROMPTS[name]
     shots = task.config.num_fewshot
-    assert prompt.shots == shots
+    assert prompt.shots + len(prompt.fixed_shots) == shots
+    assert prompt.extractor == STRICT[name]
     assert list(prompt.stop) == task.config.generation_kwargs["until"]
     for doc, problem in zip(
         task.test_docs(),
@@ -68,6 +69,18 @@ def test_messages_are_the_harnesss(name: str, gsm8k_test: Path, monkeypatch: pyt
         assert [(m["role"], m["content"]) for m in theirs] == [
             (m["role"], m["content"]) for m in prompt.messages(problem)
         ]
+
+
+@pytest.mark.parametrize("name", ["gsm8k_cot"])
+def test_fewer_shots_are_those_of_num_fewshot(name: str, gsm8k_test: Path) -> None:
+    task = harness_task(name, gsm8k_test.parent)
+    theirs = task.fewshot_context(
+        next(iter(task.test_docs())), num_fewshot=3, apply_chat_template=True, fewshot_as_multiturn=True,
+        chat_template=lambda messages, **_: messages,
+    )  # fmt: skip
+    (problem,) = load_problems(Selection(source=str(gsm8k_test), samples=1))
+    ours = choose_prompt(name, fixed_shots=3).messages(problem)
+    assert [(m["role"], m["content"]) for m in theirs] == [(m["role"], m["content"]) for m in ours]
 
 
 def test_verdicts_are_the_harnesss_on_real_outputs(

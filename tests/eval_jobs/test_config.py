@@ -26,6 +26,8 @@ def hash_of(settings: EvalSettings, served: ServedModel = SERVED) -> str:
         {"mode": "with-tools"},
         {"mode": "with-tools", "max_turns": 3},
         {"prompt": "gsm8k_cot_zeroshot"},
+        {"prompt": "gsm8k_cot"},
+        {"prompt": "gsm8k_cot", "fixed_shots": 5},
         {"system": "Be brief."},
         {"collect_activations": True},
         {"collect_activations": True, "layers": "all"},

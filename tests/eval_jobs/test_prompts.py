@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from eval_jobs.problems import Problem
-from eval_jobs.prompts import ANSWER_LINE, GSM8K, PROMPTS, Prompt, PromptError, choose_prompt
+from eval_jobs.problems import GSM8K_FOLDER_VARIABLE, Problem
+from eval_jobs.prompts import ANSWER_LINE, GSM8K, GSM8K_COT, PROMPTS, Prompt, PromptError, Shot, choose_prompt
 
 SHOTS = tuple(Problem(f"t{n}", n, f"1 + {n}?", f"Easy.\n#### {n + 1}", str(n + 1)) for n in (1, 2))
 PROBLEM = Problem("p", 1, "What is {x} % {question}?", "#### 4", "4", SHOTS)
@@ -29,6 +29,52 @@ def test_shots_are_turns_of_their_own() -> None:
     ]
 
 
+def test_the_shots_of_gsm8k_cot_are_eight_and_the_same() -> None:
+    messages = GSM8K_COT.messages(replace(PROBLEM, shots=()))
+    assert [message["role"] for message in messages] == ["user", "assistant"] * 8 + ["user"]
+    assert messages[0]["content"] == (
+        "Q: There are 15 trees in the grove. Grove workers will plant trees in the grove today. After they are done, there "
+        "will be 21 trees. How many trees did the grove workers plant today?\nA:"
+    )
+    assert messages[15]["content"] == (
+        "Olivia had 23 dollars. 5 bagels for 3 dollars each will be 5 x 3 = 15 dollars. So she has 23 - 15 dollars left. "
+        "23 - 15 is 8. The answer is 8."
+    )
+    assert messages[-1]["content"] == "Q: What is {x} % {question}?\nA:"
+    for shot, answer in zip(GSM8K_COT.fixed_shots, ("6", "5", "39", "8", "9", "29", "33", "8"), strict=True):
+        assert shot.solution.endswith(f" The answer is {answer}.")
+
+
+def test_fixed_shots_are_the_first_of_the_training_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [f'{{"question": "{n} + 1?", "answer": "Easy.\\n#### {n + 1}"}}\n' for n in range(1, 6)]
+    (tmp_path / "train.jsonl").write_text("".join(lines))
+    monkeypatch.setenv(GSM8K_FOLDER_VARIABLE, str(tmp_path))
+    prompt = choose_prompt("gsm8k", fixed_shots=3)
+    assert (prompt.shots, prompt.fixed_shots) == (
+        0,
+        tuple(Shot(f"{n} + 1?", f"Easy.\n#### {n + 1}") for n in (1, 2, 3)),
+    )
+    assert len({prompt.hash, GSM8K.hash, choose_prompt("gsm8k", fixed_shots=2).hash}) == 3
+    with pytest.raises(PromptError, match="--fixed-shots: 6 is more than the 5 of GSM8K's training set"):
+        choose_prompt("gsm8k", fixed_shots=6)
+
+
+def test_fixed_shots_are_the_first_of_the_prompts_own() -> None:
+    assert choose_prompt("gsm8k_cot", fixed_shots=2).fixed_shots == GSM8K_COT.fixed_shots[:2]
+    assert not choose_prompt("gsm8k_cot", fixed_shots=0).fixed_shots
+    with pytest.raises(PromptError, match="--fixed-shots: 9 is more than the 8 of the prompt gsm8k_cot"):
+        choose_prompt("gsm8k_cot", fixed_shots=9)
+
+
+def test_no_shot_has_the_answer() -> None:
+    """As where problems are taken from the set that shots are taken from."""
+    one = replace(GSM8K_COT, fixed_shots=(Shot("1 + 1?", "The answer is 2."), Shot("1 + 2?", "The answer is 3.")))
+    for posed in (replace(PROBLEM, shots=(), question="1 + 2?"), replace(PROBLEM, question="1 + 2?")):
+        said = [message["content"] for message in one.messages(posed)]
+        assert said.count("Q: 1 + 2?\nA:") == 1
+        assert said[-1] == "Q: 1 + 2?\nA:"
+
+
 def test_a_prefix_comes_before_the_last_question_only() -> None:
     messages = GSM8K.messages(PROBLEM, "Hurry up!")
     assert [message["content"].startswith("Hurry up!\n\nQuestion:") for message in messages] == [False] * 4 + [True]
@@ -45,6 +91,15 @@ def test_an_edit_changes_the_hash_and_the_way_of_reading_does_not() -> None:
     assert replace(ANSWER_LINE, system="").hash != ANSWER_LINE.hash
     assert replace(ANSWER_LINE, stop=("x",)).hash != ANSWER_LINE.hash
     assert replace(ANSWER_LINE, extractor="boxed").hash == ANSWER_LINE.hash
+
+
+def test_prompts_keep_the_hashes_that_runs_have() -> None:
+    assert {name: PROMPTS[name].hash for name in ("answer-line", "answer-line-1", "gsm8k", "gsm8k_cot_zeroshot")} == {
+        "answer-line": "4160ef157d88a8bc",
+        "answer-line-1": "f29ff74bc8c7ddc0",
+        "gsm8k": "f55ce0e9278b9a0a",
+        "gsm8k_cot_zeroshot": "1e4d1fe2f11b74a1",
+    }
 
 
 def test_a_file_is_a_prompt(tmp_path: Path) -> None:
