@@ -5,6 +5,10 @@ per problem would cost more than it does. The tasks reserve no CPU, which belong
 the nodes. Each is a streaming generator: finished samples reach the driver, and the disk, while the rest goes on. A long run
 is dealt in hands, a slice to each task that ends, so that no task holds more than `SLICE` problems.
 
+A problem's epochs and variants go to one task, one after the other, so they are asked at about the same time, while a
+server's prefix cache has what they share. Where all prompts begin with the same long text, as with fixed shots, the very first
+request has a head start, so that one request reads it and not all that are in flight.
+
 `parallel` "auto" takes one task, since one that sees all requests can tell what a larger number in flight brings.
 
 Three things can end a task before its slice is done:
@@ -17,10 +21,13 @@ Three things can end a task before its slice is done:
 """
 
 import asyncio
+import json
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
+from os.path import commonprefix
 from typing import Literal
 
 import ray
@@ -29,6 +36,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from eval_jobs.concurrency import MOST, Climbing, Fixed, Limit
 from eval_jobs.endpoint import FatalRequestError
+from eval_jobs.prompts import Prompt
 from eval_jobs.rollout import RolloutPlan, failed_sample, run_rollout
 from eval_jobs.variants import Attempt
 from roentgen.runs import Sample
@@ -40,6 +48,15 @@ SLICE = 10_000
 
 LOOK_UP_S = 0.2
 """How long the driver may wait for samples before it looks up."""
+
+HEAD_START_S = 1.0
+"""How long the first request may be ahead of the rest: time to read some thousand tokens, and little of a run."""
+
+LONG_PREFIX = 2_000
+"""Characters at the beginning of all prompts that are worth a head start; about 500 tokens."""
+
+COMPARED = 8
+"""Prompts that are compared to find out, evenly chosen."""
 
 MAX_DEATHS = 3
 """How many tasks a problem may take down before it is given up."""
@@ -55,6 +72,8 @@ class Slice:
     """The most requests in flight."""
     climbing: bool = False
     """Whether to start with fewer and add more while throughput grows."""
+    leads: bool = False
+    """Whether its first attempt is ahead of all others, those of other slices too."""
 
     @property
     def limit(self) -> Limit:
@@ -101,12 +120,14 @@ def evaluate(
         tasks = max(1, min(parallel, len(attempts), int(ray.cluster_resources().get("CPU", 1))))
         hands = [attempts[start : start + tasks * SLICE] for start in range(0, len(attempts), tasks * SLICE)]
         waiting = deque(piece for hand in hands for piece in deal(hand, tasks, parallel))
+    if leading := free > 1 and shared_prefix(attempts, plan.prompt) >= LONG_PREFIX:
+        waiting[0] = replace(waiting[0], leads=True)
     shared = ray.put(plan)
     running: dict[ObjectRefGenerator, _Dealt] = {}
     deaths: Counter[Identity] = Counter()
     try:
         while waiting or running:
-            while waiting and waiting[0].in_flight <= free:
+            while waiting and waiting[0].in_flight <= free and not (leading and running):
                 dealt = _Dealt.of(waiting.popleft())
                 running[_run_slice.remote(dealt.piece, shared)] = dealt
                 free -= dealt.piece.in_flight
@@ -115,6 +136,7 @@ def evaluate(
             if not ready:
                 continue
             [stream] = ready
+            leading = False  # its head start is over, or its task
             dealt = running[stream]
             try:
                 samples: list[Sample] = ray.get(next(stream))
@@ -137,11 +159,25 @@ def evaluate(
 
 
 def deal(attempts: Sequence[Attempt], tasks: int, parallel: int) -> list[Slice]:
-    """Deal attempts like cards to `tasks` slices, and `parallel` places in flight as evenly as they go."""
+    """Deal attempts to `tasks` slices, and `parallel` places in flight, as evenly as they go.
+
+    A problem's attempts are dealt together, since they share a prompt or the beginning of one; those of the last problems one
+    by one, so that no slice has more left than another in the end.
+    """
+    problems = [list(group) for _, group in groupby(attempts, key=lambda attempt: attempt.problem.problem_id)]
+    whole = max(0, len(problems) - tasks)
+    slices: list[list[Attempt]] = [[] for _ in range(tasks)]
+    for cards in (*problems[:whole], *([attempt] for problem in problems[whole:] for attempt in problem)):
+        min(slices, key=len).extend(cards)
     shares = [parallel // tasks + (number < parallel % tasks) for number in range(tasks)]
-    return [
-        Slice(tuple(attempts[number::tasks]), share) for number, share in enumerate(shares) if number < len(attempts)
-    ]
+    return [Slice(tuple(dealt), share) for dealt, share in zip(slices, shares, strict=True) if dealt]
+
+
+def shared_prefix(attempts: Sequence[Attempt], prompt: Prompt) -> int:
+    """Return with how many characters the prompts of a run all begin, as far as a few of them tell."""
+    some = attempts[:: max(1, len(attempts) // COMPARED)][:COMPARED]
+    texts = [json.dumps(prompt.messages(attempt.problem, attempt.variant.prefix)) for attempt in some]
+    return len(commonprefix(texts)) if len(some) > 1 else 0  # noqa: RUF071 - of texts, not of paths
 
 
 @ray.remote(num_cpus=0, max_retries=0, num_returns="streaming", scheduling_strategy="SPREAD")
@@ -150,15 +186,20 @@ def _run_slice(piece: Slice, plan: RolloutPlan) -> Iterator[list[Sample]]:
     waiting = deque(piece.attempts)
     finished: asyncio.Queue[asyncio.Task[Sample]] = asyncio.Queue()
     running: set[asyncio.Task[Sample]] = set()
-    limit = piece.limit
+    limit, leads = piece.limit, piece.leads
     client = plan.endpoint.client(on_busy=limit.refused)
     with asyncio.Runner() as runner:
         # The loop stands still while a group is handed over, which takes about a millisecond.
         while waiting or running:
-            while waiting and len(running) < limit.value:
+            while waiting and len(running) < (1 if leads else limit.value):
                 task = runner.get_loop().create_task(run_rollout(client, waiting.popleft(), plan))
                 task.add_done_callback(finished.put_nowait)
                 running.add(task)
+            if leads:
+                leads = False
+                runner.run(asyncio.wait(running, timeout=HEAD_START_S))
+                yield []
+                continue
             done = [runner.run(finished.get())]
             while not finished.empty():
                 done.append(finished.get_nowait())

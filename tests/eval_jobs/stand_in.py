@@ -53,6 +53,8 @@ class StandIn:
     reply: str = "It is {answer}.\nAnswer: {answer}"
     faults: dict[str, list[Fault | str]] = field(default_factory=dict)
     requests: list[dict[str, Any]] = field(default_factory=list)
+    arrived: list[float] = field(default_factory=list)
+    usage: dict[str, Any] = field(default_factory=dict)
     in_flight: int = 0
     most_in_flight: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -102,6 +104,7 @@ def running(stand_in: StandIn) -> Iterator[StandIn]:
                 return self.send({"count": 10})
             with stand_in.lock:
                 stand_in.requests.append({**body, "authorization": self.headers["Authorization"]})
+                stand_in.arrived.append(time.monotonic())
                 stand_in.in_flight += 1
                 stand_in.most_in_flight = max(stand_in.most_in_flight, stand_in.in_flight)
                 faults = stand_in.faults.get(question_of(body))
@@ -180,7 +183,7 @@ def completion(stand_in: StandIn, body: dict[str, Any]) -> dict[str, Any]:
         "choices": [
             {"index": 0, "message": message, "logprobs": None, "finish_reason": "tool_calls" if calls else "stop"}
         ],
-        "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15},
+        "usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 15, **stand_in.usage},
     }
     asked = body.get("activations")
     if asked and stand_in.activations:

@@ -1,18 +1,21 @@
 """Many rollouts on a real local Ray: every problem once, however the tasks end."""
 
 import time
+from dataclasses import replace
 from typing import Literal
 
 import pytest
 
 from eval_jobs.concurrency import START
 from eval_jobs.endpoint import FatalRequestError
-from eval_jobs.fanout import MAX_DEATHS, deal, evaluate
+from eval_jobs.fanout import HEAD_START_S, LONG_PREFIX, MAX_DEATHS, deal, evaluate, shared_prefix
 from eval_jobs.problems import Problem
+from eval_jobs.prompts import ANSWER_LINE, GSM8K, GSM8K_COT
 from eval_jobs.rollout import RolloutPlan
+from eval_jobs.variants import Attempt
 from roentgen.runs import Sample
-from tests.eval_jobs.conftest import attempts_at, take
-from tests.eval_jobs.stand_in import FOREVER, KILL, Fault, StandIn
+from tests.eval_jobs.conftest import PLAIN, attempts_at, take
+from tests.eval_jobs.stand_in import FOREVER, KILL, Fault, StandIn, question_of
 
 pytestmark = pytest.mark.usefixtures("local_ray")
 
@@ -32,6 +35,94 @@ def test_problems_and_places_are_dealt_evenly(problems: list[Problem]) -> None:
     assert [piece.in_flight for piece in slices] == [2, 2, 1, 1, 1]
     assert [len(piece.attempts) for piece in slices] == [3, 3, 2, 2, 2]
     assert {attempt.problem for piece in slices for attempt in piece.attempts} == set(problems)
+
+
+def attempts_by_problem(problems: list[Problem], epochs: int) -> list[Attempt]:
+    return [Attempt(problem, PLAIN, epoch) for problem in problems for epoch in range(1, epochs + 1)]
+
+
+@pytest.mark.parametrize(
+    ("taken", "epochs", "tasks"), [(12, 3, 2), (12, 1, 5), (11, 4, 3), (1, 9, 4), (2, 7, 4), (5, 2, 5)]
+)
+def test_a_problem_s_attempts_are_dealt_together(problems: list[Problem], taken: int, epochs: int, tasks: int) -> None:
+    attempts = attempts_by_problem(problems[:taken], epochs)
+    slices = deal(attempts, tasks, parallel=8)
+    sizes = [len(piece.attempts) for piece in slices]
+    assert max(sizes) - min(sizes) <= 1
+    assert sorted(attempt.sample_id for piece in slices for attempt in piece.attempts) == sorted(
+        a.sample_id for a in attempts
+    )
+    for piece in slices:
+        assert [attempts.index(attempt) for attempt in piece.attempts] == sorted(map(attempts.index, piece.attempts))
+    for problem in problems[: max(0, taken - tasks)]:
+        assert sum(problem in {attempt.problem for attempt in piece.attempts} for piece in slices) == 1
+
+
+def test_slices_stay_even_where_problems_lack_different_numbers_of_attempts(problems: list[Problem]) -> None:
+    """As in a run that is continued, or grows."""
+    attempts = [
+        Attempt(problem, PLAIN, epoch) for n, problem in enumerate(problems) for epoch in range(1, 2 + 6 * (n % 2))
+    ]
+    sizes = [len(piece.attempts) for piece in deal(attempts, tasks=2, parallel=2)]
+    assert sum(sizes) == len(attempts)
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_requests_go_out_problem_by_problem(server: StandIn, plan: RolloutPlan, problems: list[Problem]) -> None:
+    attempts = attempts_by_problem(problems[:4], 3)
+    evaluate(attempts, plan, 1, lambda _: None)
+    asked = [(question_of(body), body["seed"]) for body in server.requests]
+    assert asked == [(attempt.problem.question, attempt.epoch - 1) for attempt in attempts]
+
+
+def long_prompts(plan: RolloutPlan) -> RolloutPlan:
+    """Prompts that all begin with the same long text."""
+    return replace(plan, prompt=replace(plan.prompt, user="Be brief. " * (LONG_PREFIX // 10) + plan.prompt.user))
+
+
+@pytest.mark.parametrize("parallel", [4, "auto"])
+def test_the_first_of_a_shared_prefix_has_a_head_start(
+    server: StandIn, plan: RolloutPlan, problems: list[Problem], parallel: int | Literal["auto"]
+) -> None:
+    server.latency = 2 * HEAD_START_S
+    assert_each_once(run(problems[:4], long_prompts(plan), parallel), problems[:4])
+    first, second, third, _ = server.arrived
+    assert question_of(server.requests[0]) == problems[0].question
+    assert HEAD_START_S * 0.9 < second - first < server.latency  # and it is waited for no longer
+    assert third - second < server.latency * 0.9  # only the first is ahead of the others
+
+
+def test_who_answers_soon_is_waited_for_no_longer(server: StandIn, plan: RolloutPlan, problems: list[Problem]) -> None:
+    assert_each_once(run(problems, long_prompts(plan), 2), problems)
+    assert server.arrived[1] - server.arrived[0] < HEAD_START_S * 0.9
+
+
+def test_prompts_that_share_little_have_no_head_start(
+    server: StandIn, plan: RolloutPlan, problems: list[Problem]
+) -> None:
+    server.latency = HEAD_START_S
+    run(problems[:4], plan, 4)
+    assert server.arrived[1] - server.arrived[0] < HEAD_START_S * 0.9
+
+
+def test_a_first_request_that_kills_its_worker_holds_up_nobody(
+    server: StandIn, plan: RolloutPlan, problems: list[Problem]
+) -> None:
+    server.fail(problems[0].question, KILL)
+    assert_each_once(run(problems, long_prompts(plan), 4), problems)
+
+
+def test_what_a_run_s_prompts_share(problems: list[Problem]) -> None:
+    assert (
+        shared_prefix(attempts_at(problems), GSM8K_COT)
+        > LONG_PREFIX
+        > shared_prefix(attempts_at(problems), ANSWER_LINE)
+    )
+    assert shared_prefix(attempts_at(problems[:1]), GSM8K_COT) == 0
+    epochs = [Attempt(problems[0], PLAIN, epoch) for epoch in (1, 2)]
+    assert shared_prefix(epochs, GSM8K_COT) > shared_prefix(attempts_at(problems[:2]), GSM8K_COT)
+    drawn = [replace(problem, shots=tuple(problems[n : n + 5])) for n, problem in enumerate(problems[:7])]
+    assert shared_prefix(attempts_at(drawn), GSM8K) < 100
 
 
 @pytest.mark.parametrize("parallel", [1, 5, 64])
