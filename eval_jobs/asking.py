@@ -41,6 +41,8 @@ class Asked:
     """What it wants to be called."""
     prompt_tokens: int
     """Tokens of the prompt."""
+    cached_tokens: int
+    """Those of them that the server says it had in a cache; 0 if it says nothing."""
     completion_tokens: int
     """Tokens generated."""
     seconds: float
@@ -62,9 +64,14 @@ class _Choice(BaseModel):
     finish_reason: str | None = None
 
 
+class _PromptTokensDetails(BaseModel):
+    cached_tokens: int | None = None
+
+
 class _Usage(BaseModel):
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    prompt_tokens_details: _PromptTokensDetails | None = None
 
 
 class _Reply(BaseModel):
@@ -104,12 +111,14 @@ async def ask(client: AsyncOpenAI, endpoint: Endpoint, parameters: dict[str, Any
 
 def _read(reply: _Reply, seconds: float) -> Asked:
     choice, usage = reply.choices[0], reply.usage or _Usage()
+    details = usage.prompt_tokens_details or _PromptTokensDetails()
     said = choice.message.model_dump(exclude_none=True)
     return Asked(
         message={"content": None, **{name: said[name] for name in SAID if name in said}},
         finish_reason=choice.finish_reason,
         tool_calls=choice.message.tool_calls or [],
         prompt_tokens=usage.prompt_tokens,
+        cached_tokens=details.cached_tokens or 0,
         completion_tokens=usage.completion_tokens,
         seconds=seconds,
         activations=reply.activations,

@@ -151,7 +151,9 @@ def _facts(summary: dict[str, Any]) -> Iterator[str]:
         f"verdicts of {summary['extractor']}: {verdicts['correct']} correct, {verdicts['wrong']} wrong, "
         f"{verdicts['no_answer']} no answer found"
     )
-    yield f"tokens: {summary['prompt_tokens']} in, {summary['completion_tokens']} out"
+    cached = summary.get("cached_tokens")  # absent from summaries of older versions
+    found = f" ({cached} of them cached)" if cached else ""
+    yield f"tokens: {summary['prompt_tokens']} in{found}, {summary['completion_tokens']} out"
     timing = summary["timing"]
     if timing is not None and timing["tokens_per_second"] is not None:
         yield (

@@ -38,6 +38,7 @@ SCHEMA = pa.schema(
         *((f"correct_{name}", pa.bool_()) for name in EXTRACTORS),
         ("finish_reason", pa.string()),
         ("prompt_tokens", pa.int64()),
+        ("cached_tokens", pa.int64()),
         ("completion_tokens", pa.int64()),
         ("turns", pa.int32()),
         ("tool_calls", pa.int32()),

@@ -65,6 +65,7 @@ class _Conversation:
             Turn(
                 finish_reason=asked.finish_reason,
                 prompt_tokens=asked.prompt_tokens,
+                cached_tokens=asked.cached_tokens,
                 completion_tokens=asked.completion_tokens,
                 seconds=asked.seconds,
                 tool_calls=len(asked.tool_calls),
@@ -166,6 +167,7 @@ def _scored_sample(talk: _Conversation, attempt: Attempt, plan: RolloutPlan, sec
         correct=scores.correct_by[plan.extractor],
         finish_reason=talk.finish_reason,
         prompt_tokens=sum(turn.prompt_tokens for turn in talk.turns),
+        cached_tokens=sum(turn.cached_tokens for turn in talk.turns),
         completion_tokens=sum(turn.completion_tokens for turn in talk.turns),
         seconds=seconds,
         turns=talk.turns,

@@ -43,6 +43,7 @@ class _Group:
     truncated: int = 0
     out_of_turns: int = 0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     completion_tokens: int = 0
     seconds: float = 0.0
     turns: int = 0
@@ -55,6 +56,7 @@ class _Group:
         self.truncated += sample.finish_reason == "length"
         self.out_of_turns += sample.finish_reason == "max_turns"
         self.prompt_tokens += sample.prompt_tokens
+        self.cached_tokens += sample.cached_tokens
         self.completion_tokens += sample.completion_tokens
         self.seconds += sample.seconds
         self.turns += len(sample.turns)
@@ -164,6 +166,7 @@ def summarise(config: RunConfig, samples: Iterable[Sample]) -> dict[str, Any]:
         "disagreements": disagreements,
         "variants": _variants(variants, primary, config.problems.get("epochs", 1)),
         "prompt_tokens": every.prompt_tokens,
+        "cached_tokens": every.cached_tokens,
         "completion_tokens": every.completion_tokens,
         "request_seconds": every.seconds,
         "turns": every.turns,

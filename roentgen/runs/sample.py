@@ -23,6 +23,8 @@ class Turn(BaseModel):
     """Why the model stopped: "stop", "length", "tool_calls"."""
     prompt_tokens: int = 0
     """Tokens of the prompt, the conversation before included."""
+    cached_tokens: int = 0
+    """Those of them that the server had in its prefix cache, as far as it says."""
     completion_tokens: int = 0
     """Tokens generated."""
     seconds: float = 0.0
@@ -68,6 +70,8 @@ class Sample(BaseModel):
     """"stop", "length" if it was cut, "max_turns" if it was still calling tools in its last turn."""
     prompt_tokens: int = 0
     """Tokens of the prompts, over all turns."""
+    cached_tokens: int = 0
+    """Those of them that the server had in its prefix cache, as far as it says."""
     completion_tokens: int = 0
     """Tokens generated, over all turns."""
     seconds: float = 0.0

@@ -24,7 +24,7 @@ def test_the_summary_is_printed_with_its_warnings(tmp_path: Path) -> None:
         "verdicts of answer: 2 correct, 1 wrong, 1 no answer found",
         "50.0%",
         "15.0–85.0%",
-        "tokens: 40 in, 10 out",
+        "tokens: 40 in (32 of them cached), 10 out",
         "4.0 s for 1 samples, 0.8 tokens/s",
         "activations: 4 rollouts × 1 keys, 5 rows each, in /store/s",
         "warning: failed samples: 1",
@@ -34,6 +34,13 @@ def test_the_summary_is_printed_with_its_warnings(tmp_path: Path) -> None:
         f"report: {run.path / 'report.html'}",
     ):
         assert words in said
+
+
+def test_a_server_without_a_prefix_cache_is_not_spoken_of(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    out = io.StringIO()
+    print_summary(run, {**write_summary(run, None), "cached_tokens": 0}, Console(file=out, width=120))
+    assert "tokens: 40 in, 10 out" in out.getvalue()
 
 
 def test_few_truncations_are_no_warning() -> None:

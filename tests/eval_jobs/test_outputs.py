@@ -53,6 +53,7 @@ def sample(problem: Problem, response: str, finish_reason: str | None, rollouts:
         correct=scores.correct_by["answer"],
         finish_reason=finish_reason,
         prompt_tokens=10,
+        cached_tokens=8,
         completion_tokens=problem.number,
         seconds=0.5,
         turns=[Turn(finish_reason=finish_reason, prompt_tokens=10, completion_tokens=problem.number, seconds=0.5)],
@@ -89,6 +90,7 @@ def test_the_summary_recounted_by_hand(run: Run) -> None:
     assert summary["extractors"]["boxed"]["unparsable"] == 4
     assert summary["disagreements"] == ["gsm8k_0003"]
     assert (summary["prompt_tokens"], summary["completion_tokens"], summary["request_seconds"]) == (40, 10, 2.0)
+    assert summary["cached_tokens"] == 32
     assert summary["activations"] == {
         "session_id": "s",
         "uri": "/store/s",

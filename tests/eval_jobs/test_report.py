@@ -263,8 +263,8 @@ def test_the_page_says_the_numbers_of_the_summary(run: Run) -> None:
     assert f"cut at the token limit {summary['truncated']} 25.0% of 4 samples" in words
     assert f"no answer found {summary['unparsable']} 25.0% of 4 samples" in words
     assert (
-        f"tokens generated {summary['completion_tokens']} {summary['prompt_tokens']} tokens in 0.8 tokens/s, 1 sample in 4.0 s"
-        in words
+        f"tokens generated {summary['completion_tokens']} {summary['prompt_tokens']} tokens in, 32 of them cached "
+        "0.8 tokens/s, 1 sample in 4.0 s" in words
     )
     for name, scores in summary["extractors"].items():
         (row,) = (row for row in page_of(run).rows if row[0].removesuffix(" (primary)") == name and "/" in row[1])

@@ -1,6 +1,7 @@
 """One problem against a real HTTP server: what is sent, what is scored, and whose fault a failure is."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -174,6 +175,20 @@ async def test_tools_are_called_until_the_model_answers(server: StandIn) -> None
     assert [request["activations"]["key"]["turn"] for request in (first, second)] == [0, 1]
     assert [request["activations"].get("since") for request in (first, second)] == [None, "turn"]
     assert [rollout.turn for rollout in sample.rollouts] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("details", "cached"),
+    [({"cached_tokens": 8}, 8), ({"cached_tokens": None}, 0), (None, 0), ({"audio_tokens": 1}, 0)],
+)
+async def test_cached_tokens_are_those_that_the_server_counts(
+    server: StandIn, details: dict[str, Any] | None, cached: int
+) -> None:
+    server.usage = {"prompt_tokens_details": details}
+    server.calls = [[("a", "calculator", '{"expression": "4 - 1"}')], []]
+    sample = await run(with_tools(server))
+    assert [turn.cached_tokens for turn in sample.turns] == [cached, cached]
+    assert (sample.prompt_tokens, sample.cached_tokens) == (20, 2 * cached)
 
 
 async def test_errors_of_tools_are_told_to_the_model(server: StandIn) -> None:
