@@ -124,7 +124,7 @@ def loaded_way(name: str, workload: Workload, in_flight: int) -> Iterator[tuple[
     """
     if name.startswith("engine"):
         model = workload.load()
-        engine = TransformersEngine(model, max_batch=in_flight, max_queue=1024)
+        engine = TransformersEngine(model, max_batch=in_flight, max_queue=1024, prefix_cache=False)
         try:
             yield engine_way(engine, model, WAYS[name]), model.observed._module
         finally:

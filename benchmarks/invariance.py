@@ -117,7 +117,11 @@ def main(
         stage(f"{dtype}: the check takes {median(settled[dtype]):.1f} s")
         engines = {
             mode: TransformersEngine(
-                loaded, max_batch=most, max_cache_tokens=CACHE_TOKENS, batch_invariant=mode == "on"
+                loaded,
+                max_batch=most,
+                max_cache_tokens=CACHE_TOKENS,
+                batch_invariant=mode == "on",
+                prefix_cache=False,
             )
             for mode in MODES
         }

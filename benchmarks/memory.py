@@ -81,7 +81,7 @@ def measure_memory(
     plan = capture_plan(model, capture)
     assert plan is not None
     positions = str(plan.positions)
-    engine = TransformersEngine(model, max_batch=in_flight, max_queue=2 * in_flight)
+    engine = TransformersEngine(model, max_batch=in_flight, max_queue=2 * in_flight, prefix_cache=False)
     process, samples = psutil.Process(), []
     room = threading.Semaphore(in_flight)
     failures: list[Exception] = []

@@ -63,7 +63,7 @@ def measure_pairs(workload: Workload, prompts: int, rounds: int, stage: Callable
     model = workload.load()
     module, tokenizer = workload.load_plain()
     texts = workload.prompts(tokenizer, prompts)
-    engine = TransformersEngine(model, max_batch=IN_FLIGHT, max_queue=1024)
+    engine = TransformersEngine(model, max_batch=IN_FLIGHT, max_queue=1024, prefix_cache=False)
     arms = {name: Arm(engine_way(engine, model, name), texts, IN_FLIGHT) for name in ("none", "3x2", "all")} | {
         "generate": Arm(generate_way(module, end_tokens(module, tokenizer)), texts, IN_FLIGHT),
         "seed": Arm(seed_way(module, tokenizer), texts[:SEED_PROMPTS], 1),

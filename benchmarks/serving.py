@@ -84,7 +84,7 @@ def measure_serving(
         os.nice(max(0, WORKER_NICENESS - os.nice(0)))
         loaded = workload.load()
         tokens, messages = workload.prompts(loaded.tokenizer, prompts), workload.messages(prompts)
-        engine = TransformersEngine(loaded, max_batch=in_flight, max_queue=1024)
+        engine = TransformersEngine(loaded, max_batch=in_flight, max_queue=1024, prefix_cache=False)
 
         def direct(capture: str) -> float:
             run = engine_way(engine, loaded, capture)(tokens, max_tokens, in_flight)

@@ -94,7 +94,11 @@ def capture(settings: CaptureSettings, console: Console, stage: Callable[[str], 
         texts, failures = _tokenize(model, transcripts, stage)
         report = CaptureReport(store.child(session).uri, run.path if run else None, failures=failures)
         engine = TransformersEngine(
-            model, max_batch=settings.batch, max_queue=settings.batch, max_prefill_tokens=settings.batch_tokens
+            model,
+            max_batch=settings.batch,
+            max_queue=settings.batch,
+            max_prefill_tokens=settings.batch_tokens,
+            prefix_cache=False,  # each text is read once, and most are scored
         )
         try:
             with StoreWriter(store) as writer:

@@ -11,7 +11,9 @@ steps, and when it ends, a request's spans are joined into tensors of its own, s
 what ran beside it. All of it lies in one `RowMemory`.
 """
 
+from bisect import bisect_left
 from collections import defaultdict
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -65,6 +67,22 @@ class CapturedRows:
     """Per stored key, `[rows, *shape]`."""
     position: Int[np.ndarray, "rows"]
     """Sequence position per row, -1 for a pooled row, `[rows]`."""
+
+
+@dataclass(frozen=True)
+class KnownRows:
+    """Rows of a stretch of positions that an earlier request has shown: these tokens are not fed again."""
+
+    kept: range
+    """The positions to keep of them."""
+    start: int
+    """The position of the first row."""
+    rows: Mapping[Tap, Float[Tensor, "rows ..."]]
+    """By where they were read, as the model gave them."""
+
+    def wanted(self, tap: Tap) -> Float[Tensor, "kept ..."]:
+        """Return a tap's rows that are kept; a view."""
+        return self.rows[tap][self.kept.start - self.start : self.kept.stop - self.start : self.kept.step]
 
 
 class UncapturableError(RequestError):
@@ -127,6 +145,7 @@ class RequestRows:
         self._position: list[int] = []
         self._own: list[_Span] = []
         self._shared: list[_Span] = []
+        self._known: list[KnownRows] = []
         self.failure: UncapturableError | None = None
 
     def kept(self, span: range) -> range:
@@ -148,6 +167,9 @@ class RequestRows:
             self.failure = self.failure or UncapturableError(failure)
         if self.failure is not None:
             return  # others in this forward have what they asked for
+        if self._known:
+            self._own.append(self._laid_out(self._known, blocks))
+            self._known = []
         if self.plan.positions.policy == "last" and kept:
             self._position = []
         self._position += kept
@@ -157,6 +179,38 @@ class RequestRows:
         if len(self._shared) >= JOIN_EVERY:
             self._own.append(self._joined(self._shared))
             self._shared = []
+
+    def resume(self, known: Sequence[KnownRows]) -> None:
+        """Begin behind tokens whose rows are known, in order: they are kept as if the model had been fed these tokens."""
+        self._known = [part for part in known if part.kept]
+        self._position = [position for part in self._known for position in part.kept]
+
+    def between(self, start: int, stop: int, taps: Collection[Tap]) -> dict[Tap, Float[Tensor, "rows ..."]]:
+        """Copy the rows of positions `[start, stop)` from some places, as the model gave them; nothing if any is not here."""
+        first = bisect_left(self._position, start)
+        here = self._position[first : first + stop - start] == list(range(start, stop))
+        if not here or self.failure is not None or self.plan.positions.pooled:
+            return {}
+        pieces: list[tuple[_Span, int, int]] = []
+        at = 0
+        for span in self._own + self._shared:
+            length = span.stop - span.start
+            low, high = max(first - at, 0), min(first + stop - start - at, length)
+            if low < high:
+                pieces.append((span, span.start + low, span.start + high))
+            at += length
+        found: dict[Tap, Tensor] = {}
+        for place, block in enumerate(pieces[0][0].blocks):
+            numbers = [number for number, key in enumerate(block.keys) if self.plan.taps[key] in taps]
+            if not numbers:
+                continue
+            parts = [span.blocks[place].rows(low, high) for span, low, high in pieces]
+            if len(numbers) == len(block.keys):
+                rows = list(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0].clone())
+            else:  # copied apart, so that none keeps alive what is not wanted
+                rows = [torch.cat([part[number] for part in parts]) for number in numbers]
+            found.update(zip((self.plan.taps[block.keys[number]] for number in numbers), rows, strict=True))
+        return found
 
     def cut(self) -> CapturedRows:
         """Join this request's rows into tensors of their own.
@@ -172,6 +226,7 @@ class RequestRows:
         dtype = None if self.plan.dtype == "model" else getattr(torch, self.plan.dtype)
         found: dict[str, Tensor] = {}
         joined = spans[0] if len(self._own) == 1 and not self._shared else self._joined(spans)
+        self._own, self._shared = [joined], []
         for block in joined.blocks:
             values = block.tensor
             if self.plan.positions.pooled:
@@ -180,6 +235,25 @@ class RequestRows:
             found.update(zip(block.keys, values, strict=True))
         position = [-1] * bool(self._position) if self.plan.positions.pooled else self._position
         return CapturedRows({key: found[key] for key in self.plan.taps}, np.array(position, dtype=np.int32))
+
+    def _laid_out(self, known: Sequence[KnownRows], like: list[_Block]) -> _Span:
+        """Put known rows into blocks of this request's own, which hold the keys that a forward's blocks hold."""
+        pooled = self.plan.positions.pooled
+        count = 1 if pooled else sum(len(part.kept) for part in known)
+        blocks = []
+        for block in like:
+            taps = [self.plan.taps[key] for key in block.keys]
+            rows = self._memory.empty(
+                (len(taps), count, *block.tensor.shape[2:]), block.tensor.dtype, torch.device("cpu")
+            )
+            for target, tap in zip(rows, taps, strict=True):
+                parts = [part.wanted(tap) for part in known]
+                if pooled:
+                    target[0] = torch.stack([part.float().sum(0) for part in parts]).sum(0)
+                else:
+                    torch.cat(parts, out=target)
+            blocks.append(_Block(rows, block.dtype, block.keys))
+        return _Span(blocks, 0, count)
 
     def _joined(self, spans: list[_Span]) -> _Span:
         """Copy the rows of spans, in order, into blocks of this request's own; sums are added up."""

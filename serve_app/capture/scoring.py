@@ -5,6 +5,7 @@ in one product; what is kept of a row is its score. Every token that passes thro
 and those generated but the last, which never does.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -81,6 +82,19 @@ class RequestScores:
     def add(self, number: int, scores: Float[Tensor, "rows outputs"]) -> None:
         """Take one probe's scores of the next rows."""
         self._parts[number].append(scores)
+
+    def resume(self, length: int, rows: Mapping[Tap, Float[Tensor, "rows ..."]]) -> None:
+        """Begin behind tokens whose rows are known, and score these.
+
+        Args:
+            length: how many.
+            rows: theirs, by where they were read.
+        """
+        self.feed(length)
+        for number, scorer in enumerate(self.scorers):
+            known, readout = rows[scorer.tap], scorer.readout
+            if known.ndim == 2 and readout.mean.shape[0] == known.shape[1]:
+                self.add(number, readout.scores(known.to(readout.mean.device)).cpu())
 
     def drain(self) -> "NewScores":
         """Return what has come since the last time, and keep none of it."""

@@ -261,9 +261,9 @@ class Failed:
 Event = TextDelta | Finished | Failed
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class GenerationJob:
-    """One generation."""
+    """One generation; two are never the same."""
 
     prompt_ids: list[int]
     """The prompt's tokens; at least one, and with `sampling.max_tokens` within the context."""

@@ -16,9 +16,13 @@ from serve_app.engines.memory import CPU_SHARE, DEVICE_SHARE, HOST_SHARE, free_h
 from serve_app.engines.protocol import GenerationJob, RequestTooLargeError
 from serve_app.engines.transformers.model import LoadedModel
 from serve_app.engines.transformers.model_cache import Remembered, find_out
+from serve_app.engines.transformers.prefix_cache import Room
 
 SLAB_OVERHEAD = 1.25
 """Slabs have a quarter more columns than are in use (`kv_cache`)."""
+
+PREFIX_SHARE = 0.25
+"""What earlier sequences may take at most of the memory for keys and values, and of that for captured rows."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,8 @@ class Budget:
     """Captured rows, in bytes."""
     bytes_per_row: int
     """Of one hook point's row, an estimate: the residual stream's width."""
+    bytes_per_token: int = 0
+    """Of a token in the KV cache, over all layers."""
 
     @classmethod
     def measure(
@@ -57,6 +63,7 @@ class Budget:
             cache_tokens=min(tokens, max_cache_tokens or tokens),
             row_bytes=int(host * HOST_SHARE),
             bytes_per_row=model.structure.d_model * model.dtype.itemsize,
+            bytes_per_token=remembered.token_bytes,
         )
 
     def check(self, job: GenerationJob) -> None:
@@ -82,6 +89,16 @@ class Budget:
         width = max(total_tokens(other) for other in jobs)
         return len(jobs) * width <= self.cache_tokens and sum(map(self._row_bytes, jobs)) <= self.row_bytes
 
+    def room(self, running: Sequence[GenerationJob]) -> Room:
+        """Return what prefixes may take beside running jobs: a share of all, and no more than these leave."""
+        tokens = self.cache_tokens - len(running) * max(map(total_tokens, running), default=0)
+        rows = self.row_bytes - sum(map(self._row_bytes, running))
+        tokens = min(tokens, int(self.cache_tokens * PREFIX_SHARE))
+        return Room(
+            values=max(0, int(tokens * self.bytes_per_token * SLAB_OVERHEAD)),
+            rows=max(0, min(rows, int(self.row_bytes * PREFIX_SHARE))),
+        )
+
     def _row_bytes(self, job: GenerationJob) -> int:
         if job.capture is None:
             return 0
@@ -101,11 +118,13 @@ def next_jobs(
     max_prefill_tokens: int,
     together: Callable[[int, int], bool] = ANY.together,
     lengths: Sequence[int] = (),
+    unread: Callable[[GenerationJob], int] = lambda job: len(job.prompt_ids),
+    waits: Callable[[GenerationJob, Sequence[GenerationJob]], bool] = lambda job, taken: False,
 ) -> list[GenerationJob]:
     """Take from the queue what to prefill next, together in one forward.
 
-    The first in the queue always comes first, so nothing waits for ever; the others are those nearest to it in length, so
-    that little of the forward is padding.
+    The first in the queue always comes first, so nothing waits for ever; the others are those nearest to it in what is to be
+    read, so that little of the forward is padding.
 
     Args:
         waiting: the queue; what is taken is removed.
@@ -115,6 +134,8 @@ def next_jobs(
         max_prefill_tokens: the most tokens of one forward, padding included; a longer prompt comes alone.
         together: whether sequences of two lengths may share a forward.
         lengths: of what runs already.
+        unread: how many tokens of a job's prompt are to be read.
+        waits: whether a job had better come after the jobs that are taken.
     """
     if not waiting or len(running) >= max_batch or not budget.admits(running, waiting[0]):
         return []
@@ -122,13 +143,15 @@ def next_jobs(
     if not all(together(len(head.prompt_ids), other) for other in lengths):
         return []
     taken = [head]
-    length = len(head.prompt_ids)
-    for job in sorted(list(waiting)[1 : 1 + max_batch], key=lambda job: abs(len(job.prompt_ids) - length)):
-        width = max(len(other.prompt_ids) for other in (*taken, job))
-        if len(running) + len(taken) >= max_batch or width * (len(taken) + 1) > max_prefill_tokens:
+    length, width = len(head.prompt_ids), unread(head)
+    others = [(unread(job), job) for job in list(waiting)[1 : 1 + max_batch]]
+    for tokens, job in sorted(others, key=lambda other: abs(other[0] - width)):
+        if len(running) + len(taken) >= max_batch or max(tokens, width) * (len(taken) + 1) > max_prefill_tokens:
             break
-        if together(len(job.prompt_ids), length) and budget.admits([*running, *taken], job):
+        fits = together(len(job.prompt_ids), length) and budget.admits([*running, *taken], job)
+        if fits and not waits(job, taken):
             taken.append(job)
+            width = max(tokens, width)
     chosen = {id(job) for job in taken}
     left = [job for job in waiting if id(job) not in chosen]
     waiting.clear()

@@ -35,13 +35,11 @@ from torch import Tensor
 from serve_app.capture.memory import RowMemory
 from serve_app.engines.completion import no_token
 from serve_app.engines.protocol import (
-    SWITCHED_OFF,
     EngineBusyError,
     EngineStoppedError,
     Failed,
     GenerationJob,
     Load,
-    PrefixCaching,
     TokenScore,
     UnknownTokenError,
 )
@@ -51,6 +49,7 @@ from serve_app.engines.transformers.invariance import PIECE, settle
 from serve_app.engines.transformers.kv_cache import BatchRows, SlotRows, StaticRows
 from serve_app.engines.transformers.model import LoadedModel
 from serve_app.engines.transformers.model_cache import Step, find_out
+from serve_app.engines.transformers.prefixes import Prefixes
 from serve_app.engines.transformers.running import Prefill, Running
 from serve_app.engines.transformers.sampling import choose, score, score_named
 
@@ -101,7 +100,6 @@ class TransformersEngine:
         """
         self._model = model
         self.batch_invariant = batch_invariant
-        self.prefix_cache = PrefixCaching(False, SWITCHED_OFF if not prefix_cache else "this engine has none yet")
         self._max_batch = max_batch
         self._max_queue = max_queue
         self._max_prefill_tokens = max_prefill_tokens or PREFILL_TOKENS[model.device.type]
@@ -121,6 +119,12 @@ class TransformersEngine:
         self.budget = Budget.measure(model, max_cache_tokens, max_batch=max_batch, remembered=self._remembered)
         log.info("room for %d tokens in the KV cache", self.budget.cache_tokens)
         self._memory = RowMemory()
+        self._prefixes = Prefixes(
+            model, self._remembered, self._memory, asked=prefix_cache, batch_invariant=batch_invariant
+        )
+        self.prefix_cache = self._prefixes.state
+        if prefix_cache and not self.prefix_cache.enabled:
+            log.warning("%s has no prefix cache: %s", model.source.name, self.prefix_cache.reason)
         self._forwards = Forwards(model, self._remembered, self._memory, self._max_prefill_tokens)
         self._failures = 0
         self._retried = False
@@ -145,7 +149,8 @@ class TransformersEngine:
         """What it has to do now, and has done."""
         prefill = self._prefill
         running = len(self._running) + len(self._crossing) + (len(prefill.running) if prefill else 0)
-        return Load(running, len(self._waiting), dict(self._steps))
+        prefixes = self._prefixes
+        return Load(running, len(self._waiting), dict(self._steps), prefixes.held, prefixes.hits, prefixes.misses)
 
     @property
     def capacity(self) -> int:
@@ -165,6 +170,7 @@ class TransformersEngine:
         if (wrong := self._model.unknown_token(job.prompt_ids)) is not None:
             n_tokens = self._model.n_embeddings
             raise UnknownTokenError(f"{wrong} is out of vocabulary; the model has {n_tokens} tokens, 0–{n_tokens - 1}")
+        self._prefixes.expect(job)
         with self._changed:
             if self._closed:
                 raise EngineStoppedError("the engine is closed")
@@ -197,6 +203,7 @@ class TransformersEngine:
                 with torch.inference_mode():
                     self._count_failure()
             self._rows = self._empty()  # nothing runs: give the memory back
+        self._prefixes.clear()
         self._fail_all(EngineStoppedError("the engine was closed"))
         with self._changed:
             waiting, self._waiting = self._waiting, deque()
@@ -295,12 +302,16 @@ class TransformersEngine:
                 1 if self.batch_invariant else self._max_prefill_tokens,  # 1: a prompt is read alone
                 self._batching.together,
                 lengths,
+                self._prefixes.unread,
+                self._prefixes.waits,
             )
         if not jobs:
             return None
+        self._prefixes.make_room(self.budget.room([*(running.job for running in self._running), *jobs]))
         if self._together == 1:
             self._rows = self._empty()  # so that the memory it computes on lies as if nothing had run before
-        return Prefill.lay_out([Running.start(job, self._model, self._memory) for job in jobs], self._rows.new())
+        started = [Running.start(job, self._model, self._memory) for job in jobs]
+        return self._prefixes.lay_out(started, self._rows.new())
 
     def _piece(self, prefill: Prefill) -> int:
         """Return how many columns of a prefill to read at once; some prompts are read whole."""
@@ -337,6 +348,7 @@ class TransformersEngine:
             if all(running.job.cancelled.is_set() for running in prefill.running):
                 self._prefill = None
             return
+        self._prefixes.keep_prompts(prefill)
         staying = self._advance(prefill.running, logits[:, -1])
         self._prefill = None
         if staying:
@@ -366,6 +378,9 @@ class TransformersEngine:
         self._rows.stepped(cache)
         staying = self._advance(self._running, logits[:, -1])
         if len(staying) < len(self._running):
+            for row in set(range(len(self._running))).difference(staying):
+                if not self._running[row].job.cancelled.is_set():
+                    self._prefixes.keep_completion(self._running[row], self._rows, row)
             self._running = [self._running[row] for row in self._rows.keep(staying)]
 
     def _passed(self) -> None:

@@ -66,8 +66,9 @@ class Forwards:
         grid = self._grid(step)
         steering = self._steering(running, grid)
         rows = StepRows([one.rows for one in running], grid, self._memory)
+        fillers = StepRows([one.filler for one in running], grid, self._memory)
         scores = StepScores([one.probed for one in running], grid)
-        visitors = (steering, rows, scores)
+        visitors = (steering, rows, fillers, scores)
 
         def forward() -> Any:
             with shapes or nullcontext():
@@ -75,6 +76,7 @@ class Forwards:
 
         output = self._model.observed.run(visitors, forward)
         rows.deliver()
+        fillers.deliver()
         scores.deliver()
         unsteered = steering.failures
         for row, one in enumerate(running):

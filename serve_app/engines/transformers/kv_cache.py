@@ -97,6 +97,10 @@ class SlotRows:
         self._resize(len(order))
         return order
 
+    def start(self, row: int) -> int:
+        """Return the column of a row's first token."""
+        return self._starts[row]
+
     def step_inputs(self) -> tuple[Int[Tensor, "rows columns"], Int[Tensor, "rows 1"]]:
         """See `BatchRows.step_inputs`."""
         self._make_room(0, 0)

@@ -1,10 +1,15 @@
-"""Makes rotary embeddings forget earlier sequences.
+"""Finds rotary embeddings that depend on a sequence's length, and makes them forget earlier sequences.
 
 With dynamic NTK scaling (`rope_type: "dynamic"`), transformers' rotary embedding keeps the frequencies of the longest sequence
 that it has seen, and takes them for shorter ones too. Then a request's values depend on requests before it.
 """
 
 from torch import nn
+
+
+def depends_on_length(model: nn.Module) -> bool:
+    """Whether a token's rotation depends on how long its sequence is or will be."""
+    return any(getattr(module, "rope_type", None) in ("dynamic", "longrope") for module in model.modules())
 
 
 def forget_lengths(model: nn.Module) -> None:

@@ -22,13 +22,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class Running(Completion):
-    """A job, and what this engine has for it: `all_logits` is whether its prompt needs logits at every position."""
+    """A job, and what this engine has for it.
+
+    `all_logits` is whether its prompt needs logits at every position, `cached` how many of its prompt's tokens were found and
+    not read, and `filler` keeps rows of its prompt for others, while it is read.
+    """
 
     sampler: Sampler
     rows: RequestRows | None
     probed: RequestScores | None
     all_logits: bool
     prompt_scores: list[TokenScore] = field(default_factory=list)
+    cached: int = 0
+    filler: RequestRows | None = None
 
     @classmethod
     def start(cls, job: GenerationJob, model: LoadedModel, memory: RowMemory) -> "Running":
@@ -64,10 +70,19 @@ class Running(Completion):
             self.fail(error)
             return
         prompt_scores = self.prompt_scores if self.job.score_prompt else None
-        self.job.listener(replace(self.finished(reason), captured=captured, prompt_scores=prompt_scores, probed=probed))
+        self.job.listener(
+            replace(
+                self.finished(reason),
+                captured=captured,
+                prompt_scores=prompt_scores,
+                probed=probed,
+                cached_tokens=self.cached,
+            )
+        )
 
     def begin_again(self, memory: RowMemory) -> None:
         """Forget what its forwards have shown: they are run again, over the tokens that it has by now."""
+        self.cached, self.filler = 0, None
         if self.rows is not None:
             self.rows = RequestRows(self.rows.plan, len(self.job.prompt_ids), memory)
         if self.probed is not None:

@@ -1,0 +1,227 @@
+"""What has been read of earlier sequences, in blocks: keys and values, and the rows that were captured.
+
+A block is some tokens of a sequence. It is named by a hash of all tokens up to its end and of whatever else its values depend
+on: what is added to these tokens (steering that touches later ones only does not count), and the salt of the request, by which
+clients keep apart. Model, adapter and dtype need no place in the name, since a cache belongs to one engine and ends with it.
+
+Blocks are found by name alone, from a sequence's first on. One that has no rows of a hook point, because nobody asked for them
+or because they were dropped, serves requests that need none there, and gains them when somebody reads its tokens again.
+
+Keys and values lie on the model's device and rows on the host, so each have a bound of their own. The block that was used
+longest ago goes first; of a sequence that was used as a whole, its end.
+"""
+
+from array import array
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+
+from serve_app.capture.structure import Tap
+from serve_app.engines.protocol import GenerationJob
+
+
+def name_blocks(job: GenerationJob, tokens: Sequence[int], size: int, known: Sequence[bytes] = ()) -> list[bytes]:
+    """Name the whole blocks of a job's sequence.
+
+    Args:
+        job: whose salt and steering count.
+        tokens: its prompt, or more of its sequence.
+        size: tokens of a block.
+        known: names of its first blocks.
+    """
+    names = list(known)
+    additions = [(addition, _digest(addition.key.encode() + _bytes(addition.vector))) for addition in job.steering]
+    last = names[-1] if names else _digest(repr(job.cache_salt).encode())
+    for number in range(len(names), len(tokens) // size):
+        span = range(number * size, (number + 1) * size)
+        steered = [
+            (vector, list(wanted))
+            for addition, vector in additions
+            if (wanted := addition.wanted(len(job.prompt_ids), span))
+        ]
+        last = _digest(last + array("q", tokens[span.start : span.stop]).tobytes() + repr(steered).encode())
+        names.append(last)
+    return names
+
+
+def _digest(data: bytes) -> bytes:
+    return blake2b(data, digest_size=16).digest()
+
+
+def _bytes(vector: Float[Tensor, "d_model"]) -> bytes:
+    return vector.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
+
+
+@dataclass(frozen=True)
+class Room:
+    """Bytes that may be held."""
+
+    values: int
+    """Of keys and values."""
+    rows: int
+    """Of captured rows."""
+
+
+@dataclass(eq=False)
+class Block:
+    """Some tokens of a sequence."""
+
+    values: list[Float[Tensor, "parts kv_heads tokens d"]]
+    """Keys and values, as `KeyValues` groups them."""
+    rows: dict[Tap, Float[Tensor, "tokens ..."]] = field(default_factory=dict)
+    """Captured rows, in the dtype that the model gave them in."""
+
+    @property
+    def value_bytes(self) -> int:
+        """What its keys and values take."""
+        return sum(tensor.nbytes for tensor in self.values)
+
+    @property
+    def row_bytes(self) -> int:
+        """What its rows take."""
+        return sum(tensor.nbytes for tensor in self.rows.values())
+
+
+class PrefixCache:
+    """Blocks by name (see the module). One thread changes it; any may read the numbers.
+
+    Attributes:
+        size: tokens of a block.
+        value_bytes: held of keys and values.
+        row_bytes: held of rows.
+    """
+
+    def __init__(self, size: int, room: Room) -> None:
+        self.size = size
+        self.value_bytes = self.row_bytes = 0
+        self._room = room
+        self._blocks: OrderedDict[bytes, Block] = OrderedDict()  # the first was used longest ago
+
+    def count(self, names: Sequence[bytes], needed: Callable[[range], Collection[Tap]]) -> int:
+        """Return how many blocks from the first on are here with all that is needed of them.
+
+        Args:
+            names: of a sequence's blocks.
+            needed: gives, for the positions of a block, where rows of them are needed.
+        """
+        for number, name in enumerate(names):
+            block = self._blocks.get(name)
+            span = range(number * self.size, (number + 1) * self.size)
+            if block is None or any(tap not in block.rows for tap in needed(span)):
+                return number
+        return len(names)
+
+    def use(self, names: Sequence[bytes]) -> list[Block]:
+        """Return a sequence's blocks, which are here; they count as used now."""
+        for name in reversed(names):
+            self._blocks.move_to_end(name)
+        return [self._blocks[name] for name in names]
+
+    def lacks(self, name: bytes, taps: Collection[Tap]) -> set[Tap] | None:
+        """Return where a block has no rows yet, of some places; None if it is not here at all."""
+        block = self._blocks.get(name)
+        return None if block is None else {tap for tap in taps if tap not in block.rows}
+
+    def add(
+        self,
+        name: bytes,
+        values: Callable[[], list[Tensor]],
+        rows: dict[Tap, Float[Tensor, "tokens ..."]],
+    ) -> None:
+        """Take a block, or rows of one that is here; nothing is dropped for it until `trim`.
+
+        Args:
+            name: its name.
+            values: cuts its keys and values, if they are wanted.
+            rows: its rows, owning their memory.
+        """
+        block = self._blocks.get(name)
+        if block is None:
+            block = self._blocks[name] = Block(values())
+            self.value_bytes += block.value_bytes
+        before = block.row_bytes
+        block.rows.update(rows)
+        self.row_bytes += block.row_bytes - before
+
+    def trim(self, names: Sequence[bytes] = (), room: Room | None = None) -> None:
+        """Drop what was used longest ago until the rest fits.
+
+        Args:
+            names: a sequence's blocks that count as used now.
+            room: what may be held from now on, if that has changed.
+        """
+        self._room = room or self._room
+        for name in reversed(names):
+            if name in self._blocks:
+                self._blocks.move_to_end(name)
+        while self._blocks and self.value_bytes > self._room.values:
+            _, block = self._blocks.popitem(last=False)
+            self.value_bytes -= block.value_bytes
+            self.row_bytes -= block.row_bytes
+        for block in self._blocks.values():
+            if self.row_bytes <= self._room.rows:
+                break
+            self.row_bytes -= block.row_bytes
+            block.rows = {}
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self._blocks.clear()
+        self.value_bytes = self.row_bytes = 0
+
+
+class KeyValues:
+    """How layers' keys and values lie in blocks: those of one shape, dtype and device in one tensor."""
+
+    def __init__(self, layers: Sequence[CacheLayerMixin]) -> None:
+        """Look at a cache that has read something."""
+        self._n_layers = len(layers)
+        groups: dict[object, list[tuple[int, str]]] = {}
+        for number, layer in enumerate(layers):
+            for side in ("keys", "values"):
+                tensor = getattr(layer, side)
+                if tensor is not None:  # a layer may share another's
+                    kind = (tensor.shape[1], tensor.shape[3], tensor.dtype, tensor.device)
+                    groups.setdefault(kind, []).append((number, side))
+        self._groups = list(groups.values())
+
+    def cut(
+        self, layers: Sequence[CacheLayerMixin], row: int, columns: slice
+    ) -> list[Float[Tensor, "parts kv_heads tokens d"]]:
+        """Copy some columns of a row of a cache."""
+        return [
+            torch.stack([getattr(layers[number], side)[row, :, columns] for number, side in group])
+            for group in self._groups
+        ]
+
+    def lay_out(self, rows: Sequence[tuple[Sequence[Block], int, int]], width: int) -> DynamicCache:
+        """Put blocks into a cache of `width` columns, which a model goes on with.
+
+        Args:
+            rows: per row its blocks, the tokens of them to take, and how many columns of padding come before.
+            width: columns.
+        """
+        cache = DynamicCache()
+        cache.layers = [DynamicLayer() for _ in range(self._n_layers)]
+        sample = next(blocks[0] for blocks, count, _ in rows if count)
+        for place, group in enumerate(self._groups):
+            like = sample.values[place]
+            parts, heads, size, d = like.shape
+            laid = like.new_zeros(parts, len(rows), heads, width, d)  # what is masked must not be a NaN
+            for row, (blocks, count, padding) in enumerate(rows):
+                for start, block in zip(range(0, count, size), blocks, strict=False):
+                    stop = min(start + size, count)
+                    laid[:, row, :, padding + start : padding + stop] = block.values[place][:, :, : stop - start]
+            for part, (number, side) in enumerate(group):
+                layer = cache.layers[number]
+                if not layer.is_initialized:
+                    layer.lazy_initialization(laid[part], laid[part])
+                setattr(layer, side, laid[part])
+        return cache

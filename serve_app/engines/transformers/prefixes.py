@@ -1,0 +1,293 @@
+"""Reads prompts from where they differ from what has been read before, and keeps what is read for prompts to come.
+
+A job that is admitted takes keys and values of its prompt's first blocks from the cache (`prefix_cache`), and the rows that it
+has to have of them: those that its capture keeps, and those that its probes score. It takes no block that lacks one of these,
+so nothing is ever missing; the tokens are read again, and the block has the rows then. The last token of a prompt is always
+read, since its logits choose the first token.
+
+What a prompt's forwards have shown is cut into blocks when all of it is read, and what a completion adds when it has ended.
+Rows come from what the job captures anyway. Where that has not every row of a block (every k-th, a mean, only scores), a
+second capture beside it keeps them while the prompt is read (`Running.filler`).
+
+Jobs that wait together and share much that nobody has read are not read together: the first reads it, the others come a round
+later and find it (`Prefixes.waits`).
+
+Batch-invariant, blocks are as long as the pieces in which prompts are read, so that whatever is found was computed in the very
+shapes in which it would be computed again. A completion's tokens, which were not, are not kept.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+from weakref import WeakKeyDictionary
+
+import torch
+from transformers import Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from roentgen.contract import Positions
+from serve_app.capture.memory import RowMemory
+from serve_app.capture.rows import CapturePlan, KnownRows, RequestRows
+from serve_app.capture.structure import Tap
+from serve_app.engines.protocol import SWITCHED_OFF, GenerationJob, PrefixCaching
+from serve_app.engines.transformers.invariance import PIECE
+from serve_app.engines.transformers.kv_cache import BatchRows, SlotRows
+from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.model_cache import Remembered
+from serve_app.engines.transformers.prefix_cache import Block, KeyValues, PrefixCache, Room, name_blocks
+from serve_app.engines.transformers.rotation import depends_on_length
+from serve_app.engines.transformers.running import Prefill, Running
+
+BLOCK = {"cpu": 32, "cuda": 16}
+"""Tokens of a block."""
+
+WHOLE = ("all", "prompt", "generated")
+"""Position policies that keep every row of a stretch."""
+
+
+def prefix_caching(model: LoadedModel, remembered: Remembered, *, asked: bool) -> PrefixCaching:
+    """Decide whether a model's prefixes can be kept.
+
+    Args:
+        model: loaded.
+        remembered: how it remembers.
+        asked: whether the configuration wants it.
+    """
+    if not asked:
+        return PrefixCaching(False, SWITCHED_OFF)
+    if not remembered.continuous or remembered.alone:
+        return PrefixCaching(False, "the model's cache is not keys and values of each token alone")
+    if model.batching.kind != "any":
+        return PrefixCaching(False, f"requests share a forward only if {model.batching.kind}: {model.batching.reason}")
+    if depends_on_length(model.observed._module):
+        return PrefixCaching(False, "a token's rotation depends on how long its sequence is")
+    if model.checks.decoding_error:
+        return PrefixCaching(False, "the model gives other rows with its cache than without")
+    return PrefixCaching(True)
+
+
+def needed(job: GenerationJob, span: range) -> set[Tap]:
+    """Return where a job has to have rows of some positions of its prompt."""
+    taps = {scorer.tap for scorer in job.probes}
+    plan = job.capture
+    if plan is not None and plan.positions.policy != "last" and plan.kept(len(job.prompt_ids), span.start, span.stop):
+        taps |= set(plan.taps.values())
+    return taps
+
+
+def most_known(job: GenerationJob) -> int:
+    """Return how many tokens of a job's prompt may be left unread."""
+    if job.score_prompt:
+        return 0
+    most = len(job.prompt_ids)
+    if job.capture is not None and job.capture.positions.policy == "last" and job.capture.stop is not None:
+        most = max(min(most, job.capture.stop), 1)
+    return most - 1
+
+
+def filling(job: GenerationJob, stop: int) -> CapturePlan | None:
+    """Return what is to be captured besides, so that blocks get all rows that a job like this one needs; None for nothing.
+
+    Args:
+        job: the job.
+        stop: where the prompt's last whole block ends.
+    """
+    plan, whole = job.capture, range(stop)
+    taps = {scorer.tap for scorer in job.probes}
+    first = 0
+    if plan is not None:
+        kept = needed(job, whole) - taps
+        if plan.positions.policy in WHOLE:
+            taps -= set(plan.taps.values()) if plan.kept(len(job.prompt_ids), 0, stop) == whole else set()
+        elif plan.positions.policy not in ("last", "last_prompt"):
+            first = 0 if taps else plan.first
+            taps |= kept
+    if not taps or not stop:
+        return None
+    return CapturePlan({str(tap): tap for tap in taps}, Positions("all"), "model", first=first, stop=stop)
+
+
+def given(job: GenerationJob, span: range, stop: int) -> set[Tap]:
+    """Return where a job's prompt gives all rows of a block when it is read."""
+    taps: set[Tap] = set()
+    n_prompt = len(job.prompt_ids)
+    for plan in (job.capture, filling(job, stop)):
+        if plan is not None and plan.positions.policy in WHOLE and plan.kept(n_prompt, span.start, span.stop) == span:
+            taps |= set(plan.taps.values())
+    return taps
+
+
+class Prefixes:
+    """The prefixes of one engine.
+
+    Attributes:
+        state: whether they are kept.
+        hits: prompt tokens that were found.
+        misses: prompt tokens that were looked for, and read.
+    """
+
+    def __init__(
+        self, model: LoadedModel, remembered: Remembered, memory: RowMemory, *, asked: bool, batch_invariant: bool
+    ) -> None:
+        """Begin empty.
+
+        Args:
+            model: what the engine runs.
+            remembered: how it remembers.
+            memory: for captured rows.
+            asked: whether the configuration wants prefixes to be kept.
+            batch_invariant: whether the engine is.
+        """
+        self.state = prefix_caching(model, remembered, asked=asked)
+        self.hits = self.misses = 0
+        self._memory = memory
+        self._row_bytes = model.structure.d_model * model.dtype.itemsize
+        self._exact = batch_invariant
+        self._room = Room(0, 0)
+        self.cache = PrefixCache(PIECE if batch_invariant else BLOCK[model.device.type], self._room)
+        self._layout: KeyValues | None = None
+        self._names: WeakKeyDictionary[GenerationJob, list[bytes]] = WeakKeyDictionary()
+
+    @property
+    def held(self) -> int:
+        """Bytes that are held."""
+        return self.cache.value_bytes + self.cache.row_bytes
+
+    def expect(self, job: GenerationJob) -> None:
+        """Name the blocks of a job that is submitted, on its caller's thread."""
+        if self.state.enabled:
+            self._names[job] = name_blocks(job, job.prompt_ids, self.cache.size)
+
+    def known(self, job: GenerationJob) -> int:
+        """Return how many tokens of a waiting job's prompt need not be read."""
+        most = most_known(job)
+        if not self.state.enabled or not most:
+            return 0
+        count = self.cache.count(self._names[job], lambda span: needed(job, span)) * self.cache.size
+        if self._exact:
+            return min(count, most // self.cache.size * self.cache.size)
+        return min(count, most)
+
+    def unread(self, job: GenerationJob) -> int:
+        """Return how many tokens of a waiting job's prompt are to be read."""
+        return len(job.prompt_ids) - self.known(job)
+
+    def waits(self, job: GenerationJob, taken: Sequence[GenerationJob]) -> bool:
+        """Whether a job is read sooner after others: when they have read at least half of what it has to read."""
+        if not self.state.enabled or not most_known(job):
+            return False
+        known, size, names = self.known(job), self.cache.size, self._names[job]
+        for other in taken:
+            theirs, stop = self._names[other], len(self._names[other]) * size
+            shared = known // size
+            while shared < min(len(names), len(theirs)) and names[shared] == theirs[shared]:
+                span = range(shared * size, (shared + 1) * size)
+                if not needed(job, span) <= given(other, span, stop):
+                    break
+                shared += 1
+            if 2 * (min(shared * size, most_known(job)) - known) >= len(job.prompt_ids) - known:
+                return True
+        return False
+
+    def clear(self) -> None:
+        """Drop everything."""
+        self.cache.clear()
+
+    def make_room(self, room: Room) -> None:
+        """Keep to what the running jobs leave."""
+        self._room = room
+        self.cache.trim(room=room)
+
+    def lay_out(self, running: list[Running], cache: Cache | None) -> Prefill:
+        """Lay out the prompts of jobs that begin, behind what is known of them.
+
+        Args:
+            running: the jobs.
+            cache: to read them with if nothing is known.
+        """
+        if not self.state.enabled:
+            return Prefill.lay_out(running, cache)
+        known = [self.known(one.job) for one in running]
+        # All rows end at one column, so that of the longest rest: as much of the others is read again.
+        rest = max(len(one.job.prompt_ids) - count for one, count in zip(running, known, strict=True))
+        counts = [max(len(one.job.prompt_ids) - rest, 0) for one in running]
+        prefill = Prefill.lay_out(running, cache)
+        found = []
+        for one, count, padding in zip(running, counts, prefill.padding, strict=True):
+            blocks = self.cache.use(self._names[one.job][: -(-count // self.cache.size)])
+            found.append((blocks, count, padding))
+            self._resume(one, blocks, count)
+            if most_known(one.job):
+                self.hits += count
+                self.misses += len(one.job.prompt_ids) - count
+        if any(counts):
+            assert self._layout is not None
+            prefill.done = prefill.width - rest
+            prefill.cache = self._layout.lay_out(found, prefill.done)
+        return prefill
+
+    def _resume(self, one: Running, blocks: list[Block], count: int) -> None:
+        """Give a job what is known of its first tokens, and have the rows of the others kept for its blocks."""
+        job, size = one.job, self.cache.size
+        one.cached = count
+        whole = len(self._names[job]) * size
+        extra = filling(job, whole)
+        if extra is not None and len(extra.taps) * whole * self._row_bytes <= self._room.rows:
+            one.filler = RequestRows(extra, len(job.prompt_ids), self._memory)
+        if not count:
+            return
+        starts = range(0, count, size)
+        if one.rows is not None and one.rows.plan.positions.policy != "last":
+            kept = [one.rows.kept(range(start, min(start + size, count))) for start in starts]
+            parts = zip(kept, starts, blocks, strict=True)
+            one.rows.resume([KnownRows(part, start, block.rows) for part, start, block in parts])
+        if one.probed is not None:
+            taps = {scorer.tap for scorer in job.probes}
+            rows = {tap: torch.cat([block.rows[tap] for block in blocks])[:count] for tap in taps}
+            one.probed.resume(count, rows)
+
+    def keep_prompts(self, prefill: Prefill) -> None:
+        """Keep what the forwards of a prefill have shown, now that all of it is read."""
+        if not self.state.enabled:
+            return
+        for row, one in enumerate(prefill.running):
+            names = self._names[one.job]
+            begins = [number * self.cache.size for number in range(len(names) + 1)]
+            self._keep(one, names, begins, one.cached, prefill.cache.layers, row, prefill.padding[row])
+            one.filler = None
+
+    def keep_completion(self, one: Running, rows: BatchRows, row: int) -> None:
+        """Keep what a job has added to its prompt, now that it has ended and is still in its slot."""
+        if not self.state.enabled or self._exact or not isinstance(rows, SlotRows):
+            return
+        fed, size = one.fed, self.cache.size
+        known = self._names[one.job]
+        names = name_blocks(one.job, fed, size, known)
+        begins = [number * size for number in range(len(names) + 1)]
+        self._keep(one, names, begins, len(known) * size, rows.cache.layers, row, rows.start(row))
+
+    def _keep(
+        self,
+        one: Running,
+        names: list[bytes],
+        begins: list[int],
+        first: int,
+        layers: Sequence[CacheLayerMixin],
+        row: int,
+        padding: int,
+    ) -> None:
+        """Put a sequence's blocks from position `first` on into the cache."""
+        layout = self._layout = self._layout or KeyValues(layers)
+        sources = [rows for rows in (one.rows, one.filler) if rows is not None]
+        taps = {tap for rows in sources for tap in rows.plan.taps.values()}
+        for name, (start, stop) in zip(names, pairwise(begins), strict=True):
+            if start < first:
+                continue
+            lacking = self.cache.lacks(name, taps)
+            wanted = taps if lacking is None else lacking
+            found: dict[Tap, torch.Tensor] = {}
+            for rows in sources:
+                found |= rows.between(start, stop, wanted - found.keys()) if wanted else {}
+            columns = slice(padding + start, padding + stop)
+            self.cache.add(name, partial(layout.cut, layers, row, columns), found)
+        self.cache.trim(names)
