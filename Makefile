@@ -90,6 +90,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.store
 	$(BIN)/python -m benchmarks.invariance
+	$(BIN)/python -m benchmarks.prefix --problems 48
 
 # The transformers engine on a CUDA GPU, with random weights: rows, speed, copies, memory, within eight minutes (docs/gpu.md). It
 # takes .venv where there is one, else makes a small environment. To use one that has the packages already:
@@ -115,6 +116,7 @@ VLLM := .venv-vllm
 bench-vllm: $(VLLM)/.installed
 	$(BIN)/python -m benchmarks.engine --beside-vllm 5
 	$(VLLM)/bin/python -m benchmarks.fast_engine
+	$(VLLM)/bin/python -m benchmarks.prefix --engine vllm --problems 48 --add
 
 # The fast engine on vLLM's CPU build: what every engine has to do, fidelity to transformers, and a server with OpenAI's client.
 test-vllm: $(VLLM)/.installed

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import uuid4
 
 import nnsight
 import torch
@@ -45,6 +46,8 @@ class Run:
     """How long it took."""
     first_token_s: list[float] = field(repr=False)
     """Per request, the seconds until its first token."""
+    cached_tokens: int = 0
+    """Tokens of the prompts that were found in a prefix cache, where a way tells."""
 
     @property
     def rate(self) -> float:
@@ -76,6 +79,8 @@ def engine_way(
 ) -> Way:
     """Return one of this project's engines, with one of the captures; whoever finishes makes room for the next.
 
+    Nothing that an earlier run has read is found in the prefix cache: each run has a salt of its own.
+
     Args:
         engine: which.
         model: what it runs.
@@ -100,11 +105,12 @@ def engine_way(
 
             made[number] = time.perf_counter()
             sampling = Sampling(max_tokens, temperature=0)
-            jobs.append(GenerationJob(prompts[number], sampling, listen, plan, stream=True))
+            jobs.append(GenerationJob(prompts[number], sampling, listen, plan, stream=True, cache_salt=salt))
             engine.submit(jobs[-1])
 
+        salt = uuid4().hex
         start = time.perf_counter()
-        tokens = 0
+        tokens = cached = 0
         kept: list[Future[Any]] = []
         try:
             for number in range(min(in_flight, len(prompts))):
@@ -116,6 +122,7 @@ def engine_way(
                 if keep is not None and plan is not None:
                     kept.append(keep(prompts[number], event))
                 tokens += len(event.token_ids)
+                cached += event.cached_tokens
                 if done + in_flight < len(prompts):
                     submit(done + in_flight)
         except BaseException:
@@ -125,13 +132,16 @@ def engine_way(
         for future in kept:
             future.result()
         seconds = time.perf_counter() - start
-        return Run(sum(map(len, prompts)), tokens, seconds, [first[i] - made[i] for i in made])
+        return Run(sum(map(len, prompts)), tokens, seconds, [first[i] - made[i] for i in made], cached)
 
     return run
 
 
 def finish_all(
-    engine: Engine, requests: Sequence[tuple[list[int], Sampling]], plan: CapturePlan | None
+    engine: Engine,
+    requests: Sequence[tuple[list[int], Sampling]],
+    plan: CapturePlan | None,
+    cache_salt: str | None = None,
 ) -> list[Finished]:
     """Generate for prompts, all at once, each with settings of its own; returns the results in order.
 
@@ -139,6 +149,7 @@ def finish_all(
         engine: which.
         requests: prompts and their settings.
         plan: what is captured, None for nothing.
+        cache_salt: of all.
     """
     heard: list[Future[Finished]] = [Future() for _ in requests]
 
@@ -152,7 +163,7 @@ def finish_all(
         return listen
 
     for (prompt, sampling), future in zip(requests, heard, strict=True):
-        engine.submit(GenerationJob(prompt, sampling, listener(future), plan))
+        engine.submit(GenerationJob(prompt, sampling, listener(future), plan, cache_salt=cache_salt))
     return [future.result() for future in heard]
 
 

@@ -167,9 +167,10 @@ class Workload:
 
     def prompts(self, tokenizer: PreTrainedTokenizerBase, count: int) -> list[list[int]]:
         """Return the same, as tokens."""
-        return [self._tokens(tokenizer, messages) for messages in self.messages(count)]
+        return [self.tokens(tokenizer, messages) for messages in self.messages(count)]
 
-    def _tokens(self, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+    def tokens(self, tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> list[int]:
+        """Return a conversation as tokens, in the model's chat template."""
         if tokenizer.chat_template is None:
             return list(tokenizer(messages[-1]["content"])["input_ids"])
         text: Any = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
