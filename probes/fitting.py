@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-import roentgen
 from probes import baselines
 from probes.calibration import Calibration
 from probes.controls import Controls, without
@@ -29,6 +28,7 @@ from probes.report import Best, Candidate, Estimate, KeyResult, ProbeReport
 from probes.sources import Where
 from roentgen.contract import execution_order
 from roentgen.linear_probe import ProbeCard, SavedProbe, ScoreUnit
+from roentgen.version import __version__
 
 Scores = Float[np.ndarray, "rows outputs"]
 
@@ -163,7 +163,7 @@ def fit_and_evaluate(
         kind=chosen.name,
         positions=tuple(positions),
         seed=seed,
-        roentgen=roentgen.__version__,
+        roentgen=__version__,
         data_hash=data.data_hash,
         n_samples=len(data.groups),
         n_problems=data.n_problems,

@@ -1,9 +1,52 @@
-"""Roentgen: evaluate a language model on GSM8K and store its internal activations.
+"""Roentgen: evaluate a language model and store its internal activations.
 
-Read `contract` first: it defines the names that every part shares (hook points, positions, keys). `store`, `runs`,
-`transcripts` and `linear_probe` read and write files. `serving` starts and checks a server, `cloud` manages clusters, and
-`workflows` holds the commands that join several parts. `cli` is the `roentgen` command. The server itself is `serve_app`, the
-evaluation `eval_jobs`, and the training of probes `probes`.
+    model = roentgen.load("smollm2-135m")
+    (out,) = model.generate("What is 12 * 7?", max_tokens=32, capture=dict(layers="all", hook_points=["resid_post"]))
+    out["layers.12.resid_post"]                      # [len(out.tokens), d_model]
+
+What is listed in `__all__` is the Python library (docs/api.md). Its names are loaded when they are first used, so that
+importing the package costs nothing and brings neither torch nor Ray.
+
+To change the package, read `contract` first: it defines the names that every part shares (hook points, positions, keys).
+`store`, `runs`, `transcripts` and `linear_probe` read and write files. `serving` starts and checks a server, `cloud` manages
+clusters, and `workflows` holds the commands that join several parts. `api` is what a script calls, `cli` is the `roentgen`
+command. The server itself is `serve_app`, the evaluation `eval_jobs`, and the training of probes `probes`.
 """
 
-__version__ = "0.1.0"
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from roentgen.version import __version__
+
+if TYPE_CHECKING:
+    from roentgen.api.model import Model, load
+    from roentgen.api.rollout import Rollout
+    from roentgen.api.steering import Steer
+    from roentgen.linear_probe import SavedProbe
+    from roentgen.store import Session
+    from serve_app.errors import RequestError
+
+__all__ = ["Model", "RequestError", "Rollout", "SavedProbe", "Session", "Steer", "__version__", "load"]
+
+_HOMES = {
+    "Model": "roentgen.api.model",
+    "RequestError": "serve_app.errors",
+    "Rollout": "roentgen.api.rollout",
+    "SavedProbe": "roentgen.linear_probe",
+    "Session": "roentgen.store",
+    "Steer": "roentgen.api.steering",
+    "load": "roentgen.api.model",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name when it is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,6 +4,8 @@ Each module holds related subcommands. A subcommand imports what it needs when i
 for torch.
 """
 
+from typing import Annotated
+
 import typer
 
 from roentgen.cli.capturing import capture, verify
@@ -14,14 +16,26 @@ from roentgen.cli.probing import probe_app
 from roentgen.cli.results import compare, export, report, score, status
 from roentgen.cli.serving import serve, serve_for_eval
 from roentgen.cli.sessions import sessions_app
+from roentgen.version import __version__
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split("\n")[0]
 )
 
 
+def _say_version(asked: bool) -> None:
+    if asked:
+        print(__version__)
+        raise typer.Exit
+
+
 @app.callback()
-def main(context: typer.Context) -> None:
+def main(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Print the version and stop.")
+    ] = False,
+) -> None:
     """Evaluate a language model on GSM8K and keep what it held inside."""
     # `eval` without --base-url starts a server; it gets the means here, because eval_jobs may not import serve_app.
     context.obj = serve_for_eval

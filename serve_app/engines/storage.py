@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from roentgen.store import NonFiniteRowsError, Receipt, StoreError, StoreWriter
+from roentgen.store import NonFiniteRowsError, Receipt, Rollout, StoreError, StoreWriter
 from roentgen.store.schema import check_finite
 from serve_app.capture.rows import CapturedRows
 from serve_app.engines.protocol import Finished, NonFiniteLogitsError
@@ -72,15 +72,26 @@ class LocalStorage:
         return write(self._writer, entry, finished.captured)
 
 
+def rollout_of(entry: Entry, captured: CapturedRows) -> Rollout:
+    """Join what was said to what was captured, if the model had probabilities to choose by.
+
+    Raises:
+        NonFiniteRowsError: if it had none, and its rows say where that begins.
+        NonFiniteLogitsError: if it had none, and the rows that were asked for are finite.
+    """
+    rollout = join(entry, captured)
+    if not entry.allow_non_finite and np.isnan(entry.logprobs[entry.sequence.n_prompt :]).any():
+        check_finite(rollout)
+        raise NonFiniteLogitsError
+    return rollout
+
+
 def write(writer: StoreWriter, entry: Entry, captured: CapturedRows) -> "Future[Stored]":
     """Queue a generation for writing; the future completes on the writer's thread."""
     start = time.monotonic()
     stored: Future[Stored] = Future()
     try:
-        rollout = join(entry, captured)
-        if not entry.allow_non_finite and np.isnan(entry.logprobs[entry.sequence.n_prompt :]).any():
-            check_finite(rollout)  # the rows say where it begins, if they are among those asked for
-            raise NonFiniteLogitsError
+        rollout = rollout_of(entry, captured)
         receipt = writer.submit(rollout)
     except (NonFiniteLogitsError, NonFiniteRowsError) as error:
         stored.set_exception(error)

@@ -20,10 +20,10 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Match
 from starlette.types import Scope
 
-from roentgen import __version__
 from roentgen.api_keys import api_keys
 from roentgen.store import StoreError
 from roentgen.strict_json import JsonError, read_json
+from roentgen.version import __version__
 from serve_app.http.metrics import Metrics
 from serve_app.http.middleware import BodyLimit, HeadAsGet, LoopbackOnly, Observed
 from serve_app.openai_api.errors import ApiError, from_json, from_validation

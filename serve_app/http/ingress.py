@@ -20,12 +20,12 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import State
 
-from roentgen import __version__
 from roentgen.contract import SESSION_ID_PATTERN, check_session_id
 from roentgen.model_names import is_named
 from roentgen.store import Session, SessionBusyError, SessionNotFoundError, SessionSummary, list_sessions
 from roentgen.store.files import read_file, session_files, tar_session
 from roentgen.store.sessions import delete_session, find_session, summarise
+from roentgen.version import __version__
 from serve_app.capture.structure import StructureRecord
 from serve_app.config import ModelChoice, ServerConfig
 from serve_app.http.event_stream import EventStream, ResponseEventStream

@@ -43,11 +43,17 @@ _ROOM_POLL_S = 0.02
 
 
 @dataclass(frozen=True)
-class Served:
-    """What a replica that can serve has."""
+class Runner:
+    """A model and the engine that runs it: what planning a request takes."""
 
     model: ServedModel
     engine: Engine
+
+
+@dataclass(frozen=True)
+class Served(Runner):
+    """What a replica that can serve has."""
+
     storage: Storage
 
 
@@ -75,6 +81,29 @@ class Choice:
     """What is to be added to its stream."""
     cache_salt: str | None = None
     """Under what its prefix is cached, None for what all share."""
+
+    def job(
+        self, listener: Callable[[Event], None], constraint: Constraint | None, *, stream: bool = False
+    ) -> GenerationJob:
+        """Return it as the engine takes it.
+
+        Args:
+            listener: hears what happens.
+            constraint: `grammar`, compiled.
+            stream: whether the listener hears of text as it comes.
+        """
+        return GenerationJob(
+            prompt_ids=self.prompt.token_ids,
+            sampling=self.sampling,
+            listener=listener,
+            capture=self.plan,
+            stream=stream,
+            constraint=constraint,
+            score_prompt=self.score_prompt,
+            probes=self.probes,
+            steering=self.steering,
+            cache_salt=self.cache_salt,
+        )
 
 
 Item = tuple[int, TextDelta | Done | Failed]
@@ -106,20 +135,9 @@ async def generate(
 
         return _Listener(served, choice, session_id, tell)
 
-    constraints = await _constraints(served, choices)
+    constraints = await _compiled_aside(served, choices)
     jobs = [
-        GenerationJob(
-            prompt_ids=choice.prompt.token_ids,
-            sampling=choice.sampling,
-            listener=listener(index, choice).hear,
-            capture=choice.plan,
-            stream=stream,
-            constraint=constraint,
-            score_prompt=choice.score_prompt,
-            probes=choice.probes,
-            steering=choice.steering,
-            cache_salt=choice.cache_salt,
-        )
+        choice.job(listener(index, choice).hear, constraint, stream=stream)
         for index, (choice, constraint) in enumerate(zip(choices, constraints, strict=True))
     ]
     open_choices = len(jobs)
@@ -156,21 +174,23 @@ async def generate(
             job.cancelled.set()
 
 
-async def _constraints(served: Served, choices: list[Choice]) -> list[Constraint | None]:
-    """Compile each choice's grammar, on a thread: a large schema takes a while, and others want answers meanwhile.
+async def _compiled_aside(served: Served, choices: list[Choice]) -> list[Constraint | None]:
+    """Compile each choice's grammar, on a thread: a large schema takes a while, and others want answers meanwhile."""
+    if all(choice.grammar is None for choice in choices):
+        return [None] * len(choices)
+    return await asyncio.to_thread(compile_grammars, served, choices)
+
+
+def compile_grammars(runner: Runner, choices: list[Choice]) -> list[Constraint | None]:
+    """Compile each choice's grammar.
 
     Raises:
         ApiError: if a schema cannot be followed, naming where the request has it.
     """
-
-    def compiled() -> list[Constraint | None]:
-        made = served.model.constraints
-        return [made.compile(choice.grammar) if choice.grammar is not None else None for choice in choices]
-
-    if all(choice.grammar is None for choice in choices):
-        return [None] * len(choices)
     try:
-        return await asyncio.to_thread(compiled)
+        return [
+            None if choice.grammar is None else runner.model.constraints.compile(choice.grammar) for choice in choices
+        ]
     except ConstraintError as error:
         raise ApiError(400, str(error), param=error.param, code="unsupported_schema") from error
 

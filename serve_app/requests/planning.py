@@ -34,7 +34,7 @@ from serve_app.openai_api.responses.request import ResponsesRequest
 from serve_app.openai_api.schemas import Kept
 from serve_app.openai_api.seed_spelling import older_key
 from serve_app.openai_api.tokenize import bad_word_tokens, check_tokens
-from serve_app.requests.generation import Choice, Served
+from serve_app.requests.generation import Choice, Runner
 from serve_app.requests.probes_and_steering import resolve_probes, resolve_steering, steering_label
 
 BYTES_PER_VALUE = 12
@@ -55,7 +55,7 @@ class Plan:
     """How the reply spells stored keys, where it does so in another way."""
 
 
-def plan_chat(served: Served, request: ChatRequest, config: ServerConfig) -> Plan:
+def plan_chat(served: Runner, request: ChatRequest, config: ServerConfig) -> Plan:
     """Render a conversation and plan its choices.
 
     Raises:
@@ -108,7 +108,7 @@ def plan_chat(served: Served, request: ChatRequest, config: ServerConfig) -> Pla
     return Plan(choices, reply, asked, spelling)
 
 
-def plan_response(served: Served, request: ResponsesRequest, config: ServerConfig) -> Plan:
+def plan_response(served: Runner, request: ResponsesRequest, config: ServerConfig) -> Plan:
     """Plan the chat that a response is.
 
     Raises:
@@ -131,7 +131,7 @@ def _grammar(request: ChatRequest, reasoning: Reasoning) -> Grammar | None:
     return None if answer is None else answer_grammar(answer, reasoning=reasoning)
 
 
-def plan_completion(served: Served, request: CompletionRequest, config: ServerConfig) -> Plan:
+def plan_completion(served: Runner, request: CompletionRequest, config: ServerConfig) -> Plan:
     """Tokenize raw prompts and plan their choices.
 
     Raises:
@@ -199,7 +199,7 @@ def describe_all(plan: Plan, dones: Sequence[Done]) -> Kept:
     return {"activations": {"session_id": chosen[0]["session_id"], "rollouts": chosen}}
 
 
-def _kept_tokens(served: Served, request: GenerationParams, limit: int | None) -> int | None:
+def _kept_tokens(served: Runner, request: GenerationParams, limit: int | None) -> int | None:
     """Return how many tokens of a prompt are kept, None for all; -1 keeps as many as fit beside the completion's."""
     keep = request.truncate_prompt_tokens
     # If none fits, one is kept, and the request is refused as any that is too long.
@@ -217,11 +217,11 @@ def _check_named_tokens(model: ServedModel, request: GenerationParams) -> tuple[
     return bad_word_tokens(model.tokenizer, request.bad_words)
 
 
-def _context(served: Served) -> int:
+def _context(served: Runner) -> int:
     return min(served.model.context_length or UNBOUNDED, served.engine.capacity)
 
 
-def _max_tokens(served: Served, prompt: TokenizedText, limit: int | None, param: str) -> int:
+def _max_tokens(served: Runner, prompt: TokenizedText, limit: int | None, param: str) -> int:
     """Return how many tokens a completion may have.
 
     Raises:
@@ -246,7 +246,7 @@ def _max_tokens(served: Served, prompt: TokenizedText, limit: int | None, param:
 
 
 def _capture(
-    served: Served,
+    served: Runner,
     request: GenerationParams,
     prompt: TokenizedText,
     max_tokens: int,
@@ -277,7 +277,7 @@ def _capture(
 
 
 def _check_inline(
-    served: Served,
+    served: Runner,
     asked: ActivationRequest,
     plan: CapturePlan,
     n_prompt: int,

@@ -64,13 +64,19 @@ def steering_label(asked: Sequence[SteeringRequest], additions: Sequence[Additio
     return json.dumps(said)
 
 
+def saved_scorer(model: ServedModel, name: str, probe: SavedProbe, param: str) -> Scorer:
+    """Return what scores rows with a saved probe, checked to be of this model.
+
+    Raises:
+        ApiError: if the model does not have the probe's hook point.
+    """
+    card = probe.card
+    return Scorer(name, card.key, _tap(model, card.key, param), _on(model, probe), card.label, card.classes, card.unit)
+
+
 def _scorer(model: ServedModel, asked: str | InlineProbe, param: str, folders: Sequence[str]) -> Scorer:
     if isinstance(asked, str):
-        probe = _saved(model, asked, param, folders)
-        card = probe.card
-        return Scorer(
-            asked, card.key, _tap(model, card.key, param), _on(model, probe), card.label, card.classes, card.unit
-        )
+        return saved_scorer(model, asked, _saved(model, asked, param, folders), param)
     weight = torch.tensor([asked.weight])
     width = weight.shape[1]
     mean = torch.tensor(asked.mean) if asked.mean is not None else torch.zeros(width)
@@ -83,9 +89,24 @@ def _scorer(model: ServedModel, asked: str | InlineProbe, param: str, folders: S
 
 
 def _addition(model: ServedModel, asked: SteeringRequest, param: str, folders: Sequence[str]) -> Addition:
+    probe = None if asked.probe is None else _saved(model, asked.probe, f"{param}.probe", folders)
+    return addition_of(model, asked, probe, param)
+
+
+def addition_of(model: ServedModel, asked: SteeringRequest, probe: SavedProbe | None, param: str) -> Addition:
+    """Return what is added to the stream.
+
+    Args:
+        model: the model.
+        asked: what to add, and where.
+        probe: the saved probe that is named there, checked to be of this model; None if a vector is given.
+        param: what errors name.
+
+    Raises:
+        ApiError: naming what does not fit.
+    """
     hook_point, layer, direction = asked.hook_point, asked.layer, None
-    if asked.probe is not None:
-        probe = _saved(model, asked.probe, f"{param}.probe", folders)
+    if probe is not None:
         hook, own_layer = split_key(probe.card.key)
         hook_point = hook_point or hook
         layer = own_layer if layer is None else layer
@@ -130,12 +151,21 @@ def _saved(model: ServedModel, asked: str, param: str, folders: Sequence[str]) -
         probe = _load(folder, name, (folder / CARDS).stat().st_mtime_ns)
     except (SavedProbeError, OSError) as error:
         raise refused(param, str(error), "probe_not_found") from error
+    check_probe(model, asked, probe, param)
+    return probe
+
+
+def check_probe(model: ServedModel, asked: str, probe: SavedProbe, param: str) -> None:
+    """Refuse a probe that is not of this model.
+
+    Raises:
+        ApiError: saying what differs.
+    """
     card, source = probe.card, model.source
     for what, its, served in (("model", card.model, source.name), ("revision", card.revision, source.revision)):
         if its != served:
-            raise refused(param, f"{asked} is of {what} {its!r}; this server has {served!r}", "probe_of_another_model")
+            raise refused(param, f"{asked} is of {what} {its!r}; this model is {served!r}", "probe_of_another_model")
     _check_width(model, card.key, len(probe.mean), param)
-    return probe
 
 
 def _inside(base: Path, folder: str) -> Path | None:

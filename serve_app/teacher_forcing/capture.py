@@ -9,12 +9,11 @@ The rollout's last token is fed, though in generation it never is: its log-proba
 not kept.
 """
 
-import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from queue import Empty, SimpleQueue
+from functools import partial
 
 import numpy as np
 from ulid import ULID
@@ -23,18 +22,8 @@ from roentgen.contract import ActivationRequest, Positions, split_key
 from roentgen.store import CaptureSpec, NonFiniteRowsError, Receipt, Rollout, StoreError, StoreWriter
 from serve_app.capture.rows import CapturedRows, CapturePlan, UncapturableError
 from serve_app.capture.structure import Tap
-from serve_app.engines.protocol import (
-    Engine,
-    EngineBusyError,
-    EngineStoppedError,
-    Event,
-    Failed,
-    Finished,
-    GenerationJob,
-    RequestTooLargeError,
-    Sampling,
-    UnknownTokenError,
-)
+from serve_app.engines.awaiting import results_of
+from serve_app.engines.protocol import Engine, Event, Finished, GenerationJob, Sampling
 from serve_app.engines.transformers.model import LoadedModel
 from serve_app.teacher_forcing.tokens import TokenizedTranscript
 
@@ -180,58 +169,23 @@ class TeacherForcing:
             UncapturableError: if a hook point gives no row per token.
             EngineStoppedError: if the engine dies.
         """
-        heard: SimpleQueue[tuple[int, Event]] = SimpleQueue()
-        jobs = {i: self._job(i, text, taps, score, heard) for i, text in texts.items()}
-        waiting, running = deque(jobs.items()), 0
-        try:
-            while waiting or running:
-                try:
-                    while waiting:
-                        self._engine.submit(waiting[0][1])
-                        waiting.popleft()
-                        running += 1
-                except (RequestTooLargeError, UnknownTokenError) as error:
-                    yield waiting.popleft()[0], error
-                    continue
-                except EngineBusyError:
-                    if not running:  # others fill the queue
-                        time.sleep(0.01)
-                        continue
-                i, event = self._next(heard)
-                running -= 1
-                result = event.error if isinstance(event, Failed) else event
-                if isinstance(result, UncapturableError | EngineStoppedError):
-                    raise result
-                assert isinstance(result, Finished | Exception)
-                yield i, result
-        finally:
-            for job in jobs.values():
-                job.cancelled.set()
+        makers = {i: partial(self._job, text, taps, score) for i, text in texts.items()}
+        for i, result in results_of(self._engine, makers):
+            if isinstance(result, UncapturableError):
+                raise result
+            yield i, result
 
     def _job(
-        self,
-        i: int,
-        text: TokenizedTranscript,
-        taps: dict[str, Tap],
-        score: bool,
-        heard: "SimpleQueue[tuple[int, Event]]",
+        self, text: TokenizedTranscript, taps: dict[str, Tap], score: bool, listener: Callable[[Event], None]
     ) -> GenerationJob:
         positions, dtype = Positions.parse(self._request.positions), self._request.dtype
         return GenerationJob(
             prompt_ids=text.sequence.token_ids,
             sampling=READ_ONLY,
-            listener=lambda event: heard.put((i, event)),
+            listener=listener,
             capture=CapturePlan(taps, positions, dtype, n_prompt=text.sequence.n_prompt, stop=text.sequence.n_rows),
             score_prompt=score and text.sequence.n_completion > 0,
         )
-
-    def _next(self, heard: "SimpleQueue[tuple[int, Event]]") -> tuple[int, Event]:
-        while True:
-            try:
-                return heard.get(timeout=1)
-            except Empty:
-                if not self._engine.alive:
-                    raise EngineStoppedError("the engine's thread has died") from None
 
     def _rollout(self, text: TokenizedTranscript, read: _Read) -> Rollout:
         tensors = {key: read.rows.tensors[key] for key in self._taps}

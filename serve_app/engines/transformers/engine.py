@@ -184,7 +184,8 @@ class TransformersEngine:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join()
+        if threading.current_thread() is not self._thread:  # on which garbage is collected too
+            self._thread.join()
 
     def _empty(self) -> BatchRows:
         if self._remembered.continuous:

@@ -188,7 +188,7 @@ REFUSED: list[tuple[Body, str, str]] = [
     ({"probes": ["a" * 900 + f"/{NAME}"]}, "probes.0", NOT_HERE),
     ({"probes": ["nothing"]}, "probes.0", NOT_HERE),
     ({"probes": [f"correct/{NAME}", "correct/embed@last"]}, "probes.1", r"has no probe 'embed@last'; it has layers\.1"),
-    ({"probes": [f"other/{NAME}"]}, "probes.0", "is of model 'm'; this server has"),
+    ({"probes": [f"other/{NAME}"]}, "probes.0", "is of model 'm'; this model is"),
     ({"probes": ["other/embed@last_prompt"]}, "probes.0", "is of revision 'r2'"),
     ({"probes": [f"narrow/{NAME}"]}, "probes.0", r"is 31 wide; layers\.1\.resid_post of .* is 32"),
     ({"probes": ["deep/layers.7.resid_post@last_prompt"]}, "probes.0", "7 is out of range"),

@@ -1,0 +1,180 @@
+"""Turns arguments of Python into the requests that the server takes.
+
+A request is then checked, planned and refused by the server's own code (`serve_app.requests.planning`), in the same words: an
+error names the field, the value and what is allowed. Only the field's name may differ: what HTTP calls `activations` is
+`capture` here.
+"""
+
+import operator
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from roentgen.api.steering import Steer, find_probe, is_vector
+from roentgen.linear_probe import SavedProbe
+from serve_app.capture.scoring import Scorer
+from serve_app.capture.steering import Addition
+from serve_app.config import ServerConfig
+from serve_app.engines.served_model import ServedModel
+from serve_app.errors import RequestError
+from serve_app.openai_api.chat import ChatRequest
+from serve_app.openai_api.completions import CompletionRequest
+from serve_app.openai_api.errors import ApiError, from_validation
+from serve_app.openai_api.probing import SteeringRequest
+from serve_app.requests.generation import Choice, Runner
+from serve_app.requests.planning import plan_chat, plan_completion
+from serve_app.requests.probes_and_steering import addition_of, check_probe, saved_scorer
+
+Conversation = Sequence[Mapping[str, Any]]
+"""Messages, as the chat route takes them."""
+Prompt = str | Conversation
+
+CAPTURE_FIELDS = ("layers", "hook_points", "positions", "dtype", "allow_non_finite")
+"""What a capture in memory can be asked for."""
+
+OWN = frozenset(
+    (
+        "model",
+        "prompt",
+        "messages",
+        "stream",
+        "stream_options",
+        "activations",
+        "collect_activations",
+        "echo",
+        "logprobs",
+    )
+)
+"""Fields of a request that `generate` fills in itself, or that say only how a reply is spelled."""
+
+Checked = TypeVar("Checked", bound=BaseModel)
+
+
+def checked(kind: type[Checked], values: Mapping[str, Any]) -> Checked:
+    """Make a request or a configuration of values.
+
+    Raises:
+        RequestError: naming the first value that is not allowed, and what is.
+    """
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        raise in_python(from_validation(error.errors())) from error
+
+
+def in_python(error: RequestError, prompt: int | None = None) -> RequestError:
+    """Spell an error's field as the argument of Python is called; an error of one prompt of several says which."""
+    message, param = error.message, error.param
+    message = re.sub(r"\bactivations(?=\.[a-z_]|: )", "capture", message).replace("by this server", "here")
+    if param is not None:
+        param = re.sub(r"^activations\b", "capture", param)
+    if prompt is not None and param is not None and param.partition(".")[0] in ("prompt", "messages"):
+        message = f"prompts[{prompt}]: {message}"
+    return ApiError(error.status, message, param=param, code=error.code)
+
+
+def prompts_of(given: Prompt | Iterable[Prompt]) -> list[Prompt]:
+    """Return the prompts meant by one or several.
+
+    Raises:
+        TypeError: if one is neither text nor a conversation.
+    """
+    prompts: list[Any] = [given] if isinstance(given, str) else list(given)
+    if prompts and all(isinstance(one, Mapping) for one in prompts):  # one conversation
+        prompts = [prompts]
+    for place, one in enumerate(prompts):
+        told = isinstance(one, Sequence) and not isinstance(one, bytes)
+        if not isinstance(one, str) and not (told and all(isinstance(message, Mapping) for message in one)):
+            raise TypeError(
+                f"prompts[{place}]: a {type(one).__name__} is no prompt; allowed are a text, and a conversation: a list of "
+                '{"role": …, "content": …}'
+            )
+    return prompts
+
+
+def capture_fields(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Spell what to keep as a request does: one layer or hook point is a list of one.
+
+    Raises:
+        RequestError: if a field is none that a capture in memory has.
+    """
+    fields = dict(given)
+    if unknown := sorted(fields.keys() - set(CAPTURE_FIELDS)):
+        raise ApiError(
+            400,
+            f"capture.{unknown[0]} is unknown; allowed are {', '.join(CAPTURE_FIELDS)}",
+            param=f"capture.{unknown[0]}",
+            code="unsupported_parameter",
+        )
+    layers, hook_points = fields.get("layers"), fields.get("hook_points")
+    if layers is not None and not isinstance(layers, str):
+        fields["layers"] = [_whole(layer) for layer in (layers if isinstance(layers, Iterable) else [layers])]
+    if hook_points is not None:
+        fields["hook_points"] = [hook_points] if isinstance(hook_points, str) else list(hook_points)
+    return fields
+
+
+def _whole(number: Any) -> Any:
+    """Return NumPy's integers as Python's; what is no integer is left for the request to refuse."""
+    return operator.index(number) if hasattr(number, "__index__") and not isinstance(number, bool) else number
+
+
+def plan(runner: Runner, config: ServerConfig, prompt: Prompt, params: Mapping[str, Any]) -> list[Choice]:
+    """Return the generations that a prompt asks for.
+
+    Raises:
+        RequestError: if something asked for cannot be.
+    """
+    if isinstance(prompt, str):
+        only_read = {"echo": True} if params.get("max_tokens") == 0 else {}
+        request = checked(CompletionRequest, {**params, **only_read, "prompt": prompt})
+        return plan_completion(runner, request, config).choices
+    chat = checked(ChatRequest, {**params, "messages": [dict(message) for message in prompt]})
+    return plan_chat(runner, chat, config).choices
+
+
+def scorers(model: ServedModel, probes: Mapping[str, SavedProbe]) -> tuple[Scorer, ...]:
+    """Return what scores a generation's rows.
+
+    Raises:
+        RequestError: naming the probe that is not of this model.
+    """
+    found = []
+    for name, probe in probes.items():
+        check_probe(model, name, probe, f"probes[{name!r}]")
+        found.append(saved_scorer(model, name, probe, f"probes[{name!r}]"))
+    return tuple(found)
+
+
+def additions(model: ServedModel, steering: Sequence[Steer]) -> tuple[Addition, ...]:
+    """Return what is added to a generation's stream.
+
+    Raises:
+        RequestError: naming the vector that cannot be added, and why.
+        TypeError: if a direction is neither a probe nor numbers.
+        SavedProbeError: if there is no probe at a path.
+    """
+    return tuple(_addition(model, one, f"steering[{place}]") for place, one in enumerate(steering))
+
+
+def _addition(model: ServedModel, one: Steer, param: str) -> Addition:
+    fields = {
+        "layer": one.layer if one.layer is None else _whole(one.layer),
+        "hook_point": one.hook_point,
+        "scale": float(one.scale),
+        "positions": one.positions,
+        "output": one.output,
+    }
+    try:
+        if is_vector(one.direction):
+            numbers = one.direction.tolist() if hasattr(one.direction, "tolist") else list(one.direction)
+            return addition_of(model, checked(SteeringRequest, {**fields, "vector": numbers}), None, param)
+        probe = find_probe(one.direction, param)
+        asked = checked(SteeringRequest, {**fields, "probe": probe.card.name})
+        check_probe(model, probe.card.name, probe, param)
+        return addition_of(model, asked, probe, param)
+    except RequestError as error:
+        within = error.message if error.message.startswith(param) else f"{param}.{error.message}"
+        raise ApiError(error.status, within, param=error.param, code=error.code) from error

@@ -1,0 +1,302 @@
+"""A model in this process, with the engine, the sources and the capture that the server has: no server, no Ray.
+
+The engine runs on a thread of its own, so a call of `generate` submits and waits. It is stopped by `close`, at the end of a
+"with" block, and when nothing refers to the model any more.
+"""
+
+import gc
+import logging
+import weakref
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from roentgen.api.asking import (
+    OWN,
+    Prompt,
+    additions,
+    capture_fields,
+    checked,
+    in_python,
+    plan,
+    prompts_of,
+    scorers,
+)
+from roentgen.api.rollout import Rollout
+from roentgen.api.steering import Probe, Steer, named_probes
+from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS, ActivationRequest, Device, Dtype
+from roentgen.defaults import EMBEDDED_MODEL
+from roentgen.store.schema import check_finite
+from serve_app.config import ServerConfig
+from serve_app.engines.awaiting import results_of
+from serve_app.engines.protocol import EngineStoppedError, Finished
+from serve_app.engines.rollout import make_entry
+from serve_app.engines.storage import rollout_of
+from serve_app.engines.transformers.engine import TransformersEngine
+from serve_app.engines.transformers.model import DeviceMap, LoadedModel
+from serve_app.engines.transformers.model import load as load_weights
+from serve_app.errors import RequestError
+from serve_app.models.sources import locate
+from serve_app.openai_api.errors import ApiError
+from serve_app.requests.generation import Choice, Runner, compile_grammars
+
+if TYPE_CHECKING:
+    from serve_app.capture.observer import ObservedModel
+    from serve_app.capture.structure import ModelStructure
+
+log = logging.getLogger(__name__)
+
+ENGINE_OPTIONS = frozenset(
+    ("max_batch", "max_queue", "max_prefill_tokens", "max_cache_tokens", "batch_invariant", "prefix_cache")
+)
+"""Fields of the server's configuration that say how the engine runs."""
+
+
+@dataclass
+class _Held:
+    """What a `Model` lets go of when it is closed."""
+
+    loaded: LoadedModel | None
+    engine: TransformersEngine | None
+
+    def free(self) -> None:
+        """Stop the engine and let go of the weights."""
+        engine, self.engine, self.loaded = self.engine, None, None
+        if engine is None:
+            return
+        engine.close()
+        del engine
+        gc.collect()  # a wrapped model is a cycle
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+class Model:
+    """A model in this process; `load` makes one."""
+
+    def __init__(self, loaded: LoadedModel, config: ServerConfig) -> None:
+        engine = TransformersEngine(
+            loaded,
+            max_batch=config.max_batch,
+            max_queue=config.max_queue,
+            max_prefill_tokens=config.max_prefill_tokens,
+            max_cache_tokens=config.max_cache_tokens,
+            batch_invariant=config.batch_invariant,
+            prefix_cache=config.prefix_cache,
+        )
+        self.config = config
+        self._held = _Held(loaded, engine)
+        self._finalizer = weakref.finalize(self, self._held.free)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stop the engine and free the weights; a second time does nothing."""
+        self._finalizer()
+
+    def __repr__(self) -> str:
+        if self._held.loaded is None:
+            return "Model(closed)"
+        loaded = self._held.loaded
+        return f"Model({loaded.source.name!r}, {str(loaded.dtype).removeprefix('torch.')}, {loaded.device})"
+
+    @property
+    def name(self) -> str:
+        """What it is called in stores and runs."""
+        return self._loaded.source.name
+
+    @property
+    def revision(self) -> str:
+        """Which revision of it was loaded."""
+        return self._loaded.source.revision
+
+    @property
+    def tokenizer(self) -> Any:
+        """The model's own tokenizer, of transformers."""
+        return self._loaded.tokenizer
+
+    @property
+    def structure(self) -> "ModelStructure":
+        """Layers, width, and where each hook point is."""
+        return self._loaded.structure
+
+    @property
+    def hook_points(self) -> tuple[str, ...]:
+        """The canonical hook points that the model has, in the order in which it computes them.
+
+        Any module path that ends in `.input` or `.output` is one too.
+        """
+        missing = self.structure.missing
+        return tuple(name for name in (*LAYER_HOOK_POINTS, *MODEL_HOOK_POINTS) if name not in missing)
+
+    @property
+    def nnsight(self) -> "ObservedModel":
+        """The model as nnsight wraps it, for a trace of one's own. Not while `generate` or `capture` runs."""
+        return self._loaded.observed
+
+    @property
+    def _loaded(self) -> LoadedModel:
+        if self._held.loaded is None:
+            raise EngineStoppedError("the model is closed; load it again")
+        return self._held.loaded
+
+    @property
+    def _runner(self) -> Runner:
+        loaded, engine = self._loaded, self._held.engine
+        assert engine is not None
+        return Runner(loaded, engine)
+
+    def generate(
+        self,
+        prompts: Prompt | Iterable[Prompt],
+        *,
+        max_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int | None = None,
+        n: int = 1,
+        stop: str | Sequence[str] | None = None,
+        capture: Mapping[str, Any] | None = None,
+        steering: Sequence[Steer] = (),
+        probes: Sequence[Probe] | Mapping[str, Probe] = (),
+        **params: Any,
+    ) -> list[Rollout]:
+        """Continue texts and answer conversations, many together, and return a `Rollout` for each, in order.
+
+        Everything asked for is checked before anything runs, by the server's own code and in its words.
+
+        Args:
+            prompts: texts to continue, and conversations (lists of `{"role": …, "content": …}`), which the chat template
+                renders; one of either, or any number.
+            max_tokens: the most to generate for each; 0 only reads a text.
+            temperature: of the sampling; 0 takes the most likely token.
+            seed: of each prompt's random stream.
+            n: how many for each prompt; those of a prompt follow one another.
+            stop: strings that end a completion, and are not part of it.
+            capture: what to keep, such as `dict(layers=[8, 12], hook_points=["resid_post"], positions="all")`. Layers may be
+                "all"; `dtype` and `allow_non_finite` are as in docs/http.md.
+            steering: vectors to add.
+            probes: what to score every token with; a mapping gives them names.
+            params: the other fields of a request (docs/http.md): top_p, top_k, logit_bias, response_format and so on.
+
+        Raises:
+            RequestError: if something asked for cannot be; it names the field, the value and what is allowed.
+            SavedProbeError: if there is no probe at a path.
+            StoreError: if captured rows hold NaN or infinity, which `allow_non_finite` would keep.
+        """
+        if own := sorted(params.keys() & OWN):
+            raise ApiError(400, f"{own[0]}: generate sets it itself", param=own[0], code="unsupported_parameter")
+        runner, asked = self._runner, prompts_of(prompts)
+        read_by, added = scorers(runner.model, named_probes(probes)), additions(runner.model, steering)
+        body = {
+            "model": self.name, "max_tokens": max_tokens, "temperature": temperature, "seed": seed, "n": n, "stop": stop,
+            **params,
+        }  # fmt: skip
+        if capture is not None:
+            body["activations"] = capture_fields(capture)
+        choices: list[tuple[Prompt, Choice]] = []
+        for place, prompt in enumerate(asked):
+            try:
+                planned = plan(runner, self.config, prompt, body)
+            except RequestError as error:
+                raise in_python(error, place if len(asked) > 1 else None) from error
+            choices += [(prompt, replace(choice, probes=read_by, steering=added)) for choice in planned]
+        return _run(runner, choices)
+
+
+def load(
+    model: str = EMBEDDED_MODEL,
+    *,
+    revision: str | None = None,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    device_map: DeviceMap | None = None,
+    trust_remote_code: bool = False,
+    stage: Callable[[str], None] = log.info,
+    **options: Any,
+) -> Model:
+    """Load a model into this process.
+
+    Args:
+        model: "smollm2-135m" (embedded), a folder, a LoRA adapter's folder, or a hub id.
+        revision: of a hub model.
+        dtype: "auto" (bfloat16 where the device computes in it, else float32), "float32", "float16" or "bfloat16".
+        device: "auto" (a GPU if there is one), "cpu" or "cuda".
+        device_map: spreads a model over several devices, as accelerate does.
+        trust_remote_code: whether code that comes with the model may run.
+        stage: told what is being done.
+        options: of the engine, as `roentgen serve` has them: `max_batch`, `max_queue`, `max_prefill_tokens`,
+            `max_cache_tokens`, `batch_invariant`.
+
+    Raises:
+        RequestError: if there is no such model, its weights cannot be used, or an option is not allowed.
+    """
+    given = {
+        "model": model, "revision": revision, "dtype": dtype, "device": device, "device_map": device_map,
+        "trust_remote_code": trust_remote_code, **options,
+    }  # fmt: skip
+    if unknown := sorted(options.keys() - ENGINE_OPTIONS):
+        raise ApiError(
+            400, f"{unknown[0]} is unknown; allowed are {', '.join(sorted(ENGINE_OPTIONS))}", param=unknown[0]
+        )
+    config = checked(ServerConfig, given)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ApiError(
+            400, "device: cuda is asked for, and PyTorch finds no CUDA GPU here; use cpu, or auto", param="device"
+        )
+    stage(f"finding {config.model}")
+    source = locate(config.model, config.revision, trust_remote_code=trust_remote_code)
+    loaded = load_weights(
+        source, config.dtype, config.device, stage, config.device_map, trust_remote_code=trust_remote_code
+    )
+    return Model(loaded, config)
+
+
+def _run(runner: Runner, choices: list[tuple[Prompt, Choice]]) -> list[Rollout]:
+    """Run generations; returns them in order."""
+    constraints = compile_grammars(runner, [choice for _, choice in choices])
+    makers = {
+        number: partial(choice.job, constraint=constraint)
+        for number, ((_, choice), constraint) in enumerate(zip(choices, constraints, strict=True))
+    }
+    found: dict[int, Rollout] = {}
+    for number, result in results_of(runner.engine, makers):
+        if isinstance(result, RequestError):
+            raise in_python(result) from result
+        if isinstance(result, Exception):
+            raise result
+        found[number] = _rollout(runner, *choices[number], result)
+    return [found[number] for number in range(len(choices))]
+
+
+def _rollout(runner: Runner, prompt: Prompt, choice: Choice, finished: Finished) -> Rollout:
+    """Return a finished generation with its rows, checked as they are before they are stored."""
+    asked = choice.asked or ActivationRequest()  # of one that captures nothing, only what was said is read
+    entry = make_entry(runner.model, choice.prompt, choice.role, asked, finished, session_id="", rollout_id="")
+    activations, positions = {}, []
+    if finished.captured is not None:
+        kept = rollout_of(entry, finished.captured)
+        check_finite(kept)
+        activations, positions = kept.tensors, kept.position.tolist()
+    return Rollout(
+        prompt=prompt,
+        text=finished.text,
+        finish_reason=finished.finish_reason,
+        logprobs=[score.logprob for score in finished.scores],
+        sequence=entry.sequence,
+        activations=activations,
+        positions=positions,
+        scores={
+            scorer.name: scores[:, 0] if scores.shape[1] == 1 else scores
+            for scorer, scores in zip(choice.probes, finished.probed, strict=True)
+        },
+    )

@@ -1,0 +1,135 @@
+"""Writes docs/api.md from the docstrings of the public names of `roentgen`; tests/test_api_page.py holds the page to them.
+
+python tools/api_page.py > docs/api.md
+"""
+
+import ast
+import inspect
+import re
+import textwrap
+from types import ModuleType
+from typing import Any
+
+import roentgen
+
+INTRO = """\
+# Python library
+
+Made from the docstrings by `tools/api_page.py`; `roentgen.__all__` lists the names. They are stable within a minor version.
+`import roentgen` is quick and brings neither torch nor Ray: a name is loaded when it is first used.
+
+"""
+
+WIDTH = 124
+
+
+def page() -> str:
+    """Return the page."""
+    parts = [INTRO]
+    values = {name: getattr(roentgen, name) for name in roentgen.__all__}
+    # What one begins with comes first: functions, modules, then what they take and give.
+    for name, value in sorted(
+        values.items(), key=lambda item: (inspect.isclass(item[1]), isinstance(item[1], ModuleType))
+    ):
+        if inspect.isfunction(value):
+            parts.append(function(f"roentgen.{name}", value, "##"))
+        elif inspect.isclass(value):
+            parts.append(described_class(name, value))
+        elif isinstance(value, ModuleType):
+            parts.append(f"## `roentgen.{name}`\n\n{prose(value.__doc__ or '')}\n\n")
+            parts += [described(f"roentgen.{name}", one, getattr(value, one)) for one in value.__all__]
+    return "".join(parts).rstrip() + "\n"
+
+
+def described(home: str, name: str, value: Any) -> str:
+    """Return what a module has, a function or a class."""
+    if inspect.isfunction(value):
+        return function(f"{home}.{name}", value, "###")
+    return described_class(name, value, home, "###")
+
+
+def described_class(name: str, kind: type, home: str = "roentgen", level: str = "##") -> str:
+    """Return a class: what it is, its fields and properties, its methods."""
+    text = f"{level} `{home}.{name}`\n\n{prose(inspect.getdoc(kind) or '')}\n\n"
+    told = dict(fields(kind))
+    for one, value in own(kind):
+        if isinstance(value, property):
+            told[one] = inspect.getdoc(value) or ""
+    text += "".join(f"- `{one}`: {flowing(doc)}\n" for one, doc in told.items() if doc)
+    text += "\n" if told else ""
+    for one, value in own(kind):
+        method = value.__func__ if isinstance(value, classmethod | staticmethod) else value
+        if inspect.isfunction(method):
+            text += function(f"{name}.{one}", method, level + "#")
+    return text
+
+
+def own(kind: type) -> list[tuple[str, Any]]:
+    """Return the public attributes that a class has of its own packages, those of its bases first."""
+    found: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        if base.__module__.partition(".")[0] in ("roentgen", "serve_app", "eval_jobs", "probes"):
+            found |= vars(base)
+    public = {name: value for name, value in found.items() if not name.startswith("_") or name == "__getitem__"}
+    return list(public.items())
+
+
+def fields(kind: type) -> list[tuple[str, str]]:
+    """Return the fields of a class with the docstrings below them."""
+    found = []
+    for base in reversed(kind.__mro__):
+        if base.__module__.partition(".")[0] not in ("roentgen", "serve_app", "eval_jobs", "probes"):
+            continue
+        (node,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
+        assert isinstance(node, ast.ClassDef)
+        for field, below in zip(node.body, node.body[1:], strict=False):
+            if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+                continue
+            documented = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+            if documented and not field.target.id.startswith("_"):
+                found.append((field.target.id, inspect.cleandoc(ast.literal_eval(below.value))))
+    return found
+
+
+def function(name: str, value: Any, level: str) -> str:
+    """Return a function: how it is called, and its docstring."""
+    shown = [spell(parameter) for parameter in inspect.signature(value).parameters.values() if parameter.name != "self"]
+    kinds = [p.kind for p in inspect.signature(value).parameters.values() if p.name != "self"]
+    first = next((i for i, kind in enumerate(kinds) if kind is inspect.Parameter.KEYWORD_ONLY), None)
+    if first is not None and inspect.Parameter.VAR_POSITIONAL not in kinds:
+        shown.insert(first, "*")
+    call = textwrap.fill(f"{name}({', '.join(shown)})", WIDTH, subsequent_indent="    ", break_long_words=False)
+    return f"{level} `{name}`\n\n```python\n{call}\n```\n\n{prose(inspect.getdoc(value) or '')}\n\n"
+
+
+def spell(parameter: inspect.Parameter) -> str:
+    """Return a parameter as it stands in a call; what is not a plain value is left out."""
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
+    plain = isinstance(parameter.default, str | int | float | tuple | None.__class__)
+    default = "" if parameter.default is inspect.Parameter.empty else f"={parameter.default!r}" if plain else "=…"
+    return f"{stars}{parameter.name}{default}"
+
+
+def prose(docstring: str) -> str:
+    """Return a docstring with its sections as lists."""
+    lines = []
+    for block in re.split(r"\n(?=(?:Args|Raises|Attributes|Returns):\n)", docstring.strip()):
+        head, _, body = block.partition("\n")
+        if head not in ("Args:", "Raises:", "Attributes:", "Returns:"):
+            lines.append(block.strip())
+            continue
+        entries = re.split(r"\n(?=\S)", textwrap.dedent(body).strip())
+        named = [entry.partition(": ") for entry in entries]
+        title = {"Args:": "Arguments"}.get(head, head[:-1])
+        listed = "\n".join(f"- `{name.strip()}`: {flowing(text)}" for name, _, text in named)
+        lines.append(f"*{title}*\n\n{listed}")
+    return "\n\n".join(lines)
+
+
+def flowing(text: str) -> str:
+    """Return text on one line."""
+    return " ".join(text.split())
+
+
+if __name__ == "__main__":
+    print(page(), end="")
