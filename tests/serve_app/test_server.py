@@ -72,10 +72,14 @@ def test_a_stream_says_what_a_whole_reply_says(client: OpenAI) -> None:
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     assert text == whole.choices[0].message.content
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == whole.choices[0].finish_reason
-    assert chunks[-1].usage == whole.usage
+    assert chunks[-1].usage is not None
+    assert whole.usage is not None
+    assert (
+        chunks[-1].usage.model_copy(update={"prompt_tokens_details": whole.usage.prompt_tokens_details}) == whole.usage
+    )
     assert chunks[-1].model_extra is not None
     activations = chunks[-1].model_extra["activations"]
-    assert activations["tensors"]["layers.0.resid_post"]["shape"][0] == whole.usage.total_tokens - 1  # type: ignore[union-attr]
+    assert activations["tensors"]["layers.0.resid_post"]["shape"][0] == whole.usage.total_tokens - 1
 
 
 def test_a_raw_stream_ends_with_done(server: Server) -> None:
@@ -120,6 +124,34 @@ def test_stored_rows_equal_a_teacher_forced_forward(server: Server) -> None:
                 assert worst_error(session.activations(key, where=where)[0].values, expected[key]) <= 1e-4
         assert [row["text"][s["start"] : s["stop"]] for s in row["segments"]][-1].startswith("<") is False
     assert verify(session).ok
+
+
+def test_a_prefix_that_was_found_has_every_row(server: Server, client: OpenAI) -> None:
+    """Two questions after the same long words: the second is read from where it differs, and is stored whole."""
+    system = "You answer in few words, and only what was asked. " * 8
+    found = []
+    for text in ("What is 3 + 4?", "Name a colour."):
+        messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
+        wanted = {"session_id": "prefixes", "layers": [8, 16], "hook_points": ["resid_post"]}
+        reply = ask(client, messages=messages, max_tokens=8, extra_body={"activations": wanted})
+        assert reply.usage is not None
+        assert reply.usage.prompt_tokens_details is not None
+        found.append(reply.usage.prompt_tokens_details.cached_tokens)
+    assert found[0] == 0
+    assert found[1] >= 64
+    session = Session.open(str(reply.model_extra["activations"]["uri"]))  # type: ignore[index]
+    for key in ("layers.8.resid_post", "layers.16.resid_post"):
+        rows = session.activations(key)
+        for number, row in session.rollouts().iterrows():
+            expected = teacher_forced(row["token_ids"][:-1], [8, 16])[key]
+            assert worst_error(rows[number].values, expected) <= 1e-4
+    assert verify(session).ok
+    (model,) = client.models.list().data
+    assert model.model_extra is not None
+    assert model.model_extra["prefix_cache"] == {"enabled": True, "reason": None}
+    metrics = httpx2.get(f"{server.root}/metrics").text
+    (hits,) = [line for line in metrics.splitlines() if line.startswith("roentgen_prefix_cache_hit_tokens_total{")]
+    assert float(hits.split()[-1]) >= found[1]
 
 
 def files_of(folder: Path) -> dict[str, bytes]:

@@ -58,7 +58,9 @@ def prefix_caching(model: LoadedModel, remembered: Remembered, *, asked: bool) -
     if not remembered.continuous or remembered.alone:
         return PrefixCaching(False, "the model's cache is not keys and values of each token alone")
     if model.batching.kind != "any":
-        return PrefixCaching(False, f"requests share a forward only if {model.batching.kind}: {model.batching.reason}")
+        return PrefixCaching(
+            False, f"not all requests may share a forward ({model.batching.kind}): {model.batching.reason}"
+        )
     if depends_on_length(model.observed._module):
         return PrefixCaching(False, "a token's rotation depends on how long its sequence is")
     if model.checks.decoding_error:
