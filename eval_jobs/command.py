@@ -22,7 +22,7 @@ from eval_jobs.settings import CAPTURE_OPTIONS, SERVER_OPTIONS, EvalSettings, Se
 from roentgen.cluster import ClusterError
 from roentgen.defaults import EMBEDDED_MODEL, base_url
 from roentgen.options import options_of
-from roentgen.runs import RunError
+from roentgen.runs import Run, RunError
 
 BASE_URL_VARIABLE = "ROENTGEN_BASE_URL"
 
@@ -67,6 +67,31 @@ def _meant(ctx: typer.Context, options: dict[str, Any], progress: Console) -> di
 
 def _run(settings: EvalSettings, factory: ServerFactory | None, progress: Console) -> int:
     """Run an evaluation and print its summary; return the number of failed samples."""
+    run = perform(settings, factory, progress)
+    if run is None:
+        return 0
+    from eval_jobs.console import print_summary
+
+    summary = run.summary() or {}
+    print_summary(run, summary, Console())
+    return int(summary["errors"])
+
+
+def perform(settings: EvalSettings, factory: ServerFactory | None, progress: Console) -> Run | None:
+    """Run an evaluation on the server that the settings name, or on one that is started for it.
+
+    Args:
+        settings: what to do.
+        factory: starts a server where none is named; None uses the one in the environment.
+        progress: where progress is shown.
+
+    Returns:
+        The run, complete or with failed samples; None if it was only to be described.
+
+    Raises:
+        EvalError: if the problems, the server, Ray or the run directory cannot be used, or on Ctrl-C or SIGTERM.
+        RunError: if the run directory cannot be used.
+    """
     problems = load_problems(settings.selection)
     if factory is not None and settings.base_url is None:
         settings = settings.model_copy(update={"model": settings.model or EMBEDDED_MODEL})
@@ -77,16 +102,12 @@ def _run(settings: EvalSettings, factory: ServerFactory | None, progress: Consol
 
     with server as base_url:
         # After the server's checks, which say what is wrong all the sooner.
-        from eval_jobs.console import print_summary
         from eval_jobs.driver import describe, run_evaluation
 
         if settings.dry_run:
             describe(settings, problems, base_url, Console())
-            return 0
-        run = run_evaluation(settings, problems, base_url, progress)
-    summary = run.summary() or {}
-    print_summary(run, summary, Console())
-    return int(summary["errors"])
+            return None
+        return run_evaluation(settings, problems, base_url, progress)
 
 
 def _address(settings: EvalSettings) -> str:

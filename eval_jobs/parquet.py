@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -65,6 +66,16 @@ def write_parquet(run: Run, path: Path) -> int:
             rows = [_row(run, sample) for sample in samples[start : start + ROWS_AT_ONCE]]
             writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
     return len(samples)
+
+
+def read_frame(run: Run) -> pd.DataFrame:
+    """Return a run's samples as a table with the same columns, in the order of their names.
+
+    Raises:
+        RunError: if the record is damaged.
+    """
+    rows = [_row(run, sample) for sample in run.samples().by_name()]
+    return pa.Table.from_pylist(rows, schema=SCHEMA).to_pandas()
 
 
 def _row(run: Run, sample: Sample) -> dict[str, Any]:

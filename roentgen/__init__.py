@@ -19,28 +19,52 @@ from typing import TYPE_CHECKING, Any
 from roentgen.version import __version__
 
 if TYPE_CHECKING:
+    from roentgen import probes
+    from roentgen.api.evaluating import evaluate
     from roentgen.api.model import Model, load
     from roentgen.api.rollout import Rollout
+    from roentgen.api.run import Run
+    from roentgen.api.serving import Server, serve
     from roentgen.api.steering import Steer
     from roentgen.linear_probe import SavedProbe
     from roentgen.store import Session
     from serve_app.errors import RequestError
 
-__all__ = ["Model", "RequestError", "Rollout", "SavedProbe", "Session", "Steer", "__version__", "load"]
+__all__ = [
+    "Model",
+    "RequestError",
+    "Rollout",
+    "Run",
+    "SavedProbe",
+    "Server",
+    "Session",
+    "Steer",
+    "__version__",
+    "evaluate",
+    "load",
+    "probes",
+    "serve",
+]
 
 _HOMES = {
     "Model": "roentgen.api.model",
     "RequestError": "serve_app.errors",
     "Rollout": "roentgen.api.rollout",
+    "Run": "roentgen.api.run",
     "SavedProbe": "roentgen.linear_probe",
+    "Server": "roentgen.api.serving",
     "Session": "roentgen.store",
     "Steer": "roentgen.api.steering",
+    "evaluate": "roentgen.api.evaluating",
     "load": "roentgen.api.model",
+    "serve": "roentgen.api.serving",
 }
 
 
 def __getattr__(name: str) -> Any:
     """Load a public name when it is first used."""
+    if name == "probes":
+        return import_module("roentgen.probes")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(_HOMES[name]), name)

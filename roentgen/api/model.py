@@ -7,13 +7,15 @@ The engine runs on a thread of its own, so a call of `generate` submits and wait
 import gc
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, overload
 
 import torch
+from pydantic import ValidationError
 
 from roentgen.api.asking import (
     OWN,
@@ -26,11 +28,13 @@ from roentgen.api.asking import (
     prompts_of,
     scorers,
 )
+from roentgen.api.reading import Readable, read, read_into
 from roentgen.api.rollout import Rollout
 from roentgen.api.steering import Probe, Steer, named_probes
-from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS, ActivationRequest, Device, Dtype
+from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS, ActivationRequest, Device, Dtype, StoredDtype
 from roentgen.defaults import EMBEDDED_MODEL
 from roentgen.store.schema import check_finite
+from roentgen.workflows.capture import CaptureReport, Reader
 from serve_app.config import ServerConfig
 from serve_app.engines.awaiting import results_of
 from serve_app.engines.protocol import EngineStoppedError, Finished
@@ -41,7 +45,7 @@ from serve_app.engines.transformers.model import DeviceMap, LoadedModel
 from serve_app.engines.transformers.model import load as load_weights
 from serve_app.errors import RequestError
 from serve_app.models.sources import locate
-from serve_app.openai_api.errors import ApiError
+from serve_app.openai_api.errors import ApiError, from_validation
 from serve_app.requests.generation import Choice, Runner, compile_grammars
 
 if TYPE_CHECKING:
@@ -107,8 +111,7 @@ class Model:
     def __repr__(self) -> str:
         if self._held.loaded is None:
             return "Model(closed)"
-        loaded = self._held.loaded
-        return f"Model({loaded.source.name!r}, {str(loaded.dtype).removeprefix('torch.')}, {loaded.device})"
+        return f"Model({self.name!r}, {self.dtype}, {self._held.loaded.device})"
 
     @property
     def name(self) -> str:
@@ -119,6 +122,11 @@ class Model:
     def revision(self) -> str:
         """Which revision of it was loaded."""
         return self._loaded.source.revision
+
+    @property
+    def dtype(self) -> str:
+        """What it computes in, such as "bfloat16"."""
+        return str(self._loaded.dtype).removeprefix("torch.")
 
     @property
     def tokenizer(self) -> Any:
@@ -211,6 +219,96 @@ class Model:
                 raise in_python(error, place if len(asked) > 1 else None) from error
             choices += [(prompt, replace(choice, probes=read_by, steering=added)) for choice in planned]
         return _run(runner, choices)
+
+    @overload
+    def capture(
+        self,
+        texts: Iterable[Readable],
+        *,
+        layers: Any = ...,
+        hook_points: Any = ...,
+        positions: str = ...,
+        dtype: StoredDtype = ...,
+        allow_non_finite: bool = ...,
+        store: None = ...,
+        session: None = ...,
+        chunk_size: int | None = ...,
+        progress: bool = ...,
+    ) -> Iterator[Rollout]: ...
+    @overload
+    def capture(
+        self,
+        texts: Iterable[Readable],
+        *,
+        layers: Any = ...,
+        hook_points: Any = ...,
+        positions: str = ...,
+        dtype: StoredDtype = ...,
+        allow_non_finite: bool = ...,
+        store: str | Path,
+        session: str | None = ...,
+        chunk_size: int | None = ...,
+        progress: bool = ...,
+    ) -> CaptureReport: ...
+    def capture(
+        self,
+        texts: Iterable[Readable],
+        *,
+        layers: Any = "all",
+        hook_points: Any = ("resid_post",),
+        positions: str = "last",
+        dtype: StoredDtype = "model",
+        allow_non_finite: bool = False,
+        store: str | Path | None = None,
+        session: str | None = None,
+        chunk_size: int | None = None,
+        progress: bool = True,
+    ) -> Iterator[Rollout] | CaptureReport:
+        """Keep what the model holds inside while it reads texts that exist already; nothing is generated.
+
+        Without a store this is an iterator: texts are read as it goes on, some dozens together, and each comes back in its
+        place as a `Rollout`. With a store all are read at once into one session, but for those that it has already: run
+        again, it continues.
+
+        Args:
+            texts: texts, conversations (if the assistant speaks last, that is the completion), or objects as the lines of
+                `roentgen capture` (docs/capture.md): `{"prompt": …, "completion": …, "labels": {…}}`.
+            layers: layers to keep, or "all"; negative ones count from the end.
+            hook_points: hook points to keep.
+            positions: all, prompt, generated, last_prompt, last, stride:k, mean_prompt or mean_generated.
+            dtype: what to keep rows in; "model" for the model's own.
+            allow_non_finite: keep rows with NaN or infinity, which otherwise fail.
+            store: the folder of a store, or s3://BUCKET/FOLDER.
+            session: the session in it; named after model and capture if absent.
+            chunk_size: layers captured per pass, to need less memory; all in one if absent.
+            progress: whether a terminal or notebook shows a bar.
+
+        Returns:
+            An iterator of rollouts; with a store, a report of what was stored, with the session's address in `session`.
+
+        Raises:
+            RequestError: if something asked for cannot be.
+            TranscriptError: naming the first that is no text.
+            UnreadableTextError: without a store, if the model cannot be given a text, such as one that is too long; with one,
+                the report lists it.
+            StoreError: if the store cannot be written, or without one, rows hold NaN or infinity.
+        """
+        fields = {
+            "layers": layers, "hook_points": hook_points, "positions": positions, "dtype": dtype,
+            "allow_non_finite": allow_non_finite,
+        }  # fmt: skip
+        try:
+            request = ActivationRequest.model_validate(capture_fields(fields))
+        except ValidationError as error:
+            wrong = from_validation(error.errors())
+            raise ApiError(wrong.status, f"capture.{wrong.message}", param=wrong.param, code=wrong.code) from error
+        runner = self._runner
+        reader = Reader(self._loaded, runner.engine, request, chunk_size)
+        if isinstance(texts, str):
+            texts = [texts]
+        if store is None:
+            return read(texts, reader, progress=progress)
+        return read_into(str(store), session, texts, reader, progress=progress)
 
 
 def load(

@@ -37,6 +37,8 @@ class Rollout:
     """The token that each captured row is of, a place in `tokens`; -1 for a mean over several."""
     scores: Mapping[str, Float[Tensor, "tokens ..."]] = field(default_factory=dict)
     """Per probe, its score of every token: `[len(tokens)]`, or `[len(tokens), outputs]` for one with several outputs."""
+    labels: Mapping[str, Any] = field(default_factory=dict)
+    """What came with a text that was read."""
 
     @property
     def prompt_ids(self) -> list[int]:

@@ -45,25 +45,24 @@ def probe_train(
     device: Annotated[str, typer.Option(help="Where to fit: cpu or cuda.")] = "cpu",
 ) -> None:
     """Train probes per layer and hook point; exit code 3 if the label has one class only."""
-    pages: list[Path] = []
     with stages() as stage:
         stage(LOADING)
-        from probes import OneClassError, ProbeDataError, render, train
+        from probes import OneClassError, ProbeDataError, render
+        from roentgen.probes import train
         from roentgen.runs import RunError
         from roentgen.store import StoreError
 
         try:
             with expected_errors(ProbeDataError, RunError, StoreError):
-                report = train(
+                trained = train(
                     sources, label, [name.strip() for name in positions.split(",")], kind=kind, declared=declared,
-                    seed=seed, session=session, table=table, output=output, device=device, stage=stage, written=pages.append,
+                    seed=seed, session=session, table=table, output=output, device=device, stage=stage,
                 )  # fmt: skip
         except OneClassError as error:
             err.print(f"[yellow]no probe:[/yellow] {error}", highlight=False)
             raise typer.Exit(3) from error
-    out.print(render(report))
-    for page in pages:
-        out.print(f"page: {page}", highlight=False, markup=False, soft_wrap=True)
+    out.print(render(trained.report))
+    out.print(f"page: {trained.folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
 
 
 @probe_app.command("compare")

@@ -12,14 +12,11 @@ RunPath = Annotated[Path, typer.Argument(help="A run directory.")]
 
 def report(run: RunPath) -> None:
     """Write a run's summary.json and report.html again (with probe results, if there are any) and print the page's path."""
-    from eval_jobs.outputs import write_summary
-    from eval_jobs.report import write_report
-    from roentgen.runs import Run, RunError
+    from roentgen.api.run import Run
+    from roentgen.runs import RunError
 
     with expected_errors(RunError, OSError):
-        found = Run.open(run)
-        write_summary(found, None)
-        out.print(str(write_report(found)), highlight=False, soft_wrap=True)
+        out.print(str(Run(run).report()), highlight=False, soft_wrap=True)
 
 
 def score(

@@ -9,45 +9,23 @@ import typer
 from roentgen.cli.console import LOADING, expected_errors, out, stages
 from roentgen.cluster import LOCAL, ClusterError, check_address
 from roentgen.defaults import HOST, PORT
-from roentgen.options import OptionError, options_of, read_options
+from roentgen.options import options_of, read_options
 from serve_app.config import ServerConfig
 
 if TYPE_CHECKING:
     from eval_jobs.settings import EvalSettings
 
 
-def config_for(settings: "EvalSettings") -> ServerConfig:
-    """Return the server that suits an evaluation: what is in flight is generated together, as far as the memory goes."""
-    given = settings.model_dump(include={"model", "revision", "dtype", "device", "store"}, exclude_none=True)
-    config = read_options(ServerConfig, given | {"capture": settings.collect_activations})
-    if settings.parallel == "auto":
-        return config
-    return config.model_copy(update={"max_batch": max(config.max_batch, settings.parallel)})
-
-
 @contextmanager
 def serve_for_eval(settings: "EvalSettings") -> Iterator[str]:
     """Start Ray and the server for an evaluation that was given none; yields its base URL."""
-    from eval_jobs import EvalError
-
     with stages() as stage:
         stage(LOADING)
-        from roentgen.serving.local_server import LaunchError, serving
-        from roentgen.store import StoreError
+        from roentgen.serving.for_evaluation import serving_for
 
-        try:
-            running = serving(
-                config_for(settings),
-                ray_address=settings.ray_address or LOCAL,
-                stage=stage,
-                verbose=settings.verbose,
-                capture=settings if settings.collect_activations else None,
-            )
-            with running as base_url:
-                stage.rest()
-                yield base_url
-        except (ClusterError, LaunchError, OptionError, StoreError) as error:
-            raise EvalError(str(error)) from error
+        with serving_for(settings, stage) as base_url:
+            stage.rest()
+            yield base_url
 
 
 @options_of(ServerConfig)

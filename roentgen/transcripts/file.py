@@ -9,8 +9,9 @@ Beside these a line may have `id` (else it is named by its line number), `labels
 that is wrong ends the reading, with file, line, field, value and what is allowed.
 """
 
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
@@ -93,7 +94,7 @@ def read_file(path: Path) -> list[Transcript]:
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        parsed = _parse(line, f"{path}, line {number}")
+        parsed = _parse_line(line, f"{path}, line {number}")
         name = str(number) if parsed.id is None else parsed.id
         if name in seen:
             raise TranscriptError(
@@ -106,14 +107,36 @@ def read_file(path: Path) -> list[Transcript]:
     return transcripts
 
 
-def _parse(line: bytes, where: str) -> _Line:
+def read_records(records: Iterable[Mapping[str, Any]], config_hash: str, start: int = 1) -> Iterator[Transcript]:
+    """Read transcripts from objects in one of the shapes that a file's lines have; each as it comes.
+
+    Args:
+        records: the objects.
+        config_hash: names what they belong to, in their keys.
+        start: the number of the first; a transcript without an id is called by its number.
+
+    Raises:
+        TranscriptError: naming the first that is none.
+    """
+    for number, record in enumerate(records, start=start):
+        parsed = _parse(dict(record), f"text {number}")
+        name = str(number) if parsed.id is None else parsed.id
+        yield parsed.transcript(RolloutKey(config_hash=config_hash, problem_id=name))
+
+
+def _parse_line(line: bytes, where: str) -> _Line:
     try:
         value = read_json(line)
-        if not isinstance(value, dict):
-            raise TranscriptError(f"{where}: a line is a JSON object, and this one is {_short(value)}")
-        return _Line.model_validate(value)
     except JsonError as error:
         raise TranscriptError(f"{where}: {error}") from error
+    if not isinstance(value, dict):
+        raise TranscriptError(f"{where}: a line is a JSON object, and this one is {_short(value)}")
+    return _parse(value, where)
+
+
+def _parse(value: dict[str, Any], where: str) -> _Line:
+    try:
+        return _Line.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
         # A union's alternatives are in the path too; a user knows only the field.

@@ -15,13 +15,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from roentgen.contract import canonical_hash
+from roentgen.contract import ActivationRequest, canonical_hash
 from roentgen.defaults import EMBEDDED_MODEL, STORE
 from roentgen.model_names import is_named
 from roentgen.runs import Run
 from roentgen.serving.preflight import PreflightError, check_device, spell_option
 from roentgen.store import Session, SessionNotFoundError, StoreWriter
-from roentgen.store.places import check_writable, open_place
+from roentgen.store.places import Place, check_writable, open_place
 from roentgen.transcripts import Transcript, TranscriptError
 from roentgen.transcripts.file import read_file
 from roentgen.transcripts.run import read_run
@@ -29,7 +29,7 @@ from roentgen.workflows.settings import CaptureSettings
 from serve_app.capture.resolver import ResolutionError
 from serve_app.capture.rows import UncapturableError
 from serve_app.capture.structure import CaptureRequestError
-from serve_app.engines.protocol import EngineStoppedError
+from serve_app.engines.protocol import Engine, EngineStoppedError
 from serve_app.engines.transformers.engine import TransformersEngine
 from serve_app.engines.transformers.model import LoadedModel, load
 from serve_app.models.description import describe
@@ -90,9 +90,9 @@ def capture(settings: CaptureSettings, console: Console, stage: Callable[[str], 
     check_writable(store)
     with _as_capture_errors():
         model = _load(settings, run, stage)
-        session = settings.session or _session_name(settings, run, model)
-        texts, failures = _tokenize(model, transcripts, stage)
-        report = CaptureReport(store.child(session).uri, run.path if run else None, failures=failures)
+        source = run.config.run_id if run else str(settings.source.absolute())
+        stem = run.config.run_id if run else settings.source.stem
+        session = settings.session or session_name(source, stem, settings.request, model)
         engine = TransformersEngine(
             model,
             max_batch=settings.batch,
@@ -100,25 +100,58 @@ def capture(settings: CaptureSettings, console: Console, stage: Callable[[str], 
             max_prefill_tokens=settings.batch_tokens,
             prefix_cache=False,  # each text is read once, and most are scored
         )
+        reader = Reader(model, engine, settings.request, chunk_size=settings.chunk_size)
         try:
-            with StoreWriter(store) as writer:
-                forcing = TeacherForcing(
-                    model, engine, writer, settings.request, session, chunk_size=settings.chunk_size
-                )
-                there = _existing(report.session)
-                held = find_missing(there, texts, forcing.spec)
-                report.held = len(texts) - len(held.missing)
-                if report.held:
-                    stage(f"{report.held} of {len(texts)} texts are in the session already")
-                if held.changed:
-                    stage(
-                        f"{held.changed} texts have changed since: the session's older rollouts of them no longer count"
-                    )
-                if held.missing:
-                    stage(f"capturing {len(held.missing)} texts")
-                    _capture(forcing, held.missing, report, console)
+            report = capture_into(store, session, reader, transcripts, console, stage)
         finally:
             engine.close()
+    report.run = run.path if run else None
+    return report
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What reads texts, and what it keeps of them."""
+
+    model: LoadedModel
+    engine: Engine
+    """Runs the model."""
+    request: ActivationRequest
+    """What to keep."""
+    chunk_size: int | None = None
+    """Layers captured per pass; None captures all in one."""
+
+
+def capture_into(
+    store: Place,
+    session: str,
+    reader: Reader,
+    transcripts: Sequence[Transcript],
+    console: Console,
+    stage: Callable[[str], None],
+) -> CaptureReport:
+    """Capture what a session does not have yet of some texts.
+
+    Raises:
+        RequestError: if the model does not have what is asked for, or the engine stops.
+        OtherCaptureError: if the session holds one of them, captured otherwise.
+        StoreError: if the store cannot be read or written.
+    """
+    texts, failures = _tokenize(reader.model, transcripts, stage)
+    report = CaptureReport(store.child(session).uri, None, failures=failures)
+    with StoreWriter(store) as writer:
+        forcing = TeacherForcing(
+            reader.model, reader.engine, writer, reader.request, session, chunk_size=reader.chunk_size
+        )
+        held = find_missing(_existing(report.session), texts, forcing.spec)
+        report.held = len(texts) - len(held.missing)
+        if report.held:
+            stage(f"{report.held} of {len(texts)} texts are in the session already")
+        if held.changed:
+            stage(f"{held.changed} texts have changed since: the session's older rollouts of them no longer count")
+        if held.missing:
+            stage(f"capturing {len(held.missing)} texts")
+            _capture(forcing, held.missing, report, console)
     return report
 
 
@@ -159,12 +192,17 @@ def _store_of(run: Run) -> str | None:
     return None
 
 
-def _session_name(settings: CaptureSettings, run: Run | None, model: LoadedModel) -> str:
-    """Make up a session that is the same for the same texts, model and capture, and no other."""
-    source = run.config.run_id if run else str(settings.source.absolute())
+def session_name(source: str, stem: str, request: ActivationRequest, model: LoadedModel) -> str:
+    """Make up a session that is the same for the same texts, model and capture, and no other.
+
+    Args:
+        source: tells the texts from others.
+        stem: what they are called in it.
+        request: what is kept.
+        model: what reads them.
+    """
     described: list[Any] = [source, model.source.name, model.source.revision, str(model.dtype)]
-    described.append(settings.request.model_dump(exclude={"allow_non_finite"}))
-    stem = run.config.run_id if run else settings.source.stem
+    described.append(request.model_dump(exclude={"allow_non_finite"}))
     parts = [re.sub(r"[^A-Za-z0-9_-]+", "-", part)[:size] for part, size in ((stem, 32), (model.source.name, 20))]
     return ".".join([*parts, canonical_hash(described)[:8]])
 

@@ -65,7 +65,7 @@ class TeacherForcing:
         self,
         model: LoadedModel,
         engine: Engine,
-        writer: StoreWriter,
+        writer: StoreWriter | None,
         request: ActivationRequest,
         session_id: str,
         *,
@@ -76,7 +76,7 @@ class TeacherForcing:
         Args:
             model: the model that the engine runs.
             engine: runs it.
-            writer: of the store.
+            writer: of the store; None if rollouts are only to be read.
             request: layers, hook points, positions and dtype.
             session_id: where rollouts go.
             chunk_size: layers captured per pass; None captures all in one.
@@ -115,20 +115,31 @@ class TeacherForcing:
             StoreError: if rollouts cannot be written; those yielded before are safe.
         """
         pending: deque[tuple[TokenizedTranscript, Future[Receipt]]] = deque()
-        for group in self._groups(texts):
-            for text, read in self._read(group):
-                if isinstance(read, _Read):
-                    self._writer.wait_for_room()
-                    try:
-                        pending.append((text, self._writer.submit(self._rollout(text, read))))
-                    except ValueError as error:
-                        yield _not_stored(text, error)
-                else:
-                    yield _not_stored(text, read)
-                while pending and pending[0][1].done():
-                    yield _stored(*pending.popleft())
+        assert self._writer is not None
+        for text, rollout in self.read(texts):
+            if isinstance(rollout, Exception):
+                yield _not_stored(text, rollout)
+            else:
+                self._writer.wait_for_room()
+                try:
+                    pending.append((text, self._writer.submit(rollout)))
+                except ValueError as error:
+                    yield _not_stored(text, error)
+            while pending and pending[0][1].done():
+                yield _stored(*pending.popleft())
         for text, future in pending:
             yield _stored(text, future)
+
+    def read(self, texts: Sequence[TokenizedTranscript]) -> Iterator[tuple[TokenizedTranscript, Rollout | Exception]]:
+        """Read texts, in groups, the longest first; yields each with its rollout, which nothing has stored, or its failure.
+
+        Raises:
+            UncapturableError: if a hook point gives no row per token, which all texts share.
+            EngineStoppedError: if the engine dies.
+        """
+        for group in self._groups(texts):
+            for text, read in self._read(group):
+                yield text, self._rollout(text, read) if isinstance(read, _Read) else read
 
     def _groups(self, texts: Sequence[TokenizedTranscript]) -> Iterator[list[TokenizedTranscript]]:
         row_bytes = len(self._taps) * self._model.structure.d_model * self._model.dtype.itemsize

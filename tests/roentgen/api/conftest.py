@@ -7,7 +7,10 @@ import pytest
 import transformers as tr
 
 import roentgen
+from tests.probes.conftest import build_run, planted
 from tests.serve_app.engines.subjects import save_tiny
+
+__all__ = ["build_run", "planted"]  # fixtures: a run whose activations are planted
 
 
 @pytest.fixture(scope="module")

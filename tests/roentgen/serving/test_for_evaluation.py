@@ -3,8 +3,8 @@
 import pytest
 
 from eval_jobs.settings import check_settings
-from roentgen.cli.serving import config_for
 from roentgen.options import read_options
+from roentgen.serving.for_evaluation import config_for
 from serve_app.config import ServerConfig
 
 

@@ -1,0 +1,142 @@
+"""Texts that exist already, read by a loaded model: teacher-forced capture, into memory or into a store.
+
+Into memory, texts are read a group at a time and given back in their order, so a list of any length takes the memory of one
+group. Into a store, it is what the command `roentgen capture` does: what the session has already is not read again.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from roentgen import store
+from roentgen.api.asking import in_python
+from roentgen.api.rollout import Rollout
+from roentgen.contract import canonical_hash
+from roentgen.store.places import check_writable, open_place
+from roentgen.store.schema import check_finite
+from roentgen.transcripts import Transcript
+from roentgen.transcripts.file import read_records
+from roentgen.workflows.capture import CaptureReport, Reader, capture_into, session_name
+from serve_app.errors import RequestError
+from serve_app.teacher_forcing.capture import TeacherForcing
+from serve_app.teacher_forcing.tokens import transcript_tokenizer
+
+Readable = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
+"""A text, a conversation's messages, or an object as a line of `roentgen capture` has it (docs/capture.md)."""
+
+AT_ONCE = 64
+"""Texts of one group in memory; their rows are."""
+
+STORED_AT_ONCE = 4096
+"""Texts of one group into a store; their tokens are in memory, their rows are not for long."""
+
+
+def transcripts_of(texts: Iterable[Readable]) -> Iterator[Transcript]:
+    """Return texts as transcripts; one without an id is called after its contents.
+
+    Raises:
+        TranscriptError: naming the first that is none.
+    """
+    return read_records(map(_record, texts), canonical_hash({"texts": "python"}))
+
+
+def _record(text: Readable) -> Mapping[str, Any]:
+    if isinstance(text, str):
+        record: dict[str, Any] = {"text": text}
+    elif isinstance(text, Mapping):
+        record = dict(text)
+    else:
+        record = {"messages": [dict(message) for message in text]}
+    return {"id": canonical_hash(record), **record}
+
+
+def read(texts: Iterable[Readable], reader: Reader, *, progress: bool) -> Iterator[Rollout]:
+    """Read texts; yields each with its rows, in order.
+
+    Raises:
+        RequestError: if the model does not have what is asked for.
+        TranscriptError: naming the first that is no text.
+        UnreadableTextError: if the model cannot be given a text.
+        StoreError: if rows hold NaN or infinity, which were not allowed.
+    """
+    try:
+        forcing = TeacherForcing(reader.model, reader.engine, None, reader.request, "", chunk_size=reader.chunk_size)
+    except RequestError as error:
+        raise in_python(error) from error
+    return _groups(texts, reader, forcing, progress)
+
+
+def _groups(texts: Iterable[Readable], reader: Reader, forcing: TeacherForcing, progress: bool) -> Iterator[Rollout]:
+    tokenize = transcript_tokenizer(reader.model)
+    transcripts = transcripts_of(texts)
+    total = len(texts) if isinstance(texts, Sequence) else None
+    with _bar(progress) as bar:
+        task = bar.add_task("reading", total=total)
+        while group := list(islice(transcripts, AT_ONCE)):
+            tokenized = [tokenize(transcript) for transcript in group]
+            found: dict[int, store.Rollout] = {}
+            places = {id(text): place for place, text in enumerate(tokenized)}
+            for text, rollout in forcing.read(tokenized):
+                if isinstance(rollout, RequestError):
+                    raise in_python(rollout) from rollout
+                if isinstance(rollout, Exception):
+                    raise rollout
+                check_finite(rollout)
+                found[places[id(text)]] = rollout
+                bar.advance(task)
+            for place, transcript in enumerate(group):
+                yield _rollout(transcript, found.pop(place))
+
+
+def _rollout(transcript: Transcript, rollout: store.Rollout) -> Rollout:
+    sequence = rollout.sequence
+    end = len(sequence.text) if not sequence.n_completion else sequence.token_offsets[sequence.n_prompt]
+    return Rollout(
+        prompt=transcript.prompt if isinstance(transcript.prompt, str) else list(transcript.prompt),
+        text=sequence.text[end:],
+        finish_reason=rollout.finish_reason,
+        logprobs=rollout.logprobs[sequence.n_prompt :].tolist(),
+        sequence=sequence,
+        activations=rollout.tensors,
+        positions=rollout.position.tolist(),
+        labels=transcript.labels,
+    )
+
+
+def read_into(
+    folder: str, session: str | None, texts: Iterable[Readable], reader: Reader, *, progress: bool
+) -> CaptureReport:
+    """Read texts into a store's session, but for those that it has.
+
+    Raises:
+        RequestError: if the model does not have what is asked for.
+        TranscriptError: naming the first that is no text.
+        OtherCaptureError: if the session holds one of the texts, captured otherwise.
+        StoreError: if the store cannot be read or written.
+    """
+    place = open_place(folder)
+    check_writable(place)
+    name = session or session_name("python", "texts", reader.request, reader.model)
+    whole = CaptureReport(place.child(name).uri, None)
+    transcripts = transcripts_of(texts)
+    console = Console(stderr=True, quiet=not progress)
+    try:
+        while group := list(islice(transcripts, STORED_AT_ONCE)):
+            part = capture_into(place, name, reader, group, console, lambda said: None)
+            whole.held += part.held
+            whole.stored += part.stored
+            whole.tokens += part.tokens
+            whole.seconds += part.seconds
+            whole.failures += part.failures
+    except RequestError as error:
+        raise in_python(error) from error
+    return whole
+
+
+def _bar(shown: bool) -> Progress:
+    console = Console(stderr=True)
+    columns = TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True)
+    return Progress(*columns, console=console, disable=not (shown and (console.is_terminal or console.is_jupyter)))
