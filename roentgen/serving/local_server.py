@@ -76,12 +76,10 @@ def serving(
     check_writable(open_place(config.store))
 
     stage("starting Ray" if ray_address == LOCAL else f"joining Ray at {ray_address}")
-    # A Ray that is stopped takes Serve with it; of someone's cluster, only what was started here is stopped.
-    ours = ray_address == LOCAL
     with ExitStack() as stack:
         with named_in_environment():
             stack.enter_context(connected(ray_address, verbose=verbose))
-        stack.enter_context(_application(config, host, port, stage, verbose, ours))
+        stack.enter_context(_application(config, host, port, stage, verbose))
         base = f"http://{host}:{port}"
         wait_until_ready(base, stage)
         yield f"{base}/v1"
@@ -101,7 +99,7 @@ def taps_for(capture: Capture) -> tuple[str, ...]:
 
 @contextmanager
 def _application(
-    config: ServerConfig, host: str, port: int, stage: Callable[[str], None], verbose: bool, ray_ends: bool
+    config: ServerConfig, host: str, port: int, stage: Callable[[str], None], verbose: bool
 ) -> Iterator[None]:
     """Deploy the Serve application on the Ray that this process is connected to; on leaving, take it away."""
     from ray import serve
@@ -121,7 +119,8 @@ def _application(
     finally:
         stage("stopping the server")
         serve.delete(APP_NAME)
-        if not (ray_ends or found_serve):
+        if not found_serve:  # of someone's cluster, only what was started here is stopped
+            # Also where Ray ends next: Serve would otherwise look for this one's controller when it is started again.
             serve.shutdown()
 
 

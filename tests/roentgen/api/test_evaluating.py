@@ -8,6 +8,9 @@ import pytest
 
 import roentgen
 from eval_jobs import EvalError
+from eval_jobs.settings import check_settings
+from roentgen.api.evaluating import _server
+from roentgen.serving.for_evaluation import config_for
 from tests.conftest import RayHome
 
 PROBLEMS = [{"question": f"What is {number} + 1?", "answer": number + 1} for number in range(3)]
@@ -24,6 +27,12 @@ def test_arguments_that_cannot_be_are_refused_before_anything_starts(tmp_path: P
         roentgen.evaluate("arithmetic", capture={"session_id": "s"})
     with pytest.raises(EvalError, match="temperature"):
         roentgen.evaluate("arithmetic", temperature=9)
+
+
+def test_a_loaded_model_is_served_as_it_was_loaded(model: roentgen.Model, folder: Path) -> None:
+    settings = check_settings(**{name: value for name, value in _server(model).items() if value is not None})
+    config = config_for(settings)
+    assert (config.model, config.dtype, config.device) == (str(folder), "float32", "cpu")
 
 
 def test_a_server_s_options_are_checked_before_it_starts() -> None:
