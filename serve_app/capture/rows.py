@@ -120,6 +120,12 @@ class _Span:
     start: int
     stop: int
 
+    def rows(self, keys: list[str]) -> Float[Tensor, "keys rows ..."]:
+        """Return the rows of keys that share a block, in this order: another forward may have read them in another one."""
+        block = next(block for block in self.blocks if keys[0] in block.keys)
+        rows = block.rows(self.start, self.stop)
+        return rows if block.keys == keys else rows[[block.keys.index(key) for key in keys]]
+
 
 class RequestRows:
     """The rows of one running request: spans of the latest forwards' blocks, and what has been joined of earlier ones.
@@ -258,14 +264,14 @@ class RequestRows:
     def _joined(self, spans: list[_Span]) -> _Span:
         """Copy the rows of spans, in order, into blocks of this request's own; sums are added up."""
         blocks = []
-        for same in zip(*(span.blocks for span in spans), strict=True):
-            parts = [block.rows(span.start, span.stop) for block, span in zip(same, spans, strict=True)]
+        for first in spans[0].blocks:
+            parts = [span.rows(first.keys) for span in spans]
             shape = (len(parts[0]), sum(part.shape[1] for part in parts), *parts[0].shape[2:])
             rows = self._memory.empty(shape, parts[0].dtype, parts[0].device)
             torch.cat(parts, dim=1, out=rows)
             if self.plan.positions.pooled:
                 rows = rows.sum(1, keepdim=True)
-            blocks.append(_Block(rows, same[0].dtype, same[0].keys))
+            blocks.append(_Block(rows, first.dtype, first.keys))
         return _Span(blocks, 0, blocks[0].tensor.shape[1])
 
 

@@ -79,9 +79,9 @@ class Runner:
         self.states: dict[str, Any] = {}
         self.batch = GraphBatch(lambda: self.states, self.module, self.taps)
 
-    def begin(self, name: str, prompt: int, *steering: Addition) -> None:
+    def begin(self, name: str, prompt: int, *steering: Addition, taps: dict[str, Tap] = TAPS) -> None:
         """Schedule a request for the first time."""
-        order = Order(f"job {name}", CapturePlan(TAPS, Positions("all"), "model"), steering)
+        order = Order(f"job {name}", CapturePlan(taps, Positions("all"), "model"), steering)
         params = SimpleNamespace(extra_args={EXTRA: pack(order)})
         self.batch.begin([SimpleNamespace(req_id=name, sampling_params=params, prompt_token_ids=[0] * prompt)])
 
@@ -135,6 +135,17 @@ def test_rows_are_those_of_a_forward_of_each_request(runner: Runner) -> None:
         runner.step(TOKENS, spans)
     for name in ("a", "b"):
         assert_rows(runner.rows(name, 7), runner.expected(TOKENS[name]))
+
+
+def test_requests_that_name_hook_points_in_another_order_have_their_own_rows(runner: Runner) -> None:
+    """Also when the one that was first in the steps has ended."""
+    runner.begin("a", 5)
+    runner.begin("b", 4, taps=dict(reversed(TAPS.items())))
+    for spans in STEPS:
+        runner.step(TOKENS, spans)
+    rows = runner.rows("b", 7)
+    assert list(rows) == list(reversed(TAPS))
+    assert_rows(rows, runner.expected(TOKENS["b"]))
 
 
 def test_what_is_added_reaches_what_follows_and_nobody_else(runner: Runner) -> None:
