@@ -187,9 +187,16 @@ class RequestRows:
             self._shared = []
 
     def resume(self, known: Sequence[KnownRows]) -> None:
-        """Begin behind tokens whose rows are known, in order: they are kept as if the model had been fed these tokens."""
-        self._known = [part for part in known if part.kept]
-        self._position = [position for part in self._known for position in part.kept]
+        """Begin behind tokens whose rows are known, in order: they are kept as if the model had been fed these tokens.
+
+        A forward may have shown the rows of the tokens behind them already.
+        """
+        known = [part for part in known if part.kept]
+        self._position = [position for part in known for position in part.kept] + self._position
+        if known and self._own + self._shared:
+            self._own.insert(0, self._laid_out(known, (self._own + self._shared)[0].blocks))
+        else:
+            self._known = known
 
     def between(self, start: int, stop: int, taps: Collection[Tap]) -> dict[Tap, Float[Tensor, "rows ..."]]:
         """Copy the rows of positions `[start, stop)` from some places, as the model gave them; nothing if any is not here."""
@@ -197,20 +204,20 @@ class RequestRows:
         here = self._position[first : first + stop - start] == list(range(start, stop))
         if not here or self.failure is not None or self.plan.positions.pooled:
             return {}
-        pieces: list[tuple[_Span, int, int]] = []
+        pieces: list[_Span] = []
         at = 0
         for span in self._own + self._shared:
             length = span.stop - span.start
             low, high = max(first - at, 0), min(first + stop - start - at, length)
             if low < high:
-                pieces.append((span, span.start + low, span.start + high))
+                pieces.append(_Span(span.blocks, span.start + low, span.start + high))
             at += length
         found: dict[Tap, Tensor] = {}
-        for place, block in enumerate(pieces[0][0].blocks):
+        for block in pieces[0].blocks:
             numbers = [number for number, key in enumerate(block.keys) if self.plan.taps[key] in taps]
             if not numbers:
                 continue
-            parts = [span.blocks[place].rows(low, high) for span, low, high in pieces]
+            parts = [piece.rows(block.keys) for piece in pieces]
             if len(numbers) == len(block.keys):
                 rows = list(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0].clone())
             else:  # copied apart, so that none keeps alive what is not wanted

@@ -94,7 +94,8 @@ class RequestScores:
         for number, scorer in enumerate(self.scorers):
             known, readout = rows[scorer.tap], scorer.readout
             if known.ndim == 2 and readout.mean.shape[0] == known.shape[1]:
-                self.add(number, readout.scores(known.to(readout.mean.device)).cpu())
+                # A forward may have scored the tokens behind them already.
+                self._parts[number].insert(0, readout.scores(known.to(readout.mean.device)).cpu())
 
     def drain(self) -> "NewScores":
         """Return what has come since the last time, and keep none of it."""

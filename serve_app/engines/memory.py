@@ -9,6 +9,9 @@ from serve_app.capture.rows import CapturePlan
 DEVICE_SHARE, HOST_SHARE = 0.8, 0.25
 """Shares of the free memory for keys and values on a GPU, and for captured rows on the host."""
 
+PREFIX_SHARE = 0.1
+"""Share of the host's free memory for rows of prompts that are found in vLLM's prefix cache."""
+
 CPU_SHARE = 0.4
 """Share of the free memory for keys and values where the model runs on the CPU, beside its own working memory."""
 

@@ -12,6 +12,7 @@ import torch
 from serve_app.capture.grid import Strip
 from serve_app.engines.vllm.collecting import Collector, Step
 from serve_app.engines.vllm.orders import EXTRA, Order, unpack
+from serve_app.engines.vllm.prefix_rows import PrefixRows
 from serve_app.engines.vllm.watched import Watched
 
 
@@ -25,14 +26,17 @@ class Batch:
         watched: who else reads every step, while the model's hook points are verified.
     """
 
-    def __init__(self, states: Callable[[], dict[str, Any]], device: torch.device) -> None:
+    def __init__(
+        self, states: Callable[[], dict[str, Any]], device: torch.device, prefixes: PrefixRows | None = None
+    ) -> None:
         """Begin without requests.
 
         Args:
             states: returns the runner's state of each request, by vLLM's name for it.
             device: the model's.
+            prefixes: keeps rows of prompts, where vLLM has a prefix cache.
         """
-        self.collector = Collector(device)
+        self.collector = Collector(device, prefixes)
         self.keeps = True
         self.watched: list[Watched] = []
         self._states = states
@@ -47,7 +51,7 @@ class Batch:
                 continue
             parsed = unpack(order, Order)
             self._jobs[data.req_id] = parsed.job_id
-            self.collector.begin(parsed, len(data.prompt_token_ids))
+            self.collector.begin(parsed, data.prompt_token_ids)
 
     def end(self, finished: set[str]) -> None:
         """Forget vLLM's names of finished requests; their rows wait for the replica."""

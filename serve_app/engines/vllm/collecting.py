@@ -1,18 +1,21 @@
 """The rows of the requests in one vLLM worker: cut from every step's whole batch, held until the replica says what was said.
 
-Three things are unlike an engine that runs the model itself, and are settled here:
+Four things are unlike an engine that runs the model itself, and are settled here:
 
 - vLLM packs its batch and hands out a strip of tokens, with no padding.
 - A request may be preempted: its rows so far are kept, and when vLLM computes them again, only what is new counts.
 - A request may overrun. Where its end is decided in another process (a stop string, or a step that was scheduled before the
   last one's token was known), rows come that belong to no token of the completion. So what depends on where the end is (the
   last row, the mean of all generated ones) is decided when the end is known, and rows behind it are dropped.
+- vLLM may find a prompt's first tokens in its prefix cache, also such as another request computes in the very same step. Their
+  rows are taken from those that are kept of earlier prompts (`prefix_rows`), after that step.
 
 A request whose rows are not exactly those of its prompt and all but the last token of its completion fails (`LostRowsError`).
 """
 
 import logging
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
@@ -24,12 +27,18 @@ from roentgen.linear_probe import Readout
 from roentgen.store import StoreError
 from serve_app.capture.grid import Strip
 from serve_app.capture.memory import RowMemory
-from serve_app.capture.rows import CapturedRows, CapturePlan, RequestRows, StepRows
+from serve_app.capture.rows import CapturedRows, CapturePlan, KnownRows, RequestRows, StepRows
 from serve_app.capture.scoring import NewScores, RequestScores, Scorer, StepScores, UnscorableError
-from serve_app.capture.steering import StepSteering
+from serve_app.capture.steering import Addition, StepSteering
+from serve_app.capture.structure import Tap
+from serve_app.engines.prefixes import filling, name_blocks, needed
 from serve_app.engines.vllm.orders import Order
+from serve_app.engines.vllm.prefix_rows import PrefixRows
 
 log = logging.getLogger(__name__)
+
+SETTLED = 2
+"""Steps after which a step's rows are surely on the host, so that nothing waits for them."""
 
 MAX_READOUTS = 256
 """Probes whose numbers are kept on the model's device."""
@@ -96,16 +105,49 @@ def _check(rows: CapturedRows, wanted: list[int]) -> None:
         raise LostRowsError(f"{len(rows.position)} rows were captured, not the {len(wanted)} that there should be")
 
 
-@dataclass
+@dataclass(eq=False)
 class _Job:
     """One request: what it ordered, how many of its tokens have passed, and its rows so far."""
 
     order: Order
-    n_prompt: int
+    prompt_ids: list[int]
     rows: RequestRows | None
     scores: RequestScores | None
+    names: list[bytes] = field(default_factory=list)
+    """Of its prompt's blocks, where rows are kept for other prompts."""
+    filler: RequestRows | None = None
+    """Keeps rows that blocks need and its own capture does not have."""
+    kept: int = 0
+    """Blocks of its prompt that others may have rows of."""
+    found: int = 0
+    """Tokens that vLLM has found in its cache, whose rows have not been taken yet."""
     fed: int = 0
     lost: str | None = None
+
+    @property
+    def capture(self) -> CapturePlan | None:
+        """What it keeps."""
+        return self.order.capture
+
+    @property
+    def steering(self) -> Sequence[Addition]:
+        """What is added to its rows."""
+        return self.order.steering
+
+    @property
+    def probes(self) -> Sequence[Scorer]:
+        """What its rows are scored with."""
+        return self.order.probes
+
+    @property
+    def cache_salt(self) -> str | None:
+        """The client's."""
+        return self.order.cache_salt
+
+    @property
+    def n_prompt(self) -> int:
+        """Tokens in its prompt."""
+        return len(self.prompt_ids)
 
 
 @dataclass(frozen=True)
@@ -114,6 +156,7 @@ class Step:
 
     steering: StepSteering | None
     rows: StepRows | None
+    fills: StepRows | None
     scores: StepScores | None
     jobs: list[_Job] = field(repr=False)
 
@@ -121,13 +164,17 @@ class Step:
 class Collector:
     """The rows of one worker's requests."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, prefixes: PrefixRows | None = None) -> None:
         """Begin without requests.
 
         Args:
             device: the model's.
+            prefixes: keeps rows of prompts, where vLLM has a prefix cache.
         """
         self._jobs: dict[str, _Job] = {}
+        self._prefixes = prefixes
+        self._steps = 0
+        self._to_keep: deque[tuple[int, _Job]] = deque()
         self._memory = RowMemory()
         self._device = device
         self._readouts: dict[bytes, Readout] = {}
@@ -137,14 +184,25 @@ class Collector:
         """Jobs whose rows are here."""
         return len(self._jobs)
 
-    def begin(self, order: Order, n_prompt: int) -> None:
+    @property
+    def kept(self) -> int:
+        """Bytes of rows that are kept for prompts to come."""
+        return self._prefixes.nbytes if self._prefixes is not None else 0
+
+    def begin(self, order: Order, prompt_ids: list[int]) -> None:
         """Take a request that has been admitted; one that is known already has been preempted and comes back."""
         if order.job_id in self._jobs:
             return
-        plan = order.capture
+        plan, n_prompt = order.capture, len(prompt_ids)
         rows = RequestRows(collecting_plan(plan, n_prompt), n_prompt, self._memory) if plan is not None else None
         scores = RequestScores(tuple(self._shared(scorer) for scorer in order.probes)) if order.probes else None
-        self._jobs[order.job_id] = _Job(order, n_prompt, rows, scores)
+        job = self._jobs[order.job_id] = _Job(order, prompt_ids, rows, scores)
+        if self._prefixes is None or not needed(job, range(n_prompt - 1)):
+            return
+        job.names = name_blocks(job, prompt_ids, self._prefixes.size)
+        extra = filling(job, len(job.names) * self._prefixes.size)
+        if extra is not None:
+            job.filler = RequestRows(extra, n_prompt, self._memory)
 
     def step(self, spans: list[tuple[str | None, range]]) -> Step | None:
         """Lay out a forward; None if nothing is to be done in it.
@@ -152,6 +210,8 @@ class Collector:
         Args:
             spans: in the batch's order, the job and the sequence positions that it holds.
         """
+        self._steps += 1
+        self._keep_until(self._steps - SETTLED)
         jobs = [self._jobs.get(job_id) if job_id is not None else None for job_id, _ in spans]
         known = [job for job in jobs if job is not None]
         if not known:
@@ -167,10 +227,15 @@ class Collector:
         rows = None
         if capturing:
             rows = StepRows([job.rows if job is not None else None for job in jobs], Strip(new, lengths), self._memory)
+        fills = None
+        if any(job.filler is not None for job in known):
+            fills = StepRows(
+                [job.filler if job is not None else None for job in jobs], Strip(new, lengths), self._memory
+            )
         scores = None
         if any(job.scores is not None for job in known):
             scores = StepScores([job.scores if job is not None else None for job in jobs], Strip(new, lengths))
-        return Step(steering, rows, scores, known)
+        return Step(steering, rows, fills, scores, known)
 
     def done(self, step: Step, failure: Exception | None) -> None:
         """Give each job of a forward its rows, once it has been issued.
@@ -183,30 +248,98 @@ class Collector:
             for job in step.jobs:
                 job.lost = job.lost or f"{type(failure).__name__}: {failure}"
             return
-        if step.rows is not None:
-            step.rows.deliver()
+        for rows in (step.rows, step.fills):
+            if rows is not None:
+                rows.deliver()
         if step.scores is not None:
             step.scores.deliver(wait=False)
+        self._to_keep += [(self._steps, job) for job in step.jobs if job.kept < len(job.names)]
 
-    def take(self, job_id: str, n_rows: int) -> CapturedRows:
+    def take(self, job_id: str, fed: Sequence[int]) -> CapturedRows:
         """Return a finished job's rows and forget it.
 
         Args:
             job_id: which.
-            n_rows: of a full capture.
+            fed: the tokens that should have a row: all but the last one.
 
         Raises:
             LostRowsError: if they are not all there.
             UncapturableError: if what it asked for has no row per token.
         """
-        job = self._jobs.pop(job_id, None)
+        self.resumed(job_id)
+        job, n_rows = self._jobs.pop(job_id, None), len(fed)
         if job is None or job.rows is None or job.order.capture is None:
             raise LostRowsError("the worker has no rows of this request")
         if job.lost is not None:
             raise LostRowsError(job.lost)
         if job.fed < n_rows:
             raise LostRowsError(f"{job.fed} tokens of this request passed through the model, not {n_rows}")
-        return settled(job.rows.cut(), job.order.capture, job.n_prompt, n_rows)
+        rows = settled(job.rows.cut(), job.order.capture, job.n_prompt, n_rows)
+        if self._prefixes is not None and job.names:
+            # The next turn of a conversation begins with what this one has said.
+            job.names = name_blocks(job, fed, self._prefixes.size, job.names)
+            self._keep(job, n_rows)
+        return rows
+
+    def resumed(self, job_id: str) -> bool:
+        """Take the rows of what vLLM has found of a job's prompt; returns whether none is missing."""
+        job = self._jobs.get(job_id)
+        if job is None:
+            return True
+        if job.found and job.lost is None:
+            self._keep_until(self._steps)
+            self._resume(job)
+        return job.lost is None
+
+    def _resume(self, job: _Job) -> None:
+        count, job.found = job.found, 0
+        size = self._prefixes.size if self._prefixes is not None else count
+        spans = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        taps = [needed(job, span) for span in spans]
+        if not any(taps):
+            if job.scores is not None:
+                job.scores.feed(count)
+            return
+        blocks = (
+            self._prefixes.use(job.names[: len(spans)], taps)
+            if len(job.names) >= len(spans) and self._prefixes
+            else None
+        )
+        if blocks is None:
+            job.lost = f"the rows of {count} tokens that were found in the prefix cache are not here any more"
+            return
+        if job.rows is not None:
+            kept = [job.rows.kept(span) for span in spans]
+            job.rows.resume(
+                [KnownRows(part, span.start, rows) for part, span, rows in zip(kept, spans, blocks, strict=True)]
+            )
+        if job.scores is not None:
+            read = {scorer.tap for scorer in job.scores.scorers}
+            job.scores.resume(count, {tap: torch.cat([rows[tap] for rows in blocks])[:count] for tap in read})
+
+    def _keep_until(self, step: int) -> None:
+        """Keep rows of prompts for others, of those that were read up to a step."""
+        while self._to_keep and self._to_keep[0][0] <= step:
+            _, job = self._to_keep.popleft()
+            self._keep(job, min(job.fed, job.n_prompt))
+
+    def _keep(self, job: _Job, until: int) -> None:
+        """Keep rows of a job's blocks for others."""
+        if self._prefixes is None or job.lost is not None:
+            return
+        size = self._prefixes.size
+        sources = [rows for rows in (job.rows, job.filler) if rows is not None]
+        taps = {tap for rows in sources for tap in rows.plan.taps.values()}
+        for number in range(job.kept, until // size):
+            lacking = self._prefixes.lacks(job.names[number], taps)
+            found: dict[Tap, torch.Tensor] = {}
+            for rows in sources:
+                if wanted := lacking - found.keys():
+                    found |= rows.between(number * size, (number + 1) * size, wanted)
+            self._prefixes.add(job.names[number], found)
+        job.kept = until // size
+        if job.fed >= job.n_prompt:
+            job.filler = None
 
     def scores(self, job_ids: Iterable[str]) -> dict[str, NewScores]:
         """Return the scores that have come since the last time, of those of these jobs that are here.
@@ -215,6 +348,7 @@ class Collector:
         """
         found = {}
         for job_id in job_ids:
+            self.resumed(job_id)
             job = self._jobs.get(job_id)
             if job is not None and job.scores is not None:
                 if job.lost is not None:
@@ -242,8 +376,10 @@ def _new(job: _Job | None, span: range) -> range:
     """Return the end of a span that has not been there before, and count it as passed."""
     if job is None:
         return span
-    if span.start > job.fed:
+    if span.start > job.fed and job.fed:
         job.lost = job.lost or f"tokens {job.fed}–{span.start - 1} did not pass through the model"
+    elif span.start > job.fed:
+        job.found = job.fed = span.start
     new = range(min(max(span.start, job.fed), span.stop), span.stop)
     job.fed = max(job.fed, span.stop)
     return new

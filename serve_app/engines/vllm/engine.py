@@ -42,6 +42,7 @@ from serve_app.engines.protocol import (
 from serve_app.engines.served_model import ServedModel
 from serve_app.engines.vllm.collecting import collecting_plan
 from serve_app.engines.vllm.orders import VECTORS_PER_REQUEST, Exchange, Order, Report, pack, unpack
+from serve_app.engines.vllm.salts import Salts, rows_needed
 from serve_app.engines.vllm.sampling import sampling_params, token_score
 from serve_app.engines.vllm.scores import ScoreBoard
 from serve_app.engines.vllm.storage import WorkerStorage
@@ -56,6 +57,7 @@ class Client(Protocol):
     """What is used of vLLM's `AsyncLLM`."""
 
     errored: bool
+    vllm_config: Any
 
     def generate(self, prompt: Any, sampling_params: Any, request_id: str) -> Any:
         """Generate, yielding outputs as they come."""
@@ -157,6 +159,9 @@ class VllmEngine:
         self._jobs: dict[str, tuple[GenerationJob, asyncio.Task[bool] | None]] = {}
         self._queue: deque[str] = deque()
         self._row_bytes: dict[str, int] = {}
+        self._names: dict[str, str] = {}
+        self._salts = Salts()
+        self._hits = self._misses = 0
         self.storage = WorkerStorage(loop.loop, self._exchange)
         self._scores = ScoreBoard(self._new_scores)
         self._watching = asyncio.run_coroutine_threadsafe(self._watch(), loop.loop)
@@ -173,7 +178,13 @@ class VllmEngine:
             handed_over = sum(task is not None for _, task in self._jobs.values())
             jobs = len(self._jobs)
         running = min(handed_over, self._max_batch)
-        return Load(running, jobs - running)
+        return Load(
+            running,
+            jobs - running,
+            cache_bytes=self.storage.kept_bytes,
+            cache_hits=self._hits,
+            cache_misses=self._misses,
+        )
 
     @property
     def capacity(self) -> int:
@@ -282,16 +293,31 @@ class VllmEngine:
         with self._lock:
             job, _ = self._jobs.pop(job_id)
         del self._row_bytes[job_id]
+        name = self._names.pop(job_id, job_id)
         if task.cancelled() and not job.cancelled.is_set():
             job.listener(Failed(EngineStoppedError("the engine was closed")))
-        if _order(job_id, job) is not None and (task.cancelled() or not task.result()):
-            self.storage.forget(job_id)
-        self._scores.forget(job_id)
+        if _order(name, job) is not None and (task.cancelled() or not task.result()):
+            self.storage.forget(name)
+        self._scores.forget(name)
         self._admit()
 
     async def _generate(self, job_id: str, job: GenerationJob) -> Finished | Failed:
-        """Generate a job's tokens."""
+        """Generate a job's tokens; again from the start, before any is told, if rows of what its prompt has found are gone."""
+        tries = 0
+        while True:
+            name = self._names[job_id] = f"{job_id}.{tries}" if tries else job_id
+            event = await self._try(name, job)
+            if event is not None:
+                return event
+            self.storage.forget(name)
+            self._scores.forget(name)
+            tries += 1
+
+    async def _try(self, job_id: str, job: GenerationJob) -> Finished | Failed | None:
+        """Generate a job's tokens, under a name that workers know it by; None if it has to be tried again."""
         order = _order(job_id, job)
+        salt = self._salts.of(job)
+        to_check = self._captures and rows_needed(job)
         if job.probes:
             self._scores.begin(job_id, job.probes)
         model, sampling = self._model, job.sampling
@@ -302,10 +328,18 @@ class VllmEngine:
             ends=ends,
         )
         prompt_scores: list[TokenScore] = []
-        outputs = self._client.generate(_prompt(job), sampling_params(job, ends, order), job_id)
+        prompt = TokensPrompt(prompt_token_ids=job.prompt_ids)
+        if salt is not None:
+            prompt["cache_salt"] = salt
+        outputs = self._client.generate(prompt, sampling_params(job, ends, order), job_id)
         reason, cached = None, 0
         async for output in outputs:
             cached = output.num_cached_tokens or cached
+            if to_check and cached and not await self._resumed(job_id):
+                await outputs.aclose()
+                self._salts.renew(job, salt)
+                return None
+            to_check = False
             if output.prompt_logprobs and not prompt_scores:
                 prompt_scores = [
                     token_score(token, found, max(sampling.top_logprobs, sampling.prompt_logprobs or 0))
@@ -336,6 +370,9 @@ class VllmEngine:
                 await outputs.aclose()  # a stop string: vLLM knows nothing of it and would go on
                 break
         rows = count_rows(len(job.prompt_ids), len(completion.token_ids))
+        if self.prefix_cache.enabled and not job.score_prompt:
+            self._hits += cached
+            self._misses += len(job.prompt_ids) - cached
         return replace(
             completion.finished(reason or "length"),
             probed=await self._scores.all(job_id, rows) if job.probes else [],
@@ -364,6 +401,12 @@ class VllmEngine:
         replies = await self._client.collective_rpc("roentgen_exchange", args=(pack(exchange),))
         return unpack(next(reply for reply in replies if reply is not None), Report)
 
+    async def _resumed(self, job_id: str) -> bool:
+        """Return whether the workers have the rows of the tokens that a job's prompt has found in the cache."""
+        replies = await self._client.collective_rpc("roentgen_resumed", args=([job_id],))
+        found: dict[str, bool] = unpack(next(reply for reply in replies if reply is not None), dict)
+        return found[job_id]
+
     async def _new_scores(self, job_ids: list[str]) -> dict[str, NewScores]:
         replies = await self._client.collective_rpc("roentgen_scores", args=(job_ids,))
         found: dict[str, NewScores] = unpack(next(reply for reply in replies if reply is not None), dict)
@@ -386,17 +429,10 @@ class VllmEngine:
         self._client.shutdown()
 
 
-def _prompt(job: GenerationJob) -> TokensPrompt:
-    prompt = TokensPrompt(prompt_token_ids=job.prompt_ids)
-    if job.cache_salt is not None:
-        prompt["cache_salt"] = job.cache_salt
-    return prompt
-
-
 def _order(job_id: str, job: GenerationJob) -> Order | None:
     """Return what the workers do for a job, None for nothing."""
     wanted = job.capture is not None or job.steering or job.probes
-    return Order(job_id, job.capture, job.steering, job.probes) if wanted else None
+    return Order(job_id, job.capture, job.steering, job.probes, job.cache_salt) if wanted else None
 
 
 def _failure(job: GenerationJob, reason: str) -> Exception:

@@ -23,11 +23,12 @@ from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 from serve_app.capture.rows import StepRows
 from serve_app.capture.scoring import StepScores
 from serve_app.capture.structure import Tap
-from serve_app.engines.memory import HOST_SHARE, free_host_memory
+from serve_app.engines.memory import HOST_SHARE, PREFIX_SHARE, free_host_memory
 from serve_app.engines.vllm.batch import Batch
 from serve_app.engines.vllm.graph_taps import GraphTaps, Sizes, buffer_bytes
 from serve_app.engines.vllm.hook_points import declared_taps, describe_modules, terms
 from serve_app.engines.vllm.orders import DECLARED, VECTORS_PER_REQUEST
+from serve_app.engines.vllm.prefix_rows import PrefixRows
 from serve_app.engines.vllm.watched import Watched
 
 DEVICE_SHARE_OF_TAPS = 0.5
@@ -42,15 +43,22 @@ log = logging.getLogger(__name__)
 class GraphBatch(Batch):
     """The requests of a runner whose model has taps in its graph."""
 
-    def __init__(self, states: Callable[[], dict[str, Any]], model: nn.Module, taps: GraphTaps) -> None:
+    def __init__(
+        self,
+        states: Callable[[], dict[str, Any]],
+        model: nn.Module,
+        taps: GraphTaps,
+        prefixes: PrefixRows | None = None,
+    ) -> None:
         """Begin without requests.
 
         Args:
             states: returns the runner's state of each request, by vLLM's name for it.
             model: that the runner runs.
             taps: in its graph.
+            prefixes: keeps rows of prompts, where vLLM has a prefix cache.
         """
-        super().__init__(states, next(model.parameters()).device)
+        super().__init__(states, next(model.parameters()).device, prefixes)
         self._model = model
         self._taps = taps
         self._n_tokens = 0
@@ -72,7 +80,7 @@ class GraphBatch(Batch):
         """Gather and hand out the rows of the step whose forward has been issued."""
         step, visitors = self._step, list[Visitor]()
         if step is not None and self.keeps:
-            visitors += [visitor for visitor in (step.rows, step.scores) if visitor is not None]
+            visitors += [visitor for visitor in (step.rows, step.fills, step.scores) if visitor is not None]
         if self._hooks is None:
             visitors += self.watched
         for visitor in visitors:
@@ -164,7 +172,10 @@ class GraphRunner(GPUModelRunner):
                 "taken of what the weights leave. Tap fewer hook points or layers (--taps), or lower --max-prefill-tokens"
             )
             declared = {}
-        self.batch = GraphBatch(lambda: self.requests, model, GraphTaps(model, declared.values(), sizes))
+        prefixes = None
+        if self.cache_config.enable_prefix_caching:
+            prefixes = PrefixRows(self.cache_config.block_size, int(free_host_memory() * PREFIX_SHARE))
+        self.batch = GraphBatch(lambda: self.requests, model, GraphTaps(model, declared.values(), sizes), prefixes)
 
     def _room(self) -> int:
         """Return what buffers may take now that the weights are loaded: keys and values need the rest."""

@@ -2,8 +2,7 @@
 
 The model is compiled, with CUDA graphs, and has taps in its graph (`graph_taps`) at the hook points that the server's
 configuration declares. An eager server runs it module by module instead, through nnsight's integration, and requests may name
-any module. Prefix caching is off in both: a token that is found in the cache passes through no module, so it has no row. A
-server that does not capture is plain vLLM.
+any module. A server that does not capture is plain vLLM.
 """
 
 import logging
@@ -104,10 +103,10 @@ class VllmSettings:
         """Whether vLLM's prefix cache is on."""
         if not self.prefix_cache:
             return PrefixCaching(False, SWITCHED_OFF)
-        if self.capture:
-            return PrefixCaching(
-                False, "a token that is found in vLLM's cache passes through no module, so it has no row"
-            )
+        if self.capture and self.eager:
+            return PrefixCaching(False, "with --eager, nnsight has no row of a token that is found in vLLM's cache")
+        if self.capture and self.batch_invariant:
+            return PrefixCaching(False, "with --batch-invariant, rows are computed in the request that has them")
         return PrefixCaching(True)
 
     @property
@@ -197,8 +196,15 @@ def start(
         max_batch=settings.max_batch,
         max_queue=settings.max_queue,
         batch_invariant=settings.batch_invariant,
-        prefix_cache=settings.prefix_caching,
+        prefix_cache=_found_in(loop.client, settings.prefix_caching),
     )
+
+
+def _found_in(client: "Client", wanted: PrefixCaching) -> PrefixCaching:
+    """Return whether vLLM, which was to have a prefix cache, has one for this model."""
+    if wanted.enabled and not client.vllm_config.cache_config.enable_prefix_caching:
+        return PrefixCaching(False, "vLLM has none for this model")
+    return wanted
 
 
 def engine_arguments(
@@ -218,7 +224,9 @@ def engine_arguments(
         "max_model_len": min(context, settings.max_cache_tokens or context),
         "max_num_seqs": settings.max_batch,
         "tensor_parallel_size": settings.tensor_parallel_size,
-        "enable_prefix_caching": settings.prefix_caching.enabled,
+        "enable_prefix_caching": None
+        if settings.prefix_caching.enabled
+        else False,  # None: if vLLM has it for the model
         "enable_chunked_prefill": settings.tapped or not settings.capture,
         "structured_outputs_config": {"backend": "guidance"},
         # Named, because vLLM would take Ray's if it finds itself in one of Ray's placement groups.

@@ -38,6 +38,8 @@ class Order:
     """What to add to its rows."""
     probes: tuple[Scorer, ...] = ()
     """What to score them with."""
+    cache_salt: str | None = None
+    """The client's, under which rows of its prompt are kept for others."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class Report:
     """Whether the store's writer keeps up."""
     held: int
     """Jobs whose rows the worker holds."""
+    kept: int
+    """Bytes of prompts' rows that it keeps for prompts that begin in the same way."""
 
 
 def pack(value: Any) -> bytes:

@@ -39,7 +39,7 @@ class WorkerStorage:
         self._waiting: dict[str, Future[Stored]] = {}
         self._has_room = True
         self._running: asyncio.Task[None] | None = None
-        self.held = 0
+        self.held = self.kept_bytes = 0
 
     @property
     def has_room(self) -> bool:
@@ -86,7 +86,7 @@ class WorkerStorage:
                 log.exception("the workers cannot be reached")
                 self.fail_all(StoreError(f"the workers that hold the activations cannot be reached: {error}"))
                 return
-            self._has_room, self.held = report.has_room, report.held
+            self._has_room, self.held, self.kept_bytes = report.has_room, report.held, report.kept
             for job_id, stored in report.stored.items():
                 self._waiting.pop(job_id).set_result(stored)
             for job_id, failure in report.failed.items():

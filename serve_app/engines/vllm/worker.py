@@ -89,7 +89,7 @@ class Capturing(EndsWithReplica):
         failed: dict[str, Exception] = {}
         for job_id, entry in exchange.keep.items():
             try:
-                rows = collector.take(job_id, entry.sequence.n_rows)
+                rows = collector.take(job_id, entry.sequence.token_ids[: entry.sequence.n_rows])
             except (LostRowsError, UncapturableError) as error:
                 failed[job_id] = error
                 continue
@@ -106,7 +106,13 @@ class Capturing(EndsWithReplica):
                 failed[job_id] = reason
             else:
                 stored[job_id] = future.result()
-        return pack(Report(stored, failed, self._writer.has_room, collector.held))
+        return pack(Report(stored, failed, self._writer.has_room, collector.held, collector.kept))
+
+    def roentgen_resumed(self, job_ids: list[str]) -> bytes | None:
+        """Say of jobs whether the rows are here of the tokens that vLLM has found in its cache, on the rank that writes."""
+        if self._writer is None:
+            return None
+        return pack({job_id: self.model_runner.batch.collector.resumed(job_id) for job_id in job_ids})
 
     def roentgen_scores(self, job_ids: list[str]) -> bytes | None:
         """Return what these jobs' probes have given since the last time, on the rank that writes."""

@@ -506,6 +506,43 @@ def test_a_probe_of_another_width_fails_alone(under_test: Subject) -> None:
         odd.result()
 
 
+BEGINNING = [(7 * i + i // 90) % 90 for i in range(300)]
+"""Two of vLLM's blocks on a CPU, and a part of a third."""
+
+
+def test_a_prompt_that_was_read_before_has_all_its_rows_and_scores(under_test: Subject) -> None:
+    """Each request begins as the others do; those of the second round, which run together, find what the first has read."""
+    probe = scorer(under_test, "layers.1.resid_post")
+    asked = [
+        *((policy, ()) for policy in POLICIES),
+        *((policy, (probe,)) for policy in ("all", "last", "mean_prompt", "stride:3")),
+    ]
+    for together in (False, True):
+        calls = []
+        for number, (policy, probes) in enumerate(asked):
+            kept = plan(under_test, "resid_post", "ln_mlp", layers=(0, 2), positions=policy)
+            call = Call([*BEGINNING, 91, number], Sampling(4, temperature=0, min_tokens=4), kept)
+            call.job = replace(call.job, probes=probes)
+            calls.append(call)
+        for some in [calls] if together else [[call] for call in calls]:
+            run(under_test.engine, some)
+        for (policy, _), call in zip(asked, calls, strict=True):
+            said = call.result()
+            if together:
+                assert said.cached_tokens >= (256 if under_test.engine.prefix_cache.enabled else 0)
+            fed = call.job.prompt_ids + said.token_ids[:-1]
+            expected = forward(under_test, fed)[1]
+            wanted = list(Positions.parse(policy).select(len(call.job.prompt_ids), len(fed)))
+            positions, rows = under_test.rows(call)
+            kept = {key: expected[key][wanted] for key in rows}
+            if policy.startswith("mean"):
+                wanted, kept = [-1], {key: values.mean(0, keepdim=True) for key, values in kept.items()}
+            assert positions == wanted
+            assert_rows(rows, kept)
+            for scores in said.probed:
+                torch.testing.assert_close(scores, probe.readout.scores(expected[probe.key]), rtol=1e-3, atol=1e-3)
+
+
 def test_what_can_never_fit_is_refused_at_once(under_test: Subject) -> None:
     with pytest.raises(RequestTooLargeError, match="9 tokens and up to 10000000000 new ones"):
         under_test.engine.submit(Call(PROMPTS[1], Sampling(10**10, temperature=0)).job)

@@ -52,7 +52,7 @@ def test_what_is_kept_does_not_depend_on_what_happened(jobs: list, data: st.Data
     collector = Collector(torch.device("cpu"))
     left = {}
     for number, (policy, n_prompt, n_completion, beyond, preempted) in enumerate(jobs):
-        collector.begin(Order(str(number), plan(policy)), n_prompt)
+        collector.begin(Order(str(number), plan(policy)), [0] * n_prompt)
         spans, fed = [range(n_prompt)], n_prompt
         for at in sorted(preempted):
             if fed <= at < n_prompt + n_completion - 1:
@@ -69,7 +69,7 @@ def test_what_is_kept_does_not_depend_on_what_happened(jobs: list, data: st.Data
         n_rows = n_prompt + n_completion - 1
         wanted = list(Positions.parse(policy).select(n_prompt, n_rows))
         expected = values(number, range(n_rows))[wanted]
-        rows = collector.take(str(number), n_rows)
+        rows = collector.take(str(number), [0] * n_rows)
         if policy.startswith("mean"):
             expected, wanted = expected.mean(0, keepdim=True)[: len(wanted)], [-1] * bool(wanted)
         assert rows.position.tolist() == wanted
@@ -78,41 +78,54 @@ def test_what_is_kept_does_not_depend_on_what_happened(jobs: list, data: st.Data
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_token_that_passed_through_no_module_is_missed(policy: str) -> None:
-    """As it would be if it came from a prefix cache."""
+def test_a_token_that_passed_through_no_module_is_missed_where_its_row_is_wanted(policy: str) -> None:
+    """It was in vLLM's prefix cache, and nobody has kept its rows."""
     collector = Collector(torch.device("cpu"))
-    collector.begin(Order("0", plan(policy)), 6)
+    collector.begin(Order("0", plan(policy)), [0] * 6)
     run(collector, [(0, range(4, 6))])
-    with pytest.raises(LostRowsError, match="tokens 0–3 did not pass through the model"):
-        collector.take("0", 6)
+    if policy in ("generated", "mean_generated", "last_prompt", "last"):
+        wanted = [5] if policy.startswith("last") else []
+        assert collector.take("0", [0] * 6).position.tolist() == wanted
+        return
+    with pytest.raises(LostRowsError, match="the rows of 4 tokens that were found in the prefix cache are not here"):
+        collector.take("0", [0] * 6)
+
+
+def test_tokens_that_are_skipped_later_are_missed() -> None:
+    collector = Collector(torch.device("cpu"))
+    collector.begin(Order("0", plan("all")), [0] * 6)
+    run(collector, [(0, range(2))])
+    run(collector, [(0, range(4, 6))])
+    with pytest.raises(LostRowsError, match="tokens 2–3 did not pass through the model"):
+        collector.take("0", [0] * 6)
 
 
 def test_a_completion_that_is_longer_than_what_passed_is_missed() -> None:
     collector = Collector(torch.device("cpu"))
-    collector.begin(Order("0", plan("mean_prompt")), 2)
+    collector.begin(Order("0", plan("mean_prompt")), [0] * 2)
     run(collector, [(0, range(2))])
     with pytest.raises(LostRowsError, match="2 tokens of this request passed through the model, not 5"):
-        collector.take("0", 5)
+        collector.take("0", [0] * 5)
 
 
 def test_a_step_that_could_not_be_read_fails_those_in_it_alone() -> None:
     collector = Collector(torch.device("cpu"))
     for job in ("0", "1"):
-        collector.begin(Order(job, plan("all")), 2)
+        collector.begin(Order(job, plan("all")), [0] * 2)
     run(collector, [(0, range(2))])
     step = collector.step([("1", range(2))])
     assert step is not None
     collector.done(step, RuntimeError("no memory"))
-    assert collector.take("0", 2).position.tolist() == [0, 1]
+    assert collector.take("0", [0] * 2).position.tolist() == [0, 1]
     with pytest.raises(LostRowsError, match="no memory"):
-        collector.take("1", 2)
+        collector.take("1", [0] * 2)
 
 
 def test_a_mean_is_taken_before_it_is_rounded() -> None:
     """4,096 ones in bfloat16: a sum in bfloat16 stops at 256, and a mean of rounded parts is not the mean."""
     for dtype, kept in (("model", torch.bfloat16), ("float32", torch.float32)):
         collector = Collector(torch.device("cpu"))
-        collector.begin(Order("0", plan("mean_generated", dtype)), 1)
+        collector.begin(Order("0", plan("mean_generated", dtype)), [0] * 1)
         for span in (range(1), range(1, 4097)):
             step = collector.step([("0", span)])
             assert step is not None
@@ -122,7 +135,7 @@ def test_a_mean_is_taken_before_it_is_rounded() -> None:
                 ones[::2] = 1.0078125
                 step.rows("x", ones.bfloat16())
             collector.done(step, None)
-        rows = collector.take("0", 4097).tensors["x"]
+        rows = collector.take("0", [0] * 4097).tensors["x"]
         assert rows.dtype == kept
         assert rows.item() == torch.tensor(1.00390625).to(kept).item()
 
@@ -132,4 +145,4 @@ def test_nobody_else_is_laid_out() -> None:
     assert collector.step([(None, range(3)), (None, range(7, 8))]) is None
     assert collector.held == 0
     with pytest.raises(LostRowsError, match="no rows of this request"):
-        collector.take("unknown", 1)
+        collector.take("unknown", [0] * 1)

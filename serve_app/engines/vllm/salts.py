@@ -1,0 +1,58 @@
+"""Salts for vLLM's prefix cache: which requests may find one another's tokens there.
+
+vLLM names a cached block by its tokens and the salt of its request. A salt here says whatever keys, values and needed rows
+depend on beside the tokens: the client's own salt, what is added to the stream, and the hook points whose rows of the prompt
+are needed. So what a request finds was computed for one that kept the same rows. A request that needs no row of its prompt but
+the last token's, which is always computed, shares with all that capture nothing.
+
+If rows of what was found are gone from the worker, the requests that need the same begin to fill the cache anew, under a salt
+of the next generation.
+"""
+
+from hashlib import blake2b
+
+from serve_app.engines.prefixes import needed
+from serve_app.engines.protocol import GenerationJob
+
+ANYWHERE = ("all", "stride")
+"""Position policies of steering that do not depend on where the prompt ends."""
+
+
+class Salts:
+    """The salts of one engine's requests."""
+
+    def __init__(self) -> None:
+        """Begin with the first generation of each."""
+        self._generations: dict[str, int] = {}
+
+    def of(self, job: GenerationJob) -> str | None:
+        """Return a job's salt; None shares with all that have none."""
+        kind = _kind(job)
+        generation = self._generations.get(kind, 0)
+        return (f"{kind}.{generation}" if generation else kind) or None
+
+    def renew(self, job: GenerationJob, salt: str | None) -> None:
+        """Have jobs that need what this one needs find nothing that was read under the salt that it had."""
+        if self.of(job) == salt:
+            kind = _kind(job)
+            self._generations[kind] = self._generations.get(kind, 0) + 1
+
+
+def rows_needed(job: GenerationJob) -> bool:
+    """Whether a job needs rows of its prompt before the last token."""
+    return bool(needed(job, range(len(job.prompt_ids) - 1)))
+
+
+def _kind(job: GenerationJob) -> str:
+    """Spell what a job's cached tokens have to have in common with its own, "" if that is nothing."""
+    parts: list[object] = []
+    if job.cache_salt is not None:
+        parts.append(("salt", job.cache_salt))
+    if taps := needed(job, range(len(job.prompt_ids) - 1)):
+        parts.append(("rows", sorted(map(repr, taps))))
+    for addition in job.steering:
+        positions = addition.positions
+        until = None if positions.policy in ANYWHERE else len(job.prompt_ids)
+        vector = blake2b(addition.vector.cpu().float().numpy().tobytes(), digest_size=16).hexdigest()
+        parts.append(("steering", repr(addition.tap), str(positions), until, vector))
+    return blake2b(repr(parts).encode(), digest_size=16).hexdigest() if parts else ""
