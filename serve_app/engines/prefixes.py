@@ -110,13 +110,3 @@ def filling(job: Asked, stop: int) -> CapturePlan | None:
     if not taps or not stop:
         return None
     return CapturePlan({str(tap): tap for tap in taps}, Positions("all"), "model", first=first, stop=stop)
-
-
-def given(job: Asked, span: range, stop: int) -> set[Tap]:
-    """Return where a job's prompt gives all rows of a block when it is read."""
-    taps: set[Tap] = set()
-    n_prompt = len(job.prompt_ids)
-    for plan in (job.capture, filling(job, stop)):
-        if plan is not None and plan.positions.policy in WHOLE and plan.kept(n_prompt, span.start, span.stop) == span:
-            taps |= set(plan.taps.values())
-    return taps

@@ -1,21 +1,16 @@
 """What has been read of earlier sequences, in blocks: keys and values, and the rows that were captured.
 
-A block is some tokens of a sequence. It is named by a hash of all tokens up to its end and of whatever else its values depend
-on: what is added to these tokens (steering that touches later ones only does not count), and the salt of the request, by which
-clients keep apart. Model, adapter and dtype need no place in the name, since a cache belongs to one engine and ends with it.
-
-Blocks are found by name alone, from a sequence's first on. One that has no rows of a hook point, because nobody asked for them
-or because they were dropped, serves requests that need none there, and gains them when somebody reads its tokens again.
+Blocks are found by name alone (`engines.prefixes`), from a sequence's first on. One that has no rows of a hook point, because
+nobody asked for them or because they were dropped, serves requests that need none there, and gains them when somebody reads its
+tokens again.
 
 Keys and values lie on the model's device and rows on the host, so each have a bound of their own. The block that was used
 longest ago goes first; of a sequence that was used as a whole, its end.
 """
 
-from array import array
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from hashlib import blake2b
 
 import torch
 from jaxtyping import Float
@@ -24,39 +19,6 @@ from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 
 from serve_app.capture.structure import Tap
-from serve_app.engines.protocol import GenerationJob
-
-
-def name_blocks(job: GenerationJob, tokens: Sequence[int], size: int, known: Sequence[bytes] = ()) -> list[bytes]:
-    """Name the whole blocks of a job's sequence.
-
-    Args:
-        job: whose salt and steering count.
-        tokens: its prompt, or more of its sequence.
-        size: tokens of a block.
-        known: names of its first blocks.
-    """
-    names = list(known)
-    additions = [(addition, _digest(addition.key.encode() + _bytes(addition.vector))) for addition in job.steering]
-    last = names[-1] if names else _digest(repr(job.cache_salt).encode())
-    for number in range(len(names), len(tokens) // size):
-        span = range(number * size, (number + 1) * size)
-        steered = [
-            (vector, list(wanted))
-            for addition, vector in additions
-            if (wanted := addition.wanted(len(job.prompt_ids), span))
-        ]
-        last = _digest(last + array("q", tokens[span.start : span.stop]).tobytes() + repr(steered).encode())
-        names.append(last)
-    return names
-
-
-def _digest(data: bytes) -> bytes:
-    return blake2b(data, digest_size=16).digest()
-
-
-def _bytes(vector: Float[Tensor, "d_model"]) -> bytes:
-    return vector.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
 @dataclass(frozen=True)

@@ -25,24 +25,21 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from roentgen.contract import Positions
 from serve_app.capture.memory import RowMemory
-from serve_app.capture.rows import CapturePlan, KnownRows, RequestRows
+from serve_app.capture.rows import KnownRows, RequestRows
 from serve_app.capture.structure import Tap
+from serve_app.engines.prefixes import WHOLE, filling, name_blocks, needed
 from serve_app.engines.protocol import SWITCHED_OFF, GenerationJob, PrefixCaching
 from serve_app.engines.transformers.invariance import PIECE
 from serve_app.engines.transformers.kv_cache import BatchRows, SlotRows
 from serve_app.engines.transformers.model import LoadedModel
 from serve_app.engines.transformers.model_cache import Remembered
-from serve_app.engines.transformers.prefix_cache import Block, KeyValues, PrefixCache, Room, name_blocks
+from serve_app.engines.transformers.prefix_cache import Block, KeyValues, PrefixCache, Room
 from serve_app.engines.transformers.rotation import depends_on_length
 from serve_app.engines.transformers.running import Prefill, Running
 
 BLOCK = {"cpu": 32, "cuda": 16}
 """Tokens of a block."""
-
-WHOLE = ("all", "prompt", "generated")
-"""Position policies that keep every row of a stretch."""
 
 
 def prefix_caching(model: LoadedModel, remembered: Remembered, *, asked: bool) -> PrefixCaching:
@@ -68,15 +65,6 @@ def prefix_caching(model: LoadedModel, remembered: Remembered, *, asked: bool) -
     return PrefixCaching(True)
 
 
-def needed(job: GenerationJob, span: range) -> set[Tap]:
-    """Return where a job has to have rows of some positions of its prompt."""
-    taps = {scorer.tap for scorer in job.probes}
-    plan = job.capture
-    if plan is not None and plan.positions.policy != "last" and plan.kept(len(job.prompt_ids), span.start, span.stop):
-        taps |= set(plan.taps.values())
-    return taps
-
-
 def most_known(job: GenerationJob) -> int:
     """Return how many tokens of a job's prompt may be left unread."""
     if job.score_prompt:
@@ -85,28 +73,6 @@ def most_known(job: GenerationJob) -> int:
     if job.capture is not None and job.capture.positions.policy == "last" and job.capture.stop is not None:
         most = max(min(most, job.capture.stop), 1)
     return most - 1
-
-
-def filling(job: GenerationJob, stop: int) -> CapturePlan | None:
-    """Return what is to be captured besides, so that blocks get all rows that a job like this one needs; None for nothing.
-
-    Args:
-        job: the job.
-        stop: where the prompt's last whole block ends.
-    """
-    plan, whole = job.capture, range(stop)
-    taps = {scorer.tap for scorer in job.probes}
-    first = 0
-    if plan is not None:
-        kept = needed(job, whole) - taps
-        if plan.positions.policy in WHOLE:
-            taps -= set(plan.taps.values()) if plan.kept(len(job.prompt_ids), 0, stop) == whole else set()
-        elif plan.positions.policy not in ("last", "last_prompt"):
-            first = 0 if taps else plan.first
-            taps |= kept
-    if not taps or not stop:
-        return None
-    return CapturePlan({str(tap): tap for tap in taps}, Positions("all"), "model", first=first, stop=stop)
 
 
 def given(job: GenerationJob, span: range, stop: int) -> set[Tap]:

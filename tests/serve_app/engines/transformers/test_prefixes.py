@@ -18,12 +18,13 @@ from roentgen.contract import Positions
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.scoring import Scorer
 from serve_app.capture.steering import Addition
+from serve_app.engines.prefixes import name_blocks
 from serve_app.engines.protocol import Finished, Sampling
 from serve_app.engines.transformers import engine as engines
 from serve_app.engines.transformers import prefixes
 from serve_app.engines.transformers.engine import TransformersEngine
 from serve_app.engines.transformers.model import LoadedModel
-from serve_app.engines.transformers.prefix_cache import PrefixCache, Room, name_blocks
+from serve_app.engines.transformers.prefix_cache import PrefixCache, Room
 from tests.serve_app import tiny
 from tests.serve_app.alone import LLAMA_MODULES, forward_with_hooks, generate_alone, layer_path, plan
 from tests.serve_app.capture.test_scoring import by_numpy, scorer

@@ -21,7 +21,7 @@ from serve_app.engines.batching import Batching
 from serve_app.engines.protocol import EngineStoppedError, Sampling
 from serve_app.engines.vllm.engine import VllmEngine
 from serve_app.engines.vllm.neutrality import check_batching
-from tests.serve_app.engines.subjects import Subject, save_tiny, subject
+from tests.serve_app.engines.subjects import EVERY_TAP, Subject, save_tiny, subject
 from tests.serve_app.engines.test_both_engines import LONG, assert_rows, forward, plan, wait_for
 from tests.serve_app.tiny import Call, run
 
@@ -29,7 +29,8 @@ from tests.serve_app.tiny import Call, run
 @pytest.fixture(scope="module")
 def cramped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
     """An engine whose KV cache has three blocks of 128 tokens: vLLM preempts when three sequences grow into a second one."""
-    with subject("vllm", tmp_path_factory.mktemp("cramped"), max_cache_tokens=384) as started:
+    taps = (*EVERY_TAP, "self_attn.qkv_proj.output")
+    with subject("vllm", tmp_path_factory.mktemp("cramped"), max_cache_tokens=384, taps=taps) as started:
         yield started
 
 
@@ -60,9 +61,11 @@ def named(name: str) -> set[psutil.Process]:
     return {p for p in psutil.Process().children(recursive=True) if name in " ".join(p.cmdline())}
 
 
-def test_preempted_requests_keep_exactly_their_rows(cramped: Subject) -> None:
-    """Their rows are computed twice, and kept once."""
-    prompts = [[(11 * i + j) % 90 for j in range(100 + i)] for i in range(6)]
+@pytest.mark.parametrize("shared", [0, 150])
+def test_preempted_requests_keep_exactly_their_rows(cramped: Subject, shared: int) -> None:
+    """Their rows are computed twice, and kept once; of those that they share, the first block is found when they come back."""
+    beginning = [(5 * j) % 90 for j in range(shared)]
+    prompts = [beginning + [(11 * i + j) % 90 for j in range(100 + i)] for i in range(6)]
     sampling = Sampling(60, temperature=0, logit_bias=dict.fromkeys(range(94, 257), -100.0))
     policies = ("all", "mean_generated", "last", "all", "mean_prompt", "stride:7")
     asked = [plan(cramped, "resid_post", "resid_mid", positions=policy) for policy in policies]
@@ -70,6 +73,7 @@ def test_preempted_requests_keep_exactly_their_rows(cramped: Subject) -> None:
     with recorded(cramped.engine) as outputs:
         run(cramped.engine, calls)
     assert any(output.metrics.num_preemptions for output in outputs), "nothing was preempted: the test tests nothing"
+    assert any(output.num_cached_tokens for output in outputs) == bool(shared)
     for policy, call in zip(policies, calls, strict=True):
         fed = call.job.prompt_ids + call.result().token_ids[:-1]
         expected = forward(cramped, fed)[1]
@@ -110,7 +114,7 @@ def test_nothing_is_held_of_requests_that_nobody_stores(cramped: Subject) -> Non
 @pytest.mark.parametrize(("name", "lost"), [("vllm", "VLLM::EngineCore"), ("vllm on two ranks", "VLLM::Worker_TP1")])
 def test_a_lost_process_fails_what_runs_and_is_noticed(name: str, lost: str, tmp_path: Path) -> None:
     others = named(lost)
-    with subject(name, tmp_path) as started:
+    with subject(name, tmp_path, eager=True) as started:  # eager, because it starts sooner
         call = Call(LONG[1], Sampling(100, temperature=0, min_tokens=100), plan(started, "resid_post"), stream=True)
         started.engine.submit(call.job)
         wait_for(lambda: bool(call.heard))
