@@ -10,6 +10,7 @@ import torch
 from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 from vllm.v1.worker.cpu_worker import CPUWorker
 
+from serve_app.engines.vllm.chosen_tokens import ScoresChosenTokens
 from serve_app.engines.vllm.eager_runner import EagerRunner
 from serve_app.engines.vllm.graph_runner import GraphRunner
 from serve_app.engines.vllm.lifetime import EndsWithReplica
@@ -42,7 +43,7 @@ class CpuGraphWorker(CapturingInGraph, CPUWorker):
         take_over(self.model_runner, CPUModelRunner, CpuGraphRunner)
 
 
-class CpuPlainWorker(EndsWithReplica, CPUWorker):
+class CpuPlainWorker(ScoresChosenTokens, EndsWithReplica, CPUWorker):
     """A CPU's worker that captures nothing: vLLM's own."""
 
 

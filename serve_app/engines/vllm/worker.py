@@ -16,6 +16,7 @@ from vllm.v1.worker.gpu_worker import Worker
 from roentgen.store import StoreWriter
 from serve_app.capture.rows import UncapturableError
 from serve_app.engines.storage import Stored, write
+from serve_app.engines.vllm.chosen_tokens import ScoresChosenTokens
 from serve_app.engines.vllm.collecting import LostRowsError
 from serve_app.engines.vllm.eager_runner import EagerRunner
 from serve_app.engines.vllm.graph_runner import GraphRunner
@@ -27,7 +28,7 @@ from serve_app.engines.vllm.watched import Norms, Watched
 log = logging.getLogger(__name__)
 
 
-class Capturing(EndsWithReplica):
+class Capturing(ScoresChosenTokens, EndsWithReplica):
     """What the replica asks of a worker, beside what vLLM does. Mixed into a worker class."""
 
     model_runner: Any
@@ -150,7 +151,7 @@ class GraphWorker(CapturingInGraph, Worker):
         take_over(self.model_runner, GPUModelRunner, GraphRunner)
 
 
-class PlainWorker(EndsWithReplica, Worker):
+class PlainWorker(ScoresChosenTokens, EndsWithReplica, Worker):
     """A GPU's worker that captures nothing: vLLM's own."""
 
 
