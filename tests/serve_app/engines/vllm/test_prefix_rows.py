@@ -55,14 +55,37 @@ def job(
     )
 
 
-def shown(asked: GenerationJob, tokens: list[int], key: str, span: range) -> torch.Tensor:
-    """What a place shows at some positions of a sequence."""
-    state, rows = 0, []
-    for at, token in enumerate(tokens[: span.stop]):
+def states(asked: GenerationJob, tokens: list[int], start: int = 0, state: int = 0) -> list[int]:
+    """What the model remembers after each token from `start` on, when it remembers `state` of those before."""
+    found = []
+    for at in range(start, len(tokens)):
         steered = any(addition.wanted(len(asked.prompt_ids), range(at, at + 1)) for addition in asked.steering)
-        state = (state * 31 + token + 1000 * steered) % 99991
-        rows.append([float(state), float(ord(key)), float(at)])
-    return torch.tensor(rows)[span.start :].reshape(len(span), WIDTH)
+        state = (state * 31 + tokens[at] + 1000 * steered) % 99991
+        found.append(state)
+    return found
+
+
+def shown(remembered: list[int], key: str, span: range) -> torch.Tensor:
+    """What a place shows at some positions of a sequence."""
+    rows = [[float(remembered[at]), float(ord(key)), float(at)] for at in span]
+    return torch.tensor(rows).reshape(len(span), WIDTH)
+
+
+@dataclass
+class Running:
+    """A request in vLLM: its tokens, how many are read, and what the model remembers after each."""
+
+    asked: GenerationJob
+    tokens: list[int]
+    piece: int
+    salt: str | None
+    remembered: list[int]
+    at: int = 0
+
+    def next(self) -> range:
+        """The positions that the next step reads."""
+        n_prompt = len(self.asked.prompt_ids)
+        return range(self.at, min(self.at + self.piece, n_prompt) if self.at < n_prompt else self.at + 1)
 
 
 @dataclass
@@ -71,73 +94,81 @@ class Played:
 
     rows: PrefixRows
     salts: Salts = field(default_factory=Salts)
-    cached: set[tuple[str | None, tuple[int, ...]]] = field(default_factory=set)
+    cached: dict[tuple[str | None, tuple[int, ...]], int] = field(default_factory=dict)
     found: int = 0
     renewed: int = 0
 
     def __post_init__(self) -> None:
         self.collector = Collector(torch.device("cpu"), self.rows)
 
-    def find(self, asked: GenerationJob, tokens: list[int]) -> int:
-        """How many tokens of a prompt are in vLLM's cache: whole blocks, and never the last token."""
-        salt, count = self.salts.of(asked), 0
-        while count + SIZE < len(tokens) and (salt, tuple(tokens[: count + SIZE])) in self.cached:
-            count += SIZE
-        return count
+    def begin(self, name: str, asked: GenerationJob, tokens: list[int], piece: int) -> Running:
+        """Schedule a request: what is found are whole blocks of its prompt, and never its last token."""
+        salt, count, state = self.salts.of(asked), 0, 0
+        while (
+            count + SIZE < len(asked.prompt_ids)
+            and (known := self.cached.get((salt, tuple(tokens[: count + SIZE])))) is not None
+        ):
+            count, state = count + SIZE, known
+        self.found += count
+        order = Order(name, asked.capture, asked.steering, asked.probes, asked.cache_salt)
+        self.collector.begin(order, asked.prompt_ids)
+        # Of found tokens only the state after the last counts: their rows are shown by nobody.
+        return Running(asked, tokens, piece, salt, [0] * count + states(asked, tokens, count, state), count)
 
-    def step(self, batch: list[tuple[str, GenerationJob, list[int], range]]) -> None:
-        """Run a forward of spans of sequences, packed."""
-        for _, asked, tokens, span in batch:
-            for end in range(SIZE, span.stop + 1, SIZE):
-                self.cached.add((self.salts.of(asked), tuple(tokens[:end])))
-        step = self.collector.step([(name, span) for name, _, _, span in batch])
-        if step is None:
-            return
-        for visitor in (step.rows, step.fills, step.scores):
-            for key, tap in (visitor.taps if visitor is not None else {}).items():
-                (name,) = (name for name, place in PLACES.items() if place == tap)
-                visitor(key, torch.cat([shown(asked, tokens, name, span) for _, asked, tokens, span in batch]))
-        self.collector.done(step, None)
+    def step(self, batch: dict[str, Running]) -> None:
+        """Run a forward of the next tokens of requests, packed."""
+        spans = {name: one.next() for name, one in batch.items()}
+        step = self.collector.step(list(spans.items()))
+        if step is not None:
+            for visitor in (step.rows, step.fills, step.scores):
+                for key, tap in (visitor.taps if visitor is not None else {}).items():
+                    (place,) = (name for name, place in PLACES.items() if place == tap)
+                    values = [shown(one.remembered, place, spans[name]) for name, one in batch.items()]
+                    visitor(key, torch.cat(values))
+            self.collector.done(step, None)
+        for name, one in batch.items():
+            one.at = spans[name].stop
+
+    def schedule(self, one: Running) -> None:
+        """Have the blocks found that a request's next step fills."""
+        for end in range(SIZE, one.next().stop + 1, SIZE):
+            if end > one.at:
+                self.cached.setdefault((one.salt, tuple(one.tokens[:end])), one.remembered[end - 1])
 
     def run(self, jobs: list[tuple[GenerationJob, list[int], int]], together: int = 2) -> None:
         """Run jobs, each with its completion and the longest piece of a prompt, so many at a time; check all they get."""
-        waiting = [(f"{number}", *one) for number, one in enumerate(jobs)]
-        running: dict[str, tuple[GenerationJob, list[int], int, int]] = {}
+        waiting = [
+            (f"{number}", asked, asked.prompt_ids + said, piece) for number, (asked, said, piece) in enumerate(jobs)
+        ]
+        running: dict[str, Running] = {}
         while waiting or running:
+            for one in running.values():
+                self.schedule(one)
             while waiting and len(running) < together:
-                name, asked, said, piece = waiting.pop(0)
-                tokens = asked.prompt_ids + said
-                at = self.find(asked, asked.prompt_ids)
-                self.found += at
-                order = Order(name, asked.capture, asked.steering, asked.probes, asked.cache_salt)
-                self.collector.begin(order, asked.prompt_ids)
-                running[name] = asked, tokens, piece, at
-                for end in range(SIZE, at + piece + 1, SIZE):  # as soon as it is scheduled
-                    self.cached.add((self.salts.of(asked), tuple(tokens[: min(end, len(asked.prompt_ids))])))
-            batch = []
-            for name, (asked, tokens, piece, at) in running.items():
-                stop = min(at + piece, len(asked.prompt_ids)) if at < len(asked.prompt_ids) else at + 1
-                batch.append((name, asked, tokens, range(at, stop)))
-            self.step(batch)
-            for name, asked, tokens, span in batch:
-                if span.stop == len(asked.prompt_ids) and rows_needed(asked) and not self.collector.resumed(name):
+                name, *rest = waiting.pop(0)
+                running[name] = self.begin(name, *rest)
+                self.schedule(running[name])
+            self.step(running)
+            for name, one in list(running.items()):
+                n_prompt = len(one.asked.prompt_ids)
+                if one.at == n_prompt and rows_needed(one.asked) and not self.collector.resumed(name):
                     self.collector.forget(name)
-                    self.salts.renew(asked, self.salts.of(asked))
+                    self.salts.renew(one.asked, one.salt)
                     self.renewed += 1
-                    said, piece = tokens[len(asked.prompt_ids) :], running.pop(name)[2]
-                    waiting.insert(0, (f"{name}'", asked, said, piece))
-                elif span.stop >= len(tokens) - 1 and span.stop >= len(asked.prompt_ids):
+                    assert self.renewed < 100
                     del running[name]
-                    self.check(name, asked, tokens[: max(len(tokens) - 1, len(asked.prompt_ids))])
-                else:
-                    running[name] = (*running[name][:3], span.stop)
+                    waiting.insert(0, (f"{name}'", one.asked, one.tokens, one.piece))
+                elif one.at >= max(len(one.tokens) - 1, n_prompt):
+                    del running[name]
+                    self.check(name, one.asked, one.tokens[: max(len(one.tokens) - 1, n_prompt)])
 
     def check(self, name: str, asked: GenerationJob, fed: list[int]) -> None:
-        """Compare what a finished job gets with what its sequence shows."""
+        """Compare what a finished job gets with what its sequence shows when all of it is read."""
+        remembered = states(asked, fed)
         if asked.probes:
             scores = RequestScores(asked.probes)
             scores.take_in(self.collector.scores([name])[name])
-            expected = shown(asked, fed, "c", range(len(fed))).sum(1, keepdim=True)
+            expected = shown(remembered, "c", range(len(fed))).sum(1, keepdim=True)
             torch.testing.assert_close(scores.all()[0][: len(fed)], expected)
         if asked.capture is None:
             self.collector.forget(name)
@@ -147,7 +178,7 @@ class Played:
         pooled = asked.capture.positions.pooled
         assert rows.position.tolist() == ([-1] * bool(positions) if pooled else positions)
         for key in asked.capture.taps:
-            expected = shown(asked, fed, key, range(len(fed)))[positions]
+            expected = shown(remembered, key, range(len(fed)))[positions]
             if pooled:
                 expected = expected.mean(0, keepdim=True)[: len(rows.position)]
             torch.testing.assert_close(rows.tensors[key], expected)
@@ -268,6 +299,9 @@ def test_the_comparison_finds_what_is_wrong(broken: str) -> None:
         jobs = [(job(prompt), [50], 100)] * 2
     else:
         played = Played(roomy(), salts=WithoutSalt())
-        jobs = [(job(prompt, steered="generated"), [50] * 9, 100), (job(prompt + [50] * 9), [50], 100)]
+        jobs = [
+            (job(prompt, "last", steered="generated"), [50] * 9, 100),
+            (job(prompt + [50] * 9, "last"), [50], 100),
+        ]
     with pytest.raises(AssertionError):
         played.run(jobs, 1)
