@@ -68,7 +68,7 @@ def test_the_report_has_ratios_of_the_same_round() -> None:
     ]
     text = report(Workload(random_weights="llama-tiny"), rounds)
     assert (
-        "| transformers, gsm8k_cot | 3x2 | 100 | 0.125 | 0.12 s | 0.50 s | 8.00 | 2.00 | 4.000 (4.000 to 4.000) | 3 | 2 MB |"
+        "| transformers, gsm8k_cot | 3x2 | 100 | 0.125 | 0.12 s | 0.50 s | 8.00 | 2.00 | 4.000 (4.000 to 4.000) |  | 3 | 2 MB |"
         in text
     )
     assert "| transformers, no shots | 3x2 | 0.125 | 4.000 (4.000 to 4.000) | 3 |" in text
