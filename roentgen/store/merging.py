@@ -27,6 +27,7 @@ from roentgen.store.locks import WriterLocks
 from roentgen.store.places import Entry, Place
 from roentgen.store.reader import LOCATION, Session
 from roentgen.store.schema import INDEX_SCHEMA, CaptureSpec, Receipt, StoreError, rows_checksum
+from roentgen.store.threads import compute_alone
 
 log = logging.getLogger(__name__)
 
@@ -239,6 +240,7 @@ class Merger:
                 self._jobs.put((session_id, self._waiting.pop((session_id, small))))
 
     def _run(self) -> None:
+        compute_alone()
         while (job := self._jobs.get()) is not None:
             session_id, sizes = job
             self._locks.acquire(session_id)

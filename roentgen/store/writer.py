@@ -43,6 +43,7 @@ from roentgen.store.schema import (
     index_table,
     rows_checksum,
 )
+from roentgen.store.threads import compute_alone
 
 log = logging.getLogger(__name__)
 
@@ -166,6 +167,7 @@ class StoreWriter:
             self._merger.close()
 
     def _run(self) -> None:
+        compute_alone()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._pending)
