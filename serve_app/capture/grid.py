@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from serve_app.capture.memory import to_device
+
 
 class Layout(Protocol):
     """One forward's layout."""
@@ -119,3 +121,35 @@ class Strip:
         if value.ndim and value.shape[0] == self.n_places:
             return (at,)
         return (torch.zeros_like(at), at) if value.shape[:2] == (1, self.n_places) else None
+
+
+class Picked:
+    """Places of a flattened batch, and how to read them: as a slice, which copies nothing, where nothing lies between them."""
+
+    def __init__(self) -> None:
+        self._places: list[int] = []
+        self._picked: slice | Int[Tensor, "picked"] | None = None
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def extend(self, places: range) -> None:
+        """Pick more places."""
+        self._places.extend(places)
+
+    def where(self, device: torch.device) -> slice | Int[Tensor, "picked"]:
+        """Return what picks them from a value on a device."""
+        if isinstance(self._picked, slice) or (self._picked is not None and self._picked.device == device):
+            return self._picked
+        first = self._places[0] if self._places else 0
+        stop = first + len(self._places)
+        if self._places == list(range(first, stop)):
+            self._picked = slice(first, stop)
+            return self._picked
+        self._picked = to_device(torch.tensor(self._places, dtype=torch.long), device)
+        return self._picked
+
+    def of(self, flat: Float[Tensor, "places ..."]) -> Float[Tensor, "picked ..."]:
+        """Return the rows at these places."""
+        where = self.where(flat.device)
+        return flat[where] if isinstance(where, slice) else flat.index_select(0, where)

@@ -25,6 +25,13 @@ ALIGNMENT = 64
 """Bytes: torch's own, for its vector instructions."""
 
 
+def to_device(tensor: Shaped[Tensor, "..."], device: torch.device) -> Shaped[Tensor, "..."]:
+    """Send a tensor of the host's to a device, without waiting for what that has to do: not from pinned memory."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 class RowMemory:
     """Memory for one engine's rows. One thread takes it; any may drop a tensor, and its piece comes back."""
 

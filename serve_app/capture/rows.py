@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from roentgen.contract import Positions, StoredDtype
-from serve_app.capture.grid import Layout
+from serve_app.capture.grid import Layout, Picked
 from serve_app.capture.memory import RowMemory
 from serve_app.capture.structure import Tap
 from serve_app.errors import RequestError
@@ -295,10 +295,9 @@ class _Cohort:
         self._memory = memory
         self.spans: list[tuple[RequestRows, range, int, int]] = []
         self.failure: str | None = None
-        self.places: list[int] = []
+        self.places = Picked()
         self.sums: list[int] = []
         self.blocks: list[_Block] = []
-        self._picked: slice | Int[Tensor, "wanted"] | None = None
 
     def want(self, request: RequestRows, kept: range, places: range) -> None:
         """Gather these places of the flattened batch, which hold the positions `kept`, for a request."""
@@ -312,7 +311,7 @@ class _Cohort:
         """Copy the wanted rows of one value, or of the sum of two: only what is wanted is added up."""
         dtype = flat.dtype if plus is None else torch.result_type(flat, plus)
         if self.pooled:
-            rows = self._wanted(flat) if plus is None else self._wanted(flat) + self._wanted(plus)
+            rows = self.places.of(flat) if plus is None else self.places.of(flat) + self.places.of(plus)
             rows = rows.float()
             if len(self.sums) < len(self.places):
                 lengths = torch.tensor(self.sums, device=flat.device)
@@ -321,30 +320,11 @@ class _Cohort:
             return
         target = self._target(key, (len(self.places), *flat.shape[1:]), dtype, flat.device)
         if plus is not None:
-            torch.add(self._wanted(flat), self._wanted(plus), out=target)
-        elif isinstance(where := self._where(flat.device), slice):
+            torch.add(self.places.of(flat), self.places.of(plus), out=target)
+        elif isinstance(where := self.places.where(flat.device), slice):
             target.copy_(flat[where])
         else:
             torch.index_select(flat, 0, where, out=target)
-
-    def _wanted(self, flat: Float[Tensor, "places ..."]) -> Float[Tensor, "wanted ..."]:
-        where = self._where(flat.device)
-        return flat[where] if isinstance(where, slice) else flat.index_select(0, where)
-
-    def _where(self, device: torch.device) -> slice | Int[Tensor, "wanted"]:
-        """Return what picks the wanted places: a slice, so that they need no copy, where nothing lies between them."""
-        if isinstance(self._picked, slice) or (self._picked is not None and self._picked.device == device):
-            return self._picked
-        first = self.places[0] if self.places else 0
-        stop = first + len(self.places)
-        if self.places == list(range(first, stop)):
-            self._picked = slice(first, stop)
-            return self._picked
-        index = torch.tensor(self.places, dtype=torch.long)
-        if device.type == "cuda":
-            index = index.pin_memory()  # from other memory, the copy would wait for all that the GPU has to do
-        self._picked = index.to(device, non_blocking=True)
-        return self._picked
 
     def _target(
         self, key: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device

@@ -1,25 +1,35 @@
 """Scores the rows of a running batch with probes, while the model runs.
 
-A probe reads one hook point. Per forward, `StepScores` gathers the rows of all requests that ask for a probe and scores them
-in one product; what is kept of a row is its score. Every token that passes through the model is scored: those of the prompt,
-and those generated but the last, which never does.
+A probe reads one hook point. The requests that ask for the same probes form a cohort; per forward and hook point, `StepScores`
+scores the rows of all of a cohort with all its probes there in one product; what is kept of a row is its scores, those of
+all its probes side by side. Every token that passes through the model is scored: those of the prompt, and those generated but
+the last, which never does. From a GPU scores go to the host as captured rows do, beside what it computes.
 """
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from serve_app.capture.grid import Layout
+from serve_app.capture.grid import Layout, Picked
+from serve_app.capture.memory import RowMemory
 from serve_app.capture.structure import Tap
 from serve_app.errors import RequestError
 
 if TYPE_CHECKING:
     # Only a type here: importing it brings the store with it, and pyarrow.
     from roentgen.linear_probe import Readout, ScoreUnit
+
+Place = tuple[str, int]
+"""What a probe reads: a stored key, and rows of a width."""
+
+MAX_PANELS = 64
+"""Sets of probes that are kept laid out."""
 
 
 class UnscorableError(RequestError):
@@ -48,40 +58,117 @@ class Scorer:
     """What its scores are, see `ProbeCard`."""
 
 
+@dataclass(frozen=True, eq=False)
+class _Reader:
+    """The probes of a panel that read one key: the scores of rows are `(rows − mean) · weight + bias`."""
+
+    mean: Float[Tensor, "d"]
+    weight: Float[Tensor, "d outputs"]
+    bias: Float[Tensor, "outputs"]
+
+    @classmethod
+    def of(cls, readouts: "list[Readout]") -> "_Reader":
+        """Lay out probes of one width."""
+        # What they share of their means is subtracted first: a row may be far from zero, and near to them.
+        mean = readouts[0].mean
+        weights = [(one.weight / one.scale).mT for one in readouts]
+        biases = [one.bias + (mean - one.mean) @ weight for one, weight in zip(readouts, weights, strict=True)]
+        return cls(mean, torch.cat(weights, dim=1), torch.cat(biases))
+
+
+class Panel:
+    """The probes of a request, laid out so that one product scores rows with all that read the same key.
+
+    Attributes:
+        columns: per probe, where its scores stand among all.
+        width: how many scores a row has.
+    """
+
+    def __init__(self, probes: "tuple[tuple[str, Readout], ...]") -> None:
+        """Lay out probes.
+
+        Args:
+            probes: each with the key that it reads.
+        """
+        self._together: dict[Place, list[Readout]] = defaultdict(list)
+        numbers: dict[Place, list[int]] = defaultdict(list)
+        for number, (key, readout) in enumerate(probes):
+            place = key, readout.mean.shape[0]
+            self._together[place].append(readout)
+            numbers[place].append(number)
+        columns: dict[int, slice] = {}
+        self.width = 0
+        for place in self._together:
+            for number in numbers[place]:
+                start, self.width = self.width, self.width + len(probes[number][1].bias)
+                columns[number] = slice(start, self.width)
+        self.columns = [columns[number] for number in range(len(probes))]
+
+    @cached_property
+    def readers(self) -> "dict[Place, _Reader]":
+        """The probes of each key and width, in the order of their columns."""
+        return {place: _Reader.of(readouts) for place, readouts in self._together.items()}
+
+
+@lru_cache(maxsize=MAX_PANELS)
+def _panel(probes: "tuple[tuple[str, Readout], ...]") -> Panel:
+    """Lay out probes, once for all requests that ask for the same: a probe that is loaded once is one object."""
+    return Panel(probes)
+
+
 @dataclass(frozen=True)
 class NewScores:
     """A request's scores that have come since the last time, on the CPU."""
 
-    fed: int
-    """Tokens that they are of."""
-    parts: list[Float[Tensor, "rows outputs"] | None]
-    """Per probe; None where its hook point gave nothing that it can read."""
+    scores: Float[Tensor, "rows scores"] | None
+    """Of the next rows, those of all probes side by side; None where nothing has come."""
     failure: UnscorableError | None
     """Why there can be none, if that is known."""
 
 
+@dataclass(frozen=True)
+class _Part:
+    """The scores of one forward's rows, of which a request has some."""
+
+    scores: Float[Tensor, "batch scores"]
+    start: int
+    stop: int
+    copied: torch.cuda.Event | None = None
+    """On a GPU, the event after which they are there."""
+
+    @property
+    def there(self) -> bool:
+        return self.copied is None or bool(self.copied.query())
+
+    def taken(self) -> Float[Tensor, "rows scores"]:
+        if self.copied is not None:
+            self.copied.synchronize()
+        return self.scores[self.start : self.stop]
+
+
 class RequestScores:
-    """The scores of one running request, probe by probe."""
+    """The scores of one running request.
+
+    Attributes:
+        scorers: its probes.
+        panel: the same, laid out.
+        fed: tokens that have been scored.
+        failure: why it cannot have what it asked for, once that is known.
+    """
 
     def __init__(self, scorers: tuple[Scorer, ...]) -> None:
         """Begin before the first token."""
         self.scorers = scorers
-        self._parts: list[list[Tensor]] = [[] for _ in scorers]
-        self._fed = self._taken = 0
+        self.panel = _panel(tuple((scorer.key, scorer.readout) for scorer in scorers))
+        self.fed = 0
         self.failure: UnscorableError | None = None
+        self._parts: list[_Part] = []
+        self._taken = 0
 
-    @property
-    def fed(self) -> int:
-        """Tokens that have been scored."""
-        return self._fed
-
-    def feed(self, length: int) -> None:
-        """Count the tokens of a forward."""
-        self._fed += length
-
-    def add(self, number: int, scores: Float[Tensor, "rows outputs"]) -> None:
-        """Take one probe's scores of the next rows."""
-        self._parts[number].append(scores)
+    def add(self, part: _Part) -> None:
+        """Take the scores of the next rows."""
+        self._parts.append(part)
+        self.fed += part.stop - part.start
 
     def resume(self, length: int, rows: Mapping[Tap, Float[Tensor, "rows ..."]]) -> None:
         """Begin behind tokens whose rows are known, and score these.
@@ -90,41 +177,60 @@ class RequestScores:
             length: how many.
             rows: theirs, by where they were read.
         """
-        self.feed(length)
-        for number, scorer in enumerate(self.scorers):
-            known, readout = rows[scorer.tap], scorer.readout
-            if known.ndim == 2 and readout.mean.shape[0] == known.shape[1]:
-                # A forward may have scored the tokens behind them already.
-                self._parts[number].insert(0, readout.scores(known.to(readout.mean.device)).cpu())
+        known = _Cohort(self.panel)
+        known.want(self, range(length))
+        for key, (tap, device) in {one.key: (one.tap, one.readout.mean.device) for one in self.scorers}.items():
+            if rows[tap].ndim == 2:
+                known.score(key, rows[tap].to(device))
+        later, self._parts = self._parts, []  # a forward may have scored the tokens behind them already
+        known.hand_out(lambda scores: (scores.cpu(), None))
+        self._parts += later
 
     def drain(self) -> "NewScores":
-        """Return what has come since the last time, and keep none of it."""
-        parts = [torch.cat(parts).cpu() if parts else None for parts in self._parts]
-        new = NewScores(self._fed, parts, self.failure)
-        self._parts, self._fed = [[] for _ in self.scorers], 0
-        return new
+        """Return what has come since the last time, and keep none of it; of what has not arrived, the next at most."""
+        ready = next((i for i, part in enumerate(self._parts) if i and not part.there), len(self._parts))
+        taken, self._parts = self._parts[:ready], self._parts[ready:]
+        return NewScores(torch.cat([part.taken() for part in taken]) if taken else None, self.failure)
 
     def take_in(self, new: "NewScores") -> None:
         """Take what `drain` has given elsewhere."""
-        self.feed(new.fed)
         self.failure = self.failure or new.failure
-        for number, part in enumerate(new.parts):
-            if part is not None:
-                self.add(number, part)
+        if new.scores is not None:
+            self.add(_Part(new.scores, 0, len(new.scores)))
 
     def begin_again(self) -> None:
         """Forget all scores; what has been taken is not given a second time."""
-        self._parts = [[] for _ in self.scorers]
-        self._fed = 0
+        self._parts, self.fed = [], 0
 
-    def take(self) -> list[Float[Tensor, "rows outputs"]]:
-        """Return, per probe, the scores that have come since the last time.
+    def fail(self, key: str, reason: str) -> None:
+        """Take note that a key cannot be had, if a probe reads it."""
+        name = next((scorer.name for scorer in self.scorers if scorer.key == key), None)
+        if name is not None:
+            self.failure = self.failure or UnscorableError(f"{reason}, which the probe {name!r} reads")
+
+    def unread(self, places: Set[Place]) -> None:
+        """Take note that what some probes read was not there."""
+        for scorer in self.scorers:
+            width = scorer.readout.mean.shape[0]
+            if self.failure is None and (scorer.key, width) in places:
+                self.failure = UnscorableError(
+                    f"{scorer.key} does not give a row of {width} per token, which the probe {scorer.name!r} reads"
+                )
+
+    def take(self, most: int | None = None) -> list[Float[Tensor, "rows outputs"]]:
+        """Return, per probe, the scores that have come since the last time; nothing if none have.
+
+        Args:
+            most: rows that the request has, as far as is known; None for as many as there are scores.
 
         Raises:
             UnscorableError: if a probe's hook point gives no row per token, of the width that the probe reads.
         """
-        start, self._taken = self._taken, self._fed
-        return [scores[start:] for scores in self.all()]
+        stop = self.fed if most is None else min(self.fed, most)
+        if stop <= self._taken and self.failure is None:
+            return []
+        start, self._taken = self._taken, max(self._taken, stop)
+        return [scores[start : self._taken] for scores in self.all()]
 
     def all(self) -> list[Float[Tensor, "rows outputs"]]:
         """Return the scores of all rows so far, per probe.
@@ -134,16 +240,53 @@ class RequestScores:
         """
         if self.failure is not None:
             raise self.failure
-        self._parts = [[torch.cat(parts)] if parts else [] for parts in self._parts]
-        for scorer, parts in zip(self.scorers, self._parts, strict=True):
-            if not parts or len(parts[0]) != self._fed:
-                width = scorer.readout.mean.shape[0]
-                raise UnscorableError(
-                    f"{scorer.key} does not give a row of {width} per token, which the probe {scorer.name!r} reads"
-                )
-            if not parts[0].isfinite().all():
-                raise UnscorableError(f"the probe {scorer.name!r} gives a score that is not finite")
-        return [parts[0] for parts in self._parts]
+        parts = [part.taken() for part in self._parts]
+        scores = torch.cat(parts) if parts else torch.empty(0, self.panel.width)
+        self._parts = [_Part(scores, 0, len(scores))] if parts else []
+        found = [scores[:, columns] for columns in self.panel.columns]
+        if not scores.isfinite().all():
+            (name, *_) = (s.name for s, one in zip(self.scorers, found, strict=True) if not one.isfinite().all())
+            raise UnscorableError(f"the probe {name!r} gives a score that is not finite")
+        return found
+
+
+class _Cohort:
+    """The requests of a forward that ask for the same probes, and what is found for them."""
+
+    def __init__(self, panel: Panel) -> None:
+        self.panel = panel
+        self.spans: list[tuple[RequestScores, int, int]] = []
+        self.places = Picked()
+        self.found: dict[Place, Float[Tensor, "wanted outputs"]] = {}
+
+    def want(self, request: RequestScores, places: range) -> None:
+        """Score these places of the flattened batch for a request."""
+        start = len(self.places)
+        self.places.extend(places)
+        self.spans.append((request, start, len(self.places)))
+
+    def score(self, key: str, flat: Float[Tensor, "places width"]) -> None:
+        """Score the wanted rows with all probes that read this key."""
+        place = key, flat.shape[1]
+        if (reader := self.panel.readers.get(place)) is not None:
+            # Copied, since this is the model's own value; a difference of two dtypes would take ten times as long.
+            rows = self.places.of(flat).to(reader.mean.dtype, copy=True).sub_(reader.mean)
+            self.found[place] = torch.addmm(reader.bias, rows, reader.weight)
+
+    def hand_out(self, send: Callable[[Tensor], tuple[Tensor, torch.cuda.Event | None]]) -> None:
+        """Give each request its scores.
+
+        Args:
+            send: brings them to the host, and says after which event they are there.
+        """
+        unread = self.panel.readers.keys() - self.found.keys()
+        if unread:
+            for request, *_ in self.spans:
+                request.unread(unread)
+            return
+        scores, copied = send(torch.cat([self.found[place] for place in self.panel.readers], dim=1))
+        for request, start, stop in self.spans:
+            request.add(_Part(scores, start, stop, copied))
 
 
 class StepScores:
@@ -153,56 +296,47 @@ class StepScores:
         taps: per stored key, where to read in this forward.
     """
 
-    def __init__(self, requests: list[RequestScores | None], grid: Layout) -> None:
+    def __init__(self, requests: list[RequestScores | None], grid: Layout, memory: RowMemory) -> None:
         """Lay out which rows are scored by what.
 
         Args:
             requests: per batch row, the request's scores, None if it asks for none.
             grid: how the rows lie.
+            memory: for what is sent to the host.
         """
         self._grid = grid
+        self._memory = memory
         self.taps: dict[str, Tap] = {}
-        self._lengths: list[tuple[RequestScores, int]] = []
-        self._asked: dict[str, dict[int, list[tuple[RequestScores, int, range]]]] = {}
-        self._found: list[tuple[Tensor, list[tuple[RequestScores, int, range]]]] = []
+        cohorts: dict[Panel, _Cohort] = {}
+        self._of_key: dict[str, list[_Cohort]] = defaultdict(list)
         for row, request in enumerate(requests):
             if request is None:
                 continue
-            self._lengths.append((request, len(grid.spans[row])))
-            places = grid.places(row, grid.spans[row])
-            for number, scorer in enumerate(request.scorers):
-                self.taps[scorer.key] = scorer.tap
-                # Requests with one probe are scored together: a probe that is loaded once is one object.
-                same = self._asked.setdefault(scorer.key, {}).setdefault(id(scorer.readout), [])
-                same.append((request, number, places))
+            panel = request.panel
+            if panel not in cohorts:
+                cohorts[panel] = _Cohort(panel)
+                for scorer in request.scorers:
+                    self.taps[scorer.key] = scorer.tap
+                for key in dict.fromkeys(scorer.key for scorer in request.scorers):
+                    self._of_key[key].append(cohorts[panel])
+            cohorts[panel].want(request, grid.places(row, grid.spans[row]))
+        self._cohorts = list(cohorts.values())
 
     def __call__(self, key: str, value: Float[Tensor, "rows width ..."]) -> None:
-        """Score the wanted rows of one value; one that a probe cannot read is left out, and said when its request ends."""
+        """Score the wanted rows of one value; one that a probe cannot read is left out, and its requests fail."""
         flat = self._grid.flat(value)
         if flat is None or flat.ndim != 2:
             return
-        for asked in self._asked[key].values():
-            request, number, _ = asked[0]
-            readout = request.scorers[number].readout
-            if readout.mean.shape[0] == flat.shape[1]:
-                places = torch.tensor([place for *_, places in asked for place in places], device=flat.device)
-                self._found.append((readout.scores(flat[places]), asked))
+        for cohort in self._of_key[key]:
+            cohort.score(key, flat)
 
     def fail(self, key: str, reason: str) -> None:
         """Take note that a key cannot be had: the requests whose probes read it fail, and no others."""
-        for asked in self._asked[key].values():
-            for request, number, _ in asked:
-                request.failure = UnscorableError(f"{reason}, which the probe {request.scorers[number].name!r} reads")
+        for cohort in self._of_key[key]:
+            for request, *_ in cohort.spans:
+                request.fail(key, reason)
 
-    def deliver(self, *, wait: bool = True) -> None:
-        """Give each request its scores, once the forward has been issued.
-
-        Args:
-            wait: until they are there; otherwise they stay on the model's device.
-        """
-        for request, length in self._lengths:
-            request.feed(length)
-        for scores, asked in self._found:
-            parts = (scores.cpu() if wait else scores).split([len(places) for *_, places in asked])
-            for (request, number, _), part in zip(asked, parts, strict=True):
-                request.add(number, part)
+    def deliver(self) -> None:
+        """Give each request its scores, once the forward has been issued."""
+        for cohort in self._cohorts:
+            cohort.hand_out(self._memory.to_host)

@@ -67,7 +67,7 @@ class Forwards:
         steering = self._steering(running, grid)
         rows = StepRows([one.rows for one in running], grid, self._memory)
         fillers = StepRows([one.filler for one in running], grid, self._memory)
-        scores = StepScores([one.probed for one in running], grid)
+        scores = StepScores([one.probed for one in running], grid, self._memory)
         visitors = (steering, rows, fillers, scores)
 
         def forward() -> Any:

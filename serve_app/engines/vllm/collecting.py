@@ -234,7 +234,8 @@ class Collector:
             )
         scores = None
         if any(job.scores is not None for job in known):
-            scores = StepScores([job.scores if job is not None else None for job in jobs], Strip(new, lengths))
+            asked = [job.scores if job is not None else None for job in jobs]
+            scores = StepScores(asked, Strip(new, lengths), self._memory)
         return Step(steering, rows, fills, scores, known)
 
     def done(self, step: Step, failure: Exception | None) -> None:
@@ -252,7 +253,7 @@ class Collector:
             if rows is not None:
                 rows.deliver()
         if step.scores is not None:
-            step.scores.deliver(wait=False)
+            step.scores.deliver()
         self._to_keep += [(self._steps, job) for job in step.jobs if job.kept < len(job.names)]
 
     def take(self, job_id: str, fed: Sequence[int]) -> CapturedRows:
@@ -297,8 +298,6 @@ class Collector:
         spans = [range(start, min(start + size, count)) for start in range(0, count, size)]
         taps = [needed(job, span) for span in spans]
         if not any(taps):
-            if job.scores is not None:
-                job.scores.feed(count)
             return
         blocks = (
             self._prefixes.use(job.names[: len(spans)], taps)

@@ -60,7 +60,7 @@ class GraphBatch(Batch):
         """
         super().__init__(states, next(model.parameters()).device, prefixes)
         self._model = model
-        self._taps = taps
+        self.taps = taps
         self._n_tokens = 0
         self._failure: Exception | None = None
         self._hooks: ExitStack | None = None
@@ -71,7 +71,7 @@ class GraphBatch(Batch):
         step = self.lay_out(spans)
         self._n_tokens, self._failure = sum(tokens for _, tokens in spans), None
         try:
-            self._taps.steer(step.steering if step is not None else None)
+            self.taps.steer(step.steering if step is not None else None)
         except ValueError as error:
             log.exception("a step could not be steered")
             self._failure = error
@@ -85,13 +85,13 @@ class GraphBatch(Batch):
             visitors += self.watched
         for visitor in visitors:
             for key, tap in visitor.taps.items():
-                if (rows := self._taps.rows(tap, self._n_tokens)) is not None:
+                if (rows := self.taps.rows(tap, self._n_tokens)) is not None:
                     visitor(key, rows)
         self.deliver(self._failure)
 
     def watch(self, watched: list[Watched]) -> None:
         """Have the next steps run module by module, and show every module's values to who watches."""
-        super().watch([*watched, Watched({str(tap): tap for tap in self._taps.taps})])
+        super().watch([*watched, Watched({str(tap): tap for tap in self.taps.taps})])
         self._hooks = ExitStack()
         for module in self._model.modules():
             if getattr(module, "do_not_compile", True) is False:

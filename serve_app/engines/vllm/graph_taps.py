@@ -21,6 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearBase
 
+from serve_app.capture.memory import to_device
 from serve_app.capture.steering import StepSteering
 from serve_app.capture.structure import Tap
 from serve_app.engines.vllm.hook_points import terms
@@ -119,10 +120,12 @@ class GraphTaps:
                 f"{len(vectors)} different vectors are to be added; there is room for {len(self._table) - 1}"
             )
         for index, at, rows in found:
-            index.index_copy_(0, at.to(index.device), rows.to(index.device))
+            index.index_copy_(0, to_device(at, index.device), to_device(rows, index.device))
             self._added.append((index, int(at.max()) + 1))
         if vectors:
-            self._table[1 : len(vectors) + 1] = torch.stack(vectors).to(self._table)
+            self._table[1 : len(vectors) + 1] = to_device(
+                torch.stack(vectors).to(self._table.dtype), self._table.device
+            )
 
 
 def buffer_bytes(model: nn.Module, taps: Iterable[Tap], sizes: Sizes) -> int:

@@ -4,9 +4,12 @@ A request carries an `Order`, so the worker knows from its first token what to d
 `Exchange`, which names what to store and what to forget, and takes back a `Report`: receipts, never tensors.
 """
 
+import io
 import pickle
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
+
+import torch
 
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.scoring import Scorer
@@ -68,9 +71,21 @@ class Report:
     """Bytes of prompts' rows that it keeps for prompts that begin in the same way."""
 
 
+class _Pickler(pickle.Pickler):
+    """Writes tensors as numpy's arrays, wherever they are: torch would make an archive of each, which takes a tenth of a
+    millisecond, and reading it as long again."""
+
+    def reducer_override(self, value: Any) -> Any:
+        if type(value) is not torch.Tensor or value.dtype == torch.bfloat16:
+            return NotImplemented
+        return torch.from_numpy, (value.detach().cpu().numpy(),)
+
+
 def pack(value: Any) -> bytes:
     """Spell an order, an exchange or a report."""
-    return pickle.dumps(value, pickle.HIGHEST_PROTOCOL)
+    written = io.BytesIO()
+    _Pickler(written, pickle.HIGHEST_PROTOCOL).dump(value)
+    return written.getvalue()
 
 
 def unpack(data: bytes, kind: type[T]) -> T:

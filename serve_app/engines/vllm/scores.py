@@ -1,13 +1,13 @@
 """Brings the scores of probes from vLLM's workers to the replica, where streams tell them.
 
 A worker scores rows step by step and keeps the scores. They are fetched for all jobs at once, and never twice at a time: a
-fetch is a call between two of vLLM's steps. A stream does not wait for them; it tells those that have come. When a job has
-ended, whatever is missing is waited for.
+fetch is a call between two of vLLM's steps, and holds up the next. So while streams run it is made at an interval; a stream
+does not wait for scores, it tells those that have come. When a job has ended, whatever is missing is waited for.
 """
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -16,12 +16,8 @@ from serve_app.capture.scoring import NewScores, RequestScores, Scorer, Unscorab
 Fetch = Callable[[list[str]], Awaitable[dict[str, NewScores]]]
 
 
-@dataclass
-class JobScores:
-    """One job's scores, as far as they have come."""
-
-    found: RequestScores
-    told: int = 0
+INTERVAL_S = 0.02
+"""From one fetch for streams to the next."""
 
 
 class ScoreBoard:
@@ -34,12 +30,13 @@ class ScoreBoard:
             fetch: asks the workers for what has come since the last time.
         """
         self._fetch = fetch
-        self._jobs: dict[str, JobScores] = {}
+        self._jobs: dict[str, RequestScores] = {}
         self._fetching: asyncio.Task[None] | None = None
+        self._fetched = -INTERVAL_S
 
     def begin(self, job_id: str, probes: tuple[Scorer, ...]) -> None:
         """Expect a job's scores."""
-        self._jobs[job_id] = JobScores(RequestScores(probes))
+        self._jobs[job_id] = RequestScores(probes)
 
     def forget(self, job_id: str) -> None:
         """Expect none of a job any more."""
@@ -52,10 +49,9 @@ class ScoreBoard:
             job_id: which.
             n_rows: the rows that the job has, as far as is known; scores beyond belong to nobody.
         """
-        self._start()
-        job = self._jobs[job_id]
-        start, job.told = job.told, max(job.told, min(job.found.fed, n_rows))
-        return [scores[start : job.told] for scores in job.found.all()] if job.told > start else []
+        if time.monotonic() - self._fetched >= INTERVAL_S:
+            self._start()
+        return self._jobs[job_id].take(n_rows)
 
     async def all(self, job_id: str, n_rows: int) -> list[Tensor]:
         """Return all scores of a job that has ended.
@@ -64,14 +60,14 @@ class ScoreBoard:
             UnscorableError: if they cannot be had.
         """
         job = self._jobs[job_id]
-        while job.found.fed < n_rows and job.found.failure is None:
-            before = job.found.fed
+        while job.fed < n_rows and job.failure is None:
+            before = job.fed
             if self._fetching is not None:
                 await asyncio.shield(self._fetching)  # it may have been asked for before the last rows were there
             await asyncio.shield(self._start())
-            if job.found.fed == before:
+            if job.fed == before and job.failure is None:
                 raise UnscorableError(f"{before} tokens of this request were scored, not {n_rows}")
-        return [scores[:n_rows] for scores in job.found.all()]
+        return [scores[:n_rows] for scores in job.all()]
 
     def _start(self) -> "asyncio.Task[None]":
         if self._fetching is None or self._fetching.done():
@@ -79,6 +75,7 @@ class ScoreBoard:
         return self._fetching
 
     async def _take_in(self) -> None:
+        self._fetched = time.monotonic()
         for job_id, new in (await self._fetch(list(self._jobs))).items():
             if job_id in self._jobs:
-                self._jobs[job_id].found.take_in(new)
+                self._jobs[job_id].take_in(new)

@@ -34,6 +34,13 @@ def cramped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
         yield started
 
 
+@pytest.fixture(scope="module")
+def cramped_eager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
+    """The same, module by module."""
+    with subject("vllm eager", tmp_path_factory.mktemp("eager"), max_cache_tokens=384) as started:
+        yield started
+
+
 @contextmanager
 def recorded(engine: VllmEngine) -> Iterator[list[Any]]:
     """Listen to what vLLM says of each request at its end."""
@@ -61,9 +68,10 @@ def named(name: str) -> set[psutil.Process]:
     return {p for p in psutil.Process().children(recursive=True) if name in " ".join(p.cmdline())}
 
 
-@pytest.mark.parametrize("shared", [0, 150])
-def test_preempted_requests_keep_exactly_their_rows(cramped: Subject, shared: int) -> None:
+@pytest.mark.parametrize(("mode", "shared"), [("cramped", 0), ("cramped", 150), ("cramped_eager", 0)])
+def test_preempted_requests_keep_exactly_their_rows(mode: str, shared: int, request: pytest.FixtureRequest) -> None:
     """Their rows are computed twice, and kept once; of those that they share, the first block is found when they come back."""
+    cramped: Subject = request.getfixturevalue(mode)
     beginning = [(5 * j) % 90 for j in range(shared)]
     prompts = [beginning + [(11 * i + j) % 90 for j in range(100 + i)] for i in range(6)]
     sampling = Sampling(60, temperature=0, logit_bias=dict.fromkeys(range(94, 257), -100.0))
