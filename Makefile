@@ -92,8 +92,8 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.invariance
 	$(BIN)/python -m benchmarks.prefix --problems 48
 
-# The transformers engine on a CUDA GPU, with random weights: rows, speed, copies, memory, within eight minutes (docs/gpu.md). It
-# takes .venv where there is one, else makes a small environment. To use one that has the packages already:
+# Both engines on a CUDA GPU, with random weights: rows, speed, copies, memory, within eight minutes (docs/gpu.md); vLLM's part
+# where constraints-vllm-cuda.txt is installed. It takes .venv where there is one, else makes a small environment. To use one that has the packages already:
 # make bench-gpu PYTHON=/path/to/python
 GPU := .venv-gpu
 GPU_PACKAGES := torch transformers nnsight jaxtyping psutil
@@ -121,7 +121,7 @@ bench-vllm: $(VLLM)/.installed
 # The fast engine on vLLM's CPU build: what every engine has to do, fidelity to transformers, and a server with OpenAI's client.
 test-vllm: $(VLLM)/.installed
 	$(VLLM)/bin/python -m pytest --share $(SHARE) tests/serve_app/engines/test_both_engines.py tests/serve_app/engines/vllm \
-		tests/benchmarks/test_vllm_way.py
+		tests/benchmarks/test_vllm_way.py tests/benchmarks/test_gpu_vllm.py
 
 $(VLLM)/.installed: constraints-vllm.txt $(INSTALLED)
 	$(BIN)/python -m venv --clear --without-pip $(VLLM)

@@ -86,9 +86,9 @@ def report(workload: Workload, limits: Limits, columns: list[Column], pairs: lis
         parts.append(table(header, [_row(column, limits) for column in columns if not column.skipped]))
         if any(column.way.startswith("vllm") and not column.skipped for column in columns):
             parts.append(
-                "`vllm` compiles the model, and stores and detokenizes nothing. `vllm-3x2` and `vllm-all` are this project's "
-                "engine, eager, since on a CPU its hooks need that; what they capture is on the disk within the time measured, "
-                "and their peak memory is of the replica's process alone: the model is in another."
+                "`vllm` stores and detokenizes nothing. `vllm-3x2` and `vllm-all` are this project's engine, compiled as "
+                "well, with taps in its graph; what they capture is on the disk within the time measured, and their peak "
+                "memory is of the replica's process alone: the model is in another."
             )
         parts += [f"{c.way}, {c.in_flight} in flight: skipped, {c.skipped}" for c in columns if c.skipped]
     for ratios, how in (

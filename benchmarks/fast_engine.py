@@ -1,250 +1,270 @@
-"""What capturing costs in vLLM, beside vLLM that captures nothing and nnsight's own way: `python -m benchmarks.fast_engine`.
+"""What capturing and probing cost in vLLM: `python -m benchmarks.fast_engine`.
 
-Engines with the same settings are loaded into processes of their own, and run one after the other, round after round: vLLM as
-it is, the same with what an engine that captures does without, this project's, and nnsight's with a block that is installed
-once and runs for every request. All are started anew a few times, since equal processes differ by some per cent as long as
-they live; what has no budget is run once per start. A run is long enough that the commit after its last token is little of it,
-as it is of an evaluation. Needs the environment that `make test-vllm` makes. What is captured by this project's engine is on
-the disk before a run has ended; what nnsight captures has been handed to this process.
+Compared with plain vLLM as it is by default: compiled, with chunked prefill and a prefix cache, asked through its own client
+for tokens and text. This project's engine does more even when it captures nothing: it has taps in the graph, and tells the
+log-probability of every token. Both run the same prompts, which share no prefix, one after the other, round after round; while
+one computes the other is idle. All engines are started anew a few times, in turned order, since equal processes differ by some
+per cent as long as they live. What is captured is on the disk before a run has ended. Needs the environment that `make
+test-vllm` makes.
+
+Every round is written to a file when it has ended, and the section is made of what the file has: with `--add` also of earlier
+runs, so that numbers in flight can be measured one at a time.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any
+from typing import Annotated
 
-import nnsight
 import typer
-from transformers import AutoConfig
 
-from benchmarks.pairs import Ratio, interleave
 from benchmarks.record import record, table
 from benchmarks.stages import stage_printer
-from benchmarks.statistics import ratios
-from benchmarks.vllm_way import capturing_engine, keeper, settings
-from benchmarks.ways import Run, Way, engine_way
+from benchmarks.statistics import median_interval
+from benchmarks.vllm_way import (
+    MOST_TAPS,
+    N_PROBES,
+    TAPS,
+    capturing_engine,
+    keeper,
+    plain_engine,
+    plain_way,
+    probes,
+    settings,
+)
+from benchmarks.ways import Way, engine_way
+from benchmarks.worker_times import READING, STORING, WRITER, allow_functions, ask, read_clock, start_clock
 from benchmarks.workload import Workload
-from serve_app.engines.protocol import PrefixCaching
-from serve_app.engines.vllm.engine import EngineLoop, VllmEngine
-from serve_app.engines.vllm.loading import VllmModel, engine_arguments
-from serve_app.models.sources import locate
 
+SECTION = "vLLM with capture"
 CACHE_TOKENS = 32_768
+PLAIN, NONE, PROBED = "plain", "none", "probes"
+BUDGETS = {
+    NONE: ("no capture, default taps", 0.98),
+    "3x2": ("3 layers × 2 hook points on disk", 0.97),
+    "all": ("every layer's residual on disk", 0.93),
+    PROBED: (f"{N_PROBES} probes on as many layers", 0.98),
+}
+ALONE_BUDGET = 0.90
+"""With one in flight."""
+FEW, MANY = "few taps", "many taps"
+PROBE_BUDGET = 0.01
+"""Of the time from a token to the next."""
+WAVES = {1: 12, 16: 6}
+"""So many times as many prompts as in flight, where a run would else be too short; elsewhere `MOST_WAVES`."""
+MOST_WAVES = 4
+TAPS_AT = 16
+"""In flight where the number of taps is varied."""
 
-SWITCHES = {"enable_prefix_caching": True, "enable_chunked_prefill": True}
-"""What an engine that captures does without."""
-
-BESIDE = "plain, beside the rest"
-
-SETTLE_S = 2.0
+SETTLE_S = 1.0
 """Between runs: what one has left to its engine's other threads is no part of the next."""
 
 
+@dataclass(frozen=True)
+class Measured:
+    """One run of one arm."""
+
+    rate: float
+    """Tokens generated per second; until all rows are durable."""
+    between_s: float
+    """From a token to the next, in the median request."""
+    shares: dict[str, float]
+    """Of the run's time, what the worker spent on this project's own work (`worker_times`)."""
+
+
+@dataclass(frozen=True)
+class Round:
+    """One run of every arm, in turn."""
+
+    in_flight: int
+    start: int
+    """Of the engines: rounds with one number ran in the same processes."""
+    runs: dict[str, Measured]
+    taps: dict[str, tuple[int, int]]
+    """Per engine, how many taps it has, and the bytes of their buffers."""
+
+
 def main(
-    in_flight: Annotated[int, typer.Option(help="Requests at once.")] = 32,
-    waves: Annotated[
-        int, typer.Option(help="So many times as many prompts per run: the last of them end with fewer.")
-    ] = 8,
+    in_flight: Annotated[str, typer.Option(help="Requests at once.")] = "1,16,64",
     max_tokens: Annotated[int, typer.Option(help="The most to generate per prompt.")] = 32,
-    starts: Annotated[int, typer.Option(help="How often all engines are started: each has its luck with memory.")] = 3,
-    rounds: Annotated[int, typer.Option(help="Of interleaved runs of what has a budget, per start.")] = 4,
+    starts: Annotated[int, typer.Option(help="How often all engines are started; 0 only tells what the file has.")] = 3,
+    rounds: Annotated[int, typer.Option(help="Of interleaved runs, per start and number in flight.")] = 2,
     threads: Annotated[int, typer.Option(help="Of each engine on a CPU; 0 for one per core.")] = 0,
+    problems: Annotated[str, typer.Option(help="A source of problems; GSM8K if it is at hand.")] = "",
+    file: Annotated[Path, typer.Option(help="Every round is written here.")] = Path("results/fast_engine.jsonl"),
+    add: Annotated[bool, typer.Option("--add", help="Keep the rounds that the file has.")] = False,
     write: Annotated[bool, typer.Option("--record/--no-record", help="Update RESULTS.md.")] = True,
 ) -> None:
     """Measure what capturing costs in vLLM."""
-    workload = Workload(max_tokens=max_tokens)
-    prompts = workload.prompts(workload.tokenizer(), waves * in_flight)
+    workload = Workload(max_tokens=max_tokens, problems=problems)
+    numbers = tuple(map(int, in_flight.split(",")))
     stage = stage_printer()
-    rates: dict[str, list[float]] = {}
-    for _ in range(starts):
-        for name, measured in _one_start(workload, prompts, max_tokens, in_flight, rounds, threads, stage).items():
-            rates.setdefault(name, []).extend(measured)
-    dtype = str(workload.place()[1]).removeprefix("torch.")
-    compared = [
-        ("with prefix caching and chunked prefill, no capture", 0.0, "switched on", BESIDE),
-        ("no capture", 1.0, "none", "plain"),
-        ("capture of 3 layers × 2 hook points", 0.97, "3x2", "plain"),
-        ("capture of every layer's residual", 0.90, "all", "plain"),
-        ("the same, by a block of nnsight's per request", 0.0, "nnsight", BESIDE),
-    ]
-    found = [
-        Ratio(what, budget, ratios(rates[ours], rates[theirs]), len(rates[ours]))
-        for what, budget, ours, theirs in compared
-    ]
-    from vllm import __version__ as vllm_version
-
-    coverage = found[1].interval.coverage
-    body = "\n\n".join(
-        [
-            f"{workload.name}, {dtype}, {waves * in_flight} GSM8K prompts, {in_flight} in "
-            f"flight, at most {max_tokens} tokens, greedy, {threads or 'all'} threads, vLLM {vllm_version}. Engines are eager, "
-            "without prefix caching and chunked prefill; what this project captures is on a disk within the time measured. "
-            f"{starts} starts of all engines, {rounds} rounds of interleaved runs of what has a budget and one of the rest; "
-            f"median ratio to plain vLLM's tokens/s and its interval ({coverage:.0%} where there is a budget):",
-            table(
-                ["against plain vLLM", "budget", "median (interval)", "pairs"],
-                [[r.what, f"{r.budget}×" if r.budget else "", str(r.interval), str(r.pairs)] for r in found],
-            ),
-        ]
-    )
-    print(body)
+    allow_functions()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if not add:
+        file.write_text("")
+    first = 1 + max((found.start for found in read_rounds(file)), default=-1)
+    for start in range(first, first + starts):
+        for found in _one_start(workload, numbers, rounds, threads, start, stage):
+            with file.open("a") as out:
+                out.write(json.dumps(asdict(found)) + "\n")
+            if write:
+                record(SECTION, report(workload, read_rounds(file), threads))
+    body = report(workload, read_rounds(file), threads)
     if write:
-        record("vLLM with capture", body)
+        record(SECTION, body)
+    print(body)
+
+
+def read_rounds(file: Path) -> list[Round]:
+    """Read what has been measured."""
+    found = []
+    for line in file.read_text().splitlines() if file.exists() else []:
+        said = json.loads(line)
+        runs = {name: Measured(**run) for name, run in said["runs"].items()}
+        taps = {name: (count, size) for name, (count, size) in said["taps"].items()}
+        found.append(Round(said["in_flight"], said["start"], runs, taps))
+    return found
 
 
 def _one_start(
-    workload: Workload,
-    prompts: list[list[int]],
-    max_tokens: int,
-    in_flight: int,
-    rounds: int,
-    threads: int,
-    stage: Callable[[str], None],
-) -> dict[str, list[float]]:
-    """Start the engines and run them in turns; returns each way's tokens/s."""
+    workload: Workload, numbers: tuple[int, ...], rounds: int, threads: int, start: int, stage: Callable[[str], None]
+) -> Iterator[Round]:
+    """Start the engines and run them in turns."""
+    tokenizer, most = workload.tokenizer(), max(numbers)
     with TemporaryDirectory() as folder, ExitStack() as stack:
-        model, engine = stack.enter_context(
-            capturing_engine(workload, in_flight, Path(folder), cache_tokens=CACHE_TOKENS, threads=threads)
-        )
-        stage("this project's engine is there")
-        _, plain = stack.enter_context(_plain(model, workload, in_flight))
-        stage("plain vLLM is there")
-        loop, switched_on = stack.enter_context(_plain(model, workload, in_flight, **SWITCHES))
-        stage("vLLM with its switches on is there")
-        keep = keeper(model, engine)
-        budgeted: dict[str, Way] = {
-            "plain": engine_way(plain, model, "none"),
-            "none": engine_way(engine, model, "none"),
-            "3x2": engine_way(engine, model, "3x2", keep),
-            "all": engine_way(engine, model, "all", keep),
-        }
-        rest: dict[str, Way] = {
-            BESIDE: budgeted["plain"],
-            "switched on": _from_empty(loop, engine_way(switched_on, model, "none")),
-            "nnsight": stack.enter_context(_nnsight(model, workload, in_flight)),
-        }
-        stage("nnsight's engine is there")
+        arms: dict[str, Arm] = {}
+        taps: dict[str, tuple[int, int]] = {}
+        kinds = [PLAIN, NONE] + ([FEW, MANY] if TAPS_AT in numbers else [])
+        engines = _Engines(workload, most, Path(folder), threads)
+        for kind in kinds[:: -1 if start % 2 else 1]:
+            stack.enter_context(engines.started(kind, arms, taps))
+            stage(f"{kind}: its engine is there")
+        for number in numbers:
+            prompts = workload.prompts(tokenizer, number * WAVES.get(number, MOST_WAVES))
+            named = {name: arms[name] for name in (PLAIN, *BUDGETS)}
+            named |= {kind: arms[kind] for kind in kinds[2:] if number == TAPS_AT}
+            for arm in named.values():
+                arm.run(prompts[: min(number, 8)], 2, number)
 
-        def arm(name: str, way: Way) -> Callable[[], float]:
-            def run() -> float:
+            def measure(name: str, arm: "Arm", prompts: list[list[int]] = prompts, number: int = number) -> Measured:
                 time.sleep(SETTLE_S)
-                found = way(prompts, max_tokens, in_flight)
-                stage(f"{name}: {found.tokens} tokens, {found.rate:.1f}/s")
-                return found.rate
+                found = arm.run(prompts, workload.max_tokens, number)
+                stage(f"{number} in flight, {name}: {found.rate:.1f}/s, {found.between_s * 1e3:.2f} ms, {found.shares}")
+                return found
 
-            return run
-
-        for way in (*budgeted.values(), *rest.values()):
-            way(prompts[:4], 2, 4)
-        measured = interleave({name: arm(name, way) for name, way in budgeted.items()}, rounds)
-        return measured | interleave({name: arm(name, way) for name, way in rest.items()}, 1)
+            for turn in range(rounds):
+                order = list(named)[:: -1 if turn % 2 else 1]
+                yield Round(number, start, {name: measure(name, named[name]) for name in order}, taps)
 
 
-@contextmanager
-def _plain(
-    model: VllmModel, workload: Workload, in_flight: int, **switches: bool
-) -> Iterator[tuple[EngineLoop, VllmEngine]]:
-    """Start vLLM as it is, with the settings of an engine that captures but for some switches."""
-    from vllm.engine.arg_utils import AsyncEngineArgs
-    from vllm.v1.engine.async_llm import AsyncLLM
+@dataclass(frozen=True)
+class Arm:
+    """One thing to run in each round."""
 
-    path, arguments = _arguments(workload, in_flight)
-    arguments |= switches
-    loop = EngineLoop(lambda: AsyncLLM.from_engine_args(AsyncEngineArgs(model=path, enforce_eager=True, **arguments)))
-    engine = VllmEngine(
-        loop,
-        model,
-        capacity=arguments["max_model_len"],
-        captures=False,
-        max_batch=in_flight,
-        max_queue=1024,
-        prefix_cache=PrefixCaching(arguments["enable_prefix_caching"]),
-    )
-    try:
-        yield loop, engine
-    finally:
-        engine.close()
+    way: Way
+    clock: Callable[[], dict[str, float]]
+    """Reads the worker's clock; nothing where it has none."""
+
+    def run(self, prompts: list[list[int]], max_tokens: int, in_flight: int) -> Measured:
+        """Run it once."""
+        before = self.clock()
+        found = self.way(prompts, max_tokens, in_flight)
+        spent = {what: seconds - before.get(what, 0.0) for what, seconds in self.clock().items()}
+        shares = {what: round(seconds / found.seconds, 5) for what, seconds in spent.items()}
+        return Measured(found.rate, median(found.between_s), shares)
 
 
-def _from_empty(loop: EngineLoop, way: Way) -> Way:
-    """Have each run begin with an empty prefix cache: in another run's, it would find every prompt whole."""
+@dataclass(frozen=True)
+class _Engines:
+    """What is started."""
 
-    def run(prompts: list[list[int]], max_tokens: int, in_flight: int) -> Run:
-        loop.run(loop.client.reset_prefix_cache)  # type: ignore[attr-defined]
-        return way(prompts, max_tokens, in_flight)
+    workload: Workload
+    in_flight: int
+    folder: Path
+    threads: int
 
-    return run
+    @contextmanager
+    def started(self, kind: str, arms: dict[str, Arm], taps: dict[str, tuple[int, int]]) -> Iterator[None]:
+        """Start one engine, and add the arms that it runs."""
+        declared = {FEW: TAPS[:1], MANY: MOST_TAPS}.get(kind, TAPS)
+        given = settings(self.workload, self.in_flight, self.folder / kind, CACHE_TOKENS, self.threads, declared)
+        if kind == PLAIN:
+            with plain_engine(self.workload.model, given) as loop:
+                arms[PLAIN] = Arm(plain_way(loop), dict)
+                yield
+            return
+        with capturing_engine(self.workload.model, given) as (model, engine):
+            taps[kind] = ask(engine, start_clock)
 
+            def clock() -> dict[str, float]:
+                return dict(ask(engine, read_clock))
 
-@contextmanager
-def _nnsight(model: VllmModel, workload: Workload, in_flight: int) -> Iterator[Way]:
-    """Start nnsight's engine with a block that reads every layer's residual stream of every request."""
-    from nnsight.modeling.vllm import VLLM
-    from vllm import TokensPrompt
-
-    class OnCpu(VLLM):
-        """nnsight's vLLM, on a CPU if need be."""
-
-        _WORKER_CLS = (
-            VLLM._WORKER_CLS if model.device.type == "cuda" else "benchmarks.nnsight_cpu_worker.NnsightCpuWorker"
-        )
-
-    path, arguments = _arguments(workload, in_flight)
-    made: list[Any] = []
-
-    def make() -> Any:
-        made.append(OnCpu(path, mode="async", dispatch=True, **arguments))
-        return made[0].vllm_entrypoint
-
-    loop = EngineLoop(make)
-    wrapped = made[0]
-
-    async def install() -> None:
-        async with wrapped.edit() as (tracer, _):
-            rows = nnsight.save([])
-            for _ in tracer.iter[:]:
-                for layer in wrapped.model.layers:
-                    rows.append(layer.output[0] + layer.output[1])
-
-    loop.run(install)
-
-    def run(prompts: list[list[int]], max_tokens: int, in_flight: int) -> Run:
-        start = time.perf_counter()
-        outputs = loop.run(
-            lambda: wrapped.generate(
-                [TokensPrompt(prompt_token_ids=prompt) for prompt in prompts],
-                max_tokens=max_tokens,
-                temperature=0.0,
-                stop_token_ids=sorted(model.eos_token_ids),
-                ignore_eos=True,
-                detokenize=False,
-                logprobs=0,
-            )
-        )
-        tokens = 0
-        for prompt, output in zip(prompts, outputs, strict=True):
-            said = len(output.outputs[0].token_ids)
-            kept = sum(len(part) for part in output.saves["rows"])
-            if kept != (len(prompt) + said - 1) * model.structure.num_layers:
-                raise RuntimeError(f"nnsight kept {kept} rows of {len(prompt)} + {said} tokens")
-            tokens += said
-        return Run(sum(map(len, prompts)), tokens, time.perf_counter() - start, [])
-
-    try:
-        yield run
-    finally:
-        loop.client.shutdown()
-        loop.stop()
+            if kind == NONE:
+                keep = keeper(model, engine)
+                for capture in (NONE, "3x2", "all"):
+                    arms[capture] = Arm(engine_way(engine, model, capture, keep), clock)
+                arms[PROBED] = Arm(engine_way(engine, model, NONE, probes=probes(model)), clock)
+            else:
+                arms[kind] = Arm(engine_way(engine, model, NONE), clock)
+            yield
 
 
-def _arguments(workload: Workload, in_flight: int) -> tuple[str, dict[str, Any]]:
-    """Return the model's path and vLLM's arguments, those of this project's engine."""
-    path = locate(workload.model).path
-    place, kind = workload.place()
-    given = settings(workload, in_flight, Path(), cache_tokens=CACHE_TOKENS)
-    return path, engine_arguments(AutoConfig.from_pretrained(path), given, place, kind)
+def report(workload: Workload, rounds: list[Round], threads: int) -> str:
+    """Lay out what has been measured in Markdown."""
+    from vllm import __version__ as vllm_version
+
+    dtype = str(workload.place()[1]).removeprefix("torch.")
+    rows, shares, counts = [], [], []
+    for number in sorted({one.in_flight for one in rounds}):
+        here = [one for one in rounds if one.in_flight == number]
+        for name, (what, budget) in BUDGETS.items():
+            least = f"{budget if number > 1 else ALONE_BUDGET}×"
+            rows.append([str(number), what, least, *_compared(here, _against_plain(name))])
+            spent = [median(one.runs[name].shares[key] for one in here) for key in (READING, STORING, WRITER)]
+            shares.append([str(number), what, *(f"{share:.1%}" for share in spent)])
+        slower = _compared(here, lambda run: run[PROBED].between_s / run[NONE].between_s)
+        rows.append([str(number), "from token to token, with probes against none", f"{1 + PROBE_BUDGET}×", *slower])
+        varied = [one for one in here if FEW in one.runs]
+        for kind in (FEW, NONE, MANY) if varied else ():
+            count, size = varied[-1].taps[kind]
+            compared = _compared(varied, _against_plain(kind))
+            counts.append([str(count), f"{size / 1e6:,.0f} MB", *compared])
+    parts = [
+        f"{workload.name}, {dtype}, GSM8K prompts without examples ({MOST_WAVES} times as many as in flight; with 1 and "
+        f"{TAPS_AT} in flight {WAVES[1]} and {WAVES[TAPS_AT]} times), at most {workload.max_tokens} tokens, greedy, "
+        f"{threads or 'all'} threads, vLLM {vllm_version}, compiled. Plain vLLM has its defaults, chunked prefill and a prefix "
+        "cache (emptied before each run) among them, and tells tokens and text. This project's engine has "
+        f"{', '.join(TAPS)} of every layer tapped, and tells log-probabilities too. Median ratio of tokens/s of the same "
+        "round, and its interval (at least 90 % where there are five pairs):",
+        table(
+            ["in flight", "against plain vLLM", "budget", "median (interval)", "pairs", "starts of all engines"], rows
+        ),
+        "Shares of a run's time, in the median: of the thread that runs the model, what laying out steps, reading taps and "
+        "scoring takes, and handing rows over; and how long the writer's threads computed, which have no core of their own:",
+        table(["in flight", "", "reading", "handing over", "writer"], shares),
+    ]
+    if counts:
+        parts += [
+            f"Taps that nobody reads, {TAPS_AT} in flight, and what their buffers take:",
+            table(["taps", "buffers", "against plain vLLM", "pairs", "starts"], counts),
+        ]
+    return "\n\n".join(parts)
+
+
+def _against_plain(name: str) -> Callable[[dict[str, Measured]], float]:
+    return lambda runs: runs[name].rate / runs[PLAIN].rate
+
+
+def _compared(rounds: list[Round], ratio: Callable[[dict[str, Measured]], float]) -> list[str]:
+    """Return the median of a ratio with its interval, over how many rounds, and over how many starts."""
+    found = median_interval([ratio(one.runs) for one in rounds])
+    return [str(found), str(len(rounds)), str(len({one.start for one in rounds}))]
 
 
 if __name__ == "__main__":

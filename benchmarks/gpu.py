@@ -1,19 +1,26 @@
-"""The transformers engine on a GPU, with random weights: `make bench-gpu`, or `python -m benchmarks.gpu`.
+"""Both engines on a GPU, with random weights: `make bench-gpu`, or `python -m benchmarks.gpu`.
 
-It needs torch, transformers, nnsight, jaxtyping and psutil; no network, no model files. First the rows are checked, then come
-copies to the host, then speed and memory. Each part is written when it ends (`gpu_report`), so what has been found survives
-whatever comes after. The time is bounded: what has not ended when it is over is named as not run. Without a GPU, or with
-`--tiny`, a tiny model takes the same way, to show that the benchmark works; its numbers mean nothing.
+It needs torch, transformers, nnsight, jaxtyping and psutil; no network, no model files. The vLLM engine's part needs vLLM's
+build for this device and the server's packages, and is left out where they are not; it runs in a process of its own
+(`gpu_vllm`). First the rows of a model are checked, and vLLM's speed comes with its rows; then come the other rows, copies to
+the host, speed and memory. Each part is written when it ends (`gpu_report`), so what has been found survives whatever comes
+after. The time is bounded: what has not ended when it is over is named as not run. Without a GPU, or with `--tiny`, a tiny
+model takes the same way, to show that the benchmark works; its numbers mean nothing.
 
 It exits with 1 if a row is wrong, if a part failed, or if no rows could be checked.
 """
 
+import importlib.util
+import json
 import logging
 import os
+import signal
+import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,6 +42,10 @@ log = logging.getLogger(__name__)
 
 RESERVE_S = 5.0
 """Kept for what comes after the last part."""
+VLLM_SHARE = 0.55
+"""Of the time that is left after the first model's rows, for the vLLM engine: it has to be started twice."""
+VLLM_PACKAGES = ("vllm", "pyarrow", "safetensors")
+VLLM_LOG = "vllm.log"
 
 
 @dataclass(frozen=True)
@@ -105,13 +116,15 @@ class Bench:
         """Run all parts; returns the exit code."""
         size = self._size
         self._part("environment", "", self._environment)
-        for name in size.models:
+        for number, name in enumerate(size.models):
             self._part("rows", name, partial(self._rows, name))
+            if number == 0:
+                self.vllm(name)
         self._part("copies", "", self._copies)
         for number, name in enumerate(size.models):
             self._speeds(name, models_left=len(size.models) - number)
         bad = [part for part in self._report.parts if part.status in ("wrong", "failed")]
-        checked = [part for part in self._report.parts if part.name == "rows" and part.status == "ok"]
+        checked = [part for part in self._report.parts if part.name.endswith("rows") and part.status == "ok"]
         for part in bad:
             self._stage(f"{part.title}: {part.status.upper()}")
             for problem in part.result.get("problems", [part.reason]):
@@ -140,6 +153,62 @@ class Bench:
 
     def _rows(self, name: str) -> dict[str, Any]:
         return asdict(check_rows(self._workload(name), self._end))
+
+    def vllm(self, name: str) -> None:
+        """Have the vLLM engine checked and measured in a process of its own, and add its parts as they end."""
+        absent = [package for package in VLLM_PACKAGES if importlib.util.find_spec(package) is None]
+        now = time.monotonic()
+        if absent or now >= self._end:
+            why = (
+                f"{absent[0]} is not installed here; constraints-vllm-cuda.txt has vLLM"
+                if absent
+                else "the time was over"
+            )
+            self._add(Part("vllm", name, "not run", 0.0, {}, why))
+            return
+        workload = self._workload(name)
+        device, dtype = workload.place()
+        parts, end = self._report.folder / "vllm.jsonl", now + (self._end - now) * VLLM_SHARE
+        parts.write_text("")
+        task = {
+            "model": name,
+            "dtype": str(dtype).removeprefix("torch."),
+            "device": device.type,
+            "in_flight": self._size.in_flight or (8,),
+            "max_tokens": self._size.max_tokens,
+            "rounds": self._size.rounds if self._size.in_flight else 0,
+            "seconds": end - now,
+            "file": str(parts),
+        }
+        with (self._report.folder / VLLM_LOG).open("w") as log_file:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.gpu_vllm", json.dumps(task)],
+                stdout=log_file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+            try:
+                added = 0
+                while process.poll() is None and time.monotonic() < end + RESERVE_S:
+                    time.sleep(0.2)
+                    added = self._take_in(parts, added)
+                ended = process.poll()
+            finally:
+                # It and what it has started, all of which are in its session.
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+        self._take_in(parts, added)
+        if ended != 0:
+            why = "its time was over" if ended is None else f"its process ended with {ended}; see {VLLM_LOG}"
+            self._add(Part("vllm", name, "not run" if ended is None else "failed", time.monotonic() - now, {}, why))
+
+    def _take_in(self, parts: Path, added: int) -> int:
+        """Add the parts that have been written since the first `added`; returns how many there are."""
+        lines = [line for line in parts.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        for line in lines[added:]:
+            self._add(Part(**json.loads(line)))
+        return len(lines)
 
     def _copies(self) -> dict[str, Any]:
         device, _ = self._workload(self._size.models[0]).place()
@@ -203,9 +272,12 @@ class Bench:
             status, reason = "wrong", str(result["problems"][0])
         release()
         part = Part(name, of, status, time.monotonic() - start, result, reason)
+        self._add(part)
+        return part
+
+    def _add(self, part: Part) -> None:
         self._report.add(part)
         self._stage(f"{part.title}: {part.status}{f', {part.reason}' if part.reason else ''}")
-        return part
 
     def _stage(self, text: str) -> None:
         print(f"{time.monotonic() - self._began:7.1f} s  {text}", file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal
 
 from benchmarks.record import conditions, record, replace_section, table
@@ -21,7 +22,7 @@ class Part:
     """One part of the benchmark."""
 
     name: str
-    """"environment", "rows", "copies", "load" or "speed"."""
+    """"environment", "rows", "copies", "load" or "speed"; with "vllm" before it, of that engine."""
     of: str
     """The model, and for "speed" how many in flight; "" where there is none."""
     status: Status
@@ -50,7 +51,7 @@ class Report:
             results: the RESULTS.md to keep, None for none.
         """
         folder.mkdir(parents=True, exist_ok=True)
-        self._folder = folder
+        self.folder = folder
         self._results = results
         self.parts: list[Part] = []
         (folder / PARTS).write_text("")
@@ -69,12 +70,12 @@ class Report:
             },
             allow_nan=False,
         )
-        with (self._folder / PARTS).open("a") as file:
+        with (self.folder / PARTS).open("a") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())
         body = section(self.parts)
-        write_text(self._folder / SECTION, replace_section("", TITLE, f"{body}\n\n{conditions()}"))
+        write_text(self.folder / SECTION, replace_section("", TITLE, f"{body}\n\n{conditions()}"))
         if self._results is not None:
             record(TITLE, body, self._results)
 
@@ -91,20 +92,27 @@ def _finite(value: Any) -> Any:
 def section(parts: list[Part]) -> str:
     """Lay out in Markdown what there is so far."""
     pieces = [
-        "The transformers engine on random weights of a Llama's shape. Rows first: those of requests of different lengths that "
+        "Both engines on random weights of a Llama's shape. Rows first: those of requests of different lengths that "
         "join and leave a batch, against a teacher-forced forward of the same weights on the same device with plain PyTorch "
         "hooks. An error is the largest distance of a row from that of the float32 forward, relative to its length, over all "
-        "hook points; the plain forward's own, in the model's dtype, is the measure of what rounding does.",
+        "hook points; the plain forward's own, in the model's dtype, is the measure of what rounding does. Cosines are the "
+        "smallest of a row to the float32 forward's, the engine's and the plain forward's.",
     ]
-    checks = [part.result | {"status": part.status} for part in parts if part.name == "rows" and part.result]
+    checks = [
+        part.result | {"status": part.status, "engine": "vllm" if part.name.startswith("vllm") else "transformers"}
+        for part in parts
+        if part.name.endswith("rows") and part.result
+    ]
     if checks:
         header = [
+            "engine",
             "model",
             "dtype",
             "rows",
             "engine's error",
             "plain forward's",
             "between the two",
+            "cosines",
             "log-probabilities",
             "",
         ]
@@ -136,6 +144,27 @@ def section(parts: list[Part]) -> str:
             "GB: GPU, pinned, host",
         ]
         pieces.append(table(header, [_arm_row(part, arm) for part in speeds for arm in part.result["arms"]]))
+    beside = [part for part in parts if part.name == "vllm speed" and part.result]
+    if beside:
+        pieces.append(
+            "The vLLM engine, its taps in vLLM's compiled graph and what it captures on the disk within the time measured, "
+            "beside plain vLLM with its defaults, in turn. The last columns: shares of a run's time that reading and scoring, "
+            "and handing rows over, take of the thread that runs the model, and that the writer's threads compute."
+        )
+        header = [
+            "model",
+            "in flight",
+            "",
+            "tokens/s",
+            "against plain",
+            "token to token",
+            "reading",
+            "handing over",
+            "writer",
+        ]
+        pieces.append(table(header, [_beside_row(part, arm) for part in beside for arm in part.result["arms"]]))
+    steps = [part for part in parts if part.name == "vllm rows" and part.result]
+    pieces += [f"vLLM's steps by the graph that ran them, {part.of}: {part.result['graphs']}." for part in steps]
     missing = [
         f"{part.title}: {part.status}, {part.reason}" for part in parts if part.status != "ok" and not part.result
     ]
@@ -151,8 +180,26 @@ def section(parts: list[Part]) -> str:
 def _check_row(check: dict[str, Any]) -> list[str]:
     keys = check["keys"]
     worst = [f"{max((key[name] for key in keys), default=0.0):.1e}" for name in ("engine", "plain", "apart")]
+    alike = ", ".join(f"{min((key[name] for key in keys), default=1.0):.5f}" for name in ("cosine", "plain_cosine"))
     verdict = "right" if check["status"] == "ok" else "**wrong**"
-    return [check["model"], check["dtype"], f"{check['rows']:,}", *worst, f"{check['logprob_error']:.1e}", verdict]
+    counted = f"{check['rows']:,}"
+    return [
+        check["engine"], check["model"], check["dtype"], counted, *worst, alike, f"{check['logprob_error']:.1e}", verdict
+    ]  # fmt: skip
+
+
+def _beside_row(part: Part, arm: dict[str, Any]) -> list[str]:
+    model, in_flight = part.of.rsplit(", ", 1)
+    ratio = arm["ratio"]
+    return [
+        model,
+        in_flight.removesuffix(" in flight"),
+        arm["arm"],
+        f"{median(arm['rates']):,.1f}",
+        f"{ratio['estimate']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})" if ratio else "–",
+        f"{arm['between_s'] * 1e3:.2f} ms",
+        *(f"{share:.1%}" for share in arm["shares"].values()),
+    ]
 
 
 def _arm_row(part: Part, arm: dict[str, Any]) -> list[str]:

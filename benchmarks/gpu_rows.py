@@ -27,14 +27,15 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
 
 from benchmarks.ways import OutOfTimeError
 from benchmarks.workload import Workload
 from roentgen.contract import Positions, stored_key
 from serve_app.capture.rows import CapturePlan
 from serve_app.engines.protocol import Event, Failed, Finished, GenerationJob, Sampling
+from serve_app.engines.served_model import ServedModel
 from serve_app.engines.transformers.engine import TransformersEngine
-from serve_app.engines.transformers.model import LoadedModel
 
 IN_LAYER = {
     "resid_pre": ("", "input"),
@@ -108,6 +109,10 @@ class KeyErrors:
     """The engine's from the float32 forward's, on average."""
     plain_mean: float
     """Those of the plain forward, on average."""
+    cosine: float
+    """The smallest of a row to the float32 forward's."""
+    plain_cosine: float
+    """The smallest of the plain forward's."""
     neighbor: float | None
     """The row of the position before, where another token was fed, from the row itself, in the median; None where there is
     none."""
@@ -172,7 +177,7 @@ def check_rows(workload: Workload, deadline: float) -> RowCheck:
     requests, finished, steps, problems = _generate(workload, deadline)
     release()
     module, _ = workload.load_plain()
-    comparison = _Comparison(dtype, problems)
+    comparison = Comparison(dtype, problems)
     for request in requests:
         if time.monotonic() > deadline:
             raise OutOfTimeError("the time was over")
@@ -183,7 +188,7 @@ def check_rows(workload: Workload, deadline: float) -> RowCheck:
     return comparison.judge(workload.random_weights, steps)
 
 
-def make_requests(model: LoadedModel) -> list[Request]:
+def make_requests(model: ServedModel) -> list[Request]:
     """Make the batch's requests; their prompts are random tokens."""
     keys = checked_keys(model.structure.num_layers)
     taps = {key: model.structure.taps[key] for key in keys}
@@ -274,12 +279,15 @@ class _Rows(NamedTuple):
     plain: list[float]
     apart: list[float]
     neighbor: list[float]
+    cosine: list[float]
+    plain_cosine: list[float]
 
 
-class _Comparison:
+class Comparison:
     """Gathers requests, one by one, and judges."""
 
     def __init__(self, dtype: torch.dtype, problems: list[str]) -> None:
+        """Begin without requests; `problems` are those that are known."""
         self._dtype = dtype
         self.problems = problems
         self._rows: dict[tuple[str, bool], list[_Rows]] = defaultdict(list)
@@ -331,13 +339,14 @@ class _Comparison:
                 continue
             errors = (distances(rows, want), distances(near, want), distances(rows, near))
             neighbor = distances(want[differ], want[[i + 1 for i in differ]])
-            self._rows[key, pooled].append(_Rows(request.number, positions, *errors, neighbor))
+            alike = (cosine_similarity(one, want, dim=1).tolist() for one in (rows, near))
+            self._rows[key, pooled].append(_Rows(request.number, positions, *errors, neighbor, *alike))
 
     def judge(self, model: str, steps: dict[int, int]) -> RowCheck:
         """Judge what has been gathered."""
         keys, wrong = [], []
         for (key, pooled), requests in self._rows.items():
-            engine, plain, apart, neighbors = (
+            engine, plain, apart, neighbors, cosines, plain_cosines = (
                 [error for errors in gathered for error in errors]
                 for gathered in zip(*(rows[2:] for rows in requests), strict=True)
             )
@@ -354,6 +363,8 @@ class _Comparison:
                     allowed=allowed,
                     engine_mean=fmean(engine),
                     plain_mean=fmean(plain),
+                    cosine=min(cosines),
+                    plain_cosine=min(plain_cosines),
                     neighbor=neighbor,
                 )
             )

@@ -1,9 +1,13 @@
-"""vLLM by itself, capturing nothing, and with this project's capture, as ways to generate.
+"""vLLM by itself, and this project's engine on it, as ways to generate.
 
-It lives in an environment of its own (`make bench-vllm` makes it), so a column of it is measured by that environment's Python.
-The engine is driven step by step, so that a request is made when there is room for it, as for every other way.
+They live in an environment of their own (`make bench-vllm` makes it), so a column is measured by that environment's Python.
+Alone, vLLM is driven step by step, so that a request is made when there is room for it, as for every other way. Beside this
+project's engine it is what `vllm serve` starts, with vLLM's defaults: compiled, with chunked prefill and a prefix cache, in a
+process that computes nothing while the other does.
 """
 
+import asyncio
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -11,32 +15,40 @@ from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PretrainedConfig, PreTrainedModel
 from transformers.utils import GENERATION_CONFIG_NAME
 from ulid import ULID
 
-from benchmarks.ways import Keep, Run, UnavailableError, Way, end_tokens, engine_way
+from benchmarks.ways import Keep, OutOfTimeError, Run, UnavailableError, Way, end_tokens, engine_way
 from benchmarks.workload import Workload
-from roentgen.contract import ActivationRequest
+from roentgen.contract import ActivationRequest, stored_key
+from roentgen.linear_probe import Readout
 from roentgen.tokenized_text import TokenizedText
+from serve_app.capture.scoring import Scorer
 from serve_app.engines.protocol import Finished
 from serve_app.engines.rollout import make_entry
 from serve_app.engines.served_model import ServedModel
 from serve_app.engines.storage import Stored
-from serve_app.engines.vllm.loading import VllmModel, VllmSettings, start
+from serve_app.engines.vllm.loading import VllmModel, VllmSettings, engine_arguments, start
 from serve_app.engines.vllm.requirements import EngineUnavailableError
 from serve_app.models.sources import locate
 
 if TYPE_CHECKING:
-    from serve_app.engines.vllm.engine import VllmEngine
+    from serve_app.engines.vllm.engine import EngineLoop, VllmEngine
 
 PYTHON = Path(__file__).parents[1] / ".venv-vllm" / "bin" / "python"
 CACHE_BYTES = 4 << 30
 """Of the KV cache on a CPU; on a GPU it takes what is free."""
 CONTEXT = 4096
+
+TAPS = ("resid_post", "ln_attn", "ln_mlp")
+"""Those of a server that nobody told which."""
+MOST_TAPS = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out", "ln_attn", "ln_mlp")
+"""Every hook point of the layers."""
+N_PROBES = 8
 
 
 @contextmanager
@@ -119,22 +131,25 @@ def loaded_capturing_vllm(workload: Workload, in_flight: int, capture: str) -> I
     Raises:
         UnavailableError: if vLLM is not installed.
     """
-    with TemporaryDirectory() as folder, capturing_engine(workload, in_flight, Path(folder)) as (model, engine):
-        yield engine_way(engine, model, capture, keeper(model, engine)), _shape(model.source.path, model.dtype)[0]
+    with TemporaryDirectory() as folder:
+        name = workload.saved(Path(folder)).model
+        with capturing_engine(name, settings(workload, in_flight, Path(folder))) as (model, engine):
+            yield engine_way(engine, model, capture, keeper(model, engine)), _shape(model.source.path, model.dtype)[0]
 
 
 @contextmanager
-def capturing_engine(
-    workload: Workload, in_flight: int, folder: Path, *, cache_tokens: int = 0, threads: int = 0
-) -> "Iterator[tuple[VllmModel, VllmEngine]]":
-    """Start this project's vLLM engine; what it captures is stored in the folder.
+def capturing_engine(name: str, given: VllmSettings) -> "Iterator[tuple[VllmModel, VllmEngine]]":
+    """Start this project's vLLM engine.
+
+    Args:
+        name: of a model that a server can load.
+        given: how.
 
     Raises:
         UnavailableError: if vLLM is not installed.
     """
-    saved = workload.saved(folder)
     try:
-        model, engine = start(locate(saved.model), settings(workload, in_flight, folder, cache_tokens, threads))
+        model, engine = start(locate(name), given)
     except EngineUnavailableError as error:
         raise UnavailableError(str(error)) from error
     try:
@@ -143,8 +158,15 @@ def capturing_engine(
         engine.close()
 
 
-def settings(workload: Workload, in_flight: int, folder: Path, cache_tokens: int = 0, threads: int = 0) -> VllmSettings:
-    """Return the settings under which vLLM is measured."""
+def settings(
+    workload: Workload,
+    in_flight: int,
+    folder: Path,
+    cache_tokens: int = 0,
+    threads: int = 0,
+    taps: tuple[str, ...] = TAPS,
+) -> VllmSettings:
+    """Return the settings under which this project's engine is measured; what it captures is stored in the folder."""
     device, dtype = workload.place()
     return VllmSettings(
         dtype=str(dtype).removeprefix("torch."),
@@ -155,10 +177,98 @@ def settings(workload: Workload, in_flight: int, folder: Path, cache_tokens: int
         tensor_parallel_size=1,
         threads=threads,
         capture=True,
-        taps=(),
-        eager=True,
+        taps=taps,
         store=str(folder / "store"),
     )
+
+
+@contextmanager
+def plain_engine(name: str, given: VllmSettings, **others: Any) -> "Iterator[EngineLoop]":
+    """Start vLLM as `vllm serve` does, with room for as many requests and tokens as one of this project's engines.
+
+    Args:
+        name: of the model.
+        given: the other engine's settings.
+        others: of vLLM's arguments.
+    """
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.v1.engine.async_llm import AsyncLLM
+
+    from serve_app.engines.vllm.engine import EngineLoop
+
+    place = torch.device(given.device)
+    path = locate(name).path
+    ours = engine_arguments(AutoConfig.from_pretrained(path), given, place, getattr(torch, given.dtype))
+    same = ("dtype", "max_model_len", "max_num_seqs", "kv_cache_memory_bytes")
+    arguments = {name: ours[name] for name in same if name in ours} | others
+    if place.type == "cpu":
+        from serve_app.engines.vllm.cpu_worker import prepare_cpu
+
+        prepare_cpu(given.threads, ranks=1)  # one process for core and worker, which leaves no core idle
+    loop = EngineLoop(lambda: AsyncLLM.from_engine_args(AsyncEngineArgs(model=path, **arguments)))
+    try:
+        yield loop
+    finally:
+        loop.client.shutdown()
+        loop.stop()
+
+
+def plain_way(loop: "EngineLoop", deadline: float = math.inf) -> Way:
+    """Return plain vLLM through its own client, as its server drives it; its prefix cache is empty when a run begins.
+
+    Args:
+        loop: where it runs.
+        deadline: on the monotonic clock: a run that has not ended by then raises an `OutOfTimeError`.
+    """
+    from vllm import SamplingParams, TokensPrompt
+    from vllm.sampling_params import RequestOutputKind
+
+    client: Any = loop.client
+
+    def run(prompts: list[list[int]], max_tokens: int, in_flight: int) -> Run:
+        params = SamplingParams(temperature=0, max_tokens=max_tokens, output_kind=RequestOutputKind.DELTA)
+
+        async def generate() -> Run:
+            await client.reset_prefix_cache()  # prompts of another run would be found in it
+            gate = asyncio.Semaphore(in_flight)
+            start = time.perf_counter()
+
+            async def one(number: int) -> tuple[float, float, int]:
+                async with gate:
+                    made, first, last, tokens = time.perf_counter(), 0.0, 0.0, 0
+                    prompt = TokensPrompt(prompt_token_ids=prompts[number])
+                    async for output in client.generate(prompt, params, f"{start}-{number}"):
+                        last = time.perf_counter()
+                        first = first or last
+                        tokens += len(output.outputs[0].token_ids)
+                    return first - made, (last - first) / max(tokens - 1, 1), tokens
+
+            found = await asyncio.gather(*map(one, range(len(prompts))))
+            first, between, tokens = zip(*found, strict=True)
+            seconds = time.perf_counter() - start
+            return Run(sum(map(len, prompts)), sum(tokens), seconds, list(first), between_s=list(between))
+
+        left = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
+        try:
+            found: Run = loop.run(lambda: asyncio.wait_for(generate(), left))
+            return found
+        except TimeoutError:
+            raise OutOfTimeError("the time was over") from None
+
+    return run
+
+
+def probes(model: ServedModel, count: int = N_PROBES) -> tuple[Scorer, ...]:
+    """Return probes of as many layers' residual streams, from the first to the last, as a server makes them of a request's."""
+    structure, generator = model.structure, torch.Generator().manual_seed(0)
+    width, last = structure.d_model, structure.num_layers - 1
+    found = []
+    for number in range(count):
+        key = stored_key("resid_post", round(number * last / (count - 1)))
+        weight, bias = torch.randn(1, width, generator=generator), torch.zeros(1)
+        readout = Readout(weight, bias, torch.zeros(width), torch.ones(width)).to(model.device)
+        found.append(Scorer(f"probe {number}", key, structure.taps[key], readout, ""))
+    return tuple(found)
 
 
 def keeper(model: ServedModel, engine: "VllmEngine") -> Keep:

@@ -30,6 +30,7 @@ from benchmarks.workload import capture_plan, capture_request
 from roentgen.contract import split_key
 from serve_app.capture.resolver import resolve_structure
 from serve_app.capture.rows import CapturePlan
+from serve_app.capture.scoring import Scorer
 from serve_app.engines.protocol import Engine, Event, Failed, Finished, GenerationJob, Sampling
 from serve_app.engines.served_model import ServedModel
 
@@ -48,6 +49,8 @@ class Run:
     """Per request, the seconds until its first token."""
     cached_tokens: int = 0
     """Tokens of the prompts that were found in a prefix cache, where a way tells."""
+    between_s: list[float] = field(default_factory=list, repr=False)
+    """Per request, the seconds from one token to the next, on average; nothing where a way does not tell."""
 
     @property
     def rate(self) -> float:
@@ -75,7 +78,12 @@ Keep = Callable[[list[int], Finished], "Future[Any]"]
 
 
 def engine_way(
-    engine: Engine, model: ServedModel, capture: str, keep: Keep | None = None, deadline: float = math.inf
+    engine: Engine,
+    model: ServedModel,
+    capture: str,
+    keep: Keep | None = None,
+    deadline: float = math.inf,
+    probes: tuple[Scorer, ...] = (),
 ) -> Way:
     """Return one of this project's engines, with one of the captures; whoever finishes makes room for the next.
 
@@ -88,6 +96,7 @@ def engine_way(
         keep: stores what is captured, within the time that is measured; None leaves it in memory.
         deadline: on the monotonic clock. A run that has not ended by then cancels its requests and raises an
             `OutOfTimeError`; a run that fails cancels them too.
+        probes: what every request is scored with.
     """
     plan = capture_plan(model, capture)
 
@@ -95,22 +104,27 @@ def engine_way(
         heard: queue.SimpleQueue[tuple[int, Finished | Failed]] = queue.SimpleQueue()
         made: dict[int, float] = {}
         first: dict[int, float] = {}
+        last: dict[int, float] = {}
         jobs: list[GenerationJob] = []
 
         def submit(number: int) -> None:
             def listen(event: Event) -> None:
-                first.setdefault(number, time.perf_counter())
+                last[number] = time.perf_counter()
+                first.setdefault(number, last[number])
                 if isinstance(event, Finished | Failed):
                     heard.put((number, event))
 
             made[number] = time.perf_counter()
             sampling = Sampling(max_tokens, temperature=0)
-            jobs.append(GenerationJob(prompts[number], sampling, listen, plan, stream=True, cache_salt=salt))
+            jobs.append(
+                GenerationJob(prompts[number], sampling, listen, plan, stream=True, cache_salt=salt, probes=probes)
+            )
             engine.submit(jobs[-1])
 
         salt = uuid4().hex
         start = time.perf_counter()
-        tokens = cached = 0
+        tokens: dict[int, int] = {}
+        cached = 0
         kept: list[Future[Any]] = []
         try:
             for number in range(min(in_flight, len(prompts))):
@@ -121,7 +135,7 @@ def engine_way(
                     raise event.error
                 if keep is not None and plan is not None:
                     kept.append(keep(prompts[number], event))
-                tokens += len(event.token_ids)
+                tokens[number] = len(event.token_ids)
                 cached += event.cached_tokens
                 if done + in_flight < len(prompts):
                     submit(done + in_flight)
@@ -132,7 +146,14 @@ def engine_way(
         for future in kept:
             future.result()
         seconds = time.perf_counter() - start
-        return Run(sum(map(len, prompts)), tokens, seconds, [first[i] - made[i] for i in made], cached)
+        return Run(
+            sum(map(len, prompts)),
+            sum(tokens.values()),
+            seconds,
+            [first[i] - made[i] for i in made],
+            cached,
+            [(last[i] - first[i]) / max(tokens[i] - 1, 1) for i in made],
+        )
 
     return run
 

@@ -71,7 +71,7 @@ RANDOM_MODELS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
-        "head_dim": 16,
+        "head_dim": 32,
         "vocab_size": 1024,
         "max_position_embeddings": 1024,
         "initializer_range": 0.16,

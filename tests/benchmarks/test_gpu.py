@@ -87,6 +87,7 @@ def test_it_needs_no_more_than_make_installs_for_it(tmp_path: Path) -> None:
     assert rows["result"]["requests"] == 15  # of 16, one is canceled
     assert {key["key"] for key in rows["result"]["keys"]} == set(checked_keys(4))
     assert all(key["engine"] < 1e-5 for key in rows["result"]["keys"])
+    assert parts["vllm", "llama-tiny"]["status"] == "not run"
     assert parts["copies", ""]["status"] == "not run"
     for in_flight in TINY.in_flight:
         arms = parts["speed", f"llama-tiny, {in_flight} in flight"]["result"]["arms"]
@@ -98,6 +99,7 @@ def test_it_needs_no_more_than_make_installs_for_it(tmp_path: Path) -> None:
     assert re.search(r"\| llama-tiny \| 8 \| \d\.\d \| all \| \d", section)
     assert section in done.stdout
     assert "- copies: not run, there is no GPU to copy from" in section
+    assert "- vllm llama-tiny: not run, vllm is not installed here; constraints-vllm-cuda.txt has vLLM" in section
 
 
 def one_to_the_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +147,7 @@ def test_wrong_rows_are_found_and_named(
     # The check at loading finds some of these too, and would keep requests apart.
     monkeypatch.setattr("benchmarks.workload.check_loaded", lambda *_: CheckedModel())
     fault(monkeypatch)
+    monkeypatch.setattr("benchmarks.gpu.VLLM_PACKAGES", ("no_such_package",))
     bench = Bench(Report(tmp_path, None), ROWS_ONLY, dtype, "cpu", time.monotonic(), soon())
     assert bench.run() == 1
     said = capsys.readouterr().err
