@@ -176,6 +176,7 @@ def test_a_full_queue_is_refused_and_the_rest_is_answered(client: openai.OpenAI)
     assert set(said) - set(answered) == {"2"}
 
 
+@pytest.mark.timeout(1500)
 def test_another_model_takes_its_place_when_what_runs_has_ended(
     server: Server, home: RayHome, client: openai.OpenAI, other: Path
 ) -> None:
@@ -190,7 +191,7 @@ def test_another_model_takes_its_place_when_what_runs_has_ended(
             stages.append(httpx2.get(f"{server.root}/health", timeout=10).json().get("stage"))
 
     def load_model(model: str) -> httpx2.Response:
-        return httpx2.post(f"{server.base_url}/models/load", json={"model_id": model}, timeout=180)
+        return httpx2.post(f"{server.base_url}/models/load", json={"model_id": model}, timeout=600)  # it is compiled
 
     with ThreadPoolExecutor() as pool:
         stream = ask(client, max_tokens=60, stream=True, extra_body={"activations": ASKED | {"session_id": "swapped"}})

@@ -144,7 +144,7 @@ from tests.serve_app.engines.subjects import vllm_settings
 
 if __name__ == "__main__":
     source = ModelSource("tiny", sys.argv[1], "0")
-    settings = vllm_settings(Path(sys.argv[2]), capture=False, tensor_parallel_size=int(sys.argv[3]))
+    settings = vllm_settings(Path(sys.argv[2]), eager=True, tensor_parallel_size=int(sys.argv[3]))
     model, engine = loading.start(source, settings)
     print("ready", flush=True)
     time.sleep(600)
