@@ -17,10 +17,15 @@ from pathlib import Path
 
 import psutil
 import pytest
+from hypothesis import settings
 
 from roentgen.serving.local_server import free_port
 from tests.disk import DiskCalls
 from tests.rotation import pytest_addoption, pytest_collection_modifyitems
+
+# How long an example takes says something of the machine only.
+settings.register_profile("roentgen", deadline=None)
+settings.load_profile("roentgen")
 
 __all__ = ["pytest_addoption", "pytest_collection_modifyitems"]  # pytest's own hooks
 

@@ -110,8 +110,9 @@ def _check(options: dict[str, Any]) -> EvalSettings:
 
 
 def taps_of(settings: EvalSettings) -> tuple[str, ...]:
-    """Return what vLLM taps on a cluster for an evaluation: the default, which other runs may read, and what this one adds."""
-    return (DEFAULT_TAPS_NAME, *(name for name in settings.hook_points if name not in DEFAULT_TAPS))
+    """Return what vLLM is to tap on a cluster: the default and what an evaluation adds to it, or nothing if it adds nothing."""
+    added = [name for name in settings.hook_points if name not in DEFAULT_TAPS]
+    return (DEFAULT_TAPS_NAME, *added) if added else ()
 
 
 def named_files(options: dict[str, Any]) -> dict[str, Path]:

@@ -6,7 +6,7 @@ from typing import Any, Self
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from roentgen.contract import DEFAULT_TAPS_NAME, Dtype, Revision
+from roentgen.contract import Dtype, Revision
 from roentgen.defaults import CLUSTER_MODEL, CLUSTER_NAME, CLUSTER_PORT
 from serve_app.config import EngineName
 
@@ -27,7 +27,9 @@ class ClusterSettings(BaseModel):
         description="vllm has the nodes install it; if absent, what serve.yaml says, else transformers on a new cluster.",
     )
     taps: str = Field(
-        DEFAULT_TAPS_NAME, description="With vLLM: the hook points that requests may name (roentgen serve --taps)."
+        "",
+        description="With vLLM: the hook points that requests may name (roentgen serve --taps); empty is what serve.yaml says, "
+        "else default.",
     )
     min_vram: int = Field(16, ge=0, description="GB of memory that a GPU must have; 0 for no GPU.")
     gpus: int = Field(1, ge=1, description="GPUs per node.")

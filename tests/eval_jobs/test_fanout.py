@@ -84,7 +84,7 @@ def long_prompts(plan: RolloutPlan) -> RolloutPlan:
 def test_the_first_of_a_shared_prefix_has_a_head_start(
     server: StandIn, plan: RolloutPlan, problems: list[Problem], parallel: int | Literal["auto"]
 ) -> None:
-    server.latency = 2 * HEAD_START_S
+    server.latency = 6 * HEAD_START_S
     assert_each_once(run(problems[:4], long_prompts(plan), parallel), problems[:4])
     first, second, third, _ = server.arrived
     assert question_of(server.requests[0]) == problems[0].question

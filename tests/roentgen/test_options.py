@@ -81,7 +81,7 @@ def differences(command: Any, models: dict[type[BaseModel], set[str]], **default
             "eval",
             {
                 EvalSettings: set(),
-                ClusterSettings: {"fresh", *OF_THE_SERVER},
+                ClusterSettings: {"fresh", "taps", *OF_THE_SERVER},
                 LaunchOptions: set(),
             },
             {"name": "roentgen-eval"},

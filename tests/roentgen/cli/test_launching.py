@@ -55,7 +55,7 @@ def test_what_is_given_travels_and_what_is_the_server_s_stays(launched: list[dic
 def test_the_server_taps_what_the_run_reads(launched: list[dict[str, Any]]) -> None:
     assert run("--hook-points", "resid_post,resid_mid,mlp.output").exit_code == 0
     assert run("--collect-activations").exit_code == 0
-    assert [call["settings"].taps for call in launched] == ["default,resid_mid,mlp.output", "default"]
+    assert [call["settings"].taps for call in launched] == ["default,resid_mid,mlp.output", ""]
 
 
 def test_files_of_this_machine_go_along(launched: list[dict[str, Any]], tmp_path: Path) -> None:

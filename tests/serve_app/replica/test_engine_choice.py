@@ -89,27 +89,30 @@ def settings(**changed: object) -> VllmSettings:
 
 def test_a_server_says_why_its_prefix_cache_is_off() -> None:
     assert settings(capture=False).prefix_caching == PrefixCaching(True)
-    assert "no row" in settings().prefix_caching.reason
+    assert settings().prefix_caching == PrefixCaching(True)
+    assert "no row of a token" in settings(eager=True).prefix_caching.reason
+    assert "--batch-invariant" in settings(batch_invariant=True).prefix_caching.reason
     assert "switched off" in settings(capture=False, prefix_cache=False).prefix_caching.reason
 
 
-def test_an_engine_that_captures_finds_no_token_in_a_cache() -> None:
+def test_what_vllm_is_started_with() -> None:
     config = tiny.config("wide_llama")
     place, kind = torch.device("cuda"), torch.bfloat16
     capturing = engine_arguments(config, settings(), place, kind)
-    assert (capturing["enable_prefix_caching"], capturing["enable_chunked_prefill"]) == (False, True)
+    # Whether a model can have a prefix cache is vLLM's to say.
+    assert (capturing["enable_prefix_caching"], capturing["enable_chunked_prefill"]) == (None, True)
     assert "max_num_batched_tokens" not in capturing
     assert engine_arguments(config, settings(max_prefill_tokens=64), place, kind)["max_num_batched_tokens"] == 64
     assert engine_arguments(config, settings(max_prefill_tokens=2), place, kind)["max_num_batched_tokens"] == 8
     eager = engine_arguments(config, settings(eager=True, max_prefill_tokens=64), place, kind)
-    assert (eager["enable_chunked_prefill"], "max_num_batched_tokens" in eager) == (False, False)
+    assert (eager["enable_prefix_caching"], eager["enable_chunked_prefill"]) == (False, False)
+    assert "max_num_batched_tokens" not in eager
     assert (capturing["max_model_len"], capturing["distributed_executor_backend"]) == (512, "uni")
     assert "kv_cache_memory_bytes" not in capturing
     plain = engine_arguments(config, settings(capture=False, tensor_parallel_size=2), place, kind)
-    assert (plain["enable_prefix_caching"], plain["enable_chunked_prefill"]) == (True, True)
-    assert not engine_arguments(config, settings(capture=False, prefix_cache=False), place, kind)[
-        "enable_prefix_caching"
-    ]
+    assert (plain["enable_prefix_caching"], plain["enable_chunked_prefill"]) == (None, True)
+    off = engine_arguments(config, settings(capture=False, prefix_cache=False), place, kind)
+    assert off["enable_prefix_caching"] is False
     assert (plain["tensor_parallel_size"], plain["distributed_executor_backend"]) == (2, "mp")
     # Two tensors of 3 layers, 1 head of 32 numbers, 2 bytes each; 384 tokens and a block that vLLM keeps for itself.
     small = engine_arguments(config, settings(max_cache_tokens=300), place, kind)
