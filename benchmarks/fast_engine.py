@@ -94,6 +94,7 @@ def main(
     max_tokens: Annotated[int, typer.Option(help="The most to generate per prompt.")] = 32,
     starts: Annotated[int, typer.Option(help="How often all engines are started; 0 only tells what the file has.")] = 3,
     rounds: Annotated[int, typer.Option(help="Of interleaved runs, per start and number in flight.")] = 2,
+    vary_taps: Annotated[bool, typer.Option(help=f"With {TAPS_AT} in flight, also with fewer and more taps.")] = True,
     threads: Annotated[int, typer.Option(help="Of each engine on a CPU; 0 for one per core.")] = 0,
     problems: Annotated[str, typer.Option(help="A source of problems; GSM8K if it is at hand.")] = "",
     file: Annotated[Path, typer.Option(help="Every round is written here.")] = Path("results/fast_engine.jsonl"),
@@ -110,7 +111,7 @@ def main(
         file.write_text("")
     first = 1 + max((found.start for found in read_rounds(file)), default=-1)
     for start in range(first, first + starts):
-        for found in _one_start(workload, numbers, rounds, threads, start, stage):
+        for found in _one_start(workload, numbers, rounds, threads, start, TAPS_AT if vary_taps else 0, stage):
             with file.open("a") as out:
                 out.write(json.dumps(asdict(found)) + "\n")
             if write:
@@ -133,14 +134,20 @@ def read_rounds(file: Path) -> list[Round]:
 
 
 def _one_start(
-    workload: Workload, numbers: tuple[int, ...], rounds: int, threads: int, start: int, stage: Callable[[str], None]
+    workload: Workload,
+    numbers: tuple[int, ...],
+    rounds: int,
+    threads: int,
+    start: int,
+    vary_at: int,
+    stage: Callable[[str], None],
 ) -> Iterator[Round]:
-    """Start the engines and run them in turns."""
+    """Start the engines and run them in turns; with `vary_at` requests in flight also those with fewer and more taps."""
     tokenizer, most = workload.tokenizer(), max(numbers)
     with TemporaryDirectory() as folder, ExitStack() as stack:
         arms: dict[str, Arm] = {}
         taps: dict[str, tuple[int, int]] = {}
-        kinds = [PLAIN, NONE] + ([FEW, MANY] if TAPS_AT in numbers else [])
+        kinds = [PLAIN, NONE] + ([FEW, MANY] if vary_at in numbers else [])
         engines = _Engines(workload, most, Path(folder), threads)
         for kind in kinds[:: -1 if start % 2 else 1]:
             stack.enter_context(engines.started(kind, arms, taps))
@@ -148,7 +155,7 @@ def _one_start(
         for number in numbers:
             prompts = workload.prompts(tokenizer, number * WAVES.get(number, MOST_WAVES))
             named = {name: arms[name] for name in (PLAIN, *BUDGETS)}
-            named |= {kind: arms[kind] for kind in kinds[2:] if number == TAPS_AT}
+            named |= {kind: arms[kind] for kind in kinds[2:] if number == vary_at}
             for arm in named.values():
                 arm.run(prompts[: min(number, 8)], 2, number)
 
