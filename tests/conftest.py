@@ -128,7 +128,9 @@ class Server:
         return self.base_url.removesuffix("/v1")
 
 
-def start_server(store: Path, home: RayHome, *options: str, environment: dict[str, str] | None = None) -> Server:
+def start_server(
+    store: Path, home: RayHome, *options: str, environment: dict[str, str] | None = None, timeout_s: float = 300
+) -> Server:
     """Start `roentgen serve` on a free port and wait until it answers."""
     port = free_port("127.0.0.1")
     command = [ROENTGEN, "serve", "--port", str(port), "--store", str(store), "--dtype", "float32", *options]
@@ -138,7 +140,7 @@ def start_server(store: Path, home: RayHome, *options: str, environment: dict[st
     process = subprocess.Popen(
         command, env=home.environment | (environment or {}), stdout=log, stderr=subprocess.STDOUT, text=True
     )
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         assert process.poll() is None, Path(log.name).read_text()
         try:

@@ -47,7 +47,8 @@ def server(tmp_path_factory: pytest.TempPathFactory, home: RayHome, other: Path)
         options = ["--engine", "vllm", "--threads", "1", "--max-cache-tokens", "4096", "--allow-model", str(other)]
         options += ["--max-batch", str(AT_ONCE), "--max-queue", str(QUEUE), "--allow-model", MODEL]
         options += ["--taps", "default,resid_mid"]
-        running = start_server(tmp_path_factory.mktemp("store"), home, *options)
+        # The model is compiled, which waits for whatever else computes.
+        running = start_server(tmp_path_factory.mktemp("store"), home, *options, timeout_s=540)
         yield running
         running.process.terminate()
         assert running.process.wait(60) == 0
