@@ -207,15 +207,19 @@ def test_ctrl_c_leaves_nothing_running(model: roentgen.Model) -> None:
     engine = model._held.engine
     assert engine is not None
 
+    watching = threading.Event()
+
     def interrupt() -> None:
+        watching.set()
         deadline = time.monotonic() + 30
         while not engine.load.running and time.monotonic() < deadline:
             time.sleep(0.002)
         _thread.interrupt_main()
 
     threading.Thread(target=interrupt).start()
+    assert watching.wait(30)
     with pytest.raises(KeyboardInterrupt):
-        model.generate(["a", "b"] * 40, max_tokens=400, ignore_eos=True)
+        model.generate(["a", "b"] * 400, max_tokens=400, ignore_eos=True)  # so many that they run when it comes
     deadline = time.monotonic() + 30
     while (engine.load.running or engine.load.waiting) and time.monotonic() < deadline:
         time.sleep(0.01)
