@@ -8,6 +8,7 @@ sample's activations are found by its `rollout_ids`, one a turn, in the session 
 """
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,20 @@ def write_parquet(run: Run, path: Path) -> int:
         RunError: if the record is damaged.
         OSError: as the disk answers.
     """
-    samples = run.samples().by_name()
     with atomic_write(path) as temporary, pq.ParquetWriter(temporary, SCHEMA) as writer:
-        for start in range(0, len(samples), ROWS_AT_ONCE):
-            rows = [_row(run, sample) for sample in samples[start : start + ROWS_AT_ONCE]]
-            writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
-    return len(samples)
+        return sum(_write(writer, table) for table in read_tables(run))
+
+
+def read_tables(run: Run) -> Iterator[pa.Table]:
+    """Return a run's samples as tables of these columns, some at a time, in the order of their names.
+
+    Raises:
+        RunError: if the record is damaged.
+    """
+    samples = run.samples().by_name()
+    for start in range(0, len(samples), ROWS_AT_ONCE):
+        rows = [_row(run, sample) for sample in samples[start : start + ROWS_AT_ONCE]]
+        yield pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
 def read_frame(run: Run) -> pd.DataFrame:
@@ -74,8 +83,12 @@ def read_frame(run: Run) -> pd.DataFrame:
     Raises:
         RunError: if the record is damaged.
     """
-    rows = [_row(run, sample) for sample in run.samples().by_name()]
-    return pa.Table.from_pylist(rows, schema=SCHEMA).to_pandas()
+    return pa.concat_tables([SCHEMA.empty_table(), *read_tables(run)]).to_pandas()
+
+
+def _write(writer: pq.ParquetWriter, table: pa.Table) -> int:
+    writer.write_table(table)
+    return len(table)
 
 
 def _row(run: Run, sample: Sample) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from probes.kinds.linear import LinearProbes
 from probes.labels import Example
 from probes.report import Candidate
 from roentgen.store import RolloutRows
+from roentgen.tokenized_text import token_texts
 
 MOST_TRACES = 200
 
@@ -139,8 +140,7 @@ def _choose(values: np.ndarray, seed: int) -> Int[np.ndarray, "chosen"]:
 
 
 def _trace(data: ProbeDataset, number: int, row: pd.Series, item: RolloutRows, probe: LinearProbes) -> Trace:
-    text, offsets = str(row["text"]), [int(offset) for offset in row["token_offsets"]]
-    tokens = tuple(text[a:b] for a, b in zip(offsets, [*offsets[1:], len(text)], strict=True))
+    tokens = tuple(token_texts(str(row["text"]), row["token_offsets"]))
     scores = _scores(probe, item.values.double().flatten(1))
     value, group = bool(data.target.values[number]), int(data.groups[number])
     return Trace(data.examples[number], value, int(row["n_prompt"]), tokens, item.position, scores, group)

@@ -14,6 +14,7 @@ import fcntl
 import json
 import mmap
 import os
+import shutil
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -119,8 +120,32 @@ def make_folder(path: Path) -> None:
         sync_folder(path.parent)
 
 
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder to fill, which then becomes `path`; if anything fails, it is removed and `path` unchanged.
+
+    Args:
+        path: the folder; it must not be there, or be empty.
+
+    Raises:
+        OSError: if the disk is full or read-only, or `path` holds something.
+    """
+    make_folder(path.parent)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in [*temporary.rglob("*"), temporary]:
+            sync_folder(file)
+        os.rename(temporary, path)
+    except BaseException:  # Ctrl-C can arrive at any moment
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+
+
 def sync_folder(path: Path) -> None:
-    """Flush a folder's entries to the disk."""
+    """Flush a folder's entries, or a file, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -4,9 +4,21 @@ The server's routes, `roentgen capture`, transcripts and the store pass this one
 the same form whichever way it came. `serve_app.models.tokenization` makes it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from roentgen.contract import count_rows
+
+
+def token_texts(text: str, offsets: Sequence[int]) -> list[str]:
+    """Return the text of every token; a token in the middle of a character is empty, but for the first of its character.
+
+    Args:
+        text: the whole.
+        offsets: the first character of each token in it.
+    """
+    starts = [int(offset) for offset in offsets]
+    return [text[start:stop] for start, stop in zip(starts, [*starts[1:], len(text)], strict=True)] if starts else []
 
 
 @dataclass(frozen=True)

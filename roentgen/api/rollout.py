@@ -10,7 +10,7 @@ from torch import Tensor
 
 from roentgen.model_names import suggest
 from roentgen.pages import page_environment
-from roentgen.tokenized_text import TokenizedText
+from roentgen.tokenized_text import TokenizedText, token_texts
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -56,9 +56,7 @@ class Rollout:
 
         A token that is part of a character is empty, but for the first of its character.
         """
-        text, offsets = self.sequence.text, self.sequence.token_offsets
-        pieces = [text[start:stop] for start, stop in zip(offsets, [*offsets[1:], len(text)], strict=True)]
-        return pieces[: self.sequence.n_rows]
+        return token_texts(self.sequence.text, self.sequence.token_offsets)[: self.sequence.n_rows]
 
     def keys(self) -> list[str]:
         """Return what was captured, as stored keys."""

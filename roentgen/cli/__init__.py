@@ -16,6 +16,7 @@ from roentgen.cli.probing import probe_app
 from roentgen.cli.results import compare, export, report, score, status
 from roentgen.cli.serving import serve, serve_for_eval
 from roentgen.cli.sessions import sessions_app
+from roentgen.cli.showing import show
 from roentgen.version import __version__
 
 app = typer.Typer(
@@ -49,6 +50,7 @@ app.command()(inspect)
 app.command()(report)
 app.command()(score)
 app.command()(export)
+app.command()(show)
 app.command()(status)
 app.command()(compare)
 app.command()(up)

@@ -50,7 +50,8 @@ def build_run(tmp_path: Path) -> BuildRun:
         prompt_tokens = prompt_tokens or [N_PROMPT] * n
         spec = CaptureSpec(model="m", revision="r", keys=tuple(features), positions=positions, dtype="torch.float32")
         run = Run.create(tmp_path / "run", RunConfig(
-            run_id="run", created="2025-01-01T00:00:00Z", config_hash="c0ffee", hashed={}, problems={}, settings={},
+            run_id="run", created="2025-01-01T00:00:00Z", config_hash="c0ffee", hashed={}, problems={},
+            settings={"extractor": "answer"},
             prompt={}, versions={},
         ))  # fmt: skip
         seen: dict[str, int] = {}

@@ -53,6 +53,8 @@ def run(*arguments: str) -> tuple[int, str]:
         (["sessions", "show", "nowhere"], "nowhere"),
         (["sessions", "list", "/proc/1/nowhere"], "nowhere"),
         (["export", "nowhere", "x.csv"], "says no format"),
+        (["export", "nowhere", "x", "--format", "hf"], "is not a run directory"),
+        (["show", "nowhere", "7"], "is not a run directory"),
     ],
 )
 def test_one_line_and_no_traceback(

@@ -1,0 +1,106 @@
+"""`roentgen show`: one sample of a run."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from roentgen.cli.console import expected_errors, out, table_of
+
+if TYPE_CHECKING:
+    from roentgen.workflows.showing import ProbeScore, Shown, StoredRows
+
+
+def show(
+    run: Annotated[Path, typer.Argument(help="A run directory.")],
+    sample: Annotated[str, typer.Argument(help="7, gsm8k_0007, or a problem's id.")],
+    epoch: Annotated[int | None, typer.Option(min=1, help="Which attempt; the first if absent.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Under which prefix; the first if absent.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Print one sample: prompt, answer, every verdict, where its rows are, and its probe scores."""
+    from roentgen.linear_probe import SavedProbeError
+    from roentgen.runs import Run, RunError
+    from roentgen.workflows.showing import describe, find_sample
+
+    with expected_errors(RunError, SavedProbeError):
+        opened = Run.open(run)
+        found = find_sample(opened, sample, epoch=epoch, variant=variant)
+        shown = describe(opened, found.sample)
+    if as_json:
+        out.print_json(data=_as_json(shown))
+        return
+    _print_said(shown)
+    _print_verdicts(shown)
+    for stored in shown.stored:
+        _print_rows(stored)
+    if not shown.stored:
+        _say(f"rows: {shown.lost or 'none were kept'}")
+    for score in shown.scores:
+        _say(f"probe {score.label}: {_spell(score)}")
+    if found.others:
+        _say(f"also: {', '.join(found.others)} (--epoch, --variant)")
+
+
+def _as_json(shown: "Shown") -> dict[str, Any]:
+    return {
+        **asdict(shown),
+        "sample": shown.sample.model_dump(mode="json", exclude={"rollouts"}),
+        "scores": [{**asdict(score), "probability": score.probability} for score in shown.scores],
+    }
+
+
+def _say(text: str, style: str = "") -> None:
+    out.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_said(shown: "Shown") -> None:
+    sample = shown.sample
+    verdict = shown.verdicts.get(shown.primary) or "failed"
+    attempt = f"epoch {sample.epoch}" + (f", variant {sample.variant}" if sample.variant else "")
+    _say(f"{sample.sample_id}  {sample.problem_id}, {attempt}: {verdict}", style="bold")
+    for message in sample.messages:
+        _say(f"── {message['role']}", style="dim")
+        if message.get("reasoning_content"):
+            _say(message["reasoning_content"], style="italic")
+        _say(message.get("content") or "")
+        for call in message.get("tool_calls") or []:
+            _say(f"→ {call['function']['name']}({call['function'].get('arguments', '')})")
+    if sample.error is not None:
+        _say(f"error: {sample.error}", style="red")
+    ended = f", {sample.finish_reason}" if sample.finish_reason else ""
+    _say(f"── {sample.prompt_tokens} + {sample.completion_tokens} tokens{ended}, {sample.seconds:.1f} s", style="dim")
+
+
+def _print_verdicts(shown: "Shown") -> None:
+    table = table_of("extractor", "read", "verdict", title=f"gold answer: {shown.sample.gold}", title_justify="left")
+    for name, verdict in shown.verdicts.items():
+        answer = shown.sample.answers[name]
+        mark = "→ " if name == shown.primary else "  "
+        table.add_row(f"{mark}{name}", "–" if answer is None else answer, verdict or "–")
+    if shown.verdicts:
+        out.print(table, markup=False)
+
+
+def _print_rows(stored: "StoredRows") -> None:
+    from serve_app.capture.structure import ranges
+
+    start, stop = stored.rows
+    where = "means" if stored.positions and stored.positions[0] < 0 else ranges(stored.positions)
+    _say(f"rows of turn {stored.turn}: {stored.rollout_id} in {stored.session}")
+    _say(f"  {stored.shard} [{start}:{stop}], positions {where or 'none'}, {stored.dtype.replace('torch.', '')}")
+    by_shape: dict[tuple[int, ...], list[str]] = {}
+    for key, shape in stored.shapes.items():
+        by_shape.setdefault(shape, []).append(key)
+    for shape, keys in by_shape.items():
+        _say(f"  {list(shape)}: {', '.join(keys)}")
+
+
+def _spell(score: "ProbeScore") -> str:
+    if score.unread:
+        return f"{score.name}: not scored: {score.unread}"
+    names = score.classes if len(score.classes) == len(score.scores) else ("",) * len(score.scores)
+    values = ", ".join(f"{name} {value:+.3f}".strip() for name, value in zip(names, score.scores, strict=True))
+    share = "" if score.probability is None else f", probability {score.probability:.2f}"
+    return f"{score.name}: {values} ({score.unit.replace('_', '-')}{share}; fitted on all samples)"

@@ -1,0 +1,122 @@
+"""A run as a Hugging Face dataset: `roentgen export RUN FOLDER --format hf`, and with `--push`, on the hub.
+
+    FOLDER/README.md                        the card: how it was made, how to load it
+    FOLDER/samples/  FOLDER/rollouts/       tables (`dataset_tables`)
+    FOLDER/layers.12.resid_post/  …         one per stored key
+
+The folder appears when it is whole. Nothing here needs a network but `push`, which uses huggingface_hub with the token that
+`hf auth login` or `HF_TOKEN` gave it.
+"""
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from eval_jobs.summary import summarise
+from roentgen.contract import execution_order
+from roentgen.durable import atomic_folder, write_text
+from roentgen.runs import Run
+from roentgen.workflows.dataset_card import write_card
+from roentgen.workflows.dataset_tables import Judged, Table, write_rollouts, write_rows, write_samples
+from roentgen.workflows.sample_rollouts import find_rollouts
+
+
+class ExportError(Exception):
+    """A run cannot be exported or sent; the message says why."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A data set that has been written."""
+
+    folder: Path
+    """Where it is."""
+    tables: tuple[Table, ...]
+    """What is in it: samples first, rollouts next, then a table per stored key."""
+
+    @property
+    def nbytes(self) -> int:
+        """Of all tables."""
+        return sum(table.nbytes for table in self.tables)
+
+
+def export_dataset(
+    run: Run, folder: Path, session: str | Path | None = None, stage: Callable[[str], None] = lambda _: None
+) -> Exported:
+    """Write a run as a Hugging Face dataset.
+
+    Args:
+        run: the run.
+        folder: where to; made, and it may not hold anything yet.
+        session: a session that was captured of the run's answers, whose rows to take instead of the run's own.
+        stage: told what is being written.
+
+    Raises:
+        ExportError: if the folder holds something.
+        RunError: if the record is damaged.
+        StoreError: if activations cannot be read.
+        OSError: as the disk answers; there is no folder then.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ExportError(f"{folder} is there already, and not empty; choose another folder, or remove it")
+    extractor = run.config.settings["extractor"]
+    samples = run.samples().by_name()
+    stage(f"reading {run.path}")
+    parts = find_rollouts(run, samples, session)
+    judged = {sample.sample_id: Judged.of(sample, extractor) for sample in samples}
+    specs = [part.session.spec(str(shard)) for part in parts for shard in part.rollouts["shard"].unique()]
+    keys = sorted({key for spec in specs for key in spec.keys}, key=execution_order)
+    command = ["roentgen", "export", run.path.name, folder.name, "--format", "hf"]
+    command += [] if session is None else ["--session", str(session).rstrip("/").rsplit("/", 1)[-1]]
+    with atomic_folder(folder) as temporary:
+        stage("writing samples and rollouts")
+        tables = [write_samples(run, temporary), write_rollouts(parts, judged, temporary)]
+        for number, key in enumerate(keys, start=1):
+            stage(f"writing {key} ({number} of {len(keys)})")
+            tables.append(write_rows(parts, key, temporary))
+        stored = {
+            name: ", ".join(dict.fromkeys(str(getattr(spec, name)) for spec in specs))
+            for name in ("positions", "dtype")
+        }
+        card = write_card(
+            folder.name,
+            run.config,
+            summarise(run.config, samples),
+            stored if specs else None,
+            tables,
+            shlex.join(command),
+        )
+        write_text(temporary / "README.md", card)
+    return Exported(folder, tuple(tables))
+
+
+def push(folder: Path, repository: str, *, public: bool = False) -> str:
+    """Send an exported folder to the Hugging Face hub, with the token that huggingface_hub finds.
+
+    Args:
+        folder: what `export_dataset` wrote.
+        repository: user/name of the data set; made if absent.
+        public: whether everybody may see a repository that is made; one that is there stays as it is.
+
+    Returns:
+        The commit's address.
+
+    Raises:
+        ExportError: if the hub cannot be reached or refuses; the folder stays, to be sent again.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api = HfApi()
+    try:
+        api.create_repo(repository, repo_type="dataset", private=not public, exist_ok=True)
+        done = api.upload_folder(
+            repo_id=repository, folder_path=folder, repo_type="dataset", commit_message="Export a run of Roentgen"
+        )
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise ExportError(
+            f"--push: {repository!r} was not sent: {' '.join(str(error).split())}; the data set is in {folder}, and "
+            f"`hf upload {repository} {shlex.quote(str(folder))} --repo-type dataset` sends it again"
+        ) from error
+    return str(done.commit_url)
