@@ -29,7 +29,7 @@ from eval_jobs.prompts import ANSWER_LINE
 from eval_jobs.rollout import RolloutPlan
 from eval_jobs.variants import Attempt, Variant
 from roentgen.cluster import connected
-from roentgen.runs import Run, RunConfig, Sample
+from roentgen.runs import RunConfig, Sample, create_run, recording
 from roentgen.serving.local_server import free_port
 
 ANSWER = json.dumps(
@@ -94,10 +94,10 @@ def measure(count: int, replicas: int, parallel: int, latency: float, folder: Pa
         run_id="scale", created="", config_hash=variant.config_hash, hashed={}, problems={}, settings={}, prompt={},
         versions={}, git_revision=None,
     )  # fmt: skip
-    run = Run.create(folder / "run", config)
+    run = create_run(folder / "run", config)
     memory, found, step = psutil.Process(), [], max(1, count // 100)
     try:
-        with run.recording() as recorder, connected("local"):
+        with recording(run) as recorder, connected("local"):
             start, busy = time.monotonic(), time.process_time()
             seen = 0
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from eval_jobs.resume import differences
-from eval_jobs.statistics import Accuracy, Difference, accuracy, difference
 from roentgen.runs import Posed, Run, same_template
+from roentgen.statistics import Accuracy, Difference, accuracy, difference
 
 Verdicts = Mapping[Hashable, list[bool]]
 
@@ -139,7 +139,7 @@ def _counterparts(
 def _verdicts(run: Run, posed: dict[str, Posed]) -> dict[str | None, dict[str, list[bool]]]:
     """Return each problem's verdicts by variant, and add what was posed."""
     found: dict[str | None, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
-    for sample in run.samples().by_name():
+    for sample in run.read_samples().by_name():
         if sample.error is None:
             posed.setdefault(sample.problem_id, sample.posed.brief())
             found[sample.variant][sample.problem_id].append(sample.correct)

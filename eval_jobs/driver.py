@@ -34,7 +34,7 @@ from eval_jobs.variants import Attempt, attempts_of
 from roentgen.api_keys import client_key
 from roentgen.cluster import ClusterError, connected
 from roentgen.contract import ActivationRequest, canonical_hash
-from roentgen.runs import Recorder, Run, Sample
+from roentgen.runs import Recorder, Run, Sample, recording, remove_if_empty, write_config
 from roentgen.stages import Stages
 
 MAX_FAILED_IN_A_ROW = 10
@@ -72,10 +72,10 @@ def run_evaluation(settings: EvalSettings, problems: Sequence[Problem], base_url
     run = open_run(settings, problems, served, endpoint.base_url)
     plan = _plan(settings, endpoint, served.id, run)
     attempts = attempts_of(run.config, problems)
-    with run.recording() as record, _nothing_left(run):
-        begun = Run.open(run.path).config
+    with recording(run) as record, _nothing_left(run):
+        begun = Run(run.path).config
         if begun != run.config:
-            run.write_config()
+            write_config(run)
             before, now = expected_samples(begun), expected_samples(run.config)
             say(console, f"the run grows from {before} to {now} samples")
         recorded, tally = _recorded(run)
@@ -166,7 +166,7 @@ def _plan(settings: EvalSettings, endpoint: Endpoint, model: str, run: Run) -> R
 def _recorded(run: Run) -> tuple[set[tuple[str, str, int]], Tally]:
     """Return which attempts have an answer, and what these come to."""
     answered, tally = set(), Tally()
-    for sample in run.samples():
+    for sample in run.read_samples():
         if sample.error is None:
             answered.add(sample.identity)
             tally.add(sample)
@@ -255,7 +255,7 @@ def _nothing_left(run: Run) -> Iterator[None]:
     try:
         yield
     except (EvalError, ClusterError, KeyboardInterrupt):
-        run.remove_if_empty()
+        remove_if_empty(run)
         raise
 
 
@@ -299,6 +299,6 @@ def _writing(run: Run) -> Iterator[None]:
 
 
 def _how_to_go_on(run: Run) -> str:
-    if not len(run.samples()):
+    if not len(run.read_samples()):
         return "Nothing was recorded."
     return f"Finished samples are kept in {run.path}; the same command (without --new) continues there."

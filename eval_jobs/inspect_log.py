@@ -22,7 +22,7 @@ from typing import Any
 from zipfile import ZIP_DEFLATED, ZipFile
 
 from eval_jobs.scoring import EXTRACTORS
-from eval_jobs.summary import summarise, verdict
+from eval_jobs.summary import summarise
 from roentgen.durable import atomic_write
 from roentgen.runs import Run, Sample
 
@@ -42,7 +42,7 @@ def write_inspect_log(run: Run, path: Path) -> int:
         RunError: if the record is damaged.
         OSError: as the disk answers.
     """
-    samples = run.samples().by_name()
+    samples = run.read_samples().by_name()
     summary = run.summary() or summarise(run.config, samples)
     extractors = [name for name in _primary_first(summary["extractor"]) if name in summary["extractors"]]
     ids: list[str] = []
@@ -168,7 +168,7 @@ def _summary(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def _score(sample: Sample, name: str) -> dict[str, Any]:
-    return {"value": _VALUES[verdict(sample, name) or "no_answer"], "answer": sample.answers.get(name)}
+    return {"value": _VALUES[sample.verdict(name) or "no_answer"], "answer": sample.answers.get(name)}
 
 
 def _usage(prompt: int, completion: int) -> dict[str, int]:

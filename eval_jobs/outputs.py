@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval_jobs.summary import disagree, expected_samples, summarise, verdict
+from eval_jobs.summary import disagree, expected_samples, summarise
 from roentgen.durable import atomic_write, write_json
 from roentgen.runs import Run, RunConfig, Sample
 
@@ -58,7 +58,7 @@ def write_missing_sample_files(run: Run) -> None:
         return
     for half_written in run.path.glob("*/.*.tmp"):
         half_written.unlink()
-    for sample in run.samples():
+    for sample in run.read_samples():
         if not (run.path / "agent_states" / f"{sample.sample_id}.json").exists():
             write_sample_files(run, sample)
 
@@ -70,7 +70,7 @@ def write_summary(run: Run, timing: Timing | None) -> dict[str, Any]:
         run: the run.
         timing: what it took; None if nothing was run, which keeps what `summary.json` said before.
     """
-    samples = run.samples().by_name()
+    samples = run.read_samples().by_name()
     summary = summarise(run.config, samples)
     summary["timing"] = (run.summary() or {}).get("timing") if timing is None else _speed(timing)
     _write_jsonl(run.path / "dataset.jsonl", _dataset(samples))
@@ -87,7 +87,7 @@ def audited(sample: Sample, primary: str) -> dict[str, Any]:
         "problem_id": sample.problem_id,
         "gold": sample.gold,
         "extractor": primary,
-        "verdict": verdict(sample, primary),
+        "verdict": sample.verdict(primary),
         "readings": {
             name: {"answer": answer, "correct": sample.correct_by[name], "around": around(sample.response, answer)}
             for name, answer in sample.answers.items()

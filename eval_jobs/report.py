@@ -39,7 +39,7 @@ def write_report(run: Run) -> Path:
     Raises:
         RunError: if the record or a probe's results are damaged.
     """
-    samples = run.samples().by_name()
+    samples = run.read_samples().by_name()
     # Counted again, so that the page agrees with the record, and can be made of runs whose summary an older version wrote.
     summary = {**summarise(run.config, samples), "timing": (run.summary() or {}).get("timing")}
     bars = lengths(samples)

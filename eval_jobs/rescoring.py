@@ -31,7 +31,7 @@ def rescore(run: Run, extractor: str | None = None) -> Run:
 
     config = run.config.model_copy(update={"settings": {**run.config.settings, "extractor": primary}})
     again = rewrite(run, judged, config)
-    for sample in again.samples():
+    for sample in again.read_samples():
         write_sample_files(again, sample)
     write_summary(again, None)
     write_report(again)

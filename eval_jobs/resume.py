@@ -27,7 +27,7 @@ from eval_jobs.prompts import PROMPTS
 from eval_jobs.selection import Selection, load_problems
 from eval_jobs.settings import EvalSettings
 from roentgen.contract import canonical_hash, check_session_id
-from roentgen.runs import Run, RunConfig, find_unfinished
+from roentgen.runs import Run, RunConfig, create_run, find_unfinished
 
 RESULTS = Path("results")
 VERSIONED = ("roentgen", "ray", "openai", "datasets", "reasoning-gym", "torch", "transformers", "nnsight")
@@ -50,8 +50,8 @@ def open_run(settings: EvalSettings, problems: Sequence[Problem], served: Served
     config = _describe(settings, problems, served, base_url)
     if settings.output is not None:
         if not (settings.output / "config.json").exists():
-            return Run.create(settings.output, config)
-        return _continued(Run.open(settings.output), config, settings, problems)
+            return create_run(settings.output, config)
+        return _continued(Run(settings.output), config, settings, problems)
     unfinished = None if settings.new else find_unfinished(RESULTS, config.config_hash, config.problems)
     asked = _comparable(config, settings.extractor)
     if (
@@ -60,7 +60,7 @@ def open_run(settings: EvalSettings, problems: Sequence[Problem], served: Served
         and unfinished.config.variants == config.variants
     ):
         return unfinished
-    return Run.create((RESULTS / folder_name(settings, len(problems), served.id)).absolute(), config)
+    return create_run((RESULTS / folder_name(settings, len(problems), served.id)).absolute(), config)
 
 
 def check_output(settings: EvalSettings, problems: Sequence[Problem]) -> None:
@@ -72,7 +72,7 @@ def check_output(settings: EvalSettings, problems: Sequence[Problem]) -> None:
     """
     if settings.output is None or not (settings.output / "config.json").exists():
         return
-    run, settings = Run.open(settings.output), as_begun(settings)
+    run, settings = Run(settings.output), as_begun(settings)
     hashed = run.config.hashed
     served = ServedModel(hashed["model"], hashed.get("revision"), hashed.get("dtype"))
     _continued(run, _describe(settings, problems, served, ""), settings, problems)
@@ -220,7 +220,7 @@ def as_begun(settings: EvalSettings) -> EvalSettings:
     """
     if settings.output is None or not (settings.output / "config.json").exists() or settings.prompt_file is not None:
         return settings
-    begun = Run.open(settings.output).config.prompt
+    begun = Run(settings.output).config.prompt
     older = f"{settings.prompt}-{begun.get('version')}"
     if begun.get("name") == settings.prompt and older in PROMPTS:
         return settings.model_copy(update={"prompt": older})

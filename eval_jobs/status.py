@@ -57,7 +57,7 @@ def status(run: Run, now: float | None = None) -> Status:
     """
     now = time.time() if now is None else now
     tally, failures, recent, tokens, first = Tally(), Failures(), 0, 0, now
-    for sample in run.samples():
+    for sample in run.read_samples():
         tally.add(sample)
         if sample.error is not None:
             failures.add(sample.sample_id, sample.error)

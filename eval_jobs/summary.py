@@ -14,13 +14,10 @@ from eval_jobs.exact_numbers import Quantity
 from eval_jobs.failures import Failures
 from eval_jobs.quantities import read_quantity
 from eval_jobs.scoring import EXTRACTORS
-from eval_jobs.statistics import accuracy, difference, majority, mean, pass_at_k
-from roentgen.runs import Posed, RunConfig, Sample, same_template
+from roentgen.runs import VERDICTS, Posed, RunConfig, Sample, same_template
+from roentgen.statistics import accuracy, difference, majority, mean, pass_at_k
 
 NAMES = tuple(EXTRACTORS)
-
-VERDICTS = ("correct", "wrong", "no_answer")
-"""What an extractor can say of an output. One in which it found no answer counts against the accuracy, and is counted apart."""
 
 
 class _Row(NamedTuple):
@@ -178,13 +175,6 @@ def summarise(config: RunConfig, samples: Iterable[Sample]) -> dict[str, Any]:
 def expected_samples(config: RunConfig) -> int:
     """Return how many samples a run has when it is complete."""
     return int(config.problems["samples"]) * int(config.problems.get("epochs", 1)) * max(1, len(config.variants))
-
-
-def verdict(sample: Sample, extractor: str) -> str | None:
-    """Return what an extractor says of an output, one of `VERDICTS`; None of a failed sample or an unknown extractor."""
-    if sample.error is not None or extractor not in sample.correct_by:
-        return None
-    return "no_answer" if sample.answers[extractor] is None else "correct" if sample.correct_by[extractor] else "wrong"
 
 
 def disagree(sample: Sample, primary: str) -> bool:

@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from roentgen import probes
     from roentgen.api.evaluating import evaluate
     from roentgen.api.model import Model, load
+    from roentgen.api.results import compare, report, score
     from roentgen.api.rollout import Rollout
-    from roentgen.api.run import Run
     from roentgen.api.serving import Server, serve
     from roentgen.api.steering import Steer
     from roentgen.linear_probe import SavedProbe
+    from roentgen.runs import Run
     from roentgen.store import Session
     from serve_app.errors import RequestError
 
@@ -40,9 +41,12 @@ __all__ = [
     "Session",
     "Steer",
     "__version__",
+    "compare",
     "evaluate",
     "load",
     "probes",
+    "report",
+    "score",
     "serve",
 ]
 
@@ -50,13 +54,16 @@ _HOMES = {
     "Model": "roentgen.api.model",
     "RequestError": "serve_app.errors",
     "Rollout": "roentgen.api.rollout",
-    "Run": "roentgen.api.run",
+    "Run": "roentgen.runs",
     "SavedProbe": "roentgen.linear_probe",
     "Server": "roentgen.api.serving",
     "Session": "roentgen.store",
     "Steer": "roentgen.api.steering",
+    "compare": "roentgen.api.results",
     "evaluate": "roentgen.api.evaluating",
     "load": "roentgen.api.model",
+    "report": "roentgen.api.results",
+    "score": "roentgen.api.results",
     "serve": "roentgen.api.serving",
 }
 

@@ -92,7 +92,7 @@ def train(
         stage: told what is being done.
 
     Raises:
-        RunError: if a run is damaged.
+        RunError: if a run is damaged, or has no activations.
         ProbeDataError: if something asked for is not there.
         OneClassError: if the label does not vary enough.
     """

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from roentgen.cli import app
 from roentgen.contract import RolloutKey
-from roentgen.runs import Run, RunConfig, Sample
+from roentgen.runs import RunConfig, Sample, create_run, recording
 from roentgen.store import Session, verify
 from tests.conftest import ROENTGEN
 from tests.reference import teacher_forced, worst_error
@@ -70,11 +70,11 @@ def test_contrastive_prompts_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.integration
 def test_new_layers_for_an_old_run_and_probes_on_them(tmp_path: Path) -> None:
     """The run kept no activations; its answers are read again, and its own labels tell what to probe for."""
-    run = Run.create(tmp_path / "run", RunConfig(
+    run = create_run(tmp_path / "run", RunConfig(
         run_id="run", created="2025-01-01T00:00:00Z", config_hash="c0ffee",
         hashed={"model": "smollm2-135m", "dtype": "float32"}, problems={}, settings={}, prompt={}, versions={},
     ))  # fmt: skip
-    with run.recording() as record:
+    with recording(run) as record:
         for i in range(16):
             right = i % 2 == 0
             messages = [

@@ -63,7 +63,7 @@ class Evaluation:
             )  # fmt: skip
 
     def recorded(self) -> list[Sample]:
-        return list(Run.open(self.output).samples()) if (self.output / "config.json").exists() else []
+        return list(Run(self.output).read_samples()) if (self.output / "config.json").exists() else []
 
     def said(self) -> str:
         return Path(f"{self.home.path}/eval.log").read_text()
@@ -131,16 +131,16 @@ def test_killed_again_and_again_every_problem_has_its_one_sample(
     assert set(killed) == set(VICTIMS)
     assert "Traceback" not in disturbed.said()
 
-    run, expected = Run.open(disturbed.output), {sample.problem_id: sample for sample in calm.recorded()}
+    run, expected = Run(disturbed.output), {sample.problem_id: sample for sample in calm.recorded()}
     lines = [Sample.model_validate_json(line) for line in run.record_path.read_text().splitlines()]
     answered = [line.identity for line in lines if line.error is None]
     assert len(answered) == len(set(answered)) == PROBLEMS  # nothing recorded twice, failures of a moment aside
-    assert {sample.problem_id for sample in run.samples()} == expected.keys()
+    assert {sample.problem_id for sample in run.read_samples()} == expected.keys()
     assert (run.summary() or {})["complete"] is True
-    for sample in run.samples():
+    for sample in run.read_samples():
         explain(sample, expected[sample.problem_id])
 
-    session = run.session_uri(run.samples()[0].rollouts[0])
+    session = run.session_uri(run.read_samples()[0].rollouts[0])
     done = subprocess.run(
         [ROENTGEN, "sessions", "gc", session, "--run", str(run.path), "--older-than", "0"],
         env=ray_home.environment, capture_output=True, text=True, timeout=300, check=False,
@@ -148,7 +148,7 @@ def test_killed_again_and_again_every_problem_has_its_one_sample(
     assert done.returncode == 0, done.stderr
     print(killed, done.stdout.splitlines()[-1])
     kept = Session.open(session).rollouts(unique=False)["rollout_id"]
-    assert sorted(kept) == sorted(ref.rollout_id for sample in run.samples() for ref in sample.rollouts)
+    assert sorted(kept) == sorted(ref.rollout_id for sample in run.read_samples() for ref in sample.rollouts)
     report = verify(Session.open(session))
     assert report.ok
     assert (report.rollouts, report.orphans) == (PROBLEMS, [])

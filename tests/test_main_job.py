@@ -41,11 +41,11 @@ def gsm8k_run(server: Server, gsm8k_test: Path, tmp_path_factory: pytest.TempPat
     done = roentgen(RayHome("/tmp/rt-run"), *eval_options(gsm8k_test, output, 32, server.base_url))
     assert done.returncode == 0, done.stderr
     assert home.processes() == []
-    return Run.open(output)
+    return Run(output)
 
 
 def test_every_problem_has_one_sample_and_all_its_rows(gsm8k_run: Run) -> None:
-    samples = gsm8k_run.samples()
+    samples = gsm8k_run.read_samples()
     assert len({s.problem_id for s in samples}) == len(samples) == 32
     session = Session.open(samples[0].rollouts[0].uri)
     rollouts = session.rollouts().set_index("rollout_id")
@@ -65,7 +65,7 @@ def test_every_problem_has_one_sample_and_all_its_rows(gsm8k_run: Run) -> None:
 
 
 def test_three_rollouts_equal_a_teacher_forced_forward(gsm8k_run: Run) -> None:
-    samples = sorted(gsm8k_run.samples(), key=lambda s: s.prompt_tokens)
+    samples = sorted(gsm8k_run.read_samples(), key=lambda s: s.prompt_tokens)
     session = Session.open(samples[0].rollouts[0].uri)
     rollouts = session.rollouts()
     for sample in (samples[0], samples[16], samples[-1]):  # the shortest, a middling and the longest prompt
@@ -115,7 +115,7 @@ def test_another_configuration_in_the_same_folder_is_refused(
 def test_probes_train_on_the_run(gsm8k_run: Run, ray_home: RayHome) -> None:
     """SmolLM2 cut at 24 tokens solves none of these, which is its own exit code; and every one is cut, likewise."""
     for label in ("correct", "truncated"):
-        values = {s.correct if label == "correct" else s.finish_reason == "length" for s in gsm8k_run.samples()}
+        values = {s.correct if label == "correct" else s.finish_reason == "length" for s in gsm8k_run.read_samples()}
         done = roentgen(ray_home, "probe", "train", str(gsm8k_run.path), "--label", label)
         if len(values) == 1:
             assert done.returncode == 3, done.stderr
@@ -143,21 +143,21 @@ def test_a_killed_driver_loses_and_repeats_nothing(
         time.sleep(0.05)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    kept = list(Run.open(tmp_path / "run").samples())
+    kept = list(Run(tmp_path / "run").read_samples())
     assert 6 <= len(kept) < 24
     assert ray_home.wait_until_gone() == []
 
     done = roentgen(ray_home, *options)
     assert done.returncode == 0, done.stderr
     assert "continuing" in done.stderr
-    run = Run.open(tmp_path / "run")
+    run = Run(tmp_path / "run")
     lines = [json.loads(line)["problem_id"] for line in run.record_path.read_text().splitlines()]
     assert len(lines) == len(set(lines)) == 24
-    assert list(run.samples()[: len(kept)]) == kept
+    assert list(run.read_samples()[: len(kept)]) == kept
     # The store may hold a rollout twice that was acknowledged to the driver that died; it counts once.
     session = Session.open(kept[0].rollouts[0].uri)
     assert len(session.rollouts()) == 24
-    assert {s.rollouts[0].rollout_id for s in run.samples()} <= set(session.rollouts(unique=False)["rollout_id"])
+    assert {s.rollouts[0].rollout_id for s in run.read_samples()} <= set(session.rollouts(unique=False)["rollout_id"])
 
 
 def test_without_a_server_it_starts_one_and_leaves_nothing_running(tmp_path: Path, ray_home: RayHome) -> None:
@@ -168,7 +168,7 @@ def test_without_a_server_it_starts_one_and_leaves_nothing_running(tmp_path: Pat
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert ray_home.wait_until_gone() == []
-    samples = Run.open(tmp_path / "run").samples()
+    samples = Run(tmp_path / "run").read_samples()
     assert [s.error for s in samples] == [None, None]
     listed = roentgen(ray_home, "sessions", "list", str(tmp_path / "store"))
     assert samples[0].rollouts[0].session_id[:20] in listed.stdout
@@ -226,7 +226,7 @@ def test_a_job_on_a_running_cluster(tmp_path: Path, ray_home: RayHome) -> None:
     job += ["--max-tokens", "8", "--collect-activations", "--output", str(tmp_path / "run")]
     done = subprocess.run(job, env=environment, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    samples = Run.open(tmp_path / "run").samples()
+    samples = Run(tmp_path / "run").read_samples()
     assert len(samples) == 3
     assert verify(Session.open(samples[0].rollouts[0].uri)).rollouts == 3
     serve.terminate()

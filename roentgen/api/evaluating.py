@@ -15,10 +15,10 @@ from eval_jobs.resume import RESULTS
 from eval_jobs.settings import EvalSettings, check_settings
 from roentgen.api.asking import CAPTURE_FIELDS, capture_fields
 from roentgen.api.model import Model
-from roentgen.api.run import Run
 from roentgen.api.serving import Server
 from roentgen.contract import canonical_hash
 from roentgen.durable import make_folder, write_text
+from roentgen.runs import Run
 from roentgen.serving.for_evaluation import serving_for
 from roentgen.stages import Stages
 
@@ -74,7 +74,7 @@ def evaluate(
     run = perform(asked, partial(_serving, console=shown), shown)
     if run is None:
         raise ProblemError("dry_run: a description is no run; use `roentgen eval --dry-run`")
-    return Run(run.path)
+    return run
 
 
 def _kept() -> list[str]:

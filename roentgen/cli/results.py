@@ -12,28 +12,24 @@ RunPath = Annotated[Path, typer.Argument(help="A run directory.")]
 
 def report(run: RunPath) -> None:
     """Write a run's summary.json and report.html again (with probe results, if there are any) and print the page's path."""
-    from roentgen.api.run import Run
+    from roentgen.api.results import report as write
     from roentgen.runs import RunError
 
     with expected_errors(RunError, OSError):
-        out.print(str(Run(run).report()), highlight=False, soft_wrap=True)
+        out.print(str(write(run)), highlight=False, soft_wrap=True)
 
 
 def score(
     run: RunPath, extractor: Annotated[str | None, typer.Option(help="The primary one from now on.")] = None
 ) -> None:
     """Judge a run's answers again, without the model, and print its scores."""
+    from eval_jobs import EvalError
     from eval_jobs.console import print_summary
-    from eval_jobs.rescoring import rescore
-    from eval_jobs.scoring import EXTRACTORS
-    from roentgen.runs import Run, RunError
+    from roentgen.api.results import score as judge
+    from roentgen.runs import RunError
 
-    if extractor is not None and extractor not in EXTRACTORS:
-        raise typer.BadParameter(
-            f"{extractor!r} is unknown; allowed are {', '.join(EXTRACTORS)}", param_hint="--extractor"
-        )
-    with expected_errors(RunError):
-        again = rescore(Run.open(run), extractor)
+    with expected_errors(EvalError, RunError):
+        again = judge(run, extractor)
         print_summary(again, again.summary() or {}, out)
 
 
@@ -80,7 +76,7 @@ def _export_samples(run: Path, output: Path, kind: str) -> None:
     from roentgen.runs import Run
 
     output.parent.mkdir(parents=True, exist_ok=True)
-    count = {"parquet": write_parquet, "eval": write_inspect_log}[kind](Run.open(run), output)
+    count = {"parquet": write_parquet, "eval": write_inspect_log}[kind](Run(run), output)
     out.print(f"{count:,} samples in {output}", highlight=False, soft_wrap=True)
 
 
@@ -89,7 +85,7 @@ def _export_dataset(run: Path, folder: Path, session: str | None, repository: st
     from roentgen.workflows.dataset_export import ExportError, export_dataset, push
 
     with expected_errors(ExportError), stages() as stage:
-        done = export_dataset(Run.open(run), folder, session, stage)
+        done = export_dataset(Run(run), folder, session, stage)
         samples, rollouts, *keys = done.tables
         rows = sum(key.rows for key in keys)
         what = f"{samples.rows:,} samples, {rollouts.rows:,} rollouts, {rows:,} rows of {len(keys)} keys"
@@ -107,16 +103,16 @@ def status(run: RunPath) -> None:
     from roentgen.runs import Run, RunError
 
     with expected_errors(RunError):
-        out.print(str(status_of(Run.open(run))), highlight=False, soft_wrap=True)
+        out.print(str(status_of(Run(run))), highlight=False, soft_wrap=True)
 
 
 def compare(
     first: RunPath, second: Annotated[Path, typer.Argument(help="Another one, on some of the same problems.")]
 ) -> None:
     """Compare two runs, problem by problem: the difference of their accuracies with its interval, and McNemar's test."""
-    from eval_jobs.comparison import compare as compare_runs
     from eval_jobs.console import print_comparison
-    from roentgen.runs import Run, RunError
+    from roentgen.api.results import compare as compare_runs
+    from roentgen.runs import RunError
 
     with expected_errors(RunError):
-        print_comparison(compare_runs(Run.open(first), Run.open(second)), out)
+        print_comparison(compare_runs(first, second), out)

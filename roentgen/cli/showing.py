@@ -25,7 +25,7 @@ def show(
     from roentgen.workflows.showing import describe, find_sample
 
     with expected_errors(RunError, SavedProbeError):
-        opened = Run.open(run)
+        opened = Run(run)
         found = find_sample(opened, sample, epoch=epoch, variant=variant)
         shown = describe(opened, found.sample)
     if as_json:

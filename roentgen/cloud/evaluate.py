@@ -125,7 +125,7 @@ def _fetch_activations(head: Head, output: Path, stage: Callable[[str], None]) -
         LaunchError: if it cannot be copied.
     """
     try:
-        uris = {ref.uri for sample in Run.open(output).samples() for ref in sample.rollouts}
+        uris = {ref.uri for sample in Run(output).read_samples() for ref in sample.rollouts}
     except RunError as error:
         raise LaunchError(f"the run that came back cannot be read: {error}") from error
     for uri in sorted(uris):

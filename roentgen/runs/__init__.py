@@ -11,16 +11,23 @@ Everything but config.json and samples.jsonl can be made again from those two. A
 
     sample     one attempt at one problem
     record     samples.jsonl: appended durably, read line by line
-    run        the directory and its config.json
+    config     config.json
+    run        the directory, read
+    table      its samples as a table
+    stored     which rows of the store its samples have
+    writing    what an evaluation writes of it
     questions  which samples are attempts at the same problem
 """
 
+from roentgen.runs.config import RunConfig
 from roentgen.runs.questions import Posed, same_question, same_template
 from roentgen.runs.record import Recorder, RunError, Samples
-from roentgen.runs.run import Run, RunConfig, find_unfinished, rewrite
-from roentgen.runs.sample import RolloutRef, Sample, Turn
+from roentgen.runs.run import Run, find_unfinished
+from roentgen.runs.sample import VERDICTS, RolloutRef, Sample, Turn
+from roentgen.runs.writing import create_run, recording, remove_if_empty, rewrite, write_config
 
 __all__ = [
+    "VERDICTS",
     "Posed",
     "Recorder",
     "RolloutRef",
@@ -30,8 +37,12 @@ __all__ = [
     "Sample",
     "Samples",
     "Turn",
+    "create_run",
     "find_unfinished",
+    "recording",
+    "remove_if_empty",
     "rewrite",
     "same_question",
     "same_template",
+    "write_config",
 ]

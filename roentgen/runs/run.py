@@ -1,123 +1,162 @@
-"""The run directory and its config.json. Reading needs no lock; appending happens inside `with run.recording() as record`."""
+"""A run directory, read: its samples as a table and one by one, its accuracy, and its activations beside them.
+
+Reading needs no lock and no server, also while an evaluation is writing (`writing`). The record is parsed one sample at a time
+(`Run.read_samples`); the table, the accuracy and the rows are made of that, and need pandas, SciPy and torch only where they
+are asked for.
+"""
 
 import json
-from collections.abc import Callable
-from contextlib import suppress
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import ValidationError
 
-from roentgen.durable import atomic_write, make_folder, write_json
-from roentgen.runs.record import Recorder, RunError, Samples, is_being_recorded, read_samples
-from roentgen.runs.sample import RolloutRef, Sample
+from roentgen.runs.config import RunConfig
+from roentgen.runs.questions import Posed, same_template
+from roentgen.runs.record import RunError, Samples, is_being_recorded, read_samples
+from roentgen.runs.sample import RolloutRef
 
+if TYPE_CHECKING:
+    import pandas as pd
 
-class RunConfig(BaseModel):
-    """The contents of config.json."""
+    from roentgen.runs.stored import StoredSamples
+    from roentgen.statistics import Accuracy
+    from roentgen.store import Activations
 
-    run_id: str
-    """Names the run and its session in the store."""
-    created: str
-    """ISO time."""
-    config_hash: str
-    """Hash of `hashed`."""
-    hashed: dict[str, Any]
-    """What makes two runs comparable: model, revision, dtype, prompt, variant, sampling, tools, capture."""
-    problems: dict[str, Any]
-    """Which problems: source, how many, how many samples each."""
-    settings: dict[str, Any]
-    """Everything else: parallelism, addresses, scoring."""
-    prompt: dict[str, Any]
-    """The prompt's text, as data."""
-    versions: dict[str, str]
-    """Of the packages that matter."""
-    git_revision: str | None = None
-    """Of the working tree, if it is one."""
-    variants: dict[str, dict[str, str]] = Field(default_factory=dict)
-    """Of a run that poses its problems under several prompt prefixes, each one's `prefix` and `config_hash`."""
-
-    @property
-    def set_name(self) -> str:
-        """What its samples are called after; those of older runs are all called after GSM8K."""
-        return str(self.problems.get("name") or "gsm8k")
-
-    @property
-    def model_root(self) -> str:
-        """What its model can be loaded from; runs of older versions have only the name that they were given."""
-        served = self.settings.get("served") or {}
-        return str(served.get("root") or self.settings.get("model") or self.hashed["model"])
-
-    @property
-    def config_hashes(self) -> list[str]:
-        """The hashes that its samples may carry: one per variant, or the run's own."""
-        return [variant["config_hash"] for variant in self.variants.values()] or [self.config_hash]
+SHOWN = 10
+"""Samples that a notebook shows."""
 
 
 class Run:
-    """One run directory."""
+    """A run directory, as `roentgen eval` and `roentgen.evaluate` leave it."""
 
-    def __init__(self, path: Path, config: RunConfig) -> None:
-        self.path = path
-        self.config = config
-
-    @classmethod
-    def create(cls, path: Path, config: RunConfig) -> "Run":
-        """Make a run directory at an absolute path.
-
-        Raises:
-            RunError: if the folder cannot be made or holds a run already.
-        """
-        if (path / "config.json").exists():
-            raise RunError(f"{path} already holds a run")
-        try:
-            make_folder(path)
-            write_json(path / "config.json", config.model_dump())
-        except OSError as error:
-            raise RunError(
-                f"run directory {path} is not writable: {error.strerror or error}; choose another --output"
-            ) from error
-        return cls(path, config)
-
-    @classmethod
-    def open(cls, path: str | Path) -> "Run":
+    def __init__(self, path: str | Path, config: RunConfig | None = None) -> None:
         """Open a run directory.
+
+        Args:
+            path: the folder.
+            config: what it is going to hold as config.json, where that is not written yet; else the file is read.
 
         Raises:
             RunError: if there is no run, or its config.json is damaged.
         """
-        folder = Path(path).expanduser().absolute()
-        try:
-            config = RunConfig.model_validate_json((folder / "config.json").read_bytes())
-        except FileNotFoundError:
-            raise RunError(f"{folder} is not a run directory: it has no config.json") from None
-        except ValidationError as error:
-            raise RunError(f"{folder / 'config.json'} is damaged: {error}") from error
-        return cls(folder, config)
+        self._path = Path(path).expanduser().absolute()
+        self._config = _read_config(self._path) if config is None else config
 
     @property
-    def record_path(self) -> Path:
-        """The append-only record."""
-        return self.path / "samples.jsonl"
+    def path(self) -> Path:
+        """The folder."""
+        return self._path
 
-    def samples(self) -> Samples:
-        """Return the record: each sample once, its first answer or, if it has none, its last error.
+    @property
+    def config(self) -> RunConfig:
+        """What was asked for: model, prompt, sampling, problems."""
+        return self._config
 
-        A torn last line (a crash while it was written) is skipped.
+    @cached_property
+    def samples(self) -> "pd.DataFrame":
+        """A row per sample, in the order of their names; the columns are those of `roentgen export RUN x.parquet`.
+
+        `correct` and `verdict` are the primary extractor's; rollout_ids name the sample's rows in the store. The table is made
+        once; open the run again to see what has been added since.
+        """
+        from roentgen.runs.table import frame_of
+
+        return frame_of(self.read_samples().by_name(), self.config.extractor, self.session_uri)
+
+    @cached_property
+    def accuracy(self) -> "Accuracy":
+        """The share of correct samples with its 95% interval (`value`, `low`, `high`), clustered by problem.
+
+        As `samples`, it is of the moment when it is first looked at.
+        """
+        from roentgen.statistics import accuracy
+
+        judged: list[tuple[str, bool]] = []
+        posed: dict[str, Posed] = {}
+        for sample in self.read_samples():
+            if sample.error is not None:
+                continue
+            posed.setdefault(sample.problem_id, sample.posed.brief())
+            if self.config.extractor in sample.correct_by:
+                judged.append((sample.problem_id, sample.correct_by[self.config.extractor]))
+        clusters = dict(zip(posed, same_template(list(posed.values())), strict=True))
+        return accuracy([verdict for _, verdict in judged], [clusters[problem] for problem, _ in judged])
+
+    def activations(self, key: str, positions: str = "all", *, session: str | Path | None = None) -> "Activations":
+        """Return the stored rows of one key, an item per sample that has any, read when they are looked at.
+
+        `.stack()` makes one tensor of policies that keep one row; `.rollouts` is a table that says, in the same order, which
+        rollout and which problem each is of. In a conversation of several turns the first turn's rollout counts.
+
+        Args:
+            key: a stored key, such as "layers.12.resid_post".
+            positions: all, prompt, generated, last_prompt, last, stride:k, mean_prompt or mean_generated.
+            session: a session that was captured of the run's answers, instead of the run's own rows.
+
+        Raises:
+            RunError: if the run has no activations, or they lie in several sessions.
+            StoreError: if the session cannot be read.
+        """
+        part = self._one_session(session)
+        return part.session.activations(key, where=part.rollouts, positions=positions)
+
+    def keys(self, *, session: str | Path | None = None) -> list[str]:
+        """Return the stored keys that there are rows of.
+
+        Args:
+            session: as for `activations`.
+
+        Raises:
+            RunError: if the run has no activations, or they lie in several sessions.
+            StoreError: if the session cannot be read.
+        """
+        return self._one_session(session).session.keys()
+
+    def stored(self, *, session: str | Path | None = None) -> "list[StoredSamples]":
+        """Return the finished samples whose activations are stored, each beside its row of the store's index.
+
+        There is a part for each session that they lie in. In a conversation of several turns the first turn's rollout counts:
+        it is where the model has seen the problem and nothing else.
+
+        Args:
+            session: a session that was captured of the run's answers, instead of the run's own rows.
+
+        Raises:
+            RunError: if no sample has any, or the store has lost some.
+            StoreError: if a session cannot be read.
+        """
+        from roentgen.runs.stored import find_in, find_own
+
+        recorded = self.read_samples()
+        answered = [sample for sample in recorded if sample.error is None]
+        if session is not None:
+            parts = find_in(session, answered)
+            lacking = (
+                f"{session} holds none of the {len(recorded)} samples of {self.path}: no rollout in it has the key of one; "
+                f"`roentgen capture {self.path}` makes a session that does"
+            )
+        else:
+            parts = find_own(answered, self.session_uri, self.record_path)
+            lacking = (
+                f"{self.path} has no activations: none of its {len(recorded)} samples names a rollout; "
+                "evaluate again with activations kept"
+            )
+        if not any(part.samples for part in parts):
+            raise RunError(lacking)
+        return parts
+
+    def read_samples(self) -> Samples:
+        """Read the record: each sample once, its first answer or, if it has none, its last error.
+
+        Samples are parsed one at a time, each time they are asked for. A torn last line (a crash while it was written) is
+        skipped.
 
         Raises:
             RunError: if any other line is not a sample, naming the line; a line is checked in full when it is read.
         """
         return read_samples(self.record_path, self.config.config_hashes)
-
-    @property
-    def is_running(self) -> bool:
-        """Whether an evaluation is recording into it."""
-        return is_being_recorded(self.record_path)
-
-    def recording(self) -> Recorder:
-        """Return a recorder; entering it takes the run's lock."""
-        return Recorder(self.record_path)
 
     def summary(self) -> dict[str, Any] | None:
         """Return summary.json, or None before it is written."""
@@ -125,26 +164,15 @@ class Run:
         summary: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
         return summary
 
-    def write_config(self) -> None:
-        """Write config.json again, after a run has grown; for whoever holds the recorder.
+    @property
+    def record_path(self) -> Path:
+        """The append-only record, a line of JSON per sample."""
+        return self.path / "samples.jsonl"
 
-        Raises:
-            RunError: if it cannot be written.
-        """
-        try:
-            write_json(self.path / "config.json", self.config.model_dump())
-        except OSError as error:
-            raise RunError(f"{self.path / 'config.json'} cannot be written: {error.strerror or error}") from error
-
-    def remove_if_empty(self) -> bool:
-        """Remove a run without a sample: its configuration alone is nothing to go on with. Whether it was."""
-        if self.record_path.exists() and self.record_path.stat().st_size:
-            return False
-        for file in (self.record_path, self.path / "config.json"):
-            file.unlink(missing_ok=True)
-        with suppress(OSError):  # somebody has put something of their own there
-            self.path.rmdir()
-        return True
+    @property
+    def is_running(self) -> bool:
+        """Whether an evaluation is recording into it."""
+        return is_being_recorded(self.record_path)
 
     def session_uri(self, ref: RolloutRef) -> str:
         """Return where a rollout's session is: where it was written or, if that folder is gone, inside the run, which may
@@ -156,25 +184,48 @@ class Run:
         """Return the folders of probe results, in order of label."""
         return sorted(path.parent for path in (self.path / "probes").glob("*/results.json"))
 
+    def _one_session(self, session: str | Path | None) -> "StoredSamples":
+        parts = self.stored(session=session)
+        if len(parts) != 1:
+            found = ", ".join(part.session.uri for part in parts)
+            raise RunError(f"session: {self.path} has activations in several sessions, {found}; open each by itself")
+        return parts[0]
 
-def rewrite(run: Run, change: Callable[[Sample], Sample], config: RunConfig) -> Run:
-    """Write a run's record again, each sample changed, and its config.json; whole or not at all.
+    def __repr__(self) -> str:
+        return f"Run({str(self.path)!r}, {self._told()})"
 
-    Raises:
-        RunError: if an evaluation is writing the run, or the record is damaged.
-    """
-    with run.recording():
-        with atomic_write(run.record_path) as temporary, open(temporary, "wb") as file:
-            file.writelines(change(sample).model_dump_json().encode() + b"\n" for sample in run.samples())
-        write_json(run.path / "config.json", config.model_dump())
-    return Run(run.path, config)
+    def _told(self) -> str:
+        share = self.accuracy
+        if share.value is None:
+            return "no samples"
+        interval = "" if share.low is None or share.high is None else f" [{share.low:.3f}, {share.high:.3f}]"
+        return f"{share.n} samples, accuracy {share.value:.3f}{interval}"
+
+    def _repr_html_(self) -> str:
+        from roentgen.pages import page_environment
+
+        columns = ["sample_id", "question", "response", "gold", "verdict"]
+        rows = self.samples[columns].head(SHOWN).itertuples(index=False, name=None)
+        return page_environment("roentgen.pages").get_template("run.html").render(
+            path=str(self.path), model=self.config.hashed["model"], accuracy=self._told(), columns=columns,
+            rows=list(rows), more=max(0, len(self.samples) - SHOWN),
+        )  # fmt: skip
+
+
+def _read_config(folder: Path) -> RunConfig:
+    try:
+        return RunConfig.model_validate_json((folder / "config.json").read_bytes())
+    except FileNotFoundError:
+        raise RunError(f"{folder} is not a run directory: it has no config.json") from None
+    except ValidationError as error:
+        raise RunError(f"{folder / 'config.json'} is damaged: {error}") from error
 
 
 def find_unfinished(results: Path, config_hash: str, problems: dict[str, Any]) -> Run | None:
     """Return the newest run under `results` of this configuration and these problems that is not complete."""
     candidates = []
     for file in results.glob("*/config.json"):
-        run = Run.open(file.parent)
+        run = Run(file.parent)
         summary = run.summary()
         if (
             run.config.config_hash == config_hash

@@ -7,6 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from roentgen.contract import ActivationReply
 from roentgen.runs.questions import Posed
 
+VERDICTS = ("correct", "wrong", "no_answer")
+"""What an extractor can say of an output. One in which it found no answer counts against the accuracy, and is counted apart."""
+
 
 class RolloutRef(ActivationReply):
     """Where the activations of one turn are: the server's reply, and which turn it answered."""
@@ -94,3 +97,9 @@ class Sample(BaseModel):
     def posed(self) -> Posed:
         """What it was asked, to be compared with what others were asked."""
         return Posed(self.problem_id, self.question, self.template)
+
+    def verdict(self, extractor: str | None) -> str | None:
+        """Return what an extractor says of the output, one of `VERDICTS`; None if it failed, or of an unknown extractor."""
+        if self.error is not None or extractor not in self.correct_by:
+            return None
+        return "no_answer" if self.answers[extractor] is None else "correct" if self.correct_by[extractor] else "wrong"

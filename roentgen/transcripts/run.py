@@ -25,7 +25,7 @@ def read_run(run: Run, say: Callable[[str], None]) -> list[Transcript]:
         RunError: if the record is damaged.
         TranscriptError: if the run has no answers.
     """
-    recorded = run.samples()
+    recorded = run.read_samples()
     samples = [sample for sample in recorded if sample.error is None]
     if not samples:
         raise TranscriptError(f"{run.path} has no answers to read: none of its {len(recorded)} samples is finished")

@@ -81,7 +81,7 @@ def capture(settings: CaptureSettings, console: Console, stage: Callable[[str], 
         StoreError: if the store cannot be read or written.
         CaptureError: if the model cannot be loaded, lacks what is asked for, or the session is another capture's.
     """
-    run = Run.open(settings.source) if settings.source.is_dir() else None
+    run = Run(settings.source) if settings.source.is_dir() else None
     if run is None and not settings.source.exists():
         raise TranscriptError(f"{settings.source} is neither a run directory nor a file")
     stage(f"reading {settings.source}")
@@ -185,7 +185,7 @@ def _existing(uri: str) -> Session | None:
 
 def _store_of(run: Run) -> str | None:
     """Return the store that a run's activations are in, if it kept any and they are still there."""
-    for sample in run.samples():
+    for sample in run.read_samples():
         for ref in sample.rollouts:
             session = run.session_uri(ref)
             return session.rpartition("/")[0] if _existing(session) else None

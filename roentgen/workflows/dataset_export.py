@@ -61,7 +61,7 @@ def export_dataset(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ExportError(f"{folder} is there already, and not empty; choose another folder, or remove it")
     extractor = run.config.settings["extractor"]
-    samples = run.samples().by_name()
+    samples = run.read_samples().by_name()
     stage(f"reading {run.path}")
     parts = find_rollouts(run, samples, session)
     judged = {sample.sample_id: Judged.of(sample, extractor) for sample in samples}

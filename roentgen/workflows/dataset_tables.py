@@ -26,9 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int, Shaped
 
-from eval_jobs.parquet import SCHEMA as SAMPLES
-from eval_jobs.parquet import read_tables
-from eval_jobs.summary import verdict
+from eval_jobs.parquet import read_tables, schema_of_run
 from roentgen.runs import Run, Sample
 from roentgen.store import StoreError
 from roentgen.tokenized_text import token_texts
@@ -124,7 +122,7 @@ class Judged:
             variant=sample.variant,
             gold=sample.gold,
             correct=None if sample.error is not None else sample.correct,
-            verdict=verdict(sample, extractor),
+            verdict=sample.verdict(extractor),
         )
 
 
@@ -191,8 +189,9 @@ class _Files:
 
 def write_samples(run: Run, folder: Path) -> Table:
     """Write the table of samples; a sample's session is named without the place where it was."""
-    with _Files(folder / "samples", SAMPLES) as files:
-        for table in read_tables(run):
+    schema = schema_of_run(run)
+    with _Files(folder / "samples", schema) as files:
+        for table in read_tables(run, schema):
             place = table.column_names.index("session")
             names = [uri and uri.rstrip("/").rsplit("/", 1)[-1] for uri in table.column(place).to_pylist()]
             files.write(table.set_column(place, "session", pa.array(names, pa.string())))

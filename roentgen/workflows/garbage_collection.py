@@ -39,8 +39,8 @@ def collect_garbage(uri: str, runs: Sequence[Path], *, older_than_s: float, dry_
         RunError: if a run cannot be read.
         OSError: as the disk or the bucket answers.
     """
-    session, opened = Session.open(uri), [Run.open(run) for run in runs]
-    named = {ref.rollout_id for run in opened for sample in run.samples() for ref in sample.rollouts}
+    session, opened = Session.open(uri), [Run(run) for run in runs]
+    named = {ref.rollout_id for run in opened for sample in run.read_samples() for ref in sample.rollouts}
     hashes = {config_hash for run in opened for config_hash in run.config.config_hashes}
     unwanted: list[str] = []
     if runs:

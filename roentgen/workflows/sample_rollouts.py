@@ -1,4 +1,4 @@
-"""Which stored rollouts belong to a run's samples: every turn of every sample, where `probes.sources` takes the first turns.
+"""Which stored rollouts belong to a run's samples: every turn of every sample, where `Run.stored` takes the first turns.
 
 The record names the rollouts that were acknowledged. Another session, which `roentgen capture` made of the run's answers, is
 joined on the key that both were made under.

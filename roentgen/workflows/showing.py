@@ -10,7 +10,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from eval_jobs.summary import verdict
 from probes.errors import ProbeDataError
 from probes.positions import read
 from roentgen.linear_probe import SavedProbe, SavedProbeError, load_probe
@@ -109,7 +108,7 @@ def find_sample(run: Run, which: str | int, *, epoch: int | None = None, variant
     Raises:
         RunError: if there is none, saying what there is; or the record is damaged.
     """
-    samples = run.samples().by_name()
+    samples = run.read_samples().by_name()
     names, wanted = samples.names, str(which)
     if not names:
         raise RunError(f"{run.path} has no samples yet")
@@ -151,7 +150,7 @@ def describe(run: Run, sample: Sample) -> Shown:
     except StoreError as error:
         stored, lost = [], str(error)
     scores = [_score(folder, parts, lost) for folder in run.probe_folders()]
-    verdicts = {name: verdict(sample, name) for name in sample.answers}
+    verdicts = {name: sample.verdict(name) for name in sample.answers}
     ordered = sorted(stored, key=lambda rows: rows.turn)
     return Shown(sample, run.config.settings["extractor"], verdicts, ordered, lost, scores)
 

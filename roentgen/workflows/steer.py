@@ -50,7 +50,7 @@ def steer(settings: SteerSettings, stage: Callable[[str], None] = lambda text: N
         SweepError: if the probe, the run and the server do not fit together, or a request fails for good.
     """
     path, saved = find_probe(settings.probe, settings.label)
-    run = Run.open(settings.problems or path.parent.parent.parent)
+    run = Run(settings.problems or path.parent.parent.parent)
     if len(saved.weight) > 1:
         raise SweepError(f"{path} has {len(saved.weight)} directions, one per class; steer with a probe that has one")
     tasks = _tasks(run, settings.samples)
@@ -135,7 +135,7 @@ def _tasks(run: Run, samples: int) -> list[Task]:
     if run.config.hashed.get("mode") == "with-tools":
         raise SweepError(f"{run.path} was answered with tools, which a sweep does not give; take a run without")
     tasks: dict[str, Task] = {}
-    answered = [sample for sample in run.samples().by_name() if sample.error is None]
+    answered = [sample for sample in run.read_samples().by_name() if sample.error is None]
     posed: set[int] = set()  # the same question under two ids is one problem
     for sample, problem in zip(answered, same_question([sample.posed for sample in answered]), strict=True):
         if problem not in posed and len(tasks) < samples:

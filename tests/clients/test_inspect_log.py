@@ -37,7 +37,7 @@ def log(run: Run, tmp_path: Path) -> EvalLog:
 def test_inspect_ai_reads_every_sample(log: EvalLog, run: Run) -> None:
     assert log.samples is not None
     assert len(log.samples) == 5
-    for found, sample in zip(log.samples, run.samples().by_name(), strict=True):
+    for found, sample in zip(log.samples, run.read_samples().by_name(), strict=True):
         assert (found.id, found.epoch, found.target) == (sample.problem_id, sample.epoch, sample.gold)
         assert [message.role for message in found.messages] == [message["role"] for message in sample.messages]
         if sample.error is not None:
@@ -71,5 +71,5 @@ def test_its_scores_recounted_by_inspect_ai_are_the_run_s(log: EvalLog, run: Run
         recounted = (frame[f"score_{scores.name}"] == "C").mean()
         assert scores.metrics["accuracy"].value == recounted
     assert [s.id for s in read_eval_log_sample_summaries(str(tmp_path / "log.eval"))] == [
-        s.problem_id for s in run.samples().by_name()
+        s.problem_id for s in run.read_samples().by_name()
     ]

@@ -112,11 +112,11 @@ def test_verdicts_are_the_harnesss_on_real_outputs(
 @pytest.mark.skipif("ROENTGEN_RUN" not in os.environ, reason="ROENTGEN_RUN names no run on GSM8K's test set")
 def test_a_whole_run_has_the_harness_s_verdicts(gsm8k_test: Path) -> None:
     """Item by item, on a run of yours: `ROENTGEN_RUN=results/mine make test-clients`."""
-    run = Run.open(os.environ["ROENTGEN_RUN"])
+    run = Run(os.environ["ROENTGEN_RUN"])
     name = run.config.prompt["name"]
     task = harness_task(name, gsm8k_test.parent)
     docs = {doc["question"]: doc for doc in task.test_docs()}
-    samples = [sample for sample in run.samples() if sample.error is None]
+    samples = [sample for sample in run.read_samples() if sample.error is None]
     found = verdicts(task, [(docs[sample.question], sample.response) for sample in samples])
     for sample, theirs in zip(samples, found, strict=True):
         ours = sample.correct_by

@@ -126,7 +126,7 @@ def test_up_evaluate_reuse_and_down(cloud: Cloud, tmp_path: Path, gsm8k_test: Pa
     done = cloud.roentgen("eval", *evaluation, *on, "--transfer-activations", "--output", str(output))
     assert done.returncode == 0, done.stderr[-6000:]
     assert f"{NAME} was there before and is left running" in done.stderr
-    samples = Run.open(output).samples()
+    samples = Run(output).read_samples()
     assert [sample.error for sample in samples] == [None] * 4
     session = Session.open(str(output / "activations" / samples[0].rollouts[0].session_id))
     assert verify(session).rollouts == 4

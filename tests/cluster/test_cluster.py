@@ -37,8 +37,8 @@ def recorded(output: Path) -> int:
 
 def check_run(output: Path, store: str) -> None:
     """Every problem once, every activation there and true to the text that it belongs to."""
-    run = Run.open(output)
-    samples = run.samples()
+    run = Run(output)
+    samples = run.read_samples()
     lines = run.record_path.read_text().splitlines()
     assert len(lines) == len({sample.problem_id for sample in samples}) == PROBLEMS
     assert [sample.error for sample in samples] == [None] * PROBLEMS
@@ -169,7 +169,7 @@ def test_replicas_grow_with_the_load_of_an_evaluation(cluster: Cluster, gsm8k_te
     assert len({replica["node_ip"] for replica in replicas}) == 2
     assert first["replica_id"] in {replica["replica_id"] for replica in replicas}
     assert job.wait(400) == 0, log.read_text()
-    assert [sample.error for sample in Run.open(output).samples()] == [None] * 128
+    assert [sample.error for sample in Run(output).read_samples()] == [None] * 128
 
     del cluster.hosts.environment["MAX_REPLICAS"]
     cluster.hosts.environment["REPLICAS"] = "2"

@@ -80,11 +80,11 @@ def test_a_dry_run_says_what_would_be_stored_and_stores_nothing(tmp_path: Path) 
 def test_who_says_what_to_keep_keeps_it(server: StandIn, option: tuple[str, str]) -> None:
     _, _, stderr = run("--base-url", server.base_url, "--output", "run", "--samples", "1", *option)
     assert f"{option[0]}: activations are kept (--collect-activations)" in stderr
-    kept = Run.open("run").config.hashed["capture"]
+    kept = Run("run").config.hashed["capture"]
     assert str(option[1]) in str(kept)
     _, _, stderr = run("--base-url", server.base_url, "--output", "plain", "--samples", "1")
     assert "activations are kept" not in stderr
-    assert Run.open("plain").config.hashed["capture"] is None
+    assert Run("plain").config.hashed["capture"] is None
 
 
 def test_verbose_shows_the_traceback() -> None:
@@ -99,7 +99,7 @@ def test_the_scores_go_to_stdout_and_the_rest_to_stderr(server: StandIn) -> None
     assert code == 0
     assert "→ answer" in stdout
     assert "run directory" in stderr
-    assert Run.open("run").config.settings["samples"] == 2
+    assert Run("run").config.settings["samples"] == 2
 
 
 @pytest.mark.usefixtures("local_ray")
@@ -132,7 +132,7 @@ def test_a_factory_s_server_is_used_and_stopped(server: StandIn) -> None:
     code, _, stderr = run("--output", "run", "--samples", "1", "--dtype", "float32", factory=factory)
     assert code == 0, stderr
     assert (given[0].model, given[0].dtype, stopped) == ("smollm2-135m", "float32", [True])
-    assert Run.open("run").config.hashed["model"] == "smollm2-135m"
+    assert Run("run").config.hashed["model"] == "smollm2-135m"
 
 
 def test_problems_are_checked_before_a_server_is_started(tmp_path: Path) -> None:

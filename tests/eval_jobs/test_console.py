@@ -88,7 +88,7 @@ def test_samples_problems_epochs_and_variants_are_told_apart(tmp_path: Path) -> 
 
 
 def test_without_a_terminal_progress_is_plain_lines(tmp_path: Path) -> None:
-    samples = make_run(tmp_path).samples()
+    samples = make_run(tmp_path).read_samples()
     out = io.StringIO()
     with Progress(Console(file=out), total=5, recorded=Tally(scored=1)) as progress:
         for sample in samples[1:]:
@@ -98,7 +98,7 @@ def test_without_a_terminal_progress_is_plain_lines(tmp_path: Path) -> None:
 
 
 def test_on_a_terminal_progress_is_a_bar(tmp_path: Path) -> None:
-    samples = make_run(tmp_path).samples()
+    samples = make_run(tmp_path).read_samples()
     out = io.StringIO()
     with Progress(Console(file=out, force_terminal=True, width=120), total=5, recorded=Tally()) as progress:
         for sample in samples:

@@ -18,7 +18,7 @@ from eval_jobs.driver import InterruptedRunError, _stop_asked, run_evaluation
 from eval_jobs.endpoint import FatalRequestError
 from eval_jobs.resume import OtherConfigurationError
 from eval_jobs.settings import check_settings
-from roentgen.runs import Recorder, Run, RunError, Sample
+from roentgen.runs import Recorder, Run, RunError, Sample, recording
 from tests.eval_jobs.conftest import take
 from tests.eval_jobs.stand_in import KILL, Fault, StandIn
 
@@ -49,7 +49,7 @@ def assert_complete(run: Run, samples: int = 12) -> None:
     summary = run.summary()
     assert summary is not None
     assert summary["complete"] is True
-    assert summary["accuracy"]["correct"] == sum(sample.correct for sample in run.samples()) == samples
+    assert summary["accuracy"]["correct"] == sum(sample.correct for sample in run.read_samples()) == samples
 
 
 def test_an_evaluation_leaves_the_whole_run_directory(server: StandIn, tmp_path: Path) -> None:
@@ -62,7 +62,7 @@ def test_an_evaluation_leaves_the_whole_run_directory(server: StandIn, tmp_path:
         "config.json", "samples.jsonl", "summary.json", "dataset.jsonl", "report.html",
         "audit.jsonl", "samples", "trajectories", "agent_states",
     }  # fmt: skip
-    sample = run.samples()[0]
+    sample = run.read_samples()[0]
     assert sample.config_hash == run.config.config_hash == server.requests[0]["activations"]["key"]["config_hash"]
     assert sample.rollouts[0].session_id == run.config.run_id
     assert (run.summary() or {})["activations"]["keys"] == ["layers.12.ln_attn", "layers.8.ln_attn"]
@@ -131,8 +131,8 @@ def test_a_refused_request_stops_the_run_which_can_go_on(server: StandIn) -> Non
         EvalError, match=r"layer 40 is out of range\. Finished samples are kept in .*run; the same command"
     ):
         evaluate(server, parallel=1)
-    run = Run.open("run")
-    assert len(run.samples()) == 8
+    run = Run("run")
+    assert len(run.read_samples()) == 8
     assert run.summary() is None
     assert_complete(evaluate(server)[0])
 
@@ -166,7 +166,7 @@ def test_a_server_that_fails_at_everything_stops_the_run(server: StandIn) -> Non
         evaluate(server, samples=24, parallel=2)
     assert len(server.requests) < 24
     assert "lower --max-tokens" in str(caught.value)
-    run = Run.open("run")
+    run = Run("run")
     summary = run.summary() or {}
     assert summary["failures"][0]["count"] == summary["errors"] == summary["timing"]["samples"] >= 10
     assert "400: too long" in (run.path / "report.html").read_text()
@@ -181,9 +181,9 @@ def test_so_many_failed_samples_stop_the_run_and_no_fewer(server: StandIn) -> No
         EvalError, match=r"2 samples failed \(--fail-on-error\), the last one with: 400: too long\. Finished"
     ):
         evaluate(server, parallel=1, fail_on_error=2)
-    assert [sample.error is None for sample in Run.open("run").samples()] == [False, True, False]
+    assert [sample.error is None for sample in Run("run").read_samples()] == [False, True, False]
     run, _ = evaluate(server, parallel=1, fail_on_error=2)  # what failed is tried again; one more fails
-    assert [s.problem_id for s in run.samples() if s.error] == ["arithmetic-0012"]
+    assert [s.problem_id for s in run.read_samples() if s.error] == ["arithmetic-0012"]
 
 
 def test_ctrl_c_says_how_to_go_on(server: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +246,7 @@ def test_layers_that_the_model_lacks_are_refused_before_anything_is_asked(server
 
 def test_two_drivers_do_not_share_a_run(server: StandIn) -> None:
     run, _ = evaluate(server)
-    with run.recording(), pytest.raises(RunError, match="being written by another evaluation"):
+    with recording(run), pytest.raises(RunError, match="being written by another evaluation"):
         evaluate(server)
 
 
@@ -301,15 +301,15 @@ def test_a_driver_stopped_half_way_is_continued(
         assert "the same command (without --new) continues there" in said
         assert "Traceback" not in said
         assert "SIGTERM" not in said
-    kept = list(Run.open(tmp_path / "run").samples())
+    kept = list(Run(tmp_path / "run").read_samples())
     assert 8 <= len(kept) < 24
 
     again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert again.returncode == 0, again.stderr
     assert f"continuing: {len(kept)} of 24 problems are recorded already" in again.stderr
-    run = Run.open(tmp_path / "run")
+    run = Run(tmp_path / "run")
     assert_complete(run, 24)
-    assert list(run.samples()[: len(kept)]) == kept
+    assert list(run.read_samples()[: len(kept)]) == kept
     for folder in ("samples", "trajectories", "agent_states"):
         assert len(list((run.path / folder).iterdir())) == 24
     assert len(server.requests) <= 24 + 2 * 4 + 4  # what was in flight ran twice, and no more

@@ -19,7 +19,7 @@ from eval_jobs.selection import load_problems
 from eval_jobs.settings import check_settings
 from eval_jobs.variants import Attempt, attempts_of
 from roentgen.durable import write_json
-from roentgen.runs import Run
+from roentgen.runs import Run, write_config
 from tests.eval_jobs.conftest import take
 from tests.eval_jobs.stand_in import StandIn
 from tests.eval_jobs.test_driver import evaluate
@@ -38,7 +38,7 @@ def opened(output: Path, **values: Any) -> tuple[Run, list[Attempt]]:
     settings = check_settings(output=output, **values)
     problems = take(settings.problems, settings.samples)
     run = open_run(settings, problems, SERVED, "http://h:1/v1")
-    run.write_config()
+    write_config(run)
     return run, attempts_of(run.config, problems)
 
 
@@ -86,7 +86,9 @@ def test_only_what_is_new_is_asked_and_the_result_is_that_of_a_fresh_run(server:
     times = dict.fromkeys(("timing", "request_seconds", "run_id"))
     summaries = [{**(one.summary() or {}), **times} for one in (run, fresh)]
     assert summaries[0] == summaries[1]
-    assert {s.sample_id: s.answers for s in run.samples()} == {s.sample_id: s.answers for s in fresh.samples()}
+    assert {s.sample_id: s.answers for s in run.read_samples()} == {
+        s.sample_id: s.answers for s in fresh.read_samples()
+    }
     server.requests.clear()
     again, shown = evaluate(server, **larger)
     assert (server.requests, "grows" in shown) == ([], False)
@@ -133,7 +135,7 @@ def test_a_file_that_was_only_added_to_is_the_same_problems_and_an_edited_one_is
     def open_it() -> Run:
         settings = check_settings(output="out", problems="p.jsonl", samples=10)
         run = open_run(settings, load_problems(settings.selection), SERVED, "http://h:1/v1")
-        run.write_config()
+        write_config(run)
         return run
 
     assert open_it().config.problems["samples"] == 3

@@ -13,7 +13,7 @@ from eval_jobs.resume import open_run
 from eval_jobs.scoring import score
 from eval_jobs.settings import check_settings
 from roentgen.contract import StoredTensor
-from roentgen.runs import RolloutRef, Run, Sample, Turn
+from roentgen.runs import RolloutRef, Run, Sample, Turn, recording
 from tests.disk import DiskCalls
 from tests.eval_jobs.conftest import take
 
@@ -66,7 +66,7 @@ def make_run(path: Path, samples: int = 5, activations: bool = True) -> Run:
     settings = check_settings(samples=samples, output=path / "run", collect_activations=activations)
     problems = take("arithmetic", samples)
     run = open_run(settings, problems, ServedModel("stand-in", "r1", "float32", 30, 8), "http://h:1/v1")
-    with run.recording() as record:
+    with recording(run) as record:
         for problem in reversed(problems):
             record.append(sample(problem, *REPLIES[problem.number], rollouts=activations))
     return run
@@ -112,7 +112,7 @@ def test_a_summary_made_again_keeps_the_time_it_had(run: Run) -> None:
 
 
 def test_a_run_is_complete_when_every_problem_has_an_answer(run: Run) -> None:
-    with run.recording() as record:
+    with recording(run) as record:
         record.append(sample(take("arithmetic", 5)[4], "Answer: 0", "stop"))
     summary = write_summary(run, None)
     assert (summary["complete"], summary["errors"], summary["samples"]) == (True, 0, 5)
@@ -130,7 +130,7 @@ def test_a_run_of_nothing_has_a_summary(tmp_path: Path) -> None:
 def test_an_answer_that_only_another_extractor_found_is_audited(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     gold = take("arithmetic", 5)[4].gold
-    with run.recording() as record:
+    with recording(run) as record:
         record.append(sample(take("arithmetic", 5)[4], f"It is 2 or 3, that is: {gold}", "length"))
     summary = write_summary(run, None)
     assert (summary["unparsable"], summary["unread_but_right"]) == (2, 1)
@@ -146,7 +146,7 @@ def test_an_answer_that_only_another_extractor_found_is_audited(tmp_path: Path) 
 
 def test_samples_from_before_an_extractor_are_not_judged_by_it(run: Run) -> None:
     older = {"answer_line": "-103", "flexible": "-103"}
-    with run.recording() as record:
+    with recording(run) as record:
         now = sample(take("arithmetic", 5)[4], "Answer: 0", "stop")
         record.append(
             now.model_copy(update={"answers": older, "correct_by": dict.fromkeys(older, True), "correct": True})

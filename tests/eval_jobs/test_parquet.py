@@ -17,7 +17,7 @@ def test_a_row_per_sample_in_the_order_of_their_names(tmp_path: Path, monkeypatc
     run = make_run(tmp_path)
     assert write_parquet(run, tmp_path / "samples.parquet") == 5
     frame = pd.read_parquet(tmp_path / "samples.parquet").set_index("sample_id")
-    samples = {sample.sample_id: sample for sample in run.samples()}
+    samples = {sample.sample_id: sample for sample in run.read_samples()}
     assert list(frame.index) == [f"gsm8k_000{number}" for number in range(1, 6)]
     for name, row in frame.iterrows():
         sample = samples[str(name)]

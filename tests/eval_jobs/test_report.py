@@ -11,7 +11,7 @@ import pytest
 from eval_jobs.outputs import Timing, write_summary
 from eval_jobs.problems import Problem
 from eval_jobs.report import write_report
-from roentgen.runs import Run, RunError, rewrite
+from roentgen.runs import Run, RunError, recording, rewrite
 from tests.eval_jobs.test_outputs import make_run, sample
 from tests.eval_jobs.test_summary import make
 
@@ -112,7 +112,7 @@ def test_it_needs_nothing_else(run: Run) -> None:
 
 def test_what_a_model_wrote_is_escaped(run: Run) -> None:
     attack = Problem("arithmetic-0001", 6, "<script>alert(1)</script>", "</pre>", "1")
-    with run.recording() as record:
+    with recording(run) as record:
         record.append(sample(attack, '"><img src=x onerror=alert(1)>\nAnswer: 1', "stop").model_copy(
             update={"config_hash": "another"}))  # fmt: skip
     page = page_of(run)
@@ -335,7 +335,7 @@ def test_probes_of_a_number_and_of_two_kinds_are_told_apart(run: Run) -> None:
 def test_text_that_runs_the_other_way_or_has_no_encoding(run: Run) -> None:
     nasty = "\u202eevil\u202c שלום </script><script>alert(1)</script>"
     messages = [{"role": "user", "content": nasty}, {"role": "assistant", "content": "half \ud83d a pair"}]
-    changed = [one.model_copy(update={"question": nasty, "messages": messages}) for one in run.samples()]
+    changed = [one.model_copy(update={"question": nasty, "messages": messages}) for one in run.read_samples()]
     html = write_page(run, changed)
     page = Page(html)
     assert "script" not in page.tags
@@ -353,7 +353,7 @@ def write_page(run: Run, samples: list[Any]) -> str:
             return self
 
     class Other(Run):
-        def samples(self) -> Any:
+        def read_samples(self) -> Any:
             return Changed(samples)
 
     return write_report(Other(run.path, run.config)).read_text()

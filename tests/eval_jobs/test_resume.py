@@ -35,7 +35,7 @@ def test_a_made_up_folder_says_what_it_holds(tmp_path: Path) -> None:
 
 
 def test_the_configuration_is_all_that_is_needed_to_run_it_again() -> None:
-    config = Run.open(opened(samples=2, temperature=0.5).path).config
+    config = Run(opened(samples=2, temperature=0.5).path).config
     assert config.hashed["sampling"] == {"max_tokens": 512, "temperature": 0.5, "top_p": 1.0, "seed": 0}
     assert config.hashed["capture"] is None
     assert config.problems["source"] == "arithmetic"

@@ -17,7 +17,7 @@ from eval_jobs.scoring import score
 from eval_jobs.settings import check_settings
 from eval_jobs.status import status
 from eval_jobs.variants import Attempt
-from roentgen.runs import Run, RunError, Sample
+from roentgen.runs import Run, RunError, Sample, recording
 from tests.eval_jobs.conftest import take
 
 SERVED = ServedModel("m", "r", "float32", 30, 8)
@@ -28,7 +28,7 @@ def make(path: Path, says: dict[tuple[int, int, str | None], str], **values: Any
     settings = check_settings(output=path, samples=3, **values)
     problems = take("arithmetic", 3)
     run = open_run(settings, problems, SERVED, "http://h:1/v1")
-    with run.recording() as record:
+    with recording(run) as record:
         for variant in variants_of(settings, hashed_configuration(settings, SERVED)):
             for problem in problems:
                 for epoch in range(1, settings.epochs + 1):
@@ -77,21 +77,21 @@ def test_variants_are_compared_with_the_first(tmp_path: Path) -> None:
     assert (against["gained"], against["lost"], against["problems"]) == (2, 1, 3)
     assert against["value"] == pytest.approx(1 / 3)
     assert len((run.path / "dataset.jsonl").read_text().splitlines()) == 3
-    assert set(run.config.config_hashes) == {sample.config_hash for sample in run.samples()}
+    assert set(run.config.config_hashes) == {sample.config_hash for sample in run.read_samples()}
 
 
 def test_a_run_is_scored_again_without_the_model(tmp_path: Path) -> None:
     run = make(tmp_path / "run", {(1, 1, None): "Answer: GOLD (see step 3)", (2, 1, None): "2 or GOLD"})
     assert write_summary(run, None)["accuracy"]["correct"] == 1
-    before = [sample.response for sample in run.samples()]
+    before = [sample.response for sample in run.read_samples()]
     again = rescore(run, "flexible")
-    assert [sample.correct for sample in again.samples()] == [False, True, False]
-    assert [sample.response for sample in again.samples()] == before
-    summary = Run.open(run.path).summary()
+    assert [sample.correct for sample in again.read_samples()] == [False, True, False]
+    assert [sample.response for sample in again.read_samples()] == before
+    summary = Run(run.path).summary()
     assert summary is not None
     assert (summary["extractor"], summary["accuracy"]["correct"]) == ("flexible", 1)
-    with Run.open(run.path).recording(), pytest.raises(RunError, match="is being written"):
-        rescore(Run.open(run.path))
+    with recording(Run(run.path)), pytest.raises(RunError, match="is being written"):
+        rescore(Run(run.path))
 
 
 def test_how_far_a_run_is(tmp_path: Path) -> None:
@@ -100,11 +100,11 @@ def test_how_far_a_run_is(tmp_path: Path) -> None:
     lines = run.record_path.read_text().splitlines(keepends=True)
     run.record_path.write_text("".join(lines[:2]))
     assert str(status(run)).startswith("stopped: 2/3 done")
-    with run.recording() as record:
-        record.append(Run.open(run.path).samples()[1].model_copy(update={"epoch": 2, "error": "503: 4 waiting"}))
+    with recording(run) as record:
+        record.append(Run(run.path).read_samples()[1].model_copy(update={"epoch": 2, "error": "503: 4 waiting"}))
     assert "1 errors (the commonest, 1: 503: 4 waiting); the same command continues it" in str(status(run))
     run.record_path.write_text("".join(lines[:2]))
-    with run.recording():
+    with recording(run):
         # Two samples that began at 1000 and finished at 1010: twenty tokens in twenty seconds, the third in ten more.
         assert str(status(run, now=1020.0)) == "running: 2/3 done, 1 correct, 50.0% (9.5–90.5), 1 tokens/s, 0:10 left"
         assert str(status(run, now=9999.0)) == "running: 2/3 done, 1 correct, 50.0% (9.5–90.5)"
@@ -160,7 +160,7 @@ def test_the_same_question_under_two_ids_is_one_problem(tmp_path: Path) -> None:
         problems = take(str(tmp_path / f"{name}.jsonl"), samples)
         settings = check_settings(output=tmp_path / name, samples=samples, problems=str(tmp_path / f"{name}.jsonl"))
         run = open_run(settings, problems, SERVED, "http://h:1/v1")
-        with run.recording() as record:
+        with recording(run) as record:
             for problem in problems:
                 text = f"Answer: {problem.gold if problem.gold == '2' else 0}"
                 scores = score(text, problem.gold)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from probes.report import Best, Estimate, KeyResult, ProbeReport
 from roentgen.contract import RolloutKey, StoredTensor
-from roentgen.runs import RolloutRef, Run, RunConfig, Sample
+from roentgen.runs import RolloutRef, Run, RunConfig, Sample, create_run, recording
 from roentgen.store import CaptureSpec, Rollout, StoreWriter
 from roentgen.tokenized_text import Segment, TokenizedText
 
@@ -49,7 +49,7 @@ def build_run(tmp_path: Path) -> BuildRun:
         problems = problems or [f"problem-{i}" for i in range(n)]
         prompt_tokens = prompt_tokens or [N_PROMPT] * n
         spec = CaptureSpec(model="m", revision="r", keys=tuple(features), positions=positions, dtype="torch.float32")
-        run = Run.create(tmp_path / "run", RunConfig(
+        run = create_run(tmp_path / "run", RunConfig(
             run_id="run", created="2025-01-01T00:00:00Z", config_hash="c0ffee", hashed={}, problems={},
             settings={"extractor": "answer"},
             prompt={}, versions={},
@@ -66,7 +66,7 @@ def build_run(tmp_path: Path) -> BuildRun:
                 session = sessions[i % len(sessions)]
                 pending.append(writer.submit(_rollout(session, f"rollout-{i:05}", spec, rows, key)))
             receipts = [future.result() for future in pending]
-        with run.recording() as record:
+        with recording(run) as record:
             for i, receipt in enumerate(receipts):
                 tensors = {
                     name: StoredTensor(shape=(N_ROWS, v.shape[1]), dtype=spec.dtype, stored_path=receipt.shard)

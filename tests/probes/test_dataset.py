@@ -8,7 +8,7 @@ import torch
 from probes.baselines import covariates
 from probes.dataset import ProbeDataset
 from probes.errors import OneClassError, ProbeDataError
-from roentgen.runs import Run
+from roentgen.runs import Run, RunError
 
 KEYS = ("layers.2.resid_post", "layers.10.resid_post", "layers.2.mlp_out", "embed")
 
@@ -73,7 +73,7 @@ def test_failed_samples_and_samples_without_rollout_are_left_out_and_counted(bui
 def test_the_first_turn_counts(build_run, planted):
     features, correct = planted(KEYS, None, n=6)
     run = build_run(features, correct)
-    samples = run.samples()
+    samples = run.read_samples()
     later = samples[1].rollouts[0].model_copy(update={"turn": 1})
     two_turns = samples[0].model_copy(update={"rollouts": [later, *samples[0].rollouts]})
     run.record_path.write_text("".join(s.model_dump_json() + "\n" for s in [two_turns, *samples[1:]]))
@@ -99,7 +99,7 @@ def test_a_lost_rollout_is_named(build_run, planted):
     run = build_run(*planted(KEYS, None, n=6))
     for file in (run.path / "activations/session/index").iterdir():
         file.unlink()
-    with pytest.raises(ProbeDataError, match=r"lacks 6 of the 6 rollouts .* rollout-00000"):
+    with pytest.raises(RunError, match=r"lacks 6 of the 6 rollouts .* rollout-00000"):
         ProbeDataset.open(run.path)
 
 
@@ -121,7 +121,7 @@ def test_a_class_within_one_problem_is_refused(build_run, planted):
 def test_a_run_without_activations_says_so(build_run, planted):
     features, correct = planted(KEYS, None, n=4)
     run = build_run(features, correct, changes={i: {"rollouts": []} for i in range(4)})
-    with pytest.raises(ProbeDataError, match=r"no activations: none of its 4 samples"):
+    with pytest.raises(RunError, match=r"no activations: none of its 4 samples"):
         ProbeDataset.open(run.path)
 
 
@@ -177,9 +177,9 @@ def test_another_session_is_joined_on_the_key(build_run, planted):
 
 def test_a_session_of_other_texts_is_refused(build_run, planted):
     run = build_run(*planted(KEYS, None, n=6))
-    samples = [sample.model_copy(update={"config_hash": "another"}) for sample in run.samples()]
+    samples = [sample.model_copy(update={"config_hash": "another"}) for sample in run.read_samples()]
     run.record_path.write_text("".join(s.model_dump_json() + "\n" for s in samples))
-    with pytest.raises(ProbeDataError, match=r"session holds none of the 6 samples .*`roentgen capture"):
+    with pytest.raises(RunError, match=r"session holds none of the 6 samples .*`roentgen capture"):
         ProbeDataset.open(run.path, session=run.path / "activations" / "session")
     with pytest.raises(ProbeDataError, match=r"not a session"):
         ProbeDataset.open(run.path, session="nowhere")

@@ -16,7 +16,7 @@ from probes.report import ProbeReport
 from roentgen.cli import app
 from roentgen.durable import write_json
 from roentgen.linear_probe import ProbeCard, SavedProbe, save_probes
-from roentgen.runs import RunError, Sample
+from roentgen.runs import RunError, Sample, recording
 from roentgen.workflows.showing import find_sample
 from tests.eval_jobs.conftest import take
 from tests.eval_jobs.test_outputs import sample
@@ -38,7 +38,7 @@ def show(*arguments: str) -> str:
 def test_a_sample_is_printed_whole(make_run: MakeRun) -> None:
     kept = make_run()
     said = show(str(kept.run.path), "3")
-    recorded = next(s for s in kept.run.samples() if s.sample_id == "gsm8k_0003")
+    recorded = next(s for s in kept.run.read_samples() if s.sample_id == "gsm8k_0003")
     assert recorded.question in said
     assert "Answer: 6 (see step 3)" in said
     assert f"gold answer: {recorded.gold}" in said
@@ -103,7 +103,7 @@ def test_samples_are_found_by_what_people_call_them(tmp_path: Path) -> None:
     settings = check_settings(samples=12, output=tmp_path / "run", variants=str(tmp_path / "v.yaml"), epochs=2)
     problems = take("arithmetic", 12)
     run = open_run(settings, problems, ServedModel("m", "r"), "http://h:1/v1")
-    with run.recording() as record:
+    with recording(run) as record:
         for problem in problems:
             for variant in run.config.variants:
                 for epoch in (1, 2):

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roentgen.durable import write_json
-from roentgen.runs import Run, RunConfig, RunError, Sample, find_unfinished, rewrite
+from roentgen.runs import Run, RunConfig, RunError, Sample, create_run, find_unfinished, recording, rewrite
 from tests.disk import DiskCalls
 
 
@@ -34,17 +34,17 @@ def sample(problem: str, *, error: str | None = None, response: str = "") -> Sam
 
 
 def test_appended_samples_are_read_back(tmp_path: Path) -> None:
-    run = Run.create(tmp_path / "run", config())
-    with run.recording() as record:
+    run = create_run(tmp_path / "run", config())
+    with recording(run) as record:
         record.append(sample("a"))
         record.append(sample("b", response="é\n"))
-    assert [s.problem_id for s in Run.open(tmp_path / "run").samples()] == ["a", "b"]
-    assert Run.open(tmp_path / "run").samples()[1].response == "é\n"
+    assert [s.problem_id for s in Run(tmp_path / "run").read_samples()] == ["a", "b"]
+    assert Run(tmp_path / "run").read_samples()[1].response == "é\n"
 
 
 def test_an_answer_counts_before_an_error_and_the_first_before_later_ones(tmp_path: Path) -> None:
-    run = Run.create(tmp_path, config())
-    with run.recording() as record:
+    run = create_run(tmp_path, config())
+    with recording(run) as record:
         for s in [
             sample("a", error="timeout"),
             sample("a", response="1"),
@@ -52,59 +52,59 @@ def test_an_answer_counts_before_an_error_and_the_first_before_later_ones(tmp_pa
             sample("a", error="x"),
         ]:
             record.append(s)
-    assert [(s.error, s.response) for s in run.samples()] == [(None, "1")]
+    assert [(s.error, s.response) for s in run.read_samples()] == [(None, "1")]
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.integers(min_value=1, max_value=400))
 def test_a_torn_line_is_skipped_and_then_cut(tmp_path_factory: pytest.TempPathFactory, torn: int) -> None:
-    run = Run.create(tmp_path_factory.mktemp("run"), config())
-    with run.recording() as record:
+    run = create_run(tmp_path_factory.mktemp("run"), config())
+    with recording(run) as record:
         record.append(sample("a"))
         record.append(sample("b"))
     whole = run.record_path.read_bytes()
     last = len(whole.splitlines(keepends=True)[-1])
     run.record_path.write_bytes(whole[: len(whole) - min(torn, last)])
-    assert [s.problem_id for s in run.samples()] == ["a"]
-    with run.recording() as record:
+    assert [s.problem_id for s in run.read_samples()] == ["a"]
+    with recording(run) as record:
         record.append(sample("c"))
-    assert [s.problem_id for s in run.samples()] == ["a", "c"]
+    assert [s.problem_id for s in run.read_samples()] == ["a", "c"]
 
 
 def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path) -> None:
-    run = Run.create(tmp_path, config())
-    with run.recording() as record:
+    run = create_run(tmp_path, config())
+    with recording(run) as record:
         record.append(sample("a"))
         record.append(sample("b"))
     lines = run.record_path.read_text().splitlines(keepends=True)
     run.record_path.write_text("{not json\n" + lines[1])
     with pytest.raises(RunError, match=r"samples\.jsonl, line 1"):
-        run.samples()
+        run.read_samples()
 
 
 def test_two_drivers_cannot_write_one_run(tmp_path: Path) -> None:
-    run = Run.create(tmp_path, config())
-    with run.recording(), pytest.raises(RunError, match="another evaluation"), Run.open(tmp_path).recording():
+    run = create_run(tmp_path, config())
+    with recording(run), pytest.raises(RunError, match="another evaluation"), recording(Run(tmp_path)):
         pass
 
 
 def test_what_is_no_run_is_said_to_be_none(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"no config\.json"):
-        Run.open(tmp_path)
+        Run(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(RunError, match="damaged"):
-        Run.open(tmp_path)
+        Run(tmp_path)
     with pytest.raises(RunError, match="already holds a run"):
-        Run.create(tmp_path, config())
+        create_run(tmp_path, config())
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="not writable"):
-        Run.create(tmp_path / "file" / "run", config())
+        create_run(tmp_path / "file" / "run", config())
 
 
 def test_the_newest_unfinished_run_of_a_configuration_is_found(tmp_path: Path) -> None:
     for name, made in [("old", "2026-01-01"), ("new", "2026-01-03"), ("done", "2026-01-04")]:
-        Run.create(tmp_path / name, config(created=made))
-    Run.create(tmp_path / "other", config("other", created="2026-01-05"))
+        create_run(tmp_path / name, config(created=made))
+    create_run(tmp_path / "other", config("other", created="2026-01-05"))
     write_json(tmp_path / "done" / "summary.json", {"complete": True})
     found = find_unfinished(tmp_path, "h", {"n": 2})
     assert found is not None
@@ -113,16 +113,16 @@ def test_the_newest_unfinished_run_of_a_configuration_is_found(tmp_path: Path) -
 
 
 def test_a_run_is_written_and_rewritten_durably(tmp_path: Path, disk_calls: DiskCalls) -> None:
-    run = Run.create(tmp_path / "new" / "run", config())
+    run = create_run(tmp_path / "new" / "run", config())
     assert ("fsync", str(tmp_path / "new")) in disk_calls.calls  # the run's folder, in its parent
     disk_calls.check_atomic(run.path / "config.json")
     disk_calls.calls.clear()
-    with run.recording() as record:
+    with recording(run) as record:
         record.append(sample("a"))
     assert disk_calls.calls == [("fsync", str(run.path)), ("fsync", str(run.record_path))]
     disk_calls.calls.clear()
     run = rewrite(run, lambda one: one.model_copy(update={"response": "again"}), config("other"))
-    assert [one.response for one in run.samples()] == ["again"]
+    assert [one.response for one in run.read_samples()] == ["again"]
     disk_calls.check_atomic(run.record_path)
     disk_calls.check_atomic(run.path / "config.json")
 
@@ -130,8 +130,8 @@ def test_a_run_is_written_and_rewritten_durably(tmp_path: Path, disk_calls: Disk
 def test_a_disk_that_fails_during_a_rewrite_leaves_the_run_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Run.create(tmp_path, config())
-    with run.recording() as record:
+    run = create_run(tmp_path, config())
+    with recording(run) as record:
         record.append(sample("a"))
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
 

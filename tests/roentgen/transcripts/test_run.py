@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from roentgen.contract import RolloutKey
-from roentgen.runs import RolloutRef, Run, RunConfig, Sample
+from roentgen.runs import RolloutRef, Run, RunConfig, Sample, create_run, recording
 from roentgen.store import CaptureSpec, Rollout, StoreWriter
 from roentgen.tokenized_text import Segment, TokenizedText
 from roentgen.transcripts import TranscriptError
@@ -19,7 +19,7 @@ def run(tmp_path):
         run_id="run", created="2025-01-01T00:00:00Z", config_hash="c0ffee", hashed={}, problems={},
         settings={"extractor": "answer_line"}, prompt={}, versions={},
     )  # fmt: skip
-    return Run.create(tmp_path / "run", config)
+    return create_run(tmp_path / "run", config)
 
 
 def record(run, *changes):
@@ -27,7 +27,7 @@ def record(run, *changes):
         "config_hash": "c0ffee", "question": "1 + 1?", "solution": "2", "gold": "2", "correct": True,
         "messages": [ASK, ANSWER], "response": "Answer: 2", "answers": {"answer_line": "2"}, "finish_reason": "stop",
     }  # fmt: skip
-    with run.recording() as recorder:
+    with recording(run) as recorder:
         for number, change in enumerate(changes):
             names = {"sample_id": f"gsm8k_{number:04}", "problem_id": f"p{number}"}
             recorder.append(Sample.model_validate(fields | names | change))
@@ -92,7 +92,7 @@ def test_stored_tokens_come_along_also_from_a_moved_run(run, tmp_path):
     record(run, {"rollouts": [store(run)]}, {})
     moved = run.path.rename(tmp_path / "elsewhere")
     said = []
-    first, second = read_run(Run.open(moved), said.append)
+    first, second = read_run(Run(moved), said.append)
     assert first.tokens is not None
     assert (first.tokens.sequence.token_ids, first.tokens.sequence.n_prompt) == ([1, 2, 3, 4, 5], 3)
     assert (first.tokens.model, first.tokens.revision) == ("m", "r")

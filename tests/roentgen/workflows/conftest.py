@@ -11,7 +11,7 @@ from eval_jobs.config import ServedModel
 from eval_jobs.resume import open_run
 from eval_jobs.settings import check_settings
 from roentgen.contract import RolloutKey, StoredTensor
-from roentgen.runs import RolloutRef, Run, Sample
+from roentgen.runs import RolloutRef, Run, Sample, recording
 from roentgen.store import Rollout, StoreWriter
 from tests.eval_jobs.conftest import take
 from tests.eval_jobs.test_outputs import REPLIES, sample
@@ -47,7 +47,7 @@ def make_run(tmp_path: Path, rollout: RolloutFactory) -> MakeRun:
         problems = take("arithmetic", 5)
         run = open_run(settings, problems, ServedModel("m", "r", "float32", 3, 8), "http://h:1/v1")
         kept: dict[tuple[str, int], Rollout] = {}
-        with run.recording() as record, StoreWriter(tmp_path / "store", max_wait_s=0) as writer:
+        with recording(run) as record, StoreWriter(tmp_path / "store", max_wait_s=0) as writer:
             for problem in reversed(problems):
                 done = sample(problem, *REPLIES[problem.number], rollouts=False)
                 refs = []

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from roentgen.runs import Run, RunConfig, Sample
+from roentgen.runs import Run, RunConfig, Sample, create_run, recording
 from roentgen.store import Session
 from roentgen.workflows.capture import CaptureError, capture
 from roentgen.workflows.settings import CaptureSettings
@@ -22,12 +22,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
     monkeypatch.chdir(tmp_path)
     source = locate("models/mine/")
     served = {"id": source.name, "revision": source.revision, "dtype": "float32", "root": source.root}
-    run = Run.create(tmp_path / "run", RunConfig(
+    run = create_run(tmp_path / "run", RunConfig(
         run_id="run", created="2025-01-01T00:00:00Z", config_hash="c0ffee", problems={}, prompt={}, versions={},
         hashed={"model": source.name, "revision": source.revision, "dtype": "float32"},
         settings={"model": "models/mine/", "served": served},
     ))  # fmt: skip
-    with run.recording() as record:
+    with recording(run) as record:
         record.append(Sample(
             sample_id="s_0001", problem_id="p1", config_hash="c0ffee", question="?", solution="!", gold="2",
             messages=[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}],

@@ -53,7 +53,7 @@ def test_everything_is_read_back_with_datasets_alone(make_run: MakeRun, tmp_path
     assert done.exit_code == 0, done.output
     assert "5 samples, 5 rollouts, " in done.output
     samples = {row["sample_id"]: row for row in load(folder, "samples", cache)}
-    recorded = {sample.sample_id: sample for sample in kept.run.samples()}
+    recorded = {sample.sample_id: sample for sample in kept.run.read_samples()}
     assert list(samples) == [f"gsm8k_000{number}" for number in range(1, 6)]
     assert samples[f"gsm8k_000{FAILED}"]["correct"] is None
     for name, sample in recorded.items():
@@ -130,7 +130,7 @@ def test_a_run_without_activations_is_its_samples(make_run: MakeRun, tmp_path: P
 
 def test_another_session_of_the_answers(make_run: MakeRun, tmp_path: Path, rollout: RolloutFactory) -> None:
     kept = make_run(keys=())
-    sample = next(sample for sample in kept.run.samples() if sample.error is None)
+    sample = next(sample for sample in kept.run.read_samples() if sample.error is None)
     made = rollout(4, 3, session="again", keys=("embed",), positions="mean_prompt", dtype=torch.float32)
     made = made.__class__(**{
         **{name: getattr(made, name) for name in made.__dataclass_fields__},

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from roentgen.cli import app
-from roentgen.runs import RolloutRef, Run
+from roentgen.runs import RolloutRef, Run, create_run, recording
 from roentgen.store import Receipt, Session, StoreWriter, verify
 from roentgen.workflows.garbage_collection import collect_garbage
 from tests.roentgen.runs.test_run import config, sample
@@ -63,7 +63,7 @@ def test_an_unknown_key_is_named(session: str, tmp_path: Path) -> None:
 def evaluate_without_end(store: str, run: str) -> None:
     """Store rollouts and record their samples, two of which are always on their way from the store to the record."""
     make, waiting = RolloutFactory(), deque[tuple[str, Receipt]]()
-    with Run.open(Path(run)).recording() as record, StoreWriter(store, max_wait_s=0) as writer:
+    with recording(Run(Path(run))) as record, StoreWriter(store, max_wait_s=0) as writer:
         for problem in map("p{}".format, itertools.count()):
             waiting.append((problem, writer.submit(make(problem=problem)).result()))
             if len(waiting) > 2:
@@ -73,7 +73,7 @@ def evaluate_without_end(store: str, run: str) -> None:
 
 
 def test_what_a_killed_evaluation_stored_and_did_not_record_goes(tmp_path: Path) -> None:
-    make, store, run = RolloutFactory(), str(tmp_path / "store"), Run.create(tmp_path / "run", config("c"))
+    make, store, run = RolloutFactory(), str(tmp_path / "store"), create_run(tmp_path / "run", config("c"))
     with StoreWriter(store, max_wait_s=0) as writer:
         others = writer.submit(make()).result().rollout_id  # which no evaluation asked for
     evaluation = multiprocessing.get_context("spawn").Process(target=evaluate_without_end, args=(store, str(run.path)))
@@ -83,7 +83,7 @@ def test_what_a_killed_evaluation_stored_and_did_not_record_goes(tmp_path: Path)
         time.sleep(0.01)
     evaluation.kill()
     evaluation.join()
-    named = {ref.rollout_id for one in run.samples() for ref in one.rollouts}
+    named = {ref.rollout_id for one in run.read_samples() for ref in one.rollouts}
     stored = set(Session.open(f"{store}/s").rollouts(unique=False)["rollout_id"])
     assert len(named) >= 5
     assert len(stored - named) >= 2  # and the other

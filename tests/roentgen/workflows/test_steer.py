@@ -10,7 +10,7 @@ import torch
 from openai import OpenAI
 
 from roentgen.linear_probe import ProbeCard, SavedProbe, SavedProbeError, save_probes
-from roentgen.runs import Run, RunConfig, RunError, Sample
+from roentgen.runs import RunConfig, RunError, Sample, create_run, recording
 from roentgen.workflows.settings import SteerSettings
 from roentgen.workflows.steer import find_probe, steer
 from tests.conftest import ROENTGEN, Server
@@ -23,11 +23,11 @@ PROMPT = "What is {} + 3? End with a line Answer: [number]."
 def make_run(folder: Path, revision: str = "r", mode: str = "no-tools") -> Path:
     """A run of three problems, one of them twice, with two probes, of which most folds chose the second."""
     hashed = {"sampling": {"max_tokens": 12, "temperature": 0.0}, "mode": mode}
-    run = Run.create(folder, RunConfig(
+    run = create_run(folder, RunConfig(
         run_id="run", created="2025-01-01T00:00:00Z", config_hash="c0ffee", hashed=hashed, problems={},
         settings={"extractor": "answer_line"}, prompt={}, versions={},
     ))  # fmt: skip
-    with run.recording() as record:
+    with recording(run) as record:
         for number, epoch in ((1, 1), (2, 1), (2, 2), (3, 1)):
             asked = {"role": "user", "content": PROMPT.format(number)}
             record.append(Sample(

@@ -11,8 +11,8 @@ from scipy.optimize import minimize_scalar
 from scipy.special import xlogy
 from scipy.stats import binomtest
 
-from eval_jobs.statistics import accuracy, difference, majority, mean, pass_at_k
 from roentgen.intervals import paired
+from roentgen.statistics import accuracy, difference, majority, mean, pass_at_k
 
 
 def test_accuracy() -> None:

@@ -1,0 +1,73 @@
+"""What an evaluation writes of a run: the directory, config.json, and the record.
+
+Only the holder of the record's lock, inside `with recording(run) as record`, changes a run that is there.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from roentgen.durable import atomic_write, make_folder, write_json
+from roentgen.runs.config import RunConfig
+from roentgen.runs.record import Recorder, RunError
+from roentgen.runs.run import Run
+from roentgen.runs.sample import Sample
+
+
+def create_run(path: Path, config: RunConfig) -> Run:
+    """Make a run directory at an absolute path.
+
+    Raises:
+        RunError: if the folder cannot be made or holds a run already.
+    """
+    if (path / "config.json").exists():
+        raise RunError(f"{path} already holds a run")
+    try:
+        make_folder(path)
+        write_json(path / "config.json", config.model_dump())
+    except OSError as error:
+        raise RunError(
+            f"run directory {path} is not writable: {error.strerror or error}; choose another --output"
+        ) from error
+    return Run(path, config)
+
+
+def recording(run: Run) -> Recorder:
+    """Return a recorder; entering it takes the run's lock."""
+    return Recorder(run.record_path)
+
+
+def write_config(run: Run) -> None:
+    """Write config.json again, after a run has grown; for whoever holds the recorder.
+
+    Raises:
+        RunError: if it cannot be written.
+    """
+    try:
+        write_json(run.path / "config.json", run.config.model_dump())
+    except OSError as error:
+        raise RunError(f"{run.path / 'config.json'} cannot be written: {error.strerror or error}") from error
+
+
+def remove_if_empty(run: Run) -> bool:
+    """Remove a run without a sample: its configuration alone is nothing to go on with. Whether it was."""
+    if run.record_path.exists() and run.record_path.stat().st_size:
+        return False
+    for file in (run.record_path, run.path / "config.json"):
+        file.unlink(missing_ok=True)
+    with suppress(OSError):  # somebody has put something of their own there
+        run.path.rmdir()
+    return True
+
+
+def rewrite(run: Run, change: Callable[[Sample], Sample], config: RunConfig) -> Run:
+    """Write a run's record again, each sample changed, and its config.json; whole or not at all.
+
+    Raises:
+        RunError: if an evaluation is writing the run, or the record is damaged.
+    """
+    with recording(run):
+        with atomic_write(run.record_path) as temporary, open(temporary, "wb") as file:
+            file.writelines(change(sample).model_dump_json().encode() + b"\n" for sample in run.read_samples())
+        write_json(run.path / "config.json", config.model_dump())
+    return Run(run.path, config)
