@@ -136,7 +136,7 @@ def _generated(source: str, dataset: str, **settings: int) -> Iterator[tuple[int
     try:
         import reasoning_gym
     except ImportError:
-        raise ProblemError(f"--problems {source} needs reasoning-gym: pip install 'roentgen[local]'") from None
+        raise ProblemError(f"--problems {source} needs reasoning-gym: pip install reasoning-gym") from None
     items = reasoning_gym.create_dataset(dataset, seed=GENERATED_SEED, size=GENERATED_SIZE, **settings)
     seen: set[str] = set()
     numbers = count(1)

@@ -28,9 +28,10 @@ from eval_jobs.selection import Selection, load_problems
 from eval_jobs.settings import EvalSettings
 from roentgen.contract import canonical_hash, check_session_id
 from roentgen.runs import Run, RunConfig, create_run, find_unfinished
+from roentgen.version import __version__
 
 RESULTS = Path("results")
-VERSIONED = ("roentgen", "ray", "openai", "datasets", "reasoning-gym", "torch", "transformers", "nnsight")
+VERSIONED = ("ray", "openai", "datasets", "reasoning-gym", "torch", "transformers", "nnsight")
 RUN_ID_STEM = 50
 SET_NAME = 40
 """Letters of a file's name that its samples are called after."""
@@ -256,7 +257,7 @@ def _slug(text: str) -> str:
 
 def _versions() -> dict[str, str]:
     """Return the versions of the packages beside this process (a server elsewhere may have others)."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "roentgen": __version__}
     for package in VERSIONED:
         try:
             found[package] = version(package)

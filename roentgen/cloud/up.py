@@ -138,6 +138,11 @@ def up(
     Raises:
         LaunchError: if it cannot be brought up; the message ends with the log that says why.
     """
+    if not TASK.exists():
+        raise LaunchError(
+            "a launch sends the repository to the nodes, and this Roentgen was installed without it: install it from a clone "
+            "(`make install` there) and launch from that"
+        )
     stage("asking SkyPilot which clusters run")
     found = choose(settings, sky.clusters(refresh=True))
     launched = Launched(settings.wanted, found is None, settings.port)

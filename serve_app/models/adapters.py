@@ -66,7 +66,7 @@ def _read_config(adapter: Adapter, name: str) -> Any:
     """
     if importlib.util.find_spec("peft") is None:
         raise WeightsError(
-            f"model {name!r} is an adapter ({adapter.peft_type}), which needs peft: pip install 'roentgen[lora]'"
+            f"model {name!r} is an adapter ({adapter.peft_type}), which needs peft: pip install 'peft>=0.21,<0.22'"
         )
     from peft import PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig
 

@@ -9,7 +9,6 @@ models are run once.
 
 import importlib.abc
 import importlib.machinery
-import importlib.metadata
 import inspect
 import itertools
 import json
@@ -26,6 +25,8 @@ from unittest.mock import MagicMock
 
 import openai
 import pytest
+
+import roentgen
 
 URL = os.environ["PEERS_URL"]
 MODEL = os.environ["PEERS_MODEL"]
@@ -146,7 +147,7 @@ TRUE = {
     "vllm.platforms.current_platform": _Platform(),
     "vllm.config.ModelConfig": _ModelConfig,
     "vllm.envs": _Settings(),
-    "vllm.version.__version__": importlib.metadata.version("roentgen"),
+    "vllm.version.__version__": roentgen.__version__,
 }
 """What tests use of vLLM beside its names."""
 

@@ -266,3 +266,13 @@ def test_a_missing_skypilot_is_named_with_the_way_out(monkeypatch: pytest.Monkey
     monkeypatch.setattr("roentgen.cloud.skypilot.ROOT", tmp_path)
     with pytest.raises(LaunchError, match="make cloud-env"):
         SkyPilot()
+
+
+def test_a_launch_without_the_repository_is_refused(
+    sky: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of an installation from the wheel: the nodes get the repository."""
+    monkeypatch.setattr("roentgen.cloud.up.TASK", tmp_path / "cluster.yaml")
+    with pytest.raises(LaunchError, match="installed without it: install it from a clone"):
+        up(ClusterSettings(), sky, lambda text: None)
+    assert sky.calls == []
