@@ -10,6 +10,7 @@ Imports of Ray and the OpenAI SDK wait until they are needed, so that `--help` a
 import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from threading import Event
 from typing import Any
 
 import typer
@@ -77,13 +78,16 @@ def _run(settings: EvalSettings, factory: ServerFactory | None, progress: Consol
     return int(summary["errors"])
 
 
-def perform(settings: EvalSettings, factory: ServerFactory | None, progress: Console) -> Run | None:
+def perform(
+    settings: EvalSettings, factory: ServerFactory | None, progress: Console, stop: Event | None = None
+) -> Run | None:
     """Run an evaluation on the server that the settings name, or on one that is started for it.
 
     Args:
         settings: what to do.
         factory: starts a server where none is named; None uses the one in the environment.
         progress: where progress is shown.
+        stop: stops it once it is set, in place of the signals, which a thread does not get.
 
     Returns:
         The run, complete or with failed samples; None if it was only to be described.
@@ -107,7 +111,7 @@ def perform(settings: EvalSettings, factory: ServerFactory | None, progress: Con
         if settings.dry_run:
             describe(settings, problems, base_url, Console())
             return None
-        return run_evaluation(settings, problems, base_url, progress)
+        return run_evaluation(settings, problems, base_url, progress, stop)
 
 
 def _address(settings: EvalSettings) -> str:

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
+from threading import Event
 from types import FrameType
 
 from rich.console import Console
@@ -55,7 +56,9 @@ class InterruptedRunError(EvalError):
     exit_code = 130
 
 
-def run_evaluation(settings: EvalSettings, problems: Sequence[Problem], base_url: str, console: Console) -> Run:
+def run_evaluation(
+    settings: EvalSettings, problems: Sequence[Problem], base_url: str, console: Console, stop: Event | None = None
+) -> Run:
     """Evaluate, continuing a run if there is one to continue; return the run, complete or with failed samples.
 
     Args:
@@ -63,9 +66,11 @@ def run_evaluation(settings: EvalSettings, problems: Sequence[Problem], base_url
         problems: on what; `load_problems(settings.selection)`.
         base_url: the server, http://HOST:PORT/v1.
         console: where progress is shown.
+        stop: stops it once it is set, in place of the signals, which a thread does not get.
 
     Raises:
-        EvalError: if the server, Ray or the run directory cannot be used, or on Ctrl-C or SIGTERM; what is recorded stays.
+        EvalError: if the server, Ray or the run directory cannot be used, or it is stopped (Ctrl-C, SIGTERM); what is recorded
+            stays.
         RunError: if the run directory cannot be used.
     """
     endpoint, served, settings = prepare(as_begun(settings), base_url, lambda text: say(console, text))
@@ -87,7 +92,7 @@ def run_evaluation(settings: EvalSettings, problems: Sequence[Problem], base_url
                 closing(Pulse(endpoint)) as pulse,
                 Progress(console, len(attempts), tally, pulse.tokens) as bar,
                 connected(settings.ray_address, verbose=settings.verbose, starting=bar.begin),
-                _stop_asked() as look_up,
+                _stop_asked(stop) as look_up,
             ):
                 bar.begin("evaluating")
                 timing = _run_missing(missing, plan, settings, run, record, bar, look_up)
@@ -260,11 +265,12 @@ def _nothing_left(run: Run) -> Iterator[None]:
 
 
 @contextmanager
-def _stop_asked() -> Iterator[Callable[[], None]]:
+def _stop_asked(stop: Event | None) -> Iterator[Callable[[], None]]:
     """Give a check that raises KeyboardInterrupt after Ctrl-C, or after SIGTERM (a job is stopped, a machine taken back).
 
     The signal itself only leaves a note: raised there and then, the interrupt would land inside Ray or half-way through a
-    sample's files, and not all of what it lands in lets it through. A second signal does not wait for that.
+    sample's files, and not all of what it lands in lets it through. A second signal does not wait for that. With `stop`, the
+    check looks at that alone.
     """
     asked = False
 
@@ -275,9 +281,12 @@ def _stop_asked() -> Iterator[Callable[[], None]]:
         asked = True
 
     def look_up() -> None:
-        if asked:
+        if asked or (stop is not None and stop.is_set()):
             raise KeyboardInterrupt
 
+    if stop is not None:
+        yield look_up
+        return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number, handler in before.items():
         if handler != signal.SIG_IGN:  # as a shell has it for Ctrl-C of what it starts in the background

@@ -20,7 +20,7 @@ from roentgen.version import __version__
 
 if TYPE_CHECKING:
     from roentgen import probes
-    from roentgen.api.evaluating import evaluate
+    from roentgen.api.evaluating import evaluate, evaluate_async
     from roentgen.api.model import Model, load
     from roentgen.api.results import compare, report, score
     from roentgen.api.rollout import Rollout
@@ -43,6 +43,7 @@ __all__ = [
     "__version__",
     "compare",
     "evaluate",
+    "evaluate_async",
     "load",
     "probes",
     "report",
@@ -61,6 +62,7 @@ _HOMES = {
     "Steer": "roentgen.api.steering",
     "compare": "roentgen.api.results",
     "evaluate": "roentgen.api.evaluating",
+    "evaluate_async": "roentgen.api.evaluating",
     "load": "roentgen.api.model",
     "report": "roentgen.api.results",
     "score": "roentgen.api.results",

@@ -10,6 +10,7 @@ deployments carry a version that is made once and stays; what differs then is th
 """
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,11 +18,13 @@ import ray
 from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve.config import RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
 from ulid import ULID
 
 from roentgen.compat import check
 from serve_app.config import ModelChoice, ServerConfig
 from serve_app.http.ingress import Ingress
+from serve_app.logs import write_json_logs
 from serve_app.replica.replica import ASKED, ModelReplica
 from serve_app.replica.routing import PERIOD_S, ReadyReplicas
 
@@ -34,6 +37,22 @@ BESIDE = 64
 """Requests for a replica beside those that the engine holds: refused ones, questions of how it is, texts to tokenize."""
 
 
+class _LoggedIngress(Ingress):
+    """The ingress in an actor of its own, whose logs are for machines."""
+
+    def __init__(self, model: DeploymentHandle, config: ServerConfig, redeploy: Callable[[ModelChoice], None]) -> None:
+        write_json_logs()
+        super().__init__(model, config, redeploy)
+
+
+class _LoggedReplica(ModelReplica):
+    """A replica in an actor of its own, likewise."""
+
+    def __init__(self, config: ServerConfig) -> None:
+        write_json_logs()
+        super().__init__(config)
+
+
 def build(config: ServerConfig) -> Application:
     """Build the application from its configuration."""
     check("ray")
@@ -44,7 +63,7 @@ def build(config: ServerConfig) -> Application:
 def _application(config: ServerConfig, version: str, choice: ModelChoice, asked: str) -> Application:
     most = most_per_replica(config)
     ingress = serve.deployment(
-        serve.ingress()(Ingress),
+        serve.ingress()(_LoggedIngress),
         name="ingress",
         num_replicas=config.num_ingresses,
         max_replicas_per_node=1 if config.num_ingresses > 1 else None,
@@ -53,7 +72,7 @@ def _application(config: ServerConfig, version: str, choice: ModelChoice, asked:
         logging_config=QUIET,
     )
     model = serve.deployment(
-        ModelReplica,
+        _LoggedReplica,
         name="model",
         **_scale(config),
         **_place(config),

@@ -333,7 +333,7 @@ def load(
         trust_remote_code: whether code that comes with the model may run.
         stage: told what is being done.
         options: of the engine, as `roentgen serve` has them: `max_batch`, `max_queue`, `max_prefill_tokens`,
-            `max_cache_tokens`, `batch_invariant`.
+            `max_cache_tokens`, `batch_invariant`, and `prefix_cache`, to be False where a script changes weights between calls.
 
     Raises:
         RequestError: if there is no such model, its weights cannot be used, or an option is not allowed.

@@ -9,7 +9,7 @@ from itertools import islice
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from tqdm import tqdm
 
 from roentgen import store
 from roentgen.api.asking import in_python
@@ -73,8 +73,7 @@ def _groups(texts: Iterable[Readable], reader: Reader, forcing: TeacherForcing, 
     tokenize = transcript_tokenizer(reader.model)
     transcripts = transcripts_of(texts)
     total = len(texts) if isinstance(texts, Sequence) else None
-    with _bar(progress) as bar:
-        task = bar.add_task("reading", total=total)
+    with _bar(progress, total) as bar:
         while group := list(islice(transcripts, AT_ONCE)):
             tokenized = [tokenize(transcript) for transcript in group]
             found: dict[int, store.Rollout] = {}
@@ -86,7 +85,7 @@ def _groups(texts: Iterable[Readable], reader: Reader, forcing: TeacherForcing, 
                     raise rollout
                 check_finite(rollout)
                 found[places[id(text)]] = rollout
-                bar.advance(task)
+                bar.update()
             for place, transcript in enumerate(group):
                 yield _rollout(transcript, found.pop(place))
 
@@ -136,7 +135,8 @@ def read_into(
     return whole
 
 
-def _bar(shown: bool) -> Progress:
+def _bar(shown: bool, total: int | None) -> "tqdm[Any]":
+    """Return a bar for terminals and notebooks; tqdm's of text, which needs no widgets."""
     console = Console(stderr=True)
-    columns = TextColumn("reading"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(elapsed_when_finished=True)
-    return Progress(*columns, console=console, disable=not (shown and (console.is_terminal or console.is_jupyter)))
+    seen = shown and (console.is_terminal or console.is_jupyter)
+    return tqdm(total=total, desc="reading", unit=" texts", disable=not seen)

@@ -31,7 +31,6 @@ from serve_app.config import ModelChoice, ServerConfig
 from serve_app.http.event_stream import EventStream, ResponseEventStream
 from serve_app.http.http_api import JsonRoute, locks, make_api
 from serve_app.http.metrics import Metrics
-from serve_app.logs import write_json_logs
 from serve_app.openai_api import schemas
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.completions import CompletionRequest
@@ -52,7 +51,6 @@ class Ingress:
     """The routes; `app.build` makes it a Serve deployment."""
 
     def __init__(self, model: DeploymentHandle, config: ServerConfig, redeploy: Callable[[ModelChoice], None]) -> None:
-        write_json_logs()
         self._model = model
         self._config = config
         self._metrics = Metrics()

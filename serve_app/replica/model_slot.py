@@ -22,6 +22,8 @@ import torch
 from roentgen.store import StoreError, StoreWriter
 from serve_app.capture.structure import CaptureRequestError
 from serve_app.config import ModelChoice, ServerConfig
+from serve_app.engines.protocol import Engine
+from serve_app.engines.served_model import ServedModel
 from serve_app.engines.storage import LocalStorage
 from serve_app.engines.transformers.engine import TransformersEngine
 from serve_app.engines.transformers.model import load
@@ -51,6 +53,20 @@ class ModelSlot:
         self._open = False
         self._changed = threading.Condition()
         self._one_at_a_time = threading.Lock()
+        self._lent = False
+
+    @classmethod
+    def holding(cls, config: ServerConfig, model: ServedModel, engine: Engine) -> "ModelSlot":
+        """Return a slot with a model that is loaded already; its engine stays its owner's to close.
+
+        Raises:
+            StoreError: if the store cannot be written.
+        """
+        slot = cls(config)
+        slot._writer = StoreWriter(config.store, expecting=slot._generating)
+        slot._served, slot._choice = Served(model, engine, LocalStorage(slot._writer)), config.choice
+        slot._stage, slot._open, slot._lent = "ready", True, True
+        return slot
 
     def choose(self, choice: ModelChoice) -> None:
         """Start to serve another model; returns at once. If it is the one that is served, unchanged, nothing happens."""
@@ -108,7 +124,7 @@ class ModelSlot:
     def close(self) -> None:
         """Stop the engine and commit what is pending."""
         self._open = False
-        if self._served is not None:
+        if self._served is not None and not self._lent:
             self._served.engine.close()
         if self._writer is not None:
             self._writer.close()

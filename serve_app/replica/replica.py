@@ -24,7 +24,7 @@ from serve_app.engines.protocol import Load
 from serve_app.engines.served_model import ServedModel
 from serve_app.engines.storage import Done
 from serve_app.errors import RequestError
-from serve_app.logs import request_id, write_json_logs
+from serve_app.logs import request_id
 from serve_app.models.sources import ModelSource
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.completions import CompletionRequest
@@ -47,13 +47,12 @@ Generation = ChatRequest | CompletionRequest | ResponsesRequest
 class ModelReplica:
     """The model deployment; `app.build` makes it a Serve deployment."""
 
-    def __init__(self, config: ServerConfig) -> None:
-        """Wait to be told which model to load."""
-        write_json_logs()
+    def __init__(self, config: ServerConfig, slot: ModelSlot | None = None) -> None:
+        """Wait to be told which model to load, unless there is a slot that holds one."""
         self._config = config
         self._session_id = f"server-{str(ULID()).lower()}"
         self._name = f"{socket.gethostname()}-{os.getpid()}"
-        self._slot = ModelSlot(config)
+        self._slot = slot or ModelSlot(config)
 
     def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Start to serve a model (a `ModelChoice` as data), in place of the one there may be; returns at once."""

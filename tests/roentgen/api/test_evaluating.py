@@ -3,14 +3,13 @@
 import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 import roentgen
 from eval_jobs import EvalError
-from eval_jobs.settings import check_settings
-from roentgen.api.evaluating import _server
-from roentgen.serving.for_evaluation import config_for
 from tests.conftest import RayHome
 
 PROBLEMS = [{"question": f"What is {number} + 1?", "answer": number + 1} for number in range(3)]
@@ -27,12 +26,6 @@ def test_arguments_that_cannot_be_are_refused_before_anything_starts(tmp_path: P
         roentgen.evaluate("arithmetic", capture={"session_id": "s"})
     with pytest.raises(EvalError, match="temperature"):
         roentgen.evaluate("arithmetic", temperature=9)
-
-
-def test_a_loaded_model_is_served_as_it_was_loaded(model: roentgen.Model, folder: Path) -> None:
-    settings = check_settings(**{name: value for name, value in _server(model).items() if value is not None})
-    config = config_for(settings)
-    assert (config.model, config.dtype, config.device) == (str(folder), "float32", "cpu")
 
 
 def test_a_server_s_options_are_checked_before_it_starts() -> None:
@@ -79,3 +72,45 @@ def test_serve_and_evaluate_inside_a_running_loop(
     })  # fmt: skip
     assert again.samples.equals(run.samples)
     assert ray_home.wait_until_gone() == []
+
+
+@pytest.mark.integration
+def test_a_loaded_model_is_evaluated_by_a_coroutine(
+    model: roentgen.Model, tmp_path: Path, ray_home: RayHome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is served from this process; cancelled, it leaves what is finished and nothing else; the same call continues."""
+    for name, value in ray_home.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.chdir(tmp_path)
+    problems = [{"question": f"{number}?", "answer": number} for number in range(40)]
+    settings: dict[str, Any] = {
+        "model": model, "output": tmp_path / "run", "store": str(tmp_path / "store"), "max_tokens": 200, "parallel": 2,
+        "capture": {"layers": [1], "hook_points": ["resid_post"], "positions": "last_prompt"},
+    }  # fmt: skip
+    record = tmp_path / "run" / "samples.jsonl"
+
+    async def interrupted() -> None:
+        work = asyncio.ensure_future(roentgen.evaluate_async(problems, **settings))
+        while not (record.exists() and record.stat().st_size):
+            await asyncio.sleep(0.02)
+        work.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await work
+
+    asyncio.run(interrupted())
+    assert ray_home.wait_until_gone() == []
+    kept = record.read_bytes()
+    assert 0 < kept.count(b"\n") < len(problems)
+    run = asyncio.run(roentgen.evaluate_async(problems, **settings))
+    assert ray_home.wait_until_gone() == []
+    assert run.record_path.read_bytes().startswith(kept)
+    assert run.samples["error"].isna().all()
+    rows = run.activations("layers.1.resid_post", positions="last_prompt")
+    (own,) = model.generate(
+        [run.read_samples().by_name()[3].messages[:-1]], max_tokens=0,
+        capture={"layers": [1], "hook_points": ["resid_post"], "positions": "last_prompt"},
+    )  # fmt: skip
+    stored = {row.problem_id: item for row, item in zip(rows.rollouts.itertuples(), rows, strict=True)}
+    found = stored[run.read_samples().by_name()[3].problem_id]
+    torch.testing.assert_close(found.values, own["layers.1.resid_post"], rtol=1e-4, atol=1e-4)
+    assert model.generate("a", max_tokens=1)[0].finish_reason == "length"
