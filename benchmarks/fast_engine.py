@@ -55,9 +55,9 @@ ALONE_BUDGET = 0.90
 FEW, MANY = "few taps", "many taps"
 PROBE_BUDGET = 0.01
 """Of the time from a token to the next."""
-WAVES = {1: 12, 16: 6}
+WAVES = {1: 6, 16: 3}
 """So many times as many prompts as in flight, where a run would else be too short; elsewhere `MOST_WAVES`."""
-MOST_WAVES = 4
+MOST_WAVES = 2
 TAPS_AT = 16
 """In flight where the number of taps is varied."""
 

@@ -7,8 +7,8 @@ begins: it finds nothing that another run has read. Then conversations go on: of
 
 Every round is written to a file when it has ended, and the section is made of what the file has: with `--add` also of earlier
 runs, so that engines and prompts can be measured one at a time. The vLLM engine needs the environment that `make test-vllm`
-makes; beside it runs one that captures nothing, which is vLLM as it is. What the vLLM engine captures is on the disk within the
-time measured. Fixed and drawn shots need GSM8K's training set (`$ROENTGEN_GSM8K_DIR`, or the hub).
+makes; beside it runs vLLM alone, with its defaults. What the vLLM engine captures is on the disk within the time measured.
+Fixed and drawn shots need GSM8K's training set (`$ROENTGEN_GSM8K_DIR`, or the hub).
 """
 
 import json
@@ -19,7 +19,7 @@ from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
 from time import perf_counter
-from typing import Annotated, Any
+from typing import Annotated, Any, Protocol
 from uuid import uuid4
 
 import typer
@@ -28,8 +28,8 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks.record import record, table
 from benchmarks.stages import stage_printer
 from benchmarks.statistics import ratios
-from benchmarks.vllm_way import keeper, settings
-from benchmarks.ways import Keep, UnavailableError, engine_way, finish_all
+from benchmarks.vllm_way import capturing_engine, keeper, plain_engine, plain_way, settings
+from benchmarks.ways import Keep, Run, UnavailableError, Way, engine_way, finish_all
 from benchmarks.workload import CAPTURES, Workload, capture_plan, problem_source
 from eval_jobs.prompts import choose_prompt
 from eval_jobs.selection import Selection, load_problems
@@ -40,9 +40,6 @@ from serve_app.engines.transformers.engine import TransformersEngine
 
 CACHE_TOKENS = 32_768
 """Of the KV cache of each vLLM."""
-
-TAPS = ("resid_post", "ln_attn", "ln_mlp")
-"""In vLLM's graph; those of a server that nobody told which."""
 
 SHARED = {"gsm8k_cot": ("gsm8k_cot", None), "five fixed shots": ("gsm8k", 5)}
 """Prompts that begin alike: the evaluation's name, and how many fixed shots."""
@@ -137,29 +134,38 @@ def main(
         record("Shared prefixes", body)
 
 
+class Arm(Protocol):
+    """What is measured."""
+
+    def pose(self, prompts: list[list[int]], capture: str, max_tokens: int, in_flight: int) -> Measured:
+        """Run prompts of which nothing has been read."""
+
+
 @dataclass(frozen=True)
-class Arm:
-    """An engine that is measured."""
+class PlainArm:
+    """vLLM alone, which captures nothing."""
+
+    way: Way
+
+    def pose(self, prompts: list[list[int]], capture: str, max_tokens: int, in_flight: int) -> Measured:
+        """Run prompts of which nothing has been read."""
+        return measured(self.way(prompts, max_tokens, in_flight), len(prompts))
+
+
+@dataclass(frozen=True)
+class EngineArm:
+    """One of this project's engines."""
 
     engine: Engine
     model: ServedModel
     keep: Keep | None = None
     """Stores what is captured; None leaves it in memory."""
-    captures: bool = True
-    """Whether it does, whatever the others capture."""
 
     def pose(self, prompts: list[list[int]], capture: str, max_tokens: int, in_flight: int) -> Measured:
         """Run prompts of which nothing has been read."""
         held = self.engine.load.cache_bytes
-        way = engine_way(self.engine, self.model, capture if self.captures else "none", self.keep)
-        run = way(prompts, max_tokens, in_flight)
-        return Measured(
-            len(prompts) / run.seconds,
-            median(run.first_token_s),
-            run.prompt_tokens,
-            run.prompt_tokens - run.cached_tokens,
-            self.engine.load.cache_bytes - held,
-        )
+        run = engine_way(self.engine, self.model, capture, self.keep)(prompts, max_tokens, in_flight)
+        return measured(run, len(prompts), self.engine.load.cache_bytes - held)
 
     def go_on(self, prompts: list[list[int]], said: list[int], capture: str, max_tokens: int) -> tuple[Measured, int]:
         """Have conversations answered, say something to the answers, and measure what comes of that.
@@ -189,12 +195,18 @@ class Arm:
 
     def _finish(self, prompts: list[list[int]], capture: str, max_tokens: int, salt: str) -> list[Finished]:
         requests = [(prompt, Sampling(max_tokens, temperature=0)) for prompt in prompts]
-        plan = capture_plan(self.model, capture if self.captures else "none")
+        plan = capture_plan(self.model, capture)
         found = finish_all(self.engine, requests, plan, salt)
         if self.keep is not None and plan is not None:
             for future in [self.keep(*one) for one in zip(prompts, found, strict=True)]:
                 future.result()
         return found
+
+
+def measured(run: Run, prompts: int, held: int = 0) -> Measured:
+    """Return what a run of so many prompts says."""
+    read = run.prompt_tokens - run.cached_tokens
+    return Measured(prompts / run.seconds, median(run.first_token_s), run.prompt_tokens, read, held)
 
 
 def measure(
@@ -204,7 +216,8 @@ def measure(
     tokenizer = workload.tokenizer()
     if kind == SECOND_TURN:
         prompts, said = pose("shots drawn anew", workload, tokenizer, in_flight), tool_message(tokenizer)
-        found = {name: arm.go_on(prompts, said, capture, workload.max_tokens) for name, arm in arms.items()}
+        engines = {name: arm for name, arm in arms.items() if isinstance(arm, EngineArm)}
+        found = {name: arm.go_on(prompts, said, capture, workload.max_tokens) for name, arm in engines.items()}
         runs, (new, *_) = {name: run for name, (run, _) in found.items()}, (new for _, new in found.values())
         return Round(engine, kind, capture, in_flight, in_flight, runs, new)
     prompts = pose(kind, workload, tokenizer, problems)
@@ -233,28 +246,26 @@ def tool_message(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def transformers_arms(workload: Workload, in_flight: int, folder: Path, stack: ExitStack) -> dict[str, Arm]:
     """Load the model twice, since two threads cannot trace one."""
-    arms = {}
+    arms: dict[str, Arm] = {}
     for name in (ON, OFF):
         model = workload.load()
         engine = TransformersEngine(model, max_batch=in_flight, max_queue=1024, prefix_cache=name == ON)
         stack.callback(engine.close)
-        arms[name] = Arm(engine, model)
-    return _checked(arms)
+        arms[name] = _checked(EngineArm(engine, model)) if name == ON else EngineArm(engine, model)
+    return arms
 
 
 def vllm_arms(workload: Workload, in_flight: int, folder: Path, stack: ExitStack) -> dict[str, Arm]:
-    """Start this project's vLLM engine with its prefix cache and without, and one that does not capture."""
-    from serve_app.engines.vllm.loading import start
-    from serve_app.models.sources import locate
-
-    arms = {}
-    for name in (ON, OFF, PLAIN):
-        usual = settings(workload, in_flight, folder / name, CACHE_TOKENS)
-        given = replace(usual, eager=False, taps=TAPS, prefix_cache=name != OFF, capture=name != PLAIN)
-        model, engine = start(locate(workload.model), given)
-        stack.callback(engine.close)
-        arms[name] = Arm(engine, model, keeper(model, engine), given.capture)
-    return _checked(arms)
+    """Start this project's vLLM engine with its prefix cache and without, and vLLM alone."""
+    arms: dict[str, Arm] = {}
+    usual = settings(workload, in_flight, folder, CACHE_TOKENS)
+    for name in (ON, OFF):
+        given = replace(usual, store=str(folder / name), prefix_cache=name == ON)
+        model, engine = stack.enter_context(capturing_engine(workload.model, given))
+        arm = EngineArm(engine, model, keeper(model, engine))
+        arms[name] = _checked(arm) if name == ON else arm
+    arms[PLAIN] = PlainArm(plain_way(stack.enter_context(plain_engine(workload.model, usual))))
+    return arms
 
 
 ENGINES: dict[str, Callable[[Workload, int, Path, ExitStack], dict[str, Arm]]] = {
@@ -263,16 +274,16 @@ ENGINES: dict[str, Callable[[Workload, int, Path, ExitStack], dict[str, Arm]]] =
 }
 
 
-def _checked(arms: dict[str, Arm]) -> dict[str, Arm]:
+def _checked(arm: EngineArm) -> EngineArm:
     """Refuse to measure a cache that is not there.
 
     Raises:
         UnavailableError: saying why it is not.
     """
-    cache = arms[ON].engine.prefix_cache
+    cache = arm.engine.prefix_cache
     if not cache.enabled:
-        raise UnavailableError(f"the {arms[ON].engine.name} engine has no prefix cache: {cache.reason}")
-    return arms
+        raise UnavailableError(f"the {arm.engine.name} engine has no prefix cache: {cache.reason}")
+    return arm
 
 
 def read_rounds(file: Path) -> list[Round]:
@@ -299,8 +310,8 @@ def report(workload: Workload, rounds: Sequence[Round]) -> str:
     shared = [_shared_row(key, group) for key, group in groups.items() if key[1] in SHARED]
     if shared:
         aims = (
-            f"Aims: read ≤ {READ:.3g} of the prompt tokens; on against off ≥ {FASTER}; against vLLM that captures nothing, its "
-            f"prefix cache on, ≥ {BESIDE_PLAIN} with 3x2."
+            f"Aims: read ≤ {READ:.3g} of the prompt tokens; on against off ≥ {FASTER}; against vLLM alone, its prefix "
+            f"cache on, ≥ {BESIDE_PLAIN} with 3x2."
         )
         header = [
             "prompts that begin alike",

@@ -233,20 +233,21 @@ def plain_way(loop: "EngineLoop", deadline: float = math.inf) -> Way:
             gate = asyncio.Semaphore(in_flight)
             start = time.perf_counter()
 
-            async def one(number: int) -> tuple[float, float, int]:
+            async def one(number: int) -> tuple[float, float, int, int]:
                 async with gate:
-                    made, first, last, tokens = time.perf_counter(), 0.0, 0.0, 0
+                    made, first, last, tokens, cached = time.perf_counter(), 0.0, 0.0, 0, 0
                     prompt = TokensPrompt(prompt_token_ids=prompts[number])
                     async for output in client.generate(prompt, params, f"{start}-{number}"):
                         last = time.perf_counter()
                         first = first or last
                         tokens += len(output.outputs[0].token_ids)
-                    return first - made, (last - first) / max(tokens - 1, 1), tokens
+                        cached = output.num_cached_tokens or 0
+                    return first - made, (last - first) / max(tokens - 1, 1), tokens, cached
 
             found = await asyncio.gather(*map(one, range(len(prompts))))
-            first, between, tokens = zip(*found, strict=True)
+            first, between, tokens, cached = zip(*found, strict=True)
             seconds = time.perf_counter() - start
-            return Run(sum(map(len, prompts)), sum(tokens), seconds, list(first), between_s=list(between))
+            return Run(sum(map(len, prompts)), sum(tokens), seconds, list(first), sum(cached), list(between))
 
         left = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
         try:

@@ -5,7 +5,19 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.prefix import APART, OFF, ON, SECOND_TURN, SHARED, Arm, Measured, Round, pose, report, tool_message
+from benchmarks.prefix import (
+    APART,
+    OFF,
+    ON,
+    SECOND_TURN,
+    SHARED,
+    EngineArm,
+    Measured,
+    Round,
+    pose,
+    report,
+    tool_message,
+)
 from benchmarks.workload import Workload
 from eval_jobs.problems import GSM8K_FOLDER_VARIABLE
 from serve_app.engines.transformers.engine import TransformersEngine
@@ -15,20 +27,20 @@ PROMPTS = [[(7 * number + 3 * i) % 250 for i in range(20 + number)] for number i
 
 
 @pytest.fixture
-def arm() -> Iterator[Arm]:
+def arm() -> Iterator[EngineArm]:
     model = tiny.loaded("llama")
     engine = TransformersEngine(model, prefix_cache=False)
-    yield Arm(engine, model)
+    yield EngineArm(engine, model)
     engine.close()
 
 
-def test_without_a_cache_every_token_is_read(arm: Arm) -> None:
+def test_without_a_cache_every_token_is_read(arm: EngineArm) -> None:
     run = arm.pose(PROMPTS, "3x2", 4, 2)
     assert (run.prompt_tokens, run.read, run.held) == (63, 63, 0)
     assert 0 < run.first_token_s < 3 / run.samples_per_s
 
 
-def test_what_is_new_in_a_second_turn(arm: Arm) -> None:
+def test_what_is_new_in_a_second_turn(arm: EngineArm) -> None:
     """The first turn reads all of its tokens but the last, which is new with what is said to the answer."""
     run, new = arm.go_on(PROMPTS, [5, 6, 7], "all", 4)
     assert run.prompt_tokens == run.read == 63 + 3 * (4 + 3)

@@ -257,8 +257,10 @@ class VllmEngine:
 
     def _admit(self) -> None:
         """Hand over waiting jobs, in order, as far as they may run together and the rows they may need fit."""
-        running = [job for job, task in self._jobs.values() if task is not None]
-        held = sum(self._row_bytes[job_id] for job_id, (_, task) in self._jobs.items() if task is not None)
+        with self._lock:  # others submit meanwhile
+            handed_over = {job_id: job for job_id, (job, task) in self._jobs.items() if task is not None}
+        running = list(handed_over.values())
+        held = sum(self._row_bytes[job_id] for job_id in handed_over)
         while self._queue:
             job_id = self._queue[0]
             job, _ = self._jobs[job_id]
@@ -385,7 +387,9 @@ class VllmEngine:
         """Leave with jobs that have been cancelled."""
         while True:
             await asyncio.sleep(WATCH_S)
-            for job_id, (job, task) in list(self._jobs.items()):
+            with self._lock:
+                jobs = list(self._jobs.items())
+            for job_id, (job, task) in jobs:
                 if not job.cancelled.is_set():
                     continue
                 if task is not None:

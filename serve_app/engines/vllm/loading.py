@@ -52,6 +52,9 @@ UNTAPPED = (
 )
 NO_CAPTURE = "this server does not capture (capture: false in its configuration)"
 
+CPU_BLOCK = 32
+"""Tokens of a block of the KV cache on a CPU. vLLM takes 128 there; its kernels take any multiple of 32, and a prefix is found up
+to its last whole block."""
 ASSUMED_CONTEXT = 2048
 """What vLLM itself takes where a configuration says no context length."""
 
@@ -234,6 +237,8 @@ def engine_arguments(
     }
     if settings.max_prefill_tokens and found["enable_chunked_prefill"]:
         found["max_num_batched_tokens"] = max(settings.max_prefill_tokens, settings.max_batch)
+    if place.type == "cpu" and settings.prefix_caching.enabled:
+        found["block_size"] = CPU_BLOCK
     per_token = cache_bytes_per_token(config, kind, settings.tensor_parallel_size)
     if settings.max_cache_tokens:
         found["kv_cache_memory_bytes"] = _whole_blocks(settings.max_cache_tokens) * per_token

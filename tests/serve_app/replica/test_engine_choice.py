@@ -99,6 +99,8 @@ def test_what_vllm_is_started_with() -> None:
     config = tiny.config("wide_llama")
     place, kind = torch.device("cuda"), torch.bfloat16
     capturing = engine_arguments(config, settings(), place, kind)
+    assert "block_size" not in capturing
+    assert engine_arguments(config, settings(), torch.device("cpu"), kind)["block_size"] == 32
     # Whether a model can have a prefix cache is vLLM's to say.
     assert (capturing["enable_prefix_caching"], capturing["enable_chunked_prefill"]) == (None, True)
     assert "max_num_batched_tokens" not in capturing
