@@ -53,8 +53,8 @@ UNTAPPED = (
 NO_CAPTURE = "this server does not capture (capture: false in its configuration)"
 
 CPU_BLOCK = 32
-"""Tokens of a block of the KV cache on a CPU. vLLM takes 128 there; its kernels take any multiple of 32, and a prefix is found up
-to its last whole block."""
+"""Tokens of a block of the KV cache on a CPU. vLLM takes 128 there; its kernels take any multiple of 32, and a prefix is found
+up to its last whole block."""
 ASSUMED_CONTEXT = 2048
 """What vLLM itself takes where a configuration says no context length."""
 

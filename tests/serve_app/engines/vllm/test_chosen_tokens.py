@@ -4,7 +4,7 @@ import pytest
 import torch
 from vllm.v1.sample.sampler import Sampler
 
-from serve_app.engines.vllm.chosen_tokens import ChosenTokenSampler
+from serve_app.engines.vllm.chosen_tokens import ChosenTokenSampler, log_probabilities
 
 
 @pytest.fixture
@@ -43,6 +43,13 @@ def test_they_are_those_of_the_models_own_logits(metadata, dtype: torch.dtype) -
     torch.testing.assert_close(ours.logprobs_tensors.logprobs, theirs.logprobs_tensors.logprobs)
     expected = logits.float().log_softmax(-1).gather(1, ours.sampled_token_ids.long())
     torch.testing.assert_close(ours.logprobs_tensors.logprobs, expected)
+
+
+def test_a_large_batch_is_normalized_in_parts() -> None:
+    logits = 5 * torch.randn(37, 300, generator=torch.Generator().manual_seed(0))
+    chosen = torch.arange(37)[:, None]
+    expected = logits.double().log_softmax(-1).gather(1, chosen).float()
+    torch.testing.assert_close(log_probabilities(logits, chosen.int()), expected)
 
 
 def test_who_asks_for_more_gets_vllms_own(metadata) -> None:  # type: ignore[no-untyped-def]
