@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python tools/pip_install.py
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo install test test-units test-servers test-clients test-peers test-vllm test-browser test-faults test-cluster test-cloud check format bench bench-gpu bench-vllm cloud-env clean
+.PHONY: demo install test test-units test-servers test-clients test-peers test-vllm test-browser test-faults test-cluster test-cloud test-sae check format bench bench-gpu bench-vllm cloud-env clean
 
 # The main job: serve a real model, evaluate it on problems it can sometimes solve, keep its activations, train probes.
 DEMO := results/demo
@@ -89,6 +89,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks.health
 	$(BIN)/python -m benchmarks.memory
 	$(BIN)/python -m benchmarks.store
+	$(BIN)/python -m benchmarks.batches
 	$(BIN)/python -m benchmarks.invariance
 	$(BIN)/python -m benchmarks.prefix --problems 48
 
@@ -132,6 +133,17 @@ $(VLLM)/.installed: constraints-vllm.txt $(INSTALLED)
 	chmod +x $(VLLM)/bin/roentgen
 	touch $@
 
+# Sparse autoencoders of SAELens, dictionary_learning and sparsify, trained by their own trainers on stored rows.
+SAE := .venv-sae
+test-sae: $(SAE)/.installed
+	$(SAE)/bin/python -m pytest -rs tests/sae
+
+$(SAE)/.installed: constraints-sae.txt $(INSTALLED)
+	$(BIN)/python -m venv --clear --without-pip $(SAE)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo $(SAE)/lib/python3*/site-packages)/server.pth
+	$(BIN)/python -m pip --disable-pip-version-check --python $(SAE)/bin/python install --quiet --no-deps -r constraints-sae.txt
+	touch $@
+
 # A cluster of three hosts on this machine, each in namespaces of its own; skipped with the reason without root.
 test-cluster: $(INSTALLED)
 	@[ "$$(id -u)" != 0 ] || command -v ip >/dev/null || { apt-get update --quiet && apt-get install --yes --quiet iproute2; } || true
@@ -152,4 +164,4 @@ cloud-env: .venv-cloud/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-cloud $(CLIENTS) $(NODE)/node_modules $(VLLM) $(GPU) .peers .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf $(VENV) .venv-cloud $(CLIENTS) $(NODE)/node_modules $(VLLM) $(SAE) $(GPU) .peers .mypy_cache .ruff_cache .pytest_cache *.egg-info

@@ -109,7 +109,7 @@ def measure_bandwidth(place: Place, megabytes: int, rounds: int, stage: Callable
 
     def timed(name: str, work: Callable[[], int]) -> float:
         gc.collect()  # what is still mapped cannot be dropped
-        _forget(place)
+        forget(place)
         begin = time.perf_counter()
         done = work()
         rate = done / 1e6 / (time.perf_counter() - begin)
@@ -203,7 +203,7 @@ def _read_raw(place: Place) -> int:
     return done
 
 
-def _forget(place: Place) -> None:
+def forget(place: Place) -> None:
     """Take a folder's files out of the page cache."""
     if isinstance(place, FolderPlace):
         for path in place.path.rglob("*"):

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, overload
 
 import numpy as np
@@ -19,6 +20,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from roentgen.contract import Positions, count_rows
+from roentgen.store.batches import POOL_BYTES, RowBatch, TokenBatches
 from roentgen.store.schema import StoreError
 from roentgen.store.shards import READS_AT_ONCE, Shard
 
@@ -90,6 +92,67 @@ class Activations(Sequence[RolloutRows]):
             while ahead:
                 yield from ahead.popleft().result()
 
+    def batches(
+        self, tokens: int = 4096, *, shuffle: bool = True, seed: int = 0, pool_bytes: int = POOL_BYTES
+    ) -> TokenBatches:
+        """Return all rows as batches of `tokens`, every row once, read at the speed of the disk in bounded memory.
+
+            for batch in session.activations("layers.12.resid_post").batches(4096, seed=epoch):
+                batch.values, batch.rollout, batch.position      # [4096, d_model], and whose each row is
+
+        Args:
+            tokens: rows in a batch; the last one holds what is left.
+            shuffle: whether they come in random order, instead of in that of the rollouts.
+            seed: of the order.
+            pool_bytes: of the rows that are held to be mixed: the larger, the more rollouts a batch is from.
+
+        Raises:
+            ValueError: if a number is too small.
+        """
+        return TokenBatches(self, tokens, shuffle, seed, pool_bytes)
+
+    def count_rows(self) -> Int[np.ndarray, "rollouts"]:
+        """Return how many rows each rollout gives, `[rollouts]`; of the rows themselves none is read.
+
+        Raises:
+            StoreError: if a shard cannot be opened.
+        """
+        counts = (self.rollouts["row_stop"] - self.rollouts["row_start"]).to_numpy(np.int64)
+        if self._positions.policy == "all":
+            return counts
+        names = self.rollouts["shard"].astype(str)
+        selects = names.map(
+            {n: self._positions != Positions.parse(self._open_shard(n).spec.positions) for n in names.unique()}
+        )
+        for place in np.flatnonzero(selects.to_numpy(bool)):
+            n_prompt, n_completion = self.rollouts[["n_prompt", "n_completion"]].iloc[place]
+            wanted = len(self._positions.select(int(n_prompt), count_rows(int(n_prompt), int(n_completion))))
+            counts[place] = min(wanted, 1) if self._positions.pooled else wanted
+        return counts
+
+    def read_rows(self, starts: Int[np.ndarray, "parts"], stops: Int[np.ndarray, "parts"], first: int) -> RowBatch:
+        """Return some rows of each of several rollouts that follow one another.
+
+        Args:
+            starts: per rollout, the first of its rows to read, `[parts]`.
+            stops: per rollout, the one behind the last, `[parts]`.
+            first: the place of the first rollout.
+
+        Raises:
+            StoreError: if they cannot be read.
+        """
+        places = [self._place(first + number) for number in range(len(starts))]
+        cuts = [slice(int(start), int(stop)) for start, stop in zip(starts, stops, strict=True)]
+        parts: list[tuple[Tensor, np.ndarray]] = []
+        begin = 0
+        for end in range(1, len(places) + 1):
+            if end == len(places) or places[end].shard != places[begin].shard:
+                parts.append(self._read_parts(places[begin:end], cuts[begin:end]))
+                begin = end
+        values, positions = zip(*parts, strict=True)
+        rollout = np.repeat(np.arange(first, first + len(starts)), stops - starts)
+        return RowBatch(torch.cat(values), rollout, np.concatenate(positions))
+
     def stack(self) -> Shaped[Tensor, "rollouts ..."]:
         """Return one row per rollout, `[rollouts, *shape]`, for policies that give exactly one.
 
@@ -134,13 +197,46 @@ class Activations(Sequence[RolloutRows]):
         inside = ((start <= rows) & (rows < stop)).all()
         return rows if inside and (position[rows] == wanted).all() else None
 
-    def _read(self, places: Sequence[_Place]) -> list[RolloutRows]:
-        """Read rollouts of one shard together."""
-        shard = self._open_shard(places[0].shard)
+    def _read_parts(
+        self, places: Sequence[_Place], cuts: Sequence[slice]
+    ) -> tuple[Shaped[Tensor, "rows ..."], Int[np.ndarray, "rows"]]:
+        """Read parts of rollouts of one shard together: values, which own their memory, and positions."""
+        shard = self._shard_of(places[0])
+        stored = Positions.parse(shard.spec.positions)
+        if self._positions.pooled and self._positions != stored:
+            items = [(item.values[cut], item.position[cut]) for item, cut in zip(self._read(places), cuts, strict=True)]
+            return torch.cat([values for values, _ in items]), np.concatenate([position for _, position in items])
+        position = shard.column("position")
+        rows = np.concatenate(
+            [self._rows(shard, place, position, stored)[cut] for place, cut in zip(places, cuts, strict=True)]
+        )
+        return shard.take(self.key, rows), position[rows]
+
+    def _place(self, number: int) -> _Place:
+        """Return where one rollout is; a slice of a table would take longer than to read some rows."""
+        codes, names, ids, numbers = self._columns
+        row_start, row_stop, n_prompt, n_completion = numbers[number].tolist()
+        return _Place(ids.iat[number], names[codes[number]], row_start, row_stop, n_prompt, n_completion)
+
+    @cached_property
+    def _columns(
+        self,
+    ) -> tuple[Int[np.ndarray, "rollouts"], list[str], "pd.Series[str]", Int[np.ndarray, "rollouts 4"]]:
+        codes, names = pd.factorize(self.rollouts["shard"])
+        numbers = self.rollouts[["row_start", "row_stop", "n_prompt", "n_completion"]].to_numpy(np.int64)
+        return codes, [str(name) for name in names], self.rollouts["rollout_id"], numbers
+
+    def _shard_of(self, place: _Place) -> Shard:
+        shard = self._open_shard(place.shard)
         if self.key not in shard.spec.keys:
             raise StoreError(
-                f"{self.key} was not captured for rollout {places[0].rollout_id}; it has {list(shard.spec.keys)}"
+                f"{self.key} was not captured for rollout {place.rollout_id}; it has {list(shard.spec.keys)}"
             )
+        return shard
+
+    def _read(self, places: Sequence[_Place]) -> list[RolloutRows]:
+        """Read rollouts of one shard together."""
+        shard = self._shard_of(places[0])
         position = shard.column("position")
         stored = Positions.parse(shard.spec.positions)
         wanted = [self._rows(shard, place, position, stored) for place in places]
