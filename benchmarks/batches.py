@@ -32,6 +32,7 @@ from roentgen.tokenized_text import Segment, TokenizedText
 KEYS = ("layers.4.resid_post", "layers.8.resid_post")
 KEY = KEYS[1]
 WIDTH = 1024
+SHORTEST, LONGEST = 50, 600
 MAKE_MB = 64
 """Of activations that are written by one call of the random generator."""
 
@@ -71,7 +72,7 @@ def measure(folder: Path, megabytes: int, tokens: int, rounds: int, stage: Calla
     rollouts = write_session(folder, megabytes)
     place = open_place(folder)
     rows = Session.open(folder / "s").activations(KEY)
-    sink = np.empty((tokens, WIDTH), dtype=np.int16)
+    sink = np.empty((max(tokens, LONGEST), WIDTH), dtype=np.int16)
     mixed: list[int] = []
 
     def in_order() -> int:
@@ -119,7 +120,7 @@ def write_session(folder: Path, megabytes: int) -> int:
     noise = torch.randn(MAKE_MB * 1_000_000 // (2 * WIDTH), WIDTH).bfloat16()
     with StoreWriter(folder, merge_shards=0) as writer:
         while rows * WIDTH * 2 < megabytes * 1_000_000:
-            length = int(generator.integers(50, 600))
+            length = int(generator.integers(SHORTEST, LONGEST + 1))
             start = int(generator.integers(0, max(1, len(noise) - length)))
             values = noise[start : start + length]
             tokens = list(range(length))
@@ -148,10 +149,10 @@ def report(found: Measured, megabytes: int, tokens: int) -> str:
         for name, rates in found.rates.items()
     ]
     text = (
-        f"One layer of {megabytes:,} MB, {found.rollouts:,} rollouts of 50 to 599 rows of {2 * WIDTH:,} bytes, read from a "
-        f"cold cache, {len(base)} pairs in turn; batches of {tokens:,} rows. A shuffled batch has rows of {found.mixed:,.0f} "
-        f"rollouts in the median. Shuffling took {found.peak / 1e6:,.0f} MB more memory than reading in order had, mapped "
-        "pages included."
+        f"One layer of {megabytes:,} MB, {found.rollouts:,} rollouts of {SHORTEST} to {LONGEST} rows of {2 * WIDTH:,} bytes, "
+        f"read from a cold cache, {len(base)} pairs in turn; batches of {tokens:,} rows. A shuffled batch has rows of "
+        f"{found.mixed:,.0f} rollouts in the median. Shuffling took {found.peak / 1e6:,.0f} MB more memory than reading in "
+        "order had, mapped pages included."
     )
     return f"{text}\n\n{table(['way', 'MB/s', 'ratio'], rows)}"
 

@@ -15,7 +15,7 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from roentgen.contract import ActivationRequest, Positions
+from roentgen.contract import ActivationRequest, Positions, captured_as
 from roentgen.defaults import EMBEDDED_MODEL
 from serve_app.capture.observer import observe
 from serve_app.capture.resolver import resolve_structure
@@ -206,7 +206,7 @@ def capture_plan(model: ServedModel, capture: str) -> CapturePlan | None:
     request = capture_request(model.structure.num_layers, capture)
     if request is None:
         return None
-    return CapturePlan(model.structure.resolve(request), Positions.parse(request.positions), request.dtype)
+    return CapturePlan(model.structure.resolve(request), Positions.parse(request.positions), captured_as(request.dtype))
 
 
 def capture_request(num_layers: int, capture: str) -> ActivationRequest | None:

@@ -22,7 +22,10 @@ from roentgen.http_client import connect
 COUNTED = 8
 """Problems whose prompts are tokenized."""
 
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+
+SCALE = 4
+"""Bytes of the scale of an int8 row."""
 
 DESCRIBED = 13
 """Bytes of the columns that describe a row: its token, position, log-probability, and whether it was generated."""
@@ -86,7 +89,8 @@ def estimate(
     """
     if settings.capture is None or served.d_model is None or served.num_layers is None:
         return None
-    width = BYTES.get(served.dtype or "float32", 4) * served.d_model
+    dtype = served.dtype or "float32" if settings.store_dtype == "model" else settings.store_dtype
+    width = BYTES.get(dtype, 4) * served.d_model + SCALE * (dtype == "int8")
     layers = served.num_layers if settings.layers == "all" else len(settings.layers)
     keys = sum(1 if hook in MODEL_HOOK_POINTS else layers for hook in settings.hook_points)
     n_prompt = _prompt_tokens(settings.chosen_prompt, endpoint, served.id, problems)

@@ -15,12 +15,14 @@ from roentgen.cluster import check_address
 from roentgen.contract import (
     DEFAULT_HOOK_POINTS,
     DEFAULT_LAYERS,
+    STORED_DTYPE,
     AllowNonFinite,
     Device,
     Dtype,
     MaxTokens,
     PositionPolicy,
     Revision,
+    StoredDtype,
     Temperature,
     TopP,
     WrittenHookPoints,
@@ -34,7 +36,7 @@ SERVER_OPTIONS = ("store", "dtype", "revision", "device")
 """Options of the server: they can be given only to one that this command starts."""
 
 
-CAPTURE_OPTIONS = ("layers", "hook_points", "positions", "allow_non_finite")
+CAPTURE_OPTIONS = ("layers", "hook_points", "positions", "store_dtype", "allow_non_finite")
 """Options that say what to keep of activations."""
 
 
@@ -68,6 +70,7 @@ class EvalSettings(BaseModel):
     hook_points: WrittenHookPoints = DEFAULT_HOOK_POINTS
     positions: PositionPolicy = "all"
     collect_activations: bool = Field(False, description="Keep activations.")
+    store_dtype: StoredDtype = Field("model", description=STORED_DTYPE)
     allow_non_finite: AllowNonFinite = False
     output: Path | None = Field(None, description="The run directory; made up under results/ if absent.")
     base_url: str | None = Field(
@@ -194,6 +197,8 @@ class EvalSettings(BaseModel):
             return None
         kept = self.model_dump(mode="json", include={"layers", "hook_points", "positions"})
         # Said only where it is asked for: it would make another configuration of every run there is.
+        if self.store_dtype != "model":
+            kept["dtype"] = self.store_dtype
         return {**kept, "allow_non_finite": True} if self.allow_non_finite else kept
 
 

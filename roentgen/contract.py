@@ -60,7 +60,10 @@ DEFAULT_TAPS = ("resid_post", "ln_attn", "ln_mlp", *DEFAULT_HOOK_POINTS)
 DEFAULT_TAPS_NAME = "default"
 """Stands for these among the hook points that a server is to tap."""
 
-StoredDtype = Literal["model", "float32", "float16", "bfloat16"]
+CapturedDtype = Literal["model", "float32", "float16", "bfloat16"]
+"""What rows are gathered in; "model" keeps the model's own dtype."""
+StoredDtype = Literal["model", "float32", "float16", "bfloat16", "int8"]
+"""What rows are stored as: "int8" is made of the model's own dtype when they are written, with a scale for each row."""
 
 _SESSION_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
@@ -360,6 +363,11 @@ Temperature = Annotated[float, Field(ge=0, le=2, description="Of the sampling; 0
 TopP = Annotated[float, Field(gt=0, le=1, description="Probability that the sampling's nucleus covers."), _NO_BOOLEANS]
 
 
+STORED_DTYPE = (
+    'What to store; "model" keeps the model\'s own dtype, "int8" takes a byte a value and a scale for each row.'
+)
+
+
 class RolloutKey(BaseModel):
     """What makes a rollout the same rollout when it is tried again; the store counts it once by this key."""
 
@@ -388,7 +396,7 @@ class ActivationRequest(BaseModel):
         description='"turn" keeps only what is new in this turn of a conversation: rows from the last token of the last '
         "assistant message on (that token was sampled in the turn before, but never fed). Without such a message, all rows.",
     )
-    dtype: StoredDtype = Field(default="model", description='What to store; "model" keeps the model\'s own dtype.')
+    dtype: StoredDtype = Field(default="model", description=STORED_DTYPE)
     allow_non_finite: AllowNonFinite = False
     delivery: Literal["reference", "sample", "full"] = Field(
         default="reference", alias="return", description="How the reply carries values."
@@ -444,6 +452,11 @@ class ActivationReply(BaseModel):
     """Per stored key, where and what."""
     non_finite_rows: int | None = None
     """How many rows hold NaN or infinity; absent if none do."""
+
+
+def captured_as(stored: StoredDtype) -> CapturedDtype:
+    """Return what rows are gathered in that are to be stored so."""
+    return "model" if stored == "int8" else stored
 
 
 def canonical_hash(value: Any) -> str:

@@ -16,7 +16,7 @@ from eval_jobs.command import perform
 from eval_jobs.problems import ProblemError
 from eval_jobs.resume import RESULTS
 from eval_jobs.settings import EvalSettings, check_settings
-from roentgen.api.asking import CAPTURE_FIELDS, capture_fields
+from roentgen.api.asking import capture_fields
 from roentgen.api.model import Model
 from roentgen.api.serving import Server, serve
 from roentgen.contract import canonical_hash
@@ -100,8 +100,8 @@ def _evaluate(
     given: dict[str, Any] = {**settings, **_server(model), "output": output}
     if capture is not None:
         fields = capture_fields(capture)
-        if unsupported := sorted(fields.keys() & {"dtype"}):
-            raise ProblemError(f"capture.{unsupported[0]} is not an evaluation's; allowed are {', '.join(_kept())}")
+        if "dtype" in fields:  # an evaluation's `dtype` is the model's
+            fields["store_dtype"] = fields.pop("dtype")
         given |= {**fields, "collect_activations": True}
         if isinstance(fields.get("layers"), list):
             given["layers"] = tuple(fields["layers"])
@@ -118,10 +118,6 @@ def _evaluate(
     if run is None:
         raise ProblemError("dry_run: a description is no run; use `roentgen eval --dry-run`")
     return run
-
-
-def _kept() -> list[str]:
-    return [name for name in CAPTURE_FIELDS if name != "dtype"]
 
 
 def _server(model: str | Server | Model | None) -> dict[str, Any]:

@@ -276,7 +276,7 @@ class Model:
             layers: layers to keep, or "all"; negative ones count from the end.
             hook_points: hook points to keep.
             positions: all, prompt, generated, last_prompt, last, stride:k, mean_prompt or mean_generated.
-            dtype: what to keep rows in; "model" for the model's own.
+            dtype: what to keep rows in; "model" for the model's own, "int8" for a byte a value (docs/store.md).
             allow_non_finite: keep rows with NaN or infinity, which otherwise fail.
             store: the folder of a store, or s3://BUCKET/FOLDER.
             session: the session in it; named after model and capture if absent.
@@ -384,7 +384,7 @@ def _rollout(runner: Runner, prompt: Prompt, choice: Choice, finished: Finished)
     if finished.captured is not None:
         kept = rollout_of(entry, finished.captured)
         check_finite(kept)
-        activations, positions = kept.tensors, kept.position.tolist()
+        activations, positions = {key: kept.as_read(key) for key in kept.tensors}, kept.position.tolist()
     return Rollout(
         prompt=prompt,
         text=finished.text,

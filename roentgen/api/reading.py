@@ -99,7 +99,7 @@ def _rollout(transcript: Transcript, rollout: store.Rollout) -> Rollout:
         finish_reason=rollout.finish_reason,
         logprobs=rollout.logprobs[sequence.n_prompt :].tolist(),
         sequence=sequence,
-        activations=rollout.tensors,
+        activations={key: rollout.as_read(key) for key in rollout.tensors},
         positions=rollout.position.tolist(),
         labels=transcript.labels,
     )

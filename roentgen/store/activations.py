@@ -117,16 +117,14 @@ class Activations(Sequence[RolloutRows]):
         Raises:
             StoreError: if a shard cannot be opened.
         """
-        counts = (self.rollouts["row_stop"] - self.rollouts["row_start"]).to_numpy(np.int64)
+        codes, names, _, numbers = self._columns
+        counts: np.ndarray = numbers[:, 1] - numbers[:, 0]
         if self._positions.policy == "all":
             return counts
-        names = self.rollouts["shard"].astype(str)
-        selects = names.map(
-            {n: self._positions != Positions.parse(self._open_shard(n).spec.positions) for n in names.unique()}
-        )
-        for place in np.flatnonzero(selects.to_numpy(bool)):
-            n_prompt, n_completion = self.rollouts[["n_prompt", "n_completion"]].iloc[place]
-            wanted = len(self._positions.select(int(n_prompt), count_rows(int(n_prompt), int(n_completion))))
+        selects = [self._positions != Positions.parse(self._open_shard(name).spec.positions) for name in names]
+        for place in np.flatnonzero(np.array(selects, dtype=bool)[codes]).tolist():
+            n_prompt, n_completion = numbers[place, 2:].tolist()
+            wanted = len(self._positions.select(n_prompt, count_rows(n_prompt, n_completion)))
             counts[place] = min(wanted, 1) if self._positions.pooled else wanted
         return counts
 
@@ -170,7 +168,7 @@ class Activations(Sequence[RolloutRows]):
     def _stack(self, shard: Shard, own: pd.DataFrame) -> Shaped[Tensor, "rollouts ..."]:
         rows = self._one_row_each(shard, own)
         if rows is not None:
-            return shard.take(self.key, rows)
+            return shard.values(self.key, rows)
         found = []
         for item in self._read(list(_places(own))):
             if len(item.values) != 1:
@@ -210,13 +208,13 @@ class Activations(Sequence[RolloutRows]):
         rows = np.concatenate(
             [self._rows(shard, place, position, stored)[cut] for place, cut in zip(places, cuts, strict=True)]
         )
-        return shard.take(self.key, rows), position[rows]
+        return shard.values(self.key, rows), position[rows]
 
     def _place(self, number: int) -> _Place:
         """Return where one rollout is; a slice of a table would take longer than to read some rows."""
         codes, names, ids, numbers = self._columns
         row_start, row_stop, n_prompt, n_completion = numbers[number].tolist()
-        return _Place(ids.iat[number], names[codes[number]], row_start, row_stop, n_prompt, n_completion)
+        return _Place(str(ids.iat[number]), names[codes[number]], row_start, row_stop, n_prompt, n_completion)
 
     @cached_property
     def _columns(
@@ -240,7 +238,7 @@ class Activations(Sequence[RolloutRows]):
         position = shard.column("position")
         stored = Positions.parse(shard.spec.positions)
         wanted = [self._rows(shard, place, position, stored) for place in places]
-        values = shard.take(self.key, np.concatenate(wanted)).split([len(rows) for rows in wanted])
+        values = shard.values(self.key, np.concatenate(wanted)).split([len(rows) for rows in wanted])
         found = []
         for place, rows, own in zip(places, wanted, values, strict=True):
             if self._positions.pooled and self._positions != stored and len(own):

@@ -20,9 +20,12 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from roentgen.contract import LabelValue, RolloutKey, is_text, spell_labels
+from roentgen.store.quantization import QUANTIZED, SCALE, dequantize, quantize
 from roentgen.tokenized_text import TokenizedText
 
 SCHEMA_VERSION = 1
+SHARD_VERSION = 2
+"""The newest schema of a shard; those without int8 rows have 1, as before."""
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -85,7 +88,7 @@ class CaptureSpec(BaseModel):
     positions: str
     """The position policy."""
     dtype: str
-    """The stored dtype, e.g. "torch.bfloat16"."""
+    """The stored dtype, e.g. "torch.bfloat16"; with "torch.int8", each key has scales beside it (`quantization`)."""
     computed_in: str | None = None
     """The dtype that the model computed in; None in shards that do not say."""
 
@@ -120,7 +123,7 @@ class Rollout:
     spec: CaptureSpec
     """What was captured."""
     tensors: dict[str, Shaped[Tensor, "rows ..."]]
-    """Per key of the spec, `[rows, *shape]`."""
+    """Per key of the spec, `[rows, *shape]`; of int8 rows, what they are to be made of."""
     position: Shaped[np.ndarray, "rows"]
     """Sequence position per row, -1 for a pooled row, `[rows]`."""
     sequence: TokenizedText
@@ -158,7 +161,18 @@ class Rollout:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the activations."""
+        """Bytes of the activations, as they are stored."""
+        if self.quantized:
+            return sum(tensor.numel() + 4 * self.n_rows for tensor in self.tensors.values())
+        return self._bytes_given
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the rows are stored as int8."""
+        return self.spec.dtype == QUANTIZED
+
+    @property
+    def _bytes_given(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
 
     @property
@@ -170,14 +184,22 @@ class Rollout:
     def in_memory(self) -> int:
         """Bytes that it takes while it waits to be written, about: of a small one they are mostly Python's objects."""
         tokens = _TOKEN_BYTES * len(self.sequence.token_ids)
-        return self.nbytes + len(self.sequence.text) + tokens + self._label_bytes + _ROLLOUT_BYTES
+        return self._bytes_given + len(self.sequence.text) + tokens + self._label_bytes + _ROLLOUT_BYTES
 
     @property
     def _label_bytes(self) -> int:
         return sum(len(key) + (len(value) if isinstance(value, str) else 8) for key, value in self.labels.items())
 
+    def as_read(self, key: str) -> Shaped[Tensor, "rows ..."]:
+        """Return a key's rows as a reader will get them."""
+        return dequantize(*quantize(self.tensors[key])) if self.quantized else self.tensors[key]
+
     def all_tensors(self) -> dict[str, Tensor]:
         """Return the activations and the row columns, as the shard names them; a pooled row has no token."""
+        stored = dict(self.tensors)
+        if self.quantized:
+            for key in self.spec.keys:
+                stored[key], stored[f"{key}{SCALE}"] = quantize(self.tensors[key])
         pooled = self.position < 0
         columns = {
             "token_id": np.where(pooled, -1, np.array(self.sequence.token_ids)[self.position]).astype(np.int32),
@@ -185,7 +207,7 @@ class Rollout:
             "generated": (self.position >= self.sequence.n_prompt).astype(np.uint8),
             "logprob": np.where(pooled, np.nan, self.logprobs[self.position]).astype(np.float32),
         }
-        return self.tensors | {name: torch.from_numpy(column) for name, column in columns.items()}
+        return stored | {name: torch.from_numpy(column) for name, column in columns.items()}
 
 
 @dataclass(frozen=True)
@@ -248,7 +270,8 @@ def rows_checksum(tensors: dict[str, Tensor]) -> str:
 
 def spec_metadata(spec: CaptureSpec) -> dict[str, str]:
     """Spell a spec as safetensors header metadata (strings only)."""
-    return {"roentgen_schema": str(SCHEMA_VERSION), "format": "pt", "spec": spec.model_dump_json(exclude_none=True)}
+    version = SHARD_VERSION if spec.dtype == QUANTIZED else SCHEMA_VERSION
+    return {"roentgen_schema": str(version), "format": "pt", "spec": spec.model_dump_json(exclude_none=True)}
 
 
 def read_spec(metadata: dict[str, str] | None, where: str) -> CaptureSpec:
@@ -257,11 +280,11 @@ def read_spec(metadata: dict[str, str] | None, where: str) -> CaptureSpec:
     Raises:
         StoreError: if the header is not one of ours, or of a newer schema.
     """
-    check_version((metadata or {}).get("roentgen_schema"), where)
+    check_version((metadata or {}).get("roentgen_schema"), where, SHARD_VERSION)
     return CaptureSpec.model_validate_json((metadata or {})["spec"])
 
 
-def check_version(version: str | None, where: str) -> None:
+def check_version(version: str | None, where: str, newest: int = SCHEMA_VERSION) -> None:
     """Refuse a file of a newer schema than this code reads.
 
     Raises:
@@ -269,8 +292,8 @@ def check_version(version: str | None, where: str) -> None:
     """
     if version is None or not version.isdecimal():
         raise StoreError(f"{where} has no schema version: it was not written by Roentgen")
-    if int(version) > SCHEMA_VERSION:
-        raise StoreError(f"{where} has schema {version}; this version reads up to {SCHEMA_VERSION}: upgrade roentgen")
+    if int(version) > newest:
+        raise StoreError(f"{where} has schema {version}; this version reads up to {newest}: upgrade roentgen")
 
 
 def index_row(rollout: Rollout, receipt: Receipt, created: Any, checksum: str) -> dict[str, Any]:

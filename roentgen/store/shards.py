@@ -21,6 +21,7 @@ from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from roentgen.store.places import Bytes, Place
+from roentgen.store.quantization import SCALE, dequantize
 from roentgen.store.schema import CaptureSpec, StoreError, read_spec, spec_metadata, tensor_bytes
 
 _DTYPES = {
@@ -173,6 +174,15 @@ class Shard:
             with ThreadPoolExecutor(READS_AT_ONCE) as pool:
                 found = torch.cat(list(pool.map(read, spans)))
         return found if len(rows) == len(ordered) and (back[1:] > back[:-1]).all() else found[torch.from_numpy(back)]
+
+    def values(self, key: str, rows: Int[np.ndarray, "n"]) -> Shaped[Tensor, "n ..."]:
+        """Return a key's rows as numbers: what was stored or, of int8 rows, float32.
+
+        Raises:
+            StoreError: if they cannot be read.
+        """
+        taken, scale = self.take(key, rows), f"{key}{SCALE}"
+        return dequantize(taken, self.take(scale, rows)) if scale in self._tensors else taken
 
     def _column(self, name: str) -> Shaped[np.ndarray, "rows"]:
         """Return one of the narrow tensors that describe the rows, all of it: it is read once, for every rollout."""

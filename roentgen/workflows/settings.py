@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from roentgen.contract import (
     DEFAULT_HOOK_POINTS,
     DEFAULT_LAYERS,
+    STORED_DTYPE,
     ActivationRequest,
     AllowNonFinite,
     Device,
@@ -21,6 +22,7 @@ from roentgen.contract import (
     Revision,
     SessionId,
     SteeredPositions,
+    StoredDtype,
     WrittenHookPoints,
     WrittenLayers,
 )
@@ -51,6 +53,7 @@ class CaptureSettings(BaseModel):
     layers: WrittenLayers = DEFAULT_LAYERS
     hook_points: WrittenHookPoints = DEFAULT_HOOK_POINTS
     positions: PositionPolicy = "all"
+    store_dtype: StoredDtype = Field("model", description=STORED_DTYPE)
     allow_non_finite: AllowNonFinite = False
     store: str | None = Field(
         None, description="Folder of the activation store; the one that the run's activations are in if absent."
@@ -77,6 +80,7 @@ class CaptureSettings(BaseModel):
             layers=self.layers,
             hook_points=self.hook_points,
             positions=self.positions,
+            dtype=self.store_dtype,
             allow_non_finite=self.allow_non_finite,
         )
 

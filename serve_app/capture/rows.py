@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from roentgen.contract import Positions, StoredDtype
+from roentgen.contract import CapturedDtype, Positions
 from serve_app.capture.grid import Layout, Picked
 from serve_app.capture.memory import RowMemory
 from serve_app.capture.structure import Tap
@@ -36,8 +36,8 @@ class CapturePlan:
     """Per stored key, where to read."""
     positions: Positions
     """Which of its rows."""
-    dtype: StoredDtype
-    """What to store them as."""
+    dtype: CapturedDtype
+    """What to gather them in."""
     n_prompt: int | None = None
     """Tokens before the completion; None says that the whole of the job's prompt is (it is not, when a finished answer is
     read again)."""

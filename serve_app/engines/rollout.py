@@ -21,6 +21,7 @@ from roentgen.contract import (
     StoredTensor,
 )
 from roentgen.store import CaptureSpec, Receipt, Rollout
+from roentgen.store.quantization import QUANTIZED
 from roentgen.tokenized_text import TokenizedText
 from serve_app.capture.rows import CapturedRows
 from serve_app.engines.protocol import Finished
@@ -60,6 +61,8 @@ class Entry:
     """The dtype that the model computes in."""
     allow_non_finite: bool = False
     """Whether rows may hold NaN and infinity."""
+    quantized: bool = False
+    """Whether rows are stored as int8."""
 
 
 def make_entry(
@@ -96,6 +99,7 @@ def make_entry(
         delivery=asked.delivery,
         computed_in=str(model.dtype),
         allow_non_finite=asked.allow_non_finite,
+        quantized=asked.dtype == "int8",
     )
 
 
@@ -110,7 +114,7 @@ def join(entry: Entry, captured: CapturedRows) -> Rollout:
             revision=entry.revision,
             keys=tuple(captured.tensors),
             positions=entry.positions,
-            dtype=", ".join(sorted(dtypes)),
+            dtype=QUANTIZED if entry.quantized else ", ".join(sorted(dtypes)),
             computed_in=entry.computed_in,
         ),
         tensors=captured.tensors,
@@ -141,17 +145,18 @@ def describe(rollout: Rollout, receipt: Receipt, delivery: Delivery = "reference
         shard=receipt.shard,
         row_start=receipt.row_start,
         row_stop=receipt.row_stop,
-        tensors={key: _tensor(values, path, delivery) for key, values in rollout.tensors.items()},
+        tensors={key: _tensor(rollout, key, path, delivery) for key in rollout.tensors},
         non_finite_rows=found.rows if found else None,
     )
     return reply.model_dump(mode="json", exclude_none=True)
 
 
-def _tensor(values: Float[Tensor, "rows ..."], path: str, delivery: Delivery) -> StoredTensor:
-    dtype = str(values.dtype)
+def _tensor(rollout: Rollout, key: str, path: str, delivery: Delivery) -> StoredTensor:
+    values = rollout.tensors[key]
+    dtype = QUANTIZED if rollout.quantized else str(values.dtype)
     if delivery == "reference":
         return StoredTensor(shape=tuple(values.shape), dtype=dtype, stored_path=path)
-    whole = values[None].float()
+    whole = rollout.as_read(key)[None].float()
     if delivery == "full":
         return StoredTensor(
             format="complete_tensor", shape=tuple(whole.shape), dtype=dtype, stored_path=path, data=_listed(whole)

@@ -10,7 +10,7 @@ from math import prod
 
 from ulid import ULID
 
-from roentgen.contract import SAMPLED_FEATURES, ActivationRequest, Positions, count_rows
+from roentgen.contract import SAMPLED_FEATURES, ActivationRequest, Positions, captured_as, count_rows
 from roentgen.tokenized_text import TokenizedText
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.steering import Addition
@@ -266,7 +266,7 @@ def _capture(
     }
     if not taps:
         raise refused("activations.layers", "no layer is named, so there is nothing to keep")
-    plan = CapturePlan(taps, Positions.parse(asked.positions), asked.dtype, first=first)
+    plan = CapturePlan(taps, Positions.parse(asked.positions), captured_as(asked.dtype), first=first)
     if asked.delivery != "reference":
         _check_inline(served, asked, plan, prompt.n_prompt, max_tokens, config)
     spelling = {key: older_key(key, name) for key, name in names.items()} if request.collect_activations else {}

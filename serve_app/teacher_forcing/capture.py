@@ -18,8 +18,9 @@ from functools import partial
 import numpy as np
 from ulid import ULID
 
-from roentgen.contract import ActivationRequest, Positions, split_key
+from roentgen.contract import ActivationRequest, Positions, captured_as, split_key
 from roentgen.store import CaptureSpec, NonFiniteRowsError, Receipt, Rollout, StoreError, StoreWriter
+from roentgen.store.quantization import QUANTIZED
 from serve_app.capture.rows import CapturedRows, CapturePlan, UncapturableError
 from serve_app.capture.structure import Tap
 from serve_app.engines.awaiting import results_of
@@ -189,7 +190,7 @@ class TeacherForcing:
     def _job(
         self, text: TokenizedTranscript, taps: dict[str, Tap], score: bool, listener: Callable[[Event], None]
     ) -> GenerationJob:
-        positions, dtype = Positions.parse(self._request.positions), self._request.dtype
+        positions, dtype = Positions.parse(self._request.positions), captured_as(self._request.dtype)
         return GenerationJob(
             prompt_ids=text.sequence.token_ids,
             sampling=READ_ONLY,
@@ -200,6 +201,7 @@ class TeacherForcing:
 
     def _rollout(self, text: TokenizedTranscript, read: _Read) -> Rollout:
         tensors = {key: read.rows.tensors[key] for key in self._taps}
+        dtypes = sorted({str(tensor.dtype) for tensor in tensors.values()})
         # As when tokens are sampled: the prompt's have no log-probability. The model scores all but a sequence's first.
         logprobs = np.full(len(text.sequence.token_ids), np.nan, dtype=np.float32)
         if text.sequence.n_completion:
@@ -208,7 +210,9 @@ class TeacherForcing:
         return Rollout(
             session_id=self._session_id,
             rollout_id=str(ULID()),
-            spec=self.spec.model_copy(update={"dtype": ", ".join(sorted({str(t.dtype) for t in tensors.values()}))}),
+            spec=self.spec
+            if self.spec.dtype == QUANTIZED
+            else self.spec.model_copy(update={"dtype": ", ".join(dtypes)}),
             tensors=tensors,
             position=read.rows.position,
             sequence=text.sequence,

@@ -45,7 +45,7 @@ def test_saelens(rows: TokenBatches) -> None:
 
     sae = StandardTrainingSAE(StandardTrainingSAEConfig(d_in=WIDTH, d_sae=64, l1_coefficient=0.01))
     before = explained(rows, sae)
-    cfg = SAETrainerConfig(total_training_samples=150_000, train_batch_size_samples=256, lr=3e-3)
+    cfg = SAETrainerConfig(total_training_samples=150_000, train_batch_size_samples=256, lr=3e-3, lr_end=3e-4)
     SAETrainer(cfg, sae, data_provider=rows.tensors(epochs=None)).fit()
     assert explained(rows, sae) > max(0.8, before)
 

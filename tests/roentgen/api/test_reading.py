@@ -74,6 +74,29 @@ def test_a_store_has_them_and_is_continued(
         torch.testing.assert_close(row, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_int8_rows_are_those_that_a_reader_gets(model: roentgen.Model, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"layers": [1], "positions": "all", "progress": False}
+    whole = [out["layers.1.resid_post"] for out in model.capture(TEXTS[:2], **asked)]
+    there = [out["layers.1.resid_post"] for out in model.capture(TEXTS[:2], dtype="int8", **asked)]
+    report = model.capture(TEXTS[:2], dtype="int8", store=tmp_path, session="mine", **asked)
+    session = roentgen.Session.open(report.session)
+    assert {session.spec(shard).dtype for shard in session.shard_files()} == {"torch.int8"}
+    stored = {item.values.numpy().tobytes() for item in session.activations("layers.1.resid_post")}
+    assert stored == {rows.numpy().tobytes() for rows in there}
+    for rows, rounded in zip(whole, there, strict=True):
+        assert not torch.equal(rows, rounded)
+        largest = rows.abs().amax(1, keepdim=True)
+        assert ((rows - rounded).abs() <= largest / 254 * 1.001).all()
+    kept = {"layers": [1], "hook_points": ["resid_post"]}
+    exact, rounded = (
+        model.generate("to be", max_tokens=3, capture=one)[0]["layers.1.resid_post"]
+        for one in (kept, {**kept, "dtype": "int8"})
+    )
+    assert 0 < float(((exact - rounded).abs() / exact.abs().amax(1, keepdim=True)).max()) <= 1.001 / 254
+    # Again: what is there already is found to be the same capture.
+    assert model.capture(TEXTS[:2], dtype="int8", store=tmp_path, session="mine", **asked).held == 2
+
+
 def test_what_cannot_be_read_is_refused_by_name(model: roentgen.Model) -> None:
     with pytest.raises(roentgen.RequestError, match=r"capture\.layers: 7 is out of range"):
         model.capture(["a"], layers=[7])

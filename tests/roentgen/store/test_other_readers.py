@@ -4,6 +4,7 @@ It is what a reader in another language would be, written from the document alon
 is wrong.
 """
 
+import dataclasses
 import json
 import math
 import struct
@@ -31,7 +32,7 @@ class ShardReader:
         (length,) = struct.unpack("<Q", self.bytes[:8])
         header = json.loads(self.bytes[8 : 8 + length])
         self.metadata = header.pop("__metadata__")
-        if int(self.metadata["roentgen_schema"]) > 1:
+        if int(self.metadata["roentgen_schema"]) > 2:
             raise ValueError("a newer schema")
         self.tensors, self.begin = header, 8 + length
 
@@ -133,6 +134,23 @@ def test_a_reader_made_from_the_document_reads_everything(tmp_path: Path, rollou
     same(list(read(tmp_path / "s")), [*counts, more])
     collect(Session.open(tmp_path / "s"), grace_s=0)
     same(list(read(tmp_path / "s")), [*counts, more])
+
+
+def test_int8_rows_are_codes_times_scales(tmp_path: Path, rollout: RolloutFactory) -> None:
+    written = rollout(4, 3)
+    spec = written.spec.model_copy(update={"dtype": "torch.int8"})
+    with StoreWriter(tmp_path) as writer:
+        writer.submit(dataclasses.replace(written, spec=spec)).result()
+    ((row, shard),) = read(tmp_path / "s")
+    rows = row["row_start"], row["row_stop"]
+    assert (shard.metadata["roentgen_schema"], shard.checksum(*rows)) == ("2", row["checksum"])
+    for key in KEYS:
+        codes = struct.unpack(f"<{6 * 8}b", shard.rows(key, *rows))
+        scales = struct.unpack("<6f", shard.rows(f"{key}.scale", *rows))
+        for number, values in enumerate(written.tensors[key].float().tolist()):
+            assert scales[number] == pytest.approx(max(map(abs, values)) / 127)
+            for code, value in zip(codes[8 * number :], values, strict=False):
+                assert abs(code * scales[number] - value) <= scales[number] * 0.5001
 
 
 def test_a_newer_schema_is_there_to_be_seen(tmp_path: Path, rollout: RolloutFactory) -> None:
