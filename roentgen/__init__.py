@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from roentgen.api.rollout import Rollout
     from roentgen.api.serving import Server, serve
     from roentgen.api.steering import Steer
+    from roentgen.harnesses.join import join
     from roentgen.linear_probe import SavedProbe
     from roentgen.runs import Run
     from roentgen.store import Session
@@ -44,6 +45,7 @@ __all__ = [
     "compare",
     "evaluate",
     "evaluate_async",
+    "join",
     "load",
     "probes",
     "report",
@@ -63,6 +65,7 @@ _HOMES = {
     "compare": "roentgen.api.results",
     "evaluate": "roentgen.api.evaluating",
     "evaluate_async": "roentgen.api.evaluating",
+    "join": "roentgen.harnesses.join",
     "load": "roentgen.api.model",
     "report": "roentgen.api.results",
     "score": "roentgen.api.results",

@@ -24,6 +24,7 @@ from ulid import ULID
 from roentgen.compat import check
 from serve_app.config import ModelChoice, ServerConfig
 from serve_app.http.ingress import Ingress
+from serve_app.http.runs import CallNumbers
 from serve_app.logs import write_json_logs
 from serve_app.replica.replica import ASKED, ModelReplica
 from serve_app.replica.routing import PERIOD_S, ReadyReplicas
@@ -40,9 +41,15 @@ BESIDE = 64
 class _LoggedIngress(Ingress):
     """The ingress in an actor of its own, whose logs are for machines."""
 
-    def __init__(self, model: DeploymentHandle, config: ServerConfig, redeploy: Callable[[ModelChoice], None]) -> None:
+    def __init__(
+        self,
+        model: DeploymentHandle,
+        config: ServerConfig,
+        redeploy: Callable[[ModelChoice], None],
+        numbers: DeploymentHandle | None = None,
+    ) -> None:
         write_json_logs()
-        super().__init__(model, config, redeploy)
+        super().__init__(model, config, redeploy, numbers)
 
 
 class _LoggedReplica(ModelReplica):
@@ -88,7 +95,14 @@ def _application(config: ServerConfig, version: str, choice: ModelChoice, asked:
         logging_config=QUIET,
     )
     replicas = _pinned(model, version).bind(config)
-    return _pinned(ingress, version).bind(replicas, config, partial(_redeploy, config, version))
+    other = partial(_redeploy, config, version)
+    if config.num_ingresses == 1:
+        return _pinned(ingress, version).bind(replicas, config, other)
+    numbers = serve.deployment(
+        CallNumbers, name="numbers", num_replicas=1, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=2000,
+        logging_config=QUIET,
+    )  # fmt: skip
+    return _pinned(ingress, version).bind(replicas, config, other, _pinned(numbers, version).bind(config.store))
 
 
 def most_per_replica(config: ServerConfig) -> int:

@@ -35,6 +35,7 @@ from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS, ActivationRe
 from roentgen.defaults import EMBEDDED_MODEL
 from roentgen.store.schema import check_finite
 from roentgen.workflows.capture import CaptureReport, Reader
+from serve_app.capture.observer import wrapped
 from serve_app.config import ServerConfig
 from serve_app.engines.awaiting import results_of
 from serve_app.engines.protocol import EngineStoppedError, Finished
@@ -49,7 +50,8 @@ from serve_app.openai_api.errors import ApiError, from_validation
 from serve_app.requests.generation import Choice, Runner, compile_grammars
 
 if TYPE_CHECKING:
-    from serve_app.capture.observer import ObservedModel
+    from nnsight.modeling.transformers import TransformersModel
+
     from serve_app.capture.structure import ModelStructure
 
 log = logging.getLogger(__name__)
@@ -66,10 +68,11 @@ class _Held:
 
     loaded: LoadedModel | None
     engine: TransformersEngine | None
+    traced: "TransformersModel | None" = None
 
     def free(self) -> None:
         """Stop the engine and let go of the weights."""
-        engine, self.engine, self.loaded = self.engine, None, None
+        engine, self.engine, self.loaded, self.traced = self.engine, None, None, None
         if engine is None:
             return
         engine.close()
@@ -148,9 +151,17 @@ class Model:
         return tuple(name for name in (*LAYER_HOOK_POINTS, *MODEL_HOOK_POINTS) if name not in missing)
 
     @property
-    def nnsight(self) -> "ObservedModel":
-        """The model as nnsight wraps it, for a trace of one's own. Not while `generate` or `capture` runs."""
-        return self._loaded.observed
+    def nnsight(self) -> "TransformersModel":
+        """The model as nnsight wraps it, for traces of one's own; its weights are the ones that are loaded.
+
+        Not while `generate` or `capture` runs: a trace would see the values of their batch. `nnsight.save(x)` keeps a value;
+        `x.save()` is taken off, since it breaks other libraries.
+        """
+        loaded = self._loaded
+        if self._held.traced is None:
+            # Not the engine's own, which leaves it to the engine to make a batch; two may share a model.
+            self._held.traced = wrapped(loaded.observed._module, loaded.tokenizer)
+        return self._held.traced
 
     @property
     def _loaded(self) -> LoadedModel:

@@ -11,6 +11,7 @@ import typer
 from roentgen.cli.capturing import capture, verify
 from roentgen.cli.cluster import cluster_app, doctor, smoke, up
 from roentgen.cli.inspecting import inspect
+from roentgen.cli.joining import join
 from roentgen.cli.launching import evaluate_or_launch
 from roentgen.cli.probing import probe_app
 from roentgen.cli.results import compare, export, report, score, status
@@ -51,6 +52,7 @@ app.command()(report)
 app.command()(score)
 app.command()(export)
 app.command()(show)
+app.command()(join)
 app.command()(status)
 app.command()(compare)
 app.command()(up)

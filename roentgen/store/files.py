@@ -8,10 +8,12 @@ import re
 import tarfile
 from collections.abc import Iterator
 
+from roentgen.store.labels import FOLDER as LABELS
+from roentgen.store.labels import label_files
 from roentgen.store.places import Bytes, Entry
 from roentgen.store.reader import LOCATION, Session
 
-_NAME = re.compile(r"session\.json|shards/[0-9A-Z]{26}\.safetensors|index/[0-9A-Z]{26}\.parquet")
+_NAME = re.compile(r"session\.json|shards/[0-9A-Z]{26}\.safetensors|(index|labels)/[0-9A-Z]{26}\.parquet")
 _BLOCK = tarfile.BLOCKSIZE
 
 
@@ -21,7 +23,7 @@ def is_session_file(name: str) -> bool:
 
 
 def session_files(session: Session) -> list[Entry]:
-    """Return the committed files, by their paths inside the session: the identity, then shards, then indexes."""
+    """Return the committed files, by their paths inside the session: the identity, shards, indexes, and labels added since."""
     live = session.index(LOCATION)
     named = {shard for file in live.values() for shard in file.named} | {f"index/{name}" for name in live}
     inside = [
@@ -30,7 +32,13 @@ def session_files(session: Session) -> list[Entry]:
         for entry in session.place.child(folder).entries()
     ]
     identity = [entry for entry in session.place.entries() if entry.name == "session.json"]
-    return [*identity, *(entry for entry in inside if entry.name in named)]
+    added = set(label_files(session.place))
+    labels = [
+        Entry(f"{LABELS}/{entry.name}", entry.size, entry.modified)
+        for entry in session.place.child(LABELS).entries()
+        if entry.name in added
+    ]
+    return [*identity, *(entry for entry in inside if entry.name in named), *labels]
 
 
 def read_file(session: Session, name: str) -> tuple[int, Iterator[Bytes]]:

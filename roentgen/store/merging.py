@@ -191,7 +191,7 @@ def collect(session: Session, *, grace_s: float = GRACE_S, dry_run: bool = False
     gone = [(index, entries[name]) for name in sorted(dead) if name in entries]
     # An index goes before its shards: a crash in between leaves shards that no index names, never the reverse.
     gone += [(shards, entry) for entry in stored if entry.name not in named and entry.modified <= before]
-    for folder in (index, session.place):
+    for folder in (index, session.place.child("labels"), session.place):
         gone += [(folder, e) for e in folder.entries() if e.name.startswith(".") and e.modified <= before]
     if not dry_run:
         for folder, entry in gone:

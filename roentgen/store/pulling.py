@@ -23,7 +23,12 @@ Fetch = Callable[[str], Iterator[Bytes]]
 
 
 def pull(
-    source: str, store: str, *, api_key: str = "none", said: Callable[[int, int], None] = lambda done, size: None
+    source: str,
+    store: str,
+    *,
+    api_key: str = "none",
+    shards: bool = True,
+    said: Callable[[int, int], None] = lambda done, size: None,
 ) -> str:
     """Copy a session into a store.
 
@@ -31,6 +36,7 @@ def pull(
         source: a session's address, or http://SERVER/v1/activations/session/ID.
         store: where to; the session keeps its name.
         api_key: the server's.
+        shards: whether activations come too; without, what is here are the rollouts' texts, tokens and labels.
         said: told the bytes that are here, and of the whole.
 
     Returns:
@@ -42,8 +48,9 @@ def pull(
     """
     with _opened(source, api_key) as (name, files, fetch):
         target = open_place(store).child(name)
+        files = [(path, length) for path, length in files if shards or not path.startswith("shards/")]
         size, done = sum(length for _, length in files), 0
-        folders = {folder: target.child(folder).entries() for folder in ("shards", "index")}
+        folders = {folder: target.child(folder).entries() for folder in ("shards", "index", "labels")}
         here = {f"{folder}/{entry.name}": entry.size for folder, entries in folders.items() for entry in entries}
         here |= {entry.name: entry.size for entry in target.entries()}
         for path, length in files:

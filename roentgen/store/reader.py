@@ -14,7 +14,7 @@ Select with pandas and pass the rows that are left:
 
 import json
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -22,9 +22,10 @@ from pathlib import Path
 import pandas as pd
 import pyarrow as pa
 
-from roentgen.contract import Positions
+from roentgen.contract import LabelValue, Positions
 from roentgen.store.activations import Activations
 from roentgen.store.index import IndexFile, ShardFile, read_index
+from roentgen.store.labels import Labeled, label_files, news, overlaid, read_label_file, write_labels
 from roentgen.store.places import Place, open_place
 from roentgen.store.schema import (
     INDEX_SCHEMA,
@@ -56,6 +57,7 @@ class Session:
         self.uri = place.uri
         self.name = place.name
         self._tables: OrderedDict[tuple[str, ...], dict[str, IndexFile]] = OrderedDict()
+        self._added: dict[str, dict[str, dict[str, LabelValue]]] = {}
         # Shards never change, so an open one stays right. The bound keeps mappings and connections few.
         self.shard = lru_cache(maxsize=128)(self._open_shard)
 
@@ -102,7 +104,8 @@ class Session:
         # Files that were merged twice at the same time hold the same rollouts twice.
         frame = table.unify_dictionaries().to_pandas().drop_duplicates("rollout_id", keep="last")
         if "labels" in frame:
-            frame["labels"] = [read_labels(text) for text in frame["labels"]]
+            own = [read_labels(text) for text in frame["labels"]]
+            frame["labels"] = [*overlaid(frame["rollout_id"], own, self._labels_added())]
         if unique and ids is None:
             frame = frame.sort_values("rollout_id", kind="stable")
             keyed = frame["config_hash"].notna()
@@ -161,6 +164,33 @@ class Session:
                 del known[name]
             return {name: known[name] for name in names}
         raise StoreError(f"the index of {self.uri} changes faster than it can be read")
+
+    def add_labels(self, labels: Mapping[str, Mapping[str, LabelValue]]) -> Labeled:
+        """Add labels to rollouts that are stored; of a name that a rollout has already, the new value counts.
+
+        Nothing is written where all is as it is asked for, so the same again changes nothing.
+
+        Args:
+            labels: what to add, by the rollout's id.
+
+        Raises:
+            StoreError: if the index is damaged, or a value is none that a label can have.
+            OSError: as the disk or the bucket answers.
+        """
+        frame = self.rollouts(columns=("labels",), ids=list(labels))
+        stored = dict(zip(frame["rollout_id"], frame["labels"], strict=True))
+        new = news(stored, labels)
+        if new:
+            write_labels(self.place, new)
+        return Labeled(len(new), len(stored) - len(new), tuple(one for one in labels if one not in stored))
+
+    def _labels_added(self) -> list[dict[str, dict[str, LabelValue]]]:
+        """Read the files of labels that were added, in the order in which they count; each once, since they never change."""
+        names = label_files(self.place)
+        for name in names:
+            if name not in self._added:
+                self._added[name] = read_label_file(self.place, name)
+        return [self._added[name] for name in names]
 
     def shard_files(self) -> dict[str, ShardFile | None]:
         """Return the shards that count, by name, with sizes and checksums (None where an index does not say)."""

@@ -12,6 +12,7 @@ from roentgen.contract import check_session_id, count_rows
 from roentgen.durable import sync_folder
 from roentgen.store.files import read_file
 from roentgen.store.index import ShardFile, read_index
+from roentgen.store.labels import label_files, read_label_file
 from roentgen.store.locks import deleting
 from roentgen.store.places import FolderPlace, Place, open_place
 from roentgen.store.reader import Session
@@ -161,7 +162,7 @@ def _delete_folder(root: Path, session_id: str) -> int:
 def _delete_objects(session: Place) -> int:
     """Remove what makes rollouts count first, and the session's name last, so that a crash leaves a session to delete again."""
     size = 0
-    for folder in (session.child("index"), session.child("shards"), session):
+    for folder in (*(session.child(name) for name in ("index", "labels", "shards")), session):
         for entry in folder.entries():
             folder.remove(entry.name)
             size += entry.size
@@ -189,6 +190,11 @@ def verify(session: Session) -> VerifyReport:
         found = _verify_shard(session, str(name), shards.get(str(name)), rows)
         damage += found
         good += len(rows) - len(found)
+    for name in label_files(session.place):
+        try:
+            read_label_file(session.place, name)
+        except StoreError as error:
+            damage.append(Damage(None, f"labels/{name}", str(error)))
     named = {PurePosixPath(shard).name for file in files for shard in file.named}
     there = [e.name for e in session.place.child("shards").entries() if not e.name.startswith(".")]
     return VerifyReport(good, damage, [f"shards/{name}" for name in there if name not in named])

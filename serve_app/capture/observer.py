@@ -173,3 +173,9 @@ def observe(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Obse
     """Wrap a loaded model with nnsight, instrumenting nothing yet."""
     check("nnsight")
     return ObservedModel(module, tokenizer=tokenizer, envoys=_Bare)
+
+
+def wrapped(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TransformersModel:
+    """Wrap a loaded model as nnsight's users know it: a trace takes texts or tokens. Another wrapping may be there already."""
+    check("nnsight")
+    return TransformersModel(module, tokenizer=tokenizer)

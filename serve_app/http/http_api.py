@@ -26,7 +26,10 @@ from roentgen.strict_json import JsonError, read_json
 from roentgen.version import __version__
 from serve_app.http.metrics import Metrics
 from serve_app.http.middleware import BodyLimit, HeadAsGet, LoopbackOnly, Observed
+from serve_app.http.run_addresses import RunAddresses, named_by_prompt
+from serve_app.http.runs import run_of
 from serve_app.openai_api.errors import ApiError, from_json, from_validation
+from serve_app.openai_api.runs import with_settings
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +51,7 @@ def check_key(request: Request) -> None:
 def locks() -> list[params.Depends]:
     """Return what stands before every route but `/health`: the check of the key, and, with a key, its description."""
     described = [Security(HTTPBearer(auto_error=False, scheme_name="key"))] if api_keys() else []
-    return [Depends(check_key), *described]
+    return [Depends(check_key), Depends(_known_run), *described]
 
 
 def _methods(api: FastAPI, scope: Scope) -> list[str]:
@@ -61,8 +64,19 @@ def _methods(api: FastAPI, scope: Scope) -> list[str]:
 class _JsonRequest(Request):
     async def json(self) -> Any:
         if not hasattr(self, "_json"):
-            self._json = read_json(await self.body())
+            body = read_json(await self.body())
+            if (address := getattr(self.state, "run_address", None)) is not None:
+                check_key(self)  # else it comes after the body, and nobody without one learns which runs there are
+                run = await run_of(self)
+                self.state.run_address = named_by_prompt(address, body)
+                body = body if run is None else with_settings(body, run.id, run.settings)
+            self._json = body
         return self._json
+
+
+async def _known_run(request: Request) -> None:
+    """Refuse a request to an address of a run that is not there, also on routes that need nothing of it."""
+    await run_of(request)
 
 
 class JsonRoute(APIRoute):
@@ -89,6 +103,7 @@ def make_api(max_body_bytes: int, metrics: Metrics, cors_origins: Sequence[str] 
     # The description of the routes is a route like the others, behind the key (`Ingress`).
     api = FastAPI(title="Roentgen", version=__version__, openapi_url=None)
     api.router.route_class = JsonRoute
+    api.add_middleware(RunAddresses)
     api.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     if not api_keys():
         api.add_middleware(LoopbackOnly)
@@ -114,8 +129,13 @@ def make_api(max_body_bytes: int, metrics: Metrics, cors_origins: Sequence[str] 
 
     @api.exception_handler(HTTPException)
     async def on_http(request: Request, error: HTTPException) -> JSONResponse:
-        if isinstance(error.__cause__, JsonError):  # FastAPI wraps whatever is raised while a body is read
-            return await on_api_error(request, from_json(error.__cause__))
+        match error.__cause__:  # FastAPI wraps whatever is raised while a body is read
+            case JsonError() as cause:
+                return await on_api_error(request, from_json(cause))
+            case ApiError() as cause:
+                return await on_api_error(request, cause)
+            case StoreError() as cause:
+                return await on_store(request, cause)
         message = f"{request.method} {request.url.path}: {error.detail}"
         headers = dict(error.headers or {})
         if error.status_code == HTTPStatus.METHOD_NOT_ALLOWED:

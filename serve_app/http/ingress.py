@@ -31,12 +31,15 @@ from serve_app.config import ModelChoice, ServerConfig
 from serve_app.http.event_stream import EventStream, ResponseEventStream
 from serve_app.http.http_api import JsonRoute, locks, make_api
 from serve_app.http.metrics import Metrics
+from serve_app.http.runs import CallNumbers, Numbers, RunBook, SharedNumbers, with_identity
 from serve_app.openai_api import schemas
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.completions import CompletionRequest
 from serve_app.openai_api.errors import ApiError
+from serve_app.openai_api.labels import LabelsRequest
 from serve_app.openai_api.responses import schemas as responses
 from serve_app.openai_api.responses.request import ResponsesRequest
+from serve_app.openai_api.runs import RunSettings
 from serve_app.openai_api.schemas import HEALTH, complete_document, documented, raw
 from serve_app.openai_api.tokenize import DetokenizeRequest, TokenizeRequest
 from serve_app.replica.fleet import Replicas
@@ -50,16 +53,33 @@ SessionInPath = Annotated[str, Path(json_schema_extra={"pattern": SESSION_ID_PAT
 class Ingress:
     """The routes; `app.build` makes it a Serve deployment."""
 
-    def __init__(self, model: DeploymentHandle, config: ServerConfig, redeploy: Callable[[ModelChoice], None]) -> None:
+    def __init__(
+        self,
+        model: DeploymentHandle,
+        config: ServerConfig,
+        redeploy: Callable[[ModelChoice], None],
+        numbers: DeploymentHandle | None = None,
+    ) -> None:
+        """Answer for the replicas of a model.
+
+        Args:
+            model: the replicas.
+            config: the server's.
+            redeploy: serves another model.
+            numbers: the deployment that numbers calls, where other ingresses ask for numbers too.
+        """
         self._model = model
         self._config = config
         self._metrics = Metrics()
         self._replicas = Replicas(model, config, redeploy)
         self._writing: Counter[str] = Counter()
+        self._runs = RunBook(config.store)
+        self._numbers: Numbers = CallNumbers(config.store) if numbers is None else SharedNumbers(numbers)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Bind the routes to this object's methods; Serve calls it once per replica. All but `/health` ask for the key."""
         api = make_api(self._config.max_body_bytes, self._metrics, self._config.cors_origins)
+        api.state.runs = self._runs
         api.add_api_route("/health", self.health, methods=["GET"], **HEALTH)
         locked = APIRouter(dependencies=locks(), route_class=JsonRoute)
         session = "/v1/activations/session/{session_id}"
@@ -72,12 +92,16 @@ class Ingress:
             ("POST", "/v1/chat/completions", self.chat, chat),
             ("POST", "/v1/completions", self.completions, completion),
             ("POST", "/v1/responses", self.responses, documented(responses.Response, events=responses.EVENTS)),
+            ("POST", "/v1/runs", self.begin_run, documented(schemas.RunRecord)),
+            ("GET", "/v1/runs", self.runs, documented(schemas.RunList)),
+            ("GET", "/v1/runs/{run}", self.run, documented(schemas.RunRecord)),
             ("POST", "/tokenize", self.tokenize, documented(schemas.Tokens)),
             ("POST", "/detokenize", self.detokenize, documented(schemas.DetokenizedText)),
             ("GET", "/tokenizer_info", self.tokenizer_info, documented(schemas.TokenizerInfo)),
             ("GET", "/v1/activations/sessions", self.sessions, documented(schemas.SessionList)),
             ("GET", session, self.session, documented(schemas.SessionPage)),
             ("DELETE", session, self.delete_session, documented(schemas.DeletedSession)),
+            ("POST", f"{session}/labels", self.add_labels, documented(schemas.AddedLabels)),
             ("GET", f"{session}/download", self.download, raw("application/x-tar", format="binary")),
             ("GET", f"{session}/files", self.files, documented(schemas.SessionFiles)),
             ("GET", f"{session}/files/{{path:path}}", self.file, raw("application/octet-stream", format="binary")),
@@ -143,6 +167,21 @@ class Ingress:
         """Answer a request for a response, whole or streamed, with activations kept if asked."""
         return await self._generate(request.state, body)
 
+    async def begin_run(self, body: RunSettings) -> schemas.RunRecord:
+        """Keep settings under a name, for requests to the run's addresses; the same again changes nothing."""
+        return (await self._runs.begin(body)).record()
+
+    def runs(self) -> schemas.RunList:
+        """List the runs of the store."""
+        return {"object": "list", "data": [run.record() for run in self._runs.list()]}
+
+    async def run(
+        self, run: Annotated[str, Path(json_schema_extra={"pattern": SESSION_ID_PATTERN})]
+    ) -> schemas.RunRecord:
+        """Show a run's settings."""
+        _check_id(run, "run")
+        return (await self._runs.get(run)).record()
+
     async def tokenize(self, body: TokenizeRequest) -> JSONResponse:
         """Count and return the tokens of a text or of a conversation."""
         await self._replicas.check_there()
@@ -191,6 +230,17 @@ class Ingress:
             raise ApiError(409, str(error), param="session_id", code="session_busy") from error
         return {"id": session_id, "object": "activations.session", "deleted": True, "bytes": freed}
 
+    def add_labels(self, session_id: SessionInPath, body: LabelsRequest) -> schemas.AddedLabels:
+        """Add labels to stored rollouts, such as a harness' scores; the same again changes nothing."""
+        done = self._find(session_id).add_labels(body.labels)
+        return {
+            "object": "activations.labels",
+            "session_id": session_id,
+            "changed": done.changed,
+            "same": done.same,
+            "unknown": list(done.unknown),
+        }
+
     def download(self, session_id: SessionInPath) -> StreamingResponse:
         """Send a session as a tar archive: what is committed now, also while more is being written."""
         size, pieces = tar_session(self._find(session_id))
@@ -223,6 +273,7 @@ class Ingress:
 
     async def _generate(self, state: State, body: Generation) -> Any:
         await self._replicas.check_there()
+        body = await with_identity(body, getattr(state, "run_address", None), self._numbers)
         if body.stream:
             return await self._stream(state, body)
         with self._session_in_use(body), self._replicas.asked():
@@ -277,11 +328,11 @@ class Ingress:
             self._writing[session_id] -= 1
 
 
-def _check_id(session_id: str) -> None:
+def _check_id(value: str, param: str = "session_id") -> None:
     try:
-        check_session_id(session_id)
+        check_session_id(value)
     except ValueError as error:
-        raise ApiError(400, str(error), param="session_id") from error
+        raise ApiError(400, str(error), param=param) from error
 
 
 def _no_session(session_id: str) -> ApiError:

@@ -63,6 +63,8 @@ class CompletionRequest(NeutralCompletionParams, GenerationParams):
             raise ValueError(f"best_of: only as many as n ({self.n}); this server returns every choice it generates")
         if self.max_tokens == 0 and not self.echo:
             raise ValueError("max_tokens: 0 generates nothing; it needs echo: true")
+        if (asked := self.capture) is not None and asked.key is not None and len(self.prompts) > 1:
+            raise ValueError("activations.key: a key names one rollout; send one prompt")
         if self.logprob_token_ids and (self.logprobs is None or self.max_tokens == 0):
             raise ValueError("logprob_token_ids: only with logprobs, and of tokens that are generated")
         return self

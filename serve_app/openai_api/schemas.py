@@ -443,6 +443,33 @@ class SessionPage(SessionEntry):
     items: list[RolloutEntry]
 
 
+class RunRecord(TypedDict):
+    """A run: what requests to its addresses have in common."""
+
+    id: str
+    object: Literal["run"]
+    created: int
+    path: Annotated[str, Field(description="Of its addresses: `{problem}` and `{epoch}` stand for the client's.")]
+    settings: Annotated[dict[str, Any], Field(description="What was given, and the defaults of what was not.")]
+
+
+class RunList(TypedDict):
+    """The runs of the store."""
+
+    object: Literal["list"]
+    data: list[RunRecord]
+
+
+class AddedLabels(TypedDict):
+    """What adding labels to a session's rollouts has done."""
+
+    object: Literal["activations.labels"]
+    session_id: str
+    changed: Annotated[Count, Field(description="Rollouts that have a label now that they had not.")]
+    same: Annotated[Count, Field(description="Rollouts that had them all.")]
+    unknown: Annotated[list[str], Field(description="Ids of no rollout of the session.")]
+
+
 class SessionFile(TypedDict):
     """A file of a session: its path inside, and its size in bytes."""
 

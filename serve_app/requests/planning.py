@@ -93,7 +93,7 @@ def plan_chat(served: Runner, request: ChatRequest, config: ServerConfig) -> Pla
             prompt=prompt,
             sampling=request.sampling(max_tokens, number, request.top_logprobs, bad_words),
             role=ASSISTANT,
-            asked=asked,
+            asked=_numbered(asked, number),
             plan=capture,
             grammar=grammar,
             score_prompt=request.prompt_logprobs is not None and number == 0,  # the prompt is the same for all
@@ -152,23 +152,22 @@ def plan_completion(served: Runner, request: CompletionRequest, config: ServerCo
     if keep is not None:
         prompts = [raw.cut(keep, request.truncation_side) for raw in prompts]
     asked_for = request.capture
-    if asked_for is not None and asked_for.key is not None and len(prompts) > 1:
-        raise refused("activations.key", "a key names one rollout; send one prompt")
     probes = resolve_probes(served.model, request.probes, config.probes)
     steering = resolve_steering(served.model, request.steering, config.probes)
     grammar = request.structured[1].to_grammar(request.structured[0]) if request.structured else None
     bad_words = _check_named_tokens(served.model, request)
-    choices = []
+    choices: list[Choice] = []
     spelling: dict[str, str] = {}
     for prompt in (raw.prompt for raw in prompts):
         max_tokens = _max_tokens(served, prompt, request.max_tokens, "prompt")
         asked, capture, spelling = _capture(served, request, prompt, max_tokens, config, steering)
+        before = len(choices)
         choices += [
             Choice(
                 prompt=prompt,
                 sampling=request.sampling(max_tokens, number, request.logprobs or 0, bad_words),
                 role=COMPLETION,
-                asked=asked,
+                asked=_numbered(asked, before + number),
                 plan=capture,
                 grammar=grammar,
                 score_prompt=(request.echo and request.logprobs is not None) or request.prompt_logprobs is not None,
@@ -180,6 +179,13 @@ def plan_completion(served: Runner, request: CompletionRequest, config: ServerCo
         ]
     reply = CompletionReply(request, f"cmpl-{str(ULID()).lower()}", tokenizer, prompts, served.model.markers, probes)
     return Plan(choices, reply, asked_for, spelling)
+
+
+def _numbered(asked: ActivationRequest | None, number: int) -> ActivationRequest | None:
+    """Return what to keep of a request's `number`-th choice: where it has a key, each choice is a turn of its own."""
+    if asked is None or asked.key is None or number == 0:
+        return asked
+    return asked.model_copy(update={"key": asked.key.model_copy(update={"turn": asked.key.turn + number})})
 
 
 def describe_all(plan: Plan, dones: Sequence[Done]) -> Kept:

@@ -16,7 +16,7 @@ from openai import OpenAI
 
 from roentgen.defaults import EMBEDDED_MODEL
 from serve_app.models.sources import locate
-from tests.conftest import Server
+from tests.conftest import ROENTGEN, Server
 
 # litellm, and dspy on it, would look on the Internet for newer lists of models.
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
@@ -46,7 +46,11 @@ class Documentation:
     def run(self, name: str) -> str:
         """Run a documented command; return what it printed."""
         clients = str(Path(sys.executable).parent)
-        environment = {**os.environ, "PATH": f"{clients}:{os.environ['PATH']}", "HF_HUB_OFFLINE": "1"}
+        environment = {
+            **os.environ,
+            "PATH": f"{clients}:{Path(ROENTGEN).parent}:{os.environ['PATH']}",
+            "HF_HUB_OFFLINE": "1",
+        }
         done = subprocess.run(
             ["bash", "-euc", self.blocks[name]],
             cwd=self.folder,

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 
+from roentgen.store import Session
 from tests.clients.conftest import Documentation
+from tests.conftest import Server
 
 pytestmark = pytest.mark.integration
 
@@ -51,3 +53,28 @@ def test_chat_runs_and_scores(docs: Documentation) -> None:
     chat = samples(docs, "chat", "gsm8k_local")
     assert all(s["resps"][0][0].strip() for s in chat)
     assert all(s["exact_match"] in (0, 1) for s in chat)
+
+
+@pytest.mark.rotating
+def test_scores_are_joined_to_what_was_kept(docs: Documentation, server: Server) -> None:
+    """As docs/clients.md has it: through a run's address, unmodified, raw texts, choices and conversations."""
+    said = docs.run("lm-eval-kept")
+    assert "8 of 8 samples matched; 20 rollouts have their scores, 20 had not" in said
+    assert "2 of 2 samples matched; 2 rollouts have their scores, 2 had not" in said
+    frame = Session.open(str(server.store / "lm")).rollouts(columns=("labels", "text"))
+    assert len(frame) == 4 + 4 * 4 + 2
+    assert set(frame["config_hash"]) == {"lm"}
+    logged = {}
+    for folder, task in (("kept", "gsm8k_local"), ("kept", "capitals_local"), ("kept-chat", "gsm8k_local")):
+        (file,) = (docs.folder / folder).rglob(f"samples_{task}_*.jsonl")
+        for line in file.read_text().splitlines():
+            sample = json.loads(line)
+            logged[folder, task, sample["doc_id"]] = sample
+    for row in frame.to_dict("records"):
+        choice = row["text"].startswith("The capital of")
+        folder = "kept-chat" if "<|im_start|>" in row["text"] else "kept"
+        sample = logged[folder, "capitals_local" if choice else "gsm8k_local", row["labels"]["doc_id"]]
+        asked = sample["doc"]["country"] if choice else sample["doc"]["question"]
+        assert asked in row["text"]
+        scores = {"acc", "acc_norm"} if choice else {"exact_match,flexible-extract"}
+        assert {name: row["labels"][name] for name in scores} == {n: sample[n.partition(",")[0]] for n in scores}

@@ -154,6 +154,23 @@ def test_a_prefix_that_was_found_has_every_row(server: Server, client: OpenAI) -
     assert float(hits.split()[-1]) >= found[1]
 
 
+def test_a_base_url_says_whose_request_it_is(server: Server) -> None:
+    """An unmodified client, given an address only; the name of its problem goes through Serve's proxy as it was written."""
+    keep = {"layers": [3], "hook_points": ["resid_post"], "positions": "last_prompt"}
+    run = {"id": "addressed", "activations": keep, "defaults": {"max_tokens": 4, "temperature": 0}}
+    assert httpx2.post(f"{server.base_url}/runs", json=run).status_code == 200
+    with OpenAI(base_url=f"{server.base_url}/r/addressed/sum%2F7%20%C3%A9/2", api_key="none") as client:
+        assert client.models.list().data[0].id == MODEL
+        client.chat.completions.create(model=MODEL, messages=QUESTION)
+        assert [*client.chat.completions.create(model=MODEL, messages=QUESTION, stream=True)]
+        client.completions.create(model=MODEL, prompt="2 + 3 =")
+    rows = Session.open(str(server.store / "addressed")).rollouts()
+    keys = ["config_hash", "problem_id", "epoch", "turn"]
+    assert sorted(rows[keys].itertuples(index=False, name=None)) == [("addressed", "sum/7 é", 2, n) for n in range(3)]
+    with pytest.raises(openai.NotFoundError, match="there is no run 'other'; make it first"):
+        OpenAI(base_url=f"{server.base_url}/r/other/a/1", api_key="none").models.list()
+
+
 def files_of(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 

@@ -230,6 +230,12 @@ class ResponsesRequest(GenerationParams):
         """The same as a chat request."""
         return self._chat
 
+    def asking(self, chat: ChatRequest) -> Self:
+        """Return a copy that is another chat request."""
+        copied = self.model_copy()
+        copied._chat = chat
+        return copied
+
     @property
     def scores_tokens(self) -> bool:
         """Whether the reply says how likely its tokens were."""

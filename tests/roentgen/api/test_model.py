@@ -8,6 +8,7 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+import nnsight
 import pytest
 import torch
 import transformers as tr
@@ -37,6 +38,24 @@ def hooked(module: tr.PreTrainedModel, fed: list[int], layer: int, add: torch.Te
         module(input_ids=torch.tensor([fed]), use_cache=False)
     handle.remove()
     return seen[0]
+
+
+def test_a_trace_of_one_s_own_sees_what_a_capture_keeps(model: roentgen.Model, reference: tr.PreTrainedModel) -> None:
+    text = "to be or"
+    with model.nnsight.trace(text):
+        seen = nnsight.save(model.nnsight.model.layers[1].output)
+    rows = seen[0] if isinstance(seen, tuple) else seen
+    expected = hooked(reference, model.tokenizer(text).input_ids, 1)
+    torch.testing.assert_close(rows.squeeze(0), expected, rtol=1e-4, atol=1e-5)
+    with model.nnsight.trace(text):  # and may change it, for this trace only
+        model.nnsight.model.layers[0].output[:] = 0
+        changed = nnsight.save(model.nnsight.lm_head.output)
+    with model.nnsight.trace(text):
+        logits = nnsight.save(model.nnsight.lm_head.output)
+    assert not torch.allclose(changed, logits)
+    assert model.nnsight is model.nnsight
+    (again,) = model.generate(text, max_tokens=4, capture={"layers": [1], "hook_points": ["resid_post"]})
+    torch.testing.assert_close(again["layers.1.resid_post"][: len(expected)], expected, rtol=1e-4, atol=1e-5)
 
 
 def saved_probe(model: roentgen.Model, **changed: Any) -> SavedProbe:

@@ -9,6 +9,7 @@ import json
 import math
 import struct
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,11 @@ def read(session: Path) -> Iterator[tuple[dict[str, Any], ShardReader]]:
             shards[shard] = ShardReader(session / shard)
             assert len(shards[shard].bytes) == said["bytes"]
             assert xxhash.xxh3_128_hexdigest(shards[shard].bytes) == said["xxh3_128"]
+    added = sorted(p for p in (session / "labels").iterdir()) if (session / "labels").exists() else []
+    for path in added:
+        for row in pq.read_table(path).to_pylist():
+            if path.name[0] != "." and (labeled := rollouts.get(row["rollout_id"])):
+                labeled["labels"] = json.dumps({**json.loads(labeled["labels"]), **json.loads(row["labels"])})
     for rollout_id in sorted(rollouts):
         row = rollouts[rollout_id]
         keyed = row["config_hash"] is not None
@@ -134,6 +140,9 @@ def test_a_reader_made_from_the_document_reads_everything(tmp_path: Path, rollou
     same(list(read(tmp_path / "s")), [*counts, more])
     collect(Session.open(tmp_path / "s"), grace_s=0)
     same(list(read(tmp_path / "s")), [*counts, more])
+    Session.open(tmp_path / "s").add_labels({more.rollout_id: {"match": 0.5, "problem": "x"}})
+    labeled = replace(more, labels={"problem": "x", "match": 0.5})
+    same(list(read(tmp_path / "s")), [*counts, labeled])
 
 
 def test_int8_rows_are_codes_times_scales(tmp_path: Path, rollout: RolloutFactory) -> None:

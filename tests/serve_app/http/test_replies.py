@@ -130,6 +130,7 @@ CHAT = "/v1/chat/completions"
 TEXT = "/v1/completions"
 RESPONSE = "/v1/responses"
 LOAD = "/v1/models/load"
+RUN = "/v1/runs"
 SESSION = "/v1/activations/session"
 CALLS = {
     "tools": [SUM], "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 90, "temperature": 2,
@@ -247,6 +248,12 @@ OTHERS: list[tuple[str, str, dict[str, Any] | None]] = [
     ("GET", f"{SESSION}/s", None),
     ("GET", f"{SESSION}/s?offset=1&limit=2", None),
     ("GET", f"{SESSION}/none", None),
+    ("POST", RUN, {"id": "mine", "activations": KEPT, "defaults": {"temperature": 0}}),
+    ("POST", RUN, {"id": "mine"}),
+    ("POST", RUN, {"id": "..."}),
+    ("GET", RUN, None),
+    ("GET", f"{RUN}/mine", None),
+    ("GET", f"{RUN}/none", None),
     ("GET", f"{SESSION}/s/files", None),
     ("GET", f"{SESSION}/s/files/none", None),
     ("DELETE", f"{SESSION}/a b", None),
@@ -260,7 +267,7 @@ MAPS = {
     "top_logprobs",
 }  # fmt: skip
 """Objects whose keys are data."""
-FREE = {"checks", "hook_point_layers", "parameters", "schema"}
+FREE = {"checks", "hook_point_layers", "parameters", "schema", "settings"}
 """Objects that may hold anything."""
 MAY_BE_ABSENT = {
     "activations", "content", "data", "format", "id", "name", "probes", "prompt_token_ids", "reasoning_content", "role",
@@ -331,7 +338,7 @@ def bodies(client: TestClient, folder: Path, document: Document) -> list[tuple[s
                 body.pop("stream_options", None)
             found += [(f"{name}, {stream=}", *sent) for sent in document.bodies(client.post(path, json=body))]
     for method, path, asked in OTHERS:
-        named = {"model_id": str(folder)} if path == LOAD else {"model": served["id"]}
+        named = {"model_id": str(folder)} if path == LOAD else {} if path == RUN else {"model": served["id"]}
         reply = client.request(method, path.format(**served), json=None if asked is None else {**named, **asked})
         found += [(f"{method} {path} {asked}", *sent) for sent in document.bodies(reply)]
     return found

@@ -1,0 +1,46 @@
+"""`roentgen join`: a harness' scores become labels of what was stored while it ran."""
+
+from typing import Annotated
+
+import typer
+
+from roentgen import api_keys
+from roentgen.cli.console import err, expected_errors, out
+
+_SHOWN = 5
+
+
+def join(
+    log: Annotated[
+        str,
+        typer.Argument(
+            help="A log of inspect_ai (.eval, .json), lm-eval's samples_….jsonl of --log_samples, or a folder of either."
+        ),
+    ],
+    session: Annotated[str, typer.Argument(help="STORE/SESSION, or http://SERVER/v1/activations/session/ID.")],
+    scorer: Annotated[
+        list[str] | None, typer.Option(help="Only this scorer or metric; may be repeated. All by default.")
+    ] = None,
+    prefix: Annotated[str, typer.Option(help="Put before the labels' names.")] = "",
+    api_key: Annotated[str, typer.Option(envvar=api_keys.VARIABLE, help="The server's.")] = "",
+) -> None:
+    """Join a harness' scores to stored rollouts, as labels; the same again changes nothing. Ends with 1 if none matches."""
+    from roentgen.harnesses.join import join as join_log
+    from roentgen.harnesses.scored import LogError
+    from roentgen.store import StoreError
+
+    with expected_errors(LogError, StoreError, OSError, ValueError):
+        key = api_keys.client_key(api_key)
+        report = join_log(log, session, scorers=scorer or [], prefix=prefix, api_key=key)
+    for reason, names in report.unmatched.items():
+        shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else "")
+        err.print(f"not matched, {reason}: {shown}", highlight=False, markup=False)
+    out.print(
+        f"{report.matched:,} of {report.samples:,} samples matched; {report.rollouts:,} rollouts have their scores, "
+        f"{report.changed:,} had not: {', '.join(report.labels) or 'no labels'}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    if not report.matched:
+        raise typer.Exit(1)

@@ -1,0 +1,60 @@
+"""Reads what lm-evaluation-harness writes with `--log_samples`: a line per sample and filter, with the requests it sent.
+
+It has no place for a rollout's id, and every request of it goes to one address. So its samples are known by what they asked: a
+conversation by its hash, which the server uses as the problem's name at an address `/v1/r/RUN/-/1`; a raw text by itself.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from roentgen.contract import LabelValue, canonical_hash
+from roentgen.harnesses.scored import LogError, Scored, flat_labels
+
+_NO_FILTER = "none"
+
+
+def lm_eval_files(log: Path) -> list[Path]:
+    """Return the files of samples at a path: itself, or those of an `--output_path`."""
+    return sorted(log.rglob("samples_*.jsonl")) if log.is_dir() else [log]
+
+
+def read_lm_eval(file: Path) -> Iterator[Scored]:
+    """Yield a file's samples.
+
+    Raises:
+        LogError: naming the first line that is none.
+    """
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                yield _scored(json.loads(line), f"{file.stem} line {number}")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise LogError(f"{file}, line {number}: is no sample of lm-eval: {error!r}") from error
+
+
+def _scored(sample: dict[str, Any], where: str) -> Scored:
+    labels: dict[str, LabelValue] = {"doc_id": sample["doc_id"]}
+    suffix = "" if sample.get("filter", _NO_FILTER) == _NO_FILTER else f",{sample['filter']}"
+    for metric in sample["metrics"]:
+        labels |= flat_labels(f"{metric}{suffix}", sample[metric])  # spelled as lm-eval spells it in its results
+    hashes, texts = [], []
+    for request in sample["arguments"].values():
+        prompt, rest = request["arg_0"], request.get("arg_1")
+        prompt = prompt[0] if isinstance(prompt, list) else prompt  # a conversation, as lm-eval wraps it
+        if prompt.lstrip().startswith("[{") and (messages := _conversation(prompt)) is not None:
+            hashes.append(canonical_hash(messages))
+        texts.append(prompt + rest if isinstance(rest, str) else prompt)
+    answers = tuple(one for given in sample["resps"] for one in given if isinstance(one, str))
+    name = f"{where} (doc {sample['doc_id']})"
+    return Scored(name, labels, prompt_hashes=tuple(hashes), texts=tuple(texts), answers=answers)
+
+
+def _conversation(prompt: str) -> Any:
+    try:
+        return json.loads(prompt)
+    except ValueError:
+        return None

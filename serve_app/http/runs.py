@@ -1,0 +1,208 @@
+"""The runs of a store: their settings, durable beside the sessions, and which call of a problem is the next.
+
+Settings lie in `STORE/.runs/<id>.json`, so every ingress and every server over the store knows them, also after a restart.
+They never change once they are there: what a run's rollouts have in common is what its id says.
+
+Each call under an address of a run is a turn of its own, also one that repeats another. The numbers go on where the store's
+index ends. `CallNumbers` therefore has to be one for the application: the ingress has it where there is one ingress, and a
+deployment of one replica where there are several (`app`).
+"""
+
+import asyncio
+import json
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Protocol
+
+from fastapi import Request
+from ray.serve.handle import DeploymentHandle
+from ulid import ULID
+
+from roentgen.contract import RolloutKey
+from roentgen.store import SessionNotFoundError, StoreError
+from roentgen.store.places import open_place
+from roentgen.store.sessions import find_session
+from serve_app.http.run_addresses import PREFIX, RunAddress
+from serve_app.openai_api import schemas
+from serve_app.openai_api.chat import ChatRequest
+from serve_app.openai_api.completions import CompletionRequest
+from serve_app.openai_api.errors import ApiError
+from serve_app.openai_api.responses.request import ResponsesRequest
+from serve_app.openai_api.runs import RunSettings, count_choices, keyed
+
+FOLDER = ".runs"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run, as it lies in the store."""
+
+    id: str
+    """Its name in addresses."""
+    created: int
+    """When, in seconds since 1970."""
+    settings: RunSettings
+    """What its requests have in common."""
+
+    def record(self) -> schemas.RunRecord:
+        """Show it to a client."""
+        return {
+            "id": self.id,
+            "object": "run",
+            "created": self.created,
+            "path": f"{PREFIX}{self.id}/{{problem}}/{{epoch}}",
+            "settings": self.settings.model_dump(mode="json", by_alias=True, exclude={"id"}),
+        }
+
+
+class RunBook:
+    """The runs of a store. What has been read is kept, since it never changes."""
+
+    def __init__(self, store: str) -> None:
+        self._store = store
+        self._known: dict[str, Run] = {}
+
+    async def begin(self, settings: RunSettings) -> Run:
+        """Make a run, unless it is there with the same settings.
+
+        Raises:
+            ApiError: 409, if it is there with others.
+        """
+        run = Run(settings.id or f"run-{str(ULID()).lower()}", int(time.time()), settings)
+        known = await self.find(run.id)
+        if known is None:
+            await asyncio.to_thread(self._write, run)
+            known = await asyncio.to_thread(self._read, run.id)  # somebody else may have been faster
+        assert known is not None
+        if _content(known) != _content(run):
+            raise ApiError(
+                409,
+                f"id: there is a run {run.id!r} already, with other settings, and a run's settings do not change; "
+                "take another id",
+                param="id",
+                code="run_exists",
+            )
+        return known
+
+    async def find(self, run_id: str) -> Run | None:
+        """Return a run, None if there is no such."""
+        if run_id in self._known:
+            return self._known[run_id]
+        return await asyncio.to_thread(self._read, run_id)
+
+    async def get(self, run_id: str) -> Run:
+        """Return a run.
+
+        Raises:
+            ApiError: 404, if there is no such.
+        """
+        run = await self.find(run_id)
+        if run is None:
+            message = f"there is no run {run_id!r}; make it first: POST /v1/runs with its id and what to keep"
+            raise ApiError(404, message, param="run", code="run_not_found")
+        return run
+
+    def list(self) -> list[Run]:
+        """Return all runs, in order of their ids."""
+        names = [entry.name for entry in open_place(self._store).child(FOLDER).entries()]
+        ids = [name.removesuffix(".json") for name in names if name.endswith(".json") and not name.startswith(".")]
+        return [run for run in map(self._read, ids) if run is not None]
+
+    def _write(self, run: Run) -> None:
+        content = {"id": run.id, "created": run.created, "settings": _content(run)}
+        try:
+            open_place(self._store).child(FOLDER).put(f"{run.id}.json", [json.dumps(content).encode()])
+        except OSError as error:
+            raise StoreError(f"run {run.id} cannot be written to {self._store}: {error}") from error
+
+    def _read(self, run_id: str) -> Run | None:
+        if run_id in self._known:
+            return self._known[run_id]
+        try:
+            content = json.loads(open_place(self._store).child(FOLDER).read(f"{run_id}.json"))
+            run = Run(run_id, content["created"], RunSettings.model_validate(content["settings"]))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"run {run_id} of {self._store} cannot be read: {error}") from error
+        return self._known.setdefault(run_id, run)
+
+
+def _content(run: Run) -> dict[str, object]:
+    return run.settings.given("activations", "probes", "steering", "defaults")
+
+
+class Numbers(Protocol):
+    """Where calls get their numbers."""
+
+    async def take(self, run_id: str, session_id: str, problem_id: str, epoch: int, count: int) -> int:
+        """Return the first of `count` numbers that no call of a run's problem has had."""
+
+
+class CallNumbers:
+    """Numbers the calls of every problem of every run, from 0."""
+
+    def __init__(self, store: str) -> None:
+        self._store = store
+        self._next: dict[str, dict[tuple[str, int], int]] = {}
+        self._reading: defaultdict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    async def take(self, run_id: str, session_id: str, problem_id: str, epoch: int, count: int) -> int:
+        """Return the first of `count` numbers that no call of a run's problem has had."""
+        async with self._reading[run_id]:
+            if run_id not in self._next:
+                self._next[run_id] = await asyncio.to_thread(self._stored, run_id, session_id)
+        following = self._next[run_id]
+        first = following.get((problem_id, epoch), 0)
+        following[problem_id, epoch] = first + count
+        return first
+
+    def _stored(self, run_id: str, session_id: str) -> dict[tuple[str, int], int]:
+        try:
+            frame = find_session(self._store, session_id).rollouts(unique=False, columns=())
+        except SessionNotFoundError:
+            return {}
+        frame = frame[frame["config_hash"] == run_id]
+        following: dict[tuple[str, int], int] = {}
+        for problem, epoch, turn in zip(frame["problem_id"], frame["epoch"], frame["turn"], strict=True):
+            key = problem, int(epoch)
+            following[key] = max(following.get(key, 0), int(turn) + 1)
+        return following
+
+
+class SharedNumbers:
+    """A deployment of `CallNumbers`, as ingresses ask it."""
+
+    def __init__(self, handle: DeploymentHandle) -> None:
+        self._handle = handle
+
+    async def take(self, run_id: str, session_id: str, problem_id: str, epoch: int, count: int) -> int:
+        """Return the first of `count` numbers that no call of a run's problem has had."""
+        first: int = await self._handle.take.remote(run_id, session_id, problem_id, epoch, count)
+        return first
+
+
+async def run_of(request: Request) -> Run | None:
+    """Return the run whose address a request has, None if it has no such address.
+
+    Raises:
+        ApiError: 404, if there is no such run.
+    """
+    address: RunAddress | None = getattr(request.state, "run_address", None)
+    if address is None:
+        return None
+    book: RunBook = request.app.state.runs
+    return await book.get(address.run_id)
+
+
+async def with_identity(
+    request: ChatRequest | CompletionRequest | ResponsesRequest, address: RunAddress | None, numbers: Numbers
+) -> ChatRequest | CompletionRequest | ResponsesRequest:
+    """Return a request with the key that its address and its number say, if it keeps something."""
+    asked = request.capture
+    if address is None or asked is None or asked.session_id is None:
+        return request
+    run_id, problem, epoch = address.run_id, address.problem_id, address.epoch
+    turn = await numbers.take(run_id, asked.session_id, problem, epoch, count_choices(request))
+    return keyed(request, RolloutKey(config_hash=run_id, problem_id=problem, epoch=epoch, turn=turn))
