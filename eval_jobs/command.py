@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 
 from eval_jobs import EvalError
+from eval_jobs.prompts import check_prompt
 from eval_jobs.resume import check_output
 from eval_jobs.selection import load_problems
 from eval_jobs.settings import CAPTURE_OPTIONS, SERVER_OPTIONS, EvalSettings, SettingsError, check_settings
@@ -97,9 +98,10 @@ def perform(
         RunError: if the run directory cannot be used.
     """
     problems = load_problems(settings.selection)
+    check_prompt(settings.suited_to(problems).chosen_prompt, problems)
     if factory is not None and settings.base_url is None:
         settings = settings.model_copy(update={"model": settings.model or EMBEDDED_MODEL})
-        check_output(settings, problems)
+        check_output(settings.suited_to(problems), problems)
         server = factory(settings)
     else:
         server = nullcontext(_address(settings))

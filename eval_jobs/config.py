@@ -50,7 +50,7 @@ def hashed_configuration(settings: EvalSettings, served: ServedModel) -> dict[st
         "capture": settings.capture,
     }
     if prompt.shots:
-        hashed["shots"] = pool_hash()
+        hashed["shots"] = pool_hash(prompt.shots_source)
     if tools:
         hashed["max_turns"] = settings.max_turns
         hashed["tool_definitions"] = canonical_hash([TOOLS[name].definition for name in tools])

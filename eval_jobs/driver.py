@@ -22,12 +22,13 @@ from eval_jobs.estimate import estimate
 from eval_jobs.failures import Failures
 from eval_jobs.fanout import evaluate
 from eval_jobs.outputs import Timing, write_missing_sample_files, write_sample_files, write_summary
-from eval_jobs.problems import Problem
+from eval_jobs.problems import Problem, describe_source
 from eval_jobs.progress import Progress, Tally
 from eval_jobs.pulse import Pulse
 from eval_jobs.report import write_report
 from eval_jobs.resume import as_begun, open_run
 from eval_jobs.rollout import RolloutPlan
+from eval_jobs.scoring import EXTRACTORS, choose_scorer
 from eval_jobs.settings import EvalSettings
 from eval_jobs.summary import expected_samples
 from eval_jobs.tools import TOOLS
@@ -73,7 +74,8 @@ def run_evaluation(
             stays.
         RunError: if the run directory cannot be used.
     """
-    endpoint, served, settings = prepare(as_begun(settings), base_url, lambda text: say(console, text))
+    settings = as_begun(settings).suited_to(problems)
+    endpoint, served, settings = prepare(settings, base_url, lambda text: say(console, text))
     run = open_run(settings, problems, served, endpoint.base_url)
     plan = _plan(settings, endpoint, served.id, run)
     attempts = attempts_of(run.config, problems)
@@ -111,7 +113,7 @@ def describe(settings: EvalSettings, problems: Sequence[Problem], base_url: str,
     Raises:
         EvalError: if the server cannot be used, or the file of variants.
     """
-    endpoint, served, settings = prepare(settings, base_url, lambda text: say(console, text))
+    endpoint, served, settings = prepare(settings.suited_to(problems), base_url, lambda text: say(console, text))
     hashed = hashed_configuration(settings, served)
     variants = variants_of(settings, hashed)
     samples = len(problems) * settings.epochs * len(variants)
@@ -156,12 +158,14 @@ def _plan(settings: EvalSettings, endpoint: Endpoint, model: str, run: Run) -> R
     if settings.capture is not None:
         capture = ActivationRequest(session_id=run.config.run_id, **settings.capture)
     with_tools = settings.mode == "with-tools"
+    primary = run.config.settings["extractor"]
     return RolloutPlan(
         endpoint=endpoint,
         model=model,
         prompt=settings.chosen_prompt,
         sampling=settings.sampling,
-        extractor=run.config.settings["extractor"],
+        extractor=primary,
+        scorers={primary: choose_scorer(primary if primary in EXTRACTORS else settings.extractor or primary).value},
         tools=tuple(TOOLS) if with_tools else (),
         max_turns=settings.max_turns if with_tools else 1,
         capture=capture,
@@ -189,7 +193,8 @@ def _announce(
     if settings.sample_ids is None and len(problems) < settings.samples:
         say(
             console,
-            f"{settings.problems} has {len(problems)} problems, fewer than --samples {settings.samples}: all are used",
+            f"{describe_source(settings.problems)} has {len(problems)} problems, fewer than --samples {settings.samples}: "
+            "all are used",
         )
     if settings.epochs > 1 and settings.temperature == 0:
         say(console, f"--epochs {settings.epochs} at temperature 0: every sample of a problem will be the same")

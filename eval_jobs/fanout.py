@@ -16,7 +16,8 @@ Three things can end a task before its slice is done:
 - the machine: a killed process, a lost node. What it had not returned is dealt again. Only the problems that may have
   been in flight are suspects; each is dealt alone, so that one that kills its process is found out without taking others
   with it, and after `MAX_DEATHS` it becomes a failed sample.
-- a `FatalRequestError`: the other tasks are cancelled and the driver raises it.
+- an `EvalError`, such as a `FatalRequestError` or a scorer that returns no verdict: the other tasks are cancelled and the
+  driver raises it.
 - a callback of the driver's that raises, `on_sample` or `look_up`: all tasks are cancelled.
 """
 
@@ -28,17 +29,19 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from os.path import commonprefix
+from pickle import PicklingError
 from typing import Literal
 
 import ray
 from ray import ObjectRefGenerator
 from ray.exceptions import RayError, RayTaskError
 
+from eval_jobs import EvalError
 from eval_jobs.concurrency import MOST, Climbing, Fixed, Limit
-from eval_jobs.endpoint import FatalRequestError
 from eval_jobs.prompts import Prompt
 from eval_jobs.rollout import RolloutPlan, failed_sample, run_rollout
 from eval_jobs.variants import Attempt
+from roentgen.extensions import make_portable
 from roentgen.runs import Sample
 
 Identity = tuple[str, str, int]
@@ -110,7 +113,7 @@ def evaluate(
         look_up: called between two groups of samples, and every `LOOK_UP_S` seconds; it may raise to stop all.
 
     Raises:
-        FatalRequestError: if a rollout meets what would meet all of them.
+        EvalError: if a rollout meets what would meet all of them.
         Exception: whatever the callbacks raise.
     """
     free = MOST if parallel == "auto" else parallel
@@ -122,7 +125,7 @@ def evaluate(
         waiting = deque(piece for hand in hands for piece in deal(hand, tasks, parallel))
     if leading := free > 1 and shared_prefix(attempts, plan.prompt) >= LONG_PREFIX:
         waiting[0] = replace(waiting[0], leads=True)
-    shared = ray.put(plan)
+    shared = _put(plan)
     running: dict[ObjectRefGenerator, _Dealt] = {}
     deaths: Counter[Identity] = Counter()
     try:
@@ -145,7 +148,7 @@ def evaluate(
                 free += dealt.piece.in_flight
                 continue
             except RayError as error:
-                if isinstance(error, RayTaskError) and isinstance(error.cause, FatalRequestError):
+                if isinstance(error, RayTaskError) and isinstance(error.cause, EvalError):
                     raise error.cause from None
                 del running[stream]
                 free += dealt.piece.in_flight
@@ -156,6 +159,24 @@ def evaluate(
     finally:
         for stream in running:
             ray.cancel(stream)
+
+
+def _put(plan: RolloutPlan) -> ray.ObjectRef:
+    """Put a plan where all tasks find it, with the functions of a user's own that it has.
+
+    Raises:
+        EvalError: if one holds what cannot be sent.
+    """
+    own = [*plan.scorers.values(), *([] if plan.prompt.pose is None else [plan.prompt.pose])]
+    make_portable(*own)
+    try:
+        return ray.put(plan)
+    except (TypeError, PicklingError) as error:  # such as a lock, a client or an open file
+        names = ", ".join(map(repr, [*plan.scorers, *([] if plan.prompt.pose is None else [plan.prompt.name])]))
+        why = str(error).strip().splitlines()[0]
+        raise EvalError(
+            f"{names} cannot be sent to Ray's tasks: {why}. Make what a function needs inside it, instead of closing over it"
+        ) from error
 
 
 def deal(attempts: Sequence[Attempt], tasks: int, parallel: int) -> list[Slice]:

@@ -21,7 +21,6 @@ from tempfile import TemporaryFile
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZipFile
 
-from eval_jobs.scoring import EXTRACTORS
 from eval_jobs.summary import summarise
 from roentgen.durable import atomic_write
 from roentgen.runs import Run, Sample
@@ -44,7 +43,7 @@ def write_inspect_log(run: Run, path: Path) -> int:
     """
     samples = run.read_samples().by_name()
     summary = run.summary() or summarise(run.config, samples)
-    extractors = [name for name in _primary_first(summary["extractor"]) if name in summary["extractors"]]
+    extractors = sorted(summary["extractors"], key=lambda name: name != summary["extractor"])
     ids: list[str] = []
     finished: float | None = None
     # An archive takes one file after the other, so the summaries wait on the disk: a list of them would grow with the run.
@@ -65,10 +64,6 @@ def write_inspect_log(run: Run, path: Path) -> int:
             shutil.copyfileobj(summaries, file)
         archive.writestr("header.json", _json(_header(run, summary, extractors, list(dict.fromkeys(ids)), finished)))
     return len(samples)
-
-
-def _primary_first(primary: str) -> list[str]:
-    return sorted(EXTRACTORS, key=lambda name: name != primary)
 
 
 def _header(
@@ -143,6 +138,8 @@ def _sample(sample: Sample, model: str, extractors: Iterable[str]) -> dict[str, 
             "variant": sample.variant,
             "config_hash": sample.config_hash,
             "solution": sample.solution,
+            **({"fields": sample.fields} if sample.fields else {}),
+            **({"values": sample.values} if sample.values else {}),
             "finish_reason": sample.finish_reason,
             "rollouts": [
                 {"session": ref.uri, "rollout_id": ref.rollout_id, "turn": ref.turn} for ref in sample.rollouts

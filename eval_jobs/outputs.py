@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval_jobs.records import answer_of
 from eval_jobs.summary import disagree, expected_samples, summarise
 from roentgen.durable import atomic_write, write_json
 from roentgen.runs import Run, RunConfig, Sample
@@ -112,8 +113,8 @@ def _speed(timing: Timing) -> dict[str, Any]:
     }
 
 
-def _dataset(samples: Iterable[Sample]) -> Iterator[dict[str, str]]:
-    """Yield each problem once, in GSM8K's own format, so that `--problems RUN/dataset.jsonl` poses it again."""
+def _dataset(samples: Iterable[Sample]) -> Iterator[dict[str, Any]]:
+    """Yield the record of each problem once, so that `--problems RUN/dataset.jsonl` poses it again."""
     posed: set[str] = set()
     for sample in samples:
         if sample.problem_id not in posed:
@@ -122,9 +123,11 @@ def _dataset(samples: Iterable[Sample]) -> Iterator[dict[str, str]]:
                 "sample_id": sample.sample_id,
                 "problem_id": sample.problem_id,
                 "question": sample.question,
-                "answer": sample.solution,
+                **answer_of(sample.gold, sample.solution),
                 "gold": sample.gold,
-            } | ({} if sample.template is None else {"template": sample.template})
+                **({} if sample.template is None else {"template": sample.template}),
+                **sample.fields,
+            }
 
 
 def _activations(sample: Sample) -> dict[str, Any]:

@@ -1,82 +1,192 @@
 """Where problems come from.
 
-A source is a function that yields `Problem`s in a fixed order. Problem i of a source is the same problem however many are taken
-and on every machine, because its id is what joins samples, activations and labels. A new source is one function and one line
-in `SOURCES`; whatever is not named there is read as a file in GSM8K's own format, a JSON object per line with `question`
-and `answer`, the answer ending with `#### <number>`.
+A source yields records in a fixed order, and each record becomes a `Problem` (`records`). Problem i of a source is the same
+problem however many are taken and on every machine, because its id is what joins samples, activations and labels. What a source
+may be:
+
+- a name in `SOURCES`: a function of this module, or of a package that declares one as an entry point of "roentgen.problems". A
+  new one is one function and one line.
+- a reference, `module:name` or `path/to/file.py:name`, to a function that returns records, or to the records themselves.
+- `hf:OWNER/NAME`, a dataset of Hugging Face's, or a .csv, .parquet or .jsonl file (`tables`).
+- from Python, such a function itself.
 
 Questions that were made from one template say so, because they are hardly more independent than attempts at one question.
-
-Everything is read and checked before anything runs: a broken line found after an hour of GPU time helps nobody.
 """
 
-import hashlib
-import json
 import os
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
-from eval_jobs import EvalError
+from eval_jobs.records import Problem, ProblemError, gold_answer, is_number, make_problem
+from eval_jobs.tables import HUB, Numbered, hub_name, load_rows, read_file, read_hub, read_jsonl, typed
+from roentgen.extensions import ExtensionError, Found, Registry, given, is_reference, shown, spell_error
+
+__all__ = ["GSM8K_FOLDER_VARIABLE", "SOURCES", "Problem", "ProblemError", "gold_answer", "is_number", "read_source"]
 
 GSM8K_FOLDER_VARIABLE = "ROENTGEN_GSM8K_DIR"
 GENERATED_SEED = 0
 GENERATED_SIZE = 1_000_000
+SET_NAME = 40
+"""Letters of a file's name that its samples are called after."""
 
-_NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
-
-
-class ProblemError(EvalError):
-    """Problems cannot be loaded; the message names the source or the line."""
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """One problem."""
-
-    problem_id: str
-    """Stable across runs, "gsm8k-test-0001"."""
-    number: int
-    """Its place in the source, from 1; it names the sample's files."""
-    question: str
-    """As posed."""
-    solution: str
-    """The gold rationale, ending with `#### <number>`."""
-    gold: str
-    """The gold answer: what follows `####`, commas removed."""
-    shots: tuple["Problem", ...] = ()
-    """Solved problems to be shown before it."""
-    template: str | None = None
-    """What the question was made from, which other problems may share; None if it is like no other."""
+Record = Mapping[str, Any] | Problem
+Source = Callable[[], Iterable[Record]]
+"""Returns records with `question` and `answer`, always in the same order."""
 
 
-def read_source(source: str) -> Iterator[Problem]:
+def read_source(
+    source: str | Source, columns: Mapping[str, str] | None = None, fields: Sequence[str] | None = None
+) -> Iterator[Problem]:
     """Yield the problems of a source, in its order.
 
     Args:
-        source: a name in `SOURCES`, or the path of a file in GSM8K's format.
+        source: a name in `SOURCES`, a reference, `hf:OWNER/NAME`, a file's path, or a function.
+        columns: of a field of a problem, the column that it is taken from; the others keep their names.
+        fields: of the further fields, those to keep; all if absent.
 
     Raises:
-        ProblemError: if the source is unknown, cannot be read or has a malformed line.
+        ProblemError: if the source is unknown or cannot be read, or a record is none.
     """
-    if source in SOURCES:
-        return SOURCES[source]()
-    if source.endswith(".jsonl") or Path(source).exists():
-        return _file(Path(source).expanduser())
-    raise ProblemError(f"--problems: {source!r} is unknown; allowed are {', '.join(SOURCES)}, or a .jsonl file's path")
+    name = set_name(source)
+    records, stem = _records(source)
+    if columns or fields is not None:
+        records = _mapped(records, columns or {}, fields)
+    if isinstance(source, str) and source.lower().endswith(".csv"):
+        records = typed(records)
+    problems = (make_problem(record, number, where, stem or name) for number, where, record in records)
+    return problems if stem is None else iter(list(problems))  # a file is checked whole
 
 
-def gold_answer(solution: str) -> str | None:
-    """Return what follows the last `####`, commas removed; None if that is not a number."""
-    _, mark, answer = solution.rpartition("####")
-    gold = answer.strip().replace(",", "")
-    return gold if mark and _NUMBER.fullmatch(gold) else None
+def read_records(
+    records: Iterable[Record], columns: Mapping[str, str] | None = None, fields: Sequence[str] | None = None
+) -> Iterator[Problem]:
+    """Yield the problems of records that were given themselves.
+
+    Args:
+        records: with `question` and `answer`, or problems.
+        columns: as for a source.
+        fields: likewise.
+
+    Raises:
+        ProblemError: naming the first that is none.
+    """
+    numbered: Numbered = ((number, f"problems[{number - 1}]", record) for number, record in enumerate(records, start=1))
+    for number, where, record in _mapped(numbered, columns or {}, fields):
+        yield make_problem(record, number, where, "problems")
 
 
-def arithmetic() -> Iterator[Problem]:
+def find_source(source: str | Source) -> Found[Any] | None:
+    """Return what a name, a reference or a function means; None of a dataset or a file.
+
+    Raises:
+        ProblemError: if it is a reference to nothing.
+    """
+    if not isinstance(source, str):
+        return given(source)
+    if source.startswith(HUB) or (
+        source not in SOURCES and (Path(source).expanduser().exists() or not is_reference(source))
+    ):
+        return None
+    try:
+        return SOURCES.find(source)
+    except ExtensionError as error:
+        raise ProblemError(f"--problems: {error}") from error
+
+
+def describe_source(source: str | Source) -> str:
+    """Return what a run records of a source: what finds it from any folder, or a function's name."""
+    if not isinstance(source, str):
+        return f"{getattr(source, '__module__', 'given')}.{given(source).name}"
+    if source in SOURCES or source.startswith(HUB):
+        return source
+    found = find_source(source)
+    return str(Path(source).absolute()) if found is None else str(found.reference)
+
+
+def set_name(source: str | Source) -> str:
+    """Return what a source's runs and samples are called after: its name, a dataset's, a function's or a file's."""
+    if not isinstance(source, str):
+        stem = given(source).name
+    elif source in SOURCES:
+        stem = source
+    elif source.startswith(HUB):
+        stem = hub_name(source).rstrip("/").rpartition("/")[2]
+    elif is_reference(source) and not Path(source).exists():
+        stem = source.rpartition(":")[2]
+    else:
+        stem = Path(source).stem
+    return re.sub(r"[^A-Za-z0-9.-]+", "-", stem[:SET_NAME]).strip(".-") or "problems"
+
+
+def _records(source: str | Source) -> tuple[Numbered, str | None]:
+    """Return a source's records, and what ids that are made up begin with, if that is not what its samples are called after."""
+    found = find_source(source)
+    if found is not None:
+        return _called(found), None
+    assert isinstance(source, str)
+    if source.startswith(HUB):
+        return read_hub(source), None
+    path = Path(source).expanduser()
+    if path.suffix.lower() in (".jsonl", ".csv", ".parquet") or path.exists():
+        return read_file(path), path.stem[:100]
+    hint = f". For a dataset of Hugging Face's, write {HUB}{source}" if re.fullmatch(r"[\w.-]+/[\w.-]+", source) else ""
+    raise ProblemError(
+        f"--problems: {source!r} is unknown; allowed are {', '.join(SOURCES.names)}, a .jsonl, .csv or .parquet file's path, "
+        f"{HUB}OWNER/NAME, and a reference, module:name or path/to/file.py:name{hint}"
+    )
+
+
+def _called(found: Found[Any]) -> Numbered:
+    """Yield what a source's function returns, or the records that a reference names.
+
+    Raises:
+        ProblemError: saying what was returned, or raised.
+    """
+    name = found.reference or found.name
+    what = f"--problems: {name}"
+    try:
+        records = found.value() if callable(found.value) else found.value
+    except ProblemError:
+        raise
+    except Exception as error:
+        raise ProblemError(f"{what} raised {spell_error(error)}") from error
+    if isinstance(records, str | bytes | Mapping) or not isinstance(records, Iterable):
+        raise ProblemError(
+            f"{what} returned {shown(records)}; allowed is an iterable of records with 'question' and 'answer'"
+        )
+    stream, numbers = iter(records), count(1)
+    while True:
+        try:
+            record = next(stream)
+        except StopIteration:
+            return
+        except ProblemError:
+            raise
+        except Exception as error:
+            raise ProblemError(f"{what} raised {spell_error(error)}") from error
+        number = next(numbers)
+        yield number, f"{name}, record {number}", record
+
+
+def _mapped(records: Numbered, columns: Mapping[str, str], fields: Sequence[str] | None) -> Numbered:
+    """Yield records with their columns called as problems call them, and with those of the further ones that are wanted."""
+    kept = {"question", "answer", "solution", "problem_id", "template", *(fields or ())}
+    for number, where, record in records:
+        if not isinstance(record, Mapping):
+            yield number, where, record
+            continue
+        if missing := [column for column in columns.values() if column not in record]:
+            raise ProblemError(f"--columns: {where} has no column {missing[0]!r}; it has {', '.join(map(str, record))}")
+        taken = set(columns.values()) | columns.keys()
+        named = {key: value for key, value in record.items() if key not in taken}
+        named |= {field: record[column] for field, column in columns.items()}
+        yield number, where, {key: value for key, value in named.items() if fields is None or key in kept}
+
+
+def arithmetic() -> Iterator[Record]:
     """Yield generated sums of 2 or 3 terms of 1 or 2 digits: what a very small model sometimes gets right.
 
     Raises:
@@ -85,10 +195,10 @@ def arithmetic() -> Iterator[Problem]:
     for number, item, _ in _generated("arithmetic", "chain_sum", min_terms=2, max_terms=3, min_digits=1, max_digits=2):
         expression, gold = item["metadata"]["expression"], item["answer"]
         solution = f"{expression} = {gold}\n#### {gold}"
-        yield Problem(f"arithmetic-{number:04d}", number, f"What is {expression}?", solution, gold)
+        yield {"problem_id": f"arithmetic-{number:04d}", "question": f"What is {expression}?", "answer": solution}
 
 
-def gsm_symbolic() -> Iterator[Problem]:
+def gsm_symbolic() -> Iterator[Record]:
     """Yield problems made from the 100 templates of GSM-Symbolic (Mirzadeh et al. 2024, arXiv 2410.05229): GSM8K's own
     stories with other names and numbers, by reasoning-gym's generator.
 
@@ -96,12 +206,16 @@ def gsm_symbolic() -> Iterator[Problem]:
         ProblemError: if reasoning-gym is not installed.
     """
     for number, item, template in _generated("gsm-symbolic", "gsm_symbolic"):
-        solution, problem_id = item["metadata"]["answer_cot"], f"gsm-symbolic-{number:04d}"
-        made_from = None if template is None else f"gsm-symbolic/{template}"
-        yield Problem(problem_id, number, item["question"], solution, item["answer"], template=made_from)
+        yield {
+            "problem_id": f"gsm-symbolic-{number:04d}",
+            "question": item["question"],
+            "answer": item["answer"],
+            "solution": item["metadata"]["answer_cot"],
+            "template": None if template is None else f"gsm-symbolic/{template}",
+        }
 
 
-def gsm8k() -> Iterator[Problem]:
+def gsm8k() -> Iterator[Record]:
     """Yield GSM8K's test set, from a local folder if `$ROENTGEN_GSM8K_DIR` names one, otherwise from the hub.
 
     Raises:
@@ -110,7 +224,7 @@ def gsm8k() -> Iterator[Problem]:
     return _gsm8k("test")
 
 
-def gsm8k_train() -> Iterator[Problem]:
+def gsm8k_train() -> Iterator[Record]:
     """Yield GSM8K's training set, found as the test set is.
 
     Raises:
@@ -119,15 +233,10 @@ def gsm8k_train() -> Iterator[Problem]:
     return _gsm8k("train")
 
 
-SOURCES: dict[str, Callable[[], Iterator[Problem]]] = {
-    "arithmetic": arithmetic,
-    "gsm8k": gsm8k,
-    "gsm8k-train": gsm8k_train,
-    "gsm-symbolic": gsm_symbolic,
-}
-
-_Line = tuple[int, str, str, str, str | None]
-"""Line number, question, solution, gold, template."""
+SOURCES: Registry[Source] = Registry(
+    "roentgen.problems",
+    {"arithmetic": arithmetic, "gsm8k": gsm8k, "gsm8k-train": gsm8k_train, "gsm-symbolic": gsm_symbolic},
+)
 
 
 def _generated(source: str, dataset: str, **settings: int) -> Iterator[tuple[int, dict[str, Any], int | None]]:
@@ -148,68 +257,26 @@ def _generated(source: str, dataset: str, **settings: int) -> Iterator[tuple[int
         yield next(numbers), item, None if templates is None else templates[place]
 
 
-def _gsm8k(split: Literal["train", "test"]) -> Iterator[Problem]:
+def _gsm8k(split: Literal["train", "test"]) -> Iterator[Record]:
     folder = os.environ.get(GSM8K_FOLDER_VARIABLE)
-    lines = _read_jsonl(Path(folder).expanduser() / f"{split}.jsonl") if folder else _gsm8k_from_hub(split)
-    for number, question, solution, gold, _ in lines:
-        yield Problem(f"gsm8k-{split}-{number:04d}", number, question, solution, gold)
+    lines = read_jsonl(Path(folder).expanduser() / f"{split}.jsonl") if folder else _gsm8k_from_hub(split)
+    for number, where, record in lines:
+        if gold_answer(str(record.get("answer"))) is None:
+            raise ProblemError(f"{where}: 'answer' has no '#### <number>' line")
+        yield {
+            "problem_id": f"gsm8k-{split}-{number:04d}",
+            "question": record.get("question"),
+            "answer": record["answer"],
+        }
 
 
-def _file(path: Path) -> Iterator[Problem]:
-    """Yield a file's problems. The id carries a hash of the question, so that an edited line is another problem."""
-    for number, question, solution, gold, template in _read_jsonl(path):
-        digest = hashlib.sha256(question.encode()).hexdigest()[:8]
-        problem_id = f"{path.stem[:100]}-{number:04d}-{digest}"
-        yield Problem(problem_id, number, question, solution, gold, template=template)
-
-
-def _read_jsonl(path: Path) -> list[_Line]:
+def _gsm8k_from_hub(split: str) -> Numbered:
     try:
-        lines = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise ProblemError(f"problems cannot be read: {path}: {error.strerror}") from error
-    return [_parse(line, path, number) for number, line in enumerate(lines, start=1) if line.strip()]
-
-
-def _parse(line: bytes, path: Path, number: int) -> _Line:
-    where = f"{path.name}, line {number}"
-    try:
-        fields = json.loads(line)
-        json.dumps(fields, ensure_ascii=False).encode()  # half an escaped character pair could not be sent
-    except (ValueError, RecursionError) as error:  # ValueError: bad JSON or bad Unicode
-        raise ProblemError(f"{where}: not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise ProblemError(f"{where}: not a JSON object with 'question' and 'answer'")
-    for name in ("question", "answer"):
-        if not isinstance(fields.get(name), str) or not fields[name].strip():
-            raise ProblemError(f"{where}: {name!r} must be a text that is not empty")
-    gold = gold_answer(fields["answer"])
-    if gold is None:
-        raise ProblemError(f"{where}: 'answer' has no '#### <number>' line")
-    return number, fields["question"], fields["answer"], gold, _template(fields)
-
-
-def _template(fields: dict[str, Any]) -> str | None:
-    """Return what a line says its question was made from: `template`, or `original_id` as GSM-Symbolic's files have it."""
-    if fields.get("template") is not None:
-        template = fields["template"]
-        return template if isinstance(template, str) else json.dumps(template, sort_keys=True)
-    original = fields.get("original_id")
-    return None if original is None else f"gsm8k/{original}"
-
-
-def _gsm8k_from_hub(split: str) -> Iterator[_Line]:
-    import datasets
-
-    try:
-        rows = datasets.load_dataset("openai/gsm8k", "main", split=split)
-    except (OSError, ValueError) as error:  # no route, no such data set, or offline without a cached copy
+        rows = load_rows("openai/gsm8k", "main", split)
+    except ProblemError as error:
         raise ProblemError(
             f"GSM8K cannot be had: the hub does not answer and ${GSM8K_FOLDER_VARIABLE} is not set. Either connect to "
             f"the hub, or set {GSM8K_FOLDER_VARIABLE} to a folder with GSM8K's train.jsonl and test.jsonl. ({error})"
         ) from error
     for number, row in enumerate(rows, start=1):
-        gold = gold_answer(row["answer"])
-        if gold is None:
-            raise ProblemError(f"openai/gsm8k, row {number}: 'answer' has no '#### <number>' line")
-        yield number, row["question"], row["answer"], gold, None
+        yield number, f"openai/gsm8k, row {number}", row

@@ -2,24 +2,41 @@
 
 A prompt turns a problem into messages. Its hash goes into every sample's configuration, so an edited prompt can never pass
 for the old one; raise `version` when you edit the text, for the people who read names. A new prompt is one line in
-`PROMPTS`; one of your own is a text file with `{question}` in it (`--prompt-file`).
+`PROMPTS`. One of your own is a text, in a file (`--prompt-file`) or in Python; or a reference to a text, a `Prompt`, or a
+function that is given a problem and returns the user's message or all messages.
+
+A text has `{question}` in it, and the names of further fields of a record in braces; other braces stay as they are. A text that
+has no `{question}`, but `{{` or `{%`, is a Jinja template, which has the same names.
 
 `gsm8k`, `gsm8k_cot` and `gsm8k_cot_zeroshot` are lm-evaluation-harness's tasks of these names (versions 3.0) as it poses them
 to a chat model (`--apply_chat_template`): the same messages, stop sequences, shots and way of reading, so that numbers can be
 compared. Shots that are the same before every problem belong to the prompt; those that are drawn for each come with it.
 """
 
-from dataclasses import asdict, dataclass, replace
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from itertools import islice
 from pathlib import Path
+from typing import Any
+
+import jinja2
 
 from eval_jobs import EvalError
 from eval_jobs.chain_of_thought import CHAIN_OF_THOUGHT
-from eval_jobs.problems import Problem, gsm8k_train
+from eval_jobs.problems import Problem, read_source
 from eval_jobs.scoring import DEFAULT_EXTRACTOR
+from eval_jobs.selection import DEFAULT_SHOTS
 from roentgen.contract import canonical_hash
+from roentgen.extensions import ExtensionError, Found, Registry, given, shown, spell_error
 
 QUESTION = "{question}"
+
+_FIELD = re.compile(r"\{([A-Za-z_]\w*)\}")
+_PLAIN = re.compile(r"(?<!\{)\{question\}(?!\})")
+_JINJA = re.compile(r"\{\{|\{%")
+_ROLES = ("system", "developer", "user", "assistant")
 
 
 class PromptError(EvalError):
@@ -34,6 +51,13 @@ class Shot:
     """As posed."""
     solution: str
     """What the assistant says to it."""
+    fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """What else its record has."""
+
+
+Message = Mapping[str, Any]
+Pose = Callable[[Problem], str | Sequence[Message]]
+"""Returns the user's message that poses a problem, or all messages."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +69,8 @@ class Prompt:
     version: int
     """Raised with every edit."""
     user: str
-    """The user's message, with `{question}` where the question goes."""
+    """The user's message, with `{question}` where the question goes, or a Jinja template. Of a prompt that is a function, the
+    hash of its source."""
     system: str | None = None
     """The system's message; None sends none."""
     shots: int = 0
@@ -57,35 +82,116 @@ class Prompt:
     """Sequences at which the model is stopped."""
     extractor: str = DEFAULT_EXTRACTOR
     """The way of reading an answer that belongs to it."""
+    shots_source: str = DEFAULT_SHOTS
+    """Where shots are drawn from."""
+    pose: Pose | None = None
+    """Makes the messages in place of `user`; None of a prompt that is a text."""
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """What a run records of it."""
+        shots = [asdict(shot) if shot.fields else _plain(shot) for shot in self.fixed_shots]
+        told = {name: value for name, value in vars(self).items() if name != "pose"}
+        return {**told, "stop": list(self.stop), "fixed_shots": shots, "hash": self.hash}
 
     @property
     def hash(self) -> str:
         """Hash of what the model is shown, the name and the version; how answers are read is no part of it."""
-        shown = {name: value for name, value in asdict(self).items() if name != "extractor"}
+        shown = {name: value for name, value in vars(self).items() if name not in ("extractor", "pose")}
+        shown["fixed_shots"] = [asdict(shot) if shot.fields else _plain(shot) for shot in self.fixed_shots]
+        # Prompts without them are older than these fields.
         if not self.fixed_shots:
-            del shown["fixed_shots"]  # prompts without them are older than the field
+            del shown["fixed_shots"]
+        if self.shots_source == DEFAULT_SHOTS:
+            del shown["shots_source"]
         return canonical_hash(shown)
 
-    def messages(self, problem: Problem, prefix: str = "") -> list[dict[str, str]]:
+    def messages(self, problem: Problem, prefix: str = "") -> list[dict[str, Any]]:
         """Return the messages that pose a problem. A shot that asks the same question is left out: it has the answer.
 
         Args:
             problem: with its shots, if the prompt shows any.
             prefix: what a variant puts before the user's last message.
+
+        Raises:
+            PromptError: if the problem lacks a field that the prompt shows, or a prompt's function returns no messages.
         """
-        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
-        drawn = (Shot(shot.question, shot.solution) for shot in problem.shots)
+        messages: list[dict[str, Any]] = [] if self.system is None else [{"role": "system", "content": self.system}]
+        drawn = (Shot(shot.question, shot.solution, shot.fields) for shot in problem.shots)
         for shot in (*self.fixed_shots, *drawn):
             if shot.question == problem.question:
                 continue
-            messages.append({"role": "user", "content": self._ask(shot.question)})
-            messages.append({"role": "assistant", "content": shot.solution})
-        asked = self._ask(problem.question)
-        messages.append({"role": "user", "content": f"{prefix}\n\n{asked}" if prefix else asked})
-        return messages
+            posed = Problem("", 0, shot.question, shot.solution, "", fields=shot.fields)
+            messages += [*self._ask(posed), {"role": "assistant", "content": shot.solution}]
+        asked = self._ask(problem)
+        if prefix:
+            last = next(message for message in reversed(asked) if message["role"] == "user")
+            last["content"] = f"{prefix}\n\n{last['content']}"
+        return messages + asked
 
-    def _ask(self, question: str) -> str:
-        return self.user.replace(QUESTION, question)
+    def _ask(self, problem: Problem) -> list[dict[str, Any]]:
+        if self.pose is not None:
+            return _posed(self.name, self.pose, problem)
+        if self.user == QUESTION:
+            return [{"role": "user", "content": problem.question}]
+        values = {**problem.fields, "question": problem.question}
+        if _is_template(self.user):
+            return [{"role": "user", "content": _render(self.name, self.user, values, problem)}]
+        content = _FIELD.sub(lambda found: _spell(values[found[1]]) if found[1] in values else found[0], self.user)
+        return [{"role": "user", "content": content}]
+
+
+def _is_template(text: str) -> bool:
+    return not _PLAIN.search(text) and bool(_JINJA.search(text))
+
+
+def _plain(shot: Shot) -> dict[str, Any]:
+    return {"question": shot.question, "solution": shot.solution}
+
+
+def _spell(value: Any) -> str:
+    """Return a field's value as it stands in a prompt; of a list, an item a line."""
+    return "\n".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+@cache
+def _template(text: str) -> jinja2.Template:
+    return jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True).from_string(text)
+
+
+def _render(name: str, text: str, values: Mapping[str, Any], problem: Problem) -> str:
+    try:
+        return _template(text).render(values)
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+        raise PromptError(
+            f"--prompt: the template {name} cannot be filled for {problem.problem_id}: {error}; the problem has "
+            f"{', '.join(values)}"
+        ) from error
+
+
+def _posed(name: str, pose: Pose, problem: Problem) -> list[dict[str, Any]]:
+    """Return the messages that a prompt's function returns.
+
+    Raises:
+        PromptError: if it returns something else, saying what, or raises an exception.
+    """
+    try:
+        returned: Any = pose(problem)
+    except Exception as error:
+        raise PromptError(f"--prompt: {name} raised {spell_error(error)} for {problem.problem_id}") from error
+    if isinstance(returned, str) and returned.strip():
+        return [{"role": "user", "content": returned}]
+    told = list(returned) if isinstance(returned, Sequence) and not isinstance(returned, str | bytes) else None
+    if not told or not all(
+        isinstance(one, Mapping) and one.get("role") in _ROLES and one.get("content") is not None for one in told
+    ):
+        raise PromptError(
+            f"--prompt: {name} returned {shown(returned)} for {problem.problem_id}; allowed are a text, the user's message, "
+            f'and a list of messages {{"role": …, "content": …}} with a role of {", ".join(_ROLES)}'
+        )
+    if not any(one["role"] == "user" for one in told):
+        raise PromptError(f"--prompt: {name} returned no message of the user for {problem.problem_id}")
+    return [dict(one) for one in told]
 
 
 ANSWER_LINE = Prompt(
@@ -141,39 +247,106 @@ GSM8K_COT_ZEROSHOT = Prompt(
     extractor="cot_strict",
 )
 
-PROMPTS: dict[str, Prompt] = {
-    **{prompt.name: prompt for prompt in (ANSWER_LINE, GSM8K, GSM8K_COT, GSM8K_COT_ZEROSHOT)},
-    "answer-line-1": ANSWER_LINE_1,
-}
+ANSWER_TEXT = Prompt(
+    name="answer-text",
+    version=1,
+    user="""{question}
+
+Think step by step. End with a line Answer: [answer].""",
+)
+"""The default for problems whose answers are texts."""
+
+PROMPTS: Registry[Prompt] = Registry(
+    "roentgen.prompts",
+    {
+        **{prompt.name: prompt for prompt in (ANSWER_LINE, ANSWER_TEXT, GSM8K, GSM8K_COT, GSM8K_COT_ZEROSHOT)},
+        "answer-line-1": ANSWER_LINE_1,
+    },
+)
 
 
 def choose_prompt(
-    name: str, file: Path | None = None, system: str | None = None, fixed_shots: int | None = None
+    chosen: str | Prompt | Pose,
+    file: Path | None = None,
+    system: str | None = None,
+    fixed_shots: int | None = None,
+    shots_source: str | None = None,
+    drawn_shots: int | None = None,
 ) -> Prompt:
     """Return a prompt.
 
     Args:
-        name: in `PROMPTS`; not looked at if there is a file.
-        file: a text with `{question}` in it, the user's message.
+        chosen: a name in `PROMPTS`, a reference, a text with `{question}` in it, a prompt, or a function of a problem; not
+            looked at if there is a file.
+        file: a text with `{question}` in it, or a Jinja template: the user's message.
         system: replaces the system's message.
         fixed_shots: how many solved problems to show before every problem, in place of the shots that the prompt has: the first
-            of its own fixed ones, or of GSM8K's training set if it has none.
+            of its own fixed ones, or of where shots come from if it has none.
+        shots_source: where shots come from, any source of problems; GSM8K's training set if absent.
+        drawn_shots: how many to draw for each problem, in place of the shots that the prompt has.
 
     Raises:
-        PromptError: if the file cannot be read or does not say where the question goes, or there are fewer shots.
-        ProblemError: if GSM8K's training set cannot be had.
+        PromptError: if the prompt is unknown, does not say where the question goes, or there are fewer shots.
+        ProblemError: if the shots cannot be had.
     """
-    prompt = PROMPTS[name] if file is None else _read(file)
+    prompt = find_prompt(chosen) if file is None else _read(file)
     if system is not None:
         prompt = replace(prompt, system=system)
-    return prompt if fixed_shots is None else replace(prompt, shots=0, fixed_shots=_first_shots(prompt, fixed_shots))
+    if shots_source is not None:
+        prompt = replace(prompt, shots_source=shots_source)
+    if drawn_shots is not None:
+        prompt = replace(prompt, shots=drawn_shots, fixed_shots=())
+    if fixed_shots is None:
+        return prompt
+    own = () if shots_source is not None else prompt.fixed_shots
+    return replace(prompt, shots=0, fixed_shots=_first_shots(replace(prompt, fixed_shots=own), fixed_shots))
+
+
+def check_prompt(prompt: Prompt, problems: Iterable[Problem]) -> None:
+    """Pose problems to nobody, with a prompt that may be unable to: before anything runs.
+
+    Raises:
+        PromptError: naming the problem that cannot be posed.
+    """
+    if prompt.pose is not None or _is_template(prompt.user):
+        for problem in problems:
+            prompt.messages(problem)
+
+
+def find_prompt(chosen: str | Prompt | Pose) -> Prompt:
+    """Return the prompt that a name, a reference, a text or an object means.
+
+    Raises:
+        PromptError: if it means none.
+    """
+    if isinstance(chosen, Prompt):
+        return chosen
+    if isinstance(chosen, str) and (QUESTION in chosen or _is_template(chosen)):
+        return _of_text("text", chosen, "--prompt")
+    try:
+        found: Found[Any] = (
+            PROMPTS.find(chosen, f", a text with {QUESTION} in it") if isinstance(chosen, str) else given(chosen)
+        )
+    except ExtensionError as error:
+        raise PromptError(f"--prompt: {error}") from error
+    if isinstance(found.value, Prompt):
+        return found.value
+    if isinstance(found.value, str):
+        return _of_text(found.name, found.value, f"--prompt: {found.reference}")
+    if not callable(found.value):
+        raise PromptError(
+            f"--prompt: {found.reference or found.name} is {shown(found.value)}; allowed are a text, a Prompt, and a function "
+            "of a problem"
+        )
+    return Prompt(name=found.name, version=1, user=str(found.digest), pose=found.value)
 
 
 def _first_shots(prompt: Prompt, count: int) -> tuple[Shot, ...]:
-    trained = (Shot(problem.question, problem.solution) for problem in gsm8k_train())
-    found = tuple(islice(prompt.fixed_shots or trained, count))
+    solved = (Shot(problem.question, problem.solution, problem.fields) for problem in read_source(prompt.shots_source))
+    found = tuple(islice(prompt.fixed_shots or solved, count))
     if len(found) < count:
-        whose = f"the prompt {prompt.name}" if prompt.fixed_shots else "GSM8K's training set"
+        default = "GSM8K's training set" if prompt.shots_source == DEFAULT_SHOTS else prompt.shots_source
+        whose = f"the prompt {prompt.name}" if prompt.fixed_shots else default
         raise PromptError(f"--fixed-shots: {count} is more than the {len(found)} of {whose}")
     return found
 
@@ -183,6 +356,15 @@ def _read(file: Path) -> Prompt:
         text = file.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"--prompt-file: {file} cannot be read: {error}") from error
-    if QUESTION not in text:
-        raise PromptError(f"--prompt-file: {file} has no {QUESTION} to say where the question goes")
-    return Prompt(name=file.stem, version=1, user=text)
+    return _of_text(file.stem, text, f"--prompt-file: {file}")
+
+
+def _of_text(name: str, text: str, where: str) -> Prompt:
+    if _is_template(text):
+        try:
+            _template(text)
+        except jinja2.TemplateSyntaxError as error:
+            raise PromptError(f"{where} is no Jinja template: {error.message} (line {error.lineno})") from error
+    elif QUESTION not in text:
+        raise PromptError(f"{where} has no {QUESTION} to say where the question goes")
+    return Prompt(name=name, version=1, user=text)

@@ -1,38 +1,110 @@
-"""Reads a run's answers again, without the model: another primary extractor, or extractors that have been mended.
+"""Reads a run's answers again, without the model: another primary scorer, or ones that have been mended.
 
 What the model said stays as it is. The verdicts in the record are written again, whole or not at all, and what is made from
 the record after them, so that all readers, probes too, go by the same `correct`.
 """
 
+import asyncio
+from collections.abc import Iterable, Iterator
+from itertools import islice
+
 from eval_jobs.outputs import write_sample_files, write_summary
+from eval_jobs.problems import Problem
 from eval_jobs.report import write_report
-from eval_jobs.scoring import score
-from roentgen.runs import Run, Sample, rewrite
+from eval_jobs.scoring import EXTRACTORS, UnknownScorerError, choose_scorer, judge
+from eval_jobs.verdicts import Output, Scorer, ScoringFailedError
+from roentgen.extensions import Found
+from roentgen.runs import Run, RunConfig, Sample, rewrite_all
+
+AT_ONCE = 64
+"""Answers that are judged at once, for scorers that wait for somebody."""
 
 
-def rescore(run: Run, extractor: str | None = None) -> Run:
+def rescore(run: Run, extractor: str | Scorer | None = None) -> Run:
     """Judge every answer of a run again.
 
     Args:
         run: the run.
-        extractor: the primary one from now on; None keeps the run's.
+        extractor: the primary scorer from now on, by a name, a reference or itself; None keeps the run's.
 
     Raises:
         RunError: if an evaluation is writing the run, or the record is damaged.
+        UnknownScorerError: if the scorer is not to be found.
+        ScorerError: if it returns what is no verdict; the run is as it was.
     """
-    primary = extractor or run.config.settings["extractor"]
-
-    def judged(sample: Sample) -> Sample:
-        if sample.error is not None:
-            return sample
-        scores = score(sample.response, sample.gold)
-        verdicts = {"answers": scores.answers, "correct_by": scores.correct_by, "correct": scores.correct_by[primary]}
-        return sample.model_copy(update=verdicts)
-
-    config = run.config.model_copy(update={"settings": {**run.config.settings, "extractor": primary}})
-    again = rewrite(run, judged, config)
+    chosen = find_scorer(run.config, extractor)
+    own = {} if chosen.built_in else {chosen.name: {"reference": chosen.reference, "hash": chosen.digest}}
+    config = run.config.model_copy(
+        update={"settings": {**run.config.settings, "extractor": chosen.name}, "scorers": {**run.config.scorers, **own}}
+    )
+    again = rewrite_all(run, lambda samples: _judged(samples, chosen), config)
     for sample in again.read_samples():
         write_sample_files(again, sample)
     write_summary(again, None)
     write_report(again)
     return again
+
+
+def find_scorer(config: RunConfig, extractor: str | Scorer | None = None) -> Found[Scorer]:
+    """Return a scorer, by default the primary one of a run.
+
+    Raises:
+        UnknownScorerError: if it is not to be found.
+    """
+    if extractor is not None:
+        return choose_scorer(extractor)
+    name = config.settings["extractor"]
+    reference = config.scorers.get(name, {}).get("reference")
+    if name not in EXTRACTORS and reference is None:
+        raise UnknownScorerError(
+            f"the run is judged by {name}, a function that was given in Python: name another --extractor"
+        )
+    return choose_scorer(reference or name)
+
+
+def problem_of(sample: Sample) -> Problem:
+    """Return the problem that a sample is an attempt at, as far as the record has it."""
+    return Problem(
+        sample.problem_id,
+        0,
+        sample.question,
+        sample.solution,
+        sample.gold,
+        template=sample.template,
+        fields=sample.fields,
+    )
+
+
+def _judged(samples: Iterable[Sample], chosen: Found[Scorer]) -> Iterator[Sample]:
+    with asyncio.Runner() as runner:
+        stream = iter(samples)
+        while some := list(islice(stream, AT_ONCE)):
+            yield from runner.run(_judge_all(some, chosen))
+
+
+async def _judge_all(samples: Iterable[Sample], chosen: Found[Scorer]) -> list[Sample]:
+    return await asyncio.gather(*(_judge(sample, chosen) for sample in samples))
+
+
+async def _judge(sample: Sample, chosen: Found[Scorer]) -> Sample:
+    """Judge an answer; the verdicts of other scorers of a user's own, which are not at hand, stay.
+
+    Raises:
+        UnknownScorerError: if the scorer fails: nothing is written.
+    """
+    if sample.error is not None:
+        return sample
+    output = Output(sample.response, tuple(sample.messages), sample.finish_reason)
+    try:
+        scores = await judge(output, problem_of(sample), {chosen.name: chosen.value})
+    except ScoringFailedError as error:
+        raise UnknownScorerError(f"{sample.sample_id}: {error}; the run is as it was") from error
+    kept = {name: answer for name, answer in sample.answers.items() if name not in EXTRACTORS}
+    return sample.model_copy(
+        update={
+            "answers": {**kept, **scores.answers},
+            "correct_by": {**{name: sample.correct_by[name] for name in kept}, **scores.correct_by},
+            "correct": scores.correct_by[chosen.name],
+            "values": {**sample.values, **scores.values},
+        }
+    )

@@ -22,8 +22,9 @@ from typing import Any
 
 from eval_jobs import EvalError
 from eval_jobs.config import ServedModel, hashed_configuration, variants_of
-from eval_jobs.problems import SOURCES, Problem, ProblemError
+from eval_jobs.problems import Problem, ProblemError, describe_source, set_name
 from eval_jobs.prompts import PROMPTS
+from eval_jobs.records import gold_of
 from eval_jobs.selection import Selection, load_problems
 from eval_jobs.settings import EvalSettings
 from roentgen.contract import canonical_hash, check_session_id
@@ -33,8 +34,9 @@ from roentgen.version import __version__
 RESULTS = Path("results")
 VERSIONED = ("ray", "openai", "datasets", "reasoning-gym", "torch", "transformers", "nnsight")
 RUN_ID_STEM = 50
-SET_NAME = 40
-"""Letters of a file's name that its samples are called after."""
+RESCORE = (
+    "\n(`roentgen score RUN --extractor …` judges all answers of the run by another one, or by one that was edited.)"
+)
 
 
 class OtherConfigurationError(EvalError):
@@ -54,10 +56,11 @@ def open_run(settings: EvalSettings, problems: Sequence[Problem], served: Served
             return create_run(settings.output, config)
         return _continued(Run(settings.output), config, settings, problems)
     unfinished = None if settings.new else find_unfinished(RESULTS, config.config_hash, config.problems)
-    asked = _comparable(config, settings.extractor)
+    chosen = settings.extractor is not None
+    asked = _comparable(config, chosen)
     if (
         unfinished is not None
-        and _comparable(unfinished.config, settings.extractor) == asked
+        and _comparable(unfinished.config, chosen) == asked
         and unfinished.config.variants == config.variants
     ):
         return unfinished
@@ -85,13 +88,14 @@ def _continued(run: Run, config: RunConfig, settings: EvalSettings, problems: Se
     Raises:
         OtherConfigurationError: if that is another run, saying what differs.
     """
-    asked, begun = (_comparable(one, settings.extractor) for one in (config, run.config))
-    different = [*differences(begun, asked), *_lost(run.config, config, problems)]
+    asked, begun = (_comparable(one, settings.extractor is not None) for one in (config, run.config))
+    different = [*differences(begun, asked), *_lost(run.config, config, settings, problems)]
     if different:
         raise OtherConfigurationError(
             f"{run.path} holds a run of another configuration; choose another --output. (With more --samples, --epochs or "
             "--variants it would grow.) What differs:\n"
             + "\n".join(f"  {name}: {old!r} in the folder, {new!r} asked for" for name, old, new in different)
+            + (RESCORE if any(name == "extractor" for name, _, _ in different) else "")
         )
     wanted = {**config.problems, "name": run.config.set_name}
     if {**run.config.problems, "name": run.config.set_name} == wanted and run.config.variants == config.variants:
@@ -108,7 +112,9 @@ def _continued(run: Run, config: RunConfig, settings: EvalSettings, problems: Se
     )
 
 
-def _lost(begun: RunConfig, asked: RunConfig, problems: Sequence[Problem]) -> Iterator[tuple[str, Any, Any]]:
+def _lost(
+    begun: RunConfig, asked: RunConfig, settings: EvalSettings, problems: Sequence[Problem]
+) -> Iterator[tuple[str, Any, Any]]:
     """Yield what of a run would not be posed again, or otherwise: its name, and both values."""
     epochs, more = (int(config.problems.get("epochs", 1)) for config in (begun, asked))
     if more < epochs:
@@ -125,20 +131,22 @@ def _lost(begun: RunConfig, asked: RunConfig, problems: Sequence[Problem]) -> It
         | {"samples": config.problems["samples"]}
         for config in (begun, asked)
     )
-    posed = _posed(begun)
+    posed = _posed(begun, settings)
     if posed is None or problems_hash(posed) != begun.problems["hash"]:
         yield "problems.hash", begun.problems["hash"], asked.problems["hash"]
     elif not {_words(problem) for problem in posed} <= {_words(problem) for problem in problems}:
         yield from differences(before, after, "problems.")
 
 
-def _posed(config: RunConfig) -> list[Problem] | None:
+def _posed(config: RunConfig, now: EvalSettings) -> list[Problem] | None:
     """Return the problems that a run was made with, None if its source has them no more."""
     settings = config.settings
     try:
         return load_problems(
             Selection(
-                source=config.problems["source"],
+                source=now.problems,  # the same source; a function that was given in Python has nothing else to be found by
+                columns=settings.get("columns"),
+                fields=settings.get("fields"),
                 samples=config.problems["samples"],
                 offset=settings.get("offset") or 0,
                 sample_ids=settings.get("sample_ids"),
@@ -149,19 +157,16 @@ def _posed(config: RunConfig) -> list[Problem] | None:
         return None
 
 
-def _words(problem: Problem) -> tuple[str, str, str]:
-    return problem.problem_id, problem.question, problem.solution
+def _words(problem: Problem) -> tuple[str, ...]:
+    """Return what of a problem is posed or judged by; what follows from its question and solution is not said again."""
+    own = {**problem.fields} if gold_of(problem.solution) == problem.gold else {"": problem.gold, **problem.fields}
+    said = (problem.problem_id, problem.question, problem.solution)
+    return (*said, canonical_hash(own)) if own else said
 
 
 def problems_hash(problems: Sequence[Problem]) -> str:
     """Return a hash of problems, in their order."""
     return canonical_hash([list(_words(problem)) for problem in problems])
-
-
-def set_name(source: str) -> str:
-    """Return what a source's runs and samples are called after: its name, or its file's."""
-    stem = source if source in SOURCES else Path(source).stem[:SET_NAME]
-    return re.sub(r"[^A-Za-z0-9.-]+", "-", stem).strip(".-") or "problems"
 
 
 def folder_name(settings: EvalSettings, n: int, model: str) -> str:
@@ -179,7 +184,7 @@ def folder_name(settings: EvalSettings, n: int, model: str) -> str:
 def _describe(settings: EvalSettings, problems: Sequence[Problem], served: ServedModel, base_url: str) -> RunConfig:
     """Return all that is needed to run it again."""
     hashed = hashed_configuration(settings, served)
-    prompt = settings.chosen_prompt
+    prompt, scorer = settings.chosen_prompt, settings.chosen_scorer
     variants = [variant for variant in variants_of(settings, hashed) if variant.name is not None]
     name = settings.output.name if settings.output else folder_name(settings, len(problems), served.id)
     return RunConfig(
@@ -188,7 +193,7 @@ def _describe(settings: EvalSettings, problems: Sequence[Problem], served: Serve
         config_hash=canonical_hash(hashed),
         hashed=hashed,
         problems={
-            "source": settings.problems if settings.problems in SOURCES else str(Path(settings.problems).absolute()),
+            "source": describe_source(settings.problems),
             "samples": len(problems),
             "epochs": settings.epochs,
             "hash": problems_hash(problems),
@@ -196,17 +201,13 @@ def _describe(settings: EvalSettings, problems: Sequence[Problem], served: Serve
         },
         settings={
             **settings.model_dump(mode="json"),
-            "extractor": settings.extractor or prompt.extractor,
+            "extractor": scorer.name,
             "base_url": base_url,
             "served": asdict(served),
         },
-        prompt={
-            **asdict(prompt),  # with lists, as they come back from the file
-            "stop": list(prompt.stop),
-            "fixed_shots": [asdict(shot) for shot in prompt.fixed_shots],
-            "hash": prompt.hash,
-        },
+        prompt=prompt.described,
         variants={str(v.name): {"prefix": v.prefix, "config_hash": v.config_hash} for v in variants},
+        scorers={} if scorer.built_in else {scorer.name: {"reference": scorer.reference, "hash": scorer.digest}},
         versions=_versions(),
         git_revision=_git_revision(),
     )
@@ -214,25 +215,40 @@ def _describe(settings: EvalSettings, problems: Sequence[Problem], served: Serve
 
 def as_begun(settings: EvalSettings) -> EvalSettings:
     """Return the settings with which the run in the output folder goes on: it keeps the version of the prompt that it began
-    with.
+    with, and the scorer that is its primary one.
 
     Raises:
         RunError: if the run in the folder is damaged.
+        OtherConfigurationError: if its scorer is not to be found any more.
     """
-    if settings.output is None or not (settings.output / "config.json").exists() or settings.prompt_file is not None:
+    if settings.output is None or not (settings.output / "config.json").exists():
         return settings
-    begun = Run(settings.output).config.prompt
-    older = f"{settings.prompt}-{begun.get('version')}"
-    if begun.get("name") == settings.prompt and older in PROMPTS:
-        return settings.model_copy(update={"prompt": older})
+    begun = Run(settings.output).config
+    if settings.prompt_file is None:
+        own = settings.prompt if settings.prompt is not None else begun.prompt.get("name")
+        older = f"{own}-{begun.prompt.get('version')}"
+        if begun.prompt.get("name") == own and older in PROMPTS.built_in:
+            settings = settings.model_copy(update={"prompt": older})
+    primary = begun.settings.get("extractor")
+    if settings.extractor is None and primary in begun.scorers:
+        reference = begun.scorers[primary]["reference"]
+        if reference is None:
+            raise OtherConfigurationError(
+                f"{settings.output} is judged by {primary}, a function that was given in Python: give it again"
+            )
+        settings = settings.model_copy(update={"extractor": reference})
     return settings
 
 
-def _comparable(config: RunConfig, extractor: str | None) -> dict[str, Any]:
-    """Return what must be equal for samples to belong to one run, however long: the primary extractor too, for `correct` is its
+def _comparable(config: RunConfig, with_scorer: bool) -> dict[str, Any]:
+    """Return what must be equal for samples to belong to one run, however long: the primary scorer too, for `correct` is its
     word. A run keeps the one that it began with, unless another is asked for."""
     comparable = {**config.hashed, "problems": {"source": config.problems["source"]}}
-    return comparable if extractor is None else {**comparable, "extractor": config.settings["extractor"]}
+    if not with_scorer:
+        return comparable
+    name = config.settings["extractor"]
+    digest = config.scorers.get(name, {}).get("hash")
+    return {**comparable, "extractor": name if digest is None else f"{name}, its source {digest}"}
 
 
 def differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -10,6 +10,7 @@ every problem alike (wrong key, unknown model, a layer that does not exist, a se
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +20,10 @@ from pydantic import ValidationError
 from eval_jobs.asking import Asked, ProblemFailedError, ask
 from eval_jobs.endpoint import Endpoint, FatalRequestError
 from eval_jobs.prompts import Prompt
-from eval_jobs.scoring import score
+from eval_jobs.scoring import judge
 from eval_jobs.tools import TOOLS, answer
 from eval_jobs.variants import Attempt
+from eval_jobs.verdicts import Output, Scorer, ScoringFailedError
 from roentgen.contract import ActivationReply, ActivationRequest, RolloutKey
 from roentgen.runs import RolloutRef, Sample, Turn
 
@@ -40,6 +42,8 @@ class RolloutPlan:
     """Parameters of every request."""
     extractor: str
     """Whose verdict is the sample's."""
+    scorers: Mapping[str, Scorer] = field(default_factory=dict)
+    """Scorers beside the built-in ones that suit a problem, by name; the primary one, if it is a user's own."""
     tools: tuple[str, ...] = ()
     """Names in `TOOLS` that the model may call."""
     max_turns: int = 1
@@ -78,6 +82,8 @@ async def run_rollout(client: AsyncOpenAI, attempt: Attempt, plan: RolloutPlan) 
 
     Raises:
         FatalRequestError: if every other problem would fail in the same way.
+        ScorerError: if a scorer returns what is no verdict.
+        PromptError: if the prompt cannot pose the problem.
     """
     started = time.monotonic()
     talk = _Conversation(list(plan.prompt.messages(attempt.problem, attempt.variant.prefix)))
@@ -94,9 +100,9 @@ async def run_rollout(client: AsyncOpenAI, attempt: Attempt, plan: RolloutPlan) 
             talk.messages += [answer(call) for call in asked.tool_calls]
         else:
             talk.finish_reason = "max_turns"
-    except ProblemFailedError as error:
+        return await _scored_sample(talk, attempt, plan, time.monotonic() - started)
+    except (ProblemFailedError, ScoringFailedError) as error:
         return failed_sample(attempt, plan, str(error), talk.messages)
-    return _scored_sample(talk, attempt, plan, time.monotonic() - started)
 
 
 def failed_sample(
@@ -126,6 +132,7 @@ def _identity(attempt: Attempt) -> dict[str, Any]:
         "solution": problem.solution,
         "gold": problem.gold,
         "template": problem.template,
+        "fields": dict(problem.fields),
         "finished": time.time(),
     }
 
@@ -149,15 +156,17 @@ def _activations(attempt: Attempt, plan: RolloutPlan, turn: int) -> dict[str, An
     key = RolloutKey(
         config_hash=variant.config_hash, problem_id=problem.problem_id, epoch=attempt.epoch, turn=turn
     )  # fmt: skip
-    labels = {"problem_id": problem.problem_id, "sample_id": attempt.sample_id, "gold": problem.gold}
+    own = {"problem_id": problem.problem_id, "sample_id": attempt.sample_id, "gold": problem.gold}
+    labels = {**problem.labels, **own}
     labels |= {"variant": variant.name} if variant.name else {}
     changes = {"key": key, "labels": labels, "since": "turn" if turn else None}
     return {"activations": plan.capture.model_copy(update=changes).model_dump(mode="json", by_alias=True)}
 
 
-def _scored_sample(talk: _Conversation, attempt: Attempt, plan: RolloutPlan, seconds: float) -> Sample:
+async def _scored_sample(talk: _Conversation, attempt: Attempt, plan: RolloutPlan, seconds: float) -> Sample:
     response = talk.messages[-1].get("content") or "" if talk.messages[-1]["role"] == "assistant" else ""
-    scores = score(response, attempt.problem.gold)
+    output = Output(response, tuple(talk.messages), talk.finish_reason)
+    scores = await judge(output, attempt.problem, plan.scorers)
     return Sample(
         **_identity(attempt),
         messages=talk.messages,
@@ -165,6 +174,7 @@ def _scored_sample(talk: _Conversation, attempt: Attempt, plan: RolloutPlan, sec
         answers=scores.answers,
         correct_by=scores.correct_by,
         correct=scores.correct_by[plan.extractor],
+        values=scores.values,
         finish_reason=talk.finish_reason,
         prompt_tokens=sum(turn.prompt_tokens for turn in talk.turns),
         cached_tokens=sum(turn.cached_tokens for turn in talk.turns),

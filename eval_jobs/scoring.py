@@ -1,12 +1,15 @@
 """What the model's text says, by several conventions, and whether that is right.
 
-GSM8K scores differ silently with the way the answer is read, so the ways are named, kept apart, and all of them run on
-every output; one is primary. An `Extractor` is a pair: `read` finds the answer in a text (None if there is none), `agrees`
-compares it with the gold answer by the same convention. A new extractor is one function and one line in `EXTRACTORS`.
+Whoever judges an output is a `Scorer` (`verdicts`). Scores differ silently with the way the answer is read, so the ways are
+named, kept apart, and all that are built in run on every output whose gold answer they can read; one is primary. These are
+`Extractor`s, a pair each: `read` finds the answer in a text (None if there is none), `agrees` compares it with the gold answer
+by the same convention. A new one is one function and one line in `EXTRACTORS`; a user's own comes from the same registry
+(`choose_scorer`), by a name, a reference, or as a function.
 
 - `answer`, the default, reads an answer however it is written, and none where two readings are possible (`answers`,
   `quantities`). It compares exact values: `18.00`, `36/2` and "eighteen" are `18`. A unit that has parts may be counted in
-  either: `550 cents` is 550 or 5.5, `50%` is 50 or 0.5 (but `0.5` is not 50), `3 dozen` is 36 or 3.
+  either: `550 cents` is 550 or 5.5, `50%` is 50 or 0.5 (but `0.5` is not 50), `3 dozen` is 36 or 3. Where the gold answer is no
+  number, it reads and compares texts (`texts`).
 - `answer_line`, the default of older runs, reads the first number of the last line `Answer: …`; `boxed` that of the last
   `\\boxed{…}`. Both take a number out of what stands there: `1/2` is read as `1`. They compare numbers: `18.00` is `18`.
 - `gsm8k_strict`, `cot_strict` and `flexible` are lm-evaluation-harness's filters with its exact match: after `,`, `$`,
@@ -19,13 +22,19 @@ The text is the model's, so it may be anything: patterns take linear time, and n
 """
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 
+from eval_jobs import EvalError
 from eval_jobs.answers import read_answer
+from eval_jobs.problems import Problem, is_number
 from eval_jobs.quantities import same_quantity
 from eval_jobs.symbolic import read_symbolic, same_expression
+from eval_jobs.texts import inside_braces, read_text, same_text
+from eval_jobs.verdicts import Output, Scorer, Verdict, ask_scorer
+from roentgen.contract import LabelValue
+from roentgen.extensions import ExtensionError, Found, Registry, given
 
 _NUMBER = r"[-−]?\$?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
 _ANSWER_LINE = re.compile(r"^[^\w\n]*answer[^\w\n]*:(.*)$", re.IGNORECASE | re.MULTILINE)
@@ -35,24 +44,42 @@ _COT_STRICT = re.compile(r"The answer is (\-?[0-9\.\,]+).")
 _FLEXIBLE = re.compile(r"(-?[$0-9.,]{2,})|(-?[0-9]+)")
 
 
+class UnknownScorerError(EvalError):
+    """A scorer cannot be found or used; the message names the option."""
+
+
 @dataclass(frozen=True)
 class Extractor:
-    """One convention of reading and judging an answer."""
+    """One convention of reading and judging an answer; a `Scorer`."""
 
     read: Callable[[str], str | None]
     """Finds the answer in a text, None if there is none."""
     agrees: Callable[[str, str], bool]
     """Whether an answer that was read is the gold one."""
+    of_texts: "Extractor | None" = None
+    """What it is where the gold answer is no number; None of a convention for numbers only."""
+
+    def __call__(self, output: Output, problem: Problem) -> Verdict:
+        """Judge an output."""
+        convention = self if self.of_texts is None or is_number(problem.gold) else self.of_texts
+        answer = convention.read(output)
+        return Verdict(answer is not None and convention.agrees(answer, problem.gold), answer)
+
+    def suits(self, problem: Problem) -> bool:
+        """Whether it can read an answer to a problem."""
+        return self.of_texts is not None or is_number(problem.gold)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """One output, judged by every extractor."""
+    """One output, judged by several scorers."""
 
     answers: dict[str, str | None]
-    """What each extractor read."""
+    """What each read."""
     correct_by: dict[str, bool]
-    """Whether that is the gold answer."""
+    """Whether that is right."""
+    values: dict[str, LabelValue] = field(default_factory=dict)
+    """What else they found."""
 
 
 def read_answer_line(text: str) -> str | None:
@@ -69,7 +96,7 @@ def read_answer_line(text: str) -> str | None:
 def read_boxed(text: str) -> str | None:
     r"""Read the number inside the last `\boxed{...}`, which may hold markup: `\boxed{\$1{,}800}` gives `1800`."""
     content = text.rpartition("\\boxed{")[2] if "\\boxed{" in text else ""
-    return _first_number(_inside_braces(content).replace("{,}", ",").replace("\\", ""))
+    return _first_number(inside_braces(content).replace("{,}", ",").replace("\\", ""))
 
 
 def read_gsm8k_strict(text: str) -> str | None:
@@ -106,7 +133,7 @@ def harness_match(answer: str, gold: str) -> bool:
 DEFAULT_EXTRACTOR = "answer"
 
 EXTRACTORS: dict[str, Extractor] = {
-    DEFAULT_EXTRACTOR: Extractor(read_answer, same_quantity),
+    DEFAULT_EXTRACTOR: Extractor(read_answer, same_quantity, of_texts=Extractor(read_text, same_text)),
     "answer_line": Extractor(read_answer_line, same_number),
     "gsm8k_strict": Extractor(read_gsm8k_strict, harness_match),
     "cot_strict": Extractor(read_cot_strict, harness_match),
@@ -115,32 +142,58 @@ EXTRACTORS: dict[str, Extractor] = {
     "math_verify": Extractor(read_symbolic, same_expression),
 }
 
+SCORERS: Registry[Scorer] = Registry("roentgen.extractors", EXTRACTORS)
+
+
+def choose_scorer(chosen: str | Scorer) -> Found[Scorer]:
+    """Return the scorer that a name, a reference or a function means.
+
+    Raises:
+        UnknownScorerError: if it is unknown, cannot be called, or is called like one that is built in.
+    """
+    try:
+        found: Found[Scorer] = SCORERS.find(chosen) if isinstance(chosen, str) else given(chosen)
+    except ExtensionError as error:
+        raise UnknownScorerError(f"--extractor: {error}") from error
+    shown = f"--extractor: {found.reference or found.name}"
+    if not callable(found.value):
+        raise UnknownScorerError(
+            f"{shown} is {type(found.value).__name__}, and a scorer is a function (output, problem)"
+        )
+    if not found.built_in and found.name in EXTRACTORS:
+        raise UnknownScorerError(f"{shown}: {found.name!r} is one that is built in; call the function otherwise")
+    return found
+
+
+async def judge(output: Output, problem: Problem, scorers: Mapping[str, Scorer] = {}) -> Scores:
+    """Judge an output by the extractors that suit the problem, and by scorers of one's own or a built-in one that is chosen.
+
+    Raises:
+        ScorerError: if a scorer returns what is no verdict.
+        ScoringFailedError: if one raises an exception.
+    """
+    asked: dict[str, Scorer] = {name: one for name, one in EXTRACTORS.items() if one.suits(problem)}
+    asked.update(scorers)
+    return _scores({name: await ask_scorer(name, scorer, output, problem) for name, scorer in asked.items()})
+
 
 def score(text: str, gold: str) -> Scores:
-    """Judge an output by every extractor."""
-    answers = {name: extractor.read(text) for name, extractor in EXTRACTORS.items()}
-    correct_by = {
-        name: answer is not None and EXTRACTORS[name].agrees(answer, gold) for name, answer in answers.items()
-    }
-    return Scores(answers, correct_by)
+    """Judge an output by every built-in extractor that suits its gold answer."""
+    problem = Problem("", 0, "", "", gold)
+    return _scores({name: one(Output(text), problem) for name, one in EXTRACTORS.items() if one.suits(problem)})
+
+
+def _scores(verdicts: Mapping[str, Verdict]) -> Scores:
+    return Scores(
+        {name: verdict.answer for name, verdict in verdicts.items()},
+        {name: verdict.correct for name, verdict in verdicts.items()},
+        {name: value for verdict in verdicts.values() for name, value in verdict.values.items()},
+    )
 
 
 def _first_number(text: str) -> str | None:
     match = _FIRST_NUMBER.search(text)
     return match[0].translate({ord("$"): None, ord(","): None, ord("−"): "-"}) if match else None
-
-
-def _inside_braces(text: str) -> str:
-    """Return what comes before the brace that closes the group `text` begins in; nothing if it is never closed."""
-    depth = 0
-    for place, character in enumerate(text):
-        if character == "{":
-            depth += 1
-        elif character == "}":
-            if depth == 0:
-                return text[:place]
-            depth -= 1
-    return ""
 
 
 def _harness_normal(text: str) -> str:

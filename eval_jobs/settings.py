@@ -1,16 +1,28 @@
 """Every choice of an evaluation, checked once, with messages that name the option; everything after may rely on it."""
 
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    SkipValidation,
+    field_validator,
+    model_validator,
+)
 
 from eval_jobs import EvalError
 from eval_jobs.addresses import split
-from eval_jobs.problems import SOURCES
-from eval_jobs.prompts import PROMPTS, Prompt, choose_prompt
-from eval_jobs.scoring import EXTRACTORS
+from eval_jobs.problems import SOURCES, Problem, Source, describe_source, is_number
+from eval_jobs.prompts import ANSWER_LINE, ANSWER_TEXT, PROMPTS, Pose, Prompt, choose_prompt, find_prompt
+from eval_jobs.scoring import EXTRACTORS, choose_scorer
 from eval_jobs.selection import Selection
+from eval_jobs.verdicts import Scorer
 from roentgen.cluster import check_address
 from roentgen.contract import (
     DEFAULT_HOOK_POINTS,
@@ -30,6 +42,7 @@ from roentgen.contract import (
     read_names,
 )
 from roentgen.defaults import EMBEDDED_MODEL
+from roentgen.extensions import Found, given, shown
 from roentgen.options import read_options
 
 SERVER_OPTIONS = ("store", "dtype", "revision", "device")
@@ -40,8 +53,34 @@ CAPTURE_OPTIONS = ("layers", "hook_points", "positions", "store_dtype", "allow_n
 """Options that say what to keep of activations."""
 
 
+REFERENCE = "module:name or path/to/file.py:name"
+
+
 class SettingsError(EvalError):
     """Settings that cannot be; the message has a line per option."""
+
+
+def _read_columns(value: Any) -> Any:
+    """Read `question=problem,answer=solution`; a mapping is one already."""
+    if not isinstance(value, str):
+        return dict(value) if isinstance(value, Mapping) else value
+    pairs = [part.partition("=") for part in value.split(",")]
+    if wrong := [name for name, sign, column in pairs if not (name.strip() and sign and column.strip())]:
+        raise ValueError(f"{value!r} is no mapping at {wrong[0]!r}; it is written question=COLUMN,answer=COLUMN")
+    return {name.strip(): column.strip() for name, _, column in pairs}
+
+
+def _by_name(value: Any) -> Any:
+    """Return what a run records of a prompt or a scorer that was given as an object."""
+    return value if value is None or isinstance(value, str) else getattr(value, "name", None) or given(value).name
+
+
+SourceName = Annotated[
+    SkipValidation[str | Source], PlainSerializer(lambda v: v if isinstance(v, str) else describe_source(v))
+]
+PromptName = Annotated[SkipValidation[str | Prompt | Pose | None], PlainSerializer(_by_name)]
+ScorerName = Annotated[SkipValidation[str | Scorer | None], PlainSerializer(_by_name)]
+"""What is given by a name on the command line, and as an object in Python, is recorded by name."""
 
 
 class EvalSettings(BaseModel):
@@ -49,7 +88,17 @@ class EvalSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
-    problems: str = Field("arithmetic", description=f"{', '.join(SOURCES)}, or a .jsonl file in GSM8K's format.")
+    problems: SourceName = Field(
+        "arithmetic",
+        description=f"{', '.join(SOURCES.built_in)}; a .jsonl, .csv or .parquet file with question and answer; "
+        f"hf:OWNER/NAME?split=SPLIT; or {REFERENCE}.",
+    )
+    columns: Annotated[dict[str, str] | None, BeforeValidator(_read_columns)] = Field(
+        None, description="Columns to take fields from: question=COLUMN,answer=COLUMN,problem_id=COLUMN."
+    )
+    fields: Annotated[tuple[str, ...] | None, BeforeValidator(read_names)] = Field(
+        None, description="Further fields of a record to keep, comma-separated; all if absent."
+    )
     samples: int = Field(3, ge=1, description="How many problems.")
     offset: int = Field(0, ge=0, description="How many problems to leave out before them.")
     sample_ids: Annotated[tuple[str, ...] | None, BeforeValidator(read_names)] = Field(
@@ -81,20 +130,34 @@ class EvalSettings(BaseModel):
     temperature: Temperature = 0.0
     top_p: TopP = 1.0
     seed: int = Field(0, ge=0, lt=2**63, description="Seed of the sampling; epoch e samples with seed + e - 1.")
-    prompt: str = Field("answer-line", description=f"{', '.join(PROMPTS)}.")
-    prompt_file: Path | None = Field(None, description="A text with {question} in it, instead.")
+    prompt: PromptName = Field(
+        None,
+        description=f"{', '.join(PROMPTS.built_in)}; a text with {{question}} in it; or {REFERENCE}. If absent, "
+        "answer-line, or answer-text where answers are texts.",
+    )
+    prompt_file: Path | None = Field(None, description="A text with {question} in it, or a Jinja template, instead.")
     system: str | None = Field(None, description="The system's message, instead of the prompt's own.")
     fixed_shots: int | None = Field(
         None,
         ge=0,
         description="Solved problems before every problem, always the same, instead of the prompt's shots: the first of its "
-        "own fixed ones, or of GSM8K's training set.",
+        "own fixed ones, or of --shots-source.",
+    )
+    drawn_shots: int | None = Field(
+        None,
+        ge=0,
+        description="Solved problems drawn for each problem, from --shots-source, instead of the prompt's shots.",
+    )
+    shots_source: str | None = Field(
+        None, description="Where solved problems come from, as --problems; GSM8K's training set if absent."
     )
     variants: Path | None = Field(
         None, description="A YAML file of names and prompt prefixes: all problems under each."
     )
-    extractor: str | None = Field(
-        None, description=f"The primary one of {', '.join(EXTRACTORS)}; the prompt's own if absent. All are reported."
+    extractor: ScorerName = Field(
+        None,
+        description=f"The primary one of {', '.join(EXTRACTORS)}, or a scorer of one's own, {REFERENCE}; the prompt's own if "
+        "absent. All are reported.",
     )
     request_timeout: float = Field(
         600.0, gt=0, le=86_400, description="Seconds one request may take, retries and waiting included."
@@ -110,15 +173,32 @@ class EvalSettings(BaseModel):
     device: Device | None = Field(None, description="Device of a model loaded here.")
     verbose: bool = Field(False, description="Show Ray's log, and tracebacks.")
 
+    @field_validator("problems")
+    @classmethod
+    def _known_source(cls, value: Any) -> Any:
+        if not isinstance(value, str) and not callable(value):
+            raise ValueError(f"{shown(value)} is no source; allowed are a name, a path, a reference, and a function")
+        return value
+
     @field_validator("prompt")
     @classmethod
-    def _known_prompt(cls, value: str) -> str:
-        return _one_of(value, PROMPTS)
+    def _known_prompt(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return _checked(find_prompt, value)
+        if value is not None and not isinstance(value, Prompt) and not callable(value):
+            raise ValueError(
+                f"{shown(value)} is no prompt; allowed are a name, a text, a Prompt, and a function of a problem"
+            )
+        return value
 
     @field_validator("extractor")
     @classmethod
-    def _known_extractor(cls, value: str | None) -> str | None:
-        return value if value is None else _one_of(value, EXTRACTORS)
+    def _known_scorer(cls, value: Any) -> Any:
+        if value is not None and not isinstance(value, str) and not callable(value):
+            raise ValueError(
+                f"{shown(value)} is no scorer; allowed are a name, a reference, and a function (output, problem)"
+            )
+        return value if value is None else _checked(choose_scorer, value)
 
     @field_validator("parallel", mode="before")
     @classmethod
@@ -156,6 +236,12 @@ class EvalSettings(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _one_kind_of_shots(self) -> Self:
+        if self.fixed_shots is not None and self.drawn_shots is not None:
+            raise ValueError("--fixed-shots and --drawn-shots exclude one another")
+        return self
+
+    @model_validator(mode="after")
     def _ids_are_all(self) -> Self:
         if self.sample_ids is not None and (self.offset or self.shuffle):
             raise ValueError(
@@ -171,18 +257,43 @@ class EvalSettings(BaseModel):
             PromptError: if the prompt's file cannot be used, or there are fewer fixed shots.
             ProblemError: if fixed shots cannot be read.
         """
-        return choose_prompt(self.prompt, self.prompt_file, self.system, self.fixed_shots)
+        chosen = self.prompt if self.prompt is not None else ANSWER_LINE
+        return choose_prompt(
+            chosen, self.prompt_file, self.system, self.fixed_shots, self.shots_source, self.drawn_shots
+        )
+
+    @property
+    def chosen_scorer(self) -> Found[Scorer]:
+        """Whose verdict is a sample's.
+
+        Raises:
+            UnknownScorerError: if it cannot be found.
+            PromptError: as for the prompt, whose own it is if none is chosen.
+            ProblemError: likewise.
+        """
+        return choose_scorer(self.extractor or self.chosen_prompt.extractor)
+
+    def suited_to(self, problems: Sequence[Problem]) -> Self:
+        """Return the settings with the prompt that suits the problems, if none was chosen."""
+        if self.prompt is not None or self.prompt_file is not None:
+            return self
+        numbers = all(is_number(problem.gold) for problem in problems)
+        return self.model_copy(update={"prompt": (ANSWER_LINE if numbers else ANSWER_TEXT).name})
 
     @property
     def selection(self) -> Selection:
         """Which problems are posed."""
+        prompt = self.chosen_prompt
         return Selection(
             source=self.problems,
+            columns=self.columns,
+            fields=self.fields,
             samples=self.samples,
             offset=self.offset,
             sample_ids=self.sample_ids,
             shuffle_seed=self.seed if self.shuffle else None,
-            shots=self.chosen_prompt.shots,
+            shots=prompt.shots,
+            shots_source=prompt.shots_source,
         )
 
     @property
@@ -211,7 +322,14 @@ def check_settings(**values: Any) -> EvalSettings:
     return read_options(EvalSettings, values, SettingsError)
 
 
-def _one_of(value: str, allowed: dict[str, Any]) -> str:
-    if value not in allowed:
-        raise ValueError(f"{value!r} is unknown; allowed are {', '.join(allowed)}")
+def _checked(find: Callable[[Any], Any], value: Any) -> Any:
+    """Return a value whose name finds something.
+
+    Raises:
+        ValueError: in the words of what looked for it, without the option's name.
+    """
+    try:
+        find(value)
+    except EvalError as error:
+        raise ValueError(re.sub(r"^--\w+: ", "", str(error))) from error
     return value

@@ -17,12 +17,15 @@ from eval_jobs.scoring import EXTRACTORS
 from roentgen.runs import VERDICTS, Posed, RunConfig, Sample, same_template
 from roentgen.statistics import accuracy, difference, majority, mean, pass_at_k
 
-NAMES = tuple(EXTRACTORS)
+
+def extractors_of(config: RunConfig) -> tuple[str, ...]:
+    """Return the names of a run's extractors and scorers: those built in, and its own."""
+    return (*EXTRACTORS, *(name for name in config.scorers if name not in EXTRACTORS))
 
 
 class _Row(NamedTuple):
-    """What of a sample is kept: per extractor of `NAMES`, what it read and whether that is right (None if the sample is older
-    than the extractor)."""
+    """What of a sample is kept: per extractor, what it read and whether that is right (None if it did not judge the sample: it
+    is newer, or reads only numbers)."""
 
     problem: str
     answers: tuple[str | None, ...]
@@ -33,6 +36,8 @@ class _Row(NamedTuple):
 class _Group:
     """The samples of a variant, or of a run."""
 
+    names: tuple[str, ...]
+    """The extractors."""
     clusters: dict[Hashable, int]
     """Of each problem's id, the problems that count as one with it: the same question, or of one template. Filled when all
     samples have been read."""
@@ -47,8 +52,8 @@ class _Group:
     tool_calls: int = 0
 
     def add(self, sample: Sample) -> None:
-        answers = tuple(sample.answers.get(name) for name in NAMES)
-        correct = tuple(sample.correct_by.get(name) for name in NAMES)
+        answers = tuple(sample.answers.get(name) for name in self.names)
+        correct = tuple(sample.correct_by.get(name) for name in self.names)
         self.rows.append(_Row(sample.problem_id, answers, correct))
         self.truncated += sample.finish_reason == "length"
         self.out_of_turns += sample.finish_reason == "max_turns"
@@ -59,26 +64,32 @@ class _Group:
         self.turns += len(sample.turns)
         self.tool_calls += sum(turn.tool_calls for turn in sample.turns)
 
+    @property
+    def judging(self) -> list[str]:
+        """The extractors that have judged a sample; all of a group that has none."""
+        judged = [any(row.correct[which] is not None for row in self.rows) for which in range(len(self.names))]
+        return [name for name, has in zip(self.names, judged, strict=True) if has or not self.rows]
+
     def verdicts(self, extractor: str) -> dict[Hashable, list[bool]]:
         """Return each problem's verdicts, in the order of its samples."""
-        which = NAMES.index(extractor)
+        which = self.names.index(extractor)
         found: dict[Hashable, list[bool]] = defaultdict(list)
         for row in self.rows:
             found[row.problem].append(bool(row.correct[which]))
         return found
 
     def accuracy(self, extractor: str) -> dict[str, Any]:
-        which = NAMES.index(extractor)
+        which = self.names.index(extractor)
         judged = [(verdict, row.problem) for row in self.rows if (verdict := row.correct[which]) is not None]
         return asdict(accuracy([verdict for verdict, _ in judged], [self.clusters[problem] for _, problem in judged]))
 
     def unparsable(self, extractor: str) -> int:
-        which = NAMES.index(extractor)
+        which = self.names.index(extractor)
         return sum(row.answers[which] is None for row in self.rows if row.correct[which] is not None)
 
     def count_verdicts(self, extractor: str) -> dict[str, int]:
         """Count what an extractor says of the samples, by `VERDICTS`."""
-        which = NAMES.index(extractor)
+        which = self.names.index(extractor)
         right = sum(bool(row.correct[which]) for row in self.rows)
         judged = sum(row.correct[which] is not None for row in self.rows)
         unread = self.unparsable(extractor)
@@ -86,7 +97,7 @@ class _Group:
 
     def unread_but_right(self, extractor: str) -> int:
         """Count the samples in which an extractor found nothing and another one the gold answer."""
-        which = NAMES.index(extractor)
+        which = self.names.index(extractor)
         return sum(row.answers[which] is None and any(row.correct) for row in self.rows)
 
 
@@ -122,7 +133,8 @@ class _Stored:
 def summarise(config: RunConfig, samples: Iterable[Sample]) -> dict[str, Any]:
     """Return what a run's samples come to."""
     clusters: dict[Hashable, int] = {}
-    every, variants, stored = _Group(clusters), {name: _Group(clusters) for name in config.variants}, _Stored()
+    names = extractors_of(config)
+    every, variants, stored = _Group(names, clusters), {v: _Group(names, clusters) for v in config.variants}, _Stored()
     errors, failures, disagreements, posed = 0, Failures(), [], dict[str, Posed]()
     for sample in samples:
         if sample.error is not None:
@@ -158,8 +170,8 @@ def summarise(config: RunConfig, samples: Iterable[Sample]) -> dict[str, Any]:
         "verdicts": every.count_verdicts(primary),
         "accuracy": every.accuracy(primary),
         "several_samples": _several(every, primary) if config.problems.get("epochs", 1) > 1 and not variants else None,
-        "extractors": {name: _extractor(every, name, primary) for name in EXTRACTORS},
-        "agreement": _agreement(every.rows),
+        "extractors": {name: _extractor(every, name, primary) for name in every.judging},
+        "agreement": _agreement(every),
         "disagreements": disagreements,
         "variants": _variants(variants, primary, config.problems.get("epochs", 1)),
         "prompt_tokens": every.prompt_tokens,
@@ -184,7 +196,7 @@ def disagree(sample: Sample, primary: str) -> bool:
 
 
 def _extractor(group: _Group, name: str, primary: str) -> dict[str, Any]:
-    this, that = NAMES.index(name), NAMES.index(primary)
+    this, that = group.names.index(name), group.names.index(primary)
     return {
         **group.accuracy(name),
         "unparsable": group.unparsable(name),
@@ -195,23 +207,24 @@ def _extractor(group: _Group, name: str, primary: str) -> dict[str, Any]:
     }
 
 
-def _agreement(rows: Sequence[_Row]) -> list[dict[str, Any]]:
+def _agreement(group: _Group) -> list[dict[str, Any]]:
     """Return, for each pair of extractors, how many outputs they judge alike, and which way they differ on the rest."""
+    places = [group.names.index(name) for name in group.judging]
     return [
         {
-            "extractors": [NAMES[one], NAMES[other]],
+            "extractors": [group.names[one], group.names[other]],
             "same": sum(row.correct[one] == row.correct[other] for row in both),
             "only_first": sum(bool(row.correct[one]) and not row.correct[other] for row in both),
             "only_second": sum(bool(row.correct[other]) and not row.correct[one] for row in both),
         }
-        for one, other in combinations(range(len(NAMES)), 2)
-        for both in [[row for row in rows if None not in (row.correct[one], row.correct[other])]]
+        for one, other in combinations(places, 2)
+        for both in [[row for row in group.rows if None not in (row.correct[one], row.correct[other])]]
     ]
 
 
 def _several(group: _Group, extractor: str) -> dict[str, Any]:
     """Return pass@k and maj@k, over the problems that have k samples; maj@k is of the first k of each."""
-    which = NAMES.index(extractor)
+    which = group.names.index(extractor)
     by_problem: dict[str, list[tuple[str | None, bool]]] = defaultdict(list)
     for row in group.rows:
         by_problem[row.problem].append((_number(row.answers[which]), bool(row.correct[which])))
@@ -257,7 +270,7 @@ def _variants(groups: dict[str, _Group], primary: str, epochs: int) -> dict[str,
             "samples": len(group.rows),
             "accuracy": group.accuracy(primary),
             "several_samples": _several(group, primary) if epochs > 1 else None,
-            "extractors": {extractor: group.accuracy(extractor) for extractor in EXTRACTORS},
+            "extractors": {extractor: group.accuracy(extractor) for extractor in group.judging},
             "truncated": group.truncated,
             "unparsable": group.unparsable(primary),
             "verdicts": group.count_verdicts(primary),

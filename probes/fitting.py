@@ -14,6 +14,7 @@ from torch import Tensor
 
 from probes import baselines
 from probes.calibration import Calibration
+from probes.choosing import Fit, choose_kind
 from probes.controls import Controls, without
 from probes.dataset import ProbeDataset
 from probes.errors import ProbeDataError
@@ -22,7 +23,6 @@ from probes.folds import Fold, mixed, nested_folds, shuffle_labels
 from probes.intervals import bootstrap_weights
 from probes.kinds import DEFAULT_KINDS, KINDS, Kind
 from probes.kinds.linear import LinearProbes
-from probes.labels import Target
 from probes.positions import check_positions
 from probes.report import Best, Candidate, Estimate, KeyResult, ProbeReport
 from probes.sources import Where
@@ -47,21 +47,6 @@ class Trained:
     """One per candidate, fitted on all samples; none for kinds that are no direction."""
     calibrations: tuple[tuple[Calibration, ...], ...]
     """Per candidate, what makes log-odds of the scores of each outer fold's probe."""
-
-
-def choose_kind(target: Target, name: str | None) -> Kind:
-    """Return the kind of probe to fit.
-
-    Raises:
-        ProbeDataError: if there is no such kind, or it does not read such a target.
-    """
-    fitting = [kind.name for kind in KINDS.values() if kind.target == target.kind]
-    kind = KINDS.get(name or DEFAULT_KINDS[target.kind])
-    if kind is None or kind.target != target.kind:
-        raise ProbeDataError(
-            f"kind: {name!r} does not read {target.name!r}, which is {target.kind}; allowed are {', '.join(fitting)}"
-        )
-    return kind
 
 
 def check_reads(kind: Kind, positions: Sequence[str]) -> None:
@@ -89,7 +74,7 @@ def check_seed(seed: int) -> None:
 def fit_and_evaluate(
     data: ProbeDataset,
     positions: Sequence[str] = ("last_prompt",),
-    kind: str | None = None,
+    kind: str | Kind | Fit | None = None,
     declared: str | None = None,
     seed: int = 0,
     session: Where | None = None,
@@ -100,7 +85,7 @@ def fit_and_evaluate(
     Args:
         data: what to learn from.
         positions: where to read.
-        kind: of probe; the usual one of the target if None.
+        kind: of probe, by a name, a reference, or itself; the usual one of the target if None.
         declared: the name of a candidate chosen beforehand, to be reported beside the best.
         seed: of folds, bootstrap, shuffles and random directions; the same seed gives the same report.
         session: the session that `data` was read from, if not the run's own.
@@ -161,6 +146,7 @@ def fit_and_evaluate(
         target=data.target.kind,
         classes=data.target.classes,
         kind=chosen.name,
+        kind_hash=chosen.digest,
         positions=tuple(positions),
         seed=seed,
         roentgen=__version__,
@@ -188,7 +174,7 @@ def fit_and_evaluate(
     probes = [
         SavedProbe(
             part.weight[0, 0], part.bias[0, 0], part.mean[0], part.scale[0],
-            card=_card(data, report, result, controls.every(everything.scores[n], everything.raw[n])),
+            card=_card(data, chosen, report, result, controls.every(everything.scores[n], everything.raw[n])),
         )
         for n, (result, part) in enumerate(zip(results, weights, strict=False))
     ]  # fmt: skip
@@ -203,7 +189,8 @@ def _refit(X: Float[Tensor, "models rows d"], data: ProbeDataset, kind: Kind, to
     for number, value in enumerate(told.strength):
         strengths = torch.tensor([value], dtype=torch.float64, device=X.device)
         probes = kind.fit(X[number : number + 1], y, problems, strengths)
-        assert isinstance(probes, LinearProbes)
+        if not isinstance(probes, LinearProbes):  # a user's kind that is no direction: nothing is saved
+            return []
         fitted.append(told.calibration(number)[0].probes(probes))
     return fitted
 
@@ -225,7 +212,9 @@ def _find(candidates: list[Candidate], name: str) -> int:
     return names.index(name)
 
 
-def _card(data: ProbeDataset, report: ProbeReport, result: KeyResult, metrics: dict[str, Estimate]) -> ProbeCard:
+def _card(
+    data: ProbeDataset, kind: Kind, report: ProbeReport, result: KeyResult, metrics: dict[str, Estimate]
+) -> ProbeCard:
     spec = data.sources[0].session.spec(str(data.sources[0].rollouts["shard"].iloc[0]))
     return ProbeCard(
         model=spec.model,
@@ -236,7 +225,7 @@ def _card(data: ProbeDataset, report: ProbeReport, result: KeyResult, metrics: d
         label=report.label,
         target=report.target,
         classes=report.classes,
-        unit=_unit(KINDS[report.kind]),
+        unit=_unit(kind),
         strength=result.strength,
         folds=report.n_folds,
         metrics={name: estimate.to_json() for name, estimate in metrics.items()},

@@ -1,7 +1,8 @@
 """What a probe can be trained to read: a label's name turned into a target, one value per example.
 
-Labels come from three places, looked up in this order: the built-in ones below, which need a run's record; columns of a table
-(CSV or parquet) that the caller gives; and the labels that were sent with the capture and lie in the store's index.
+Labels come from four places: columns of a table (CSV or parquet) that the caller gives; the built-in ones below, which need a
+run's record; what the record has beside them, the fields of the problems and what scorers found; and the labels that were sent
+with the capture and lie in the store's index. A field that is called as a built-in label is `field:NAME`.
 
 A new built-in label is one line in `LABELS`.
 """
@@ -19,6 +20,7 @@ from jaxtyping import Shaped
 
 from probes.errors import ProbeDataError
 from probes.kinds import TargetKind
+from roentgen.contract import plain_labels
 from roentgen.runs import Posed, RunConfig, Sample, same_question
 
 _CALCULATION = re.compile(r"<<[^<>]*=\s*(-?[\d.,]+)>>")
@@ -51,6 +53,11 @@ class Example:
     """The run's configuration, likewise."""
     asked: str | None = None
     """The question without what surrounds it, where `question` is a whole prompt and the question is known; else None."""
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """What the record has of it that may be a label: its problem's fields, and what scorers found."""
+        return {} if self.sample is None else {**plain_labels(self.sample.fields), **self.sample.values}
 
     @property
     def posed(self) -> Posed:
@@ -168,17 +175,24 @@ def read_label(name: str, examples: Sequence[Example], table: str | Path | None 
     Raises:
         ProbeDataError: if there is no such label, or the table cannot be joined.
     """
-    prefix, _, number = name.partition(":")
+    prefix, _, rest = name.partition(":")
     columns = _read_table(table) if table is not None else None
     if columns is not None and name in columns:
         return _from_table(columns, name, examples)
+    recorded = sorted({label for example in examples for label in example.recorded})
     if name in LABELS:
+        if name in recorded:
+            raise ProbeDataError(
+                f"label: {name!r} is built in, and a field of these problems too; for the field, ask for field:{name}"
+            )
         return LABELS[name](examples)
-    if prefix == "step_value" and number.isdigit() and int(number) > 0:
-        return step_value(int(number))(examples)
-    stored = sorted({label for example in examples for label in example.labels})
+    if prefix == "step_value" and rest.isdigit() and int(rest) > 0:
+        return step_value(int(rest))(examples)
+    if prefix == "field" and rest in recorded:
+        return [example.recorded.get(rest) for example in examples]
+    stored = sorted({label for example in examples for label in (*example.labels, *example.recorded)})
     if name in stored:
-        return [example.labels.get(name) for example in examples]
+        return [example.recorded.get(name, example.labels.get(name)) for example in examples]
     given = sorted(set(columns.columns) - {"rollout_id", "problem_id", "epoch"}) if columns is not None else []
     raise ProbeDataError(
         f"label: {name!r} is not known; allowed are {', '.join([*LABELS, 'step_value:1', *given, *stored])}"

@@ -174,6 +174,8 @@ class ProbeReport:
     of the most frequent class; the other metrics of the training share of True."""
     gains: dict[str, Estimate] = field(default_factory=dict)
     """How much higher the best candidate's are, paired; of Brier score and calibration error, lower is better."""
+    kind_hash: str | None = None
+    """Hash of the source of a kind of probe that is not built in."""
     without: dict[str, Subset] = field(default_factory=dict)
     """The best candidate on samples without a confounder, by its name, where some have it: `truncated`, `unread`."""
     n_groups: int | None = None
@@ -277,6 +279,7 @@ class ProbeReport:
             "roentgen": self.roentgen,
             "sources": list(self.sources),
             "kind": self.kind,
+            **({} if self.kind_hash is None else {"kind_hash": self.kind_hash}),
             "label": self.label,
             "target": self.target,
             "classes": list(self.classes),

@@ -22,12 +22,13 @@ import torch
 from matplotlib.figure import Figure
 
 from probes import plots
+from probes.choosing import Fit, choose_kind
 from probes.closeup import Closeup, look_closely
 from probes.dataset import ProbeDataset
 from probes.errors import ProbeDataError
-from probes.fitting import Trained, check_seed, choose_kind, fit_and_evaluate
+from probes.fitting import Trained, check_seed, fit_and_evaluate
 from probes.folds import nested_folds
-from probes.kinds import DEFAULT_KINDS, KINDS
+from probes.kinds import DEFAULT_KINDS, Kind
 from probes.page import render_page
 from probes.report import ProbeReport
 from probes.sources import Where
@@ -41,7 +42,7 @@ def train(
     label: str = "correct",
     positions: str | Sequence[str] = ("last_prompt",),
     *,
-    kind: str | None = None,
+    kind: str | Kind | Fit | None = None,
     declared: str | None = None,
     seed: int = 0,
     session: Where | None = None,
@@ -57,7 +58,7 @@ def train(
         sources: run directories, sessions, or one of either.
         label: what to read, see `labels`.
         positions: where to read, see `positions`.
-        kind: of probe; the usual one of the label if None.
+        kind: of probe, by a name, a reference, or itself; the usual one of the label if None.
         declared: a candidate named beforehand (`layers.12.resid_post@last_prompt`), reported beside the best.
         seed: of folds, bootstrap, shuffles and random directions; the same seed gives the same report.
         session: a session with other activations of the runs' answers, instead of their own.
@@ -78,7 +79,8 @@ def train(
     stage("reading the activations' index")
     data = ProbeDataset.open(sources, label, session=session, table=table)
     places = [positions] if isinstance(positions, str) else list(positions)
-    usual = choose_kind(data.target, kind).name == DEFAULT_KINDS[data.target.kind]
+    chosen = choose_kind(data.target, kind)
+    usual = chosen.name == DEFAULT_KINDS[data.target.kind]
     if output is None:
         if len(data.names) > 1 or data.examples[0].config is None:
             raise ProbeDataError(
@@ -86,13 +88,13 @@ def train(
             )
         run = Path(str(sources if isinstance(sources, str | Path) else sources[0])).expanduser().absolute()
         name = label.replace(":", "-") + ("" if session is None else f"@{data.sources[0].session.name}")
-        output = run / "probes" / (name if usual else f"{name}+{kind}")
+        output = run / "probes" / (name if usual else f"{name}+{chosen.name}")
     _check_folder(Path(str(output)).expanduser())
-    stage(f"training {kind or DEFAULT_KINDS[data.target.kind]} probes: {len(data.keys)} keys at {', '.join(places)}")
-    trained = fit_and_evaluate(data, places, kind, declared, seed, session, device)
+    stage(f"training {chosen.name} probes: {len(data.keys)} keys at {', '.join(places)}")
+    trained = fit_and_evaluate(data, places, chosen, declared, seed, session, device)
     stage("drawing the page")
     folder = Path(str(output)).expanduser().absolute()
-    _write(folder, trained, data)
+    _write(folder, trained, data, chosen)
     written(folder / "report.html")
     return trained.report
 
@@ -105,11 +107,10 @@ def _check_folder(folder: Path) -> None:
         raise ProbeDataError(f"output: {folder} cannot be written: {there} {why}; choose another --output")
 
 
-def _look_closely(data: ProbeDataset, trained: Trained) -> Closeup | None:
+def _look_closely(data: ProbeDataset, trained: Trained, kind: Kind) -> Closeup | None:
     """Look at the candidate named beforehand, else at the one most folds chose; None where a sample has no score of its own."""
     report = trained.report
-    kind = KINDS[report.kind]
-    if report.target != "binary" or kind.tokens or kind.within:
+    if report.target != "binary" or kind.within or not trained.probes:
         return None
     (name,) = report.declared.names if report.declared else (Counter(report.best.names).most_common(1)[0][0],)
     number, result = next((n, result) for n, result in enumerate(report.results) if result.name == name)
@@ -119,10 +120,10 @@ def _look_closely(data: ProbeDataset, trained: Trained) -> Closeup | None:
     )
 
 
-def _write(folder: Path, trained: Trained, data: ProbeDataset) -> None:
+def _write(folder: Path, trained: Trained, data: ProbeDataset, kind: Kind) -> None:
     make_folder(folder)
     report = trained.report
-    closeup = _look_closely(data, trained)
+    closeup = _look_closely(data, trained, kind)
     figures = {"auroc_by_layer": plots.by_layer(report)}
     if len(report.positions) > 1:
         figures["heatmap"] = plots.heatmap(report)

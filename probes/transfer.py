@@ -13,11 +13,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from probes.choosing import Fit, choose_kind
 from probes.cross_validation import Case, cross_validate, whole
 from probes.dataset import ProbeDataset
 from probes.errors import OneClassError, ProbeDataError
 from probes.evaluation import choose_strength, main_estimate
-from probes.fitting import check_reads, check_seed, choose_kind
+from probes.fitting import check_reads, check_seed
 from probes.folds import NEEDS_CONTRASTS, SAMPLE_AGAIN, grouped_splits, mixed
 from probes.intervals import bootstrap_weights
 from probes.kinds import Kind
@@ -69,7 +70,7 @@ def transfer(
     test: ProbeDataset,
     keys: list[str],
     positions: str = "last_prompt",
-    kind: str | None = None,
+    kind: str | Kind | Fit | None = None,
     seed: int = 0,
 ) -> list[Estimate]:
     """Train on one set and test on another, each key by itself; the strength is chosen on the training side.
@@ -113,7 +114,7 @@ def compare(
     second: Where,
     label: str = "correct",
     positions: str = "last_prompt",
-    kind: str | None = None,
+    kind: str | Kind | Fit | None = None,
     seed: int = 0,
     table: Where | None = None,
 ) -> Comparison:
@@ -140,8 +141,8 @@ def compare(
     chosen = choose_kind(one.target, kind)
     if chosen.tokens:
         raise ProbeDataError(f"kind: {chosen.name!r} has no direction to compare")
-    there = transfer(one, two, keys, positions, kind, seed)
-    back = transfer(two, one, keys, positions, kind, seed)
+    there = transfer(one, two, keys, positions, chosen, seed)
+    back = transfer(two, one, keys, positions, chosen, seed)
     cosines = [_cosine(one, two, key, positions, chosen, seed) for key in keys]
     return Comparison(
         (one.names[0], two.names[0]), label, chosen.name, positions,

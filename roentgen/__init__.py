@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, Any
 from roentgen.version import __version__
 
 if TYPE_CHECKING:
+    from eval_jobs.prompts import Prompt
+    from eval_jobs.records import Problem
+    from eval_jobs.verdicts import Output, Verdict
     from roentgen import probes
     from roentgen.api.evaluating import evaluate, evaluate_async
     from roentgen.api.model import Model, load
@@ -34,6 +37,9 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Model",
+    "Output",
+    "Problem",
+    "Prompt",
     "RequestError",
     "Rollout",
     "Run",
@@ -41,6 +47,7 @@ __all__ = [
     "Server",
     "Session",
     "Steer",
+    "Verdict",
     "__version__",
     "compare",
     "evaluate",
@@ -55,6 +62,9 @@ __all__ = [
 
 _HOMES = {
     "Model": "roentgen.api.model",
+    "Output": "eval_jobs.verdicts",
+    "Problem": "eval_jobs.records",
+    "Prompt": "eval_jobs.prompts",
     "RequestError": "serve_app.errors",
     "Rollout": "roentgen.api.rollout",
     "Run": "roentgen.runs",
@@ -62,6 +72,7 @@ _HOMES = {
     "Server": "roentgen.api.serving",
     "Session": "roentgen.store",
     "Steer": "roentgen.api.steering",
+    "Verdict": "eval_jobs.verdicts",
     "compare": "roentgen.api.results",
     "evaluate": "roentgen.api.evaluating",
     "evaluate_async": "roentgen.api.evaluating",

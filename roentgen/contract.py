@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, overload
 
@@ -167,6 +168,18 @@ def spell_labels(labels: dict[str, Any]) -> str:
 
 
 Labels = Annotated[dict[str, LabelValue], AfterValidator(_check_labels)]
+
+LONGEST_LABEL = 1_000
+"""Characters of a problem's field that becomes a label; a longer one, such as a passage to be read, stays with its sample."""
+
+
+def plain_labels(fields: Mapping[str, Any]) -> dict[str, LabelValue]:
+    """Return those fields of a problem's record that are labels of its rollouts: numbers, truth values and short texts."""
+    return {
+        name: value
+        for name, value in fields.items()
+        if not isinstance(value, dict | list | tuple) and not (isinstance(value, str) and len(value) > LONGEST_LABEL)
+    }
 
 
 def stored_key(hook_point: str, layer: int | None = None) -> str:

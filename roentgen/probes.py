@@ -15,10 +15,13 @@ from torch import Tensor
 
 from probes import ProbeReport
 from probes import train as train_probes
+from probes.choosing import Fit
+from probes.kinds import Kind
+from probes.kinds.linear import LinearProbes
 from roentgen.linear_probe import SavedProbe, load_probe, read_cards
 from roentgen.pages import page_environment
 
-__all__ = ["TrainedProbes", "train"]
+__all__ = ["Kind", "LinearProbes", "TrainedProbes", "train"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -67,7 +70,7 @@ def train(
     label: str = "correct",
     positions: str | Sequence[str] = "last_prompt",
     *,
-    kind: str | None = None,
+    kind: str | Kind | Fit | None = None,
     declared: str | None = None,
     seed: int = 0,
     session: str | Path | None = None,
@@ -82,7 +85,8 @@ def train(
         sources: a run, a run directory, a session, or several of them.
         label: what to read: correct, truncated, difficulty, steps, a stored label, a table's column (docs/probes.md).
         positions: where, one or several: last_prompt, last, mean_prompt, mean_generated, before_answer, at:0.5, tokens.
-        kind: logistic, mean_difference, lda, contrast, attention, ridge or multinomial; else the label's usual.
+        kind: logistic, mean_difference, lda, contrast, attention, ridge or multinomial; a reference to a `Kind` or to a
+            function `fit(X, y, groups, strengths)` (docs/extending.md), or one itself; else the label's usual.
         declared: a candidate named beforehand, layers.12.resid_post@last_prompt.
         seed: of the folds and the bootstrap.
         session: a session that `Model.capture` or `roentgen capture` made of a run's answers, instead of the run's own rows.

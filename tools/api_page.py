@@ -113,7 +113,8 @@ def spell(parameter: inspect.Parameter) -> str:
     """Return a parameter as it stands in a call; what is not a plain value is left out."""
     stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
     plain = isinstance(parameter.default, str | int | float | tuple | None.__class__)
-    default = "" if parameter.default is inspect.Parameter.empty else f"={parameter.default!r}" if plain else "=…"
+    written = f'"{parameter.default}"' if isinstance(parameter.default, str) else repr(parameter.default)
+    default = "" if parameter.default is inspect.Parameter.empty else f"={written}" if plain else "=…"
     return f"{stars}{parameter.name}{default}"
 
 

@@ -1,7 +1,8 @@
 """The kinds of probe, one file each, and the list of them.
 
 A kind fits one probe per model (a stored key at a position) and strength, all of them together in batched tensors, on a CPU or
-a GPU: whichever device `X` is on. Adding one is a file with a `fit` and a line in `KINDS`.
+a GPU: whichever device `X` is on. Adding one is a file with a `fit` and a line in `KINDS`; a user's own comes from elsewhere by
+the same registry (`choosing`).
 """
 
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from probes.kinds import attention, contrast, lda, logistic, mean_difference, multinomial, ridge
+from roentgen.extensions import Registry
 
 TargetKind = Literal["binary", "real", "classes"]
 
@@ -44,6 +46,8 @@ class Kind:
     """Whether it takes every token of a sample instead of one row."""
     within: bool = False
     """Whether it reads differences within a problem only, so that samples of different problems do not compare."""
+    digest: str | None = None
+    """Hash of the source of a kind that is not built in."""
 
     @property
     def probabilistic(self) -> bool:
@@ -51,7 +55,7 @@ class Kind:
         return self.target != "real" and not self.within
 
 
-KINDS: dict[str, Kind] = {
+_BUILT_IN = {
     kind.name: kind
     for kind in (
         Kind(
@@ -70,6 +74,8 @@ KINDS: dict[str, Kind] = {
         Kind("multinomial", "classes", multinomial.fit, (1e-4, 1e-3, 1e-2, 1e-1), "C, the inverse of the L2 penalty"),
     )
 }
+
+KINDS: Registry[Kind] = Registry("roentgen.probe_kinds", _BUILT_IN)
 """Every kind, by name."""
 
 DEFAULT_KINDS: dict[TargetKind, str] = {"binary": "logistic", "real": "ridge", "classes": "multinomial"}

@@ -7,7 +7,7 @@ would be compared with one that has them.
 
 import asyncio
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,14 @@ class SweepError(Exception):
 
 @dataclass(frozen=True)
 class Task:
-    """One problem: what is asked, and what is right."""
+    """One problem: what is asked."""
 
     problem_id: str
     messages: list[dict[str, Any]]
-    gold: str
 
 
-Judge = Callable[[str, str], tuple[bool, bool]]
-"""From a text and the gold answer to whether an answer could be read, and whether it is right."""
+Judge = Callable[[str, str], Awaitable[tuple[bool, bool]]]
+"""From a text and the id of its problem to whether an answer could be read, and whether it is right."""
 
 
 class Outcome(BaseModel):
@@ -142,7 +141,7 @@ async def _answer(client: AsyncOpenAI, plan: SweepPlan, task: Task, arm: Arm, ju
         raise SweepError(f"{where}: {error.message}") from error
     choice = reply.choices[0]
     text = choice.message.content or ""
-    parsed, correct = judge(text, task.gold)
+    parsed, correct = await judge(text, task.problem_id)
     return Outcome(
         problem_id=task.problem_id,
         along=arm.along,

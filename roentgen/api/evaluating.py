@@ -2,20 +2,24 @@
 
 import asyncio
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from threading import Event
 from typing import Any
 
+import pandas as pd
 from rich.console import Console
 
 from eval_jobs import EvalError
 from eval_jobs.command import perform
-from eval_jobs.problems import ProblemError
+from eval_jobs.problems import ProblemError, Record, Source, read_records
+from eval_jobs.prompts import Pose, Prompt
+from eval_jobs.records import record_of
 from eval_jobs.resume import RESULTS
 from eval_jobs.settings import EvalSettings, check_settings
+from eval_jobs.verdicts import Scorer
 from roentgen.api.asking import capture_fields
 from roentgen.api.model import Model
 from roentgen.api.serving import Server, serve
@@ -29,8 +33,10 @@ from roentgen.store import StoreError
 
 
 def evaluate(
-    problems: str | Path | Iterable[Mapping[str, Any]] = "arithmetic",
+    problems: str | Path | Source | Iterable[Record] = "arithmetic",
     *,
+    prompt: str | Prompt | Pose | None = None,
+    scorer: str | Scorer | None = None,
     model: str | Server | Model | None = None,
     capture: Mapping[str, Any] | None = None,
     output: str | Path | None = None,
@@ -40,16 +46,21 @@ def evaluate(
     """Evaluate a model on problems and score its answers; call it again with the same arguments to continue.
 
     Args:
-        problems: arithmetic, gsm8k, gsm8k-train, gsm-symbolic, a .jsonl file in GSM8K's format, or a list of
-            `{"question": …, "answer": …}`, all of which are posed. An answer is a number, or a solution that ends with
-            "#### <number>". A list is kept as a file, in the output folder or under results/problems.
+        problems: arithmetic, gsm8k, gsm8k-train, gsm-symbolic, a file, a dataset `hf:OWNER/NAME?split=test`, a function that
+            returns records (docs/extending.md), or the records themselves: a list, a table of pandas' or of `datasets`,
+            anything that gives `{"question": …, "answer": …}`, all of which are posed. An answer is a number, a text, or a
+            solution that ends with "#### <answer>". Records are kept as a file, in the output folder or results/problems.
+        prompt: how they are posed: answer-line, gsm8k and so on, a text with {question} in it, a Jinja template, a `Prompt`, or
+            a function of a `Problem` that returns a text or messages.
+        scorer: who judges the answers: answer, flexible and so on, or a function `(output, problem)`, also a coroutine
+            function, that returns a `Verdict`, True or False. It is sent to the processes that need it, with what it uses.
         model: a model's name, which is served for as long as it takes; a loaded `Model`, which is served from this process as
             it is, so its weights are in memory once; a `Server`; the base URL of any OpenAI-compatible server.
         capture: what to keep of activations, such as `dict(layers="all", hook_points=["resid_post"])`; nothing if absent.
         output: the run directory; made up under results/ if absent.
         console: where progress is shown; standard error if absent.
         settings: the other options of `roentgen eval`, as Python spells them: samples, epochs, prompt, temperature, seed,
-            max_tokens, parallel, extractor (docs/evaluation.md).
+            max_tokens, parallel, columns, fields (docs/evaluation.md).
 
     Returns:
         The run, complete or with failed samples.
@@ -59,12 +70,15 @@ def evaluate(
         RunError: if the run directory is damaged.
         RequestError: if something to keep is not known.
     """
-    return _evaluate(problems, model, capture, output, console, settings)
+    own = {**settings, "prompt": prompt, "scorer": scorer}
+    return _evaluate(problems, model, capture, output, console, own)
 
 
 async def evaluate_async(
-    problems: str | Path | Iterable[Mapping[str, Any]] = "arithmetic",
+    problems: str | Path | Source | Iterable[Record] = "arithmetic",
     *,
+    prompt: str | Prompt | Pose | None = None,
+    scorer: str | Scorer | None = None,
     model: str | Server | Model | None = None,
     capture: Mapping[str, Any] | None = None,
     output: str | Path | None = None,
@@ -75,10 +89,9 @@ async def evaluate_async(
 
     Cancelled, it stops what it has started; what is recorded stays, and the same call continues.
     """
+    own = {**settings, "prompt": prompt, "scorer": scorer}
     stop = Event()
-    work = asyncio.ensure_future(
-        asyncio.to_thread(_evaluate, problems, model, capture, output, console, settings, stop)
-    )
+    work = asyncio.ensure_future(asyncio.to_thread(_evaluate, problems, model, capture, output, console, own, stop))
     try:
         return await asyncio.shield(work)
     except asyncio.CancelledError:
@@ -89,7 +102,7 @@ async def evaluate_async(
 
 
 def _evaluate(
-    problems: str | Path | Iterable[Mapping[str, Any]],
+    problems: str | Path | Source | Iterable[Record],
     model: str | Server | Model | None,
     capture: Mapping[str, Any] | None,
     output: str | Path | None,
@@ -97,7 +110,10 @@ def _evaluate(
     settings: Mapping[str, Any],
     stop: Event | None = None,
 ) -> Run:
+    if settings.get("scorer") is not None and settings.get("extractor") is not None:
+        raise ProblemError("scorer and extractor are one option: give one of them")
     given: dict[str, Any] = {**settings, **_server(model), "output": output}
+    given["extractor"] = given.pop("scorer", None) or given.get("extractor")
     if capture is not None:
         fields = capture_fields(capture)
         if "dtype" in fields:  # an evaluation's `dtype` is the model's
@@ -107,8 +123,11 @@ def _evaluate(
             given["layers"] = tuple(fields["layers"])
     if isinstance(problems, str | Path):
         given["problems"] = str(problems)
+    elif callable(problems):
+        given["problems"] = problems
     else:
-        file, count = _write_problems(problems, None if output is None else Path(output))
+        columns = given.pop("columns", None), given.pop("fields", None)
+        file, count = _write_problems(problems, None if output is None else Path(output), *columns)
         given["problems"] = str(file)
         given.setdefault("samples", count)
     shown = console or Console(stderr=True)
@@ -147,19 +166,16 @@ def _serving(settings: EvalSettings, console: Console, loaded: Model | None) -> 
         raise EvalError(str(error)) from error
 
 
-def _write_problems(problems: Iterable[Mapping[str, Any]], output: Path | None) -> tuple[Path, int]:
-    """Keep problems in a file of GSM8K's format; returns it and how many there are.
+def _write_problems(
+    problems: Iterable[Record], output: Path | None, columns: Mapping[str, str] | None, fields: Sequence[str] | None
+) -> tuple[Path, int]:
+    """Keep problems in a file; returns it and how many there are.
 
     Raises:
         ProblemError: naming the first that is none.
     """
-    lines = []
-    for number, problem in enumerate(problems, start=1):
-        fields = dict(problem)
-        if not isinstance(fields.get("question"), str) or "answer" not in fields:
-            raise ProblemError(f"problems[{number - 1}]: a problem has a 'question', a text, and an 'answer'")
-        answer = str(fields["answer"])
-        lines.append({**fields, "answer": answer if "####" in answer else f"#### {answer}"})
+    rows: Iterable[Any] = problems.to_dict("records") if isinstance(problems, pd.DataFrame) else problems
+    lines = [record_of(problem) for problem in read_records(rows, columns, fields)]
     if not lines:
         raise ProblemError("problems: the list is empty")
     folder = RESULTS / "problems" if output is None else output.expanduser()

@@ -7,8 +7,7 @@ from eval_jobs.comparison import compare as compare_runs
 from eval_jobs.outputs import write_summary
 from eval_jobs.report import write_report
 from eval_jobs.rescoring import rescore
-from eval_jobs.scoring import EXTRACTORS
-from eval_jobs.settings import SettingsError
+from eval_jobs.verdicts import Scorer
 from roentgen.runs import Run
 
 
@@ -27,19 +26,17 @@ def report(run: Run | str | Path) -> Path:
     return write_report(opened)
 
 
-def score(run: Run | str | Path, extractor: str | None = None) -> Run:
+def score(run: Run | str | Path, extractor: str | Scorer | None = None) -> Run:
     """Judge a run's answers again, without the model; what is made of them is written again too.
 
     Args:
         run: the run, or its folder.
-        extractor: the primary one from now on; the run's own if absent.
+        extractor: the primary one from now on: a name, a reference, or a function `(output, problem)`; the run's own if absent.
 
     Raises:
-        SettingsError: if there is no such extractor.
+        EvalError: if there is no such extractor, or it returns what is no verdict; the run is as it was.
         RunError: if an evaluation is writing the run, or it is damaged.
     """
-    if extractor is not None and extractor not in EXTRACTORS:
-        raise SettingsError(f"extractor: {extractor!r} is unknown; allowed are {', '.join(EXTRACTORS)}")
     return rescore(_opened(run), extractor)
 
 

@@ -20,14 +20,18 @@ from eval_jobs.variants import read_variants
 from roentgen.cli.console import expected_errors, out, stages
 from roentgen.cloud.task import ClusterSettings
 from roentgen.contract import DEFAULT_TAPS, DEFAULT_TAPS_NAME
+from roentgen.extensions import in_file, is_reference
 from roentgen.options import options_of, read_options
 
 OF_THE_SERVER = ("model", "revision", "dtype", "store")
 STAYS_HERE = frozenset({"output", *OF_THE_SERVER, "base_url", "ray_address"})
 """Options of the evaluation that mean something else, or nothing, on the cluster."""
 
-MAY_BE_FILES = ("problems", "prompt_file", "variants")
+MAY_BE_FILES = ("problems", "prompt_file", "variants", "shots_source")
 """Options whose value may be a file on this machine."""
+
+MAY_BE_REFERENCES = ("problems", "prompt", "extractor", "shots_source")
+"""Options whose value may refer to something in a Python file of this machine."""
 
 
 class LaunchOptions(BaseModel):
@@ -103,7 +107,8 @@ def _check(options: dict[str, Any]) -> EvalSettings:
     settings = check_settings(**options)
     if settings.problems not in SOURCES:
         next(read_source(settings.problems))
-    choose_prompt(settings.prompt, settings.prompt_file)  # fixed shots are read there, as problems are
+    if settings.prompt is not None or settings.prompt_file is not None:
+        choose_prompt(settings.prompt or "", settings.prompt_file)  # fixed shots are read there, as problems are
     if settings.variants is not None:
         read_variants(settings.variants)
     return settings
@@ -115,13 +120,27 @@ def taps_of(settings: EvalSettings) -> tuple[str, ...]:
     return (DEFAULT_TAPS_NAME, *added) if added else ()
 
 
-def named_files(options: dict[str, Any]) -> dict[str, Path]:
-    """Return the files of this machine that the evaluation's options name, by option."""
-    return {
+def named_files(options: dict[str, Any]) -> dict[str, Path | str]:
+    """Return the files of this machine that the evaluation's options name, by option; of something in one, `file.py:name`.
+
+    Raises:
+        EvalError: if something in an installed package is named, which the cluster does not have.
+    """
+    files: dict[str, Path | str] = {
         name: Path(options[name]).expanduser().absolute()
         for name in MAY_BE_FILES
         if options[name] is not None and Path(options[name]).expanduser().is_file()
     }
+    for name in MAY_BE_REFERENCES:
+        value = options[name]
+        if value is None or name in files or not is_reference(value):
+            continue
+        if (found := in_file(value)) is None:
+            raise EvalError(
+                f"--{name}: {value} is of a package, which the cluster lacks; name it as path/to/file.py:name"
+            )
+        files[name] = found
+    return files
 
 
 def forwarded(ctx: typer.Context, *, leave_out: frozenset[str]) -> list[str]:

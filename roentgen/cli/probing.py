@@ -28,7 +28,8 @@ def probe_train(
     kind: Annotated[
         str | None,
         typer.Option(
-            help="logistic, mean_difference, lda, contrast, attention, ridge or multinomial; else the label's usual."
+            help="logistic, mean_difference, lda, contrast, attention, ridge or multinomial, or a kind of one's own, "
+            "module:name or path/to/file.py:name; else the label's usual."
         ),
     ] = None,
     declared: Annotated[

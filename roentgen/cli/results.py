@@ -20,7 +20,11 @@ def report(run: RunPath) -> None:
 
 
 def score(
-    run: RunPath, extractor: Annotated[str | None, typer.Option(help="The primary one from now on.")] = None
+    run: RunPath,
+    extractor: Annotated[
+        str | None,
+        typer.Option(help="The primary one from now on: a name, or module:function or path/to/file.py:function."),
+    ] = None,
 ) -> None:
     """Judge a run's answers again, without the model, and print its scores."""
     from eval_jobs import EvalError

@@ -21,6 +21,7 @@ from roentgen.cloud.remote import Head
 from roentgen.cloud.skypilot import ROOT, SkyPilot
 from roentgen.cloud.task import ClusterSettings
 from roentgen.cloud.up import Launched, up
+from roentgen.extensions import file_of
 from roentgen.runs import Run, RunError
 from roentgen.serving.local_server import LaunchError
 
@@ -48,7 +49,7 @@ def launch_and_evaluate(
     afterwards: Afterwards,
     sky: SkyPilot,
     stage: Callable[[str], None],
-    files: Mapping[str, Path] = {},
+    files: Mapping[str, Path | str] = {},
 ) -> Path:
     """Evaluate on a cluster.
 
@@ -58,7 +59,7 @@ def launch_and_evaluate(
         afterwards: what is done when it is over.
         sky: SkyPilot.
         stage: told what is being done.
-        files: per option that names a file, the file here.
+        files: per option that names a file, or something in a Python file (`file.py:name`), what it names here.
 
     Returns:
         The run directory here.
@@ -76,9 +77,12 @@ def launch_and_evaluate(
             stage(f"taking {output} there, to continue it")
             head.push(output, there.removeprefix("~/"), leave_out="activations")
         words = [shlex.join(options), f"--output {there}"]
-        for option, file in files.items():
+        for option, named in files.items():
+            file, attribute = file_of(str(named)) or (Path(named), "")
             head.push_file(file, REMOTE_FILES.removeprefix("~/"))
-            words.append(f"{option} {REMOTE_FILES}/{shlex.quote(file.name)}")
+            words.append(
+                f"{option} {REMOTE_FILES}/{shlex.quote(f'{file.name}:{attribute}' if attribute else file.name)}"
+            )
         stage(f"evaluating; the run directory there is {there}")
         nodes = next((one.nodes for one in sky.clusters() if one.name == launched.name), 1)
         command = ["exec", launched.name, str(TASK), "--num-nodes", str(nodes), "--env", f"EVAL={' '.join(words)}"]

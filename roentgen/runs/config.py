@@ -29,6 +29,10 @@ class RunConfig(BaseModel):
     variants: dict[str, dict[str, str]] = Field(default_factory=dict)
     """Of a run that poses its problems under several prompt prefixes, each one's `prefix` and `config_hash`."""
 
+    scorers: dict[str, dict[str, str | None]] = Field(default_factory=dict)
+    """Of scorers that are not built in, by name: the `reference` that finds each (None of a function given in Python), and the
+    "hash" of its source."""
+
     @property
     def set_name(self) -> str:
         """What its samples are called after; those of older runs are all called after GSM8K."""

@@ -4,7 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from roentgen.contract import ActivationReply
+from roentgen.contract import ActivationReply, LabelValue
 from roentgen.runs.questions import Posed
 
 VERDICTS = ("correct", "wrong", "no_answer")
@@ -59,6 +59,8 @@ class Sample(BaseModel):
     """The gold answer."""
     template: str | None = None
     """What the question was made from, where problems are made from templates; None of others and of old records."""
+    fields: dict[str, Any] = Field(default_factory=dict)
+    """What else the problem's record has; plain values are labels of the stored rollouts too."""
     messages: list[dict[str, Any]] = Field(default_factory=list)
     """The conversation, the model's last message included."""
     response: str = ""
@@ -69,6 +71,8 @@ class Sample(BaseModel):
     """Each extractor's verdict."""
     correct: bool = False
     """The primary extractor's verdict."""
+    values: dict[str, LabelValue] = Field(default_factory=dict)
+    """What scorers found beside their verdicts, such as a judge's grade."""
     finish_reason: str | None = None
     """"stop", "length" if it was cut, "max_turns" if it was still calling tools in its last turn."""
     prompt_tokens: int = 0

@@ -1,8 +1,9 @@
 """A run's samples as a table, a row each, for whoever works in pandas, polars or DuckDB.
 
 Each extractor that the record knows has two columns, `answer_NAME` and `correct_NAME`; `correct` is the primary one's, and
-`verdict` tells a wrong answer from none (correct, wrong, no_answer). Messages are JSON. A sample's activations are found by its
-`rollout_ids`, one a turn, in the session at `session`.
+`verdict` tells a wrong answer from none (correct, wrong, no_answer). Messages are JSON, and so are the further `fields` of the
+problem and the `values` that scorers found. A sample's activations are found by its `rollout_ids`, one a turn, in the session
+at `session`.
 """
 
 import json
@@ -22,12 +23,14 @@ _BEFORE = [
     ("config_hash", pa.string()),
     ("question", pa.string()),
     ("gold", pa.string()),
+    ("fields", pa.string()),
     ("messages", pa.string()),
     ("response", pa.string()),
     ("correct", pa.bool_()),
     ("verdict", pa.string()),
 ]
 _AFTER = [
+    ("values", pa.string()),
     ("finish_reason", pa.string()),
     ("prompt_tokens", pa.int64()),
     ("cached_tokens", pa.int64()),
@@ -40,6 +43,7 @@ _AFTER = [
     ("rollout_ids", pa.list_(pa.string())),
     ("error", pa.string()),
 ]
+_SPELLED = ("fields", "messages", "values")
 _AS_RECORDED = tuple(name for name, _ in [*_BEFORE, *_AFTER] if name in Sample.model_fields)
 
 
@@ -65,7 +69,7 @@ def row_of(sample: Sample, extractor: str | None, session_uri: Callable[[Rollout
     """
     return {
         **{name: getattr(sample, name) for name in _AS_RECORDED},
-        "messages": json.dumps(sample.messages, ensure_ascii=False),
+        **{name: json.dumps(getattr(sample, name), ensure_ascii=False) for name in _SPELLED},
         "correct": None if sample.error is not None else sample.correct,
         "verdict": sample.verdict(extractor),
         **{f"answer_{name}": answer for name, answer in sample.answers.items()},

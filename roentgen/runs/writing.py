@@ -3,7 +3,7 @@
 Only the holder of the record's lock, inside `with recording(run) as record`, changes a run that is there.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -66,8 +66,17 @@ def rewrite(run: Run, change: Callable[[Sample], Sample], config: RunConfig) -> 
     Raises:
         RunError: if an evaluation is writing the run, or the record is damaged.
     """
+    return rewrite_all(run, lambda samples: map(change, samples), config)
+
+
+def rewrite_all(run: Run, change: Callable[[Iterable[Sample]], Iterable[Sample]], config: RunConfig) -> Run:
+    """Do the same with a function of all samples, which may change several at a time.
+
+    Raises:
+        RunError: as for `rewrite`.
+    """
     with recording(run):
         with atomic_write(run.record_path) as temporary, open(temporary, "wb") as file:
-            file.writelines(change(sample).model_dump_json().encode() + b"\n" for sample in run.read_samples())
+            file.writelines(sample.model_dump_json().encode() + b"\n" for sample in change(run.read_samples()))
         write_json(run.path / "config.json", config.model_dump())
     return Run(run.path, config)

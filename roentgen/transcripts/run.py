@@ -7,7 +7,7 @@ the rollout, its exact tokens come along, because tokenising a text does not alw
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from roentgen.contract import LabelValue, RolloutKey
+from roentgen.contract import LabelValue, RolloutKey, plain_labels
 from roentgen.runs import RolloutRef, Run, Sample
 from roentgen.store import Session, StoreError
 from roentgen.tokenized_text import Segment, TokenizedText
@@ -41,6 +41,8 @@ def _transcripts(run: Run, sample: Sample, known: dict[str, KnownTokens]) -> Ite
     refs = {ref.turn: ref for ref in sample.rollouts}
     extractor = run.config.settings.get("extractor")
     labels: dict[str, LabelValue] = {
+        **plain_labels(sample.fields),
+        **sample.values,
         "problem_id": sample.problem_id,
         "sample_id": sample.sample_id,
         "gold": sample.gold,

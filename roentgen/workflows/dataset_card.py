@@ -80,7 +80,8 @@ def evaluation_command(config: RunConfig) -> str:
         if isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")
         else:
-            spelled = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+            pairs = [f"{key}={one}" for key, one in value.items()] if isinstance(value, dict) else value
+            spelled = ",".join(map(str, pairs)) if isinstance(pairs, list) else str(pairs)
             words += [flag, PurePath(spelled).name if spelled.startswith("/") else spelled]
     return shlex.join(words)
 

@@ -23,7 +23,10 @@ from openai import APIError, AsyncOpenAI, OpenAI
 from rich.table import Table
 
 from eval_jobs.endpoint import Endpoint, FatalRequestError, settle
-from eval_jobs.scoring import score
+from eval_jobs.problems import Problem
+from eval_jobs.rescoring import find_scorer, problem_of
+from eval_jobs.scoring import UnknownScorerError
+from eval_jobs.verdicts import Output, Scorer, ScorerError, ScoringFailedError, ask_scorer
 from probes.steering import SweepError, SweepPlan, SweepReport, Task, make_arms, run_sweep, summarise
 from roentgen.api_keys import client_key
 from roentgen.contract import split_key
@@ -53,7 +56,7 @@ def steer(settings: SteerSettings, stage: Callable[[str], None] = lambda text: N
     run = Run(settings.problems or path.parent.parent.parent)
     if len(saved.weight) > 1:
         raise SweepError(f"{path} has {len(saved.weight)} directions, one per class; steer with a probe that has one")
-    tasks = _tasks(run, settings.samples)
+    tasks, posed = _tasks(run, settings.samples)
     card, unit = saved.card, float(saved.scale.norm())
     hook_point, layer = split_key(card.key)
     sampling = run.config.hashed["sampling"]
@@ -62,7 +65,11 @@ def steer(settings: SteerSettings, stage: Callable[[str], None] = lambda text: N
     record = output / "outcomes.jsonl"
     record.write_text("")
     arms = make_arms(saved.direction[0], settings.scales, settings.controls, settings.seed)
-    judge = partial(_judge, run.config.settings["extractor"])
+    try:
+        scorer = find_scorer(run.config)
+    except UnknownScorerError as error:
+        raise SweepError(str(error)) from error
+    judge = partial(_judge, scorer.name, scorer.value, posed)
     with _server(settings, run, saved, stage) as url:
         served = _served_name(url, saved)
         plan = SweepPlan(
@@ -130,11 +137,12 @@ def render(report: SweepReport) -> Table:
     return table
 
 
-def _tasks(run: Run, samples: int) -> list[Task]:
-    """Return the first problems of a run, each once, as they were posed."""
+def _tasks(run: Run, samples: int) -> tuple[list[Task], dict[str, Problem]]:
+    """Return the first problems of a run, each once: as they were posed, and by their ids."""
     if run.config.hashed.get("mode") == "with-tools":
         raise SweepError(f"{run.path} was answered with tools, which a sweep does not give; take a run without")
     tasks: dict[str, Task] = {}
+    problems: dict[str, Problem] = {}
     answered = [sample for sample in run.read_samples().by_name() if sample.error is None]
     posed: set[int] = set()  # the same question under two ids is one problem
     for sample, problem in zip(answered, same_question([sample.posed for sample in answered]), strict=True):
@@ -145,15 +153,21 @@ def _tasks(run: Run, samples: int) -> list[Task]:
                 if message["role"] == "assistant":
                     break
                 asked.append(message)
-            tasks[sample.problem_id] = Task(sample.problem_id, asked, sample.gold)
+            tasks[sample.problem_id] = Task(sample.problem_id, asked)
+            problems[sample.problem_id] = problem_of(sample)
     if not tasks:
         raise SweepError(f"{run.path} has no answered problem")
-    return list(tasks.values())
+    return list(tasks.values()), problems
 
 
-def _judge(extractor: str, text: str, gold: str) -> tuple[bool, bool]:
-    scores = score(text, gold)
-    return scores.answers[extractor] is not None, scores.correct_by[extractor]
+async def _judge(
+    name: str, scorer: Scorer, problems: dict[str, Problem], text: str, problem_id: str
+) -> tuple[bool, bool]:
+    try:
+        verdict = await ask_scorer(name, scorer, Output(text), problems[problem_id])
+    except (ScorerError, ScoringFailedError) as error:
+        raise SweepError(f"{problem_id}: {error}") from error
+    return verdict.answer is not None, verdict.correct
 
 
 @contextmanager

@@ -162,7 +162,7 @@ def test_the_dataset_can_be_posed_again(run: Run) -> None:
     write_summary(run, None)
     again = take(str(run.path / "dataset.jsonl"), 9)
     original = take("arithmetic", 5)
-    assert [(p.question, p.solution, p.gold) for p in again] == [(p.question, p.solution, p.gold) for p in original]
+    assert again == original
 
 
 def test_a_very_large_run_gets_no_files_per_sample(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,8 +75,6 @@ def test_a_file_in_gsm8k_format(tmp_path: Path) -> None:
         ('["question", "answer"]', "not a JSON object"),
         ('{"question": "2 + 2?"}', "'answer' must be a text"),
         ('{"question": "  ", "answer": "#### 4"}', "'question' must be a text"),
-        ('{"question": "2 + 2?", "answer": "4"}', "'answer' has no '#### <number>' line"),
-        ('{"question": "2 + 2?", "answer": "#### four"}', "'answer' has no '#### <number>' line"),
         ('{"question": "\\ud800", "answer": "#### 4"}', "not JSON"),
         ("[" * 100_000, "not JSON"),
     ],
@@ -84,8 +82,15 @@ def test_a_file_in_gsm8k_format(tmp_path: Path) -> None:
 def test_a_malformed_line_is_named(tmp_path: Path, line: str, words: str) -> None:
     file = tmp_path / "problems.jsonl"
     file.write_text(f"{GOOD}\n{GOOD}\n{line}\n{GOOD}\n")
-    with pytest.raises(ProblemError, match=f"problems.jsonl, line 3: {words}"):
+    with pytest.raises(ProblemError, match=f"problems.jsonl, line 3: {words}"):  # though only the first is wanted
         take(str(file), 1)
+
+
+def test_a_line_of_gsm8k_has_a_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "test.jsonl").write_text(GOOD + '\n{"question": "2 + 2?", "answer": "#### four"}\n')
+    monkeypatch.setenv(GSM8K_FOLDER_VARIABLE, str(tmp_path))
+    with pytest.raises(ProblemError, match=r"test\.jsonl, line 2: 'answer' has no '#### <number>' line"):
+        take("gsm8k", 2)
 
 
 def test_bytes_that_are_not_text(tmp_path: Path) -> None:
@@ -98,7 +103,7 @@ def test_bytes_that_are_not_text(tmp_path: Path) -> None:
 def test_unknown_missing_and_empty_sources(tmp_path: Path) -> None:
     with pytest.raises(
         ProblemError,
-        match=r"'gsm9k' is unknown; allowed are arithmetic, gsm8k, .* or a \.jsonl",
+        match=r"'gsm9k' is unknown; allowed are arithmetic, gsm8k, .* a \.jsonl, \.csv or \.parquet file's path, hf:",
     ):
         take("gsm9k", 3)
     with pytest.raises(ProblemError, match=r"nowhere\.jsonl: No such file"):

@@ -6,7 +6,18 @@ from pathlib import Path
 import pytest
 
 from eval_jobs.problems import GSM8K_FOLDER_VARIABLE, Problem
-from eval_jobs.prompts import ANSWER_LINE, GSM8K, GSM8K_COT, PROMPTS, Prompt, PromptError, Shot, choose_prompt
+from eval_jobs.prompts import (
+    ANSWER_LINE,
+    GSM8K,
+    GSM8K_COT,
+    PROMPTS,
+    Prompt,
+    PromptError,
+    Shot,
+    check_prompt,
+    choose_prompt,
+)
+from eval_jobs.selection import Selection, load_problems
 
 SHOTS = tuple(Problem(f"t{n}", n, f"1 + {n}?", f"Easy.\n#### {n + 1}", str(n + 1)) for n in (1, 2))
 PROBLEM = Problem("p", 1, "What is {x} % {question}?", "#### 4", "4", SHOTS)
@@ -112,3 +123,83 @@ def test_a_file_is_a_prompt(tmp_path: Path) -> None:
         choose_prompt("answer-line", file)
     with pytest.raises(PromptError, match="cannot be read"):
         choose_prompt("answer-line", tmp_path / "none.txt")
+
+
+CAPITAL = Problem("c", 1, "The capital of Peru?", "Lima", "Lima", fields={"choices": ["Lima", "Rome"], "hint": "L"})
+
+
+@pytest.mark.parametrize(
+    ("text", "asked"),
+    [
+        ("{question} {{hint}}", "The capital of Peru? {L}"),
+        ("Q: {question} ({hint}) {other} \\frac{a}{b}", "Q: The capital of Peru? (L) {other} \\frac{a}{b}"),
+        ("{question}\n{choices}", "The capital of Peru?\nLima\nRome"),
+        ("{{ question }}{% for choice in choices %} [{{ loop.index }}] {{ choice }}{% endfor %}",
+         "The capital of Peru? [1] Lima [2] Rome"),
+    ],
+)  # fmt: skip
+def test_a_text_shows_the_fields_of_a_record(text: str, asked: str) -> None:
+    assert choose_prompt(text).messages(CAPITAL) == [{"role": "user", "content": asked}]
+
+
+def test_a_template_that_cannot_be_filled_is_told_which_fields_there_are() -> None:
+    with pytest.raises(
+        PromptError, match="cannot be filled for c: 'options' is undefined; the problem has choices, hint, quest"
+    ):
+        check_prompt(choose_prompt("{{ question }} {{ options }}"), [CAPITAL])
+    with pytest.raises(PromptError, match=r"--prompt is no Jinja template: .* \(line 1\)"):
+        choose_prompt("{% for x %}")
+
+
+def test_a_function_poses_problems(tmp_path: Path) -> None:
+    file = tmp_path / "prompts_under_test.py"
+    file.write_text(
+        "from eval_jobs.prompts import Prompt\n"
+        "def text(problem):\n    return f'{problem.question} {problem.fields[\"hint\"]}'\n"
+        "def talk(problem):\n    return [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Yes?'},\n"
+        "        {'role': 'user', 'content': problem.question}]\n"
+        "SHORT = 'Briefly: {question}'\nWHOLE = Prompt('whole', 2, '{question}', system='Be brief.')\nNUMBER = 3\n"
+        "def nothing(problem):\n    return None\n"
+        "def roles(problem):\n    return [{'role': 'human', 'content': 'x'}]\n"
+        "def silent(problem):\n    return [{'role': 'system', 'content': 'x'}]\n"
+    )
+    text = choose_prompt(f"{file}:text", system="Be nice.")
+    assert text.messages(CAPITAL, "Hurry!") == [
+        {"role": "system", "content": "Be nice."},
+        {"role": "user", "content": "Hurry!\n\nThe capital of Peru? L"},
+    ]
+    talk = choose_prompt(f"{file}:talk")
+    assert [m["content"] for m in talk.messages(CAPITAL, "Hurry!")] == ["Hi", "Yes?", "Hurry!\n\nThe capital of Peru?"]
+    assert choose_prompt(f"{file}:SHORT").messages(CAPITAL)[0]["content"] == "Briefly: The capital of Peru?"
+    assert choose_prompt(f"{file}:WHOLE").hash == Prompt("whole", 2, "{question}", system="Be brief.").hash
+    assert len({one.hash for one in (text, talk, choose_prompt(f"{file}:text"))}) == 3
+    for name, said in (
+        (
+            "nothing",
+            r"nothing returned None \(NoneType\) for c; allowed are a text, the user's message, and a list of messages",
+        ),
+        ("roles", "with a role of system, developer, user, assistant"),
+        ("silent", "silent returned no message of the user for c"),
+    ):
+        with pytest.raises(PromptError, match=said):
+            check_prompt(choose_prompt(f"{file}:{name}"), [CAPITAL])
+    with pytest.raises(PromptError, match=r"NUMBER is 3 \(int\); allowed are a text, a Prompt, and a function"):
+        choose_prompt(f"{file}:NUMBER")
+    with pytest.raises(PromptError, match=r"'gsm9k' is unknown; allowed are answer-line, .*Did you mean gsm8k\?"):
+        choose_prompt("gsm9k")
+
+
+def test_shots_come_from_any_source(tmp_path: Path) -> None:
+    file = tmp_path / "solved.jsonl"
+    file.write_text("".join(f'{{"question": "{n} + 0?", "answer": {n}, "hint": "{n}"}}\n' for n in range(3)))
+    prompt = choose_prompt("{question} ({hint})", fixed_shots=2, shots_source=str(file))
+    assert [message["content"] for message in prompt.messages(CAPITAL)] == [
+        "0 + 0? (0)", "#### 0", "1 + 0? (1)", "#### 1", "The capital of Peru? (L)",
+    ]  # fmt: skip
+    drawn = choose_prompt("{question}", drawn_shots=2, shots_source=str(file))
+    assert (drawn.shots, drawn.shots_source) == (2, str(file))
+    one = Selection(source=lambda: [{"question": "x", "answer": "y"}], samples=1, shots=2, shots_source=str(file))
+    (posed,) = load_problems(one)
+    assert [message["role"] for message in drawn.messages(posed)] == ["user", "assistant"] * 2 + ["user"]
+    with pytest.raises(PromptError, match=rf"--fixed-shots: 4 is more than the 3 of {file}"):
+        choose_prompt("{question}", fixed_shots=4, shots_source=str(file))

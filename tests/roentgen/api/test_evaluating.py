@@ -16,7 +16,7 @@ PROBLEMS = [{"question": f"What is {number} + 1?", "answer": number + 1} for num
 
 
 def test_arguments_that_cannot_be_are_refused_before_anything_starts(tmp_path: Path) -> None:
-    with pytest.raises(EvalError, match=r"problems\[1\]: a problem has a 'question', a text, and an 'answer'"):
+    with pytest.raises(EvalError, match=r"problems\[1\]: 'answer' must be a text that is not empty; the record has q"):
         roentgen.evaluate([PROBLEMS[0], {"question": "?"}], output=tmp_path / "run")
     with pytest.raises(EvalError, match="problems: the list is empty"):
         roentgen.evaluate([], output=tmp_path / "run")

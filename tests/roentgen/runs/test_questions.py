@@ -2,7 +2,7 @@
 
 import pytest
 
-from eval_jobs.problems import gsm_symbolic
+from eval_jobs.problems import read_source
 from roentgen.runs import Posed, same_question, same_template
 from tests.eval_jobs.conftest import take
 
@@ -50,7 +50,7 @@ def test_templates_are_found_where_none_is_recorded(wrap: str) -> None:
     assert found == recorded
     assert len(set(recorded)) == len({problem.template for problem in problems})
     assert same_question([Posed(p.problem_id, p.question, p.template) for p in problems]) == list(range(150))
-    assert next(gsm_symbolic()).template == problems[0].template
+    assert next(read_source("gsm-symbolic")).template == problems[0].template
 
 
 def test_generated_sums_are_problems_of_their_own() -> None:

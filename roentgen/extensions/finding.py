@@ -1,0 +1,228 @@
+"""Finds an extension by its name or by a reference to it.
+
+`module:function` is imported as `python -m` would, with the working directory first on the path; `path/to/file.py:function`
+with the file's own folder first, so that a file may import its neighbors. What is behind the colon may be any attribute, also
+one that is no function, and may have dots.
+"""
+
+import hashlib
+import importlib
+import importlib.util
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import partial
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Generic, TypeVar
+
+from roentgen.extensions.fingerprint import fingerprint
+from roentgen.extensions.travel import is_users_module
+
+T = TypeVar("T")
+
+_ATTRIBUTE = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*"
+_IN_FILE = re.compile(rf"(?P<file>.+\.py):(?P<attribute>{_ATTRIBUTE})")
+_IN_MODULE = re.compile(rf"(?P<module>{_ATTRIBUTE}):(?P<attribute>{_ATTRIBUTE})")
+
+HOW_TO_REFER = "a reference, module:name or path/to/file.py:name"
+
+
+class ExtensionError(ValueError):
+    """An extension cannot be found or loaded; the message says what was looked for, and where."""
+
+
+@dataclass(frozen=True)
+class Found(Generic[T]):
+    """An extension, and how to speak of it."""
+
+    value: T
+    """The object itself."""
+    name: str
+    """What people call it: its name in the registry, or its own."""
+    reference: str | None = None
+    """What finds it again, in another process too; None of an object that was given, and of what is built in."""
+    digest: str | None = None
+    """Hash of its source; None of what is built in."""
+
+    @property
+    def built_in(self) -> bool:
+        """Whether it is part of this package."""
+        return self.digest is None
+
+
+@dataclass(frozen=True)
+class Registry(Generic[T]):
+    """The names of one sort of extension."""
+
+    group: str
+    """The entry points' group, "roentgen.extractors"."""
+    built_in: Mapping[str, T]
+    """Those of this package."""
+
+    @property
+    def names(self) -> list[str]:
+        """All names: built in, then those of installed packages."""
+        return [*self.built_in, *(name for name in self._declared() if name not in self.built_in)]
+
+    def __getitem__(self, name: str) -> T:
+        """Return one that is built in."""
+        return self.built_in[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.built_in or name in self._declared()
+
+    def find(self, name: str, otherwise: str = "") -> Found[Any]:
+        """Return what a name or a reference means.
+
+        Args:
+            name: a name of this registry, or a reference.
+            otherwise: what else is allowed in its place, for the message.
+
+        Raises:
+            ExtensionError: if it is neither, or cannot be loaded.
+        """
+        if name in self.built_in:
+            return Found(self.built_in[name], name)
+        if name in (declared := self._declared()):
+            return _found(_load_entry_point(name, declared[name], self.group), name, name)
+        if in_file := _IN_FILE.fullmatch(name):
+            path = Path(in_file["file"]).expanduser().absolute()
+            value = _attribute(_import_file(path), in_file["attribute"], name)
+            return _found(value, spell(value, in_file["attribute"]), f"{path}:{in_file['attribute']}")
+        if in_module := _IN_MODULE.fullmatch(name):
+            value = _attribute(_import_module(in_module["module"], name), in_module["attribute"], name)
+            return _found(value, spell(value, in_module["attribute"]), name)
+        close = get_close_matches(name, self.names, 1)
+        raise ExtensionError(
+            f"{name!r} is unknown; allowed are {', '.join(self.names)}{otherwise}, and {HOW_TO_REFER}"
+            + (f". Did you mean {close[0]}?" if close else "")
+        )
+
+    def _declared(self) -> Mapping[str, str]:
+        return {point.name: point.value for point in entry_points(group=self.group)}
+
+
+def given(value: T) -> Found[T]:
+    """Return an object that was given itself, as something found."""
+    return _found(value, spell(value, "given"), None)
+
+
+def is_reference(text: str) -> bool:
+    """Whether a text refers to something in a module or a file."""
+    return bool(_IN_FILE.fullmatch(text) or _IN_MODULE.fullmatch(text))
+
+
+def file_of(reference: str) -> tuple[Path, str] | None:
+    """Return the file and the attribute that a reference to a file names; None of other texts."""
+    match = _IN_FILE.fullmatch(reference)
+    return None if match is None else (Path(match["file"]).expanduser().absolute(), match["attribute"])
+
+
+def in_file(reference: str) -> str | None:
+    """Return a reference as `file.py:name`, if what it names is in a single file of a user's own; None of packages."""
+    if (named := file_of(reference)) is not None:
+        return f"{named[0]}:{named[1]}"
+    module, _, attribute = reference.partition(":")
+    if "." in module:
+        return None
+    loaded = _import_module(module, reference)
+    file = str(loaded.__file__ or "")
+    return f"{file}:{attribute}" if is_users_module(loaded) and Path(file).name == f"{module}.py" else None
+
+
+def spell(value: Any, otherwise: str) -> str:
+    """Return what a function or an object calls itself, in letters that a column's name may have."""
+    if isinstance(value, partial):
+        return spell(value.func, otherwise)
+    own = getattr(value, "__name__", None) or (type(value).__name__ if callable(value) else None)
+    return re.sub(r"[^\w.-]+", "", str(own or otherwise).rpartition(".")[2]) or otherwise
+
+
+def _found(value: Any, name: str, reference: str | None) -> Found[Any]:
+    return Found(value, name, reference, fingerprint(value))
+
+
+def _attribute(module: ModuleType, attribute: str, reference: str) -> Any:
+    value: Any = module
+    for part in attribute.split("."):
+        if not hasattr(value, part):
+            public = [name for name, one in vars(module).items() if not name.startswith("_") and _is_own(one, module)]
+            there = f"it has {', '.join(public)}" if public else "it has nothing of its own"
+            raise ExtensionError(f"{reference!r}: there is no {attribute!r} in {_place(module)}; {there}")
+        value = getattr(value, part)
+    return value
+
+
+def _is_own(value: Any, module: ModuleType) -> bool:
+    return not isinstance(value, ModuleType) and getattr(value, "__module__", module.__name__) == module.__name__
+
+
+def _place(module: ModuleType) -> str:
+    return str(module.__file__ or module.__name__)
+
+
+def _import_module(name: str, reference: str) -> ModuleType:
+    folder = Path.cwd()
+    with _first_on_path(folder):
+        try:
+            missing = importlib.util.find_spec(name.partition(".")[0]) is None
+        except (ImportError, ValueError):
+            missing = True
+        if missing:
+            raise ExtensionError(
+                f"{reference!r}: there is no module {name!r}, neither in {folder} nor among the installed packages"
+            )
+        return _imported(partial(importlib.import_module, name), name)
+
+
+def _import_file(path: Path) -> ModuleType:
+    """Import a file as a module of its own, once a process."""
+    name = f"{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    if name in sys.modules:
+        return sys.modules[name]
+    if not path.is_file():
+        raise ExtensionError(f"there is no file {path}")
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ExtensionError(f"{path} is no Python file")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickle look a module up while it is being made
+    try:
+        with _first_on_path(path.parent):
+            _imported(partial(spec.loader.exec_module, module), str(path))
+    except ExtensionError:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def _imported(load: Callable[[], Any], what: str) -> Any:
+    try:
+        return load()
+    except Exception as error:
+        line = f" (line {error.lineno})" if isinstance(error, SyntaxError) else ""
+        raise ExtensionError(f"{what} cannot be imported: {type(error).__name__}: {error}{line}") from error
+
+
+def _load_entry_point(name: str, value: str, group: str) -> Any:
+    (point,) = [one for one in entry_points(group=group) if (one.name, one.value) == (name, value)][:1]
+    try:
+        return _imported(point.load, value)
+    except ExtensionError as error:
+        raise ExtensionError(f"{name!r}, an entry point of {group}: {error}") from error
+
+
+@contextmanager
+def _first_on_path(folder: Path) -> Iterator[None]:
+    """Put a folder first on the import path, for as long as something is imported from it."""
+    place = str(folder)
+    sys.path.insert(0, place)
+    try:
+        yield
+    finally:
+        sys.path.remove(place)

@@ -1,0 +1,68 @@
+"""Sends a user's functions to processes that may not have their files.
+
+A function is pickled as the name of its module, which the other process imports: right for installed packages, and wrong for a
+file in somebody's working directory. So the modules of such a file's folder are pickled by value, with the function itself.
+"""
+
+import site
+import sys
+import sysconfig
+from functools import cache, partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+OWN_PACKAGES = frozenset({"roentgen", "eval_jobs", "probes", "serve_app"})
+"""What every process has."""
+
+
+def make_portable(*values: Any) -> None:
+    """Let functions and objects be pickled wherever they are defined, with the modules beside theirs that are imported."""
+    from ray import cloudpickle
+
+    roots = {root for value in values if (root := _root(_module_of(value))) is not None}
+    for module in list(sys.modules.values()):
+        if isinstance(module, ModuleType) and _root(module) in roots:
+            cloudpickle.register_pickle_by_value(module)
+
+
+def is_users(value: Any) -> bool:
+    """Whether a function or a class is of a user's own file, the main program or a notebook, and not of a library."""
+    module = sys.modules.get(getattr(value, "__module__", None) or "")
+    return module is not None and is_users_module(module)
+
+
+def is_users_module(module: ModuleType) -> bool:
+    """Whether a module is a user's own file, the main program or a notebook, and not of a library."""
+    return module.__name__ == "__main__" or _root(module) is not None
+
+
+def _module_of(value: Any) -> ModuleType | None:
+    while isinstance(value, partial):
+        value = value.func
+    own = value if getattr(value, "__module__", None) and hasattr(value, "__qualname__") else type(value)
+    return sys.modules.get(own.__module__)
+
+
+def _root(module: ModuleType | None) -> Path | None:
+    """Return the folder that a user's module is imported from; None of libraries and the main program."""
+    if module is None or module.__name__ == "__main__":
+        return None
+    top = module.__name__.partition(".")[0]
+    file = getattr(module, "__file__", None)
+    if top in OWN_PACKAGES or not isinstance(file, str) or any(Path(file).is_relative_to(p) for p in _installed()):
+        return None
+    # a.b.c is as many folders below its root as it has dots, and one more where it is a package.
+    depth = module.__name__.count(".") + Path(file).name.startswith("__init__.")
+    parents = Path(file).absolute().parents
+    return parents[depth] if depth < len(parents) else None
+
+
+@cache
+def _installed() -> tuple[Path, ...]:
+    """Return the folders of the standard library and of installed packages."""
+    names = ("stdlib", "platstdlib", "purelib", "platlib")
+    paths = [*(sysconfig.get_path(name) for name in names), *site.getsitepackages(), site.getusersitepackages()]
+    # Environments laid over one another have packages in more than one place.
+    paths += [path for path in sys.path if Path(path).name in ("site-packages", "dist-packages", "lib-dynload")]
+    return tuple(dict.fromkeys(Path(path) for path in paths))
