@@ -155,7 +155,8 @@ def _server(model: str | Server | Model | None) -> dict[str, Any]:
 def _serving(settings: EvalSettings, console: Console, loaded: Model | None) -> Iterator[str]:
     """Serve a loaded model from here, and any other as the command does."""
     if loaded is None:
-        with serving_for(settings, Stages(console)) as base_url:
+        with Stages(console) as stage, serving_for(settings, stage) as base_url:
+            stage.rest()
             yield base_url
         return
     store: dict[str, Any] = {} if settings.store is None else {"store": settings.store}

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,12 @@ def test_serve_and_evaluate_inside_a_running_loop(
     ]  # fmt: skip
     rows = run.activations("layers.12.resid_post", positions="last_prompt").stack()
     assert rows.shape == (3, 576)
+    before = set(threading.enumerate())
     again = roentgen.evaluate(PROBLEMS, model="smollm2-135m", output=run.path, max_tokens=8, dtype="float32", capture={
         "layers": [12], "hook_points": ["resid_post"],
     })  # fmt: skip
     assert again.samples.equals(run.samples)
+    assert [thread.name for thread in set(threading.enumerate()) - before if thread.name == "stages"] == []
     assert ray_home.wait_until_gone() == []
 
 
@@ -84,7 +87,7 @@ def test_a_loaded_model_is_evaluated_by_a_coroutine(
     monkeypatch.chdir(tmp_path)
     problems = [{"question": f"{number}?", "answer": number} for number in range(40)]
     settings: dict[str, Any] = {
-        "model": model, "output": tmp_path / "run", "store": str(tmp_path / "store"), "max_tokens": 200, "parallel": 2,
+        "model": model, "output": tmp_path / "run", "store": str(tmp_path / "store"), "max_tokens": 100, "parallel": 2,
         "capture": {"layers": [1], "hook_points": ["resid_post"], "positions": "last_prompt"},
     }  # fmt: skip
     record = tmp_path / "run" / "samples.jsonl"
@@ -107,7 +110,7 @@ def test_a_loaded_model_is_evaluated_by_a_coroutine(
     assert run.samples["error"].isna().all()
     rows = run.activations("layers.1.resid_post", positions="last_prompt")
     (own,) = model.generate(
-        [run.read_samples().by_name()[3].messages[:-1]], max_tokens=0,
+        [run.read_samples().by_name()[3].messages[:-1]], max_tokens=1,
         capture={"layers": [1], "hook_points": ["resid_post"], "positions": "last_prompt"},
     )  # fmt: skip
     stored = {row.problem_id: item for row, item in zip(rows.rollouts.itertuples(), rows, strict=True)}
