@@ -12,6 +12,9 @@ from roentgen.model_names import suggest
 from roentgen.pages import page_environment
 from roentgen.tokenized_text import TokenizedText, token_texts
 
+FULL_COLOR = 0.9
+"""The quantile of absolute scores that has the full color; those beyond have it too."""
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Rollout:
@@ -99,8 +102,9 @@ class Rollout:
         scores = (
             [] if name is None else np.asarray(self.scores[name].float()).reshape(len(self.tokens), -1)[:, 0].tolist()
         )
-        strongest = max(map(abs, scores), default=0.0) or 1.0
-        strengths = [score / strongest for score in scores] or [0.0] * len(self.tokens)
+        # The first token's row is often many times as long as all others: it would leave them without a color.
+        full = float(np.quantile(np.abs(scores), FULL_COLOR, method="lower")) if scores else 0.0
+        strengths = np.clip(np.array(scores) / (full or 1.0), -1, 1).tolist() or [0.0] * len(self.tokens)
         tokens = [
             {"text": text, "score": score, "strength": round(strength, 3), "spoken": place >= self.sequence.n_prompt}
             for place, (text, score, strength) in enumerate(

@@ -5,6 +5,7 @@ import gc
 import threading
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +131,9 @@ def test_probes_score_every_token(model: roentgen.Model, tmp_path: Path) -> None
     assert "&lt;" in page
     assert "<b>" not in page
     assert page.count("<span") == len(out.tokens)
+    sink = out.scores["own"].clone()
+    sink[0] = 1e6
+    assert replace(out, scores={"own": sink}).html().count(", 1.0)") > 1  # one row does not leave the others pale
     with pytest.raises(KeyError, match="'other' has not scored this; there are own, saved"):
         out.html("other")
 
