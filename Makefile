@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python tools/pip_install.py
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo install test test-units test-servers test-clients test-peers test-vllm test-browser test-faults test-cluster test-cloud test-sae check format bench bench-gpu bench-vllm cloud-env clean
+.PHONY: demo install test test-units test-servers test-clients test-peers test-vllm test-browser test-faults test-cluster test-cloud test-sae test-examples wheel check format bench bench-gpu bench-vllm cloud-env clean
 
 # The main job: serve a real model, evaluate it on problems it can sometimes solve, keep its activations, train probes.
 DEMO := results/demo
@@ -57,6 +57,19 @@ $(CLIENTS)/.installed: constraints-clients.txt $(NODE)/package-lock.json $(INSTA
 		-c constraints-clients.txt instructor
 	PATH="$(abspath $(CLIENTS))/bin:$$PATH" npm ci --prefix $(NODE) --no-audit --no-fund --silent
 	touch $@
+
+# Every example as a reader runs it; the notebooks by nbclient, in a kernel of this environment.
+NOTEBOOKS := $(VENV)/.notebooks
+test-examples: $(NOTEBOOKS)
+	ROENTGEN_TEST_EXAMPLES=1 $(BIN)/python -m pytest --share $(SHARE) tests/examples
+
+$(NOTEBOOKS): $(INSTALLED)
+	$(PIP) notebooks -c constraints.txt -e ".[notebooks]"
+	touch $@
+
+# dist/roentgen_activations-VERSION-py3-none-any.whl
+wheel: $(INSTALLED)
+	$(BIN)/python -m build --no-isolation
 
 # The suites of other servers, unchanged and fetched when they are run: vLLM's entrypoint tests (docs/peers.md).
 test-peers: $(INSTALLED)
@@ -165,4 +178,4 @@ cloud-env: .venv-cloud/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-cloud $(CLIENTS) $(NODE)/node_modules $(VLLM) $(SAE) $(GPU) .peers .mypy_cache .ruff_cache .pytest_cache *.egg-info
+	rm -rf $(VENV) .venv-cloud $(CLIENTS) $(NODE)/node_modules $(VLLM) $(SAE) $(GPU) .peers .mypy_cache .ruff_cache .pytest_cache *.egg-info build dist
