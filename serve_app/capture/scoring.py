@@ -227,10 +227,12 @@ class RequestScores:
             UnscorableError: if a probe's hook point gives no row per token, of the width that the probe reads.
         """
         stop = self.fed if most is None else min(self.fed, most)
-        if stop <= self._taken and self.failure is None:
+        if self.failure is not None:
+            raise self.failure
+        if stop <= self._taken:
             return []
-        start, self._taken = self._taken, max(self._taken, stop)
-        return [scores[start : self._taken] for scores in self.all()]
+        start, self._taken = self._taken, stop
+        return self._of_probes(self._between(start, stop))
 
     def all(self) -> list[Float[Tensor, "rows outputs"]]:
         """Return the scores of all rows so far, per probe.
@@ -240,9 +242,25 @@ class RequestScores:
         """
         if self.failure is not None:
             raise self.failure
-        parts = [part.taken() for part in self._parts]
-        scores = torch.cat(parts) if parts else torch.empty(0, self.panel.width)
-        self._parts = [_Part(scores, 0, len(scores))] if parts else []
+        return self._of_probes(self._between(0, self.fed))
+
+    def _between(self, start: int, stop: int) -> Float[Tensor, "rows scores"]:
+        """Return the scores of some rows; parts are looked through from the last, since what is asked for is mostly new."""
+        found, end = [torch.empty(0, self.panel.width)], self.fed
+        for part in reversed(self._parts):
+            if end <= start:
+                break
+            begin = end - (part.stop - part.start)
+            found.append(part.taken()[max(start - begin, 0) : max(stop - begin, 0)])
+            end = begin
+        return torch.cat(found[::-1])
+
+    def _of_probes(self, scores: Float[Tensor, "rows scores"]) -> list[Float[Tensor, "rows outputs"]]:
+        """Return each probe's part of scores.
+
+        Raises:
+            UnscorableError: if one is not a finite number.
+        """
         found = [scores[:, columns] for columns in self.panel.columns]
         if not scores.isfinite().all():
             (name, *_) = (s.name for s, one in zip(self.scorers, found, strict=True) if not one.isfinite().all())
