@@ -26,6 +26,7 @@ from benchmarks.stages import stage_printer
 from benchmarks.statistics import ratios
 from benchmarks.store import forget
 from roentgen.store import CaptureSpec, Rollout, Session, StoreWriter
+from roentgen.store.activations import Activations
 from roentgen.store.places import open_place
 from roentgen.tokenized_text import Segment, TokenizedText
 
@@ -71,20 +72,22 @@ def measure(folder: Path, megabytes: int, tokens: int, rounds: int, stage: Calla
     stage(f"writing {2 * megabytes:,} MB")
     rollouts = write_session(folder, megabytes)
     place = open_place(folder)
-    rows = Session.open(folder / "s").activations(KEY)
     sink = np.empty((max(tokens, LONGEST), WIDTH), dtype=np.int16)
     mixed: list[int] = []
 
+    def rows() -> Activations:
+        return Session.open(folder / "s").activations(KEY)  # anew: what is still mapped cannot be dropped
+
     def in_order() -> int:
         done = 0
-        for item in rows:
+        for item in rows():
             np.copyto(sink[: len(item.values)], item.values.view(torch.int16).numpy())
             done += item.values.nbytes
         return done
 
     def batches(shuffle: bool) -> int:
         done = 0
-        for batch in rows.batches(tokens, shuffle=shuffle, seed=len(mixed)):
+        for batch in rows().batches(tokens, shuffle=shuffle, seed=len(mixed)):
             np.copyto(sink[: len(batch.values)], batch.values.view(torch.int16).numpy())
             done += batch.values.nbytes
             if shuffle:

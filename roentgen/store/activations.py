@@ -15,12 +15,13 @@ from typing import NamedTuple, overload
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
 from roentgen.contract import Positions, count_rows
-from roentgen.store.batches import POOL_BYTES, RowBatch, TokenBatches
+from roentgen.store.batches import POOL_BYTES, RowBatch, TokenBatches, joined
 from roentgen.store.schema import StoreError
 from roentgen.store.shards import READS_AT_ONCE, Shard
 
@@ -53,7 +54,13 @@ _ROWS_AT_ONCE = 2048
 
 
 class Activations(Sequence[RolloutRows]):
-    """A lazy sequence of `RolloutRows`; an item is read when it is asked for."""
+    """A lazy sequence of `RolloutRows`; an item is read when it is asked for.
+
+    Attributes:
+        key: the stored key.
+        rollouts: whose rows, in this order: rows of the index.
+        remote: whether reading waits for a network.
+    """
 
     def __init__(
         self, open_shard: Callable[[str], Shard], remote: bool, key: str, rollouts: pd.DataFrame, positions: Positions
@@ -61,7 +68,7 @@ class Activations(Sequence[RolloutRows]):
         self.key = key
         self.rollouts = rollouts
         self._open_shard = open_shard
-        self._remote = remote
+        self.remote = remote
         self._positions = positions
 
     def __len__(self) -> int:
@@ -74,12 +81,12 @@ class Activations(Sequence[RolloutRows]):
     def __getitem__(self, index: int | slice) -> "RolloutRows | Activations":
         if isinstance(index, slice):
             chosen = self.rollouts.iloc[index]
-            return Activations(self._open_shard, self._remote, self.key, chosen, self._positions)
+            return Activations(self._open_shard, self.remote, self.key, chosen, self._positions)
         return self._read(list(_places(self.rollouts.iloc[[index]])))[0]
 
     def __iter__(self) -> Iterator[RolloutRows]:
         together = _together(_places(self.rollouts))
-        if not self._remote:
+        if not self.remote:
             for neighbours in together:
                 yield from self._read(neighbours)
             return
@@ -149,7 +156,7 @@ class Activations(Sequence[RolloutRows]):
                 begin = end
         values, positions = zip(*parts, strict=True)
         rollout = np.repeat(np.arange(first, first + len(starts)), stops - starts)
-        return RowBatch(torch.cat(values), rollout, np.concatenate(positions))
+        return RowBatch(joined(values), rollout, np.concatenate(positions))
 
     def stack(self) -> Shaped[Tensor, "rollouts ..."]:
         """Return one row per rollout, `[rollouts, *shape]`, for policies that give exactly one.
@@ -208,21 +215,23 @@ class Activations(Sequence[RolloutRows]):
         rows = np.concatenate(
             [self._rows(shard, place, position, stored)[cut] for place, cut in zip(places, cuts, strict=True)]
         )
+        if len(rows) and not self.remote:  # in one request, instead of by what the kernel reads ahead
+            shard.expect(self.key, int(rows[0]), int(rows[-1]) + 1)
         return shard.values(self.key, rows), position[rows]
 
     def _place(self, number: int) -> _Place:
         """Return where one rollout is; a slice of a table would take longer than to read some rows."""
         codes, names, ids, numbers = self._columns
         row_start, row_stop, n_prompt, n_completion = numbers[number].tolist()
-        return _Place(str(ids.iat[number]), names[codes[number]], row_start, row_stop, n_prompt, n_completion)
+        return _Place(ids[number].as_py(), names[codes[number]], row_start, row_stop, n_prompt, n_completion)
 
     @cached_property
     def _columns(
         self,
-    ) -> tuple[Int[np.ndarray, "rollouts"], list[str], "pd.Series[str]", Int[np.ndarray, "rollouts 4"]]:
+    ) -> tuple[Int[np.ndarray, "rollouts"], list[str], "pa.StringArray", Int[np.ndarray, "rollouts 4"]]:
         codes, names = pd.factorize(self.rollouts["shard"])
         numbers = self.rollouts[["row_start", "row_stop", "n_prompt", "n_completion"]].to_numpy(np.int64)
-        return codes, [str(name) for name in names], self.rollouts["rollout_id"], numbers
+        return codes, [str(name) for name in names], pa.array(self.rollouts["rollout_id"], pa.string()), numbers
 
     def _shard_of(self, place: _Place) -> Shard:
         shard = self._open_shard(place.shard)

@@ -10,7 +10,7 @@ the store has put rows into files.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -25,8 +25,10 @@ from roentgen.store.threads import compute_alone
 POOL_BYTES = 256 << 20
 PIECE_BYTES = 512 << 10
 """Of neighboring rows that are read together: enough that a disk reads them as fast as in order."""
-AHEAD = 8
+AHEAD = 16
 """Pieces that are read ahead."""
+COPYING = 2
+"""Threads that copy what a disk has read: more of them would wait for one another."""
 
 
 class RowBatch(NamedTuple):
@@ -42,6 +44,10 @@ class RowBatch(NamedTuple):
 
 class Rows(Protocol):
     """Rows that are counted before they are read (`Activations`)."""
+
+    @property
+    def remote(self) -> bool:
+        """Whether reading waits for a network."""
 
     def count_rows(self) -> Int[np.ndarray, "rollouts"]:
         """Return how many rows each rollout gives, `[rollouts]`."""
@@ -88,23 +94,25 @@ class TokenBatches:
             generator.shuffle(pieces)
         stream = _Stream(plan.read_ahead(pieces * piece, piece))
         if not self.shuffle:
-            while (batch := stream.take(self.tokens)) is not None:
-                yield batch
+            while parts := stream.take(self.tokens):
+                yield _joined(parts)
             return
-        yield from self._mix(stream, max(self.pool_bytes // row_bytes, 2 * self.tokens), generator)
+        capacity = min(max(self.pool_bytes // row_bytes, 2 * self.tokens), plan.total)
+        yield from self._mix(stream, capacity, generator)
 
     def _mix(self, stream: "_Stream", capacity: int, generator: np.random.Generator) -> Iterator[RowBatch]:
-        pool = stream.take(capacity)
-        if pool is None:
-            return
-        filled = np.arange(len(pool.rollout))
-        while (more := stream.take(self.tokens)) is not None:
-            # The pool is full here: had the stream ended before, it would have nothing more.
+        pool, count = None, 0
+        while count < capacity and (parts := stream.take(min(self.tokens, capacity - count))):
+            pool = pool or _empty(capacity, parts[0])
+            count += _put(pool, np.arange(count, capacity), parts)
+        assert pool is not None
+        filled = np.arange(count)
+        while parts := stream.take(self.tokens):
             drawn = generator.choice(capacity, self.tokens, replace=False)
             yield _pick(pool, drawn)
-            _put(pool, drawn[: len(more.rollout)], more)
-            if len(more.rollout) < self.tokens:  # the last of them: what was drawn stays empty
-                filled = np.delete(filled, drawn[len(more.rollout) :])
+            came = _put(pool, drawn, parts)
+            if came < self.tokens:  # the last of them: what was drawn stays empty
+                filled = np.delete(filled, drawn[came:])
         generator.shuffle(filled)
         for start in range(0, len(filled), self.tokens):
             yield _pick(pool, filled[start : start + self.tokens])
@@ -152,7 +160,8 @@ class _Plan:
 
     def read_ahead(self, starts: Int[np.ndarray, "pieces"], size: int) -> Iterator[RowBatch]:
         """Yield the pieces that begin at given rows, in this order, while threads read the next ones."""
-        with ThreadPoolExecutor(AHEAD, "batches", compute_alone) as pool:
+        threads = AHEAD if self._source.remote else COPYING
+        with ThreadPoolExecutor(threads, "batches", compute_alone) as pool:
             ahead: deque[Future[RowBatch]] = deque()
             try:
                 for start in starts.tolist():
@@ -173,8 +182,8 @@ class _Stream:
         self._pieces = pieces
         self._left: RowBatch | None = None
 
-    def take(self, count: int) -> RowBatch | None:
-        """Return the next rows, as many as there are up to `count`; None at the end."""
+    def take(self, count: int) -> list[RowBatch]:
+        """Return the next rows, as many as there are up to `count`, in pieces; none at the end."""
         parts: list[RowBatch] = []
         missing = count
         while missing:
@@ -187,21 +196,60 @@ class _Stream:
                 piece = _cut(piece, slice(missing))
             parts.append(piece)
             missing -= len(piece.rollout)
-        if not parts:
-            return None
-        values, rollouts, positions = zip(*parts, strict=True)
-        return RowBatch(torch.cat(values), np.concatenate(rollouts), np.concatenate(positions))
+        return parts
+
+
+def _joined(parts: Sequence[RowBatch]) -> RowBatch:
+    values, rollouts, positions = zip(*parts, strict=True)
+    return RowBatch(joined(values), np.concatenate(rollouts), np.concatenate(positions))
+
+
+def joined(parts: Sequence[Shaped[Tensor, "rows ..."]]) -> Shaped[Tensor, "rows ..."]:
+    """Return parts as one tensor that owns its memory.
+
+    Rows are copied by NumPy, here and below, on the thread that asks: torch would share out even some rows among threads, and
+    on a busy machine wait for the last of them a hundred times as long as the copying takes.
+    """
+    whole = torch.empty((sum(map(len, parts)), *parts[0].shape[1:]), dtype=parts[0].dtype)
+    into, start = _as_items(whole), 0
+    for part in parts:
+        into[start : start + len(part)] = _as_items(part)
+        start += len(part)
+    return whole
+
+
+def _as_items(values: Shaped[Tensor, "rows ..."]) -> Shaped[np.ndarray, "rows"]:
+    """Return rows as NumPy's items, each a row's bytes; they share the memory."""
+    if not values.numel():
+        return np.empty(len(values), dtype="V0")
+    flat: np.ndarray = values.contiguous().view(len(values), -1).view(torch.uint8).numpy()
+    return flat.view(f"V{flat.shape[1]}")[:, 0]
 
 
 def _cut(batch: RowBatch, rows: slice) -> RowBatch:
     return RowBatch(batch.values[rows], batch.rollout[rows], batch.position[rows])
 
 
+def _empty(rows: int, like: RowBatch) -> RowBatch:
+    values = torch.empty((rows, *like.values.shape[1:]), dtype=like.values.dtype)
+    return RowBatch(values, np.empty(rows, like.rollout.dtype), np.empty(rows, like.position.dtype))
+
+
 def _pick(pool: RowBatch, rows: Int[np.ndarray, "tokens"]) -> RowBatch:
-    return RowBatch(pool.values[torch.from_numpy(rows)], pool.rollout[rows], pool.position[rows])
+    """Return some rows of a pool, copied."""
+    values = _empty(len(rows), pool).values
+    np.take(
+        _as_items(pool.values), rows, out=_as_items(values), mode="clip"
+    )  # the only mode that needs no copy of its own
+    return RowBatch(values, pool.rollout[rows], pool.position[rows])
 
 
-def _put(pool: RowBatch, rows: Int[np.ndarray, "tokens"], more: RowBatch) -> None:
-    pool.values[torch.from_numpy(rows)] = more.values
-    pool.rollout[rows] = more.rollout
-    pool.position[rows] = more.position
+def _put(pool: RowBatch, rows: Int[np.ndarray, "places"], parts: Sequence[RowBatch]) -> int:
+    """Put parts into some places of a pool, the first of them first; return how many they took."""
+    start = 0
+    for part in parts:
+        into = rows[start : start + len(part.rollout)]
+        _as_items(pool.values)[into] = _as_items(part.values)
+        pool.rollout[into], pool.position[into] = part.rollout, part.position
+        start += len(part.rollout)
+    return start
