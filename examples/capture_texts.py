@@ -7,7 +7,7 @@ KEPT = {"layers": [8, 12, 16], "positions": "last"}
 
 with roentgen.load("smollm2-135m") as model:
     for out in model.capture(TEXTS, **KEPT):  # an iterator: a list of any length takes the memory of a few dozen
-        print(out.prompt, tuple(out["layers.12.resid_post"].shape), f"mean log-prob {sum(out.logprobs):.2f}")
+        print(out.prompt, tuple(out["layers.12.resid_post"].shape), f"{len(out.tokens)} tokens")
     report = model.capture(
         [{"text": text, "labels": {"true": true}} for text, true in zip(TEXTS, (True, False), strict=True)],
         **KEPT,

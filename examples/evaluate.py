@@ -18,6 +18,6 @@ with roentgen.load("smollm2-135m") as model:  # served from this process while i
 
 print(run)
 print(run.samples[["question", "response", "gold", "verdict"]].head())
-print(run.activations("layers.16.resid_post", positions="last_prompt").stack().shape)
+print(run.activations("layers.20.resid_post", positions="last_prompt").stack().shape)
 print(roentgen.probes.train(run, label="correct"))
 print("page:", roentgen.report(run))
