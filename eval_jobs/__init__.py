@@ -4,13 +4,15 @@ The modules, in the order a newcomer should read them:
 
     settings, command          the options, checked once; the command line
     config                     the part of the settings that makes two runs comparable, and its hash
-    problems, selection        a source (arithmetic, gsm8k, a file) becomes a list of `Problem`; which of them are posed
+    records, tables            a record becomes a `Problem`; records out of files and datasets
+    problems, selection        a source (arithmetic, gsm8k, a file, a user's function) becomes a list; which of them are posed
     prompts, variants          a `Problem` becomes messages, under one prefix or several
     endpoint, addresses        the server: whether it answers, what it serves, several addresses as one client
     rollout, asking            one attempt at one problem becomes one scored `Sample`; one request and its failures
     tools, calculator          what the model may call
-    scoring                    the extractors
-    answers                    the default extractor, with `quantities`, `exact_numbers`, `number_words`, `plain_text`
+    verdicts, scoring          what a scorer is given and returns; the extractors, and those of users
+    answers, texts             the default extractor, for numbers and for texts
+    quantities                 what the default extractor reads, with `exact_numbers`, `number_words`, `plain_text`
     symbolic                   the extractor that uses math-verify
     fanout, concurrency        many rollouts at once, as Ray tasks; how many are in flight
     resume                     the run directory: made, or found and continued

@@ -7,7 +7,8 @@ layers together; `evaluation` says honestly how well they do (nested `folds` tha
 to other data and compares their directions; `report` is what was found, `plots` and `console` show it. It reads files only:
 no server, no Ray, no GPU needed.
 
-A new probe kind is one file in `kinds` and a line where they are listed; a new label is one line in `labels.LABELS`.
+A new probe kind is one file in `kinds` and a line where they are listed, or a user's own function (`choosing`); a new label is
+one line in `labels.LABELS`.
 """
 
 from probes.console import render
