@@ -1,9 +1,10 @@
 """Problems of one's own: records with `question` and `answer`, made by a function.
 
 roentgen eval --problems examples/extensions/capitals.py:capitals --samples 12 --collect-activations --output results/capitals
-roentgen probe train results/capitals --label continent
+roentgen probe train results/capitals --label population
 
-The answers are texts. `continent` and `population` have no meaning to the evaluation: they are labels of every stored rollout.
+The answers are texts. `continent`, `population` and `large` mean nothing to the evaluation: they are labels of
+every stored rollout.
 """
 
 from collections.abc import Iterator
@@ -34,4 +35,5 @@ def capitals() -> Iterator[dict[str, Any]]:
             "answer": capital,
             "continent": continent,
             "population": population,
+            "large": population > 60,
         }

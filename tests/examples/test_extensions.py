@@ -34,7 +34,7 @@ def test_problems() -> None:
     assert len(found) == 12
     kenya = found[2]
     assert (kenya.problem_id, kenya.question, kenya.gold) == ("capital-of-kenya", KENYA, "Nairobi")
-    assert kenya.labels == {"continent": "Africa", "population": 55.1}
+    assert kenya.labels == {"continent": "Africa", "population": 55.1, "large": False}
 
 
 @pytest.mark.parametrize(
@@ -146,16 +146,10 @@ def test_problems_prompt_judge_and_probe_of_one_s_own(server: Server, tmp_path: 
     assert all(0 <= int(str(sample.values["rating"])) <= 10 for sample in samples)
     stored = Session.open(samples[0].rollouts[0].uri).rollouts()
     assert {labels["continent"] for labels in stored["labels"]} <= {"Europe", "Asia", "Africa"}
-    kind = f"{EXAMPLES}/probe_kind.py:NEAREST"
-    (tmp_path / "table.csv").write_text(
-        "problem_id,african\n" + "".join(f"{s.problem_id},{s.fields['continent'] == 'Africa'}\n" for s in samples)
+    options = ["--label", "large", "--kind", f"{EXAMPLES}/probe_kind.py:NEAREST"]
+    trained = subprocess.run(
+        [ROENTGEN, "probe", "train", str(run), *options], capture_output=True, text=True, check=False, timeout=300
     )
-    for options, folder in (
-        (["--label", "continent"], "continent"),
-        (["--label", "african", "--table", str(tmp_path / "table.csv"), "--kind", kind], "african+nearest"),
-    ):
-        trained = subprocess.run(
-            [ROENTGEN, "probe", "train", str(run), *options], capture_output=True, text=True, check=False, timeout=300
-        )
-        assert trained.returncode == 0, trained.stderr
-        assert json.loads((run / "probes" / folder / "results.json").read_text())["keys"]
+    assert trained.returncode == 0, trained.stderr
+    results = json.loads((run / "probes" / "large+nearest" / "results.json").read_text())
+    assert (results["kind"], len(results["kind_hash"]), len(results["keys"])) == ("nearest", 16, 2)
