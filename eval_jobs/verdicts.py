@@ -14,7 +14,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Self
 
-import numpy as np
 from pydantic import TypeAdapter, ValidationError
 
 from eval_jobs import EvalError
@@ -89,6 +88,8 @@ def check_verdict(name: str, returned: Any, output: Output, problem: Problem) ->
         ScorerError: if it is none.
     """
     where = f"the scorer {name} returned {{}} for {problem.problem_id}"
+    import numpy as np  # only where something is judged: every command imports this module
+
     if isinstance(returned, bool | np.bool_):
         return Verdict(bool(returned), str(output))
     if not isinstance(returned, Verdict):

@@ -252,7 +252,7 @@ def test_two_drivers_do_not_share_a_run(server: StandIn) -> None:
 
 def test_a_signal_waits_for_the_driver_to_look_up_and_a_second_one_does_not() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with _stop_asked() as look_up:
+    with _stop_asked(None) as look_up:
         look_up()
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):

@@ -143,5 +143,6 @@ def test_a_run_keeps_the_version_of_the_prompt_it_began_with(tmp_path: Path) -> 
     assert as_begun(settings).prompt == "answer-line-1"
     run = opened(output="out", prompt=as_begun(settings).prompt)
     assert (run.config.prompt["version"], run.config.settings["extractor"]) == (1, "answer_line")
-    assert as_begun(check_settings(output="new")).prompt == "answer-line"
+    assert as_begun(check_settings(output="new")).prompt is None
+    assert opened(output="new").config.prompt["name"] == "answer-line"
     assert as_begun(check_settings(output="out", prompt="gsm8k")).prompt == "gsm8k"
