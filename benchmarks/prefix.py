@@ -7,7 +7,7 @@ begins: it finds nothing that another run has read. Then conversations go on: of
 
 Every round is written to a file when it has ended, and the section is made of what the file has: with `--add` also of earlier
 runs, so that engines and prompts can be measured one at a time. The vLLM engine needs the environment that `make test-vllm`
-makes; beside it runs vLLM alone, with its defaults. What the vLLM engine captures is on the disk within the time measured.
+makes; plain vLLM with its defaults runs beside it. What the vLLM engine captures is on the disk within the time measured.
 Fixed and drawn shots need GSM8K's training set (`$ROENTGEN_GSM8K_DIR`, or the hub).
 """
 
@@ -204,7 +204,7 @@ class EngineArm:
 
 
 def measured(run: Run, prompts: int, held: int = 0) -> Measured:
-    """Return what a run of so many prompts says."""
+    """Return the measurements of one run."""
     read = run.prompt_tokens - run.cached_tokens
     return Measured(prompts / run.seconds, median(run.first_token_s), run.prompt_tokens, read, held)
 
