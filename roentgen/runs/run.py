@@ -87,6 +87,8 @@ class Run:
     def activations(self, key: str, positions: str = "all", *, session: str | Path | None = None) -> "Activations":
         """Return the stored rows of one key, an item per sample that has any, read when they are looked at.
 
+        They are in the order of `samples`: where every sample has rows, item i is of `samples.iloc[i]`.
+
         `.stack()` makes one tensor of policies that keep one row; `.rollouts` is a table that says, in the same order, which
         rollout and which problem each is of. In a conversation of several turns the first turn's rollout counts.
 
@@ -117,7 +119,7 @@ class Run:
     def stored(self, *, session: str | Path | None = None) -> "list[StoredSamples]":
         """Return the finished samples whose activations are stored, each beside its row of the store's index.
 
-        There is a part for each session that they lie in. In a conversation of several turns the first turn's rollout counts:
+        There is a part for each session that they lie in, in the order of `samples`. In a conversation of several turns the first turn's rollout counts:
         it is where the model has seen the problem and nothing else.
 
         Args:
@@ -129,7 +131,7 @@ class Run:
         """
         from roentgen.runs.stored import find_in, find_own
 
-        recorded = self.read_samples()
+        recorded = self.read_samples().by_name()
         answered = [sample for sample in recorded if sample.error is None]
         if session is not None:
             parts = find_in(session, answered)

@@ -74,6 +74,9 @@ class Activations(Sequence[RolloutRows]):
     def __len__(self) -> int:
         return len(self.rollouts)
 
+    def __repr__(self) -> str:
+        return f"Activations({self.key!r}, positions={str(self._positions)!r}, {len(self)} rollouts)"
+
     @overload
     def __getitem__(self, index: int) -> RolloutRows: ...
     @overload

@@ -44,14 +44,18 @@ def test_the_accuracy_is_the_summary_s(tmp_path: Path) -> None:
     assert (run.accuracy.n, run.accuracy.correct) == (9, 3)
 
 
-def test_rows_are_beside_their_problems(build_run: Any, planted: Any) -> None:
-    features, correct = planted(KEYS, None, n=6)
+def test_rows_are_in_the_order_of_the_samples(build_run: Any, planted: Any) -> None:
+    """Also where samples finished in another order: `stack()` and a column of `samples` are paired without looking."""
+    features, correct = planted(KEYS, None, n=12)
     run = Run(build_run(features, correct).path)
-    rows = run.activations(KEYS[1], positions="last_prompt")
-    order = [int(name.removeprefix("problem-")) for name in rows.rollouts["problem_id"]]
-    assert sorted(order) == list(range(6))
-    assert torch.equal(rows.stack(), features[KEYS[1]][order])
+    lines = run.record_path.read_text().splitlines(keepends=True)
+    run.record_path.write_text("".join(lines[::-1]))
+    session = run.path / "activations" / "session"
+    for rows in run.activations(KEYS[1], positions="last_prompt"), run.activations(KEYS[1], "last_prompt", session=session):
+        assert list(rows.rollouts["problem_id"]) == list(run.samples["problem_id"])
+        assert torch.equal(rows.stack(), features[KEYS[1]])
     assert run.keys() == list(KEYS)
+    assert repr(rows) == f"Activations('{KEYS[1]}', positions='last_prompt', 12 rollouts)"
 
 
 def test_several_sessions_are_named(build_run: Any, planted: Any) -> None:
