@@ -172,7 +172,13 @@ def _called(found: Found[Any]) -> Numbered:
 
 
 def _mapped(records: Numbered, columns: Mapping[str, str], fields: Sequence[str] | None) -> Numbered:
-    """Yield records with their columns called as problems call them, and with those of the further ones that are wanted."""
+    """Yield records with their columns called as problems call them, and with those of the further ones that are wanted.
+
+    Raises:
+        ProblemError: if a record lacks a column, or all of them a field that is wanted.
+    """
+    unseen = dict.fromkeys(fields or ())
+    there: dict[str, None] = {}
     kept = {"question", "answer", "solution", "problem_id", "template", *(fields or ())}
     for number, where, record in records:
         if not isinstance(record, Mapping):
@@ -183,7 +189,13 @@ def _mapped(records: Numbered, columns: Mapping[str, str], fields: Sequence[str]
         taken = set(columns.values()) | columns.keys()
         named = {key: value for key, value in record.items() if key not in taken}
         named |= {field: record[column] for field, column in columns.items()}
+        if unseen:
+            there |= dict.fromkeys(map(str, named))
+            for name in named.keys() & unseen.keys():
+                del unseen[name]
         yield number, where, {key: value for key, value in named.items() if fields is None or key in kept}
+    if unseen and there:
+        raise ProblemError(f"--fields: no record has a field {next(iter(unseen))!r}; allowed are {', '.join(there)}")
 
 
 def arithmetic() -> Iterator[Record]:
@@ -275,7 +287,7 @@ def _gsm8k_from_hub(split: str) -> Numbered:
         rows = load_rows("openai/gsm8k", "main", split)
     except ProblemError as error:
         raise ProblemError(
-            f"GSM8K cannot be had: the hub does not answer and ${GSM8K_FOLDER_VARIABLE} is not set. Either connect to "
+            f"GSM8K cannot be loaded: the hub does not answer and ${GSM8K_FOLDER_VARIABLE} is not set. Either connect to "
             f"the hub, or set {GSM8K_FOLDER_VARIABLE} to a folder with GSM8K's train.jsonl and test.jsonl. ({error})"
         ) from error
     for number, row in enumerate(rows, start=1):

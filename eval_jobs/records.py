@@ -139,13 +139,14 @@ def record_of(problem: Problem) -> dict[str, Any]:
 
 def _text(record: Mapping[str, Any], name: str, where: str) -> str:
     value = record.get(name)
-    if value is None:
+    allowed = "a text or a number" if name == "answer" else "a text"
+    if name not in record:
         there = ", ".join(map(str, record)) or "no field"
-        raise ProblemError(
-            f"{where}: {name!r} must be a text that is not empty; the record has {there} (--columns renames)"
-        )
+        raise ProblemError(f"{where}: {name!r} is missing; the record has {there} (--columns renames)")
+    if _plain(value) is None:
+        raise ProblemError(f"{where}: {name!r} is null; it must be {allowed}, not empty")
     if not isinstance(value, str) or not value.strip() or not is_text(value):
-        raise ProblemError(f"{where}: {name!r} must be a text that is not empty, not {shown(value)}")
+        raise ProblemError(f"{where}: {name!r} must be {allowed}, not empty; it is {shown(value)}")
     return value
 
 

@@ -125,8 +125,9 @@ def load_rows(
     try:
         found = datasets.load_dataset(name, config, split=split, revision=revision)
     except (OSError, ValueError) as error:  # no route, no such dataset or split, or offline without a cached copy
+        why = " ".join(str(error).split()).rstrip(".")
         raise ProblemError(
-            f"{HUB}{name} cannot be had: {' '.join(str(error).split())}. Without a network, a dataset is read from the cache "
+            f"{HUB}{name} cannot be loaded: {why}. Without a network, a dataset is read from the cache "
             f"of an earlier download ($HF_HOME), or from a folder ({HUB}path/to/folder)"
         ) from error
     if not isinstance(found, dict):

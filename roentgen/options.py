@@ -16,6 +16,7 @@ is given, instead of one text).
 import inspect
 import types
 from collections.abc import Callable, Collection, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -120,6 +121,10 @@ def _line(model: type[BaseModel], location: tuple[int | str, ...], message: str,
     """Return one of pydantic's errors as a line; those of our own validators name the value already."""
     text = message.removeprefix("Value error, ")
     field = model.model_fields.get(str(location[0])) if location else None
+    if field is None and location and message == "Extra inputs are not permitted":
+        close = get_close_matches(str(location[0]), model.model_fields, 1)
+        hint = f"did you mean {close[0]}?" if close else f"allowed are {', '.join(model.model_fields)}"
+        return f"{location[0]}: there is no such option; {hint}"
     if field is None:
         return text
     given = "" if text != message else f" (given: {value!r})"

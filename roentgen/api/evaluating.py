@@ -25,6 +25,7 @@ from roentgen.api.model import Model
 from roentgen.api.serving import Server, serve
 from roentgen.contract import canonical_hash
 from roentgen.durable import make_folder, write_text
+from roentgen.extensions import shown
 from roentgen.runs import Run
 from roentgen.serving.for_evaluation import serving_for
 from roentgen.serving.local_server import LaunchError
@@ -146,6 +147,11 @@ def _server(model: str | Server | Model | None) -> dict[str, Any]:
     if isinstance(model, Model):
         config = model.config
         return {"model": config.model, "revision": config.revision, "dtype": model.dtype, "device": config.device}
+    if model is not None and not isinstance(model, str):
+        raise ProblemError(
+            f"model: {shown(model)} is none; allowed are a name, a base URL, a loaded Model, and a Server that runs "
+            "(`with roentgen.serve(…) as server`)"
+        )
     if model is not None and model.startswith(("http://", "https://")):
         return {"base_url": model}
     return {} if model is None else {"model": model}

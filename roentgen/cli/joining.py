@@ -36,8 +36,8 @@ def join(
         shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else "")
         err.print(f"not matched, {reason}: {shown}", highlight=False, markup=False)
     out.print(
-        f"{report.matched:,} of {report.samples:,} samples matched; {report.rollouts:,} rollouts have their scores, "
-        f"{report.changed:,} had not: {', '.join(report.labels) or 'no labels'}",
+        f"{report.matched:,} of {report.samples:,} samples matched; {report.rollouts:,} rollouts have their scores as labels, "
+        f"new in {report.changed:,}: {', '.join(report.labels) or 'no labels'}",
         highlight=False,
         markup=False,
         soft_wrap=True,

@@ -13,9 +13,11 @@ from pydantic import BaseModel, Field, model_validator
 
 from eval_jobs import EvalError
 from eval_jobs.command import evaluate
-from eval_jobs.problems import SOURCES, read_source
+from eval_jobs.problems import SOURCES, find_source
 from eval_jobs.prompts import choose_prompt
+from eval_jobs.selection import load_problems
 from eval_jobs.settings import EvalSettings, check_settings
+from eval_jobs.tables import HUB, hub_name
 from eval_jobs.variants import read_variants
 from roentgen.cli.console import expected_errors, out, stages
 from roentgen.cloud.task import ClusterSettings
@@ -105,8 +107,15 @@ def _check(options: dict[str, Any]) -> EvalSettings:
         EvalError: naming the option.
     """
     settings = check_settings(**options)
+    if settings.problems.startswith(HUB) and Path(hub_name(settings.problems)).expanduser().exists():
+        raise EvalError(
+            f"--problems: {settings.problems} is a folder of this machine, which the cluster lacks; allowed are a dataset of "
+            "the hub and a .jsonl, .csv or .parquet file, which is sent"
+        )
     if settings.problems not in SOURCES:
-        next(read_source(settings.problems))
+        load_problems(settings.selection.model_copy(update={"shots": 0}))
+    if settings.shots_source is not None and is_reference(settings.shots_source):
+        find_source(settings.shots_source)
     if settings.prompt is not None or settings.prompt_file is not None:
         choose_prompt(settings.prompt or "", settings.prompt_file)  # fixed shots are read there, as problems are
     if settings.variants is not None:

@@ -21,7 +21,7 @@ from roentgen.cloud.remote import Head
 from roentgen.cloud.skypilot import ROOT, SkyPilot
 from roentgen.cloud.task import ClusterSettings
 from roentgen.cloud.up import Launched, up
-from roentgen.extensions import file_of
+from roentgen.extensions import file_of, imported_beside
 from roentgen.runs import Run, RunError
 from roentgen.serving.local_server import LaunchError
 
@@ -59,7 +59,8 @@ def launch_and_evaluate(
         afterwards: what is done when it is over.
         sky: SkyPilot.
         stage: told what is being done.
-        files: per option that names a file, or something in a Python file (`file.py:name`), what it names here.
+        files: per option that names a file, or something in a Python file (`file.py:name`), what it names here. With a Python
+            file go the modules of its folder that it has imported here.
 
     Returns:
         The run directory here.
@@ -76,16 +77,13 @@ def launch_and_evaluate(
         if (output / "config.json").exists():
             stage(f"taking {output} there, to continue it")
             head.push(output, there.removeprefix("~/"), leave_out="activations")
-        words = [shlex.join(options), f"--output {there}"]
-        for option, named in files.items():
-            file, attribute = file_of(str(named)) or (Path(named), "")
-            head.push_file(file, REMOTE_FILES.removeprefix("~/"))
-            words.append(
-                f"{option} {REMOTE_FILES}/{shlex.quote(f'{file.name}:{attribute}' if attribute else file.name)}"
-            )
+        copies, words = sent_files(files)
+        for file, folder in copies:
+            head.push_file(file, folder)
         stage(f"evaluating; the run directory there is {there}")
         nodes = next((one.nodes for one in sky.clusters() if one.name == launched.name), 1)
-        command = ["exec", launched.name, str(TASK), "--num-nodes", str(nodes), "--env", f"EVAL={' '.join(words)}"]
+        asked = " ".join([shlex.join(options), f"--output {there}", *words])
+        command = ["exec", launched.name, str(TASK), "--num-nodes", str(nodes), "--env", f"EVAL={asked}"]
         code, last = sky.stream(command, stage)
         # Also of an evaluation that failed: what is finished is worth having.
         stage(f"fetching {there}")
@@ -97,6 +95,23 @@ def launch_and_evaluate(
         if code:
             raise LaunchError(f"the evaluation on {launched.name} failed (exit code {code}):\n" + "\n".join(last))
     return output
+
+
+def sent_files(files: Mapping[str, Path | str]) -> tuple[list[tuple[Path, str]], list[str]]:
+    """Return which files go into which folder of the head's home, and the options that name them there.
+
+    Each folder here has one of its own there: files of one name do not meet, and a Python file finds its neighbors.
+    """
+    places: dict[Path, str] = {}
+    copies, words = [], []
+    for option, named in files.items():
+        file, attribute = file_of(str(named)) or (Path(named), "")
+        place = places.setdefault(file.parent, f"{REMOTE_FILES}/{len(places) + 1}" if places else REMOTE_FILES)
+        for one in [file, *(imported_beside(file) if attribute else [])]:
+            beside = one.relative_to(file.parent).parent
+            copies.append((one, str(Path(place.removeprefix("~/")) / beside)))
+        words.append(f"{option} {place}/{shlex.quote(f'{file.name}:{attribute}' if attribute else file.name)}")
+    return list(dict.fromkeys(copies)), words
 
 
 def _check_kept(settings: ClusterSettings, afterwards: Afterwards, launched: Launched) -> None:

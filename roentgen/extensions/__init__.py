@@ -13,7 +13,7 @@ the function itself can be given. A module a concern:
 from roentgen.extensions.finding import ExtensionError, Found, Registry, file_of, given, in_file, is_reference, spell
 from roentgen.extensions.fingerprint import fingerprint
 from roentgen.extensions.telling import shown, spell_error
-from roentgen.extensions.travel import make_portable
+from roentgen.extensions.travel import imported_beside, make_portable
 
 __all__ = [
     "ExtensionError",
@@ -22,6 +22,7 @@ __all__ = [
     "file_of",
     "fingerprint",
     "given",
+    "imported_beside",
     "in_file",
     "is_reference",
     "make_portable",

@@ -26,6 +26,13 @@ def make_portable(*values: Any) -> None:
             cloudpickle.register_pickle_by_value(module)
 
 
+def imported_beside(file: Path) -> list[Path]:
+    """Return the files of the other user's modules that this process has imported from a file's folder."""
+    modules = [module for module in list(sys.modules.values()) if isinstance(module, ModuleType)]
+    files = {Path(str(module.__file__)).absolute() for module in modules if _root(module) == file.parent}
+    return sorted(files - {file})
+
+
 def is_users(value: Any) -> bool:
     """Whether a function or a class is of a user's own file, the main program or a notebook, and not of a library."""
     module = sys.modules.get(getattr(value, "__module__", None) or "")

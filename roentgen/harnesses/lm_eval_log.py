@@ -32,8 +32,10 @@ def read_lm_eval(file: Path) -> Iterator[Scored]:
                 continue
             try:
                 yield _scored(json.loads(line), f"{file.stem} line {number}")
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise LogError(f"{file}, line {number}: is no sample of lm-eval: {error!r}") from error
+            except KeyError as error:
+                raise LogError(f"{file}, line {number}: no sample of lm-eval: it has no {error}") from error
+            except (ValueError, TypeError, AttributeError) as error:
+                raise LogError(f"{file}, line {number}: no sample of lm-eval: {error}") from error
 
 
 def _scored(sample: dict[str, Any], where: str) -> Scored:

@@ -119,8 +119,8 @@ class Run:
     def stored(self, *, session: str | Path | None = None) -> "list[StoredSamples]":
         """Return the finished samples whose activations are stored, each beside its row of the store's index.
 
-        There is a part for each session that they lie in, in the order of `samples`. In a conversation of several turns the first turn's rollout counts:
-        it is where the model has seen the problem and nothing else.
+        There is a part for each session that they lie in, in the order of `samples`. In a conversation of several turns the
+        first turn's rollout counts: it is where the model has seen the problem and nothing else.
 
         Args:
             session: a session that was captured of the run's answers, instead of the run's own rows.

@@ -59,8 +59,8 @@ def test_chat_runs_and_scores(docs: Documentation) -> None:
 def test_scores_are_joined_to_what_was_kept(docs: Documentation, server: Server) -> None:
     """As docs/clients.md has it: through a run's address, unmodified, raw texts, choices and conversations."""
     said = docs.run("lm-eval-kept")
-    assert "8 of 8 samples matched; 20 rollouts have their scores, 20 had not" in said
-    assert "2 of 2 samples matched; 2 rollouts have their scores, 2 had not" in said
+    assert "8 of 8 samples matched; 20 rollouts have their scores as labels, new in 20" in said
+    assert "2 of 2 samples matched; 2 rollouts have their scores as labels, new in 2" in said
     frame = Session.open(str(server.store / "lm")).rollouts(columns=("labels", "text"))
     assert len(frame) == 4 + 4 * 4 + 2
     assert set(frame["config_hash"]) == {"lm"}

@@ -147,7 +147,7 @@ def test_a_template_that_cannot_be_filled_is_told_which_fields_there_are() -> No
         PromptError, match="cannot be filled for c: 'options' is undefined; the problem has choices, hint, quest"
     ):
         check_prompt(choose_prompt("{{ question }} {{ options }}"), [CAPITAL])
-    with pytest.raises(PromptError, match=r"--prompt is no Jinja template: .* \(line 1\)"):
+    with pytest.raises(PromptError, match=r"--prompt: no Jinja template: .* \(line 1\)"):
         choose_prompt("{% for x %}")
 
 

@@ -69,16 +69,16 @@ def test_a_solution_and_an_id_may_be_given() -> None:
         ("Paris", r"problems\[0\]: not a record with 'question' and 'answer', but 'Paris' \(str\)"),
         (
             {"q": "?", "answer": "!"},
-            r"'question' must be a text that is not empty; the record has q, answer \(--columns",
+            r"'question' is missing; the record has q, answer \(--columns",
         ),
-        ({**RECORD, "question": 3}, r"'question' must be a text that is not empty, not 3 \(int\)"),
+        ({**RECORD, "question": 3}, r"'question' must be a text, not empty; it is 3 \(int\)"),
         (
             {**RECORD, "answer": ["a", "b"]},
             r"'answer' must be a text, a number, true or false, not \['a', 'b'\] \(list\)",
         ),
-        ({**RECORD, "answer": " "}, "'answer' must be a text that is not empty"),
+        ({**RECORD, "answer": " "}, "'answer' must be a text or a number, not empty; it is ' '"),
         ({**RECORD, "answer": "so\n#### "}, "'answer' has nothing behind '####'"),
-        ({**RECORD, "answer": float("nan")}, "'answer' must be a text that is not empty"),
+        ({**RECORD, "answer": float("nan")}, "'answer' is null; it must be a text or a number, not empty"),
         ({**RECORD, "gold": "Lutetia"}, r"a field 'gold' would hide a label of the evaluation's own; rename it"),
         (
             {**RECORD, "image": b"..."},
@@ -132,6 +132,15 @@ def test_columns_are_renamed_and_fields_chosen(tmp_path: Path) -> None:
     assert (found.problem_id, found.question, found.gold, found.fields) == ("x-1", "1 + 1?", "2", {"level": "easy"})
     with pytest.raises(ProblemError, match=r"--columns: p\.csv, row 1 has no column 'Q'; it has id, q, a, level, gold"):
         list(read_source(str(tmp_path / "p.csv"), {"question": "Q"}))
+    with pytest.raises(
+        ProblemError, match=r"--fields: no record has a field 'lvl'; allowed are id, level, gold, question, a"
+    ):
+        read_source(str(tmp_path / "p.csv"), {"question": "q", "answer": "a"}, ("level", "lvl"))
+
+
+def test_a_field_may_be_absent_from_some_records() -> None:
+    records = [{"question": "1 + 1?", "answer": 2}, {"question": "1 + 2?", "answer": 3, "level": "hard"}]
+    assert [problem.fields for problem in read_records(records, fields=("level",))] == [{}, {"level": "hard"}]
 
 
 def test_a_dataset_of_hugging_face_s_from_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +159,7 @@ def test_a_dataset_of_hugging_face_s_from_a_folder(tmp_path: Path, monkeypatch: 
     with pytest.raises(ProblemError, match="'size' is unknown; allowed are config, split, revision"):
         list(read_source(f"{source}?size=3"))
     with pytest.raises(
-        ProblemError, match=r"hf:.*nowhere cannot be had: .*Without a network, a dataset is read from the cache"
+        ProblemError, match=r"hf:.*nowhere cannot be loaded: .*Without a network, a dataset is read from the cache"
     ):
         list(read_source(f"hf:{tmp_path}/nowhere"))
 

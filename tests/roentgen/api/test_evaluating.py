@@ -17,7 +17,7 @@ PROBLEMS = [{"question": f"What is {number} + 1?", "answer": number + 1} for num
 
 
 def test_arguments_that_cannot_be_are_refused_before_anything_starts(tmp_path: Path) -> None:
-    with pytest.raises(EvalError, match=r"problems\[1\]: 'answer' must be a text that is not empty; the record has q"):
+    with pytest.raises(EvalError, match=r"problems\[1\]: 'answer' is missing; the record has q"):
         roentgen.evaluate([PROBLEMS[0], {"question": "?"}], output=tmp_path / "run")
     with pytest.raises(EvalError, match="problems: the list is empty"):
         roentgen.evaluate([], output=tmp_path / "run")
@@ -27,6 +27,10 @@ def test_arguments_that_cannot_be_are_refused_before_anything_starts(tmp_path: P
         roentgen.evaluate("arithmetic", capture={"session_id": "s"})
     with pytest.raises(EvalError, match="temperature"):
         roentgen.evaluate("arithmetic", temperature=9)
+    with pytest.raises(EvalError, match=r"^max_token: there is no such option; did you mean max_tokens\?$"):
+        roentgen.evaluate("arithmetic", max_token=9)
+    with pytest.raises(EvalError, match=r"model: .*Serving.* is none; allowed are a name, .* a Server that runs"):
+        roentgen.evaluate("arithmetic", model=roentgen.serve("smollm2-135m"))  # type: ignore[arg-type]
 
 
 def test_a_server_s_options_are_checked_before_it_starts() -> None:

@@ -69,11 +69,29 @@ def test_files_of_this_machine_go_along(launched: list[dict[str, Any]], tmp_path
     assert call["files"] == {"--problems": problems, "--variants": variants}
 
 
+def test_columns_are_those_of_the_file(launched: list[dict[str, Any]], tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("q,a\n1 + 1?,2\n")
+    words = ("--problems", str(tmp_path / "p.csv"), "--columns")
+    assert run(*words, "question=q,answer=a").exit_code == 0
+    wrong = run(*words, "question=q,answer=gold")
+    assert wrong.exit_code == 2
+    assert "no column 'gold'; it has q, a" in " ".join(wrong.output.split())
+    assert len(launched) == 1
+
+
+def test_what_is_in_a_folder_of_this_machine_only_is_refused(launched: list[dict[str, Any]], tmp_path: Path) -> None:
+    done = run("--problems", f"hf:{tmp_path}?split=test")
+    assert done.exit_code == 2
+    assert "is a folder of this machine, which the cluster lacks" in " ".join(done.output.split())
+    assert launched == []
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (("--layers", "8,x"), "--layers"),
         (("--problems", "nowhere.jsonl"), "nowhere.jsonl"),
+        (("--shots-source", "nowhere.py:shots", "--fixed-shots", "1"), "there is no file"),
         (("--prompt-file", "nowhere.txt"), "nowhere.txt"),
         (("--variants", "nowhere.yaml"), "nowhere.yaml"),
         (("--dtype", "int4"), "--dtype"),

@@ -178,8 +178,8 @@ def test_a_server_s_session_is_labeled_through_the_server(
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("samples_x.jsonl", "{}", "line 1: is no sample of lm-eval"),
-        ("samples_x.jsonl", "[", "line 1: is no sample of lm-eval"),
+        ("samples_x.jsonl", "{}", "line 1: no sample of lm-eval"),
+        ("samples_x.jsonl", "[", "line 1: no sample of lm-eval"),
         ("x.csv", "", "a log is a .eval or .json of inspect_ai, or a samples_….jsonl"),
         ("other.txt", "", "neither logs of inspect_ai"),
     ],
@@ -196,7 +196,7 @@ def test_the_command_says_what_matched(session: Session, log: Log) -> None:
     file = log(sample(2, "1 + 1 =", " 2", match=1.0), sample(6, "never asked", "", match=0.0))
     done = CliRunner().invoke(app, ["join", str(file), session.uri])
     assert done.exit_code == 0, done.output
-    assert "1 of 2 samples matched; 1 rollouts have their scores, 1 had not: doc_id, match" in done.output
+    assert "1 of 2 samples matched; 1 rollouts have their scores as labels, new in 1: doc_id, match" in done.output
     assert "not matched, no rollout was made under its prompts: samples_sums_2026-11-30 line 2 (doc 6)" in done.output
     nothing = CliRunner().invoke(app, ["join", str(log(sample(6, "never asked", "", match=0.0))), session.uri])
     assert nothing.exit_code == 1

@@ -51,7 +51,10 @@ def test_rows_are_in_the_order_of_the_samples(build_run: Any, planted: Any) -> N
     lines = run.record_path.read_text().splitlines(keepends=True)
     run.record_path.write_text("".join(lines[::-1]))
     session = run.path / "activations" / "session"
-    for rows in run.activations(KEYS[1], positions="last_prompt"), run.activations(KEYS[1], "last_prompt", session=session):
+    for rows in (
+        run.activations(KEYS[1], positions="last_prompt"),
+        run.activations(KEYS[1], "last_prompt", session=session),
+    ):
         assert list(rows.rollouts["problem_id"]) == list(run.samples["problem_id"])
         assert torch.equal(rows.stack(), features[KEYS[1]])
     assert run.keys() == list(KEYS)
