@@ -364,9 +364,7 @@ def _of_text(name: str, text: str, where: str) -> Prompt:
         try:
             _template(text)
         except jinja2.TemplateSyntaxError as error:
-            raise PromptError(
-                f"{where}: no Jinja template: {error.message.rstrip('.')} (line {error.lineno})"
-            ) from error
+            raise PromptError(f"{where}: no Jinja template: {error.message} (line {error.lineno})") from error
     elif QUESTION not in text:
         raise PromptError(f"{where} has no {QUESTION} to say where the question goes")
     return Prompt(name=name, version=1, user=text)

@@ -107,9 +107,10 @@ def _check(options: dict[str, Any]) -> EvalSettings:
         EvalError: naming the option.
     """
     settings = check_settings(**options)
-    if settings.problems.startswith(HUB) and Path(hub_name(settings.problems)).expanduser().exists():
+    source = str(settings.problems)
+    if source.startswith(HUB) and Path(hub_name(source)).expanduser().exists():
         raise EvalError(
-            f"--problems: {settings.problems} is a folder of this machine, which the cluster lacks; allowed are a dataset of "
+            f"--problems: {source} is a folder of this machine, which the cluster lacks; allowed are a dataset of "
             "the hub and a .jsonl, .csv or .parquet file, which is sent"
         )
     if settings.problems not in SOURCES:
