@@ -73,7 +73,7 @@ def test_a_file_in_gsm8k_format(tmp_path: Path) -> None:
     [
         ('{"question": "2 + 2?"', "not JSON"),
         ('["question", "answer"]', "not a JSON object"),
-        ('{"question": "2 + 2?"}', "'answer' must be a text"),
+        ('{"question": "2 + 2?"}', "'answer' is missing"),
         ('{"question": "  ", "answer": "#### 4"}', "'question' must be a text"),
         ('{"question": "\\ud800", "answer": "#### 4"}', "not JSON"),
         ("[" * 100_000, "not JSON"),
