@@ -21,6 +21,7 @@ from benchmarks.record import record, table
 from benchmarks.stages import stage_printer
 from benchmarks.statistics import percentile
 from benchmarks.workload import Workload
+from roentgen.cluster import LOCAL
 from roentgen.defaults import EMBEDDED_MODEL
 from roentgen.serving.local_server import serving
 from serve_app.config import ServerConfig
@@ -83,7 +84,7 @@ def measure_health(
         stage: told what is being done.
     """
     config = ServerConfig(model=workload.model, store=str(folder / "store"), max_batch=max_batch)
-    with serving(config, stage=stage) as base_url:
+    with serving(config, ray_address=LOCAL, stage=stage) as base_url:
         idle = asyncio.run(_ask(base_url, "idle", every, lasting))
         stage(f"idle: {percentile(idle.seconds, 99) * 1e3:.0f} ms at the 99th percentile")
         loaded = asyncio.run(_ask_under_load(workload, base_url, clients, every, lasting))

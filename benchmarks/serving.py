@@ -22,6 +22,7 @@ from benchmarks.stages import stage_printer
 from benchmarks.statistics import Interval, ratios
 from benchmarks.ways import engine_way
 from benchmarks.workload import CAPTURES, Workload, capture_request
+from roentgen.cluster import LOCAL
 from roentgen.defaults import EMBEDDED_MODEL
 from roentgen.serving.local_server import serving
 from serve_app.config import ServerConfig
@@ -79,7 +80,7 @@ def measure_serving(
             "num_gpus": 1 if workload.place()[0].type == "cuda" else 0,
         }
     )
-    with serving(config, stage=stage) as base_url:
+    with serving(config, ray_address=LOCAL, stage=stage) as base_url:
         # Ray runs its workers at low priority; the engine beside them must not have a better one where others compute too.
         os.nice(max(0, WORKER_NICENESS - os.nice(0)))
         loaded = workload.load()

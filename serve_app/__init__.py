@@ -13,3 +13,7 @@
 
 `make check` holds them to it.
 """
+
+from serve_app.deferred_imports import defer
+
+defer()

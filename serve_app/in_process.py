@@ -1,38 +1,49 @@
-"""Serves a model that this process has loaded, on loopback and from this process: no Ray Serve, no second copy of the weights.
+"""Serves one replica from this process, without Ray Serve: a model that a script has loaded, or all that one CPU needs.
 
 The routes are the very ones of a server (`http.ingress`), and so is the replica behind them. Only what Ray Serve does between
-the two is done here: calls (`_Replica` stands where Serve's handle stands), the HTTP server (uvicorn, on a thread), and the
-cancelling of what a client that has left had asked for. What is served is the model as it is: also one whose weights were
-changed after they were loaded.
+the two is done here: calls (`_Replica` stands where Serve's handle stands), the HTTP server (uvicorn, on a thread), the
+cancelling of what a client that has left had asked for, and the watch over an engine that dies. A loaded model is served as it
+is: also one whose weights were changed after they were loaded, and there is no second copy of them.
 """
 
 import asyncio
+import logging
 import socket
 import threading
 import time
-from collections.abc import AsyncIterator, Coroutine, Iterator
+import uuid
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import uvicorn
-from ray.serve.handle import DeploymentHandle
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app.config import ModelChoice, ServerConfig
 from serve_app.engines.protocol import Engine
 from serve_app.engines.served_model import ServedModel
 from serve_app.http.ingress import Ingress
+from serve_app.http.proxy import ReadableHeaders
 from serve_app.openai_api.errors import ApiError
 from serve_app.replica.model_slot import ModelSlot
 from serve_app.replica.replica import ModelReplica
 
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
+log = logging.getLogger(__name__)
+
 POLL_S = 0.01
+
+WATCH_S = 3.0
+"""Seconds between two looks at the engine, as many as Serve waits between its own (`app`)."""
+
+KEEP_ALIVE_S = 90
+"""How long a connection without requests stays open, as with Serve's proxy: longer than clients keep theirs."""
 
 
 @contextmanager
-def serving_in_process(
-    model: ServedModel, engine: Engine, config: ServerConfig, *, host: str, port: int
-) -> Iterator[str]:
+def serving_loaded(model: ServedModel, engine: Engine, config: ServerConfig, *, host: str, port: int) -> Iterator[str]:
     """Serve a loaded model for as long as the context lasts; yields the base URL. The engine stays its owner's.
 
     Args:
@@ -48,21 +59,70 @@ def serving_in_process(
     """
     with socket.create_server((host, port)) as listening:
         replica = ModelReplica(config, ModelSlot.holding(config, model, engine))
-        ingress = Ingress(cast(DeploymentHandle, _Replica(replica)), config, _refuse)
-        app = _CancelledWithClient(ingress.__serve_build_asgi_app__())
-        server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None, log_level="critical"))
+        with _answering(replica, config, _refuse, listening) as base_url:
+            yield base_url
+
+
+@contextmanager
+def serving_replica(config: ServerConfig, *, host: str, port: int) -> Iterator[str]:
+    """Serve what a configuration says; yields the base URL at once, where `/health` says how far the model's loading is.
+
+    Raises:
+        OSError: if the address is taken.
+    """
+    with socket.create_server((host, port)) as listening:
+        replica = ModelReplica(config)
+
+        def choose(choice: ModelChoice) -> None:
+            replica.reconfigure(choice.model_dump(mode="json"))
+
+        choose(config.choice)
+        over = threading.Event()
+        watching = threading.Thread(target=_watch, args=(replica, over), name="watch", daemon=True)
+        watching.start()
+        try:
+            with _answering(replica, config, choose, listening) as base_url:
+                yield base_url
+        finally:
+            over.set()
+            watching.join()
+
+
+@contextmanager
+def _answering(
+    replica: ModelReplica, config: ServerConfig, redeploy: Callable[[ModelChoice], None], listening: socket.socket
+) -> Iterator[str]:
+    """Answer requests from a replica of this process, and close it in the end."""
+    try:
+        ingress = Ingress(cast("DeploymentHandle", _Replica(replica)), config, redeploy)
+        app = ReadableHeaders(_Numbered(_CancelledWithClient(ingress.__serve_build_asgi_app__())))
+        server = uvicorn.Server(
+            uvicorn.Config(app, lifespan="off", log_config=None, log_level="critical", timeout_keep_alive=KEEP_ALIVE_S)
+        )
         thread = threading.Thread(target=server.run, args=([listening],), name="http", daemon=True)
         thread.start()
+        host, port = listening.getsockname()[:2]
         try:
             while not server.started:
                 if not thread.is_alive():
                     raise OSError(f"no HTTP server could be started on {host}:{port}")
                 time.sleep(POLL_S)
-            yield f"http://{host}:{listening.getsockname()[1]}/v1"
+            yield f"http://{host}:{port}/v1"
         finally:
             server.should_exit = server.force_exit = True
             thread.join()
-            replica.close()
+    finally:
+        replica.close()
+
+
+def _watch(replica: ModelReplica, over: threading.Event, every_s: float = WATCH_S) -> None:
+    """Load the model again when its engine has died."""
+    while not over.wait(every_s):
+        try:
+            replica.check_health()
+        except RuntimeError as error:
+            log.error("%s; the model is loaded again", error)
+            replica.restart()
 
 
 def _refuse(choice: ModelChoice) -> None:
@@ -162,6 +222,27 @@ class _CancelledWithClient:
         finally:
             answering.cancel()
             watching.cancel()
+
+
+class _Numbered:
+    """Gives a request without an `X-Request-Id` one, and sends it back, as Serve's proxy does."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        name = b"x-request-id"
+        given = dict(scope.get("headers", ())).get(name)
+        about = given if given is not None else str(uuid.uuid4()).encode()
+        if given is None and "headers" in scope:
+            scope = {**scope, "headers": [*scope["headers"], (name, about)]}
+
+        async def said(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), (name, about)]}
+            await send(message)
+
+        await self._app(scope, receive, said)
 
 
 async def _left(read: asyncio.Event, receive: Receive) -> None:

@@ -131,9 +131,10 @@ class Server:
 def start_server(
     store: Path, home: RayHome, *options: str, environment: dict[str, str] | None = None, timeout_s: float = 300
 ) -> Server:
-    """Start `roentgen serve` on a free port and wait until it answers."""
+    """Start `roentgen serve` on Ray Serve, on a free port, and wait until it answers."""
     port = free_port("127.0.0.1")
-    command = [ROENTGEN, "serve", "--port", str(port), "--store", str(store), "--dtype", "float32", *options]
+    command = [ROENTGEN, "serve", "--port", str(port), "--store", str(store), "--dtype", "float32"]
+    command += ["--ray-address", "local", *options]
     (store / "probes").mkdir(parents=True, exist_ok=True)
     command += ["--probes", str(store / "probes")]
     log = open(f"{home.path}/serve.log", "w")  # noqa: SIM115 - the process writes to it for as long as it runs

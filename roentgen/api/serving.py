@@ -150,11 +150,11 @@ def serve(
 
 @contextmanager
 def _in_process(model: Model, config: ServerConfig, host: str, port: int) -> Iterator[str]:
-    from serve_app.in_process import serving_in_process
+    from serve_app.in_process import serving_loaded
 
     check_host(host)
     check_port(host, port)
     check_writable(open_place(config.store))
     runner = model._runner
-    with serving_in_process(runner.model, runner.engine, config, host=host, port=port) as base_url:
+    with serving_loaded(runner.model, runner.engine, config, host=host, port=port) as base_url:
         yield base_url

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from roentgen.cli.console import LOADING, expected_errors, out, stages
-from roentgen.cluster import LOCAL, ClusterError, check_address
+from roentgen.cluster import ClusterError, check_address
 from roentgen.defaults import HOST, PORT
 from roentgen.options import options_of, read_options
 from serve_app.config import ServerConfig
@@ -32,13 +32,20 @@ def serve_for_eval(settings: "EvalSettings") -> Iterator[str]:
 def serve(
     port: Annotated[int, typer.Option(help="0 chooses a free one.")] = PORT,
     host: Annotated[str, typer.Option(help="Anything but loopback needs ROENTGEN_API_KEY.")] = HOST,
-    ray_address: Annotated[str, typer.Option(help="'local' starts a Ray here; HOST:PORT joins one.")] = LOCAL,
-    verbose: Annotated[bool, typer.Option(help="Show Ray's and the replicas' logs.")] = False,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            help="'local' starts a Ray here; HOST:PORT joins one. By default one is started where it is needed: for several "
+            "replicas, on a GPU, with vLLM."
+        ),
+    ] = None,
+    verbose: Annotated[bool, typer.Option(help="Show the server's logs, and Ray's.")] = False,
     **options: Any,
 ) -> None:
     """Serve a model behind the OpenAI route until interrupted."""
     with stages() as stage, expected_errors(ClusterError, ValueError):
-        check_address(ray_address)
+        if ray_address is not None:
+            check_address(ray_address)
         config = read_options(ServerConfig, options)
         stage(LOADING)
         from roentgen.serving.local_server import LaunchError, serving

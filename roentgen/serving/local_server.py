@@ -1,7 +1,10 @@
-"""Runs the server on a Ray that is started here, or on one that is given, and takes away what it started.
+"""Runs the server, in this process or on Ray Serve, and takes away what it started.
 
 `serving(config, …)` is the one way in: a context manager that yields the base URL once the model answers. On leaving, also
-after an error or Ctrl-C, the Serve application it deployed and the Ray it started are gone.
+after an error or Ctrl-C, the server is gone, and so are the Serve application it deployed and the Ray it started.
+
+One replica on a CPU needs no Ray: this process serves it, which starts in half the time. Several replicas, GPUs and vLLM are
+Ray Serve's, on a Ray that is started here or on one that is given.
 """
 
 import ipaddress
@@ -11,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
+import torch
 from httpx2 import Client, TransportError
 
 from roentgen.api_keys import api_keys
@@ -22,6 +26,7 @@ from roentgen.serving.preflight import Capture, PreflightError, check_start
 from roentgen.store.places import check_writable, open_place
 from serve_app.config import ServerConfig
 from serve_app.http.proxy import named_in_environment
+from serve_app.logs import write_json_logs
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +45,7 @@ def serving(
     *,
     host: str = HOST,
     port: int = 0,
-    ray_address: str = LOCAL,
+    ray_address: str | None = None,
     stage: Callable[[str], None] = log.info,
     verbose: bool = False,
     capture: Capture | None = None,
@@ -51,7 +56,7 @@ def serving(
         config: the server's configuration.
         host: address to bind to; anything but loopback needs an API key in the environment.
         port: 0 chooses a free one.
-        ray_address: "local" starts a Ray here; HOST:PORT joins one that runs.
+        ray_address: "local" starts a Ray here; HOST:PORT joins one that runs; None starts one unless this process is enough.
         stage: told what is being done.
         verbose: let Ray's and the replicas' logs through.
         capture: what the server is going to be asked to capture, if that is known; vLLM taps this, unless the
@@ -68,21 +73,43 @@ def serving(
     stage(f"finding {config.model}")
     if capture is not None and "taps" not in config.model_fields_set:
         config = config.model_copy(update={"taps": taps_for(capture)})
-    if ray_address == LOCAL:  # on another machine, what is there is for the replica to find out
+    if ray_address in (None, LOCAL):  # on another machine, what is there is for the replica to find out
         try:
             check_start(config, capture)
         except PreflightError as error:
             raise LaunchError(str(error)) from error
     check_writable(open_place(config.store))
 
-    stage("starting Ray" if ray_address == LOCAL else f"joining Ray at {ray_address}")
     with ExitStack() as stack:
-        with named_in_environment():
-            stack.enter_context(connected(ray_address, verbose=verbose))
-        stack.enter_context(_application(config, host, port, stage, verbose))
+        if ray_address is None and is_enough(config):
+            stage("starting the server")
+            stack.enter_context(_in_this_process(config, host, port, verbose))
+        else:
+            stage("starting Ray" if ray_address in (None, LOCAL) else f"joining Ray at {ray_address}")
+            with named_in_environment():
+                stack.enter_context(connected(ray_address or LOCAL, verbose=verbose))
+            stack.enter_context(_application(config, host, port, stage, verbose))
         base = f"http://{host}:{port}"
         wait_until_ready(base, stage)
         yield f"{base}/v1"
+
+
+def is_enough(config: ServerConfig) -> bool:
+    """Whether one process without Ray can serve a configuration as well as Ray Serve would: one replica, on a CPU."""
+    copies = max(config.num_replicas, config.max_replicas, config.num_ingresses)
+    on_cpu = config.device == "cpu" or not torch.cuda.is_available()
+    return copies == 1 and on_cpu and config.engine != "vllm"
+
+
+@contextmanager
+def _in_this_process(config: ServerConfig, host: str, port: int, verbose: bool) -> Iterator[None]:
+    """Serve from this process; on leaving, stop."""
+    from serve_app.in_process import serving_replica
+
+    if verbose:
+        write_json_logs()
+    with serving_replica(config, host=host, port=port):
+        yield
 
 
 def taps_for(capture: Capture) -> tuple[str, ...]:

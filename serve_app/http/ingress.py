@@ -11,13 +11,12 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import pandas as pd
 from fastapi import APIRouter, FastAPI, Path, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
-from ray.serve.handle import DeploymentHandle
 from starlette.datastructures import State
 
 from roentgen.contract import SESSION_ID_PATTERN, check_session_id
@@ -44,6 +43,9 @@ from serve_app.openai_api.schemas import HEALTH, complete_document, documented, 
 from serve_app.openai_api.tokenize import DetokenizeRequest, TokenizeRequest
 from serve_app.replica.fleet import Replicas
 
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
+
 Body = dict[str, Any]
 Generation = ChatRequest | CompletionRequest | ResponsesRequest
 # Checked by `_check_id`, so that the error is worded as everywhere.
@@ -55,10 +57,10 @@ class Ingress:
 
     def __init__(
         self,
-        model: DeploymentHandle,
+        model: "DeploymentHandle",
         config: ServerConfig,
         redeploy: Callable[[ModelChoice], None],
-        numbers: DeploymentHandle | None = None,
+        numbers: "DeploymentHandle | None" = None,
     ) -> None:
         """Answer for the replicas of a model.
 

@@ -10,7 +10,6 @@ import time
 from contextlib import suppress
 
 from fastapi.responses import JSONResponse
-from ray.exceptions import RayError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -19,6 +18,7 @@ from ulid import ULID
 from serve_app.http.metrics import Metrics
 from serve_app.logs import request_id
 from serve_app.openai_api.errors import ApiError
+from serve_app.replica.ray_errors import kind_of
 from serve_app.requests.stats import RequestStats
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,9 @@ class Observed:
             nonlocal gone
             try:
                 message = await receive()
-            except RayError:
+            except Exception as error:
+                if kind_of(error) is None:
+                    raise
                 # Serve fetches what the client sends from its proxy, and cancels that when the client has left.
                 message = {"type": "http.disconnect"}
             gone = gone or message["type"] == "http.disconnect"

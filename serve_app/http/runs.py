@@ -13,10 +13,9 @@ import json
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from fastapi import Request
-from ray.serve.handle import DeploymentHandle
 from ulid import ULID
 
 from roentgen.contract import RolloutKey
@@ -30,6 +29,9 @@ from serve_app.openai_api.completions import CompletionRequest
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.responses.request import ResponsesRequest
 from serve_app.openai_api.runs import RunSettings, count_choices, keyed
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
 
 FOLDER = ".runs"
 
@@ -174,7 +176,7 @@ class CallNumbers:
 class SharedNumbers:
     """A deployment of `CallNumbers`, as ingresses ask it."""
 
-    def __init__(self, handle: DeploymentHandle) -> None:
+    def __init__(self, handle: "DeploymentHandle") -> None:
         self._handle = handle
 
     async def take(self, run_id: str, session_id: str, problem_id: str, epoch: int, count: int) -> int:

@@ -14,44 +14,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import Context
-from typing import Any
-
-from ray.exceptions import (
-    LocalRayletDiedError,
-    NodeDiedError,
-    ObjectLostError,
-    OutOfMemoryError,
-    RayActorError,
-    RayError,
-    RayTaskError,
-    RpcError,
-    TaskCancelledError,
-    WorkerCrashedError,
-)
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
-from ray.serve.handle import DeploymentHandle
+from typing import TYPE_CHECKING, Any
 
 from roentgen.model_names import is_named
 from serve_app.config import ModelChoice, ServerConfig
 from serve_app.engines.protocol import Load
 from serve_app.errors import RETRY_AFTER_S
 from serve_app.openai_api.errors import ApiError, internal_error
+from serve_app.replica.ray_errors import kind_of
+
+if TYPE_CHECKING:
+    from ray.serve.handle import DeploymentHandle
 
 log = logging.getLogger(__name__)
 
-LOST = (
-    LocalRayletDiedError,
-    NodeDiedError,
-    ObjectLostError,
-    OutOfMemoryError,
-    RayActorError,
-    RpcError,
-    WorkerCrashedError,
-)
-"""How a replica is lost; any other of Ray's errors was raised by code that runs."""
-
 STATUS_TIMEOUT_S = 5.0
 GOOD_FOR_S = 1.0
+GOOD_WHILE_LOADING_S = 0.1
+"""Whoever waits for a model wants to hear at once that it is there, and a replica that loads has nothing else to answer."""
 PATIENCE_S = 0.1
 LOAD_TIMEOUT_S = 3600.0
 """A load may download a model."""
@@ -65,7 +45,9 @@ NO_ANSWER: Status = {"status": "loading", "stage": "waiting for the replicas to 
 class Replicas:
     """All replicas of the model deployment."""
 
-    def __init__(self, model: DeploymentHandle, config: ServerConfig, redeploy: Callable[[ModelChoice], None]) -> None:
+    def __init__(
+        self, model: "DeploymentHandle", config: ServerConfig, redeploy: Callable[[ModelChoice], None]
+    ) -> None:
         """Know the replicas.
 
         Args:
@@ -106,10 +88,12 @@ class Replicas:
         try:
             asked = self._model.broadcast("status")
             answers: list[Any] = await asked.results_async(timeout_s=STATUS_TIMEOUT_S, return_exceptions=True)
-        except DeploymentUnavailableError:
-            return []
         except TimeoutError:
             return None
+        except Exception as error:
+            if kind_of(error) != "absent":
+                raise
+            return []
         return answers
 
     async def status(self) -> Status:
@@ -126,7 +110,8 @@ class Replicas:
 
     async def known(self) -> Status:
         """Say how the deployment is or has just been, at once or nearly so."""
-        if self._swapping.locked() or time.monotonic() - self._known_at > GOOD_FOR_S:
+        good_for_s = GOOD_FOR_S if self._known["status"] == "ok" else GOOD_WHILE_LOADING_S
+        if self._swapping.locked() or time.monotonic() - self._known_at > good_for_s:
             if self._asking is None or self._asking.done():
                 self._asking = asyncio.create_task(self.status())
             await asyncio.wait({self._asking}, timeout=PATIENCE_S)
@@ -146,19 +131,23 @@ class Replicas:
         """
         try:
             yield
-        except BackPressureError as error:
-            raise ApiError(429, "the server is busy", code="busy", retry_after_s=RETRY_AFTER_S) from error
-        except TaskCancelledError as error:
-            # The client has left, and what this request asked of a replica was cancelled before the request itself.
-            raise asyncio.CancelledError from error
-        except (DeploymentUnavailableError, *LOST) as error:
-            if isinstance(error, RayTaskError) and not isinstance(error, DeploymentUnavailableError):
-                raise _failed(error) from error  # it answered: what died is something that it uses
-            log.error("a replica failed: %s", error)
-            self._known_at = -GOOD_FOR_S
-            raise ApiError(503, "the model's replica was lost; try again", retry_after_s=RETRY_AFTER_S) from error
-        except RayError as error:
-            raise _failed(error) from error
+        except Exception as error:
+            match kind_of(error):
+                case None:
+                    raise
+                case "busy":
+                    raise ApiError(429, "the server is busy", code="busy", retry_after_s=RETRY_AFTER_S) from error
+                case "cancelled":
+                    raise asyncio.CancelledError from error
+                case "absent" | "lost":
+                    log.error("a replica failed: %s", error)
+                    self._known_at = -GOOD_FOR_S
+                    raise ApiError(
+                        503, "the model's replica was lost; try again", retry_after_s=RETRY_AFTER_S
+                    ) from error
+                case "failed":
+                    log.error("a replica's code has failed: %s", error)
+                    raise internal_error(getattr(error, "cause", None) or error) from error
 
     async def check_there(self) -> None:
         """Refuse a request that would have to wait until a replica has been started.
@@ -245,12 +234,6 @@ class Replicas:
 
 def _forbidden(param: str, reason: str, code: str) -> ApiError:
     return ApiError(403, f"{param}: {reason}", param=param, code=code)
-
-
-def _failed(error: RayError) -> ApiError:
-    """Log a failure of a replica's code and spell it for a client."""
-    log.error("a replica's code has failed: %s", error)
-    return internal_error(error.cause if isinstance(error, RayTaskError) else error)
 
 
 def _unready(status: Status) -> ApiError:

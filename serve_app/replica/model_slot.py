@@ -75,6 +75,11 @@ class ModelSlot:
             self._unsettled += 1
         threading.Thread(target=self._swap, args=(choice,), name="load", daemon=True).start()
 
+    def reload(self) -> None:
+        """Start to load what is in the slot once more, if its engine has died; returns at once."""
+        if self._choice is not None:
+            self.choose(self._choice)
+
     @property
     def served(self) -> Served | None:
         """What is in the slot, also while it drains."""
@@ -151,7 +156,8 @@ class ModelSlot:
             if source is None:
                 return
             if self._served is not None:
-                if choice == former and source == self._served.model.source:
+                same = choice == former and source == self._served.model.source
+                if same and self._served.engine.alive:
                     self._say("ready")
                     return
                 self._drain()

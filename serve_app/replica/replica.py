@@ -59,6 +59,10 @@ class ModelReplica:
         choice = {name: value for name, value in user_config.items() if name != ASKED}
         self._slot.choose(ModelChoice.model_validate(choice))
 
+    def restart(self) -> None:
+        """Start to load the same model again, where Serve does not start another replica; returns at once."""
+        self._slot.reload()
+
     def close(self) -> None:
         """Stop the engine and commit what is pending."""
         self._slot.close()

@@ -4,8 +4,9 @@ import asyncio
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx2
@@ -14,7 +15,11 @@ import pytest
 import torch
 
 import roentgen
-from roentgen.serving.local_server import LaunchError
+from roentgen.serving.local_server import LaunchError, is_enough, serving
+from serve_app.config import ServerConfig
+from serve_app.in_process import _watch
+from serve_app.replica.model_slot import ModelSlot
+from serve_app.replica.replica import ModelReplica
 from tests.roentgen.api.conftest import folder, model, reference
 
 __all__ = ["folder", "model", "reference"]  # fixtures: a tiny model
@@ -124,3 +129,65 @@ def wait_for(condition: object, seconds: float = 30) -> None:
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.01)
     assert condition()
+
+
+@pytest.fixture(scope="module")
+def replica(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """What `roentgen serve` runs where one process is enough: a replica that loads a tiny model itself."""
+    config = ServerConfig(model=str(folder), dtype="float32", device="cpu", store=str(tmp_path_factory.mktemp("store")))
+    assert is_enough(config)
+    with serving(config, stage=lambda _: None) as base_url:
+        yield base_url
+
+
+def test_a_replica_answers_as_a_loaded_model_does(model: roentgen.Model, replica: str) -> None:
+    body = {"model": model.name, "prompt": "abc", "max_tokens": 6, "temperature": 0}
+    reply = httpx2.post(f"{replica}/completions", json=body)
+    assert reply.json()["choices"][0]["text"] == model.generate("abc", max_tokens=6)[0].text
+    assert reply.headers["x-request-id"]
+    assert httpx2.post(f"{replica}/completions", json=body, headers={"X-Request-Id": "mine"}).headers[
+        "x-request-id"
+    ] == ("mine")
+
+
+def test_a_replica_loads_the_model_that_it_is_told_to(folder: Path, replica: str) -> None:
+    same = httpx2.post(f"{replica}/models/load", json={"model_id": str(folder)}, timeout=60)
+    assert same.status_code == 200, same.text
+    other = httpx2.post(f"{replica}/models/load", json={"model_id": "/no/such/folder"})
+    assert other.status_code == 403
+    assert httpx2.get(f"{replica.removesuffix('/v1')}/health").json()["status"] == "ok"
+
+
+def test_an_engine_that_has_died_is_loaded_again(folder: Path, tmp_path: Path) -> None:
+    slot = ModelSlot(ServerConfig(model=str(folder), dtype="float32", device="cpu", store=str(tmp_path)))
+    replica = ModelReplica(slot._config, slot)
+    over = threading.Event()
+    watching = threading.Thread(target=_watch, args=(replica, over, 0.05))
+    replica.reconfigure(slot._config.choice.model_dump(mode="json"))
+    try:
+        wait_until(lambda: slot.ready)
+        died = slot.served
+        assert died is not None
+        died.engine.close()
+        assert not slot.ready
+        watching.start()
+        wait_until(lambda: slot.ready)
+        assert slot.served is not died
+    finally:
+        over.set()
+        watching.join()
+        replica.close()
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 60) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_replicas": 2}, {"max_replicas": 2}, {"num_ingresses": 2}, {"engine": "vllm"}]
+)
+def test_what_one_process_is_not_enough_for(options: dict[str, Any]) -> None:
+    assert not is_enough(ServerConfig.model_validate({"device": "cpu", **options}))
