@@ -17,6 +17,7 @@ from sklearn.feature_extraction.text import HashingVectorizer
 from torch import Tensor
 
 from probes.dataset import ProbeDataset
+from probes.kinds.linear import Standardised
 
 WORD_FEATURES = 512
 
@@ -41,9 +42,7 @@ def random_projection(X: Float[Tensor, "models rows d"], seed: int) -> Float[Ten
     """Return each model's standardised rows along a random direction of its own."""
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(len(X), X.shape[-1], 1, generator=generator, dtype=torch.float64).to(X.device)
-    deviation = X.double().std(1, keepdim=True)
-    Z = (X.double() - X.double().mean(1, keepdim=True)) / torch.where(deviation > 0, deviation, 1.0)
-    return Z @ directions
+    return Standardised.of(X).Z @ directions
 
 
 def truncated(data: ProbeDataset) -> Bool[np.ndarray, "samples"]:

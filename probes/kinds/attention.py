@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from probes.kinds.linear import check_two_classes
+from probes.kinds.linear import check_two_classes, scale_of
 
 CLIP = 8.0
 ITERATIONS = 200
@@ -66,7 +66,7 @@ def fit(
     check_two_classes(y)
     mean = X.double().nanmean((1, 2))
     spread = (X.double() - mean[:, None, None]).square().nanmean((1, 2)).sqrt()
-    scale = torch.where(spread > 0, spread, 1.0)
+    scale = scale_of(spread, mean, X.shape[1] * X.shape[2])
     Z, there = _standardised(X, mean, scale)
     fitted = [
         [_fit_one(Z[model : model + 1], there[model : model + 1], y, C) for C in strengths.tolist()]

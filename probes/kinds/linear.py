@@ -52,8 +52,15 @@ class Standardised:
         mean = X.double().mean(1)
         centred = X - mean[:, None]
         deviation = centred.square().mean(1).sqrt()
-        scale = torch.where(deviation > 0, deviation, 1.0)  # a constant feature becomes 0, not nan
+        scale = scale_of(deviation, mean, X.shape[1])
         return cls(centred / scale[:, None], mean, scale)
+
+
+def scale_of(
+    deviation: Float[Tensor, "models d"], mean: Float[Tensor, "models d"], rows: int
+) -> Float[Tensor, "models d"]:
+    """Return what to divide features by: their standard deviation, or 1 where that is rounding of a constant."""
+    return torch.where(deviation > rows * torch.finfo(torch.float64).eps * mean.abs(), deviation, 1.0)
 
 
 @dataclass(frozen=True)

@@ -62,5 +62,4 @@ def fit(
     rows = Standardised.of(X)
     loss = SoftmaxLoss(torch.nn.functional.one_hot(y).double().mT)
     weight, bias = minimise(rows.Z, loss, strengths, outputs=len(counts))
-    bias = bias - bias.mean(-1, keepdim=True)  # a shift of all logits changes nothing
     return LinearProbes(weight, bias, rows.mean, rows.scale)

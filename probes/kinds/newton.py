@@ -10,7 +10,9 @@ Method:
     3. A step is found roughly, to a tenth of what is left, which keeps the convergence fast (Dembo, Eisenstat and Steihaug
        1982, https://doi.org/10.1137/0719025), and so in float32. What is left is computed anew in float64 after each step, for
        residual streams have a few directions thousands of times larger than the rest.
-    4. A step that does not lower the objective is halved until it does; the scores along it are known, so that is cheap.
+    4. Intercepts of several outputs sum to 0. A loss of several outputs is a softmax's, which the same shift of all does not
+       change: it has neither slope nor curvature there, and rounding divided by rounding would be a step of any length.
+    5. A step that does not lower the objective is halved until it does; the scores along it are known, so that is cheap.
 
 Where rows are many and features few, K is larger than Z, and products go through Z and back instead.
 """
@@ -86,7 +88,7 @@ def minimise(
         loss: of the scores.
         strengths: values of C.
         problems: how many the loss is of.
-        outputs: scores per row.
+        outputs: scores per row; a loss of several does not change when all grow by as much.
         intercept: whether there is one; it is not penalised.
 
     Raises:
@@ -140,7 +142,8 @@ def _newton_step(times_K: Product, loss: Loss, C: float, a: Rows, f: Rows, *, in
     curve, kappa = loss.curvature(f), C * f.shape[-1] / 4
 
     def of_intercept(x: Rows) -> PerOutput:
-        return x.sum(-1, keepdim=True) / kappa if intercept else torch.zeros_like(x[..., :1])
+        total = x.sum(-1, keepdim=True) / kappa if intercept else torch.zeros_like(x[..., :1])
+        return total - total.mean(2, keepdim=True) if total.shape[2] > 1 else total
 
     slope = C * loss.slope(f)
     a, b = -(a + slope).float(), -of_intercept(slope).float()
