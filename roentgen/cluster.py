@@ -16,7 +16,7 @@ CONNECT_TIMEOUT_S = 5.0
 
 
 class ClusterError(Exception):
-    """Ray cannot be reached at the address given."""
+    """Ray does not start here, or cannot be reached at the address given."""
 
 
 def check_address(address: str) -> str:
@@ -48,7 +48,7 @@ def connected(
         starting: told what is done, if this process is not connected yet.
 
     Raises:
-        ClusterError: if no cluster answers.
+        ClusterError: if no cluster answers, or Ray does not start here.
     """
     import ray
 
@@ -64,7 +64,12 @@ def connected(
         ray.init(
             address=where, log_to_driver=verbose, logging_level=logging.INFO if verbose else logging.ERROR, **options
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except Exception as error:  # a node that does not come up in time is a bare Exception of Ray's
+        if where == LOCAL:
+            raise ClusterError(
+                f"Ray did not start on this machine ({' '.join(str(error).split())}); it waits half a minute, which a busy "
+                "machine may not keep: try again, or see Ray's logs in /tmp/ray/session_latest/logs"
+            ) from error
         raise ClusterError(
             f"--ray-address: cannot join the Ray cluster at {where} ({error}); "
             "if it is locked with a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"

@@ -47,3 +47,16 @@ def test_a_cluster_that_is_not_there_is_said_to_be_none(monkeypatch: pytest.Monk
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     with pytest.raises(ClusterError, match=r"no Ray cluster answers at 127\.0\.0\.1:9"), connected("127.0.0.1:9"):
         pass
+
+
+def test_a_ray_that_does_not_start_in_time_is_said_to_be_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own error is a bare `Exception`, which no command expects."""
+    import ray
+
+    def times_out(**options: object) -> None:
+        raise Exception("The current node timed out during startup.")
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", times_out)
+    with pytest.raises(ClusterError, match=r"Ray did not start on this machine .*timed out"), connected("local"):
+        pass
