@@ -156,7 +156,8 @@ class Progress:
                 if self._under_way
                 else ""
             )
-            return f"no sample finished yet, {heard}{waited}"
+            finished = f"{self._all.errors} failed" if self._all.errors else "no sample finished yet"
+            return f"{finished}, {heard}{waited}"
         errors = f", {self._all.errors} errors" if self._all.errors else ""
         return f"{self._all.correct_so_far}{speed}{errors}"
 

@@ -167,6 +167,7 @@ def test_without_a_server_it_starts_one_and_leaves_nothing_running(tmp_path: Pat
         "--hook-points", "resid_post", "--positions", "last_prompt",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    assert "raylet" not in done.stdout + done.stderr  # nor any other word of what runs below
     assert ray_home.wait_until_gone() == []
     samples = Run(tmp_path / "run").read_samples()
     assert [s.error for s in samples] == [None, None]

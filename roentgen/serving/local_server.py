@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 APP_NAME = "roentgen"
 START_TIMEOUT_S = 1800
 """A first start may download a model."""
+STOP_TIMEOUT_S = 30
 
 
 class LaunchError(Exception):
@@ -148,7 +149,23 @@ def _application(
         serve.delete(APP_NAME)
         if not found_serve:  # of someone's cluster, only what was started here is stopped
             # Also where Ray ends next: Serve would otherwise look for this one's controller when it is started again.
+            _end_controller()
             serve.shutdown()
+
+
+def _end_controller() -> None:
+    """Have Serve's controller end itself and all that it runs, without the call being tried again when it is gone.
+
+    `serve.shutdown` alone leaves that to Ray, which then tells the terminal that a task failed and is tried for ever.
+    """
+    import ray
+    from ray.exceptions import RayActorError
+
+    try:
+        controller = ray.get_actor("SERVE_CONTROLLER_ACTOR", namespace="serve")
+        ray.get(controller.graceful_shutdown.options(max_task_retries=0).remote(), timeout=STOP_TIMEOUT_S)
+    except (ValueError, TimeoutError, RayActorError):  # it is not there, takes long, or is gone as it should be
+        return
 
 
 @contextmanager

@@ -49,6 +49,7 @@ def test_the_commonest_comes_first_with_its_first_message() -> None:
         ("its task died 3 times: worker was killed", "memory"),
         ("500: 416 of 416 rows are not finite", "--dtype"),
         ("500: Internal Server Error", "log"),
+        ("the scorer mine raised KeyError: 'nothing' (mine.py, line 11)", "roentgen score"),
     ],
 )
 def test_each_kind_that_a_run_meets_has_advice_of_its_own(message: str, words: str) -> None:

@@ -10,6 +10,7 @@ from eval_jobs import progress
 from eval_jobs.endpoint import Endpoint
 from eval_jobs.progress import Progress, Tally
 from eval_jobs.pulse import Pulse
+from roentgen.runs import Sample
 from serve_app.engines.protocol import Load
 from serve_app.http.metrics import Metrics
 from tests.eval_jobs.stand_in import StandIn
@@ -30,6 +31,16 @@ def test_tokens_move_before_the_first_sample_finishes(monkeypatch: pytest.Monkey
     assert said[0].startswith("0/4 done, no sample finished yet, ")
     tokens = [int(line.partition("yet, ")[2].partition(" tokens")[0].replace(",", "")) for line in said]
     assert tokens == sorted(set(tokens))
+
+
+def test_samples_that_all_failed_have_finished() -> None:
+    log = io.StringIO()
+    tally = Tally()
+    with Progress(Console(file=log, width=200), 1, tally) as bar:
+        bar.add(Sample(
+            sample_id="p_0001", problem_id="p", config_hash="h", question="q", solution="s", gold="1", error="500: it failed"
+        ))  # fmt: skip
+    assert "1/1 done, 1 failed, 0:00 so far" in log.getvalue()
 
 
 def test_a_server_that_says_nothing_leaves_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
