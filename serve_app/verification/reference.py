@@ -1,7 +1,8 @@
 """The independent path: one sequence alone through the bare model, read by plain PyTorch hooks.
 
-No batch, no padding, no KV cache, no nnsight trace, transformers' own attention, and a position rule of its own, written as
-a question about one position where `Positions.select` makes lists.
+No batch, no padding, no KV cache, no nnsight trace, transformers' own attention, plain weights where the engine has packed ones
+(these compute in inference mode only), and a position rule of its own, written as a question about one position where
+`Positions.select` makes lists.
 """
 
 from collections import Counter
@@ -56,7 +57,7 @@ def stock_attention(model: LoadedModel) -> Iterator[None]:
 def continuation(model: LoadedModel, prompt_ids: list[int], max_tokens: int) -> list[int]:
     """Complete a prompt greedily with transformers' own generate."""
     tokens = torch.tensor([prompt_ids], device=model.device)
-    with torch.inference_mode():
+    with torch.no_grad():
         output = model.observed._module.generate(
             tokens, attention_mask=torch.ones_like(tokens), do_sample=False, max_new_tokens=max_tokens
         )
@@ -69,7 +70,7 @@ def run_alone(model: LoadedModel, request: Request, finished: Finished) -> Alone
     plan, n_completion = request.plan, len(finished.token_ids)
     fed = request.prompt_ids + finished.token_ids[:-1]  # the last token was chosen, but never went through the model
     scored = len(fed) if request.score_prompt else n_completion  # positions whose logits are compared: the last ones
-    with torch.inference_mode(), _hooked(model, plan.taps if plan else {}, len(fed)) as seen:
+    with torch.no_grad(), _hooked(model, plan.taps if plan else {}, len(fed)) as seen:
         output = model.observed._module(input_ids=torch.tensor([fed], device=model.device), use_cache=False)
     logits = output.logits[0, len(fed) - scored :].float().cpu()
     if plan is None:

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from serve_app.capture.memory import RowMemory
 from serve_app.engines.completion import no_token
+from serve_app.engines.memory import free_host_memory
 from serve_app.engines.protocol import (
     EngineBusyError,
     EngineStoppedError,
@@ -49,6 +50,7 @@ from serve_app.engines.transformers.invariance import PIECE, settle
 from serve_app.engines.transformers.kv_cache import BatchRows, SlotRows, StaticRows
 from serve_app.engines.transformers.model import LoadedModel
 from serve_app.engines.transformers.model_cache import Step, find_out
+from serve_app.engines.transformers.packed_weights import pack_weights
 from serve_app.engines.transformers.prefixes import Prefixes
 from serve_app.engines.transformers.running import Prefill, Running
 from serve_app.engines.transformers.sampling import choose, score, score_named
@@ -116,6 +118,8 @@ class TransformersEngine:
             log.warning("%s continues one sequence at a time: requests run one after the other", model.source.name)
         elif not self._joins:
             log.warning("%s has batches that requests cannot join: they run in static batches", model.source.name)
+        if not batch_invariant:  # whose products are of plain weights, in shapes that were tried
+            pack_weights(model.observed._module, free_host_memory())
         self.budget = Budget.measure(model, max_cache_tokens, max_batch=max_batch, remembered=self._remembered)
         log.info("room for %d tokens in the KV cache", self.budget.cache_tokens)
         self._memory = RowMemory()
