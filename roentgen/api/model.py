@@ -154,11 +154,16 @@ class Model:
     def nnsight(self) -> "TransformersModel":
         """The model as nnsight wraps it, for traces of one's own; its weights are the ones that are loaded.
 
-        Not while `generate` or `capture` runs: a trace would see the values of their batch. `nnsight.save(x)` keeps a value;
-        `x.save()` is taken off, since it breaks other libraries.
+        A script that changes them finds the change in whatever runs next. So from the first use on there is no prefix cache,
+        and on a CPU no packed weights; load a second model where that is too slow. Do not trace while `generate` or
+        `capture` runs: a trace would see the values of their batch. `nnsight.save(x)` keeps a value; `x.save()` is taken
+        off, since it breaks other libraries.
         """
         loaded = self._loaded
         if self._held.traced is None:
+            engine = self._held.engine
+            assert engine is not None
+            engine.expect_changed_weights()
             # Not the engine's own, which leaves it to the engine to make a batch; two may share a model.
             self._held.traced = wrapped(loaded.observed._module, loaded.tokenizer)
         return self._held.traced
@@ -344,7 +349,7 @@ def load(
         trust_remote_code: whether code that comes with the model may run.
         stage: told what is being done.
         options: of the engine, as `roentgen serve` has them: `max_batch`, `max_queue`, `max_prefill_tokens`,
-            `max_cache_tokens`, `batch_invariant`, and `prefix_cache`, to be False where a script changes weights between calls.
+            `max_cache_tokens`, `batch_invariant` and `prefix_cache`.
 
     Raises:
         RequestError: if there is no such model, its weights cannot be used, or an option is not allowed.

@@ -41,6 +41,7 @@ from serve_app.engines.protocol import (
     Failed,
     GenerationJob,
     Load,
+    PrefixCaching,
     TokenScore,
     UnknownTokenError,
 )
@@ -50,7 +51,7 @@ from serve_app.engines.transformers.invariance import PIECE, settle
 from serve_app.engines.transformers.kv_cache import BatchRows, SlotRows, StaticRows
 from serve_app.engines.transformers.model import LoadedModel
 from serve_app.engines.transformers.model_cache import Step, find_out
-from serve_app.engines.transformers.packed_weights import pack_weights
+from serve_app.engines.transformers.packed_weights import pack_weights, unpack_weights
 from serve_app.engines.transformers.prefixes import Prefixes
 from serve_app.engines.transformers.running import Prefill, Running
 from serve_app.engines.transformers.sampling import choose, score, score_named
@@ -126,7 +127,6 @@ class TransformersEngine:
         self._prefixes = Prefixes(
             model, self._remembered, self._memory, asked=prefix_cache, batch_invariant=batch_invariant
         )
-        self.prefix_cache = self._prefixes.state
         if prefix_cache and not self.prefix_cache.enabled:
             log.warning("%s has no prefix cache: %s", model.source.name, self.prefix_cache.reason)
         self._forwards = Forwards(model, self._remembered, self._memory, self._max_prefill_tokens)
@@ -147,6 +147,11 @@ class TransformersEngine:
     def alive(self) -> bool:
         """Whether the engine's thread runs."""
         return self._thread.is_alive()
+
+    @property
+    def prefix_cache(self) -> PrefixCaching:
+        """Whether what has been read of prompts is kept."""
+        return self._prefixes.state
 
     @property
     def load(self) -> Load:
@@ -182,6 +187,12 @@ class TransformersEngine:
                 raise EngineBusyError(f"{len(self._waiting)} requests are waiting already")
             self._waiting.append(job)
             self._changed.notify_all()
+
+    def expect_changed_weights(self) -> None:
+        """Keep nothing from now on that was computed from the weights: a script has them, and may change them at any time."""
+        unpack_weights(self._model.observed._module)
+        if self.prefix_cache.enabled:
+            self._prefixes.turn_off("a script has the model's weights, and may change them")
 
     def close(self) -> None:
         """Stop after the current step; jobs that have not finished fail."""

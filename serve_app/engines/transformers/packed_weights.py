@@ -4,9 +4,10 @@ On a CPU most of a decoding step is products of a few rows by large weights. one
 plain matrix it copies it into them in every call, or takes a slower kernel. A packed copy is made once instead, as inductor
 does when it freezes a graph. It needs no compiler and no compiled graph, so everything that hooks modules works as before.
 
-The plain weights stay where they are, for whoever reads them (tied embeddings, logit lenses, gradients, traces of one's own).
+The plain weights stay where they are, for whoever reads them (tied embeddings, the check of rows against a forward of its own).
 Packed copies compute in inference mode only, which is how the engine runs; anything else takes the plain weights. A weight that
-has been changed or replaced since is packed again. A change through `.data` in place cannot be seen: PyTorch counts it nowhere.
+has been changed or replaced since is packed again. A change in place through `.data` cannot be seen, since PyTorch counts it
+nowhere, so a model whose weights are handed to a script is unpacked (`unpack_weights`).
 """
 
 import logging
@@ -75,6 +76,14 @@ def pack_weights(model: nn.Module, free_bytes: int) -> int:
     if size:
         log.info("packed the weights of %d linear layers; the copies take %.2f GB", len(layers), size / 1e9)
     return size
+
+
+def unpack_weights(model: nn.Module) -> None:
+    """Give a model its plain linear layers back."""
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.__class__ = nn.Linear
+            del module._packed, module._packed_from
 
 
 def _packable(weight: Tensor) -> bool:

@@ -157,14 +157,18 @@ class Prefixes:
                 return True
         return False
 
+    def turn_off(self, reason: str) -> None:
+        """Keep and find nothing any more; what is held is dropped before the next jobs begin."""
+        self.state = PrefixCaching(False, reason)
+
     def clear(self) -> None:
         """Drop everything."""
         self.cache.clear()
 
     def make_room(self, room: Room) -> None:
         """Keep to what the running jobs leave."""
-        self._room = room
-        self.cache.trim(room=room)
+        self._room = room if self.state.enabled else Room(0, 0)
+        self.cache.trim(room=self._room)
 
     def lay_out(self, running: list[Running], cache: Cache | None) -> Prefill:
         """Lay out the prompts of jobs that begin, behind what is known of them.

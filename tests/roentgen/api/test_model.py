@@ -35,7 +35,7 @@ def hooked(module: tr.PreTrainedModel, fed: list[int], layer: int, add: torch.Te
         return (rows, *output[1:]) if isinstance(output, tuple) else rows
 
     handle = module.model.layers[layer].register_forward_hook(hook)
-    with torch.inference_mode():
+    with torch.no_grad():
         module(input_ids=torch.tensor([fed]), use_cache=False)
     handle.remove()
     return seen[0]
@@ -259,3 +259,17 @@ def test_what_is_not_there_cannot_be_loaded() -> None:
         roentgen.load("smollm2-135m", taps=())
     with pytest.raises(roentgen.RequestError, match="/nowhere"):
         roentgen.load("/nowhere")
+
+
+def test_a_script_may_change_the_weights(folder: Path, reference: object) -> None:
+    """A change in place through `.data` is counted nowhere, and the prompt's first tokens have been read before it."""
+    capture = {"layers": [1], "hook_points": ["resid_post"]}
+    prompt = "one two three " * 8  # some blocks of the prefix cache
+    with roentgen.load(str(folder), dtype="float32", device="cpu") as model:
+        (before,) = model.generate(prompt, max_tokens=4, capture=capture)
+        module = model.nnsight._module
+        module.model.layers[0].mlp.down_proj.weight.data.mul_(-50)
+        (after,) = model.generate(prompt, max_tokens=4, capture=capture)
+        expected = hooked(module, [*after.prompt_ids, *after.token_ids[:-1]], 1)
+    torch.testing.assert_close(after["layers.1.resid_post"], expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(after["layers.1.resid_post"][:32], before["layers.1.resid_post"][:32], atol=1e-2)
