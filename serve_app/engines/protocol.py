@@ -298,8 +298,10 @@ class Engine(Protocol):
     """As the server's configuration calls it."""
     batch_invariant: bool
     """Whether what a job gives depends on nothing that runs beside it."""
-    prefix_cache: PrefixCaching
-    """Whether prompts are read only from where they differ from earlier ones."""
+
+    @property
+    def prefix_cache(self) -> PrefixCaching:
+        """Whether prompts are read only from where they differ from earlier ones."""
 
     def submit(self, job: GenerationJob) -> None:
         """Queue a job.
