@@ -80,10 +80,10 @@ def pack_weights(model: nn.Module, free_bytes: int) -> int:
 
 def unpack_weights(model: nn.Module) -> None:
     """Give a model its plain linear layers back."""
-    for module in model.modules():
-        if isinstance(module, PackedLinear):
-            module.__class__ = nn.Linear
-            del module._packed, module._packed_from
+    packed: list[nn.Module] = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    for module in packed:
+        module.__class__ = nn.Linear
+        del module._packed, module._packed_from
 
 
 def _packable(weight: Tensor) -> bool:
