@@ -219,10 +219,38 @@ def _load_entry_point(name: str, value: str, group: str) -> Any:
 
 @contextmanager
 def _first_on_path(folder: Path) -> Iterator[None]:
-    """Put a folder first on the import path, for as long as something is imported from it."""
+    """Put a folder first on the import path, for as long as something is imported from it.
+
+    Raises:
+        ExtensionError: if that imports a module of the folder, and one of the same name from another folder is loaded: Python
+            would have taken that one.
+    """
     place = str(folder)
+    namesakes = _namesakes(folder)
+    for name in namesakes:
+        del sys.modules[name]
     sys.path.insert(0, place)
     try:
         yield
     finally:
         sys.path.remove(place)
+        clashing = sorted(namesakes.keys() & sys.modules.keys())
+        sys.modules.update(namesakes)
+    if clashing:
+        other = namesakes[clashing[0]].__file__
+        raise ExtensionError(
+            f"{folder} has a module {clashing[0]!r}, and another one of this name is loaded ({other}): rename one of them"
+        )
+
+
+def _namesakes(folder: Path) -> dict[str, ModuleType]:
+    """Return a user's loaded modules that are called as modules of a folder are, and are others."""
+    here = {file.stem: file for file in folder.glob("*.py")} | {
+        file.parent.name: file for file in folder.glob("*/__init__.py")
+    }
+    others = set()
+    for name in here.keys() & sys.modules.keys():
+        loaded = getattr(sys.modules[name], "__file__", None)
+        if isinstance(loaded, str) and Path(loaded).absolute() != here[name] and is_users_module(sys.modules[name]):
+            others.add(name)
+    return {name: module for name, module in sys.modules.items() if name.partition(".")[0] in others}

@@ -51,6 +51,23 @@ def test_a_function_in_a_module_and_in_a_file(folder: Path) -> None:
     assert REGISTRY.find("graders_under_test.py:Box.inner").value == 7
 
 
+def test_neighbors_of_one_name_are_not_mixed_up(folder: Path) -> None:
+    """Python keeps one module of a name, so the second file would have had the first one's neighbor."""
+    REGISTRY.find("graders_under_test.py:grade")
+    other = folder / "other"
+    other.mkdir()
+    (other / "loud.py").write_text(SOURCE)
+    (other / "quiet.py").write_text("def grade(output, problem):\n    return output\n")
+    (other / "neighbor.py").write_text("SUFFIX = '!!!'\n")
+    assert REGISTRY.find(f"{other}/quiet.py:grade").value("a", None) == "a"  # it does not import it
+    with pytest.raises(ExtensionError, match=rf"{other} has a module 'neighbor'.*\({folder}/neighbor.py\): rename one"):
+        REGISTRY.find(f"{other}/loud.py:grade")
+    assert sys.modules["neighbor"].SUFFIX == "!"
+    (other / "neighbor.py").rename(other / "far.py")
+    (other / "loud.py").write_text(SOURCE.replace("neighbor", "far"))
+    assert REGISTRY.find(f"{other}/loud.py:grade").value("a", None) == "a!!!"
+
+
 def test_an_installed_package_declares_names(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A real distribution, as pip would leave it."""
     package = folder / "installed"
