@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from roentgen import probes
     from roentgen.api.evaluating import evaluate, evaluate_async
     from roentgen.api.model import Model, load
-    from roentgen.api.results import compare, report, score
+    from roentgen.api.results import compare, export, report, score, show
     from roentgen.api.rollout import Rollout
     from roentgen.api.serving import Server, serve
     from roentgen.api.steering import Steer
@@ -52,12 +52,14 @@ __all__ = [
     "compare",
     "evaluate",
     "evaluate_async",
+    "export",
     "join",
     "load",
     "probes",
     "report",
     "score",
     "serve",
+    "show",
 ]
 
 _HOMES = {
@@ -76,11 +78,13 @@ _HOMES = {
     "compare": "roentgen.api.results",
     "evaluate": "roentgen.api.evaluating",
     "evaluate_async": "roentgen.api.evaluating",
+    "export": "roentgen.api.results",
     "join": "roentgen.harnesses.join",
     "load": "roentgen.api.model",
     "report": "roentgen.api.results",
     "score": "roentgen.api.results",
     "serve": "roentgen.api.serving",
+    "show": "roentgen.api.results",
 }
 
 

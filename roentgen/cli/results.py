@@ -53,52 +53,25 @@ def export(
     public: Annotated[bool, typer.Option("--public", help="Let everybody see what --push makes.")] = False,
 ) -> None:
     """Write a run as a table of its samples, as a log that `inspect view` opens, or with its activations as a data set."""
+    from roentgen.api.results import export as export_run
     from roentgen.runs import RunError
     from roentgen.store import StoreError
+    from roentgen.workflows.dataset_export import ExportError
 
-    suffixes = {".parquet": "parquet", ".eval": "eval"}
-    kind = kind or ("hf" if push else suffixes.get(output.suffix))  # type: ignore[assignment]
-    if kind is None:
-        raise typer.BadParameter(
-            f"{output.name!r} says no format; allowed are names ending in {' and '.join(suffixes)}, and --format hf for a "
-            "folder",
-            param_hint="OUTPUT",
-        )
-    given = {"--session": session is not None, "--push": push is not None, "--public": public}
-    if kind != "hf" and (wrong := [name for name, there in given.items() if there]):
-        raise typer.BadParameter(f"only --format hf has it, and this is {kind}", param_hint=wrong[0])
-    with expected_errors(RunError, StoreError, OSError):
-        if kind == "hf":
-            _export_dataset(run, output, session, push, public)
-        else:
-            _export_samples(run, output, kind)
-
-
-def _export_samples(run: Path, output: Path, kind: str) -> None:
-    from eval_jobs.inspect_log import write_inspect_log
-    from eval_jobs.parquet import write_parquet
-    from roentgen.runs import Run
-
-    output.parent.mkdir(parents=True, exist_ok=True)
-    count = {"parquet": write_parquet, "eval": write_inspect_log}[kind](Run(run), output)
-    out.print(f"{count:,} samples in {output}", highlight=False, soft_wrap=True)
-
-
-def _export_dataset(run: Path, folder: Path, session: str | None, repository: str | None, public: bool) -> None:
-    from roentgen.runs import Run
-    from roentgen.workflows.dataset_export import ExportError, export_dataset, push
-
-    with expected_errors(ExportError), stages() as stage:
-        done = export_dataset(Run(run), folder, session, stage)
-        samples, rollouts, *keys = done.tables
-        rows = sum(key.rows for key in keys)
-        what = f"{samples.rows:,} samples, {rollouts.rows:,} rollouts, {rows:,} rows of {len(keys)} keys"
-        out.print(f"{what} in {folder}, {done.nbytes / 1e6:,.1f} MB", highlight=False, soft_wrap=True)
-        for table in [samples, *keys[:1]]:
-            out.print(f"datasets.load_dataset({str(folder)!r}, {table.name!r})", highlight=False, soft_wrap=True)
-        if repository is not None:
-            stage(f"sending it to {repository}")
-            out.print(push(folder, repository, public=public), highlight=False, soft_wrap=True)
+    with expected_errors(ExportError, RunError, StoreError, OSError), stages() as stage:
+        done = export_run(run, output, kind, session=session, push_to=push, public=public, stage=stage)
+    samples, *more = done.tables
+    if not more:
+        out.print(f"{samples.rows:,} samples in {output}", highlight=False, soft_wrap=True)
+        return
+    rollouts, *keys = more
+    rows = sum(key.rows for key in keys)
+    what = f"{samples.rows:,} samples, {rollouts.rows:,} rollouts, {rows:,} rows of {len(keys)} keys"
+    out.print(f"{what} in {output}, {done.nbytes / 1e6:,.1f} MB", highlight=False, soft_wrap=True)
+    for table in [samples, *keys[:1]]:
+        out.print(f"datasets.load_dataset({str(output)!r}, {table.name!r})", highlight=False, soft_wrap=True)
+    if done.address:
+        out.print(done.address, highlight=False, soft_wrap=True)
 
 
 def status(run: RunPath) -> None:

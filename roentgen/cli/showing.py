@@ -20,14 +20,12 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Print one sample: prompt, answer, every verdict, where its rows are, and its probe scores."""
+    from roentgen.api.results import show as show_sample
     from roentgen.linear_probe import SavedProbeError
-    from roentgen.runs import Run, RunError
-    from roentgen.workflows.showing import describe, find_sample
+    from roentgen.runs import RunError
 
     with expected_errors(RunError, SavedProbeError):
-        opened = Run(run)
-        found = find_sample(opened, sample, epoch=epoch, variant=variant)
-        shown = describe(opened, found.sample)
+        shown = show_sample(run, sample, epoch=epoch, variant=variant)
     if as_json:
         out.print_json(data=_as_json(shown))
         return
@@ -39,8 +37,8 @@ def show(
         _say(f"rows: {shown.lost or 'none were kept'}")
     for score in shown.scores:
         _say(f"probe {score.label}: {_spell(score)}")
-    if found.others:
-        _say(f"also: {', '.join(found.others)} (--epoch, --variant)")
+    if shown.others:
+        _say(f"also: {', '.join(shown.others)} (--epoch, --variant)")
 
 
 def _as_json(shown: "Shown") -> dict[str, Any]:

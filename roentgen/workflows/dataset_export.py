@@ -28,12 +28,14 @@ class ExportError(Exception):
 
 @dataclass(frozen=True)
 class Exported:
-    """A data set that has been written."""
+    """A run that has been written in another format."""
 
-    folder: Path
-    """Where it is."""
+    path: Path
+    """The file, or a data set's folder."""
     tables: tuple[Table, ...]
-    """What is in it: samples first, rollouts next, then a table per stored key."""
+    """What is in it: the samples and, in a data set, the rollouts next, then a table per stored key."""
+    address: str = ""
+    """Of the commit, where it was sent to the Hugging Face hub."""
 
     @property
     def nbytes(self) -> int:

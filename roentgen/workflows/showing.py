@@ -94,6 +94,8 @@ class Shown:
     """Why that is not known though rows were kept, if so."""
     scores: list[ProbeScore]
     """The best probe's of each label that the run has probes of."""
+    others: list[str] = field(default_factory=list)
+    """Names of the other samples that the same words name: of other epochs and variants."""
 
 
 def find_sample(run: Run, which: str | int, *, epoch: int | None = None, variant: str | None = None) -> Found:
@@ -132,12 +134,13 @@ def find_sample(run: Run, which: str | int, *, epoch: int | None = None, variant
     )
 
 
-def describe(run: Run, sample: Sample) -> Shown:
+def describe(run: Run, sample: Sample, others: list[str]) -> Shown:
     """Say all that is known of a sample; what the store or a probe cannot say is said to be unknown.
 
     Args:
         run: whose.
         sample: which.
+        others: names of other samples that it was asked for with (`Found.others`).
 
     Raises:
         SavedProbeError: if the run's probes are damaged.
@@ -152,7 +155,7 @@ def describe(run: Run, sample: Sample) -> Shown:
     scores = [_score(folder, parts, lost) for folder in run.probe_folders()]
     verdicts = {name: sample.verdict(name) for name in sample.answers}
     ordered = sorted(stored, key=lambda rows: rows.turn)
-    return Shown(sample, run.config.settings["extractor"], verdicts, ordered, lost, scores)
+    return Shown(sample, run.config.settings["extractor"], verdicts, ordered, lost, scores, others)
 
 
 def _rows(part: SampleRollouts, number: int) -> StoredRows:

@@ -2,10 +2,13 @@
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 import roentgen
 from eval_jobs import EvalError
+from roentgen.runs import RunError
+from roentgen.workflows.dataset_export import ExportError
 from tests.eval_jobs.test_outputs import make_run
 from tests.eval_jobs.test_summary import make
 
@@ -26,3 +29,23 @@ def test_a_run_is_scored_again_and_compared(tmp_path: Path) -> None:
     assert list(again.samples["correct"]) == [False, True, False]
     with pytest.raises(EvalError, match=r"extractor: .flexibel. is unknown; allowed are answer, "):
         roentgen.score(run, "flexibel")
+
+
+def test_a_sample_is_shown(tmp_path: Path) -> None:
+    run = make(tmp_path / "run", {(1, 1, None): "Answer: GOLD", (1, 2, None): "none"}, epochs=2)
+    shown = roentgen.show(run, 1, epoch=2)
+    assert (shown.sample.epoch, shown.verdicts[shown.primary], shown.stored, shown.others) == (2, "no_answer", [], [])
+    assert roentgen.show(run.path, 1).others == [shown.sample.sample_id]
+    with pytest.raises(RunError, match="has no sample '9'"):
+        roentgen.show(run, 9)
+
+
+def test_a_run_is_exported_as_its_name_says(tmp_path: Path) -> None:
+    run = make(tmp_path / "run", {(1, 1, None): "Answer: GOLD", (2, 1, None): "2"})
+    done = roentgen.export(run, tmp_path / "new/samples.parquet")
+    assert [(table.name, table.rows) for table in done.tables] == [("samples", 3)]
+    assert list(pd.read_parquet(done.path)["correct"]) == list(run.samples["correct"])
+    with pytest.raises(ExportError, match=r"output: 'x.csv' says no format"):
+        roentgen.export(run, "x.csv")
+    with pytest.raises(ExportError, match="session: only the format hf has it, and this is eval"):
+        roentgen.export(run, "x.eval", session="s")

@@ -209,9 +209,9 @@ def test_refusals_name_what_to_do(make_run: MakeRun, tmp_path: Path) -> None:
     run = str(kept.run.path)
     done = RUNNER.invoke(app, ["export", run, str(tmp_path / "x.parquet"), "--public"])
     assert done.exit_code == 2
-    assert "only --format hf has it" in done.output
+    assert "public: only the format hf has it, and this is parquet" in done.output
     done = RUNNER.invoke(app, ["export", run, str(tmp_path / "folder")])
-    assert "--format hf" in done.output
+    assert "'folder' says no format; allowed are names ending in .parquet and .eval, and the format hf" in done.output
 
 
 def test_the_command_is_spelled_with_what_differs(make_run: MakeRun, tmp_path: Path) -> None:
