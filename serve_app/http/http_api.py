@@ -26,7 +26,7 @@ from roentgen.strict_json import JsonError, read_json
 from roentgen.version import __version__
 from serve_app.http.metrics import Metrics
 from serve_app.http.middleware import BodyLimit, HeadAsGet, LoopbackOnly, Observed
-from serve_app.http.run_addresses import RunAddresses, named_by_prompt
+from serve_app.http.run_addresses import SERVERS, RunAddresses, named_by_prompt
 from serve_app.http.runs import run_of
 from serve_app.openai_api.errors import ApiError, from_json, from_validation
 from serve_app.openai_api.runs import with_settings
@@ -101,7 +101,7 @@ def make_api(max_body_bytes: int, metrics: Metrics, cors_origins: Sequence[str] 
         cors_origins: whose pages may use it from a browser; `*` for everybody's.
     """
     # The description of the routes is a route like the others, behind the key (`Ingress`).
-    api = FastAPI(title="Roentgen", version=__version__, openapi_url=None)
+    api = FastAPI(title="Roentgen", version=__version__, openapi_url=None, servers=SERVERS)
     api.router.route_class = JsonRoute
     api.add_middleware(RunAddresses)
     api.add_middleware(BodyLimit, max_bytes=max_body_bytes)

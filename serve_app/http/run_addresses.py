@@ -22,6 +22,23 @@ _PROMPTS = ("messages", "prompt", "input")
 MAX_PROBLEM = 200
 _EPOCH = re.compile(r"[1-9][0-9]{0,9}")
 
+SERVERS: list[dict[str, Any]] = [
+    {"url": "/"},
+    {
+        "url": PREFIX + "{run}/{problem}/{epoch}",
+        "description": "Every route of /v1, for a request of a run (POST /v1/runs).",
+        "variables": {
+            "run": {"default": "run", "description": "The run's id."},
+            "problem": {
+                "default": BY_PROMPT,
+                "description": f"Whose attempt it is; {BY_PROMPT} for a hash of the prompt.",
+            },
+            "epoch": {"default": "1", "description": "Which attempt."},
+        },
+    },
+]
+"""Under which addresses the routes are, as OpenAPI describes it: a route may be appended whole, `/v1` included."""
+
 
 @dataclass(frozen=True)
 class RunAddress:

@@ -31,7 +31,7 @@ DeviceMap = str | dict[str, str | int]
 
 @dataclass(frozen=True)
 class LoadedModel(ServedModel):
-    """A model ready to generate and to be observed; `observed` holds the only copy of the weights."""
+    """A model ready to generate and to be observed; `observed` holds the weights."""
 
     observed: ObservedModel
     checks: CheckedModel = field(default_factory=CheckedModel, kw_only=True)

@@ -261,3 +261,16 @@ def test_nobody_without_a_key_learns_which_runs_there_are(
         for run in ("mine", "none"):
             reply = locked.post(f"/v1/r/{run}/a/1/chat/completions", json={"model": "m", "messages": HI})
             assert reply.status_code == 401
+
+
+def test_the_description_of_the_routes_says_their_addresses(client: TestClient) -> None:
+    """What a client made from it would ask: a server's address with its variables filled in, then the path."""
+    client.post("/v1/runs", json={**RUN, "id": "described"})
+    document = client.get("/openapi.json").json()
+    plain, of_run = document["servers"]
+    assert plain["url"] == "/"
+    values = {name: variable["default"] for name, variable in of_run["variables"].items()}
+    address = of_run["url"].format(**{**values, "run": "described"})
+    assert "/v1/chat/completions" in document["paths"]
+    reply = ask(client, f"{address}/v1/chat/completions", {"messages": HI})
+    assert reply["activations"]["session_id"] == "described"
