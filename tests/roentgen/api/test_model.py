@@ -2,6 +2,7 @@
 
 import _thread
 import gc
+import signal
 import threading
 import time
 import weakref
@@ -239,10 +240,14 @@ def test_ctrl_c_leaves_nothing_running(model: roentgen.Model) -> None:
             time.sleep(0.002)
         _thread.interrupt_main()
 
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's job in the background ignores it
     threading.Thread(target=interrupt).start()
-    assert watching.wait(30)
-    with pytest.raises(KeyboardInterrupt):
-        model.generate(["a", "b"] * 400, max_tokens=400, ignore_eos=True)  # so many that they run when it comes
+    try:
+        assert watching.wait(30)
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(["a", "b"] * 400, max_tokens=400, ignore_eos=True)  # so many that they run when it comes
+    finally:
+        signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 30
     while (engine.load.running or engine.load.waiting) and time.monotonic() < deadline:
         time.sleep(0.01)
