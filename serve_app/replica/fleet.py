@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 STATUS_TIMEOUT_S = 5.0
 GOOD_FOR_S = 1.0
 GOOD_WHILE_LOADING_S = 0.1
-"""Whoever waits for a model wants to hear at once that it is there, and a replica that loads has nothing else to answer."""
+"""Seconds for which a status is reused while a model loads. It is short, so that clients learn at once when the model is ready;
+a replica that loads has no other requests to answer."""
 PATIENCE_S = 0.1
 LOAD_TIMEOUT_S = 3600.0
 """A load may download a model."""

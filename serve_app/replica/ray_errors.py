@@ -1,4 +1,4 @@
-"""What Ray's errors mean for whoever asked a replica something.
+"""Classifies the errors that Ray raises when a replica is called.
 
 A server without Ray Serve (`in_process`) does not import Ray, which takes half a second, and sees none of these errors.
 """
@@ -10,7 +10,7 @@ Kind = Literal["busy", "cancelled", "lost", "absent", "failed"]
 
 
 def kind_of(error: Exception) -> Kind | None:
-    """Say what has happened to a replica that was asked; None if the error is none of Ray's.
+    """Return what happened to a replica that was called, or None for an error that is not Ray's.
 
     Returns:
         "busy" if too many requests wait; "cancelled" if the client has left, and what its request asked for was cancelled

@@ -4,7 +4,7 @@ On a CPU most of a decoding step is products of a few rows by large weights. one
 plain matrix it copies it into them in every call, or takes a slower kernel. A packed copy is made once instead, as inductor
 does when it freezes a graph. It needs no compiler and no compiled graph, so everything that hooks modules works as before.
 
-The plain weights stay where they are, for whoever reads them (tied embeddings, the check of rows against a forward of its own).
+The plain weights stay where they are: tied embeddings read them, and rows are verified against a forward that uses them.
 Packed copies compute in inference mode only, which is how the engine runs; anything else takes the plain weights. A weight that
 has been changed or replaced since is packed again. A change in place through `.data` cannot be seen, since PyTorch counts it
 nowhere, so a model whose weights are handed to a script is unpacked (`unpack_weights`).

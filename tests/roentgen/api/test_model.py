@@ -245,7 +245,7 @@ def test_ctrl_c_leaves_nothing_running(model: roentgen.Model) -> None:
     try:
         assert watching.wait(30)
         with pytest.raises(KeyboardInterrupt):
-            model.generate(["a", "b"] * 400, max_tokens=400, ignore_eos=True)  # so many that they run when it comes
+            model.generate(["a", "b"] * 400, max_tokens=400, ignore_eos=True)  # enough to be running when Ctrl-C comes
     finally:
         signal.signal(signal.SIGINT, before)
     deadline = time.monotonic() + 30
