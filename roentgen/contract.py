@@ -444,6 +444,25 @@ class StoredTensor(BaseModel):
     """Which of them a sample is."""
 
 
+ProbeEffect = Literal["stop", "close_reasoning"]
+"""What the scores of a probe may do: end the generation, or close the model's reasoning."""
+
+
+class ProbeAction(BaseModel):
+    """What the scores of a probe have done to a generation."""
+
+    model_config = ConfigDict(frozen=True)
+
+    probe: str
+    """The probe's name in the request."""
+    then: ProbeEffect
+    """What."""
+    position: int
+    """The token whose score decided it."""
+    score: float
+    """That score."""
+
+
 class ActivationReply(BaseModel):
     """The reply's `activations` object; it is sent only after the rollout is durable."""
 
@@ -465,6 +484,8 @@ class ActivationReply(BaseModel):
     """Per stored key, where and what."""
     non_finite_rows: int | None = None
     """How many rows hold NaN or infinity; absent if none do."""
+    acted: tuple[ProbeAction, ...] | None = None
+    """What the scores of probes have done; absent if nothing."""
 
 
 def captured_as(stored: StoredDtype) -> CapturedDtype:

@@ -14,10 +14,12 @@ from pydantic import BaseModel, ValidationError
 
 from roentgen.api.steering import Steer, find_probe, is_vector
 from roentgen.linear_probe import SavedProbe
+from roentgen.stopping import StopWhen
 from serve_app.capture.scoring import Scorer
 from serve_app.capture.steering import Addition
 from serve_app.config import ServerConfig
 from serve_app.engines.served_model import ServedModel
+from serve_app.engines.stopping import StopRule
 from serve_app.errors import RequestError
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.completions import CompletionRequest
@@ -146,6 +148,26 @@ def scorers(model: ServedModel, probes: Mapping[str, SavedProbe]) -> tuple[Score
         check_probe(model, name, probe, f"probes[{name!r}]")
         found.append(saved_scorer(model, name, probe, f"probes[{name!r}]"))
     return tuple(found)
+
+
+def stop_rules(probes: Sequence[Scorer], stop_when: Mapping[str, Mapping[str, Any]]) -> list[tuple[StopRule, str]]:
+    """Return when scores act, each with the argument that says so.
+
+    Raises:
+        RequestError: naming the value that is not allowed, or the probe that is not there.
+    """
+    places = {probe.name: place for place, probe in enumerate(probes)}
+    rules: list[tuple[StopRule, str]] = []
+    for name, fields in stop_when.items():
+        param = f"stop_when[{name!r}]"
+        if name not in places:
+            there = ", ".join(places) or "none"
+            raise ApiError(400, f"{param}: {name!r} is none of the probes; there are {there}", param=param)
+        try:
+            rules.append((StopRule(places[name], checked(StopWhen, fields)), param))
+        except RequestError as error:
+            raise ApiError(error.status, f"{param}.{error.message}", param=param, code=error.code) from error
+    return rules
 
 
 def additions(model: ServedModel, steering: Sequence[Steer]) -> tuple[Addition, ...]:

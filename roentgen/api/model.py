@@ -27,6 +27,7 @@ from roentgen.api.asking import (
     plan,
     prompts_of,
     scorers,
+    stop_rules,
 )
 from roentgen.api.reading import Readable, read, read_into
 from roentgen.api.rollout import Rollout
@@ -47,7 +48,9 @@ from serve_app.engines.transformers.model import load as load_weights
 from serve_app.errors import RequestError
 from serve_app.models.sources import locate
 from serve_app.openai_api.errors import ApiError, from_validation
+from serve_app.openai_api.probing import actions_of
 from serve_app.requests.generation import Choice, Runner, compile_grammars
+from serve_app.requests.probes_and_steering import resolve_stopping
 
 if TYPE_CHECKING:
     from nnsight.modeling.transformers import TransformersModel
@@ -192,6 +195,7 @@ class Model:
         capture: Mapping[str, Any] | None = None,
         steering: Sequence[Steer] = (),
         probes: Sequence[Probe] | Mapping[str, Probe] = (),
+        stop_when: Mapping[str, Mapping[str, Any]] | None = None,
         **params: Any,
     ) -> list[Rollout]:
         """Continue texts and answer conversations, many together, and return a `Rollout` for each, in order.
@@ -210,6 +214,8 @@ class Model:
                 "all"; `dtype` and `allow_non_finite` are as in docs/http.md.
             steering: vectors to add.
             probes: what to score every token with; a mapping gives them names.
+            stop_when: by the name of a probe, when its scores end the generation, `{"above": 2.0, "for": 3}`, or with
+                `"then": "close_reasoning"` the model's reasoning (docs/http.md).
             params: the other fields of a request (docs/http.md): top_p, top_k, logit_bias, response_format and so on.
 
         Raises:
@@ -221,6 +227,7 @@ class Model:
             raise ApiError(400, f"{own[0]}: generate sets it itself", param=own[0], code="unsupported_parameter")
         runner, asked = self._runner, prompts_of(prompts)
         read_by, added = scorers(runner.model, named_probes(probes)), additions(runner.model, steering)
+        rules = stop_rules(read_by, stop_when or {})
         body = {
             "model": self.name, "max_tokens": max_tokens, "temperature": temperature, "seed": seed, "n": n, "stop": stop,
             **params,
@@ -233,7 +240,9 @@ class Model:
                 planned = plan(runner, self.config, prompt, body)
             except RequestError as error:
                 raise in_python(error, place if len(asked) > 1 else None) from error
-            choices += [(prompt, replace(choice, probes=read_by, steering=added)) for choice in planned]
+            for choice in planned:
+                stopping = resolve_stopping(runner.model, rules, read_by, choice.sampling.min_tokens)
+                choices.append((prompt, replace(choice, probes=read_by, stopping=stopping, steering=added)))
         return _run(runner, choices)
 
     @overload
@@ -405,6 +414,8 @@ def _rollout(runner: Runner, prompt: Prompt, choice: Choice, finished: Finished)
         prompt=prompt,
         text=finished.text,
         finish_reason=finished.finish_reason,
+        stop_reason=finished.stop_reason,
+        acted=actions_of(choice.probes, finished.acted),
         logprobs=[score.logprob for score in finished.scores],
         sequence=entry.sequence,
         activations=activations,

@@ -1,6 +1,6 @@
 """What a generation gives: the text, its tokens, and for every token that was fed what was captured and scored."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor
 
+from roentgen.contract import ProbeAction
 from roentgen.model_names import suggest
 from roentgen.pages import page_environment
 from roentgen.tokenized_text import TokenizedText, token_texts
@@ -31,7 +32,7 @@ class Rollout:
     finish_reason: str
     """"stop", or "length" if it was cut."""
     logprobs: list[float]
-    """Of each completion token, when it was sampled."""
+    """Of each completion token, when it was sampled; NaN for a marker that closed the reasoning, which nobody chose."""
     sequence: TokenizedText = field(repr=False)
     """Prompt and completion as the model saw them, special tokens included."""
     activations: Mapping[str, Float[Tensor, "rows ..."]] = field(default_factory=dict)
@@ -42,6 +43,10 @@ class Rollout:
     """Per probe, its score of every token: `[len(tokens)]`, or `[len(tokens), outputs]` for one with several outputs."""
     labels: Mapping[str, Any] = field(default_factory=dict)
     """What came with a text that was read."""
+    stop_reason: int | str | None = None
+    """What ended it that was asked for: a stop string, a stop token, or a probe (`probe:NAME`)."""
+    acted: Sequence[ProbeAction] = ()
+    """What the scores of probes have done."""
 
     @property
     def prompt_ids(self) -> list[int]:

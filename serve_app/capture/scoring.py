@@ -244,6 +244,16 @@ class RequestScores:
             raise self.failure
         return self._of_probes(self._between(0, self.fed))
 
+    def last(self, count: int) -> list[Float[Tensor, "rows outputs"]]:
+        """Return, per probe, the scores of the last rows; on a GPU they are waited for.
+
+        Raises:
+            UnscorableError: see `all`.
+        """
+        if self.failure is not None:
+            raise self.failure
+        return self._of_probes(self._between(self.fed - count, self.fed))
+
     def _between(self, start: int, stop: int) -> Float[Tensor, "rows scores"]:
         """Return the scores of some rows; parts are looked through from the last, since what is asked for is mostly new."""
         found, end = [torch.empty(0, self.panel.width)], self.fed

@@ -1,11 +1,13 @@
 """A completion while it grows: tokens in, text and the reason why it ends out. The same for every engine."""
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
+from jaxtyping import Float
 from torch import Tensor
 
+from roentgen.contract import count_rows
 from serve_app.capture.steering import OversteeredError
 from serve_app.engines.protocol import (
     Finished,
@@ -17,6 +19,7 @@ from serve_app.engines.protocol import (
     TokenScore,
 )
 from serve_app.engines.served_model import ServedModel
+from serve_app.engines.stopping import Acted, Action
 from serve_app.engines.text import TextStream
 
 
@@ -33,7 +36,8 @@ def text_stream(job: GenerationJob, model: ServedModel) -> TextStream:
 
 @dataclass(kw_only=True)
 class Completion:
-    """A job's completion so far: `ends` are the tokens that end it, and `told` tokens have gone to its listener.
+    """A job's completion so far: `ends` are the tokens that end it, and `told` tokens have gone to its listener. `acted` is
+    what the scores of its probes have done.
 
     `started` and `spoke` are when its prompt began to be read and when it had its first token, on the monotonic clock.
     """
@@ -43,6 +47,7 @@ class Completion:
     ends: frozenset[int]
     token_ids: list[int] = field(default_factory=list)
     scores: list[TokenScore] = field(default_factory=list)
+    acted: list[Acted] = field(default_factory=list)
     told: int = 0
     started: float = field(default_factory=time.monotonic)
     spoke: float | None = None
@@ -55,9 +60,11 @@ class Completion:
 
     @property
     def stop_reason(self) -> int | str | None:
-        """The stop string or stop token that ended it, if the request named it."""
+        """What ended it that the request named: a stop string, a stop token, or a probe."""
         if self.text.stopped_by is not None:
             return self.text.stopped_by
+        if self.acted and self.acted[-1].then == "stop":
+            return f"probe:{self.job.probes[self.acted[-1].probe].name}"
         last = self.token_ids[-1] if self.token_ids else None
         return last if last in self.ends and last in self.job.sampling.stop_token_ids else None
 
@@ -70,6 +77,18 @@ class Completion:
         if reason is not None:
             self.text.close()
         return reason
+
+    def act(self, action: Action) -> FinishReason | None:
+        """Do what the score of the last token asks for; returns why the generation has ended, None if it goes on.
+
+        To close the reasoning, the marker is to be pushed then.
+        """
+        rule = action.rule
+        self.acted.append(Acted(rule.probe, rule.when.then, action.position))
+        if rule.when.then != "stop":
+            return None
+        self.text.close()
+        return "stop"
 
     def _ended(self, token: int) -> FinishReason | None:
         sampling = self.job.sampling
@@ -98,8 +117,23 @@ class Completion:
         start, self.told = self.told, spoken
         return TextDelta(text, self.token_ids[start:spoken], self.scores[start:spoken], probed() if probed else [])
 
-    def finished(self, reason: FinishReason) -> Finished:
-        """Return the result, without what was captured or scored."""
+    @property
+    def n_rows(self) -> int:
+        """How many rows it has: one per token, but for the one that was sampled last."""
+        return count_rows(len(self.job.prompt_ids), len(self.token_ids))
+
+    @property
+    def n_scored(self) -> int:
+        """How many tokens its probes have read: those that have rows, and the last one too if its score has ended it."""
+        return self.n_rows + (bool(self.acted) and self.acted[-1].then == "stop")
+
+    def finished(self, reason: FinishReason, probed: Sequence[Float[Tensor, "scored outputs"]] = ()) -> Finished:
+        """Return the result, without what was captured.
+
+        Args:
+            reason: why it has ended.
+            probed: per probe, the scores of `n_scored` tokens.
+        """
         submitted, end = self.job.submitted, time.monotonic()
         return Finished(
             text=self.text.text,
@@ -109,6 +143,8 @@ class Completion:
             captured=None,
             ended_by=self.ended_by,
             stop_reason=self.stop_reason,
+            probed=[scores[: self.n_rows] for scores in probed],
+            acted=tuple(replace(one, score=float(probed[one.probe][one.position, 0])) for one in self.acted),
             timings=Timings(self.started - submitted, (self.spoke or end) - submitted, end - submitted),
         )
 

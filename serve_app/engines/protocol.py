@@ -6,6 +6,7 @@ nothing generates. A job is cancelled by setting its `cancelled` event; it then 
 listener hears nothing more.
 """
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -15,9 +16,11 @@ from typing import Literal, Protocol
 from jaxtyping import Float
 from torch import Tensor
 
+from serve_app.capture.open_end import collecting_plan
 from serve_app.capture.rows import CapturedRows, CapturePlan
 from serve_app.capture.scoring import Scorer
 from serve_app.capture.steering import Addition
+from serve_app.engines.stopping import Acted, Stopping
 from serve_app.errors import RETRY_AFTER_S, RequestError
 
 FinishReason = Literal["stop", "length"]
@@ -156,6 +159,10 @@ class TokenScore:
     """Its place among all tokens, the most likely one's being 1; of a prompt's token, if `Sampling.prompt_logprobs` is set."""
 
 
+FORCED = TokenScore(math.nan)
+"""Of a token that nobody chose: the marker that closes a model's reasoning where a probe asks for it."""
+
+
 @dataclass(frozen=True)
 class TextDelta:
     """New text of a running job, and the tokens that have come with it (an end-of-text token is no part of it).
@@ -240,7 +247,10 @@ class Finished:
     ended_by: int | None = None
     """The token that ended it and is no part of the text; None if something else did."""
     stop_reason: int | str | None = None
-    """The stop string, or the token of `Sampling.stop_token_ids`, that ended it; None if something else did."""
+    """The stop string, the token of `Sampling.stop_token_ids`, or the probe (`probe:NAME`) that ended it; None if something
+    else did."""
+    acted: tuple[Acted, ...] = ()
+    """What the scores of its probes have done, in order."""
     prompt_scores: list[TokenScore] | None = None
     """Of the prompt's tokens from the second on, if the job asked for them: `[n_prompt - 1]`."""
     probed: list[Float[Tensor, "rows outputs"]] = field(default_factory=list)
@@ -249,6 +259,11 @@ class Finished:
     """Tokens of the prompt that were found in the prefix cache, and not read."""
     timings: Timings = field(default_factory=lambda: Timings(0, 0, 0))
     """How long it took."""
+
+    @property
+    def forced(self) -> tuple[int, ...]:
+        """The positions of tokens that nobody chose, counted from the prompt's first; their scores are `FORCED`."""
+        return tuple(acted.position + 1 for acted in self.acted if acted.then == "close_reasoning")
 
 
 @dataclass(frozen=True)
@@ -279,6 +294,8 @@ class GenerationJob:
     """What to add to its rows."""
     probes: tuple[Scorer, ...] = ()
     """What to score its rows with."""
+    stopping: Stopping | None = None
+    """What these scores are to do, None for nothing."""
     constraint: Constraint | None = None
     """The grammar to follow, None for free text."""
     score_prompt: bool = False
@@ -289,6 +306,13 @@ class GenerationJob:
     """Set to leave."""
     submitted: float = field(default_factory=time.monotonic)
     """When it was made, on the monotonic clock."""
+
+    @property
+    def collecting(self) -> CapturePlan | None:
+        """What to collect while it runs: its end is known late if scores may end it."""
+        if self.capture is None or self.stopping is None:
+            return self.capture
+        return collecting_plan(self.capture, len(self.prompt_ids))
 
 
 class Engine(Protocol):

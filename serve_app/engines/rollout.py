@@ -63,6 +63,8 @@ class Entry:
     """Whether rows may hold NaN and infinity."""
     quantized: bool = False
     """Whether rows are stored as int8."""
+    forced: tuple[int, ...] = ()
+    """The positions of tokens that nobody chose: they have no log-probability, and NaN stands for it."""
 
 
 def make_entry(
@@ -100,6 +102,7 @@ def make_entry(
         computed_in=str(model.dtype),
         allow_non_finite=asked.allow_non_finite,
         quantized=asked.dtype == "int8",
+        forced=finished.forced,
     )
 
 

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from roentgen.stopping import ReasoningTokens
 from serve_app.capture.structure import ModelStructure
 from serve_app.engines.batching import Batching, LoadReport
-from serve_app.engines.markers import MARKERS
+from serve_app.engines.markers import MARKERS, THINK_END, THINK_START
 from serve_app.models.context import context_length
 from serve_app.models.sources import ModelSource
 
@@ -67,6 +68,13 @@ class ServedModel(ABC):
         """Special tokens that are text, because replies are taken apart by them (`openai_api.reply`)."""
         special = self.tokenizer.added_tokens_decoder.items()
         return {token_id: token.content for token_id, token in special if token.special and token.content in MARKERS}
+
+    @cached_property
+    def reasoning_tokens(self) -> ReasoningTokens | None:
+        """The tokens that mark the model's reasoning; None if it has none."""
+        vocabulary = self.tokenizer.get_vocab()
+        start, end = vocabulary.get(THINK_START), vocabulary.get(THINK_END)
+        return None if start is None or end is None else ReasoningTokens(start, end)
 
     @property
     def context_length(self) -> int | None:

@@ -80,7 +80,8 @@ def rollout_of(entry: Entry, captured: CapturedRows) -> Rollout:
         NonFiniteLogitsError: if it had none, and the rows that were asked for are finite.
     """
     rollout = join(entry, captured)
-    if not entry.allow_non_finite and np.isnan(entry.logprobs[entry.sequence.n_prompt :]).any():
+    chosen = np.delete(entry.logprobs, entry.forced)[entry.sequence.n_prompt :]
+    if not entry.allow_non_finite and np.isnan(chosen).any():
         check_finite(rollout)
         raise NonFiniteLogitsError
     return rollout

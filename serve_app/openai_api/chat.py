@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from roentgen.contract import Int, MaxTokens
 from serve_app.capture.scoring import Scorer
 from serve_app.engines.protocol import Finished, TextDelta, TokenScore
+from serve_app.engines.stopping import Acted
 from serve_app.engines.storage import Done
 from serve_app.openai_api import schemas
 from serve_app.openai_api.effort import Effort
@@ -158,7 +159,7 @@ class ChatReply:
         finished = done.finished
         pieces = self._pieces(index, choice.parser.finish(), None)
         rest, choice.told, choice.done = finished.token_ids[choice.told :], len(finished.token_ids), done
-        probed = self._probed(choice, [scores[choice.probed :] for scores in finished.probed])
+        probed = self._probed(choice, [scores[choice.probed :] for scores in finished.probed], finished.acted)
         last = self._chunk(index, {}, self._finish_reason(choice, finished), probed=probed, tokens=rest)
         last["choices"][0]["stop_reason"] = finished.stop_reason
         return [*pieces, last]
@@ -189,7 +190,7 @@ class ChatReply:
                     "finish_reason": self._finish_reason(choice, finished),
                     "stop_reason": finished.stop_reason,
                     "token_ids": finished.token_ids if self.request.tells_tokens else None,
-                    **self._probed(choice, finished.probed),
+                    **self._probed(choice, finished.probed, finished.acted),
                 }
             )
         scores, top = dones[0].finished.prompt_scores, self.request.prompt_logprobs
@@ -237,12 +238,12 @@ class ChatReply:
             for i, delta in enumerate(deltas)
         ]
 
-    def _probed(self, choice: _ChoiceState, scores: list[Tensor]) -> schemas.Probed:
+    def _probed(self, choice: _ChoiceState, scores: list[Tensor], acted: Sequence[Acted] = ()) -> schemas.Probed:
         """Spell the scores of a choice's next rows, and count these as sent."""
-        if not scores or not len(scores[0]):
+        if not scores or not (len(scores[0]) or acted):
             return {}
         start, choice.probed = choice.probed, choice.probed + len(scores[0])
-        return {"probes": spell_scores(self.probes, scores, self.n_prompt, start)}
+        return {"probes": spell_scores(self.probes, scores, self.n_prompt, start, acted)}
 
     def _logprobs(self, token_ids: list[int], scores: list[TokenScore]) -> schemas.ChatLogprobs | None:
         if not self.request.logprobs:

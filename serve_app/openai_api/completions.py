@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from roentgen.contract import Int, no_booleans
 from serve_app.capture.scoring import Scorer
 from serve_app.engines.protocol import FinishReason, TextDelta, TokenScore
+from serve_app.engines.stopping import Acted
 from serve_app.engines.storage import Done
 from serve_app.engines.text import TextStream
 from serve_app.models.tokenization import RawText, decode_tokens, tokenize_text
@@ -153,7 +154,7 @@ class CompletionReply:
         text, logprobs = self._text_and_logprobs(index, done) if late else ("", None)
         rest = finished.token_ids[0 if late else self._told[index] :]
         self._told[index] = len(finished.token_ids)
-        probed = self._probed(index, [scores[self._scored[index] :] for scores in finished.probed])
+        probed = self._probed(index, [scores[self._scored[index] :] for scores in finished.probed], finished.acted)
         last = self._chunk(index, text, logprobs, finished.finish_reason, probed, rest)
         last["choices"][0]["stop_reason"] = finished.stop_reason
         return [last]
@@ -185,7 +186,7 @@ class CompletionReply:
                     "token_ids": finished.token_ids if self.request.tells_tokens else None,
                     "prompt_token_ids": prompt_ids if self.request.tells_tokens else None,
                     "prompt_logprobs": scored,
-                    **self._probed(index, finished.probed),
+                    **self._probed(index, finished.probed, finished.acted),
                 }
             )
         return {
@@ -226,13 +227,13 @@ class CompletionReply:
         stream = TextStream(core, tuple(self.request.stop), self.markers, after, include_stop=include_stop)
         return Offsets(self.tokenizer, stream, start=start, min_tokens=self.request.min_tokens)
 
-    def _probed(self, index: int, scores: list[Tensor]) -> schemas.Probed:
+    def _probed(self, index: int, scores: list[Tensor], acted: Sequence[Acted] = ()) -> schemas.Probed:
         """Spell the scores of a choice's next rows, and count these as sent."""
-        if not scores or not len(scores[0]):
+        if not scores or not (len(scores[0]) or acted):
             return {}
         start = self._scored[index]
         self._scored[index] += len(scores[0])
-        return {"probes": spell_scores(self.probes, scores, self._prompt(index).prompt.n_prompt, start)}
+        return {"probes": spell_scores(self.probes, scores, self._prompt(index).prompt.n_prompt, start, acted)}
 
     def _prompt(self, index: int) -> RawText:
         return self.prompts[index // self.request.n]

@@ -4,13 +4,14 @@ A token may be part of a character, and then it is no text. OpenAI spells its by
 in completions, where `top_logprobs` is keyed by the spelling and U+FFFD would stand for every such token.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 
 from transformers import PreTrainedTokenizerBase
 
 from serve_app.engines.markers import MARKERS
-from serve_app.engines.protocol import TokenScore
+from serve_app.engines.protocol import FORCED, TokenScore
 from serve_app.engines.text import TextStream
 from serve_app.models.tokenization import character_at, n_common, tell_bytes_apart, token_bytes
 from serve_app.openai_api.schemas import (
@@ -37,7 +38,7 @@ def chat_logprobs(
 
     def spell(token: int, logprob: float) -> ScoredToken:
         raw = token_bytes(tokenizer, token)
-        return {"token": _spelled(token, raw, as_ids=as_ids), "logprob": logprob, "bytes": list(raw)}
+        return {"token": _spelled(token, raw, as_ids=as_ids), "logprob": _told(logprob), "bytes": list(raw)}
 
     content: list[ChosenToken] = [
         {**spell(token, score.logprob), "top_logprobs": [spell(*pair) for pair in score.top]}
@@ -148,7 +149,8 @@ def completion_logprobs(
     Args:
         tokenizer: the model's.
         token_ids: the tokens, the prompt's first if it is echoed.
-        scores: of each; None for the very first token of a prompt, which nothing predicts.
+        scores: of each; None for the very first token of a prompt, which nothing predicts. A token that nobody chose has none
+            either.
         offsets: of the generated text so far.
         echoed: offsets of the prompt's tokens, if it is echoed.
         as_ids: whether tokens are spelled `token_id:5` and not by their text.
@@ -167,15 +169,21 @@ def completion_logprobs(
 
     return {
         "tokens": [spell(token) for token in token_ids],
-        "token_logprobs": [None if score is None else score.logprob for score in scores],
+        "token_logprobs": [None if score is None else _told(score.logprob) for score in scores],
         "top_logprobs": [
-            None if score is None else top(token, score) for token, score in zip(token_ids, scores, strict=True)
+            None if score is None or score is FORCED else top(token, score)
+            for token, score in zip(token_ids, scores, strict=True)
         ],
         "text_offset": [
             *tell_bytes_apart(tokenizer, token_ids[: len(echoed)], echoed),
             *offsets.of(token_ids[len(echoed) :]),
         ],
     }
+
+
+def _told(logprob: float) -> float | None:
+    """Return a log-probability as JSON has it; None for a token that nobody chose."""
+    return None if math.isnan(logprob) else logprob
 
 
 def _spelled(token: int, raw: bytes, mark: str = "", *, as_ids: bool = False) -> str:

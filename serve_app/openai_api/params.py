@@ -19,6 +19,7 @@ from serve_app.openai_api.probing import (
     MAX_ADDITIONS,
     MAX_PROBES,
     STEERING_LABEL,
+    STOP_LABEL,
     ProbeRequest,
     SteeringRequest,
 )
@@ -102,6 +103,8 @@ class GenerationParams(NeutralParams, VllmParams):
             raise ValueError(
                 f"activations.labels: {STEERING_LABEL!r} is the server's to set, from the request's steering"
             )
+        if asked is not None and STOP_LABEL in asked.labels:
+            raise ValueError(f"activations.labels: {STOP_LABEL!r} is the server's to set, from the request's probes")
         if asked is not None and asked.key is not None and self.n > 1:
             raise ValueError("activations.key: a key names one rollout, and n > 1 makes several; send n requests")
         return self

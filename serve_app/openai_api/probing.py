@@ -4,7 +4,8 @@ A saved probe is named by a path under one of the folders that the server's conf
 comes with the request, as numbers. `requests.probes_and_steering` finds what the names stand for; here is the wire.
 """
 
-from typing import Annotated
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import jaxtyping
 from pydantic import (
@@ -18,8 +19,10 @@ from pydantic import (
 )
 from torch import Tensor
 
-from roentgen.contract import Float, Int, SteeredPositions, no_booleans
+from roentgen.contract import Float, Int, ProbeAction, SteeredPositions, no_booleans
+from roentgen.stopping import StopWhen
 from serve_app.capture.scoring import Scorer
+from serve_app.engines.stopping import Acted
 from serve_app.openai_api.schemas import ProbeScores
 
 MAX_PROBES = 16
@@ -37,6 +40,8 @@ ProbePath = Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[^\x0
 
 STEERING_LABEL = "steering"
 """The label that the rollouts of steered requests carry, and no others."""
+STOP_LABEL = "stop_when"
+"""The label that the rollouts of requests carry whose probes may act, and no others."""
 
 
 class InlineProbe(BaseModel):
@@ -50,6 +55,7 @@ class InlineProbe(BaseModel):
     bias: Number = Field(0.0, description="Added to the product.")
     mean: Vector | None = Field(None, description="Zeros if absent.")
     scale: Vector | None = Field(None, description="Ones if absent; no number of it may be 0.")
+    stop_when: StopWhen | None = Field(None, description="When its scores end the generation, or the reasoning.")
 
     @model_validator(mode="after")
     def _fits(self) -> "InlineProbe":
@@ -64,9 +70,33 @@ class InlineProbe(BaseModel):
         return self
 
 
+class NamedProbe(BaseModel):
+    """A saved probe whose scores may act."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    probe: ProbePath = Field(description="A saved probe.")
+    stop_when: StopWhen | None = Field(None, description="When its scores end the generation, or the reasoning.")
+
+    @property
+    def name(self) -> str:
+        """What the reply calls it."""
+        return self.probe
+
+
+def _kind_of_probe(value: Any) -> str:
+    """Tell the spellings of a probe apart, so that an error is about the one that was meant."""
+    if isinstance(value, str):
+        return "probe-path"
+    named = isinstance(value, NamedProbe) or (isinstance(value, dict) and "probe" in value)
+    return "probe-named" if named else "probe-inline"
+
+
 ProbeRequest = Annotated[
-    Annotated[ProbePath, Tag("probe-path")] | Annotated[InlineProbe, Tag("probe-inline")],
-    Discriminator(lambda value: "probe-path" if isinstance(value, str) else "probe-inline"),
+    Annotated[ProbePath, Tag("probe-path")]
+    | Annotated[NamedProbe, Tag("probe-named")]
+    | Annotated[InlineProbe, Tag("probe-inline")],
+    Discriminator(_kind_of_probe),
 ]
 
 
@@ -97,13 +127,17 @@ class SteeringRequest(BaseModel):
 
 
 def spell_scores(
-    scorers: tuple[Scorer, ...], probed: list[jaxtyping.Float[Tensor, "rows outputs"]], n_prompt: int, start: int = 0
+    scorers: tuple[Scorer, ...],
+    probed: list[jaxtyping.Float[Tensor, "rows outputs"]],
+    n_prompt: int,
+    start: int = 0,
+    acted: Sequence[Acted] = (),
 ) -> list[ProbeScores]:
-    """Return a choice's `probes`: what each probe gave the rows from position `start` on.
+    """Return a choice's `probes`: what each probe gave the rows from position `start` on, and what its scores have done.
 
     A probe with one output gives a number per row, one with several a list of them.
     """
-    return [
+    spelled: list[ProbeScores] = [
         {
             "probe": scorer.name,
             "key": scorer.key,
@@ -115,4 +149,15 @@ def spell_scores(
             "scores": (scores[:, 0] if scores.shape[1] == 1 else scores).tolist(),
         }
         for scorer, scores in zip(scorers, probed, strict=True)
+    ]
+    for one in acted:
+        spelled[one.probe]["acted"] = {"then": one.then, "position": one.position, "score": one.score}
+    return spelled
+
+
+def actions_of(scorers: tuple[Scorer, ...], acted: Sequence[Acted]) -> list[ProbeAction]:
+    """Return what the scores of probes have done, as a rollout's record says it."""
+    return [
+        ProbeAction(probe=scorers[one.probe].name, then=one.then, position=one.position, score=one.score)
+        for one in acted
     ]

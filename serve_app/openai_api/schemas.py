@@ -12,7 +12,7 @@ from fastapi import FastAPI, Response
 from pydantic import Field, GetPydanticSchema, TypeAdapter
 from typing_extensions import TypedDict
 
-from roentgen.contract import ActivationReply
+from roentgen.contract import ActivationReply, ProbeEffect
 from roentgen.linear_probe import ScoreUnit
 from serve_app.engines.protocol import FinishReason
 
@@ -118,7 +118,7 @@ class ScoredToken(TypedDict):
     """A token and how likely it was."""
 
     token: str
-    logprob: float
+    logprob: Annotated[float | None, Field(description="null for a marker that the model did not choose.")]
     bytes: list[int]
 
 
@@ -160,6 +160,14 @@ class AssistantMessage(TypedDict):
     tool_calls: NotRequired[Annotated[list[MadeToolCall], Field(description="Absent if there are none.")]]
 
 
+class ScoreAction(TypedDict):
+    """What a probe's scores have done to a choice, and the token whose score decided it."""
+
+    then: ProbeEffect
+    position: Count
+    score: float
+
+
 class ProbeScores(TypedDict):
     """What one probe gives a choice's tokens, from position `start` on; with several outputs, a list per token."""
 
@@ -173,6 +181,7 @@ class ProbeScores(TypedDict):
     n_prompt: Annotated[int, Field(ge=1)]
     start: Count
     scores: list[float] | list[list[float]]
+    acted: NotRequired[Annotated[ScoreAction, Field(description="Present if its `stop_when` has come true.")]]
 
 
 class Probed(TypedDict):
@@ -185,7 +194,8 @@ class Told(TypedDict):
     """The part of a choice that says what ended it, and which tokens it has; vLLM's, as `prompt_logprobs` is."""
 
     stop_reason: Annotated[
-        int | str | None, Field(description="The stop string or stop token that ended it, if the request named it.")
+        int | str | None,
+        Field(description="The stop string or stop token that ended it, if the request named it, or `probe:NAME`."),
     ]
     token_ids: Annotated[
         list[int] | None, Field(description="With `return_token_ids`, probes or rows: all that were generated.")

@@ -7,7 +7,7 @@ which frees their places at the engine's next step.
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -33,9 +33,11 @@ from serve_app.engines.protocol import (
 )
 from serve_app.engines.rollout import make_entry
 from serve_app.engines.served_model import ServedModel
+from serve_app.engines.stopping import Acted, Stopping
 from serve_app.engines.storage import Done, Storage, Stored
 from serve_app.errors import RequestError
 from serve_app.openai_api.errors import ApiError, from_store
+from serve_app.openai_api.probing import STOP_LABEL
 
 log = logging.getLogger(__name__)
 
@@ -77,6 +79,10 @@ class Choice:
     """Whether the prompt's own tokens are to be scored."""
     probes: tuple[Scorer, ...] = ()
     """What its tokens are to be scored with."""
+    stopping: Stopping | None = None
+    """What these scores are to do, None for nothing."""
+    stop_label: Callable[[Sequence[Acted]], str] | None = None
+    """Writes the label of a rollout whose scores may act, from what they have done."""
     steering: tuple[Addition, ...] = ()
     """What is to be added to its stream."""
     cache_salt: str | None = None
@@ -101,6 +107,7 @@ class Choice:
             constraint=constraint,
             score_prompt=self.score_prompt,
             probes=self.probes,
+            stopping=self.stopping,
             steering=self.steering,
             cache_salt=self.cache_salt,
         )
@@ -219,6 +226,9 @@ class _Listener:
 
     def _commit(self, finished: Finished, asked: ActivationRequest) -> None:
         session_id = asked.session_id or self._session_id
+        if self._choice.stop_label is not None:
+            labels = {**asked.labels, STOP_LABEL: self._choice.stop_label(finished.acted)}
+            asked = asked.model_copy(update={"labels": labels})
         entry = make_entry(
             self._served.model, self._choice.prompt, self._choice.role, asked, finished, session_id, str(ULID())
         )

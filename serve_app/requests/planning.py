@@ -4,8 +4,9 @@ What can be refused by looking is refused here, before anything is queued: a pro
 does not have, values too many to send.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import prod
 
 from ulid import ULID
@@ -13,10 +14,12 @@ from ulid import ULID
 from roentgen.contract import SAMPLED_FEATURES, ActivationRequest, Positions, captured_as, count_rows
 from roentgen.tokenized_text import TokenizedText
 from serve_app.capture.rows import CapturePlan
+from serve_app.capture.scoring import Scorer
 from serve_app.capture.steering import Addition
 from serve_app.config import ServerConfig
 from serve_app.engines.constraints import Grammar
 from serve_app.engines.served_model import ServedModel
+from serve_app.engines.stopping import Acted, Stopping
 from serve_app.engines.storage import Done
 from serve_app.models.context import UNBOUNDED
 from serve_app.models.tokenization import ASSISTANT, COMPLETION, cut_prompt
@@ -26,7 +29,7 @@ from serve_app.openai_api.effort import effort_variables
 from serve_app.openai_api.errors import ApiError, refused
 from serve_app.openai_api.grammars import answer_grammar, answer_schema, tool_call_grammar
 from serve_app.openai_api.params import GenerationParams
-from serve_app.openai_api.probing import STEERING_LABEL
+from serve_app.openai_api.probing import STEERING_LABEL, actions_of
 from serve_app.openai_api.prompt import render
 from serve_app.openai_api.reply import Reasoning, reasoning_mode
 from serve_app.openai_api.responses.reply import ResponsesReply
@@ -35,7 +38,14 @@ from serve_app.openai_api.schemas import Kept
 from serve_app.openai_api.seed_spelling import older_key
 from serve_app.openai_api.tokenize import bad_word_tokens, check_tokens
 from serve_app.requests.generation import Choice, Runner
-from serve_app.requests.probes_and_steering import resolve_probes, resolve_steering, steering_label
+from serve_app.requests.probes_and_steering import (
+    resolve_probes,
+    resolve_steering,
+    resolve_stopping,
+    rules_of,
+    steering_label,
+    stopping_label,
+)
 
 BYTES_PER_VALUE = 12
 """What a number takes in a JSON reply, about."""
@@ -78,7 +88,7 @@ def plan_chat(served: Runner, request: ChatRequest, config: ServerConfig) -> Pla
     keep = _kept_tokens(served, request, request.token_limit)
     prompt = rendered.prompt if keep is None else cut_prompt(rendered.prompt, keep, request.truncation_side)
     max_tokens = _max_tokens(served, prompt, request.token_limit, "messages")
-    probes = resolve_probes(model, request.probes, config.probes)
+    probes, stopping, stop_label = _probes(model, request, config)
     steering = resolve_steering(model, request.steering, config.probes)
     cut = rendered.prompt.n_prompt - prompt.n_prompt if request.truncation_side == "left" else 0
     first = max(rendered.turn_start - cut, 0) if request.capture and request.capture.since == "turn" else 0
@@ -98,6 +108,8 @@ def plan_chat(served: Runner, request: ChatRequest, config: ServerConfig) -> Pla
             grammar=grammar,
             score_prompt=request.prompt_logprobs is not None and number == 0,  # the prompt is the same for all
             probes=probes,
+            stopping=stopping,
+            stop_label=stop_label,
             steering=steering,
             cache_salt=request.cache_salt,
         )
@@ -152,8 +164,12 @@ def plan_completion(served: Runner, request: CompletionRequest, config: ServerCo
     if keep is not None:
         prompts = [raw.cut(keep, request.truncation_side) for raw in prompts]
     asked_for = request.capture
-    probes = resolve_probes(served.model, request.probes, config.probes)
+    probes, stopping, stop_label = _probes(served.model, request, config)
     steering = resolve_steering(served.model, request.steering, config.probes)
+    if request.structured and (
+        closing := [param for rule, param in rules_of(request.probes) if rule.when.then != "stop"]
+    ):
+        raise refused(f"{closing[0]}.then", "a text that follows a grammar from its start has no reasoning to close")
     grammar = request.structured[1].to_grammar(request.structured[0]) if request.structured else None
     bad_words = _check_named_tokens(served.model, request)
     choices: list[Choice] = []
@@ -172,6 +188,8 @@ def plan_completion(served: Runner, request: CompletionRequest, config: ServerCo
                 grammar=grammar,
                 score_prompt=(request.echo and request.logprobs is not None) or request.prompt_logprobs is not None,
                 probes=probes,
+                stopping=stopping,
+                stop_label=stop_label,
                 steering=steering,
                 cache_salt=request.cache_salt,
             )
@@ -179,6 +197,15 @@ def plan_completion(served: Runner, request: CompletionRequest, config: ServerCo
         ]
     reply = CompletionReply(request, f"cmpl-{str(ULID()).lower()}", tokenizer, prompts, served.model.markers, probes)
     return Plan(choices, reply, asked_for, spelling)
+
+
+def _probes(
+    model: ServedModel, request: GenerationParams, config: ServerConfig
+) -> tuple[tuple[Scorer, ...], Stopping | None, Callable[[Sequence[Acted]], str] | None]:
+    """Return what a request's tokens are scored with, what the scores do, and what writes the label of its rollouts."""
+    probes = resolve_probes(model, request.probes, config.probes)
+    stopping = resolve_stopping(model, rules_of(request.probes), probes, request.min_tokens)
+    return probes, stopping, partial(stopping_label, request.probes, probes) if stopping is not None else None
 
 
 def _numbered(asked: ActivationRequest | None, number: int) -> ActivationRequest | None:
@@ -196,6 +223,8 @@ def describe_all(plan: Plan, dones: Sequence[Done]) -> Kept:
     for done in dones:
         assert done.stored is not None
         described = dict(done.stored.reply)
+        if done.finished.acted:
+            described["acted"] = [one.model_dump() for one in actions_of(plan.choices[0].probes, done.finished.acted)]
         if plan.spelling:
             described["tensors"] = {plan.spelling[key]: value for key, value in described["tensors"].items()}
         rollouts.append(described)

@@ -22,23 +22,81 @@ from roentgen.linear_probe import CARDS, Readout, SavedProbe, SavedProbeError, l
 from serve_app.capture.scoring import Scorer
 from serve_app.capture.steering import Addition
 from serve_app.capture.structure import CaptureRequestError, Tap
+from serve_app.engines.markers import THINK_END, THINK_START
 from serve_app.engines.served_model import ServedModel
+from serve_app.engines.stopping import Acted, Stopping, StopRule
 from serve_app.openai_api.errors import refused
-from serve_app.openai_api.probing import InlineProbe, SteeringRequest
+from serve_app.openai_api.probing import InlineProbe, NamedProbe, SteeringRequest
+
+AskedProbe = str | NamedProbe | InlineProbe
 
 WIDE = tuple(name for name in (*LAYER_HOOK_POINTS, *MODEL_HOOK_POINTS) if name != "router")
 """Hook points whose rows are as wide as the stream."""
 
 
-def resolve_probes(
-    model: ServedModel, asked: Sequence[str | InlineProbe], folders: Sequence[str]
-) -> tuple[Scorer, ...]:
+def resolve_probes(model: ServedModel, asked: Sequence[AskedProbe], folders: Sequence[str]) -> tuple[Scorer, ...]:
     """Find the probes that a request asks for.
 
     Raises:
         ApiError: naming the one that cannot be used, and why.
     """
     return tuple(_scorer(model, probe, f"probes.{place}", folders) for place, probe in enumerate(asked))
+
+
+def rules_of(asked: Sequence[AskedProbe]) -> list[tuple[StopRule, str]]:
+    """Return when the scores of a request's probes act, each with the field that says so."""
+    named = ((place, probe) for place, probe in enumerate(asked) if not isinstance(probe, str))
+    return [
+        (StopRule(place, probe.stop_when), f"probes.{place}.stop_when")
+        for place, probe in named
+        if probe.stop_when is not None
+    ]
+
+
+def resolve_stopping(
+    model: ServedModel, rules: Sequence[tuple[StopRule, str]], scorers: Sequence[Scorer], min_tokens: int
+) -> Stopping | None:
+    """Return what the scores of a request's probes do; None for nothing.
+
+    Args:
+        model: the model.
+        rules: when they act, each with the field that says so.
+        scorers: the probes.
+        min_tokens: tokens that have to be generated before.
+
+    Raises:
+        ApiError: naming the first that cannot act.
+    """
+    for rule, param in rules:
+        scorer = scorers[rule.probe]
+        if (outputs := len(scorer.readout.bias)) > 1:
+            raise refused(param, f"{scorer.name} has {outputs} outputs; only a probe with one can act")
+        if rule.when.counts == "reasoning" and model.reasoning_tokens is None:
+            raise refused(
+                f"{param}.{'then' if rule.when.then == 'close_reasoning' else 'where'}",
+                f"{model.source.name} does not mark its reasoning: its vocabulary has no tokens {THINK_START} and {THINK_END}; "
+                'allowed are where: "generated" with then: "stop"',
+            )
+    if not rules:
+        return None
+    needed = any(rule.when.counts == "reasoning" for rule, _ in rules)
+    return Stopping(tuple(rule for rule, _ in rules), model.reasoning_tokens if needed else None, min_tokens)
+
+
+def stopping_label(asked: Sequence[AskedProbe], scorers: Sequence[Scorer], acted: Sequence[Acted]) -> str:
+    """Say when the scores of a rollout's probes were to act and where they have, as JSON; a probe's numbers by their hash."""
+    said: list[dict[str, Any]] = []
+    for rule, _ in rules_of(asked):
+        probe, scorer = asked[rule.probe], scorers[rule.probe]
+        done = next((one for one in acted if one.probe == rule.probe), None)
+        source: dict[str, Any] = {"probe": scorer.name}
+        if isinstance(probe, InlineProbe):
+            numbers = probe.model_dump_json(exclude={"name", "stop_when"})
+            source["numbers"] = hashlib.sha256(numbers.encode()).hexdigest()[:16]
+        when = {**rule.when.model_dump(by_alias=True), "where": rule.when.counts}
+        where = {"position": done and done.position, "score": done and done.score}
+        said.append({**source, "key": scorer.key, **when, **where})
+    return json.dumps(said)
 
 
 def resolve_steering(
@@ -74,7 +132,9 @@ def saved_scorer(model: ServedModel, name: str, probe: SavedProbe, param: str) -
     return Scorer(name, card.key, _tap(model, card.key, param), _on(model, probe), card.label, card.classes, card.unit)
 
 
-def _scorer(model: ServedModel, asked: str | InlineProbe, param: str, folders: Sequence[str]) -> Scorer:
+def _scorer(model: ServedModel, asked: AskedProbe, param: str, folders: Sequence[str]) -> Scorer:
+    if isinstance(asked, NamedProbe):
+        return saved_scorer(model, asked.probe, _saved(model, asked.probe, f"{param}.probe", folders), f"{param}.probe")
     if isinstance(asked, str):
         return saved_scorer(model, asked, _saved(model, asked, param, folders), param)
     weight = torch.tensor([asked.weight])

@@ -100,9 +100,9 @@ class Budget:
         )
 
     def _row_bytes(self, job: GenerationJob) -> int:
-        if job.capture is None:
+        if (collecting := job.collecting) is None:
             return 0
-        return row_bytes(job.capture, len(job.prompt_ids), total_tokens(job), self.bytes_per_row)
+        return row_bytes(collecting, len(job.prompt_ids), total_tokens(job), self.bytes_per_row)
 
 
 def total_tokens(job: GenerationJob) -> int:

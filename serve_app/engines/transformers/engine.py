@@ -33,18 +33,22 @@ from jaxtyping import Float
 from torch import Tensor
 
 from serve_app.capture.memory import RowMemory
+from serve_app.capture.scoring import UnscorableError
 from serve_app.engines.completion import no_token
 from serve_app.engines.memory import free_host_memory
 from serve_app.engines.protocol import (
     EngineBusyError,
     EngineStoppedError,
     Failed,
+    FinishReason,
     GenerationJob,
     Load,
     PrefixCaching,
+    Sampling,
     TokenScore,
     UnknownTokenError,
 )
+from serve_app.engines.stopping import Action
 from serve_app.engines.transformers.admission import Budget, next_jobs
 from serve_app.engines.transformers.forwards import Forwards
 from serve_app.engines.transformers.invariance import PIECE, settle
@@ -54,7 +58,7 @@ from serve_app.engines.transformers.model_cache import Step, find_out
 from serve_app.engines.transformers.packed_weights import pack_weights, unpack_weights
 from serve_app.engines.transformers.prefixes import Prefixes
 from serve_app.engines.transformers.running import Prefill, Running
-from serve_app.engines.transformers.sampling import choose, score, score_named
+from serve_app.engines.transformers.sampling import Sampler, choose, score, score_named
 
 log = logging.getLogger(__name__)
 
@@ -66,6 +70,9 @@ PREFILL_TOKENS = {"cpu": 512, "cuda": 8192}
 
 LOGITS_BYTES = 256 << 20
 """Logits of one prefill that needs them at every position; beyond, it is read in more pieces."""
+
+NO_CHOICE = Sampler(Sampling(max_tokens=0, temperature=0), [], frozenset())
+"""Stands for the sampler of a row whose token is not chosen: it draws nothing."""
 
 MAX_FAILURES = 3
 """Failures in a row, each of a model that answers nothing any more, after which the engine gives up."""
@@ -406,7 +413,9 @@ class TransformersEngine:
     def _advance(self, running: list[Running], logits: Float[Tensor, "batch vocab"]) -> list[int]:
         """Choose the next tokens, report them and the jobs that have ended; returns the rows that go on."""
         logits = logits.float()
-        samplers, top = [one.sampler for one in running], [one.job.sampling.top_logprobs for one in running]
+        actions = self._asked(running) if any(one.watch for one in running) else {}
+        samplers = [NO_CHOICE if row in actions else one.sampler for row, one in enumerate(running)]
+        top = [one.job.sampling.top_logprobs for one in running]
         # Row by row, a row's shape is its own.
         height = 1 if self.batch_invariant else len(running)
         chosen: list[int] = []
@@ -421,7 +430,12 @@ class TransformersEngine:
         staying = []
         for row, one in enumerate(running):
             try:
-                if not one.job.cancelled.is_set() and self._goes_on(one, chosen[row], scores[row]):
+                goes_on = not one.job.cancelled.is_set() and (
+                    self._goes_on(one, chosen[row], scores[row])
+                    if row not in actions
+                    else self._reported(one, one.carry_out(actions[row]))
+                )
+                if goes_on:
                     staying.append(row)
             except Exception as error:
                 log.exception("a request could not take its token")
@@ -433,7 +447,21 @@ class TransformersEngine:
         if math.isnan(token_score.logprob) and (failure := no_token(one.job)) is not None:
             one.fail(failure)
             return False
-        reason = one.advance(token, token_score) if one.job.sampling.max_tokens else "length"
+        return self._reported(one, one.advance(token, token_score) if one.job.sampling.max_tokens else "length")
+
+    def _asked(self, running: list[Running]) -> dict[int, Action]:
+        """Return, by row, what the scores of jobs' probes ask for, before tokens are chosen."""
+        found: dict[int, Action] = {}
+        for row, one in enumerate(running):
+            try:
+                if not one.job.cancelled.is_set() and (action := one.asked()) is not None:
+                    found[row] = action
+            except UnscorableError as error:
+                one.fail(error)
+        return found
+
+    def _reported(self, one: Running, reason: FinishReason | None) -> bool:
+        """Report what a job has now, and its result if there is a reason why it has ended; False if it has."""
         if one.sampler.failure is not None:
             one.fail(one.sampler.failure)
             return False

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor
 from transformers import Cache
 
 from serve_app.capture.memory import RowMemory
+from serve_app.capture.open_end import settled
 from serve_app.capture.rows import RequestRows, UncapturableError
 from serve_app.capture.scoring import RequestScores, UnscorableError
 from serve_app.engines.completion import Completion, text_stream
-from serve_app.engines.protocol import Failed, FinishReason, GenerationJob, TextDelta, TokenScore
+from serve_app.engines.protocol import FORCED, Failed, FinishReason, GenerationJob, TextDelta, TokenScore
+from serve_app.engines.stopping import Action, StopWatch
 from serve_app.engines.transformers.model import LoadedModel
 from serve_app.engines.transformers.sampling import Sampler, score_prompt
 
@@ -25,7 +28,7 @@ class Running(Completion):
     """A job, and what this engine has for it.
 
     `all_logits` is whether its prompt needs logits at every position, `cached` how many of its prompt's tokens were found and
-    not read, and `filler` keeps rows of its prompt for others, while it is read.
+    not read, and `filler` keeps rows of its prompt for others, while it is read. `watch` is there if scores may act.
     """
 
     sampler: Sampler
@@ -35,11 +38,12 @@ class Running(Completion):
     prompt_scores: list[TokenScore] = field(default_factory=list)
     cached: int = 0
     filler: RequestRows | None = None
+    watch: StopWatch | None = None
 
     @classmethod
     def start(cls, job: GenerationJob, model: LoadedModel, memory: RowMemory) -> "Running":
         """Begin a job, whose rows will lie in `memory`."""
-        sampling, ends = job.sampling, job.sampling.ends(model.eos_token_ids)
+        sampling, ends, collecting = job.sampling, job.sampling.ends(model.eos_token_ids), job.collecting
         tapped = {tap.module for tap in job.capture.taps.values()} if job.capture else set()
         tapped |= {scorer.tap.module for scorer in job.probes}
         return cls(
@@ -47,9 +51,10 @@ class Running(Completion):
             text=text_stream(job, model),
             ends=ends,
             sampler=Sampler(sampling, job.prompt_ids, ends, job.constraint),
-            rows=RequestRows(job.capture, len(job.prompt_ids), memory) if job.capture else None,
+            rows=RequestRows(collecting, len(job.prompt_ids), memory) if collecting else None,
             probed=RequestScores(job.probes) if job.probes else None,
             all_logits=job.score_prompt or model.head in tapped,
+            watch=StopWatch(job.stopping, job.prompt_ids) if job.stopping else None,
         )
 
     def advance(self, token: int, token_score: TokenScore) -> FinishReason | None:
@@ -57,9 +62,33 @@ class Running(Completion):
         self.sampler.saw(token)
         return self.push(token, token_score)
 
+    def asked(self) -> Action | None:
+        """Return what the scores of what has just been read ask for, before the next token is chosen; None for nothing.
+
+        Raises:
+            UnscorableError: if there are none.
+        """
+        if self.watch is None or self.probed is None:
+            return None
+        start, stop = self.watch.next, self.probed.fed
+        if stop <= start:
+            return None  # only the prompt has been read
+        n_prompt = len(self.job.prompt_ids)
+        return self.watch.see(self.token_ids[start - n_prompt : stop - n_prompt], self.probed.last(stop - start))
+
+    def carry_out(self, action: Action) -> FinishReason | None:
+        """Do what scores ask for, in place of a sampled token; returns why the generation has ended, None if it goes on."""
+        reason = self.act(action)
+        if reason is not None:
+            return reason
+        stopping = self.job.stopping
+        assert stopping is not None
+        assert stopping.reasoning is not None
+        return self.advance(stopping.reasoning.end, FORCED)
+
     def news(self, *, final: bool) -> TextDelta | None:
         """Return what has become certain since the last time, None for nothing."""
-        return self.delta(final=final, probed=self.probed.take if self.probed else None)
+        return self.delta(final=final, probed=partial(self.probed.take, self.n_rows) if self.probed else None)
 
     def finish(self, reason: FinishReason) -> None:
         """Cut a job's rows and report its result; what it should not have asked for fails it alone."""
@@ -69,13 +98,14 @@ class Running(Completion):
         except (UncapturableError, UnscorableError) as error:
             self.fail(error)
             return
+        if captured is not None and self.job.stopping is not None and self.job.capture is not None:
+            captured = settled(captured, self.job.capture, len(self.job.prompt_ids), self.n_rows)
         prompt_scores = self.prompt_scores if self.job.score_prompt else None
         self.job.listener(
             replace(
-                self.finished(reason),
+                self.finished(reason, probed),
                 captured=captured,
                 prompt_scores=prompt_scores,
-                probed=probed,
                 cached_tokens=self.cached,
             )
         )

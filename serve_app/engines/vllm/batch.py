@@ -4,13 +4,16 @@ vLLM tells its runner of a request when it is scheduled for the first time, and 
 (`orders`) comes with it. Before each forward the runner says which tokens of which requests are in it, in the batch's order.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
+from vllm.distributed.parallel_state import get_tp_group
 
 from serve_app.capture.grid import Strip
+from serve_app.engines.stopping import Action
 from serve_app.engines.vllm.collecting import Collector, Step
+from serve_app.engines.vllm.forced_tokens import Forced, forced_by
 from serve_app.engines.vllm.orders import EXTRA, Order, unpack
 from serve_app.engines.vllm.prefix_rows import PrefixRows
 from serve_app.engines.vllm.watched import Watched
@@ -24,24 +27,26 @@ class Batch:
         keeps: whether what requests capture is kept here. Where it is not, it is read all the same: gathering what is split
             takes all ranks.
         watched: who else reads every step, while the model's hook points are verified.
+        n_tokens: of the step.
+        actions: by job, what the scores of the step ask for before its next tokens are chosen.
     """
 
-    def __init__(
-        self, states: Callable[[], dict[str, Any]], device: torch.device, prefixes: PrefixRows | None = None
-    ) -> None:
+    def __init__(self, runner: Any, device: torch.device, prefixes: PrefixRows | None = None) -> None:
         """Begin without requests.
 
         Args:
-            states: returns the runner's state of each request, by vLLM's name for it.
+            runner: vLLM's: it has the state of each request, by vLLM's name for it, and the tokens of each step.
             device: the model's.
             prefixes: keeps rows of prompts, where vLLM has a prefix cache.
         """
         self.collector = Collector(device, prefixes)
         self.keeps = True
         self.watched: list[Watched] = []
-        self._states = states
+        self.actions: dict[str, Action] = {}
+        self._runner = runner
         self._jobs: dict[str, str] = {}
         self._step: Step | None = None
+        self.n_tokens = 0
 
     def begin(self, new_requests: Iterable[Any]) -> None:
         """Take the orders of requests that have been scheduled for the first time, or again after a preemption."""
@@ -64,10 +69,11 @@ class Batch:
         Args:
             spans: in the batch's order, each request and how many of its tokens are in the forward.
         """
-        states, positions = self._states(), []
+        states, positions = self._runner.requests, []
         for request_id, tokens in spans:
             start = states[request_id].num_computed_tokens
             positions.append((self._jobs.get(request_id), range(start, start + tokens)))
+        self.n_tokens = sum(tokens for _, tokens in spans)
         self._step = self.collector.step(positions)
         for watched in self.watched:
             watched.strip = Strip([span for _, span in positions])
@@ -88,6 +94,30 @@ class Batch:
         Args:
             failure: why they could not be read, if so.
         """
-        step, self._step = self._step, None
-        if step is not None:
-            self.collector.done(step, failure)
+        step, self._step, self.actions = self._step, None, {}
+        if step is None:
+            return
+        self.collector.done(step, failure)
+        if step.may_act:
+            found = self.collector.asked(step, self._token_ids) if self.keeps else {}
+            # Every rank chooses tokens, and one has the scores.
+            self.actions = get_tp_group().broadcast_object(found)
+
+    def forced(self, request_ids: Iterable[str]) -> dict[int, Forced]:
+        """Return, by row, the tokens of the step that are not chosen.
+
+        Args:
+            request_ids: vLLM's names of the requests, a row each.
+        """
+        if not self.actions:
+            return {}
+        found: dict[int, Forced] = {}
+        for row, request_id in enumerate(request_ids):
+            action = self.actions.get(self._jobs.get(request_id, ""))
+            if action is not None:
+                found[row] = forced_by(action, self.collector.order(self._jobs[request_id]))
+        return found
+
+    def _token_ids(self) -> list[int]:
+        tokens: list[int] = self._runner.input_ids.gpu[: self.n_tokens].tolist()
+        return tokens

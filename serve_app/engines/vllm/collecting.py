@@ -5,8 +5,7 @@ Four things are unlike an engine that runs the model itself, and are settled her
 - vLLM packs its batch and hands out a strip of tokens, with no padding.
 - A request may be preempted: its rows so far are kept, and when vLLM computes them again, only what is new counts.
 - A request may overrun. Where its end is decided in another process (a stop string, or a step that was scheduled before the
-  last one's token was known), rows come that belong to no token of the completion. So what depends on where the end is (the
-  last row, the mean of all generated ones) is decided when the end is known, and rows behind it are dropped.
+  last one's token was known), rows come that belong to no token of the completion: they are dropped (`capture.open_end`).
 - vLLM may find a prompt's first tokens in its prefix cache, also such as another request computes in the very same step. Their
   rows are taken from those that are kept of earlier prompts (`prefix_rows`), after that step.
 
@@ -15,23 +14,24 @@ A request whose rows are not exactly those of its prompt and all but the last to
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from itertools import accumulate
 
-import numpy as np
 import torch
 
-from roentgen.contract import Positions
 from roentgen.linear_probe import Readout
 from roentgen.store import StoreError
 from serve_app.capture.grid import Strip
 from serve_app.capture.memory import RowMemory
+from serve_app.capture.open_end import RowsMissingError, collecting_plan, settled
 from serve_app.capture.rows import CapturedRows, CapturePlan, KnownRows, RequestRows, StepRows
 from serve_app.capture.scoring import NewScores, RequestScores, Scorer, StepScores, UnscorableError
 from serve_app.capture.steering import Addition, StepSteering
 from serve_app.capture.structure import Tap
 from serve_app.engines.prefixes import filling, name_blocks, needed
+from serve_app.engines.stopping import Action, StopWatch
 from serve_app.engines.vllm.orders import Order
 from serve_app.engines.vllm.prefix_rows import PrefixRows
 
@@ -46,63 +46,6 @@ MAX_READOUTS = 256
 
 class LostRowsError(StoreError):
     """Rows of a request are not there, so what it asked for cannot be kept."""
-
-
-def collecting_plan(plan: CapturePlan, n_prompt: int) -> CapturePlan:
-    """Return what to collect for a plan while it is not known where the completion ends.
-
-    Args:
-        plan: what is to be kept in the end.
-        n_prompt: tokens in the prompt.
-    """
-    match plan.positions.policy:
-        case "last":
-            return replace(plan, positions=Positions("all"), dtype="model", first=max(plan.first, n_prompt - 1))
-        case "mean_generated":
-            return replace(plan, positions=Positions("generated"), dtype="model")
-        case _:
-            return plan
-
-
-def settled(rows: CapturedRows, plan: CapturePlan, n_prompt: int, n_rows: int) -> CapturedRows:
-    """Return what a plan keeps of what `collecting_plan` collected, once the end is known.
-
-    Args:
-        rows: collected, perhaps beyond the end.
-        plan: what is to be kept.
-        n_prompt: tokens in the prompt.
-        n_rows: of a full capture.
-
-    Raises:
-        LostRowsError: if there are others than there should be.
-    """
-    wanted = plan.kept(n_prompt, 0, n_rows)
-    if plan.positions.policy == "mean_prompt":
-        _check(rows, [-1] * bool(wanted))
-        return rows
-    inside = np.isin(rows.position, np.arange(n_rows))
-    if plan.positions.policy == "last":
-        inside &= rows.position == n_rows - 1
-    if not inside.all():
-        kept = torch.from_numpy(np.flatnonzero(inside))
-        rows = CapturedRows({key: values[kept] for key, values in rows.tensors.items()}, rows.position[inside])
-    _check(rows, list(wanted))
-    tensors = rows.tensors
-    if plan.positions.policy == "mean_generated":
-        kept_as = {key: values.dtype if plan.dtype == "model" else torch.float32 for key, values in tensors.items()}
-        tensors = {
-            key: values.float().mean(0, keepdim=True).to(kept_as[key]) if len(values) else values
-            for key, values in tensors.items()
-        }
-        rows = replace(rows, position=np.full(min(len(wanted), 1), -1, dtype=np.int32))
-    if plan.dtype != "model":
-        tensors = {key: values.to(getattr(torch, plan.dtype)) for key, values in tensors.items()}
-    return replace(rows, tensors=tensors)
-
-
-def _check(rows: CapturedRows, wanted: list[int]) -> None:
-    if rows.position.tolist() != wanted:
-        raise LostRowsError(f"{len(rows.position)} rows were captured, not the {len(wanted)} that there should be")
 
 
 @dataclass(eq=False)
@@ -123,6 +66,8 @@ class _Job:
     """Tokens that vLLM has found in its cache, whose rows have not been taken yet."""
     fed: int = 0
     lost: str | None = None
+    watch: StopWatch | None = None
+    """There if its scores may act."""
 
     @property
     def capture(self) -> CapturePlan | None:
@@ -159,6 +104,13 @@ class Step:
     fills: StepRows | None
     scores: StepScores | None
     jobs: list[_Job] = field(repr=False)
+    ends: list[int] = field(repr=False)
+    """Per job, the place behind its last token in the batch."""
+
+    @property
+    def may_act(self) -> bool:
+        """Whether scores of a job in it may act; the same on every rank."""
+        return any(job.watch is not None for job in self.jobs)
 
 
 class Collector:
@@ -196,7 +148,8 @@ class Collector:
         plan, n_prompt = order.capture, len(prompt_ids)
         rows = RequestRows(collecting_plan(plan, n_prompt), n_prompt, self._memory) if plan is not None else None
         scores = RequestScores(tuple(self._shared(scorer) for scorer in order.probes)) if order.probes else None
-        job = self._jobs[order.job_id] = _Job(order, prompt_ids, rows, scores)
+        watch = StopWatch(order.stopping, prompt_ids) if order.stopping is not None else None
+        job = self._jobs[order.job_id] = _Job(order, prompt_ids, rows, scores, watch=watch)
         if self._prefixes is None or not needed(job, range(n_prompt - 1)):
             return
         job.names = name_blocks(job, prompt_ids, self._prefixes.size)
@@ -236,7 +189,8 @@ class Collector:
         if any(job.scores is not None for job in known):
             asked = [job.scores if job is not None else None for job in jobs]
             scores = StepScores(asked, Strip(new, lengths), self._memory)
-        return Step(steering, rows, fills, scores, known)
+        ends = [end for job, end in zip(jobs, accumulate(lengths), strict=True) if job is not None]
+        return Step(steering, rows, fills, scores, known, ends)
 
     def done(self, step: Step, failure: Exception | None) -> None:
         """Give each job of a forward its rows, once it has been issued.
@@ -255,6 +209,33 @@ class Collector:
         if step.scores is not None:
             step.scores.deliver()
         self._to_keep += [(self._steps, job) for job in step.jobs if job.kept < len(job.names)]
+
+    def asked(self, step: Step, token_ids: Callable[[], list[int]]) -> dict[str, Action]:
+        """Return what the scores of a forward ask for before its next tokens are chosen, by job.
+
+        Args:
+            step: the forward, whose scores are there.
+            token_ids: returns all tokens that it was given.
+        """
+        found: dict[str, Action] = {}
+        tokens: list[int] | None = None
+        for job, end in zip(step.jobs, step.ends, strict=True):
+            if job.watch is None or job.scores is None or job.lost is not None or job.fed <= job.watch.next:
+                continue
+            count = job.fed - job.watch.next
+            tokens = token_ids() if tokens is None else tokens
+            try:
+                action = job.watch.see(tokens[end - count : end], job.scores.last(count))
+            except UnscorableError as error:
+                job.scores.failure = error  # the replica is told when it asks for the scores
+                continue
+            if action is not None:
+                found[job.order.job_id] = action
+        return found
+
+    def order(self, job_id: str) -> Order:
+        """Return what is done for a job."""
+        return self._jobs[job_id].order
 
     def take(self, job_id: str, fed: Sequence[int]) -> CapturedRows:
         """Return a finished job's rows and forget it.
@@ -275,7 +256,10 @@ class Collector:
             raise LostRowsError(job.lost)
         if job.fed < n_rows:
             raise LostRowsError(f"{job.fed} tokens of this request passed through the model, not {n_rows}")
-        rows = settled(job.rows.cut(), job.order.capture, job.n_prompt, n_rows)
+        try:
+            rows = settled(job.rows.cut(), job.order.capture, job.n_prompt, n_rows)
+        except RowsMissingError as error:
+            raise LostRowsError(str(error)) from error
         if self._prefixes is not None and job.names:
             # The next turn of a conversation begins with what this one has said.
             job.names = name_blocks(job, fed, self._prefixes.size, job.names)

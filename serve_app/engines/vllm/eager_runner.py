@@ -8,11 +8,12 @@ from typing import Any
 from nnsight.modeling.vllm.model_runners.GPUModelRunner import NNsightGPUModelRunner
 
 from serve_app.engines.vllm.batch import Batch
+from serve_app.engines.vllm.forced_tokens import ForcesTokens
 from serve_app.engines.vllm.fragments import OrderedFragments
 from serve_app.engines.vllm.observer import BatchInterleaver, BatchWorkers
 
 
-class EagerRunner(NNsightGPUModelRunner):
+class EagerRunner(ForcesTokens, NNsightGPUModelRunner):
     """nnsight's model runner, whose requests share one observer. Mixed into the runner of a device."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
@@ -21,7 +22,7 @@ class EagerRunner(NNsightGPUModelRunner):
         interleaver = self.nnsight_model.interleaver
         interleaver.__class__ = BatchInterleaver
         interleaver.fragments = OrderedFragments(interleaver.fragments)
-        self.batch = Batch(lambda: self.requests, self.device)
+        self.batch = Batch(self, self.device)
         self.nnsight_requests = BatchWorkers(self.batch)
 
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:

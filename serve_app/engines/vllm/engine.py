@@ -21,13 +21,14 @@ from ulid import ULID
 from vllm import TokensPrompt
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from roentgen.contract import count_rows
+from serve_app.capture.open_end import collecting_plan
 from serve_app.capture.scoring import NewScores
 from serve_app.capture.steering import different_sums
 from serve_app.engines.completion import Completion, no_token, text_stream
 from serve_app.engines.constraints import SchemaError
 from serve_app.engines.memory import HOST_SHARE, free_host_memory, row_bytes
 from serve_app.engines.protocol import (
+    FORCED,
     EngineBusyError,
     EngineStoppedError,
     Failed,
@@ -40,7 +41,8 @@ from serve_app.engines.protocol import (
     TokenScore,
 )
 from serve_app.engines.served_model import ServedModel
-from serve_app.engines.vllm.collecting import collecting_plan
+from serve_app.engines.stopping import Action
+from serve_app.engines.vllm.forced_tokens import acting_rule
 from serve_app.engines.vllm.orders import VECTORS_PER_REQUEST, Exchange, Order, Report, pack, unpack
 from serve_app.engines.vllm.salts import Salts, rows_needed
 from serve_app.engines.vllm.sampling import sampling_params, token_score
@@ -317,13 +319,13 @@ class VllmEngine:
 
     async def _try(self, job_id: str, job: GenerationJob) -> Finished | Failed | None:
         """Generate a job's tokens, under a name that workers know it by; None if it has to be tried again."""
-        order = _order(job_id, job)
+        ends = job.sampling.ends(self._model.eos_token_ids)
+        order = _order(job_id, job, ends)
         salt = self._salts.of(job)
         to_check = self._captures and rows_needed(job)
         if job.probes:
             self._scores.begin(job_id, job.probes)
         model, sampling = self._model, job.sampling
-        ends = sampling.ends(model.eos_token_ids)
         completion = Completion(
             job=job,
             text=text_stream(job, model),
@@ -349,11 +351,15 @@ class VllmEngine:
                 ]
             said = output.outputs[0]
             for token, found in zip(said.token_ids, said.logprobs, strict=True):
-                if reason is None and sampling.max_tokens:
-                    reason = completion.push(
-                        token, token_score(token, found, sampling.top_logprobs, sampling.logprob_token_ids)
-                    )
+                if reason is not None or not sampling.max_tokens:
+                    continue
+                score = token_score(token, found, sampling.top_logprobs, sampling.logprob_token_ids)
+                if (rule := acting_rule(job.stopping, score.logprob)) is not None:
+                    reason = completion.act(Action(rule, len(job.prompt_ids) + len(completion.token_ids) - 1))
+                    score = FORCED
+                reason = reason or completion.push(token, score)
             is_nan = bool(completion.scores) and math.isnan(completion.scores[-1].logprob)
+            is_nan &= bool(completion.scores) and completion.scores[-1] is not FORCED
             if is_nan and (failure := no_token(job)) is not None:
                 await outputs.aclose()
                 return Failed(failure)
@@ -361,8 +367,7 @@ class VllmEngine:
                 # vLLM's core is another process of this machine, with the same monotonic clock.
                 completion.started = output.metrics.scheduled_ts or completion.started
                 completion.spoke = output.metrics.first_token_ts or completion.spoke
-            rows = count_rows(len(job.prompt_ids), len(completion.token_ids))
-            probed = partial(self._scores.news, job_id, rows) if job.probes else None
+            probed = partial(self._scores.news, job_id, completion.n_rows) if job.probes else None
             final = reason is not None or output.finished
             if job.stream and (delta := completion.delta(final=final, probed=probed)) is not None:
                 job.listener(delta)
@@ -371,13 +376,12 @@ class VllmEngine:
             if reason is not None and not output.finished:
                 await outputs.aclose()  # a stop string: vLLM knows nothing of it and would go on
                 break
-        rows = count_rows(len(job.prompt_ids), len(completion.token_ids))
         if self.prefix_cache.enabled and not job.score_prompt:
             self._hits += cached
             self._misses += len(job.prompt_ids) - cached
+        scored = await self._scores.all(job_id, completion.n_scored) if job.probes else []
         return replace(
-            completion.finished(reason or "length"),
-            probed=await self._scores.all(job_id, rows) if job.probes else [],
+            completion.finished(reason or "length", scored),
             held=HeldRows(job_id) if job.capture is not None else None,
             prompt_scores=prompt_scores if job.score_prompt else None,
             cached_tokens=cached,
@@ -433,10 +437,12 @@ class VllmEngine:
         self._client.shutdown()
 
 
-def _order(job_id: str, job: GenerationJob) -> Order | None:
+def _order(job_id: str, job: GenerationJob, ends: frozenset[int] = frozenset()) -> Order | None:
     """Return what the workers do for a job, None for nothing."""
-    wanted = job.capture is not None or job.steering or job.probes
-    return Order(job_id, job.capture, job.steering, job.probes, job.cache_salt) if wanted else None
+    if job.capture is None and not job.steering and not job.probes:
+        return None
+    end = min(ends, default=None)
+    return Order(job_id, job.capture, job.steering, job.probes, job.cache_salt, job.stopping, end)
 
 
 def _failure(job: GenerationJob, reason: str) -> Exception:

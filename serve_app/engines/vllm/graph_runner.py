@@ -25,6 +25,7 @@ from serve_app.capture.scoring import StepScores
 from serve_app.capture.structure import Tap
 from serve_app.engines.memory import HOST_SHARE, PREFIX_SHARE, free_host_memory
 from serve_app.engines.vllm.batch import Batch
+from serve_app.engines.vllm.forced_tokens import ForcesTokens
 from serve_app.engines.vllm.graph_taps import GraphTaps, Sizes, buffer_bytes
 from serve_app.engines.vllm.hook_points import declared_taps, describe_modules, terms
 from serve_app.engines.vllm.orders import DECLARED, VECTORS_PER_REQUEST
@@ -45,7 +46,7 @@ class GraphBatch(Batch):
 
     def __init__(
         self,
-        states: Callable[[], dict[str, Any]],
+        runner: Any,
         model: nn.Module,
         taps: GraphTaps,
         prefixes: PrefixRows | None = None,
@@ -53,15 +54,14 @@ class GraphBatch(Batch):
         """Begin without requests.
 
         Args:
-            states: returns the runner's state of each request, by vLLM's name for it.
+            runner: vLLM's.
             model: that the runner runs.
             taps: in its graph.
             prefixes: keeps rows of prompts, where vLLM has a prefix cache.
         """
-        super().__init__(states, next(model.parameters()).device, prefixes)
+        super().__init__(runner, next(model.parameters()).device, prefixes)
         self._model = model
         self.taps = taps
-        self._n_tokens = 0
         self._failure: Exception | None = None
         self._hooks: ExitStack | None = None
         self._by_hooks = Watched({})
@@ -69,7 +69,7 @@ class GraphBatch(Batch):
     def scope(self, spans: list[tuple[str, int]]) -> None:
         """Lay out the step that is about to run."""
         step = self.lay_out(spans)
-        self._n_tokens, self._failure = sum(tokens for _, tokens in spans), None
+        self._failure = None
         try:
             self.taps.steer(step.steering if step is not None else None)
         except ValueError as error:
@@ -85,7 +85,7 @@ class GraphBatch(Batch):
             visitors += self.watched
         for visitor in visitors:
             for key, tap in visitor.taps.items():
-                if (rows := self.taps.rows(tap, self._n_tokens)) is not None:
+                if (rows := self.taps.rows(tap, self.n_tokens)) is not None:
                     visitor(key, rows)
         self.deliver(self._failure)
 
@@ -121,7 +121,7 @@ class GraphBatch(Batch):
             found = terms(value, tap)
         except TypeError:
             return  # a module that passes no tensor has no rows
-        watched(key, *(tensor[: self._n_tokens] for tensor in found))
+        watched(key, *(tensor[: self.n_tokens] for tensor in found))
 
 
 def _hook(module: nn.Module, tap: Tap, look: Callable[[Tap, Any], None]) -> Callable[[], None]:
@@ -142,7 +142,7 @@ def median_error(rows: Float[Tensor, "rows width"] | None, expected: Float[Tenso
     return float(((rows.float() - expected).norm(dim=1) / expected.norm(dim=1).clamp(min=1e-9)).median())
 
 
-class GraphRunner(GPUModelRunner):
+class GraphRunner(ForcesTokens, GPUModelRunner):
     """vLLM's runner, with taps in the graph. Mixed into the runner of a device.
 
     Attributes:
@@ -175,7 +175,7 @@ class GraphRunner(GPUModelRunner):
         prefixes = None
         if self.cache_config.enable_prefix_caching:
             prefixes = PrefixRows(self.cache_config.block_size, int(free_host_memory() * PREFIX_SHARE))
-        self.batch = GraphBatch(lambda: self.requests, model, GraphTaps(model, declared.values(), sizes), prefixes)
+        self.batch = GraphBatch(self, model, GraphTaps(model, declared.values(), sizes), prefixes)
 
     def _room(self) -> int:
         """Return what buffers may take now that the weights are loaded: keys and values need the rest."""

@@ -15,6 +15,7 @@ from serve_app.capture.rows import CapturePlan
 from serve_app.capture.scoring import Scorer
 from serve_app.capture.steering import Addition
 from serve_app.engines.rollout import Entry
+from serve_app.engines.stopping import Stopping
 from serve_app.engines.storage import Stored
 
 EXTRA = "roentgen"
@@ -43,6 +44,10 @@ class Order:
     """What to score them with."""
     cache_salt: str | None = None
     """The client's, under which rows of its prompt are kept for others."""
+    stopping: Stopping | None = None
+    """What the scores are to do, None for nothing."""
+    end: int | None = None
+    """A token that ends the generation, None if there is none."""
 
 
 @dataclass(frozen=True)

@@ -46,12 +46,17 @@ def sampling_params(job: GenerationJob, ends: frozenset[int], order: Order | Non
         prompt_logprobs=max(s.top_logprobs, s.prompt_logprobs or 0) if job.score_prompt else None,
         structured_outputs=StructuredOutputsParams(grammar=follow) if follow is not None else None,
         detokenize=False,
-        output_kind=RequestOutputKind.DELTA if job.stream or s.stop else RequestOutputKind.FINAL_ONLY,
+        output_kind=RequestOutputKind.DELTA if _read_along(job, ends) else RequestOutputKind.FINAL_ONLY,
         extra_args={EXTRA: pack(order)} if order is not None else None,
     )
     # vLLM would make tokens of words; which tokens a word has is the same code for both engines.
     params._bad_words_token_ids = [list(word) for word in s.bad_words] or None
     return params
+
+
+def _read_along(job: GenerationJob, ends: frozenset[int]) -> bool:
+    """Whether tokens are wanted as they come: to be told, or because vLLM does not see by itself where the job ends."""
+    return job.stream or bool(job.sampling.stop) or (job.stopping is not None and not ends)
 
 
 def token_score(token: int, found: Mapping[int, Any], top: int, named: Sequence[int] = ()) -> TokenScore:

@@ -203,7 +203,7 @@ class ResponsesReply:
             response["prompt_token_ids"] = list(self._chat.prompt_token_ids)
             response["token_ids"] = finished.token_ids
         if finished.probed:
-            response["probes"] = spell_scores(self._chat.probes, finished.probed, n_prompt)
+            response["probes"] = spell_scores(self._chat.probes, finished.probed, n_prompt, acted=finished.acted)
         return pieces
 
     def _take_probed(self) -> Probed:

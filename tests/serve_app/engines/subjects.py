@@ -83,6 +83,7 @@ def entry(prompt: list[int], result: Finished, positions: str) -> Entry:
         key=None,
         labels={},
         delivery="reference",
+        forced=result.forced,
     )
 
 

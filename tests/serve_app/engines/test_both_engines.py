@@ -4,6 +4,7 @@ Where vLLM is installed (`make test-vllm`), all of it runs on vLLM too.
 """
 
 import json
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ import torch
 
 from roentgen.contract import ActivationRequest, Positions, split_key, stored_key
 from roentgen.linear_probe import Readout
+from roentgen.stopping import ReasoningTokens, StopWhen, find_stop
 from serve_app.capture.rows import CapturePlan, UncapturableError
 from serve_app.capture.scoring import Scorer, UnscorableError
 from serve_app.capture.steering import Addition
@@ -29,6 +31,7 @@ from serve_app.engines.protocol import (
     Sampling,
     TextDelta,
 )
+from serve_app.engines.stopping import Stopping, StopRule
 from serve_app.openai_api.grammars import answer_schema, tool_call_grammar
 from serve_app.openai_api.messages import ResponseFormat, Tool
 from serve_app.openai_api.structured_outputs import StructuredOutputs
@@ -503,6 +506,191 @@ def test_a_probe_of_another_width_fails_alone(under_test: Subject) -> None:
         under_test.engine.submit(call.job)
     assert len(fine.result().probed[0]) == 20
     with pytest.raises(UnscorableError, match="does not give a row of 3 per token"):
+        odd.result()
+
+
+MARKS = ReasoningTokens(start=60, end=62)
+
+
+def stopping(above: float, length: int, *, min_tokens: int = 0, **when: str) -> Stopping:
+    rule = StopRule(0, StopWhen(above=above, length=length, **when))
+    return Stopping((rule,), MARKS if rule.when.counts == "reasoning" else None, min_tokens)
+
+
+def stored_scores(subject: Subject, call: Call, probe: Scorer) -> np.ndarray:
+    """The scores of a stored rollout's rows, one for each token that was fed."""
+    positions, rows = subject.rows(call)
+    assert positions == list(range(len(positions)))
+    return probe.readout.scores(rows[probe.key])[:, 0].numpy()
+
+
+@pytest.mark.rotating
+def test_a_score_ends_a_generation_where_the_stored_scores_say(under_test: Subject) -> None:
+    """A hundred rollouts beside others that nothing ends; a rule that is off by one token would stop elsewhere."""
+    probe, asked = scorer(under_test, "layers.1.resid_post"), plan(under_test, "resid_post", layers=(1,))
+    prompts = [[(11 * i + 3 * j) % 90 for j in range(1 + i % 7)] for i in range(100)]
+    samplings = [replace(ASCII, max_tokens=16 + i % 9, temperature=float(i % 2), seed=i) for i in range(100)]
+    whole = [Call(prompt, sampling, asked) for prompt, sampling in zip(prompts, samplings, strict=True)]
+    for start in range(0, 100, 25):
+        run(under_test.engine, whole[start : start + 25])
+    scores = [stored_scores(under_test, call, probe) for call in whole]
+    above, length = float(np.quantile(np.concatenate(scores), 0.6)), 2
+    live = [
+        Call(prompt, sampling, asked if i % 2 else None, stream=i % 3 == 0)
+        for i, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
+    ]
+    neighbors = [Call(prompt, sampling) for prompt, sampling in zip(prompts, samplings, strict=True)]
+    for call in live:
+        call.job = replace(call.job, probes=(probe,), stopping=stopping(above, length))
+    for start in range(0, 100, 10):
+        some = slice(start, start + 10)
+        run(under_test.engine, [call for pair in zip(live[some], neighbors[some], strict=True) for call in pair])
+    stopped = shifted = 0
+    for call, beside, before, found in zip(live, neighbors, whole, scores, strict=True):
+        prompt, free, said = call.job.prompt_ids, before.result(), call.result()
+        assert beside.result().token_ids == free.token_ids
+        own = found[len(prompt) :]
+        place, _ = find_stop(own, np.ones(len(own), dtype=bool), above, length)
+        kept = free.token_ids if place is None else free.token_ids[: place + 1]
+        assert said.token_ids == kept
+        n_rows = len(prompt) + len(kept) - 1
+        np.testing.assert_allclose(said.probed[0][:, 0].numpy(), found[:n_rows], rtol=1e-3, atol=1e-4)
+        if call.job.capture is not None:
+            assert under_test.rows(call)[0] == list(range(n_rows))
+        if call.job.stream:
+            deltas = [event for event in call.heard if isinstance(event, TextDelta)]
+            assert [token for delta in deltas for token in delta.token_ids] == kept[: len(kept)]
+            assert sum(len(delta.probed[0]) for delta in deltas if delta.probed) <= n_rows
+        if place is None:
+            assert (said.finish_reason, said.stop_reason, said.acted) == (free.finish_reason, None, ())
+            continue
+        stopped += 1
+        assert (said.finish_reason, said.stop_reason) == ("stop", f"probe:{probe.name}")
+        (acted,) = said.acted
+        assert (acted.probe, acted.then, acted.position) == (0, "stop", len(prompt) + place)
+        assert acted.score == pytest.approx(own[place], rel=1e-3)
+        assert free.text.startswith(said.text)
+        # The control: scores that are one token late.
+        late, _ = find_stop(np.roll(own, 1), np.arange(len(own)) > 0, above, length)
+        shifted += late != place
+    assert 50 < stopped < 100
+    assert shifted > 40
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_what_is_kept_of_a_generation_that_a_score_ends(under_test: Subject, policy: str) -> None:
+    """The last token has passed through the model, and has no row all the same: rows are those of every other generation."""
+    prompt, probe = PROMPTS[1], scorer(under_test, "layers.1.resid_post")
+    call = Call(prompt, ASCII, plan(under_test, "resid_post", layers=(1,), positions=policy))
+    call.job = replace(call.job, probes=(probe,), stopping=stopping(-1e9, 4))
+    (said,) = run(under_test.engine, [call])
+    assert len(said.token_ids) == 4
+    fed = prompt + said.token_ids[:-1]
+    wanted = list(Positions.parse(policy).select(len(prompt), len(fed)))
+    expected = forward(under_test, fed)[1]["layers.1.resid_post"][wanted]
+    if policy.startswith("mean"):
+        expected, wanted = expected.mean(0, keepdim=True), [-1]
+    positions, rows = under_test.rows(call)
+    assert positions == wanted
+    torch.testing.assert_close(rows["layers.1.resid_post"], expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("changed", "tokens", "reason"), [
+    ({"min_tokens": 6}, 6, "stop"),
+    ({"max_tokens": 3}, 3, "length"),
+    ({"max_tokens": 4}, 4, "length"),
+    ({"max_tokens": 5}, 4, "stop"),
+    ({"ignore_eos": True}, 4, "stop"),
+    ({"stop_token_ids": frozenset({93})}, 4, "stop"),
+])  # fmt: skip
+def test_a_score_beside_other_ends(under_test: Subject, changed: dict[str, object], tokens: int, reason: str) -> None:
+    """A generation that ends by itself at the token is not ended by its score, which would come too late."""
+    sampling, probe = replace(ASCII, **changed), scorer(under_test, "layers.1.resid_post")
+    call, free = Call(PROMPTS[1], sampling), Call(PROMPTS[1], ASCII)
+    rules = stopping(-1e9, 4, min_tokens=sampling.min_tokens)
+    call.job = replace(call.job, probes=(probe,), stopping=rules)
+    said, whole = run(under_test.engine, [call, free])
+    assert said.token_ids == whole.token_ids[:tokens]
+    assert said.finish_reason == reason
+    assert bool(said.acted) == (reason == "stop")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_score_closes_the_reasoning_and_the_model_goes_on(under_test: Subject, temperature: float) -> None:
+    """The marker is nobody's choice; what follows is what the model says to a prompt that ends with it."""
+    probe = scorer(under_test, "layers.1.resid_post")
+    prompt = [*PROMPTS[1], MARKS.start]
+    sampling = replace(ASCII, max_tokens=14, temperature=temperature, seed=5, top_logprobs=2)
+    calls = [
+        Call(prompt, sampling, plan(under_test, "resid_post", layers=(1,)), stream=stream) for stream in (True, False)
+    ]
+    for call in calls:
+        rules = stopping(-1e9, 5, then="close_reasoning")
+        call.job = replace(call.job, probes=(probe,), stopping=rules)
+    said, again = run(under_test.engine, [*calls, Call(prompt, sampling)])[:2]
+    (free,) = run(under_test.engine, [Call(prompt, sampling)])
+    assert said.token_ids == again.token_ids
+    assert said.token_ids[:6] == [*free.token_ids[:5], MARKS.end]
+    assert (said.finish_reason, said.stop_reason, len(said.token_ids)) == ("length", None, 14)
+    assert [(acted.then, acted.position) for acted in said.acted] == [("close_reasoning", len(prompt) + 4)]
+    assert [math.isnan(score.logprob) for score in said.scores] == [place == 5 for place in range(14)]
+    assert said.scores[5].top == ()
+    if not temperature:
+        follows = Call(prompt + said.token_ids[:6], replace(sampling, max_tokens=8))
+        assert run(under_test.engine, [follows])[0].token_ids == said.token_ids[6:]
+    assert_rows(under_test.rows(calls[0])[1], forward(under_test, prompt + said.token_ids[:-1])[1])
+    deltas = [event for event in calls[0].heard if isinstance(event, TextDelta)]
+    assert [token for delta in deltas for token in delta.token_ids] == said.token_ids
+
+
+def test_only_the_reasoning_counts_where_that_is_asked_for(under_test: Subject) -> None:
+    """A reply that has not begun to reason, or has ended it, is not closed; nor is a marker a thought."""
+    probe = scorer(under_test, "layers.1.resid_post")
+    thinks = replace(ASCII, max_tokens=8)
+    calls = {
+        "never": Call(PROMPTS[1], replace(thinks, logit_bias={**ASCII.logit_bias, MARKS.start: -100.0})),
+        "before": Call([*PROMPTS[1], MARKS.start, 7, MARKS.end], replace(thinks, logit_bias=ASCII.logit_bias)),
+        "ends": Call([*PROMPTS[1], MARKS.start], replace(thinks, allowed_token_ids=(MARKS.end,), logit_bias={})),
+        "begins": Call(PROMPTS[1], replace(thinks, allowed_token_ids=(MARKS.start,), logit_bias={})),
+    }
+    for call in calls.values():
+        rules = stopping(-1e9, 1, where="reasoning")
+        call.job = replace(call.job, probes=(probe,), stopping=rules)
+    run(under_test.engine, list(calls.values()))
+    for name in ("never", "before", "ends"):
+        assert calls[name].result().acted == (), name
+    assert len(calls["begins"].result().token_ids) == 2  # the first opens the reasoning
+
+
+def test_a_grammar_goes_on_behind_a_reasoning_that_a_score_closes(under_test: Subject) -> None:
+    prompt, probe = [*PROMPTS[1], MARKS.start], scorer(under_test, "layers.1.resid_post")
+    grammar = Grammar('start: /[^_]*/ "_" way\nway: "nor" | "sou"', source="structured_outputs.grammar")
+    unlikely = {**ASCII.logit_bias, MARKS.end: -100.0}
+    calls = [Call(prompt, replace(ASCII, max_tokens=20, logit_bias=unlikely)) for _ in range(2)]
+    for call in calls:
+        constraint = under_test.model.constraints.compile(grammar)
+        call.job = replace(
+            call.job, probes=(probe,), stopping=stopping(-1e9, 5, then="close_reasoning"), constraint=constraint
+        )
+    for said in run(under_test.engine, calls):
+        assert said.token_ids[5] == MARKS.end
+        assert said.text[5:] in ("_nor", "_sou")
+
+
+def test_a_score_that_cannot_be_had_ends_nothing_else(under_test: Subject) -> None:
+    odd, fine = Call(PROMPTS[0], GREEDY), Call(PROMPTS[1], GREEDY)
+    probe = scorer(under_test, "layers.1.resid_post")
+    width = under_test.model.structure.d_model
+    endless = replace(
+        probe,
+        readout=Readout(torch.full((1, width), 3e38), torch.ones(1), torch.zeros(width), torch.full((width,), 1e-9)),
+    )
+    odd.job = replace(odd.job, probes=(endless,), stopping=stopping(0, 1))
+    fine.job = replace(fine.job, probes=(probe,), stopping=stopping(1e9, 1))
+    for call in (odd, fine):
+        under_test.engine.submit(call.job)
+    assert fine.result().acted == ()
+    with pytest.raises(UnscorableError, match="gives a score that is not finite"):
         odd.result()
 
 

@@ -77,7 +77,7 @@ class Runner:
         self.reference = copy.deepcopy(self.module)
         self.taps = GraphTaps(self.module, TAPS.values(), Sizes(WIDTH, LONGEST, VECTORS))
         self.states: dict[str, Any] = {}
-        self.batch = GraphBatch(lambda: self.states, self.module, self.taps)
+        self.batch = GraphBatch(SimpleNamespace(requests=self.states), self.module, self.taps)
 
     def begin(self, name: str, prompt: int, *steering: Addition, taps: dict[str, Tap] = TAPS) -> None:
         """Schedule a request for the first time."""
