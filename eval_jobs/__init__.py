@@ -36,3 +36,9 @@ class EvalError(Exception):
     """
 
     exit_code = 2
+
+
+class InterruptedRunError(EvalError):
+    """Ctrl-C, or SIGTERM; the message says how to go on."""
+
+    exit_code = 130

@@ -9,12 +9,13 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from threading import Event
+from functools import partial
+from threading import Event, current_thread, main_thread
 from types import FrameType
 
 from rich.console import Console
 
-from eval_jobs import EvalError
+from eval_jobs import EvalError, InterruptedRunError
 from eval_jobs.config import ServedModel, hashed_configuration, variants_of
 from eval_jobs.console import say
 from eval_jobs.endpoint import Endpoint, FatalRequestError, find_model, settle
@@ -49,12 +50,6 @@ MANY = 500
 
 class TooManyFailuresError(EvalError):
     """So many samples failed that the run stops; the message says how many, and with which error."""
-
-
-class InterruptedRunError(EvalError):
-    """Ctrl-C, or SIGTERM; the message says how to go on."""
-
-    exit_code = 130
 
 
 def run_evaluation(
@@ -193,11 +188,11 @@ def _announce(
     if settings.sample_ids is None and len(problems) < settings.samples:
         say(
             console,
-            f"{describe_source(settings.problems)} has {len(problems)} problems, fewer than --samples {settings.samples}: "
+            f"{describe_source(settings.problems)} has {len(problems)} problems, fewer than the {settings.samples} asked for: "
             "all are used",
         )
     if settings.epochs > 1 and settings.temperature == 0:
-        say(console, f"--epochs {settings.epochs} at temperature 0: every sample of a problem will be the same")
+        say(console, f"{settings.epochs} epochs at temperature 0: every sample of a problem will be the same")
     say(console, f"run directory: {run.path}")
     extractor = run.config.settings["extractor"]
     if settings.extractor is None and extractor != settings.chosen_prompt.extractor:
@@ -227,6 +222,7 @@ def _run_missing(
     recorded = failed = failed_in_a_row = tokens = 0
     failures = Failures()
     what = "problems" if settings.epochs == 1 and not run.config.variants else "samples"
+    go_on = partial(_how_to_go_on, run, settings.new)
 
     def keep(sample: Sample) -> None:
         nonlocal recorded, failed, failed_in_a_row, tokens
@@ -248,14 +244,14 @@ def _run_missing(
     try:
         evaluate(missing, plan, settings.parallel, keep, look_up)
     except KeyboardInterrupt:
-        raise InterruptedRunError(f"stopped. {_how_to_go_on(run)}") from None
+        raise InterruptedRunError(f"stopped. {go_on()}") from None
     except TooManyFailuresError as error:
         with _writing(run):  # the page says what failed, and how often
             write_summary(run, Timing(time.monotonic() - started, recorded, tokens))
             write_report(run)
-        raise EvalError(f"{error}. {_how_to_go_on(run)} {failures.commonest_first()[0].advice}") from error
+        raise EvalError(f"{error}. {go_on()} {failures.commonest_first()[0].advice}") from error
     except EvalError as error:
-        raise EvalError(f"{error}. {_how_to_go_on(run)}") from error
+        raise EvalError(f"{error}. {go_on()}") from error
     return Timing(time.monotonic() - started, len(missing), tokens)
 
 
@@ -275,7 +271,7 @@ def _stop_asked(stop: Event | None) -> Iterator[Callable[[], None]]:
 
     The signal itself only leaves a note: raised there and then, the interrupt would land inside Ray or half-way through a
     sample's files, and not all of what it lands in lets it through. A second signal does not wait for that. With `stop`, the
-    check looks at that alone.
+    check looks at that alone; a thread beside the main one gets no signals.
     """
     asked = False
 
@@ -289,7 +285,7 @@ def _stop_asked(stop: Event | None) -> Iterator[Callable[[], None]]:
         if asked or (stop is not None and stop.is_set()):
             raise KeyboardInterrupt
 
-    if stop is not None:
+    if stop is not None or current_thread() is not main_thread():
         yield look_up
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -312,7 +308,8 @@ def _writing(run: Run) -> Iterator[None]:
         raise EvalError(f"{error.filename or run.path} cannot be written: {error.strerror}") from error
 
 
-def _how_to_go_on(run: Run) -> str:
+def _how_to_go_on(run: Run, new: bool) -> str:
     if not len(run.read_samples()):
         return "Nothing was recorded."
-    return f"Finished samples are kept in {run.path}; the same command (without --new) continues there."
+    again = "the same again, without --new, continues" if new else "the same again continues"
+    return f"Finished samples are kept in {run.path}; {again} there."

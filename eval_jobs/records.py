@@ -12,14 +12,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import date, datetime
+from decimal import Decimal
 from typing import Any
 
 from eval_jobs import EvalError
-from roentgen.contract import LabelValue, is_text, plain_labels
+from roentgen.contract import SERVER_LABELS, LabelValue, is_text, plain_labels
 from roentgen.extensions import shown
 
-RESERVED = frozenset({"gold", "variant"})
-"""Labels that an evaluation sends itself."""
+RESERVED = frozenset({"gold", "variant", *SERVER_LABELS})
+"""Labels that an evaluation or the server sets itself."""
 
 CONSUMED = frozenset({"question", "answer", "solution", "problem_id", "template", "sample_id"})
 """Fields with a meaning of their own. What a sample is called is the evaluation's to say."""
@@ -106,7 +107,7 @@ def make_problem(record: Any, number: int, where: str, name: str) -> Problem:
         del further["gold"]
     if taken := sorted(further.keys() & RESERVED):
         raise ProblemError(
-            f"{where}: a field {taken[0]!r} would hide a label of the evaluation's own; rename it (--columns)"
+            f"{where}: a field {taken[0]!r} would hide a label that stored rollouts have; rename it (--columns)"
         )
     given_id = record.get("problem_id")
     problem_id = made_up_id(name, number, question) if given_id is None else str(given_id)
@@ -154,7 +155,8 @@ def _answer(record: Mapping[str, Any], where: str) -> tuple[str, str]:
     """Return the gold answer, and the solution."""
     answer = _plain(record.get("answer"))
     if isinstance(answer, bool | int | float) and not (isinstance(answer, float) and not math.isfinite(answer)):
-        gold = str(answer)
+        # Without an exponent, which is no way to write an answer: 1e-05 would be read as a text.
+        gold = f"{Decimal(str(answer)):f}" if isinstance(answer, float) else str(answer)
         written = f"#### {gold}"
     elif answer is None or isinstance(answer, str):
         written = _text(record, "answer", where)
@@ -180,13 +182,19 @@ def _value(name: Any, value: Any, where: str) -> Any:
         ) from error
     if not isinstance(name, str) or not is_text(text):
         raise ProblemError(f"{where}: the field {name!r} has half a surrogate pair, or a name that is no text")
-    return value
+    # As it is read again: a tuple is a list there, and a key a text.
+    return json.loads(text)[1] if isinstance(value, list | tuple | dict) else value
 
 
 def _plain(value: Any) -> Any:
-    """Return NumPy's scalars and arrays as Python's values, dates as texts, and NaN, which tables have for nothing, as None."""
+    """Return a value of a table as Python has it: NumPy's scalars and arrays, decimals, and dates, which become texts. NaN and
+    what else pandas has for nothing is None."""
     if hasattr(value, "tolist"):
         value = value.tolist()
+    if type(value).__name__ in ("NAType", "NaTType"):
+        return None
     if isinstance(value, datetime | date):
         return value.isoformat()
+    if isinstance(value, Decimal):
+        value = int(value) if value.is_finite() and value == value.to_integral_value() else float(value)
     return None if isinstance(value, float) and math.isnan(value) else value

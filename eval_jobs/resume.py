@@ -28,7 +28,7 @@ from eval_jobs.records import gold_of
 from eval_jobs.selection import Selection, load_problems
 from eval_jobs.settings import EvalSettings
 from roentgen.contract import canonical_hash, check_session_id
-from roentgen.runs import Run, RunConfig, create_run, find_unfinished
+from roentgen.runs import Run, RunConfig, create_named_run, create_run, find_unfinished
 from roentgen.version import __version__
 
 RESULTS = Path("results")
@@ -64,7 +64,7 @@ def open_run(settings: EvalSettings, problems: Sequence[Problem], served: Served
         and unfinished.config.variants == config.variants
     ):
         return unfinished
-    return create_run((RESULTS / folder_name(settings, len(problems), served.id)).absolute(), config)
+    return create_named_run((RESULTS / folder_name(settings, len(problems), served.id)).absolute(), config)
 
 
 def check_output(settings: EvalSettings, problems: Sequence[Problem]) -> None:

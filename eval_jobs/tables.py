@@ -7,6 +7,7 @@ broken line found after an hour of GPU time helps nobody.
 import csv
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from io import StringIO
 from pathlib import Path
@@ -40,17 +41,23 @@ def read_jsonl(path: Path) -> Numbered:
 def read_csv(path: Path) -> Numbered:
     """Yield the rows of a CSV file whose first line names the columns; every value is a text.
 
+    A column without a name is left out: pandas writes its index so.
+
     Raises:
         ProblemError: if it cannot be read, naming the row.
     """
     try:
         reader = csv.DictReader(StringIO(_bytes(path).decode("utf-8-sig"), newline=""), strict=True)
+        named = Counter(reader.fieldnames or ())
+        if twice := [name for name, times in named.items() if times > 1]:
+            raise ProblemError(f"{path.name}: several columns are called {twice[0]!r}")
         for number, row in enumerate(reader, start=1):
             where = f"{path.name}, row {number}"
             if None in row or None in row.values():
                 raise ProblemError(
                     f"{where} has {'more' if None in row else 'fewer'} values than the first line has names"
                 )
+            row.pop("", None)
             yield number, where, row
     except (UnicodeDecodeError, csv.Error) as error:
         raise ProblemError(f"problems cannot be read: {path}: {error}") from error
@@ -168,7 +175,11 @@ def _json_line(line: bytes, where: str) -> Any:
         fields = json.loads(line)
         json.dumps(fields, ensure_ascii=False).encode()  # half an escaped character pair could not be sent
     except (ValueError, RecursionError) as error:  # ValueError: bad JSON or bad Unicode
-        raise ProblemError(f"{where}: not JSON: {error}") from error
+        raise ProblemError(f"{where}: not JSON: {error}{_a_list(line)}") from error
     if not isinstance(fields, dict):
-        raise ProblemError(f"{where}: not a JSON object with 'question' and 'answer'")
+        raise ProblemError(f"{where}: not a JSON object with 'question' and 'answer'{_a_list(line)}")
     return fields
+
+
+def _a_list(line: bytes) -> str:
+    return "; a file has an object a line, not a list of them" if line.lstrip().startswith(b"[") else ""

@@ -3,6 +3,9 @@
 Never `address="auto"`: beside SkyPilot's own Ray it finds the wrong one. Whoever reaches Ray's ports can run code, and on Linux
 Ray listens on every interface: a Ray started here is locked with a token, as Ray does by itself since 2.60 for a cluster that
 `ray.init` starts (it keeps the token in `~/.ray/auth_token`; `RAY_AUTH_MODE=disabled` turns that off).
+
+Ray has one connection per process. What runs at the same time, in threads or one inside the other, shares it: the last that
+leaves ends it.
 """
 
 import logging
@@ -10,6 +13,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Lock
 
 LOCAL = "local"
 CONNECT_TIMEOUT_S = 5.0
@@ -36,11 +40,44 @@ def check_address(address: str) -> str:
     return address
 
 
+class _Connection:
+    """This process's connection to Ray, and how many use it."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._users = 0
+
+    @contextmanager
+    def used(self, connect: Callable[[], None]) -> Iterator[None]:
+        """Connect for the first user, and disconnect after the last; a connection that others made is used and left."""
+        import ray
+
+        with self._lock:
+            own = self._users > 0 or not ray.is_initialized()
+            if own and not ray.is_initialized():
+                try:
+                    connect()
+                except BaseException:  # what Ray has started until then would stay as long as this process
+                    ray.shutdown()
+                    raise
+            self._users += own
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= own
+                if own and not self._users:
+                    ray.shutdown()
+
+
+_CONNECTION = _Connection()
+
+
 @contextmanager
 def connected(
     address: str | None, *, verbose: bool = False, starting: Callable[[str], None] = lambda text: None
 ) -> Iterator[None]:
-    """Connect to Ray, unless this process is connected already; on leaving, undo what was done here.
+    """Connect to Ray, unless this process is connected already; the last to leave undoes what was done here.
 
     Args:
         address: `local` starts one here, `HOST:PORT` joins a cluster; None means the one Ray names inside a job, or local.
@@ -50,12 +87,13 @@ def connected(
     Raises:
         ClusterError: if no cluster answers, or Ray does not start here.
     """
+    with _CONNECTION.used(lambda: _connect(address or os.environ.get("RAY_ADDRESS") or LOCAL, verbose, starting)):
+        yield
+
+
+def _connect(where: str, verbose: bool, starting: Callable[[str], None]) -> None:
     import ray
 
-    if ray.is_initialized():
-        yield
-        return
-    where = address or os.environ.get("RAY_ADDRESS") or LOCAL
     starting("starting Ray" if where == LOCAL else f"joining Ray at {where}")
     if where != LOCAL:
         _check_reachable(where)
@@ -74,10 +112,6 @@ def connected(
             f"--ray-address: cannot join the Ray cluster at {where} ({error}); "
             "if it is locked with a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
         ) from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def _check_reachable(address: str) -> None:

@@ -169,6 +169,13 @@ def spell_labels(labels: dict[str, Any]) -> str:
 
 Labels = Annotated[dict[str, LabelValue], AfterValidator(_check_labels)]
 
+STEERING_LABEL = "steering"
+"""The label that the rollouts of steered requests carry, and no others."""
+STOP_LABEL = "stop_when"
+"""The label that the rollouts of requests carry whose probes may act, and no others."""
+SERVER_LABELS = {STEERING_LABEL: "steering", STOP_LABEL: "probes"}
+"""Labels that the server alone sets, and the part of a request that it takes each from."""
+
 LONGEST_LABEL = 1_000
 """Characters of a problem's field that becomes a label; a longer one, such as a passage to be read, stays with its sample."""
 

@@ -18,6 +18,7 @@ from probes import train as train_probes
 from probes.choosing import Fit
 from probes.kinds import Kind
 from probes.kinds.linear import LinearProbes
+from roentgen.api.spelling import naming_arguments
 from roentgen.linear_probe import SavedProbe, load_probe, read_cards
 from roentgen.pages import page_environment
 
@@ -65,6 +66,7 @@ class TrainedProbes:
         return template.render(report=self.report, folder=str(self.folder), notes=self.report.notes())
 
 
+@naming_arguments()
 def train(
     sources: Any,
     label: str = "correct",

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from threading import Event
@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 from rich.console import Console
 
-from eval_jobs import EvalError
+from eval_jobs import EvalError, InterruptedRunError
 from eval_jobs.command import perform
 from eval_jobs.problems import ProblemError, Record, Source, read_records
 from eval_jobs.prompts import Pose, Prompt
@@ -23,6 +23,7 @@ from eval_jobs.verdicts import Scorer
 from roentgen.api.asking import capture_fields
 from roentgen.api.model import Model
 from roentgen.api.serving import Server, serve
+from roentgen.api.spelling import naming_arguments
 from roentgen.contract import canonical_hash
 from roentgen.durable import make_folder, write_text
 from roentgen.extensions import shown
@@ -70,9 +71,13 @@ def evaluate(
         EvalError: if an option is not allowed, or the problems, the server or the run directory cannot be used.
         RunError: if the run directory is damaged.
         RequestError: if something to keep is not known.
+        KeyboardInterrupt: on Ctrl-C, and on SIGTERM; it says where the finished samples are.
     """
     own = {**settings, "prompt": prompt, "scorer": scorer}
-    return _evaluate(problems, model, capture, output, console, own)
+    try:
+        return _evaluate(problems, model, capture, output, console, own)
+    except InterruptedRunError as error:  # nothing that goes on after an error may go on after Ctrl-C
+        raise KeyboardInterrupt(str(error)) from None
 
 
 async def evaluate_async(
@@ -88,7 +93,7 @@ async def evaluate_async(
 ) -> Run:
     """Evaluate as `evaluate` does, while the event loop goes on.
 
-    Cancelled, it stops what it has started; what is recorded stays, and the same call continues.
+    Cancelled, it stops what it has started and says where the finished samples are; the same call continues.
     """
     own = {**settings, "prompt": prompt, "scorer": scorer}
     stop = Event()
@@ -97,11 +102,14 @@ async def evaluate_async(
         return await asyncio.shield(work)
     except asyncio.CancelledError:
         stop.set()
-        with suppress(EvalError):  # that it was stopped
+        try:
             await work
+        except EvalError as error:  # that it was stopped
+            raise asyncio.CancelledError(str(error)) from None
         raise
 
 
+@naming_arguments()
 def _evaluate(
     problems: str | Path | Source | Iterable[Record],
     model: str | Server | Model | None,

@@ -31,6 +31,7 @@ from roentgen.api.asking import (
 )
 from roentgen.api.reading import Readable, read, read_into
 from roentgen.api.rollout import Rollout
+from roentgen.api.spelling import naming_arguments
 from roentgen.api.steering import Probe, Steer, named_probes
 from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS, ActivationRequest, Device, Dtype, StoredDtype
 from roentgen.defaults import EMBEDDED_MODEL
@@ -336,6 +337,7 @@ class Model:
         return read_into(str(store), session, texts, reader, progress=progress)
 
 
+@naming_arguments()
 def load(
     model: str = EMBEDDED_MODEL,
     *,

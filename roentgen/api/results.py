@@ -13,6 +13,7 @@ from eval_jobs.parquet import write_parquet
 from eval_jobs.report import write_report
 from eval_jobs.rescoring import rescore
 from eval_jobs.verdicts import Scorer
+from roentgen.api.spelling import naming_arguments
 from roentgen.runs import Run
 from roentgen.workflows.dataset_export import Exported, ExportError, export_dataset, push
 from roentgen.workflows.dataset_tables import Table
@@ -24,6 +25,7 @@ SUFFIXES: dict[str, Format] = {".parquet": "parquet", ".eval": "eval"}
 """Formats that a file's name tells."""
 
 
+@naming_arguments()
 def report(run: Run | str | Path) -> Path:
     """Write a run's summary.json and report.html again, with probe results if there are any; return the page's path.
 
@@ -39,6 +41,7 @@ def report(run: Run | str | Path) -> Path:
     return write_report(opened)
 
 
+@naming_arguments()
 def score(run: Run | str | Path, extractor: str | Scorer | None = None) -> Run:
     """Judge a run's answers again, without the model; what is made of them is written again too.
 
@@ -53,6 +56,7 @@ def score(run: Run | str | Path, extractor: str | Scorer | None = None) -> Run:
     return rescore(_opened(run), extractor)
 
 
+@naming_arguments()
 def compare(first: Run | str | Path, second: Run | str | Path) -> Comparison:
     """Compare two runs, problem by problem: the difference of their accuracies with its interval, and McNemar's test.
 
@@ -66,6 +70,7 @@ def compare(first: Run | str | Path, second: Run | str | Path) -> Comparison:
     return compare_runs(_opened(first), _opened(second))
 
 
+@naming_arguments()
 def show(run: Run | str | Path, sample: str | int, *, epoch: int | None = None, variant: str | None = None) -> Shown:
     """Return all that is known of one sample: prompt, answer, every verdict, where its rows are, and its probe scores.
 
@@ -84,6 +89,7 @@ def show(run: Run | str | Path, sample: str | int, *, epoch: int | None = None, 
     return describe(opened, found.sample, found.others)
 
 
+@naming_arguments()
 def export(
     run: Run | str | Path,
     output: str | Path,

@@ -1,7 +1,7 @@
 """A server that a script starts and stops.
 
-A model's name is served by Ray Serve on this machine, with every route and engine of `roentgen serve`. A model that the script
-has loaded is served from this process, as it is: there is one copy of its weights.
+A model's name is served as `roentgen serve` does, with every route and engine. A model that the script has loaded is served
+from this process, as it is: there is one copy of its weights.
 """
 
 import asyncio
@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from roentgen.api.asking import capture_fields, checked
 from roentgen.api.model import Model
+from roentgen.api.spelling import naming_arguments
 from roentgen.api_keys import client_key
-from roentgen.cluster import LOCAL
 from roentgen.contract import ActivationRequest
 from roentgen.defaults import EMBEDDED_MODEL, HOST
 from roentgen.serving.local_server import check_host, check_port, serving
@@ -67,6 +67,7 @@ class Serving(AbstractContextManager[Server], AbstractAsyncContextManager[Server
         self._config = config
         self._server: Server | None = None
 
+    @naming_arguments()
     def __enter__(self) -> Server:
         self._server = Server(self._running.__enter__(), self._config)
         return self._server
@@ -102,7 +103,7 @@ def serve(
     capture: Mapping[str, Any] | bool = True,
     host: str = HOST,
     port: int = 0,
-    ray_address: str = LOCAL,
+    ray_address: str | None = None,
     verbose: bool = False,
     stage: Callable[[str], None] = log.info,
     **options: Any,
@@ -116,7 +117,8 @@ def serve(
             that is not known yet; False if they may not.
         host: the address to listen on; anything but loopback needs ROENTGEN_API_KEY.
         port: 0 chooses a free one.
-        ray_address: "local" starts a Ray here; HOST:PORT joins one.
+        ray_address: "local" starts a Ray here; HOST:PORT joins one; None starts one where it is needed: for several replicas,
+            on a GPU, with vLLM.
         verbose: show Ray's and the replicas' logs.
         stage: told what is being done.
         options: the other options of `roentgen serve`, as Python spells them: engine, dtype, device, store, max_batch, taps. Of

@@ -58,6 +58,7 @@ def serve(
                 out.print(
                     f"serving [bold]{config.model}[/bold] at [bold]{base_url}[/bold]  activations in {config.store}",
                     highlight=False,
+                    soft_wrap=True,
                 )
                 out.print("Ctrl-C stops it", highlight=False)
                 wait_for_interrupt()

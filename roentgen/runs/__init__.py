@@ -24,7 +24,15 @@ from roentgen.runs.questions import Posed, same_question, same_template
 from roentgen.runs.record import Recorder, RunError, Samples
 from roentgen.runs.run import Run, find_unfinished
 from roentgen.runs.sample import VERDICTS, RolloutRef, Sample, Turn
-from roentgen.runs.writing import create_run, recording, remove_if_empty, rewrite, rewrite_all, write_config
+from roentgen.runs.writing import (
+    create_named_run,
+    create_run,
+    recording,
+    remove_if_empty,
+    rewrite,
+    rewrite_all,
+    write_config,
+)
 
 __all__ = [
     "VERDICTS",
@@ -37,6 +45,7 @@ __all__ = [
     "Sample",
     "Samples",
     "Turn",
+    "create_named_run",
     "create_run",
     "find_unfinished",
     "recording",

@@ -224,10 +224,16 @@ def _read_config(folder: Path) -> RunConfig:
 
 
 def find_unfinished(results: Path, config_hash: str, problems: dict[str, Any]) -> Run | None:
-    """Return the newest run under `results` of this configuration and these problems that is not complete."""
+    """Return the newest run under `results` of this configuration and these problems that is not complete.
+
+    What else lies there, such as the folder of a model, is passed over.
+    """
     candidates = []
     for file in results.glob("*/config.json"):
-        run = Run(file.parent)
+        try:
+            run = Run(file.parent)
+        except RunError:
+            continue
         summary = run.summary()
         if (
             run.config.config_hash == config_hash

@@ -5,6 +5,7 @@ Only the holder of the record's lock, inside `with recording(run) as record`, ch
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from itertools import count
 from pathlib import Path
 
 from roentgen.durable import atomic_write, make_folder, write_json
@@ -26,10 +27,34 @@ def create_run(path: Path, config: RunConfig) -> Run:
         make_folder(path)
         write_json(path / "config.json", config.model_dump())
     except OSError as error:
-        raise RunError(
-            f"run directory {path} is not writable: {error.strerror or error}; choose another --output"
-        ) from error
+        raise _not_writable(path, error) from error
     return Run(path, config)
+
+
+def create_named_run(path: Path, config: RunConfig) -> Run:
+    """Make a run directory of a name made up of the time, with a number after it if another has begun in the same second.
+
+    Raises:
+        RunError: if the folder cannot be made.
+    """
+    try:
+        make_folder(path.parent)
+        return create_run(_own_folder(path), config)
+    except OSError as error:
+        raise _not_writable(path, error) from error
+
+
+def _own_folder(path: Path) -> Path:
+    for number in count(1):
+        own = path if number == 1 else path.with_name(f"{path.name}_{number}")
+        with suppress(FileExistsError):
+            own.mkdir()
+            break
+    return own
+
+
+def _not_writable(path: Path, error: OSError) -> RunError:
+    return RunError(f"run directory {path} is not writable: {error.strerror or error}; choose another --output")
 
 
 def recording(run: Run) -> Recorder:

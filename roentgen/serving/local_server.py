@@ -137,7 +137,7 @@ def _application(
 
     logging.getLogger("ray.serve").setLevel(logging.INFO if verbose else logging.ERROR)
     stage("starting Ray Serve")
-    found_serve = bool(serve.status().proxies)
+    found_serve = _found_serve(port)
     with _startable():
         serve.start(http_options=HTTPOptions(host=host, port=port))
     try:
@@ -151,6 +151,29 @@ def _application(
             # Also where Ray ends next: Serve would otherwise look for this one's controller when it is started again.
             _end_controller()
             serve.shutdown()
+
+
+def _found_serve(port: int) -> bool:
+    """Return whether Serve runs on this Ray already, for others.
+
+    Raises:
+        LaunchError: if it serves a model of ours, whose place another one would take, or does not listen at the port.
+    """
+    from ray import serve
+    from ray.serve.context import _get_global_client
+
+    running = serve.status()
+    if APP_NAME in running.applications:
+        raise LaunchError(
+            "this Ray serves a model already, and one Ray serves one model at a time: ask that server, end it, or start this one "
+            "without --ray-address, or with --ray-address local in a process of its own"
+        )
+    if running.proxies and (client := _get_global_client()) is not None and client.http_config.port != port:
+        taken = client.http_config.port
+        raise LaunchError(
+            f"--port {port}: Ray Serve listens at {taken} on this Ray, for others too; take --port {taken}"
+        )
+    return bool(running.proxies)
 
 
 def _end_controller() -> None:

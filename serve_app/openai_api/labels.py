@@ -4,14 +4,13 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from roentgen.contract import Labels, LabelValue
+from roentgen.contract import SERVER_LABELS, Labels, LabelValue
 from serve_app.openai_api.messages import Wire
-from serve_app.openai_api.probing import STEERING_LABEL
 
 
 def _not_ours(labels: dict[str, LabelValue]) -> dict[str, LabelValue]:
-    if STEERING_LABEL in labels:
-        raise ValueError(f"{STEERING_LABEL!r} is the server's to set, from what a request was steered with")
+    for name in SERVER_LABELS.keys() & labels.keys():
+        raise ValueError(f"{name!r} is the server's to set, from a request's {SERVER_LABELS[name]}")
     return labels
 
 

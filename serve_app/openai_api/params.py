@@ -11,15 +11,13 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from roentgen.contract import MAX_INT32, ActivationRequest, Float, Int, Temperature, TopP, no_booleans
+from roentgen.contract import MAX_INT32, SERVER_LABELS, ActivationRequest, Float, Int, Temperature, TopP, no_booleans
 from serve_app.engines.protocol import Sampling
 from serve_app.openai_api.errors import enumerated
 from serve_app.openai_api.neutral import NeutralParams
 from serve_app.openai_api.probing import (
     MAX_ADDITIONS,
     MAX_PROBES,
-    STEERING_LABEL,
-    STOP_LABEL,
     ProbeRequest,
     SteeringRequest,
 )
@@ -99,12 +97,10 @@ class GenerationParams(NeutralParams, VllmParams):
         if len(set(names)) < len(names):
             raise ValueError("probes: two have one name")
         asked = self.capture
-        if asked is not None and STEERING_LABEL in asked.labels:
+        for name in SERVER_LABELS.keys() & (asked.labels if asked is not None else ()):
             raise ValueError(
-                f"activations.labels: {STEERING_LABEL!r} is the server's to set, from the request's steering"
+                f"activations.labels: {name!r} is the server's to set, from the request's {SERVER_LABELS[name]}"
             )
-        if asked is not None and STOP_LABEL in asked.labels:
-            raise ValueError(f"activations.labels: {STOP_LABEL!r} is the server's to set, from the request's probes")
         if asked is not None and asked.key is not None and self.n > 1:
             raise ValueError("activations.key: a key names one rollout, and n > 1 makes several; send n requests")
         return self

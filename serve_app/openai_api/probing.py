@@ -38,11 +38,6 @@ Vector = Annotated[
 ]
 ProbePath = Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[^\x00-\x1f]+$")]
 
-STEERING_LABEL = "steering"
-"""The label that the rollouts of steered requests carry, and no others."""
-STOP_LABEL = "stop_when"
-"""The label that the rollouts of requests carry whose probes may act, and no others."""
-
 
 class InlineProbe(BaseModel):
     """A probe that comes with the request: the score of a row x is `weight · (x − mean) / scale + bias`."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from ulid import ULID
 
-from roentgen.contract import ActivationRequest
+from roentgen.contract import STOP_LABEL, ActivationRequest
 from roentgen.store import StoreError
 from roentgen.tokenized_text import TokenizedText
 from serve_app.capture.rows import CapturePlan
@@ -37,7 +37,6 @@ from serve_app.engines.stopping import Acted, Stopping
 from serve_app.engines.storage import Done, Storage, Stored
 from serve_app.errors import RequestError
 from serve_app.openai_api.errors import ApiError, from_store
-from serve_app.openai_api.probing import STOP_LABEL
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from math import prod
 
 from ulid import ULID
 
-from roentgen.contract import SAMPLED_FEATURES, ActivationRequest, Positions, captured_as, count_rows
+from roentgen.contract import SAMPLED_FEATURES, STEERING_LABEL, ActivationRequest, Positions, captured_as, count_rows
 from roentgen.tokenized_text import TokenizedText
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.scoring import Scorer
@@ -29,7 +29,7 @@ from serve_app.openai_api.effort import effort_variables
 from serve_app.openai_api.errors import ApiError, refused
 from serve_app.openai_api.grammars import answer_grammar, answer_schema, tool_call_grammar
 from serve_app.openai_api.params import GenerationParams
-from serve_app.openai_api.probing import STEERING_LABEL, actions_of
+from serve_app.openai_api.probing import actions_of
 from serve_app.openai_api.prompt import render
 from serve_app.openai_api.reply import Reasoning, reasoning_mode
 from serve_app.openai_api.responses.reply import ResponsesReply

@@ -7,14 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 from rich.console import Console
 
-from eval_jobs import EvalError
-from eval_jobs.driver import InterruptedRunError, _stop_asked, run_evaluation
+from eval_jobs import EvalError, InterruptedRunError
+from eval_jobs.driver import _stop_asked, run_evaluation
 from eval_jobs.endpoint import FatalRequestError
 from eval_jobs.resume import OtherConfigurationError
 from eval_jobs.settings import check_settings
@@ -109,7 +110,7 @@ def test_fewer_problems_than_asked_for(server: StandIn, tmp_path: Path) -> None:
         '{"question": "What is 1 + 1?", "answer": "#### 2"}\n{"question": "What is 5 - 8?", "answer": "#### -3"}\n'
     )
     run, shown = evaluate(server, problems=str(file), output=None)
-    assert "has 2 problems, fewer than --samples 12: all are used" in shown
+    assert "has 2 problems, fewer than the 12 asked for: all are used" in shown
     assert "_n2_" in run.path.name
     assert (run.summary() or {})["accuracy"]["value"] == 1.0
 
@@ -128,7 +129,8 @@ def test_a_refused_request_stops_the_run_which_can_go_on(server: StandIn) -> Non
     server.latency = 0.05
     server.fail(take("arithmetic", 9)[8].question, Fault(400, "layer 40 is out of range"))
     with pytest.raises(
-        EvalError, match=r"layer 40 is out of range\. Finished samples are kept in .*run; the same command"
+        EvalError,
+        match=r"layer 40 is out of range\. Finished samples are kept in .*run; the same again continues there",
     ):
         evaluate(server, parallel=1)
     run = Run("run")
@@ -196,7 +198,7 @@ def test_ctrl_c_says_how_to_go_on(server: StandIn, monkeypatch: pytest.MonkeyPat
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Recorder, "append", interrupt)
-    with pytest.raises(InterruptedRunError, match="the same command") as caught:
+    with pytest.raises(InterruptedRunError, match="the same again continues there") as caught:
         evaluate(server)
     assert caught.value.exit_code == 130
     monkeypatch.setattr(Recorder, "append", append)
@@ -250,6 +252,17 @@ def test_two_drivers_do_not_share_a_run(server: StandIn) -> None:
         evaluate(server)
 
 
+def test_two_at_once_in_threads_have_a_run_each(server: StandIn) -> None:
+    """Both make up their folder's name, in one second; and a thread gets no signals."""
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(evaluate, server, output=None, temperature=warm) for warm in (0.0, 0.7)]
+        runs = [done.result()[0] for done in both]
+    assert len({run.path for run in runs}) == 2
+    for run, warm in zip(runs, (0.0, 0.7), strict=True):
+        assert run.config.hashed["sampling"]["temperature"] == warm
+        assert_complete(run)
+
+
 def test_a_signal_waits_for_the_driver_to_look_up_and_a_second_one_does_not() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with _stop_asked(None) as look_up:
@@ -298,7 +311,7 @@ def test_a_driver_stopped_half_way_is_continued(
     _, said = driver.communicate(timeout=60)
     if signal_number != signal.SIGKILL:
         assert driver.returncode == 130, said
-        assert "the same command (without --new) continues there" in said
+        assert "the same again continues there" in said
         assert "Traceback" not in said
         assert "SIGTERM" not in said
     kept = list(Run(tmp_path / "run").read_samples())

@@ -2,6 +2,7 @@
 
 import json
 from datetime import date
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,10 @@ def test_fields_are_kept_and_plain_ones_are_labels() -> None:
         (18, "18", "#### 18"),
         (np.float64(2.5), "2.5", "#### 2.5"),
         (True, "True", "#### True"),
+        (1e-05, "0.00001", "#### 0.00001"),
+        (1e20, "100000000000000000000", "#### 100000000000000000000"),
+        (Decimal("18.50"), "18.5", "#### 18.5"),
+        (Decimal(3), "3", "#### 3"),
     ],
 )
 def test_an_answer_is_a_text_a_number_or_a_solution(answer: Any, gold: str, solution: str) -> None:
@@ -79,7 +84,9 @@ def test_a_solution_and_an_id_may_be_given() -> None:
         ({**RECORD, "answer": " "}, "'answer' must be a text or a number, not empty; it is ' '"),
         ({**RECORD, "answer": "so\n#### "}, "'answer' has nothing behind '####'"),
         ({**RECORD, "answer": float("nan")}, "'answer' is null; it must be a text or a number, not empty"),
-        ({**RECORD, "gold": "Lutetia"}, r"a field 'gold' would hide a label of the evaluation's own; rename it"),
+        ({**RECORD, "gold": "Lutetia"}, r"a field 'gold' would hide a label that stored rollouts have; rename it"),
+        ({**RECORD, "steering": "left"}, r"a field 'steering' would hide a label that stored rollouts have"),
+        ({**RECORD, "answer": pd.NA}, "'answer' is null"),
         (
             {**RECORD, "image": b"..."},
             r"the field 'image' cannot be kept: .* is not JSON .*choose fields with --fields",
@@ -116,7 +123,27 @@ def test_files_of_three_formats_say_the_same(tmp_path: Path) -> None:
     assert [problem.gold for problem in jsonl] == ["2", "a, b"]
 
 
+def test_what_pandas_has_for_nothing_is_null_and_what_python_alone_has_is_as_json_has_it() -> None:
+    found = one(n=pd.NA, day=pd.NaT, pair=(1, 2), names={1: "one"}, price=Decimal("0.10"))
+    own = {name: found.fields[name] for name in ("n", "day", "pair", "names", "price")}
+    assert own == {"n": None, "day": None, "pair": [1, 2], "names": {"1": "one"}, "price": 0.1}
+    (again,) = read_records([json.loads(json.dumps(record_of(found)))])
+    assert again == found
+
+
+def test_a_csv_s_columns_have_names_of_their_own(tmp_path: Path) -> None:
+    file = tmp_path / "p.csv"
+    pd.DataFrame([{"question": "1 + 1?", "answer": 2}]).to_csv(file)  # with its index
+    assert [problem.fields for problem in read_source(str(file))] == [{}]
+    file.write_text("question,question,answer\na,b,c\n")
+    with pytest.raises(ProblemError, match=r"p\.csv: several columns are called 'question'"):
+        list(read_source(str(file)))
+
+
 def test_broken_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "p.jsonl").write_text('[{"question": "a",\n"answer": "b"}]')
+    with pytest.raises(ProblemError, match=r"line 1: not JSON: .*; a file has an object a line, not a list of them"):
+        list(read_source(str(tmp_path / "p.jsonl")))
     (tmp_path / "p.csv").write_text("question,answer\na,b\nc\n")
     with pytest.raises(ProblemError, match=r"p\.csv, row 2 has fewer values than the first line has names"):
         list(read_source(str(tmp_path / "p.csv")))

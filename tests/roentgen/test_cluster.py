@@ -9,7 +9,8 @@ from roentgen.cluster import ClusterError, check_address, connected
 from tests.conftest import RayHome
 
 STARTED_HERE = """
-import os, subprocess, sys, ray
+import os, subprocess, sys, threading, ray
+from concurrent.futures import ThreadPoolExecutor
 from roentgen.cluster import connected
 with connected("local"):
     assert ray.get(ray.remote(lambda: 1).remote()) == 1
@@ -20,6 +21,20 @@ with connected("local"):
     assert subprocess.run(knock).returncode == 0, "the token is known here"
     stranger = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64}
     assert subprocess.run(knock, env=stranger, capture_output=True).returncode != 0, "a stranger got in"
+assert not ray.is_initialized()
+
+first, second = threading.Barrier(2), threading.Event()
+def short():
+    with connected("local"):
+        first.wait()
+    second.set()
+with ThreadPoolExecutor(1) as pool:
+    gone = pool.submit(short)
+    with connected("local"):
+        first.wait()
+        second.wait()
+        assert ray.get(ray.remote(lambda: 2).remote()) == 2, "who leaves first takes it from no other"
+    gone.result()
 assert not ray.is_initialized()
 """
 
@@ -36,7 +51,7 @@ def test_addresses_that_are_refused(address: str) -> None:
 
 
 @pytest.mark.integration
-def test_a_ray_started_here_is_locked_and_ends(ray_home: RayHome) -> None:
+def test_a_ray_started_here_is_locked_shared_and_ends(ray_home: RayHome) -> None:
     command = [sys.executable, "-c", STARTED_HERE]
     done = subprocess.run(command, env=ray_home.environment, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

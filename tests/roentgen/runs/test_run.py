@@ -9,7 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roentgen.durable import write_json
-from roentgen.runs import Run, RunConfig, RunError, Sample, create_run, find_unfinished, recording, rewrite
+from roentgen.runs import (
+    Run,
+    RunConfig,
+    RunError,
+    Sample,
+    create_named_run,
+    create_run,
+    find_unfinished,
+    recording,
+    rewrite,
+)
 from tests.disk import DiskCalls
 
 
@@ -106,10 +116,20 @@ def test_the_newest_unfinished_run_of_a_configuration_is_found(tmp_path: Path) -
         create_run(tmp_path / name, config(created=made))
     create_run(tmp_path / "other", config("other", created="2026-01-05"))
     write_json(tmp_path / "done" / "summary.json", {"complete": True})
+    (tmp_path / "a-model").mkdir()
+    (tmp_path / "a-model" / "config.json").write_text('{"model_type": "llama"}')
     found = find_unfinished(tmp_path, "h", {"n": 2})
     assert found is not None
     assert found.path.name == "new"
     assert find_unfinished(tmp_path, "h", {"n": 3}) is None
+
+
+def test_a_made_up_name_that_is_taken_gets_a_number(tmp_path: Path) -> None:
+    runs = [create_named_run(tmp_path / "results" / "sums", config()) for _ in range(3)]
+    assert [run.path.name for run in runs] == ["sums", "sums_2", "sums_3"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="not writable"):
+        create_named_run(tmp_path / "file" / "run", config())
 
 
 def test_a_run_is_written_and_rewritten_durably(tmp_path: Path, disk_calls: DiskCalls) -> None:
