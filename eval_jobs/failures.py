@@ -12,9 +12,9 @@ _STATUS = re.compile(r"\d{3}: ")
 _VARIABLE = re.compile(r"'[^']*'|\"[^\"]*\"|\b(?=[0-9a-f]*\d)[0-9a-f]{6,}\b|\d+(?:[.,:]\d+)*", re.IGNORECASE)
 
 ADVICE = (
-    (r"^the scorer ", "Mend the scorer, tell the run with `roentgen score RUN --extractor …`, and run the same command again."),
-    (r"non.finite|not finite", "The model's numbers overflowed: serve it in bfloat16 or float32 (--dtype)."),
     (r"--request-timeout", "Raise --request-timeout, or lower --parallel so that each request waits less."),
+    (r"^the scorer ", "Mend the scorer, tell the run with `roentgen score RUN --extractor …`, and run the same again."),
+    (r"non.finite|not finite", "The model's numbers overflowed: serve it in bfloat16 or float32 (--dtype)."),
     (r"replica (was lost|died)", "A replica died: the server's log says why; too little memory is the usual reason."),
     (r"^(429|503): ", "The server had more to do than it takes: lower --parallel, or start more replicas."),
     (r"^400: ", "The prompt and --max-tokens do not fit into the model's context: lower --max-tokens, or choose a model "

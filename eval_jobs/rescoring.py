@@ -5,8 +5,10 @@ the record after them, so that all readers, probes too, go by the same `correct`
 """
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
+from typing import Any
 
 from eval_jobs.outputs import write_sample_files, write_summary
 from eval_jobs.problems import Problem
@@ -76,10 +78,26 @@ def problem_of(sample: Sample) -> Problem:
 
 
 def _judged(samples: Iterable[Sample], chosen: Found[Scorer]) -> Iterator[Sample]:
-    with asyncio.Runner() as runner:
-        stream = iter(samples)
-        while some := list(islice(stream, AT_ONCE)):
-            yield from runner.run(_judge_all(some, chosen))
+    stream, runner = iter(samples), asyncio.Runner()
+    with ThreadPoolExecutor(1) as beside:
+
+        def call(function: Callable[..., Any], *given: Any) -> Any:
+            return beside.submit(function, *given).result() if _in_a_loop() else function(*given)
+
+        try:
+            while some := list(islice(stream, AT_ONCE)):
+                yield from call(runner.run, _judge_all(some, chosen))
+        finally:
+            call(runner.close)
+
+
+def _in_a_loop() -> bool:
+    """Whether an event loop runs in this thread, as in a notebook: then no other one can."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 async def _judge_all(samples: Iterable[Sample], chosen: Found[Scorer]) -> list[Sample]:
@@ -94,7 +112,7 @@ async def _judge(sample: Sample, chosen: Found[Scorer]) -> Sample:
     """
     if sample.error is not None:
         return sample
-    output = Output(sample.response, tuple(sample.messages), sample.finish_reason)
+    output = Output(sample.response, tuple(map(dict, sample.messages)), sample.finish_reason)
     try:
         scores = await judge(output, problem_of(sample), {chosen.name: chosen.value})
     except ScoringFailedError as error:

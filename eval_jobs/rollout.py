@@ -165,8 +165,9 @@ def _activations(attempt: Attempt, plan: RolloutPlan, turn: int) -> dict[str, An
 
 async def _scored_sample(talk: _Conversation, attempt: Attempt, plan: RolloutPlan, seconds: float) -> Sample:
     response = talk.messages[-1].get("content") or "" if talk.messages[-1]["role"] == "assistant" else ""
-    output = Output(response, tuple(talk.messages), talk.finish_reason)
-    scores = await judge(output, attempt.problem, plan.scorers)
+    # Copies: what a scorer does to them is not what was said.
+    output = Output(response, tuple(map(dict, talk.messages)), talk.finish_reason)
+    scores = await judge(output, attempt.problem, plan.scorers, plan.endpoint.timeout)
     return Sample(
         **_identity(attempt),
         messages=talk.messages,

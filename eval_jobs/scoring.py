@@ -165,16 +165,24 @@ def choose_scorer(chosen: str | Scorer) -> Found[Scorer]:
     return found
 
 
-async def judge(output: Output, problem: Problem, scorers: Mapping[str, Scorer] = {}) -> Scores:
+async def judge(
+    output: Output, problem: Problem, scorers: Mapping[str, Scorer] = {}, timeout_s: float | None = None
+) -> Scores:
     """Judge an output by the extractors that suit the problem, and by scorers of one's own or a built-in one that is chosen.
+
+    Args:
+        output: what to judge.
+        problem: what it answers.
+        scorers: by name.
+        timeout_s: how long a scorer that is a coroutine may wait; for ever if None.
 
     Raises:
         ScorerError: if a scorer returns what is no verdict.
-        ScoringFailedError: if one raises an exception.
+        ScoringFailedError: if one raises an exception, or takes too long.
     """
     asked: dict[str, Scorer] = {name: one for name, one in EXTRACTORS.items() if one.suits(problem)}
     asked.update(scorers)
-    return _scores({name: await ask_scorer(name, scorer, output, problem) for name, scorer in asked.items()})
+    return _scores({name: await ask_scorer(name, scorer, output, problem, timeout_s) for name, scorer in asked.items()})
 
 
 def score(text: str, gold: str) -> Scores:

@@ -9,6 +9,7 @@ whole output.
 What a user's function returns is checked here, because nobody else can tell its author what was wrong with it.
 """
 
+import asyncio
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -65,18 +66,36 @@ Scorer = Callable[[Output, Problem], Verdict | bool | Awaitable[Verdict | bool]]
 """Judges an output."""
 
 
-async def ask_scorer(name: str, scorer: Scorer, output: Output, problem: Problem) -> Verdict:
+async def ask_scorer(
+    name: str, scorer: Scorer, output: Output, problem: Problem, timeout_s: float | None = None
+) -> Verdict:
     """Have a scorer judge an output.
+
+    Args:
+        name: what the scorer is called.
+        scorer: the scorer.
+        output: what to judge.
+        problem: what it answers.
+        timeout_s: how long a coroutine may wait; for ever if None.
 
     Raises:
         ScorerError: if it returns what is no verdict.
-        ScoringFailedError: if it raises an exception.
+        ScoringFailedError: if it raises an exception, or takes too long.
     """
     try:
-        returned = scorer(output, problem)
-        if inspect.isawaitable(returned):
-            returned = await returned
-    except Exception as error:
+        async with asyncio.timeout(timeout_s) as bound:
+            returned = scorer(output, problem)
+            if inspect.isawaitable(returned):
+                returned = await returned
+    except asyncio.CancelledError as error:
+        if (task := asyncio.current_task()) is None or task.cancelling():  # it is this rollout that is cancelled
+            raise
+        raise ScoringFailedError(f"the scorer {name} raised {spell_error(error)}") from error
+    except (Exception, SystemExit) as error:
+        if bound.expired():
+            raise ScoringFailedError(
+                f"the scorer {name} gave no verdict within {timeout_s:g} s (--request-timeout)"
+            ) from error
         raise ScoringFailedError(f"the scorer {name} raised {spell_error(error)}") from error
     return check_verdict(name, returned, output, problem)
 

@@ -109,7 +109,7 @@ async def evaluate_async(
         raise
 
 
-@naming_arguments()
+@naming_arguments(extractor="scorer", collect_activations="capture")
 def _evaluate(
     problems: str | Path | Source | Iterable[Record],
     model: str | Server | Model | None,

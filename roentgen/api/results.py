@@ -89,7 +89,7 @@ def show(run: Run | str | Path, sample: str | int, *, epoch: int | None = None, 
     return describe(opened, found.sample, found.others)
 
 
-@naming_arguments()
+@naming_arguments(push="push_to")
 def export(
     run: Run | str | Path,
     output: str | Path,

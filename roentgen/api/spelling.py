@@ -9,30 +9,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _OPTION = re.compile(r"(`[^`]*`|'roentgen [^']*')|(?<![\w-])--(?:no-)?([a-z][a-z0-9]*(?:-[a-z0-9]+)*)")
-_OTHERWISE = {"extractor": "scorer", "collect_activations": "capture", "push": "push_to"}
-"""Arguments that are not called as the option is."""
 _OWN = frozenset(("eval_jobs", "probes", "roentgen", "serve_app"))
 
 
-def in_python(message: str) -> str:
-    """Return a message with options spelled as arguments."""
+def in_python(message: str, **called: str) -> str:
+    """Return a message with options spelled as arguments; `called` names those that are called otherwise than the option."""
 
     def spelled(found: re.Match[str]) -> str:
         if found[1]:
             return found[1]
         name = found[2].replace("-", "_")
-        return _OTHERWISE.get(name, name)
+        return called.get(name, name)
 
     return _OPTION.sub(spelled, message)
 
 
 @contextmanager
-def naming_arguments() -> Iterator[None]:
-    """Spell the errors of this package that leave a block, or a decorated function, as a script does."""
+def naming_arguments(**called: str) -> Iterator[None]:
+    """Spell the errors of this package that leave a block, or a decorated function, as a script does (see `in_python`)."""
     try:
         yield
     except Exception as error:
         told = error.args[0] if error.args else None
         if isinstance(told, str) and type(error).__module__.partition(".")[0] in _OWN:
-            error.args = (in_python(told), *error.args[1:])
+            error.args = (in_python(told, **called), *error.args[1:])
         raise

@@ -165,8 +165,8 @@ def _found_serve(port: int) -> bool:
     running = serve.status()
     if APP_NAME in running.applications:
         raise LaunchError(
-            "this Ray serves a model already, and one Ray serves one model at a time: ask that server, end it, or start this one "
-            "without --ray-address, or with --ray-address local in a process of its own"
+            "this Ray serves a model already, and one Ray serves one at a time: ask that server, end it, or start this one "
+            "without --ray-address, or from a process of its own with --ray-address local"
         )
     if running.proxies and (client := _get_global_client()) is not None and client.http_config.port != port:
         taken = client.http_config.port

@@ -1,5 +1,7 @@
 """Scorers of users: what they may return, and what is said of what they may not."""
 
+import asyncio
+import sys
 from typing import Any
 
 import numpy as np
@@ -55,6 +57,35 @@ async def test_an_exception_is_told_with_its_line() -> None:
         ScoringFailedError, match=rf"the scorer mine raised KeyError: 'missing' \(test_verdicts\.py, line {line}\)"
     ):
         await ask_scorer("mine", failing, OUTPUT, PROBLEM)
+
+
+async def test_one_that_takes_too_long_or_ends_the_process_fails_this_output_alone() -> None:
+    async def hanging(output: Output, problem: Problem) -> bool:
+        await asyncio.sleep(60)
+        return True
+
+    async def cancelling(output: Output, problem: Problem) -> bool:
+        raise asyncio.CancelledError
+
+    def leaving(output: Output, problem: Problem) -> bool:
+        sys.exit("no")
+
+    async def timed_out(output: Output, problem: Problem) -> bool:
+        raise TimeoutError("of its own")
+
+    for scorer, limit, said in [
+        (hanging, 0.01, r"gave no verdict within 0\.01 s \(--request-timeout\)"),
+        (cancelling, 5, "raised CancelledError"),
+        (leaving, 5, "raised SystemExit: no"),
+        (timed_out, 5, "raised TimeoutError: of its own"),
+    ]:
+        with pytest.raises(ScoringFailedError, match=rf"the scorer mine {said}"):
+            await ask_scorer("mine", scorer, OUTPUT, PROBLEM, limit)
+    rollout = asyncio.ensure_future(ask_scorer("mine", hanging, OUTPUT, PROBLEM))
+    await asyncio.sleep(0.01)
+    rollout.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await rollout
 
 
 async def test_a_user_s_scorer_judges_beside_the_extractors_that_suit_the_problem() -> None:

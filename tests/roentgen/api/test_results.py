@@ -1,5 +1,6 @@
 """What is made of a run, from a script."""
 
+import asyncio
 from pathlib import Path
 
 import pandas as pd
@@ -7,6 +8,7 @@ import pytest
 
 import roentgen
 from eval_jobs import EvalError
+from eval_jobs.rescoring import AT_ONCE
 from roentgen.runs import RunError
 from roentgen.workflows.dataset_export import ExportError
 from tests.eval_jobs.test_outputs import make_run
@@ -29,6 +31,21 @@ def test_a_run_is_scored_again_and_compared(tmp_path: Path) -> None:
     assert list(again.samples["correct"]) == [False, True, False]
     with pytest.raises(EvalError, match=r"extractor: .flexibel. is unknown; allowed are answer, "):
         roentgen.score(run, "flexibel")
+
+
+async def test_a_run_is_scored_again_in_a_running_loop(tmp_path: Path) -> None:
+    """As in a notebook; a judge that waits keeps the loop that it began with."""
+    loops = set()
+
+    async def judge(output: roentgen.Output, problem: roentgen.Problem) -> bool:
+        await asyncio.sleep(0)
+        loops.add(asyncio.get_running_loop())
+        return problem.problem_id.endswith("2")
+
+    run = make(tmp_path / "run", {}, epochs=AT_ONCE // 2, temperature=1.0)  # so they are judged in two groups
+    again = roentgen.score(run, judge)
+    assert (len(again.samples), again.accuracy.correct) == (3 * AT_ONCE // 2, AT_ONCE // 2)
+    assert len(loops) == 1
 
 
 def test_a_sample_is_shown(tmp_path: Path) -> None:

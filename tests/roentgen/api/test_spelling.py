@@ -19,7 +19,7 @@ from roentgen.api.spelling import in_python, naming_arguments
     ],
 )  # fmt: skip
 def test_options_are_spelled_as_arguments(said: str, read: str) -> None:
-    assert in_python(said) == read
+    assert in_python(said, extractor="scorer") == read
 
 
 def test_only_errors_of_our_own_are_spelled_anew() -> None:
