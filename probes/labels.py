@@ -94,16 +94,27 @@ class Target:
         """Tell from values what kind of target they are: booleans, numbers, or names.
 
         Two names (or the numbers 0 and 1) make a binary target whose True is the second in order.
+
+        Raises:
+            ProbeDataError: if some are numbers and others texts.
         """
         if all(isinstance(value, bool | np.bool_) for value in values):
             return cls(name, "binary", np.array(values, dtype=bool))
-        numeric = all(isinstance(value, int | float | np.number) for value in values)
-        if numeric and not set(values) <= {0, 1}:
-            return cls(name, "real", np.array(values, dtype=np.float64))
-        names, numbers = np.unique([str(value) for value in values], return_inverse=True)
+        numeric = [isinstance(value, int | float | bool | np.number | np.bool_) for value in values]
+        if all(numeric):
+            numbers = np.array(values, dtype=np.float64)
+            if set(numbers.tolist()) <= {0.0, 1.0}:
+                return cls(name, "binary", numbers == 1, ("0", "1"))
+            return cls(name, "real", numbers)
+        if any(numeric):
+            number, text = values[numeric.index(True)], values[numeric.index(False)]
+            raise ProbeDataError(
+                f"label: {name!r} has numbers, such as {number!r}, and texts, such as {text!r}; a probe reads one or the other"
+            )
+        names, places = np.unique([str(value) for value in values], return_inverse=True)
         if len(names) <= 2:
-            return cls(name, "binary", numbers == 1, tuple(names))
-        return cls(name, "classes", numbers.astype(np.int64), tuple(names))
+            return cls(name, "binary", places == 1, tuple(names))
+        return cls(name, "classes", places.astype(np.int64), tuple(names))
 
 
 def _recorded(read: Callable[[Sample], Any]) -> Callable[[Sequence[Example]], list[Any]]:

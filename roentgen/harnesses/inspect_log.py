@@ -4,9 +4,11 @@ The provider `roentgen/…` leaves a reference in every output's metadata. Calls
 that was sent, where that went to an address `/v1/r/RUN/-/1`.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import is_zipfile
 
 from roentgen.contract import LabelValue, canonical_hash
 from roentgen.harnesses.scored import LogError, Scored, flat_labels
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 
 REFERENCE = "roentgen"
 """Where in an output's metadata the reference is."""
+
+_STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d[-:]\d\d[-:]\d\d")
+"""How the name of a log begins."""
 
 
 def read_inspect(log: Path) -> Iterator[Scored]:
@@ -34,7 +39,20 @@ def read_inspect(log: Path) -> Iterator[Scored]:
         for sample in read_eval_log_samples(str(log), all_samples_required=False):
             yield scored_sample(sample)
     except (OSError, ValueError, KeyError, EOFError) as error:
-        raise LogError(f"{log} is no log that inspect_ai can read: {error}") from error
+        if log.suffix == ".eval" and not is_zipfile(log):
+            raise LogError(
+                f"{log} is no log that inspect_ai can read: it is empty, cut off, or no .eval at all"
+            ) from error
+        raise LogError(f"{log} is no log that inspect_ai can read: {' '.join(str(error).split())}") from error
+
+
+def inspect_files(log: Path) -> list[Path]:
+    """Return the logs of a folder: `.eval`, and the `.json` that inspect_ai names in the same way."""
+    return sorted(
+        path
+        for path in log.rglob("*")
+        if path.suffix == ".eval" or (path.suffix == ".json" and _STAMP.match(path.name))
+    )
 
 
 def scored_sample(sample: "EvalSample") -> Scored:
@@ -44,14 +62,17 @@ def scored_sample(sample: "EvalSample") -> Scored:
         labels |= flat_labels(scorer, score.value)
     name = f"sample {sample.id} epoch {sample.epoch}"
     ids = tuple(dict.fromkeys(rollout_id for one in references(sample) for rollout_id in one["rollout_ids"]))
-    why = "its model calls name no rollout, and none was made under their prompts"
-    if sample.error is not None and not ids:
-        why = f"it failed: {sample.error.message.splitlines()[0][:200] if sample.error.message else 'no reason given'}"
+    why, unscored = "its model calls name no rollout, and none was made under their prompts", "it has no score"
+    if sample.error is not None:
+        unscored = f"it failed: {(sample.error.message.splitlines() or ['no reason given'])[0][:200]}"
+        why = unscored
     if ids:
-        return Scored(name, labels, ids)
+        return Scored(name, labels, ids, unscored=unscored)
     calls = [event for event in sample.events if event.event == "model" and event.call is not None]
     hashes = tuple(canonical_hash(one.call.request["messages"]) for one in calls if "messages" in one.call.request)
-    return Scored(name, labels, (), hashes, answers=tuple(one.output.completion for one in calls), problem=why)
+    return Scored(
+        name, labels, (), hashes, answers=tuple(one.output.completion for one in calls), problem=why, unscored=unscored
+    )
 
 
 def references(sample: "EvalSample") -> Iterator[dict[str, Any]]:

@@ -17,9 +17,9 @@ import pandas as pd
 from httpx2 import HTTPError
 
 from roentgen.contract import LabelValue
-from roentgen.harnesses.inspect_log import read_inspect
+from roentgen.harnesses.inspect_log import inspect_files, read_inspect
 from roentgen.harnesses.lm_eval_log import lm_eval_files, read_lm_eval
-from roentgen.harnesses.scored import LogError, Scored
+from roentgen.harnesses.scored import LogError, Scored, with_grades
 from roentgen.http_client import connect, explain
 from roentgen.store import Session, StoreError
 from roentgen.store.labels import Labeled
@@ -29,6 +29,8 @@ Added = Mapping[str, Mapping[str, LabelValue]]
 
 _AT_ONCE = 5_000
 _TIMEOUT_S = 120.0
+OTHERWISE = "its prompts were answered otherwise in the session: by another model, or in another run"
+"""Why a sample has no rollouts though what it asked is there."""
 _BEGINNING = re.compile(r"(?:<[^<>\s]{1,40}>|\[[A-Z]{2,12}\])+")
 """What a tokenizer may have put before a text: special tokens."""
 
@@ -145,15 +147,19 @@ def read_log(log: Path) -> Iterator[Scored]:
     if not log.exists():
         raise LogError(f"{log} does not exist")
     if log.is_dir():
-        files = [path for path in sorted(log.rglob("*.eval")) if path.is_file()] or lm_eval_files(log)
+        files = inspect_files(log) or lm_eval_files(log)
         if not files:
-            raise LogError(f"{log} has neither logs of inspect_ai (*.eval) nor samples of lm-eval (samples_*.jsonl)")
+            raise LogError(
+                f"{log} has neither logs of inspect_ai (*.eval, *.json) nor samples of lm-eval (samples_*.jsonl)"
+            )
     else:
         files = [log]
     for file in files:
         if file.suffix not in (".eval", ".json", ".jsonl"):
             raise LogError(f"{file}: a log is a .eval or .json of inspect_ai, or a samples_….jsonl of lm-eval")
-        yield from read_lm_eval(file) if file.suffix == ".jsonl" else read_inspect(file)
+        for sample in read_lm_eval(file) if file.suffix == ".jsonl" else read_inspect(file):
+            several = len(files) > 1 and not sample.name.startswith(file.stem)
+            yield replace(sample, name=f"{file.stem} {sample.name}") if several else sample
 
 
 def open_target(session: str | Path, api_key: str) -> Target:
@@ -174,7 +180,7 @@ def join_scored(samples: Sequence[Scored], target: Target) -> JoinReport:
         StoreError: if the session cannot be read or written.
         OSError: as the disk or the bucket answers.
     """
-    scored = [sample for sample in samples if sample.labels]
+    scored = with_grades([sample for sample in samples if sample.labels])
     asked = _Asked(target.index()) if any(not sample.rollout_ids for sample in scored) else None
     found = [sample.rollout_ids or (asked.find(sample) if asked else ()) for sample in scored]
     disputed = _disputed(scored, found)
@@ -188,10 +194,11 @@ def join_scored(samples: Sequence[Scored], target: Target) -> JoinReport:
     unmatched: dict[str, list[str]] = defaultdict(list)
     for sample in samples:
         if not sample.labels:
-            unmatched["it has no score"].append(sample.name)
+            unmatched[sample.unscored].append(sample.name)
     for sample, ids in zip(scored, found, strict=True):
         if not ids:
-            unmatched[sample.problem].append(sample.name)
+            otherwise = asked is not None and sample.name in asked.otherwise
+            unmatched[OTHERWISE if otherwise else sample.problem].append(sample.name)
         elif disputed.issuperset(ids):
             unmatched["others with other scores asked and were answered the same"].append(sample.name)
         elif missing.issuperset(ids):
@@ -219,9 +226,14 @@ def _disputed(samples: Sequence[Scored], found: Sequence[Sequence[str]]) -> set[
 
 
 class _Asked:
-    """A session's rollouts by what was asked, and their completions."""
+    """A session's rollouts by what was asked, and their completions.
+
+    Attributes:
+        otherwise: names of samples whose prompts were asked here, and answered with other words than the log has.
+    """
 
     def __init__(self, frame: pd.DataFrame) -> None:
+        self.otherwise: set[str] = set()
         self._by_problem: dict[str, list[str]] = defaultdict(list)
         self._by_text: dict[str, list[str]] = defaultdict(list)
         self._completions: dict[str, str] = {}
@@ -236,13 +248,19 @@ class _Asked:
                 self._by_text[text].append(row["rollout_id"])
 
     def find(self, sample: Scored) -> tuple[str, ...]:
-        """Return the rollouts of a sample's prompts; of several, those that were answered as the log says."""
+        """Return the rollouts of a sample's prompts that were answered as the log says; another model's are not its."""
         lists = [self._by_problem.get(one, []) for one in sample.prompt_hashes]
         lists += [self._by_text.get(text.strip(), []) for text in sample.texts]
         ids = tuple(dict.fromkeys(rollout_id for ids in lists for rollout_id in ids))
         answers = tuple(answer.strip() for answer in sample.answers if answer.strip())
-        answered = tuple(one for one in ids if answers and self._completions[one].startswith(answers))
-        return answered or ids
+        if not answers or not ids:
+            return ids
+        answered = tuple(one for one in ids if self._completions[one].startswith(answers))
+        # A harness may have taken reasoning off, or what comes before a call of a tool.
+        within = answered or tuple(one for one in ids if any(answer in self._completions[one] for answer in answers))
+        if not within:
+            self.otherwise.add(sample.name)
+        return within
 
 
 def _is_of(name: str, scorer: str) -> bool:

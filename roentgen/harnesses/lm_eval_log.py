@@ -5,6 +5,7 @@ conversation by its hash, which the server uses as the problem's name at an addr
 """
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ from roentgen.contract import LabelValue, canonical_hash
 from roentgen.harnesses.scored import LogError, Scored, flat_labels
 
 _NO_FILTER = "none"
+_TASK = re.compile(r"samples_(.+)_\d{4}-\d\d-\d\d(?:T[\d.:-]+)?")
+"""What a file is called after: its task, and when it was written."""
 
 
 def lm_eval_files(log: Path) -> list[Path]:
@@ -31,27 +34,31 @@ def read_lm_eval(file: Path) -> Iterator[Scored]:
             if not line.strip():
                 continue
             try:
-                yield _scored(json.loads(line), f"{file.stem} line {number}")
+                yield _scored(json.loads(line), file.stem, number)
             except KeyError as error:
                 raise LogError(f"{file}, line {number}: no sample of lm-eval: it has no {error}") from error
             except (ValueError, TypeError, AttributeError) as error:
                 raise LogError(f"{file}, line {number}: no sample of lm-eval: {error}") from error
 
 
-def _scored(sample: dict[str, Any], where: str) -> Scored:
+def _scored(sample: dict[str, Any], stem: str, number: int) -> Scored:
     labels: dict[str, LabelValue] = {"doc_id": sample["doc_id"]}
+    if found := _TASK.fullmatch(stem):
+        labels["task"] = found[1]
     suffix = "" if sample.get("filter", _NO_FILTER) == _NO_FILTER else f",{sample['filter']}"
     for metric in sample["metrics"]:
         labels |= flat_labels(f"{metric}{suffix}", sample[metric])  # spelled as lm-eval spells it in its results
     hashes, texts = [], []
+    answers = tuple(one for given in sample["resps"] for one in given if isinstance(one, str))
     for request in sample["arguments"].values():
         prompt, rest = request["arg_0"], request.get("arg_1")
         prompt = prompt[0] if isinstance(prompt, list) else prompt  # a conversation, as lm-eval wraps it
         if prompt.lstrip().startswith("[{") and (messages := _conversation(prompt)) is not None:
             hashes.append(canonical_hash(messages))
         texts.append(prompt + rest if isinstance(rest, str) else prompt)
-    answers = tuple(one for given in sample["resps"] for one in given if isinstance(one, str))
-    name = f"{where} (doc {sample['doc_id']})"
+        if isinstance(rest, str):  # it was only read, and the responses are its log-likelihoods
+            answers = ()
+    name = f"{stem} line {number} (doc {sample['doc_id']})"
     return Scored(name, labels, prompt_hashes=tuple(hashes), texts=tuple(texts), answers=answers)
 
 

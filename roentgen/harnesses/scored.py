@@ -1,8 +1,8 @@
 """What a harness' log says of a sample: its scores, as labels, and what tells which rollouts are its."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from roentgen.contract import LabelValue
@@ -31,8 +31,10 @@ class Scored:
     """Raw texts that were sent."""
     answers: tuple[str, ...] = ()
     """What came back: tells apart rollouts of one prompt."""
-    problem: str = field(default="no rollout was made under its prompts")
+    problem: str = "no rollout was made under its prompts"
     """Why it has no rollouts, if none is found."""
+    unscored: str = "it has no score"
+    """Why it has no labels, if it has none."""
 
 
 def flat_labels(name: str, value: Any) -> dict[str, LabelValue]:
@@ -40,7 +42,8 @@ def flat_labels(name: str, value: Any) -> dict[str, LabelValue]:
 
     Args:
         name: the score's.
-        value: a number, a text, a grade, a list, an object, or something else, which is written as text.
+        value: a number, a text, a list, an object, or something else, which is written as text. NaN, which harnesses write
+            where nothing was scored, is None.
     """
     if isinstance(value, Mapping):
         return {key: one for part, inner in value.items() for key, one in flat_labels(f"{name}.{part}", inner).items()}
@@ -48,10 +51,21 @@ def flat_labels(name: str, value: Any) -> dict[str, LabelValue]:
         return {
             key: one for part, inner in enumerate(value) for key, one in flat_labels(f"{name}.{part}", inner).items()
         }
-    if isinstance(value, str):
-        return {name: GRADES.get(value, value)}
     if isinstance(value, float) and not math.isfinite(value):
-        return {name: str(value)}  # JSON, which labels are stored as, has only finite numbers
-    if value is None or isinstance(value, bool | int | float):
+        return {name: None if math.isnan(value) else str(value)}  # labels are JSON, which has only finite numbers
+    if value is None or isinstance(value, str | bool | int | float):
         return {name: value}
     return {name: str(value)}
+
+
+def with_grades(samples: Sequence[Scored]) -> list[Scored]:
+    """Return samples with grades as numbers: the texts of a score of which all are grades. A, B, C and D are none."""
+    texts = [(name, value) for sample in samples for name, value in sample.labels.items() if isinstance(value, str)]
+    named = {name for name, _ in texts} - {name for name, value in texts if value not in GRADES}
+    return [
+        replace(
+            sample,
+            labels={name: GRADES.get(str(v), v) if name in named else v for name, v in sample.labels.items()},
+        )
+        for sample in samples
+    ]

@@ -77,7 +77,10 @@ def test_tables_are_joined_on_what_they_have(tmp_path):
 def test_values_tell_what_kind_of_target_they_are():
     assert Target.of("a", [True, False]).kind == "binary"
     assert Target.of("a", [1, 0, 1]).values.tolist() == [True, False, True]
+    assert Target.of("a", [1, 0.0, True, 1.0]).values.tolist() == [True, False, True, True]
     assert Target.of("a", [1.5, 2.0]).kind == "real"
+    with pytest.raises(ProbeDataError, match=r"label: 'a' has numbers, such as 0\.5, and texts, such as 'inf'"):
+        Target.of("a", [0.5, "inf"])
     named = Target.of("a", ["no", "yes", "no"])
     assert (named.kind, named.classes, named.values.tolist()) == ("binary", ("no", "yes"), [False, True, False])
     several = Target.of("a", ["x", "z", "y"])

@@ -14,7 +14,7 @@ from roentgen.cli import app
 from roentgen.contract import RolloutKey, canonical_hash
 from roentgen.harnesses import join as joining
 from roentgen.harnesses.join import join, join_scored, open_target
-from roentgen.harnesses.scored import LogError, Scored, flat_labels
+from roentgen.harnesses.scored import LogError, Scored, flat_labels, with_grades
 from roentgen.store import Rollout, Session, StoreWriter
 from roentgen.tokenized_text import Segment, TokenizedText
 from serve_app.config import ServerConfig
@@ -102,11 +102,11 @@ def test_texts_are_found_by_what_was_asked_and_answered(session: Session, log: L
     assert (report.samples, report.matched, report.rollouts, report.changed) == (7, 6, 5, 5)
     assert report.unmatched == {"no rollout was made under its prompts": [f"{file.stem} line 7 (doc 6)"]}
     assert labels(session) == {
-        "<s>2 + 3 = 5</s>": {"doc_id": 1, "exact_match,strict": 1.0, "exact_match,loose": 0.0},
-        "1 + 1 = 2": {"doc_id": 2, "exact_match": 1.0},
-        "1 + 1 = 3": {"doc_id": 3, "exact_match": 0.0},
-        "Capital: Oslo\n": {"doc_id": 4, "acc": 1},
-        "[user]hi[reply]Hello.": {"doc_id": 5, "exact_match": 0.5, "f1.mean": 0.25, "f1.n": 3},
+        "<s>2 + 3 = 5</s>": {"task": "sums", "doc_id": 1, "exact_match,strict": 1.0, "exact_match,loose": 0.0},
+        "1 + 1 = 2": {"task": "sums", "doc_id": 2, "exact_match": 1.0},
+        "1 + 1 = 3": {"task": "sums", "doc_id": 3, "exact_match": 0.0},
+        "Capital: Oslo\n": {"task": "sums", "doc_id": 4, "acc": 1},
+        "[user]hi[reply]Hello.": {"task": "sums", "doc_id": 5, "exact_match": 0.5, "f1.mean": 0.25, "f1.n": 3},
     }
     again = join(file.parents[1], session.uri)  # the folder that lm-eval was given
     assert (again.matched, again.rollouts, again.changed) == (6, 5, 0)
@@ -126,11 +126,33 @@ def test_scores_that_contradict_each_other_are_not_joined(session: Session, log:
     assert join(file.parent, session.uri, scorers=["match"]).matched == 2  # their documents differ, their scores do not
 
 
+def test_scores_of_another_model_s_answers_are_not_joined(session: Session, log: Log) -> None:
+    file = log(sample(1, "2 + 3 =", " six", match=0.0), sample(2, "1 + 1 =", " 2", match=1.0))
+    report = join(file, session.uri)
+    assert report.unmatched == {joining.OTHERWISE: [f"{file.stem} line 1 (doc 1)"]}
+    assert labels(session)["<s>2 + 3 = 5</s>"] == {}
+    thought = log(sample(5, json.dumps(HI), "lo.", match=1.0))  # what was said after some reasoning
+    assert join(thought, session.uri).matched == 1
+
+
+def test_grades_are_numbers_where_all_are_grades() -> None:
+    given = [
+        Scored("one", {"match": "C", "choice": "C", "note": "nan"}),
+        Scored("two", {"match": "N", "choice": "A", "note": None}),
+        Scored("three", {"match": 0.5, "choice": "B"}),
+    ]
+    assert [one.labels for one in with_grades(given)] == [
+        {"match": 1.0, "choice": "C", "note": "nan"},
+        {"match": 0.0, "choice": "A", "note": None},
+        {"match": 0.5, "choice": "B"},
+    ]
+
+
 def test_some_scorers_and_a_prefix(session: Session, log: Log) -> None:
     file = log(sample(2, "1 + 1 =", " 2", "strict", exact_match=1.0, bleu=3.5))
     assert join(file, session.uri, scorers=["exact_match"], prefix="lm.").labels == ("lm.exact_match,strict",)
     assert labels(session)["1 + 1 = 2"] == {"lm.exact_match,strict": 1.0}
-    with pytest.raises(LogError, match=r"no scores of acc; it has bleu,strict, doc_id, exact_match,strict"):
+    with pytest.raises(LogError, match=r"no scores of acc; it has bleu,strict, doc_id, exact_match,strict, task"):
         join(file, session.uri, scorers=["acc"])
 
 
@@ -168,7 +190,7 @@ def test_a_server_s_session_is_labeled_through_the_server(
         file = log(*(sample(n, text, "", match=float(n)) for n, text in enumerate(("2 + 3 =", "1 + 1 ="))))
         report = join(file, address)
         assert (report.matched, report.rollouts, report.changed) == (2, 3, 3)
-        assert labels(session)["1 + 1 = 3"] == {"doc_id": 1, "match": 1.0}
+        assert labels(session)["1 + 1 = 3"] == {"task": "sums", "doc_id": 1, "match": 1.0}
         ids = list(session.rollouts(columns=())["rollout_id"])
         said = client.post(f"{address}/labels", json={"labels": {ids[0]: {"steering": "x"}}}).json()["error"]
         assert (said["param"], "server's to set" in said["message"]) == (f"labels.{ids[0]}", True)
@@ -196,7 +218,9 @@ def test_the_command_says_what_matched(session: Session, log: Log) -> None:
     file = log(sample(2, "1 + 1 =", " 2", match=1.0), sample(6, "never asked", "", match=0.0))
     done = CliRunner().invoke(app, ["join", str(file), session.uri])
     assert done.exit_code == 0, done.output
-    assert "1 of 2 samples matched; 1 rollouts have their scores as labels, new in 1: doc_id, match" in done.output
+    assert (
+        "1 of 2 samples matched; 1 rollouts have their scores as labels, new in 1: doc_id, match, task" in done.output
+    )
     assert "not matched, no rollout was made under its prompts: samples_sums_2026-11-30 line 2 (doc 6)" in done.output
     nothing = CliRunner().invoke(app, ["join", str(log(sample(6, "never asked", "", match=0.0))), session.uri])
     assert nothing.exit_code == 1
@@ -207,14 +231,13 @@ def test_the_command_says_what_matched(session: Session, log: Log) -> None:
 @pytest.mark.parametrize(
     ("value", "expected"),
     [
-        ("C", {"s": 1.0}),
-        ("I", {"s": 0.0}),
-        ("P", {"s": 0.5}),
+        ("C", {"s": "C"}),
         ("blue", {"s": "blue"}),
         (True, {"s": True}),
         (None, {"s": None}),
-        (float("nan"), {"s": "nan"}),
-        ({"a": "C", "b": [1, 2]}, {"s.a": 1.0, "s.b.0": 1, "s.b.1": 2}),
+        (float("nan"), {"s": None}),
+        (float("inf"), {"s": "inf"}),
+        ({"a": "C", "b": [1, 2]}, {"s.a": "C", "s.b.0": 1, "s.b.1": 2}),
     ],
 )
 def test_scores_of_any_kind_are_labels(value: Any, expected: dict[str, Any]) -> None:
