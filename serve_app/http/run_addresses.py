@@ -61,9 +61,9 @@ def read_address(path: str) -> tuple[RunAddress, str]:
     parts = path.removeprefix(PREFIX).split("/", 3)
     if len(parts) < 4 or not parts[3]:
         raise ApiError(404, f"{path}: an address of a run is {PREFIX}RUN/PROBLEM/EPOCH, then the route")
-    run_id, problem, epoch, route = parts
+    run_id, problem, epoch = _decoded("run", parts[0]), _decoded("problem", parts[1]), parts[2]
+    route = parts[3].lstrip("/")  # a base URL may end in a slash, to which some clients add another
     try:
-        run_id, problem = (unquote_to_bytes(part).decode() for part in (run_id, problem))
         check_session_id(run_id)
     except ValueError as error:
         raise refused("run", str(error)) from error
@@ -73,6 +73,13 @@ def read_address(path: str) -> tuple[RunAddress, str]:
         raise refused("epoch", f"{epoch[:40]!r} is not an attempt's number; allowed are 1 to {MAX_INT32}")
     # Some clients are given a server's root and append all of it.
     return RunAddress(run_id, problem, int(epoch)), "/v1/" + route.removeprefix("v1/")
+
+
+def _decoded(name: str, part: str) -> str:
+    try:
+        return unquote_to_bytes(part).decode()
+    except UnicodeDecodeError as error:
+        raise refused(name, f"{part[:80]!r} is not UTF-8, percent-encoded: {error.reason}") from error
 
 
 def named_by_prompt(address: RunAddress, body: Any) -> RunAddress:

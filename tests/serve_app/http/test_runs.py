@@ -3,10 +3,14 @@
 import asyncio
 import json
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from fastapi.testclient import TestClient
+from hypothesis import given
+from hypothesis import strategies as st
 
 from roentgen.store import Session
 from serve_app.config import ServerConfig
@@ -159,6 +163,7 @@ def test_the_same_run_again_is_the_same_and_another_is_refused(client: TestClien
         ("/v1/r/mine/a/0/chat/completions", 400, "epoch: '0' is not"),
         ("/v1/r/mine/a/x/chat/completions", 400, "epoch: 'x' is not"),
         ("/v1/r/mine//1/chat/completions", 400, "problem: it has 0 characters"),
+        ("/v1/r/mine/%ff/1/chat/completions", 400, "problem: '%ff' is not UTF-8, percent-encoded"),
         ("/v1/r/mi%20ne/a/1/chat/completions", 400, "'mi ne' is not a session id"),
         ("/v1/r/mine/a", 404, "/v1/r/RUN/PROBLEM/EPOCH"),
     ],
@@ -242,8 +247,20 @@ def test_an_address_is_read_as_it_was_written() -> None:
         RunAddress("a", "b/c é", 3),
         "/v1/chat/completions",
     )
+    assert read_address("/v1/r/a/b/1//v1/models")[1] == "/v1/models"  # of a base URL that ends in a slash
     with pytest.raises(ApiError, match="200"):
         read_address(f"/v1/r/a/{'x' * 201}/1/models")
+
+
+@given(st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=40))
+def test_any_address_is_read_or_refused(path: str) -> None:
+    with suppress(ApiError):
+        read_address(f"/v1/r/{path}")
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=200))
+def test_any_name_of_a_problem_is_read_as_it_is(name: str) -> None:
+    assert read_address(f"/v1/r/a/{quote(name, safe='')}/1/models")[0].problem_id == name
 
 
 async def test_numbers_are_given_once_also_to_those_who_ask_together(config: ServerConfig) -> None:
