@@ -18,7 +18,7 @@ from probes import train as train_probes
 from probes.choosing import Fit
 from probes.kinds import Kind
 from probes.kinds.linear import LinearProbes
-from roentgen.api.spelling import naming_arguments
+from roentgen.argument_names import naming_arguments
 from roentgen.linear_probe import SavedProbe, load_probe, read_cards
 from roentgen.pages import page_environment
 

@@ -23,7 +23,7 @@ from eval_jobs.verdicts import Scorer
 from roentgen.api.asking import capture_fields
 from roentgen.api.model import Model
 from roentgen.api.serving import Server, serve
-from roentgen.api.spelling import naming_arguments
+from roentgen.argument_names import naming_arguments
 from roentgen.contract import canonical_hash
 from roentgen.durable import make_folder, write_text
 from roentgen.extensions import shown

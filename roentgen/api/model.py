@@ -31,8 +31,8 @@ from roentgen.api.asking import (
 )
 from roentgen.api.reading import Readable, read, read_into
 from roentgen.api.rollout import Rollout
-from roentgen.api.spelling import naming_arguments
 from roentgen.api.steering import Probe, Steer, named_probes
+from roentgen.argument_names import naming_arguments
 from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS, ActivationRequest, Device, Dtype, StoredDtype
 from roentgen.defaults import EMBEDDED_MODEL
 from roentgen.store.schema import check_finite

@@ -13,7 +13,7 @@ from eval_jobs.parquet import write_parquet
 from eval_jobs.report import write_report
 from eval_jobs.rescoring import rescore
 from eval_jobs.verdicts import Scorer
-from roentgen.api.spelling import naming_arguments
+from roentgen.argument_names import naming_arguments
 from roentgen.runs import Run
 from roentgen.workflows.dataset_export import Exported, ExportError, export_dataset, push
 from roentgen.workflows.dataset_tables import Table

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from roentgen.api.asking import capture_fields, checked
 from roentgen.api.model import Model
-from roentgen.api.spelling import naming_arguments
 from roentgen.api_keys import client_key
+from roentgen.argument_names import naming_arguments
 from roentgen.contract import ActivationRequest
 from roentgen.defaults import EMBEDDED_MODEL, HOST
 from roentgen.serving.local_server import check_host, check_port, serving

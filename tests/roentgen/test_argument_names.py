@@ -4,7 +4,7 @@ import pytest
 
 import roentgen
 from eval_jobs import EvalError
-from roentgen.api.spelling import in_python, naming_arguments
+from roentgen.argument_names import in_python, naming_arguments
 
 
 @pytest.mark.parametrize(
