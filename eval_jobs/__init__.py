@@ -27,8 +27,10 @@ The modules, in the order a newcomer should read them:
 It reaches the server only as an OpenAI client, so any compatible server will do (without activations).
 """
 
+from roentgen.errors import RoentgenError
 
-class EvalError(Exception):
+
+class EvalError(RoentgenError):
     """An expected failure: its message is one clear line for the person at the keyboard, without a traceback.
 
     Attributes:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from eval_jobs.endpoint import Endpoint, FatalRequestError, server_message
 from eval_jobs.tools import ToolCall
+from roentgen.errors import RoentgenError
 
 CONFIGURATION_ERRORS = frozenset({400, 401, 403, 404, 422})
 """Statuses that blame the request's form, which all problems share."""
@@ -25,7 +26,7 @@ SAID = ("role", "content", "reasoning_content", "tool_calls")
 """What of a reply's message is kept, and sent back in the next turn."""
 
 
-class ProblemFailedError(Exception):
+class ProblemFailedError(RoentgenError):
     """This problem got no answer; the message says why."""
 
 

@@ -20,6 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from eval_jobs import EvalError
 from eval_jobs.records import Problem
 from roentgen.contract import Labels, LabelValue
+from roentgen.errors import RoentgenError
 from roentgen.extensions import shown, spell_error
 
 _LABELS: TypeAdapter[dict[str, LabelValue]] = TypeAdapter(Labels)
@@ -31,7 +32,7 @@ class ScorerError(EvalError):
     """A scorer returns what is no verdict; the message says what. It would do so for every problem, so the run stops."""
 
 
-class ScoringFailedError(Exception):
+class ScoringFailedError(RoentgenError):
     """A scorer raised an exception; the message says which, and where. It may be this output's fault."""
 
 

@@ -1,7 +1,9 @@
 """What can be wrong with data that is to be probed."""
 
+from roentgen.errors import RoentgenError
 
-class ProbeDataError(Exception):
+
+class ProbeDataError(RoentgenError):
     """There is no data to probe; the message says what is missing and what to do."""
 
 
@@ -9,5 +11,5 @@ class NoConvergenceError(ProbeDataError, RuntimeError):
     """A fit does not settle; the message says what to do."""
 
 
-class OneClassError(Exception):
+class OneClassError(RoentgenError):
     """A label does not vary enough to be probed; the message says what it has and what to do."""

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from roentgen.api.rollout import Rollout
     from roentgen.api.serving import Server, serve
     from roentgen.api.steering import Steer
+    from roentgen.errors import RoentgenError
     from roentgen.harnesses.join import join
     from roentgen.linear_probe import SavedProbe
     from roentgen.runs import Run
@@ -41,6 +42,7 @@ __all__ = [
     "Problem",
     "Prompt",
     "RequestError",
+    "RoentgenError",
     "Rollout",
     "Run",
     "SavedProbe",
@@ -68,6 +70,7 @@ _HOMES = {
     "Problem": "eval_jobs.records",
     "Prompt": "eval_jobs.prompts",
     "RequestError": "serve_app.errors",
+    "RoentgenError": "roentgen.errors",
     "Rollout": "roentgen.api.rollout",
     "Run": "roentgen.runs",
     "SavedProbe": "roentgen.linear_probe",

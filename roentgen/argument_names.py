@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from roentgen.errors import RoentgenError
+
 _OPTION = re.compile(r"(`[^`]*`|'roentgen [^']*')|(?<![\w-])--(?:no-)?([a-z][a-z0-9]*(?:-[a-z0-9]+)*)")
-_OWN = frozenset(("eval_jobs", "probes", "roentgen", "serve_app"))
 
 
 def in_python(message: str, **called: str) -> str:
@@ -29,8 +30,7 @@ def naming_arguments(**called: str) -> Iterator[None]:
     """Spell the errors of this package that leave a block, or a decorated function, as a script does (see `in_python`)."""
     try:
         yield
-    except Exception as error:
-        told = error.args[0] if error.args else None
-        if isinstance(told, str) and type(error).__module__.partition(".")[0] in _OWN:
-            error.args = (in_python(told, **called), *error.args[1:])
+    except RoentgenError as error:
+        if error.args and isinstance(error.args[0], str):
+            error.args = (in_python(error.args[0], **called), *error.args[1:])
         raise

@@ -15,11 +15,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock
 
+from roentgen.errors import RoentgenError
+
 LOCAL = "local"
 CONNECT_TIMEOUT_S = 5.0
 
 
-class ClusterError(Exception):
+class ClusterError(RoentgenError):
     """Ray does not start here, or cannot be reached at the address given."""
 
 

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from roentgen.contract import split_key
 from roentgen.durable import atomic_write, make_folder, write_json
+from roentgen.errors import RoentgenError
 
 ScoreUnit = Literal["log_odds", "logits", "value", "score"]
 
@@ -33,7 +34,7 @@ TENSORS = "probes.safetensors"
 CARDS = "probes.json"
 
 
-class SavedProbeError(Exception):
+class SavedProbeError(RoentgenError):
     """A saved probe cannot be used; the message names the file and what to do."""
 
 

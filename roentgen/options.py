@@ -24,11 +24,13 @@ import typer
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from roentgen.errors import RoentgenError
+
 Model = TypeVar("Model", bound=BaseModel)
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
-class OptionError(ValueError):
+class OptionError(RoentgenError, ValueError):
     """Options that are not allowed; the message has a line for each."""
 
 

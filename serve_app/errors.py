@@ -7,11 +7,13 @@ Whatever layer finds the reason raises a subclass, which says what it means to a
 import copyreg
 from typing import Any
 
+from roentgen.errors import RoentgenError
+
 RETRY_AFTER_S = 2
 """When to try again what the server cannot do just now."""
 
 
-class RequestError(Exception):
+class RequestError(RoentgenError):
     """An error of a client, or one that a client has to be told.
 
     Attributes:

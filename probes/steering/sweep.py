@@ -16,9 +16,10 @@ from openai import APIError, AsyncOpenAI
 from pydantic import BaseModel, ConfigDict
 
 from probes.steering.arms import Along, Arm
+from roentgen.errors import RoentgenError
 
 
-class SweepError(Exception):
+class SweepError(RoentgenError):
     """A sweep cannot be run; the message says what the server said."""
 
 

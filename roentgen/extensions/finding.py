@@ -20,6 +20,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Generic, TypeVar
 
+from roentgen.errors import RoentgenError
 from roentgen.extensions.fingerprint import fingerprint
 from roentgen.extensions.travel import is_users_module
 
@@ -32,7 +33,7 @@ _IN_MODULE = re.compile(rf"(?P<module>{_ATTRIBUTE}):(?P<attribute>{_ATTRIBUTE})"
 HOW_TO_REFER = "a reference, module:name or path/to/file.py:name"
 
 
-class ExtensionError(ValueError):
+class ExtensionError(RoentgenError, ValueError):
     """An extension cannot be found or loaded; the message says what was looked for, and where."""
 
 

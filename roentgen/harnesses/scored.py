@@ -6,12 +6,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from roentgen.contract import LabelValue
+from roentgen.errors import RoentgenError
 
 GRADES = {"C": 1.0, "I": 0.0, "P": 0.5, "N": 0.0}
 """inspect_ai's grades: correct, incorrect, partly correct, no answer; its own numbers for them."""
 
 
-class LogError(Exception):
+class LogError(RoentgenError):
     """A log cannot be read; the message names it and says what can be done."""
 
 

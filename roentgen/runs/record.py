@@ -17,6 +17,7 @@ from typing import IO, Self, overload
 from pydantic import BaseModel, ValidationError
 
 from roentgen.durable import sync_folder
+from roentgen.errors import RoentgenError
 from roentgen.runs.sample import Sample
 
 BLOCK = 1 << 16
@@ -26,7 +27,7 @@ _SUFFIX = re.compile(r"(_e[0-9]+)?(_v-.*)?$")
 """What a sample's name says of its epoch and variant: `gsm8k_0001_e2_v-calm`."""
 
 
-class RunError(Exception):
+class RunError(RoentgenError):
     """A run directory cannot be used; the message names the file and what to do."""
 
 

@@ -21,6 +21,7 @@ from roentgen.api_keys import api_keys
 from roentgen.cluster import LOCAL, connected
 from roentgen.contract import LAYER_HOOK_POINTS, stored_key
 from roentgen.defaults import HOST
+from roentgen.errors import RoentgenError
 from roentgen.http_client import LAST_PORT
 from roentgen.serving.preflight import Capture, PreflightError, check_start
 from roentgen.store.places import check_writable, open_place
@@ -36,7 +37,7 @@ START_TIMEOUT_S = 1800
 STOP_TIMEOUT_S = 30
 
 
-class LaunchError(Exception):
+class LaunchError(RoentgenError):
     """The server could not be started; the message says why and what to do."""
 
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
+from roentgen.errors import RoentgenError
 from serve_app.config import ServerConfig
 from serve_app.engines.vllm.requirements import check_available
 from serve_app.errors import RequestError
@@ -28,7 +29,7 @@ class Capture(Protocol):
         """Hook points."""
 
 
-class PreflightError(Exception):
+class PreflightError(RoentgenError):
     """A server with this configuration cannot be started on this machine; the message names the option."""
 
 

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from roentgen.contract import LabelValue, RolloutKey, is_text, spell_labels
+from roentgen.errors import RoentgenError
 from roentgen.store.quantization import QUANTIZED, SCALE, dequantize, quantize
 from roentgen.tokenized_text import TokenizedText
 
@@ -58,7 +59,7 @@ ADDED_COLUMNS = frozenset({"non_finite_rows"})
 """Columns that schema 1 did not have at first: in an index file without them they are null, which means not counted."""
 
 
-class StoreError(Exception):
+class StoreError(RoentgenError):
     """The store could not be read or written; the message names the file and what to do."""
 
 

@@ -4,10 +4,11 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from roentgen.contract import LabelValue, RolloutKey
+from roentgen.errors import RoentgenError
 from roentgen.tokenized_text import TokenizedText
 
 
-class TranscriptError(Exception):
+class TranscriptError(RoentgenError):
     """Transcripts cannot be read; the message names the file, the place and what is allowed."""
 
 

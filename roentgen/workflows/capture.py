@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from roentgen.contract import ActivationRequest, canonical_hash
 from roentgen.defaults import EMBEDDED_MODEL, STORE
+from roentgen.errors import RoentgenError
 from roentgen.model_names import is_named
 from roentgen.runs import Run
 from roentgen.serving.preflight import PreflightError, check_device, spell_option
@@ -43,7 +44,7 @@ SECONDS_BETWEEN_LINES = 5.0
 """Of progress, where there is no terminal to draw a bar on."""
 
 
-class CaptureError(Exception):
+class CaptureError(RoentgenError):
     """Nothing, or nothing more, can be captured; the message says why and what to do."""
 
 

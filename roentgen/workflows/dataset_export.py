@@ -16,13 +16,14 @@ from pathlib import Path
 from eval_jobs.summary import summarise
 from roentgen.contract import execution_order
 from roentgen.durable import atomic_folder, write_text
+from roentgen.errors import RoentgenError
 from roentgen.runs import Run
 from roentgen.workflows.dataset_card import write_card
 from roentgen.workflows.dataset_tables import Judged, Table, write_rollouts, write_rows, write_samples
 from roentgen.workflows.sample_rollouts import find_rollouts
 
 
-class ExportError(Exception):
+class ExportError(RoentgenError):
     """A run cannot be exported or sent; the message says why."""
 
 

@@ -20,6 +20,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from roentgen.errors import RoentgenError
+
 WHOLE_BYTES = 1 << 30
 """Weights of a folder up to this size are hashed whole: at the speed of memory that takes a tenth of a second."""
 BLOCK = 4 << 10
@@ -59,7 +61,7 @@ MAX_HEADER = 100_000_000
 """The largest header that safetensors allows."""
 
 
-class DamagedWeightsError(ValueError):
+class DamagedWeightsError(RoentgenError, ValueError):
     """A weight file is truncated or not what its name says, or an index names a file that is absent."""
 
 

@@ -7,11 +7,12 @@ must not go into the same session: it would hide what is there. That is refused,
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from roentgen.errors import RoentgenError
 from roentgen.store import CaptureSpec, Session
 from serve_app.teacher_forcing.tokens import TokenizedTranscript
 
 
-class OtherCaptureError(Exception):
+class OtherCaptureError(RoentgenError):
     """The session holds the same rollouts, captured otherwise; the message says what differs."""
 
 

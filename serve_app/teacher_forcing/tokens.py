@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from roentgen.contract import is_text
+from roentgen.errors import RoentgenError
 from roentgen.tokenized_text import TokenizedText
 from roentgen.transcripts import Transcript
 from serve_app.engines.transformers.model import LoadedModel
@@ -29,7 +30,7 @@ MARKS = ("\n", "a", "0")
 """What a completion is put behind, to tokenize it as something that does not begin a text."""
 
 
-class UnreadableTextError(Exception):
+class UnreadableTextError(RoentgenError):
     """A transcript cannot be given to this model; the message says why."""
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from roentgen.contract import Positions
+from roentgen.errors import RoentgenError
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.structure import Tap
 from serve_app.engines.protocol import Sampling
@@ -43,7 +44,7 @@ BUILT_IN_PROMPTS = (
 )
 
 
-class VerificationError(Exception):
+class VerificationError(RoentgenError):
     """A verification cannot be made as asked; the message says why."""
 
 
