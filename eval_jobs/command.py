@@ -21,10 +21,10 @@ from eval_jobs.prompts import check_prompt
 from eval_jobs.resume import check_output
 from eval_jobs.selection import load_problems
 from eval_jobs.settings import CAPTURE_OPTIONS, SERVER_OPTIONS, EvalSettings, SettingsError, check_settings
-from roentgen.cluster import ClusterError
 from roentgen.defaults import EMBEDDED_MODEL, base_url
+from roentgen.errors import RoentgenError
 from roentgen.options import options_of
-from roentgen.runs import Run, RunError
+from roentgen.runs import Run
 
 BASE_URL_VARIABLE = "ROENTGEN_BASE_URL"
 
@@ -43,7 +43,7 @@ def evaluate(ctx: typer.Context, **options: Any) -> None:
     try:
         settings = check_settings(**{**options, **_meant(ctx, options, progress)})
         failed = _run(settings, ctx.obj if callable(ctx.obj) else None, progress)
-    except (ClusterError, EvalError, RunError) as error:
+    except RoentgenError as error:
         if options["verbose"]:
             progress.print_exception()
         progress.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)

@@ -7,7 +7,7 @@ import roentgen
 ASK = {"model": "smollm2-135m", "temperature": 0, "max_tokens": 16}
 KEPT = {"session_id": "client", "layers": [12], "hook_points": ["resid_post"]}
 
-# A model's name, as in roentgen.serve("smollm2-135m"), starts Ray Serve with every engine; a loaded model is served from here.
+# A loaded model is served as it is, from this process; a name, as in roentgen.serve("smollm2-135m"), is loaded to be served.
 with roentgen.load("smollm2-135m") as model, roentgen.serve(model, store="results/examples/store") as server:
     print(server.base_url)
     reply = server.client.chat.completions.create(

@@ -2,19 +2,8 @@
 
 import roentgen
 
-POSITIVE = [
-    "wonderful",
-    "delightful",
-    "excellent",
-    "superb",
-    "charming",
-    "brilliant",
-    "lovely",
-    "perfect",
-    "great",
-    "fun",
-]
-NEGATIVE = ["terrible", "awful", "dreadful", "boring", "horrible", "miserable", "ugly", "poor", "bad", "dull"]
+POSITIVE = ["wonderful", "delightful", "excellent", "charming", "brilliant", "lovely", "perfect", "great"]
+NEGATIVE = ["terrible", "awful", "dreadful", "boring", "horrible", "miserable", "ugly", "bad"]
 THINGS = ["film", "dinner", "hotel", "concert"]
 
 texts = [

@@ -1,7 +1,7 @@
 """Roentgen: evaluate a language model and store its internal activations.
 
     model = roentgen.load("smollm2-135m")
-    (out,) = model.generate("What is 12 * 7?", max_tokens=32, capture=dict(layers="all", hook_points=["resid_post"]))
+    (out,) = model.generate("12 * 7 =", max_tokens=32, capture=dict(layers="all", hook_points=["resid_post"]))
     out["layers.12.resid_post"]                      # [len(out.tokens), d_model]
 
 What is listed in `__all__` is the Python library (docs/api.md). Its names are loaded when they are first used, so that

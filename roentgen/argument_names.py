@@ -32,5 +32,6 @@ def naming_arguments(**called: str) -> Iterator[None]:
         yield
     except RoentgenError as error:
         if error.args and isinstance(error.args[0], str):
+            error.for_console = error.for_console or str(error)
             error.args = (in_python(error.args[0], **called), *error.args[1:])
         raise

@@ -23,7 +23,11 @@ stand.
 In a notebook, all of it works in a running event loop; rollouts, runs and probes show themselves as HTML. Where a server is
 behind it, coroutines have a variant: `async with roentgen.serve(…) as server`, `server.async_client`,
 `await roentgen.evaluate_async(…)`. Interrupted by Ctrl-C or cancelled, whatever was started is stopped, and what was recorded
-stays.
+stays. Several evaluations may run at once, in threads or coroutines.
+
+Whatever a script can get wrong, and whatever can fail around it, is a `RoentgenError` with one line that names the argument,
+the value and what is allowed; `RequestError` and those that the functions below name are kinds of it. An argument of another
+type than those allowed is a `TypeError`.
 
 """
 

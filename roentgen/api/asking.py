@@ -8,11 +8,13 @@ error names the field, the value and what is allowed. Only the field's name may 
 import operator
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from roentgen.api.steering import Steer, find_probe, is_vector
+from roentgen.extensions import shown
 from roentgen.linear_probe import SavedProbe
 from roentgen.stopping import StopWhen
 from serve_app.capture.scoring import Scorer
@@ -32,6 +34,7 @@ from serve_app.requests.probes_and_steering import addition_of, check_probe, sav
 Conversation = Sequence[Mapping[str, Any]]
 """Messages, as the chat route takes them."""
 Prompt = str | Conversation
+ALLOWED = 'allowed are a text, and a conversation: a list of {"role": …, "content": …}'
 
 CAPTURE_FIELDS = ("layers", "hook_points", "positions", "dtype", "allow_non_finite")
 """What a capture in memory can be asked for."""
@@ -66,6 +69,11 @@ def checked(kind: type[Checked], values: Mapping[str, Any]) -> Checked:
         raise in_python(from_validation(error.errors())) from error
 
 
+def named(model: Any) -> Any:
+    """Return a folder's path as a model's name."""
+    return str(model) if isinstance(model, Path) else model
+
+
 def in_python(error: RequestError, prompt: int | None = None) -> RequestError:
     """Spell an error's field as the argument of Python is called; an error of one prompt of several says which."""
     message, param = error.message, error.param
@@ -83,16 +91,15 @@ def prompts_of(given: Prompt | Iterable[Prompt]) -> list[Prompt]:
     Raises:
         TypeError: if one is neither text nor a conversation.
     """
+    if isinstance(given, bytes | Mapping) or not isinstance(given, Iterable):
+        raise TypeError(f"prompts: {shown(given)} is none; {ALLOWED}")
     prompts: list[Any] = [given] if isinstance(given, str) else list(given)
     if prompts and all(isinstance(one, Mapping) for one in prompts):  # one conversation
         prompts = [prompts]
     for place, one in enumerate(prompts):
         told = isinstance(one, Sequence) and not isinstance(one, bytes)
         if not isinstance(one, str) and not (told and all(isinstance(message, Mapping) for message in one)):
-            raise TypeError(
-                f"prompts[{place}]: a {type(one).__name__} is no prompt; allowed are a text, and a conversation: a list of "
-                '{"role": …, "content": …}'
-            )
+            raise TypeError(f"prompts[{place}]: {shown(one)} is no prompt; {ALLOWED}")
     return prompts
 
 
@@ -170,22 +177,26 @@ def stop_rules(probes: Sequence[Scorer], stop_when: Mapping[str, Mapping[str, An
     return rules
 
 
-def additions(model: ServedModel, steering: Sequence[Steer]) -> tuple[Addition, ...]:
+def additions(model: ServedModel, steering: Steer | Sequence[Steer]) -> tuple[Addition, ...]:
     """Return what is added to a generation's stream.
 
     Raises:
         RequestError: naming the vector that cannot be added, and why.
-        TypeError: if a direction is neither a probe nor numbers.
+        TypeError: if one is no `Steer`, or its direction neither a probe nor numbers.
         SavedProbeError: if there is no probe at a path.
     """
-    return tuple(_addition(model, one, f"steering[{place}]") for place, one in enumerate(steering))
+    several = [steering] if isinstance(steering, Steer) else steering
+    for place, one in enumerate(several):
+        if not isinstance(one, Steer):
+            raise TypeError(f"steering[{place}]: {shown(one)} is no roentgen.Steer, which says what is added and where")
+    return tuple(_addition(model, one, f"steering[{place}]") for place, one in enumerate(several))
 
 
 def _addition(model: ServedModel, one: Steer, param: str) -> Addition:
     fields = {
         "layer": one.layer if one.layer is None else _whole(one.layer),
         "hook_point": one.hook_point,
-        "scale": float(one.scale),
+        "scale": one.scale.item() if hasattr(one.scale, "item") else one.scale,
         "positions": one.positions,
         "output": one.output,
     }

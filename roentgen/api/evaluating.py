@@ -20,7 +20,7 @@ from eval_jobs.records import record_of
 from eval_jobs.resume import RESULTS
 from eval_jobs.settings import EvalSettings, check_settings
 from eval_jobs.verdicts import Scorer
-from roentgen.api.asking import capture_fields
+from roentgen.api.asking import capture_fields, named
 from roentgen.api.model import Model
 from roentgen.api.serving import Server, serve
 from roentgen.argument_names import naming_arguments
@@ -33,13 +33,16 @@ from roentgen.serving.local_server import LaunchError
 from roentgen.stages import Stages
 from roentgen.store import StoreError
 
+TURN_S = 0.2
+"""Seconds between two turns of the event loop while an evaluation goes on."""
+
 
 def evaluate(
     problems: str | Path | Source | Iterable[Record] = "arithmetic",
     *,
     prompt: str | Prompt | Pose | None = None,
     scorer: str | Scorer | None = None,
-    model: str | Server | Model | None = None,
+    model: str | Path | Server | Model | None = None,
     capture: Mapping[str, Any] | None = None,
     output: str | Path | None = None,
     console: Console | None = None,
@@ -85,7 +88,7 @@ async def evaluate_async(
     *,
     prompt: str | Prompt | Pose | None = None,
     scorer: str | Scorer | None = None,
-    model: str | Server | Model | None = None,
+    model: str | Path | Server | Model | None = None,
     capture: Mapping[str, Any] | None = None,
     output: str | Path | None = None,
     console: Console | None = None,
@@ -99,7 +102,9 @@ async def evaluate_async(
     stop = Event()
     work = asyncio.ensure_future(asyncio.to_thread(_evaluate, problems, model, capture, output, console, own, stop))
     try:
-        return await asyncio.shield(work)
+        while not work.done():  # a notebook's loop hears of an interrupt only when it turns
+            await asyncio.wait({work}, timeout=TURN_S)
+        return work.result()
     except asyncio.CancelledError:
         stop.set()
         try:
@@ -112,7 +117,7 @@ async def evaluate_async(
 @naming_arguments(extractor="scorer", collect_activations="capture")
 def _evaluate(
     problems: str | Path | Source | Iterable[Record],
-    model: str | Server | Model | None,
+    model: str | Path | Server | Model | None,
     capture: Mapping[str, Any] | None,
     output: str | Path | None,
     console: Console | None,
@@ -148,13 +153,14 @@ def _evaluate(
     return run
 
 
-def _server(model: str | Server | Model | None) -> dict[str, Any]:
+def _server(model: str | Path | Server | Model | None) -> dict[str, Any]:
     """Return the settings that say what is evaluated, and where."""
     if isinstance(model, Server):
         return {"base_url": model.base_url}
     if isinstance(model, Model):
         config = model.config
         return {"model": config.model, "revision": config.revision, "dtype": model.dtype, "device": config.device}
+    model = named(model)
     if model is not None and not isinstance(model, str):
         raise ProblemError(
             f"model: {shown(model)} is none; allowed are a name, a base URL, a loaded Model, and a Server that runs "

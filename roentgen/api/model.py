@@ -24,6 +24,7 @@ from roentgen.api.asking import (
     capture_fields,
     checked,
     in_python,
+    named,
     plan,
     prompts_of,
     scorers,
@@ -194,8 +195,8 @@ class Model:
         n: int = 1,
         stop: str | Sequence[str] | None = None,
         capture: Mapping[str, Any] | None = None,
-        steering: Sequence[Steer] = (),
-        probes: Sequence[Probe] | Mapping[str, Probe] = (),
+        steering: Steer | Sequence[Steer] = (),
+        probes: Probe | Sequence[Probe] | Mapping[str, Probe] = (),
         stop_when: Mapping[str, Mapping[str, Any]] | None = None,
         **params: Any,
     ) -> list[Rollout]:
@@ -213,8 +214,8 @@ class Model:
             stop: strings that end a completion, and are not part of it.
             capture: what to keep, such as `dict(layers=[8, 12], hook_points=["resid_post"], positions="all")`. Layers may be
                 "all"; `dtype` and `allow_non_finite` are as in docs/http.md.
-            steering: vectors to add.
-            probes: what to score every token with; a mapping gives them names.
+            steering: vectors to add, one or several.
+            probes: what to score every token with, one or several; a mapping gives them names.
             stop_when: by the name of a probe, when its scores end the generation, `{"above": 2.0, "for": 3}`, or with
                 `"then": "close_reasoning"` the model's reasoning (docs/http.md).
             params: the other fields of a request (docs/http.md): top_p, top_k, logit_bias, response_format and so on.
@@ -276,6 +277,7 @@ class Model:
         chunk_size: int | None = ...,
         progress: bool = ...,
     ) -> CaptureReport: ...
+    @naming_arguments()
     def capture(
         self,
         texts: Iterable[Readable],
@@ -323,6 +325,10 @@ class Model:
             "layers": layers, "hook_points": hook_points, "positions": positions, "dtype": dtype,
             "allow_non_finite": allow_non_finite,
         }  # fmt: skip
+        if chunk_size is not None and chunk_size < 1:
+            raise ApiError(
+                400, f"chunk_size: {chunk_size} is none; allowed are whole numbers from 1", param="chunk_size"
+            )
         try:
             request = ActivationRequest.model_validate(capture_fields(fields))
         except ValidationError as error:
@@ -339,7 +345,7 @@ class Model:
 
 @naming_arguments()
 def load(
-    model: str = EMBEDDED_MODEL,
+    model: str | Path = EMBEDDED_MODEL,
     *,
     revision: str | None = None,
     dtype: Dtype = "auto",
@@ -366,7 +372,7 @@ def load(
         RequestError: if there is no such model, its weights cannot be used, or an option is not allowed.
     """
     given = {
-        "model": model, "revision": revision, "dtype": dtype, "device": device, "device_map": device_map,
+        "model": named(model), "revision": revision, "dtype": dtype, "device": device, "device_map": device_map,
         "trust_remote_code": trust_remote_code, **options,
     }  # fmt: skip
     if unknown := sorted(options.keys() - ENGINE_OPTIONS):

@@ -6,7 +6,7 @@ group. Into a store, it is what the command `roentgen capture` does: what the se
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 from rich.console import Console
 from tqdm import tqdm
@@ -14,13 +14,15 @@ from tqdm import tqdm
 from roentgen import store
 from roentgen.api.asking import in_python
 from roentgen.api.rollout import Rollout
-from roentgen.contract import canonical_hash
+from roentgen.contract import canonical_hash, check_session_id
+from roentgen.extensions import shown
 from roentgen.store.places import check_writable, open_place
 from roentgen.store.schema import check_finite
 from roentgen.transcripts import Transcript
 from roentgen.transcripts.file import read_records
 from roentgen.workflows.capture import CaptureReport, Reader, capture_into, session_name
 from serve_app.errors import RequestError
+from serve_app.openai_api.errors import ApiError
 from serve_app.teacher_forcing.capture import TeacherForcing
 from serve_app.teacher_forcing.tokens import transcript_tokenizer
 
@@ -44,12 +46,17 @@ def transcripts_of(texts: Iterable[Readable]) -> Iterator[Transcript]:
 
 
 def _record(text: Readable) -> Mapping[str, Any]:
+    record: dict[str, Any]
     if isinstance(text, str):
-        record: dict[str, Any] = {"text": text}
+        record = {"text": text}
     elif isinstance(text, Mapping):
         record = dict(text)
+    elif isinstance(text, Sequence) and all(isinstance(message, Mapping) for message in text):
+        record = {"messages": [dict(message) for message in cast(Sequence[Mapping[str, Any]], text)]}
     else:
-        record = {"messages": [dict(message) for message in text]}
+        raise TypeError(
+            f"texts: {shown(text)} is none; allowed are a text, a conversation, and an object as docs/capture.md has"
+        )
     return {"id": canonical_hash(record), **record}
 
 
@@ -111,11 +118,15 @@ def read_into(
     """Read texts into a store's session, but for those that it has.
 
     Raises:
-        RequestError: if the model does not have what is asked for.
+        RequestError: if the model does not have what is asked for, or the session's name is none.
         TranscriptError: naming the first that is no text.
         OtherCaptureError: if the session holds one of the texts, captured otherwise.
         StoreError: if the store cannot be read or written.
     """
+    try:
+        check_session_id(session if session is not None else "any")
+    except ValueError as error:
+        raise ApiError(400, f"session: {error}", param="session") from error
     place = open_place(folder)
     check_writable(place)
     name = session or session_name("python", "texts", reader.request, reader.model)

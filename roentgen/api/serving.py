@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from roentgen.api.asking import capture_fields, checked
+from roentgen.api.asking import capture_fields, checked, named
 from roentgen.api.model import Model
 from roentgen.api_keys import client_key
 from roentgen.argument_names import naming_arguments
@@ -67,9 +68,9 @@ class Serving(AbstractContextManager[Server], AbstractAsyncContextManager[Server
         self._config = config
         self._server: Server | None = None
 
-    @naming_arguments()
     def __enter__(self) -> Server:
-        self._server = Server(self._running.__enter__(), self._config)
+        with naming_arguments():
+            self._server = Server(self._running.__enter__(), self._config)
         return self._server
 
     def __exit__(
@@ -98,7 +99,7 @@ class Serving(AbstractContextManager[Server], AbstractAsyncContextManager[Server
 
 
 def serve(
-    model: str | Model = EMBEDDED_MODEL,
+    model: str | Path | Model = EMBEDDED_MODEL,
     *,
     capture: Mapping[str, Any] | bool = True,
     host: str = HOST,
@@ -141,7 +142,7 @@ def serve(
         own = model.config.model_dump(exclude_unset=True) | {"capture": capture is not False, **options}
         config = checked(ServerConfig, own)
         return Serving(lambda: _in_process(model, config, host, port), config)
-    config = checked(ServerConfig, {"model": model, "capture": capture is not False, **options})
+    config = checked(ServerConfig, {"model": named(model), "capture": capture is not False, **options})
     return Serving(
         lambda: serving(
             config, host=host, port=port, ray_address=ray_address, stage=stage, verbose=verbose, capture=known

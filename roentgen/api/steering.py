@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from roentgen.extensions import shown
+
 if TYPE_CHECKING:
     from roentgen.linear_probe import SavedProbe
 
@@ -43,8 +45,8 @@ class Steer:
     """Which of a probe's directions, for one with several."""
 
 
-def named_probes(given: "Sequence[Probe] | Mapping[str, Probe]") -> "dict[str, SavedProbe]":
-    """Return probes by name: those of the mapping, or their own, `layers.12.resid_post@last_prompt`.
+def named_probes(given: "Probe | Sequence[Probe] | Mapping[str, Probe]") -> "dict[str, SavedProbe]":
+    """Return probes, one or several, by name: those of the mapping, or their own, `layers.12.resid_post@last_prompt`.
 
     Raises:
         TypeError: if one is no probe.
@@ -54,7 +56,7 @@ def named_probes(given: "Sequence[Probe] | Mapping[str, Probe]") -> "dict[str, S
     if isinstance(given, Mapping):
         return {name: find_probe(probe, f"probes[{name!r}]") for name, probe in given.items()}
     found: dict[str, SavedProbe] = {}
-    for place, one in enumerate(given):
+    for place, one in enumerate(given if isinstance(given, list | tuple) else [given]):
         probe = find_probe(one, f"probes[{place}]")
         if probe.card.name in found:
             raise ValueError(
@@ -82,7 +84,7 @@ def find_probe(given: Probe, param: str) -> "SavedProbe":
     if isinstance(probe, SavedProbe):
         return probe
     raise TypeError(
-        f"{param}: a {type(given).__name__} is no probe; allowed are a SavedProbe, what roentgen.probes.train returns, and a "
+        f"{param}: {shown(given)} is no probe; allowed are a SavedProbe, what roentgen.probes.train returns, and a "
         "path FOLDER/NAME"
     )
 

@@ -25,14 +25,9 @@ def capture(**options: Any) -> None:
         if not settings.source.exists():
             raise OptionError(f"{settings.source} is neither a run directory nor a file")
         stage(LOADING)
-        from roentgen.runs import RunError
-        from roentgen.store import StoreError
-        from roentgen.transcripts import TranscriptError
-        from roentgen.workflows.capture import CaptureError
         from roentgen.workflows.capture import capture as run_capture
 
-        with expected_errors(CaptureError, RunError, StoreError, TranscriptError):
-            report = run_capture(settings, err, stage)
+        report = run_capture(settings, err, stage)
     for name, reason in report.failures:
         err.print(f"not captured: {name}: {reason}", style="red", highlight=False, markup=False)
     say = partial(out.print, highlight=False, markup=False, soft_wrap=True)
@@ -67,35 +62,30 @@ def verify(
 
 def _verify(asked: VerifySettings, stage: Stages) -> "Report":
     """Check what files alone tell, load the model, and verify it."""
-    from roentgen.serving.preflight import PreflightError, check_device, spell_option
+    from roentgen.serving.preflight import check_device, spell_option
     from serve_app.capture.structure import CaptureRequestError
     from serve_app.models.description import describe
-    from serve_app.models.errors import ModelNotFoundError
     from serve_app.models.sources import locate
 
-    with expected_errors(ModelNotFoundError, PreflightError):
-        stage(f"finding {asked.model}")
-        check_device(asked.device)
-        source = locate(asked.model, asked.revision)
-        try:
-            describe(source).check_capture(asked.layers, asked.hook_points or ())
-        except CaptureRequestError as error:
-            raise OptionError(spell_option(str(error))) from error
+    stage(f"finding {asked.model}")
+    check_device(asked.device)
+    source = locate(asked.model, asked.revision)
+    try:
+        describe(source).check_capture(asked.layers, asked.hook_points or ())
+    except CaptureRequestError as error:
+        raise OptionError(spell_option(str(error))) from error
     # What follows takes seconds to import.
-    from serve_app.capture.resolver import ResolutionError
     from serve_app.engines.transformers.model import load
     from serve_app.verification import (
         BUILT_IN_PROMPTS,
-        VerificationError,
         read_prompts,
         taps_to_verify,
         verify_capture,
     )
 
     # An architecture that cannot be verified is one of the resolution's errors.
-    with expected_errors(CaptureRequestError, ModelNotFoundError, ResolutionError, VerificationError):
-        texts = BUILT_IN_PROMPTS if asked.prompts is None else read_prompts(asked.prompts)
-        loaded = load(source, asked.dtype, asked.device, stage)
-        taps = taps_to_verify(loaded.structure, asked.layers, asked.hook_points or ())
-        stage(f"{asked.requests} requests join and leave a batch, then each runs alone: {len(taps)} hook points")
-        return verify_capture(loaded, taps=taps, prompts=texts, count=asked.requests)
+    texts = BUILT_IN_PROMPTS if asked.prompts is None else read_prompts(asked.prompts)
+    loaded = load(source, asked.dtype, asked.device, stage)
+    taps = taps_to_verify(loaded.structure, asked.layers, asked.hook_points or ())
+    stage(f"{asked.requests} requests join and leave a batch, then each runs alone: {len(taps)} hook points")
+    return verify_capture(loaded, taps=taps, prompts=texts, count=asked.requests)

@@ -34,9 +34,8 @@ def up(
     """Launch a cluster that serves a model, or use one that runs, and check it. Leaves it running."""
     from roentgen.cloud.skypilot import SkyPilot
     from roentgen.cloud.up import up as bring_up
-    from roentgen.serving.local_server import LaunchError
 
-    with stages() as stage, expected_errors(LaunchError):
+    with stages() as stage, expected_errors():
         settings = read_options(ClusterSettings, options)
         launched = bring_up(settings, SkyPilot(), stage, check=validate_openapi)
     out.print(
@@ -51,10 +50,9 @@ def smoke(
     model: Annotated[str | None, typer.Option(help="Loaded if another is served.")] = None,
 ) -> None:
     """Check a server with one request: health, routes, model, an answer, and its activations read back."""
-    from roentgen.serving.local_server import LaunchError
     from roentgen.serving.smoke import smoke as check
 
-    with stages() as stage, expected_errors(LaunchError, ValueError):
+    with stages() as stage, expected_errors(ValueError):
         report = check(server_root(base), client_key(), stage, model=model)
     kept = ", ".join(report.tensors)
     out.print(f"{report.model} answers {report.answer!r}; {report.rows} rows of {kept} read back", soft_wrap=True)
@@ -96,9 +94,8 @@ def doctor(
 def status() -> None:
     """List the clusters, as their providers see them."""
     from roentgen.cloud.skypilot import SkyPilot
-    from roentgen.serving.local_server import LaunchError
 
-    with expected_errors(LaunchError):
+    with expected_errors():
         clusters = SkyPilot().clusters(refresh=True)
     table = table_of("cluster", "status", "nodes", "resources", "takes itself down")
     for one in clusters:
@@ -115,9 +112,8 @@ def logs(
     """Show the ends of the newest job's log and of Serve's logs."""
     from roentgen.cloud.remote import Head
     from roentgen.cloud.skypilot import SkyPilot
-    from roentgen.serving.local_server import LaunchError
 
-    with expected_errors(LaunchError):
+    with expected_errors():
         SkyPilot().stream(["logs", name, "--no-follow", "--tail", str(lines)], _plain)
         _plain(Head(name).tail(lines))
 
@@ -136,9 +132,8 @@ def ssh(name: Name = CLUSTER_NAME) -> None:
 def cost(name: Name = CLUSTER_NAME) -> None:
     """Show what clusters of a name have cost, as SkyPilot reckons."""
     from roentgen.cloud.skypilot import SkyPilot
-    from roentgen.serving.local_server import LaunchError
 
-    with expected_errors(LaunchError):
+    with expected_errors():
         entries = SkyPilot().cost(name)
     table = table_of("cluster", "status", "hours", "dollars")
     for entry in entries:
@@ -151,9 +146,8 @@ def cost(name: Name = CLUSTER_NAME) -> None:
 def down(name: Name = CLUSTER_NAME) -> None:
     """Take a cluster down, and wait until its provider says that it is gone."""
     from roentgen.cloud.skypilot import SkyPilot
-    from roentgen.serving.local_server import LaunchError
 
-    with stages() as stage, expected_errors(LaunchError):
+    with stages() as stage, expected_errors():
         gone = SkyPilot().down(name, stage)
     out.print(f"{name} is down: its provider says that {', '.join(gone) or 'every instance'} is gone", highlight=False)
 

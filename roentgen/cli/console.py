@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Column, Table
 
-from roentgen.options import OptionError
+from roentgen.errors import RoentgenError
 from roentgen.stages import Stages
 
 out = Console()
@@ -23,12 +23,13 @@ LOADING = "loading libraries"
 
 @contextmanager
 def expected_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn the errors a user can cause into one line and exit code 2."""
-    expected: tuple[type[Exception], ...] = (OptionError, *kinds)
+    """Turn the errors a user can cause, those of this package and `kinds`, into one line and exit code 2."""
+    expected: tuple[type[Exception], ...] = (RoentgenError, *kinds)
     try:
         yield
     except expected as error:
-        err.print(f"error: {error}", style="red", highlight=False, markup=False)
+        said = getattr(error, "for_console", None) or error
+        err.print(f"error: {said}", style="red", highlight=False, markup=False)
         raise typer.Exit(2) from error
 
 

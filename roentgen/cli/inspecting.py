@@ -19,11 +19,9 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole record as JSON.")] = False, **options: Any
 ) -> None:
     """Show what a model has to capture: where each hook point is, or why it is missing."""
-    from serve_app.capture.resolver import ResolutionError
-    from serve_app.models.errors import ModelNotFoundError
     from serve_app.models.inspection import inspect_model
 
-    with expected_errors(ModelNotFoundError, ResolutionError):
+    with expected_errors():
         asked = read_options(InspectSettings, options)
         structure = inspect_model(asked.model, revision=asked.revision, config_only=asked.config_only)
     if as_json:

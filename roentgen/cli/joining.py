@@ -26,10 +26,8 @@ def join(
 ) -> None:
     """Join a harness' scores to stored rollouts, as labels; the same again changes nothing. Ends with 1 if none matches."""
     from roentgen.harnesses.join import join as join_log
-    from roentgen.harnesses.scored import LogError
-    from roentgen.store import StoreError
 
-    with expected_errors(LogError, StoreError, OSError, ValueError):
+    with expected_errors(OSError, ValueError):
         key = api_keys.client_key(api_key)
         report = join_log(log, session, scorers=scorer or [], prefix=prefix, api_key=key)
     for reason, names in report.unmatched.items():

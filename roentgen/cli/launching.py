@@ -76,7 +76,7 @@ def _launch(ctx: typer.Context, launch: dict[str, Any], cluster: dict[str, Any],
     from roentgen.cloud.skypilot import SkyPilot
     from roentgen.serving.local_server import LaunchError
 
-    with stages() as stage, expected_errors(LaunchError, EvalError):
+    with stages() as stage, expected_errors():
         asked = _check(options)
         how = read_options(LaunchOptions, launch)
         if given := _given(ctx, ("base_url", "ray_address", "device")):

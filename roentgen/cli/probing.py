@@ -1,5 +1,7 @@
 """Probes on stored activations: `roentgen probe`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +13,18 @@ from roentgen.options import options_of, read_options
 from roentgen.workflows.settings import SteerSettings
 
 probe_app = typer.Typer(no_args_is_help=True, help="Probes on stored activations.")
+
+
+@contextmanager
+def _one_class_is_no_error() -> Iterator[None]:
+    """End with 3 where a label has one class only: nothing is wrong, and there is no probe."""
+    from probes import OneClassError
+
+    try:
+        yield
+    except OneClassError as error:
+        err.print(f"[yellow]no probe:[/yellow] {error.for_console or error}", highlight=False)
+        raise typer.Exit(3) from error
 
 
 @probe_app.command("train")
@@ -46,22 +60,15 @@ def probe_train(
     device: Annotated[str, typer.Option(help="Where to fit: cpu or cuda.")] = "cpu",
 ) -> None:
     """Train probes per layer and hook point; exit code 3 if the label has one class only."""
-    with stages() as stage:
+    with stages() as stage, expected_errors(), _one_class_is_no_error():
         stage(LOADING)
-        from probes import OneClassError, ProbeDataError, render
+        from probes import render
         from roentgen.probes import train
-        from roentgen.runs import RunError
-        from roentgen.store import StoreError
 
-        try:
-            with expected_errors(ProbeDataError, RunError, StoreError):
-                trained = train(
-                    sources, label, [name.strip() for name in positions.split(",")], kind=kind, declared=declared,
-                    seed=seed, session=session, table=table, output=output, device=device, stage=stage,
-                )  # fmt: skip
-        except OneClassError as error:
-            err.print(f"[yellow]no probe:[/yellow] {error}", highlight=False)
-            raise typer.Exit(3) from error
+        trained = train(
+            sources, label, [name.strip() for name in positions.split(",")], kind=kind, declared=declared,
+            seed=seed, session=session, table=table, output=output, device=device, stage=stage,
+        )  # fmt: skip
     out.print(render(trained.report))
     out.print(f"page: {trained.folder / 'report.html'}", highlight=False, markup=False, soft_wrap=True)
 
@@ -78,18 +85,12 @@ def probe_compare(
     output: Annotated[Path | None, typer.Option(help="A JSON file to write as well.")] = None,
 ) -> None:
     """Carry probes from one run to another and back, and compare their directions; exit code 3 for one class only."""
-    from probes import OneClassError, ProbeDataError, compare
-    from roentgen.runs import RunError
-    from roentgen.store import StoreError
+    from probes import compare
 
     if output is not None and not output.absolute().parent.is_dir():
         raise typer.BadParameter(f"{output.parent} is not a folder", param_hint="--output")
-    try:
-        with expected_errors(ProbeDataError, RunError, StoreError):
-            found = compare(first, second, label, positions, kind, seed, table)
-    except OneClassError as error:
-        err.print(f"[yellow]no probe:[/yellow] {error}", highlight=False)
-        raise typer.Exit(3) from error
+    with expected_errors(), _one_class_is_no_error():
+        found = compare(first, second, label, positions, kind, seed, table)
     one, two = found.names
     shown = table_of(
         "key", f"{one} → {two}", f"{two} → {one}", "cosine", title=f"{label} at {positions}", title_justify="left"
@@ -109,14 +110,7 @@ def probe_steer(**options: Any) -> None:
     with stages() as stage, expected_errors():
         settings = read_options(SteerSettings, options)
         stage(LOADING)
-        from probes.steering import SweepError
-        from roentgen.cluster import ClusterError
-        from roentgen.linear_probe import SavedProbeError
-        from roentgen.runs import RunError
-        from roentgen.serving.local_server import LaunchError
-        from roentgen.store import StoreError
         from roentgen.workflows.steer import render, steer
 
-        with expected_errors(ClusterError, LaunchError, RunError, SavedProbeError, StoreError, SweepError):
-            report = steer(settings, stage)
+        report = steer(settings, stage)
     out.print(render(report))

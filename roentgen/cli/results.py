@@ -13,9 +13,8 @@ RunPath = Annotated[Path, typer.Argument(help="A run directory.")]
 def report(run: RunPath) -> None:
     """Write a run's summary.json and report.html again (with probe results, if there are any) and print the page's path."""
     from roentgen.api.results import report as write
-    from roentgen.runs import RunError
 
-    with expected_errors(RunError, OSError):
+    with expected_errors(OSError):
         out.print(str(write(run)), highlight=False, soft_wrap=True)
 
 
@@ -27,12 +26,10 @@ def score(
     ] = None,
 ) -> None:
     """Judge a run's answers again, without the model, and print its scores."""
-    from eval_jobs import EvalError
     from eval_jobs.console import print_summary
     from roentgen.api.results import score as judge
-    from roentgen.runs import RunError
 
-    with expected_errors(EvalError, RunError):
+    with expected_errors():
         again = judge(run, extractor)
         print_summary(again, again.summary() or {}, out)
 
@@ -54,11 +51,8 @@ def export(
 ) -> None:
     """Write a run as a table of its samples, as a log that `inspect view` opens, or with its activations as a data set."""
     from roentgen.api.results import export as export_run
-    from roentgen.runs import RunError
-    from roentgen.store import StoreError
-    from roentgen.workflows.dataset_export import ExportError
 
-    with expected_errors(ExportError, RunError, StoreError, OSError), stages() as stage:
+    with expected_errors(OSError), stages() as stage:
         done = export_run(run, output, kind, session=session, push_to=push, public=public, stage=stage)
     samples, *more = done.tables
     if not more:
@@ -77,9 +71,9 @@ def export(
 def status(run: RunPath) -> None:
     """Say how far a run is, also while it is running."""
     from eval_jobs.status import status as status_of
-    from roentgen.runs import Run, RunError
+    from roentgen.runs import Run
 
-    with expected_errors(RunError):
+    with expected_errors():
         out.print(str(status_of(Run(run))), highlight=False, soft_wrap=True)
 
 
@@ -89,7 +83,6 @@ def compare(
     """Compare two runs, problem by problem: the difference of their accuracies with its interval, and McNemar's test."""
     from eval_jobs.console import print_comparison
     from roentgen.api.results import compare as compare_runs
-    from roentgen.runs import RunError
 
-    with expected_errors(RunError):
+    with expected_errors():
         print_comparison(compare_runs(first, second), out)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from roentgen.cli.console import LOADING, expected_errors, out, stages
-from roentgen.cluster import ClusterError, check_address
+from roentgen.cluster import check_address
 from roentgen.defaults import HOST, PORT
 from roentgen.options import options_of, read_options
 from serve_app.config import ServerConfig
@@ -43,25 +43,23 @@ def serve(
     **options: Any,
 ) -> None:
     """Serve a model behind the OpenAI route until interrupted."""
-    with stages() as stage, expected_errors(ClusterError, ValueError):
+    with stages() as stage, expected_errors(ValueError):
         if ray_address is not None:
             check_address(ray_address)
         config = read_options(ServerConfig, options)
         stage(LOADING)
-        from roentgen.serving.local_server import LaunchError, serving
-        from roentgen.store import StoreError
+        from roentgen.serving.local_server import serving
 
-        with expected_errors(LaunchError, StoreError):
-            running = serving(config, host=host, port=port, ray_address=ray_address, stage=stage, verbose=verbose)
-            with running as base_url:
-                stage.rest()
-                out.print(
-                    f"serving [bold]{config.model}[/bold] at [bold]{base_url}[/bold]  activations in {config.store}",
-                    highlight=False,
-                    soft_wrap=True,
-                )
-                out.print("Ctrl-C stops it", highlight=False)
-                wait_for_interrupt()
+        running = serving(config, host=host, port=port, ray_address=ray_address, stage=stage, verbose=verbose)
+        with running as base_url:
+            stage.rest()
+            out.print(
+                f"serving [bold]{config.model}[/bold] at [bold]{base_url}[/bold]  activations in {config.store}",
+                highlight=False,
+                soft_wrap=True,
+            )
+            out.print("Ctrl-C stops it", highlight=False)
+            wait_for_interrupt()
 
 
 def wait_for_interrupt() -> None:

@@ -20,9 +20,9 @@ Address = Annotated[str, typer.Argument(help="STORE/SESSION, the store a folder 
 @sessions_app.command("list")
 def sessions_list(store: Annotated[str, typer.Argument(help="A folder, or s3://BUCKET/FOLDER.")]) -> None:
     """List the sessions of a store."""
-    from roentgen.store import StoreError, list_sessions
+    from roentgen.store import list_sessions
 
-    with expected_errors(StoreError):
+    with expected_errors():
         summaries = list_sessions(store)
     table = table_of("session", "rollouts", "tokens", "shards", "size", "keys", "models")
     for s in summaries:
@@ -42,7 +42,7 @@ def sessions_show(session: Address) -> None:
     from roentgen.store import Session, StoreError
     from roentgen.store.sessions import summarise
 
-    with expected_errors(StoreError):
+    with expected_errors():
         opened = Session.open(session)
         frame, summary = opened.rollouts(columns=("finish_reason",)), summarise(opened.place)
         if summary.damage:
@@ -69,9 +69,9 @@ def sessions_show(session: Address) -> None:
 @sessions_app.command("verify")
 def sessions_verify(session: Address) -> None:
     """Read every rollout back and recompute its checksum; exit code 1 if anything is damaged."""
-    from roentgen.store import Session, StoreError, verify
+    from roentgen.store import Session, verify
 
-    with expected_errors(StoreError):
+    with expected_errors():
         report = verify(Session.open(session))
     for damage in report.damage:
         err.print(f"[red]damaged[/red] {damage.rollout_id or ''} {damage.file}: {damage.what}", highlight=False)
@@ -93,11 +93,9 @@ def sessions_gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
 ) -> None:
     """Remove what no reader wants: orphan shards, half-written files, what a merge has replaced."""
-    from roentgen.runs import RunError
-    from roentgen.store import StoreError
     from roentgen.workflows.garbage_collection import collect_garbage
 
-    with expected_errors(StoreError, RunError, OSError):
+    with expected_errors(OSError):
         removed = collect_garbage(session, run or [], older_than_s=older_than * 60, dry_run=dry_run)
     for name in removed.files:
         out.print(name, highlight=False)
@@ -111,10 +109,10 @@ def sessions_compact(
     shard_mb: Annotated[int, typer.Option(min=1, help="Of a merged shard, about.")] = 256,
 ) -> None:
     """Merge small shards into large ones, while others read and write; `gc` later removes the small ones."""
-    from roentgen.store import Session, StoreError
+    from roentgen.store import Session
     from roentgen.store.merging import compact
 
-    with expected_errors(StoreError, OSError):
+    with expected_errors(OSError):
         done = compact(Session.open(session), shard_bytes=shard_mb << 20)
     if not done.replaced:
         out.print("nothing to merge")
@@ -139,10 +137,10 @@ def sessions_export(
 ) -> None:
     """Write a session in another format."""
     from roentgen.model_names import suggest
-    from roentgen.store import Session, StoreError
+    from roentgen.store import Session
     from roentgen.store.exports import all_to_hf, export_pt, to_hf
 
-    with expected_errors(StoreError, OSError, ValueError):
+    with expected_errors(OSError, ValueError):
         opened = Session.open(session)
         if kind == "pt":
             with _bar("rollouts") as told:
@@ -168,10 +166,10 @@ def sessions_pull(
     api_key: Annotated[str, typer.Option(envvar=api_keys.VARIABLE, help="The server's.")] = "",
 ) -> None:
     """Copy a session here from a bucket or a server; run again, it goes on where it stopped."""
-    from roentgen.store import Session, StoreError, verify
+    from roentgen.store import Session, verify
     from roentgen.store.pulling import pull
 
-    with expected_errors(StoreError, OSError):
+    with expected_errors(OSError):
         with _bar("bytes") as told:
             uri = pull(source, store, api_key=api_keys.client_key(api_key), said=told)
         report = verify(Session.open(uri))
@@ -186,11 +184,10 @@ def sessions_rm(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Delete a session and all it holds; one that is being written is refused."""
-    from roentgen.store import StoreError
     from roentgen.store.places import open_place
     from roentgen.store.sessions import delete_session, summarise
 
-    with expected_errors(StoreError, OSError, ValueError):
+    with expected_errors(OSError, ValueError):
         summary = summarise(open_place(session))
         store, _, name = summary.uri.rpartition("/")
         rollouts = "damaged" if summary.damage else f"{summary.rollouts:,} rollouts"

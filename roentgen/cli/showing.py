@@ -21,10 +21,8 @@ def show(
 ) -> None:
     """Print one sample: prompt, answer, every verdict, where its rows are, and its probe scores."""
     from roentgen.api.results import show as show_sample
-    from roentgen.linear_probe import SavedProbeError
-    from roentgen.runs import RunError
 
-    with expected_errors(RunError, SavedProbeError):
+    with expected_errors():
         shown = show_sample(run, sample, epoch=epoch, variant=variant)
     if as_json:
         out.print_json(data=_as_json(shown))

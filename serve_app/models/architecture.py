@@ -1,12 +1,28 @@
 """Which architectures can be served: causal language models that transformers knows, or that bring their own code."""
 
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
+from huggingface_hub.errors import StrictDataclassError
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConfig
 
 from serve_app.capture.resolver import ResolutionError
+from serve_app.models.errors import ConfigError
+from serve_app.models.sources import ModelSource
 
 
 class UnsupportedModelError(ResolutionError):
     """The engine cannot generate with this model; the message says why."""
+
+
+def read_config(source: ModelSource, *, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Return a model's configuration.
+
+    Raises:
+        ConfigError: if it cannot be read, or is of no model that transformers knows.
+    """
+    try:
+        return AutoConfig.from_pretrained(source.path, revision=source.commit, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        why = str(error).strip().split("\n\n")[0]  # what follows is advice about transformers' own versions
+        raise ConfigError(f"model {source.name!r}: its config.json cannot be used: {' '.join(why.split())}") from error
 
 
 def check_config(config: PretrainedConfig, *, trust_remote_code: bool = False) -> None:

@@ -13,3 +13,9 @@ class WeightsError(ModelNotFoundError):
     """The weights behind a name are damaged or not those of the model; the message names what is wrong with them."""
 
     status, code = 500, "weights_unusable"
+
+
+class ConfigError(ModelNotFoundError):
+    """The configuration behind a name cannot be read; the message says why."""
+
+    status, code = 400, "config_unusable"

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from transformers import AutoConfig
 from transformers.utils.logging import disable_progress_bar
 
 from serve_app.capture.narrowing import resolve_config
 from serve_app.capture.resolver import resolve_structure
 from serve_app.capture.structure import ModelStructure
 from serve_app.models.adapters import read_model
+from serve_app.models.architecture import read_config
 from serve_app.models.errors import ModelNotFoundError
 from serve_app.models.sources import ModelSource, locate
 
@@ -30,7 +30,7 @@ def inspect_model(name: str, *, revision: str | None = None, config_only: bool =
     source = locate(name, revision)
     try:
         if config_only or _is_bare(source):
-            return resolve_config(AutoConfig.from_pretrained(source.path, revision=source.commit), source.name)
+            return resolve_config(read_config(source), source.name)
         model = read_model(source, revision=source.commit, dtype="auto").eval()
     except ModelNotFoundError:
         raise

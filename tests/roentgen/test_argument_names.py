@@ -23,8 +23,9 @@ def test_options_are_spelled_as_arguments(said: str, read: str) -> None:
 
 
 def test_only_errors_of_our_own_are_spelled_anew() -> None:
-    with pytest.raises(EvalError, match=r"^samples: none$"), naming_arguments():
+    with pytest.raises(EvalError, match=r"^samples: none$") as told, naming_arguments(), naming_arguments():
         raise EvalError("--samples: none")
+    assert told.value.for_console == "--samples: none"
     with pytest.raises(ValueError, match=r"^--samples: none$"), naming_arguments():
         raise ValueError("--samples: none")
 

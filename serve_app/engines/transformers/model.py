@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 from transformers.utils.logging import disable_progress_bar
 
 from serve_app.capture.observer import ObservedModel, observe
@@ -20,7 +20,7 @@ from serve_app.capture.resolver import resolve_structure
 from serve_app.engines.served_model import ServedModel, native_dtype
 from serve_app.engines.transformers.load_checks import CheckedModel, check_loaded
 from serve_app.models.adapters import read_model
-from serve_app.models.architecture import UnsupportedModelError, check_config
+from serve_app.models.architecture import UnsupportedModelError, check_config, read_config
 from serve_app.models.description import read_tokenizer
 from serve_app.models.sources import ModelSource
 
@@ -79,6 +79,7 @@ def load(
         trust_remote_code: whether code that comes with the model may run.
 
     Raises:
+        ConfigError: if its configuration cannot be read.
         WeightsError: if the weights are not all there, or not the model's; see `weights` and `models.adapters`.
         ResolutionError: if its layers cannot be found, or it is not a causal decoder that the engine can run.
     """
@@ -86,7 +87,7 @@ def load(
     kind = native_dtype(place) if dtype == "auto" else getattr(torch, dtype)
     disable_progress_bar()
     stage(f"loading {source.name} ({kind}, {place})")
-    config = AutoConfig.from_pretrained(source.path, revision=source.commit, trust_remote_code=trust_remote_code)
+    config = read_config(source, trust_remote_code=trust_remote_code)
     check_config(config, trust_remote_code=trust_remote_code)
     tokenizer = read_tokenizer(source, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS
 from serve_app.capture.resolver import ResolutionError, number_of_experts
@@ -34,7 +34,7 @@ from serve_app.engines.vllm.lifetime import announce
 from serve_app.engines.vllm.neutrality import check_batching
 from serve_app.engines.vllm.orders import DECLARED, unpack
 from serve_app.engines.vllm.requirements import check_available
-from serve_app.models.architecture import check_config
+from serve_app.models.architecture import check_config, read_config
 from serve_app.models.context import context_length
 from serve_app.models.description import read_tokenizer
 from serve_app.models.sources import ModelSource
@@ -153,6 +153,7 @@ def start(
 
     Raises:
         EngineUnavailableError: if vLLM is not installed, or not for this device, or the model is an adapter.
+        ConfigError: if the model's configuration cannot be read.
         WeightsError: if a folder's weights are not those of the model that its configuration describes.
         ResolutionError: if the model's layers cannot be found, or it is not a causal decoder.
     """
@@ -162,7 +163,7 @@ def start(
     place = torch.device("cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu")
     kind = native_dtype(place) if settings.dtype == "auto" else getattr(torch, settings.dtype)
     revision = source.commit
-    config = AutoConfig.from_pretrained(source.path, revision=revision, trust_remote_code=trust_remote_code)
+    config = read_config(source, trust_remote_code=trust_remote_code)
     check_config(config, trust_remote_code=trust_remote_code)
     compare_headers(source.path, source.name, config)
     arguments = engine_arguments(config, settings, place, kind)

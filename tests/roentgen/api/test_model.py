@@ -185,10 +185,33 @@ def test_a_probe_of_another_model_is_refused(model: roentgen.Model) -> None:
         model.generate("a", steering=[roentgen.Steer(other, scale=1)])
     with pytest.raises(ValueError, match=r"probes\[1\]: another is called layers.1.resid_post@last_prompt too"):
         model.generate("a", probes=[saved_probe(model), saved_probe(model)])
-    with pytest.raises(TypeError, match=r"probes\[0\]: a int is no probe"):
-        model.generate("a", probes=[3])
-    with pytest.raises(TypeError, match=r"prompts\[1\]: a int is no prompt"):
-        model.generate(["a", 3])  # type: ignore[list-item]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "asked", "said"),
+    [
+        ("a", {"probes": [3]}, r"probes\[0\]: 3 \(int\) is no probe; allowed are a SavedProbe"),
+        (["a", 3], {}, r"prompts\[1\]: 3 \(int\) is no prompt; allowed are a text, and a conversation"),
+        (None, {}, r"prompts: None \(NoneType\) is none; allowed are a text, and a conversation"),
+        (b"a", {}, r"prompts: b'a' \(bytes\) is none"),
+        ("a", {"steering": [[1.0]]}, r"steering\[0\]: \[1.0\] \(list\) is no roentgen.Steer"),
+    ],
+)
+def test_what_is_of_another_kind_is_a_type_error(
+    model: roentgen.Model, prompts: Any, asked: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(TypeError, match=said):
+        model.generate(prompts, **asked)
+
+
+def test_one_vector_and_one_probe_need_no_list(model: roentgen.Model, tmp_path: Path) -> None:
+    probe = saved_probe(model)
+    save_probes(tmp_path, [probe])
+    steer, path = roentgen.Steer(probe, scale=4), str(tmp_path / probe.card.name)
+    (several,) = model.generate("a", max_tokens=3, steering=[steer], probes=[probe])
+    for one in (probe, path):
+        (out,) = model.generate("a", max_tokens=3, steering=steer, probes=one)
+        assert (out.token_ids, list(out.scores)) == (several.token_ids, [probe.card.name])
 
 
 def test_rows_that_are_not_finite_are_refused_unless_they_are_allowed(tmp_path: Path) -> None:
@@ -263,7 +286,24 @@ def test_what_is_not_there_cannot_be_loaded() -> None:
     with pytest.raises(roentgen.RequestError, match="taps is unknown; allowed are batch_invariant, max_batch"):
         roentgen.load("smollm2-135m", taps=())
     with pytest.raises(roentgen.RequestError, match="/nowhere"):
-        roentgen.load("/nowhere")
+        roentgen.load(Path("/nowhere"))
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("{", "is not a valid JSON file"),
+        ("[1]", "Unrecognized model"),
+        ('{"model_type": "unheard-of"}', "model type `unheard-of` but Transformers does not recognize"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "'hidden_size' expected int, got str"),
+    ],
+)
+def test_a_configuration_that_cannot_be_used_is_one_line(tmp_path: Path, config: str, said: str) -> None:
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(roentgen.RequestError, match=said) as told:
+        roentgen.load(tmp_path, device="cpu")
+    assert str(told.value).startswith(f"model {tmp_path.name!r}: its config.json cannot be used: ")
+    assert "\n" not in str(told.value)
 
 
 def test_a_script_may_change_the_weights(folder: Path, reference: object) -> None:
