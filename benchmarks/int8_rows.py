@@ -19,11 +19,11 @@ from benchmarks.stages import stage_printer
 from probes import ProbeReport, train
 from roentgen.contract import RolloutKey
 from roentgen.runs import Run
+from roentgen.runs.stored import StoredRollouts, find_rollouts
 from roentgen.store import CaptureSpec, Rollout, Session, StoreWriter
 from roentgen.store.quantization import QUANTIZED
 from roentgen.store.sessions import summarise
 from roentgen.tokenized_text import Segment, TokenizedText
-from roentgen.workflows.sample_rollouts import SampleRollouts, find_rollouts
 
 SESSION = "int8"
 
@@ -64,7 +64,7 @@ def main(
         record("int8 rows: what they cost a probe", body)
 
 
-def requantize(parts: list[SampleRollouts], folder: Path) -> list[Cost]:
+def requantize(parts: list[StoredRollouts], folder: Path) -> list[Cost]:
     """Write rollouts again as int8 rows, into one session, and compare what is read back."""
     with StoreWriter(folder) as writer:
         for part in parts:
@@ -84,7 +84,7 @@ def requantize(parts: list[SampleRollouts], folder: Path) -> list[Cost]:
     return costs
 
 
-def _rollouts(part: SampleRollouts) -> "list[Rollout]":
+def _rollouts(part: StoredRollouts) -> "list[Rollout]":
     """Read a part's rollouts whole, to be stored as int8."""
     ids = part.rollouts["rollout_id"].tolist()
     rows = {row["rollout_id"]: row for row in part.session.rollouts(ids=ids).to_dict("records")}

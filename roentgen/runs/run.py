@@ -129,23 +129,24 @@ class Run:
             RunError: if no sample has any, or the store has lost some.
             StoreError: if a session cannot be read.
         """
-        from roentgen.runs.stored import find_in, find_own
+        from roentgen.runs.stored import StoredSamples, find_rollouts
 
         recorded = self.read_samples().by_name()
-        answered = [sample for sample in recorded if sample.error is None]
-        if session is not None:
-            parts = find_in(session, answered)
-            lacking = (
-                f"{session} holds none of the {len(recorded)} samples of {self.path}: no rollout in it has the key of one; "
-                f"`roentgen capture {self.path}` makes a session that does"
-            )
-        else:
-            parts = find_own(answered, self.session_uri, self.record_path)
+        answered = {sample.sample_id: sample for sample in recorded if sample.error is None}
+        parts = [
+            StoredSamples(part.session, part.rollouts, tuple(answered[name] for name in part.sample_ids))
+            for part in find_rollouts(self, answered.values(), session, first_turns=True, columns=None)
+        ]
+        if not parts:
             lacking = (
                 f"{self.path} has no activations: none of its {len(recorded)} samples names a rollout; "
                 "evaluate again with activations kept"
             )
-        if not any(part.samples for part in parts):
+            if session is not None:
+                lacking = (
+                    f"{session} holds none of the {len(recorded)} samples of {self.path}: no rollout in it has the key of "
+                    f"one; `roentgen capture {self.path}` makes a session that does"
+                )
             raise RunError(lacking)
         return parts
 

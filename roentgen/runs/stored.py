@@ -1,19 +1,45 @@
 """Which rows of the store a run's samples have.
 
-The record says which rollout was acknowledged for a sample; a session that was captured of the answers later (`roentgen
-capture`: other layers, another model) is joined on the key that both were made under.
+The record says which rollouts were acknowledged for a sample, one a turn; a session that was captured of the answers later
+(`roentgen capture`: other layers, another model) is joined on the key that both were made under.
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import pandas as pd
 
 from roentgen.runs.record import RunError
 from roentgen.runs.sample import RolloutRef, Sample
 from roentgen.store import Session
+
+
+class Recorded(Protocol):
+    """What of a run says where its rollouts are."""
+
+    @property
+    def record_path(self) -> Path:
+        """The record that names them."""
+
+    def session_uri(self, ref: RolloutRef) -> str:
+        """Return where a rollout's session is."""
+
+
+@dataclass(frozen=True, eq=False)
+class StoredRollouts:
+    """The rollouts of some samples that lie in one session."""
+
+    session: Session
+    """The open session."""
+    rollouts: pd.DataFrame
+    """Rows of its index, one per rollout."""
+    sample_ids: list[str]
+    """The sample of each, in the same order."""
+    turns: list[int]
+    """The turn of each."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,49 +54,67 @@ class StoredSamples:
     """The samples, in the same order."""
 
 
-def find_own(answered: Sequence[Sample], session_uri: Callable[[RolloutRef], str], record: Path) -> list[StoredSamples]:
-    """Find the samples that kept activations, and each one's row of the store's index.
+def find_rollouts(
+    run: Recorded,
+    samples: Iterable[Sample],
+    session: str | Path | None = None,
+    *,
+    first_turns: bool = False,
+    columns: Sequence[str] | None = (),
+) -> list[StoredRollouts]:
+    """Find the rollouts of samples, in the order of the samples and their turns.
 
     Args:
-        answered: samples.
-        session_uri: says where a rollout's session is.
-        record: the file that names the rollouts, for an error's message.
+        run: whose samples they are.
+        samples: the samples.
+        session: a session that was captured of the run's answers; the run's own if None.
+        first_turns: only the first that there is of each sample.
+        columns: of the index, beside those that say where rows are; all if None.
+
+    Returns:
+        A part per session; none if no sample has a rollout.
 
     Raises:
-        RunError: if a session has lost some of them.
+        RunError: if a session has lost some that the record names.
         StoreError: if a session cannot be read.
     """
-    by_session = defaultdict(list)
-    for sample in answered:
-        if sample.rollouts:
-            ref = min(sample.rollouts, key=lambda ref: ref.turn)
-            by_session[session_uri(ref)].append((sample, ref.rollout_id))
-    parts = []
-    for uri, pairs in by_session.items():
+    kept = 1 if first_turns else None
+    if session is None:
+        return list(_recorded(run, samples, kept, columns))
+    return _joined(Session.open(session), samples, kept, columns)
+
+
+def _recorded(
+    run: Recorded, samples: Iterable[Sample], kept: int | None, columns: Sequence[str] | None
+) -> Iterator[StoredRollouts]:
+    by_session: dict[str, list[tuple[str, int, str]]] = defaultdict(list)
+    for sample in samples:
+        for ref in sorted(sample.rollouts, key=lambda ref: ref.turn)[:kept]:
+            by_session[run.session_uri(ref)].append((sample.sample_id, ref.turn, ref.rollout_id))
+    for uri, named in by_session.items():
         session = Session.open(uri)
-        # By id, not by key: the record names the rollout that was acknowledged, and a later retry is not it.
-        index = session.rollouts(ids=[rollout_id for _, rollout_id in pairs]).set_index("rollout_id", drop=False)
-        missing = [rollout_id for _, rollout_id in pairs if rollout_id not in index.index]
-        if missing:
+        names, turns, ids = (list(column) for column in zip(*named, strict=True))
+        # By id, not by key: the record names the rollouts that were acknowledged, and a later retry is none of them.
+        index = session.rollouts(ids=ids, columns=columns).set_index("rollout_id", drop=False)
+        if missing := [rollout_id for rollout_id in ids if rollout_id not in index.index]:
             raise RunError(
-                f"{session.uri} lacks {len(missing)} of the {len(pairs)} rollouts that {record} names "
+                f"{session.uri} lacks {len(missing)} of the {len(ids)} rollouts that {run.record_path} names "
                 f"(the first is {missing[0]}); was the session deleted or made anew?"
             )
-        rows = index.loc[[rollout_id for _, rollout_id in pairs]]
-        parts.append(StoredSamples(session, rows, tuple(sample for sample, _ in pairs)))
-    return parts
+        yield StoredRollouts(session, index.loc[ids].reset_index(drop=True), names, turns)
 
 
-def find_in(uri: str | Path, answered: Sequence[Sample]) -> list[StoredSamples]:
-    """Find the samples that a session has a rollout of, and its row; a sample's first turn counts.
-
-    Raises:
-        StoreError: if the session cannot be read.
-    """
-    session = Session.open(uri)
-    frame = session.rollouts()
-    frame = frame[frame["config_hash"].notna()].sort_values("turn", ascending=False)
-    identities = zip(frame["config_hash"], frame["problem_id"], frame["epoch"].astype(int), strict=True)
-    place = {identity: number for number, identity in enumerate(identities)}
-    samples = tuple(sample for sample in answered if sample.identity in place)
-    return [StoredSamples(session, frame.iloc[[place[sample.identity] for sample in samples]], samples)]
+def _joined(
+    session: Session, samples: Iterable[Sample], kept: int | None, columns: Sequence[str] | None
+) -> list[StoredRollouts]:
+    frame = session.rollouts(columns=columns)
+    frame = frame[frame["config_hash"].notna()].sort_values("turn", kind="stable")
+    places: dict[tuple[str, str, int], list[int]] = defaultdict(list)
+    keys = zip(frame["config_hash"], frame["problem_id"], frame["epoch"].astype(int), strict=True)
+    for place, identity in enumerate(keys):
+        places[identity].append(place)
+    named = [(sample.sample_id, place) for sample in samples for place in places.get(sample.identity, ())[:kept]]
+    if not named:
+        return []
+    own = frame.iloc[[place for _, place in named]].reset_index(drop=True)
+    return [StoredRollouts(session, own, [name for name, _ in named], own["turn"].astype(int).tolist())]

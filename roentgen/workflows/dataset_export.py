@@ -18,9 +18,9 @@ from roentgen.contract import execution_order
 from roentgen.durable import atomic_folder, write_text
 from roentgen.errors import RoentgenError
 from roentgen.runs import Run
+from roentgen.runs.stored import find_rollouts
 from roentgen.workflows.dataset_card import write_card
 from roentgen.workflows.dataset_tables import Judged, Table, write_rollouts, write_rows, write_samples
-from roentgen.workflows.sample_rollouts import find_rollouts
 
 
 class ExportError(RoentgenError):

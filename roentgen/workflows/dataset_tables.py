@@ -28,9 +28,9 @@ from jaxtyping import Float, Int, Shaped
 
 from eval_jobs.parquet import read_tables, schema_of_run
 from roentgen.runs import Run, Sample
+from roentgen.runs.stored import StoredRollouts
 from roentgen.store import StoreError
 from roentgen.tokenized_text import token_texts
-from roentgen.workflows.sample_rollouts import SampleRollouts
 
 FILE_BYTES = 512 << 20
 """Of a file, before compression, about."""
@@ -198,7 +198,7 @@ def write_samples(run: Run, folder: Path) -> Table:
     return files.table()
 
 
-def write_rollouts(parts: Sequence[SampleRollouts], judged: Mapping[str, Judged], folder: Path) -> Table:
+def write_rollouts(parts: Sequence[StoredRollouts], judged: Mapping[str, Judged], folder: Path) -> Table:
     """Write the table of rollouts, one session after another.
 
     Args:
@@ -217,7 +217,7 @@ def write_rollouts(parts: Sequence[SampleRollouts], judged: Mapping[str, Judged]
     return files.table()
 
 
-def _rollouts(part: SampleRollouts, chosen: slice, judged: Mapping[str, Judged]) -> list[dict[str, Any]]:
+def _rollouts(part: StoredRollouts, chosen: slice, judged: Mapping[str, Judged]) -> list[dict[str, Any]]:
     ids = part.rollouts["rollout_id"].iloc[chosen].tolist()
     index = {row["rollout_id"]: row for row in part.session.rollouts(ids=ids).to_dict("records")}
     found = []
@@ -237,7 +237,7 @@ def _rollouts(part: SampleRollouts, chosen: slice, judged: Mapping[str, Judged])
     return found
 
 
-def write_rows(parts: Sequence[SampleRollouts], key: str, folder: Path) -> Table:
+def write_rows(parts: Sequence[StoredRollouts], key: str, folder: Path) -> Table:
     """Write the table of one key's rows, in the order of the rollouts' table, which is there already.
 
     Raises:
@@ -271,7 +271,7 @@ class _Rows:
     values: Float[np.ndarray, "rows d"]
 
 
-def _width(parts: Sequence[SampleRollouts], key: str) -> int:
+def _width(parts: Sequence[StoredRollouts], key: str) -> int:
     widths = {
         math.prod(shape)
         for part in parts
@@ -287,7 +287,7 @@ def _width(parts: Sequence[SampleRollouts], key: str) -> int:
     return widths.pop()
 
 
-def _read_rows(parts: Sequence[SampleRollouts], key: str, folder: Path) -> Iterator[_Rows]:
+def _read_rows(parts: Sequence[StoredRollouts], key: str, folder: Path) -> Iterator[_Rows]:
     rollouts = _read_rollouts(folder)
     for part in parts:
         has = [key in part.session.spec(str(shard)).keys for shard in part.rollouts["shard"]]

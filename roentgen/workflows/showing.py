@@ -14,8 +14,8 @@ from probes.errors import ProbeDataError
 from probes.positions import read
 from roentgen.linear_probe import SavedProbe, SavedProbeError, load_probe
 from roentgen.runs import Run, RunError, Sample
+from roentgen.runs.stored import StoredRollouts, find_rollouts
 from roentgen.store import Session, StoreError
-from roentgen.workflows.sample_rollouts import SampleRollouts, find_rollouts
 
 _NUMBER = re.compile(r"_0*([0-9]+)(_e[0-9]+)?(_v-.*)?$")
 """A problem's number in a sample's name: `gsm8k_0007_e2_v-calm`."""
@@ -145,12 +145,12 @@ def describe(run: Run, sample: Sample, others: list[str]) -> Shown:
     Raises:
         SavedProbeError: if the run's probes are damaged.
     """
-    parts: list[SampleRollouts] = []
+    parts: list[StoredRollouts] = []
     lost = ""
     try:
         parts = find_rollouts(run, [sample])
         stored = [_rows(part, number) for part in parts for number in range(len(part.turns))]
-    except StoreError as error:
+    except (RunError, StoreError) as error:
         stored, lost = [], str(error)
     scores = [_score(folder, parts, lost) for folder in run.probe_folders()]
     verdicts = {name: sample.verdict(name) for name in sample.answers}
@@ -158,7 +158,7 @@ def describe(run: Run, sample: Sample, others: list[str]) -> Shown:
     return Shown(sample, run.config.settings["extractor"], verdicts, ordered, lost, scores, others)
 
 
-def _rows(part: SampleRollouts, number: int) -> StoredRows:
+def _rows(part: StoredRollouts, number: int) -> StoredRows:
     row = part.rollouts.iloc[number]
     shard = part.session.shard(row["shard"])
     start, stop = int(row["row_start"]), int(row["row_stop"])
@@ -175,7 +175,7 @@ def _rows(part: SampleRollouts, number: int) -> StoredRows:
     )
 
 
-def _score(folder: Path, parts: list[SampleRollouts], lost: str) -> ProbeScore:
+def _score(folder: Path, parts: list[StoredRollouts], lost: str) -> ProbeScore:
     label = folder.name
     name = Counter(json.loads((folder / "results.json").read_text())["best"]["keys"]).most_common(1)[0][0]
     try:

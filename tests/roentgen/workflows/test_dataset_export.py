@@ -179,7 +179,7 @@ def test_rows_are_the_stored_numbers(
     session = Session.open(uri)
     frame = session.rollouts(columns=()).set_index("rollout_id", drop=False).loc[[one.rollout_id for one in made]]
     names = [f"s{n}" for n in range(len(made))]
-    part = dataset_tables.SampleRollouts(session, frame.reset_index(drop=True), names, [0] * len(made))
+    part = dataset_tables.StoredRollouts(session, frame.reset_index(drop=True), names, [0] * len(made))
     judged = {name: dataset_tables.Judged(name, name, 1, None, "1", True, "correct") for name in names}
     (folder / "out").mkdir()
     dataset_tables.write_rollouts([part], judged, folder / "out")
