@@ -10,7 +10,6 @@ deployments carry a version that is made once and stays; what differs then is th
 """
 
 import logging
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,7 +17,6 @@ import ray
 from ray import serve
 from ray.serve import Application, Deployment
 from ray.serve.config import RequestRouterConfig
-from ray.serve.handle import DeploymentHandle
 from ulid import ULID
 
 from roentgen.compat import check
@@ -38,26 +36,20 @@ BESIDE = 64
 """Requests for a replica beside those that the engine holds: refused ones, questions of how it is, texts to tokenize."""
 
 
-class _LoggedIngress(Ingress):
-    """The ingress in an actor of its own, whose logs are for machines."""
+class _Logged:
+    """What runs in an actor of its own, whose logs are for machines."""
 
-    def __init__(
-        self,
-        model: DeploymentHandle,
-        config: ServerConfig,
-        redeploy: Callable[[ModelChoice], None],
-        numbers: DeploymentHandle | None = None,
-    ) -> None:
+    def __init__(self, *args: Any) -> None:
         write_json_logs()
-        super().__init__(model, config, redeploy, numbers)
+        super().__init__(*args)
 
 
-class _LoggedReplica(ModelReplica):
-    """A replica in an actor of its own, likewise."""
+class _LoggedIngress(_Logged, Ingress):
+    """The ingress, in an actor."""
 
-    def __init__(self, config: ServerConfig) -> None:
-        write_json_logs()
-        super().__init__(config)
+
+class _LoggedReplica(_Logged, ModelReplica):
+    """A replica, in an actor."""
 
 
 def build(config: ServerConfig) -> Application:

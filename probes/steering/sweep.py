@@ -31,6 +31,9 @@ class Task:
     messages: list[dict[str, Any]]
 
 
+TOLD = 20
+"""How often a sweep says how far it is."""
+
 Judge = Callable[[str, str], Awaitable[tuple[bool, bool]]]
 """From a text and the id of its problem to whether an answer could be read, and whether it is right."""
 
@@ -95,7 +98,13 @@ class SweepPlan:
 
 
 async def run_sweep(
-    client: AsyncOpenAI, plan: SweepPlan, tasks: Sequence[Task], arms: Sequence[Arm], judge: Judge, record: Path
+    client: AsyncOpenAI,
+    plan: SweepPlan,
+    tasks: Sequence[Task],
+    arms: Sequence[Arm],
+    judge: Judge,
+    record: Path,
+    said: Callable[[str], None] = lambda text: None,
 ) -> list[Outcome]:
     """Answer every task in every arm.
 
@@ -106,6 +115,7 @@ async def run_sweep(
         arms: what is compared.
         judge: reads the answers.
         record: a file that outcomes are appended to as they come.
+        said: told how many are there, `TOLD` times.
 
     Raises:
         SweepError: if a request fails for good.
@@ -121,6 +131,8 @@ async def run_sweep(
         outcomes.append(outcome)
         with open(record, "a") as file:
             file.write(outcome.model_dump_json() + "\n")
+        if len(outcomes) * TOLD // len(pairs) > (len(outcomes) - 1) * TOLD // len(pairs):
+            said(f"{len(outcomes)} of {len(pairs)} answered")
 
     try:
         async with asyncio.TaskGroup() as group:

@@ -77,7 +77,7 @@ def steer(settings: SteerSettings, stage: Callable[[str], None] = lambda text: N
         )
         stage(f"{len(tasks)} problems × {len(arms)} arms = {len(tasks) * len(arms)} requests")
         client = AsyncOpenAI(base_url=url, api_key=client_key(), max_retries=RETRIES, timeout=3600)
-        outcomes = asyncio.run(run_sweep(client, plan, tasks, arms, judge, record))
+        outcomes = asyncio.run(run_sweep(client, plan, tasks, arms, judge, record, stage))
     report = SweepReport(
         probe=str(path),
         model=card.model,

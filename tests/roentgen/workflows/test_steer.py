@@ -73,6 +73,7 @@ def test_a_sweep_through_the_server(server: Server, tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", revision)
     done = command(run, server, "--scales=-4,4", "--controls", "1", "--samples", "2", "--positions", "all")
     assert done.returncode == 0, done.stderr
+    assert "14 of 14 answered" in done.stderr
     folder = run / "probes" / "correct" / "steering" / NAMES[1]
     assert sorted(path.name for path in folder.iterdir()) == ["outcomes.jsonl", "steering.json", "steering.png"]
     report: dict[str, Any] = json.loads((folder / "steering.json").read_text())
