@@ -20,6 +20,7 @@ WIDENING = 2**0.5
 """How much wider an interval is than the bootstrap's percentiles, where scores are cross-validated."""
 
 LIMITS = {"difference": (-np.inf, np.inf), "r2": (-np.inf, 1.0), "spearman": (-1.0, 1.0)}
+LIMITS |= {"tokens": (0.0, np.inf), "saved": (-np.inf, 1.0)}
 """Between what a metric can lie, where that is not 0 and 1."""
 
 

@@ -321,6 +321,23 @@ def read_names(value: Any) -> Any:
     return names
 
 
+def read_numbers(value: Any) -> Any:
+    """Read numbers as people write them, each once; what is no text is left to the type.
+
+    Raises:
+        ValueError: if the text is not a list of finite numbers.
+    """
+    if not isinstance(value, str):
+        return value
+    try:
+        numbers = tuple(dict.fromkeys(float(part) for part in value.split(",")))
+    except ValueError:
+        numbers = ()
+    if not (numbers and all(map(math.isfinite, numbers))):
+        raise ValueError(f"{value!r} is not a list of numbers with commas between them")
+    return numbers
+
+
 Layers = Annotated[
     tuple[Int, ...] | Literal["all"],
     Field(description='Layers to keep, such as 8,12,16 (negative ones count from the end), or "all".'),

@@ -13,6 +13,7 @@ is pickled.
 """
 
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -171,3 +172,21 @@ def load_probe(folder: Path, name: str) -> SavedProbe:
     if weight.shape[1:] != mean.shape or mean.shape != scale.shape or bias.shape != weight.shape[:1]:
         raise SavedProbeError(f"{folder / TENSORS} is damaged: the parts of {name} do not fit together")
     return SavedProbe(weight, bias, mean, scale, cards[name])
+
+
+def find_probe(given: Path, label: str) -> tuple[Path, SavedProbe]:
+    """Return a saved probe and its path, FOLDER/NAME; of a run, the one most folds have chosen.
+
+    Raises:
+        SavedProbeError: if there is none.
+    """
+    path = given.expanduser().absolute()
+    if not path.exists() and not (path.parent / CARDS).exists():
+        raise SavedProbeError(f"{given} is neither a run nor a saved probe, FOLDER/NAME")
+    if (path / "config.json").exists():
+        folder = path / "probes" / label
+        results = folder / "results.json"
+        if not results.exists() or not (folder / CARDS).exists():
+            raise SavedProbeError(f"{path} has no saved probes of {label!r}; `roentgen probe train` makes them")
+        path = folder / Counter(json.loads(results.read_text())["best"]["keys"]).most_common(1)[0][0]
+    return path, load_probe(path.parent, path.name)

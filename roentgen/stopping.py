@@ -10,13 +10,14 @@ is thrown away: the token whose score ends a generation is the last one of it.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 from jaxtyping import Bool, Float
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from roentgen.contract import MAX_INT32, Int, ProbeEffect
+from roentgen.contract import MAX_INT32, Int, ProbeEffect, read_numbers
 from roentgen.contract import Float as Number
 
 Where = Literal["generated", "reasoning"]
@@ -117,3 +118,55 @@ class ReasoningTokens:
 
 
 ReasoningState = Literal["before", "inside", "after"]
+
+
+class StopSettings(BaseModel):
+    """What `roentgen probe stop` is asked for."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    run: Path = Field(description="A run whose activations were kept at all positions.")
+    probe: Path | None = Field(None, description="A saved probe, FOLDER/NAME; else the run's best.")
+    label: str = Field("correct", description="Of the run's own: whose probes.")
+    above: Annotated[tuple[float, ...] | None, BeforeValidator(read_numbers)] = Field(
+        None, description="Scores that are to be exceeded, comma-separated; quantiles of the stored ones if absent."
+    )
+    lengths: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(read_numbers)] = Field(
+        (1, 2, 4, 8), min_length=1, description="For how many tokens in a row, comma-separated."
+    )
+    where: Where | None = Field(
+        None, description="Which tokens count: all that are generated, or those of the reasoning."
+    )
+    then: ProbeEffect = Field("stop", description="End the generation, or close the reasoning.")
+    max_loss: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="Accuracy that a setting may lose on the half of the problems that it is chosen on.",
+    )
+    controls: int = Field(2, ge=0, description="Random directions beside the probe.")
+    samples: int | None = Field(None, ge=2, description="How many samples, the first of the run; all if absent.")
+    session: str | None = Field(
+        None, description="STORE/SESSION of `roentgen capture`, instead of the run's own activations."
+    )
+    confirm: bool = Field(False, description="Have a server answer with the chosen setting, and report both.")
+    base_url: str | None = Field(
+        None, description="A server of the probe's model, to confirm with; else one is started."
+    )
+    model: str | None = Field(
+        None, description="Where the probe's model is, if it was not the run's own or has been moved since."
+    )
+    parallel: int = Field(16, ge=1, description="Requests in flight.")
+    seed: int = Field(0, description="Seed of the halves, the random directions and the bootstrap.")
+    output: Path | None = Field(None, description="The folder; else RUN/stopping/LABEL/NAME.")
+
+    @model_validator(mode="after")
+    def _agree(self) -> "StopSettings":
+        if self.then == "close_reasoning" and self.where == "generated":
+            raise ValueError("--where: only the reasoning can be closed; allowed is reasoning")
+        return self
+
+    @property
+    def counts(self) -> Where:
+        """Which tokens count."""
+        return self.where or ("reasoning" if self.then == "close_reasoning" else "generated")

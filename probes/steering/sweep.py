@@ -10,7 +10,7 @@ import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from openai import APIError, AsyncOpenAI
 from pydantic import BaseModel, ConfigDict
@@ -61,6 +61,26 @@ class Outcome(BaseModel):
     """Generated."""
     finish_reason: str | None
     """Why the model stopped."""
+    acted: bool = False
+    """Whether the scores of a probe have done something."""
+
+
+class Plan(Protocol):
+    """How problems are answered, whatever the arms differ in."""
+
+    @property
+    def parallel(self) -> int:
+        """Requests in flight."""
+
+    @property
+    def seed(self) -> int:
+        """Of the order in which they are sent."""
+
+    def parameters(self, task: Task, arm: Arm) -> dict[str, Any]:
+        """Return a request's parameters but for its messages."""
+
+    def said(self, message: Any) -> str:
+        """Return the text of a reply that is judged."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +104,14 @@ class SweepPlan:
     seed: int = 0
     """Of the order in which they are sent."""
 
+    def parameters(self, task: Task, arm: Arm) -> dict[str, Any]:
+        """Return a request's parameters but for its messages."""
+        return {"model": self.model, "extra_body": self.extra_body(arm), **self.sampling}
+
+    def said(self, message: Any) -> str:
+        """Return the text of a reply that is judged."""
+        return message.content or ""
+
     def extra_body(self, arm: Arm) -> dict[str, Any]:
         """Return what an arm adds to a request."""
         if arm.direction is None:
@@ -99,7 +127,7 @@ class SweepPlan:
 
 async def run_sweep(
     client: AsyncOpenAI,
-    plan: SweepPlan,
+    plan: Plan,
     tasks: Sequence[Task],
     arms: Sequence[Arm],
     judge: Judge,
@@ -143,17 +171,15 @@ async def run_sweep(
     return outcomes
 
 
-async def _answer(client: AsyncOpenAI, plan: SweepPlan, task: Task, arm: Arm, judge: Judge) -> Outcome:
+async def _answer(client: AsyncOpenAI, plan: Plan, task: Task, arm: Arm, judge: Judge) -> Outcome:
     messages: list[Any] = task.messages
     try:
-        reply = await client.chat.completions.create(
-            model=plan.model, messages=messages, extra_body=plan.extra_body(arm), **plan.sampling
-        )
+        reply = await client.chat.completions.create(messages=messages, **plan.parameters(task, arm))
     except APIError as error:
         where = f"{task.problem_id}, along {arm.along} at scale {arm.scale:g}"
         raise SweepError(f"{where}: {error.message}") from error
     choice = reply.choices[0]
-    text = choice.message.content or ""
+    text = plan.said(choice.message)
     parsed, correct = await judge(text, task.problem_id)
     return Outcome(
         problem_id=task.problem_id,
@@ -165,4 +191,5 @@ async def _answer(client: AsyncOpenAI, plan: SweepPlan, task: Task, arm: Arm, ju
         correct=correct,
         tokens=reply.usage.completion_tokens if reply.usage else 0,
         finish_reason=choice.finish_reason,
+        acted=any("acted" in one for one in (choice.model_extra or {}).get("probes") or ()),
     )

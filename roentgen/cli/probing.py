@@ -10,6 +10,7 @@ import typer
 from roentgen.cli.console import LOADING, err, expected_errors, out, stages, table_of
 from roentgen.durable import write_json
 from roentgen.options import options_of, read_options
+from roentgen.stopping import StopSettings
 from roentgen.workflows.settings import SteerSettings
 
 probe_app = typer.Typer(no_args_is_help=True, help="Probes on stored activations.")
@@ -114,3 +115,26 @@ def probe_steer(**options: Any) -> None:
 
         report = steer(settings, stage)
     out.print(render(report))
+
+
+@probe_app.command("stop")
+@options_of(StopSettings)
+def probe_stop(**options: Any) -> None:
+    """Find on stored rows what a probe that ends answers early would save and cost, beside simpler rules."""
+    with stages() as stage, expected_errors():
+        read_options(StopSettings, options)
+        stage(LOADING)
+        from probes import ProbeDataError
+        from probes.steering import SweepError
+        from roentgen.cluster import ClusterError
+        from roentgen.linear_probe import SavedProbeError
+        from roentgen.probes.stopping import render, stop
+        from roentgen.runs import RunError
+        from roentgen.serving.local_server import LaunchError
+        from roentgen.store import StoreError
+
+        refusals = (ClusterError, LaunchError, ProbeDataError, RunError, SavedProbeError, StoreError, SweepError)
+        with expected_errors(*refusals):
+            report = stop(**options, stage=stage)
+    out.print(render(report))
+    out.print(f"page: {Path(report.folder) / 'stopping.html'}", highlight=False, markup=False, soft_wrap=True)

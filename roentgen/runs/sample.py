@@ -1,5 +1,6 @@
 """One attempt at one problem, as the record keeps it and as everything later reads it."""
 
+from itertools import takewhile
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -96,6 +97,11 @@ class Sample(BaseModel):
     def identity(self) -> tuple[str, str, int]:
         """What makes it the same sample when it is tried again."""
         return self.config_hash, self.problem_id, self.epoch
+
+    @property
+    def asked(self) -> list[dict[str, Any]]:
+        """The messages with which the problem was posed: the conversation up to the model's first."""
+        return list(takewhile(lambda message: message["role"] != "assistant", self.messages))
 
     @property
     def posed(self) -> Posed:

@@ -3,9 +3,8 @@
 The settings are apart from the work, which needs torch, so that the command line can show them without waiting for it.
 """
 
-import math
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -25,20 +24,8 @@ from roentgen.contract import (
     StoredDtype,
     WrittenHookPoints,
     WrittenLayers,
+    read_numbers,
 )
-
-
-def _read_scales(value: Any) -> Any:
-    """Read numbers as people write them, each once."""
-    if not isinstance(value, str):
-        return value
-    try:
-        scales = tuple(dict.fromkeys(float(part) for part in value.split(",")))
-    except ValueError:
-        scales = ()
-    if not (scales and all(map(math.isfinite, scales))):
-        raise ValueError(f"{value!r} is not a list of numbers with commas between them")
-    return scales
 
 
 class CaptureSettings(BaseModel):
@@ -123,7 +110,7 @@ class SteerSettings(BaseModel):
         None, description="A run whose problems to pose; else the run that the probe lies in."
     )
     samples: int = Field(32, ge=2, description="How many problems, the first of the run.")
-    scales: Annotated[tuple[float, ...], BeforeValidator(_read_scales)] = Field(
+    scales: Annotated[tuple[float, ...], BeforeValidator(read_numbers)] = Field(
         (-1, -0.5, 0.5, 1),
         description="How far to push, comma-separated; 1 is the typical distance of a row from the mean.",
     )

@@ -11,18 +11,12 @@ the summed variances that the probe was standardised with): scales mean the same
 """
 
 import asyncio
-import json
-from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from openai import APIError, AsyncOpenAI, OpenAI
+from openai import AsyncOpenAI
 from rich.table import Table
 
-from eval_jobs.endpoint import Endpoint, FatalRequestError, settle
 from eval_jobs.problems import Problem
 from eval_jobs.rescoring import find_scorer, problem_of
 from eval_jobs.scoring import UnknownScorerError
@@ -31,13 +25,10 @@ from probes.steering import SweepError, SweepPlan, SweepReport, Task, make_arms,
 from roentgen.api_keys import client_key
 from roentgen.contract import split_key
 from roentgen.durable import atomic_write, make_folder, write_json
-from roentgen.linear_probe import CARDS, SavedProbe, SavedProbeError, load_probe
+from roentgen.linear_probe import find_probe
 from roentgen.runs import Run, same_question
-from roentgen.serving.local_server import serving
+from roentgen.serving.for_probes import RETRIES, model_server, served_name
 from roentgen.workflows.settings import SteerSettings
-from serve_app.config import ServerConfig
-
-RETRIES = 4
 
 
 def steer(settings: SteerSettings, stage: Callable[[str], None] = lambda text: None) -> SweepReport:
@@ -70,8 +61,8 @@ def steer(settings: SteerSettings, stage: Callable[[str], None] = lambda text: N
     except UnknownScorerError as error:
         raise SweepError(str(error)) from error
     judge = partial(_judge, scorer.name, scorer.value, posed)
-    with _server(settings, run, saved, stage) as url:
-        served = _served_name(url, saved)
+    with model_server(settings, run, saved, stage) as url:
+        served = served_name(url, saved)
         plan = SweepPlan(
             served, hook_point, layer, settings.positions, unit, sampling, settings.parallel, settings.seed
         )
@@ -96,24 +87,6 @@ def steer(settings: SteerSettings, stage: Callable[[str], None] = lambda text: N
         report.draw().savefig(temporary, format="png")
     write_json(output / "steering.json", report.to_json())
     return report
-
-
-def find_probe(given: Path, label: str) -> tuple[Path, SavedProbe]:
-    """Return a saved probe and its path, FOLDER/NAME; of a run, the one most folds have chosen.
-
-    Raises:
-        SavedProbeError: if there is none.
-    """
-    path = given.expanduser().absolute()
-    if not path.exists() and not (path.parent / CARDS).exists():
-        raise SavedProbeError(f"{given} is neither a run nor a saved probe, FOLDER/NAME")
-    if (path / "config.json").exists():
-        folder = path / "probes" / label
-        results = folder / "results.json"
-        if not results.exists() or not (folder / CARDS).exists():
-            raise SavedProbeError(f"{path} has no saved probes of {label!r}; `roentgen probe train` makes them")
-        path = folder / Counter(json.loads(results.read_text())["best"]["keys"]).most_common(1)[0][0]
-    return path, load_probe(path.parent, path.name)
 
 
 def render(report: SweepReport) -> Table:
@@ -148,12 +121,7 @@ def _tasks(run: Run, samples: int) -> tuple[list[Task], dict[str, Problem]]:
     for sample, problem in zip(answered, same_question([sample.posed for sample in answered]), strict=True):
         if problem not in posed and len(tasks) < samples:
             posed.add(problem)
-            asked = []
-            for message in sample.messages:
-                if message["role"] == "assistant":
-                    break
-                asked.append(message)
-            tasks[sample.problem_id] = Task(sample.problem_id, asked)
+            tasks[sample.problem_id] = Task(sample.problem_id, sample.asked)
             problems[sample.problem_id] = problem_of(sample)
     if not tasks:
         raise SweepError(f"{run.path} has no answered problem")
@@ -168,43 +136,3 @@ async def _judge(
     except (ScorerError, ScoringFailedError) as error:
         raise SweepError(f"{problem_id}: {error}") from error
     return verdict.answer is not None, verdict.correct
-
-
-@contextmanager
-def _server(asked: SteerSettings, run: Run, probe: SavedProbe, stage: Callable[[str], None]) -> Iterator[str]:
-    if asked.base_url is not None:
-        try:
-            settled = settle(Endpoint(asked.base_url, api_key=client_key()))
-        except FatalRequestError as error:
-            raise SweepError(str(error)) from error
-        yield settled.base_url
-        return
-    settings, hashed, card = run.config.settings, run.config.hashed, probe.card
-    given = {name: settings[name] for name in ("dtype", "device", "revision") if settings.get(name) is not None}
-    is_runs = (hashed.get("model"), hashed.get("revision")) == (card.model, card.revision)
-    model = asked.model or (run.config.model_root if is_runs else card.model)
-    # A sweep stores no activations; the server wants a place for them all the same.
-    with (
-        TemporaryDirectory(prefix="roentgen-steer-") as store,
-        serving(ServerConfig(model=model, store=store, taps=(card.key,), **given), stage=stage) as url,
-    ):
-        yield url
-
-
-def _served_name(url: str, probe: SavedProbe) -> str:
-    """Return what the probe's model is called there: a folder that has another name by now is the same model.
-
-    Raises:
-        SweepError: if another model is served, before a thousand requests find out.
-    """
-    try:
-        listed = OpenAI(base_url=url, api_key=client_key(), max_retries=RETRIES).models.list()
-        revisions = {model.id: (model.model_extra or {}).get("revision") for model in listed}
-    except APIError as error:
-        raise SweepError(f"the server at {url} cannot be asked for its models: {error.message}") from error
-    card = probe.card
-    name = next((name for name, revision in revisions.items() if revision == card.revision), None)
-    if name is None:
-        found = ", ".join(f"{name} ({revision})" for name, revision in revisions.items())
-        raise SweepError(f"the probe is of {card.model} ({card.revision}); {url} serves {found}")
-    return name

@@ -9,10 +9,10 @@ import pytest
 import torch
 from openai import OpenAI
 
-from roentgen.linear_probe import ProbeCard, SavedProbe, SavedProbeError, save_probes
+from roentgen.linear_probe import ProbeCard, SavedProbe, SavedProbeError, find_probe, save_probes
 from roentgen.runs import RunConfig, RunError, Sample, create_run, recording
 from roentgen.workflows.settings import SteerSettings
-from roentgen.workflows.steer import find_probe, steer
+from roentgen.workflows.steer import steer
 from tests.conftest import ROENTGEN, Server
 
 MODEL = "smollm2-135m"

@@ -18,11 +18,15 @@ from probes import train as train_probes
 from probes.choosing import Fit
 from probes.kinds import Kind
 from probes.kinds.linear import LinearProbes
+from probes.stopping import StopReport
 from roentgen.argument_names import naming_arguments
 from roentgen.linear_probe import SavedProbe, load_probe, read_cards
 from roentgen.pages import page_environment
+from roentgen.probes import stopping
 
-__all__ = ["Kind", "LinearProbes", "TrainedProbes", "train"]
+__all__ = ["Kind", "LinearProbes", "StopReport", "TrainedProbes", "stop", "train"]
+
+stop = naming_arguments()(stopping.stop)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

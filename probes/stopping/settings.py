@@ -1,0 +1,95 @@
+"""The rules that a sweep tries, each with what it can be set to."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from probes.stopping.traces import StopTrace, scores_of
+from roentgen.linear_probe import Readout
+
+Kind = Literal["whole", "probe", "random", "fixed_length", "convergence"]
+
+QUANTILES = np.array([0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99, 0.995])
+"""Of the scores: the values that are tried, where none are given."""
+SHARES = np.linspace(0.1, 1.0, 19)
+"""Quantiles of the lengths: the fixed lengths that are tried."""
+READINGS = (1, 2, 3, 4, 6)
+"""How many sentence ends in a row have to have one reading."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One rule. Of its fields, those that its kind does not have are None."""
+
+    kind: Kind
+    """No stop at all; the probe, or a random direction; after so many tokens; or at so many equal readings in a row."""
+    number: int = 0
+    """Which of the random directions."""
+    above: float | None = None
+    """The score."""
+    length: int | None = None
+    """How many tokens, or readings, in a row."""
+    tokens: int | None = None
+    """The fixed length."""
+
+    @property
+    def family(self) -> tuple[Kind, int]:
+        """What it is a setting of."""
+        return self.kind, self.number
+
+    def __str__(self) -> str:
+        match self.kind:
+            case "whole":
+                return "never"
+            case "fixed_length":
+                return f"after {self.tokens} tokens"
+            case "convergence":
+                return f"{self.length} equal readings"
+            case _:
+                return f"above {self.above:g} for {self.length}"
+
+
+def random_directions(probe: Readout, count: int, seed: int = 0) -> list[Readout]:
+    """Return probes that know nothing: random weights, as long as the probe's, on features standardized as the probe's are."""
+    drawn = torch.randn(count, probe.weight.shape[1], generator=torch.Generator().manual_seed(seed))
+    weights = torch.nn.functional.normalize(drawn, dim=-1) * probe.weight.float().norm()
+    return [Readout(weight[None], torch.zeros(1), probe.mean, probe.scale) for weight in weights]
+
+
+def make_settings(
+    traces: Sequence[StopTrace],
+    scores: Sequence[Sequence[Float[np.ndarray, "fed"]]],
+    lengths: Sequence[int],
+    above: Sequence[float] | None = None,
+) -> list[Setting]:
+    """Return the settings to try, "whole" first.
+
+    Args:
+        traces: those on which settings are chosen.
+        scores: of their tokens, by the probe and then by each random direction.
+        lengths: for how many tokens in a row.
+        above: the probe's scores; None for quantiles of those that there are. Random directions always have quantiles.
+    """
+    settings = [Setting("whole")]
+    for number, own in enumerate(scores):
+        counted = np.concatenate([found[trace.counted] for found, trace in zip(own, traces, strict=True)])
+        values = above if above is not None and number == 0 else quantiles(counted)
+        kind: Kind = "random" if number else "probe"
+        settings += [Setting(kind, max(number - 1, 0), value, length) for value in values for length in lengths]
+    limits = np.unique(np.quantile([int(trace.counted.sum()) for trace in traces], SHARES).astype(int))
+    settings += [Setting("fixed_length", tokens=int(limit)) for limit in limits if limit > 0]
+    return [*settings, *(Setting("convergence", length=length) for length in READINGS)]
+
+
+def quantiles(scores: Float[np.ndarray, "tokens"]) -> list[float]:
+    """Return quantiles of scores, to four digits: no score is then as good as equal to one of them."""
+    return list(dict.fromkeys(float(f"{value:.4g}") for value in np.quantile(scores, QUANTILES)))
+
+
+def all_scores(probes: Sequence[Readout], traces: Sequence[StopTrace]) -> list[list[Float[np.ndarray, "fed"]]]:
+    """Score traces with each probe."""
+    return [[scores_of(probe, trace) for trace in traces] for probe in probes]

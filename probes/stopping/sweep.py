@@ -1,0 +1,141 @@
+"""Where each setting would have stopped each rollout, and what the text by then is worth.
+
+Nothing is generated. What a model would say after its reasoning is closed is not in the stored rows, so there the answer is
+what can be read of the reasoning, and the tokens of the answer are those of the model's own.
+"""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float
+
+from probes.stopping.settings import Setting
+from probes.stopping.traces import StopTrace
+from roentgen.contract import ProbeEffect
+from roentgen.runs import Sample
+from roentgen.stopping import find_stop
+
+AT_ONCE = 64
+"""Readings at once, for judges that wait for somebody."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a judge reads in a text."""
+
+    answer: str | None
+    """None if it finds none."""
+    correct: bool
+    """Whether it is right."""
+
+
+Judge = Callable[[str, Sample], Awaitable[Reading]]
+
+
+@dataclass(frozen=True)
+class Stop:
+    """What a setting would have done to one rollout."""
+
+    place: int | None
+    """The last token, None if the rollout was whole."""
+    tokens: int
+    """How many there would have been."""
+    correct: bool
+    """Whether the answer would have been right."""
+
+
+class _Readings:
+    """What has been read of each rollout up to each token, once."""
+
+    def __init__(self, traces: Sequence[StopTrace], judge: Judge) -> None:
+        self._traces = traces
+        self._judge = judge
+        self._found: dict[tuple[int, int], Reading] = {}
+
+    def __getitem__(self, at: tuple[int, int]) -> Reading:
+        return self._found[at]
+
+    async def read(self, wanted: Iterable[tuple[int, int]]) -> None:
+        """Read rollouts, each up to a token."""
+        free = asyncio.Semaphore(AT_ONCE)
+
+        async def one(number: int, place: int) -> None:
+            trace = self._traces[number]
+            async with free:
+                self._found[number, place] = await self._judge(trace.said(place), trace.sample)
+
+        async with asyncio.TaskGroup() as group:
+            for at in set(wanted) - self._found.keys():
+                group.create_task(one(*at))
+
+
+async def sweep(
+    traces: Sequence[StopTrace],
+    scores: Sequence[Sequence[Float[np.ndarray, "fed"]]],
+    settings: Sequence[Setting],
+    then: ProbeEffect,
+    judge: Judge,
+) -> list[list[Stop]]:
+    """Find what each setting would have done to each rollout, `[settings][traces]`.
+
+    Args:
+        traces: the rollouts.
+        scores: of their tokens, by the probe and then by each random direction.
+        settings: what to try.
+        then: what is done where one stops.
+        judge: reads answers.
+    """
+    readings = _Readings(traces, judge)
+    ends = [trace.sentence_ends() for trace in traces]
+    if any(setting.kind == "convergence" for setting in settings):
+        await readings.read((number, place) for number, own in enumerate(ends) for place in own)
+
+    def place(setting: Setting, number: int) -> int | None:
+        trace = traces[number]
+        match setting.kind:
+            case "whole":
+                return None
+            case "fixed_length":
+                assert setting.tokens is not None
+                counted = np.flatnonzero(trace.counted)
+                return int(counted[setting.tokens - 1]) if len(counted) >= setting.tokens else None
+            case "convergence":
+                assert setting.length is not None
+                return converged([(at, readings[number, at].answer) for at in ends[number]], setting.length)
+            case _:
+                assert setting.above is not None
+                assert setting.length is not None
+                own = scores[0 if setting.kind == "probe" else 1 + setting.number][number]
+                return find_stop(own, trace.counted, setting.above, setting.length)[0]
+
+    places = [[place(setting, number) for number in range(len(traces))] for setting in settings]
+    await readings.read((number, at) for row in places for number, at in enumerate(row) if at is not None)
+    answers = [trace.n_tokens - trace.thought for trace in traces if trace.thought is not None]
+    usual = int(np.median(answers)) if answers else 0
+
+    def stop(number: int, at: int | None) -> Stop:
+        trace = traces[number]
+        if at is None:
+            return Stop(None, trace.n_tokens, trace.sample.correct)
+        more = 0
+        if then == "close_reasoning":
+            more = 1 + (usual if trace.thought is None else trace.n_tokens - trace.thought)
+        return Stop(at, at + 1 + more, readings[number, at].correct)
+
+    return [[stop(number, at) for number, at in enumerate(row)] for row in places]
+
+
+def converged(readings: Sequence[tuple[int, str | None]], length: int) -> int | None:
+    """Return the token at which the last `length` readings are one answer; None if they never are.
+
+    Args:
+        readings: the answer that can be read at each sentence's end, with the end's token.
+        length: how many.
+    """
+    for number in range(length - 1, len(readings)):
+        last = {answer for _, answer in readings[number + 1 - length : number + 1]}
+        if len(last) == 1 and None not in last:
+            return readings[number][0]
+    return None
