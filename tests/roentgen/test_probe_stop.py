@@ -140,14 +140,14 @@ def test_the_reasoning_alone_counts_where_it_is_to_be_closed(write_run: Callable
     assert own.accuracy.value == 1
     assert own.saved.low > 0.1
     assert own.setting.above == 3.5
-    assert "--confirm measures it" in " ".join(report.notes())
+    assert "confirm measures it" in " ".join(report.notes())
     assert not report.seen
 
 
 @pytest.mark.parametrize(
     ("written", "asked", "error", "message"),
     [
-        ({"positions": "last_prompt"}, {}, ProbeDataError, "were not stored; evaluate again with --positions all"),
+        ({"positions": "last_prompt"}, {}, ProbeDataError, "were not stored; evaluate again with positions all"),
         ({"n": 1}, {}, ProbeDataError, "answers to one problem only"),
         ({"mode": "with-tools"}, {}, ProbeDataError, "was answered with tools"),
         ({}, {"probe": probe("layers.9.resid_post")}, ProbeDataError, r"no rows of layers\.9\.resid_post; it has layers\.1"),
@@ -156,7 +156,7 @@ def test_the_reasoning_alone_counts_where_it_is_to_be_closed(write_run: Callable
         ({}, {"probe": None}, SavedProbeError, "has no saved probes of 'correct'"),
         ({}, {"lengths": "0"}, OptionError, "lengths"),
         ({}, {"above": "1,x"}, OptionError, "above.*not a list of numbers"),
-        ({}, {"max_loss": 2}, OptionError, "max-loss"),
+        ({}, {"max_loss": 2}, OptionError, "max_loss"),
         ({}, {"length": 2}, OptionError, "length: there is no such option; did you mean lengths"),
         ({}, {"then": "close_reasoning", "where": "generated"}, OptionError, "only the reasoning can be closed"),
     ],
