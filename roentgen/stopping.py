@@ -26,7 +26,7 @@ Where = Literal["generated", "reasoning"]
 class StopWhen(BaseModel):
     """When a probe's scores end the generation, or the model's reasoning: `for` tokens in a row have scores above `above`."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
 
     above: Number = Field(allow_inf_nan=False, description="A score that is to be exceeded, in the probe's unit.")
     length: Int = Field(1, alias="for", ge=1, le=MAX_INT32, description="By how many tokens in a row.")

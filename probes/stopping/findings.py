@@ -125,7 +125,7 @@ class StopReport:
         if (found := self.probes_own) is None:
             return None
         fields = {"above": found.setting.above, "for": found.setting.length, "where": self.where, "then": self.then}
-        return StopWhen.model_validate(fields).model_dump(by_alias=True)
+        return StopWhen.model_validate(fields).model_dump()
 
     def notes(self) -> list[str]:
         """Return what should stop a reader from reading too much into the numbers."""

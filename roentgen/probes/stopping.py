@@ -240,7 +240,7 @@ def _confirm(
         )
         stage(f"{len(tasks)} answers, stopped live")
         client = AsyncOpenAI(base_url=url, api_key=client_key(), max_retries=RETRIES, timeout=3600)
-        outcomes = asyncio.run(run_sweep(client, plan, tasks, [Arm("nothing")], judge, record))
+        outcomes = asyncio.run(run_sweep(client, plan, tasks, [Arm("nothing")], judge, record, stage))
     own = {outcome.problem_id: outcome for outcome in outcomes}
     ordered = [own[trace.sample.sample_id] for trace, _ in expected]
     return live_finding(

@@ -93,7 +93,7 @@ def stopping_label(asked: Sequence[AskedProbe], scorers: Sequence[Scorer], acted
         if isinstance(probe, InlineProbe):
             numbers = probe.model_dump_json(exclude={"name", "stop_when"})
             source["numbers"] = hashlib.sha256(numbers.encode()).hexdigest()[:16]
-        when = {**rule.when.model_dump(by_alias=True), "where": rule.when.counts}
+        when = {**rule.when.model_dump(), "where": rule.when.counts}
         where = {"position": done and done.position, "score": done and done.score}
         said.append({**source, "key": scorer.key, **when, **where})
     return json.dumps(said)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from openai import OpenAI
 
 import roentgen
 from probes import ProbeDataError
@@ -18,6 +19,7 @@ from roentgen.runs import RolloutRef, Run, RunConfig, Sample, create_run, record
 from roentgen.stopping import find_stop
 from roentgen.store import CaptureSpec, Rollout, StoreWriter
 from roentgen.tokenized_text import Segment, TokenizedText
+from tests.conftest import Server
 
 KEY, WIDTH = "layers.1.resid_post", 256
 
@@ -167,3 +169,27 @@ def test_what_cannot_be_is_refused_by_name(
     run = write_run(**{"n": 6, **written})
     with pytest.raises(error, match=message):
         roentgen.probes.stop(run, **{"probe": probe(), **asked})
+
+
+@pytest.mark.integration
+@pytest.mark.rotating
+def test_a_server_stops_where_the_stored_rows_say(server: Server, tmp_path: Path) -> None:
+    """A random direction, so that some answers end early; greedy, in float32: every answer has the length that was swept."""
+    run = roentgen.evaluate(
+        "arithmetic", samples=12, model=server.base_url, max_tokens=32, output=tmp_path / "run", parallel=4,
+        capture={"layers": [15], "hook_points": ["resid_post"]},
+    )  # fmt: skip
+    models = OpenAI(base_url=server.base_url, api_key="none").models.list().data[0]
+    rows = run.activations("layers.15.resid_post", "generated")
+    every = torch.cat([item.values.float() for item in rows])
+    weight = torch.randn(1, 576, generator=torch.Generator().manual_seed(1))
+    known = card("layers.15.resid_post").model_copy(update={"model": models.id, "revision": models.revision})  # type: ignore[attr-defined]
+    read = SavedProbe(weight, torch.zeros(1), every.mean(0), every.std(0) + 0.1, known)
+    report = roentgen.probes.stop(run, read, max_loss=1.0, controls=0, confirm=True, base_url=server.base_url)
+    assert report.live is not None
+    assert report.live.same_length == 1
+    assert report.live.stopped == report.probes_own.stopped > 0  # type: ignore[union-attr]
+    assert report.live.accuracy.value == report.probes_own.accuracy.value  # type: ignore[union-attr]
+    lines = (run.path / "stopping" / "" / f"{read.card.name}" / "live.jsonl").read_text().splitlines()
+    assert len(lines) == report.samples[1]
+    assert "the probe, live" in (Path(report.folder) / "stopping.html").read_text()

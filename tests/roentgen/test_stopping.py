@@ -93,6 +93,7 @@ def test_reasoning_is_between_its_marks_and_comes_once(
         ({"above": float("inf")}, "above", "finite number"),
         ({"above": True}, "above", "a number is needed, not true"),
         ({"above": 0, "for": 0}, "for", "greater than or equal to 1"),
+        ({"above": 0, "length": 2}, "length", "Extra inputs"),
         ({"above": 0, "for": 1.5}, "for", "valid integer"),
         ({"above": 0, "where": "prompt"}, "where", "'generated' or 'reasoning'"),
         ({"above": 0, "then": "go"}, "then", "'stop' or 'close_reasoning'"),
@@ -108,7 +109,11 @@ def test_what_is_not_allowed_is_refused_by_name(fields: dict[str, object], field
     assert message in error["msg"]
 
 
+def when(**fields: str) -> StopWhen:
+    return StopWhen.model_validate({"above": 0, **fields})
+
+
 def test_what_counts_follows_from_what_is_done() -> None:
-    assert StopWhen(above=0).counts == "generated"
-    assert StopWhen(above=0, then="close_reasoning").counts == "reasoning"
-    assert StopWhen(above=0, where="reasoning").counts == "reasoning"
+    assert when().counts == "generated"
+    assert when(then="close_reasoning").counts == "reasoning"
+    assert when(where="reasoning").counts == "reasoning"

@@ -513,7 +513,7 @@ MARKS = ReasoningTokens(start=60, end=62)
 
 
 def stopping(above: float, length: int, *, min_tokens: int = 0, **when: str) -> Stopping:
-    rule = StopRule(0, StopWhen(above=above, length=length, **when))
+    rule = StopRule(0, StopWhen.model_validate({"above": above, "for": length, **when}))
     return Stopping((rule,), MARKS if rule.when.counts == "reasoning" else None, min_tokens)
 
 

@@ -117,3 +117,36 @@ def test_a_probe_outside_the_folder_is_refused(server: Server, probe: SavedProbe
     client = OpenAI(base_url=server.base_url, api_key="none", max_retries=0)
     with pytest.raises(openai.BadRequestError, match="is not FOLDER/NAME of a probe under"):
         client.chat.completions.create(model=MODEL, messages=QUESTION, extra_body={"probes": [f"../mine/{NAME}"]})
+
+
+def test_a_score_ends_a_reply_on_every_route(server: Server, probe: SavedProbe) -> None:
+    """The same five tokens, whole and streamed, in a chat and in a response, beside one that goes on."""
+    client = OpenAI(base_url=server.base_url, api_key="none", max_retries=0)
+    stops = [{"probe": f"mine/{NAME}", "stop_when": {"above": -1e9, "for": 5}}]
+    body: dict[str, Any] = {"model": MODEL, "messages": QUESTION, "max_tokens": 12, "temperature": 0}
+    free = client.chat.completions.create(**body, extra_body={"return_token_ids": True}).choices[0]
+    whole = client.chat.completions.create(**body, extra_body={"probes": stops, "activations": ASKED})
+    choice = whole.choices[0]
+    assert choice.token_ids == free.token_ids[:5]  # type: ignore[attr-defined]
+    assert (choice.finish_reason, choice.stop_reason) == ("stop", f"probe:mine/{NAME}")  # type: ignore[attr-defined]
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 5
+    (acted,) = whole.activations["acted"]  # type: ignore[attr-defined]
+    assert acted["position"] == whole.usage.prompt_tokens + 4
+    streamed = [
+        chunk.choices[0]
+        for chunk in client.chat.completions.create(**body, stream=True, extra_body={"probes": stops})
+        if chunk.choices
+    ]
+    assert "".join(piece.delta.content or "" for piece in streamed) == choice.message.content
+    assert streamed[-1].probes[0]["acted"]["position"] == acted["position"]  # type: ignore[attr-defined]
+    response = client.responses.create(
+        model=MODEL,
+        input=QUESTION,
+        max_output_tokens=12,
+        temperature=0,
+        extra_body={"probes": stops},  # type: ignore[arg-type]
+    )
+    assert response.output_text == choice.message.content
+    assert response.status == "completed"
+    assert response.probes[0]["acted"]["position"] == acted["position"]  # type: ignore[attr-defined]
