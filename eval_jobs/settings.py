@@ -158,6 +158,7 @@ class EvalSettings(BaseModel):
         None,
         description=f"The primary one of {', '.join(EXTRACTORS)}, or a scorer of one's own, {REFERENCE}; the prompt's own if "
         "absent. All are reported.",
+        json_schema_extra={"flags": ["--extractor", "--scorer"]},
     )
     request_timeout: float = Field(
         600.0, gt=0, le=86_400, description="Seconds one request may take, retries and waiting included."

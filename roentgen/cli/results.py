@@ -22,7 +22,11 @@ def score(
     run: RunPath,
     extractor: Annotated[
         str | None,
-        typer.Option(help="The primary one from now on: a name, or module:function or path/to/file.py:function."),
+        typer.Option(
+            "--extractor",
+            "--scorer",
+            help="The primary one from now on: a name, or module:function or path/to/file.py:function.",
+        ),
     ] = None,
 ) -> None:
     """Judge a run's answers again, without the model, and print its scores."""

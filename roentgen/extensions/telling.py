@@ -23,7 +23,7 @@ def spell_error(error: BaseException) -> str:
         if "site-packages" not in frame.filename and _package not in Path(frame.filename).parents
     ]
     where = f" ({Path(own[-1].filename).name}, line {own[-1].lineno})" if own else ""
-    return f"{type(error).__name__}: {error}{where}"
+    return f"{type(error).__name__}{f': {error}' if str(error) else ''}{where}"
 
 
 _package = Path(__file__).parents[2] / "eval_jobs"

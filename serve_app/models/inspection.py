@@ -29,8 +29,9 @@ def inspect_model(name: str, *, revision: str | None = None, config_only: bool =
     disable_progress_bar()
     source = locate(name, revision)
     try:
+        config = read_config(source)
         if config_only or _is_bare(source):
-            return resolve_config(read_config(source), source.name)
+            return resolve_config(config, source.name)
         model = read_model(source, revision=source.commit, dtype="auto").eval()
     except ModelNotFoundError:
         raise

@@ -172,6 +172,10 @@ class ModelSlot:
         self._say(f"finding {choice.model_id}")
         try:
             return locate(choice.model_id, choice.revision, trust_remote_code=choice.trust_remote_code)
+        except RequestError as error:  # whoever asked is told, so the log needs no traceback
+            log.info("%s cannot be found: %s", choice.model_id, error)
+            self._refused = choice, error
+            return None
         except Exception as error:
             log.exception("%s cannot be found", choice.model_id)
             self._refused = choice, as_load_error(error)
@@ -199,6 +203,10 @@ class ModelSlot:
         """Load a model into the empty slot; whether that worked."""
         try:
             served = self._make(choice, source)
+        except RequestError as error:  # whoever asked is told, so the log needs no traceback
+            log.info("%s cannot be loaded: %s", choice.model_id, error)
+            self._refused = choice, error
+            return False
         except Exception as error:
             log.exception("%s cannot be loaded", choice.model_id)
             self._refused = choice, as_load_error(error)

@@ -63,6 +63,7 @@ def test_the_table_says_where_and_in_which_layers(tmp_path: Path) -> None:
         (None, "there is no such folder"),
         ('{"model_type":', "not a valid JSON file"),
         ('{"model_type": "nonesuch"}', "model type `nonesuch`"),
+        ('{"model_type": "llama", "hidden_size": "wide"}', "'hidden_size' expected int, got str"),
         ('{"model_type": "t5"}', "no narrow model of it can be built"),
     ],
 )

@@ -35,6 +35,7 @@ def run(*arguments: str) -> tuple[int, str]:
         (["eval", "--model", "./nowhere"], "there is no such folder"),
         (["eval", "--hook-points", "resid_pots"], "did you mean 'resid_post'?"),
         (["eval", "--base-url", "nonsense"], "is not the address of a server"),
+        (["eval", "--scorer", "nobody"], "--extractor: 'nobody' is unknown; allowed are answer"),
         (["eval", "--base-url", "http://127.0.0.1:99999/v1"], "127.0.0.1:99999"),
         (["capture", "nowhere"], "nowhere is neither a run directory nor a file"),
         (["verify-capture", "./nowhere"], "there is no such folder"),

@@ -106,7 +106,9 @@ def test_memory_never_holds_two_models(slot: ModelSlot, tmp_path: Path) -> None:
     assert max(peaks[1:]) < peaks[0] + size / 3, (peaks, size)
 
 
-def test_a_load_that_fails_leaves_the_model_there_was(slot: ModelSlot, folders: dict[str, str], tmp_path: Path) -> None:
+def test_a_load_that_fails_leaves_the_model_there_was(
+    slot: ModelSlot, folders: dict[str, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     put(slot, folders["llama"])
     missing = put(slot, "/no/such/folder")
     assert (missing["status"], missing["refused"]["error"]["status"]) == ("ok", 404)
@@ -120,6 +122,7 @@ def test_a_load_that_fails_leaves_the_model_there_was(slot: ModelSlot, folders: 
     next(broken.glob("*.safetensors")).write_bytes(b"torn")
     torn = put(slot, str(broken))
     assert (torn["refused"]["error"]["status"], torn["structure"]["model_type"]) == (500, "llama")
+    assert not [record for record in caplog.records if record.exc_info]  # of what is said to whoever asked
     assert put(slot, folders["qwen3"])["refused"] is None
 
 
