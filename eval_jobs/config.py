@@ -32,6 +32,8 @@ class ServedModel:
     root: str | None = None
     """What leads to it from anywhere: its folder, or its hub id. It says where the weights lie and not which they are, so no
     hash has it: a folder that is moved is the same model."""
+    quantization: str | None = None
+    """How the weights are quantized; None also if they are not."""
 
 
 def hashed_configuration(settings: EvalSettings, served: ServedModel) -> dict[str, Any]:
@@ -49,6 +51,8 @@ def hashed_configuration(settings: EvalSettings, served: ServedModel) -> dict[st
         "tools": tools,
         "capture": settings.capture,
     }
+    if served.quantization is not None:
+        hashed["quantization"] = served.quantization
     if prompt.shots:
         hashed["shots"] = pool_hash(prompt.shots_source)
     if tools:

@@ -125,7 +125,8 @@ def find_model(endpoint: Endpoint, wanted: str | None) -> ServedModel:
             f"--model: {wanted!r} is not served at {endpoint.base_url}; it serves {_names(found)}"
             f"{suggest(str(wanted), found)}"
         )
-    details = {key: found[name].get(key) for key in ("revision", "dtype", "num_layers", "d_model", "root")}
+    told = ("revision", "dtype", "quantization", "num_layers", "d_model", "root")
+    details = {key: found[name].get(key) for key in told}
     return ServedModel(name, **details)
 
 

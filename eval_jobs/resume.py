@@ -78,7 +78,9 @@ def check_output(settings: EvalSettings, problems: Sequence[Problem]) -> None:
         return
     run, settings = Run(settings.output), as_begun(settings)
     hashed = run.config.hashed
-    served = ServedModel(hashed["model"], hashed.get("revision"), hashed.get("dtype"))
+    served = ServedModel(
+        hashed["model"], hashed.get("revision"), hashed.get("dtype"), quantization=hashed.get("quantization")
+    )
     _continued(run, _describe(settings, problems, served, ""), settings, problems)
 
 

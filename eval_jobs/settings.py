@@ -33,6 +33,7 @@ from roentgen.contract import (
     Dtype,
     MaxTokens,
     PositionPolicy,
+    Quantize,
     Revision,
     StoredDtype,
     Temperature,
@@ -45,7 +46,7 @@ from roentgen.defaults import EMBEDDED_MODEL
 from roentgen.extensions import Found, given, shown
 from roentgen.options import read_options
 
-SERVER_OPTIONS = ("store", "dtype", "revision", "device")
+SERVER_OPTIONS = ("store", "dtype", "quantize", "revision", "device")
 """Options of the server: they can be given only to one that this command starts."""
 
 
@@ -170,6 +171,7 @@ class EvalSettings(BaseModel):
     new: bool = Field(False, description="Start another run instead of continuing one.")
     store: str | None = Field(None, description="Where a server started here keeps activations.")
     dtype: Dtype | None = Field(None, description="Precision of a model loaded here.")
+    quantize: Quantize = None
     revision: Revision = None
     device: Device | None = Field(None, description="Device of a model loaded here.")
     verbose: bool = Field(False, description="Show Ray's log, and tracebacks.")

@@ -388,6 +388,12 @@ AllowNonFinite = Annotated[
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
+Quantize = Annotated[
+    Literal["int8"] | None,
+    Field(
+        description="int8 keeps the weights of linear layers in a byte each, with a scale for each output; on a CPU."
+    ),
+]
 ModelName = Annotated[
     str, Field(min_length=1, max_length=1024, description=f"{EMBEDDED_MODEL} (embedded), a folder, or a hub id.")
 ]
@@ -515,6 +521,11 @@ class ActivationReply(BaseModel):
 def captured_as(stored: StoredDtype) -> CapturedDtype:
     """Return what rows are gathered in that are to be stored so."""
     return "model" if stored == "int8" else stored
+
+
+def quantize_again(recorded: str | None) -> Quantize:
+    """Return what to ask for to get a model as it was served: a model that came quantized is so without being asked."""
+    return "int8" if recorded == "int8" else None
 
 
 def canonical_hash(value: Any) -> str:

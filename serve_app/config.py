@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from roentgen.contract import DEFAULT_TAPS_NAME, Device, Dtype, ModelName, Revision
+from roentgen.contract import DEFAULT_TAPS_NAME, Device, Dtype, ModelName, Quantize, Revision
 from roentgen.defaults import EMBEDDED_MODEL, STORE
 from roentgen.model_names import canonical_name
 from serve_app.models.savepoints import Savepoint, unique_names
@@ -82,6 +82,7 @@ class ServerConfig(BaseModel):
         "auto",
         description="Precision of weights and activations; auto is bfloat16 where the device computes in it, else float32.",
     )
+    quantize: Quantize = None
     device: Device = Field("auto", description="Where the model runs; auto takes a GPU if there is one.")
     engine: EngineName = Field(
         "auto", description="What generates; auto takes vLLM where it is installed and there is a CUDA GPU."
@@ -176,6 +177,13 @@ class ServerConfig(BaseModel):
         """Refuse what the engine chosen does not have."""
         if self.engine == "vllm" and self.device_map is not None:
             raise ValueError("device_map: vLLM spreads a model over GPUs by tensor_parallel_size")
+        if self.engine == "vllm" and self.quantize is not None:
+            raise ValueError(
+                f"quantize: vLLM does not turn weights into {self.quantize} on a CPU; set engine=transformers, or give a model "
+                "that comes quantized"
+            )
+        if self.quantize is not None and (self.device == "cuda" or self.device_map is not None):
+            raise ValueError(f"quantize: {self.quantize} is computed on a CPU: set device=cpu, and no device_map")
         if self.engine != "vllm" and self.tensor_parallel_size > 1:
             raise ValueError("tensor_parallel_size is vLLM's: set engine=vllm")
         if self.engine == "vllm" and self.device == "cpu" and self.batch_invariant:

@@ -159,7 +159,8 @@ def _server(model: str | Path | Server | Model | None) -> dict[str, Any]:
         return {"base_url": model.base_url}
     if isinstance(model, Model):
         config = model.config
-        return {"model": config.model, "revision": config.revision, "dtype": model.dtype, "device": config.device}
+        own = {"model": config.model, "revision": config.revision, "dtype": model.dtype, "device": config.device}
+        return own | {"quantize": config.quantize}
     model = named(model)
     if model is not None and not isinstance(model, str):
         raise ProblemError(

@@ -34,7 +34,15 @@ from roentgen.api.reading import Readable, read, read_into
 from roentgen.api.rollout import Rollout
 from roentgen.api.steering import Probe, Steer, named_probes
 from roentgen.argument_names import naming_arguments
-from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS, ActivationRequest, Device, Dtype, StoredDtype
+from roentgen.contract import (
+    LAYER_HOOK_POINTS,
+    MODEL_HOOK_POINTS,
+    ActivationRequest,
+    Device,
+    Dtype,
+    Quantize,
+    StoredDtype,
+)
 from roentgen.defaults import EMBEDDED_MODEL
 from roentgen.store.schema import check_finite
 from roentgen.workflows.capture import CaptureReport, Reader
@@ -137,6 +145,11 @@ class Model:
         return str(self._loaded.dtype).removeprefix("torch.")
 
     @property
+    def quantization(self) -> str | None:
+        """How its weights are quantized: "int8" if `load` did it, or the method that its own configuration names; else None."""
+        return self._loaded.quantization
+
+    @property
     def tokenizer(self) -> Any:
         """The model's own tokenizer, of transformers."""
         return self._loaded.tokenizer
@@ -160,9 +173,9 @@ class Model:
         """The model as nnsight wraps it, for traces of one's own; its weights are the ones that are loaded.
 
         A script that changes them finds the change in whatever runs next. So from the first use on there is no prefix cache,
-        and on a CPU no packed weights; load a second model where that is too slow. Do not trace while `generate` or
-        `capture` runs: a trace would see the values of their batch. `nnsight.save(x)` keeps a value; `x.save()` is taken
-        off, since it breaks other libraries.
+        and on a CPU there are no packed weights; int8 weights that `load` made are plain ones of the same values. Load a
+        second model where that is too slow. Do not trace while `generate` or `capture` runs: a trace would see the values of
+        their batch. `nnsight.save(x)` keeps a value; `x.save()` is taken off, since it breaks other libraries.
         """
         loaded = self._loaded
         if self._held.traced is None:
@@ -351,6 +364,7 @@ def load(
     dtype: Dtype = "auto",
     device: Device = "auto",
     device_map: DeviceMap | None = None,
+    quantize: Quantize = None,
     trust_remote_code: bool = False,
     stage: Callable[[str], None] = log.info,
     **options: Any,
@@ -363,6 +377,7 @@ def load(
         dtype: "auto" (bfloat16 where the device computes in it, else float32), "float32", "float16" or "bfloat16".
         device: "auto" (a GPU if there is one), "cpu" or "cuda".
         device_map: spreads a model over several devices, as accelerate does.
+        quantize: "int8" keeps the weights of linear layers in a byte each (docs/engines.md); on a CPU.
         trust_remote_code: whether code that comes with the model may run.
         stage: told what is being done.
         options: of the engine, as `roentgen serve` has them: `max_batch`, `max_queue`, `max_prefill_tokens`,
@@ -373,7 +388,7 @@ def load(
     """
     given = {
         "model": named(model), "revision": revision, "dtype": dtype, "device": device, "device_map": device_map,
-        "trust_remote_code": trust_remote_code, **options,
+        "quantize": quantize, "trust_remote_code": trust_remote_code, **options,
     }  # fmt: skip
     if unknown := sorted(options.keys() - ENGINE_OPTIONS):
         raise ApiError(
@@ -385,7 +400,7 @@ def load(
             400, "device: cuda is asked for, and PyTorch finds no CUDA GPU here; use cpu, or auto", param="device"
         )
     stage(f"finding {config.model}")
-    source = locate(config.model, config.revision, trust_remote_code=trust_remote_code)
+    source = locate(config.model, config.revision, quantize=config.quantize, trust_remote_code=trust_remote_code)
     loaded = load_weights(
         source, config.dtype, config.device, stage, config.device_map, trust_remote_code=trust_remote_code
     )

@@ -69,13 +69,14 @@ def _verify(asked: VerifySettings, stage: Stages) -> "Report":
 
     stage(f"finding {asked.model}")
     check_device(asked.device)
-    source = locate(asked.model, asked.revision)
+    source = locate(asked.model, asked.revision, quantize=asked.quantize)
     try:
         describe(source).check_capture(asked.layers, asked.hook_points or ())
     except CaptureRequestError as error:
         raise OptionError(spell_option(str(error))) from error
     # What follows takes seconds to import.
     from serve_app.engines.transformers.model import load
+    from serve_app.models.adapters import read_model
     from serve_app.verification import (
         BUILT_IN_PROMPTS,
         read_prompts,
@@ -88,4 +89,5 @@ def _verify(asked: VerifySettings, stage: Stages) -> "Report":
     loaded = load(source, asked.dtype, asked.device, stage)
     taps = taps_to_verify(loaded.structure, asked.layers, asked.hook_points or ())
     stage(f"{asked.requests} requests join and leave a batch, then each runs alone: {len(taps)} hook points")
-    return verify_capture(loaded, taps=taps, prompts=texts, count=asked.requests)
+    plain = partial(read_model, source, revision=source.commit, dtype=loaded.dtype) if asked.quantize else None
+    return verify_capture(loaded, taps=taps, prompts=texts, count=asked.requests, unquantized=plain)

@@ -79,7 +79,7 @@ def _launch(ctx: typer.Context, launch: dict[str, Any], cluster: dict[str, Any],
     with stages() as stage, expected_errors():
         asked = _check(options)
         how = read_options(LaunchOptions, launch)
-        if given := _given(ctx, ("base_url", "ray_address", "device")):
+        if given := _given(ctx, ("base_url", "ray_address", "device", "quantize")):
             raise LaunchError(
                 f"{', '.join(given)}: not together with --launch, which has a server and a Ray of its own"
             )

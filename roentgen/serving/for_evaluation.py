@@ -12,7 +12,9 @@ from serve_app.config import ServerConfig
 
 def config_for(settings: EvalSettings) -> ServerConfig:
     """Return the server that suits an evaluation: what is in flight is generated together, as far as the memory goes."""
-    given = settings.model_dump(include={"model", "revision", "dtype", "device", "store"}, exclude_none=True)
+    given = settings.model_dump(
+        include={"model", "revision", "dtype", "quantize", "device", "store"}, exclude_none=True
+    )
     config = read_options(ServerConfig, given | {"capture": settings.collect_activations})
     if settings.parallel == "auto":
         return config

@@ -10,6 +10,7 @@ from openai import APIError, OpenAI
 from eval_jobs.endpoint import Endpoint, FatalRequestError, settle
 from probes.steering import SweepError
 from roentgen.api_keys import client_key
+from roentgen.contract import quantize_again
 from roentgen.linear_probe import SavedProbe
 from roentgen.runs import Run
 from roentgen.serving.local_server import serving
@@ -46,6 +47,7 @@ def model_server(asked: Named, run: Run, probe: SavedProbe, stage: Callable[[str
         return
     settings, hashed, card = run.config.settings, run.config.hashed, probe.card
     given = {name: settings[name] for name in ("dtype", "device", "revision") if settings.get(name) is not None}
+    given["quantize"] = quantize_again(hashed.get("quantization"))
     is_runs = (hashed.get("model"), hashed.get("revision")) == (card.model, card.revision)
     model = asked.model or (run.config.model_root if is_runs else card.model)
     # A sweep stores no activations; the server wants a place for them all the same.

@@ -53,7 +53,9 @@ def check_start(config: ServerConfig, capture: Capture | None = None) -> None:
             f"--tensor-parallel-size: {config.tensor_parallel_size} GPUs are asked for; here are {gpus}"
         )
     try:
-        source = locate(config.model, config.revision, trust_remote_code=config.trust_remote_code)
+        source = locate(
+            config.model, config.revision, quantize=config.quantize, trust_remote_code=config.trust_remote_code
+        )
         description = describe(source, trust_remote_code=config.trust_remote_code)
         if config.engine == "vllm":
             check_available(source, device=config.device, batch_invariant=config.batch_invariant)

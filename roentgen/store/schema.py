@@ -92,6 +92,8 @@ class CaptureSpec(BaseModel):
     """The stored dtype, e.g. "torch.bfloat16"; with "torch.int8", each key has scales beside it (`quantization`)."""
     computed_in: str | None = None
     """The dtype that the model computed in; None in shards that do not say."""
+    model_quantization: str | None = None
+    """How the model's weights were quantized; None if they were not. Of rows, `dtype` says it."""
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from roentgen.contract import ActivationRequest, canonical_hash
+from roentgen.contract import ActivationRequest, canonical_hash, quantize_again
 from roentgen.defaults import EMBEDDED_MODEL, STORE
 from roentgen.errors import RoentgenError
 from roentgen.model_names import is_named
@@ -162,15 +162,16 @@ def _load(settings: CaptureSettings, run: Run | None, stage: Callable[[str], Non
     own = run.config.model_root if run else EMBEDDED_MODEL
     is_own = run is not None and (settings.model is None or is_named(settings.model, (own, run.config.hashed["model"])))
     name = own if settings.model is None or is_own else settings.model
-    revision, dtype = settings.revision, settings.dtype
+    revision, dtype, quantize = settings.revision, settings.dtype, settings.quantize
     if is_own:
         # Of a run's revisions only a hub's commit can be asked for; the others are hashes of what was there.
-        pinned = hashed.get("revision") or ""
+        quantize = quantize or quantize_again(hashed.get("quantization"))
+        pinned = (hashed.get("revision") or "").removesuffix(f"-{quantize}")
         revision = revision or (pinned if re.fullmatch("[0-9a-f]{40}", pinned) else None)
         dtype = dtype or hashed.get("dtype")
     stage(f"finding {name}")
     check_device(settings.device)
-    source: ModelSource = locate(name, revision)
+    source: ModelSource = locate(name, revision, quantize=quantize)
     describe(source).check_capture(settings.layers, settings.hook_points)
     if is_own and hashed.get("revision") not in (None, source.revision):
         stage(f"the run's model was {hashed['revision']}; this is {source.revision}")

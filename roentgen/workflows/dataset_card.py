@@ -165,6 +165,8 @@ def _facts(
         "samples": f"{summary['samples']:,}, and {summary['errors']:,} that failed",
         "accuracy": f"{share}, read by `{summary['extractor']}`",
     }
+    if (quantization := config.hashed.get("quantization")) is not None:
+        facts["computed in"] = f"{facts['computed in']}, weights quantized with {quantization}"
     if stored is not None:
         facts |= {
             "hook points": _hook_points([table.name for table in tables[2:]]),

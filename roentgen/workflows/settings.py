@@ -18,6 +18,7 @@ from roentgen.contract import (
     Dtype,
     ModelName,
     PositionPolicy,
+    Quantize,
     Revision,
     SessionId,
     SteeredPositions,
@@ -58,6 +59,7 @@ class CaptureSettings(BaseModel):
     )
     revision: Revision = None
     dtype: Dtype | None = Field(None, description="Precision to read in; the run's own if absent.")
+    quantize: Quantize = None
     device: Device = Field("auto", description="Where the model runs; auto takes a GPU if there is one.")
 
     @property
@@ -96,6 +98,7 @@ class VerifySettings(BaseModel):
     prompts: Path | None = Field(None, description="Prompts, one a line, or .jsonl with prompt or question.")
     revision: Revision = None
     dtype: Dtype = Field("auto", description="Precision of weights and activations.")
+    quantize: Quantize = None
     device: Device = Field("auto", description="Where the model runs; auto takes a GPU if there is one.")
 
 

@@ -59,6 +59,8 @@ class Entry:
     """Whether the reply carries values, and how many."""
     computed_in: str | None = None
     """The dtype that the model computes in."""
+    model_quantization: str | None = None
+    """How the model's weights are quantized, None if they are not."""
     allow_non_finite: bool = False
     """Whether rows may hold NaN and infinity."""
     quantized: bool = False
@@ -100,6 +102,7 @@ def make_entry(
         labels=asked.labels,
         delivery=asked.delivery,
         computed_in=str(model.dtype),
+        model_quantization=model.quantization,
         allow_non_finite=asked.allow_non_finite,
         quantized=asked.dtype == "int8",
         forced=finished.forced,
@@ -119,6 +122,7 @@ def join(entry: Entry, captured: CapturedRows) -> Rollout:
             positions=entry.positions,
             dtype=QUANTIZED if entry.quantized else ", ".join(sorted(dtypes)),
             computed_in=entry.computed_in,
+            model_quantization=entry.model_quantization,
         ),
         tensors=captured.tensors,
         position=captured.position,

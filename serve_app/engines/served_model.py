@@ -38,6 +38,8 @@ class ServedModel(ABC):
     """Where it computes."""
     dtype: torch.dtype
     """What it computes in."""
+    quantization: str | None = field(default=None, kw_only=True)
+    """How its weights are quantized: "int8" if they were when it was loaded, or the method that its own configuration names."""
     checks: LoadReport = field(default_factory=LoadReport, kw_only=True)
     """What was found when it was loaded."""
 

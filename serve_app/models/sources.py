@@ -29,6 +29,7 @@ from urllib.request import getproxies
 
 from filelock import FileLock
 
+from roentgen.contract import Quantize
 from roentgen.defaults import EMBEDDED_MODEL
 from roentgen.model_names import canonical_name, embedded_folder, suggest
 from serve_app.models.errors import ModelNotFoundError, WeightsError
@@ -74,6 +75,8 @@ class ModelSource:
     """The commit at which `path` is read; None for a folder."""
     adapter: Adapter | None = None
     """What is merged into the weights, None for nothing."""
+    quantize: Quantize = None
+    """What the weights are turned into when they are loaded, None for nothing. It is part of the revision."""
 
     @property
     def root(self) -> str:
@@ -95,18 +98,26 @@ class ModelSource:
         return self.path, self.commit
 
 
-def locate(name: str, revision: str | None = None, *, trust_remote_code: bool = False) -> ModelSource:
+def locate(
+    name: str, revision: str | None = None, *, quantize: Quantize = None, trust_remote_code: bool = False
+) -> ModelSource:
     """Find a model, converting the embedded one if that has not been done.
 
     Args:
         name: "smollm2-135m" (embedded), a folder, or a hub id.
         revision: of a hub model; of another, only the one that it has.
+        quantize: what to turn its weights into; such a model has a revision of its own.
         trust_remote_code: whether code that comes with a hub model may run.
 
     Raises:
         ModelNotFoundError: if there are no weights behind the name, or they have another revision.
         WeightsError: if the weights are damaged, or an adapter's base model cannot be found.
     """
+    source = _locate(name, revision, trust_remote_code)
+    return source if quantize is None else replace(source, revision=f"{source.revision}-{quantize}", quantize=quantize)
+
+
+def _locate(name: str, revision: str | None, trust_remote_code: bool) -> ModelSource:
     canonical = canonical_name(name)
     if canonical == EMBEDDED_MODEL:
         return _pinned(_embedded(), revision)

@@ -13,7 +13,7 @@ is an error.
 
 import logging
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from serve_app.models.errors import WeightsError
 from serve_app.models.identity import BASE_WEIGHTS, DamagedWeightsError, read_header, shard_names
@@ -71,18 +71,35 @@ def read_module(path: str, name: str, **options: Any) -> PreTrainedModel:
             )
         except SafetensorError as error:
             raise WeightsError(f"model {name!r}: a weight file cannot be read ({error}); fetch it again") from error
-        except ImportError as error:  # of a package that the model's quantization or its own code needs
-            raise WeightsError(f"model {name!r} cannot be loaded here: {error}") from error
         except OSError as error:
             raise WeightsError(f"model {name!r}: {_first_line(error)}{_weights_there(path)}") from error
-        except RuntimeError as error:
+        except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
+            # Of a quantization: a package or a device that it needs, or weights that it does not know.
+            reason = f"its weights cannot be converted: {_conversions(report)}" if report else str(error).strip()
+            if (method := _quantization_at(path, options)) is not None:
+                package = error.name if isinstance(error, ModuleNotFoundError) else None
+                raise WeightsError(
+                    f"model {name!r} is quantized with {method} and cannot be loaded here: {reason}"
+                    f"{f' (pip install {package})' if package == method else ''}"
+                ) from error
+            if isinstance(error, ImportError):  # of a package that the model's own code needs
+                raise WeightsError(f"model {name!r} cannot be loaded here: {error}") from error
             if not report:
                 raise
-            raise WeightsError(f"model {name!r}: its weights cannot be converted: {_conversions(report)}") from error
+            raise WeightsError(f"model {name!r}: {reason}") from error
     check_found(module, name, found)
     _log_cast(path, name, options.get("dtype"))
     assert isinstance(module, PreTrainedModel)
     return module
+
+
+def quantization_of(config: PretrainedConfig) -> str | None:
+    """Return the method that a configuration says the model's weights are quantized with, None if they are not."""
+    described = getattr(config, "quantization_config", None)
+    if described is None:
+        return None
+    method = described.get("quant_method") if isinstance(described, dict) else described.quant_method
+    return str(getattr(method, "value", method) or "unknown")
 
 
 def compare_headers(path: str, name: str, config: PretrainedConfig) -> None:
@@ -272,6 +289,14 @@ def weight_files(folder: Path) -> list[Path]:
     if first is None:
         return []
     return [folder / name for name in shard_names(first)] if first.suffix == ".json" else [first]
+
+
+def _quantization_at(path: str, options: Mapping[str, Any]) -> str | None:
+    """Return how the model at a path says that it is quantized, None if it is not, or a GGUF file is read."""
+    if "gguf_file" in options:
+        return None
+    asked = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
+    return quantization_of(AutoConfig.from_pretrained(path, **asked))
 
 
 def _shapes(folder: Path) -> dict[str, Tensor]:

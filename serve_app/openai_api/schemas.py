@@ -351,6 +351,12 @@ class ModelCard(TypedDict):
     owned_by: str
     revision: str
     dtype: str
+    quantization: Annotated[
+        str | None,
+        Field(
+            description="How its weights are quantized: int8 by `quantize`, or as its config.json says; null if they are not."
+        ),
+    ]
     device: str
     engine: str
     batch_invariant: bool

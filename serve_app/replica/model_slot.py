@@ -171,7 +171,12 @@ class ModelSlot:
     def _find(self, choice: ModelChoice) -> ModelSource | None:
         self._say(f"finding {choice.model_id}")
         try:
-            return locate(choice.model_id, choice.revision, trust_remote_code=choice.trust_remote_code)
+            return locate(
+                choice.model_id,
+                choice.revision,
+                quantize=self._config.quantize,
+                trust_remote_code=choice.trust_remote_code,
+            )
         except RequestError as error:  # whoever asked is told, so the log needs no traceback
             log.info("%s cannot be found: %s", choice.model_id, error)
             self._refused = choice, error
@@ -288,7 +293,8 @@ def engine_for(config: ServerConfig, choice: ModelChoice, source: ModelSource | 
     if config.engine != "auto":
         return config.engine
     adapted = source is not None and source.adapter is not None
-    fits = config.device != "cpu" and choice.device_map is None and not adapted
+    on_cpu = config.device == "cpu" or config.quantize is not None
+    fits = not on_cpu and choice.device_map is None and not adapted
     return "vllm" if fits and torch.cuda.is_available() and installed() else "transformers"
 
 
@@ -303,6 +309,7 @@ def describe(served: Served) -> dict[str, Any]:
         "owned_by": "roentgen",
         "revision": model.source.revision,
         "dtype": str(model.dtype).removeprefix("torch."),
+        "quantization": model.quantization,
         "device": str(model.device),
         "engine": served.engine.name,
         "batch_invariant": served.engine.batch_invariant,

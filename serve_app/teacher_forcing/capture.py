@@ -105,6 +105,7 @@ class TeacherForcing:
             positions=positions,
             dtype=str(dtype),
             computed_in=str(self._model.dtype),
+            model_quantization=self._model.quantization,
         )
 
     def capture(self, texts: Sequence[TokenizedTranscript]) -> Iterator[Stored | NotStored]:

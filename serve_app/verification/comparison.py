@@ -21,12 +21,25 @@ from serve_app.engines.protocol import Finished
 from serve_app.engines.transformers.model import LoadedModel
 from serve_app.verification.mix import Request
 from serve_app.verification.reference import Alone
-from serve_app.verification.report import MAX_ERROR, MEAN_COSINE, MIN_COSINE, Deviation, Divergence, Report, Rollout
+from serve_app.verification.report import (
+    MAX_ERROR,
+    MEAN_COSINE,
+    MIN_COSINE,
+    Deviation,
+    Divergence,
+    QuantizationEffect,
+    Report,
+    Rollout,
+)
 from serve_app.verification.running import Outcome
 
 LOGIT_ROUNDING = {torch.float32: 32, torch.float16: 2, torch.bfloat16: 2}
 """What rounding may do to a log-probability, in machine epsilons of the dtype times the logits' scale. Measured with
 SmolLM2-135M: 7 in float32, where the sums round too; 0.3 in bfloat16, whose sums are kept in float32."""
+
+
+RowErrors = tuple[Float[Tensor, "rows"], Float[Tensor, "rows"]]
+"""Of rows, the error of each relative to its norm, and its cosine with what was expected."""
 
 
 class Comparison:
@@ -42,8 +55,9 @@ class Comparison:
         """
         self._model = model
         self._together = together
-        self._errors: dict[str, list[Tensor]] = {key: [] for key in taps}
-        self._cosines: dict[str, list[Tensor]] = defaultdict(list)
+        self._rows: dict[str, list[RowErrors]] = {key: [] for key in taps}
+        self._unquantized_rows: dict[str, list[RowErrors]] = defaultdict(list)
+        self._probabilities: list[tuple[Tensor, Tensor]] = []
         self._rollouts: list[Rollout] = []
         self._divergences: list[Divergence] = []
         self._max_logprob_error = 0.0
@@ -67,11 +81,20 @@ class Comparison:
         elif finished.captured is not None:
             self._check_rows(request, finished.captured, alone)
 
+    def add_unquantized(self, outcome: Outcome, alone: Alone, plain: Alone) -> None:
+        """Take what a finished outcome's tokens gave alone with quantized weights, and what with plain ones."""
+        captured = outcome.finished.captured if outcome.finished is not None else None
+        if captured is not None and captured.position.tolist() == plain.positions:
+            for key, rows in captured.tensors.items():
+                if key in plain.rows and len(rows):
+                    self._unquantized_rows[key].append(row_errors(rows, plain.rows[key]))
+        self._probabilities.append((alone.logits.log_softmax(1), plain.logits.log_softmax(1)))
+
     def report(self) -> Report:
         """Judge what has been gathered."""
-        deviations = tuple(self._deviation(key) for key in self._errors if self._errors[key])
+        deviations = tuple(_deviation(key, found) for key, found in self._rows.items() if found)
         problems = list(self._problems)
-        problems += [f"{key}: no row was compared" for key in self._errors if not self._errors[key]]
+        problems += [f"{key}: no row was compared" for key, found in self._rows.items() if not found]
         for d in deviations:
             if self._model.dtype == torch.float32 and not d.max_error <= MAX_ERROR:
                 problems.append(f"{d.key}: a row's relative error is {d.max_error:.1e}, more than {MAX_ERROR:.0e}")
@@ -92,6 +115,20 @@ class Comparison:
             divergences=tuple(self._divergences),
             max_logprob_error=self._max_logprob_error,
             problems=tuple(problems),
+            quantization=self._effect(),
+        )
+
+    def _effect(self) -> QuantizationEffect | None:
+        """Say what quantizing the weights has changed, if it was compared."""
+        if self._model.quantization is None or not self._probabilities:
+            return None
+        here, there = (torch.cat(found) for found in zip(*self._probabilities, strict=True))
+        return QuantizationEffect(
+            method=self._model.quantization,
+            deviations=tuple(_deviation(key, found) for key, found in self._unquantized_rows.items()),
+            positions=len(here),
+            other_choices=int((here.argmax(1) != there.argmax(1)).sum()),
+            mean_divergence=float((there.exp() * (there - here)).sum(1).mean()),
         )
 
     def _problem(self, request: Request, text: str) -> None:
@@ -163,9 +200,7 @@ class Comparison:
                 shapes = f"{tuple(rows.shape)}, not {tuple(alone.rows[key].shape)}"
                 self._problem(request, f"the shape of {key} is {shapes}")
             elif len(rows):
-                errors, cosines = row_errors(rows, alone.rows[key])
-                self._errors[key].append(errors)
-                self._cosines[key].append(cosines)
+                self._rows[key].append(row_errors(rows, alone.rows[key]))
 
     def _rollout(self, outcome: Outcome) -> Rollout:
         request, finished, plan = outcome.request, outcome.finished, outcome.request.plan
@@ -184,24 +219,23 @@ class Comparison:
             ended=ended,
         )
 
-    def _deviation(self, key: str) -> Deviation:
-        errors, cosines = torch.cat(self._errors[key]), torch.cat(self._cosines[key])
-        hook_point, layer = split_key(key)
-        return Deviation(
-            key=key,
-            hook_point=hook_point,
-            layer=layer,
-            rows=len(errors),
-            max_error=float(errors.max()),
-            mean_error=float(errors.mean()),
-            mean_cosine=float(cosines.mean()),
-            min_cosine=float(cosines.min()),
-        )
+
+def _deviation(key: str, found: list[RowErrors]) -> Deviation:
+    errors, cosines = (torch.cat(parts) for parts in zip(*found, strict=True))
+    hook_point, layer = split_key(key)
+    return Deviation(
+        key=key,
+        hook_point=hook_point,
+        layer=layer,
+        rows=len(errors),
+        max_error=float(errors.max()),
+        mean_error=float(errors.mean()),
+        mean_cosine=float(cosines.mean()),
+        min_cosine=float(cosines.min()),
+    )
 
 
-def row_errors(
-    rows: Float[Tensor, "rows ..."], expected: Float[Tensor, "rows ..."]
-) -> tuple[Float[Tensor, "rows"], Float[Tensor, "rows"]]:
+def row_errors(rows: Float[Tensor, "rows ..."], expected: Float[Tensor, "rows ..."]) -> RowErrors:
     """Return each row's error relative to the expected row's norm, and its cosine with it.
 
     A row that is expected to be zero has error 0 and cosine 1 if it is, infinite error and cosine 0 if it is not.

@@ -7,7 +7,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from serve_app.verification.report import MAX_ERROR, MEAN_COSINE, MIN_COSINE, Report
+from serve_app.verification.report import MAX_ERROR, MEAN_COSINE, MIN_COSINE, QuantizationEffect, Report
 
 
 def render(report: Report) -> Group:
@@ -26,7 +26,25 @@ def render(report: Report) -> Group:
                 f"{d.min_cosine:.7f}",
             )
         table.add_section()
-    return Group(table, *(Text(line) for line in _ran(report)), *_verdict(report))
+    effect = [] if report.quantization is None else _effect(report.quantization)
+    return Group(table, *(Text(line) for line in _ran(report)), *effect, *_verdict(report))
+
+
+def _effect(effect: QuantizationEffect) -> list[Text]:
+    """Say how far the quantized model is from the one with plain weights."""
+    ordered = sorted(effect.deviations, key=lambda d: d.hook_point)
+    lines = [f"weights quantized with {effect.method}; on the same tokens, plain weights give"]
+    for hook_point, group in groupby(ordered, key=lambda d: d.hook_point):
+        them = list(group)
+        rows = sum(d.rows for d in them)
+        error, cosine = (sum(getattr(d, name) * d.rows for d in them) / rows for name in ("mean_error", "mean_cosine"))
+        lowest = min(d.min_cosine for d in them)
+        lines.append(f"  {hook_point}: mean difference {error:.2%}, mean cosine {cosine:.5f}, lowest {lowest:.4f}")
+    lines.append(
+        f"  another most likely token at {effect.other_choices:,} of {effect.positions:,} positions; mean divergence "
+        f"{effect.mean_divergence:.1e} nats"
+    )
+    return [Text(line) for line in lines]
 
 
 def _ran(report: Report) -> list[str]:

@@ -1,7 +1,7 @@
 """The independent path: one sequence alone through the bare model, read by plain PyTorch hooks.
 
-No batch, no padding, no KV cache, no nnsight trace, transformers' own attention, plain weights where the engine has packed ones
-(these compute in inference mode only), and a position rule of its own, written as a question about one position where
+No batch, no padding, no KV cache, no nnsight trace, transformers' own attention, plain weights where the engine has packed or
+int8 ones (these compute in inference mode only), and a position rule of its own, written as a question about one position where
 `Positions.select` makes lists.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from roentgen.contract import Positions
 from serve_app.capture.rows import CapturePlan
@@ -65,13 +66,13 @@ def continuation(model: LoadedModel, prompt_ids: list[int], max_tokens: int) -> 
     return ids
 
 
-def run_alone(model: LoadedModel, request: Request, finished: Finished) -> Alone:
+def run_alone(module: PreTrainedModel, request: Request, finished: Finished) -> Alone:
     """Run a finished rollout's tokens again, as one sequence, and keep what its request asked for."""
     plan, n_completion = request.plan, len(finished.token_ids)
     fed = request.prompt_ids + finished.token_ids[:-1]  # the last token was chosen, but never went through the model
     scored = len(fed) if request.score_prompt else n_completion  # positions whose logits are compared: the last ones
-    with torch.no_grad(), _hooked(model, plan.taps if plan else {}, len(fed)) as seen:
-        output = model.observed._module(input_ids=torch.tensor([fed], device=model.device), use_cache=False)
+    with torch.no_grad(), _hooked(module, plan.taps if plan else {}, len(fed)) as seen:
+        output = module(input_ids=torch.tensor([fed], device=module.device), use_cache=False)
     logits = output.logits[0, len(fed) - scored :].float().cpu()
     if plan is None:
         return Alone({}, [], logits)
@@ -114,7 +115,7 @@ def _is_kept(positions: Positions, t: int, n_prompt: int, n_rows: int) -> bool:
 
 
 @contextmanager
-def _hooked(model: LoadedModel, taps: dict[str, Tap], n_rows: int) -> Iterator[dict[str, Tensor]]:
+def _hooked(module: PreTrainedModel, taps: dict[str, Tap], n_rows: int) -> Iterator[dict[str, Tensor]]:
     """Copy what each tapped module takes or gives during a forward of one sequence: key to `[n_rows, ...]`.
 
     What has no row per token is left out.
@@ -144,7 +145,7 @@ def _hooked(model: LoadedModel, taps: dict[str, Tap], n_rows: int) -> Iterator[d
         def after(_module: Any, _args: Any, output: Any, key: str = key, place: int = tap.place) -> None:
             keep(key, output, place)
 
-        tapped = model.observed._module.get_submodule(tap.module)
+        tapped = module.get_submodule(tap.module)
         handles.append(
             tapped.register_forward_pre_hook(before, with_kwargs=True)
             if tap.side == "input"

@@ -66,6 +66,22 @@ class Rollout:
 
 
 @dataclass(frozen=True)
+class QuantizationEffect:
+    """How far a model with quantized weights is from the one that it was made of; it is no fault, and not judged."""
+
+    method: str
+    """How the weights are quantized."""
+    deviations: tuple[Deviation, ...]
+    """Per stored key, of the captured rows from those of plain weights, on the same tokens."""
+    positions: int
+    """Positions whose next token was compared."""
+    other_choices: int
+    """Of these, how many have another most likely token."""
+    mean_divergence: float
+    """The mean Kullback-Leibler divergence of the next token's distribution from that of plain weights, in nats."""
+
+
+@dataclass(frozen=True)
 class Report:
     """A verification's result."""
 
@@ -89,6 +105,8 @@ class Report:
     """The largest difference of a token's log-probability."""
     problems: tuple[str, ...]
     """What is wrong, in words; empty if nothing is."""
+    quantization: QuantizationEffect | None = None
+    """What quantizing the weights has changed, None if they were not."""
 
     @property
     def ok(self) -> bool:

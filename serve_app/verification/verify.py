@@ -1,6 +1,8 @@
 """From a loaded model to a report: run the mix, close the engine, run each rollout alone, compare."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+
+from transformers import PreTrainedModel
 
 from roentgen.contract import ActivationRequest, Layers, split_key
 from serve_app.capture.structure import ModelStructure, Tap
@@ -25,6 +27,7 @@ def verify_capture(
     taps: dict[str, Tap] | None = None,
     prompts: Sequence[str] = BUILT_IN_PROMPTS,
     count: int = REQUESTS,
+    unquantized: Callable[[], PreTrainedModel] | None = None,
 ) -> Report:
     """Capture in a running batch, recompute alone, compare.
 
@@ -33,6 +36,7 @@ def verify_capture(
         taps: per stored key, where to read; every canonical hook point that the model has if None.
         prompts: texts to complete. One that leaves no room in the context is cut.
         count: how many requests to run.
+        unquantized: loads the model with plain weights, which the report says the difference from; None if it has none else.
 
     Returns:
         The report; `Report.ok` is the verdict.
@@ -43,10 +47,16 @@ def verify_capture(
         scouted = continuation(model, tokens[SCOUTED % len(tokens)], max_tokens=LENGTHS[SCOUTED])
     outcomes, together = run_requests(model, make_requests(model, taps, tokens, count, scouted))
     comparison = Comparison(model, taps, together)
+    plain = unquantized() if unquantized is not None else None
     with stock_attention(model):
         for outcome in outcomes:
-            alone = run_alone(model, outcome.request, outcome.finished) if outcome.finished else None
+            if outcome.finished is None:
+                comparison.add(outcome, None)
+                continue
+            alone = run_alone(model.observed._module, outcome.request, outcome.finished)
             comparison.add(outcome, alone)
+            if plain is not None:
+                comparison.add_unquantized(outcome, alone, run_alone(plain, outcome.request, outcome.finished))
     return comparison.report()
 
 

@@ -1,5 +1,6 @@
 """What the configuration's hash covers."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,8 @@ def test_the_hash_leaves_out_the_rest(values: dict[str, Any]) -> None:
 
 def test_the_hash_covers_the_model() -> None:
     others = [ServedModel("n", "r", "float32"), ServedModel("m", "s", "float32"), ServedModel("m", "r", "bfloat16")]
-    assert len({hash_of(EvalSettings(), served) for served in [SERVED, *others]}) == 4
+    others.append(replace(SERVED, quantization="int8"))
+    assert len({hash_of(EvalSettings(), served) for served in [SERVED, *others]}) == 5
 
 
 def test_variants_have_hashes_of_their_own(tmp_path: Path) -> None:

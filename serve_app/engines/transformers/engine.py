@@ -51,6 +51,7 @@ from serve_app.engines.protocol import (
 from serve_app.engines.stopping import Action
 from serve_app.engines.transformers.admission import Budget, next_jobs
 from serve_app.engines.transformers.forwards import Forwards
+from serve_app.engines.transformers.int8_weights import dequantize_weights
 from serve_app.engines.transformers.invariance import PIECE, settle
 from serve_app.engines.transformers.kv_cache import BatchRows, SlotRows, StaticRows
 from serve_app.engines.transformers.model import LoadedModel
@@ -198,6 +199,7 @@ class TransformersEngine:
     def expect_changed_weights(self) -> None:
         """Keep nothing from now on that was computed from the weights: a script has them, and may change them at any time."""
         unpack_weights(self._model.observed._module)
+        dequantize_weights(self._model.observed._module)
         if self.prefix_cache.enabled:
             self._prefixes.turn_off("a script has the model's weights, and may change them")
 

@@ -18,11 +18,14 @@ from transformers.utils.logging import disable_progress_bar
 from serve_app.capture.observer import ObservedModel, observe
 from serve_app.capture.resolver import resolve_structure
 from serve_app.engines.served_model import ServedModel, native_dtype
+from serve_app.engines.transformers.int8_weights import quantize_weights
 from serve_app.engines.transformers.load_checks import CheckedModel, check_loaded
 from serve_app.models.adapters import read_model
 from serve_app.models.architecture import UnsupportedModelError, check_config, read_config
 from serve_app.models.description import read_tokenizer
+from serve_app.models.errors import WeightsError
 from serve_app.models.sources import ModelSource
+from serve_app.models.weights import quantization_of
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +83,8 @@ def load(
 
     Raises:
         ConfigError: if its configuration cannot be read.
-        WeightsError: if the weights are not all there, or not the model's; see `weights` and `models.adapters`.
+        WeightsError: if the weights are not all there, or not the model's; see `weights` and `models.adapters`. Or if they
+            cannot be quantized as the source says.
         ResolutionError: if its layers cannot be found, or it is not a causal decoder that the engine can run.
     """
     place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
@@ -89,6 +93,9 @@ def load(
     stage(f"loading {source.name} ({kind}, {place})")
     config = read_config(source, trust_remote_code=trust_remote_code)
     check_config(config, trust_remote_code=trust_remote_code)
+    quantization = quantization_of(config)
+    if source.quantize is not None:
+        _check_quantizable(source, quantization, place, device_map)
     tokenizer = read_tokenizer(source, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
         raise UnsupportedModelError(
@@ -102,8 +109,36 @@ def load(
         folder = tempfile.mkdtemp(prefix="roentgen-offload-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         module = read_model(source, device_map=device_map, offload_folder=folder, **options).eval()
+    if source.quantize is not None:
+        stage(f"quantizing weights to {source.quantize}")
+        quantize_weights(module, source.name)
     stage("verifying hook points")
     structure = resolve_structure(module, source.name)
     stage("checking causality, attention and batching")
     checks = check_loaded(module, structure)
-    return LoadedModel(source, tokenizer, structure, place, kind, observe(module, tokenizer), checks=checks)
+    return LoadedModel(
+        source,
+        tokenizer,
+        structure,
+        place,
+        kind,
+        observe(module, tokenizer),
+        checks=checks,
+        quantization=source.quantize or quantization,
+    )
+
+
+def _check_quantizable(
+    source: ModelSource, quantization: str | None, place: torch.device, device_map: DeviceMap | None
+) -> None:
+    """Refuse to quantize what comes quantized, and weights that are not all on a CPU.
+
+    Raises:
+        WeightsError: saying so.
+    """
+    if quantization is not None:
+        raise WeightsError(
+            f"quantize: model {source.name!r} comes quantized ({quantization}); leave quantize out, and it is served so"
+        )
+    if place.type != "cpu" or device_map is not None:
+        raise WeightsError(f"quantize: {source.quantize} is computed on a CPU: set device=cpu, and no device_map")

@@ -88,6 +88,8 @@ def unpack_weights(model: nn.Module) -> None:
 
 def _packable(weight: Tensor) -> bool:
     """Whether oneDNN multiplies by packed weights of this kind here."""
+    if type(weight) not in (Tensor, nn.Parameter):  # of a model that comes quantized, which multiplies in its own way
+        return False
     if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available() or weight.is_inference():
         return False
     if weight.dtype == torch.bfloat16:

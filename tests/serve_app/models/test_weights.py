@@ -216,10 +216,16 @@ def test_damaged_files_are_named_before_anything_is_loaded(whole: Path, tmp_path
 
 
 def test_a_quantization_that_is_not_installed_is_named(whole: Path, tmp_path: Path) -> None:
-    described = {"quant_method": "gptq", "bits": 4, "group_size": 128}
-    folder = copied(whole, tmp_path / "quantized", quantization_config=described)
-    with pytest.raises(WeightsError, match=r"cannot be loaded here: .*optimum"):
-        load(locate(str(folder)), device="cpu")
+    for number, (described, said) in enumerate(
+        (
+            ({"quant_method": "gptq", "bits": 4, "group_size": 128}, "gptq and cannot be loaded here: .*optimum"),
+            ({"quant_method": "spqr"}, "spqr and cannot be loaded here: .*GPU is required"),
+            ({"quant_method": "nvfp4"}, "nvfp4 and cannot be loaded here: .*not supported yet"),
+        )
+    ):
+        folder = copied(whole, tmp_path / str(number), quantization_config=described)
+        with pytest.raises(WeightsError, match=f"is quantized with {said}"):
+            load(locate(str(folder)), device="cpu")
 
 
 def test_a_cast_that_loses_something_is_logged(whole: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -25,6 +25,7 @@ def test_auto_is_vllm_where_there_are_both_a_gpu_and_vllm(monkeypatch: pytest.Mo
     monkeypatch.setattr("serve_app.replica.model_slot.installed", lambda: True)
     assert engine_for(ServerConfig(), CHOICE) == "vllm"
     assert engine_for(ServerConfig(device="cpu"), CHOICE) == "transformers"
+    assert engine_for(ServerConfig(quantize="int8"), CHOICE) == "transformers"
     assert engine_for(ServerConfig(), ModelChoice(model_id="m", device_map="auto")) == "transformers"
     assert engine_for(ServerConfig(engine="transformers"), CHOICE) == "transformers"
 
@@ -35,6 +36,10 @@ def test_auto_is_vllm_where_there_are_both_a_gpu_and_vllm(monkeypatch: pytest.Mo
         ({"engine": "vllm", "device_map": "auto"}, "tensor_parallel_size"),
         ({"tensor_parallel_size": 2}, "set engine=vllm"),
         ({"engine": "vllm", "device": "cpu", "batch_invariant": True}, "set engine=transformers"),
+        ({"engine": "vllm", "quantize": "int8"}, "quantize: vLLM does not .* set engine=transformers"),
+        ({"device": "cuda", "quantize": "int8"}, "quantize: int8 is computed on a CPU: set device=cpu"),
+        ({"quantize": "int8", "device_map": "auto"}, "quantize: int8 is computed on a CPU"),
+        ({"quantize": "int4"}, "'int8'"),
         ({"engine": "tensorrt"}, "'auto', 'transformers' or 'vllm'"),
     ],
 )

@@ -136,6 +136,11 @@ def test_other_kinds_of_layers_stay_as_they_are() -> None:
     class Own(nn.Linear):
         pass
 
-    model = nn.Sequential(Own(4, 4), nn.Linear(4, 4, dtype=torch.float64), nn.Embedding(3, 4))
+    class Quantized(torch.Tensor):
+        """As torchao's weights are."""
+
+    theirs = nn.Linear(4, 4)
+    theirs.weight = nn.Parameter(theirs.weight.detach().as_subclass(Quantized), requires_grad=False)
+    model = nn.Sequential(Own(4, 4), nn.Linear(4, 4, dtype=torch.float64), nn.Embedding(3, 4), theirs)
     assert pack_weights(model, PLENTY) == 0
-    assert [type(module) for module in model] == [Own, nn.Linear, nn.Embedding]
+    assert [type(module) for module in model] == [Own, nn.Linear, nn.Embedding, nn.Linear]

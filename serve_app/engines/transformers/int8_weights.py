@@ -1,0 +1,139 @@
+"""Linear layers with int8 weights, for a CPU: a byte a weight, and a scale for each output.
+
+Weights are symmetric: `weight ≈ q · s`, where `s` is an output's largest weight over 127. Activations are not quantized, so a
+request's rows do not depend on what runs beside it. Embeddings, norms and whatever is no linear layer stay as they are; a head
+that is tied to the embedding gets int8 weights of its own.
+
+It is made to take less memory: there is neither a plain copy nor one in oneDNN's layout (`packed_weights`). Up to `FEW` rows in
+half precision go through PyTorch's int8 kernel, which reads half the bytes. For more rows, and in float32, for which it has no
+vector instructions, a piece of the weights at a time is made a matrix that stays in the processor's cache.
+
+Both are ways of inference mode, which is how the engine runs. Anything else, as a reference that rows are verified against,
+multiplies by `weight`, which is a plain matrix of `q · s` made on the spot.
+"""
+
+import ctypes
+import logging
+import platform
+import sys
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.overrides import has_torch_function_unary
+
+from serve_app.models.errors import WeightsError
+
+log = logging.getLogger(__name__)
+
+LARGEST = 127
+"""The largest int8 weight; -128 is not used."""
+
+FEW = 8
+"""Rows up to which the int8 kernel is faster than a matrix made for the purpose."""
+
+PIECE = 1 << 20
+"""Weights that are made a matrix at once."""
+
+
+class Int8Linear(nn.Linear):
+    """A linear layer with int8 weights. A loaded `nn.Linear` becomes one by its class."""
+
+    quantized: Tensor
+    scales: Tensor
+    _piece: Tensor
+
+    @property
+    def weight(self) -> Tensor:  # type: ignore[override]
+        """The weights as a plain matrix, made anew in each use."""
+        return self.quantized.to(self.scales.dtype) * self.scales[:, None]
+
+    def forward(self, input: Float[Tensor, "... width"]) -> Float[Tensor, "... outputs"]:
+        """Multiply, by int8 weights where nothing is to be differentiated."""
+        # A function mode, as `FixedShapes` is one, is to see a linear layer's product.
+        is_plain = not torch.is_inference_mode_enabled() or has_torch_function_unary(input)
+        if is_plain or not input.numel() or input.dtype != self.scales.dtype:
+            return nn.functional.linear(input, self.weight, self.bias)
+        rows = input.reshape(-1, self.in_features)
+        if len(rows) <= FEW and input.dtype != torch.float32:
+            output = torch.ops.aten._weight_int8pack_mm(rows.contiguous(), self.quantized, self.scales)
+        else:
+            output = self._in_pieces(rows).mul_(self.scales)
+        if self.bias is not None:
+            output += self.bias
+        return output.view(*input.shape[:-1], self.out_features)
+
+    def _in_pieces(self, rows: Float[Tensor, "rows width"]) -> Float[Tensor, "rows outputs"]:
+        """Multiply by `quantized`, a piece of its outputs at a time."""
+        output = rows.new_empty(len(rows), self.out_features)
+        height = max(1, len(self._piece) // self.in_features)
+        for start in range(0, self.out_features, height):
+            part = self.quantized[start : start + height]
+            matrix = self._piece[: part.numel()].view(part.shape).copy_(part)
+            output[:, start : start + height] = nn.functional.linear(rows, matrix)
+        return output
+
+
+def quantize_weights(model: nn.Module, name: str) -> None:
+    """Turn the weights of a model's linear layers into int8, in place; each plain weight is let go of at once.
+
+    Args:
+        model: on a CPU, with plain weights.
+        name: what errors call it.
+
+    Raises:
+        WeightsError: if it has no linear layers, or a weight that is not finite.
+    """
+    before = _size(model)
+    layers = {path: module for path, module in model.named_modules() if type(module) is nn.Linear}
+    if not layers:
+        raise WeightsError(f"quantize: model {name!r} has no linear layers whose weights could be int8")
+    pieces: dict[torch.dtype, Tensor] = {}
+    quantized = 0
+    for path, module in layers.items():
+        weight = module.weight.detach()
+        scales = (weight.abs().amax(1) / LARGEST).clamp_min(torch.finfo(weight.dtype).tiny)
+        if not scales.isfinite().all():
+            raise WeightsError(f"quantize: model {name!r} has weights that are not finite: {path}")
+        del module.weight
+        module.register_buffer("scales", scales)
+        # By the scales as they are kept, rounded to the weights' dtype.
+        rounded = (weight / scales[:, None]).round_().clamp_(-LARGEST, LARGEST)
+        module.register_buffer("quantized", rounded.to(torch.int8))
+        if len(pieces.get(weight.dtype, ())) < max(PIECE, module.in_features):
+            pieces[weight.dtype] = torch.empty(max(PIECE, module.in_features), dtype=weight.dtype)
+        quantized += weight.numel()
+    for module in layers.values():
+        module.__class__ = Int8Linear
+        assert isinstance(module, Int8Linear)
+        module._piece = pieces[module.scales.dtype]
+    _give_back()
+    log.info(
+        "%d linear layers have int8 weights, %.0f %% of the model's; it takes %.2f GB of memory, and took %.2f GB",
+        len(layers),
+        100 * quantized / (quantized + sum(parameter.numel() for parameter in model.parameters())),
+        _size(model) / 1e9,
+        before / 1e9,
+    )
+
+
+def dequantize_weights(model: nn.Module) -> None:
+    """Give a model plain linear layers, with the values of its int8 weights."""
+    layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, Int8Linear)]
+    for module in layers:
+        weight: Any = module.weight
+        del module.quantized, module.scales, module._piece
+        module.__class__ = nn.Linear
+        module.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
+
+
+def _give_back() -> None:
+    """Give freed memory back to the system: glibc keeps what lies among other pieces of its heap, here as much as was saved."""
+    if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _size(model: nn.Module) -> int:
+    """Return the bytes that a model's weights take."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
