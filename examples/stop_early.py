@@ -1,7 +1,7 @@
 """Stops the model once it has written the answer: a probe that reads so, tried on stored rows, then live.
 
 A model that has answered goes on: it repeats the answer, or checks it. A probe for "the answer has been written" can end it
-there. Random directions, tried in the same way, cannot without losing right answers.
+there. Random directions that stop as readily lose the answers.
 """
 
 import random
@@ -33,8 +33,12 @@ def prefixes(run: roentgen.Run) -> list[dict[str, object]]:
 
 with roentgen.load("smollm2-135m") as model:
     # Sums that the model can do: where it is wrong anyway, stopping costs nothing.
-    sums = random.Random(0).sample([(a, b) for a in range(2, 60) for b in range(2, 20)], 200)
-    asked = [{"question": f"What is {a} + {b}?", "answer": a + b} for a, b in sums]
+    asked = [
+        {"question": f"What is {a} {sign} {b}?", "answer": a + b}
+        for a in range(1, 10)
+        for b in range(1, 10)
+        for sign in ("+", "plus")
+    ]
     tried = roentgen.evaluate(asked, model=model, max_tokens=48, output=f"{HERE}/sums")
     right = [
         {"question": sample.question, "answer": sample.gold}

@@ -1,9 +1,10 @@
 """From what each setting would have done to what it is worth: accuracy against tokens, with intervals over problems.
 
 A setting that is chosen and reported on the same problems flatters: of a hundred the best was lucky too. So the problems are
-dealt into two halves. On one each family of settings (the probe, each random direction, fixed lengths, equal readings) is set
-to what needs the fewest tokens and loses no more accuracy than is allowed; on the other all of them are reported. The probe
-itself may have been trained on these very problems, which the report says.
+dealt into two halves. On one each family of settings (the probe, fixed lengths, equal readings) is set to what needs the fewest
+tokens and loses no more accuracy than is allowed; on the other all of them are reported. A random direction is not set by
+itself. It is given the probe's setting, the score that as many of its own are below and as many tokens in a row: it stops about
+as readily without knowing anything. The probe itself may have been trained on these very problems, which the report says.
 """
 
 from collections.abc import Sequence
@@ -50,14 +51,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The setting of one family that was chosen on the one half, and what it did on the other."""
+    """The setting of one family that was chosen on the one half, and what it did on the other; of a random direction, the
+    probe's."""
 
     kind: Kind
     """The family's kind."""
     number: int
     """Which of the random directions."""
     finding: Finding | None
-    """None if no setting kept the accuracy."""
+    """None if no setting kept the accuracy; of a random direction, if none of the probe's did."""
 
 
 @dataclass(frozen=True)
@@ -230,10 +232,15 @@ def summarize(
     for number, setting in enumerate(settings[1:], start=1):
         families.setdefault(setting.family, []).append(number)
     least = correct[0][choosing].mean() - max_loss
-    chosen = []
+    chosen, place = [], None
     for (kind, which), members in families.items():
-        kept = [number for number in members if correct[number][choosing].mean() >= least]
-        best = min(kept, key=lambda number: tokens[number][choosing].mean(), default=None)
+        if kind == "random":
+            best = None if place is None else members[place]
+        else:
+            kept = [number for number in members if correct[number][choosing].mean() >= least]
+            best = min(kept, key=lambda number: tokens[number][choosing].mean(), default=None)
+        if kind == "probe":
+            place = None if best is None else members.index(best)
         chosen.append(Chosen(kind, which, None if best is None else findings[best]))
     return findings[0], tuple(chosen), findings
 

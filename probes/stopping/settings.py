@@ -72,22 +72,26 @@ def make_settings(
         traces: those on which settings are chosen.
         scores: of their tokens, by the probe and then by each random direction.
         lengths: for how many tokens in a row.
-        above: the probe's scores; None for quantiles of those that there are. Random directions always have quantiles.
+        above: the probe's scores; None for quantiles of those that there are. A random direction has, for each of them, the
+            score that as many of its own are below, in the same order.
     """
-    settings = [Setting("whole")]
-    for number, own in enumerate(scores):
-        counted = np.concatenate([found[trace.counted] for found, trace in zip(own, traces, strict=True)])
-        values = above if above is not None and number == 0 else quantiles(counted)
-        kind: Kind = "random" if number else "probe"
-        settings += [Setting(kind, max(number - 1, 0), value, length) for value in values for length in lengths]
+    counted = [
+        np.concatenate([found[trace.counted] for found, trace in zip(own, traces, strict=True)]) for own in scores
+    ]
+    values = list(above) if above is not None else quantiles(counted[0], QUANTILES)
+    settings = [Setting("whole"), *(Setting("probe", 0, value, length) for value in values for length in lengths)]
+    shares = np.array([np.mean(counted[0] <= value) for value in values])
+    for number, own in enumerate(counted[1:]):
+        alike = quantiles(own, shares)
+        settings += [Setting("random", number, value, length) for value in alike for length in lengths]
     limits = np.unique(np.quantile([int(trace.counted.sum()) for trace in traces], SHARES).astype(int))
     settings += [Setting("fixed_length", tokens=int(limit)) for limit in limits if limit > 0]
     return [*settings, *(Setting("convergence", length=length) for length in READINGS)]
 
 
-def quantiles(scores: Float[np.ndarray, "tokens"]) -> list[float]:
+def quantiles(scores: Float[np.ndarray, "tokens"], shares: Float[np.ndarray, "shares"]) -> list[float]:
     """Return quantiles of scores, to four digits: no score is then as good as equal to one of them."""
-    return list(dict.fromkeys(float(f"{value:.4g}") for value in np.quantile(scores, QUANTILES)))
+    return [float(f"{value:.4g}") for value in np.quantile(scores, shares)]
 
 
 def all_scores(probes: Sequence[Readout], traces: Sequence[StopTrace]) -> list[list[Float[np.ndarray, "fed"]]]:

@@ -11,10 +11,11 @@ the problems that nothing was chosen on once more, with the probe's setting as t
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from rich.console import Group
@@ -47,6 +48,8 @@ from roentgen.linear_probe import Readout, SavedProbe, find_probe, load_probe
 from roentgen.options import read_options
 from roentgen.runs import Run, Sample
 from roentgen.stopping import StopSettings
+
+T = TypeVar("T")
 
 
 def stop(
@@ -114,7 +117,7 @@ def _sweep(settings: StopSettings, path: Path, probe: SavedProbe, stage: Callabl
     tried = make_settings(half, halves, settings.lengths, settings.above)
     stage(f"{len(tried)} settings on {len(traces)} answers")
     judge = _judge_of(run)
-    stops = asyncio.run(sweep(traces, scores, tried, settings.then, judge))
+    stops = _complete(sweep(traces, scores, tried, settings.then, judge))
     whole, chosen, findings = summarize(traces, tried, stops, choosing, settings.max_loss, settings.seed)
     groups = np.array([trace.group for trace in traces])
     output = settings.output or run.path / "stopping" / path.parent.name / path.name
@@ -132,6 +135,12 @@ def _sweep(settings: StopSettings, path: Path, probe: SavedProbe, stage: Callabl
         report = replace(report, live=live)
     _write(report, output)
     return report
+
+
+def _complete(work: Coroutine[Any, Any, T]) -> T:
+    """Run a coroutine to its end, on a thread of its own: where a notebook calls, an event loop runs already."""
+    with ThreadPoolExecutor(1) as beside:
+        return beside.submit(asyncio.run, work).result()
 
 
 def render(report: StopReport) -> Group:
@@ -240,7 +249,7 @@ def _confirm(
         )
         stage(f"{len(tasks)} answers, stopped live")
         client = AsyncOpenAI(base_url=url, api_key=client_key(), max_retries=RETRIES, timeout=3600)
-        outcomes = asyncio.run(run_sweep(client, plan, tasks, [Arm("nothing")], judge, record, stage))
+        outcomes = _complete(run_sweep(client, plan, tasks, [Arm("nothing")], judge, record, stage))
     own = {outcome.problem_id: outcome for outcome in outcomes}
     ordered = [own[trace.sample.sample_id] for trace, _ in expected]
     return live_finding(

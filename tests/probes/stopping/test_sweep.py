@@ -123,13 +123,15 @@ def test_attempts_at_one_problem_are_of_one_half() -> None:
 
 def test_no_score_equals_a_value_that_is_tried() -> None:
     scores = np.random.default_rng(0).normal(size=1000).astype(np.float32)
-    tried = quantiles(scores)
-    assert len(tried) == 12
+    tried = quantiles(scores, np.array([0.1, 0.5, 0.999]))
+    assert len(tried) == 3
     assert not np.isin(np.float32(tried), scores).any()
-    settings = make_settings([trace("1234567")], [[scores[:6]], [scores[6:12]]], lengths=(1, 2), above=[0.5])
+    own, other = np.arange(6, dtype=np.float32), 10 * np.arange(6, dtype=np.float32)
+    settings = make_settings([trace("1234567")], [[own], [other]], lengths=(1, 2), above=[0.5, 3.5])
     assert settings[0].kind == "whole"
-    assert [(s.above, s.length) for s in settings if s.kind == "probe"] == [(0.5, 1), (0.5, 2)]
-    assert {s.number for s in settings if s.kind == "random"} == {0}
+    assert [(s.above, s.length) for s in settings if s.kind == "probe"] == [(0.5, 1), (0.5, 2), (3.5, 1), (3.5, 2)]
+    random = [(s.number, s.above, s.length) for s in settings if s.kind == "random"]
+    assert random == [(0, 8.333, 1), (0, 8.333, 2), (0, 33.33, 1), (0, 33.33, 2)]  # a sixth and two thirds are below
     assert [s.tokens for s in settings if s.kind == "fixed_length"] == [6]
 
 
