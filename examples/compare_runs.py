@@ -7,7 +7,12 @@ problems = [{"question": f"What is {a} + {b}?", "answer": a + b} for a in (2, 5,
 with roentgen.load("smollm2-135m") as model:
     runs = [
         roentgen.evaluate(
-            problems, model=model, max_tokens=32, temperature=temperature, output=f"results/examples/own-{temperature}"
+            problems,
+            model=model,
+            parallel=6,
+            max_tokens=32,
+            temperature=temperature,
+            output=f"results/examples/own-{temperature}",
         )
         for temperature in (0.0, 1.0)
     ]

@@ -9,6 +9,7 @@ with roentgen.load("smollm2-135m") as model:  # served from this process while i
     run = roentgen.evaluate(
         "arithmetic",
         samples=32,
+        parallel=16,
         model=model,
         max_tokens=48,
         capture={"layers": [8, 20], "hook_points": ["resid_post"], "positions": "last_prompt"},

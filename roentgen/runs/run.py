@@ -162,9 +162,16 @@ class Run:
         return read_samples(self.record_path, self.config.config_hashes)
 
     def summary(self) -> dict[str, Any] | None:
-        """Return summary.json, or None before it is written."""
+        """Return summary.json, or None before it is written.
+
+        Raises:
+            RunError: if it is damaged; it can be made again.
+        """
         file = self.path / "summary.json"
-        summary: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
+        try:
+            summary: dict[str, Any] | None = json.loads(file.read_text()) if file.exists() else None
+        except ValueError as error:
+            raise RunError(f"{file} is damaged ({error}); `roentgen report {self.path}` writes it again") from error
         return summary
 
     @property

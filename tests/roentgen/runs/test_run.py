@@ -124,6 +124,13 @@ def test_the_newest_unfinished_run_of_a_configuration_is_found(tmp_path: Path) -
     assert find_unfinished(tmp_path, "h", {"n": 3}) is None
 
 
+def test_a_summary_that_is_torn_is_said_to_be(tmp_path: Path) -> None:
+    run = create_run(tmp_path / "run", config())
+    (run.path / "summary.json").write_text('{"complete": tr')
+    with pytest.raises(RunError, match=r"summary\.json is damaged .*; `roentgen report .*run` writes it again"):
+        run.summary()
+
+
 def test_a_made_up_name_that_is_taken_gets_a_number(tmp_path: Path) -> None:
     runs = [create_named_run(tmp_path / "results" / "sums", config()) for _ in range(3)]
     assert [run.path.name for run in runs] == ["sums", "sums_2", "sums_3"]
