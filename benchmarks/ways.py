@@ -117,7 +117,16 @@ def engine_way(
             made[number] = time.perf_counter()
             sampling = Sampling(max_tokens, temperature=0)
             jobs.append(
-                GenerationJob(prompts[number], sampling, listen, plan, stream=True, cache_salt=salt, probes=probes)
+                GenerationJob(
+                    prompts[number],
+                    sampling,
+                    listen,
+                    plan,
+                    stream=True,
+                    score_tokens=plan is not None,
+                    cache_salt=salt,
+                    probes=probes,
+                )
             )
             engine.submit(jobs[-1])
 

@@ -68,11 +68,12 @@ class Completion:
         last = self.token_ids[-1] if self.token_ids else None
         return last if last in self.ends and last in self.job.sampling.stop_token_ids else None
 
-    def push(self, token: int, token_score: TokenScore) -> FinishReason | None:
-        """Take a token; returns why the generation has ended, None if it goes on."""
+    def push(self, token: int, token_score: TokenScore | None) -> FinishReason | None:
+        """Take a token, and how likely it was if the job asked; returns why the generation has ended, None if it goes on."""
         self.spoke = self.spoke or time.monotonic()
         self.token_ids.append(token)
-        self.scores.append(token_score)
+        if token_score is not None:
+            self.scores.append(token_score)
         reason = self._ended(token)
         if reason is not None:
             self.text.close()

@@ -237,7 +237,7 @@ class Finished:
     token_ids: list[int]
     """Tokens generated, the final one included."""
     scores: list[TokenScore]
-    """Of each of them."""
+    """Of each of them; empty if the job did not ask for them."""
     finish_reason: FinishReason
     """"stop", or "length" if it was cut."""
     captured: CapturedRows | None
@@ -298,6 +298,9 @@ class GenerationJob:
     """What these scores are to do, None for nothing."""
     constraint: Constraint | None = None
     """The grammar to follow, None for free text."""
+    score_tokens: bool = True
+    """Whether to report how likely each generated token was, which takes normalizing the whole vocabulary at every step. A job
+    with `stopping` does."""
     score_prompt: bool = False
     """Whether to report how likely the prompt's own tokens were."""
     cache_salt: str | None = None

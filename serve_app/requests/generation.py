@@ -74,6 +74,9 @@ class Choice:
     """`asked`, resolved."""
     grammar: Grammar | None = None
     """What to follow, None for free text."""
+    score_tokens: bool = True
+    """Whether the reply says how likely each generated token was. A stored rollout always does; a generation that probes may
+    end is scored too."""
     score_prompt: bool = False
     """Whether the prompt's own tokens are to be scored."""
     probes: tuple[Scorer, ...] = ()
@@ -104,6 +107,7 @@ class Choice:
             capture=self.plan,
             stream=stream,
             constraint=constraint,
+            score_tokens=self.score_tokens or self.plan is not None or self.stopping is not None,
             score_prompt=self.score_prompt,
             probes=self.probes,
             stopping=self.stopping,

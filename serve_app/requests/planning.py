@@ -106,6 +106,7 @@ def plan_chat(served: Runner, request: ChatRequest, config: ServerConfig) -> Pla
             asked=_numbered(asked, number),
             plan=capture,
             grammar=grammar,
+            score_tokens=request.logprobs,
             score_prompt=request.prompt_logprobs is not None and number == 0,  # the prompt is the same for all
             probes=probes,
             stopping=stopping,
@@ -186,6 +187,7 @@ def plan_completion(served: Runner, request: CompletionRequest, config: ServerCo
                 asked=_numbered(asked, before + number),
                 plan=capture,
                 grammar=grammar,
+                score_tokens=request.logprobs is not None,
                 score_prompt=(request.echo and request.logprobs is not None) or request.prompt_logprobs is not None,
                 probes=probes,
                 stopping=stopping,

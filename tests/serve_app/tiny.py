@@ -176,11 +176,17 @@ class Call:
     """One job and what its listener heard."""
 
     def __init__(
-        self, prompt_ids: list[int], sampling: Sampling, plan: CapturePlan | None = None, *, stream: bool = False
+        self,
+        prompt_ids: list[int],
+        sampling: Sampling,
+        plan: CapturePlan | None = None,
+        *,
+        stream: bool = False,
+        score_tokens: bool = True,
     ):
         self.heard: list[Event] = []
         self._done = threading.Event()
-        self.job = GenerationJob(prompt_ids, sampling, self._listen, plan, stream)
+        self.job = GenerationJob(prompt_ids, sampling, self._listen, plan, stream, score_tokens=score_tokens)
 
     def _listen(self, event: Event) -> None:
         self.heard.append(event)

@@ -22,7 +22,6 @@ request at a time.
 """
 
 import logging
-import math
 import threading
 import time
 from collections import Counter, deque
@@ -417,26 +416,27 @@ class TransformersEngine:
         logits = logits.float()
         actions = self._asked(running) if any(one.watch for one in running) else {}
         samplers = [NO_CHOICE if row in actions else one.sampler for row, one in enumerate(running)]
-        top = [one.job.sampling.top_logprobs for one in running]
+        # As large as its largest logit: not a number if one of them is none.
+        usable = logits.amax(-1).isfinite().tolist()
         # Row by row, a row's shape is its own.
         height = 1 if self.batch_invariant else len(running)
         chosen: list[int] = []
-        scores: list[TokenScore] = []
         for start in range(0, len(running), height):
             rows = slice(start, start + height)
             chosen += choose(logits[rows], samplers[rows])
-            scores += score(logits[rows], chosen[rows], top[rows])
-        for row, one in enumerate(running):
-            if named := one.job.sampling.logprob_token_ids:
-                scores[row] = replace(scores[row], top=score_named(logits[row], (chosen[row], *named)))
+        scores = self._scores(running, logits, chosen)
         staying = []
         for row, one in enumerate(running):
             try:
-                goes_on = not one.job.cancelled.is_set() and (
-                    self._goes_on(one, chosen[row], scores[row])
-                    if row not in actions
-                    else self._reported(one, one.carry_out(actions[row]))
-                )
+                if one.job.cancelled.is_set():
+                    continue
+                if row in actions:
+                    goes_on = self._reported(one, one.carry_out(actions[row]))
+                elif not usable[row] and (failure := no_token(one.job)) is not None:
+                    one.fail(failure)
+                    continue
+                else:
+                    goes_on = self._goes_on(one, chosen[row], scores.get(row))
                 if goes_on:
                     staying.append(row)
             except Exception as error:
@@ -444,11 +444,23 @@ class TransformersEngine:
                 one.fail(error)
         return staying
 
-    def _goes_on(self, one: Running, token: int, token_score: TokenScore) -> bool:
+    def _scores(
+        self, running: list[Running], logits: Float[Tensor, "batch vocab"], chosen: list[int]
+    ) -> dict[int, TokenScore]:
+        """Return how likely the chosen tokens were, by row, of the jobs that asked."""
+        rows = [row for row, one in enumerate(running) if one.job.score_tokens]
+        if not rows:
+            return {}
+        samplings = [running[row].job.sampling for row in rows]
+        their = logits if len(rows) == len(running) else logits[rows]
+        found = score(their, [chosen[row] for row in rows], [sampling.top_logprobs for sampling in samplings])
+        for place, (row, sampling) in enumerate(zip(rows, samplings, strict=True)):
+            if named := sampling.logprob_token_ids:
+                found[place] = replace(found[place], top=score_named(logits[row], (chosen[row], *named)))
+        return dict(zip(rows, found, strict=True))
+
+    def _goes_on(self, one: Running, token: int, token_score: TokenScore | None) -> bool:
         """Give a job its next token and report what it means; False if the job has ended."""
-        if math.isnan(token_score.logprob) and (failure := no_token(one.job)) is not None:
-            one.fail(failure)
-            return False
         return self._reported(one, one.advance(token, token_score) if one.job.sampling.max_tokens else "length")
 
     def _asked(self, running: list[Running]) -> dict[int, Action]:

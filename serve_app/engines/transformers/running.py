@@ -57,8 +57,8 @@ class Running(Completion):
             watch=StopWatch(job.stopping, job.prompt_ids) if job.stopping else None,
         )
 
-    def advance(self, token: int, token_score: TokenScore) -> FinishReason | None:
-        """Take a sampled token; returns why the generation has ended, None if it goes on."""
+    def advance(self, token: int, token_score: TokenScore | None) -> FinishReason | None:
+        """Take a sampled token and, if the job asked, how likely it was; returns why it has ended, None if it goes on."""
         self.sampler.saw(token)
         return self.push(token, token_score)
 

@@ -1,8 +1,8 @@
 """The log-probabilities of the tokens that were chosen, without ranking the vocabulary for them.
 
-Every completion has the log-probability of each of its tokens; few requests ask for those of other tokens. vLLM makes no
+A stored rollout has the log-probability of each of its tokens; few requests ask for those of other tokens. vLLM makes no
 difference: it normalizes, sorts and ranks the whole vocabulary for every row. With 16 rows of a small model on a CPU that takes
-a fifth of a step. For one token a row, normalizing is enough.
+a fifth of a step. For one token a row, normalizing is enough, and where nobody asks at all, only whether there is a number.
 """
 
 from dataclasses import replace
@@ -15,6 +15,8 @@ from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
+from serve_app.engines.vllm.sampling import CHOSEN_ONLY
+
 ROWS = 16
 """Normalized at once: their float32 copies are a few MB, which on a CPU stay in its cache."""
 
@@ -23,13 +25,17 @@ class ChosenTokenSampler(Sampler):
     """vLLM's sampler. A batch in which somebody asks for more than chosen tokens is vLLM's own as a whole."""
 
     def forward(self, logits: Tensor, sampling_metadata: SamplingMetadata, *args: Any, **kwargs: Any) -> SamplerOutput:
-        """Choose tokens, and say how likely they were by the model's own logits."""
-        more = sampling_metadata.max_num_logprobs != 0 or sampling_metadata.logprob_token_ids
+        """Choose tokens, and say how likely they were by the model's own logits if anybody asks, or if a logit is no number."""
+        asked = sampling_metadata.max_num_logprobs
+        more = asked is None or asked > CHOSEN_ONLY or sampling_metadata.logprob_token_ids
         if more or self.logprobs_mode != "raw_logprobs" or args or kwargs.get("logprobs_mode_override"):
             return super().forward(logits, sampling_metadata, *args, **kwargs)
+        scored = asked == CHOSEN_ONLY or not bool(logits.amax(-1).isfinite().all())
         # Penalties and biases are written into float32 logits; of others vLLM makes a copy itself.
-        raw = logits.clone() if logits.dtype == torch.float32 else logits
+        raw = logits.clone() if scored and logits.dtype == torch.float32 else logits
         output = super().forward(logits, replace(sampling_metadata, max_num_logprobs=None), **kwargs)
+        if not scored:
+            return output
         chosen = output.sampled_token_ids
         output.logprobs_tensors = LogprobsTensors(
             chosen, log_probabilities(raw, chosen), torch.zeros_like(chosen[:, 0])

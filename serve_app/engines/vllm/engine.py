@@ -11,7 +11,7 @@ import logging
 import math
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -350,19 +350,18 @@ class VllmEngine:
                     for token, found in zip(job.prompt_ids[1:], output.prompt_logprobs[1:], strict=True)
                 ]
             said = output.outputs[0]
-            for token, found in zip(said.token_ids, said.logprobs, strict=True):
-                if reason is not None or not sampling.max_tokens:
-                    continue
-                score = token_score(token, found, sampling.top_logprobs, sampling.logprob_token_ids)
-                if (rule := acting_rule(job.stopping, score.logprob)) is not None:
-                    reason = completion.act(Action(rule, len(job.prompt_ids) + len(completion.token_ids) - 1))
-                    score = FORCED
-                reason = reason or completion.push(token, score)
-            is_nan = bool(completion.scores) and math.isnan(completion.scores[-1].logprob)
-            is_nan &= bool(completion.scores) and completion.scores[-1] is not FORCED
-            if is_nan and (failure := no_token(job)) is not None:
+            found = said.logprobs or ()  # a job that does not ask for them has them where one is no number
+            unusable = any(math.isnan(next(iter(position.values())).logprob) for position in found)
+            if unusable and (failure := no_token(job)) is not None:
                 await outputs.aclose()
                 return Failed(failure)
+            for token, score in zip(said.token_ids, _scores(job, said.token_ids, found), strict=True):
+                if reason is not None or not sampling.max_tokens:
+                    continue
+                if score is not None and (rule := acting_rule(job.stopping, score.logprob)) is not None:
+                    reason = completion.act(Action(rule, len(job.prompt_ids) + len(completion.token_ids) - 1))
+                    score = FORCED  # noqa: PLW2901
+                reason = reason or completion.push(token, score)
             if output.metrics is not None:
                 # vLLM's core is another process of this machine, with the same monotonic clock.
                 completion.started = output.metrics.scheduled_ts or completion.started
@@ -443,6 +442,16 @@ def _order(job_id: str, job: GenerationJob, ends: frozenset[int] = frozenset()) 
         return None
     end = min(ends, default=None)
     return Order(job_id, job.capture, job.steering, job.probes, job.cache_salt, job.stopping, end)
+
+
+def _scores(
+    job: GenerationJob, tokens: Sequence[int], found: Sequence[Mapping[int, Any]]
+) -> Sequence[TokenScore | None]:
+    """Return how likely tokens were, None for each if the job does not ask."""
+    if not job.score_tokens:
+        return [None] * len(tokens)
+    top, named = job.sampling.top_logprobs, job.sampling.logprob_token_ids
+    return [token_score(token, position, top, named) for token, position in zip(tokens, found, strict=True)]
 
 
 def _failure(job: GenerationJob, reason: str) -> Exception:

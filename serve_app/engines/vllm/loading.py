@@ -369,8 +369,7 @@ async def _verify(client: "Client", modules: Modules, n_experts: int | None, pla
 
     await client.collective_rpc("roentgen_watch", args=(sorted(places),))
     prompt = TokensPrompt(prompt_token_ids=list(range(1, PROBE_TOKENS + 1)))
-    # With log-probabilities, as every request has them: vLLM compiles what ranks them when it is first asked.
-    params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False, logprobs=0)
+    params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False)
     async for _ in client.generate(prompt, params, "verification"):
         pass
     replies = await client.collective_rpc("roentgen_verify", args=(modules.num_layers, n_experts or 0))
@@ -387,7 +386,7 @@ async def _compare(client: "Client", kind: torch.dtype) -> None:
 
     prompt = TokensPrompt(prompt_token_ids=list(range(1, PROBE_TOKENS)))
     params = SamplingParams(
-        max_tokens=2, temperature=0, ignore_eos=True, detokenize=False, logprobs=0, allowed_token_ids=[PROBE_TOKENS]
+        max_tokens=2, temperature=0, ignore_eos=True, detokenize=False, allowed_token_ids=[PROBE_TOKENS]
     )
     async for _ in client.generate(prompt, params, "comparison"):
         pass

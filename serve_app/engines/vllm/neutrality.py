@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from serve_app.engines.batching import Batching
+from serve_app.engines.vllm.sampling import CHOSEN_ONLY
 
 SHORT, LONG, NEW = 9, 300, 4
 """Tokens of the two prompts, and of each completion."""
@@ -50,7 +51,7 @@ async def _logprobs(client: Generating, prompt: list[int], name: str) -> list[fl
     from vllm import SamplingParams, TokensPrompt
 
     params = SamplingParams(
-        max_tokens=NEW, temperature=0, ignore_eos=True, detokenize=False, logprobs=0, prompt_logprobs=0
+        max_tokens=NEW, temperature=0, ignore_eos=True, detokenize=False, logprobs=CHOSEN_ONLY, prompt_logprobs=0
     )
     outputs = client.generate(TokensPrompt(prompt_token_ids=prompt), params, f"neutrality-{name}")
     *_, output = [output async for output in outputs]

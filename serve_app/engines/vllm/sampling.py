@@ -12,6 +12,10 @@ from serve_app.engines.vllm.orders import EXTRA, Order, pack
 SEEDS = 1 << 63
 """vLLM's generators take no larger ones."""
 
+UNSCORED, CHOSEN_ONLY = 0, 1
+"""What `SamplingParams.logprobs` says to `chosen_tokens`: nothing is asked for, or only the chosen token's log-probability.
+Larger numbers mean what they mean to vLLM."""
+
 
 def sampling_params(job: GenerationJob, ends: frozenset[int], order: Order | None) -> SamplingParams:
     """Spell a job for vLLM.
@@ -41,8 +45,8 @@ def sampling_params(job: GenerationJob, ends: frozenset[int], order: Order | Non
         frequency_penalty=s.frequency_penalty,
         repetition_penalty=s.repetition_penalty,
         logit_bias=dict(s.logit_bias) or None,
-        logprobs=len(s.logprob_token_ids) or s.top_logprobs,
-        logprob_token_ids=list(s.logprob_token_ids) or None,
+        logprobs=_logprobs(job),
+        logprob_token_ids=list(s.logprob_token_ids) or None if job.score_tokens else None,
         prompt_logprobs=max(s.top_logprobs, s.prompt_logprobs or 0) if job.score_prompt else None,
         structured_outputs=StructuredOutputsParams(grammar=follow) if follow is not None else None,
         detokenize=False,
@@ -57,6 +61,15 @@ def sampling_params(job: GenerationJob, ends: frozenset[int], order: Order | Non
 def _read_along(job: GenerationJob, ends: frozenset[int]) -> bool:
     """Whether tokens are wanted as they come: to be told, or because vLLM does not see by itself where the job ends."""
     return job.stream or bool(job.sampling.stop) or (job.stopping is not None and not ends)
+
+
+def _logprobs(job: GenerationJob) -> int:
+    if not job.score_tokens:
+        return UNSCORED
+    if named := job.sampling.logprob_token_ids:
+        return len(named)  # as vLLM insists
+    top = job.sampling.top_logprobs
+    return max(top, CHOSEN_ONLY + 1) if top else CHOSEN_ONLY
 
 
 def token_score(token: int, found: Mapping[int, Any], top: int, named: Sequence[int] = ()) -> TokenScore:

@@ -207,6 +207,29 @@ def test_logprobs_are_the_models_own(under_test: Subject) -> None:
         torch.testing.assert_close(torch.tensor([p for _, p in score.top]), values, rtol=1e-4, atol=1e-4)
 
 
+def test_tokens_are_scored_for_those_who_ask(under_test: Subject) -> None:
+    def calls(*scored: bool) -> list[Call]:
+        samplings = [GREEDY, replace(GREEDY, top_logprobs=1), replace(GREEDY, logprob_token_ids=(7,)), GREEDY]
+        return [
+            Call(prompt, sampling, stream=True, score_tokens=one)
+            for prompt, sampling, one in zip(PROMPTS, samplings, scored, strict=True)
+        ]
+
+    alike = run(under_test.engine, calls(True, True, True, True))
+    mixed = run(under_test.engine, calls(False, True, True, True))
+    silent = run(under_test.engine, calls(False, False, False, False))
+    for name, results in (("mixed", mixed), ("silent", silent)):
+        assert [one.token_ids for one in results] == [one.token_ids for one in alike], name
+        assert [one.text for one in results] == [one.text for one in alike], name
+    assert [one.scores for one in silent] == [[]] * 4
+    assert mixed[0].scores == []
+    for one, whole in zip(mixed[1:], alike[1:], strict=True):
+        assert [score.logprob for score in one.scores] == pytest.approx(
+            [score.logprob for score in whole.scores], abs=1e-5
+        )
+        assert [len(score.top) for score in one.scores] == [len(score.top) for score in whole.scores]
+
+
 def test_penalised_greedy_tokens_are_those_of_generate(under_test: Subject) -> None:
     long = replace(GREEDY, max_tokens=60)
     plain = under_test.alone(PROMPTS[1], 60)
