@@ -95,7 +95,7 @@ def measure_serving(
         def served(capture: str) -> float:
             asked = capture_request(loaded.structure.num_layers, capture)
             body = {"activations": asked.model_dump(mode="json", exclude_none=True, by_alias=True)} if asked else {}
-            rate = asyncio.run(_ask_all(base_url, loaded.source.name, messages, body, max_tokens, in_flight))
+            rate = asyncio.run(ask_all(base_url, loaded.source.name, messages, body, max_tokens, in_flight))
             stage(f"HTTP, {capture}: {rate:.1f} tokens/s")
             return rate
 
@@ -112,7 +112,7 @@ def measure_serving(
     return {capture: ratios(rates[f"http {capture}"], rates[f"engine {capture}"]) for capture in CAPTURES}
 
 
-async def _ask_all(
+async def ask_all(
     base_url: str, model: str, messages: list[Any], body: dict[str, Any], max_tokens: int, in_flight: int
 ) -> float:
     """Send all requests, so many at once; returns the tokens generated per second."""

@@ -99,7 +99,7 @@ class ServerConfig(BaseModel):
     )
     eager: bool = Field(
         False,
-        description="With vLLM: run the model module by module, not compiled; slower, but requests may name any module.",
+        description="Run the model module by module, not compiled: slower, but with vLLM requests may then name any module.",
     )
     tensor_parallel_size: int = Field(
         1, ge=1, description="With vLLM: GPUs of one node that a replica's model is split over."

@@ -107,6 +107,7 @@ class Model:
             max_cache_tokens=config.max_cache_tokens,
             batch_invariant=config.batch_invariant,
             prefix_cache=config.prefix_cache,
+            eager=config.eager,
         )
         self.config = config
         self._held = _Held(loaded, engine)

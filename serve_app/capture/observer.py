@@ -88,7 +88,7 @@ class ObservedModel(TransformersModel):
         Returns:
             What `forward` returned.
         """
-        visits: dict[str, list[_Visit]] = {}
+        visits: dict[str, list[Visit]] = {}
         for visitor in visitors:
             for key, tap in visitor.taps.items():  # a norm that feeds attention and MLP has two names
                 try:
@@ -96,7 +96,7 @@ class ObservedModel(TransformersModel):
                 except AttributeError as error:
                     visitor.fail(key, f"{tap} cannot be reached: {error}")
                 else:
-                    visits.setdefault(location, []).append(_Visit(visitor, key, tap.place, tap.run))
+                    visits.setdefault(location, []).append(Visit(visitor, key, tap.place, tap.run))
         if not visits:
             return forward()
         observer = _TapObserver(self, visits)
@@ -123,7 +123,7 @@ def _child(envoy: Envoy, name: str) -> Envoy:
 
 
 @dataclass(frozen=True)
-class _Visit:
+class Visit:
     """Who wants to look at a location, under which key, at which of its tensors, in which of its runs."""
 
     visitor: Visitor
@@ -131,14 +131,23 @@ class _Visit:
     place: int
     run: int | None
 
+    def show(self, value: Any) -> None:
+        """Show a location's value. What goes wrong is told to the visitor: an exception would end the whole batch's forward."""
+        try:
+            tensor = nth_tensor(value, self.place)
+        except TypeError:
+            return  # a module that passes no tensor has no rows; the request that asked is told
+        try:
+            self.visitor(self.key, tensor)
+        except Exception as error:
+            log.exception("%s could not be read", self.key)
+            self.visitor.fail(self.key, f"{self.key} could not be read ({type(error).__name__}: {error})")
+
 
 class _TapObserver(Cache):
-    """A cache that hands values on instead of keeping them.
+    """A cache that hands values on instead of keeping them."""
 
-    What goes wrong with one key is told to its visitor and stays there: an exception would end the forward of the whole batch.
-    """
-
-    def __init__(self, model: ObservedModel, visits: dict[str, list[_Visit]]) -> None:
+    def __init__(self, model: ObservedModel, visits: dict[str, list[Visit]]) -> None:
         super().__init__(model, modules=[])
         self._visits = visits
         self._runs: Counter[str] = Counter()
@@ -155,18 +164,7 @@ class _TapObserver(Cache):
                     visit.key, f"{visit.key} runs more than once in a forward, so it does not give a row per token"
                 )
             elif visit.run in (None, run):
-                self._show(visit, value)
-
-    def _show(self, visit: _Visit, value: Any) -> None:
-        try:
-            tensor = nth_tensor(value, visit.place)
-        except TypeError:
-            return  # a module that passes no tensor has no rows; the request that asked is told
-        try:
-            visit.visitor(visit.key, tensor)
-        except Exception as error:
-            log.exception("%s could not be read", visit.key)
-            visit.visitor.fail(visit.key, f"{visit.key} could not be read ({type(error).__name__}: {error})")
+                visit.show(value)
 
 
 def observe(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ObservedModel:

@@ -276,6 +276,7 @@ class ModelSlot:
             max_cache_tokens=config.max_cache_tokens,
             batch_invariant=config.batch_invariant,
             prefix_cache=config.prefix_cache,
+            eager=config.eager,
         )
         return Served(model, engine, LocalStorage(self._writer))
 

@@ -40,21 +40,30 @@ def grouped_attention(
     **options: Any,
 ) -> tuple[Float[Tensor, "batch tokens heads d"], None]:
     """Attend, as transformers' attention interface asks; the same result as its `sdpa`, up to rounding."""
-    batch, heads, tokens, d = query.shape
-    kv_heads = key.shape[1]
     if (
-        tokens > 1
-        or kv_heads == heads
+        query.shape[2] > 1
+        or key.shape[1] == query.shape[1]
         or (attention_mask is not None and attention_mask.shape[1] > 1)  # a mask per head
         or any(options.get(name) is not None for name in OTHER_OPTIONS)
     ):
         output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **options)
         return output, None
-    grouped = query.view(batch, kv_heads, heads // kv_heads, d)
-    attended = torch.nn.functional.scaled_dot_product_attention(
-        grouped, key, value, attn_mask=attention_mask, scale=scaling
-    )
-    return attended.reshape(batch, 1, heads, value.shape[-1]), None
+    return attend_to_cache(query, key, value, attention_mask, scaling), None
+
+
+def attend_to_cache(
+    query: Float[Tensor, "batch heads 1 d"],
+    key: Float[Tensor, "batch kv_heads context d"],
+    value: Float[Tensor, "batch kv_heads context d"],
+    mask: Bool[Tensor, "batch 1 1 context"] | Float[Tensor, "batch 1 1 context"] | None,
+    scaling: float | None,
+) -> Float[Tensor, "batch 1 heads d"]:
+    """Attend from one new token per row; a mask says what is seen, or what is added to its weight."""
+    batch, heads, _, d = query.shape
+    kv_heads = key.shape[1]
+    grouped = query.reshape(batch, kv_heads, heads // kv_heads, d)
+    attended = torch.nn.functional.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scaling)
+    return attended.reshape(batch, 1, heads, value.shape[-1])
 
 
 def use_grouped_attention(model: PreTrainedModel) -> None:

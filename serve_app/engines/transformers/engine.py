@@ -49,6 +49,7 @@ from serve_app.engines.protocol import (
 )
 from serve_app.engines.stopping import Action
 from serve_app.engines.transformers.admission import Budget, next_jobs
+from serve_app.engines.transformers.compiled.supply import StepSupply
 from serve_app.engines.transformers.forwards import Forwards
 from serve_app.engines.transformers.int8_weights import dequantize_weights
 from serve_app.engines.transformers.invariance import PIECE, settle
@@ -93,6 +94,7 @@ class TransformersEngine:
         max_cache_tokens: int = 0,
         batch_invariant: bool = False,
         prefix_cache: bool = True,
+        eager: bool = False,
     ) -> None:
         """Measure the memory and start the engine's thread.
 
@@ -104,6 +106,7 @@ class TransformersEngine:
             max_cache_tokens: size of the KV cache, 0 for what the free memory allows.
             batch_invariant: whether a request's tokens, scores and rows must not depend on what runs beside it.
             prefix_cache: whether what has been read of a prompt is kept for the next one that begins in the same way.
+            eager: whether steps are never compiled.
 
         Raises:
             UnsupportedModelError: if the engine cannot keep the model's cache.
@@ -136,6 +139,8 @@ class TransformersEngine:
         )
         if prefix_cache and not self.prefix_cache.enabled:
             log.warning("%s has no prefix cache: %s", model.source.name, self.prefix_cache.reason)
+        unwanted = "eager" if eager else "batch_invariant" if batch_invariant else ""
+        self._graphs = StepSupply(model, unwanted=unwanted)
         self._forwards = Forwards(model, self._remembered, self._memory, self._max_prefill_tokens)
         self._failures = 0
         self._retried = False
@@ -197,6 +202,7 @@ class TransformersEngine:
 
     def expect_changed_weights(self) -> None:
         """Keep nothing from now on that was computed from the weights: a script has them, and may change them at any time."""
+        self._graphs.stop("a script has the model's weights, and may change them")
         unpack_weights(self._model.observed._module)
         dequantize_weights(self._model.observed._module)
         if self.prefix_cache.enabled:
@@ -207,6 +213,7 @@ class TransformersEngine:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        self._graphs.stop()
         if threading.current_thread() is not self._thread:  # on which garbage is collected too
             self._thread.join()
 
@@ -388,10 +395,14 @@ class TransformersEngine:
         tokens = torch.tensor([[running.token_ids[-1]] for running in self._running])
         mask, positions = self._rows.step_inputs()
         shapes = self._shapes.step(mask) if self._shapes is not None else None
+        compiled, begun = self._graphs.step(), time.monotonic()
         try:
             step = Step(tokens, mask, positions, self._rows.cache)
-            logits, cache = self._forwards.run(self._running, step, shapes)
+            logits, cache = self._forwards.run(self._running, step, shapes, compiled)
+            self._graphs.decoded(time.monotonic() - begun)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is told to the request that caused it
+            if compiled is not None:
+                self._graphs.stop("a step has failed")
             left = self._innocent(self._running, error, decoding=True)
             self._running, self._rows = left, self._empty()
             if left:

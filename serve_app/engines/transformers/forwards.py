@@ -19,6 +19,7 @@ from serve_app.capture.memory import RowMemory
 from serve_app.capture.rows import StepRows
 from serve_app.capture.scoring import StepScores
 from serve_app.capture.steering import StepSteering
+from serve_app.engines.transformers.compiled.step import CompiledStep
 from serve_app.engines.transformers.invariance import FixedShapes
 from serve_app.engines.transformers.model import LoadedModel
 from serve_app.engines.transformers.model_cache import Remembered, Step
@@ -50,6 +51,7 @@ class Forwards:
         running: list[Running],
         step: Step,
         shapes: FixedShapes | None = None,
+        compiled: CompiledStep | None = None,
     ) -> tuple[Float[Tensor, "batch kept vocab"], Any]:
         """Run the model on new tokens, steered, captured and scored as is asked.
 
@@ -57,6 +59,7 @@ class Forwards:
             running: the forward's jobs.
             step: their new tokens.
             shapes: computes in shapes that do not depend on the batch, if that is asked for.
+            compiled: runs the step, if all that its jobs look at is shown by it.
 
         A request that cannot have what it asked for is failed here, and no other.
 
@@ -74,7 +77,11 @@ class Forwards:
             with shapes or nullcontext():
                 return self._bare(step)
 
-        output = self._model.observed.run(visitors, forward)
+        if compiled is not None and compiled.shows(visitors):
+            logits, cache = compiled.run(step, visitors), step.cache
+        else:
+            output = self._model.observed.run(visitors, forward)
+            logits, cache = output.logits, self._remembered.given(output, step.cache)
         rows.deliver()
         fillers.deliver()
         scores.deliver()
@@ -84,7 +91,7 @@ class Forwards:
             failure = next((error for error in found if error), None)
             if failure is not None and not one.job.cancelled.is_set():
                 one.fail(failure)
-        return output.logits, self._remembered.given(output, step.cache)
+        return logits, cache
 
     def replayed(self, running: list[Running]) -> Prefill:
         """Read again what has passed through the model of some jobs, steered as it was; nothing else is observed."""

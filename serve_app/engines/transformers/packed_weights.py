@@ -38,9 +38,14 @@ class PackedLinear(nn.Linear):
         # A function mode, as `FixedShapes` is one, is to see a linear layer's product.
         if not torch.is_inference_mode_enabled() or not input.numel() or has_torch_function_unary(input):
             return super().forward(input)
+        return multiply(input, self.packed, self.bias)
+
+    @property
+    def packed(self) -> Tensor:
+        """The packed copy of the weight as it is now."""
         if self._packed_from != _state(self.weight):
             self.pack()
-        return torch.ops.mkldnn._linear_pointwise(input, self._packed, self.bias, "none", [], "")
+        return self._packed
 
     def pack(self) -> None:
         """Copy the weight as it is now."""
@@ -50,6 +55,14 @@ class PackedLinear(nn.Linear):
     def __getstate__(self) -> dict[str, Any]:
         """Leave the packed copy out: its layout belongs to this machine."""
         return {name: value for name, value in vars(self).items() if name != "_packed"} | {"_packed_from": (0, -1)}
+
+
+def multiply(
+    rows: Float[Tensor, "... width"], packed: Tensor, bias: Float[Tensor, "outputs"] | None
+) -> Float[Tensor, "... outputs"]:
+    """Return rows times a packed weight."""
+    product: Tensor = torch.ops.mkldnn._linear_pointwise.default(rows, packed, bias, "none", [], "")
+    return product
 
 
 def pack_weights(model: nn.Module, free_bytes: int) -> int:

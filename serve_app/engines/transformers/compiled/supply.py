@@ -1,0 +1,159 @@
+"""Gets an engine its compiled step while the engine serves.
+
+The first decoding step starts a thread that looks for the graphs in the cache. If they are not there, it waits until the engine
+has decoded for a while, since a short run would end before they are compiled, and has them compiled by a process that computes
+when nobody else does. Until then, and wherever a model cannot be compiled, steps are the model's own; the log says why.
+"""
+
+import logging
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+from torch._inductor.exc import InvalidCxxCompiler
+
+from serve_app.engines.transformers.attention import GROUPED
+from serve_app.engines.transformers.compiled import ahead
+from serve_app.engines.transformers.compiled.graph import NotCompilableError
+from serve_app.engines.transformers.compiled.step import CompiledStep, shown_places
+from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.packed_weights import PackedLinear
+from serve_app.engines.transformers.rotation import depends_on_length
+
+log = logging.getLogger(__name__)
+
+AFTER_S = 60.0
+"""Seconds of decoding after which graphs are compiled. It takes about as long, on every core."""
+
+POLL_S = 0.5
+
+
+class StepSupply:
+    """Finds, makes and hands out the compiled step of one engine."""
+
+    def __init__(self, model: LoadedModel, *, unwanted: str = "", after_s: float = AFTER_S) -> None:
+        """Take a model; nothing starts before its first step.
+
+        Args:
+            model: with packed weights.
+            unwanted: why no step is to be compiled, "" if it is.
+            after_s: seconds of decoding after which graphs are compiled.
+        """
+        self._model = model
+        self._after_s = after_s
+        self._decoded_s = 0.0
+        self._stopped = threading.Event()
+        self._enough = threading.Event()
+        self._loaded: CompiledStep | None = None
+        self._checked: CompiledStep | None = None
+        self._thread: threading.Thread | None = None
+        self._folder: Path | None = None
+        if reason := unwanted or _obstacle(model):
+            log.info("decoding steps are not compiled: %s", reason)
+            self._stopped.set()
+
+    def step(self) -> CompiledStep | None:
+        """Return the compiled step, None where there is none (yet). For the thread that runs the model."""
+        if self._checked is not None or self._stopped.is_set():
+            return self._checked
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._supply, name="compiled-step", daemon=True)
+            self._thread.start()
+        if self._loaded is not None:
+            self._take(self._loaded)
+        return self._checked
+
+    def decoded(self, seconds: float) -> None:
+        """Count time that was spent on steps of the model's own."""
+        self._decoded_s += seconds
+        if self._decoded_s >= self._after_s:
+            self._enough.set()
+
+    def stop(self, reason: str = "") -> None:
+        """Hand out nothing from now on, and end the process that compiles.
+
+        Args:
+            reason: for the log, "" to log nothing.
+        """
+        if reason and not self._stopped.is_set():
+            log.warning("decoding steps are not compiled any more: %s", reason)
+        self._stopped.set()
+        self._loaded = self._checked = None
+
+    def _take(self, loaded: CompiledStep) -> None:
+        try:
+            loaded.check(self._model.observed._module, self._model.dtype)
+        except NotCompilableError as error:
+            log.warning("decoding steps are not compiled: %s", error)
+            if self._folder is not None:
+                shutil.rmtree(self._folder, ignore_errors=True)
+            self.stop()
+        else:
+            log.info("decoding steps are compiled from now on")
+            self._checked = loaded
+
+    def _supply(self) -> None:
+        try:
+            model = self._model.observed._module
+            places = shown_places(self._model.structure)
+            wanted = ahead.Wanted.of(model, places)
+            self._folder = wanted.folder
+            if not wanted.done and not self._compiled(wanted):
+                return
+            self._loaded = CompiledStep.load(wanted.folder, model, places)
+        except (NotCompilableError, OSError, RuntimeError) as error:
+            log.warning("decoding steps are not compiled: %s", str(error).strip().split("\n")[0])
+            self.stop()
+
+    def _compiled(self, wanted: ahead.Wanted) -> bool:
+        """Have graphs compiled once that is worth it; False if the engine has stopped before.
+
+        Raises:
+            NotCompilableError: if it failed.
+        """
+        while not self._enough.wait(POLL_S):
+            if self._stopped.is_set():
+                return False
+        log.info("compiling decoding steps in the background")
+        process = ahead.start(wanted)
+        while not self._stopped.is_set():
+            try:
+                _, said = process.communicate(timeout=POLL_S)
+            except subprocess.TimeoutExpired:
+                continue
+            if process.returncode or not wanted.done:
+                raise NotCompilableError((said.strip().splitlines() or [f"the compiler gave {process.returncode}"])[-1])
+            return True
+        process.kill()
+        process.communicate()
+        return False
+
+
+def _obstacle(model: LoadedModel) -> str:
+    """Return why a model's steps cannot be compiled, "" if nothing is known against it."""
+    module = model.observed._module
+    if model.device.type != "cpu":
+        return "it is done on a CPU only"
+    if not any(isinstance(one, PackedLinear) for one in module.modules()):
+        return "the weights are not packed"
+    if not type(module).__module__.startswith("transformers."):
+        return f"{type(module).__name__} is not one of transformers' own models"
+    if module.config._attn_implementation not in (GROUPED, "sdpa"):
+        return f"it needs the attention {module.config._attn_implementation!r}"
+    if not model.batching.joins:
+        return "requests cannot join its batches"
+    if depends_on_length(module):
+        return "its rotation depends on the length of a sequence"
+    if hasattr(module, "hf_device_map"):
+        return "its weights are spread over devices"
+    return "" if _compiler_exists() else "there is no C++ compiler"
+
+
+def _compiler_exists() -> bool:
+    from torch._inductor.cpp_builder import get_cpp_compiler  # it looks for one when it is imported
+
+    try:
+        return bool(get_cpp_compiler())
+    except InvalidCxxCompiler:
+        return False
