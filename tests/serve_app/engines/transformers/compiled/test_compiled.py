@@ -223,7 +223,12 @@ def test_a_model_that_cannot_be_exported_says_so_and_runs(cache: Path, caplog: A
 
 @pytest.mark.rotating
 @pytest.mark.parametrize("architecture", MORE_ARCHITECTURES)
-def test_other_architectures_are_the_same_or_refused(cache: Path, architecture: str) -> None:
+def test_other_architectures_give_the_models_own_values(
+    cache: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, options = tiny.CONFIGS[architecture]
+    wide = {"head_dim": 16} if "head_dim" in options else {}
+    monkeypatch.setitem(tiny.CONFIGS, architecture, (kind, {**options, **wide}))
     model = compiled(architecture)
     module = model.observed._module
     places = shown_places(model.structure)
