@@ -360,7 +360,7 @@ class VllmEngine:
                     continue
                 if score is not None and (rule := acting_rule(job.stopping, score.logprob)) is not None:
                     reason = completion.act(Action(rule, len(job.prompt_ids) + len(completion.token_ids) - 1))
-                    score = FORCED  # noqa: PLW2901
+                    score = FORCED
                 reason = reason or completion.push(token, score)
             if output.metrics is not None:
                 # vLLM's core is another process of this machine, with the same monotonic clock.
