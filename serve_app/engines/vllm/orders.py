@@ -21,6 +21,10 @@ from serve_app.engines.storage import Stored
 EXTRA = "roentgen"
 """The key of an order in vLLM's `extra_args`."""
 
+UNSCORED, CHOSEN_ONLY = 0, 1
+"""What `SamplingParams.logprobs` says to `chosen_tokens`: nothing is asked for, or only the chosen token's log-probability.
+Larger numbers mean what they mean to vLLM."""
+
 DECLARED = "roentgen_taps"
 """The key of the declared taps in vLLM's `additional_config`, which is a part of its compile cache's key."""
 

@@ -7,14 +7,10 @@ from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 from serve_app.engines.protocol import GenerationJob, TokenScore
-from serve_app.engines.vllm.orders import EXTRA, Order, pack
+from serve_app.engines.vllm.orders import CHOSEN_ONLY, EXTRA, UNSCORED, Order, pack
 
 SEEDS = 1 << 63
 """vLLM's generators take no larger ones."""
-
-UNSCORED, CHOSEN_ONLY = 0, 1
-"""What `SamplingParams.logprobs` says to `chosen_tokens`: nothing is asked for, or only the chosen token's log-probability.
-Larger numbers mean what they mean to vLLM."""
 
 
 def sampling_params(job: GenerationJob, ends: frozenset[int], order: Order | None) -> SamplingParams:

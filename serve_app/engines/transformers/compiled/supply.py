@@ -11,6 +11,7 @@ import subprocess
 import threading
 from pathlib import Path
 
+from torch import nn
 from torch._inductor.exc import InvalidCxxCompiler
 
 from serve_app.engines.transformers.attention import GROUPED
@@ -135,8 +136,8 @@ def _obstacle(model: LoadedModel) -> str:
     module = model.observed._module
     if model.device.type != "cpu":
         return "it is done on a CPU only"
-    if not any(isinstance(one, PackedLinear) for one in module.modules()):
-        return "the weights are not packed"
+    if not all(isinstance(one, PackedLinear) for one in module.modules() if isinstance(one, nn.Linear)):
+        return "its weights are not packed"
     if not type(module).__module__.startswith("transformers."):
         return f"{type(module).__name__} is not one of transformers' own models"
     if module.config._attn_implementation not in (GROUPED, "sdpa"):
