@@ -7,12 +7,17 @@ there. Random directions that stop as readily lose the answers.
 import random
 
 import roentgen
-from eval_jobs.answers import read_answer
+from eval_jobs.scoring import read_flexible
 
 KEY = "layers.20.resid_post"
 KEPT = {"layers": [20], "hook_points": ["resid_post"], "positions": "all"}
 HERE = "results/examples"
 STORE = f"{HERE}/store"
+
+
+def last_number(text: str) -> str:
+    """Read what the scorer `flexible` reads. The default one would read `2 + 9` as 11, before 11 is written."""
+    return (read_flexible(text) or "").rstrip(".")
 
 
 def prefixes(run: roentgen.Run) -> list[dict[str, object]]:
@@ -24,8 +29,7 @@ def prefixes(run: roentgen.Run) -> list[dict[str, object]]:
             start = offsets[row["n_prompt"]]
             written: dict[bool, list[str]] = {False: [], True: []}
             for end in offsets[row["n_prompt"] + 1 :]:
-                said = read_answer(text[start:end])
-                written[said is not None and said == read_answer(sample.response)].append(text[:end])
+                written[last_number(text[start:end]) == last_number(sample.response)].append(text[:end])
             for label, cut in written.items():
                 texts += [{"text": one, "labels": {"written": label}} for one in chosen.sample(cut, min(2, len(cut)))]
     return texts
@@ -39,7 +43,7 @@ with roentgen.load("smollm2-135m") as model:
         for b in range(1, 10)
         for sign in ("+", "plus")
     ]
-    tried = roentgen.evaluate(asked, model=model, max_tokens=48, output=f"{HERE}/sums")
+    tried = roentgen.evaluate(asked, model=model, max_tokens=48, scorer="flexible", output=f"{HERE}/sums")
     right = [
         {"question": sample.question, "answer": sample.gold}
         for sample in tried.read_samples().by_name()
@@ -47,7 +51,9 @@ with roentgen.load("smollm2-135m") as model:
     ]
     third = len(right) // 3
     runs = [
-        roentgen.evaluate(some, model=model, max_tokens=48, capture=KEPT, output=f"{HERE}/{name}", store=STORE)
+        roentgen.evaluate(
+            some, model=model, max_tokens=48, scorer="flexible", capture=KEPT, output=f"{HERE}/{name}", store=STORE
+        )
         for name, some in (("sums-to-train", right[:third]), ("sums-to-stop", right[third:]))
     ]
     session = model.capture(prefixes(runs[0]), layers=[20], positions="last", store=STORE, session="written").session

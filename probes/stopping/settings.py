@@ -33,7 +33,7 @@ class Setting:
     """The score."""
     length: int | None = None
     """How many tokens, or readings, in a row."""
-    tokens: int | None = None
+    limit: int | None = None
     """The fixed length."""
 
     @property
@@ -46,7 +46,7 @@ class Setting:
             case "whole":
                 return "never"
             case "fixed_length":
-                return f"after {self.tokens} tokens"
+                return f"after {self.limit} tokens"
             case "convergence":
                 return f"{self.length} equal readings"
             case _:
@@ -85,7 +85,7 @@ def make_settings(
         alike = quantiles(own, shares)
         settings += [Setting("random", number, value, length) for value in alike for length in lengths]
     limits = np.unique(np.quantile([int(trace.counted.sum()) for trace in traces], SHARES).astype(int))
-    settings += [Setting("fixed_length", tokens=int(limit)) for limit in limits if limit > 0]
+    settings += [Setting("fixed_length", limit=int(limit)) for limit in limits if limit > 0]
     return [*settings, *(Setting("convergence", length=length) for length in READINGS)]
 
 

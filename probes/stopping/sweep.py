@@ -98,9 +98,9 @@ async def sweep(
             case "whole":
                 return None
             case "fixed_length":
-                assert setting.tokens is not None
+                assert setting.limit is not None
                 counted = np.flatnonzero(trace.counted)
-                return int(counted[setting.tokens - 1]) if len(counted) >= setting.tokens else None
+                return int(counted[setting.limit - 1]) if len(counted) >= setting.limit else None
             case "convergence":
                 assert setting.length is not None
                 return converged([(at, readings[number, at].answer) for at in ends[number]], setting.length)

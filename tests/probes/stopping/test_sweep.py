@@ -51,8 +51,8 @@ def test_each_kind_of_setting_stops_where_it_should() -> None:
         Setting("probe", above=0.5, length=1),
         Setting("probe", above=0.5, length=2),
         Setting("random", 0, above=-1.0, length=3),
-        Setting("fixed_length", tokens=8),
-        Setting("fixed_length", tokens=99),
+        Setting("fixed_length", limit=8),
+        Setting("fixed_length", limit=99),
         Setting("convergence", length=2),
         Setting("convergence", length=4),
     ]
@@ -83,7 +83,7 @@ def test_a_reasoning_is_read_by_itself_and_its_answer_is_the_models_own() -> Non
     whole = [trace("<think>1 7 2</think>7 it.", thinks=True), trace("<think>7 7 7 8</think>8 or so.", 1, thinks=True)]
     cut = trace("<think>7 7 7 8</think>", 2, thinks=True)
     traces = [*whole, StopTrace(**{**vars(cut), "thought": None})]
-    found = outcomes(traces, [Setting("fixed_length", tokens=3)], then="close_reasoning")[0]
+    found = outcomes(traces, [Setting("fixed_length", limit=3)], then="close_reasoning")[0]
     assert [one.place for one in found] == [9, 9, 9]
     assert [traces[0].said(9), traces[1].said(9)] == ["1 7", "7 7"]
     answers = [len("7 it."), len("8 or so.")]
@@ -97,16 +97,17 @@ def test_settings_are_chosen_on_one_half_and_reported_on_the_other() -> None:
     choosing = deal(list(range(40)), seed=0)
     assert choosing.sum() == 20
     traces = [trace(texts[bool(mine)], number) for number, mine in enumerate(choosing)]
-    settings = [Setting("whole"), Setting("fixed_length", tokens=2), Setting("fixed_length", tokens=5)]
+    settings = [Setting("whole"), Setting("fixed_length", limit=2), Setting("fixed_length", limit=5)]
     whole, chosen, findings = summarize(traces, settings, outcomes(traces, settings), choosing, max_loss=0.0)
     ((one),) = chosen
     assert one.finding is not None
-    assert one.finding.setting.tokens == 2
+    assert one.finding.setting.limit == 2
     assert (one.finding.accuracy.value, one.finding.change.value, one.finding.stopped) == (0, -1, 1)
     assert one.finding.saved.value == pytest.approx(5 / 7)
     assert (one.finding.tokens.value, one.finding.tokens.low, one.finding.tokens.high) == (2, 2, 2)
     assert (whole.accuracy.value, whole.saved.value) == (1, 0)
     assert [found.setting for found in findings] == settings
+    assert (findings[1].to_json()["limit"], findings[1].to_json()["tokens"]["tokens"]) == (2, 2)
     # Where no setting keeps the accuracy, none is chosen.
     swapped = summarize(traces, settings[:2], outcomes(traces, settings[:2]), ~choosing, max_loss=0.0)[1]
     assert [family.finding for family in swapped] == [None]
@@ -132,7 +133,7 @@ def test_no_score_equals_a_value_that_is_tried() -> None:
     assert [(s.above, s.length) for s in settings if s.kind == "probe"] == [(0.5, 1), (0.5, 2), (3.5, 1), (3.5, 2)]
     random = [(s.number, s.above, s.length) for s in settings if s.kind == "random"]
     assert random == [(0, 8.333, 1), (0, 8.333, 2), (0, 33.33, 1), (0, 33.33, 2)]  # a sixth and two thirds are below
-    assert [s.tokens for s in settings if s.kind == "fixed_length"] == [6]
+    assert [s.limit for s in settings if s.kind == "fixed_length"] == [6]
 
 
 def test_random_directions_are_as_long_as_the_probe() -> None:
