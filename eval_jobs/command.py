@@ -99,7 +99,8 @@ def perform(
     """
     problems = load_problems(settings.selection)
     check_prompt(settings.suited_to(problems).chosen_prompt, problems)
-    if factory is not None and settings.base_url is None:
+    own = factory is not None and settings.base_url is None
+    if factory is not None and own:
         settings = settings.model_copy(update={"model": settings.model or EMBEDDED_MODEL})
         check_output(settings.suited_to(problems), problems)
         server = factory(settings)
@@ -113,7 +114,7 @@ def perform(
         if settings.dry_run:
             describe(settings, problems, base_url, Console())
             return None
-        return run_evaluation(settings, problems, base_url, progress, stop)
+        return run_evaluation(settings, problems, base_url, progress, stop, is_own=own)
 
 
 def _address(settings: EvalSettings) -> str:

@@ -35,7 +35,7 @@ from eval_jobs.summary import expected_samples
 from eval_jobs.tools import TOOLS
 from eval_jobs.variants import Attempt, attempts_of
 from roentgen.api_keys import client_key
-from roentgen.cluster import ClusterError, connected
+from roentgen.cluster import LOCAL, ClusterError, connected
 from roentgen.contract import ActivationRequest, canonical_hash
 from roentgen.runs import Recorder, Run, Sample, recording, remove_if_empty, write_config
 from roentgen.stages import Stages
@@ -53,7 +53,13 @@ class TooManyFailuresError(EvalError):
 
 
 def run_evaluation(
-    settings: EvalSettings, problems: Sequence[Problem], base_url: str, console: Console, stop: Event | None = None
+    settings: EvalSettings,
+    problems: Sequence[Problem],
+    base_url: str,
+    console: Console,
+    stop: Event | None = None,
+    *,
+    is_own: bool = False,
 ) -> Run:
     """Evaluate, continuing a run if there is one to continue; return the run, complete or with failed samples.
 
@@ -63,6 +69,8 @@ def run_evaluation(
         base_url: the server, http://HOST:PORT/v1.
         console: where progress is shown.
         stop: stops it once it is set, in place of the signals, which a thread does not get.
+        is_own: whether the server was started for this evaluation, where tasks on a cluster that the environment names may not
+            reach it: they run here, unless the settings say otherwise.
 
     Raises:
         EvalError: if the server, Ray or the run directory cannot be used, or it is stopped (Ctrl-C, SIGTERM); what is recorded
@@ -88,7 +96,9 @@ def run_evaluation(
             with (
                 closing(Pulse(endpoint)) as pulse,
                 Progress(console, len(attempts), tally, pulse.tokens) as bar,
-                connected(settings.ray_address, verbose=settings.verbose, starting=bar.begin),
+                connected(
+                    settings.ray_address or (LOCAL if is_own else None), verbose=settings.verbose, starting=bar.begin
+                ),
                 _stop_asked(stop) as look_up,
             ):
                 bar.begin("evaluating")

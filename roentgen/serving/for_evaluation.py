@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from eval_jobs import EvalError
 from eval_jobs.settings import EvalSettings
-from roentgen.cluster import LOCAL, ClusterError
+from roentgen.cluster import ClusterError
 from roentgen.options import OptionError, read_options
 from serve_app.config import ServerConfig
 
@@ -23,7 +23,7 @@ def config_for(settings: EvalSettings) -> ServerConfig:
 
 @contextmanager
 def serving_for(settings: EvalSettings, stage: Callable[[str], None]) -> Iterator[str]:
-    """Start Ray and the server for an evaluation; yields its base URL.
+    """Start the server for an evaluation; yields its base URL.
 
     Args:
         settings: the evaluation's.
@@ -38,7 +38,7 @@ def serving_for(settings: EvalSettings, stage: Callable[[str], None]) -> Iterato
     try:
         running = serving(
             config_for(settings),
-            ray_address=settings.ray_address or LOCAL,
+            ray_address=settings.ray_address,
             stage=stage,
             verbose=settings.verbose,
             capture=settings if settings.collect_activations else None,

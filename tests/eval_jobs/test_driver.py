@@ -7,7 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from eval_jobs.driver import _stop_asked, run_evaluation
 from eval_jobs.endpoint import FatalRequestError
 from eval_jobs.resume import OtherConfigurationError
 from eval_jobs.settings import check_settings
+from roentgen.cluster import LOCAL
 from roentgen.runs import Recorder, Run, RunError, Sample, recording
 from tests.eval_jobs.conftest import take
 from tests.eval_jobs.stand_in import KILL, Fault, StandIn
@@ -68,6 +71,27 @@ def test_an_evaluation_leaves_the_whole_run_directory(server: StandIn, tmp_path:
     assert sample.rollouts[0].session_id == run.config.run_id
     assert (run.summary() or {})["activations"]["keys"] == ["layers.12.ln_attn", "layers.8.ln_attn"]
     assert "100.0%" in (run.path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("is_own", "given", "joined"), [(True, None, LOCAL), (False, None, None), (True, "h:1", "h:1")]
+)
+def test_where_its_server_is_this_machine_s_its_tasks_are_too(
+    server: StandIn, monkeypatch: pytest.MonkeyPatch, is_own: bool, given: str | None, joined: str | None
+) -> None:
+    """A cluster that the environment names may not reach a server of this machine."""
+    asked: list[str | None] = []
+
+    @contextmanager
+    def watched(address: str | None, **_: Any) -> Iterator[None]:
+        asked.append(address)
+        yield
+
+    monkeypatch.setattr("eval_jobs.driver.connected", watched)
+    settings = check_settings(output="run", parallel=1, samples=1, ray_address=given)
+    problems = take(settings.problems, 1)
+    run_evaluation(settings, problems, server.base_url, Console(file=io.StringIO()), is_own=is_own)
+    assert asked == [joined]
 
 
 def test_running_it_again_runs_nothing(server: StandIn) -> None:
