@@ -8,17 +8,21 @@ The score of a token is of the row where the token was fed. It comes from the fo
 is thrown away: the token whose score ends a generation is the last one of it.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-import numpy as np
-from jaxtyping import Bool, Float
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from roentgen.contract import MAX_INT32, Int, ProbeEffect, read_numbers
 from roentgen.contract import Float as Number
+
+if TYPE_CHECKING:  # the command's help waits for nothing heavy
+    import numpy as np
+    from jaxtyping import Bool, Float
 
 Where = Literal["generated", "reasoning"]
 
@@ -72,6 +76,8 @@ def find_stop(
     Returns:
         Its place, None if there is none; and how many tokens in a row are above the value at the end.
     """
+    import numpy as np
+
     over = counted & (np.asarray(scores, dtype=np.float32) > np.float32(above))  # the precision of live scores
     places = np.arange(len(over))
     # The last place that is not above, up to each: -1 - run stands for what came before.
@@ -106,6 +112,8 @@ class ReasoningTokens:
             token_ids: the next tokens.
             state: before the first of them.
         """
+        import numpy as np
+
         inside: Bool[np.ndarray, "tokens"] = np.zeros(len(token_ids), dtype=bool)
         for place, token in enumerate(token_ids):
             if state == "before" and token == self.start:
