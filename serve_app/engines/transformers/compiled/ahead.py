@@ -80,14 +80,15 @@ class Wanted:
 
 
 def start(wanted: Wanted) -> subprocess.Popen[str]:
-    """Start the process that compiles; what it says is on its standard error."""
+    """Start the process that compiles, in a group of its own; what it says is on its standard error.
+
+    It is of this session: where it is stopped when this process ends, the kernel ends it too.
+    """
     folder = Path(tempfile.mkdtemp(prefix="roentgen-compile-"))
     (folder / REQUEST).write_text(json.dumps(asdict(wanted), default=str))
     (folder / CONFIG).write_text(json.dumps(wanted.config, default=str))
     command = [sys.executable, "-m", __name__, str(folder), str(wanted.folder)]
-    return subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0)
 
 
 def main(request: Path, target: Path) -> None:

@@ -1,14 +1,20 @@
 """Gets an engine its compiled step while the engine serves.
 
 The first decoding step starts a thread that looks for the graphs in the cache. If they are not there, it waits until the engine
-has decoded for a while, since a short run would end before they are compiled, and has them compiled by a process that computes
-when nobody else does. Until then, and wherever a model cannot be compiled, steps are the model's own; the log says why.
+has decoded for a while, since a short run would end before they are compiled, and has them compiled by a process of its own.
+That one is stopped whenever the engine decodes: the threads of a step wait for one another at every operation, and a process
+beside them, of however low a priority, made generation ten to twenty times slower. Until the graphs are there, and wherever a
+model cannot be compiled, steps are the model's own; the log says why.
 """
 
 import logging
+import os
 import shutil
+import signal
 import subprocess
 import threading
+import time
+from contextlib import suppress
 from pathlib import Path
 
 from torch import nn
@@ -28,6 +34,9 @@ AFTER_S = 60.0
 """Seconds of decoding after which graphs are compiled. It takes about as long, on every core."""
 
 POLL_S = 0.5
+
+IDLE_S = 1.0
+"""Seconds without a step after which the engine counts as idle."""
 
 
 class StepSupply:
@@ -49,6 +58,8 @@ class StepSupply:
         self._loaded: CompiledStep | None = None
         self._checked: CompiledStep | None = None
         self._thread: threading.Thread | None = None
+        self._last_step = 0.0
+        self._process: _Paused | None = None
         self._folder: Path | None = None
         if reason := unwanted or _obstacle(model):
             log.info("decoding steps are not compiled: %s", reason)
@@ -61,6 +72,9 @@ class StepSupply:
         if self._thread is None:
             self._thread = threading.Thread(target=self._supply, name="compiled-step", daemon=True)
             self._thread.start()
+        self._last_step = time.monotonic()
+        if self._process is not None:
+            self._process.pause()
         if self._loaded is not None:
             self._take(self._loaded)
         return self._checked
@@ -113,22 +127,62 @@ class StepSupply:
         Raises:
             NotCompilableError: if it failed.
         """
-        while not self._enough.wait(POLL_S):
-            if self._stopped.is_set():
+        while not self._enough.is_set() or not self._idle:
+            if self._stopped.wait(POLL_S):
                 return False
-        log.info("compiling decoding steps in the background")
-        process = ahead.start(wanted)
-        while not self._stopped.is_set():
-            try:
-                _, said = process.communicate(timeout=POLL_S)
-            except subprocess.TimeoutExpired:
-                continue
-            if process.returncode or not wanted.done:
-                raise NotCompilableError((said.strip().splitlines() or [f"the compiler gave {process.returncode}"])[-1])
-            return True
-        process.kill()
-        process.communicate()
-        return False
+        log.info("compiling decoding steps while nothing is generated")
+        self._process = running = _Paused(ahead.start(wanted))
+        try:
+            while not self._stopped.is_set():
+                if self._idle:
+                    running.go_on()
+                try:
+                    _, said = running.process.communicate(timeout=POLL_S)
+                except subprocess.TimeoutExpired:
+                    continue
+                if running.process.returncode or not wanted.done:
+                    reason = said.strip().splitlines() or [f"the compiler gave {running.process.returncode}"]
+                    raise NotCompilableError(reason[-1])
+                return True
+            return False
+        finally:
+            self._process = None
+            running.end()
+
+    @property
+    def _idle(self) -> bool:
+        return time.monotonic() - self._last_step > IDLE_S
+
+
+class _Paused:
+    """A process that can be stopped and go on, with those that it has started."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self._lock = threading.Lock()
+        self._paused = False
+
+    def pause(self) -> None:
+        """Stop it, if it runs."""
+        if not self._paused:
+            self._send(signal.SIGSTOP, paused=True)
+
+    def go_on(self) -> None:
+        """Let it go on, if it is stopped."""
+        if self._paused:
+            self._send(signal.SIGCONT, paused=False)
+
+    def end(self) -> None:
+        """End it and all that it has started."""
+        self._send(signal.SIGKILL, paused=True)
+        self.process.wait()
+
+    def _send(self, number: signal.Signals, *, paused: bool) -> None:
+        with self._lock:
+            self._paused = paused
+            with suppress(ProcessLookupError):  # it has just ended
+                if self.process.returncode is None:
+                    os.killpg(self.process.pid, number)
 
 
 def _obstacle(model: LoadedModel) -> str:

@@ -206,6 +206,9 @@ def test_an_engine_that_is_closed_ends_the_process_that_compiles(cache: Path) ->
     assert supply.step() is None
     mine = psutil.Process()
     assert eventually(lambda: any("compiled.ahead" in " ".join(child.cmdline()) for child in mine.children()))
+    supply.step()  # the engine decodes: what compiles is stopped
+    assert eventually(lambda: any(c.status() == psutil.STATUS_STOPPED for c in mine.children()))
+    assert eventually(lambda: all(c.status() != psutil.STATUS_STOPPED for c in mine.children()))  # and goes on
     supply.stop()
     assert eventually(lambda: not mine.children() or not any("ahead" in " ".join(c.cmdline()) for c in mine.children()))
 
