@@ -139,6 +139,8 @@ class StepSupply:
                 try:
                     _, said = running.process.communicate(timeout=POLL_S)
                 except subprocess.TimeoutExpired:
+                    if wanted.done:  # it has only to end, and may be stopped before it does
+                        return True
                     continue
                 if running.process.returncode or not wanted.done:
                     reason = said.strip().splitlines() or [f"the compiler gave {running.process.returncode}"]
