@@ -10,6 +10,6 @@ through Python. inductor makes one loop of a norm and the sum before it, or of a
 by it and stay what they are. So the graph knows nothing of weights' layouts, of where keys and values lie or of how many there
 are: it is small, it has one dynamic size (rows), and one file serves every start on a machine.
 
-The model beside it stays as it is. It reads prompts, and runs a step whose requests look at places that the graph does not
-show.
+The model beside it stays as it is. It reads prompts, and runs the steps in which a request reads a place that the graph does
+not show.
 """

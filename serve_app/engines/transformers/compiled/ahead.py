@@ -11,11 +11,13 @@ import json
 import logging
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -79,49 +81,91 @@ class Wanted:
         return cls(parts_of(model, places), model.config.to_dict(), dtype, torch.get_num_threads())
 
 
-def start(wanted: Wanted) -> subprocess.Popen[str]:
-    """Start the process that compiles, in a group of its own; what it says is on its standard error.
+class Compilation:
+    """A process that compiles. It can be stopped and go on, with the compilers that it has started."""
 
-    It is of this session: where it is stopped when this process ends, the kernel ends it too.
-    """
-    folder = Path(tempfile.mkdtemp(prefix="roentgen-compile-"))
-    (folder / REQUEST).write_text(json.dumps(asdict(wanted), default=str))
-    (folder / CONFIG).write_text(json.dumps(wanted.config, default=str))
-    command = [sys.executable, "-m", __name__, str(folder), str(wanted.folder)]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0)
+    def __init__(self, wanted: Wanted) -> None:
+        """Start it, in a process group of its own.
+
+        The group belongs to this session: the kernel ends it when this process ends, even if it is stopped.
+        """
+        wanted.folder.parent.mkdir(parents=True, exist_ok=True)
+        self._work = Path(tempfile.mkdtemp(prefix=f"{wanted.folder.name}.", dir=wanted.folder.parent))
+        (self._work / REQUEST).write_text(json.dumps(asdict(wanted), default=str))
+        (self._work / CONFIG).write_text(json.dumps(wanted.config, default=str))
+        command = [sys.executable, "-m", __name__, str(self._work), str(wanted.folder)]
+        self._process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0
+        )
+        self._lock = threading.Lock()
+        self._paused = False
+
+    def wait(self, timeout_s: float) -> str:
+        """Wait for its end and return what it wrote to its standard error.
+
+        Raises:
+            subprocess.TimeoutExpired: if it has not ended in time.
+        """
+        return self._process.communicate(timeout=timeout_s)[1]
+
+    def pause(self) -> None:
+        """Stop it, if it runs."""
+        if not self._paused:
+            self._send(signal.SIGSTOP, paused=True)
+
+    def go_on(self) -> None:
+        """Let it go on, if it is stopped."""
+        if self._paused:
+            self._send(signal.SIGCONT, paused=False)
+
+    def end(self) -> None:
+        """End it, and remove its unfinished files."""
+        self._send(signal.SIGKILL, paused=True)
+        self._process.wait()
+        shutil.rmtree(self._work, ignore_errors=True)
+
+    def _send(self, number: signal.Signals, *, paused: bool) -> None:
+        with self._lock, suppress(ProcessLookupError):  # it may have ended
+            self._paused = paused
+            if self._process.returncode is None:
+                os.killpg(self._process.pid, number)
 
 
-def main(request: Path, target: Path) -> None:
+def main(work: Path, target: Path) -> None:
     """Compile what a folder asks for into another.
+
+    Args:
+        work: has the request; unfinished files are written there.
+        target: where the graphs are kept.
 
     Raises:
         NotCompilableError: if that cannot be done.
     """
     os.nice(NICENESS)
     threading.Thread(target=_end_with, args=(os.getppid(),), name="ends-with-engine", daemon=True).start()
-    asked = json.loads((request / REQUEST).read_text())
+    asked = json.loads((work / REQUEST).read_text())
     parts = Parts(
         asked["parts"]["architecture"],
         tuple((path, outputs) for path, outputs in asked["parts"]["linears"]),
         tuple(asked["parts"]["places"]),
     )
     torch.set_num_threads(asked["threads"])
-    target.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+    made = work / "graphs"
+    made.mkdir()
+    for one_row, name in GRAPHS.items():
+        model = without_weights(work, getattr(torch, asked["dtype"]), parts)
+        graph = export_step(model, parts, one_row=one_row)
+        torch._inductor.aoti_compile_and_package(
+            graph,
+            package_path=str(made / name),
+            inductor_configs={"aot_inductor.package_constants_in_so": False},
+        )
+    (made / PARTS).write_text(json.dumps(asdict(parts)))
     try:
-        for one_row, name in GRAPHS.items():
-            model = without_weights(request, getattr(torch, asked["dtype"]), parts)
-            graph = export_step(model, parts, one_row=one_row)
-            torch._inductor.aoti_compile_and_package(
-                graph,
-                package_path=str(made / name),
-                inductor_configs={"aot_inductor.package_constants_in_so": False},
-            )
-        (made / PARTS).write_text(json.dumps(asdict(parts)))
         made.rename(target)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
-        shutil.rmtree(request, ignore_errors=True)
+    except OSError:
+        if not (target / PARTS).exists():  # another process has not made them meanwhile
+            raise
 
 
 def without_weights(folder: Path, dtype: torch.dtype, parts: Parts) -> PreTrainedModel:

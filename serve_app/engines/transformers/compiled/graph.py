@@ -1,9 +1,9 @@
 """The graph of a decoding step: a model's own forward for one new token per row, with the engine's operations in it.
 
-What is exported is the model's code as transformers has it, on a copy of its modules without weights to speak of: linear layers
-call `operations.linear`, attention calls `operations.attend`, and the modules whose outputs requests look at call
-`operations.visit` on them. Masks and rotations are the model's own. A model whose forward cannot be exported (a mixture of
-experts that asks which tokens an expert has) raises, and is run without a graph.
+What is exported is the model's code as transformers has it, on a model without weights: linear layers call `operations.linear`,
+attention calls `operations.attend`, and the modules whose outputs requests read call `operations.visit` on them. Masks and
+rotations are the model's own. A model whose forward cannot be exported (BLOOM's biases need all columns of the keys) raises an
+error, and runs without a graph.
 """
 
 from collections.abc import Sequence
@@ -123,7 +123,7 @@ class _Linear(nn.Module):
         self._number, self._outputs = number, outputs
 
     def forward(self, rows: Float[Tensor, "... width"]) -> Float[Tensor, "... outputs"]:
-        output: Tensor = torch.ops.roentgen.linear(rows, self._number, self._outputs)
+        output: Tensor = operations.linear(rows, self._number, self._outputs)
         return output
 
 
@@ -174,14 +174,11 @@ def _attention(
     if given or attention_mask is None or attention_mask.shape[1] != 1:
         raise NotCompilableError(f"its attention takes {', '.join(given) or 'no mask, or one per head'}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    return torch.ops.roentgen.attend(query, key, value, attention_mask, module.layer_idx, scaling), None
+    return operations.attend(query, key, value, attention_mask, module.layer_idx, scaling), None
 
 
 def _shown(number: int) -> Any:
     def show(module: nn.Module, args: object, output: Any) -> None:
-        torch.ops.roentgen.visit(output[0] if isinstance(output, tuple) else output, number)
+        operations.visit(output[0] if isinstance(output, tuple) else output, number)
 
     return show
-
-
-assert operations.NAMESPACE == "roentgen"  # importing them defines them

@@ -125,3 +125,7 @@ def _attend_shape(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, layer
 @torch.library.register_fake(f"{NAMESPACE}::visit")
 def _visit_shape(value: Tensor, place: int) -> None:
     return None
+
+
+linear, attend, visit = torch.ops.roentgen.linear, torch.ops.roentgen.attend, torch.ops.roentgen.visit
+"""The operations, as a model's code calls them."""

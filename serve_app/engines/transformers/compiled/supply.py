@@ -8,13 +8,10 @@ model cannot be compiled, steps are the model's own; the log says why.
 """
 
 import logging
-import os
 import shutil
-import signal
 import subprocess
 import threading
 import time
-from contextlib import suppress
 from pathlib import Path
 
 from torch import nn
@@ -59,7 +56,7 @@ class StepSupply:
         self._checked: CompiledStep | None = None
         self._thread: threading.Thread | None = None
         self._last_step = 0.0
-        self._process: _Paused | None = None
+        self._compilation: ahead.Compilation | None = None
         self._folder: Path | None = None
         if reason := unwanted or _obstacle(model):
             log.info("decoding steps are not compiled: %s", reason)
@@ -73,8 +70,8 @@ class StepSupply:
             self._thread = threading.Thread(target=self._supply, name="compiled-step", daemon=True)
             self._thread.start()
         self._last_step = time.monotonic()
-        if self._process is not None:
-            self._process.pause()
+        if (running := self._compilation) is not None:
+            running.pause()
         if self._loaded is not None:
             self._take(self._loaded)
         return self._checked
@@ -95,6 +92,8 @@ class StepSupply:
             log.warning("decoding steps are not compiled any more: %s", reason)
         self._stopped.set()
         self._loaded = self._checked = None
+        if (running := self._compilation) is not None:
+            running.end()
 
     def _take(self, loaded: CompiledStep) -> None:
         try:
@@ -131,60 +130,27 @@ class StepSupply:
             if self._stopped.wait(POLL_S):
                 return False
         log.info("compiling decoding steps while nothing is generated")
-        self._process = running = _Paused(ahead.start(wanted))
+        self._compilation = running = ahead.Compilation(wanted)
         try:
             while not self._stopped.is_set():
                 if self._idle:
                     running.go_on()
                 try:
-                    _, said = running.process.communicate(timeout=POLL_S)
+                    said = running.wait(POLL_S)
                 except subprocess.TimeoutExpired:
-                    if wanted.done:  # it has only to end, and may be stopped before it does
-                        return True
-                    continue
-                if running.process.returncode or not wanted.done:
-                    reason = said.strip().splitlines() or [f"the compiler gave {running.process.returncode}"]
-                    raise NotCompilableError(reason[-1])
-                return True
+                    said = None
+                if wanted.done:  # the process has only to end, and may be stopped before it does
+                    return True
+                if said is not None:
+                    raise NotCompilableError((said.strip().splitlines() or ["the compiler says nothing"])[-1])
             return False
         finally:
-            self._process = None
+            self._compilation = None
             running.end()
 
     @property
     def _idle(self) -> bool:
         return time.monotonic() - self._last_step > IDLE_S
-
-
-class _Paused:
-    """A process that can be stopped and go on, with those that it has started."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.process = process
-        self._lock = threading.Lock()
-        self._paused = False
-
-    def pause(self) -> None:
-        """Stop it, if it runs."""
-        if not self._paused:
-            self._send(signal.SIGSTOP, paused=True)
-
-    def go_on(self) -> None:
-        """Let it go on, if it is stopped."""
-        if self._paused:
-            self._send(signal.SIGCONT, paused=False)
-
-    def end(self) -> None:
-        """End it and all that it has started."""
-        self._send(signal.SIGKILL, paused=True)
-        self.process.wait()
-
-    def _send(self, number: signal.Signals, *, paused: bool) -> None:
-        with self._lock:
-            self._paused = paused
-            with suppress(ProcessLookupError):  # it has just ended
-                if self.process.returncode is None:
-                    os.killpg(self.process.pid, number)
 
 
 def _obstacle(model: LoadedModel) -> str:

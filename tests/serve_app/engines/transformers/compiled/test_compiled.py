@@ -48,7 +48,9 @@ def compiled(architecture: str) -> LoadedModel:
     pack_weights(module, 1 << 40)
     wanted = ahead.Wanted.of(module, shown_places(model.structure))
     if not wanted.done:
-        _, said = ahead.start(wanted).communicate(timeout=300)
+        compilation = ahead.Compilation(wanted)
+        said = compilation.wait(300)
+        compilation.end()
         assert wanted.done, said
     return model
 
@@ -195,7 +197,7 @@ def test_it_ends_when_weights_may_change(cache: Path, model: LoadedModel, steps:
 
 
 def test_a_second_start_compiles_nothing(model: LoadedModel, monkeypatch: pytest.MonkeyPatch, steps: list[int]) -> None:
-    monkeypatch.setattr(ahead, "start", lambda wanted: pytest.fail("it was compiled already"))
+    monkeypatch.setattr(ahead, "Compilation", lambda wanted: pytest.fail("it was compiled already"))
     generated(model, [Call(PROMPTS[0], GREEDY)])
     assert steps
 
@@ -210,6 +212,7 @@ def test_an_engine_that_is_closed_ends_the_process_that_compiles(cache: Path) ->
     assert eventually(lambda: any(c.status() == psutil.STATUS_STOPPED for c in mine.children()))
     assert eventually(lambda: all(c.status() != psutil.STATUS_STOPPED for c in mine.children()))  # and goes on
     supply.stop()
+    assert eventually(lambda: not list((cache / "compiled").glob("*.*")))  # nor is anything unfinished left
     assert eventually(lambda: not mine.children() or not any("ahead" in " ".join(c.cmdline()) for c in mine.children()))
 
 
