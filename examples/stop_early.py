@@ -1,7 +1,7 @@
 """Stops the model once it has written the answer: a probe that reads so, tried on stored rows, then live.
 
-A model that has answered goes on: it repeats the answer, or checks it. A probe for "the answer has been written" can end it
-there. Random directions that stop as readily lose the answers.
+A model often continues after its answer: it repeats the answer, or checks it. A probe for "the answer has been written" can end
+it there. Random directions that stop as readily lose the answers.
 """
 
 import random

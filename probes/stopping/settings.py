@@ -26,7 +26,8 @@ class Setting:
     """One rule. Of its fields, those that its kind does not have are None."""
 
     kind: Kind
-    """No stop at all; the probe, or a random direction; after so many tokens; or at so many equal readings in a row."""
+    """`whole` never stops. The others stop by the probe's score, by a random direction's, after a fixed number of tokens, or
+    when the scorer has read the same answer several times in a row."""
     number: int = 0
     """Which of the random directions."""
     above: float | None = None

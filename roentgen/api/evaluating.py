@@ -34,7 +34,7 @@ from roentgen.stages import Stages
 from roentgen.store import StoreError
 
 TURN_S = 0.2
-"""Seconds between two turns of the event loop while an evaluation goes on."""
+"""How often the event loop runs while an evaluation does, in seconds: an interrupt of a notebook is delivered then."""
 
 
 def evaluate(
@@ -79,7 +79,7 @@ def evaluate(
     own = {**settings, "prompt": prompt, "scorer": scorer}
     try:
         return _evaluate(problems, model, capture, output, console, own)
-    except InterruptedRunError as error:  # nothing that goes on after an error may go on after Ctrl-C
+    except InterruptedRunError as error:  # code that handles errors and continues must not handle Ctrl-C
         raise KeyboardInterrupt(str(error)) from None
 
 

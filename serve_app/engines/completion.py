@@ -69,7 +69,7 @@ class Completion:
         return last if last in self.ends and last in self.job.sampling.stop_token_ids else None
 
     def push(self, token: int, token_score: TokenScore | None) -> FinishReason | None:
-        """Take a token, and how likely it was if the job asked; returns why the generation has ended, None if it goes on."""
+        """Add a token, and its score if the job has scores; return the reason if the generation has ended, else None."""
         self.spoke = self.spoke or time.monotonic()
         self.token_ids.append(token)
         if token_score is not None:

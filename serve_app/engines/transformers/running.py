@@ -58,7 +58,7 @@ class Running(Completion):
         )
 
     def advance(self, token: int, token_score: TokenScore | None) -> FinishReason | None:
-        """Take a sampled token and, if the job asked, how likely it was; returns why it has ended, None if it goes on."""
+        """Add a sampled token, and its score if the job has scores; return the reason if the job has ended, else None."""
         self.sampler.saw(token)
         return self.push(token, token_score)
 
