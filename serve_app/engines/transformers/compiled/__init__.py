@@ -1,6 +1,7 @@
 """A decoding step as a compiled graph: what the modules of a model do one after the other, fused, on a CPU.
 
-    ahead.py       a process of its own, which compiles: nothing that serves waits for it, and the result is kept in the cache
+    ahead.py       starts and pauses the process that compiles; the result is kept in the cache
+    __main__.py    that process
     graph.py       the graph: the model's own forward for one new token per row, exported
     operations.py  what the graph leaves to the engine: products by packed weights, attention over its slots, and visitors
     step.py        the compiled step beside the model: loaded, compared with the model, and run

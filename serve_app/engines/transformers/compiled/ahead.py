@@ -1,9 +1,8 @@
-"""Compiles a model's decoding step in a process of its own, once on a machine.
+"""The process that compiles a model's decoding step, as the engine that starts it sees it.
 
-It takes a minute or more, and a C++ compiler. Whoever serves starts this process (`python -m
-serve_app.engines.transformers.compiled.ahead REQUEST FOLDER`), goes on without it, and finds the graphs in a folder of the
-cache when they are there. What is compiled depends on the model's configuration and on this machine, not on its weights: the
-process makes the model without them.
+Compiling takes a minute or more, and a C++ compiler. The engine writes down what it wants, starts `python -m
+serve_app.engines.transformers.compiled`, continues without it, and finds the graphs in a folder of the cache once they are
+there. They depend on the model's configuration and on this machine, not on the weights.
 """
 
 import hashlib
@@ -16,7 +15,6 @@ import subprocess
 import sys
 import tempfile
 import threading
-import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,11 +22,10 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from roentgen.model_names import cache_folder
-from serve_app.engines.transformers.compiled.graph import NotCompilableError, Parts, export_step, parts_of
+from serve_app.engines.transformers.compiled.graph import Parts, parts_of
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +35,6 @@ FORMAT = 1
 GRAPHS = {True: "one_row.pt2", False: "rows.pt2"}
 """By whether it is for one row, a graph's file."""
 PARTS, CONFIG, REQUEST = "parts.json", "config.json", "request.json"
-NICENESS = 10
 
 
 def _versions() -> tuple[str, ...]:
@@ -93,7 +89,7 @@ class Compilation:
         self._work = Path(tempfile.mkdtemp(prefix=f"{wanted.folder.name}.", dir=wanted.folder.parent))
         (self._work / REQUEST).write_text(json.dumps(asdict(wanted), default=str))
         (self._work / CONFIG).write_text(json.dumps(wanted.config, default=str))
-        command = [sys.executable, "-m", __name__, str(self._work), str(wanted.folder)]
+        command = [sys.executable, "-m", __package__, str(self._work), str(wanted.folder)]
         self._process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, process_group=0
         )
@@ -129,74 +125,3 @@ class Compilation:
             self._paused = paused
             if self._process.returncode is None:
                 os.killpg(self._process.pid, number)
-
-
-def main(work: Path, target: Path) -> None:
-    """Compile what a folder asks for into another.
-
-    Args:
-        work: has the request; unfinished files are written there.
-        target: where the graphs are kept.
-
-    Raises:
-        NotCompilableError: if that cannot be done.
-    """
-    os.nice(NICENESS)
-    threading.Thread(target=_end_with, args=(os.getppid(),), name="ends-with-engine", daemon=True).start()
-    asked = json.loads((work / REQUEST).read_text())
-    parts = Parts(
-        asked["parts"]["architecture"],
-        tuple((path, outputs) for path, outputs in asked["parts"]["linears"]),
-        tuple(asked["parts"]["places"]),
-    )
-    torch.set_num_threads(asked["threads"])
-    made = work / "graphs"
-    made.mkdir()
-    for one_row, name in GRAPHS.items():
-        model = without_weights(work, getattr(torch, asked["dtype"]), parts)
-        graph = export_step(model, parts, one_row=one_row)
-        torch._inductor.aoti_compile_and_package(
-            graph,
-            package_path=str(made / name),
-            inductor_configs={"aot_inductor.package_constants_in_so": False},
-        )
-    (made / PARTS).write_text(json.dumps(asdict(parts)))
-    try:
-        made.rename(target)
-    except OSError:
-        if not (target / PARTS).exists():  # another process has not made them meanwhile
-            raise
-
-
-def without_weights(folder: Path, dtype: torch.dtype, parts: Parts) -> PreTrainedModel:
-    """Make a model of a configuration whose weights are nowhere. Its buffers are: inductor writes small ones into the code.
-
-    Args:
-        folder: has `config.json`.
-        dtype: of the weights.
-        parts: what it has to be made of.
-
-    Raises:
-        NotCompilableError: if it is another model.
-    """
-    with init_empty_weights(include_buffers=False):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
-    if (found := parts_of(model, parts.places)) != parts:
-        raise NotCompilableError(
-            f"its configuration gives another model ({found.architecture}) than {parts.architecture}"
-        )
-    return model.eval()
-
-
-def _end_with(parent: int) -> None:
-    """End this process when the one that wants the graphs has ended."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
-
-
-if __name__ == "__main__":
-    try:
-        main(Path(sys.argv[1]), Path(sys.argv[2]))
-    except NotCompilableError as error:
-        sys.exit(str(error))

@@ -1,0 +1,93 @@
+"""Compiles a decoding step: `python -m serve_app.engines.transformers.compiled REQUEST_FOLDER TARGET_FOLDER`.
+
+The graphs do not depend on the weights, so the model is made of its configuration alone, without them. `ahead` starts this
+process and pauses it while the engine decodes. It is not imported there: it needs packages that serving does not.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from serve_app.engines.transformers.compiled.ahead import GRAPHS, PARTS, REQUEST
+from serve_app.engines.transformers.compiled.graph import NotCompilableError, Parts, export_step, parts_of
+
+NICENESS = 10
+
+
+def main(work: Path, target: Path) -> None:
+    """Compile what a folder asks for into another.
+
+    Args:
+        work: has the request; unfinished files are written there.
+        target: where the graphs are kept.
+
+    Raises:
+        NotCompilableError: if that cannot be done.
+    """
+    os.nice(NICENESS)
+    threading.Thread(target=_end_with, args=(os.getppid(),), name="ends-with-engine", daemon=True).start()
+    asked = json.loads((work / REQUEST).read_text())
+    parts = Parts(
+        asked["parts"]["architecture"],
+        tuple((path, outputs) for path, outputs in asked["parts"]["linears"]),
+        tuple(asked["parts"]["places"]),
+    )
+    torch.set_num_threads(asked["threads"])
+    made = work / "graphs"
+    made.mkdir()
+    for one_row, name in GRAPHS.items():
+        model = without_weights(work, getattr(torch, asked["dtype"]), parts)
+        graph = export_step(model, parts, one_row=one_row)
+        torch._inductor.aoti_compile_and_package(
+            graph,
+            package_path=str(made / name),
+            inductor_configs={"aot_inductor.package_constants_in_so": False},
+        )
+    (made / PARTS).write_text(json.dumps(asdict(parts)))
+    try:
+        made.rename(target)
+    except OSError:
+        if not (target / PARTS).exists():  # another process has not made them meanwhile
+            raise
+
+
+def without_weights(folder: Path, dtype: torch.dtype, parts: Parts) -> PreTrainedModel:
+    """Make a model of a configuration whose weights are nowhere. Its buffers are: inductor writes small ones into the code.
+
+    Args:
+        folder: has `config.json`.
+        dtype: of the weights.
+        parts: what it has to be made of.
+
+    Raises:
+        NotCompilableError: if it is another model.
+    """
+    with init_empty_weights(include_buffers=False):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+    if (found := parts_of(model, parts.places)) != parts:
+        raise NotCompilableError(
+            f"its configuration gives another model ({found.architecture}) than {parts.architecture}"
+        )
+    return model.eval()
+
+
+def _end_with(parent: int) -> None:
+    """End this process when the one that wants the graphs has ended."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    try:
+        main(Path(sys.argv[1]), Path(sys.argv[2]))
+    except NotCompilableError as error:
+        sys.exit(str(error))
