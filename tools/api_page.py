@@ -17,7 +17,7 @@ INTRO = """\
 
 Made from the docstrings by `tools/api_page.py`; `roentgen.__all__` lists the names. They are stable within a minor version.
 `import roentgen` is quick and brings neither torch nor Ray: a name is loaded when it is first used. Install from the wheel or
-the repository ([README](../README.md#use)); everything is typed (`py.typed`); [examples](../README.md#examples) run as they
+the repository ([README](../README.md#install)); everything is typed (`py.typed`); [examples](../examples/README.md) run as they
 stand.
 
 In a notebook, all of it works in a running event loop; rollouts, runs and probes show themselves as HTML. Where a server is

@@ -68,10 +68,10 @@ def test_outputs_are_kept(notebook: Path) -> None:
     assert {"text/plain", "image/png"} & shown
 
 
-def test_the_readme_links_every_example() -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_the_page_of_the_examples_links_each() -> None:
+    page = (ROOT / "examples" / "README.md").read_text()
     for path in [*SCRIPTS, *NOTEBOOKS]:
-        assert f"({path.relative_to(ROOT)})" in readme, path.name
+        assert f"({path.relative_to(ROOT / 'examples')})" in page, path.name
 
 
 def kinds(cells: list[dict[str, Any]]) -> list[set[str]]:

@@ -196,7 +196,7 @@ def test_every_wrong_option_is_named_as_it_was_given() -> None:
         read_options(Tea, {})
 
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def shown_commands(text: str) -> Iterator[tuple[str, list[str]]]:
