@@ -28,12 +28,12 @@ class OrderedFragments(VLLMFragments):
         """
         super().__init__()
         self.enabled, self.rules = found.enabled, found.rules
-        self._orders = {location: order for location, (module, _) in self.rules.items() if (order := order_of(module))}
+        self._column_orders = {location: order for location, (module, _) in self.rules.items() if (order := column_order(module))}
 
     def whole(self, location: str, value: Any) -> tuple[Any, Callable[[Any], Any]]:
         """Return the whole of a value, and what cuts a whole back to this rank's piece."""
         gathered, cut = super().whole(location, value)
-        order = self._orders.get(location)
+        order = self._column_orders.get(location)
         if order is None:
             return gathered, cut
         return (
@@ -43,7 +43,7 @@ class OrderedFragments(VLLMFragments):
 
 
 @dataclass(frozen=True)
-class Order:
+class ColumnOrder:
     """How the ranks' columns, side by side, lie in the whole."""
 
     places: Int[Tensor, "gathered"]
@@ -52,7 +52,7 @@ class Order:
     """Per place, a gathered column that has it."""
 
     @classmethod
-    def interleaved(cls, widths: list[int], shared: list[int], ranks: int, device: torch.device) -> "Order":
+    def interleaved(cls, widths: list[int], shared: list[int], ranks: int, device: torch.device) -> "ColumnOrder":
         """Return the order where each rank has one piece of every part.
 
         Args:
@@ -75,7 +75,7 @@ class Order:
         return cls(places.to(device), columns.to(device))
 
 
-def order_of(module: nn.Module) -> Order | None:
+def column_order(module: nn.Module) -> ColumnOrder | None:
     """Return the order of a split module's gathered output; None if side by side is the model's own."""
     if isinstance(module, QKVParallelLinear):
         kv_heads, replicas = module.num_kv_heads, module.num_kv_head_replicas
@@ -86,4 +86,4 @@ def order_of(module: nn.Module) -> Order | None:
         shared = [1] * len(widths)
     else:
         return None
-    return Order.interleaved(widths, shared, module.tp_size, next(module.parameters()).device)
+    return ColumnOrder.interleaved(widths, shared, module.tp_size, next(module.parameters()).device)

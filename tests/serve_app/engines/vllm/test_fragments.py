@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from serve_app.engines.vllm.fragments import Order
+from serve_app.engines.vllm.fragments import ColumnOrder
 
 
 @pytest.mark.parametrize(
@@ -26,6 +26,6 @@ def test_the_whole_is_found_in_the_ranks_pieces(parts: list[int], shared: list[i
     ]
     gathered = torch.cat(pieces, dim=1)
     widths = [part * by // ranks for part, by in zip(parts, shared, strict=True)]
-    order = Order.interleaved(widths, shared, ranks, torch.device("cpu"))
+    order = ColumnOrder.interleaved(widths, shared, ranks, torch.device("cpu"))
     assert torch.equal(whole[:, order.places], gathered)
     assert torch.equal(gathered[:, order.columns], whole)
