@@ -39,7 +39,7 @@ def start_clock(worker: Any) -> tuple[int, int]:
         setattr(batch, name, _timed(getattr(batch, name), READING, spent))
     own = worker.worker
     own.roentgen_scores = _timed(own.roentgen_scores, READING, spent)
-    own.roentgen_exchange = _timed(own.roentgen_exchange, STORING, spent)
+    own.roentgen_sync = _timed(own.roentgen_sync, STORING, spent)
     buffers = worker.model_runner.get_model().named_buffers()
     own_bytes = (buffer.nbytes for name, buffer in buffers if name.rpartition(".")[2].startswith("roentgen_"))
     return len(batch.taps.taps), sum(own_bytes)

@@ -1,12 +1,18 @@
 """The fast engine: vLLM, with everything that touches activations in its worker processes.
 
-A job goes to the workers with what it wants, as vLLM's `extra_args` (`orders`, `batch`). There, once per step, the whole
-batch's values are read in one of two ways: by one observer, through nnsight, of a model that runs module by module
-(`eager_runner`, `observer`), or from taps in a compiled graph (`graph_runner`, `graph_taps`). The rows are cut per request
-(`collecting`) with the same code as for the other engine. When the job has ended, the replica sends what was said, the worker
-joins it to the rows and writes both to the store, and only the receipt comes back (`storage`); scores of probes come back when
-they are asked for (`scores`). `worker` and `cpu_worker` are vLLM's worker classes, `engine` the replica's side, `loading`
-starts both.
+    engine.py                        the replica's side: jobs in, events out
+    loading.py, requirements.py      start vLLM, and verify what can be captured
+    worker.py, cpu_worker.py         vLLM's worker classes
+    worker_messages.py               what the replica and the workers send each other
+    batch.py, collecting.py          the requests of one worker, and their rows
+    eager_runner.py, observer.py     read a step's values with nnsight, from a model that runs module by module
+    graph_runner.py, graph_taps.py   read a step's values from taps in a compiled graph
+    storage.py, scores.py            what comes back: receipts, and scores of probes
+
+A job reaches the workers with its capture request, in vLLM's `extra_args`. Once per step a worker reads the whole batch's
+values, in one of two ways: an observer, or taps. It cuts the rows per request with the same code as the other engine. When the
+job has ended, the replica sends the worker the rollout's text and metadata; the worker joins them to the rows, writes both to
+the store, and returns only the receipt.
 
 Nothing here is imported unless this engine is chosen: vLLM need not be installed.
 """

@@ -1,7 +1,8 @@
-"""The requests of one vLLM model runner, and what is wanted of each step: the same however the step's values are read.
+"""Tracks the requests of one vLLM model runner, and lays out what each step captures, steers and scores.
 
-vLLM tells its runner of a request when it is scheduled for the first time, and again after a preemption. The request's order
-(`orders`) comes with it. Before each forward the runner says which tokens of which requests are in it, in the batch's order.
+vLLM passes a request to its runner when it schedules the request for the first time, and again after a preemption. The
+request's `CaptureRequest` (`worker_messages`) comes with it. Before each forward the runner says which tokens of which
+requests are in it, in the batch's order. How a step's values are read is up to the runner (`eager_runner`, `graph_runner`).
 """
 
 from collections.abc import Iterable
@@ -14,9 +15,9 @@ from serve_app.capture.grid import Strip
 from serve_app.engines.stopping import Action
 from serve_app.engines.vllm.collecting import Collector, Step
 from serve_app.engines.vllm.forced_tokens import Forced, forced_by
-from serve_app.engines.vllm.orders import EXTRA, Order, unpack
 from serve_app.engines.vllm.prefix_rows import PrefixRows
 from serve_app.engines.vllm.watched import Watched
+from serve_app.engines.vllm.worker_messages import EXTRA_ARGS_KEY, CaptureRequest, unpack
 
 
 class Batch:
@@ -49,14 +50,18 @@ class Batch:
         self.n_tokens = 0
 
     def begin(self, new_requests: Iterable[Any]) -> None:
-        """Take the orders of requests that have been scheduled for the first time, or again after a preemption."""
+        """Register requests that are scheduled for the first time, or again after a preemption."""
         for data in new_requests:
-            order = (data.sampling_params.extra_args or {}).get(EXTRA) if data.sampling_params is not None else None
-            if order is None:
+            packed = (
+                (data.sampling_params.extra_args or {}).get(EXTRA_ARGS_KEY)
+                if data.sampling_params is not None
+                else None
+            )
+            if packed is None:
                 continue
-            parsed = unpack(order, Order)
-            self._jobs[data.req_id] = parsed.job_id
-            self.collector.begin(parsed, data.prompt_token_ids)
+            request = unpack(packed, CaptureRequest)
+            self._jobs[data.req_id] = request.job_id
+            self.collector.begin(request, data.prompt_token_ids)
 
     def end(self, finished: set[str]) -> None:
         """Forget vLLM's names of finished requests; their rows wait for the replica."""
@@ -115,7 +120,7 @@ class Batch:
         for row, request_id in enumerate(request_ids):
             action = self.actions.get(self._jobs.get(request_id, ""))
             if action is not None:
-                found[row] = forced_by(action, self.collector.order(self._jobs[request_id]))
+                found[row] = forced_by(action, self.collector.request(self._jobs[request_id]))
         return found
 
     def _token_ids(self) -> list[int]:

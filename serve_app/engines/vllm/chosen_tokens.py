@@ -15,7 +15,7 @@ from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.metadata import SamplingMetadata
 from vllm.v1.sample.sampler import Sampler
 
-from serve_app.engines.vllm.orders import CHOSEN_ONLY
+from serve_app.engines.vllm.worker_messages import CHOSEN_ONLY
 
 ROWS = 16
 """Normalized at once: their float32 copies are a few MB, which on a CPU stay in its cache."""

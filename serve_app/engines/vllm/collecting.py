@@ -32,8 +32,8 @@ from serve_app.capture.steering import Addition, StepSteering
 from serve_app.capture.structure import Tap
 from serve_app.engines.prefixes import filling, name_blocks, needed
 from serve_app.engines.stopping import Action, StopWatch
-from serve_app.engines.vllm.orders import Order
 from serve_app.engines.vllm.prefix_rows import PrefixRows
+from serve_app.engines.vllm.worker_messages import CaptureRequest
 
 log = logging.getLogger(__name__)
 
@@ -50,9 +50,9 @@ class LostRowsError(StoreError):
 
 @dataclass(eq=False)
 class _Job:
-    """One request: what it ordered, how many of its tokens have passed, and its rows so far."""
+    """One request: what it asked for, how many of its tokens have been processed, and its rows so far."""
 
-    order: Order
+    request: CaptureRequest
     prompt_ids: list[int]
     rows: RequestRows | None
     scores: RequestScores | None
@@ -72,22 +72,22 @@ class _Job:
     @property
     def capture(self) -> CapturePlan | None:
         """What it keeps."""
-        return self.order.capture
+        return self.request.capture
 
     @property
     def steering(self) -> Sequence[Addition]:
         """What is added to its rows."""
-        return self.order.steering
+        return self.request.steering
 
     @property
     def probes(self) -> Sequence[Scorer]:
         """What its rows are scored with."""
-        return self.order.probes
+        return self.request.probes
 
     @property
     def cache_salt(self) -> str | None:
         """The client's."""
-        return self.order.cache_salt
+        return self.request.cache_salt
 
     @property
     def n_prompt(self) -> int:
@@ -141,15 +141,15 @@ class Collector:
         """Bytes of rows that are kept for prompts to come."""
         return self._prefixes.nbytes if self._prefixes is not None else 0
 
-    def begin(self, order: Order, prompt_ids: list[int]) -> None:
+    def begin(self, request: CaptureRequest, prompt_ids: list[int]) -> None:
         """Take a request that has been admitted; one that is known already has been preempted and comes back."""
-        if order.job_id in self._jobs:
+        if request.job_id in self._jobs:
             return
-        plan, n_prompt = order.capture, len(prompt_ids)
+        plan, n_prompt = request.capture, len(prompt_ids)
         rows = RequestRows(collecting_plan(plan, n_prompt), n_prompt, self._memory) if plan is not None else None
-        scores = RequestScores(tuple(self._shared(scorer) for scorer in order.probes)) if order.probes else None
-        watch = StopWatch(order.stopping, prompt_ids) if order.stopping is not None else None
-        job = self._jobs[order.job_id] = _Job(order, prompt_ids, rows, scores, watch=watch)
+        scores = RequestScores(tuple(self._shared(scorer) for scorer in request.probes)) if request.probes else None
+        watch = StopWatch(request.stopping, prompt_ids) if request.stopping is not None else None
+        job = self._jobs[request.job_id] = _Job(request, prompt_ids, rows, scores, watch=watch)
         if self._prefixes is None or not needed(job, range(n_prompt - 1)):
             return
         job.names = name_blocks(job, prompt_ids, self._prefixes.size)
@@ -170,7 +170,7 @@ class Collector:
         if not known:
             return None
         lengths = [len(span) for _, span in spans]
-        steered = [job.order.steering if job is not None else () for job in jobs]
+        steered = [job.request.steering if job is not None else () for job in jobs]
         steering = None
         if any(steered):
             prompts = [job.n_prompt if job is not None else 0 for job in jobs]
@@ -230,12 +230,12 @@ class Collector:
                 job.scores.failure = error  # the replica is told when it asks for the scores
                 continue
             if action is not None:
-                found[job.order.job_id] = action
+                found[job.request.job_id] = action
         return found
 
-    def order(self, job_id: str) -> Order:
-        """Return what is done for a job."""
-        return self._jobs[job_id].order
+    def request(self, job_id: str) -> CaptureRequest:
+        """Return a job's capture request."""
+        return self._jobs[job_id].request
 
     def take(self, job_id: str, fed: Sequence[int]) -> CapturedRows:
         """Return a finished job's rows and forget it.
@@ -250,14 +250,14 @@ class Collector:
         """
         self.resumed(job_id)
         job, n_rows = self._jobs.pop(job_id, None), len(fed)
-        if job is None or job.rows is None or job.order.capture is None:
+        if job is None or job.rows is None or job.request.capture is None:
             raise LostRowsError("the worker has no rows of this request")
         if job.lost is not None:
             raise LostRowsError(job.lost)
         if job.fed < n_rows:
             raise LostRowsError(f"{job.fed} tokens of this request passed through the model, not {n_rows}")
         try:
-            rows = settled(job.rows.cut(), job.order.capture, job.n_prompt, n_rows)
+            rows = settled(job.rows.cut(), job.request.capture, job.n_prompt, n_rows)
         except RowsMissingError as error:
             raise LostRowsError(str(error)) from error
         if self._prefixes is not None and job.names:

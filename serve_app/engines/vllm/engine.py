@@ -43,11 +43,18 @@ from serve_app.engines.protocol import (
 from serve_app.engines.served_model import ServedModel
 from serve_app.engines.stopping import Action
 from serve_app.engines.vllm.forced_tokens import acting_rule
-from serve_app.engines.vllm.orders import VECTORS_PER_REQUEST, Exchange, Order, Report, pack, unpack
 from serve_app.engines.vllm.salts import Salts, rows_needed
 from serve_app.engines.vllm.sampling import sampling_params, token_score
 from serve_app.engines.vllm.scores import ScoreBoard
 from serve_app.engines.vllm.storage import WorkerStorage
+from serve_app.engines.vllm.worker_messages import (
+    VECTORS_PER_REQUEST,
+    CaptureRequest,
+    SyncMessage,
+    SyncReply,
+    pack,
+    unpack,
+)
 
 log = logging.getLogger(__name__)
 
@@ -164,7 +171,7 @@ class VllmEngine:
         self._names: dict[str, str] = {}
         self._salts = Salts()
         self._hits = self._misses = 0
-        self.storage = WorkerStorage(loop.loop, self._exchange)
+        self.storage = WorkerStorage(loop.loop, self._sync)
         self._scores = ScoreBoard(self._new_scores)
         self._watching = asyncio.run_coroutine_threadsafe(self._watch(), loop.loop)
 
@@ -300,7 +307,7 @@ class VllmEngine:
         name = self._names.pop(job_id, job_id)
         if task.cancelled() and not job.cancelled.is_set():
             job.listener(Failed(EngineStoppedError("the engine was closed")))
-        if _order(name, job) is not None and (task.cancelled() or not task.result()):
+        if _capture_request(name, job) is not None and (task.cancelled() or not task.result()):
             self.storage.forget(name)
         self._scores.forget(name)
         self._admit()
@@ -320,7 +327,7 @@ class VllmEngine:
     async def _try(self, job_id: str, job: GenerationJob) -> Finished | Failed | None:
         """Generate a job's tokens, under a name that workers know it by; None if it has to be tried again."""
         ends = job.sampling.ends(self._model.eos_token_ids)
-        order = _order(job_id, job, ends)
+        request = _capture_request(job_id, job, ends)
         salt = self._salts.of(job)
         to_check = self._captures and rows_needed(job)
         if job.probes:
@@ -335,7 +342,7 @@ class VllmEngine:
         prompt = TokensPrompt(prompt_token_ids=job.prompt_ids)
         if salt is not None:
             prompt["cache_salt"] = salt
-        outputs = self._client.generate(prompt, sampling_params(job, ends, order), job_id)
+        outputs = self._client.generate(prompt, sampling_params(job, ends, request), job_id)
         reason, cached = None, 0
         async for output in outputs:
             cached = output.num_cached_tokens or cached
@@ -404,9 +411,9 @@ class VllmEngine:
                     del self._row_bytes[job_id]
                     self._admit()
 
-    async def _exchange(self, exchange: Exchange) -> Report:
-        replies = await self._client.collective_rpc("roentgen_exchange", args=(pack(exchange),))
-        return unpack(next(reply for reply in replies if reply is not None), Report)
+    async def _sync(self, message: SyncMessage) -> SyncReply:
+        replies = await self._client.collective_rpc("roentgen_sync", args=(pack(message),))
+        return unpack(next(reply for reply in replies if reply is not None), SyncReply)
 
     async def _resumed(self, job_id: str) -> bool:
         """Return whether the workers have the rows of the tokens that a job's prompt has found in the cache."""
@@ -436,12 +443,12 @@ class VllmEngine:
         self._client.shutdown()
 
 
-def _order(job_id: str, job: GenerationJob, ends: frozenset[int] = frozenset()) -> Order | None:
+def _capture_request(job_id: str, job: GenerationJob, ends: frozenset[int] = frozenset()) -> CaptureRequest | None:
     """Return what the workers do for a job, None for nothing."""
     if job.capture is None and not job.steering and not job.probes:
         return None
     end = min(ends, default=None)
-    return Order(job_id, job.capture, job.steering, job.probes, job.cache_salt, job.stopping, end)
+    return CaptureRequest(job_id, job.capture, job.steering, job.probes, job.cache_salt, job.stopping, end)
 
 
 def _scores(

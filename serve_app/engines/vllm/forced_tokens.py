@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from serve_app.engines.stopping import Action, Stopping, StopRule
-from serve_app.engines.vllm.orders import Order
+from serve_app.engines.vllm.worker_messages import CaptureRequest
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Forced:
     """What stands for its log-probability."""
 
 
-def forced_by(action: Action, order: Order) -> Forced:
+def forced_by(action: Action, request: CaptureRequest) -> Forced:
     """Return the token that an action puts in place of the next one."""
-    stopping = order.stopping
+    stopping = request.stopping
     assert stopping is not None
-    token = order.end
+    token = request.end
     if action.rule.when.then == "close_reasoning":
         assert stopping.reasoning is not None
         token = stopping.reasoning.end

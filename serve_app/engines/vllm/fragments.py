@@ -28,7 +28,9 @@ class OrderedFragments(VLLMFragments):
         """
         super().__init__()
         self.enabled, self.rules = found.enabled, found.rules
-        self._column_orders = {location: order for location, (module, _) in self.rules.items() if (order := column_order(module))}
+        self._column_orders = {
+            location: order for location, (module, _) in self.rules.items() if (order := column_order(module))
+        }
 
     def whole(self, location: str, value: Any) -> tuple[Any, Callable[[Any], Any]]:
         """Return the whole of a value, and what cuts a whole back to this rank's piece."""

@@ -28,9 +28,9 @@ from serve_app.engines.vllm.batch import Batch
 from serve_app.engines.vllm.forced_tokens import ForcesTokens
 from serve_app.engines.vllm.graph_taps import GraphTaps, Sizes, buffer_bytes
 from serve_app.engines.vllm.hook_points import declared_taps, describe_modules, terms
-from serve_app.engines.vllm.orders import DECLARED, VECTORS_PER_REQUEST
 from serve_app.engines.vllm.prefix_rows import PrefixRows
 from serve_app.engines.vllm.watched import Watched
+from serve_app.engines.vllm.worker_messages import TAPS_KEY, VECTORS_PER_REQUEST
 
 DEVICE_SHARE_OF_TAPS = 0.5
 """The share of a GPU's memory beside the weights that taps' buffers may take."""
@@ -146,18 +146,18 @@ class GraphRunner(ForcesTokens, GPUModelRunner):
     """vLLM's runner, with taps in the graph. Mixed into the runner of a device.
 
     Attributes:
-        refusal: why there are no taps, where their buffers do not fit. vLLM loses what a worker raises while it loads, so the
-            replica asks for it.
+        load_error: why there are no taps, where their buffers do not fit. vLLM loses what a worker raises while it loads, so
+            the replica asks for it.
     """
 
-    refusal: str | None = None
+    load_error: str | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model, and put the declared taps into it."""
         super().load_model(*args, **kwargs)
         model = self.get_model()
         modules = describe_modules([path for path, _ in model.named_modules()], {}, type(model).__name__)
-        declared, _ = declared_taps(self.vllm_config.additional_config[DECLARED], modules)
+        declared, _ = declared_taps(self.vllm_config.additional_config[TAPS_KEY], modules)
         scheduler = self.vllm_config.scheduler_config
         sizes = Sizes(
             width=self.model_config.get_hidden_size(),
@@ -167,7 +167,7 @@ class GraphRunner(ForcesTokens, GPUModelRunner):
         needed, room = buffer_bytes(model, declared.values(), sizes), self._room()
         log.info("%d taps of %d tokens: their buffers take %.2f GB", len(declared), sizes.tokens, needed / 1e9)
         if needed > room:
-            self.refusal = (
+            self.load_error = (
                 f"taps: {len(declared)} taps of {sizes.tokens:,} tokens take {needed / 1e9:.1f} GB; {room / 1e9:.1f} GB may be "
                 "taken of what the weights leave. Tap fewer hook points or layers (--taps), or lower --max-prefill-tokens"
             )

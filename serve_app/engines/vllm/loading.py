@@ -32,8 +32,8 @@ from serve_app.engines.vllm.hook_points import (
 )
 from serve_app.engines.vllm.lifetime import announce
 from serve_app.engines.vllm.neutrality import check_batching
-from serve_app.engines.vllm.orders import DECLARED, unpack
 from serve_app.engines.vllm.requirements import check_available
+from serve_app.engines.vllm.worker_messages import TAPS_KEY, unpack
 from serve_app.models.architecture import check_config, read_config
 from serve_app.models.context import context_length
 from serve_app.models.description import read_tokenizer
@@ -288,7 +288,7 @@ def _client(path: str, arguments: dict[str, Any], settings: VllmSettings, place:
     from vllm.v1.engine.async_llm import AsyncLLM
 
     if settings.tapped:
-        arguments = {**arguments, "additional_config": {DECLARED: settings.taps}}
+        arguments = {**arguments, "additional_config": {TAPS_KEY: settings.taps}}
     engine = AsyncEngineArgs(model=path, worker_cls=worker, **arguments)
     # What vLLM chooses by the machine and is not said here, as the tokens of a step, it chooses as for its own server.
     client: Client = AsyncLLM.from_engine_args(engine, usage_context=UsageContext.OPENAI_API_SERVER)

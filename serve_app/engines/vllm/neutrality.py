@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from serve_app.engines.batching import Batching
-from serve_app.engines.vllm.orders import CHOSEN_ONLY
+from serve_app.engines.vllm.worker_messages import CHOSEN_ONLY
 
 SHORT, LONG, NEW = 9, 300, 4
 """Tokens of the two prompts, and of each completion."""

@@ -56,7 +56,7 @@ class BatchWorkers(Requests):
         self._observer: _Observer | None = None
 
     def add(self, new_requests: list[Any], persistent_objects: dict[str, Any]) -> None:
-        """Take the orders of requests."""
+        """Register new requests."""
         self._batch.begin(new_requests)
 
     def harvest(self, finished: set[str]) -> None:

@@ -7,13 +7,13 @@ from vllm import SamplingParams
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 from serve_app.engines.protocol import GenerationJob, TokenScore
-from serve_app.engines.vllm.orders import CHOSEN_ONLY, EXTRA, UNSCORED, Order, pack
+from serve_app.engines.vllm.worker_messages import CHOSEN_ONLY, EXTRA_ARGS_KEY, UNSCORED, CaptureRequest, pack
 
 SEEDS = 1 << 63
 """vLLM's generators take no larger ones."""
 
 
-def sampling_params(job: GenerationJob, ends: frozenset[int], order: Order | None) -> SamplingParams:
+def sampling_params(job: GenerationJob, ends: frozenset[int], request: CaptureRequest | None) -> SamplingParams:
     """Spell a job for vLLM.
 
     vLLM detokenizes nothing: text, and the stop strings in it, are the same code for both engines, so the tokens are asked for
@@ -22,7 +22,7 @@ def sampling_params(job: GenerationJob, ends: frozenset[int], order: Order | Non
     Args:
         job: what to generate.
         ends: tokens that end it.
-        order: what its workers do beside.
+        request: what its workers capture, steer and score.
     """
     s = job.sampling
     follow = job.constraint.grammar if job.constraint is not None else None
@@ -47,7 +47,7 @@ def sampling_params(job: GenerationJob, ends: frozenset[int], order: Order | Non
         structured_outputs=StructuredOutputsParams(grammar=follow) if follow is not None else None,
         detokenize=False,
         output_kind=RequestOutputKind.DELTA if _read_along(job, ends) else RequestOutputKind.FINAL_ONLY,
-        extra_args={EXTRA: pack(order)} if order is not None else None,
+        extra_args={EXTRA_ARGS_KEY: pack(request)} if request is not None else None,
     )
     # vLLM would make tokens of words; which tokens a word has is the same code for both engines.
     params._bad_words_token_ids = [list(word) for word in s.bad_words] or None

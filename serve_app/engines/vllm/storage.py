@@ -1,8 +1,9 @@
-"""Has the workers store what they hold: entries go there, receipts come back, all that have gathered in one exchange.
+"""Stores rows that vLLM's workers hold: rollout entries go to the workers, receipts come back, several in one sync
+message.
 
-vLLM calls its workers between two steps, so an exchange must not wait for the disk. It hands over what is new and takes what
-is ready; while something is on its way, exchanges follow one another at an interval, which is short when the workers hold no
-more rows: nothing then runs that will come to be stored with it.
+vLLM calls its workers between two steps, so a sync must not wait for the disk. It hands over what is new and returns
+what is ready. While a write is in progress, sync messages are sent at an interval. The interval is short once the
+workers hold no more rows, since no running request can then join the group commit.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ from roentgen.store import StoreError
 from serve_app.engines.protocol import Finished
 from serve_app.engines.rollout import Entry
 from serve_app.engines.storage import Stored
-from serve_app.engines.vllm.orders import Exchange, Report
+from serve_app.engines.vllm.worker_messages import SyncMessage, SyncReply
 
 log = logging.getLogger(__name__)
 
@@ -25,15 +26,15 @@ LAST_INTERVAL_S = 0.01
 class WorkerStorage:
     """Stores rows that vLLM's workers hold. Any thread may use it; it runs on the engine's loop."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, exchange: Callable[[Exchange], Awaitable[Report]]) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, sync: Callable[[SyncMessage], Awaitable[SyncReply]]) -> None:
         """Begin with nothing.
 
         Args:
             loop: the engine's.
-            exchange: reaches the workers.
+            sync: sends a message to the workers and returns their reply.
         """
         self._loop = loop
-        self._exchange = exchange
+        self._sync = sync
         self._keep: dict[str, Entry] = {}
         self._forget: set[str] = set()
         self._waiting: dict[str, Future[Stored]] = {}
@@ -78,17 +79,17 @@ class WorkerStorage:
 
     async def _run(self) -> None:
         while self._keep or self._forget or self._waiting or not self._has_room:
-            sent = Exchange(self._keep, frozenset(self._forget))
+            sent = SyncMessage(self._keep, frozenset(self._forget))
             self._keep, self._forget = {}, set()
             try:
-                report = await self._exchange(sent)
+                reply = await self._sync(sent)
             except Exception as error:
                 log.exception("the workers cannot be reached")
                 self.fail_all(StoreError(f"the workers that hold the activations cannot be reached: {error}"))
                 return
-            self._has_room, self.held, self.kept_bytes = report.has_room, report.held, report.kept
-            for job_id, stored in report.stored.items():
+            self._has_room, self.held, self.kept_bytes = reply.has_room, reply.held, reply.kept
+            for job_id, stored in reply.stored.items():
                 self._waiting.pop(job_id).set_result(stored)
-            for job_id, failure in report.failed.items():
+            for job_id, failure in reply.failed.items():
                 self._waiting.pop(job_id).set_exception(failure)
-            await asyncio.sleep(INTERVAL_S if report.held else LAST_INTERVAL_S)
+            await asyncio.sleep(INTERVAL_S if reply.held else LAST_INTERVAL_S)

@@ -22,8 +22,8 @@ from serve_app.engines.vllm.eager_runner import EagerRunner
 from serve_app.engines.vllm.graph_runner import GraphRunner
 from serve_app.engines.vllm.hook_points import Verified, candidates, describe_modules, tap_at, verify
 from serve_app.engines.vllm.lifetime import EndsWithReplica
-from serve_app.engines.vllm.orders import Exchange, Report, pack, unpack
 from serve_app.engines.vllm.watched import Norms, Watched
+from serve_app.engines.vllm.worker_messages import SyncMessage, SyncReply, pack, unpack
 
 log = logging.getLogger(__name__)
 
@@ -47,9 +47,9 @@ class Capturing(ScoresChosenTokens, EndsWithReplica):
 
     def roentgen_modules(self) -> bytes:
         """Describe the model's modules (`hook_points.Modules`), or say why the server cannot start with them."""
-        refusal = getattr(self.model_runner, "refusal", None)
-        if refusal is not None:
-            return pack(refusal)
+        load_error = getattr(self.model_runner, "load_error", None)
+        if load_error is not None:
+            return pack(load_error)
         model = self.model_runner.get_model()
         paths = [path for path, _ in model.named_modules()]
         packed = getattr(model, "packed_modules_mapping", None) or {}
@@ -80,22 +80,22 @@ class Capturing(ScoresChosenTokens, EndsWithReplica):
         wrong = verify(candidate.seen(), n_layers, n_experts or None)
         return pack(Verified(wrong, {place: found.tolist() for place, found in norms.seen().items()}))
 
-    def roentgen_exchange(self, message: bytes) -> bytes | None:
-        """Store and forget jobs' rows as an `Exchange` says; returns a `Report`, on the rank that writes."""
-        exchange, collector = unpack(message, Exchange), self.model_runner.batch.collector
+    def roentgen_sync(self, packed: bytes) -> bytes | None:
+        """Store and drop jobs' rows as a `SyncMessage` says; returns a `SyncReply` on the rank that writes."""
+        message, collector = unpack(packed, SyncMessage), self.model_runner.batch.collector
         if self._writer is None:
-            for job_id in (*exchange.keep, *exchange.forget):
+            for job_id in (*message.keep, *message.forget):
                 collector.forget(job_id)
             return None
         failed: dict[str, Exception] = {}
-        for job_id, entry in exchange.keep.items():
+        for job_id, entry in message.keep.items():
             try:
                 rows = collector.take(job_id, entry.sequence.token_ids[: entry.sequence.n_rows])
             except (LostRowsError, UncapturableError) as error:
                 failed[job_id] = error
                 continue
             self._pending[job_id] = write(self._writer, entry, rows)
-        for job_id in exchange.forget:
+        for job_id in message.forget:
             collector.forget(job_id)
         stored: dict[str, Stored] = {}
         for job_id, future in list(self._pending.items()):
@@ -107,7 +107,7 @@ class Capturing(ScoresChosenTokens, EndsWithReplica):
                 failed[job_id] = reason
             else:
                 stored[job_id] = future.result()
-        return pack(Report(stored, failed, self._writer.has_room, collector.held, collector.kept))
+        return pack(SyncReply(stored, failed, self._writer.has_room, collector.held, collector.kept))
 
     def roentgen_resumed(self, job_ids: list[str]) -> bytes | None:
         """Say of jobs whether the rows are here of the tokens that vLLM has found in its cache, on the rank that writes."""

@@ -13,7 +13,7 @@ from roentgen.store import NonFiniteRowsError, Session, StoreWriter
 from serve_app.engines.protocol import NonFiniteLogitsError
 from serve_app.engines.transformers.engine import TransformersEngine
 from serve_app.engines.transformers.model import load
-from serve_app.engines.vllm.orders import Report, pack, unpack
+from serve_app.engines.vllm.worker_messages import SyncReply, pack, unpack
 from serve_app.models.sources import locate
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.errors import from_store
@@ -94,7 +94,7 @@ async def test_without_rows_to_tell_it_the_logits_do(replica: ModelReplica) -> N
 def test_a_worker_tells_its_replica_why() -> None:
     """vLLM's workers write rows in another process, by the same code; what fails there crosses as it is."""
     failed = {"rows": NonFiniteRowsError("1 of 2 rows"), "logits": NonFiniteLogitsError()}
-    told = unpack(pack(Report({}, failed, has_room=True, held=0, kept=0)), Report).failed
+    told = unpack(pack(SyncReply({}, failed, has_room=True, held=0, kept=0)), SyncReply).failed
     rows = from_store(told["rows"], "activations_not_stored")  # type: ignore[arg-type]
     assert [rows.code, told["logits"].code] == ["non_finite_rows", "non_finite_logits"]  # type: ignore[attr-defined]
     assert rows.headers() == {"x-should-retry": "false"}

@@ -7,7 +7,7 @@ import torch
 from vllm.v1.sample.sampler import Sampler
 
 from serve_app.engines.vllm.chosen_tokens import ChosenTokenSampler, log_probabilities
-from serve_app.engines.vllm.orders import CHOSEN_ONLY, UNSCORED
+from serve_app.engines.vllm.worker_messages import CHOSEN_ONLY, UNSCORED
 
 
 @pytest.fixture

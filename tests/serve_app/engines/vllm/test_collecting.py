@@ -9,7 +9,7 @@ from roentgen.contract import Positions
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.structure import Tap
 from serve_app.engines.vllm.collecting import Collector, LostRowsError, Step
-from serve_app.engines.vllm.orders import Order
+from serve_app.engines.vllm.worker_messages import CaptureRequest
 
 POLICIES = ["all", "prompt", "generated", "last_prompt", "last", "stride:3", "mean_prompt", "mean_generated"]
 
@@ -52,7 +52,7 @@ def test_what_is_kept_does_not_depend_on_what_happened(jobs: list, data: st.Data
     collector = Collector(torch.device("cpu"))
     left = {}
     for number, (policy, n_prompt, n_completion, beyond, preempted) in enumerate(jobs):
-        collector.begin(Order(str(number), plan(policy)), [0] * n_prompt)
+        collector.begin(CaptureRequest(str(number), plan(policy)), [0] * n_prompt)
         spans, fed = [range(n_prompt)], n_prompt
         for at in sorted(preempted):
             if fed <= at < n_prompt + n_completion - 1:
@@ -81,7 +81,7 @@ def test_what_is_kept_does_not_depend_on_what_happened(jobs: list, data: st.Data
 def test_a_token_that_passed_through_no_module_is_missed_where_its_row_is_wanted(policy: str) -> None:
     """It was in vLLM's prefix cache, and nobody has kept its rows."""
     collector = Collector(torch.device("cpu"))
-    collector.begin(Order("0", plan(policy)), [0] * 6)
+    collector.begin(CaptureRequest("0", plan(policy)), [0] * 6)
     run(collector, [(0, range(4, 6))])
     if policy in ("generated", "mean_generated", "last_prompt", "last"):
         wanted = [5] if policy.startswith("last") else []
@@ -93,7 +93,7 @@ def test_a_token_that_passed_through_no_module_is_missed_where_its_row_is_wanted
 
 def test_tokens_that_are_skipped_later_are_missed() -> None:
     collector = Collector(torch.device("cpu"))
-    collector.begin(Order("0", plan("all")), [0] * 6)
+    collector.begin(CaptureRequest("0", plan("all")), [0] * 6)
     run(collector, [(0, range(2))])
     run(collector, [(0, range(4, 6))])
     with pytest.raises(LostRowsError, match="tokens 2–3 did not pass through the model"):
@@ -102,7 +102,7 @@ def test_tokens_that_are_skipped_later_are_missed() -> None:
 
 def test_a_completion_that_is_longer_than_what_passed_is_missed() -> None:
     collector = Collector(torch.device("cpu"))
-    collector.begin(Order("0", plan("mean_prompt")), [0] * 2)
+    collector.begin(CaptureRequest("0", plan("mean_prompt")), [0] * 2)
     run(collector, [(0, range(2))])
     with pytest.raises(LostRowsError, match="2 tokens of this request passed through the model, not 5"):
         collector.take("0", [0] * 5)
@@ -111,7 +111,7 @@ def test_a_completion_that_is_longer_than_what_passed_is_missed() -> None:
 def test_a_step_that_could_not_be_read_fails_those_in_it_alone() -> None:
     collector = Collector(torch.device("cpu"))
     for job in ("0", "1"):
-        collector.begin(Order(job, plan("all")), [0] * 2)
+        collector.begin(CaptureRequest(job, plan("all")), [0] * 2)
     run(collector, [(0, range(2))])
     step = collector.step([("1", range(2))])
     assert step is not None
@@ -125,7 +125,7 @@ def test_a_mean_is_taken_before_it_is_rounded() -> None:
     """4,096 ones in bfloat16: a sum in bfloat16 stops at 256, and a mean of rounded parts is not the mean."""
     for dtype, kept in (("model", torch.bfloat16), ("float32", torch.float32)):
         collector = Collector(torch.device("cpu"))
-        collector.begin(Order("0", plan("mean_generated", dtype)), [0] * 1)
+        collector.begin(CaptureRequest("0", plan("mean_generated", dtype)), [0] * 1)
         for span in (range(1), range(1, 4097)):
             step = collector.step([("0", span)])
             assert step is not None

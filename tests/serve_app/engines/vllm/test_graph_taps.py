@@ -20,8 +20,8 @@ from serve_app.capture.structure import Tap
 from serve_app.engines.vllm.collecting import LostRowsError
 from serve_app.engines.vllm.graph_runner import GraphBatch
 from serve_app.engines.vllm.graph_taps import GraphTaps, Sizes, buffer_bytes
-from serve_app.engines.vllm.orders import EXTRA, Order, pack
 from serve_app.engines.vllm.watched import Watched
+from serve_app.engines.vllm.worker_messages import EXTRA_ARGS_KEY, CaptureRequest, pack
 
 WIDTH, LAYERS, LONGEST, VECTORS = 8, 3, 16, 3
 STREAM = {f"layers.{i}.resid_post": Tap(f"model.layers.{i}", "output", plus=1) for i in range(LAYERS)}
@@ -81,8 +81,8 @@ class Runner:
 
     def begin(self, name: str, prompt: int, *steering: Addition, taps: dict[str, Tap] = TAPS) -> None:
         """Schedule a request for the first time."""
-        order = Order(f"job {name}", CapturePlan(taps, Positions("all"), "model"), steering)
-        params = SimpleNamespace(extra_args={EXTRA: pack(order)})
+        request = CaptureRequest(f"job {name}", CapturePlan(taps, Positions("all"), "model"), steering)
+        params = SimpleNamespace(extra_args={EXTRA_ARGS_KEY: pack(request)})
         self.batch.begin([SimpleNamespace(req_id=name, sampling_params=params, prompt_token_ids=[0] * prompt)])
 
     def step(self, tokens: dict[str, Tensor], spans: dict[str, range]) -> None:

@@ -19,9 +19,9 @@ from serve_app.capture.steering import Addition
 from serve_app.capture.structure import Tap
 from serve_app.engines.protocol import GenerationJob, Sampling
 from serve_app.engines.vllm.collecting import Collector
-from serve_app.engines.vllm.orders import Order
 from serve_app.engines.vllm.prefix_rows import PrefixRows
 from serve_app.engines.vllm.salts import Salts, rows_needed
+from serve_app.engines.vllm.worker_messages import CaptureRequest
 
 SIZE, WIDTH = 4, 3
 PLACES = {name: Tap(f"layers.{name}", "output") for name in "abc"}
@@ -110,8 +110,8 @@ class Played:
         ):
             count, state = count + SIZE, known
         self.found += count
-        order = Order(name, asked.capture, asked.steering, asked.probes, asked.cache_salt)
-        self.collector.begin(order, asked.prompt_ids)
+        request = CaptureRequest(name, asked.capture, asked.steering, asked.probes, asked.cache_salt)
+        self.collector.begin(request, asked.prompt_ids)
         # Of found tokens only the state after the last counts: their rows are shown by nobody.
         return Running(asked, tokens, piece, salt, [0] * count + states(asked, tokens, count, state), count)
 

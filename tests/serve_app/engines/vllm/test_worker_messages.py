@@ -6,7 +6,7 @@ import torch
 from roentgen.linear_probe import Readout
 from serve_app.capture.scoring import NewScores, Scorer
 from serve_app.capture.structure import Tap
-from serve_app.engines.vllm.orders import Order, pack, unpack
+from serve_app.engines.vllm.worker_messages import CaptureRequest, pack, unpack
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64])
@@ -26,7 +26,7 @@ def test_an_order_with_probes_is_little_more_than_their_numbers() -> None:
     width, tap = 576, Tap("model.layers.0", "output")
     readouts = [Readout(torch.randn(1, width), torch.zeros(1), torch.zeros(width), torch.ones(width)) for _ in range(8)]
     probes = tuple(Scorer(str(i), "layers.0.resid_post", tap, one, "") for i, one in enumerate(readouts))
-    sent = pack(Order("job", None, (), probes))
+    sent = pack(CaptureRequest("job", None, (), probes))
     assert len(sent) < 1.1 * sum(4 * (3 * width + 1) for _ in probes)
-    for one, other in zip(unpack(sent, Order).probes, probes, strict=True):
+    for one, other in zip(unpack(sent, CaptureRequest).probes, probes, strict=True):
         assert torch.equal(one.readout.weight, other.readout.weight)
