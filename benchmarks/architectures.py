@@ -36,7 +36,7 @@ from benchmarks.architecture_cases import (
 )
 from benchmarks.architecture_models import CannotBeBuiltError, build
 from benchmarks.architecture_page import PAGE, Finding, rewrite
-from roentgen.durable import write_text
+from roentgen.atomic_files import write_text
 from serve_app.capture.narrowing import resolve_config, rotation_limit
 from serve_app.capture.observer import observe
 from serve_app.capture.resolver import ResolutionError, resolve_structure

@@ -16,8 +16,8 @@ from benchmarks.pairs import IN_FLIGHT, MANY, Ratio, measure_beside_vllm, measur
 from benchmarks.record import record, table
 from benchmarks.stages import stage_printer
 from benchmarks.workload import Workload
+from roentgen.atomic_files import write_json
 from roentgen.defaults import EMBEDDED_MODEL
-from roentgen.durable import write_json
 
 PAIR_PROMPTS = IN_FLIGHT * 3 // 2
 """More than run at once, as in an evaluation: what ends makes room for another."""

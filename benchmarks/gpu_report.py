@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any, Literal
 
 from benchmarks.record import conditions, record, replace_section, table
-from roentgen.durable import write_text
+from roentgen.atomic_files import write_text
 
 TITLE = "GPU"
 PARTS, SECTION = "parts.jsonl", "section.md"

@@ -21,8 +21,8 @@ from benchmarks.record import record, table
 from benchmarks.stages import stage_printer
 from benchmarks.statistics import percentile
 from benchmarks.workload import Workload
-from roentgen.cluster import LOCAL
 from roentgen.defaults import EMBEDDED_MODEL
+from roentgen.ray_connection import LOCAL
 from roentgen.serving.local_server import serving
 from serve_app.config import ServerConfig
 

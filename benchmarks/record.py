@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from roentgen.durable import write_text
+from roentgen.atomic_files import write_text
 
 RESULTS = Path(__file__).parent / "RESULTS.md"
 PACKAGES = ("torch", "transformers", "nnsight", "ray")

@@ -28,7 +28,7 @@ from eval_jobs.problems import Problem
 from eval_jobs.prompts import ANSWER_LINE
 from eval_jobs.rollout import RolloutPlan
 from eval_jobs.variants import Attempt, Variant
-from roentgen.cluster import connected
+from roentgen.ray_connection import connected
 from roentgen.runs import RunConfig, Sample, create_run, recording
 from roentgen.serving.local_server import free_port
 

@@ -22,8 +22,8 @@ from benchmarks.stages import stage_printer
 from benchmarks.statistics import Interval, ratios
 from benchmarks.ways import engine_way
 from benchmarks.workload import CAPTURES, Workload, capture_request
-from roentgen.cluster import LOCAL
 from roentgen.defaults import EMBEDDED_MODEL
+from roentgen.ray_connection import LOCAL
 from roentgen.serving.local_server import serving
 from serve_app.config import ServerConfig
 from serve_app.engines.transformers.engine import TransformersEngine

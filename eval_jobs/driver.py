@@ -35,8 +35,8 @@ from eval_jobs.summary import expected_samples
 from eval_jobs.tools import TOOLS
 from eval_jobs.variants import Attempt, attempts_of
 from roentgen.api_keys import client_key
-from roentgen.cluster import LOCAL, ClusterError, connected
 from roentgen.contract import ActivationRequest, canonical_hash
+from roentgen.ray_connection import LOCAL, ClusterError, connected
 from roentgen.runs import Recorder, Run, Sample, recording, remove_if_empty, write_config
 from roentgen.stages import Stages
 

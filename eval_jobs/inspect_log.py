@@ -22,7 +22,7 @@ from typing import Any
 from zipfile import ZIP_DEFLATED, ZipFile
 
 from eval_jobs.summary import summarise
-from roentgen.durable import atomic_write
+from roentgen.atomic_files import atomic_write
 from roentgen.runs import Run, Sample
 
 SCHEMA_VERSION = 2

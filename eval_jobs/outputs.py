@@ -21,7 +21,7 @@ from typing import Any
 
 from eval_jobs.records import answer_of
 from eval_jobs.summary import disagree, expected_samples, summarise
-from roentgen.durable import atomic_write, write_json
+from roentgen.atomic_files import atomic_write, write_json
 from roentgen.runs import Run, RunConfig, Sample
 
 SAMPLE_FILES_UP_TO = 10_000

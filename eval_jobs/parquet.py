@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from roentgen.durable import atomic_write
+from roentgen.atomic_files import atomic_write
 from roentgen.runs import Run
 from roentgen.runs.table import extractors_of, row_of, schema_of
 

@@ -16,7 +16,7 @@ from jinja2 import Environment
 from eval_jobs.charts import lengths, panels, ticks
 from eval_jobs.console import interval, percent, spell_count, spell_difference, spell_samples, warnings
 from eval_jobs.summary import summarise
-from roentgen.durable import write_text
+from roentgen.atomic_files import write_text
 from roentgen.pages import page_environment
 from roentgen.runs import Run, RunError
 

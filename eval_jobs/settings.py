@@ -23,7 +23,6 @@ from eval_jobs.prompts import ANSWER_LINE, ANSWER_TEXT, PROMPTS, Pose, Prompt, c
 from eval_jobs.scoring import EXTRACTORS, choose_scorer
 from eval_jobs.selection import Selection
 from eval_jobs.verdicts import Scorer
-from roentgen.cluster import check_address
 from roentgen.contract import (
     DEFAULT_HOOK_POINTS,
     DEFAULT_LAYERS,
@@ -45,6 +44,7 @@ from roentgen.contract import (
 from roentgen.defaults import EMBEDDED_MODEL
 from roentgen.extensions import Found, given, shown
 from roentgen.options import read_options
+from roentgen.ray_connection import check_address
 
 SERVER_OPTIONS = ("store", "dtype", "quantize", "revision", "device")
 """Options of the server: they can be given only to one that this command starts."""

@@ -33,7 +33,7 @@ from probes.page import render_page
 from probes.report import ProbeReport
 from probes.sources import Where
 from probes.styles import darken
-from roentgen.durable import atomic_write, make_folder, write_json, write_text
+from roentgen.atomic_files import atomic_write, make_folder, write_json, write_text
 from roentgen.linear_probe import save_probes
 
 

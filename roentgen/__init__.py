@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from eval_jobs.records import Problem
     from eval_jobs.verdicts import Output, Verdict
     from roentgen import probes
-    from roentgen.api.evaluating import evaluate, evaluate_async
+    from roentgen.api.evaluation import evaluate, evaluate_async
     from roentgen.api.model import Model, load
-    from roentgen.api.results import compare, export, report, score, show
     from roentgen.api.rollout import Rollout
-    from roentgen.api.serving import Server, serve
-    from roentgen.api.steering import Steer
+    from roentgen.api.run_results import compare, export, report, score, show
+    from roentgen.api.server import Server, serve
+    from roentgen.api.steer import Steer
     from roentgen.errors import RoentgenError
     from roentgen.harnesses.join import join
     from roentgen.linear_probe import SavedProbe
@@ -74,20 +74,20 @@ _HOMES = {
     "Rollout": "roentgen.api.rollout",
     "Run": "roentgen.runs",
     "SavedProbe": "roentgen.linear_probe",
-    "Server": "roentgen.api.serving",
+    "Server": "roentgen.api.server",
     "Session": "roentgen.store",
-    "Steer": "roentgen.api.steering",
+    "Steer": "roentgen.api.steer",
     "Verdict": "eval_jobs.verdicts",
-    "compare": "roentgen.api.results",
-    "evaluate": "roentgen.api.evaluating",
-    "evaluate_async": "roentgen.api.evaluating",
-    "export": "roentgen.api.results",
+    "compare": "roentgen.api.run_results",
+    "evaluate": "roentgen.api.evaluation",
+    "evaluate_async": "roentgen.api.evaluation",
+    "export": "roentgen.api.run_results",
     "join": "roentgen.harnesses.join",
     "load": "roentgen.api.model",
-    "report": "roentgen.api.results",
-    "score": "roentgen.api.results",
-    "serve": "roentgen.api.serving",
-    "show": "roentgen.api.results",
+    "report": "roentgen.api.run_results",
+    "score": "roentgen.api.run_results",
+    "serve": "roentgen.api.server",
+    "show": "roentgen.api.run_results",
 }
 
 

@@ -25,8 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from roentgen.atomic_files import atomic_write, make_folder, write_json
 from roentgen.contract import split_key
-from roentgen.durable import atomic_write, make_folder, write_json
 from roentgen.errors import RoentgenError
 
 ScoreUnit = Literal["log_odds", "logits", "value", "score"]

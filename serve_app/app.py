@@ -22,9 +22,9 @@ from ulid import ULID
 from roentgen.compat import check
 from serve_app.config import ModelChoice, ServerConfig
 from serve_app.http.ingress import Ingress
-from serve_app.http.runs import CallNumbers
+from serve_app.http.run_registry import CallNumbers
 from serve_app.logs import write_json_logs
-from serve_app.replica.replica import ASKED, ModelReplica
+from serve_app.replica.model_replica import ASKED, ModelReplica
 from serve_app.replica.routing import PERIOD_S, ReadyReplicas
 
 log = logging.getLogger(__name__)

@@ -25,8 +25,8 @@ from serve_app.engines.served_model import ServedModel
 from serve_app.http.ingress import Ingress
 from serve_app.http.proxy import ReadableHeaders
 from serve_app.openai_api.errors import ApiError
+from serve_app.replica.model_replica import ModelReplica
 from serve_app.replica.model_slot import ModelSlot
-from serve_app.replica.replica import ModelReplica
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle

@@ -1,10 +1,11 @@
-"""What a script or a notebook calls: the names of `roentgen.__all__`, each in a module of its own.
+"""The Python library: the names in `roentgen.__all__`, each defined in one of these modules.
 
-model         a model in this process: `load`, `Model.generate`, `Model.capture`
-rollout       what a generation gives
-steering      what is added to a model's stream, and which probe is meant
-evaluating    `evaluate`
-serving       `serve`
-results       what is made of a run: `report`, `score`, `compare`
-asking        arguments of Python turned into the requests that the server takes, so that both have one set of checks
+model             a model in this process: `load`, `Model.generate`, `Model.capture`
+rollout           `Rollout`, the result of one generation
+steer             `Steer`, a vector added to the residual stream, and the ways to name a probe
+evaluation        `evaluate`
+server            `serve`
+run_results       functions of a finished run: `report`, `score`, `compare`, `show`, `export`
+request_building  converts Python arguments into the server's requests, so that both share one set of checks
+text_capture      captures existing texts for `Model.capture`
 """

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Self, overload
 import torch
 from pydantic import ValidationError
 
-from roentgen.api.asking import (
+from roentgen.api.request_building import (
     OWN,
     Prompt,
     additions,
@@ -30,9 +30,9 @@ from roentgen.api.asking import (
     scorers,
     stop_rules,
 )
-from roentgen.api.reading import Readable, read, read_into
 from roentgen.api.rollout import Rollout
-from roentgen.api.steering import Probe, Steer, named_probes
+from roentgen.api.steer import Probe, Steer, named_probes
+from roentgen.api.text_capture import Readable, read, read_into
 from roentgen.argument_names import naming_arguments
 from roentgen.contract import (
     LAYER_HOOK_POINTS,
@@ -45,7 +45,7 @@ from roentgen.contract import (
 )
 from roentgen.defaults import EMBEDDED_MODEL
 from roentgen.store.schema import check_finite
-from roentgen.workflows.capture import CaptureReport, Reader
+from roentgen.workflows.capture_texts import CaptureReport, Reader
 from serve_app.capture.observer import wrapped
 from serve_app.config import ServerConfig
 from serve_app.engines.awaiting import results_of
@@ -58,7 +58,7 @@ from serve_app.engines.transformers.model import load as load_weights
 from serve_app.errors import RequestError
 from serve_app.models.sources import locate
 from serve_app.openai_api.errors import ApiError, from_validation
-from serve_app.openai_api.probing import actions_of
+from serve_app.openai_api.probe_params import actions_of
 from serve_app.requests.generation import Choice, Runner, compile_grammars
 from serve_app.requests.probes_and_steering import resolve_stopping
 

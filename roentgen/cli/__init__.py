@@ -8,16 +8,16 @@ from typing import Annotated
 
 import typer
 
-from roentgen.cli.capturing import capture, verify
-from roentgen.cli.cluster import cluster_app, doctor, smoke, up
-from roentgen.cli.inspecting import inspect
-from roentgen.cli.joining import join
-from roentgen.cli.launching import evaluate_or_launch
-from roentgen.cli.probing import probe_app
-from roentgen.cli.results import compare, export, report, score, status
-from roentgen.cli.serving import serve, serve_for_eval
-from roentgen.cli.sessions import sessions_app
-from roentgen.cli.showing import show
+from roentgen.cli.capture_commands import capture, verify
+from roentgen.cli.cluster_commands import cluster_app, doctor, smoke, up
+from roentgen.cli.eval_command import evaluate_or_launch
+from roentgen.cli.inspect_command import inspect
+from roentgen.cli.join_command import join
+from roentgen.cli.probe_commands import probe_app
+from roentgen.cli.run_commands import compare, export, report, score, status
+from roentgen.cli.serve_command import serve, serve_for_eval
+from roentgen.cli.session_commands import sessions_app
+from roentgen.cli.show_command import show
 from roentgen.version import __version__
 
 app = typer.Typer(

@@ -21,10 +21,10 @@ import yaml
 from httpx2 import Client, HTTPError, Response
 
 from roentgen.api_keys import VARIABLE, api_keys
-from roentgen.cluster import ClusterError, connected
 from roentgen.contract import DEFAULT_TAPS_NAME
 from roentgen.defaults import DASHBOARD_PORT, HOST, PORT
 from roentgen.http_client import connect, explain
+from roentgen.ray_connection import ClusterError, connected
 from roentgen.serving.local_server import APP_NAME, LaunchError, wait_until_ready
 
 ROOT = Path(__file__).parents[2]

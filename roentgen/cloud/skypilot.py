@@ -19,7 +19,7 @@ from typing import Any
 from roentgen.serving.local_server import LaunchError
 
 ROOT = Path(__file__).parents[2]
-ASKED_IN_SKY = Path(__file__).parent / "in_sky.py"
+SKY_QUERIES = Path(__file__).parent / "sky_queries.py"
 GONE_TIMEOUT_S = 300.0
 
 JOB_FAILED = 100
@@ -148,7 +148,7 @@ class SkyPilot:
     def _in_sky(self, *arguments: str) -> Any:
         """Ask SkyPilot's own code, in its environment, what its command line does not tell."""
         python = Path(self.command).parent / "python"
-        command = [str(python) if python.exists() else "python3", str(ASKED_IN_SKY), *arguments]
+        command = [str(python) if python.exists() else "python3", str(SKY_QUERIES), *arguments]
         return _read(subprocess.run(command, capture_output=True, text=True, check=False), "SkyPilot's state")
 
     def _json(self, arguments: Sequence[str]) -> Any:

@@ -17,7 +17,7 @@ from pathlib import PurePath
 from typing import Any
 
 from roentgen.contract import canonical_hash
-from roentgen.extensions.travel import is_users
+from roentgen.extensions.pickling import is_users
 
 
 def fingerprint(value: Any) -> str:

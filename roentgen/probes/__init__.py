@@ -22,11 +22,11 @@ from probes.stopping import StopReport
 from roentgen.argument_names import naming_arguments
 from roentgen.linear_probe import SavedProbe, load_probe, read_cards
 from roentgen.pages import page_environment
-from roentgen.probes import stopping
+from roentgen.probes import early_stopping
 
 __all__ = ["Kind", "LinearProbes", "StopReport", "TrainedProbes", "stop", "train"]
 
-stop = naming_arguments()(stopping.stop)
+stop = naming_arguments()(early_stopping.stop)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

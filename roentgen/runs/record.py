@@ -16,7 +16,7 @@ from typing import IO, Self, overload
 
 from pydantic import BaseModel, ValidationError
 
-from roentgen.durable import sync_folder
+from roentgen.atomic_files import sync_folder
 from roentgen.errors import RoentgenError
 from roentgen.runs.sample import Sample
 

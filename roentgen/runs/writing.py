@@ -8,7 +8,7 @@ from contextlib import suppress
 from itertools import count
 from pathlib import Path
 
-from roentgen.durable import atomic_write, make_folder, write_json
+from roentgen.atomic_files import atomic_write, make_folder, write_json
 from roentgen.runs.config import RunConfig
 from roentgen.runs.record import Recorder, RunError
 from roentgen.runs.run import Run

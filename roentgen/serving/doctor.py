@@ -161,7 +161,7 @@ def _ray() -> Iterator[Finding]:
     if not address:
         yield Finding("Ray", "note", "RAY_ADDRESS is not set: no cluster was started here by cluster/start.sh")
         return
-    from roentgen.cluster import ClusterError, connected
+    from roentgen.ray_connection import ClusterError, connected
 
     try:
         with connected(address):

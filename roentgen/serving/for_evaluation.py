@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 from eval_jobs import EvalError
 from eval_jobs.settings import EvalSettings
-from roentgen.cluster import ClusterError
 from roentgen.options import OptionError, read_options
+from roentgen.ray_connection import ClusterError
 from serve_app.config import ServerConfig
 
 

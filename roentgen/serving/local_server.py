@@ -18,11 +18,11 @@ import torch
 from httpx2 import Client, TransportError
 
 from roentgen.api_keys import api_keys
-from roentgen.cluster import LOCAL, connected
 from roentgen.contract import LAYER_HOOK_POINTS, stored_key
 from roentgen.defaults import HOST
 from roentgen.errors import RoentgenError
 from roentgen.http_client import LAST_PORT
+from roentgen.ray_connection import LOCAL, connected
 from roentgen.serving.preflight import Capture, PreflightError, check_start
 from roentgen.store.places import check_writable, open_place
 from serve_app.config import ServerConfig

@@ -12,8 +12,8 @@ import pandas as pd
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from roentgen.atomic_files import atomic_write, make_folder
 from roentgen.contract import split_key
-from roentgen.durable import atomic_write, make_folder
 from roentgen.store.activations import RolloutRows
 from roentgen.store.reader import Session
 from roentgen.store.schema import StoreError

@@ -1,7 +1,7 @@
 """Where a store is: a folder of a disk, or of a bucket; both answer to the same few verbs.
 
 Files are written once, whole or not at all, and never changed, so a place only has to create, list, read and remove them.
-On a disk that is an atomic, fsynced write (`roentgen.durable`), and reading maps the file into
+On a disk that is an atomic, fsynced write (`roentgen.atomic_files`), and reading maps the file into
 memory. In a bucket it is one object, which no one can see before its last byte is there, and reading asks for ranges.
 
     s3://bucket/folder      credentials and region as AWS's own tools find them; AWS_ENDPOINT_URL names another S3 server
@@ -22,7 +22,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 from ulid import ULID
 
-from roentgen.durable import atomic_write, make_folder, sync_folder, write_chunks
+from roentgen.atomic_files import atomic_write, make_folder, sync_folder, write_chunks
 from roentgen.store.schema import StoreError
 
 BUCKETS = ("s3", "gs", "gcs", "abfs", "abfss")

@@ -8,8 +8,8 @@ from pathlib import Path, PurePosixPath
 import pandas as pd
 import xxhash
 
+from roentgen.atomic_files import sync_folder
 from roentgen.contract import check_session_id, count_rows
-from roentgen.durable import sync_folder
 from roentgen.store.files import read_file
 from roentgen.store.index import ShardFile, read_index
 from roentgen.store.labels import label_files, read_label_file

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval_jobs.summary import summarise
+from roentgen.atomic_files import atomic_folder, write_text
 from roentgen.contract import execution_order
-from roentgen.durable import atomic_folder, write_text
 from roentgen.errors import RoentgenError
 from roentgen.runs import Run
 from roentgen.runs.stored import find_rollouts

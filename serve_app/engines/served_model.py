@@ -67,7 +67,7 @@ class ServedModel(ABC):
 
     @cached_property
     def markers(self) -> dict[int, str]:
-        """Special tokens that are text, because replies are taken apart by them (`openai_api.reply`)."""
+        """Special tokens that are text, because replies are taken apart by them (`openai_api.reply_parser`)."""
         special = self.tokenizer.added_tokens_decoder.items()
         return {token_id: token.content for token_id, token in special if token.special and token.content in MARKERS}
 

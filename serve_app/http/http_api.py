@@ -27,9 +27,9 @@ from roentgen.version import __version__
 from serve_app.http.metrics import Metrics
 from serve_app.http.middleware import BodyLimit, HeadAsGet, LoopbackOnly, Observed
 from serve_app.http.run_addresses import SERVERS, RunAddresses, named_by_prompt
-from serve_app.http.runs import run_of
+from serve_app.http.run_registry import run_of
 from serve_app.openai_api.errors import ApiError, from_json, from_validation
-from serve_app.openai_api.runs import with_settings
+from serve_app.openai_api.run_settings import with_settings
 
 log = logging.getLogger(__name__)
 

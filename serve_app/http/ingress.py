@@ -30,7 +30,7 @@ from serve_app.config import ModelChoice, ServerConfig
 from serve_app.http.event_stream import EventStream, ResponseEventStream
 from serve_app.http.http_api import JsonRoute, locks, make_api
 from serve_app.http.metrics import Metrics
-from serve_app.http.runs import CallNumbers, Numbers, RunBook, SharedNumbers, with_identity
+from serve_app.http.run_registry import CallNumbers, Numbers, RunBook, SharedNumbers, with_identity
 from serve_app.openai_api import schemas
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.completions import CompletionRequest
@@ -38,7 +38,7 @@ from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.labels import LabelsRequest
 from serve_app.openai_api.responses import schemas as responses
 from serve_app.openai_api.responses.request import ResponsesRequest
-from serve_app.openai_api.runs import RunSettings
+from serve_app.openai_api.run_settings import RunSettings
 from serve_app.openai_api.schemas import HEALTH, complete_document, documented, raw
 from serve_app.openai_api.tokenize import DetokenizeRequest, TokenizeRequest
 from serve_app.replica.fleet import Replicas

@@ -1,7 +1,7 @@
 """Addresses that say whose request it is: `/v1/r/<run>/<problem>/<epoch>/…`, to which a client appends its route.
 
 Every client can be given a base URL, few can be made to send a field that OpenAI's API does not have. `RunAddresses` takes the
-identity off the path, so that the routes behind it are the usual ones; what they do with it is `runs`' business.
+identity off the path, so that the routes behind it are the usual ones; what they do with it is the business of `run_registry`.
 """
 
 import re

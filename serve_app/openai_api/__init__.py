@@ -1,7 +1,9 @@
-"""The OpenAI wire: what clients send and get, and nothing of how it is computed.
+"""The OpenAI-compatible wire format: the requests and replies of every route. It does not know how a reply is computed.
 
-Requests: `chat` and `completions` with the parameters they share (`params`, `probing`, `seed_spelling`), conversations
-(`messages`, `tools`), their rendering (`prompt`) and the grammars they ask for (`grammars`). Replies: `reply` takes
-a chat's text apart (`call_text`), `logprobs` formats scores, `tokenize` answers its own routes, `schemas` declares every reply
-and `errors` every error. `responses` is the Responses API, a second wire of the chat.
+Requests: `chat` and `completions`, and the parameters they share (`params`, `probe_params`, `collect_activations`). A
+conversation consists of `messages` and `tools`; `prompt` renders it, and `grammars` constrains the output.
+
+Replies: `reply_parser` splits generated text into reasoning, content and tool calls (`call_text`). `logprobs` formats scores,
+`tokenize` answers its own routes, `schemas` declares every reply and `errors` every error. `responses` is the Responses API,
+which wraps the chat.
 """

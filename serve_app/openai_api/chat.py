@@ -24,9 +24,9 @@ from serve_app.openai_api.logprobs import chat_logprobs, prompt_logprobs
 from serve_app.openai_api.messages import Message, ResponseFormat, Tool, ToolChoice, callable_names, check_tool_results
 from serve_app.openai_api.neutral import NeutralChatParams
 from serve_app.openai_api.params import MAX_TOP_LOGPROBS, GenerationParams
-from serve_app.openai_api.probing import spell_scores
+from serve_app.openai_api.probe_params import spell_scores
 from serve_app.openai_api.prompt import Ending
-from serve_app.openai_api.reply import (
+from serve_app.openai_api.reply_parser import (
     ContentDelta,
     ReasoningDelta,
     ReplyParser,

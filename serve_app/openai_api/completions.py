@@ -26,7 +26,7 @@ from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.logprobs import Offsets, completion_logprobs, prompt_logprobs
 from serve_app.openai_api.neutral import NeutralCompletionParams
 from serve_app.openai_api.params import MAX_TOP_LOGPROBS, GenerationParams
-from serve_app.openai_api.probing import spell_scores
+from serve_app.openai_api.probe_params import spell_scores
 from serve_app.openai_api.tokenize import check_tokens
 
 MAX_PROMPTS = 1024

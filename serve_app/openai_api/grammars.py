@@ -1,7 +1,7 @@
 """The grammars that a request's `response_format`, `tools` and `tool_choice` ask for.
 
 A model that must call a function, or answer in JSON, may think first, where it does so at all. Calls have one form, the one
-that `tools` describes to the model and `reply` reads. Without a choice the model writes what it likes; but once it has
+that `tools` describes to the model and `reply_parser` reads. Without a choice the model writes what it likes; but once it has
 written `<tool_call>`, the rest is a call of a known function with arguments that match its schema, and after calls nothing
 but calls comes. If `response_format` is there too, what the model likes is either calls or an answer in that form.
 """
@@ -20,7 +20,7 @@ from serve_app.openai_api.messages import (
     ToolChoice,
     callable_names,
 )
-from serve_app.openai_api.reply import Reasoning
+from serve_app.openai_api.reply_parser import Reasoning
 
 THOUGHTS = {"think_start": THINK_START, "think_end": THINK_END}
 BLOCKS = {"call_start": CALL_START, "call_end": CALL_END}

@@ -13,15 +13,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from roentgen.contract import MAX_INT32, SERVER_LABELS, ActivationRequest, Float, Int, Temperature, TopP, no_booleans
 from serve_app.engines.protocol import Sampling
+from serve_app.openai_api.collect_activations import CollectActivations
 from serve_app.openai_api.errors import enumerated
 from serve_app.openai_api.neutral import NeutralParams
-from serve_app.openai_api.probing import (
+from serve_app.openai_api.probe_params import (
     MAX_ADDITIONS,
     MAX_PROBES,
     ProbeRequest,
     SteeringRequest,
 )
-from serve_app.openai_api.seed_spelling import CollectActivations
 from serve_app.openai_api.vllm_params import MAX_TOP_LOGPROBS, VllmParams
 
 __all__ = ["MAX_TOP_LOGPROBS", "GenerationParams", "StreamOptions"]

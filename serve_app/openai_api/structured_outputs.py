@@ -15,7 +15,7 @@ from serve_app.engines.constraints import Grammar
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.grammars import after_thoughts, answer_grammar, closed_schema
 from serve_app.openai_api.messages import Wire
-from serve_app.openai_api.reply import Reasoning
+from serve_app.openai_api.reply_parser import Reasoning
 
 Kind = Literal["json", "regex", "choice", "grammar", "json_object"]
 KINDS: tuple[Kind, ...] = ("json", "regex", "choice", "grammar", "json_object")

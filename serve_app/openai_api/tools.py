@@ -4,7 +4,7 @@ A call is `<tool_call>`, a JSON object with `name` and `arguments`, `</tool_call
 (Qwen's, Hermes') write exactly this, and then they are given the tools. Every other template, whether it knows no tools or
 calls them in another way, is given the same protocol in plain words (docs/tools.md): a system message describes the tools,
 calls are text of the assistant, results are a user's message. So every model is prompted, constrained (`grammars`) and
-read (`reply`) in one form.
+read (`reply_parser`) in one form.
 """
 
 import json

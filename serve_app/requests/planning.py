@@ -24,18 +24,18 @@ from serve_app.engines.storage import Done
 from serve_app.models.context import UNBOUNDED
 from serve_app.models.tokenization import ASSISTANT, COMPLETION, cut_prompt
 from serve_app.openai_api.chat import ChatReply, ChatRequest
+from serve_app.openai_api.collect_activations import older_key
 from serve_app.openai_api.completions import CompletionReply, CompletionRequest, raw_prompt
 from serve_app.openai_api.effort import effort_variables
 from serve_app.openai_api.errors import ApiError, refused
 from serve_app.openai_api.grammars import answer_grammar, answer_schema, tool_call_grammar
 from serve_app.openai_api.params import GenerationParams
-from serve_app.openai_api.probing import actions_of
+from serve_app.openai_api.probe_params import actions_of
 from serve_app.openai_api.prompt import render
-from serve_app.openai_api.reply import Reasoning, reasoning_mode
-from serve_app.openai_api.responses.reply import ResponsesReply
+from serve_app.openai_api.reply_parser import Reasoning, reasoning_mode
+from serve_app.openai_api.responses.from_chat import ResponsesReply
 from serve_app.openai_api.responses.request import ResponsesRequest
 from serve_app.openai_api.schemas import Kept
-from serve_app.openai_api.seed_spelling import older_key
 from serve_app.openai_api.tokenize import bad_word_tokens, check_tokens
 from serve_app.requests.generation import Choice, Runner
 from serve_app.requests.probes_and_steering import (

@@ -26,7 +26,7 @@ from serve_app.engines.markers import THINK_END, THINK_START
 from serve_app.engines.served_model import ServedModel
 from serve_app.engines.stopping import Acted, Stopping, StopRule
 from serve_app.openai_api.errors import refused
-from serve_app.openai_api.probing import InlineProbe, NamedProbe, SteeringRequest
+from serve_app.openai_api.probe_params import InlineProbe, NamedProbe, SteeringRequest
 
 AskedProbe = str | NamedProbe | InlineProbe
 

@@ -19,9 +19,10 @@ from serve_app.capture.rows import CapturedRows
 from serve_app.capture.structure import Tap
 from serve_app.engines.protocol import Finished
 from serve_app.engines.transformers.model import LoadedModel
+from serve_app.verification.batch_run import Outcome
 from serve_app.verification.mix import Request
 from serve_app.verification.reference import Alone
-from serve_app.verification.report import (
+from serve_app.verification.verification_report import (
     MAX_ERROR,
     MEAN_COSINE,
     MIN_COSINE,
@@ -31,7 +32,6 @@ from serve_app.verification.report import (
     Report,
     Rollout,
 )
-from serve_app.verification.running import Outcome
 
 LOGIT_ROUNDING = {torch.float32: 32, torch.float16: 2, torch.bfloat16: 2}
 """What rounding may do to a log-probability, in machine epsilons of the dtype times the logits' scale. Measured with

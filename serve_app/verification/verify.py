@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from roentgen.contract import ActivationRequest, Layers, split_key
 from serve_app.capture.structure import ModelStructure, Tap
 from serve_app.engines.transformers.model import LoadedModel
+from serve_app.verification.batch_run import run_requests
 from serve_app.verification.comparison import Comparison
 from serve_app.verification.mix import (
     BUILT_IN_PROMPTS,
@@ -17,8 +18,7 @@ from serve_app.verification.mix import (
     tokenized,
 )
 from serve_app.verification.reference import continuation, run_alone, stock_attention
-from serve_app.verification.report import Report
-from serve_app.verification.running import run_requests
+from serve_app.verification.verification_report import Report
 
 
 def verify_capture(

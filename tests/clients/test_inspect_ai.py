@@ -35,7 +35,7 @@ from roentgen.harnesses.join import join
 from roentgen.store import Session
 from serve_app.config import ServerConfig
 from serve_app.http.ingress import Ingress
-from serve_app.replica.replica import ModelReplica
+from serve_app.replica.model_replica import ModelReplica
 from tests.clients.asked import MODEL, QUESTION, SUM, Answer, Weather, keep, stored
 from tests.clients.conftest import Documentation
 from tests.conftest import Server

@@ -21,7 +21,7 @@ from eval_jobs.driver import _stop_asked, run_evaluation
 from eval_jobs.endpoint import FatalRequestError
 from eval_jobs.resume import OtherConfigurationError
 from eval_jobs.settings import check_settings
-from roentgen.cluster import LOCAL
+from roentgen.ray_connection import LOCAL
 from roentgen.runs import Recorder, Run, RunError, Sample, recording
 from tests.eval_jobs.conftest import take
 from tests.eval_jobs.stand_in import KILL, Fault, StandIn

@@ -18,7 +18,7 @@ from eval_jobs.resume import OtherConfigurationError, check_output, open_run, se
 from eval_jobs.selection import load_problems
 from eval_jobs.settings import check_settings
 from eval_jobs.variants import Attempt, attempts_of
-from roentgen.durable import write_json
+from roentgen.atomic_files import write_json
 from roentgen.runs import Run, write_config
 from tests.eval_jobs.conftest import take
 from tests.eval_jobs.stand_in import StandIn

@@ -9,8 +9,8 @@ from eval_jobs.config import ServedModel
 from eval_jobs.resume import OtherConfigurationError, as_begun, open_run
 from eval_jobs.settings import check_settings
 from eval_jobs.variants import attempts_of
+from roentgen.atomic_files import write_json
 from roentgen.contract import check_session_id
-from roentgen.durable import write_json
 from roentgen.runs import Run, RunError
 from tests.eval_jobs.conftest import take
 

@@ -18,11 +18,11 @@ from typer.testing import CliRunner, Result
 from eval_jobs.command import evaluate
 from eval_jobs.settings import EvalSettings
 from roentgen.cli import app
-from roentgen.cli.launching import OF_THE_SERVER, LaunchOptions
+from roentgen.cli.eval_command import OF_THE_SERVER, LaunchOptions
 from roentgen.cloud.task import ClusterSettings
 from roentgen.contract import ActivationRequest
 from roentgen.options import OptionError, options_of, read_options
-from roentgen.workflows.settings import CaptureSettings, InspectSettings, SteerSettings, VerifySettings
+from roentgen.workflows.command_settings import CaptureSettings, InspectSettings, SteerSettings, VerifySettings
 from serve_app.config import ServerConfig
 
 ROOT = Path(__file__).parents[2]

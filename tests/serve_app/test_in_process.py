@@ -18,8 +18,8 @@ import roentgen
 from roentgen.serving.local_server import LaunchError, is_enough, serving
 from serve_app.config import ServerConfig
 from serve_app.in_process import _watch
+from serve_app.replica.model_replica import ModelReplica
 from serve_app.replica.model_slot import ModelSlot
-from serve_app.replica.replica import ModelReplica
 from tests.roentgen.api.conftest import folder, model, reference
 
 __all__ = ["folder", "model", "reference"]  # fixtures: a tiny model

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from roentgen.durable import write_json
+from roentgen.atomic_files import write_json
 from roentgen.runs import (
     Run,
     RunConfig,

@@ -23,9 +23,9 @@ from ray.exceptions import ActorDiedError
 from roentgen.linear_probe import ProbeCard, SavedProbe, save_probes
 from serve_app.config import ModelChoice, ServerConfig
 from serve_app.http.ingress import Ingress
-from serve_app.replica.replica import ModelReplica
+from serve_app.replica.model_replica import ModelReplica
 from tests.serve_app import tiny
-from tests.serve_app.replica.test_replica import SUM
+from tests.serve_app.replica.test_model_replica import SUM
 
 TEMPLATE = (
     "{% if short %}?{% else %}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[reply]{% endif %}"

@@ -170,8 +170,8 @@ def test_two_models_of_one_name_are_two_to_a_session(model: Path, copy: Path, tm
     from rich.console import Console
 
     from roentgen.store import Session
-    from roentgen.workflows.capture import CaptureError, capture
-    from roentgen.workflows.settings import CaptureSettings
+    from roentgen.workflows.capture_texts import CaptureError, capture
+    from roentgen.workflows.command_settings import CaptureSettings
 
     change_one("model.layers.0.mlp.down_proj.weight", 5)(copy)
     texts = tmp_path / "texts.jsonl"

@@ -239,8 +239,8 @@ def test_the_store_never_sees_a_random_layer(whole: Path, tmp_path: Path) -> Non
     """`roentgen capture` ends before it writes."""
     from rich.console import Console
 
-    from roentgen.workflows.capture import CaptureError, capture
-    from roentgen.workflows.settings import CaptureSettings
+    from roentgen.workflows.capture_texts import CaptureError, capture
+    from roentgen.workflows.command_settings import CaptureSettings
 
     weights = load_file(whole / "model.safetensors")
     without(".layers.1.")(weights)

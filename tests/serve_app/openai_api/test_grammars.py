@@ -24,7 +24,7 @@ from serve_app.openai_api.messages import (
     ResponseFormat,
     Tool,
 )
-from serve_app.openai_api.reply import Reasoning, ReplyParser, assemble
+from serve_app.openai_api.reply_parser import Reasoning, ReplyParser, assemble
 from tests.reference import smollm2
 from tests.serve_app import tiny
 

@@ -12,7 +12,7 @@ from serve_app.engines.constraints import Constraints
 from serve_app.errors import RequestError
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.completions import CompletionRequest
-from serve_app.openai_api.reply import Reasoning
+from serve_app.openai_api.reply_parser import Reasoning
 from serve_app.openai_api.structured_outputs import StructuredOutputs
 from tests.serve_app import tiny
 from tests.serve_app.openai_api.test_grammars import Speaker

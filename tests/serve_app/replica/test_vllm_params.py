@@ -10,9 +10,9 @@ import torch
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.completions import CompletionRequest
 from serve_app.openai_api.tokenize import TokenizeRequest, bad_word_tokens
-from serve_app.replica.replica import ModelReplica
+from serve_app.replica.model_replica import ModelReplica
 from tests.serve_app import tiny
-from tests.serve_app.replica.test_replica import chat, complete, folder, started, streamed
+from tests.serve_app.replica.test_model_replica import chat, complete, folder, started, streamed
 
 __all__ = ["folder"]
 

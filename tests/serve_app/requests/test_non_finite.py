@@ -17,11 +17,11 @@ from serve_app.engines.vllm.worker_messages import SyncReply, pack, unpack
 from serve_app.models.sources import locate
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.errors import from_store
-from serve_app.replica.replica import ModelReplica
-from serve_app.teacher_forcing.capture import NotStored, Stored, TeacherForcing
+from serve_app.replica.model_replica import ModelReplica
+from serve_app.teacher_forcing.forced_capture import NotStored, Stored, TeacherForcing
 from serve_app.teacher_forcing.tokens import transcript_tokenizer
 from tests.serve_app import tiny
-from tests.serve_app.replica.test_replica import chat, complete, started, streamed
+from tests.serve_app.replica.test_model_replica import chat, complete, started, streamed
 from tests.serve_app.teacher_forcing.conftest import TRANSCRIPTS
 
 

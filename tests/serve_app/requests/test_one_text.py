@@ -16,11 +16,11 @@ from serve_app.engines.transformers.engine import TransformersEngine
 from serve_app.engines.transformers.model import load
 from serve_app.models.sources import locate
 from serve_app.openai_api.tokenize import TokenizeRequest
-from serve_app.replica.replica import ModelReplica
-from serve_app.teacher_forcing.capture import TeacherForcing
+from serve_app.replica.model_replica import ModelReplica
+from serve_app.teacher_forcing.forced_capture import TeacherForcing
 from serve_app.teacher_forcing.tokens import transcript_tokenizer
 from tests.serve_app import tiny
-from tests.serve_app.replica.test_replica import chat, complete, started
+from tests.serve_app.replica.test_model_replica import chat, complete, started
 from tests.serve_app.tokenizers import KINDS
 
 TEXT = "one  two, three"

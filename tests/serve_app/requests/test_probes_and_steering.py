@@ -18,9 +18,9 @@ from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.completions import CompletionRequest
 from serve_app.openai_api.errors import from_validation
 from serve_app.openai_api.schemas import ChatCompletion, Completion
-from serve_app.replica.replica import ModelReplica
+from serve_app.replica.model_replica import ModelReplica
 from tests.serve_app import tiny
-from tests.serve_app.replica.test_replica import complete, started, streamed
+from tests.serve_app.replica.test_model_replica import complete, started, streamed
 
 Body = dict[str, Any]
 

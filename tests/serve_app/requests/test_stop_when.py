@@ -17,9 +17,9 @@ from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.completions import CompletionRequest
 from serve_app.openai_api.errors import from_validation
 from serve_app.openai_api.schemas import ChatCompletion, ChatCompletionChunk, Completion, CompletionChunk
-from serve_app.replica.replica import ModelReplica
+from serve_app.replica.model_replica import ModelReplica
 from tests.serve_app import tiny
-from tests.serve_app.replica.test_replica import complete, started, streamed
+from tests.serve_app.replica.test_model_replica import complete, started, streamed
 from tests.serve_app.requests.test_probes_and_steering import NAME, THREE, VECTOR, Body, chat, probe
 
 KEY = "layers.1.resid_post"

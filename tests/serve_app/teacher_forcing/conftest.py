@@ -7,7 +7,7 @@ from roentgen.store import StoreWriter
 from roentgen.transcripts import Transcript
 from serve_app.engines.protocol import Engine
 from serve_app.engines.transformers.model import LoadedModel
-from serve_app.teacher_forcing.capture import TeacherForcing
+from serve_app.teacher_forcing.forced_capture import TeacherForcing
 
 TeacherForce = Callable[..., TeacherForcing]
 

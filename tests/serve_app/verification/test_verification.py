@@ -22,10 +22,10 @@ from serve_app.engines.transformers.attention import use_grouped_attention
 from serve_app.engines.transformers.model import LoadedModel
 from serve_app.models.sources import ModelSource
 from serve_app.verification import VerificationError, read_prompts, render, taps_to_verify, verify, verify_capture
+from serve_app.verification.batch_run import Outcome, run_requests
 from serve_app.verification.comparison import row_errors
 from serve_app.verification.mix import Request
 from serve_app.verification.reference import kept_positions, stock_attention
-from serve_app.verification.running import Outcome, run_requests
 from tests.serve_app import tiny
 
 

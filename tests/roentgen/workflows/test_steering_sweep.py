@@ -11,8 +11,8 @@ from openai import OpenAI
 
 from roentgen.linear_probe import ProbeCard, SavedProbe, SavedProbeError, find_probe, save_probes
 from roentgen.runs import RunConfig, RunError, Sample, create_run, recording
-from roentgen.workflows.settings import SteerSettings
-from roentgen.workflows.steer import steer
+from roentgen.workflows.command_settings import SteerSettings
+from roentgen.workflows.steering_sweep import steer
 from tests.conftest import ROENTGEN, Server
 
 MODEL = "smollm2-135m"

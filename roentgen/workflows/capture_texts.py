@@ -26,7 +26,7 @@ from roentgen.store.places import Place, check_writable, open_place
 from roentgen.transcripts import Transcript, TranscriptError
 from roentgen.transcripts.file import read_file
 from roentgen.transcripts.run import read_run
-from roentgen.workflows.settings import CaptureSettings
+from roentgen.workflows.command_settings import CaptureSettings
 from serve_app.capture.resolver import ResolutionError
 from serve_app.capture.rows import UncapturableError
 from serve_app.capture.structure import CaptureRequestError
@@ -36,8 +36,8 @@ from serve_app.engines.transformers.model import LoadedModel, load
 from serve_app.models.description import describe
 from serve_app.models.errors import ModelNotFoundError
 from serve_app.models.sources import ModelSource, locate
-from serve_app.teacher_forcing.capture import NotStored, Stored, TeacherForcing
-from serve_app.teacher_forcing.held import OtherCaptureError, find_missing
+from serve_app.teacher_forcing.already_captured import OtherCaptureError, find_missing
+from serve_app.teacher_forcing.forced_capture import NotStored, Stored, TeacherForcing
 from serve_app.teacher_forcing.tokens import TokenizedTranscript, UnreadableTextError, transcript_tokenizer
 
 SECONDS_BETWEEN_LINES = 5.0

@@ -28,7 +28,7 @@ from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.completions import CompletionRequest
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.responses.request import ResponsesRequest
-from serve_app.openai_api.runs import RunSettings, count_choices, keyed
+from serve_app.openai_api.run_settings import RunSettings, count_choices, keyed
 
 if TYPE_CHECKING:
     from ray.serve.handle import DeploymentHandle

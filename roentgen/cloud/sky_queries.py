@@ -1,7 +1,7 @@
 """Asks SkyPilot's own code what its command line does not tell. Runs in SkyPilot's environment, so it imports nothing of ours.
 
-    python in_sky.py where CLUSTER           -> {"provider": "aws", "name": …, "name_on_cloud": …, "config": {…}}
-    python in_sky.py instances WHERE         -> ["i-0123…"], those that the provider has not ended
+    python sky_queries.py where CLUSTER           -> {"provider": "aws", "name": …, "name_on_cloud": …, "config": {…}}
+    python sky_queries.py instances WHERE         -> ["i-0123…"], those that the provider has not ended
 
 `sky down` returns when the provider has accepted to end the instances, and forgets them; this asks the provider itself.
 """

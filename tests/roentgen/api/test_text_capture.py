@@ -8,7 +8,7 @@ import torch
 import transformers as tr
 
 import roentgen
-from roentgen.api import reading
+from roentgen.api import text_capture
 from roentgen.transcripts import TranscriptError
 from serve_app.teacher_forcing.tokens import UnreadableTextError
 from tests.roentgen.api.test_model import hooked
@@ -25,7 +25,7 @@ TEXTS: list[Any] = [
 def test_rows_come_back_in_the_order_of_the_texts(
     model: roentgen.Model, reference: tr.PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(reading, "AT_ONCE", 3)
+    monkeypatch.setattr(text_capture, "AT_ONCE", 3)
     taken: list[Any] = []
 
     def texts() -> Any:

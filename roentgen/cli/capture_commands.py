@@ -8,7 +8,7 @@ import typer
 from roentgen.cli.console import LOADING, err, expected_errors, out, stages
 from roentgen.options import OptionError, options_of, read_options
 from roentgen.stages import Stages
-from roentgen.workflows.settings import CaptureSettings, VerifySettings
+from roentgen.workflows.command_settings import CaptureSettings, VerifySettings
 
 if TYPE_CHECKING:
     from serve_app.verification import Report
@@ -25,7 +25,7 @@ def capture(**options: Any) -> None:
         if not settings.source.exists():
             raise OptionError(f"{settings.source} is neither a run directory nor a file")
         stage(LOADING)
-        from roentgen.workflows.capture import capture as run_capture
+        from roentgen.workflows.capture_texts import capture as run_capture
 
         report = run_capture(settings, err, stage)
     for name, reason in report.failures:

@@ -7,7 +7,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from serve_app.verification.report import MAX_ERROR, MEAN_COSINE, MIN_COSINE, QuantizationEffect, Report
+from serve_app.verification.verification_report import MAX_ERROR, MEAN_COSINE, MIN_COSINE, QuantizationEffect, Report
 
 
 def render(report: Report) -> Group:

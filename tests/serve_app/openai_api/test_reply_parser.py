@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.openai_api.reply import (
+from serve_app.openai_api.reply_parser import (
     ContentDelta,
     Reasoning,
     ReasoningDelta,

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from roentgen import durable
-from roentgen.durable import BUFFER_BYTES, write_chunks, write_json
+from roentgen import atomic_files
+from roentgen.atomic_files import BUFFER_BYTES, write_chunks, write_json
 from tests.disk import DiskCalls
 
 SMALL = 8192
@@ -46,7 +46,7 @@ def test_any_chunks_are_written_in_order(tmp_path_factory: pytest.TempPathFactor
     path = tmp_path_factory.getbasetemp() / "chunks"
     chunks = [Random(f"{seed} {number}").randbytes(size) for number, size in enumerate(sizes)]
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(durable, "BUFFER_BYTES", SMALL)
+        patched.setattr(atomic_files, "BUFFER_BYTES", SMALL)
         write_chunks(path, iter(chunks))
     assert path.read_bytes() == b"".join(chunks)
 
@@ -78,18 +78,18 @@ def test_a_file_system_that_cannot_is_written_through_the_cache(
 ) -> None:
     """One refuses to be asked, another refuses the write: both are told by EINVAL."""
     data = Random(0).randbytes(2 * BUFFER_BYTES + 5)
-    monkeypatch.setattr(durable, "_ALIGNED", 1)  # so that the kernel itself refuses the last, odd write
+    monkeypatch.setattr(atomic_files, "_ALIGNED", 1)  # so that the kernel itself refuses the last, odd write
     write_chunks(tmp_path / "refused late", [data])
     assert (tmp_path / "refused late").read_bytes() == data
 
-    ask = durable.fcntl.fcntl
+    ask = atomic_files.fcntl.fcntl
 
     def refuse(file: int, command: int, flags: int = 0) -> int:
         if flags & os.O_DIRECT:
             raise OSError(errno.EINVAL, "Invalid argument")
         return ask(file, command, flags)
 
-    monkeypatch.setattr(durable.fcntl, "fcntl", refuse)
+    monkeypatch.setattr(atomic_files.fcntl, "fcntl", refuse)
     write_chunks(tmp_path / "refused", [data])
     assert (tmp_path / "refused").read_bytes() == data
 

@@ -18,7 +18,7 @@ from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.completions import CompletionRequest
 from serve_app.openai_api.messages import Message
 from serve_app.openai_api.tokenize import DetokenizeRequest, TokenizeRequest
-from serve_app.replica.replica import ModelReplica
+from serve_app.replica.model_replica import ModelReplica
 from tests.serve_app import tiny
 
 Body = dict[str, Any]

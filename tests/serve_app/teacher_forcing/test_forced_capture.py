@@ -19,7 +19,7 @@ from serve_app.engines.transformers.engine import TransformersEngine
 from serve_app.engines.transformers.model import LoadedModel
 from serve_app.openai_api.chat import Message
 from serve_app.openai_api.prompt import render
-from serve_app.teacher_forcing.capture import NotStored, Stored, TeacherForcing, layer_chunks
+from serve_app.teacher_forcing.forced_capture import NotStored, Stored, TeacherForcing, layer_chunks
 from serve_app.teacher_forcing.tokens import TokenizedTranscript, transcript_tokenizer
 from tests.serve_app import tiny
 from tests.serve_app.teacher_forcing.conftest import TRANSCRIPTS

@@ -13,11 +13,11 @@ from eval_jobs.config import ServedModel
 from eval_jobs.resume import open_run
 from eval_jobs.settings import check_settings
 from probes.report import ProbeReport
+from roentgen.atomic_files import write_json
 from roentgen.cli import app
-from roentgen.durable import write_json
 from roentgen.linear_probe import ProbeCard, SavedProbe, save_probes
 from roentgen.runs import RunError, Sample, recording
-from roentgen.workflows.showing import find_sample
+from roentgen.workflows.sample_details import find_sample
 from tests.eval_jobs.conftest import take
 from tests.eval_jobs.test_outputs import sample
 from tests.probes.conftest import N_ROWS, build_run, planted, report

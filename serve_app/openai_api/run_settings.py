@@ -15,7 +15,7 @@ from serve_app.openai_api.completions import CompletionRequest
 from serve_app.openai_api.errors import ApiError, enumerated, from_validation, refused
 from serve_app.openai_api.messages import Wire
 from serve_app.openai_api.params import GenerationParams
-from serve_app.openai_api.probing import MAX_ADDITIONS, MAX_PROBES, ProbeRequest, SteeringRequest
+from serve_app.openai_api.probe_params import MAX_ADDITIONS, MAX_PROBES, ProbeRequest, SteeringRequest
 from serve_app.openai_api.responses.request import ResponsesRequest
 
 _ASKED: tuple[tuple[type[GenerationParams], dict[str, Any]], ...] = (

@@ -14,8 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from roentgen.api.asking import capture_fields, checked, named
 from roentgen.api.model import Model
+from roentgen.api.request_building import capture_fields, checked, named
 from roentgen.api_keys import client_key
 from roentgen.argument_names import naming_arguments
 from roentgen.contract import ActivationRequest

@@ -22,7 +22,7 @@ from typing import Any, Generic, TypeVar
 
 from roentgen.errors import RoentgenError
 from roentgen.extensions.fingerprint import fingerprint
-from roentgen.extensions.travel import is_users_module
+from roentgen.extensions.pickling import is_users_module
 
 T = TypeVar("T")
 

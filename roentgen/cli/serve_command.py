@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from roentgen.cli.console import LOADING, expected_errors, out, stages
-from roentgen.cluster import check_address
 from roentgen.defaults import HOST, PORT
 from roentgen.options import options_of, read_options
+from roentgen.ray_connection import check_address
 from serve_app.config import ServerConfig
 
 if TYPE_CHECKING:

@@ -23,12 +23,12 @@ from eval_jobs.scoring import UnknownScorerError
 from eval_jobs.verdicts import Output, Scorer, ScorerError, ScoringFailedError, ask_scorer
 from probes.steering import SweepError, SweepPlan, SweepReport, Task, make_arms, run_sweep, summarise
 from roentgen.api_keys import client_key
+from roentgen.atomic_files import atomic_write, make_folder, write_json
 from roentgen.contract import split_key
-from roentgen.durable import atomic_write, make_folder, write_json
 from roentgen.linear_probe import find_probe
 from roentgen.runs import Run, same_question
 from roentgen.serving.for_probes import RETRIES, model_server, served_name
-from roentgen.workflows.settings import SteerSettings
+from roentgen.workflows.command_settings import SteerSettings
 
 
 def steer(settings: SteerSettings, stage: Callable[[str], None] = lambda text: None) -> SweepReport:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from roentgen.api.steering import Steer, find_probe, is_vector
+from roentgen.api.steer import Steer, find_probe, is_vector
 from roentgen.extensions import shown
 from roentgen.linear_probe import SavedProbe
 from roentgen.stopping import StopWhen
@@ -26,7 +26,7 @@ from serve_app.errors import RequestError
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.completions import CompletionRequest
 from serve_app.openai_api.errors import ApiError, from_validation
-from serve_app.openai_api.probing import SteeringRequest
+from serve_app.openai_api.probe_params import SteeringRequest
 from serve_app.requests.generation import Choice, Runner
 from serve_app.requests.planning import plan_chat, plan_completion
 from serve_app.requests.probes_and_steering import addition_of, check_probe, saved_scorer

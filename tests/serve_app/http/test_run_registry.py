@@ -16,12 +16,12 @@ from roentgen.store import Session
 from serve_app.config import ServerConfig
 from serve_app.http.ingress import Ingress
 from serve_app.http.run_addresses import RunAddress, read_address
-from serve_app.http.runs import CallNumbers
+from serve_app.http.run_registry import CallNumbers
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.responses.request import ResponsesRequest
-from serve_app.openai_api.runs import RunSettings, with_settings
-from serve_app.replica.replica import ModelReplica
+from serve_app.openai_api.run_settings import RunSettings, with_settings
+from serve_app.replica.model_replica import ModelReplica
 from tests.serve_app import tiny
 from tests.serve_app.http.test_replies import TEMPLATE, Handle
 

@@ -5,13 +5,13 @@ import sys
 
 import pytest
 
-from roentgen.cluster import ClusterError, check_address, connected
+from roentgen.ray_connection import ClusterError, check_address, connected
 from tests.conftest import RayHome
 
 STARTED_HERE = """
 import os, subprocess, sys, threading, ray
 from concurrent.futures import ThreadPoolExecutor
-from roentgen.cluster import connected
+from roentgen.ray_connection import connected
 with connected("local"):
     assert ray.get(ray.remote(lambda: 1).remote()) == 1
     with connected("127.0.0.1:1"):  # a connection that exists is used, and left

@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from roentgen.atomic_files import write_json
 from roentgen.cli.console import LOADING, err, expected_errors, out, stages, table_of
-from roentgen.durable import write_json
 from roentgen.options import options_of, read_options
 from roentgen.stopping import StopSettings
-from roentgen.workflows.settings import SteerSettings
+from roentgen.workflows.command_settings import SteerSettings
 
 probe_app = typer.Typer(no_args_is_help=True, help="Probes on stored activations.")
 
@@ -111,7 +111,7 @@ def probe_steer(**options: Any) -> None:
     with stages() as stage, expected_errors():
         settings = read_options(SteerSettings, options)
         stage(LOADING)
-        from roentgen.workflows.steer import render, steer
+        from roentgen.workflows.steering_sweep import render, steer
 
         report = steer(settings, stage)
     out.print(render(report))
@@ -126,9 +126,9 @@ def probe_stop(**options: Any) -> None:
         stage(LOADING)
         from probes import ProbeDataError
         from probes.steering import SweepError
-        from roentgen.cluster import ClusterError
         from roentgen.linear_probe import SavedProbeError
-        from roentgen.probes.stopping import render, stop
+        from roentgen.probes.early_stopping import render, stop
+        from roentgen.ray_connection import ClusterError
         from roentgen.runs import RunError
         from roentgen.serving.local_server import LaunchError
         from roentgen.store import StoreError

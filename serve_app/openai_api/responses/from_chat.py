@@ -18,7 +18,7 @@ from serve_app.engines.protocol import TextDelta
 from serve_app.engines.storage import Done
 from serve_app.models.tokenization import token_bytes
 from serve_app.openai_api.chat import ChatReply
-from serve_app.openai_api.probing import spell_scores
+from serve_app.openai_api.probe_params import spell_scores
 from serve_app.openai_api.responses import schemas
 from serve_app.openai_api.responses.request import ResponsesRequest
 from serve_app.openai_api.responses.scored_text import ScoredText

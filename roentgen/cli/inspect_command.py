@@ -8,7 +8,7 @@ from rich.table import Table
 from roentgen.cli.console import expected_errors, out, table_of
 from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS
 from roentgen.options import options_of, read_options
-from roentgen.workflows.settings import InspectSettings
+from roentgen.workflows.command_settings import InspectSettings
 
 if TYPE_CHECKING:
     from serve_app.capture.structure import ModelStructure

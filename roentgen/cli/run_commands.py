@@ -12,7 +12,7 @@ RunPath = Annotated[Path, typer.Argument(help="A run directory.")]
 
 def report(run: RunPath) -> None:
     """Write a run's summary.json and report.html again (with probe results, if there are any) and print the page's path."""
-    from roentgen.api.results import report as write
+    from roentgen.api.run_results import report as write
 
     with expected_errors(OSError):
         out.print(str(write(run)), highlight=False, soft_wrap=True)
@@ -31,7 +31,7 @@ def score(
 ) -> None:
     """Judge a run's answers again, without the model, and print its scores."""
     from eval_jobs.console import print_summary
-    from roentgen.api.results import score as judge
+    from roentgen.api.run_results import score as judge
 
     with expected_errors():
         again = judge(run, extractor)
@@ -54,7 +54,7 @@ def export(
     public: Annotated[bool, typer.Option("--public", help="Let everybody see what --push makes.")] = False,
 ) -> None:
     """Write a run as a table of its samples, as a log that `inspect view` opens, or with its activations as a data set."""
-    from roentgen.api.results import export as export_run
+    from roentgen.api.run_results import export as export_run
 
     with expected_errors(OSError), stages() as stage:
         done = export_run(run, output, kind, session=session, push_to=push, public=public, stage=stage)
@@ -86,7 +86,7 @@ def compare(
 ) -> None:
     """Compare two runs, problem by problem: the difference of their accuracies with its interval, and McNemar's test."""
     from eval_jobs.console import print_comparison
-    from roentgen.api.results import compare as compare_runs
+    from roentgen.api.run_results import compare as compare_runs
 
     with expected_errors():
         print_comparison(compare_runs(first, second), out)

@@ -7,8 +7,8 @@ from rich.console import Console
 
 from roentgen.runs import Run, RunConfig, Sample, create_run, recording
 from roentgen.store import Session
-from roentgen.workflows.capture import CaptureError, capture
-from roentgen.workflows.settings import CaptureSettings
+from roentgen.workflows.capture_texts import CaptureError, capture
+from roentgen.workflows.command_settings import CaptureSettings
 from serve_app.models.sources import locate
 from tests.serve_app import tiny
 

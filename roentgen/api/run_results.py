@@ -17,7 +17,7 @@ from roentgen.argument_names import naming_arguments
 from roentgen.runs import Run
 from roentgen.workflows.dataset_export import Exported, ExportError, export_dataset, push
 from roentgen.workflows.dataset_tables import Table
-from roentgen.workflows.showing import Shown, describe, find_sample
+from roentgen.workflows.sample_details import Shown, describe, find_sample
 
 Format = Literal["parquet", "eval", "hf"]
 

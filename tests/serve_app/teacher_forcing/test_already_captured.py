@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from roentgen.store import Session
-from serve_app.teacher_forcing.held import OtherCaptureError, find_missing
+from serve_app.teacher_forcing.already_captured import OtherCaptureError, find_missing
 from serve_app.teacher_forcing.tokens import transcript_tokenizer
 from tests.serve_app.teacher_forcing.conftest import TRANSCRIPTS
 

@@ -20,12 +20,12 @@ from eval_jobs.records import record_of
 from eval_jobs.resume import RESULTS
 from eval_jobs.settings import EvalSettings, check_settings
 from eval_jobs.verdicts import Scorer
-from roentgen.api.asking import capture_fields, named
 from roentgen.api.model import Model
-from roentgen.api.serving import Server, serve
+from roentgen.api.request_building import capture_fields, named
+from roentgen.api.server import Server, serve
 from roentgen.argument_names import naming_arguments
+from roentgen.atomic_files import make_folder, write_text
 from roentgen.contract import canonical_hash
-from roentgen.durable import make_folder, write_text
 from roentgen.extensions import shown
 from roentgen.runs import Run
 from roentgen.serving.for_evaluation import serving_for

@@ -43,7 +43,7 @@ from probes.stopping import (
 from probes.stopping.findings import deal, rows
 from probes.stopping.settings import all_scores, random_directions
 from roentgen.api_keys import client_key
-from roentgen.durable import atomic_write, make_folder, write_json
+from roentgen.atomic_files import atomic_write, make_folder, write_json
 from roentgen.linear_probe import Readout, SavedProbe, find_probe, load_probe
 from roentgen.options import read_options
 from roentgen.runs import Run, Sample

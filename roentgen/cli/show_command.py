@@ -9,7 +9,7 @@ import typer
 from roentgen.cli.console import expected_errors, out, table_of
 
 if TYPE_CHECKING:
-    from roentgen.workflows.showing import ProbeScore, Shown, StoredRows
+    from roentgen.workflows.sample_details import ProbeScore, Shown, StoredRows
 
 
 def show(
@@ -20,7 +20,7 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
     """Print one sample: prompt, answer, every verdict, where its rows are, and its probe scores."""
-    from roentgen.api.results import show as show_sample
+    from roentgen.api.run_results import show as show_sample
 
     with expected_errors():
         shown = show_sample(run, sample, epoch=epoch, variant=variant)

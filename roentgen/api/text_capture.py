@@ -12,7 +12,7 @@ from rich.console import Console
 from tqdm import tqdm
 
 from roentgen import store
-from roentgen.api.asking import in_python
+from roentgen.api.request_building import in_python
 from roentgen.api.rollout import Rollout
 from roentgen.contract import canonical_hash, check_session_id
 from roentgen.extensions import shown
@@ -20,10 +20,10 @@ from roentgen.store.places import check_writable, open_place
 from roentgen.store.schema import check_finite
 from roentgen.transcripts import Transcript
 from roentgen.transcripts.file import read_records
-from roentgen.workflows.capture import CaptureReport, Reader, capture_into, session_name
+from roentgen.workflows.capture_texts import CaptureReport, Reader, capture_into, session_name
 from serve_app.errors import RequestError
 from serve_app.openai_api.errors import ApiError
-from serve_app.teacher_forcing.capture import TeacherForcing
+from serve_app.teacher_forcing.forced_capture import TeacherForcing
 from serve_app.teacher_forcing.tokens import transcript_tokenizer
 
 Readable = str | Sequence[Mapping[str, Any]] | Mapping[str, Any]
