@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from eval_jobs.records import Problem, ProblemError, gold_answer, is_number, make_problem
 from eval_jobs.tables import HUB, Numbered, hub_name, load_rows, read_file, read_hub, read_jsonl, typed
-from roentgen.extensions import ExtensionError, Found, Registry, given, is_reference, shown, spell_error
+from roentgen.extensions import Extension, ExtensionError, Registry, given, is_reference, shown, spell_error
 
 __all__ = ["GSM8K_FOLDER_VARIABLE", "SOURCES", "Problem", "ProblemError", "gold_answer", "is_number", "read_source"]
 
@@ -78,7 +78,7 @@ def read_records(
         yield make_problem(record, number, where, "problems")
 
 
-def find_source(source: str | Source) -> Found[Any] | None:
+def find_source(source: str | Source) -> Extension[Any] | None:
     """Return what a name, a reference or a function means; None of a dataset or a file.
 
     Raises:
@@ -139,7 +139,7 @@ def _records(source: str | Source) -> tuple[Numbered, str | None]:
     )
 
 
-def _called(found: Found[Any]) -> Numbered:
+def _called(found: Extension[Any]) -> Numbered:
     """Yield what a source's function returns, or the records that a reference names.
 
     Raises:

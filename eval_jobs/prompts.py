@@ -29,7 +29,7 @@ from eval_jobs.problems import Problem, read_source
 from eval_jobs.scoring import DEFAULT_EXTRACTOR
 from eval_jobs.selection import DEFAULT_SHOTS
 from roentgen.contract import canonical_hash
-from roentgen.extensions import ExtensionError, Found, Registry, given, shown, spell_error
+from roentgen.extensions import Extension, ExtensionError, Registry, given, shown, spell_error
 
 QUESTION = "{question}"
 
@@ -324,7 +324,7 @@ def find_prompt(chosen: str | Prompt | Pose) -> Prompt:
     if isinstance(chosen, str) and (QUESTION in chosen or _is_template(chosen)):
         return _of_text("text", chosen, "--prompt")
     try:
-        found: Found[Any] = (
+        found: Extension[Any] = (
             PROMPTS.find(chosen, f", a text with {QUESTION} in it") if isinstance(chosen, str) else given(chosen)
         )
     except ExtensionError as error:

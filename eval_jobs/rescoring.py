@@ -15,7 +15,7 @@ from eval_jobs.problems import Problem
 from eval_jobs.report import write_report
 from eval_jobs.scoring import EXTRACTORS, UnknownScorerError, choose_scorer, judge
 from eval_jobs.verdicts import Output, Scorer, ScoringFailedError
-from roentgen.extensions import Found
+from roentgen.extensions import Extension
 from roentgen.runs import Run, RunConfig, Sample, rewrite_all
 
 AT_ONCE = 64
@@ -47,7 +47,7 @@ def rescore(run: Run, extractor: str | Scorer | None = None) -> Run:
     return again
 
 
-def find_scorer(config: RunConfig, extractor: str | Scorer | None = None) -> Found[Scorer]:
+def find_scorer(config: RunConfig, extractor: str | Scorer | None = None) -> Extension[Scorer]:
     """Return a scorer, by default the primary one of a run.
 
     Raises:
@@ -77,7 +77,7 @@ def problem_of(sample: Sample) -> Problem:
     )
 
 
-def _judged(samples: Iterable[Sample], chosen: Found[Scorer]) -> Iterator[Sample]:
+def _judged(samples: Iterable[Sample], chosen: Extension[Scorer]) -> Iterator[Sample]:
     stream, runner = iter(samples), asyncio.Runner()
     with ThreadPoolExecutor(1) as beside:
 
@@ -100,11 +100,11 @@ def _in_a_loop() -> bool:
     return True
 
 
-async def _judge_all(samples: Iterable[Sample], chosen: Found[Scorer]) -> list[Sample]:
+async def _judge_all(samples: Iterable[Sample], chosen: Extension[Scorer]) -> list[Sample]:
     return await asyncio.gather(*(_judge(sample, chosen) for sample in samples))
 
 
-async def _judge(sample: Sample, chosen: Found[Scorer]) -> Sample:
+async def _judge(sample: Sample, chosen: Extension[Scorer]) -> Sample:
     """Judge an answer; the verdicts of other scorers of a user's own, which are not at hand, stay.
 
     Raises:

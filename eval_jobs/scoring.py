@@ -34,7 +34,7 @@ from eval_jobs.symbolic import read_symbolic, same_expression
 from eval_jobs.texts import inside_braces, read_text, same_text
 from eval_jobs.verdicts import Output, Scorer, Verdict, ask_scorer
 from roentgen.contract import LabelValue
-from roentgen.extensions import ExtensionError, Found, Registry, given
+from roentgen.extensions import Extension, ExtensionError, Registry, given
 
 _NUMBER = r"[-−]?\$?(?:[0-9][0-9,]*(?:\.[0-9]+)?|\.[0-9]+)"
 _ANSWER_LINE = re.compile(r"^[^\w\n]*answer[^\w\n]*:(.*)$", re.IGNORECASE | re.MULTILINE)
@@ -145,14 +145,14 @@ EXTRACTORS: dict[str, Extractor] = {
 SCORERS: Registry[Scorer] = Registry("roentgen.extractors", EXTRACTORS)
 
 
-def choose_scorer(chosen: str | Scorer) -> Found[Scorer]:
+def choose_scorer(chosen: str | Scorer) -> Extension[Scorer]:
     """Return the scorer that a name, a reference or a function means.
 
     Raises:
         UnknownScorerError: if it is unknown, cannot be called, or is called like one that is built in.
     """
     try:
-        found: Found[Scorer] = SCORERS.find(chosen) if isinstance(chosen, str) else given(chosen)
+        found: Extension[Scorer] = SCORERS.find(chosen) if isinstance(chosen, str) else given(chosen)
     except ExtensionError as error:
         raise UnknownScorerError(f"--extractor: {error}") from error
     shown = f"--extractor: {found.reference or found.name}"

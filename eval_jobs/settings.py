@@ -42,7 +42,7 @@ from roentgen.contract import (
     read_names,
 )
 from roentgen.defaults import EMBEDDED_MODEL
-from roentgen.extensions import Found, given, shown
+from roentgen.extensions import Extension, given, shown
 from roentgen.options import read_options
 from roentgen.ray_connection import check_address
 
@@ -266,7 +266,7 @@ class EvalSettings(BaseModel):
         )
 
     @property
-    def chosen_scorer(self) -> Found[Scorer]:
+    def chosen_scorer(self) -> Extension[Scorer]:
         """Whose verdict is a sample's.
 
         Raises:

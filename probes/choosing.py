@@ -14,7 +14,7 @@ from torch import Tensor
 from probes.errors import ProbeDataError
 from probes.kinds import DEFAULT_KINDS, KINDS, Kind, Probes
 from probes.labels import Target
-from roentgen.extensions import ExtensionError, Found, given, shown, spell_error
+from roentgen.extensions import Extension, ExtensionError, given, shown, spell_error
 
 Fit = Callable[[Tensor, Tensor, Tensor, Tensor], Probes]
 
@@ -31,7 +31,7 @@ def choose_kind(target: Target, chosen: str | Kind | Fit | None) -> Kind:
     """
     name = DEFAULT_KINDS[target.kind] if chosen is None else chosen
     try:
-        found: Found[Any] = KINDS.find(name) if isinstance(name, str) else given(name)
+        found: Extension[Any] = KINDS.find(name) if isinstance(name, str) else given(name)
     except ExtensionError as error:
         raise ProbeDataError(f"kind: {error}") from error
     kind = found.value if isinstance(found.value, Kind) else _of_fit(found, target)
@@ -45,7 +45,7 @@ def choose_kind(target: Target, chosen: str | Kind | Fit | None) -> Kind:
     return kind
 
 
-def _of_fit(found: Found[Any], target: Target) -> Kind:
+def _of_fit(found: Extension[Any], target: Target) -> Kind:
     if not callable(found.value):
         raise ProbeDataError(
             f"kind: {found.reference or found.name} is {shown(found.value)}; allowed are a Kind, and a function "
@@ -54,7 +54,7 @@ def _of_fit(found: Found[Any], target: Target) -> Kind:
     return Kind(found.name, target.kind, found.value, (1.0,), "none")
 
 
-def _checked(kind: Kind, found: Found[Any]) -> Kind:
+def _checked(kind: Kind, found: Extension[Any]) -> Kind:
     """Return a user's kind with its `fit` watched."""
     if kind.name in KINDS.built_in:
         raise ProbeDataError(f"kind: {kind.name!r} is one that is built in; call yours otherwise")

@@ -22,7 +22,7 @@ from ulid import ULID
 from roentgen.compat import check
 from serve_app.config import ModelChoice, ServerConfig
 from serve_app.http.ingress import Ingress
-from serve_app.http.run_registry import CallNumbers
+from serve_app.http.run_registry import TurnCounter
 from serve_app.logs import write_json_logs
 from serve_app.replica.model_replica import ASKED, ModelReplica
 from serve_app.replica.routing import PERIOD_S, ReadyReplicas
@@ -91,7 +91,7 @@ def _application(config: ServerConfig, version: str, choice: ModelChoice, asked:
     if config.num_ingresses == 1:
         return _pinned(ingress, version).bind(replicas, config, other)
     numbers = serve.deployment(
-        CallNumbers, name="numbers", num_replicas=1, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=2000,
+        TurnCounter, name="numbers", num_replicas=1, ray_actor_options={"num_cpus": 0}, max_ongoing_requests=2000,
         logging_config=QUIET,
     )  # fmt: skip
     return _pinned(ingress, version).bind(replicas, config, other, _pinned(numbers, version).bind(config.store))

@@ -17,7 +17,7 @@ from roentgen.argument_names import naming_arguments
 from roentgen.runs import Run
 from roentgen.workflows.dataset_export import Exported, ExportError, export_dataset, push
 from roentgen.workflows.dataset_tables import Table
-from roentgen.workflows.sample_details import Shown, describe, find_sample
+from roentgen.workflows.sample_details import SampleDetails, describe, find_sample
 
 Format = Literal["parquet", "eval", "hf"]
 
@@ -71,7 +71,9 @@ def compare(first: Run | str | Path, second: Run | str | Path) -> Comparison:
 
 
 @naming_arguments()
-def show(run: Run | str | Path, sample: str | int, *, epoch: int | None = None, variant: str | None = None) -> Shown:
+def show(
+    run: Run | str | Path, sample: str | int, *, epoch: int | None = None, variant: str | None = None
+) -> SampleDetails:
     """Return all that is known of one sample: prompt, answer, every verdict, where its rows are, and its probe scores.
 
     Args:

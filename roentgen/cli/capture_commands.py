@@ -11,7 +11,7 @@ from roentgen.stages import Stages
 from roentgen.workflows.command_settings import CaptureSettings, VerifySettings
 
 if TYPE_CHECKING:
-    from serve_app.verification import Report
+    from serve_app.verification import VerificationReport
 
 
 @options_of(CaptureSettings)
@@ -60,7 +60,7 @@ def verify(
         raise typer.Exit(1)
 
 
-def _verify(asked: VerifySettings, stage: Stages) -> "Report":
+def _verify(asked: VerifySettings, stage: Stages) -> "VerificationReport":
     """Check what files alone tell, load the model, and verify it."""
     from roentgen.serving.preflight import check_device, spell_option
     from serve_app.capture.structure import CaptureRequestError

@@ -15,7 +15,7 @@ from roentgen.http_client import LAST_PORT, server_root
 from roentgen.options import options_of, read_options
 
 if TYPE_CHECKING:
-    from roentgen.serving.doctor import Finding
+    from roentgen.serving.doctor import Diagnosis
 
 cluster_app = typer.Typer(no_args_is_help=True, help="A cluster that was launched.")
 
@@ -165,7 +165,7 @@ def _plain(text: str) -> None:
     err.print(text, markup=False, highlight=False)
 
 
-def _findings(findings: "list[Finding]") -> Table:
+def _findings(findings: "list[Diagnosis]") -> Table:
     colours = {"fine": "green", "note": "yellow", "wrong": "bold red"}
     table = table_of("", "what", "found", "what to do")
     for finding in findings:

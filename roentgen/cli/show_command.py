@@ -9,7 +9,7 @@ import typer
 from roentgen.cli.console import expected_errors, out, table_of
 
 if TYPE_CHECKING:
-    from roentgen.workflows.sample_details import ProbeScore, Shown, StoredRows
+    from roentgen.workflows.sample_details import ProbeScore, SampleDetails, StoredRows
 
 
 def show(
@@ -39,7 +39,7 @@ def show(
         _say(f"also: {', '.join(shown.others)} (--epoch, --variant)")
 
 
-def _as_json(shown: "Shown") -> dict[str, Any]:
+def _as_json(shown: "SampleDetails") -> dict[str, Any]:
     return {
         **asdict(shown),
         "sample": shown.sample.model_dump(mode="json", exclude={"rollouts"}),
@@ -51,7 +51,7 @@ def _say(text: str, style: str = "") -> None:
     out.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def _print_said(shown: "Shown") -> None:
+def _print_said(shown: "SampleDetails") -> None:
     sample = shown.sample
     verdict = shown.verdicts.get(shown.primary) or "failed"
     attempt = f"epoch {sample.epoch}" + (f", variant {sample.variant}" if sample.variant else "")
@@ -69,7 +69,7 @@ def _print_said(shown: "Shown") -> None:
     _say(f"── {sample.prompt_tokens} + {sample.completion_tokens} tokens{ended}, {sample.seconds:.1f} s", style="dim")
 
 
-def _print_verdicts(shown: "Shown") -> None:
+def _print_verdicts(shown: "SampleDetails") -> None:
     table = table_of("extractor", "read", "verdict", title=f"gold answer: {shown.sample.gold}", title_justify="left")
     for name, verdict in shown.verdicts.items():
         answer = shown.sample.answers[name]

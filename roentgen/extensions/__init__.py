@@ -13,11 +13,20 @@ string that is not a registered name is a reference to a function in a module (`
 from roentgen.extensions.error_text import shown, spell_error
 from roentgen.extensions.fingerprint import fingerprint
 from roentgen.extensions.pickling import imported_beside, make_portable
-from roentgen.extensions.registry import ExtensionError, Found, Registry, file_of, given, in_file, is_reference, spell
+from roentgen.extensions.registry import (
+    Extension,
+    ExtensionError,
+    Registry,
+    file_of,
+    given,
+    in_file,
+    is_reference,
+    spell,
+)
 
 __all__ = [
+    "Extension",
     "ExtensionError",
-    "Found",
     "Registry",
     "file_of",
     "fingerprint",

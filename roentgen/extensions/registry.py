@@ -38,7 +38,7 @@ class ExtensionError(RoentgenError, ValueError):
 
 
 @dataclass(frozen=True)
-class Found(Generic[T]):
+class Extension(Generic[T]):
     """An extension, and how to speak of it."""
 
     value: T
@@ -77,7 +77,7 @@ class Registry(Generic[T]):
     def __contains__(self, name: object) -> bool:
         return name in self.built_in or name in self._declared()
 
-    def find(self, name: str, otherwise: str = "") -> Found[Any]:
+    def find(self, name: str, otherwise: str = "") -> Extension[Any]:
         """Return what a name or a reference means.
 
         Args:
@@ -88,7 +88,7 @@ class Registry(Generic[T]):
             ExtensionError: if it is neither, or cannot be loaded.
         """
         if name in self.built_in:
-            return Found(self.built_in[name], name)
+            return Extension(self.built_in[name], name)
         if name in (declared := self._declared()):
             return _found(_load_entry_point(name, declared[name], self.group), name, name)
         if in_file := _IN_FILE.fullmatch(name):
@@ -108,7 +108,7 @@ class Registry(Generic[T]):
         return {point.name: point.value for point in entry_points(group=self.group)}
 
 
-def given(value: T) -> Found[T]:
+def given(value: T) -> Extension[T]:
     """Return an object that was given itself, as something found."""
     return _found(value, spell(value, "given"), None)
 
@@ -144,8 +144,8 @@ def spell(value: Any, otherwise: str) -> str:
     return re.sub(r"[^\w.-]+", "", str(own or otherwise).rpartition(".")[2]) or otherwise
 
 
-def _found(value: Any, name: str, reference: str | None) -> Found[Any]:
-    return Found(value, name, reference, fingerprint(value))
+def _found(value: Any, name: str, reference: str | None) -> Extension[Any]:
+    return Extension(value, name, reference, fingerprint(value))
 
 
 def _attribute(module: ModuleType, attribute: str, reference: str) -> Any:

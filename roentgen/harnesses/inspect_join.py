@@ -12,7 +12,7 @@ from inspect_ai.log import read_eval_log_samples
 from roentgen import api_keys
 from roentgen.harnesses.inspect_log import references, scored_sample
 from roentgen.harnesses.join import JoinReport, ServedTarget, join_scored
-from roentgen.harnesses.scored import Scored
+from roentgen.harnesses.scored import ScoredSample
 
 if TYPE_CHECKING:
     from inspect_ai.log import EvalLog, EvalSample
@@ -26,7 +26,7 @@ async def join_task(of: "EvalLog") -> dict[str, JoinReport]:
     Raises:
         StoreError: as a server answers.
     """
-    by_session: dict[str, list[Scored]] = defaultdict(list)
+    by_session: dict[str, list[ScoredSample]] = defaultdict(list)
     for sample in _samples(of):
         ids: dict[str, list[str]] = defaultdict(list)
         for reference in references(sample):

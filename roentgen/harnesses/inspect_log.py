@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from zipfile import is_zipfile
 
 from roentgen.contract import LabelValue, canonical_hash
-from roentgen.harnesses.scored import LogError, Scored, flat_labels
+from roentgen.harnesses.scored import LogError, ScoredSample, flat_labels
 
 if TYPE_CHECKING:
     from inspect_ai.log import EvalSample
@@ -23,7 +23,7 @@ _STAMP = re.compile(r"\d{4}-\d\d-\d\dT\d\d[-:]\d\d[-:]\d\d")
 """How the name of a log begins."""
 
 
-def read_inspect(log: Path) -> Iterator[Scored]:
+def read_inspect(log: Path) -> Iterator[ScoredSample]:
     """Yield a log's samples, one in memory at a time.
 
     Raises:
@@ -55,7 +55,7 @@ def inspect_files(log: Path) -> list[Path]:
     )
 
 
-def scored_sample(sample: "EvalSample") -> Scored:
+def scored_sample(sample: "EvalSample") -> ScoredSample:
     """Return what a sample of a log says."""
     labels: dict[str, LabelValue] = {}
     for scorer, score in (sample.scores or {}).items():
@@ -67,10 +67,10 @@ def scored_sample(sample: "EvalSample") -> Scored:
         unscored = f"it failed: {(sample.error.message.splitlines() or ['no reason given'])[0][:200]}"
         why = unscored
     if ids:
-        return Scored(name, labels, ids, unscored=unscored)
+        return ScoredSample(name, labels, ids, unscored=unscored)
     calls = [event for event in sample.events if event.event == "model" and event.call is not None]
     hashes = tuple(canonical_hash(one.call.request["messages"]) for one in calls if "messages" in one.call.request)
-    return Scored(
+    return ScoredSample(
         name, labels, (), hashes, answers=tuple(one.output.completion for one in calls), problem=why, unscored=unscored
     )
 

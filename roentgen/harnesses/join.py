@@ -19,7 +19,7 @@ from httpx2 import HTTPError
 from roentgen.contract import LabelValue
 from roentgen.harnesses.inspect_log import inspect_files, read_inspect
 from roentgen.harnesses.lm_eval_log import lm_eval_files, read_lm_eval
-from roentgen.harnesses.scored import LogError, Scored, with_grades
+from roentgen.harnesses.scored import LogError, ScoredSample, with_grades
 from roentgen.http_client import connect, explain
 from roentgen.store import Session, StoreError
 from roentgen.store.labels import Labeled
@@ -53,7 +53,7 @@ class JoinReport:
     """By the reason, the samples that have none."""
 
 
-class Target(Protocol):
+class LabelTarget(Protocol):
     """A session that gets labels."""
 
     def index(self) -> pd.DataFrame:
@@ -138,7 +138,7 @@ def join(
     return join_scored(chosen, open_target(session, api_key))
 
 
-def read_log(log: Path) -> Iterator[Scored]:
+def read_log(log: Path) -> Iterator[ScoredSample]:
     """Yield the samples of a log, or of all logs of a folder.
 
     Raises:
@@ -162,7 +162,7 @@ def read_log(log: Path) -> Iterator[Scored]:
             yield replace(sample, name=f"{file.stem} {sample.name}") if several else sample
 
 
-def open_target(session: str | Path, api_key: str) -> Target:
+def open_target(session: str | Path, api_key: str) -> LabelTarget:
     """Return a session to be labeled.
 
     Raises:
@@ -173,7 +173,7 @@ def open_target(session: str | Path, api_key: str) -> Target:
     return StoredTarget(Session.open(session))
 
 
-def join_scored(samples: Sequence[Scored], target: Target) -> JoinReport:
+def join_scored(samples: Sequence[ScoredSample], target: LabelTarget) -> JoinReport:
     """Add samples' scores to the rollouts of a session.
 
     Raises:
@@ -213,7 +213,7 @@ def join_scored(samples: Sequence[Scored], target: Target) -> JoinReport:
     )
 
 
-def _disputed(samples: Sequence[Scored], found: Sequence[Sequence[str]]) -> set[str]:
+def _disputed(samples: Sequence[ScoredSample], found: Sequence[Sequence[str]]) -> set[str]:
     """Return the rollouts to which several samples would give different values of one label."""
     said: dict[tuple[str, str], LabelValue] = {}
     disputed = set()
@@ -247,7 +247,7 @@ class _Asked:
             for text in {prompt.strip(), bare.strip()}:
                 self._by_text[text].append(row["rollout_id"])
 
-    def find(self, sample: Scored) -> tuple[str, ...]:
+    def find(self, sample: ScoredSample) -> tuple[str, ...]:
         """Return the rollouts of a sample's prompts that were answered as the log says; another model's are not its."""
         lists = [self._by_problem.get(one, []) for one in sample.prompt_hashes]
         lists += [self._by_text.get(text.strip(), []) for text in sample.texts]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from roentgen.contract import LabelValue, canonical_hash
-from roentgen.harnesses.scored import LogError, Scored, flat_labels
+from roentgen.harnesses.scored import LogError, ScoredSample, flat_labels
 
 _NO_FILTER = "none"
 _TASK = re.compile(r"samples_(.+)_\d{4}-\d\d-\d\d(?:T[\d.:-]+)?")
@@ -23,7 +23,7 @@ def lm_eval_files(log: Path) -> list[Path]:
     return sorted(log.rglob("samples_*.jsonl")) if log.is_dir() else [log]
 
 
-def read_lm_eval(file: Path) -> Iterator[Scored]:
+def read_lm_eval(file: Path) -> Iterator[ScoredSample]:
     """Yield a file's samples.
 
     Raises:
@@ -41,7 +41,7 @@ def read_lm_eval(file: Path) -> Iterator[Scored]:
                 raise LogError(f"{file}, line {number}: no sample of lm-eval: {error}") from error
 
 
-def _scored(sample: dict[str, Any], stem: str, number: int) -> Scored:
+def _scored(sample: dict[str, Any], stem: str, number: int) -> ScoredSample:
     labels: dict[str, LabelValue] = {"doc_id": sample["doc_id"]}
     if found := _TASK.fullmatch(stem):
         labels["task"] = found[1]
@@ -59,7 +59,7 @@ def _scored(sample: dict[str, Any], stem: str, number: int) -> Scored:
         if isinstance(rest, str):  # it was only read, and the responses are its log-likelihoods
             answers = ()
     name = f"{stem} line {number} (doc {sample['doc_id']})"
-    return Scored(name, labels, prompt_hashes=tuple(hashes), texts=tuple(texts), answers=answers)
+    return ScoredSample(name, labels, prompt_hashes=tuple(hashes), texts=tuple(texts), answers=answers)
 
 
 def _conversation(prompt: str) -> Any:

@@ -17,7 +17,7 @@ class LogError(RoentgenError):
 
 
 @dataclass(frozen=True)
-class Scored:
+class ScoredSample:
     """A sample of a log."""
 
     name: str
@@ -59,7 +59,7 @@ def flat_labels(name: str, value: Any) -> dict[str, LabelValue]:
     return {name: str(value)}
 
 
-def with_grades(samples: Sequence[Scored]) -> list[Scored]:
+def with_grades(samples: Sequence[ScoredSample]) -> list[ScoredSample]:
     """Return samples with grades as numbers: the texts of a score of which all are grades. A, B, C and D are none."""
     texts = [(name, value) for sample in samples for name, value in sample.labels.items() if isinstance(value, str)]
     named = {name for name, _ in texts} - {name for name, value in texts if value not in GRADES}

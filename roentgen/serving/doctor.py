@@ -27,7 +27,7 @@ TOO_FULL = 0.9
 
 
 @dataclass(frozen=True)
-class Finding:
+class Diagnosis:
     """What one check found."""
 
     what: str
@@ -40,7 +40,7 @@ class Finding:
     """What to do, if something is wrong."""
 
 
-def examine_server(base: str, key: str) -> list[Finding]:
+def examine_server(base: str, key: str) -> list[Diagnosis]:
     """Examine a server over HTTP.
 
     Args:
@@ -53,88 +53,92 @@ def examine_server(base: str, key: str) -> list[Finding]:
         socket.create_connection((url.host, port), timeout=5).close()
     except OSError as error:
         todo = "start it (`roentgen serve`), or open a tunnel: ssh -N -L PORT:localhost:PORT CLUSTER"
-        return [Finding("port", "wrong", f"nothing answers at {url.host}:{port}: {error}", todo)]
+        return [Diagnosis("port", "wrong", f"nothing answers at {url.host}:{port}: {error}", todo)]
     with connect(base, key, 30) as client:
-        checks: list[Callable[[Client], Finding]] = [_health, _routes, _model, _sessions]
-        return [Finding("port", "fine", f"{url.host}:{port} answers"), *(_made(check, client) for check in checks)]
+        checks: list[Callable[[Client], Diagnosis]] = [_health, _routes, _model, _sessions]
+        return [Diagnosis("port", "fine", f"{url.host}:{port} answers"), *(_made(check, client) for check in checks)]
 
 
-def examine_here(port: int) -> list[Finding]:
+def examine_here(port: int) -> list[Diagnosis]:
     """Examine this machine: what listens, GPUs, disk, packages, Ray's nodes, Serve, the ends of logs."""
     listener = find_listener(port)
-    who = Finding(
+    who = Diagnosis(
         "listener", "fine" if listener and listener.is_ours else "wrong" if listener else "note", str(listener)
     )
     if listener is None:
-        who = Finding("listener", "note", f"nothing listens on port {port}", "start a server, or name its port")
+        who = Diagnosis("listener", "note", f"nothing listens on port {port}", "start a server, or name its port")
     elif not listener.is_ours:
-        who = Finding("listener", "wrong", str(listener), "it is not Roentgen's: end it, or choose another --port")
+        who = Diagnosis("listener", "wrong", str(listener), "it is not Roentgen's: end it, or choose another --port")
     return [who, _gpu(), *_disk(), *_packages(), *_ray(), *_logs()]
 
 
-def _made(check: Callable[[Client], Finding], client: Client) -> Finding:
+def _made(check: Callable[[Client], Diagnosis], client: Client) -> Diagnosis:
     name = check.__name__.lstrip("_")
     try:
         return check(client)
     except (HTTPError, ValueError, KeyError, IndexError) as error:
-        return Finding(name, "wrong", f"{type(error).__name__}: {error}", "is it a Roentgen server that answers here?")
+        return Diagnosis(
+            name, "wrong", f"{type(error).__name__}: {error}", "is it a Roentgen server that answers here?"
+        )
 
 
-def _health(client: Client) -> Finding:
+def _health(client: Client) -> Diagnosis:
     started = time.monotonic()
     answer = client.get("/health")
     seconds = time.monotonic() - started
     said = answer.json()
     text = f"{said['status']}: {said['stage']} ({1000 * seconds:.0f} ms)"
     if answer.status_code == 200:
-        return Finding("health", "fine", text)
+        return Diagnosis("health", "fine", text)
     if said["status"] == "loading":
-        return Finding("health", "note", text, "wait: a first start may download the model")
-    return Finding("health", "wrong", text, "read the replica's log below; another model: POST /v1/models/load")
+        return Diagnosis("health", "note", text, "wait: a first start may download the model")
+    return Diagnosis("health", "wrong", text, "read the replica's log below; another model: POST /v1/models/load")
 
 
-def _routes(client: Client) -> Finding:
+def _routes(client: Client) -> Diagnosis:
     answer = client.get("/openapi.json")
     if answer.status_code == 401:
-        return Finding("routes", "wrong", "401: the key is missing or wrong", "export ROENTGEN_API_KEY=…")
+        return Diagnosis("routes", "wrong", "401: the key is missing or wrong", "export ROENTGEN_API_KEY=…")
     routes = answer.json()["paths"]
     if "/v1/chat/completions" in routes and "/v1/models/load" in routes:
-        return Finding("routes", "fine", f"{len(routes)} routes")
-    return Finding("routes", "wrong", f"not Roentgen's: {', '.join(list(routes)[:5])}", "something else has this port")
+        return Diagnosis("routes", "fine", f"{len(routes)} routes")
+    return Diagnosis(
+        "routes", "wrong", f"not Roentgen's: {', '.join(list(routes)[:5])}", "something else has this port"
+    )
 
 
-def _model(client: Client) -> Finding:
+def _model(client: Client) -> Diagnosis:
     answer = client.get("/v1/models")
     if answer.is_error:
-        return Finding("model", "wrong", f"{answer.status_code}: {answer.text[:200]}", "see health")
+        return Diagnosis("model", "wrong", f"{answer.status_code}: {answer.text[:200]}", "see health")
     model = answer.json()["data"][0]
-    return Finding("model", "fine", f"{model['id']} ({model.get('dtype')}, {model.get('num_layers')} layers)")
+    return Diagnosis("model", "fine", f"{model['id']} ({model.get('dtype')}, {model.get('num_layers')} layers)")
 
 
-def _sessions(client: Client) -> Finding:
+def _sessions(client: Client) -> Diagnosis:
     answer = client.get("/v1/activations/sessions")
     if answer.is_error:
-        return Finding(
+        return Diagnosis(
             "store", "wrong", f"{answer.status_code}: {answer.text[:200]}", "is the store there and writable?"
         )
-    return Finding("store", "fine", f"{len(answer.json()['data'])} sessions")
+    return Diagnosis("store", "fine", f"{len(answer.json()['data'])} sessions")
 
 
-def _gpu() -> Finding:
+def _gpu() -> Diagnosis:
     if shutil.which("nvidia-smi") is None:
-        return Finding("GPU", "note", "none: no nvidia-smi here, the model runs on the CPU")
+        return Diagnosis("GPU", "note", "none: no nvidia-smi here, the model runs on the CPU")
     query = "--query-gpu=name,memory.used,memory.total,utilization.gpu"
     done = subprocess.run(
         ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, check=False, timeout=30
     )
     if done.returncode:
-        return Finding(
+        return Diagnosis(
             "GPU", "wrong", (done.stdout + done.stderr).strip()[:300], "the driver does not work: another node"
         )
-    return Finding("GPU", "fine", "; ".join(done.stdout.strip().splitlines()))
+    return Diagnosis("GPU", "fine", "; ".join(done.stdout.strip().splitlines()))
 
 
-def _disk() -> Iterator[Finding]:
+def _disk() -> Iterator[Diagnosis]:
     store = os.environ.get("STORE", "")
     folders = [Path.home(), Path("/tmp"), *([Path(store)] if store.startswith("/") else [])]
     for folder in folders:
@@ -142,24 +146,26 @@ def _disk() -> Iterator[Finding]:
             usage = shutil.disk_usage(folder)
             full = usage.used / usage.total
             text = f"{folder}: {usage.free / 1e9:.0f} GB free, {full:.0%} used"
-            yield Finding("disk", "wrong" if full > TOO_FULL else "fine", text, "make room" if full > TOO_FULL else "")
+            yield Diagnosis(
+                "disk", "wrong" if full > TOO_FULL else "fine", text, "make room" if full > TOO_FULL else ""
+            )
 
 
-def _packages() -> Iterator[Finding]:
+def _packages() -> Iterator[Diagnosis]:
     for package, wanted in PINNED:
         try:
             found = version(package)
         except PackageNotFoundError:
             found = "not installed"
         good = found.startswith(wanted)
-        yield Finding(package, "fine" if good else "wrong", found, "" if good else f"needs {wanted}*: make install")
+        yield Diagnosis(package, "fine" if good else "wrong", found, "" if good else f"needs {wanted}*: make install")
 
 
-def _ray() -> Iterator[Finding]:
+def _ray() -> Iterator[Diagnosis]:
     """Find out which nodes are alive and what Serve says, at the Ray that the start script named."""
     address = os.environ.get("RAY_ADDRESS")
     if not address:
-        yield Finding("Ray", "note", "RAY_ADDRESS is not set: no cluster was started here by cluster/start.sh")
+        yield Diagnosis("Ray", "note", "RAY_ADDRESS is not set: no cluster was started here by cluster/start.sh")
         return
     from roentgen.ray_connection import ClusterError, connected
 
@@ -171,7 +177,7 @@ def _ray() -> Iterator[Finding]:
             nodes = ray.nodes()
             alive = [node["NodeManagerAddress"] for node in nodes if node["Alive"]]
             lost = {node["NodeManagerAddress"] for node in nodes} - set(alive)
-            yield Finding(
+            yield Diagnosis(
                 "Ray",
                 "wrong" if lost else "fine",
                 f"alive: {', '.join(sorted(alive))}" + (f"; lost: {', '.join(sorted(lost))}" if lost else ""),
@@ -182,17 +188,17 @@ def _ray() -> Iterator[Finding]:
                     f"{key} {one.status} {one.replica_states}" for key, one in application.deployments.items()
                 )
                 good = application.status == "RUNNING"
-                yield Finding(
+                yield Diagnosis(
                     "Serve", "fine" if good else "wrong", f"{name} {application.status}: {states}", application.message
                 )
     except ClusterError as error:
-        yield Finding("Ray", "wrong", str(error), "launch cluster.yaml again")
+        yield Diagnosis("Ray", "wrong", str(error), "launch cluster.yaml again")
 
 
-def _logs() -> Iterator[Finding]:
+def _logs() -> Iterator[Diagnosis]:
     """Show the last error of each of Serve's newest logs."""
     newest = sorted((LOGS / "serve").glob("*.log"), key=lambda file: file.stat().st_mtime, reverse=True)[:8]
     for file in newest:
         errors = [line for line in file.read_text(errors="replace").splitlines() if "ERROR" in line or "Error:" in line]
         if errors:
-            yield Finding("log", "note", f"{file.name}: {errors[-1][:300]}", f"tail -n 50 {file}")
+            yield Diagnosis("log", "note", f"{file.name}: {errors[-1][:300]}", f"tail -n 50 {file}")

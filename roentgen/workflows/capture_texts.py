@@ -37,7 +37,7 @@ from serve_app.models.description import describe
 from serve_app.models.errors import ModelNotFoundError
 from serve_app.models.sources import ModelSource, locate
 from serve_app.teacher_forcing.already_captured import OtherCaptureError, find_missing
-from serve_app.teacher_forcing.forced_capture import NotStored, Stored, TeacherForcing
+from serve_app.teacher_forcing.forced_capture import FailedText, StoredText, TeacherForcing
 from serve_app.teacher_forcing.tokens import TokenizedTranscript, UnreadableTextError, transcript_tokenizer
 
 SECONDS_BETWEEN_LINES = 5.0
@@ -245,10 +245,10 @@ def _capture(
     with bar:
         for number, outcome in enumerate(forcing.capture(texts), start=1):
             match outcome:
-                case Stored(text=text):
+                case StoredText(text=text):
                     report.stored += 1
                     report.tokens += len(text.sequence.token_ids)
-                case NotStored(text=text, reason=reason):
+                case FailedText(text=text, reason=reason):
                     report.failures.append((text.transcript.name, reason))
             now = time.monotonic()
             report.seconds = now - started

@@ -245,7 +245,7 @@ def write_rows(parts: Sequence[StoredRollouts], key: str, folder: Path) -> Table
     """
     width = _width(parts, key)
     schema = pa.schema([*_DESCRIBED, ("values", pa.list_(pa.float32(), width))])
-    pending: list[_Rows] = []
+    pending: list[_RowBatch] = []
     size = 0
     with _Files(folder / key, schema) as files:
         for rows in _read_rows(parts, key, folder):
@@ -260,7 +260,7 @@ def write_rows(parts: Sequence[StoredRollouts], key: str, folder: Path) -> Table
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _RowBatch:
     """One rollout's rows of a key."""
 
     rollout: dict[str, Any]
@@ -287,7 +287,7 @@ def _width(parts: Sequence[StoredRollouts], key: str) -> int:
     return widths.pop()
 
 
-def _read_rows(parts: Sequence[StoredRollouts], key: str, folder: Path) -> Iterator[_Rows]:
+def _read_rows(parts: Sequence[StoredRollouts], key: str, folder: Path) -> Iterator[_RowBatch]:
     rollouts = _read_rollouts(folder)
     for part in parts:
         has = [key in part.session.spec(str(shard)).keys for shard in part.rollouts["shard"]]
@@ -301,7 +301,7 @@ def _read_rows(parts: Sequence[StoredRollouts], key: str, folder: Path) -> Itera
                 continue
             item, shard = next(items), part.session.shard(name)
             columns = {column: shard.column(column)[start:stop] for column in ("token_id", "generated", "logprob")}
-            yield _Rows(rollout, item.position, columns, item.values.float().flatten(1).numpy())
+            yield _RowBatch(rollout, item.position, columns, item.values.float().flatten(1).numpy())
 
 
 def _read_rollouts(folder: Path) -> Iterator[dict[str, Any]]:
@@ -311,7 +311,7 @@ def _read_rollouts(folder: Path) -> Iterator[dict[str, Any]]:
             yield from batch.to_pylist()
 
 
-def _table(rows: Sequence[_Rows], schema: pa.Schema) -> pa.Table:
+def _table(rows: Sequence[_RowBatch], schema: pa.Schema) -> pa.Table:
     counts = [len(one.position) for one in rows]
     position = np.concatenate([one.position for one in rows])
     pooled = position < 0

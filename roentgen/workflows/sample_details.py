@@ -22,7 +22,7 @@ _NUMBER = re.compile(r"_0*([0-9]+)(_e[0-9]+)?(_v-.*)?$")
 
 
 @dataclass(frozen=True)
-class Found:
+class SelectedSample:
     """A sample, and which others the same words name."""
 
     sample: Sample
@@ -79,7 +79,7 @@ class ProbeScore:
 
 
 @dataclass(frozen=True)
-class Shown:
+class SampleDetails:
     """All that is known of a sample."""
 
     sample: Sample
@@ -98,7 +98,7 @@ class Shown:
     """Names of the other samples that the same words name: of other epochs and variants."""
 
 
-def find_sample(run: Run, which: str | int, *, epoch: int | None = None, variant: str | None = None) -> Found:
+def find_sample(run: Run, which: str | int, *, epoch: int | None = None, variant: str | None = None) -> SelectedSample:
     """Find a sample.
 
     Args:
@@ -123,7 +123,7 @@ def find_sample(run: Run, which: str | int, *, epoch: int | None = None, variant
     found = [samples[place] for place in places]
     kept = [s for s in found if epoch in (None, s.epoch) and variant in (None, s.variant)]
     if kept:
-        return Found(kept[0], [sample.sample_id for sample in kept[1:]])
+        return SelectedSample(kept[0], [sample.sample_id for sample in kept[1:]])
     if found:
         there = ", ".join(sample.sample_id for sample in found)
         asked = [f"epoch {epoch}"] * (epoch is not None) + [f"variant {variant!r}"] * (variant is not None)
@@ -134,13 +134,13 @@ def find_sample(run: Run, which: str | int, *, epoch: int | None = None, variant
     )
 
 
-def describe(run: Run, sample: Sample, others: list[str]) -> Shown:
+def describe(run: Run, sample: Sample, others: list[str]) -> SampleDetails:
     """Say all that is known of a sample; what the store or a probe cannot say is said to be unknown.
 
     Args:
         run: whose.
         sample: which.
-        others: names of other samples that it was asked for with (`Found.others`).
+        others: names of other samples that it was asked for with (`SelectedSample.others`).
 
     Raises:
         SavedProbeError: if the run's probes are damaged.
@@ -155,7 +155,7 @@ def describe(run: Run, sample: Sample, others: list[str]) -> Shown:
     scores = [_score(folder, parts, lost) for folder in run.probe_folders()]
     verdicts = {name: sample.verdict(name) for name in sample.answers}
     ordered = sorted(stored, key=lambda rows: rows.turn)
-    return Shown(sample, run.config.settings["extractor"], verdicts, ordered, lost, scores, others)
+    return SampleDetails(sample, run.config.settings["extractor"], verdicts, ordered, lost, scores, others)
 
 
 def _rows(part: StoredRollouts, number: int) -> StoredRows:

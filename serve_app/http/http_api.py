@@ -25,7 +25,7 @@ from roentgen.store import StoreError
 from roentgen.strict_json import JsonError, read_json
 from roentgen.version import __version__
 from serve_app.http.metrics import Metrics
-from serve_app.http.middleware import BodyLimit, HeadAsGet, LoopbackOnly, Observed
+from serve_app.http.middleware import BodyLimit, HeadAsGet, LoopbackOnly, RequestObserver
 from serve_app.http.run_addresses import SERVERS, RunAddresses, named_by_prompt
 from serve_app.http.run_registry import run_of
 from serve_app.openai_api.errors import ApiError, from_json, from_validation
@@ -116,7 +116,7 @@ def make_api(max_body_bytes: int, metrics: Metrics, cors_origins: Sequence[str] 
             allow_headers=["*"],  # Authorization, and what OpenAI's SDK says of itself
             expose_headers=["X-Request-Id", "Retry-After"],
         )
-    api.add_middleware(Observed, metrics=metrics)
+    api.add_middleware(RequestObserver, metrics=metrics)
 
     @api.exception_handler(ApiError)
     async def on_api_error(request: Request, error: ApiError) -> JSONResponse:

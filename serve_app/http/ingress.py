@@ -30,7 +30,7 @@ from serve_app.config import ModelChoice, ServerConfig
 from serve_app.http.event_stream import EventStream, ResponseEventStream
 from serve_app.http.http_api import JsonRoute, locks, make_api
 from serve_app.http.metrics import Metrics
-from serve_app.http.run_registry import CallNumbers, Numbers, RunBook, SharedNumbers, with_identity
+from serve_app.http.run_registry import RunRegistry, SharedTurnCounter, TurnCounter, TurnNumbers, with_identity
 from serve_app.openai_api import schemas
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.completions import CompletionRequest
@@ -75,8 +75,8 @@ class Ingress:
         self._metrics = Metrics()
         self._replicas = Replicas(model, config, redeploy)
         self._writing: Counter[str] = Counter()
-        self._runs = RunBook(config.store)
-        self._numbers: Numbers = CallNumbers(config.store) if numbers is None else SharedNumbers(numbers)
+        self._runs = RunRegistry(config.store)
+        self._numbers: TurnNumbers = TurnCounter(config.store) if numbers is None else SharedTurnCounter(numbers)
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         """Bind the routes to this object's methods; Serve calls it once per replica. All but `/health` ask for the key."""

@@ -28,7 +28,7 @@ CLIENT_GONE = 499
 """What the log and the metrics call a request whose client left before an answer began (the web server nginx's number)."""
 
 
-class Observed:
+class RequestObserver:
     """Knows every request by an id (its `X-Request-Id`), measures it, and logs it at its end.
 
     Routes leave what they know in `request.state`: `stats` (a `RequestStats`) and `error_code`.
@@ -131,7 +131,7 @@ class HeadAsGet:
                 await send({"type": "http.response.body", "body": b""})
                 sent.set()
 
-        # In place: what the routes write into the scope is for `Observed`, too.
+        # In place: what the routes write into the scope is for `RequestObserver`, too.
         scope["method"] = "GET"
         answer = asyncio.create_task(_called(self._app, scope, receive, headers_only))
         headers = asyncio.create_task(sent.wait())

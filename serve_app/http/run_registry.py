@@ -4,7 +4,7 @@ Settings lie in `STORE/.runs/<id>.json`, so every ingress and every server over 
 They never change once they are there: what a run's rollouts have in common is what its id says.
 
 Each call under an address of a run is a turn of its own, also one that repeats another. The numbers go on where the store's
-index ends. `CallNumbers` therefore has to be one for the application: the ingress has it where there is one ingress, and a
+index ends. `TurnCounter` therefore has to be one for the application: the ingress has it where there is one ingress, and a
 deployment of one replica where there are several (`app`).
 """
 
@@ -37,7 +37,7 @@ FOLDER = ".runs"
 
 
 @dataclass(frozen=True)
-class Run:
+class RegisteredRun:
     """A run, as it lies in the store."""
 
     id: str
@@ -58,20 +58,20 @@ class Run:
         }
 
 
-class RunBook:
+class RunRegistry:
     """The runs of a store. What has been read is kept, since it never changes."""
 
     def __init__(self, store: str) -> None:
         self._store = store
-        self._known: dict[str, Run] = {}
+        self._known: dict[str, RegisteredRun] = {}
 
-    async def begin(self, settings: RunSettings) -> Run:
+    async def begin(self, settings: RunSettings) -> RegisteredRun:
         """Make a run, unless it is there with the same settings.
 
         Raises:
             ApiError: 409, if it is there with others.
         """
-        run = Run(settings.id or f"run-{str(ULID()).lower()}", int(time.time()), settings)
+        run = RegisteredRun(settings.id or f"run-{str(ULID()).lower()}", int(time.time()), settings)
         known = await self.find(run.id)
         if known is None:
             await asyncio.to_thread(self._write, run)
@@ -87,13 +87,13 @@ class RunBook:
             )
         return known
 
-    async def find(self, run_id: str) -> Run | None:
+    async def find(self, run_id: str) -> RegisteredRun | None:
         """Return a run, None if there is no such."""
         if run_id in self._known:
             return self._known[run_id]
         return await asyncio.to_thread(self._read, run_id)
 
-    async def get(self, run_id: str) -> Run:
+    async def get(self, run_id: str) -> RegisteredRun:
         """Return a run.
 
         Raises:
@@ -105,25 +105,25 @@ class RunBook:
             raise ApiError(404, message, param="run", code="run_not_found")
         return run
 
-    def list(self) -> list[Run]:
+    def list(self) -> list[RegisteredRun]:
         """Return all runs, in order of their ids."""
         names = [entry.name for entry in open_place(self._store).child(FOLDER).entries()]
         ids = [name.removesuffix(".json") for name in names if name.endswith(".json") and not name.startswith(".")]
         return [run for run in map(self._read, ids) if run is not None]
 
-    def _write(self, run: Run) -> None:
+    def _write(self, run: RegisteredRun) -> None:
         content = {"id": run.id, "created": run.created, "settings": _content(run)}
         try:
             open_place(self._store).child(FOLDER).put(f"{run.id}.json", [json.dumps(content).encode()])
         except OSError as error:
             raise StoreError(f"run {run.id} cannot be written to {self._store}: {error}") from error
 
-    def _read(self, run_id: str) -> Run | None:
+    def _read(self, run_id: str) -> RegisteredRun | None:
         if run_id in self._known:
             return self._known[run_id]
         try:
             content = json.loads(open_place(self._store).child(FOLDER).read(f"{run_id}.json"))
-            run = Run(run_id, content["created"], RunSettings.model_validate(content["settings"]))
+            run = RegisteredRun(run_id, content["created"], RunSettings.model_validate(content["settings"]))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError) as error:
@@ -131,18 +131,18 @@ class RunBook:
         return self._known.setdefault(run_id, run)
 
 
-def _content(run: Run) -> dict[str, object]:
+def _content(run: RegisteredRun) -> dict[str, object]:
     return run.settings.given("activations", "probes", "steering", "defaults")
 
 
-class Numbers(Protocol):
+class TurnNumbers(Protocol):
     """Where calls get their numbers."""
 
     async def take(self, run_id: str, session_id: str, problem_id: str, epoch: int, count: int) -> int:
         """Return the first of `count` numbers that no call of a run's problem has had."""
 
 
-class CallNumbers:
+class TurnCounter:
     """Numbers the calls of every problem of every run, from 0."""
 
     def __init__(self, store: str) -> None:
@@ -173,8 +173,8 @@ class CallNumbers:
         return following
 
 
-class SharedNumbers:
-    """A deployment of `CallNumbers`, as ingresses ask it."""
+class SharedTurnCounter:
+    """A deployment of `TurnCounter`, as ingresses ask it."""
 
     def __init__(self, handle: "DeploymentHandle") -> None:
         self._handle = handle
@@ -185,7 +185,7 @@ class SharedNumbers:
         return first
 
 
-async def run_of(request: Request) -> Run | None:
+async def run_of(request: Request) -> RegisteredRun | None:
     """Return the run whose address a request has, None if it has no such address.
 
     Raises:
@@ -194,12 +194,12 @@ async def run_of(request: Request) -> Run | None:
     address: RunAddress | None = getattr(request.state, "run_address", None)
     if address is None:
         return None
-    book: RunBook = request.app.state.runs
+    book: RunRegistry = request.app.state.runs
     return await book.get(address.run_id)
 
 
 async def with_identity(
-    request: ChatRequest | CompletionRequest | ResponsesRequest, address: RunAddress | None, numbers: Numbers
+    request: ChatRequest | CompletionRequest | ResponsesRequest, address: RunAddress | None, numbers: TurnNumbers
 ) -> ChatRequest | CompletionRequest | ResponsesRequest:
     """Return a request with the key that its address and its number say, if it keeps something."""
     asked = request.capture

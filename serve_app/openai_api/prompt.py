@@ -23,7 +23,7 @@ from roentgen.tokenized_text import Segment, TokenizedText
 from serve_app.models.tokenization import PROMPT, tokenize_rendered
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.messages import Message, Tool, check_tool_results
-from serve_app.openai_api.tools import Turn, native_turns, offered, plain_turns, takes_tools
+from serve_app.openai_api.tools import TemplateTurn, native_turns, offered, plain_turns, takes_tools
 
 log = logging.getLogger(__name__)
 
@@ -127,7 +127,7 @@ class _Template:
             else:
                 log.info("chat_template_kwargs: %s's chat template does not use %r; %s", model, name, known)
 
-    def take(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[Turn]:
+    def take(self, messages: Sequence[Message], tools: Sequence[Tool]) -> list[TemplateTurn]:
         """Write a conversation for this template, which shows the tools from now on if it can."""
         if not tools and not any(message.role == "tool" or message.tool_calls for message in messages):
             return native_turns(messages, self._takes_parts)
@@ -146,7 +146,7 @@ class _Template:
             has_system = False
         return plain_turns(messages, tools, has_system=has_system)
 
-    def render(self, turns: list[Turn], *, whole: bool = True) -> str:
+    def render(self, turns: list[TemplateTurn], *, whole: bool = True) -> str:
         """Render turns to text.
 
         Args:
@@ -190,7 +190,7 @@ def template_variables(source: str) -> frozenset[str]:
     return frozenset(meta.find_undeclared_variables(parsed))
 
 
-def _segments(template: _Template, turns: list[Turn], text: str) -> list[Segment]:
+def _segments(template: _Template, turns: list[TemplateTurn], text: str) -> list[Segment]:
     segments: list[Segment] = []
     start = 0
     for count, turn in enumerate(turns, start=1):
@@ -207,7 +207,7 @@ def _segments(template: _Template, turns: list[Turn], text: str) -> list[Segment
     return segments
 
 
-def _turn_start(template: _Template, turns: list[Turn], text: str, offsets: list[int]) -> int:
+def _turn_start(template: _Template, turns: list[TemplateTurn], text: str, offsets: list[int]) -> int:
     """Return the token that covers the last character of the last assistant message's own words, calls included.
 
     If they cannot be found in what the template made of them, it is the first of its words, or the first token of all:
@@ -226,10 +226,10 @@ def _turn_start(template: _Template, turns: list[Turn], text: str, offsets: list
     return max(0, bisect_right(offsets, character) - 1)
 
 
-def _begins(template: _Template, turns: list[Turn], place: int, text: str) -> int | None:
+def _begins(template: _Template, turns: list[TemplateTurn], place: int, text: str) -> int | None:
     """Return the character at which a turn's words begin: the first that changes when they begin with something else."""
     said, *others = turns[place].messages
-    marked = Turn(turns[place].role, [{**said, "content": _marked(said["content"])}, *others], "")
+    marked = TemplateTurn(turns[place].role, [{**said, "content": _marked(said["content"])}, *others], "")
     try:
         changed = template.render([*turns[:place], marked, *turns[place + 1 :]])
     except REFUSALS:

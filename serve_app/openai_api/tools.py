@@ -24,7 +24,7 @@ To answer without calling a function, just write the answer."""
 
 
 @dataclass(frozen=True)
-class Turn:
+class TemplateTurn:
     """What one role says at a time, as a chat template takes it."""
 
     role: str
@@ -35,14 +35,16 @@ class Turn:
     """The last words of it that the template is to render, as far as they are known."""
 
 
-def native_turns(messages: Sequence[Message], in_parts: Callable[[str], bool] = lambda role: False) -> list[Turn]:
+def native_turns(
+    messages: Sequence[Message], in_parts: Callable[[str], bool] = lambda role: False
+) -> list[TemplateTurn]:
     """Write a conversation for a template that knows tools; results come in the order of their calls.
 
     Args:
         messages: the conversation, which has passed `check_tool_results`.
         in_parts: whether the template takes a role's content in parts; it is asked where there are several.
     """
-    turns: list[Turn] = []
+    turns: list[TemplateTurn] = []
     names: dict[str, str] = {}
     for message in messages:
         if message.role == "tool":
@@ -53,7 +55,7 @@ def native_turns(messages: Sequence[Message], in_parts: Callable[[str], bool] = 
                 # The model sees no ids: it knows by the order which result is which call's.
                 turns[-1].messages.sort(key=lambda sent: list(names).index(sent["tool_call_id"]))
             else:
-                turns.append(Turn("tool", [result], message.content))
+                turns.append(TemplateTurn("tool", [result], message.content))
             continue
         role = "system" if message.role == "developer" else message.role
         words = message.content
@@ -77,11 +79,11 @@ def native_turns(messages: Sequence[Message], in_parts: Callable[[str], bool] = 
                 }
                 for call in message.tool_calls
             ]
-        turns.append(Turn(role, [said], words))
+        turns.append(TemplateTurn(role, [said], words))
     return turns
 
 
-def plain_turns(messages: Sequence[Message], tools: Sequence[Tool], *, has_system: bool) -> list[Turn]:
+def plain_turns(messages: Sequence[Message], tools: Sequence[Tool], *, has_system: bool) -> list[TemplateTurn]:
     """Write a conversation for a template that knows only system, user and assistant, who may have to take turns.
 
     Args:
@@ -90,7 +92,7 @@ def plain_turns(messages: Sequence[Message], tools: Sequence[Tool], *, has_syste
         has_system: whether the template takes a system message; the tools are described to the first user otherwise.
     """
     calls = iter([message for message in messages if message.tool_calls])
-    turns: list[Turn] = []
+    turns: list[TemplateTurn] = []
     for turn in native_turns(messages):
         said = dict(turn.messages[0])
         if turn.role == "tool":
@@ -100,7 +102,7 @@ def plain_turns(messages: Sequence[Message], tools: Sequence[Tool], *, has_syste
         elif said.pop("tool_calls", None):
             blocks = [_call(call.function.name, call.function.arguments) for call in next(calls).tool_calls]
             said["content"] = "\n".join([said["content"], *blocks] if said["content"] else blocks)
-        turns.append(Turn(turn.role, [said], turn.words))
+        turns.append(TemplateTurn(turn.role, [said], turn.words))
     if tools:
         _describe(turns, tools, "system" if has_system else "user")
     return turns
@@ -130,13 +132,13 @@ def takes_tools(template: Callable[[list[dict[str, Any]], list[dict[str, Any]]],
     return all(piece in tried for piece in (written, "next to nothing", "On scales."))
 
 
-def _describe(turns: list[Turn], tools: Sequence[Tool], role: str) -> None:
+def _describe(turns: list[TemplateTurn], tools: Sequence[Tool], role: str) -> None:
     """Put the tools' description after the system message's words, or before the first user's."""
     listed = "\n".join(json.dumps(_signature(tool), ensure_ascii=False) for tool in tools)
     description = f"You may call these functions:\n{listed}\n\n{HOW_TO_CALL}"
     place = next((i for i, turn in enumerate(turns) if turn.messages[0]["role"] == role), None)
     if place is None or (role == "system" and place > 0):
-        turns.insert(0, Turn(role, [{"role": role, "content": description}], description))
+        turns.insert(0, TemplateTurn(role, [{"role": role, "content": description}], description))
         return
     said = turns[place].messages[0]
     pieces = [said["content"], description] if role == "system" else [description, said["content"]]

@@ -33,7 +33,7 @@ from serve_app.openai_api.responses.request import ResponsesRequest
 from serve_app.openai_api.tokenize import DetokenizeRequest, TokenizeRequest, detokenize, tokenize, tokenizer_info
 from serve_app.replica.model_slot import ModelSlot
 from serve_app.requests.generation import Served, generate
-from serve_app.requests.planning import Plan, describe_all, plan_chat, plan_completion, plan_response
+from serve_app.requests.planning import GenerationPlan, describe_all, plan_chat, plan_completion, plan_response
 from serve_app.requests.stats import RequestStats
 
 log = logging.getLogger(__name__)
@@ -162,7 +162,7 @@ class ModelReplica:
         except Exception as error:  # noqa: BLE001 - it leaves as data
             return _error(error)
 
-    def _plan(self, served: Served, request: Generation) -> Plan:
+    def _plan(self, served: Served, request: Generation) -> GenerationPlan:
         _check_model(request.model, served.model.source)
         match request:
             case ChatRequest():
@@ -172,12 +172,12 @@ class ModelReplica:
             case ResponsesRequest():
                 return plan_response(served, request, self._config)
 
-    def _run(self, served: Served, plan: Plan, *, stream: bool) -> AsyncIterator[list[tuple[int, Any]]]:
+    def _run(self, served: Served, plan: GenerationPlan, *, stream: bool) -> AsyncIterator[list[tuple[int, Any]]]:
         timeout_s = self._config.request_timeout_s
         return generate(served, plan.choices, stream=stream, session_id=self._session_id, timeout_s=timeout_s)
 
 
-def _stats(plan: Plan, dones: list[Done]) -> RequestStats:
+def _stats(plan: GenerationPlan, dones: list[Done]) -> RequestStats:
     prompts = {id(choice.prompt): len(choice.prompt.token_ids) for choice in plan.choices}
     return RequestStats.of(dones, sum(prompts.values()))
 

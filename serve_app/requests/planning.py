@@ -52,7 +52,7 @@ BYTES_PER_VALUE = 12
 
 
 @dataclass(frozen=True)
-class Plan:
+class GenerationPlan:
     """A request, ready to run."""
 
     choices: list[Choice]
@@ -65,7 +65,7 @@ class Plan:
     """How the reply spells stored keys, where it does so in another way."""
 
 
-def plan_chat(served: Runner, request: ChatRequest, config: ServerConfig) -> Plan:
+def plan_chat(served: Runner, request: ChatRequest, config: ServerConfig) -> GenerationPlan:
     """Render a conversation and plan its choices.
 
     Raises:
@@ -118,10 +118,10 @@ def plan_chat(served: Runner, request: ChatRequest, config: ServerConfig) -> Pla
     ]
     request_id = f"chatcmpl-{str(ULID()).lower()}"
     reply = ChatReply(request, request_id, model.tokenizer, reasoning, prompt.n_prompt, probes, prompt.token_ids)
-    return Plan(choices, reply, asked, spelling)
+    return GenerationPlan(choices, reply, asked, spelling)
 
 
-def plan_response(served: Runner, request: ResponsesRequest, config: ServerConfig) -> Plan:
+def plan_response(served: Runner, request: ResponsesRequest, config: ServerConfig) -> GenerationPlan:
     """Plan the chat that a response is.
 
     Raises:
@@ -144,7 +144,7 @@ def _grammar(request: ChatRequest, reasoning: Reasoning) -> Grammar | None:
     return None if answer is None else answer_grammar(answer, reasoning=reasoning)
 
 
-def plan_completion(served: Runner, request: CompletionRequest, config: ServerConfig) -> Plan:
+def plan_completion(served: Runner, request: CompletionRequest, config: ServerConfig) -> GenerationPlan:
     """Tokenize raw prompts and plan their choices.
 
     Raises:
@@ -198,7 +198,7 @@ def plan_completion(served: Runner, request: CompletionRequest, config: ServerCo
             for number in range(request.n)
         ]
     reply = CompletionReply(request, f"cmpl-{str(ULID()).lower()}", tokenizer, prompts, served.model.markers, probes)
-    return Plan(choices, reply, asked_for, spelling)
+    return GenerationPlan(choices, reply, asked_for, spelling)
 
 
 def _probes(
@@ -217,7 +217,7 @@ def _numbered(asked: ActivationRequest | None, number: int) -> ActivationRequest
     return asked.model_copy(update={"key": asked.key.model_copy(update={"turn": asked.key.turn + number})})
 
 
-def describe_all(plan: Plan, dones: Sequence[Done]) -> Kept:
+def describe_all(plan: GenerationPlan, dones: Sequence[Done]) -> Kept:
     """Return the reply's `activations`, if they were asked for."""
     if plan.asked is None:
         return {}

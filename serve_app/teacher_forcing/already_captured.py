@@ -17,7 +17,7 @@ class OtherCaptureError(RoentgenError):
 
 
 @dataclass(frozen=True)
-class Held:
+class CapturedTexts:
     """What a session has of some texts."""
 
     missing: list[TokenizedTranscript]
@@ -26,7 +26,7 @@ class Held:
     """How many of those it has under the same key with other tokens; readers will count the new ones."""
 
 
-def find_missing(session: Session | None, texts: Sequence[TokenizedTranscript], spec: CaptureSpec) -> Held:
+def find_missing(session: Session | None, texts: Sequence[TokenizedTranscript], spec: CaptureSpec) -> CapturedTexts:
     """Compare texts with what a session holds.
 
     Args:
@@ -39,7 +39,7 @@ def find_missing(session: Session | None, texts: Sequence[TokenizedTranscript], 
         StoreError: if the session cannot be read.
     """
     if session is None:
-        return Held(list(texts), 0)
+        return CapturedTexts(list(texts), 0)
     frame = session.rollouts()
     keyed = frame[frame["config_hash"].notna()]
     rows = {
@@ -59,7 +59,7 @@ def find_missing(session: Session | None, texts: Sequence[TokenizedTranscript], 
         if (list(row["token_ids"]), row["n_prompt"]) != (text.sequence.token_ids, text.sequence.n_prompt):
             missing.append(text)
             changed += 1
-    return Held(missing, changed)
+    return CapturedTexts(missing, changed)
 
 
 def _check_same(session: Session, stored: CaptureSpec, asked: CaptureSpec) -> None:

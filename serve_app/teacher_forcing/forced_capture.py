@@ -36,7 +36,7 @@ GROUP_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredText:
     """A text whose rollout is durable."""
 
     text: TokenizedTranscript
@@ -44,7 +44,7 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class NotStored:
+class FailedText:
     """A text that could not be captured, and why."""
 
     text: TokenizedTranscript
@@ -108,7 +108,7 @@ class TeacherForcing:
             model_quantization=self._model.quantization,
         )
 
-    def capture(self, texts: Sequence[TokenizedTranscript]) -> Iterator[Stored | NotStored]:
+    def capture(self, texts: Sequence[TokenizedTranscript]) -> Iterator[StoredText | FailedText]:
         """Capture texts, in groups; yields each as soon as it is durable or has failed. Leaving early cancels the rest.
 
         Raises:
@@ -242,7 +242,7 @@ def _joined(rows: CapturedRows, more: CapturedRows) -> CapturedRows:
     return replace(rows, tensors={**rows.tensors, **more.tensors})
 
 
-def _stored(text: TokenizedTranscript, future: "Future[Receipt]") -> Stored | NotStored:
+def _stored(text: TokenizedTranscript, future: "Future[Receipt]") -> StoredText | FailedText:
     """Return what came of a commit: a disk that is full stops everything, a rollout that cannot be stored only itself.
 
     Raises:
@@ -250,13 +250,13 @@ def _stored(text: TokenizedTranscript, future: "Future[Receipt]") -> Stored | No
     """
     error = future.exception()
     if isinstance(error, NonFiniteRowsError):
-        return NotStored(text, str(error))
+        return FailedText(text, str(error))
     if isinstance(error, OSError):
         raise StoreError(f"the activations could not be stored: {error}") from error
     if isinstance(error, Exception):
         return _not_stored(text, error)
-    return Stored(text, future.result())
+    return StoredText(text, future.result())
 
 
-def _not_stored(text: TokenizedTranscript, error: Exception) -> NotStored:
-    return NotStored(text, f"{type(error).__name__}: {error}")
+def _not_stored(text: TokenizedTranscript, error: Exception) -> FailedText:
+    return FailedText(text, f"{type(error).__name__}: {error}")

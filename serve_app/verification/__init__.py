@@ -11,14 +11,14 @@ There is one copy of the weights: the same model runs both computations, one aft
 
 from serve_app.verification.mix import BUILT_IN_PROMPTS, REQUESTS, VerificationError, read_prompts
 from serve_app.verification.rendering import render
-from serve_app.verification.verification_report import Report
+from serve_app.verification.verification_report import VerificationReport
 from serve_app.verification.verify import taps_to_verify, verify_capture
 
 __all__ = [
     "BUILT_IN_PROMPTS",
     "REQUESTS",
-    "Report",
     "VerificationError",
+    "VerificationReport",
     "read_prompts",
     "render",
     "taps_to_verify",

@@ -15,7 +15,7 @@ from queue import Empty, SimpleQueue
 from serve_app.engines.protocol import EngineStoppedError, Event, Failed, Finished, GenerationJob, TextDelta
 from serve_app.engines.transformers.engine import TransformersEngine
 from serve_app.engines.transformers.model import LoadedModel
-from serve_app.verification.mix import Request
+from serve_app.verification.mix import MixRequest
 
 IN_BATCH = 6
 """Places in the engine's batch."""
@@ -30,15 +30,15 @@ ALIVE_CHECK_S = 5.0
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RequestOutcome:
     """What became of a request: `finished`, or `error`, or neither if it was cancelled and heard nothing more."""
 
-    request: Request
+    request: MixRequest
     finished: Finished | None
     error: Exception | None
 
 
-def run_requests(model: LoadedModel, requests: list[Request]) -> tuple[list[Outcome], int]:
+def run_requests(model: LoadedModel, requests: list[MixRequest]) -> tuple[list[RequestOutcome], int]:
     """Run the mix in an engine of its own, which is closed again when this returns.
 
     Returns:
@@ -62,7 +62,7 @@ def run_requests(model: LoadedModel, requests: list[Request]) -> tuple[list[Outc
 class _Run:
     """Submits and cancels when the engine's forwards say that it is time, and gathers what the listeners hear."""
 
-    def __init__(self, engine: TransformersEngine, requests: list[Request]) -> None:
+    def __init__(self, engine: TransformersEngine, requests: list[MixRequest]) -> None:
         self._engine = engine
         self._requests = requests
         self._heard: SimpleQueue[tuple[int, Event]] = SimpleQueue()
@@ -91,7 +91,7 @@ class _Run:
             self._forwards += 1
             self._do_due()
 
-    def outcomes(self) -> tuple[list[Outcome], int]:
+    def outcomes(self) -> tuple[list[RequestOutcome], int]:
         """Run everything; return what became of it, and how many requests were under way at once."""
         events: dict[int, Event] = {}
         expected = sum(request.kind != "cancelled" for request in self._requests)
@@ -134,6 +134,6 @@ class _Run:
             self._acts.popleft()[1]()
 
 
-def _outcome(request: Request, event: Event | None) -> Outcome:
+def _outcome(request: MixRequest, event: Event | None) -> RequestOutcome:
     finished = event if isinstance(event, Finished) else None
-    return Outcome(request, finished, event.error if isinstance(event, Failed) else None)
+    return RequestOutcome(request, finished, event.error if isinstance(event, Failed) else None)

@@ -19,9 +19,9 @@ from serve_app.capture.rows import CapturedRows
 from serve_app.capture.structure import Tap
 from serve_app.engines.protocol import Finished
 from serve_app.engines.transformers.model import LoadedModel
-from serve_app.verification.batch_run import Outcome
-from serve_app.verification.mix import Request
-from serve_app.verification.reference import Alone
+from serve_app.verification.batch_run import RequestOutcome
+from serve_app.verification.mix import MixRequest
+from serve_app.verification.reference import LoneRun
 from serve_app.verification.verification_report import (
     MAX_ERROR,
     MEAN_COSINE,
@@ -29,8 +29,8 @@ from serve_app.verification.verification_report import (
     Deviation,
     Divergence,
     QuantizationEffect,
-    Report,
-    Rollout,
+    VerificationReport,
+    VerifiedRollout,
 )
 
 LOGIT_ROUNDING = {torch.float32: 32, torch.float16: 2, torch.bfloat16: 2}
@@ -42,7 +42,7 @@ RowErrors = tuple[Float[Tensor, "rows"], Float[Tensor, "rows"]]
 """Of rows, the error of each relative to its norm, and its cosine with what was expected."""
 
 
-class Comparison:
+class CaptureComparison:
     """Gathers rollouts, one by one, into a report."""
 
     def __init__(self, model: LoadedModel, taps: dict[str, Tap], together: int) -> None:
@@ -58,12 +58,12 @@ class Comparison:
         self._rows: dict[str, list[RowErrors]] = {key: [] for key in taps}
         self._unquantized_rows: dict[str, list[RowErrors]] = defaultdict(list)
         self._probabilities: list[tuple[Tensor, Tensor]] = []
-        self._rollouts: list[Rollout] = []
+        self._rollouts: list[VerifiedRollout] = []
         self._divergences: list[Divergence] = []
         self._max_logprob_error = 0.0
         self._problems: list[str] = []
 
-    def add(self, outcome: Outcome, alone: Alone | None) -> None:
+    def add(self, outcome: RequestOutcome, alone: LoneRun | None) -> None:
         """Take one outcome, and what its tokens gave alone if it finished."""
         request, finished = outcome.request, outcome.finished
         cancelled = request.kind == "cancelled"
@@ -81,7 +81,7 @@ class Comparison:
         elif finished.captured is not None:
             self._check_rows(request, finished.captured, alone)
 
-    def add_unquantized(self, outcome: Outcome, alone: Alone, plain: Alone) -> None:
+    def add_unquantized(self, outcome: RequestOutcome, alone: LoneRun, plain: LoneRun) -> None:
         """Take what a finished outcome's tokens gave alone with quantized weights, and what with plain ones."""
         captured = outcome.finished.captured if outcome.finished is not None else None
         if captured is not None and captured.position.tolist() == plain.positions:
@@ -90,7 +90,7 @@ class Comparison:
                     self._unquantized_rows[key].append(row_errors(rows, plain.rows[key]))
         self._probabilities.append((alone.logits.log_softmax(1), plain.logits.log_softmax(1)))
 
-    def report(self) -> Report:
+    def report(self) -> VerificationReport:
         """Judge what has been gathered."""
         deviations = tuple(_deviation(key, found) for key, found in self._rows.items() if found)
         problems = list(self._problems)
@@ -104,7 +104,7 @@ class Comparison:
                 problems.append(f"{d.key}: a row's cosine is {d.min_cosine:.4f}, less than {MIN_COSINE}")
         if self._together < 2:
             problems.append("no two requests were under way at once, so nothing was batched")
-        return Report(
+        return VerificationReport(
             model=self._model.source.name,
             revision=self._model.source.revision,
             dtype=str(self._model.dtype).removeprefix("torch."),
@@ -131,10 +131,10 @@ class Comparison:
             mean_divergence=float((there.exp() * (there - here)).sum(1).mean()),
         )
 
-    def _problem(self, request: Request, text: str) -> None:
+    def _problem(self, request: MixRequest, text: str) -> None:
         self._problems.append(f"request {request.number} ({request.kind}): {text}")
 
-    def _check_ending(self, request: Request, finished: Finished) -> None:
+    def _check_ending(self, request: MixRequest, finished: Finished) -> None:
         """Check that it ended when it should, for the reason it gives."""
         n, limit = len(finished.token_ids), request.sampling.max_tokens
         ends = self._model.eos_token_ids | request.sampling.stop_token_ids
@@ -147,7 +147,7 @@ class Comparison:
         if any(stop in finished.text for stop in request.sampling.stop):
             self._problem(request, f"has its stop string in its text: {finished.text!r}")
 
-    def _stopped_by(self, request: Request, finished: Finished) -> str | None:
+    def _stopped_by(self, request: MixRequest, finished: Finished) -> str | None:
         """Say by its tokens what stopped it, None if nothing did."""
         last = set(finished.token_ids[-1:])
         if last & self._model.eos_token_ids:
@@ -157,7 +157,7 @@ class Comparison:
         text = self._model.tokenizer.decode(finished.token_ids)
         return "stop string" if any(stop in text for stop in request.sampling.stop) else None
 
-    def _check_scores(self, request: Request, finished: Finished, alone: Alone) -> None:
+    def _check_scores(self, request: MixRequest, finished: Finished, alone: LoneRun) -> None:
         """Compare log-probabilities, and each greedy choice with the most likely token."""
         tokens, scores = finished.token_ids, finished.scores
         if request.score_prompt:
@@ -187,7 +187,7 @@ class Comparison:
                     request, f"greedy token {found.index} is not the most likely one by a margin of {margin:.1e}"
                 )
 
-    def _check_rows(self, request: Request, captured: CapturedRows, alone: Alone) -> None:
+    def _check_rows(self, request: MixRequest, captured: CapturedRows, alone: LoneRun) -> None:
         """Compare the captured rows, if they are as many as there should be."""
         if captured.position.tolist() != alone.positions:
             self._problem(request, f"has rows of positions {captured.position.tolist()}, not {alone.positions}")
@@ -202,13 +202,13 @@ class Comparison:
             elif len(rows):
                 self._rows[key].append(row_errors(rows, alone.rows[key]))
 
-    def _rollout(self, outcome: Outcome) -> Rollout:
+    def _rollout(self, outcome: RequestOutcome) -> VerifiedRollout:
         request, finished, plan = outcome.request, outcome.finished, outcome.request.plan
         if finished is None:
             ended = "error" if outcome.error else "cancelled"
         else:
             ended = self._stopped_by(request, finished) or finished.finish_reason
-        return Rollout(
+        return VerifiedRollout(
             request=request.number,
             kind=request.kind,
             sampling="greedy" if request.sampling.temperature == 0 else f"seed {request.sampling.seed}",

@@ -49,7 +49,7 @@ class VerificationError(RoentgenError):
 
 
 @dataclass(frozen=True)
-class Request:
+class MixRequest:
     """One request of the mix."""
 
     number: int
@@ -94,7 +94,7 @@ def tokenized(model: LoadedModel, prompts: Sequence[str]) -> list[list[int]]:
 
 def make_requests(
     model: LoadedModel, taps: dict[str, Tap], prompts: list[list[int]], count: int, scouted: list[int]
-) -> list[Request]:
+) -> list[MixRequest]:
     """Make the mix.
 
     Args:
@@ -110,7 +110,7 @@ def make_requests(
 
 def _request(
     model: LoadedModel, taps: dict[str, Tap], prompts: list[list[int]], number: int, scouted: list[int]
-) -> Request:
+) -> MixRequest:
     kind = KINDS.get(number, "free")
     scouts_prompt = prompts[SCOUTED % len(prompts)]
     prompt = prompts[number % len(prompts)] if kind in ("free", "cancelled") else scouts_prompt
@@ -130,7 +130,7 @@ def _request(
             prompt, sampling = prompt + scouted, replace(sampling, max_tokens=0)
         case "free" if number % 2:
             sampling = replace(sampling, temperature=0.8, top_p=0.95, seed=number)
-    return Request(number, prompt, sampling, plan, kind, score_prompt=kind == "read again" or number % 4 == 0)
+    return MixRequest(number, prompt, sampling, plan, kind, score_prompt=kind == "read again" or number % 4 == 0)
 
 
 def _part(taps: dict[str, Tap], number: int) -> dict[str, Tap]:

@@ -21,14 +21,14 @@ from serve_app.capture.rows import CapturePlan
 from serve_app.capture.structure import Tap
 from serve_app.engines.protocol import Finished
 from serve_app.engines.transformers.model import LoadedModel
-from serve_app.verification.mix import Request
+from serve_app.verification.mix import MixRequest
 
 OWN_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 """Attention that transformers brings along."""
 
 
 @dataclass(frozen=True)
-class Alone:
+class LoneRun:
     """What a rollout gives when it runs alone."""
 
     rows: dict[str, Float[Tensor, "rows ..."]]
@@ -66,7 +66,7 @@ def continuation(model: LoadedModel, prompt_ids: list[int], max_tokens: int) -> 
     return ids
 
 
-def run_alone(module: PreTrainedModel, request: Request, finished: Finished) -> Alone:
+def run_alone(module: PreTrainedModel, request: MixRequest, finished: Finished) -> LoneRun:
     """Run a finished rollout's tokens again, as one sequence, and keep what its request asked for."""
     plan, n_completion = request.plan, len(finished.token_ids)
     fed = request.prompt_ids + finished.token_ids[:-1]  # the last token was chosen, but never went through the model
@@ -75,13 +75,13 @@ def run_alone(module: PreTrainedModel, request: Request, finished: Finished) -> 
         output = module(input_ids=torch.tensor([fed], device=module.device), use_cache=False)
     logits = output.logits[0, len(fed) - scored :].float().cpu()
     if plan is None:
-        return Alone({}, [], logits)
+        return LoneRun({}, [], logits)
     positions = kept_positions(plan, len(request.prompt_ids), len(fed))
     rows = {key: value[positions].cpu() for key, value in seen.items()}
     if plan.positions.policy in ("mean_prompt", "mean_generated") and positions:
         rows = {key: value.float().mean(0, keepdim=True).to(value.dtype) for key, value in rows.items()}
         positions = [-1]
-    return Alone(rows, positions, logits)
+    return LoneRun(rows, positions, logits)
 
 
 def kept_positions(plan: CapturePlan, n_prompt: int, n_rows: int) -> list[int]:

@@ -7,10 +7,16 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from serve_app.verification.verification_report import MAX_ERROR, MEAN_COSINE, MIN_COSINE, QuantizationEffect, Report
+from serve_app.verification.verification_report import (
+    MAX_ERROR,
+    MEAN_COSINE,
+    MIN_COSINE,
+    QuantizationEffect,
+    VerificationReport,
+)
 
 
-def render(report: Report) -> Group:
+def render(report: VerificationReport) -> Group:
     """Lay a report out for a terminal."""
     table = Table("hook point", "layer", "rows", "max error", "mean error", "mean cosine", "min cosine")
     ordered = sorted(report.deviations, key=lambda d: (d.layer is None, d.hook_point, d.layer or 0))
@@ -47,7 +53,7 @@ def _effect(effect: QuantizationEffect) -> list[Text]:
     return [Text(line) for line in lines]
 
 
-def _ran(report: Report) -> list[str]:
+def _ran(report: VerificationReport) -> list[str]:
     """Say what ran, and where greedy choices differ."""
     ends = Counter(r.ended for r in report.rollouts)
     policies = sorted({r.positions for r in report.rollouts if r.positions})
@@ -67,7 +73,7 @@ def _ran(report: Report) -> list[str]:
     return lines
 
 
-def _verdict(report: Report) -> list[Text]:
+def _verdict(report: VerificationReport) -> list[Text]:
     full, half = f"every row's error ≤ {MAX_ERROR:.0e}", f"mean cosine ≥ {MEAN_COSINE}, every row's ≥ {MIN_COSINE}"
     rule = full if report.dtype == "float32" else half
     where = f"{report.model} {report.revision}, {report.dtype}, {report.device}: {rule}"

@@ -52,7 +52,7 @@ class Divergence:
 
 
 @dataclass(frozen=True)
-class Rollout:
+class VerifiedRollout:
     """What one request was, and how it ended: at its length, at an end-of-text token, at a stop token or string, or not."""
 
     request: int
@@ -82,7 +82,7 @@ class QuantizationEffect:
 
 
 @dataclass(frozen=True)
-class Report:
+class VerificationReport:
     """A verification's result."""
 
     model: str
@@ -95,7 +95,7 @@ class Report:
     """Where it ran."""
     together: int
     """How many requests were under way at once."""
-    rollouts: tuple[Rollout, ...]
+    rollouts: tuple[VerifiedRollout, ...]
     """What ran."""
     deviations: tuple[Deviation, ...]
     """Per stored key."""

@@ -8,7 +8,7 @@ from roentgen.contract import ActivationRequest, Layers, split_key
 from serve_app.capture.structure import ModelStructure, Tap
 from serve_app.engines.transformers.model import LoadedModel
 from serve_app.verification.batch_run import run_requests
-from serve_app.verification.comparison import Comparison
+from serve_app.verification.comparison import CaptureComparison
 from serve_app.verification.mix import (
     BUILT_IN_PROMPTS,
     LENGTHS,
@@ -18,7 +18,7 @@ from serve_app.verification.mix import (
     tokenized,
 )
 from serve_app.verification.reference import continuation, run_alone, stock_attention
-from serve_app.verification.verification_report import Report
+from serve_app.verification.verification_report import VerificationReport
 
 
 def verify_capture(
@@ -28,7 +28,7 @@ def verify_capture(
     prompts: Sequence[str] = BUILT_IN_PROMPTS,
     count: int = REQUESTS,
     unquantized: Callable[[], PreTrainedModel] | None = None,
-) -> Report:
+) -> VerificationReport:
     """Capture in a running batch, recompute alone, compare.
 
     Args:
@@ -39,14 +39,14 @@ def verify_capture(
         unquantized: loads the model with plain weights, which the report says the difference from; None if it has none else.
 
     Returns:
-        The report; `Report.ok` is the verdict.
+        The report; `VerificationReport.ok` is the verdict.
     """
     taps = model.structure.taps if taps is None else taps
     tokens = tokenized(model, prompts)
     with stock_attention(model):
         scouted = continuation(model, tokens[SCOUTED % len(tokens)], max_tokens=LENGTHS[SCOUTED])
     outcomes, together = run_requests(model, make_requests(model, taps, tokens, count, scouted))
-    comparison = Comparison(model, taps, together)
+    comparison = CaptureComparison(model, taps, together)
     plain = unquantized() if unquantized is not None else None
     with stock_attention(model):
         for outcome in outcomes:

@@ -73,7 +73,7 @@ class FunctionChoice(Wire):
     name: str = Field(pattern=NAME)
 
 
-class AllowedTools(Wire):
+class ResponseAllowedTools(Wire):
     """Which of the tools may be called."""
 
     type: Literal["allowed_tools"]
@@ -84,13 +84,13 @@ class AllowedTools(Wire):
 def _read_choice(choice: Any) -> Any:
     if not isinstance(choice, dict):
         return choice
-    return (AllowedTools if choice.get("type") == "allowed_tools" else FunctionChoice).model_validate(choice)
+    return (ResponseAllowedTools if choice.get("type") == "allowed_tools" else FunctionChoice).model_validate(choice)
 
 
 Choice = Annotated[
-    Literal["none", "auto", "required"] | FunctionChoice | AllowedTools,
+    Literal["none", "auto", "required"] | FunctionChoice | ResponseAllowedTools,
     BeforeValidator(
-        _read_choice, json_schema_input_type=Literal["none", "auto", "required"] | FunctionChoice | AllowedTools
+        _read_choice, json_schema_input_type=Literal["none", "auto", "required"] | FunctionChoice | ResponseAllowedTools
     ),
 ]
 
@@ -209,7 +209,7 @@ class ResponsesRequest(GenerationParams):
         choice: Any = self.tool_choice
         if isinstance(choice, FunctionChoice):
             choice = _named(choice)
-        elif isinstance(choice, AllowedTools):
+        elif isinstance(choice, ResponseAllowedTools):
             allowed = {"mode": choice.mode, "tools": [_named(tool) for tool in choice.tools]}
             choice = {"type": "allowed_tools", "allowed_tools": allowed}
         cut = (

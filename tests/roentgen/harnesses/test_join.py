@@ -14,7 +14,7 @@ from roentgen.cli import app
 from roentgen.contract import RolloutKey, canonical_hash
 from roentgen.harnesses import join as joining
 from roentgen.harnesses.join import join, join_scored, open_target
-from roentgen.harnesses.scored import LogError, Scored, flat_labels, with_grades
+from roentgen.harnesses.scored import LogError, ScoredSample, flat_labels, with_grades
 from roentgen.store import Rollout, Session, StoreWriter
 from roentgen.tokenized_text import Segment, TokenizedText
 from serve_app.config import ServerConfig
@@ -137,9 +137,9 @@ def test_scores_of_another_model_s_answers_are_not_joined(session: Session, log:
 
 def test_grades_are_numbers_where_all_are_grades() -> None:
     given = [
-        Scored("one", {"match": "C", "choice": "C", "note": "nan"}),
-        Scored("two", {"match": "N", "choice": "A", "note": None}),
-        Scored("three", {"match": 0.5, "choice": "B"}),
+        ScoredSample("one", {"match": "C", "choice": "C", "note": "nan"}),
+        ScoredSample("two", {"match": "N", "choice": "A", "note": None}),
+        ScoredSample("three", {"match": 0.5, "choice": "B"}),
     ]
     assert [one.labels for one in with_grades(given)] == [
         {"match": 1.0, "choice": "C", "note": "nan"},
@@ -159,9 +159,9 @@ def test_some_scorers_and_a_prefix(session: Session, log: Log) -> None:
 def test_rollouts_that_the_log_names_need_no_prompt(session: Session) -> None:
     ids = list(session.rollouts(unique=False, columns=())["rollout_id"])
     samples = [
-        Scored("one", {"match": 1.0}, (ids[0], ids[1])),
-        Scored("two", {"match": 0.0}, ("01GONE",)),
-        Scored("three", {}, (ids[2],)),
+        ScoredSample("one", {"match": 1.0}, (ids[0], ids[1])),
+        ScoredSample("two", {"match": 0.0}, ("01GONE",)),
+        ScoredSample("three", {}, (ids[2],)),
     ]
     report = join_scored(samples, open_target(session.uri, "none"))
     assert (report.matched, report.rollouts) == (1, 2)

@@ -16,7 +16,7 @@ from roentgen.store import Session
 from serve_app.config import ServerConfig
 from serve_app.http.ingress import Ingress
 from serve_app.http.run_addresses import RunAddress, read_address
-from serve_app.http.run_registry import CallNumbers
+from serve_app.http.run_registry import TurnCounter
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.responses.request import ResponsesRequest
@@ -264,7 +264,7 @@ def test_any_name_of_a_problem_is_read_as_it_is(name: str) -> None:
 
 
 async def test_numbers_are_given_once_also_to_those_who_ask_together(config: ServerConfig) -> None:
-    numbers = CallNumbers(config.store)
+    numbers = TurnCounter(config.store)
     given = await asyncio.gather(*(numbers.take("new", "none-yet", "p", 1, 2) for _ in range(20)))
     assert sorted(given) == [*range(0, 40, 2)]
     assert await numbers.take("new", "none-yet", "p", 2, 1) == 0

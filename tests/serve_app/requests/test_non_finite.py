@@ -18,7 +18,7 @@ from serve_app.models.sources import locate
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.errors import from_store
 from serve_app.replica.model_replica import ModelReplica
-from serve_app.teacher_forcing.forced_capture import NotStored, Stored, TeacherForcing
+from serve_app.teacher_forcing.forced_capture import FailedText, StoredText, TeacherForcing
 from serve_app.teacher_forcing.tokens import transcript_tokenizer
 from tests.serve_app import tiny
 from tests.serve_app.replica.test_model_replica import chat, complete, started, streamed
@@ -106,16 +106,16 @@ def test_texts_that_are_read_are_not_captured_and_say_why(folder: Path, tmp_path
     engine = TransformersEngine(model)
     with StoreWriter(tmp_path) as writer:
 
-        def capture(session: str, **options: object) -> list[Stored | NotStored]:
+        def capture(session: str, **options: object) -> list[StoredText | FailedText]:
             request = ActivationRequest.model_validate({"layers": "all", "hook_points": ["resid_post"], **options})
             return list(TeacherForcing(model, engine, writer, request, session).capture(texts))
 
         refused = capture("refused")
-        assert all(isinstance(one, NotStored) and "NaN or infinity" in one.reason for one in refused)
+        assert all(isinstance(one, FailedText) and "NaN or infinity" in one.reason for one in refused)
         assert len(refused) == len(texts)
         assert not (tmp_path / "refused").exists()
-        assert all(isinstance(one, Stored) for one in capture("finite", layers=[0]))
-        assert all(isinstance(one, Stored) for one in capture("kept", allow_non_finite=True))
+        assert all(isinstance(one, StoredText) for one in capture("finite", layers=[0]))
+        assert all(isinstance(one, StoredText) for one in capture("kept", allow_non_finite=True))
     engine.close()
     frame = Session.open(tmp_path / "kept").rollouts()
     assert (frame["non_finite_rows"] == frame["row_stop"] - frame["row_start"]).all()

@@ -19,7 +19,7 @@ from serve_app.engines.transformers.engine import TransformersEngine
 from serve_app.engines.transformers.model import LoadedModel
 from serve_app.openai_api.chat import Message
 from serve_app.openai_api.prompt import render
-from serve_app.teacher_forcing.forced_capture import NotStored, Stored, TeacherForcing, layer_chunks
+from serve_app.teacher_forcing.forced_capture import FailedText, StoredText, TeacherForcing, layer_chunks
 from serve_app.teacher_forcing.tokens import TokenizedTranscript, transcript_tokenizer
 from tests.serve_app import tiny
 from tests.serve_app.teacher_forcing.conftest import TRANSCRIPTS
@@ -78,7 +78,7 @@ def capture_all(
     texts = [transcript_tokenizer(model)(transcript) for transcript in transcripts]
     outcomes = list(forcing.capture(texts))
     assert len(outcomes) == len(texts)
-    assert {type(outcome) for outcome in outcomes} == {Stored}
+    assert {type(outcome) for outcome in outcomes} == {StoredText}
     return {text.transcript.name: text for text in texts}
 
 
@@ -203,7 +203,7 @@ def test_one_that_the_engine_refuses_stops_nobody(force, engine, llama, tmp_path
     texts = [transcript_tokenizer(llama)(t) for t in TRANSCRIPTS]
     refused = texts[1]
     outcomes = list(force(llama, Watched(engine, len(refused.sequence.token_ids)), chunk_size).capture(texts))
-    assert [o for o in outcomes if isinstance(o, NotStored)] == [NotStored(refused, "RequestTooLargeError: no room")]
+    assert [o for o in outcomes if isinstance(o, FailedText)] == [FailedText(refused, "RequestTooLargeError: no room")]
     assert len(Session.open(tmp_path / "s").rollouts()) == len(outcomes) - 1 == len(TRANSCRIPTS) - 1
 
 
@@ -212,7 +212,7 @@ def test_a_full_queue_is_waited_for_while_results_are_taken(force, llama, tmp_pa
     watched = Watched(engine)
     transcripts = [replace(TRANSCRIPTS[0], key=RolloutKey(config_hash="c", problem_id=str(i))) for i in range(40)]
     outcomes = force(llama, watched).capture([transcript_tokenizer(llama)(transcript) for transcript in transcripts])
-    assert isinstance(next(outcomes), Stored)
+    assert isinstance(next(outcomes), StoredText)
     assert len(watched.jobs) < 40
     assert len(list(outcomes)) == 39
     engine.close()
@@ -228,7 +228,7 @@ def test_a_text_whose_rollout_cannot_be_stored_fails_alone(force, engine, llama,
     ]
     texts = [transcript_tokenizer(llama)(transcript) for transcript in transcripts]
     outcomes = list(force(llama, engine).capture(texts))
-    reasons = sorted(outcome.reason for outcome in outcomes if isinstance(outcome, NotStored))
+    reasons = sorted(outcome.reason for outcome in outcomes if isinstance(outcome, FailedText))
     assert [reason.split(":")[:2] for reason in reasons] == [
         ["UnstorableError", " labels"],
         ["UnstorableError", " turn"],
@@ -265,7 +265,7 @@ def test_a_text_with_a_token_that_the_model_does_not_have_stops_nobody(engine, l
         asked = ActivationRequest(layers=(0,), hook_points=("resid_post",))
         forcing = TeacherForcing(llama, engine, writer, asked, "s")
         outcomes = list(forcing.capture([wrong, *texts[1:]]))
-    (failed,) = [outcome for outcome in outcomes if isinstance(outcome, NotStored)]
+    (failed,) = [outcome for outcome in outcomes if isinstance(outcome, FailedText)]
     assert failed.text is wrong
     assert "257 is out of vocabulary; the model has 257 tokens, 0–256" in failed.reason
-    assert len([outcome for outcome in outcomes if isinstance(outcome, Stored)]) == len(texts) - 1
+    assert len([outcome for outcome in outcomes if isinstance(outcome, StoredText)]) == len(texts) - 1

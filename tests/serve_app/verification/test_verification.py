@@ -22,9 +22,9 @@ from serve_app.engines.transformers.attention import use_grouped_attention
 from serve_app.engines.transformers.model import LoadedModel
 from serve_app.models.sources import ModelSource
 from serve_app.verification import VerificationError, read_prompts, render, taps_to_verify, verify, verify_capture
-from serve_app.verification.batch_run import Outcome, run_requests
+from serve_app.verification.batch_run import RequestOutcome, run_requests
 from serve_app.verification.comparison import row_errors
-from serve_app.verification.mix import Request
+from serve_app.verification.mix import MixRequest
 from serve_app.verification.reference import kept_positions, stock_attention
 from tests.serve_app import tiny
 
@@ -64,7 +64,7 @@ def test_bfloat16_is_judged_by_cosine_and_divergences_are_reported(monkeypatch: 
 
     run = verify.run_requests
 
-    def shifted_outcomes(model: LoadedModel, requests: list[Request]) -> tuple[list[Outcome], int]:
+    def shifted_outcomes(model: LoadedModel, requests: list[MixRequest]) -> tuple[list[RequestOutcome], int]:
         outcomes, together = run(model, requests)
         return [replace(o, finished=shifted(o.finished)) if o.finished else o for o in outcomes], together
 
@@ -74,11 +74,11 @@ def test_bfloat16_is_judged_by_cosine_and_divergences_are_reported(monkeypatch: 
 
 
 @pytest.fixture(scope="module")
-def outcomes(llama: LoadedModel) -> list[Outcome]:
+def outcomes(llama: LoadedModel) -> list[RequestOutcome]:
     """What the engine really gives to the mix that `verify_capture` makes."""
-    kept: list[Outcome] = []
+    kept: list[RequestOutcome] = []
 
-    def run_and_keep(model: LoadedModel, requests: list[Request]) -> tuple[list[Outcome], int]:
+    def run_and_keep(model: LoadedModel, requests: list[MixRequest]) -> tuple[list[RequestOutcome], int]:
         found, together = run_requests(model, requests)
         kept.extend(found)
         return found, together
@@ -154,7 +154,7 @@ def another_reason(finished: Finished) -> Finished:
 )
 def test_what_is_wrong_is_found(
     llama: LoadedModel,
-    outcomes: list[Outcome],
+    outcomes: list[RequestOutcome],
     monkeypatch: pytest.MonkeyPatch,
     change: Callable[[Finished], Finished],
     found: str,
@@ -170,7 +170,7 @@ def test_a_layer_captured_wrongly_is_named(llama: LoadedModel, monkeypatch: pyte
     taps = llama.structure.taps
     wrong = taps | {"layers.1.resid_post": taps["layers.1.resid_pre"]}
 
-    def misread(model: LoadedModel, requests: list[Request]) -> tuple[list[Outcome], int]:
+    def misread(model: LoadedModel, requests: list[MixRequest]) -> tuple[list[RequestOutcome], int]:
         asked = [
             replace(r, plan=replace(r.plan, taps={key: wrong[key] for key in r.plan.taps})) if r.plan else r
             for r in requests
@@ -186,7 +186,7 @@ def test_a_layer_captured_wrongly_is_named(llama: LoadedModel, monkeypatch: pyte
 
 
 def test_a_request_that_fails_or_outlives_its_cancellation_is_found(
-    llama: LoadedModel, outcomes: list[Outcome], monkeypatch: pytest.MonkeyPatch
+    llama: LoadedModel, outcomes: list[RequestOutcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoiled = list(outcomes)
     spoiled[2] = replace(spoiled[2], finished=None, error=RuntimeError("out of luck"))
@@ -198,7 +198,7 @@ def test_a_request_that_fails_or_outlives_its_cancellation_is_found(
 
 
 def test_a_key_of_which_no_row_was_compared_is_found(
-    llama: LoadedModel, outcomes: list[Outcome], monkeypatch: pytest.MonkeyPatch
+    llama: LoadedModel, outcomes: list[RequestOutcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verify, "run_requests", lambda *_: ([replace(o, finished=None) for o in outcomes], 1))
     problems = verify_capture(llama).problems
