@@ -100,7 +100,7 @@ def _pair(
     common = [key for key in before if key in after]
     changes = {key: _share(after[key]) - _share(before[key]) for key in common}
 
-    def spell(key: Any) -> str:
+    def display_name(key: Any) -> str:
         (_, variant), problem = key
         return f"{problem} under {variant}" if several else str(problem)
 
@@ -109,8 +109,8 @@ def _pair(
         first=_accuracy(before, common, clusters),
         second=_accuracy(after, common, clusters),
         difference=difference(after, before, clusters),
-        gained=[spell(key) for key, change in changes.items() if change > 0],
-        lost=[spell(key) for key, change in changes.items() if change < 0],
+        gained=[display_name(key) for key, change in changes.items() if change > 0],
+        lost=[display_name(key) for key, change in changes.items() if change < 0],
     )
 
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 from eval_jobs.records import Problem, ProblemError, gold_answer, is_number, make_problem
 from eval_jobs.tables import HUB, Numbered, hub_name, load_rows, read_file, read_hub, read_jsonl, typed
-from roentgen.extensions import Extension, ExtensionError, Registry, given, is_reference, shown, spell_error
+from roentgen.extensions import Extension, ExtensionError, Registry, format_error, given, is_reference, preview
 
 __all__ = ["GSM8K_FOLDER_VARIABLE", "SOURCES", "Problem", "ProblemError", "gold_answer", "is_number", "read_source"]
 
@@ -152,10 +152,10 @@ def _called(found: Extension[Any]) -> Numbered:
     except ProblemError:
         raise
     except Exception as error:
-        raise ProblemError(f"{what} raised {spell_error(error)}") from error
+        raise ProblemError(f"{what} raised {format_error(error)}") from error
     if isinstance(records, str | bytes | Mapping) or not isinstance(records, Iterable):
         raise ProblemError(
-            f"{what} returned {shown(records)}; allowed is an iterable of records with 'question' and 'answer'"
+            f"{what} returned {preview(records)}; allowed is an iterable of records with 'question' and 'answer'"
         )
     stream, numbers = iter(records), count(1)
     while True:
@@ -166,7 +166,7 @@ def _called(found: Extension[Any]) -> Numbered:
         except ProblemError:
             raise
         except Exception as error:
-            raise ProblemError(f"{what} raised {spell_error(error)}") from error
+            raise ProblemError(f"{what} raised {format_error(error)}") from error
         number = next(numbers)
         yield number, f"{name}, record {number}", record
 

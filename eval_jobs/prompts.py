@@ -29,7 +29,7 @@ from eval_jobs.problems import Problem, read_source
 from eval_jobs.scoring import DEFAULT_EXTRACTOR
 from eval_jobs.selection import DEFAULT_SHOTS
 from roentgen.contract import canonical_hash
-from roentgen.extensions import Extension, ExtensionError, Registry, given, shown, spell_error
+from roentgen.extensions import Extension, ExtensionError, Registry, format_error, given, preview
 
 QUESTION = "{question}"
 
@@ -178,7 +178,7 @@ def _posed(name: str, pose: Pose, problem: Problem) -> list[dict[str, Any]]:
     try:
         returned: Any = pose(problem)
     except Exception as error:
-        raise PromptError(f"--prompt: {name} raised {spell_error(error)} for {problem.problem_id}") from error
+        raise PromptError(f"--prompt: {name} raised {format_error(error)} for {problem.problem_id}") from error
     if isinstance(returned, str) and returned.strip():
         return [{"role": "user", "content": returned}]
     told = list(returned) if isinstance(returned, Sequence) and not isinstance(returned, str | bytes) else None
@@ -186,7 +186,7 @@ def _posed(name: str, pose: Pose, problem: Problem) -> list[dict[str, Any]]:
         isinstance(one, Mapping) and one.get("role") in _ROLES and one.get("content") is not None for one in told
     ):
         raise PromptError(
-            f"--prompt: {name} returned {shown(returned)} for {problem.problem_id}; allowed are a text, the user's message, "
+            f"--prompt: {name} returned {preview(returned)} for {problem.problem_id}; allowed are a text, the user's message, "
             f'and a list of messages {{"role": …, "content": …}} with a role of {", ".join(_ROLES)}'
         )
     if not any(one["role"] == "user" for one in told):
@@ -335,8 +335,8 @@ def find_prompt(chosen: str | Prompt | Pose) -> Prompt:
         return _of_text(found.name, found.value, f"--prompt: {found.reference}")
     if not callable(found.value):
         raise PromptError(
-            f"--prompt: {found.reference or found.name} is {shown(found.value)}; allowed are a text, a Prompt, and a function "
-            "of a problem"
+            f"--prompt: {found.reference or found.name} is {preview(found.value)}; allowed are a text, a Prompt, and a "
+            "function of a problem"
         )
     return Prompt(name=found.name, version=1, user=str(found.digest), pose=found.value)
 

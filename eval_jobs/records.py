@@ -17,7 +17,7 @@ from typing import Any
 
 from eval_jobs import EvalError
 from roentgen.contract import SERVER_LABELS, LabelValue, is_text, plain_labels
-from roentgen.extensions import shown
+from roentgen.extensions import preview
 
 RESERVED = frozenset({"gold", "variant", *SERVER_LABELS})
 """Labels that an evaluation or the server sets itself."""
@@ -94,7 +94,7 @@ def make_problem(record: Any, number: int, where: str, name: str) -> Problem:
     if isinstance(record, Problem):
         return record
     if not isinstance(record, Mapping):
-        raise ProblemError(f"{where}: not a record with 'question' and 'answer', but {shown(record)}")
+        raise ProblemError(f"{where}: not a record with 'question' and 'answer', but {preview(record)}")
     question = _text(record, "question", where)
     gold, solution = _answer(record, where)
     template = record.get("template")
@@ -112,7 +112,7 @@ def make_problem(record: Any, number: int, where: str, name: str) -> Problem:
     given_id = record.get("problem_id")
     problem_id = made_up_id(name, number, question) if given_id is None else str(given_id)
     if not 1 <= len(problem_id) <= 200 or not is_text(problem_id):
-        raise ProblemError(f"{where}: 'problem_id' must be a text of 1 to 200 characters, not {shown(problem_id)}")
+        raise ProblemError(f"{where}: 'problem_id' must be a text of 1 to 200 characters, not {preview(problem_id)}")
     return Problem(problem_id, number, question, solution, gold, template=template, fields=further or _NO_FIELDS)
 
 
@@ -147,7 +147,7 @@ def _text(record: Mapping[str, Any], name: str, where: str) -> str:
     if _plain(value) is None:
         raise ProblemError(f"{where}: {name!r} is null; it must be {allowed}, not empty")
     if not isinstance(value, str) or not value.strip() or not is_text(value):
-        raise ProblemError(f"{where}: {name!r} must be {allowed}, not empty; it is {shown(value)}")
+        raise ProblemError(f"{where}: {name!r} must be {allowed}, not empty; it is {preview(value)}")
     return value
 
 
@@ -163,7 +163,7 @@ def _answer(record: Mapping[str, Any], where: str) -> tuple[str, str]:
         gold = gold_of(written)
     else:
         raise ProblemError(
-            f"{where}: 'answer' must be a text, a number, true or false, not {shown(answer)}; what else a scorer needs goes "
+            f"{where}: 'answer' must be a text, a number, true or false, not {preview(answer)}; what else a scorer needs goes "
             "into fields of other names"
         )
     if not gold:
@@ -178,7 +178,7 @@ def _value(name: Any, value: Any, where: str) -> Any:
         text = json.dumps([name, value], ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:
         raise ProblemError(
-            f"{where}: the field {name!r} cannot be kept: {shown(value)} is not JSON ({error}); choose fields with --fields"
+            f"{where}: the field {name!r} cannot be kept: {preview(value)} is not JSON ({error}); choose fields with --fields"
         ) from error
     if not isinstance(name, str) or not is_text(text):
         raise ProblemError(f"{where}: the field {name!r} has half a surrogate pair, or a name that is no text")

@@ -42,7 +42,7 @@ from roentgen.contract import (
     read_names,
 )
 from roentgen.defaults import EMBEDDED_MODEL
-from roentgen.extensions import Extension, given, shown
+from roentgen.extensions import Extension, given, preview
 from roentgen.options import read_options
 from roentgen.ray_connection import check_address
 
@@ -180,7 +180,7 @@ class EvalSettings(BaseModel):
     @classmethod
     def _known_source(cls, value: Any) -> Any:
         if not isinstance(value, str) and not callable(value):
-            raise ValueError(f"{shown(value)} is no source; allowed are a name, a path, a reference, and a function")
+            raise ValueError(f"{preview(value)} is no source; allowed are a name, a path, a reference, and a function")
         return value
 
     @field_validator("prompt")
@@ -190,7 +190,7 @@ class EvalSettings(BaseModel):
             return _checked(find_prompt, value)
         if value is not None and not isinstance(value, Prompt) and not callable(value):
             raise ValueError(
-                f"{shown(value)} is no prompt; allowed are a name, a text, a Prompt, and a function of a problem"
+                f"{preview(value)} is no prompt; allowed are a name, a text, a Prompt, and a function of a problem"
             )
         return value
 
@@ -199,7 +199,7 @@ class EvalSettings(BaseModel):
     def _known_scorer(cls, value: Any) -> Any:
         if value is not None and not isinstance(value, str) and not callable(value):
             raise ValueError(
-                f"{shown(value)} is no scorer; allowed are a name, a reference, and a function (output, problem)"
+                f"{preview(value)} is no scorer; allowed are a name, a reference, and a function (output, problem)"
             )
         return value if value is None else _checked(choose_scorer, value)
 

@@ -21,7 +21,7 @@ from eval_jobs import EvalError
 from eval_jobs.records import Problem
 from roentgen.contract import Labels, LabelValue
 from roentgen.errors import RoentgenError
-from roentgen.extensions import shown, spell_error
+from roentgen.extensions import format_error, preview
 
 _LABELS: TypeAdapter[dict[str, LabelValue]] = TypeAdapter(Labels)
 
@@ -91,13 +91,13 @@ async def ask_scorer(
     except asyncio.CancelledError as error:
         if (task := asyncio.current_task()) is None or task.cancelling():  # it is this rollout that is cancelled
             raise
-        raise ScoringFailedError(f"the scorer {name} raised {spell_error(error)}") from error
+        raise ScoringFailedError(f"the scorer {name} raised {format_error(error)}") from error
     except (Exception, SystemExit) as error:
         if bound.expired():
             raise ScoringFailedError(
                 f"the scorer {name} gave no verdict within {timeout_s:g} s (--request-timeout)"
             ) from error
-        raise ScoringFailedError(f"the scorer {name} raised {spell_error(error)}") from error
+        raise ScoringFailedError(f"the scorer {name} raised {format_error(error)}") from error
     return check_verdict(name, returned, output, problem)
 
 
@@ -113,20 +113,20 @@ def check_verdict(name: str, returned: Any, output: Output, problem: Problem) ->
     if isinstance(returned, bool | np.bool_):
         return Verdict(bool(returned), str(output))
     if not isinstance(returned, Verdict):
-        raise ScorerError(f"{where.format(shown(returned))}; {ALLOWED}")
+        raise ScorerError(f"{where.format(preview(returned))}; {ALLOWED}")
     if not isinstance(returned.correct, bool | np.bool_):
         raise ScorerError(
-            f"{where.format('a Verdict')} with correct={shown(returned.correct)}; allowed are True and False"
+            f"{where.format('a Verdict')} with correct={preview(returned.correct)}; allowed are True and False"
         )
     if returned.answer is not None and not isinstance(returned.answer, str):
         raise ScorerError(
-            f"{where.format('a Verdict')} with answer={shown(returned.answer)}; allowed are a text and None"
+            f"{where.format('a Verdict')} with answer={preview(returned.answer)}; allowed are a text and None"
         )
     try:
         values = _LABELS.validate_python(dict(returned.values))
     except (TypeError, ValueError, ValidationError) as error:
         why = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        raise ScorerError(f"{where.format('a Verdict')} with values={shown(returned.values)}: {why}") from error
+        raise ScorerError(f"{where.format('a Verdict')} with values={preview(returned.values)}: {why}") from error
     correct = bool(returned.correct)
     answer = str(output) if correct and returned.answer is None else returned.answer
     return Verdict(correct, None if answer is None else str(answer), values)

@@ -14,7 +14,7 @@ from torch import Tensor
 from probes.errors import ProbeDataError
 from probes.kinds import DEFAULT_KINDS, KINDS, Kind, Probes
 from probes.labels import Target
-from roentgen.extensions import Extension, ExtensionError, given, shown, spell_error
+from roentgen.extensions import Extension, ExtensionError, format_error, given, preview
 
 Fit = Callable[[Tensor, Tensor, Tensor, Tensor], Probes]
 
@@ -48,7 +48,7 @@ def choose_kind(target: Target, chosen: str | Kind | Fit | None) -> Kind:
 def _of_fit(found: Extension[Any], target: Target) -> Kind:
     if not callable(found.value):
         raise ProbeDataError(
-            f"kind: {found.reference or found.name} is {shown(found.value)}; allowed are a Kind, and a function "
+            f"kind: {found.reference or found.name} is {preview(found.value)}; allowed are a Kind, and a function "
             "fit(X, y, groups, strengths)"
         )
     return Kind(found.name, target.kind, found.value, (1.0,), "none")
@@ -66,10 +66,10 @@ def _checked(kind: Kind, found: Extension[Any]) -> Kind:
             fitted = kind.fit(X, y, groups, strengths)
             scores = fitted.scores(X) if hasattr(fitted, "scores") else None
         except Exception as error:
-            raise ProbeDataError(f"kind: {kind.name} raised {spell_error(error)} on X of {tuple(X.shape)}") from error
+            raise ProbeDataError(f"kind: {kind.name} raised {format_error(error)} on X of {tuple(X.shape)}") from error
         wanted = (len(X), len(strengths), "outputs", X.shape[1])
         if not isinstance(scores, Tensor):
-            returned = shown(fitted) if scores is None else f"probes whose scores are {shown(scores)}"
+            returned = preview(fitted) if scores is None else f"probes whose scores are {preview(scores)}"
             raise ProbeDataError(f"kind: {kind.name} returned {returned}; allowed are probes with a method scores(X)")
         if scores.ndim != 4 or (*scores.shape[:2], "outputs", scores.shape[3]) != wanted:
             raise ProbeDataError(

@@ -9,7 +9,7 @@ from contextvars import ContextVar
 from datetime import UTC, datetime
 from typing import Any
 
-ROOMS = ("serve_app", "roentgen")
+PACKAGES = ("serve_app", "roentgen")
 
 request_id: ContextVar[str | None] = ContextVar("request_id", default=None)
 """The request that this context works for, None outside of one."""
@@ -38,7 +38,7 @@ def write_json_logs() -> None:
     """Send what this process's server code logs to standard error as JSON; called once by each actor."""
     handler = logging.StreamHandler()
     handler.setFormatter(JsonFormatter())
-    for room in ROOMS:
-        logger = logging.getLogger(room)
+    for package in PACKAGES:
+        logger = logging.getLogger(package)
         logger.setLevel(logging.INFO)
         logger.handlers[:] = [handler]

@@ -104,7 +104,11 @@ def fields(kind: type) -> list[tuple[str, str]]:
 
 def function(name: str, value: Any, level: str) -> str:
     """Return a function: how it is called, and its docstring."""
-    shown = [spell(parameter) for parameter in inspect.signature(value).parameters.values() if parameter.name != "self"]
+    shown = [
+        display_name(parameter)
+        for parameter in inspect.signature(value).parameters.values()
+        if parameter.name != "self"
+    ]
     kinds = [p.kind for p in inspect.signature(value).parameters.values() if p.name != "self"]
     first = next((i for i, kind in enumerate(kinds) if kind is inspect.Parameter.KEYWORD_ONLY), None)
     if first is not None and inspect.Parameter.VAR_POSITIONAL not in kinds:
@@ -113,7 +117,7 @@ def function(name: str, value: Any, level: str) -> str:
     return f"{level} `{name}`\n\n```python\n{call}\n```\n\n{prose(inspect.getdoc(value) or '')}\n\n"
 
 
-def spell(parameter: inspect.Parameter) -> str:
+def display_name(parameter: inspect.Parameter) -> str:
     """Return a parameter as it stands in a call; what is not a plain value is left out."""
     stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}.get(parameter.kind, "")
     plain = isinstance(parameter.default, str | int | float | tuple | None.__class__)

@@ -26,7 +26,7 @@ from roentgen.api.server import Server, serve
 from roentgen.argument_names import naming_arguments
 from roentgen.atomic_files import make_folder, write_text
 from roentgen.contract import canonical_hash
-from roentgen.extensions import shown
+from roentgen.extensions import preview
 from roentgen.runs import Run
 from roentgen.serving.for_evaluation import serving_for
 from roentgen.serving.local_server import LaunchError
@@ -164,7 +164,7 @@ def _server(model: str | Path | Server | Model | None) -> dict[str, Any]:
     model = named(model)
     if model is not None and not isinstance(model, str):
         raise ProblemError(
-            f"model: {shown(model)} is none; allowed are a name, a base URL, a loaded Model, and a Server that runs "
+            f"model: {preview(model)} is none; allowed are a name, a base URL, a loaded Model, and a Server that runs "
             "(`with roentgen.serve(…) as server`)"
         )
     if model is not None and model.startswith(("http://", "https://")):

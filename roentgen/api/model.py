@@ -76,7 +76,7 @@ ENGINE_OPTIONS = frozenset(
 
 
 @dataclass
-class _Held:
+class _Resources:
     """What a `Model` lets go of when it is closed."""
 
     loaded: LoadedModel | None
@@ -110,7 +110,7 @@ class Model:
             eager=config.eager,
         )
         self.config = config
-        self._held = _Held(loaded, engine)
+        self._held = _Resources(loaded, engine)
         self._finalizer = weakref.finalize(self, self._held.free)
 
     def __enter__(self) -> Self:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from roentgen.api.steer import Steer, find_probe, is_vector
-from roentgen.extensions import shown
+from roentgen.extensions import preview
 from roentgen.linear_probe import SavedProbe
 from roentgen.stopping import StopWhen
 from serve_app.capture.scoring import Scorer
@@ -92,14 +92,14 @@ def prompts_of(given: Prompt | Iterable[Prompt]) -> list[Prompt]:
         TypeError: if one is neither text nor a conversation.
     """
     if isinstance(given, bytes | Mapping) or not isinstance(given, Iterable):
-        raise TypeError(f"prompts: {shown(given)} is none; {ALLOWED}")
+        raise TypeError(f"prompts: {preview(given)} is none; {ALLOWED}")
     prompts: list[Any] = [given] if isinstance(given, str) else list(given)
     if prompts and all(isinstance(one, Mapping) for one in prompts):  # one conversation
         prompts = [prompts]
     for place, one in enumerate(prompts):
         told = isinstance(one, Sequence) and not isinstance(one, bytes)
         if not isinstance(one, str) and not (told and all(isinstance(message, Mapping) for message in one)):
-            raise TypeError(f"prompts[{place}]: {shown(one)} is no prompt; {ALLOWED}")
+            raise TypeError(f"prompts[{place}]: {preview(one)} is no prompt; {ALLOWED}")
     return prompts
 
 
@@ -188,7 +188,9 @@ def additions(model: ServedModel, steering: Steer | Sequence[Steer]) -> tuple[Ad
     several = [steering] if isinstance(steering, Steer) else steering
     for place, one in enumerate(several):
         if not isinstance(one, Steer):
-            raise TypeError(f"steering[{place}]: {shown(one)} is no roentgen.Steer, which says what is added and where")
+            raise TypeError(
+                f"steering[{place}]: {preview(one)} is no roentgen.Steer, which says what is added and where"
+            )
     return tuple(_addition(model, one, f"steering[{place}]") for place, one in enumerate(several))
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from roentgen.extensions import shown
+from roentgen.extensions import preview
 
 if TYPE_CHECKING:
     from roentgen.linear_probe import SavedProbe
@@ -84,7 +84,7 @@ def find_probe(given: Probe, param: str) -> "SavedProbe":
     if isinstance(probe, SavedProbe):
         return probe
     raise TypeError(
-        f"{param}: {shown(given)} is no probe; allowed are a SavedProbe, what roentgen.probes.train returns, and a "
+        f"{param}: {preview(given)} is no probe; allowed are a SavedProbe, what roentgen.probes.train returns, and a "
         "path FOLDER/NAME"
     )
 

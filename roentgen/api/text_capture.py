@@ -15,7 +15,7 @@ from roentgen import store
 from roentgen.api.request_building import in_python
 from roentgen.api.rollout import Rollout
 from roentgen.contract import canonical_hash, check_session_id
-from roentgen.extensions import shown
+from roentgen.extensions import preview
 from roentgen.store.places import check_writable, open_place
 from roentgen.store.schema import check_finite
 from roentgen.transcripts import Transcript
@@ -55,7 +55,7 @@ def _record(text: Readable) -> Mapping[str, Any]:
         record = {"messages": [dict(message) for message in cast(Sequence[Mapping[str, Any]], text)]}
     else:
         raise TypeError(
-            f"texts: {shown(text)} is none; allowed are a text, a conversation, and an object as docs/capture.md has"
+            f"texts: {preview(text)} is none; allowed are a text, a conversation, and an object as docs/capture.md has"
         )
     return {"id": canonical_hash(record), **record}
 

@@ -62,7 +62,7 @@ def verify(
 
 def _verify(asked: VerifySettings, stage: Stages) -> "VerificationReport":
     """Check what files alone tell, load the model, and verify it."""
-    from roentgen.serving.preflight import check_device, spell_option
+    from roentgen.serving.preflight import check_device, with_option_names
     from serve_app.capture.structure import CaptureRequestError
     from serve_app.models.description import describe
     from serve_app.models.sources import locate
@@ -73,7 +73,7 @@ def _verify(asked: VerifySettings, stage: Stages) -> "VerificationReport":
     try:
         describe(source).check_capture(asked.layers, asked.hook_points or ())
     except CaptureRequestError as error:
-        raise OptionError(spell_option(str(error))) from error
+        raise OptionError(with_option_names(str(error))) from error
     # What follows takes seconds to import.
     from serve_app.engines.transformers.model import load
     from serve_app.models.adapters import read_model

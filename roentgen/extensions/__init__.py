@@ -10,32 +10,32 @@ string that is not a registered name is a reference to a function in a module (`
     pickling     sends a user's modules to other processes, which may not have their files
 """
 
-from roentgen.extensions.error_text import shown, spell_error
+from roentgen.extensions.error_text import format_error, preview
 from roentgen.extensions.fingerprint import fingerprint
 from roentgen.extensions.pickling import imported_beside, make_portable
 from roentgen.extensions.registry import (
     Extension,
     ExtensionError,
     Registry,
+    display_name,
     file_of,
     given,
     in_file,
     is_reference,
-    spell,
 )
 
 __all__ = [
     "Extension",
     "ExtensionError",
     "Registry",
+    "display_name",
     "file_of",
     "fingerprint",
+    "format_error",
     "given",
     "imported_beside",
     "in_file",
     "is_reference",
     "make_portable",
-    "shown",
-    "spell",
-    "spell_error",
+    "preview",
 ]

@@ -8,13 +8,13 @@ LONGEST = 200
 """Characters of a value that are shown."""
 
 
-def shown(value: Any) -> str:
+def preview(value: Any) -> str:
     """Return a value and its type, shortened: `'yes' (str)`."""
     text = repr(value)
     return f"{text if len(text) <= LONGEST else text[:LONGEST] + '…'} ({type(value).__name__})"
 
 
-def spell_error(error: BaseException) -> str:
+def format_error(error: BaseException) -> str:
     """Return an exception with the line that it comes from: the last one that is no library's."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [

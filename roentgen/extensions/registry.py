@@ -94,10 +94,10 @@ class Registry(Generic[T]):
         if in_file := _IN_FILE.fullmatch(name):
             path = Path(in_file["file"]).expanduser().absolute()
             value = _attribute(_import_file(path), in_file["attribute"], name)
-            return _found(value, spell(value, in_file["attribute"]), f"{path}:{in_file['attribute']}")
+            return _found(value, display_name(value, in_file["attribute"]), f"{path}:{in_file['attribute']}")
         if in_module := _IN_MODULE.fullmatch(name):
             value = _attribute(_import_module(in_module["module"], name), in_module["attribute"], name)
-            return _found(value, spell(value, in_module["attribute"]), name)
+            return _found(value, display_name(value, in_module["attribute"]), name)
         close = get_close_matches(name, self.names, 1)
         raise ExtensionError(
             f"{name!r} is unknown; allowed are {', '.join(self.names)}{otherwise}, and {HOW_TO_REFER}"
@@ -110,7 +110,7 @@ class Registry(Generic[T]):
 
 def given(value: T) -> Extension[T]:
     """Return an object that was given itself, as something found."""
-    return _found(value, spell(value, "given"), None)
+    return _found(value, display_name(value, "given"), None)
 
 
 def is_reference(text: str) -> bool:
@@ -136,10 +136,10 @@ def in_file(reference: str) -> str | None:
     return f"{file}:{attribute}" if is_users_module(loaded) and Path(file).name == f"{module}.py" else None
 
 
-def spell(value: Any, otherwise: str) -> str:
+def display_name(value: Any, otherwise: str) -> str:
     """Return what a function or an object calls itself, in letters that a column's name may have."""
     if isinstance(value, partial):
-        return spell(value.func, otherwise)
+        return display_name(value.func, otherwise)
     own = getattr(value, "__name__", None) or (type(value).__name__ if callable(value) else None)
     return re.sub(r"[^\w.-]+", "", str(own or otherwise).rpartition(".")[2]) or otherwise
 

@@ -62,7 +62,7 @@ def check_start(config: ServerConfig, capture: Capture | None = None) -> None:
         if capture is not None:
             description.check_capture(capture.layers, capture.hook_points)
     except RequestError as error:
-        raise PreflightError(spell_option(str(error))) from error
+        raise PreflightError(with_option_names(str(error))) from error
 
 
 def check_device(device: str) -> None:
@@ -75,7 +75,7 @@ def check_device(device: str) -> None:
         raise PreflightError("--device: cuda is asked for, and PyTorch finds no CUDA GPU here; use cpu, or auto")
 
 
-def spell_option(message: str) -> str:
+def with_option_names(message: str) -> str:
     """Spell a request's parameter as the command line's option: `activations.hook_points: …` as `--hook-points: …`."""
     name, colon, rest = message.partition(": ")
     if colon and name.startswith("activations."):

@@ -20,7 +20,7 @@ from roentgen.defaults import EMBEDDED_MODEL, STORE
 from roentgen.errors import RoentgenError
 from roentgen.model_names import is_named
 from roentgen.runs import Run
-from roentgen.serving.preflight import PreflightError, check_device, spell_option
+from roentgen.serving.preflight import PreflightError, check_device, with_option_names
 from roentgen.store import Session, SessionNotFoundError, StoreWriter
 from roentgen.store.places import Place, check_writable, open_place
 from roentgen.transcripts import Transcript, TranscriptError
@@ -265,7 +265,7 @@ def _as_capture_errors() -> Iterator[None]:
     try:
         yield
     except CaptureRequestError as error:
-        raise CaptureError(spell_option(str(error))) from error
+        raise CaptureError(with_option_names(str(error))) from error
     except UncapturableError as error:
         raise CaptureError(f"--hook-points: {error}") from error
     except (EngineStoppedError, ModelNotFoundError, OtherCaptureError, PreflightError, ResolutionError) as error:

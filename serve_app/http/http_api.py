@@ -48,7 +48,7 @@ def check_key(request: Request) -> None:
         raise ApiError(401, "no valid API key; send it as 'Authorization: Bearer KEY'", code="invalid_api_key")
 
 
-def locks() -> list[params.Depends]:
+def auth_dependencies() -> list[params.Depends]:
     """Return what stands before every route but `/health`: the check of the key, and, with a key, its description."""
     described = [Security(HTTPBearer(auto_error=False, scheme_name="key"))] if api_keys() else []
     return [Depends(check_key), Depends(_known_run), *described]

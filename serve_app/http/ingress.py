@@ -28,7 +28,7 @@ from roentgen.version import __version__
 from serve_app.capture.structure import StructureRecord
 from serve_app.config import ModelChoice, ServerConfig
 from serve_app.http.event_stream import EventStream, ResponseEventStream
-from serve_app.http.http_api import JsonRoute, locks, make_api
+from serve_app.http.http_api import JsonRoute, auth_dependencies, make_api
 from serve_app.http.metrics import Metrics
 from serve_app.http.run_registry import RunRegistry, SharedTurnCounter, TurnCounter, TurnNumbers, with_identity
 from serve_app.openai_api import schemas
@@ -83,7 +83,7 @@ class Ingress:
         api = make_api(self._config.max_body_bytes, self._metrics, self._config.cors_origins)
         api.state.runs = self._runs
         api.add_api_route("/health", self.health, methods=["GET"], **HEALTH)
-        locked = APIRouter(dependencies=locks(), route_class=JsonRoute)
+        locked = APIRouter(dependencies=auth_dependencies(), route_class=JsonRoute)
         session = "/v1/activations/session/{session_id}"
         chat = documented(schemas.ChatCompletion, chunk=schemas.ChatCompletionChunk)
         completion = documented(schemas.Completion, chunk=schemas.CompletionChunk)

@@ -24,7 +24,7 @@ from serve_app.openai_api.logprobs import chat_logprobs, prompt_logprobs
 from serve_app.openai_api.messages import Message, ResponseFormat, Tool, ToolChoice, callable_names, check_tool_results
 from serve_app.openai_api.neutral import NeutralChatParams
 from serve_app.openai_api.params import MAX_TOP_LOGPROBS, GenerationParams
-from serve_app.openai_api.probe_params import spell_scores
+from serve_app.openai_api.probe_params import format_scores
 from serve_app.openai_api.prompt import Ending
 from serve_app.openai_api.reply_parser import (
     ContentDelta,
@@ -143,7 +143,7 @@ class ChatReply:
         """Return the chunks that begin a stream."""
         echoed = self.request.echoed
         chunks = [self._chunk(i, {"role": "assistant", "content": echoed}) for i in range(len(self._choices))]
-        if self.request.tells_tokens:
+        if self.request.returns_token_ids:
             chunks[0]["prompt_token_ids"] = list(self.prompt_token_ids)
         return chunks
 
@@ -164,12 +164,12 @@ class ChatReply:
         last["choices"][0]["stop_reason"] = finished.stop_reason
         return [*pieces, last]
 
-    def closing(self, kept: schemas.Kept) -> list[schemas.ChatCompletionChunk]:
+    def closing(self, kept: schemas.CaptureFields) -> list[schemas.ChatCompletionChunk]:
         """Return the chunks after all choices: usage, if it is asked for, and activations."""
-        counted: schemas.Counted = {"usage": self._usage()} if self.request.counts_usage else {}
+        counted: schemas.UsageFields = {"usage": self._usage()} if self.request.counts_usage else {}
         return [{**self._enveloped([]), **counted, **kept}] if counted or kept else []
 
-    def whole(self, dones: list[Done], kept: schemas.Kept) -> schemas.ChatCompletion:
+    def whole(self, dones: list[Done], kept: schemas.CaptureFields) -> schemas.ChatCompletion:
         """Return the reply of a request that is not streamed."""
         choices: list[schemas.ChatChoice] = []
         for index, (choice, done) in enumerate(zip(self._choices, dones, strict=True)):
@@ -189,7 +189,7 @@ class ChatReply:
                     "logprobs": self._logprobs(finished.token_ids[:spoken], finished.scores[:spoken]),
                     "finish_reason": self._finish_reason(choice, finished),
                     "stop_reason": finished.stop_reason,
-                    "token_ids": finished.token_ids if self.request.tells_tokens else None,
+                    "token_ids": finished.token_ids if self.request.returns_token_ids else None,
                     **self._probed(choice, finished.probed, finished.acted),
                 }
             )
@@ -204,7 +204,7 @@ class ChatReply:
             "model": self.request.model,
             "choices": choices,
             "usage": self._usage(),
-            "prompt_token_ids": list(self.prompt_token_ids) if self.request.tells_tokens else None,
+            "prompt_token_ids": list(self.prompt_token_ids) if self.request.returns_token_ids else None,
             "prompt_logprobs": scored,
             **kept,
         }
@@ -226,9 +226,9 @@ class ChatReply:
                 case ToolCallArguments(number, text):
                     deltas.append({"tool_calls": [{"index": number, "function": {"arguments": text}}]})
         logprobs = self._logprobs(event.token_ids, event.scores) if event else None
-        probed: schemas.Probed = self._probed(self._choices[index], event.probed) if event else {}
+        probed: schemas.ProbeFields = self._probed(self._choices[index], event.probed) if event else {}
         tokens = event.token_ids if event else []
-        if ((logprobs and logprobs["content"]) or probed or (tokens and self.request.tells_tokens)) and not deltas:
+        if ((logprobs and logprobs["content"]) or probed or (tokens and self.request.returns_token_ids)) and not deltas:
             deltas.append({})
         # The tokens of one step go with the first of its pieces.
         return [
@@ -238,12 +238,12 @@ class ChatReply:
             for i, delta in enumerate(deltas)
         ]
 
-    def _probed(self, choice: _ChoiceState, scores: list[Tensor], acted: Sequence[Acted] = ()) -> schemas.Probed:
+    def _probed(self, choice: _ChoiceState, scores: list[Tensor], acted: Sequence[Acted] = ()) -> schemas.ProbeFields:
         """Spell the scores of a choice's next rows, and count these as sent."""
         if not scores or not (len(scores[0]) or acted):
             return {}
         start, choice.probed = choice.probed, choice.probed + len(scores[0])
-        return {"probes": spell_scores(self.probes, scores, self.n_prompt, start, acted)}
+        return {"probes": format_scores(self.probes, scores, self.n_prompt, start, acted)}
 
     def _logprobs(self, token_ids: list[int], scores: list[TokenScore]) -> schemas.ChatLogprobs | None:
         if not self.request.logprobs:
@@ -263,18 +263,18 @@ class ChatReply:
         delta: schemas.ChatDelta,
         finish_reason: schemas.ChatFinishReason | None = None,
         logprobs: schemas.ChatLogprobs | None = None,
-        probed: schemas.Probed | None = None,
+        probed: schemas.ProbeFields | None = None,
         tokens: list[int] | None = None,
     ) -> schemas.ChatCompletionChunk:
         choice: schemas.ChatChunkChoice = {
             "index": index, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason, **(probed or {})
         }  # fmt: skip
-        if self.request.tells_tokens and tokens is not None:
+        if self.request.returns_token_ids and tokens is not None:
             choice["token_ids"] = tokens
         return self._enveloped([choice])
 
     def _enveloped(self, choices: list[schemas.ChatChunkChoice]) -> schemas.ChatCompletionChunk:
-        counted: schemas.Counted = {"usage": self._usage()} if self.request.counts_on else {}
+        counted: schemas.UsageFields = {"usage": self._usage()} if self.request.counts_usage_in_chunks else {}
         return {
             "id": self.request_id,
             "object": "chat.completion.chunk",

@@ -30,7 +30,7 @@ class CollectActivations(BaseModel):
         return ActivationRequest(layers=self.layers, hook_points=self.hook_points, delivery=delivery)
 
 
-def older_key(key: str, hook_point: str) -> str:
+def legacy_key(key: str, hook_point: str) -> str:
     """Spell a canonical key as the older replies do, by the hook point that was asked for: `layer_8_input_layernorm_output`."""
     layer = split_key(key)[1]
     plain = hook_point.replace(".", "_")

@@ -26,7 +26,7 @@ from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.logprobs import Offsets, completion_logprobs, prompt_logprobs
 from serve_app.openai_api.neutral import NeutralCompletionParams
 from serve_app.openai_api.params import MAX_TOP_LOGPROBS, GenerationParams
-from serve_app.openai_api.probe_params import spell_scores
+from serve_app.openai_api.probe_params import format_scores
 from serve_app.openai_api.tokenize import check_tokens
 
 MAX_PROMPTS = 1024
@@ -159,12 +159,12 @@ class CompletionReply:
         last["choices"][0]["stop_reason"] = finished.stop_reason
         return [last]
 
-    def closing(self, kept: schemas.Kept) -> list[schemas.CompletionChunk]:
+    def closing(self, kept: schemas.CaptureFields) -> list[schemas.CompletionChunk]:
         """Return the chunks after all choices: usage, if it is asked for, and activations."""
-        counted: schemas.Counted = {"usage": self._usage()} if self.request.counts_usage else {}
+        counted: schemas.UsageFields = {"usage": self._usage()} if self.request.counts_usage else {}
         return [{**self._enveloped([]), **counted, **kept}] if counted or kept else []
 
-    def whole(self, dones: list[Done], kept: schemas.Kept) -> schemas.Completion:
+    def whole(self, dones: list[Done], kept: schemas.CaptureFields) -> schemas.Completion:
         """Return the reply of a request that is not streamed."""
         self._dones = list(dones)
         choices: list[schemas.CompletionChoice] = []
@@ -183,8 +183,8 @@ class CompletionReply:
                     "logprobs": logprobs,
                     "finish_reason": finished.finish_reason,
                     "stop_reason": finished.stop_reason,
-                    "token_ids": finished.token_ids if self.request.tells_tokens else None,
-                    "prompt_token_ids": prompt_ids if self.request.tells_tokens else None,
+                    "token_ids": finished.token_ids if self.request.returns_token_ids else None,
+                    "prompt_token_ids": prompt_ids if self.request.returns_token_ids else None,
                     "prompt_logprobs": scored,
                     **self._probed(index, finished.probed, finished.acted),
                 }
@@ -227,13 +227,13 @@ class CompletionReply:
         stream = TextStream(core, tuple(self.request.stop), self.markers, after, include_stop=include_stop)
         return Offsets(self.tokenizer, stream, start=start, min_tokens=self.request.min_tokens)
 
-    def _probed(self, index: int, scores: list[Tensor], acted: Sequence[Acted] = ()) -> schemas.Probed:
+    def _probed(self, index: int, scores: list[Tensor], acted: Sequence[Acted] = ()) -> schemas.ProbeFields:
         """Spell the scores of a choice's next rows, and count these as sent."""
         if not scores or not (len(scores[0]) or acted):
             return {}
         start = self._scored[index]
         self._scored[index] += len(scores[0])
-        return {"probes": spell_scores(self.probes, scores, self._prompt(index).prompt.n_prompt, start, acted)}
+        return {"probes": format_scores(self.probes, scores, self._prompt(index).prompt.n_prompt, start, acted)}
 
     def _prompt(self, index: int) -> RawText:
         return self.prompts[index // self.request.n]
@@ -250,13 +250,13 @@ class CompletionReply:
         text: str,
         logprobs: schemas.CompletionLogprobs | None,
         finish_reason: FinishReason | None = None,
-        probed: schemas.Probed | None = None,
+        probed: schemas.ProbeFields | None = None,
         tokens: list[int] | None = None,
     ) -> schemas.CompletionChunk:
         choice: schemas.CompletionChunkChoice = {
             "index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason, **(probed or {})
         }  # fmt: skip
-        if self.request.tells_tokens:
+        if self.request.returns_token_ids:
             choice["token_ids"] = tokens or []
             if not self._begun[index]:
                 choice["prompt_token_ids"] = self._prompt(index).prompt.token_ids
@@ -264,7 +264,7 @@ class CompletionReply:
         return self._enveloped([choice])
 
     def _enveloped(self, choices: list[schemas.CompletionChunkChoice]) -> schemas.CompletionChunk:
-        counted: schemas.Counted = {"usage": self._usage()} if self.request.counts_on else {}
+        counted: schemas.UsageFields = {"usage": self._usage()} if self.request.counts_usage_in_chunks else {}
         return {
             "id": self.request_id,
             "object": "text_completion",

@@ -36,12 +36,12 @@ def chat_logprobs(
         as_ids: whether tokens are spelled `token_id:5` and not by their text.
     """
 
-    def spell(token: int, logprob: float) -> ScoredToken:
+    def display_name(token: int, logprob: float) -> ScoredToken:
         raw = token_bytes(tokenizer, token)
         return {"token": _spelled(token, raw, as_ids=as_ids), "logprob": _told(logprob), "bytes": list(raw)}
 
     content: list[ChosenToken] = [
-        {**spell(token, score.logprob), "top_logprobs": [spell(*pair) for pair in score.top]}
+        {**display_name(token, score.logprob), "top_logprobs": [display_name(*pair) for pair in score.top]}
         for token, score in zip(token_ids, scores, strict=True)
     ]
     return {"content": content, "refusal": None}
@@ -59,7 +59,7 @@ def prompt_logprobs(
         top: how many of the most likely ones to tell.
     """
 
-    def spell(token: int, logprob: float, rank: int) -> PromptToken:
+    def display_name(token: int, logprob: float, rank: int) -> PromptToken:
         text = token_bytes(tokenizer, token).decode("utf-8", "replace")
         return {"logprob": logprob, "rank": rank, "decoded_token": text}
 
@@ -67,7 +67,7 @@ def prompt_logprobs(
     for token, score in zip(token_ids[1:], scores, strict=True):
         best = [(other, logprob, rank) for rank, (other, logprob) in enumerate(score.top[:top], start=1)]
         places = {token: (score.logprob, score.rank or 1)} | {other: (p, rank) for other, p, rank in best}
-        spelled.append({str(other): spell(other, *place) for other, place in places.items()})
+        spelled.append({str(other): display_name(other, *place) for other, place in places.items()})
     return spelled
 
 
@@ -156,19 +156,19 @@ def completion_logprobs(
         as_ids: whether tokens are spelled `token_id:5` and not by their text.
     """
 
-    def spell(token: int) -> str:
+    def display_name(token: int) -> str:
         return _spelled(token, token_bytes(tokenizer, token), "bytes:", as_ids=as_ids)
 
     def top(token: int, score: TokenScore) -> dict[str, float]:
         found: dict[str, float] = {}
         # Even whole tokens may have one spelling (SentencePiece has letters as bytes, too): the most likely stands for it.
         for other, logprob in (*score.top, (token, score.logprob)):
-            name = spell(other)
+            name = display_name(other)
             found[name] = max(logprob, found.get(name, logprob))
         return found
 
     return {
-        "tokens": [spell(token) for token in token_ids],
+        "tokens": [display_name(token) for token in token_ids],
         "token_logprobs": [None if score is None else _told(score.logprob) for score in scores],
         "top_logprobs": [
             None if score is None or score is FORCED else top(token, score)

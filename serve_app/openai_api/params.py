@@ -116,12 +116,12 @@ class GenerationParams(NeutralParams, VllmParams):
         return self.stream_options is not None and self.stream_options.include_usage
 
     @property
-    def counts_on(self) -> bool:
+    def counts_usage_in_chunks(self) -> bool:
         """Whether every chunk of a stream has the numbers of tokens so far."""
         return self.counts_usage and self.stream_options is not None and self.stream_options.continuous_usage_stats
 
     @property
-    def tells_tokens(self) -> bool:
+    def returns_token_ids(self) -> bool:
         """Whether the reply has the ids of tokens: asked for, or because it has rows or scores, which are one per token."""
         if self.return_token_ids is not None:
             return self.return_token_ids

@@ -121,7 +121,7 @@ class SteeringRequest(BaseModel):
         return self
 
 
-def spell_scores(
+def format_scores(
     scorers: tuple[Scorer, ...],
     probed: list[jaxtyping.Float[Tensor, "rows outputs"]],
     n_prompt: int,

@@ -94,13 +94,13 @@ Activations = Annotated[dict[str, Any], GetPydanticSchema(lambda _, handler: han
 """Where a request's activations are: an `ActivationReply`, already dumped where it was made, or a list of them."""
 
 
-class Kept(TypedDict):
+class CaptureFields(TypedDict):
     """The part of a reply that a request for activations adds."""
 
     activations: NotRequired[Annotated[Activations, Field(description="Present if asked for.")]]
 
 
-class Reply(Kept):
+class Reply(CaptureFields):
     """What every generation's reply has, whole or a piece of it."""
 
     id: str
@@ -108,7 +108,7 @@ class Reply(Kept):
     model: str
 
 
-class Counted(TypedDict):
+class UsageFields(TypedDict):
     """The part of a stream's last chunk that `include_usage` adds."""
 
     usage: NotRequired[Usage]
@@ -184,13 +184,13 @@ class ProbeScores(TypedDict):
     acted: NotRequired[Annotated[ScoreAction, Field(description="Present if its `stop_when` has come true.")]]
 
 
-class Probed(TypedDict):
+class ProbeFields(TypedDict):
     """The part of a choice that a request for probes adds."""
 
     probes: NotRequired[Annotated[list[ProbeScores], Field(description="Present if asked for.")]]
 
 
-class Told(TypedDict):
+class StopFields(TypedDict):
     """The part of a choice that says what ended it, and which tokens it has; vLLM's, as `prompt_logprobs` is."""
 
     stop_reason: Annotated[
@@ -202,7 +202,7 @@ class Told(TypedDict):
     ]
 
 
-class ToldSoFar(TypedDict):
+class ChunkStopFields(TypedDict):
     """The same of a chunk: the tokens since the last; `stop_reason` comes with `finish_reason`."""
 
     stop_reason: NotRequired[int | str | None]
@@ -226,7 +226,7 @@ PromptLogprobs = Annotated[
 ChatFinishReason = FinishReason | Literal["tool_calls"]
 
 
-class ChatChoice(Told, Probed):
+class ChatChoice(StopFields, ProbeFields):
     """One of `n` replies."""
 
     index: Count
@@ -270,7 +270,7 @@ class ChatDelta(TypedDict):
     tool_calls: NotRequired[list[ToolCallDelta]]
 
 
-class ChatChunkChoice(ToldSoFar, Probed):
+class ChatChunkChoice(ChunkStopFields, ProbeFields):
     """What a chunk adds to one of `n` replies."""
 
     index: Count
@@ -279,7 +279,7 @@ class ChatChunkChoice(ToldSoFar, Probed):
     finish_reason: ChatFinishReason | None
 
 
-class ChatCompletionChunk(Counted, Reply):
+class ChatCompletionChunk(UsageFields, Reply):
     """A piece of a streamed reply to a conversation."""
 
     object: Literal["chat.completion.chunk"]
@@ -296,7 +296,7 @@ class CompletionLogprobs(TypedDict):
     text_offset: list[int]
 
 
-class CompletionChoice(Told, Probed):
+class CompletionChoice(StopFields, ProbeFields):
     """One of `n` continuations of a prompt."""
 
     index: Count
@@ -315,7 +315,7 @@ class Completion(Reply):
     usage: Usage
 
 
-class CompletionChunkChoice(ToldSoFar, Probed):
+class CompletionChunkChoice(ChunkStopFields, ProbeFields):
     """What a chunk adds to one of `n` continuations."""
 
     index: Count
@@ -325,7 +325,7 @@ class CompletionChunkChoice(ToldSoFar, Probed):
     prompt_token_ids: NotRequired[Annotated[list[int], Field(description="In a choice's first chunk, if asked for.")]]
 
 
-class CompletionChunk(Counted, Reply):
+class CompletionChunk(UsageFields, Reply):
     """A piece of streamed continuations."""
 
     object: Literal["text_completion"]

@@ -147,7 +147,7 @@ async def generate(
 
     constraints = await _compiled_aside(served, choices)
     jobs = [
-        choice.job(listener(index, choice).hear, constraint, stream=stream)
+        choice.job(listener(index, choice).on_event, constraint, stream=stream)
         for index, (choice, constraint) in enumerate(zip(choices, constraints, strict=True))
     ]
     open_choices = len(jobs)
@@ -214,7 +214,7 @@ class _Listener:
         self._session_id = session_id
         self._tell = tell
 
-    def hear(self, event: Event) -> None:
+    def on_event(self, event: Event) -> None:
         """Pass an event on; a finished choice that captured goes to the store first."""
         if not isinstance(event, Finished):
             self._tell(event)

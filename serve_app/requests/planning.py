@@ -24,7 +24,7 @@ from serve_app.engines.storage import Done
 from serve_app.models.context import UNBOUNDED
 from serve_app.models.tokenization import ASSISTANT, COMPLETION, cut_prompt
 from serve_app.openai_api.chat import ChatReply, ChatRequest
-from serve_app.openai_api.collect_activations import older_key
+from serve_app.openai_api.collect_activations import legacy_key
 from serve_app.openai_api.completions import CompletionReply, CompletionRequest, raw_prompt
 from serve_app.openai_api.effort import effort_variables
 from serve_app.openai_api.errors import ApiError, refused
@@ -35,7 +35,7 @@ from serve_app.openai_api.prompt import render
 from serve_app.openai_api.reply_parser import Reasoning, reasoning_mode
 from serve_app.openai_api.responses.from_chat import ResponsesReply
 from serve_app.openai_api.responses.request import ResponsesRequest
-from serve_app.openai_api.schemas import Kept
+from serve_app.openai_api.schemas import CaptureFields
 from serve_app.openai_api.tokenize import bad_word_tokens, check_tokens
 from serve_app.requests.generation import Choice, Runner
 from serve_app.requests.probes_and_steering import (
@@ -217,7 +217,7 @@ def _numbered(asked: ActivationRequest | None, number: int) -> ActivationRequest
     return asked.model_copy(update={"key": asked.key.model_copy(update={"turn": asked.key.turn + number})})
 
 
-def describe_all(plan: GenerationPlan, dones: Sequence[Done]) -> Kept:
+def describe_all(plan: GenerationPlan, dones: Sequence[Done]) -> CaptureFields:
     """Return the reply's `activations`, if they were asked for."""
     if plan.asked is None:
         return {}
@@ -306,7 +306,7 @@ def _capture(
     plan = CapturePlan(taps, Positions.parse(asked.positions), captured_as(asked.dtype), first=first)
     if asked.delivery != "reference":
         _check_inline(served, asked, plan, prompt.n_prompt, max_tokens, config)
-    spelling = {key: older_key(key, name) for key, name in names.items()} if request.collect_activations else {}
+    spelling = {key: legacy_key(key, name) for key, name in names.items()} if request.collect_activations else {}
     if steering:
         labels = {**asked.labels, STEERING_LABEL: steering_label(request.steering, steering)}
         asked = asked.model_copy(update={"labels": labels})

@@ -18,11 +18,18 @@ from serve_app.engines.protocol import TextDelta
 from serve_app.engines.storage import Done
 from serve_app.models.tokenization import token_bytes
 from serve_app.openai_api.chat import ChatReply
-from serve_app.openai_api.probe_params import spell_scores
+from serve_app.openai_api.probe_params import format_scores
 from serve_app.openai_api.responses import schemas
 from serve_app.openai_api.responses.request import ResponsesRequest
 from serve_app.openai_api.responses.scored_text import ScoredText
-from serve_app.openai_api.schemas import ChatCompletionChunk, ChatDelta, Kept, Probed, ProbeScores, ToolCallDelta
+from serve_app.openai_api.schemas import (
+    CaptureFields,
+    ChatCompletionChunk,
+    ChatDelta,
+    ProbeFields,
+    ProbeScores,
+    ToolCallDelta,
+)
 
 Events = list[dict[str, Any]]
 """Each one of `schemas.EVENTS`."""
@@ -69,12 +76,12 @@ class ResponsesReply:
         pieces = [piece for chunk in self._chat.done(index, done) for piece in self._chunk(chunk)]
         return pieces + self._finish(done)
 
-    def closing(self, kept: Kept) -> Events:
+    def closing(self, kept: CaptureFields) -> Events:
         """Return the last event: the whole response."""
         self._response = {**self._response, **kept}
         return [self._state(self._response["status"])]
 
-    def whole(self, dones: list[Done], kept: Kept) -> schemas.Response:
+    def whole(self, dones: list[Done], kept: CaptureFields) -> schemas.Response:
         """Return the reply of a request that is not streamed."""
         said = self._chat.whole(dones, {})
         (choice,) = said["choices"]
@@ -199,14 +206,14 @@ class ResponsesReply:
             "total_tokens": n_prompt + n_written,
         }
         response["stop_reason"] = finished.stop_reason
-        if self._request.tells_tokens:
+        if self._request.returns_token_ids:
             response["prompt_token_ids"] = list(self._chat.prompt_token_ids)
             response["token_ids"] = finished.token_ids
         if finished.probed:
-            response["probes"] = spell_scores(self._chat.probes, finished.probed, n_prompt, acted=finished.acted)
+            response["probes"] = format_scores(self._chat.probes, finished.probed, n_prompt, acted=finished.acted)
         return pieces
 
-    def _take_probed(self) -> Probed:
+    def _take_probed(self) -> ProbeFields:
         probed, self._probed = self._probed, []
         return {"probes": probed} if probed else {}
 

@@ -11,14 +11,14 @@ from pydantic import Field
 from typing_extensions import TypedDict
 
 from serve_app.openai_api.schemas import (
+    CaptureFields,
     ChosenToken,
     Count,
     ErrorDetail,
-    Kept,
-    Probed,
+    ProbeFields,
     PromptIds,
     PromptLogprobs,
-    Told,
+    StopFields,
 )
 
 Status = Literal["in_progress", "completed", "incomplete"]
@@ -166,7 +166,7 @@ class ReasoningConfig(TypedDict):
     summary: None
 
 
-class Response(Kept, Told, Probed):
+class Response(CaptureFields, StopFields, ProbeFields):
     """A response. In a stream's first events its `output` is empty and its `usage` null."""
 
     id: str
@@ -243,7 +243,7 @@ class ContentPartEvent(ItemPartEvent):
     part: TextContent | ReasoningContent
 
 
-class DeltaEvent(Probed, ItemPartEvent):
+class DeltaEvent(ProbeFields, ItemPartEvent):
     """What the events that say more have: the text, and scores of the probes that have come since the last."""
 
     delta: str

@@ -16,7 +16,7 @@ from ray.exceptions import ActorDiedError, TaskCancelledError
 from starlette.types import Message
 
 from serve_app.engines.protocol import Load
-from serve_app.http.http_api import check_key, locks, make_api
+from serve_app.http.http_api import auth_dependencies, check_key, make_api
 from serve_app.http.metrics import Metrics
 from serve_app.logs import JsonFormatter
 from serve_app.openai_api.errors import ApiError
@@ -358,7 +358,7 @@ def test_the_document_says_whether_a_key_is_needed(monkeypatch: pytest.MonkeyPat
     for key in ("", "secret"):
         monkeypatch.setenv("ROENTGEN_API_KEY", key)
         api = FastAPI()
-        locked = APIRouter(dependencies=locks())
+        locked = APIRouter(dependencies=auth_dependencies())
         locked.add_api_route("/here", lambda: {"here": True})
         api.include_router(locked)
         document = api.openapi()

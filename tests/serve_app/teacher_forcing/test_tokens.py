@@ -20,14 +20,14 @@ def model(llama: LoadedModel) -> Iterator[LoadedModel]:
     return replace(llama, tokenizer=tiny.tokenizer())
 
 
-def spell(text: TokenizedText) -> str:
+def display_name(text: TokenizedText) -> str:
     """Read the tokens back: token i is byte i in the alphabet's order, so this is the tokenizer's own decoding."""
     return tiny.tokenizer().decode(text.token_ids)
 
 
 def test_a_conversation_goes_through_the_template_and_ends_its_turn(model):
     text = transcript_tokenizer(model)(Transcript(KEY, ASK, "yo", "stop")).sequence
-    assert spell(text) == text.text == "[user]hi[reply]yo<eos>"
+    assert display_name(text) == text.text == "[user]hi[reply]yo<eos>"
     assert (text.n_prompt, text.n_completion, text.n_rows) == (15, 3, 17)
     assert text.segments == [Segment("user", 0, 8), Segment("assistant", 15, 22)]
     assert text.token_offsets == list(range(18))

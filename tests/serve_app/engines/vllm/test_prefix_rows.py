@@ -65,7 +65,7 @@ def states(asked: GenerationJob, tokens: list[int], start: int = 0, state: int =
     return found
 
 
-def shown(remembered: list[int], key: str, span: range) -> torch.Tensor:
+def preview(remembered: list[int], key: str, span: range) -> torch.Tensor:
     """What a place shows at some positions of a sequence."""
     rows = [[float(remembered[at]), float(ord(key)), float(at)] for at in span]
     return torch.tensor(rows).reshape(len(span), WIDTH)
@@ -123,7 +123,7 @@ class Played:
             for visitor in (step.rows, step.fills, step.scores):
                 for key, tap in (visitor.taps if visitor is not None else {}).items():
                     (place,) = (name for name, place in PLACES.items() if place == tap)
-                    values = [shown(one.remembered, place, spans[name]) for name, one in batch.items()]
+                    values = [preview(one.remembered, place, spans[name]) for name, one in batch.items()]
                     visitor(key, torch.cat(values))
             self.collector.done(step, None)
         for name, one in batch.items():
@@ -168,7 +168,7 @@ class Played:
         if asked.probes:
             scores = RequestScores(asked.probes)
             scores.take_in(self.collector.scores([name])[name])
-            expected = shown(remembered, "c", range(len(fed))).sum(1, keepdim=True)
+            expected = preview(remembered, "c", range(len(fed))).sum(1, keepdim=True)
             torch.testing.assert_close(scores.all()[0][: len(fed)], expected)
         if asked.capture is None:
             self.collector.forget(name)
@@ -178,7 +178,7 @@ class Played:
         pooled = asked.capture.positions.pooled
         assert rows.position.tolist() == ([-1] * bool(positions) if pooled else positions)
         for key in asked.capture.taps:
-            expected = shown(remembered, key, range(len(fed)))[positions]
+            expected = preview(remembered, key, range(len(fed)))[positions]
             if pooled:
                 expected = expected.mean(0, keepdim=True)[: len(rows.position)]
             torch.testing.assert_close(rows.tensors[key], expected)
