@@ -64,7 +64,7 @@ def test_contrastive_prompts_of_a_file(tmp_path: Path) -> None:
     again = roentgen(tmp_path, *command)
     assert again.returncode == 1
     assert "6 of 6 texts are in the session already" in again.stderr
-    assert "0 texts captured (0 tokens in 0.0 s), 6 there already, 1 failed" in again.stdout
+    assert "0 texts captured (0 tokens in 0.0 s), 6 already captured, 1 failed" in again.stdout
 
 
 @pytest.mark.integration

@@ -1,7 +1,7 @@
-"""The `roentgen` command: each subcommand calls one function of another package and prints its result.
+"""The `roentgen` command. Each subcommand calls one function of another package and prints its result.
 
-Each module holds related subcommands. A subcommand imports what it needs when it runs, so that `roentgen --help` does not wait
-for torch.
+Each module contains related subcommands. A subcommand imports what it needs when it runs, so that `roentgen --help` does not
+import torch.
 """
 
 from typing import Annotated
@@ -21,12 +21,15 @@ from roentgen.cli.show_command import show
 from roentgen.version import __version__
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__.split("\n")[0]
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Evaluate a language model and store its internal activations.",
 )
 
 
-def _say_version(asked: bool) -> None:
-    if asked:
+def _print_version(requested: bool) -> None:
+    if requested:
         print(__version__)
         raise typer.Exit
 
@@ -35,11 +38,11 @@ def _say_version(asked: bool) -> None:
 def main(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", is_eager=True, callback=_say_version, help="Print the version and stop.")
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Evaluate a language model on GSM8K and keep what it held inside."""
-    # `eval` without --base-url starts a server; it gets the means here, because eval_jobs may not import serve_app.
+    """Evaluate a language model and store its internal activations."""
+    # `eval` without --base-url starts a server by this function, because eval_jobs may not import serve_app.
     context.obj = serve_for_eval
 
 

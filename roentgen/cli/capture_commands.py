@@ -1,4 +1,4 @@
-"""`roentgen capture` keeps what a model holds inside while it reads; `roentgen verify-capture` checks captures."""
+"""`roentgen capture` stores activations of existing texts; `roentgen verify-capture` checks captures."""
 
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 @options_of(CaptureSettings)
 def capture(**options: Any) -> None:
-    """Keep what a model holds inside while it reads existing texts: a run's answers, or a file's lines.
+    """Store a model's activations on existing texts: a run's answers, or the lines of a file.
 
-    Nothing is generated. Run it again to continue. Ends with 1 if some texts could not be captured.
+    Nothing is generated. Run the command again to continue. The exit code is 1 if some texts could not be captured.
     """
     with stages() as stage, expected_errors():
         settings = read_options(CaptureSettings, options)
@@ -30,13 +30,13 @@ def capture(**options: Any) -> None:
         report = run_capture(settings, err, stage)
     for name, reason in report.failures:
         err.print(f"not captured: {name}: {reason}", style="red", highlight=False, markup=False)
-    say = partial(out.print, highlight=False, markup=False, soft_wrap=True)
-    say(
+    show = partial(out.print, highlight=False, markup=False, soft_wrap=True)
+    show(
         f"{report.stored:,} texts captured ({report.tokens:,} tokens in {report.seconds:.1f} s), "
-        f"{report.held:,} there already, {len(report.failures):,} failed"
+        f"{report.held:,} already captured, {len(report.failures):,} failed"
     )
-    say(f"activations: {report.session}")
-    say(f"next: roentgen {f'probe train {report.run} --session' if report.run else 'sessions show'} {report.session}")
+    show(f"activations: {report.session}")
+    show(f"next: roentgen {f'probe train {report.run} --session' if report.run else 'sessions show'} {report.session}")
     if report.failures:
         raise typer.Exit(1)
 
@@ -45,7 +45,10 @@ def capture(**options: Any) -> None:
 def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False, **options: Any
 ) -> None:
-    """Compare captures of a running batch with lone forwards, row by row; exit code 1 if they differ."""
+    """Compare captures from a running batch with single-request forward passes, row by row.
+
+    The exit code is 1 if they differ.
+    """
     with stages() as stage, expected_errors():
         asked = read_options(VerifySettings, options)
         stage(LOADING)
@@ -61,7 +64,7 @@ def verify(
 
 
 def _verify(asked: VerifySettings, stage: Stages) -> "VerificationReport":
-    """Check what files alone tell, load the model, and verify it."""
+    """Check everything that needs only files, then load the model and verify it."""
     from roentgen.serving.preflight import check_device, with_option_names
     from serve_app.capture.structure import CaptureRequestError
     from serve_app.models.description import describe
@@ -74,7 +77,7 @@ def _verify(asked: VerifySettings, stage: Stages) -> "VerificationReport":
         describe(source).check_capture(asked.layers, asked.hook_points or ())
     except CaptureRequestError as error:
         raise OptionError(with_option_names(str(error))) from error
-    # What follows takes seconds to import.
+    # These imports take seconds.
     from serve_app.engines.transformers.model import load
     from serve_app.models.adapters import read_model
     from serve_app.verification import (
@@ -84,10 +87,9 @@ def _verify(asked: VerifySettings, stage: Stages) -> "VerificationReport":
         verify_capture,
     )
 
-    # An architecture that cannot be verified is one of the resolution's errors.
     texts = BUILT_IN_PROMPTS if asked.prompts is None else read_prompts(asked.prompts)
     loaded = load(source, asked.dtype, asked.device, stage)
     taps = taps_to_verify(loaded.structure, asked.layers, asked.hook_points or ())
-    stage(f"{asked.requests} requests join and leave a batch, then each runs alone: {len(taps)} hook points")
+    stage(f"running {asked.requests} requests in a batch, then each one alone, at {len(taps)} hook points")
     plain = partial(read_model, source, revision=source.commit, dtype=loaded.dtype) if asked.quantize else None
     return verify_capture(loaded, taps=taps, prompts=texts, count=asked.requests, unquantized=plain)

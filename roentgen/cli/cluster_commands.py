@@ -1,4 +1,4 @@
-"""`roentgen up`, `roentgen smoke`, `roentgen doctor` and `roentgen cluster …`: the cluster, from a person's own machine."""
+"""`roentgen up`, `roentgen smoke`, `roentgen doctor` and `roentgen cluster …`: manage a cluster from a local machine."""
 
 import os
 import subprocess
@@ -17,21 +17,21 @@ from roentgen.options import options_of, read_options
 if TYPE_CHECKING:
     from roentgen.serving.doctor import Diagnosis
 
-cluster_app = typer.Typer(no_args_is_help=True, help="A cluster that was launched.")
+cluster_app = typer.Typer(no_args_is_help=True, help="Manage launched clusters.")
 
 NOT_REACHED = 255
-"""Ssh's exit code for a machine that it does not reach."""
-NO_SSH = "error: there is no ssh here; install OpenSSH's client (apt install openssh-client)"
+"""Exit code of ssh if it cannot reach the machine."""
+NO_SSH = "error: ssh is not installed; install the OpenSSH client (apt install openssh-client)"
 
-Name = Annotated[str, typer.Argument(help="The cluster.")]
+Name = Annotated[str, typer.Argument(help="Name of the cluster.")]
 
 
 @options_of(ClusterSettings, min_vram=12)
 def up(
-    validate_openapi: Annotated[bool, typer.Option(help="Check the server with one request when it is up.")] = True,
+    validate_openapi: Annotated[bool, typer.Option(help="Check the server with one request once it is up.")] = True,
     **options: Any,
 ) -> None:
-    """Launch a cluster that serves a model, or use one that runs, and check it. Leaves it running."""
+    """Launch a cluster that serves a model, or use a running one, and check it. The cluster keeps running."""
     from roentgen.cloud.skypilot import SkyPilot
     from roentgen.cloud.up import up as bring_up
 
@@ -39,7 +39,8 @@ def up(
         settings = read_options(ClusterSettings, options)
         launched = bring_up(settings, SkyPilot(), stage, check=validate_openapi)
     out.print(
-        f"[bold]{launched.name}[/bold] serves {settings.model}. It costs money until it is down. Next:", highlight=False
+        f"[bold]{launched.name}[/bold] serves {settings.model}. It costs money until you take it down. Next:",
+        highlight=False,
     )
     for command in launched.next_commands:
         out.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
@@ -47,9 +48,11 @@ def up(
 
 def smoke(
     base: Annotated[str, typer.Argument(help="http://HOST:PORT")] = f"http://{HOST}:{PORT}",
-    model: Annotated[str | None, typer.Option(help="Loaded if another is served.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model to check; it is loaded if the server has another one.")
+    ] = None,
 ) -> None:
-    """Check a server with one request: health, routes, model, an answer, and its activations read back."""
+    """Check a server with one request: health, routes, model, an answer, and reading its activations back."""
     from roentgen.serving.smoke import smoke as check
 
     with stages() as stage, expected_errors(ValueError):
@@ -60,13 +63,13 @@ def smoke(
 
 def doctor(
     where: Annotated[
-        str | None, typer.Argument(help="A cluster's name or http://HOST:PORT; absent: this machine.")
+        str | None, typer.Argument(help="Name of a cluster, or http://HOST:PORT. Default: this machine.")
     ] = None,
     port: Annotated[
-        int, typer.Option(min=1, max=LAST_PORT, help="Of the server on this machine or the cluster.")
+        int, typer.Option(min=1, max=LAST_PORT, help="Port of the server on this machine or the cluster.")
     ] = PORT,
 ) -> None:
-    """Say what is wrong with a server and what to do; exit code 1 if something is."""
+    """Diagnose a server and say how to fix what is wrong. The exit code is 1 if something is wrong."""
     from roentgen.cloud.remote import Head
     from roentgen.serving.doctor import examine_here, examine_server
 
@@ -75,9 +78,9 @@ def doctor(
         done = _on_head(head.ssh(head.in_project("roentgen", "doctor", "--port", str(port))))
         if done == NOT_REACHED:
             err.print(
-                f"error: no machine {where!r} is reached by ssh. SkyPilot writes the names of clusters into ~/.ssh/config "
-                "(`roentgen cluster status` lists them; `make cloud-env` installs SkyPilot); a server's address is "
-                "http://HOST:PORT",
+                f"error: ssh cannot reach a machine {where!r}. SkyPilot writes the names of clusters into ~/.ssh/config "
+                "(`roentgen cluster status` lists them; `make cloud-env` installs SkyPilot). To check a server by its address, "
+                "give http://HOST:PORT",
                 style="red", highlight=False, markup=False,
             )  # fmt: skip
             raise typer.Exit(2)
@@ -86,18 +89,18 @@ def doctor(
         root = server_root(where or f"http://{HOST}:{port}")
     findings = examine_server(root, client_key())
     findings += [] if where else examine_here(port)
-    out.print(_findings(findings))
+    out.print(_diagnosis_table(findings))
     raise typer.Exit(1 if any(finding.verdict == "wrong" for finding in findings) else 0)
 
 
 @cluster_app.command()
 def status() -> None:
-    """List the clusters, as their providers see them."""
+    """List the clusters, with the status that their providers report."""
     from roentgen.cloud.skypilot import SkyPilot
 
     with expected_errors():
         clusters = SkyPilot().clusters(refresh=True)
-    table = table_of("cluster", "status", "nodes", "resources", "takes itself down")
+    table = table_of("cluster", "status", "nodes", "resources", "terminates itself")
     for one in clusters:
         idle = f"after {one.autostop} idle minutes" if one.autostop >= 0 else "never"
         table.add_row(one.name, one.status, str(one.nodes), one.resources, idle)
@@ -107,9 +110,9 @@ def status() -> None:
 @cluster_app.command()
 def logs(
     name: Name = CLUSTER_NAME,
-    lines: Annotated[int, typer.Option(help="Of each log.")] = 50,
+    lines: Annotated[int, typer.Option(help="Number of lines of each log.")] = 50,
 ) -> None:
-    """Show the ends of the newest job's log and of Serve's logs."""
+    """Show the last lines of the newest job's log and of Serve's logs."""
     from roentgen.cloud.remote import Head
     from roentgen.cloud.skypilot import SkyPilot
 
@@ -130,7 +133,7 @@ def ssh(name: Name = CLUSTER_NAME) -> None:
 
 @cluster_app.command()
 def cost(name: Name = CLUSTER_NAME) -> None:
-    """Show what clusters of a name have cost, as SkyPilot reckons."""
+    """Show what clusters of this name have cost, by SkyPilot's estimate."""
     from roentgen.cloud.skypilot import SkyPilot
 
     with expected_errors():
@@ -139,21 +142,24 @@ def cost(name: Name = CLUSTER_NAME) -> None:
     for entry in entries:
         hours = float(entry.get("duration") or 0) / 3600
         table.add_row(name, str(entry["status"]), f"{hours:.2f}", f"{float(entry.get('total_cost') or 0):.2f}")
-    out.print(table if entries else f"SkyPilot knows of no cluster {name!r}")
+    out.print(table if entries else f"SkyPilot knows no cluster {name!r}")
 
 
 @cluster_app.command()
 def down(name: Name = CLUSTER_NAME) -> None:
-    """Take a cluster down, and wait until its provider says that it is gone."""
+    """Terminate a cluster, and wait until its provider confirms it."""
     from roentgen.cloud.skypilot import SkyPilot
 
     with stages() as stage, expected_errors():
         gone = SkyPilot().down(name, stage)
-    out.print(f"{name} is down: its provider says that {', '.join(gone) or 'every instance'} is gone", highlight=False)
+    out.print(
+        f"{name} is down: its provider confirms that {', '.join(gone) or 'every instance'} is terminated",
+        highlight=False,
+    )
 
 
 def _on_head(command: list[str]) -> int:
-    """Run a command that begins with ssh, and return its exit code; 255 is ssh's own, for a machine that it does not reach."""
+    """Run an ssh command and return its exit code, `NOT_REACHED` if ssh cannot reach the machine."""
     try:
         return subprocess.run(command, check=False).returncode
     except FileNotFoundError:
@@ -165,10 +171,10 @@ def _plain(text: str) -> None:
     err.print(text, markup=False, highlight=False)
 
 
-def _findings(findings: "list[Diagnosis]") -> Table:
-    colours = {"fine": "green", "note": "yellow", "wrong": "bold red"}
+def _diagnosis_table(findings: "list[Diagnosis]") -> Table:
+    colors = {"fine": "green", "note": "yellow", "wrong": "bold red"}
     table = table_of("", "what", "found", "what to do")
     for finding in findings:
-        colour = colours[finding.verdict]
-        table.add_row(f"[{colour}]{finding.verdict}[/{colour}]", finding.what, finding.text, finding.todo)
+        color = colors[finding.verdict]
+        table.add_row(f"[{color}]{finding.verdict}[/{color}]", finding.what, finding.text, finding.todo)
     return table

@@ -1,6 +1,6 @@
-"""What all verbs print with, and how they say what went wrong.
+"""The consoles that all commands print to, and how they report errors.
 
-Expected errors end as one line on stderr and exit code 2; anything else is a bug and shows its traceback.
+An expected error prints one line to stderr and exits with code 2. Any other error is a bug and shows its traceback.
 """
 
 from collections.abc import Iterator
@@ -18,26 +18,26 @@ out = Console()
 err = Console(stderr=True, soft_wrap=True)
 
 LOADING = "loading libraries"
-"""The first stage of what needs torch."""
+"""The first stage of commands that import torch."""
 
 
 @contextmanager
 def expected_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Turn the errors a user can cause, those of this package and `kinds`, into one line and exit code 2."""
+    """Report expected errors, those of this package and `kinds`, as one line, and exit with code 2."""
     expected: tuple[type[Exception], ...] = (RoentgenError, *kinds)
     try:
         yield
     except expected as error:
-        said = getattr(error, "for_console", None) or error
-        err.print(f"error: {said}", style="red", highlight=False, markup=False)
+        message = getattr(error, "for_console", None) or error
+        err.print(f"error: {message}", style="red", highlight=False, markup=False)
         raise typer.Exit(2) from error
 
 
 def table_of(*columns: str, **options: Any) -> Table:
-    """Return a table that shows every name whole: what does not fit goes on in the next line, and is not cut."""
+    """Return a table that wraps long names instead of cutting them."""
     return Table(*(Column(column, overflow="fold") for column in columns), **options)
 
 
 def stages() -> Stages:
-    """Return what says on stderr what is being done; use it as a context."""
+    """Return a progress display on stderr; use it as a context manager."""
     return Stages(err)

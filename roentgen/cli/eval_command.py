@@ -1,7 +1,14 @@
-"""`roentgen eval`: the evaluation's own command, and with `--launch` the same evaluation on a cluster.
+"""`roentgen eval`: run an evaluation here, or with `--launch` on a cluster.
 
-The evaluation's options are `EvalSettings`, the cluster's are `ClusterSettings`. With `--launch` they are checked before
-anything is paid for, and what was given travels as it was given: the cluster's own `python -m eval_jobs` has the defaults.
+The command's signature is assembled from three settings models, so that each option is declared once:
+
+    EvalSettings     the evaluation            -> `evaluate` here, or `python -m eval_jobs` on the cluster
+    LaunchOptions    what to do with a cluster -> `launch_and_evaluate`
+    ClusterSettings  the cluster's machines    -> `launch_and_evaluate`
+
+`evaluate_or_launch` splits the parsed options by these models again. With `--launch`, all options are checked before any
+machine is paid for, and only the options that the user gave are forwarded: the cluster's `python -m eval_jobs` has the same
+defaults.
 """
 
 from collections.abc import Collection
@@ -27,29 +34,31 @@ from roentgen.options import options_of, read_options
 
 OF_THE_SERVER = ("model", "revision", "dtype", "store")
 STAYS_HERE = frozenset({"output", *OF_THE_SERVER, "base_url", "ray_address"})
-"""Options of the evaluation that mean something else, or nothing, on the cluster."""
+"""Options of the evaluation that are not forwarded: on the cluster they have another meaning or none."""
 
 MAY_BE_FILES = ("problems", "prompt_file", "variants", "shots_source")
-"""Options whose value may be a file on this machine."""
+"""Options whose value may be a file on this machine; it is sent to the cluster."""
 
 MAY_BE_REFERENCES = ("problems", "prompt", "extractor", "shots_source")
-"""Options whose value may refer to something in a Python file of this machine."""
+"""Options whose value may refer to an object in a Python file on this machine."""
 
 
 class LaunchOptions(BaseModel):
-    """Options of `--launch` beside those of a cluster."""
+    """Options of `--launch` other than the cluster's own."""
 
-    launch: bool = Field(False, description="Evaluate on a cluster in a cloud.")
-    keep_running: bool = Field(False, description="Leave a new cluster running.")
+    launch: bool = Field(False, description="Run the evaluation on a cloud cluster.")
+    keep_running: bool = Field(False, description="Keep a new cluster running afterwards.")
     transfer_activations: bool = Field(
-        False, description="Fetch the activations; by default only those that would end with the cluster."
+        False, description="Copy the activations here. Default: only those on the cluster's own disks."
     )
-    remote_storage_only: bool = Field(False, description="Leave them where they are.")
+    remote_storage_only: bool = Field(False, description="Do not copy any activations here.")
 
     @model_validator(mode="after")
     def _one(self) -> Self:
         if self.transfer_activations and self.remote_storage_only:
-            raise ValueError("--transfer-activations and --remote-storage-only exclude one another")
+            raise ValueError(
+                "--transfer-activations and --remote-storage-only are mutually exclusive; give one of them"
+            )
         return self
 
 
@@ -57,14 +66,14 @@ class LaunchOptions(BaseModel):
 @options_of(LaunchOptions, panel="Cluster")
 @options_of(ClusterSettings, leave_out={"fresh", "taps", *OF_THE_SERVER}, panel="Cluster", name="roentgen-eval")
 def evaluate_or_launch(ctx: typer.Context, **options: Any) -> None:
-    """Evaluate here, or with `--launch` on a cluster; what is shown as help is the evaluation's."""
+    """Evaluate here, or with `--launch` on a cluster. The help text is that of `evaluate`."""
     launch = {name: options.pop(name) for name in LaunchOptions.model_fields}
     cluster = {name: options.pop(name) for name in options.keys() - EvalSettings.model_fields.keys()}
     if launch["launch"]:
         _launch(ctx, launch, cluster, options)
         return
     if given := _given(ctx, launch | cluster):
-        raise typer.BadParameter(f"{', '.join(given)}: only together with --launch")
+        raise typer.BadParameter(f"{', '.join(given)}: allowed only with --launch")
     evaluate(ctx, **options)
 
 
@@ -81,7 +90,7 @@ def _launch(ctx: typer.Context, launch: dict[str, Any], cluster: dict[str, Any],
         how = read_options(LaunchOptions, launch)
         if given := _given(ctx, ("base_url", "ray_address", "device", "quantize")):
             raise LaunchError(
-                f"{', '.join(given)}: not together with --launch, which has a server and a Ray of its own"
+                f"{', '.join(given)}: not allowed with --launch; the cluster has its own server and its own Ray"
             )
         served = {name: options[name] for name in OF_THE_SERVER if options[name] is not None}
         files = named_files(options)
@@ -101,16 +110,16 @@ def _launch(ctx: typer.Context, launch: dict[str, Any], cluster: dict[str, Any],
 
 
 def _check(options: dict[str, Any]) -> EvalSettings:
-    """Find out here what is wrong with an evaluation's options, before a machine is paid for; returns them.
+    """Check an evaluation's options before a machine is paid for, and return the settings.
 
     Raises:
-        EvalError: naming the option.
+        EvalError: if an option is not allowed; the message names it.
     """
     settings = check_settings(**options)
     source = str(settings.problems)
     if source.startswith(HUB) and Path(hub_name(source)).expanduser().exists():
         raise EvalError(
-            f"--problems: {source} is a folder of this machine, which the cluster lacks; allowed are a dataset of "
+            f"--problems: {source} is a folder on this machine, which the cluster does not have; allowed are a dataset of "
             "the hub and a .jsonl, .csv or .parquet file, which is sent"
         )
     if settings.problems not in SOURCES:
@@ -118,23 +127,23 @@ def _check(options: dict[str, Any]) -> EvalSettings:
     if settings.shots_source is not None and is_reference(settings.shots_source):
         find_source(settings.shots_source)
     if settings.prompt is not None or settings.prompt_file is not None:
-        choose_prompt(settings.prompt or "", settings.prompt_file)  # fixed shots are read there, as problems are
+        choose_prompt(settings.prompt or "", settings.prompt_file)  # this also reads the fixed shots
     if settings.variants is not None:
         read_variants(settings.variants)
     return settings
 
 
 def taps_of(settings: EvalSettings) -> tuple[str, ...]:
-    """Return what vLLM is to tap on a cluster: the default and what an evaluation adds to it, or nothing if it adds nothing."""
+    """Return the `taps` setting for vLLM: the default plus the evaluation's other hook points; empty if there are none."""
     added = [name for name in settings.hook_points if name not in DEFAULT_TAPS]
     return (DEFAULT_TAPS_NAME, *added) if added else ()
 
 
 def named_files(options: dict[str, Any]) -> dict[str, Path | str]:
-    """Return the files of this machine that the evaluation's options name, by option; of something in one, `file.py:name`.
+    """Return the local files that the evaluation's options name, by option; for an object in a file, `file.py:name`.
 
     Raises:
-        EvalError: if something in an installed package is named, which the cluster does not have.
+        EvalError: if an option names an object in an installed package, which the cluster does not have.
     """
     files: dict[str, Path | str] = {
         name: Path(options[name]).expanduser().absolute()
@@ -147,14 +156,14 @@ def named_files(options: dict[str, Any]) -> dict[str, Path | str]:
             continue
         if (found := in_file(value)) is None:
             raise EvalError(
-                f"--{name}: {value} is of a package, which the cluster lacks; name it as path/to/file.py:name"
+                f"--{name}: {value} is in a package, which the cluster does not have; name it as path/to/file.py:name"
             )
         files[name] = found
     return files
 
 
 def forwarded(ctx: typer.Context, *, leave_out: frozenset[str]) -> list[str]:
-    """Return the evaluation's options as they were given, for its command line on the cluster."""
+    """Return the evaluation's options as the user gave them, as arguments for the command on the cluster."""
     words: list[str] = []
     for parameter in ctx.command.params:
         name = str(parameter.name)
@@ -166,7 +175,7 @@ def forwarded(ctx: typer.Context, *, leave_out: frozenset[str]) -> list[str]:
 
 
 def _given(ctx: typer.Context, names: Collection[str]) -> list[str]:
-    """Return the flags of those options, of these names, that were given."""
+    """Return the flags of the named options that the user gave."""
     return [one.opts[0] for one in ctx.command.params if one.name in names and _is_given(ctx, str(one.name))]
 
 

@@ -1,4 +1,4 @@
-"""`roentgen inspect`: what a model has to capture."""
+"""`roentgen inspect`: list a model's hook points."""
 
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print the whole record as JSON.")] = False, **options: Any
 ) -> None:
-    """Show what a model has to capture: where each hook point is, or why it is missing."""
+    """List a model's hook points: the module of each one, or why it is missing."""
     from serve_app.models.inspection import inspect_model
 
     with expected_errors():
@@ -38,7 +38,7 @@ def inspect(
 
 
 def hook_point_table(structure: "ModelStructure") -> Table:
-    """Lay out a model's hook points: the module, the side of it, and the layers; of a missing one, why."""
+    """Return a table of a model's hook points: module, side (input or output) and layers, or why one is missing."""
     from serve_app.capture.structure import ranges
 
     table = table_of("hook point", "module", "side", "layers")

@@ -1,4 +1,4 @@
-"""`roentgen join`: a harness' scores become labels of what was stored while it ran."""
+"""`roentgen join`: store an evaluation harness's scores as labels of the rollouts it caused."""
 
 from typing import Annotated
 
@@ -14,17 +14,20 @@ def join(
     log: Annotated[
         str,
         typer.Argument(
-            help="A log of inspect_ai (.eval, .json), lm-eval's samples_….jsonl of --log_samples, or a folder of either."
+            help="A log of inspect_ai (.eval, .json) or lm-eval (samples_….jsonl of --log_samples), or a folder of logs."
         ),
     ],
     session: Annotated[str, typer.Argument(help="STORE/SESSION, or http://SERVER/v1/activations/session/ID.")],
     scorer: Annotated[
-        list[str] | None, typer.Option(help="Only this scorer or metric; may be repeated. All by default.")
+        list[str] | None, typer.Option(help="Use only this scorer or metric. Repeatable; default: all.")
     ] = None,
-    prefix: Annotated[str, typer.Option(help="Put before the labels' names.")] = "",
-    api_key: Annotated[str, typer.Option(envvar=api_keys.VARIABLE, help="The server's.")] = "",
+    prefix: Annotated[str, typer.Option(help="Prefix of the labels' names.")] = "",
+    api_key: Annotated[str, typer.Option(envvar=api_keys.VARIABLE, help="API key of the server.")] = "",
 ) -> None:
-    """Join a harness' scores to stored rollouts, as labels; the same again changes nothing. Ends with 1 if none matches."""
+    """Store a harness's scores as labels of stored rollouts; a second call changes nothing.
+
+    The exit code is 1 if no sample matches.
+    """
     from roentgen.harnesses.join import join as join_log
 
     with expected_errors(OSError, ValueError):

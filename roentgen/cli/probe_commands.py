@@ -1,4 +1,4 @@
-"""Probes on stored activations: `roentgen probe`."""
+"""`roentgen probe`: train, compare and apply probes on stored activations."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,12 +13,12 @@ from roentgen.options import options_of, read_options
 from roentgen.stopping import StopSettings
 from roentgen.workflows.command_settings import SteerSettings
 
-probe_app = typer.Typer(no_args_is_help=True, help="Probes on stored activations.")
+probe_app = typer.Typer(no_args_is_help=True, help="Train and apply probes on stored activations.")
 
 
 @contextmanager
-def _one_class_is_no_error() -> Iterator[None]:
-    """End with 3 where a label has one class only: nothing is wrong, and there is no probe."""
+def _exit_3_for_one_class() -> Iterator[None]:
+    """Exit with code 3 if a label has only one class: there is no probe to train, but nothing is wrong."""
     from probes import OneClassError
 
     try:
@@ -30,38 +30,45 @@ def _one_class_is_no_error() -> Iterator[None]:
 
 @probe_app.command("train")
 def probe_train(
-    sources: Annotated[list[str], typer.Argument(help="Run directories, or sessions of the store.")],
+    sources: Annotated[list[str], typer.Argument(help="Run directories, or sessions of a store.")],
     label: Annotated[
-        str, typer.Option(help="What to read: correct, truncated, difficulty, steps, a stored label, a table's column…")
+        str,
+        typer.Option(
+            help="Label to predict: correct, truncated, difficulty, steps, a stored label, a column of --table, …"
+        ),
     ] = "correct",
     positions: Annotated[
         str,
         typer.Option(
-            help="Where, comma-separated: last_prompt, last, mean_prompt, mean_generated, before_answer, at:0.5, tokens."
+            help="Token positions, comma-separated: last_prompt, last, mean_prompt, mean_generated, before_answer, at:0.5, "
+            "tokens."
         ),
     ] = "last_prompt",
     kind: Annotated[
         str | None,
         typer.Option(
-            help="logistic, mean_difference, lda, contrast, attention, ridge or multinomial, or a kind of one's own, "
-            "module:name or path/to/file.py:name; else the label's usual."
+            help="Kind of probe: logistic, mean_difference, lda, contrast, attention, ridge, multinomial, or your own, "
+            "module:name or path/to/file.py:name. Default: the usual kind for the label."
         ),
     ] = None,
     declared: Annotated[
-        str | None, typer.Option(help="A candidate named beforehand, layers.12.resid_post@last_prompt.")
+        str | None, typer.Option(help="A candidate declared in advance, such as layers.12.resid_post@last_prompt.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the folds and the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed of the folds and the bootstrap.")] = 0,
     session: Annotated[
-        str | None, typer.Option(help="STORE/SESSION of `roentgen capture`, instead of the runs' own activations.")
+        str | None,
+        typer.Option(help="STORE/SESSION written by `roentgen capture`, used instead of the runs' own activations."),
     ] = None,
     table: Annotated[
-        Path | None, typer.Option(help="Labels as CSV or parquet, joined on rollout_id or problem_id.")
+        Path | None, typer.Option(help="Labels as a CSV or parquet file, joined on rollout_id or problem_id.")
     ] = None,
-    output: Annotated[Path | None, typer.Option(help="The folder; RUN/probes/LABEL for a single run.")] = None,
-    device: Annotated[str, typer.Option(help="Where to fit: cpu or cuda.")] = "cpu",
+    output: Annotated[
+        Path | None, typer.Option(help="Output folder. Default for a single run: RUN/probes/LABEL.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Device to train on: cpu or cuda.")] = "cpu",
 ) -> None:
-    """Train probes per layer and hook point; exit code 3 if the label has one class only."""
-    with stages() as stage, expected_errors(), _one_class_is_no_error():
+    """Train a probe for every layer and hook point. The exit code is 3 if the label has only one class."""
+    with stages() as stage, expected_errors(), _exit_3_for_one_class():
         stage(LOADING)
         from probes import render
         from roentgen.probes import train
@@ -76,21 +83,21 @@ def probe_train(
 
 @probe_app.command("compare")
 def probe_compare(
-    first: Annotated[str, typer.Argument(help="A run directory or session, say without tools.")],
-    second: Annotated[str, typer.Argument(help="Another, say with tools.")],
-    label: Annotated[str, typer.Option(help="What to read in each.")] = "correct",
-    positions: Annotated[str, typer.Option(help="Where to read.")] = "last_prompt",
-    kind: Annotated[str | None, typer.Option(help="Of probe; else the label's usual.")] = None,
-    seed: Annotated[int, typer.Option(help="Of folds, deals and bootstrap.")] = 0,
-    table: Annotated[Path | None, typer.Option(help="Labels as CSV or parquet.")] = None,
-    output: Annotated[Path | None, typer.Option(help="A JSON file to write as well.")] = None,
+    first: Annotated[str, typer.Argument(help="A run directory or session, such as one without tools.")],
+    second: Annotated[str, typer.Argument(help="Another one, such as one with tools.")],
+    label: Annotated[str, typer.Option(help="Label to predict in both.")] = "correct",
+    positions: Annotated[str, typer.Option(help="Token position.")] = "last_prompt",
+    kind: Annotated[str | None, typer.Option(help="Kind of probe. Default: the usual kind for the label.")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed of the folds, splits and bootstrap.")] = 0,
+    table: Annotated[Path | None, typer.Option(help="Labels as a CSV or parquet file.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSON file to write the result to.")] = None,
 ) -> None:
-    """Carry probes from one run to another and back, and compare their directions; exit code 3 for one class only."""
+    """Test probes of each run on the other, and compare their directions. The exit code is 3 if a label has only one class."""
     from probes import compare
 
     if output is not None and not output.absolute().parent.is_dir():
         raise typer.BadParameter(f"{output.parent} is not a folder", param_hint="--output")
-    with expected_errors(), _one_class_is_no_error():
+    with expected_errors(), _exit_3_for_one_class():
         found = compare(first, second, label, positions, kind, seed, table)
     one, two = found.names
     shown = table_of(
@@ -107,7 +114,7 @@ def probe_compare(
 @probe_app.command("steer")
 @options_of(SteerSettings)
 def probe_steer(**options: Any) -> None:
-    """Answer problems with a probe's direction added, and along directions that know nothing, and compare."""
+    """Generate with a probe's direction added, and with random control directions, and compare the answers."""
     with stages() as stage, expected_errors():
         settings = read_options(SteerSettings, options)
         stage(LOADING)
@@ -120,7 +127,7 @@ def probe_steer(**options: Any) -> None:
 @probe_app.command("stop")
 @options_of(StopSettings)
 def probe_stop(**options: Any) -> None:
-    """Find on stored rows what a probe that ends answers early would save and cost, beside simpler rules."""
+    """Estimate on stored rows what early stopping by a probe would save and cost, compared with simpler rules."""
     with stages() as stage, expected_errors():
         read_options(StopSettings, options)
         stage(LOADING)

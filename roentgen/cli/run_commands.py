@@ -1,4 +1,4 @@
-"""What is made of a run: `roentgen report`, `score`, `export`, `status` and `compare`."""
+"""Commands on a run directory: `roentgen report`, `score`, `export`, `status` and `compare`."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,7 +11,7 @@ RunPath = Annotated[Path, typer.Argument(help="A run directory.")]
 
 
 def report(run: RunPath) -> None:
-    """Write a run's summary.json and report.html again (with probe results, if there are any) and print the page's path."""
+    """Rewrite a run's summary.json and report.html (with probe results, if there are any), and print the page's path."""
     from roentgen.api.run_results import report as write
 
     with expected_errors(OSError):
@@ -25,11 +25,11 @@ def score(
         typer.Option(
             "--extractor",
             "--scorer",
-            help="The primary one from now on: a name, or module:function or path/to/file.py:function.",
+            help="The new primary extractor: a name, module:function or path/to/file.py:function.",
         ),
     ] = None,
 ) -> None:
-    """Judge a run's answers again, without the model, and print its scores."""
+    """Score a run's answers again, without the model, and print the scores."""
     from eval_jobs.console import print_summary
     from roentgen.api.run_results import score as judge
 
@@ -40,20 +40,23 @@ def score(
 
 def export(
     run: RunPath,
-    output: Annotated[Path, typer.Argument(help="SAMPLES.parquet, LOG.eval for inspect_ai, or a folder for hf.")],
+    output: Annotated[
+        Path, typer.Argument(help="SAMPLES.parquet, LOG.eval for inspect_ai, or a folder for the hf format.")
+    ],
     kind: Annotated[
         Literal["parquet", "eval", "hf"] | None,
-        typer.Option("--format", help="By default, what OUTPUT's name ends in."),
+        typer.Option("--format", help="Format. Default: by OUTPUT's extension."),
     ] = None,
     session: Annotated[
-        str | None, typer.Option(help="For hf: a session that was captured of the run's answers; else its own rows.")
+        str | None,
+        typer.Option(help="hf format: a session captured from the run's answers. Default: the run's own activations."),
     ] = None,
     push: Annotated[
-        str | None, typer.Option(metavar="USER/NAME", help="For hf: send it to the Hugging Face hub, too.")
+        str | None, typer.Option(metavar="USER/NAME", help="hf format: also upload to the Hugging Face Hub.")
     ] = None,
-    public: Annotated[bool, typer.Option("--public", help="Let everybody see what --push makes.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make the uploaded dataset public.")] = False,
 ) -> None:
-    """Write a run as a table of its samples, as a log that `inspect view` opens, or with its activations as a data set."""
+    """Export a run as a table of samples, as a log for `inspect view`, or as a dataset with its activations."""
     from roentgen.api.run_results import export as export_run
 
     with expected_errors(OSError), stages() as stage:
@@ -73,7 +76,7 @@ def export(
 
 
 def status(run: RunPath) -> None:
-    """Say how far a run is, also while it is running."""
+    """Show the progress of a run, finished or running."""
     from eval_jobs.status import status as status_of
     from roentgen.runs import Run
 
@@ -82,9 +85,9 @@ def status(run: RunPath) -> None:
 
 
 def compare(
-    first: RunPath, second: Annotated[Path, typer.Argument(help="Another one, on some of the same problems.")]
+    first: RunPath, second: Annotated[Path, typer.Argument(help="Another run, which shares problems with the first.")]
 ) -> None:
-    """Compare two runs, problem by problem: the difference of their accuracies with its interval, and McNemar's test."""
+    """Compare two runs problem by problem: the difference in accuracy with its confidence interval, and McNemar's test."""
     from eval_jobs.console import print_comparison
     from roentgen.api.run_results import compare as compare_runs
 

@@ -1,4 +1,4 @@
-"""`roentgen serve`, and the server that `roentgen eval` starts when it is given none."""
+"""`roentgen serve`, and the server that `roentgen eval` starts if it has no `--base-url`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @contextmanager
 def serve_for_eval(settings: "EvalSettings") -> Iterator[str]:
-    """Start Ray and the server for an evaluation that was given none; yields its base URL."""
+    """Start a server for an evaluation without `--base-url`; yields its base URL."""
     with stages() as stage:
         stage(LOADING)
         from roentgen.serving.for_evaluation import serving_for
@@ -30,19 +30,21 @@ def serve_for_eval(settings: "EvalSettings") -> Iterator[str]:
 
 @options_of(ServerConfig)
 def serve(
-    port: Annotated[int, typer.Option(help="0 chooses a free one.")] = PORT,
-    host: Annotated[str, typer.Option(help="Anything but loopback needs ROENTGEN_API_KEY.")] = HOST,
+    port: Annotated[int, typer.Option(help="Port; 0 chooses a free one.")] = PORT,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; any other than loopback requires ROENTGEN_API_KEY.")
+    ] = HOST,
     ray_address: Annotated[
         str | None,
         typer.Option(
-            help="'local' starts a Ray here; HOST:PORT joins one. By default one is started where it is needed: for several "
-            "replicas, on a GPU, with vLLM."
+            help="Ray cluster: local starts one here; HOST:PORT joins one. Default: start one if it is needed (several "
+            "replicas, a GPU, or vLLM)."
         ),
     ] = None,
-    verbose: Annotated[bool, typer.Option(help="Show the server's logs, and Ray's.")] = False,
+    verbose: Annotated[bool, typer.Option(help="Show the logs of the server and of Ray.")] = False,
     **options: Any,
 ) -> None:
-    """Serve a model behind the OpenAI route until interrupted."""
+    """Serve a model with an OpenAI-compatible API until interrupted."""
     with stages() as stage, expected_errors(ValueError):
         if ray_address is not None:
             check_address(ray_address)
@@ -58,12 +60,12 @@ def serve(
                 highlight=False,
                 soft_wrap=True,
             )
-            out.print("Ctrl-C stops it", highlight=False)
+            out.print("press Ctrl-C to stop", highlight=False)
             wait_for_interrupt()
 
 
 def wait_for_interrupt() -> None:
-    """Return when the process is asked to stop, by Ctrl-C or by SIGTERM."""
+    """Block until the process gets SIGINT (Ctrl-C) or SIGTERM."""
     import signal
 
     signal.signal(signal.SIGTERM, signal.default_int_handler)

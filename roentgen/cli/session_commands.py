@@ -1,4 +1,4 @@
-"""`roentgen sessions`: list, show, verify, copy, compact, export and remove what a store holds."""
+"""`roentgen sessions`: list, show, verify, copy, compact, export and delete the sessions of a store."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,14 +11,16 @@ from rich.markup import escape
 from roentgen import api_keys
 from roentgen.cli.console import err, expected_errors, out, table_of
 
-sessions_app = typer.Typer(no_args_is_help=True, help="Activation sessions of a store.")
+sessions_app = typer.Typer(no_args_is_help=True, help="Manage the activation sessions of a store.")
 
 
-Address = Annotated[str, typer.Argument(help="STORE/SESSION, the store a folder or s3://BUCKET/FOLDER.")]
+Address = Annotated[str, typer.Argument(help="STORE/SESSION, where STORE is a folder or s3://BUCKET/FOLDER.")]
 
 
 @sessions_app.command("list")
-def sessions_list(store: Annotated[str, typer.Argument(help="A folder, or s3://BUCKET/FOLDER.")]) -> None:
+def sessions_list(
+    store: Annotated[str, typer.Argument(help="Activation store: a folder, or s3://BUCKET/FOLDER.")],
+) -> None:
     """List the sessions of a store."""
     from roentgen.store import list_sessions
 
@@ -38,7 +40,7 @@ def sessions_list(store: Annotated[str, typer.Argument(help="A folder, or s3://B
 
 @sessions_app.command("show")
 def sessions_show(session: Address) -> None:
-    """Show what a session holds: its keys and its rollouts."""
+    """Show a session's keys and rollouts."""
     from roentgen.store import Session, StoreError
     from roentgen.store.sessions import summarise
 
@@ -68,7 +70,7 @@ def sessions_show(session: Address) -> None:
 
 @sessions_app.command("verify")
 def sessions_verify(session: Address) -> None:
-    """Read every rollout back and recompute its checksum; exit code 1 if anything is damaged."""
+    """Read every rollout and recompute its checksum. The exit code is 1 if anything is damaged."""
     from roentgen.store import Session, verify
 
     with expected_errors():
@@ -87,12 +89,14 @@ def sessions_gc(
     session: Address,
     run: Annotated[
         list[Path] | None,
-        typer.Option(help="Also remove rollouts of this run's configuration that the run does not name."),
+        typer.Option(
+            help="Also remove rollouts of this run's configuration that the run does not reference. Repeatable."
+        ),
     ] = None,
-    older_than: Annotated[float, typer.Option(help="Leave what is younger than this many minutes.")] = 60,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    older_than: Annotated[float, typer.Option(help="Keep files younger than this many minutes.")] = 60,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
 ) -> None:
-    """Remove what no reader wants: orphan shards, half-written files, what a merge has replaced."""
+    """Remove files that no reader uses: orphan shards, partially written files, and files replaced by a merge."""
     from roentgen.workflows.garbage_collection import collect_garbage
 
     with expected_errors(OSError):
@@ -106,9 +110,9 @@ def sessions_gc(
 @sessions_app.command("compact")
 def sessions_compact(
     session: Address,
-    shard_mb: Annotated[int, typer.Option(min=1, help="Of a merged shard, about.")] = 256,
+    shard_mb: Annotated[int, typer.Option(min=1, help="Approximate size of a merged shard, in MB.")] = 256,
 ) -> None:
-    """Merge small shards into large ones, while others read and write; `gc` later removes the small ones."""
+    """Merge small shards into large ones. The session may be read and written meanwhile; `gc` later removes the small ones."""
     from roentgen.store import Session
     from roentgen.store.merging import compact
 
@@ -127,15 +131,15 @@ def sessions_compact(
 @sessions_app.command("export")
 def sessions_export(
     session: Address,
-    output: Annotated[Path, typer.Argument(help="Folder to write to.")],
+    output: Annotated[Path, typer.Argument(help="Output folder.")],
     kind: Annotated[
         Literal["pt", "hf"],
-        typer.Option("--format", help="pt: a float32 file per rollout and key; hf: a dataset per key."),
+        typer.Option("--format", help="pt: one float32 file per rollout and key; hf: one dataset per key."),
     ] = "pt",
-    key: Annotated[str, typer.Option(help="For hf: only this key, such as layers.12.resid_post.")] = "",
-    positions: Annotated[str, typer.Option(help="For hf: a position policy.")] = "all",
+    key: Annotated[str, typer.Option(help="hf format: export only this key, such as layers.12.resid_post.")] = "",
+    positions: Annotated[str, typer.Option(help="hf format: token positions to export.")] = "all",
 ) -> None:
-    """Write a session in another format."""
+    """Export a session to another format."""
     from roentgen.model_names import suggest
     from roentgen.store import Session
     from roentgen.store.exports import all_to_hf, export_pt, to_hf
@@ -143,14 +147,14 @@ def sessions_export(
     with expected_errors(OSError, ValueError):
         opened = Session.open(session)
         if kind == "pt":
-            with _bar("rollouts") as told:
+            with _bar("rollouts") as on_progress:
                 total = len(opened.rollouts(columns=()))
-                count = export_pt(opened, output, said=lambda done: told(done, total))
+                count = export_pt(opened, output, said=lambda done: on_progress(done, total))
             out.print(f"{count:,} files in {output}", highlight=False)
             return
         stored = opened.keys()
         if key and key not in stored:
-            raise ValueError(f"--key: {key!r} is not stored; there are {', '.join(stored)}{suggest(key, stored)}")
+            raise ValueError(f"--key: {key!r} is not stored; allowed are {', '.join(stored)}{suggest(key, stored)}")
         if key:
             to_hf(opened, key, positions=positions).save_to_disk(output)
         else:
@@ -162,16 +166,16 @@ def sessions_export(
 @sessions_app.command("pull")
 def sessions_pull(
     source: Annotated[str, typer.Argument(help="STORE/SESSION, or http://SERVER/v1/activations/session/ID.")],
-    store: Annotated[str, typer.Argument(help="The store to copy it to.")],
-    api_key: Annotated[str, typer.Option(envvar=api_keys.VARIABLE, help="The server's.")] = "",
+    store: Annotated[str, typer.Argument(help="Store to copy to.")],
+    api_key: Annotated[str, typer.Option(envvar=api_keys.VARIABLE, help="API key of the server.")] = "",
 ) -> None:
-    """Copy a session here from a bucket or a server; run again, it goes on where it stopped."""
+    """Copy a session from a bucket or a server. Run the command again to continue an interrupted copy."""
     from roentgen.store import Session, verify
     from roentgen.store.pulling import pull
 
     with expected_errors(OSError):
-        with _bar("bytes") as told:
-            uri = pull(source, store, api_key=api_keys.client_key(api_key), said=told)
+        with _bar("bytes") as on_progress:
+            uri = pull(source, store, api_key=api_keys.client_key(api_key), said=on_progress)
         report = verify(Session.open(uri))
     out.print(f"{report.rollouts:,} rollouts in {uri}, {len(report.damage)} damaged", highlight=False)
     if not report.ok:
@@ -181,9 +185,9 @@ def sessions_pull(
 @sessions_app.command("rm")
 def sessions_rm(
     session: Address,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
 ) -> None:
-    """Delete a session and all it holds; one that is being written is refused."""
+    """Delete a session. A session that is being written is not deleted."""
     from roentgen.store.places import open_place
     from roentgen.store.sessions import delete_session, summarise
 
@@ -195,12 +199,12 @@ def sessions_rm(
         if not yes and not typer.confirm(f"Delete {what}?"):
             raise typer.Exit(1)
         freed = delete_session(store, name)
-    out.print(f"{freed / 1e6:,.1f} MB are free now", highlight=False)
+    out.print(f"deleted; {freed / 1e6:,.1f} MB freed", highlight=False)
 
 
 @contextmanager
 def _bar(unit: Literal["bytes", "rollouts"]) -> Iterator[Callable[[int, int], None]]:
-    """Show a bar in a terminal; yields what is told how much is done, and of how much."""
+    """Show a progress bar in a terminal; yields a function of (done, total) that updates it."""
     from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     counter = DownloadColumn() if unit == "bytes" else MofNCompleteColumn()

@@ -1,4 +1,4 @@
-"""`roentgen show`: one sample of a run."""
+"""`roentgen show`: print one sample of a run."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 def show(
     run: Annotated[Path, typer.Argument(help="A run directory.")],
-    sample: Annotated[str, typer.Argument(help="7, gsm8k_0007, or a problem's id.")],
-    epoch: Annotated[int | None, typer.Option(min=1, help="Which attempt; the first if absent.")] = None,
-    variant: Annotated[str | None, typer.Option(help="Under which prefix; the first if absent.")] = None,
+    sample: Annotated[str, typer.Argument(help="Sample number, sample id or problem id: 7, gsm8k_0007.")],
+    epoch: Annotated[int | None, typer.Option(min=1, help="Epoch (attempt). Default: the first.")] = None,
+    variant: Annotated[str | None, typer.Option(help="Variant. Default: the first.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
 ) -> None:
-    """Print one sample: prompt, answer, every verdict, where its rows are, and its probe scores."""
+    """Print one sample: prompt, answer, verdicts, the location of its activations, and its probe scores."""
     from roentgen.api.run_results import show as show_sample
 
     with expected_errors():
@@ -27,16 +27,16 @@ def show(
     if as_json:
         out.print_json(data=_as_json(shown))
         return
-    _print_said(shown)
+    _print_conversation(shown)
     _print_verdicts(shown)
     for stored in shown.stored:
         _print_rows(stored)
     if not shown.stored:
-        _say(f"rows: {shown.lost or 'none were kept'}")
+        _print(f"rows: {shown.lost or 'none were stored'}")
     for score in shown.scores:
-        _say(f"probe {score.label}: {_spell(score)}")
+        _print(f"probe {score.label}: {_format_score(score)}")
     if shown.others:
-        _say(f"also: {', '.join(shown.others)} (--epoch, --variant)")
+        _print(f"also: {', '.join(shown.others)} (--epoch, --variant)")
 
 
 def _as_json(shown: "SampleDetails") -> dict[str, Any]:
@@ -47,26 +47,26 @@ def _as_json(shown: "SampleDetails") -> dict[str, Any]:
     }
 
 
-def _say(text: str, style: str = "") -> None:
+def _print(text: str, style: str = "") -> None:
     out.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-def _print_said(shown: "SampleDetails") -> None:
+def _print_conversation(shown: "SampleDetails") -> None:
     sample = shown.sample
     verdict = shown.verdicts.get(shown.primary) or "failed"
     attempt = f"epoch {sample.epoch}" + (f", variant {sample.variant}" if sample.variant else "")
-    _say(f"{sample.sample_id}  {sample.problem_id}, {attempt}: {verdict}", style="bold")
+    _print(f"{sample.sample_id}  {sample.problem_id}, {attempt}: {verdict}", style="bold")
     for message in sample.messages:
-        _say(f"── {message['role']}", style="dim")
+        _print(f"── {message['role']}", style="dim")
         if message.get("reasoning_content"):
-            _say(message["reasoning_content"], style="italic")
-        _say(message.get("content") or "")
+            _print(message["reasoning_content"], style="italic")
+        _print(message.get("content") or "")
         for call in message.get("tool_calls") or []:
-            _say(f"→ {call['function']['name']}({call['function'].get('arguments', '')})")
+            _print(f"→ {call['function']['name']}({call['function'].get('arguments', '')})")
     if sample.error is not None:
-        _say(f"error: {sample.error}", style="red")
+        _print(f"error: {sample.error}", style="red")
     ended = f", {sample.finish_reason}" if sample.finish_reason else ""
-    _say(f"── {sample.prompt_tokens} + {sample.completion_tokens} tokens{ended}, {sample.seconds:.1f} s", style="dim")
+    _print(f"── {sample.prompt_tokens} + {sample.completion_tokens} tokens{ended}, {sample.seconds:.1f} s", style="dim")
 
 
 def _print_verdicts(shown: "SampleDetails") -> None:
@@ -84,16 +84,16 @@ def _print_rows(stored: "StoredRows") -> None:
 
     start, stop = stored.rows
     where = "means" if stored.positions and stored.positions[0] < 0 else ranges(stored.positions)
-    _say(f"rows of turn {stored.turn}: {stored.rollout_id} in {stored.session}")
-    _say(f"  {stored.shard} [{start}:{stop}], positions {where or 'none'}, {stored.dtype.replace('torch.', '')}")
+    _print(f"rows of turn {stored.turn}: {stored.rollout_id} in {stored.session}")
+    _print(f"  {stored.shard} [{start}:{stop}], positions {where or 'none'}, {stored.dtype.replace('torch.', '')}")
     by_shape: dict[tuple[int, ...], list[str]] = {}
     for key, shape in stored.shapes.items():
         by_shape.setdefault(shape, []).append(key)
     for shape, keys in by_shape.items():
-        _say(f"  {list(shape)}: {', '.join(keys)}")
+        _print(f"  {list(shape)}: {', '.join(keys)}")
 
 
-def _spell(score: "ProbeScore") -> str:
+def _format_score(score: "ProbeScore") -> str:
     if score.unread:
         return f"{score.name}: not scored: {score.unread}"
     names = score.classes if len(score.classes) == len(score.scores) else ("",) * len(score.scores)

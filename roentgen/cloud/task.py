@@ -1,4 +1,4 @@
-"""Rewrites cluster.yaml for one launch: memory, price and the like are no flags of SkyPilot's, so they go into the file."""
+"""Rewrites cluster.yaml for one launch. SkyPilot has no flags for memory, price and similar settings; they go into the file."""
 
 from pathlib import Path
 from typing import Any, Self
@@ -12,7 +12,7 @@ from serve_app.config import EngineName
 
 
 class ClusterSettings(BaseModel):
-    """What a cluster is to be; the options of `roentgen up` and `roentgen eval --launch` (`roentgen.options`)."""
+    """The settings of a cluster: the options of `roentgen up` and `roentgen eval --launch` (`roentgen.options`)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -20,66 +20,72 @@ class ClusterSettings(BaseModel):
     revision: Revision = None
     dtype: Dtype = Field(
         "auto",
-        description="Precision of weights and activations; auto is bfloat16 where the GPU computes in it, else float32.",
+        description="Data type of weights and activations; auto is bfloat16 if the GPU supports it, else float32.",
     )
     engine: EngineName | None = Field(
         None,
-        description="vllm has the nodes install it; if absent, what serve.yaml says, else transformers on a new cluster.",
+        description="Inference engine; the nodes install vLLM if it is vllm. Default: the one in serve.yaml, else "
+        "transformers.",
     )
     taps: str = Field(
         "",
-        description="With vLLM: the hook points that requests may name (roentgen serve --taps); empty is what serve.yaml says, "
-        "else default.",
+        description="vLLM engine only: the hook points that requests may name (see `roentgen serve --taps`). Default: the "
+        "ones in serve.yaml.",
     )
-    min_vram: int = Field(16, ge=0, description="GB of memory that a GPU must have; 0 for no GPU.")
+    min_vram: int = Field(16, ge=0, description="Minimum GPU memory in GB; 0 for no GPU.")
     gpus: int = Field(1, ge=1, description="GPUs per node.")
-    max_price: float = Field(0.60, gt=0, description="Dollars per hour and node.")
+    max_price: float = Field(0.60, gt=0, description="Maximum price in dollars per node and hour.")
     port: int = Field(
-        CLUSTER_PORT, ge=1024, le=65535, description="Port of the server, on the cluster and at this end of the tunnel."
+        CLUSTER_PORT,
+        ge=1024,
+        le=65535,
+        description="Port of the server, on the cluster and on this machine (through the tunnel).",
     )
     name: str = Field(
         CLUSTER_NAME, pattern=r"^[a-z]([-a-z0-9]*[a-z0-9])?$", max_length=40, description="Name of a new cluster."
     )
     cluster: str | None = Field(
-        None, description="Use exactly this running cluster.", json_schema_extra={"flags": ["--cluster", "--gpu-id"]}
+        None, description="Use this running cluster.", json_schema_extra={"flags": ["--cluster", "--gpu-id"]}
     )
-    reuse: bool = Field(False, description="Use the running cluster called --name, if there is one.")
-    skip_sync: bool = Field(False, description="On a cluster that runs: sync and install nothing.")
+    reuse: bool = Field(False, description="Use the running cluster named --name, if there is one.")
+    skip_sync: bool = Field(False, description="Do not sync or install anything on a running cluster.")
     frozen_sync: bool = Field(False, description="Install exactly the pinned versions.")
-    fresh: bool = Field(False, description="On a cluster that runs: install again from nothing.")
-    nodes: int = Field(1, ge=1, description="Nodes of the cluster.")
-    max_replicas: int = Field(0, ge=0, description="Copies of the model under load; 0 for a fixed number, one per GPU.")
-    spot: bool = Field(False, description="Cheaper machines that the provider may take back.")
-    infra: str | None = Field(
-        None, description="Where, as SkyPilot writes it: aws, aws/us-east-1, …; anywhere if absent."
+    fresh: bool = Field(False, description="Reinstall everything on a running cluster.")
+    nodes: int = Field(1, ge=1, description="Number of nodes.")
+    max_replicas: int = Field(
+        0, ge=0, description="Maximum number of replicas under load; 0 for a fixed number, one per GPU."
     )
-    store: str = Field("", description="s3://BUCKET/FOLDER, or a folder on the nodes.")
-    open_port: bool = Field(False, description="Open the port to the Internet, behind a key.")
-    idle_minutes: int = Field(15, ge=1, description="Minutes until an idle cluster takes itself down.")
+    spot: bool = Field(False, description="Use spot instances: cheaper, but the provider may reclaim them.")
+    infra: str | None = Field(
+        None, description="Cloud and region in SkyPilot's notation: aws, aws/us-east-1, …; any by default."
+    )
+    store: str = Field("", description="Activation store: s3://BUCKET/FOLDER, or a folder on the nodes.")
+    open_port: bool = Field(False, description="Open the port to the Internet; the server requires an API key.")
+    idle_minutes: int = Field(15, ge=1, description="Minutes after which an idle cluster terminates itself.")
 
     @model_validator(mode="after")
     def _one_way_to_install(self) -> Self:
         if self.skip_sync + self.frozen_sync + self.fresh > 1:
-            raise ValueError("--skip-sync, --frozen-sync and --fresh exclude one another")
+            raise ValueError("--skip-sync, --frozen-sync and --fresh are mutually exclusive; give one of them")
         return self
 
     @model_validator(mode="after")
     def _several_nodes_share_a_store(self) -> Self:
         if self.nodes > 1 and not self.store:
             raise ValueError(
-                f"--nodes {self.nodes} needs a store that every node can write: --store s3://BUCKET/FOLDER (or a folder that "
-                "cluster.yaml mounts on all of them)"
+                f"--nodes {self.nodes} needs a store that every node can write to: --store s3://BUCKET/FOLDER, or a folder "
+                "that cluster.yaml mounts on all nodes"
             )
         return self
 
     @property
     def sync(self) -> str:
-        """What is installed: all anew, exactly the pins, all from nothing, or nothing, without the code either."""
+        """How the nodes install the code: "full", "frozen" (pinned versions), "fresh" (from nothing) or "skip" (not at all)."""
         return "skip" if self.skip_sync else "frozen" if self.frozen_sync else "fresh" if self.fresh else "full"
 
     @property
     def wanted(self) -> str:
-        """The name of the cluster that is meant, running or not."""
+        """The name of the cluster to use, whether it runs or not."""
         return self.cluster or self.name
 
 
@@ -88,8 +94,8 @@ def rewrite(task: dict[str, Any], settings: ClusterSettings, *, exists: bool = F
 
     Args:
         task: cluster.yaml's content.
-        settings: of the launch.
-        exists: whether the cluster exists: its machines are what they are, and SkyPilot would refuse to be asked for others.
+        settings: the launch's settings.
+        exists: whether the cluster exists. If so, no machine is requested, because SkyPilot refuses a different one.
     """
     resources: dict[str, Any] = {"autostop": {**task["resources"]["autostop"], "idle_minutes": settings.idle_minutes}}
     if not exists:
@@ -125,7 +131,7 @@ def _machine(settings: ClusterSettings) -> dict[str, Any]:
 
 
 def write(source: Path, target: Path, settings: ClusterSettings, *, exists: bool = False) -> None:
-    """Rewrite a task file for a launch; its folder stays the one that is synced."""
+    """Rewrite a task file for a launch. The folder of the source file is the one that is synced."""
     task = rewrite(yaml.safe_load(source.read_text()), settings, exists=exists)
     if task.get("workdir") == ".":
         task["workdir"] = str(source.parent.absolute())

@@ -82,7 +82,7 @@ def test_columns_are_those_of_the_file(launched: list[dict[str, Any]], tmp_path:
 def test_what_is_in_a_folder_of_this_machine_only_is_refused(launched: list[dict[str, Any]], tmp_path: Path) -> None:
     done = run("--problems", f"hf:{tmp_path}?split=test")
     assert done.exit_code == 2
-    assert "is a folder of this machine, which the cluster lacks" in " ".join(done.output.split())
+    assert "is a folder on this machine, which the cluster does not have" in " ".join(done.output.split())
     assert launched == []
 
 
@@ -96,9 +96,9 @@ def test_what_is_in_a_folder_of_this_machine_only_is_refused(launched: list[dict
         (("--variants", "nowhere.yaml"), "nowhere.yaml"),
         (("--dtype", "int4"), "--dtype"),
         (("--engine", "sglang"), "--engine"),
-        (("--device", "cuda"), "--device: not together with --launch"),
-        (("--base-url", "http://127.0.0.1:1/v1"), "--base-url: not together with --launch"),
-        (("--transfer-activations", "--remote-storage-only"), "exclude one another"),
+        (("--device", "cuda"), "--device: not allowed with --launch"),
+        (("--base-url", "http://127.0.0.1:1/v1"), "--base-url: not allowed with --launch"),
+        (("--transfer-activations", "--remote-storage-only"), "mutually exclusive"),
     ],
 )
 def test_what_is_wrong_is_found_before_anything_is_paid_for(

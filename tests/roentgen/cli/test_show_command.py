@@ -66,7 +66,7 @@ def test_failed_and_unstored_samples_say_so(make_run: MakeRun, tmp_path: Path) -
     kept = make_run()
     said = show(str(kept.run.path), "5")
     assert "error: 500: <b>poisoned</b>" in said
-    assert "rows: none were kept" in said
+    assert "rows: none were stored" in said
     (tmp_path / "store/s/session.json").unlink()
     assert "is not a session" in show(str(kept.run.path), "3")
 

@@ -24,7 +24,7 @@ def run(*arguments: str) -> tuple[int, str]:
         (["serve", "--port", "99999"], "--port 99999 is no port; allowed are 1 to 65535"),
         (
             ["serve", "--allow-model", "nope", "--tensor-parallel-size", "2"],
-            "tensor_parallel_size is vLLM's: set engine=vllm",
+            "tensor_parallel_size: only the vLLM engine supports it; set engine=vllm",
         ),
         (["serve", "--device-map", "{"], "error: --device-map: "),
         (["serve", "--probes", "nowhere"], "nowhere is not a folder"),
@@ -78,7 +78,7 @@ def test_a_cluster_that_ssh_does_not_know_is_said_to_be_none(tmp_path: Path) -> 
     environment = {**os.environ, "PATH": str(tmp_path)}
     command = [ROENTGEN, "doctor", "nowhere"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert (done.returncode, "no machine 'nowhere' is reached by ssh" in done.stderr) == (2, True), done.stderr
+    assert (done.returncode, "ssh cannot reach a machine 'nowhere'" in done.stderr) == (2, True), done.stderr
     (tmp_path / "ssh").unlink()
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
-    assert (done.returncode, "there is no ssh here" in done.stderr, "Traceback" in done.stderr) == (2, True, False)
+    assert (done.returncode, "ssh is not installed" in done.stderr, "Traceback" in done.stderr) == (2, True, False)

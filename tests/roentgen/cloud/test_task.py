@@ -77,5 +77,5 @@ def test_a_setting_that_cannot_be_is_named(options: dict[str, object], words: st
 def test_ways_of_syncing_exclude_one_another() -> None:
     flags = [{}, {"skip_sync": True}, {"frozen_sync": True}, {"fresh": True}]
     assert [ClusterSettings.model_validate(given).sync for given in flags] == ["full", "skip", "frozen", "fresh"]
-    with pytest.raises(OptionError, match="exclude one another"):
+    with pytest.raises(OptionError, match="mutually exclusive"):
         read_options(ClusterSettings, {"skip_sync": True, "fresh": True})
