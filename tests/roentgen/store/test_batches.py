@@ -111,6 +111,13 @@ def test_positions_and_choices_are_as_elsewhere(store: str, rollout: RolloutFact
         assert sorted(rows_of(found)) == sorted(wanted)
 
 
+def test_rollouts_in_another_order_than_their_shard(tmp_path: Path, rollout: RolloutFactory) -> None:
+    made = [rollout(100, 1, problem=f"p{n}", d=256) for n in range(6)]
+    session = write(tmp_path, made)
+    rows = session.activations(KEYS[0], where=session.rollouts().iloc[::-1])
+    assert rows_of(list(rows.batches(64, shuffle=False))) == expected(made[::-1])
+
+
 def test_rollouts_without_rows_are_passed_over(tmp_path: Path, rollout: RolloutFactory) -> None:
     session = write(tmp_path, [rollout(3, 1, positions="generated") for _ in range(3)])
     rows = session.activations(KEYS[0])
