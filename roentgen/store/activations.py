@@ -218,7 +218,7 @@ class Activations(Sequence[RolloutRows]):
         rows = np.concatenate(
             [self._rows(shard, place, position, stored)[cut] for place, cut in zip(places, cuts, strict=True)]
         )
-        # One request instead of the kernel's own read-ahead. Rows in another order than the shard's are announced when they are taken.
+        # One request instead of the kernel's own read-ahead; rows in another order are announced when they are taken.
         if len(rows) and not self.remote and (np.diff(rows) > 0).all():
             shard.expect(self.key, int(rows[0]), int(rows[-1]) + 1)
         return shard.values(self.key, rows), position[rows]
