@@ -4,10 +4,16 @@ The server's routes, `roentgen capture`, transcripts and the store pass this one
 the same form whichever way it came. `serve_app.models.tokenization` makes it.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from jaxtyping import Int
+
 from roentgen.contract import count_rows
+
+_SENTENCE_END = re.compile(r"[.!?](?=\s)|(?<![.!?\n])\n+")
 
 
 def token_texts(text: str, offsets: Sequence[int]) -> list[str]:
@@ -19,6 +25,20 @@ def token_texts(text: str, offsets: Sequence[int]) -> list[str]:
     """
     starts = [int(offset) for offset in offsets]
     return [text[start:stop] for start, stop in zip(starts, [*starts[1:], len(text)], strict=True)] if starts else []
+
+
+def sentence_ends(text: str, ends: Int[np.ndarray, "tokens"], begins: int = 0) -> list[int]:
+    """Return the tokens with which a sentence, or a line, has ended.
+
+    Args:
+        text: what they are tokens of.
+        ends: the character behind each token, `[tokens]`.
+        begins: the character to begin at.
+    """
+    found = np.searchsorted(ends, [match.end() for match in _SENTENCE_END.finditer(text, begins)])
+    return [
+        place for place in dict.fromkeys(found.tolist()) if place < len(ends)
+    ]  # the first token that reaches so far
 
 
 @dataclass(frozen=True)

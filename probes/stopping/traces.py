@@ -1,6 +1,5 @@
 """Stored rollouts, each with its probe's score of every generated token and the text up to it."""
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,11 +13,9 @@ from roentgen.contract import count_rows
 from roentgen.linear_probe import Readout
 from roentgen.runs import Run, Sample, same_template
 from roentgen.stopping import ReasoningTokens, Where
-from roentgen.tokenized_text import token_texts
+from roentgen.tokenized_text import sentence_ends, token_texts
 
 THINK_START, THINK_END = "<think>", "</think>"
-
-_SENTENCE_END = re.compile(r"[.!?](?=\s)|(?<![.!?\n])\n+")
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,11 +50,8 @@ class StopTrace:
 
     def sentence_ends(self) -> list[int]:
         """Return the tokens with which a sentence, or a line, has ended, of those that count."""
-        ends = [match.end() for match in _SENTENCE_END.finditer(self.text, self.begins)]
-        places = np.searchsorted(self.ends, ends)  # the first token that reaches so far
-        return [
-            int(place) for place in dict.fromkeys(places.tolist()) if place < len(self.counted) and self.counted[place]
-        ]
+        places = sentence_ends(self.text, self.ends, self.begins)
+        return [place for place in places if place < len(self.counted) and self.counted[place]]
 
 
 def read_traces(

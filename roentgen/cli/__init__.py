@@ -18,6 +18,7 @@ from roentgen.cli.run_commands import compare, export, report, score, status
 from roentgen.cli.serve_command import serve, serve_for_eval
 from roentgen.cli.session_commands import sessions_app
 from roentgen.cli.show_command import show
+from roentgen.cli.view_command import view
 from roentgen.version import __version__
 
 app = typer.Typer(
@@ -55,6 +56,7 @@ app.command()(report)
 app.command()(score)
 app.command()(export)
 app.command()(show)
+app.command()(view)
 app.command()(join)
 app.command()(status)
 app.command()(compare)
