@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from roentgen.durable import atomic_write, make_folder, write_chunks
+from roentgen.atomic_files import atomic_write, make_folder, write_chunks
 from roentgen.model_names import cache_folder
 from roentgen.store import StoreError
 from roentgen.store.places import FolderPlace, Place, open_place
