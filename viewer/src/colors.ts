@@ -19,7 +19,7 @@ export function palette(dark: boolean): Palette {
   return dark ? DARK : LIGHT;
 }
 
-/** How values become colors. */
+/** How values become colors. A sequential scale may run downward: then `low` is the larger number. */
 export interface Scale {
   kind: "diverging" | "sequential";
   low: number;
@@ -35,19 +35,23 @@ export function quantile(sorted: number[], q: number): number {
   return below + (above - below) * (at - Math.floor(at));
 }
 
+/** What a value is: it has a sign, it is a size, or it is a log-probability, of which the lowest is the most surprising. */
+export type ValueKind = "signed" | "size" | "surprise";
+
 /**
  * A scale for these values. Its ends are the 2nd and the 98th percentile, since a few tokens (the first one above all) have norms
  * a hundred times those of the others, and all else would look alike.
  */
-export function scaleFor(values: Iterable<number | null>, kind: Scale["kind"], middle: "zero" | "median"): Scale | null {
+export function scaleFor(values: Iterable<number | null>, kind: ValueKind, middle: "zero" | "median"): Scale | null {
   const sorted = Float64Array.from([...values].filter((value): value is number => value !== null && Number.isFinite(value))).sort();
   if (!sorted.length) return null;
   const all = sorted as unknown as number[];
   const [low, high] = [quantile(all, 0.02), quantile(all, 0.98)];
-  if (kind === "sequential") return { kind, low, middle: low, high: high > low ? high : low + 1 };
+  if (kind === "size") return { kind: "sequential", low, middle: low, high: high > low ? high : low + 1 };
+  if (kind === "surprise") return { kind: "sequential", low: high, middle: high, high: low < high ? low : high - 1 };
   const center = middle === "zero" ? 0 : quantile(all, 0.5);
   const reach = Math.max(Math.abs(high - center), Math.abs(low - center)) || 1;
-  return { kind, low: center - reach, middle: center, high: center + reach };
+  return { kind: "diverging", low: center - reach, middle: center, high: center + reach };
 }
 
 /** From −1 to 1; from 0 to 1 on a sequential scale. */

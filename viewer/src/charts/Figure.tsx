@@ -26,7 +26,7 @@ export function Figure({ title, note, summary, numbers, legend, children }: Figu
     <figure class="card figure">
       <figcaption>
         <h3>{title}</h3>
-        {note && <p class="soft">{note}</p>}
+        {note && <div class="soft">{note}</div>}
         <span class="files">
           <button type="button" class="quiet" aria-label={`Save “${title}” as SVG`} onClick={() => saveSvg(svg(), title)}>SVG</button>
           <button type="button" class="quiet" aria-label={`Save “${title}” as PNG`} onClick={() => void savePng(svg(), title)}>PNG</button>

@@ -5,6 +5,9 @@ import { short } from "../format";
 import { useDark } from "../theme";
 import { useWidth } from "../parts/ui";
 
+/** Alpha of the strongest color; the numbers on it stay readable in both themes. */
+const STRONGEST = 0.6;
+
 export interface HeatProps {
   rows: string[];
   columns: string[];
@@ -66,7 +69,7 @@ export function Heat({ rows, columns, rowName, values, texts, scale, format = sh
                         y={top + size * row + 0.5}
                         width={cell - 1}
                         height={size - 1}
-                        style={value === null || !scale ? {} : { fill: rgba(value, scale, colors, 0.75) }}
+                        style={value === null || !scale ? {} : { fill: rgba(value, scale, colors, STRONGEST) }}
                       />
                       {label !== null && (
                         <text class="x-inside" x={left + cell * (column + 0.5)} y={top + size * (row + 0.5)} text-anchor="middle" dominant-baseline="central">

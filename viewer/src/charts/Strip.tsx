@@ -1,6 +1,6 @@
 /**
- * Values along the tokens, on a canvas: one column of pixels shows the lowest and the highest of the tokens that fall on it, so
- * that 200,000 tokens are drawn as quickly as 200. Ends of steps are ticks below; pointing shows a token, a click chooses it.
+ * Values along the tokens, on a canvas: one column of pixels shows the lowest, the highest and the mean of the tokens that fall on
+ * it, so that 200,000 tokens are drawn as quickly as 200. Ends of steps are ticks below; pointing shows a token, a click chooses it.
  */
 import { useEffect, useRef, useState } from "preact/hooks";
 import { type Scale, palette, strength } from "../colors";
@@ -50,25 +50,36 @@ export function Strip({ label, total, values, scale, steps, nPrompt, selected, t
       const columns = Math.min(total, Math.ceil(width));
       for (let column = 0; column < columns; column++) {
         const [from, to] = [Math.floor((column * total) / columns), Math.max(Math.floor((column * total) / columns) + 1, Math.floor(((column + 1) * total) / columns))];
-        let [low, high] = [0, 0];
+        let [low, high, sum, number] = [0, 0, 0, 0];
         for (let position = from; position < to; position++) {
           const value = values[position];
           if (value == null) continue;
           const how = strength(value, scale);
           low = Math.min(low, how);
           high = Math.max(high, how);
+          sum += how;
+          number += 1;
         }
+        const mean = sum / Math.max(1, number);
         const [x, wide] = [(column * width) / columns, Math.max(1, width / columns - (width / columns > 3 ? 1 : 0))];
+        // Where many tokens share a column, what they reach is pale and their mean is not.
+        context.globalAlpha = number > 2 ? 0.3 : 1;
         context.fillStyle = `rgb(${colors.positive.join(",")})`;
         if (high > 0) context.fillRect(x, middle - high * reach, wide, Math.max(1, high * reach));
         context.fillStyle = `rgb(${colors.negative.join(",")})`;
         if (low < 0) context.fillRect(x, middle, wide, Math.max(1, -low * reach));
+        context.globalAlpha = 1;
+        if (number <= 2) continue;
+        context.fillStyle = `rgb(${(mean < 0 ? colors.negative : colors.positive).join(",")})`;
+        context.fillRect(x, mean < 0 ? middle : middle - mean * reach, wide, Math.max(1, Math.abs(mean) * reach));
       }
       context.fillStyle = line;
       context.fillRect(0, middle, width, 1);
     }
     context.fillStyle = soft;
+    context.globalAlpha = Math.min(1, width / (4 * Math.max(1, steps.length)));
     for (const step of steps) context.fillRect((step + 1) * each - 0.5, bottom + 2, 1, 6);
+    context.globalAlpha = 1;
     for (const [position, color] of [[hover, soft], [selected, style.getPropertyValue("--accent")]] as const) {
       if (position === null) continue;
       context.strokeStyle = color;

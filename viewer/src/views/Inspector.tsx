@@ -41,7 +41,7 @@ export function Inspector({ detail, place, turn, position, tokens, map, value, o
       texts: data.texts ? order.map((index) => data.texts?.[index] ?? []) : null,
     };
   }, [data]);
-  const scale = useMemo(() => scaleFor((turned?.values ?? []).flat(), map === "norm" || map === "lens" ? "sequential" : "diverging", "zero"), [turned, map]);
+  const scale = useMemo(() => scaleFor((turned?.values ?? []).flat(), map === "norm" || map === "lens" ? "size" : "signed", "zero"), [turned, map]);
   return (
     <aside class="inspector card" aria-label="Token">
       <header>

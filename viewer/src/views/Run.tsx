@@ -9,7 +9,7 @@ import { bytes, cell, count, fixed, NONE, percent, seconds, several, short, when
 import { visible } from "../parts/text";
 import { Card, Empty, Problem, Span, Table } from "../parts/ui";
 import { hash } from "../route";
-import { nameOf } from "./Samples";
+import { inOrder, nameOf } from "./Samples";
 
 export function RunView({ kind, detail: first }: { kind: string; detail: Overview }) {
   const live = useLive(first);
@@ -140,7 +140,7 @@ function Headline({ detail, progress, samples }: { detail: Overview; progress: P
       <Stat name="samples" value={count(done)} note={source.expected !== null && source.expected !== done ? `of ${count(source.expected)}` : summary?.scored_problems ? several(summary.scored_problems, "problem") : ""} href={samples({})} />
       {summary?.truncated !== undefined && <Stat name="cut at the token limit" value={count(summary.truncated)} note={share(summary.truncated)} href={samples({ finish_reason: "length" })} />}
       {summary?.unparsable !== undefined && <Stat name="no answer found" value={count(summary.unparsable)} note={share(summary.unparsable)} href={samples({ verdict: "no_answer" })} />}
-      {summary?.errors !== undefined && <Stat name="failed" value={count(summary.errors)} note={share(summary.errors)} href={samples({ error: "!=" })} />}
+      {summary?.errors !== undefined && <Stat name="failed" value={count(summary.errors)} note={share(summary.errors)} href={samples({ verdict: "failed" })} />}
       {summary?.completion_tokens !== undefined && (
         <Stat name="tokens written" value={count(summary.completion_tokens)} note={`${count(summary.prompt_tokens)} read${summary.timing ? `; ${short(summary.timing.tokens_per_second)} a second, ${seconds(summary.timing.wall_seconds)}` : ""}`} />
       )}
@@ -151,7 +151,7 @@ function Headline({ detail, progress, samples }: { detail: Overview; progress: P
 
 function Extractors({ summary, samples }: { summary: Summary; samples: (filter: Record<string, string>) => string }) {
   return (
-    <Card title="How the answers were read" note="Each extractor on the same samples">
+    <Card title="How the answers were read" note={<>Each extractor on the same samples; <a href={samples({ disagree: "true" })}>where they disagree</a></>}>
       <Table label="Accuracy by extractor">
         <thead>
           <tr>
@@ -219,7 +219,7 @@ function Variants({ variants, samples }: { variants: NonNullable<Summary["varian
 
 function Failures({ kind, id, failures, samples }: { kind: string; id: string; failures: NonNullable<Summary["failures"]>; samples: (filter: Record<string, string>) => string }) {
   return (
-    <Card title="Failures" note={<a href={samples({ error: "!=" })}>all failed samples</a>}>
+    <Card title="Failures" note={<a href={samples({ verdict: "failed" })}>all failed samples</a>}>
       <Table label="Failures by kind">
         <thead><tr><th scope="col" class="n">samples</th><th scope="col">message of the first</th><th scope="col">sample</th></tr></thead>
         <tbody>
@@ -242,24 +242,29 @@ const COLORS: Record<string, number> = { correct: 2, wrong: 3, no_answer: 1 };
 function Lengths({ detail, again }: { detail: Overview; again: number }) {
   const numbers = detail.columns.filter(({ type }) => type === "number").map(({ name }) => name);
   const [column, setColumn] = useState(numbers.includes("completion_tokens") ? "completion_tokens" : (numbers[0] ?? ""));
-  const by = detail.columns.some(({ name }) => name === "verdict") ? "verdict" : null;
+  const groups = detail.columns.filter(({ name, type, values }) => type === "bool" || (type === "category" && (values?.length ?? 0) > 1 && (values?.length ?? 0) <= 8 && name !== "sample_id")).map(({ name }) => name);
+  const [chosen, setBy] = useState("verdict");
+  const by = groups.includes(chosen) ? chosen : null;
   const asked = useAsked<Histogram>(column ? url(["sources", detail.source.id, "histogram"], { column, by }) : null, again);
   const data = asked.data;
   if (!numbers.length) return null;
   const wide = (data?.edges[1] ?? 1) - (data?.edges[0] ?? 0);
-  const order = ["correct", "wrong", "no_answer"];
-  const series = [...(data?.series ?? [])].sort((a, b) => (order.indexOf(a.name) + 1 || 9) - (order.indexOf(b.name) + 1 || 9));
+  const series = inOrder((data?.series ?? []).map(({ name }) => name)).flatMap((name) => data?.series.filter((one) => one.name === name) ?? []);
   // Kinds stand beside one another in a bar, so that none hides another.
   const part = wide / Math.max(1, series.length);
   return data?.edges.length ? (
     <XY
-      title={`Samples by ${nameOf(column) === "tokens" ? "tokens written" : nameOf(column)}`}
+      title={column === "completion_tokens" ? "Lengths of the answers" : `Samples by ${nameOf(column)}`}
       note={
-        <label class="select"><span class="hidden">Column</span>
-          <select value={column} onChange={(event) => setColumn(event.currentTarget.value)}>
+        <span class="selects">
+          <select aria-label="Column" value={column} onChange={(event) => setColumn(event.currentTarget.value)}>
             {numbers.map((name) => <option value={name}>{nameOf(name)}</option>)}
           </select>
-        </label>
+          <select aria-label="By" value={by ?? ""} onChange={(event) => setBy(event.currentTarget.value)}>
+            {groups.map((name) => <option value={name}>by {nameOf(name)}</option>)}
+            <option value="">together</option>
+          </select>
+        </span>
       }
       summary={series.map(({ name, counts }) => `${words(name)}: ${several(counts.reduce((sum, n) => sum + n, 0), "sample")}`).join("; ")}
       x={nameOf(column)}

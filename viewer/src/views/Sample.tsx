@@ -35,7 +35,10 @@ export function SampleView({ kind, detail, id, query }: Props) {
     return hash([kind, source.id, "sample", sample], kept);
   };
   const up = hash([kind, source.id, "samples"], onlyFilter(query));
-  const show = (tokens: boolean) => change({ show: tokens ? "tokens" : null, token: null });
+  const show = (tokens: boolean) => {
+    change({ show: tokens ? "tokens" : null, token: null });
+    scrollTo(0, 0);
+  };
   useKeys({
     j: () => data?.next && go(target(data.next)),
     k: () => data?.previous && go(target(data.previous)),

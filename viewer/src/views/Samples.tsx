@@ -160,7 +160,7 @@ interface FiltersProps {
 const TYPING_MS = 200;
 
 function Filters({ columns, query, shown, matched, total, loading }: FiltersProps) {
-  const verdicts = columns.find((column) => column.name === "verdict")?.values ?? [];
+  const verdicts = inOrder(columns.find((column) => column.name === "verdict")?.values ?? []);
   const chosen = query.getAll("verdict");
   const [text, setText] = useState(query.get("q") ?? "");
   const timer = useRef<ReturnType<typeof setTimeout>>(undefined);
@@ -204,6 +204,12 @@ function Filters({ columns, query, shown, matched, total, loading }: FiltersProp
       </span>
     </div>
   );
+}
+
+/** Verdicts from good to bad, others after them. */
+export function inOrder(verdicts: string[]): string[] {
+  const order = ["correct", "wrong", "no_answer", "failed"];
+  return [...verdicts].sort((a, b) => (order.indexOf(a) + 1 || 9) - (order.indexOf(b) + 1 || 9));
 }
 
 const OPS: Record<Column["type"], Op[]> = {

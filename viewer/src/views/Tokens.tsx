@@ -76,7 +76,7 @@ export function TokensView({ detail, sample, rollout, query }: Props) {
   const [whitespace, setWhitespace] = useState(true);
   const [ids, setIds] = useState(false);
   const diverging = !/^(norm|logprob)/.test(color);
-  const scale = useMemo(() => scaleFor(values.data?.values ?? [], diverging ? "diverging" : "sequential", middle), [values.data, diverging, middle]);
+  const scale = useMemo(() => scaleFor(values.data?.values ?? [], color === "logprob" ? "surprise" : diverging ? "signed" : "size", middle), [values.data, color, middle]);
   const selected = query.has("token") ? Number(query.get("token")) : null;
   const total = tokens?.total ?? 0;
   const nPrompt = tokens?.n_prompt ?? 0;
