@@ -27,7 +27,7 @@ from benchmarks.statistics import ratios
 from benchmarks.store import forget
 from roentgen.store import CaptureSpec, Rollout, Session, StoreWriter
 from roentgen.store.activations import Activations
-from roentgen.store.places import open_place
+from roentgen.store.storage_backends import open_folder
 from roentgen.tokenized_text import Segment, TokenizedText
 
 KEYS = ("layers.4.resid_post", "layers.8.resid_post")
@@ -71,7 +71,7 @@ def measure(folder: Path, megabytes: int, tokens: int, rounds: int, stage: Calla
     """Read one layer in turns, in order and as batches."""
     stage(f"writing {2 * megabytes:,} MB")
     rollouts = write_session(folder, megabytes)
-    place = open_place(folder)
+    storage = open_folder(folder)
     sink = np.empty((max(tokens, LONGEST), WIDTH), dtype=np.int16)
     mixed: list[int] = []
 
@@ -96,7 +96,7 @@ def measure(folder: Path, megabytes: int, tokens: int, rounds: int, stage: Calla
 
     def timed(name: str, work: Callable[[], int]) -> float:
         gc.collect()
-        forget(place)
+        forget(storage)
         begin = time.perf_counter()
         done = work()
         rate = done / 1e6 / (time.perf_counter() - begin)

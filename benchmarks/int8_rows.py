@@ -53,7 +53,7 @@ def main(
         parts = find_rollouts(opened, [sample for sample in opened.read_samples() if sample.error is None])
         stage("writing the rows again as int8")
         costs = requantize(parts, folder)
-        sizes = tuple(summarise(session.place).bytes for session in (parts[0].session, Session.open(folder / SESSION)))
+        sizes = tuple(summarise(session.folder).bytes for session in (parts[0].session, Session.open(folder / SESSION)))
         reports = {
             name: train(run, label, session=session, output=folder / name, stage=stage)
             for name, session in (("stored", None), ("int8", folder / SESSION))

@@ -60,7 +60,7 @@ def measure_session(store: str, rollouts: int, stage: Callable[[str], None]) -> 
     for name, work in (("make", _make), ("look_up", _look_up), ("table", _table), ("stack", _stack)):
         steps[name] = _alone(work, store, rollouts)
         stage(f"{store}: {rollouts:,} rollouts: {name}: {steps[name]}")
-    files = Session.open(f"{store}/s").place.child("index").entries()
+    files = Session.open(f"{store}/s").folder.child("index").entries()
     live = Session.open(f"{store}/s").index(("rollout_id",))
     return Opened(rollouts, len(live), sum(file.size for file in files if file.name in live), **steps)
 

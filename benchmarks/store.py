@@ -31,7 +31,7 @@ from benchmarks.record import record, table
 from benchmarks.stages import stage_printer
 from benchmarks.statistics import ratios
 from roentgen.store import CaptureSpec, Rollout, Session, StoreWriter
-from roentgen.store.places import FolderPlace, Place, open_place
+from roentgen.store.storage_backends import LocalFolder, StorageFolder, open_folder
 from roentgen.tokenized_text import Segment, TokenizedText
 from tests.s3 import BUCKET, ENVIRONMENT, s3_endpoint
 
@@ -66,14 +66,14 @@ def main(
     with tempfile.TemporaryDirectory(dir=folder) as made:
         here = Path(made)
         if megabytes:
-            found = measure_bandwidth(open_place(here / "bandwidth"), megabytes, rounds, stage)
+            found = measure_bandwidth(open_folder(here / "bandwidth"), megabytes, rounds, stage)
             bandwidths.append(("disk", megabytes, found))
         for count in (rollouts, rollouts // 10):
             if count:
                 sessions.append(("disk", measure_session(str(here / str(count)), count, stage)))
         with _bucket(bucket, here) as address:
             if bucket_megabytes:
-                found = measure_bandwidth(open_place(f"{address}/bandwidth"), bucket_megabytes, rounds, stage)
+                found = measure_bandwidth(open_folder(f"{address}/bandwidth"), bucket_megabytes, rounds, stage)
                 bandwidths.append(("bucket", bucket_megabytes, found))
             if bucket_rollouts:
                 sessions.append(("bucket", measure_session(f"{address}/many", bucket_rollouts, stage)))
@@ -97,7 +97,7 @@ def _bucket(address: str, folder: Path) -> Iterator[str]:
         yield f"s3://{BUCKET}"
 
 
-def measure_bandwidth(place: Place, megabytes: int, rounds: int, stage: Callable[[str], None]) -> list[Rates]:
+def measure_bandwidth(folder: StorageFolder, megabytes: int, rounds: int, stage: Callable[[str], None]) -> list[Rates]:
     """Write and read the same bytes barely and through the store, in turns.
 
     Returns:
@@ -109,16 +109,16 @@ def measure_bandwidth(place: Place, megabytes: int, rounds: int, stage: Callable
 
     def timed(name: str, work: Callable[[], int]) -> float:
         gc.collect()  # what is still mapped cannot be dropped
-        forget(place)
+        forget(folder)
         begin = time.perf_counter()
         done = work()
         rate = done / 1e6 / (time.perf_counter() - begin)
-        stage(f"{place.uri}: {name}: {rate:.0f} MB/s")
+        stage(f"{folder.uri}: {name}: {rate:.0f} MB/s")
         return rate
 
     def write_store() -> int:
-        _clear(place.child("s"))
-        with StoreWriter(place, merge_shards=0) as writer:
+        _clear(folder.child("s"))
+        with StoreWriter(folder, merge_shards=0) as writer:
             waiting = []
             for rollout in rollouts:
                 writer.wait_for_room()
@@ -128,7 +128,7 @@ def measure_bandwidth(place: Place, megabytes: int, rounds: int, stage: Callable
         return size
 
     def read_store(keys: Sequence[str]) -> int:
-        session = Session.open(place.child("s"))
+        session = Session.open(folder.child("s"))
         done = 0
         for key in keys:
             for item in session.activations(key):
@@ -139,9 +139,9 @@ def measure_bandwidth(place: Place, megabytes: int, rounds: int, stage: Callable
 
     found = interleave(
         {
-            "write, raw": lambda: timed("write, raw", lambda: _write_raw(place, size)),
+            "write, raw": lambda: timed("write, raw", lambda: _write_raw(folder, size)),
             "write, store": lambda: timed("write, store", write_store),
-            "read, raw": lambda: timed("read, raw", lambda: _read_raw(place)),
+            "read, raw": lambda: timed("read, raw", lambda: _read_raw(folder)),
             "read, store": lambda: timed("read, store", lambda: read_store(KEYS)),
             "layer, store": lambda: timed("layer, store", lambda: read_store(KEYS[5:6])),
         },
@@ -175,44 +175,44 @@ def _rollouts(megabytes: int) -> list[Rollout]:
     ]
 
 
-def _write_raw(place: Place, size: int) -> int:
+def _write_raw(folder: StorageFolder, size: int) -> int:
     """Write one file as fast as there is a way to, and flush it."""
     block = os.urandom(BLOCK)
-    if isinstance(place, FolderPlace):
-        place.path.mkdir(parents=True, exist_ok=True)
-        with (place.path / "raw").open("wb", buffering=0) as file:
+    if isinstance(folder, LocalFolder):
+        folder.path.mkdir(parents=True, exist_ok=True)
+        with (folder.path / "raw").open("wb", buffering=0) as file:
             for _ in range(size // BLOCK):
                 file.write(block)
             os.fsync(file.fileno())
     else:
-        place.put("raw", (block for _ in range(size // BLOCK)))
+        folder.put("raw", (block for _ in range(size // BLOCK)))
     return size // BLOCK * BLOCK
 
 
-def _read_raw(place: Place) -> int:
+def _read_raw(folder: StorageFolder) -> int:
     """Read that file from its beginning to its end."""
     block, done = bytearray(BLOCK), 0
-    if isinstance(place, FolderPlace):
-        with (place.path / "raw").open("rb", buffering=0) as file:
+    if isinstance(folder, LocalFolder):
+        with (folder.path / "raw").open("rb", buffering=0) as file:
             while count := file.readinto(block):
                 done += count
         return done
-    with place.open_arrow("raw") as stream:
+    with folder.open_arrow("raw") as stream:
         while piece := stream.read(BLOCK):
             done += len(piece)
     return done
 
 
-def forget(place: Place) -> None:
+def forget(folder: StorageFolder) -> None:
     """Take a folder's files out of the page cache."""
-    if isinstance(place, FolderPlace):
-        for path in place.path.rglob("*"):
+    if isinstance(folder, LocalFolder):
+        for path in folder.path.rglob("*"):
             if path.is_file():
                 with path.open("rb") as file:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def _clear(session: Place) -> None:
+def _clear(session: StorageFolder) -> None:
     for folder in (session.child("index"), session.child("shards")):
         for entry in folder.entries():
             folder.remove(entry.name)

@@ -21,7 +21,7 @@ from roentgen.argument_names import naming_arguments
 from roentgen.contract import ActivationRequest
 from roentgen.defaults import EMBEDDED_MODEL, HOST
 from roentgen.serving.local_server import check_host, check_port, serving
-from roentgen.store.places import check_writable, open_place
+from roentgen.store.storage_backends import check_writable, open_folder
 from serve_app.config import ServerConfig
 from serve_app.openai_api.errors import ApiError
 
@@ -157,7 +157,7 @@ def _in_process(model: Model, config: ServerConfig, host: str, port: int) -> Ite
 
     check_host(host)
     check_port(host, port)
-    check_writable(open_place(config.store))
+    check_writable(open_folder(config.store))
     runner = model._runner
     with serving_loaded(runner.model, runner.engine, config, host=host, port=port) as base_url:
         yield base_url

@@ -16,8 +16,9 @@ from roentgen.api.request_building import in_python
 from roentgen.api.rollout import Rollout
 from roentgen.contract import canonical_hash, check_session_id
 from roentgen.extensions import preview
-from roentgen.store.places import check_writable, open_place
+from roentgen.store.storage_backends import check_writable, open_folder
 from roentgen.store.schema import check_finite
+from roentgen.store.storage_backends import check_writable, open_folder
 from roentgen.transcripts import Transcript
 from roentgen.transcripts.file import read_records
 from roentgen.workflows.capture_texts import CaptureReport, Reader, capture_into, session_name
@@ -127,7 +128,7 @@ def read_into(
         check_session_id(session if session is not None else "any")
     except ValueError as error:
         raise ApiError(400, f"session: {error}", param="session") from error
-    place = open_place(folder)
+    place = open_folder(folder)
     check_writable(place)
     name = session or session_name("python", "texts", reader.request, reader.model)
     whole = CaptureReport(place.child(name).uri, None)

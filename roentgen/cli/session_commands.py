@@ -46,7 +46,7 @@ def sessions_show(session: Address) -> None:
 
     with expected_errors():
         opened = Session.open(session)
-        frame, summary = opened.rollouts(columns=("finish_reason",)), summarise(opened.place)
+        frame, summary = opened.rollouts(columns=("finish_reason",)), summarise(opened.folder)
         if summary.damage:
             raise StoreError(summary.damage)
     out.print(
@@ -188,11 +188,12 @@ def sessions_rm(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
 ) -> None:
     """Delete a session. A session that is being written is not deleted."""
-    from roentgen.store.places import open_place
+    from roentgen.store.storage_backends import open_folder
     from roentgen.store.sessions import delete_session, summarise
+    from roentgen.store.storage_backends import open_folder
 
     with expected_errors(OSError, ValueError):
-        summary = summarise(open_place(session))
+        summary = summarise(open_folder(session))
         store, _, name = summary.uri.rpartition("/")
         rollouts = "damaged" if summary.damage else f"{summary.rollouts:,} rollouts"
         what = f"{summary.uri}: {rollouts}, {summary.bytes / 1e6:,.1f} MB"

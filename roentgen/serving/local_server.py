@@ -24,7 +24,7 @@ from roentgen.errors import RoentgenError
 from roentgen.http_client import LAST_PORT
 from roentgen.ray_connection import LOCAL, connected
 from roentgen.serving.preflight import Capture, PreflightError, check_start
-from roentgen.store.places import check_writable, open_place
+from roentgen.store.storage_backends import check_writable, open_folder
 from serve_app.config import ServerConfig
 from serve_app.http.proxy import named_in_environment
 from serve_app.logs import write_json_logs
@@ -80,7 +80,7 @@ def serving(
             check_start(config, capture)
         except PreflightError as error:
             raise LaunchError(str(error)) from error
-    check_writable(open_place(config.store))
+    check_writable(open_folder(config.store))
 
     with ExitStack() as stack:
         if ray_address is None and is_enough(config):

@@ -1,17 +1,19 @@
-"""The activation store: ragged rollouts of many writers, appended without coordination, opened without this package.
+"""The activation store: rollouts of different lengths, appended by many writers without coordination, readable without this
+package.
 
     STORE/<session_id>/
-      session.json                 identity only: name, schema version, created; made if absent, never changed
-      shards/<ulid>.safetensors    tensors, one per key, rows of all the shard's rollouts back to back
-      index/<ulid>.parquet         one row per rollout; written last, so its presence means "committed"
-      labels/<ulid>.parquet        labels that came later, one row per rollout
+      session.json                 identity: name, schema version, creation time; written once
+      shards/<ulid>.safetensors    one tensor per key, with the rows of all rollouts of the shard concatenated
+      index/<ulid>.parquet         one row per rollout; written last, so a rollout is committed if an index lists it
+      labels/<ulid>.parquet        labels added later, one row per rollout
 
-`schema` defines what the files hold, `shards`, `index` and `labels` read and write them, and `places` puts bytes on a disk or
-into a bucket. `writer` groups rollouts and commits them. `reader` opens a session, and `activations` reads its rows lazily.
-`merging` makes large shards of small ones and removes unused files; `locks` keeps a session from being deleted while it is
-written. `quantization` makes int8 rows and reads them, `batches` gives rows in random order. `files` lists, reads and packs a
-session's files, `pulling` copies them here, `sessions` summarizes, verifies and deletes sessions, and `exports` converts them.
-docs/store.md describes the format for readers in other languages.
+`schema` defines the contents of the files; `shards`, `index` and `labels` read and write them; `storage_backends` stores
+bytes on a disk or in a bucket. `writer` groups rollouts and commits them. `reader` opens a session, and `activations` reads
+its rows lazily. `merging` combines small shards into large ones and removes unused files; `locks` prevents deletion of a
+session that is being written. `quantization` converts rows to int8 and back, and `batches` yields rows in random order.
+`files` lists, reads and archives a session's files, `pulling` downloads them, `sessions` summarizes, verifies and deletes
+sessions, and `exports` converts them to other formats. docs/store.md specifies the file formats for readers in other
+languages.
 """
 
 from roentgen.store.activations import Activations, RolloutRows

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 
 from roentgen.store.labels import FOLDER as LABELS
 from roentgen.store.labels import label_files
-from roentgen.store.places import Bytes, Entry
 from roentgen.store.reader import LOCATION, Session
+from roentgen.store.storage_backends import Bytes, FileEntry
 
 _NAME = re.compile(r"session\.json|shards/[0-9A-Z]{26}\.safetensors|(index|labels)/[0-9A-Z]{26}\.parquet")
 _BLOCK = tarfile.BLOCKSIZE
@@ -22,20 +22,20 @@ def is_session_file(name: str) -> bool:
     return _NAME.fullmatch(name) is not None
 
 
-def session_files(session: Session) -> list[Entry]:
+def session_files(session: Session) -> list[FileEntry]:
     """Return the committed files, by their paths inside the session: the identity, shards, indexes, and labels added since."""
     live = session.index(LOCATION)
     named = {shard for file in live.values() for shard in file.named} | {f"index/{name}" for name in live}
     inside = [
-        Entry(f"{folder}/{entry.name}", entry.size, entry.modified)
+        FileEntry(f"{folder}/{entry.name}", entry.size, entry.modified)
         for folder in ("shards", "index")
-        for entry in session.place.child(folder).entries()
+        for entry in session.folder.child(folder).entries()
     ]
-    identity = [entry for entry in session.place.entries() if entry.name == "session.json"]
-    added = set(label_files(session.place))
+    identity = [entry for entry in session.folder.entries() if entry.name == "session.json"]
+    added = set(label_files(session.folder))
     labels = [
-        Entry(f"{LABELS}/{entry.name}", entry.size, entry.modified)
-        for entry in session.place.child(LABELS).entries()
+        FileEntry(f"{LABELS}/{entry.name}", entry.size, entry.modified)
+        for entry in session.folder.child(LABELS).entries()
         if entry.name in added
     ]
     return [*identity, *(entry for entry in inside if entry.name in named), *labels]
@@ -51,7 +51,7 @@ def read_file(session: Session, name: str) -> tuple[int, Iterator[Bytes]]:
     if not is_session_file(name):
         raise FileNotFoundError(f"{name!r} is no file of a session")
     folder, _, file = name.rpartition("/")
-    return (session.place.child(folder) if folder else session.place).stream(file)
+    return (session.folder.child(folder) if folder else session.folder).stream(file)
 
 
 def tar_session(session: Session) -> tuple[int, Iterator[bytes]]:

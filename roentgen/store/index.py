@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import xxhash
 from torch import Tensor
 
-from roentgen.store.places import Place
 from roentgen.store.schema import ADDED_COLUMNS, INDEX_SCHEMA, SCHEMA_VERSION, CaptureSpec, StoreError, check_version
 from roentgen.store.shards import shard_bytes
+from roentgen.store.storage_backends import StorageFolder
 
 ROW_GROUP = 8192
 """Rows of an index that are read together: what a reader that looks for a few rollouts holds at once."""
@@ -59,7 +59,7 @@ class IndexFile:
         return names
 
 
-def write_shard(session: Place, name: str, parts: Sequence[dict[str, Tensor]], spec: CaptureSpec) -> ShardFile:
+def write_shard(session: StorageFolder, name: str, parts: Sequence[dict[str, Tensor]], spec: CaptureSpec) -> ShardFile:
     """Write a shard of rollouts, durably; nobody sees it until an index names it.
 
     Raises:
@@ -97,7 +97,7 @@ def index_bytes(table: pa.Table, shards: Sequence[ShardFile], replaces: Sequence
 
 
 def read_index(
-    folder: Place, name: str, columns: Sequence[str] | None = None, *, ids: pa.Array | None = None
+    folder: StorageFolder, name: str, columns: Sequence[str] | None = None, *, ids: pa.Array | None = None
 ) -> IndexFile:
     """Read an index file, its page checksums verified; of a large one, only the columns that are wanted.
 

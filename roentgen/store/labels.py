@@ -17,8 +17,8 @@ from ulid import ULID
 
 from roentgen.contract import Labels, LabelValue, spell_labels
 from roentgen.store.locks import writer_locks
-from roentgen.store.places import Place, open_place
 from roentgen.store.schema import SCHEMA_VERSION, StoreError, UnstorableError, check_version, read_labels
+from roentgen.store.storage_backends import StorageFolder, open_folder
 
 FOLDER = "labels"
 _LABELS: TypeAdapter[dict[str, LabelValue]] = TypeAdapter(Labels)
@@ -39,13 +39,13 @@ class Labeled:
     """Ids of no rollout of the session."""
 
 
-def label_files(session: Place) -> list[str]:
+def label_files(session: StorageFolder) -> list[str]:
     """Return the names of a session's files of labels, in the order in which they count."""
     names = [entry.name for entry in session.child(FOLDER).entries()]
     return [name for name in names if name.endswith(".parquet") and not name.startswith(".")]
 
 
-def read_label_file(session: Place, name: str) -> dict[str, dict[str, LabelValue]]:
+def read_label_file(session: StorageFolder, name: str) -> dict[str, dict[str, LabelValue]]:
     """Read a file of labels: what it says of each rollout.
 
     Raises:
@@ -66,7 +66,7 @@ def read_label_file(session: Place, name: str) -> dict[str, dict[str, LabelValue
         raise StoreError(f"{where} is damaged: {error}") from error
 
 
-def write_labels(session: Place, labels: Mapping[str, Mapping[str, LabelValue]]) -> None:
+def write_labels(session: StorageFolder, labels: Mapping[str, Mapping[str, LabelValue]]) -> None:
     """Write labels of rollouts, durably; while this runs the session is not deleted.
 
     Raises:
@@ -77,7 +77,7 @@ def write_labels(session: Place, labels: Mapping[str, Mapping[str, LabelValue]])
     columns = [pa.array(column, pa.string()) for column in zip(*rows, strict=True)]
     buffer = pa.BufferOutputStream()
     pq.write_table(pa.table(columns, schema=_SCHEMA), buffer, write_page_checksum=True)
-    locks = writer_locks(open_place(session.uri.rpartition("/")[0]))
+    locks = writer_locks(open_folder(session.uri.rpartition("/")[0]))
     locks.acquire(session.name)
     try:
         locks.settle(session.name)

@@ -20,8 +20,8 @@ from typing import Protocol
 
 from ulid import ULID
 
-from roentgen.store.places import FolderPlace, Place
 from roentgen.store.schema import StoreError
+from roentgen.store.storage_backends import LocalFolder, StorageFolder
 
 log = logging.getLogger(__name__)
 
@@ -46,9 +46,9 @@ class WriterLocks(Protocol):
         """Hold a session once less."""
 
 
-def writer_locks(root: Place) -> WriterLocks:
+def writer_locks(root: StorageFolder) -> WriterLocks:
     """Return the locks of a writer of the store at `root`."""
-    return FolderLocks(root.path) if isinstance(root, FolderPlace) else BucketLeases(root)
+    return FolderLocks(root.path) if isinstance(root, LocalFolder) else BucketLeases(root)
 
 
 class FolderLocks:
@@ -83,7 +83,7 @@ class FolderLocks:
 class BucketLeases:
     """Notes in a bucket. `acquire` only counts, since the engine's thread calls it and must not wait for a network."""
 
-    def __init__(self, root: Place) -> None:
+    def __init__(self, root: StorageFolder) -> None:
         self._root = root
         self._name = f"writer-{ULID()}"
         self._guard = threading.Lock()
@@ -126,14 +126,14 @@ class BucketLeases:
 
 
 @contextmanager
-def deleting(root: Place, session_id: str) -> Iterator[None]:
+def deleting(root: StorageFolder, session_id: str) -> Iterator[None]:
     """Keep writers away from a session.
 
     Raises:
         SessionBusyError: if one is writing it.
     """
     busy = SessionBusyError(f"session {session_id!r} is being written; try again when it is done")
-    if not isinstance(root, FolderPlace):
+    if not isinstance(root, LocalFolder):
         folder = _notes(root, session_id)
         folder.put("deleting", [b""])
         try:
@@ -158,10 +158,10 @@ def _open(root: Path, session_id: str) -> int:
     return os.open(root / f".{session_id}.lock", os.O_RDWR | os.O_CREAT, 0o644)
 
 
-def _notes(root: Place, session_id: str) -> Place:
+def _notes(root: StorageFolder, session_id: str) -> StorageFolder:
     return root.child(".locks").child(session_id)
 
 
-def _fresh(folder: Place, prefix: str) -> bool:
+def _fresh(folder: StorageFolder, prefix: str) -> bool:
     now = time.time()
     return any(entry.name.startswith(prefix) and now - entry.modified < LEASE_S for entry in folder.entries())

@@ -24,9 +24,9 @@ from ulid import ULID
 
 from roentgen.store.index import ShardFile, index_bytes, read_index, write_shard
 from roentgen.store.locks import WriterLocks
-from roentgen.store.places import Entry, Place
 from roentgen.store.reader import LOCATION, Session
 from roentgen.store.schema import INDEX_SCHEMA, CaptureSpec, Receipt, StoreError, rows_checksum
+from roentgen.store.storage_backends import FileEntry, StorageFolder
 from roentgen.store.threads import compute_alone
 
 log = logging.getLogger(__name__)
@@ -83,19 +83,19 @@ def compact(session: Session, *, shard_bytes: int = MERGED_BYTES, drop: Collecti
     """
     files, unwanted, small = session.index(LOCATION), pa.array(list(drop), pa.string()), shard_bytes // 2
 
-    def wanting(entry: Entry) -> bool:
+    def wanting(entry: FileEntry) -> bool:
         if (file := files.get(entry.name)) is None:
             return False
         spoilt = pc.any(pc.is_in(file.table.column("rollout_id"), value_set=unwanted)).as_py()
         return spoilt or entry.size < INDEX_BYTES // 2 or any(s.size < small for s in file.shards.values())
 
     done = Merged()
-    for names in _batches(filter(wanting, session.place.child("index").entries())):
+    for names in _batches(filter(wanting, session.folder.child("index").entries())):
         done += merge(session, names, shard_bytes=shard_bytes, small=small, drop=drop)
     return done
 
 
-def _batches(entries: Iterable[Entry]) -> Iterator[list[str]]:
+def _batches(entries: Iterable[FileEntry]) -> Iterator[list[str]]:
     """Split index files into what is merged at once, so that memory stays bounded however many there are."""
     batch, size = list[str](), 0
     for entry in entries:
@@ -126,7 +126,7 @@ def merge(
         StoreError: if one of them is damaged: nothing is changed then.
         OSError: as the disk or the bucket answers; nothing is changed then.
     """
-    folder, unwanted = session.place.child("index"), frozenset(drop)
+    folder, unwanted = session.folder.child("index"), frozenset(drop)
     files = [read_index(folder, name) for name in names]
     if not files:
         return Merged()
@@ -143,7 +143,7 @@ def merge(
 
     made: list[ShardFile] = []
     for group in _groups(session, [row for row in kept if row["shard"] in moving], shard_bytes):
-        shard = write_shard(session.place, str(ULID()), group.parts(), group.spec)
+        shard = write_shard(session.folder, str(ULID()), group.parts(), group.spec)
         start = 0
         for row in group.rows:
             count = row["row_stop"] - row["row_start"]
@@ -175,7 +175,7 @@ def collect(session: Session, *, grace_s: float = GRACE_S, dry_run: bool = False
         StoreError: if an index file is damaged: what it named is then not known to be garbage, and nothing is removed.
     """
     before = time.time() - grace_s
-    index, shards = session.place.child("index"), session.place.child("shards")
+    index, shards = session.folder.child("index"), session.folder.child("shards")
     # Shards first: one whose index comes after this listing is not in it, and one that is in it has its index in the next.
     stored = shards.entries()
     entries = {entry.name: entry for entry in index.entries()}
@@ -191,7 +191,7 @@ def collect(session: Session, *, grace_s: float = GRACE_S, dry_run: bool = False
     gone = [(index, entries[name]) for name in sorted(dead) if name in entries]
     # An index goes before its shards: a crash in between leaves shards that no index names, never the reverse.
     gone += [(shards, entry) for entry in stored if entry.name not in named and entry.modified <= before]
-    for folder in (index, session.place.child("labels"), session.place):
+    for folder in (index, session.folder.child("labels"), session.folder):
         gone += [(folder, e) for e in folder.entries() if e.name.startswith(".") and e.modified <= before]
     if not dry_run:
         for folder, entry in gone:
@@ -203,7 +203,7 @@ def collect(session: Session, *, grace_s: float = GRACE_S, dry_run: bool = False
 class Merger:
     """Merges what one writer wrote in small pieces, on a thread of its own, and later removes what it has replaced."""
 
-    def __init__(self, root: Place, locks: WriterLocks, after: int, small: int, large: int) -> None:
+    def __init__(self, root: StorageFolder, locks: WriterLocks, after: int, small: int, large: int) -> None:
         """Merge for a writer.
 
         Args:
@@ -255,7 +255,7 @@ class Merger:
 
     def _merge(self, session_id: str, sizes: dict[str, int]) -> None:
         session = Session.open(self._root.child(session_id))
-        there = [entry for entry in session.place.child("index").entries() if entry.name in sizes]
+        there = [entry for entry in session.folder.child("index").entries() if entry.name in sizes]
         for names in _batches(there):
             merged = merge(session, names, shard_bytes=self._large, small=self._small)
             for index in merged.indexes:
@@ -283,7 +283,7 @@ class _Group:
 
     def parts(self) -> list[dict[str, Tensor]]:
         """Read the rollouts' tensors, and make sure that they are what was written."""
-        if self.session.place.remote:
+        if self.session.folder.remote:
             with ThreadPoolExecutor(16) as pool:
                 return list(pool.map(self._part, self.rows))
         return [self._part(row) for row in self.rows]

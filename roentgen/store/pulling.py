@@ -12,9 +12,9 @@ from httpx2 import HTTPError
 from roentgen.contract import check_session_id
 from roentgen.http_client import connect, explain
 from roentgen.store.files import is_session_file, read_file, session_files
-from roentgen.store.places import Bytes, open_place
 from roentgen.store.reader import Session
 from roentgen.store.schema import StoreError
+from roentgen.store.storage_backends import Bytes, open_folder
 
 _TIMEOUT_S = 60.0
 
@@ -47,7 +47,7 @@ def pull(
         OSError: as the disk or the bucket answers.
     """
     with _opened(source, api_key) as (name, files, fetch):
-        target = open_place(store).child(name)
+        target = open_folder(store).child(name)
         files = [(path, length) for path, length in files if shards or not path.startswith("shards/")]
         size, done = sum(length for _, length in files), 0
         folders = {folder: target.child(folder).entries() for folder in ("shards", "index", "labels")}

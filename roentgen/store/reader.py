@@ -26,7 +26,6 @@ from roentgen.contract import LabelValue, Positions
 from roentgen.store.activations import Activations
 from roentgen.store.index import IndexFile, ShardFile, read_index
 from roentgen.store.labels import Labeled, label_files, news, overlaid, read_label_file, write_labels
-from roentgen.store.places import Place, open_place
 from roentgen.store.schema import (
     INDEX_SCHEMA,
     CaptureSpec,
@@ -36,6 +35,7 @@ from roentgen.store.schema import (
     read_labels,
 )
 from roentgen.store.shards import READS_AT_ONCE, Shard
+from roentgen.store.storage_backends import StorageFolder, open_folder
 
 _KEY_COLUMNS = ["config_hash", "problem_id", "epoch", "turn"]
 LOCATION = ("rollout_id", *_KEY_COLUMNS, "shard", "row_start", "row_stop", "n_prompt", "n_completion")
@@ -47,41 +47,41 @@ class Session:
     """One session of a store, open for reading.
 
     Attributes:
-        place: its folder.
+        folder: the folder that holds it.
         uri: its address.
         name: its id.
     """
 
-    def __init__(self, place: Place) -> None:
-        self.place = place
-        self.uri = place.uri
-        self.name = place.name
+    def __init__(self, folder: StorageFolder) -> None:
+        self.folder = folder
+        self.uri = folder.uri
+        self.name = folder.name
         self._tables: OrderedDict[tuple[str, ...], dict[str, IndexFile]] = OrderedDict()
         self._added: dict[str, dict[str, dict[str, LabelValue]]] = {}
         # Shards never change, so an open one stays right. The bound keeps mappings and connections few.
         self.shard = lru_cache(maxsize=128)(self._open_shard)
 
     @classmethod
-    def open(cls, uri: str | Path | Place) -> "Session":
-        """Open a session by its address (the reply's `uri`, its folder, or its place in a bucket).
+    def open(cls, uri: str | Path | StorageFolder) -> "Session":
+        """Open a session by its address : a reply's `uri`, a path, or a folder of a bucket.
 
         Raises:
             SessionNotFoundError: if there is no session.
             StoreError: if it is of a newer schema, or cannot be reached.
         """
-        place = open_place(uri)
+        folder = open_folder(uri)
         try:
-            identity = json.loads(place.read("session.json"))
+            identity = json.loads(folder.read("session.json"))
         except (FileNotFoundError, NotADirectoryError):
-            raise SessionNotFoundError(f"{place.uri} is not a session: it has no session.json") from None
+            raise SessionNotFoundError(f"{folder.uri} is not a session: it has no session.json") from None
         except OSError as error:
-            raise StoreError(f"session {place.uri} cannot be read: {error}") from error
+            raise StoreError(f"session {folder.uri} cannot be read: {error}") from error
         except ValueError as error:
-            raise StoreError(f"{place.uri}/session.json is not JSON: {error}") from error
+            raise StoreError(f"{folder.uri}/session.json is not JSON: {error}") from error
         if not isinstance(identity, dict):
-            raise StoreError(f"{place.uri}/session.json is damaged: it is no object")
-        check_version(str(identity.get("schema_version")), place.uri)
-        return cls(place)
+            raise StoreError(f"{folder.uri}/session.json is damaged: it is no object")
+        check_version(str(identity.get("schema_version")), folder.uri)
+        return cls(folder)
 
     def rollouts(
         self, *, unique: bool = True, columns: Sequence[str] | None = None, ids: Collection[str] | None = None
@@ -136,7 +136,7 @@ class Session:
         Raises:
             StoreError: if one is damaged.
         """
-        folder = self.place.child("index")
+        folder = self.folder.child("index")
         known: dict[str, IndexFile] = {}
         if columns is not None and ids is None:  # narrow tables are kept, so that only new files are read the next time
             known = self._tables.setdefault(tuple(columns), known)
@@ -181,15 +181,15 @@ class Session:
         stored = dict(zip(frame["rollout_id"], frame["labels"], strict=True))
         new = news(stored, labels)
         if new:
-            write_labels(self.place, new)
+            write_labels(self.folder, new)
         return Labeled(len(new), len(stored) - len(new), tuple(one for one in labels if one not in stored))
 
     def _labels_added(self) -> list[dict[str, dict[str, LabelValue]]]:
         """Read the files of labels that were added, in the order in which they count; each once, since they never change."""
-        names = label_files(self.place)
+        names = label_files(self.folder)
         for name in names:
             if name not in self._added:
-                self._added[name] = read_label_file(self.place, name)
+                self._added[name] = read_label_file(self.folder, name)
         return [self._added[name] for name in names]
 
     def shard_files(self) -> dict[str, ShardFile | None]:
@@ -224,7 +224,7 @@ class Session:
             ValueError: if `positions` is not a policy.
         """
         frame = self.rollouts(columns=()) if where is None else where
-        return Activations(self.shard, self.place.remote, key, frame, Positions.parse(positions))
+        return Activations(self.shard, self.folder.remote, key, frame, Positions.parse(positions))
 
     def _open_shard(self, name: str) -> Shard:
-        return Shard(self.place, name)
+        return Shard(self.folder, name)

@@ -14,9 +14,9 @@ from roentgen.store.files import read_file
 from roentgen.store.index import ShardFile, read_index
 from roentgen.store.labels import label_files, read_label_file
 from roentgen.store.locks import deleting
-from roentgen.store.places import FolderPlace, Place, open_place
 from roentgen.store.reader import Session
 from roentgen.store.schema import INDEX_SCHEMA, SessionNotFoundError, StoreError, rows_checksum
+from roentgen.store.storage_backends import LocalFolder, StorageFolder, open_folder
 
 _VERIFIED = ("shard", "row_start", "row_stop", "checksum")
 
@@ -78,7 +78,7 @@ def find_session(store: str | Path, session_id: str) -> Session:
         ValueError: if the id is unsafe.
         SessionNotFoundError: if there is no such session.
     """
-    return Session.open(open_place(store).child(check_session_id(session_id)))
+    return Session.open(open_folder(store).child(check_session_id(session_id)))
 
 
 def list_sessions(store: str | Path) -> list[SessionSummary]:
@@ -88,34 +88,34 @@ def list_sessions(store: str | Path) -> list[SessionSummary]:
     Raises:
         StoreError: if the store cannot be reached.
     """
-    root = open_place(store)
+    root = open_folder(store)
     try:
-        places = [root.child(name) for name in root.folders() if not name.startswith(".")]
-        sessions = [place for place in places if any(entry.name == "session.json" for entry in place.entries())]
+        folders = [root.child(name) for name in root.folders() if not name.startswith(".")]
+        sessions = [folder for folder in folders if any(entry.name == "session.json" for entry in folder.entries())]
     except OSError as error:
         raise StoreError(f"store {root.uri} cannot be read: {error}") from error
-    return [summarise(place) for place in sessions]
+    return [summarise(folder) for folder in sessions]
 
 
-def summarise(place: Place) -> SessionSummary:
+def summarise(folder: StorageFolder) -> SessionSummary:
     """Count what a session holds, from its index and shard headers; one that cannot be read says why.
 
     Raises:
         SessionNotFoundError: if there is no session.
     """
     try:
-        return _summarise(Session.open(place))
+        return _summarise(Session.open(folder))
     except SessionNotFoundError:
         raise
     except StoreError as error:
-        size = sum(entry.size for folder in ("shards", "index") for entry in place.child(folder).entries())
-        return SessionSummary(place.name, place.uri, 0, 0, 0, size, [], [], str(error))
+        size = sum(entry.size for name in ("shards", "index") for entry in folder.child(name).entries())
+        return SessionSummary(folder.name, folder.uri, 0, 0, 0, size, [], [], str(error))
 
 
 def _summarise(session: Session) -> SessionSummary:
     frame = session.rollouts(columns=())
     shards = list(session.shard_files())
-    sizes = {f"shards/{entry.name}": entry.size for entry in session.place.child("shards").entries()}
+    sizes = {f"shards/{entry.name}": entry.size for entry in session.folder.child("shards").entries()}
     specs = [session.spec(shard) for shard in shards]
     return SessionSummary(
         session_id=session.name,
@@ -141,11 +141,11 @@ def delete_session(store: str | Path, session_id: str) -> int:
         SessionNotFoundError: if there is no such session.
     """
     session = find_session(store, session_id)
-    root = open_place(store)
+    root = open_folder(store)
     with deleting(root, session_id):
-        if isinstance(root, FolderPlace):
+        if isinstance(root, LocalFolder):
             return _delete_folder(root.path, session_id)
-        return _delete_objects(session.place)
+        return _delete_objects(session.folder)
 
 
 def _delete_folder(root: Path, session_id: str) -> int:
@@ -159,7 +159,7 @@ def _delete_folder(root: Path, session_id: str) -> int:
     return size
 
 
-def _delete_objects(session: Place) -> int:
+def _delete_objects(session: StorageFolder) -> int:
     """Remove what makes rollouts count first, and the session's name last, so that a crash leaves a session to delete again."""
     size = 0
     for folder in (*(session.child(name) for name in ("index", "labels", "shards")), session):
@@ -173,7 +173,7 @@ def verify(session: Session) -> VerifyReport:
     """Read every shard back and recompute its checksum, and its rollouts' where it differs; damage is collected, not raised."""
     damage: list[Damage] = []
     files = []
-    folder = session.place.child("index")
+    folder = session.folder.child("index")
     for entry in folder.entries():
         if entry.name.startswith("."):
             continue
@@ -190,13 +190,13 @@ def verify(session: Session) -> VerifyReport:
         found = _verify_shard(session, str(name), shards.get(str(name)), rows)
         damage += found
         good += len(rows) - len(found)
-    for name in label_files(session.place):
+    for name in label_files(session.folder):
         try:
-            read_label_file(session.place, name)
+            read_label_file(session.folder, name)
         except StoreError as error:
             damage.append(Damage(None, f"labels/{name}", str(error)))
     named = {PurePosixPath(shard).name for file in files for shard in file.named}
-    there = [e.name for e in session.place.child("shards").entries() if not e.name.startswith(".")]
+    there = [e.name for e in session.folder.child("shards").entries() if not e.name.startswith(".")]
     return VerifyReport(good, damage, [f"shards/{name}" for name in there if name not in named])
 
 

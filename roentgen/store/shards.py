@@ -20,9 +20,9 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor
 
-from roentgen.store.places import Bytes, Place
 from roentgen.store.quantization import SCALE, dequantize
 from roentgen.store.schema import CaptureSpec, StoreError, read_spec, spec_metadata, tensor_bytes
+from roentgen.store.storage_backends import Bytes, StorageFolder
 
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn,
@@ -87,16 +87,16 @@ class Shard:
         row_bytes: of a row of all tensors together.
     """
 
-    def __init__(self, place: Place, name: str) -> None:
+    def __init__(self, folder: StorageFolder, name: str) -> None:
         """Open `name` (such as "shards/….safetensors") of a session.
 
         Raises:
             StoreError: if it is missing, damaged or of a newer schema.
         """
-        self._where = f"shard {place.uri}/{name}"
-        self.remote = place.remote
+        self._where = f"shard {folder.uri}/{name}"
+        self.remote = folder.remote
         try:
-            self._file = place.open(name)
+            self._file = folder.open(name)
             header, begin = self._header()
             metadata: Any = header.pop("__metadata__", None)
             self._tensors = {name: _stored(entry, begin) for name, entry in header.items()}
@@ -107,7 +107,7 @@ class Shard:
         end = max((s.start + s.shape[0] * s.row_bytes for s in self._tensors.values()), default=begin)
         if end != self._file.size:
             raise StoreError(f"{self._where} is damaged: it has {self._file.size:,} bytes instead of {end:,}")
-        self.spec = read_spec(metadata, f"{place.uri}/{name}")
+        self.spec = read_spec(metadata, f"{folder.uri}/{name}")
         self.names = tuple(self._tensors)
         self.layout = tuple((name, s.dtype, s.shape[1:]) for name, s in sorted(self._tensors.items()))
         self.row_bytes = sum(s.row_bytes for s in self._tensors.values())
@@ -211,5 +211,5 @@ def _stored(entry: dict[str, object], begin: int) -> _Stored:
         raise ValueError("its header is not one of safetensors")
     stored = _Stored(_DTYPES[dtype], tuple(int(size) for size in shape), begin + int(offsets[0]))
     if int(offsets[1]) - int(offsets[0]) != stored.shape[0] * stored.row_bytes:
-        raise ValueError("a tensor's place and its shape do not agree")
+        raise ValueError("a tensor's offsets and its shape do not agree")
     return stored

@@ -30,7 +30,6 @@ from roentgen.contract import check_session_id
 from roentgen.store.index import index_bytes, shard_name, write_shard
 from roentgen.store.locks import writer_locks
 from roentgen.store.merging import Merger
-from roentgen.store.places import Place, check_writable, open_place
 from roentgen.store.schema import (
     SCHEMA_VERSION,
     CaptureSpec,
@@ -43,6 +42,7 @@ from roentgen.store.schema import (
     index_table,
     rows_checksum,
 )
+from roentgen.store.storage_backends import StorageFolder, check_writable, open_folder
 from roentgen.store.threads import compute_alone
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class StoreWriter:
 
     def __init__(
         self,
-        root: str | Path | Place,
+        root: str | Path | StorageFolder,
         *,
         max_bytes: int = 64 << 20,
         max_wait_s: float = 0.25,
@@ -81,7 +81,7 @@ class StoreWriter:
         """Open a store for appending.
 
         Args:
-            root: the store's address: a folder, made if absent, or a bucket's (`places`).
+            root: the store's address: a folder, made if absent, or a bucket's (`storage_backends`).
             max_bytes: commit at once when this much is pending.
             max_wait_s: commit at the latest when a rollout has waited this long, in seconds.
             max_pending_bytes: there is no room for more while this much is pending, so that a disk slower than the model
@@ -93,7 +93,7 @@ class StoreWriter:
         Raises:
             StoreError: if nothing can be written there.
         """
-        self.root = open_place(root)
+        self.root = open_folder(root)
         check_writable(self.root)
         self._max_bytes = max_bytes
         self._max_wait_s = max_wait_s
@@ -262,7 +262,7 @@ def _buckets(group: list[_Pending]) -> list[list[_Pending]]:
     return list(buckets.values())
 
 
-def commit(rollouts: Sequence[Rollout], root: Place) -> list[Receipt]:
+def commit(rollouts: Sequence[Rollout], root: StorageFolder) -> list[Receipt]:
     """Write one shard and its index for rollouts of one session and spec; durable when it returns.
 
     Raises:
@@ -288,7 +288,7 @@ def commit(rollouts: Sequence[Rollout], root: Place) -> list[Receipt]:
     return receipts
 
 
-def _make_session(session: Place) -> None:
+def _make_session(session: StorageFolder) -> None:
     """Create a session's identity, if it is not there."""
     if not any(entry.name == "session.json" for entry in session.entries()):
         body = {"name": session.name, "schema_version": SCHEMA_VERSION, "created": datetime.now(UTC).isoformat()}

@@ -22,7 +22,7 @@ from roentgen.model_names import is_named
 from roentgen.runs import Run
 from roentgen.serving.preflight import PreflightError, check_device, with_option_names
 from roentgen.store import Session, SessionNotFoundError, StoreWriter
-from roentgen.store.places import Place, check_writable, open_place
+from roentgen.store.storage_backends import StorageFolder, check_writable, open_folder
 from roentgen.transcripts import Transcript, TranscriptError
 from roentgen.transcripts.file import read_file
 from roentgen.transcripts.run import read_run
@@ -87,7 +87,7 @@ def capture(settings: CaptureSettings, console: Console, stage: Callable[[str], 
         raise TranscriptError(f"{settings.source} is neither a run directory nor a file")
     stage(f"reading {settings.source}")
     transcripts = read_run(run, stage) if run else read_file(settings.source)
-    store = open_place(settings.store or (_store_of(run) if run else None) or STORE)
+    store = open_folder(settings.store or (_store_of(run) if run else None) or STORE)
     check_writable(store)
     with _as_capture_errors():
         model = _load(settings, run, stage)
@@ -124,7 +124,7 @@ class Reader:
 
 
 def capture_into(
-    store: Place,
+    store: StorageFolder,
     session: str,
     reader: Reader,
     transcripts: Sequence[Transcript],

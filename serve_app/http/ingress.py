@@ -214,7 +214,7 @@ class Ingress:
     ) -> schemas.SessionPage:
         """Show what a session holds, with a page of its rollouts."""
         session = self._find(session_id)
-        entry = _session_entry(summarise(session.place))
+        entry = _session_entry(summarise(session.folder))
         ids = session.rollouts(columns=())["rollout_id"].iloc[offset : offset + limit]
         page = session.rollouts(columns=("labels",), ids=ids).sort_values("rollout_id")
         return {**entry, "offset": offset, "items": [_entry(row) for row in page.to_dict("records")]}

@@ -20,8 +20,8 @@ from ulid import ULID
 
 from roentgen.contract import RolloutKey
 from roentgen.store import SessionNotFoundError, StoreError
-from roentgen.store.places import open_place
 from roentgen.store.sessions import find_session
+from roentgen.store.storage_backends import open_folder
 from serve_app.http.run_addresses import PREFIX, RunAddress
 from serve_app.openai_api import schemas
 from serve_app.openai_api.chat import ChatRequest
@@ -107,14 +107,14 @@ class RunRegistry:
 
     def list(self) -> list[RegisteredRun]:
         """Return all runs, in order of their ids."""
-        names = [entry.name for entry in open_place(self._store).child(FOLDER).entries()]
+        names = [entry.name for entry in open_folder(self._store).child(FOLDER).entries()]
         ids = [name.removesuffix(".json") for name in names if name.endswith(".json") and not name.startswith(".")]
         return [run for run in map(self._read, ids) if run is not None]
 
     def _write(self, run: RegisteredRun) -> None:
         content = {"id": run.id, "created": run.created, "settings": _content(run)}
         try:
-            open_place(self._store).child(FOLDER).put(f"{run.id}.json", [json.dumps(content).encode()])
+            open_folder(self._store).child(FOLDER).put(f"{run.id}.json", [json.dumps(content).encode()])
         except OSError as error:
             raise StoreError(f"run {run.id} cannot be written to {self._store}: {error}") from error
 
@@ -122,7 +122,7 @@ class RunRegistry:
         if run_id in self._known:
             return self._known[run_id]
         try:
-            content = json.loads(open_place(self._store).child(FOLDER).read(f"{run_id}.json"))
+            content = json.loads(open_folder(self._store).child(FOLDER).read(f"{run_id}.json"))
             run = RegisteredRun(run_id, content["created"], RunSettings.model_validate(content["settings"]))
         except FileNotFoundError:
             return None

@@ -5,11 +5,11 @@ from pathlib import Path
 from benchmarks.many_rollouts import Opened, Step
 from benchmarks.store import measure_bandwidth, report_bandwidth, report_sessions
 from roentgen.store import Session, verify
-from roentgen.store.places import open_place
+from roentgen.store.storage_backends import open_folder
 
 
 def test_bandwidth_is_measured_in_turns_and_laid_out(tmp_path: Path) -> None:
-    rates = measure_bandwidth(open_place(tmp_path / "b"), 13, 2, lambda _: None)
+    rates = measure_bandwidth(open_folder(tmp_path / "b"), 13, 2, lambda _: None)
     assert [len(one.raw) for one in rates] == [len(one.store) for one in rates] == [2, 2, 2]
     assert all(rate > 0 for one in rates for rate in (*one.raw, *one.store))
     assert (verify(Session.open(tmp_path / "b/s")).rollouts, verify(Session.open(tmp_path / "b/s")).ok) == (2, True)

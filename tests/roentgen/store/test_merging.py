@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from roentgen.store import Rollout, Session, StoreError, StoreWriter, verify
 from roentgen.store.merging import collect, compact
-from roentgen.store.places import open_place
+from roentgen.store.storage_backends import open_folder
 from tests.roentgen.store.conftest import KEYS, RolloutFactory
 
 
@@ -223,4 +223,4 @@ def test_any_order_of_writing_merging_and_collecting(
             collect(session, grace_s=0)
         check(session, written)
     check(Session.open(root / "s"), written)
-    assert open_place(root).folders() == ["s"]
+    assert open_folder(root).folders() == ["s"]

@@ -78,7 +78,7 @@ def test_an_index_from_before_is_read_and_merged(tmp_path: Path, rollout: Rollou
     (merged, *_) = sorted((tmp_path / "s/index").glob("*.parquet"), reverse=True)
     pq.write_table(pq.read_table(merged).drop_columns(["text"]), merged)
     with pytest.raises(StoreError, match="is damaged: its columns"):
-        read_index(session.place.child("index"), merged.name)
+        read_index(session.folder.child("index"), merged.name)
     assert "non_finite_rows" in INDEX_SCHEMA.names
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from roentgen.store import Session, SessionBusyError, StoreError, StoreWriter, list_sessions, verify
 from roentgen.store.files import session_files, tar_session
-from roentgen.store.places import open_place
 from roentgen.store.sessions import delete_session, find_session
+from roentgen.store.storage_backends import open_folder
 from tests.roentgen.store.conftest import RolloutFactory
 
 
@@ -24,7 +24,7 @@ def test_a_deleted_session_is_gone_and_its_name_free(store: str, rollout: Rollou
             find_session(store, "a")
         writer.submit(rollout(session="a")).result()
     assert len(Session.open(f"{store}/a").rollouts()) == 1
-    assert [name for name in open_place(store).folders() if name != ".locks"] == ["a", "b"]
+    assert [name for name in open_folder(store).folders() if name != ".locks"] == ["a", "b"]
 
 
 def test_a_session_with_rollouts_on_their_way_is_not_deleted(store: str, rollout: RolloutFactory) -> None:
@@ -33,7 +33,7 @@ def test_a_session_with_rollouts_on_their_way_is_not_deleted(store: str, rollout
     with StoreWriter(store, max_wait_s=60) as writer:  # what is submitted waits to be committed
         waiting = writer.submit(rollout(session="a"))
         if store.startswith("s3://"):  # where a note says so, which takes a moment
-            while not open_place(f"{store}/.locks/a").entries():
+            while not open_folder(f"{store}/.locks/a").entries():
                 time.sleep(0.05)
         with pytest.raises(SessionBusyError, match="is being written"):
             delete_session(store, "a")

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from roentgen.contract import ActivationRequest, Positions, RolloutKey, spell_labels
 from roentgen.store import Session, StoreError, StoreWriter, list_sessions, verify
 from roentgen.store.merging import compact
-from roentgen.store.places import _RangedFile
 from roentgen.store.schema import INDEX_SCHEMA, UnstorableError, index_table, read_labels
+from roentgen.store.storage_backends import _RangedFile
 from roentgen.tokenized_text import Segment
 from tests.roentgen.store.conftest import KEYS, RolloutFactory, spoil_labels
 

@@ -252,7 +252,7 @@ def test_a_full_disk_ends_it_and_says_so(force, engine, llama, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("roentgen.store.places.write_chunks", full)
+    monkeypatch.setattr("roentgen.store.storage_backends.write_chunks", full)
     with pytest.raises(StoreError, match=r"could not be stored: .*No space left"):
         capture_all(force(llama, engine), llama)
 

@@ -7,19 +7,19 @@ from pathlib import Path
 import pytest
 
 from roentgen.store import StoreError
-from roentgen.store.places import check_writable, open_place
+from roentgen.store.storage_backends import check_writable, open_folder
 
 
 def test_files_are_created_listed_read_and_removed(store: str) -> None:
-    place = open_place(store)
-    inner = place.child("inner")
-    assert (place.entries(), place.folders(), inner.entries()) == ([], [], [])
+    folder = open_folder(store)
+    inner = folder.child("inner")
+    assert (folder.entries(), folder.folders(), inner.entries()) == ([], [], [])
     body = bytes(range(256)) * 40_000  # more than one piece of an upload
     inner.put("b", [body[:100], memoryview(body)[100:]])
     inner.put("a", [b""])
     assert [(entry.name, entry.size) for entry in inner.entries()] == [("a", 0), ("b", len(body))]
     assert all(abs(entry.modified - time.time()) < 60 for entry in inner.entries())
-    assert place.folders() == ["inner"]
+    assert folder.folders() == ["inner"]
     assert (inner.read("a"), inner.read("b")) == (b"", body)
     assert b"".join(bytes(piece) for piece in inner.stream("b")[1]) == body
     assert bytes(inner.open("b").read(255, 3)) == b"\xff\x00\x01"
@@ -28,7 +28,7 @@ def test_files_are_created_listed_read_and_removed(store: str) -> None:
     assert [entry.name for entry in inner.entries()] == ["a"]
     with pytest.raises(FileNotFoundError):
         inner.open("b")
-    assert open_place(inner.uri).read("a") == b""
+    assert open_folder(inner.uri).read("a") == b""
     assert inner.name == "inner"
 
 
@@ -37,24 +37,24 @@ def test_a_file_that_cannot_be_made_whole_is_not_there(store: str) -> None:
         yield bytes(12 << 20)  # more than one piece of an upload
         raise ValueError("the rest does not come")
 
-    place = open_place(store)
+    folder = open_folder(store)
     with pytest.raises(ValueError, match="does not come"):
-        place.put("a", pieces())
-    assert place.entries() == []
+        folder.put("a", pieces())
+    assert folder.entries() == []
 
 
 def test_what_is_read_may_be_written_over_and_the_file_stays(store: str) -> None:
-    place = open_place(store)
-    place.put("a", [b"abc"])
-    data = place.open("a").read(0, 3)
+    folder = open_folder(store)
+    folder.put("a", [b"abc"])
+    data = folder.open("a").read(0, 3)
     data[0:1] = b"x"
-    assert place.read("a") == b"abc"
+    assert folder.read("a") == b"abc"
 
 
 def test_a_writable_store_is_left_as_it_was(store: str) -> None:
-    place = open_place(store)
-    check_writable(place)
-    assert place.entries() == []
+    folder = open_folder(store)
+    check_writable(folder)
+    assert folder.entries() == []
 
 
 @pytest.mark.parametrize(
@@ -69,17 +69,17 @@ def test_a_writable_store_is_left_as_it_was(store: str) -> None:
 )
 def test_other_addresses_are_refused(uri: str, said: str) -> None:
     with pytest.raises(StoreError, match=said):
-        open_place(uri)
+        open_folder(uri)
 
 
 def test_a_bucket_that_is_not_there_is_named(store: str) -> None:
     if not store.startswith("s3://"):
         pytest.skip("a folder is made")
     with pytest.raises(StoreError, match=r"'s3://no-such-bucket/x' is not writable"):
-        check_writable(open_place("s3://no-such-bucket/x"))
+        check_writable(open_folder("s3://no-such-bucket/x"))
 
 
 def test_a_relative_path_is_made_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert open_place("x").uri == str(tmp_path / "x")
-    assert open_place(f"file://{tmp_path}/x").uri == str(tmp_path / "x")
+    assert open_folder("x").uri == str(tmp_path / "x")
+    assert open_folder(f"file://{tmp_path}/x").uri == str(tmp_path / "x")

@@ -1,12 +1,12 @@
-"""Where a store is: a folder of a disk, or of a bucket; both answer to the same few verbs.
+"""The storage backends of a store: a local folder or an object-storage bucket, behind one interface.
 
-Files are written once, whole or not at all, and never changed, so a place only has to create, list, read and remove them.
-On a disk that is an atomic, fsynced write (`roentgen.atomic_files`), and reading maps the file into
-memory. In a bucket it is one object, which no one can see before its last byte is there, and reading asks for ranges.
+A store's files are written once and never changed, so a backend only creates, lists, reads and removes files. A local
+folder uses atomic, fsynced writes (`roentgen.atomic_files`) and memory-mapped reads. A bucket stores each file as one object,
+which becomes visible when its last byte has arrived, and is read in byte ranges.
 
-    s3://bucket/folder      credentials and region as AWS's own tools find them; AWS_ENDPOINT_URL names another S3 server
-    gs://…, abfss://…       likewise, as pyarrow's documentation says
-    anything else           a folder of this machine, or one mounted here
+    s3://bucket/folder      credentials and region as AWS's tools find them; AWS_ENDPOINT_URL selects another S3 server
+    gs://…, abfss://…       configured as pyarrow's documentation describes
+    anything else           a folder on a local or mounted disk
 """
 
 import mmap
@@ -31,38 +31,38 @@ Bytes = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A file of a folder: its name, its size in bytes, and when it was last written, in seconds since 1970."""
+class FileEntry:
+    """A file in a folder: its name, its size in bytes, and the time of its last write in seconds since 1970."""
 
     name: str
     size: int
     modified: float
 
 
-class Readable(Protocol):
-    """An open file that is read in any order."""
+class ReadableFile(Protocol):
+    """An open file with random access."""
 
     size: int
     """Size in bytes."""
     gap: int
-    """The most bytes between two ranges that one request reads along, because a second request would cost more."""
+    """Largest gap in bytes between two ranges that are read as one, because a second request would cost more."""
 
     def expect(self, offset: int, length: int) -> None:
-        """Begin to fetch what will be looked at soon, if that can go on by itself."""
+        """Prefetch a range in the background, if the backend can."""
 
     def read(self, offset: int, length: int) -> bytearray | memoryview:
-        """Return `length` bytes from `offset`, which whoever asked may write over."""
+        """Return `length` bytes from `offset` as memory that the caller may overwrite."""
 
 
-class Place(ABC):
-    """A folder.
+class StorageFolder(ABC):
+    """A folder of a storage backend.
 
     Attributes:
-        uri: its address, absolute; `open_place` understands it.
+        uri: its absolute address, as `open_folder` takes it.
     """
 
     remote: bool
-    """Whether reading waits for a network, so that several reads at once are faster than one after the other."""
+    """True if reads wait for a network, so that concurrent reads are faster than sequential ones."""
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
@@ -72,72 +72,72 @@ class Place(ABC):
 
     @property
     def name(self) -> str:
-        """The folder's own name."""
+        """The last component of the address."""
         return self.uri.rstrip("/").rsplit("/", 1)[-1]
 
     @abstractmethod
     def child(self, name: str) -> Self:
-        """Return a folder inside, which need not exist."""
+        """Return a subfolder, which need not exist."""
 
     @abstractmethod
     def put(self, name: str, chunks: Iterable[Bytes]) -> None:
-        """Create a file from its bytes, whole or not at all; durable when this returns.
+        """Create a file atomically; it is durable when this returns.
 
         Raises:
-            OSError: as the disk or the bucket answers.
+            OSError: if the disk or the bucket reports an error.
         """
 
     @abstractmethod
-    def entries(self) -> list[Entry]:
-        """List the files directly in this folder, in order of name; none if it does not exist."""
+    def entries(self) -> list[FileEntry]:
+        """List the files directly in this folder, sorted by name; empty if the folder does not exist."""
 
     @abstractmethod
     def folders(self) -> list[str]:
-        """List the names of the folders directly in this one, in order."""
+        """List the names of the direct subfolders, sorted."""
 
     @abstractmethod
-    def open(self, name: str) -> Readable:
+    def open(self, name: str) -> ReadableFile:
         """Open a file for reading.
 
         Raises:
-            FileNotFoundError: if it is not there.
-            OSError: as the disk or the bucket answers.
+            FileNotFoundError: if it does not exist.
+            OSError: if the disk or the bucket reports an error.
         """
 
     @abstractmethod
     def open_arrow(self, name: str) -> pa.NativeFile:
-        """Open a file as pyarrow reads files.
+        """Open a file as a pyarrow file object.
 
         Raises:
-            FileNotFoundError: if it is not there.
-            OSError: as the disk or the bucket answers.
+            FileNotFoundError: if it does not exist.
+            OSError: if the disk or the bucket reports an error.
         """
 
     @abstractmethod
     def remove(self, name: str) -> None:
-        """Remove a file; it need not exist."""
+        """Remove a file, if it exists."""
 
     def read(self, name: str) -> bytes:
         """Return a file's bytes.
 
         Raises:
-            FileNotFoundError: if it is not there.
+            FileNotFoundError: if it does not exist.
         """
         file = self.open(name)
         return bytes(file.read(0, file.size))
 
     def stream(self, name: str) -> tuple[int, Iterator[Bytes]]:
-        """Return a file's size and its bytes, a few megabytes at a time.
+        """Return a file's size and an iterator over its bytes, a few megabytes at a time.
 
         Raises:
-            FileNotFoundError: if it is not there.
+            FileNotFoundError: if it does not exist.
         """
         file = self.open(name)
         return file.size, (file.read(offset, min(_PIECE, file.size - offset)) for offset in range(0, file.size, _PIECE))
 
 
-class FolderPlace(Place):
-    """A folder of this machine's disks, or one that is mounted here."""
+class LocalFolder(StorageFolder):
+    """A folder on a local or mounted disk."""
 
     remote = False
 
@@ -145,7 +145,7 @@ class FolderPlace(Place):
         super().__init__(str(path))
         self.path = path
 
-    def child(self, name: str) -> Self:  # noqa: D102 - as Place's
+    def child(self, name: str) -> Self:  # noqa: D102 - documented in StorageFolder
         return type(self)(self.path / name)
 
     def put(self, name: str, chunks: Iterable[Bytes]) -> None:  # noqa: D102
@@ -153,7 +153,7 @@ class FolderPlace(Place):
         with atomic_write(self.path / name) as temporary:
             write_chunks(temporary, chunks)
 
-    def entries(self) -> list[Entry]:  # noqa: D102
+    def entries(self) -> list[FileEntry]:  # noqa: D102
         found = []
         try:
             with os.scandir(self.path) as scan:
@@ -171,7 +171,7 @@ class FolderPlace(Place):
         except FileNotFoundError:
             return []
 
-    def open(self, name: str) -> Readable:  # noqa: D102
+    def open(self, name: str) -> ReadableFile:  # noqa: D102
         return _MappedFile(self.path / name)
 
     def open_arrow(self, name: str) -> pa.NativeFile:  # noqa: D102
@@ -183,19 +183,19 @@ class FolderPlace(Place):
             sync_folder(self.path)
 
 
-def _entry(entry: "os.DirEntry[str]") -> Entry | None:
+def _entry(entry: "os.DirEntry[str]") -> FileEntry | None:
     try:
         status = entry.stat()
-    except FileNotFoundError:  # a temporary file that has got its name since, or one that gc has removed
+    except FileNotFoundError:  # a temporary file that has been renamed since, or a file that gc has removed
         return None
-    return Entry(entry.name, status.st_size, status.st_mtime)
+    return FileEntry(entry.name, status.st_size, status.st_mtime)
 
 
 class _MappedFile:
-    """A file mapped into memory: only the pages that are looked at are read, and they outlive the file's name.
+    """A memory-mapped file: only pages that are accessed are read, and they stay valid after the file is unlinked.
 
-    The kernel reads ahead, which is right for a layer from end to end. Of rows here and there it would read everything in
-    between, one after the other, so they are announced first: 1/38 of the bytes, in a third of the time.
+    The kernel's readahead suits a layer that is read from end to end. For scattered rows it would also read everything
+    between them, so `expect` announces the rows first: 1/38 of the bytes, in a third of the time.
     """
 
     gap = 64 << 10
@@ -203,7 +203,7 @@ class _MappedFile:
     def __init__(self, path: Path) -> None:
         with path.open("rb") as file:
             self.size = os.fstat(file.fileno()).st_size
-            # Private: torch wants memory it may write to, and what is written stays with the reader.
+            # Private mapping: torch requires writable memory, and writes must not reach the file.
             self._memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if self.size else b""
 
     def expect(self, offset: int, length: int) -> None:
@@ -215,12 +215,12 @@ class _MappedFile:
         return memoryview(self._memory)[offset : offset + length]
 
 
-class BucketPlace(Place):
+class BucketFolder(StorageFolder):
     """A folder of a bucket.
 
-    A bucket has no folders: they are the beginnings of names. An object is visible from the moment it is whole. A writer that
-    dies half-way through a large one may leave what it had sent under that name, so nothing may count that an index does not
-    name; indexes are made whole before they are sent.
+    Folders of a bucket are prefixes of object names. An object becomes visible when it is complete. A writer that dies
+    while it uploads a large object may leave a partial one, so readers ignore shards that no index names. An index is built
+    in memory and uploaded at once.
     """
 
     remote = True
@@ -239,20 +239,20 @@ class BucketPlace(Place):
                 for chunk in chunks:
                     stream.write(chunk)
             except BaseException:
-                # To close it is to complete the upload, and nothing else ends one: half a file then stands there.
+                # pyarrow cannot abort an upload: closing the stream completes it and leaves a partial object.
                 with suppress(OSError):
                     stream.close()
                 with suppress(OSError):
                     self.remove(name)
                 raise
 
-    def entries(self) -> list[Entry]:  # noqa: D102
-        return [Entry(found.base_name, found.size, found.mtime_ns / 1e9) for found in self._list() if found.is_file]
+    def entries(self) -> list[FileEntry]:  # noqa: D102
+        return [FileEntry(found.base_name, found.size, found.mtime_ns / 1e9) for found in self._list() if found.is_file]
 
     def folders(self) -> list[str]:  # noqa: D102
         return [found.base_name for found in self._list() if not found.is_file]
 
-    def open(self, name: str) -> Readable:  # noqa: D102
+    def open(self, name: str) -> ReadableFile:  # noqa: D102
         return _RangedFile(self.open_arrow(name))
 
     def open_arrow(self, name: str) -> pa.NativeFile:  # noqa: D102
@@ -272,7 +272,7 @@ class BucketPlace(Place):
 
 
 class _RangedFile:
-    """An object of which ranges are asked for."""
+    """An object that is read in ranges."""
 
     gap = 1 << 20
 
@@ -281,33 +281,35 @@ class _RangedFile:
         self.size = file.size()
 
     def expect(self, offset: int, length: int) -> None:
-        """Do nothing: whoever wants to read ahead does so on a thread."""
+        """Do nothing: callers read ahead on threads of their own."""
 
     def read(self, offset: int, length: int) -> bytearray | memoryview:
         return bytearray(self._file.read_at(length, offset))
 
 
-def open_place(uri: str | Path | Place) -> Place:
-    """Return the folder that an address names; nothing is asked of it yet.
+def open_folder(uri: str | Path | StorageFolder) -> StorageFolder:
+    """Return the folder at an address, without accessing it.
 
     Raises:
-        StoreError: if the address is of a kind that no store can be at.
+        StoreError: if no storage backend supports the address.
     """
-    if isinstance(uri, Place):
+    if isinstance(uri, StorageFolder):
         return uri
     text = str(uri)
     if text.startswith("file://"):
         text = text.removeprefix("file://")
     if "://" not in text:
-        return FolderPlace(Path(text).expanduser().absolute())
+        return LocalFolder(Path(text).expanduser().absolute())
     text = text.rstrip("/")
     scheme = urlsplit(text).scheme
     if scheme not in BUCKETS:
-        raise StoreError(f"store {text!r}: a store can be in a folder or at {', '.join(f'{s}://' for s in BUCKETS)}")
+        raise StoreError(
+            f"store {text!r}: allowed are a folder and addresses that begin with {', '.join(f'{s}://' for s in BUCKETS)}"
+        )
     path = text.partition("://")[2]
     if not path.partition("/")[0] or "?" in path or any(part in ("", ".", "..") for part in path.split("/")):
         raise StoreError(f"store {text!r}: write {scheme}://BUCKET or {scheme}://BUCKET/FOLDER")
-    return BucketPlace(text, _filesystem(scheme, text), path)
+    return BucketFolder(text, _filesystem(scheme, text), path)
 
 
 def _filesystem(scheme: str, uri: str) -> Any:
@@ -323,8 +325,8 @@ def _filesystem(scheme: str, uri: str) -> Any:
             own = {"endpoint_override": parts.netloc, "scheme": parts.scheme, "region": region or "us-east-1"}
         else:
             own = {"region": region or resolve_s3_region(urlsplit(uri).netloc)}
-        # Delayed: what is small goes in one PUT instead of the three requests of an upload in parts. A request is given up when
-        # nothing has come for a while and tried again twice, so that a bucket that has gone silent fails a commit in minutes.
+        # Delayed open: a small file takes one PUT instead of the three requests of a multipart upload. The timeouts and two
+        # retries let a commit to an unresponsive bucket fail within minutes.
         again = AwsStandardS3RetryStrategy(max_attempts=3)
         return S3FileSystem(
             **own, allow_delayed_open=True, connect_timeout=10, request_timeout=20, retry_strategy=again
@@ -333,17 +335,17 @@ def _filesystem(scheme: str, uri: str) -> Any:
         raise StoreError(f"store {uri!r} cannot be opened: {error}") from error
 
 
-def check_writable(place: Place) -> None:
-    """Make sure that a store can be created at a place, by creating a file there and removing it.
+def check_writable(folder: StorageFolder) -> None:
+    """Check that a folder is writable by creating and removing a file in it.
 
     Raises:
-        StoreError: naming the place and the reason that the disk or the bucket gives.
+        StoreError: if it is not; the message names the folder and the reason.
     """
     name = f".write-test-{ULID()}"
     try:
-        place.put(name, [b""])
-        place.remove(name)
+        folder.put(name, [b""])
+        folder.remove(name)
     except OSError as error:
         raise StoreError(
-            f"store {place.uri!r} is not writable: {error.strerror or error}; choose another --store"
+            f"store {folder.uri!r} is not writable: {error.strerror or error}; choose another --store"
         ) from error
