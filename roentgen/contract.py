@@ -151,13 +151,13 @@ LabelValue = Annotated[str | int | float | bool | None, BeforeValidator(_check_l
 def _check_labels(labels: dict[str, Any]) -> dict[str, Any]:
     for name in labels:
         check_text(name)
-    size = len(spell_labels(labels))
+    size = len(labels_to_json(labels))
     if size > MAX_LABEL_BYTES:
         raise ValueError(f"they are {size:,} bytes as JSON; allowed are {MAX_LABEL_BYTES:,}")
     return labels
 
 
-def spell_labels(labels: dict[str, Any]) -> str:
+def labels_to_json(labels: dict[str, Any]) -> str:
     """Spell labels as the store keeps them: JSON, in which any integer and any finite float is exact.
 
     Raises:

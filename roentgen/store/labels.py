@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from pydantic import TypeAdapter
 from ulid import ULID
 
-from roentgen.contract import Labels, LabelValue, spell_labels
+from roentgen.contract import Labels, LabelValue, labels_to_json
 from roentgen.store.locks import writer_locks
 from roentgen.store.schema import SCHEMA_VERSION, StoreError, UnstorableError, check_version, read_labels
 from roentgen.store.storage_backends import StorageFolder, open_folder
@@ -28,7 +28,7 @@ _SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class Labeled:
+class AddedLabels:
     """What adding labels has done."""
 
     changed: int = 0
@@ -73,7 +73,7 @@ def write_labels(session: StorageFolder, labels: Mapping[str, Mapping[str, Label
         UnstorableError: if they are not what labels can be.
         OSError: as the disk or the bucket answers.
     """
-    rows = [(rollout_id, _spelled(rollout_id, said)) for rollout_id, said in labels.items()]
+    rows = [(rollout_id, _labels_json(rollout_id, said)) for rollout_id, said in labels.items()]
     columns = [pa.array(column, pa.string()) for column in zip(*rows, strict=True)]
     buffer = pa.BufferOutputStream()
     pq.write_table(pa.table(columns, schema=_SCHEMA), buffer, write_page_checksum=True)
@@ -86,9 +86,9 @@ def write_labels(session: StorageFolder, labels: Mapping[str, Mapping[str, Label
         locks.release(session.name)
 
 
-def _spelled(rollout_id: str, labels: Mapping[str, LabelValue]) -> str:
+def _labels_json(rollout_id: str, labels: Mapping[str, LabelValue]) -> str:
     try:
-        return spell_labels(_LABELS.validate_python(dict(labels)))
+        return labels_to_json(_LABELS.validate_python(dict(labels)))
     except ValueError as error:
         first: Any = error.errors()[0] if hasattr(error, "errors") else {"loc": (), "msg": str(error)}
         name = "".join(f"{part!r}: " for part in first["loc"][:1])
@@ -97,7 +97,7 @@ def _spelled(rollout_id: str, labels: Mapping[str, LabelValue]) -> str:
         ) from error
 
 
-def overlaid(
+def overlay_labels(
     ids: Collection[str], own: Collection[dict[str, LabelValue]], later: Collection[dict[str, dict[str, LabelValue]]]
 ) -> Iterator[dict[str, LabelValue]]:
     """Yield the labels of rollouts: their own, and over them what each file says."""
@@ -106,7 +106,7 @@ def overlaid(
         yield {name: value for said in (labels, *added) for name, value in said.items()} if added else labels
 
 
-def news(
+def new_labels(
     stored: Mapping[str, Mapping[str, LabelValue]], labels: Mapping[str, Mapping[str, LabelValue]]
 ) -> dict[str, dict[str, LabelValue]]:
     """Return what of labels the rollouts stored do not say yet."""

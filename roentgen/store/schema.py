@@ -19,7 +19,7 @@ from jaxtyping import Float, Shaped
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from roentgen.contract import LabelValue, RolloutKey, is_text, spell_labels
+from roentgen.contract import LabelValue, RolloutKey, is_text, labels_to_json
 from roentgen.errors import RoentgenError
 from roentgen.store.quantization import QUANTIZED, SCALE, dequantize, quantize
 from roentgen.tokenized_text import TokenizedText
@@ -309,7 +309,7 @@ def index_row(rollout: Rollout, receipt: Receipt, created: Any, checksum: str) -
         "problem_id": key.problem_id if key else None,
         "epoch": key.epoch if key else None,
         "turn": key.turn if key else None,
-        "labels": _spelled(rollout.labels),
+        "labels": _labels_json(rollout.labels),
         "shard": receipt.shard,
         "row_start": receipt.row_start,
         "row_stop": receipt.row_stop,
@@ -327,9 +327,9 @@ def index_row(rollout: Rollout, receipt: Receipt, created: Any, checksum: str) -
     }
 
 
-def _spelled(labels: dict[str, LabelValue]) -> str:
+def _labels_json(labels: dict[str, LabelValue]) -> str:
     try:
-        return spell_labels(labels)
+        return labels_to_json(labels)
     except (TypeError, ValueError) as error:
         raise UnstorableError(f"labels: {error}") from error
 

@@ -18,7 +18,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from roentgen.contract import ActivationRequest, Positions, RolloutKey, spell_labels
+from roentgen.contract import ActivationRequest, Positions, RolloutKey, labels_to_json
 from roentgen.store import Session, StoreError, StoreWriter, list_sessions, verify
 from roentgen.store.merging import compact
 from roentgen.store.schema import INDEX_SCHEMA, UnstorableError, index_table, read_labels
@@ -429,7 +429,7 @@ def test_the_contracts_bounds_are_what_the_index_holds(tmp_path: Path, rollout: 
 )
 def test_any_labels_come_back_exactly(labels: dict[str, object]) -> None:
     accepted = ActivationRequest.model_validate({"labels": labels}).labels
-    table = index_table([dict.fromkeys(INDEX_SCHEMA.names) | {"labels": spell_labels(accepted)}])
+    table = index_table([dict.fromkeys(INDEX_SCHEMA.names) | {"labels": labels_to_json(accepted)}])
     (read,) = table.column("labels").to_pylist()
     assert repr(sorted(read_labels(read).items())) == repr(sorted(labels.items()))
 
