@@ -22,7 +22,7 @@ from roentgen.runs import Run
 from roentgen.runs.stored import StoredRollouts, find_rollouts
 from roentgen.store import CaptureSpec, Rollout, Session, StoreWriter
 from roentgen.store.quantization import QUANTIZED
-from roentgen.store.sessions import summarise
+from roentgen.store.sessions import summarize_session
 from roentgen.tokenized_text import Segment, TokenizedText
 
 SESSION = "int8"
@@ -53,7 +53,9 @@ def main(
         parts = find_rollouts(opened, [sample for sample in opened.read_samples() if sample.error is None])
         stage("writing the rows again as int8")
         costs = requantize(parts, folder)
-        sizes = tuple(summarise(session.folder).bytes for session in (parts[0].session, Session.open(folder / SESSION)))
+        sizes = tuple(
+            summarize_session(session.folder).bytes for session in (parts[0].session, Session.open(folder / SESSION))
+        )
         reports = {
             name: train(run, label, session=session, output=folder / name, stage=stage)
             for name, session in (("stored", None), ("int8", folder / SESSION))

@@ -21,7 +21,7 @@ from tempfile import TemporaryFile
 from typing import Any
 from zipfile import ZIP_DEFLATED, ZipFile
 
-from eval_jobs.summary import summarise
+from eval_jobs.summary import summarize_samples
 from roentgen.atomic_files import atomic_write
 from roentgen.runs import Run, Sample
 
@@ -42,7 +42,7 @@ def write_inspect_log(run: Run, path: Path) -> int:
         OSError: as the disk answers.
     """
     samples = run.read_samples().by_name()
-    summary = run.summary() or summarise(run.config, samples)
+    summary = run.summary() or summarize_samples(run.config, samples)
     extractors = sorted(summary["extractors"], key=lambda name: name != summary["extractor"])
     ids: list[str] = []
     finished: float | None = None

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from eval_jobs.records import answer_of
-from eval_jobs.summary import disagree, expected_samples, summarise
+from eval_jobs.summary import disagree, expected_samples, summarize_samples
 from roentgen.atomic_files import atomic_write, write_json
 from roentgen.runs import Run, RunConfig, Sample
 
@@ -72,7 +72,7 @@ def write_summary(run: Run, timing: Timing | None) -> dict[str, Any]:
         timing: what it took; None if nothing was run, which keeps what `summary.json` said before.
     """
     samples = run.read_samples().by_name()
-    summary = summarise(run.config, samples)
+    summary = summarize_samples(run.config, samples)
     summary["timing"] = (run.summary() or {}).get("timing") if timing is None else _speed(timing)
     _write_jsonl(run.path / "dataset.jsonl", _dataset(samples))
     primary = run.config.settings["extractor"]

@@ -15,7 +15,7 @@ from jinja2 import Environment
 
 from eval_jobs.charts import lengths, panels, ticks
 from eval_jobs.console import interval, percent, spell_count, spell_difference, spell_samples, warnings
-from eval_jobs.summary import summarise
+from eval_jobs.summary import summarize_samples
 from roentgen.atomic_files import write_text
 from roentgen.pages import page_environment
 from roentgen.runs import Run, RunError
@@ -41,7 +41,7 @@ def write_report(run: Run) -> Path:
     """
     samples = run.read_samples().by_name()
     # Counted again, so that the page agrees with the record, and can be made of runs whose summary an older version wrote.
-    summary = {**summarise(run.config, samples), "timing": (run.summary() or {}).get("timing")}
+    summary = {**summarize_samples(run.config, samples), "timing": (run.summary() or {}).get("timing")}
     bars = lengths(samples)
     page = (
         _environment()

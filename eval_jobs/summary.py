@@ -130,7 +130,7 @@ class _Stored:
         }
 
 
-def summarise(config: RunConfig, samples: Iterable[Sample]) -> dict[str, Any]:
+def summarize_samples(config: RunConfig, samples: Iterable[Sample]) -> dict[str, Any]:
     """Return what a run's samples come to."""
     clusters: dict[Hashable, int] = {}
     names = extractors_of(config)

@@ -42,11 +42,11 @@ def sessions_list(
 def sessions_show(session: Address) -> None:
     """Show a session's keys and rollouts."""
     from roentgen.store import Session, StoreError
-    from roentgen.store.sessions import summarise
+    from roentgen.store.sessions import summarize_session
 
     with expected_errors():
         opened = Session.open(session)
-        frame, summary = opened.rollouts(columns=("finish_reason",)), summarise(opened.folder)
+        frame, summary = opened.rollouts(columns=("finish_reason",)), summarize_session(opened.folder)
         if summary.damage:
             raise StoreError(summary.damage)
     out.print(
@@ -193,7 +193,7 @@ def sessions_rm(
     from roentgen.store.storage_backends import open_folder
 
     with expected_errors(OSError, ValueError):
-        summary = summarise(open_folder(session))
+        summary = summarize_session(open_folder(session))
         store, _, name = summary.uri.rpartition("/")
         rollouts = "damaged" if summary.damage else f"{summary.rollouts:,} rollouts"
         what = f"{summary.uri}: {rollouts}, {summary.bytes / 1e6:,.1f} MB"

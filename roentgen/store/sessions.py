@@ -94,17 +94,17 @@ def list_sessions(store: str | Path) -> list[SessionSummary]:
         sessions = [folder for folder in folders if any(entry.name == "session.json" for entry in folder.entries())]
     except OSError as error:
         raise StoreError(f"store {root.uri} cannot be read: {error}") from error
-    return [summarise(folder) for folder in sessions]
+    return [summarize_session(folder) for folder in sessions]
 
 
-def summarise(folder: StorageFolder) -> SessionSummary:
+def summarize_session(folder: StorageFolder) -> SessionSummary:
     """Count what a session holds, from its index and shard headers; one that cannot be read says why.
 
     Raises:
         SessionNotFoundError: if there is no session.
     """
     try:
-        return _summarise(Session.open(folder))
+        return _summarize(Session.open(folder))
     except SessionNotFoundError:
         raise
     except StoreError as error:
@@ -112,7 +112,7 @@ def summarise(folder: StorageFolder) -> SessionSummary:
         return SessionSummary(folder.name, folder.uri, 0, 0, 0, size, [], [], str(error))
 
 
-def _summarise(session: Session) -> SessionSummary:
+def _summarize(session: Session) -> SessionSummary:
     frame = session.rollouts(columns=())
     shards = list(session.shard_files())
     sizes = {f"shards/{entry.name}": entry.size for entry in session.folder.child("shards").entries()}

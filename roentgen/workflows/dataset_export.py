@@ -13,8 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval_jobs.summary import summarise
-from roentgen.atomic_files import atomic_folder, write_text
+from eval_jobs.summary import summarize_samples
 from roentgen.contract import execution_order
 from roentgen.errors import RoentgenError
 from roentgen.runs import Run
@@ -85,7 +84,7 @@ def export_dataset(
         card = write_card(
             folder.name,
             run.config,
-            summarise(run.config, samples),
+            summarize_samples(run.config, samples),
             stored if specs else None,
             tables,
             shlex.join(command),

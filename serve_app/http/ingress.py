@@ -23,7 +23,7 @@ from roentgen.contract import SESSION_ID_PATTERN, check_session_id
 from roentgen.model_names import is_named
 from roentgen.store import Session, SessionBusyError, SessionNotFoundError, SessionSummary, list_sessions
 from roentgen.store.files import read_file, session_files, tar_session
-from roentgen.store.sessions import delete_session, find_session, summarise
+from roentgen.store.sessions import delete_session, find_session, summarize_session
 from roentgen.version import __version__
 from serve_app.capture.structure import StructureRecord
 from serve_app.config import ModelChoice, ServerConfig
@@ -214,7 +214,7 @@ class Ingress:
     ) -> schemas.SessionPage:
         """Show what a session holds, with a page of its rollouts."""
         session = self._find(session_id)
-        entry = _session_entry(summarise(session.folder))
+        entry = _session_entry(summarize_session(session.folder))
         ids = session.rollouts(columns=())["rollout_id"].iloc[offset : offset + limit]
         page = session.rollouts(columns=("labels",), ids=ids).sort_values("rollout_id")
         return {**entry, "offset": offset, "items": [_entry(row) for row in page.to_dict("records")]}
