@@ -6,7 +6,7 @@ length, each with its interval and its difference from no steering.
 """
 
 from probes.steering.arms import Arm, make_arms
-from probes.steering.findings import SweepReport, summarise
+from probes.steering.findings import SweepReport, summarize_sweep
 from probes.steering.sweep import Outcome, SweepError, SweepPlan, Task, run_sweep
 
 __all__ = [
@@ -18,5 +18,5 @@ __all__ = [
     "Task",
     "make_arms",
     "run_sweep",
-    "summarise",
+    "summarize_sweep",
 ]

@@ -116,7 +116,7 @@ class SweepReport:
         return figure
 
 
-def summarise(outcomes: Sequence[Outcome], seed: int = 0) -> tuple[Finding, ...]:
+def summarize_sweep(outcomes: Sequence[Outcome], seed: int = 0) -> tuple[Finding, ...]:
     """Turn outcomes into findings; every problem must have been answered in every arm.
 
     Args:

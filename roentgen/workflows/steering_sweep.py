@@ -21,7 +21,7 @@ from eval_jobs.problems import Problem
 from eval_jobs.rescoring import find_scorer, problem_of
 from eval_jobs.scoring import UnknownScorerError
 from eval_jobs.verdicts import Output, Scorer, ScorerError, ScoringFailedError, ask_scorer
-from probes.steering import SweepError, SweepPlan, SweepReport, Task, make_arms, run_sweep, summarise
+from probes.steering import SweepError, SweepPlan, SweepReport, Task, make_arms, run_sweep, summarize_sweep
 from roentgen.api_keys import client_key
 from roentgen.atomic_files import atomic_write, make_folder, write_json
 from roentgen.contract import split_key
@@ -81,7 +81,7 @@ def steer(settings: SteerSettings, stage: Callable[[str], None] = lambda text: N
         seen=run.path == path.parent.parent.parent,
         seed=settings.seed,
         sampling=sampling,
-        findings=summarise(outcomes, settings.seed),
+        findings=summarize_sweep(outcomes, settings.seed),
     )
     with atomic_write(output / "steering.png") as temporary:
         report.draw().savefig(temporary, format="png")

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from probes.steering import Outcome, SweepReport, summarise
+from probes.steering import Outcome, SweepReport, summarize_sweep
 from probes.steering.arms import Along
 
 
@@ -27,7 +27,7 @@ def outcomes() -> list[Outcome]:
 
 
 def test_numbers_are_those_of_the_answers(outcomes: list[Outcome]) -> None:
-    plain, probe, random = summarise(outcomes)
+    plain, probe, random = summarize_sweep(outcomes)
     assert [(f.along, f.scale, f.directions) for f in (plain, probe, random)] == [
         ("nothing", 0, 1), ("probe", -1, 1), ("random", -1, 2)
     ]  # fmt: skip
@@ -51,7 +51,7 @@ def test_numbers_are_those_of_the_answers(outcomes: list[Outcome]) -> None:
 
 
 def test_differences_are_paired_and_their_interval_is_over_problems(outcomes: list[Outcome]) -> None:
-    _, probe, random = summarise(outcomes)
+    _, probe, random = summarize_sweep(outcomes)
     # Of a mean of 40 zeros and minus ones, half each: the normal interval.
     half = 1.96 * 0.5 / np.sqrt(40)
     difference = probe.differences["accuracy"]
@@ -61,7 +61,7 @@ def test_differences_are_paired_and_their_interval_is_over_problems(outcomes: li
 
 def test_the_report_is_json_and_a_picture(outcomes: list[Outcome]) -> None:
     report = SweepReport(
-        "x", "m", "r", "correct", "layers.1.resid_post", "all", 7.5, 40, True, 0, {}, summarise(outcomes)
+        "x", "m", "r", "correct", "layers.1.resid_post", "all", 7.5, 40, True, 0, {}, summarize_sweep(outcomes)
     )
     spelled = json.loads(json.dumps(report.to_json(), allow_nan=False))
     assert spelled["findings"][1]["differences"]["accuracy"]["accuracy"] == -0.5
