@@ -7,7 +7,7 @@ then judged. `findings` turns that into accuracy against tokens: each kind's set
 reported on the other half. `page` shows it.
 """
 
-from probes.stopping.findings import Chosen, Finding, LiveFinding, StopReport, live_finding, summarize
+from probes.stopping.findings import Chosen, Finding, LiveFinding, StopReport, live_finding, summarize_stops
 from probes.stopping.page import render_page
 from probes.stopping.settings import Setting, make_settings
 from probes.stopping.sweep import Reading, Stop, sweep
@@ -26,6 +26,6 @@ __all__ = [
     "make_settings",
     "read_traces",
     "render_page",
-    "summarize",
+    "summarize_stops",
     "sweep",
 ]

@@ -187,7 +187,7 @@ def deal(groups: Sequence[int], seed: int) -> Bool[np.ndarray, "traces"]:
     return np.isin(groups, first)
 
 
-def summarize(
+def summarize_stops(
     traces: Sequence[StopTrace],
     settings: Sequence[Setting],
     stops: Sequence[Sequence[Stop]],

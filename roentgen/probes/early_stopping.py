@@ -37,7 +37,7 @@ from probes.stopping import (
     make_settings,
     read_traces,
     render_page,
-    summarize,
+    summarize_stops,
     sweep,
 )
 from probes.stopping.findings import deal, rows
@@ -118,7 +118,7 @@ def _sweep(settings: StopSettings, path: Path, probe: SavedProbe, stage: Callabl
     stage(f"{len(tried)} settings on {len(traces)} answers")
     judge = _judge_of(run)
     stops = _complete(sweep(traces, scores, tried, settings.then, judge))
-    whole, chosen, findings = summarize(traces, tried, stops, choosing, settings.max_loss, settings.seed)
+    whole, chosen, findings = summarize_stops(traces, tried, stops, choosing, settings.max_loss, settings.seed)
     groups = np.array([trace.group for trace in traces])
     output = settings.output or run.path / "stopping" / path.parent.name / path.name
     report = StopReport(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from probes.stopping import Reading, Setting, Stop, StopTrace, make_settings, summarize, sweep
+from probes.stopping import Reading, Setting, Stop, StopTrace, make_settings, summarize_stops, sweep
 from probes.stopping.findings import deal
 from probes.stopping.settings import quantiles, random_directions
 from probes.stopping.sweep import converged
@@ -98,7 +98,7 @@ def test_settings_are_chosen_on_one_half_and_reported_on_the_other() -> None:
     assert choosing.sum() == 20
     traces = [trace(texts[bool(mine)], number) for number, mine in enumerate(choosing)]
     settings = [Setting("whole"), Setting("fixed_length", limit=2), Setting("fixed_length", limit=5)]
-    whole, chosen, findings = summarize(traces, settings, outcomes(traces, settings), choosing, max_loss=0.0)
+    whole, chosen, findings = summarize_stops(traces, settings, outcomes(traces, settings), choosing, max_loss=0.0)
     ((one),) = chosen
     assert one.finding is not None
     assert one.finding.setting.limit == 2
@@ -109,7 +109,7 @@ def test_settings_are_chosen_on_one_half_and_reported_on_the_other() -> None:
     assert [found.setting for found in findings] == settings
     assert (findings[1].to_json()["limit"], findings[1].to_json()["tokens"]["tokens"]) == (2, 2)
     # Where no setting keeps the accuracy, none is chosen.
-    swapped = summarize(traces, settings[:2], outcomes(traces, settings[:2]), ~choosing, max_loss=0.0)[1]
+    swapped = summarize_stops(traces, settings[:2], outcomes(traces, settings[:2]), ~choosing, max_loss=0.0)[1]
     assert [family.finding for family in swapped] == [None]
 
 
