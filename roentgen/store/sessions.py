@@ -152,10 +152,10 @@ def _delete_folder(root: Path, session_id: str) -> int:
     folder = root / session_id
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     # Gone in one step for readers and writers; a crash from here on leaves a folder that nobody sees.
-    grave = root / f".deleted-{session_id}-{uuid.uuid4().hex}"
-    folder.rename(grave)
+    tombstone = root / f".deleted-{session_id}-{uuid.uuid4().hex}"
+    folder.rename(tombstone)
     sync_folder(root)
-    shutil.rmtree(grave)
+    shutil.rmtree(tombstone)
     return size
 
 
