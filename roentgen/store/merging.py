@@ -41,7 +41,7 @@ _MOVED_BY = [*LOCATION, "checksum"]
 
 
 @dataclass(frozen=True)
-class Merged:
+class MergeResult:
     """What a merge has done."""
 
     replaced: int = 0
@@ -57,19 +57,19 @@ class Merged:
     dropped: int = 0
     """Rollouts that were left out, as asked."""
 
-    def __add__(self, other: "Merged") -> "Merged":
-        return Merged(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+    def __add__(self, other: "MergeResult") -> "MergeResult":
+        return MergeResult(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
 
 
 @dataclass(frozen=True)
-class Collected:
+class RemovedFiles:
     """What was removed: the files' names, and their bytes together."""
 
     files: list[str] = field(default_factory=list)
     size: int = 0
 
 
-def compact(session: Session, *, shard_bytes: int = MERGED_BYTES, drop: Collection[str] = ()) -> Merged:
+def compact(session: Session, *, shard_bytes: int = MERGED_BYTES, drop: Collection[str] = ()) -> MergeResult:
     """Merge a session's small shards and its small index files, and leave out rollouts that are not wanted.
 
     Args:
@@ -83,14 +83,14 @@ def compact(session: Session, *, shard_bytes: int = MERGED_BYTES, drop: Collecti
     """
     files, unwanted, small = session.index(LOCATION), pa.array(list(drop), pa.string()), shard_bytes // 2
 
-    def wanting(entry: FileEntry) -> bool:
+    def needs_merge(entry: FileEntry) -> bool:
         if (file := files.get(entry.name)) is None:
             return False
-        spoilt = pc.any(pc.is_in(file.table.column("rollout_id"), value_set=unwanted)).as_py()
-        return spoilt or entry.size < INDEX_BYTES // 2 or any(s.size < small for s in file.shards.values())
+        affected = pc.any(pc.is_in(file.table.column("rollout_id"), value_set=unwanted)).as_py()
+        return affected or entry.size < INDEX_BYTES // 2 or any(s.size < small for s in file.shards.values())
 
-    done = Merged()
-    for names in _batches(filter(wanting, session.folder.child("index").entries())):
+    done = MergeResult()
+    for names in _batches(filter(needs_merge, session.folder.child("index").entries())):
         done += merge(session, names, shard_bytes=shard_bytes, small=small, drop=drop)
     return done
 
@@ -110,7 +110,7 @@ def _batches(entries: Iterable[FileEntry]) -> Iterator[list[str]]:
 
 def merge(
     session: Session, names: Sequence[str], *, shard_bytes: int, small: int, drop: Collection[str] = ()
-) -> Merged:
+) -> MergeResult:
     """Merge some index files into one, and their small shards into as many as are needed.
 
     One index file that would only be written again is left alone.
@@ -129,20 +129,20 @@ def merge(
     folder, unwanted = session.folder.child("index"), frozenset(drop)
     files = [read_index(folder, name) for name in names]
     if not files:
-        return Merged()
+        return MergeResult()
     table = pa.concat_tables([file.table for file in files]).unify_dictionaries()
     # By id: files that were merged twice hold rollouts twice.
     rows = {row["rollout_id"]: row | {"at": at} for at, row in enumerate(table.select(_MOVED_BY).to_pylist())}
     kept = [row for rollout_id, row in rows.items() if rollout_id not in unwanted]
-    spoilt = {row["shard"] for rollout_id, row in rows.items() if rollout_id in unwanted}
+    affected = {row["shard"] for rollout_id, row in rows.items() if rollout_id in unwanted}
     known = {shard.name: shard for file in files for shard in file.shards.values()}
     named = {row["shard"] for row in rows.values()}
-    moving = {n for n in named if n in spoilt or n not in known or known[n].size < small}
-    if len(files) == 1 and len(moving) < 2 and not spoilt:
-        return Merged()
+    moving = {n for n in named if n in affected or n not in known or known[n].size < small}
+    if len(files) == 1 and len(moving) < 2 and not affected:
+        return MergeResult()
 
     made: list[ShardFile] = []
-    for group in _groups(session, [row for row in kept if row["shard"] in moving], shard_bytes):
+    for group in _merge_groups(session, [row for row in kept if row["shard"] in moving], shard_bytes):
         shard = write_shard(session.folder, str(ULID()), group.parts(), group.spec)
         start = 0
         for row in group.rows:
@@ -160,10 +160,10 @@ def merge(
     replaced = {*names, *(name for file in files for name in file.replaces)} & there
     index = f"{ULID()}.parquet"
     folder.put(index, [index_bytes(table, [*staying, *made], sorted(replaced))])
-    return Merged(len(names), (index,), tuple(sorted(moving)), tuple(made), len(kept), len(rows) - len(kept))
+    return MergeResult(len(names), (index,), tuple(sorted(moving)), tuple(made), len(kept), len(rows) - len(kept))
 
 
-def collect(session: Session, *, grace_s: float = GRACE_S, dry_run: bool = False) -> Collected:
+def remove_unused(session: Session, *, grace_s: float = GRACE_S, dry_run: bool = False) -> RemovedFiles:
     """Remove what no reader can want any more; every rollout that counts stays.
 
     Args:
@@ -197,7 +197,7 @@ def collect(session: Session, *, grace_s: float = GRACE_S, dry_run: bool = False
         for folder, entry in gone:
             folder.remove(entry.name)
     size = sum(entry.size for _, entry in gone)
-    return Collected([f"{folder.name}/{entry.name}" for folder, entry in gone], size)
+    return RemovedFiles([f"{folder.name}/{entry.name}" for folder, entry in gone], size)
 
 
 class Merger:
@@ -274,7 +274,7 @@ class Merger:
 
 
 @dataclass(frozen=True)
-class _Group:
+class _MergeGroup:
     """Rollouts that one shard may hold."""
 
     session: Session
@@ -299,7 +299,7 @@ class _Group:
         return part
 
 
-def _groups(session: Session, rows: list[dict[str, Any]], shard_bytes: int) -> Iterator[_Group]:
+def _merge_groups(session: Session, rows: list[dict[str, Any]], shard_bytes: int) -> Iterator[_MergeGroup]:
     alike: dict[tuple[CaptureSpec, tuple[object, ...]], list[dict[str, Any]]] = defaultdict(list)
     for row in rows:
         shard = session.shard(row["shard"])
@@ -311,7 +311,7 @@ def _groups(session: Session, rows: list[dict[str, Any]], shard_bytes: int) -> I
             size += (row["row_stop"] - row["row_start"]) * session.shard(row["shard"]).row_bytes
             group.append(row)
             if size >= shard_bytes:
-                yield _Group(session, spec, group)
+                yield _MergeGroup(session, spec, group)
                 group, size = [], 0
         if group:
-            yield _Group(session, spec, group)
+            yield _MergeGroup(session, spec, group)

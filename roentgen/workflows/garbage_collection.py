@@ -13,7 +13,7 @@ from ulid import ULID
 
 from roentgen.runs import Run
 from roentgen.store import Session
-from roentgen.store.merging import collect, compact
+from roentgen.store.merging import compact, remove_unused
 
 
 @dataclass(frozen=True)
@@ -51,5 +51,5 @@ def collect_garbage(uri: str, runs: Sequence[Path], *, older_than_s: float, dry_
         unwanted = frame.loc[old & of_these, "rollout_id"].tolist()
     if unwanted and not dry_run:
         compact(session, drop=unwanted)
-    gone = collect(session, grace_s=older_than_s, dry_run=dry_run)
+    gone = remove_unused(session, grace_s=older_than_s, dry_run=dry_run)
     return Removed(len(unwanted), gone.files, gone.size)

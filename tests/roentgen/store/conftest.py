@@ -62,8 +62,8 @@ def spoil_labels(store: Path, labels: str) -> None:
     """Put labels into the one index file of session "s" that this version does not let in."""
     (file,) = (store / "s/index").iterdir()
     table = pq.read_table(file)
-    spoilt = pa.array([labels] * len(table), pa.string())
-    pq.write_table(table.set_column(table.column_names.index("labels"), "labels", spoilt), file)
+    affected = pa.array([labels] * len(table), pa.string())
+    pq.write_table(table.set_column(table.column_names.index("labels"), "labels", affected), file)
 
 
 @pytest.fixture

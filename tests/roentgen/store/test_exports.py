@@ -76,8 +76,8 @@ def test_a_rollout_that_is_damaged_is_left_out_and_named(tmp_path: Path, rollout
     for one in written:  # each in a shard of its own
         with StoreWriter(tmp_path, merge_shards=0) as writer:
             receipt = writer.submit(one).result()
-    spoilt, *_ = sorted((tmp_path / "s/shards").iterdir())
-    spoilt.write_bytes(spoilt.read_bytes()[:50])
+    affected, *_ = sorted((tmp_path / "s/shards").iterdir())
+    affected.write_bytes(affected.read_bytes()[:50])
     with pytest.raises(StoreError, match=rf"1 of 3 rollouts cannot be read .*the first {written[0].rollout_id}: "):
         export_pt(Session.open(receipt.uri), tmp_path / "out")
     assert {path.name.split("_")[2] for path in (tmp_path / "out").iterdir()} == {one.rollout_id for one in written[1:]}

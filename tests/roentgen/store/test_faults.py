@@ -33,7 +33,7 @@ import pytest
 import torch
 
 from roentgen.store import Receipt, Session, StoreWriter, verify
-from roentgen.store.merging import collect
+from roentgen.store.merging import remove_unused
 from tests.roentgen.store.conftest import KEYS, RolloutFactory
 
 pytestmark = pytest.mark.faults
@@ -95,7 +95,7 @@ def test_a_writer_killed_at_any_moment_loses_nothing_acknowledged(tmp_path: Path
                 acknowledged[said[1]] = f"w{kill}-{said[0]}"
     assert len(acknowledged) > KILLS
     check(str(tmp_path / "s"), acknowledged)
-    collect(Session.open(tmp_path / "s"), grace_s=0)
+    remove_unused(Session.open(tmp_path / "s"), grace_s=0)
     check(str(tmp_path / "s"), acknowledged)
     assert verify(Session.open(tmp_path / "s")).orphans == []
     assert not list(tmp_path.rglob("*.tmp"))
@@ -135,7 +135,7 @@ def test_a_full_disk_fails_what_does_not_fit_and_nothing_else(tmp_path: Path, ro
             report = verify(session)
             assert (report.rollouts, report.damage) == (len(made), [])
             assert not list(disk.rglob("*.tmp"))
-            collect(session, grace_s=0)  # the shards whose index did not fit make room again
+            remove_unused(session, grace_s=0)  # the shards whose index did not fit make room again
             small = rollout()
             made[writer.submit(small).result().rollout_id] = small
         for item in Session.open(disk / "s").activations(KEYS[0]):
@@ -270,7 +270,7 @@ def test_a_bucket_that_fails_loses_nothing_acknowledged(
         assert len(frame) <= len(made) + failed
         for item in session.activations(KEYS[0], where=frame[frame["rollout_id"].isin(list(made))]):
             assert torch.equal(item.values, made[item.rollout_id].tensors[KEYS[0]])
-        collect(session, grace_s=0)
+        remove_unused(session, grace_s=0)
         assert verify(Session.open(f"{store}/s")).rollouts == report.rollouts
 
 

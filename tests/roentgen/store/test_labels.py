@@ -8,7 +8,7 @@ import pytest
 from roentgen.store import Session, StoreError, StoreWriter, verify
 from roentgen.store.files import session_files, tar_session
 from roentgen.store.labels import AddedLabels
-from roentgen.store.merging import collect, compact
+from roentgen.store.merging import compact, remove_unused
 from roentgen.store.pulling import pull
 from roentgen.store.sessions import delete_session
 from tests.roentgen.store.conftest import RolloutFactory
@@ -57,7 +57,7 @@ def test_they_stay_when_shards_are_merged_and_garbage_goes(tmp_path: Path, ids: 
     Session.open(tmp_path / "s").add_labels({one: {"match": 1.0} for one in ids})
     (tmp_path / "s/labels/.half.tmp").write_bytes(b"half")
     assert compact(Session.open(tmp_path / "s")).replaced == 3
-    gone = collect(Session.open(tmp_path / "s"), grace_s=0).files
+    gone = remove_unused(Session.open(tmp_path / "s"), grace_s=0).files
     assert "labels/.half.tmp" in gone
     assert {one["match"] for one in labels(tmp_path).values()} == {1.0}
     assert verify(Session.open(tmp_path / "s")).ok

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from roentgen.store import Rollout, Session, StoreError, StoreWriter, verify
-from roentgen.store.merging import collect, compact
+from roentgen.store import CapturedRollout, Session, StoreError, StoreWriter, verify
+from roentgen.store.merging import compact, remove_unused
 from roentgen.store.storage_backends import open_folder
 from tests.roentgen.store.conftest import KEYS, RolloutFactory
 
@@ -52,11 +52,11 @@ def test_many_shards_become_one_per_spec(store: str, rollout: RolloutFactory) ->
     read = {item.rollout_id: item.values for item in session.activations(KEYS[0], where=before)}
     assert all(torch.equal(read[r.rollout_id], r.tensors[KEYS[0]]) for r in written)
     check(Session.open(f"{store}/s"), written)
-    assert collect(session).files == []  # all of it is young
-    gone = collect(session, grace_s=0)
+    assert remove_unused(session).files == []  # all of it is young
+    gone = remove_unused(session, grace_s=0)
     assert len(gone.files) == 16
     check(Session.open(f"{store}/s"), written)
-    assert collect(Session.open(f"{store}/s"), grace_s=0).files == []
+    assert remove_unused(Session.open(f"{store}/s"), grace_s=0).files == []
 
 
 def test_a_merge_of_merged_files_leaves_no_trace(tmp_path: Path, rollout: RolloutFactory) -> None:
@@ -67,7 +67,7 @@ def test_a_merge_of_merged_files_leaves_no_trace(tmp_path: Path, rollout: Rollou
         compact(Session.open(tmp_path / "s"))
     session = Session.open(tmp_path / "s")
     check(session, written)
-    collect(session, grace_s=0)
+    remove_unused(session, grace_s=0)
     check(session, written)
     assert len(list((tmp_path / "s/index").iterdir())) == len(list((tmp_path / "s/shards").iterdir())) == 1
 
@@ -86,12 +86,12 @@ def test_a_large_shard_is_named_anew_and_not_moved(store: str, rollout: RolloutF
     assert all(
         said is not None and said.size > 10_000 for shard, said in session.shard_files().items() if shard in stayed
     )
-    collect(session, grace_s=0)
+    remove_unused(session, grace_s=0)
     check(Session.open(f"{store}/s"), [*large, *small])
     assert compact(session, shard_bytes=20_000).replaced == 0
     # A rollout that is not wanted makes its shard small enough to move.
     compact(session, shard_bytes=20_000, drop=[large[0].rollout_id])
-    collect(session, grace_s=0)
+    remove_unused(session, grace_s=0)
     check(Session.open(f"{store}/s"), [*large[1:], *small])
 
 
@@ -117,7 +117,7 @@ def test_two_merges_at_once_lose_and_double_nothing(tmp_path: Path, rollout: Rol
     for thread in threads:
         thread.join()
     check(Session.open(tmp_path / "s"), written)
-    collect(Session.open(tmp_path / "s"), grace_s=0)
+    remove_unused(Session.open(tmp_path / "s"), grace_s=0)
     check(Session.open(tmp_path / "s"), written)
 
 
@@ -142,7 +142,7 @@ def test_a_writer_merges_what_it_writes_while_a_reader_reads(tmp_path: Path, rol
     assert counts == sorted(counts)
     check(session, [first, *written])
     assert len(session.shard_files()) < 20
-    collect(session, grace_s=0)
+    remove_unused(session, grace_s=0)
     check(session, [first, *written])
 
 
@@ -153,7 +153,7 @@ def test_what_is_not_wanted_is_left_out(tmp_path: Path, rollout: RolloutFactory)
     done = compact(session, drop=[written[n].rollout_id for n in (0, 2, 4)])
     assert done.dropped == 3
     check(session, [written[1], written[3]])
-    collect(session, grace_s=0)
+    remove_unused(session, grace_s=0)
     check(Session.open(tmp_path / "s"), [written[1], written[3]])
 
 
@@ -170,7 +170,7 @@ def test_damage_is_not_merged(tmp_path: Path, rollout: RolloutFactory) -> None:
     index = min((tmp_path / "s/index").iterdir())
     index.write_bytes(index.read_bytes()[:-9])
     with pytest.raises(StoreError, match="is damaged"):
-        collect(Session.open(tmp_path / "s"), grace_s=0)
+        remove_unused(Session.open(tmp_path / "s"), grace_s=0)
     assert len(list((tmp_path / "s/shards").glob("*"))) >= 2
 
 
@@ -187,9 +187,9 @@ def test_only_garbage_is_collected(tmp_path: Path, rollout: RolloutFactory) -> N
     for old in (orphan, half):
         os.utime(old, (0, 0))
     session = Session.open(folder)
-    assert len(collect(session, dry_run=True).files) == 2
+    assert len(remove_unused(session, dry_run=True).files) == 2
     assert orphan.exists()
-    gone = collect(session)
+    gone = remove_unused(session)
     assert (len(gone.files), gone.size) == (2, 15)
     assert not orphan.exists()
     assert not half.exists()
@@ -220,7 +220,7 @@ def test_any_order_of_writing_merging_and_collecting(
         elif step == "compact":
             compact(session, shard_bytes=shard_bytes)
         else:
-            collect(session, grace_s=0)
+            remove_unused(session, grace_s=0)
         check(session, written)
     check(Session.open(root / "s"), written)
     assert open_folder(root).folders() == ["s"]

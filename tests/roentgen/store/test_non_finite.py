@@ -17,16 +17,16 @@ from roentgen.store.writer import StoreError
 from tests.roentgen.store.conftest import KEYS, RolloutFactory
 
 
-def spoilt(rollout, *, key: int = 1, rows: tuple[int, ...] = (2, 4), value: float = float("nan")):
+def affected(rollout, *, key: int = 1, rows: tuple[int, ...] = (2, 4), value: float = float("nan")):
     for row in rows:
         rollout.tensors[KEYS[key]][row, 3] = value
     return replace(rollout, require_finite=True)
 
 
 def test_a_rollout_that_is_not_finite_fails_and_its_group_does_not(tmp_path: Path, rollout: RolloutFactory) -> None:
-    bad = spoilt(rollout())
+    bad = affected(rollout())
     with StoreWriter(tmp_path, max_wait_s=0.2) as writer:
-        futures = [writer.submit(one) for one in (rollout(), bad, rollout(), spoilt(rollout(session="other")))]
+        futures = [writer.submit(one) for one in (rollout(), bad, rollout(), affected(rollout(session="other")))]
         assert [future.exception() is None for future in futures] == [True, False, True, False]
         # Nothing is left of it: neither bytes that count as pending nor a lock.
         assert writer.has_room
@@ -35,7 +35,7 @@ def test_a_rollout_that_is_not_finite_fails_and_its_group_does_not(tmp_path: Pat
         ):
             futures[1].result()
         # A whole group may fail, and the next is written.
-        assert writer.submit(spoilt(rollout(), value=float("inf"))).exception() is not None
+        assert writer.submit(affected(rollout(), value=float("inf"))).exception() is not None
         writer.submit(rollout()).result()
     session = Session.open(tmp_path / "s")
     assert session.rollouts()["non_finite_rows"].tolist() == [0, 0, 0]
@@ -46,7 +46,7 @@ def test_a_rollout_that_is_not_finite_fails_and_its_group_does_not(tmp_path: Pat
 
 @pytest.mark.parametrize("policy", ["all", "last_prompt", "mean_generated"])
 def test_what_is_allowed_is_kept_and_counted(tmp_path: Path, rollout: RolloutFactory, policy: str) -> None:
-    one = replace(spoilt(rollout(positions=policy), rows=(0,)), require_finite=False)
+    one = replace(affected(rollout(positions=policy), rows=(0,)), require_finite=False)
     one.tensors[KEYS[0]][0, 0] = float("-inf")  # the same row under another key counts once
     with StoreWriter(tmp_path) as writer:
         writer.submit(one).result()
@@ -65,7 +65,7 @@ def test_an_index_from_before_is_read_and_merged(tmp_path: Path, rollout: Rollou
     table = pq.read_table(file)
     pq.write_table(table.drop_columns(["non_finite_rows"]), file, write_page_checksum=True)
     with StoreWriter(tmp_path, merge_shards=0) as writer:
-        writer.submit(replace(spoilt(rollout()), require_finite=False)).result()
+        writer.submit(replace(affected(rollout()), require_finite=False)).result()
     session = Session.open(tmp_path / "s")
     assert session.rollouts()["non_finite_rows"].isna().tolist() == [True, False]
     assert "non_finite_rows" not in session.rollouts(columns=("text",))

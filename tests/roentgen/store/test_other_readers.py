@@ -18,8 +18,8 @@ import pytest
 import torch
 import xxhash
 
-from roentgen.store import Rollout, Session, StoreWriter
-from roentgen.store.merging import collect, compact
+from roentgen.store import CapturedRollout, Session, StoreWriter
+from roentgen.store.merging import compact, remove_unused
 from tests.roentgen.store.conftest import KEYS, RolloutFactory
 
 SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
@@ -138,7 +138,7 @@ def test_a_reader_made_from_the_document_reads_everything(tmp_path: Path, rollou
     compact(Session.open(tmp_path / "s"))
     assert len(list((tmp_path / "s/index").glob("*.parquet"))) == 13
     same(list(read(tmp_path / "s")), [*counts, more])
-    collect(Session.open(tmp_path / "s"), grace_s=0)
+    remove_unused(Session.open(tmp_path / "s"), grace_s=0)
     same(list(read(tmp_path / "s")), [*counts, more])
     Session.open(tmp_path / "s").add_labels({more.rollout_id: {"match": 0.5, "problem": "x"}})
     labeled = replace(more, labels={"problem": "x", "match": 0.5})
