@@ -80,7 +80,7 @@ def write_labels(session: StorageFolder, labels: Mapping[str, Mapping[str, Label
     locks = writer_locks(open_folder(session.uri.rpartition("/")[0]))
     locks.acquire(session.name)
     try:
-        locks.settle(session.name)
+        locks.confirm(session.name)
         session.child(FOLDER).put(f"{ULID()}.parquet", [bytes(buffer.getvalue())])
     finally:
         locks.release(session.name)

@@ -39,7 +39,7 @@ class WriterLocks(Protocol):
     def acquire(self, session_id: str) -> None:
         """Hold a session once more."""
 
-    def settle(self, session_id: str) -> None:
+    def confirm(self, session_id: str) -> None:
         """Make sure that a session that is held is not being deleted; waits while it is. Called before it is written to."""
 
     def release(self, session_id: str) -> None:
@@ -67,7 +67,7 @@ class FolderLocks:
                 fcntl.flock(descriptor, fcntl.LOCK_SH)
             self._held[session_id] = descriptor, count + 1
 
-    def settle(self, session_id: str) -> None:
+    def confirm(self, session_id: str) -> None:
         """Do nothing: to hold the lock is enough."""
 
     def release(self, session_id: str) -> None:
@@ -95,7 +95,7 @@ class BucketLeases:
         with self._guard:
             self._count[session_id] += 1
 
-    def settle(self, session_id: str) -> None:
+    def confirm(self, session_id: str) -> None:
         """Leave the writer's note or renew it, and wait while the session is being deleted."""
         folder = _notes(self._root, session_id)
         while time.monotonic() - self._noted.get(session_id, -LEASE_S) > LEASE_S / 2:

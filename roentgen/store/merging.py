@@ -245,7 +245,7 @@ class Merger:
             session_id, sizes = job
             self._locks.acquire(session_id)
             try:
-                self._locks.settle(session_id)
+                self._locks.confirm(session_id)
                 self._merge(session_id, sizes)
                 self._remove_old()
             except Exception:  # nothing is lost: the small shards stay, and `compact` can merge them

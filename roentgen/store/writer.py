@@ -198,7 +198,7 @@ class StoreWriter:
         """Let whoever wants to delete these sessions know that they are being written, from the first rollout on."""
         for session_id in sessions:
             try:
-                self._locks.settle(session_id)
+                self._locks.confirm(session_id)
             except OSError as error:  # the commit will meet it again, and fail the rollouts that it concerns
                 log.warning("session %s cannot be announced as being written: %s", session_id, error)
 
@@ -209,7 +209,7 @@ class StoreWriter:
             return
         outcomes: list[_Outcome]
         try:
-            self._locks.settle(session_id)
+            self._locks.confirm(session_id)
             outcomes = list(self._write(bucket))
         except Exception as error:  # noqa: BLE001 - whatever went wrong belongs to these rollouts' callers, and only to them
             outcomes = [(bucket, error)]
