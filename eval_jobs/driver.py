@@ -18,7 +18,7 @@ from rich.console import Console
 from eval_jobs import EvalError, InterruptedRunError
 from eval_jobs.config import ServedModel, hashed_configuration, variants_of
 from eval_jobs.console import say
-from eval_jobs.endpoint import Endpoint, FatalRequestError, find_model, settle
+from eval_jobs.endpoint import Endpoint, FatalRequestError, find_model, resolve_endpoint
 from eval_jobs.estimate import estimate
 from eval_jobs.failures import Failures
 from eval_jobs.fanout import evaluate
@@ -144,7 +144,7 @@ def prepare(
     Raises:
         FatalRequestError: if no server answers, it does not serve the model, or the model lacks a layer that is to be kept.
     """
-    endpoint = settle(Endpoint(base_url, timeout=settings.request_timeout, api_key=client_key()))
+    endpoint = resolve_endpoint(Endpoint(base_url, timeout=settings.request_timeout, api_key=client_key()))
     served = find_model(endpoint, settings.model)
     if settings.collect_activations and served.d_model is None:
         say(f"the server at {base_url} is not Roentgen's: no activations are kept")

@@ -83,7 +83,7 @@ class Endpoint:
         )
 
 
-def settle(endpoint: Endpoint) -> Endpoint:
+def resolve_endpoint(endpoint: Endpoint) -> Endpoint:
     """Return a server at the path at which it answers: OpenAI's routes are under /v1, which people leave out.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from openai import APIError, OpenAI
 
-from eval_jobs.endpoint import Endpoint, FatalRequestError, settle
+from eval_jobs.endpoint import Endpoint, FatalRequestError, resolve_endpoint
 from probes.steering import SweepError
 from roentgen.api_keys import client_key
 from roentgen.contract import quantize_again
@@ -40,7 +40,7 @@ def model_server(asked: Named, run: Run, probe: SavedProbe, stage: Callable[[str
     """
     if asked.base_url is not None:
         try:
-            settled = settle(Endpoint(asked.base_url, api_key=client_key()))
+            settled = resolve_endpoint(Endpoint(asked.base_url, api_key=client_key()))
         except FatalRequestError as error:
             raise SweepError(str(error)) from error
         yield settled.base_url

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from eval_jobs.config import ServedModel
-from eval_jobs.endpoint import Endpoint, FatalRequestError, find_model, settle
+from eval_jobs.endpoint import Endpoint, FatalRequestError, find_model, resolve_endpoint
 from tests.eval_jobs.stand_in import StandIn
 
 
@@ -59,14 +59,18 @@ def test_a_wrong_path(server: StandIn) -> None:
 
 def test_v1_may_be_left_out(server: StandIn) -> None:
     root = server.base_url.removesuffix("/v1")
-    assert settle(Endpoint(root)).base_url == settle(Endpoint(server.base_url)).base_url == server.base_url
-    assert settle(Endpoint(f"{root},{root}")).base_url == f"{server.base_url},{server.base_url}"
+    assert (
+        resolve_endpoint(Endpoint(root)).base_url
+        == resolve_endpoint(Endpoint(server.base_url)).base_url
+        == server.base_url
+    )
+    assert resolve_endpoint(Endpoint(f"{root},{root}")).base_url == f"{server.base_url},{server.base_url}"
     with pytest.raises(
         FatalRequestError, match="404: no route /other/models"
     ):  # of what was given, not of what was tried
-        settle(Endpoint(f"{root}/other"))
+        resolve_endpoint(Endpoint(f"{root}/other"))
     with pytest.raises(FatalRequestError, match=r"no server answers at http://127\.0\.0\.1:9:"):
-        settle(Endpoint("http://127.0.0.1:9"))
+        resolve_endpoint(Endpoint("http://127.0.0.1:9"))
 
 
 def test_a_server_without_models(server: StandIn) -> None:
