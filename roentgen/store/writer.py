@@ -47,7 +47,7 @@ from roentgen.store.threads import compute_alone
 
 log = logging.getLogger(__name__)
 
-ASK_S = 0.01
+POLL_S = 0.01
 """How often it is asked whether more rollouts are expected; those that end in one step of the model come within this time."""
 
 
@@ -81,7 +81,7 @@ class StoreWriter:
         """Open a store for appending.
 
         Args:
-            root: the store's address: a folder, made if absent, or a bucket's (`storage_backends`).
+            root: the store's address: a folder, made if absent, or a bucket (`storage_backends`).
             max_bytes: commit at once when this much is pending.
             max_wait_s: commit at the latest when a rollout has waited this long, in seconds.
             max_pending_bytes: there is no room for more while this much is pending, so that a disk slower than the model
@@ -176,19 +176,19 @@ class StoreWriter:
                 sessions = {item.rollout.session_id for item in self._pending}
             self._announce(sessions)
             with self._changed:
-                self._wait_for_company(self._pending[0].arrived + self._max_wait_s)
-                group, self._pending = self._pending, []
-            for bucket in _buckets(group):
-                self._commit(bucket)
+                self._wait_for_group(self._pending[0].arrived + self._max_wait_s)
+                batch, self._pending = self._pending, []
+            for group in _shard_groups(batch):
+                self._commit(group)
             with self._changed:
-                self._pending_bytes -= sum(item.rollout.in_memory for item in group)
+                self._pending_bytes -= sum(item.rollout.in_memory for item in batch)
                 self._changed.notify_all()
 
-    def _wait_for_company(self, deadline: float) -> None:
+    def _wait_for_group(self, deadline: float) -> None:
         """Wait, holding the lock, until what is pending is to be committed."""
         while (left := deadline - time.monotonic()) > 0:
             if self._changed.wait_for(
-                lambda: self._closed or self._pending_bytes >= self._max_bytes, timeout=min(ASK_S, left)
+                lambda: self._closed or self._pending_bytes >= self._max_bytes, timeout=min(POLL_S, left)
             ):
                 return
             if not self._expecting():
@@ -202,19 +202,19 @@ class StoreWriter:
             except OSError as error:  # the commit will meet it again, and fail the rollouts that it concerns
                 log.warning("session %s cannot be announced as being written: %s", session_id, error)
 
-    def _commit(self, bucket: list[_Pending]) -> None:
-        session_id = bucket[0].rollout.session_id
-        bucket = [item for item in bucket if self._is_finite(item)]
-        if not bucket:
+    def _commit(self, group: list[_Pending]) -> None:
+        session_id = group[0].rollout.session_id
+        group = [item for item in group if self._is_finite(item)]
+        if not group:
             return
         outcomes: list[_Outcome]
         try:
             self._locks.confirm(session_id)
-            outcomes = list(self._write(bucket))
+            outcomes = list(self._write(group))
         except Exception as error:  # noqa: BLE001 - whatever went wrong belongs to these rollouts' callers, and only to them
-            outcomes = [(bucket, error)]
+            outcomes = [(group, error)]
         finally:
-            for _ in bucket:
+            for _ in group:
                 self._locks.release(session_id)
         for items, outcome in outcomes:
             if isinstance(outcome, Exception):
@@ -226,20 +226,20 @@ class StoreWriter:
             if self._merger is not None:
                 self._merger.add(outcome[0], sum(item.rollout.size for item in items))
 
-    def _write(self, bucket: list[_Pending]) -> "Iterator[_Outcome]":
+    def _write(self, group: list[_Pending]) -> "Iterator[_Outcome]":
         """Commit rollouts together; if one of them cannot be, find it by halves, so that it alone fails."""
         try:
-            yield bucket, commit([item.rollout for item in bucket], self.root)
-        except OSError as error:  # the disk's or the bucket's, which all rollouts share
-            yield bucket, error
+            yield group, commit([item.rollout for item in group], self.root)
+        except OSError as error:  # the disk or the bucket failed, which concerns all rollouts
+            yield group, error
         except Exception as error:
-            if len(bucket) == 1:
-                log.exception("rollout %s cannot be stored", bucket[0].rollout.rollout_id)
-                yield bucket, error
+            if len(group) == 1:
+                log.exception("rollout %s cannot be stored", group[0].rollout.rollout_id)
+                yield group, error
                 return
-            middle = len(bucket) // 2
-            yield from self._write(bucket[:middle])
-            yield from self._write(bucket[middle:])
+            middle = len(group) // 2
+            yield from self._write(group[:middle])
+            yield from self._write(group[middle:])
 
     def _is_finite(self, item: _Pending) -> bool:
         """Fail a rollout whose rows are not finite and need to be; others of its group go on."""
@@ -252,14 +252,14 @@ class StoreWriter:
         return True
 
 
-def _buckets(group: list[_Pending]) -> list[list[_Pending]]:
-    """Split a group by what one shard may hold: one session, one spec, one shape per key."""
-    buckets: dict[tuple[str, CaptureSpec, tuple[tuple[int, ...], ...]], list[_Pending]] = defaultdict(list)
-    for item in group:
+def _shard_groups(batch: list[_Pending]) -> list[list[_Pending]]:
+    """Split a batch into groups that can share a shard: the same session, spec and shape per key."""
+    groups: dict[tuple[str, CaptureSpec, tuple[tuple[int, ...], ...]], list[_Pending]] = defaultdict(list)
+    for item in batch:
         rollout = item.rollout
         shapes = tuple(tuple(rollout.tensors[key].shape[1:]) for key in rollout.spec.keys)
-        buckets[rollout.session_id, rollout.spec, shapes].append(item)
-    return list(buckets.values())
+        groups[rollout.session_id, rollout.spec, shapes].append(item)
+    return list(groups.values())
 
 
 def commit(rollouts: Sequence[Rollout], root: StorageFolder) -> list[Receipt]:
@@ -267,7 +267,7 @@ def commit(rollouts: Sequence[Rollout], root: StorageFolder) -> list[Receipt]:
 
     Raises:
         UnstorableError: if one of them does not fit into the index; nothing has been written then.
-        OSError: as the disk or the bucket answers; nothing is then visible to readers.
+        OSError: if the disk or the bucket reports an error; nothing is then visible to readers.
     """
     session = root.child(rollouts[0].session_id)
     name = str(ULID())
