@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from roentgen.store.threads import compute_alone
+from roentgen.store.threads import limit_to_one_thread
 
 POOL_BYTES = 256 << 20
 PIECE_BYTES = 512 << 10
@@ -161,7 +161,7 @@ class _Plan:
     def read_ahead(self, starts: Int[np.ndarray, "pieces"], size: int) -> Iterator[RowBatch]:
         """Yield the pieces that begin at given rows, in this order, while threads read the next ones."""
         threads = AHEAD if self._source.remote else COPYING
-        with ThreadPoolExecutor(threads, "batches", compute_alone) as pool:
+        with ThreadPoolExecutor(threads, "batches", limit_to_one_thread) as pool:
             ahead: deque[Future[RowBatch]] = deque()
             try:
                 for start in starts.tolist():

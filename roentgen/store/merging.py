@@ -27,7 +27,7 @@ from roentgen.store.locks import WriterLocks
 from roentgen.store.reader import LOCATION, Session
 from roentgen.store.schema import INDEX_SCHEMA, CaptureSpec, Receipt, StoreError, rows_checksum
 from roentgen.store.storage_backends import FileEntry, StorageFolder
-from roentgen.store.threads import compute_alone
+from roentgen.store.threads import limit_to_one_thread
 
 log = logging.getLogger(__name__)
 
@@ -240,7 +240,7 @@ class Merger:
                 self._jobs.put((session_id, self._waiting.pop((session_id, small))))
 
     def _run(self) -> None:
-        compute_alone()
+        limit_to_one_thread()
         while (job := self._jobs.get()) is not None:
             session_id, sizes = job
             self._locks.acquire(session_id)

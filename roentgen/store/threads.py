@@ -9,7 +9,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 
-def compute_alone() -> None:
+def limit_to_one_thread() -> None:
     """Have torch use no other thread for what this one computes, and change nothing for others."""
     torch.get_num_threads()  # torch sets a thread's number when it is first asked for; later, that would undo this
     threadpool_limits(limits=1, user_api="openmp")

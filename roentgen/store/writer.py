@@ -43,7 +43,7 @@ from roentgen.store.schema import (
     rows_checksum,
 )
 from roentgen.store.storage_backends import StorageFolder, check_writable, open_folder
-from roentgen.store.threads import compute_alone
+from roentgen.store.threads import limit_to_one_thread
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ class StoreWriter:
             self._merger.close()
 
     def _run(self) -> None:
-        compute_alone()
+        limit_to_one_thread()
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self._pending)

@@ -7,7 +7,7 @@ import pytest
 
 COUNTED = """
 import sys, threading, psutil, torch
-from roentgen.store.threads import compute_alone
+from roentgen.store.threads import limit_to_one_thread
 
 torch.set_num_threads(2)
 rows = torch.randn(1 << 22)
@@ -16,7 +16,7 @@ added = []
 
 def compute():
     if sys.argv[1] == "alone":
-        compute_alone()
+        limit_to_one_thread()
     before = psutil.Process().num_threads()
     rows.sum()
     added.append(psutil.Process().num_threads() - before)
