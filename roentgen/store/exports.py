@@ -33,13 +33,13 @@ def pt_file_name(session_id: str, rollout_id: str, key: str) -> str:
     return f"activations_{session_id.replace('_', '-')}_{rollout_id}_{place}.pt"
 
 
-def export_pt(session: Session, folder: Path, *, said: Callable[[int], None] = lambda _: None) -> int:
+def export_pt(session: Session, folder: Path, *, on_progress: Callable[[int], None] = lambda _: None) -> int:
     """Write every rollout's every key to a file of its own; those that are there already stay.
 
     Args:
         session: what to export; retried rollouts once.
         folder: where to; made if absent.
-        said: told how many rollouts are done.
+        on_progress: told how many rollouts are done.
 
     Returns:
         How many files there are.
@@ -58,7 +58,7 @@ def export_pt(session: Session, folder: Path, *, said: Callable[[int], None] = l
             files += _export_rollout(session, row, folder)
         except StoreError as error:
             unread.append((row["rollout_id"].iloc[0], error))
-        said(number + 1)
+        on_progress(number + 1)
     if unread:
         rollout_id, reason = unread[0]
         raise StoreError(

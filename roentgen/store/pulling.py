@@ -28,7 +28,7 @@ def pull(
     *,
     api_key: str = "none",
     shards: bool = True,
-    said: Callable[[int, int], None] = lambda done, size: None,
+    on_progress: Callable[[int, int], None] = lambda done, size: None,
 ) -> str:
     """Copy a session into a store.
 
@@ -37,7 +37,7 @@ def pull(
         store: where to; the session keeps its name.
         api_key: the server's.
         shards: whether activations come too; without, what is here are the rollouts' texts, tokens and labels.
-        said: told the bytes that are here, and of the whole.
+        on_progress: told the bytes that are here, and of the whole.
 
     Returns:
         The copy's address.
@@ -61,7 +61,7 @@ def pull(
                 )  # an index must never be there in part
                 (target.child(folder) if folder else target).put(file, pieces)
             done += length
-            said(done, size)
+            on_progress(done, size)
     return target.uri
 
 

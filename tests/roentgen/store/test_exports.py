@@ -56,7 +56,7 @@ for session in list(sessions)[:2]:
 def test_scripts_for_loose_files_go_on_working(store: str, written: dict[str, Rollout], tmp_path: Path) -> None:
     session, folder = Session.open(f"{store}/a_b"), tmp_path / "out"
     told: list[int] = []
-    assert export_pt(session, folder, said=told.append) == 10
+    assert export_pt(session, folder, on_progress=told.append) == 10
     assert told == [1, 2, 3, 4, 5]
     done = subprocess.run([sys.executable, "-c", SNIPPETS], cwd=folder, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["(5, 8) torch.float32", "a-b 10"]

@@ -28,7 +28,7 @@ def test_a_pull_goes_on_where_it_stopped(store: str, rollout: RolloutFactory, tm
 
     here = tmp_path / "here"
     with pytest.raises(InterruptedPullError):
-        pull(f"{store}/s", str(here), said=interrupt)
+        pull(f"{store}/s", str(here), on_progress=interrupt)
     assert len(Session.open(here / "s").rollouts()) == 0  # shards without an index
     before = {path: path.stat().st_mtime_ns for path in here.rglob("*") if path.is_file()}
     assert len(before) == 3
