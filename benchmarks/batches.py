@@ -25,7 +25,7 @@ from benchmarks.record import record, table
 from benchmarks.stages import stage_printer
 from benchmarks.statistics import ratios
 from benchmarks.store import forget
-from roentgen.store import CaptureSpec, Rollout, Session, StoreWriter
+from roentgen.store import CapturedRollout, CaptureSpec, Session, StoreWriter
 from roentgen.store.activations import Activations
 from roentgen.store.storage_backends import open_folder
 from roentgen.tokenized_text import Segment, TokenizedText
@@ -129,7 +129,7 @@ def write_session(folder: Path, megabytes: int) -> int:
             tokens = list(range(length))
             writer.wait_for_room()
             writer.submit(
-                Rollout(
+                CapturedRollout(
                     session_id="s",
                     rollout_id=str(ULID()),
                     spec=spec,

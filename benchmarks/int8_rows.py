@@ -20,7 +20,7 @@ from probes import ProbeReport, train
 from roentgen.contract import RolloutKey
 from roentgen.runs import Run
 from roentgen.runs.stored import StoredRollouts, find_rollouts
-from roentgen.store import CaptureSpec, Rollout, Session, StoreWriter
+from roentgen.store import CapturedRollout, CaptureSpec, Session, StoreWriter
 from roentgen.store.quantization import QUANTIZED
 from roentgen.store.sessions import summarize_session
 from roentgen.tokenized_text import Segment, TokenizedText
@@ -86,7 +86,7 @@ def requantize(parts: list[StoredRollouts], folder: Path) -> list[Cost]:
     return costs
 
 
-def _rollouts(part: StoredRollouts) -> "list[Rollout]":
+def _rollouts(part: StoredRollouts) -> "list[CapturedRollout]":
     """Read a part's rollouts whole, to be stored as int8."""
     ids = part.rollouts["rollout_id"].tolist()
     rows = {row["rollout_id"]: row for row in part.session.rollouts(ids=ids).to_dict("records")}
@@ -100,7 +100,7 @@ def _rollouts(part: StoredRollouts) -> "list[Rollout]":
         logprobs[position[position >= 0]] = shard.column("logprob")[start:stop][position >= 0]
         spec: CaptureSpec = shard.spec.model_copy(update={"dtype": QUANTIZED})
         found.append(
-            Rollout(
+            CapturedRollout(
                 session_id=SESSION,
                 rollout_id=rollout_id or str(ULID()),
                 spec=spec,

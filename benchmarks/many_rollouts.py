@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from roentgen.contract import RolloutKey
-from roentgen.store import CaptureSpec, Rollout, Session, StoreWriter
+from roentgen.store import CapturedRollout, CaptureSpec, Session, StoreWriter
 from roentgen.tokenized_text import Segment, TokenizedText
 
 KEY = "layers.0.resid_post"
@@ -94,7 +94,7 @@ def _make(store: str, rollouts: int) -> float:
             writer.wait_for_room()
             problem = number - (number % 100 == 99)
             last = writer.submit(
-                Rollout(
+                CapturedRollout(
                     session_id="s",
                     rollout_id=_id(number),
                     spec=spec,

@@ -21,7 +21,7 @@ from benchmarks.stages import stage_printer
 from benchmarks.statistics import Interval, slope_interval
 from benchmarks.workload import CAPTURES, Workload, capture_plan
 from roentgen.defaults import EMBEDDED_MODEL
-from roentgen.store import CaptureSpec, Receipt, Rollout, StoreWriter
+from roentgen.store import CapturedRollout, CaptureSpec, Receipt, StoreWriter
 from roentgen.tokenized_text import Segment, TokenizedText
 from serve_app.engines.protocol import Event, Failed, Finished, GenerationJob, Sampling
 from serve_app.engines.transformers.engine import TransformersEngine
@@ -124,12 +124,12 @@ class StoreFailedError(Exception):
     """A rollout could not be stored."""
 
 
-def _rollout(model: LoadedModel, prompt: list[int], finished: Finished, positions: str) -> Rollout:
+def _rollout(model: LoadedModel, prompt: list[int], finished: Finished, positions: str) -> CapturedRollout:
     """Make of a finished request what is stored."""
     captured = finished.captured
     assert captured is not None
     token_ids = prompt + finished.token_ids
-    return Rollout(
+    return CapturedRollout(
         session_id="memory",
         rollout_id=str(ULID()),
         spec=CaptureSpec(

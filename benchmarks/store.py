@@ -30,7 +30,7 @@ from benchmarks.pairs import interleave
 from benchmarks.record import record, table
 from benchmarks.stages import stage_printer
 from benchmarks.statistics import ratios
-from roentgen.store import CaptureSpec, Rollout, Session, StoreWriter
+from roentgen.store import CapturedRollout, CaptureSpec, Session, StoreWriter
 from roentgen.store.storage_backends import LocalFolder, StorageFolder, open_folder
 from roentgen.tokenized_text import Segment, TokenizedText
 from tests.s3 import BUCKET, ENVIRONMENT, s3_endpoint
@@ -154,14 +154,14 @@ def measure_bandwidth(folder: StorageFolder, megabytes: int, rounds: int, stage:
     ]
 
 
-def _rollouts(megabytes: int) -> list[Rollout]:
+def _rollouts(megabytes: int) -> list[CapturedRollout]:
     """Return rollouts of so many bytes; they share one rollout's tensors, so that making them costs nothing."""
     tensors = {key: torch.randn(ROWS, WIDTH).bfloat16() for key in KEYS}
     count = megabytes * 1_000_000 // sum(tensor.nbytes for tensor in tensors.values())
     spec = CaptureSpec(model="m", revision="r", keys=KEYS, positions="all", dtype="torch.bfloat16")
     position, tokens = np.arange(ROWS, dtype=np.int32), list(range(ROWS + 1))
     return [
-        Rollout(
+        CapturedRollout(
             session_id="s",
             rollout_id=str(ULID()),
             spec=spec,

@@ -84,7 +84,7 @@ def _groups(texts: Iterable[Readable], reader: Reader, forcing: TeacherForcing, 
     with _bar(progress, total) as bar:
         while group := list(islice(transcripts, AT_ONCE)):
             tokenized = [tokenize(transcript) for transcript in group]
-            found: dict[int, store.Rollout] = {}
+            found: dict[int, store.CapturedRollout] = {}
             places = {id(text): place for place, text in enumerate(tokenized)}
             for text, rollout in forcing.read(tokenized):
                 if isinstance(rollout, RequestError):
@@ -98,7 +98,7 @@ def _groups(texts: Iterable[Readable], reader: Reader, forcing: TeacherForcing, 
                 yield _rollout(transcript, found.pop(place))
 
 
-def _rollout(transcript: Transcript, rollout: store.Rollout) -> Rollout:
+def _rollout(transcript: Transcript, rollout: store.CapturedRollout) -> Rollout:
     sequence = rollout.sequence
     end = len(sequence.text) if not sequence.n_completion else sequence.token_offsets[sequence.n_prompt]
     return Rollout(

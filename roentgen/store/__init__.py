@@ -20,10 +20,10 @@ from roentgen.store.activations import Activations, RolloutRows
 from roentgen.store.locks import SessionBusyError
 from roentgen.store.reader import Session
 from roentgen.store.schema import (
+    CapturedRollout,
     CaptureSpec,
     NonFiniteRowsError,
     Receipt,
-    Rollout,
     SessionNotFoundError,
     StoreError,
 )
@@ -35,7 +35,7 @@ __all__ = [
     "CaptureSpec",
     "NonFiniteRowsError",
     "Receipt",
-    "Rollout",
+    "CapturedRollout",
     "RolloutRows",
     "Session",
     "SessionBusyError",

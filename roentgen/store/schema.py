@@ -116,7 +116,7 @@ _ROLLOUT_BYTES = 6 << 10
 
 
 @dataclass(frozen=True)
-class Rollout:
+class CapturedRollout:
     """One finished generation with its captured rows, ready to be stored."""
 
     session_id: str
@@ -236,7 +236,7 @@ def all_finite(tensor: Tensor) -> bool:
     return bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
-def check_finite(rollout: Rollout) -> None:
+def check_finite(rollout: CapturedRollout) -> None:
     """Refuse a rollout with rows that are not finite, if it requires them to be.
 
     Raises:
@@ -299,7 +299,7 @@ def check_version(version: str | None, where: str, newest: int = SCHEMA_VERSION)
         raise StoreError(f"{where} has schema {version}; this version reads up to {newest}: upgrade roentgen")
 
 
-def index_row(rollout: Rollout, receipt: Receipt, created: Any, checksum: str) -> dict[str, Any]:
+def index_row(rollout: CapturedRollout, receipt: Receipt, created: Any, checksum: str) -> dict[str, Any]:
     """Spell a committed rollout as a row of the index."""
     key, sequence = rollout.key, rollout.sequence
     return {

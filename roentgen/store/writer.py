@@ -32,10 +32,10 @@ from roentgen.store.locks import writer_locks
 from roentgen.store.merging import Merger
 from roentgen.store.schema import (
     SCHEMA_VERSION,
+    CapturedRollout,
     CaptureSpec,
     NonFiniteRowsError,
     Receipt,
-    Rollout,
     StoreError,
     check_finite,
     index_row,
@@ -53,7 +53,7 @@ POLL_S = 0.01
 
 @dataclass
 class _Pending:
-    rollout: Rollout
+    rollout: CapturedRollout
     future: "Future[Receipt]"
     arrived: float
 
@@ -133,7 +133,7 @@ class StoreWriter:
         with self._changed:
             return self._changed.wait_for(lambda: self.has_room, timeout_s)
 
-    def submit(self, rollout: Rollout) -> "Future[Receipt]":
+    def submit(self, rollout: CapturedRollout) -> "Future[Receipt]":
         """Queue a rollout; the future completes when its index is durable, or fails with the disk's error or its own.
 
         Its rows are in memory already, so it never waits: whoever makes rows asks `wait_for_room` before it begins.
@@ -262,7 +262,7 @@ def _shard_groups(batch: list[_Pending]) -> list[list[_Pending]]:
     return list(groups.values())
 
 
-def commit(rollouts: Sequence[Rollout], root: StorageFolder) -> list[Receipt]:
+def commit(rollouts: Sequence[CapturedRollout], root: StorageFolder) -> list[Receipt]:
     """Write one shard and its index for rollouts of one session and spec; durable when it returns.
 
     Raises:

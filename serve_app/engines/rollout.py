@@ -20,7 +20,7 @@ from roentgen.contract import (
     RolloutKey,
     StoredTensor,
 )
-from roentgen.store import CaptureSpec, Receipt, Rollout
+from roentgen.store import CapturedRollout, CaptureSpec, Receipt
 from roentgen.store.quantization import QUANTIZED
 from roentgen.tokenized_text import TokenizedText
 from serve_app.capture.rows import CapturedRows
@@ -109,10 +109,10 @@ def make_entry(
     )
 
 
-def join(entry: Entry, captured: CapturedRows) -> Rollout:
+def join(entry: Entry, captured: CapturedRows) -> CapturedRollout:
     """Join what was said to what was captured."""
     dtypes = {str(tensor.dtype) for tensor in captured.tensors.values()}
-    return Rollout(
+    return CapturedRollout(
         session_id=entry.session_id,
         rollout_id=entry.rollout_id,
         spec=CaptureSpec(
@@ -135,7 +135,7 @@ def join(entry: Entry, captured: CapturedRows) -> Rollout:
     )
 
 
-def describe(rollout: Rollout, receipt: Receipt, delivery: Delivery = "reference") -> dict[str, Any]:
+def describe(rollout: CapturedRollout, receipt: Receipt, delivery: Delivery = "reference") -> dict[str, Any]:
     """Return the reply's `activations` object for a committed rollout.
 
     Args:
@@ -158,7 +158,7 @@ def describe(rollout: Rollout, receipt: Receipt, delivery: Delivery = "reference
     return reply.model_dump(mode="json", exclude_none=True)
 
 
-def _tensor(rollout: Rollout, key: str, path: str, delivery: Delivery) -> StoredTensor:
+def _tensor(rollout: CapturedRollout, key: str, path: str, delivery: Delivery) -> StoredTensor:
     values = rollout.tensors[key]
     dtype = QUANTIZED if rollout.quantized else str(values.dtype)
     if delivery == "reference":

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from roentgen.store import NonFiniteRowsError, Receipt, Rollout, StoreError, StoreWriter
+from roentgen.store import CapturedRollout, NonFiniteRowsError, Receipt, StoreError, StoreWriter
 from roentgen.store.schema import check_finite
 from serve_app.capture.rows import CapturedRows
 from serve_app.engines.protocol import Finished, NonFiniteLogitsError
@@ -72,7 +72,7 @@ class LocalStorage:
         return write(self._writer, entry, finished.captured)
 
 
-def rollout_of(entry: Entry, captured: CapturedRows) -> Rollout:
+def rollout_of(entry: Entry, captured: CapturedRows) -> CapturedRollout:
     """Join what was said to what was captured, if the model had probabilities to choose by.
 
     Raises:

@@ -19,7 +19,7 @@ import numpy as np
 from ulid import ULID
 
 from roentgen.contract import ActivationRequest, Positions, captured_as, split_key
-from roentgen.store import CaptureSpec, NonFiniteRowsError, Receipt, Rollout, StoreError, StoreWriter
+from roentgen.store import CapturedRollout, CaptureSpec, NonFiniteRowsError, Receipt, StoreError, StoreWriter
 from roentgen.store.quantization import QUANTIZED
 from serve_app.capture.rows import CapturedRows, CapturePlan, UncapturableError
 from serve_app.capture.structure import Tap
@@ -132,7 +132,9 @@ class TeacherForcing:
         for text, future in pending:
             yield _stored(text, future)
 
-    def read(self, texts: Sequence[TokenizedTranscript]) -> Iterator[tuple[TokenizedTranscript, Rollout | Exception]]:
+    def read(
+        self, texts: Sequence[TokenizedTranscript]
+    ) -> Iterator[tuple[TokenizedTranscript, CapturedRollout | Exception]]:
         """Read texts, in groups, the longest first; yields each with its rollout, which nothing has stored, or its failure.
 
         Raises:
@@ -200,7 +202,7 @@ class TeacherForcing:
             score_prompt=score and text.sequence.n_completion > 0,
         )
 
-    def _rollout(self, text: TokenizedTranscript, read: _Read) -> Rollout:
+    def _rollout(self, text: TokenizedTranscript, read: _Read) -> CapturedRollout:
         tensors = {key: read.rows.tensors[key] for key in self._taps}
         dtypes = sorted({str(tensor.dtype) for tensor in tensors.values()})
         # As when tokens are sampled: the prompt's have no log-probability. The model scores all but a sequence's first.
@@ -208,7 +210,7 @@ class TeacherForcing:
         if text.sequence.n_completion:
             logprobs[text.sequence.n_prompt :] = read.logprobs[text.sequence.n_prompt - 1 :]
         transcript = text.transcript
-        return Rollout(
+        return CapturedRollout(
             session_id=self._session_id,
             rollout_id=str(ULID()),
             spec=self.spec

@@ -11,7 +11,7 @@ from torch import Tensor
 from probes.report import Best, Estimate, KeyResult, ProbeReport
 from roentgen.contract import RolloutKey, StoredTensor
 from roentgen.runs import RolloutRef, Run, RunConfig, Sample, create_run, recording
-from roentgen.store import CaptureSpec, Rollout, StoreWriter
+from roentgen.store import CapturedRollout, CaptureSpec, StoreWriter
 from roentgen.tokenized_text import Segment, TokenizedText
 
 N_PROMPT, N_COMPLETION = 3, 3
@@ -112,9 +112,11 @@ def _rows(last_prompt: Tensor) -> Tensor:
     return last_prompt + 100.0 * offsets[:, None]
 
 
-def _rollout(session_id: str, rollout_id: str, spec: CaptureSpec, rows: dict[str, Tensor], key: RolloutKey) -> Rollout:
+def _rollout(
+    session_id: str, rollout_id: str, spec: CaptureSpec, rows: dict[str, Tensor], key: RolloutKey
+) -> CapturedRollout:
     kept = {"all": slice(None), "last": slice(-1, None)}[spec.positions]
-    return Rollout(
+    return CapturedRollout(
         session_id=session_id,
         rollout_id=rollout_id,
         spec=spec,

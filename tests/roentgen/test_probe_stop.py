@@ -17,7 +17,7 @@ from roentgen.linear_probe import ProbeCard, SavedProbe, SavedProbeError, save_p
 from roentgen.options import OptionError
 from roentgen.runs import RolloutRef, Run, RunConfig, Sample, create_run, recording
 from roentgen.stopping import find_stop
-from roentgen.store import CaptureSpec, Rollout, StoreWriter
+from roentgen.store import CapturedRollout, CaptureSpec, StoreWriter
 from roentgen.tokenized_text import Segment, TokenizedText
 from tests.conftest import Server
 
@@ -67,7 +67,7 @@ def write_run(tmp_path: Path) -> Callable[..., Run]:
                 kept = slice(None) if positions == "all" else slice(1, 2)
                 ids = [ord(piece) if len(piece) == 1 else 1000 + len(piece) for piece in ("Q", "?", *pieces)]
                 sequence = TokenizedText(text, ids, offsets, [Segment("user", 0, 2)], 2)
-                rollout = Rollout(
+                rollout = CapturedRollout(
                     session_id="s", rollout_id=f"rollout-{number:05}", spec=spec, tensors={KEY: rows[kept].contiguous()},
                     position=np.arange(n_rows)[kept], sequence=sequence, logprobs=np.zeros(len(ids)), finish_reason="stop",
                     key=RolloutKey(config_hash="c0ffee", problem_id=f"p{number}"),

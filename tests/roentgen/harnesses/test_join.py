@@ -25,7 +25,7 @@ from tests.serve_app.http.test_ingress import NoReplica
 HI = [{"role": "user", "content": "hi"}]
 
 
-def of(prompt: str, completion: str, problem: str) -> Rollout:
+def of(prompt: str, completion: str, problem: str) -> CapturedRollout:
     """A rollout of a text, a token a character."""
     made, text = RolloutFactory()(len(prompt), len(completion)), prompt + completion
     segments = [Segment("prompt", 0, len(prompt)), Segment("completion", len(prompt), len(text))]

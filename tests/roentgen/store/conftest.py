@@ -11,7 +11,7 @@ import torch
 from ulid import ULID
 
 from roentgen.contract import Positions, RolloutKey
-from roentgen.store import CaptureSpec, Rollout
+from roentgen.store import CapturedRollout, CaptureSpec
 from roentgen.tokenized_text import Segment, TokenizedText
 from tests.s3 import BUCKET, ENVIRONMENT, s3_endpoint
 
@@ -32,13 +32,13 @@ class RolloutFactory:
         dtype: torch.dtype = torch.bfloat16,
         problem: str | None = None,
         d: int = 8,
-    ) -> Rollout:
+    ) -> CapturedRollout:
         n_rows = n_prompt + max(n_completion - 1, 0)
         policy = Positions.parse(positions)
         position = np.array(policy.select(n_prompt, n_rows), dtype=np.int32)
         tensors = {key: torch.randn(len(position), d).to(dtype) for key in keys}
         tokens = list(range(100, 100 + n_prompt + n_completion))
-        return Rollout(
+        return CapturedRollout(
             session_id=session,
             rollout_id=str(ULID()),
             spec=CaptureSpec(model="m", revision="r", keys=keys, positions=positions, dtype=str(dtype)),

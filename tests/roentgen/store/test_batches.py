@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from roentgen.store import Rollout, Session, StoreError, StoreWriter, batches
+from roentgen.store import CapturedRollout, Session, StoreError, StoreWriter, batches
 from roentgen.store.batches import RowBatch
 from roentgen.store.merging import compact
 from tests.roentgen.store.conftest import KEYS, RolloutFactory
 
 
-def write(store: str | Path, rollouts: Sequence[Rollout], shards: int = 1) -> Session:
+def write(store: str | Path, rollouts: Sequence[CapturedRollout], shards: int = 1) -> Session:
     """Write rollouts, so many shards of them."""
     for number in range(shards):
         with StoreWriter(store, max_wait_s=60, merge_shards=0) as writer:
@@ -38,7 +38,7 @@ def rows_of(found: Sequence[RowBatch]) -> list[tuple[int, int, bytes]]:
     ]
 
 
-def expected(rollouts: Sequence[Rollout], key: str = KEYS[0]) -> list[tuple[int, int, bytes]]:
+def expected(rollouts: Sequence[CapturedRollout], key: str = KEYS[0]) -> list[tuple[int, int, bytes]]:
     return [
         (number, int(position), values.numpy().tobytes())
         for number, one in enumerate(rollouts)

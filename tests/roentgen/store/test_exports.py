@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from roentgen.store import Rollout, Session, StoreError, StoreWriter
+from roentgen.store import CapturedRollout, Session, StoreError, StoreWriter
 from roentgen.store.exports import all_to_hf, export_pt, to_hf, to_ray, to_torch
 from tests.roentgen.store.conftest import RolloutFactory
 
@@ -18,7 +18,7 @@ KEYS = ("layers.12.ln_attn", "layers.12.ln_mlp")
 
 
 @pytest.fixture
-def written(store: str, rollout: RolloutFactory) -> dict[str, Rollout]:
+def written(store: str, rollout: RolloutFactory) -> dict[str, CapturedRollout]:
     """Five rollouts of a session, by id."""
     made = [rollout(n, 3, session="a_b", keys=KEYS, problem=f"p{n}") for n in range(1, 6)]
     with StoreWriter(store, max_wait_s=0) as writer:
@@ -53,7 +53,7 @@ for session in list(sessions)[:2]:
 """
 
 
-def test_scripts_for_loose_files_go_on_working(store: str, written: dict[str, Rollout], tmp_path: Path) -> None:
+def test_scripts_for_loose_files_go_on_working(store: str, written: dict[str, CapturedRollout], tmp_path: Path) -> None:
     session, folder = Session.open(f"{store}/a_b"), tmp_path / "out"
     told: list[int] = []
     assert export_pt(session, folder, on_progress=told.append) == 10
@@ -83,7 +83,7 @@ def test_a_rollout_that_is_damaged_is_left_out_and_named(tmp_path: Path, rollout
     assert {path.name.split("_")[2] for path in (tmp_path / "out").iterdir()} == {one.rollout_id for one in written[1:]}
 
 
-def test_a_torch_dataset_is_read_by_several_workers(store: str, written: dict[str, Rollout]) -> None:
+def test_a_torch_dataset_is_read_by_several_workers(store: str, written: dict[str, CapturedRollout]) -> None:
     data = to_torch(Session.open(f"{store}/a_b"), KEYS[0], positions="generated")
     assert len(data) == 5
     # A bucket's client does not survive a fork.
@@ -96,7 +96,9 @@ def test_a_torch_dataset_is_read_by_several_workers(store: str, written: dict[st
         assert item["labels"] == one.labels
 
 
-def test_all_keys_are_given_away_as_a_dataset_each(written: dict[str, Rollout], store: str, tmp_path: Path) -> None:
+def test_all_keys_are_given_away_as_a_dataset_each(
+    written: dict[str, CapturedRollout], store: str, tmp_path: Path
+) -> None:
     from datasets import load_from_disk
 
     session = Session.open(f"{store}/a_b")
@@ -110,7 +112,7 @@ def test_all_keys_are_given_away_as_a_dataset_each(written: dict[str, Rollout], 
 
 
 def test_a_hugging_face_dataset_goes_to_disk_and_back(
-    store: str, written: dict[str, Rollout], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: str, written: dict[str, CapturedRollout], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import datasets
 
@@ -125,7 +127,7 @@ def test_a_hugging_face_dataset_goes_to_disk_and_back(
 
 @pytest.mark.integration
 @pytest.mark.parametrize("store", ["folder"], indirect=True)
-def test_a_ray_dataset_is_read_by_rays_tasks(store: str, written: dict[str, Rollout]) -> None:
+def test_a_ray_dataset_is_read_by_rays_tasks(store: str, written: dict[str, CapturedRollout]) -> None:
     import ray
 
     session = Session.open(f"{store}/a_b")

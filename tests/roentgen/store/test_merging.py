@@ -10,19 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roentgen.store import CapturedRollout, Session, StoreError, StoreWriter, verify
-from roentgen.store.merging import compact, remove_unused
+from roentgen.store.merging import collect_garbage, compact
 from roentgen.store.storage_backends import open_folder
 from tests.roentgen.store.conftest import KEYS, RolloutFactory
 
 
-def write(store: str | Path, rollouts: list[Rollout]) -> None:
+def write(store: str | Path, rollouts: list[CapturedRollout]) -> None:
     """Commit each in a group of its own."""
     with StoreWriter(store, max_wait_s=0, merge_shards=0) as writer:
         for rollout in rollouts:
             writer.submit(rollout).result()
 
 
-def check(session: Session, rollouts: list[Rollout]) -> None:
+def check(session: Session, rollouts: list[CapturedRollout]) -> None:
     """Compare all that a session holds with what was written."""
     written = {rollout.rollout_id: rollout for rollout in rollouts}
     frame = session.rollouts(unique=False)

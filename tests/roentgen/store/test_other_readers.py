@@ -19,7 +19,7 @@ import torch
 import xxhash
 
 from roentgen.store import CapturedRollout, Session, StoreWriter
-from roentgen.store.merging import compact, remove_unused
+from roentgen.store.merging import collect_garbage, compact
 from tests.roentgen.store.conftest import KEYS, RolloutFactory
 
 SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
@@ -89,7 +89,7 @@ def read(session: Path) -> Iterator[tuple[dict[str, Any], ShardReader]]:
         yield row, shards[row["shard"]]
 
 
-def same(found: list[tuple[dict[str, Any], ShardReader]], written: list[Rollout]) -> None:
+def same(found: list[tuple[dict[str, Any], ShardReader]], written: list[CapturedRollout]) -> None:
     """Compare what was read with what was written."""
     by_id = {rollout.rollout_id: rollout for rollout in written}
     assert sorted(row["rollout_id"] for row, _ in found) == sorted(by_id)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hn
 from safetensors.torch import load_file
 
-from roentgen.store import CaptureSpec, NonFiniteRowsError, Rollout, Session, StoreError, StoreWriter, verify
+from roentgen.store import CapturedRollout, CaptureSpec, NonFiniteRowsError, Session, StoreError, StoreWriter, verify
 from roentgen.store.exports import export_pt
 from roentgen.store.merging import compact
 from roentgen.store.quantization import dequantize, quantize
@@ -46,13 +46,13 @@ def test_a_row_that_is_not_finite_is_nan_and_others_are_not(values: np.ndarray) 
     assert back[~finite].isnan().all()
 
 
-def quantized(rollout: Rollout) -> Rollout:
+def quantized(rollout: CapturedRollout) -> CapturedRollout:
     spec = rollout.spec.model_copy(update={"dtype": "torch.int8"})
-    fields = {name: getattr(rollout, name) for name in Rollout.__dataclass_fields__}
-    return Rollout(**{**fields, "spec": spec})
+    fields = {name: getattr(rollout, name) for name in CapturedRollout.__dataclass_fields__}
+    return CapturedRollout(**{**fields, "spec": spec})
 
 
-def read_back(rollout: Rollout, key: str) -> torch.Tensor:
+def read_back(rollout: CapturedRollout, key: str) -> torch.Tensor:
     return dequantize(*quantize(rollout.tensors[key]))
 
 
@@ -130,7 +130,9 @@ def test_other_shapes_and_loose_files(tmp_path: Path, rollout: RolloutFactory) -
 def test_what_is_not_finite_is_refused_or_counted(tmp_path: Path, rollout: RolloutFactory) -> None:
     one = quantized(rollout(3, 2))
     one.tensors[KEYS[0]][1, 2] = torch.inf
-    strict = Rollout(**{**{n: getattr(one, n) for n in Rollout.__dataclass_fields__}, "require_finite": True})
+    strict = CapturedRollout(
+        **{**{n: getattr(one, n) for n in CapturedRollout.__dataclass_fields__}, "require_finite": True}
+    )
     with StoreWriter(tmp_path) as writer:
         with pytest.raises(NonFiniteRowsError):
             writer.submit(strict).result()

@@ -4,7 +4,7 @@ import torch
 
 from roentgen.contract import RolloutKey
 from roentgen.runs import RolloutRef, Run, RunConfig, Sample, create_run, recording
-from roentgen.store import CaptureSpec, Rollout, StoreWriter
+from roentgen.store import CapturedRollout, CaptureSpec, StoreWriter
 from roentgen.tokenized_text import Segment, TokenizedText
 from roentgen.transcripts import TranscriptError
 from roentgen.transcripts.run import read_run
@@ -38,7 +38,7 @@ SEGMENTS = [Segment("user", 0, 3), Segment("assistant", 3, 5)]
 
 def store(run, rollout_id="01", session="run"):
     """Put a rollout of [1, 2, 3 | 4, 5] into the run's session; return where it is, as the record says it."""
-    rollout = Rollout(
+    rollout = CapturedRollout(
         session_id=session,
         rollout_id=rollout_id,
         spec=CaptureSpec(model="m", revision="r", keys=("embed",), positions="last", dtype="torch.float32"),

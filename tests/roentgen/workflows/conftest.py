@@ -12,7 +12,7 @@ from eval_jobs.resume import open_run
 from eval_jobs.settings import check_settings
 from roentgen.contract import RolloutKey, StoredTensor
 from roentgen.runs import RolloutRef, Run, Sample, recording
-from roentgen.store import Rollout, StoreWriter
+from roentgen.store import CapturedRollout, StoreWriter
 from tests.eval_jobs.conftest import take
 from tests.eval_jobs.test_outputs import REPLIES, sample
 from tests.roentgen.store.conftest import KEYS, RolloutFactory
@@ -25,7 +25,7 @@ class Kept:
     """A run, and the rollouts that its samples' turns are."""
 
     run: Run
-    rollouts: dict[tuple[str, int], Rollout]
+    rollouts: dict[tuple[str, int], CapturedRollout]
 
 
 MakeRun = Callable[..., Kept]
@@ -46,7 +46,7 @@ def make_run(tmp_path: Path, rollout: RolloutFactory) -> MakeRun:
         )
         problems = take("arithmetic", 5)
         run = open_run(settings, problems, ServedModel("m", "r", "float32", 3, 8), "http://h:1/v1")
-        kept: dict[tuple[str, int], Rollout] = {}
+        kept: dict[tuple[str, int], CapturedRollout] = {}
         with recording(run) as record, StoreWriter(tmp_path / "store", max_wait_s=0) as writer:
             for problem in reversed(problems):
                 done = sample(problem, *REPLIES[problem.number], rollouts=False)
@@ -63,7 +63,7 @@ def make_run(tmp_path: Path, rollout: RolloutFactory) -> MakeRun:
     return make
 
 
-def _ref(turn: int, made: Rollout, writer: StoreWriter) -> RolloutRef:
+def _ref(turn: int, made: CapturedRollout, writer: StoreWriter) -> RolloutRef:
     receipt = writer.submit(made).result()
     tensors = {
         key: StoredTensor(shape=tuple(values.shape), dtype=str(values.dtype), stored_path=receipt.shard)
