@@ -17,7 +17,7 @@ from roentgen.runs.sample import RolloutRef, Sample
 from roentgen.store import Session
 
 
-class Recorded(Protocol):
+class RolloutLocator(Protocol):
     """What of a run says where its rollouts are."""
 
     @property
@@ -55,7 +55,7 @@ class StoredSamples:
 
 
 def find_rollouts(
-    run: Recorded,
+    run: RolloutLocator,
     samples: Iterable[Sample],
     session: str | Path | None = None,
     *,
@@ -85,7 +85,7 @@ def find_rollouts(
 
 
 def _recorded(
-    run: Recorded, samples: Iterable[Sample], kept: int | None, columns: Sequence[str] | None
+    run: RolloutLocator, samples: Iterable[Sample], kept: int | None, columns: Sequence[str] | None
 ) -> Iterator[StoredRollouts]:
     by_session: dict[str, list[tuple[str, int, str]]] = defaultdict(list)
     for sample in samples:

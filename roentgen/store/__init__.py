@@ -33,9 +33,9 @@ from roentgen.store.writer import StoreWriter
 __all__ = [
     "Activations",
     "CaptureSpec",
+    "CapturedRollout",
     "NonFiniteRowsError",
     "Receipt",
-    "CapturedRollout",
     "RolloutRows",
     "Session",
     "SessionBusyError",
