@@ -39,7 +39,7 @@ class _Tokens(BaseModel):
 
 
 @dataclass(frozen=True)
-class Estimate:
+class StorageEstimate:
     """What a run would store."""
 
     samples: int
@@ -74,7 +74,7 @@ class Estimate:
 
 def estimate(
     settings: EvalSettings, served: ServedModel, endpoint: Endpoint, problems: Sequence[Problem], variants: int
-) -> Estimate | None:
+) -> StorageEstimate | None:
     """Return what a run would store; None if it keeps nothing, or the server does not say how wide its model is.
 
     Args:
@@ -98,7 +98,7 @@ def estimate(
     positions = Positions.parse(settings.positions)
     tokens = n_prompt + turns * settings.max_tokens
     rows = 1 if positions.pooled else len(positions.select(n_prompt, tokens - 1))
-    return Estimate(len(problems) * settings.epochs * variants, keys, rows, width, tokens)
+    return StorageEstimate(len(problems) * settings.epochs * variants, keys, rows, width, tokens)
 
 
 def spell_bytes(size: float) -> str:
