@@ -60,7 +60,7 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MeanEstimate:
     """A mean over problems, each a share, with its 95% interval."""
 
     value: float
@@ -175,7 +175,7 @@ def majority(answers: Iterable[str | None]) -> str | None:
 
 def mean(
     values: Sequence[float], clusters: Sequence[Hashable] | None = None, trials: int | None = None
-) -> Estimate | None:
+) -> MeanEstimate | None:
     """Estimate a mean over problems; None of no problems.
 
     Args:
@@ -188,7 +188,7 @@ def mean(
         return None
     n, value = len(values), float(np.mean(values))
     own = _clustered(np.array(values, dtype=float), range(n) if clusters is None else clusters, value * (1 - value))
-    return Estimate(value, own.standard_error, *exact(value, own.trials(n if trials is None or n < FEW else trials)))
+    return MeanEstimate(value, own.standard_error, *exact(value, own.trials(n if trials is None or n < FEW else trials)))
 
 
 def difference(
