@@ -36,7 +36,7 @@ class Paired:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     """What two runs say, like compared with like."""
 
     configuration: list[tuple[str, Any, Any]]
@@ -57,7 +57,7 @@ class Comparison:
     """Variants of either run that have no counterpart."""
 
 
-def compare(first: Run, second: Run) -> Comparison:
+def compare(first: Run, second: Run) -> RunComparison:
     """Compare two runs, each by its own primary extractor.
 
     Raises:
@@ -78,7 +78,7 @@ def compare(first: Run, second: Run) -> Comparison:
         every_before |= one
         every_after |= two
     whole = pairs[0] if len(pairs) == 1 else _pair((None, None), every_before, every_after, clusters, several=True)
-    return Comparison(
+    return RunComparison(
         list(differences(_described(first), _described(second))),
         whole.first, whole.second, whole.difference, whole.gained, whole.lost, tuple(pairs),
         (

@@ -7,7 +7,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from eval_jobs.comparison import Comparison
+from eval_jobs.comparison import RunComparison
 from eval_jobs.failures import shorten
 from roentgen.runs import Run
 
@@ -45,7 +45,7 @@ def print_summary(run: Run, summary: dict[str, Any], console: Console) -> None:
     say(console, f"report: {run.path / 'report.html'}")
 
 
-def print_comparison(found: Comparison, console: Console) -> None:
+def print_comparison(found: RunComparison, console: Console) -> None:
     """Print what two runs say of the problems that both have."""
     for name, one, other in found.configuration:
         say(console, f"  {name}: {one!r} → {other!r}")

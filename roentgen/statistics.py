@@ -188,7 +188,9 @@ def mean(
         return None
     n, value = len(values), float(np.mean(values))
     own = _clustered(np.array(values, dtype=float), range(n) if clusters is None else clusters, value * (1 - value))
-    return MeanEstimate(value, own.standard_error, *exact(value, own.trials(n if trials is None or n < FEW else trials)))
+    return MeanEstimate(
+        value, own.standard_error, *exact(value, own.trials(n if trials is None or n < FEW else trials))
+    )
 
 
 def difference(

@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from eval_jobs.comparison import Comparison
+from eval_jobs.comparison import RunComparison
 from eval_jobs.comparison import compare as compare_runs
 from eval_jobs.inspect_log import write_inspect_log
 from eval_jobs.outputs import write_summary
@@ -57,7 +57,7 @@ def score(run: Run | str | Path, extractor: str | Scorer | None = None) -> Run:
 
 
 @naming_arguments()
-def compare(first: Run | str | Path, second: Run | str | Path) -> Comparison:
+def compare(first: Run | str | Path, second: Run | str | Path) -> RunComparison:
     """Compare two runs, problem by problem: the difference of their accuracies with its interval, and McNemar's test.
 
     Args:
