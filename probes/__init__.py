@@ -17,15 +17,15 @@ from probes.errors import OneClassError, ProbeDataError
 from probes.labels import LABELS
 from probes.report import Best, Estimate, KeyResult, ProbeReport
 from probes.train import train
-from probes.transfer import Comparison, compare, transfer
+from probes.transfer import ProbeComparison, compare, transfer
 
 __all__ = [
     "LABELS",
     "Best",
-    "Comparison",
     "Estimate",
     "KeyResult",
     "OneClassError",
+    "ProbeComparison",
     "ProbeDataError",
     "ProbeDataset",
     "ProbeReport",

@@ -46,7 +46,7 @@ class KeyComparison:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ProbeComparison:
     """Two sets of data, key by key."""
 
     names: tuple[str, str]
@@ -117,7 +117,7 @@ def compare(
     kind: str | Kind | Fit | None = None,
     seed: int = 0,
     table: Where | None = None,
-) -> Comparison:
+) -> ProbeComparison:
     """Compare two runs or sessions key by key: transfer both ways, and the cosine between the directions.
 
     Args:
@@ -144,7 +144,7 @@ def compare(
     there = transfer(one, two, keys, positions, chosen, seed)
     back = transfer(two, one, keys, positions, chosen, seed)
     cosines = [_cosine(one, two, key, positions, chosen, seed) for key in keys]
-    return Comparison(
+    return ProbeComparison(
         (one.names[0], two.names[0]), label, chosen.name, positions,
         tuple(KeyComparison(*parts) for parts in zip(keys, cosines, there, back, strict=True)),
     )  # fmt: skip
