@@ -12,7 +12,7 @@ RECENT_S = 120.0
 
 
 @dataclass(frozen=True)
-class Status:
+class RunStatus:
     """How far a run is."""
 
     running: bool
@@ -45,7 +45,7 @@ class Status:
         return f"running: {done}{speed}{left}{errors}"
 
 
-def status(run: Run, now: float | None = None) -> Status:
+def status(run: Run, now: float | None = None) -> RunStatus:
     """Return how far a run is.
 
     Args:
@@ -67,4 +67,4 @@ def status(run: Run, now: float | None = None) -> Status:
             first = min(first, sample.finished - sample.seconds)
     seconds = min(RECENT_S, now - first)
     commonest = next(iter(failures.commonest_first()), None)
-    return Status(run.is_running, expected_samples(run.config), tally, recent, tokens, max(seconds, 1e-9), commonest)
+    return RunStatus(run.is_running, expected_samples(run.config), tally, recent, tokens, max(seconds, 1e-9), commonest)
