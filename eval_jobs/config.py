@@ -16,7 +16,7 @@ from roentgen.contract import canonical_hash
 
 
 @dataclass(frozen=True)
-class ServedModel:
+class ServedModelInfo:
     """What the server says of the model; all but the id is None where the server is not Roentgen's."""
 
     id: str
@@ -36,7 +36,7 @@ class ServedModel:
     """How the weights are quantized; None also if they are not."""
 
 
-def hashed_configuration(settings: EvalSettings, served: ServedModel) -> dict[str, Any]:
+def hashed_configuration(settings: EvalSettings, served: ServedModelInfo) -> dict[str, Any]:
     """Return what changes what the model does: two runs are comparable if it is equal (`roentgen.contract.canonical_hash`)."""
     prompt = settings.chosen_prompt
     tools = list(TOOLS) if settings.mode == "with-tools" else []

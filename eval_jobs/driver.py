@@ -16,7 +16,7 @@ from types import FrameType
 from rich.console import Console
 
 from eval_jobs import EvalError, InterruptedRunError
-from eval_jobs.config import ServedModel, hashed_configuration, variants_of
+from eval_jobs.config import ServedModelInfo, hashed_configuration, variants_of
 from eval_jobs.console import say
 from eval_jobs.endpoint import Endpoint, FatalRequestError, find_model, resolve_endpoint
 from eval_jobs.estimate import estimate
@@ -133,7 +133,7 @@ def describe(settings: EvalSettings, problems: Sequence[Problem], base_url: str,
 
 def prepare(
     settings: EvalSettings, base_url: str, say: Callable[[str], None]
-) -> tuple[Endpoint, ServedModel, EvalSettings]:
+) -> tuple[Endpoint, ServedModelInfo, EvalSettings]:
     """Ask the server what it serves; return it, and the settings with what it cannot do left out.
 
     Args:

@@ -23,7 +23,7 @@ from openai import (
 
 from eval_jobs import EvalError
 from eval_jobs.addresses import Addresses, split
-from eval_jobs.config import ServedModel
+from eval_jobs.config import ServedModelInfo
 from roentgen.model_names import is_named, suggest
 
 CONNECT_TIMEOUT_S = 5.0
@@ -105,7 +105,7 @@ def resolve_endpoint(endpoint: Endpoint) -> Endpoint:
     return endpoint
 
 
-def find_model(endpoint: Endpoint, wanted: str | None) -> ServedModel:
+def find_model(endpoint: Endpoint, wanted: str | None) -> ServedModelInfo:
     """Ask the server what it serves, and choose the model.
 
     Args:
@@ -127,7 +127,7 @@ def find_model(endpoint: Endpoint, wanted: str | None) -> ServedModel:
         )
     told = ("revision", "dtype", "quantization", "num_layers", "d_model", "root")
     details = {key: found[name].get(key) for key in told}
-    return ServedModel(name, **details)
+    return ServedModelInfo(name, **details)
 
 
 def server_message(error: APIStatusError) -> str:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from httpx2 import HTTPError
 from pydantic import BaseModel, ValidationError
 
-from eval_jobs.config import ServedModel
+from eval_jobs.config import ServedModelInfo
 from eval_jobs.endpoint import Endpoint, FatalRequestError
 from eval_jobs.problems import Problem
 from eval_jobs.prompts import Prompt
@@ -73,7 +73,7 @@ class StorageEstimate:
 
 
 def estimate(
-    settings: EvalSettings, served: ServedModel, endpoint: Endpoint, problems: Sequence[Problem], variants: int
+    settings: EvalSettings, served: ServedModelInfo, endpoint: Endpoint, problems: Sequence[Problem], variants: int
 ) -> StorageEstimate | None:
     """Return what a run would store; None if it keeps nothing, or the server does not say how wide its model is.
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from eval_jobs import EvalError
-from eval_jobs.config import ServedModel, hashed_configuration, variants_of
+from eval_jobs.config import ServedModelInfo, hashed_configuration, variants_of
 from eval_jobs.problems import Problem, ProblemError, describe_source, set_name
 from eval_jobs.prompts import PROMPTS
 from eval_jobs.records import gold_of
@@ -43,7 +43,7 @@ class OtherConfigurationError(EvalError):
     """The output folder holds a run of another configuration; the message lists what differs."""
 
 
-def open_run(settings: EvalSettings, problems: Sequence[Problem], served: ServedModel, base_url: str) -> Run:
+def open_run(settings: EvalSettings, problems: Sequence[Problem], served: ServedModelInfo, base_url: str) -> Run:
     """Return the run to record into: the one that these settings continue, or a new one.
 
     Raises:
@@ -78,7 +78,7 @@ def check_output(settings: EvalSettings, problems: Sequence[Problem]) -> None:
         return
     run, settings = Run(settings.output), as_begun(settings)
     hashed = run.config.hashed
-    served = ServedModel(
+    served = ServedModelInfo(
         hashed["model"], hashed.get("revision"), hashed.get("dtype"), quantization=hashed.get("quantization")
     )
     _continued(run, _describe(settings, problems, served, ""), settings, problems)
@@ -183,7 +183,7 @@ def folder_name(settings: EvalSettings, n: int, model: str) -> str:
     return "_".join([*parts, datetime.now().strftime("%Y%m%d_%H%M%S")])
 
 
-def _describe(settings: EvalSettings, problems: Sequence[Problem], served: ServedModel, base_url: str) -> RunConfig:
+def _describe(settings: EvalSettings, problems: Sequence[Problem], served: ServedModelInfo, base_url: str) -> RunConfig:
     """Return all that is needed to run it again."""
     hashed = hashed_configuration(settings, served)
     prompt, scorer = settings.chosen_prompt, settings.chosen_scorer

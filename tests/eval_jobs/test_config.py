@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 
-from eval_jobs.config import ServedModel, hashed_configuration, variants_of
+from eval_jobs.config import ServedModelInfo, hashed_configuration, variants_of
 from eval_jobs.settings import EvalSettings, check_settings
 from roentgen.contract import ActivationRequest, canonical_hash
 
-SERVED = ServedModel("m", "r", "float32", 30, 576)
+SERVED = ServedModelInfo("m", "r", "float32", 30, 576)
 
 
-def hash_of(settings: EvalSettings, served: ServedModel = SERVED) -> str:
+def hash_of(settings: EvalSettings, served: ServedModelInfo = SERVED) -> str:
     return canonical_hash(hashed_configuration(settings, served))
 
 
@@ -68,7 +68,11 @@ def test_the_hash_leaves_out_the_rest(values: dict[str, Any]) -> None:
 
 
 def test_the_hash_covers_the_model() -> None:
-    others = [ServedModel("n", "r", "float32"), ServedModel("m", "s", "float32"), ServedModel("m", "r", "bfloat16")]
+    others = [
+        ServedModelInfo("n", "r", "float32"),
+        ServedModelInfo("m", "s", "float32"),
+        ServedModelInfo("m", "r", "bfloat16"),
+    ]
     others.append(replace(SERVED, quantization="int8"))
     assert len({hash_of(EvalSettings(), served) for served in [SERVED, *others]}) == 5
 

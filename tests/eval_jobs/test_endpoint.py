@@ -4,18 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from eval_jobs.config import ServedModel
+from eval_jobs.config import ServedModelInfo
 from eval_jobs.endpoint import Endpoint, FatalRequestError, find_model, resolve_endpoint
 from tests.eval_jobs.stand_in import StandIn
 
 
 def test_a_roentgen_server_says_what_it_serves(server: StandIn) -> None:
-    assert find_model(Endpoint(server.base_url), None) == ServedModel("stand-in", "r1", "float32", 30, 8)
+    assert find_model(Endpoint(server.base_url), None) == ServedModelInfo("stand-in", "r1", "float32", 30, 8)
 
 
 def test_another_server_says_the_name_only(server: StandIn) -> None:
     server.models = [{"id": "a"}, {"id": "b"}]
-    assert find_model(Endpoint(server.base_url), "b") == ServedModel("b")
+    assert find_model(Endpoint(server.base_url), "b") == ServedModelInfo("b")
     with pytest.raises(FatalRequestError, match="serves a, b: choose one with --model"):
         find_model(Endpoint(server.base_url), None)
     with pytest.raises(FatalRequestError, match=r"--model: 'c' is not served at .*; it serves a, b"):

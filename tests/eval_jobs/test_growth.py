@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from eval_jobs.command import evaluate as command
-from eval_jobs.config import ServedModel
+from eval_jobs.config import ServedModelInfo
 from eval_jobs.resume import OtherConfigurationError, check_output, open_run, set_name
 from eval_jobs.selection import load_problems
 from eval_jobs.settings import check_settings
@@ -24,7 +24,7 @@ from tests.eval_jobs.conftest import take
 from tests.eval_jobs.stand_in import StandIn
 from tests.eval_jobs.test_driver import evaluate
 
-SERVED = ServedModel("tiny", "r", "float32", 30, 8)
+SERVED = ServedModelInfo("tiny", "r", "float32", 30, 8)
 PREFIXES = {"plain": "", "calm": "No hurry.", "quick": "Hurry!"}
 
 

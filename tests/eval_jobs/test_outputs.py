@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from eval_jobs.config import ServedModel
+from eval_jobs.config import ServedModelInfo
 from eval_jobs.outputs import Timing, write_missing_sample_files, write_summary
 from eval_jobs.problems import Problem
 from eval_jobs.resume import open_run
@@ -65,7 +65,7 @@ def make_run(path: Path, samples: int = 5, activations: bool = True) -> Run:
     """A run of five problems with the replies above."""
     settings = check_settings(samples=samples, output=path / "run", collect_activations=activations)
     problems = take("arithmetic", samples)
-    run = open_run(settings, problems, ServedModel("stand-in", "r1", "float32", 30, 8), "http://h:1/v1")
+    run = open_run(settings, problems, ServedModelInfo("stand-in", "r1", "float32", 30, 8), "http://h:1/v1")
     with recording(run) as record:
         for problem in reversed(problems):
             record.append(sample(problem, *REPLIES[problem.number], rollouts=activations))
@@ -120,7 +120,7 @@ def test_a_run_is_complete_when_every_problem_has_an_answer(run: Run) -> None:
 
 def test_a_run_of_nothing_has_a_summary(tmp_path: Path) -> None:
     settings = check_settings(output=tmp_path / "run")
-    empty = open_run(settings, take("arithmetic", 3), ServedModel("m"), "http://h:1/v1")
+    empty = open_run(settings, take("arithmetic", 3), ServedModelInfo("m"), "http://h:1/v1")
     summary = write_summary(empty, None)
     assert summary["complete"] is False
     assert summary["accuracy"]["value"] is None

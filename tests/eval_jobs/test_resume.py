@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from eval_jobs.config import ServedModel
+from eval_jobs.config import ServedModelInfo
 from eval_jobs.resume import OtherConfigurationError, as_begun, open_run
 from eval_jobs.settings import check_settings
 from eval_jobs.variants import attempts_of
@@ -14,7 +14,7 @@ from roentgen.contract import check_session_id
 from roentgen.runs import Run, RunError
 from tests.eval_jobs.conftest import take
 
-SERVED = ServedModel("Qwen/Qwen3-0.6B", "r", "float32", 28, 1024)
+SERVED = ServedModelInfo("Qwen/Qwen3-0.6B", "r", "float32", 28, 1024)
 
 
 @pytest.fixture(autouse=True)
@@ -22,7 +22,7 @@ def _work_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
 
 
-def opened(served: ServedModel = SERVED, **values: Any) -> Run:
+def opened(served: ServedModelInfo = SERVED, **values: Any) -> Run:
     settings = check_settings(**values)
     return open_run(settings, take(settings.problems, settings.samples), served, "http://h:1/v1")
 
@@ -101,7 +101,7 @@ def test_an_output_folder_is_continued_from_anywhere(tmp_path: Path, monkeypatch
 def test_an_output_folder_of_another_configuration_is_refused_with_what_differs() -> None:
     opened(output="out", collect_activations=True, layers="8,12")
     with pytest.raises(OtherConfigurationError) as caught:
-        opened(ServedModel("other", "r", "float32"), output="out", seed=7, samples=2, extractor="boxed")
+        opened(ServedModelInfo("other", "r", "float32"), output="out", seed=7, samples=2, extractor="boxed")
     said = str(caught.value)
     for line in (
         "  model: 'Qwen/Qwen3-0.6B' in the folder, 'other' asked for",

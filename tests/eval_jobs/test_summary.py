@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from eval_jobs.comparison import compare
-from eval_jobs.config import ServedModel, hashed_configuration, variants_of
+from eval_jobs.config import ServedModelInfo, hashed_configuration, variants_of
 from eval_jobs.console import print_comparison
 from eval_jobs.outputs import around, write_summary
 from eval_jobs.rescoring import rescore
@@ -20,7 +20,7 @@ from eval_jobs.variants import Attempt
 from roentgen.runs import Run, RunError, Sample, recording
 from tests.eval_jobs.conftest import take
 
-SERVED = ServedModel("m", "r", "float32", 30, 8)
+SERVED = ServedModelInfo("m", "r", "float32", 30, 8)
 
 
 def make(path: Path, says: dict[tuple[int, int, str | None], str], **values: Any) -> Run:

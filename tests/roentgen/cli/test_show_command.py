@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from eval_jobs.config import ServedModel
+from eval_jobs.config import ServedModelInfo
 from eval_jobs.resume import open_run
 from eval_jobs.settings import check_settings
 from probes.report import ProbeReport
@@ -102,7 +102,7 @@ def test_samples_are_found_by_what_people_call_them(tmp_path: Path) -> None:
     (tmp_path / "v.yaml").write_text("plain: ''\ncalm: No hurry.\n")
     settings = check_settings(samples=12, output=tmp_path / "run", variants=str(tmp_path / "v.yaml"), epochs=2)
     problems = take("arithmetic", 12)
-    run = open_run(settings, problems, ServedModel("m", "r"), "http://h:1/v1")
+    run = open_run(settings, problems, ServedModelInfo("m", "r"), "http://h:1/v1")
     with recording(run) as record:
         for problem in problems:
             for variant in run.config.variants:

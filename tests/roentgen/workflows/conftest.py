@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval_jobs.config import ServedModel
+from eval_jobs.config import ServedModelInfo
 from eval_jobs.resume import open_run
 from eval_jobs.settings import check_settings
 from roentgen.contract import RolloutKey, StoredTensor
@@ -45,7 +45,7 @@ def make_run(tmp_path: Path, rollout: RolloutFactory) -> MakeRun:
             samples=5, output=tmp_path / "run", collect_activations=True, layers="1,2", hook_points="resid_post"
         )
         problems = take("arithmetic", 5)
-        run = open_run(settings, problems, ServedModel("m", "r", "float32", 3, 8), "http://h:1/v1")
+        run = open_run(settings, problems, ServedModelInfo("m", "r", "float32", 3, 8), "http://h:1/v1")
         kept: dict[tuple[str, int], CapturedRollout] = {}
         with recording(run) as record, StoreWriter(tmp_path / "store", max_wait_s=0) as writer:
             for problem in reversed(problems):
