@@ -33,12 +33,12 @@ SET_NAME = 40
 """Letters of a file's name that its samples are called after."""
 
 Record = Mapping[str, Any] | Problem
-Source = Callable[[], Iterable[Record]]
+ProblemSource = Callable[[], Iterable[Record]]
 """Returns records with `question` and `answer`, always in the same order."""
 
 
 def read_source(
-    source: str | Source, columns: Mapping[str, str] | None = None, fields: Sequence[str] | None = None
+    source: str | ProblemSource, columns: Mapping[str, str] | None = None, fields: Sequence[str] | None = None
 ) -> Iterator[Problem]:
     """Yield the problems of a source, in its order.
 
@@ -96,7 +96,7 @@ def find_source(source: str | Source) -> Extension[Any] | None:
         raise ProblemError(f"--problems: {error}") from error
 
 
-def describe_source(source: str | Source) -> str:
+def describe_source(source: str | ProblemSource) -> str:
     """Return what a run records of a source: what finds it from any folder, or a function's name."""
     if not isinstance(source, str):
         return f"{getattr(source, '__module__', 'given')}.{given(source).name}"
@@ -106,7 +106,7 @@ def describe_source(source: str | Source) -> str:
     return str(Path(source).absolute()) if found is None else str(found.reference)
 
 
-def set_name(source: str | Source) -> str:
+def set_name(source: str | ProblemSource) -> str:
     """Return what a source's runs and samples are called after: its name, a dataset's, a function's or a file's."""
     if not isinstance(source, str):
         stem = given(source).name
@@ -121,7 +121,7 @@ def set_name(source: str | Source) -> str:
     return re.sub(r"[^A-Za-z0-9.-]+", "-", stem[:SET_NAME]).strip(".-") or "problems"
 
 
-def _records(source: str | Source) -> tuple[Numbered, str | None]:
+def _records(source: str | ProblemSource) -> tuple[Numbered, str | None]:
     """Return a source's records, and what ids that are made up begin with, if that is not what its samples are called after."""
     found = find_source(source)
     if found is not None:
@@ -245,7 +245,7 @@ def gsm8k_train() -> Iterator[Record]:
     return _gsm8k("train")
 
 
-SOURCES: Registry[Source] = Registry(
+SOURCES: Registry[ProblemSource] = Registry(
     "roentgen.problems",
     {"arithmetic": arithmetic, "gsm8k": gsm8k, "gsm8k-train": gsm8k_train, "gsm-symbolic": gsm_symbolic},
 )

@@ -18,7 +18,7 @@ from pydantic import (
 
 from eval_jobs import EvalError
 from eval_jobs.addresses import split
-from eval_jobs.problems import SOURCES, Problem, Source, describe_source, is_number
+from eval_jobs.problems import SOURCES, Problem, ProblemSource, describe_source, is_number
 from eval_jobs.prompts import ANSWER_LINE, ANSWER_TEXT, PROMPTS, Pose, Prompt, choose_prompt, find_prompt
 from eval_jobs.scoring import EXTRACTORS, choose_scorer
 from eval_jobs.selection import Selection
@@ -77,7 +77,7 @@ def _by_name(value: Any) -> Any:
 
 
 SourceName = Annotated[
-    SkipValidation[str | Source], PlainSerializer(lambda v: v if isinstance(v, str) else describe_source(v))
+    SkipValidation[str | ProblemSource], PlainSerializer(lambda v: v if isinstance(v, str) else describe_source(v))
 ]
 PromptName = Annotated[SkipValidation[str | Prompt | Pose | None], PlainSerializer(_by_name)]
 ScorerName = Annotated[SkipValidation[str | Scorer | None], PlainSerializer(_by_name)]

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from eval_jobs import EvalError, InterruptedRunError
 from eval_jobs.command import perform
-from eval_jobs.problems import ProblemError, Record, Source, read_records
+from eval_jobs.problems import ProblemError, ProblemSource, Record, read_records
 from eval_jobs.prompts import Pose, Prompt
 from eval_jobs.records import record_of
 from eval_jobs.resume import RESULTS
@@ -38,7 +38,7 @@ TURN_S = 0.2
 
 
 def evaluate(
-    problems: str | Path | Source | Iterable[Record] = "arithmetic",
+    problems: str | Path | ProblemSource | Iterable[Record] = "arithmetic",
     *,
     prompt: str | Prompt | Pose | None = None,
     scorer: str | Scorer | None = None,
@@ -84,7 +84,7 @@ def evaluate(
 
 
 async def evaluate_async(
-    problems: str | Path | Source | Iterable[Record] = "arithmetic",
+    problems: str | Path | ProblemSource | Iterable[Record] = "arithmetic",
     *,
     prompt: str | Prompt | Pose | None = None,
     scorer: str | Scorer | None = None,
@@ -116,7 +116,7 @@ async def evaluate_async(
 
 @naming_arguments(extractor="scorer", collect_activations="capture")
 def _evaluate(
-    problems: str | Path | Source | Iterable[Record],
+    problems: str | Path | ProblemSource | Iterable[Record],
     model: str | Path | Server | Model | None,
     capture: Mapping[str, Any] | None,
     output: str | Path | None,
