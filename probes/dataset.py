@@ -22,7 +22,7 @@ from torch import Tensor
 from probes import positions as places
 from probes.errors import OneClassError, ProbeDataError
 from probes.labels import Example, Target, read_label
-from probes.sources import Source, Where, open_source
+from probes.sources import SessionExamples, Where, open_source
 from roentgen.contract import execution_order, split_key
 from roentgen.runs import same_question, same_template
 from roentgen.store import StoreError
@@ -49,7 +49,7 @@ class ProbeDataset:
     """Stored keys that every example has."""
     left_out: int
     """Samples of the runs that are not here: they failed, kept no activations, or have no such label."""
-    sources: tuple[Source, ...]
+    sources: tuple[SessionExamples, ...]
     """Where the rows are."""
 
     @classmethod
@@ -75,7 +75,7 @@ class ProbeDataset:
             OneClassError: if the label does not vary enough.
         """
         where = [sources] if isinstance(sources, str | Path) else list(sources)
-        joined: list[Source] = []
+        joined: list[SessionExamples] = []
         origin: list[int] = []
         left_out = 0
         for number, place in enumerate(where):
@@ -167,7 +167,7 @@ class ProbeDataset:
         return values if np.isfinite(values).all() else None
 
 
-def _keep(sources: list[Source], kept: np.ndarray) -> list[Source]:
+def _keep(sources: list[SessionExamples], kept: np.ndarray) -> list[SessionExamples]:
     """Leave out the examples that have no label."""
     found, start = [], 0
     for source in sources:
@@ -175,17 +175,17 @@ def _keep(sources: list[Source], kept: np.ndarray) -> list[Source]:
         start += len(own)
         if own.any():
             examples = tuple(e for e, keep in zip(source.examples, own, strict=True) if keep)
-            found.append(Source(source.session, source.rollouts[own], examples))
+            found.append(SessionExamples(source.session, source.rollouts[own], examples))
     return found
 
 
-def _common_keys(sources: list[Source]) -> tuple[str, ...]:
+def _common_keys(sources: list[SessionExamples]) -> tuple[str, ...]:
     """Return the keys that every rollout has, in stored order."""
     specs = [source.session.spec(shard) for source in sources for shard in source.rollouts["shard"].unique()]
     return tuple(key for key in specs[0].keys if all(key in spec.keys for spec in specs))
 
 
-def _mean_logprob(source: Source) -> Float[np.ndarray, "rollouts"]:
+def _mean_logprob(source: SessionExamples) -> Float[np.ndarray, "rollouts"]:
     """Read the row column `logprob` of the documented shard format; NaN where no generated row was stored."""
     found = np.full(len(source.rollouts), np.nan)
     for shard, rows in source.rollouts.reset_index(drop=True).groupby("shard"):

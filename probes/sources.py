@@ -23,7 +23,7 @@ Where = str | Path
 
 
 @dataclass(frozen=True)
-class Source:
+class SessionExamples:
     """The part of a dataset that lies in one session."""
 
     session: Session
@@ -34,7 +34,7 @@ class Source:
     """The examples, in the same order."""
 
 
-def open_source(place: Where, session: Where | None) -> tuple[list[Source], int]:
+def open_source(place: Where, session: Where | None) -> tuple[list[SessionExamples], int]:
     """Return a run's or a session's part of the dataset, and how many samples have no activations.
 
     Raises:
@@ -48,7 +48,7 @@ def open_source(place: Where, session: Where | None) -> tuple[list[Source], int]
         frame = opened.rollouts()
         if len(frame) == 0:
             raise ProbeDataError(f"{place} holds no rollout")
-        return [Source(opened, frame, tuple(_of_index(row) for row in frame.to_dict("records")))], 0
+        return [SessionExamples(opened, frame, tuple(_of_index(row) for row in frame.to_dict("records")))], 0
     run = Run(path)
     parts = [_of_run(run, part) for part in run.stored(session=session)]
     return parts, len(run.read_samples()) - sum(len(part.examples) for part in parts)
@@ -74,10 +74,10 @@ def _asked(row: dict[Hashable, Any], text: str, end: int) -> str | None:
     return text[spoken[-1]["start"] : spoken[-1]["stop"]] if spoken and "sample_id" in row["labels"] else None
 
 
-def _of_run(run: Run, part: StoredSamples) -> Source:
+def _of_run(run: Run, part: StoredSamples) -> SessionExamples:
     rows = part.rollouts.iterrows()
     examples = (_of_sample(run, sample, row) for sample, (_, row) in zip(part.samples, rows, strict=True))
-    return Source(part.session, part.rollouts, tuple(examples))
+    return SessionExamples(part.session, part.rollouts, tuple(examples))
 
 
 def _of_sample(run: Run, sample: Sample, row: pd.Series) -> Example:
