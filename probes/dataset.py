@@ -22,7 +22,7 @@ from torch import Tensor
 from probes import positions as places
 from probes.errors import OneClassError, ProbeDataError
 from probes.labels import Example, Target, read_label
-from probes.sources import SessionExamples, Where, open_source
+from probes.sources import SessionExamples, SourcePath, open_source
 from roentgen.contract import execution_order, split_key
 from roentgen.runs import same_question, same_template
 from roentgen.store import StoreError
@@ -55,11 +55,11 @@ class ProbeDataset:
     @classmethod
     def open(
         cls,
-        sources: Where | Sequence[Where],
+        sources: SourcePath | Sequence[SourcePath],
         label: str = "correct",
         *,
-        session: Where | None = None,
-        table: Where | None = None,
+        session: SourcePath | None = None,
+        table: SourcePath | None = None,
     ) -> "ProbeDataset":
         """Join runs and sessions to a label.
 

@@ -25,7 +25,7 @@ from probes.kinds import DEFAULT_KINDS, KINDS, Kind
 from probes.kinds.linear import LinearProbes
 from probes.positions import check_positions
 from probes.report import Best, Candidate, Estimate, KeyResult, ProbeReport
-from probes.sources import Where
+from probes.sources import SourcePath
 from roentgen.contract import execution_order
 from roentgen.linear_probe import ProbeCard, SavedProbe, ScoreUnit
 from roentgen.version import __version__
@@ -77,7 +77,7 @@ def fit_and_evaluate(
     kind: str | Kind | Fit | None = None,
     declared: str | None = None,
     seed: int = 0,
-    session: Where | None = None,
+    session: SourcePath | None = None,
     device: str = "cpu",
 ) -> Trained:
     """Train and evaluate a probe per candidate.

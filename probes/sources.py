@@ -19,7 +19,7 @@ from roentgen.runs import Run, Sample
 from roentgen.runs.stored import StoredSamples
 from roentgen.store import Session
 
-Where = str | Path
+SourcePath = str | Path
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class SessionExamples:
     """The examples, in the same order."""
 
 
-def open_source(place: Where, session: Where | None) -> tuple[list[SessionExamples], int]:
+def open_source(place: SourcePath, session: SourcePath | None) -> tuple[list[SessionExamples], int]:
     """Return a run's or a session's part of the dataset, and how many samples have no activations.
 
     Raises:

@@ -31,23 +31,23 @@ from probes.folds import nested_folds
 from probes.kinds import DEFAULT_KINDS, Kind
 from probes.page import render_page
 from probes.report import ProbeReport
-from probes.sources import Where
+from probes.sources import SourcePath
 from probes.styles import darken
 from roentgen.atomic_files import atomic_write, make_folder, write_json, write_text
 from roentgen.linear_probe import save_probes
 
 
 def train(
-    sources: Where | Sequence[Where],
+    sources: SourcePath | Sequence[SourcePath],
     label: str = "correct",
     positions: str | Sequence[str] = ("last_prompt",),
     *,
     kind: str | Kind | Fit | None = None,
     declared: str | None = None,
     seed: int = 0,
-    session: Where | None = None,
-    table: Where | None = None,
-    output: Where | None = None,
+    session: SourcePath | None = None,
+    table: SourcePath | None = None,
+    output: SourcePath | None = None,
     device: str = "cpu",
     stage: Callable[[str], None] = lambda text: None,
     written: Callable[[Path], None] = lambda page: None,

@@ -25,7 +25,7 @@ from probes.kinds import Kind
 from probes.kinds.linear import LinearProbes
 from probes.labels import Target
 from probes.report import Estimate
-from probes.sources import Where
+from probes.sources import SourcePath
 from roentgen.runs import same_template
 
 INNER_FOLDS = 3
@@ -110,13 +110,13 @@ def transfer(
 
 
 def compare(
-    first: Where,
-    second: Where,
+    first: SourcePath,
+    second: SourcePath,
     label: str = "correct",
     positions: str = "last_prompt",
     kind: str | Kind | Fit | None = None,
     seed: int = 0,
-    table: Where | None = None,
+    table: SourcePath | None = None,
 ) -> ProbeComparison:
     """Compare two runs or sessions key by key: transfer both ways, and the cosine between the directions.
 
