@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # the command's help waits for nothing heavy
     import numpy as np
     from jaxtyping import Bool, Float
 
-Where = Literal["generated", "reasoning"]
+CountedTokens = Literal["generated", "reasoning"]
 
 
 class StopWhen(BaseModel):
@@ -34,7 +34,7 @@ class StopWhen(BaseModel):
 
     above: Number = Field(allow_inf_nan=False, description="A score that is to be exceeded, in the probe's unit.")
     length: Int = Field(1, alias="for", ge=1, le=MAX_INT32, description="By how many tokens in a row.")
-    where: Where | None = Field(
+    where: CountedTokens | None = Field(
         None,
         description="Which tokens count: all that are generated, or those of the reasoning; by default the former, and the "
         "latter to close it.",
@@ -50,7 +50,7 @@ class StopWhen(BaseModel):
         return self
 
     @property
-    def counts(self) -> Where:
+    def counts(self) -> CountedTokens:
         """Which tokens count."""
         return self.where or ("reasoning" if self.then == "close_reasoning" else "generated")
 
@@ -142,7 +142,7 @@ class StopSettings(BaseModel):
     lengths: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(read_numbers)] = Field(
         (1, 2, 4, 8), min_length=1, description="For how many tokens in a row, comma-separated."
     )
-    where: Where | None = Field(
+    where: CountedTokens | None = Field(
         None, description="Which tokens count: all that are generated, or those of the reasoning."
     )
     then: ProbeEffect = Field("stop", description="End the generation, or close the reasoning.")
@@ -175,6 +175,6 @@ class StopSettings(BaseModel):
         return self
 
     @property
-    def counts(self) -> Where:
+    def counts(self) -> CountedTokens:
         """Which tokens count."""
         return self.where or ("reasoning" if self.then == "close_reasoning" else "generated")

@@ -12,7 +12,7 @@ from probes.errors import ProbeDataError
 from roentgen.contract import count_rows
 from roentgen.linear_probe import Readout
 from roentgen.runs import Run, Sample, same_template
-from roentgen.stopping import ReasoningTokens, Where
+from roentgen.stopping import CountedTokens, ReasoningTokens
 from roentgen.tokenized_text import sentence_ends, token_texts
 
 THINK_START, THINK_END = "<think>", "</think>"
@@ -55,7 +55,7 @@ class StopTrace:
 
 
 def read_traces(
-    run: Run, key: str, where: Where, session: str | None = None, samples: int | None = None
+    run: Run, key: str, where: CountedTokens, session: str | None = None, samples: int | None = None
 ) -> list[StopTrace]:
     """Read the rollouts of a run's samples.
 
