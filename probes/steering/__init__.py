@@ -7,15 +7,15 @@ length, each with its interval and its difference from no steering.
 
 from probes.steering.arms import Arm, make_arms
 from probes.steering.findings import SweepReport, summarize_sweep
-from probes.steering.sweep import Outcome, SweepError, SweepPlan, Task, run_sweep
+from probes.steering.sweep import SweepError, SweepOutcome, SweepPlan, SweepTask, run_sweep
 
 __all__ = [
     "Arm",
-    "Outcome",
     "SweepError",
+    "SweepOutcome",
     "SweepPlan",
     "SweepReport",
-    "Task",
+    "SweepTask",
     "make_arms",
     "run_sweep",
     "summarize_sweep",

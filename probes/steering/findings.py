@@ -18,10 +18,10 @@ from matplotlib.figure import Figure
 from probes.intervals import bootstrap_weights
 from probes.report import Estimate
 from probes.steering.arms import Along
-from probes.steering.sweep import Outcome
+from probes.steering.sweep import SweepOutcome
 from roentgen.intervals import paired, wilson
 
-MEASURES: dict[str, Callable[[Outcome], float]] = {
+MEASURES: dict[str, Callable[[SweepOutcome], float]] = {
     "accuracy": lambda outcome: float(outcome.correct),
     "parse_rate": lambda outcome: float(outcome.parsed),
     "length": lambda outcome: float(outcome.tokens),
@@ -116,7 +116,7 @@ class SweepReport:
         return figure
 
 
-def summarize_sweep(outcomes: Sequence[Outcome], seed: int = 0) -> tuple[Finding, ...]:
+def summarize_sweep(outcomes: Sequence[SweepOutcome], seed: int = 0) -> tuple[Finding, ...]:
     """Turn outcomes into findings; every problem must have been answered in every arm.
 
     Args:
@@ -124,7 +124,7 @@ def summarize_sweep(outcomes: Sequence[Outcome], seed: int = 0) -> tuple[Finding
         seed: of the bootstrap.
     """
     problems = sorted({outcome.problem_id for outcome in outcomes})
-    arms: dict[tuple[Along, float], list[Outcome]] = defaultdict(list)
+    arms: dict[tuple[Along, float], list[SweepOutcome]] = defaultdict(list)
     for outcome in outcomes:
         arms[outcome.along, outcome.scale].append(outcome)
     plain = {name: _per_problem(arms["nothing", 0.0], problems, measure) for name, measure in MEASURES.items()}
@@ -156,7 +156,7 @@ def summarize_sweep(outcomes: Sequence[Outcome], seed: int = 0) -> tuple[Finding
 
 
 def _per_problem(
-    outcomes: Sequence[Outcome], problems: Sequence[str], measure: Callable[[Outcome], float]
+    outcomes: Sequence[SweepOutcome], problems: Sequence[str], measure: Callable[[SweepOutcome], float]
 ) -> Float[np.ndarray, "problems"]:
     found: dict[str, list[float]] = defaultdict(list)
     for outcome in outcomes:

@@ -24,7 +24,7 @@ class SweepError(RoentgenError):
 
 
 @dataclass(frozen=True)
-class Task:
+class SweepTask:
     """One problem: what is asked."""
 
     problem_id: str
@@ -34,11 +34,11 @@ class Task:
 TOLD = 20
 """How often a sweep says how far it is."""
 
-Judge = Callable[[str, str], Awaitable[tuple[bool, bool]]]
+JudgeAnswer = Callable[[str, str], Awaitable[tuple[bool, bool]]]
 """From a text and the id of its problem to whether an answer could be read, and whether it is right."""
 
 
-class Outcome(BaseModel):
+class SweepOutcome(BaseModel):
     """One answer: a line of `outcomes.jsonl`."""
 
     model_config = ConfigDict(frozen=True)
@@ -65,7 +65,7 @@ class Outcome(BaseModel):
     """Whether the scores of a probe have done something."""
 
 
-class Plan(Protocol):
+class AnswerPlan(Protocol):
     """How problems are answered, whatever the arms differ in."""
 
     @property
@@ -76,7 +76,7 @@ class Plan(Protocol):
     def seed(self) -> int:
         """Of the order in which they are sent."""
 
-    def parameters(self, task: Task, arm: Arm) -> dict[str, Any]:
+    def parameters(self, task: SweepTask, arm: Arm) -> dict[str, Any]:
         """Return a request's parameters but for its messages."""
 
     def said(self, message: Any) -> str:
@@ -104,7 +104,7 @@ class SweepPlan:
     seed: int = 0
     """Of the order in which they are sent."""
 
-    def parameters(self, task: Task, arm: Arm) -> dict[str, Any]:
+    def parameters(self, task: SweepTask, arm: Arm) -> dict[str, Any]:
         """Return a request's parameters but for its messages."""
         return {"model": self.model, "extra_body": self.extra_body(arm), **self.sampling}
 
@@ -127,13 +127,13 @@ class SweepPlan:
 
 async def run_sweep(
     client: AsyncOpenAI,
-    plan: Plan,
-    tasks: Sequence[Task],
+    plan: AnswerPlan,
+    tasks: Sequence[SweepTask],
     arms: Sequence[Arm],
-    judge: Judge,
+    judge: JudgeAnswer,
     record: Path,
     said: Callable[[str], None] = lambda text: None,
-) -> list[Outcome]:
+) -> list[SweepOutcome]:
     """Answer every task in every arm.
 
     Args:
@@ -151,9 +151,9 @@ async def run_sweep(
     pairs = [(task, arm) for task in tasks for arm in arms]
     random.Random(plan.seed).shuffle(pairs)
     free = asyncio.Semaphore(plan.parallel)
-    outcomes: list[Outcome] = []
+    outcomes: list[SweepOutcome] = []
 
-    async def one(task: Task, arm: Arm) -> None:
+    async def one(task: SweepTask, arm: Arm) -> None:
         async with free:
             outcome = await _answer(client, plan, task, arm, judge)
         outcomes.append(outcome)
@@ -171,7 +171,7 @@ async def run_sweep(
     return outcomes
 
 
-async def _answer(client: AsyncOpenAI, plan: Plan, task: Task, arm: Arm, judge: Judge) -> Outcome:
+async def _answer(client: AsyncOpenAI, plan: AnswerPlan, task: SweepTask, arm: Arm, judge: JudgeAnswer) -> SweepOutcome:
     messages: list[Any] = task.messages
     try:
         reply = await client.chat.completions.create(messages=messages, **plan.parameters(task, arm))
@@ -181,7 +181,7 @@ async def _answer(client: AsyncOpenAI, plan: Plan, task: Task, arm: Arm, judge: 
     choice = reply.choices[0]
     text = plan.said(choice.message)
     parsed, correct = await judge(text, task.problem_id)
-    return Outcome(
+    return SweepOutcome(
         problem_id=task.problem_id,
         along=arm.along,
         number=arm.number,

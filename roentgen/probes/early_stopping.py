@@ -26,7 +26,7 @@ from eval_jobs.rescoring import find_scorer, problem_of
 from eval_jobs.scoring import UnknownScorerError
 from eval_jobs.verdicts import Output, ScorerError, ScoringFailedError, ask_scorer
 from probes import ProbeDataError
-from probes.steering import Arm, Task, run_sweep
+from probes.steering import Arm, SweepTask, run_sweep
 from probes.stopping import (
     LiveFinding,
     Reading,
@@ -197,7 +197,7 @@ class _LivePlan:
     reasons: bool
     """Whether an answer that ends in the reasoning is read there."""
 
-    def parameters(self, task: Task, arm: Arm) -> dict[str, Any]:
+    def parameters(self, task: SweepTask, arm: Arm) -> dict[str, Any]:
         """Return a request's parameters but for its messages."""
         own = {"model": self.model, "extra_body": {"probes": [self.probe]}, **self.sampling}
         if "seed" in own:
@@ -225,7 +225,7 @@ def _confirm(
     from roentgen.serving.for_probes import RETRIES, model_server, served_name
 
     samples = {trace.sample.sample_id: trace.sample for trace, _ in expected}
-    tasks = [Task(name, sample.asked) for name, sample in samples.items()]
+    tasks = [SweepTask(name, sample.asked) for name, sample in samples.items()]
     numbers = {
         "name": "stops", "key": probe.card.key, "weight": probe.weight[0].tolist(), "bias": float(probe.bias[0]),
         "mean": probe.mean.tolist(), "scale": probe.scale.tolist(), "stop_when": report.stop_when,

@@ -21,7 +21,7 @@ from eval_jobs.problems import Problem
 from eval_jobs.rescoring import find_scorer, problem_of
 from eval_jobs.scoring import UnknownScorerError
 from eval_jobs.verdicts import Output, Scorer, ScorerError, ScoringFailedError, ask_scorer
-from probes.steering import SweepError, SweepPlan, SweepReport, Task, make_arms, run_sweep, summarize_sweep
+from probes.steering import SweepError, SweepPlan, SweepReport, SweepTask, make_arms, run_sweep, summarize_sweep
 from roentgen.api_keys import client_key
 from roentgen.atomic_files import atomic_write, make_folder, write_json
 from roentgen.contract import split_key
@@ -110,18 +110,18 @@ def render(report: SweepReport) -> Table:
     return table
 
 
-def _tasks(run: Run, samples: int) -> tuple[list[Task], dict[str, Problem]]:
+def _tasks(run: Run, samples: int) -> tuple[list[SweepTask], dict[str, Problem]]:
     """Return the first problems of a run, each once: as they were posed, and by their ids."""
     if run.config.hashed.get("mode") == "with-tools":
         raise SweepError(f"{run.path} was answered with tools, which a sweep does not give; take a run without")
-    tasks: dict[str, Task] = {}
+    tasks: dict[str, SweepTask] = {}
     problems: dict[str, Problem] = {}
     answered = [sample for sample in run.read_samples().by_name() if sample.error is None]
     posed: set[int] = set()  # the same question under two ids is one problem
     for sample, problem in zip(answered, same_question([sample.posed for sample in answered]), strict=True):
         if problem not in posed and len(tasks) < samples:
             posed.add(problem)
-            tasks[sample.problem_id] = Task(sample.problem_id, sample.asked)
+            tasks[sample.problem_id] = SweepTask(sample.problem_id, sample.asked)
             problems[sample.problem_id] = problem_of(sample)
     if not tasks:
         raise SweepError(f"{run.path} has no answered problem")

@@ -4,19 +4,19 @@ import numpy as np
 import pytest
 from scipy.stats import binomtest
 
-from probes.steering import Outcome, SweepReport, summarize_sweep
+from probes.steering import SweepOutcome, SweepReport, summarize_sweep
 from probes.steering.arms import Along
 
 
-def outcome(problem: int, along: Along, number: int, scale: float, correct: bool, tokens: int = 10) -> Outcome:
-    return Outcome(
+def outcome(problem: int, along: Along, number: int, scale: float, correct: bool, tokens: int = 10) -> SweepOutcome:
+    return SweepOutcome(
         problem_id=f"p{problem}", along=along, number=number, scale=scale, text="", parsed=tokens < 90, correct=correct,
         tokens=tokens, finish_reason="stop",
     )  # fmt: skip
 
 
 @pytest.fixture
-def outcomes() -> list[Outcome]:
+def outcomes() -> list[SweepOutcome]:
     """40 problems: half right without steering; pushed along the probe none is, and the texts are long."""
     found = []
     for problem in range(40):
@@ -26,7 +26,7 @@ def outcomes() -> list[Outcome]:
     return found
 
 
-def test_numbers_are_those_of_the_answers(outcomes: list[Outcome]) -> None:
+def test_numbers_are_those_of_the_answers(outcomes: list[SweepOutcome]) -> None:
     plain, probe, random = summarize_sweep(outcomes)
     assert [(f.along, f.scale, f.directions) for f in (plain, probe, random)] == [
         ("nothing", 0, 1), ("probe", -1, 1), ("random", -1, 2)
@@ -50,7 +50,7 @@ def test_numbers_are_those_of_the_answers(outcomes: list[Outcome]) -> None:
     assert probe.values["accuracy"].high == pytest.approx(binomtest(0, 40).proportion_ci(method="wilson").high)
 
 
-def test_differences_are_paired_and_their_interval_is_over_problems(outcomes: list[Outcome]) -> None:
+def test_differences_are_paired_and_their_interval_is_over_problems(outcomes: list[SweepOutcome]) -> None:
     _, probe, random = summarize_sweep(outcomes)
     # Of a mean of 40 zeros and minus ones, half each: the normal interval.
     half = 1.96 * 0.5 / np.sqrt(40)
@@ -59,7 +59,7 @@ def test_differences_are_paired_and_their_interval_is_over_problems(outcomes: li
     assert random.differences["length"].low == random.differences["length"].high == 0.5
 
 
-def test_the_report_is_json_and_a_picture(outcomes: list[Outcome]) -> None:
+def test_the_report_is_json_and_a_picture(outcomes: list[SweepOutcome]) -> None:
     report = SweepReport(
         "x", "m", "r", "correct", "layers.1.resid_post", "all", 7.5, 40, True, 0, {}, summarize_sweep(outcomes)
     )
