@@ -31,7 +31,7 @@ class Reading:
     """Whether it is right."""
 
 
-Judge = Callable[[str, Sample], Awaitable[Reading]]
+ReadAnswer = Callable[[str, Sample], Awaitable[Reading]]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Stop:
 class _Readings:
     """What has been read of each rollout up to each token, once."""
 
-    def __init__(self, traces: Sequence[StopTrace], judge: Judge) -> None:
+    def __init__(self, traces: Sequence[StopTrace], judge: ReadAnswer) -> None:
         self._traces = traces
         self._judge = judge
         self._found: dict[tuple[int, int], Reading] = {}
@@ -76,7 +76,7 @@ async def sweep(
     scores: Sequence[Sequence[Float[np.ndarray, "fed"]]],
     settings: Sequence[Setting],
     then: ProbeEffect,
-    judge: Judge,
+    judge: ReadAnswer,
 ) -> list[list[Stop]]:
     """Find what each setting would have done to each rollout, `[settings][traces]`.
 
