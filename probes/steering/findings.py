@@ -30,7 +30,7 @@ COLOURS = {"probe": "C0", "random": "C1", "orthogonal": "C2"}
 
 
 @dataclass(frozen=True)
-class Finding:
+class SteeringFinding:
     """What steering along one kind of direction, at one scale, did."""
 
     along: Along
@@ -71,7 +71,7 @@ class SweepReport:
     """Of the control directions."""
     sampling: dict[str, Any]
     """Of every request."""
-    findings: tuple[Finding, ...]
+    findings: tuple[SteeringFinding, ...]
     """No steering first, then by direction and scale."""
 
     def to_json(self) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class SweepReport:
         return figure
 
 
-def summarize_sweep(outcomes: Sequence[SweepOutcome], seed: int = 0) -> tuple[Finding, ...]:
+def summarize_sweep(outcomes: Sequence[SweepOutcome], seed: int = 0) -> tuple[SteeringFinding, ...]:
     """Turn outcomes into findings; every problem must have been answered in every arm.
 
     Args:
@@ -144,7 +144,7 @@ def summarize_sweep(outcomes: Sequence[SweepOutcome], seed: int = 0) -> tuple[Fi
             for name, values in means.items()
         }
         findings.append(
-            Finding(
+            SteeringFinding(
                 along,
                 scale,
                 len({outcome.number for outcome in own}),
