@@ -7,7 +7,7 @@ then judged. `findings` turns that into accuracy against tokens: each kind's set
 reported on the other half. `page` shows it.
 """
 
-from probes.stopping.findings import Chosen, Finding, LiveFinding, StopReport, live_finding, summarize_stops
+from probes.stopping.findings import Chosen, LiveFinding, StopFinding, StopReport, live_finding, summarize_stops
 from probes.stopping.page import render_page
 from probes.stopping.settings import Setting, make_settings
 from probes.stopping.sweep import Reading, Stop, sweep
@@ -15,11 +15,11 @@ from probes.stopping.traces import StopTrace, read_traces
 
 __all__ = [
     "Chosen",
-    "Finding",
     "LiveFinding",
     "Reading",
     "Setting",
     "Stop",
+    "StopFinding",
     "StopReport",
     "StopTrace",
     "live_finding",

@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int
 
 from probes.intervals import bootstrap_weights, estimate
 from probes.report import Estimate, spell_difference
-from probes.stopping.settings import Kind, Setting
+from probes.stopping.settings import RuleKind, Setting
 from probes.stopping.sweep import Stop
 from probes.stopping.traces import StopTrace
 from roentgen.statistics import accuracy, difference
@@ -27,7 +27,7 @@ FEW = 20
 
 
 @dataclass(frozen=True)
-class Finding:
+class StopFinding:
     """What a setting would have done."""
 
     setting: Setting
@@ -54,11 +54,11 @@ class Chosen:
     """The setting of one family that was chosen on the one half, and what it did on the other; of a random direction, the
     probe's."""
 
-    kind: Kind
+    kind: RuleKind
     """The family's kind."""
     number: int
     """Which of the random directions."""
-    finding: Finding | None
+    finding: StopFinding | None
     """None if no setting kept the accuracy; of a random direction, if none of the probe's did."""
 
 
@@ -105,11 +105,11 @@ class StopReport:
     """Of how many problems."""
     seed: int
     """Of the halves, the random directions and the bootstrap."""
-    whole: Finding
+    whole: StopFinding
     """Whole answers, on the reported half."""
     chosen: tuple[Chosen, ...]
     """Per family: the probe, random directions, fixed lengths, equal readings."""
-    findings: tuple[Finding, ...]
+    findings: tuple[StopFinding, ...]
     """Every setting, on the reported half."""
     live: LiveFinding | None = None
     """What the probe's chosen setting did on a server, if that was asked for."""
@@ -117,7 +117,7 @@ class StopReport:
     """Where the report is."""
 
     @property
-    def probes_own(self) -> Finding | None:
+    def probes_own(self) -> StopFinding | None:
         """What the probe's chosen setting did; None if no setting kept the accuracy."""
         return next(one.finding for one in self.chosen if one.kind == "probe")
 
@@ -194,7 +194,7 @@ def summarize_stops(
     choosing: Bool[np.ndarray, "traces"],
     max_loss: float,
     seed: int = 0,
-) -> tuple[Finding, tuple[Chosen, ...], tuple[Finding, ...]]:
+) -> tuple[StopFinding, tuple[Chosen, ...], tuple[StopFinding, ...]]:
     """Choose each family's setting on one half, and find what all of them do on the other.
 
     Args:
@@ -214,11 +214,11 @@ def summarize_stops(
     _, groups = np.unique(own, return_inverse=True)
     weights = bootstrap_weights(groups, seed)
 
-    def found(number: int) -> Finding:
+    def found(number: int) -> StopFinding:
         at = np.flatnonzero(~choosing)
         stopped = float(np.mean([stops[number][place].place is not None for place in at.tolist()]))
         mine, whole = tokens[number][at].astype(float), tokens[0][at].astype(float)
-        return Finding(
+        return StopFinding(
             settings[number],
             share(correct[number][at], groups),
             _change(correct[number][at], correct[0][at], groups),
@@ -228,7 +228,7 @@ def summarize_stops(
         )
 
     findings = tuple(found(number) for number in range(len(settings)))
-    families: dict[tuple[Kind, int], list[int]] = {}
+    families: dict[tuple[RuleKind, int], list[int]] = {}
     for number, setting in enumerate(settings[1:], start=1):
         families.setdefault(setting.family, []).append(number)
     least = correct[0][choosing].mean() - max_loss

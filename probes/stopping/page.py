@@ -6,7 +6,7 @@ import io
 from matplotlib.figure import Figure
 
 from probes.report import Estimate
-from probes.stopping.findings import Finding, StopReport, rows
+from probes.stopping.findings import StopFinding, StopReport, rows
 from probes.styles import COLORS, DPI, REFERENCE, WIDTH, darken
 from roentgen.pages import page_environment
 
@@ -46,7 +46,7 @@ def draw(report: StopReport) -> Figure:
     return figure
 
 
-def _point(axes: object, found: Finding, color: str, marker: str) -> None:
+def _point(axes: object, found: StopFinding, color: str, marker: str) -> None:
     accuracy, tokens = found.accuracy, found.tokens
     axes.errorbar(  # type: ignore[attr-defined]
         tokens.value, accuracy.value,

@@ -11,7 +11,7 @@ from jaxtyping import Float
 from probes.stopping.traces import StopTrace, scores_of
 from roentgen.linear_probe import Readout
 
-Kind = Literal["whole", "probe", "random", "fixed_length", "convergence"]
+RuleKind = Literal["whole", "probe", "random", "fixed_length", "convergence"]
 
 QUANTILES = np.array([0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99, 0.995])
 """Of the scores: the values that are tried, where none are given."""
@@ -25,7 +25,7 @@ READINGS = (1, 2, 3, 4, 6)
 class Setting:
     """One rule. Of its fields, those that its kind does not have are None."""
 
-    kind: Kind
+    kind: RuleKind
     """`whole` never stops. The others stop by the probe's score, by a random direction's, after a fixed number of tokens, or
     when the scorer has read the same answer several times in a row."""
     number: int = 0
@@ -38,7 +38,7 @@ class Setting:
     """The fixed length."""
 
     @property
-    def family(self) -> tuple[Kind, int]:
+    def family(self) -> tuple[RuleKind, int]:
         """What it is a setting of."""
         return self.kind, self.number
 
