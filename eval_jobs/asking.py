@@ -13,7 +13,7 @@ from openai import APIConnectionError, APIError, APIStatusError, APITimeoutError
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from eval_jobs.endpoint import Endpoint, FatalRequestError, server_message
-from eval_jobs.tools import ToolCall
+from eval_jobs.tools import ModelToolCall
 from roentgen.errors import RoentgenError
 
 CONFIGURATION_ERRORS = frozenset({400, 401, 403, 404, 422})
@@ -38,7 +38,7 @@ class Asked:
     """The assistant's message."""
     finish_reason: str | None
     """Why the model stopped."""
-    tool_calls: list[ToolCall]
+    tool_calls: list[ModelToolCall]
     """What it wants to be called."""
     prompt_tokens: int
     """Tokens of the prompt."""
@@ -57,7 +57,7 @@ class _Message(BaseModel):
 
     role: str = "assistant"
     content: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: list[ModelToolCall] | None = None
 
 
 class _Choice(BaseModel):

@@ -15,7 +15,7 @@ from eval_jobs.calculator import calculate
 
 
 @dataclass(frozen=True)
-class Tool:
+class EvalTool:
     """What a model may call."""
 
     name: str
@@ -40,10 +40,10 @@ class Tool:
         return {"type": "function", "function": function}
 
 
-TOOLS: dict[str, Tool] = {
+TOOLS: dict[str, EvalTool] = {
     tool.name: tool
     for tool in (
-        Tool(
+        EvalTool(
             "calculator",
             "Compute an arithmetic expression, such as (17 + 5) * 3 / 2. Also sqrt, abs, round, floor, ceil, min, max, gcd, "
             "lcm, factorial, log, exp.",
@@ -61,7 +61,7 @@ class _Function(BaseModel):
     arguments: str = "{}"
 
 
-class ToolCall(BaseModel):
+class ModelToolCall(BaseModel):
     """A call in a reply."""
 
     model_config = ConfigDict(extra="ignore")
@@ -71,7 +71,7 @@ class ToolCall(BaseModel):
     function: _Function
 
 
-def answer(call: ToolCall) -> dict[str, str]:
+def answer(call: ModelToolCall) -> dict[str, str]:
     """Run a call; return the message that answers it."""
     return {"role": "tool", "tool_call_id": call.id, "content": _run(call.function)}
 
