@@ -17,7 +17,7 @@ from typing import Any
 from openai import AsyncOpenAI
 from pydantic import ValidationError
 
-from eval_jobs.asking import Asked, ProblemFailedError, ask
+from eval_jobs.asking import ChatReply, ProblemFailedError, ask
 from eval_jobs.endpoint import Endpoint, FatalRequestError
 from eval_jobs.prompts import Prompt
 from eval_jobs.scoring import judge
@@ -61,7 +61,7 @@ class _Conversation:
     rollouts: list[RolloutRef] = field(default_factory=list)
     finish_reason: str | None = None
 
-    def add(self, asked: Asked) -> None:
+    def add(self, asked: ChatReply) -> None:
         """Take a reply in."""
         self.messages.append(asked.message)
         self.finish_reason = asked.finish_reason
