@@ -71,7 +71,7 @@ class Extractor:
 
 
 @dataclass(frozen=True)
-class Scores:
+class OutputScores:
     """One output, judged by several scorers."""
 
     answers: dict[str, str | None]
@@ -167,7 +167,7 @@ def choose_scorer(chosen: str | Scorer) -> Extension[Scorer]:
 
 async def judge(
     output: Output, problem: Problem, scorers: Mapping[str, Scorer] = {}, timeout_s: float | None = None
-) -> Scores:
+) -> OutputScores:
     """Judge an output by the extractors that suit the problem, and by scorers of one's own or a built-in one that is chosen.
 
     Args:
@@ -185,14 +185,14 @@ async def judge(
     return _scores({name: await ask_scorer(name, scorer, output, problem, timeout_s) for name, scorer in asked.items()})
 
 
-def score(text: str, gold: str) -> Scores:
+def score(text: str, gold: str) -> OutputScores:
     """Judge an output by every built-in extractor that suits its gold answer."""
     problem = Problem("", 0, "", "", gold)
     return _scores({name: one(Output(text), problem) for name, one in EXTRACTORS.items() if one.suits(problem)})
 
 
-def _scores(verdicts: Mapping[str, Verdict]) -> Scores:
-    return Scores(
+def _scores(verdicts: Mapping[str, Verdict]) -> OutputScores:
+    return OutputScores(
         {name: verdict.answer for name, verdict in verdicts.items()},
         {name: verdict.correct for name, verdict in verdicts.items()},
         {name: value for verdict in verdicts.values() for name, value in verdict.values.items()},
