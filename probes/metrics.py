@@ -10,20 +10,20 @@ from jaxtyping import Bool, Float, Int
 BINS = 10
 """Of equal width, for the expected calibration error."""
 
-Scores = Float[np.ndarray, "rows"]
-Labels = Bool[np.ndarray, "rows"]
-Weights = Int[np.ndarray, "draws rows"]
+RowScores = Float[np.ndarray, "rows"]
+RowLabels = Bool[np.ndarray, "rows"]
+RowWeights = Int[np.ndarray, "draws rows"]
 Draws = Float[np.ndarray, "draws"]
 
 
-def auroc(scores: Scores, y: Labels, weights: Weights) -> Draws:
+def auroc(scores: RowScores, y: RowLabels, weights: RowWeights) -> Draws:
     """Return the share of (True, False) pairs in order, ties a half."""
     trues, falses = _by_score(scores, y, weights)
     in_order = (trues * (falses.cumsum(1) - falses / 2)).sum(1)
     return _ratio(in_order, trues.sum(1) * falses.sum(1))
 
 
-def within_auroc(scores: Scores, y: Labels, weights: Weights, groups: Int[np.ndarray, "rows"]) -> Draws:
+def within_auroc(scores: RowScores, y: RowLabels, weights: RowWeights, groups: Int[np.ndarray, "rows"]) -> Draws:
     """Return the share of (True, False) pairs of the same problem in order; NaN if no problem has both.
 
     A problem counts as often as its rows do: weights have to be those of whole problems.
@@ -41,7 +41,7 @@ def within_auroc(scores: Scores, y: Labels, weights: Weights, groups: Int[np.nda
     return _ratio(in_order, pairs)
 
 
-def auprc(scores: Scores, y: Labels, weights: Weights) -> Draws:
+def auprc(scores: RowScores, y: RowLabels, weights: RowWeights) -> Draws:
     """Return the average precision: precision at each threshold, weighted by the recall that it adds."""
     trues, falses = (part[:, ::-1] for part in _by_score(scores, y, weights))
     caught = trues.cumsum(1)
@@ -49,35 +49,35 @@ def auprc(scores: Scores, y: Labels, weights: Weights) -> Draws:
     return _ratio(np.nansum(precision * trues, axis=1), trues.sum(1))
 
 
-def accuracy(probabilities: Scores, y: Labels, weights: Weights) -> Draws:
+def accuracy(probabilities: RowScores, y: RowLabels, weights: RowWeights) -> Draws:
     """Return the share of rows on the right side of ½."""
     return _ratio(weights @ ((probabilities > 0.5) == y), weights.sum(1))
 
 
-def brier(probabilities: Scores, y: Labels, weights: Weights) -> Draws:
+def brier(probabilities: RowScores, y: RowLabels, weights: RowWeights) -> Draws:
     """Return the mean squared error of probabilities."""
     return _ratio(weights @ (probabilities - y) ** 2, weights.sum(1))
 
 
-def ece(probabilities: Scores, y: Labels, weights: Weights) -> Draws:
+def ece(probabilities: RowScores, y: RowLabels, weights: RowWeights) -> Draws:
     """Return the expected calibration error: |observed − said| per bin of probability, averaged over rows."""
     inside = bins(probabilities)[:, None] == np.arange(BINS)
     return _ratio(np.abs(weights @ (inside * (probabilities - y)[:, None])).sum(1), weights.sum(1))
 
 
-def bins(probabilities: Scores) -> Int[np.ndarray, "rows"]:
+def bins(probabilities: RowScores) -> Int[np.ndarray, "rows"]:
     """Return the bin of each probability."""
     return np.minimum((probabilities * BINS).astype(int), BINS - 1)
 
 
-def r2(scores: Scores, y: Float[np.ndarray, "rows"], weights: Weights) -> Draws:
+def r2(scores: RowScores, y: Float[np.ndarray, "rows"], weights: RowWeights) -> Draws:
     """Return the share of the variance that is explained; below 0 where the mean would do better."""
     total = weights.sum(1)
     variance = weights @ y**2 - _ratio((weights @ y) ** 2, total)
     return 1 - _ratio(weights @ (y - scores) ** 2, np.where(variance > 1e-12 * total, variance, 0))
 
 
-def spearman(scores: Scores, y: Float[np.ndarray, "rows"], weights: Weights) -> Draws:
+def spearman(scores: RowScores, y: Float[np.ndarray, "rows"], weights: RowWeights) -> Draws:
     """Return the correlation of ranks, ties at their middle; NaN where all are tied."""
     a, b = _ranks(scores, weights), _ranks(y, weights)
     total = weights.sum(1, keepdims=True)
@@ -86,17 +86,17 @@ def spearman(scores: Scores, y: Float[np.ndarray, "rows"], weights: Weights) -> 
     return _ratio(covariance, np.sqrt((weights * a * a).sum(1) * (weights * b * b).sum(1)))
 
 
-def class_accuracy(scores: Float[np.ndarray, "rows classes"], y: Int[np.ndarray, "rows"], weights: Weights) -> Draws:
+def class_accuracy(scores: Float[np.ndarray, "rows classes"], y: Int[np.ndarray, "rows"], weights: RowWeights) -> Draws:
     """Return the share of rows whose highest score is their class's."""
     return _ratio(weights @ (scores.argmax(1) == y), weights.sum(1))
 
 
-def macro_auroc(scores: Float[np.ndarray, "rows classes"], y: Int[np.ndarray, "rows"], weights: Weights) -> Draws:
+def macro_auroc(scores: Float[np.ndarray, "rows classes"], y: Int[np.ndarray, "rows"], weights: RowWeights) -> Draws:
     """Return the mean over classes of the AUROC of one against the rest."""
     return np.mean([auroc(scores[:, k], y == k, weights) for k in range(scores.shape[1])], axis=0)
 
 
-def _by_score(scores: Scores, y: Labels, weights: Weights) -> tuple[np.ndarray, np.ndarray]:
+def _by_score(scores: RowScores, y: RowLabels, weights: RowWeights) -> tuple[np.ndarray, np.ndarray]:
     """Return how many True and False rows have each distinct score, in ascending order, `[draws, distinct]`."""
     order = np.argsort(scores, kind="stable")
     firsts = np.flatnonzero(np.diff(scores[order], prepend=-np.inf))  # where each distinct score begins
@@ -105,7 +105,7 @@ def _by_score(scores: Scores, y: Labels, weights: Weights) -> tuple[np.ndarray, 
     return trues, falses
 
 
-def _ranks(values: Scores, weights: Weights) -> Float[np.ndarray, "draws rows"]:
+def _ranks(values: RowScores, weights: RowWeights) -> Float[np.ndarray, "draws rows"]:
     """Return the middle rank of each row's value among the rows of each draw."""
     distinct, place = np.unique(values, return_inverse=True)
     counts = np.zeros((len(weights), len(distinct)))
