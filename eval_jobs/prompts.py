@@ -55,8 +55,8 @@ class Shot:
     """What else its record has."""
 
 
-Message = Mapping[str, Any]
-Pose = Callable[[Problem], str | Sequence[Message]]
+PromptMessage = Mapping[str, Any]
+Pose = Callable[[Problem], str | Sequence[PromptMessage]]
 """Returns the user's message that poses a problem, or all messages."""
 
 
