@@ -25,7 +25,7 @@ REST = 8
 """How many windows pass, once nothing was gained, before a larger limit is tried again."""
 
 
-class Limit(Protocol):
+class ConcurrencyLimit(Protocol):
     """How many requests may be in flight."""
 
     @property
@@ -43,7 +43,7 @@ class Limit(Protocol):
 
 
 @dataclass(frozen=True)
-class Fixed:
+class FixedLimit:
     """The same number always."""
 
     value: int
@@ -56,7 +56,7 @@ class Fixed:
 
 
 @dataclass
-class Climbing:
+class AdaptiveLimit:
     """As many as make the server faster."""
 
     value: int = START

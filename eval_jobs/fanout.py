@@ -37,7 +37,7 @@ from ray import ObjectRefGenerator
 from ray.exceptions import RayError, RayTaskError
 
 from eval_jobs import EvalError
-from eval_jobs.concurrency import MOST, Climbing, Fixed, Limit
+from eval_jobs.concurrency import MOST, AdaptiveLimit, ConcurrencyLimit, FixedLimit
 from eval_jobs.prompts import Prompt
 from eval_jobs.rollout import RolloutPlan, failed_sample, run_rollout
 from eval_jobs.variants import Attempt
@@ -79,9 +79,9 @@ class Slice:
     """Whether its first attempt is ahead of all others, those of other slices too."""
 
     @property
-    def limit(self) -> Limit:
+    def limit(self) -> ConcurrencyLimit:
         """How many may be in flight, as time goes on."""
-        return Climbing(most=self.in_flight) if self.climbing else Fixed(self.in_flight)
+        return AdaptiveLimit(most=self.in_flight) if self.climbing else FixedLimit(self.in_flight)
 
 
 @dataclass(frozen=True)
