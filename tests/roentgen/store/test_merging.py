@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roentgen.store import CapturedRollout, Session, StoreError, StoreWriter, verify
-from roentgen.store.merging import collect_garbage, compact
+from roentgen.store.merging import compact, remove_unused
 from roentgen.store.storage_backends import open_folder
 from tests.roentgen.store.conftest import KEYS, RolloutFactory
 

@@ -19,7 +19,7 @@ import torch
 import xxhash
 
 from roentgen.store import CapturedRollout, Session, StoreWriter
-from roentgen.store.merging import collect_garbage, compact
+from roentgen.store.merging import compact, remove_unused
 from tests.roentgen.store.conftest import KEYS, RolloutFactory
 
 SIZES = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
