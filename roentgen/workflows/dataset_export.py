@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eval_jobs.summary import summarize_samples
+from roentgen.atomic_files import atomic_folder, write_text
 from roentgen.contract import execution_order
 from roentgen.errors import RoentgenError
 from roentgen.runs import Run
