@@ -99,10 +99,10 @@ def run_evaluation(
                 connected(
                     settings.ray_address or (LOCAL if is_own else None), verbose=settings.verbose, starting=bar.begin
                 ),
-                _stop_asked(stop) as look_up,
+                _stop_requests(stop) as check_stop,
             ):
                 bar.begin("evaluating")
-                timing = _run_missing(missing, plan, settings, run, record, bar, look_up)
+                timing = _run_missing(missing, plan, settings, run, record, bar, check_stop)
     with _writing(run), Stages(console) as stage:
         if len(attempts) > MANY:
             stage(f"writing the summary and the page of {len(attempts):,} samples")
@@ -221,7 +221,7 @@ def _run_missing(
     run: Run,
     record: Recorder,
     progress: Progress,
-    look_up: Callable[[], None],
+    check_stop: Callable[[], None],
 ) -> Timing:
     """Run what is missing; return what it took.
 
@@ -252,7 +252,7 @@ def _run_missing(
             raise TooManyFailuresError(f"{failed} samples failed (--fail-on-error), {failures.spell_last()}")
 
     try:
-        evaluate(missing, plan, settings.parallel, keep, look_up)
+        evaluate(missing, plan, settings.parallel, keep, check_stop)
     except KeyboardInterrupt:
         raise InterruptedRunError(f"stopped. {go_on()}") from None
     except TooManyFailuresError as error:
@@ -276,7 +276,7 @@ def _nothing_left(run: Run) -> Iterator[None]:
 
 
 @contextmanager
-def _stop_asked(stop: Event | None) -> Iterator[Callable[[], None]]:
+def _stop_requests(stop: Event | None) -> Iterator[Callable[[], None]]:
     """Give a check that raises KeyboardInterrupt after Ctrl-C, or after SIGTERM (a job is stopped, a machine taken back).
 
     The signal itself only leaves a note: raised there and then, the interrupt would land inside Ray or half-way through a
@@ -291,19 +291,19 @@ def _stop_asked(stop: Event | None) -> Iterator[Callable[[], None]]:
             raise KeyboardInterrupt
         asked = True
 
-    def look_up() -> None:
+    def check_stop() -> None:
         if asked or (stop is not None and stop.is_set()):
             raise KeyboardInterrupt
 
     if stop is not None or current_thread() is not main_thread():
-        yield look_up
+        yield check_stop
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number, handler in before.items():
         if handler != signal.SIG_IGN:  # as a shell has it for Ctrl-C of what it starts in the background
             signal.signal(number, note)
     try:
-        yield look_up
+        yield check_stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 
 from eval_jobs import EvalError, InterruptedRunError
-from eval_jobs.driver import _stop_asked, run_evaluation
+from eval_jobs.driver import _stop_requests, run_evaluation
 from eval_jobs.endpoint import FatalRequestError
 from eval_jobs.resume import OtherConfigurationError
 from eval_jobs.settings import check_settings
@@ -289,11 +289,11 @@ def test_two_at_once_in_threads_have_a_run_each(server: StandIn) -> None:
 
 def test_a_signal_waits_for_the_driver_to_look_up_and_a_second_one_does_not() -> None:
     before = signal.getsignal(signal.SIGTERM)
-    with _stop_asked(None) as look_up:
-        look_up()
+    with _stop_requests(None) as check_stop:
+        check_stop()
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
-            look_up()
+            check_stop()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == before

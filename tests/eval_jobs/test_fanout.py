@@ -8,7 +8,7 @@ import pytest
 
 from eval_jobs.concurrency import START
 from eval_jobs.endpoint import FatalRequestError
-from eval_jobs.fanout import HEAD_START_S, LONG_PREFIX, MAX_DEATHS, deal, evaluate, shared_prefix
+from eval_jobs.fanout import HEAD_START_S, LONG_PREFIX, MAX_CRASHES, evaluate, shared_prefix, split_attempts
 from eval_jobs.problems import Problem
 from eval_jobs.prompts import ANSWER_LINE, GSM8K, GSM8K_COT
 from eval_jobs.rollout import RolloutPlan
@@ -31,7 +31,7 @@ def assert_each_once(samples: list[Sample], problems: list[Problem]) -> None:
 
 
 def test_problems_and_places_are_dealt_evenly(problems: list[Problem]) -> None:
-    slices = deal(attempts_at(problems), tasks=5, parallel=7)
+    slices = split_attempts(attempts_at(problems), tasks=5, parallel=7)
     assert [piece.in_flight for piece in slices] == [2, 2, 1, 1, 1]
     assert [len(piece.attempts) for piece in slices] == [3, 3, 2, 2, 2]
     assert {attempt.problem for piece in slices for attempt in piece.attempts} == set(problems)
@@ -46,7 +46,7 @@ def attempts_by_problem(problems: list[Problem], epochs: int) -> list[Attempt]:
 )
 def test_a_problem_s_attempts_are_dealt_together(problems: list[Problem], taken: int, epochs: int, tasks: int) -> None:
     attempts = attempts_by_problem(problems[:taken], epochs)
-    slices = deal(attempts, tasks, parallel=8)
+    slices = split_attempts(attempts, tasks, parallel=8)
     sizes = [len(piece.attempts) for piece in slices]
     assert max(sizes) - min(sizes) <= 1
     assert sorted(attempt.sample_id for piece in slices for attempt in piece.attempts) == sorted(
@@ -63,7 +63,7 @@ def test_slices_stay_even_where_problems_lack_different_numbers_of_attempts(prob
     attempts = [
         Attempt(problem, PLAIN, epoch) for n, problem in enumerate(problems) for epoch in range(1, 2 + 6 * (n % 2))
     ]
-    sizes = [len(piece.attempts) for piece in deal(attempts, tasks=2, parallel=2)]
+    sizes = [len(piece.attempts) for piece in split_attempts(attempts, tasks=2, parallel=2)]
     assert sum(sizes) == len(attempts)
     assert max(sizes) - min(sizes) <= 1
 
@@ -189,8 +189,8 @@ def test_a_problem_that_kills_every_worker_is_given_up_alone(
     assert_each_once(samples, problems)
     (failed,) = [sample for sample in samples if sample.error]
     assert failed.problem_id == problems[0].problem_id
-    assert f"its task died {MAX_DEATHS} times" in str(failed.error)
-    assert server.questions().count(problems[0].question) == MAX_DEATHS
+    assert f"its task died {MAX_CRASHES} times" in str(failed.error)
+    assert server.questions().count(problems[0].question) == MAX_CRASHES
 
 
 def test_a_refused_request_stops_everything_and_keeps_what_is_done(
