@@ -72,7 +72,7 @@ def _run(settings: EvalSettings, factory: ServerFactory | None, progress: Consol
     run = perform(settings, factory, progress)
     if run is None:
         return 0
-    from eval_jobs.console import print_summary
+    from eval_jobs.terminal_summary import print_summary
 
     summary = run.summary() or {}
     print_summary(run, summary, Console())

@@ -17,7 +17,6 @@ from rich.console import Console
 
 from eval_jobs import EvalError, InterruptedRunError
 from eval_jobs.config import ServedModelInfo, hashed_configuration, variants_of
-from eval_jobs.console import say
 from eval_jobs.endpoint import Endpoint, FatalRequestError, find_model, resolve_endpoint
 from eval_jobs.estimate import estimate
 from eval_jobs.failures import Failures
@@ -32,6 +31,7 @@ from eval_jobs.rollout import RolloutPlan
 from eval_jobs.scoring import EXTRACTORS, choose_scorer
 from eval_jobs.settings import EvalSettings
 from eval_jobs.summary import expected_samples
+from eval_jobs.terminal_summary import print_line
 from eval_jobs.tools import TOOLS
 from eval_jobs.variants import Attempt, attempts_of
 from roentgen.api_keys import client_key
@@ -78,7 +78,7 @@ def run_evaluation(
         RunError: if the run directory cannot be used.
     """
     settings = as_begun(settings).suited_to(problems)
-    endpoint, served, settings = prepare(settings, base_url, lambda text: say(console, text))
+    endpoint, served, settings = prepare(settings, base_url, lambda text: print_line(console, text))
     run = open_run(settings, problems, served, endpoint.base_url)
     plan = _plan(settings, endpoint, served.id, run)
     attempts = attempts_of(run.config, problems)
@@ -87,7 +87,7 @@ def run_evaluation(
         if begun != run.config:
             write_config(run)
             before, now = expected_samples(begun), expected_samples(run.config)
-            say(console, f"the run grows from {before} to {now} samples")
+            print_line(console, f"the run grows from {before} to {now} samples")
         recorded, tally = _recorded(run)
         missing = [attempt for attempt in attempts if attempt.identity not in recorded]
         _announce(run, settings, problems, attempts, missing, console)
@@ -118,28 +118,30 @@ def describe(settings: EvalSettings, problems: Sequence[Problem], base_url: str,
     Raises:
         EvalError: if the server cannot be used, or the file of variants.
     """
-    endpoint, served, settings = prepare(settings.suited_to(problems), base_url, lambda text: say(console, text))
+    endpoint, served, settings = prepare(settings.suited_to(problems), base_url, lambda text: print_line(console, text))
     hashed = hashed_configuration(settings, served)
     variants = variants_of(settings, hashed)
     samples = len(problems) * settings.epochs * len(variants)
-    say(
+    print_line(
         console,
         f"configuration {canonical_hash(hashed)}: {served.id}, prompt {settings.chosen_prompt.name}, {settings.mode}",
     )
-    say(console, f"{samples} samples: {len(problems)} problems × {settings.epochs} epochs × {len(variants)} variants")
+    print_line(
+        console, f"{samples} samples: {len(problems)} problems × {settings.epochs} epochs × {len(variants)} variants"
+    )
     stored = estimate(settings, served, endpoint, problems, len(variants))
-    say(console, "activations: none" if stored is None else str(stored))
+    print_line(console, "activations: none" if stored is None else str(stored))
 
 
 def prepare(
-    settings: EvalSettings, base_url: str, say: Callable[[str], None]
+    settings: EvalSettings, base_url: str, notify: Callable[[str], None]
 ) -> tuple[Endpoint, ServedModelInfo, EvalSettings]:
     """Ask the server what it serves; return it, and the settings with what it cannot do left out.
 
     Args:
         settings: what was asked for.
         base_url: the server.
-        say: told what is left out.
+        notify: called with a line about each part that is left out.
 
     Raises:
         FatalRequestError: if no server answers, it does not serve the model, or the model lacks a layer that is to be kept.
@@ -147,7 +149,7 @@ def prepare(
     endpoint = resolve_endpoint(Endpoint(base_url, timeout=settings.request_timeout, api_key=client_key()))
     served = find_model(endpoint, settings.model)
     if settings.collect_activations and served.d_model is None:
-        say(f"the server at {base_url} is not Roentgen's: no activations are kept")
+        notify(f"the server at {base_url} is not Roentgen's: no activations are kept")
         settings = settings.model_copy(update={"collect_activations": False})
     if settings.collect_activations and served.num_layers is not None and settings.layers != "all":
         for layer in settings.layers:
@@ -196,22 +198,24 @@ def _announce(
     console: Console,
 ) -> None:
     if settings.sample_ids is None and len(problems) < settings.samples:
-        say(
+        print_line(
             console,
             f"{describe_source(settings.problems)} has {len(problems)} problems, fewer than the {settings.samples} asked for: "
             "all are used",
         )
     if settings.epochs > 1 and settings.temperature == 0:
-        say(console, f"{settings.epochs} epochs at temperature 0: every sample of a problem will be the same")
-    say(console, f"run directory: {run.path}")
+        print_line(console, f"{settings.epochs} epochs at temperature 0: every sample of a problem will be the same")
+    print_line(console, f"run directory: {run.path}")
     extractor = run.config.settings["extractor"]
     if settings.extractor is None and extractor != settings.chosen_prompt.extractor:
-        say(console, f"the run began with the extractor {extractor}, and keeps it")
+        print_line(console, f"the run began with the extractor {extractor}, and keeps it")
     what = "problems" if len(attempts) == len(problems) else "samples"
     if not missing:
-        say(console, f"all {len(attempts)} {what} are recorded already: nothing to run")
+        print_line(console, f"all {len(attempts)} {what} are recorded already: nothing to run")
     elif len(missing) < len(attempts):
-        say(console, f"continuing: {len(attempts) - len(missing)} of {len(attempts)} {what} are recorded already")
+        print_line(
+            console, f"continuing: {len(attempts) - len(missing)} of {len(attempts)} {what} are recorded already"
+        )
 
 
 def _run_missing(
@@ -247,9 +251,9 @@ def _run_missing(
         if sample.error is not None:
             failures.add(sample.sample_id, sample.error)
         if failed_in_a_row == MAX_FAILED_IN_A_ROW:
-            raise TooManyFailuresError(f"the last {failed_in_a_row} {what} failed, {failures.spell_last()}")
+            raise TooManyFailuresError(f"the last {failed_in_a_row} {what} failed, {failures.describe_last()}")
         if failed == settings.fail_on_error:
-            raise TooManyFailuresError(f"{failed} samples failed (--fail-on-error), {failures.spell_last()}")
+            raise TooManyFailuresError(f"{failed} samples failed (--fail-on-error), {failures.describe_last()}")
 
     try:
         evaluate(missing, plan, settings.parallel, keep, check_stop)

@@ -67,8 +67,8 @@ class StorageEstimate:
         """Spell it, with what makes it less if that is a lot."""
         advice = "; --positions or --layers make it less" if self.total >= 10e9 else ""
         return (
-            f"activations: at most {spell_bytes(self.total)} ({self.samples} samples × {self.keys} keys × {self.rows} rows × "
-            f"{self.bytes_per_row} bytes, and {spell_bytes(self.index)} to describe them){advice}"
+            f"activations: at most {format_bytes(self.total)} ({self.samples} samples × {self.keys} keys × {self.rows} rows × "
+            f"{self.bytes_per_row} bytes, and {format_bytes(self.index)} to describe them){advice}"
         )
 
 
@@ -101,7 +101,7 @@ def estimate(
     return StorageEstimate(len(problems) * settings.epochs * variants, keys, rows, width, tokens)
 
 
-def spell_bytes(size: float) -> str:
+def format_bytes(size: float) -> str:
     """Spell a size, `151 GB`."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 1000:

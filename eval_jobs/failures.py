@@ -73,7 +73,7 @@ class Failures:
         """Return the kinds, the commonest first; of equally common ones, the one that came first."""
         return sorted(self._kinds.values(), key=lambda failure: -failure.count)
 
-    def spell_last(self) -> str:
+    def describe_last(self) -> str:
         """Spell the last failure and, if others are commoner, the commonest."""
         commonest, total = self.commonest_first()[0], sum(failure.count for failure in self._kinds.values())
         last = f"the last one with: {self._last}"

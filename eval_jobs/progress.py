@@ -153,7 +153,7 @@ class Progress:
         seconds = time.monotonic() - self._started
         speed = f", {self._all.tokens / seconds:.0f} tokens/s" if seconds > 0 else ""
         if not self._all.tokens:  # nothing has finished: what the server says, or the time alone
-            waited = f"{spell_seconds(seconds)} so far"
+            waited = f"{format_seconds(seconds)} so far"
             heard = (
                 f"{self._under_way:,} tokens generated, {self._under_way / seconds:.0f} tokens/s, "
                 if self._under_way
@@ -167,10 +167,10 @@ class Progress:
 
 def seconds_left(done: int, left: int, seconds: float) -> str:
     """Spell how long the rest will take, `, 3:20 left`; nothing if it cannot be told, or nothing is left."""
-    return f", {spell_seconds(left * seconds / done)} left" if done and left else ""
+    return f", {format_seconds(left * seconds / done)} left" if done and left else ""
 
 
-def spell_seconds(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """Spell a time, `1:02:03` or `3:20`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

@@ -14,8 +14,8 @@ from typing import Any
 from jinja2 import Environment
 
 from eval_jobs.charts import lengths, panels, ticks
-from eval_jobs.console import interval, percent, spell_count, spell_difference, spell_samples, warnings
 from eval_jobs.summary import summarize_samples
+from eval_jobs.terminal_summary import format_count, format_difference, format_samples, interval, percent, warnings
 from roentgen.atomic_files import write_text
 from roentgen.pages import page_environment
 from roentgen.runs import Run, RunError
@@ -95,10 +95,10 @@ def _environment() -> Environment:
     environment.filters |= {
         "percent": percent,
         "interval": interval,
-        "difference": spell_difference,
+        "difference": format_difference,
         "speed": lambda speed: f"{speed:.1f}" if speed < 10 else f"{speed:.0f}",
     }
-    environment.globals |= {"count": spell_count, "conditions": spell_samples}
+    environment.globals |= {"count": format_count, "conditions": format_samples}
     return environment
 
 

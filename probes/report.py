@@ -63,7 +63,7 @@ def compared(difference: Estimate, margin: float) -> str:
     return "better" if difference.low > 0 else "worse" if difference.high < 0 else "unclear"
 
 
-def spell_difference(difference: Estimate) -> str:
+def format_difference(difference: Estimate) -> str:
     """Spell a difference with its interval, `+0.04 [-0.02, +0.10]`."""
     return f"{difference.value:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
 
@@ -234,11 +234,11 @@ class ProbeReport:
             if verdict in ("equal", "worse"):
                 how = f"about as well{'' if verdict == 'equal' else ' or better'}"
                 yield (
-                    f"{called.capitalize()} alone does {how} ({found}; difference {spell_difference(difference)}): "
+                    f"{called.capitalize()} alone does {how} ({found}; difference {format_difference(difference)}): "
                     "the probe may be reading that."
                 )
             elif verdict == "unclear" and self.best.estimate.low > self.chance:
-                unclear.append(f"{called} ({found}; difference {spell_difference(difference)})")
+                unclear.append(f"{called} ({found}; difference {format_difference(difference)})")
         if unclear:
             yield f"This data cannot tell whether the probe does better than {', '.join(unclear)}."
 
@@ -246,16 +246,14 @@ class ProbeReport:
         accuracy, brier = self.gains.get("accuracy"), self.gains.get("brier")
         if accuracy is not None and not accuracy.low > 0:
             own, plain = self.best.metrics["accuracy"], self.forecast["accuracy"]
-            what = f"giving the most frequent answer every time ({plain.value:.2f}; difference {spell_difference(accuracy)})"
+            what = f"giving the most frequent answer every time ({plain.value:.2f}; difference {format_difference(accuracy)})"
             if accuracy.value <= 0:
                 yield f"Its accuracy, {own}, is no better than {what}: its yes or no is of no use, whatever its rank order."
             else:
                 yield f"This data cannot tell whether its accuracy, {own}, is better than {what}."
         if brier is not None and not brier.high < 0:
             own, plain = self.best.metrics["brier"], self.forecast["brier"]
-            what = (
-                f"that of saying the share of True every time ({plain.value:.2f}; difference {spell_difference(brier)})"
-            )
+            what = f"that of saying the share of True every time ({plain.value:.2f}; difference {format_difference(brier)})"
             if brier.value >= 0:
                 yield f"Its Brier score, {own}, is no better than {what}: its probabilities are of no use."
             else:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from probes.intervals import bootstrap_weights, estimate
-from probes.report import Estimate, spell_difference
+from probes.report import Estimate, format_difference
 from probes.stopping.settings import RuleKind, Setting
 from probes.stopping.sweep import Stop
 from probes.stopping.traces import StopTrace
@@ -309,7 +309,7 @@ def rows(report: StopReport) -> list[tuple[str, str, str, str, str, str]]:
         found = one.finding
         table.append(
             (
-                name, str(found.setting), str(found.accuracy), spell_difference(found.change), _tokens(found.tokens),
+                name, str(found.setting), str(found.accuracy), format_difference(found.change), _tokens(found.tokens),
                 str(found.saved),
             )
         )  # fmt: skip

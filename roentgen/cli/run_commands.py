@@ -30,7 +30,7 @@ def score(
     ] = None,
 ) -> None:
     """Score a run's answers again, without the model, and print the scores."""
-    from eval_jobs.console import print_summary
+    from eval_jobs.terminal_summary import print_summary
     from roentgen.api.run_results import score as judge
 
     with expected_errors():
@@ -88,7 +88,7 @@ def compare(
     first: RunPath, second: Annotated[Path, typer.Argument(help="Another run, which shares problems with the first.")]
 ) -> None:
     """Compare two runs problem by problem: the difference in accuracy with its confidence interval, and McNemar's test."""
-    from eval_jobs.console import print_comparison
+    from eval_jobs.terminal_summary import print_comparison
     from roentgen.api.run_results import compare as compare_runs
 
     with expected_errors():

@@ -9,13 +9,13 @@ from rich.console import Console
 
 from eval_jobs.comparison import compare
 from eval_jobs.config import ServedModelInfo, hashed_configuration, variants_of
-from eval_jobs.console import print_comparison
 from eval_jobs.outputs import around, write_summary
 from eval_jobs.rescoring import rescore
 from eval_jobs.resume import open_run
 from eval_jobs.scoring import score
 from eval_jobs.settings import check_settings
 from eval_jobs.status import status
+from eval_jobs.terminal_summary import print_comparison
 from eval_jobs.variants import Attempt
 from roentgen.runs import Run, RunError, Sample, recording
 from tests.eval_jobs.conftest import take

@@ -15,7 +15,7 @@ TOO_MANY = 0.10
 """A share of truncated or unparsable outputs above which the accuracy says more about the budget than about the model."""
 
 
-def say(console: Console, text: str, style: str = "") -> None:
+def print_line(console: Console, text: str, style: str = "") -> None:
     """Print a line as it is."""
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
@@ -38,36 +38,38 @@ def print_summary(run: Run, summary: dict[str, Any], console: Console) -> None:
             style="bold" if primary else None,
         )
     console.print(table)
-    for line in (spell_samples(summary), *_conditions(summary), *_facts(summary)):
-        say(console, line)
+    for line in (format_samples(summary), *_conditions(summary), *_facts(summary)):
+        print_line(console, line)
     for warning in warnings(summary):
-        say(console, f"warning: {warning}", style="yellow")
-    say(console, f"report: {run.path / 'report.html'}")
+        print_line(console, f"warning: {warning}", style="yellow")
+    print_line(console, f"report: {run.path / 'report.html'}")
 
 
 def print_comparison(found: RunComparison, console: Console) -> None:
     """Print what two runs say of the problems that both have."""
     for name, one, other in found.configuration:
-        say(console, f"  {name}: {one!r} → {other!r}")
+        print_line(console, f"  {name}: {one!r} → {other!r}")
     for pair in found.pairs:
         if pair.names != (None, None):
-            say(console, " against ".join(_called(name) for name in pair.names))
+            print_line(console, " against ".join(_called(name) for name in pair.names))
         change = pair.difference
         if change.value is None:
-            say(console, "the runs have no problem in common")
+            print_line(console, "the runs have no problem in common")
             continue
-        say(console, f"problems in common: {change.problems}")
-        say(console, f"first:  {percent(pair.first.value)} ({interval(asdict(pair.first))})")
-        say(console, f"second: {percent(pair.second.value)} ({interval(asdict(pair.second))})")
-        say(console, f"second − first: {spell_difference(asdict(change))}")
+        print_line(console, f"problems in common: {change.problems}")
+        print_line(console, f"first:  {percent(pair.first.value)} ({interval(asdict(pair.first))})")
+        print_line(console, f"second: {percent(pair.second.value)} ({interval(asdict(pair.second))})")
+        print_line(console, f"second − first: {format_difference(asdict(change))}")
         for what, problems in (("better", pair.gained), ("worse", pair.lost)):
             if problems:
-                say(console, f"{what} in the second: {_some(problems, 20)}")
+                print_line(console, f"{what} in the second: {_some(problems, 20)}")
     if len(found.pairs) > 1:
-        say(console, f"all pairs of variants together: second − first: {spell_difference(asdict(found.difference))}")
+        print_line(
+            console, f"all pairs of variants together: second − first: {format_difference(asdict(found.difference))}"
+        )
     for which, names in zip(("first", "second"), found.alone, strict=True):
         if names:
-            say(
+            print_line(
                 console,
                 f"not compared, because the other run poses no problem so: {', '.join(map(_called, names))} of the {which}",
             )
@@ -77,32 +79,32 @@ def _called(variant: str | None) -> str:
     return "no variant" if variant is None else f"variant {variant}"
 
 
-def spell_difference(change: dict[str, Any]) -> str:
+def format_difference(change: dict[str, Any]) -> str:
     """Spell a paired difference, `+4.2 points (−1.0 to 9.4); of 120 problems 12 gained, 7 lost, p = 0.36`."""
     if change["value"] is None:
         return "no problem in common"
     low, high = change["low"], change["high"]
     span = "" if low is None else f" ({100 * low:+.1f} to {100 * high:+.1f})"
     return (
-        f"{100 * change['value']:+.1f} points{span}; of {spell_count(change['problems'], 'problem')} "
+        f"{100 * change['value']:+.1f} points{span}; of {format_count(change['problems'], 'problem')} "
         f"{change['gained']} gained, {change['lost']} lost, p = {change['p_value']:.2g}"
     )
 
 
-def spell_samples(summary: dict[str, Any]) -> str:
+def format_samples(summary: dict[str, Any]) -> str:
     """Spell what was scored, `120 of 120 samples scored: 40 problems × 3 epochs`."""
     problems = summary["problems"]
-    parts = [spell_count(int(problems["samples"]), "problem")]
+    parts = [format_count(int(problems["samples"]), "problem")]
     if problems.get("epochs", 1) > 1:
         parts.append(f"{problems['epochs']} epochs")
     if summary["variants"]:
         parts.append(f"{len(summary['variants'])} variants")
     failed = f", {summary['errors']} failed" if summary["errors"] else ""
-    expected = spell_count(int(summary["expected_samples"]), "sample")
+    expected = format_count(int(summary["expected_samples"]), "sample")
     return f"{summary['samples']} of {expected} scored{failed}: {' × '.join(parts)}"
 
 
-def spell_count(number: int, noun: str) -> str:
+def format_count(number: int, noun: str) -> str:
     """Spell a count, `1 problem`, `3 problems`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
@@ -131,7 +133,7 @@ def _conditions(summary: dict[str, Any]) -> Iterator[str]:
     yield from _several(summary["several_samples"])
     for name, variant in summary["variants"].items():
         against, scores = variant["against_first"], variant["accuracy"]
-        change = "" if against is None else f"; against the first {spell_difference(against)}"
+        change = "" if against is None else f"; against the first {format_difference(against)}"
         yield f"variant {name}: {scores['correct']}/{scores['n']}, {percent(scores['value'])} ({interval(scores)}){change}"
         yield from (f"  {line}" for line in _several(variant["several_samples"]))
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from eval_jobs.console import interval, percent, print_summary, spell_samples, warnings
 from eval_jobs.outputs import Timing, write_summary
 from eval_jobs.progress import Progress, Tally
+from eval_jobs.terminal_summary import format_samples, interval, percent, print_summary, warnings
 from tests.eval_jobs.test_outputs import make_run
 from tests.eval_jobs.test_summary import make
 
@@ -71,7 +71,7 @@ def test_the_commonest_error_is_a_warning(tmp_path: Path) -> None:
 
 def test_samples_problems_epochs_and_variants_are_told_apart(tmp_path: Path) -> None:
     assert (
-        spell_samples(write_summary(make_run(tmp_path / "plain"), None))
+        format_samples(write_summary(make_run(tmp_path / "plain"), None))
         == "4 of 5 samples scored, 1 failed: 5 problems"
     )
     (tmp_path / "v.yaml").write_text("plain: ''\ncalm: No hurry.\n")
