@@ -17,7 +17,7 @@ from typing import Any
 from openai import AsyncOpenAI
 from pydantic import ValidationError
 
-from eval_jobs.asking import ChatReply, ProblemFailedError, ask
+from eval_jobs.chat_request import ChatReply, ProblemFailedError, send_chat_request
 from eval_jobs.endpoint import Endpoint, FatalRequestError
 from eval_jobs.prompts import Prompt
 from eval_jobs.scoring import judge
@@ -91,7 +91,9 @@ async def run_rollout(client: AsyncOpenAI, attempt: Attempt, plan: RolloutPlan) 
     try:
         for turn in range(plan.max_turns):
             extra = _activations(attempt, plan, turn)
-            asked = await ask(client, plan.endpoint, {**parameters, "messages": talk.messages, "extra_body": extra})
+            asked = await send_chat_request(
+                client, plan.endpoint, {**parameters, "messages": talk.messages, "extra_body": extra}
+            )
             talk.add(asked)
             if plan.capture is not None:
                 talk.rollouts.append(_rollout(asked.activations, plan, turn))

@@ -22,7 +22,7 @@ CONFIGURATION_ERRORS = frozenset({400, 401, 403, 404, 422})
 PROBLEM_ERRORS = frozenset({"context_length_exceeded", "request_too_large", "invalid_text"})
 """The codes of a 400 that blame the problem: its text is too long, or is none."""
 
-SAID = ("role", "content", "reasoning_content", "tool_calls")
+KEPT_FIELDS = ("role", "content", "reasoning_content", "tool_calls")
 """What of a reply's message is kept, and sent back in the next turn."""
 
 
@@ -83,7 +83,7 @@ class _Reply(BaseModel):
     activations: Any = None
 
 
-async def ask(client: AsyncOpenAI, endpoint: Endpoint, parameters: dict[str, Any]) -> ChatReply:
+async def send_chat_request(client: AsyncOpenAI, endpoint: Endpoint, parameters: dict[str, Any]) -> ChatReply:
     """Make a chat completion.
 
     Raises:
@@ -115,7 +115,7 @@ def _read(reply: _Reply, seconds: float) -> ChatReply:
     details = usage.prompt_tokens_details or _PromptTokensDetails()
     said = choice.message.model_dump(exclude_none=True)
     return ChatReply(
-        message={"content": None, **{name: said[name] for name in SAID if name in said}},
+        message={"content": None, **{name: said[name] for name in KEPT_FIELDS if name in said}},
         finish_reason=choice.finish_reason,
         tool_calls=choice.message.tool_calls or [],
         prompt_tokens=usage.prompt_tokens,
