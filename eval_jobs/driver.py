@@ -24,11 +24,11 @@ from eval_jobs.fanout import evaluate
 from eval_jobs.outputs import Timing, write_missing_sample_files, write_sample_files, write_summary
 from eval_jobs.problems import Problem, describe_source
 from eval_jobs.progress import Progress, Tally
-from eval_jobs.pulse import Pulse
 from eval_jobs.report import write_report
 from eval_jobs.resume import as_begun, open_run
 from eval_jobs.rollout import RolloutPlan
 from eval_jobs.scoring import EXTRACTORS, choose_scorer
+from eval_jobs.server_token_counter import ServerTokenCounter
 from eval_jobs.settings import EvalSettings
 from eval_jobs.summary import expected_samples
 from eval_jobs.terminal_summary import print_line
@@ -94,8 +94,8 @@ def run_evaluation(
         timing = None
         if missing:
             with (
-                closing(Pulse(endpoint)) as pulse,
-                Progress(console, len(attempts), tally, pulse.tokens) as bar,
+                closing(ServerTokenCounter(endpoint)) as counter,
+                Progress(console, len(attempts), tally, counter.tokens) as bar,
                 connected(
                     settings.ray_address or (LOCAL if is_own else None), verbose=settings.verbose, starting=bar.begin
                 ),

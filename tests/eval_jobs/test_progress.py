@@ -9,7 +9,7 @@ from rich.console import Console
 from eval_jobs import progress
 from eval_jobs.endpoint import Endpoint
 from eval_jobs.progress import Progress, Tally
-from eval_jobs.pulse import Pulse
+from eval_jobs.server_token_counter import ServerTokenCounter
 from roentgen.runs import Sample
 from serve_app.engines.protocol import Load
 from serve_app.http.metrics import Metrics
@@ -56,26 +56,26 @@ def test_a_server_that_says_nothing_leaves_the_clock(monkeypatch: pytest.MonkeyP
 def test_roentgen_s_own_metrics_are_read(server: StandIn) -> None:
     """By the very text that the server's registry writes."""
     metrics = Metrics()
-    pulse = Pulse(Endpoint(server.base_url))
+    counter = ServerTokenCounter(Endpoint(server.base_url))
     server.metrics = metrics.text(
         {"a": Load(2, 0, {1: 10, 2: 5}), "b": Load(1, 0, {4: 3})}
     ).decode()  # 20 and 12 tokens
-    assert pulse.tokens() == 0  # of before
+    assert counter.tokens() == 0  # of before
     server.metrics = metrics.text({"a": Load(2, 0, {1: 10, 2: 15}), "b": Load(1, 0, {4: 4})}).decode()
-    assert pulse.tokens() == 24
-    pulse.close()
-    assert pulse.tokens() is None
+    assert counter.tokens() == 24
+    counter.close()
+    assert counter.tokens() is None
 
 
 def test_vllm_s_metrics_are_read(server: StandIn) -> None:
-    pulse = Pulse(Endpoint(server.base_url))
+    counter = ServerTokenCounter(Endpoint(server.base_url))
     for total, since in (("7.0", 0), ("1.007e+03", 1000)):
         server.metrics = f'# TYPE x counter\nvllm:generation_tokens_total{{engine="0",model_name="m"}} {total}\n'
-        assert pulse.tokens() == since
+        assert counter.tokens() == since
 
 
 def test_a_server_without_metrics_is_asked_once(server: StandIn) -> None:
-    pulse = Pulse(Endpoint(server.base_url))
-    assert pulse.tokens() is None
+    counter = ServerTokenCounter(Endpoint(server.base_url))
+    assert counter.tokens() is None
     server.metrics = "vllm:generation_tokens_total 7\n"
-    assert pulse.tokens() is None
+    assert counter.tokens() is None

@@ -20,7 +20,7 @@ COUNTERS = re.compile(
 PATIENCE_S = 2.0
 
 
-class Pulse:
+class ServerTokenCounter:
     """Counts the tokens that a server has generated since this was made; close it after use."""
 
     def __init__(self, endpoint: Endpoint) -> None:
