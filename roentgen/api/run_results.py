@@ -5,13 +5,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from eval_jobs.comparison import RunComparison
-from eval_jobs.comparison import compare as compare_runs
 from eval_jobs.inspect_log import write_inspect_log
 from eval_jobs.outputs import write_summary
 from eval_jobs.parquet import write_parquet
 from eval_jobs.report import write_report
 from eval_jobs.rescoring import rescore
+from eval_jobs.run_comparison import RunComparison
+from eval_jobs.run_comparison import compare as compare_runs
 from eval_jobs.verdicts import Scorer
 from roentgen.argument_names import naming_arguments
 from roentgen.runs import Run
