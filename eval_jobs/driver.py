@@ -16,11 +16,11 @@ from types import FrameType
 from rich.console import Console
 
 from eval_jobs import EvalError, InterruptedRunError
-from eval_jobs.config import ServedModelInfo, hashed_configuration, variants_of
 from eval_jobs.endpoint import Endpoint, FatalRequestError, find_model, resolve_endpoint
 from eval_jobs.estimate import estimate
 from eval_jobs.failures import Failures
 from eval_jobs.fanout import evaluate
+from eval_jobs.hashed_config import ServedModelInfo, hashed_configuration, variants_of
 from eval_jobs.outputs import Timing, write_missing_sample_files, write_sample_files, write_summary
 from eval_jobs.problems import Problem, describe_source
 from eval_jobs.progress import Progress, Tally

@@ -23,7 +23,7 @@ from openai import (
 
 from eval_jobs import EvalError
 from eval_jobs.addresses import Addresses, split
-from eval_jobs.config import ServedModelInfo
+from eval_jobs.hashed_config import ServedModelInfo
 from roentgen.model_names import is_named, suggest
 
 CONNECT_TIMEOUT_S = 5.0

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from httpx2 import HTTPError
 from pydantic import BaseModel, ValidationError
 
-from eval_jobs.config import ServedModelInfo
 from eval_jobs.endpoint import Endpoint, FatalRequestError
+from eval_jobs.hashed_config import ServedModelInfo
 from eval_jobs.problems import Problem
 from eval_jobs.prompts import Prompt
 from eval_jobs.settings import EvalSettings

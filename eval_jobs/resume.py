@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from eval_jobs import EvalError
-from eval_jobs.config import ServedModelInfo, hashed_configuration, variants_of
+from eval_jobs.hashed_config import ServedModelInfo, hashed_configuration, variants_of
 from eval_jobs.problems import Problem, ProblemError, describe_source, set_name
 from eval_jobs.prompts import PROMPTS
 from eval_jobs.records import gold_of

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from eval_jobs.config import ServedModelInfo
 from eval_jobs.endpoint import Endpoint, FatalRequestError, find_model, resolve_endpoint
+from eval_jobs.hashed_config import ServedModelInfo
 from tests.eval_jobs.stand_in import StandIn
 
 

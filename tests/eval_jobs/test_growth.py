@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from eval_jobs.command import evaluate as command
-from eval_jobs.config import ServedModelInfo
+from eval_jobs.hashed_config import ServedModelInfo
 from eval_jobs.resume import OtherConfigurationError, check_output, open_run, set_name
 from eval_jobs.selection import load_problems
 from eval_jobs.settings import check_settings

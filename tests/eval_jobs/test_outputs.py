@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from eval_jobs.config import ServedModelInfo
+from eval_jobs.hashed_config import ServedModelInfo
 from eval_jobs.outputs import Timing, write_missing_sample_files, write_summary
 from eval_jobs.problems import Problem
 from eval_jobs.resume import open_run

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from eval_jobs.config import ServedModelInfo
+from eval_jobs.hashed_config import ServedModelInfo
 from eval_jobs.resume import OtherConfigurationError, as_begun, open_run
 from eval_jobs.settings import check_settings
 from eval_jobs.variants import attempts_of

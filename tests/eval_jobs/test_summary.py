@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from eval_jobs.config import ServedModelInfo, hashed_configuration, variants_of
+from eval_jobs.hashed_config import ServedModelInfo, hashed_configuration, variants_of
 from eval_jobs.outputs import around, write_summary
 from eval_jobs.rescoring import rescore
 from eval_jobs.resume import open_run

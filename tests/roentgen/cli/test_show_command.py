@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from eval_jobs.config import ServedModelInfo
+from eval_jobs.hashed_config import ServedModelInfo
 from eval_jobs.resume import open_run
 from eval_jobs.settings import check_settings
 from probes.report import ProbeReport

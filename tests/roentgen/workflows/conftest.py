@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval_jobs.config import ServedModelInfo
+from eval_jobs.hashed_config import ServedModelInfo
 from eval_jobs.resume import open_run
 from eval_jobs.settings import check_settings
 from roentgen.contract import RolloutKey, StoredTensor

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from eval_jobs.config import ServedModelInfo, hashed_configuration, variants_of
+from eval_jobs.hashed_config import ServedModelInfo, hashed_configuration, variants_of
 from eval_jobs.settings import EvalSettings, check_settings
 from roentgen.contract import ActivationRequest, canonical_hash
 
