@@ -18,6 +18,7 @@ from rich.console import Console
 from eval_jobs import EvalError, InterruptedRunError
 from eval_jobs.endpoint import Endpoint, FatalRequestError, find_model, resolve_endpoint
 from eval_jobs.estimate import estimate
+from eval_jobs.extractors import EXTRACTORS, choose_scorer
 from eval_jobs.failures import Failures
 from eval_jobs.fanout import evaluate
 from eval_jobs.hashed_config import ServedModelInfo, hashed_configuration, variants_of
@@ -27,7 +28,6 @@ from eval_jobs.progress import Progress, Tally
 from eval_jobs.report import write_report
 from eval_jobs.resume import as_begun, open_run
 from eval_jobs.rollout import RolloutPlan
-from eval_jobs.scoring import EXTRACTORS, choose_scorer
 from eval_jobs.server_token_counter import ServerTokenCounter
 from eval_jobs.settings import EvalSettings
 from eval_jobs.summary import expected_samples

@@ -25,8 +25,8 @@ import jinja2
 
 from eval_jobs import EvalError
 from eval_jobs.chain_of_thought import CHAIN_OF_THOUGHT
+from eval_jobs.extractors import DEFAULT_EXTRACTOR
 from eval_jobs.problems import Problem, read_source
-from eval_jobs.scoring import DEFAULT_EXTRACTOR
 from eval_jobs.selection import DEFAULT_SHOTS
 from roentgen.contract import canonical_hash
 from roentgen.extensions import Extension, ExtensionError, Registry, format_error, given, preview

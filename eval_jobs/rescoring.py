@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Any
 
+from eval_jobs.extractors import EXTRACTORS, UnknownScorerError, choose_scorer, judge
 from eval_jobs.outputs import write_sample_files, write_summary
 from eval_jobs.problems import Problem
 from eval_jobs.report import write_report
-from eval_jobs.scoring import EXTRACTORS, UnknownScorerError, choose_scorer, judge
 from eval_jobs.verdicts import Output, Scorer, ScoringFailedError
 from roentgen.extensions import Extension
 from roentgen.runs import Run, RunConfig, Sample, rewrite_all

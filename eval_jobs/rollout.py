@@ -19,8 +19,8 @@ from pydantic import ValidationError
 
 from eval_jobs.chat_request import ChatReply, ProblemFailedError, send_chat_request
 from eval_jobs.endpoint import Endpoint, FatalRequestError
+from eval_jobs.extractors import judge
 from eval_jobs.prompts import Prompt
-from eval_jobs.scoring import judge
 from eval_jobs.tools import TOOLS, answer
 from eval_jobs.variants import Attempt
 from eval_jobs.verdicts import Output, Scorer, ScoringFailedError

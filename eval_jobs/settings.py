@@ -18,9 +18,9 @@ from pydantic import (
 
 from eval_jobs import EvalError
 from eval_jobs.addresses import split
+from eval_jobs.extractors import EXTRACTORS, choose_scorer
 from eval_jobs.problems import SOURCES, Problem, ProblemSource, describe_source, is_number
 from eval_jobs.prompts import ANSWER_LINE, ANSWER_TEXT, PROMPTS, Pose, Prompt, choose_prompt, find_prompt
-from eval_jobs.scoring import EXTRACTORS, choose_scorer
 from eval_jobs.selection import Selection
 from eval_jobs.verdicts import Scorer
 from roentgen.contract import (

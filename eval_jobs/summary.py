@@ -11,9 +11,9 @@ from itertools import combinations
 from typing import Any, NamedTuple
 
 from eval_jobs.exact_numbers import Quantity
+from eval_jobs.extractors import EXTRACTORS
 from eval_jobs.failures import Failures
 from eval_jobs.quantities import read_quantity
-from eval_jobs.scoring import EXTRACTORS
 from roentgen.runs import VERDICTS, Posed, RunConfig, Sample, same_template
 from roentgen.statistics import accuracy, difference, majority, mean, pass_at_k
 

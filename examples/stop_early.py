@@ -7,7 +7,7 @@ it there. Random directions that stop as readily lose the answers.
 import random
 
 import roentgen
-from eval_jobs.scoring import read_flexible
+from eval_jobs.extractors import read_flexible
 
 KEY = "layers.20.resid_post"
 KEPT = {"layers": [20], "hook_points": ["resid_post"], "positions": "all"}

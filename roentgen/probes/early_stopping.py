@@ -22,8 +22,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from eval_jobs.extractors import UnknownScorerError
 from eval_jobs.rescoring import find_scorer, problem_of
-from eval_jobs.scoring import UnknownScorerError
 from eval_jobs.verdicts import Output, ScorerError, ScoringFailedError, ask_scorer
 from probes import ProbeDataError
 from probes.steering import Arm, SweepTask, run_sweep

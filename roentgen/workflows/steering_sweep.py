@@ -17,9 +17,9 @@ from functools import partial
 from openai import AsyncOpenAI
 from rich.table import Table
 
+from eval_jobs.extractors import UnknownScorerError
 from eval_jobs.problems import Problem
 from eval_jobs.rescoring import find_scorer, problem_of
-from eval_jobs.scoring import UnknownScorerError
 from eval_jobs.verdicts import Output, Scorer, ScorerError, ScoringFailedError, ask_scorer
 from probes.steering import SweepError, SweepPlan, SweepReport, SweepTask, make_arms, run_sweep, summarize_sweep
 from roentgen.api_keys import client_key

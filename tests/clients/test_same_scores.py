@@ -12,9 +12,9 @@ import pytest
 import yaml
 from openai import OpenAI
 
+from eval_jobs.extractors import score
 from eval_jobs.problems import GSM8K_FOLDER_VARIABLE, gold_answer
 from eval_jobs.prompts import PROMPTS, choose_prompt
-from eval_jobs.scoring import score
 from eval_jobs.selection import Selection, load_problems
 from roentgen.runs import Run
 from tests.conftest import Server

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from eval_jobs import EvalError
+from eval_jobs.extractors import UnknownScorerError
 from eval_jobs.problems import Problem
 from eval_jobs.rescoring import rescore
 from eval_jobs.resume import OtherConfigurationError
-from eval_jobs.scoring import UnknownScorerError
 from eval_jobs.verdicts import Output, Verdict
 from roentgen.runs import Run
 from tests.eval_jobs.stand_in import StandIn

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
+from eval_jobs.extractors import score
 from eval_jobs.hashed_config import ServedModelInfo
 from eval_jobs.outputs import Timing, write_missing_sample_files, write_summary
 from eval_jobs.problems import Problem
 from eval_jobs.resume import open_run
-from eval_jobs.scoring import score
 from eval_jobs.settings import check_settings
 from roentgen.contract import StoredTensor
 from roentgen.runs import RolloutRef, Run, Sample, Turn, recording

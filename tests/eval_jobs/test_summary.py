@@ -7,12 +7,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from eval_jobs.extractors import score
 from eval_jobs.hashed_config import ServedModelInfo, hashed_configuration, variants_of
 from eval_jobs.outputs import around, write_summary
 from eval_jobs.rescoring import rescore
 from eval_jobs.resume import open_run
 from eval_jobs.run_comparison import compare
-from eval_jobs.scoring import score
 from eval_jobs.settings import check_settings
 from eval_jobs.status import status
 from eval_jobs.terminal_summary import print_comparison

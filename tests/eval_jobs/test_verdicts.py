@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from eval_jobs.extractors import EXTRACTORS, UnknownScorerError, choose_scorer, judge, score
 from eval_jobs.problems import Problem
-from eval_jobs.scoring import EXTRACTORS, UnknownScorerError, choose_scorer, judge, score
 from eval_jobs.verdicts import Output, ScorerError, ScoringFailedError, Verdict, ask_scorer
 
 PROBLEM = Problem("capital-1", 1, "The capital of France?", "Paris", "Paris", fields={"continent": "Europe"})
@@ -109,5 +109,5 @@ def test_a_scorer_is_a_function_with_a_name_of_its_own() -> None:
     with pytest.raises(
         UnknownScorerError, match=r"eval_jobs\.scoring:DEFAULT_EXTRACTOR is str, and a scorer is a function"
     ):
-        choose_scorer("eval_jobs.scoring:DEFAULT_EXTRACTOR")
+        choose_scorer("eval_jobs.extractors:DEFAULT_EXTRACTOR")
     assert choose_scorer("flexible").value is EXTRACTORS["flexible"]

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from eval_jobs.extractors import choose_scorer
 from eval_jobs.problems import Problem, read_source
 from eval_jobs.prompts import choose_prompt
-from eval_jobs.scoring import choose_scorer
 from eval_jobs.verdicts import Output, ScoringFailedError, Verdict, ask_scorer
 from probes.choosing import choose_kind
 from probes.errors import ProbeDataError

@@ -116,7 +116,7 @@ def test_references_are_told_from_names_paths_and_datasets() -> None:
 
 def test_what_a_cluster_can_be_sent_is_one_file(folder: Path) -> None:
     assert in_file("graders_under_test:grade") == f"{folder}/graders_under_test.py:grade"
-    assert in_file("eval_jobs.scoring:judge") is None
+    assert in_file("eval_jobs.extractors:judge") is None
     assert in_file("json:loads") is None
 
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eval_jobs.extractors import EXTRACTORS, same_number, score
 from eval_jobs.problems import gold_answer
-from eval_jobs.scoring import EXTRACTORS, same_number, score
 
 WRITTEN_FOR = {
     "answer": "So it is done.\n**Final Answer:** {}",
