@@ -5,9 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from eval_jobs.inspect_log import write_inspect_log
+from eval_jobs.inspect_export import write_inspect_log
 from eval_jobs.outputs import write_summary
-from eval_jobs.parquet import write_parquet
+from eval_jobs.parquet_export import write_parquet
 from eval_jobs.report import write_report
 from eval_jobs.rescoring import rescore
 from eval_jobs.run_comparison import RunComparison

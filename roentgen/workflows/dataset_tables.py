@@ -26,7 +26,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from jaxtyping import Float, Int, Shaped
 
-from eval_jobs.parquet import read_tables, schema_of_run
+from eval_jobs.parquet_export import read_tables, schema_of_run
 from roentgen.runs import Run, Sample
 from roentgen.runs.stored import StoredRollouts
 from roentgen.store import StoreError

@@ -7,7 +7,7 @@ from inspect_ai.analysis import samples_df
 from inspect_ai.log import EvalLog, read_eval_log, read_eval_log_sample_summaries
 from inspect_ai.model import ChatMessageAssistant, ChatMessageTool
 
-from eval_jobs.inspect_log import write_inspect_log
+from eval_jobs.inspect_export import write_inspect_log
 from eval_jobs.outputs import Timing, write_summary
 from roentgen.runs import Run, rewrite
 from tests.eval_jobs.test_outputs import make_run

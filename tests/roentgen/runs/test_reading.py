@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eval_jobs.outputs import write_summary
-from eval_jobs.parquet import write_parquet
+from eval_jobs.parquet_export import write_parquet
 from roentgen.runs import Run, RunError
 from tests.eval_jobs.test_outputs import make_run
 from tests.eval_jobs.test_summary import make

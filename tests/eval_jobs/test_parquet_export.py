@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from eval_jobs import parquet
-from eval_jobs.parquet import write_parquet
+from eval_jobs.parquet_export import write_parquet
 from tests.eval_jobs.test_outputs import make_run
 from tests.eval_jobs.test_summary import make
 

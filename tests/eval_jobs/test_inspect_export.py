@@ -7,7 +7,7 @@ from zipfile import ZipFile
 
 import pytest
 
-from eval_jobs.inspect_log import write_inspect_log
+from eval_jobs.inspect_export import write_inspect_log
 from eval_jobs.outputs import Timing, write_summary
 from roentgen.runs import Run, rewrite
 from tests.eval_jobs.test_outputs import make_run
