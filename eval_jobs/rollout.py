@@ -61,18 +61,18 @@ class _Conversation:
     rollouts: list[RolloutRef] = field(default_factory=list)
     finish_reason: str | None = None
 
-    def add(self, asked: ChatReply) -> None:
+    def add(self, reply: ChatReply) -> None:
         """Take a reply in."""
-        self.messages.append(asked.message)
-        self.finish_reason = asked.finish_reason
+        self.messages.append(reply.message)
+        self.finish_reason = reply.finish_reason
         self.turns.append(
             Turn(
-                finish_reason=asked.finish_reason,
-                prompt_tokens=asked.prompt_tokens,
-                cached_tokens=asked.cached_tokens,
-                completion_tokens=asked.completion_tokens,
-                seconds=asked.seconds,
-                tool_calls=len(asked.tool_calls),
+                finish_reason=reply.finish_reason,
+                prompt_tokens=reply.prompt_tokens,
+                cached_tokens=reply.cached_tokens,
+                completion_tokens=reply.completion_tokens,
+                seconds=reply.seconds,
+                tool_calls=len(reply.tool_calls),
             )
         )
 
@@ -86,25 +86,25 @@ async def run_rollout(client: AsyncOpenAI, attempt: Attempt, plan: RolloutPlan) 
         PromptError: if the prompt cannot pose the problem.
     """
     started = time.monotonic()
-    talk = _Conversation(list(plan.prompt.messages(attempt.problem, attempt.variant.prefix)))
+    conversation = _Conversation(list(plan.prompt.messages(attempt.problem, attempt.variant.prefix)))
     parameters = _parameters(attempt, plan)
     try:
         for turn in range(plan.max_turns):
             extra = _activations(attempt, plan, turn)
-            asked = await send_chat_request(
-                client, plan.endpoint, {**parameters, "messages": talk.messages, "extra_body": extra}
+            reply = await send_chat_request(
+                client, plan.endpoint, {**parameters, "messages": conversation.messages, "extra_body": extra}
             )
-            talk.add(asked)
+            conversation.add(reply)
             if plan.capture is not None:
-                talk.rollouts.append(_rollout(asked.activations, plan, turn))
-            if not (plan.tools and asked.tool_calls):
+                conversation.rollouts.append(_rollout(reply.activations, plan, turn))
+            if not (plan.tools and reply.tool_calls):
                 break
-            talk.messages += [answer(call) for call in asked.tool_calls]
+            conversation.messages += [answer(call) for call in reply.tool_calls]
         else:
-            talk.finish_reason = "max_turns"
-        return await _scored_sample(talk, attempt, plan, time.monotonic() - started)
+            conversation.finish_reason = "max_turns"
+        return await _scored_sample(conversation, attempt, plan, time.monotonic() - started)
     except (ProblemFailedError, ScoringFailedError) as error:
-        return failed_sample(attempt, plan, str(error), talk.messages)
+        return failed_sample(attempt, plan, str(error), conversation.messages)
 
 
 def failed_sample(
@@ -165,26 +165,28 @@ def _activations(attempt: Attempt, plan: RolloutPlan, turn: int) -> dict[str, An
     return {"activations": plan.capture.model_copy(update=changes).model_dump(mode="json", by_alias=True)}
 
 
-async def _scored_sample(talk: _Conversation, attempt: Attempt, plan: RolloutPlan, seconds: float) -> Sample:
-    response = talk.messages[-1].get("content") or "" if talk.messages[-1]["role"] == "assistant" else ""
+async def _scored_sample(conversation: _Conversation, attempt: Attempt, plan: RolloutPlan, seconds: float) -> Sample:
+    response = (
+        conversation.messages[-1].get("content") or "" if conversation.messages[-1]["role"] == "assistant" else ""
+    )
     # Copies: what a scorer does to them is not what was said.
-    output = Output(response, tuple(map(dict, talk.messages)), talk.finish_reason)
+    output = Output(response, tuple(map(dict, conversation.messages)), conversation.finish_reason)
     scores = await judge(output, attempt.problem, plan.scorers, plan.endpoint.timeout)
     return Sample(
         **_identity(attempt),
-        messages=talk.messages,
+        messages=conversation.messages,
         response=response,
         answers=scores.answers,
         correct_by=scores.correct_by,
         correct=scores.correct_by[plan.extractor],
         values=scores.values,
-        finish_reason=talk.finish_reason,
-        prompt_tokens=sum(turn.prompt_tokens for turn in talk.turns),
-        cached_tokens=sum(turn.cached_tokens for turn in talk.turns),
-        completion_tokens=sum(turn.completion_tokens for turn in talk.turns),
+        finish_reason=conversation.finish_reason,
+        prompt_tokens=sum(turn.prompt_tokens for turn in conversation.turns),
+        cached_tokens=sum(turn.cached_tokens for turn in conversation.turns),
+        completion_tokens=sum(turn.completion_tokens for turn in conversation.turns),
         seconds=seconds,
-        turns=talk.turns,
-        rollouts=talk.rollouts,
+        turns=conversation.turns,
+        rollouts=conversation.rollouts,
     )
 
 

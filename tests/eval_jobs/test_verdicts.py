@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval_jobs.extractors import EXTRACTORS, UnknownScorerError, choose_scorer, judge, score
 from eval_jobs.problems import Problem
+from eval_jobs.scoring import EXTRACTORS, UnknownScorerError, choose_scorer, judge, score
 from eval_jobs.verdicts import Output, ScorerError, ScoringFailedError, Verdict, ask_scorer
 
 PROBLEM = Problem("capital-1", 1, "The capital of France?", "Paris", "Paris", fields={"continent": "Europe"})
 OUTPUT = Output("It is Paris.", ({"role": "user", "content": "?"},), "stop")
 
 
-async def send_chat_request(returned: Any) -> Verdict:
+async def ask(returned: Any) -> Verdict:
     return await ask_scorer("mine", lambda output, problem: returned, OUTPUT, PROBLEM)
 
 
@@ -24,10 +24,10 @@ async def test_a_verdict_or_a_truth_value_sync_or_async() -> None:
         return Verdict(problem.gold in output, problem.gold, {"messages": len(output.messages)})
 
     assert await ask_scorer("asking", asking, OUTPUT, PROBLEM) == Verdict(True, "Paris", {"messages": 1})
-    assert await send_chat_request(True) == await send_chat_request(np.bool_(True)) == Verdict(True, "It is Paris.")
-    assert await send_chat_request(False) == Verdict(False, "It is Paris.")
-    assert await send_chat_request(Verdict(False)) == Verdict(False, None)  # no answer was found
-    assert await send_chat_request(Verdict(True)) == Verdict(True, "It is Paris.")  # what is right has an answer
+    assert await ask(True) == await ask(np.bool_(True)) == Verdict(True, "It is Paris.")
+    assert await ask(False) == Verdict(False, "It is Paris.")
+    assert await ask(Verdict(False)) == Verdict(False, None)  # no answer was found
+    assert await ask(Verdict(True)) == Verdict(True, "It is Paris.")  # what is right has an answer
 
 
 @pytest.mark.parametrize(
@@ -45,7 +45,7 @@ async def test_a_verdict_or_a_truth_value_sync_or_async() -> None:
 )
 async def test_a_wrong_one_is_told_what_it_returned(returned: Any, said: str) -> None:
     with pytest.raises(ScorerError, match=said):
-        await send_chat_request(returned)
+        await ask(returned)
 
 
 async def test_an_exception_is_told_with_its_line() -> None:
@@ -109,5 +109,5 @@ def test_a_scorer_is_a_function_with_a_name_of_its_own() -> None:
     with pytest.raises(
         UnknownScorerError, match=r"eval_jobs\.scoring:DEFAULT_EXTRACTOR is str, and a scorer is a function"
     ):
-        choose_scorer("eval_jobs.extractors:DEFAULT_EXTRACTOR")
+        choose_scorer("eval_jobs.scoring:DEFAULT_EXTRACTOR")
     assert choose_scorer("flexible").value is EXTRACTORS["flexible"]
