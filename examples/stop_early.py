@@ -37,13 +37,13 @@ def prefixes(run: roentgen.Run) -> list[dict[str, object]]:
 
 with roentgen.load("smollm2-135m") as model:
     # Sums that the model can do: where it is wrong anyway, stopping costs nothing.
-    asked = [
+    prompt_messages = [
         {"question": f"What is {a} {sign} {b}?", "answer": a + b}
         for a in range(1, 10)
         for b in range(1, 10)
         for sign in ("+", "plus")
     ]
-    tried = roentgen.evaluate(asked, model=model, max_tokens=48, scorer="flexible", output=f"{HERE}/sums")
+    tried = roentgen.evaluate(prompt_messages, model=model, max_tokens=48, scorer="flexible", output=f"{HERE}/sums")
     right = [
         {"question": sample.question, "answer": sample.gold}
         for sample in tried.read_samples().by_name()
@@ -69,7 +69,7 @@ with roentgen.load("smollm2-135m") as model:
         )
     print("page:", f"{report.folder}/stopping.html")
 
-    question = next(iter(runs[1].read_samples())).asked
+    question = next(iter(runs[1].read_samples())).prompt_messages
     for stop_when in ({}, {"written": report.stop_when}):
         (out,) = model.generate(question, max_tokens=48, probes={"written": trained}, stop_when=stop_when)
         print(repr(out.text), len(out.token_ids), out.stop_reason, list(out.acted))

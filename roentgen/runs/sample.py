@@ -99,7 +99,7 @@ class Sample(BaseModel):
         return self.config_hash, self.problem_id, self.epoch
 
     @property
-    def asked(self) -> list[dict[str, Any]]:
+    def prompt_messages(self) -> list[dict[str, Any]]:
         """The messages with which the problem was posed: the conversation up to the model's first."""
         return list(takewhile(lambda message: message["role"] != "assistant", self.messages))
 
