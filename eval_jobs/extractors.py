@@ -32,7 +32,7 @@ from eval_jobs.problems import Problem, is_number
 from eval_jobs.quantities import same_quantity
 from eval_jobs.symbolic import read_symbolic, same_expression
 from eval_jobs.texts import inside_braces, read_text, same_text
-from eval_jobs.verdicts import Output, Scorer, Verdict, ask_scorer
+from eval_jobs.verdicts import Output, Scorer, Verdict, run_scorer
 from roentgen.contract import LabelValue
 from roentgen.extensions import Extension, ExtensionError, Registry, given
 
@@ -182,7 +182,7 @@ async def judge(
     """
     asked: dict[str, Scorer] = {name: one for name, one in EXTRACTORS.items() if one.suits(problem)}
     asked.update(scorers)
-    return _scores({name: await ask_scorer(name, scorer, output, problem, timeout_s) for name, scorer in asked.items()})
+    return _scores({name: await run_scorer(name, scorer, output, problem, timeout_s) for name, scorer in asked.items()})
 
 
 def score(text: str, gold: str) -> OutputScores:

@@ -67,7 +67,7 @@ Scorer = Callable[[Output, Problem], Verdict | bool | Awaitable[Verdict | bool]]
 """Judges an output."""
 
 
-async def ask_scorer(
+async def run_scorer(
     name: str, scorer: Scorer, output: Output, problem: Problem, timeout_s: float | None = None
 ) -> Verdict:
     """Have a scorer judge an output.

@@ -15,8 +15,8 @@ from tests.eval_jobs.test_summary import make
 def test_a_row_per_sample_in_the_order_of_their_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parquet_export, "ROWS_AT_ONCE", 2)
     run = make_run(tmp_path)
-    assert write_parquet(run, tmp_path / "samples.parquet_export") == 5
-    frame = pd.read_parquet(tmp_path / "samples.parquet_export").set_index("sample_id")
+    assert write_parquet(run, tmp_path / "samples.parquet") == 5
+    frame = pd.read_parquet(tmp_path / "samples.parquet").set_index("sample_id")
     samples = {sample.sample_id: sample for sample in run.read_samples()}
     assert list(frame.index) == [f"gsm8k_000{number}" for number in range(1, 6)]
     for name, row in frame.iterrows():
@@ -36,8 +36,8 @@ def test_a_row_per_sample_in_the_order_of_their_names(tmp_path: Path, monkeypatc
 def test_variants_and_epochs_are_columns(tmp_path: Path) -> None:
     (tmp_path / "v.yaml").write_text("plain: ''\ncalm: No hurry.\n")
     run = make(tmp_path / "run", {(1, 2, "calm"): "Answer: GOLD"}, variants=str(tmp_path / "v.yaml"), epochs=2)
-    write_parquet(run, tmp_path / "samples.parquet_export")
-    frame = pd.read_parquet(tmp_path / "samples.parquet_export")
+    write_parquet(run, tmp_path / "samples.parquet")
+    frame = pd.read_parquet(tmp_path / "samples.parquet")
     assert len(frame) == 12
     right = frame[frame["correct"]]
     assert list(zip(right["problem_id"], right["variant"], right["epoch"], strict=True)) == [

@@ -116,11 +116,9 @@ def test_files_of_three_formats_say_the_same(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     frame = pd.DataFrame(rows)
     frame.to_csv(tmp_path / "p.csv", index=False)
-    frame.to_parquet(tmp_path / "p.parquet_export")
-    jsonl, csv, parquet_export = (
-        list(read_source(str(tmp_path / f"p.{end}"))) for end in ("jsonl", "csv", "parquet_export")
-    )
-    assert jsonl == csv == parquet_export
+    frame.to_parquet(tmp_path / "p.parquet")
+    jsonl, csv, parquet = (list(read_source(str(tmp_path / f"p.{end}"))) for end in ("jsonl", "csv", "parquet"))
+    assert jsonl == csv == parquet
     assert jsonl[1].fields == {"level": 2, "share": 2.0, "easy": False, "code": "7", "note": "n"}
     assert [problem.gold for problem in jsonl] == ["2", "a, b"]
 
@@ -149,9 +147,9 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("question,answer\na,b\nc\n")
     with pytest.raises(ProblemError, match=r"p\.csv, row 2 has fewer values than the first line has names"):
         list(read_source(str(tmp_path / "p.csv")))
-    (tmp_path / "p.parquet_export").write_text("no parquet")
+    (tmp_path / "p.parquet").write_text("no parquet")
     with pytest.raises(ProblemError, match=r"problems cannot be read: .*p\.parquet"):
-        list(read_source(str(tmp_path / "p.parquet_export")))
+        list(read_source(str(tmp_path / "p.parquet")))
 
 
 def test_columns_are_renamed_and_fields_chosen(tmp_path: Path) -> None:

@@ -8,22 +8,22 @@ import numpy as np
 import pytest
 
 from eval_jobs.problems import Problem
-from eval_jobs.scoring import EXTRACTORS, UnknownScorerError, choose_scorer, judge, score
-from eval_jobs.verdicts import Output, ScorerError, ScoringFailedError, Verdict, ask_scorer
+from eval_jobs.extractors import EXTRACTORS, UnknownScorerError, choose_scorer, judge, score
+from eval_jobs.verdicts import Output, ScorerError, ScoringFailedError, Verdict, run_scorer
 
 PROBLEM = Problem("capital-1", 1, "The capital of France?", "Paris", "Paris", fields={"continent": "Europe"})
 OUTPUT = Output("It is Paris.", ({"role": "user", "content": "?"},), "stop")
 
 
 async def ask(returned: Any) -> Verdict:
-    return await ask_scorer("mine", lambda output, problem: returned, OUTPUT, PROBLEM)
+    return await run_scorer("mine", lambda output, problem: returned, OUTPUT, PROBLEM)
 
 
 async def test_a_verdict_or_a_truth_value_sync_or_async() -> None:
     async def asking(output: Output, problem: Problem) -> Verdict:
         return Verdict(problem.gold in output, problem.gold, {"messages": len(output.messages)})
 
-    assert await ask_scorer("asking", asking, OUTPUT, PROBLEM) == Verdict(True, "Paris", {"messages": 1})
+    assert await run_scorer("asking", asking, OUTPUT, PROBLEM) == Verdict(True, "Paris", {"messages": 1})
     assert await ask(True) == await ask(np.bool_(True)) == Verdict(True, "It is Paris.")
     assert await ask(False) == Verdict(False, "It is Paris.")
     assert await ask(Verdict(False)) == Verdict(False, None)  # no answer was found
@@ -56,7 +56,7 @@ async def test_an_exception_is_told_with_its_line() -> None:
     with pytest.raises(
         ScoringFailedError, match=rf"the scorer mine raised KeyError: 'missing' \(test_verdicts\.py, line {line}\)"
     ):
-        await ask_scorer("mine", failing, OUTPUT, PROBLEM)
+        await run_scorer("mine", failing, OUTPUT, PROBLEM)
 
 
 async def test_one_that_takes_too_long_or_ends_the_process_fails_this_output_alone() -> None:
@@ -80,8 +80,8 @@ async def test_one_that_takes_too_long_or_ends_the_process_fails_this_output_alo
         (timed_out, 5, "raised TimeoutError: of its own"),
     ]:
         with pytest.raises(ScoringFailedError, match=rf"the scorer mine {said}"):
-            await ask_scorer("mine", scorer, OUTPUT, PROBLEM, limit)
-    rollout = asyncio.ensure_future(ask_scorer("mine", hanging, OUTPUT, PROBLEM))
+            await run_scorer("mine", scorer, OUTPUT, PROBLEM, limit)
+    rollout = asyncio.ensure_future(run_scorer("mine", hanging, OUTPUT, PROBLEM))
     await asyncio.sleep(0.01)
     rollout.cancel()
     with pytest.raises(asyncio.CancelledError):
