@@ -225,7 +225,7 @@ def _confirm(
     from roentgen.serving.for_probes import RETRIES, model_server, served_name
 
     samples = {trace.sample.sample_id: trace.sample for trace, _ in expected}
-    tasks = [SweepTask(name, sample.asked) for name, sample in samples.items()]
+    tasks = [SweepTask(name, sample.prompt_messages) for name, sample in samples.items()]
     numbers = {
         "name": "stops", "key": probe.card.key, "weight": probe.weight[0].tolist(), "bias": float(probe.bias[0]),
         "mean": probe.mean.tolist(), "scale": probe.scale.tolist(), "stop_when": report.stop_when,

@@ -121,7 +121,7 @@ def _tasks(run: Run, samples: int) -> tuple[list[SweepTask], dict[str, Problem]]
     for sample, problem in zip(answered, same_question([sample.posed for sample in answered]), strict=True):
         if problem not in posed and len(tasks) < samples:
             posed.add(problem)
-            tasks[sample.problem_id] = SweepTask(sample.problem_id, sample.asked)
+            tasks[sample.problem_id] = SweepTask(sample.problem_id, sample.prompt_messages)
             problems[sample.problem_id] = problem_of(sample)
     if not tasks:
         raise SweepError(f"{run.path} has no answered problem")
