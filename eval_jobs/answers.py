@@ -164,8 +164,8 @@ def after_reasoning(text: str) -> str:
     ends = list(_REASONING_ENDS.finditer(text))
     if ends:
         text = text[ends[-1].end() :]
-    begun = _REASONING_BEGINS.search(text)
-    return text[: begun.start()] if begun else text
+    opening = _REASONING_BEGINS.search(text)
+    return text[: opening.start()] if opening else text
 
 
 def before_next_problem(text: str) -> str:
@@ -215,12 +215,12 @@ def _marks(text: str) -> Iterator[_Mark]:
         if not begins_like_heading(text[match.end() : match.end() + 40]):
             yield _Mark(_MADE_FOR_IT, match.end(), tentative=True)
     for match in islice(_WORD.finditer(text), PLACES_UP_TO):
-        mark = _labelled(text, match)
+        mark = _labeled_mark(text, match)
         if mark is not None:
             yield mark
 
 
-def _labelled(text: str, word: re.Match[str]) -> _Mark | None:
+def _labeled_mark(text: str, word: re.Match[str]) -> _Mark | None:
     """Return the mark that the word `answer` makes, if it makes one."""
     begin = max(text.rfind("\n", 0, word.start()) + 1, word.start() - 80)
     before = text[begin : word.start()]
@@ -278,7 +278,7 @@ def _read_mark(text: str, mark: _Mark, stop: int) -> Quantity | Unread:
         return read_content(text[mark.start : mark.stop])
     end = _end_of_line(text, mark.start)
     line = text[mark.start : end]
-    if not _says_something(line):
+    if not _has_content(line):
         start = _next_line(text, end)
         if start is None or start >= stop or _starts_with_mark(text, start):
             return NOTHING
@@ -325,7 +325,7 @@ def _implied(text: str) -> Quantity | Unread:
     text = text.strip()
     if not text:
         return NOTHING
-    lines = [line for line in text.split("\n") if _says_something(line)]
+    lines = [line for line in text.split("\n") if _has_content(line)]
     if not lines:
         return NOTHING
     last = lines[-1].rstrip()
@@ -346,10 +346,10 @@ def _implied(text: str) -> Quantity | Unread:
 def _implied_after(text: str, mark: _Mark) -> Quantity | Unread:
     """Read a text whose only label stands before its reasoning, as in `Answer: Let's think. …`."""
     rest = text[_end_of_line(text, mark.start) :]
-    return _implied(rest) if _says_something(rest) else NOTHING
+    return _implied(rest) if _has_content(rest) else NOTHING
 
 
-def _says_something(line: str) -> bool:
+def _has_content(line: str) -> bool:
     """Whether a line has a letter or digit outside a placeholder such as `[number]`."""
     line = re.sub(r"[\[<({][^\d\[\]<>(){}\n]{1,40}[\]>)}]", " ", line[:400])
     line = re.sub(r"\\(?:begin|end)\s*\{[^{}]*\}|^\s*```\w*\s*$|\\[()\[\]]", " ", line)
@@ -369,7 +369,7 @@ def _next_line(text: str, at: int) -> int | None:
         at = text.find("\n", at) + 1
         if at == 0:
             return None
-        if _says_something(text[at : _end_of_line(text, at)]):
+        if _has_content(text[at : _end_of_line(text, at)]):
             return at
     return None
 

@@ -41,7 +41,7 @@ def evaluate(ctx: typer.Context, **options: Any) -> None:
     """
     progress = Console(stderr=True)
     try:
-        settings = check_settings(**{**options, **_meant(ctx, options, progress)})
+        settings = check_settings(**{**options, **_implied_options(ctx, options, progress)})
         failed = _run(settings, ctx.obj if callable(ctx.obj) else None, progress)
     except RoentgenError as error:
         if options["verbose"]:
@@ -54,7 +54,7 @@ def evaluate(ctx: typer.Context, **options: Any) -> None:
     raise typer.Exit(1 if failed else 0)
 
 
-def _meant(ctx: typer.Context, options: dict[str, Any], progress: Console) -> dict[str, Any]:
+def _implied_options(ctx: typer.Context, options: dict[str, Any], progress: Console) -> dict[str, Any]:
     """Return what options mean that say nothing by themselves: who says what to keep of activations wants them kept."""
     given = [
         f"--{name.replace('_', '-')}"

@@ -26,7 +26,7 @@ from eval_jobs.outputs import Timing, write_missing_sample_files, write_sample_f
 from eval_jobs.problems import Problem, describe_source
 from eval_jobs.progress import Progress, Tally
 from eval_jobs.report import write_report
-from eval_jobs.resume import as_begun, open_run
+from eval_jobs.resume import keep_recorded_settings, open_run
 from eval_jobs.rollout import RolloutPlan
 from eval_jobs.server_token_counter import ServerTokenCounter
 from eval_jobs.settings import EvalSettings
@@ -77,16 +77,16 @@ def run_evaluation(
             stays.
         RunError: if the run directory cannot be used.
     """
-    settings = as_begun(settings).suited_to(problems)
+    settings = keep_recorded_settings(settings).suited_to(problems)
     endpoint, served, settings = prepare(settings, base_url, lambda text: print_line(console, text))
     run = open_run(settings, problems, served, endpoint.base_url)
     plan = _plan(settings, endpoint, served.id, run)
     attempts = attempts_of(run.config, problems)
-    with recording(run) as record, _nothing_left(run):
-        begun = Run(run.path).config
-        if begun != run.config:
+    with recording(run) as record, _remove_empty_run(run):
+        previous = Run(run.path).config
+        if previous != run.config:
             write_config(run)
-            before, now = expected_samples(begun), expected_samples(run.config)
+            before, now = expected_samples(previous), expected_samples(run.config)
             print_line(console, f"the run grows from {before} to {now} samples")
         recorded, tally = _recorded(run)
         missing = [attempt for attempt in attempts if attempt.identity not in recorded]
@@ -236,7 +236,7 @@ def _run_missing(
     recorded = failed = failed_in_a_row = tokens = 0
     failures = Failures()
     what = "problems" if settings.epochs == 1 and not run.config.variants else "samples"
-    go_on = partial(_how_to_go_on, run, settings.new)
+    resume_hint = partial(_resume_hint, run, settings.new)
 
     def keep(sample: Sample) -> None:
         nonlocal recorded, failed, failed_in_a_row, tokens
@@ -258,19 +258,19 @@ def _run_missing(
     try:
         evaluate(missing, plan, settings.parallel, keep, check_stop)
     except KeyboardInterrupt:
-        raise InterruptedRunError(f"stopped. {go_on()}") from None
+        raise InterruptedRunError(f"stopped. {resume_hint()}") from None
     except TooManyFailuresError as error:
         with _writing(run):  # the page says what failed, and how often
             write_summary(run, Timing(time.monotonic() - started, recorded, tokens))
             write_report(run)
-        raise EvalError(f"{error}. {go_on()} {failures.commonest_first()[0].advice}") from error
+        raise EvalError(f"{error}. {resume_hint()} {failures.commonest_first()[0].advice}") from error
     except EvalError as error:
-        raise EvalError(f"{error}. {go_on()}") from error
+        raise EvalError(f"{error}. {resume_hint()}") from error
     return Timing(time.monotonic() - started, len(missing), tokens)
 
 
 @contextmanager
-def _nothing_left(run: Run) -> Iterator[None]:
+def _remove_empty_run(run: Run) -> Iterator[None]:
     """Leave no run directory behind if an evaluation ends before it has recorded anything."""
     try:
         yield
@@ -322,7 +322,7 @@ def _writing(run: Run) -> Iterator[None]:
         raise EvalError(f"{error.filename or run.path} cannot be written: {error.strerror}") from error
 
 
-def _how_to_go_on(run: Run, new: bool) -> str:
+def _resume_hint(run: Run, new: bool) -> str:
     if not len(run.read_samples()):
         return "Nothing was recorded."
     again = "the same again, without --new, continues" if new else "the same again continues"

@@ -76,12 +76,12 @@ def write_summary(run: Run, timing: Timing | None) -> dict[str, Any]:
     summary["timing"] = (run.summary() or {}).get("timing") if timing is None else _speed(timing)
     _write_jsonl(run.path / "dataset.jsonl", _dataset(samples))
     primary = run.config.settings["extractor"]
-    _write_jsonl(run.path / "audit.jsonl", (audited(s, primary) for s in samples if disagree(s, primary)))
+    _write_jsonl(run.path / "audit.jsonl", (audit_entry(s, primary) for s in samples if disagree(s, primary)))
     write_json(run.path / "summary.json", summary)
     return summary
 
 
-def audited(sample: Sample, primary: str) -> dict[str, Any]:
+def audit_entry(sample: Sample, primary: str) -> dict[str, Any]:
     """Return the primary extractor's verdict of an output, what each extractor read, and the text around it."""
     return {
         "sample_id": sample.sample_id,
@@ -90,14 +90,14 @@ def audited(sample: Sample, primary: str) -> dict[str, Any]:
         "extractor": primary,
         "verdict": sample.verdict(primary),
         "readings": {
-            name: {"answer": answer, "correct": sample.correct_by[name], "around": around(sample.response, answer)}
+            name: {"answer": answer, "correct": sample.correct_by[name], "around": excerpt(sample.response, answer)}
             for name, answer in sample.answers.items()
             if answer is not None
         },
     }
 
 
-def around(text: str, answer: str) -> str:
+def excerpt(text: str, answer: str) -> str:
     """Return the text around the last place where an answer stands, thousands' commas or not."""
     digits = ",?".join(map(re.escape, answer[:AROUND].replace(",", "")))
     start, stop = max((match.span() for match in re.finditer(digits, text)), default=(len(text), len(text)))

@@ -110,13 +110,13 @@ def make_problem(record: Any, number: int, where: str, name: str) -> Problem:
             f"{where}: a field {taken[0]!r} would hide a label that stored rollouts have; rename it (--columns)"
         )
     given_id = record.get("problem_id")
-    problem_id = made_up_id(name, number, question) if given_id is None else str(given_id)
+    problem_id = generated_id(name, number, question) if given_id is None else str(given_id)
     if not 1 <= len(problem_id) <= 200 or not is_text(problem_id):
         raise ProblemError(f"{where}: 'problem_id' must be a text of 1 to 200 characters, not {preview(problem_id)}")
     return Problem(problem_id, number, question, solution, gold, template=template, fields=further or _NO_FIELDS)
 
 
-def made_up_id(name: str, number: int, question: str) -> str:
+def generated_id(name: str, number: int, question: str) -> str:
     """Return the id of a problem that has none."""
     return f"{name}-{number:04d}-{hashlib.sha256(question.encode()).hexdigest()[:8]}"
 
@@ -133,7 +133,7 @@ def record_of(problem: Problem) -> dict[str, Any]:
         record["template"] = problem.template
     return (
         record
-        if problem.problem_id == made_up_id("problems", problem.number, problem.question)
+        if problem.problem_id == generated_id("problems", problem.number, problem.question)
         else {"problem_id": problem.problem_id, **record}
     )
 

@@ -76,7 +76,7 @@ def check_output(settings: EvalSettings, problems: Sequence[Problem]) -> None:
     """
     if settings.output is None or not (settings.output / "config.json").exists():
         return
-    run, settings = Run(settings.output), as_begun(settings)
+    run, settings = Run(settings.output), keep_recorded_settings(settings)
     hashed = run.config.hashed
     served = ServedModelInfo(
         hashed["model"], hashed.get("revision"), hashed.get("dtype"), quantization=hashed.get("quantization")
@@ -90,8 +90,8 @@ def _continued(run: Run, config: RunConfig, settings: EvalSettings, problems: Se
     Raises:
         OtherConfigurationError: if that is another run, saying what differs.
     """
-    asked, begun = (_comparable(one, settings.extractor is not None) for one in (config, run.config))
-    different = [*differences(begun, asked), *_lost(run.config, config, settings, problems)]
+    asked, recorded = (_comparable(one, settings.extractor is not None) for one in (config, run.config))
+    different = [*differences(recorded, asked), *_lost(run.config, config, settings, problems)]
     if different:
         raise OtherConfigurationError(
             f"{run.path} holds a run of another configuration; choose another --output. (With more --samples, --epochs or "
@@ -115,27 +115,27 @@ def _continued(run: Run, config: RunConfig, settings: EvalSettings, problems: Se
 
 
 def _lost(
-    begun: RunConfig, asked: RunConfig, settings: EvalSettings, problems: Sequence[Problem]
+    recorded: RunConfig, asked: RunConfig, settings: EvalSettings, problems: Sequence[Problem]
 ) -> Iterator[tuple[str, Any, Any]]:
     """Yield what of a run would not be posed again, or otherwise: its name, and both values."""
-    epochs, more = (int(config.problems.get("epochs", 1)) for config in (begun, asked))
+    epochs, more = (int(config.problems.get("epochs", 1)) for config in (recorded, asked))
     if more < epochs:
         yield "problems.epochs", epochs, more
-    old, new = ({name: v["prefix"] for name, v in config.variants.items()} for config in (begun, asked))
+    old, new = ({name: v["prefix"] for name, v in config.variants.items()} for config in (recorded, asked))
     if bool(old) != bool(new):
         yield "variants", list(old) or None, list(new) or None
     else:
         yield from ((f"variants.{name}", was, new.get(name)) for name, was in old.items() if new.get(name) != was)
-    if begun.problems["hash"] == asked.problems["hash"] or begun.problems["source"] != asked.problems["source"]:
+    if recorded.problems["hash"] == asked.problems["hash"] or recorded.problems["source"] != asked.problems["source"]:
         return
     before, after = (
         {name: config.settings.get(name) for name in ("offset", "sample_ids", "shuffle")}
         | {"samples": config.problems["samples"]}
-        for config in (begun, asked)
+        for config in (recorded, asked)
     )
-    posed = _posed(begun, settings)
-    if posed is None or problems_hash(posed) != begun.problems["hash"]:
-        yield "problems.hash", begun.problems["hash"], asked.problems["hash"]
+    posed = _posed(recorded, settings)
+    if posed is None or problems_hash(posed) != recorded.problems["hash"]:
+        yield "problems.hash", recorded.problems["hash"], asked.problems["hash"]
     elif not {_words(problem) for problem in posed} <= {_words(problem) for problem in problems}:
         yield from differences(before, after, "problems.")
 
@@ -215,7 +215,7 @@ def _describe(settings: EvalSettings, problems: Sequence[Problem], served: Serve
     )
 
 
-def as_begun(settings: EvalSettings) -> EvalSettings:
+def keep_recorded_settings(settings: EvalSettings) -> EvalSettings:
     """Return the settings with which the run in the output folder goes on: it keeps the version of the prompt that it began
     with, and the scorer that is its primary one.
 
@@ -225,15 +225,15 @@ def as_begun(settings: EvalSettings) -> EvalSettings:
     """
     if settings.output is None or not (settings.output / "config.json").exists():
         return settings
-    begun = Run(settings.output).config
+    recorded = Run(settings.output).config
     if settings.prompt_file is None:
-        own = settings.prompt if settings.prompt is not None else begun.prompt.get("name")
-        older = f"{own}-{begun.prompt.get('version')}"
-        if begun.prompt.get("name") == own and older in PROMPTS.built_in:
+        own = settings.prompt if settings.prompt is not None else recorded.prompt.get("name")
+        older = f"{own}-{recorded.prompt.get('version')}"
+        if recorded.prompt.get("name") == own and older in PROMPTS.built_in:
             settings = settings.model_copy(update={"prompt": older})
-    primary = begun.settings.get("extractor")
-    if settings.extractor is None and primary in begun.scorers:
-        reference = begun.scorers[primary]["reference"]
+    primary = recorded.settings.get("extractor")
+    if settings.extractor is None and primary in recorded.scorers:
+        reference = recorded.scorers[primary]["reference"]
         if reference is None:
             raise OtherConfigurationError(
                 f"{settings.output} is judged by {primary}, a function that was given in Python: give it again"

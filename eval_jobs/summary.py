@@ -102,7 +102,7 @@ class _Group:
 
 
 @dataclass
-class _Stored:
+class _StoredActivations:
     """Where the activations are."""
 
     session_id: str | None = None
@@ -134,7 +134,11 @@ def summarize_samples(config: RunConfig, samples: Iterable[Sample]) -> dict[str,
     """Return what a run's samples come to."""
     clusters: dict[Hashable, int] = {}
     names = extractors_of(config)
-    every, variants, stored = _Group(names, clusters), {v: _Group(names, clusters) for v in config.variants}, _Stored()
+    every, variants, stored = (
+        _Group(names, clusters),
+        {v: _Group(names, clusters) for v in config.variants},
+        _StoredActivations(),
+    )
     errors, failures, disagreements, posed = 0, Failures(), [], dict[str, Posed]()
     for sample in samples:
         if sample.error is not None:

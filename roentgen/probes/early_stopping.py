@@ -24,7 +24,7 @@ from rich.text import Text
 
 from eval_jobs.extractors import UnknownScorerError
 from eval_jobs.rescoring import find_scorer, problem_of
-from eval_jobs.verdicts import Output, ScorerError, ScoringFailedError, ask_scorer
+from eval_jobs.verdicts import Output, ScorerError, ScoringFailedError, run_scorer
 from probes import ProbeDataError
 from probes.steering import Arm, SweepTask, run_sweep
 from probes.stopping import (
@@ -175,7 +175,7 @@ def _judge_of(run: Run) -> Callable[[str, Sample], Any]:
 
     async def judge(text: str, sample: Sample) -> Reading:
         try:
-            verdict = await ask_scorer(scorer.name, scorer.value, Output(text), problem_of(sample))
+            verdict = await run_scorer(scorer.name, scorer.value, Output(text), problem_of(sample))
         except (ScorerError, ScoringFailedError) as error:
             raise ProbeDataError(f"{sample.sample_id}: {error}") from error
         return Reading(verdict.answer, verdict.correct)

@@ -20,7 +20,7 @@ from rich.table import Table
 from eval_jobs.extractors import UnknownScorerError
 from eval_jobs.problems import Problem
 from eval_jobs.rescoring import find_scorer, problem_of
-from eval_jobs.verdicts import Output, Scorer, ScorerError, ScoringFailedError, ask_scorer
+from eval_jobs.verdicts import Output, Scorer, ScorerError, ScoringFailedError, run_scorer
 from probes.steering import SweepError, SweepPlan, SweepReport, SweepTask, make_arms, run_sweep, summarize_sweep
 from roentgen.api_keys import client_key
 from roentgen.atomic_files import atomic_write, make_folder, write_json
@@ -132,7 +132,7 @@ async def _judge(
     name: str, scorer: Scorer, problems: dict[str, Problem], text: str, problem_id: str
 ) -> tuple[bool, bool]:
     try:
-        verdict = await ask_scorer(name, scorer, Output(text), problems[problem_id])
+        verdict = await run_scorer(name, scorer, Output(text), problems[problem_id])
     except (ScorerError, ScoringFailedError) as error:
         raise SweepError(f"{problem_id}: {error}") from error
     return verdict.answer is not None, verdict.correct

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from eval_jobs.hashed_config import ServedModelInfo
-from eval_jobs.resume import OtherConfigurationError, as_begun, open_run
+from eval_jobs.resume import OtherConfigurationError, keep_recorded_settings, open_run
 from eval_jobs.settings import check_settings
 from eval_jobs.variants import attempts_of
 from roentgen.atomic_files import write_json
@@ -140,9 +140,9 @@ def test_a_run_keeps_the_version_of_the_prompt_it_began_with(tmp_path: Path) -> 
     settings = check_settings(output="out")
     with pytest.raises(OtherConfigurationError, match=r"prompt\.hash"):
         opened(output="out")
-    assert as_begun(settings).prompt == "answer-line-1"
-    run = opened(output="out", prompt=as_begun(settings).prompt)
+    assert keep_recorded_settings(settings).prompt == "answer-line-1"
+    run = opened(output="out", prompt=keep_recorded_settings(settings).prompt)
     assert (run.config.prompt["version"], run.config.settings["extractor"]) == (1, "answer_line")
-    assert as_begun(check_settings(output="new")).prompt is None
+    assert keep_recorded_settings(check_settings(output="new")).prompt is None
     assert opened(output="new").config.prompt["name"] == "answer-line"
-    assert as_begun(check_settings(output="out", prompt="gsm8k")).prompt == "gsm8k"
+    assert keep_recorded_settings(check_settings(output="out", prompt="gsm8k")).prompt == "gsm8k"

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from eval_jobs.extractors import score
 from eval_jobs.hashed_config import ServedModelInfo, hashed_configuration, variants_of
-from eval_jobs.outputs import around, write_summary
+from eval_jobs.outputs import excerpt, write_summary
 from eval_jobs.rescoring import rescore
 from eval_jobs.resume import open_run
 from eval_jobs.run_comparison import compare
@@ -178,7 +178,7 @@ def test_the_same_question_under_two_ids_is_one_problem(tmp_path: Path) -> None:
 
 def test_the_text_around_an_answer() -> None:
     text = "a" * 100 + " it is 1,234 now 1,234. " + "b" * 100
-    found = around(text, "1234")
+    found = excerpt(text, "1234")
     assert found.index("1,234.") > found.index("1,234 now")
     assert len(found) == 60 + len("1,234") + 60
-    assert around("nothing", "5") == "nothing"
+    assert excerpt("nothing", "5") == "nothing"

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval_jobs.problems import Problem
 from eval_jobs.extractors import EXTRACTORS, UnknownScorerError, choose_scorer, judge, score
+from eval_jobs.problems import Problem
 from eval_jobs.verdicts import Output, ScorerError, ScoringFailedError, Verdict, run_scorer
 
 PROBLEM = Problem("capital-1", 1, "The capital of France?", "Paris", "Paris", fields={"continent": "Europe"})

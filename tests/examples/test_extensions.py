@@ -11,7 +11,7 @@ import torch
 from eval_jobs.extractors import choose_scorer
 from eval_jobs.problems import Problem, read_source
 from eval_jobs.prompts import choose_prompt
-from eval_jobs.verdicts import Output, ScoringFailedError, Verdict, ask_scorer
+from eval_jobs.verdicts import Output, ScoringFailedError, Verdict, run_scorer
 from probes.choosing import choose_kind
 from probes.errors import ProbeDataError
 from probes.labels import Target
@@ -71,7 +71,7 @@ def test_prompts(name: str, messages: list[tuple[str, str]]) -> None:
 )
 async def test_scorers(name: str, output: str, verdict: Verdict) -> None:
     scorer = choose_scorer(f"{EXAMPLES}/scorers.py:{name}")
-    assert await ask_scorer(name, scorer.value, Output(output, (), "length"), capitals()[2]) == verdict
+    assert await run_scorer(name, scorer.value, Output(output, (), "length"), capitals()[2]) == verdict
 
 
 async def test_a_judge_is_asked_through_the_openai_route(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +79,7 @@ async def test_a_judge_is_asked_through_the_openai_route(monkeypatch: pytest.Mon
     with running(StandIn(reply="8")) as server:
         monkeypatch.setenv("JUDGE_BASE_URL", server.base_url)
         monkeypatch.setenv("JUDGE_MODEL", "stand-in")
-        verdict = await ask_scorer("judge", judge, Output("Nairobi!"), capitals()[2])
+        verdict = await run_scorer("judge", judge, Output("Nairobi!"), capitals()[2])
         assert verdict == Verdict(True, "Nairobi!", {"rating": 8})
         (request,) = server.requests
         assert f"Question: {KENYA}\nRight answer: Nairobi\nGiven answer: Nairobi!" in request["messages"][-1]["content"]
@@ -87,7 +87,7 @@ async def test_a_judge_is_asked_through_the_openai_route(monkeypatch: pytest.Mon
         with pytest.raises(
             ScoringFailedError, match=r"the scorer judge raised ValueError: the judge gave no rating: 'Well'"
         ):
-            await ask_scorer("judge", judge, Output("Nairobi!"), capitals()[2])
+            await run_scorer("judge", judge, Output("Nairobi!"), capitals()[2])
 
 
 def test_a_kind_of_probe() -> None:
