@@ -25,7 +25,7 @@ from ulid import ULID
 from benchmarks.ways import Keep, OutOfTimeError, Run, UnavailableError, Way, end_tokens, engine_way
 from benchmarks.workload import Workload
 from roentgen.contract import ActivationRequest, stored_key
-from roentgen.linear_probe import Readout
+from roentgen.linear_probe import LinearProbe
 from roentgen.tokenized_text import TokenizedText
 from serve_app.capture.scoring import Scorer
 from serve_app.engines.protocol import Finished
@@ -267,7 +267,7 @@ def probes(model: ServedModel, count: int = N_PROBES) -> tuple[Scorer, ...]:
     for number in range(count):
         key = stored_key("resid_post", round(number * last / (count - 1)))
         weight, bias = torch.randn(1, width, generator=generator), torch.zeros(1)
-        readout = Readout(weight, bias, torch.zeros(width), torch.ones(width)).to(model.device)
+        readout = LinearProbe(weight, bias, torch.zeros(width), torch.ones(width)).to(model.device)
         found.append(Scorer(f"probe {number}", key, structure.taps[key], readout, ""))
     return tuple(found)
 

@@ -87,7 +87,7 @@ class ProbeCard(BaseModel):
 
 
 @dataclass(frozen=True, eq=False)
-class Readout:
+class LinearProbe:
     """A linear probe's arithmetic."""
 
     weight: Float[Tensor, "outputs d"]
@@ -108,13 +108,15 @@ class Readout:
         """The directions in the activations' own units, of length 1: along them the scores grow fastest."""
         return torch.nn.functional.normalize(self.weight / self.scale, dim=-1)
 
-    def to(self, device: torch.device) -> "Readout":
+    def to(self, device: torch.device) -> "LinearProbe":
         """Return the same on a device, in float32."""
-        return Readout(*(part.to(device, torch.float32) for part in (self.weight, self.bias, self.mean, self.scale)))
+        return LinearProbe(
+            *(part.to(device, torch.float32) for part in (self.weight, self.bias, self.mean, self.scale))
+        )
 
 
 @dataclass(frozen=True, eq=False)
-class SavedProbe(Readout):
+class SavedProbe(LinearProbe):
     """A probe that says what it is."""
 
     card: ProbeCard

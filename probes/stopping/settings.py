@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 
 from probes.stopping.traces import StopTrace, scores_of
-from roentgen.linear_probe import Readout
+from roentgen.linear_probe import LinearProbe
 
 RuleKind = Literal["whole", "probe", "random", "fixed_length", "convergence"]
 
@@ -54,11 +54,11 @@ class Setting:
                 return f"above {self.above:g} for {self.length}"
 
 
-def random_directions(probe: Readout, count: int, seed: int = 0) -> list[Readout]:
+def random_directions(probe: LinearProbe, count: int, seed: int = 0) -> list[LinearProbe]:
     """Return probes that know nothing: random weights, as long as the probe's, on features standardized as the probe's are."""
     drawn = torch.randn(count, probe.weight.shape[1], generator=torch.Generator().manual_seed(seed))
     weights = torch.nn.functional.normalize(drawn, dim=-1) * probe.weight.float().norm()
-    return [Readout(weight[None], torch.zeros(1), probe.mean, probe.scale) for weight in weights]
+    return [LinearProbe(weight[None], torch.zeros(1), probe.mean, probe.scale) for weight in weights]
 
 
 def make_settings(
@@ -95,6 +95,6 @@ def quantiles(scores: Float[np.ndarray, "tokens"], shares: Float[np.ndarray, "sh
     return [float(f"{value:.4g}") for value in np.quantile(scores, shares)]
 
 
-def all_scores(probes: Sequence[Readout], traces: Sequence[StopTrace]) -> list[list[Float[np.ndarray, "fed"]]]:
+def all_scores(probes: Sequence[LinearProbe], traces: Sequence[StopTrace]) -> list[list[Float[np.ndarray, "fed"]]]:
     """Score traces with each probe."""
     return [[scores_of(probe, trace) for trace in traces] for probe in probes]

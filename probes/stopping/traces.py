@@ -10,7 +10,7 @@ from torch import Tensor
 
 from probes.errors import ProbeDataError
 from roentgen.contract import count_rows
-from roentgen.linear_probe import Readout
+from roentgen.linear_probe import LinearProbe
 from roentgen.runs import Run, Sample, same_template
 from roentgen.stopping import CountedTokens, ReasoningTokens
 from roentgen.tokenized_text import sentence_ends, token_texts
@@ -123,7 +123,7 @@ def _reasoning(
     return inside[:-1], int(ends[first - 1]) if first else 0, own.index(marks.end) + 1 if state == "after" else None
 
 
-def scores_of(readout: Readout, trace: StopTrace) -> Float[np.ndarray, "fed"]:
+def scores_of(readout: LinearProbe, trace: StopTrace) -> Float[np.ndarray, "fed"]:
     """Score a rollout's tokens with a probe of one output."""
     found: Float[np.ndarray, "fed"] = readout.scores(trace.rows.flatten(1))[:, 0].numpy()
     return found

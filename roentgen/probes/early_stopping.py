@@ -44,7 +44,7 @@ from probes.stopping.findings import deal, rows
 from probes.stopping.settings import all_scores, random_directions
 from roentgen.api_keys import client_key
 from roentgen.atomic_files import atomic_write, make_folder, write_json
-from roentgen.linear_probe import Readout, SavedProbe, find_probe, load_probe
+from roentgen.linear_probe import LinearProbe, SavedProbe, find_probe, load_probe
 from roentgen.options import read_options
 from roentgen.runs import Run, Sample
 from roentgen.stopping import StopSettings
@@ -110,7 +110,7 @@ def _sweep(settings: StopSettings, path: Path, probe: SavedProbe, stage: Callabl
     choosing = deal([trace.group for trace in traces], settings.seed)
     if not choosing.any() or choosing.all():
         raise ProbeDataError(f"{run.path} has answers to one problem only; settings are chosen on half of the problems")
-    readouts: list[Readout] = [probe, *random_directions(probe, settings.controls, settings.seed)]
+    readouts: list[LinearProbe] = [probe, *random_directions(probe, settings.controls, settings.seed)]
     scores = all_scores(readouts, traces)
     halves = [[found for found, mine in zip(own, choosing, strict=True) if mine] for own in scores]
     half = [trace for trace, mine in zip(traces, choosing, strict=True) if mine]

@@ -23,7 +23,7 @@ from serve_app.errors import RequestError
 
 if TYPE_CHECKING:
     # Only a type here: importing it brings the store with it, and pyarrow.
-    from roentgen.linear_probe import Readout, ScoreUnit
+    from roentgen.linear_probe import LinearProbe, ScoreUnit
 
 Place = tuple[str, int]
 """What a probe reads: a stored key, and rows of a width."""
@@ -48,7 +48,7 @@ class Scorer:
     """The stored key it reads."""
     tap: Tap
     """Where that is."""
-    readout: "Readout"
+    readout: "LinearProbe"
     """The probe's arithmetic, on the model's device."""
     label: str
     """What it reads."""
@@ -67,7 +67,7 @@ class _Reader:
     bias: Float[Tensor, "outputs"]
 
     @classmethod
-    def of(cls, readouts: "list[Readout]") -> "_Reader":
+    def of(cls, readouts: "list[LinearProbe]") -> "_Reader":
         """Lay out probes of one width."""
         # What they share of their means is subtracted first: a row may be far from zero, and near to them.
         mean = readouts[0].mean
@@ -84,13 +84,13 @@ class Panel:
         width: how many scores a row has.
     """
 
-    def __init__(self, probes: "tuple[tuple[str, Readout], ...]") -> None:
+    def __init__(self, probes: "tuple[tuple[str, LinearProbe], ...]") -> None:
         """Lay out probes.
 
         Args:
             probes: each with the key that it reads.
         """
-        self._together: dict[Place, list[Readout]] = defaultdict(list)
+        self._together: dict[Place, list[LinearProbe]] = defaultdict(list)
         numbers: dict[Place, list[int]] = defaultdict(list)
         for number, (key, readout) in enumerate(probes):
             place = key, readout.mean.shape[0]
@@ -111,7 +111,7 @@ class Panel:
 
 
 @lru_cache(maxsize=MAX_PANELS)
-def _panel(probes: "tuple[tuple[str, Readout], ...]") -> Panel:
+def _panel(probes: "tuple[tuple[str, LinearProbe], ...]") -> Panel:
     """Lay out probes, once for all requests that ask for the same: a probe that is loaded once is one object."""
     return Panel(probes)
 

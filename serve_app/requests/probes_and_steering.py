@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS, ActivationRequest, Positions, split_key
-from roentgen.linear_probe import CARDS, Readout, SavedProbe, SavedProbeError, load_probe
+from roentgen.linear_probe import CARDS, LinearProbe, SavedProbe, SavedProbeError, load_probe
 from serve_app.capture.scoring import Scorer
 from serve_app.capture.steering import Addition
 from serve_app.capture.structure import CaptureRequestError, Tap
@@ -144,7 +144,7 @@ def _scorer(model: ServedModel, asked: AskedProbe, param: str, folders: Sequence
     tap = _tap(model, asked.key, f"{param}.key")
     _check_width(model, asked.key, width, f"{param}.weight")
     return Scorer(
-        asked.name, asked.key, tap, Readout(weight, torch.tensor([asked.bias]), mean, scale).to(model.device), ""
+        asked.name, asked.key, tap, LinearProbe(weight, torch.tensor([asked.bias]), mean, scale).to(model.device), ""
     )
 
 
@@ -247,11 +247,11 @@ def _load(folder: Path, name: str, modified: int) -> SavedProbe:
 
 
 @lru_cache(maxsize=128)
-def _moved(probe: SavedProbe, device: torch.device) -> Readout:
+def _moved(probe: SavedProbe, device: torch.device) -> LinearProbe:
     return probe.to(device)
 
 
-def _on(model: ServedModel, probe: SavedProbe) -> Readout:
+def _on(model: ServedModel, probe: SavedProbe) -> LinearProbe:
     return _moved(probe, model.device)
 
 

@@ -21,7 +21,7 @@ from itertools import accumulate
 
 import torch
 
-from roentgen.linear_probe import Readout
+from roentgen.linear_probe import LinearProbe
 from roentgen.store import StoreError
 from serve_app.capture.grid import Strip
 from serve_app.capture.memory import RowMemory
@@ -129,7 +129,7 @@ class Collector:
         self._to_keep: deque[tuple[int, _Job]] = deque()
         self._memory = RowMemory()
         self._device = device
-        self._readouts: dict[bytes, Readout] = {}
+        self._readouts: dict[bytes, LinearProbe] = {}
 
     @property
     def held(self) -> int:

@@ -10,7 +10,7 @@ from probes.stopping import Reading, Setting, Stop, StopTrace, make_settings, su
 from probes.stopping.findings import deal
 from probes.stopping.settings import quantiles, random_directions
 from probes.stopping.sweep import converged
-from roentgen.linear_probe import Readout
+from roentgen.linear_probe import LinearProbe
 from roentgen.runs import Sample
 
 
@@ -137,7 +137,7 @@ def test_no_score_equals_a_value_that_is_tried() -> None:
 
 
 def test_random_directions_are_as_long_as_the_probe() -> None:
-    probe = Readout(torch.randn(1, 9), torch.ones(1), torch.randn(9), torch.rand(9) + 1)
+    probe = LinearProbe(torch.randn(1, 9), torch.ones(1), torch.randn(9), torch.rand(9) + 1)
     drawn = random_directions(probe, 3)
     for one in drawn:
         assert one.weight.norm() == pytest.approx(probe.weight.norm())

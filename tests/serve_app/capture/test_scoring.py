@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from roentgen.contract import ActivationRequest, split_key
-from roentgen.linear_probe import Readout
+from roentgen.linear_probe import LinearProbe
 from serve_app.capture.scoring import Scorer, UnscorableError
 from serve_app.engines.protocol import Finished, Sampling, TextDelta
 from serve_app.engines.transformers.engine import TransformersEngine
@@ -39,7 +39,7 @@ def scorer(model: LoadedModel, key: str, outputs: int = 1, width: int = 32, seed
     generator = torch.Generator().manual_seed(seed)
     weight, mean = torch.randn(outputs, width, generator=generator), torch.randn(width, generator=generator)
     scale, bias = torch.rand(width, generator=generator) + 0.5, torch.randn(outputs, generator=generator)
-    return Scorer(f"{key} {seed}", key, tap, Readout(weight, bias, mean, scale), "label")
+    return Scorer(f"{key} {seed}", key, tap, LinearProbe(weight, bias, mean, scale), "label")
 
 
 def by_numpy(found: Scorer, rows: torch.Tensor) -> np.ndarray:

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from roentgen.contract import ActivationRequest, Positions, split_key, stored_key
-from roentgen.linear_probe import Readout
+from roentgen.linear_probe import LinearProbe
 from roentgen.stopping import ReasoningTokens, StopWhen, find_stop
 from serve_app.capture.rows import CapturePlan, UncapturableError
 from serve_app.capture.scoring import Scorer, UnscorableError
@@ -474,7 +474,7 @@ def scorer(subject: Subject, key: str, *, outputs: int = 1, seed: int = 0) -> Sc
     width, generator = subject.model.structure.d_model, torch.Generator().manual_seed(seed)
     weight, mean = torch.randn(outputs, width, generator=generator), torch.randn(width, generator=generator)
     scale, bias = torch.rand(width, generator=generator) + 0.5, torch.randn(outputs, generator=generator)
-    return Scorer(f"{key} {seed}", key, tap, Readout(weight, bias, mean, scale), "label")
+    return Scorer(f"{key} {seed}", key, tap, LinearProbe(weight, bias, mean, scale), "label")
 
 
 @pytest.mark.parametrize("steered", [False, True])
@@ -523,7 +523,7 @@ def test_a_streams_scores_join_to_the_whole(under_test: Subject) -> None:
 def test_a_probe_of_another_width_fails_alone(under_test: Subject) -> None:
     odd, fine = Call(PROMPTS[0], GREEDY), Call(PROMPTS[1], GREEDY)
     probe = scorer(under_test, "layers.1.resid_post")
-    narrow = replace(probe, readout=Readout(torch.ones(1, 3), torch.ones(1), torch.ones(3), torch.ones(3)))
+    narrow = replace(probe, readout=LinearProbe(torch.ones(1, 3), torch.ones(1), torch.ones(3), torch.ones(3)))
     odd.job, fine.job = replace(odd.job, probes=(narrow,)), replace(fine.job, probes=(probe,))
     for call in (odd, fine):
         under_test.engine.submit(call.job)
@@ -709,7 +709,9 @@ def test_a_score_that_cannot_be_had_ends_nothing_else(under_test: Subject) -> No
     width = under_test.model.structure.d_model
     endless = replace(
         probe,
-        readout=Readout(torch.full((1, width), 3e38), torch.ones(1), torch.zeros(width), torch.full((width,), 1e-9)),
+        readout=LinearProbe(
+            torch.full((1, width), 3e38), torch.ones(1), torch.zeros(width), torch.full((width,), 1e-9)
+        ),
     )
     odd.job = replace(odd.job, probes=(endless,), stopping=stopping(0, 1))
     fine.job = replace(fine.job, probes=(probe,), stopping=stopping(1e9, 1))

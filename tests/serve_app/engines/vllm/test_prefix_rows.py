@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roentgen.contract import Positions
-from roentgen.linear_probe import Readout
+from roentgen.linear_probe import LinearProbe
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.scoring import RequestScores, Scorer
 from serve_app.capture.steering import Addition
@@ -26,7 +26,7 @@ from serve_app.engines.vllm.worker_messages import CaptureRequest
 SIZE, WIDTH = 4, 3
 PLACES = {name: Tap(f"layers.{name}", "output") for name in "abc"}
 POLICIES = ["all", "prompt", "generated", "last_prompt", "last", "stride:3", "mean_prompt", "mean_generated"]
-READOUT = Readout(torch.ones(1, WIDTH), torch.zeros(1), torch.zeros(WIDTH), torch.ones(WIDTH))
+READOUT = LinearProbe(torch.ones(1, WIDTH), torch.zeros(1), torch.zeros(WIDTH), torch.ones(WIDTH))
 ROW = WIDTH * 4
 
 
