@@ -17,7 +17,7 @@ from sklearn.feature_extraction.text import HashingVectorizer
 from torch import Tensor
 
 from probes.dataset import ProbeDataset
-from probes.kinds.linear import Standardised
+from probes.kinds.linear import Standardized
 
 WORD_FEATURES = 512
 
@@ -39,10 +39,10 @@ def covariates(data: ProbeDataset) -> dict[str, Float[Tensor, "1 rows d"]]:
 
 
 def random_projection(X: Float[Tensor, "models rows d"], seed: int) -> Float[Tensor, "models rows 1"]:
-    """Return each model's standardised rows along a random direction of its own."""
+    """Return each model's standardized rows along a random direction of its own."""
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(len(X), X.shape[-1], 1, generator=generator, dtype=torch.float64).to(X.device)
-    return Standardised.of(X).Z @ directions
+    return Standardized.of(X).Z @ directions
 
 
 def truncated(data: ProbeDataset) -> Bool[np.ndarray, "samples"]:

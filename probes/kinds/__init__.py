@@ -36,12 +36,12 @@ class Kind:
     """`(X, y, groups, strengths)` to probes. `X` is `[models, rows, d]`, or `[models, rows, tokens, d]` with NaN for padding
     if it takes every token."""
     strengths: tuple[float, ...]
-    """What to choose from on inner folds, most regularised first: ties go to the first."""
+    """What to choose from on inner folds, most regularized first: ties go to the first."""
     strength: str
     """What the strength is, in words."""
     fit_together: Callable[[Tensor, Tensor, Tensor, Tensor], Probes] | None = None
-    """Likewise `(X, y, trains, strengths)` for several labellings of the same rows, `y` and `trains` (which rows train)
-    `[labellings, rows]`, labellings before strengths in the result; None where fitting them together saves nothing."""
+    """Likewise `(X, y, trains, strengths)` for several labelings of the same rows, `y` and `trains` (which rows train)
+    `[labelings, rows]`, labelings before strengths in the result; None where fitting them together saves nothing."""
     tokens: bool = False
     """Whether it takes every token of a sample instead of one row."""
     within: bool = False

@@ -26,7 +26,7 @@ class AttentionProbes:
     """Fitted probes, one per model and strength."""
 
     query: Float[Tensor, "models strengths d"]
-    """What to attend to, in standardised features, `[models, strengths, d]`."""
+    """What to attend to, in standardized features, `[models, strengths, d]`."""
     value: Float[Tensor, "models strengths d"]
     """What to read there, `[models, strengths, d]`."""
     bias: Float[Tensor, "models strengths"]
@@ -38,12 +38,12 @@ class AttentionProbes:
 
     def scores(self, X: Float[Tensor, "models rows tokens d"]) -> Float[Tensor, "models strengths 1 rows"]:
         """Return the log-odds of samples; tokens that are NaN are padding."""
-        Z, there = _standardised(X, self.mean, self.scale)
+        Z, there = _standardized(X, self.mean, self.scale)
         return _pooled(Z, there, self.query, self.value, self.bias)[:, :, None]
 
     def attention(self, X: Float[Tensor, "models rows tokens d"]) -> Float[Tensor, "models strengths rows tokens"]:
         """Return the weight of each token, which add up to 1 over a sample's own."""
-        return _weights(*_standardised(X, self.mean, self.scale), self.query)
+        return _weights(*_standardized(X, self.mean, self.scale), self.query)
 
 
 def fit(
@@ -67,7 +67,7 @@ def fit(
     mean = X.double().nanmean((1, 2))
     spread = (X.double() - mean[:, None, None]).square().nanmean((1, 2)).sqrt()
     scale = scale_of(spread, mean, X.shape[1] * X.shape[2])
-    Z, there = _standardised(X, mean, scale)
+    Z, there = _standardized(X, mean, scale)
     fitted = [
         [_fit_one(Z[model : model + 1], there[model : model + 1], y, C) for C in strengths.tolist()]
         for model in range(len(X))
@@ -85,24 +85,24 @@ def _fit_one(
     """Return the query, the value and the intercept of one model and strength."""
     query, value = (Z.new_zeros(1, Z.shape[-1], requires_grad=True) for _ in range(2))
     bias = Z.new_zeros(1, requires_grad=True)
-    optimiser = torch.optim.LBFGS(
+    optimizer = torch.optim.LBFGS(
         [query, value, bias], max_iter=ITERATIONS, tolerance_grad=1e-6, line_search_fn="strong_wolfe"
     )
     target = y.to(Z)
 
     def objective() -> Tensor:
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         scores = _pooled(Z, there, query[None], value[None], bias[None])[0, 0]
         loss = torch.nn.functional.binary_cross_entropy_with_logits(scores, target, reduction="sum")
         total = C * loss + (query.square() + value.square()).sum() / 2
         total.backward()
         return total
 
-    optimiser.step(objective)
+    optimizer.step(objective)
     return query.detach(), value.detach(), bias.detach()
 
 
-def _standardised(
+def _standardized(
     X: Float[Tensor, "models rows tokens d"], mean: Float[Tensor, "models d"], scale: Float[Tensor, "models d"]
 ) -> tuple[Float[Tensor, "models rows tokens d"], Bool[Tensor, "models rows tokens"]]:
     there = ~X[..., 0].isnan()

@@ -1,4 +1,4 @@
-"""Group-centred logistic regression: what tells a problem's right attempts from its wrong ones.
+"""Group-centered logistic regression: what tells a problem's right attempts from its wrong ones.
 
 Method:
     1. Keep the problems that have attempts of both classes.
@@ -14,9 +14,9 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from probes.kinds.linear import LinearProbes, Standardised
+from probes.kinds.linear import LinearProbes, Standardized
 from probes.kinds.logistic import LogLoss
-from probes.kinds.newton import minimise
+from probes.kinds.newton import minimize
 
 
 def fit(
@@ -45,9 +45,9 @@ def fit(
         raise ValueError("no problem has attempts of both classes, so there is nothing to tell apart within one")
     X = X.double()
     sums = X.new_zeros(len(X), len(n), X.shape[-1]).index_add_(1, group, X)
-    centred = (X - (sums / n[:, None])[:, group])[:, mixed]
-    rows = Standardised.of(centred)  # the mean of what is centred is 0: only the scale is new
+    centered = (X - (sums / n[:, None])[:, group])[:, mixed]
+    rows = Standardized.of(centered)  # the mean of what is centered is 0: only the scale is new
     target = y[mixed].double()[None, None]
     loss = LogLoss(target, torch.ones_like(target))
-    weight, bias = minimise(rows.Z, loss, strengths, intercept=False)
+    weight, bias = minimize(rows.Z, loss, strengths, intercept=False)
     return LinearProbes(weight, bias, X.mean(1), rows.scale)

@@ -1,7 +1,7 @@
 """Linear discriminant analysis with a shrunk covariance: the difference of means, whitened.
 
 w = Σ⁻¹(μ₁ − μ₀), b = log(n₁/n₀) − ½ w·(μ₁ + μ₀), with Σ = (1 − s)·Σw + s·tr(Σw)/d·I and Σw the covariance within classes:
-scikit-learn's `LinearDiscriminantAnalysis(solver="lsqr", shrinkage=s)` on standardised features (Ledoit and Wolf 2004,
+scikit-learn's `LinearDiscriminantAnalysis(solver="lsqr", shrinkage=s)` on standardized features (Ledoit and Wolf 2004,
 https://doi.org/10.1016/S0047-259X(03)00096-4, for the form of the shrinkage). Strength: s.
 
 On principal axes the total covariance is diagonal, and Σw differs from it by the one direction μ₁ − μ₀: the inverse is a

@@ -1,4 +1,4 @@
-"""What the linear kinds share: the fitted probes, and standardised rows on their principal axes.
+"""What the linear kinds share: the fitted probes, and standardized rows on their principal axes.
 
 Method:
     1. Standardise each feature by the mean and standard deviation of the rows given, which are training rows only.
@@ -21,7 +21,7 @@ class LinearProbes:
     """Fitted probes, one per model (a key at a position) and strength."""
 
     weight: Float[Tensor, "models strengths outputs d"]
-    """Directions in standardised features, `[models, strengths, outputs, d]`."""
+    """Directions in standardized features, `[models, strengths, outputs, d]`."""
     bias: Float[Tensor, "models strengths outputs"]
     """Intercepts, `[models, strengths, outputs]`."""
     mean: Float[Tensor, "models d"]
@@ -36,7 +36,7 @@ class LinearProbes:
 
 
 @dataclass(frozen=True)
-class Standardised:
+class Standardized:
     """Rows, each feature with mean 0 and standard deviation 1."""
 
     Z: Float[Tensor, "models rows d"]
@@ -47,13 +47,13 @@ class Standardised:
     """Then divided by, `[models, d]`."""
 
     @classmethod
-    def of(cls, X: Float[Tensor, "models rows d"]) -> "Standardised":
+    def of(cls, X: Float[Tensor, "models rows d"]) -> "Standardized":
         """Standardise rows."""
         mean = X.double().mean(1)
-        centred = X - mean[:, None]
-        deviation = centred.square().mean(1).sqrt()
+        centered = X - mean[:, None]
+        deviation = centered.square().mean(1).sqrt()
         scale = scale_of(deviation, mean, X.shape[1])
-        return cls(centred / scale[:, None], mean, scale)
+        return cls(centered / scale[:, None], mean, scale)
 
 
 def scale_of(
@@ -65,10 +65,10 @@ def scale_of(
 
 @dataclass(frozen=True)
 class Axes:
-    """Standardised rows in principal coordinates."""
+    """Standardized rows in principal coordinates."""
 
     rotated: Float[Tensor, "models rows axes"]
-    """`[models, rows, axes]`, centred, its columns orthogonal."""
+    """`[models, rows, axes]`, centered, its columns orthogonal."""
     back: tuple[Float[Tensor, "models _ _"], ...]
     """Matrices whose product, `[models, axes, d]`, has the axes as its rows: weights on the axes times each in turn are
     weights of the features. They are not multiplied out: that would cost more than all the rest."""
@@ -80,12 +80,12 @@ class Axes:
     @classmethod
     def of(cls, X: Float[Tensor, "models rows d"]) -> "Axes":
         """Standardise and rotate rows."""
-        rows = Standardised.of(X)
+        rows = Standardized.of(X)
         Z = rows.Z
         if Z.shape[2] <= Z.shape[1]:
             axes = torch.linalg.eigh(Z.mT @ Z).eigenvectors
             return cls(Z @ axes, (axes.mT,), rows.mean, rows.scale)
-        # The eigenvectors of the smaller matrix give the same axes. Those without length (centred rows have at least one)
+        # The eigenvectors of the smaller matrix give the same axes. Those without length (centered rows have at least one)
         # must stay short instead of being blown up to arbitrary unit vectors.
         squared, directions = torch.linalg.eigh(Z @ Z.mT)
         length = squared.clamp_min(0).sqrt()[:, None]

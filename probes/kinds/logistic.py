@@ -1,6 +1,6 @@
 """Logistic regression with an L2 penalty.
 
-The objective is scikit-learn's: ½‖w‖² + C Σ log(1 + exp(−s·f)), with f = w·z + b, z standardised, s = ±1, and b not penalised.
+The objective is scikit-learn's: ½‖w‖² + C Σ log(1 + exp(−s·f)), with f = w·z + b, z standardized, s = ±1, and b not penalized.
 Strength: C. `newton` says how it is minimised.
 """
 
@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from probes.kinds.linear import LinearProbes, Standardised, check_two_classes
-from probes.kinds.newton import PerProblem, Rows, minimise
+from probes.kinds.linear import LinearProbes, Standardized, check_two_classes
+from probes.kinds.newton import PerProblem, Rows, minimize
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,11 @@ def fit(
 
 def fit_together(
     X: Float[Tensor, "models rows d"],
-    y: Bool[Tensor, "labellings rows"],
-    trains: Bool[Tensor, "labellings rows"],
+    y: Bool[Tensor, "labelings rows"],
+    trains: Bool[Tensor, "labelings rows"],
     strengths: Float[Tensor, "strengths"],
 ) -> LinearProbes:
-    """Fit a probe for every model, labelling and strength; all rows standardise, whether they train or not.
+    """Fit a probe for every model, labeling and strength; all rows standardise, whether they train or not.
 
     Args:
         X: features; the models see the same rows.
@@ -80,7 +80,7 @@ def fit_together(
     """
     for labels, part in zip(y, trains, strict=True):
         check_two_classes(labels[part])
-    rows = Standardised.of(X)
+    rows = Standardized.of(X)
     loss = LogLoss(*(part.double()[:, None] for part in (y, trains)))
-    weight, bias = minimise(rows.Z, loss, strengths, len(y))
+    weight, bias = minimize(rows.Z, loss, strengths, len(y))
     return LinearProbes(weight, bias, rows.mean, rows.scale)

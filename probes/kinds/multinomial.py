@@ -1,6 +1,6 @@
 """Multinomial logistic regression with an L2 penalty: which of several classes.
 
-The objective is scikit-learn's: ½‖W‖² + C Σ −log softmax(W·z + b)[y], z standardised, b not penalised. Strength: C. `newton`
+The objective is scikit-learn's: ½‖W‖² + C Σ −log softmax(W·z + b)[y], z standardized, b not penalized. Strength: C. `newton`
 says how it is minimised.
 """
 
@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from probes.kinds.linear import LinearProbes, Standardised
-from probes.kinds.newton import PerProblem, Rows, minimise
+from probes.kinds.linear import LinearProbes, Standardized
+from probes.kinds.newton import PerProblem, Rows, minimize
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def fit(
         raise ValueError(
             f"y has to have rows of every class and at least two classes; rows per class: {counts.tolist()}"
         )
-    rows = Standardised.of(X)
+    rows = Standardized.of(X)
     loss = SoftmaxLoss(torch.nn.functional.one_hot(y).double().mT)
-    weight, bias = minimise(rows.Z, loss, strengths, outputs=len(counts))
+    weight, bias = minimize(rows.Z, loss, strengths, outputs=len(counts))
     return LinearProbes(weight, bias, rows.mean, rows.scale)

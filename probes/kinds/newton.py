@@ -3,10 +3,10 @@
 Method:
     1. The weights lie in the span of the rows, w = Zᵀ·a, so scores are K·a + b with K = Z·Zᵀ (the kernel trick): d is gone
        once K is made. K serves every problem on these rows: each strength, each fold (rows that do not train weigh nothing
-       in its loss), each labelling. Strengths come one after the other, each starting where the last one ended.
+       in its loss), each labeling. Strengths come one after the other, each starting where the last one ended.
     2. Newton's method. A step is found by conjugate gradients in w and b (Hestenes and Stiefel 1952,
        https://doi.org/10.6028/jres.049.044), spelled in a: one product with K per iteration, for all models and problems
-       together. There is no factorisation: with the strong penalties that probes need, few iterations do.
+       together. There is no factorization: with the strong penalties that probes need, few iterations do.
     3. A step is found roughly, to a tenth of what is left, which keeps the convergence fast (Dembo, Eisenstat and Steihaug
        1982, https://doi.org/10.1137/0719025), and so in float32. What is left is computed anew in float64 after each step, for
        residual streams have a few directions thousands of times larger than the rest.
@@ -72,7 +72,7 @@ class Step:
     """K times `a`."""
 
 
-def minimise(
+def minimize(
     Z: Float[Tensor, "models rows d"],
     loss: Loss,
     strengths: Float[Tensor, "strengths"],
@@ -84,12 +84,12 @@ def minimise(
     """Return weights and intercept at the minimum of ½‖w‖² + C·loss, for each model, problem and strength C.
 
     Args:
-        Z: standardised rows, float64.
+        Z: standardized rows, float64.
         loss: of the scores.
         strengths: values of C.
         problems: how many the loss is of.
         outputs: scores per row; a loss of several does not change when all grow by as much.
-        intercept: whether there is one; it is not penalised.
+        intercept: whether there is one; it is not penalized.
 
     Raises:
         NoConvergenceError: if it does not converge.

@@ -1,6 +1,6 @@
 """Ridge regression: reads a number.
 
-The objective is scikit-learn's: ‖y − w·z − b‖² + α‖w‖², z standardised, b not penalised. Strength: α. On principal axes the
+The objective is scikit-learn's: ‖y − w·z − b‖² + α‖w‖², z standardized, b not penalized. Strength: α. On principal axes the
 solution is a division.
 """
 

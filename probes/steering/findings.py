@@ -26,7 +26,7 @@ MEASURES: dict[str, Callable[[SweepOutcome], float]] = {
     "parse_rate": lambda outcome: float(outcome.parsed),
     "length": lambda outcome: float(outcome.tokens),
 }
-COLOURS = {"probe": "C0", "random": "C1", "orthogonal": "C2"}
+COLORS_BY_DIRECTION = {"probe": "C0", "random": "C1", "orthogonal": "C2"}
 
 
 @dataclass(frozen=True)
@@ -94,15 +94,15 @@ class SweepReport:
         figure = Figure(figsize=(10, 3.6), dpi=150, layout="constrained")
         plain = next(finding for finding in self.findings if finding.along == "nothing")
         for axes, measure in zip(figure.subplots(1, len(MEASURES)), MEASURES, strict=True):
-            for along, colour in COLOURS.items():
+            for along, color in COLORS_BY_DIRECTION.items():
                 own = sorted((f for f in self.findings if f.along == along), key=lambda f: f.scale)
                 if not own:
                     continue
                 estimates = [finding.values[measure] for finding in own]
                 scales = [finding.scale for finding in own]
-                axes.plot(scales, [e.value for e in estimates], marker="o", markersize=3, color=colour, label=along)
+                axes.plot(scales, [e.value for e in estimates], marker="o", markersize=3, color=color, label=along)
                 low, high = [e.low for e in estimates], [e.high for e in estimates]
-                axes.fill_between(scales, low, high, alpha=0.12, linewidth=0, color=colour)
+                axes.fill_between(scales, low, high, alpha=0.12, linewidth=0, color=color)
             axes.axhline(plain.values[measure].value, color="0.4", linewidth=1, linestyle="--", label="no steering")
             axes.set_title(measure.replace("_", " "), loc="left", fontsize="medium")
             axes.set_xlabel(f"scale, in units of {self.unit:.3g}")

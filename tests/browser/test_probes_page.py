@@ -39,7 +39,7 @@ async def test_the_page_as_a_reader_meets_it(browser: Browser, page: Path, tmp_p
     assert await browser.ask("document.querySelectorAll('.transcript').length") == TRANSCRIPTS // 2 + 8
 
     # Colours: the stronger the score, the less transparent, green to one side and red to the other.
-    def colour(kind: str) -> str:
+    def color(kind: str) -> str:
         return (
             f"[...document.querySelectorAll('.tokens .{kind}')].map(t => [+t.style.getPropertyValue('--s'),"
             " +getComputedStyle(t).backgroundColor.match(/[\\d.]+/g)[3],"
@@ -47,7 +47,7 @@ async def test_the_page_as_a_reader_meets_it(browser: Browser, page: Path, tmp_p
         )
 
     for kind, rgb in (("yes", [23, 117, 74]), ("no", [179, 64, 47])):
-        found = [token for token in await browser.ask(colour(kind)) if 0 < token[0] < 1]
+        found = [token for token in await browser.ask(color(kind)) if 0 < token[0] < 1]
         assert len(found) > 10
         for strength, alpha, *shown in found:
             assert alpha == pytest.approx(0.6 * strength, abs=0.01)

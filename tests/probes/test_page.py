@@ -40,7 +40,7 @@ def test_every_token_has_its_score_and_its_colour(report, closeup):
     html = render_page(report, {}, closeup)
     own = html[html.index("problem 0") :].split("</details>")[0]
     tokens = re.findall(r'<span class="([^"]*)"(?: style="--s:([\d.]+)")? data-score="([^"]*)">([^<]*)</span>', own)
-    # The middle of the scores is -0.5, and 2.5 away from it the colour is full.
+    # The middle of the scores is -0.5, and 2.5 away from it the color is full.
     assert tokens == [
         ("t no", "1.0", "-3.00 at 0", "&lt;b&gt;"),
         ("t no", "0.2", "-1.00 at 1", "x"),

@@ -130,7 +130,7 @@ def test_a_prefix_that_was_found_has_every_row(server: Server, client: OpenAI) -
     """Two questions after the same long words: the second is read from where it differs, and is stored whole."""
     system = "You answer in few words, and only what was asked. " * 8
     found = []
-    for text in ("What is 3 + 4?", "Name a colour."):
+    for text in ("What is 3 + 4?", "Name a color."):
         messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
         wanted = {"session_id": "prefixes", "layers": [8, 16], "hook_points": ["resid_post"]}
         reply = ask(client, messages=messages, max_tokens=8, extra_body={"activations": wanted})

@@ -12,7 +12,7 @@ from tests.probes.kinds.features import correlated
 
 @pytest.mark.parametrize("d", [1, 60])
 def test_several_labellings_of_parts_of_the_rows(d):
-    """Each is what scikit-learn finds on its own rows, standardised by all; one has next to nothing to learn."""
+    """Each is what scikit-learn finds on its own rows, standardized by all; one has next to nothing to learn."""
     X, number = correlated(20, 120, max(d, 2))
     X = X[..., :d]
     y = torch.stack([number > number.median(), number > number.quantile(0.8), torch.arange(120) % 2 == 0])

@@ -91,11 +91,11 @@ def test_contrast_agrees_with_scikit_learn_on_rows_centred_by_hand():
     kept = np.isin(groups, mixed)
     for model in range(2):
         rows = X[model].double().numpy()
-        centred = np.concatenate([rows[groups == g] - rows[groups == g].mean(0) for g in range(30)])
-        scale = centred[kept].std(0)
+        centered = np.concatenate([rows[groups == g] - rows[groups == g].mean(0) for g in range(30)])
+        scale = centered[kept].std(0)
         for place, C in enumerate(strengths.double().tolist()):
             reference = LogisticRegression(C=C, tol=1e-10, max_iter=50_000, solver="newton-cg", fit_intercept=False)
-            reference.fit(centred[kept] / scale, y.numpy()[kept])
+            reference.fit(centered[kept] / scale, y.numpy()[kept])
             expected = (rows - rows.mean(0)) / scale @ reference.coef_[0]
             np.testing.assert_allclose(scores[model, place, 0], expected, atol=1e-3)
 

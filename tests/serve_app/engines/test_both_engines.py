@@ -234,12 +234,12 @@ def test_penalised_greedy_tokens_are_those_of_generate(under_test: Subject) -> N
     long = replace(GREEDY, max_tokens=60)
     plain = under_test.alone(PROMPTS[1], 60)
     banned = dict.fromkeys(plain, -100.0)
-    penalised, biased = run(
+    penalized, biased = run(
         under_test.engine,
         [Call(PROMPTS[1], replace(long, repetition_penalty=3.0)), Call(PROMPTS[1], replace(long, logit_bias=banned))],
     )
-    assert penalised.token_ids == under_test.alone(PROMPTS[1], 60, repetition_penalty=3.0)
-    assert penalised.token_ids != plain
+    assert penalized.token_ids == under_test.alone(PROMPTS[1], 60, repetition_penalty=3.0)
+    assert penalized.token_ids != plain
     assert biased.token_ids == under_test.alone(PROMPTS[1], 60, bad_words_ids=[[token] for token in banned])
 
 

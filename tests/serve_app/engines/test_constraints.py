@@ -133,7 +133,7 @@ def test_what_is_wrong_with_a_schema_is_said(constraints: Constraints, schema: d
 def test_what_cannot_be_enforced_is_left_out_unless_it_is_strict(
     words: PreTrainedTokenizerFast, constraints: Constraints
 ) -> None:
-    schema = {"type": "object", "properties": {"a": {"type": "string", "format": "colour"}}, "not": {}}
+    schema = {"type": "object", "properties": {"a": {"type": "string", "format": "color"}}, "not": {}}
     with pytest.raises(SchemaError, match=r"Unimplemented keys: \[\"not\"\]"):
         constraints.compile(json_grammar(schema))
     assert follows(constraints.compile(json_grammar(schema, strict=False)), words.encode('{"a": "red"}'))

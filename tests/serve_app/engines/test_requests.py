@@ -43,18 +43,18 @@ def test_penalised_greedy_tokens_are_those_of_generate(engine: TransformersEngin
     long = replace(GREEDY, max_tokens=60)
     plain = generate_alone(llama, PROMPT, 60)
     banned = dict.fromkeys(plain, -100.0)
-    penalised, biased = run(
+    penalized, biased = run(
         engine, [Call(PROMPT, replace(long, repetition_penalty=3.0)), Call(PROMPT, replace(long, logit_bias=banned))]
     )
-    assert penalised.token_ids == generate_with(llama, PROMPT, max_new_tokens=60, repetition_penalty=3.0)
-    assert penalised.token_ids != plain
+    assert penalized.token_ids == generate_with(llama, PROMPT, max_new_tokens=60, repetition_penalty=3.0)
+    assert penalized.token_ids != plain
     expected = generate_with(llama, PROMPT, max_new_tokens=60, bad_words_ids=[[token] for token in banned])
     assert biased.token_ids == expected
 
 
 def test_a_frequency_penalty_stops_repetition(engine: TransformersEngine) -> None:
-    plain, penalised = run(engine, [Call(PROMPT, replace(GREEDY, max_tokens=60, frequency_penalty=f)) for f in (0, 2)])
-    assert len(set(penalised.token_ids)) > len(set(plain.token_ids))
+    plain, penalized = run(engine, [Call(PROMPT, replace(GREEDY, max_tokens=60, frequency_penalty=f)) for f in (0, 2)])
+    assert len(set(penalized.token_ids)) > len(set(plain.token_ids))
 
 
 def test_a_stop_token_ends_it_and_is_no_text(engine: TransformersEngine, llama: LoadedModel) -> None:
