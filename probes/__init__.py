@@ -11,11 +11,11 @@ A new probe kind is one file in `kinds` and a line where they are listed, or a u
 one line in `labels.LABELS`.
 """
 
-from probes.console import render
 from probes.dataset import ProbeDataset
 from probes.errors import OneClassError, ProbeDataError
 from probes.labels import LABELS
 from probes.report import Best, Estimate, KeyResult, ProbeReport
+from probes.terminal_report import render
 from probes.train import train
 from probes.transfer import ProbeComparison, compare, transfer
 

@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from probes.baselines import truncated, unread
+from probes.bootstrap import WIDENING, bootstrap_weights, estimate
 from probes.dataset import ProbeDataset
 from probes.evaluation import Measure, all_estimates, forecast_measures, main_estimate, main_measure
-from probes.intervals import WIDENING, bootstrap_weights, estimate
 from probes.labels import Target
 from probes.report import Estimate, Subset
 

@@ -22,10 +22,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from probes import metrics
+from probes.bootstrap import WIDENING, estimate
 from probes.calibration import Calibration, log_loss
 from probes.cross_validation import Case, Tested, cross_validate, whole
 from probes.folds import Fold, mixed
-from probes.intervals import WIDENING, estimate
 from probes.kinds import Kind
 from probes.labels import Target
 from probes.report import Estimate

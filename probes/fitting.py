@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from probes import baselines
+from probes.bootstrap import bootstrap_weights
 from probes.calibration import Calibration
 from probes.choosing import Fit, choose_kind
 from probes.controls import Controls, without
@@ -20,7 +21,6 @@ from probes.dataset import ProbeDataset
 from probes.errors import ProbeDataError
 from probes.evaluation import Evaluation, evaluate, nested_best
 from probes.folds import Fold, mixed, nested_folds, shuffle_labels
-from probes.intervals import bootstrap_weights
 from probes.kinds import DEFAULT_KINDS, KINDS, Kind
 from probes.kinds.linear import LinearProbes
 from probes.positions import check_positions

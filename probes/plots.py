@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 
+from probes.bootstrap import bootstrap_weights
 from probes.closeup import Closeup
-from probes.intervals import bootstrap_weights
 from probes.metrics import BINS, bins
 from probes.report import KeyResult, ProbeReport
 from probes.styles import (

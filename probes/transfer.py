@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from probes.bootstrap import bootstrap_weights
 from probes.choosing import Fit, choose_kind
 from probes.cross_validation import Case, cross_validate, whole
 from probes.dataset import ProbeDataset
@@ -20,7 +21,6 @@ from probes.errors import OneClassError, ProbeDataError
 from probes.evaluation import choose_strength, main_estimate
 from probes.fitting import check_reads, check_seed
 from probes.folds import NEEDS_CONTRASTS, SAMPLE_AGAIN, grouped_splits, mixed
-from probes.intervals import bootstrap_weights
 from probes.kinds import Kind
 from probes.kinds.linear import LinearProbes
 from probes.labels import Target

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 from matplotlib.figure import Figure
 
-from probes.intervals import bootstrap_weights
+from probes.bootstrap import bootstrap_weights
 from probes.report import Estimate
 from probes.steering.arms import Along
 from probes.steering.sweep import SweepOutcome

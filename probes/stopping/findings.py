@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from probes.intervals import bootstrap_weights, estimate
+from probes.bootstrap import bootstrap_weights, estimate
 from probes.report import Estimate, format_difference
 from probes.stopping.settings import RuleKind, Setting
 from probes.stopping.sweep import Stop

@@ -2,10 +2,10 @@ import numpy as np
 import torch
 from sklearn.metrics import roc_auc_score
 
+from probes.bootstrap import bootstrap_weights
 from probes.cross_validation import Case, cross_validate
 from probes.evaluation import evaluate, main_estimate, nested_best
 from probes.folds import nested_folds, shuffle_labels
-from probes.intervals import bootstrap_weights
 from probes.kinds import KINDS
 from probes.labels import Target
 

@@ -6,7 +6,7 @@ from scipy.stats import spearmanr
 from sklearn.metrics import accuracy_score, average_precision_score, brier_score_loss, r2_score, roc_auc_score
 
 from probes import metrics
-from probes.intervals import WIDENING, bootstrap_weights, estimate
+from probes.bootstrap import WIDENING, bootstrap_weights, estimate
 
 GENERATOR = np.random.default_rng(6)
 Y = GENERATOR.random(40) < 0.5

@@ -9,10 +9,10 @@ from PIL import Image
 from rich.console import Console
 
 from probes.closeup import Closeup
-from probes.console import render
 from probes.plots import by_layer, distributions, heatmap, projection, reliability
 from probes.report import Best, Estimate, ProbeReport, Subset
 from probes.styles import CLASSES, COLORS, DARK_INK, REFERENCE, darken
+from probes.terminal_report import render
 from tests.probes.conftest import auroc_of
 
 

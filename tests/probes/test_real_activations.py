@@ -5,10 +5,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from probes.bootstrap import bootstrap_weights
 from probes.dataset import ProbeDataset
 from probes.evaluation import evaluate, main_estimate, nested_best
 from probes.folds import nested_folds, shuffle_labels
-from probes.intervals import bootstrap_weights
 from probes.kinds import KINDS
 from probes.labels import Target
 from tests.conftest import RayHome, Server
