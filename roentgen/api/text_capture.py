@@ -20,7 +20,7 @@ from roentgen.store.storage_backends import check_writable, open_folder
 from roentgen.store.schema import check_finite
 from roentgen.store.storage_backends import check_writable, open_folder
 from roentgen.transcripts import Transcript
-from roentgen.transcripts.file import read_records
+from roentgen.transcripts.from_file import read_records
 from roentgen.workflows.capture_texts import CaptureReport, Reader, capture_into, session_name
 from serve_app.errors import RequestError
 from serve_app.openai_api.errors import ApiError

@@ -24,8 +24,8 @@ from roentgen.serving.preflight import PreflightError, check_device, with_option
 from roentgen.store import Session, SessionNotFoundError, StoreWriter
 from roentgen.store.storage_backends import StorageFolder, check_writable, open_folder
 from roentgen.transcripts import Transcript, TranscriptError
-from roentgen.transcripts.file import read_file
-from roentgen.transcripts.run import read_run
+from roentgen.transcripts.from_file import read_file
+from roentgen.transcripts.from_run import read_run
 from roentgen.workflows.command_settings import CaptureSettings
 from serve_app.capture.resolver import ResolutionError
 from serve_app.capture.rows import UncapturableError

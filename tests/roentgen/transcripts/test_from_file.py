@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from roentgen.transcripts import Transcript, TranscriptError
-from roentgen.transcripts.file import read_file
+from roentgen.transcripts.from_file import read_file
 
 WORDS = st.text(min_size=1)
 ROLES = st.sampled_from(["system", "developer", "user", "assistant"])

@@ -7,7 +7,7 @@ from roentgen.runs import RolloutRef, Run, RunConfig, Sample, create_run, record
 from roentgen.store import CapturedRollout, CaptureSpec, StoreWriter
 from roentgen.tokenized_text import Segment, TokenizedText
 from roentgen.transcripts import TranscriptError
-from roentgen.transcripts.run import read_run
+from roentgen.transcripts.from_run import read_run
 
 ASK = {"role": "user", "content": "1 + 1?"}
 ANSWER = {"role": "assistant", "content": "Answer: 2"}
