@@ -129,7 +129,7 @@ class Collector:
         self._to_keep: deque[tuple[int, _Job]] = deque()
         self._memory = RowMemory()
         self._device = device
-        self._readouts: dict[bytes, LinearProbe] = {}
+        self._linear_probes: dict[bytes, LinearProbe] = {}
 
     @property
     def held(self) -> int:
@@ -341,14 +341,14 @@ class Collector:
 
     def _shared(self, scorer: Scorer) -> Scorer:
         """Return the same probe with the one copy of its numbers that all requests share: then one product scores them all."""
-        readout = scorer.readout
-        parts = (readout.weight, readout.bias, readout.mean, readout.scale)
+        linear_probe = scorer.linear_probe
+        parts = (linear_probe.weight, linear_probe.bias, linear_probe.mean, linear_probe.scale)
         digest = blake2b(b"".join(part.cpu().numpy().tobytes() for part in parts), digest_size=16).digest()
-        if digest not in self._readouts:
-            while len(self._readouts) >= MAX_READOUTS:
-                del self._readouts[next(iter(self._readouts))]
-            self._readouts[digest] = readout.to(self._device)
-        return replace(scorer, readout=self._readouts[digest])
+        if digest not in self._linear_probes:
+            while len(self._linear_probes) >= MAX_READOUTS:
+                del self._linear_probes[next(iter(self._linear_probes))]
+            self._linear_probes[digest] = linear_probe.to(self._device)
+        return replace(scorer, linear_probe=self._linear_probes[digest])
 
     def forget(self, job_id: str) -> None:
         """Drop a job's rows."""
