@@ -31,7 +31,7 @@ class SweepTask:
     messages: list[dict[str, Any]]
 
 
-TOLD = 20
+PROGRESS_REPORTS = 20
 """How often a sweep says how far it is."""
 
 JudgeAnswer = Callable[[str, str], Awaitable[tuple[bool, bool]]]
@@ -79,7 +79,7 @@ class AnswerPlan(Protocol):
     def parameters(self, task: SweepTask, arm: Arm) -> dict[str, Any]:
         """Return a request's parameters but for its messages."""
 
-    def said(self, message: Any) -> str:
+    def judged_text(self, message: Any) -> str:
         """Return the text of a reply that is judged."""
 
 
@@ -108,7 +108,7 @@ class SweepPlan:
         """Return a request's parameters but for its messages."""
         return {"model": self.model, "extra_body": self.extra_body(arm), **self.sampling}
 
-    def said(self, message: Any) -> str:
+    def judged_text(self, message: Any) -> str:
         """Return the text of a reply that is judged."""
         return message.content or ""
 
@@ -132,7 +132,7 @@ async def run_sweep(
     arms: Sequence[Arm],
     judge: JudgeAnswer,
     record: Path,
-    said: Callable[[str], None] = lambda text: None,
+    on_progress: Callable[[str], None] = lambda text: None,
 ) -> list[SweepOutcome]:
     """Answer every task in every arm.
 
@@ -143,7 +143,7 @@ async def run_sweep(
         arms: what is compared.
         judge: reads the answers.
         record: a file that outcomes are appended to as they come.
-        said: told how many are there, `TOLD` times.
+        on_progress: called `PROGRESS_REPORTS` times with a line that says how many outcomes there are.
 
     Raises:
         SweepError: if a request fails for good.
@@ -159,8 +159,8 @@ async def run_sweep(
         outcomes.append(outcome)
         with open(record, "a") as file:
             file.write(outcome.model_dump_json() + "\n")
-        if len(outcomes) * TOLD // len(pairs) > (len(outcomes) - 1) * TOLD // len(pairs):
-            said(f"{len(outcomes)} of {len(pairs)} answered")
+        if len(outcomes) * PROGRESS_REPORTS // len(pairs) > (len(outcomes) - 1) * PROGRESS_REPORTS // len(pairs):
+            on_progress(f"{len(outcomes)} of {len(pairs)} answered")
 
     try:
         async with asyncio.TaskGroup() as group:
@@ -179,7 +179,7 @@ async def _answer(client: AsyncOpenAI, plan: AnswerPlan, task: SweepTask, arm: A
         where = f"{task.problem_id}, along {arm.along} at scale {arm.scale:g}"
         raise SweepError(f"{where}: {error.message}") from error
     choice = reply.choices[0]
-    text = plan.said(choice.message)
+    text = plan.judged_text(choice.message)
     parsed, correct = await judge(text, task.problem_id)
     return SweepOutcome(
         problem_id=task.problem_id,

@@ -64,7 +64,7 @@ class _Readings:
         async def one(number: int, place: int) -> None:
             trace = self._traces[number]
             async with free:
-                self._found[number, place] = await self._judge(trace.said(place), trace.sample)
+                self._found[number, place] = await self._judge(trace.text_up_to(place), trace.sample)
 
         async with asyncio.TaskGroup() as group:
             for at in set(wanted) - self._found.keys():

@@ -44,7 +44,7 @@ class StopTrace:
         """Tokens generated."""
         return len(self.ends)
 
-    def said(self, place: int) -> str:
+    def text_up_to(self, place: int) -> str:
         """Return what was said up to and with a token."""
         return self.text[self.begins : self.ends[place]]
 

@@ -204,7 +204,7 @@ class _LivePlan:
             own["seed"] += self.epochs[task.problem_id] - 1
         return own
 
-    def said(self, message: Any) -> str:
+    def judged_text(self, message: Any) -> str:
         """Return the text of a reply that is judged."""
         thought = (message.model_extra or {}).get("reasoning_content") if self.reasons else None
         return message.content or thought or ""

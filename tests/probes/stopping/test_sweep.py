@@ -85,7 +85,7 @@ def test_a_reasoning_is_read_by_itself_and_its_answer_is_the_models_own() -> Non
     traces = [*whole, StopTrace(**{**vars(cut), "thought": None})]
     found = outcomes(traces, [Setting("fixed_length", limit=3)], then="close_reasoning")[0]
     assert [one.place for one in found] == [9, 9, 9]
-    assert [traces[0].said(9), traces[1].said(9)] == ["1 7", "7 7"]
+    assert [traces[0].text_up_to(9), traces[1].text_up_to(9)] == ["1 7", "7 7"]
     answers = [len("7 it."), len("8 or so.")]
     assert [one.tokens for one in found] == [11 + answers[0], 11 + answers[1], 11 + int(np.median(answers))]
     assert [one.correct for one in found] == [True, True, True]
