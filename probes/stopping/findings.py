@@ -180,7 +180,7 @@ class StopReport:
         }
 
 
-def deal(groups: Sequence[int], seed: int) -> Bool[np.ndarray, "traces"]:
+def split_halves(groups: Sequence[int], seed: int) -> Bool[np.ndarray, "traces"]:
     """Deal problems into halves; return which rollouts are of the half that settings are chosen on."""
     numbers = np.unique(groups)
     first = np.random.default_rng(seed).permutation(numbers)[: len(numbers) // 2]

@@ -40,7 +40,7 @@ from probes.stopping import (
     summarize_stops,
     sweep,
 )
-from probes.stopping.findings import deal, rows
+from probes.stopping.findings import rows, split_halves
 from probes.stopping.settings import all_scores, random_directions
 from roentgen.api_keys import client_key
 from roentgen.atomic_files import atomic_write, make_folder, write_json
@@ -107,7 +107,7 @@ def _sweep(settings: StopSettings, path: Path, probe: SavedProbe, stage: Callabl
     stage("reading stored rows")
     where = settings.counts
     traces = read_traces(run, probe.card.key, where, settings.session, settings.samples)
-    choosing = deal([trace.group for trace in traces], settings.seed)
+    choosing = split_halves([trace.group for trace in traces], settings.seed)
     if not choosing.any() or choosing.all():
         raise ProbeDataError(f"{run.path} has answers to one problem only; settings are chosen on half of the problems")
     linear_probes: list[LinearProbe] = [probe, *random_directions(probe, settings.controls, settings.seed)]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from probes.stopping import Reading, Setting, Stop, StopTrace, make_settings, summarize_stops, sweep
-from probes.stopping.findings import deal
+from probes.stopping.findings import split_halves
 from probes.stopping.settings import quantiles, random_directions
 from probes.stopping.sweep import converged
 from roentgen.linear_probe import LinearProbe
@@ -94,7 +94,7 @@ def test_a_reasoning_is_read_by_itself_and_its_answer_is_the_models_own() -> Non
 def test_settings_are_chosen_on_one_half_and_reported_on_the_other() -> None:
     """On the choosing half the shorter of two lengths is right by luck; on the other half it is not, and that is said."""
     texts = {True: "7......", False: "...7..."}
-    choosing = deal(list(range(40)), seed=0)
+    choosing = split_halves(list(range(40)), seed=0)
     assert choosing.sum() == 20
     traces = [trace(texts[bool(mine)], number) for number, mine in enumerate(choosing)]
     settings = [Setting("whole"), Setting("fixed_length", limit=2), Setting("fixed_length", limit=5)]
@@ -115,7 +115,7 @@ def test_settings_are_chosen_on_one_half_and_reported_on_the_other() -> None:
 
 def test_attempts_at_one_problem_are_of_one_half() -> None:
     groups = [number % 5 for number in range(30)]
-    choosing = deal(groups, seed=3)
+    choosing = split_halves(groups, seed=3)
     assert {group for group, mine in zip(groups, choosing, strict=True) if mine}.isdisjoint(
         group for group, mine in zip(groups, choosing, strict=True) if not mine
     )
