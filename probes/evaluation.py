@@ -204,11 +204,11 @@ def main_estimate(
 ) -> Estimate:
     """Return the main metric with its interval."""
     name, measure = main_measure(scores, target, groups, within=within)
-    told = "within_auroc" if within else name
-    return _never_flat(told, estimate(name, measure, draws, widening), target, groups, draws, widening)
+    evaluation = "within_auroc" if within else name
+    return _widen_degenerate(evaluation, estimate(name, measure, draws, widening), target, groups, draws, widening)
 
 
-def _never_flat(
+def _widen_degenerate(
     name: str,
     found: Estimate,
     target: Target,
@@ -261,7 +261,7 @@ def all_estimates(
         if not within:  # scores that compare within a problem only are no probabilities
             measures |= forecast_measures(raw, target)
     return {
-        name: _never_flat(name, estimate(name, measure, draws, widening), target, groups, draws, widening)
+        name: _widen_degenerate(name, estimate(name, measure, draws, widening), target, groups, draws, widening)
         for name, measure in measures.items()
     }
 

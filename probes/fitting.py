@@ -108,13 +108,13 @@ def fit_and_evaluate(
         for keys in data.hook_points().values():
             X = torch.stack([data.features(key, place) for key in keys]).to(device)
             candidates += [Candidate(key, place) for key in keys]
-            told, shuffled_told = evaluate(X, (data.target, shuffled), data.problems, folds, chosen)
-            found.append(told)
-            by_chance.append(shuffled_told)
+            evaluation, shuffled_evaluation = evaluate(X, (data.target, shuffled), data.problems, folds, chosen)
+            found.append(evaluation)
+            by_chance.append(shuffled_evaluation)
             if not chosen.tokens:
                 projected = baselines.random_projection(X, seed)
                 at_random += evaluate(projected, (data.target,), data.problems, folds, chosen)
-                weights += _refit(X, data, chosen, told)
+                weights += _refit(X, data, chosen, evaluation)
 
     controls = Controls(data, bootstrap_weights(data.groups, seed), chosen.within)
     everything = Evaluation.concatenate(found)
@@ -182,16 +182,18 @@ def fit_and_evaluate(
     return Trained(report, scores, raw, probes, calibrations)
 
 
-def _refit(X: Float[Tensor, "models rows d"], data: ProbeDataset, kind: Kind, told: Evaluation) -> list[LinearProbes]:
+def _refit(
+    X: Float[Tensor, "models rows d"], data: ProbeDataset, kind: Kind, evaluation: Evaluation
+) -> list[LinearProbes]:
     """Fit each model on all rows at its own strength, and calibrate it by the scores of the outer folds."""
     y, problems = (torch.from_numpy(part).to(X.device) for part in (data.target.values, data.problems))
     fitted = []
-    for number, value in enumerate(told.strength):
+    for number, value in enumerate(evaluation.strength):
         strengths = torch.tensor([value], dtype=torch.float64, device=X.device)
         probes = kind.fit(X[number : number + 1], y, problems, strengths)
         if not isinstance(probes, LinearProbes):  # a user's kind that is no direction: nothing is saved
             return []
-        fitted.append(told.calibration(number)[0].probes(probes))
+        fitted.append(evaluation.calibration(number)[0].probes(probes))
     return fitted
 
 
@@ -200,8 +202,8 @@ def _simpler(data: ProbeDataset, folds: Sequence[Fold]) -> dict[str, tuple[Score
     kind = KINDS[DEFAULT_KINDS[data.target.kind]]
     found = {}
     for name, X in baselines.covariates(data).items():
-        (told,) = evaluate(X, (data.target,), data.problems, folds, kind)
-        found[name] = told.scores[0], told.raw[0]
+        (evaluation,) = evaluate(X, (data.target,), data.problems, folds, kind)
+        found[name] = evaluation.scores[0], evaluation.raw[0]
     return found
 
 

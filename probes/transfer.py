@@ -92,7 +92,7 @@ def transfer(
     check_seed(seed)
     if (train.target.kind, train.target.classes) != (test.target.kind, test.target.classes):
         raise ProbeDataError(f"{train.target.name} and {test.target.name} are not the same kind of label")
-    learn, judge = _deal(train, test, seed)
+    learn, judge = _split_shared_problems(train, test, seed)
     if chosen.within:
         for data, kept, side in ((train, learn, "to train on"), (test, judge, "to test on")):
             if not mixed(data.target.values[kept], data.problems[kept]).any():
@@ -178,7 +178,7 @@ def _fit(X: Float[Tensor, "1 rows d"], data: ProbeDataset, rows: np.ndarray, kin
     return kind.fit(X[:, kept], y, groups, torch.tensor([strength], dtype=torch.float64))
 
 
-def _deal(
+def _split_shared_problems(
     train: ProbeDataset, test: ProbeDataset, seed: int
 ) -> tuple[Bool[np.ndarray, "train"], Bool[np.ndarray, "test"]]:
     """Say which examples train and which are tested, so that no problem is on both sides."""

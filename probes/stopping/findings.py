@@ -151,7 +151,7 @@ class StopReport:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
-        told = {
+        evaluation = {
             name: getattr(self, name)
             for name in (
                 "run",
@@ -168,7 +168,7 @@ class StopReport:
             )
         }
         return {
-            **told,
+            **evaluation,
             "notes": self.notes(),
             "whole": self.whole.to_json(),
             "chosen": [

@@ -4,7 +4,7 @@ import torch
 import probes
 from probes.dataset import ProbeDataset
 from probes.errors import ProbeDataError
-from probes.transfer import _deal, transfer
+from probes.transfer import _split_shared_problems, transfer
 
 KEYS = ("layers.1.resid_post", "layers.2.resid_post")
 
@@ -38,7 +38,7 @@ def test_a_shared_direction_carries_over_and_an_opposite_one_misleads(sessions):
 def test_no_problem_is_on_both_sides(sessions):
     paths, table = sessions
     one, two = (ProbeDataset.open(path, "right", table=table) for path in paths)
-    learn, judge = _deal(one, two, 0)
+    learn, judge = _split_shared_problems(one, two, 0)
     taught = {e.problem for e, kept in zip(one.examples, learn, strict=True) if kept}
     tested = {e.problem for e, kept in zip(two.examples, judge, strict=True) if kept}
     assert not taught & tested
