@@ -204,8 +204,8 @@ def main_estimate(
 ) -> Estimate:
     """Return the main metric with its interval."""
     name, measure = main_measure(scores, target, groups, within=within)
-    evaluation = "within_auroc" if within else name
-    return _widen_degenerate(evaluation, estimate(name, measure, draws, widening), target, groups, draws, widening)
+    metric = "within_auroc" if within else name
+    return _widen_degenerate(metric, estimate(name, measure, draws, widening), target, groups, draws, widening)
 
 
 def _widen_degenerate(
