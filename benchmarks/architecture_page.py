@@ -11,7 +11,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 
 
 @dataclass(frozen=True)
-class Finding:
+class ArchitectureFinding:
     """What was found of a case."""
 
     case: str
@@ -59,14 +59,14 @@ class Finding:
         return f"{self.case}\t{self.last_cell}\t{found}\t{hook_points}"
 
 
-def hook_point_table(findings: Sequence[Finding]) -> str:
+def hook_point_table(findings: Sequence[ArchitectureFinding]) -> str:
     """Lay out a row per case that is resolved from its configuration alone."""
     head = ["model type", *(f"`{name}`" for name in COLUMNS), "batches"]
     rows = [[f.name, *f.cells, f.last_cell] for f in findings if f.cells]
     return "\n".join(f"| {' | '.join(row)} |" for row in [head, ["---"] * len(head), *rows])
 
 
-def exceptions(findings: Sequence[Finding]) -> str:
+def exceptions(findings: Sequence[ArchitectureFinding]) -> str:
     """List the cases that are refused, run in narrower batches, or could not be tried, with the reasons."""
     run = [f for f in findings if f.batches]
     static = [f for f in run if f.batches == "any" and not f.joins]
@@ -77,7 +77,7 @@ def exceptions(findings: Sequence[Finding]) -> str:
         f"In {len(static)}, any requests share a forward, but a batch is filled once, since the cache is more than keys and "
         f"values: {', '.join(f.name for f in static)}.",
     ]
-    lists: list[tuple[str, Callable[[Finding], str]]] = [
+    lists: list[tuple[str, Callable[[ArchitectureFinding], str]]] = [
         (
             "Only some requests share a forward:",
             lambda f: f"{f.batches}; {f.reason}" if f.batches not in ("", "any") else "",
@@ -102,7 +102,7 @@ def exceptions(findings: Sequence[Finding]) -> str:
     return "\n\n".join(parts)
 
 
-def rewrite(page: str, findings: Sequence[Finding]) -> str:
+def rewrite(page: str, findings: Sequence[ArchitectureFinding]) -> str:
     """Return the page with everything between its markers made anew."""
     for name, body in (("table", hook_point_table(findings)), ("exceptions", exceptions(findings))):
         begin, end = f"<!-- {name}: made by python -m benchmarks.architectures --docs -->", f"<!-- end of {name} -->"

@@ -35,7 +35,7 @@ from benchmarks.architecture_cases import (
     in_six_layers,
 )
 from benchmarks.architecture_models import CannotBeBuiltError, build
-from benchmarks.architecture_page import PAGE, Finding, rewrite
+from benchmarks.architecture_page import PAGE, ArchitectureFinding, rewrite
 from roentgen.atomic_files import write_text
 from serve_app.capture.narrowing import resolve_config, rotation_limit
 from serve_app.capture.observer import observe
@@ -79,9 +79,9 @@ def alone(model: PreTrainedModel, prompt: list[int], max_tokens: int) -> list[in
     return output[0, len(prompt) :].tolist()
 
 
-def try_case(case: str) -> Iterator[Finding]:
+def try_case(case: str) -> Iterator[ArchitectureFinding]:
     """Try a case; yield what is known of it so far, the whole last."""
-    finding = Finding(case)
+    finding = ArchitectureFinding(case)
     try:
         structure = resolve_config(in_six_layers(case), case)
         finding = dataclasses.replace(finding, cells=tuple(cell(structure, name) for name in COLUMNS))
@@ -188,14 +188,14 @@ def _child(case: str, pipe: Connection) -> None:
     pipe.close()
 
 
-def find(case: str) -> Finding:
+def find(case: str) -> ArchitectureFinding:
     """Try a case in a process of its own, as long as it may take."""
     fork = multiprocessing.get_context("fork")
     here, there = fork.Pipe(duplex=False)
     process = fork.Process(target=_child, args=(case, there))
     process.start()
     there.close()
-    finding = Finding(
+    finding = ArchitectureFinding(
         case, unresolved=f"not tried: more than {LIMIT_S} s", not_built=f"not tried: more than {LIMIT_S} s"
     )
     ends = time.monotonic() + LIMIT_S
@@ -209,13 +209,13 @@ def find(case: str) -> Finding:
     return finding
 
 
-def find_all(asked: Sequence[str], file: Path | None) -> list[Finding]:
+def find_all(asked: Sequence[str], file: Path | None) -> list[ArchitectureFinding]:
     """Try cases, one after the other, but those that a file of findings has."""
-    known: dict[str, Finding] = {}
+    known: dict[str, ArchitectureFinding] = {}
     if file is not None and file.exists():
         for line in file.read_text().splitlines():
             read = json.loads(line)
-            known[read["case"]] = Finding(**read | {"cells": tuple(read["cells"])})
+            known[read["case"]] = ArchitectureFinding(**read | {"cells": tuple(read["cells"])})
     findings = []
     for case in asked:
         if case not in known:

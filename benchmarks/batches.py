@@ -39,7 +39,7 @@ MAKE_MB = 64
 
 
 @dataclass(frozen=True)
-class Measured:
+class BatchTimes:
     """Megabytes per second, by way, and how far apart the rows of a batch are from."""
 
     rates: dict[str, list[float]]
@@ -67,7 +67,7 @@ def main(
         record("Shuffled batches of rows", body)
 
 
-def measure(folder: Path, megabytes: int, tokens: int, rounds: int, stage: Callable[[str], None]) -> Measured:
+def measure(folder: Path, megabytes: int, tokens: int, rounds: int, stage: Callable[[str], None]) -> BatchTimes:
     """Read one layer in turns, in order and as batches."""
     stage(f"writing {2 * megabytes:,} MB")
     rollouts = write_session(folder, megabytes)
@@ -112,7 +112,7 @@ def measure(folder: Path, megabytes: int, tokens: int, rounds: int, stage: Calla
         "shuffled": lambda: timed("shuffled", lambda: batches(True)),
         "batches in order": lambda: timed("batches in order", lambda: batches(False)),
     }
-    return Measured(interleave(ways, rounds), rollouts, median(mixed), peak)
+    return BatchTimes(interleave(ways, rounds), rollouts, median(mixed), peak)
 
 
 def write_session(folder: Path, megabytes: int) -> int:
@@ -144,7 +144,7 @@ def write_session(folder: Path, megabytes: int) -> int:
     return count
 
 
-def report(found: Measured, megabytes: int, tokens: int) -> str:
+def report(found: BatchTimes, megabytes: int, tokens: int) -> str:
     """Lay out what was measured."""
     base = found.rates["in order"]
     rows = [

@@ -16,7 +16,7 @@ from statistics import median
 import torch
 from transformers import PreTrainedModel
 
-from benchmarks.limits import Weights
+from benchmarks.limits import WeightBytes
 from benchmarks.statistics import percentile
 from benchmarks.vllm_way import PYTHON, loaded_capturing_vllm, loaded_vllm
 from benchmarks.ways import UnavailableError, Way, continuous_way, end_tokens, engine_way, generate_way, seed_way
@@ -59,7 +59,7 @@ class Column:
     """Its 95th percentile."""
     peak_bytes: int = 0
     """The process's memory at its largest (on a GPU, the tensors on it)."""
-    weights: Weights | None = None
+    weights: WeightBytes | None = None
     """Of the model."""
     skipped: str = ""
     """Why it could not run; everything else is then 0."""
@@ -85,7 +85,7 @@ def measure_column(way: str, in_flight: int, prompts: int, workload: Workload) -
         return Column(way, in_flight, skipped=said[-1] if said else f"it ended with {child.returncode}")
     found = json.loads(lines[-1])
     weights = found.pop("weights")
-    return Column(**found, weights=Weights(**weights) if weights else None)
+    return Column(**found, weights=WeightBytes(**weights) if weights else None)
 
 
 def run_column(way: str, in_flight: int, prompts: int, workload: Workload) -> Column:
@@ -96,7 +96,7 @@ def run_column(way: str, in_flight: int, prompts: int, workload: Workload) -> Co
             texts = workload.prompts(tokenizer, prompts)
             run(texts[:1], 2, 1)
             found = run(texts, workload.max_tokens, in_flight)
-            weights = Weights.of(module)
+            weights = WeightBytes.of(module)
     except UnavailableError as error:
         return Column(way, in_flight, skipped=str(error))
     return Column(

@@ -66,7 +66,7 @@ SETTLE_S = 1.0
 
 
 @dataclass(frozen=True)
-class Measured:
+class EngineTimes:
     """One run of one arm."""
 
     rate: float
@@ -78,13 +78,13 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Round:
+class EngineRound:
     """One run of every arm, in turn."""
 
     in_flight: int
     start: int
     """Of the engines: rounds with one number ran in the same processes."""
-    runs: dict[str, Measured]
+    runs: dict[str, EngineTimes]
     taps: dict[str, tuple[int, int]]
     """Per engine, how many taps it has, and the bytes of their buffers."""
 
@@ -122,14 +122,14 @@ def main(
     print(body)
 
 
-def read_rounds(file: Path) -> list[Round]:
+def read_rounds(file: Path) -> list[EngineRound]:
     """Read what has been measured."""
     found = []
     for line in file.read_text().splitlines() if file.exists() else []:
         said = json.loads(line)
-        runs = {name: Measured(**run) for name, run in said["runs"].items()}
+        runs = {name: EngineTimes(**run) for name, run in said["runs"].items()}
         taps = {name: (count, size) for name, (count, size) in said["taps"].items()}
-        found.append(Round(said["in_flight"], said["start"], runs, taps))
+        found.append(EngineRound(said["in_flight"], said["start"], runs, taps))
     return found
 
 
@@ -141,14 +141,14 @@ def _one_start(
     start: int,
     vary_at: int,
     stage: Callable[[str], None],
-) -> Iterator[Round]:
+) -> Iterator[EngineRound]:
     """Start the engines and run them in turns; with `vary_at` requests in flight also those with fewer and more taps."""
     tokenizer, most = workload.tokenizer(), max(numbers)
     with TemporaryDirectory() as folder, ExitStack() as stack:
-        arms: dict[str, Arm] = {}
+        arms: dict[str, EngineArm] = {}
         taps: dict[str, tuple[int, int]] = {}
         kinds = [PLAIN, NONE] + ([FEW, MANY] if vary_at in numbers else [])
-        engines = _Engines(workload, most, Path(folder), threads)
+        engines = _BenchEngines(workload, most, Path(folder), threads)
         for kind in kinds[:: -1 if start % 2 else 1]:
             stack.enter_context(engines.started(kind, arms, taps))
             stage(f"{kind}: its engine is there")
@@ -159,7 +159,9 @@ def _one_start(
             for arm in named.values():
                 arm.run(prompts[: min(number, 8)], 2, number)
 
-            def measure(name: str, arm: "Arm", prompts: list[list[int]] = prompts, number: int = number) -> Measured:
+            def measure(
+                name: str, arm: "EngineArm", prompts: list[list[int]] = prompts, number: int = number
+            ) -> EngineTimes:
                 time.sleep(SETTLE_S)
                 found = arm.run(prompts, workload.max_tokens, number)
                 stage(f"{number} in flight, {name}: {found.rate:.1f}/s, {found.between_s * 1e3:.2f} ms, {found.shares}")
@@ -167,28 +169,28 @@ def _one_start(
 
             for turn in range(rounds):
                 order = list(named)[:: -1 if turn % 2 else 1]
-                yield Round(number, start, {name: measure(name, named[name]) for name in order}, taps)
+                yield EngineRound(number, start, {name: measure(name, named[name]) for name in order}, taps)
 
 
 @dataclass(frozen=True)
-class Arm:
+class EngineArm:
     """One thing to run in each round."""
 
     way: Way
     clock: Callable[[], dict[str, float]]
     """Reads the worker's clock; nothing where it has none."""
 
-    def run(self, prompts: list[list[int]], max_tokens: int, in_flight: int) -> Measured:
+    def run(self, prompts: list[list[int]], max_tokens: int, in_flight: int) -> EngineTimes:
         """Run it once."""
         before = self.clock()
         found = self.way(prompts, max_tokens, in_flight)
         spent = {what: seconds - before.get(what, 0.0) for what, seconds in self.clock().items()}
         shares = {what: round(seconds / found.seconds, 5) for what, seconds in spent.items()}
-        return Measured(found.rate, median(found.between_s), shares)
+        return EngineTimes(found.rate, median(found.between_s), shares)
 
 
 @dataclass(frozen=True)
-class _Engines:
+class _BenchEngines:
     """What is started."""
 
     workload: Workload
@@ -197,13 +199,13 @@ class _Engines:
     threads: int
 
     @contextmanager
-    def started(self, kind: str, arms: dict[str, Arm], taps: dict[str, tuple[int, int]]) -> Iterator[None]:
+    def started(self, kind: str, arms: dict[str, EngineArm], taps: dict[str, tuple[int, int]]) -> Iterator[None]:
         """Start one engine, and add the arms that it runs."""
         declared = {FEW: TAPS[:1], MANY: MOST_TAPS}.get(kind, TAPS)
         given = settings(self.workload, self.in_flight, self.folder / kind, CACHE_TOKENS, self.threads, declared)
         if kind == PLAIN:
             with plain_engine(self.workload.model, given) as loop:
-                arms[PLAIN] = Arm(plain_way(loop), dict)
+                arms[PLAIN] = EngineArm(plain_way(loop), dict)
                 yield
             return
         with capturing_engine(self.workload.model, given) as (model, engine):
@@ -215,14 +217,14 @@ class _Engines:
             if kind == NONE:
                 keep = keeper(model, engine)
                 for capture in (NONE, "3x2", "all"):
-                    arms[capture] = Arm(engine_way(engine, model, capture, keep), clock)
-                arms[PROBED] = Arm(engine_way(engine, model, NONE, probes=probes(model)), clock)
+                    arms[capture] = EngineArm(engine_way(engine, model, capture, keep), clock)
+                arms[PROBED] = EngineArm(engine_way(engine, model, NONE, probes=probes(model)), clock)
             else:
-                arms[kind] = Arm(engine_way(engine, model, NONE), clock)
+                arms[kind] = EngineArm(engine_way(engine, model, NONE), clock)
             yield
 
 
-def report(workload: Workload, rounds: list[Round], threads: int) -> str:
+def report(workload: Workload, rounds: list[EngineRound], threads: int) -> str:
     """Lay out what has been measured in Markdown."""
     from vllm import __version__ as vllm_version
 
@@ -264,11 +266,11 @@ def report(workload: Workload, rounds: list[Round], threads: int) -> str:
     return "\n\n".join(parts)
 
 
-def _against_plain(name: str) -> Callable[[dict[str, Measured]], float]:
+def _against_plain(name: str) -> Callable[[dict[str, EngineTimes]], float]:
     return lambda runs: runs[name].rate / runs[PLAIN].rate
 
 
-def _compared(rounds: list[Round], ratio: Callable[[dict[str, Measured]], float]) -> list[str]:
+def _compared(rounds: list[EngineRound], ratio: Callable[[dict[str, EngineTimes]], float]) -> list[str]:
     """Return the median of a ratio with its interval, over how many rounds, and over how many starts."""
     found = median_interval([ratio(one.runs) for one in rounds])
     return [str(found), str(len(rounds)), str(len({one.start for one in rounds}))]

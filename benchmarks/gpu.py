@@ -30,7 +30,7 @@ import psutil
 import torch
 import typer
 
-from benchmarks.gpu_report import SECTION, Part, Report, Status
+from benchmarks.gpu_report import SECTION, GpuReport, Part, Status
 from benchmarks.gpu_rows import check_rows, release
 from benchmarks.gpu_speed import DidNotFitError, fitting, group_json, measure_copies, measure_group
 from benchmarks.record import RESULTS, installed, machine
@@ -93,7 +93,7 @@ def main(
     size = replace(size, models=shapes, in_flight=tuple(map(int, numbers)) or size.in_flight)
     full = cuda and not tiny
     folder = Path(out or os.environ.get("OUT") or "results/bench-gpu")
-    report = Report(folder, RESULTS if (full if write is None else write) else None)
+    report = GpuReport(folder, RESULTS if (full if write is None else write) else None)
     began = time.monotonic() - (time.time() - psutil.Process().create_time())
     code = Bench(report, size, dtype, device, began, began + seconds - RESERVE_S).run()
     print((folder / SECTION).read_text())
@@ -103,7 +103,7 @@ def main(
 class Bench:
     """Runs the parts one after the other."""
 
-    def __init__(self, report: Report, size: Size, dtype: str, device: str, began: float, end: float) -> None:
+    def __init__(self, report: GpuReport, size: Size, dtype: str, device: str, began: float, end: float) -> None:
         """Prepare; `began` and `end` are on the monotonic clock."""
         self._report = report
         self._size = size

@@ -40,7 +40,7 @@ class Part:
         return f"{self.name} {self.of}".strip()
 
 
-class Report:
+class GpuReport:
     """Keeps the parts, and writes each when it ends."""
 
     def __init__(self, folder: Path, results: Path | None) -> None:

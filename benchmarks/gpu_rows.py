@@ -78,7 +78,7 @@ LISTED = 20
 
 
 @dataclass(frozen=True)
-class Request:
+class RowRequest:
     """One request of the batch; `plan` is what it captures, None for nothing."""
 
     number: int
@@ -177,7 +177,7 @@ def check_rows(workload: Workload, deadline: float) -> RowCheck:
     requests, finished, steps, problems = _generate(workload, deadline)
     release()
     module, _ = workload.load_plain()
-    comparison = Comparison(dtype, problems)
+    comparison = RowComparison(dtype, problems)
     for request in requests:
         if time.monotonic() > deadline:
             raise OutOfTimeError("the time was over")
@@ -188,7 +188,7 @@ def check_rows(workload: Workload, deadline: float) -> RowCheck:
     return comparison.judge(workload.random_weights, steps)
 
 
-def make_requests(model: ServedModel) -> list[Request]:
+def make_requests(model: ServedModel) -> list[RowRequest]:
     """Make the batch's requests; their prompts are random tokens."""
     keys = checked_keys(model.structure.num_layers)
     taps = {key: model.structure.taps[key] for key in keys}
@@ -200,7 +200,7 @@ def make_requests(model: ServedModel) -> list[Request]:
         plan = None if number % 5 == 2 else CapturePlan(taps, Positions.parse(positions), "model")
         # Sampled: a model with random weights, left to its most likely token, says the same one again and again.
         sampling = Sampling(completion, min_tokens=completion, temperature=1.0, seed=number)
-        requests.append(Request(number, ids, sampling, plan))
+        requests.append(RowRequest(number, ids, sampling, plan))
     return requests
 
 
@@ -227,7 +227,7 @@ def release() -> None:
 
 def _generate(
     workload: Workload, deadline: float
-) -> tuple[list[Request], dict[int, Finished], dict[int, int], list[str]]:
+) -> tuple[list[RowRequest], dict[int, Finished], dict[int, int], list[str]]:
     """Run the batch: the requests, what they gave, the sizes of the steps, and what went wrong."""
     model = workload.load()
     requests = make_requests(model)
@@ -257,7 +257,7 @@ def _generate(
     return requests, finished, steps, problems
 
 
-def _job(request: Request, end: "Future[Finished | Failed]") -> GenerationJob:
+def _job(request: RowRequest, end: "Future[Finished | Failed]") -> GenerationJob:
     canceled = threading.Event()
 
     def listen(event: Event) -> None:
@@ -283,7 +283,7 @@ class _Rows(NamedTuple):
     plain_cosine: list[float]
 
 
-class Comparison:
+class RowComparison:
     """Gathers requests, one by one, and judges."""
 
     def __init__(self, dtype: torch.dtype, problems: list[str]) -> None:
@@ -294,7 +294,7 @@ class Comparison:
         self._logprobs: list[tuple[int, float, float]] = []  # request, the engine's error, the plain forward's
         self._requests = 0
 
-    def add(self, request: Request, finished: Finished, module: nn.Module, device: torch.device) -> None:
+    def add(self, request: RowRequest, finished: Finished, module: nn.Module, device: torch.device) -> None:
         """Compare one request with what its tokens give alone."""
         self._requests += 1
         n_prompt, ids = len(request.prompt_ids), finished.token_ids

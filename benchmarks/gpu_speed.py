@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.gpu_rows import release
 from benchmarks.statistics import Interval, ratios
-from benchmarks.ways import OutOfTimeError, Run, engine_way
+from benchmarks.ways import MeasuredRun, OutOfTimeError, engine_way
 from benchmarks.workload import CAPTURES, capture_plan
 from serve_app.capture.memory import RowMemory
 from serve_app.engines.protocol import RequestTooLargeError
@@ -38,7 +38,7 @@ COPY_BYTES = (1 << 20, 16 << 20, 256 << 20)
 
 
 @dataclass(frozen=True)
-class Arm:
+class SpeedArm:
     """What the engine reached with one capture."""
 
     capture: str
@@ -78,7 +78,7 @@ class Group:
 
     model: str
     in_flight: int
-    arms: tuple[Arm, ...]
+    arms: tuple[SpeedArm, ...]
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def measure_group(
 
 @dataclass(frozen=True)
 class _Measured:
-    run: Run
+    run: MeasuredRun
     rows_per_step: float
     device_bytes: int | None
     pinned_bytes: int | None
@@ -213,14 +213,14 @@ def _measured(
     )
 
 
-def _arm(model: LoadedModel, capture: str, found: list[_Measured], base: list[float], skipped: str) -> Arm:
+def _arm(model: LoadedModel, capture: str, found: list[_Measured], base: list[float], skipped: str) -> SpeedArm:
     if not found:
-        return Arm(capture, skipped=skipped or "not run: the time was over")
+        return SpeedArm(capture, skipped=skipped or "not run: the time was over")
     plan, last = capture_plan(model, capture), found[-1]
     rates = tuple(measured.run.rate for measured in found)
     fed = last.run.prompt_tokens + last.run.tokens - len(last.run.first_token_s)
     row_bytes = model.structure.d_model * model.dtype.itemsize
-    return Arm(
+    return SpeedArm(
         capture=capture,
         rates=rates,
         ratio=ratios(rates, base) if capture != "none" and len(base) == len(rates) else None,

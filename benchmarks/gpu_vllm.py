@@ -28,11 +28,11 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.gpu_report import Part
-from benchmarks.gpu_rows import Comparison, Request, checked_keys, make_requests
+from benchmarks.gpu_rows import RowComparison, RowRequest, checked_keys, make_requests
 from benchmarks.gpu_speed import PROMPT_TOKENS, WARM_UP_TOKENS, DidNotFitError, fitting, random_prompts
 from benchmarks.statistics import ratios
 from benchmarks.vllm_way import capturing_engine, keeper, plain_engine, plain_way, probes, settings
-from benchmarks.ways import OutOfTimeError, Run, Way, engine_way
+from benchmarks.ways import MeasuredRun, OutOfTimeError, Way, engine_way
 from benchmarks.worker_times import READING, STORING, WRITER, allow_functions, ask, read_clock, start_clock
 from benchmarks.workload import RANDOM_MODELS, Workload
 from roentgen.contract import stored_key
@@ -50,7 +50,7 @@ PLAIN_SHARE = 0.3
 
 
 @dataclass(frozen=True)
-class Task:
+class VllmTask:
     """What to do."""
 
     model: str
@@ -69,7 +69,7 @@ class Task:
 class Tasked:
     """Runs the parts."""
 
-    def __init__(self, task: Task, folder: Path) -> None:
+    def __init__(self, task: VllmTask, folder: Path) -> None:
         """Prepare."""
         self._task = task
         self._end = time.monotonic() + task.seconds
@@ -126,7 +126,7 @@ class Tasked:
         """Generate with several numbers in flight, and judge the rows."""
         torch.set_float32_matmul_precision("highest")  # the judge must not compute in TensorFloat-32
         ask(engine, count_graphs)
-        comparison = Comparison(model.dtype, [])
+        comparison = RowComparison(model.dtype, [])
         module, _ = self._saved.load_plain()
         few = make_requests(model)
         for number in self._row_numbers:
@@ -153,12 +153,12 @@ class Tasked:
         return asdict(check) | {"graphs": graphs, "control": sorted(found)}
 
     def _control(
-        self, model: VllmModel, engine: VllmEngine, requests: list[Request], module: torch.nn.Module
+        self, model: VllmModel, engine: VllmEngine, requests: list[RowRequest], module: torch.nn.Module
     ) -> tuple[str, set[str]]:
         """Replace one tap's buffer by what it holds now; returns its key, and the keys of which wrong rows were then found."""
         key = stored_key("resid_post", model.structure.num_layers // 2)
         ask(engine, go_stale, str(model.structure.taps[key]))
-        comparison = Comparison(model.dtype, [])
+        comparison = RowComparison(model.dtype, [])
         try:
             for request, finished in _generate(model, engine, requests, len(requests), self._end):
                 comparison.add(request, finished, module, model.device)
@@ -171,7 +171,7 @@ class Tasked:
     ) -> dict[str, Any]:
         """Run every way in turn, round after round, as long as there is time."""
         prompts = random_prompts(model.vocab_size, in_flight if in_flight > 1 else 3)
-        found: dict[str, list[Run]] = {name: [] for name in ways}
+        found: dict[str, list[MeasuredRun]] = {name: [] for name in ways}
         shares: dict[str, dict[str, float]] = {}
         for way in ways.values():
             way(prompts, WARM_UP_TOKENS, in_flight)
@@ -205,24 +205,24 @@ def _ways(model: VllmModel, engine: VllmEngine, plain: Way, end: float) -> dict[
     return {"plain": plain, **captured, "probes": engine_way(engine, model, "none", None, end, probes(model))}
 
 
-def _again(request: Request, copy: int) -> Request:
+def _again(request: RowRequest, copy: int) -> RowRequest:
     """Return the same request with other tokens to come."""
     number = request.number + 16 * copy
     return replace(request, number=number, sampling=replace(request.sampling, seed=number))
 
 
 def _generate(
-    model: VllmModel, engine: VllmEngine, requests: list[Request], in_flight: int, end: float
-) -> Iterator[tuple[Request, Finished]]:
+    model: VllmModel, engine: VllmEngine, requests: list[RowRequest], in_flight: int, end: float
+) -> Iterator[tuple[RowRequest, Finished]]:
     """Run requests, so many at once, and give each with the rows that the store has of it.
 
     Raises:
         OutOfTimeError: if there is no time left.
     """
-    heard: queue.SimpleQueue[tuple[Request, Finished | Failed]] = queue.SimpleQueue()
+    heard: queue.SimpleQueue[tuple[RowRequest, Finished | Failed]] = queue.SimpleQueue()
     keep = keeper(model, engine)
 
-    def submit(request: Request) -> None:
+    def submit(request: RowRequest) -> None:
         def listen(event: Any) -> None:
             if isinstance(event, Finished | Failed):
                 heard.put((request, event))
@@ -290,4 +290,4 @@ if __name__ == "__main__":
     logging.basicConfig(level=logging.INFO)
     given = json.loads(sys.argv[1])
     with TemporaryDirectory() as folder:
-        Tasked(Task(**{**given, "in_flight": tuple(given["in_flight"])}), Path(folder)).run()
+        Tasked(VllmTask(**{**given, "in_flight": tuple(given["in_flight"])}), Path(folder)).run()

@@ -71,7 +71,7 @@ class Agreement:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class InvarianceComparison:
     """Agreements of one kind: `mode` is on or off, `what` says which runs, `decoding` is greedy or seeded."""
 
     dtype: str
@@ -107,7 +107,7 @@ def main(
     chosen = dtypes.split(",") if dtypes else list(dict.fromkeys([native, "float32"]))
     settled: dict[str, list[float]] = {}
     prices: list[Price] = []
-    comparisons: list[Comparison] = []
+    comparisons: list[InvarianceComparison] = []
     for dtype in chosen:
         workload = Workload(model, random_weights, problems, speed_tokens, dtype, device)
         loaded = workload.load()
@@ -130,7 +130,7 @@ def main(
                 prices += measure_price(engines, loaded, prompts, speed_tokens, pairs, dtype, stage)
             for mode, engine in engines.items():
                 comparisons += [
-                    Comparison(dtype, mode, *kind)
+                    InvarianceComparison(dtype, mode, *kind)
                     for kind in measure_agreement(engine, loaded, prompts[:requests], compared, max_tokens)
                 ]
                 stage(f"{dtype}, mode {mode}: compared")
@@ -248,7 +248,7 @@ def report(
     name: str,
     settled: dict[str, list[float]],
     prices: Sequence[Price],
-    comparisons: Sequence[Comparison],
+    comparisons: Sequence[InvarianceComparison],
     size: tuple[int, int, int, float],
     note: str,
 ) -> str:
@@ -289,7 +289,7 @@ def report(
     )
 
 
-def _row(comparison: Comparison) -> list[str]:
+def _row(comparison: InvarianceComparison) -> list[str]:
     found = comparison.found
     counts = [f"{count} of {found.requests}" for count in (found.tokens, found.logprobs, found.rows)]
     apart = f"{found.apart:.0e}" if found.apart else "0"

@@ -25,13 +25,13 @@ class Limits:
     flops: float
     """Operations per second in one dtype, in a product of large matrices."""
 
-    def forward_s(self, weights: "Weights", n_tokens: int, n_logits: int) -> float:
+    def forward_s(self, weights: "WeightBytes", n_tokens: int, n_logits: int) -> float:
         """Return the seconds that a forward over `n_tokens` tokens takes at least, if `n_logits` of them need logits."""
         operations = 2 * (n_tokens * weights.body + n_logits * weights.head)
         return max(weights.n_bytes / self.bytes_per_s, operations / self.flops)
 
     def generation_s(
-        self, weights: "Weights", prompts: int, prompt_tokens: int, generated: int, in_flight: int
+        self, weights: "WeightBytes", prompts: int, prompt_tokens: int, generated: int, in_flight: int
     ) -> float:
         """Return the seconds that a workload takes at least: all prompts read at once, then steps of `in_flight` tokens.
 
@@ -48,7 +48,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightBytes:
     """The weights that every forward uses: all but an embedding that only looks rows up."""
 
     body: int
@@ -59,7 +59,7 @@ class Weights:
     """Size of both."""
 
     @classmethod
-    def of(cls, model: nn.Module) -> "Weights":
+    def of(cls, model: nn.Module) -> "WeightBytes":
         """Count a model's; `get_input_embeddings` and `get_output_embeddings` say which matrix is which."""
         embedding = model.get_input_embeddings().weight  # type: ignore[operator]
         head = model.get_output_embeddings().weight  # type: ignore[operator]

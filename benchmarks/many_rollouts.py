@@ -26,7 +26,7 @@ ASKED = 1000
 
 
 @dataclass(frozen=True)
-class Step:
+class StoreStep:
     """What one step took, in seconds, and how many bytes of memory beyond the bare process."""
 
     seconds: float
@@ -43,19 +43,19 @@ class Opened:
     """Index files that name them."""
     index_bytes: int
     """Size of those files."""
-    make: Step
+    make: StoreStep
     """To write them, the writer merging as it goes."""
-    look_up: Step
+    look_up: StoreStep
     """To open the session, and to find and read `ASKED` rollouts by id."""
-    table: Step
+    table: StoreStep
     """To open the session, and to read where every rollout is, retried ones counted once."""
-    stack: Step
+    stack: StoreStep
     """Beyond that, to read a row of each of them."""
 
 
 def measure_session(store: str, rollouts: int, stage: Callable[[str], None]) -> Opened:
     """Make a session in a store and measure it."""
-    steps: dict[str, Step] = {}
+    steps: dict[str, StoreStep] = {}
     _alone(_make, f"{store}-warm", 10)
     for name, work in (("make", _make), ("look_up", _look_up), ("table", _table), ("stack", _stack)):
         steps[name] = _alone(work, store, rollouts)
@@ -65,17 +65,17 @@ def measure_session(store: str, rollouts: int, stage: Callable[[str], None]) -> 
     return Opened(rollouts, len(live), sum(file.size for file in files if file.name in live), **steps)
 
 
-def _alone(work: Callable[[str, int], float], store: str, rollouts: int) -> Step:
+def _alone(work: Callable[[str, int], float], store: str, rollouts: int) -> StoreStep:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, spawn) as pool:
         return pool.submit(_measured, work, store, rollouts).result()
 
 
-def _measured(work: Callable[[str, int], float], store: str, rollouts: int) -> Step:
+def _measured(work: Callable[[str, int], float], store: str, rollouts: int) -> StoreStep:
     if work is not _make:
         _look_up(f"{store}-warm", 10)
     before = _peak()
-    return Step(work(store, rollouts), max(0, _peak() - before))
+    return StoreStep(work(store, rollouts), max(0, _peak() - before))
 
 
 def _peak() -> int:

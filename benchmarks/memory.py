@@ -40,7 +40,7 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 @dataclass(frozen=True)
-class Sample:
+class MemorySample:
     """The memory after some requests, in bytes."""
 
     requests: int
@@ -74,7 +74,7 @@ def main(
 
 def measure_memory(
     workload: Workload, capture: str, requests: int, every: int, in_flight: int, stage: Callable[[str], None]
-) -> list[Sample]:
+) -> list[MemorySample]:
     """Run captured requests and read the memory after every few."""
     model = workload.load()
     prompts = [prompt[-PROMPT_TOKENS:] for prompt in workload.prompts(model.tokenizer, min(requests, 200))]
@@ -109,7 +109,7 @@ def measure_memory(
                 sampling = Sampling(workload.max_tokens, temperature=0)
                 engine.submit(GenerationJob(prompt, sampling, listener(prompt), plan))
                 if (number + 1) % every == 0:
-                    samples.append(Sample(number + 1, process.memory_info().rss))
+                    samples.append(MemorySample(number + 1, process.memory_info().rss))
                     stage(f"{number + 1} requests: {samples[-1].resident / 1e6:,.0f} MB")
             for _ in range(in_flight):
                 room.acquire()
@@ -155,7 +155,7 @@ def _rollout(model: LoadedModel, prompt: list[int], finished: Finished, position
     )
 
 
-def growth(samples: Sequence[Sample]) -> Interval:
+def growth(samples: Sequence[MemorySample]) -> Interval:
     """Return the bytes by which memory grows per request, once it has settled.
 
     Raises:
@@ -171,7 +171,7 @@ def sparkline(values: Sequence[float]) -> str:
     return "".join(BARS[min(len(BARS) - 1, int(len(BARS) * value / top))] for value in values)
 
 
-def report(workload: Workload, capture: str, samples: Sequence[Sample], in_flight: int) -> str:
+def report(workload: Workload, capture: str, samples: Sequence[MemorySample], in_flight: int) -> str:
     """Lay out the results in Markdown."""
     slope, last = growth(samples), samples[-1]
     total = slope.estimate * last.requests / last.resident

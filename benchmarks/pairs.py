@@ -34,7 +34,7 @@ class Ratio:
 
 
 @dataclass(frozen=True)
-class Arm:
+class PairedArm:
     """One thing to run in each round."""
 
     way: Way
@@ -64,12 +64,12 @@ def measure_pairs(workload: Workload, prompts: int, rounds: int, stage: Callable
     module, tokenizer = workload.load_plain()
     texts = workload.prompts(tokenizer, prompts)
     engine = TransformersEngine(model, max_batch=IN_FLIGHT, max_queue=1024, prefix_cache=False)
-    arms = {name: Arm(engine_way(engine, model, name), texts, IN_FLIGHT) for name in ("none", "3x2", "all")} | {
-        "generate": Arm(generate_way(module, end_tokens(module, tokenizer)), texts, IN_FLIGHT),
-        "seed": Arm(seed_way(module, tokenizer), texts[:SEED_PROMPTS], 1),
+    arms = {name: PairedArm(engine_way(engine, model, name), texts, IN_FLIGHT) for name in ("none", "3x2", "all")} | {
+        "generate": PairedArm(generate_way(module, end_tokens(module, tokenizer)), texts, IN_FLIGHT),
+        "seed": PairedArm(seed_way(module, tokenizer), texts[:SEED_PROMPTS], 1),
     }
 
-    def runner(name: str, arm: Arm) -> Callable[[], float]:
+    def runner(name: str, arm: PairedArm) -> Callable[[], float]:
         def run() -> float:
             found = arm.way(arm.prompts, workload.max_tokens, arm.in_flight)
             stage(f"{name}: {found.tokens} tokens, {found.rate:.1f}/s")

@@ -29,7 +29,7 @@ from benchmarks.record import record, table
 from benchmarks.stages import stage_printer
 from benchmarks.statistics import ratios
 from benchmarks.vllm_way import capturing_engine, keeper, plain_engine, plain_way, settings
-from benchmarks.ways import Keep, Run, UnavailableError, Way, engine_way, finish_all
+from benchmarks.ways import Keep, MeasuredRun, UnavailableError, Way, engine_way, finish_all
 from benchmarks.workload import CAPTURES, Workload, capture_plan, problem_source
 from eval_jobs.prompts import choose_prompt
 from eval_jobs.selection import Selection, load_problems
@@ -60,7 +60,7 @@ MARK = "The assistant's answer"
 
 
 @dataclass(frozen=True)
-class Measured:
+class PrefixTimes:
     """One run of one engine."""
 
     samples_per_s: float
@@ -76,7 +76,7 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Round:
+class PrefixRound:
     """One run of every engine of a kind, in turn."""
 
     engine: str
@@ -85,7 +85,7 @@ class Round:
     capture: str
     in_flight: int
     problems: int
-    runs: dict[str, Measured]
+    runs: dict[str, PrefixTimes]
     """`ON`, `OFF`, `PLAIN`."""
     new: int = 0
     """Tokens of second turns that the first ones had not."""
@@ -134,10 +134,10 @@ def main(
         record("Shared prefixes", body)
 
 
-class Arm(Protocol):
+class PrefixArm(Protocol):
     """What is measured."""
 
-    def pose(self, prompts: list[list[int]], capture: str, max_tokens: int, in_flight: int) -> Measured:
+    def pose(self, prompts: list[list[int]], capture: str, max_tokens: int, in_flight: int) -> PrefixTimes:
         """Run prompts of which nothing has been read."""
 
 
@@ -147,7 +147,7 @@ class PlainArm:
 
     way: Way
 
-    def pose(self, prompts: list[list[int]], capture: str, max_tokens: int, in_flight: int) -> Measured:
+    def pose(self, prompts: list[list[int]], capture: str, max_tokens: int, in_flight: int) -> PrefixTimes:
         """Run prompts of which nothing has been read."""
         return measured(self.way(prompts, max_tokens, in_flight), len(prompts))
 
@@ -161,13 +161,15 @@ class EngineArm:
     keep: Keep | None = None
     """Stores what is captured; None leaves it in memory."""
 
-    def pose(self, prompts: list[list[int]], capture: str, max_tokens: int, in_flight: int) -> Measured:
+    def pose(self, prompts: list[list[int]], capture: str, max_tokens: int, in_flight: int) -> PrefixTimes:
         """Run prompts of which nothing has been read."""
         held = self.engine.load.cache_bytes
         run = engine_way(self.engine, self.model, capture, self.keep)(prompts, max_tokens, in_flight)
         return measured(run, len(prompts), self.engine.load.cache_bytes - held)
 
-    def go_on(self, prompts: list[list[int]], said: list[int], capture: str, max_tokens: int) -> tuple[Measured, int]:
+    def go_on(
+        self, prompts: list[list[int]], said: list[int], capture: str, max_tokens: int
+    ) -> tuple[PrefixTimes, int]:
         """Have conversations answered, say something to the answers, and measure what comes of that.
 
         Args:
@@ -191,7 +193,7 @@ class EngineArm:
         known = sum(len(prompt) + len(one.token_ids) - 1 for prompt, one in zip(prompts, first, strict=True))
         waited = median(one.timings.first_token for one in second)
         held = self.engine.load.cache_bytes - held
-        return Measured(len(prompts) / took, waited, length, length - cached, held), length - known
+        return PrefixTimes(len(prompts) / took, waited, length, length - cached, held), length - known
 
     def _finish(self, prompts: list[list[int]], capture: str, max_tokens: int, salt: str) -> list[Finished]:
         requests = [(prompt, Sampling(max_tokens, temperature=0)) for prompt in prompts]
@@ -203,15 +205,15 @@ class EngineArm:
         return found
 
 
-def measured(run: Run, prompts: int, held: int = 0) -> Measured:
+def measured(run: MeasuredRun, prompts: int, held: int = 0) -> PrefixTimes:
     """Return the measurements of one run."""
     read = run.prompt_tokens - run.cached_tokens
-    return Measured(prompts / run.seconds, median(run.first_token_s), run.prompt_tokens, read, held)
+    return PrefixTimes(prompts / run.seconds, median(run.first_token_s), run.prompt_tokens, read, held)
 
 
 def measure(
-    engine: str, arms: dict[str, Arm], workload: Workload, kind: str, capture: str, problems: int, in_flight: int
-) -> Round:
+    engine: str, arms: dict[str, PrefixArm], workload: Workload, kind: str, capture: str, problems: int, in_flight: int
+) -> PrefixRound:
     """Run every arm once."""
     tokenizer = workload.tokenizer()
     if kind == SECOND_TURN:
@@ -219,10 +221,10 @@ def measure(
         engines = {name: arm for name, arm in arms.items() if isinstance(arm, EngineArm)}
         found = {name: arm.go_on(prompts, said, capture, workload.max_tokens) for name, arm in engines.items()}
         runs, (new, *_) = {name: run for name, (run, _) in found.items()}, (new for _, new in found.values())
-        return Round(engine, kind, capture, in_flight, in_flight, runs, new)
+        return PrefixRound(engine, kind, capture, in_flight, in_flight, runs, new)
     prompts = pose(kind, workload, tokenizer, problems)
     runs = {name: arm.pose(prompts, capture, workload.max_tokens, in_flight) for name, arm in arms.items()}
-    return Round(engine, kind, capture, in_flight, problems, runs)
+    return PrefixRound(engine, kind, capture, in_flight, problems, runs)
 
 
 def pose(kind: str, workload: Workload, tokenizer: PreTrainedTokenizerBase, count: int) -> list[list[int]]:
@@ -244,9 +246,9 @@ def tool_message(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(tokenizer(text.partition(MARK)[2], add_special_tokens=False)["input_ids"])
 
 
-def transformers_arms(workload: Workload, in_flight: int, folder: Path, stack: ExitStack) -> dict[str, Arm]:
+def transformers_arms(workload: Workload, in_flight: int, folder: Path, stack: ExitStack) -> dict[str, PrefixArm]:
     """Load the model twice, since two threads cannot trace one."""
-    arms: dict[str, Arm] = {}
+    arms: dict[str, PrefixArm] = {}
     for name in (ON, OFF):
         model = workload.load()
         engine = TransformersEngine(model, max_batch=in_flight, max_queue=1024, prefix_cache=name == ON)
@@ -255,9 +257,9 @@ def transformers_arms(workload: Workload, in_flight: int, folder: Path, stack: E
     return arms
 
 
-def vllm_arms(workload: Workload, in_flight: int, folder: Path, stack: ExitStack) -> dict[str, Arm]:
+def vllm_arms(workload: Workload, in_flight: int, folder: Path, stack: ExitStack) -> dict[str, PrefixArm]:
     """Start this project's vLLM engine with its prefix cache and without, and vLLM alone."""
-    arms: dict[str, Arm] = {}
+    arms: dict[str, PrefixArm] = {}
     usual = settings(workload, in_flight, folder, CACHE_TOKENS)
     for name in (ON, OFF):
         given = replace(usual, store=str(folder / name), prefix_cache=name == ON)
@@ -268,7 +270,7 @@ def vllm_arms(workload: Workload, in_flight: int, folder: Path, stack: ExitStack
     return arms
 
 
-ENGINES: dict[str, Callable[[Workload, int, Path, ExitStack], dict[str, Arm]]] = {
+ENGINES: dict[str, Callable[[Workload, int, Path, ExitStack], dict[str, PrefixArm]]] = {
     "transformers": transformers_arms,
     "vllm": vllm_arms,
 }
@@ -286,16 +288,19 @@ def _checked(arm: EngineArm) -> EngineArm:
     return arm
 
 
-def read_rounds(file: Path) -> list[Round]:
+def read_rounds(file: Path) -> list[PrefixRound]:
     """Read what has been measured."""
     lines = [json.loads(line) for line in file.read_text().splitlines()]
-    return [Round(**{**said, "runs": {name: Measured(**run) for name, run in said["runs"].items()}}) for said in lines]
+    return [
+        PrefixRound(**{**said, "runs": {name: PrefixTimes(**run) for name, run in said["runs"].items()}})
+        for said in lines
+    ]
 
 
-def report(workload: Workload, rounds: Sequence[Round]) -> str:
+def report(workload: Workload, rounds: Sequence[PrefixRound]) -> str:
     """Lay out what has been measured in Markdown."""
     dtype = str(workload.place()[1]).removeprefix("torch.")
-    groups: dict[tuple[str, str, str], list[Round]] = {}
+    groups: dict[tuple[str, str, str], list[PrefixRound]] = {}
     for one in rounds:
         groups.setdefault((one.engine, one.prompts, one.capture), []).append(one)
     sizes = sorted({one.problems for one in rounds if one.prompts != SECOND_TURN})
@@ -335,7 +340,7 @@ def report(workload: Workload, rounds: Sequence[Round]) -> str:
     return "\n\n".join(parts)
 
 
-def _shared_row(key: tuple[str, str, str], group: Sequence[Round]) -> list[str]:
+def _shared_row(key: tuple[str, str, str], group: Sequence[PrefixRound]) -> list[str]:
     engine, kind, capture = key
     on, off = ([one.runs[name] for one in group] for name in (ON, OFF))
     return [
@@ -352,13 +357,13 @@ def _shared_row(key: tuple[str, str, str], group: Sequence[Round]) -> list[str]:
     ]
 
 
-def _apart_row(key: tuple[str, str, str], group: Sequence[Round]) -> list[str]:
+def _apart_row(key: tuple[str, str, str], group: Sequence[PrefixRound]) -> list[str]:
     engine, kind, capture = key
     read = median(one.runs[ON].read / one.runs[ON].prompt_tokens for one in group)
     return [f"{engine}, {kind}", capture, f"{read:.3f}", _against(group), str(len(group))]
 
 
-def _turn_row(key: tuple[str, str, str], group: Sequence[Round]) -> list[str]:
+def _turn_row(key: tuple[str, str, str], group: Sequence[PrefixRound]) -> list[str]:
     engine, _, capture = key
     on, off = ([one.runs[name] for one in group] for name in (ON, OFF))
     return [
@@ -376,7 +381,7 @@ def _listed(numbers: Sequence[int]) -> str:
     return ", ".join(map(str, numbers))
 
 
-def _against(group: Sequence[Round], other: str = OFF) -> str:
+def _against(group: Sequence[PrefixRound], other: str = OFF) -> str:
     return str(ratios(*([one.runs[name].samples_per_s for one in group] for name in (ON, other))))
 
 

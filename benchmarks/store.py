@@ -24,7 +24,7 @@ import torch
 import typer
 from ulid import ULID
 
-from benchmarks.many_rollouts import ASKED, TOKENS, Opened, Step, measure_session
+from benchmarks.many_rollouts import ASKED, TOKENS, Opened, StoreStep, measure_session
 from benchmarks.many_rollouts import WIDTH as WIDTH_OF_MANY
 from benchmarks.pairs import interleave
 from benchmarks.record import record, table
@@ -258,7 +258,7 @@ def report_sessions(sessions: Sequence[tuple[str, Opened]]) -> str:
     return f"{text}\n\n{table(header, rows)}"
 
 
-def _spell(step: Step) -> str:
+def _spell(step: StoreStep) -> str:
     return f"{step.seconds:.1f} s, {step.memory / 1e6:,.0f} MB"
 
 

@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from transformers.utils import GENERATION_CONFIG_NAME
 from ulid import ULID
 
-from benchmarks.ways import Keep, OutOfTimeError, Run, UnavailableError, Way, end_tokens, engine_way
+from benchmarks.ways import Keep, MeasuredRun, OutOfTimeError, UnavailableError, Way, end_tokens, engine_way
 from benchmarks.workload import Workload
 from roentgen.contract import ActivationRequest, stored_key
 from roentgen.linear_probe import LinearProbe
@@ -83,7 +83,7 @@ def loaded_vllm(workload: Workload, in_flight: int) -> Iterator[tuple[Way, PreTr
             )
         )
 
-    def run(prompts: list[list[int]], max_tokens: int, in_flight: int) -> Run:
+    def run(prompts: list[list[int]], max_tokens: int, in_flight: int) -> MeasuredRun:
         sampling = SamplingParams(
             temperature=0, max_tokens=max_tokens, stop_token_ids=end, ignore_eos=True, detokenize=False
         )
@@ -109,7 +109,7 @@ def loaded_vllm(workload: Workload, in_flight: int) -> Iterator[tuple[Way, PreTr
                     if waiting:
                         submit()
         seconds = time.perf_counter() - start
-        return Run(sum(map(len, prompts)), tokens, seconds, [first[name] - made[name] for name in made])
+        return MeasuredRun(sum(map(len, prompts)), tokens, seconds, [first[name] - made[name] for name in made])
 
     yield run, shape
 
@@ -225,10 +225,10 @@ def plain_way(loop: "EngineLoop", deadline: float = math.inf) -> Way:
 
     client: Any = loop.client
 
-    def run(prompts: list[list[int]], max_tokens: int, in_flight: int) -> Run:
+    def run(prompts: list[list[int]], max_tokens: int, in_flight: int) -> MeasuredRun:
         params = SamplingParams(temperature=0, max_tokens=max_tokens, output_kind=RequestOutputKind.DELTA)
 
-        async def generate() -> Run:
+        async def generate() -> MeasuredRun:
             await client.reset_prefix_cache()  # prompts of another run would be found in it
             gate = asyncio.Semaphore(in_flight)
             start = time.perf_counter()
@@ -247,11 +247,11 @@ def plain_way(loop: "EngineLoop", deadline: float = math.inf) -> Way:
             found = await asyncio.gather(*map(one, range(len(prompts))))
             first, between, tokens, cached = zip(*found, strict=True)
             seconds = time.perf_counter() - start
-            return Run(sum(map(len, prompts)), sum(tokens), seconds, list(first), sum(cached), list(between))
+            return MeasuredRun(sum(map(len, prompts)), sum(tokens), seconds, list(first), sum(cached), list(between))
 
         left = None if deadline == math.inf else max(0.0, deadline - time.monotonic())
         try:
-            found: Run = loop.run(lambda: asyncio.wait_for(generate(), left))
+            found: MeasuredRun = loop.run(lambda: asyncio.wait_for(generate(), left))
             return found
         except TimeoutError:
             raise OutOfTimeError("the time was over") from None

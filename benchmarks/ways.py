@@ -36,7 +36,7 @@ from serve_app.engines.served_model import ServedModel
 
 
 @dataclass(frozen=True)
-class Run:
+class MeasuredRun:
     """One run of a workload."""
 
     prompt_tokens: int
@@ -61,7 +61,7 @@ class Run:
 PAGE, BATCH_TOKENS = 256, 512
 """Of transformers' continuous batching: tokens of a page of its cache, and of a forward; the engine's prefills take as many."""
 
-Way = Callable[[list[list[int]], int, int], Run]
+Way = Callable[[list[list[int]], int, int], MeasuredRun]
 """Generates for prompts, at most so many tokens each, with so many in flight."""
 
 
@@ -100,7 +100,7 @@ def engine_way(
     """
     plan = capture_plan(model, capture)
 
-    def run(prompts: list[list[int]], max_tokens: int, in_flight: int) -> Run:
+    def run(prompts: list[list[int]], max_tokens: int, in_flight: int) -> MeasuredRun:
         heard: queue.SimpleQueue[tuple[int, Finished | Failed]] = queue.SimpleQueue()
         made: dict[int, float] = {}
         first: dict[int, float] = {}
@@ -155,7 +155,7 @@ def engine_way(
         for future in kept:
             future.result()
         seconds = time.perf_counter() - start
-        return Run(
+        return MeasuredRun(
             sum(map(len, prompts)),
             sum(tokens.values()),
             seconds,
@@ -225,7 +225,7 @@ def generate_way(module: PreTrainedModel, end: frozenset[int]) -> Way:
     device = next(module.parameters()).device
     pad = min(end, default=0)
 
-    def run(prompts: list[list[int]], max_tokens: int, in_flight: int) -> Run:
+    def run(prompts: list[list[int]], max_tokens: int, in_flight: int) -> MeasuredRun:
         start = time.perf_counter()
         tokens, first = 0, []
         for begin in range(0, len(prompts), in_flight):
@@ -244,7 +244,7 @@ def generate_way(module: PreTrainedModel, end: frozenset[int]) -> Way:
                 )
             tokens += sum(_length(row, end) for row in output[:, width:].tolist())
             first += [clock.times[0] - start] * len(batch)
-        return Run(sum(map(len, prompts)), tokens, time.perf_counter() - start, first)
+        return MeasuredRun(sum(map(len, prompts)), tokens, time.perf_counter() - start, first)
 
     return run
 
@@ -257,7 +257,7 @@ def _length(tokens: list[int], end: frozenset[int]) -> int:
 def continuous_way(module: PreTrainedModel, end: frozenset[int]) -> Way:
     """Return transformers' own continuous batching."""
 
-    def run(prompts: list[list[int]], max_tokens: int, in_flight: int) -> Run:
+    def run(prompts: list[list[int]], max_tokens: int, in_flight: int) -> MeasuredRun:
         config = GenerationConfig(max_new_tokens=max_tokens, do_sample=False, eos_token_id=sorted(end) or None)
         pages = -(-(max(map(len, prompts)) + max_tokens) // PAGE)
         start = time.perf_counter()
@@ -282,7 +282,7 @@ def continuous_way(module: PreTrainedModel, end: frozenset[int]) -> Way:
             )
         done = results.values()
         first = [r.timestamps[0] - start for r in done if r.timestamps]
-        return Run(sum(map(len, prompts)), sum(len(r.generated_tokens) for r in done), seconds, first)
+        return MeasuredRun(sum(map(len, prompts)), sum(len(r.generated_tokens) for r in done), seconds, first)
 
     return run
 
@@ -300,7 +300,7 @@ def seed_way(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Way
     envoys = [_envoy(wrapped, tap.module) for _, tap in by_layer]  # reads must follow the order of the forward
     device = next(module.parameters()).device
 
-    def run(prompts: list[list[int]], max_tokens: int, in_flight: int) -> Run:
+    def run(prompts: list[list[int]], max_tokens: int, in_flight: int) -> MeasuredRun:
         if in_flight != 1:
             raise UnavailableError("one request at a time is all it does")
         start = time.perf_counter()
@@ -323,7 +323,7 @@ def seed_way(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Way
                 raise UnavailableError(f"{len(saved)} values were saved in {len(clock.times)} steps")
             tokens += len(clock.times)
             first.append(clock.times[0] - began)
-        return Run(sum(map(len, prompts)), tokens, time.perf_counter() - start, first)
+        return MeasuredRun(sum(map(len, prompts)), tokens, time.perf_counter() - start, first)
 
     return run
 

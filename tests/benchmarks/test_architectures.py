@@ -5,14 +5,14 @@ import dataclasses
 import pytest
 
 from benchmarks.architecture_cases import COLUMNS, cases, configuration, refusal
-from benchmarks.architecture_page import PAGE, Finding, exceptions, hook_point_table, rewrite
+from benchmarks.architecture_page import PAGE, ArchitectureFinding, exceptions, hook_point_table, rewrite
 from benchmarks.architectures import try_case
 
-LLAMA = Finding("llama", ("✓",) * len(COLUMNS), batches="any", joins=True)
+LLAMA = ArchitectureFinding("llama", ("✓",) * len(COLUMNS), batches="any", joins=True)
 BERT = dataclasses.replace(
     LLAMA, case="bert is_decoder=True", batches="", refused="BertLMHeadModel is not a causal decoder: x"
 )
-BLT = Finding("blt", unresolved="its widths_depend", not_built="not tried: more than 100 s")
+BLT = ArchitectureFinding("blt", unresolved="its widths_depend", not_built="not tried: more than 100 s")
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ def test_the_page_says_what_a_case_does(case: str) -> None:
 
 def test_every_case_is_on_the_page() -> None:
     page = PAGE.read_text()
-    assert [case for case in cases() if Finding(case).name not in page] == []
+    assert [case for case in cases() if ArchitectureFinding(case).name not in page] == []
 
 
 def test_options_come_before_what_is_given_beside_them() -> None:

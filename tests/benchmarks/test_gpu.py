@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from typer.testing import CliRunner
 
 from benchmarks.gpu import TINY, Bench, Size, main
-from benchmarks.gpu_report import PARTS, SECTION, Report
+from benchmarks.gpu_report import PARTS, SECTION, GpuReport
 from benchmarks.gpu_rows import IN_LAYER, check_rows, checked_keys, in_float32, read_alone
 from benchmarks.gpu_speed import DidNotFitError, fitting, measure_group
 from benchmarks.ways import OutOfTimeError, engine_way
@@ -148,7 +148,7 @@ def test_wrong_rows_are_found_and_named(
     monkeypatch.setattr("benchmarks.workload.check_loaded", lambda *_: CheckedModel())
     fault(monkeypatch)
     monkeypatch.setattr("benchmarks.gpu.VLLM_PACKAGES", ("no_such_package",))
-    bench = Bench(Report(tmp_path, None), ROWS_ONLY, dtype, "cpu", time.monotonic(), soon())
+    bench = Bench(GpuReport(tmp_path, None), ROWS_ONLY, dtype, "cpu", time.monotonic(), soon())
     assert bench.run() == 1
     said = capsys.readouterr().err
     assert "rows llama-tiny: WRONG" in said
@@ -202,7 +202,7 @@ def test_an_option_that_cannot_be_is_refused_at_once(option: str, value: str, na
 
 
 def test_what_the_time_does_not_allow_is_named(tmp_path: Path) -> None:
-    report = Report(tmp_path, tmp_path / "RESULTS.md")
+    report = GpuReport(tmp_path, tmp_path / "RESULTS.md")
     assert Bench(report, TINY, "auto", "cpu", time.monotonic(), time.monotonic()).run() == 1  # no row was checked
     assert {part.status for part in report.parts} == {"not run"}
     text = (tmp_path / "RESULTS.md").read_text()

@@ -7,9 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fast_engine import BUDGETS, FEW, MANY, NONE, PLAIN, TAPS_AT, Measured, Round, read_rounds, report
+from benchmarks.fast_engine import (
+    BUDGETS,
+    FEW,
+    MANY,
+    NONE,
+    PLAIN,
+    TAPS_AT,
+    EngineRound,
+    EngineTimes,
+    read_rounds,
+    report,
+)
 from benchmarks.gpu import TINY, Bench, Size
-from benchmarks.gpu_report import PARTS, SECTION, Report
+from benchmarks.gpu_report import PARTS, SECTION, GpuReport
 from benchmarks.gpu_rows import checked_keys
 from benchmarks.worker_times import READING, STORING, WRITER
 from benchmarks.workload import Workload
@@ -23,7 +34,7 @@ pytestmark = pytest.mark.skipif(not INSTALLED, reason="vLLM is not installed; ma
 def test_rows_are_judged_a_stale_buffer_is_found_and_speeds_are_compared(tmp_path: Path) -> None:
     now = time.monotonic()
     size = Size(TINY.models, (3,), 4, 1)
-    Bench(Report(tmp_path, None), size, "float32", "cpu", now, now + 1000).vllm("llama-tiny")
+    Bench(GpuReport(tmp_path, None), size, "float32", "cpu", now, now + 1000).vllm("llama-tiny")
     parts = {(part["part"], part["of"]): part for part in map(json.loads, (tmp_path / PARTS).read_text().splitlines())}
     assert parts.keys() == {("vllm rows", "llama-tiny"), ("vllm speed", "llama-tiny, 3 in flight")}
     rows = parts["vllm rows", "llama-tiny"]
@@ -47,7 +58,7 @@ def test_ratios_are_of_runs_of_the_same_round(tmp_path: Path) -> None:
     assert set(BUDGETS) < set(rates)
     taps = {FEW: (30, 10**6), NONE: (90, 3 * 10**6), MANY: (210, 7 * 10**6)}
     rounds = [
-        Round(TAPS_AT, 0, {name: Measured(rate / k, 0.01 * k, shares) for name, rate in rates.items()}, taps)
+        EngineRound(TAPS_AT, 0, {name: EngineTimes(rate / k, 0.01 * k, shares) for name, rate in rates.items()}, taps)
         for k in (1, 2)
     ]
     text = report(Workload(), rounds, 2)

@@ -1,11 +1,11 @@
 import pytest
 import torch
 
-from benchmarks.limits import Limits, Weights, measure_limits
+from benchmarks.limits import Limits, WeightBytes, measure_limits
 from tests.serve_app import tiny
 
 LIMITS = Limits(bytes_per_s=100.0, flops=1000.0)
-WEIGHTS = Weights(body=90, head=10, n_bytes=400)
+WEIGHTS = WeightBytes(body=90, head=10, n_bytes=400)
 
 
 def test_a_step_takes_as_long_as_the_slower_of_reading_and_computing() -> None:
@@ -22,7 +22,7 @@ def test_a_workload_reads_its_prompts_once_and_then_steps() -> None:
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
 def test_an_embedding_that_is_no_head_is_not_counted(architecture: str) -> None:
     module = tiny.module(architecture)
-    weights, everything = Weights.of(module), sum(p.numel() for p in module.parameters())
+    weights, everything = WeightBytes.of(module), sum(p.numel() for p in module.parameters())
     tied = architecture == "gpt2"
     assert weights.head == 257 * 32
     assert weights.body + weights.head == everything - (0 if tied else 257 * 32)

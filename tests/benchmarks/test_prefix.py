@@ -12,8 +12,8 @@ from benchmarks.prefix import (
     SECOND_TURN,
     SHARED,
     EngineArm,
-    Measured,
-    Round,
+    PrefixRound,
+    PrefixTimes,
     pose,
     report,
     tool_message,
@@ -70,11 +70,11 @@ def test_what_follows_an_answer_is_in_the_template() -> None:
 
 
 def test_the_report_has_ratios_of_the_same_round() -> None:
-    def run(rate: float, read: int) -> Measured:
-        return Measured(rate, 1 / rate, 800, read, 2_000_000)
+    def run(rate: float, read: int) -> PrefixTimes:
+        return PrefixTimes(rate, 1 / rate, 800, read, 2_000_000)
 
     rounds = [
-        Round("transformers", kind, "3x2", 16, 256, {ON: run(4.0 * n, 100), OFF: run(1.0 * n, 800)}, new=50)
+        PrefixRound("transformers", kind, "3x2", 16, 256, {ON: run(4.0 * n, 100), OFF: run(1.0 * n, 800)}, new=50)
         for kind in ("gsm8k_cot", "no shots", SECOND_TURN)
         for n in (1, 2, 3)
     ]

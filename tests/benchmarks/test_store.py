@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.many_rollouts import Opened, Step
+from benchmarks.many_rollouts import Opened, StoreStep
 from benchmarks.store import measure_bandwidth, report_bandwidth, report_sessions
 from roentgen.store import Session, verify
 from roentgen.store.storage_backends import open_folder
@@ -23,7 +23,7 @@ def test_bandwidth_is_measured_in_turns_and_laid_out(tmp_path: Path) -> None:
 
 
 def test_large_sessions_are_laid_out() -> None:
-    step = Step(1.5, 90_000_000)
+    step = StoreStep(1.5, 90_000_000)
     line = report_sessions([("disk", Opened(1_000_000, 12, 80_000_000, step, step, step, step))]).splitlines()[-1]
     assert "| 1,000,000 | 12, 80 MB | 1.5 s, 90 MB |" in line
     assert "90 B each" in line

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks.column import run_column
-from benchmarks.memory import Sample, growth, report, sparkline
+from benchmarks.memory import MemorySample, growth, report, sparkline
 from benchmarks.pairs import interleave
 from benchmarks.ways import UnavailableError, Way, continuous_way, end_tokens, engine_way, generate_way, seed_way
 from benchmarks.workload import CAPTURES, RANDOM_MODELS, Workload, capture_request
@@ -93,8 +93,8 @@ def test_rounds_alternate_their_order() -> None:
 
 
 def test_memory_that_grows_is_not_called_flat() -> None:
-    flat = [Sample(50 * i, 1_000_000_000 + (-1) ** i * 1_000_000) for i in range(1, 21)]
-    grows = [Sample(50 * i, 1_000_000_000 + 10_000_000 * i) for i in range(1, 21)]
+    flat = [MemorySample(50 * i, 1_000_000_000 + (-1) ** i * 1_000_000) for i in range(1, 21)]
+    grows = [MemorySample(50 * i, 1_000_000_000 + 10_000_000 * i) for i in range(1, 21)]
     assert abs(growth(flat).estimate) < 1_000
     assert growth(grows).estimate == pytest.approx(200_000)
     assert "**Flat**" in report(Workload(), "3x2", flat, 8)
