@@ -31,7 +31,7 @@ class ProblemFailedError(RoentgenError):
 
 
 @dataclass(frozen=True)
-class ChatReply:
+class ModelReply:
     """What came of a request."""
 
     message: dict[str, Any]
@@ -83,7 +83,7 @@ class _Reply(BaseModel):
     activations: Any = None
 
 
-async def send_chat_request(client: AsyncOpenAI, endpoint: Endpoint, parameters: dict[str, Any]) -> ChatReply:
+async def send_chat_request(client: AsyncOpenAI, endpoint: Endpoint, parameters: dict[str, Any]) -> ModelReply:
     """Make a chat completion.
 
     Raises:
@@ -110,11 +110,11 @@ async def send_chat_request(client: AsyncOpenAI, endpoint: Endpoint, parameters:
         raise ProblemFailedError(f"the reply cannot be read: {error.errors()[0]['msg']}") from error
 
 
-def _read(reply: _Reply, seconds: float) -> ChatReply:
+def _read(reply: _Reply, seconds: float) -> ModelReply:
     choice, usage = reply.choices[0], reply.usage or _Usage()
     details = usage.prompt_tokens_details or _PromptTokensDetails()
     said = choice.message.model_dump(exclude_none=True)
-    return ChatReply(
+    return ModelReply(
         message={"content": None, **{name: said[name] for name in KEPT_FIELDS if name in said}},
         finish_reason=choice.finish_reason,
         tool_calls=choice.message.tool_calls or [],

@@ -17,7 +17,7 @@ from typing import Any
 from openai import AsyncOpenAI
 from pydantic import ValidationError
 
-from eval_jobs.chat_request import ChatReply, ProblemFailedError, send_chat_request
+from eval_jobs.chat_request import ModelReply, ProblemFailedError, send_chat_request
 from eval_jobs.endpoint import Endpoint, FatalRequestError
 from eval_jobs.extractors import judge
 from eval_jobs.prompts import Prompt
@@ -61,7 +61,7 @@ class _Conversation:
     rollouts: list[RolloutRef] = field(default_factory=list)
     finish_reason: str | None = None
 
-    def add(self, reply: ChatReply) -> None:
+    def add(self, reply: ModelReply) -> None:
         """Take a reply in."""
         self.messages.append(reply.message)
         self.finish_reason = reply.finish_reason
