@@ -22,7 +22,7 @@ from roentgen.harnesses.lm_eval_log import lm_eval_files, read_lm_eval
 from roentgen.harnesses.scored import LogError, ScoredSample, with_grades
 from roentgen.http_client import connect, explain
 from roentgen.store import Session, StoreError
-from roentgen.store.labels import AddedLabels
+from roentgen.store.labels import LabelChanges
 from roentgen.store.pulling import pull
 
 Added = Mapping[str, Mapping[str, LabelValue]]
@@ -59,7 +59,7 @@ class LabelTarget(Protocol):
     def index(self) -> pd.DataFrame:
         """Return its rollouts, with problem and text."""
 
-    def add(self, labels: Added) -> AddedLabels:
+    def add(self, labels: Added) -> LabelChanges:
         """Add labels to rollouts."""
 
 
@@ -73,7 +73,7 @@ class StoredTarget:
         """Return its rollouts, with problem and text."""
         return self._session.rollouts(unique=False, columns=("text", "token_offsets"))
 
-    def add(self, labels: Added) -> AddedLabels:
+    def add(self, labels: Added) -> LabelChanges:
         """Add labels to rollouts."""
         return self._session.add_labels(labels)
 
@@ -90,13 +90,13 @@ class ServedTarget:
             uri = pull(self._address, folder, api_key=self._key, shards=False)
             return StoredTarget(Session.open(uri)).index()
 
-    def add(self, labels: Added) -> AddedLabels:
+    def add(self, labels: Added) -> LabelChanges:
         """Add labels to rollouts.
 
         Raises:
             StoreError: as the server answers.
         """
-        done = AddedLabels()
+        done = LabelChanges()
         with connect(self._address, self._key, _TIMEOUT_S) as client:
             for some in _portions(labels):
                 try:
@@ -104,7 +104,7 @@ class ServedTarget:
                 except HTTPError as error:
                     raise StoreError(f"{self._address}/labels {explain(error)}") from error
                 unknown = (*done.unknown, *said["unknown"])
-                done = AddedLabels(done.changed + said["changed"], done.same + said["same"], unknown)
+                done = LabelChanges(done.changed + said["changed"], done.same + said["same"], unknown)
         return done
 
 
@@ -189,7 +189,7 @@ def join_scored(samples: Sequence[ScoredSample], target: LabelTarget) -> JoinRep
         for rollout_id in ids:
             if rollout_id not in disputed:
                 labels[rollout_id] |= sample.labels
-    done = target.add(labels) if labels else AddedLabels()
+    done = target.add(labels) if labels else LabelChanges()
     missing = set(done.unknown)
     unmatched: dict[str, list[str]] = defaultdict(list)
     for sample in samples:

@@ -28,7 +28,7 @@ _SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class AddedLabels:
+class LabelChanges:
     """What adding labels has done."""
 
     changed: int = 0

@@ -25,7 +25,7 @@ import pyarrow as pa
 from roentgen.contract import LabelValue, Positions
 from roentgen.store.activations import Activations
 from roentgen.store.index import IndexFile, ShardFile, read_index
-from roentgen.store.labels import AddedLabels, label_files, new_labels, overlay_labels, read_label_file, write_labels
+from roentgen.store.labels import LabelChanges, label_files, new_labels, overlay_labels, read_label_file, write_labels
 from roentgen.store.schema import (
     INDEX_SCHEMA,
     CaptureSpec,
@@ -165,7 +165,7 @@ class Session:
             return {name: known[name] for name in names}
         raise StoreError(f"the index of {self.uri} changes faster than it can be read")
 
-    def add_labels(self, labels: Mapping[str, Mapping[str, LabelValue]]) -> AddedLabels:
+    def add_labels(self, labels: Mapping[str, Mapping[str, LabelValue]]) -> LabelChanges:
         """Add labels to rollouts that are stored; of a name that a rollout has already, the new value counts.
 
         Nothing is written where all is as it is asked for, so the same again changes nothing.
@@ -182,7 +182,7 @@ class Session:
         new = new_labels(stored, labels)
         if new:
             write_labels(self.folder, new)
-        return AddedLabels(len(new), len(stored) - len(new), tuple(one for one in labels if one not in stored))
+        return LabelChanges(len(new), len(stored) - len(new), tuple(one for one in labels if one not in stored))
 
     def _labels_added(self) -> list[dict[str, dict[str, LabelValue]]]:
         """Read the files of labels that were added, in the order in which they count; each once, since they never change."""

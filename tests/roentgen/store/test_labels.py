@@ -7,7 +7,7 @@ import pytest
 
 from roentgen.store import Session, StoreError, StoreWriter, verify
 from roentgen.store.files import session_files, tar_session
-from roentgen.store.labels import AddedLabels
+from roentgen.store.labels import LabelChanges
 from roentgen.store.merging import compact, remove_unused
 from roentgen.store.pulling import pull
 from roentgen.store.sessions import delete_session
@@ -33,10 +33,10 @@ def test_labels_are_added_once_and_the_latest_counts(tmp_path: Path, ids: list[s
     session = Session.open(tmp_path / "s")
     before = labels(tmp_path)
     scores = {ids[0]: {"match": 1.0, "note": None}, ids[1]: {"match": 0.0}, "01NOBODY": {"match": 1.0}}
-    assert session.add_labels(scores) == AddedLabels(2, 0, ("01NOBODY",))
-    assert session.add_labels(scores) == AddedLabels(0, 2, ("01NOBODY",))
+    assert session.add_labels(scores) == LabelChanges(2, 0, ("01NOBODY",))
+    assert session.add_labels(scores) == LabelChanges(0, 2, ("01NOBODY",))
     assert len([*(tmp_path / "s/labels").iterdir()]) == 1
-    assert session.add_labels({ids[0]: {"match": 0.5}, ids[1]: {"match": 0.0}}) == AddedLabels(1, 1)
+    assert session.add_labels({ids[0]: {"match": 0.5}, ids[1]: {"match": 0.0}}) == LabelChanges(1, 1)
     found = labels(tmp_path, session)
     assert found == labels(tmp_path)  # also of a session that was open before
     assert found[ids[0]] == {**before[ids[0]], "match": 0.5, "note": None}
