@@ -145,7 +145,7 @@ def _one_start(
     """Start the engines and run them in turns; with `vary_at` requests in flight also those with fewer and more taps."""
     tokenizer, most = workload.tokenizer(), max(numbers)
     with TemporaryDirectory() as folder, ExitStack() as stack:
-        arms: dict[str, EngineArm] = {}
+        arms: dict[str, FastEngineArm] = {}
         taps: dict[str, tuple[int, int]] = {}
         kinds = [PLAIN, NONE] + ([FEW, MANY] if vary_at in numbers else [])
         engines = _BenchEngines(workload, most, Path(folder), threads)
@@ -160,7 +160,7 @@ def _one_start(
                 arm.run(prompts[: min(number, 8)], 2, number)
 
             def measure(
-                name: str, arm: "EngineArm", prompts: list[list[int]] = prompts, number: int = number
+                name: str, arm: "FastEngineArm", prompts: list[list[int]] = prompts, number: int = number
             ) -> EngineTimes:
                 time.sleep(SETTLE_S)
                 found = arm.run(prompts, workload.max_tokens, number)
@@ -173,7 +173,7 @@ def _one_start(
 
 
 @dataclass(frozen=True)
-class EngineArm:
+class FastEngineArm:
     """One thing to run in each round."""
 
     way: Way
@@ -199,13 +199,13 @@ class _BenchEngines:
     threads: int
 
     @contextmanager
-    def started(self, kind: str, arms: dict[str, EngineArm], taps: dict[str, tuple[int, int]]) -> Iterator[None]:
+    def started(self, kind: str, arms: dict[str, FastEngineArm], taps: dict[str, tuple[int, int]]) -> Iterator[None]:
         """Start one engine, and add the arms that it runs."""
         declared = {FEW: TAPS[:1], MANY: MOST_TAPS}.get(kind, TAPS)
         given = settings(self.workload, self.in_flight, self.folder / kind, CACHE_TOKENS, self.threads, declared)
         if kind == PLAIN:
             with plain_engine(self.workload.model, given) as loop:
-                arms[PLAIN] = EngineArm(plain_way(loop), dict)
+                arms[PLAIN] = FastEngineArm(plain_way(loop), dict)
                 yield
             return
         with capturing_engine(self.workload.model, given) as (model, engine):
@@ -217,10 +217,10 @@ class _BenchEngines:
             if kind == NONE:
                 keep = keeper(model, engine)
                 for capture in (NONE, "3x2", "all"):
-                    arms[capture] = EngineArm(engine_way(engine, model, capture, keep), clock)
-                arms[PROBED] = EngineArm(engine_way(engine, model, NONE, probes=probes(model)), clock)
+                    arms[capture] = FastEngineArm(engine_way(engine, model, capture, keep), clock)
+                arms[PROBED] = FastEngineArm(engine_way(engine, model, NONE, probes=probes(model)), clock)
             else:
-                arms[kind] = EngineArm(engine_way(engine, model, NONE), clock)
+                arms[kind] = FastEngineArm(engine_way(engine, model, NONE), clock)
             yield
 
 
