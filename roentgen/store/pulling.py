@@ -19,7 +19,7 @@ from roentgen.store.storage_backends import Bytes, open_folder
 _TIMEOUT_S = 60.0
 
 Files = list[tuple[str, int]]
-Fetch = Callable[[str], Iterator[Bytes]]
+FetchFile = Callable[[str], Iterator[Bytes]]
 
 
 def pull(
@@ -66,7 +66,7 @@ def pull(
 
 
 @contextmanager
-def _opened(source: str, api_key: str) -> Iterator[tuple[str, Files, Fetch]]:
+def _opened(source: str, api_key: str) -> Iterator[tuple[str, Files, FetchFile]]:
     if source.startswith(("http://", "https://")):
         with _server(source.rstrip("/"), api_key) as opened:
             yield opened
@@ -77,7 +77,7 @@ def _opened(source: str, api_key: str) -> Iterator[tuple[str, Files, Fetch]]:
 
 
 @contextmanager
-def _server(address: str, api_key: str) -> Iterator[tuple[str, Files, Fetch]]:
+def _server(address: str, api_key: str) -> Iterator[tuple[str, Files, FetchFile]]:
     with connect(address, api_key, _TIMEOUT_S) as client:
         try:
             listed = client.get("files").raise_for_status().json()["data"]
