@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from probes.folds import Rows
+from probes.folds import RowIndices
 from probes.kinds import Kind
 from probes.labels import Target
 
@@ -35,9 +35,9 @@ class Case:
 
     target: Target
     """The label of all rows."""
-    train: Rows
+    train: RowIndices
     """Rows to learn from."""
-    test: Rows
+    test: RowIndices
     """Rows to score."""
 
 

@@ -21,17 +21,17 @@ SAMPLE_AGAIN = "sample each problem several times (--epochs 4 --temperature 0.7)
 UNNEEDED = -1
 """The stratum of rows that no training part needs."""
 
-Rows = Int[np.ndarray, "part"]
-Split = tuple[Rows, Rows]
+RowIndices = Int[np.ndarray, "part"]
+Split = tuple[RowIndices, RowIndices]
 
 
 @dataclass(frozen=True)
 class Fold:
     """One outer fold."""
 
-    train: Rows
+    train: RowIndices
     """Its training rows."""
-    test: Rows
+    test: RowIndices
     """Its test rows."""
     inner: tuple[Split, ...]
     """Splits of the training part, as indices into `train`; empty if its rarest class has a single problem."""
@@ -52,7 +52,7 @@ def mixed(y: Shaped[np.ndarray, "rows"], problems: Int[np.ndarray, "rows"]) -> B
 
 def grouped_splits(
     target: Target,
-    rows: Rows,
+    rows: RowIndices,
     groups: Int[np.ndarray, "samples"],
     most: int,
     seed: int,
