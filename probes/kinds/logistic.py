@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from probes.kinds.linear import LinearProbes, Standardized, check_two_classes
-from probes.kinds.newton import PerProblem, Rows, minimize
+from probes.kinds.newton import PerProblem, PerRow, minimize
 
 
 @dataclass(frozen=True)
@@ -24,15 +24,15 @@ class LogLoss:
     weight: Float[Tensor, "problems 1 rows"]
     """Of each row in each problem, likewise."""
 
-    def value(self, f: Rows) -> PerProblem:
+    def value(self, f: PerRow) -> PerProblem:
         """Return the loss."""
         return (self.weight * (torch.nn.functional.softplus(f) - self.y * f)).sum((2, 3), keepdim=True)
 
-    def slope(self, f: Rows) -> Rows:
+    def slope(self, f: PerRow) -> PerRow:
         """Return its derivative by each score."""
         return self.weight * (torch.sigmoid(f) - self.y)
 
-    def curvature(self, f: Rows) -> Callable[[Rows], Rows]:
+    def curvature(self, f: PerRow) -> Callable[[PerRow], PerRow]:
         """Return what multiplies by its second derivative."""
         said = torch.sigmoid(f)
         curve = (self.weight * said * (1 - said)).float()

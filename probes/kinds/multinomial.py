@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from probes.kinds.linear import LinearProbes, Standardized
-from probes.kinds.newton import PerProblem, Rows, minimize
+from probes.kinds.newton import PerProblem, PerRow, minimize
 
 
 @dataclass(frozen=True)
@@ -22,15 +22,15 @@ class SoftmaxLoss:
     target: Float[Tensor, "classes rows"]
     """1 at the class of each row, else 0, `[classes, rows]`."""
 
-    def value(self, f: Rows) -> PerProblem:
+    def value(self, f: PerRow) -> PerProblem:
         """Return the loss."""
         return (f.logsumexp(2, keepdim=True) - (self.target * f).sum(2, keepdim=True)).sum(3, keepdim=True)
 
-    def slope(self, f: Rows) -> Rows:
+    def slope(self, f: PerRow) -> PerRow:
         """Return its derivative by each score."""
         return f.softmax(2) - self.target
 
-    def curvature(self, f: Rows) -> Callable[[Rows], Rows]:
+    def curvature(self, f: PerRow) -> Callable[[PerRow], PerRow]:
         """Return what multiplies by its second derivative."""
         said = f.softmax(2).float()
         return lambda h: said * (h - (said * h).sum(2, keepdim=True))

@@ -27,10 +27,10 @@ from torch import Tensor
 
 from probes.errors import NoConvergenceError
 
-Rows = Float[Tensor, "models problems outputs rows"]
+PerRow = Float[Tensor, "models problems outputs rows"]
 PerOutput = Float[Tensor, "models problems outputs 1"]
 PerProblem = Float[Tensor, "models problems 1 1"]
-Product = Callable[[Rows], Rows]
+Product = Callable[[PerRow], PerRow]
 
 TOLERANCE = 3e-4
 """Stop after a step that moves no score by more than this; what is then left is not more, most often a tenth."""
@@ -50,25 +50,25 @@ MAX_HALVINGS = 30
 class Loss(Protocol):
     """A smooth convex loss of the scores, for each problem the weighted sum over its rows."""
 
-    def value(self, f: Rows) -> PerProblem:
+    def value(self, f: PerRow) -> PerProblem:
         """Return the loss."""
 
-    def slope(self, f: Rows) -> Rows:
+    def slope(self, f: PerRow) -> PerRow:
         """Return its derivative by each score."""
 
-    def curvature(self, f: Rows) -> Product:
+    def curvature(self, f: PerRow) -> Product:
         """Return what multiplies by its second derivative, in float32."""
 
 
 @dataclass(frozen=True)
-class Step:
+class NewtonStep:
     """What to add to where the search is."""
 
-    a: Rows
+    a: PerRow
     """To the dual weights."""
     b: PerOutput
     """To the intercepts."""
-    Ka: Rows
+    Ka: PerRow
     """K times `a`."""
 
 
@@ -102,7 +102,7 @@ def minimize(
         for _ in range(MAX_STEPS):
             rough = _newton_step(roughly, loss, C, a, Ka + b, intercept=intercept)
             # What a step does is computed in float64: from float32's own products a good step may seem to do harm.
-            step = Step(rough.a, rough.b, exactly(rough.a))
+            step = NewtonStep(rough.a, rough.b, exactly(rough.a))
             by = _step_length(loss, C, Ka, b, step)
             a, b, Ka = a + by * step.a, b + by * step.b, Ka + by * step.Ka
             if (by * (step.Ka + step.b)).abs().max() < TOLERANCE:
@@ -122,7 +122,7 @@ def _products(Z: Float[Tensor, "models rows d"]) -> tuple[Product, Product]:
     factors = [Z @ Z.mT] if Z.shape[1] < 2 * Z.shape[2] else [Z, Z.mT]
 
     def product(matrices: list[Tensor]) -> Product:
-        def times(v: Rows) -> Rows:
+        def times(v: PerRow) -> PerRow:
             flat = v.flatten(1, 2)
             for matrix in matrices:
                 flat = flat @ matrix
@@ -133,7 +133,7 @@ def _products(Z: Float[Tensor, "models rows d"]) -> tuple[Product, Product]:
     return product(factors), product([factor.float() for factor in factors])
 
 
-def _newton_step(times_K: Product, loss: Loss, C: float, a: Rows, f: Rows, *, intercept: bool) -> Step:
+def _newton_step(times_K: Product, loss: Loss, C: float, a: PerRow, f: PerRow, *, intercept: bool) -> NewtonStep:
     """Return a rough Newton step, by conjugate gradients in the inner product a·K·a′ + κ·b·b′.
 
     That of a is the one of the weights. κ, the most that the intercept's curvature can be for a loss that curves no more
@@ -141,14 +141,14 @@ def _newton_step(times_K: Product, loss: Loss, C: float, a: Rows, f: Rows, *, in
     """
     curve, kappa = loss.curvature(f), C * f.shape[-1] / 4
 
-    def of_intercept(x: Rows) -> PerOutput:
+    def of_intercept(x: PerRow) -> PerOutput:
         total = x.sum(-1, keepdim=True) / kappa if intercept else torch.zeros_like(x[..., :1])
         return total - total.mean(2, keepdim=True) if total.shape[2] > 1 else total
 
     slope = C * loss.slope(f)
     a, b = -(a + slope).float(), -of_intercept(slope).float()
-    left = along = Step(a, b, times_K(a))
-    found = Step(torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(a))
+    left = along = NewtonStep(a, b, times_K(a))
+    found = NewtonStep(torch.zeros_like(a), torch.zeros_like(b), torch.zeros_like(a))
     size = _inner(left, left, kappa)
     enough = ROUGHLY**2 * size
     for _ in range(MAX_PRODUCTS):
@@ -157,29 +157,29 @@ def _newton_step(times_K: Product, loss: Loss, C: float, a: Rows, f: Rows, *, in
             break
         bent = C * curve(along.Ka + along.b)
         a = along.a + bent
-        image = Step(a, of_intercept(bent), times_K(a))
+        image = NewtonStep(a, of_intercept(bent), times_K(a))
         bend = _inner(along, image, kappa)
         going &= bend > 0  # unless what is left is noise of float32
         by = torch.where(going, size / bend, 0.0)
         found, left = _plus(found, by, along), _plus(left, -by, image)
         before, size = size, torch.where(going, _inner(left, left, kappa), size)
         along = _plus(left, torch.where(going, size / before, 0.0), along)
-    return Step(found.a.double(), found.b.double(), found.Ka.double())
+    return NewtonStep(found.a.double(), found.b.double(), found.Ka.double())
 
 
-def _plus(one: Step, by: PerProblem, other: Step) -> Step:
-    return Step(one.a + by * other.a, one.b + by * other.b, one.Ka + by * other.Ka)
+def _plus(one: NewtonStep, by: PerProblem, other: NewtonStep) -> NewtonStep:
+    return NewtonStep(one.a + by * other.a, one.b + by * other.b, one.Ka + by * other.Ka)
 
 
-def _inner(one: Step, other: Step, kappa: float) -> PerProblem:
+def _inner(one: NewtonStep, other: NewtonStep, kappa: float) -> PerProblem:
     return _total(one.a * other.Ka) + kappa * _total(one.b * other.b)
 
 
-def _total(x: Rows) -> PerProblem:
+def _total(x: PerRow) -> PerProblem:
     return x.sum((2, 3), keepdim=True)
 
 
-def _step_length(loss: Loss, C: float, Ka: Rows, b: PerOutput, step: Step) -> PerProblem:
+def _step_length(loss: Loss, C: float, Ka: PerRow, b: PerOutput, step: NewtonStep) -> PerProblem:
     """Return 1 for each problem, or the first half, quarter, … that lowers its objective."""
     f, moves = Ka + b, step.Ka + step.b
     now, crossed, squared = loss.value(f), _total(step.a * Ka), _total(step.a * step.Ka)

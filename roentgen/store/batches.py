@@ -42,7 +42,7 @@ class RowBatch(NamedTuple):
     """Sequence position per row, -1 for a pooled one, `[tokens]`."""
 
 
-class Rows(Protocol):
+class RowSource(Protocol):
     """Rows that are counted before they are read (`Activations`)."""
 
     @property
@@ -63,7 +63,7 @@ class TokenBatches:
     Another `seed` gives another order: take the epoch's number. The last batch holds what is left.
     """
 
-    source: Rows
+    source: RowSource
     """The rows."""
     tokens: int
     """Rows in a batch."""
@@ -141,7 +141,7 @@ class TokenBatches:
 class _Plan:
     """Which rows there are, numbered through all rollouts, and how stretches of them are read."""
 
-    def __init__(self, source: Rows) -> None:
+    def __init__(self, source: RowSource) -> None:
         self._source = source
         self._ends = np.cumsum(source.count_rows())
         self.total = int(self._ends[-1]) if len(self._ends) else 0
