@@ -16,7 +16,7 @@ from probes import baselines
 from probes.bootstrap import bootstrap_weights
 from probes.calibration import Calibration
 from probes.choosing import Fit, choose_kind
-from probes.controls import Controls, without
+from probes.controls import Controls, Scores, without
 from probes.dataset import ProbeDataset
 from probes.errors import ProbeDataError
 from probes.evaluation import Evaluation, evaluate, nested_best
@@ -29,8 +29,6 @@ from probes.sources import SourcePath
 from roentgen.contract import execution_order
 from roentgen.linear_probe import ProbeCard, SavedProbe, ScoreUnit
 from roentgen.version import __version__
-
-Scores = Float[np.ndarray, "rows outputs"]
 
 
 @dataclass(frozen=True)

@@ -81,7 +81,7 @@ def is_being_recorded(path: Path) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
+class _SampleLocation:
     """Where in the record a sample is."""
 
     line: int
@@ -116,12 +116,12 @@ class _Head(BaseModel):
 class Samples(Sequence[Sample]):
     """The samples of a record, read from the disk one at a time, as often as they are asked for."""
 
-    def __init__(self, path: Path, places: Sequence[_Place]) -> None:
+    def __init__(self, path: Path, locations: Sequence[_SampleLocation]) -> None:
         self._path = path
-        self._places = places
+        self._locations = locations
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._locations)
 
     @overload
     def __getitem__(self, which: int) -> Sample: ...
@@ -131,31 +131,31 @@ class Samples(Sequence[Sample]):
 
     def __getitem__(self, which: int | slice) -> "Sample | Samples":
         if isinstance(which, slice):
-            return Samples(self._path, self._places[which])
-        return next(self._read([self._places[which]]))
+            return Samples(self._path, self._locations[which])
+        return next(self._read([self._locations[which]]))
 
     def __iter__(self) -> Iterator[Sample]:
-        return self._read(self._places)
+        return self._read(self._locations)
 
     @property
     def names(self) -> list[str]:
         """Their names, in the same order; no sample is read for it."""
-        return [place.sample_id for place in self._places]
+        return [location.sample_id for location in self._locations]
 
     def by_name(self) -> "Samples":
         """Return them by problem, epoch and variant (as declared), whatever order they finished in."""
-        return Samples(self._path, sorted(self._places, key=lambda place: place.order))
+        return Samples(self._path, sorted(self._locations, key=lambda location: location.order))
 
-    def _read(self, places: Iterable[_Place]) -> Iterator[Sample]:
-        if not self._places:
+    def _read(self, locations: Iterable[_SampleLocation]) -> Iterator[Sample]:
+        if not self._locations:
             return
         with open(self._path, "rb") as file:
-            for place in places:
-                file.seek(place.offset)
+            for location in locations:
+                file.seek(location.offset)
                 try:
                     yield Sample.model_validate_json(file.readline())
                 except ValidationError as error:
-                    raise _damaged(self._path, place.line, error) from error
+                    raise _damaged(self._path, location.line, error) from error
 
 
 def read_samples(path: Path, config_hashes: Sequence[str] = ()) -> Samples:
@@ -168,7 +168,7 @@ def read_samples(path: Path, config_hashes: Sequence[str] = ()) -> Samples:
     Raises:
         RunError: if a line, other than a torn last one, is no sample's.
     """
-    found: dict[tuple[str, str, int], _Place] = {}
+    found: dict[tuple[str, str, int], _SampleLocation] = {}
     variants = {config_hash: number for number, config_hash in enumerate(config_hashes)}
     if not path.exists():
         return Samples(path, [])
@@ -184,7 +184,9 @@ def read_samples(path: Path, config_hashes: Sequence[str] = ()) -> Samples:
             identity = (head.config_hash, head.problem_id, head.epoch)
             if identity not in found or found[identity].failed:
                 variant = variants.get(head.config_hash, len(variants))
-                found[identity] = _Place(number, offset, head.sample_id, head.epoch, variant, head.error is not None)
+                found[identity] = _SampleLocation(
+                    number, offset, head.sample_id, head.epoch, variant, head.error is not None
+                )
             offset += len(line)
     return Samples(path, list(found.values()))
 

@@ -38,7 +38,7 @@ class RolloutRows:
     """Sequence position per row, -1 for a pooled one, `[rows]`."""
 
 
-class _Place(NamedTuple):
+class _RolloutLocation(NamedTuple):
     """What of a row of the index says where its rollout is."""
 
     rollout_id: str
@@ -85,18 +85,18 @@ class Activations(Sequence[RolloutRows]):
         if isinstance(index, slice):
             chosen = self.rollouts.iloc[index]
             return Activations(self._open_shard, self.remote, self.key, chosen, self._positions)
-        return self._read(list(_places(self.rollouts.iloc[[index]])))[0]
+        return self._read(list(_locations(self.rollouts.iloc[[index]])))[0]
 
     def __iter__(self) -> Iterator[RolloutRows]:
-        together = _together(_places(self.rollouts))
+        groups = _group_adjacent(_locations(self.rollouts))
         if not self.remote:
-            for neighbours in together:
-                yield from self._read(neighbours)
+            for adjacent in groups:
+                yield from self._read(adjacent)
             return
         with ThreadPoolExecutor(READS_AT_ONCE) as pool:
             ahead: deque[Future[list[RolloutRows]]] = deque()
-            for neighbours in together:
-                ahead.append(pool.submit(self._read, neighbours))
+            for adjacent in groups:
+                ahead.append(pool.submit(self._read, adjacent))
                 if len(ahead) > READS_AT_ONCE:
                     yield from ahead.popleft().result()
             while ahead:
@@ -132,10 +132,10 @@ class Activations(Sequence[RolloutRows]):
         if self._positions.policy == "all":
             return counts
         selects = [self._positions != Positions.parse(self._open_shard(name).spec.positions) for name in names]
-        for place in np.flatnonzero(np.array(selects, dtype=bool)[codes]).tolist():
-            n_prompt, n_completion = numbers[place, 2:].tolist()
+        for number in np.flatnonzero(np.array(selects, dtype=bool)[codes]).tolist():
+            n_prompt, n_completion = numbers[number, 2:].tolist()
             wanted = len(self._positions.select(n_prompt, count_rows(n_prompt, n_completion)))
-            counts[place] = min(wanted, 1) if self._positions.pooled else wanted
+            counts[number] = min(wanted, 1) if self._positions.pooled else wanted
         return counts
 
     def read_rows(self, starts: Int[np.ndarray, "parts"], stops: Int[np.ndarray, "parts"], first: int) -> RowBatch:
@@ -149,13 +149,13 @@ class Activations(Sequence[RolloutRows]):
         Raises:
             StoreError: if they cannot be read.
         """
-        places = [self._place(first + number) for number in range(len(starts))]
+        locations = [self._location(first + number) for number in range(len(starts))]
         cuts = [slice(int(start), int(stop)) for start, stop in zip(starts, stops, strict=True)]
         parts: list[tuple[Tensor, np.ndarray]] = []
         begin = 0
-        for end in range(1, len(places) + 1):
-            if end == len(places) or places[end].shard != places[begin].shard:
-                parts.append(self._read_parts(places[begin:end], cuts[begin:end]))
+        for end in range(1, len(locations) + 1):
+            if end == len(locations) or locations[end].shard != locations[begin].shard:
+                parts.append(self._read_parts(locations[begin:end], cuts[begin:end]))
                 begin = end
         values, positions = zip(*parts, strict=True)
         rollout = np.repeat(np.arange(first, first + len(starts)), stops - starts)
@@ -180,7 +180,7 @@ class Activations(Sequence[RolloutRows]):
         if rows is not None:
             return shard.values(self.key, rows)
         found = []
-        for item in self._read(list(_places(own))):
+        for item in self._read(list(_locations(own))):
             if len(item.values) != 1:
                 raise StoreError(
                     f"rollout {item.rollout_id} has {len(item.values)} rows of {self.key} at positions "
@@ -206,28 +206,30 @@ class Activations(Sequence[RolloutRows]):
         return rows if inside and (position[rows] == wanted).all() else None
 
     def _read_parts(
-        self, places: Sequence[_Place], cuts: Sequence[slice]
+        self, locations: Sequence[_RolloutLocation], cuts: Sequence[slice]
     ) -> tuple[Shaped[Tensor, "rows ..."], Int[np.ndarray, "rows"]]:
         """Read parts of rollouts of one shard together: values, which own their memory, and positions."""
-        shard = self._shard_of(places[0])
+        shard = self._shard_of(locations[0])
         stored = Positions.parse(shard.spec.positions)
         if self._positions.pooled and self._positions != stored:
-            items = [(item.values[cut], item.position[cut]) for item, cut in zip(self._read(places), cuts, strict=True)]
+            items = [
+                (item.values[cut], item.position[cut]) for item, cut in zip(self._read(locations), cuts, strict=True)
+            ]
             return torch.cat([values for values, _ in items]), np.concatenate([position for _, position in items])
         position = shard.column("position")
         rows = np.concatenate(
-            [self._rows(shard, place, position, stored)[cut] for place, cut in zip(places, cuts, strict=True)]
+            [self._rows(shard, location, position, stored)[cut] for location, cut in zip(locations, cuts, strict=True)]
         )
         # One request instead of the kernel's own read-ahead; rows in another order are announced when they are taken.
         if len(rows) and not self.remote and (np.diff(rows) > 0).all():
             shard.expect(self.key, int(rows[0]), int(rows[-1]) + 1)
         return shard.values(self.key, rows), position[rows]
 
-    def _place(self, number: int) -> _Place:
+    def _location(self, number: int) -> _RolloutLocation:
         """Return where one rollout is; a slice of a table would take longer than to read some rows."""
         codes, names, ids, numbers = self._columns
         row_start, row_stop, n_prompt, n_completion = numbers[number].tolist()
-        return _Place(ids[number].as_py(), names[codes[number]], row_start, row_stop, n_prompt, n_completion)
+        return _RolloutLocation(ids[number].as_py(), names[codes[number]], row_start, row_stop, n_prompt, n_completion)
 
     @cached_property
     def _columns(
@@ -237,63 +239,63 @@ class Activations(Sequence[RolloutRows]):
         numbers = self.rollouts[["row_start", "row_stop", "n_prompt", "n_completion"]].to_numpy(np.int64)
         return codes, [str(name) for name in names], pa.array(self.rollouts["rollout_id"], pa.string()), numbers
 
-    def _shard_of(self, place: _Place) -> Shard:
-        shard = self._open_shard(place.shard)
+    def _shard_of(self, location: _RolloutLocation) -> Shard:
+        shard = self._open_shard(location.shard)
         if self.key not in shard.spec.keys:
             raise StoreError(
-                f"{self.key} was not captured for rollout {place.rollout_id}; it has {list(shard.spec.keys)}"
+                f"{self.key} was not captured for rollout {location.rollout_id}; it has {list(shard.spec.keys)}"
             )
         return shard
 
-    def _read(self, places: Sequence[_Place]) -> list[RolloutRows]:
+    def _read(self, locations: Sequence[_RolloutLocation]) -> list[RolloutRows]:
         """Read rollouts of one shard together."""
-        shard = self._shard_of(places[0])
+        shard = self._shard_of(locations[0])
         position = shard.column("position")
         stored = Positions.parse(shard.spec.positions)
-        wanted = [self._rows(shard, place, position, stored) for place in places]
+        wanted = [self._rows(shard, location, position, stored) for location in locations]
         values = shard.values(self.key, np.concatenate(wanted)).split([len(rows) for rows in wanted])
         found = []
-        for place, rows, own in zip(places, wanted, values, strict=True):
+        for location, rows, own in zip(locations, wanted, values, strict=True):
             if self._positions.pooled and self._positions != stored and len(own):
                 # In float32: a bfloat16 mean over hundreds of rows would lose digits that the rows have.
                 mean = own.float().mean(0, keepdim=True)
-                found.append(RolloutRows(place.rollout_id, mean, np.array([-1], dtype=np.int32)))
+                found.append(RolloutRows(location.rollout_id, mean, np.array([-1], dtype=np.int32)))
             else:
-                found.append(RolloutRows(place.rollout_id, own, position[rows]))
+                found.append(RolloutRows(location.rollout_id, own, position[rows]))
         return found
 
     def _rows(
-        self, shard: Shard, place: _Place, position: Int[np.ndarray, "rows"], stored: Positions
+        self, shard: Shard, location: _RolloutLocation, position: Int[np.ndarray, "rows"], stored: Positions
     ) -> Int[np.ndarray, "wanted"]:
         """Return which rows of the shard a rollout's positions are."""
-        shard.check(self.key, place.row_start, place.row_stop)
-        rows = np.arange(place.row_start, place.row_stop)
+        shard.check(self.key, location.row_start, location.row_stop)
+        rows = np.arange(location.row_start, location.row_stop)
         if self._positions.policy == "all" or self._positions == stored:
             return rows
         own = position[rows]
-        wanted = self._positions.select(place.n_prompt, count_rows(place.n_prompt, place.n_completion))
+        wanted = self._positions.select(location.n_prompt, count_rows(location.n_prompt, location.n_completion))
         if stored.pooled or not np.isin(wanted, own).all():
             raise StoreError(
-                f"rollout {place.rollout_id} stores positions '{stored}'; '{self._positions}' cannot be read from them"
+                f"rollout {location.rollout_id} stores positions '{stored}'; '{self._positions}' cannot be read from them"
             )
         return rows[np.isin(own, wanted)]
 
 
-def _places(frame: pd.DataFrame) -> Iterator[_Place]:
-    return map(_Place._make, frame[list(_Place._fields)].itertuples(index=False, name=None))
+def _locations(frame: pd.DataFrame) -> Iterator[_RolloutLocation]:
+    return map(_RolloutLocation._make, frame[list(_RolloutLocation._fields)].itertuples(index=False, name=None))
 
 
-def _together(places: Iterator[_Place]) -> Iterator[list[_Place]]:
+def _group_adjacent(locations: Iterator[_RolloutLocation]) -> Iterator[list[_RolloutLocation]]:
     """Gather rollouts that follow one another in a shard, up to some rows."""
-    neighbours: list[_Place] = []
-    for place in places:
-        if neighbours and (
-            place.shard != neighbours[-1].shard
-            or place.row_start != neighbours[-1].row_stop
-            or place.row_stop - neighbours[0].row_start > _ROWS_AT_ONCE
+    adjacent: list[_RolloutLocation] = []
+    for location in locations:
+        if adjacent and (
+            location.shard != adjacent[-1].shard
+            or location.row_start != adjacent[-1].row_stop
+            or location.row_stop - adjacent[0].row_start > _ROWS_AT_ONCE
         ):
-            yield neighbours
-            neighbours = []
-        neighbours.append(place)
-    if neighbours:
-        yield neighbours
+            yield adjacent
+            adjacent = []
+        adjacent.append(location)
+    if adjacent:
+        yield adjacent
