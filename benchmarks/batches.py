@@ -20,10 +20,10 @@ import torch
 import typer
 from ulid import ULID
 
+from benchmarks.paired_statistics import ratios
 from benchmarks.pairs import interleave
-from benchmarks.record import record, table
-from benchmarks.stages import stage_printer
-from benchmarks.statistics import ratios
+from benchmarks.results_file import record, table
+from benchmarks.stage_printer import stage_printer
 from benchmarks.store import forget
 from roentgen.store import CapturedRollout, CaptureSpec, Session, StoreWriter
 from roentgen.store.activations import Activations

@@ -17,7 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from benchmarks.limits import WeightBytes
-from benchmarks.statistics import percentile
+from benchmarks.paired_statistics import percentile
 from benchmarks.vllm_way import PYTHON, loaded_capturing_vllm, loaded_vllm
 from benchmarks.ways import UnavailableError, Way, continuous_way, end_tokens, engine_way, generate_way, seed_way
 from benchmarks.workload import Workload

@@ -13,8 +13,8 @@ import typer
 from benchmarks.column import WAYS, Column, measure_column
 from benchmarks.limits import Limits, measure_limits
 from benchmarks.pairs import IN_FLIGHT, MANY, Ratio, measure_beside_vllm, measure_pairs
-from benchmarks.record import record, table
-from benchmarks.stages import stage_printer
+from benchmarks.results_file import record, table
+from benchmarks.stage_printer import stage_printer
 from benchmarks.workload import Workload
 from roentgen.atomic_files import write_json
 from roentgen.defaults import EMBEDDED_MODEL

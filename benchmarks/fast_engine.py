@@ -23,9 +23,9 @@ from typing import Annotated
 
 import typer
 
-from benchmarks.record import record, table
-from benchmarks.stages import stage_printer
-from benchmarks.statistics import median_interval
+from benchmarks.paired_statistics import median_interval
+from benchmarks.results_file import record, table
+from benchmarks.stage_printer import stage_printer
 from benchmarks.vllm_way import (
     MOST_TAPS,
     N_PROBES,

@@ -33,7 +33,7 @@ import typer
 from benchmarks.gpu_report import SECTION, GpuReport, Part, Status
 from benchmarks.gpu_rows import check_rows, release
 from benchmarks.gpu_speed import DidNotFitError, fitting, group_json, measure_copies, measure_group
-from benchmarks.record import RESULTS, installed, machine
+from benchmarks.results_file import RESULTS, installed, machine
 from benchmarks.ways import OutOfTimeError
 from benchmarks.workload import RANDOM_MODELS, Workload
 from serve_app.engines.transformers.model import LoadedModel

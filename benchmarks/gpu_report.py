@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Literal
 
-from benchmarks.record import conditions, record, replace_section, table
+from benchmarks.results_file import conditions, record, replace_section, table
 from roentgen.atomic_files import write_text
 
 TITLE = "GPU"

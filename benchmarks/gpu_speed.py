@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.gpu_rows import release
-from benchmarks.statistics import Interval, ratios
+from benchmarks.paired_statistics import Interval, ratios
 from benchmarks.ways import MeasuredRun, OutOfTimeError, engine_way
 from benchmarks.workload import CAPTURES, capture_plan
 from serve_app.capture.memory import RowMemory

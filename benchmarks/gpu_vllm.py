@@ -30,7 +30,7 @@ from safetensors.torch import load_file
 from benchmarks.gpu_report import Part
 from benchmarks.gpu_rows import RowComparison, RowRequest, checked_keys, make_requests
 from benchmarks.gpu_speed import PROMPT_TOKENS, WARM_UP_TOKENS, DidNotFitError, fitting, random_prompts
-from benchmarks.statistics import ratios
+from benchmarks.paired_statistics import ratios
 from benchmarks.vllm_way import capturing_engine, keeper, plain_engine, plain_way, probes, settings
 from benchmarks.ways import MeasuredRun, OutOfTimeError, Way, engine_way
 from benchmarks.worker_times import READING, STORING, WRITER, allow_functions, ask, read_clock, start_clock

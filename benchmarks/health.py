@@ -17,9 +17,9 @@ import typer
 from httpx2 import AsyncClient
 from openai import AsyncOpenAI, RateLimitError
 
-from benchmarks.record import record, table
-from benchmarks.stages import stage_printer
-from benchmarks.statistics import percentile
+from benchmarks.paired_statistics import percentile
+from benchmarks.results_file import record, table
+from benchmarks.stage_printer import stage_printer
 from benchmarks.workload import Workload
 from roentgen.defaults import EMBEDDED_MODEL
 from roentgen.ray_connection import LOCAL

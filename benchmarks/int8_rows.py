@@ -14,8 +14,8 @@ import torch
 import typer
 from ulid import ULID
 
-from benchmarks.record import record, table
-from benchmarks.stages import stage_printer
+from benchmarks.results_file import record, table
+from benchmarks.stage_printer import stage_printer
 from probes import ProbeReport, train
 from roentgen.contract import RolloutKey
 from roentgen.runs import Run

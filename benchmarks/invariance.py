@@ -18,10 +18,10 @@ import torch
 import typer
 from torch import Tensor
 
+from benchmarks.paired_statistics import Interval, ratios
 from benchmarks.pairs import interleave
-from benchmarks.record import record, table
-from benchmarks.stages import stage_printer
-from benchmarks.statistics import Interval, ratios
+from benchmarks.results_file import record, table
+from benchmarks.stage_printer import stage_printer
 from benchmarks.ways import Way, engine_way, finish_all
 from benchmarks.workload import Workload, capture_plan
 from roentgen.defaults import EMBEDDED_MODEL

@@ -16,9 +16,9 @@ import psutil
 import typer
 from ulid import ULID
 
-from benchmarks.record import record, table
-from benchmarks.stages import stage_printer
-from benchmarks.statistics import Interval, slope_interval
+from benchmarks.paired_statistics import Interval, slope_interval
+from benchmarks.results_file import record, table
+from benchmarks.stage_printer import stage_printer
 from benchmarks.workload import CAPTURES, Workload, capture_plan
 from roentgen.defaults import EMBEDDED_MODEL
 from roentgen.store import CapturedRollout, CaptureSpec, Receipt, StoreWriter

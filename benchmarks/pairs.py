@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks.column import measure_column
-from benchmarks.statistics import Interval, ratios
+from benchmarks.paired_statistics import Interval, ratios
 from benchmarks.ways import UnavailableError, Way, end_tokens, engine_way, generate_way, seed_way
 from benchmarks.workload import Workload
 from serve_app.engines.transformers.engine import TransformersEngine

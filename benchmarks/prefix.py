@@ -25,9 +25,9 @@ from uuid import uuid4
 import typer
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.record import record, table
-from benchmarks.stages import stage_printer
-from benchmarks.statistics import ratios
+from benchmarks.paired_statistics import ratios
+from benchmarks.results_file import record, table
+from benchmarks.stage_printer import stage_printer
 from benchmarks.vllm_way import capturing_engine, keeper, plain_engine, plain_way, settings
 from benchmarks.ways import Keep, MeasuredRun, UnavailableError, Way, engine_way, finish_all
 from benchmarks.workload import CAPTURES, Workload, capture_plan, problem_source

@@ -25,8 +25,8 @@ from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
-from benchmarks.record import record, table
-from benchmarks.statistics import ratios
+from benchmarks.paired_statistics import ratios
+from benchmarks.results_file import record, table
 from probes.cross_validation import Case, cross_validate
 from probes.evaluation import evaluate
 from probes.folds import Fold, nested_folds, shuffle_labels

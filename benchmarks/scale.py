@@ -21,7 +21,7 @@ import numpy as np
 import psutil
 import typer
 
-from benchmarks.record import record, table
+from benchmarks.results_file import record, table
 from eval_jobs.endpoint import Endpoint
 from eval_jobs.fanout import evaluate
 from eval_jobs.problems import Problem

@@ -26,11 +26,11 @@ import typer
 from transformers import AutoConfig
 
 import roentgen
+from benchmarks.paired_statistics import median_interval
 from benchmarks.pairs import interleave
-from benchmarks.record import record, table
+from benchmarks.results_file import record, table
 from benchmarks.serving import ask_all
-from benchmarks.stages import stage_printer
-from benchmarks.statistics import median_interval
+from benchmarks.stage_printer import stage_printer
 from benchmarks.workload import Workload, capture_request
 from roentgen.contract import stored_key
 from roentgen.defaults import EMBEDDED_MODEL

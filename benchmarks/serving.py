@@ -16,10 +16,10 @@ from typing import Annotated, Any
 import typer
 from openai import AsyncOpenAI
 
+from benchmarks.paired_statistics import Interval, ratios
 from benchmarks.pairs import interleave
-from benchmarks.record import record, table
-from benchmarks.stages import stage_printer
-from benchmarks.statistics import Interval, ratios
+from benchmarks.results_file import record, table
+from benchmarks.stage_printer import stage_printer
 from benchmarks.ways import engine_way
 from benchmarks.workload import CAPTURES, Workload, capture_request
 from roentgen.defaults import EMBEDDED_MODEL

@@ -26,10 +26,10 @@ from ulid import ULID
 
 from benchmarks.many_rollouts import ASKED, TOKENS, Opened, StoreStep, measure_session
 from benchmarks.many_rollouts import WIDTH as WIDTH_OF_MANY
+from benchmarks.paired_statistics import ratios
 from benchmarks.pairs import interleave
-from benchmarks.record import record, table
-from benchmarks.stages import stage_printer
-from benchmarks.statistics import ratios
+from benchmarks.results_file import record, table
+from benchmarks.stage_printer import stage_printer
 from roentgen.store import CapturedRollout, CaptureSpec, Session, StoreWriter
 from roentgen.store.storage_backends import LocalFolder, StorageFolder, open_folder
 from roentgen.tokenized_text import Segment, TokenizedText

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.record import record, replace_section, table
+from benchmarks.results_file import record, replace_section, table
 
 
 def test_a_section_is_appended_then_replaced_and_the_others_stay() -> None:

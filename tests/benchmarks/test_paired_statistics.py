@@ -2,7 +2,7 @@ from itertools import product
 
 import pytest
 
-from benchmarks.statistics import median_interval, percentile, ratios, slope_interval
+from benchmarks.paired_statistics import median_interval, percentile, ratios, slope_interval
 
 
 def test_five_pairs_give_their_range() -> None:
