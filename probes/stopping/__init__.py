@@ -2,7 +2,7 @@
 
 `traces` reads a run's stored rollouts and scores their tokens. `settings` are the rules that are tried: the probe above several
 scores for several tokens, random directions likewise, a fixed length, and an answer that has not changed. `sweep` finds where
-each would have stopped every rollout, with the function that a server stops by (`roentgen.stopping`), and has what was said by
+each would have stopped every rollout, with the function that a server stops by (`roentgen.stop_rule`), and has what was said by
 then judged. `findings` turns that into accuracy against tokens: each kind's setting is chosen on half of the problems and
 reported on the other half. `page` shows it.
 """

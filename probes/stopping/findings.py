@@ -20,7 +20,7 @@ from probes.stopping.settings import RuleKind, Setting
 from probes.stopping.sweep import Stop
 from probes.stopping.traces import StopTrace
 from roentgen.statistics import accuracy, difference
-from roentgen.stopping import StopWhen
+from roentgen.stop_rule import StopWhen
 
 FEW = 20
 """Problems of a half below which its numbers say little."""

@@ -15,7 +15,7 @@ from probes.stopping.settings import Setting
 from probes.stopping.traces import StopTrace
 from roentgen.contract import ProbeEffect
 from roentgen.runs import Sample
-from roentgen.stopping import find_stop
+from roentgen.stop_rule import find_stop
 
 AT_ONCE = 64
 """Readings at once, for judges that wait for somebody."""

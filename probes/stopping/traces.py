@@ -12,7 +12,7 @@ from probes.errors import ProbeDataError
 from roentgen.contract import count_rows
 from roentgen.linear_probe import LinearProbe
 from roentgen.runs import Run, Sample, same_template
-from roentgen.stopping import CountedTokens, ReasoningTokens
+from roentgen.stop_rule import CountedTokens, ReasoningTokens
 from roentgen.tokenized_text import sentence_ends, token_texts
 
 THINK_START, THINK_END = "<think>", "</think>"

@@ -10,7 +10,7 @@ import typer
 from roentgen.atomic_files import write_json
 from roentgen.cli.console import LOADING, err, expected_errors, out, stages, table_of
 from roentgen.options import options_of, read_options
-from roentgen.stopping import StopSettings
+from roentgen.stop_rule import StopSettings
 from roentgen.workflows.command_settings import SteerSettings
 
 probe_app = typer.Typer(no_args_is_help=True, help="Train and apply probes on stored activations.")

@@ -47,7 +47,7 @@ from roentgen.atomic_files import atomic_write, make_folder, write_json
 from roentgen.linear_probe import LinearProbe, SavedProbe, find_probe, load_probe
 from roentgen.options import read_options
 from roentgen.runs import Run, Sample
-from roentgen.stopping import StopSettings
+from roentgen.stop_rule import StopSettings
 
 T = TypeVar("T")
 

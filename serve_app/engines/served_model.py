@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from roentgen.stopping import ReasoningTokens
+from roentgen.stop_rule import ReasoningTokens
 from serve_app.capture.structure import ModelStructure
 from serve_app.engines.batching import Batching, LoadReport
 from serve_app.engines.markers import MARKERS, THINK_END, THINK_START

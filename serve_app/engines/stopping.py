@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from roentgen.contract import ProbeEffect
-from roentgen.stopping import ReasoningTokens, StopWhen, find_stop
+from roentgen.stop_rule import ReasoningTokens, StopWhen, find_stop
 
 
 @dataclass(frozen=True)

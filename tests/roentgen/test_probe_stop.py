@@ -16,7 +16,7 @@ from roentgen.contract import RolloutKey, StoredTensor
 from roentgen.linear_probe import ProbeCard, SavedProbe, SavedProbeError, save_probes
 from roentgen.options import OptionError
 from roentgen.runs import RolloutRef, Run, RunConfig, Sample, create_run, recording
-from roentgen.stopping import find_stop
+from roentgen.stop_rule import find_stop
 from roentgen.store import CapturedRollout, CaptureSpec, StoreWriter
 from roentgen.tokenized_text import Segment, TokenizedText
 from tests.conftest import Server

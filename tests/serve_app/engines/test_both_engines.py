@@ -16,7 +16,7 @@ import torch
 
 from roentgen.contract import ActivationRequest, Positions, split_key, stored_key
 from roentgen.linear_probe import LinearProbe
-from roentgen.stopping import ReasoningTokens, StopWhen, find_stop
+from roentgen.stop_rule import ReasoningTokens, StopWhen, find_stop
 from serve_app.capture.rows import CapturePlan, UncapturableError
 from serve_app.capture.scoring import Scorer, UnscorableError
 from serve_app.capture.steering import Addition

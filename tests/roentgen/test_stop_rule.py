@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from roentgen.stopping import ReasoningTokens, StopWhen, find_stop
+from roentgen.stop_rule import ReasoningTokens, StopWhen, find_stop
 
 SCORED = st.lists(st.tuples(st.floats(-2, 2, width=32), st.booleans()), max_size=30)
 LENGTHS = st.integers(1, 5)
