@@ -9,7 +9,7 @@ reported on the other half. `page` shows it.
 
 from probes.stopping.findings import Chosen, LiveFinding, StopFinding, StopReport, live_finding, summarize_stops
 from probes.stopping.page import render_page
-from probes.stopping.settings import Setting, make_settings
+from probes.stopping.stop_settings import Setting, make_settings
 from probes.stopping.sweep import Reading, Stop, sweep
 from probes.stopping.traces import StopTrace, read_traces
 

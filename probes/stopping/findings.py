@@ -16,7 +16,7 @@ from jaxtyping import Bool, Int
 
 from probes.bootstrap import bootstrap_weights, estimate
 from probes.report import Estimate, format_difference
-from probes.stopping.settings import RuleKind, Setting
+from probes.stopping.stop_settings import RuleKind, Setting
 from probes.stopping.sweep import Stop
 from probes.stopping.traces import StopTrace
 from roentgen.statistics import accuracy, difference

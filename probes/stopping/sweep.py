@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from probes.stopping.settings import Setting
+from probes.stopping.stop_settings import Setting
 from probes.stopping.traces import StopTrace
 from roentgen.contract import ProbeEffect
 from roentgen.runs import Sample

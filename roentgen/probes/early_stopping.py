@@ -41,7 +41,7 @@ from probes.stopping import (
     sweep,
 )
 from probes.stopping.findings import rows, split_halves
-from probes.stopping.settings import all_scores, random_directions
+from probes.stopping.stop_settings import all_scores, random_directions
 from roentgen.api_keys import client_key
 from roentgen.atomic_files import atomic_write, make_folder, write_json
 from roentgen.linear_probe import LinearProbe, SavedProbe, find_probe, load_probe

@@ -8,7 +8,7 @@ import torch
 
 from probes.stopping import Reading, Setting, Stop, StopTrace, make_settings, summarize_stops, sweep
 from probes.stopping.findings import split_halves
-from probes.stopping.settings import quantiles, random_directions
+from probes.stopping.stop_settings import quantiles, random_directions
 from probes.stopping.sweep import converged
 from roentgen.linear_probe import LinearProbe
 from roentgen.runs import Sample
