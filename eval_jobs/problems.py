@@ -78,7 +78,7 @@ def read_records(
         yield make_problem(record, number, where, "problems")
 
 
-def find_source(source: str | Source) -> Extension[Any] | None:
+def find_source(source: str | ProblemSource) -> Extension[Any] | None:
     """Return what a name, a reference or a function means; None of a dataset or a file.
 
     Raises:

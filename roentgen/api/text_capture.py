@@ -16,7 +16,6 @@ from roentgen.api.request_building import in_python
 from roentgen.api.rollout import Rollout
 from roentgen.contract import canonical_hash, check_session_id
 from roentgen.extensions import preview
-from roentgen.store.storage_backends import check_writable, open_folder
 from roentgen.store.schema import check_finite
 from roentgen.store.storage_backends import check_writable, open_folder
 from roentgen.transcripts import Transcript

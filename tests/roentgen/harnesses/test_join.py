@@ -15,7 +15,7 @@ from roentgen.contract import RolloutKey, canonical_hash
 from roentgen.harnesses import join as joining
 from roentgen.harnesses.join import join, join_scored, open_target
 from roentgen.harnesses.scored import LogError, ScoredSample, flat_labels, with_grades
-from roentgen.store import Rollout, Session, StoreWriter
+from roentgen.store import CapturedRollout, Session, StoreWriter
 from roentgen.tokenized_text import Segment, TokenizedText
 from serve_app.config import ServerConfig
 from serve_app.http.ingress import Ingress
