@@ -11,7 +11,7 @@ from benchmarks.prefix import (
     ON,
     SECOND_TURN,
     SHARED,
-    FastEngineArm,
+    EngineArm,
     PrefixRound,
     PrefixTimes,
     pose,
@@ -27,20 +27,20 @@ PROMPTS = [[(7 * number + 3 * i) % 250 for i in range(20 + number)] for number i
 
 
 @pytest.fixture
-def arm() -> Iterator[FastEngineArm]:
+def arm() -> Iterator[EngineArm]:
     model = tiny.loaded("llama")
     engine = TransformersEngine(model, prefix_cache=False)
-    yield FastEngineArm(engine, model)
+    yield EngineArm(engine, model)
     engine.close()
 
 
-def test_without_a_cache_every_token_is_read(arm: FastEngineArm) -> None:
+def test_without_a_cache_every_token_is_read(arm: EngineArm) -> None:
     run = arm.pose(PROMPTS, "3x2", 4, 2)
     assert (run.prompt_tokens, run.read, run.held) == (63, 63, 0)
     assert 0 < run.first_token_s < 3 / run.samples_per_s
 
 
-def test_what_is_new_in_a_second_turn(arm: FastEngineArm) -> None:
+def test_what_is_new_in_a_second_turn(arm: EngineArm) -> None:
     """The first turn reads all of its tokens but the last, which is new with what is said to the answer."""
     run, new = arm.go_on(PROMPTS, [5, 6, 7], "all", 4)
     assert run.prompt_tokens == run.read == 63 + 3 * (4 + 3)
