@@ -160,7 +160,7 @@ def test_a_function_that_cannot_travel_says_what_holds_it(server: StandIn) -> No
         with lock:
             return True
 
-    with pytest.raises(EvalError, match=r"'locked' cannot be sent to Ray's tasks: .*lock.*Make what a function needs"):
+    with pytest.raises(EvalError, match=r"'locked' cannot be sent to Ray's tasks: .*lock.*Create such objects inside"):
         posed(server, extractor=locked)
     assert not Path("run").exists()
 
