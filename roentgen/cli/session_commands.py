@@ -149,7 +149,7 @@ def sessions_export(
         if kind == "pt":
             with _bar("rollouts") as on_progress:
                 total = len(opened.rollouts(columns=()))
-                count = export_pt(opened, output, said=lambda done: on_progress(done, total))
+                count = export_pt(opened, output, on_progress=lambda done: on_progress(done, total))
             out.print(f"{count:,} files in {output}", highlight=False)
             return
         stored = opened.keys()
@@ -175,7 +175,7 @@ def sessions_pull(
 
     with expected_errors(OSError):
         with _bar("bytes") as on_progress:
-            uri = pull(source, store, api_key=api_keys.client_key(api_key), said=on_progress)
+            uri = pull(source, store, api_key=api_keys.client_key(api_key), on_progress=on_progress)
         report = verify(Session.open(uri))
     out.print(f"{report.rollouts:,} rollouts in {uri}, {len(report.damage)} damaged", highlight=False)
     if not report.ok:
@@ -188,8 +188,7 @@ def sessions_rm(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")] = False,
 ) -> None:
     """Delete a session. A session that is being written is not deleted."""
-    from roentgen.store.storage_backends import open_folder
-    from roentgen.store.sessions import delete_session, summarise
+    from roentgen.store.sessions import delete_session, summarize_session
     from roentgen.store.storage_backends import open_folder
 
     with expected_errors(OSError, ValueError):
