@@ -14,7 +14,7 @@ from pathlib import Path
 from roentgen.atomic_files import atomic_write, make_folder, write_chunks
 from roentgen.model_names import cache_folder
 from roentgen.store import StoreError
-from roentgen.store.places import FolderPlace, Place, open_place
+from roentgen.store.storage_backends import LocalFolder, StorageFolder, open_folder
 from roentgen.view.errors import ViewError
 from roentgen.view.schemas import Kind
 
@@ -30,7 +30,7 @@ class Found:
     """Names it in addresses: its name and a hash of its place."""
     kind: Kind
     """Which of the two."""
-    place: Place
+    place: StorageFolder
     """Its folder."""
 
     @property
@@ -48,7 +48,7 @@ class Catalog:
         Raises:
             StoreError: if one is of a kind that nothing can be at.
         """
-        self._roots = [open_place(address) for address in addresses]
+        self._roots = [open_folder(address) for address in addresses]
 
     def list(self) -> list[Found]:
         """Return what there is now, each once, in the order of the addresses.
@@ -87,7 +87,7 @@ def check_addresses(addresses: Iterable[str]) -> None:
 
 def local_run(found: Found) -> Path:
     """Return a folder of this machine that has the files of a run."""
-    if isinstance(found.place, FolderPlace):
+    if isinstance(found.place, LocalFolder):
         return found.place.path
     here = cache_folder() / "view" / "runs" / found.id
     labels = [found.place.child("probes").child(name) for name in found.place.child("probes").folders()]
@@ -105,14 +105,14 @@ def local_run(found: Found) -> Path:
     return here
 
 
-def _copy(place: Place, name: str, file: Path, modified: float) -> None:
+def _copy(place: StorageFolder, name: str, file: Path, modified: float) -> None:
     make_folder(file.parent)
     with atomic_write(file) as temporary:
         write_chunks(temporary, place.stream(name)[1])
     os.utime(file, (modified, modified))
 
 
-def _inside(root: Place) -> Iterator[Found]:
+def _inside(root: StorageFolder) -> Iterator[Found]:
     """Yield what a folder is, or else what is directly in it."""
     kind = _kind(root)
     if kind is not None:
@@ -124,8 +124,8 @@ def _inside(root: Place) -> Iterator[Found]:
             yield _found(kind, place)
 
 
-def _kind(place: Place) -> Kind | None:
-    if isinstance(place, FolderPlace):  # of which any number may hold thousands of files
+def _kind(place: StorageFolder) -> Kind | None:
+    if isinstance(place, LocalFolder):  # of which any number may hold thousands of files
         there = {name for name in ("session.json", "config.json") if (place.path / name).is_file()}
     else:
         there = {entry.name for entry in place.entries()}
@@ -135,6 +135,6 @@ def _kind(place: Place) -> Kind | None:
     return "run" if "config.json" in there and b'"config_hash"' in place.read("config.json") else None
 
 
-def _found(kind: Kind, place: Place) -> Found:
+def _found(kind: Kind, place: StorageFolder) -> Found:
     digest = hashlib.sha256(place.uri.encode()).hexdigest()[:8]
     return Found(f"{re.sub('[^A-Za-z0-9_.-]', '-', place.name)[:60]}-{digest}", kind, place)

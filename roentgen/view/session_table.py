@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from roentgen.contract import spell_labels
+from roentgen.contract import labels_to_json
 from roentgen.store import Session, StoreError
 from roentgen.store.index import ROW_GROUP, IndexFile, read_index
 from roentgen.store.labels import label_files, read_label_file
@@ -84,7 +84,7 @@ class SessionTable(Table):
             return None
         name, row = found
         try:
-            with self.session.place.child("index").open_arrow(name) as opened:
+            with self.session.folder.child("index").open_arrow(name) as opened:
                 file = pq.ParquetFile(opened, page_checksum_verification=True)
                 group = 0
                 while row >= file.metadata.row_group(group).num_rows:
@@ -103,7 +103,7 @@ class SessionTable(Table):
         self.query(_TABLES)
 
     def _update(self) -> bool:
-        place = self.session.place
+        place = self.session.folder
         there = [entry.name for entry in place.child("index").entries()]
         there = [name for name in there if name.endswith(".parquet") and not name.startswith(".")]
         known = {name: number for number, name in self.query("SELECT id, name FROM files").fetchall()}
@@ -135,7 +135,7 @@ class SessionTable(Table):
             cursor.unregister("batch")
         for name in sorted(labels):
             found = read_label_file(place, name)
-            rows = pa.table({"i": list(found), "l": [spell_labels(dict(one)) for one in found.values()]})
+            rows = pa.table({"i": list(found), "l": [labels_to_json(dict(one)) for one in found.values()]})
             cursor.register("batch", rows)
             cursor.execute("INSERT INTO added SELECT ?, i, l FROM batch", [name])
             cursor.unregister("batch")
@@ -154,7 +154,7 @@ class SessionTable(Table):
         return True
 
     def _read(self, names: Collection[str]) -> list[IndexFile]:
-        folder = self.session.place.child("index")
+        folder = self.session.folder.child("index")
 
         def read(name: str) -> IndexFile | None:
             try:
@@ -175,7 +175,7 @@ class SessionTable(Table):
         lacking = self.query(
             "SELECT id, name FROM files WHERE id IN (SELECT file FROM samples) AND id NOT IN (SELECT file FROM texts)"
         ).fetchall()
-        folder = self.session.place.child("index")
+        folder = self.session.folder.child("index")
         for number, name in lacking:
             cursor = self._database.cursor()
             with folder.open_arrow(name) as opened:
