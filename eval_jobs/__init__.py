@@ -1,28 +1,29 @@
-"""The evaluation: send problems to an OpenAI-compatible server, and score its answers.
+"""The evaluation: sends problems to an OpenAI-compatible server and scores the answers.
 
-The modules, in the order a newcomer should read them:
+The modules, in the order in which to read them:
 
-    settings, command          the options, checked once; the command line
-    config                     the part of the settings that makes two runs comparable, and its hash
-    records, tables            a record becomes a `Problem`; records out of files and datasets
-    problems, selection        a source (arithmetic, gsm8k, a file, a user's function) becomes a list; which of them are posed
+    settings, command          the options, validated once; the command line
+    hashed_config              the part of the settings that makes two runs comparable, and its hash
+    records, tables            a record becomes a `Problem`; records from files and datasets
+    problems, selection        a source (arithmetic, gsm8k, a file, a user's function) becomes a list; which problems to pose
     prompts, variants          a `Problem` becomes messages, under one prefix or several
-    endpoint, addresses        the server: whether it answers, what it serves, several addresses as one client
-    rollout, asking            one attempt at one problem becomes one scored `Sample`; one request and its failures
-    tools, calculator          what the model may call
-    verdicts, scoring          what a scorer is given and returns; the extractors, and those of users
+    endpoint, addresses        the server: whether it answers and what it serves; several addresses as one client
+    rollout, chat_request      one attempt at one problem becomes one scored `Sample`; one request and its failures
+    tools, calculator          the tools that the model may call
+    verdicts, extractors       what a scorer takes and returns; the built-in extractors and those of users
     answers, texts             the default extractor, for numbers and for texts
-    quantities                 what the default extractor reads, with `exact_numbers`, `number_words`, `plain_text`
+    quantities                 the number parser of the default extractor, with `exact_numbers`, `number_words`, `plain_text`
     symbolic                   the extractor that uses math-verify
-    fanout, concurrency        many rollouts at once, as Ray tasks; how many are in flight
-    resume                     the run directory: made, or found and continued
-    driver, progress           all of the above in order (`run_evaluation`); what is shown meanwhile
+    fanout, concurrency        many rollouts at once, as Ray tasks; the number in flight
+    resume                     the run directory: created, or found and continued
+    driver, progress           all of the above in order (`run_evaluation`); the progress display
+    server_token_counter       tokens that the server has generated, for the progress display
     statistics, summary        accuracies with intervals; the numbers in `summary.json`
     failures                   failed samples, counted by kind
     outputs, report, charts    the files of the run and its page
-    console                    the scores in the terminal
-    parquet, inspect_log       exports
-    comparison, rescoring, status, estimate    two runs compared; answers read again; progress from outside; `--dry-run`
+    terminal_summary           the scores in the terminal
+    parquet_export, inspect_export    exports
+    run_comparison, rescoring, status, estimate    comparing two runs; scoring again; progress from outside; `--dry-run`
 
 It reaches the server only as an OpenAI client, so any compatible server will do (without activations).
 """
@@ -31,16 +32,12 @@ from roentgen.errors import RoentgenError
 
 
 class EvalError(RoentgenError):
-    """An expected failure: its message is one clear line for the person at the keyboard, without a traceback.
-
-    Attributes:
-        exit_code: what the process ends with.
-    """
+    """An expected failure: the message is one line for the user, without a traceback."""
 
     exit_code = 2
 
 
 class InterruptedRunError(EvalError):
-    """Ctrl-C, or SIGTERM; the message says how to go on."""
+    """The run was interrupted by Ctrl-C or SIGTERM; the message says how to continue."""
 
     exit_code = 130

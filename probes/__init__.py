@@ -1,14 +1,15 @@
-"""From stored activations to probes: can the label be read from the model's inside, where, and beyond chance?
+"""Trains probes on stored activations: can a label be read from the model's internal state, at which layer, and better than
+chance?
 
-What flows through here: `dataset` joins the samples of runs and sessions to their stored rows (X, and which problem each row
-belongs to), `labels` says what is to be read from them (y) and `positions` where; `kinds` fit one probe per layer, all
-layers together; `evaluation` says honestly how well they do (nested `folds` that never split a problem, `metrics` with
-`intervals`, `baselines`); `train` does this for every stored key and writes `RUN/probes/<label>/`; `transfer` carries probes
-to other data and compares their directions; `report` is what was found, `plots` and `console` show it. It reads files only:
-no server, no Ray, no GPU needed.
+`dataset` joins the samples of runs and sessions to their stored rows (X, and the problem of each row), `labels` defines
+what to predict (y), and `positions` where to read. `kinds` fit one probe per layer, all layers together. `evaluation`
+estimates how well they generalize: nested `folds` that never split a problem, `metrics` with intervals from the
+`bootstrap`, and `baselines`. `train` does this for every stored key and writes `RUN/probes/<label>/`. `transfer` tests
+probes on other data and compares their directions. `report` holds the results; `plots` and `terminal_report` show them. The
+package reads files only: it needs no server, no Ray and no GPU.
 
-A new probe kind is one file in `kinds` and a line where they are listed, or a user's own function (`choosing`); a new label is
-one line in `labels.LABELS`.
+A new probe kind is one file in `kinds` and one line in its list, or a user's own function (`choosing`). A new label is one
+line in `labels.LABELS`.
 """
 
 from probes.dataset import ProbeDataset

@@ -9,7 +9,7 @@ Method:
        flattery. Strengths are chosen by the log-loss, because an AUROC is the same however far a penalty holds scores
        together; candidates by the main metric. The inner scores then make log-odds of the outer ones (`calibration`).
     4. The test scores of all outer folds together give the metrics; problems drawn with replacement give the metrics'
-       intervals (`intervals`).
+       intervals (`bootstrap`).
     5. Baselines go through the same steps (`baselines`).
 """
 

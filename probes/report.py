@@ -1,7 +1,7 @@
-"""What one training found, and the schema of `results.json`.
+"""The results of one training, and the schema of `results.json`.
 
-`train` makes a `ProbeReport`, `plots` draws it, `console` prints it, and `to_json` spells it for the run's page.
-Every number that a reader is shown is here, with the notes that should stop them from reading too much into it.
+`train` creates a `ProbeReport`, `plots` draws it, `terminal_report` prints it, and `to_json` serializes it for the run's
+page. It holds every number that a reader is shown, with notes that guard against over-interpretation.
 """
 
 import math
