@@ -32,7 +32,11 @@ from roentgen.errors import RoentgenError
 
 
 class EvalError(RoentgenError):
-    """An expected failure: the message is one line for the user, without a traceback."""
+    """An expected failure: the message is one line for the user, without a traceback.
+
+    Attributes:
+        exit_code: the exit code of the process.
+    """
 
     exit_code = 2
 

@@ -1,10 +1,10 @@
 """The command line of an evaluation: `python -m eval_jobs …`, and the same command as `roentgen eval …`.
 
-The two differ in one thing. `roentgen eval` puts a `ServerFactory` into the context, so that without `--base-url` it starts
-a server of its own. `python -m eval_jobs` runs beside a server that is there already (in a Ray job, for example) and takes
-its address from `$ROENTGEN_BASE_URL`. Problems and settings are checked before any server is started.
+They differ in one point. `roentgen eval` puts a `ServerFactory` into the context, so that it starts its own server if
+`--base-url` is absent. `python -m eval_jobs` runs beside an existing server, for example in a Ray job, and takes its
+address from `$ROENTGEN_BASE_URL`. Problems and settings are validated before a server is started.
 
-Imports of Ray and the OpenAI SDK wait until they are needed, so that `--help` answers at once.
+Imports of Ray and the OpenAI SDK are deferred, so that `--help` answers at once.
 """
 
 import os
@@ -29,15 +29,16 @@ from roentgen.runs import Run
 BASE_URL_VARIABLE = "ROENTGEN_BASE_URL"
 
 ServerFactory = Callable[[EvalSettings], AbstractContextManager[str]]
-"""Starts a server for the settings and gives its base URL, http://127.0.0.1:PORT/v1; leaving the context stops it. It may
-leave Ray connected while it is open; the evaluation then uses that connection."""
+"""Starts a server for the settings and yields its base URL, http://127.0.0.1:PORT/v1; leaving the context stops the server.
+It may leave Ray connected while it is open; the evaluation then uses that connection."""
 
 
 @options_of(EvalSettings)
 def evaluate(ctx: typer.Context, **options: Any) -> None:
-    """Evaluate a model on problems, and keep its activations if asked. Run it again to continue where it stopped.
+    """Evaluate a model on problems and optionally store its activations. Run the command again to continue an interrupted run.
 
-    Ends with 0 if every problem has an answer, 1 if some samples failed, 2 if it could not run, 130 on Ctrl-C.
+    The exit code is 0 if every problem has an answer, 1 if some samples failed, 2 if the evaluation could not run, and 130 on
+    Ctrl-C.
     """
     progress = Console(stderr=True)
     try:
@@ -49,13 +50,13 @@ def evaluate(ctx: typer.Context, **options: Any) -> None:
         progress.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
         raise typer.Exit(getattr(error, "exit_code", EvalError.exit_code)) from error
     except KeyboardInterrupt:
-        progress.print("stopped.", style="red")
+        progress.print("interrupted", style="red")
         raise typer.Exit(130) from None
     raise typer.Exit(1 if failed else 0)
 
 
 def _implied_options(ctx: typer.Context, options: dict[str, Any], progress: Console) -> dict[str, Any]:
-    """Return what options mean that say nothing by themselves: who says what to keep of activations wants them kept."""
+    """Return the settings that other options imply: options that choose activations imply --collect-activations."""
     given = [
         f"--{name.replace('_', '-')}"
         for name in CAPTURE_OPTIONS
@@ -63,7 +64,9 @@ def _implied_options(ctx: typer.Context, options: dict[str, Any], progress: Cons
     ]
     if options["collect_activations"] or not given:
         return {}
-    progress.print(f"{', '.join(given)}: activations are kept (--collect-activations)", highlight=False, soft_wrap=True)
+    progress.print(
+        f"{', '.join(given)}: activations are stored (--collect-activations)", highlight=False, soft_wrap=True
+    )
     return {"collect_activations": True}
 
 
@@ -82,16 +85,16 @@ def _run(settings: EvalSettings, factory: ServerFactory | None, progress: Consol
 def perform(
     settings: EvalSettings, factory: ServerFactory | None, progress: Console, stop: Event | None = None
 ) -> Run | None:
-    """Run an evaluation on the server that the settings name, or on one that is started for it.
+    """Run an evaluation on the server that the settings name, or on a server started for it.
 
     Args:
-        settings: what to do.
-        factory: starts a server where none is named; None uses the one in the environment.
-        progress: where progress is shown.
-        stop: stops it once it is set, in place of the signals, which a thread does not get.
+        settings: the settings.
+        factory: starts a server if the settings name none; None uses the server named in the environment.
+        progress: the console that shows progress.
+        stop: stops the evaluation when set; used instead of signals, which only the main thread receives.
 
     Returns:
-        The run, complete or with failed samples; None if it was only to be described.
+        The run, complete or with failed samples; None for a dry run.
 
     Raises:
         EvalError: if the problems, the server, Ray or the run directory cannot be used, or on Ctrl-C or SIGTERM.
@@ -108,7 +111,7 @@ def perform(
         server = nullcontext(_address(settings))
 
     with server as base_url:
-        # After the server's checks, which say what is wrong all the sooner.
+        # Imported after the checks above, so that their errors appear without delay.
         from eval_jobs.driver import describe, run_evaluation
 
         if settings.dry_run:
@@ -118,13 +121,15 @@ def perform(
 
 
 def _address(settings: EvalSettings) -> str:
-    """Return where the server is that was started elsewhere.
+    """Return the address of a server that was started elsewhere.
 
     Raises:
-        SettingsError: if options were given that only a server started here could honour.
+        SettingsError: if options were given that apply only to a server started by this command.
     """
     address = settings.base_url or os.environ.get(BASE_URL_VARIABLE, base_url())
     given = [f"--{name}" for name in SERVER_OPTIONS if getattr(settings, name) is not None]
     if given:
-        raise SettingsError(f"{', '.join(given)}: only for a server started here; the one at {address} has its own")
+        raise SettingsError(
+            f"{', '.join(given)}: allowed only if this command starts the server; the server at {address} has its own settings"
+        )
     return address

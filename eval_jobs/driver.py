@@ -1,8 +1,8 @@
-"""The evaluation in order: ask the server, open the run, run what is missing, write down what came of it.
+"""The evaluation, step by step: query the server, open the run, run the missing attempts, write the results.
 
-The driver is the only process that writes the run directory. A sample is appended to the record, durably, before anything
-else is done with it, so a crash costs the rollouts in flight and nothing more; everything else on disk is made from the
-record. Starting again with the same settings continues.
+The driver is the only process that writes the run directory. It appends each sample durably to the record before it does
+anything else with it, so a crash loses only the rollouts in flight; every other file is derived from the record. Running
+again with the same settings continues.
 """
 
 import signal
@@ -41,15 +41,16 @@ from roentgen.runs import Recorder, Run, Sample, recording, remove_if_empty, wri
 from roentgen.stages import Stages
 
 MAX_FAILED_IN_A_ROW = 10
-"""So many failures on end are no property of the problems; each may have cost a minute of retries, so the run stops."""
+"""Number of consecutive failures after which the run stops: they are unlikely to be caused by the problems, and each may
+have cost a minute of retries."""
 
 
 MANY = 500
-"""Samples whose summary and page take a while."""
+"""Number of samples from which writing the summary and the page takes noticeable time."""
 
 
 class TooManyFailuresError(EvalError):
-    """So many samples failed that the run stops; the message says how many, and with which error."""
+    """The run stopped because too many samples failed; the message says how many, and with which error."""
 
 
 def run_evaluation(
@@ -61,20 +62,20 @@ def run_evaluation(
     *,
     is_own: bool = False,
 ) -> Run:
-    """Evaluate, continuing a run if there is one to continue; return the run, complete or with failed samples.
+    """Run an evaluation, continuing an existing run if there is one; return the run, complete or with failed samples.
 
     Args:
-        settings: what to do.
-        problems: on what; `load_problems(settings.selection)`.
+        settings: the settings.
+        problems: the problems, from `load_problems(settings.selection)`.
         base_url: the server, http://HOST:PORT/v1.
-        console: where progress is shown.
-        stop: stops it once it is set, in place of the signals, which a thread does not get.
-        is_own: whether the server was started for this evaluation, where tasks on a cluster that the environment names may not
-            reach it: they run here, unless the settings say otherwise.
+        console: the console that shows progress.
+        stop: stops the evaluation when set; used instead of signals, which only the main thread receives.
+        is_own: True if the server was started for this evaluation. Tasks on a Ray cluster that the environment names may
+            not reach it, so they run on this machine unless the settings name a cluster.
 
     Raises:
-        EvalError: if the server, Ray or the run directory cannot be used, or it is stopped (Ctrl-C, SIGTERM); what is recorded
-            stays.
+        EvalError: if the server, Ray or the run directory cannot be used, or the evaluation is stopped (Ctrl-C, SIGTERM);
+            recorded samples are kept.
         RunError: if the run directory cannot be used.
     """
     settings = keep_recorded_settings(settings).suited_to(problems)
@@ -105,7 +106,7 @@ def run_evaluation(
                 timing = _run_missing(missing, plan, settings, run, record, bar, check_stop)
     with _writing(run), Stages(console) as stage:
         if len(attempts) > MANY:
-            stage(f"writing the summary and the page of {len(attempts):,} samples")
+            stage(f"writing the summary and the report of {len(attempts):,} samples")
         write_missing_sample_files(run)
         write_summary(run, timing)
         write_report(run)
@@ -113,10 +114,10 @@ def run_evaluation(
 
 
 def describe(settings: EvalSettings, problems: Sequence[Problem], base_url: str, console: Console) -> None:
-    """Say what an evaluation would run and store, and run nothing.
+    """Print what an evaluation would run and store, without running it.
 
     Raises:
-        EvalError: if the server cannot be used, or the file of variants.
+        EvalError: if the server or the file of variants cannot be used.
     """
     endpoint, served, settings = prepare(settings.suited_to(problems), base_url, lambda text: print_line(console, text))
     hashed = hashed_configuration(settings, served)
@@ -136,20 +137,20 @@ def describe(settings: EvalSettings, problems: Sequence[Problem], base_url: str,
 def prepare(
     settings: EvalSettings, base_url: str, notify: Callable[[str], None]
 ) -> tuple[Endpoint, ServedModelInfo, EvalSettings]:
-    """Ask the server what it serves; return it, and the settings with what it cannot do left out.
+    """Query the server for its model; return both, and the settings without what the server does not support.
 
     Args:
-        settings: what was asked for.
+        settings: the requested settings.
         base_url: the server.
-        notify: called with a line about each part that is left out.
+        notify: called with a line about each unsupported setting.
 
     Raises:
-        FatalRequestError: if no server answers, it does not serve the model, or the model lacks a layer that is to be kept.
+        FatalRequestError: if no server answers, the server does not serve the model, or the model lacks a layer to capture.
     """
     endpoint = resolve_endpoint(Endpoint(base_url, timeout=settings.request_timeout, api_key=client_key()))
     served = find_model(endpoint, settings.model)
     if settings.collect_activations and served.d_model is None:
-        notify(f"the server at {base_url} is not Roentgen's: no activations are kept")
+        notify(f"the server at {base_url} is not a Roentgen server: activations are not stored")
         settings = settings.model_copy(update={"collect_activations": False})
     if settings.collect_activations and served.num_layers is not None and settings.layers != "all":
         for layer in settings.layers:
@@ -180,7 +181,7 @@ def _plan(settings: EvalSettings, endpoint: Endpoint, model: str, run: Run) -> R
 
 
 def _recorded(run: Run) -> tuple[set[tuple[str, str, int]], Tally]:
-    """Return which attempts have an answer, and what these come to."""
+    """Return the identities of the answered attempts, and their tally."""
     answered, tally = set(), Tally()
     for sample in run.read_samples():
         if sample.error is None:
@@ -200,21 +201,21 @@ def _announce(
     if settings.sample_ids is None and len(problems) < settings.samples:
         print_line(
             console,
-            f"{describe_source(settings.problems)} has {len(problems)} problems, fewer than the {settings.samples} asked for: "
-            "all are used",
+            f"{describe_source(settings.problems)} has only {len(problems)} of the {settings.samples} problems requested: "
+            "evaluating all of them",
         )
     if settings.epochs > 1 and settings.temperature == 0:
-        print_line(console, f"{settings.epochs} epochs at temperature 0: every sample of a problem will be the same")
+        print_line(console, f"{settings.epochs} epochs at temperature 0: all samples of a problem will be identical")
     print_line(console, f"run directory: {run.path}")
     extractor = run.config.settings["extractor"]
     if settings.extractor is None and extractor != settings.chosen_prompt.extractor:
-        print_line(console, f"the run began with the extractor {extractor}, and keeps it")
+        print_line(console, f"the run was started with the extractor {extractor} and keeps it")
     what = "problems" if len(attempts) == len(problems) else "samples"
     if not missing:
-        print_line(console, f"all {len(attempts)} {what} are recorded already: nothing to run")
+        print_line(console, f"all {len(attempts)} {what} are already recorded: nothing to run")
     elif len(missing) < len(attempts):
         print_line(
-            console, f"continuing: {len(attempts) - len(missing)} of {len(attempts)} {what} are recorded already"
+            console, f"continuing: {len(attempts) - len(missing)} of {len(attempts)} {what} are already recorded"
         )
 
 
@@ -227,10 +228,10 @@ def _run_missing(
     progress: Progress,
     check_stop: Callable[[], None],
 ) -> Timing:
-    """Run what is missing; return what it took.
+    """Run the missing attempts; return the timing.
 
     Raises:
-        EvalError: if it had to stop; the message says how to go on.
+        EvalError: if the run has to stop; the message says how to continue.
     """
     started = time.monotonic()
     recorded = failed = failed_in_a_row = tokens = 0
@@ -258,9 +259,9 @@ def _run_missing(
     try:
         evaluate(missing, plan, settings.parallel, keep, check_stop)
     except KeyboardInterrupt:
-        raise InterruptedRunError(f"stopped. {resume_hint()}") from None
+        raise InterruptedRunError(f"interrupted. {resume_hint()}") from None
     except TooManyFailuresError as error:
-        with _writing(run):  # the page says what failed, and how often
+        with _writing(run):  # the report lists the failures
             write_summary(run, Timing(time.monotonic() - started, recorded, tokens))
             write_report(run)
         raise EvalError(f"{error}. {resume_hint()} {failures.commonest_first()[0].advice}") from error
@@ -271,7 +272,7 @@ def _run_missing(
 
 @contextmanager
 def _remove_empty_run(run: Run) -> Iterator[None]:
-    """Leave no run directory behind if an evaluation ends before it has recorded anything."""
+    """Remove the run directory if the evaluation ends before it has recorded a sample."""
     try:
         yield
     except (EvalError, ClusterError, KeyboardInterrupt):
@@ -281,11 +282,11 @@ def _remove_empty_run(run: Run) -> Iterator[None]:
 
 @contextmanager
 def _stop_requests(stop: Event | None) -> Iterator[Callable[[], None]]:
-    """Give a check that raises KeyboardInterrupt after Ctrl-C, or after SIGTERM (a job is stopped, a machine taken back).
+    """Yield a check that raises KeyboardInterrupt after Ctrl-C or SIGTERM (a stopped job, a reclaimed machine).
 
-    The signal itself only leaves a note: raised there and then, the interrupt would land inside Ray or half-way through a
-    sample's files, and not all of what it lands in lets it through. A second signal does not wait for that. With `stop`, the
-    check looks at that alone; a thread beside the main one gets no signals.
+    The signal handler only sets a flag. An exception raised in the handler could interrupt Ray or the writing of a sample's
+    files, and could be swallowed there. A second signal raises at once. If `stop` is given, the check tests only that
+    event, because only the main thread receives signals.
     """
     asked = False
 
@@ -304,7 +305,7 @@ def _stop_requests(stop: Event | None) -> Iterator[Callable[[], None]]:
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number, handler in before.items():
-        if handler != signal.SIG_IGN:  # as a shell has it for Ctrl-C of what it starts in the background
+        if handler != signal.SIG_IGN:  # ignored signals stay ignored, as for a shell's background jobs
             signal.signal(number, note)
     try:
         yield check_stop
@@ -315,7 +316,7 @@ def _stop_requests(stop: Event | None) -> Iterator[Callable[[], None]]:
 
 @contextmanager
 def _writing(run: Run) -> Iterator[None]:
-    """Turn a full or read-only disk into one clear line."""
+    """Turn an OSError, such as a full or read-only disk, into an EvalError."""
     try:
         yield
     except OSError as error:
@@ -324,6 +325,6 @@ def _writing(run: Run) -> Iterator[None]:
 
 def _resume_hint(run: Run, new: bool) -> str:
     if not len(run.read_samples()):
-        return "Nothing was recorded."
-    again = "the same again, without --new, continues" if new else "the same again continues"
-    return f"Finished samples are kept in {run.path}; {again} there."
+        return "No sample was recorded."
+    again = "run the same command without --new to continue" if new else "run the same command to continue"
+    return f"Finished samples are in {run.path}; {again}."

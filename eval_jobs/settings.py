@@ -1,4 +1,5 @@
-"""Every choice of an evaluation, checked once, with messages that name the option; everything after may rely on it."""
+"""The settings of an evaluation, validated once, with messages that name the option. All other modules rely on this
+validation."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -47,32 +48,32 @@ from roentgen.options import read_options
 from roentgen.ray_connection import check_address
 
 SERVER_OPTIONS = ("store", "dtype", "quantize", "revision", "device")
-"""Options of the server: they can be given only to one that this command starts."""
+"""Options of the server: allowed only if this command starts the server."""
 
 
 CAPTURE_OPTIONS = ("layers", "hook_points", "positions", "store_dtype", "allow_non_finite")
-"""Options that say what to keep of activations."""
+"""Options that choose which activations to capture."""
 
 
 REFERENCE = "module:name or path/to/file.py:name"
 
 
 class SettingsError(EvalError):
-    """Settings that cannot be; the message has a line per option."""
+    """Settings are invalid; the message has one line per option."""
 
 
 def _read_columns(value: Any) -> Any:
-    """Read `question=problem,answer=solution`; a mapping is one already."""
+    """Parse `question=problem,answer=solution`; a mapping is returned as it is."""
     if not isinstance(value, str):
         return dict(value) if isinstance(value, Mapping) else value
     pairs = [part.partition("=") for part in value.split(",")]
     if wrong := [name for name, sign, column in pairs if not (name.strip() and sign and column.strip())]:
-        raise ValueError(f"{value!r} is no mapping at {wrong[0]!r}; it is written question=COLUMN,answer=COLUMN")
+        raise ValueError(f"{value!r} is not a mapping at {wrong[0]!r}; write question=COLUMN,answer=COLUMN")
     return {name.strip(): column.strip() for name, _, column in pairs}
 
 
 def _by_name(value: Any) -> Any:
-    """Return what a run records of a prompt or a scorer that was given as an object."""
+    """Return the name under which a run records a prompt or a scorer given as an object."""
     return value if value is None or isinstance(value, str) else getattr(value, "name", None) or given(value).name
 
 
@@ -81,11 +82,11 @@ SourceName = Annotated[
 ]
 PromptName = Annotated[SkipValidation[str | Prompt | Pose | None], PlainSerializer(_by_name)]
 ScorerName = Annotated[SkipValidation[str | Scorer | None], PlainSerializer(_by_name)]
-"""What is given by a name on the command line, and as an object in Python, is recorded by name."""
+"""A name on the command line, or an object in Python; recorded by name."""
 
 
 class EvalSettings(BaseModel):
-    """A field is the command line's option of the same name (`roentgen.options`)."""
+    """The settings of an evaluation. Each field is the command-line option of the same name (`roentgen.options`)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -98,83 +99,85 @@ class EvalSettings(BaseModel):
         None, description="Columns to take fields from: question=COLUMN,answer=COLUMN,problem_id=COLUMN."
     )
     fields: Annotated[tuple[str, ...] | None, BeforeValidator(read_names)] = Field(
-        None, description="Further fields of a record to keep, comma-separated; all if absent."
+        None, description="Additional record fields to keep, comma-separated; all if absent."
     )
-    samples: int = Field(3, ge=1, description="How many problems.")
-    offset: int = Field(0, ge=0, description="How many problems to leave out before them.")
+    samples: int = Field(3, ge=1, description="Number of problems.")
+    offset: int = Field(0, ge=0, description="Number of problems to skip first.")
     sample_ids: Annotated[tuple[str, ...] | None, BeforeValidator(read_names)] = Field(
-        None, description="Exactly these problems: 3,17 or gsm8k-test-0017."
+        None, description="Evaluate exactly these problems: 3,17 or gsm8k-test-0017."
     )
-    shuffle: bool = Field(False, description="Take problems in an order drawn from --seed.")
+    shuffle: bool = Field(False, description="Shuffle the problems, seeded by --seed.")
     epochs: int = Field(1, ge=1, le=10_000, description="Samples per problem.")
-    mode: Literal["no-tools", "with-tools"] = Field("no-tools", description="Without tools, or with a calculator.")
-    max_turns: int = Field(10, ge=1, le=100, description="Requests per sample, at most, with tools.")
+    mode: Literal["no-tools", "with-tools"] = Field("no-tools", description="Whether the model may call a calculator.")
+    max_turns: int = Field(10, ge=1, le=100, description="Maximum requests per sample, with tools.")
     max_tokens: MaxTokens = 512
     parallel: int | Literal["auto"] = Field(
-        1, description="Requests in flight, or auto for as many as make the server faster."
+        1, description="Requests in flight; auto adapts the number to the server's throughput."
     )
     model: str | None = Field(
-        None, description=f"The model; {EMBEDDED_MODEL} on a server started here, else the server's own."
+        None, description=f"The model; by default {EMBEDDED_MODEL}, or the one that the server at --base-url serves."
     )
     layers: WrittenLayers = DEFAULT_LAYERS
     hook_points: WrittenHookPoints = DEFAULT_HOOK_POINTS
     positions: PositionPolicy = "all"
-    collect_activations: bool = Field(False, description="Keep activations.")
+    collect_activations: bool = Field(False, description="Store activations.")
     store_dtype: StoredDtype = Field("model", description=STORED_DTYPE)
     allow_non_finite: AllowNonFinite = False
-    output: Path | None = Field(None, description="The run directory; made up under results/ if absent.")
+    output: Path | None = Field(None, description="The run directory; a new one under results/ if absent.")
     base_url: str | None = Field(
         None,
-        description="An OpenAI-compatible server, http://HOST:PORT/v1; several, with commas between them, if it has several.",
+        description="An OpenAI-compatible server, http://HOST:PORT/v1; several addresses of one server are comma-separated.",
     )
     ray_address: str | None = Field(None, description="The Ray cluster: local or HOST:PORT.")
     temperature: Temperature = 0.0
     top_p: TopP = 1.0
-    seed: int = Field(0, ge=0, lt=2**63, description="Seed of the sampling; epoch e samples with seed + e - 1.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Sampling seed; epoch e samples with seed + e - 1.")
     prompt: PromptName = Field(
         None,
         description=f"{', '.join(PROMPTS.built_in)}; a text with {{question}} in it; or {REFERENCE}. If absent, "
         "answer-line, or answer-text where answers are texts.",
     )
-    prompt_file: Path | None = Field(None, description="A text with {question} in it, or a Jinja template, instead.")
-    system: str | None = Field(None, description="The system's message, instead of the prompt's own.")
+    prompt_file: Path | None = Field(
+        None, description="A file with a prompt: a text with {question}, or a Jinja template."
+    )
+    system: str | None = Field(None, description="System message, instead of the prompt's own.")
     fixed_shots: int | None = Field(
         None,
         ge=0,
-        description="Solved problems before every problem, always the same, instead of the prompt's shots: the first of its "
-        "own fixed ones, or of --shots-source.",
+        description="Number of solved problems shown before every problem, instead of the prompt's shots: "
+        "the first of the prompt's fixed shots, or of --shots-source.",
     )
     drawn_shots: int | None = Field(
         None,
         ge=0,
-        description="Solved problems drawn for each problem, from --shots-source, instead of the prompt's shots.",
+        description="Number of solved problems drawn from --shots-source for each problem, instead of the prompt's shots.",
     )
     shots_source: str | None = Field(
-        None, description="Where solved problems come from, as --problems; GSM8K's training set if absent."
+        None, description="Source of the solved problems, as for --problems; GSM8K's training set if absent."
     )
     variants: Path | None = Field(
-        None, description="A YAML file of names and prompt prefixes: all problems under each."
+        None, description="A YAML file of named prompt prefixes; every problem is posed under each."
     )
     extractor: ScorerName = Field(
         None,
-        description=f"The primary one of {', '.join(EXTRACTORS)}, or a scorer of one's own, {REFERENCE}; the prompt's own if "
-        "absent. All are reported.",
+        description=f"The primary extractor: {', '.join(EXTRACTORS)}, or your own scorer, {REFERENCE}; the prompt's own if "
+        "absent. All extractors are reported.",
         json_schema_extra={"flags": ["--extractor", "--scorer"]},
     )
     request_timeout: float = Field(
-        600.0, gt=0, le=86_400, description="Seconds one request may take, retries and waiting included."
+        600.0, gt=0, le=86_400, description="Timeout of a request in seconds, including retries and queueing."
     )
     fail_on_error: int | None = Field(
-        None, ge=1, description="Stop after this many failed samples; if absent, only if many fail in a row."
+        None, ge=1, description="Stop after this many failed samples; by default only if many fail in a row."
     )
-    dry_run: bool = Field(False, description="Say what would be run and how much would be stored, and stop.")
-    new: bool = Field(False, description="Start another run instead of continuing one.")
-    store: str | None = Field(None, description="Where a server started here keeps activations.")
-    dtype: Dtype | None = Field(None, description="Precision of a model loaded here.")
+    dry_run: bool = Field(False, description="Print what would run and how much would be stored, without running it.")
+    new: bool = Field(False, description="Start a new run instead of continuing an unfinished one.")
+    store: str | None = Field(None, description="The store of a server started by this command.")
+    dtype: Dtype | None = Field(None, description="Precision of a model loaded by this command.")
     quantize: Quantize = None
     revision: Revision = None
-    device: Device | None = Field(None, description="Device of a model loaded here.")
-    verbose: bool = Field(False, description="Show Ray's log, and tracebacks.")
+    device: Device | None = Field(None, description="Device of a model loaded by this command.")
+    verbose: bool = Field(False, description="Show Ray's log and tracebacks.")
 
     @field_validator("problems")
     @classmethod
@@ -219,7 +222,7 @@ class EvalSettings(BaseModel):
     @field_validator("output", "prompt_file", "variants")
     @classmethod
     def _absolute(cls, value: Path | None) -> Path | None:
-        # At once, because a Ray job's tasks have another working directory.
+        # Resolved here, because a Ray job's tasks have another working directory.
         return value.expanduser().absolute() if value is not None else None
 
     @field_validator("base_url")
@@ -235,29 +238,27 @@ class EvalSettings(BaseModel):
     @model_validator(mode="after")
     def _no_two_outputs(self) -> Self:
         if self.output is not None and self.new:
-            raise ValueError("--new makes up a folder of its own, so it cannot be given together with --output")
+            raise ValueError("--new creates a folder, so it cannot be combined with --output")
         return self
 
     @model_validator(mode="after")
     def _one_kind_of_shots(self) -> Self:
         if self.fixed_shots is not None and self.drawn_shots is not None:
-            raise ValueError("--fixed-shots and --drawn-shots exclude one another")
+            raise ValueError("--fixed-shots and --drawn-shots are mutually exclusive")
         return self
 
     @model_validator(mode="after")
     def _ids_are_all(self) -> Self:
         if self.sample_ids is not None and (self.offset or self.shuffle):
-            raise ValueError(
-                "--sample-ids names the problems, so it cannot be given together with --offset or --shuffle"
-            )
+            raise ValueError("--sample-ids selects the problems, so it cannot be combined with --offset or --shuffle")
         return self
 
     @property
     def chosen_prompt(self) -> Prompt:
-        """How problems are posed.
+        """The prompt that poses the problems.
 
         Raises:
-            PromptError: if the prompt's file cannot be used, or there are fewer fixed shots.
+            PromptError: if the prompt's file cannot be used, or there are too few fixed shots.
             ProblemError: if fixed shots cannot be read.
         """
         chosen = self.prompt if self.prompt is not None else ANSWER_LINE
@@ -267,17 +268,17 @@ class EvalSettings(BaseModel):
 
     @property
     def chosen_scorer(self) -> Extension[Scorer]:
-        """Whose verdict is a sample's.
+        """The primary scorer.
 
         Raises:
-            UnknownScorerError: if it cannot be found.
-            PromptError: as for the prompt, whose own it is if none is chosen.
-            ProblemError: likewise.
+            UnknownScorerError: if it is not found.
+            PromptError: if no scorer was chosen, and the prompt, which then determines it, cannot be used.
+            ProblemError: likewise, if the prompt's shots cannot be read.
         """
         return choose_scorer(self.extractor or self.chosen_prompt.extractor)
 
     def suited_to(self, problems: Sequence[Problem]) -> Self:
-        """Return the settings with the prompt that suits the problems, if none was chosen."""
+        """Return the settings with the default prompt for these problems, if none was chosen."""
         if self.prompt is not None or self.prompt_file is not None:
             return self
         numbers = all(is_number(problem.gold) for problem in problems)
@@ -285,7 +286,7 @@ class EvalSettings(BaseModel):
 
     @property
     def selection(self) -> Selection:
-        """Which problems are posed."""
+        """The selection of problems."""
         prompt = self.chosen_prompt
         return Selection(
             source=self.problems,
@@ -301,35 +302,35 @@ class EvalSettings(BaseModel):
 
     @property
     def sampling(self) -> dict[str, Any]:
-        """What of the settings goes into every request."""
+        """The parameters of every request."""
         return self.model_dump(include={"max_tokens", "temperature", "top_p", "seed"})
 
     @property
     def capture(self) -> dict[str, Any] | None:
-        """What to keep of the model's activations; None if nothing."""
+        """The activations to capture; None if activations are not collected."""
         if not self.collect_activations:
             return None
         kept = self.model_dump(mode="json", include={"layers", "hook_points", "positions"})
-        # Said only where it is asked for: it would make another configuration of every run there is.
+        # Included only if it was chosen: otherwise the configuration hash of existing runs would change.
         if self.store_dtype != "model":
             kept["dtype"] = self.store_dtype
         return {**kept, "allow_non_finite": True} if self.allow_non_finite else kept
 
 
 def check_settings(**values: Any) -> EvalSettings:
-    """Make settings from the command line's values.
+    """Validate the command line's values.
 
     Raises:
-        SettingsError: if one is not allowed, naming its option.
+        SettingsError: if a value is not allowed; the message names its option.
     """
     return read_options(EvalSettings, values, SettingsError)
 
 
 def _checked(find: Callable[[Any], Any], value: Any) -> Any:
-    """Return a value whose name finds something.
+    """Return `value` if `find` accepts it.
 
     Raises:
-        ValueError: in the words of what looked for it, without the option's name.
+        ValueError: with the message of `find`, without the option's name.
     """
     try:
         find(value)

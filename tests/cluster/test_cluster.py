@@ -145,7 +145,7 @@ def test_a_killed_driver_is_continued_by_another_submission(cluster: Cluster, gs
     log = cluster.folder / "continued.log"
     job = cluster.submit(*options(gsm8k_test, output), log=log)
     assert job.wait(300) == 0, log.read_text()
-    assert f"continuing: {kept} of {PROBLEMS} problems are recorded already" in log.read_text()
+    assert f"continuing: {kept} of {PROBLEMS} problems are already recorded" in log.read_text()
     check_run(output, cluster.hosts.environment["STORE"])
 
 

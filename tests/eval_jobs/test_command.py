@@ -40,8 +40,11 @@ def run(*arguments: str, factory: ServerFactory | None = None) -> tuple[int, str
         (["--problems", "gsm9k"], "'gsm9k' is unknown; allowed are arithmetic, gsm8k"),
         (["--problems", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
         (["--base-url", "http://127.0.0.1:9/v1"], "no server answers at http://127.0.0.1:9/v1"),
-        (["--base-url", "http://127.0.0.1:9/v1", "--dtype", "float32"], "--dtype: only for a server started here"),
-        (["--store", "s", "--device", "cpu"], "--store, --device: only for a server started here"),
+        (
+            ["--base-url", "http://127.0.0.1:9/v1", "--dtype", "float32"],
+            "--dtype: allowed only if this command starts the server",
+        ),
+        (["--store", "s", "--device", "cpu"], "--store, --device: allowed only if this command starts the server"),
     ],
 )
 def test_what_a_person_can_get_wrong(arguments: list[str], words: str) -> None:
@@ -79,11 +82,11 @@ def test_a_dry_run_says_what_would_be_stored_and_stores_nothing(tmp_path: Path) 
 @pytest.mark.parametrize("option", [("--layers", "3"), ("--hook-points", "resid_post"), ("--positions", "last")])
 def test_who_says_what_to_keep_keeps_it(server: StandIn, option: tuple[str, str]) -> None:
     _, _, stderr = run("--base-url", server.base_url, "--output", "run", "--samples", "1", *option)
-    assert f"{option[0]}: activations are kept (--collect-activations)" in stderr
+    assert f"{option[0]}: activations are stored (--collect-activations)" in stderr
     kept = Run("run").config.hashed["capture"]
     assert str(option[1]) in str(kept)
     _, _, stderr = run("--base-url", server.base_url, "--output", "plain", "--samples", "1")
-    assert "activations are kept" not in stderr
+    assert "activations are stored" not in stderr
     assert Run("plain").config.hashed["capture"] is None
 
 

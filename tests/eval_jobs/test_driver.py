@@ -98,7 +98,7 @@ def test_running_it_again_runs_nothing(server: StandIn) -> None:
     run, _ = evaluate(server)
     before, asked = (run.path / "summary.json").read_text(), len(server.requests)
     again, shown = evaluate(server)
-    assert "all 12 problems are recorded already: nothing to run" in shown
+    assert "all 12 problems are already recorded: nothing to run" in shown
     assert len(server.requests) == asked
     assert (again.path / "summary.json").read_text() == before
 
@@ -120,7 +120,7 @@ def test_failed_samples_are_tried_again(server: StandIn) -> None:
     assert (summary["errors"], summary["samples"], summary["complete"]) == (1, 11, False)
     asked = len(server.requests)
     run, shown = evaluate(server)
-    assert "continuing: 11 of 12 problems are recorded already" in shown
+    assert "continuing: 11 of 12 problems are already recorded" in shown
     assert server.questions()[asked:] == [poisoned]
     summary = run.summary() or {}
     assert (summary["errors"], summary["samples"], summary["complete"]) == (0, 12, True)
@@ -134,7 +134,7 @@ def test_fewer_problems_than_asked_for(server: StandIn, tmp_path: Path) -> None:
         '{"question": "What is 1 + 1?", "answer": "#### 2"}\n{"question": "What is 5 - 8?", "answer": "#### -3"}\n'
     )
     run, shown = evaluate(server, problems=str(file), output=None)
-    assert "has 2 problems, fewer than the 12 asked for: all are used" in shown
+    assert "has only 2 of the 12 problems requested: evaluating all of them" in shown
     assert "_n2_" in run.path.name
     assert (run.summary() or {})["accuracy"]["value"] == 1.0
 
@@ -154,7 +154,7 @@ def test_a_refused_request_stops_the_run_which_can_go_on(server: StandIn) -> Non
     server.fail(take("arithmetic", 9)[8].question, Fault(400, "layer 40 is out of range"))
     with pytest.raises(
         EvalError,
-        match=r"layer 40 is out of range\. Finished samples are kept in .*run; the same again continues there",
+        match=r"layer 40 is out of range\. Finished samples are in .*run; run the same command to continue",
     ):
         evaluate(server, parallel=1)
     run = Run("run")
@@ -222,14 +222,14 @@ def test_ctrl_c_says_how_to_go_on(server: StandIn, monkeypatch: pytest.MonkeyPat
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Recorder, "append", interrupt)
-    with pytest.raises(InterruptedRunError, match="the same again continues there") as caught:
+    with pytest.raises(InterruptedRunError, match="run the same command to continue") as caught:
         evaluate(server)
     assert caught.value.exit_code == 130
     monkeypatch.setattr(Recorder, "append", append)
     assert_complete(evaluate(server)[0])
 
 
-@pytest.mark.parametrize(("room", "said"), [(2, "Finished samples are kept"), (0, "Nothing was recorded")])
+@pytest.mark.parametrize(("room", "said"), [(2, "Finished samples are in"), (0, "No sample was recorded")])
 def test_a_full_disk_is_one_clear_error(
     server: StandIn, monkeypatch: pytest.MonkeyPatch, room: int, said: str, tmp_path: Path
 ) -> None:
@@ -335,7 +335,7 @@ def test_a_driver_stopped_half_way_is_continued(
     _, said = driver.communicate(timeout=60)
     if signal_number != signal.SIGKILL:
         assert driver.returncode == 130, said
-        assert "the same again continues there" in said
+        assert "run the same command to continue" in said
         assert "Traceback" not in said
         assert "SIGTERM" not in said
     kept = list(Run(tmp_path / "run").read_samples())
@@ -343,7 +343,7 @@ def test_a_driver_stopped_half_way_is_continued(
 
     again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert again.returncode == 0, again.stderr
-    assert f"continuing: {len(kept)} of 24 problems are recorded already" in again.stderr
+    assert f"continuing: {len(kept)} of 24 problems are already recorded" in again.stderr
     run = Run(tmp_path / "run")
     assert_complete(run, 24)
     assert list(run.read_samples()[: len(kept)]) == kept

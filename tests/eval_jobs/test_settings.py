@@ -33,7 +33,7 @@ def test_what_the_command_line_spells_is_read() -> None:
         ({"parallel": "many"}, "--parallel: 'many' is not allowed; allowed are whole numbers from 1, and auto"),
         ({"mode": "tools"}, "--mode: input should be 'no-tools' or 'with-tools' (given: 'tools')"),
         ({"sample_ids": "1,,2"}, "--sample-ids: '1,,2' has nothing between two commas, or nothing at all"),
-        ({"sample_ids": "1", "offset": 2}, "--sample-ids names the problems"),
+        ({"sample_ids": "1", "offset": 2}, "--sample-ids selects the problems"),
         ({"max_tokens": 0}, "--max-tokens: input should be greater than or equal to 1 (given: 0)"),
         ({"temperature": 3.0}, "--temperature: input should be less than or equal to 2 (given: 3.0)"),
         ({"top_p": 0.0}, "--top-p: input should be greater than 0 (given: 0.0)"),
@@ -46,7 +46,7 @@ def test_what_the_command_line_spells_is_read() -> None:
         ({"base_url": "localhost:8000"}, "--base-url: 'localhost:8000' is not the address of a server"),
         ({"ray_address": "auto"}, "--ray-address: 'auto' takes whatever Ray it finds"),
         ({"ray_address": "head"}, "--ray-address: 'head' is not an address of Ray; allowed are local and HOST:PORT"),
-        ({"output": "out", "new": True}, "--new makes up a folder of its own"),
+        ({"output": "out", "new": True}, "--new creates a folder"),
     ],
 )
 def test_a_bad_value_is_named(values: dict[str, Any], message: str) -> None:

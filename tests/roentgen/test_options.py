@@ -127,13 +127,13 @@ def test_help_waits_for_nothing_heavy() -> None:
 
 def test_an_option_that_is_declared_again_is_found() -> None:
     def again(
-        samples: Annotated[int, typer.Option(help="How many problems.")] = 4,
+        samples: Annotated[int, typer.Option(help="Number of problems.")] = 4,
         offset: Annotated[int, typer.Option(help="Another text.")] = 0,
     ) -> None: ...
 
     left_out = EvalSettings.model_fields.keys() - {"samples", "offset", "seed"}
     assert sorted(differences(alone(again), {EvalSettings: left_out})) == [
-        "offset: help 'Another text.' is not 'How many problems to leave out before them.'",
+        "offset: help 'Another text.' is not 'Number of problems to skip first.'",
         "samples: default 4 is not 3",
         "seed: no option",
     ]
