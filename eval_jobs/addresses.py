@@ -1,11 +1,11 @@
-"""One client for a server that has several addresses, as a cluster has one per node.
+"""One client for a server with several addresses, such as a cluster with one address per node.
 
-Any of them reaches every replica of the model; several are needed because a node may be lost, and its address with it. So each
-request goes to the next address in turn, and one that cannot be reached is passed by for a while. Trying again is the SDK's
-work: its next attempt meets the next address.
+Every address reaches every replica of the model; several are needed because a node may be lost together with its address.
+Each request goes to the next address in turn, and an unreachable address is skipped for a while. Retries are left to the
+SDK: its next attempt uses the next address.
 
-A lost node does not say that it is gone: packets to it vanish, and a reply may take minutes without anything being wrong. So
-the system's own keep-alive asks every connection after 15 silent seconds, and gives up 15 seconds later.
+A lost node does not close its connections: packets to it vanish, and a slow reply looks the same. TCP keep-alive therefore
+probes a connection after 15 idle seconds and drops it 15 seconds later.
 """
 
 import itertools
@@ -21,7 +21,7 @@ PASSED_BY_S = 30.0
 LIMITS = httpx2.Limits(max_connections=None, max_keepalive_connections=100)
 
 KEEP_ALIVE = [(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)]
-if hasattr(socket, "TCP_KEEPIDLE"):  # macOS has another name for it, and an idle time of two hours
+if hasattr(socket, "TCP_KEEPIDLE"):  # macOS names it differently and idles for two hours
     KEEP_ALIVE += [
         (socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 15),
         (socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5),
@@ -31,10 +31,10 @@ if hasattr(socket, "TCP_KEEPIDLE"):  # macOS has another name for it, and an idl
 
 
 def split(base_url: str) -> tuple[str, ...]:
-    """Return the addresses in `http://A:8000/v1,http://B:8000/v1`.
+    """Split `http://A:8000/v1,http://B:8000/v1` into addresses.
 
     Raises:
-        ValueError: if one is not an address, or they differ in their path.
+        ValueError: if one is not an address, or their paths differ.
     """
     urls = tuple(part.strip().rstrip("/") for part in base_url.split(",") if part.strip())
     wrong = [url for url in urls if not url.startswith(("http://", "https://"))]
@@ -47,14 +47,14 @@ def split(base_url: str) -> tuple[str, ...]:
 
 
 class Addresses(httpx2.AsyncBaseTransport):
-    """Sends each request to the next of several addresses; starts at a random one, since many clients start at once."""
+    """Sends each request to the next of several addresses, starting at a random one because many clients start at once."""
 
     def __init__(self, urls: Sequence[str], transport: httpx2.AsyncBaseTransport | None = None) -> None:
-        """Know the addresses.
+        """Create the transport.
 
         Args:
             urls: base addresses with the same path.
-            transport: what sends; a real one by default.
+            transport: sends the requests; an HTTP transport by default.
         """
         self._urls = [httpx2.URL(url) for url in urls]
         self._turn = itertools.count(random.randrange(len(self._urls)))
@@ -65,7 +65,7 @@ class Addresses(httpx2.AsyncBaseTransport):
         """Send a request.
 
         Raises:
-            httpx2.TransportError: if the address cannot be reached or is lost meanwhile.
+            httpx2.TransportError: if the address cannot be reached or the connection is lost.
         """
         number = self._choose()
         url = self._urls[number]

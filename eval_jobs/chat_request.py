@@ -1,7 +1,7 @@
-"""One request to the server, and what its failure means: this problem's, or everybody's.
+"""Sends one chat request and classifies its failure: this problem's, or one that all problems share.
 
-The SDK tries again what may pass (429, 5xx, lost connections), with exponential waits and jitter, honouring `Retry-After`, for
-about a minute; what comes here has been tried.
+The SDK retries transient errors (429, 5xx, lost connections) for about a minute, with exponential backoff and jitter, and
+honors `Retry-After`. Errors handled here have already been retried.
 """
 
 import asyncio
@@ -17,39 +17,39 @@ from eval_jobs.tools import ModelToolCall
 from roentgen.errors import RoentgenError
 
 CONFIGURATION_ERRORS = frozenset({400, 401, 403, 404, 422})
-"""Statuses that blame the request's form, which all problems share."""
+"""HTTP statuses caused by the request's parameters, which all problems share."""
 
 PROBLEM_ERRORS = frozenset({"context_length_exceeded", "request_too_large", "invalid_text"})
-"""The codes of a 400 that blame the problem: its text is too long, or is none."""
+"""Error codes of a 400 that the problem causes: its text is too long or not valid Unicode."""
 
 KEPT_FIELDS = ("role", "content", "reasoning_content", "tool_calls")
-"""What of a reply's message is kept, and sent back in the next turn."""
+"""Fields of a reply's message that are recorded and sent back in the next turn."""
 
 
 class ProblemFailedError(RoentgenError):
-    """This problem got no answer; the message says why."""
+    """The problem got no answer; the message says why."""
 
 
 @dataclass(frozen=True)
 class ModelReply:
-    """What came of a request."""
+    """The reply to a request."""
 
     message: dict[str, Any]
     """The assistant's message."""
     finish_reason: str | None
     """Why the model stopped."""
     tool_calls: list[ModelToolCall]
-    """What it wants to be called."""
+    """Tool calls that it requests."""
     prompt_tokens: int
     """Tokens of the prompt."""
     cached_tokens: int
-    """Those of them that the server says it had in a cache; 0 if it says nothing."""
+    """Prompt tokens that the server reports as cached; 0 if it reports none."""
     completion_tokens: int
     """Tokens generated."""
     seconds: float
     """Wall time, retries included."""
     activations: Any
-    """The reply's `activations` as it came."""
+    """The reply's `activations`, not yet validated."""
 
 
 class _Message(BaseModel):
@@ -76,7 +76,7 @@ class _Usage(BaseModel):
 
 
 class _Reply(BaseModel):
-    """What is read of a reply. The SDK's own types are not checked, and compatible servers differ."""
+    """The fields of a reply that are used. The SDK does not validate its own types, and compatible servers differ."""
 
     choices: list[_Choice] = Field(min_length=1)
     usage: _Usage | None = None
@@ -84,15 +84,15 @@ class _Reply(BaseModel):
 
 
 async def send_chat_request(client: AsyncOpenAI, endpoint: Endpoint, parameters: dict[str, Any]) -> ModelReply:
-    """Make a chat completion.
+    """Request a chat completion.
 
     Raises:
-        ProblemFailedError: if this request got no usable answer.
-        FatalRequestError: if every other would fail in the same way.
+        ProblemFailedError: if the request got no usable answer.
+        FatalRequestError: if every other request would fail in the same way.
     """
     started = time.monotonic()
     try:
-        async with asyncio.timeout(endpoint.timeout):  # over all retries
+        async with asyncio.timeout(endpoint.timeout):  # includes all retries
             raw = await client.chat.completions.with_raw_response.create(**parameters)
         return _read(_Reply.model_validate_json(raw.content), time.monotonic() - started)
     except (TimeoutError, APITimeoutError) as error:
@@ -102,10 +102,10 @@ async def send_chat_request(client: AsyncOpenAI, endpoint: Endpoint, parameters:
         raise ProblemFailedError(f"the connection was lost: {error.__cause__ or error}") from error
     except APIStatusError as error:
         if error.status_code in CONFIGURATION_ERRORS and error.code not in PROBLEM_ERRORS:
-            raise FatalRequestError(f"the server refuses the request: {server_message(error)}") from error
+            raise FatalRequestError(f"the server rejected the request: {server_message(error)}") from error
         raise ProblemFailedError(server_message(error)) from error
     except UnicodeEncodeError as error:  # raised by the SDK before anything is sent
-        raise ProblemFailedError("a message has half a surrogate pair, which cannot be sent") from error
+        raise ProblemFailedError("a message contains an unpaired surrogate, which cannot be encoded") from error
     except ValidationError as error:  # a 200 that is not JSON, or JSON of another shape
         raise ProblemFailedError(f"the reply cannot be read: {error.errors()[0]['msg']}") from error
 
@@ -127,14 +127,14 @@ def _read(reply: _Reply, seconds: float) -> ModelReply:
 
 
 async def _check_alive(client: AsyncOpenAI, endpoint: Endpoint) -> None:
-    """Find out whose fault a lost connection was: the problem's, or the server's.
+    """Check whether a lost connection was caused by the problem or by the server.
 
     Raises:
-        FatalRequestError: if the server does not answer at all.
+        FatalRequestError: if the server does not answer.
     """
     try:
         await client.with_options(max_retries=len(endpoint.urls), timeout=endpoint.timeout).models.list()
     except APIConnectionError as error:
-        raise FatalRequestError(f"the server at {endpoint.base_url} does not answer any more") from error
+        raise FatalRequestError(f"the server at {endpoint.base_url} no longer answers") from error
     except APIError:
-        return  # it answers, if only to complain
+        return  # the server answers, even if with an error

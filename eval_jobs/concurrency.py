@@ -1,9 +1,9 @@
-"""How many requests are in flight: a fixed number, or with `--parallel auto` as many as make the server faster.
+"""Limits the requests in flight: a fixed number, or with `--parallel auto` as many as raise the server's throughput.
 
-A server that batches gets faster with more in flight until its batch or its compute is full; beyond that, requests only wait.
-So the limit climbs: it is doubled, some requests later the rate of tokens is measured, and if it rose by less than a twentieth
-the limit goes back to what it was. It tries again now and then, in smaller steps, since servers change. A server that
-says that it is busy (429, 503) lowers it at once.
+A batching server gains throughput with concurrency until its batch or its compute is full; beyond that, requests only
+queue. The adaptive limit doubles, measures tokens per second over a window of requests, and reverts if the throughput rose
+by less than 5%. It retries in smaller steps from time to time, because servers change. A busy response (429, 503) lowers
+the limit at once.
 """
 
 from dataclasses import dataclass, field
@@ -12,57 +12,57 @@ from typing import Protocol
 START = 4
 MOST = 512
 WORTH = 1.05
-"""How much faster a larger limit must be to be kept."""
+"""Minimum gain in throughput for which a larger limit is kept."""
 
 BACK_OFF = 0.7
 STEP = 1.25
-"""By how much the limit grows, once doubling it has been too much."""
+"""Growth factor of the limit, once doubling has failed."""
 
 WINDOW = 16
-"""The fewest requests that a rate is measured over."""
+"""Minimum number of requests per measured window."""
 
 REST = 8
-"""How many windows pass, once nothing was gained, before a larger limit is tried again."""
+"""Number of windows between a failed increase and the next attempt."""
 
 
 class ConcurrencyLimit(Protocol):
-    """How many requests may be in flight."""
+    """A limit on the requests in flight."""
 
     @property
     def value(self) -> int:
-        """That many now."""
+        """The current limit."""
         ...
 
     def finished(self, tokens: int, now: float) -> None:
-        """Be told that a request has finished, at `now` in seconds of any clock."""
+        """Record a finished request, at `now` in seconds of any clock."""
         ...
 
     def refused(self) -> None:
-        """Be told that the server is busy."""
+        """Record a busy response."""
         ...
 
 
 @dataclass(frozen=True)
 class FixedLimit:
-    """The same number always."""
+    """A fixed limit."""
 
     value: int
 
     def finished(self, tokens: int, now: float) -> None:
-        """Change nothing."""
+        """Do nothing."""
 
     def refused(self) -> None:
-        """Change nothing; the client waits and tries again."""
+        """Do nothing: the client waits and retries."""
 
 
 @dataclass
 class AdaptiveLimit:
-    """As many as make the server faster."""
+    """A limit that grows while the server's throughput grows."""
 
     value: int = START
-    """Requests in flight now."""
+    """The current limit."""
     most: int = MOST
-    """Never more than that."""
+    """The maximum limit."""
     _step: float = field(default=2.0, init=False)
     _before: int = field(default=0, init=False)
     _best: float = field(default=0.0, init=False)
@@ -73,8 +73,8 @@ class AdaptiveLimit:
     _started: float = field(default=0.0, init=False)
 
     def finished(self, tokens: int, now: float) -> None:
-        """Count a request; at the end of a window, decide."""
-        if self._settling > 0:  # those that were in flight when the limit changed say nothing of the new one
+        """Count a request, and adjust the limit at the end of a window."""
+        if self._settling > 0:  # requests that were in flight when the limit changed do not measure the new limit
             self._settling -= 1
             self._started = now
             return
@@ -86,7 +86,7 @@ class AdaptiveLimit:
             self._started = now
 
     def refused(self) -> None:
-        """Lower the limit, once for all requests that were in flight."""
+        """Lower the limit, once for all requests in flight."""
         if self._settling == 0:
             self._before, self._step, self._resting = 0, STEP, REST
             self._change(max(1, int(self.value * BACK_OFF)))

@@ -1,8 +1,8 @@
-"""The server, seen as an OpenAI client sees it: where it is, whether it answers, what it serves.
+"""The evaluation's view of the server, as an OpenAI client: its addresses, whether it answers, and what it serves.
 
-`find_model` asks once, before anything runs, so that a wrong address, key or model name costs seconds and not a queue of
-failed samples; a server that is there and busy, or loads its model, is waited for. Requests are retried by the SDK (429, 5xx,
-lost connections), which honours `Retry-After`.
+`find_model` queries the server once before anything runs, so that a wrong address, key or model name fails within seconds
+instead of failing every sample. It waits for a server that is busy or still loading its model. The SDK retries requests
+(429, 5xx, lost connections) and honors `Retry-After`.
 """
 
 from collections.abc import Callable
@@ -30,32 +30,32 @@ CONNECT_TIMEOUT_S = 5.0
 LIST_TIMEOUT = Timeout(30.0, connect=CONNECT_TIMEOUT_S)
 
 MAX_RETRIES = 10
-"""About a minute of waiting between retries: a Ray cluster takes up to 54 s to notice that a node is gone."""
+"""About a minute of backoff: a Ray cluster takes up to 54 s to notice a lost node."""
 
 
 BUSY = frozenset({429, 503})
 
 
 class FatalRequestError(EvalError):
-    """A request that would fail for every problem alike: the run stops, finished work is kept."""
+    """A request failed for a reason that all problems share: the run stops, and finished work is kept."""
 
 
 class UnreachableError(FatalRequestError):
-    """No server answers at an address."""
+    """No server answers at the address."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where the server is."""
+    """The server's addresses and the client's options."""
 
     base_url: str
-    """Http://HOST:PORT/v1; several, with commas between them, for a server that has several."""
+    """`http://HOST:PORT/v1`; several addresses of one server are comma-separated."""
     timeout: float = 600.0
-    """Seconds to wait for a reply."""
+    """Timeout of a request in seconds."""
     max_retries: int = MAX_RETRIES
-    """How often a request is tried again."""
+    """Maximum number of retries."""
     api_key: str = field(default="none", repr=False)
-    """Never shown, never written into a run."""
+    """API key; never shown or written into a run."""
 
     @property
     def urls(self) -> tuple[str, ...]:
@@ -66,7 +66,7 @@ class Endpoint:
         """Return a client for many requests; close it after use.
 
         Args:
-            on_busy: called whenever the server says that it has too much to do, before the request is tried again.
+            on_busy: called after each busy response, before the retry.
         """
 
         async def watch(response: Response) -> None:
@@ -84,7 +84,7 @@ class Endpoint:
 
 
 def resolve_endpoint(endpoint: Endpoint) -> Endpoint:
-    """Return a server at the path at which it answers: OpenAI's routes are under /v1, which people leave out.
+    """Resolve an endpoint to the path that answers: OpenAI's routes are under /v1, which users often omit.
 
     Raises:
         FatalRequestError: if no server answers, or it is not OpenAI-compatible.
@@ -106,11 +106,11 @@ def resolve_endpoint(endpoint: Endpoint) -> Endpoint:
 
 
 def find_model(endpoint: Endpoint, wanted: str | None) -> ServedModelInfo:
-    """Ask the server what it serves, and choose the model.
+    """List the served models and choose one.
 
     Args:
         endpoint: the server.
-        wanted: the model's name; None takes the server's only one.
+        wanted: the model's name; None chooses the server's only model.
 
     Raises:
         FatalRequestError: if no server answers, it is not OpenAI-compatible, or it does not serve that model.
@@ -118,7 +118,7 @@ def find_model(endpoint: Endpoint, wanted: str | None) -> ServedModelInfo:
     found = {model["id"]: model for model in _list_models(endpoint)}
     if wanted is None and len(found) != 1:
         raise FatalRequestError(f"{endpoint.base_url} serves {_names(found)}: choose one with --model")
-    # By its id, or by where it was loaded from, however that is spelled.
+    # Match by id, or by where the model was loaded from.
     name = next((id for id, model in found.items() if wanted is None or is_named(wanted, _called(model))), None)
     if name is None:
         raise FatalRequestError(
@@ -131,7 +131,7 @@ def find_model(endpoint: Endpoint, wanted: str | None) -> ServedModelInfo:
 
 
 def server_message(error: APIStatusError) -> str:
-    """Return what the server said, out of OpenAI's error envelope if it is one."""
+    """Return an error's status and message, taken from OpenAI's error envelope if there is one."""
     said = error.body.get("message") if isinstance(error.body, dict) else None
     return f"{error.status_code}: {said or error.message}"
 
@@ -151,7 +151,7 @@ def _list_models_at(url: str, key: str) -> list[dict[str, Any]]:
         with OpenAI(base_url=url, api_key=key, max_retries=2, timeout=LIST_TIMEOUT) as client:
             try:
                 listed = client.models.list()
-            except (InternalServerError, RateLimitError):  # it is there: wait for it as a request of the run would
+            except (InternalServerError, RateLimitError):  # the server is up: retry as a request of the run would
                 listed = client.with_options(max_retries=MAX_RETRIES).models.list()
             models = [model.model_dump() for model in listed]
     except APIConnectionError as error:
@@ -160,9 +160,9 @@ def _list_models_at(url: str, key: str) -> list[dict[str, Any]]:
         ) from error
     except APIStatusError as error:
         raise FatalRequestError(f"the server at {url} answers GET /models with {server_message(error)}") from error
-    except (OpenAIError, ValueError, TypeError, AttributeError) as error:  # what answers is a web page or other JSON
+    except (OpenAIError, ValueError, TypeError, AttributeError) as error:  # a web page or other JSON
         raise FatalRequestError(
-            f"what answers at {url} is not an OpenAI-compatible server; does it end in /v1?"
+            f"the server at {url} is not OpenAI-compatible; does the address end in /v1?"
         ) from error
     if not models or not all(isinstance(model.get("id"), str) for model in models):
         raise FatalRequestError(f"the server at {url} lists no models")
@@ -170,7 +170,7 @@ def _list_models_at(url: str, key: str) -> list[dict[str, Any]]:
 
 
 def _called(model: dict[str, Any]) -> list[str]:
-    """Return a listed model's id and, where the server says it, what it was loaded from."""
+    """Return a listed model's id and, if known, where it was loaded from."""
     return [model["id"], *([model["root"]] if isinstance(model.get("root"), str) else [])]
 
 

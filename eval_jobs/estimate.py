@@ -1,8 +1,8 @@
-"""How much a run would store: `roentgen eval --dry-run`.
+"""Estimates how much a run would store, for `roentgen eval --dry-run`.
 
-Prompts are counted by the server's own tokenizer on a few of the problems; of answers, all that is known is how long they may
-become, so the estimate is of the most. Later turns of a conversation add only what is new in them: at most `max_tokens` each,
-and the tools' answers, which are short.
+The server's tokenizer counts the prompt tokens of a few problems. The length of the answers is bounded only by
+`max_tokens`, so the estimate is an upper bound. A later turn of a conversation adds at most `max_tokens` tokens and a short
+tool reply.
 """
 
 from collections.abc import Sequence
@@ -20,18 +20,18 @@ from roentgen.contract import MODEL_HOOK_POINTS, Positions
 from roentgen.http_client import connect
 
 COUNTED = 8
-"""Problems whose prompts are tokenized."""
+"""Number of problems whose prompts are tokenized."""
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
 
 SCALE = 4
-"""Bytes of the scale of an int8 row."""
+"""Bytes of an int8 row's scale."""
 
 DESCRIBED = 13
-"""Bytes of the columns that describe a row: its token, position, log-probability, and whether it was generated."""
+"""Bytes per row of the metadata columns: token, position, log-probability, and whether the token was generated."""
 
 INDEXED = 7
-"""Bytes of the index per token, about: what the whole of GSM8K took (6.9)."""
+"""Approximate bytes of the index per token; GSM8K took 6.9."""
 
 
 class _Tokens(BaseModel):
@@ -40,32 +40,32 @@ class _Tokens(BaseModel):
 
 @dataclass(frozen=True)
 class StorageEstimate:
-    """What a run would store."""
+    """An upper bound on what a run would store."""
 
     samples: int
-    """Samples in all."""
+    """Number of samples."""
     keys: int
-    """Tensors of a rollout: layers × hook points."""
+    """Tensors per rollout: layers × hook points."""
     rows: int
-    """Of a rollout, at most."""
+    """Maximum per rollout."""
     bytes_per_row: int
-    """Size of a row of one key."""
+    """Bytes of one row of one key."""
     tokens: int
-    """Of a rollout, at most."""
+    """Maximum per rollout."""
 
     @property
     def index(self) -> int:
-        """Bytes of what is stored beside activations, at most."""
+        """Maximum bytes of everything other than activations."""
         return self.samples * (self.rows * DESCRIBED + self.tokens * INDEXED)
 
     @property
     def total(self) -> int:
-        """Bytes, at most."""
+        """Maximum total bytes."""
         return self.samples * self.keys * self.rows * self.bytes_per_row + self.index
 
     def __str__(self) -> str:
-        """Spell it, with what makes it less if that is a lot."""
-        advice = "; --positions or --layers make it less" if self.total >= 10e9 else ""
+        """Format the estimate, with advice if it is large."""
+        advice = "; --positions or --layers reduce it" if self.total >= 10e9 else ""
         return (
             f"activations: at most {format_bytes(self.total)} ({self.samples} samples × {self.keys} keys × {self.rows} rows × "
             f"{self.bytes_per_row} bytes, and {format_bytes(self.index)} to describe them){advice}"
@@ -75,14 +75,14 @@ class StorageEstimate:
 def estimate(
     settings: EvalSettings, served: ServedModelInfo, endpoint: Endpoint, problems: Sequence[Problem], variants: int
 ) -> StorageEstimate | None:
-    """Return what a run would store; None if it keeps nothing, or the server does not say how wide its model is.
+    """Estimate what a run would store; None if it captures nothing, or the server does not list the model's width.
 
     Args:
-        settings: what was asked for.
+        settings: the settings.
         served: the model.
-        endpoint: the server, a Roentgen server.
-        problems: that are posed.
-        variants: under how many prefixes.
+        endpoint: a Roentgen server.
+        problems: the problems.
+        variants: the number of prompt prefixes.
 
     Raises:
         FatalRequestError: if the server cannot count tokens.
@@ -102,7 +102,7 @@ def estimate(
 
 
 def format_bytes(size: float) -> str:
-    """Spell a size, `151 GB`."""
+    """Format a size, `151 GB`."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 1000:
             return f"{size:.3g} {unit}"
@@ -111,7 +111,7 @@ def format_bytes(size: float) -> str:
 
 
 def _prompt_tokens(prompt: Prompt, endpoint: Endpoint, model: str, problems: Sequence[Problem]) -> int:
-    """Return the tokens of the longest prompt among a few problems, evenly chosen."""
+    """Return the token count of the longest prompt among a few evenly spaced problems."""
     root = endpoint.urls[0].removesuffix("/v1")
     step = max(1, len(problems) // COUNTED)
     counts = []
@@ -122,5 +122,5 @@ def _prompt_tokens(prompt: Prompt, endpoint: Endpoint, model: str, problems: Seq
                 reply = client.post("/tokenize", json=body).raise_for_status()
                 counts.append(_Tokens.model_validate_json(reply.content).count)
     except (HTTPError, ValidationError) as error:
-        raise FatalRequestError(f"{root}/tokenize does not count tokens: {error}") from error
+        raise FatalRequestError(f"{root}/tokenize cannot count tokens: {error}") from error
     return max(counts)

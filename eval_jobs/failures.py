@@ -1,7 +1,7 @@
-"""Failed samples, counted by kind: which error is the commonest, and what to do about it.
+"""Counts failed samples by kind: which error is the most common, and what to do about it.
 
-Two errors are of one kind if their messages differ only in numbers, identifiers and quoted names, so that "503: 12 requests are
-waiting" and "503: 14 requests are waiting" are counted together, while two different failures of status 500 are not.
+Two errors are of one kind if their messages differ only in numbers, identifiers and quoted names. So "503: 12 requests are
+waiting" and "503: 14 requests are waiting" are counted together, and two different failures of status 500 are not.
 """
 
 import re
@@ -13,27 +13,27 @@ _VARIABLE = re.compile(r"'[^']*'|\"[^\"]*\"|\b(?=[0-9a-f]*\d)[0-9a-f]{6,}\b|\d+(
 
 ADVICE = (
     (r"--request-timeout", "Raise --request-timeout, or lower --parallel so that each request waits less."),
-    (r"^the scorer ", "Mend the scorer, tell the run with `roentgen score RUN --extractor …`, and run the same again."),
-    (r"non.finite|not finite", "The model's numbers overflowed: serve it in bfloat16 or float32 (--dtype)."),
-    (r"replica (was lost|died)", "A replica died: the server's log says why; too little memory is the usual reason."),
-    (r"^(429|503): ", "The server had more to do than it takes: lower --parallel, or start more replicas."),
+    (r"^the scorer ", "Fix the scorer, apply it with `roentgen score RUN --extractor …`, and run the same command again."),
+    (r"non.finite|not finite", "The model's activations overflowed: serve it in bfloat16 or float32 (--dtype)."),
+    (r"replica (was lost|died)", "A replica died: see the server's log; too little memory is the usual reason."),
+    (r"^(429|503): ", "The server is overloaded: lower --parallel, or start more replicas."),
     (r"^400: ", "The prompt and --max-tokens do not fit into the model's context: lower --max-tokens, or choose a model "
                 "with a longer context."),
-    (r"connection was lost", "The server closed the connection: its log says why; a restart and too little memory are "
+    (r"connection was lost", "The server closed the connection: see its log; a restart and too little memory are "
                              "the usual reasons."),
-    (r"reply cannot be read", "What answers does not speak OpenAI's format on this route: check --base-url."),
-    (r"task died", "The process that posed the problem died: look for too little memory on its machine, or lower --parallel."),
-    (r"^5\d\d: ", "The server failed: its log has the reason."),
+    (r"reply cannot be read", "The server's reply is not in OpenAI's format: check --base-url."),
+    (r"task died", "The process that ran the attempt died: check the memory of its machine, or lower --parallel."),
+    (r"^5\d\d: ", "The server failed: see its log for the reason."),
 )  # fmt: skip
-"""What to do about errors that match a pattern; the first match counts."""
+"""Advice by pattern of the error's message; the first match applies."""
 
 LONGEST_KIND = 200
-"""Characters of a message that tell kinds apart; what follows is often a copy of what a model wrote."""
+"""Characters of a message that identify its kind; the rest is often a copy of the model's output."""
 
 LONGEST_MESSAGE = 300
-"""Characters of a message where it is one line of several."""
+"""Maximum characters of a message shown on one line."""
 
-OTHERWISE = "Look into the server's log."
+OTHERWISE = "See the server's log."
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,21 @@ class Failure:
     """A kind of failure."""
 
     count: int
-    """Samples that failed in this way."""
+    """Number of samples."""
     message: str
-    """Of the first of them."""
+    """The first sample's error."""
     sample_id: str
-    """The first of them."""
+    """The first sample."""
     advice: str
-    """What to do."""
+    """Advice."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as an entry of `failures` in `summary.json`."""
+        """Return the entry of `failures` in `summary.json`."""
         return asdict(self)
 
 
 class Failures:
-    """Counts failures by kind as they come."""
+    """Counts failures by kind."""
 
     def __init__(self) -> None:
         self._kinds: dict[str, Failure] = {}
@@ -70,31 +70,31 @@ class Failures:
         )
 
     def commonest_first(self) -> list[Failure]:
-        """Return the kinds, the commonest first; of equally common ones, the one that came first."""
+        """Return the kinds, most common first; ties are in order of appearance."""
         return sorted(self._kinds.values(), key=lambda failure: -failure.count)
 
     def describe_last(self) -> str:
-        """Spell the last failure and, if others are commoner, the commonest."""
+        """Describe the last failure and, if another kind is more common, that kind."""
         commonest, total = self.commonest_first()[0], sum(failure.count for failure in self._kinds.values())
-        last = f"the last one with: {self._last}"
+        last = f"the last with: {self._last}"
         if kind_of(commonest.message) == kind_of(self._last):
             return last
-        return f"{last}; the commonest of {total} failures ({commonest.count}): {shorten(commonest.message)}"
+        return f"{last}; most common of {total} failures ({commonest.count}): {shorten(commonest.message)}"
 
 
 def kind_of(message: str) -> str:
-    """Return what all messages of a kind have in common; a status in front belongs to it."""
+    """Return what the messages of a kind have in common, including a leading HTTP status."""
     status = _STATUS.match(message)
     start = status.end() if status else 0
     return (message[:start] + " ".join(_VARIABLE.sub("…", message[start:]).split()))[:LONGEST_KIND]
 
 
 def shorten(message: str) -> str:
-    """Return a message as one line of at most `LONGEST_MESSAGE` characters."""
+    """Shorten a message to one line of at most `LONGEST_MESSAGE` characters."""
     line = " ".join(message.split())
     return line if len(line) <= LONGEST_MESSAGE else f"{line[: LONGEST_MESSAGE - 1]}…"
 
 
 def advice(message: str) -> str:
-    """Return what to do about an error."""
+    """Return advice for an error."""
     return next((text for pattern, text in ADVICE if re.search(pattern, message)), OTHERWISE)

@@ -1,8 +1,9 @@
-"""What makes two runs comparable: the part of the settings, and of what is served, that changes what the model does.
+"""The configuration that makes two runs comparable: the settings, and properties of the served model, that affect its
+output.
 
-Its hash is in every sample and in every rollout's key, so two samples with the same hash and problem are the same sample:
-that is what resuming and counting once rest on. How many problems, how many at once and how answers are read are left out on
-purpose.
+Its hash is part of every sample and every rollout key. Two samples with the same hash, problem and epoch are the same
+sample; resuming and deduplication rely on that. The number of problems, the concurrency and the extractor are deliberately
+excluded.
 """
 
 from dataclasses import dataclass
@@ -17,27 +18,28 @@ from roentgen.contract import canonical_hash
 
 @dataclass(frozen=True)
 class ServedModelInfo:
-    """What the server says of the model; all but the id is None where the server is not Roentgen's."""
+    """The model that a server lists; only `id` is known for a server other than Roentgen's."""
 
     id: str
-    """The name to ask for."""
+    """Name for requests."""
     revision: str | None = None
-    """What pins its weights."""
+    """Revision of its weights."""
     dtype: str | None = None
-    """Of weights and activations."""
+    """Dtype of its weights and activations."""
     num_layers: int | None = None
     """Decoder layers."""
     d_model: int | None = None
     """Width of the residual stream."""
     root: str | None = None
-    """What leads to it from anywhere: its folder, or its hub id. It says where the weights lie and not which they are, so no
-    hash has it: a folder that is moved is the same model."""
+    """The folder or hub id that it was loaded from. It locates the weights but does not identify them, so it is not hashed:
+    a moved folder holds the same model."""
     quantization: str | None = None
-    """How the weights are quantized; None also if they are not."""
+    """Quantization of the weights; None if they are not quantized or it is unknown."""
 
 
 def hashed_configuration(settings: EvalSettings, served: ServedModelInfo) -> dict[str, Any]:
-    """Return what changes what the model does: two runs are comparable if it is equal (`roentgen.contract.canonical_hash`)."""
+    """Return the configuration that affects the model's output; runs are comparable if it is equal
+    (`roentgen.contract.canonical_hash`)."""
     prompt = settings.chosen_prompt
     tools = list(TOOLS) if settings.mode == "with-tools" else []
     hashed: dict[str, Any] = {
@@ -62,7 +64,7 @@ def hashed_configuration(settings: EvalSettings, served: ServedModelInfo) -> dic
 
 
 def variants_of(settings: EvalSettings, hashed: dict[str, Any]) -> list[Variant]:
-    """Return the configurations that each problem is posed under: one per prefix, or the run's own.
+    """Return the variants that each problem is posed under: one per prefix, or a single unnamed one.
 
     Raises:
         VariantError: if the file of variants cannot be used.

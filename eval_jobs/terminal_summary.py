@@ -1,4 +1,4 @@
-"""What a person reads at the end: the scores, and a warning for each thing that should keep them from trusting one."""
+"""Prints the scores of a run in the terminal, with a warning for each reason to distrust them."""
 
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -12,16 +12,16 @@ from eval_jobs.run_comparison import RunComparison
 from roentgen.runs import Run
 
 TOO_MANY = 0.10
-"""A share of truncated or unparsable outputs above which the accuracy says more about the budget than about the model."""
+"""Share of truncated or unparsable outputs above which the accuracy reflects the token budget more than the model."""
 
 
 def print_line(console: Console, text: str, style: str = "") -> None:
-    """Print a line as it is."""
+    """Print a line without markup, highlighting or wrapping."""
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def print_summary(run: Run, summary: dict[str, Any], console: Console) -> None:
-    """Print a run's scores, its warnings and where its files are."""
+    """Print a run's scores and warnings, and the path of its report."""
     table = Table(title=f"{summary['model']} on {summary['problems']['source']}", title_justify="left")
     table.add_column("extractor")
     for column in ("correct", "accuracy", "95% interval", "± s.e.", "no answer"):
@@ -46,7 +46,7 @@ def print_summary(run: Run, summary: dict[str, Any], console: Console) -> None:
 
 
 def print_comparison(found: RunComparison, console: Console) -> None:
-    """Print what two runs say of the problems that both have."""
+    """Print the comparison of two runs."""
     for name, one, other in found.configuration:
         print_line(console, f"  {name}: {one!r} → {other!r}")
     for pair in found.pairs:
@@ -71,7 +71,7 @@ def print_comparison(found: RunComparison, console: Console) -> None:
         if names:
             print_line(
                 console,
-                f"not compared, because the other run poses no problem so: {', '.join(map(_called, names))} of the {which}",
+                f"not compared, because the other run has no such variant: {', '.join(map(_called, names))} of the {which}",
             )
 
 
@@ -80,7 +80,7 @@ def _called(variant: str | None) -> str:
 
 
 def format_difference(change: dict[str, Any]) -> str:
-    """Spell a paired difference, `+4.2 points (−1.0 to 9.4); of 120 problems 12 gained, 7 lost, p = 0.36`."""
+    """Format a paired difference, `+4.2 points (−1.0 to 9.4); of 120 problems 12 gained, 7 lost, p = 0.36`."""
     if change["value"] is None:
         return "no problem in common"
     low, high = change["low"], change["high"]
@@ -92,7 +92,7 @@ def format_difference(change: dict[str, Any]) -> str:
 
 
 def format_samples(summary: dict[str, Any]) -> str:
-    """Spell what was scored, `120 of 120 samples scored: 40 problems × 3 epochs`."""
+    """Format the number of scored samples, `120 of 120 samples scored: 40 problems × 3 epochs`."""
     problems = summary["problems"]
     parts = [format_count(int(problems["samples"]), "problem")]
     if problems.get("epochs", 1) > 1:
@@ -105,17 +105,18 @@ def format_samples(summary: dict[str, Any]) -> str:
 
 
 def format_count(number: int, noun: str) -> str:
-    """Spell a count, `1 problem`, `3 problems`."""
+    """Format a count with its noun, `1 problem`, `3 problems`."""
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def warnings(summary: dict[str, Any]) -> list[str]:
-    """Return what a reader of the accuracy should know, one sentence each."""
+    """Return warnings about a run's accuracy, one sentence each."""
     return list(_warnings(summary))
 
 
 def percent(share: float | None) -> str:
-    """Spell a share, `37.5%`; `–` if there is none. `0.0%` and `100.0%` are none and all, not nearly so."""
+    """Format a share, `37.5%`, or `–` for None. `0.0%` and `100.0%` are exact; shares that would round to them are `<0.1%`
+    and `>99.9%`."""
     if share is None:
         return "–"
     if 0 < share < 0.0005:
@@ -124,12 +125,12 @@ def percent(share: float | None) -> str:
 
 
 def interval(scores: dict[str, Any]) -> str:
-    """Spell an interval, `13.7–69.4%`."""
+    """Format an interval, `13.7–69.4%`."""
     return "–" if scores["low"] is None else f"{100 * scores['low']:.1f}–{100 * scores['high']:.1f}%"
 
 
 def _conditions(summary: dict[str, Any]) -> Iterator[str]:
-    """Spell what several samples or variants come to."""
+    """Format pass@k, maj@k and the variants, one line each."""
     yield from _several(summary["several_samples"])
     for name, variant in summary["variants"].items():
         against, scores = variant["against_first"], variant["accuracy"]
@@ -175,22 +176,22 @@ def _warnings(summary: dict[str, Any]) -> Iterator[str]:
     if summary["errors"]:
         total = n + summary["errors"]
         yield (
-            f"failed samples: {summary['errors']} of {total} ({percent(summary['errors'] / total)}). They are in no number "
-            "here, 'error' in samples.jsonl says why, and the same command tries them again."
+            f"failed samples: {summary['errors']} of {total} ({percent(summary['errors'] / total)}). They are excluded from "
+            "all numbers. The field 'error' in samples.jsonl gives the reason; run the same command to retry them."
         )
         for failure in summary.get("failures", [])[:1]:
             message = shorten(failure["message"])
-            yield f"the commonest error ({failure['count']} of {summary['errors']}): {message}. {failure['advice']}"
+            yield f"most common error ({failure['count']} of {summary['errors']}): {message}. {failure['advice']}"
     if n and summary["truncated"] / n > TOO_MANY:
-        yield f"{summary['truncated']} of {n} outputs were cut at the token limit: raise --max-tokens."
+        yield f"{summary['truncated']} of {n} outputs were truncated at the token limit: raise --max-tokens."
     if n and summary["out_of_turns"] / n > TOO_MANY:
-        yield f"{summary['out_of_turns']} of {n} samples were still calling tools in their last turn: raise --max-turns."
+        yield f"{summary['out_of_turns']} of {n} samples called tools until the turn limit: raise --max-turns."
     if n and summary["unparsable"] / n > TOO_MANY:
         yield f"{summary['extractor']} found no answer in {summary['unparsable']} of {n} outputs."
     if summary.get("unread_but_right"):  # absent from summaries of older versions
         yield (
             f"{summary['extractor']} found no answer in {summary['unread_but_right']} outputs in which another extractor "
-            "read the gold answer: see audit.jsonl."
+            "found the correct answer: see audit.jsonl."
         )
     if summary["disagreements"]:
         yield f"extractors disagree about {len(summary['disagreements'])} of {n} outputs: {_some(summary['disagreements'])}."

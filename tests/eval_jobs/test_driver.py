@@ -187,7 +187,7 @@ def test_a_server_that_fails_at_everything_stops_the_run(server: StandIn) -> Non
     for problem in take("arithmetic", 24):
         server.fail(problem.question, Fault(400, "too long", code="context_length_exceeded"))
     with pytest.raises(
-        EvalError, match=r"the last 10 problems failed, the last one with: 400: too long\. Finished"
+        EvalError, match=r"the last 10 problems failed, the last with: 400: too long\. Finished"
     ) as caught:
         evaluate(server, samples=24, parallel=2)
     assert len(server.requests) < 24
@@ -204,7 +204,7 @@ def test_so_many_failed_samples_stop_the_run_and_no_fewer(server: StandIn) -> No
         problem = problems[place]
         server.fail(problem.question, Fault(400, "too long", code="context_length_exceeded"))
     with pytest.raises(
-        EvalError, match=r"2 samples failed \(--fail-on-error\), the last one with: 400: too long\. Finished"
+        EvalError, match=r"2 samples failed \(--fail-on-error\), the last with: 400: too long\. Finished"
     ):
         evaluate(server, parallel=1, fail_on_error=2)
     assert [sample.error is None for sample in Run("run").read_samples()] == [False, True, False]

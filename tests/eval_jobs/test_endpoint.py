@@ -84,7 +84,7 @@ def test_a_server_without_models(server: StandIn) -> None:
 )
 def test_something_else_that_answers(server: StandIn, text: str) -> None:
     server.models_text = text
-    with pytest.raises(FatalRequestError, match=r"not an OpenAI-compatible server|lists no models"):
+    with pytest.raises(FatalRequestError, match=r"is not OpenAI-compatible|lists no models"):
         find_model(Endpoint(server.base_url), None)
 
 

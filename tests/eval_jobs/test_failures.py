@@ -29,11 +29,11 @@ def test_the_commonest_comes_first_with_its_first_message() -> None:
     assert [(f.count, f.message, f.sample_id) for f in found] == [
         (2, "503: 3 waiting", "gsm8k_0002"), (1, "500: broken", "gsm8k_0001"), (1, "500: other", "gsm8k_0003"),
     ]  # fmt: skip
-    assert failures.describe_last() == "the last one with: 503: 4 waiting"
+    assert failures.describe_last() == "the last with: 503: 4 waiting"
     failures.add("gsm8k_0005", "500: other")
     failures.add("gsm8k_0006", "503: 5 waiting")
     failures.add("gsm8k_0007", "500: new")
-    assert failures.describe_last() == ("the last one with: 500: new; the commonest of 7 failures (3): 503: 3 waiting")
+    assert failures.describe_last() == ("the last with: 500: new; most common of 7 failures (3): 503: 3 waiting")
 
 
 @pytest.mark.parametrize(

@@ -207,10 +207,7 @@ def test_failed_samples_are_told_by_their_commonest_error(run: Run) -> None:
     ]  # fmt: skip
     page = page_of(run)
     assert "failed samples: 4 of 5 (80.0%)" in page.words
-    assert (
-        "the commonest error (2 of 4): 503: 4 waiting. The server had more to do than it takes: lower --parallel"
-        in page.words
-    )
+    assert "most common error (2 of 4): 503: 4 waiting. The server is overloaded: lower --parallel" in page.words
     (row,) = (row for row in page.rows if row[0] == "2" and row[1] == "50.0%")
     assert row[2].startswith("503: 4 waiting")
     assert "--parallel" in row[3]
@@ -225,7 +222,7 @@ def test_a_run_of_failures_only_has_no_accuracy(tmp_path: Path) -> None:
     run = rewrite(run, lambda one: one.model_copy(update={"error": "500: broken"}), run.config)
     page = page_of(run)
     assert "no sample is scored" in page.text
-    assert "the commonest error (5 of 5): 500: broken" in page.words
+    assert "most common error (5 of 5): 500: broken" in page.words
     assert " 0.0%" not in page.words
     page.check_parts()
 

@@ -105,7 +105,7 @@ async def test_a_prompt_that_is_too_long_or_no_text_is_a_failed_sample(
 
 async def test_a_message_that_cannot_be_sent_is_a_failed_sample(server: StandIn, plan: RolloutPlan) -> None:
     sample = await run(plan, Attempt(replace(PROBLEM, question="half \ud83d"), PLAIN))
-    assert sample.error == "a message has half a surrogate pair, which cannot be sent"
+    assert sample.error == "a message contains an unpaired surrogate, which cannot be encoded"
     assert server.requests == []
 
 
@@ -120,14 +120,14 @@ async def test_a_server_that_fails_is_not_taken_for_a_busy_one(server: StandIn, 
 @pytest.mark.parametrize("status", [400, 401, 403, 404, 422])
 async def test_what_every_problem_would_meet_stops_the_run(server: StandIn, plan: RolloutPlan, status: int) -> None:
     server.fail(PROBLEM.question, Fault(status, "layer 40 is out of range"))
-    with pytest.raises(FatalRequestError, match=f"refuses the request: {status}: layer 40 is out of range"):
+    with pytest.raises(FatalRequestError, match=f"rejected the request: {status}: layer 40 is out of range"):
         await run(plan)
     assert len(server.requests) == 1
 
 
 async def test_a_server_that_is_gone_stops_the_run(plan: RolloutPlan) -> None:
     gone = make_plan("http://127.0.0.1:9/v1", max_retries=0)
-    with pytest.raises(FatalRequestError, match="does not answer any more"):
+    with pytest.raises(FatalRequestError, match="no longer answers"):
         await run(gone)
 
 

@@ -146,7 +146,7 @@ def test_variants_are_compared_with_their_likes(tmp_path: Path) -> None:
     print_comparison(found, console)
     said = console.export_text()
     assert "variant calm against variant relaxed" in said
-    assert "not compared, because the other run poses no problem so: variant plain of the first" in said
+    assert "not compared, because the other run has no such variant: variant plain of the first" in said
 
 
 def test_the_same_question_under_two_ids_is_one_problem(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def test_the_summary_is_printed_with_its_warnings(tmp_path: Path) -> None:
         "4.0 s for 1 samples, 0.8 tokens/s",
         "activations: 4 rollouts × 1 keys, 5 rows each, in /store/s",
         "warning: failed samples: 1",
-        "warning: 1 of 4 outputs were cut at the token limit: raise --max-tokens.",
+        "warning: 1 of 4 outputs were truncated at the token limit: raise --max-tokens.",
         "warning: answer found no answer in 1 of 4 outputs.",
         "warning: extractors disagree about 1 of 4 outputs: gsm8k_0003.",
         f"report: {run.path / 'report.html'}",
@@ -63,8 +63,8 @@ def test_the_commonest_error_is_a_warning(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     summary = write_summary(run, None)
     said = warnings(summary)
-    assert said[0].startswith("failed samples: 1 of 5 (20.0%). They are in no number here")
-    assert said[1] == "the commonest error (1 of 1): 500: <b>poisoned</b>. The server failed: its log has the reason."
+    assert said[0].startswith("failed samples: 1 of 5 (20.0%). They are excluded from all numbers.")
+    assert said[1] == "most common error (1 of 1): 500: <b>poisoned</b>. The server failed: see its log for the reason."
     long = [{**summary["failures"][0], "message": "500: " + "word " * 1000}]
     assert len(warnings({**summary, "failures": long})[1]) < 500
 
