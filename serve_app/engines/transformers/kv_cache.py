@@ -14,6 +14,7 @@ cannot be cut and joined like this; `StaticRows` runs it in batches that are fil
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -254,6 +255,29 @@ def filled(n_rows: int, keep: list[int]) -> list[int]:
     return [row if row in staying else late.pop() for row in range(min(len(keep), n_rows))]
 
 
+@dataclass(frozen=True)
+class Slots:
+    """All layers' slabs, and which of their columns are in use."""
+
+    keys: list[Float[Tensor, "slots kv_heads columns d"]]
+    """By layer; of one that shares another's, no values."""
+    values: list[Float[Tensor, "slots kv_heads columns d"]]
+    """By layer."""
+    low: int
+    """The first column in use."""
+    high: int
+    """The column that the next step fills."""
+
+
+def slots_of(cache: Cache) -> Slots:
+    """Return the slabs that a running batch's cache (`SlotRows.cache`) consists of."""
+    layers = [layer for layer in cache.layers if isinstance(layer, _SlotLayer)]
+    none = torch.empty(0, 0, 0, 0)
+    keys = [none if layer.keys is None else layer.keys for layer in layers]
+    values = [none if layer.values is None else layer.values for layer in layers]
+    return Slots(keys, values, layers[0].extent.low, layers[0].extent.high)
+
+
 class _Extent:
     """What all layers of a slot cache have in common: slots and columns there are, and the rows and columns in use."""
 
@@ -271,7 +295,7 @@ class _SlotLayer(CacheLayerMixin):
 
     def __init__(self, extent: _Extent) -> None:
         super().__init__()
-        self._extent = extent
+        self.extent = extent
 
     def write(self, rows: slice, columns: slice, source: CacheLayerMixin, index: Int[Tensor, "rows"]) -> None:
         """Copy prefilled rows into slots; a layer that shares another's keys and values has none of its own."""
@@ -293,7 +317,7 @@ class _SlotLayer(CacheLayerMixin):
 
     def relocate(self, before: slice, after: slice) -> None:
         """Move what is live to other columns, into a larger slab if there are more slots or columns now."""
-        extent, rows = self._extent, self._extent.rows
+        extent, rows = self.extent, self.extent.rows
         if self.keys is None or self.values is None:
             return
         slabs = []
@@ -308,7 +332,7 @@ class _SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Make the slabs."""
-        slots, columns = self._extent.slots, self._extent.columns
+        slots, columns = self.extent.slots, self.extent.columns
         self.keys = key_states.new_zeros(slots, key_states.shape[1], columns, key_states.shape[3])
         self.values = value_states.new_zeros(slots, value_states.shape[1], columns, value_states.shape[3])
         self.is_initialized = True
@@ -319,7 +343,7 @@ class _SlotLayer(CacheLayerMixin):
         """Write one new column; returns all that the rows have, padding included."""
         assert self.keys is not None
         assert self.values is not None
-        rows, low, high = self._extent.rows, self._extent.low, self._extent.high
+        rows, low, high = self.extent.rows, self.extent.low, self.extent.high
         self.keys[:rows, :, high : high + 1] = key_states
         self.values[:rows, :, high : high + 1] = value_states
         return self.keys[:rows, :, low : high + 1], self.values[:rows, :, low : high + 1]
@@ -330,7 +354,7 @@ class _SlotLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Return the columns there are."""
-        return self._extent.high - self._extent.low
+        return self.extent.high - self.extent.low
 
     def get_max_length(self) -> int:
         """Return -1: there is no limit."""

@@ -14,10 +14,14 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
+from torch._inductor.cpp_builder import CppBuilder, CppTorchOptions
+from torch._inductor.cpu_vec_isa import pick_vec_isa
+from torch._inductor.exc import CppCompileError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from serve_app.engines.transformers.compiled.ahead import GRAPHS, PARTS, REQUEST
 from serve_app.engines.transformers.compiled.graph import NotCompilableError, Parts, export_step, parts_of
+from serve_app.engines.transformers.compiled.operations import SOURCE, library_file, load
 
 NICENESS = 10
 
@@ -41,6 +45,10 @@ def main(work: Path, target: Path) -> None:
         tuple(asked["parts"]["places"]),
     )
     torch.set_num_threads(asked["threads"])
+    library = library_file()
+    if not library.exists():
+        build(work).replace(library)
+    load(library)
     made = work / "graphs"
     made.mkdir()
     for one_row, name in GRAPHS.items():
@@ -57,6 +65,22 @@ def main(work: Path, target: Path) -> None:
     except OSError:
         if not (target / PARTS).exists():  # another process has not made them meanwhile
             raise
+
+
+def build(folder: Path) -> Path:
+    """Compile the operations into a folder, with inductor's flags for this processor; returns the library.
+
+    Raises:
+        NotCompilableError: if the compiler fails.
+    """
+    options = CppTorchOptions(vec_isa=pick_vec_isa(), include_pytorch=True)
+    builder = CppBuilder("operations", str(SOURCE), options, str(folder))
+    try:
+        builder.build()
+    except CppCompileError as error:
+        reason = next((line for line in str(error).splitlines() if "error:" in line), str(error).splitlines()[0])
+        raise NotCompilableError(f"the operations cannot be compiled: {reason}") from error
+    return Path(builder.get_target_file_path())
 
 
 def without_weights(folder: Path, dtype: torch.dtype, parts: Parts) -> PreTrainedModel:

@@ -26,11 +26,12 @@ from transformers import PreTrainedModel
 
 from roentgen.model_names import cache_folder
 from serve_app.engines.transformers.compiled.graph import Parts, parts_of
+from serve_app.engines.transformers.compiled.operations import library_file
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-"""Of the graphs and of the operations that they call; another number, and nothing older is used."""
+"""Of the graphs; another number, and nothing older is used."""
 
 GRAPHS = {True: "one_row.pt2", False: "rows.pt2"}
 """By whether it is for one row, a graph's file."""
@@ -38,7 +39,7 @@ PARTS, CONFIG, REQUEST = "parts.json", "config.json", "request.json"
 
 
 def _versions() -> tuple[str, ...]:
-    return torch.__version__, transformers.__version__, torch.backends.cpu.get_cpu_capability(), str(FORMAT)
+    return transformers.__version__, library_file().stem, str(FORMAT)
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Wanted:
     threads: int
     """To compute with: inductor writes it into the code."""
     made_with: tuple[str, ...] = field(default_factory=_versions)
-    """What else the code depends on."""
+    """What else the code depends on: transformers, and the operations, whose name covers PyTorch and the processor."""
 
     @property
     def folder(self) -> Path:
@@ -63,7 +64,7 @@ class Wanted:
     @property
     def done(self) -> bool:
         """Whether they are there."""
-        return (self.folder / PARTS).exists()
+        return (self.folder / PARTS).exists() and library_file().exists()
 
     @classmethod
     def of(cls, model: PreTrainedModel, places: list[str]) -> "Wanted":

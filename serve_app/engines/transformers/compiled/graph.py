@@ -1,7 +1,7 @@
 """The graph of a decoding step: a model's own forward for one new token per row, with the engine's operations in it.
 
-What is exported is the model's code as transformers has it, on a model without weights: linear layers call `operations.linear`,
-attention calls `operations.attend`, and the modules whose outputs requests read call `operations.visit` on them. Masks and
+What is exported is the model's code as transformers has it, on a model without weights: linear layers call `linear`,
+attention calls `attend`, and the modules whose outputs requests read call `visit` on them. Masks and
 rotations are the model's own. A model whose forward cannot be exported (BLOOM's biases need all columns of the keys) raises an
 error, and runs without a graph.
 """
@@ -19,7 +19,6 @@ from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
 from serve_app.engines.transformers.attention import OTHER_OPTIONS
-from serve_app.engines.transformers.compiled import operations
 
 ATTENTION = "roentgen_compiled"
 MOST_ROWS = 4096
@@ -123,7 +122,7 @@ class _Linear(nn.Module):
         self._number, self._outputs = number, outputs
 
     def forward(self, rows: Float[Tensor, "... width"]) -> Float[Tensor, "... outputs"]:
-        output: Tensor = operations.linear(rows, self._number, self._outputs)
+        output: Tensor = torch.ops.roentgen.linear(rows, self._number, self._outputs)
         return output
 
 
@@ -174,11 +173,11 @@ def _attention(
     if given or attention_mask is None or attention_mask.shape[1] != 1:
         raise NotCompilableError(f"its attention takes {', '.join(given) or 'no mask, or one per head'}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    return operations.attend(query, key, value, attention_mask, module.layer_idx, scaling), None
+    return torch.ops.roentgen.attend(query, key, value, attention_mask, module.layer_idx, scaling), None
 
 
 def _shown(number: int) -> Any:
     def show(module: nn.Module, args: object, output: Any) -> None:
-        operations.visit(output[0] if isinstance(output, tuple) else output, number)
+        torch.ops.roentgen.visit(output[0] if isinstance(output, tuple) else output, number)
 
     return show

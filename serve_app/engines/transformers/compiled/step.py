@@ -22,8 +22,9 @@ from serve_app.capture.observer import Visit, Visitor
 from serve_app.capture.structure import ModelStructure, Tap
 from serve_app.engines.transformers.compiled.ahead import GRAPHS, PARTS
 from serve_app.engines.transformers.compiled.graph import NotCompilableError, parts_of
-from serve_app.engines.transformers.compiled.operations import Bound, bound
-from serve_app.engines.transformers.kv_cache import SlotRows
+from serve_app.engines.transformers.compiled.operations import Bound, bound, library_file
+from serve_app.engines.transformers.compiled.operations import load as load_operations
+from serve_app.engines.transformers.kv_cache import SlotRows, slots_of
 from serve_app.engines.transformers.model_cache import Step
 from serve_app.engines.transformers.packed_weights import PackedLinear
 
@@ -79,6 +80,7 @@ class CompiledStep:
         state |= {f"model.{name}": value for name, value in model.named_buffers(remove_duplicate=False)}
         multiplied = {f"model.{path}.{name}" for path, _ in parts.linears for name in ("weight", "bias")}
         weights = {f"model.{name}" for name, _ in model.named_parameters()} - multiplied
+        load_operations(library_file())
         graphs = {}
         for one_row, name in GRAPHS.items():
             graph = torch._inductor.aoti_load_package(str(folder / name), run_single_threaded=True)
@@ -117,7 +119,7 @@ class CompiledStep:
         looks = {place: _looking(found) for place, found in visits.items()}
         graph = self.graphs[len(step.tokens) == 1]
         linears = [(one.packed, one.bias) for one in self.linears]
-        with bound(Bound(linears, step.cache.layers, looks)):
+        with bound(Bound(linears, slots_of(step.cache), len(self.places), looks)):
             # It reads its arguments as they lay when it was made.
             logits: Tensor = graph(*(one.contiguous() for one in (step.tokens, step.mask, step.positions)))
         return logits
@@ -131,7 +133,10 @@ class CompiledStep:
         """
         limit = LARGEST_ERROR.get(dtype, HALF_ERROR)
         for lengths in (TRIED, TRIED[:1]):
-            mine, theirs = (_values(self, model, lengths, compiled=compiled) for compiled in (True, False))
+            try:
+                mine, theirs = (_values(self, model, lengths, compiled=compiled) for compiled in (True, False))
+            except RuntimeError as failure:
+                raise NotCompilableError(str(failure).strip().split("\n")[0]) from failure
             for name, value in theirs.items():
                 error = float((mine[name] - value).norm() / value.norm())
                 if not error <= limit:

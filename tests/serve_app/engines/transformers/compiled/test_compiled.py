@@ -21,6 +21,7 @@ from serve_app.engines.transformers.compiled.graph import NotCompilableError
 from serve_app.engines.transformers.compiled.step import CompiledStep, shown_places
 from serve_app.engines.transformers.compiled.supply import StepSupply
 from serve_app.engines.transformers.engine import TransformersEngine
+from serve_app.engines.transformers.kv_cache import Slots, slots_of
 from serve_app.engines.transformers.model import LoadedModel
 from serve_app.engines.transformers.packed_weights import pack_weights
 from tests.serve_app import tiny
@@ -172,15 +173,16 @@ def test_a_step_that_fails_is_run_again_by_the_model(
     model: LoadedModel, monkeypatch: pytest.MonkeyPatch, caplog: Any
 ) -> None:
     def broken(engine: TransformersEngine) -> None:
-        def fail(*_: object) -> torch.Tensor:
-            raise MemoryError("no room")
+        def too_few(cache: Any) -> Slots:
+            there = slots_of(cache)
+            return replace(there, keys=[keys[:0] for keys in there.keys])
 
-        monkeypatch.setattr("serve_app.engines.transformers.compiled.operations.attend_to_cache", fail)
+        monkeypatch.setattr("serve_app.engines.transformers.compiled.step.slots_of", too_few)
 
     with caplog.at_level(logging.WARNING):
         results = generated(model, [Call(prompt, GREEDY) for prompt in PROMPTS], broken)
     assert "a step has failed" in caplog.text
-    assert "no room" in caplog.text
+    assert "the slots of layer 0 have another shape" in caplog.text
     assert [one.token_ids for one in results] == [generate_alone(model, prompt, 12) for prompt in PROMPTS]
 
 
@@ -213,7 +215,7 @@ def test_an_engine_that_is_closed_ends_the_process_that_compiles(cache: Path) ->
     assert eventually(lambda: any(c.status() == psutil.STATUS_STOPPED for c in mine.children()))
     assert eventually(lambda: all(c.status() != psutil.STATUS_STOPPED for c in mine.children()))  # and goes on
     supply.stop()
-    assert eventually(lambda: not list((cache / "compiled").glob("*.*")))  # nor is anything unfinished left
+    assert eventually(lambda: not list((cache / "compiled").glob("*.*/")))  # nor is anything unfinished left
     assert eventually(lambda: not mine.children() or not any(PROCESS in " ".join(c.cmdline()) for c in mine.children()))
 
 
