@@ -19,11 +19,10 @@ The modules, in the order in which to read them:
     driver, progress           all of the above in order (`run_evaluation`); the progress display
     server_token_counter       tokens that the server has generated, for the progress display
     statistics, summary        accuracies with intervals; the numbers in `summary.json`
-    failures                   failed samples, counted by kind
     outputs, report, charts    the files of the run and its page
     terminal_summary           the scores in the terminal
     parquet_export, inspect_export    exports
-    run_comparison, rescoring, status, estimate    comparing two runs; scoring again; progress from outside; `--dry-run`
+    rescoring, status, estimate    scoring again; progress from outside; `--dry-run`
 
 It reaches the server only as an OpenAI client, so any compatible server will do (without activations).
 """

@@ -19,7 +19,7 @@ from eval_jobs import EvalError, InterruptedRunError
 from eval_jobs.endpoint import Endpoint, FatalRequestError, find_model, resolve_endpoint
 from eval_jobs.estimate import estimate
 from eval_jobs.extractors import EXTRACTORS, choose_scorer
-from eval_jobs.failures import Failures
+from roentgen.runs.failures import Failures
 from eval_jobs.fanout import evaluate
 from eval_jobs.hashed_config import ServedModelInfo, hashed_configuration, variants_of
 from eval_jobs.outputs import Timing, write_missing_sample_files, write_sample_files, write_summary

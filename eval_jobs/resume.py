@@ -29,6 +29,7 @@ from eval_jobs.selection import Selection, load_problems
 from eval_jobs.settings import EvalSettings
 from roentgen.contract import canonical_hash, check_session_id
 from roentgen.runs import Run, RunConfig, create_named_run, create_run, find_unfinished
+from roentgen.runs.config import differences
 from roentgen.version import __version__
 
 RESULTS = Path("results")
@@ -251,16 +252,6 @@ def _comparable(config: RunConfig, with_scorer: bool) -> dict[str, Any]:
     name = config.settings["extractor"]
     digest = config.scorers.get(name, {}).get("hash")
     return {**comparable, "extractor": name if digest is None else f"{name}, its source {digest}"}
-
-
-def differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield what differs between two nested objects: its dotted name, and both values (None where there is none)."""
-    for key in one | other:
-        here, there = one.get(key), other.get(key)
-        if isinstance(here, dict) and isinstance(there, dict):
-            yield from differences(here, there, f"{prefix}{key}.")
-        elif here != there:
-            yield f"{prefix}{key}", here, there
 
 
 def _run_id(name: str) -> str:

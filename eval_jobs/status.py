@@ -3,10 +3,10 @@
 import time
 from dataclasses import dataclass
 
-from eval_jobs.failures import Failure, Failures, shorten
 from eval_jobs.progress import Tally, seconds_left
 from eval_jobs.summary import expected_samples
 from roentgen.runs import Run
+from roentgen.runs.failures import Failure, Failures, shorten
 
 RECENT_S = 120.0
 

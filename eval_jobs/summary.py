@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from eval_jobs.exact_numbers import Quantity
 from eval_jobs.extractors import EXTRACTORS
-from eval_jobs.failures import Failures
+from roentgen.runs.failures import Failures
 from eval_jobs.quantities import read_quantity
 from roentgen.runs import VERDICTS, Posed, RunConfig, Sample, same_template
 from roentgen.statistics import accuracy, difference, majority, mean, pass_at_k

@@ -7,8 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from eval_jobs.failures import shorten
-from eval_jobs.run_comparison import RunComparison
+from roentgen.runs.failures import shorten
+from roentgen.runs.run_comparison import RunComparison
 from roentgen.runs import Run
 
 TOO_MANY = 0.10

@@ -10,8 +10,8 @@ from eval_jobs.outputs import write_summary
 from eval_jobs.parquet_export import write_parquet
 from eval_jobs.report import write_report
 from eval_jobs.rescoring import rescore
-from eval_jobs.run_comparison import RunComparison
-from eval_jobs.run_comparison import compare as compare_runs
+from roentgen.runs.run_comparison import RunComparison
+from roentgen.runs.run_comparison import compare as compare_runs
 from eval_jobs.verdicts import Scorer
 from roentgen.argument_names import naming_arguments
 from roentgen.runs import Run

@@ -17,6 +17,8 @@ Everything but config.json and samples.jsonl can be made again from those two. A
     stored     which rows of the store its samples have
     writing    what an evaluation writes of it
     questions  which samples are attempts at the same problem
+    failures   failed samples, counted by kind
+    run_comparison    two runs on the same problems
 """
 
 from roentgen.runs.config import RunConfig

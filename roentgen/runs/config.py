@@ -1,5 +1,6 @@
 """What config.json holds: all that is needed to run an evaluation again."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel, Field
@@ -53,3 +54,13 @@ class RunConfig(BaseModel):
     def config_hashes(self) -> list[str]:
         """The hashes that its samples may carry: one per variant, or the run's own."""
         return [variant["config_hash"] for variant in self.variants.values()] or [self.config_hash]
+
+
+def differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield what differs between two nested objects: its dotted name, and both values (None where there is none)."""
+    for key in one | other:
+        here, there = one.get(key), other.get(key)
+        if isinstance(here, dict) and isinstance(there, dict):
+            yield from differences(here, there, f"{prefix}{key}.")
+        elif here != there:
+            yield f"{prefix}{key}", here, there

@@ -12,7 +12,7 @@ from eval_jobs.hashed_config import ServedModelInfo, hashed_configuration, varia
 from eval_jobs.outputs import excerpt, write_summary
 from eval_jobs.rescoring import rescore
 from eval_jobs.resume import open_run
-from eval_jobs.run_comparison import compare
+from roentgen.runs.run_comparison import compare
 from eval_jobs.settings import check_settings
 from eval_jobs.status import status
 from eval_jobs.terminal_summary import print_comparison

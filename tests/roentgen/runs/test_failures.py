@@ -2,7 +2,7 @@
 
 import pytest
 
-from eval_jobs.failures import OTHERWISE, Failures, advice, kind_of
+from roentgen.runs.failures import OTHERWISE, Failures, advice, kind_of
 
 
 @pytest.mark.parametrize(

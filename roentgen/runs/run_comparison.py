@@ -10,8 +10,9 @@ from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from eval_jobs.resume import differences
-from roentgen.runs import Posed, Run, same_template
+from roentgen.runs.config import differences
+from roentgen.runs.questions import Posed, same_template
+from roentgen.runs.run import Run
 from roentgen.statistics import Accuracy, Difference, accuracy, difference
 
 Verdicts = Mapping[Hashable, list[bool]]
