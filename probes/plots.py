@@ -16,8 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 
-from probes.bootstrap import bootstrap_weights
 from probes.closeup import Closeup
+from probes.curves import mean_along
 from probes.metrics import BINS, bins
 from probes.report import KeyResult, ProbeReport
 from probes.styles import (
@@ -150,13 +150,11 @@ def along_trace(closeup: Closeup, label: str) -> Figure:
     figure, axes = _one_panel()
     fractions = np.linspace(0, 1, 21)
     for value in _commonest_first(np.array([trace.value for trace in closeup.traces])):
+        mean, low, high = mean_along(closeup, value, fractions)
         traces = [trace for trace in closeup.traces if trace.value == value]
-        values = np.stack([trace.along(fractions) for trace in traces])
-        weights = bootstrap_weights(np.unique([trace.group for trace in traces], return_inverse=True)[1])
-        low, high = np.percentile(weights @ values / weights.sum(1, keepdims=True), [2.5, 97.5], axis=0)
         look = CLASSES[value]
         axes.plot(
-            fractions, values.mean(0), color=look["color"], linestyle=look["linestyle"],
+            fractions, mean, color=look["color"], linestyle=look["linestyle"],
             label=f"{label} is {value} (n = {len(traces)} traces)",
         )  # fmt: skip
         axes.fill_between(fractions, low, high, color=look["color"], alpha=0.15, linewidth=0)

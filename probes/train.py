@@ -4,6 +4,7 @@
       probes.safetensors  probes.json       the probes, fitted on all samples (`roentgen.linear_probe`)
       auroc_by_layer.png  heatmap.png  reliability.png  along_trace.png  scores.png  projection.png     those that there are
       dark/                                 the same pictures, to be shown on a dark background
+      curves.json                           scores out of fold and curves of them (`curves`)
       report.html                           all of it as one page, with transcripts colored by score (`page`)
       results.json                          the report (`ProbeReport.to_json`); written last: if it is there, all is there
 
@@ -24,6 +25,7 @@ from matplotlib.figure import Figure
 from probes import plots
 from probes.choosing import Fit, choose_kind
 from probes.closeup import Closeup, look_closely
+from probes.curves import curves_of
 from probes.dataset import ProbeDataset
 from probes.errors import ProbeDataError
 from probes.fitting import Trained, check_seed, fit_and_evaluate
@@ -145,6 +147,7 @@ def _write(folder: Path, trained: Trained, data: ProbeDataset, kind: Kind) -> No
     )
     page = render_page(report, light, closeup, dark)
     write_text(folder / "report.html", page, errors="replace")
+    write_json(folder / "curves.json", curves_of(trained, data, closeup))
     write_json(folder / "results.json", report.to_json())
 
 

@@ -1,9 +1,7 @@
 """The routes of the page: its bundle, and the questions that it asks, answered in JSON."""
 
-import json
-import logging
 import re
-from collections.abc import Callable, Collection
+from collections.abc import AsyncIterator, Callable, Collection
 from importlib.resources import files
 from pathlib import PurePosixPath
 from typing import Any, NamedTuple
@@ -12,20 +10,24 @@ from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from roentgen.errors import RoentgenError
 from roentgen.version import __version__
+from roentgen.view.compare import compare_sources
+from roentgen.view.encoding import encoded
 from roentgen.view.errors import ViewError
+from roentgen.view.export import answers_of, page_of
 from roentgen.view.guard import Guard
+from roentgen.view.lens import lens_grid, why_no_lens
 from roentgen.view.library import Library
+from roentgen.view.live import events
+from roentgen.view.probe_reports import read_report
 from roentgen.view.samples import one_sample
 from roentgen.view.schemas import SourceList
 from roentgen.view.tokens import tokens_of
 from roentgen.view.values import grid_of, values_of
-
-log = logging.getLogger(__name__)
 
 _TYPES = {
     ".html": "text/html",
@@ -83,7 +85,8 @@ class Answers:
 
     def overview(self, asked: Asked) -> Any:
         """Describe one of them."""
-        return self.library.get(asked.path["source"]).overview(None)
+        source = self.library.get(asked.path["source"])
+        return source.overview(why_no_lens(source))
 
     def samples(self, asked: Asked) -> Any:
         """Return a window of its samples."""
@@ -114,7 +117,19 @@ class Answers:
         """Return a number per layer and hook point at a token."""
         source = self.library.get(asked.path["source"])
         rollout = source.rollout(asked.path["sample"], asked.number("turn", 0))
-        return grid_of(source, rollout, asked.number("position", 0), asked.text("of") or "norm")
+        position, of = asked.number("position", 0), asked.text("of") or "norm"
+        return lens_grid(source, rollout, position) if of == "lens" else grid_of(source, rollout, position, of)
+
+    def probes(self, asked: Asked) -> Any:
+        """Return what a training of probes found."""
+        for folder in self.library.get(asked.path["source"]).probe_folders():
+            if folder.name == asked.path["report"]:
+                return read_report(folder)
+        raise ViewError(f"there is no report {asked.path['report']!r} of probes", 404)
+
+    def compare(self, asked: Asked) -> Any:
+        """Compare two runs."""
+        return compare_sources(self.library.get(asked.text("a")), self.library.get(asked.text("b")))
 
 
 def make_app(library: Library, tokens: Callable[[], Collection[str]], *, loopback: bool = True) -> Starlette:
@@ -137,33 +152,59 @@ def make_app(library: Library, tokens: Callable[[], Collection[str]], *, loopbac
         (sample + "/tokens", answers.tokens),
         (sample + "/values", answers.values),
         (sample + "/token/{position}", answers.token),
+        (one + "/probes/{report}", answers.probes),
+        ("/api/compare", answers.compare),
     ]
+
+    async def follow(request: Request) -> Response:
+        stream = events(library, request.query_params.get("source", ""), request.query_params.get("monitor", ""))
+        first = await anext(stream)
+
+        async def whole() -> AsyncIterator[bytes]:
+            yield first
+            async for event in stream:
+                yield event
+
+        return StreamingResponse(whole(), media_type="text/event-stream")
+
+    async def export(request: Request) -> Response:
+        view = request.query_params.get("view", "")
+        if request.query_params.get("format", "html") != "html":
+            raise ViewError("format: html is the only one here; the page itself draws PNG and SVG")
+        page = await run_in_threadpool(lambda: page_of(view, answers_of(library, view)))
+        name = re.sub("[^A-Za-z0-9]+", "-", view).strip("-") or "runs"
+        headers = {"Content-Disposition": f'attachment; filename="{name}.html"'}
+        return Response(page, media_type="text/html", headers=headers)
+
     return Starlette(
-        routes=[*(Route(path, _answering(answer)) for path, answer in routes), Route("/{path:path}", _asset)],
+        routes=[
+            *(Route(path, _answering(answer)) for path, answer in routes),
+            Route("/api/events", follow),
+            Route("/api/export", export),
+            Route("/{path:path}", _asset),
+        ],
+        exception_handlers={Exception: _on_error, **dict.fromkeys((ViewError, RoentgenError, OSError), _on_error)},
         middleware=[Middleware(Guard, tokens=tokens, loopback=loopback)],
     )
-
-
-def encoded(answer: Any) -> bytes:
-    """Return an answer as JSON; half a surrogate pair, which a model may write, has no encoding."""
-    return json.dumps(answer, ensure_ascii=False, allow_nan=False).encode(errors="replace")
 
 
 def _answering(answer: Callable[[Asked], Any]) -> Callable[[Request], Any]:
     async def route(request: Request) -> Response:
         asked = Asked(request.path_params, dict(request.query_params))
-        try:
-            content, status = await run_in_threadpool(lambda: encoded(answer(asked))), 200
-        except ViewError as error:
-            content, status = encoded({"error": str(error)}), error.status
-        except (RoentgenError, OSError) as error:
-            content, status = encoded({"error": str(error)}), 409
-        except Exception:
-            log.exception("%s could not be answered", request.url.path)
-            content, status = encoded({"error": "this is a bug; the terminal has its traceback"}), 500
-        return Response(content, status, media_type="application/json")
+        return Response(await run_in_threadpool(lambda: encoded(answer(asked))), media_type="application/json")
 
     return route
+
+
+async def _on_error(request: Request, error: Exception) -> Response:
+    match error:
+        case ViewError():
+            status, why = error.status, str(error)
+        case RoentgenError() | OSError():
+            status, why = 409, str(error)
+        case _:
+            status, why = 500, f"a bug, {type(error).__name__}: the terminal has its traceback"
+    return Response(encoded({"error": why}), status, media_type="application/json")
 
 
 async def _asset(request: Request) -> Response:

@@ -41,7 +41,8 @@ _RANKED = """
 CREATE OR REPLACE TABLE samples AS
 SELECT CAST(row_number() OVER (ORDER BY regexp_replace(stem, '[0-9]+$', ''),
         TRY_CAST(regexp_extract(stem, '[0-9]+$') AS BIGINT), epoch, list_position($variants, config_hash), line_start) - 1
-    AS INTEGER) AS place, line_start, line_size, sample_id, problem, epoch, variant, gold, labels, finish_reason, prompt_tokens,
+    AS INTEGER) AS place, line_start, line_size, sample_id, problem, epoch, variant, left(question, 200) AS question,
+    gold, labels, finish_reason, prompt_tokens,
     cached_tokens, completion_tokens, turns, seconds, finished, error, config_hash,
     CASE WHEN error IS NOT NULL THEN 'failed' WHEN correct_by[$extractor] IS NULL THEN NULL
         WHEN answers[$extractor] IS NULL THEN 'no_answer' WHEN correct_by[$extractor] THEN 'correct' ELSE 'wrong' END
@@ -53,6 +54,9 @@ QUALIFY row_number() OVER (PARTITION BY config_hash, problem, epoch
 """
 
 
+_SCORE = "(SELECT any_value(score) FROM scores WHERE label = '{}' AND scores.sample_id = samples.sample_id)"
+
+
 class RunTable(Table):
     """The samples of a run."""
 
@@ -62,6 +66,7 @@ class RunTable(Table):
         "epoch": Field("epoch", "number"),
         "variant": Field("variant", "category"),
         "verdict": Field("verdict", "category"),
+        "question": Field("question", "text"),
         "gold": Field("gold", "text"),
         "answer": Field("answer", "text"),
         "disagree": Field("disagree", "bool"),
@@ -96,12 +101,41 @@ class RunTable(Table):
             return int(found[0]), Sample.model_validate_json(file.read(found[2]))
 
     def _create(self) -> None:
-        self.query("CREATE TABLE IF NOT EXISTS state (key VARCHAR PRIMARY KEY, value VARCHAR)")
+        self.query(
+            "CREATE TABLE IF NOT EXISTS state (key VARCHAR PRIMARY KEY, value VARCHAR);"
+            "CREATE TABLE IF NOT EXISTS scores (label VARCHAR, sample_id VARCHAR, score DOUBLE)"
+        )
         cursor = self._database.cursor()
         cursor.register("batch", _batch([], np.array([], np.int64), np.array([], np.int64)))
         cursor.execute(f"CREATE TABLE IF NOT EXISTS lines AS {_TAKEN}", {"shape": json.dumps(_SHAPE)})
 
+    def _more_fields(self) -> dict[str, Field]:
+        labels = [label for (label,) in self.query("SELECT DISTINCT label FROM scores ORDER BY label").fetchall()]
+        return {f"score.{label}": Field(_SCORE.format(label.replace("'", "''")), "number") for label in labels}
+
     def _update(self) -> bool:
+        return self._update_samples() | self._update_scores()
+
+    def _update_scores(self) -> bool:
+        """Take in the scores, out of fold, that trainings of probes have left."""
+        known = dict(self.query("SELECT key, value FROM state WHERE key = 'scores'").fetchall()).get("scores", "[]")
+        there = {file: file.stat().st_mtime_ns for file in sorted((self.run.path / "probes").glob("*/curves.json"))}
+        stamp = json.dumps([[file.parent.name, at] for file, at in there.items()])
+        if stamp == known:
+            return False
+        cursor = self._database.cursor()
+        cursor.begin()
+        cursor.execute("DELETE FROM scores")
+        for file in there:
+            scores = json.loads(file.read_text()).get("samples", {})
+            cursor.register("batch", pa.table({"i": list(scores), "s": pa.array(list(scores.values()), pa.float64())}))
+            cursor.execute("INSERT INTO scores SELECT ?, i, s FROM batch", [file.parent.name])
+            cursor.unregister("batch")
+        cursor.execute("INSERT OR REPLACE INTO state VALUES ('scores', ?)", [stamp])
+        cursor.commit()
+        return True
+
+    def _update_samples(self) -> bool:
         known = dict(self.query("SELECT key, value FROM state").fetchall())
         record = self.run.record_path
         try:

@@ -244,3 +244,69 @@ class Comparison(TypedDict):
     configuration: list[tuple[str, Any, Any]]
     changed: list[Changed]
     unmatched: Unmatched
+
+
+class Estimate(TypedDict):
+    """An estimate with its 95% interval."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+class Candidate(TypedDict):
+    """A probe that was tried; `auroc` is the report's metric, whichever it is."""
+
+    name: str
+    key: str
+    layer: int | None
+    hook_point: str
+    position: str
+    auroc: Estimate
+    chosen: bool
+
+
+class Best(Estimate):
+    """The best candidate of each fold."""
+
+    keys: list[str]
+    metrics: dict[str, Estimate]
+
+
+class ScoresByClass(TypedDict):
+    """Scores out of fold."""
+
+    unit: str | None
+    classes: list[dict[str, Any]]
+
+
+class ProbeReport(TypedDict):
+    """What a training of probes found."""
+
+    name: str
+    label: str
+    n: int
+    metric: str
+    facts: dict[str, Any]
+    notes: list[str]
+    by_candidate: list[Candidate]
+    best: Best
+    baselines: dict[str, Estimate]
+    reliability: list[dict[str, float]]
+    risk_coverage: list[dict[str, float]]
+    scores: ScoresByClass
+    traces: list[dict[str, Any]]
+    errors: list[dict[str, Any]]
+
+
+class Progress(TypedDict):
+    """How far a run is."""
+
+    n_samples: int
+    expected: int | None
+    accuracy: Interval | None
+    tokens_per_s: float | None
+    in_flight: int | None
+    failures: dict[str, int]
+    monitor: dict[str, Any] | None
+    complete: bool

@@ -17,6 +17,7 @@ from roentgen.contract import execution_order, split_key
 from roentgen.linear_probe import CARDS, ProbeCard, SavedProbe, SavedProbeError, load_probe, read_cards
 from roentgen.model_names import cache_folder
 from roentgen.runs import Posed, Run, RunError, Sample, same_template
+from roentgen.runs.failures import Failures
 from roentgen.runs.record import is_being_recorded
 from roentgen.statistics import accuracy
 from roentgen.store import Session
@@ -331,11 +332,13 @@ class OpenRun(OpenSource):
         }
 
     def failures(self) -> list[dict[str, Any]]:
-        """Return the messages of failed samples, the commonest first."""
-        return self.table.rows(
-            "SELECT error AS message, count(*) AS count FROM samples WHERE error IS NOT NULL "
-            "GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT 20"
-        )
+        """Return the failures by kind, the commonest first, as `summary.json` has them."""
+        kinds = Failures()
+        for name, message in self.table.query(
+            "SELECT sample_id, error FROM samples WHERE error IS NOT NULL ORDER BY place"
+        ).fetchall():
+            kinds.add(name, message)
+        return [failure.to_json() for failure in kinds.commonest_first()]
 
 
 def unreadable(found: Found, error: Exception) -> Source:

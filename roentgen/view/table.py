@@ -86,6 +86,10 @@ class Table(ABC):
     def _containing(self, text: str) -> tuple[str, list[Any]]:
         """Return a condition for samples whose texts contain a text, whatever its case, and its parameters."""
 
+    def _more_fields(self) -> dict[str, Field]:
+        """Return columns that this source has, and others of its kind may not."""
+        return {}
+
     def refresh(self) -> None:
         """Bring the table up to date with the files."""
         with self._lock:
@@ -112,7 +116,7 @@ class Table(ABC):
         """Return every column: those of the kind, and a column per label."""
         if self._labels is None:
             self._labels = {f"labels.{name}": field for name, field in self._find_labels().items()}
-        return self.fields | self._labels
+        return self.fields | self._more_fields() | self._labels
 
     def columns(self) -> list[Column]:
         """Describe the columns that samples can be filtered and sorted by."""
