@@ -104,7 +104,7 @@ def _score(run: OpenRun, probe: SavedProbe, sample_id: str) -> list[float]:
     try:
         rollout = run.rollout(sample_id, 0)
         policy = str(Positions.parse(probe.card.positions))
-        if rollout.session.spec(rollout.row["shard"]).revision != probe.card.revision:
+        if rollout.session.spec(rollout.place["shard"]).revision != probe.card.revision:
             return []
         row = rollout.session.activations(probe.card.key, where=rollout.frame, positions=policy).stack()
     except (RoentgenError, ValueError):

@@ -102,7 +102,7 @@ def _stored(row: dict[str, Any]) -> SampleInfo:
 
 
 def _turn(source: OpenSource, rollout: StoredRollout, turn: int) -> StoredTurn:
-    row = rollout.row
+    row = rollout.place
     return {
         "turn": turn,
         "rollout_id": row["rollout_id"],
@@ -115,7 +115,7 @@ def _turn(source: OpenSource, rollout: StoredRollout, turn: int) -> StoredTurn:
 
 
 def _code(rollout: StoredRollout) -> str:
-    row = rollout.row
+    row = rollout.place
     return _PYTHON.format(
         uri=rollout.session.uri,
         rollout_id=row["rollout_id"],

@@ -75,13 +75,26 @@ class SessionTable(Table):
         self.session = session
         super().__init__(file)
 
-    def rollout(self, rollout_id: str) -> dict[str, Any] | None:
-        """Return a rollout's row of the index, text and tokens included; None if there is none."""
+    def locate(self, rollout_id: str) -> dict[str, Any] | None:
+        """Return where a rollout's rows are, the columns `LOCATION` of the index; None if there is none."""
+        found = self.rows(
+            "SELECT sample_id AS rollout_id, config_hash, problem AS problem_id, epoch, turn, shard, row_start, row_stop, "
+            "prompt_tokens AS n_prompt, completion_tokens AS n_completion FROM samples WHERE sample_id = ?",
+            [rollout_id],
+        )
+        return found[0] if found else None
+
+    def index_row(self, rollout_id: str) -> dict[str, Any]:
+        """Return a rollout's row of the index, text and tokens included.
+
+        Raises:
+            StoreError: if it cannot be read.
+        """
         found = self.query(
             "SELECT name, row FROM samples JOIN files ON samples.file = files.id WHERE sample_id = ?", [rollout_id]
         ).fetchone()
         if found is None:
-            return None
+            raise StoreError(f"{self.session.uri} has no rollout {rollout_id!r} (any more)")
         name, row = found
         try:
             with self.session.folder.child("index").open_arrow(name) as opened:

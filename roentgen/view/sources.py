@@ -8,6 +8,7 @@ import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,6 @@ from roentgen.runs.failures import Failures
 from roentgen.runs.record import is_being_recorded
 from roentgen.statistics import accuracy
 from roentgen.store import Session
-from roentgen.store.reader import LOCATION
 from roentgen.view.catalog import Found, local_run
 from roentgen.view.errors import ViewError
 from roentgen.view.run_table import RunTable
@@ -33,24 +33,44 @@ _SHARDS_ASKED = 8
 """Shards of a session that are asked which keys they have."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StoredRollout:
     """A rollout, and the session that it is in."""
 
-    session: Session
-    """The open session."""
-    row: dict[str, Any]
-    """Its row of the index."""
+    table: SessionTable
+    """The session's table."""
+    place: dict[str, Any]
+    """Where its rows are, and how many tokens it has: the columns `LOCATION` of the index."""
+
+    @property
+    def session(self) -> Session:
+        """The open session."""
+        return self.table.session
+
+    @property
+    def rollout_id(self) -> str:
+        """Its name in the session."""
+        return str(self.place["rollout_id"])
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens, the last one included, which has no row."""
+        return int(self.place["n_prompt"] + self.place["n_completion"])
+
+    @cached_property
+    def row(self) -> dict[str, Any]:
+        """Its row of the index, text and tokens included; read when it is looked at."""
+        return self.table.index_row(self.rollout_id)
 
     @property
     def frame(self) -> pd.DataFrame:
-        """The row as a table, for reading activations."""
-        return pd.DataFrame([{name: self.row[name] for name in LOCATION}])
+        """The place as a table, for reading activations."""
+        return pd.DataFrame([self.place])
 
     @property
     def keys(self) -> tuple[str, ...]:
         """The keys that it has rows of."""
-        return self.session.spec(self.row["shard"]).keys
+        return self.session.spec(self.place["shard"]).keys
 
 
 class OpenSource(ABC):
@@ -191,13 +211,13 @@ class OpenSession(OpenSource):
         return place
 
     def rollout(self, sample_id: str, turn: int) -> StoredRollout:  # noqa: D102
-        row = self.table.rollout(sample_id)
-        if row is None:
+        place = self.table.locate(sample_id)
+        if place is None:
             self.table.refresh()
-            row = self.table.rollout(sample_id)
-        if row is None:
+            place = self.table.locate(sample_id)
+        if place is None:
             raise ViewError(f"{self.found.name} has no rollout {sample_id!r}", 404)
-        return StoredRollout(self.session, row)
+        return StoredRollout(self.table, place)
 
     def _specs(self) -> Iterator[tuple[str, dict[str, int]]]:
         """Yield the model of some shards, and the width of each key."""

@@ -33,7 +33,7 @@ def values_of(source: OpenSource, rollout: StoredRollout, of: str, start: int = 
         ViewError: if `of` is not understood, or the rollout has no such rows.
         StoreError: if they cannot be read.
     """
-    total = len(rollout.row["token_ids"])
+    total = rollout.n_tokens
     numbers = np.full(total, np.nan)
     if of == "logprob":
         unit = "log-probability"
@@ -92,7 +92,7 @@ def grid_of(source: OpenSource, rollout: StoredRollout, position: int, of: str) 
 
 def row_at(rollout: StoredRollout, key: str, position: int) -> Float[Tensor, "d"] | None:
     """Return the row of a key at a position, `[d]`; None where none is stored."""
-    row = rollout.row
+    row = rollout.place
     shard = rollout.session.shard(row["shard"])
     own = shard.column("position")[row["row_start"] : row["row_stop"]]
     (at,) = np.nonzero(own == position)
@@ -107,7 +107,7 @@ def check_position(rollout: StoredRollout, position: int) -> None:
     Raises:
         ViewError: 404 if it has not.
     """
-    total = len(rollout.row["token_ids"])
+    total = rollout.n_tokens
     if not 0 <= position < total:
         raise ViewError(f"position {position} is out of range; there are tokens 0 to {total - 1}", 404)
 
