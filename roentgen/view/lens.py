@@ -94,7 +94,10 @@ def model_folder(source: OpenRun) -> Path:
         LensError: if it is not on this machine.
     """
     config = source.run.config
-    root = config.model_root
+    try:
+        root = config.model_root
+    except KeyError:
+        raise LensError("the run does not say which model it is of") from None
     folder = embedded_folder() if root == EMBEDDED_MODEL else Path(root)
     if not (folder / "config.json").is_file() and "/" in root and not root.startswith("/"):
         from huggingface_hub import try_to_load_from_cache
