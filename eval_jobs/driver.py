@@ -19,7 +19,6 @@ from eval_jobs import EvalError, InterruptedRunError
 from eval_jobs.endpoint import Endpoint, FatalRequestError, find_model, resolve_endpoint
 from eval_jobs.estimate import estimate
 from eval_jobs.extractors import EXTRACTORS, choose_scorer
-from roentgen.runs.failures import Failures
 from eval_jobs.fanout import evaluate
 from eval_jobs.hashed_config import ServedModelInfo, hashed_configuration, variants_of
 from eval_jobs.outputs import Timing, write_missing_sample_files, write_sample_files, write_summary
@@ -38,6 +37,7 @@ from roentgen.api_keys import client_key
 from roentgen.contract import ActivationRequest, canonical_hash
 from roentgen.ray_connection import LOCAL, ClusterError, connected
 from roentgen.runs import Recorder, Run, Sample, recording, remove_if_empty, write_config
+from roentgen.runs.failures import Failures
 from roentgen.stages import Stages
 
 MAX_FAILED_IN_A_ROW = 10

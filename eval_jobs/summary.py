@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from eval_jobs.exact_numbers import Quantity
 from eval_jobs.extractors import EXTRACTORS
-from roentgen.runs.failures import Failures
 from eval_jobs.quantities import read_quantity
 from roentgen.runs import VERDICTS, Posed, RunConfig, Sample, same_template
+from roentgen.runs.failures import Failures
 from roentgen.statistics import accuracy, difference, majority, mean, pass_at_k
 
 

@@ -7,9 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from roentgen.runs import Run
 from roentgen.runs.failures import shorten
 from roentgen.runs.run_comparison import RunComparison
-from roentgen.runs import Run
 
 TOO_MANY = 0.10
 """Share of truncated or unparsable outputs above which the accuracy reflects the token budget more than the model."""

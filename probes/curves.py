@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from probes.bootstrap import bootstrap_weights
 from probes.closeup import Closeup
 from probes.dataset import ProbeDataset
 from probes.fitting import Trained
-from probes.bootstrap import bootstrap_weights
 from probes.metrics import bins
 
 Scores = Float[np.ndarray, "samples"]

@@ -10,11 +10,11 @@ from eval_jobs.outputs import write_summary
 from eval_jobs.parquet_export import write_parquet
 from eval_jobs.report import write_report
 from eval_jobs.rescoring import rescore
-from roentgen.runs.run_comparison import RunComparison
-from roentgen.runs.run_comparison import compare as compare_runs
 from eval_jobs.verdicts import Scorer
 from roentgen.argument_names import naming_arguments
 from roentgen.runs import Run
+from roentgen.runs.run_comparison import RunComparison
+from roentgen.runs.run_comparison import compare as compare_runs
 from roentgen.workflows.dataset_export import Exported, ExportError, export_dataset, push
 from roentgen.workflows.dataset_tables import Table
 from roentgen.workflows.sample_details import SampleDetails, describe, find_sample

@@ -12,12 +12,12 @@ from eval_jobs.hashed_config import ServedModelInfo, hashed_configuration, varia
 from eval_jobs.outputs import excerpt, write_summary
 from eval_jobs.rescoring import rescore
 from eval_jobs.resume import open_run
-from roentgen.runs.run_comparison import compare
 from eval_jobs.settings import check_settings
 from eval_jobs.status import status
 from eval_jobs.terminal_summary import print_comparison
 from eval_jobs.variants import Attempt
 from roentgen.runs import Run, RunError, Sample, recording
+from roentgen.runs.run_comparison import compare
 from tests.eval_jobs.conftest import take
 
 SERVED = ServedModelInfo("m", "r", "float32", 30, 8)
