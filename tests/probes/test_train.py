@@ -56,6 +56,7 @@ def test_the_folder_holds_the_report_the_picture_and_the_probes(run):
     assert sorted(path.name for path in folder.iterdir()) == [
         "along_trace.png",
         "auroc_by_layer.png",
+        "curves.json",
         "dark",
         "probes.json",
         "probes.safetensors",
