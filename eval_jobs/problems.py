@@ -1,16 +1,16 @@
-"""Where problems come from.
+"""Sources of problems.
 
 A source yields records in a fixed order, and each record becomes a `Problem` (`records`). Problem i of a source is the same
-problem however many are taken and on every machine, because its id is what joins samples, activations and labels. What a source
-may be:
+problem on every machine and for any number of problems taken, because its id joins samples, activations and labels. A
+source is one of:
 
-- a name in `SOURCES`: a function of this module, or of a package that declares one as an entry point of "roentgen.problems". A
-  new one is one function and one line.
+- a name in `SOURCES`: a function of this module, or of a package that declares one as an entry point of
+  "roentgen.problems". A new one is one function and one line.
 - a reference, `module:name` or `path/to/file.py:name`, to a function that returns records, or to the records themselves.
-- `hf:OWNER/NAME`, a dataset of Hugging Face's, or a .csv, .parquet or .jsonl file (`tables`).
-- from Python, such a function itself.
+- `hf:OWNER/NAME`, a Hugging Face dataset, or a .csv, .parquet or .jsonl file (`tables`).
+- in Python, such a function itself.
 
-Questions that were made from one template say so, because they are hardly more independent than attempts at one question.
+Questions made from a template record it, because they are hardly more independent than repeated attempts at one question.
 """
 
 import os
@@ -30,7 +30,7 @@ GSM8K_FOLDER_VARIABLE = "ROENTGEN_GSM8K_DIR"
 GENERATED_SEED = 0
 GENERATED_SIZE = 1_000_000
 SET_NAME = 40
-"""Letters of a file's name that its samples are called after."""
+"""Maximum characters of a source's name in sample ids."""
 
 Record = Mapping[str, Any] | Problem
 ProblemSource = Callable[[], Iterable[Record]]
@@ -40,15 +40,15 @@ ProblemSource = Callable[[], Iterable[Record]]
 def read_source(
     source: str | ProblemSource, columns: Mapping[str, str] | None = None, fields: Sequence[str] | None = None
 ) -> Iterator[Problem]:
-    """Yield the problems of a source, in its order.
+    """Yield the problems of a source in order.
 
     Args:
         source: a name in `SOURCES`, a reference, `hf:OWNER/NAME`, a file's path, or a function.
-        columns: of a field of a problem, the column that it is taken from; the others keep their names.
-        fields: of the further fields, those to keep; all if absent.
+        columns: maps a problem's field to the column that holds it; other columns keep their names.
+        fields: additional fields to keep; all if None.
 
     Raises:
-        ProblemError: if the source is unknown or cannot be read, or a record is none.
+        ProblemError: if the source is unknown or cannot be read, or a record is invalid.
     """
     name = set_name(source)
     records, stem = _records(source)
@@ -63,15 +63,15 @@ def read_source(
 def read_records(
     records: Iterable[Record], columns: Mapping[str, str] | None = None, fields: Sequence[str] | None = None
 ) -> Iterator[Problem]:
-    """Yield the problems of records that were given themselves.
+    """Yield the problems of given records.
 
     Args:
-        records: with `question` and `answer`, or problems.
+        records: mappings with `question` and `answer`, or problems.
         columns: as for a source.
         fields: likewise.
 
     Raises:
-        ProblemError: naming the first that is none.
+        ProblemError: if a record is invalid; the message names it.
     """
     numbered: Numbered = ((number, f"problems[{number - 1}]", record) for number, record in enumerate(records, start=1))
     for number, where, record in _mapped(numbered, columns or {}, fields):
@@ -79,10 +79,10 @@ def read_records(
 
 
 def find_source(source: str | ProblemSource) -> Extension[Any] | None:
-    """Return what a name, a reference or a function means; None of a dataset or a file.
+    """Resolve a name, a reference or a function; None for a dataset or a file.
 
     Raises:
-        ProblemError: if it is a reference to nothing.
+        ProblemError: if a reference cannot be resolved.
     """
     if not isinstance(source, str):
         return given(source)
@@ -97,7 +97,7 @@ def find_source(source: str | ProblemSource) -> Extension[Any] | None:
 
 
 def describe_source(source: str | ProblemSource) -> str:
-    """Return what a run records of a source: what finds it from any folder, or a function's name."""
+    """Return the source as recorded in a run: resolvable from any folder, or a function's name."""
     if not isinstance(source, str):
         return f"{getattr(source, '__module__', 'given')}.{given(source).name}"
     if source in SOURCES or source.startswith(HUB):
@@ -107,7 +107,7 @@ def describe_source(source: str | ProblemSource) -> str:
 
 
 def set_name(source: str | ProblemSource) -> str:
-    """Return what a source's runs and samples are called after: its name, a dataset's, a function's or a file's."""
+    """Return the name of a source in run folders and sample ids: its own, a dataset's, a function's or a file's."""
     if not isinstance(source, str):
         stem = given(source).name
     elif source in SOURCES:
@@ -122,7 +122,7 @@ def set_name(source: str | ProblemSource) -> str:
 
 
 def _records(source: str | ProblemSource) -> tuple[Numbered, str | None]:
-    """Return a source's records, and what ids that are made up begin with, if that is not what its samples are called after."""
+    """Return a source's records, and the prefix of generated ids if it differs from the set's name."""
     found = find_source(source)
     if found is not None:
         return _called(found), None
@@ -140,10 +140,10 @@ def _records(source: str | ProblemSource) -> tuple[Numbered, str | None]:
 
 
 def _called(found: Extension[Any]) -> Numbered:
-    """Yield what a source's function returns, or the records that a reference names.
+    """Yield the records that a source's function returns, or that a reference names.
 
     Raises:
-        ProblemError: saying what was returned, or raised.
+        ProblemError: if the function raises or returns something else; the message says what.
     """
     name = found.reference or found.name
     what = f"--problems: {name}"
@@ -172,10 +172,10 @@ def _called(found: Extension[Any]) -> Numbered:
 
 
 def _mapped(records: Numbered, columns: Mapping[str, str], fields: Sequence[str] | None) -> Numbered:
-    """Yield records with their columns called as problems call them, and with those of the further ones that are wanted.
+    """Yield records with renamed columns and only the selected additional fields.
 
     Raises:
-        ProblemError: if a record lacks a column, or all of them a field that is wanted.
+        ProblemError: if a record lacks a column, or no record has a selected field.
     """
     unseen = dict.fromkeys(fields or ())
     there: dict[str, None] = {}
@@ -199,7 +199,7 @@ def _mapped(records: Numbered, columns: Mapping[str, str], fields: Sequence[str]
 
 
 def arithmetic() -> Iterator[Record]:
-    """Yield generated sums of 2 or 3 terms of 1 or 2 digits: what a very small model sometimes gets right.
+    """Yield generated sums of 2 or 3 terms of 1 or 2 digits, which a very small model sometimes solves.
 
     Raises:
         ProblemError: if reasoning-gym is not installed.
@@ -228,7 +228,7 @@ def gsm_symbolic() -> Iterator[Record]:
 
 
 def gsm8k() -> Iterator[Record]:
-    """Yield GSM8K's test set, from a local folder if `$ROENTGEN_GSM8K_DIR` names one, otherwise from the hub.
+    """Yield GSM8K's test set, from the folder `$ROENTGEN_GSM8K_DIR` if set, otherwise from the hub.
 
     Raises:
         ProblemError: if neither can be read, or a line is malformed.
@@ -237,10 +237,10 @@ def gsm8k() -> Iterator[Record]:
 
 
 def gsm8k_train() -> Iterator[Record]:
-    """Yield GSM8K's training set, found as the test set is.
+    """Yield GSM8K's training set, located like the test set.
 
     Raises:
-        ProblemError: as for the test set.
+        ProblemError: likewise.
     """
     return _gsm8k("train")
 
@@ -263,7 +263,7 @@ def _generated(source: str, dataset: str, **settings: int) -> Iterator[tuple[int
     numbers = count(1)
     templates: list[int] | None = getattr(items, "task_indices", None)
     for place, item in enumerate(items):
-        if item["question"] in seen:  # the same question twice would put one on both sides of a split by problem
+        if item["question"] in seen:  # a duplicate question could end up on both sides of a split by problem
             continue
         seen.add(item["question"])
         yield next(numbers), item, None if templates is None else templates[place]
@@ -287,7 +287,7 @@ def _gsm8k_from_hub(split: str) -> Numbered:
         rows = load_rows("openai/gsm8k", "main", split)
     except ProblemError as error:
         raise ProblemError(
-            f"GSM8K cannot be loaded: the hub does not answer and ${GSM8K_FOLDER_VARIABLE} is not set. Either connect to "
+            f"GSM8K cannot be loaded: the hub cannot be reached and ${GSM8K_FOLDER_VARIABLE} is not set. Either connect to "
             f"the hub, or set {GSM8K_FOLDER_VARIABLE} to a folder with GSM8K's train.jsonl and test.jsonl. ({error})"
         ) from error
     for number, row in enumerate(rows, start=1):

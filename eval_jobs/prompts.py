@@ -1,16 +1,17 @@
-"""Prompts: named, versioned, hashed.
+"""Prompts: named, versioned and hashed.
 
-A prompt turns a problem into messages. Its hash goes into every sample's configuration, so an edited prompt can never pass
-for the old one; raise `version` when you edit the text, for the people who read names. A new prompt is one line in
-`PROMPTS`. One of your own is a text, in a file (`--prompt-file`) or in Python; or a reference to a text, a `Prompt`, or a
-function that is given a problem and returns the user's message or all messages.
+A prompt turns a problem into messages. Its hash is part of every sample's configuration, so an edited prompt cannot be
+confused with the original; raise `version` when you edit the text, for human readers. A new prompt is one line in
+`PROMPTS`. Your own prompt is a text, in a file (`--prompt-file`) or in Python; or a reference to a text, a `Prompt`, or a
+function that takes a problem and returns the user message or all messages.
 
-A text has `{question}` in it, and the names of further fields of a record in braces; other braces stay as they are. A text that
-has no `{question}`, but `{{` or `{%`, is a Jinja template, which has the same names.
+A text contains `{question}` and optionally the names of additional record fields in braces; other braces are kept. A text
+without `{question}` but with `{{` or `{%` is a Jinja template with the same variables.
 
-`gsm8k`, `gsm8k_cot` and `gsm8k_cot_zeroshot` are lm-evaluation-harness's tasks of these names (versions 3.0) as it poses them
-to a chat model (`--apply_chat_template`): the same messages, stop sequences, shots and way of reading, so that numbers can be
-compared. Shots that are the same before every problem belong to the prompt; those that are drawn for each come with it.
+`gsm8k`, `gsm8k_cot` and `gsm8k_cot_zeroshot` reproduce lm-evaluation-harness's tasks of these names (version 3.0) as it
+poses them to a chat model (`--apply_chat_template`): the same messages, stop sequences, shots and answer extraction, so
+that results are comparable. Shots that are the same for every problem belong to the prompt; shots drawn per problem are
+part of the problem.
 """
 
 import re
@@ -45,19 +46,19 @@ class PromptError(EvalError):
 
 @dataclass(frozen=True)
 class Shot:
-    """A solved problem that is shown before every problem."""
+    """A solved problem shown before every problem."""
 
     question: str
     """As posed."""
     solution: str
-    """What the assistant says to it."""
+    """The assistant's answer."""
     fields: Mapping[str, Any] = field(default_factory=dict, hash=False)
-    """What else its record has."""
+    """Additional fields of its record."""
 
 
 PromptMessage = Mapping[str, Any]
 Pose = Callable[[Problem], str | Sequence[PromptMessage]]
-"""Returns the user's message that poses a problem, or all messages."""
+"""Takes a problem and returns the user message or all messages."""
 
 
 @dataclass(frozen=True)
@@ -65,41 +66,40 @@ class Prompt:
     """How a problem is posed."""
 
     name: str
-    """What `--prompt` calls it."""
+    """Name, as for `--prompt`."""
     version: int
-    """Raised with every edit."""
+    """Version, incremented with every edit."""
     user: str
-    """The user's message, with `{question}` where the question goes, or a Jinja template. Of a prompt that is a function, the
-    hash of its source."""
+    """The user message, with `{question}` where the question goes, or a Jinja template. For a prompt that is a function,
+    the hash of its source."""
     system: str | None = None
-    """The system's message; None sends none."""
+    """The system message; None sends none."""
     shots: int = 0
-    """Solved problems that are drawn for each problem and shown before it, each as a message of the user and one of the
-    assistant."""
+    """Number of solved problems drawn for each problem and shown before it, each as a user and an assistant message."""
     fixed_shots: tuple[Shot, ...] = ()
-    """Solved problems that are shown before every problem, in the same way."""
+    """Solved problems shown before every problem, in the same form."""
     stop: tuple[str, ...] = ()
-    """Sequences at which the model is stopped."""
+    """Stop sequences."""
     extractor: str = DEFAULT_EXTRACTOR
-    """The way of reading an answer that belongs to it."""
+    """Its default extractor."""
     shots_source: str = DEFAULT_SHOTS
-    """Where shots are drawn from."""
+    """The source of the shots."""
     pose: Pose | None = None
-    """Makes the messages in place of `user`; None of a prompt that is a text."""
+    """Creates the messages instead of `user`; None for a prompt that is a text."""
 
     @property
     def described(self) -> dict[str, Any]:
-        """What a run records of it."""
+        """The prompt as recorded in a run."""
         shots = [asdict(shot) if shot.fields else _plain(shot) for shot in self.fixed_shots]
         told = {name: value for name, value in vars(self).items() if name != "pose"}
         return {**told, "stop": list(self.stop), "fixed_shots": shots, "hash": self.hash}
 
     @property
     def hash(self) -> str:
-        """Hash of what the model is shown, the name and the version; how answers are read is no part of it."""
+        """Hash of the name, the version and everything that the model is shown; the extractor is not part of it."""
         shown = {name: value for name, value in vars(self).items() if name not in ("extractor", "pose")}
         shown["fixed_shots"] = [asdict(shot) if shot.fields else _plain(shot) for shot in self.fixed_shots]
-        # Prompts without them are older than these fields.
+        # Prompts without these fields predate them.
         if not self.fixed_shots:
             del shown["fixed_shots"]
         if self.shots_source == DEFAULT_SHOTS:
@@ -107,14 +107,14 @@ class Prompt:
         return canonical_hash(shown)
 
     def messages(self, problem: Problem, prefix: str = "") -> list[dict[str, Any]]:
-        """Return the messages that pose a problem. A shot that asks the same question is left out: it has the answer.
+        """Return the messages that pose a problem. A shot with the same question is omitted, because it contains the answer.
 
         Args:
-            problem: with its shots, if the prompt shows any.
-            prefix: what a variant puts before the user's last message.
+            problem: the problem, with its shots if the prompt draws any.
+            prefix: a variant's prefix of the last user message.
 
         Raises:
-            PromptError: if the problem lacks a field that the prompt shows, or a prompt's function returns no messages.
+            PromptError: if the problem lacks a field that the prompt uses, or the prompt's function returns no messages.
         """
         messages: list[dict[str, Any]] = [] if self.system is None else [{"role": "system", "content": self.system}]
         drawn = (Shot(shot.question, shot.solution, shot.fields) for shot in problem.shots)
@@ -150,7 +150,7 @@ def _plain(shot: Shot) -> dict[str, Any]:
 
 
 def _spell(value: Any) -> str:
-    """Return a field's value as it stands in a prompt; of a list, an item a line."""
+    """Format a field's value for a prompt; a list has one item per line."""
     return "\n".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
@@ -170,10 +170,10 @@ def _render(name: str, text: str, values: Mapping[str, Any], problem: Problem) -
 
 
 def _posed(name: str, pose: Pose, problem: Problem) -> list[dict[str, Any]]:
-    """Return the messages that a prompt's function returns.
+    """Call a prompt's function and return its messages.
 
     Raises:
-        PromptError: if it returns something else, saying what, or raises an exception.
+        PromptError: if it returns something else or raises an exception.
     """
     try:
         returned: Any = pose(problem)
@@ -186,11 +186,11 @@ def _posed(name: str, pose: Pose, problem: Problem) -> list[dict[str, Any]]:
         isinstance(one, Mapping) and one.get("role") in _ROLES and one.get("content") is not None for one in told
     ):
         raise PromptError(
-            f"--prompt: {name} returned {preview(returned)} for {problem.problem_id}; allowed are a text, the user's message, "
+            f"--prompt: {name} returned {preview(returned)} for {problem.problem_id}; allowed are a text, the user message, "
             f'and a list of messages {{"role": …, "content": …}} with a role of {", ".join(_ROLES)}'
         )
     if not any(one["role"] == "user" for one in told):
-        raise PromptError(f"--prompt: {name} returned no message of the user for {problem.problem_id}")
+        raise PromptError(f"--prompt: {name} returned no user message for {problem.problem_id}")
     return [dict(one) for one in told]
 
 
@@ -214,12 +214,12 @@ Answer: -6
 Problem: {question}""",
     stop=("\nProblem:",),
 )
-"""Reason step by step, then a last line `Answer: [number]`. The examples are for very small models: SmolLM2-135M, told in
-words alone, wrote no such line in 48 replies to `arithmetic`; shown it, it wrote one in 15 of 24. A model that goes on with a
-problem of its own is stopped there."""
+"""Reason step by step, then a last line `Answer: [number]`. The examples are for very small models: SmolLM2-135M,
+instructed without examples, wrote no such line in 48 replies to `arithmetic`; with them it did in 15 of 24. The stop
+sequence ends models that continue with a problem of their own."""
 
 ANSWER_LINE_1 = replace(ANSWER_LINE, version=1, stop=(), extractor="answer_line")
-"""The first version, without a stop, so that runs that began with it can be continued."""
+"""The first version, without a stop sequence, so that runs started with it can be continued."""
 
 GSM8K = Prompt(
     name="gsm8k",
@@ -254,7 +254,7 @@ ANSWER_TEXT = Prompt(
 
 Think step by step. End with a line Answer: [answer].""",
 )
-"""The default for problems whose answers are texts."""
+"""The default prompt for problems with text answers."""
 
 PROMPTS: Registry[Prompt] = Registry(
     "roentgen.prompts",
@@ -276,18 +276,18 @@ def choose_prompt(
     """Return a prompt.
 
     Args:
-        chosen: a name in `PROMPTS`, a reference, a text with `{question}` in it, a prompt, or a function of a problem; not
-            looked at if there is a file.
-        file: a text with `{question}` in it, or a Jinja template: the user's message.
-        system: replaces the system's message.
+        chosen: a name in `PROMPTS`, a reference, a text with `{question}`, a prompt, or a function of a problem; ignored
+            if `file` is given.
+        file: a text file with the user message: a text with `{question}`, or a Jinja template.
+        system: replaces the system message.
         fixed_shots: how many solved problems to show before every problem, in place of the shots that the prompt has: the first
             of its own fixed ones, or of where shots come from if it has none.
-        shots_source: where shots come from, any source of problems; GSM8K's training set if absent.
-        drawn_shots: how many to draw for each problem, in place of the shots that the prompt has.
+        shots_source: the source of shots, any source of problems; GSM8K's training set if absent.
+        drawn_shots: number of shots drawn for each problem, instead of the prompt's shots.
 
     Raises:
-        PromptError: if the prompt is unknown, does not say where the question goes, or there are fewer shots.
-        ProblemError: if the shots cannot be had.
+        PromptError: if the prompt is unknown or lacks `{question}`, or there are too few shots.
+        ProblemError: if the shots cannot be read.
     """
     prompt = find_prompt(chosen) if file is None else _read(file)
     if system is not None:
@@ -303,10 +303,10 @@ def choose_prompt(
 
 
 def check_prompt(prompt: Prompt, problems: Iterable[Problem]) -> None:
-    """Pose problems to nobody, with a prompt that may be unable to: before anything runs.
+    """Check that a prompt can pose all problems, before anything runs.
 
     Raises:
-        PromptError: naming the problem that cannot be posed.
+        PromptError: if it cannot; the message names the problem.
     """
     if prompt.pose is not None or _is_template(prompt.user):
         for problem in problems:
@@ -314,10 +314,10 @@ def check_prompt(prompt: Prompt, problems: Iterable[Problem]) -> None:
 
 
 def find_prompt(chosen: str | Prompt | Pose) -> Prompt:
-    """Return the prompt that a name, a reference, a text or an object means.
+    """Resolve a name, a reference, a text or an object to a prompt.
 
     Raises:
-        PromptError: if it means none.
+        PromptError: if it is not a prompt.
     """
     if isinstance(chosen, Prompt):
         return chosen
@@ -347,7 +347,7 @@ def _first_shots(prompt: Prompt, count: int) -> tuple[Shot, ...]:
     if len(found) < count:
         default = "GSM8K's training set" if prompt.shots_source == DEFAULT_SHOTS else prompt.shots_source
         whose = f"the prompt {prompt.name}" if prompt.fixed_shots else default
-        raise PromptError(f"--fixed-shots: {count} is more than the {len(found)} of {whose}")
+        raise PromptError(f"--fixed-shots: {count} exceeds the {len(found)} of {whose}")
     return found
 
 
@@ -364,7 +364,7 @@ def _of_text(name: str, text: str, where: str) -> Prompt:
         try:
             _template(text)
         except jinja2.TemplateSyntaxError as error:
-            raise PromptError(f"{where}: no Jinja template: {error.message} (line {error.lineno})") from error
+            raise PromptError(f"{where}: not a Jinja template: {error.message} (line {error.lineno})") from error
     elif QUESTION not in text:
-        raise PromptError(f"{where} has no {QUESTION} to say where the question goes")
+        raise PromptError(f"{where} lacks {QUESTION}, where the question goes")
     return Prompt(name=name, version=1, user=text)

@@ -1,8 +1,8 @@
-"""What one problem is, and how a record becomes one.
+"""A problem, and its construction from a record.
 
-A record is a mapping with `question` and `answer`, whatever it comes from: a line, a row, a dictionary. The answer is a number,
-a text, or a solution that ends with `#### <answer>` as GSM8K's do. Further fields are kept: prompts and scorers may use them,
-and those that are plain values are labels of the stored rollout.
+A record is a mapping with `question` and `answer`: a line, a row, or a dictionary. The answer is a number, a text, or a
+solution that ends with `#### <answer>`, as GSM8K's do. Additional fields are kept: prompts and scorers may use them, and
+those with plain values become labels of the stored rollout.
 """
 
 import hashlib
@@ -20,14 +20,14 @@ from roentgen.contract import SERVER_LABELS, LabelValue, is_text, plain_labels
 from roentgen.extensions import preview
 
 RESERVED = frozenset({"gold", "variant", *SERVER_LABELS})
-"""Labels that an evaluation or the server sets itself."""
+"""Labels that the evaluation or the server sets."""
 
 CONSUMED = frozenset({"question", "answer", "solution", "problem_id", "template", "sample_id"})
-"""Fields with a meaning of their own. What a sample is called is the evaluation's to say."""
+"""Fields with a predefined meaning. `sample_id` is set by the evaluation."""
 
 _NUMBER = re.compile(r"-?[0-9]+(\.[0-9]+)?")
 _NO_FIELDS: dict[str, Any] = {}
-"""What all problems without further fields have, of which there may be millions."""
+"""Shared by all problems without additional fields, of which there may be millions."""
 
 
 class ProblemError(EvalError):
@@ -39,25 +39,25 @@ class Problem:
     """One problem."""
 
     problem_id: str
-    """Stable across runs, "gsm8k-test-0001"."""
+    """Identifier, stable across runs: "gsm8k-test-0001"."""
     number: int
-    """Its place in the source, from 1; it names the sample's files. 0 where it is not known."""
+    """Position in the source, from 1; it names the sample's files. 0 if unknown."""
     question: str
     """As posed."""
     solution: str
-    """The gold rationale, which may end with `#### <answer>`."""
+    """The reference solution, which may end with `#### <answer>`."""
     gold: str
-    """The gold answer; of a number, without commas."""
+    """The gold answer; numbers have no thousands separators."""
     shots: tuple["Problem", ...] = ()
-    """Solved problems to be shown before it."""
+    """Solved problems shown before it."""
     template: str | None = None
-    """What the question was made from, which other problems may share; None if it is like no other."""
+    """Template of the question, which other problems may share; None if it has none."""
     fields: Mapping[str, Any] = field(default_factory=lambda: _NO_FIELDS, hash=False)
-    """What else its record has."""
+    """Additional fields of its record."""
 
     @property
     def labels(self) -> dict[str, LabelValue]:
-        """Those of the further fields that can be labels: numbers, truth values and short texts."""
+        """The additional fields that can be labels: numbers, booleans and short texts."""
         return plain_labels(self.fields)
 
 
@@ -67,29 +67,29 @@ def is_number(gold: str) -> bool:
 
 
 def gold_answer(solution: str) -> str | None:
-    """Return what follows the last `####`, commas removed; None if that is not a number."""
+    """Return what follows the last `####`, without commas; None if that is not a number."""
     gold = gold_of(solution)
     return gold if "####" in solution and is_number(gold) else None
 
 
 def gold_of(answer: str) -> str:
-    """Return the gold answer of a solution: what follows the last `####`, or the whole text; of a number, without commas."""
+    """Return the gold answer of a solution: what follows the last `####`, or the whole text; numbers lose their commas."""
     gold = answer.rpartition("####")[2].strip()
     plain = gold.replace(",", "")
     return plain if is_number(plain) else gold
 
 
 def make_problem(record: Any, number: int, where: str, name: str) -> Problem:
-    """Return the problem of a record.
+    """Create a problem from a record.
 
     Args:
-        record: with `question` and `answer`, and perhaps `problem_id`, `solution`, `template`; or a problem.
-        number: its place in the source, from 1.
-        where: what messages call it.
-        name: what ids that are made up begin with. They have a hash of the question: an edited record is another problem.
+        record: a mapping with `question` and `answer`, optionally `problem_id`, `solution` and `template`; or a problem.
+        number: its position in the source, from 1.
+        where: its name in error messages.
+        name: prefix of generated ids. They include a hash of the question, so an edited record is a different problem.
 
     Raises:
-        ProblemError: if it is no such record.
+        ProblemError: if the record is invalid.
     """
     if isinstance(record, Problem):
         return record
@@ -107,7 +107,7 @@ def make_problem(record: Any, number: int, where: str, name: str) -> Problem:
         del further["gold"]
     if taken := sorted(further.keys() & RESERVED):
         raise ProblemError(
-            f"{where}: a field {taken[0]!r} would hide a label that stored rollouts have; rename it (--columns)"
+            f"{where}: the field name {taken[0]!r} is reserved for a label of stored rollouts; rename it (--columns)"
         )
     given_id = record.get("problem_id")
     problem_id = generated_id(name, number, question) if given_id is None else str(given_id)
@@ -117,17 +117,17 @@ def make_problem(record: Any, number: int, where: str, name: str) -> Problem:
 
 
 def generated_id(name: str, number: int, question: str) -> str:
-    """Return the id of a problem that has none."""
+    """Generate the id of a problem that has none."""
     return f"{name}-{number:04d}-{hashlib.sha256(question.encode()).hexdigest()[:8]}"
 
 
 def answer_of(gold: str, solution: str) -> dict[str, str]:
-    """Return the fields of a record that give a gold answer and a solution."""
+    """Return the record fields for a gold answer and a solution."""
     return {"answer": solution} if gold_of(solution) == gold else {"answer": gold, "solution": solution}
 
 
 def record_of(problem: Problem) -> dict[str, Any]:
-    """Return the record that a problem is made from again, without an id that was made up."""
+    """Return the record of a problem, without a generated id."""
     record = {"question": problem.question, **answer_of(problem.gold, problem.solution), **problem.fields}
     if problem.template is not None:
         record["template"] = problem.template
@@ -152,10 +152,10 @@ def _text(record: Mapping[str, Any], name: str, where: str) -> str:
 
 
 def _answer(record: Mapping[str, Any], where: str) -> tuple[str, str]:
-    """Return the gold answer, and the solution."""
+    """Return the gold answer and the solution."""
     answer = _plain(record.get("answer"))
     if isinstance(answer, bool | int | float) and not (isinstance(answer, float) and not math.isfinite(answer)):
-        # Without an exponent, which is no way to write an answer: 1e-05 would be read as a text.
+        # Without an exponent, which answers do not have: 1e-05 would be read as a text.
         gold = f"{Decimal(str(answer)):f}" if isinstance(answer, float) else str(answer)
         written = f"#### {gold}"
     elif answer is None or isinstance(answer, str):
@@ -163,16 +163,16 @@ def _answer(record: Mapping[str, Any], where: str) -> tuple[str, str]:
         gold = gold_of(written)
     else:
         raise ProblemError(
-            f"{where}: 'answer' must be a text, a number, true or false, not {preview(answer)}; what else a scorer needs goes "
-            "into fields of other names"
+            f"{where}: 'answer' must be a text, a number, true or false, not {preview(answer)}; put other data into "
+            "additional fields"
         )
     if not gold:
-        raise ProblemError(f"{where}: 'answer' has nothing behind '####'")
+        raise ProblemError(f"{where}: 'answer' has nothing after '####'")
     return gold, written if record.get("solution") is None else _text(record, "solution", where)
 
 
 def _value(name: Any, value: Any, where: str) -> Any:
-    """Return a further field's value as JSON has it."""
+    """Return an additional field's value in JSON types."""
     value = _plain(value)
     try:
         text = json.dumps([name, value], ensure_ascii=False, allow_nan=False)
@@ -181,14 +181,14 @@ def _value(name: Any, value: Any, where: str) -> Any:
             f"{where}: the field {name!r} cannot be kept: {preview(value)} is not JSON ({error}); choose fields with --fields"
         ) from error
     if not isinstance(name, str) or not is_text(text):
-        raise ProblemError(f"{where}: the field {name!r} has half a surrogate pair, or a name that is no text")
-    # As it is read again: a tuple is a list there, and a key a text.
+        raise ProblemError(f"{where}: the field {name!r} contains an unpaired surrogate, or its name is not a text")
+    # As it will be read back: a tuple becomes a list, and a key a text.
     return json.loads(text)[1] if isinstance(value, list | tuple | dict) else value
 
 
 def _plain(value: Any) -> Any:
-    """Return a value of a table as Python has it: NumPy's scalars and arrays, decimals, and dates, which become texts. NaN and
-    what else pandas has for nothing is None."""
+    """Convert a table's value to a Python one: NumPy scalars and arrays, decimals, and dates (to texts). NaN and other
+    missing values of pandas become None."""
     if hasattr(value, "tolist"):
         value = value.tolist()
     if type(value).__name__ in ("NAType", "NaTType"):

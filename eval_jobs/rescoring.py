@@ -1,7 +1,7 @@
-"""Reads a run's answers again, without the model: another primary scorer, or ones that have been mended.
+"""Scores a run's answers again without the model: with another primary scorer, or an edited one.
 
-What the model said stays as it is. The verdicts in the record are written again, whole or not at all, and what is made from
-the record after them, so that all readers, probes too, go by the same `correct`.
+The answers stay as they are. The record is rewritten atomically with the new verdicts, and the files derived from it
+afterwards, so that all readers, including probes, see the same `correct`.
 """
 
 import asyncio
@@ -19,15 +19,15 @@ from roentgen.extensions import Extension
 from roentgen.runs import Run, RunConfig, Sample, rewrite_all
 
 AT_ONCE = 64
-"""Answers that are judged at once, for scorers that wait for somebody."""
+"""Number of answers scored concurrently, for scorers that wait for I/O."""
 
 
 def rescore(run: Run, extractor: str | Scorer | None = None) -> Run:
-    """Judge every answer of a run again.
+    """Score every answer of a run again.
 
     Args:
         run: the run.
-        extractor: the primary scorer from now on, by a name, a reference or itself; None keeps the run's.
+        extractor: the new primary scorer: a name, a reference or a function; None keeps the run's.
 
     Raises:
         RunError: if an evaluation is writing the run, or the record is damaged.
@@ -48,24 +48,22 @@ def rescore(run: Run, extractor: str | Scorer | None = None) -> Run:
 
 
 def find_scorer(config: RunConfig, extractor: str | Scorer | None = None) -> Extension[Scorer]:
-    """Return a scorer, by default the primary one of a run.
+    """Return a scorer, by default the run's primary one.
 
     Raises:
-        UnknownScorerError: if it is not to be found.
+        UnknownScorerError: if it is not found.
     """
     if extractor is not None:
         return choose_scorer(extractor)
     name = config.settings["extractor"]
     reference = config.scorers.get(name, {}).get("reference")
     if name not in EXTRACTORS and reference is None:
-        raise UnknownScorerError(
-            f"the run is judged by {name}, a function that was given in Python: name another --extractor"
-        )
+        raise UnknownScorerError(f"the run is scored by {name}, a function given in Python: choose another --extractor")
     return choose_scorer(reference or name)
 
 
 def problem_of(sample: Sample) -> Problem:
-    """Return the problem that a sample is an attempt at, as far as the record has it."""
+    """Return the problem of a sample, as far as the record holds it."""
     return Problem(
         sample.problem_id,
         0,
@@ -92,7 +90,7 @@ def _judged(samples: Iterable[Sample], chosen: Extension[Scorer]) -> Iterator[Sa
 
 
 def _in_a_loop() -> bool:
-    """Whether an event loop runs in this thread, as in a notebook: then no other one can."""
+    """True if an event loop runs in this thread, as in a notebook, so that no other loop can."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
@@ -105,10 +103,10 @@ async def _judge_all(samples: Iterable[Sample], chosen: Extension[Scorer]) -> li
 
 
 async def _judge(sample: Sample, chosen: Extension[Scorer]) -> Sample:
-    """Judge an answer; the verdicts of other scorers of a user's own, which are not at hand, stay.
+    """Score an answer; verdicts of other custom scorers, which are not available here, are kept.
 
     Raises:
-        UnknownScorerError: if the scorer fails: nothing is written.
+        UnknownScorerError: if the scorer fails; nothing is written.
     """
     if sample.error is not None:
         return sample
@@ -116,7 +114,7 @@ async def _judge(sample: Sample, chosen: Extension[Scorer]) -> Sample:
     try:
         scores = await judge(output, problem_of(sample), {chosen.name: chosen.value})
     except ScoringFailedError as error:
-        raise UnknownScorerError(f"{sample.sample_id}: {error}; the run is as it was") from error
+        raise UnknownScorerError(f"{sample.sample_id}: {error}; the run was not changed") from error
     kept = {name: answer for name, answer in sample.answers.items() if name not in EXTRACTORS}
     return sample.model_copy(
         update={

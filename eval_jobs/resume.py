@@ -1,12 +1,12 @@
-"""The run directory: made for a new evaluation, or found and continued.
+"""Creates the run directory of a new evaluation, or finds the run to continue.
 
-With `--output` the folder is given, and it either is new or holds a run of this configuration. Without it the newest unfinished
-run of this configuration and these problems under `results/` is continued (`--new` starts another). A folder is never shared by
-two configurations: their samples would look alike and mean different things.
+`--output` names the folder, which is either new or holds a run of this configuration. Without it, the newest unfinished run
+of this configuration and these problems under `results/` is continued; `--new` starts another run. Two configurations never
+share a folder: their samples would look alike and mean different things.
 
-A run may grow. More problems, more epochs and more variants make it longer and change no sample that it has, so they are no
-part of what it is: the configuration in the folder takes them in, and only what is new is asked. Everything that was posed has
-to be posed again, word for word; a run never shrinks.
+A run may grow. More problems, epochs or variants add samples and change none of the recorded ones, so they are not part of
+the run's identity: config.json is updated, and only new attempts are made. All recorded problems must be posed again
+verbatim; a run never shrinks.
 """
 
 import platform
@@ -36,20 +36,20 @@ RESULTS = Path("results")
 VERSIONED = ("ray", "openai", "datasets", "reasoning-gym", "torch", "transformers", "nnsight")
 RUN_ID_STEM = 50
 RESCORE = (
-    "\n(`roentgen score RUN --extractor …` judges all answers of the run by another one, or by one that was edited.)"
+    "\n(`roentgen score RUN --extractor …` scores all answers of the run with another extractor, or an edited one.)"
 )
 
 
 class OtherConfigurationError(EvalError):
-    """The output folder holds a run of another configuration; the message lists what differs."""
+    """The output folder holds a run of a different configuration; the message lists the differences."""
 
 
 def open_run(settings: EvalSettings, problems: Sequence[Problem], served: ServedModelInfo, base_url: str) -> Run:
-    """Return the run to record into: the one that these settings continue, or a new one.
+    """Return the run to record into: an existing run that these settings continue, or a new one.
 
     Raises:
-        OtherConfigurationError: if `--output` holds a run of another configuration.
-        RunError: if the folder cannot be written, or a run in it is damaged.
+        OtherConfigurationError: if `--output` holds a run of a different configuration.
+        RunError: if the folder cannot be written, or its run is damaged.
     """
     config = _describe(settings, problems, served, base_url)
     if settings.output is not None:
@@ -69,10 +69,10 @@ def open_run(settings: EvalSettings, problems: Sequence[Problem], served: Served
 
 
 def check_output(settings: EvalSettings, problems: Sequence[Problem]) -> None:
-    """Refuse an output folder that these settings do not continue, whatever model is served: before one is.
+    """Check, before a model is served, that the settings continue the run in the output folder, whichever model is served.
 
     Raises:
-        OtherConfigurationError: saying what differs.
+        OtherConfigurationError: if they do not; the message lists the differences.
         RunError: if the run in the folder is damaged.
     """
     if settings.output is None or not (settings.output / "config.json").exists():
@@ -86,18 +86,18 @@ def check_output(settings: EvalSettings, problems: Sequence[Problem]) -> None:
 
 
 def _continued(run: Run, config: RunConfig, settings: EvalSettings, problems: Sequence[Problem]) -> Run:
-    """Return a run with what it is asked to grow by.
+    """Return a run, extended by new problems, epochs or variants.
 
     Raises:
-        OtherConfigurationError: if that is another run, saying what differs.
+        OtherConfigurationError: if the settings describe a different run; the message lists the differences.
     """
     asked, recorded = (_comparable(one, settings.extractor is not None) for one in (config, run.config))
     different = [*differences(recorded, asked), *_lost(run.config, config, settings, problems)]
     if different:
         raise OtherConfigurationError(
-            f"{run.path} holds a run of another configuration; choose another --output. (With more --samples, --epochs or "
-            "--variants it would grow.) What differs:\n"
-            + "\n".join(f"  {name}: {old!r} in the folder, {new!r} asked for" for name, old, new in different)
+            f"{run.path} holds a run with a different configuration; choose another --output. (More --samples, --epochs or "
+            "--variants would extend it.) Differences:\n"
+            + "\n".join(f"  {name}: {old!r} in the folder, {new!r} requested" for name, old, new in different)
             + (RESCORE if any(name == "extractor" for name, _, _ in different) else "")
         )
     wanted = {**config.problems, "name": run.config.set_name}
@@ -118,7 +118,7 @@ def _continued(run: Run, config: RunConfig, settings: EvalSettings, problems: Se
 def _lost(
     recorded: RunConfig, asked: RunConfig, settings: EvalSettings, problems: Sequence[Problem]
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Yield what of a run would not be posed again, or otherwise: its name, and both values."""
+    """Yield recorded parts of a run that would be missing or different: the name, and both values."""
     epochs, more = (int(config.problems.get("epochs", 1)) for config in (recorded, asked))
     if more < epochs:
         yield "problems.epochs", epochs, more
@@ -142,12 +142,12 @@ def _lost(
 
 
 def _posed(config: RunConfig, now: EvalSettings) -> list[Problem] | None:
-    """Return the problems that a run was made with, None if its source has them no more."""
+    """Return the problems of a recorded run; None if its source no longer provides them."""
     settings = config.settings
     try:
         return load_problems(
             Selection(
-                source=now.problems,  # the same source; a function that was given in Python has nothing else to be found by
+                source=now.problems,  # the same source; a function given in Python cannot be found otherwise
                 columns=settings.get("columns"),
                 fields=settings.get("fields"),
                 samples=config.problems["samples"],
@@ -161,19 +161,19 @@ def _posed(config: RunConfig, now: EvalSettings) -> list[Problem] | None:
 
 
 def _words(problem: Problem) -> tuple[str, ...]:
-    """Return what of a problem is posed or judged by; what follows from its question and solution is not said again."""
+    """Return the parts of a problem that are posed or scored, omitting parts that follow from its question and solution."""
     own = {**problem.fields} if gold_of(problem.solution) == problem.gold else {"": problem.gold, **problem.fields}
     said = (problem.problem_id, problem.question, problem.solution)
     return (*said, canonical_hash(own)) if own else said
 
 
 def problems_hash(problems: Sequence[Problem]) -> str:
-    """Return a hash of problems, in their order."""
+    """Return a hash of problems in their order."""
     return canonical_hash([list(_words(problem)) for problem in problems])
 
 
 def folder_name(settings: EvalSettings, n: int, model: str) -> str:
-    """Make up a run's folder: `gsm8k_smollm2-135m_no_tools_n8_activations_20250912_140530`."""
+    """Generate the name of a run's folder: `gsm8k_smollm2-135m_no_tools_n8_activations_20250912_140530`."""
     parts = [
         set_name(settings.problems),
         _slug(model.rstrip("/").rpartition("/")[2]),
@@ -185,7 +185,7 @@ def folder_name(settings: EvalSettings, n: int, model: str) -> str:
 
 
 def _describe(settings: EvalSettings, problems: Sequence[Problem], served: ServedModelInfo, base_url: str) -> RunConfig:
-    """Return all that is needed to run it again."""
+    """Return the contents of config.json: everything needed to run the evaluation again."""
     hashed = hashed_configuration(settings, served)
     prompt, scorer = settings.chosen_prompt, settings.chosen_scorer
     variants = [variant for variant in variants_of(settings, hashed) if variant.name is not None]
@@ -217,12 +217,12 @@ def _describe(settings: EvalSettings, problems: Sequence[Problem], served: Serve
 
 
 def keep_recorded_settings(settings: EvalSettings) -> EvalSettings:
-    """Return the settings with which the run in the output folder goes on: it keeps the version of the prompt that it began
-    with, and the scorer that is its primary one.
+    """Return the settings that continue the run in the output folder: it keeps its version of the prompt and its primary
+    scorer.
 
     Raises:
         RunError: if the run in the folder is damaged.
-        OtherConfigurationError: if its scorer is not to be found any more.
+        OtherConfigurationError: if its scorer can no longer be found.
     """
     if settings.output is None or not (settings.output / "config.json").exists():
         return settings
@@ -237,15 +237,15 @@ def keep_recorded_settings(settings: EvalSettings) -> EvalSettings:
         reference = recorded.scorers[primary]["reference"]
         if reference is None:
             raise OtherConfigurationError(
-                f"{settings.output} is judged by {primary}, a function that was given in Python: give it again"
+                f"{settings.output} is scored by {primary}, a function given in Python: pass it again"
             )
         settings = settings.model_copy(update={"extractor": reference})
     return settings
 
 
 def _comparable(config: RunConfig, with_scorer: bool) -> dict[str, Any]:
-    """Return what must be equal for samples to belong to one run, however long: the primary scorer too, for `correct` is its
-    word. A run keeps the one that it began with, unless another is asked for."""
+    """Return what must be equal for samples to belong to one run of any length. If a scorer was chosen, that includes the
+    primary scorer, which determines `correct`; otherwise a run keeps its own."""
     comparable = {**config.hashed, "problems": {"source": config.problems["source"]}}
     if not with_scorer:
         return comparable
@@ -255,7 +255,7 @@ def _comparable(config: RunConfig, with_scorer: bool) -> dict[str, Any]:
 
 
 def _run_id(name: str) -> str:
-    """Return an id that is also the run's session in the store; the random end keeps equal folder names apart."""
+    """Return a run id, which is also the run's session id; the random suffix distinguishes equal folder names."""
     stem = _slug(name)[:RUN_ID_STEM].lstrip(".") or "run"
     return check_session_id(f"{stem}-{secrets.token_hex(3)}")
 
@@ -265,7 +265,7 @@ def _slug(text: str) -> str:
 
 
 def _versions() -> dict[str, str]:
-    """Return the versions of the packages beside this process (a server elsewhere may have others)."""
+    """Return the versions of the packages in this process; a remote server may have other versions."""
     found = {"python": platform.python_version(), "roentgen": __version__}
     for package in VERSIONED:
         try:
@@ -276,7 +276,7 @@ def _versions() -> dict[str, str]:
 
 
 def _git_revision() -> str | None:
-    """Return the commit of this code, marked -dirty if it was changed since; None outside a working tree."""
+    """Return the commit of the working tree, marked -dirty if it has changes; None outside a working tree."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)

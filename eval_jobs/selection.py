@@ -1,11 +1,11 @@
-"""Which of a source's problems are posed, and which solved ones are shown before each.
+"""Selects the problems of a source to pose, and the solved problems shown before each.
 
-Taken are `--sample-ids`, or else `--samples` problems after the first `--offset`, of the source in its own order or, with
-`--shuffle`, in one drawn from `--seed`.
+The selection is `--sample-ids`, or else `--samples` problems after the first `--offset`, in the source's order or, with
+`--shuffle`, in an order drawn from `--seed`.
 
-Shots are drawn from a source of solved problems, GSM8K's training set by default, as lm-evaluation-harness draws them: one
-generator, seeded with 1234, draws for problem after problem of the source. So problem i is shown the same shots here and there
-(there, if all before it are posed).
+Shots are drawn from a source of solved problems, by default GSM8K's training set, as lm-evaluation-harness draws them: one
+generator, seeded with 1234, draws for one problem of the source after the other. Problem i therefore gets the same shots
+here as there (if the harness poses all problems before it).
 """
 
 import random
@@ -23,39 +23,39 @@ from roentgen.contract import canonical_hash
 SHOTS_SEED = 1234
 DEFAULT_SHOTS = "gsm8k-train"
 LOOKED_AT = 50_000
-"""So many problems of a source are shuffled, or looked through for an id; larger ones are generated, in random order anyway."""
+"""Number of problems that are shuffled or searched for an id; larger sources are generated, in random order anyway."""
 
 
 class Selection(BaseModel):
-    """Which problems."""
+    """A selection of problems."""
 
     model_config = ConfigDict(frozen=True)
 
     source: Any
-    """What `read_source` takes: a name, a reference, a dataset, a file's path, or a function."""
+    """The source, as `read_source` takes it: a name, a reference, a dataset, a file's path, or a function."""
     columns: dict[str, str] | None = None
-    """Of a field of a problem, the column that it is taken from."""
+    """Maps a problem's field to the column that holds it."""
     fields: tuple[str, ...] | None = None
-    """The further fields to keep; None keeps all."""
+    """Additional fields to keep; None keeps all."""
     samples: int = Field(ge=1)
-    """How many samples."""
+    """Number of problems."""
     offset: int = Field(default=0, ge=0)
-    """How many to leave out before them."""
+    """Number of problems to skip first."""
     sample_ids: tuple[str, ...] | None = None
-    """Exactly these, by number ("17") or id ("gsm8k-test-0017"); nothing else is looked at."""
+    """Exactly these problems, by number ("17") or id ("gsm8k-test-0017"); the other criteria are ignored."""
     shuffle_seed: int | None = None
-    """Of the order they are taken in; None keeps the source's."""
+    """Seed of the shuffle; None keeps the source's order."""
     shots: int = Field(default=0, ge=0)
-    """How many solved problems are shown before each."""
+    """Number of solved problems drawn for each problem."""
     shots_source: str = DEFAULT_SHOTS
-    """Where they are drawn from."""
+    """The source of the solved problems."""
 
 
 def load_problems(selection: Selection) -> list[Problem]:
-    """Return the problems of a selection; fewer than asked for if the source has fewer.
+    """Return the problems of a selection; fewer than requested if the source has fewer.
 
     Raises:
-        ProblemError: if the source cannot be read, nothing is left of it, or an id is not in it.
+        ProblemError: if the source cannot be read, no problem remains, or an id is unknown.
     """
     found = read_source(selection.source, selection.columns, selection.fields)
     name = describe_source(selection.source)
@@ -71,17 +71,17 @@ def load_problems(selection: Selection) -> list[Problem]:
         raise ProblemError(f"--problems: {name} has no problems{after}")
     posed = Counter(problem.problem_id for problem in problems)
     if twice := [problem_id for problem_id, times in posed.items() if times > 1]:
-        raise ProblemError(f"--problems: {name}: several problems are called {twice[0]!r}; a problem_id names one")
+        raise ProblemError(f"--problems: {name}: several problems have the problem_id {twice[0]!r}; ids must be unique")
     return problems
 
 
 def pool_hash(source: str = DEFAULT_SHOTS) -> str:
-    """Return a hash of what shots are drawn from, and how."""
+    """Return a hash of the pool of shots and of how they are drawn."""
     return canonical_hash([SHOTS_SEED, [[shot.question, shot.solution] for shot in read_source(source)]])
 
 
 def _named(found: Iterator[Problem], names: Sequence[str], source: str) -> list[Problem]:
-    """Return the problems of these names, in the order of the source."""
+    """Return the problems with these names, in the source's order."""
     left = {name.strip(): None for name in names}
     problems = []
     for problem in islice(found, LOOKED_AT):
@@ -101,7 +101,7 @@ def _shuffled(found: Iterator[Problem], selection: Selection) -> list[Problem]:
     problems = list(islice(found, LOOKED_AT + 1))
     if len(problems) > LOOKED_AT:
         raise ProblemError(
-            f"--shuffle: {describe_source(selection.source)} is generated, in random order: take others with --offset"
+            f"--shuffle: {describe_source(selection.source)} is generated in random order: use --offset instead"
         )
     random.Random(selection.shuffle_seed).shuffle(problems)
     return problems
@@ -110,7 +110,7 @@ def _shuffled(found: Iterator[Problem], selection: Selection) -> list[Problem]:
 def _with_shots(found: Iterator[Problem], shots: int, source: str) -> Iterator[Problem]:
     pool = list(read_source(source))
     if len(pool) < shots:
-        raise ProblemError(f"--drawn-shots: {shots} is more than the {len(pool)} problems of {source}")
+        raise ProblemError(f"--drawn-shots: {shots} exceeds the {len(pool)} problems of {source}")
     generator = random.Random(SHOTS_SEED)
     for problem in found:
         yield replace(problem, shots=tuple(generator.sample(pool, shots)))

@@ -1,7 +1,7 @@
-"""Records out of files and out of Hugging Face's datasets.
+"""Reads records from files and from Hugging Face datasets.
 
-A reader yields each record with its number and what messages call it. Files are read and checked whole before anything runs: a
-broken line found after an hour of GPU time helps nobody.
+A reader yields each record with its number and its name in error messages. Files are read and validated completely before
+anything runs, so that a malformed line does not surface after an hour of GPU time.
 """
 
 import csv
@@ -17,21 +17,21 @@ from urllib.parse import parse_qsl
 from eval_jobs.records import CONSUMED, ProblemError
 
 HUB = "hf:"
-"""How the name of a dataset begins."""
+"""Prefix of a dataset's name."""
 
 HUB_OPTIONS = ("config", "split", "revision")
 
 _NUMBER = re.compile(r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE][-+]?[0-9]+)?")  # 007 is a name
 
 Numbered = Iterator[tuple[int, str, Any]]
-"""Number, what messages call it, record."""
+"""Number, name in error messages, and record."""
 
 
 def read_jsonl(path: Path) -> Numbered:
-    """Yield a file's lines, a JSON object each; numbers are those of lines, empty ones included.
+    """Yield the JSON objects of a file, one per line; numbers are line numbers, including empty lines.
 
     Raises:
-        ProblemError: if it cannot be read, naming the line.
+        ProblemError: if the file cannot be read; the message names the line.
     """
     for number, line in enumerate(_bytes(path).split(b"\n"), start=1):
         if line.strip():
@@ -41,16 +41,16 @@ def read_jsonl(path: Path) -> Numbered:
 def read_csv(path: Path) -> Numbered:
     """Yield the rows of a CSV file whose first line names the columns; every value is a text.
 
-    A column without a name is left out: pandas writes its index so.
+    A column without a name is skipped: pandas writes its index that way.
 
     Raises:
-        ProblemError: if it cannot be read, naming the row.
+        ProblemError: if the file cannot be read; the message names the row.
     """
     try:
         reader = csv.DictReader(StringIO(_bytes(path).decode("utf-8-sig"), newline=""), strict=True)
         named = Counter(reader.fieldnames or ())
         if twice := [name for name, times in named.items() if times > 1]:
-            raise ProblemError(f"{path.name}: several columns are called {twice[0]!r}")
+            raise ProblemError(f"{path.name}: several columns are named {twice[0]!r}")
         for number, row in enumerate(reader, start=1):
             where = f"{path.name}, row {number}"
             if None in row or None in row.values():
@@ -82,7 +82,7 @@ def read_parquet(path: Path) -> Numbered:
 
 
 FORMATS: dict[str, Callable[[Path], Numbered]] = {".jsonl": read_jsonl, ".csv": read_csv, ".parquet": read_parquet}
-"""Readers of files, by the end of the name."""
+"""Readers of files by extension."""
 
 
 def read_file(path: Path) -> Numbered:
@@ -95,18 +95,18 @@ def read_file(path: Path) -> Numbered:
 
 
 def hub_name(source: str) -> str:
-    """Return the dataset that `hf:OWNER/NAME?split=test` names, without what is asked of it."""
+    """Return the dataset's name in `hf:OWNER/NAME?split=test`, without the options."""
     return source.removeprefix(HUB).partition("?")[0]
 
 
 def read_hub(source: str) -> Numbered:
-    """Yield the rows of a dataset of the hub, or of a folder, as the library `datasets` reads it.
+    """Yield the rows of a dataset of the hub, or of a folder, using the library `datasets`.
 
     Args:
-        source: `hf:OWNER/NAME?config=main&split=test`; the split is needed where there are several.
+        source: `hf:OWNER/NAME?config=main&split=test`; the split is required if there are several.
 
     Raises:
-        ProblemError: if it is not to be had, saying what can be done.
+        ProblemError: if it cannot be loaded; the message says what to do.
     """
     name, query = hub_name(source), source.partition("?")[2]
     asked = dict(parse_qsl(query, keep_blank_values=True))
@@ -120,10 +120,10 @@ def read_hub(source: str) -> Numbered:
 def load_rows(
     name: str, config: str | None, split: str | None, revision: str | None = None
 ) -> Sequence[dict[str, Any]]:
-    """Return the rows of a dataset.
+    """Load the rows of a dataset.
 
     Raises:
-        ProblemError: if it is not to be had.
+        ProblemError: if it cannot be loaded.
     """
     try:
         import datasets
@@ -131,7 +131,7 @@ def load_rows(
         raise ProblemError(f"{HUB}{name} needs the library datasets: pip install datasets") from None
     try:
         found = datasets.load_dataset(name, config, split=split, revision=revision)
-    except (OSError, ValueError) as error:  # no route, no such dataset or split, or offline without a cached copy
+    except (OSError, ValueError) as error:  # no network, unknown dataset or split, or offline without a cached copy
         why = " ".join(str(error).split()).rstrip(".")
         raise ProblemError(
             f"{HUB}{name} cannot be loaded: {why}. Without a network, a dataset is read from the cache "
@@ -145,8 +145,8 @@ def load_rows(
 
 
 def typed(records: Numbered) -> Numbered:
-    """Yield records of texts with their further fields typed: a column of numbers or of truth values is one, and an empty value
-    is None."""
+    """Yield text records with their additional fields typed: a column of numbers or booleans is converted, and an empty
+    value becomes None."""
     rows = list(records)
     names = {name for _, _, row in rows for name in row} - CONSUMED
     readers = {name: _reader([row[name] for _, _, row in rows if row.get(name)]) for name in names}
@@ -173,7 +173,7 @@ def _bytes(path: Path) -> bytes:
 def _json_line(line: bytes, where: str) -> Any:
     try:
         fields = json.loads(line)
-        json.dumps(fields, ensure_ascii=False).encode()  # half an escaped character pair could not be sent
+        json.dumps(fields, ensure_ascii=False).encode()  # an unpaired surrogate could not be encoded
     except (ValueError, RecursionError) as error:  # ValueError: bad JSON or bad Unicode
         raise ProblemError(f"{where}: not JSON: {error}{_a_list(line)}") from error
     if not isinstance(fields, dict):
@@ -182,4 +182,4 @@ def _json_line(line: bytes, where: str) -> Any:
 
 
 def _a_list(line: bytes) -> str:
-    return "; a file has an object a line, not a list of them" if line.lstrip().startswith(b"[") else ""
+    return "; a file has one object per line, not a list of objects" if line.lstrip().startswith(b"[") else ""

@@ -109,7 +109,7 @@ def test_another_configuration_in_the_same_folder_is_refused(
     options = eval_options(gsm8k_test, gsm8k_run.path, 32, server.base_url)
     done = roentgen(ray_home, *options, "--temperature", "0.7")
     assert done.returncode == 2
-    assert "sampling.temperature: 0.0 in the folder, 0.7 asked for" in done.stderr
+    assert "sampling.temperature: 0.0 in the folder, 0.7 requested" in done.stderr
 
 
 def test_probes_train_on_the_run(gsm8k_run: Run, ray_home: RayHome) -> None:

@@ -143,7 +143,7 @@ def test_another_configuration_is_refused_before_anything_runs(server: StandIn) 
     run, _ = evaluate(server)
     before = {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()}
     asked = len(server.requests)
-    with pytest.raises(OtherConfigurationError, match=r"sampling\.temperature: 0\.0 in the folder, 0\.7 asked for"):
+    with pytest.raises(OtherConfigurationError, match=r"sampling\.temperature: 0\.0 in the folder, 0\.7 requested"):
         evaluate(server, temperature=0.7)
     assert len(server.requests) == asked
     assert {path: path.read_bytes() for path in run.path.rglob("*") if path.is_file()} == before

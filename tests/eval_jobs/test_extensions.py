@@ -140,14 +140,12 @@ def test_a_function_given_in_python(server: StandIn) -> None:
     assert run.config.scorers == {"near": {"reference": None, "hash": run.config.scorers["near"]["hash"]}}
     again, shown = posed(server, **given, extractor=near)
     assert "nothing to run" in shown
-    with pytest.raises(
-        OtherConfigurationError, match="judged by near, a function that was given in Python: give it again"
-    ):
+    with pytest.raises(OtherConfigurationError, match="scored by near, a function given in Python: pass it again"):
         posed(server, **given)
     bound = 1
     with pytest.raises(OtherConfigurationError, match="near, its source"):
         posed(server, **given, extractor=near)
-    with pytest.raises(UnknownScorerError, match="judged by near, a function that was given in Python"):
+    with pytest.raises(UnknownScorerError, match="scored by near, a function given in Python"):
         rescore(again)
     assert rescore(again, near).read_samples()[0].correct is False
     assert rescore(again, "answer").config.settings["extractor"] == "answer"
@@ -179,7 +177,7 @@ def test_a_wrong_scorer_stops_the_run_and_a_failing_one_fails_a_sample(server: S
     fine, _ = posed(server, output="fine")
     before = fine.record_path.read_bytes()
     with pytest.raises(
-        UnknownScorerError, match=r"sums_0001: the scorer sometimes raised RuntimeError.*; the run is as it was"
+        UnknownScorerError, match=r"sums_0001: the scorer sometimes raised RuntimeError.*; the run was not changed"
     ):
         rescore(fine, scorer("sometimes"))
     assert fine.record_path.read_bytes() == before

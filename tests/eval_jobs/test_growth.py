@@ -98,12 +98,12 @@ def test_only_what_is_new_is_asked_and_the_result_is_that_of_a_fresh_run(server:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"samples": 2}, r"problems\.samples: 3 in the folder, 2 asked for"),
-        ({"epochs": 1}, r"problems\.epochs: 2 in the folder, 1 asked for"),
-        ({"offset": 1, "samples": 5}, r"problems\.offset: 0 in the folder, 1 asked for"),
+        ({"samples": 2}, r"problems\.samples: 3 in the folder, 2 requested"),
+        ({"epochs": 1}, r"problems\.epochs: 2 in the folder, 1 requested"),
+        ({"offset": 1, "samples": 5}, r"problems\.offset: 0 in the folder, 1 requested"),
         ({"shuffle": True}, r"problems\.(hash|shuffle)"),
-        ({"max_tokens": 7}, r"sampling\.max_tokens: 512 in the folder, 7 asked for"),
-        ({"variants": "two"}, r"variants: None in the folder, \['plain', 'calm'\] asked for"),
+        ({"max_tokens": 7}, r"sampling\.max_tokens: 512 in the folder, 7 requested"),
+        ({"variants": "two"}, r"variants: None in the folder, \['plain', 'calm'\] requested"),
     ],
 )
 def test_what_is_no_growth_is_refused_with_what_differs(tmp_path: Path, changed: dict[str, Any], said: str) -> None:
@@ -176,4 +176,4 @@ def test_another_configuration_is_refused_before_a_server_is_started(tmp_path: P
     app.command()(command)
     done = CliRunner().invoke(app, ["--output", str(tmp_path / "out"), "--seed", "5", "--samples", "2"], obj=factory)
     assert done.exit_code == 2
-    assert "sampling.seed: 0 in the folder, 5 asked for" in done.stderr
+    assert "sampling.seed: 0 in the folder, 5 requested" in done.stderr

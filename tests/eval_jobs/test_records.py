@@ -82,16 +82,16 @@ def test_a_solution_and_an_id_may_be_given() -> None:
             r"'answer' must be a text, a number, true or false, not \['a', 'b'\] \(list\)",
         ),
         ({**RECORD, "answer": " "}, "'answer' must be a text or a number, not empty; it is ' '"),
-        ({**RECORD, "answer": "so\n#### "}, "'answer' has nothing behind '####'"),
+        ({**RECORD, "answer": "so\n#### "}, "'answer' has nothing after '####'"),
         ({**RECORD, "answer": float("nan")}, "'answer' is null; it must be a text or a number, not empty"),
-        ({**RECORD, "gold": "Lutetia"}, r"a field 'gold' would hide a label that stored rollouts have; rename it"),
-        ({**RECORD, "steering": "left"}, r"a field 'steering' would hide a label that stored rollouts have"),
+        ({**RECORD, "gold": "Lutetia"}, r"the field name 'gold' is reserved for a label of stored rollouts; rename it"),
+        ({**RECORD, "steering": "left"}, r"the field name 'steering' is reserved for a label of stored rollouts"),
         ({**RECORD, "answer": pd.NA}, "'answer' is null"),
         (
             {**RECORD, "image": b"..."},
             r"the field 'image' cannot be kept: .* is not JSON .*choose fields with --fields",
         ),
-        ({**RECORD, "x": "\ud800"}, "half a surrogate pair"),
+        ({**RECORD, "x": "\ud800"}, "an unpaired surrogate"),
         ({**RECORD, "problem_id": "x" * 201}, "'problem_id' must be a text of 1 to 200 characters"),
     ],
 )
@@ -136,13 +136,15 @@ def test_a_csv_s_columns_have_names_of_their_own(tmp_path: Path) -> None:
     pd.DataFrame([{"question": "1 + 1?", "answer": 2}]).to_csv(file)  # with its index
     assert [problem.fields for problem in read_source(str(file))] == [{}]
     file.write_text("question,question,answer\na,b,c\n")
-    with pytest.raises(ProblemError, match=r"p\.csv: several columns are called 'question'"):
+    with pytest.raises(ProblemError, match=r"p\.csv: several columns are named 'question'"):
         list(read_source(str(file)))
 
 
 def test_broken_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('[{"question": "a",\n"answer": "b"}]')
-    with pytest.raises(ProblemError, match=r"line 1: not JSON: .*; a file has an object a line, not a list of them"):
+    with pytest.raises(
+        ProblemError, match=r"line 1: not JSON: .*; a file has one object per line, not a list of objects"
+    ):
         list(read_source(str(tmp_path / "p.jsonl")))
     (tmp_path / "p.csv").write_text("question,answer\na,b\nc\n")
     with pytest.raises(ProblemError, match=r"p\.csv, row 2 has fewer values than the first line has names"):
@@ -212,7 +214,7 @@ def test_a_function_is_a_source(tmp_path: Path) -> None:
 
 
 def test_an_id_names_one_problem() -> None:
-    with pytest.raises(ProblemError, match="several problems are called 'a'; a problem_id names one"):
+    with pytest.raises(ProblemError, match="several problems have the problem_id 'a'; ids must be unique"):
         load_problems(Selection(source=lambda: [{**RECORD, "problem_id": "a"}] * 2, samples=2))
 
 

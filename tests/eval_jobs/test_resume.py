@@ -104,10 +104,10 @@ def test_an_output_folder_of_another_configuration_is_refused_with_what_differs(
         opened(ServedModelInfo("other", "r", "float32"), output="out", seed=7, samples=2, extractor="boxed")
     said = str(caught.value)
     for line in (
-        "  model: 'Qwen/Qwen3-0.6B' in the folder, 'other' asked for",
-        "  sampling.seed: 0 in the folder, 7 asked for",
-        "  problems.samples: 3 in the folder, 2 asked for",
-        "  extractor: 'answer' in the folder, 'boxed' asked for",
+        "  model: 'Qwen/Qwen3-0.6B' in the folder, 'other' requested",
+        "  sampling.seed: 0 in the folder, 7 requested",
+        "  problems.samples: 3 in the folder, 2 requested",
+        "  extractor: 'answer' in the folder, 'boxed' requested",
         "'layers': [8, 12]",
     ):
         assert line in said
@@ -129,7 +129,7 @@ def test_a_run_keeps_the_extractor_it_began_with(tmp_path: Path) -> None:
     opened(output="out", extractor="answer_line")
     again = opened(output="out")
     assert again.config.settings["extractor"] == "answer_line"
-    with pytest.raises(OtherConfigurationError, match="extractor: 'answer_line' in the folder, 'answer' asked for"):
+    with pytest.raises(OtherConfigurationError, match="extractor: 'answer_line' in the folder, 'answer' requested"):
         opened(output="out", extractor="answer")
     here = opened(extractor="answer_line")
     assert opened().path == here.path
