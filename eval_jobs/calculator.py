@@ -1,8 +1,8 @@
-"""The calculator that a model may use: arithmetic as models write it, on exact numbers, in bounded time and space.
+"""The calculator tool: arithmetic as models write it, on exact numbers, with bounded time and memory.
 
-What the model writes is parsed and walked by simpleeval, never by Python's `eval`; only numbers, arithmetic and a few
-functions are let in. Every operation refuses a result of more than `MAX_BITS` bits before it is computed, so `9**9**9` answers
-"too large" at once. Whatever goes wrong is an answer too: a text that the model can act on.
+simpleeval parses and evaluates the expression, never Python's `eval`; only numbers, arithmetic and a few functions are
+allowed. Every operation rejects a result of more than `MAX_BITS` bits before computing it, so `9**9**9` returns "too large"
+at once. Errors are returned as texts that the model can act on.
 """
 
 import ast
@@ -18,7 +18,7 @@ MAX_CHARACTERS = 500
 MAX_BITS = 4_096
 MAX_FACTORIAL = 500
 MAX_DIGITS = 50
-"""To round to: Python would compute 10 to the power of it."""
+"""Maximum digits to round to: Python would compute 10 to that power."""
 TOO_LARGE = "error: too large"
 
 Number = int | float
@@ -30,14 +30,14 @@ _SIGNS = str.maketrans({"×": "*", "·": "*", "÷": "/", "−": "-", "^": "**", 
 
 
 class _TooLargeError(Exception):
-    """A result that is not worth computing."""
+    """A result is too large to compute."""
 
 
 def calculate(expression: str) -> str:
-    """Return what an expression comes to, or `error: …` saying why it comes to nothing.
+    """Evaluate an expression; return the result, or `error: …` with the reason.
 
-    `2 * (3 + 4)`, `3,600 / 12`, `20% * 50`, `2^10`, `5 x 3`, `sqrt(2)`, `max(3, 4)`. Whole numbers are exact; others have 12
-    significant digits.
+    Examples: `2 * (3 + 4)`, `3,600 / 12`, `20% * 50`, `2^10`, `5 x 3`, `sqrt(2)`, `max(3, 4)`. Integers are exact; other
+    numbers have 12 significant digits.
     """
     if len(expression) > MAX_CHARACTERS:
         return f"{TOO_LARGE}: more than {MAX_CHARACTERS} characters"
@@ -73,10 +73,10 @@ def _spell(value: Any) -> str:
 
 
 def _number(value: Any) -> Number:
-    """Let a number pass.
+    """Return a value if it is a number of allowed size.
 
     Raises:
-        TypeError: if it is something else, such as a text or a complex number.
+        TypeError: if it is not a real number.
         _TooLargeError: if it has too many digits.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -87,7 +87,7 @@ def _number(value: Any) -> Number:
 
 
 def _checked(function: Callable[..., Any]) -> Callable[..., Number]:
-    """Let a function have numbers of bounded size only, and give only such."""
+    """Wrap a function so that its arguments and result are numbers of bounded size."""
 
     def checked(*values: Any) -> Number:
         return _number(function(*map(_number, values)))

@@ -1,6 +1,6 @@
 """The eight solved problems of chain-of-thought prompting (Wei et al. 2022, arXiv 2201.11903).
 
-They are spelled as lm-evaluation-harness's task `gsm8k_cot` (version 3.0) has them; each solution ends with `The answer is …`.
+The texts are those of lm-evaluation-harness's task `gsm8k_cot` (version 3.0); each solution ends with `The answer is …`.
 """
 
 CHAIN_OF_THOUGHT = (

@@ -1,7 +1,7 @@
-"""The tools a model may call with `--mode with-tools`, as OpenAI's wire has them.
+"""The tools that a model may call with `--mode with-tools`, in OpenAI's format.
 
-A call never fails the rollout: an unknown tool, arguments that are not JSON or not what the tool takes are answered with a text
-that says so, for the model to correct.
+A call never fails the rollout: an unknown tool or invalid arguments are answered with an error text that the model can act
+on.
 """
 
 import json
@@ -16,16 +16,16 @@ from eval_jobs.calculator import calculate
 
 @dataclass(frozen=True)
 class EvalTool:
-    """What a model may call."""
+    """A tool."""
 
     name: str
-    """What it is called by."""
+    """Name."""
     description: str
-    """What the model is told."""
+    """Description for the model."""
     argument: str
-    """The name of its one argument, a text."""
+    """Name of its single argument, a text."""
     run: Callable[[str], str]
-    """Answers a call."""
+    """Computes the result of a call."""
 
     @property
     def definition(self) -> dict[str, Any]:
@@ -62,7 +62,7 @@ class _Function(BaseModel):
 
 
 class ModelToolCall(BaseModel):
-    """A call in a reply."""
+    """A tool call in a reply."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -72,7 +72,7 @@ class ModelToolCall(BaseModel):
 
 
 def answer(call: ModelToolCall) -> dict[str, str]:
-    """Run a call; return the message that answers it."""
+    """Run a call and return the tool message."""
     return {"role": "tool", "tool_call_id": call.id, "content": _run(call.function)}
 
 

@@ -1,13 +1,13 @@
 """Variants: the same problems under several prompt prefixes, in one run.
 
-A variant is a name and what is put before the user's last message:
+A variant is a name and a prefix of the last user message:
 
     calm: Take your time. There is no hurry.
     impatient: Hurry up! I need this now.
     plain: ""
 
-Each has a configuration hash of its own, so its samples and activations never mix with another's. The first is what the
-others are compared with.
+Each variant has its own configuration hash, so samples and activations of different variants never mix. The first variant
+is the baseline of comparisons.
 """
 
 import re
@@ -26,53 +26,53 @@ _NAME = re.compile(r"[A-Za-z0-9.-]{1,32}")
 
 
 class VariantError(EvalError):
-    """A file of variants cannot be used; the message names it."""
+    """The file of variants cannot be used; the message names it."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One configuration of a run."""
+    """A named prompt prefix of a run."""
 
     name: str | None
-    """What people call it; None of a run without variants."""
+    """Its name; None in a run without variants."""
     prefix: str
-    """What is put before the user's last message."""
+    """Prefix of the last user message."""
     config_hash: str
-    """Of the configuration with this prefix."""
+    """Hash of the configuration with this prefix."""
 
 
-# With slots, as a `Problem`: to be sent to a task, an object without them is given a dict that it keeps, and a driver may hold
-# millions of these.
+# Slots, as in `Problem`: pickling an object without them creates its `__dict__` permanently, and a driver may hold millions
+# of attempts.
 @dataclass(frozen=True, slots=True)
 class Attempt:
     """One problem, to be posed once under one variant."""
 
     problem: Problem
-    """What is asked."""
+    """The problem."""
     variant: Variant
-    """How."""
+    """The variant."""
     epoch: int = 1
-    """Which of several attempts, from 1."""
+    """Number of the attempt, from 1."""
     set_name: str = "gsm8k"
-    """What the run's samples are called after."""
+    """Prefix of the run's sample ids."""
 
     @property
     def identity(self) -> tuple[str, str, int]:
-        """What makes it the same attempt when it is made again; a `Sample` has the same."""
+        """Identity of the attempt across runs; equal to that of its `Sample`."""
         return self.variant.config_hash, self.problem.problem_id, self.epoch
 
     @property
     def sample_id(self) -> str:
-        """What names its files."""
+        """Name of the sample's files."""
         epoch = f"_e{self.epoch}" if self.epoch > 1 else ""
         variant = f"_v-{self.variant.name}" if self.variant.name else ""
         return f"{self.set_name}_{self.problem.number:04d}{epoch}{variant}"
 
 
 def attempts_of(config: RunConfig, problems: Sequence[Problem]) -> list[Attempt]:
-    """Return what a run is to do, problem by problem, so that a run that is stopped has all of some problems.
+    """Return a run's attempts, problem by problem, so that an interrupted run has complete problems.
 
-    The variants are those that the run was made with: the file that they came from may have been edited since.
+    The variants are the recorded ones: their file may have been edited since.
     """
     recorded = [Variant(name, variant["prefix"], variant["config_hash"]) for name, variant in config.variants.items()]
     variants, epochs = (
@@ -84,10 +84,10 @@ def attempts_of(config: RunConfig, problems: Sequence[Problem]) -> list[Attempt]
 
 
 def read_variants(path: Path) -> dict[str, str]:
-    """Return a file's prefixes by their names, in its order.
+    """Read named prefixes from a file, in its order.
 
     Raises:
-        VariantError: if it cannot be read, or is not a mapping of names to texts.
+        VariantError: if the file cannot be read or is not a mapping of names to texts.
     """
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -100,7 +100,9 @@ def read_variants(path: Path) -> dict[str, str]:
 
 def _check_name(name: Any, path: Path) -> str:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise VariantError(f"--variants: {path}: {name!r} is no name; allowed are 1 to 32 letters, digits, . and -")
+        raise VariantError(
+            f"--variants: {path}: {name!r} is not a valid name; allowed are 1 to 32 letters, digits, . and -"
+        )
     return name
 
 

@@ -1,12 +1,11 @@
-"""What a scorer is given and what it returns.
+"""The interface of scorers: what they take and return.
 
     def score(output: Output, problem: Problem) -> Verdict
 
-A scorer judges one output. It may be a coroutine function, which then does not hold up the other problems while it waits; a
-plain function is called in the process's main thread and holds them up. `True` and `False` are short for a `Verdict` of the
-whole output.
+A scorer judges one output. A coroutine function does not block other problems while it waits; a plain function runs in the
+process's main thread and blocks them. `True` and `False` are short for a `Verdict` on the whole output.
 
-What a user's function returns is checked here, because nobody else can tell its author what was wrong with it.
+Results of users' functions are validated here, so that errors can name what was wrong.
 """
 
 import asyncio
@@ -29,23 +28,24 @@ ALLOWED = "allowed are a Verdict, True and False"
 
 
 class ScorerError(EvalError):
-    """A scorer returns what is no verdict; the message says what. It would do so for every problem, so the run stops."""
+    """A scorer returned something other than a verdict; the message says what. It would do so for every problem, so the run
+    stops."""
 
 
 class ScoringFailedError(RoentgenError):
-    """A scorer raised an exception; the message says which, and where. It may be this output's fault."""
+    """A scorer raised an exception; the message says which and where. This output may be the cause."""
 
 
 class Output(str):
-    """What the model wrote: the text of its last message, and how it came to it."""
+    """A model's output: the text of its last message, with the conversation and the finish reason."""
 
     messages: tuple[Mapping[str, Any], ...]
-    """The conversation, the model's last message included, as OpenAI spells messages."""
+    """The conversation in OpenAI's format, including the model's last message."""
     finish_reason: str | None
-    """Why the model stopped: "stop", "length" if it was cut."""
+    """Why the model stopped: "stop", or "length" if the output was truncated."""
 
     def __new__(cls, text: str, messages: tuple[Mapping[str, Any], ...] = (), finish_reason: str | None = None) -> Self:
-        """Make an output of a text."""
+        """Create an output from a text."""
         made = super().__new__(cls, text)
         made.messages, made.finish_reason = messages, finish_reason
         return made
@@ -53,34 +53,34 @@ class Output(str):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a scorer says of an output."""
+    """A scorer's judgment of an output."""
 
     correct: bool
-    """Whether it is right."""
+    """True if the output is correct."""
     answer: str | None = None
-    """The answer that was read in it; None if there is none, which counts as not correct and is counted apart."""
+    """The extracted answer; None if none was found, which counts as incorrect and is also counted separately."""
     values: Mapping[str, LabelValue] = field(default_factory=dict)
-    """What else it found, such as a judge's grade and its reason: labels of the sample, which a probe can be trained on."""
+    """Additional values, such as a judge's grade and reason: labels of the sample, which a probe can be trained on."""
 
 
 Scorer = Callable[[Output, Problem], Verdict | bool | Awaitable[Verdict | bool]]
-"""Judges an output."""
+"""A function that judges an output."""
 
 
 async def run_scorer(
     name: str, scorer: Scorer, output: Output, problem: Problem, timeout_s: float | None = None
 ) -> Verdict:
-    """Have a scorer judge an output.
+    """Run a scorer on an output.
 
     Args:
-        name: what the scorer is called.
+        name: the scorer's name.
         scorer: the scorer.
-        output: what to judge.
-        problem: what it answers.
-        timeout_s: how long a coroutine may wait; for ever if None.
+        output: the output to judge.
+        problem: the problem that it answers.
+        timeout_s: timeout of a coroutine in seconds; None for no timeout.
 
     Raises:
-        ScorerError: if it returns what is no verdict.
+        ScorerError: if it returns something other than a verdict.
         ScoringFailedError: if it raises an exception, or takes too long.
     """
     try:
@@ -89,7 +89,7 @@ async def run_scorer(
             if inspect.isawaitable(returned):
                 returned = await returned
     except asyncio.CancelledError as error:
-        if (task := asyncio.current_task()) is None or task.cancelling():  # it is this rollout that is cancelled
+        if (task := asyncio.current_task()) is None or task.cancelling():  # this rollout itself is being canceled
             raise
         raise ScoringFailedError(f"the scorer {name} raised {format_error(error)}") from error
     except (Exception, SystemExit) as error:
@@ -102,13 +102,13 @@ async def run_scorer(
 
 
 def check_verdict(name: str, returned: Any, output: Output, problem: Problem) -> Verdict:
-    """Return what a scorer returned, as a verdict with plain values.
+    """Validate a scorer's result and return it as a verdict with plain values.
 
     Raises:
-        ScorerError: if it is none.
+        ScorerError: if it is not a verdict.
     """
     where = f"the scorer {name} returned {{}} for {problem.problem_id}"
-    import numpy as np  # only where something is judged: every command imports this module
+    import numpy as np  # deferred, because every command imports this module
 
     if isinstance(returned, bool | np.bool_):
         return Verdict(bool(returned), str(output))
