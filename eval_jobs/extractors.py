@@ -1,24 +1,24 @@
-"""What the model's text says, by several conventions, and whether that is right.
+"""Extractors: named conventions of reading and judging an answer in a model's text.
 
-Whoever judges an output is a `Scorer` (`verdicts`). Scores differ silently with the way the answer is read, so the ways are
-named, kept apart, and all that are built in run on every output whose gold answer they can read; one is primary. These are
-`Extractor`s, a pair each: `read` finds the answer in a text (None if there is none), `agrees` compares it with the gold answer
-by the same convention. A new one is one function and one line in `EXTRACTORS`; a user's own comes from the same registry
-(`choose_scorer`), by a name, a reference, or as a function.
+Any judge of an output is a `Scorer` (`verdicts`). Results differ silently with the way in which answers are read, so the
+conventions are named and kept apart. All built-in ones that can read the gold answer run on every output; one is primary.
+Each is an `Extractor`, a pair of functions: `read` finds the answer in a text (None if there is none), and `agrees`
+compares it with the gold answer by the same convention. A new extractor is one function and one line in `EXTRACTORS`; a
+user's own comes from the same registry (`choose_scorer`), by a name, a reference, or as a function.
 
-- `answer`, the default, reads an answer however it is written, and none where two readings are possible (`answers`,
-  `quantities`). It compares exact values: `18.00`, `36/2` and "eighteen" are `18`. A unit that has parts may be counted in
-  either: `550 cents` is 550 or 5.5, `50%` is 50 or 0.5 (but `0.5` is not 50), `3 dozen` is 36 or 3. Where the gold answer is no
-  number, it reads and compares texts (`texts`).
+- `answer`, the default, reads an answer in any usual form, and none if two readings are possible (`answers`, `quantities`).
+  It compares exact values: `18.00`, `36/2` and "eighteen" equal `18`. A unit with parts may be counted in either: `550
+  cents` is 550 or 5.5, `50%` is 50 or 0.5 (but `0.5` is not 50), `3 dozen` is 36 or 3. If the gold answer is not a number,
+  it reads and compares texts (`texts`).
 - `answer_line`, the default of older runs, reads the first number of the last line `Answer: …`; `boxed` that of the last
-  `\\boxed{…}`. Both take a number out of what stands there: `1/2` is read as `1`. They compare numbers: `18.00` is `18`.
+  `\\boxed{…}`. Both take the number out of its context: `1/2` is read as `1`. They compare numbers: `18.00` equals `18`.
 - `gsm8k_strict`, `cot_strict` and `flexible` are lm-evaluation-harness's filters with its exact match: after `,`, `$`,
-  everything up to `#### ` and a final `.` are removed, case ignored. Its misreads are kept, since published numbers contain
-  them: `flexible` reads `$18.00` as `18.00`, which is not `18`, and `18 (see step 3)` as `3`; `cot_strict` wants a
-  character after the number, so a text that ends with `The answer is 18` gives `1`.
+  everything up to `#### ` and a final `.` are removed, ignoring case. Their misreadings are kept, since published results
+  contain them: `flexible` reads `$18.00` as `18.00`, which is not `18`, and `18 (see step 3)` as `3`; `cot_strict` requires
+  a character after the number, so a text that ends with `The answer is 18` yields `1`.
 - `math_verify` is Hugging Face's library of that name (`symbolic`).
 
-The text is the model's, so it may be anything: patterns take linear time, and nothing is evaluated but short arithmetic.
+The text may be anything, so all patterns take linear time, and only short arithmetic is evaluated.
 """
 
 import re
@@ -50,14 +50,14 @@ class UnknownScorerError(EvalError):
 
 @dataclass(frozen=True)
 class Extractor:
-    """One convention of reading and judging an answer; a `Scorer`."""
+    """A convention of reading and judging an answer; a `Scorer`."""
 
     read: Callable[[str], str | None]
-    """Finds the answer in a text, None if there is none."""
+    """Finds the answer in a text; None if there is none."""
     agrees: Callable[[str, str], bool]
-    """Whether an answer that was read is the gold one."""
+    """True if an answer equals the gold answer."""
     of_texts: "Extractor | None" = None
-    """What it is where the gold answer is no number; None of a convention for numbers only."""
+    """The convention for text answers; None if the extractor reads only numbers."""
 
     def __call__(self, output: Output, problem: Problem) -> Verdict:
         """Judge an output."""
@@ -66,20 +66,20 @@ class Extractor:
         return Verdict(answer is not None and convention.agrees(answer, problem.gold), answer)
 
     def suits(self, problem: Problem) -> bool:
-        """Whether it can read an answer to a problem."""
+        """True if it can read an answer to the problem."""
         return self.of_texts is not None or is_number(problem.gold)
 
 
 @dataclass(frozen=True)
 class OutputScores:
-    """One output, judged by several scorers."""
+    """The verdicts of several scorers on one output."""
 
     answers: dict[str, str | None]
-    """What each read."""
+    """The answer that each scorer read."""
     correct_by: dict[str, bool]
-    """Whether that is right."""
+    """Whether each answer is correct."""
     values: dict[str, LabelValue] = field(default_factory=dict)
-    """What else they found."""
+    """Additional values that they found."""
 
 
 def read_answer_line(text: str) -> str | None:
@@ -112,7 +112,7 @@ def read_cot_strict(text: str) -> str | None:
 
 
 def read_flexible(text: str) -> str | None:
-    """Read the last thing that looks like a number, as lm-evaluation-harness's `flexible-extract` does."""
+    """Read the last number-like text, as lm-evaluation-harness's `flexible-extract` does."""
     found = [match[0] for match in _FLEXIBLE.finditer(text)]
     return found[-1] if found else None
 
@@ -146,10 +146,10 @@ SCORERS: Registry[Scorer] = Registry("roentgen.extractors", EXTRACTORS)
 
 
 def choose_scorer(chosen: str | Scorer) -> Extension[Scorer]:
-    """Return the scorer that a name, a reference or a function means.
+    """Resolve a name, a reference or a function to a scorer.
 
     Raises:
-        UnknownScorerError: if it is unknown, cannot be called, or is called like one that is built in.
+        UnknownScorerError: if it is unknown, not callable, or has the name of a built-in extractor.
     """
     try:
         found: Extension[Scorer] = SCORERS.find(chosen) if isinstance(chosen, str) else given(chosen)
@@ -157,28 +157,26 @@ def choose_scorer(chosen: str | Scorer) -> Extension[Scorer]:
         raise UnknownScorerError(f"--extractor: {error}") from error
     shown = f"--extractor: {found.reference or found.name}"
     if not callable(found.value):
-        raise UnknownScorerError(
-            f"{shown} is {type(found.value).__name__}, and a scorer is a function (output, problem)"
-        )
+        raise UnknownScorerError(f"{shown} is {type(found.value).__name__}; a scorer is a function (output, problem)")
     if not found.built_in and found.name in EXTRACTORS:
-        raise UnknownScorerError(f"{shown}: {found.name!r} is one that is built in; call the function otherwise")
+        raise UnknownScorerError(f"{shown}: {found.name!r} is the name of a built-in extractor; rename the function")
     return found
 
 
 async def judge(
     output: Output, problem: Problem, scorers: Mapping[str, Scorer] = {}, timeout_s: float | None = None
 ) -> OutputScores:
-    """Judge an output by the extractors that suit the problem, and by scorers of one's own or a built-in one that is chosen.
+    """Judge an output by the built-in extractors that suit the problem, and by the given scorers.
 
     Args:
-        output: what to judge.
-        problem: what it answers.
-        scorers: by name.
-        timeout_s: how long a scorer that is a coroutine may wait; for ever if None.
+        output: the output to judge.
+        problem: the problem that it answers.
+        scorers: additional scorers by name.
+        timeout_s: timeout of a coroutine scorer in seconds; None for no timeout.
 
     Raises:
-        ScorerError: if a scorer returns what is no verdict.
-        ScoringFailedError: if one raises an exception, or takes too long.
+        ScorerError: if a scorer returns something other than a verdict.
+        ScoringFailedError: if a scorer raises an exception or times out.
     """
     asked: dict[str, Scorer] = {name: one for name, one in EXTRACTORS.items() if one.suits(problem)}
     asked.update(scorers)
@@ -205,5 +203,5 @@ def _first_number(text: str) -> str | None:
 
 
 def _harness_normal(text: str) -> str:
-    """Remove what the harness's regular expressions to ignore remove (its `.*#### ` takes quadratic time on long digits)."""
+    """Apply the harness's regexes_to_ignore (its `.*#### ` takes quadratic time on long digits)."""
     return text.replace(",", "").replace("$", "").rpartition("#### ")[2].removesuffix(".").lower()

@@ -1,15 +1,15 @@
-"""What is made from the record: `summary.json`, `dataset.jsonl`, `audit.jsonl`, and three small files per sample.
+"""Writes the files derived from the record: `summary.json`, `dataset.jsonl`, `audit.jsonl`, and three small files per
+sample.
 
     dataset.jsonl                   the problems posed
-    audit.jsonl                     the outputs that extractors disagree about, or in which the primary one
-                                    found nothing and another the gold answer: what each read, and the text around it
-    samples/gsm8k_0001.json         the sample, and under `activations` where each stored tensor is
-    trajectories/gsm8k_0001.jsonl   the conversation, a message per line
-    agent_states/gsm8k_0001.json    how it went, turn by turn: request, tokens, why it stopped
+    audit.jsonl                     outputs on which extractors disagree, or for which the primary one found
+                                    nothing and another the gold answer: the readings, and the text around them
+    samples/gsm8k_0001.json         the sample, with the location of each stored tensor under `activations`
+    trajectories/gsm8k_0001.jsonl   the conversation, one message per line
+    agent_states/gsm8k_0001.json    the turns: request, tokens, why it stopped
 
-All of them are functions of config.json and samples.jsonl, so they agree with the record by construction and can be made
-again. The one thing that the record does not hold is the wall time; `summary.json` carries it as `timing`, which speaks of
-the last time that anything was run.
+All are functions of config.json and samples.jsonl, so they agree with the record and can be regenerated. The only data not
+in the record is the wall time; `summary.json` carries it as `timing`, for the most recent time that samples were run.
 """
 
 import json
@@ -25,26 +25,26 @@ from roentgen.atomic_files import atomic_write, write_json
 from roentgen.runs import Run, RunConfig, Sample
 
 SAMPLE_FILES_UP_TO = 10_000
-"""Runs of more samples than this get no files per sample: folders that large help nobody."""
+"""Runs with more samples get no files per sample, because such large folders are of little use."""
 
 AROUND = 60
-"""Characters shown on each side of an answer."""
+"""Characters of context on each side of an answer."""
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What the driver's clock saw."""
+    """Timing measured by the driver."""
 
     seconds: float
-    """Wall time."""
+    """Wall time in seconds."""
     samples: int
-    """Samples run in it."""
+    """Number of samples run."""
     completion_tokens: int
-    """Tokens generated in it."""
+    """Number of tokens generated."""
 
 
 def write_sample_files(run: Run, sample: Sample) -> None:
-    """Write the three files of a sample, `agent_states` last; a run of very many problems gets none."""
+    """Write the three files of a sample, `agent_states` last; runs with very many samples get none."""
     if expected_samples(run.config) > SAMPLE_FILES_UP_TO:
         return
     name = sample.sample_id
@@ -54,7 +54,7 @@ def write_sample_files(run: Run, sample: Sample) -> None:
 
 
 def write_missing_sample_files(run: Run) -> None:
-    """Write the files of samples whose driver died after it had recorded them and before it had written these."""
+    """Write missing sample files, for samples whose driver died between recording them and writing their files."""
     if expected_samples(run.config) > SAMPLE_FILES_UP_TO:
         return
     for half_written in run.path.glob("*/.*.tmp"):
@@ -69,7 +69,7 @@ def write_summary(run: Run, timing: Timing | None) -> dict[str, Any]:
 
     Args:
         run: the run.
-        timing: what it took; None if nothing was run, which keeps what `summary.json` said before.
+        timing: the timing; None if nothing was run, which keeps the previous timing of `summary.json`.
     """
     samples = run.read_samples().by_name()
     summary = summarize_samples(run.config, samples)
@@ -82,7 +82,7 @@ def write_summary(run: Run, timing: Timing | None) -> dict[str, Any]:
 
 
 def audit_entry(sample: Sample, primary: str) -> dict[str, Any]:
-    """Return the primary extractor's verdict of an output, what each extractor read, and the text around it."""
+    """Return the audit entry of an output: the primary verdict, each extractor's reading, and the text around it."""
     return {
         "sample_id": sample.sample_id,
         "problem_id": sample.problem_id,
@@ -98,7 +98,7 @@ def audit_entry(sample: Sample, primary: str) -> dict[str, Any]:
 
 
 def excerpt(text: str, answer: str) -> str:
-    """Return the text around the last place where an answer stands, thousands' commas or not."""
+    """Return the text around the last occurrence of an answer, with or without thousands separators."""
     digits = ",?".join(map(re.escape, answer[:AROUND].replace(",", "")))
     start, stop = max((match.span() for match in re.finditer(digits, text)), default=(len(text), len(text)))
     return text[max(0, start - AROUND) : stop + AROUND]
@@ -114,7 +114,7 @@ def _speed(timing: Timing) -> dict[str, Any]:
 
 
 def _dataset(samples: Iterable[Sample]) -> Iterator[dict[str, Any]]:
-    """Yield the record of each problem once, so that `--problems RUN/dataset.jsonl` poses it again."""
+    """Yield each problem's record once, so that `--problems RUN/dataset.jsonl` poses the problems again."""
     posed: set[str] = set()
     for sample in samples:
         if sample.problem_id not in posed:
@@ -131,7 +131,7 @@ def _dataset(samples: Iterable[Sample]) -> Iterator[dict[str, Any]]:
 
 
 def _activations(sample: Sample) -> dict[str, Any]:
-    """Return, per stored key, where its rows are."""
+    """Return the location of the rows of each stored key."""
     return {
         key: {
             **tensor.model_dump(mode="json"),
@@ -174,6 +174,6 @@ def _folder(run: Run, name: str) -> Path:
 
 
 def _write_jsonl(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Write a file whole or not at all, a line at a time."""
+    """Write a JSON Lines file atomically."""
     with atomic_write(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)

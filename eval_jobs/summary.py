@@ -1,7 +1,7 @@
-"""What a run's samples come to: the numbers in `summary.json`.
+"""Summarizes a run's samples: the numbers in `summary.json`.
 
-Samples are read one at a time, and of each only its verdicts are kept, so a run of a hundred thousand problems is summed up in
-tens of megabytes. Samples with an error are counted as such and are in no other number.
+Samples are read one at a time and only their verdicts are kept, so a summary of a hundred thousand problems takes tens of
+megabytes. Samples with an error are counted as errors and excluded from all other numbers.
 """
 
 from collections import defaultdict
@@ -19,13 +19,13 @@ from roentgen.statistics import accuracy, difference, majority, mean, pass_at_k
 
 
 def extractors_of(config: RunConfig) -> tuple[str, ...]:
-    """Return the names of a run's extractors and scorers: those built in, and its own."""
+    """Return the names of a run's built-in extractors and custom scorers."""
     return (*EXTRACTORS, *(name for name in config.scorers if name not in EXTRACTORS))
 
 
 class _Row(NamedTuple):
-    """What of a sample is kept: per extractor, what it read and whether that is right (None if it did not judge the sample: it
-    is newer, or reads only numbers)."""
+    """What is kept of a sample: per extractor, its reading and whether it is correct (None if it did not judge the sample:
+    it was added later, or reads only numbers)."""
 
     problem: str
     answers: tuple[str | None, ...]
@@ -34,13 +34,13 @@ class _Row(NamedTuple):
 
 @dataclass
 class _Group:
-    """The samples of a variant, or of a run."""
+    """The samples of a variant or of a run."""
 
     names: tuple[str, ...]
     """The extractors."""
     clusters: dict[Hashable, int]
-    """Of each problem's id, the problems that count as one with it: the same question, or of one template. Filled when all
-    samples have been read."""
+    """Maps a problem's id to its cluster of problems that count as one: the same question, or the same template. Filled
+    after all samples have been read."""
     rows: list[_Row] = field(default_factory=list)
     truncated: int = 0
     out_of_turns: int = 0
@@ -66,7 +66,7 @@ class _Group:
 
     @property
     def judging(self) -> list[str]:
-        """The extractors that have judged a sample; all of a group that has none."""
+        """Extractors that have judged a sample; all of them if there is no sample."""
         judged = [any(row.correct[which] is not None for row in self.rows) for which in range(len(self.names))]
         return [name for name, has in zip(self.names, judged, strict=True) if has or not self.rows]
 
@@ -88,7 +88,7 @@ class _Group:
         return sum(row.answers[which] is None for row in self.rows if row.correct[which] is not None)
 
     def count_verdicts(self, extractor: str) -> dict[str, int]:
-        """Count what an extractor says of the samples, by `VERDICTS`."""
+        """Count an extractor's verdicts, by `VERDICTS`."""
         which = self.names.index(extractor)
         right = sum(bool(row.correct[which]) for row in self.rows)
         judged = sum(row.correct[which] is not None for row in self.rows)
@@ -96,14 +96,14 @@ class _Group:
         return dict(zip(VERDICTS, (right, judged - right - unread, unread), strict=True))
 
     def unread_but_right(self, extractor: str) -> int:
-        """Count the samples in which an extractor found nothing and another one the gold answer."""
+        """Count the samples for which an extractor found no answer and another found the gold answer."""
         which = self.names.index(extractor)
         return sum(row.answers[which] is None and any(row.correct) for row in self.rows)
 
 
 @dataclass
 class _StoredActivations:
-    """Where the activations are."""
+    """The stored activations of the samples."""
 
     session_id: str | None = None
     uri: str | None = None
@@ -131,7 +131,7 @@ class _StoredActivations:
 
 
 def summarize_samples(config: RunConfig, samples: Iterable[Sample]) -> dict[str, Any]:
-    """Return what a run's samples come to."""
+    """Summarize a run's samples."""
     clusters: dict[Hashable, int] = {}
     names = extractors_of(config)
     every, variants, stored = (
@@ -189,12 +189,12 @@ def summarize_samples(config: RunConfig, samples: Iterable[Sample]) -> dict[str,
 
 
 def expected_samples(config: RunConfig) -> int:
-    """Return how many samples a run has when it is complete."""
+    """Return the number of samples of a complete run."""
     return int(config.problems["samples"]) * int(config.problems.get("epochs", 1)) * max(1, len(config.variants))
 
 
 def disagree(sample: Sample, primary: str) -> bool:
-    """Whether extractors that found an answer judge it differently, or the primary one found none and another the gold one."""
+    """True if extractors that found an answer disagree, or the primary one found none and another found the gold answer."""
     verdicts = {sample.correct_by[name] for name, answer in sample.answers.items() if answer is not None}
     return len(verdicts) > 1 or (True in verdicts and sample.answers.get(primary) is None)
 
@@ -212,7 +212,8 @@ def _extractor(group: _Group, name: str, primary: str) -> dict[str, Any]:
 
 
 def _agreement(group: _Group) -> list[dict[str, Any]]:
-    """Return, for each pair of extractors, how many outputs they judge alike, and which way they differ on the rest."""
+    """Return the agreement of each pair of extractors: how many outputs they judge alike, and the direction of the
+    differences."""
     places = [group.names.index(name) for name in group.judging]
     return [
         {
@@ -227,7 +228,7 @@ def _agreement(group: _Group) -> list[dict[str, Any]]:
 
 
 def _several(group: _Group, extractor: str) -> dict[str, Any]:
-    """Return pass@k and maj@k, over the problems that have k samples; maj@k is of the first k of each."""
+    """Return pass@k and maj@k over the problems with at least k samples; maj@k uses the first k of each."""
     which = group.names.index(extractor)
     by_problem: dict[str, list[tuple[str | None, bool]]] = defaultdict(list)
     for row in group.rows:
@@ -259,13 +260,13 @@ def _majority_is_right(samples: Sequence[tuple[str | None, bool]]) -> bool:
 
 
 def _number(answer: str | None) -> str | None:
-    """Spell equal numbers alike, so that 18 and 18.00 are votes for the same."""
+    """Normalize equal numbers, so that 18 and 18.00 are votes for the same answer."""
     found = None if answer is None else read_quantity(answer)
     return found.values[0] if isinstance(found, Quantity) else answer
 
 
 def _variants(groups: dict[str, _Group], primary: str, epochs: int) -> dict[str, Any]:
-    """Return each variant's numbers, and how it differs from the first on the same problems."""
+    """Return each variant's numbers and its difference from the first variant on the same problems."""
     found: dict[str, Any] = {}
     reference: dict[Hashable, list[bool]] | None = None
     for name, group in groups.items():

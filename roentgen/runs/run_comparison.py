@@ -1,8 +1,8 @@
-"""Two runs on the same problems: what differs in their configurations, and in their answers.
+"""Compares two runs on the same problems: the differences of their configurations and of their answers.
 
-Like is compared with like. Where runs have variants, a variant is compared with the one that poses problems as it does: with
-the same prefix or, where no other has that, of the same name; a run without variants poses them without a prefix. What has no
-counterpart is named and is in no number.
+Only equal conditions are compared. If runs have variants, each variant is paired with the one that has the same prefix or,
+if none has, the same name; a run without variants has an empty prefix. Variants without a counterpart are listed and
+excluded from all numbers.
 """
 
 from collections import defaultdict
@@ -20,46 +20,46 @@ Verdicts = Mapping[Hashable, list[bool]]
 
 @dataclass(frozen=True)
 class Paired:
-    """What two conditions say of the problems that both have."""
+    """Two conditions compared on the problems that both have."""
 
     names: tuple[str | None, str | None]
-    """Of the two variants; None of a run without variants."""
+    """Names of the two variants; None for a run without variants."""
     first: Accuracy
-    """The first's accuracy on them."""
+    """Accuracy under the first condition."""
     second: Accuracy
-    """Of the second."""
+    """Accuracy under the second."""
     difference: Difference
-    """The second minus the first, paired by problem."""
+    """Second minus first, paired by problem."""
     gained: list[str]
-    """Problems that the second does better."""
+    """Problems that improve under the second condition."""
     lost: list[str]
     """Problems that it does worse."""
 
 
 @dataclass(frozen=True)
 class RunComparison:
-    """What two runs say, like compared with like."""
+    """Two runs, compared variant by variant."""
 
     configuration: list[tuple[str, Any, Any]]
-    """What differs: name, value in the first, value in the second."""
+    """Configuration differences: name, first value, second value."""
     first: Accuracy
-    """The first run's accuracy on what both posed alike: each problem, under each pair of variants."""
+    """Accuracy of the first run on the pairs of problem and variant that both runs have."""
     second: Accuracy
-    """Of the second."""
+    """Accuracy under the second."""
     difference: Difference
-    """The second minus the first, paired likewise and clustered by problem."""
+    """Second minus first, paired likewise and clustered by problem."""
     gained: list[str]
-    """Problems that the second does better, `problem under variant` where there are several pairs."""
+    """Problems that improve in the second run; written `problem under variant` if there are several pairs."""
     lost: list[str]
     """Problems that it does worse."""
     pairs: tuple[Paired, ...]
-    """The same, per pair of variants that pose problems alike; one pair of runs without variants."""
+    """The comparison of each pair of variants; a single pair for runs without variants."""
     alone: tuple[tuple[str | None, ...], tuple[str | None, ...]]
-    """Variants of either run that have no counterpart."""
+    """Variants of each run without a counterpart."""
 
 
 def compare(first: Run, second: Run) -> RunComparison:
-    """Compare two runs, each by its own primary extractor.
+    """Compare two runs by their own primary extractors.
 
     Raises:
         RunError: if a record is damaged.
@@ -97,7 +97,7 @@ def _pair(
     *,
     several: bool = False,
 ) -> Paired:
-    """Compare the verdicts of two conditions, whose keys are a pair of variants and a problem."""
+    """Compare the verdicts of two conditions, keyed by a pair of variants and a problem."""
     common = [key for key in before if key in after]
     changes = {key: _share(after[key]) - _share(before[key]) for key in common}
 
@@ -116,14 +116,14 @@ def _pair(
 
 
 def _prefixes(run: Run) -> dict[str | None, str]:
-    """Return what each variant puts before the user's message; a run without variants puts nothing."""
+    """Return each variant's prefix; a run without variants has an empty one."""
     return {name: variant["prefix"] for name, variant in run.config.variants.items()} or {None: ""}
 
 
 def _counterparts(
     first: Mapping[str | None, str], second: Mapping[str | None, str]
 ) -> list[tuple[str | None, str | None]]:
-    """Pair variants with the same prefix, those of the same name before others; then those left that share a name."""
+    """Pair variants: first those with equal name and prefix, then equal prefix, then equal name."""
     found: list[tuple[str | None, str | None]] = []
     for alike in (
         lambda one, two: one == two and first[one] == second[two],
@@ -138,7 +138,7 @@ def _counterparts(
 
 
 def _verdicts(run: Run, posed: dict[str, Posed]) -> dict[str | None, dict[str, list[bool]]]:
-    """Return each problem's verdicts by variant, and add what was posed."""
+    """Return each problem's verdicts by variant, and add the problems to `posed`."""
     found: dict[str | None, dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
     for sample in run.read_samples().by_name():
         if sample.error is None:

@@ -104,10 +104,10 @@ def test_a_scorer_is_a_function_with_a_name_of_its_own() -> None:
     def answer(output: Output, problem: Problem) -> bool:
         return True
 
-    with pytest.raises(UnknownScorerError, match="'answer' is one that is built in; call the function otherwise"):
+    with pytest.raises(UnknownScorerError, match="'answer' is the name of a built-in extractor; rename the function"):
         choose_scorer(answer)
     with pytest.raises(
-        UnknownScorerError, match=r"eval_jobs\.scoring:DEFAULT_EXTRACTOR is str, and a scorer is a function"
+        UnknownScorerError, match=r"eval_jobs\.extractors:DEFAULT_EXTRACTOR is str; a scorer is a function"
     ):
-        choose_scorer("eval_jobs.scoring:DEFAULT_EXTRACTOR")
+        choose_scorer("eval_jobs.extractors:DEFAULT_EXTRACTOR")
     assert choose_scorer("flexible").value is EXTRACTORS["flexible"]
