@@ -1,14 +1,14 @@
-"""A run as a log of inspect_ai, for `inspect view` and for whatever reads such logs.
+"""Exports a run as a log of inspect_ai, for `inspect view` and other readers of such logs.
 
     roentgen export RUN gsm8k.eval
     inspect view --log-dir .
 
-The format is a zip archive: `header.json` says what was evaluated and what it came to, `samples/<id>_epoch_<n>.json` is a
-sample with its conversation and scores, `summaries.json` has of each what a list shows. It is written here after inspect_ai's
-own description (https://inspect.aisi.org.uk/eval-logs.html, schema version 2), a sample at a time and where inspect_ai is not
-installed; `make test-clients` reads it back with inspect_ai.
+The format is a zip archive: `header.json` describes the evaluation and its results, `samples/<id>_epoch_<n>.json` is a
+sample with its conversation and scores, and `summaries.json` has the fields shown in lists. It is written according to
+inspect_ai's specification (https://inspect.aisi.org.uk/eval-logs.html, schema version 2), one sample at a time and without
+requiring inspect_ai; `make test-clients` reads it back with inspect_ai.
 
-inspect_ai knows a sample by its id and epoch; with variants the id is `PROBLEM@VARIANT`. Each extractor is a scorer, the
+inspect_ai identifies a sample by id and epoch; with variants the id is `PROBLEM@VARIANT`. Each extractor is a scorer, the
 primary one first.
 """
 
@@ -28,25 +28,26 @@ from roentgen.runs import Run, Sample
 SCHEMA_VERSION = 2
 
 STOP_REASONS = {"stop": "stop", "length": "max_tokens", "tool_calls": "tool_calls", "max_turns": "tool_calls"}
-"""Our `finish_reason` in inspect_ai's words; what is not here is "unknown" there."""
+"""inspect_ai's value for our `finish_reason`; others become "unknown"."""
 
 _VALUES = {"correct": "C", "wrong": "I", "no_answer": "N"}
-"""Our verdicts in inspect_ai's words."""
+"""inspect_ai's values for our verdicts."""
 
 
 def write_inspect_log(run: Run, path: Path) -> int:
-    """Write a run, in the order of its samples' names; return how many samples.
+    """Write a run, sorted by sample name; return the number of samples.
 
     Raises:
         RunError: if the record is damaged.
-        OSError: as the disk answers.
+        OSError: if the file cannot be written.
     """
     samples = run.read_samples().by_name()
     summary = run.summary() or summarize_samples(run.config, samples)
     extractors = sorted(summary["extractors"], key=lambda name: name != summary["extractor"])
     ids: list[str] = []
     finished: float | None = None
-    # An archive takes one file after the other, so the summaries wait on the disk: a list of them would grow with the run.
+    # Files of an archive are written one after the other, so the summaries are buffered on disk: a list of them would grow
+    # with the run.
     with (
         atomic_write(path) as temporary,
         ZipFile(temporary, "w", ZIP_DEFLATED) as archive,
@@ -154,7 +155,7 @@ def _sample(sample: Sample, model: str, extractors: Iterable[str]) -> dict[str, 
 
 
 def _summary(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return what the list of samples shows of one."""
+    """Return the fields of a sample that lists show."""
     same = ("id", "epoch", "input", "target", "scores", "model_usage", "total_time")
     return {
         **{name: entry[name] for name in same},
@@ -173,7 +174,7 @@ def _usage(prompt: int, completion: int) -> dict[str, int]:
 
 
 def _message(message: dict[str, Any]) -> dict[str, Any]:
-    """Spell an OpenAI message as inspect_ai does: reasoning is a part of the content, arguments are an object."""
+    """Convert an OpenAI message to inspect_ai's format: reasoning is a part of the content, and arguments are an object."""
     content: Any = message.get("content") or ""
     if message.get("reasoning_content"):
         content = [
@@ -192,7 +193,7 @@ def _tool_call(call: dict[str, Any]) -> dict[str, Any]:
     name, written = call["function"]["name"], call["function"].get("arguments", "{}")
     try:
         arguments = json.loads(written)
-        error = None if isinstance(arguments, dict) else "the arguments are no JSON object"
+        error = None if isinstance(arguments, dict) else "the arguments are not a JSON object"
     except (ValueError, RecursionError) as problem:
         arguments, error = None, f"the arguments are not JSON: {problem}"
     arguments = arguments if error is None else {"arguments": written}

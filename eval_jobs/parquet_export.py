@@ -17,11 +17,11 @@ ROWS_AT_ONCE = 1_000
 
 
 def write_parquet(run: Run, path: Path) -> int:
-    """Write a run's samples, in the order of their names; return how many.
+    """Write a run's samples, sorted by name; return their number.
 
     Raises:
         RunError: if the record is damaged.
-        OSError: as the disk answers.
+        OSError: if the file cannot be written.
     """
     schema = schema_of_run(run)
     with atomic_write(path) as temporary, pq.ParquetWriter(temporary, schema) as writer:
@@ -29,7 +29,7 @@ def write_parquet(run: Run, path: Path) -> int:
 
 
 def schema_of_run(run: Run) -> pa.Schema:
-    """Return the columns that a run's samples have.
+    """Return the columns of a run's samples.
 
     Raises:
         RunError: if the record is damaged.
@@ -38,7 +38,7 @@ def schema_of_run(run: Run) -> pa.Schema:
 
 
 def read_tables(run: Run, schema: pa.Schema) -> Iterator[pa.Table]:
-    """Return a run's samples as tables of these columns, some at a time, in the order of their names.
+    """Yield a run's samples as tables of these columns, some rows at a time, sorted by name.
 
     Raises:
         RunError: if the record is damaged.

@@ -1,12 +1,13 @@
-"""One attempt at one problem against the server: messages, requests, tools between them, a scored `Sample`.
+"""Runs one attempt at one problem against the server: messages, requests, tool calls between them, a scored `Sample`.
 
-When activations are collected, each request carries what to keep and the rollout's key, and the reply says where it is; the
-server answers only after the activations are durable, so a sample never points at nothing. A later turn keeps only what is new.
+If activations are captured, each request carries the capture parameters and the rollout's key, and the reply carries their
+location. The server replies only after the activations are durable, so a sample never refers to missing data. A later turn
+captures only its new tokens.
 
-What can go wrong falls in two kinds. What concerns this problem only (a prompt longer than the context, a server that
-fails at it again and again) becomes a sample with `error`, which is tried again when the run is resumed. What would meet
-every problem alike (wrong key, unknown model, a layer that does not exist, a server that is gone) is a
-`FatalRequestError`: going on would only turn a typing error into a thousand failed samples.
+There are two kinds of errors. An error of this problem alone (a prompt longer than the context, a server that repeatedly
+fails on it) becomes a sample with `error`, which is retried when the run is resumed. An error that all problems share
+(wrong key, unknown model, a layer that does not exist, a lost server) is a `FatalRequestError`: continuing would turn one
+mistake into a thousand failed samples.
 """
 
 import time
@@ -30,31 +31,31 @@ from roentgen.runs import RolloutRef, Sample, Turn
 
 @dataclass(frozen=True)
 class RolloutPlan:
-    """What all rollouts of a run share; it travels to every Ray task."""
+    """The parameters that all rollouts of a run share; it is sent to every Ray task."""
 
     endpoint: Endpoint
     """The server."""
     model: str
-    """The name to ask for."""
+    """Model name for requests."""
     prompt: Prompt
-    """How problems are posed."""
+    """The prompt."""
     sampling: dict[str, Any]
     """Parameters of every request."""
     extractor: str
-    """Whose verdict is the sample's."""
+    """The primary scorer, whose verdict is the sample's."""
     scorers: Mapping[str, Scorer] = field(default_factory=dict)
-    """Scorers beside the built-in ones that suit a problem, by name; the primary one, if it is a user's own."""
+    """Scorers, by name, in addition to the built-in extractors that suit a problem: the primary one, if it is custom."""
     tools: tuple[str, ...] = ()
     """Names in `TOOLS` that the model may call."""
     max_turns: int = 1
-    """Requests per rollout, at most."""
+    """Maximum requests per rollout."""
     capture: ActivationRequest | None = None
-    """What to keep of the activations, and in which session; None keeps nothing."""
+    """The capture parameters, including the session; None captures nothing."""
 
 
 @dataclass
 class _Conversation:
-    """What has been said, and what it took."""
+    """The conversation so far, with its statistics."""
 
     messages: list[dict[str, Any]]
     turns: list[Turn] = field(default_factory=list)
@@ -62,7 +63,7 @@ class _Conversation:
     finish_reason: str | None = None
 
     def add(self, reply: ModelReply) -> None:
-        """Take a reply in."""
+        """Append a reply."""
         self.messages.append(reply.message)
         self.finish_reason = reply.finish_reason
         self.turns.append(
@@ -78,11 +79,11 @@ class _Conversation:
 
 
 async def run_rollout(client: AsyncOpenAI, attempt: Attempt, plan: RolloutPlan) -> Sample:
-    """Pose a problem, run the tools that the model calls, and score its last message.
+    """Pose a problem, run the model's tool calls, and score its last message.
 
     Raises:
         FatalRequestError: if every other problem would fail in the same way.
-        ScorerError: if a scorer returns what is no verdict.
+        ScorerError: if a scorer returns something other than a verdict.
         PromptError: if the prompt cannot pose the problem.
     """
     started = time.monotonic()
@@ -110,13 +111,13 @@ async def run_rollout(client: AsyncOpenAI, attempt: Attempt, plan: RolloutPlan) 
 def failed_sample(
     attempt: Attempt, plan: RolloutPlan, error: str, messages: list[dict[str, Any]] | None = None
 ) -> Sample:
-    """Return the sample of a problem that got no answer.
+    """Return the sample of an attempt that got no answer.
 
     Args:
-        attempt: which.
-        plan: how it was posed.
-        error: why.
-        messages: what was said; None if nothing was.
+        attempt: the attempt.
+        plan: the run's parameters.
+        error: the reason.
+        messages: the conversation; None if nothing was sent.
     """
     said = messages or list(plan.prompt.messages(attempt.problem, attempt.variant.prefix))
     return Sample(**_identity(attempt), messages=said, error=error)
@@ -140,9 +141,9 @@ def _identity(attempt: Attempt) -> dict[str, Any]:
 
 
 def _parameters(attempt: Attempt, plan: RolloutPlan) -> dict[str, Any]:
-    """Return what all requests of a rollout have in common."""
+    """Return the parameters shared by all requests of a rollout."""
     parameters: dict[str, Any] = {"model": plan.model, **plan.sampling}
-    parameters["seed"] = plan.sampling["seed"] + attempt.epoch - 1  # a sample of its own, and the same one each time
+    parameters["seed"] = plan.sampling["seed"] + attempt.epoch - 1  # a different sample per epoch, reproducible
     if plan.prompt.stop:
         parameters["stop"] = list(plan.prompt.stop)
     if plan.tools:
@@ -151,7 +152,8 @@ def _parameters(attempt: Attempt, plan: RolloutPlan) -> dict[str, Any]:
 
 
 def _activations(attempt: Attempt, plan: RolloutPlan, turn: int) -> dict[str, Any] | None:
-    """Return the request's `extra_body`: what to keep, and the key and labels that join it to this sample."""
+    """Return the request's `extra_body`: the capture parameters, and the key and labels that join the rollout to this
+    sample."""
     if plan.capture is None:
         return None
     problem, variant = attempt.problem, attempt.variant
@@ -169,7 +171,7 @@ async def _scored_sample(conversation: _Conversation, attempt: Attempt, plan: Ro
     response = (
         conversation.messages[-1].get("content") or "" if conversation.messages[-1]["role"] == "assistant" else ""
     )
-    # Copies: what a scorer does to them is not what was said.
+    # Copies, so that a scorer cannot modify the recorded messages.
     output = Output(response, tuple(map(dict, conversation.messages)), conversation.finish_reason)
     scores = await judge(output, attempt.problem, plan.scorers, plan.endpoint.timeout)
     return Sample(
@@ -191,10 +193,10 @@ async def _scored_sample(conversation: _Conversation, attempt: Attempt, plan: Ro
 
 
 def _rollout(found: Any, plan: RolloutPlan, turn: int) -> RolloutRef:
-    """Read where the activations are.
+    """Validate the location of the activations.
 
     Raises:
-        FatalRequestError: if they were asked for and the reply has none.
+        FatalRequestError: if the reply has none.
     """
     if found is None:
         raise FatalRequestError(
@@ -203,4 +205,4 @@ def _rollout(found: Any, plan: RolloutPlan, turn: int) -> RolloutRef:
     try:
         return RolloutRef(turn=turn, **ActivationReply.model_validate(found).model_dump())
     except ValidationError as error:
-        raise FatalRequestError(f"the reply's 'activations' cannot be read: {error}") from error
+        raise FatalRequestError(f"the reply's 'activations' are invalid: {error}") from error

@@ -1,4 +1,4 @@
-"""How far a run is, seen from another shell: from its record alone, whether its driver lives or not."""
+"""Reports the progress of a run to another shell, from its record alone, whether or not its driver is alive."""
 
 import time
 from dataclasses import dataclass
@@ -13,44 +13,44 @@ RECENT_S = 120.0
 
 @dataclass(frozen=True)
 class RunStatus:
-    """How far a run is."""
+    """The progress of a run."""
 
     running: bool
-    """Whether an evaluation is recording into it."""
+    """True if an evaluation is recording into it."""
     expected: int
-    """Samples when it is complete."""
+    """Number of samples of the complete run."""
     tally: Tally
-    """Of those recorded."""
+    """Tally of the recorded samples."""
     recent: int
     """Samples that finished in the last two minutes."""
     recent_tokens: int
-    """Tokens that they have."""
+    """Number of their tokens."""
     recent_seconds: float
-    """The time that these two are over."""
+    """Duration in seconds that these two cover."""
     commonest: Failure | None = None
-    """The commonest failure of those that have no answer yet, None if there is none."""
+    """The most common failure; None if there is none."""
 
     def __str__(self) -> str:
-        """Spell it in a line."""
+        """Format the status as one line."""
         done = f"{self.tally.scored}/{self.expected} done, {self.tally.correct_so_far}"
         errors = f", {self.tally.errors} errors" if self.tally.errors else ""
         if self.commonest is not None:
-            errors += f" (the commonest, {self.commonest.count}: {shorten(self.commonest.message)})"
+            errors += f" (most common, {self.commonest.count}: {shorten(self.commonest.message)})"
         if self.tally.scored == self.expected:
             return f"complete: {done}"
         if not self.running:
-            return f"stopped: {done}{errors}; the same command continues it"
+            return f"stopped: {done}{errors}; run the same command to continue"
         left = seconds_left(self.recent, self.expected - self.tally.scored, self.recent_seconds)
         speed = f", {self.recent_tokens / self.recent_seconds:.0f} tokens/s" if self.recent else ""
         return f"running: {done}{speed}{left}{errors}"
 
 
 def status(run: Run, now: float | None = None) -> RunStatus:
-    """Return how far a run is.
+    """Return the progress of a run.
 
     Args:
         run: the run.
-        now: seconds since 1970; the clock's if absent.
+        now: current time in seconds since 1970; the clock's if None.
 
     Raises:
         RunError: if the record is damaged.

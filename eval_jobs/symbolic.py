@@ -12,10 +12,10 @@ from functools import cache, lru_cache
 from typing import Any
 
 MAX_LENGTH = 1_000
-"""Characters at the end of a text that are read; the library's patterns take more than linear time."""
+"""Number of characters read at the end of a text; the library's patterns take more than linear time."""
 
 MAX_DEPTH = 24
-"""Brackets in one another that are read: the library's parser takes more than quadratic time for them."""
+"""Maximum nesting of brackets; the library's parser takes more than quadratic time."""
 
 _POWER = r"(?:\^|(?<=[\w)}\]])\s*\*\*)"
 _UNBOUNDED = re.compile(
@@ -26,11 +26,11 @@ _UNBOUNDED = re.compile(
     r"|[-+]{16}|\d[eE]\d{3}"
     r"|\\(?:[dt]?binom|choose|sum|prod|i*int|oint|lim|diff|partial|det|operatorname|exp)(?![a-z])"
 )
-logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that there is no time limit
+logging.getLogger("math_verify").setLevel(logging.ERROR)  # silences its warning about the missing time limit
 
 
 def read_symbolic(text: str) -> str | None:
-    """Read the answer that math-verify finds, as it stands in the text; a number is spelled plainly."""
+    """Read the answer that math-verify finds, as written in the text; a number in plain notation."""
     found = _parsed(text[-MAX_LENGTH:])
     if not found:
         return None
@@ -43,7 +43,7 @@ def read_symbolic(text: str) -> str | None:
 
 
 def same_expression(answer: str, gold: str) -> bool:
-    """Whether math-verify holds two answers equal; those too long for it are equal if they are spelled alike."""
+    """True if math-verify considers two answers equal; answers too long for it are equal if their texts are."""
     if answer == gold or max(len(answer), len(gold)) > MAX_LENGTH:
         return answer == gold
     from math_verify import verify
@@ -53,7 +53,7 @@ def same_expression(answer: str, gold: str) -> bool:
 
 
 def _marked(answer: str) -> str:
-    """Return an answer as the library finds it again: plain arithmetic in a line, anything else in a box."""
+    """Mark an answer so that the library finds it: plain arithmetic on a line, anything else in a box."""
     return f"Answer: {answer}" if re.fullmatch(r"[\d\s.+*/^()-]+", answer) else rf"\boxed{{{answer}}}"
 
 
@@ -66,7 +66,7 @@ def _configuration() -> tuple[Any, ...]:
 
 @lru_cache(maxsize=1_024)
 def _parsed(text: str) -> tuple[Any, ...]:
-    """Return what math-verify parses, an expression and the text it was written as; nothing if that could take for ever."""
+    """Return what math-verify parses, an expression and its text; empty if parsing might not terminate."""
     if _UNBOUNDED.search(text) or _depth(text) > MAX_DEPTH:
         return ()
     from math_verify import parse
@@ -75,7 +75,7 @@ def _parsed(text: str) -> tuple[Any, ...]:
 
 
 def _depth(text: str) -> int:
-    """Return how deep a text's brackets are in one another, at most."""
+    """Return the maximum nesting depth of a text's brackets."""
     depth = deepest = 0
     for bracket in re.findall(r"[(\[{)\]}]", text):
         depth = depth + 1 if bracket in "([{" else max(0, depth - 1)

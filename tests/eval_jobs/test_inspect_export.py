@@ -67,7 +67,7 @@ def test_variants_and_epochs_are_samples_of_their_own(tmp_path: Path) -> None:
     [
         ('{"expression": "1 < 2"}', {"expression": "1 < 2"}, None),
         ('{"expr', {"arguments": '{"expr'}, "the arguments are not JSON"),
-        ("[1]", {"arguments": "[1]"}, "the arguments are no JSON object"),
+        ("[1]", {"arguments": "[1]"}, "the arguments are not a JSON object"),
     ],
 )
 def test_tool_calls_and_reasoning_are_spelled_as_inspect_ai_does(

@@ -102,7 +102,7 @@ def test_how_far_a_run_is(tmp_path: Path) -> None:
     assert str(status(run)).startswith("stopped: 2/3 done")
     with recording(run) as record:
         record.append(Run(run.path).read_samples()[1].model_copy(update={"epoch": 2, "error": "503: 4 waiting"}))
-    assert "1 errors (the commonest, 1: 503: 4 waiting); the same command continues it" in str(status(run))
+    assert "1 errors (most common, 1: 503: 4 waiting); run the same command to continue" in str(status(run))
     run.record_path.write_text("".join(lines[:2]))
     with recording(run):
         # Two samples that began at 1000 and finished at 1010: twenty tokens in twenty seconds, the third in ten more.
