@@ -1,9 +1,9 @@
-"""One key's rows of many rollouts, read when they are looked at.
+"""Lazy access to one key's rows of many rollouts.
 
-An item is one rollout's rows. Rollouts that follow one another in a shard are taken together: mapped, on a disk, where only
-what is looked at is then read; asked of a bucket as one range, and several such requests ahead. So a probe over one layer
-touches that layer's bytes only. `stack` is the short way to what a linear probe wants, one row of each rollout: it works out
-which rows of each shard those are, and takes them together.
+An item is one rollout's rows. Consecutive rollouts of a shard are read together: memory-mapped from a disk, so that only
+accessed pages are read, or fetched from a bucket as one range, with several requests in flight. A probe over one layer
+therefore touches only that layer's bytes. `stack` is the fast path for a linear probe, with one row per rollout: it
+computes the row indices of each shard and reads them together.
 """
 
 from collections import deque
@@ -31,7 +31,7 @@ class RolloutRows:
     """One rollout's rows of one key."""
 
     rollout_id: str
-    """Whose rows."""
+    """The rollout's id."""
     values: Shaped[Tensor, "rows ..."]
     """`[rows, *shape]`."""
     position: Int[np.ndarray, "rows"]
@@ -39,7 +39,7 @@ class RolloutRows:
 
 
 class _RolloutLocation(NamedTuple):
-    """What of a row of the index says where its rollout is."""
+    """The location of a rollout's rows, from the index."""
 
     rollout_id: str
     shard: str
@@ -50,16 +50,16 @@ class _RolloutLocation(NamedTuple):
 
 
 _ROWS_AT_ONCE = 2048
-"""Of one key, taken together; some megabytes."""
+"""Maximum rows of one key read together; some megabytes."""
 
 
 class Activations(Sequence[RolloutRows]):
-    """A lazy sequence of `RolloutRows`; an item is read when it is asked for.
+    """A lazy sequence of `RolloutRows`; an item is read when it is accessed.
 
     Attributes:
         key: the stored key.
-        rollouts: whose rows, in this order: rows of the index.
-        remote: whether reading waits for a network.
+        rollouts: the rollouts, in this order: rows of the index.
+        remote: True if reads wait for a network.
     """
 
     def __init__(
@@ -105,16 +105,16 @@ class Activations(Sequence[RolloutRows]):
     def batches(
         self, tokens: int = 4096, *, shuffle: bool = True, seed: int = 0, pool_bytes: int = POOL_BYTES
     ) -> TokenBatches:
-        """Return all rows as batches of `tokens`, every row once, read at the speed of the disk in bounded memory.
+        """Return all rows as batches of `tokens` rows, each row once, read at disk speed in bounded memory.
 
             for batch in session.activations("layers.12.resid_post").batches(4096, seed=epoch):
-                batch.values, batch.rollout, batch.position      # [4096, d_model], and whose each row is
+                batch.values, batch.rollout, batch.position      # [4096, d_model], and the origin of each row
 
         Args:
-            tokens: rows in a batch; the last one holds what is left.
-            shuffle: whether they come in random order, instead of in that of the rollouts.
-            seed: of the order.
-            pool_bytes: of the rows that are held to be mixed: the larger, the more rollouts a batch is from.
+            tokens: rows per batch; the last batch may be smaller.
+            shuffle: True for random order instead of the order of the rollouts.
+            seed: seed of the random order.
+            pool_bytes: size of the shuffle buffer: the larger, the more rollouts contribute to a batch.
 
         Raises:
             ValueError: if a number is too small.
@@ -122,7 +122,7 @@ class Activations(Sequence[RolloutRows]):
         return TokenBatches(self, tokens, shuffle, seed, pool_bytes)
 
     def count_rows(self) -> Int[np.ndarray, "rollouts"]:
-        """Return how many rows each rollout gives, `[rollouts]`; of the rows themselves none is read.
+        """Return the number of rows per rollout, `[rollouts]`, without reading the rows.
 
         Raises:
             StoreError: if a shard cannot be opened.
@@ -139,12 +139,12 @@ class Activations(Sequence[RolloutRows]):
         return counts
 
     def read_rows(self, starts: Int[np.ndarray, "parts"], stops: Int[np.ndarray, "parts"], first: int) -> RowBatch:
-        """Return some rows of each of several rollouts that follow one another.
+        """Read a range of rows from each of several consecutive rollouts.
 
         Args:
-            starts: per rollout, the first of its rows to read, `[parts]`.
-            stops: per rollout, the one behind the last, `[parts]`.
-            first: the place of the first rollout.
+            starts: first row to read of each rollout, `[parts]`.
+            stops: end of the range of each rollout, exclusive, `[parts]`.
+            first: number of the first rollout.
 
         Raises:
             StoreError: if they cannot be read.
@@ -162,10 +162,10 @@ class Activations(Sequence[RolloutRows]):
         return RowBatch(joined(values), rollout, np.concatenate(positions))
 
     def stack(self) -> Shaped[Tensor, "rollouts ..."]:
-        """Return one row per rollout, `[rollouts, *shape]`, for policies that give exactly one.
+        """Return one row per rollout, `[rollouts, *shape]`, for position policies that select exactly one.
 
         Raises:
-            StoreError: if a rollout gives another number of rows.
+            StoreError: if a rollout has a different number of rows.
         """
         frame = self.rollouts.reset_index(drop=True)
         shards = list(frame.groupby("shard", sort=False, observed=True))
@@ -190,7 +190,7 @@ class Activations(Sequence[RolloutRows]):
         return torch.cat(found)
 
     def _one_row_each(self, shard: Shard, own: pd.DataFrame) -> Int[np.ndarray, "rollouts"] | None:
-        """Return the rows of a shard that a policy of one position means; None if that takes more than looking them up."""
+        """Return the shard's row of each rollout for a single-position policy; None if the fast path does not apply."""
         start, stop, n_prompt, n_completion = (
             own[name].to_numpy(np.int64) for name in ("row_start", "row_stop", "n_prompt", "n_completion")
         )
@@ -199,7 +199,7 @@ class Activations(Sequence[RolloutRows]):
         if not (start < stop).all():
             return None
         wanted = (n_prompt if self._positions.policy == "last_prompt" else count_rows(n_prompt, n_completion)) - 1
-        # Rows are of consecutive positions under every policy but a stride and the pooled ones.
+        # Rows have consecutive positions under every policy except a stride and the pooled ones.
         position = shard.column("position")
         rows = start + wanted - position[start]
         inside = ((start <= rows) & (rows < stop)).all()
@@ -208,7 +208,7 @@ class Activations(Sequence[RolloutRows]):
     def _read_parts(
         self, locations: Sequence[_RolloutLocation], cuts: Sequence[slice]
     ) -> tuple[Shaped[Tensor, "rows ..."], Int[np.ndarray, "rows"]]:
-        """Read parts of rollouts of one shard together: values, which own their memory, and positions."""
+        """Read ranges of several rollouts of one shard: values, which own their memory, and positions."""
         shard = self._shard_of(locations[0])
         stored = Positions.parse(shard.spec.positions)
         if self._positions.pooled and self._positions != stored:
@@ -226,7 +226,7 @@ class Activations(Sequence[RolloutRows]):
         return shard.values(self.key, rows), position[rows]
 
     def _location(self, number: int) -> _RolloutLocation:
-        """Return where one rollout is; a slice of a table would take longer than to read some rows."""
+        """Return the location of one rollout; slicing the table would be slower than reading some rows."""
         codes, names, ids, numbers = self._columns
         row_start, row_stop, n_prompt, n_completion = numbers[number].tolist()
         return _RolloutLocation(ids[number].as_py(), names[codes[number]], row_start, row_stop, n_prompt, n_completion)
@@ -248,7 +248,7 @@ class Activations(Sequence[RolloutRows]):
         return shard
 
     def _read(self, locations: Sequence[_RolloutLocation]) -> list[RolloutRows]:
-        """Read rollouts of one shard together."""
+        """Read several rollouts of one shard."""
         shard = self._shard_of(locations[0])
         position = shard.column("position")
         stored = Positions.parse(shard.spec.positions)
@@ -257,7 +257,7 @@ class Activations(Sequence[RolloutRows]):
         found = []
         for location, rows, own in zip(locations, wanted, values, strict=True):
             if self._positions.pooled and self._positions != stored and len(own):
-                # In float32: a bfloat16 mean over hundreds of rows would lose digits that the rows have.
+                # In float32: a bfloat16 mean over hundreds of rows would lose precision.
                 mean = own.float().mean(0, keepdim=True)
                 found.append(RolloutRows(location.rollout_id, mean, np.array([-1], dtype=np.int32)))
             else:
@@ -267,7 +267,7 @@ class Activations(Sequence[RolloutRows]):
     def _rows(
         self, shard: Shard, location: _RolloutLocation, position: Int[np.ndarray, "rows"], stored: Positions
     ) -> Int[np.ndarray, "wanted"]:
-        """Return which rows of the shard a rollout's positions are."""
+        """Return the shard's rows for a rollout's selected positions."""
         shard.check(self.key, location.row_start, location.row_stop)
         rows = np.arange(location.row_start, location.row_stop)
         if self._positions.policy == "all" or self._positions == stored:
@@ -286,7 +286,7 @@ def _locations(frame: pd.DataFrame) -> Iterator[_RolloutLocation]:
 
 
 def _group_adjacent(locations: Iterator[_RolloutLocation]) -> Iterator[list[_RolloutLocation]]:
-    """Gather rollouts that follow one another in a shard, up to some rows."""
+    """Group rollouts that are adjacent in a shard, up to a number of rows."""
     adjacent: list[_RolloutLocation] = []
     for location in locations:
         if adjacent and (

@@ -1,12 +1,12 @@
-"""One key's rows as shuffled batches, every row once, at the speed of the disk: what a sparse autoencoder is trained on.
+"""Shuffled batches of one key's rows, each row once, at disk speed: training data for a sparse autoencoder.
 
-A shuffle of all rows would read them one by one. So rows are read in pieces of some hundred, neighbors of one another, the
-pieces in random order; and they pass through a pool, from which each batch draws its rows at random while the next pieces
-take their places. A batch then mixes rows of as many pieces as the pool holds. The pool is all that memory holds, beside a few
-pieces that threads read ahead; the plan takes some bytes per rollout.
+A full shuffle would read the rows one by one. Instead, rows are read in pieces of some hundred adjacent rows, the pieces in
+random order, and pass through a shuffle buffer: each batch draws its rows from the buffer at random, and the next pieces
+replace them. A batch mixes rows of as many pieces as the buffer holds. Memory holds the buffer and a few prefetched pieces;
+the plan takes some bytes per rollout.
 
-The order depends on the seed and on which rollouts were chosen, in which order, and on nothing else: neither on time nor on how
-the store has put rows into files.
+The order depends only on the seed and on the chosen rollouts and their order, not on timing or on how the store distributes
+rows over files.
 """
 
 from collections import deque
@@ -24,55 +24,55 @@ from roentgen.store.threads import limit_to_one_thread
 
 POOL_BYTES = 256 << 20
 PIECE_BYTES = 512 << 10
-"""Of neighboring rows that are read together: enough that a disk reads them as fast as in order."""
+"""Size of a piece of adjacent rows: large enough for sequential disk speed."""
 AHEAD = 16
-"""Pieces that are read ahead."""
+"""Number of pieces prefetched."""
 COPYING = 2
-"""Threads that copy what a disk has read: more of them would wait for one another."""
+"""Threads that copy data read from a disk: more of them would wait for one another."""
 
 
 class RowBatch(NamedTuple):
-    """Rows of one key, of many rollouts."""
+    """A batch of rows of one key from many rollouts."""
 
     values: Shaped[Tensor, "tokens ..."]
-    """`[tokens, *shape]`, owning their memory."""
+    """`[tokens, *shape]`; owns its memory."""
     rollout: Int[np.ndarray, "tokens"]
-    """Whose each row is: its place in `Activations.rollouts`, `[tokens]`."""
+    """Index of each row's rollout in `Activations.rollouts`, `[tokens]`."""
     position: Int[np.ndarray, "tokens"]
     """Sequence position per row, -1 for a pooled one, `[tokens]`."""
 
 
 class RowSource(Protocol):
-    """Rows that are counted before they are read (`Activations`)."""
+    """A source of rows whose counts are known before they are read (`Activations`)."""
 
     @property
     def remote(self) -> bool:
-        """Whether reading waits for a network."""
+        """True if reads wait for a network."""
 
     def count_rows(self) -> Int[np.ndarray, "rollouts"]:
-        """Return how many rows each rollout gives, `[rollouts]`."""
+        """Return the number of rows per rollout, `[rollouts]`."""
 
     def read_rows(self, starts: Int[np.ndarray, "parts"], stops: Int[np.ndarray, "parts"], first: int) -> RowBatch:
-        """Return rows `[start, stop)` of each of the rollouts from the place `first` on."""
+        """Return rows `[start, stop)` of each rollout, beginning with rollout `first`."""
 
 
 @dataclass(frozen=True)
 class TokenBatches:
-    """Batches of rows; each time that it is iterated over, every row comes once, in the same order.
+    """Batches of rows; every iteration yields each row once, in the same order.
 
-    Another `seed` gives another order: take the epoch's number. The last batch holds what is left.
+    Another `seed` gives another order: use the epoch number. The last batch may be smaller.
     """
 
     source: RowSource
-    """The rows."""
+    """The source of the rows."""
     tokens: int
-    """Rows in a batch."""
+    """Rows per batch."""
     shuffle: bool
-    """Whether rows come in random order, instead of in the order of the rollouts."""
+    """True for random order instead of the order of the rollouts."""
     seed: int
-    """Of the order."""
+    """Seed of the order."""
     pool_bytes: int = POOL_BYTES
-    """Of the rows that are mixed."""
+    """Size of the shuffle buffer in bytes."""
 
     def __post_init__(self) -> None:
         for name, least in (("tokens", 1), ("seed", 0), ("pool_bytes", 1)):
@@ -111,7 +111,7 @@ class TokenBatches:
             drawn = generator.choice(capacity, self.tokens, replace=False)
             yield _pick(pool, drawn)
             came = _put(pool, drawn, parts)
-            if came < self.tokens:  # the last of them: what was drawn stays empty
+            if came < self.tokens:  # end of the stream: the drawn places stay empty
                 filled = np.delete(filled, drawn[came:])
         generator.shuffle(filled)
         for start in range(0, len(filled), self.tokens):
@@ -120,12 +120,12 @@ class TokenBatches:
     def tensors(
         self, *, epochs: int | None = 1, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> Iterator[Float[Tensor, "tokens d"]]:
-        """Yield the values alone, as trainers of sparse autoencoders take them, each epoch in an order of its own.
+        """Yield only the values, as trainers of sparse autoencoders take them, in a different order each epoch.
 
         Args:
-            epochs: how often every row comes; None for as often as is asked.
-            dtype: what to make of the stored values.
-            device: where to put them.
+            epochs: number of epochs; None for no limit.
+            dtype: dtype of the values.
+            device: device of the values.
         """
         epoch = 0
         while epochs is None or epoch < epochs:
@@ -139,7 +139,7 @@ class TokenBatches:
 
 
 class _Plan:
-    """Which rows there are, numbered through all rollouts, and how stretches of them are read."""
+    """Numbers the rows of all rollouts consecutively, and reads ranges of them."""
 
     def __init__(self, source: RowSource) -> None:
         self._source = source
@@ -159,7 +159,7 @@ class _Plan:
         return self._source.read_rows(np.maximum(start, begins) - begins, np.minimum(stop, ends) - begins, int(first))
 
     def read_ahead(self, starts: Int[np.ndarray, "pieces"], size: int) -> Iterator[RowBatch]:
-        """Yield the pieces that begin at given rows, in this order, while threads read the next ones."""
+        """Yield the pieces that begin at the given rows, in this order, while threads prefetch the next ones."""
         threads = AHEAD if self._source.remote else COPYING
         with ThreadPoolExecutor(threads, "batches", limit_to_one_thread) as pool:
             ahead: deque[Future[RowBatch]] = deque()
@@ -176,14 +176,14 @@ class _Plan:
 
 
 class _Stream:
-    """Pieces as one stream of rows, of which any number is taken."""
+    """A stream of rows over consecutive pieces."""
 
     def __init__(self, pieces: Iterator[RowBatch]) -> None:
         self._pieces = pieces
         self._left: RowBatch | None = None
 
     def take(self, count: int) -> list[RowBatch]:
-        """Return the next rows, as many as there are up to `count`, in pieces; none at the end."""
+        """Return up to `count` next rows, in pieces; empty at the end."""
         parts: list[RowBatch] = []
         missing = count
         while missing:
@@ -205,10 +205,10 @@ def _joined(parts: Sequence[RowBatch]) -> RowBatch:
 
 
 def joined(parts: Sequence[Shaped[Tensor, "rows ..."]]) -> Shaped[Tensor, "rows ..."]:
-    """Return parts as one tensor that owns its memory.
+    """Concatenate parts into one tensor that owns its memory.
 
-    Rows are copied by NumPy, here and below, on the thread that asks: torch would share out even some rows among threads, and
-    on a busy machine wait for the last of them a hundred times as long as the copying takes.
+    NumPy copies the rows, here and below, on the calling thread: torch would distribute even a few rows over threads, and
+    on a busy machine wait for the last of them a hundred times as long as the copy takes.
     """
     whole = torch.empty((sum(map(len, parts)), *parts[0].shape[1:]), dtype=parts[0].dtype)
     into, start = _as_items(whole), 0
@@ -219,7 +219,7 @@ def joined(parts: Sequence[Shaped[Tensor, "rows ..."]]) -> Shaped[Tensor, "rows 
 
 
 def _as_items(values: Shaped[Tensor, "rows ..."]) -> Shaped[np.ndarray, "rows"]:
-    """Return rows as NumPy's items, each a row's bytes; they share the memory."""
+    """Return rows as NumPy void items, one per row, sharing the memory."""
     if not values.numel():
         return np.empty(len(values), dtype="V0")
     flat: np.ndarray = values.contiguous().view(len(values), -1).view(torch.uint8).numpy()
@@ -236,16 +236,14 @@ def _empty(rows: int, like: RowBatch) -> RowBatch:
 
 
 def _pick(pool: RowBatch, rows: Int[np.ndarray, "tokens"]) -> RowBatch:
-    """Return some rows of a pool, copied."""
+    """Copy rows out of the buffer."""
     values = _empty(len(rows), pool).values
-    np.take(
-        _as_items(pool.values), rows, out=_as_items(values), mode="clip"
-    )  # the only mode that needs no copy of its own
+    np.take(_as_items(pool.values), rows, out=_as_items(values), mode="clip")  # the only mode without an internal copy
     return RowBatch(values, pool.rollout[rows], pool.position[rows])
 
 
 def _put(pool: RowBatch, rows: Int[np.ndarray, "places"], parts: Sequence[RowBatch]) -> int:
-    """Put parts into some places of a pool, the first of them first; return how many they took."""
+    """Write parts to the given places of the buffer in order; return the number of rows written."""
     start = 0
     for part in parts:
         into = rows[start : start + len(part.rollout)]
