@@ -1,10 +1,10 @@
-"""Keeps a session from being deleted while it is written.
+"""Prevents the deletion of a session that is being written.
 
-A writer holds a session for as long as rollouts of it are waiting to be committed; whoever deletes the session must have it
-alone, or is refused. On a disk the kernel keeps the lock, on `STORE/.<session_id>.lock`: a process that dies gives it back. A
-bucket has no locks, so there both sides leave a note and then look for the other's, which cannot both see nothing, since a
-bucket shows at once what was put: the writer under `STORE/.locks/<session_id>/writer-<ulid>`, the deleter under `…/deleting`.
-A note that a dead process left counts for `LEASE_S`.
+A writer holds a session while rollouts of it wait to be committed; a deleter needs exclusive access, or is rejected. On a
+disk this is a kernel lock (`flock`) on `STORE/.<session_id>.lock`, which is released if the process dies. A bucket has no
+locks, so both sides write a note and then look for the other's; since buckets are strongly consistent, at least one sees
+the other: the writer's is `STORE/.locks/<session_id>/writer-<ulid>`, the deleter's `…/deleting`. A note left by a dead
+process expires after `LEASE_S`.
 """
 
 import fcntl
@@ -26,24 +26,24 @@ from roentgen.store.storage_backends import LocalFolder, StorageFolder
 log = logging.getLogger(__name__)
 
 LEASE_S = 600.0
-"""How long a note in a bucket counts, in seconds; its writer renews it at half of this."""
+"""Lifetime of a note in a bucket in seconds; its writer renews it at half of this."""
 
 
 class SessionBusyError(StoreError):
-    """A session is being written, so it cannot be deleted now."""
+    """The session is being written, so it cannot be deleted."""
 
 
 class WriterLocks(Protocol):
-    """What one writer holds, counted per session."""
+    """The locks of one writer, counted per session."""
 
     def acquire(self, session_id: str) -> None:
-        """Hold a session once more."""
+        """Acquire a session's lock once more."""
 
     def confirm(self, session_id: str) -> None:
-        """Make sure that a session that is held is not being deleted; waits while it is. Called before it is written to."""
+        """Confirm, before writing, that an acquired session is not being deleted; waits while it is."""
 
     def release(self, session_id: str) -> None:
-        """Hold a session once less."""
+        """Release a session's lock once."""
 
 
 def writer_locks(root: StorageFolder) -> WriterLocks:
@@ -52,7 +52,7 @@ def writer_locks(root: StorageFolder) -> WriterLocks:
 
 
 class FolderLocks:
-    """The kernel's shared locks on files of the store's folder."""
+    """Shared kernel locks on files in the store's folder."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -60,7 +60,7 @@ class FolderLocks:
         self._held: dict[str, tuple[int, int]] = {}
 
     def acquire(self, session_id: str) -> None:
-        """Hold a session's lock once more; waits while the session is being deleted."""
+        """Acquire a session's lock once more; waits while the session is being deleted."""
         with self._guard:
             descriptor, count = self._held.get(session_id) or (_open(self._root, session_id), 0)
             if count == 0:
@@ -68,10 +68,10 @@ class FolderLocks:
             self._held[session_id] = descriptor, count + 1
 
     def confirm(self, session_id: str) -> None:
-        """Do nothing: to hold the lock is enough."""
+        """Do nothing: holding the lock is enough."""
 
     def release(self, session_id: str) -> None:
-        """Hold a session's lock once less."""
+        """Release a session's lock once."""
         with self._guard:
             descriptor, count = self._held.pop(session_id)
             if count > 1:
@@ -81,7 +81,7 @@ class FolderLocks:
 
 
 class BucketLeases:
-    """Notes in a bucket. `acquire` only counts, since the engine's thread calls it and must not wait for a network."""
+    """Notes in a bucket. `acquire` only counts, because the engine's thread calls it and must not wait for a network."""
 
     def __init__(self, root: StorageFolder) -> None:
         self._root = root
@@ -91,12 +91,12 @@ class BucketLeases:
         self._noted: dict[str, float] = {}
 
     def acquire(self, session_id: str) -> None:
-        """Count a session once more."""
+        """Increment a session's count."""
         with self._guard:
             self._count[session_id] += 1
 
     def confirm(self, session_id: str) -> None:
-        """Leave the writer's note or renew it, and wait while the session is being deleted."""
+        """Write or renew the writer's note, and wait while the session is being deleted."""
         folder = _notes(self._root, session_id)
         while time.monotonic() - self._noted.get(session_id, -LEASE_S) > LEASE_S / 2:
             folder.put(self._name, [b""])
@@ -107,7 +107,7 @@ class BucketLeases:
             time.sleep(0.5)
 
     def release(self, session_id: str) -> None:
-        """Count a session once less, and take the note away with the last."""
+        """Decrement a session's count, and remove the note with the last."""
         with self._guard:
             self._count[session_id] -= 1
             last = self._count[session_id] == 0
@@ -119,18 +119,16 @@ class BucketLeases:
             return
         try:
             _notes(self._root, session_id).remove(self._name)
-        except (
-            OSError
-        ) as error:  # what was committed stays committed; the session can be deleted later than it could have been
-            log.warning("session %s counts as being written for %d s more: %s", session_id, LEASE_S, error)
+        except OSError as error:  # committed data is safe; only a deletion of the session is delayed
+            log.warning("session %s cannot be deleted for another %d s: %s", session_id, LEASE_S, error)
 
 
 @contextmanager
 def deleting(root: StorageFolder, session_id: str) -> Iterator[None]:
-    """Keep writers away from a session.
+    """Lock a session for deletion.
 
     Raises:
-        SessionBusyError: if one is writing it.
+        SessionBusyError: if a writer holds it.
     """
     busy = SessionBusyError(f"session {session_id!r} is being written; try again when it is done")
     if not isinstance(root, LocalFolder):

@@ -1,9 +1,14 @@
-"""Makes few large shards of many small ones, and removes what nobody reads any more, while readers read and writers write.
+"""Merges small shards into large ones and removes unused files, while readers read and writers write.
 
-A merged index names the index files that it `replaces`; readers that find both ignore those. Nothing is removed at once: a
-reader may hold a table that names the old shards. `collect` removes, after a time of grace, index files that have been
-replaced, shards that no index names (a crash between a shard and its index leaves one), and half-written files. All of it may
-be interrupted anywhere, and done by several at once: files merged twice hold rollouts twice, which readers count once by id.
+    before          index A ──names──▶ shard a        index B ──names──▶ shard b
+    merge           index C ──names──▶ shard c (rows of a and b)      C replaces A, B
+    readers         ignore A and B as soon as they see C
+    remove_unused   after the grace period: A and B, then a and b, which no index names
+
+A reader may still hold a table that names the old shards, so nothing is removed at once. After a grace period,
+`remove_unused` deletes replaced index files, shards that no index names (a crash between a shard and its index leaves one),
+and partial files. Merging may be interrupted anywhere and run concurrently: index files that are merged twice hold their
+rollouts twice, and readers count a rollout once by its id.
 """
 
 import logging
@@ -32,30 +37,30 @@ from roentgen.store.threads import limit_to_one_thread
 log = logging.getLogger(__name__)
 
 GRACE_S = 3600.0
-"""How long what was replaced, or is named by nobody, is kept: longer than any commit or any reader's table lives."""
+"""Grace period in seconds for replaced and unreferenced files: longer than any commit takes or any reader holds a table."""
 MERGED_BYTES = 256 << 20
-"""Of a shard that `compact` makes."""
+"""Target size of a merged shard."""
 INDEX_BYTES = 8 << 20
-"""Of index files that are merged into one: tens of thousands of rollouts, whose texts are in memory meanwhile."""
+"""Total size of index files merged at once: tens of thousands of rollouts, whose texts are in memory meanwhile."""
 _MOVED_BY = [*LOCATION, "checksum"]
 
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What a merge has done."""
+    """The result of a merge."""
 
     replaced: int = 0
-    """Index files that no longer count."""
+    """Number of index files that were replaced."""
     indexes: tuple[str, ...] = ()
-    """The index files that do instead."""
+    """The index files that replace them."""
     moved: tuple[str, ...] = ()
-    """Shards whose rollouts are elsewhere now."""
+    """Shards whose rollouts were moved."""
     into: tuple[ShardFile, ...] = ()
-    """Shards that they are in now."""
+    """Shards that hold them now."""
     rollouts: int = 0
-    """How many the new index files name."""
+    """Number of rollouts in the new index files."""
     dropped: int = 0
-    """Rollouts that were left out, as asked."""
+    """Number of rollouts dropped on request."""
 
     def __add__(self, other: "MergeResult") -> "MergeResult":
         return MergeResult(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
@@ -63,23 +68,23 @@ class MergeResult:
 
 @dataclass(frozen=True)
 class RemovedFiles:
-    """What was removed: the files' names, and their bytes together."""
+    """Removed files: their names and total bytes."""
 
     files: list[str] = field(default_factory=list)
     size: int = 0
 
 
 def compact(session: Session, *, shard_bytes: int = MERGED_BYTES, drop: Collection[str] = ()) -> MergeResult:
-    """Merge a session's small shards and its small index files, and leave out rollouts that are not wanted.
+    """Merge a session's small shards and small index files, and drop unwanted rollouts.
 
     Args:
         session: whose.
-        shard_bytes: of a merged shard, about; shards of more than half of it stay where they are.
-        drop: ids of rollouts that are not wanted.
+        shard_bytes: approximate size of a merged shard; shards larger than half of it are kept.
+        drop: ids of rollouts to drop.
 
     Raises:
-        StoreError: if an index or a shard is damaged: what had not been merged by then is not changed.
-        OSError: as the disk or the bucket answers; likewise.
+        StoreError: if an index or a shard is damaged; what had not been merged by then is unchanged.
+        OSError: if the disk or the bucket reports an error; likewise.
     """
     files, unwanted, small = session.index(LOCATION), pa.array(list(drop), pa.string()), shard_bytes // 2
 
@@ -96,7 +101,7 @@ def compact(session: Session, *, shard_bytes: int = MERGED_BYTES, drop: Collecti
 
 
 def _batches(entries: Iterable[FileEntry]) -> Iterator[list[str]]:
-    """Split index files into what is merged at once, so that memory stays bounded however many there are."""
+    """Split index files into batches that are merged at once, so that memory stays bounded."""
     batch, size = list[str](), 0
     for entry in entries:
         if batch and size + entry.size > INDEX_BYTES:
@@ -111,27 +116,29 @@ def _batches(entries: Iterable[FileEntry]) -> Iterator[list[str]]:
 def merge(
     session: Session, names: Sequence[str], *, shard_bytes: int, small: int, drop: Collection[str] = ()
 ) -> MergeResult:
-    """Merge some index files into one, and their small shards into as many as are needed.
+    """Merge several index files into one, and their small shards into large ones.
 
-    One index file that would only be written again is left alone.
+    The steps are: read the index rows; choose the shards to move (small, unknown, or with dropped rollouts); write the rows
+    of these shards into new ones; write one index with the new locations, which replaces the old ones. A single index file
+    that would be rewritten unchanged is left alone.
 
     Args:
         session: whose.
-        names: the index files.
-        shard_bytes: of a merged shard, about.
-        small: a shard of so many bytes or more stays where it is, unless one of its rollouts is dropped.
-        drop: ids of rollouts that are left out.
+        names: names of the index files.
+        shard_bytes: approximate size of a merged shard.
+        small: shards of at least this size are kept, unless one of their rollouts is dropped.
+        drop: ids of rollouts to drop.
 
     Raises:
-        StoreError: if one of them is damaged: nothing is changed then.
-        OSError: as the disk or the bucket answers; nothing is changed then.
+        StoreError: if one of them is damaged; nothing is changed then.
+        OSError: if the disk or the bucket reports an error; nothing is changed then.
     """
     folder, unwanted = session.folder.child("index"), frozenset(drop)
     files = [read_index(folder, name) for name in names]
     if not files:
         return MergeResult()
     table = pa.concat_tables([file.table for file in files]).unify_dictionaries()
-    # By id: files that were merged twice hold rollouts twice.
+    # By id, because files that were merged twice hold rollouts twice.
     rows = {row["rollout_id"]: row | {"at": at} for at, row in enumerate(table.select(_MOVED_BY).to_pylist())}
     kept = [row for rollout_id, row in rows.items() if rollout_id not in unwanted]
     affected = {row["shard"] for rollout_id, row in rows.items() if rollout_id in unwanted}
@@ -164,19 +171,19 @@ def merge(
 
 
 def remove_unused(session: Session, *, grace_s: float = GRACE_S, dry_run: bool = False) -> RemovedFiles:
-    """Remove what no reader can want any more; every rollout that counts stays.
+    """Remove files that no reader can use any more; all committed rollouts are kept.
 
     Args:
         session: whose.
-        grace_s: leave what is younger than this, in seconds: a commit may be under way, a reader may hold an old table.
-        dry_run: only say what would be removed.
+        grace_s: keep files younger than this, in seconds: a commit may be in progress, or a reader may hold an old table.
+        dry_run: only report what would be removed.
 
     Raises:
-        StoreError: if an index file is damaged: what it named is then not known to be garbage, and nothing is removed.
+        StoreError: if an index file is damaged: the shards it names are then unknown, so nothing is removed.
     """
     before = time.time() - grace_s
     index, shards = session.folder.child("index"), session.folder.child("shards")
-    # Shards first: one whose index comes after this listing is not in it, and one that is in it has its index in the next.
+    # List shards before indexes: then the index of every listed shard is either listed too, or the shard is unreferenced.
     stored = shards.entries()
     entries = {entry.name: entry for entry in index.entries()}
     files = session.every_index(LOCATION)
@@ -189,7 +196,7 @@ def remove_unused(session: Session, *, grace_s: float = GRACE_S, dry_run: bool =
     }
     named = {PurePosixPath(s).name for name, file in files.items() if name not in dead for s in file.named}
     gone = [(index, entries[name]) for name in sorted(dead) if name in entries]
-    # An index goes before its shards: a crash in between leaves shards that no index names, never the reverse.
+    # Remove an index before its shards: a crash in between leaves unreferenced shards, never an index without its shards.
     gone += [(shards, entry) for entry in stored if entry.name not in named and entry.modified <= before]
     for folder in (index, session.folder.child("labels"), session.folder):
         gone += [(folder, e) for e in folder.entries() if e.name.startswith(".") and e.modified <= before]
@@ -201,17 +208,17 @@ def remove_unused(session: Session, *, grace_s: float = GRACE_S, dry_run: bool =
 
 
 class Merger:
-    """Merges what one writer wrote in small pieces, on a thread of its own, and later removes what it has replaced."""
+    """Merges the small shards of one writer on a background thread, and later removes the replaced files."""
 
     def __init__(self, root: StorageFolder, locks: WriterLocks, after: int, small: int, large: int) -> None:
-        """Merge for a writer.
+        """Start the thread.
 
         Args:
             root: the store.
-            locks: the writer's, held while a session is merged.
-            after: merge when a session has so many small shards, or when they are `large` together.
-            small: a shard of fewer bytes is small.
-            large: bytes of a merged shard.
+            locks: the writer's locks, held while a session is merged.
+            after: merge when a session has this many small shards, or when their total size reaches `large`.
+            small: shards smaller than this, in bytes, are small.
+            large: size of a merged shard in bytes.
         """
         self._root, self._locks = root, locks
         self._after, self._small, self._large = after, small, large
@@ -223,11 +230,11 @@ class Merger:
         self._thread.start()
 
     def add(self, receipt: Receipt, size: int) -> None:
-        """Hear of a commit: one of its receipts, and its bytes, of activations and index."""
+        """Record a commit: one of its receipts, and its bytes of activations and index."""
         self._add(receipt.session_id, f"{PurePosixPath(receipt.shard).stem}.parquet", size)
 
     def close(self) -> None:
-        """Finish the merge that is under way, begin no other, and stop the thread."""
+        """Finish the current merge, start no other, and stop the thread."""
         self._jobs.put(None)
         self._thread.join()
 
@@ -248,7 +255,7 @@ class Merger:
                 self._locks.confirm(session_id)
                 self._merge(session_id, sizes)
                 self._remove_old()
-            except Exception:  # nothing is lost: the small shards stay, and `compact` can merge them
+            except Exception:  # the small shards remain, and `compact` can merge them later
                 log.exception("the small shards of session %s could not be merged", session_id)
             finally:
                 self._locks.release(session_id)
@@ -275,14 +282,14 @@ class Merger:
 
 @dataclass(frozen=True)
 class _MergeGroup:
-    """Rollouts that one shard may hold."""
+    """Rollouts that can share a shard."""
 
     session: Session
     spec: CaptureSpec
     rows: list[dict[str, Any]]
 
     def parts(self) -> list[dict[str, Tensor]]:
-        """Read the rollouts' tensors, and make sure that they are what was written."""
+        """Read the rollouts' tensors and verify their checksums."""
         if self.session.folder.remote:
             with ThreadPoolExecutor(16) as pool:
                 return list(pool.map(self._part, self.rows))

@@ -1,12 +1,11 @@
-"""Appends rollouts to sessions: one thread, commits in groups, shard first and index last.
+"""Appends rollouts to sessions with group commits on one thread: shard first, index last.
 
-The engine's thread hands over finished rollouts and goes on; this thread gathers what arrives, writes one shard per
-(session, capture spec), then one index file per shard, and only then completes the rollouts' futures. Grouping makes one
-flush of the disk serve many rollouts; it waits until `max_bytes` are pending or the oldest has waited `max_wait_s`, but only
-as long as whoever makes the rollouts expects more of them: waiting for company that will not come only delays a rollout.
-A rollout with rows that are not finite fails alone, if it requires them to be.
-There is no manifest: file names are ULIDs, so any number of writers on any number of machines append side by side. A crash
-between the two writes leaves an orphan shard, which readers never see.
+The engine's thread submits finished rollouts and continues. The writer's thread collects them, writes one shard per
+(session, capture spec), then one index file per shard, and only then completes the rollouts' futures. A group shares one
+flush of the disk. It is committed when `max_bytes` are pending or the oldest rollout has waited `max_wait_s`; but if no
+more rollouts are expected, it is committed at once, since waiting would only delay it. A rollout that requires finite rows
+and has others fails alone. There is no manifest: file names are ULIDs, so any number of writers on any number of machines
+append concurrently. A crash between the two writes leaves an orphan shard, which readers ignore.
 
 Small groups make small shards. When a writer has made many of them, another thread merges them (`merging`).
 """
@@ -48,7 +47,8 @@ from roentgen.store.threads import limit_to_one_thread
 log = logging.getLogger(__name__)
 
 POLL_S = 0.01
-"""How often it is asked whether more rollouts are expected; those that end in one step of the model come within this time."""
+"""Interval in seconds for polling whether more rollouts are expected; rollouts that finish in the same step arrive within
+it."""
 
 
 @dataclass
@@ -59,11 +59,11 @@ class _Pending:
 
 
 _Outcome = tuple[list[_Pending], list[Receipt] | Exception]
-"""Rollouts that were written together and where they are, or why they could not be."""
+"""Rollouts that were written together, with their receipts or the error."""
 
 
 class StoreWriter:
-    """A group-committing writer for every session of one store.
+    """A group-committing writer for all sessions of one store.
 
     Use it as a context manager, or call `close`, which commits what is pending.
     """
@@ -81,17 +81,17 @@ class StoreWriter:
         """Open a store for appending.
 
         Args:
-            root: the store's address: a folder, made if absent, or a bucket (`storage_backends`).
-            max_bytes: commit at once when this much is pending.
-            max_wait_s: commit at the latest when a rollout has waited this long, in seconds.
-            max_pending_bytes: there is no room for more while this much is pending, so that a disk slower than the model
-                slows the model instead of filling the memory.
-            merge_shards: merge so many small shards of a session into one; 0 for never.
-            expecting: whether more rollouts are being made; if not, what is pending is committed almost at once. Any thread
-                may ask.
+            root: the store's address: a folder, created if absent, or a bucket (`storage_backends`).
+            max_bytes: commit as soon as this many bytes are pending.
+            max_wait_s: group commit delay: maximum time in seconds that a rollout waits.
+            max_pending_bytes: backpressure threshold: there is no room while this many bytes are pending, so that a disk
+                slower than the model slows the model instead of filling the memory.
+            merge_shards: merge this many small shards of a session into one; 0 disables merging.
+            expecting: returns True while more rollouts are being generated; otherwise pending rollouts are committed at once.
+                It is called from any thread.
 
         Raises:
-            StoreError: if nothing can be written there.
+            StoreError: if the store is not writable.
         """
         self.root = open_folder(root)
         check_writable(self.root)
@@ -118,25 +118,26 @@ class StoreWriter:
 
     @property
     def has_room(self) -> bool:
-        """Whether a rollout may be submitted without exceeding the bound on what is pending (a closed writer will say so)."""
+        """True if a rollout may be submitted without exceeding the limit on pending bytes (a closed writer raises on
+        submission)."""
         return self._closed or self._pending_bytes < self._max_pending_bytes
 
     def wait_for_room(self, timeout_s: float | None = None) -> bool:
         """Wait until there is room.
 
         Args:
-            timeout_s: the longest to wait, in seconds.
+            timeout_s: maximum time to wait in seconds.
 
         Returns:
-            Whether there is.
+            True if there is room.
         """
         with self._changed:
             return self._changed.wait_for(lambda: self.has_room, timeout_s)
 
     def submit(self, rollout: CapturedRollout) -> "Future[Receipt]":
-        """Queue a rollout; the future completes when its index is durable, or fails with the disk's error or its own.
+        """Queue a rollout; the future completes when its index is durable, or fails with the error.
 
-        Its rows are in memory already, so it never waits: whoever makes rows asks `wait_for_room` before it begins.
+        It never blocks, since the rows are in memory already: producers call `wait_for_room` before they begin.
 
         Raises:
             StoreError: if the writer is closed.
@@ -185,7 +186,7 @@ class StoreWriter:
                 self._changed.notify_all()
 
     def _wait_for_group(self, deadline: float) -> None:
-        """Wait, holding the lock, until what is pending is to be committed."""
+        """Wait, holding the lock, until the pending rollouts are to be committed."""
         while (left := deadline - time.monotonic()) > 0:
             if self._changed.wait_for(
                 lambda: self._closed or self._pending_bytes >= self._max_bytes, timeout=min(POLL_S, left)
@@ -195,11 +196,11 @@ class StoreWriter:
                 return
 
     def _announce(self, sessions: set[str]) -> None:
-        """Let whoever wants to delete these sessions know that they are being written, from the first rollout on."""
+        """Announce that these sessions are being written, from the first rollout on, so that they are not deleted."""
         for session_id in sessions:
             try:
                 self._locks.confirm(session_id)
-            except OSError as error:  # the commit will meet it again, and fail the rollouts that it concerns
+            except OSError as error:  # the commit will hit the same error and fail the affected rollouts
                 log.warning("session %s cannot be announced as being written: %s", session_id, error)
 
     def _commit(self, group: list[_Pending]) -> None:
@@ -211,7 +212,7 @@ class StoreWriter:
         try:
             self._locks.confirm(session_id)
             outcomes = list(self._write(group))
-        except Exception as error:  # noqa: BLE001 - whatever went wrong belongs to these rollouts' callers, and only to them
+        except Exception as error:  # noqa: BLE001 - any error concerns the callers of these rollouts only
             outcomes = [(group, error)]
         finally:
             for _ in group:
@@ -227,7 +228,7 @@ class StoreWriter:
                 self._merger.add(outcome[0], sum(item.rollout.size for item in items))
 
     def _write(self, group: list[_Pending]) -> "Iterator[_Outcome]":
-        """Commit rollouts together; if one of them cannot be, find it by halves, so that it alone fails."""
+        """Commit rollouts together; if that fails, bisect, so that only the faulty rollout fails."""
         try:
             yield group, commit([item.rollout for item in group], self.root)
         except OSError as error:  # the disk or the bucket failed, which concerns all rollouts
@@ -242,7 +243,7 @@ class StoreWriter:
             yield from self._write(group[middle:])
 
     def _is_finite(self, item: _Pending) -> bool:
-        """Fail a rollout whose rows are not finite and need to be; others of its group go on."""
+        """Fail a rollout whose rows must be finite and are not; the others of its group continue."""
         try:
             check_finite(item.rollout)
         except NonFiniteRowsError as error:
@@ -263,10 +264,10 @@ def _shard_groups(batch: list[_Pending]) -> list[list[_Pending]]:
 
 
 def commit(rollouts: Sequence[CapturedRollout], root: StorageFolder) -> list[Receipt]:
-    """Write one shard and its index for rollouts of one session and spec; durable when it returns.
+    """Write one shard and its index for rollouts of one session and spec; they are durable when it returns.
 
     Raises:
-        UnstorableError: if one of them does not fit into the index; nothing has been written then.
+        UnstorableError: if one of them does not fit the index's columns; nothing has been written then.
         OSError: if the disk or the bucket reports an error; nothing is then visible to readers.
     """
     session = root.child(rollouts[0].session_id)
@@ -289,7 +290,7 @@ def commit(rollouts: Sequence[CapturedRollout], root: StorageFolder) -> list[Rec
 
 
 def _make_session(session: StorageFolder) -> None:
-    """Create a session's identity, if it is not there."""
+    """Create `session.json` if absent."""
     if not any(entry.name == "session.json" for entry in session.entries()):
         body = {"name": session.name, "schema_version": SCHEMA_VERSION, "created": datetime.now(UTC).isoformat()}
         session.put("session.json", [(json.dumps(body, indent=2) + "\n").encode()])
