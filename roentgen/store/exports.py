@@ -1,6 +1,6 @@
-"""Gives a session away in other shapes, one rollout at a time: loose `.pt` files, and torch, Ray and Hugging Face datasets.
+"""Exports a session in other formats, one rollout at a time: `.pt` files, and torch, Ray and Hugging Face datasets.
 
-The `.pt` files are those of the tool that this project replaces, so that scripts written for it go on working:
+The `.pt` files are compatible with the tool that this project replaces, so that scripts written for it keep working:
 `activations_{session}_{rollout}_layer_{i}_{hook}.pt`, float32, `[1, rows, d_model]`, with its names for the norms' outputs.
 """
 
@@ -26,7 +26,7 @@ _OLD_HOOKS = {"ln_attn": "input_layernorm_output", "ln_mlp": "post_attention_lay
 
 
 def pt_file_name(session_id: str, rollout_id: str, key: str) -> str:
-    """Return the name of a loose file; `_` separates its parts, so a session's own become `-`."""
+    """Return the name of a `.pt` file; `_` separates its parts, so underscores in the session id become `-`."""
     hook, layer = split_key(key)
     hook = _OLD_HOOKS.get(hook, hook).replace(".", "_")
     place = hook if layer is None else f"layer_{layer}_{hook}"
@@ -34,19 +34,19 @@ def pt_file_name(session_id: str, rollout_id: str, key: str) -> str:
 
 
 def export_pt(session: Session, folder: Path, *, on_progress: Callable[[int], None] = lambda _: None) -> int:
-    """Write every rollout's every key to a file of its own; those that are there already stay.
+    """Write every key of every rollout to its own file; existing files are kept.
 
     Args:
-        session: what to export; retried rollouts once.
-        folder: where to; made if absent.
-        on_progress: told how many rollouts are done.
+        session: the session; retried rollouts are exported once.
+        folder: the output folder, created if absent.
+        on_progress: called with the number of rollouts done.
 
     Returns:
-        How many files there are.
+        The number of files.
 
     Raises:
-        StoreError: if the session cannot be read, or some of its rollouts: all others have been written then.
-        OSError: as the disk answers; what is there is whole.
+        StoreError: if the session or some of its rollouts cannot be read; all other rollouts have been written then.
+        OSError: if a file cannot be written; existing files are complete.
     """
     make_folder(folder)
     frame = session.rollouts(columns=())
@@ -62,14 +62,14 @@ def export_pt(session: Session, folder: Path, *, on_progress: Callable[[int], No
     if unread:
         rollout_id, reason = unread[0]
         raise StoreError(
-            f"{len(unread)} of {len(frame)} rollouts cannot be read and were left out, the first {rollout_id}: {reason}; "
+            f"{len(unread)} of {len(frame)} rollouts cannot be read and were skipped; the first is {rollout_id}: {reason}; "
             f"the others are in {folder}"
         )
     return files
 
 
 def _export_rollout(session: Session, row: pd.DataFrame, folder: Path) -> int:
-    """Write the files of one rollout, those that are not there yet; returns how many it has."""
+    """Write the missing files of one rollout; return the number of its files."""
     keys = session.spec(row["shard"].iloc[0]).keys
     for key in keys:
         path = folder / pt_file_name(session.name, row["rollout_id"].iloc[0], key)
@@ -83,7 +83,7 @@ def _export_rollout(session: Session, row: pd.DataFrame, folder: Path) -> int:
 class TorchRollouts(IterableDataset[dict[str, Any]]):
     """A torch dataset: `rollout_id`, `values` (`[rows, *shape]`, as stored), `position` (`[rows]`) and `labels`.
 
-    The workers of a DataLoader share the rollouts out among them. Batches of ragged rollouts need a collate function.
+    The workers of a DataLoader split the rollouts among them. Batches of ragged rollouts need a collate function.
     """
 
     def __init__(self, uri: str, key: str, where: pd.DataFrame, positions: str) -> None:
@@ -107,12 +107,12 @@ class TorchRollouts(IterableDataset[dict[str, Any]]):
 
 
 def to_torch(session: Session, key: str, *, where: pd.DataFrame | None = None, positions: str = "all") -> TorchRollouts:
-    """Return a torch dataset of one key's rows; arguments as `Session.activations`."""
+    """Return a torch dataset of one key's rows; the arguments are those of `Session.activations`."""
     return TorchRollouts(session.uri, key, _wanted(session, where), positions)
 
 
 def to_hf(session: Session, key: str, *, where: pd.DataFrame | None = None, positions: str = "all") -> "Dataset":
-    """Return a Hugging Face dataset of one key's rows, in float32, written to its cache a rollout at a time.
+    """Return a Hugging Face dataset of one key's rows in float32, written to its cache one rollout at a time.
 
     Columns: `rollout_id`, `problem_id`, `epoch`, `turn`, `position` (list), `values` (list of rows).
     """
@@ -133,14 +133,14 @@ def to_hf(session: Session, key: str, *, where: pd.DataFrame | None = None, posi
 
 
 def all_to_hf(session: Session, *, positions: str = "all") -> "DatasetDict":
-    """Return a Hugging Face dataset of each key, by key, as `to_hf` makes it of one."""
+    """Return a Hugging Face dataset per key, as made by `to_hf`."""
     from datasets import DatasetDict
 
     return DatasetDict({key: to_hf(session, key, positions=positions) for key in session.keys()})  # noqa: SIM118 - no dict
 
 
 def to_ray(session: Session, key: str, *, where: pd.DataFrame | None = None, positions: str = "all") -> "RayDataset":
-    """Return a Ray Dataset of one key's rows, in float32, read by Ray's tasks where they run, which must reach the store.
+    """Return a Ray Dataset of one key's rows in float32; Ray's tasks read the rows, so their nodes must reach the store.
 
     Columns: those of `LOCATION` (`store.reader`), `position` and `values` (`[rows, *shape]`).
     """

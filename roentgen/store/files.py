@@ -1,7 +1,7 @@
-"""The files of a session, listed and read in one place: by `pull`, by the server's routes for files and by its tar archive.
+"""Lists, reads and archives the files of a session, for `pull`, the server's routes and its tar archive.
 
-Files never change and are named once. The listing has what is committed now, and names a file after those that it needs, so
-a copy made in this order is never half a session.
+Files never change. The listing contains only committed files, and lists a file after the files that it refers to, so a copy
+made in this order is consistent at any point.
 """
 
 import re
@@ -18,12 +18,12 @@ _BLOCK = tarfile.BLOCKSIZE
 
 
 def is_session_file(name: str) -> bool:
-    """Whether a path can be that of a session's file."""
+    """True if a path can be that of a session's file."""
     return _NAME.fullmatch(name) is not None
 
 
 def session_files(session: Session) -> list[FileEntry]:
-    """Return the committed files, by their paths inside the session: the identity, shards, indexes, and labels added since."""
+    """Return the committed files by their paths inside the session: the identity, shards, indexes and added labels."""
     live = session.index(LOCATION)
     named = {shard for file in live.values() for shard in file.named} | {f"index/{name}" for name in live}
     inside = [
@@ -42,20 +42,21 @@ def session_files(session: Session) -> list[FileEntry]:
 
 
 def read_file(session: Session, name: str) -> tuple[int, Iterator[Bytes]]:
-    """Return the size of one of a session's files and its bytes, a few megabytes at a time.
+    """Return the size of a session's file and an iterator over its bytes, a few megabytes at a time.
 
     Raises:
         FileNotFoundError: if the session has no such file.
-        OSError: as the disk or the bucket answers.
+        OSError: if the disk or the bucket reports an error.
     """
     if not is_session_file(name):
-        raise FileNotFoundError(f"{name!r} is no file of a session")
+        raise FileNotFoundError(f"{name!r} is not a file of a session")
     folder, _, file = name.rpartition("/")
     return (session.folder.child(folder) if folder else session.folder).stream(file)
 
 
 def tar_session(session: Session) -> tuple[int, Iterator[bytes]]:
-    """Return a session as a tar archive, its size and its bytes: what is committed now, also while more is being written."""
+    """Return a session as a tar archive, size and bytes: a snapshot of the committed files, even while more are being
+    written."""
     entries = session_files(session)
 
     def pieces() -> Iterator[bytes]:

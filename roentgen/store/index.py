@@ -1,7 +1,7 @@
-"""An index file: one row per rollout of the shards it names; that it is there is what makes them count.
+"""Index files: one row per rollout of the shards they name. A shard is committed if an index file names it.
 
-Its metadata holds, per shard, the size and the checksum, and, if it merges others, the names of the index files that it
-replaces. It is made in memory and put down in one piece.
+The metadata holds each shard's size and checksum and, if the file results from a merge, the names of the index files it
+replaces. An index file is built in memory and written at once.
 """
 
 import json
@@ -20,50 +20,50 @@ from roentgen.store.shards import shard_bytes
 from roentgen.store.storage_backends import StorageFolder
 
 ROW_GROUP = 8192
-"""Rows of an index that are read together: what a reader that looks for a few rollouts holds at once."""
+"""Rows per row group: what a reader that searches for a few rollouts holds in memory at once."""
 _REPEATED = ["config_hash", "shard"]
-"""Columns of few different values, which are kept once: they would be half of a large table."""
+"""Columns with few distinct values, read as dictionaries: they would be half of a large table."""
 _ONE_REQUEST = 4 << 20
-"""A file of a bucket that is no larger is fetched whole: cheaper than asking for its footer and its columns."""
+"""Files of a bucket up to this size are fetched whole: cheaper than separate requests for footer and columns."""
 
 
 @dataclass(frozen=True)
 class ShardFile:
-    """A shard as an index names it."""
+    """A shard as listed in an index file."""
 
     name: str
     """Its path inside the session."""
     size: int
-    """In bytes."""
+    """Size in bytes."""
     checksum: str
     """XXH3-128 of the whole file, hex."""
 
 
 @dataclass(frozen=True)
 class IndexFile:
-    """What an index file says."""
+    """The contents of an index file."""
 
     name: str
-    """Its name in the folder `index`."""
+    """File name in the folder `index`."""
     table: pa.Table
-    """Its rows, of the columns asked for."""
+    """Its rows, with the requested columns."""
     shards: dict[str, ShardFile]
-    """What it says of shards, by name."""
+    """Its shards by name."""
     replaces: frozenset[str]
-    """Index files that no longer count, since this one holds what they held."""
+    """Index files that this one replaces."""
 
     @property
     def named(self) -> list[str]:
-        """The shards that its rows are in."""
+        """Names of the shards that its rows refer to."""
         names: list[str] = self.table.column("shard").unique().to_pylist()
         return names
 
 
 def write_shard(session: StorageFolder, name: str, parts: Sequence[dict[str, Tensor]], spec: CaptureSpec) -> ShardFile:
-    """Write a shard of rollouts, durably; nobody sees it until an index names it.
+    """Write a shard durably; it is invisible to readers until an index names it.
 
     Raises:
-        OSError: as the disk or the bucket answers.
+        OSError: if the disk or the bucket reports an error.
     """
     digest, size = xxhash.xxh3_128(), 0
 
@@ -84,7 +84,7 @@ def shard_name(name: str) -> str:
 
 
 def index_bytes(table: pa.Table, shards: Sequence[ShardFile], replaces: Sequence[str] = ()) -> bytes:
-    """Return an index file's bytes."""
+    """Serialize an index file."""
     metadata = {
         "roentgen_schema": str(SCHEMA_VERSION),
         "shards": json.dumps({shard.name: {"bytes": shard.size, "xxh3_128": shard.checksum} for shard in shards}),
@@ -99,17 +99,17 @@ def index_bytes(table: pa.Table, shards: Sequence[ShardFile], replaces: Sequence
 def read_index(
     folder: StorageFolder, name: str, columns: Sequence[str] | None = None, *, ids: pa.Array | None = None
 ) -> IndexFile:
-    """Read an index file, its page checksums verified; of a large one, only the columns that are wanted.
+    """Read an index file and verify its page checksums; of a large file, only the wanted columns are read.
 
     Args:
         folder: `index` of a session.
-        name: the file's.
-        columns: which to read; all if None.
-        ids: only rows of these rollouts, found a row group at a time; all if None.
+        name: the file's name.
+        columns: columns to read; all if None.
+        ids: rollouts to read, searched one row group at a time; all if None.
 
     Raises:
-        FileNotFoundError: if it is not there (any more).
-        StoreError: if it is damaged or of a newer schema.
+        FileNotFoundError: if the file does not exist (any more).
+        StoreError: if it is damaged or has a newer schema.
     """
     where = f"index file {folder.uri}/{name}"
     try:
@@ -133,7 +133,7 @@ def read_index(
     except FileNotFoundError:
         raise
     except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        # Not only pyarrow's: damaged metadata is no text, no JSON, or another kind of JSON.
+        # Other errors too: damaged metadata may not be text, JSON, or the expected JSON.
         raise StoreError(f"{where} is damaged: {error}") from error
     return IndexFile(name, table.replace_schema_metadata(None).unify_dictionaries(), named, replaces)
 
@@ -148,7 +148,7 @@ def _read_some(file: pq.ParquetFile, columns: list[str], ids: pa.Array) -> pa.Ta
 
 
 def _with_added(table: pa.Table, wanted: Sequence[str]) -> pa.Table:
-    """Add the columns that an older file does not have, as null."""
+    """Add columns that older files lack, as null."""
     for name in wanted:
         if name in ADDED_COLUMNS and name not in table.column_names:
             table = table.append_column(INDEX_SCHEMA.field(name), pa.nulls(len(table), INDEX_SCHEMA.field(name).type))

@@ -1,8 +1,8 @@
-"""Labels that come after a rollout was stored: a harness' scores, an annotator's verdicts.
+"""Labels added after a rollout was stored: a harness's scores, an annotator's judgments.
 
-Index files never change, so such labels lie beside them, in `labels/<ulid>.parquet`: a row per rollout with a JSON object. A
-rollout's labels are those of its index row and, over them, those of each file in order of name. Nothing has to be coordinated
-with writers and merges, which know nothing of these files; merges keep a rollout's id.
+Index files never change, so these labels are stored beside them in `labels/<ulid>.parquet`, one row per rollout with a JSON
+object. A rollout's labels are those of its index row, overlaid with those of each label file in order of name. No
+coordination with writers and merges is needed: merges keep a rollout's id.
 """
 
 import json
@@ -29,30 +29,30 @@ _SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class LabelChanges:
-    """What adding labels has done."""
+    """The result of adding labels."""
 
     changed: int = 0
-    """Rollouts that have a label now that they had not, or with another value."""
+    """Number of rollouts with a new or changed label."""
     same: int = 0
-    """Rollouts that had them all."""
+    """Number of rollouts that already had all labels."""
     unknown: tuple[str, ...] = ()
-    """Ids of no rollout of the session."""
+    """Ids that no rollout of the session has."""
 
 
 def label_files(session: StorageFolder) -> list[str]:
-    """Return the names of a session's files of labels, in the order in which they count."""
+    """Return the names of a session's label files, in the order in which they apply."""
     names = [entry.name for entry in session.child(FOLDER).entries()]
     return [name for name in names if name.endswith(".parquet") and not name.startswith(".")]
 
 
 def read_label_file(session: StorageFolder, name: str) -> dict[str, dict[str, LabelValue]]:
-    """Read a file of labels: what it says of each rollout.
+    """Read a label file: labels by rollout id.
 
     Raises:
-        FileNotFoundError: if it is not there (any more).
-        StoreError: if it is damaged or of a newer schema.
+        FileNotFoundError: if the file does not exist (any more).
+        StoreError: if it is damaged or has a newer schema.
     """
-    where = f"file of labels {session.uri}/{FOLDER}/{name}"
+    where = f"label file {session.uri}/{FOLDER}/{name}"
     try:
         with session.child(FOLDER).open_arrow(name) as opened:
             file = pq.ParquetFile(opened, page_checksum_verification=True)
@@ -67,11 +67,11 @@ def read_label_file(session: StorageFolder, name: str) -> dict[str, dict[str, La
 
 
 def write_labels(session: StorageFolder, labels: Mapping[str, Mapping[str, LabelValue]]) -> None:
-    """Write labels of rollouts, durably; while this runs the session is not deleted.
+    """Write labels of rollouts durably, while preventing deletion of the session.
 
     Raises:
-        UnstorableError: if they are not what labels can be.
-        OSError: as the disk or the bucket answers.
+        UnstorableError: if a label is not allowed.
+        OSError: if the disk or the bucket reports an error.
     """
     rows = [(rollout_id, _labels_json(rollout_id, said)) for rollout_id, said in labels.items()]
     columns = [pa.array(column, pa.string()) for column in zip(*rows, strict=True)]
@@ -100,7 +100,7 @@ def _labels_json(rollout_id: str, labels: Mapping[str, LabelValue]) -> str:
 def overlay_labels(
     ids: Collection[str], own: Collection[dict[str, LabelValue]], later: Collection[dict[str, dict[str, LabelValue]]]
 ) -> Iterator[dict[str, LabelValue]]:
-    """Yield the labels of rollouts: their own, and over them what each file says."""
+    """Yield each rollout's labels: those of its index row, overlaid with those of each label file."""
     for rollout_id, labels in zip(ids, own, strict=True):
         added = [said[rollout_id] for said in later if rollout_id in said]
         yield {name: value for said in (labels, *added) for name, value in said.items()} if added else labels
@@ -109,7 +109,7 @@ def overlay_labels(
 def new_labels(
     stored: Mapping[str, Mapping[str, LabelValue]], labels: Mapping[str, Mapping[str, LabelValue]]
 ) -> dict[str, dict[str, LabelValue]]:
-    """Return what of labels the rollouts stored do not say yet."""
+    """Return the labels that the stored rollouts do not have yet."""
     found = {}
     for rollout_id, said in labels.items():
         own = stored.get(rollout_id)

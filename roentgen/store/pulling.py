@@ -1,7 +1,7 @@
-"""Brings a session here: from a server's routes, or from any place a store can be at.
+"""Downloads a session from a server or copies it from another store.
 
-A session's files never change and are named once, so what is here already need not be fetched again: a pull that was
-interrupted goes on where it stopped. Shards come first and indexes last, so that what is half here is never seen.
+A session's files never change, so files that already exist locally are not fetched again: an interrupted pull resumes where
+it stopped. Shards are fetched first and indexes last, so that incomplete data stays invisible.
 """
 
 from collections.abc import Callable, Iterator
@@ -34,17 +34,17 @@ def pull(
 
     Args:
         source: a session's address, or http://SERVER/v1/activations/session/ID.
-        store: where to; the session keeps its name.
-        api_key: the server's.
-        shards: whether activations come too; without, what is here are the rollouts' texts, tokens and labels.
-        on_progress: told the bytes that are here, and of the whole.
+        store: the target store; the session keeps its name.
+        api_key: the server's API key.
+        shards: True to include activations; otherwise only texts, tokens and labels are copied.
+        on_progress: called with the bytes copied and the total.
 
     Returns:
-        The copy's address.
+        The address of the copy.
 
     Raises:
-        StoreError: if the source cannot be read; what has come so far stays, and is not fetched again.
-        OSError: as the disk or the bucket answers.
+        StoreError: if the source cannot be read; files copied so far are kept and not fetched again.
+        OSError: if the disk or the bucket reports an error.
     """
     with _opened(source, api_key) as (name, files, fetch):
         target = open_folder(store).child(name)
@@ -58,7 +58,7 @@ def pull(
             if here.get(path) != length:
                 pieces = (
                     fetch(path) if folder == "shards" else [b"".join(fetch(path))]
-                )  # an index must never be there in part
+                )  # an index must never be partial
                 (target.child(folder) if folder else target).put(file, pieces)
             done += length
             on_progress(done, size)
@@ -88,7 +88,7 @@ def _server(address: str, api_key: str) -> Iterator[tuple[str, Files, FetchFile]
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{address} is not a session of a server: {error!r}") from error
         if unsafe := [path for path, _ in files if not is_session_file(path)]:
-            raise StoreError(f"{address} lists {unsafe[0]!r}, which is no file of a session")
+            raise StoreError(f"{address} lists {unsafe[0]!r}, which is not a file of a session")
 
         def fetch(path: str) -> Iterator[Bytes]:
             try:
@@ -97,6 +97,6 @@ def _server(address: str, api_key: str) -> Iterator[tuple[str, Files, FetchFile]
                         reply.read()
                     yield from reply.raise_for_status().iter_bytes(1 << 20)
             except HTTPError as error:
-                raise StoreError(f"{address}/files/{path} {explain(error)}; pull again to continue") from error
+                raise StoreError(f"{address}/files/{path} {explain(error)}; run the pull again to continue") from error
 
         yield name, files, fetch

@@ -1,8 +1,8 @@
-"""Keeps what a background thread computes on that thread.
+"""Keeps the computation of a background thread on that thread.
 
-A second thread that computes in parallel has a team of OpenMP's own. The process then has more of its threads than there are
-cores, and GNU's OpenMP stops waiting actively at the barriers of every team, for as long as the process lives. A model's steps
-are hundreds of products of some microseconds, and on two cores took a quarter longer from the first commit on.
+A second thread that computes in parallel gets its own OpenMP team. The process then has more OpenMP threads than cores, and
+GNU OpenMP stops spinning at the barriers of every team for the rest of the process's life. A model's steps are hundreds of
+matrix products of a few microseconds each, and took a quarter longer on two cores from the first commit on.
 """
 
 import torch
@@ -10,6 +10,6 @@ from threadpoolctl import threadpool_limits
 
 
 def limit_to_one_thread() -> None:
-    """Have torch use no other thread for what this one computes, and change nothing for others."""
-    torch.get_num_threads()  # torch sets a thread's number when it is first asked for; later, that would undo this
+    """Limit torch to one thread in the calling thread, without affecting others."""
+    torch.get_num_threads()  # torch initializes a thread's number on first use, which would undo this later
     threadpool_limits(limits=1, user_api="openmp")
