@@ -1,10 +1,10 @@
-"""Opens a session and reads it lazily, while writers go on appending.
+"""Opens a session and reads it lazily, while writers may continue to append.
 
-`Session.open(uri)` lists nothing and loads nothing. `rollouts()` reads the index files (each once: they never change) into a
-pandas table, of the columns or the rollouts asked for; `activations(key)` gives a lazy sequence of one key's rows
+`Session.open(uri)` reads only session.json. `rollouts()` reads the index files (each once, since they never change) into a
+pandas table with the requested columns or rollouts; `activations(key)` returns a lazy sequence of one key's rows
 (`activations`).
 
-Select with pandas and pass the rows that are left:
+Select rollouts with pandas and pass the selection:
 
     session = Session.open("results/run/activations/my-session")
     right = session.rollouts().query("finish_reason == 'stop'")
@@ -39,12 +39,12 @@ from roentgen.store.storage_backends import StorageFolder, open_folder
 
 _KEY_COLUMNS = ["config_hash", "problem_id", "epoch", "turn"]
 LOCATION = ("rollout_id", *_KEY_COLUMNS, "shard", "row_start", "row_stop", "n_prompt", "n_completion")
-"""The columns that reading activations needs; the others are texts and lists, which a million rollouts have a lot of."""
+"""Columns needed to read activations; the others hold texts and lists, which are large for a million rollouts."""
 _CACHED_TABLES = 4
 
 
 class Session:
-    """One session of a store, open for reading.
+    """A session of a store, open for reading.
 
     Attributes:
         folder: the folder that holds it.
@@ -58,7 +58,7 @@ class Session:
         self.name = folder.name
         self._tables: OrderedDict[tuple[str, ...], dict[str, IndexFile]] = OrderedDict()
         self._added: dict[str, dict[str, dict[str, LabelValue]]] = {}
-        # Shards never change, so an open one stays right. The bound keeps mappings and connections few.
+        # Shards never change, so an open one stays valid. The cache's bound limits mappings and connections.
         self.shard = lru_cache(maxsize=128)(self._open_shard)
 
     @classmethod
@@ -66,8 +66,8 @@ class Session:
         """Open a session by its address : a reply's `uri`, a path, or a folder of a bucket.
 
         Raises:
-            SessionNotFoundError: if there is no session.
-            StoreError: if it is of a newer schema, or cannot be reached.
+            SessionNotFoundError: if there is no session at the address.
+            StoreError: if it has a newer schema or cannot be reached.
         """
         folder = open_folder(uri)
         try:
@@ -79,21 +79,21 @@ class Session:
         except ValueError as error:
             raise StoreError(f"{folder.uri}/session.json is not JSON: {error}") from error
         if not isinstance(identity, dict):
-            raise StoreError(f"{folder.uri}/session.json is damaged: it is no object")
+            raise StoreError(f"{folder.uri}/session.json is damaged: it is not a JSON object")
         check_version(str(identity.get("schema_version")), folder.uri)
         return cls(folder)
 
     def rollouts(
         self, *, unique: bool = True, columns: Sequence[str] | None = None, ids: Collection[str] | None = None
     ) -> pd.DataFrame:
-        """Read the index: one row per rollout, with `labels` as a dict.
+        """Read the index: one row per rollout, with `labels` as a dictionary.
 
         Args:
-            unique: count a rollout that was retried once, by `(config_hash, problem_id, epoch, turn)`: the latest. Rollouts
+            unique: True to keep only the latest retry of a rollout, by `(config_hash, problem_id, epoch, turn)`. Rollouts
                 without a key are all kept.
-            columns: which columns to read, beside `LOCATION`; all if None. A million rollouts' texts fill gigabytes.
-            ids: only these rollouts, whatever they are retries of. The rest of the index passes by a few thousand rows at a
-                time and is never in memory together.
+            columns: columns to read in addition to `LOCATION`; all if None. A million rollouts' texts take gigabytes.
+            ids: read only these rollouts, including retried ones. The index is scanned a few thousand rows at a time and is
+                never completely in memory.
 
         Raises:
             StoreError: if an index file is damaged.
@@ -101,7 +101,7 @@ class Session:
         wanted = None if columns is None else tuple(dict.fromkeys((*LOCATION, *columns)))
         files = self.index(wanted, ids=ids).values()
         table = pa.concat_tables([file.table for file in files]) if files else INDEX_SCHEMA.empty_table()
-        # Files that were merged twice at the same time hold the same rollouts twice.
+        # Index files that were merged twice concurrently hold the same rollouts twice.
         frame = table.unify_dictionaries().to_pandas().drop_duplicates("rollout_id", keep="last")
         if "labels" in frame:
             own = [read_labels(text) for text in frame["labels"]]
@@ -115,11 +115,11 @@ class Session:
     def index(
         self, columns: Sequence[str] | None = None, *, ids: Collection[str] | None = None
     ) -> dict[str, IndexFile]:
-        """Read the index files that count now, in order of name (so, of time).
+        """Read the index files that are not replaced, in order of name and therefore of time.
 
         Args:
-            columns: which to read; all if None.
-            ids: only the rows of these rollouts; all if None.
+            columns: columns to read; all if None.
+            ids: rollouts to read; all if None.
 
         Raises:
             StoreError: if one is damaged.
@@ -131,14 +131,14 @@ class Session:
     def every_index(
         self, columns: Sequence[str] | None = None, *, ids: Collection[str] | None = None
     ) -> dict[str, IndexFile]:
-        """Read every index file, also those that another replaces.
+        """Read every index file, including replaced ones.
 
         Raises:
             StoreError: if one is damaged.
         """
         folder = self.folder.child("index")
         known: dict[str, IndexFile] = {}
-        if columns is not None and ids is None:  # narrow tables are kept, so that only new files are read the next time
+        if columns is not None and ids is None:  # cache narrow tables, so that only new files are read the next time
             known = self._tables.setdefault(tuple(columns), known)
             self._tables.move_to_end(tuple(columns))
             while len(self._tables) > _CACHED_TABLES:
@@ -158,7 +158,7 @@ class Session:
                 else:
                     for name in new:
                         known[name] = read(name)
-            except FileNotFoundError:  # merged and collected since it was listed: what replaces it is there now
+            except FileNotFoundError:  # merged and removed since it was listed: list again to find its replacement
                 continue
             for name in set(known) - set(names):
                 del known[name]
@@ -166,16 +166,16 @@ class Session:
         raise StoreError(f"the index of {self.uri} changes faster than it can be read")
 
     def add_labels(self, labels: Mapping[str, Mapping[str, LabelValue]]) -> LabelChanges:
-        """Add labels to rollouts that are stored; of a name that a rollout has already, the new value counts.
+        """Add labels to stored rollouts; a new value of an existing label replaces the old one.
 
-        Nothing is written where all is as it is asked for, so the same again changes nothing.
+        Nothing is written for rollouts that already have the labels, so the call is idempotent.
 
         Args:
-            labels: what to add, by the rollout's id.
+            labels: labels by rollout id.
 
         Raises:
-            StoreError: if the index is damaged, or a value is none that a label can have.
-            OSError: as the disk or the bucket answers.
+            StoreError: if the index is damaged, or a value is not allowed in a label.
+            OSError: if the disk or the bucket reports an error.
         """
         frame = self.rollouts(columns=("labels",), ids=list(labels))
         stored = dict(zip(frame["rollout_id"], frame["labels"], strict=True))
@@ -185,7 +185,7 @@ class Session:
         return LabelChanges(len(new), len(stored) - len(new), tuple(one for one in labels if one not in stored))
 
     def _labels_added(self) -> list[dict[str, dict[str, LabelValue]]]:
-        """Read the files of labels that were added, in the order in which they count; each once, since they never change."""
+        """Read the added label files in the order in which they apply; each once, since they never change."""
         names = label_files(self.folder)
         for name in names:
             if name not in self._added:
@@ -193,7 +193,7 @@ class Session:
         return [self._added[name] for name in names]
 
     def shard_files(self) -> dict[str, ShardFile | None]:
-        """Return the shards that count, by name, with sizes and checksums (None where an index does not say)."""
+        """Return the committed shards by name, with size and checksum (None if no index records them)."""
         found: dict[str, ShardFile | None] = {}
         for file in self.index(LOCATION).values():
             for name in file.named:
@@ -201,10 +201,10 @@ class Session:
         return found
 
     def spec(self, shard: str) -> CaptureSpec:
-        """Return what a shard's rollouts have in common.
+        """Return the capture spec that a shard's rollouts share.
 
         Raises:
-            StoreError: if the shard is missing, damaged or of a newer schema.
+            StoreError: if the shard is missing, damaged or has a newer schema.
         """
         return self.shard(shard).spec
 
@@ -217,11 +217,11 @@ class Session:
 
         Args:
             key: a stored key, such as "layers.12.resid_post".
-            where: rows of `rollouts()` to read, in the order wanted; all of them if None.
-            positions: a position policy, applied to what is stored; pooled policies give one row.
+            where: rows of `rollouts()` to read, in the desired order; all of them if None.
+            positions: a position policy, applied to the stored rows; pooled policies yield one row.
 
         Raises:
-            ValueError: if `positions` is not a policy.
+            ValueError: if `positions` is not a position policy.
         """
         frame = self.rollouts(columns=()) if where is None else where
         return Activations(self.shard, self.folder.remote, key, frame, Positions.parse(positions))

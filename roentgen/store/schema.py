@@ -1,8 +1,8 @@
-"""What the store's files hold: the index's columns, the shard's tensors, and the objects a writer takes and gives.
+"""The contents of the store's files: the index columns, the shard tensors, and the objects that a writer takes and returns.
 
-A shard holds rollouts of one `CaptureSpec`, so every tensor in it has the same rows and a layer is one sequential read. An
-index row says where a rollout's rows are and carries everything needed to read them without the run: the text, which
-characters each token covers, who said what, and the caller's key and labels.
+A shard holds rollouts of one `CaptureSpec`, so all its tensors have the same rows and reading a layer is one sequential
+read. An index row locates a rollout's rows and carries everything needed to interpret them without the run: the text, the
+characters of each token, the roles, and the caller's key and labels.
 """
 
 import json
@@ -26,7 +26,7 @@ from roentgen.tokenized_text import TokenizedText
 
 SCHEMA_VERSION = 1
 SHARD_VERSION = 2
-"""The newest schema of a shard; those without int8 rows have 1, as before."""
+"""The newest schema of a shard; shards without int8 rows have schema 1."""
 
 INDEX_SCHEMA = pa.schema(
     [
@@ -56,27 +56,27 @@ INDEX_SCHEMA = pa.schema(
 )
 
 ADDED_COLUMNS = frozenset({"non_finite_rows"})
-"""Columns that schema 1 did not have at first: in an index file without them they are null, which means not counted."""
+"""Columns that were added to schema 1; in older index files they read as null, which means not counted."""
 
 
 class StoreError(RoentgenError):
-    """The store could not be read or written; the message names the file and what to do."""
+    """The store cannot be read or written; the message names the file and what to do."""
 
 
 class UnstorableError(StoreError):
-    """A rollout has something that the index's columns do not hold; the message names the column."""
+    """A rollout does not fit the index's columns; the message names the column."""
 
 
 class SessionNotFoundError(StoreError):
-    """There is no session at an address."""
+    """There is no session at the address."""
 
 
 class NonFiniteRowsError(StoreError):
-    """Rows hold NaN or infinity, and whoever captured them did not allow it; the message names the first of them."""
+    """Rows contain NaN or infinity and the request did not allow it; the message names the first of them."""
 
 
 class CaptureSpec(BaseModel):
-    """What all rollouts of one shard have in common; it is the shard's header metadata."""
+    """What all rollouts of a shard share; stored in the shard's header metadata."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -85,39 +85,39 @@ class CaptureSpec(BaseModel):
     revision: str
     """Its revision or content hash."""
     keys: tuple[str, ...]
-    """Stored keys, in the order asked for."""
+    """Stored keys, in the requested order."""
     positions: str
     """The position policy."""
     dtype: str
     """The stored dtype, e.g. "torch.bfloat16"; with "torch.int8", each key has scales beside it (`quantization`)."""
     computed_in: str | None = None
-    """The dtype that the model computed in; None in shards that do not say."""
+    """The dtype that the model computed in; None in shards that do not record it."""
     model_quantization: str | None = None
-    """How the model's weights were quantized; None if they were not. Of rows, `dtype` says it."""
+    """Quantization of the model's weights; None if there is none. `dtype` describes the rows."""
 
 
 @dataclass(frozen=True)
 class NonFinite:
-    """What of a rollout's rows is not finite."""
+    """The rows of a rollout that are not finite."""
 
     rows: int
-    """How many rows hold NaN or infinity under any key."""
+    """Number of rows with NaN or infinity under any key."""
     key: str
     """The first key that has such a row."""
     position: int
-    """Of the first such row of that key; -1 for a pooled row."""
+    """Position of the first such row of that key; -1 for a pooled row."""
 
 
 _TOKEN_BYTES = 2 * (8 + 28)
-"""Of a token in memory: its id and its offset, each a number and its place in a list."""
+"""Bytes of a token in memory: its id and its offset, each an integer object and a list slot."""
 
 _ROLLOUT_BYTES = 6 << 10
-"""Of a rollout in memory: its tensors' and arrays' objects, its names and labels, and the future that waits for it."""
+"""Bytes of a rollout in memory, besides its data: tensor and array objects, names, labels and the future."""
 
 
 @dataclass(frozen=True)
 class CapturedRollout:
-    """One finished generation with its captured rows, ready to be stored."""
+    """A finished generation with its captured rows, ready to be stored."""
 
     session_id: str
     """The session to append to."""
@@ -126,25 +126,25 @@ class CapturedRollout:
     spec: CaptureSpec
     """What was captured."""
     tensors: dict[str, Shaped[Tensor, "rows ..."]]
-    """Per key of the spec, `[rows, *shape]`; of int8 rows, what they are to be made of."""
+    """Per key of the spec, `[rows, *shape]`; for int8, the values before quantization."""
     position: Shaped[np.ndarray, "rows"]
     """Sequence position per row, -1 for a pooled row, `[rows]`."""
     sequence: TokenizedText
     """Prompt and completion."""
     logprobs: Float[np.ndarray, "tokens"]
-    """Log-probability of each of its tokens when it was sampled; NaN for those of the prompt, `[tokens]`."""
+    """Log-probability of each token when it was sampled; NaN for prompt tokens, `[tokens]`."""
     finish_reason: str
     """"stop" or "length"."""
     key: RolloutKey | None = None
-    """The caller's identity for the rollout, if it gave one."""
+    """The caller's key of the rollout, if given."""
     labels: dict[str, LabelValue] = field(default_factory=dict)
     """The caller's labels."""
     require_finite: bool = False
-    """Whether rows that hold NaN or infinity fail the rollout; they are counted in any case."""
+    """True if rows with NaN or infinity fail the rollout; they are counted in any case."""
 
     @cached_property
     def non_finite(self) -> NonFinite | None:
-        """The rows that are not finite, None if all are; it reads every value, so the writer's thread asks first."""
+        """The rows that are not finite; None if all are. Reads every value, so the writer's thread computes it first."""
         bad: np.ndarray | None = None
         first: tuple[str, int] | None = None
         for key in self.spec.keys:
@@ -159,19 +159,19 @@ class CapturedRollout:
 
     @property
     def n_rows(self) -> int:
-        """Rows stored, after the position policy."""
+        """Number of rows stored, after the position policy."""
         return len(self.position)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the activations, as they are stored."""
+        """Bytes of the activations as stored."""
         if self.quantized:
             return sum(tensor.numel() + 4 * self.n_rows for tensor in self.tensors.values())
         return self._bytes_given
 
     @property
     def quantized(self) -> bool:
-        """Whether the rows are stored as int8."""
+        """True if the rows are stored as int8."""
         return self.spec.dtype == QUANTIZED
 
     @property
@@ -180,12 +180,12 @@ class CapturedRollout:
 
     @property
     def size(self) -> int:
-        """Bytes of the activations and, about, of the text, the tokens and the labels."""
+        """Approximate bytes of the activations, text, tokens and labels."""
         return self.nbytes + len(self.sequence.text) + 8 * len(self.sequence.token_ids) + self._label_bytes
 
     @property
     def in_memory(self) -> int:
-        """Bytes that it takes while it waits to be written, about: of a small one they are mostly Python's objects."""
+        """Approximate bytes in memory while it waits to be written; for small rollouts, mostly Python objects."""
         tokens = _TOKEN_BYTES * len(self.sequence.token_ids)
         return self._bytes_given + len(self.sequence.text) + tokens + self._label_bytes + _ROLLOUT_BYTES
 
@@ -194,11 +194,11 @@ class CapturedRollout:
         return sum(len(key) + (len(value) if isinstance(value, str) else 8) for key, value in self.labels.items())
 
     def as_read(self, key: str) -> Shaped[Tensor, "rows ..."]:
-        """Return a key's rows as a reader will get them."""
+        """Return a key's rows as a reader will read them."""
         return dequantize(*quantize(self.tensors[key])) if self.quantized else self.tensors[key]
 
     def all_tensors(self) -> dict[str, Tensor]:
-        """Return the activations and the row columns, as the shard names them; a pooled row has no token."""
+        """Return the activations and the row columns under their names in the shard; a pooled row has no token."""
         stored = dict(self.tensors)
         if self.quantized:
             for key in self.spec.keys:
@@ -215,7 +215,7 @@ class CapturedRollout:
 
 @dataclass(frozen=True)
 class Receipt:
-    """Where a committed rollout is; it exists only once the rollout is durable."""
+    """The location of a committed rollout; it exists only once the rollout is durable."""
 
     session_id: str
     rollout_id: str
@@ -226,10 +226,10 @@ class Receipt:
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity.
+    """True if a tensor contains neither NaN nor infinity.
 
-    A sum shows both, in one pass without a copy, thirty times as fast as `isfinite`. A sum of finite values may overflow, in
-    float16 soon; the least and the greatest value then tell.
+    A sum detects both in one pass without a copy, thirty times as fast as `isfinite`. A sum of finite values may overflow,
+    which happens early in float16; then the minimum and maximum decide.
     """
     if not tensor.is_floating_point() or tensor.sum().isfinite():
         return True
@@ -237,10 +237,10 @@ def all_finite(tensor: Tensor) -> bool:
 
 
 def check_finite(rollout: CapturedRollout) -> None:
-    """Refuse a rollout with rows that are not finite, if it requires them to be.
+    """Check that a rollout's rows are finite, if it requires that.
 
     Raises:
-        NonFiniteRowsError: naming the first of them.
+        NonFiniteRowsError: if they are not; the message names the first such row.
     """
     found = rollout.non_finite if rollout.require_finite else None
     if found is None:
@@ -249,13 +249,13 @@ def check_finite(rollout: CapturedRollout) -> None:
     dtypes = [*rollout.spec.dtype.split(", "), rollout.spec.computed_in]
     limit = " float16 ends at 65,504:" if "torch.float16" in dtypes else ""
     raise NonFiniteRowsError(
-        f"{found.rows} of {rollout.n_rows} rows hold NaN or infinity, first {found.key} at {where}, so nothing was stored."
-        f"{limit} run the model in bfloat16 or float32 (dtype), leave those layers out, or set allow_non_finite to keep them"
+        f"{found.rows} of {rollout.n_rows} rows contain NaN or infinity, first {found.key} at {where}; nothing was stored."
+        f"{limit} run the model in bfloat16 or float32 (dtype), omit those layers, or set allow_non_finite"
     )
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
-    """Return a tensor's bytes, row after row, without copying one that lies so already."""
+    """Return a tensor's bytes, row by row, without copying a contiguous one."""
     if not tensor.numel():  # torch cannot view an empty tensor as bytes
         return memoryview(b"")
     view: memoryview = tensor.contiguous().flatten().view(torch.uint8).numpy().data
@@ -272,23 +272,23 @@ def rows_checksum(tensors: dict[str, Tensor]) -> str:
 
 
 def spec_metadata(spec: CaptureSpec) -> dict[str, str]:
-    """Spell a spec as safetensors header metadata (strings only)."""
+    """Serialize a spec as safetensors header metadata (strings only)."""
     version = SHARD_VERSION if spec.dtype == QUANTIZED else SCHEMA_VERSION
     return {"roentgen_schema": str(version), "format": "pt", "spec": spec.model_dump_json(exclude_none=True)}
 
 
 def read_spec(metadata: dict[str, str] | None, where: str) -> CaptureSpec:
-    """Read a shard's spec back.
+    """Parse a shard's spec.
 
     Raises:
-        StoreError: if the header is not one of ours, or of a newer schema.
+        StoreError: if Roentgen did not write the header, or it has a newer schema.
     """
     check_version((metadata or {}).get("roentgen_schema"), where, SHARD_VERSION)
     return CaptureSpec.model_validate_json((metadata or {})["spec"])
 
 
 def check_version(version: str | None, where: str, newest: int = SCHEMA_VERSION) -> None:
-    """Refuse a file of a newer schema than this code reads.
+    """Check that this code can read a file's schema.
 
     Raises:
         StoreError: if the version is missing or newer.
@@ -300,7 +300,7 @@ def check_version(version: str | None, where: str, newest: int = SCHEMA_VERSION)
 
 
 def index_row(rollout: CapturedRollout, receipt: Receipt, created: Any, checksum: str) -> dict[str, Any]:
-    """Spell a committed rollout as a row of the index."""
+    """Convert a committed rollout to a row of the index."""
     key, sequence = rollout.key, rollout.sequence
     return {
         "rollout_id": rollout.rollout_id,
@@ -335,10 +335,10 @@ def _labels_json(labels: dict[str, LabelValue]) -> str:
 
 
 def index_table(rows: Sequence[dict[str, Any]]) -> pa.Table:
-    """Put rows of the index into its columns.
+    """Convert rows of the index to a table.
 
     Raises:
-        UnstorableError: if a column does not hold one of its values.
+        UnstorableError: if a value does not fit its column.
     """
     return pa.table([_column(field, rows) for field in INDEX_SCHEMA], schema=INDEX_SCHEMA)
 
@@ -351,10 +351,10 @@ def _column(field: pa.Field, rows: Sequence[dict[str, Any]]) -> pa.Array | pa.Ch
 
 
 def read_labels(text: str) -> dict[str, LabelValue]:
-    """Read a rollout's labels back.
+    """Parse a rollout's labels.
 
-    Older versions let half a surrogate pair in. Nothing that the labels are then put into (a page, a file, a terminal) can
-    spell one, so it is read as U+FFFD, as any decoder reads it.
+    Older versions accepted unpaired surrogates, which no page, file or terminal can encode, so they are read as U+FFFD, as
+    any decoder does.
     """
     labels: dict[str, LabelValue] = json.loads(text)
     if all(is_text(key) and (not isinstance(value, str) or is_text(value)) for key, value in labels.items()):

@@ -1,4 +1,4 @@
-"""What can be asked of whole sessions: which are there, what they hold, whether every byte is still what was written."""
+"""Operations on whole sessions: list, summarize, verify and delete."""
 
 import shutil
 import uuid
@@ -23,7 +23,7 @@ _VERIFIED = ("shard", "row_start", "row_stop", "checksum")
 
 @dataclass(frozen=True)
 class SessionSummary:
-    """What a session holds."""
+    """A summary of a session."""
 
     session_id: str
     """Its name."""
@@ -32,7 +32,7 @@ class SessionSummary:
     rollouts: int
     """Committed rollouts, retried ones counted once."""
     tokens: int
-    """Rows a full capture of them has."""
+    """Rows of a full capture of them."""
     shards: int
     """Shards that an index names."""
     bytes: int
@@ -42,12 +42,12 @@ class SessionSummary:
     models: list[str]
     """Served names of the models captured."""
     damage: str = ""
-    """Why it cannot be read, if so; nothing but its size is known then."""
+    """Why it cannot be read, if so; then only its size is known."""
 
 
 @dataclass(frozen=True)
 class Damage:
-    """One thing wrong: which rollout (None for a whole file), in which file, and what."""
+    """A damaged rollout or file (`rollout_id` is None for a whole file), and what is wrong."""
 
     rollout_id: str | None
     file: str
@@ -56,18 +56,18 @@ class Damage:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """The result of reading a session back."""
+    """The result of verifying a session."""
 
     rollouts: int
-    """Rollouts whose checksum was recomputed and is right."""
+    """Number of rollouts with a correct checksum."""
     damage: list[Damage] = field(default_factory=list)
-    """Everything that is wrong."""
+    """All damage found."""
     orphans: list[str] = field(default_factory=list)
-    """Shards no index names: left by a crash, invisible to readers."""
+    """Shards that no index names: left by a crash and invisible to readers."""
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is damaged (orphans are not damage)."""
+        """True if nothing is damaged (orphans are not damage)."""
         return not self.damage
 
 
@@ -82,7 +82,7 @@ def find_session(store: str | Path, session_id: str) -> Session:
 
 
 def list_sessions(store: str | Path) -> list[SessionSummary]:
-    """Summarise every session of a store, in order of name, also those that cannot be read; a store that does not exist yet
+    """Summarize every session of a store, sorted by name, including unreadable ones; a store that does not exist yet
     has none.
 
     Raises:
@@ -98,7 +98,7 @@ def list_sessions(store: str | Path) -> list[SessionSummary]:
 
 
 def summarize_session(folder: StorageFolder) -> SessionSummary:
-    """Count what a session holds, from its index and shard headers; one that cannot be read says why.
+    """Summarize a session from its index and shard headers; for an unreadable one, `damage` says why.
 
     Raises:
         SessionNotFoundError: if there is no session.
@@ -130,10 +130,10 @@ def _summarize(session: Session) -> SessionSummary:
 
 
 def delete_session(store: str | Path, session_id: str) -> int:
-    """Delete a session and all it holds.
+    """Delete a session and all its files.
 
     Returns:
-        The bytes that are free now.
+        The number of bytes freed.
 
     Raises:
         ValueError: if the id is unsafe.
@@ -151,7 +151,7 @@ def delete_session(store: str | Path, session_id: str) -> int:
 def _delete_folder(root: Path, session_id: str) -> int:
     folder = root / session_id
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-    # Gone in one step for readers and writers; a crash from here on leaves a folder that nobody sees.
+    # The rename removes the session atomically for readers and writers; a crash afterwards leaves only an invisible folder.
     tombstone = root / f".deleted-{session_id}-{uuid.uuid4().hex}"
     folder.rename(tombstone)
     sync_folder(root)
@@ -160,7 +160,7 @@ def _delete_folder(root: Path, session_id: str) -> int:
 
 
 def _delete_objects(session: StorageFolder) -> int:
-    """Remove what makes rollouts count first, and the session's name last, so that a crash leaves a session to delete again."""
+    """Remove the indexes first and session.json last, so that after a crash the deletion can be repeated."""
     size = 0
     for folder in (*(session.child(name) for name in ("index", "labels", "shards")), session):
         for entry in folder.entries():
@@ -170,7 +170,7 @@ def _delete_objects(session: StorageFolder) -> int:
 
 
 def verify(session: Session) -> VerifyReport:
-    """Read every shard back and recompute its checksum, and its rollouts' where it differs; damage is collected, not raised."""
+    """Verify the checksum of every shard, and of its rollouts if it differs; damage is collected, not raised."""
     damage: list[Damage] = []
     files = []
     folder = session.folder.child("index")
@@ -205,7 +205,7 @@ def _is_whole(session: Session, shard: ShardFile) -> bool:
     try:
         for piece in read_file(session, shard.name)[1]:
             digest.update(piece)
-    except OSError:  # which `_verify_shard` meets again, and names
+    except OSError:  # `_verify_shard` reports the error
         return False
     return digest.hexdigest() == shard.checksum
 

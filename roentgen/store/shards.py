@@ -1,8 +1,8 @@
-"""A shard: the rows of many rollouts, tensor after tensor, in a safetensors file.
+"""Shards: the rows of many rollouts, one tensor after the other, in a safetensors file.
 
-Written as a stream: the header first, since all sizes are known, then each tensor's rows as the rollouts hold them, so that a
-shard never lies in memory a second time. Read by ranges: the header says where a tensor begins, and its rows have equal sizes,
-so some rows of one layer are one range of the file, which a disk maps and a bucket sends.
+A shard is written as a stream: the header first, since all sizes are known, then each tensor's rows directly from the
+rollouts, so that a shard is never in memory a second time. It is read in ranges: the header locates each tensor and its
+rows have equal size, so a range of rows of one layer is one range of the file, which a disk maps and a bucket sends.
 
 The format: https://huggingface.co/docs/safetensors/index#format
 """
@@ -31,19 +31,19 @@ _DTYPES = {
 }  # fmt: skip
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _HEADER_GUESS = 64 << 10
-"""Bytes read at once to get the header of all but enormous shards in one request."""
+"""Bytes of the first read, which covers the header of all but enormous shards."""
 READS_AT_ONCE = 16
-"""Requests that wait for a network together."""
+"""Number of concurrent network requests."""
 _REQUEST = 8 << 20
-"""Bytes that one request asks for, about."""
+"""Approximate bytes of one request."""
 
 
 def shard_bytes(parts: Sequence[dict[str, Tensor]], spec: CaptureSpec) -> Iterator[Bytes]:
-    """Yield a shard's bytes.
+    """Serialize a shard.
 
     Args:
         parts: per rollout, every tensor of the shard, `[rows, *shape]`.
-        spec: what the rollouts have in common.
+        spec: the capture spec that the rollouts share.
     """
     # Wide types first, so that every tensor begins at a multiple of its element's size.
     names = sorted(parts[0], key=lambda name: (-parts[0][name].element_size(), name))
@@ -77,21 +77,21 @@ class _Stored:
 
 
 class Shard:
-    """An open shard, its header checked.
+    """An open shard with a validated header.
 
     Attributes:
-        spec: what its rollouts have in common.
+        spec: the capture spec that its rollouts share.
         names: its tensors.
-        remote: whether reading waits for a network.
-        layout: what shards must agree in to be merged: each tensor's name, dtype and shape of a row.
-        row_bytes: of a row of all tensors together.
+        remote: True if reads wait for a network.
+        layout: what shards must share to be merged: each tensor's name, dtype and shape of a row.
+        row_bytes: bytes of a row of all tensors together.
     """
 
     def __init__(self, folder: StorageFolder, name: str) -> None:
         """Open `name` (such as "shards/….safetensors") of a session.
 
         Raises:
-            StoreError: if it is missing, damaged or of a newer schema.
+            StoreError: if it is missing, damaged or has a newer schema.
         """
         self._where = f"shard {folder.uri}/{name}"
         self.remote = folder.remote
@@ -114,7 +114,7 @@ class Shard:
         self.column = lru_cache(maxsize=None)(self._column)
 
     def rows(self, name: str, start: int, stop: int) -> Shaped[Tensor, "rows ..."]:
-        """Return rows `[start, stop)` of a tensor; nothing else is read.
+        """Read rows `[start, stop)` of a tensor.
 
         Raises:
             StoreError: if they cannot be read.
@@ -141,14 +141,14 @@ class Shard:
             raise StoreError(f"{self._where} is damaged: it has {rows} rows, and its index names {start}:{stop}")
 
     def expect(self, name: str, start: int, stop: int) -> None:
-        """Say that rows `[start, stop)` of a tensor will be looked at soon, and maybe not those around them."""
+        """Prefetch rows `[start, stop)` of a tensor, without those around them."""
         stored = self._tensors[name]
         self._file.expect(stored.start + start * stored.row_bytes, (stop - start) * stored.row_bytes)
 
     def take(self, name: str, rows: Int[np.ndarray, "n"]) -> Shaped[Tensor, "n ..."]:
-        """Return the given rows, which may come in any order; what lies close together is read together.
+        """Read the given rows, in any order; rows that are close together are read together.
 
-        Rows of a disk that follow one another are not copied: they stay mapped.
+        Consecutive rows on a disk are not copied: they stay memory-mapped.
 
         Raises:
             StoreError: if they cannot be read.
@@ -176,7 +176,7 @@ class Shard:
         return found if len(rows) == len(ordered) and (back[1:] > back[:-1]).all() else found[torch.from_numpy(back)]
 
     def values(self, key: str, rows: Int[np.ndarray, "n"]) -> Shaped[Tensor, "n ..."]:
-        """Return a key's rows as numbers: what was stored or, of int8 rows, float32.
+        """Read a key's rows as numbers: as stored or, for int8 rows, in float32.
 
         Raises:
             StoreError: if they cannot be read.
@@ -185,7 +185,7 @@ class Shard:
         return dequantize(taken, self.take(scale, rows)) if scale in self._tensors else taken
 
     def _column(self, name: str) -> Shaped[np.ndarray, "rows"]:
-        """Return one of the narrow tensors that describe the rows, all of it: it is read once, for every rollout."""
+        """Read a whole metadata tensor once for all rollouts."""
         values: np.ndarray = self.rows(name, 0, self._tensors[name].shape[0]).numpy()
         return values
 
@@ -199,7 +199,7 @@ class Shard:
 
 
 def _spans(rows: Int[np.ndarray, "n"], row_bytes: int, gap: int) -> list[Int[np.ndarray, "m"]]:
-    """Split ascending rows where more than `gap` bytes lie between, and so that no span is much larger than a request."""
+    """Split ascending rows where the gap exceeds `gap` bytes, and so that no span is much larger than a request."""
     wide = np.diff(rows) * row_bytes > gap
     request = rows * row_bytes // _REQUEST
     return np.split(rows, np.flatnonzero(wide | (np.diff(request) > 0)) + 1)
@@ -208,7 +208,7 @@ def _spans(rows: Int[np.ndarray, "n"], row_bytes: int, gap: int) -> list[Int[np.
 def _stored(entry: dict[str, object], begin: int) -> _Stored:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not (isinstance(dtype, str) and isinstance(shape, list) and isinstance(offsets, list)):
-        raise ValueError("its header is not one of safetensors")
+        raise ValueError("its header is not a safetensors header")
     stored = _Stored(_DTYPES[dtype], tuple(int(size) for size in shape), begin + int(offsets[0]))
     if int(offsets[1]) - int(offsets[0]) != stored.shape[0] * stored.row_bytes:
         raise ValueError("a tensor's offsets and its shape do not agree")

@@ -220,7 +220,7 @@ def test_rows_that_are_not_finite_are_refused_unless_they_are_allowed(tmp_path: 
     broken.save_pretrained(tmp_path / "broken")
     capture = {"layers": [2], "hook_points": ["resid_post"]}
     with roentgen.load(str(tmp_path / "broken"), dtype="float32", device="cpu") as model:
-        with pytest.raises(NonFiniteRowsError, match=r"rows hold NaN or infinity, first layers.2.resid_post"):
+        with pytest.raises(NonFiniteRowsError, match=r"rows contain NaN or infinity, first layers.2.resid_post"):
             model.generate("abc", max_tokens=0, capture=capture)
         (out,) = model.generate("abc", max_tokens=0, capture={**capture, "allow_non_finite": True})
         assert not out["layers.2.resid_post"].isfinite().all()

@@ -31,7 +31,7 @@ def test_a_rollout_that_is_not_finite_fails_and_its_group_does_not(tmp_path: Pat
         # Nothing is left of it: neither bytes that count as pending nor a lock.
         assert writer.has_room
         with pytest.raises(
-            NonFiniteRowsError, match=r"2 of 6 rows hold NaN or infinity, first layers\.2\.resid_post at position 2"
+            NonFiniteRowsError, match=r"2 of 6 rows contain NaN or infinity, first layers\.2\.resid_post at position 2"
         ):
             futures[1].result()
         # A whole group may fail, and the next is written.
