@@ -1,20 +1,20 @@
-"""The run directory: what an evaluation leaves on disk, and how it is read back.
+"""The run directory: what an evaluation leaves on disk, and how it is read.
 
     RUN/
-      config.json                  all that is needed to run it again; written once
-      samples.jsonl                the record: append-only, a line per sample, fsynced; the source of truth
+      config.json                  everything needed to run it again; written once
+      samples.jsonl                the record: append-only, one line per sample, fsynced; the source of truth
       summary.json  dataset.jsonl  report.html
       samples/gsm8k_0001.json  trajectories/gsm8k_0001.jsonl  agent_states/gsm8k_0001.json
-      probes/<label>/              what `roentgen probe train` found
+      probes/<label>/              the results of `roentgen probe train`
 
-Everything but config.json and samples.jsonl can be made again from those two. A module a concern:
+Everything except config.json and samples.jsonl can be regenerated from these two. The modules:
 
     sample     one attempt at one problem
     record     samples.jsonl: appended durably, read line by line
     config     config.json
     run        the directory, read
     table      its samples as a table
-    stored     which rows of the store its samples have
+    stored     the rows in the store that belong to its samples
     writing    what an evaluation writes of it
     questions  which samples are attempts at the same problem
     failures   failed samples, counted by kind

@@ -1,4 +1,4 @@
-"""What config.json holds: all that is needed to run an evaluation again."""
+"""The contents of config.json: everything needed to run an evaluation again."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,49 +10,49 @@ class RunConfig(BaseModel):
     """The contents of config.json."""
 
     run_id: str
-    """Names the run and its session in the store."""
+    """Id of the run and of its session in the store."""
     created: str
-    """ISO time."""
+    """Creation time in ISO format."""
     config_hash: str
     """Hash of `hashed`."""
     hashed: dict[str, Any]
     """What makes two runs comparable: model, revision, dtype, prompt, variant, sampling, tools, capture."""
     problems: dict[str, Any]
-    """Which problems: source, how many, how many samples each."""
+    """The problems: source, number, epochs."""
     settings: dict[str, Any]
-    """Everything else: parallelism, addresses, scoring."""
+    """All other settings: parallelism, addresses, scoring."""
     prompt: dict[str, Any]
-    """The prompt's text, as data."""
+    """The prompt as data."""
     versions: dict[str, str]
-    """Of the packages that matter."""
+    """Versions of the relevant packages."""
     git_revision: str | None = None
-    """Of the working tree, if it is one."""
+    """Revision of the working tree, if it is one."""
     variants: dict[str, dict[str, str]] = Field(default_factory=dict)
-    """Of a run that poses its problems under several prompt prefixes, each one's `prefix` and `config_hash`."""
+    """Prompt prefixes of a run with variants: each one's `prefix` and `config_hash`."""
 
     scorers: dict[str, dict[str, str | None]] = Field(default_factory=dict)
-    """Of scorers that are not built in, by name: the `reference` that finds each (None of a function given in Python), and the
-    "hash" of its source."""
+    """Custom scorers by name: the `reference` that finds each (None for a function given in Python), and the `hash` of its
+    source."""
 
     @property
     def set_name(self) -> str:
-        """What its samples are called after; those of older runs are all called after GSM8K."""
+        """Prefix of its sample ids; older runs use "gsm8k" throughout."""
         return str(self.problems.get("name") or "gsm8k")
 
     @property
     def model_root(self) -> str:
-        """What its model can be loaded from; runs of older versions have only the name that they were given."""
+        """Where its model can be loaded from; runs of older versions record only the name they were given."""
         served = self.settings.get("served") or {}
         return str(served.get("root") or self.settings.get("model") or self.hashed["model"])
 
     @property
     def extractor(self) -> str | None:
-        """The primary extractor, whose verdicts count; None of a run that has none."""
+        """The primary extractor, whose verdicts count; None if the run has none."""
         return self.settings.get("extractor")
 
     @property
     def config_hashes(self) -> list[str]:
-        """The hashes that its samples may carry: one per variant, or the run's own."""
+        """The configuration hashes of its samples: one per variant, or the run's own."""
         return [variant["config_hash"] for variant in self.variants.values()] or [self.config_hash]
 
 

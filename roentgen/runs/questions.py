@@ -1,16 +1,16 @@
-"""Which samples are attempts at the same problem, whatever they are called.
+"""Groups samples that are attempts at the same problem, whatever their ids.
 
-Samples of one problem are no independent evidence: a split that parts them, or an interval that counts them apart, is wrong.
-An id alone does not say which they are. The same question may stand under two ids, in one file or in two, and templates
-(GSM-Symbolic's) give questions that differ in names and numbers only. So samples are linked that share
+Attempts at one problem are not independent evidence: a split that separates them, or an interval that counts them
+separately, is wrong. Ids alone do not identify problems. The same question may have two ids, in one file or in two, and
+templates (as in GSM-Symbolic) produce questions that differ only in names and numbers. So samples are linked if they share
 
 - an id;
-- a question: its words, whatever their case and spacing;
-- a template: the one recorded, or, where a source is known to have templates and none is recorded, the same wording without
+- a question: its words, ignoring case and spacing;
+- a template: the recorded one or, if a source is known to use templates and none is recorded, the same wording without
   numbers and names.
 
-What all samples share tells none apart and links nothing: attempts at a single question stay as many problems as there are
-ids, because no split of them could let a probe recognise it.
+A property that all samples share distinguishes nothing and links nothing: attempts at a single question remain as many
+problems as there are ids, because no split of them could let a probe recognize the question.
 """
 
 import hashlib
@@ -21,15 +21,15 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 ALIKE = 0.17
-"""The least share of word pairs (Jaccard) that two questions of a template have in common. Of 700 questions of reasoning-gym's
-gsm_symbolic, those of one template share at least 0.21, those of two at most 0.12."""
+"""Minimum share of word pairs (Jaccard) that two questions of a template have in common. Of 700 questions of
+reasoning-gym's gsm_symbolic, those of one template share at least 0.21 and those of two at most 0.12."""
 
 CLOSE = 0.5
-"""The share above which a question needs no comparison of its own with those that follow: it is like one that has it."""
+"""Share above which a question is not compared with later ones: it is like a question that already is."""
 
 _TEMPLATED = re.compile(r"gsm[-_]symbolic", re.IGNORECASE)
 _SUFFIX = "Give the result as your final answer. Do not include units."
-"""How reasoning-gym ends every gsm_symbolic question."""
+"""Text at the end of every gsm_symbolic question of reasoning-gym."""
 
 _PLAIN = str.maketrans({"\u2018": "'", "\u2019": "'", "\u201c": '"', "\u201d": '"', "\u2013": "-", "\u2212": "-"})
 _WORD = re.compile(r"[^\W\d_]+")
@@ -39,29 +39,29 @@ Shingles = frozenset[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Posed:
-    """What a sample was asked."""
+    """The problem of a sample, for comparison with others."""
 
     problem_id: str
     """The problem's id."""
     question: str | None = None
-    """The text; None where it is not known."""
+    """The question; None if it is not known."""
     template: str | None = None
-    """What the question was made from; None where it was not, or it is not known."""
+    """The question's template; None if it has none or it is unknown."""
     prompt: str | None = None
-    """All that was read before the answer, where it is not known which part of it is the question."""
+    """Everything before the answer, if it is unknown which part of it is the question."""
 
     @property
     def text(self) -> str:
-        """The question or, where it is not known, the prompt."""
+        """The question or, if it is unknown, the prompt."""
         return self.question or self.prompt or ""
 
     @property
     def templated(self) -> bool:
-        """Whether the question was made from a template that is not recorded."""
+        """True if the question was made from a template that is not recorded."""
         return self.template is None and bool(_TEMPLATED.match(self.problem_id) or _SUFFIX in self.text)
 
     def brief(self) -> "Posed":
-        """Return the same with hashes in place of texts, where only equality counts: what many samples are kept as."""
+        """Return a compact copy with hashes instead of texts, where only equality matters."""
         if self.templated:
             return self
         question, prompt = (
@@ -72,12 +72,12 @@ class Posed:
 
 
 def same_question(posed: Sequence[Posed]) -> list[int]:
-    """Number the problems that samples are attempts at, from 0, in the order of their ids: equal numbers, one question."""
+    """Number the problems of samples from 0, in the order of their ids: equal numbers mean the same question."""
     return _number(posed, _by_id_and_question(posed))
 
 
 def same_template(posed: Sequence[Posed]) -> list[int]:
-    """Number what is to be kept together in a split or counted once, from 0: problems, and those of one template."""
+    """Number the groups to keep together in a split or to count once, from 0: problems, and problems that share a template."""
     links = _Links(range(len(posed)))
     for number, first in enumerate(_by_id_and_question(posed)):
         links.join(number, first)
@@ -102,7 +102,7 @@ def _by_id_and_question(posed: Sequence[Posed]) -> list[int]:
 
 
 def _words(text: str | None) -> str | None:
-    """Return a text as it is compared, whatever its case, spacing and typography; None if it has no letter or digit."""
+    """Normalize a text for comparison, ignoring case, spacing and typography; None if it has no letter or digit."""
     if text is None:
         return None
     words = " ".join(unicodedata.normalize("NFKC", text).translate(_PLAIN).casefold().split())
@@ -110,9 +110,10 @@ def _words(text: str | None) -> str | None:
 
 
 def _alike(questions: Sequence[str]) -> list[int]:
-    """Return, for each question, the place of the first that is worded like it, numbers and names aside.
+    """Return, for each question, the index of the first question with the same wording, ignoring numbers and names.
 
-    A question is compared with one of each wording found before, so that thousands of a hundred templates take seconds.
+    Each question is compared with one representative of each wording found so far, so thousands of questions from a hundred
+    templates take seconds.
     """
     shingles = _shingles(questions)
     links = _Links(range(len(questions)))
@@ -131,7 +132,8 @@ def _alike(questions: Sequence[str]) -> list[int]:
 
 
 def _shingles(questions: Sequence[str]) -> list[Shingles]:
-    """Return each question's pairs of successive words, without names, numbers and what all questions begin or end with."""
+    """Return each question's pairs of successive words, without names, numbers and the words that all questions begin or
+    end with."""
     words = [_WORD.findall(question.replace(_SUFFIX, "")) for question in questions]
     distinct = {tuple(one) for one in words}
     start = _shared(distinct) if len(distinct) > 1 else 0
@@ -141,7 +143,7 @@ def _shingles(questions: Sequence[str]) -> list[Shingles]:
 
 
 def _shared(texts: Iterable[tuple[str, ...]]) -> int:
-    """Return how many words all texts begin with."""
+    """Return the number of words that all texts begin with."""
     low, high = min(texts), max(texts)
     return next(
         (place for place, (a, b) in enumerate(zip(low, high, strict=False)) if a != b), min(len(low), len(high))
@@ -153,7 +155,7 @@ def _jaccard(one: Shingles, other: Shingles) -> float:
 
 
 def _number(posed: Sequence[Posed], firsts: Sequence[int]) -> list[int]:
-    """Number groups in the order of their least id."""
+    """Number groups in the order of their smallest id."""
     least: dict[int, str] = {}
     for one, first in zip(posed, firsts, strict=True):
         least[first] = min(one.problem_id, least.get(first, one.problem_id))
@@ -162,30 +164,30 @@ def _number(posed: Sequence[Posed], firsts: Sequence[int]) -> list[int]:
 
 
 class _Links:
-    """Disjoint sets of places, each named by one of its members."""
+    """Disjoint sets of indices (union-find), each named by one of its members."""
 
     def __init__(self, places: Iterable[int]) -> None:
         self._parent = list(places)
 
     def join(self, one: int, other: int) -> None:
-        """Make one set of two."""
+        """Merge two sets."""
         one, other = self.find(one), self.find(other)
         self._parent[max(one, other)] = min(one, other)
 
     def join_equal(self, keys: Sequence[Hashable | None]) -> None:
-        """Make one set of the places with the same key, for every key that is not None."""
+        """Merge the sets of all indices with the same key, ignoring None."""
         firsts: dict[Hashable, int] = {}
         for place, key in enumerate(keys):
             if key is not None:
                 self.join(place, firsts.setdefault(key, place))
 
     def find(self, place: int) -> int:
-        """Return the member that names a place's set."""
+        """Return the representative of an index's set."""
         while self._parent[place] != place:
             self._parent[place] = self._parent[self._parent[place]]
             place = self._parent[place]
         return place
 
     def all(self) -> list[int]:
-        """Return the name of every place's set."""
+        """Return the representative of every index's set."""
         return [self.find(place) for place in range(len(self._parent))]

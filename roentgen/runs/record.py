@@ -1,8 +1,8 @@
-"""The record of a run, `samples.jsonl`: a line per sample, appended durably by one process, read by any.
+"""The record of a run, `samples.jsonl`: one line per sample, appended durably by one process and read by any.
 
-A driver that dies leaves at most a torn last line, which the next one cuts off; a lock keeps two drivers from one run. Reading
-is sample by sample: what is held in memory is where each line is, so that a small machine can read a run of a hundred thousand
-problems.
+A driver that dies leaves at most a torn last line, which the next driver truncates; a lock prevents two drivers from
+writing one run. Samples are read one at a time: memory holds only the location of each line, so that a small machine can
+read a run of a hundred thousand problems.
 """
 
 import fcntl
@@ -21,18 +21,18 @@ from roentgen.errors import RoentgenError
 from roentgen.runs.sample import Sample
 
 BLOCK = 1 << 16
-"""Bytes read at a time, where a file is read from its end."""
+"""Bytes read at a time when a file is read from its end."""
 
 _SUFFIX = re.compile(r"(_e[0-9]+)?(_v-.*)?$")
-"""What a sample's name says of its epoch and variant: `gsm8k_0001_e2_v-calm`."""
+"""Suffix of a sample's name with its epoch and variant: `gsm8k_0001_e2_v-calm`."""
 
 
 class RunError(RoentgenError):
-    """A run directory cannot be used; the message names the file and what to do."""
+    """The run directory cannot be used; the message names the file and what to do."""
 
 
 class Recorder:
-    """Appends samples to a run's record, durably, while it holds the run's lock."""
+    """Appends samples durably to a run's record while it holds the run's lock."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -60,7 +60,7 @@ class Recorder:
             self._file = None
 
     def append(self, sample: Sample) -> None:
-        """Add a sample; when this returns, it is on the disk."""
+        """Append a sample; it is on disk when this returns."""
         if self._file is None:
             raise RunError("the recorder is not entered")
         self._file.write(sample.model_dump_json().encode() + b"\n")
@@ -69,7 +69,7 @@ class Recorder:
 
 
 def is_being_recorded(path: Path) -> bool:
-    """Return whether a recorder holds a record."""
+    """Return True if a recorder holds the record's lock."""
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -82,29 +82,29 @@ def is_being_recorded(path: Path) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _SampleLocation:
-    """Where in the record a sample is."""
+    """The location of a sample in the record."""
 
     line: int
-    """Its number, from 1."""
+    """Line number, from 1."""
     offset: int
-    """In bytes."""
+    """Offset in bytes."""
     sample_id: str
     """The sample's name."""
     epoch: int
-    """Which of several attempts."""
+    """Number of the attempt."""
     variant: int
-    """The place of its configuration among the run's variants, as declared."""
+    """Index of its configuration among the run's variants, in declaration order."""
     failed: bool
-    """Whether it has no answer."""
+    """True if it has no answer."""
 
     @property
     def order(self) -> tuple[list[tuple[int, str]], int, int]:
-        """Sorts places by problem, then epoch, then variant: the order in which a run poses them."""
+        """Sort key: by problem, then epoch, then variant, which is the order in which a run poses them."""
         return natural_order(_SUFFIX.sub("", self.sample_id)), self.epoch, self.variant
 
 
 class _Head(BaseModel):
-    """What of a sample is wanted to find it."""
+    """The fields of a sample needed to locate it."""
 
     sample_id: str
     problem_id: str
@@ -114,7 +114,7 @@ class _Head(BaseModel):
 
 
 class Samples(Sequence[Sample]):
-    """The samples of a record, read from the disk one at a time, as often as they are asked for."""
+    """The samples of a record, read from disk one at a time on each access."""
 
     def __init__(self, path: Path, locations: Sequence[_SampleLocation]) -> None:
         self._path = path
@@ -139,11 +139,11 @@ class Samples(Sequence[Sample]):
 
     @property
     def names(self) -> list[str]:
-        """Their names, in the same order; no sample is read for it."""
+        """Their names in the same order, without reading the samples."""
         return [location.sample_id for location in self._locations]
 
     def by_name(self) -> "Samples":
-        """Return them by problem, epoch and variant (as declared), whatever order they finished in."""
+        """Return them sorted by problem, epoch and variant (as declared), independent of the order in which they finished."""
         return Samples(self._path, sorted(self._locations, key=lambda location: location.order))
 
     def _read(self, locations: Iterable[_SampleLocation]) -> Iterator[Sample]:
@@ -159,14 +159,14 @@ class Samples(Sequence[Sample]):
 
 
 def read_samples(path: Path, config_hashes: Sequence[str] = ()) -> Samples:
-    """Find each sample's line: its first answer's, or its last error's.
+    """Locate the line of each sample: its first answer or, without one, its last error.
 
     Args:
         path: the record.
-        config_hashes: of the run's variants, in the order in which they were declared.
+        config_hashes: the hashes of the run's variants, in declaration order.
 
     Raises:
-        RunError: if a line, other than a torn last one, is no sample's.
+        RunError: if a line other than a torn last one is not a sample.
     """
     found: dict[tuple[str, str, int], _SampleLocation] = {}
     variants = {config_hash: number for number, config_hash in enumerate(config_hashes)}
@@ -201,7 +201,7 @@ def natural_order(name: str) -> list[tuple[int, str]]:
 
 
 def _cut_torn_line(file: IO[bytes]) -> None:
-    """Cut what follows the last newline: a line that a crash left half written, and that nobody was told of."""
+    """Truncate the file after the last newline: a partial line was left by a crash and was never acknowledged."""
     end = file.seek(0, os.SEEK_END)
     while end > 0:
         start = max(0, end - BLOCK)

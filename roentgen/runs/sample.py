@@ -1,4 +1,4 @@
-"""One attempt at one problem, as the record keeps it and as everything later reads it."""
+"""A sample: one attempt at one problem, as recorded and as everything later reads it."""
 
 from itertools import takewhile
 from typing import Any
@@ -9,11 +9,11 @@ from roentgen.contract import ActivationReply, LabelValue
 from roentgen.runs.questions import Posed
 
 VERDICTS = ("correct", "wrong", "no_answer")
-"""What an extractor can say of an output. One in which it found no answer counts against the accuracy, and is counted apart."""
+"""Possible verdicts on an output. An output without an answer counts as incorrect and is also counted separately."""
 
 
 class RolloutRef(ActivationReply):
-    """Where the activations of one turn are: the server's reply, and which turn it answered."""
+    """The location of one turn's activations: the server's reply, and the number of the turn."""
 
     turn: int
 
@@ -26,9 +26,9 @@ class Turn(BaseModel):
     finish_reason: str | None = None
     """Why the model stopped: "stop", "length", "tool_calls"."""
     prompt_tokens: int = 0
-    """Tokens of the prompt, the conversation before included."""
+    """Tokens of the prompt, including the conversation before it."""
     cached_tokens: int = 0
-    """Those of them that the server had in its prefix cache, as far as it says."""
+    """Prompt tokens that the server reports as cached."""
     completion_tokens: int = 0
     """Tokens generated."""
     seconds: float = 0.0
@@ -43,73 +43,73 @@ class Sample(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     sample_id: str
-    """Names its files, after its problem set: "gsm8k_0001", "arithmetic_0001_e2_v-calm"."""
+    """Name of its files, prefixed by its problem set: "gsm8k_0001", "arithmetic_0001_e2_v-calm"."""
     problem_id: str
-    """The problem, stable across runs."""
+    """Id of the problem, stable across runs."""
     epoch: int = 1
-    """Which of several attempts, from 1."""
+    """Number of the attempt, from 1."""
     variant: str | None = None
-    """Under which of the run's prompt prefixes; None if it has none."""
+    """The run's variant; None if it has none."""
     config_hash: str
-    """The configuration it was made under; with problem_id and epoch it is the sample's identity."""
+    """Hash of its configuration; together with problem_id and epoch it identifies the sample."""
     question: str
     """As posed."""
     solution: str
-    """The gold rationale."""
+    """The reference solution."""
     gold: str
     """The gold answer."""
     template: str | None = None
-    """What the question was made from, where problems are made from templates; None of others and of old records."""
+    """Template of the question; None if it has none, and in old records."""
     fields: dict[str, Any] = Field(default_factory=dict)
-    """What else the problem's record has; plain values are labels of the stored rollouts too."""
+    """Additional fields of the problem's record; those with plain values are also labels of the stored rollouts."""
     messages: list[dict[str, Any]] = Field(default_factory=list)
-    """The conversation, the model's last message included."""
+    """The conversation, including the model's last message."""
     response: str = ""
     """The model's last message."""
     answers: dict[str, str | None] = Field(default_factory=dict)
-    """What each extractor read, None where it found nothing."""
+    """The answer that each extractor read; None if it found none."""
     correct_by: dict[str, bool] = Field(default_factory=dict)
     """Each extractor's verdict."""
     correct: bool = False
     """The primary extractor's verdict."""
     values: dict[str, LabelValue] = Field(default_factory=dict)
-    """What scorers found beside their verdicts, such as a judge's grade."""
+    """Additional values from scorers, such as a judge's grade."""
     finish_reason: str | None = None
-    """"stop", "length" if it was cut, "max_turns" if it was still calling tools in its last turn."""
+    """"stop", "length" if it was truncated, "max_turns" if it still called tools in its last turn."""
     prompt_tokens: int = 0
     """Tokens of the prompts, over all turns."""
     cached_tokens: int = 0
-    """Those of them that the server had in its prefix cache, as far as it says."""
+    """Prompt tokens that the server reports as cached."""
     completion_tokens: int = 0
     """Tokens generated, over all turns."""
     seconds: float = 0.0
     """Wall time, from the first request to the last reply."""
     turns: list[Turn] = Field(default_factory=list)
-    """Request by request."""
+    """The requests in order."""
     finished: float | None = None
-    """When, seconds since 1970; None of old records."""
+    """Time of completion in seconds since 1970; None in old records."""
     rollouts: list[RolloutRef] = Field(default_factory=list)
-    """Where its activations are, one per turn."""
+    """Locations of its activations, one per turn."""
     error: str | None = None
-    """Why there is no answer; such a sample is tried again on resume."""
+    """Why it has no answer; such a sample is retried when the run is resumed."""
 
     @property
     def identity(self) -> tuple[str, str, int]:
-        """What makes it the same sample when it is tried again."""
+        """Identity of the sample across retries."""
         return self.config_hash, self.problem_id, self.epoch
 
     @property
     def prompt_messages(self) -> list[dict[str, Any]]:
-        """The messages with which the problem was posed: the conversation up to the model's first."""
+        """The messages that pose the problem: the conversation before the model's first message."""
         return list(takewhile(lambda message: message["role"] != "assistant", self.messages))
 
     @property
     def posed(self) -> Posed:
-        """What it was asked, to be compared with what others were asked."""
+        """The problem, for comparison with those of other samples."""
         return Posed(self.problem_id, self.question, self.template)
 
     def verdict(self, extractor: str | None) -> str | None:
-        """Return what an extractor says of the output, one of `VERDICTS`; None if it failed, or of an unknown extractor."""
+        """Return an extractor's verdict, one of `VERDICTS`; None for a failed sample or an unknown extractor."""
         if self.error is not None or extractor not in self.correct_by:
             return None
         return "no_answer" if self.answers[extractor] is None else "correct" if self.correct_by[extractor] else "wrong"
