@@ -1,8 +1,8 @@
-"""A run directory, read: its samples as a table and one by one, its accuracy, and its activations beside them.
+"""Reads a run directory: its samples as a table and one by one, its accuracy, and its activations.
 
-Reading needs no lock and no server, also while an evaluation is writing (`writing`). The record is parsed one sample at a time
-(`Run.read_samples`); the table, the accuracy and the rows are made of that, and need pandas, SciPy and torch only where they
-are asked for.
+Reading needs neither a lock nor a server, even while an evaluation is writing (`writing`). The record is parsed one sample
+at a time (`Run.read_samples`). The table, the accuracy and the activations are derived from it, and import pandas, SciPy
+and torch only when they are used.
 """
 
 import json
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from roentgen.store import Activations
 
 SHOWN = 10
-"""Samples that a notebook shows."""
+"""Number of samples shown in a notebook."""
 
 
 class Run:
@@ -36,10 +36,10 @@ class Run:
 
         Args:
             path: the folder.
-            config: what it is going to hold as config.json, where that is not written yet; else the file is read.
+            config: the configuration, if config.json has not been written yet; otherwise the file is read.
 
         Raises:
-            RunError: if there is no run, or its config.json is damaged.
+            RunError: if the folder is not a run, or its config.json is damaged.
         """
         self._path = Path(path).expanduser().absolute()
         self._config = _read_config(self._path) if config is None else config
@@ -51,15 +51,16 @@ class Run:
 
     @property
     def config(self) -> RunConfig:
-        """What was asked for: model, prompt, sampling, problems."""
+        """The configuration: model, prompt, sampling, problems."""
         return self._config
 
     @cached_property
     def samples(self) -> "pd.DataFrame":
-        """A row per sample, in the order of their names; the columns are those of `roentgen export RUN x.parquet`.
+        """One row per sample, sorted by name; the columns are those of `roentgen export RUN x.parquet`.
 
-        `correct` and `verdict` are the primary extractor's; rollout_ids name the sample's rows in the store. The table is made
-        once; open the run again to see what has been added since.
+        `correct` and `verdict` are the primary extractor's; rollout_ids identify the sample's rows in the store. The table
+        is made
+        once; open the run again to see newer samples.
         """
         from roentgen.runs.table import frame_of
 
@@ -69,7 +70,7 @@ class Run:
     def accuracy(self) -> "Accuracy":
         """The share of correct samples with its 95% interval (`value`, `low`, `high`), clustered by problem.
 
-        As `samples`, it is of the moment when it is first looked at.
+        Like `samples`, it is computed on first access.
         """
         from roentgen.statistics import accuracy
 
@@ -85,48 +86,50 @@ class Run:
         return accuracy([verdict for _, verdict in judged], [clusters[problem] for problem, _ in judged])
 
     def activations(self, key: str, positions: str = "all", *, session: str | Path | None = None) -> "Activations":
-        """Return the stored rows of one key, an item per sample that has any, read when they are looked at.
+        """Return a lazy sequence of one key's stored rows, one item per sample that has any.
 
-        They are in the order of `samples`: where every sample has rows, item i is of `samples.iloc[i]`.
+        The items are in the order of `samples`: if every sample has rows, item i belongs to `samples.iloc[i]`.
 
-        `.stack()` makes one tensor of policies that keep one row; `.rollouts` is a table that says, in the same order, which
-        rollout and which problem each is of. In a conversation of several turns the first turn's rollout counts.
+        For policies that keep one row, `.stack()` returns one tensor; `.rollouts` is a table with the rollout and problem
+        of each
+        item, in the same order. In a conversation of several turns, the first turn's rollout is used.
 
         Args:
             key: a stored key, such as "layers.12.resid_post".
             positions: all, prompt, generated, last_prompt, last, stride:k, mean_prompt or mean_generated.
-            session: a session that was captured of the run's answers, instead of the run's own rows.
+            session: a session captured from the run's answers, instead of the run's own rows.
 
         Raises:
-            RunError: if the run has no activations, or they lie in several sessions.
+            RunError: if the run has no activations, or they are in several sessions.
             StoreError: if the session cannot be read.
         """
         part = self._one_session(session)
         return part.session.activations(key, where=part.rollouts, positions=positions)
 
     def keys(self, *, session: str | Path | None = None) -> list[str]:
-        """Return the stored keys that there are rows of.
+        """Return the stored keys of the run's activations.
 
         Args:
             session: as for `activations`.
 
         Raises:
-            RunError: if the run has no activations, or they lie in several sessions.
+            RunError: if the run has no activations, or they are in several sessions.
             StoreError: if the session cannot be read.
         """
         return self._one_session(session).session.keys()
 
     def stored(self, *, session: str | Path | None = None) -> "list[StoredSamples]":
-        """Return the finished samples whose activations are stored, each beside its row of the store's index.
+        """Return the finished samples with stored activations, each with its row of the store's index.
 
-        There is a part for each session that they lie in, in the order of `samples`. In a conversation of several turns the
-        first turn's rollout counts: it is where the model has seen the problem and nothing else.
+        There is one part per session, in the order of `samples`. In a conversation of several turns, the first turn's
+        rollout is
+        used: there the model has seen only the problem.
 
         Args:
-            session: a session that was captured of the run's answers, instead of the run's own rows.
+            session: a session captured from the run's answers, instead of the run's own rows.
 
         Raises:
-            RunError: if no sample has any, or the store has lost some.
+            RunError: if no sample has activations, or the store lacks some.
             StoreError: if a session cannot be read.
         """
         from roentgen.runs.stored import StoredSamples, find_rollouts
@@ -140,32 +143,32 @@ class Run:
         if not parts:
             lacking = (
                 f"{self.path} has no activations: none of its {len(recorded)} samples names a rollout; "
-                "evaluate again with activations kept"
+                "evaluate again with --collect-activations"
             )
             if session is not None:
                 lacking = (
-                    f"{session} holds none of the {len(recorded)} samples of {self.path}: no rollout in it has the key of "
-                    f"one; `roentgen capture {self.path}` makes a session that does"
+                    f"{session} holds none of the {len(recorded)} samples of {self.path}: none of its rollouts has the key of "
+                    f"one; `roentgen capture {self.path}` creates a session that does"
                 )
             raise RunError(lacking)
         return parts
 
     def read_samples(self) -> Samples:
-        """Read the record: each sample once, its first answer or, if it has none, its last error.
+        """Read the record: each sample once, with its first answer or, without one, its last error.
 
-        Samples are parsed one at a time, each time they are asked for. A torn last line (a crash while it was written) is
+        Samples are parsed one at a time on each access. A torn last line (from a crash during the write) is
         skipped.
 
         Raises:
-            RunError: if any other line is not a sample, naming the line; a line is checked in full when it is read.
+            RunError: if any other line is not a sample; the message names the line. A line is fully validated when it is read.
         """
         return read_samples(self.record_path, self.config.config_hashes)
 
     def summary(self) -> dict[str, Any] | None:
-        """Return summary.json, or None before it is written.
+        """Return the contents of summary.json; None if it has not been written yet.
 
         Raises:
-            RunError: if it is damaged; it can be made again.
+            RunError: if it is damaged; it can be regenerated.
         """
         file = self.path / "summary.json"
         try:
@@ -176,29 +179,29 @@ class Run:
 
     @property
     def record_path(self) -> Path:
-        """The append-only record, a line of JSON per sample."""
+        """The append-only record, one line of JSON per sample."""
         return self.path / "samples.jsonl"
 
     @property
     def is_running(self) -> bool:
-        """Whether an evaluation is recording into it."""
+        """True if an evaluation is recording into it."""
         return is_being_recorded(self.record_path)
 
     def session_uri(self, ref: RolloutRef) -> str:
-        """Return where a rollout's session is: where it was written or, if that folder is gone, inside the run, which may
-        have been moved."""
+        """Return the address of a rollout's session: as recorded or, if that folder no longer exists, inside the run, which
+        may have been moved."""
         inside = self.path / "activations" / ref.session_id
         return str(inside) if inside.is_dir() and not Path(ref.uri).is_dir() else ref.uri
 
     def probe_folders(self) -> list[Path]:
-        """Return the folders of probe results, in order of label."""
+        """Return the folders of probe results, sorted by label."""
         return sorted(path.parent for path in (self.path / "probes").glob("*/results.json"))
 
     def _one_session(self, session: str | Path | None) -> "StoredSamples":
         parts = self.stored(session=session)
         if len(parts) != 1:
             found = ", ".join(part.session.uri for part in parts)
-            raise RunError(f"session: {self.path} has activations in several sessions, {found}; open each by itself")
+            raise RunError(f"session: {self.path} has activations in several sessions, {found}; open one of them")
         return parts[0]
 
     def __repr__(self) -> str:
@@ -232,9 +235,9 @@ def _read_config(folder: Path) -> RunConfig:
 
 
 def find_unfinished(results: Path, config_hash: str, problems: dict[str, Any]) -> Run | None:
-    """Return the newest run under `results` of this configuration and these problems that is not complete.
+    """Return the newest incomplete run under `results` of this configuration and these problems.
 
-    What else lies there, such as the folder of a model, is passed over.
+    Other folders, such as those of models, are skipped.
     """
     candidates = []
     for file in results.glob("*/config.json"):

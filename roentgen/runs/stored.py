@@ -1,7 +1,7 @@
-"""Which rows of the store a run's samples have.
+"""Finds the rows in the store that belong to a run's samples.
 
-The record says which rollouts were acknowledged for a sample, one a turn; a session that was captured of the answers later
-(`roentgen capture`: other layers, another model) is joined on the key that both were made under.
+The record names the rollouts acknowledged for each sample, one per turn. A session captured later from the answers
+(`roentgen capture`: other layers, another model) is joined on the rollout key.
 """
 
 from collections import defaultdict
@@ -18,19 +18,19 @@ from roentgen.store import Session
 
 
 class RolloutLocator(Protocol):
-    """What of a run says where its rollouts are."""
+    """The part of a run that locates its rollouts."""
 
     @property
     def record_path(self) -> Path:
-        """The record that names them."""
+        """The record that names the rollouts."""
 
     def session_uri(self, ref: RolloutRef) -> str:
-        """Return where a rollout's session is."""
+        """Return the address of a rollout's session."""
 
 
 @dataclass(frozen=True, eq=False)
 class StoredRollouts:
-    """The rollouts of some samples that lie in one session."""
+    """Rollouts of samples within one session."""
 
     session: Session
     """The open session."""
@@ -44,7 +44,7 @@ class StoredRollouts:
 
 @dataclass(frozen=True, eq=False)
 class StoredSamples:
-    """Samples whose activations lie in one session."""
+    """Samples whose activations are in one session."""
 
     session: Session
     """The open session."""
@@ -62,20 +62,20 @@ def find_rollouts(
     first_turns: bool = False,
     columns: Sequence[str] | None = (),
 ) -> list[StoredRollouts]:
-    """Find the rollouts of samples, in the order of the samples and their turns.
+    """Find the rollouts of samples, in the order of samples and turns.
 
     Args:
-        run: whose samples they are.
+        run: the run of the samples.
         samples: the samples.
-        session: a session that was captured of the run's answers; the run's own if None.
-        first_turns: only the first that there is of each sample.
-        columns: of the index, beside those that say where rows are; all if None.
+        session: a session captured from the run's answers; the run's own if None.
+        first_turns: True to return only the first rollout of each sample.
+        columns: index columns to read in addition to those that locate rows; all if None.
 
     Returns:
-        A part per session; none if no sample has a rollout.
+        One part per session; empty if no sample has a rollout.
 
     Raises:
-        RunError: if a session has lost some that the record names.
+        RunError: if a session lacks rollouts that the record names.
         StoreError: if a session cannot be read.
     """
     kept = 1 if first_turns else None
@@ -94,12 +94,12 @@ def _recorded(
     for uri, named in by_session.items():
         session = Session.open(uri)
         names, turns, ids = (list(column) for column in zip(*named, strict=True))
-        # By id, not by key: the record names the rollouts that were acknowledged, and a later retry is none of them.
+        # By id, not by key: the record names the acknowledged rollouts, and a later retry is not one of them.
         index = session.rollouts(ids=ids, columns=columns).set_index("rollout_id", drop=False)
         if missing := [rollout_id for rollout_id in ids if rollout_id not in index.index]:
             raise RunError(
                 f"{session.uri} lacks {len(missing)} of the {len(ids)} rollouts that {run.record_path} names "
-                f"(the first is {missing[0]}); was the session deleted or made anew?"
+                f"(the first is {missing[0]}); was the session deleted or recreated?"
             )
         yield StoredRollouts(session, index.loc[ids].reset_index(drop=True), names, turns)
 

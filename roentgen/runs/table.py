@@ -1,8 +1,8 @@
-"""A run's samples as a table, a row each, for whoever works in pandas, polars or DuckDB.
+"""A run's samples as a table, one row each, for pandas, polars or DuckDB.
 
-Each extractor that the record knows has two columns, `answer_NAME` and `correct_NAME`; `correct` is the primary one's, and
-`verdict` tells a wrong answer from none (correct, wrong, no_answer). Messages are JSON, and so are the further `fields` of the
-problem and the `values` that scorers found. A sample's activations are found by its `rollout_ids`, one a turn, in the session
+Each extractor in the record has two columns, `answer_NAME` and `correct_NAME`. `correct` is the primary one's, and
+`verdict` distinguishes wrong answers from missing ones (correct, wrong, no_answer). Messages, the additional `fields` of
+the problem and the `values` of scorers are JSON. A sample's activations are the `rollout_ids`, one per turn, in the session
 at `session`.
 """
 
@@ -48,7 +48,7 @@ _AS_RECORDED = tuple(name for name, _ in [*_BEFORE, *_AFTER] if name in Sample.m
 
 
 def extractors_of(samples: Iterable[Sample]) -> list[str]:
-    """Return the extractors that some sample was judged by, in the order of the record."""
+    """Return all extractors that have judged a sample, in the order of the record."""
     return list(dict.fromkeys(name for sample in samples for name in sample.correct_by))
 
 
@@ -60,12 +60,12 @@ def schema_of(extractors: Iterable[str]) -> pa.Schema:
 
 
 def row_of(sample: Sample, extractor: str | None, session_uri: Callable[[RolloutRef], str]) -> dict[str, Any]:
-    """Return a sample's columns; one that failed has no verdicts.
+    """Return a sample's row; a failed sample has no verdicts.
 
     Args:
         sample: the sample.
-        extractor: the primary one.
-        session_uri: says where a rollout's session is.
+        extractor: the primary extractor.
+        session_uri: returns the address of a rollout's session.
     """
     return {
         **{name: getattr(sample, name) for name in _AS_RECORDED},
@@ -84,7 +84,7 @@ def row_of(sample: Sample, extractor: str | None, session_uri: Callable[[Rollout
 def frame_of(
     samples: Iterable[Sample], extractor: str | None, session_uri: Callable[[RolloutRef], str]
 ) -> pd.DataFrame:
-    """Return samples as a table, in their order; the arguments are those of `row_of`."""
+    """Return samples as a table in their order; the arguments are those of `row_of`."""
     found = list(samples)
     rows = [row_of(sample, extractor, session_uri) for sample in found]
     return pa.Table.from_pylist(rows, schema=schema_of(extractors_of(found))).to_pandas()

@@ -1,6 +1,6 @@
-"""What an evaluation writes of a run: the directory, config.json, and the record.
+"""Writes a run: the directory, config.json, and the record.
 
-Only the holder of the record's lock, inside `with recording(run) as record`, changes a run that is there.
+Only the holder of the record's lock, inside `with recording(run) as record`, may modify an existing run.
 """
 
 from collections.abc import Callable, Iterable
@@ -16,10 +16,10 @@ from roentgen.runs.sample import Sample
 
 
 def create_run(path: Path, config: RunConfig) -> Run:
-    """Make a run directory at an absolute path.
+    """Create a run directory at an absolute path.
 
     Raises:
-        RunError: if the folder cannot be made or holds a run already.
+        RunError: if the folder cannot be created or already holds a run.
     """
     if (path / "config.json").exists():
         raise RunError(f"{path} already holds a run")
@@ -32,10 +32,10 @@ def create_run(path: Path, config: RunConfig) -> Run:
 
 
 def create_named_run(path: Path, config: RunConfig) -> Run:
-    """Make a run directory of a name made up of the time, with a number after it if another has begun in the same second.
+    """Create a run directory with a timestamped name, and a number appended if another run started in the same second.
 
     Raises:
-        RunError: if the folder cannot be made.
+        RunError: if the folder cannot be created.
     """
     try:
         make_folder(path.parent)
@@ -58,12 +58,12 @@ def _not_writable(path: Path, error: OSError) -> RunError:
 
 
 def recording(run: Run) -> Recorder:
-    """Return a recorder; entering it takes the run's lock."""
+    """Return a recorder; entering it acquires the run's lock."""
     return Recorder(run.record_path)
 
 
 def write_config(run: Run) -> None:
-    """Write config.json again, after a run has grown; for whoever holds the recorder.
+    """Rewrite config.json after a run has grown; the caller must hold the recorder.
 
     Raises:
         RunError: if it cannot be written.
@@ -75,18 +75,18 @@ def write_config(run: Run) -> None:
 
 
 def remove_if_empty(run: Run) -> bool:
-    """Remove a run without a sample: its configuration alone is nothing to go on with. Whether it was."""
+    """Remove a run without samples, since its configuration alone cannot be continued. Return True if it was removed."""
     if run.record_path.exists() and run.record_path.stat().st_size:
         return False
     for file in (run.record_path, run.path / "config.json"):
         file.unlink(missing_ok=True)
-    with suppress(OSError):  # somebody has put something of their own there
+    with suppress(OSError):  # the folder contains other files
         run.path.rmdir()
     return True
 
 
 def rewrite(run: Run, change: Callable[[Sample], Sample], config: RunConfig) -> Run:
-    """Write a run's record again, each sample changed, and its config.json; whole or not at all.
+    """Rewrite a run's record atomically, applying a change to each sample, and its config.json.
 
     Raises:
         RunError: if an evaluation is writing the run, or the record is damaged.
@@ -95,7 +95,7 @@ def rewrite(run: Run, change: Callable[[Sample], Sample], config: RunConfig) -> 
 
 
 def rewrite_all(run: Run, change: Callable[[Iterable[Sample]], Iterable[Sample]], config: RunConfig) -> Run:
-    """Do the same with a function of all samples, which may change several at a time.
+    """Rewrite a run's record like `rewrite`, with a function of all samples.
 
     Raises:
         RunError: as for `rewrite`.

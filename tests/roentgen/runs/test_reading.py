@@ -63,5 +63,5 @@ def test_rows_are_in_the_order_of_the_samples(build_run: Any, planted: Any) -> N
 
 def test_several_sessions_are_named(build_run: Any, planted: Any) -> None:
     run = Run(build_run(*planted(KEYS, None, n=6), sessions=("one", "two")).path)
-    with pytest.raises(RunError, match=r"session: .* several sessions, .*/one, .*/two; open each by itself"):
+    with pytest.raises(RunError, match=r"session: .* several sessions, .*/one, .*/two; open one of them"):
         run.activations(KEYS[0])
