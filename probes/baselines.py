@@ -1,13 +1,12 @@
-"""What a probe has to beat: everything simpler that could give the same answer, on the same folds.
+"""Baselines for a probe: everything simpler that could give the same predictions, evaluated on the same folds.
 
-prevalence          says the training share of True for all: what accuracy and Brier score are worth without any input
-prompt_length       long questions are hard, whatever the model holds inside
-response_length     so are long answers; unknown before the answer is written, so an unfair one for early positions
-mean_logprob        how sure the model was of its tokens, likewise
-question_words      which words the question has (hashed counts: nothing is learned from test questions)
-shuffled_labels     the whole search, on labels dealt at random among problems: what the search finds in noise
-random_direction    one random direction per candidate instead of a fitted one, the rest of the search the same
-first_layer         the first key that the model computes of those there are: what the tokens alone show
+prevalence          predicts the training share of True: the accuracy and Brier score attainable without any input
+prompt_length       long questions are hard, whatever the model represents response_length     so are long answers; unknown
+before the answer is written, so unfair to early positions mean_logprob        the model's confidence in its tokens, with
+the same caveat question_words      the words of the question (hashed counts, so nothing is learned from test questions)
+shuffled_labels     the whole search on labels shuffled among problems: what the search finds in noise random_direction
+one random direction per candidate instead of a fitted one, with the same search first_layer         the first key in the
+model's order of execution: what the tokens alone show
 """
 
 import numpy as np
@@ -23,7 +22,7 @@ WORD_FEATURES = 512
 
 
 def covariates(data: ProbeDataset) -> dict[str, Float[Tensor, "1 rows d"]]:
-    """Return the features of the baselines that need no activations, by name."""
+    """Return the features of the baselines without activations, by name."""
     found = {
         "prevalence": np.zeros(len(data.examples)),
         "prompt_length": np.array([float(example.n_prompt) for example in data.examples]),
@@ -39,17 +38,17 @@ def covariates(data: ProbeDataset) -> dict[str, Float[Tensor, "1 rows d"]]:
 
 
 def random_projection(X: Float[Tensor, "models rows d"], seed: int) -> Float[Tensor, "models rows 1"]:
-    """Return each model's standardized rows along a random direction of its own."""
+    """Project each model's standardized rows onto a random direction of its own."""
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(len(X), X.shape[-1], 1, generator=generator, dtype=torch.float64).to(X.device)
     return Standardized.of(X).Z @ directions
 
 
 def truncated(data: ProbeDataset) -> Bool[np.ndarray, "samples"]:
-    """Return which examples were cut."""
+    """Return which examples were truncated."""
     return np.array([example.truncated for example in data.examples], dtype=bool)
 
 
 def unread(data: ProbeDataset) -> Bool[np.ndarray, "samples"]:
-    """Return in which examples no answer was found; none where that is not known."""
+    """Return in which examples no answer was found; all False if that is unknown."""
     return np.array([example.unread for example in data.examples], dtype=bool)

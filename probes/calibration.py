@@ -1,17 +1,17 @@
-"""Makes scores into log-odds: what a probe says is then as often true as it says.
+"""Calibrates scores to log-odds, so that a probe's probabilities match observed frequencies.
 
-A fitted probe's own scores need not be log-odds where it is used. Means that were taken from few rows lie further apart than
-those of new rows (`mean_difference`, `lda`), and a penalty holds scores together. How far they are off shows on rows that the
-probe has not seen, so scores out of fold decide:
+The raw scores of a fitted probe need not be log-odds on new rows. Means estimated from few rows are further apart than
+those of new rows (`mean_difference`, `lda`), and a penalty shrinks scores. The calibration is therefore fitted on
+out-of-fold scores:
 
-- Of True or False: log-odds = slope · score + intercept, found by maximum likelihood with Platt's targets, (n₁ + 1)/(n₁ + 2)
-  and 1/(n₀ + 2) instead of 1 and 0, which keep few samples that happen to be in order from looking certain (Platt 1999,
+- Binary labels: log-odds = slope · score + intercept, fitted by maximum likelihood with Platt's targets, (n₁ + 1)/(n₁ + 2)
+  and 1/(n₀ + 2) instead of 1 and 0, which keep a few perfectly separated samples from producing certainty (Platt 1999,
   "Probabilistic outputs for support vector machines"; Newton's method as in Lin, Lin and Weng 2007,
   https://doi.org/10.1007/s10994-007-5018-6).
-- Of several classes: logits = slope · score, temperature scaling (Guo et al. 2017, https://arxiv.org/abs/1706.04599).
+- Several classes: logits = slope · score, temperature scaling (Guo et al. 2017, https://arxiv.org/abs/1706.04599).
 
-A slope below 0 would turn round what the probe has learned, because of rows on which it did worse than chance. It is held at a
-hundredth: such a probe says the share of True whatever it reads, and keeps its direction.
+A negative slope would invert what the probe has learned, because of rows on which it did worse than chance. The slope is
+bounded below by 0.01: such a probe predicts the share of True for any input, and keeps its direction.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ ENOUGH = 1e-9
 
 @dataclass(frozen=True)
 class Calibration:
-    """What turns the scores of several probes into log-odds or logits."""
+    """The calibration of several probes."""
 
     slope: Float[np.ndarray, "probes"]
     """`[probes]`."""
@@ -38,12 +38,12 @@ class Calibration:
 
     @classmethod
     def none(cls, probes: int) -> "Calibration":
-        """Leave scores as they are."""
+        """Return the identity calibration."""
         return cls(np.ones(probes), np.zeros(probes))
 
     @classmethod
     def binary(cls, scores: Float[np.ndarray, "probes rows"], y: Bool[np.ndarray, "rows"]) -> "Calibration":
-        """Find it for probes of True or False from scores of rows that they had not seen."""
+        """Fit the calibration of binary probes on scores of unseen rows."""
         trues, falses = int(y.sum()), int((~y).sum())
         target = np.where(y, (trues + 1) / (trues + 2), 1 / (falses + 2))
         middle, spread = scores.mean(1, keepdims=True), scores.std(1, keepdims=True)
@@ -53,7 +53,7 @@ class Calibration:
         least = LEAST_SLOPE * spread[:, 0]
         slope, intercept = _platt(z, target, np.zeros(len(z)), fixed=np.zeros(len(z), dtype=bool))
         held = slope < least
-        if held.any():  # the best on the border: the slope stays, the intercept follows
+        if held.any():  # refit on the bound: the slope is fixed, the intercept is optimized
             again = _platt(z, target, np.where(held, least, slope), fixed=held)
             slope, intercept = (np.where(held, new, old) for new, old in zip(again, (slope, intercept), strict=True))
         slope = slope / spread[:, 0]
@@ -61,14 +61,14 @@ class Calibration:
 
     @classmethod
     def classes(cls, scores: Float[np.ndarray, "probes rows outputs"], y: Int[np.ndarray, "rows"]) -> "Calibration":
-        """Find it for probes of several classes."""
+        """Fit the calibration of multi-class probes on scores of unseen rows."""
         smooth = np.full((len(y), scores.shape[2]), 1 / (len(y) + scores.shape[2]))
         smooth[np.arange(len(y)), y] += len(y) / (len(y) + scores.shape[2])
         scale = scores.std((1, 2))
         scale = np.where(scale > 0, scale, 1.0)
         z = scores / scale[:, None, None]
         low, high = np.full(len(z), np.log(1e-4)), np.full(len(z), np.log(1e4))
-        for _ in range(STEPS):  # the loss is convex in the slope: its derivative's sign halves the interval
+        for _ in range(STEPS):  # bisection on the sign of the derivative: the loss is convex in the slope
             slope = np.exp((low + high) / 2)
             said = _softmax(slope[:, None, None] * z)
             rising = ((said - smooth) * z).sum((1, 2)) > 0
@@ -77,7 +77,7 @@ class Calibration:
         return cls(slope, np.zeros(len(z)))
 
     def probes(self, fitted: LinearProbes) -> LinearProbes:
-        """Return the probes whose scores are the log-odds or logits of others' scores; each has one strength."""
+        """Return probes with calibrated scores; each has one strength."""
         slope, intercept = (
             torch.from_numpy(part).to(fitted.weight)[:, None, None] for part in (self.slope, self.intercept)
         )
@@ -86,7 +86,7 @@ class Calibration:
         )
 
     def __call__(self, scores: Float[np.ndarray, "probes rows outputs"]) -> Float[np.ndarray, "probes rows outputs"]:
-        """Return the log-odds or logits of scores."""
+        """Return the calibrated scores."""
         return self.slope[:, None, None] * scores + self.intercept[:, None, None]
 
 
@@ -116,7 +116,8 @@ def _platt(
     *,
     fixed: Bool[np.ndarray, "probes"],
 ) -> tuple[Float[np.ndarray, "probes"], Float[np.ndarray, "probes"]]:
-    """Minimise the cross-entropy by Newton's method, the slope given where it is fixed; a step that does harm is halved."""
+    """Minimize the cross-entropy by Newton's method; the slope is constant where `fixed`; a step that increases the loss is
+    halved."""
     intercept = np.full(len(z), np.log(target.mean() / (1 - target.mean())))
 
     def loss(a: np.ndarray, b: np.ndarray) -> np.ndarray:

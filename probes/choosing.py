@@ -1,8 +1,8 @@
-"""Which kind of probe is fitted: one that is built in, or a user's own.
+"""Chooses the kind of probe to fit: a built-in one or a user's own.
 
-A kind of one's own is a `Kind`, or just its `fit(X, y, groups, strengths)`, found by a name that an installed package declares
-(entry points of "roentgen.probe_kinds"), by a reference, or given itself. What its `fit` returns is checked here, where it can
-be told to its author.
+A custom kind is a `Kind`, or only its `fit(X, y, groups, strengths)`. It is found by a name that an installed package
+declares (entry points of "roentgen.probe_kinds"), by a reference, or passed as an object. The result of its `fit` is
+validated here, so that errors can address its author.
 """
 
 from collections.abc import Callable
@@ -23,11 +23,11 @@ def choose_kind(target: Target, chosen: str | Kind | Fit | None) -> Kind:
     """Return the kind of probe to fit.
 
     Args:
-        target: what it is to read.
-        chosen: a name, a reference, a kind or its `fit`; None takes the usual one of the target.
+        target: the label's target.
+        chosen: a name, a reference, a kind or its `fit`; None chooses the default of the target.
 
     Raises:
-        ProbeDataError: if there is no such kind, or it does not read such a target.
+        ProbeDataError: if there is no such kind, or it does not support the target.
     """
     name = DEFAULT_KINDS[target.kind] if chosen is None else chosen
     try:
@@ -35,12 +35,12 @@ def choose_kind(target: Target, chosen: str | Kind | Fit | None) -> Kind:
     except ExtensionError as error:
         raise ProbeDataError(f"kind: {error}") from error
     kind = found.value if isinstance(found.value, Kind) else _of_fit(found, target)
-    if kind is not KINDS.built_in.get(kind.name) and kind.digest is None:  # else it has been checked
+    if kind is not KINDS.built_in.get(kind.name) and kind.digest is None:  # otherwise it has been validated already
         kind = _checked(kind, found)
     if kind.target != target.kind:
         fitting = [one.name for one in KINDS.built_in.values() if one.target == target.kind]
         raise ProbeDataError(
-            f"kind: {kind.name!r} does not read {target.name!r}, which is {target.kind}; allowed are {', '.join(fitting)}"
+            f"kind: {kind.name!r} does not support {target.name!r}, which is {target.kind}; allowed are {', '.join(fitting)}"
         )
     return kind
 
@@ -55,11 +55,11 @@ def _of_fit(found: Extension[Any], target: Target) -> Kind:
 
 
 def _checked(kind: Kind, found: Extension[Any]) -> Kind:
-    """Return a user's kind with its `fit` watched."""
+    """Wrap a custom kind so that the results of its `fit` are validated."""
     if kind.name in KINDS.built_in:
-        raise ProbeDataError(f"kind: {kind.name!r} is one that is built in; call yours otherwise")
+        raise ProbeDataError(f"kind: {kind.name!r} is the name of a built-in kind; rename yours")
     if not kind.strengths or not callable(kind.fit):
-        raise ProbeDataError(f"kind: {kind.name!r} needs one strength or more, and a fit that can be called")
+        raise ProbeDataError(f"kind: {kind.name!r} needs at least one strength and a callable fit")
 
     def fit(X: Tensor, y: Tensor, groups: Tensor, strengths: Tensor) -> Probes:
         try:

@@ -1,9 +1,8 @@
-"""What the best probe's numbers are held against: simpler readers on the same folds, a forecast that reads nothing, and samples
-that a confounder has been taken from.
+"""Controls for the best probe: baselines on the same folds, a forecast without input, and samples without a confounder.
 
-Comparisons are paired. The probe and what it is held against score the same samples, so their difference is bootstrapped with
-the same draws of problems: what is hard for both cancels. "About as well" is a claim of its own (the whole interval of the
-difference lies within a margin), not the absence of a difference, which few samples always give.
+Comparisons are paired. The probe and its baseline score the same samples, so their difference is bootstrapped with the same
+draws of problems and shared difficulty cancels. "About as well" is a claim of its own (the whole interval of the difference
+lies within a margin), not the absence of a significant difference, which a small sample always shows.
 """
 
 from collections.abc import Callable
@@ -23,32 +22,32 @@ CONFOUNDERS: dict[str, Callable[[ProbeDataset], Bool[np.ndarray, "samples"]]] = 
     "truncated": truncated,
     "unread": unread,
 }
-"""What may carry the signal instead of what is meant, by name; each says which samples have it."""
+"""Possible confounders by name; each function returns which samples have it."""
 
 Scores = Float[np.ndarray, "rows outputs"]
 
 
 @dataclass(frozen=True)
 class Controls:
-    """The rows of some data, and how metrics of scores of them are drawn."""
+    """A dataset with the bootstrap draws of its metrics."""
 
     data: ProbeDataset
-    """The data."""
+    """The dataset."""
     draws: Int[np.ndarray, "draws rows"]
-    """How often each row counts in each draw."""
+    """Weight of each row in each draw."""
     within: bool
-    """Whether scores compare within problems only."""
+    """True if scores compare only within problems."""
 
     def main(self, scores: Scores, target: Target | None = None) -> Estimate:
-        """Return the main metric of scores."""
+        """Return the main metric."""
         return main_estimate(scores, target or self.data.target, self.data.problems, self.draws, within=self.within)
 
     def every(self, scores: Scores, raw: Scores) -> dict[str, Estimate]:
-        """Return every metric of scores, by name."""
+        """Return all metrics by name."""
         return all_estimates(scores, raw, self.data.target, self.data.problems, self.draws, within=self.within)
 
     def against(self, best: Scores, other: Scores) -> Estimate:
-        """Return how much better the best probe's main metric is than another's, paired."""
+        """Return the paired difference of the best probe's main metric from another's."""
         one, two = (
             main_measure(scores, self.data.target, self.data.problems, within=self.within)[1]
             for scores in (best, other)
@@ -56,19 +55,18 @@ class Controls:
         return self._difference(one, two)
 
     def forecast(self, raw: Scores, unread: Scores) -> tuple[dict[str, Estimate], dict[str, Estimate]]:
-        """Return the metrics that a forecast without any input has, and how much higher the probe's are, paired.
+        """Return the metrics of a forecast without input, and the probe's paired difference from them.
 
         Args:
             raw: log-odds or logits of the probe.
-            unread: of a forecast that says the training share of each class.
+            unread: log-odds or logits of a forecast that predicts the training share of each class.
         """
         target = self.data.target
         if self.within or target.kind == "real":
             return {}, {}
         own, plain = (forecast_measures(scores, target) for scores in (raw, unread))
-        if (
-            target.kind == "binary"
-        ):  # in balanced data the training shares point the wrong way: take what is more frequent
+        # In balanced data the training shares of a fold point the wrong way: predict the more frequent class instead.
+        if target.kind == "binary":
             plain["accuracy"] = forecast_measures(np.full_like(raw, 2 * target.values.mean() - 1), target)["accuracy"]
         return (
             {name: estimate(name, measure, self.draws) for name, measure in plain.items()},
@@ -80,7 +78,7 @@ class Controls:
 
 
 def without(data: ProbeDataset, scores: Scores, *, within: bool, seed: int) -> dict[str, Subset]:
-    """Estimate the best candidate on the samples that do not have each confounder, where some have it and some do not."""
+    """Evaluate the best candidate on the samples without each confounder, if some samples have it and some do not."""
     found = {}
     for name, has in CONFOUNDERS.items():
         kept = ~has(data)
@@ -100,6 +98,6 @@ def without(data: ProbeDataset, scores: Scores, *, within: bool, seed: int) -> d
 
 
 def _only(target: Target) -> str:
-    """Return what all samples have, of a target with one class left; of several classes, those that are left."""
+    """Return the only class left, or the classes left if there are several."""
     names = target.classes or ("False", "True")
     return ", ".join(names[int(value)] for value in np.unique(target.values))

@@ -1,15 +1,15 @@
-"""What can be wrong with data that is to be probed."""
+"""Errors of probe training."""
 
 from roentgen.errors import RoentgenError
 
 
 class ProbeDataError(RoentgenError):
-    """There is no data to probe; the message says what is missing and what to do."""
+    """The data cannot be probed; the message says what is missing and what to do."""
 
 
 class NoConvergenceError(ProbeDataError, RuntimeError):
-    """A fit does not settle; the message says what to do."""
+    """A fit does not converge; the message says what to do."""
 
 
 class OneClassError(RoentgenError):
-    """A label does not vary enough to be probed; the message says what it has and what to do."""
+    """The label does not vary enough; the message says which values it has and what to do."""

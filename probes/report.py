@@ -14,36 +14,36 @@ from roentgen.contract import split_key
 SCHEMA_VERSION = 2
 
 FEW = 10
-"""Samples of the rarest class below which a metric says little."""
+"""Number of samples of the rarest class below which a metric is unreliable."""
 
 MARGIN = {"auroc": 0.05, "r2": 0.05}
-"""How far apart two probes may be and do "about as well": the interval of their difference has to lie within it."""
+"""Equivalence margin: two probes perform "about as well" if the whole interval of their difference lies within it."""
 
 CONFOUNDERS = {
-    "truncated": ("that were not truncated", "evaluate again with more --max-tokens"),
-    "unread": ("whose answer could be read", "see what the others wrote, and score again with another --extractor"),
+    "truncated": ("that were not truncated", "evaluate again with a larger --max-tokens"),
+    "unread": ("with an extracted answer", "look at the other outputs, and score again with another --extractor"),
 }
-"""What the samples without a confounder are, and what can be done about the others."""
+"""Per confounder: a phrase for the samples without it, and advice about the others."""
 
 CHANCE = {"auroc": 0.5, "r2": 0.0}
-"""What the main metric of a probe that knows nothing is."""
+"""The main metric of an uninformative probe."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric with its 95% interval (a bootstrap over problems)."""
+    """A metric with its 95% bootstrap interval over problems."""
 
     metric: str
     """Its name."""
     value: float
     """The estimate."""
     low: float
-    """The interval's lower end."""
+    """Lower end of the interval."""
     high: float
-    """Its upper end."""
+    """Upper end of the interval."""
 
     def __str__(self) -> str:
-        """Spell it as `0.71 [0.62, 0.79]`; what is not defined is a dash, not a number."""
+        """Format as `0.71 [0.62, 0.79]`; an undefined value is a dash."""
         if not math.isfinite(self.value):
             return "–"
         if not (math.isfinite(self.low) and math.isfinite(self.high)):
@@ -51,33 +51,33 @@ class Estimate:
         return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}]"
 
     def to_json(self) -> dict[str, float | None]:
-        """Return it as `{"auroc": …, "low": …, "high": …}`; what is not defined is null."""
+        """Return `{"auroc": …, "low": …, "high": …}`; an undefined value is null."""
         values = {self.metric: self.value, "low": self.low, "high": self.high}
         return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 def compared(difference: Estimate, margin: float) -> str:
-    """Return what the paired difference of the probe from a baseline says: "equal", "better", "worse" or "unclear"."""
+    """Classify the paired difference of the probe from a baseline: "equal", "better", "worse" or "unclear"."""
     if -margin < difference.low and difference.high < margin:
         return "equal"
     return "better" if difference.low > 0 else "worse" if difference.high < 0 else "unclear"
 
 
 def format_difference(difference: Estimate) -> str:
-    """Spell a difference with its interval, `+0.04 [-0.02, +0.10]`."""
+    """Format a difference with its interval, `+0.04 [-0.02, +0.10]`."""
     return f"{difference.value:+.2f} [{difference.low:+.2f}, {difference.high:+.2f}]"
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A stored key, `layers.12.resid_post`, and the position where it is read."""
+    """A candidate: a stored key, `layers.12.resid_post`, and the position where it is read."""
 
     key: str
     positions: str
 
     @property
     def name(self) -> str:
-        """What the saved probe is called, `layers.12.resid_post@last_prompt`."""
+        """Name of the saved probe, `layers.12.resid_post@last_prompt`."""
         return f"{self.key}@{self.positions}"
 
     @property
@@ -93,12 +93,12 @@ class Candidate:
 
 @dataclass(frozen=True)
 class KeyResult(Candidate):
-    """What a candidate gives."""
+    """The result of a candidate."""
 
     estimate: Estimate
-    """The main metric out of fold, the strength chosen on inner folds."""
+    """The out-of-fold main metric, with the strength chosen on inner folds."""
     strength: float
-    """Of the saved probe, which is fitted on all samples."""
+    """Strength of the saved probe, which is fitted on all samples."""
 
 
 @dataclass(frozen=True)
@@ -106,84 +106,85 @@ class Best:
     """The best candidate, chosen on inner folds and reported on outer ones."""
 
     estimate: Estimate
-    """The main metric of the whole procedure, the choice included."""
+    """The main metric of the whole procedure, including the choice."""
     names: tuple[str, ...]
     """The candidate chosen in each outer fold."""
     metrics: dict[str, Estimate] = field(default_factory=dict)
-    """Every metric of it."""
+    """All its metrics."""
 
 
 @dataclass(frozen=True)
 class Subset:
-    """The best candidate on the samples without a confounder (being cut, having no answer that could be read)."""
+    """The best candidate on the samples without a confounder (truncation, or no extracted answer)."""
 
     left_out: int
-    """How many samples have it."""
+    """Number of samples with the confounder."""
     estimate: Estimate | None
-    """The main metric on the others; None where they have one class only."""
+    """The main metric on the others; None if they have only one class."""
     only: str | None = None
-    """The class that all the others have, None where there are several."""
+    """The only class of the others; None if they have several."""
 
 
 @dataclass(frozen=True)
 class ProbeReport:
-    """What one training found."""
+    """The results of one training."""
 
     sources: tuple[str, ...]
     """Names of the runs and sessions."""
     label: str
-    """What was to be read."""
+    """The label."""
     target: str
     """"binary", "real" or "classes"."""
     classes: tuple[str, ...]
-    """Names of the classes, where they have names."""
+    """Names of the classes, if they have names."""
     kind: str
     """The kind of probe."""
     positions: tuple[str, ...]
-    """Where each rollout was read."""
+    """Positions that were read."""
     seed: int
-    """Of folds, bootstrap and shuffles."""
+    """Seed of folds, bootstrap and shuffles."""
     roentgen: str
-    """The version that found it."""
+    """Version of Roentgen."""
     data_hash: str
-    """Of which samples with which labels."""
+    """Hash of the samples and their labels."""
     n_samples: int
-    """Samples used."""
+    """Number of samples."""
     n_problems: int
-    """Problems they are of: questions, whatever their ids."""
+    """Number of problems: distinct questions, whatever their ids."""
     n_left_out: int
-    """Samples without activations or without this label."""
+    """Number of samples without activations or without this label."""
     n_folds: int
-    """Outer folds."""
+    """Number of outer folds."""
     n_rarest: int
-    """Samples of the rarest class; all of them for a number."""
+    """Number of samples of the rarest class; of all samples for a numeric label."""
     n_true: int | None
-    """Samples whose label is True, None where it is not a truth."""
+    """Number of samples whose label is True; None for other kinds of labels."""
     results: tuple[KeyResult, ...]
-    """Per candidate."""
+    """Results per candidate."""
     best: Best
-    """The best candidate, chosen without looking at the samples it is reported on."""
+    """The best candidate, chosen without the samples that it is evaluated on."""
     declared: Best | None
-    """Every metric of the candidate that was named beforehand, None if none was."""
+    """The candidate named beforehand; None if there is none."""
     baselines: dict[str, Estimate]
-    """See `baselines`."""
+    """Baselines by name; see `baselines`."""
     against: dict[str, Estimate] = field(default_factory=dict)
-    """How much better the best candidate is than a baseline, by name, paired: over the same draws of problems."""
+    """Paired difference of the best candidate from each baseline, over the same draws of problems."""
     forecast: dict[str, Estimate] = field(default_factory=dict)
-    """What a forecast that reads nothing gets by the metrics of `best` that need a threshold or a probability: the accuracy
-    of the most frequent class; the other metrics of the training share of True."""
+    """Metrics of a forecast without input, for those of `best` that need a threshold or a probability: accuracy of
+    predicting the most frequent class; the other metrics of predicting the training share of True."""
     gains: dict[str, Estimate] = field(default_factory=dict)
-    """How much higher the best candidate's are, paired; of Brier score and calibration error, lower is better."""
+    """Paired difference of the best candidate from that forecast; for Brier score and calibration error, lower is better."""
     kind_hash: str | None = None
-    """Hash of the source of a kind of probe that is not built in."""
+    """Hash of the source of a custom probe kind."""
     without: dict[str, Subset] = field(default_factory=dict)
-    """The best candidate on samples without a confounder, by its name, where some have it: `truncated`, `unread`."""
+    """The best candidate on samples without a confounder, by confounder (`truncated`, `unread`), if some samples have it."""
     n_groups: int | None = None
-    """Groups that folds keep together: problems, or templates that problems share; None: as many as problems."""
+    """Number of groups that folds keep together: problems, or templates shared by problems; None if it equals the number of
+    problems."""
     session: str | None = None
-    """The session it was read from, None for the run's own activations."""
+    """The session that was read; None for the run's own activations."""
     within: bool = False
-    """Whether the main metric is that within problems."""
+    """True if the main metric is computed within problems."""
 
     @property
     def metric(self) -> str:
@@ -192,39 +193,39 @@ class ProbeReport:
 
     @property
     def chance(self) -> float:
-        """The main metric of a probe that knows nothing."""
+        """The main metric of an uninformative probe."""
         return CHANCE[self.metric]
 
     @property
     def uncut(self) -> Estimate | None:
-        """The best candidate's main metric on samples that were not truncated, None where all or none were."""
+        """The best candidate's main metric on samples that were not truncated; None if all or none were."""
         return self.without["truncated"].estimate if "truncated" in self.without else None
 
     @property
     def prevalence(self) -> float | None:
-        """The share of samples whose label is True, None where it is not a truth."""
+        """The share of samples whose label is True; None for other kinds of labels."""
         return None if self.n_true is None else self.n_true / self.n_samples
 
     def notes(self) -> list[str]:
-        """Return what a reader should know before believing the numbers, one sentence each."""
+        """Return caveats about the numbers, one sentence each."""
         return list(self._notes())
 
     def _notes(self) -> Iterator[str]:
         if self.n_rarest < FEW:
             yield f"The rarest class has {self.n_rarest} samples (fewer than {FEW}): the intervals themselves are rough."
         if not self.best.estimate.low > self.chance:
-            # And so no better than what else is no better than chance: that is said once.
-            yield f"The best probe's interval reaches {self.chance:g}: no better than chance as far as this data can tell."
+            # Then it is no better than any baseline at chance level either, which is stated once.
+            yield f"The best probe's interval reaches {self.chance:g}: this data does not show that it is better than chance."
             yield from self._beside_baselines(only_better=True)
         else:
             yield from self._beside_baselines()
             yield from self._beside_no_information()
         yield from self._without_confounders()
         if self.n_left_out:
-            yield f"{self.n_left_out} samples have no activations or no such label and were left out."
+            yield f"{self.n_left_out} samples were excluded because they have no activations or no such label."
 
     def _beside_baselines(self, *, only_better: bool = False) -> Iterator[str]:
-        """Say which baselines do as well; where the probe may know nothing, only those that do know something."""
+        """List the baselines that perform as well; if the probe may be uninformative, only those that are informative."""
         unclear = []
         for name, difference in self.against.items():
             found, called = self.baselines[name], name.replace("_", " ")
@@ -235,40 +236,40 @@ class ProbeReport:
                 how = f"about as well{'' if verdict == 'equal' else ' or better'}"
                 yield (
                     f"{called.capitalize()} alone does {how} ({found}; difference {format_difference(difference)}): "
-                    "the probe may be reading that."
+                    "the probe may be reading the same information."
                 )
             elif verdict == "unclear" and self.best.estimate.low > self.chance:
                 unclear.append(f"{called} ({found}; difference {format_difference(difference)})")
         if unclear:
-            yield f"This data cannot tell whether the probe does better than {', '.join(unclear)}."
+            yield f"This data does not show whether the probe is better than {', '.join(unclear)}."
 
     def _beside_no_information(self) -> Iterator[str]:
         accuracy, brier = self.gains.get("accuracy"), self.gains.get("brier")
         if accuracy is not None and not accuracy.low > 0:
             own, plain = self.best.metrics["accuracy"], self.forecast["accuracy"]
-            what = f"giving the most frequent answer every time ({plain.value:.2f}; difference {format_difference(accuracy)})"
+            what = f"always predicting the most frequent class ({plain.value:.2f}; difference {format_difference(accuracy)})"
             if accuracy.value <= 0:
-                yield f"Its accuracy, {own}, is no better than {what}: its yes or no is of no use, whatever its rank order."
+                yield f"Its accuracy, {own}, is no better than {what}: its binary predictions are useless."
             else:
-                yield f"This data cannot tell whether its accuracy, {own}, is better than {what}."
+                yield f"This data does not show whether its accuracy, {own}, is better than {what}."
         if brier is not None and not brier.high < 0:
             own, plain = self.best.metrics["brier"], self.forecast["brier"]
-            what = f"that of saying the share of True every time ({plain.value:.2f}; difference {format_difference(brier)})"
+            what = f"that of always predicting the share of True ({plain.value:.2f}; difference {format_difference(brier)})"
             if brier.value >= 0:
-                yield f"Its Brier score, {own}, is no better than {what}: its probabilities are of no use."
+                yield f"Its Brier score, {own}, is no better than {what}: its probabilities are useless."
             else:
-                yield f"This data cannot tell whether its Brier score, {own}, is better than {what}."
+                yield f"This data does not show whether its Brier score, {own}, is better than {what}."
 
     def _without_confounders(self) -> Iterator[str]:
         for name, subset in self.without.items():
             others, advice = CONFOUNDERS[name]
             if subset.only is not None:
                 yield (
-                    f"All samples {others} have {self.label} = {subset.only}: the label cannot be told apart from what the "
-                    f"{subset.left_out} others have in common; {advice}."
+                    f"All samples {others} have {self.label} = {subset.only}: the label cannot be distinguished from what the "
+                    f"other {subset.left_out} samples have in common; {advice}."
                 )
             elif subset.estimate is not None and self.best.estimate.low > self.chance >= subset.estimate.low:
-                yield f"Among samples {others} it is {subset.estimate}: the others may carry the signal; {advice}."
+                yield f"On samples {others} it is {subset.estimate}: the other samples may carry the signal; {advice}."
 
     def to_json(self) -> dict[str, Any]:
         """Return the contents of `results.json`."""

@@ -1,4 +1,5 @@
-"""Shows a `ProbeReport` in a terminal: the main metric by hook point and layer, the honest best, the baselines, the notes."""
+"""Renders a `ProbeReport` for the terminal: the main metric by hook point and layer, the nested best, the baselines, the
+notes."""
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -9,7 +10,7 @@ from probes.report import ProbeReport
 
 
 def render(report: ProbeReport) -> RenderableType:
-    """Return the report as something rich can print: one row per layer and position, one column per hook point."""
+    """Return a rich renderable of the report: one row per layer and position, one column per hook point."""
     return Group(
         _header(report),
         _layers(report),
@@ -41,7 +42,7 @@ def _layers(report: ProbeReport) -> Table:
     if several:
         table.add_column("position", overflow="fold")
     for hook_point in hook_points:
-        table.add_column(hook_point, overflow="fold")  # never cut
+        table.add_column(hook_point, overflow="fold")  # wraps, so that values are never truncated
     for positions in report.positions:
         for layer in sorted({result.layer for result in layered if result.layer is not None}):
             place = [positions] if several else []
@@ -62,18 +63,18 @@ def _summary(report: ProbeReport) -> Table:
     for name, estimate in report.best.metrics.items():
         if name != report.metric:
             plain = report.forecast.get(name)
-            beside = "" if plain is None else f"without reading anything {plain}"
+            beside = "" if plain is None else f"without any input {plain}"
             table.add_row(f"  its {METRICS[name]}", str(estimate), beside)
     if report.declared is not None:
-        table.add_row("named beforehand", str(report.declared.estimate), "")
+        table.add_row("declared beforehand", str(report.declared.estimate), "")
     for name, estimate in report.baselines.items():
         table.add_row(name.replace("_", " "), str(estimate), "baseline")
     return table
 
 
 def _names(report: ProbeReport) -> Text:
-    """Name the probes outside of any table: a name is to be copied into the next command, so it is never cut."""
+    """Print probe names outside of tables, so that they are never truncated and can be copied into the next command."""
     lines = [f"best: {name}" for name in dict.fromkeys(report.best.names)]
     if report.declared is not None:
-        lines.append(f"named beforehand: {report.declared.names[0]}")
+        lines.append(f"declared beforehand: {report.declared.names[0]}")
     return Text("\n".join(lines))

@@ -188,7 +188,7 @@ def test_about_as_well_is_a_claim_of_its_own(report):
     assert "Prompt length alone does about as well (" in note(-0.04, 0.04)[0]
     assert "Prompt length alone does about as well or better (" in note(-0.2, -0.06)[0]
     (unclear,) = note(-0.1, 0.3)
-    assert unclear.startswith("This data cannot tell whether the probe does better than prompt length (0.55")
+    assert unclear.startswith("This data does not show whether the probe is better than prompt length (0.55")
 
 
 def test_what_is_no_better_than_no_information_is_said(report):
@@ -203,13 +203,13 @@ def test_what_is_no_better_than_no_information_is_said(report):
     poor = ProbeReport(**{**vars(report), "best": best, "forecast": forecast, "gains": gains})
     (said,) = poor.notes()
     assert said.startswith(
-        "Its accuracy, 0.89 [0.85, 0.93], is no better than giving the most frequent answer every time (0.91;"
+        "Its accuracy, 0.89 [0.85, 0.93], is no better than always predicting the most frequent class (0.91;"
     )
-    assert "without reading anything 0.91" in printed(poor)
+    assert "without any input 0.91" in printed(poor)
 
 
 def test_confounders_are_named(report):
     without = {"unread": Subset(30, auroc_of(0.5, 0.4, 0.6)), "truncated": Subset(20, None, "True")}
     unread, truncated = ProbeReport(**{**vars(report), "without": without}).notes()
-    assert unread.startswith("Among samples whose answer could be read it is 0.50")
+    assert unread.startswith("On samples with an extracted answer it is 0.50")
     assert truncated.startswith("All samples that were not truncated have correct = True")

@@ -154,7 +154,7 @@ def test_each_kind_reads_its_kind_of_label(run):
     assert report.best.estimate.value >= 0.95
     assert [folder.name for folder in run.probe_folders()] == ["correct+lda"]
     with pytest.raises(
-        ProbeDataError, match=r"kind: 'ridge' does not read 'correct', which is binary; allowed are logistic"
+        ProbeDataError, match=r"kind: 'ridge' does not support 'correct', which is binary; allowed are logistic"
     ):
         probes.train(run.path, kind="ridge")
     with pytest.raises(ProbeDataError, match=r"positions: the kind 'attention' reads tokens, not 'last_prompt'"):
@@ -309,7 +309,7 @@ def test_answers_that_were_not_read_are_controlled_for(build_run, planted):
     assert report.best.estimate.low > 0.6
     assert report.without["unread"].left_out == 60
     assert report.without["unread"].estimate.low <= 0.5
-    assert any(note.startswith("Among samples whose answer could be read") for note in report.notes())
+    assert any(note.startswith("On samples with an extracted answer") for note in report.notes())
 
 
 def test_a_contrast_without_contrasts_says_what_it_needs(build_run, planted):
