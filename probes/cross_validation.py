@@ -1,13 +1,13 @@
-"""Scores of rows by probes that have not seen them: many cases of training on some rows and testing on others.
+"""Cross-validation: scores of rows by probes that have not seen them, for many train/test cases at once.
 
-Folds differ in intercept and strength, so raw scores of different folds do not compare: pooled as they are, the AUROC would
-partly rank folds, and the wrong way round, because a fold rich in one class leaves less of it for training. Each case's test
-scores are therefore put in units of its training scores (their mean 0, their standard deviation 1). Numbers that are read
-(R²) are in units of the target already.
+Folds differ in intercept and strength, so raw scores of different folds are not comparable. Pooled without scaling, the
+AUROC would partly rank folds, and in the wrong direction, because a fold rich in one class leaves fewer of its samples for
+training. Each case's test scores are therefore standardized by its training scores (mean 0, standard deviation 1). Numeric
+predictions (R²) are in the target's units already.
 
-Cases that are given together share what they can. A kind that fits problems together standardises by all rows that train
-in any of them: beside the inner folds of an outer one, the outer training part. No row that an estimate is made on is among
-them.
+Cases that are passed together share computation. A kind that fits problems together standardizes by all rows that train in
+any of the cases: with the inner folds of an outer one, that is the outer training part. It contains no row that an estimate
+is made on.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,22 +23,22 @@ from probes.kinds import Kind
 from probes.labels import Target
 
 AT_ONCE = {"cpu": 2**22, "cuda": 2**27}
-"""Numbers of X that are fitted in one go: what stays near a processor, or fills a GPU."""
+"""Elements of X fitted at once: what fits a processor's caches, or fills a GPU."""
 
 NO_SPREAD = 1e-12
-"""Relative to 1 and their mean, the standard deviation of scores that are all the same."""
+"""Relative standard deviation below which scores count as constant."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A label to learn on some rows, and the rows to test on."""
+    """A label to learn on some rows, and rows to test on."""
 
     target: Target
     """The label of all rows."""
     train: RowIndices
-    """Rows to learn from."""
+    """Training rows."""
     test: RowIndices
-    """Rows to score."""
+    """Test rows."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Tested:
     scores: Float[np.ndarray, "candidates strengths rows outputs"]
     """Comparable across cases, `[candidates, strengths, rows, outputs]`."""
     raw: Float[np.ndarray, "candidates strengths rows outputs"]
-    """As the probes gave them: log-odds, values or logits."""
+    """Raw scores: log-odds, values or logits."""
 
 
 def cross_validate(
@@ -73,7 +73,7 @@ def whole(
 ) -> tuple[
     Float[np.ndarray, "candidates strengths rows outputs"], Float[np.ndarray, "candidates strengths rows outputs"]
 ]:
-    """Put the scores of several cases' test rows in the rows' places, comparable ones and raw; NaN where none was tested."""
+    """Assemble the test scores of several cases by row, standardized and raw; NaN for rows that were not tested."""
     candidates, strengths, _, outputs = tested[0].scores.shape
     scores, raw = np.full((2, candidates, strengths, rows, outputs), np.nan)
     for case, found in zip(cases, tested, strict=True):
@@ -87,7 +87,7 @@ Fitted = tuple[Float[Tensor, "models strengths outputs train"], Float[Tensor, "m
 def _scores(
     X: Float[Tensor, "models rows ..."], cases: Sequence[Case], groups: Int[np.ndarray, "rows"], kind: Kind
 ) -> Iterator[Fitted]:
-    """Return, per case, the scores of the rows that it trains and tests on."""
+    """Yield, per case, the scores of its training and test rows."""
     strengths = torch.tensor(kind.strengths, dtype=torch.float64, device=X.device)
 
     def there(values: np.ndarray) -> Tensor:
@@ -112,7 +112,7 @@ def _tested(case: Case, known: Tensor, new: Tensor) -> Tested:
     scaled = new
     if case.target.kind != "real":
         middle, spread = known.mean(-1, keepdim=True), known.std(-1, keepdim=True)
-        # Scores that do not vary are 0: their spread is rounding, and dividing by it would rank the folds.
+        # Constant scores become 0: their spread is rounding error, and dividing by it would rank the folds.
         varies = spread > NO_SPREAD * (1 + middle.abs())
         scaled = torch.where(varies, (new - middle) / torch.where(varies, spread, 1.0), 0.0)
     return Tested(scaled.mT.cpu().numpy(), new.mT.cpu().numpy())

@@ -1,11 +1,10 @@
-"""X, y and groups: examples of runs and sessions, joined to their stored rows.
+"""Datasets for probes: examples of runs and sessions, joined to their stored rows (X, y and groups).
 
 `ProbeDataset.open` joins any number of runs and sessions (`sources`) to a label (`labels`). Labels, groups and lengths are
-small and are read at once; activations are not, so `features` reads one key at one position when it is asked.
+small and are read at once; activations are not, so `features` reads one key at one position on demand.
 
-Several attempts at one problem are not independent, and neither are attempts at it in different runs, so whoever splits this
-data must keep them together. A problem is a question, not an id, and problems made from one template count as one where data is
-split or drawn (`roentgen.runs.questions`).
+Attempts at one problem are not independent, not even across runs, so splits must keep them together. A problem is a
+question, not an id, and problems made from one template count as one for splits and draws (`roentgen.runs.questions`).
 """
 
 import hashlib
@@ -30,27 +29,27 @@ from roentgen.store import StoreError
 
 @dataclass(frozen=True)
 class ProbeDataset:
-    """What a probe learns from: one row per example."""
+    """The training data of a probe: one row per example."""
 
     names: tuple[str, ...]
-    """Of the runs and sessions it comes from."""
+    """Names of the runs and sessions."""
     target: Target
-    """The label that was asked for."""
+    """The requested label."""
     groups: Int[np.ndarray, "samples"]
-    """What is kept together in splits and draws, numbered from 0: the problem of each example, or its template where
-    problems have templates, `[samples]`."""
+    """Group of each example, from 0, which splits and draws keep together: its problem, or its template if it has one,
+    `[samples]`."""
     problems: Int[np.ndarray, "samples"]
     """The problem of each example, numbered from 0, `[samples]`."""
     origin: Int[np.ndarray, "samples"]
-    """Which run or session each is from, as an index into `names`, `[samples]`."""
+    """Run or session of each example, as an index into `names`, `[samples]`."""
     examples: tuple[Example, ...]
-    """The examples, those of one session together."""
+    """The examples, grouped by session."""
     keys: tuple[str, ...]
     """Stored keys that every example has."""
     left_out: int
-    """Samples of the runs that are not here: they failed, kept no activations, or have no such label."""
+    """Number of samples excluded because they failed, have no activations, or lack the label."""
     sources: tuple[SessionExamples, ...]
-    """Where the rows are."""
+    """The sessions' parts of the dataset."""
 
     @classmethod
     def open(
@@ -64,14 +63,14 @@ class ProbeDataset:
         """Join runs and sessions to a label.
 
         Args:
-            sources: run directories, sessions, or one of either.
-            label: see `labels.read_label`; `source` is which of the sources an example comes from.
-            session: a session that holds other activations of the runs' answers; the runs' own if None.
-            table: labels, as CSV or parquet.
+            sources: run directories, sessions, or a single one.
+            label: see `labels.read_label`; the label `source` is the name of an example's source.
+            session: a session with other activations of the runs' answers; the runs' own if None.
+            table: a CSV or parquet file with labels.
 
         Raises:
             RunError: if a run is damaged.
-            ProbeDataError: if the label is unknown, or there are no activations to be found.
+            ProbeDataError: if the label is unknown or there are no activations.
             OneClassError: if the label does not vary enough.
         """
         where = [sources] if isinstance(sources, str | Path) else list(sources)
@@ -98,7 +97,7 @@ class ProbeDataset:
         if not np.isfinite(target.values).all():
             worst = int(np.flatnonzero(~np.isfinite(target.values))[0])
             found = f"{examples[worst].problem} has {target.values[worst]}"
-            raise ProbeDataError(f"label: {label!r} has to be a finite number; {found}")
+            raise ProbeDataError(f"label: {label!r} must be a finite number; {found}")
         posed = [example.posed for example in examples]
         groups, problems = np.array(same_template(posed)), np.array(same_question(posed))
         _check_varies(target, groups)
@@ -112,24 +111,24 @@ class ProbeDataset:
 
     @property
     def n_problems(self) -> int:
-        """How many problems the examples are of."""
+        """Number of problems."""
         return int(self.problems.max()) + 1
 
     @property
     def n_groups(self) -> int:
-        """How many groups they are in: fewer than problems where problems share templates."""
+        """Number of groups, which is smaller if problems share templates."""
         return int(self.groups.max()) + 1
 
     @property
     def data_hash(self) -> str:
-        """A hash of which examples these are and what their labels are: 16 hex digits."""
+        """A hash of the examples and their labels: 16 hex digits."""
         digest = hashlib.sha256()
         for example, value in zip(self.examples, self.target.values.tolist(), strict=True):
             digest.update(f"{example.rollout_id} {value}\n".encode())
         return digest.hexdigest()[:16]
 
     def hook_points(self) -> dict[str, list[str]]:
-        """Return the keys by hook point, hook points and layers in the order a model computes them."""
+        """Return the keys by hook point; hook points and layers are in the model's order of execution."""
         keys = defaultdict(list)
         for key in sorted(self.keys, key=execution_order):
             keys[split_key(key)[0]].append(key)
@@ -138,14 +137,14 @@ class ProbeDataset:
     def features(
         self, key: str, positions: str = "last_prompt"
     ) -> Float[Tensor, "samples d"] | Float[Tensor, "samples tokens d"]:
-        """Read one key, one row per example (or, for `tokens`, all, padded with NaN), in float32.
+        """Read one key in float32, one row per example (or, for `tokens`, all rows, padded with NaN).
 
         Args:
             key: one of `keys`.
-            positions: where, see `positions`.
+            positions: the position, see `positions`.
 
         Raises:
-            ProbeDataError: if the key or position is not allowed, the rows were not stored, or some are not finite.
+            ProbeDataError: if the key or position is not allowed, or rows are missing or not finite.
         """
         places.check_positions(positions)
         if key not in self.keys:
@@ -162,13 +161,13 @@ class ProbeDataset:
         return torch.cat(parts)
 
     def mean_logprob(self) -> Float[np.ndarray, "samples"] | None:
-        """Return the mean log-probability of each example's generated tokens, None where it was not stored for all."""
+        """Return the mean log-probability of each example's generated tokens; None if it was not stored for all."""
         values = np.concatenate([_mean_logprob(source) for source in self.sources])
         return values if np.isfinite(values).all() else None
 
 
 def _keep(sources: list[SessionExamples], kept: np.ndarray) -> list[SessionExamples]:
-    """Leave out the examples that have no label."""
+    """Remove the examples without a label."""
     found, start = [], 0
     for source in sources:
         own = kept[start : start + len(source.examples)]
@@ -180,13 +179,13 @@ def _keep(sources: list[SessionExamples], kept: np.ndarray) -> list[SessionExamp
 
 
 def _common_keys(sources: list[SessionExamples]) -> tuple[str, ...]:
-    """Return the keys that every rollout has, in stored order."""
+    """Return the keys that all rollouts have, in stored order."""
     specs = [source.session.spec(shard) for source in sources for shard in source.rollouts["shard"].unique()]
     return tuple(key for key in specs[0].keys if all(key in spec.keys for spec in specs))
 
 
 def _mean_logprob(source: SessionExamples) -> Float[np.ndarray, "rollouts"]:
-    """Read the row column `logprob` of the documented shard format; NaN where no generated row was stored."""
+    """Read the row column `logprob` of the shards; NaN if no generated row was stored."""
     found = np.full(len(source.rollouts), np.nan)
     for shard, rows in source.rollouts.reset_index(drop=True).groupby("shard"):
         try:
@@ -202,10 +201,12 @@ def _mean_logprob(source: SessionExamples) -> Float[np.ndarray, "rollouts"]:
 
 
 def _check_varies(target: Target, groups: Int[np.ndarray, "samples"]) -> None:
-    """Refuse a label that no grouped split can learn and test."""
+    """Check that a label varies enough for a grouped split."""
     if target.kind == "real":
         if len(np.unique(target.values)) == 1:
-            raise OneClassError(f"all {len(groups)} samples have {target.name} = {target.values[0]}: nothing to read")
+            raise OneClassError(
+                f"all {len(groups)} samples have {target.name} = {target.values[0]}: the label does not vary"
+            )
         return
     classes = target.classes or (False, True)
     problems = [len(np.unique(groups[target.values == number])) for number in range(len(classes))]
@@ -217,7 +218,7 @@ def _check_varies(target: Target, groups: Int[np.ndarray, "samples"]) -> None:
         )
     if min(problems) == 1:
         raise OneClassError(
-            f"only one problem has samples with {target.name} = {classes[problems.index(1)]}: a probe is tested on problems "
-            "it has not seen, so each class needs at least two; evaluate more problems "
-            "(the same question under several ids, and questions of one template, are one problem here)"
+            f"only one problem has samples with {target.name} = {classes[problems.index(1)]}: probes are tested on unseen "
+            "problems, so each class needs at least two; evaluate more problems "
+            "(the same question under several ids, and questions of one template, count as one problem)"
         )

@@ -1,15 +1,15 @@
-"""How well a label can be read, said honestly.
+"""Nested cross-validation: an unbiased estimate of how well a probe predicts a label.
 
 Method:
     1. Outer folds split *problems*, stratified by label (`folds`).
     2. Inside the training part of each outer fold, inner folds of the same kind score every candidate (a key at a position)
        and every strength.
-    3. Whatever is chosen (a candidate's strength; the best candidate) is chosen on inner folds and scored on the outer test
-       part, which played no part in the choice. A maximum over layers that is chosen and reported on the same folds is
-       flattery. Strengths are chosen by the log-loss, because an AUROC is the same however far a penalty holds scores
-       together; candidates by the main metric. The inner scores then make log-odds of the outer ones (`calibration`).
-    4. The test scores of all outer folds together give the metrics; problems drawn with replacement give the metrics'
-       intervals (`bootstrap`).
+    3. Every choice (a candidate's strength; the best candidate) is made on inner folds and evaluated on the outer test part,
+       which took no part in the choice. A maximum over layers chosen and reported on the same folds is biased upwards.
+       Strengths are chosen by log-loss, because the AUROC does not change when a penalty shrinks scores; candidates are
+       chosen by the main metric. The inner scores then calibrate the outer ones to log-odds (`calibration`).
+    4. The test scores of all outer folds together give the metrics; drawing problems with replacement gives their intervals
+       (`bootstrap`).
     5. Baselines go through the same steps (`baselines`).
 """
 
@@ -37,22 +37,22 @@ class Evaluation:
     """Nested scores of several candidates on the same rows."""
 
     scores: Float[np.ndarray, "candidates rows outputs"]
-    """Of each row by a probe that was neither fitted nor chosen on its problem, comparable across folds, `[candidates, rows,
+    """Scores of each row by a probe neither fitted nor chosen on its problem, comparable across folds, `[candidates, rows,
     outputs]`."""
     raw: Float[np.ndarray, "candidates rows outputs"]
-    """The same in units that mean something: log-odds, values or logits."""
+    """The same scores in meaningful units: log-odds, values or logits."""
     inner: Float[np.ndarray, "folds candidates"]
-    """The main metric on the inner folds, at the strength chosen there, `[folds, candidates]`."""
+    """Main metric on the inner folds at the strength chosen there, `[folds, candidates]`."""
     strength: Float[np.ndarray, "candidates"]
-    """For a refit on all rows: the best over the outer folds, `[candidates]`."""
+    """Strength for a refit on all rows: the best over the outer folds, `[candidates]`."""
     slope: Float[np.ndarray, "fits candidates"]
-    """With `intercept`, what makes log-odds of the scores of probes of that strength: first of a refit on all rows, then of
-    the fit of each outer fold, `[1 + folds, candidates]`."""
+    """Calibration slope of probes of that strength: first for a refit on all rows, then for the fit of each outer fold, `[1
+    + folds, candidates]`."""
     intercept: Float[np.ndarray, "fits candidates"]
-    """Likewise."""
+    """Calibration intercept, likewise."""
 
     def calibration(self, candidate: int) -> tuple[Calibration, ...]:
-        """Return what makes log-odds of a candidate's scores: of a refit on all rows, then of the fit of each outer fold."""
+        """Return a candidate's calibrations: for a refit on all rows, then for the fit of each outer fold."""
         return tuple(
             Calibration(*(part[fit, [candidate]] for part in (self.slope, self.intercept)))
             for fit in range(len(self.slope))
@@ -78,12 +78,12 @@ def evaluate(
     folds: Sequence[Fold],
     kind: Kind,
 ) -> list[Evaluation]:
-    """Evaluate one probe per target and candidate, its strength chosen on inner folds and its scores taken on outer ones.
+    """Evaluate one probe per target and candidate, with strengths chosen on inner folds and scores taken on outer ones.
 
-    Targets are labels of the same rows: the one that is asked about, and shuffled ones beside it.
+    Targets are labels of the same rows: the requested label, and shuffled ones.
     """
     outer = [[Case(target, fold.train, fold.test) for fold in folds] for target in targets]
-    # With one candidate and one strength there is nothing to choose on inner folds, and of values nothing to calibrate.
+    # With one candidate and one strength there is nothing to choose on inner folds, and numeric values need no calibration.
     chooses = len(X) * len(kind.strengths) > 1 or kind.probabilistic
     inner = [[_inner_cases(target, fold, groups, kind) if chooses else [] for fold in folds] for target in targets]
     tested: list[list[list[Tested]]] = [[[] for _ in folds] for _ in targets]
@@ -96,7 +96,7 @@ def evaluate(
 
 
 def _inner_cases(target: Target, fold: Fold, groups: Int[np.ndarray, "rows"], kind: Kind) -> list[Case]:
-    """Return the inner folds of an outer one; not those in which shuffling has left a class nothing to train on."""
+    """Return the inner folds of an outer one, except those in which shuffled labels leave a class without training samples."""
     cases = [Case(target, fold.train[train], fold.train[test]) for train, test in fold.inner]
     if target.kind == "real":
         return cases
@@ -114,7 +114,7 @@ def _evaluation(
     groups: Int[np.ndarray, "rows"],
     kind: Kind,
 ) -> Evaluation:
-    """Choose each candidate's strength on the inner folds of each outer one, and take its scores there."""
+    """Choose each candidate's strength on the inner folds of each outer one, and take its scores on the outer test part."""
     target, number, everything = outer[0].target, np.arange(len(X)), np.arange(len(groups))
     at_each, raw_at_each = whole(outer, [found[0] for found in tested], len(groups))
     best = choose_strength(at_each, raw_at_each, target, groups, everything, kind)
@@ -122,7 +122,7 @@ def _evaluation(
     scores, raw = at_each[:, 0].copy(), raw_at_each[:, 0].copy()
     chosen_by = np.zeros((len(outer), len(X)))
     for place, case in enumerate(outer):
-        # Without inner folds nothing is known: the first strength and candidate are taken, and scores stay as they are.
+        # Without inner folds, use the first strength and candidate, and leave the scores uncalibrated.
         chosen, calibration, of_best = np.zeros(len(X), dtype=int), Calibration.none(len(X)), Calibration.none(len(X))
         if inner[place]:
             rows = np.concatenate([one.test for one in inner[place]])
@@ -146,7 +146,7 @@ def choose_strength(
     rows: Int[np.ndarray, "rows"],
     kind: Kind,
 ) -> Int[np.ndarray, "candidates"]:
-    """Return which strength does best on some rows: by the log-loss where scores are log-odds, else by the main metric."""
+    """Return the best strength on some rows: by log-loss if scores are probabilistic, otherwise by the main metric."""
     if raw.shape[1] == 1:
         return np.zeros(len(raw), dtype=int)
     if kind.probabilistic:
@@ -157,7 +157,7 @@ def choose_strength(
 def _calibrate(
     raw: Float[np.ndarray, "candidates rows outputs"], target: Target, rows: Int[np.ndarray, "rows"], kind: Kind
 ) -> Calibration:
-    """Find what makes log-odds of scores, from those of rows that the probes had not seen."""
+    """Fit a calibration on scores of unseen rows."""
     if not kind.probabilistic:
         return Calibration.none(len(raw))
     y = target.values[rows]
@@ -167,7 +167,8 @@ def _calibrate(
 def nested_best(
     evaluation: Evaluation, folds: Sequence[Fold]
 ) -> tuple[Float[np.ndarray, "rows outputs"], Float[np.ndarray, "rows outputs"], Int[np.ndarray, "folds"]]:
-    """Choose the candidate on the inner folds of each outer fold; return its test scores, raw ones, and which it was."""
+    """Choose the candidate on the inner folds of each outer fold; return its test scores, the raw ones, and the choice per
+    fold."""
     chosen = evaluation.inner.argmax(1)
     scores, raw = np.empty(evaluation.scores.shape[1:]), np.empty(evaluation.scores.shape[1:])
     for candidate, fold in zip(chosen, folds, strict=True):
@@ -182,7 +183,7 @@ Measure = Callable[[Int[np.ndarray, "draws rows"]], Float[np.ndarray, "draws"]]
 def main_measure(
     scores: Float[np.ndarray, "rows outputs"], target: Target, groups: Int[np.ndarray, "rows"], *, within: bool = False
 ) -> tuple[str, Measure]:
-    """Return the metric that is chosen by and reported first: AUROC (pooled or within problems), R², or macro AUROC."""
+    """Return the main metric, used for choices and reported first: AUROC (pooled or within problems), R², or macro AUROC."""
     y = target.values
     if target.kind == "real":
         return "r2", lambda weights: metrics.r2(scores[:, 0], y, weights)
@@ -216,9 +217,10 @@ def _widen_degenerate(
     draws: Int[np.ndarray, "draws rows"],
     widening: float,
 ) -> Estimate:
-    """Give a width to the interval of a metric that is 0 or 1, so that every draw of problems gives the same.
+    """Widen the interval of a metric that is exactly 0 or 1, for which every draw of problems gives the same value.
 
-    It is that of as many independent samples as problems were drawn (or what counts as one: rows that are always drawn alike).
+    The interval is that of as many independent samples as problems were drawn (or groups of rows that are always drawn
+    together).
     """
     if target.kind != "binary" or found.value not in (0.0, 1.0) or name not in ("auroc", "within_auroc", "accuracy"):
         return found
@@ -246,7 +248,7 @@ def all_estimates(
     within: bool = False,
     widening: float = WIDENING,
 ) -> dict[str, Estimate]:
-    """Return every metric of a target's kind, by name, each with its interval."""
+    """Return all metrics of a target's kind by name, with intervals."""
     y = target.values
     name, main = main_measure(scores, target, groups)
     measures: dict[str, Measure] = {name: main}
@@ -258,7 +260,7 @@ def all_estimates(
         if mixed(y, groups).any():
             measures["within_auroc"] = lambda weights: metrics.within_auroc(scores[:, 0], y, weights, groups)
         measures["auprc"] = lambda weights: metrics.auprc(scores[:, 0], y, weights)
-        if not within:  # scores that compare within a problem only are no probabilities
+        if not within:  # scores that compare only within a problem are not probabilities
             measures |= forecast_measures(raw, target)
     return {
         name: _widen_degenerate(name, estimate(name, measure, draws, widening), target, groups, draws, widening)
@@ -286,7 +288,7 @@ def main_metric_each(
     rows: Int[np.ndarray, "rows"],
     kind: Kind,
 ) -> Float[np.ndarray, "candidates strengths"]:
-    """Return the main metric of each candidate and strength on some rows; the worst value where it is not defined."""
+    """Return the main metric of each candidate and strength on some rows; -inf where it is undefined."""
     once = np.ones((1, len(rows)), dtype=int)
     part = Target(target.name, target.kind, target.values[rows], target.classes)
     found = [

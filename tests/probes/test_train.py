@@ -184,7 +184,7 @@ def test_columns_that_cannot_be_probed_are_named(run, tmp_path):
     )
     with pytest.raises(OneClassError, match="all 80 samples have same = k"):
         probes.train(run.path, "same", table=table)
-    with pytest.raises(ProbeDataError, match="label: 'endless' has to be a finite number; problem-7 has inf"):
+    with pytest.raises(ProbeDataError, match="label: 'endless' must be a finite number; problem-7 has inf"):
         probes.train(run.path, "endless", table=table)
 
 
