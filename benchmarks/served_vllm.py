@@ -1,9 +1,10 @@
-"""`roentgen serve --engine vllm` beside `vllm serve`, which its users would run instead: `python -m benchmarks.served_vllm`.
+"""`roentgen serve` beside `vllm serve`, which its users would run instead: `python -m benchmarks.served_vllm`.
 
-Three servers run at once, each a process of its own, and take turns with the same chats of one client: vLLM's with its
-defaults, vLLM's with every core to compute on (by default it leaves one of a CPU's to its other process), and this project's,
-which captures nothing, some or all. No reply is streamed, as an evaluation asks. What is captured is on the disk before the
-reply comes. No two runs share a prefix. Needs the environment that `make test-vllm` makes.
+With `--engine transformers` this project's server is the one that runs everywhere. Three servers run at once, each a process of
+its own, and take turns with the same chats of one client: vLLM's with its defaults, vLLM's with every core to compute on (by
+default it leaves one of a CPU's to its other process), and this project's, which captures nothing, some or all. No reply is
+streamed, as an evaluation asks. What is captured is on the disk before the reply comes. No two runs share a prefix. Needs the
+environment that `make test-vllm` makes.
 """
 
 import asyncio
@@ -37,7 +38,7 @@ from roentgen.defaults import EMBEDDED_MODEL
 from roentgen.linear_probe import ProbeCard, SavedProbe, save_probes
 from serve_app.models.sources import locate
 
-SECTION = "Served by vLLM"
+SECTIONS = {"vllm": "Served by vLLM", "transformers": "Served by transformers"}
 DEFAULTS, EVERY_CORE = "vllm serve", "vllm serve, every core"
 CACHE_TOKENS, CONTEXT = 32_768, 4096
 CACHE_BYTES = 1 << 30
@@ -54,38 +55,42 @@ SETTLE_S = 1.0
 
 
 def main(
+    engine: Annotated[str, typer.Option(help="This project's: vllm, or transformers.")] = "vllm",
     model: Annotated[str, typer.Option(help=f"{EMBEDDED_MODEL}, a folder, or a hub id.")] = EMBEDDED_MODEL,
     problems: Annotated[str, typer.Option(help="A source of problems; GSM8K if it is at hand.")] = "",
     in_flight: Annotated[str, typer.Option(help="Requests at once.")] = "1,16,64",
     max_tokens: Annotated[int, typer.Option(help="The most to generate per prompt.")] = 32,
     rounds: Annotated[int, typer.Option(help="Of interleaved runs, per number in flight.")] = 5,
-    file: Annotated[Path, typer.Option(help="Rates are kept here, by number in flight.")] = Path(
-        "results/served_vllm.json"
-    ),
+    folder: Annotated[Path, typer.Option(help="Rates are kept here, by number in flight.")] = Path("results"),
     write: Annotated[bool, typer.Option("--record/--no-record", help="Update RESULTS.md.")] = True,
 ) -> None:
     """Measure this project's server against vLLM's."""
+    if engine not in SECTIONS:
+        raise typer.BadParameter(f"{engine!r} is unknown; there are {', '.join(SECTIONS)}", param_hint="--engine")
+    file = folder / f"served_{engine}.json"
     workload, stage = Workload(model, problems=problems, max_tokens=max_tokens), stage_printer()
     numbers = tuple(map(int, in_flight.split(",")))
-    with TemporaryDirectory() as folder, ExitStack() as stack:
+    with TemporaryDirectory() as temporary, ExitStack() as stack:
         commands = {DEFAULTS: _vllm(workload, max(numbers)), EVERY_CORE: _vllm(workload, max(numbers))}
         cores = ",".join(map(str, sorted(os.sched_getaffinity(0))))
         environments = {EVERY_CORE: {"VLLM_CPU_OMP_THREADS_BIND": cores}}
-        probes = _save_probes(workload, Path(folder) / "probes")
-        commands["roentgen"] = _roentgen(workload, max(numbers), Path(folder))
+        probes = _save_probes(workload, Path(temporary) / "probes")
+        commands["roentgen"] = _roentgen(engine, workload, max(numbers), Path(temporary))
         urls: dict[str, str] = {}
         for name, command in commands.items():
-            urls[name] = stack.enter_context(_server(command, environments.get(name, {}), Path(folder) / f"{name}.log"))
+            urls[name] = stack.enter_context(
+                _server(command, environments.get(name, {}), Path(temporary) / f"{name}.log")
+            )
             stage(f"{name} is ready")
         for number in numbers:
             rates = json.loads(file.read_text()) if file.exists() else {}
             rates[str(number)] = _rates(workload, urls, probes, number, rounds, stage)
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(rates))
-    body = report(workload, json.loads(file.read_text()))
+    body = report(engine, workload, json.loads(file.read_text()))
     print(body)
     if write:
-        record(SECTION, body)
+        record(SECTIONS[engine], body)
 
 
 def _vllm(workload: Workload, most: int) -> list[str]:
@@ -97,9 +102,10 @@ def _vllm(workload: Workload, most: int) -> list[str]:
     ]
 
 
-def _roentgen(workload: Workload, most: int, folder: Path) -> list[str]:
+def _roentgen(engine: str, workload: Workload, most: int, folder: Path) -> list[str]:
     return [
-        *(str(Path(sys.executable).with_name("roentgen")), "serve", "--model", workload.model, "--engine", "vllm"),
+        *(str(Path(sys.executable).with_name("roentgen")), "serve", "--model", workload.model, "--engine", engine),
+        *(["--compile-first"] if engine == "transformers" else []),
         *("--max-batch", str(most), "--max-cache-tokens", str(CACHE_TOKENS)),
         *("--store", str(folder / "store"), "--probes", str(folder / "probes")),
     ]
@@ -200,7 +206,7 @@ def _rates(
     return interleave(arms, rounds)
 
 
-def report(workload: Workload, rates: dict[str, dict[str, list[float]]]) -> str:
+def report(engine: str, workload: Workload, rates: dict[str, dict[str, list[float]]]) -> str:
     """Lay out what has been measured in Markdown."""
     from vllm import __version__ as vllm_version
 
@@ -215,7 +221,7 @@ def report(workload: Workload, rates: dict[str, dict[str, list[float]]]) -> str:
     return "\n\n".join(
         [
             f"{workload.name}, GSM8K prompts without examples, {workload.max_tokens} tokens each, greedy, chat completions "
-            f"over HTTP, not streamed: `roentgen serve --engine vllm` against `vllm serve` {vllm_version}, with "
+            f"over HTTP, not streamed: `roentgen serve --engine {engine}` against `vllm serve` {vllm_version}, with "
             "its defaults and with every core to compute on. What is captured is on the disk before the reply comes. Median "
             "ratio of tokens/s of the same round, and its interval:",
             table(["in flight", "captured", f"against `{DEFAULTS}`", f"against `{EVERY_CORE}`", "rounds"], rows),

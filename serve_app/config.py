@@ -105,6 +105,11 @@ class ServerConfig(BaseModel):
         False,
         description="Do not compile the model. This is slower, but with vLLM requests may then name any module.",
     )
+    compile_first: bool = Field(
+        False,
+        description="With transformers on a CPU: compile decoding steps before anything is served, if this machine has not "
+        "compiled them yet. It takes one to two minutes. By default they are compiled while the server is idle.",
+    )
     tensor_parallel_size: int = Field(
         1, ge=1, description="Number of GPUs of one node that each replica's model is split over. vLLM engine only."
     )

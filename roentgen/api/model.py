@@ -108,6 +108,7 @@ class Model:
             batch_invariant=config.batch_invariant,
             prefix_cache=config.prefix_cache,
             eager=config.eager,
+            compile_first=config.compile_first,
         )
         self.config = config
         self._held = _Resources(loaded, engine)

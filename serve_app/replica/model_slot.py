@@ -268,6 +268,8 @@ class ModelSlot:
         )
         savepoints = {savepoint.name: savepoint.tap for savepoint in choice.savepoints}
         model = replace(model, structure=model.structure.with_savepoints(savepoints))
+        if config.compile_first:
+            self._say(f"compiling decoding steps of {source.name}")
         engine = TransformersEngine(
             model,
             max_batch=config.max_batch,
@@ -277,6 +279,7 @@ class ModelSlot:
             batch_invariant=config.batch_invariant,
             prefix_cache=config.prefix_cache,
             eager=config.eager,
+            compile_first=config.compile_first,
         )
         return Served(model, engine, LocalStorage(self._writer))
 

@@ -95,6 +95,7 @@ class TransformersEngine:
         batch_invariant: bool = False,
         prefix_cache: bool = True,
         eager: bool = False,
+        compile_first: bool = False,
     ) -> None:
         """Measure the memory and start the engine's thread.
 
@@ -107,6 +108,7 @@ class TransformersEngine:
             batch_invariant: whether a request's tokens, scores and rows must not depend on what runs beside it.
             prefix_cache: whether what has been read of a prompt is kept for the next one that begins in the same way.
             eager: whether steps are never compiled.
+            compile_first: whether to wait until they are compiled.
 
         Raises:
             UnsupportedModelError: if the engine cannot keep the model's cache.
@@ -141,6 +143,8 @@ class TransformersEngine:
             log.warning("%s has no prefix cache: %s", model.source.name, self.prefix_cache.reason)
         unwanted = "eager" if eager else "batch_invariant" if batch_invariant else ""
         self._graphs = StepSupply(model, unwanted=unwanted)
+        if compile_first:
+            self._graphs.compile_first()
         self._forwards = Forwards(model, self._remembered, self._memory, self._max_prefill_tokens)
         self._failures = 0
         self._retried = False

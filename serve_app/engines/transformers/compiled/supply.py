@@ -66,15 +66,20 @@ class StepSupply:
         """Return the compiled step, None where there is none (yet). For the thread that runs the model."""
         if self._checked is not None or self._stopped.is_set():
             return self._checked
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._supply, name="compiled-step", daemon=True)
-            self._thread.start()
+        self._start()
         self._last_step = time.monotonic()
         if (running := self._compilation) is not None:
             running.pause()
         if self._loaded is not None:
             self._take(self._loaded)
         return self._checked
+
+    def compile_first(self) -> None:
+        """Have the graphs compiled now, and wait until they are there, or are known not to come."""
+        self._enough.set()
+        self._start()
+        if self._thread is not None:
+            self._thread.join()
 
     def decoded(self, seconds: float) -> None:
         """Count time that was spent on steps of the model's own."""
@@ -94,6 +99,11 @@ class StepSupply:
         self._loaded = self._checked = None
         if (running := self._compilation) is not None:
             running.end()
+
+    def _start(self) -> None:
+        if self._thread is None and not self._stopped.is_set():
+            self._thread = threading.Thread(target=self._supply, name="compiled-step", daemon=True)
+            self._thread.start()
 
     def _take(self, loaded: CompiledStep) -> None:
         try:

@@ -205,6 +205,17 @@ def test_a_second_start_compiles_nothing(model: LoadedModel, monkeypatch: pytest
     assert steps
 
 
+def test_an_engine_can_wait_for_its_graphs(model: LoadedModel, steps: list[int]) -> None:
+    engine = TransformersEngine(model, compile_first=True)
+    try:
+        (result,) = run(engine, [Call(PROMPTS[0], GREEDY)])
+    finally:
+        engine.close()
+    assert steps[:2] == [3, 1]  # the comparison with the model
+    assert steps[2:] == [1] * (len(result.token_ids) - 1)  # the first token is the prefill's
+    assert result.token_ids == generate_alone(model, PROMPTS[0], 12)
+
+
 def test_an_engine_that_is_closed_ends_the_process_that_compiles(cache: Path) -> None:
     supply = StepSupply(tiny_packed("mistral"), after_s=0)
     supply.decoded(0.1)
