@@ -1,7 +1,11 @@
-"""Fits and evaluates a probe for every candidate of some data: a stored key at a position.
+"""Fits and evaluates a probe for every candidate: a stored key at a position.
 
-Activations are read one hook point and position at a time, all its layers together: that is what the fit wants, and all that is
-in memory. The metrics beside a saved probe are of probes that had not seen the problems they were tested on.
+    activations ─▶ nested cross-validation of all candidates ─▶ best candidate, chosen on inner folds
+                └▶ the same on shuffled labels and on random directions ─▶ baselines
+                └▶ refit on all samples, calibrated by the outer scores ─▶ saved probes
+
+Activations are read one hook point and position at a time, with all its layers, which is what the fit needs and all that is
+in memory. The metrics on the card of a saved probe come from probes that had not seen the problems they were tested on.
 """
 
 from collections.abc import Sequence
@@ -23,6 +27,7 @@ from probes.evaluation import Evaluation, evaluate, nested_best
 from probes.folds import Fold, mixed, nested_folds, shuffle_labels
 from probes.kinds import DEFAULT_KINDS, KINDS, Kind
 from probes.kinds.linear import LinearProbes
+from probes.labels import Target
 from probes.positions import check_positions
 from probes.report import Best, Candidate, Estimate, KeyResult, ProbeReport
 from probes.sources import SourcePath
@@ -33,25 +38,25 @@ from roentgen.version import __version__
 
 @dataclass(frozen=True)
 class Trained:
-    """What a training gives."""
+    """The result of a training."""
 
     report: ProbeReport
-    """What it found."""
+    """The report."""
     scores: Float[np.ndarray, "samples outputs"]
-    """Of the best candidate, comparable across folds, `[samples, outputs]`."""
+    """Scores of the best candidate, comparable across folds, `[samples, outputs]`."""
     raw: Float[np.ndarray, "samples outputs"]
-    """The same as log-odds, logits or values."""
+    """The same scores as log-odds, logits or values."""
     probes: list[SavedProbe]
-    """One per candidate, fitted on all samples; none for kinds that are no direction."""
+    """One probe per candidate, fitted on all samples; empty for kinds that are not linear."""
     calibrations: tuple[tuple[Calibration, ...], ...]
-    """Per candidate, what makes log-odds of the scores of each outer fold's probe."""
+    """Per candidate, the calibration of each outer fold's probe."""
 
 
 def check_reads(kind: Kind, positions: Sequence[str]) -> None:
-    """Refuse positions that a kind of probe does not read.
+    """Check that a kind of probe can read the positions.
 
     Raises:
-        ProbeDataError: if there are some, or what is named is no position.
+        ProbeDataError: if it cannot, or a name is not a position.
     """
     for name in positions:
         if (check_positions(name) == "tokens") != kind.tokens:
@@ -60,10 +65,10 @@ def check_reads(kind: Kind, positions: Sequence[str]) -> None:
 
 
 def check_seed(seed: int) -> None:
-    """Refuse a seed that no generator takes.
+    """Check that random generators accept a seed.
 
     Raises:
-        ProbeDataError: if it is one.
+        ProbeDataError: if they do not.
     """
     if not 0 <= seed < 2**32:
         raise ProbeDataError(f"seed: {seed} is out of range; allowed are 0 to {2**32 - 1}")
@@ -81,63 +86,39 @@ def fit_and_evaluate(
     """Train and evaluate a probe per candidate.
 
     Args:
-        data: what to learn from.
-        positions: where to read.
-        kind: of probe, by a name, a reference, or itself; the usual one of the target if None.
-        declared: the name of a candidate chosen beforehand, to be reported beside the best.
-        seed: of folds, bootstrap, shuffles and random directions; the same seed gives the same report.
+        data: the dataset.
+        positions: the positions to read.
+        kind: the kind of probe: a name, a reference, or an object; the target's default if None.
+        declared: name of a candidate chosen beforehand, which is reported in addition to the best.
+        seed: seed of folds, bootstrap, shuffles and random directions; the same seed gives the same report.
         session: the session that `data` was read from, if not the run's own.
-        device: where to fit.
+        device: the device for fitting.
 
     Raises:
-        ProbeDataError: if something asked for is not there.
+        ProbeDataError: if requested data does not exist.
         OneClassError: if the label does not vary enough.
     """
     chosen = choose_kind(data.target, kind)
     check_reads(chosen, positions)
     contrasts = mixed(data.target.values, data.problems) if chosen.within else None
     folds = nested_folds(data.target, data.groups, seed, contrasts)
-    shuffled = shuffle_labels(data.target, data.problems, folds, seed, inside=chosen.within)
-
-    candidates: list[Candidate] = []
-    found, by_chance, at_random = [], [], []
-    weights: list[LinearProbes] = []
-    for place in positions:
-        for keys in data.hook_points().values():
-            X = torch.stack([data.features(key, place) for key in keys]).to(device)
-            candidates += [Candidate(key, place) for key in keys]
-            evaluation, shuffled_evaluation = evaluate(X, (data.target, shuffled), data.problems, folds, chosen)
-            found.append(evaluation)
-            by_chance.append(shuffled_evaluation)
-            if not chosen.tokens:
-                projected = baselines.random_projection(X, seed)
-                at_random += evaluate(projected, (data.target,), data.problems, folds, chosen)
-                weights += _refit(X, data, chosen, evaluation)
+    found = _evaluate_candidates(data, positions, chosen, folds, seed, device)
+    evaluation = found.evaluation
 
     controls = Controls(data, bootstrap_weights(data.groups, seed), chosen.within)
-    everything = Evaluation.concatenate(found)
-    scores, raw, picked = nested_best(everything, folds)
-    best = Best(controls.main(scores), tuple(candidates[number].name for number in picked), controls.every(scores, raw))
+    scores, raw, picked = nested_best(evaluation, folds)
     results = tuple(
-        KeyResult(c.key, c.positions, controls.main(everything.scores[n]), float(everything.strength[n]))
-        for n, c in enumerate(candidates)
+        KeyResult(c.key, c.positions, controls.main(evaluation.scores[n]), float(evaluation.strength[n]))
+        for n, c in enumerate(found.candidates)
     )
-    simpler = _simpler(data, folds)
-    if at_random:
-        simpler["random_direction"] = nested_best(Evaluation.concatenate(at_random), folds)[:2]
-    first = min(range(len(candidates)), key=lambda n: (execution_order(candidates[n].key), n))
-    simpler["first_layer"] = everything.scores[first], everything.raw[first]
+    first, simpler = found.first_layer(), _simpler(data, folds, found)
     compared = {name: controls.main(own) for name, (own, _) in simpler.items()}
-    compared["shuffled_labels"] = controls.main(nested_best(Evaluation.concatenate(by_chance), folds)[0], shuffled)
+    compared["shuffled_labels"] = controls.main(nested_best(found.by_chance, folds)[0], found.shuffled)
     against = {name: controls.against(scores, own) for name, (own, _) in simpler.items() if name != "prevalence"}
-    if set(picked) == {first}:  # the best is this very probe
+    if set(picked) == {first}:  # the best candidate is this baseline itself
         del against["first_layer"]
     forecast, gains = controls.forecast(raw, simpler["prevalence"][1])
-    named = None
-    if declared is not None:
-        number = _find(candidates, declared)
-        own = everything.scores[number], everything.raw[number]
-        named = Best(controls.main(own[0]), (declared,), controls.every(*own))
+    numeric, binary = data.target.kind == "real", data.target.kind == "binary"
     report = ProbeReport(
         sources=data.names,
         label=data.target.name,
@@ -153,13 +134,11 @@ def fit_and_evaluate(
         n_problems=data.n_problems,
         n_left_out=data.left_out,
         n_folds=len(folds),
-        n_rarest=len(data.groups)
-        if data.target.kind == "real"
-        else int(np.bincount(data.target.values.astype(int)).min()),
-        n_true=int(data.target.values.sum()) if data.target.kind == "binary" else None,
+        n_rarest=len(data.groups) if numeric else int(np.bincount(data.target.values.astype(int)).min()),
+        n_true=int(data.target.values.sum()) if binary else None,
         results=results,
-        best=best,
-        declared=named,
+        best=Best(controls.main(scores), tuple(found.candidates[n].name for n in picked), controls.every(scores, raw)),
+        declared=None if declared is None else _declared(found, declared, controls),
         baselines=compared,
         against=against,
         forecast=forecast,
@@ -169,15 +148,90 @@ def fit_and_evaluate(
         session=None if session is None else data.sources[0].session.name,
         within=chosen.within,
     )
-    probes = [
+    calibrations = tuple(evaluation.calibration(n)[1:] for n in range(len(found.candidates)))
+    return Trained(report, scores, raw, _saved_probes(data, chosen, report, found, controls), calibrations)
+
+
+@dataclass(frozen=True)
+class _Evaluated:
+    """All candidates, evaluated on the same folds."""
+
+    candidates: tuple[Candidate, ...]
+    """The candidates."""
+    evaluation: Evaluation
+    """Their nested scores."""
+    shuffled: Target
+    """The shuffled labels."""
+    by_chance: Evaluation
+    """The candidates' nested scores on the shuffled labels."""
+    at_random: Evaluation | None
+    """Nested scores of one random direction per candidate; None for kinds that read all tokens."""
+    refits: list[LinearProbes]
+    """The candidates' probes, fitted on all samples; empty for kinds that are not linear."""
+
+    def first_layer(self) -> int:
+        """Return the candidate that is first in the model's order of execution."""
+        return min(range(len(self.candidates)), key=lambda n: (execution_order(self.candidates[n].key), n))
+
+    def find(self, name: str) -> int:
+        """Return the number of a candidate.
+
+        Raises:
+            ProbeDataError: if there is none of that name.
+        """
+        names = [candidate.name for candidate in self.candidates]
+        if name not in names:
+            raise ProbeDataError(f"declared: {name!r} is not a candidate; allowed are {', '.join(names)}")
+        return names.index(name)
+
+
+def _evaluate_candidates(
+    data: ProbeDataset, positions: Sequence[str], kind: Kind, folds: Sequence[Fold], seed: int, device: str
+) -> _Evaluated:
+    """Evaluate all candidates, reading one hook point and position at a time."""
+    shuffled = shuffle_labels(data.target, data.problems, folds, seed, inside=kind.within)
+    candidates: list[Candidate] = []
+    found, by_chance, at_random = [], [], []
+    refits: list[LinearProbes] = []
+    for position in positions:
+        for keys in data.hook_points().values():
+            X = torch.stack([data.features(key, position) for key in keys]).to(device)
+            candidates += [Candidate(key, position) for key in keys]
+            own, own_by_chance = evaluate(X, (data.target, shuffled), data.problems, folds, kind)
+            found.append(own)
+            by_chance.append(own_by_chance)
+            if not kind.tokens:
+                projected = baselines.random_projection(X, seed)
+                at_random += evaluate(projected, (data.target,), data.problems, folds, kind)
+                refits += _refit(X, data, kind, own)
+    return _Evaluated(
+        tuple(candidates),
+        Evaluation.concatenate(found),
+        shuffled,
+        Evaluation.concatenate(by_chance),
+        Evaluation.concatenate(at_random) if at_random else None,
+        refits,
+    )
+
+
+def _declared(found: _Evaluated, name: str, controls: Controls) -> Best:
+    """Return the results of the candidate that was declared beforehand."""
+    number = found.find(name)
+    scores, raw = found.evaluation.scores[number], found.evaluation.raw[number]
+    return Best(controls.main(scores), (name,), controls.every(scores, raw))
+
+
+def _saved_probes(
+    data: ProbeDataset, kind: Kind, report: ProbeReport, found: _Evaluated, controls: Controls
+) -> list[SavedProbe]:
+    """Return the refitted probes, each with a card that has its out-of-fold metrics."""
+    return [
         SavedProbe(
             part.weight[0, 0], part.bias[0, 0], part.mean[0], part.scale[0],
-            card=_card(data, chosen, report, result, controls.every(everything.scores[n], everything.raw[n])),
+            card=_card(data, kind, report, result, controls.every(found.evaluation.scores[n], found.evaluation.raw[n])),
         )
-        for n, (result, part) in enumerate(zip(results, weights, strict=False))
+        for n, (result, part) in enumerate(zip(report.results, found.refits, strict=False))
     ]  # fmt: skip
-    calibrations = tuple(everything.calibration(n)[1:] for n in range(len(candidates)))
-    return Trained(report, scores, raw, probes, calibrations)
 
 
 def _refit(
@@ -189,27 +243,24 @@ def _refit(
     for number, value in enumerate(evaluation.strength):
         strengths = torch.tensor([value], dtype=torch.float64, device=X.device)
         probes = kind.fit(X[number : number + 1], y, problems, strengths)
-        if not isinstance(probes, LinearProbes):  # a user's kind that is no direction: nothing is saved
+        if not isinstance(probes, LinearProbes):  # a custom kind that is not linear: nothing is saved
             return []
         fitted.append(evaluation.calibration(number)[0].probes(probes))
     return fitted
 
 
-def _simpler(data: ProbeDataset, folds: Sequence[Fold]) -> dict[str, tuple[Scores, Scores]]:
-    """Return the scores, comparable ones and raw, that the baselines without activations get with the usual kind of target."""
+def _simpler(data: ProbeDataset, folds: Sequence[Fold], found: _Evaluated) -> dict[str, tuple[Scores, Scores]]:
+    """Return the baselines' scores, comparable ones and raw; those without activations use the target's default kind."""
     kind = KINDS[DEFAULT_KINDS[data.target.kind]]
-    found = {}
+    simpler = {}
     for name, X in baselines.covariates(data).items():
-        (evaluation,) = evaluate(X, (data.target,), data.problems, folds, kind)
-        found[name] = evaluation.scores[0], evaluation.raw[0]
-    return found
-
-
-def _find(candidates: list[Candidate], name: str) -> int:
-    names = [candidate.name for candidate in candidates]
-    if name not in names:
-        raise ProbeDataError(f"declared: {name!r} is not a candidate; allowed are {', '.join(names)}")
-    return names.index(name)
+        (own,) = evaluate(X, (data.target,), data.problems, folds, kind)
+        simpler[name] = own.scores[0], own.raw[0]
+    if found.at_random is not None:
+        simpler["random_direction"] = nested_best(found.at_random, folds)[:2]
+    first = found.first_layer()
+    simpler["first_layer"] = found.evaluation.scores[first], found.evaluation.raw[first]
+    return simpler
 
 
 def _card(
@@ -236,7 +287,7 @@ def _card(
 
 
 def _unit(kind: Kind) -> ScoreUnit:
-    """Return what the scores of a saved probe are."""
+    """Return the unit of a saved probe's scores."""
     if not kind.probabilistic:
         return "value" if kind.target == "real" else "score"
     return "logits" if kind.target == "classes" else "log_odds"
