@@ -1,11 +1,11 @@
-"""Intervals: problems drawn with replacement, because attempts at one problem are not independent.
+"""Bootstrap intervals over problems, because attempts at one problem are not independent.
 
-For scores of cross-validation the percentiles are widened by √2. Drawing test rows takes the probes as given, but each
-problem has also trained the probes of the other folds. At chance a probe's score of one problem is made of its likeness to
-the others, so that every pair of problems counts twice and the variance is double (Bates, Hastie and Tibshirani 2021,
-https://arxiv.org/abs/2104.00673, show how plain intervals of cross-validation are too narrow). Simulated with and without
-signal, with 80 to 200 samples, plain 95% intervals held the expected AUROC in 79 to 90% of draws and widened ones in 88 to
-98%. A probe tested on data that had no part in its training needs no widening.
+For cross-validated scores the percentiles are widened by √2. Drawing test rows treats the probes as given, but each problem
+has also trained the probes of the other folds. At chance level a probe's score of a problem reflects its similarity to the
+others, so every pair of problems counts twice and the variance doubles (Bates, Hastie and Tibshirani 2021,
+https://arxiv.org/abs/2104.00673, show that plain intervals of cross-validation are too narrow). In simulations with and
+without signal, with 80 to 200 samples, plain 95% intervals covered the expected AUROC in 79 to 90% of draws and widened
+ones in 88 to 98%. A probe tested on data that took no part in its training needs no widening.
 """
 
 import warnings
@@ -17,17 +17,17 @@ from jaxtyping import Float, Int
 from probes.report import Estimate
 
 WIDENING = 2**0.5
-"""How much wider an interval is than the bootstrap's percentiles, where scores are cross-validated."""
+"""Factor by which intervals of cross-validated scores are wider than the bootstrap percentiles."""
 
 LIMITS = {"difference": (-np.inf, np.inf), "r2": (-np.inf, 1.0), "spearman": (-1.0, 1.0)}
 LIMITS |= {"tokens": (0.0, np.inf), "saved": (-np.inf, 1.0)}
-"""Between what a metric can lie, where that is not 0 and 1."""
+"""Limits of metrics other than 0 and 1."""
 
 
 def bootstrap_weights(
     groups: Int[np.ndarray, "rows"], seed: int = 0, draws: int = 1000
 ) -> Int[np.ndarray, "draws rows"]:
-    """Draw problems with replacement; return how often each row was drawn, `[draws, rows]`."""
+    """Draw problems with replacement; return the weight of each row in each draw, `[draws, rows]`."""
     problems = int(groups.max()) + 1
     counts = np.random.default_rng(seed).multinomial(problems, np.full(problems, 1 / problems), size=draws)
     return counts[:, groups]
@@ -39,18 +39,16 @@ def estimate(
     weights: Int[np.ndarray, "draws rows"],
     widening: float = WIDENING,
 ) -> Estimate:
-    """Return a metric and its 95% interval; draws in which it is not defined are skipped.
+    """Return a metric and its 95% interval, skipping draws in which it is undefined.
 
     Args:
         metric: its name.
         measure: the metric, as a function of row weights.
         weights: the draws.
-        widening: by how much to widen the percentiles.
+        widening: factor by which to widen the percentiles.
     """
     value = float(measure(np.ones((1, weights.shape[1]), dtype=int))[0])
-    with (
-        warnings.catch_warnings()
-    ):  # no draw may define it (a baseline without spread): the interval is then NaN as well
+    with warnings.catch_warnings():  # a constant baseline is undefined in every draw: its interval is NaN too
         warnings.simplefilter("ignore", RuntimeWarning)
         low, high = np.nanpercentile(measure(weights), [2.5, 97.5])
     least, most = LIMITS.get(metric, (0.0, 1.0))

@@ -1,7 +1,7 @@
-"""Splits that never part a problem, and labels dealt anew that never part one either.
+"""Splits that keep problems together, and shuffled labels that do so too.
 
-Outer folds split *problems*, stratified by label; inside the training part of each, inner folds of the same kind choose
-whatever is to be chosen. For a number, the strata are its quintiles.
+Outer folds split *problems*, stratified by label; inside the training part of each, inner folds of the same kind make all
+choices. A numeric label is stratified by its quintiles.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ INNER_FOLDS = 3
 NEEDS_CONTRASTS = "problems with attempts of both classes"
 SAMPLE_AGAIN = "sample each problem several times (--epochs 4 --temperature 0.7), or choose another --kind"
 UNNEEDED = -1
-"""The stratum of rows that no training part needs."""
+"""Stratum of rows that training does not need."""
 
 RowIndices = Int[np.ndarray, "part"]
 Split = tuple[RowIndices, RowIndices]
@@ -30,15 +30,15 @@ class Fold:
     """One outer fold."""
 
     train: RowIndices
-    """Its training rows."""
+    """Training rows."""
     test: RowIndices
-    """Its test rows."""
+    """Test rows."""
     inner: tuple[Split, ...]
     """Splits of the training part, as indices into `train`; empty if its rarest class has a single problem."""
 
 
 def strata(target: Target) -> Int[np.ndarray, "rows"]:
-    """Return what folds are stratified by: the class, or the quintile of a number."""
+    """Return the strata of the folds: the class, or the quintile of a number."""
     if target.kind == "real":
         edges = np.unique(np.quantile(target.values, [0.2, 0.4, 0.6, 0.8]))
         return np.digitize(target.values, edges)
@@ -46,7 +46,7 @@ def strata(target: Target) -> Int[np.ndarray, "rows"]:
 
 
 def mixed(y: Shaped[np.ndarray, "rows"], problems: Int[np.ndarray, "rows"]) -> Bool[np.ndarray, "rows"]:
-    """Tell which rows are of problems that have rows of both classes."""
+    """Return which rows belong to problems with rows of both classes."""
     return np.isin(problems, np.intersect1d(problems[y.astype(bool)], problems[~y.astype(bool)]))
 
 
@@ -58,10 +58,10 @@ def grouped_splits(
     seed: int,
     needed: Bool[np.ndarray, "samples"] | None = None,
 ) -> tuple[Split, ...]:
-    """Split some rows into (train, test) parts, as indices into them, that share no group.
+    """Split rows into (train, test) parts that share no group; parts are indices into `rows`.
 
-    There are `most` splits, or fewer where the rarest class has fewer problems, so that every training part has every class
-    (counting only rows that are needed); none if that leaves no way to split.
+    There are `most` splits, or fewer if the rarest class has fewer problems, so that every training part has every class
+    (counting only needed rows); none if no such split exists.
     """
     own, labels = groups[rows], strata(target)[rows]
     if needed is not None:
@@ -88,16 +88,16 @@ def nested_folds(
     seed: int = 0,
     contrasts: Bool[np.ndarray, "samples"] | None = None,
 ) -> tuple[Fold, ...]:
-    """Make the outer folds and, inside each, the inner ones.
+    """Create the outer folds and, inside each, the inner ones.
 
     Args:
         target: the label.
-        groups: what is kept together.
-        seed: of the folds.
-        contrasts: which samples are of problems with attempts of both classes, for a kind that learns from those alone.
+        groups: the group of each sample, which is kept together.
+        seed: seed of the folds.
+        contrasts: which samples belong to problems with attempts of both classes, for a kind that learns only from those.
 
     Raises:
-        OneClassError: if no split by problem leaves every class to train on.
+        OneClassError: if no split by problem leaves every class in the training part.
     """
     if contrasts is not None and len(np.unique(groups[contrasts])) < 2:
         found = "none has" if not contrasts.any() else "one has, and a probe is tested on problems that it has not seen"
@@ -121,11 +121,11 @@ def nested_folds(
 def shuffle_labels(
     target: Target, groups: Int[np.ndarray, "samples"], folds: Sequence[Fold], seed: int = 0, *, inside: bool = False
 ) -> Target:
-    """Deal each problem's labels, as a block, to another problem of the same outer fold: what is left to find is chance.
+    """Permute the labels of whole problems within each outer fold, so that only chance remains to be found.
 
-    Blocks stay whole where problems have equally many samples. The number of each class stays what it is in every fold, as
-    it does in the stratified folds of the labels themselves. With `inside`, labels are dealt among the attempts at each problem
-    instead: what is left then for who compares these.
+    A problem's labels stay together if problems have equally many samples. The class counts of every fold are preserved, as in
+    the stratified folds of the original labels. With `inside`, labels are permuted among the attempts at each problem instead,
+    which is the chance level of a comparison within problems.
     """
     generator = np.random.default_rng(seed)
     values = target.values.copy()

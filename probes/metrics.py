@@ -1,14 +1,14 @@
-"""How good scores are, for many weightings of the rows at once.
+"""Metrics of scores, for many weightings of the rows at once.
 
-Every metric takes `weights`, `[draws, rows]`: how often each row counts. One draw of ones gives the metric itself; draws of
-whole problems give its bootstrap. A draw in which a metric is not defined (one class only) gives NaN.
+Every metric takes `weights`, `[draws, rows]`: the weight of each row. A single draw of ones gives the metric itself; draws
+of whole problems give its bootstrap distribution. A draw in which a metric is undefined (one class only) gives NaN.
 """
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 BINS = 10
-"""Of equal width, for the expected calibration error."""
+"""Number of equal-width bins of the expected calibration error."""
 
 RowScores = Float[np.ndarray, "rows"]
 RowLabels = Bool[np.ndarray, "rows"]
@@ -17,16 +17,16 @@ Draws = Float[np.ndarray, "draws"]
 
 
 def auroc(scores: RowScores, y: RowLabels, weights: RowWeights) -> Draws:
-    """Return the share of (True, False) pairs in order, ties a half."""
+    """Return the AUROC: the share of (True, False) pairs in the correct order, with ties counted half."""
     trues, falses = _by_score(scores, y, weights)
     in_order = (trues * (falses.cumsum(1) - falses / 2)).sum(1)
     return _ratio(in_order, trues.sum(1) * falses.sum(1))
 
 
 def within_auroc(scores: RowScores, y: RowLabels, weights: RowWeights, groups: Int[np.ndarray, "rows"]) -> Draws:
-    """Return the share of (True, False) pairs of the same problem in order; NaN if no problem has both.
+    """Return the AUROC over (True, False) pairs of the same problem; NaN if no problem has both classes.
 
-    A problem counts as often as its rows do: weights have to be those of whole problems.
+    All rows of a problem must have the same weight.
     """
     in_order = np.zeros(len(weights))
     pairs = np.zeros(len(weights))
@@ -50,7 +50,7 @@ def auprc(scores: RowScores, y: RowLabels, weights: RowWeights) -> Draws:
 
 
 def accuracy(probabilities: RowScores, y: RowLabels, weights: RowWeights) -> Draws:
-    """Return the share of rows on the right side of ½."""
+    """Return the accuracy at a threshold of ½."""
     return _ratio(weights @ ((probabilities > 0.5) == y), weights.sum(1))
 
 
@@ -60,7 +60,7 @@ def brier(probabilities: RowScores, y: RowLabels, weights: RowWeights) -> Draws:
 
 
 def ece(probabilities: RowScores, y: RowLabels, weights: RowWeights) -> Draws:
-    """Return the expected calibration error: |observed − said| per bin of probability, averaged over rows."""
+    """Return the expected calibration error: |observed − predicted| per bin of probability, averaged over rows."""
     inside = bins(probabilities)[:, None] == np.arange(BINS)
     return _ratio(np.abs(weights @ (inside * (probabilities - y)[:, None])).sum(1), weights.sum(1))
 
@@ -71,14 +71,14 @@ def bins(probabilities: RowScores) -> Int[np.ndarray, "rows"]:
 
 
 def r2(scores: RowScores, y: Float[np.ndarray, "rows"], weights: RowWeights) -> Draws:
-    """Return the share of the variance that is explained; below 0 where the mean would do better."""
+    """Return R², the explained share of the variance; negative if the mean would predict better."""
     total = weights.sum(1)
     variance = weights @ y**2 - _ratio((weights @ y) ** 2, total)
     return 1 - _ratio(weights @ (y - scores) ** 2, np.where(variance > 1e-12 * total, variance, 0))
 
 
 def spearman(scores: RowScores, y: Float[np.ndarray, "rows"], weights: RowWeights) -> Draws:
-    """Return the correlation of ranks, ties at their middle; NaN where all are tied."""
+    """Return Spearman's rank correlation, with ties at their mean rank; NaN if all are tied."""
     a, b = _ranks(scores, weights), _ranks(y, weights)
     total = weights.sum(1, keepdims=True)
     a, b = (ranks - _ratio((weights * ranks).sum(1, keepdims=True), total) for ranks in (a, b))

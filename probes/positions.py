@@ -1,11 +1,11 @@
-"""Where in a rollout a probe reads: a position's name turned into one row per example, or all of its tokens.
+"""Positions where a probe reads a rollout: each name selects one row per example, or all tokens.
 
-    last_prompt  last  mean_prompt  mean_generated     the store's policies that give one row
-    at:F                                               at the fraction F of the trace, 0 the last prompt token, 1 the last row
+    last_prompt  last  mean_prompt  mean_generated     the store's policies with one row
+    at:F                                               at fraction F of the trace: 0 is the last prompt token, 1 the last row
     before_answer                                      where the model is about to write the last number of its answer
-    tokens                                             every token, for kinds that pool by themselves
+    tokens                                             every token, for kinds that pool over tokens
 
-Rows are read one rollout at a time and only what is asked for is kept, so memory holds one row per example and key.
+Rows are read one rollout at a time and only the requested ones are kept, so memory holds one row per example and key.
 """
 
 import re
@@ -28,20 +28,20 @@ _NUMBER = re.compile(r"-?\$?\d[\d,]*(?:\.\d+)?")
 
 
 def check_positions(name: str) -> str:
-    """Return a position's name if it is one.
+    """Return `name` if it is a position.
 
     Raises:
         ProbeDataError: if it is not.
     """
     if name in (*POLICIES, "before_answer", "tokens") or _fraction(name) is not None:
         return name
-    raise ProbeDataError(f"positions: {name!r} is not one a probe reads at; allowed are {', '.join(NAMES)}")
+    raise ProbeDataError(f"positions: {name!r} is not a position; allowed are {', '.join(NAMES)}")
 
 
 def read(
     session: Session, rollouts: pd.DataFrame, key: str, positions: str
 ) -> Float[Tensor, "rollouts d"] | Float[Tensor, "rollouts tokens d"]:
-    """Read one key of rollouts, in float32; `tokens` are padded with NaN.
+    """Read one key of rollouts in float32; `tokens` are padded with NaN.
 
     Raises:
         ProbeDataError: if the rows were not stored.
@@ -52,7 +52,7 @@ def read(
         rows = session.activations(key, where=rollouts, positions="all")
         if positions == "tokens":
             parts = [item.values.float().flatten(1) for item in rows]
-            check_finite([bool(part.isfinite().all()) for part in parts], key, session)  # before NaN means padding
+            check_finite([bool(part.isfinite().all()) for part in parts], key, session)  # before padding with NaN
             return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True, padding_value=torch.nan)
         wanted = _wanted(rollouts, positions)
         kept = []
@@ -67,15 +67,15 @@ def read(
 
 
 def check_finite(finite: Sequence[bool], key: str, session: Session) -> None:
-    """Refuse rows with values that are not finite.
+    """Check that all values are finite.
 
     Raises:
-        ProbeDataError: if there are some, naming the key and how many samples have them.
+        ProbeDataError: if they are not; the message names the key and the number of samples.
     """
     broken = len(finite) - sum(finite)
     if broken:
         raise ProbeDataError(
-            f"{key} has values that are not finite in {broken} of {len(finite)} samples of {session.uri}; store a wider dtype"
+            f"{key} has non-finite values in {broken} of {len(finite)} samples of {session.uri}; store a wider dtype"
         )
 
 
@@ -100,7 +100,7 @@ def _at(row: pd.Series, fraction: float) -> int:
 def before_answer(row: pd.Series) -> int:
     """Return the position whose output is the first token of the last number in the completion.
 
-    Without a number it is the last row: the model was cut before it came to one, or gave none.
+    Without a number it is the last row: the output was truncated before one, or has none.
     """
     n_prompt, n_rows = int(row["n_prompt"]), count_rows(int(row["n_prompt"]), int(row["n_completion"]))
     offsets = row["token_offsets"]

@@ -1,8 +1,7 @@
-"""The kinds of probe, one file each, and the list of them.
+"""The kinds of probe, one file each.
 
-A kind fits one probe per model (a stored key at a position) and strength, all of them together in batched tensors, on a CPU or
-a GPU: whichever device `X` is on. Adding one is a file with a `fit` and a line in `KINDS`; a user's own comes from elsewhere by
-the same registry (`choosing`).
+A kind fits one probe per model (a stored key at a position) and strength, all together in batched tensors, on the device of
+`X`. A new kind is a file with a `fit` and a line in `KINDS`; a user's own comes from the same registry (`choosing`).
 """
 
 from collections.abc import Callable
@@ -29,29 +28,30 @@ class Kind:
     """A kind of probe."""
 
     name: str
-    """What it is called."""
+    """Name."""
     target: TargetKind
-    """What it can read: True or False, a number, or one of several classes."""
+    """The targets it supports: True or False, a number, or one of several classes."""
     fit: Callable[[Tensor, Tensor, Tensor, Tensor], Probes]
-    """`(X, y, groups, strengths)` to probes. `X` is `[models, rows, d]`, or `[models, rows, tokens, d]` with NaN for padding
-    if it takes every token."""
+    """Maps `(X, y, groups, strengths)` to probes. `X` is `[models, rows, d]`, or `[models, rows, tokens, d]` with NaN for
+    padding if the kind reads all tokens."""
     strengths: tuple[float, ...]
-    """What to choose from on inner folds, most regularized first: ties go to the first."""
+    """Strengths to choose from on inner folds, most regularized first: ties go to the first."""
     strength: str
-    """What the strength is, in words."""
+    """Description of the strength."""
     fit_together: Callable[[Tensor, Tensor, Tensor, Tensor], Probes] | None = None
-    """Likewise `(X, y, trains, strengths)` for several labelings of the same rows, `y` and `trains` (which rows train)
-    `[labelings, rows]`, labelings before strengths in the result; None where fitting them together saves nothing."""
+    """Maps `(X, y, trains, strengths)` to probes for several labelings of the same rows; `y` and `trains` (which rows
+    train) are `[labelings, rows]`, and labelings precede strengths in the result. None if fitting together saves
+    nothing."""
     tokens: bool = False
-    """Whether it takes every token of a sample instead of one row."""
+    """True if it reads all tokens of a sample instead of one row."""
     within: bool = False
-    """Whether it reads differences within a problem only, so that samples of different problems do not compare."""
+    """True if it reads differences within problems, so that samples of different problems are not comparable."""
     digest: str | None = None
     """Hash of the source of a kind that is not built in."""
 
     @property
     def probabilistic(self) -> bool:
-        """Whether its scores, once calibrated, are log-odds (of classes: logits); else they are values, or mere scores."""
+        """True if its calibrated scores are log-odds or class logits; otherwise they are values or uncalibrated scores."""
         return self.target != "real" and not self.within
 
 
@@ -79,4 +79,4 @@ KINDS: Registry[Kind] = Registry("roentgen.probe_kinds", _BUILT_IN)
 """Every kind, by name."""
 
 DEFAULT_KINDS: dict[TargetKind, str] = {"binary": "logistic", "real": "ridge", "classes": "multinomial"}
-"""The kind that reads a target if none is named."""
+"""Default kind of each target."""

@@ -1,12 +1,12 @@
-"""Softmax-attention pooling over tokens: where a sample shows its label is learned along with how.
+"""Softmax-attention pooling over tokens: learns where a sample shows its label, together with how.
 
 Method:
-    1. Standardise by the mean and standard deviation over all training tokens, and clip to ±8: a few tokens (the first, often)
-       have norms a hundred times the others', and a softmax would see nothing else.
-    2. f = Σₜ softmax(q·zₜ)·(v·zₜ) + b over a sample's own tokens; padding has no weight.
-    3. Minimise ½‖v‖² + ½‖q‖² + C Σ log(1 + exp(−s·f)) by L-BFGS with a line search (Nocedal and Wright, Numerical Optimization,
-       7.2). q starts at 0, which is mean pooling; the objective is not convex, and what is found is the minimum next to that.
-       Each model and strength is alone in its search, so that what is found does not depend on its company. Strength: C.
+    1. Standardize by the mean and standard deviation over all training tokens, and clip to ±8: a few tokens (often the first)
+       have norms a hundred times the others', and would dominate the softmax.
+    2. f = Σₜ softmax(q·zₜ)·(v·zₜ) + b over a sample's tokens; padding has no weight.
+    3. Minimize ½‖v‖² + ½‖q‖² + C Σ log(1 + exp(−s·f)) by L-BFGS with a line search (Nocedal and Wright, Numerical Optimization,
+       7.2). q starts at 0, which is mean pooling; the objective is not convex, and the result is the local minimum near that.
+       Each model and strength is optimized separately, so that results do not depend on the batch. Strength: C.
 """
 
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class AttentionProbes:
         return _pooled(Z, there, self.query, self.value, self.bias)[:, :, None]
 
     def attention(self, X: Float[Tensor, "models rows tokens d"]) -> Float[Tensor, "models strengths rows tokens"]:
-        """Return the weight of each token, which add up to 1 over a sample's own."""
+        """Return the weight of each token; a sample's weights sum to 1."""
         return _weights(*_standardized(X, self.mean, self.scale), self.query)
 
 

@@ -1,13 +1,14 @@
-"""Group-centered logistic regression: what tells a problem's right attempts from its wrong ones.
+"""Group-centered logistic regression: distinguishes a problem's correct attempts from its incorrect ones.
 
 Method:
     1. Keep the problems that have attempts of both classes.
-    2. Subtract each problem's mean from its rows. What all attempts at a problem share (its topic, length and difficulty) is
-       gone; what is left are differences between attempts.
-    3. Fit a logistic regression with an L2 penalty and no intercept on these. Strength: C, as in `logistic`.
+    2. Subtract each problem's mean from its rows. This removes what all attempts at a problem share (its topic, length and
+       difficulty) and leaves the differences between attempts.
+    3. Fit a logistic regression with an L2 penalty and no intercept. Strength: C, as in `logistic`.
 
-Scores of attempts at one problem compare; those of different problems are not meant to, so it is judged by the AUROC within
-problems. It is a conditional (fixed-effects) logistic regression with the effects projected out instead of conditioned on.
+Scores of attempts at one problem are comparable, those of different problems are not, so the probe is evaluated by the
+AUROC within problems. It is a conditional (fixed-effects) logistic regression with the effects projected out instead of
+conditioned on.
 """
 
 import torch
@@ -42,7 +43,7 @@ def fit(
     trues = torch.bincount(group, weights=y.double())
     mixed = ((trues > 0) & (trues < n))[group]
     if not bool(mixed.any()):
-        raise ValueError("no problem has attempts of both classes, so there is nothing to tell apart within one")
+        raise ValueError("no problem has attempts of both classes, so no problem has attempts to compare")
     X = X.double()
     sums = X.new_zeros(len(X), len(n), X.shape[-1]).index_add_(1, group, X)
     centered = (X - (sums / n[:, None])[:, group])[:, mixed]

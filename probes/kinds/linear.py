@@ -1,10 +1,10 @@
-"""What the linear kinds share: the fitted probes, and standardized rows on their principal axes.
+"""Shared by the linear kinds: the fitted probes, and standardized rows on their principal axes.
 
 Method:
-    1. Standardise each feature by the mean and standard deviation of the rows given, which are training rows only.
-    2. Rotate the rows onto their principal axes. An L2 penalty does not feel a rotation and the weights lie in the span of
-       the rows, so min(rows, d) coordinates are enough: it does not matter that d exceeds the rows by far. On these axes the
-       covariance is diagonal, which makes ridge regression and LDA a division and the others easy (`newton`).
+    1. Standardize each feature by the mean and standard deviation of the given rows, which are training rows only.
+    2. Rotate the rows onto their principal axes. An L2 penalty is invariant under rotation and the weights lie in the span of
+       the rows, so min(rows, d) coordinates suffice, even if d is much larger than the number of rows. On these axes the
+       covariance is diagonal, which turns ridge regression and LDA into a division and simplifies the others (`newton`).
 
 Everything is float64: residual streams have a few directions thousands of times larger than the rest.
 """
@@ -37,7 +37,7 @@ class LinearProbes:
 
 @dataclass(frozen=True)
 class Standardized:
-    """Rows, each feature with mean 0 and standard deviation 1."""
+    """Rows whose features have mean 0 and standard deviation 1."""
 
     Z: Float[Tensor, "models rows d"]
     """`[models, rows, d]`."""
@@ -59,7 +59,7 @@ class Standardized:
 def scale_of(
     deviation: Float[Tensor, "models d"], mean: Float[Tensor, "models d"], rows: int
 ) -> Float[Tensor, "models d"]:
-    """Return what to divide features by: their standard deviation, or 1 where that is rounding of a constant."""
+    """Return the divisor of each feature: its standard deviation, or 1 if that is rounding error of a constant."""
     return torch.where(deviation > rows * torch.finfo(torch.float64).eps * mean.abs(), deviation, 1.0)
 
 
@@ -70,8 +70,8 @@ class Axes:
     rotated: Float[Tensor, "models rows axes"]
     """`[models, rows, axes]`, centered, its columns orthogonal."""
     back: tuple[Float[Tensor, "models _ _"], ...]
-    """Matrices whose product, `[models, axes, d]`, has the axes as its rows: weights on the axes times each in turn are
-    weights of the features. They are not multiplied out: that would cost more than all the rest."""
+    """Matrices whose product, `[models, axes, d]`, has the axes as rows: weights on the axes times each matrix in turn are
+    weights of the features. They are not multiplied out, which would cost more than everything else."""
     mean: Float[Tensor, "models d"]
     """`[models, d]`."""
     scale: Float[Tensor, "models d"]
@@ -85,8 +85,8 @@ class Axes:
         if Z.shape[2] <= Z.shape[1]:
             axes = torch.linalg.eigh(Z.mT @ Z).eigenvectors
             return cls(Z @ axes, (axes.mT,), rows.mean, rows.scale)
-        # The eigenvectors of the smaller matrix give the same axes. Those without length (centered rows have at least one)
-        # must stay short instead of being blown up to arbitrary unit vectors.
+        # The eigenvectors of the smaller matrix give the same axes. Axes of zero length (centered rows have at least one)
+        # must not be scaled up to arbitrary unit vectors.
         squared, directions = torch.linalg.eigh(Z @ Z.mT)
         length = squared.clamp_min(0).sqrt()[:, None]
         dual = directions / length.clamp_min(1e-7 * length.amax().clamp_min(1e-300))
@@ -103,10 +103,10 @@ class Axes:
 
 
 def check_two_classes(y: Tensor) -> None:
-    """Refuse labels of one class.
+    """Check that labels have two classes.
 
     Raises:
-        ValueError: if `y` has one class only: the intercept would have no bound.
+        ValueError: if `y` has one class only, for which the intercept is unbounded.
     """
     if bool(y.all()) or not bool(y.any()):
         raise ValueError(f"y has one class only: {int(y.sum())} of {len(y)} rows are True")

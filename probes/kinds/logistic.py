@@ -1,7 +1,7 @@
 """Logistic regression with an L2 penalty.
 
-The objective is scikit-learn's: ½‖w‖² + C Σ log(1 + exp(−s·f)), with f = w·z + b, z standardized, s = ±1, and b not penalized.
-Strength: C. `newton` says how it is minimised.
+The objective is scikit-learn's: ½‖w‖² + C Σ log(1 + exp(−s·f)), with f = w·z + b, standardized z, s = ±1, and unpenalized
+b. Strength: C. `newton` describes the solver.
 """
 
 from collections.abc import Callable

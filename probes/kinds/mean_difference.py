@@ -1,11 +1,11 @@
-"""Difference of means: from the center of the wrong answers to the center of the right ones.
+"""Difference of means: from the mean of the incorrect answers to the mean of the correct ones.
 
 Method:
-    1. w = μ₁ − μ₀ on features as they are, not standardized (Marks and Tegmark 2023, https://arxiv.org/abs/2310.06824; used to
-       read correctness from the end of the prompt in https://arxiv.org/abs/2509.10625).
+    1. w = μ₁ − μ₀ on the raw features, not standardized (Marks and Tegmark 2023, https://arxiv.org/abs/2310.06824; used to
+       read correctness at the end of the prompt in https://arxiv.org/abs/2509.10625).
     2. Its length and the intercept come from a logistic regression on the projection alone, so that scores are log-odds.
 
-Regularization: none. The direction does not depend on a choice, which is why it often carries over best to other data.
+Regularization: none. The direction involves no choice, which is why it often transfers best to other data.
 """
 
 import torch
@@ -16,7 +16,7 @@ from probes.kinds import logistic
 from probes.kinds.linear import LinearProbes, check_two_classes
 
 C = 1.0
-"""Of the logistic regression on one standardized feature: next to no penalty."""
+"""C of the logistic regression on one standardized feature: almost no penalty."""
 
 
 def fit(

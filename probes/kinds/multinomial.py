@@ -1,7 +1,7 @@
-"""Multinomial logistic regression with an L2 penalty: which of several classes.
+"""Multinomial logistic regression with an L2 penalty, for several classes.
 
-The objective is scikit-learn's: ½‖W‖² + C Σ −log softmax(W·z + b)[y], z standardized, b not penalized. Strength: C. `newton`
-says how it is minimised.
+The objective is scikit-learn's: ½‖W‖² + C Σ −log softmax(W·z + b)[y], with standardized z and unpenalized b. Strength: C.
+`newton` describes the solver.
 """
 
 from collections.abc import Callable

@@ -1,7 +1,7 @@
-"""Ridge regression: reads a number.
+"""Ridge regression, for numeric targets.
 
-The objective is scikit-learn's: ‖y − w·z − b‖² + α‖w‖², z standardized, b not penalized. Strength: α. On principal axes the
-solution is a division.
+The objective is scikit-learn's: ‖y − w·z − b‖² + α‖w‖², with standardized z and unpenalized b. Strength: α. On principal
+axes the solution is a division.
 """
 
 from jaxtyping import Float, Int

@@ -148,7 +148,7 @@ def test_values_that_are_not_finite_are_refused(build_run, planted):
     features, correct = planted(KEYS, None, n=6)
     features[KEYS[1]][2, 5] = np.inf
     run = build_run(features, correct)
-    with pytest.raises(ProbeDataError, match=r"layers.10.resid_post has values that are not finite in 1 of 6"):
+    with pytest.raises(ProbeDataError, match=r"layers.10.resid_post has non-finite values in 1 of 6"):
         ProbeDataset.open(run.path).features(KEYS[1])
 
 
@@ -159,7 +159,7 @@ def test_rows_that_are_all_nan_are_not_taken_for_padding(build_run, planted):
     data = ProbeDataset.open(run.path)
     assert len(data.features(KEYS[0], "tokens")) == 6
     for positions in ("tokens", "last_prompt"):
-        with pytest.raises(ProbeDataError, match=r"layers.10.resid_post has values that are not finite in 1 of 6"):
+        with pytest.raises(ProbeDataError, match=r"layers.10.resid_post has non-finite values in 1 of 6"):
             data.features(KEYS[1], positions)
 
 

@@ -349,7 +349,7 @@ def test_rows_that_are_not_finite_are_no_padding(build_run, planted):
     features, correct = planted(KEYS[1:2], None, n=8)
     features[KEYS[1]][3] = torch.nan
     run = build_run(features, correct)
-    with pytest.raises(ProbeDataError, match="values that are not finite in 1 of 8 samples"):
+    with pytest.raises(ProbeDataError, match="non-finite values in 1 of 8 samples"):
         probes.train(run.path, kind="attention", positions="tokens")
 
 
