@@ -1,8 +1,8 @@
-"""What a probe can be trained to read: a label's name turned into a target, one value per example.
+"""Labels: converts a label's name to a target, one value per example.
 
-Labels come from four places: columns of a table (CSV or parquet) that the caller gives; the built-in ones below, which need a
-run's record; what the record has beside them, the fields of the problems and what scorers found; and the labels that were sent
-with the capture and lie in the store's index. A field that is called as a built-in label is `field:NAME`.
+Labels come from four sources: columns of a table (CSV or parquet) that the caller provides; the built-in labels below,
+which need a run's record; other data in the record, namely the problems' fields and the scorers' values; and the labels
+stored in the store's index. A field with the name of a built-in label is `field:NAME`.
 
 A new built-in label is one line in `LABELS`.
 """
@@ -29,39 +29,39 @@ _NUMBER = re.compile(r"-?[\d.,]*\d")
 
 @dataclass(frozen=True)
 class Example:
-    """One sample: an attempt at a problem, whose activations are somewhere."""
+    """An example: one attempt at a problem with stored activations."""
 
     problem: str
-    """The id of what it is an attempt at."""
+    """The problem's id."""
     epoch: int
-    """Which attempt."""
+    """Number of the attempt."""
     rollout_id: str
-    """Its activations."""
+    """Id of the rollout with its activations."""
     n_prompt: int
     """Tokens of the prompt."""
     n_completion: int
     """Tokens generated."""
     truncated: bool
-    """Whether it was cut."""
+    """True if it was truncated."""
     question: str
     """The problem's text."""
     labels: dict[str, Any]
-    """What was stored with the activations."""
+    """Labels stored with the activations."""
     sample: Sample | None = None
-    """The run's record of it, None if it comes from a session alone."""
+    """Its sample in the run; None if the example comes from a session alone."""
     config: RunConfig | None = None
     """The run's configuration, likewise."""
     asked: str | None = None
-    """The question without what surrounds it, where `question` is a whole prompt and the question is known; else None."""
+    """The question alone, if `question` is a whole prompt and the question within it is known; otherwise None."""
 
     @property
     def recorded(self) -> dict[str, Any]:
-        """What the record has of it that may be a label: its problem's fields, and what scorers found."""
+        """Additional labels from the record: its problem's fields and the scorers' values."""
         return {} if self.sample is None else {**plain_labels(self.sample.fields), **self.sample.values}
 
     @property
     def posed(self) -> Posed:
-        """What it was asked, to be compared with what others were asked."""
+        """The problem, for comparison with those of other examples."""
         if self.sample is not None:
             return self.sample.posed
         template = self.labels.get("template")
@@ -70,7 +70,7 @@ class Example:
 
     @property
     def unread(self) -> bool:
-        """Whether no answer was found in it; False where that is not known."""
+        """True if no answer was extracted; False if that is unknown."""
         if self.sample is None or self.config is None:
             return "correct" in self.labels and self.labels.get("answer", "") is None
         return self.sample.answers.get(self.config.settings.get("extractor", ""), "") is None
@@ -78,25 +78,25 @@ class Example:
 
 @dataclass(frozen=True)
 class Target:
-    """What is to be read."""
+    """A target: what a probe predicts."""
 
     name: str
     """The label."""
     kind: TargetKind
-    """True or False, a number, or one of several classes."""
+    """Whether it is True or False, a number, or one of several classes."""
     values: Shaped[np.ndarray, "samples"]
-    """One per example: bool, float64, or the class's number, `[samples]`."""
+    """Values per example: bool, float64, or the class number, `[samples]`."""
     classes: tuple[str, ...] = ()
-    """The classes' names, for a target of several."""
+    """Names of the classes of a target with several."""
 
     @classmethod
     def of(cls, name: str, values: Sequence[Any]) -> "Target":
-        """Tell from values what kind of target they are: booleans, numbers, or names.
+        """Create a target whose kind is inferred from the values: booleans, numbers, or names.
 
-        Two names (or the numbers 0 and 1) make a binary target whose True is the second in order.
+        Two names (or the numbers 0 and 1) make a binary target in which True is the second in order.
 
         Raises:
-            ProbeDataError: if some are numbers and others texts.
+            ProbeDataError: if the values mix numbers and texts.
         """
         if all(isinstance(value, bool | np.bool_) for value in values):
             return cls(name, "binary", np.array(values, dtype=bool))
@@ -109,7 +109,7 @@ class Target:
         if any(numeric):
             number, text = values[numeric.index(True)], values[numeric.index(False)]
             raise ProbeDataError(
-                f"label: {name!r} has numbers, such as {number!r}, and texts, such as {text!r}; a probe reads one or the other"
+                f"label: {name!r} mixes numbers, such as {number!r}, and texts, such as {text!r}; use one or the other"
             )
         names, places = np.unique([str(value) for value in values], return_inverse=True)
         if len(names) <= 2:
@@ -126,7 +126,7 @@ def _configured(read: Callable[[dict[str, Any]], Any]) -> Callable[[Sequence[Exa
 
 
 def difficulty(examples: Sequence[Example]) -> list[float | None]:
-    """Return the share of attempts at each example's problem that are wrong, over its run's configuration."""
+    """Return the share of incorrect attempts at each example's problem, under its run's configuration."""
     problems = same_question([example.posed for example in examples])
     verdicts = defaultdict(list)
     for example, problem in zip(examples, problems, strict=True):
@@ -139,13 +139,13 @@ def difficulty(examples: Sequence[Example]) -> list[float | None]:
 
 
 def number_of_steps(sample: Sample) -> float:
-    """Count the lines of the gold solution, without the one that gives the answer (`#### 18`)."""
+    """Count the lines of the gold solution, excluding the answer line (`#### 18`)."""
     lines = [line for line in sample.solution.splitlines() if line.strip()]
     return float(sum(not line.lstrip().startswith("####") for line in lines))
 
 
 def compressed(value: str | float | None) -> float | None:
-    """Return sign(v)·log10(1 + |v|): answers span many orders of magnitude, and a squared error would see the largest only."""
+    """Return sign(v)·log10(1 + |v|): answers span many orders of magnitude, and the largest would dominate a squared error."""
     if isinstance(value, str):
         found = _NUMBER.search(value)
         value = _as_float(found[0]) if found else None
@@ -153,7 +153,7 @@ def compressed(value: str | float | None) -> float | None:
 
 
 def step_value(number: int) -> Callable[[Sequence[Example]], list[float | None]]:
-    """Return a label: what the gold solution's `number`-th calculation (from 1) gives, compressed; None where it has fewer."""
+    """Return a label: the compressed result of the gold solution's `number`-th calculation (from 1); None if it has fewer."""
 
     def read(sample: Sample) -> float | None:
         found = _CALCULATION.findall(sample.solution)
@@ -172,15 +172,15 @@ LABELS: dict[str, Callable[[Sequence[Example]], list[Any]]] = {
     "response_length": lambda examples: [float(example.n_completion) for example in examples],
     "gold_value": _recorded(lambda sample: compressed(sample.gold)),
 }
-"""Built-in labels; each gives a value per example, None where it has none. Beside them, `step_value:k`."""
+"""Built-in labels; each returns a value per example, or None. In addition there is `step_value:k`."""
 
 
 def read_label(name: str, examples: Sequence[Example], table: str | Path | None = None) -> list[Any]:
-    """Return a label's value of each example, None where it has none.
+    """Return a label's value per example; None where an example has none.
 
     Args:
         name: a built-in label, a column of the table, or a label stored with the activations.
-        examples: of what.
+        examples: the examples.
         table: a CSV or parquet file with a column `rollout_id`, or `problem_id` and perhaps `epoch`, and one per label.
 
     Raises:
@@ -194,7 +194,7 @@ def read_label(name: str, examples: Sequence[Example], table: str | Path | None 
     if name in LABELS:
         if name in recorded:
             raise ProbeDataError(
-                f"label: {name!r} is built in, and a field of these problems too; for the field, ask for field:{name}"
+                f"label: {name!r} is both a built-in label and a field of these problems; use field:{name} for the field"
             )
         return LABELS[name](examples)
     if prefix == "step_value" and rest.isdigit() and int(rest) > 0:
@@ -206,7 +206,7 @@ def read_label(name: str, examples: Sequence[Example], table: str | Path | None 
         return [example.recorded.get(name, example.labels.get(name)) for example in examples]
     given = sorted(set(columns.columns) - {"rollout_id", "problem_id", "epoch"}) if columns is not None else []
     raise ProbeDataError(
-        f"label: {name!r} is not known; allowed are {', '.join([*LABELS, 'step_value:1', *given, *stored])}"
+        f"label: {name!r} is unknown; allowed are {', '.join([*LABELS, 'step_value:1', *given, *stored])}"
         + ("" if columns is not None else ", and any column of a table (--table)")
     )
 
@@ -230,7 +230,7 @@ def _from_table(table: pd.DataFrame, name: str, examples: Sequence[Example]) -> 
     elif "problem_id" in table:
         on, keys = ["problem_id"], [(example.problem,) for example in examples]
     else:
-        raise ProbeDataError("table: it needs a column rollout_id, or problem_id (and perhaps epoch), to be joined on")
+        raise ProbeDataError("table: a column rollout_id, or problem_id (and optionally epoch), is required to join it")
     if table.duplicated(on).any():
         raise ProbeDataError(f"table: several rows have the same {' and '.join(on)}")
     values = dict(zip(table[on].itertuples(index=False, name=None), table[name].tolist(), strict=True))

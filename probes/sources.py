@@ -1,9 +1,9 @@
-"""From a run or a session of the store to its examples, each with its row in the store's index.
+"""Converts runs and sessions to examples, each with its row of the store's index.
 
-A run's `samples.jsonl` says what each answer was worth and which rollout holds its activations; a session's index says what
-was kept and with which labels. For a run, another session may be named (`roentgen capture` made it: other layers, another
-model): it is joined on the key that both were made under. In a conversation of several turns the first turn's rollout
-counts: it is where the model has seen the problem and nothing else.
+A run's `samples.jsonl` has the verdict of each answer and the id of its rollout; a session's index has the stored keys and
+labels. For a run, another session may be given (made by `roentgen capture`: other layers, another model); it is joined on
+the rollout key. In a conversation of several turns, the first turn's rollout is used: there the model has seen only the
+problem.
 """
 
 from collections.abc import Hashable
@@ -24,7 +24,7 @@ SourcePath = str | Path
 
 @dataclass(frozen=True)
 class SessionExamples:
-    """The part of a dataset that lies in one session."""
+    """The part of a dataset within one session."""
 
     session: Session
     """The open session."""
@@ -35,11 +35,11 @@ class SessionExamples:
 
 
 def open_source(place: SourcePath, session: SourcePath | None) -> tuple[list[SessionExamples], int]:
-    """Return a run's or a session's part of the dataset, and how many samples have no activations.
+    """Return a run's or a session's parts of the dataset, and the number of samples without activations.
 
     Raises:
         ProbeDataError: if a session is empty.
-        RunError: if no sample of a run has activations, or the store has lost some.
+        RunError: if no sample of a run has activations, or the store lacks some.
         StoreError: if a session cannot be read.
     """
     path = Path(str(place)).expanduser()
@@ -47,7 +47,7 @@ def open_source(place: SourcePath, session: SourcePath | None) -> tuple[list[Ses
         opened = Session.open(place)
         frame = opened.rollouts()
         if len(frame) == 0:
-            raise ProbeDataError(f"{place} holds no rollout")
+            raise ProbeDataError(f"{place} holds no rollouts")
         return [SessionExamples(opened, frame, tuple(_of_index(row) for row in frame.to_dict("records")))], 0
     run = Run(path)
     parts = [_of_run(run, part) for part in run.stored(session=session)]
@@ -66,9 +66,9 @@ def _of_index(row: dict[Hashable, Any]) -> Example:
 
 
 def _asked(row: dict[Hashable, Any], text: str, end: int) -> str | None:
-    """Return the question of an evaluation's sample: its last user message, without the examples shown before it.
+    """Return the question of an evaluation's sample: its last user message, without the shots before it.
 
-    Of other rollouts it is not known which part of the prompt is the question.
+    For other rollouts it is unknown which part of the prompt is the question.
     """
     spoken = [s for s in row["segments"] if s["role"] == "user" and s["stop"] <= end]
     return text[spoken[-1]["start"] : spoken[-1]["stop"]] if spoken and "sample_id" in row["labels"] else None

@@ -1,17 +1,16 @@
-"""Trains a probe for every candidate of some data and writes what it found.
+"""Trains a probe for every candidate and writes the results.
 
     RUN/probes/<label>/
       probes.safetensors  probes.json       the probes, fitted on all samples (`roentgen.linear_probe`)
-      auroc_by_layer.png  heatmap.png  reliability.png  along_trace.png  scores.png  projection.png     those that there are
-      dark/                                 the same pictures, to be shown on a dark background
-      curves.json                           scores out of fold and curves of them (`curves`)
-      report.html                           all of it as one page, with transcripts colored by score (`page`)
-      results.json                          the report (`ProbeReport.to_json`); written last: if it is there, all is there
+      auroc_by_layer.png  heatmap.png  reliability.png  along_trace.png  scores.png  projection.png     those that apply
+      dark/                                 the same pictures for a dark background
+      report.html                           everything on one page, with transcripts colored by score (`page`)
+      results.json                          the report (`ProbeReport.to_json`), written last: if it exists, everything does
 
-Probes on a session that `roentgen capture` made of the run's answers are in `RUN/probes/<label>@<session>/`; a kind that is
-not the label's usual one is part of the name likewise (`<label>+lda`).
+Probes on a session made by `roentgen capture` from the run's answers are in `RUN/probes/<label>@<session>/`. A kind other
+than the label's default is also part of the name (`<label>+lda`).
 
-`fitting` does the work.
+`fitting` does the computation.
 """
 
 import os
@@ -54,29 +53,29 @@ def train(
     stage: Callable[[str], None] = lambda text: None,
     written: Callable[[Path], None] = lambda page: None,
 ) -> ProbeReport:
-    """Train and evaluate a probe per candidate; write the folder.
+    """Train and evaluate a probe per candidate, and write the folder.
 
     Args:
-        sources: run directories, sessions, or one of either.
-        label: what to read, see `labels`.
-        positions: where to read, see `positions`.
-        kind: of probe, by a name, a reference, or itself; the usual one of the label if None.
-        declared: a candidate named beforehand (`layers.12.resid_post@last_prompt`), reported beside the best.
-        seed: of folds, bootstrap, shuffles and random directions; the same seed gives the same report.
+        sources: run directories, sessions, or a single one.
+        label: the label, see `labels`.
+        positions: the positions to read, see `positions`.
+        kind: the kind of probe: a name, a reference, or an object; the label's default if None.
+        declared: a candidate chosen beforehand (`layers.12.resid_post@last_prompt`), reported in addition to the best.
+        seed: seed of folds, bootstrap, shuffles and random directions; the same seed gives the same report.
         session: a session with other activations of the runs' answers, instead of their own.
-        table: labels, as CSV or parquet.
-        output: the folder; for a single run it may be left out.
-        device: where to fit, "cpu" or "cuda".
-        stage: told what is being done.
-        written: told where the page is.
+        table: a CSV or parquet file with labels.
+        output: the output folder; optional for a single run.
+        device: the device for fitting, "cpu" or "cuda".
+        stage: called with each stage's description.
+        written: called with the path of the page.
 
     Raises:
         RunError: if a run is damaged.
-        ProbeDataError: if something asked for is not there.
+        ProbeDataError: if requested data does not exist.
         OneClassError: if the label does not vary enough.
     """
     if device != "cpu" and not (device == "cuda" and torch.cuda.is_available()):
-        raise ProbeDataError(f"device: {device!r} is not here; allowed are cpu, and cuda where there is a GPU")
+        raise ProbeDataError(f"device: {device!r} is not available; allowed are cpu, and cuda if there is a GPU")
     check_seed(seed)
     stage("reading the activations' index")
     data = ProbeDataset.open(sources, label, session=session, table=table)
@@ -85,9 +84,7 @@ def train(
     usual = chosen.name == DEFAULT_KINDS[data.target.kind]
     if output is None:
         if len(data.names) > 1 or data.examples[0].config is None:
-            raise ProbeDataError(
-                "output: probes of several sources, or of a session alone, need a folder to be written to"
-            )
+            raise ProbeDataError("output: probes of several sources, or of a session alone, need an output folder")
         run = Path(str(sources if isinstance(sources, str | Path) else sources[0])).expanduser().absolute()
         name = label.replace(":", "-") + ("" if session is None else f"@{data.sources[0].session.name}")
         output = run / "probes" / (name if usual else f"{name}+{chosen.name}")
@@ -102,7 +99,7 @@ def train(
 
 
 def _check_folder(folder: Path) -> None:
-    """Refuse a folder that cannot be made or written to, before anything is fitted."""
+    """Check that the output folder is writable, before anything is fitted."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         why = "is not a folder" if not there.is_dir() else "is not writable"

@@ -1,8 +1,8 @@
-"""Whether a probe holds elsewhere: trained on one set of data, tested on another; and how alike two directions are.
+"""Transfer of probes: trained on one dataset and tested on another, and the similarity of two directions.
 
-The test problems have had no part in training, so the bootstrap over them needs no widening. A problem that is in both sets
-would have. So that a run with tools and a run without, on the same problems, can be compared, half of the problems that both
-have, dealt at random, train and the other half are tested; what shares a question or a template is one problem here.
+The test problems took no part in training, so the bootstrap over them needs no widening. Problems in both datasets are
+split: half of them, chosen at random, train and the other half are tested, so that, for example, a run with tools can be
+compared with one without on the same problems. Examples that share a question or a template count as one problem.
 """
 
 from dataclasses import asdict, dataclass
@@ -33,35 +33,35 @@ INNER_FOLDS = 3
 
 @dataclass(frozen=True)
 class KeyComparison:
-    """What two sets of data have in common at one key."""
+    """Comparison of two datasets at one key."""
 
     key: str
     """The stored key."""
     cosine: float
-    """Between the two probes' directions, each fitted on all of its own data, in the activations' own units."""
+    """Cosine of the two probes' directions, each fitted on all of its own data, in the activations' own units."""
     there: Estimate
-    """Trained on the first, tested on the second."""
+    """Metric when trained on the first and tested on the second."""
     back: Estimate
-    """Trained on the second, tested on the first."""
+    """Metric when trained on the second and tested on the first."""
 
 
 @dataclass(frozen=True)
 class ProbeComparison:
-    """Two sets of data, key by key."""
+    """Comparison of two datasets, key by key."""
 
     names: tuple[str, str]
-    """The names of the sets."""
+    """Names of the datasets."""
     label: str
-    """What is read."""
+    """The label."""
     kind: str
     """The kind of probe."""
     positions: str
     """Where."""
     keys: tuple[KeyComparison, ...]
-    """Per key that both have."""
+    """Results per key that both have."""
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as data."""
+        """Return it as JSON values."""
         return asdict(self)
 
 
@@ -73,19 +73,19 @@ def transfer(
     kind: str | Kind | Fit | None = None,
     seed: int = 0,
 ) -> list[Estimate]:
-    """Train on one set and test on another, each key by itself; the strength is chosen on the training side.
+    """Train on one dataset and test on another, separately per key; the strength is chosen on the training side.
 
     Args:
-        train: what to train on; problems that `test` has as well are dealt to one side or the other.
-        test: what to test on.
+        train: the training data; problems that `test` has too are assigned to one side or the other.
+        test: the test data.
         keys: stored keys that both have.
         positions: where to read.
         kind: of probe.
         seed: of folds, deals and bootstrap.
 
     Raises:
-        ProbeDataError: if the sets have other labels or kinds of target.
-        OneClassError: if a side is left with one class.
+        ProbeDataError: if the datasets' targets differ.
+        OneClassError: if a side has only one class left.
     """
     chosen = choose_kind(train.target, kind)
     check_reads(chosen, [positions])
@@ -131,7 +131,7 @@ def compare(
 
     Raises:
         RunError: if a run is damaged.
-        ProbeDataError: if they have no key in common, or something asked for is not there.
+        ProbeDataError: if they have no key in common, or requested data does not exist.
         OneClassError: if the label does not vary enough in one of them.
     """
     one, two = (ProbeDataset.open(place, label, table=table) for place in (first, second))
@@ -151,7 +151,7 @@ def compare(
 
 
 def _cosine(one: ProbeDataset, two: ProbeDataset, key: str, positions: str, kind: Kind, seed: int) -> float:
-    """Return the cosine between the directions that two sets give, each fitted on all of its data."""
+    """Return the cosine of two datasets' directions, each fitted on all of its data."""
     directions = [_direction(data, key, positions, kind, seed) for data in (one, two)]
     return float(torch.nn.functional.cosine_similarity(directions[0].flatten(), directions[1].flatten(), dim=0))
 
@@ -164,7 +164,7 @@ def _direction(data: ProbeDataset, key: str, positions: str, kind: Kind, seed: i
 
 
 def _fit(X: Float[Tensor, "1 rows d"], data: ProbeDataset, rows: np.ndarray, kind: Kind, seed: int) -> Any:
-    """Fit one probe on some rows, its strength chosen on folds of them."""
+    """Fit one probe on some rows, with its strength chosen on folds of them."""
     contrasts = mixed(data.target.values, data.problems) if kind.within else None
     splits = grouped_splits(data.target, rows, data.groups, INNER_FOLDS, seed, contrasts)
     strength = kind.strengths[0]
@@ -181,7 +181,7 @@ def _fit(X: Float[Tensor, "1 rows d"], data: ProbeDataset, rows: np.ndarray, kin
 def _split_shared_problems(
     train: ProbeDataset, test: ProbeDataset, seed: int
 ) -> tuple[Bool[np.ndarray, "train"], Bool[np.ndarray, "test"]]:
-    """Say which examples train and which are tested, so that no problem is on both sides."""
+    """Return which examples train and which are tested, so that no problem is on both sides."""
     groups = np.array(same_template([example.posed for data in (train, test) for example in data.examples]))
     of_train, of_test = groups[: len(train.examples)], groups[len(train.examples) :]
     shared = np.intersect1d(of_train, of_test)
@@ -190,7 +190,7 @@ def _split_shared_problems(
     judge = ~np.isin(of_test, taught)
     for data, kept, side in ((train, learn, "to train on"), (test, judge, "to test on")):
         if len(np.unique(data.target.values[kept])) < 2:
-            raise OneClassError(f"{data.names[0]} has one class only left {side}; evaluate more problems")
+            raise OneClassError(f"{data.names[0]} has only one class left {side}; evaluate more problems")
     return learn, judge
 
 

@@ -189,7 +189,7 @@ def test_columns_that_cannot_be_probed_are_named(run, tmp_path):
 
 
 def test_a_device_that_is_not_here_is_named(run):
-    with pytest.raises(ProbeDataError, match="device: 'tpu' is not here; allowed are cpu"):
+    with pytest.raises(ProbeDataError, match="device: 'tpu' is not available; allowed are cpu"):
         probes.train(run.path, device="tpu")
 
 
