@@ -1,8 +1,8 @@
-"""Does a probe's direction do anything? Problems are answered with the direction added to the stream, at several scales.
+"""Steering sweeps: problems are answered while a probe's direction is added to the residual stream, at several scales.
 
-`arms` makes what is compared: no steering, the probe's direction, and directions of the same length that know nothing of
-the label. `sweep` has a server answer every problem in every arm. `findings` turns the answers into accuracy, parse rate and
-length, each with its interval and its difference from no steering.
+`arms` defines the conditions: no steering, the probe's direction, and control directions of the same length that are
+independent of the label. `sweep` has a server answer every problem in every arm. `findings` computes accuracy, parse rate
+and length, each with its interval and its difference from no steering.
 """
 
 from probes.steering.arms import Arm, make_arms

@@ -1,7 +1,8 @@
-"""What a sweep compares: the probe's direction against directions that know nothing of the label, of the same length.
+"""The arms of a sweep: the probe's direction and control directions of the same length.
 
-A change under steering shows only that the model was pushed. So each scale is also tried along random directions and along
-random directions orthogonal to the probe's: what these do, pushing does; what only the probe's does is the direction's.
+A change under steering alone shows only that the model was perturbed. So each scale is also applied along random directions
+and along random directions orthogonal to the probe's. An effect that the controls share is due to the perturbation; one
+that only the probe's direction has is due to the direction.
 """
 
 from collections.abc import Sequence
@@ -17,31 +18,31 @@ Along = Literal["nothing", "probe", "random", "orthogonal"]
 
 @dataclass(frozen=True, eq=False)
 class Arm:
-    """One way to answer all problems."""
+    """A condition under which all problems are answered."""
 
     along: Along
-    """What is added."""
+    """The kind of direction."""
     number: int = 0
-    """Which of the directions of this kind, from 0."""
+    """Number of the direction within its kind, from 0."""
     scale: float = 0.0
-    """In units of `SweepPlan.unit`."""
+    """Scale in units of `SweepPlan.unit`."""
     direction: Float[Tensor, "d"] | None = None
-    """Of length 1, `[d]`; None for no steering."""
+    """Unit direction, `[d]`; None for no steering."""
 
 
 def make_arms(direction: Float[Tensor, "d"], scales: Sequence[float], controls: int, seed: int = 0) -> list[Arm]:
-    """Return the arms of a sweep: no steering first, then every direction at every scale.
+    """Return the arms of a sweep: no steering, then every direction at every scale.
 
     Args:
-        direction: the probe's; any length.
-        scales: how far to push.
-        controls: how many random, and as many orthogonal directions.
-        seed: of these.
+        direction: the probe's direction, of any length.
+        scales: the scales.
+        controls: number of random and of orthogonal directions.
+        seed: seed of the control directions.
     """
     unit = torch.nn.functional.normalize(direction.double(), dim=0)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randn(2 * controls, len(unit), generator=generator, dtype=torch.float64)
-    # Orthogonal to the probe's direction and, as far as there is room, to one another.
+    # Orthogonal to the probe's direction and, as far as dimensions allow, to one another.
     orthogonal = torch.linalg.qr(torch.cat([unit[None], drawn[controls:]]).mT).Q.mT[1:] if controls else drawn
     directions: list[tuple[Along, int, Tensor]] = [("probe", 0, unit)]
     directions += [("random", i, row) for i, row in enumerate(torch.nn.functional.normalize(drawn[:controls], dim=-1))]

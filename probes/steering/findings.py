@@ -1,9 +1,9 @@
-"""From the answers of a sweep to its findings: per direction and scale accuracy, parse rate and length, with intervals.
+"""Summarizes a steering sweep: accuracy, parse rate and length per direction and scale, with intervals.
 
-Problems are the unit. Several directions of one kind are averaged within a problem first, so an interval is over problems,
-whatever the number of directions. Shares have Wilson's interval, and differences of shares Tango's (`roentgen.intervals`), of
-as many trials as there are problems: both have a width where all problems do alike. Lengths and their differences have a
-bootstrap over problems. Differences are paired: each problem against itself without steering.
+The unit is the problem. Several directions of one kind are first averaged within each problem, so intervals are over
+problems, whatever the number of directions. Shares have Wilson's interval and differences of shares have Tango's
+(`roentgen.intervals`), with one trial per problem; both have positive width even if all problems agree. Lengths and their
+differences have a bootstrap over problems. Differences are paired: each problem is compared with itself without steering.
 """
 
 from collections import defaultdict
@@ -31,23 +31,23 @@ COLORS_BY_DIRECTION = {"probe": "C0", "random": "C1", "orthogonal": "C2"}
 
 @dataclass(frozen=True)
 class SteeringFinding:
-    """What steering along one kind of direction, at one scale, did."""
+    """The effect of steering along one kind of direction at one scale."""
 
     along: Along
     """The kind."""
     scale: float
-    """How far."""
+    """The scale."""
     directions: int
-    """How many directions of the kind there were."""
+    """Number of directions of the kind."""
     values: dict[str, Estimate]
-    """Per measure, its mean over problems."""
+    """Mean over problems, per measure."""
     differences: dict[str, Estimate]
-    """Per measure, the mean difference from no steering; none without steering."""
+    """Mean difference from no steering, per measure; empty for no steering."""
 
 
 @dataclass(frozen=True)
 class SweepReport:
-    """A sweep and what it found: the contents of `steering.json`."""
+    """A sweep and its results: the contents of `steering.json`."""
 
     probe: str
     """The probe's path."""
@@ -58,19 +58,19 @@ class SweepReport:
     label: str
     """What the probe reads."""
     key: str
-    """Where vectors were added."""
+    """The hook point where vectors were added."""
     positions: str
-    """To which tokens."""
+    """The steered positions."""
     unit: float
-    """The length of what a scale of 1 added."""
+    """Length of the vector added at scale 1."""
     problems: int
-    """How many were answered, in every arm."""
+    """Number of problems, each answered in every arm."""
     seen: bool
-    """Whether the probe was trained on these problems."""
+    """True if the probe was trained on these problems."""
     seed: int
-    """Of the control directions."""
+    """Seed of the control directions."""
     sampling: dict[str, Any]
-    """Of every request."""
+    """Parameters of every request."""
     findings: tuple[SteeringFinding, ...]
     """No steering first, then by direction and scale."""
 
@@ -90,7 +90,7 @@ class SweepReport:
         return spelled
 
     def draw(self) -> Figure:
-        """Draw each measure over the scale, a line per kind of direction with its 95% interval."""
+        """Plot each measure over the scale, one line per kind of direction with its 95% interval."""
         figure = Figure(figsize=(10, 3.6), dpi=150, layout="constrained")
         plain = next(finding for finding in self.findings if finding.along == "nothing")
         for axes, measure in zip(figure.subplots(1, len(MEASURES)), MEASURES, strict=True):
@@ -117,11 +117,11 @@ class SweepReport:
 
 
 def summarize_sweep(outcomes: Sequence[SweepOutcome], seed: int = 0) -> tuple[SteeringFinding, ...]:
-    """Turn outcomes into findings; every problem must have been answered in every arm.
+    """Summarize outcomes; every problem must have been answered in every arm.
 
     Args:
         outcomes: the answers.
-        seed: of the bootstrap.
+        seed: seed of the bootstrap.
     """
     problems = sorted({outcome.problem_id for outcome in outcomes})
     arms: dict[tuple[Along, float], list[SweepOutcome]] = defaultdict(list)
@@ -165,13 +165,13 @@ def _per_problem(
 
 
 def _share(name: str, values: Float[np.ndarray, "problems"]) -> Estimate:
-    """Estimate a share, with Wilson's interval (1927) of as many trials as there are problems."""
+    """Estimate a share with Wilson's interval (1927), with one trial per problem."""
     p = float(values.mean())
     return Estimate(name, p, *wilson(p, len(values)))
 
 
 def _change(name: str, changes: Float[np.ndarray, "problems"]) -> Estimate:
-    """Estimate a difference of shares, with Tango's interval."""
+    """Estimate a difference of shares with Tango's interval."""
     more, less = float(changes.clip(min=0).mean()), float((-changes).clip(min=0).mean())
     return Estimate(name, more - less, *paired(more, less, len(changes)))
 

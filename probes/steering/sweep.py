@@ -1,7 +1,7 @@
-"""Has a server answer every problem in every arm, as an OpenAI client, and judges the answers.
+"""Runs a sweep: a server answers every problem in every arm, and the answers are judged.
 
-All requests of all arms are mixed, so that arms run in the same batches and none has a quieter server than another. An
-outcome is appended to a file as it comes. A request that fails for good stops the sweep: an arm without its hardest problems
+The requests of all arms are interleaved, so that arms run in the same batches under the same load. Each outcome is appended
+to a file as it arrives. A request that fails permanently stops the sweep: otherwise an arm without its hardest problems
 would be compared with one that has them.
 """
 
@@ -20,31 +20,31 @@ from roentgen.errors import RoentgenError
 
 
 class SweepError(RoentgenError):
-    """A sweep cannot be run; the message says what the server said."""
+    """A sweep cannot be run; the message has the server's error."""
 
 
 @dataclass(frozen=True)
 class SweepTask:
-    """One problem: what is asked."""
+    """A problem of a sweep."""
 
     problem_id: str
     messages: list[dict[str, Any]]
 
 
 PROGRESS_REPORTS = 20
-"""How often a sweep says how far it is."""
+"""Number of progress reports per sweep."""
 
 JudgeAnswer = Callable[[str, str], Awaitable[tuple[bool, bool]]]
-"""From a text and the id of its problem to whether an answer could be read, and whether it is right."""
+"""Maps a text and its problem's id to whether an answer was extracted, and whether it is correct."""
 
 
 class SweepOutcome(BaseModel):
-    """One answer: a line of `outcomes.jsonl`."""
+    """An answer: a line of `outcomes.jsonl`."""
 
     model_config = ConfigDict(frozen=True)
 
     problem_id: str
-    """Which problem."""
+    """The problem's id."""
     along: Along
     """The arm."""
     number: int
@@ -54,19 +54,19 @@ class SweepOutcome(BaseModel):
     text: str
     """The answer."""
     parsed: bool
-    """Whether an answer could be read."""
+    """True if an answer was extracted."""
     correct: bool
-    """Whether it is right."""
+    """True if it is correct."""
     tokens: int
     """Generated."""
     finish_reason: str | None
     """Why the model stopped."""
     acted: bool = False
-    """Whether the scores of a probe have done something."""
+    """True if a probe's scores have acted on the generation."""
 
 
 class AnswerPlan(Protocol):
-    """How problems are answered, whatever the arms differ in."""
+    """How problems are answered, independent of the kind of arms."""
 
     @property
     def parallel(self) -> int:
@@ -74,46 +74,46 @@ class AnswerPlan(Protocol):
 
     @property
     def seed(self) -> int:
-        """Of the order in which they are sent."""
+        """Seed of the order of the requests."""
 
     def parameters(self, task: SweepTask, arm: Arm) -> dict[str, Any]:
-        """Return a request's parameters but for its messages."""
+        """Return a request's parameters, except its messages."""
 
     def judged_text(self, message: Any) -> str:
-        """Return the text of a reply that is judged."""
+        """Return the text of a reply to be judged."""
 
 
 @dataclass(frozen=True)
 class SweepPlan:
-    """How problems are answered."""
+    """How problems are answered in a steering sweep."""
 
     model: str
     """The served model."""
     hook_point: str
-    """Where vectors are added."""
+    """The hook point where vectors are added."""
     layer: int | None
-    """In which layer, None for a model-wide hook point."""
+    """The layer; None for a model-wide hook point."""
     positions: str
     """To which tokens."""
     unit: float
-    """The length of what a scale of 1 adds."""
+    """Length of the vector added at scale 1."""
     sampling: dict[str, Any] = field(default_factory=dict)
     """Parameters of every request."""
     parallel: int = 16
     """Requests in flight."""
     seed: int = 0
-    """Of the order in which they are sent."""
+    """Seed of the order of the requests."""
 
     def parameters(self, task: SweepTask, arm: Arm) -> dict[str, Any]:
-        """Return a request's parameters but for its messages."""
+        """Return a request's parameters, except its messages."""
         return {"model": self.model, "extra_body": self.extra_body(arm), **self.sampling}
 
     def judged_text(self, message: Any) -> str:
-        """Return the text of a reply that is judged."""
+        """Return the text of a reply to be judged."""
         return message.content or ""
 
     def extra_body(self, arm: Arm) -> dict[str, Any]:
-        """Return what an arm adds to a request."""
+        """Return an arm's additions to a request."""
         if arm.direction is None:
             return {}
         steering: dict[str, Any] = {
@@ -137,16 +137,16 @@ async def run_sweep(
     """Answer every task in every arm.
 
     Args:
-        client: of a server that steers.
-        plan: how.
+        client: client of a server that supports steering.
+        plan: how problems are answered.
         tasks: the problems.
-        arms: what is compared.
-        judge: reads the answers.
-        record: a file that outcomes are appended to as they come.
+        arms: the conditions.
+        judge: judges the answers.
+        record: the file to which outcomes are appended.
         on_progress: called `PROGRESS_REPORTS` times with a line that says how many outcomes there are.
 
     Raises:
-        SweepError: if a request fails for good.
+        SweepError: if a request fails permanently.
     """
     pairs = [(task, arm) for task in tasks for arm in arms]
     random.Random(plan.seed).shuffle(pairs)

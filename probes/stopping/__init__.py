@@ -1,10 +1,11 @@
-"""When could a probe have stopped the model, and what would that have cost? Answered from stored rows, without the model.
+"""Stopping sweeps: when could a probe have stopped the model, and at what cost? Answered from stored rows, without the
+model.
 
-`traces` reads a run's stored rollouts and scores their tokens. `settings` are the rules that are tried: the probe above several
-scores for several tokens, random directions likewise, a fixed length, and an answer that has not changed. `sweep` finds where
-each would have stopped every rollout, with the function that a server stops by (`roentgen.stop_rule`), and has what was said by
-then judged. `findings` turns that into accuracy against tokens: each kind's setting is chosen on half of the problems and
-reported on the other half. `page` shows it.
+`traces` reads a run's stored rollouts and scores their tokens. `stop_settings` defines the settings tried: the probe above
+several scores for several tokens, random directions likewise, a fixed length, and an answer that has converged. `sweep`
+finds where each setting would have stopped every rollout, with the same function that a server uses (`roentgen.stop_rule`),
+and judges the text up to there. `findings` computes accuracy against tokens: each kind's setting is chosen on half of the
+problems and evaluated on the other half. `page` shows the results.
 """
 
 from probes.stopping.findings import Chosen, LiveFinding, StopFinding, StopReport, live_finding, summarize_stops

@@ -1,10 +1,11 @@
-"""From what each setting would have done to what it is worth: accuracy against tokens, with intervals over problems.
+"""Evaluates the settings of a stopping sweep: accuracy against tokens, with intervals over problems.
 
-A setting that is chosen and reported on the same problems flatters: of a hundred the best was lucky too. So the problems are
-dealt into two halves. On one each family of settings (the probe, fixed lengths, equal readings) is set to what needs the fewest
-tokens and loses no more accuracy than is allowed; on the other all of them are reported. A random direction is not set by
-itself. It is given the probe's setting, the score that as many of its own are below and as many tokens in a row: it stops about
-as readily without knowing anything. The probe itself may have been trained on these very problems, which the report says.
+A setting chosen and evaluated on the same problems looks too good, because the best of a hundred was also lucky. So the
+problems are split into two halves. On one, each family of settings (the probe, fixed lengths, equal readings) is set to the
+one that needs the fewest tokens without losing more accuracy than allowed; on the other, all settings are evaluated. A
+random direction is not tuned separately: it gets the probe's setting, with the threshold that the same share of its own
+scores is below, so that it stops about as often while being uninformative. The probe may have been trained on these very
+problems, which the report states.
 """
 
 from collections.abc import Sequence
@@ -23,25 +24,25 @@ from roentgen.statistics import accuracy, difference
 from roentgen.stop_rule import StopWhen
 
 FEW = 20
-"""Problems of a half below which its numbers say little."""
+"""Number of problems per half below which its results are unreliable."""
 
 
 @dataclass(frozen=True)
 class StopFinding:
-    """What a setting would have done."""
+    """The effect of a setting."""
 
     setting: Setting
     """The setting."""
     accuracy: Estimate
-    """The share of right answers."""
+    """Accuracy."""
     change: Estimate
-    """The accuracy's difference from that of whole answers, on the same problems."""
+    """Difference of the accuracy from that of complete answers, on the same problems."""
     tokens: Estimate
-    """The mean number of tokens."""
+    """Mean number of tokens."""
     saved: Estimate
-    """The share of all tokens that were not generated."""
+    """Share of all tokens that were not generated."""
     stopped: float
-    """The share of answers that were stopped."""
+    """Share of answers that were stopped."""
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
@@ -51,29 +52,28 @@ class StopFinding:
 
 @dataclass(frozen=True)
 class Chosen:
-    """The setting of one family that was chosen on the one half, and what it did on the other; of a random direction, the
-    probe's."""
+    """The setting of one family chosen on one half, and its effect on the other; for a random direction, the probe's."""
 
     kind: RuleKind
     """The family's kind."""
     number: int
-    """Which of the random directions."""
+    """Number of the random direction."""
     finding: StopFinding | None
-    """None if no setting kept the accuracy; of a random direction, if none of the probe's did."""
+    """None if no setting kept the accuracy; for a random direction, if none of the probe's did."""
 
 
 @dataclass(frozen=True)
 class LiveFinding:
-    """What the chosen setting did on a server, on the same half."""
+    """The effect of the chosen setting on a server, on the same half."""
 
     accuracy: Estimate
-    """The share of right answers."""
+    """Accuracy."""
     tokens: Estimate
-    """The mean number of tokens."""
+    """Mean number of tokens."""
     stopped: float
-    """The share of answers that were stopped."""
+    """Share of answers that were stopped."""
     same_length: float
-    """The share of answers that have as many tokens as the stored rows say."""
+    """Share of answers with as many tokens as the stored rows predict."""
 
     def to_json(self) -> dict[str, Any]:
         """Return it as JSON values."""
@@ -83,42 +83,42 @@ class LiveFinding:
 
 @dataclass(frozen=True)
 class StopReport:
-    """A sweep and what it found: the contents of `stopping.json`."""
+    """A sweep and its results: the contents of `stopping.json`."""
 
     run: str
     """The run's folder."""
     probe: str
     """The probe's path."""
     key: str
-    """What it reads."""
+    """The stored key that the probe reads."""
     where: str
-    """Which tokens count."""
+    """The tokens that count."""
     then: str
-    """What is done where it stops."""
+    """The effect of stopping."""
     max_loss: float
-    """The accuracy that a setting may lose on the half that it is chosen on."""
+    """Accuracy that a setting may lose on the half that it is chosen on."""
     seen: bool
-    """Whether the probe was trained on the run's problems."""
+    """True if the probe was trained on the run's problems."""
     samples: tuple[int, int]
-    """How many rollouts settings were chosen on, and how many they are reported on."""
+    """Number of rollouts for choosing and for evaluation."""
     problems: tuple[int, int]
-    """Of how many problems."""
+    """Number of problems, likewise."""
     seed: int
-    """Of the halves, the random directions and the bootstrap."""
+    """Seed of the halves, the random directions and the bootstrap."""
     whole: StopFinding
-    """Whole answers, on the reported half."""
+    """Complete answers, on the evaluation half."""
     chosen: tuple[Chosen, ...]
     """Per family: the probe, random directions, fixed lengths, equal readings."""
     findings: tuple[StopFinding, ...]
-    """Every setting, on the reported half."""
+    """Every setting, on the evaluation half."""
     live: LiveFinding | None = None
-    """What the probe's chosen setting did on a server, if that was asked for."""
+    """The probe's chosen setting on a server, if requested."""
     folder: str = field(default="", compare=False)
-    """Where the report is."""
+    """The report's folder."""
 
     @property
     def probes_own(self) -> StopFinding | None:
-        """What the probe's chosen setting did; None if no setting kept the accuracy."""
+        """The effect of the probe's chosen setting; None if no setting kept the accuracy."""
         return next(one.finding for one in self.chosen if one.kind == "probe")
 
     @property
@@ -130,22 +130,22 @@ class StopReport:
         return StopWhen.model_validate(fields).model_dump()
 
     def notes(self) -> list[str]:
-        """Return what should stop a reader from reading too much into the numbers."""
+        """Return caveats about the numbers."""
         notes = []
         if min(self.problems) < FEW:
             notes.append(
-                f"There are {self.problems[0]} and {self.problems[1]} problems in the halves: that says little."
+                f"The halves have only {self.problems[0]} and {self.problems[1]} problems: the results are unreliable."
             )
         if self.seen:
-            notes.append("The probe was trained on problems of this run, so its scores here flatter it.")
+            notes.append("The probe was trained on problems of this run, so its results here are too good.")
         if self.probes_own is None:
             notes.append(f"No setting of the probe loses at most {self.max_loss:g} of the accuracy.")
         elif self.probes_own.saved.low <= 0:
-            notes.append("The probe saves no tokens that the interval could tell from none.")
+            notes.append("The tokens that the probe saves are not distinguishable from none.")
         if self.then == "close_reasoning":
             notes.append(
-                "What the model says after its reasoning is closed is not in the stored rows: the answer is what is read in "
-                "the reasoning, and its tokens are those of the model's own. --confirm measures it."
+                "The stored rows do not contain the answer after a closed reasoning: the answer is extracted from the "
+                "reasoning, with the token count of the model's own answer. --confirm measures it."
             )
         return notes
 
@@ -181,7 +181,7 @@ class StopReport:
 
 
 def split_halves(groups: Sequence[int], seed: int) -> Bool[np.ndarray, "traces"]:
-    """Deal problems into halves; return which rollouts are of the half that settings are chosen on."""
+    """Split problems into halves; return which rollouts are in the half for choosing."""
     numbers = np.unique(groups)
     first = np.random.default_rng(seed).permutation(numbers)[: len(numbers) // 2]
     return np.isin(groups, first)
@@ -195,18 +195,18 @@ def summarize_stops(
     max_loss: float,
     seed: int = 0,
 ) -> tuple[StopFinding, tuple[Chosen, ...], tuple[StopFinding, ...]]:
-    """Choose each family's setting on one half, and find what all of them do on the other.
+    """Choose each family's setting on one half, and evaluate all of them on the other.
 
     Args:
         traces: the rollouts.
-        settings: what was tried, "whole" first.
-        stops: what each did to each, `[settings][traces]`.
-        choosing: which are of the half that settings are chosen on.
-        max_loss: the accuracy that a setting may lose there.
+        settings: the settings, "whole" first.
+        stops: the effect of each setting on each rollout, `[settings][traces]`.
+        choosing: which rollouts are in the half for choosing.
+        max_loss: accuracy that a setting may lose there.
         seed: of the bootstrap.
 
     Returns:
-        Whole answers, the chosen settings, and every setting, on the other half.
+        Complete answers, the chosen settings, and every setting, on the other half.
     """
     correct = np.array([[stop.correct for stop in row] for row in stops])
     tokens = np.array([[stop.tokens for stop in row] for row in stops])
@@ -253,13 +253,13 @@ def live_finding(
     groups: Sequence[int],
     seed: int = 0,
 ) -> LiveFinding:
-    """Return what a setting did on a server.
+    """Evaluate a setting on a server.
 
     Args:
-        correct: whether each answer is right.
-        tokens: how many each has.
-        stopped: whether the probe has acted.
-        expected: how many tokens the stored rows say.
+        correct: whether each answer is correct.
+        tokens: token count of each answer.
+        stopped: whether the probe stopped each answer.
+        expected: token count of each answer predicted by the stored rows.
         groups: the answers' problems.
         seed: of the bootstrap.
     """
@@ -285,7 +285,7 @@ def share(correct: Bool[np.ndarray, "answers"], groups: Int[np.ndarray, "answers
 def _change(
     here: Bool[np.ndarray, "answers"], whole: Bool[np.ndarray, "answers"], groups: Int[np.ndarray, "answers"]
 ) -> Estimate:
-    """Estimate how an accuracy differs from that of whole answers, problem by problem."""
+    """Estimate the difference of an accuracy from that of complete answers, paired by problem."""
     members = [np.flatnonzero(groups == group) for group in np.unique(groups)]
     own = difference(
         {number: here[at].tolist() for number, at in enumerate(members)},
@@ -298,7 +298,7 @@ def _change(
 
 
 def rows(report: StopReport) -> list[tuple[str, str, str, str, str, str]]:
-    """Return the chosen settings as a table: what, setting, accuracy, its change, tokens, and the share saved."""
+    """Return the chosen settings as a table: name, setting, accuracy, its change, tokens, and the share saved."""
     names = {"probe": "the probe", "fixed_length": "a fixed length", "convergence": "answer convergence"}
     table = [("whole answers", "", str(report.whole.accuracy), "", _tokens(report.whole.tokens), "")]
     for one in report.chosen:

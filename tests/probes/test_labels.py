@@ -67,7 +67,7 @@ def test_tables_are_joined_on_what_they_have(tmp_path):
     with pytest.raises(ProbeDataError, match="several rows have the same problem_id"):
         read_label("mood", EXAMPLES, table)
     pd.DataFrame({"mood": ["x"]}).to_parquet(table)
-    with pytest.raises(ProbeDataError, match="needs a column rollout_id, or problem_id"):
+    with pytest.raises(ProbeDataError, match="a column rollout_id, or problem_id"):
         read_label("mood", EXAMPLES, table)
     table.write_bytes(b"torn")
     with pytest.raises(ProbeDataError, match=r"t.parquet cannot be read"):
@@ -79,7 +79,7 @@ def test_values_tell_what_kind_of_target_they_are():
     assert Target.of("a", [1, 0, 1]).values.tolist() == [True, False, True]
     assert Target.of("a", [1, 0.0, True, 1.0]).values.tolist() == [True, False, True, True]
     assert Target.of("a", [1.5, 2.0]).kind == "real"
-    with pytest.raises(ProbeDataError, match=r"label: 'a' has numbers, such as 0\.5, and texts, such as 'inf'"):
+    with pytest.raises(ProbeDataError, match=r"label: 'a' mixes numbers, such as 0\.5, and texts, such as 'inf'"):
         Target.of("a", [0.5, "inf"])
     named = Target.of("a", ["no", "yes", "no"])
     assert (named.kind, named.classes, named.values.tolist()) == ("binary", ("no", "yes"), [False, True, False])
