@@ -1,15 +1,14 @@
-"""A linear probe as it is saved: training writes it, and a server or another run reads it.
+"""The file format of saved linear probes, written by training and read by servers and other runs.
 
     probes/<label>/
       probes.safetensors    per probe: `<name>.weight` [outputs, d], `<name>.bias` [outputs], `<name>.mean` [d],
                             `<name>.scale` [d]
-      probes.json           per probe: its card (`ProbeCard`); written last, so if it is there, all is there
+      probes.json           per probe: its card (`ProbeCard`); written last, so if it exists, everything does
 
-A name is `<key>@<positions>`, as in `layers.12.resid_post@last_prompt`. The score of a row x is
-`weight · (x − mean) / scale + bias`. The card's `unit` says what the score is: log-odds that the label is True, logits of the
-classes, a value, or only a score, of which more is more likely. Log-odds and logits are calibrated where the probe was trained
-to read: of the rows with log-odds of −1.1, 1 in 4 have the label. Probes saved before there was a `unit` have scores. Nothing
-is pickled.
+A name is `<key>@<positions>`, as in `layers.12.resid_post@last_prompt`. The score of a row x is `weight · (x − mean) /
+scale + bias`. The card's `unit` defines the score: log-odds that the label is True, class logits, a value, or an
+uncalibrated score. Log-odds and logits are calibrated at the position of training: of the rows with log-odds of −1.1, 1 in
+4 have the label. Probes saved before `unit` existed have uncalibrated scores. Nothing is pickled.
 """
 
 import json
@@ -40,55 +39,55 @@ class SavedProbeError(RoentgenError):
 
 
 class ProbeCard(BaseModel):
-    """What is known of a saved probe."""
+    """Metadata of a saved probe."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
-    """The model whose activations it reads."""
+    """Name of the model whose activations it reads."""
     revision: str
     """Its revision."""
     key: str
     """The stored key."""
     positions: str
-    """Where in a rollout it was trained to read."""
+    """The position of training."""
     kind: str
     """The kind of probe."""
     label: str
-    """What it reads."""
+    """The label."""
     target: str
     """"binary", "real" or "classes"."""
     classes: tuple[str, ...] = ()
-    """Names of the classes, where they have names."""
+    """Names of the classes, if they have names."""
     unit: ScoreUnit = "score"
-    """What its scores are; those of older files are mere scores."""
+    """Unit of its scores; older files have uncalibrated scores."""
     strength: float
-    """Of the penalty."""
+    """Strength of the penalty."""
     folds: int
-    """Outer folds of the evaluation."""
+    """Number of outer folds of the evaluation."""
     metrics: dict[str, dict[str, float | None]]
-    """Out-of-fold metrics, each with its interval."""
+    """Out-of-fold metrics with their intervals."""
     data_hash: str
-    """Of which samples with which labels it was trained on."""
+    """Hash of the training samples and their labels."""
     seed: int
-    """Of the folds."""
+    """Seed of the folds."""
     roentgen: str
-    """The version that made it."""
+    """Version of Roentgen that made it."""
 
     @property
     def name(self) -> str:
-        """What it is called in its folder."""
+        """Name in its folder."""
         return f"{self.key}@{self.positions}"
 
     @property
     def layer(self) -> int | None:
-        """The layer it reads, None for a model-wide key."""
+        """The layer that it reads; None for a model-wide key."""
         return split_key(self.key)[1]
 
 
 @dataclass(frozen=True, eq=False)
 class LinearProbe:
-    """A linear probe's arithmetic."""
+    """A linear probe: maps rows to scores."""
 
     weight: Float[Tensor, "outputs d"]
     """Directions in standardised features, `[outputs, d]`."""
@@ -105,11 +104,11 @@ class LinearProbe:
 
     @property
     def direction(self) -> Float[Tensor, "outputs d"]:
-        """The directions in the activations' own units, of length 1: along them the scores grow fastest."""
+        """Unit directions in the activations' own units, along which the scores grow fastest."""
         return torch.nn.functional.normalize(self.weight / self.scale, dim=-1)
 
     def to(self, device: torch.device) -> "LinearProbe":
-        """Return the same on a device, in float32."""
+        """Return a copy on a device, in float32."""
         return LinearProbe(
             *(part.to(device, torch.float32) for part in (self.weight, self.bias, self.mean, self.scale))
         )
@@ -117,14 +116,14 @@ class LinearProbe:
 
 @dataclass(frozen=True, eq=False)
 class SavedProbe(LinearProbe):
-    """A probe that says what it is."""
+    """A linear probe with its metadata."""
 
     card: ProbeCard
-    """What is known of it."""
+    """Its metadata."""
 
 
 def save_probes(folder: Path, probes: list[SavedProbe]) -> None:
-    """Write a folder of probes, whole or not at all."""
+    """Write a folder of probes atomically."""
     make_folder(folder)
     tensors = {
         f"{probe.card.name}.{part}": getattr(probe, part).float().cpu().contiguous()
@@ -138,17 +137,19 @@ def save_probes(folder: Path, probes: list[SavedProbe]) -> None:
 
 
 def read_cards(folder: Path) -> dict[str, ProbeCard]:
-    """Return what is known of each probe of a folder, by name.
+    """Return the cards of a folder's probes by name.
 
     Raises:
-        SavedProbeError: if there are none, or the file is damaged.
+        SavedProbeError: if the folder has no probes, or the file is damaged.
     """
     file = folder / CARDS
     try:
         cards: dict[str, Any] = json.loads(file.read_text())
         return {name: ProbeCard.model_validate(card) for name, card in cards.items()}
     except FileNotFoundError:
-        raise SavedProbeError(f"{folder} holds no probes: it has no {CARDS}; `roentgen probe train` makes it") from None
+        raise SavedProbeError(
+            f"{folder} holds no probes: it has no {CARDS}; `roentgen probe train` creates it"
+        ) from None
     except (json.JSONDecodeError, ValidationError, AttributeError) as error:
         raise SavedProbeError(f"{file} is damaged: {error}") from error
 
@@ -157,7 +158,7 @@ def load_probe(folder: Path, name: str) -> SavedProbe:
     """Load one probe.
 
     Args:
-        folder: where it is.
+        folder: its folder.
         name: its name, `<key>@<positions>`.
 
     Raises:
@@ -172,12 +173,12 @@ def load_probe(folder: Path, name: str) -> SavedProbe:
     except (SafetensorError, OSError) as error:
         raise SavedProbeError(f"{folder / TENSORS} is damaged: {error}") from error
     if weight.shape[1:] != mean.shape or mean.shape != scale.shape or bias.shape != weight.shape[:1]:
-        raise SavedProbeError(f"{folder / TENSORS} is damaged: the parts of {name} do not fit together")
+        raise SavedProbeError(f"{folder / TENSORS} is damaged: the tensors of {name} have inconsistent shapes")
     return SavedProbe(weight, bias, mean, scale, cards[name])
 
 
 def find_probe(given: Path, label: str) -> tuple[Path, SavedProbe]:
-    """Return a saved probe and its path, FOLDER/NAME; of a run, the one most folds have chosen.
+    """Return a saved probe and its path, FOLDER/NAME; for a run, the probe that most folds chose.
 
     Raises:
         SavedProbeError: if there is none.
@@ -189,6 +190,6 @@ def find_probe(given: Path, label: str) -> tuple[Path, SavedProbe]:
         folder = path / "probes" / label
         results = folder / "results.json"
         if not results.exists() or not (folder / CARDS).exists():
-            raise SavedProbeError(f"{path} has no saved probes of {label!r}; `roentgen probe train` makes them")
+            raise SavedProbeError(f"{path} has no saved probes of {label!r}; `roentgen probe train` creates them")
         path = folder / Counter(json.loads(results.read_text())["best"]["keys"]).most_common(1)[0][0]
     return path, load_probe(path.parent, path.name)

@@ -1,4 +1,4 @@
-"""The rules that a sweep tries, each with what it can be set to."""
+"""The stopping rules that a sweep tries, each with its parameters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,32 +14,32 @@ from roentgen.linear_probe import LinearProbe
 RuleKind = Literal["whole", "probe", "random", "fixed_length", "convergence"]
 
 QUANTILES = np.array([0.3, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.96, 0.98, 0.99, 0.995])
-"""Of the scores: the values that are tried, where none are given."""
+"""Quantiles of the scores that are tried as thresholds, if none are given."""
 SHARES = np.linspace(0.1, 1.0, 19)
-"""Quantiles of the lengths: the fixed lengths that are tried."""
+"""Quantiles of the lengths that are tried as fixed lengths."""
 READINGS = (1, 2, 3, 4, 6)
-"""How many sentence ends in a row have to have one reading."""
+"""Numbers of consecutive sentence ends that must have the same reading."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One rule. Of its fields, those that its kind does not have are None."""
+    """A setting of one rule. Fields that do not apply to its kind are None."""
 
     kind: RuleKind
-    """`whole` never stops. The others stop by the probe's score, by a random direction's, after a fixed number of tokens, or
-    when the scorer has read the same answer several times in a row."""
+    """`whole` never stops. The others stop by the probe's score, by a random direction's score, after a fixed number of
+    tokens, or when the scorer has read the same answer several times in a row."""
     number: int = 0
     """Which of the random directions."""
     above: float | None = None
-    """The score."""
+    """The threshold."""
     length: int | None = None
-    """How many tokens, or readings, in a row."""
+    """Number of consecutive tokens or readings."""
     limit: int | None = None
     """The fixed length."""
 
     @property
     def family(self) -> tuple[RuleKind, int]:
-        """What it is a setting of."""
+        """The rule that it is a setting of."""
         return self.kind, self.number
 
     def __str__(self) -> str:
@@ -55,7 +55,8 @@ class Setting:
 
 
 def random_directions(probe: LinearProbe, count: int, seed: int = 0) -> list[LinearProbe]:
-    """Return probes that know nothing: random weights, as long as the probe's, on features standardized as the probe's are."""
+    """Return uninformative probes: random weights of the same norm as the probe's, on features standardized like the
+    probe's."""
     drawn = torch.randn(count, probe.weight.shape[1], generator=torch.Generator().manual_seed(seed))
     weights = torch.nn.functional.normalize(drawn, dim=-1) * probe.weight.float().norm()
     return [LinearProbe(weight[None], torch.zeros(1), probe.mean, probe.scale) for weight in weights]
@@ -70,11 +71,11 @@ def make_settings(
     """Return the settings to try, "whole" first.
 
     Args:
-        traces: those on which settings are chosen.
-        scores: of their tokens, by the probe and then by each random direction.
-        lengths: for how many tokens in a row.
-        above: the probe's scores; None for quantiles of those that there are. A random direction has, for each of them, the
-            score that as many of its own are below, in the same order.
+        traces: the rollouts on which settings are chosen.
+        scores: scores of their tokens by the probe, then by each random direction.
+        lengths: numbers of consecutive tokens.
+        above: thresholds of the probe; None for quantiles of its scores. A random direction gets, for each of them, the
+            threshold that the same share of its own scores is below, in the same order.
     """
     counted = [
         np.concatenate([found[trace.counted] for found, trace in zip(own, traces, strict=True)]) for own in scores
@@ -91,7 +92,7 @@ def make_settings(
 
 
 def quantiles(scores: Float[np.ndarray, "tokens"], shares: Float[np.ndarray, "shares"]) -> list[float]:
-    """Return quantiles of scores, to four digits: no score is then as good as equal to one of them."""
+    """Return quantiles of scores rounded to four digits, so that no score practically equals one of them."""
     return [float(f"{value:.4g}") for value in np.quantile(scores, shares)]
 
 

@@ -1,7 +1,7 @@
-"""Where each setting would have stopped each rollout, and what the text by then is worth.
+"""Finds where each setting would have stopped each rollout, and judges the text up to there.
 
-Nothing is generated. What a model would say after its reasoning is closed is not in the stored rows, so there the answer is
-what can be read of the reasoning, and the tokens of the answer are those of the model's own.
+Nothing is generated. The stored rows do not contain the answer after a closed reasoning, so in that case the answer is
+extracted from the reasoning, with the token count of the model's own answer.
 """
 
 import asyncio
@@ -18,15 +18,15 @@ from roentgen.runs import Sample
 from roentgen.stop_rule import find_stop
 
 AT_ONCE = 64
-"""Readings at once, for judges that wait for somebody."""
+"""Number of concurrent readings, for judges that wait for I/O."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a judge reads in a text."""
+    """A judge's reading of a text."""
 
     answer: str | None
-    """None if it finds none."""
+    """The answer; None if it finds none."""
     correct: bool
     """Whether it is right."""
 
@@ -36,18 +36,18 @@ ReadAnswer = Callable[[str, Sample], Awaitable[Reading]]
 
 @dataclass(frozen=True)
 class Stop:
-    """What a setting would have done to one rollout."""
+    """The effect of a setting on one rollout."""
 
     place: int | None
-    """The last token, None if the rollout was whole."""
+    """The last token; None if the rollout was not stopped."""
     tokens: int
-    """How many there would have been."""
+    """Number of tokens."""
     correct: bool
-    """Whether the answer would have been right."""
+    """True if the answer would have been correct."""
 
 
 class _Readings:
-    """What has been read of each rollout up to each token, once."""
+    """A cache of the readings of each rollout up to each token."""
 
     def __init__(self, traces: Sequence[StopTrace], judge: ReadAnswer) -> None:
         self._traces = traces
@@ -58,7 +58,7 @@ class _Readings:
         return self._found[at]
 
     async def read(self, wanted: Iterable[tuple[int, int]]) -> None:
-        """Read rollouts, each up to a token."""
+        """Read rollouts, each up to a given token."""
         free = asyncio.Semaphore(AT_ONCE)
 
         async def one(number: int, place: int) -> None:
@@ -78,14 +78,14 @@ async def sweep(
     then: ProbeEffect,
     judge: ReadAnswer,
 ) -> list[list[Stop]]:
-    """Find what each setting would have done to each rollout, `[settings][traces]`.
+    """Return the effect of each setting on each rollout, `[settings][traces]`.
 
     Args:
         traces: the rollouts.
-        scores: of their tokens, by the probe and then by each random direction.
-        settings: what to try.
-        then: what is done where one stops.
-        judge: reads answers.
+        scores: scores of their tokens by the probe, then by each random direction.
+        settings: the settings.
+        then: the effect of stopping.
+        judge: reads and judges answers.
     """
     readings = _Readings(traces, judge)
     ends = [trace.sentence_ends() for trace in traces]
@@ -128,11 +128,11 @@ async def sweep(
 
 
 def converged(readings: Sequence[tuple[int, str | None]], length: int) -> int | None:
-    """Return the token at which the last `length` readings are one answer; None if they never are.
+    """Return the token at which the last `length` readings agree; None if they never do.
 
     Args:
-        readings: the answer that can be read at each sentence's end, with the end's token.
-        length: how many.
+        readings: the token at each sentence end, with the answer read up to there.
+        length: number of readings that must agree.
     """
     for number in range(length - 1, len(readings)):
         last = {answer for _, answer in readings[number + 1 - length : number + 1]}

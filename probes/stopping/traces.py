@@ -1,4 +1,4 @@
-"""Stored rollouts, each with its probe's score of every generated token and the text up to it."""
+"""Reads stored rollouts with the rows and the text of their generated tokens."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,24 +20,24 @@ THINK_START, THINK_END = "<think>", "</think>"
 
 @dataclass(frozen=True, eq=False)
 class StopTrace:
-    """One rollout. Places are those of its generated tokens, from 0."""
+    """A rollout. Indices count its generated tokens from 0."""
 
     sample: Sample
     """Whose it is."""
     group: int
     """The number of its problem, or of its template."""
     rows: Float[Tensor, "fed d"]
-    """Of every generated token that has one: all but the last."""
+    """Row of every generated token that has one: all but the last."""
     counted: Bool[np.ndarray, "fed"]
-    """Which of these count."""
+    """Which of these tokens count."""
     text: str
-    """What was generated."""
+    """The generated text."""
     ends: Int[np.ndarray, "tokens"]
-    """The character behind each token."""
+    """End of each token in the text, exclusive."""
     begins: int
-    """The character at which what is read begins: that of the reasoning, if only this counts."""
+    """Start of the text that is read: that of the reasoning, if only the reasoning counts."""
     thought: int | None
-    """How many tokens the model had generated when it ended its reasoning by itself; None if it did not, or all count."""
+    """Number of tokens generated when the model ended its reasoning; None if it did not, or if all tokens count."""
 
     @property
     def n_tokens(self) -> int:
@@ -45,11 +45,11 @@ class StopTrace:
         return len(self.ends)
 
     def text_up_to(self, place: int) -> str:
-        """Return what was said up to and with a token."""
+        """Return the text up to and including a token."""
         return self.text[self.begins : self.ends[place]]
 
     def sentence_ends(self) -> list[int]:
-        """Return the tokens with which a sentence, or a line, has ended, of those that count."""
+        """Return the counted tokens that end a sentence or a line."""
         places = sentence_ends(self.text, self.ends, self.begins)
         return [place for place in places if place < len(self.counted) and self.counted[place]]
 
@@ -63,17 +63,17 @@ def read_traces(
         run: the run.
         key: the stored key that the probe reads.
         where: which tokens count.
-        session: a session that was captured of the run's answers, instead of the run's own rows.
-        samples: the most to read, in the order of their names; None for all.
+        session: a session captured from the run's answers, instead of the run's own rows.
+        samples: maximum number of samples to read, sorted by name; None for all.
 
     Raises:
-        ProbeDataError: if rows of generated tokens were not stored, the key was not, or no model's reasoning is marked.
+        ProbeDataError: if rows of generated tokens or the key were not stored, or no reasoning is marked.
         RunError: if the run has no activations.
         StoreError: if a session cannot be read.
     """
     if run.config.hashed.get("mode") == "with-tools":
         raise ProbeDataError(
-            f"{run.path} was answered with tools: its answers are several generations; take a run without"
+            f"{run.path} used tools, so its answers consist of several generations; use a run without tools"
         )
     found: list[tuple[Sample, Tensor, Bool[np.ndarray, "fed"], str, Int[np.ndarray, "tokens"], int, int | None]] = []
     for part in run.stored(session=session):
@@ -103,7 +103,7 @@ def read_traces(
             rows = item.values[torch.from_numpy(np.flatnonzero(generated))]
             found.append((sample, rows, counted, text[start:], ends, begins, thought))
     if where == "reasoning" and not any(counted.any() for _, _, counted, *_ in found):
-        raise ProbeDataError(f"where: no answer of {run.path} has a reasoning between {THINK_START} and {THINK_END}")
+        raise ProbeDataError(f"where: no answer of {run.path} contains reasoning between {THINK_START} and {THINK_END}")
     groups = same_template([sample.posed for sample, *_ in found])
     return [
         StopTrace(sample, group, rows, counted, text, ends, begins, thought)
@@ -114,7 +114,7 @@ def read_traces(
 def _reasoning(
     token_ids: Sequence[int], texts: list[str], n_prompt: int, ends: Int[np.ndarray, "tokens"]
 ) -> tuple[Bool[np.ndarray, "fed"], int, int | None]:
-    """Return which of the tokens that have a row belong to the reasoning, where it begins, and when it has ended."""
+    """Return which tokens with a row belong to the reasoning, where it begins, and after how many tokens it ended."""
     ids = dict(zip(texts, (int(token) for token in token_ids), strict=True))
     marks = ReasoningTokens(ids.get(THINK_START, -1), ids.get(THINK_END, -1))
     own = [int(token) for token in token_ids[n_prompt:]]

@@ -151,10 +151,10 @@ def test_the_reasoning_alone_counts_where_it_is_to_be_closed(write_run: Callable
     [
         ({"positions": "last_prompt"}, {}, ProbeDataError, "were not stored; evaluate again with positions all"),
         ({"n": 1}, {}, ProbeDataError, "answers to one problem only"),
-        ({"mode": "with-tools"}, {}, ProbeDataError, "was answered with tools"),
+        ({"mode": "with-tools"}, {}, ProbeDataError, "used tools"),
         ({}, {"probe": probe("layers.9.resid_post")}, ProbeDataError, r"no rows of layers\.9\.resid_post; it has layers\.1"),
         ({}, {"probe": probe(outputs=3)}, ProbeDataError, "has 3 outputs"),
-        ({}, {"where": "reasoning"}, ProbeDataError, "no answer of .* has a reasoning between <think> and </think>"),
+        ({}, {"where": "reasoning"}, ProbeDataError, "no answer of .* contains reasoning between <think> and </think>"),
         ({}, {"probe": None}, SavedProbeError, "has no saved probes of 'correct'"),
         ({}, {"lengths": "0"}, OptionError, "lengths"),
         ({}, {"above": "1,x"}, OptionError, "above.*not a list of numbers"),
