@@ -1,8 +1,8 @@
-"""95% intervals of shares, of their paired differences and of AUROCs, from counts of independent trials.
+"""95% intervals of shares, paired differences and AUROCs, from counts of independent trials.
 
-Those of the kind "estimate ± 1.96 standard errors" have no width where all trials agree, and percentiles of a bootstrap have
-none either. These have one, and keep what they promise with few trials. The trials need not be whole numbers: for clustered
-samples they are how many independent ones would say as much.
+Intervals of the form "estimate ± 1.96 standard errors" have no width if all trials agree, and neither have bootstrap
+percentiles. These intervals do, and keep their coverage with few trials. The number of trials need not be whole: for
+clustered samples it is the effective sample size.
 """
 
 import math
@@ -32,15 +32,15 @@ def paired(more: float, less: float, n: float) -> tuple[float, float]:
     """Return Tango's 95% score interval of the difference of two paired proportions.
 
     Args:
-        more: the share of pairs that have it in the first only.
-        less: in the second only.
-        n: pairs; neither they nor the shares of them have to be whole.
+        more: share of pairs that are positive only in the first.
+        less: share of pairs that are positive only in the second.
+        n: number of pairs, not necessarily whole.
     """
 
     value, edge = more - less, 1 - 1e-12
 
     def score(d: float) -> float:
-        """Return the score statistic of a difference `d`, which falls as `d` grows."""
+        """Return the score statistic of a difference `d`; it decreases in `d`."""
         b, away = (2 - more + less) * d - more - less, value - d
         only_second = (math.sqrt(max(0.0, b * b + 8 * less * d * (1 - d))) - b) / 4  # the likeliest share, given d
         variance = max(0.0, 2 * only_second + d * (1 - d)) / n
@@ -52,19 +52,19 @@ def paired(more: float, less: float, n: float) -> tuple[float, float]:
 
 
 def auroc(value: float, trues: float, falses: float) -> tuple[float, float]:
-    """Return a 95% score interval of an AUROC, which has a width where the order is perfect.
+    """Return a 95% score interval of an AUROC, with positive width even for a perfect order.
 
     It is Newcombe's method 5 (2006, "Confidence intervals for an effect size measure based on the Mann-Whitney statistic,
     part 2", Statistics in Medicine 25).
 
     Args:
         value: the AUROC.
-        trues: independent samples of the one class.
-        falses: of the other.
+        trues: number of independent positive samples.
+        falses: number of independent negative samples.
     """
 
     def away(area: float) -> float:
-        """Return by how many standard errors the value is above an area, or below."""
+        """Return the signed distance of the value from an area, in standard errors."""
         more = (trues + falses) / 2 - 1
         spread = 1 + more * (1 - area) / (2 - area) + more * area / (1 + area)
         return (value - area) / math.sqrt(area * (1 - area) * max(spread, 1.0) / (trues * falses))

@@ -1,13 +1,12 @@
-"""What verdicts come to: accuracies with intervals, pass@k and maj@k, and differences between paired conditions.
+"""Statistics of verdicts: accuracies with intervals, pass@k and maj@k, and differences between paired conditions.
 
-Several samples of one problem are no independent evidence, so everything is clustered by problem, or by what problems have in
-common, such as a template (Miller 2024, "Adding Error Bars to Evals", arXiv 2411.00640). Standard errors are that paper's.
+Several samples of one problem are not independent evidence, so everything is clustered by problem, or by what problems
+share, such as a template (Miller 2024, "Adding Error Bars to Evals", arXiv 2411.00640). Standard errors follow that paper.
 
-Intervals are not the estimate ± 1.96 standard errors (Wald's): with few problems, or where all do alike, those are far too
-narrow, down to no width at all. Each comes from a method for independent trials, given the number of trials that would have the
-standard error found (the effective sample size, with a correction for few clusters, as Korn and Graubard 1998, "Confidence
-intervals for proportions with small expected number of positive counts estimated from survey data", Survey Methodology 24, use
-it):
+Intervals are not the estimate ± 1.96 standard errors (Wald's): with few problems, or if all agree, those are far too narrow
+and may have no width. Each interval uses a method for independent trials, given the number of trials with the observed
+standard error (the effective sample size, with a correction for few clusters, as in Korn and Graubard 1998, "Confidence
+intervals for proportions with small expected number of positive counts estimated from survey data", Survey Methodology 24):
 
 - an accuracy: Wilson's score interval;
 - a mean over problems of shares (pass@k, maj@k): Clopper and Pearson's exact interval;
@@ -16,8 +15,8 @@ it):
   Medicine 17; Newcombe 1998, "Improved confidence intervals for the difference between binomial proportions based on paired
   data", in the same volume, shows how the Wald interval fails).
 
-With n clusters there are at least n trials, because a cluster's mean varies at most as a single trial does: a variance that few
-clusters show too small by chance, or not at all, gives no narrow interval.
+With n clusters there are at least n trials, because a cluster's mean varies at most as much as a single trial: a variance
+that few clusters underestimate by chance does not produce a narrow interval.
 """
 
 import math
@@ -33,10 +32,10 @@ from scipy.stats import t as student
 from roentgen.intervals import Z_95, exact, paired, wilson
 
 FEW = 30
-"""Problems of which a variance of shares says too little to be used: each counts as one trial then."""
+"""Number of problems below which a variance of shares is not used: each problem then counts as one trial."""
 
 NO_CHANGE = 1e-9
-"""A cluster whose changes add up to less than this is as good under both conditions."""
+"""Threshold below which a cluster's total change counts as no change."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +45,15 @@ class Accuracy:
     n: int
     """Samples."""
     correct: int
-    """How many are correct."""
+    """Number of correct samples."""
     value: float | None
-    """The share, None of no samples."""
+    """The share; None without samples."""
     standard_error: float | None
-    """Clustered by problem; with one sample a problem, sample standard deviation / √n, as lm-evaluation-harness reports it.
-    None for fewer than two problems."""
+    """Standard error clustered by problem; with one sample per problem, sample standard deviation / √n, as
+    lm-evaluation-harness reports it. None for fewer than two problems."""
     low: float | None
-    """Lower end of the 95% interval (Wilson's, which stays inside [0, 1] and holds for few samples; of the number of
-    independent samples that would have this standard error)."""
+    """Lower end of the 95% interval (Wilson's, which stays inside [0, 1] and is valid for few samples, with the effective
+    sample size)."""
     high: float | None
     """Its upper end."""
 
@@ -71,25 +70,25 @@ class MeanEstimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """How a condition differs from another on the same problems."""
+    """The difference of two conditions on the same problems."""
 
     problems: int
-    """Problems that both have."""
+    """Number of problems that both have."""
     value: float | None
     """Difference of the accuracies on them, each problem counted once."""
     standard_error: float | None
-    """Of the paired difference, over problems; None for fewer than two."""
+    """Standard error of the paired difference over problems; None for fewer than two."""
     low: float | None
     """Lower end of its 95% interval."""
     high: float | None
     """Upper end."""
     gained: int
-    """Problems right here and wrong there. With several samples a problem: better here."""
+    """Number of problems correct here and incorrect there; with several samples per problem, better here."""
     lost: int
-    """The reverse of the former."""
+    """The reverse."""
     p_value: float | None
-    """Of McNemar's exact test on these two; with several samples a problem, it is the sign test on problems; with clusters
-    of several problems, on clusters."""
+    """P-value of McNemar's exact test on these two numbers; with several samples per problem, of the sign test on problems;
+    with clusters of several problems, on clusters."""
 
 
 def accuracy(verdicts: Sequence[bool], problems: Sequence[Hashable] | None = None) -> Accuracy:
@@ -97,7 +96,7 @@ def accuracy(verdicts: Sequence[bool], problems: Sequence[Hashable] | None = Non
 
     Args:
         verdicts: one per sample.
-        problems: whose samples they are, or whose that count as one; None if each has its own.
+        problems: the problem or cluster of each sample; None if each has its own.
     """
     n, correct = len(verdicts), sum(map(bool, verdicts))
     if n == 0:
@@ -109,35 +108,35 @@ def accuracy(verdicts: Sequence[bool], problems: Sequence[Hashable] | None = Non
 
 @dataclass(frozen=True)
 class _Clustered:
-    """How a mean varies over clusters."""
+    """The variation of a mean over clusters."""
 
     n: int
     """Values."""
     clusters: float
-    """Clusters of them; of unequal ones, how many equal ones would weigh as much (Kish's n², over Σ sizes²)."""
+    """Effective number of clusters: the number of equal clusters with the same weight (Kish's n², over Σ sizes²)."""
     count: int
     """Clusters."""
     standard_error: float | None
-    """Of the mean; None of fewer than two clusters."""
+    """Standard error of the mean; None for fewer than two clusters."""
     ratio: float | None
-    """How many times the variance of the mean of independent trials this is; None where one of the two is 0."""
+    """Variance of the mean relative to that of independent trials; None if one of the two is 0."""
 
     def trials(self, most: int) -> float:
-        """Return how many independent trials would say as much, at most `most`."""
+        """Return the effective number of independent trials, at most `most`."""
         if self.ratio is None:
             return min(float(most), self.clusters)
-        # How wrong a variance of few clusters may be is what Student's quantile adds to the normal one.
+        # Student's quantile, relative to the normal one, accounts for the uncertainty of a variance from few clusters.
         found = self.n / self.ratio * (Z_95 / float(student.ppf(0.975, self.count - 1))) ** 2
         return min(float(most), max(self.clusters, found))
 
 
 def _clustered(values: Float[np.ndarray, "n"], clusters: Sequence[Hashable], variance: float) -> _Clustered:
-    """Return how the mean of values varies over clusters.
+    """Compute the variation of the mean of values over clusters.
 
     Args:
         values: the values.
-        clusters: whose each is.
-        variance: that single trials of the same mean would have.
+        clusters: the cluster of each value.
+        variance: variance of single independent trials with the same mean.
     """
     n, centred = len(values), values - values.mean()
     sums: defaultdict[Hashable, float] = defaultdict(float)
@@ -176,13 +175,13 @@ def majority(answers: Iterable[str | None]) -> str | None:
 def mean(
     values: Sequence[float], clusters: Sequence[Hashable] | None = None, trials: int | None = None
 ) -> MeanEstimate | None:
-    """Estimate a mean over problems; None of no problems.
+    """Estimate a mean over problems; None without problems.
 
     Args:
-        values: a share of each problem.
+        values: the share of each problem.
         clusters: which problems count as one; None if each is alone.
-        trials: samples that the values come from, at most how many independent trials they are worth; None if they are that
-            many themselves.
+        trials: number of samples behind the values, an upper bound of the effective number of trials; None if each value is
+            one trial.
     """
     if not values:
         return None
@@ -201,9 +200,9 @@ def difference(
     """Compare two conditions on the problems that both have.
 
     Args:
-        here: a problem's verdicts, one per sample.
+        here: verdicts by problem, one per sample.
         there: likewise.
-        clusters: of each problem, what it counts as one with; None if each is alone.
+        clusters: the cluster of each problem; None if each is its own.
     """
     common = [problem for problem in here if problem in there]
     shares: Float[np.ndarray, "problems"] = np.array(
@@ -221,7 +220,7 @@ def difference(
 
 
 def _sign_test(shares: Float[np.ndarray, "problems"], clusters: Sequence[Hashable]) -> float:
-    """Return the p-value of the sign test: McNemar's exact one, where a cluster is a problem with one sample."""
+    """Return the p-value of the sign test; it is McNemar's exact test if a cluster is a problem with one sample."""
     sums: defaultdict[Hashable, float] = defaultdict(float)
     for share, cluster in zip(shares.tolist(), clusters, strict=True):
         sums[cluster] += share

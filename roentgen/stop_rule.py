@@ -1,11 +1,11 @@
-"""When the scores of a probe end a generation: one rule, for a request while it runs and for stored rows afterwards.
+"""The rule by which probe scores end a generation, for running requests and for stored rows alike.
 
-A `StopWhen` says above which score, for how many tokens in a row, and of which tokens. `find_stop` finds the token at which
-that is so. An engine calls it with each new score, `roentgen probe stop` with all scores of a stored rollout, so both stop at
-the same token.
+A `StopWhen` defines the threshold, the number of consecutive tokens, and which tokens count. `find_stop` finds the token at
+which the condition holds. An engine calls it with each new score, and `roentgen probe stop` with all scores of a stored
+rollout, so both stop at the same token.
 
-The score of a token is of the row where the token was fed. It comes from the forward that also samples the next token, which
-is thrown away: the token whose score ends a generation is the last one of it.
+The score of a token comes from the row where the token was fed. The same forward pass also samples the next token, which is
+discarded: the token whose score ends a generation is its last one.
 """
 
 from __future__ import annotations
@@ -28,16 +28,19 @@ CountedTokens = Literal["generated", "reasoning"]
 
 
 class StopWhen(BaseModel):
-    """When a probe's scores end the generation, or the model's reasoning: `for` tokens in a row have scores above `above`."""
+    """When a probe's scores end the generation, or the model's reasoning: `for` consecutive tokens have scores above
+    `above`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, serialize_by_alias=True)
 
-    above: Number = Field(allow_inf_nan=False, description="A score that is to be exceeded, in the probe's unit.")
-    length: Int = Field(1, alias="for", ge=1, le=MAX_INT32, description="By how many tokens in a row.")
+    above: Number = Field(allow_inf_nan=False, description="Threshold that scores must exceed, in the probe's unit.")
+    length: Int = Field(
+        1, alias="for", ge=1, le=MAX_INT32, description="Number of consecutive tokens above the threshold."
+    )
     where: CountedTokens | None = Field(
         None,
-        description="Which tokens count: all that are generated, or those of the reasoning; by default the former, and the "
-        "latter to close it.",
+        description="Which tokens count: all generated tokens (the default), or those of the reasoning (the default for "
+        "close_reasoning).",
     )
     then: ProbeEffect = Field(
         "stop", description="End the generation, or close the reasoning with the model's marker and let it answer."
@@ -46,12 +49,12 @@ class StopWhen(BaseModel):
     @model_validator(mode="after")
     def _agree(self) -> "StopWhen":
         if self.then == "close_reasoning" and self.where == "generated":
-            raise ValueError('where: only the reasoning can be closed; "close_reasoning" allows "reasoning"')
+            raise ValueError('where: must be "reasoning" for "close_reasoning"')
         return self
 
     @property
     def counts(self) -> CountedTokens:
-        """Which tokens count."""
+        """The tokens that count."""
         return self.where or ("reasoning" if self.then == "close_reasoning" else "generated")
 
 
@@ -63,22 +66,24 @@ def find_stop(
     run: int = 0,
     first: int = 0,
 ) -> tuple[int | None, int]:
-    """Find the token at which scores have been above a value for several tokens in a row.
+    """Find the token at which scores have exceeded a threshold for several consecutive tokens.
 
     Args:
-        scores: of the next tokens.
-        counted: which of them count; one that does not ends a row.
-        above: the value.
-        length: how many tokens in a row.
-        run: how many tokens in a row were above it up to here.
-        first: the first place that may be found; those before it count all the same.
+        scores: scores of the next tokens.
+        counted: which of them count; a token that does not count ends a sequence.
+        above: the threshold.
+        length: number of consecutive tokens.
+        run: number of consecutive tokens above the threshold so far.
+        first: first index that may be returned; earlier tokens still count.
 
     Returns:
-        Its place, None if there is none; and how many tokens in a row are above the value at the end.
+        The token's index, or None; and the number of consecutive tokens above the threshold at the end.
     """
     import numpy as np
 
-    over = counted & (np.asarray(scores, dtype=np.float32) > np.float32(above))  # the precision of live scores
+    over = counted & (
+        np.asarray(scores, dtype=np.float32) > np.float32(above)
+    )  # the precision of scores during generation
     places = np.arange(len(over))
     # The last place that is not above, up to each: -1 - run stands for what came before.
     broken = np.maximum.accumulate(np.where(over, -1 - run, places)) if len(over) else places
@@ -89,28 +94,28 @@ def find_stop(
 
 @dataclass(frozen=True)
 class ReasoningTokens:
-    """The tokens between which a model reasons."""
+    """The tokens that delimit a model's reasoning."""
 
     start: int
-    """Begins it, `<think>`."""
+    """Begins the reasoning, `<think>`."""
     end: int
-    """Ends it, `</think>`."""
+    """Ends the reasoning, `</think>`."""
 
     def begins(self, prompt_ids: Sequence[int]) -> "ReasoningState":
-        """Return where a completion begins: in the reasoning if the prompt has opened it."""
+        """Return the state at the beginning of a completion: "inside" if the prompt has opened the reasoning."""
         last = next((token for token in reversed(prompt_ids) if token in (self.start, self.end)), None)
         return "inside" if last == self.start else "before"
 
     def follow(
         self, token_ids: Sequence[int], state: "ReasoningState"
     ) -> tuple[Bool[np.ndarray, "tokens"], "ReasoningState"]:
-        """Tell which tokens of a completion belong to its reasoning, without the two that mark it.
+        """Return which tokens of a completion belong to its reasoning, excluding the two delimiters.
 
-        A completion reasons once: behind the token that ends it, nothing belongs to it.
+        A completion reasons once: no token after the end of the reasoning belongs to it.
 
         Args:
             token_ids: the next tokens.
-            state: before the first of them.
+            state: the state before the first of them.
         """
         import numpy as np
 
@@ -129,52 +134,50 @@ ReasoningState = Literal["before", "inside", "after"]
 
 
 class StopSettings(BaseModel):
-    """What `roentgen probe stop` is asked for."""
+    """The settings of `roentgen probe stop`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    run: Path = Field(description="A run whose activations were kept at all positions.")
-    probe: Path | None = Field(None, description="A saved probe, FOLDER/NAME; else the run's best.")
-    label: str = Field("correct", description="Of the run's own: whose probes.")
+    run: Path = Field(description="A run with activations stored at all positions.")
+    probe: Path | None = Field(None, description="A saved probe, FOLDER/NAME; the run's best by default.")
+    label: str = Field("correct", description="Label of the run's own probes.")
     above: Annotated[tuple[float, ...] | None, BeforeValidator(read_numbers)] = Field(
-        None, description="Scores that are to be exceeded, comma-separated; quantiles of the stored ones if absent."
+        None, description="Thresholds, comma-separated; quantiles of the stored scores if absent."
     )
     lengths: Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(read_numbers)] = Field(
-        (1, 2, 4, 8), min_length=1, description="For how many tokens in a row, comma-separated."
+        (1, 2, 4, 8), min_length=1, description="Numbers of consecutive tokens, comma-separated."
     )
     where: CountedTokens | None = Field(
-        None, description="Which tokens count: all that are generated, or those of the reasoning."
+        None, description="Which tokens count: all generated tokens, or those of the reasoning."
     )
-    then: ProbeEffect = Field("stop", description="End the generation, or close the reasoning.")
+    then: ProbeEffect = Field("stop", description="Whether to end the generation or close the reasoning.")
     max_loss: float = Field(
         0.0,
         ge=0,
         le=1,
-        description="Accuracy that a setting may lose on the half of the problems that it is chosen on.",
+        description="Accuracy that a setting may lose on the half of the problems used for choosing it.",
     )
-    controls: int = Field(2, ge=0, description="Random directions beside the probe.")
-    samples: int | None = Field(None, ge=2, description="How many samples, the first of the run; all if absent.")
+    controls: int = Field(2, ge=0, description="Number of random directions as controls.")
+    samples: int | None = Field(
+        None, ge=2, description="Number of samples, from the beginning of the run; all if absent."
+    )
     session: str | None = Field(
-        None, description="STORE/SESSION of `roentgen capture`, instead of the run's own activations."
+        None, description="STORE/SESSION from `roentgen capture`, instead of the run's own activations."
     )
-    confirm: bool = Field(False, description="Have a server answer with the chosen setting, and report both.")
-    base_url: str | None = Field(
-        None, description="A server of the probe's model, to confirm with; else one is started."
-    )
-    model: str | None = Field(
-        None, description="Where the probe's model is, if it was not the run's own or has been moved since."
-    )
+    confirm: bool = Field(False, description="Also run the chosen setting on a server, and report both.")
+    base_url: str | None = Field(None, description="A server with the probe's model, for --confirm; started if absent.")
+    model: str | None = Field(None, description="Location of the probe's model, if it is not the run's or has moved.")
     parallel: int = Field(16, ge=1, description="Requests in flight.")
     seed: int = Field(0, description="Seed of the halves, the random directions and the bootstrap.")
-    output: Path | None = Field(None, description="The folder; else RUN/stopping/LABEL/NAME.")
+    output: Path | None = Field(None, description="The output folder; RUN/stopping/LABEL/NAME by default.")
 
     @model_validator(mode="after")
     def _agree(self) -> "StopSettings":
         if self.then == "close_reasoning" and self.where == "generated":
-            raise ValueError("--where: only the reasoning can be closed; allowed is reasoning")
+            raise ValueError("--where: must be reasoning for --then close_reasoning")
         return self
 
     @property
     def counts(self) -> CountedTokens:
-        """Which tokens count."""
+        """The tokens that count."""
         return self.where or ("reasoning" if self.then == "close_reasoning" else "generated")

@@ -160,7 +160,7 @@ def test_the_reasoning_alone_counts_where_it_is_to_be_closed(write_run: Callable
         ({}, {"above": "1,x"}, OptionError, "above.*not a list of numbers"),
         ({}, {"max_loss": 2}, OptionError, "max_loss"),
         ({}, {"length": 2}, OptionError, "length: there is no such option; did you mean lengths"),
-        ({}, {"then": "close_reasoning", "where": "generated"}, OptionError, "only the reasoning can be closed"),
+        ({}, {"then": "close_reasoning", "where": "generated"}, OptionError, "must be reasoning"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_by_name(
