@@ -1,6 +1,12 @@
-"""Hook points: where they are in a model, and what is done there.
+"""Hook points: finds them in a model, and reads, steers and scores their values in a forward.
 
-`structure` says what a model has to capture. `resolver` finds it by watching a forward (`watching`) and checking the equations
-of a block (`block`, `equations`); `narrowing` makes a small stand-in of a model to try. `observer` reads values in a forward.
-`grid` says which request a row belongs to; `rows` keeps rows (in `memory`), `steering` adds to them, `scoring` scores them.
+structure.py      what a model has to capture, and a request's hook points as taps
+resolver.py       finds hook points: watches a forward (watching.py) and checks a block's equations (block.py, equations.py)
+narrowing.py      makes a small random model of a configuration to try
+observer.py       reads values in a forward, with nnsight
+batch_layout.py   maps requests and positions to rows of the batch
+rows.py           keeps rows, in memory.py
+steering.py       adds vectors to rows
+scoring.py        scores rows with probes
+open_end.py       which rows to keep while it is not known where a completion ends
 """

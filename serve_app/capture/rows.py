@@ -22,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from roentgen.contract import CapturedDtype, Positions
-from serve_app.capture.grid import Layout, Picked
+from serve_app.capture.batch_layout import BatchLayout, RowSelection
 from serve_app.capture.memory import RowMemory
 from serve_app.capture.structure import Tap
 from serve_app.errors import RequestError
@@ -295,33 +295,33 @@ class _Cohort:
         self._memory = memory
         self.spans: list[tuple[RequestRows, range, int, int]] = []
         self.failure: str | None = None
-        self.places = Picked()
+        self.selection = RowSelection()
         self.sums: list[int] = []
         self.blocks: list[_Block] = []
 
-    def want(self, request: RequestRows, kept: range, places: range) -> None:
-        """Gather these places of the flattened batch, which hold the positions `kept`, for a request."""
-        start = len(self.sums) if self.pooled else len(self.places)
-        self.places.extend(places)
-        if self.pooled and places:
-            self.sums.append(len(places))
-        self.spans.append((request, kept, start, len(self.sums) if self.pooled else len(self.places)))
+    def want(self, request: RequestRows, kept: range, indices: range) -> None:
+        """Gather these flat indices, which hold the positions `kept`, for a request."""
+        start = len(self.sums) if self.pooled else len(self.selection)
+        self.selection.extend(indices)
+        if self.pooled and indices:
+            self.sums.append(len(indices))
+        self.spans.append((request, kept, start, len(self.sums) if self.pooled else len(self.selection)))
 
-    def gather(self, key: str, flat: Float[Tensor, "places ..."], plus: Float[Tensor, "places ..."] | None) -> None:
+    def gather(self, key: str, flat: Float[Tensor, "tokens ..."], plus: Float[Tensor, "tokens ..."] | None) -> None:
         """Copy the wanted rows of one value, or of the sum of two: only what is wanted is added up."""
         dtype = flat.dtype if plus is None else torch.result_type(flat, plus)
         if self.pooled:
-            rows = self.places.of(flat) if plus is None else self.places.of(flat) + self.places.of(plus)
+            rows = self.selection.of(flat) if plus is None else self.selection.of(flat) + self.selection.of(plus)
             rows = rows.float()
-            if len(self.sums) < len(self.places):
+            if len(self.sums) < len(self.selection):
                 lengths = torch.tensor(self.sums, device=flat.device)
                 rows = torch.segment_reduce(rows.flatten(1), "sum", lengths=lengths).reshape(-1, *flat.shape[1:])
             self._target(key, tuple(rows.shape), dtype, flat.device).copy_(rows)
             return
-        target = self._target(key, (len(self.places), *flat.shape[1:]), dtype, flat.device)
+        target = self._target(key, (len(self.selection), *flat.shape[1:]), dtype, flat.device)
         if plus is not None:
-            torch.add(self.places.of(flat), self.places.of(plus), out=target)
-        elif isinstance(where := self.places.where(flat.device), slice):
+            torch.add(self.selection.of(flat), self.selection.of(plus), out=target)
+        elif isinstance(where := self.selection.where(flat.device), slice):
             target.copy_(flat[where])
         else:
             torch.index_select(flat, 0, where, out=target)
@@ -349,15 +349,15 @@ class StepRows:
         taps: per stored key, where to read in this forward; nothing if no row of it is kept.
     """
 
-    def __init__(self, requests: list[RequestRows | None], grid: Layout, memory: RowMemory) -> None:
+    def __init__(self, requests: list[RequestRows | None], layout: BatchLayout, memory: RowMemory) -> None:
         """Lay out one forward's rows.
 
         Args:
             requests: per batch row, the request's rows, None if it captures nothing.
-            grid: how the rows lie.
+            layout: how the rows lie.
             memory: for the blocks.
         """
-        self._grid = grid
+        self._layout = layout
         self._memory = memory
         cohorts: dict[tuple[tuple[str, ...], bool], _Cohort] = {}
         self._of_key: dict[str, list[_Cohort]] = defaultdict(list)
@@ -365,7 +365,7 @@ class StepRows:
         for row, request in enumerate(requests):
             if request is None:
                 continue
-            kept = request.kept(grid.spans[row])
+            kept = request.kept(layout.spans[row])
             # The first forward is read even if it keeps no row: it tells the shape of what has none.
             if not kept and request.begun:
                 continue
@@ -375,15 +375,15 @@ class StepRows:
                 self.taps.update(request.plan.taps)
                 for key in kind[0]:
                     self._of_key[key].append(cohorts[kind])
-            cohorts[kind].want(request, kept, grid.places(row, kept))
+            cohorts[kind].want(request, kept, layout.flat_indices(row, kept))
         self._cohorts = list(cohorts.values())
 
     def __call__(
         self, key: str, value: Float[Tensor, "batch tokens ..."], plus: Float[Tensor, "batch tokens ..."] | None = None
     ) -> None:
         """Copy the wanted rows of one tapped value, or of the sum of two; a value without a row per token is left out."""
-        flat = self._grid.flat(value)
-        other = self._grid.flat(plus) if plus is not None else None
+        flat = self._layout.flat(value)
+        other = self._layout.flat(plus) if plus is not None else None
         if flat is None or (plus is not None and other is None):
             return
         for cohort in self._of_key[key]:

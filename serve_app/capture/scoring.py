@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from serve_app.capture.grid import Layout, Picked
+from serve_app.capture.batch_layout import BatchLayout, RowSelection
 from serve_app.capture.memory import RowMemory
 from serve_app.capture.structure import Tap
 from serve_app.errors import RequestError
@@ -284,21 +284,21 @@ class _Cohort:
     def __init__(self, panel: Panel) -> None:
         self.panel = panel
         self.spans: list[tuple[RequestScores, int, int]] = []
-        self.places = Picked()
+        self.selection = RowSelection()
         self.found: dict[Place, Float[Tensor, "wanted outputs"]] = {}
 
-    def want(self, request: RequestScores, places: range) -> None:
-        """Score these places of the flattened batch for a request."""
-        start = len(self.places)
-        self.places.extend(places)
-        self.spans.append((request, start, len(self.places)))
+    def want(self, request: RequestScores, indices: range) -> None:
+        """Score these flat indices for a request."""
+        start = len(self.selection)
+        self.selection.extend(indices)
+        self.spans.append((request, start, len(self.selection)))
 
-    def score(self, key: str, flat: Float[Tensor, "places width"]) -> None:
+    def score(self, key: str, flat: Float[Tensor, "tokens width"]) -> None:
         """Score the wanted rows with all probes that read this key."""
         place = key, flat.shape[1]
         if (reader := self.panel.readers.get(place)) is not None:
             # Copied, since this is the model's own value; a difference of two dtypes would take ten times as long.
-            rows = self.places.of(flat).to(reader.mean.dtype, copy=True).sub_(reader.mean)
+            rows = self.selection.of(flat).to(reader.mean.dtype, copy=True).sub_(reader.mean)
             self.found[place] = torch.addmm(reader.bias, rows, reader.weight)
 
     def hand_out(self, send: Callable[[Tensor], tuple[Tensor, torch.cuda.Event | None]]) -> None:
@@ -324,15 +324,15 @@ class StepScores:
         taps: per stored key, where to read in this forward.
     """
 
-    def __init__(self, requests: list[RequestScores | None], grid: Layout, memory: RowMemory) -> None:
+    def __init__(self, requests: list[RequestScores | None], layout: BatchLayout, memory: RowMemory) -> None:
         """Lay out which rows are scored by what.
 
         Args:
             requests: per batch row, the request's scores, None if it asks for none.
-            grid: how the rows lie.
+            layout: how the rows lie.
             memory: for what is sent to the host.
         """
-        self._grid = grid
+        self._layout = layout
         self._memory = memory
         self.taps: dict[str, Tap] = {}
         cohorts: dict[Panel, _Cohort] = {}
@@ -347,12 +347,12 @@ class StepScores:
                     self.taps[scorer.key] = scorer.tap
                 for key in dict.fromkeys(scorer.key for scorer in request.scorers):
                     self._of_key[key].append(cohorts[panel])
-            cohorts[panel].want(request, grid.places(row, grid.spans[row]))
+            cohorts[panel].want(request, layout.flat_indices(row, layout.spans[row]))
         self._cohorts = list(cohorts.values())
 
     def __call__(self, key: str, value: Float[Tensor, "rows width ..."]) -> None:
         """Score the wanted rows of one value; one that a probe cannot read is left out, and its requests fail."""
-        flat = self._grid.flat(value)
+        flat = self._layout.flat(value)
         if flat is None or flat.ndim != 2:
             return
         for cohort in self._of_key[key]:

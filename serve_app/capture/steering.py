@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from roentgen.contract import Positions
-from serve_app.capture.grid import Layout
+from serve_app.capture.batch_layout import BatchLayout
 from serve_app.capture.structure import Tap
 from serve_app.errors import RequestError
 
@@ -71,10 +71,10 @@ def different_sums(additions: Sequence[Addition], n_prompt: int, n_rows: int) ->
 
 @dataclass
 class _Sums:
-    """What is added at one hook point in one forward: to place `places[i]` the vector `vectors[which[i]]`."""
+    """What is added at one hook point in one forward: to flat index `indices[i]` the vector `vectors[which[i]]`."""
 
     vectors: list[Tensor] = field(default_factory=list)
-    places: list[int] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
     which: list[int] = field(default_factory=list)
 
 
@@ -85,15 +85,15 @@ class StepSteering:
         taps: per stored key, where to add in this forward; nothing if no row of it is steered.
     """
 
-    def __init__(self, requests: list[tuple[Addition, ...]], n_prompts: list[int], grid: Layout) -> None:
+    def __init__(self, requests: list[tuple[Addition, ...]], n_prompts: list[int], layout: BatchLayout) -> None:
         """Lay out what is added.
 
         Args:
             requests: per batch row, what its request adds.
             n_prompts: per batch row, the tokens of its prompt.
-            grid: how the rows lie.
+            layout: how the rows lie.
         """
-        self._grid = grid
+        self._layout = layout
         self._sums: dict[str, _Sums] = {}
         self._steered: dict[str, list[int]] = {}
         self._seen: set[str] = set()
@@ -101,15 +101,15 @@ class StepSteering:
         self.taps: dict[str, Tap] = {}
         for row, (additions, n_prompt) in enumerate(zip(requests, n_prompts, strict=True)):
             for addition in additions:
-                places = grid.places(row, addition.wanted(n_prompt, grid.spans[row]))
-                if not places:
+                indices = layout.flat_indices(row, addition.wanted(n_prompt, layout.spans[row]))
+                if not indices:
                     continue
                 self.taps[addition.key] = addition.tap
                 self._steered.setdefault(addition.key, []).append(row)
                 sums = self._sums.setdefault(addition.key, _Sums())
-                sums.which += [len(sums.vectors)] * len(places)
+                sums.which += [len(sums.vectors)] * len(indices)
                 sums.vectors.append(addition.vector)
-                sums.places += places
+                sums.indices += indices
 
     def __call__(self, key: str, value: Float[Tensor, "rows width d_model"]) -> None:
         """Add to one value, in place.
@@ -120,7 +120,7 @@ class StepSteering:
         self._seen.add(key)
         sums = self._sums[key]
         vectors = torch.stack(sums.vectors).to(value)
-        index = self._grid.index(value, sums.places)
+        index = self._layout.index(value, sums.indices)
         if index is None or value.shape[len(index) :] != vectors.shape[1:]:
             raise ValueError(f"{key} is {list(value.shape)}: not a row of {vectors.shape[1]} per token")
         value.index_put_(index, vectors[sums.which], accumulate=True)
@@ -132,7 +132,7 @@ class StepSteering:
         """
         self._seen.add(key)
         sums, at = self._sums[key], defaultdict(list)
-        for place, number in zip(sums.places, sums.which, strict=True):
+        for place, number in zip(sums.indices, sums.which, strict=True):
             at[place].append(number)
         kinds = {kind: number for number, kind in enumerate(dict.fromkeys(map(tuple, at.values())))}
         vectors = [torch.stack([sums.vectors[number] for number in kind]).sum(0) for kind in kinds]

@@ -22,7 +22,7 @@ from benchmarks.gpu_rows import IN_LAYER, check_rows, checked_keys, in_float32, 
 from benchmarks.gpu_speed import DidNotFitError, fitting, measure_group
 from benchmarks.ways import OutOfTimeError, engine_way
 from benchmarks.workload import Workload
-from serve_app.capture.grid import Grid
+from serve_app.capture.batch_layout import PaddedBatch
 from serve_app.capture.rows import StepRows
 from serve_app.engines.transformers.engine import TransformersEngine
 from serve_app.engines.transformers.kv_cache import SlotRows
@@ -103,13 +103,13 @@ def test_it_needs_no_more_than_make_installs_for_it(tmp_path: Path) -> None:
 
 
 def one_to_the_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    right = Grid.places
+    right = PaddedBatch.indices
 
-    def wrong(self: Grid, row: int, positions: range) -> range:
-        places = right(self, row, positions)
-        return range(max(places.start - 1, 0), max(places.stop - 1, 0), places.step) if len(places) > 1 else places
+    def wrong(self: PaddedBatch, row: int, positions: range) -> range:
+        indices = right(self, row, positions)
+        return range(max(indices.start - 1, 0), max(indices.stop - 1, 0), indices.step) if len(indices) > 1 else indices
 
-    monkeypatch.setattr(Grid, "places", wrong)
+    monkeypatch.setattr(PaddedBatch, "flat_indices", wrong)
 
 
 def no_mask(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from serve_app.capture.grid import Grid
+from serve_app.capture.batch_layout import PaddedBatch
 from serve_app.capture.memory import RowMemory
 from serve_app.capture.rows import StepRows
 from serve_app.capture.scoring import StepScores
@@ -66,11 +66,11 @@ class Forwards:
         Returns:
             The logits, and the cache to go on with.
         """
-        grid = self._grid(step)
-        steering = self._steering(running, grid)
-        rows = StepRows([one.rows for one in running], grid, self._memory)
-        fillers = StepRows([one.filler for one in running], grid, self._memory)
-        scores = StepScores([one.probed for one in running], grid, self._memory)
+        layout = self._layout(step)
+        steering = self._steering(running, layout)
+        rows = StepRows([one.rows for one in running], layout, self._memory)
+        fillers = StepRows([one.filler for one in running], layout, self._memory)
+        scores = StepScores([one.probed for one in running], layout, self._memory)
         visitors = (steering, rows, fillers, scores)
 
         def forward() -> Any:
@@ -133,15 +133,15 @@ class Forwards:
         return True
 
     def _replay(self, prefill: Prefill, step: Step) -> None:
-        steering = self._steering(prefill.running, self._grid(step))
+        steering = self._steering(prefill.running, self._layout(step))
         output = self._model.observed.run((steering,), lambda: self._bare(step))
         prefill.cache = self._remembered.given(output, step.cache)
 
-    def _grid(self, step: Step) -> Grid:
-        return Grid.of(step.mask[:, -step.tokens.shape[1] :], step.positions)
+    def _layout(self, step: Step) -> PaddedBatch:
+        return PaddedBatch.of(step.mask[:, -step.tokens.shape[1] :], step.positions)
 
-    def _steering(self, running: list[Running], grid: Grid) -> StepSteering:
-        return StepSteering([one.job.steering for one in running], [len(one.job.prompt_ids) for one in running], grid)
+    def _steering(self, running: list[Running], layout: PaddedBatch) -> StepSteering:
+        return StepSteering([one.job.steering for one in running], [len(one.job.prompt_ids) for one in running], layout)
 
     def _bare(self, step: Step) -> Any:
         module = self._model.observed._module

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from vllm.distributed.parallel_state import get_tp_group
 
-from serve_app.capture.grid import Strip
+from serve_app.capture.batch_layout import PackedBatch
 from serve_app.engines.stopping import Action
 from serve_app.engines.vllm.collecting import Collector, Step
 from serve_app.engines.vllm.forced_tokens import Forced, forced_by
@@ -81,7 +81,7 @@ class Batch:
         self.n_tokens = sum(tokens for _, tokens in spans)
         self._step = self.collector.step(positions)
         for watched in self.watched:
-            watched.strip = Strip([span for _, span in positions])
+            watched.layout = PackedBatch([span for _, span in positions])
         return self._step
 
     def watch(self, watched: list[Watched]) -> None:

@@ -2,7 +2,7 @@
 
 Four things are unlike an engine that runs the model itself, and are settled here:
 
-- vLLM packs its batch and hands out a strip of tokens, with no padding.
+- vLLM packs its batch: it has no padding (`PackedBatch`).
 - A request may be preempted: its rows so far are kept, and when vLLM computes them again, only what is new counts.
 - A request may overrun. Where its end is decided in another process (a stop string, or a step that was scheduled before the
   last one's token was known), rows come that belong to no token of the completion: they are dropped (`capture.open_end`).
@@ -23,7 +23,7 @@ import torch
 
 from roentgen.linear_probe import LinearProbe
 from roentgen.store import StoreError
-from serve_app.capture.grid import Strip
+from serve_app.capture.batch_layout import PackedBatch
 from serve_app.capture.memory import RowMemory
 from serve_app.capture.open_end import RowsMissingError, collecting_plan, settled
 from serve_app.capture.rows import CapturedRows, CapturePlan, KnownRows, RequestRows, StepRows
@@ -174,21 +174,23 @@ class Collector:
         steering = None
         if any(steered):
             prompts = [job.n_prompt if job is not None else 0 for job in jobs]
-            steering = StepSteering(steered, prompts, Strip([span for _, span in spans]))
+            steering = StepSteering(steered, prompts, PackedBatch([span for _, span in spans]))
         new = [_new(job, span) for job, (_, span) in zip(jobs, spans, strict=True)]
         capturing = [job for job in known if job.rows is not None]
         rows = None
         if capturing:
-            rows = StepRows([job.rows if job is not None else None for job in jobs], Strip(new, lengths), self._memory)
+            rows = StepRows(
+                [job.rows if job is not None else None for job in jobs], PackedBatch(new, lengths), self._memory
+            )
         fills = None
         if any(job.filler is not None for job in known):
             fills = StepRows(
-                [job.filler if job is not None else None for job in jobs], Strip(new, lengths), self._memory
+                [job.filler if job is not None else None for job in jobs], PackedBatch(new, lengths), self._memory
             )
         scores = None
         if any(job.scores is not None for job in known):
             asked = [job.scores if job is not None else None for job in jobs]
-            scores = StepScores(asked, Strip(new, lengths), self._memory)
+            scores = StepScores(asked, PackedBatch(new, lengths), self._memory)
         ends = [end for job, end in zip(jobs, accumulate(lengths), strict=True) if job is not None]
         return Step(steering, rows, fills, scores, known, ends)
 

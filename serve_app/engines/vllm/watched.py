@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from serve_app.capture.grid import Strip
+from serve_app.capture.batch_layout import PackedBatch
 from serve_app.capture.structure import Tap
 
 
@@ -20,12 +20,12 @@ class Watched:
 
     def __init__(self, taps: dict[str, Tap]) -> None:
         self.taps = taps
-        self.strip = Strip([])
+        self.layout = PackedBatch([])
         self._parts: dict[str, list[Tensor]] = {}
 
     def __call__(self, key: str, *found: Tensor) -> None:
         """Keep a value's rows, if it has a row per token."""
-        flat = self.strip.flat(sum_of(found))
+        flat = self.layout.flat(sum_of(found))
         kept = self._kept(flat) if flat is not None else None
         if kept is not None:
             self._parts.setdefault(key, []).append(kept)

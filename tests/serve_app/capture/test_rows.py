@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roentgen.contract import Positions, StoredDtype
-from serve_app.capture.grid import Grid
+from serve_app.capture.batch_layout import PaddedBatch
 from serve_app.capture.memory import RowMemory
 from serve_app.capture.rows import JOIN_EVERY, CapturePlan, RequestRows, StepRows, UncapturableError
 from serve_app.capture.structure import Tap
@@ -25,7 +25,7 @@ def plan(positions: str = "all", dtype: StoredDtype = "model", keys: str = "x", 
 def forward(
     requests: list[RequestRows | None], lengths: list[int], width: int, start: int = 0, **values: torch.Tensor
 ) -> StepRows:
-    step = StepRows(requests, Grid([range(start, start + length) for length in lengths], width), MEMORY)
+    step = StepRows(requests, PaddedBatch([range(start, start + length) for length in lengths], width), MEMORY)
     for key, value in values.items():
         if key in step.taps:
             step(key, value)
@@ -46,7 +46,7 @@ def test_a_value_in_two_parts_is_their_sum(lengths: list[int], policy: str) -> N
     """Where the wanted rows lie side by side, and where padding is between them."""
     requests = [RequestRows(plan(policy), length, MEMORY) for length in lengths]
     value, plus = torch.randn(2, 3, 4).bfloat16(), torch.randn(2, 3, 4)
-    step = StepRows(list(requests), Grid([range(length) for length in lengths], 3), MEMORY)
+    step = StepRows(list(requests), PaddedBatch([range(length) for length in lengths], 3), MEMORY)
     step("x", value, plus)
     step.deliver()
     for request, length, rows in zip(requests, lengths, value + plus, strict=True):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from roentgen.contract import ActivationRequest, Positions, split_key
-from serve_app.capture.grid import Grid
+from serve_app.capture.batch_layout import PaddedBatch
 from serve_app.capture.steering import Addition, OversteeredError, StepSteering
 from serve_app.capture.structure import Tap
 from serve_app.engines.protocol import Finished, Sampling
@@ -199,7 +199,7 @@ def step() -> Callable[..., StepSteering]:
             Addition("x", Tap("x", "output"), torch.tensor([1.0, 10.0]), Positions.parse(policy))
             for policy in positions
         )
-        return StepSteering([additions, ()], [2, 2], Grid([range(2), range(3)], 3))
+        return StepSteering([additions, ()], [2, 2], PaddedBatch([range(2), range(3)], 3))
 
     return make
 

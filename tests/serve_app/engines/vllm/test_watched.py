@@ -2,7 +2,7 @@
 
 import torch
 
-from serve_app.capture.grid import Strip
+from serve_app.capture.batch_layout import PackedBatch
 from serve_app.engines.vllm.hook_points import tap_at
 from serve_app.engines.vllm.watched import Norms, Watched
 
@@ -14,7 +14,7 @@ def test_norms_are_kept_of_every_value_with_a_row_per_token() -> None:
         "heads.output": torch.ones(3, 4, 4),
     }
     norms = Norms({place: tap_at(place) for place in (*values, "table.output", "silent.output")})
-    norms.strip = Strip([range(2), range(7, 8)])
+    norms.layout = PackedBatch([range(2), range(7, 8)])
     for _ in range(2):
         for place, value in values.items():
             norms(place, value)
@@ -29,7 +29,7 @@ def test_norms_are_kept_of_every_value_with_a_row_per_token() -> None:
 
 def test_rows_are_kept_as_they_are_when_they_are_seen() -> None:
     watched = Watched({"m.output": tap_at("m.output")})
-    watched.strip = Strip([range(2)])
+    watched.layout = PackedBatch([range(2)])
     value = torch.tensor([[1.0], [2.0]])
     watched("m.output", value, torch.ones(2, 1))
     watched("m.output", value)
