@@ -36,27 +36,32 @@ def text_stream(job: GenerationJob, model: ServedModel) -> TextStream:
 
 @dataclass(kw_only=True)
 class Completion:
-    """A job's completion so far: `ends` are the tokens that end it, and `told` tokens have gone to its listener. `acted` is
-    what the scores of its probes have done.
-
-    `started` and `spoke` are when its prompt began to be read and when it had its first token, on the monotonic clock.
-    """
+    """A job's completion so far."""
 
     job: GenerationJob
+    """The job."""
     text: TextStream
-    ends: frozenset[int]
+    """Its text."""
+    all_stop_token_ids: frozenset[int]
+    """Tokens that end it: the model's end-of-text tokens and the request's stop tokens."""
     token_ids: list[int] = field(default_factory=list)
+    """Tokens generated so far."""
     scores: list[TokenScore] = field(default_factory=list)
+    """Their scores; empty if the job asks for none."""
     acted: list[Acted] = field(default_factory=list)
-    told: int = 0
-    started: float = field(default_factory=time.monotonic)
-    spoke: float | None = None
+    """What the scores of its probes have done."""
+    n_emitted: int = 0
+    """Number of tokens that have been emitted as deltas."""
+    start_time: float = field(default_factory=time.monotonic)
+    """When the engine began to read its prompt, on the monotonic clock."""
+    first_token_time: float | None = None
+    """When it had its first token, on the monotonic clock."""
 
     @property
     def ended_by(self) -> int | None:
         """The end-of-text or stop token that came last, if one did and it is no part of the text."""
         last = self.token_ids[-1] if self.token_ids else None
-        return last if last in self.ends and not self._is_said(last) else None
+        return last if last in self.all_stop_token_ids and not self._is_said(last) else None
 
     @property
     def stop_reason(self) -> int | str | None:
@@ -66,11 +71,11 @@ class Completion:
         if self.acted and self.acted[-1].then == "stop":
             return f"probe:{self.job.probes[self.acted[-1].probe].name}"
         last = self.token_ids[-1] if self.token_ids else None
-        return last if last in self.ends and last in self.job.sampling.stop_token_ids else None
+        return last if last in self.all_stop_token_ids and last in self.job.sampling.stop_token_ids else None
 
     def push(self, token: int, token_score: TokenScore | None) -> FinishReason | None:
         """Add a token, and its score if the job has scores; return the reason if the generation has ended, else None."""
-        self.spoke = self.spoke or time.monotonic()
+        self.first_token_time = self.first_token_time or time.monotonic()
         self.token_ids.append(token)
         if token_score is not None:
             self.scores.append(token_score)
@@ -96,7 +101,7 @@ class Completion:
         if self.ended_by is not None:
             return "stop"
         self.text.push(token, may_stop=len(self.token_ids) >= sampling.min_tokens)
-        if self.text.stopped or token in self.ends:
+        if self.text.stopped or token in self.all_stop_token_ids:
             return "stop"
         return "length" if len(self.token_ids) >= sampling.max_tokens else None
 
@@ -112,11 +117,13 @@ class Completion:
             probed: gives the scores of what has been read since the last time; asked only if there is something to tell.
         """
         text = self.text.take(final=final)
-        spoken = len(self.token_ids) - (self.ended_by is not None)
-        if not text and not (final and self.told < spoken):
+        n_text_tokens = len(self.token_ids) - (self.ended_by is not None)
+        if not text and not (final and self.n_emitted < n_text_tokens):
             return None
-        start, self.told = self.told, spoken
-        return TextDelta(text, self.token_ids[start:spoken], self.scores[start:spoken], probed() if probed else [])
+        start, self.n_emitted = self.n_emitted, n_text_tokens
+        return TextDelta(
+            text, self.token_ids[start:n_text_tokens], self.scores[start:n_text_tokens], probed() if probed else []
+        )
 
     @property
     def n_rows(self) -> int:
@@ -146,7 +153,7 @@ class Completion:
             stop_reason=self.stop_reason,
             probed=[scores[: self.n_rows] for scores in probed],
             acted=tuple(replace(one, score=float(probed[one.probe][one.position, 0])) for one in self.acted),
-            timings=Timings(self.started - submitted, (self.spoke or end) - submitted, end - submitted),
+            timings=Timings(self.start_time - submitted, (self.first_token_time or end) - submitted, end - submitted),
         )
 
 

@@ -49,7 +49,7 @@ class Running(Completion):
         return cls(
             job=job,
             text=text_stream(job, model),
-            ends=ends,
+            all_stop_token_ids=stop_token_ids,
             sampler=Sampler(sampling, job.prompt_ids, ends, job.constraint),
             rows=RequestRows(collecting, len(job.prompt_ids), memory) if collecting else None,
             probed=RequestScores(job.probes) if job.probes else None,

@@ -371,8 +371,8 @@ class VllmEngine:
                 reason = reason or completion.push(token, score)
             if output.metrics is not None:
                 # vLLM's core is another process of this machine, with the same monotonic clock.
-                completion.started = output.metrics.scheduled_ts or completion.started
-                completion.spoke = output.metrics.first_token_ts or completion.spoke
+                completion.start_time = output.metrics.scheduled_ts or completion.start_time
+                completion.first_token_time = output.metrics.first_token_ts or completion.first_token_time
             probed = partial(self._scores.news, job_id, completion.n_rows) if job.probes else None
             final = reason is not None or output.finished
             if job.stream and (delta := completion.delta(final=final, probed=probed)) is not None:

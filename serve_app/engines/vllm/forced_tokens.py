@@ -66,8 +66,10 @@ class ForcesTokens:
         chosen = output.sampled_token_ids[rows, 0].tolist()
         tokens = [own if one.token is None else one.token for one, own in zip(forced.values(), chosen, strict=True)]
         output.sampled_token_ids[rows, 0] = torch.tensor(tokens, device=device, dtype=output.sampled_token_ids.dtype)
-        told = output.logprobs_tensors
-        told.logprob_token_ids[rows, 0] = torch.tensor(tokens, device=device, dtype=told.logprob_token_ids.dtype)
-        marks = torch.tensor([one.mark for one in forced.values()], device=device, dtype=told.logprobs.dtype)
-        told.logprobs[rows] = marks[:, None]
+        logprobs = output.logprobs_tensors
+        logprobs.logprob_token_ids[rows, 0] = torch.tensor(
+            tokens, device=device, dtype=logprobs.logprob_token_ids.dtype
+        )
+        marks = torch.tensor([one.mark for one in forced.values()], device=device, dtype=logprobs.logprobs.dtype)
+        logprobs.logprobs[rows] = marks[:, None]
         return output

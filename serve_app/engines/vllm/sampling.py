@@ -78,8 +78,8 @@ def token_score(token: int, found: Mapping[int, Any], top: int, named: Sequence[
         named: what to report in place of the most likely ones.
     """
     if named:
-        told = dict.fromkeys((token, *named))
-        return TokenScore(found[token].logprob, tuple((other, found[other].logprob) for other in told))
+        reported = dict.fromkeys((token, *named))
+        return TokenScore(found[token].logprob, tuple((other, found[other].logprob) for other in reported))
     best = sorted((one.rank, other, one.logprob) for other, one in found.items() if one.rank is not None)[:top]
     top_tokens = tuple((other, logprob) for _, other, logprob in best)
     return TokenScore(found[token].logprob, top_tokens, found[token].rank)

@@ -23,7 +23,7 @@ def complete(
     """Push tokens as an engine does, until the completion ends; returns what it streams and the result."""
     job = GenerationJob([1], sampling, ignore, stream=True)
     text = TextStream(CORE, sampling.stop, markers or {})
-    completion = Completion(job=job, text=text, ends=frozenset({tiny.EOS}) | sampling.stop_token_ids)
+    completion = Completion(job=job, text=text, all_stop_token_ids=frozenset({tiny.EOS}) | sampling.stop_token_ids)
     deltas, reason = [], None
     for number, token in enumerate(tokens):
         reason = completion.push(token, TokenScore(-float(number)))
