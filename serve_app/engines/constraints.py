@@ -98,7 +98,7 @@ class Constraints:
         """
         self._tokenizer = tokenizer
         self._size = max(vocab_size, len(tokenizer))
-        self._ends = sorted(eos_token_ids)
+        self._eos_token_ids = sorted(eos_token_ids)
         self._lock = threading.Lock()
         self._vocabulary: LLTokenizer | None = None
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
@@ -123,7 +123,7 @@ class Constraints:
             raise ConstraintError(f"the schemas take {len(lark):,} characters; at most {MAX_LENGTH:,} are followed")
         with self._lock:
             if self._vocabulary is None:
-                self._vocabulary = llguidance.hf.from_tokenizer(self._tokenizer, self._size, self._ends)
+                self._vocabulary = llguidance.hf.from_tokenizer(self._tokenizer, self._size, self._eos_token_ids)
             matcher = self._compiled.get(lark)
             if matcher is None:
                 matcher = _on_a_large_stack(partial(_compiled, self._vocabulary, grammar, lark), len(lark))
@@ -131,7 +131,7 @@ class Constraints:
                 if len(self._compiled) > KEPT:
                     self._compiled.popitem(last=False)
             self._compiled.move_to_end(lark)
-            return GrammarConstraint(matcher.deep_copy(), lark, grammar.param, self._size, self._ends)
+            return GrammarConstraint(matcher.deep_copy(), lark, grammar.param, self._size, self._eos_token_ids)
 
 
 def _compiled(vocabulary: LLTokenizer, grammar: Grammar, lark: str) -> LLMatcher:
@@ -168,11 +168,11 @@ class GrammarConstraint:
         param: where the request has it.
     """
 
-    def __init__(self, matcher: LLMatcher, grammar: str, param: str, size: int, ends: list[int]) -> None:
+    def __init__(self, matcher: LLMatcher, grammar: str, param: str, size: int, eos_token_ids: list[int]) -> None:
         self.grammar = grammar
         self.param = param
         self._matcher = matcher
-        self._ends = ends
+        self._eos_token_ids = eos_token_ids
         self._bits = np.zeros(-(-size // 32), dtype=np.int32)
 
     def mask(self, logits: Float[Tensor, "vocab"]) -> None:
@@ -184,10 +184,10 @@ class GrammarConstraint:
             SchemaError: if nothing may come.
         """
         if self._matcher.is_stopped() and not self._matcher.is_error():
-            ends = torch.tensor(self._ends, device=logits.device)
-            kept = logits[ends]
+            eos = torch.tensor(self._eos_token_ids, device=logits.device)
+            kept = logits[eos]
             logits.fill_(-torch.inf)
-            logits[ends] = torch.where(kept.isfinite(), kept, 0)
+            logits[eos] = torch.where(kept.isfinite(), kept, 0)
             return
         self._matcher.unsafe_compute_mask_ptr(self._bits.ctypes.data, self._bits.nbytes)
         if self._matcher.is_error():

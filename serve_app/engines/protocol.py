@@ -113,7 +113,7 @@ class Sampling:
     logprob_token_ids: tuple[int, ...] = ()
     """Tokens to report at each position, in place of the most likely ones."""
 
-    def ends(self, eos_token_ids: frozenset[int]) -> frozenset[int]:
+    def all_stop_token_ids(self, eos_token_ids: frozenset[int]) -> frozenset[int]:
         """Return the tokens that end the generation.
 
         Args:

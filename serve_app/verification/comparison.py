@@ -137,8 +137,8 @@ class CaptureComparison:
     def _check_ending(self, request: MixRequest, finished: Finished) -> None:
         """Check that it ended when it should, for the reason it gives."""
         n, limit = len(finished.token_ids), request.sampling.max_tokens
-        ends = self._model.eos_token_ids | request.sampling.stop_token_ids
-        if any(token in ends for token in finished.token_ids[:-1]):
+        stop_token_ids = self._model.eos_token_ids | request.sampling.stop_token_ids
+        if any(token in stop_token_ids for token in finished.token_ids[:-1]):
             self._problem(request, f"went on after a token that ends it: {finished.token_ids}")
         if n > limit or (finished.finish_reason == "length" and n != limit):
             self._problem(request, f"has {n} tokens and ended by {finished.finish_reason}; {limit} were allowed")

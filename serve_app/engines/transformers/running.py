@@ -43,14 +43,18 @@ class Running(Completion):
     @classmethod
     def start(cls, job: GenerationJob, model: LoadedModel, memory: RowMemory) -> "Running":
         """Begin a job, whose rows will lie in `memory`."""
-        sampling, ends, collecting = job.sampling, job.sampling.ends(model.eos_token_ids), job.collecting
+        sampling, stop_token_ids, collecting = (
+            job.sampling,
+            job.sampling.all_stop_token_ids(model.eos_token_ids),
+            job.collecting,
+        )
         tapped = {tap.module for tap in job.capture.taps.values()} if job.capture else set()
         tapped |= {scorer.tap.module for scorer in job.probes}
         return cls(
             job=job,
             text=text_stream(job, model),
             all_stop_token_ids=stop_token_ids,
-            sampler=Sampler(sampling, job.prompt_ids, ends, job.constraint),
+            sampler=Sampler(sampling, job.prompt_ids, stop_token_ids, job.constraint),
             rows=RequestRows(collecting, len(job.prompt_ids), memory) if collecting else None,
             probed=RequestScores(job.probes) if job.probes else None,
             all_logits=job.score_prompt or model.head in tapped,

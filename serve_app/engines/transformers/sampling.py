@@ -34,7 +34,7 @@ class Sampler:
         self,
         sampling: Sampling,
         prompt_ids: list[int],
-        end_token_ids: frozenset[int],
+        all_stop_token_ids: frozenset[int],
         constraint: Constraint | None = None,
     ) -> None:
         """Start a request's stream.
@@ -42,14 +42,14 @@ class Sampler:
         Args:
             sampling: its settings.
             prompt_ids: its prompt.
-            end_token_ids: tokens that end it, `sampling.stop_token_ids` included.
+            all_stop_token_ids: tokens that end it, `sampling.stop_token_ids` included.
             constraint: the grammar it follows.
         """
         self.sampling = sampling
         self.failure: ConstraintError | None = None
         self._constraint = constraint
         self._random = np.random.default_rng(None if sampling.seed is None else sampling.seed % 2**128)
-        self._ends = sorted(end_token_ids)
+        self._all_stop_token_ids = sorted(all_stop_token_ids)
         self._counts: Counter[int] = Counter()
         self._prompt = set(prompt_ids) if sampling.repetition_penalty != 1 else set()
         self._words = sampling.bad_words
@@ -100,8 +100,8 @@ class Sampler:
         if s.logit_bias:
             index = torch.tensor(list(s.logit_bias), device=device)
             logits[index] += torch.tensor(list(s.logit_bias.values()), device=device, dtype=logits.dtype)
-        if self._counts.total() < s.min_tokens and self._ends:
-            logits[torch.tensor(self._ends, device=device)] = -torch.inf
+        if self._counts.total() < s.min_tokens and self._all_stop_token_ids:
+            logits[torch.tensor(self._all_stop_token_ids, device=device)] = -torch.inf
         if s.allowed_token_ids is not None:
             index = torch.tensor(s.allowed_token_ids, device=device)
             logits.copy_(torch.full_like(logits, -torch.inf).index_copy_(0, index, logits[index]))

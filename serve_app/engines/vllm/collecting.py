@@ -104,7 +104,7 @@ class Step:
     fills: StepRows | None
     scores: StepScores | None
     jobs: list[_Job] = field(repr=False)
-    ends: list[int] = field(repr=False)
+    token_stops: list[int] = field(repr=False)
     """Per job, the place behind its last token in the batch."""
 
     @property
@@ -191,8 +191,8 @@ class Collector:
         if any(job.scores is not None for job in known):
             asked = [job.scores if job is not None else None for job in jobs]
             scores = StepScores(asked, PackedBatch(new, lengths), self._memory)
-        ends = [end for job, end in zip(jobs, accumulate(lengths), strict=True) if job is not None]
-        return Step(steering, rows, fills, scores, known, ends)
+        token_stops = [end for job, end in zip(jobs, accumulate(lengths), strict=True) if job is not None]
+        return Step(steering, rows, fills, scores, known, token_stops)
 
     def done(self, step: Step, failure: Exception | None) -> None:
         """Give each job of a forward its rows, once it has been issued.
@@ -221,7 +221,7 @@ class Collector:
         """
         found: dict[str, Action] = {}
         tokens: list[int] | None = None
-        for job, end in zip(step.jobs, step.ends, strict=True):
+        for job, end in zip(step.jobs, step.token_stops, strict=True):
             if job.watch is None or job.scores is None or job.lost is not None or job.fed <= job.watch.next:
                 continue
             count = job.fed - job.watch.next

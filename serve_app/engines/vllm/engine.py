@@ -326,8 +326,8 @@ class VllmEngine:
 
     async def _try(self, job_id: str, job: GenerationJob) -> Finished | Failed | None:
         """Generate a job's tokens, under a name that workers know it by; None if it has to be tried again."""
-        ends = job.sampling.ends(self._model.eos_token_ids)
-        request = _capture_request(job_id, job, ends)
+        stop_token_ids = job.sampling.all_stop_token_ids(self._model.eos_token_ids)
+        request = _capture_request(job_id, job, stop_token_ids)
         salt = self._salts.of(job)
         to_check = self._captures and rows_needed(job)
         if job.probes:
@@ -336,13 +336,13 @@ class VllmEngine:
         completion = Completion(
             job=job,
             text=text_stream(job, model),
-            ends=ends,
+            all_stop_token_ids=stop_token_ids,
         )
         prompt_scores: list[TokenScore] = []
         prompt = TokensPrompt(prompt_token_ids=job.prompt_ids)
         if salt is not None:
             prompt["cache_salt"] = salt
-        outputs = self._client.generate(prompt, sampling_params(job, ends, request), job_id)
+        outputs = self._client.generate(prompt, sampling_params(job, stop_token_ids, request), job_id)
         reason, cached = None, 0
         async for output in outputs:
             cached = output.num_cached_tokens or cached
@@ -443,11 +443,13 @@ class VllmEngine:
         self._client.shutdown()
 
 
-def _capture_request(job_id: str, job: GenerationJob, ends: frozenset[int] = frozenset()) -> CaptureRequest | None:
+def _capture_request(
+    job_id: str, job: GenerationJob, stop_token_ids: frozenset[int] = frozenset()
+) -> CaptureRequest | None:
     """Return what the workers do for a job, None for nothing."""
     if job.capture is None and not job.steering and not job.probes:
         return None
-    end = min(ends, default=None)
+    end = min(stop_token_ids, default=None)
     return CaptureRequest(job_id, job.capture, job.steering, job.probes, job.cache_salt, job.stopping, end)
 
 

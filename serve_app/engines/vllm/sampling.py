@@ -13,7 +13,9 @@ SEEDS = 1 << 63
 """vLLM's generators take no larger ones."""
 
 
-def sampling_params(job: GenerationJob, ends: frozenset[int], request: CaptureRequest | None) -> SamplingParams:
+def sampling_params(
+    job: GenerationJob, stop_token_ids: frozenset[int], request: CaptureRequest | None
+) -> SamplingParams:
     """Spell a job for vLLM.
 
     vLLM detokenizes nothing: text, and the stop strings in it, are the same code for both engines, so the tokens are asked for
@@ -21,7 +23,7 @@ def sampling_params(job: GenerationJob, ends: frozenset[int], request: CaptureRe
 
     Args:
         job: what to generate.
-        ends: tokens that end it.
+        stop_token_ids: all tokens that end it.
         request: what its workers capture, steer and score.
     """
     s = job.sampling
@@ -34,7 +36,7 @@ def sampling_params(job: GenerationJob, ends: frozenset[int], request: CaptureRe
         seed=None if s.seed is None else s.seed % SEEDS,
         max_tokens=max(s.max_tokens, 1),  # reading a prompt takes a token with it, which is thrown away
         min_tokens=min(s.min_tokens, max(s.max_tokens, 1)),
-        stop_token_ids=sorted(ends),
+        stop_token_ids=sorted(stop_token_ids),
         ignore_eos=True,  # those are all of them
         allowed_token_ids=None if s.allowed_token_ids is None else list(s.allowed_token_ids),
         presence_penalty=s.presence_penalty,
@@ -46,7 +48,7 @@ def sampling_params(job: GenerationJob, ends: frozenset[int], request: CaptureRe
         prompt_logprobs=max(s.top_logprobs, s.prompt_logprobs or 0) if job.score_prompt else None,
         structured_outputs=StructuredOutputsParams(grammar=follow) if follow is not None else None,
         detokenize=False,
-        output_kind=RequestOutputKind.DELTA if _read_along(job, ends) else RequestOutputKind.FINAL_ONLY,
+        output_kind=RequestOutputKind.DELTA if _read_along(job, stop_token_ids) else RequestOutputKind.FINAL_ONLY,
         extra_args={EXTRA_ARGS_KEY: pack(request)} if request is not None else None,
     )
     # vLLM would make tokens of words; which tokens a word has is the same code for both engines.
@@ -54,9 +56,9 @@ def sampling_params(job: GenerationJob, ends: frozenset[int], request: CaptureRe
     return params
 
 
-def _read_along(job: GenerationJob, ends: frozenset[int]) -> bool:
+def _read_along(job: GenerationJob, stop_token_ids: frozenset[int]) -> bool:
     """Whether tokens are wanted as they come: to be told, or because vLLM does not see by itself where the job ends."""
-    return job.stream or bool(job.sampling.stop) or (job.stopping is not None and not ends)
+    return job.stream or bool(job.sampling.stop) or (job.stopping is not None and not stop_token_ids)
 
 
 def _logprobs(job: GenerationJob) -> int:
