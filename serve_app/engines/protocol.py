@@ -349,7 +349,7 @@ class Engine(Protocol):
         """What it has to do now."""
 
     @property
-    def capacity(self) -> int:
+    def max_model_len(self) -> int:
         """The most tokens that one sequence may have."""
 
     def close(self) -> None:

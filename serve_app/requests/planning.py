@@ -255,7 +255,7 @@ def _check_named_tokens(model: ServedModel, request: GenerationParams) -> tuple[
 
 
 def _context(served: Runner) -> int:
-    return min(served.model.context_length or UNBOUNDED, served.engine.capacity)
+    return min(served.model.context_length or UNBOUNDED, served.engine.max_model_len)
 
 
 def _max_tokens(served: Runner, prompt: TokenizedText, limit: int | None, param: str) -> int:

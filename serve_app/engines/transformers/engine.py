@@ -178,7 +178,7 @@ class TransformersEngine:
         return Load(running, len(self._waiting), dict(self._steps), prefixes.held, prefixes.hits, prefixes.misses)
 
     @property
-    def capacity(self) -> int:
+    def max_model_len(self) -> int:
         """The most tokens that one sequence may have."""
         return self.budget.cache_tokens
 

@@ -132,7 +132,7 @@ class VllmEngine:
         loop: EngineLoop,
         model: ServedModel,
         *,
-        capacity: int,
+        max_model_len: int,
         captures: bool,
         max_batch: int,
         max_queue: int,
@@ -144,7 +144,7 @@ class VllmEngine:
         Args:
             loop: where it runs.
             model: what it has loaded.
-            capacity: the most tokens that one sequence may have.
+            max_model_len: the most tokens that one sequence may have.
             captures: whether its workers do.
             max_batch: requests generated together.
             max_queue: requests waiting for that.
@@ -157,7 +157,7 @@ class VllmEngine:
         self._loop = loop
         self._client = loop.client
         self._model = model
-        self._capacity = capacity
+        self._max_model_len = max_model_len
         self._captures = captures
         self._max_batch = max_batch
         self._max_jobs = max_batch + max_queue
@@ -196,9 +196,9 @@ class VllmEngine:
         )
 
     @property
-    def capacity(self) -> int:
+    def max_model_len(self) -> int:
         """The most tokens that one sequence may have."""
-        return self._capacity
+        return self._max_model_len
 
     def submit(self, job: GenerationJob) -> None:
         """Queue a job.
@@ -235,10 +235,10 @@ class VllmEngine:
             RequestTooLargeError: if there is never room for it.
         """
         total = len(job.prompt_ids) + job.sampling.max_tokens
-        if total > self._capacity:
+        if total > self._max_model_len:
             raise RequestTooLargeError(
                 f"the prompt's {len(job.prompt_ids)} tokens and up to {job.sampling.max_tokens} new ones need room for "
-                f"{total} tokens; a sequence may have {self._capacity}"
+                f"{total} tokens; a sequence may have {self._max_model_len}"
             )
         vectors = different_sums(job.steering, len(job.prompt_ids), total)
         if vectors > VECTORS_PER_REQUEST:

@@ -195,7 +195,7 @@ def start(
     return model, VllmEngine(
         loop,
         model,
-        capacity=arguments["max_model_len"],
+        max_model_len=arguments["max_model_len"],
         captures=settings.capture,
         max_batch=settings.max_batch,
         max_queue=settings.max_queue,

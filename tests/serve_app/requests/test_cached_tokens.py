@@ -20,7 +20,7 @@ MESSAGES = [{"role": "user", "content": "ab"}]
 
 
 def served() -> Served:
-    stand_in = cast(Engine, SimpleNamespace(name="transformers", capacity=128))
+    stand_in = cast(Engine, SimpleNamespace(name="transformers", max_model_len=128))
     return Served(cast(Any, tiny.loaded("llama")), stand_in, cast(Storage, None))
 
 
