@@ -219,13 +219,13 @@ def _generate(
     Raises:
         OutOfTimeError: if there is no time left.
     """
-    heard: queue.SimpleQueue[tuple[RowRequest, Finished | Failed]] = queue.SimpleQueue()
+    events: queue.SimpleQueue[tuple[Request, Finished | Failed]] = queue.SimpleQueue()
     keep = keeper(model, engine)
 
     def submit(request: RowRequest) -> None:
         def listen(event: Any) -> None:
             if isinstance(event, Finished | Failed):
-                heard.put((request, event))
+                events.put((request, event))
 
         engine.submit(GenerationJob(request.prompt_ids, request.sampling, listen, request.plan))
 
@@ -235,7 +235,7 @@ def _generate(
     ended = []
     for _ in requests:
         try:
-            request, event = heard.get(timeout=max(0.0, end - time.monotonic()))
+            request, event = events.get(timeout=max(0.0, end - time.monotonic()))
         except queue.Empty:
             raise OutOfTimeError("the time was over") from None
         if isinstance(event, Failed):

@@ -92,7 +92,7 @@ def measure_memory(
                 failures.append(StoreFailedError(str(error)))
             room.release()
 
-        def listener(prompt: list[int]) -> Callable[[Event], None]:
+        def callback(prompt: list[int]) -> Callable[[Event], None]:
             def listen(event: Event) -> None:
                 if isinstance(event, Finished):
                     writer.submit(_rollout(model, prompt, event, positions)).add_done_callback(committed)
@@ -107,7 +107,7 @@ def measure_memory(
                 prompt = prompts[number % len(prompts)]
                 room.acquire()
                 sampling = Sampling(workload.max_tokens, temperature=0)
-                engine.submit(GenerationJob(prompt, sampling, listener(prompt), plan))
+                engine.submit(GenerationJob(prompt, sampling, callback(prompt), plan))
                 if (number + 1) % every == 0:
                     samples.append(MemorySample(number + 1, process.memory_info().rss))
                     stage(f"{number + 1} requests: {samples[-1].resident / 1e6:,.0f} MB")

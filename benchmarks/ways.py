@@ -100,8 +100,8 @@ def engine_way(
     """
     plan = capture_plan(model, capture)
 
-    def run(prompts: list[list[int]], max_tokens: int, in_flight: int) -> MeasuredRun:
-        heard: queue.SimpleQueue[tuple[int, Finished | Failed]] = queue.SimpleQueue()
+    def run(prompts: list[list[int]], max_tokens: int, in_flight: int) -> Run:
+        events: queue.SimpleQueue[tuple[int, Finished | Failed]] = queue.SimpleQueue()
         made: dict[int, float] = {}
         first: dict[int, float] = {}
         last: dict[int, float] = {}
@@ -112,7 +112,7 @@ def engine_way(
                 last[number] = time.perf_counter()
                 first.setdefault(number, last[number])
                 if isinstance(event, Finished | Failed):
-                    heard.put((number, event))
+                    events.put((number, event))
 
             made[number] = time.perf_counter()
             sampling = Sampling(max_tokens, temperature=0)
@@ -139,7 +139,7 @@ def engine_way(
             for number in range(min(in_flight, len(prompts))):
                 submit(number)
             for done in range(len(prompts)):
-                number, event = _next(heard, deadline)
+                number, event = _next(events, deadline)
                 if isinstance(event, Failed):
                     raise event.error
                 if keep is not None and plan is not None:
@@ -181,9 +181,9 @@ def finish_all(
         plan: what is captured, None for nothing.
         cache_salt: of all.
     """
-    heard: list[Future[Finished]] = [Future() for _ in requests]
+    results: list[Future[Finished]] = [Future() for _ in requests]
 
-    def listener(future: "Future[Finished]") -> Callable[[Event], None]:
+    def callback(future: "Future[Finished]") -> Callable[[Event], None]:
         def listen(event: Event) -> None:
             if isinstance(event, Finished):
                 future.set_result(event)
@@ -192,19 +192,19 @@ def finish_all(
 
         return listen
 
-    for (prompt, sampling), future in zip(requests, heard, strict=True):
-        engine.submit(GenerationJob(prompt, sampling, listener(future), plan, cache_salt=cache_salt))
-    return [future.result() for future in heard]
+    for (prompt, sampling), future in zip(requests, results, strict=True):
+        engine.submit(GenerationJob(prompt, sampling, callback(future), plan, cache_salt=cache_salt))
+    return [future.result() for future in results]
 
 
-def _next(heard: "queue.SimpleQueue[tuple[int, Finished | Failed]]", deadline: float) -> tuple[int, Finished | Failed]:
+def _next(events: "queue.SimpleQueue[tuple[int, Finished | Failed]]", deadline: float) -> tuple[int, Finished | Failed]:
     """Wait for the next request that ends.
 
     Raises:
         OutOfTimeError: if the deadline passes first.
     """
     try:
-        return heard.get(timeout=None if deadline == math.inf else max(0.0, deadline - time.monotonic()))
+        return events.get(timeout=None if deadline == math.inf else max(0.0, deadline - time.monotonic()))
     except queue.Empty:
         raise OutOfTimeError("the time was over") from None
 

@@ -48,7 +48,7 @@ from roentgen.store.schema import check_finite
 from roentgen.workflows.capture_texts import CaptureReport, Reader
 from serve_app.capture.observer import wrapped
 from serve_app.config import ServerConfig
-from serve_app.engines.awaiting import results_of
+from serve_app.engines.job_runner import run_jobs
 from serve_app.engines.protocol import EngineStoppedError, Finished
 from serve_app.engines.rollout import make_entry
 from serve_app.engines.storage import rollout_of
@@ -417,7 +417,7 @@ def _run(runner: Runner, choices: list[tuple[Prompt, Choice]]) -> list[Rollout]:
         for number, ((_, choice), constraint) in enumerate(zip(choices, constraints, strict=True))
     }
     found: dict[int, Rollout] = {}
-    for number, result in results_of(runner.engine, makers):
+    for number, result in run_jobs(runner.engine, makers):
         if isinstance(result, RequestError):
             raise in_python(result) from result
         if isinstance(result, Exception):

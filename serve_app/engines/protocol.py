@@ -1,9 +1,9 @@
-"""What an engine takes and gives.
+"""The protocol of an engine: jobs in, events out.
 
-A caller submits a `GenerationJob`; the engine calls the job's listener, on the engine's own thread, with `TextDelta`s while
-it runs (if it streams) and at the end exactly once with `Finished` or `Failed`. The listener must be quick: while it runs,
-nothing generates. A job is cancelled by setting its `cancelled` event; it then leaves the batch at the next step and its
-listener hears nothing more.
+A caller submits a `GenerationJob`. The engine calls the job's `on_event` on the engine's own thread: with `TextDelta`s while
+the job runs, if it streams, and at the end exactly once with `Finished` or `Failed`. The callback must return quickly, because
+nothing generates while it runs. To cancel a job, set its `cancelled` event. The job then leaves the batch at the next step,
+and no more events are emitted.
 """
 
 import math
@@ -284,8 +284,8 @@ class GenerationJob:
     """The prompt's tokens; at least one, and with `sampling.max_tokens` within the context."""
     sampling: Sampling
     """How to choose tokens."""
-    listener: Callable[[Event], None]
-    """Hears what happens."""
+    on_event: Callable[[Event], None]
+    """Called with each of its events, on the engine's thread."""
     capture: CapturePlan | None = None
     """What to keep, None for nothing."""
     stream: bool = False

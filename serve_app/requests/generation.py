@@ -91,19 +91,19 @@ class Choice:
     """Under what its prefix is cached, None for what all share."""
 
     def job(
-        self, listener: Callable[[Event], None], constraint: Constraint | None, *, stream: bool = False
+        self, on_event: Callable[[Event], None], constraint: Constraint | None, *, stream: bool = False
     ) -> GenerationJob:
         """Return it as the engine takes it.
 
         Args:
-            listener: hears what happens.
+            on_event: called with each event.
             constraint: `grammar`, compiled.
-            stream: whether the listener hears of text as it comes.
+            stream: whether text is sent as it is generated.
         """
         return GenerationJob(
             prompt_ids=self.prompt.token_ids,
             sampling=self.sampling,
-            listener=listener,
+            on_event=on_event,
             capture=self.plan,
             stream=stream,
             constraint=constraint,

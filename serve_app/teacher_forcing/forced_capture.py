@@ -23,7 +23,7 @@ from roentgen.store import CapturedRollout, CaptureSpec, NonFiniteRowsError, Rec
 from roentgen.store.quantization import QUANTIZED
 from serve_app.capture.rows import CapturedRows, CapturePlan, UncapturableError
 from serve_app.capture.structure import Tap
-from serve_app.engines.awaiting import results_of
+from serve_app.engines.job_runner import run_jobs
 from serve_app.engines.protocol import Engine, Event, Finished, GenerationJob, Sampling
 from serve_app.engines.transformers.model import LoadedModel
 from serve_app.teacher_forcing.tokens import TokenizedTranscript
@@ -185,19 +185,19 @@ class TeacherForcing:
             EngineStoppedError: if the engine dies.
         """
         makers = {i: partial(self._job, text, taps, score) for i, text in texts.items()}
-        for i, result in results_of(self._engine, makers):
+        for i, result in run_jobs(self._engine, makers):
             if isinstance(result, UncapturableError):
                 raise result
             yield i, result
 
     def _job(
-        self, text: TokenizedTranscript, taps: dict[str, Tap], score: bool, listener: Callable[[Event], None]
+        self, text: TokenizedTranscript, taps: dict[str, Tap], score: bool, on_event: Callable[[Event], None]
     ) -> GenerationJob:
         positions, dtype = Positions.parse(self._request.positions), captured_as(self._request.dtype)
         return GenerationJob(
             prompt_ids=text.sequence.token_ids,
             sampling=READ_ONLY,
-            listener=listener,
+            on_event=on_event,
             capture=CapturePlan(taps, positions, dtype, n_prompt=text.sequence.n_prompt, stop=text.sequence.n_rows),
             score_prompt=score and text.sequence.n_completion > 0,
         )

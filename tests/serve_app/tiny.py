@@ -173,7 +173,7 @@ def loaded_from(
 
 
 class Call:
-    """One job and what its listener heard."""
+    """One job and the events it has emitted."""
 
     def __init__(
         self,
@@ -184,18 +184,18 @@ class Call:
         stream: bool = False,
         score_tokens: bool = True,
     ):
-        self.heard: list[Event] = []
+        self.events: list[Event] = []
         self._done = threading.Event()
         self.job = GenerationJob(prompt_ids, sampling, self._listen, plan, stream, score_tokens=score_tokens)
 
     def _listen(self, event: Event) -> None:
-        self.heard.append(event)
+        self.events.append(event)
         if not isinstance(event, TextDelta):
             self._done.set()
 
     def result(self, timeout: float = 60) -> Finished:
         assert self._done.wait(timeout), "the engine did not answer"
-        last = self.heard[-1]
+        last = self.events[-1]
         if isinstance(last, Failed):
             raise last.error
         assert isinstance(last, Finished)

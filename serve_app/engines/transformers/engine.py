@@ -243,7 +243,7 @@ class TransformersEngine:
         with self._changed:
             waiting, self._waiting = self._waiting, deque()
         for job in waiting:
-            job.listener(Failed(EngineStoppedError("the engine was closed")))
+            job.on_event(Failed(EngineStoppedError("the engine was closed")))
 
     def _wait_for_jobs(self) -> bool:
         """Wait until there is something to do, and a moment longer for company; False when the engine is closed."""
@@ -278,9 +278,9 @@ class TransformersEngine:
             self._running = [self._running[row] for row in self._rows.keep(staying)]
 
     def _fail_all(self, error: Exception) -> None:
-        """Tell all jobs that run or are being read that they could not be finished."""
+        """Fail all jobs that run or are being prefilled."""
         for running in [*self._running, *self._crossing, *(self._prefill.running if self._prefill else [])]:
-            running.job.listener(Failed(error))
+            running.job.on_event(Failed(error))
         self._running, self._prefill = [], None
         self._crossing.clear()
 
@@ -496,7 +496,7 @@ class TransformersEngine:
             return False
         delta = one.news(final=reason is not None) if one.job.stream else None
         if delta is not None:
-            one.job.listener(delta)
+            one.job.on_event(delta)
         if reason is not None:
             one.finish(reason)
         return reason is None

@@ -105,7 +105,7 @@ class Running(Completion):
         if captured is not None and self.job.stopping is not None and self.job.capture is not None:
             captured = settled(captured, self.job.capture, len(self.job.prompt_ids), self.n_rows)
         prompt_scores = self.prompt_scores if self.job.score_prompt else None
-        self.job.listener(
+        self.job.on_event(
             replace(
                 self.finished(reason, probed),
                 captured=captured,
@@ -128,7 +128,7 @@ class Running(Completion):
         """Report that the job cannot be finished; it leaves the batch as one that is cancelled does."""
         self.job.cancelled.set()
         try:
-            self.job.listener(Failed(error))
+            self.job.on_event(Failed(error))
         except Exception:  # whoever asked is gone; the others of the batch are not
             log.exception("a failure could not be reported: %s", error)
 

@@ -285,7 +285,7 @@ class VllmEngine:
             self._jobs[job_id] = (job, task)
 
     async def _run(self, job_id: str, job: GenerationJob) -> bool:
-        """Run one job to its end and tell its listener; returns whether its rows are the listener's to store."""
+        """Run one job and emit its last event; returns whether its rows are now the caller's to store."""
         event: Finished | Failed
         try:
             event = await self._generate(job_id, job)
@@ -296,7 +296,7 @@ class VllmEngine:
             event = Failed(error)
         if job.cancelled.is_set():
             return False
-        job.listener(event)
+        job.on_event(event)
         return isinstance(event, Finished) and event.held is not None
 
     def _leave(self, job_id: str, task: "asyncio.Task[bool]") -> None:
@@ -306,7 +306,7 @@ class VllmEngine:
         del self._row_bytes[job_id]
         name = self._names.pop(job_id, job_id)
         if task.cancelled() and not job.cancelled.is_set():
-            job.listener(Failed(EngineStoppedError("the engine was closed")))
+            job.on_event(Failed(EngineStoppedError("the engine was closed")))
         if _capture_request(name, job) is not None and (task.cancelled() or not task.result()):
             self.storage.forget(name)
         self._scores.forget(name)
@@ -376,7 +376,7 @@ class VllmEngine:
             probed = partial(self._scores.news, job_id, completion.n_rows) if job.probes else None
             final = reason is not None or output.finished
             if job.stream and (delta := completion.delta(final=final, probed=probed)) is not None:
-                job.listener(delta)
+                job.on_event(delta)
             if said.finish_reason in ("error", "abort"):
                 return Failed(_failure(job, said.finish_reason))
             if reason is not None and not output.finished:
@@ -436,7 +436,7 @@ class VllmEngine:
         await asyncio.gather(*tasks, return_exceptions=True)
         self._jobs.clear()
         for job in waiting:
-            job.listener(Failed(EngineStoppedError("the engine was closed")))
+            job.on_event(Failed(EngineStoppedError("the engine was closed")))
         if self._captures and not self._client.errored:
             await self._client.collective_rpc("roentgen_close")
         self.storage.fail_all(EngineStoppedError("the engine was closed"))

@@ -77,7 +77,7 @@ def test_a_streams_scores_join_to_the_whole(model: LoadedModel, engine: Transfor
     for call in calls:
         call.job = replace(call.job, probes=probes)
     for call, result in zip(calls, tiny.run(engine, calls), strict=True):
-        pieces = [event.probed for event in call.heard if isinstance(event, TextDelta)]
+        pieces = [event.probed for event in call.events if isinstance(event, TextDelta)]
         for number in range(2):
             told = torch.cat([piece[number] for piece in pieces])
             assert torch.equal(told, result.probed[number][: len(told)])

@@ -103,7 +103,7 @@ def test_a_stream_goes_on_where_it_was_when_its_tokens_are_read_again(longrope: 
     call = tiny.Call(PROMPTS[1], Sampling(NEW, temperature=0), plan(longrope), stream=True)
     with serving(longrope) as engine:
         result = tiny.run(engine, [call])[0]
-    deltas = call.heard[:-1]
+    deltas = call.events[:-1]
     assert [token for delta in deltas for token in delta.token_ids] == result.token_ids  # type: ignore[union-attr]
 
 

@@ -171,7 +171,7 @@ def test_a_policy_that_selects_nothing_gives_no_rows(under_test: Subject) -> Non
 def test_streamed_pieces_join_to_the_text(under_test: Subject) -> None:
     calls = [Call(prompt, GREEDY, stream=True) for prompt in PROMPTS]
     for call, result in zip(calls, run(under_test.engine, calls), strict=True):
-        deltas = [event for event in call.heard if isinstance(event, TextDelta)]
+        deltas = [event for event in call.events if isinstance(event, TextDelta)]
         assert "".join(delta.text for delta in deltas) == result.text
         spoken = len(result.token_ids) - (result.ended_by is not None)
         assert [token for delta in deltas for token in delta.token_ids] == result.token_ids[:spoken]
@@ -184,7 +184,7 @@ def test_a_stop_string_ends_a_generation_and_is_not_in_the_text(under_test: Subj
     (result,) = run(under_test.engine, [call])
     assert result.finish_reason == "stop"
     assert result.text == free.text[: free.text.find(stop)]
-    assert "".join(e.text for e in call.heard if isinstance(e, TextDelta)) == result.text
+    assert "".join(e.text for e in call.events if isinstance(e, TextDelta)) == result.text
 
 
 def test_a_seed_gives_the_same_tokens_in_any_company(under_test: Subject) -> None:
@@ -297,7 +297,7 @@ def test_what_ended_it_is_told_and_is_text_if_it_is_to_be(under_test: Subject) -
     ]  # fmt: skip
     assert [result.stop_reason for result in results] == [stop, stop, token, token]
     for call, result in zip(calls, results, strict=True):
-        assert "".join(event.text for event in call.heard if isinstance(event, TextDelta)) == result.text
+        assert "".join(event.text for event in call.events if isinstance(event, TextDelta)) == result.text
 
 
 def test_named_tokens_are_scored_beside_the_one_that_came(under_test: Subject) -> None:
@@ -442,12 +442,12 @@ def test_a_cancelled_job_leaves_and_the_others_go_on(under_test: Subject) -> Non
     stays = Call(PROMPTS[1], GREEDY, plan(under_test, "resid_post", layers=(0,)))
     for call in (gone, stays):
         under_test.engine.submit(call.job)
-    wait_for(lambda: bool(gone.heard))
+    wait_for(lambda: bool(gone.events))
     gone.job.cancelled.set()
     assert stays.result().token_ids == under_test.alone(PROMPTS[1], 12)
     under_test.rows(stays)
     wait_for(lambda: under_test.engine.load.running == 0)
-    assert all(isinstance(event, TextDelta | Finished) for event in gone.heard)
+    assert all(isinstance(event, TextDelta | Finished) for event in gone.events)
 
 
 def test_a_hook_point_without_rows_is_refused_or_fails_alone(under_test: Subject) -> None:
@@ -512,7 +512,7 @@ def test_a_streams_scores_join_to_the_whole(under_test: Subject) -> None:
     for call in calls:
         call.job = replace(call.job, probes=probes)
     for call, result in zip(calls, run(under_test.engine, calls), strict=True):
-        pieces = [event.probed for event in call.heard if isinstance(event, TextDelta) and event.probed]
+        pieces = [event.probed for event in call.events if isinstance(event, TextDelta) and event.probed]
         assert len(pieces) > 3
         for number, whole in enumerate(result.probed):
             told = torch.cat([piece[number] for piece in pieces])
@@ -584,7 +584,7 @@ def test_a_score_ends_a_generation_where_the_stored_scores_say(
         if call.job.capture is not None:
             assert under_test.rows(call)[0] == list(range(n_rows))
         if call.job.stream:
-            deltas = [event for event in call.heard if isinstance(event, TextDelta)]
+            deltas = [event for event in call.events if isinstance(event, TextDelta)]
             assert [token for delta in deltas for token in delta.token_ids] == kept[: len(kept)]
             assert sum(len(delta.probed[0]) for delta in deltas if delta.probed) <= n_rows
         if place is None:
@@ -665,7 +665,7 @@ def test_a_score_closes_the_reasoning_and_the_model_goes_on(under_test: Subject,
         follows = Call(prompt + said.token_ids[:6], replace(sampling, max_tokens=8))
         assert run(under_test.engine, [follows])[0].token_ids == said.token_ids[6:]
     assert_rows(under_test.rows(calls[0])[1], forward(under_test, prompt + said.token_ids[:-1])[1])
-    deltas = [event for event in calls[0].heard if isinstance(event, TextDelta)]
+    deltas = [event for event in calls[0].events if isinstance(event, TextDelta)]
     assert [token for delta in deltas for token in delta.token_ids] == said.token_ids
 
 
@@ -782,7 +782,7 @@ def test_a_full_queue_is_refused_and_a_closed_engine_says_so(
             submit_all()
         full.engine.close()
         for call in running:
-            last = call.heard[-1]
+            last = call.events[-1]
             assert isinstance(last, Finished) or (
                 isinstance(last, Failed) and isinstance(last.error, EngineStoppedError)
             )

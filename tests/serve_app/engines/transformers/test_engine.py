@@ -157,7 +157,7 @@ def test_eos_ends_a_generation_and_counts(llama: LoadedModel, monkeypatch: pytes
 def test_streamed_pieces_join_to_the_text(engine: TransformersEngine) -> None:
     calls = [Call(prompt, GREEDY, stream=True) for prompt in PROMPTS]
     for call, result in zip(calls, run(engine, calls), strict=True):
-        assert "".join(e.text for e in call.heard if isinstance(e, TextDelta)) == result.text
+        assert "".join(e.text for e in call.events if isinstance(e, TextDelta)) == result.text
 
 
 def test_a_stop_string_ends_a_generation_and_is_not_in_the_text(engine: TransformersEngine) -> None:
@@ -167,7 +167,7 @@ def test_a_stop_string_ends_a_generation_and_is_not_in_the_text(engine: Transfor
     (result,) = run(engine, [call])
     assert result.finish_reason == "stop"
     assert result.text == free.text[: free.text.find(stop)]
-    assert "".join(e.text for e in call.heard if isinstance(e, TextDelta)) == result.text
+    assert "".join(e.text for e in call.events if isinstance(e, TextDelta)) == result.text
 
 
 @contextmanager
@@ -192,12 +192,12 @@ def test_a_cancelled_job_leaves_and_the_others_go_on(engine: TransformersEngine,
         stays = Call(PROMPTS[1], GREEDY, plan(llama, "resid_post", layers=(0,)))
         for call in (gone, stays):
             engine.submit(call.job)
-        wait_for(lambda: bool(gone.heard))
+        wait_for(lambda: bool(gone.events))
         gone.job.cancelled.set()
         result = stays.result()
     assert result.token_ids == generate_alone(llama, PROMPTS[1], 12)
-    assert all(isinstance(event, TextDelta) for event in gone.heard)
-    assert len(gone.heard) < 50
+    assert all(isinstance(event, TextDelta) for event in gone.events)
+    assert len(gone.events) < 50
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2"])
@@ -214,7 +214,7 @@ def test_requests_join_and_leave_a_running_batch(architecture: str) -> None:
     ]
     with slowed(model, 0.005):
         engine.submit(calls[0].job)
-        wait_for(lambda: bool(calls[0].heard))  # it runs; the others arrive while it does
+        wait_for(lambda: bool(calls[0].events))  # it runs; the others arrive while it does
         results = [*run(engine, calls[1:4]), *run(engine, calls[4:])]
         results.insert(0, calls[0].result())
     engine.close()
@@ -232,9 +232,9 @@ def test_a_request_does_not_wait_for_a_long_one_to_end(engine: TransformersEngin
     with slowed(llama, 0.02):
         long = Call(PROMPTS[0], Sampling(100, temperature=0), stream=True)
         engine.submit(long.job)
-        wait_for(lambda: bool(long.heard))
+        wait_for(lambda: bool(long.events))
         run(engine, [Call(PROMPTS[1], Sampling(2, temperature=0))])
-        assert not any(isinstance(event, Finished) for event in long.heard)
+        assert not any(isinstance(event, Finished) for event in long.events)
         long.result()
 
 
@@ -286,7 +286,7 @@ def test_a_failed_prefill_fails_alone(engine: TransformersEngine, llama: LoadedM
     with slowed(llama, 0.01):
         running = Call(PROMPTS[0], Sampling(30, temperature=0), stream=True)
         engine.submit(running.job)
-        wait_for(lambda: bool(running.heard))
+        wait_for(lambda: bool(running.events))
         with pytest.raises(RuntimeError, match="out of luck"):
             run(engine, [Call(PROMPTS[1], GREEDY)])
         result = running.result()
@@ -299,7 +299,7 @@ def test_a_full_queue_is_refused_and_a_closed_engine_says_so(llama: LoadedModel)
     with slowed(llama, 0.05):
         running = Call(PROMPTS[0], Sampling(100, temperature=0), stream=True)
         engine.submit(running.job)
-        wait_for(lambda: bool(running.heard))
+        wait_for(lambda: bool(running.events))
         waiting = [Call(PROMPTS[0], GREEDY) for _ in range(2)]
         for call in waiting:
             engine.submit(call.job)
@@ -307,7 +307,7 @@ def test_a_full_queue_is_refused_and_a_closed_engine_says_so(llama: LoadedModel)
             engine.submit(Call(PROMPTS[0], GREEDY).job)
         engine.close()
     for call in (running, *waiting):
-        assert isinstance(call.heard[-1], Failed)
-        assert isinstance(call.heard[-1].error, EngineStoppedError)
+        assert isinstance(call.events[-1], Failed)
+        assert isinstance(call.events[-1].error, EngineStoppedError)
     with pytest.raises(EngineStoppedError):
         engine.submit(Call(PROMPTS[0], GREEDY).job)

@@ -47,7 +47,7 @@ def job(
     return GenerationJob(
         prompt_ids=prompt,
         sampling=Sampling(8),
-        listener=print,
+        on_event=print,
         capture=plan,
         steering=(added,) if added else (),
         probes=(Scorer("p", "c", PLACES["c"], READOUT, "label"),) if probed else (),

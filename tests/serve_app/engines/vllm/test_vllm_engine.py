@@ -111,11 +111,11 @@ def test_nothing_is_held_of_requests_that_nobody_stores(cramped: Subject) -> Non
     calls = [Call(p, Sampling(60, temperature=0), plan(cramped, "resid_post"), stream=True) for p in LONG]
     for call in calls:
         cramped.engine.submit(call.job)
-    wait_for(lambda: any(call.heard for call in calls))
+    wait_for(lambda: any(call.events for call in calls))
     for call in calls:
         call.job.cancelled.set()
     wait_for(lambda: cramped.engine.load.running + cramped.engine.load.waiting == 0)
-    done = [call for call in calls if call.heard and type(call.heard[-1]).__name__ == "Finished"]
+    done = [call for call in calls if call.events and type(call.events[-1]).__name__ == "Finished"]
     for call in done:
         cramped.rows(call)
     wait_for(lambda: cramped.engine.storage.held == 0)
@@ -127,7 +127,7 @@ def test_a_lost_process_fails_what_runs_and_is_noticed(name: str, lost: str, tmp
     with subject(name, tmp_path, eager=True) as started:  # eager, because it starts sooner
         call = Call(LONG[1], Sampling(100, temperature=0, min_tokens=100), plan(started, "resid_post"), stream=True)
         started.engine.submit(call.job)
-        wait_for(lambda: bool(call.heard))
+        wait_for(lambda: bool(call.events))
         (process,) = named(lost) - others
         process.kill()
         with pytest.raises(EngineStoppedError):

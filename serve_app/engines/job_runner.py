@@ -1,6 +1,7 @@
-"""Runs many jobs through an engine and waits for them here, where no event loop runs.
+"""Runs many jobs through an engine and waits for their results, on a thread without an event loop.
 
-As many are submitted as the engine takes; the others wait outside. Leaving early, also by Ctrl-C, cancels what is left.
+It submits as many as the engine accepts and keeps the others back. If the caller stops early, also by Ctrl-C, the remaining
+jobs are cancelled.
 """
 
 import time
@@ -22,25 +23,25 @@ from serve_app.engines.protocol import (
 )
 
 JobMaker = Callable[[Callable[[Event], None]], GenerationJob]
-"""Makes a job of the listener that is to hear of it; none of them streams."""
+"""Makes a job from its event callback; none of the jobs streams."""
 
 
-def results_of(engine: Engine, makers: Mapping[int, JobMaker]) -> Iterator[tuple[int, Finished | Exception]]:
-    """Have an engine run jobs; yields each one's number with its result, or why there is none, as they end.
+def run_jobs(engine: Engine, makers: Mapping[int, JobMaker]) -> Iterator[tuple[int, Finished | Exception]]:
+    """Run jobs; yields the number of each as it ends, with its result or the error that it failed with.
 
     Args:
         engine: runs them.
-        makers: what makes each, by number.
+        makers: per number, makes the job.
 
     Raises:
         EngineStoppedError: if the engine is closed or dies.
     """
-    heard: SimpleQueue[tuple[int, Event]] = SimpleQueue()
+    events: SimpleQueue[tuple[int, Event]] = SimpleQueue()
 
-    def tell(number: int, event: Event) -> None:
-        heard.put((number, event))
+    def emit(number: int, event: Event) -> None:
+        events.put((number, event))
 
-    jobs = {number: make(partial(tell, number)) for number, make in makers.items()}
+    jobs = {number: make(partial(emit, number)) for number, make in makers.items()}
     waiting, running = deque(jobs.items()), 0
     try:
         while waiting or running:
@@ -53,10 +54,10 @@ def results_of(engine: Engine, makers: Mapping[int, JobMaker]) -> Iterator[tuple
                 yield waiting.popleft()[0], error
                 continue
             except EngineBusyError:
-                if not running:  # others fill the queue
+                if not running:  # requests of others fill the queue
                     time.sleep(0.01)
                     continue
-            number, event = _next(engine, heard)
+            number, event = _next(engine, events)
             running -= 1
             result = event.error if isinstance(event, Failed) else event
             if isinstance(result, EngineStoppedError):
@@ -68,10 +69,10 @@ def results_of(engine: Engine, makers: Mapping[int, JobMaker]) -> Iterator[tuple
             job.cancelled.set()
 
 
-def _next(engine: Engine, heard: "SimpleQueue[tuple[int, Event]]") -> tuple[int, Event]:
+def _next(engine: Engine, events: "SimpleQueue[tuple[int, Event]]") -> tuple[int, Event]:
     while True:
         try:
-            return heard.get(timeout=1)
+            return events.get(timeout=1)
         except Empty:
             if not engine.alive:
                 raise EngineStoppedError("the engine's thread has died") from None
