@@ -20,7 +20,6 @@ from pydantic import ValidationError
 from roentgen.api.request_building import (
     OWN,
     Prompt,
-    additions,
     capture_fields,
     checked,
     in_python,
@@ -28,6 +27,7 @@ from roentgen.api.request_building import (
     plan,
     prompts_of,
     scorers,
+    steering_vectors,
     stop_rules,
 )
 from roentgen.api.rollout import Rollout
@@ -243,7 +243,7 @@ class Model:
         if own := sorted(params.keys() & OWN):
             raise ApiError(400, f"{own[0]}: generate sets it itself", param=own[0], code="unsupported_parameter")
         runner, asked = self._runner, prompts_of(prompts)
-        read_by, added = scorers(runner.model, named_probes(probes)), additions(runner.model, steering)
+        read_by, added = scorers(runner.model, named_probes(probes)), steering_vectors(runner.model, steering)
         rules = stop_rules(read_by, stop_when or {})
         body = {
             "model": self.name, "max_tokens": max_tokens, "temperature": temperature, "seed": seed, "n": n, "stop": stop,

@@ -18,7 +18,7 @@ from roentgen.extensions import preview
 from roentgen.linear_probe import SavedProbe
 from roentgen.stop_rule import StopWhen
 from serve_app.capture.scoring import Scorer
-from serve_app.capture.steering import Addition
+from serve_app.capture.steering import SteeringVector
 from serve_app.config import ServerConfig
 from serve_app.engines.served_model import ServedModel
 from serve_app.engines.stopping import StopRule
@@ -29,7 +29,7 @@ from serve_app.openai_api.errors import ApiError, from_validation
 from serve_app.openai_api.probe_params import SteeringRequest
 from serve_app.requests.generation import Choice, Runner
 from serve_app.requests.planning import plan_chat, plan_completion
-from serve_app.requests.probes_and_steering import addition_of, check_probe, saved_scorer
+from serve_app.requests.probes_and_steering import check_probe, make_steering_vector, saved_scorer
 
 Conversation = Sequence[Mapping[str, Any]]
 """Messages, as the chat route takes them."""
@@ -177,7 +177,7 @@ def stop_rules(probes: Sequence[Scorer], stop_when: Mapping[str, Mapping[str, An
     return rules
 
 
-def additions(model: ServedModel, steering: Steer | Sequence[Steer]) -> tuple[Addition, ...]:
+def steering_vectors(model: ServedModel, steering: Steer | Sequence[Steer]) -> tuple[SteeringVector, ...]:
     """Return what is added to a generation's stream.
 
     Raises:
@@ -191,10 +191,10 @@ def additions(model: ServedModel, steering: Steer | Sequence[Steer]) -> tuple[Ad
             raise TypeError(
                 f"steering[{place}]: {preview(one)} is no roentgen.Steer, which says what is added and where"
             )
-    return tuple(_addition(model, one, f"steering[{place}]") for place, one in enumerate(several))
+    return tuple(_steering_vector(model, one, f"steering[{place}]") for place, one in enumerate(several))
 
 
-def _addition(model: ServedModel, one: Steer, param: str) -> Addition:
+def _steering_vector(model: ServedModel, one: Steer, param: str) -> SteeringVector:
     fields = {
         "layer": one.layer if one.layer is None else _whole(one.layer),
         "hook_point": one.hook_point,
@@ -205,11 +205,11 @@ def _addition(model: ServedModel, one: Steer, param: str) -> Addition:
     try:
         if is_vector(one.direction):
             numbers = one.direction.tolist() if hasattr(one.direction, "tolist") else list(one.direction)
-            return addition_of(model, checked(SteeringRequest, {**fields, "vector": numbers}), None, param)
+            return make_steering_vector(model, checked(SteeringRequest, {**fields, "vector": numbers}), None, param)
         probe = find_probe(one.direction, param)
         asked = checked(SteeringRequest, {**fields, "probe": probe.card.name})
         check_probe(model, probe.card.name, probe, param)
-        return addition_of(model, asked, probe, param)
+        return make_steering_vector(model, asked, probe, param)
     except RequestError as error:
         within = error.message if error.message.startswith(param) else f"{param}.{error.message}"
         raise ApiError(error.status, within, param=error.param, code=error.code) from error

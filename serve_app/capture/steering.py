@@ -36,7 +36,7 @@ class UnsteerableError(RequestError):
 
 
 @dataclass(frozen=True)
-class Addition:
+class SteeringVector:
     """What one request adds at one hook point."""
 
     key: str
@@ -53,18 +53,18 @@ class Addition:
         return self.positions.select(n_prompt, span.stop, first=span.start)
 
 
-def different_sums(additions: Sequence[Addition], n_prompt: int, n_rows: int) -> int:
+def different_sums(steering_vectors: Sequence[SteeringVector], n_prompt: int, n_rows: int) -> int:
     """Return how many different vectors a request adds, over all hook points: at a token, all that are added there are one.
 
     Args:
-        additions: the request's.
+        steering_vectors: the request's.
         n_prompt: tokens of its prompt.
         n_rows: of a full capture.
     """
     found: dict[str, dict[int, tuple[int, ...]]] = defaultdict(dict)
-    for number, addition in enumerate(additions):
-        at = found[addition.key]
-        for place in addition.wanted(n_prompt, range(n_rows)):
+    for number, steering_vector in enumerate(steering_vectors):
+        at = found[steering_vector.key]
+        for place in steering_vector.wanted(n_prompt, range(n_rows)):
             at[place] = (*at.get(place, ()), number)
     return sum(len(set(at.values())) for at in found.values())
 
@@ -85,7 +85,7 @@ class StepSteering:
         taps: per stored key, where to add in this forward; nothing if no row of it is steered.
     """
 
-    def __init__(self, requests: list[tuple[Addition, ...]], n_prompts: list[int], layout: BatchLayout) -> None:
+    def __init__(self, requests: list[tuple[SteeringVector, ...]], n_prompts: list[int], layout: BatchLayout) -> None:
         """Lay out what is added.
 
         Args:
@@ -99,16 +99,16 @@ class StepSteering:
         self._seen: set[str] = set()
         self._failed: dict[str, str] = {}
         self.taps: dict[str, Tap] = {}
-        for row, (additions, n_prompt) in enumerate(zip(requests, n_prompts, strict=True)):
-            for addition in additions:
-                indices = layout.flat_indices(row, addition.wanted(n_prompt, layout.spans[row]))
+        for row, (steering_vectors, n_prompt) in enumerate(zip(requests, n_prompts, strict=True)):
+            for steering_vector in steering_vectors:
+                indices = layout.flat_indices(row, steering_vector.wanted(n_prompt, layout.spans[row]))
                 if not indices:
                     continue
-                self.taps[addition.key] = addition.tap
-                self._steered.setdefault(addition.key, []).append(row)
-                sums = self._sums.setdefault(addition.key, _Sums())
+                self.taps[steering_vector.key] = steering_vector.tap
+                self._steered.setdefault(steering_vector.key, []).append(row)
+                sums = self._sums.setdefault(steering_vector.key, _Sums())
                 sums.which += [len(sums.vectors)] * len(indices)
-                sums.vectors.append(addition.vector)
+                sums.vectors.append(steering_vector.vector)
                 sums.indices += indices
 
     def __call__(self, key: str, value: Float[Tensor, "rows width d_model"]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 from roentgen.contract import Positions
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.scoring import Scorer
-from serve_app.capture.steering import Addition
+from serve_app.capture.steering import SteeringVector
 from serve_app.capture.structure import Tap
 
 WHOLE = ("all", "prompt", "generated")
@@ -37,7 +37,7 @@ class Asked(Protocol):
         """What is kept."""
 
     @property
-    def steering(self) -> Sequence[Addition]:
+    def steering(self) -> Sequence[SteeringVector]:
         """What is added."""
 
     @property
@@ -59,14 +59,17 @@ def name_blocks(job: Asked, tokens: Sequence[int], size: int, known: Sequence[by
         known: names of its first blocks.
     """
     names = list(known)
-    additions = [(addition, _digest(addition.key.encode() + _bytes(addition.vector))) for addition in job.steering]
+    steering_vectors = [
+        (steering_vector, _digest(steering_vector.key.encode() + _bytes(steering_vector.vector)))
+        for steering_vector in job.steering
+    ]
     last = names[-1] if names else _digest(repr(job.cache_salt).encode())
     for number in range(len(names), len(tokens) // size):
         span = range(number * size, (number + 1) * size)
         steered = [
             (vector, list(wanted))
-            for addition, vector in additions
-            if (wanted := addition.wanted(len(job.prompt_ids), span))
+            for steering_vector, vector in steering_vectors
+            if (wanted := steering_vector.wanted(len(job.prompt_ids), span))
         ]
         last = _digest(last + array("q", tokens[span.start : span.stop]).tobytes() + repr(steered).encode())
         names.append(last)

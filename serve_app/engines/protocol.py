@@ -19,7 +19,7 @@ from torch import Tensor
 from serve_app.capture.open_end import collecting_plan
 from serve_app.capture.rows import CapturedRows, CapturePlan
 from serve_app.capture.scoring import Scorer
-from serve_app.capture.steering import Addition
+from serve_app.capture.steering import SteeringVector
 from serve_app.engines.stopping import Acted, Stopping
 from serve_app.errors import RETRY_AFTER_S, RequestError
 
@@ -290,7 +290,7 @@ class GenerationJob:
     """What to keep, None for nothing."""
     stream: bool = False
     """Whether to send `TextDelta`s."""
-    steering: tuple[Addition, ...] = ()
+    steering: tuple[SteeringVector, ...] = ()
     """What to add to its rows."""
     probes: tuple[Scorer, ...] = ()
     """What to score its rows with."""

@@ -18,7 +18,7 @@ from roentgen.store import StoreError
 from roentgen.tokenized_text import TokenizedText
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.scoring import Scorer
-from serve_app.capture.steering import Addition
+from serve_app.capture.steering import SteeringVector
 from serve_app.engines.constraints import Grammar
 from serve_app.engines.protocol import (
     Constraint,
@@ -85,7 +85,7 @@ class Choice:
     """What these scores are to do, None for nothing."""
     stop_label: Callable[[Sequence[Acted]], str] | None = None
     """Writes the label of a rollout whose scores may act, from what they have done."""
-    steering: tuple[Addition, ...] = ()
+    steering: tuple[SteeringVector, ...] = ()
     """What is to be added to its stream."""
     cache_salt: str | None = None
     """Under what its prefix is cached, None for what all share."""

@@ -15,7 +15,7 @@ from roentgen.contract import SAMPLED_FEATURES, STEERING_LABEL, ActivationReques
 from roentgen.tokenized_text import TokenizedText
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.scoring import Scorer
-from serve_app.capture.steering import Addition
+from serve_app.capture.steering import SteeringVector
 from serve_app.config import ServerConfig
 from serve_app.engines.constraints import Grammar
 from serve_app.engines.served_model import ServedModel
@@ -288,7 +288,7 @@ def _capture(
     prompt: TokenizedText,
     max_tokens: int,
     config: ServerConfig,
-    steering: tuple[Addition, ...],
+    steering: tuple[SteeringVector, ...],
     first: int = 0,
 ) -> tuple[ActivationRequest | None, CapturePlan | None, dict[str, str]]:
     """Resolve what a request wants to keep, and how its reply is to spell the keys; a steered one is labelled so."""

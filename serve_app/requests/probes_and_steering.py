@@ -20,7 +20,7 @@ from torch import Tensor
 from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS, ActivationRequest, Positions, split_key
 from roentgen.linear_probe import CARDS, LinearProbe, SavedProbe, SavedProbeError, load_probe
 from serve_app.capture.scoring import Scorer
-from serve_app.capture.steering import Addition
+from serve_app.capture.steering import SteeringVector
 from serve_app.capture.structure import CaptureRequestError, Tap
 from serve_app.engines.markers import THINK_END, THINK_START
 from serve_app.engines.served_model import ServedModel
@@ -101,24 +101,24 @@ def stopping_label(asked: Sequence[AskedProbe], scorers: Sequence[Scorer], acted
 
 def resolve_steering(
     model: ServedModel, asked: Sequence[SteeringRequest], folders: Sequence[str]
-) -> tuple[Addition, ...]:
+) -> tuple[SteeringVector, ...]:
     """Find the vectors that a request adds.
 
     Raises:
         ApiError: naming the one that cannot be added, and why.
     """
-    return tuple(_addition(model, one, f"steering.{place}", folders) for place, one in enumerate(asked))
+    return tuple(_steering_vector(model, one, f"steering.{place}", folders) for place, one in enumerate(asked))
 
 
-def steering_label(asked: Sequence[SteeringRequest], additions: Sequence[Addition]) -> str:
+def steering_label(asked: Sequence[SteeringRequest], steering_vectors: Sequence[SteeringVector]) -> str:
     """Say what a rollout was steered with, as JSON; a vector of the request by a hash of its numbers."""
     said: list[dict[str, Any]] = []
-    for one, addition in zip(asked, additions, strict=True):
+    for one, steering_vector in zip(asked, steering_vectors, strict=True):
         if one.probe is not None:
             source = {"probe": one.probe} | ({} if one.output is None else {"output": one.output})
         else:
             source = {"vector": hashlib.sha256(json.dumps(one.vector).encode()).hexdigest()[:16]}
-        said.append({**source, "key": addition.key, "scale": one.scale, "positions": one.positions})
+        said.append({**source, "key": steering_vector.key, "scale": one.scale, "positions": one.positions})
     return json.dumps(said)
 
 
@@ -148,12 +148,14 @@ def _scorer(model: ServedModel, asked: AskedProbe, param: str, folders: Sequence
     )
 
 
-def _addition(model: ServedModel, asked: SteeringRequest, param: str, folders: Sequence[str]) -> Addition:
+def _steering_vector(model: ServedModel, asked: SteeringRequest, param: str, folders: Sequence[str]) -> SteeringVector:
     probe = None if asked.probe is None else _saved(model, asked.probe, f"{param}.probe", folders)
-    return addition_of(model, asked, probe, param)
+    return make_steering_vector(model, asked, probe, param)
 
 
-def addition_of(model: ServedModel, asked: SteeringRequest, probe: SavedProbe | None, param: str) -> Addition:
+def make_steering_vector(
+    model: ServedModel, asked: SteeringRequest, probe: SavedProbe | None, param: str
+) -> SteeringVector:
     """Return what is added to the stream.
 
     Args:
@@ -183,7 +185,7 @@ def addition_of(model: ServedModel, asked: SteeringRequest, probe: SavedProbe | 
     vector = asked.scale * direction
     if not vector.to(model.dtype).isfinite().all():
         raise refused(f"{param}.scale", f"what is added does not fit into {str(model.dtype).removeprefix('torch.')}")
-    return Addition(key, tap, vector.to(model.device, torch.float32), Positions.parse(asked.positions))
+    return SteeringVector(key, tap, vector.to(model.device, torch.float32), Positions.parse(asked.positions))
 
 
 def _direction(probe: SavedProbe, asked: SteeringRequest, param: str) -> Float[Tensor, "d"]:

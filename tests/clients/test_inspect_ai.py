@@ -101,7 +101,7 @@ def test_gsm8k_runs_scores_and_keeps_activations(docs: Documentation, server: Se
 
 
 @tool
-def addition() -> Tool:
+def steering_vector() -> Tool:
     async def execute(x: int, y: int) -> int:
         """Add two numbers.
 
@@ -118,7 +118,7 @@ def addition() -> Tool:
 def test_each_turn_of_an_agent_is_a_rollout(server: Server, tmp_path: Path) -> None:
     data = MemoryDataset([Sample(id=f"sum {n}", input=f"What is {n} + 3?", target=str(n + 3)) for n in range(2)])
     task = Task(
-        name="agent", dataset=data, solver=react(tools=[addition()]), scorer=includes(), message_limit=8, epochs=2,
+        name="agent", dataset=data, solver=react(tools=[steering_vector()]), scorer=includes(), message_limit=8, epochs=2,
         config=GenerateConfig(temperature=0, max_tokens=24),
     )  # fmt: skip
     model = get_model(f"roentgen/{MODEL}", base_url=server.base_url, session="agent", memoize=False, **KEEP)

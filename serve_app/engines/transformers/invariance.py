@@ -162,7 +162,7 @@ def cancelling(
 ) -> tuple[Float[Tensor, "height d"], Tensor]:
     """Return rows and a weight, like those given, whose products are exactly 0.
 
-    What is computed instead is the sum of the roundings. Many of its numbers differ if the order of additions does,
+    What is computed instead is the sum of the roundings. Many of its numbers differ if the order of steering_vectors does,
     while an ordinary product in bfloat16 hides most of that by its last rounding.
 
     Args:

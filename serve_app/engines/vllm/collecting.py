@@ -28,7 +28,7 @@ from serve_app.capture.memory import RowMemory
 from serve_app.capture.open_end import RowsMissingError, collecting_plan, settled
 from serve_app.capture.rows import CapturedRows, CapturePlan, KnownRows, RequestRows, StepRows
 from serve_app.capture.scoring import NewScores, RequestScores, Scorer, StepScores, UnscorableError
-from serve_app.capture.steering import Addition, StepSteering
+from serve_app.capture.steering import SteeringVector, StepSteering
 from serve_app.capture.structure import Tap
 from serve_app.engines.prefixes import filling, name_blocks, needed
 from serve_app.engines.stopping import Action, StopWatch
@@ -75,7 +75,7 @@ class _Job:
         return self.request.capture
 
     @property
-    def steering(self) -> Sequence[Addition]:
+    def steering(self) -> Sequence[SteeringVector]:
         """What is added to its rows."""
         return self.request.steering
 

@@ -50,9 +50,9 @@ def _kind(job: GenerationJob) -> str:
         parts.append(("salt", job.cache_salt))
     if taps := needed(job, range(len(job.prompt_ids) - 1)):
         parts.append(("rows", sorted(map(repr, taps))))
-    for addition in job.steering:
-        positions = addition.positions
+    for steering_vector in job.steering:
+        positions = steering_vector.positions
         until = None if positions.policy in ANYWHERE else len(job.prompt_ids)
-        vector = blake2b(addition.vector.cpu().float().numpy().tobytes(), digest_size=16).hexdigest()
-        parts.append(("steering", repr(addition.tap), str(positions), until, vector))
+        vector = blake2b(steering_vector.vector.cpu().float().numpy().tobytes(), digest_size=16).hexdigest()
+        parts.append(("steering", repr(steering_vector.tap), str(positions), until, vector))
     return blake2b(repr(parts).encode(), digest_size=16).hexdigest() if parts else ""

@@ -15,7 +15,7 @@ import torch
 
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.scoring import Scorer
-from serve_app.capture.steering import Addition
+from serve_app.capture.steering import SteeringVector
 from serve_app.engines.rollout import Entry
 from serve_app.engines.stopping import Stopping
 from serve_app.engines.storage import Stored
@@ -44,7 +44,7 @@ class CaptureRequest:
     """The engine's id of the job."""
     capture: CapturePlan | None
     """Which rows to keep; None for none."""
-    steering: tuple[Addition, ...] = ()
+    steering: tuple[SteeringVector, ...] = ()
     """Vectors to add to its rows."""
     probes: tuple[Scorer, ...] = ()
     """Probes to score its rows with."""

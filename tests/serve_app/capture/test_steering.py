@@ -10,7 +10,7 @@ import torch
 
 from roentgen.contract import ActivationRequest, Positions, split_key
 from serve_app.capture.batch_layout import PaddedBatch
-from serve_app.capture.steering import Addition, OversteeredError, StepSteering
+from serve_app.capture.steering import OversteeredError, SteeringVector, StepSteering
 from serve_app.capture.structure import Tap
 from serve_app.engines.protocol import Finished, Sampling
 from serve_app.engines.transformers.engine import TransformersEngine
@@ -19,7 +19,7 @@ from tests.serve_app import tiny
 from tests.serve_app.alone import layer_path, plan
 from tests.serve_app.tiny import Call
 
-# Where a hook point's addition is made by hand. What is added to `resid_mid` is added to what attention adds to it.
+# Where a hook point's steering vector is added by hand. What is added to `resid_mid` is added to what attention adds to it.
 LLAMA = {
     "resid_pre": ("", "input"),
     "resid_mid": (".self_attn", "output"),
@@ -47,16 +47,16 @@ POSITIONS = ("all", "prompt", "generated", "last_prompt", "stride:2")
 
 @dataclass(frozen=True)
 class Steer:
-    """One addition: to which hook point, and at which positions."""
+    """One steering vector: at which hook point, and at which positions."""
 
     key: str
     positions: str
     vector: torch.Tensor
 
-    def of(self, model: LoadedModel) -> Addition:
+    def of(self, model: LoadedModel) -> SteeringVector:
         hook_point, layer = split_key(self.key)
         (tap,) = model.structure.resolve(ActivationRequest(layers=(layer or 0,), hook_points=(hook_point,))).values()
-        return Addition(self.key, tap, self.vector, Positions.parse(self.positions))
+        return SteeringVector(self.key, tap, self.vector, Positions.parse(self.positions))
 
 
 def steered(key: str, positions: str = "all", seed: int = 0, scale: float = 0.7) -> Steer:
@@ -71,15 +71,15 @@ def forward_by_hand(
     for steer in steers:
         rows = {"all": slice(None), "prompt": slice(n_prompt), "generated": slice(n_prompt, None),
                 "last_prompt": slice(n_prompt - 1, n_prompt), "stride:2": slice(None, None, 2)}[steer.positions]  # fmt: skip
-        addition = torch.zeros(1, len(tokens), 32)
-        addition[:, rows] = steer.vector
+        steering_vector = torch.zeros(1, len(tokens), 32)
+        steering_vector[:, rows] = steer.vector
         hook_point, layer = split_key(steer.key)
         path, side = places[hook_point]
         module = root.get_submodule(f"{layer_path(model)}.{layer}{path}")
         if side == "input":
-            module.register_forward_pre_hook(lambda module, args, a=addition: (args[0] + a, *args[1:]))
+            module.register_forward_pre_hook(lambda module, args, a=steering_vector: (args[0] + a, *args[1:]))
         else:
-            module.register_forward_hook(lambda module, args, output, a=addition: _added(output, a))
+            module.register_forward_hook(lambda module, args, output, a=steering_vector: _added(output, a))
     seen: dict[str, torch.Tensor] = {}
     for layer, block in enumerate(root.get_submodule(layer_path(model))):
 
@@ -92,8 +92,8 @@ def forward_by_hand(
     return logits.log_softmax(-1), seen
 
 
-def _added(output: Any, addition: torch.Tensor) -> Any:
-    return (output[0] + addition, *output[1:]) if isinstance(output, tuple) else output + addition
+def _added(output: Any, steering_vector: torch.Tensor) -> Any:
+    return (output[0] + steering_vector, *output[1:]) if isinstance(output, tuple) else output + steering_vector
 
 
 def run(engine: TransformersEngine, calls: list[Call], steers: list[list[Steer]], model: LoadedModel) -> list[Finished]:
@@ -195,11 +195,11 @@ def test_an_addition_that_overflows_fails_alone() -> None:
 @pytest.fixture
 def step() -> Callable[..., StepSteering]:
     def make(*positions: str) -> StepSteering:
-        additions = tuple(
-            Addition("x", Tap("x", "output"), torch.tensor([1.0, 10.0]), Positions.parse(policy))
+        steering_vectors = tuple(
+            SteeringVector("x", Tap("x", "output"), torch.tensor([1.0, 10.0]), Positions.parse(policy))
             for policy in positions
         )
-        return StepSteering([additions, ()], [2, 2], PaddedBatch([range(2), range(3)], 3))
+        return StepSteering([steering_vectors, ()], [2, 2], PaddedBatch([range(2), range(3)], 3))
 
     return make
 

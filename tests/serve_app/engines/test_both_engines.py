@@ -19,7 +19,7 @@ from roentgen.linear_probe import LinearProbe
 from roentgen.stop_rule import ReasoningTokens, StopWhen, find_stop
 from serve_app.capture.rows import CapturePlan, UncapturableError
 from serve_app.capture.scoring import Scorer, UnscorableError
-from serve_app.capture.steering import Addition
+from serve_app.capture.steering import SteeringVector
 from serve_app.capture.structure import CaptureRequestError
 from serve_app.engines.constraints import Grammar, Schema
 from serve_app.engines.protocol import (
@@ -413,19 +413,19 @@ def test_a_request_is_steered_and_its_company_is_not(under_test: Subject, hook_p
     ((key, tap),) = plan(under_test, hook_point, layers=(1,)).taps.items()
     asked = plan(under_test, "resid_post")
     steered, other = Call(PROMPTS[1], GREEDY, asked), Call(PROMPTS[3], GREEDY, asked)
-    steered.job = replace(steered.job, steering=(Addition(key, tap, vector, Positions("generated")),))
+    steered.job = replace(steered.job, steering=(SteeringVector(key, tap, vector, Positions("generated")),))
     run(under_test.engine, [steered, other])
     path, side = LLAMA_MODULES[hook_point]
     module = under_test.reference.get_submodule(f"model.layers.1{path}")
     fed = PROMPTS[1] + steered.result().token_ids[:-1]
-    addition = torch.zeros(1, len(fed), 64)
-    addition[:, len(PROMPTS[1]) :] = vector
+    steering_vector = torch.zeros(1, len(fed), 64)
+    steering_vector[:, len(PROMPTS[1]) :] = vector
 
     def before(module, args):  # type: ignore[no-untyped-def]
-        args[0].add_(addition)  # in place: the norm and the sum around it are given one tensor
+        args[0].add_(steering_vector)  # in place: the norm and the sum around it are given one tensor
 
     def after(module, args, output):  # type: ignore[no-untyped-def]
-        return (output[0] + addition, *output[1:]) if isinstance(output, tuple) else output + addition
+        return (output[0] + steering_vector, *output[1:]) if isinstance(output, tuple) else output + steering_vector
 
     handle = module.register_forward_pre_hook(before) if side == "input" else module.register_forward_hook(after)
     try:
@@ -487,7 +487,7 @@ def test_rows_are_scored_as_they_are_captured(under_test: Subject, steered: bool
         (),
         (scorer(under_test, "embed"), one),
     ]
-    vector = Addition(one.key, one.tap, torch.ones(under_test.model.structure.d_model), Positions("all"))
+    vector = SteeringVector(one.key, one.tap, torch.ones(under_test.model.structure.d_model), Positions("all"))
     calls = [
         Call(p, replace(GREEDY, max_tokens=3 + 4 * i), plan(under_test, "resid_post", "embed"))
         for i, p in enumerate(PROMPTS)

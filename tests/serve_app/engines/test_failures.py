@@ -9,7 +9,7 @@ import torch
 
 from roentgen.contract import Positions
 from serve_app.capture.rows import CapturePlan, UncapturableError
-from serve_app.capture.steering import Addition, UnsteerableError
+from serve_app.capture.steering import SteeringVector, UnsteerableError
 from serve_app.capture.structure import Tap
 from serve_app.engines.protocol import GenerationJob, Sampling, UnknownTokenError
 from serve_app.engines.transformers.engine import MAX_FAILURES, TransformersEngine
@@ -173,9 +173,9 @@ def test_a_visitor_that_raises_fails_its_request_only(
 def test_steering_where_it_cannot_be_fails_its_request_only(tap: Tap) -> None:
     model = tiny.loaded("nanochat")
     engine = TransformersEngine(model)
-    addition = Addition("odd", tap, torch.ones(32), Positions.parse("all"))
+    steering_vector = SteeringVector("odd", tap, torch.ones(32), Positions.parse("all"))
     steered = Call([7, 8, 9], GREEDY)
-    steered.job = GenerationJob([7, 8, 9], GREEDY, steered._listen, steering=(addition,))
+    steered.job = GenerationJob([7, 8, 9], GREEDY, steered._listen, steering=(steering_vector,))
     good = [Call(prompt, GREEDY, asked(model)) for prompt in HEALTHY]
     for call in (steered, *good):
         engine.submit(call.job)

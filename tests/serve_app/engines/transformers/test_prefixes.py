@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from roentgen.contract import Positions
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.scoring import Scorer
-from serve_app.capture.steering import Addition
+from serve_app.capture.steering import SteeringVector
 from serve_app.engines.prefixes import name_blocks
 from serve_app.engines.protocol import Finished, Sampling
 from serve_app.engines.transformers import engine as engines
@@ -55,7 +55,7 @@ def call(
     *,
     probes: tuple[Scorer, ...] = (),
     salt: str | None = None,
-    steering: Sequence[Addition] = (),
+    steering: Sequence[SteeringVector] = (),
     score_prompt: bool = False,
 ) -> Call:
     made = Call(tokens, Sampling(max_tokens, temperature=0), asked)
@@ -219,15 +219,18 @@ STEERED = [
 def test_steering_of_a_prefix_is_part_of_its_name(llama: LoadedModel, positions: str, found: list[int]) -> None:
     """A steered request finds what was steered in the same way; one that is not steered finds only what was not."""
     steer = steered("layers.1.resid_post", positions)
-    asked, addition = plan(llama, "resid_post"), steer.of(llama)
+    asked, steering_vector = plan(llama, "resid_post"), steer.of(llama)
     with serving(llama) as engine:
-        calls = [call(prompt(1), asked, 6, steering=[addition]), call(prompt(2), asked, 6, steering=[addition])]
+        calls = [
+            call(prompt(1), asked, 6, steering=[steering_vector]),
+            call(prompt(2), asked, 6, steering=[steering_vector]),
+        ]
         calls.append(call(prompt(3), asked, 6))
         for one, cached in zip(calls, found, strict=True):
             (result,) = tiny.run(engine, [one])
             assert result.cached_tokens == cached
             check_steered(llama, one, result, [steer] if one.job.steering else [])
-        other = replace(addition, vector=addition.vector + 1)
+        other = replace(steering_vector, vector=steering_vector.vector + 1)
         (result,) = tiny.run(engine, [call(prompt(4), asked, steering=[other])])
         assert result.cached_tokens == (64 if positions in ("last_prompt", "generated") else 0)
 

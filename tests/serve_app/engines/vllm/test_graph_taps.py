@@ -15,7 +15,7 @@ from torch.nn.functional import rms_norm
 
 from roentgen.contract import Positions
 from serve_app.capture.rows import CapturePlan
-from serve_app.capture.steering import Addition
+from serve_app.capture.steering import SteeringVector
 from serve_app.capture.structure import Tap
 from serve_app.engines.vllm.collecting import LostRowsError
 from serve_app.engines.vllm.graph_runner import GraphBatch
@@ -79,7 +79,7 @@ class Runner:
         self.states: dict[str, Any] = {}
         self.batch = GraphBatch(SimpleNamespace(requests=self.states), self.module, self.taps)
 
-    def begin(self, name: str, prompt: int, *steering: Addition, taps: dict[str, Tap] = TAPS) -> None:
+    def begin(self, name: str, prompt: int, *steering: SteeringVector, taps: dict[str, Tap] = TAPS) -> None:
         """Schedule a request for the first time."""
         request = CaptureRequest(f"job {name}", CapturePlan(taps, Positions("all"), "model"), steering)
         params = SimpleNamespace(extra_args={EXTRA_ARGS_KEY: pack(request)})
@@ -152,7 +152,10 @@ def test_what_is_added_reaches_what_follows_and_nobody_else(runner: Runner) -> N
     """At one hook point twice, at other tokens each; a later step in which nobody steers adds nothing."""
     first, second = torch.randn(WIDTH), torch.randn(WIDTH)
     key, tap = "layers.1.mlp_out", MLP["layers.1.mlp_out"]
-    steering = [Addition(key, tap, first, Positions("all")), Addition(key, tap, second, Positions("generated"))]
+    steering = [
+        SteeringVector(key, tap, first, Positions("all")),
+        SteeringVector(key, tap, second, Positions("generated")),
+    ]
     runner.begin("a", 5)
     runner.begin("b", 4, *steering)
     for spans in STEPS:
@@ -169,7 +172,7 @@ def test_more_vectors_than_there_is_room_for_fail_their_step_only(runner: Runner
     key, tap = "layers.1.mlp_out", MLP["layers.1.mlp_out"]
     names = [str(number) for number in range(VECTORS + 1)]
     for name in names:
-        runner.begin(name, 2, Addition(key, tap, torch.randn(WIDTH), Positions("all")))
+        runner.begin(name, 2, SteeringVector(key, tap, torch.randn(WIDTH), Positions("all")))
     runner.step(dict.fromkeys(names, TOKENS["a"]), dict.fromkeys(names, range(2)))
     for name in names:
         with pytest.raises(LostRowsError, match="4 different vectors are to be added; there is room for 3"):

@@ -15,7 +15,7 @@ from roentgen.contract import Positions
 from roentgen.linear_probe import LinearProbe
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.scoring import RequestScores, Scorer
-from serve_app.capture.steering import Addition
+from serve_app.capture.steering import SteeringVector
 from serve_app.capture.structure import Tap
 from serve_app.engines.protocol import GenerationJob, Sampling
 from serve_app.engines.vllm.collecting import Collector
@@ -43,7 +43,7 @@ def job(
     plan = None
     if policy is not None:
         plan = CapturePlan({key: PLACES[key] for key in keys}, Positions.parse(policy), "model", first=first)
-    added = Addition("a", PLACES["a"], torch.ones(WIDTH), Positions.parse(steered)) if steered else None
+    added = SteeringVector("a", PLACES["a"], torch.ones(WIDTH), Positions.parse(steered)) if steered else None
     return GenerationJob(
         prompt_ids=prompt,
         sampling=Sampling(8),
@@ -59,7 +59,9 @@ def states(asked: GenerationJob, tokens: list[int], start: int = 0, state: int =
     """What the model remembers after each token from `start` on, when it remembers `state` of those before."""
     found = []
     for at in range(start, len(tokens)):
-        steered = any(addition.wanted(len(asked.prompt_ids), range(at, at + 1)) for addition in asked.steering)
+        steered = any(
+            steering_vector.wanted(len(asked.prompt_ids), range(at, at + 1)) for steering_vector in asked.steering
+        )
         state = (state * 31 + tokens[at] + 1000 * steered) % 99991
         found.append(state)
     return found

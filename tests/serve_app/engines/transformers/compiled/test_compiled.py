@@ -14,7 +14,7 @@ import torch
 from roentgen.contract import Positions
 from roentgen.linear_probe import LinearProbe
 from serve_app.capture.scoring import Scorer
-from serve_app.capture.steering import Addition
+from serve_app.capture.steering import SteeringVector
 from serve_app.engines.protocol import Finished, Sampling
 from serve_app.engines.transformers.compiled import ahead
 from serve_app.engines.transformers.compiled.graph import NotCompilableError
@@ -128,7 +128,7 @@ def test_steering_and_probes_see_what_the_models_own_step_shows(model: LoadedMod
 
     def calls() -> list[Call]:
         found = [Call(prompt, GREEDY, plan(model, "resid_post")) for prompt in PROMPTS]
-        found[0].job = replace(found[0].job, steering=(Addition(key, tap, vector, Positions.parse("all")),))
+        found[0].job = replace(found[0].job, steering=(SteeringVector(key, tap, vector, Positions.parse("all")),))
         for call in found[:2]:
             call.job = replace(call.job, probes=(probe,))
         return found
