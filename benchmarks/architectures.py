@@ -44,9 +44,9 @@ from serve_app.capture.structure import ModelStructure
 from serve_app.engines.protocol import Sampling
 from serve_app.engines.transformers.engine import TransformersEngine
 from serve_app.engines.transformers.load_checks import CheckedModel, check_loaded
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.models.architecture import UnsupportedModelError, check_config
-from serve_app.models.sources import ModelSource
+from serve_app.models.model_source import ModelSource
 from tests.serve_app import tiny
 
 LENGTHS = ((5, 20), (40, 9), (17, 14))

@@ -36,7 +36,7 @@ from benchmarks.gpu_speed import DidNotFitError, fitting, group_json, measure_co
 from benchmarks.results_file import RESULTS, installed, machine
 from benchmarks.ways import OutOfTimeError
 from benchmarks.workload import RANDOM_MODELS, Workload
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 
 log = logging.getLogger(__name__)
 

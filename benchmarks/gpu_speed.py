@@ -19,10 +19,10 @@ from benchmarks.gpu_rows import release
 from benchmarks.paired_statistics import Interval, ratios
 from benchmarks.ways import MeasuredRun, OutOfTimeError, engine_way
 from benchmarks.workload import CAPTURES, capture_plan
-from serve_app.capture.memory import RowMemory
+from serve_app.capture.row_memory import RowMemory
 from serve_app.engines.protocol import RequestTooLargeError
 from serve_app.engines.transformers.engine import TransformersEngine
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 
 PROMPT_TOKENS = (64, 192)
 """The least and the most tokens of a prompt: a GSM8K question in a chat template has about 130."""

@@ -29,7 +29,7 @@ from serve_app.engines.protocol import Finished, Sampling
 from serve_app.engines.served_model import native_dtype
 from serve_app.engines.transformers.engine import TransformersEngine
 from serve_app.engines.transformers.invariance import settle
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.engines.transformers.model_cache import find_out
 
 IN_FLIGHT = 16

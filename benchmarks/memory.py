@@ -25,7 +25,7 @@ from roentgen.store import CapturedRollout, CaptureSpec, Receipt, StoreWriter
 from roentgen.tokenized_text import Segment, TokenizedText
 from serve_app.engines.protocol import Event, Failed, Finished, GenerationJob, Sampling
 from serve_app.engines.transformers.engine import TransformersEngine
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 
 PROMPT_TOKENS = 48
 """Prompts are cut to this: it is the number of requests that matters here."""

@@ -36,7 +36,7 @@ from benchmarks.workload import Workload, capture_request
 from roentgen.contract import stored_key
 from roentgen.defaults import EMBEDDED_MODEL
 from roentgen.linear_probe import ProbeCard, SavedProbe, save_probes
-from serve_app.models.sources import locate
+from serve_app.models.model_source import locate
 
 SECTIONS = {"vllm": "Served by vLLM", "transformers": "Served by transformers"}
 DEFAULTS, EVERY_CORE = "vllm serve", "vllm serve, every core"

@@ -27,14 +27,14 @@ from benchmarks.workload import Workload
 from roentgen.contract import ActivationRequest, stored_key
 from roentgen.linear_probe import LinearProbe
 from roentgen.tokenized_text import TokenizedText
-from serve_app.capture.scoring import Scorer
+from serve_app.capture.probe_scores import Scorer
 from serve_app.engines.protocol import Finished
-from serve_app.engines.rollout import make_entry
+from serve_app.engines.rollout_entry import make_entry
 from serve_app.engines.served_model import ServedModel
 from serve_app.engines.storage import Stored
 from serve_app.engines.vllm.loading import VllmModel, VllmSettings, engine_arguments, start
 from serve_app.engines.vllm.requirements import EngineUnavailableError
-from serve_app.models.sources import locate
+from serve_app.models.model_source import locate
 
 if TYPE_CHECKING:
     from serve_app.engines.vllm.engine import EngineLoop, VllmEngine

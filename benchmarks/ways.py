@@ -28,9 +28,9 @@ from transformers import (
 
 from benchmarks.workload import capture_plan, capture_request
 from roentgen.contract import split_key
+from serve_app.capture.probe_scores import Scorer
 from serve_app.capture.resolver import resolve_structure
 from serve_app.capture.rows import CapturePlan
-from serve_app.capture.scoring import Scorer
 from serve_app.engines.protocol import Engine, Event, Failed, Finished, GenerationJob, Sampling
 from serve_app.engines.served_model import ServedModel
 

@@ -22,8 +22,8 @@ from serve_app.capture.resolver import resolve_structure
 from serve_app.capture.rows import CapturePlan
 from serve_app.engines.served_model import ServedModel, native_dtype
 from serve_app.engines.transformers.load_checks import check_loaded
-from serve_app.engines.transformers.model import LoadedModel, load
-from serve_app.models.sources import ModelSource, locate
+from serve_app.engines.transformers.loaded_model import LoadedModel, load
+from serve_app.models.model_source import ModelSource, locate
 
 RANDOM_MODELS: dict[str, dict[str, Any]] = {
     "qwen3-0.6b": {

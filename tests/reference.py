@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from serve_app.models.sources import locate
+from serve_app.models.model_source import locate
 
 
 @cache

@@ -50,13 +50,13 @@ from serve_app.capture.observer import wrapped
 from serve_app.config import ServerConfig
 from serve_app.engines.job_runner import run_jobs
 from serve_app.engines.protocol import EngineStoppedError, Finished
-from serve_app.engines.rollout import make_entry
+from serve_app.engines.rollout_entry import make_entry
 from serve_app.engines.storage import rollout_of
 from serve_app.engines.transformers.engine import TransformersEngine
-from serve_app.engines.transformers.model import DeviceMap, LoadedModel
-from serve_app.engines.transformers.model import load as load_weights
+from serve_app.engines.transformers.loaded_model import DeviceMap, LoadedModel
+from serve_app.engines.transformers.loaded_model import load as load_weights
 from serve_app.errors import RequestError
-from serve_app.models.sources import locate
+from serve_app.models.model_source import locate
 from serve_app.openai_api.errors import ApiError, from_validation
 from serve_app.openai_api.probe_params import actions_of
 from serve_app.requests.generation import Choice, Runner, compile_grammars

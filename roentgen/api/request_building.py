@@ -16,12 +16,12 @@ from pydantic import BaseModel, ValidationError
 from roentgen.api.steer import Steer, find_probe, is_vector
 from roentgen.extensions import preview
 from roentgen.linear_probe import SavedProbe
-from roentgen.stop_rule import StopWhen
-from serve_app.capture.scoring import Scorer
+from roentgen.stopping import StopWhen
+from serve_app.capture.probe_scores import Scorer
 from serve_app.capture.steering import SteeringVector
 from serve_app.config import ServerConfig
+from serve_app.engines.probe_stopping import StopRule
 from serve_app.engines.served_model import ServedModel
-from serve_app.engines.stopping import StopRule
 from serve_app.errors import RequestError
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.completions import CompletionRequest

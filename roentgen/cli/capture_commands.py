@@ -68,7 +68,7 @@ def _verify(asked: VerifySettings, stage: Stages) -> "VerificationReport":
     from roentgen.serving.preflight import check_device, with_option_names
     from serve_app.capture.structure import CaptureRequestError
     from serve_app.models.description import describe
-    from serve_app.models.sources import locate
+    from serve_app.models.model_source import locate
 
     stage(f"finding {asked.model}")
     check_device(asked.device)
@@ -78,7 +78,7 @@ def _verify(asked: VerifySettings, stage: Stages) -> "VerificationReport":
     except CaptureRequestError as error:
         raise OptionError(with_option_names(str(error))) from error
     # These imports take seconds.
-    from serve_app.engines.transformers.model import load
+    from serve_app.engines.transformers.loaded_model import load
     from serve_app.models.adapters import read_model
     from serve_app.verification import (
         BUILT_IN_PROMPTS,

@@ -14,7 +14,7 @@ from serve_app.config import ServerConfig
 from serve_app.engines.vllm.requirements import check_available
 from serve_app.errors import RequestError
 from serve_app.models.description import describe
-from serve_app.models.sources import locate
+from serve_app.models.model_source import locate
 
 
 class Capture(Protocol):

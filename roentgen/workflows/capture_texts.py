@@ -32,10 +32,10 @@ from serve_app.capture.rows import UncapturableError
 from serve_app.capture.structure import CaptureRequestError
 from serve_app.engines.protocol import Engine, EngineStoppedError
 from serve_app.engines.transformers.engine import TransformersEngine
-from serve_app.engines.transformers.model import LoadedModel, load
+from serve_app.engines.transformers.loaded_model import LoadedModel, load
 from serve_app.models.description import describe
 from serve_app.models.errors import ModelNotFoundError
-from serve_app.models.sources import ModelSource, locate
+from serve_app.models.model_source import ModelSource, locate
 from serve_app.teacher_forcing.already_captured import OtherCaptureError, find_missing
 from serve_app.teacher_forcing.forced_capture import FailedText, StoredText, TeacherForcing
 from serve_app.teacher_forcing.tokens import TokenizedTranscript, UnreadableTextError, transcript_tokenizer

@@ -7,6 +7,6 @@ observer.py       reads values in a forward, with nnsight
 batch_layout.py   maps requests and positions to rows of the batch
 rows.py           keeps rows, in memory.py
 steering.py       adds vectors to rows
-scoring.py        scores rows with probes
-open_end.py       which rows to keep while it is not known where a completion ends
+probe_scores.py     scores rows with probes
+late_end.py       which rows to keep while it is not known where a completion ends
 """

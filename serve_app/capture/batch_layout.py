@@ -6,7 +6,7 @@ one token. There are two layouts:
 - `PaddedBatch`: `[rows, width]`. Row i holds one request's tokens at its right end, and padding to the left of them.
 - `PackedBatch`: `[tokens]`. The requests' tokens follow one another without padding.
 
-What reads the batch (`rows`, `scoring`) and what changes it (`steering`) finds a request's tokens through a `BatchLayout`. A
+What reads the batch (`rows`, `probe_scores`) and what changes it (`steering`) finds a request's tokens through a `BatchLayout`. A
 *flat index* counts tokens over the whole batch, padding included, row after row.
 """
 
@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from serve_app.capture.memory import to_device
+from serve_app.capture.row_memory import to_device
 
 
 class BatchLayout(Protocol):

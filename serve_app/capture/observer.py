@@ -4,7 +4,7 @@ nnsight parks a block of intervention code at each location it reads. Parking on
 captures slow (one greenlet switch each); nnsight's caches avoid it: a cache is an observer to which the interleaver
 hands every value of the locations it subscribes to. `_TapObserver` is such a cache, but hands values on to visitors at once:
 to what adds to some rows in place (`steering`), what copies those it wants while the tensor is hot (`rows`), and what scores
-them (`scoring`). None keeps the batch's storage alive. At one location they come in the order they are given, so what steers
+them (`probe_scores`). None keeps the batch's storage alive. At one location they come in the order they are given, so what steers
 goes first, and the others see what the model goes on with.
 
 Each module that nnsight wraps pays a little in every forward. So `ObservedModel` mirrors no submodule at first; nnsight then

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from roentgen.contract import CapturedDtype, Positions
 from serve_app.capture.batch_layout import BatchLayout, RowSelection
-from serve_app.capture.memory import RowMemory
+from serve_app.capture.row_memory import RowMemory
 from serve_app.capture.structure import Tap
 from serve_app.errors import RequestError
 

@@ -1,7 +1,8 @@
-"""What generates: two engines behind one protocol, and what both share.
+"""Two engines behind one protocol, and what both share.
 
-`protocol` is what an engine takes and gives. `transformers` runs everywhere, in its own process; `vllm` is the fast one.
-Neither knows the other. Both make text of tokens (`text`, `completion`), follow grammars (`constraints`, `endless`), keep apart
-what must not share a forward (`batching`) and keep within the free memory (`memory`). `served_model` is a model as its users
-see it. A finished generation becomes a rollout (`rollout`) and is stored (`storage`).
+`protocol` defines what an engine takes and gives. `transformers` runs everywhere, in its own process; `vllm` is the fast one.
+Neither imports the other. Both turn tokens into text (`text`, `completion`), follow grammars (`constraints`,
+`recursive_schemas`), keep apart requests that must not share a forward (`batching`), and stay within the free memory
+(`memory_budget`). `served_model` describes a model to those who serve it. A finished generation becomes a rollout
+(`rollout_entry`) and is stored (`storage`).
 """

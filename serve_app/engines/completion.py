@@ -9,6 +9,7 @@ from torch import Tensor
 
 from roentgen.contract import count_rows
 from serve_app.capture.steering import OversteeredError
+from serve_app.engines.probe_stopping import Acted, Action
 from serve_app.engines.protocol import (
     Finished,
     FinishReason,
@@ -19,7 +20,6 @@ from serve_app.engines.protocol import (
     TokenScore,
 )
 from serve_app.engines.served_model import ServedModel
-from serve_app.engines.stopping import Acted, Action
 from serve_app.engines.text import TextStream
 
 

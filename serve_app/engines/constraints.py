@@ -24,8 +24,8 @@ from llguidance import LLMatcher, LLTokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from serve_app.engines.endless import can_end
 from serve_app.engines.protocol import ConstraintError
+from serve_app.engines.recursive_schemas import can_end
 
 KEPT = 32
 """Compiled grammars that are kept, the last ones used."""

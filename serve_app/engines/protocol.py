@@ -16,11 +16,11 @@ from typing import Literal, Protocol
 from jaxtyping import Float
 from torch import Tensor
 
-from serve_app.capture.open_end import collecting_plan
+from serve_app.capture.late_end import collecting_plan
+from serve_app.capture.probe_scores import Scorer
 from serve_app.capture.rows import CapturedRows, CapturePlan
-from serve_app.capture.scoring import Scorer
 from serve_app.capture.steering import SteeringVector
-from serve_app.engines.stopping import Acted, Stopping
+from serve_app.engines.probe_stopping import Acted, Stopping
 from serve_app.errors import RETRY_AFTER_S, RequestError
 
 FinishReason = Literal["stop", "length"]

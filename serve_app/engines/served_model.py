@@ -1,7 +1,7 @@
 """What serving needs to know of a model, wherever its weights are.
 
 Rendering, planning and the reply need a model's tokenizer, limits and hook points, and no weights. That is `ServedModel`, which
-every engine gives. Engines that have the weights in their own process derive from it (`transformers.model`).
+every engine gives. Engines that have the weights in their own process derive from it (`transformers.loaded_model`).
 """
 
 from abc import ABC, abstractmethod
@@ -18,7 +18,7 @@ from serve_app.capture.structure import ModelStructure
 from serve_app.engines.batching import Batching, LoadReport
 from serve_app.engines.markers import MARKERS, THINK_END, THINK_START
 from serve_app.models.context import context_length
-from serve_app.models.sources import ModelSource
+from serve_app.models.model_source import ModelSource
 
 if TYPE_CHECKING:
     from serve_app.engines.constraints import Constraints

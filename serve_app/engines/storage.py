@@ -1,7 +1,7 @@
 """Where finished generations' rows go, and when they are durable.
 
 An engine that has its model in this process hands rows over, and a `LocalStorage` writes them. One whose model runs in workers
-hands over a ticket, and its own `Storage` has the worker that holds the rows write them (`engines.vllm.storage`). Both end in
+hands over a ticket, and its own `Storage` has the worker that holds the rows write them (`engines.vllm.worker_storage`). Both end in
 `write`, in the process that has the rows; what crosses to the replica is a `Stored`.
 """
 
@@ -16,7 +16,7 @@ from roentgen.store import CapturedRollout, NonFiniteRowsError, Receipt, StoreEr
 from roentgen.store.schema import check_finite
 from serve_app.capture.rows import CapturedRows
 from serve_app.engines.protocol import Finished, NonFiniteLogitsError
-from serve_app.engines.rollout import Entry, describe, join
+from serve_app.engines.rollout_entry import Entry, describe, join
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from serve_app.models.errors import WeightsError
-from serve_app.models.sources import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, ModelSource
+from serve_app.models.model_source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapter, ModelSource
 from serve_app.models.weights import MOST_NAMED, natural, read_module
 
 ADAPTER_NAME = "default"

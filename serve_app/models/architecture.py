@@ -5,7 +5,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PretrainedConf
 
 from serve_app.capture.resolver import ResolutionError
 from serve_app.models.errors import ConfigError
-from serve_app.models.sources import ModelSource
+from serve_app.models.model_source import ModelSource
 
 
 class UnsupportedModelError(ResolutionError):

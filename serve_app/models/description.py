@@ -14,7 +14,7 @@ from roentgen.model_names import suggest
 from serve_app.capture.structure import check_hook_points, check_layers
 from serve_app.models.errors import ModelNotFoundError, WeightsError
 from serve_app.models.identity import WEIGHT_SUFFIXES
-from serve_app.models.sources import ModelSource, config_file
+from serve_app.models.model_source import ModelSource, config_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

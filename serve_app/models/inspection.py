@@ -10,7 +10,7 @@ from serve_app.capture.structure import ModelStructure
 from serve_app.models.adapters import read_model
 from serve_app.models.architecture import read_config
 from serve_app.models.errors import ModelNotFoundError
-from serve_app.models.sources import ModelSource, locate
+from serve_app.models.model_source import ModelSource, locate
 
 
 def inspect_model(name: str, *, revision: str | None = None, config_only: bool = False) -> ModelStructure:

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from roentgen.contract import Int, MaxTokens
-from serve_app.capture.scoring import Scorer
+from serve_app.capture.probe_scores import Scorer
+from serve_app.engines.probe_stopping import Acted
 from serve_app.engines.protocol import Finished, TextDelta, TokenScore
-from serve_app.engines.stopping import Acted
 from serve_app.engines.storage import Done
 from serve_app.openai_api import schemas
 from serve_app.openai_api.effort import Effort

@@ -14,9 +14,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from roentgen.contract import Int, no_booleans
-from serve_app.capture.scoring import Scorer
+from serve_app.capture.probe_scores import Scorer
+from serve_app.engines.probe_stopping import Acted
 from serve_app.engines.protocol import FinishReason, TextDelta, TokenScore
-from serve_app.engines.stopping import Acted
 from serve_app.engines.storage import Done
 from serve_app.engines.text import TextStream
 from serve_app.models.tokenization import RawText, decode_tokens, tokenize_text

@@ -20,9 +20,9 @@ from pydantic import (
 from torch import Tensor
 
 from roentgen.contract import Float, Int, ProbeAction, SteeredPositions, no_booleans
-from roentgen.stop_rule import StopWhen
-from serve_app.capture.scoring import Scorer
-from serve_app.engines.stopping import Acted
+from roentgen.stopping import StopWhen
+from serve_app.capture.probe_scores import Scorer
+from serve_app.engines.probe_stopping import Acted
 from serve_app.openai_api.schemas import ProbeScores
 
 MAX_PROBES = 16

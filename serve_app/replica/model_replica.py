@@ -25,7 +25,7 @@ from serve_app.engines.served_model import ServedModel
 from serve_app.engines.storage import Done
 from serve_app.errors import RequestError
 from serve_app.logs import request_id
-from serve_app.models.sources import ModelSource
+from serve_app.models.model_source import ModelSource
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.completions import CompletionRequest
 from serve_app.openai_api.errors import ApiError, internal_error

@@ -26,11 +26,11 @@ from serve_app.engines.protocol import Engine
 from serve_app.engines.served_model import ServedModel
 from serve_app.engines.storage import LocalStorage
 from serve_app.engines.transformers.engine import TransformersEngine
-from serve_app.engines.transformers.model import load
+from serve_app.engines.transformers.loaded_model import load
 from serve_app.engines.vllm import loading as vllm
 from serve_app.engines.vllm.requirements import EngineUnavailableError, installed
 from serve_app.errors import RETRY_AFTER_S, RequestError
-from serve_app.models.sources import ModelSource, locate
+from serve_app.models.model_source import ModelSource, locate
 from serve_app.openai_api.errors import ApiError, from_store
 from serve_app.openai_api.schemas import ModelCard
 from serve_app.requests.generation import Served

@@ -16,10 +16,11 @@ from ulid import ULID
 from roentgen.contract import STOP_LABEL, ActivationRequest
 from roentgen.store import StoreError
 from roentgen.tokenized_text import TokenizedText
+from serve_app.capture.probe_scores import Scorer
 from serve_app.capture.rows import CapturePlan
-from serve_app.capture.scoring import Scorer
 from serve_app.capture.steering import SteeringVector
 from serve_app.engines.constraints import Grammar
+from serve_app.engines.probe_stopping import Acted, Stopping
 from serve_app.engines.protocol import (
     Constraint,
     ConstraintError,
@@ -31,9 +32,8 @@ from serve_app.engines.protocol import (
     Sampling,
     TextDelta,
 )
-from serve_app.engines.rollout import make_entry
+from serve_app.engines.rollout_entry import make_entry
 from serve_app.engines.served_model import ServedModel
-from serve_app.engines.stopping import Acted, Stopping
 from serve_app.engines.storage import Done, Storage, Stored
 from serve_app.errors import RequestError
 from serve_app.openai_api.errors import ApiError, from_store

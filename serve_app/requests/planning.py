@@ -13,13 +13,13 @@ from ulid import ULID
 
 from roentgen.contract import SAMPLED_FEATURES, STEERING_LABEL, ActivationRequest, Positions, captured_as, count_rows
 from roentgen.tokenized_text import TokenizedText
+from serve_app.capture.probe_scores import Scorer
 from serve_app.capture.rows import CapturePlan
-from serve_app.capture.scoring import Scorer
 from serve_app.capture.steering import SteeringVector
 from serve_app.config import ServerConfig
 from serve_app.engines.constraints import Grammar
+from serve_app.engines.probe_stopping import Acted, Stopping
 from serve_app.engines.served_model import ServedModel
-from serve_app.engines.stopping import Acted, Stopping
 from serve_app.engines.storage import Done
 from serve_app.models.context import UNBOUNDED
 from serve_app.models.tokenization import ASSISTANT, COMPLETION, cut_prompt

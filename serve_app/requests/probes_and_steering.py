@@ -18,13 +18,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS, ActivationRequest, Positions, split_key
-from roentgen.linear_probe import CARDS, LinearProbe, SavedProbe, SavedProbeError, load_probe
-from serve_app.capture.scoring import Scorer
+from roentgen.linear_probe import CARDS, Readout, SavedProbe, SavedProbeError, load_probe
+from serve_app.capture.probe_scores import Scorer
 from serve_app.capture.steering import SteeringVector
 from serve_app.capture.structure import CaptureRequestError, Tap
 from serve_app.engines.markers import THINK_END, THINK_START
+from serve_app.engines.probe_stopping import Acted, Stopping, StopRule
 from serve_app.engines.served_model import ServedModel
-from serve_app.engines.stopping import Acted, Stopping, StopRule
 from serve_app.openai_api.errors import refused
 from serve_app.openai_api.probe_params import InlineProbe, NamedProbe, SteeringRequest
 

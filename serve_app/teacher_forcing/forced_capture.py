@@ -25,7 +25,7 @@ from serve_app.capture.rows import CapturedRows, CapturePlan, UncapturableError
 from serve_app.capture.structure import Tap
 from serve_app.engines.job_runner import run_jobs
 from serve_app.engines.protocol import Engine, Event, Finished, GenerationJob, Sampling
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.teacher_forcing.tokens import TokenizedTranscript
 
 READ_ONLY = Sampling(max_tokens=0, temperature=0)

@@ -20,7 +20,7 @@ from roentgen.contract import is_text
 from roentgen.errors import RoentgenError
 from roentgen.tokenized_text import TokenizedText
 from roentgen.transcripts import Transcript
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.models.tokenization import ASSISTANT, COMPLETION, completed, decode, tokenize_text
 from serve_app.openai_api.errors import ApiError
 from serve_app.openai_api.messages import Message

@@ -14,7 +14,7 @@ from queue import Empty, SimpleQueue
 
 from serve_app.engines.protocol import EngineStoppedError, Event, Failed, Finished, GenerationJob, TextDelta
 from serve_app.engines.transformers.engine import TransformersEngine
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.verification.mix import MixRequest
 
 IN_BATCH = 6

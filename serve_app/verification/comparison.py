@@ -18,7 +18,7 @@ from roentgen.contract import split_key
 from serve_app.capture.rows import CapturedRows
 from serve_app.capture.structure import Tap
 from serve_app.engines.protocol import Finished
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.verification.batch_run import RequestOutcome
 from serve_app.verification.mix import MixRequest
 from serve_app.verification.reference import LoneRun

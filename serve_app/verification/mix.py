@@ -16,7 +16,7 @@ from roentgen.errors import RoentgenError
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.structure import Tap
 from serve_app.engines.protocol import Sampling
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.models.context import UNBOUNDED
 
 REQUESTS = 16

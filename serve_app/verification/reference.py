@@ -20,7 +20,7 @@ from roentgen.contract import Positions
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.structure import Tap
 from serve_app.engines.protocol import Finished
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.verification.mix import MixRequest
 
 OWN_ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from roentgen.contract import ActivationRequest, Layers, split_key
 from serve_app.capture.structure import ModelStructure, Tap
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.verification.batch_run import run_requests
 from serve_app.verification.comparison import CaptureComparison
 from serve_app.verification.mix import (

@@ -15,7 +15,7 @@ import pytest
 from openai import OpenAI
 
 from roentgen.defaults import EMBEDDED_MODEL
-from serve_app.models.sources import locate
+from serve_app.models.model_source import locate
 from tests.conftest import ROENTGEN, Server
 
 # litellm, and dspy on it, would look on the Internet for newer lists of models.

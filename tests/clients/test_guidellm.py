@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from roentgen.defaults import EMBEDDED_MODEL
-from serve_app.models.sources import locate
+from serve_app.models.model_source import locate
 from tests.conftest import Server
 
 pytestmark = [pytest.mark.integration, pytest.mark.rotating]

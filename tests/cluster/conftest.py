@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from roentgen.model_names import cache_folder
-from serve_app.models.sources import locate
+from serve_app.models.model_source import locate
 from tests.cluster.cluster import Cluster
 from tests.cluster.nodes import GATEWAY, Nodes, why_not
 from tests.s3 import lock, s3_endpoint

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from roentgen.defaults import EMBEDDED_MODEL
-from serve_app.models.sources import locate
+from serve_app.models.model_source import locate
 from tests.conftest import RayHome, Server, clean_up, start_server
 from tests.peers.source import VERSION, fetch
 from tests.rotation import commit_number

@@ -6,7 +6,7 @@ import torch
 
 from roentgen.contract import ActivationRequest, Positions
 from serve_app.capture.rows import CapturePlan
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 from tests.serve_app import tiny
 
 # Where plain hooks find hook points: the module below a layer, and its side; written from the architectures' sources.

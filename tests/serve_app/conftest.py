@@ -3,7 +3,7 @@ from collections.abc import Iterator
 import pytest
 
 from serve_app.engines.transformers.engine import TransformersEngine
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 from tests.serve_app import tiny
 
 

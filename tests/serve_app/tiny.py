@@ -10,11 +10,11 @@ from serve_app.capture.observer import observe
 from serve_app.capture.resolver import resolve_structure
 from serve_app.capture.rows import CapturePlan
 from serve_app.engines.protocol import Event, Failed, Finished, GenerationJob, Sampling, TextDelta
-from serve_app.engines.transformers.attention import use_grouped_attention
 from serve_app.engines.transformers.engine import TransformersEngine
+from serve_app.engines.transformers.grouped_attention import use_grouped_attention
 from serve_app.engines.transformers.load_checks import CheckedModel, check_loaded
-from serve_app.engines.transformers.model import LoadedModel
-from serve_app.models.sources import ModelSource
+from serve_app.engines.transformers.loaded_model import LoadedModel
+from serve_app.models.model_source import ModelSource
 
 EOS = 256
 SIZE: dict[str, object] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 257}

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from serve_app.engines.batching import ANY
-from serve_app.engines.memory import CPU_SHARE, DEVICE_SHARE, HOST_SHARE, free_host_memory, row_bytes
+from serve_app.engines.memory_budget import CPU_SHARE, DEVICE_SHARE, HOST_SHARE, free_host_memory, row_bytes
 from serve_app.engines.protocol import GenerationJob, RequestTooLargeError
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.engines.transformers.model_cache import Remembered, find_out
 from serve_app.engines.transformers.prefix_cache import Room
 

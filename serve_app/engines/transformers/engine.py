@@ -31,10 +31,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from serve_app.capture.memory import RowMemory
-from serve_app.capture.scoring import UnscorableError
+from serve_app.capture.probe_scores import UnscorableError
+from serve_app.capture.row_memory import RowMemory
 from serve_app.engines.completion import no_token
-from serve_app.engines.memory import free_host_memory
+from serve_app.engines.memory_budget import free_host_memory
+from serve_app.engines.probe_stopping import Action
 from serve_app.engines.protocol import (
     EngineBusyError,
     EngineStoppedError,
@@ -47,18 +48,17 @@ from serve_app.engines.protocol import (
     TokenScore,
     UnknownTokenError,
 )
-from serve_app.engines.stopping import Action
 from serve_app.engines.transformers.admission import Budget, next_jobs
-from serve_app.engines.transformers.compiled.supply import StepSupply
+from serve_app.engines.transformers.compiled.manager import StepSupply
 from serve_app.engines.transformers.forwards import Forwards
 from serve_app.engines.transformers.int8_weights import dequantize_weights
 from serve_app.engines.transformers.invariance import PIECE, settle
 from serve_app.engines.transformers.kv_cache import BatchRows, SlotRows, StaticRows
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.engines.transformers.model_cache import Step, find_out
 from serve_app.engines.transformers.packed_weights import pack_weights, unpack_weights
-from serve_app.engines.transformers.prefixes import Prefixes
-from serve_app.engines.transformers.running import Prefill, Running
+from serve_app.engines.transformers.prefix_reuse import Prefixes
+from serve_app.engines.transformers.running_job import Prefill, Running
 from serve_app.engines.transformers.sampling import Sampler, choose, score, score_named
 
 log = logging.getLogger(__name__)

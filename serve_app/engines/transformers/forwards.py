@@ -15,16 +15,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from serve_app.capture.batch_layout import PaddedBatch
-from serve_app.capture.memory import RowMemory
+from serve_app.capture.probe_scores import StepScores
+from serve_app.capture.row_memory import RowMemory
 from serve_app.capture.rows import StepRows
-from serve_app.capture.scoring import StepScores
 from serve_app.capture.steering import StepSteering
 from serve_app.engines.transformers.compiled.step import CompiledStep
 from serve_app.engines.transformers.invariance import FixedShapes
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.engines.transformers.model_cache import Remembered, Step
 from serve_app.engines.transformers.rotation import forget_lengths
-from serve_app.engines.transformers.running import Prefill, Running
+from serve_app.engines.transformers.running_job import Prefill, Running
 
 log = logging.getLogger(__name__)
 

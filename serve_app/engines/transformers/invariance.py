@@ -30,7 +30,7 @@ from transformers import DynamicCache
 
 from serve_app.capture.resolver import number_of_experts
 from serve_app.engines.transformers.kv_cache import SlotRows
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.engines.transformers.model_cache import Remembered
 
 log = logging.getLogger(__name__)

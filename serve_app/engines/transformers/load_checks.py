@@ -36,7 +36,7 @@ from serve_app.capture.narrowing import (
 )
 from serve_app.capture.structure import ModelStructure, Tap
 from serve_app.engines.batching import KINDS, Batching, Kind, LoadReport
-from serve_app.engines.transformers.attention import use_grouped_attention
+from serve_app.engines.transformers.grouped_attention import use_grouped_attention
 from serve_app.engines.transformers.model_cache import Remembered
 from serve_app.engines.transformers.trial import PIECE, Rows, Trial
 from serve_app.models.architecture import UnsupportedModelError

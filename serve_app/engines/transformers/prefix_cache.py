@@ -1,6 +1,6 @@
 """What has been read of earlier sequences, in blocks: keys and values, and the rows that were captured.
 
-Blocks are found by name alone (`engines.prefixes`), from a sequence's first on. One that has no rows of a hook point, because
+Blocks are found by name alone (`prefix_blocks`), from a sequence's first on. One that has no rows of a hook point, because
 nobody asked for them or because they were dropped, serves requests that need none there, and gains them when somebody reads its
 tokens again.
 

@@ -5,9 +5,9 @@
     worker.py, cpu_worker.py         vLLM's worker classes
     worker_messages.py               what the replica and the workers send each other
     batch.py, collecting.py          the requests of one worker, and their rows
-    eager_runner.py, observer.py     read a step's values with nnsight, from a model that runs module by module
+    eager_runner.py, batch_observer.py read a step's values with nnsight, from a model that runs module by module
     graph_runner.py, graph_taps.py   read a step's values from taps in a compiled graph
-    storage.py, scores.py            what comes back: receipts, and scores of probes
+    worker_storage.py, score_receiver.py  what comes back: receipts, and scores of probes
 
 A job reaches the workers with its capture request, in vLLM's `extra_args`. Once per step a worker reads the whole batch's
 values, in one of two ways: an observer, or taps. It cuts the rows per request with the same code as the other engine. When the

@@ -12,11 +12,11 @@ import torch
 from vllm.distributed.parallel_state import get_tp_group
 
 from serve_app.capture.batch_layout import PackedBatch
-from serve_app.engines.stopping import Action
+from serve_app.engines.probe_stopping import Action
 from serve_app.engines.vllm.collecting import Collector, Step
 from serve_app.engines.vllm.forced_tokens import Forced, forced_by
 from serve_app.engines.vllm.prefix_rows import PrefixRows
-from serve_app.engines.vllm.watched import Watched
+from serve_app.engines.vllm.recorder import Watched
 from serve_app.engines.vllm.worker_messages import EXTRA_ARGS_KEY, CaptureRequest, unpack
 
 

@@ -5,7 +5,7 @@ Four things are unlike an engine that runs the model itself, and are settled her
 - vLLM packs its batch: it has no padding (`PackedBatch`).
 - A request may be preempted: its rows so far are kept, and when vLLM computes them again, only what is new counts.
 - A request may overrun. Where its end is decided in another process (a stop string, or a step that was scheduled before the
-  last one's token was known), rows come that belong to no token of the completion: they are dropped (`capture.open_end`).
+  last one's token was known), rows come that belong to no token of the completion: they are dropped (`capture.late_end`).
 - vLLM may find a prompt's first tokens in its prefix cache, also such as another request computes in the very same step. Their
   rows are taken from those that are kept of earlier prompts (`prefix_rows`), after that step.
 
@@ -24,14 +24,14 @@ import torch
 from roentgen.linear_probe import LinearProbe
 from roentgen.store import StoreError
 from serve_app.capture.batch_layout import PackedBatch
-from serve_app.capture.memory import RowMemory
-from serve_app.capture.open_end import RowsMissingError, collecting_plan, settled
+from serve_app.capture.late_end import RowsMissingError, collecting_plan, settled
+from serve_app.capture.probe_scores import NewScores, RequestScores, Scorer, StepScores, UnscorableError
+from serve_app.capture.row_memory import RowMemory
 from serve_app.capture.rows import CapturedRows, CapturePlan, KnownRows, RequestRows, StepRows
-from serve_app.capture.scoring import NewScores, RequestScores, Scorer, StepScores, UnscorableError
 from serve_app.capture.steering import SteeringVector, StepSteering
 from serve_app.capture.structure import Tap
-from serve_app.engines.prefixes import filling, name_blocks, needed
-from serve_app.engines.stopping import Action, StopWatch
+from serve_app.engines.prefix_blocks import filling, name_blocks, needed
+from serve_app.engines.probe_stopping import Action, StopWatch
 from serve_app.engines.vllm.prefix_rows import PrefixRows
 from serve_app.engines.vllm.worker_messages import CaptureRequest
 

@@ -8,9 +8,9 @@ from typing import Any
 from nnsight.modeling.vllm.model_runners.GPUModelRunner import NNsightGPUModelRunner
 
 from serve_app.engines.vllm.batch import Batch
+from serve_app.engines.vllm.batch_observer import BatchInterleaver, BatchWorkers
 from serve_app.engines.vllm.forced_tokens import ForcesTokens
 from serve_app.engines.vllm.fragments import OrderedFragments
-from serve_app.engines.vllm.observer import BatchInterleaver, BatchWorkers
 
 
 class EagerRunner(ForcesTokens, NNsightGPUModelRunner):

@@ -21,12 +21,13 @@ from ulid import ULID
 from vllm import TokensPrompt
 from vllm.v1.engine.exceptions import EngineDeadError
 
-from serve_app.capture.open_end import collecting_plan
-from serve_app.capture.scoring import NewScores
+from serve_app.capture.late_end import collecting_plan
+from serve_app.capture.probe_scores import NewScores
 from serve_app.capture.steering import different_sums
 from serve_app.engines.completion import Completion, no_token, text_stream
 from serve_app.engines.constraints import SchemaError
-from serve_app.engines.memory import HOST_SHARE, free_host_memory, row_bytes
+from serve_app.engines.memory_budget import HOST_SHARE, free_host_memory, row_bytes
+from serve_app.engines.probe_stopping import Action
 from serve_app.engines.protocol import (
     FORCED,
     EngineBusyError,
@@ -41,12 +42,10 @@ from serve_app.engines.protocol import (
     TokenScore,
 )
 from serve_app.engines.served_model import ServedModel
-from serve_app.engines.stopping import Action
 from serve_app.engines.vllm.forced_tokens import acting_rule
 from serve_app.engines.vllm.salts import Salts, rows_needed
-from serve_app.engines.vllm.sampling import sampling_params, token_score
-from serve_app.engines.vllm.scores import ScoreBoard
-from serve_app.engines.vllm.storage import WorkerStorage
+from serve_app.engines.vllm.sampling_params import sampling_params, token_score
+from serve_app.engines.vllm.score_receiver import ScoreBoard
 from serve_app.engines.vllm.worker_messages import (
     VECTORS_PER_REQUEST,
     CaptureRequest,
@@ -55,6 +54,7 @@ from serve_app.engines.vllm.worker_messages import (
     pack,
     unpack,
 )
+from serve_app.engines.vllm.worker_storage import WorkerStorage
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from serve_app.engines.stopping import Action, Stopping, StopRule
+from serve_app.engines.probe_stopping import Action, Stopping, StopRule
 from serve_app.engines.vllm.worker_messages import CaptureRequest
 
 

@@ -20,16 +20,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
+from serve_app.capture.probe_scores import StepScores
 from serve_app.capture.rows import StepRows
-from serve_app.capture.scoring import StepScores
 from serve_app.capture.structure import Tap
-from serve_app.engines.memory import HOST_SHARE, PREFIX_SHARE, free_host_memory
+from serve_app.engines.memory_budget import HOST_SHARE, PREFIX_SHARE, free_host_memory
 from serve_app.engines.vllm.batch import Batch
 from serve_app.engines.vllm.forced_tokens import ForcesTokens
 from serve_app.engines.vllm.graph_taps import GraphTaps, Sizes, buffer_bytes
 from serve_app.engines.vllm.hook_points import declared_taps, describe_modules, terms
 from serve_app.engines.vllm.prefix_rows import PrefixRows
-from serve_app.engines.vllm.watched import Watched
+from serve_app.engines.vllm.recorder import Watched
 from serve_app.engines.vllm.worker_messages import TAPS_KEY, VECTORS_PER_REQUEST
 
 DEVICE_SHARE_OF_TAPS = 0.5

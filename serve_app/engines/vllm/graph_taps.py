@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from vllm.model_executor.layers.linear import LinearBase
 
-from serve_app.capture.memory import to_device
+from serve_app.capture.row_memory import to_device
 from serve_app.capture.steering import StepSteering
 from serve_app.capture.structure import Tap
 from serve_app.engines.vllm.hook_points import terms

@@ -19,7 +19,7 @@ from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS
 from serve_app.capture.resolver import ResolutionError, number_of_experts
 from serve_app.capture.structure import ModelStructure, Tap
 from serve_app.engines.batching import LoadReport
-from serve_app.engines.memory import CPU_SHARE, free_host_memory
+from serve_app.engines.memory_budget import CPU_SHARE, free_host_memory
 from serve_app.engines.protocol import SWITCHED_OFF, PrefixCaching
 from serve_app.engines.served_model import ServedModel, native_dtype
 from serve_app.engines.vllm.hook_points import (
@@ -37,7 +37,7 @@ from serve_app.engines.vllm.worker_messages import TAPS_KEY, unpack
 from serve_app.models.architecture import check_config, read_config
 from serve_app.models.context import context_length
 from serve_app.models.description import read_tokenizer
-from serve_app.models.sources import ModelSource
+from serve_app.models.model_source import ModelSource
 from serve_app.models.weights import compare_headers
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ import importlib.util
 import torch
 
 from serve_app.errors import RequestError
-from serve_app.models.sources import ModelSource
+from serve_app.models.model_source import ModelSource
 
 BATCH_INVARIANT_FROM = (8, 0)
 """The compute capability that vLLM's batch-invariant mode asks for (its documentation, 0.32)."""

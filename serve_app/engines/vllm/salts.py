@@ -11,7 +11,7 @@ of the next generation.
 
 from hashlib import blake2b
 
-from serve_app.engines.prefixes import needed
+from serve_app.engines.prefix_blocks import needed
 from serve_app.engines.protocol import GenerationJob
 
 ANYWHERE = ("all", "stride")

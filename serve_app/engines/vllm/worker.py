@@ -22,7 +22,7 @@ from serve_app.engines.vllm.eager_runner import EagerRunner
 from serve_app.engines.vllm.graph_runner import GraphRunner
 from serve_app.engines.vllm.hook_points import Verified, candidates, describe_modules, tap_at, verify
 from serve_app.engines.vllm.lifetime import EndsWithReplica
-from serve_app.engines.vllm.watched import Norms, Watched
+from serve_app.engines.vllm.recorder import Norms, Watched
 from serve_app.engines.vllm.worker_messages import SyncMessage, SyncReply, pack, unpack
 
 log = logging.getLogger(__name__)

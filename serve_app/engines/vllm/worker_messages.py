@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 
 import torch
 
+from serve_app.capture.probe_scores import Scorer
 from serve_app.capture.rows import CapturePlan
-from serve_app.capture.scoring import Scorer
 from serve_app.capture.steering import SteeringVector
-from serve_app.engines.rollout import Entry
-from serve_app.engines.stopping import Stopping
+from serve_app.engines.probe_stopping import Stopping
+from serve_app.engines.rollout_entry import Entry
 from serve_app.engines.storage import Stored
 
 EXTRA_ARGS_KEY = "roentgen"

@@ -9,7 +9,7 @@ from roentgen.runs import Run, RunConfig, Sample, create_run, recording
 from roentgen.store import Session
 from roentgen.workflows.capture_texts import CaptureError, capture
 from roentgen.workflows.command_settings import CaptureSettings
-from serve_app.models.sources import locate
+from serve_app.models.model_source import locate
 from tests.serve_app import tiny
 
 

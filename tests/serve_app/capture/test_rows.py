@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from roentgen.contract import Positions, StoredDtype
 from serve_app.capture.batch_layout import PaddedBatch
-from serve_app.capture.memory import RowMemory
+from serve_app.capture.row_memory import RowMemory
 from serve_app.capture.rows import JOIN_EVERY, CapturePlan, RequestRows, StepRows, UncapturableError
 from serve_app.capture.structure import Tap
 

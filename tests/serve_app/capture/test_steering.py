@@ -14,7 +14,7 @@ from serve_app.capture.steering import OversteeredError, SteeringVector, StepSte
 from serve_app.capture.structure import Tap
 from serve_app.engines.protocol import Finished, Sampling
 from serve_app.engines.transformers.engine import TransformersEngine
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 from tests.serve_app import tiny
 from tests.serve_app.alone import layer_path, plan
 from tests.serve_app.tiny import Call

@@ -16,13 +16,13 @@ from ulid import ULID
 from roentgen.store import StoreWriter
 from roentgen.tokenized_text import TokenizedText
 from serve_app.engines.protocol import Engine, Finished
-from serve_app.engines.rollout import Entry
+from serve_app.engines.rollout_entry import Entry
 from serve_app.engines.served_model import ServedModel
 from serve_app.engines.storage import LocalStorage, Storage
 from serve_app.engines.transformers.engine import TransformersEngine
-from serve_app.engines.transformers.model import load
+from serve_app.engines.transformers.loaded_model import load
 from serve_app.engines.vllm import loading as vllm
-from serve_app.models.sources import ModelSource
+from serve_app.models.model_source import ModelSource
 from tests.serve_app import tiny
 
 ENGINES = ["transformers"] + (["vllm", "vllm eager", "vllm on two ranks"] if importlib.util.find_spec("vllm") else [])

@@ -15,7 +15,7 @@ from serve_app.engines.batching import Batching
 from serve_app.engines.protocol import Finished, Sampling
 from serve_app.engines.transformers.engine import TransformersEngine
 from serve_app.engines.transformers.load_checks import CheckedModel
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.verification.reference import stock_attention
 from tests.serve_app import tiny
 from tests.serve_app.engines.transformers.test_load_checks import ReadsNeighbors

@@ -15,13 +15,14 @@ import pytest
 import torch
 
 from roentgen.contract import ActivationRequest, Positions, split_key, stored_key
-from roentgen.linear_probe import LinearProbe
-from roentgen.stop_rule import ReasoningTokens, StopWhen, find_stop
+from roentgen.linear_probe import Readout
+from roentgen.stopping import ReasoningTokens, StopWhen, find_stop
+from serve_app.capture.probe_scores import Scorer, UnscorableError
 from serve_app.capture.rows import CapturePlan, UncapturableError
-from serve_app.capture.scoring import Scorer, UnscorableError
 from serve_app.capture.steering import SteeringVector
 from serve_app.capture.structure import CaptureRequestError
 from serve_app.engines.constraints import Grammar, Schema
+from serve_app.engines.probe_stopping import Stopping, StopRule
 from serve_app.engines.protocol import (
     EngineBusyError,
     EngineStoppedError,
@@ -31,7 +32,6 @@ from serve_app.engines.protocol import (
     Sampling,
     TextDelta,
 )
-from serve_app.engines.stopping import Stopping, StopRule
 from serve_app.openai_api.grammars import answer_schema, tool_call_grammar
 from serve_app.openai_api.messages import ResponseFormat, Tool
 from serve_app.openai_api.structured_outputs import StructuredOutputs

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from serve_app.engines.constraints import Constraints, Grammar, GrammarConstraint, Schema, SchemaError
 from serve_app.engines.protocol import ConstraintError
-from serve_app.models.sources import locate
+from serve_app.models.model_source import locate
 from tests.serve_app import tiny
 
 ENDS = [2, 0]

@@ -13,7 +13,7 @@ from serve_app.capture.steering import SteeringVector, UnsteerableError
 from serve_app.capture.structure import Tap
 from serve_app.engines.protocol import GenerationJob, Sampling, UnknownTokenError
 from serve_app.engines.transformers.engine import MAX_FAILURES, TransformersEngine
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 from tests.serve_app import tiny
 from tests.serve_app.alone import generate_alone, plan
 from tests.serve_app.tiny import Call, run

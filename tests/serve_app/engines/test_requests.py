@@ -9,7 +9,7 @@ import torch
 
 from serve_app.engines.protocol import EngineStoppedError, RequestTooLargeError, Sampling
 from serve_app.engines.transformers.engine import MAX_FAILURES, TransformersEngine
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 from tests.serve_app import tiny
 from tests.serve_app.alone import forward_with_hooks, generate_alone, plan
 from tests.serve_app.tiny import Call, run

@@ -14,13 +14,13 @@ from safetensors.torch import load_file, save_file
 from serve_app.config import ModelChoice, ServerConfig
 from serve_app.engines.protocol import Sampling
 from serve_app.engines.transformers.engine import TransformersEngine
-from serve_app.engines.transformers.model import LoadedModel, load
+from serve_app.engines.transformers.loaded_model import LoadedModel, load
 from serve_app.engines.vllm.loading import start
 from serve_app.engines.vllm.requirements import EngineUnavailableError
 from serve_app.models import adapters
 from serve_app.models.adapters import read_model
 from serve_app.models.errors import WeightsError
-from serve_app.models.sources import locate
+from serve_app.models.model_source import locate
 from serve_app.replica.model_slot import engine_for
 from tests.serve_app import tiny
 from tests.serve_app.alone import plan

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from serve_app.models import identity
 from serve_app.models.errors import ModelNotFoundError
 from serve_app.models.identity import folder_revision
-from serve_app.models.sources import locate
+from serve_app.models.model_source import locate
 from tests.serve_app import tiny
 
 
@@ -143,17 +143,17 @@ def test_a_hub_model_has_the_commit_of_its_files(model: Path, tmp_path: Path, mo
 def test_a_converted_model_that_was_changed_is_converted_again(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from serve_app.models import sources
+    from serve_app.models import model_source
 
     made = []
 
     def convert(gguf: Path, folder: Path, revision: str) -> None:
         made.append(revision)
         shutil.copytree(model, folder, dirs_exist_ok=True)
-        (folder / sources._CONVERTED).write_text(f"{revision} {folder_revision(folder)}\n")
+        (folder / model_source._CONVERTED).write_text(f"{revision} {folder_revision(folder)}\n")
 
     monkeypatch.setenv("ROENTGEN_CACHE", str(tmp_path))
-    monkeypatch.setattr(sources, "_convert", convert)
+    monkeypatch.setattr(model_source, "_convert", convert)
     first = locate("smollm2-135m")
     assert locate("smollm2-135m") == first
     assert first.revision == f"gguf-{made[0]}"

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from roentgen.contract import RolloutKey
 from roentgen.transcripts import Transcript
 from serve_app.engines.text import TextStream
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.models.tokenization import completed, decode, decode_tokens, tokenize_text
 from serve_app.openai_api.completions import raw_prompt
 from serve_app.openai_api.errors import ApiError

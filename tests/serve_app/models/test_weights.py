@@ -11,10 +11,10 @@ import transformers as tr
 from safetensors.torch import load_file, save_file
 
 from roentgen.store import Session
-from serve_app.engines.transformers.model import load
+from serve_app.engines.transformers.loaded_model import load
 from serve_app.models.errors import WeightsError
 from serve_app.models.inspection import inspect_model
-from serve_app.models.sources import locate
+from serve_app.models.model_source import locate
 from serve_app.models.weights import compare_headers, read_module
 from tests.serve_app import tiny
 

@@ -14,7 +14,7 @@ from tokenizers import AddedToken
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from serve_app.engines.constraints import Constraints, Grammar, GrammarConstraint, Schema, SchemaError
-from serve_app.models.sources import locate
+from serve_app.models.model_source import locate
 from serve_app.openai_api.grammars import answer_grammar, answer_schema, tool_call_grammar
 from serve_app.openai_api.messages import (
     AllowedTools,

@@ -11,7 +11,7 @@ from serve_app.config import ModelChoice, ServerConfig
 from serve_app.engines.protocol import PrefixCaching
 from serve_app.engines.vllm.loading import VllmSettings, engine_arguments, start
 from serve_app.engines.vllm.requirements import EngineUnavailableError, check_batch_invariance
-from serve_app.models.sources import ModelSource
+from serve_app.models.model_source import ModelSource
 from serve_app.replica.model_slot import as_load_error, engine_for
 from tests.serve_app import tiny
 

@@ -12,9 +12,9 @@ from roentgen.contract import ActivationRequest
 from roentgen.store import NonFiniteRowsError, Session, StoreWriter
 from serve_app.engines.protocol import NonFiniteLogitsError
 from serve_app.engines.transformers.engine import TransformersEngine
-from serve_app.engines.transformers.model import load
+from serve_app.engines.transformers.loaded_model import load
 from serve_app.engines.vllm.worker_messages import SyncReply, pack, unpack
-from serve_app.models.sources import locate
+from serve_app.models.model_source import locate
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.errors import from_store
 from serve_app.replica.model_replica import ModelReplica

@@ -13,8 +13,8 @@ from roentgen.contract import ActivationRequest, RolloutKey
 from roentgen.store import Session, StoreWriter
 from roentgen.transcripts import Transcript
 from serve_app.engines.transformers.engine import TransformersEngine
-from serve_app.engines.transformers.model import load
-from serve_app.models.sources import locate
+from serve_app.engines.transformers.loaded_model import load
+from serve_app.models.model_source import locate
 from serve_app.openai_api.tokenize import TokenizeRequest
 from serve_app.replica.model_replica import ModelReplica
 from serve_app.teacher_forcing.forced_capture import TeacherForcing

@@ -6,7 +6,7 @@ from roentgen.contract import ActivationRequest, RolloutKey
 from roentgen.store import StoreWriter
 from roentgen.transcripts import Transcript
 from serve_app.engines.protocol import Engine
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.teacher_forcing.forced_capture import TeacherForcing
 
 TeacherForce = Callable[..., TeacherForcing]

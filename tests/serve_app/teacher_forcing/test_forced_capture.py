@@ -14,9 +14,9 @@ from roentgen.store import Session, StoreError, StoreWriter, verify
 from roentgen.transcripts import KnownTokens, Transcript
 from serve_app.capture.rows import CapturePlan, UncapturableError
 from serve_app.engines.protocol import EngineStoppedError, GenerationJob, RequestTooLargeError, Sampling
-from serve_app.engines.rollout import join, make_entry
+from serve_app.engines.rollout_entry import join, make_entry
 from serve_app.engines.transformers.engine import TransformersEngine
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.openai_api.chat import Message
 from serve_app.openai_api.prompt import render
 from serve_app.teacher_forcing.forced_capture import FailedText, StoredText, TeacherForcing, layer_chunks

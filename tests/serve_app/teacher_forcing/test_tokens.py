@@ -6,7 +6,7 @@ import pytest
 from roentgen.contract import RolloutKey
 from roentgen.tokenized_text import Segment, TokenizedText
 from roentgen.transcripts import KnownTokens, Transcript
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.teacher_forcing.tokens import UnreadableTextError, transcript_tokenizer
 from tests.serve_app import tiny
 

@@ -18,9 +18,9 @@ from serve_app.capture.resolver import resolve_structure
 from serve_app.capture.rows import CapturedRows, CapturePlan
 from serve_app.capture.structure import CaptureRequestError, Tap
 from serve_app.engines.protocol import Finished, TokenScore
-from serve_app.engines.transformers.attention import use_grouped_attention
-from serve_app.engines.transformers.model import LoadedModel
-from serve_app.models.sources import ModelSource
+from serve_app.engines.transformers.grouped_attention import use_grouped_attention
+from serve_app.engines.transformers.loaded_model import LoadedModel
+from serve_app.models.model_source import ModelSource
 from serve_app.verification import VerificationError, read_prompts, render, taps_to_verify, verify, verify_capture
 from serve_app.verification.batch_run import RequestOutcome, run_requests
 from serve_app.verification.comparison import row_errors

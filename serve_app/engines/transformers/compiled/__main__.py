@@ -1,7 +1,8 @@
 """Compiles a decoding step: `python -m serve_app.engines.transformers.compiled REQUEST_FOLDER TARGET_FOLDER`.
 
-The graphs do not depend on the weights, so the model is made of its configuration alone, without them. `ahead` starts this
-process and pauses it while the engine decodes. It is not imported there: it needs packages that serving does not.
+The graphs do not depend on the weights, so this process builds the model from its configuration alone. `compilation` starts
+the process and pauses it while the engine decodes. `compilation` does not import this module, because it needs packages that
+serving does not.
 """
 
 import json
@@ -19,7 +20,7 @@ from torch._inductor.cpu_vec_isa import pick_vec_isa
 from torch._inductor.exc import CppCompileError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from serve_app.engines.transformers.compiled.ahead import GRAPHS, PARTS, REQUEST
+from serve_app.engines.transformers.compiled.compilation import GRAPHS, PARTS, REQUEST
 from serve_app.engines.transformers.compiled.graph import NotCompilableError, Parts, export_step, parts_of
 from serve_app.engines.transformers.compiled.operations import SOURCE, library_file, load
 

@@ -18,7 +18,8 @@ from transformers import AttentionInterface, Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from serve_app.engines.transformers.attention import OTHER_OPTIONS
+from serve_app.engines.transformers.compiled import operations
+from serve_app.engines.transformers.grouped_attention import OTHER_OPTIONS
 
 ATTENTION = "roentgen_compiled"
 MOST_ROWS = 4096

@@ -19,8 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from roentgen.model_names import cache_folder
-from serve_app.engines.transformers.kv_cache import Slots
+from serve_app.engines.transformers.grouped_attention import attend_to_cache
+from serve_app.engines.transformers.packed_weights import multiply
+
+T = TypeVar("T")
 
 NAMESPACE = "roentgen"
 

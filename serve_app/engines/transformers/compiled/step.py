@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from roentgen.contract import stored_key
 from serve_app.capture.observer import Visit, Visitor
 from serve_app.capture.structure import ModelStructure, Tap
-from serve_app.engines.transformers.compiled.ahead import GRAPHS, PARTS
+from serve_app.engines.transformers.compiled.compilation import GRAPHS, PARTS
 from serve_app.engines.transformers.compiled.graph import NotCompilableError, parts_of
 from serve_app.engines.transformers.compiled.operations import Bound, bound, library_file
 from serve_app.engines.transformers.compiled.operations import load as load_operations

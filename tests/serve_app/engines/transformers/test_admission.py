@@ -7,7 +7,7 @@ import pytest
 from roentgen.contract import Positions
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.structure import Tap
-from serve_app.engines.memory import free_host_memory
+from serve_app.engines.memory_budget import free_host_memory
 from serve_app.engines.protocol import GenerationJob, RequestTooLargeError, Sampling
 from serve_app.engines.transformers.admission import Budget, cache_bytes_per_token, next_jobs, total_tokens
 from tests.serve_app import tiny

@@ -11,7 +11,7 @@ import torch
 from serve_app.capture.rows import UncapturableError
 from serve_app.engines.protocol import EngineBusyError, EngineStoppedError, Failed, Finished, Sampling, TextDelta
 from serve_app.engines.transformers.engine import TransformersEngine
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 from tests.serve_app import tiny
 from tests.serve_app.alone import LLAMA_MODULES, forward_with_hooks, generate_alone, layer_path, plan
 from tests.serve_app.tiny import Call, run

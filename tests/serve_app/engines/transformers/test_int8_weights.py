@@ -15,9 +15,9 @@ from torch.overrides import TorchFunctionMode
 
 from serve_app.engines.transformers.engine import TransformersEngine
 from serve_app.engines.transformers.int8_weights import FEW, PIECE, Int8Linear, dequantize_weights, quantize_weights
-from serve_app.engines.transformers.model import load
+from serve_app.engines.transformers.loaded_model import load
 from serve_app.models.errors import WeightsError
-from serve_app.models.sources import locate
+from serve_app.models.model_source import locate
 from serve_app.verification import verify_capture
 from tests.serve_app import tiny
 

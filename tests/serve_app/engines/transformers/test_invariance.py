@@ -10,7 +10,7 @@ from serve_app.engines.protocol import Finished, Sampling
 from serve_app.engines.transformers import engine
 from serve_app.engines.transformers.engine import TransformersEngine
 from serve_app.engines.transformers.invariance import FixedShapes, cancelling, same_bits, settle
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.engines.transformers.model_cache import find_out
 from tests.serve_app import tiny
 from tests.serve_app.alone import plan

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from serve_app.capture.resolver import ResolutionError, resolve_structure
 from serve_app.engines.batching import LoadReport
-from serve_app.engines.transformers.attention import GROUPED
+from serve_app.engines.transformers.grouped_attention import GROUPED
 from serve_app.engines.transformers.load_checks import check_loaded
 from serve_app.models.architecture import UnsupportedModelError, check_config
 from tests.serve_app import tiny

@@ -24,9 +24,9 @@ from roentgen.contract import ActivationRequest, Positions
 from serve_app.capture.rows import CapturePlan
 from serve_app.engines.protocol import Sampling
 from serve_app.engines.served_model import native_dtype
-from serve_app.engines.transformers.model import LoadedModel, load
+from serve_app.engines.transformers.loaded_model import LoadedModel, load
 from serve_app.engines.vllm import loading as vllm
-from serve_app.models.sources import locate
+from serve_app.models.model_source import locate
 from tests.serve_app.engines.subjects import Subject, vllm_settings
 from tests.serve_app.tiny import Call, run
 

@@ -20,7 +20,7 @@ from serve_app.capture.structure import Tap
 from serve_app.engines.vllm.collecting import LostRowsError
 from serve_app.engines.vllm.graph_runner import GraphBatch
 from serve_app.engines.vllm.graph_taps import GraphTaps, Sizes, buffer_bytes
-from serve_app.engines.vllm.watched import Watched
+from serve_app.engines.vllm.recorder import Watched
 from serve_app.engines.vllm.worker_messages import EXTRA_ARGS_KEY, CaptureRequest, pack
 
 WIDTH, LAYERS, LONGEST, VECTORS = 8, 3, 16, 3

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roentgen.contract import Positions
-from roentgen.linear_probe import LinearProbe
+from roentgen.linear_probe import Readout
+from serve_app.capture.probe_scores import RequestScores, Scorer
 from serve_app.capture.rows import CapturePlan
-from serve_app.capture.scoring import RequestScores, Scorer
 from serve_app.capture.steering import SteeringVector
 from serve_app.capture.structure import Tap
 from serve_app.engines.protocol import GenerationJob, Sampling

@@ -18,8 +18,8 @@ import torch
 from torch.nn.functional import cosine_similarity
 
 from roentgen.store import Session, verify
-from serve_app.engines.transformers.model import load
-from serve_app.models.sources import locate
+from serve_app.engines.transformers.loaded_model import load
+from serve_app.models.model_source import locate
 from tests.conftest import RayHome, Server, clean_up, start_server
 from tests.serve_app.engines.subjects import is_core, save_tiny
 

@@ -141,7 +141,7 @@ STARTED = """
 import sys, time
 from pathlib import Path
 from serve_app.engines.vllm import loading
-from serve_app.models.sources import ModelSource
+from serve_app.models.model_source import ModelSource
 from tests.serve_app.engines.subjects import vllm_settings
 
 if __name__ == "__main__":

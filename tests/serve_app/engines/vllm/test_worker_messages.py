@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from roentgen.linear_probe import LinearProbe
-from serve_app.capture.scoring import NewScores, Scorer
+from roentgen.linear_probe import Readout
+from serve_app.capture.probe_scores import NewScores, Scorer
 from serve_app.capture.structure import Tap
 from serve_app.engines.vllm.worker_messages import CaptureRequest, pack, unpack
 

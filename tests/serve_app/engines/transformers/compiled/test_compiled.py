@@ -12,17 +12,16 @@ import pytest
 import torch
 
 from roentgen.contract import Positions
-from roentgen.linear_probe import LinearProbe
-from serve_app.capture.scoring import Scorer
+from roentgen.linear_probe import Readout
+from serve_app.capture.probe_scores import Scorer
 from serve_app.capture.steering import SteeringVector
 from serve_app.engines.protocol import Finished, Sampling
-from serve_app.engines.transformers.compiled import ahead
+from serve_app.engines.transformers.compiled import compilation
 from serve_app.engines.transformers.compiled.graph import NotCompilableError
+from serve_app.engines.transformers.compiled.manager import StepSupply
 from serve_app.engines.transformers.compiled.step import CompiledStep, shown_places
-from serve_app.engines.transformers.compiled.supply import StepSupply
 from serve_app.engines.transformers.engine import TransformersEngine
-from serve_app.engines.transformers.kv_cache import Slots, slots_of
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.engines.transformers.packed_weights import pack_weights
 from tests.serve_app import tiny
 from tests.serve_app.alone import LLAMA_MODULES, forward_with_hooks, generate_alone, layer_path, plan
@@ -48,9 +47,9 @@ def compiled(architecture: str) -> LoadedModel:
     model = tiny.loaded(architecture)
     module = model.observed._module
     pack_weights(module, 1 << 40)
-    wanted = ahead.Wanted.of(module, shown_places(model.structure))
+    wanted = compilation.Wanted.of(module, shown_places(model.structure))
     if not wanted.done:
-        compilation = ahead.Compilation(wanted)
+        compilation = compilation.Compilation(wanted)
         said = compilation.wait(300)
         compilation.end()
         assert wanted.done, said
@@ -162,7 +161,7 @@ def test_a_graph_that_gives_something_else_is_not_used(
         return replace(step, linears=tuple(linears))
 
     monkeypatch.setattr(CompiledStep, "load", classmethod(mixed_up))
-    monkeypatch.setattr("serve_app.engines.transformers.compiled.supply.shutil.rmtree", lambda *_, **__: None)
+    monkeypatch.setattr("serve_app.engines.transformers.compiled.manager.shutil.rmtree", lambda *_, **__: None)
     with caplog.at_level(logging.WARNING):
         results = generated(model, [Call(prompt, GREEDY) for prompt in PROMPTS])
     assert "are off by" in caplog.text
@@ -200,7 +199,7 @@ def test_it_ends_when_weights_may_change(cache: Path, model: LoadedModel, steps:
 
 
 def test_a_second_start_compiles_nothing(model: LoadedModel, monkeypatch: pytest.MonkeyPatch, steps: list[int]) -> None:
-    monkeypatch.setattr(ahead, "Compilation", lambda wanted: pytest.fail("it was compiled already"))
+    monkeypatch.setattr(compilation, "Compilation", lambda wanted: pytest.fail("it was compiled already"))
     generated(model, [Call(PROMPTS[0], GREEDY)])
     assert steps
 
@@ -252,7 +251,7 @@ def test_other_architectures_give_the_models_own_values(
     model = compiled(architecture)
     module = model.observed._module
     places = shown_places(model.structure)
-    step = CompiledStep.load(ahead.Wanted.of(module, places).folder, module, places)
+    step = CompiledStep.load(compilation.Wanted.of(module, places).folder, module, places)
     with torch.inference_mode():
         step.check(module, torch.float32)
         step_wrong = replace(step, linears=step.linears[::-1])

@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from roentgen.contract import ActivationRequest, split_key
-from roentgen.linear_probe import LinearProbe
-from serve_app.capture.scoring import Scorer, UnscorableError
+from roentgen.linear_probe import Readout
+from serve_app.capture.probe_scores import Scorer, UnscorableError
 from serve_app.engines.protocol import Finished, Sampling, TextDelta
 from serve_app.engines.transformers.engine import TransformersEngine
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 from tests.serve_app import tiny
 from tests.serve_app.alone import plan
 from tests.serve_app.capture.test_steering import steered

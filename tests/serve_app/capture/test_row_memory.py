@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_app.capture.memory import ALIGNMENT, KEEP_BYTES, SMALLEST, RowMemory
+from serve_app.capture.row_memory import ALIGNMENT, KEEP_BYTES, SMALLEST, RowMemory
 
 CPU = torch.device("cpu")
 

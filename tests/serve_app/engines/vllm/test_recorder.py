@@ -4,7 +4,7 @@ import torch
 
 from serve_app.capture.batch_layout import PackedBatch
 from serve_app.engines.vllm.hook_points import tap_at
-from serve_app.engines.vllm.watched import Norms, Watched
+from serve_app.engines.vllm.recorder import Norms, Watched
 
 
 def test_norms_are_kept_of_every_value_with_a_row_per_token() -> None:

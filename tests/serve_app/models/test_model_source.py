@@ -6,7 +6,7 @@ import pytest
 from safetensors import safe_open
 
 from serve_app.models.errors import ModelNotFoundError
-from serve_app.models.sources import locate
+from serve_app.models.model_source import locate
 from tests.serve_app import tiny
 
 

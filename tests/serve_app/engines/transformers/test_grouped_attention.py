@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from serve_app.engines.transformers.attention import GROUPED, grouped_attention, use_grouped_attention
+from serve_app.engines.transformers.grouped_attention import GROUPED, grouped_attention, use_grouped_attention
 from tests.serve_app import tiny
 
 

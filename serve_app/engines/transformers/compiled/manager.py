@@ -17,11 +17,11 @@ from pathlib import Path
 from torch import nn
 from torch._inductor.exc import InvalidCxxCompiler
 
-from serve_app.engines.transformers.attention import GROUPED
-from serve_app.engines.transformers.compiled import ahead
+from serve_app.engines.transformers.compiled import compilation
 from serve_app.engines.transformers.compiled.graph import NotCompilableError
 from serve_app.engines.transformers.compiled.step import CompiledStep, shown_places
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.grouped_attention import GROUPED
+from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.engines.transformers.packed_weights import PackedLinear
 from serve_app.engines.transformers.rotation import depends_on_length
 
@@ -56,7 +56,7 @@ class StepSupply:
         self._checked: CompiledStep | None = None
         self._thread: threading.Thread | None = None
         self._last_step = 0.0
-        self._compilation: ahead.Compilation | None = None
+        self._compilation: compilation.Compilation | None = None
         self._folder: Path | None = None
         if reason := unwanted or _obstacle(model):
             log.info("decoding steps are not compiled: %s", reason)
@@ -121,7 +121,7 @@ class StepSupply:
         try:
             model = self._model.observed._module
             places = shown_places(self._model.structure)
-            wanted = ahead.Wanted.of(model, places)
+            wanted = compilation.Wanted.of(model, places)
             self._folder = wanted.folder
             if not wanted.done and not self._compiled(wanted):
                 return
@@ -130,7 +130,7 @@ class StepSupply:
             log.warning("decoding steps are not compiled: %s", str(error).strip().split("\n")[0])
             self.stop()
 
-    def _compiled(self, wanted: ahead.Wanted) -> bool:
+    def _compiled(self, wanted: compilation.Wanted) -> bool:
         """Have graphs compiled once that is worth it; False if the engine has stopped before.
 
         Raises:
@@ -140,7 +140,7 @@ class StepSupply:
             if self._stopped.wait(POLL_S):
                 return False
         log.info("compiling decoding steps while nothing is generated")
-        self._compilation = running = ahead.Compilation(wanted)
+        self._compilation = running = compilation.Compilation(wanted)
         try:
             while not self._stopped.is_set():
                 if self._idle:

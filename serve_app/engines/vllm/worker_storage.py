@@ -13,7 +13,7 @@ from concurrent.futures import Future
 
 from roentgen.store import StoreError
 from serve_app.engines.protocol import Finished
-from serve_app.engines.rollout import Entry
+from serve_app.engines.rollout_entry import Entry
 from serve_app.engines.storage import Stored
 from serve_app.engines.vllm.worker_messages import SyncMessage, SyncReply
 

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 
 from torch import Tensor
 
-from serve_app.capture.scoring import NewScores, RequestScores, Scorer, UnscorableError
+from serve_app.capture.probe_scores import NewScores, RequestScores, Scorer, UnscorableError
 
 Fetch = Callable[[list[str]], Awaitable[dict[str, NewScores]]]
 

@@ -9,8 +9,8 @@ from pydantic import ValidationError
 from serve_app.config import ServerConfig
 from serve_app.engines.protocol import Sampling
 from serve_app.engines.transformers.engine import TransformersEngine
-from serve_app.engines.transformers.model import load
-from serve_app.models.sources import ModelSource
+from serve_app.engines.transformers.loaded_model import load
+from serve_app.models.model_source import ModelSource
 from tests.serve_app import tiny
 from tests.serve_app.alone import forward_with_hooks, generate_alone, plan
 from tests.serve_app.tiny import Call, run

@@ -25,18 +25,18 @@ import torch
 from transformers import Cache
 from transformers.cache_utils import CacheLayerMixin
 
-from serve_app.capture.memory import RowMemory
+from serve_app.capture.row_memory import RowMemory
 from serve_app.capture.rows import KnownRows, RequestRows
 from serve_app.capture.structure import Tap
-from serve_app.engines.prefixes import WHOLE, filling, name_blocks, needed
+from serve_app.engines.prefix_blocks import WHOLE, filling, name_blocks, needed
 from serve_app.engines.protocol import SWITCHED_OFF, GenerationJob, PrefixCaching
 from serve_app.engines.transformers.invariance import PIECE
 from serve_app.engines.transformers.kv_cache import BatchRows, SlotRows
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.engines.transformers.model_cache import Remembered
 from serve_app.engines.transformers.prefix_cache import Block, KeyValues, PrefixCache, Room
 from serve_app.engines.transformers.rotation import depends_on_length
-from serve_app.engines.transformers.running import Prefill, Running
+from serve_app.engines.transformers.running_job import Prefill, Running
 
 BLOCK = {"cpu": 32, "cuda": 16}
 """Tokens of a block."""

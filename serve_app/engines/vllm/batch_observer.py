@@ -24,7 +24,7 @@ from torch import Tensor
 from serve_app.capture.structure import Tap
 from serve_app.engines.vllm.batch import Batch
 from serve_app.engines.vllm.hook_points import terms
-from serve_app.engines.vllm.watched import sum_of
+from serve_app.engines.vllm.recorder import sum_of
 
 log = logging.getLogger(__name__)
 

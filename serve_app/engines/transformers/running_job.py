@@ -10,14 +10,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache
 
-from serve_app.capture.memory import RowMemory
-from serve_app.capture.open_end import settled
+from serve_app.capture.late_end import settled
+from serve_app.capture.probe_scores import RequestScores, UnscorableError
+from serve_app.capture.row_memory import RowMemory
 from serve_app.capture.rows import RequestRows, UncapturableError
-from serve_app.capture.scoring import RequestScores, UnscorableError
 from serve_app.engines.completion import Completion, text_stream
+from serve_app.engines.probe_stopping import Action, StopWatch
 from serve_app.engines.protocol import FORCED, Failed, FinishReason, GenerationJob, TextDelta, TokenScore
-from serve_app.engines.stopping import Action, StopWatch
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.engines.transformers.sampling import Sampler, score_prompt
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from serve_app.engines.constraints import MAX_REASON, Constraints, Grammar, Schema, SchemaError
-from serve_app.engines.endless import can_end
+from serve_app.engines.recursive_schemas import can_end
 from tests.serve_app import tiny
 
 ROOT = {"$ref": "#"}

@@ -15,15 +15,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from roentgen.contract import Positions
+from serve_app.capture.probe_scores import Scorer
 from serve_app.capture.rows import CapturePlan
-from serve_app.capture.scoring import Scorer
 from serve_app.capture.steering import SteeringVector
-from serve_app.engines.prefixes import name_blocks
+from serve_app.engines.prefix_blocks import name_blocks
 from serve_app.engines.protocol import Finished, Sampling
 from serve_app.engines.transformers import engine as engines
-from serve_app.engines.transformers import prefixes
+from serve_app.engines.transformers import prefix_reuse
 from serve_app.engines.transformers.engine import TransformersEngine
-from serve_app.engines.transformers.model import LoadedModel
+from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.engines.transformers.prefix_cache import PrefixCache, Room
 from tests.serve_app import tiny
 from tests.serve_app.alone import LLAMA_MODULES, forward_with_hooks, generate_alone, layer_path, plan
@@ -350,7 +350,7 @@ def test_a_broken_cache_is_noticed(llama: LoadedModel, broken: str, monkeypatch:
 def test_batch_invariant_the_bits_are_the_same(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever was found: prompts of whole pieces and parts of one, alone and among others."""
     monkeypatch.setattr(engines, "PIECE", 8)
-    monkeypatch.setattr(prefixes, "PIECE", 8)
+    monkeypatch.setattr(prefix_reuse, "PIECE", 8)
     model = in_dtype("llama", dtype)
     asked = plan(model, "resid_post", "attn_out")
     prompts = [prompt(tail, length, 24) for tail in (1, 2) for length in (0, 5, 8, 13)] * 2
@@ -407,7 +407,7 @@ def test_a_forward_that_fails_is_read_again_without_the_cache(
 def test_nothing_is_looked_up_that_is_not_kept(llama: LoadedModel) -> None:
     """Whoever scores a prompt, or keeps rows that nobody kept, reads all of it."""
     job = call(prompt(1), plan(llama, "resid_post", positions="last")).job
-    assert prefixes.most_known(job) == 78
+    assert prefix_reuse.most_known(job) == 78
     read = CapturePlan(plan(llama, "resid_post").taps, Positions.parse("last"), "model", n_prompt=40, stop=64)
-    assert prefixes.most_known(replace(job, capture=read)) == 63  # the last row that it keeps is 63's
-    assert prefixes.needed(replace(job, capture=read), range(64)) == set()
+    assert prefix_reuse.most_known(replace(job, capture=read)) == 63  # the last row that it keeps is 63's
+    assert prefix_reuse.needed(replace(job, capture=read), range(64)) == set()

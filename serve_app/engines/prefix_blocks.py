@@ -16,8 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from roentgen.contract import Positions
+from serve_app.capture.probe_scores import Scorer
 from serve_app.capture.rows import CapturePlan
-from serve_app.capture.scoring import Scorer
 from serve_app.capture.steering import SteeringVector
 from serve_app.capture.structure import Tap
 

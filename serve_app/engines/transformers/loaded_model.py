@@ -24,7 +24,7 @@ from serve_app.models.adapters import read_model
 from serve_app.models.architecture import UnsupportedModelError, check_config, read_config
 from serve_app.models.description import read_tokenizer
 from serve_app.models.errors import WeightsError
-from serve_app.models.sources import ModelSource
+from serve_app.models.model_source import ModelSource
 from serve_app.models.weights import quantization_of
 
 log = logging.getLogger(__name__)
