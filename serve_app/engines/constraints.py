@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from serve_app.engines.protocol import ConstraintError
-from serve_app.engines.recursive_schemas import can_end
+from serve_app.engines.recursive_schemas import has_finite_value
 
 KEPT = 32
 """Compiled grammars that are kept, the last ones used."""
@@ -140,7 +140,7 @@ def _compiled(vocabulary: LLTokenizer, grammar: Grammar, lark: str) -> LLMatcher
     if matcher.is_error():
         raise _explain(grammar, matcher.get_error())
     for schema in grammar.schemas.values():
-        if not can_end(schema.schema):
+        if not has_finite_value(schema.schema):
             raise SchemaError(schema.param, "no value matches it: something that it requires contains itself")
     return matcher
 

@@ -28,7 +28,7 @@ MAX_DEPTH = 20
 COMPOSITE = {"object", "array"}
 
 
-def can_end(schema: Schema) -> bool:
+def has_finite_value(schema: Schema) -> bool:
     """Whether recursion leaves a finite value that matches a schema; a keyword that is not looked at counts as finite."""
     try:
         return _Implications(schema).hold()

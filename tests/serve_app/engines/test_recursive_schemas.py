@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from serve_app.engines.constraints import MAX_REASON, Constraints, Grammar, Schema, SchemaError
-from serve_app.engines.recursive_schemas import can_end
+from serve_app.engines.recursive_schemas import has_finite_value
 from tests.serve_app import tiny
 
 ROOT = {"$ref": "#"}
@@ -83,7 +83,7 @@ def constraints() -> Constraints:
 @pytest.mark.parametrize("why", ENDLESS)
 def test_a_schema_that_cannot_end_is_refused_by_name(constraints: Constraints, why: str) -> None:
     schema = ENDLESS[why]
-    assert not can_end(schema if why != "somewhere inside" else defs(ITSELF))
+    assert not has_finite_value(schema if why != "somewhere inside" else defs(ITSELF))
     with pytest.raises(SchemaError) as caught:
         constraints.compile(grammar(schema))
     assert caught.value.param == "response_format.json_schema.schema"
@@ -94,7 +94,7 @@ def test_a_schema_that_cannot_end_is_refused_by_name(constraints: Constraints, w
 
 @pytest.mark.parametrize("why", FINITE)
 def test_one_that_can_end_is_followed(constraints: Constraints, why: str) -> None:
-    assert can_end(FINITE[why])
+    assert has_finite_value(FINITE[why])
     constraint = constraints.compile(grammar(FINITE[why]))
     constraint.mask(torch.zeros(len(tiny.tokenizer())))
 
@@ -161,7 +161,7 @@ def test_a_long_chain_of_references_is_compiled(constraints: Constraints) -> Non
     before = threading.stack_size()
     constraints.compile(grammar(chain(1200, ends=True)))
     assert threading.stack_size() == before
-    assert not can_end(chain(1200, ends=False))
+    assert not has_finite_value(chain(1200, ends=False))
 
 
 def test_references_beyond_what_is_looked_at_count_as_ending() -> None:
@@ -169,4 +169,4 @@ def test_references_beyond_what_is_looked_at_count_as_ending() -> None:
     pure: dict[str, Any] = {"$defs": {name: {"$ref": f"#/$defs/{following}"} for name, following in pairwise(names)}}
     pure["$defs"][names[-1]] = {"type": "integer"}
     pure |= {"type": "object", "properties": {name: {"$ref": f"#/$defs/{name}"} for name in names}, "required": names}
-    assert can_end(json.loads(json.dumps(pure)))
+    assert has_finite_value(json.loads(json.dumps(pure)))
