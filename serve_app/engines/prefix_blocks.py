@@ -21,11 +21,11 @@ from serve_app.capture.rows import CapturePlan
 from serve_app.capture.steering import SteeringVector
 from serve_app.capture.structure import Tap
 
-WHOLE = ("all", "prompt", "generated")
+WHOLE_POLICIES = ("all", "prompt", "generated")
 """Position policies that keep every row of a stretch."""
 
 
-class Asked(Protocol):
+class PromptRequest(Protocol):
     """What a job asks for, as far as it decides over its prompt."""
 
     @property
@@ -49,7 +49,7 @@ class Asked(Protocol):
         """What is found has to have been read under the same."""
 
 
-def name_blocks(job: Asked, tokens: Sequence[int], size: int, known: Sequence[bytes] = ()) -> list[bytes]:
+def name_blocks(job: PromptRequest, tokens: Sequence[int], size: int, known: Sequence[bytes] = ()) -> list[bytes]:
     """Name the whole blocks of a job's sequence.
 
     Args:
@@ -84,7 +84,7 @@ def _bytes(vector: Float[Tensor, "d_model"]) -> bytes:
     return vector.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def needed(job: Asked, span: range) -> set[Tap]:
+def needed_taps(job: PromptRequest, span: range) -> set[Tap]:
     """Return where a job has to have rows of some positions of its prompt."""
     taps = {scorer.tap for scorer in job.probes}
     plan = job.capture
@@ -93,7 +93,7 @@ def needed(job: Asked, span: range) -> set[Tap]:
     return taps
 
 
-def filling(job: Asked, stop: int) -> CapturePlan | None:
+def filler_plan(job: PromptRequest, stop: int) -> CapturePlan | None:
     """Return what is to be captured besides, so that blocks get all rows that a job like this one needs; None for nothing.
 
     Args:
@@ -104,8 +104,8 @@ def filling(job: Asked, stop: int) -> CapturePlan | None:
     taps = {scorer.tap for scorer in job.probes}
     first = 0
     if plan is not None:
-        kept = needed(job, whole) - taps
-        if plan.positions.policy in WHOLE:
+        kept = needed_taps(job, whole) - taps
+        if plan.positions.policy in WHOLE_POLICIES:
             taps -= set(plan.taps.values()) if plan.kept(len(job.prompt_ids), 0, stop) == whole else set()
         elif plan.positions.policy not in ("last", "last_prompt"):
             first = 0 if taps else plan.first

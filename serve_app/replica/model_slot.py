@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 class ModelSlot:
-    """Room for one model (see the module)."""
+    """CacheLimits for one model (see the module)."""
 
     def __init__(self, config: ServerConfig) -> None:
         self._config = config

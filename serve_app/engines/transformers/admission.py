@@ -16,7 +16,7 @@ from serve_app.engines.memory_budget import CPU_SHARE, DEVICE_SHARE, HOST_SHARE,
 from serve_app.engines.protocol import GenerationJob, RequestTooLargeError
 from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.engines.transformers.model_cache import Remembered, find_out
-from serve_app.engines.transformers.prefix_cache import Room
+from serve_app.engines.transformers.prefix_cache import CacheLimits
 
 SLAB_OVERHEAD = 1.25
 """Slabs have a quarter more columns than are in use (`kv_cache`)."""
@@ -89,12 +89,12 @@ class Budget:
         width = max(total_tokens(other) for other in jobs)
         return len(jobs) * width <= self.cache_tokens and sum(map(self._row_bytes, jobs)) <= self.row_bytes
 
-    def room(self, running: Sequence[GenerationJob]) -> Room:
+    def room(self, running: Sequence[GenerationJob]) -> CacheLimits:
         """Return what prefixes may take beside running jobs: a share of all, and no more than these leave."""
         tokens = self.cache_tokens - len(running) * max(map(total_tokens, running), default=0)
         rows = self.row_bytes - sum(map(self._row_bytes, running))
         tokens = min(tokens, int(self.cache_tokens * PREFIX_SHARE))
-        return Room(
+        return CacheLimits(
             values=max(0, int(tokens * self.bytes_per_token * SLAB_OVERHEAD)),
             rows=max(0, min(rows, int(self.row_bytes * PREFIX_SHARE))),
         )

@@ -57,7 +57,7 @@ from serve_app.engines.transformers.kv_cache import BatchRows, SlotRows, StaticR
 from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.engines.transformers.model_cache import Step, find_out
 from serve_app.engines.transformers.packed_weights import pack_weights, unpack_weights
-from serve_app.engines.transformers.prefix_reuse import Prefixes
+from serve_app.engines.transformers.prefix_reuse import PrefixReuse
 from serve_app.engines.transformers.running_job import Prefill, Running
 from serve_app.engines.transformers.sampling import Sampler, choose, score, score_named
 
@@ -136,7 +136,7 @@ class TransformersEngine:
         self.budget = Budget.measure(model, max_cache_tokens, max_batch=max_batch, remembered=self._remembered)
         log.info("room for %d tokens in the KV cache", self.budget.cache_tokens)
         self._memory = RowMemory()
-        self._prefixes = Prefixes(
+        self._prefixes = PrefixReuse(
             model, self._remembered, self._memory, asked=prefix_cache, batch_invariant=batch_invariant
         )
         if prefix_cache and not self.prefix_cache.enabled:

@@ -22,7 +22,7 @@ from serve_app.capture.structure import Tap
 
 
 @dataclass(frozen=True)
-class Room:
+class CacheLimits:
     """Bytes that may be held."""
 
     values: int
@@ -60,7 +60,7 @@ class PrefixCache:
         row_bytes: held of rows.
     """
 
-    def __init__(self, size: int, room: Room) -> None:
+    def __init__(self, size: int, room: CacheLimits) -> None:
         self.size = size
         self.value_bytes = self.row_bytes = 0
         self._room = room
@@ -76,7 +76,7 @@ class PrefixCache:
         for number, name in enumerate(names):
             block = self._blocks.get(name)
             span = range(number * self.size, (number + 1) * self.size)
-            if block is None or any(tap not in block.rows for tap in needed(span)):
+            if block is None or any(tap not in block.rows for tap in needed_taps(span)):
                 return number
         return len(names)
 
@@ -112,7 +112,7 @@ class PrefixCache:
         block.rows.update(rows)
         self.row_bytes += block.row_bytes - before
 
-    def trim(self, names: Sequence[bytes] = (), room: Room | None = None) -> None:
+    def trim(self, names: Sequence[bytes] = (), room: CacheLimits | None = None) -> None:
         """Drop what was used longest ago until the rest fits.
 
         Args:

@@ -10,7 +10,7 @@ Rows come from what the job captures anyway. Where that has not every row of a b
 second capture beside it keeps them while the prompt is read (`Running.filler`).
 
 Jobs that wait together and share much that nobody has read are not read together: the first reads it, the others come a round
-later and find it (`Prefixes.waits`).
+later and find it (`PrefixReuse.waits`).
 
 Batch-invariant, blocks are as long as the pieces in which prompts are read, so that whatever is found was computed in the very
 shapes in which it would be computed again. A completion's tokens, which were not, are not kept.
@@ -28,13 +28,13 @@ from transformers.cache_utils import CacheLayerMixin
 from serve_app.capture.row_memory import RowMemory
 from serve_app.capture.rows import KnownRows, RequestRows
 from serve_app.capture.structure import Tap
-from serve_app.engines.prefix_blocks import WHOLE, filling, name_blocks, needed
+from serve_app.engines.prefix_blocks import WHOLE_POLICIES, filler_plan, name_blocks, needed_taps
 from serve_app.engines.protocol import SWITCHED_OFF, GenerationJob, PrefixCaching
 from serve_app.engines.transformers.invariance import PIECE
 from serve_app.engines.transformers.kv_cache import BatchRows, SlotRows
 from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.engines.transformers.model_cache import Remembered
-from serve_app.engines.transformers.prefix_cache import Block, KeyValues, PrefixCache, Room
+from serve_app.engines.transformers.prefix_cache import Block, CacheLimits, KeyValues, PrefixCache
 from serve_app.engines.transformers.rotation import depends_on_length
 from serve_app.engines.transformers.running_job import Prefill, Running
 
@@ -79,13 +79,17 @@ def given(job: GenerationJob, span: range, stop: int) -> set[Tap]:
     """Return where a job's prompt gives all rows of a block when it is read."""
     taps: set[Tap] = set()
     n_prompt = len(job.prompt_ids)
-    for plan in (job.capture, filling(job, stop)):
-        if plan is not None and plan.positions.policy in WHOLE and plan.kept(n_prompt, span.start, span.stop) == span:
+    for plan in (job.capture, filler_plan(job, stop)):
+        if (
+            plan is not None
+            and plan.positions.policy in WHOLE_POLICIES
+            and plan.kept(n_prompt, span.start, span.stop) == span
+        ):
             taps |= set(plan.taps.values())
     return taps
 
 
-class Prefixes:
+class PrefixReuse:
     """The prefixes of one engine.
 
     Attributes:
@@ -111,7 +115,7 @@ class Prefixes:
         self._memory = memory
         self._row_bytes = model.structure.d_model * model.dtype.itemsize
         self._exact = batch_invariant
-        self._room = Room(0, 0)
+        self._room = CacheLimits(0, 0)
         self.cache = PrefixCache(PIECE if batch_invariant else BLOCK[model.device.type], self._room)
         self._layout: KeyValues | None = None
         self._names: WeakKeyDictionary[GenerationJob, list[bytes]] = WeakKeyDictionary()
@@ -131,7 +135,7 @@ class Prefixes:
         most = most_known(job)
         if not self.state.enabled or not most:
             return 0
-        count = self.cache.count(self._names[job], lambda span: needed(job, span)) * self.cache.size
+        count = self.cache.count(self._names[job], lambda span: needed_taps(job, span)) * self.cache.size
         if self._exact:
             return min(count, most // self.cache.size * self.cache.size)
         return min(count, most)
@@ -150,7 +154,7 @@ class Prefixes:
             shared = known // size
             while shared < min(len(names), len(theirs)) and names[shared] == theirs[shared]:
                 span = range(shared * size, (shared + 1) * size)
-                if not needed(job, span) <= given(other, span, stop):
+                if not needed_taps(job, span) <= given(other, span, stop):
                     break
                 shared += 1
             if 2 * (min(shared * size, most_known(job)) - known) >= len(job.prompt_ids) - known:
@@ -165,9 +169,9 @@ class Prefixes:
         """Drop everything."""
         self.cache.clear()
 
-    def make_room(self, room: Room) -> None:
+    def make_room(self, room: CacheLimits) -> None:
         """Keep to what the running jobs leave."""
-        self._room = room if self.state.enabled else Room(0, 0)
+        self._room = room if self.state.enabled else CacheLimits(0, 0)
         self.cache.trim(room=self._room)
 
     def lay_out(self, running: list[Running], cache: Cache | None) -> Prefill:
@@ -203,7 +207,7 @@ class Prefixes:
         job, size = one.job, self.cache.size
         one.cached = count
         whole = len(self._names[job]) * size
-        extra = filling(job, whole)
+        extra = filler_plan(job, whole)
         if extra is not None and len(extra.taps) * whole * self._row_bytes <= self._room.rows:
             one.filler = RequestRows(extra, len(job.prompt_ids), self._memory)
         if not count:

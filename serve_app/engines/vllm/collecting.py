@@ -30,7 +30,7 @@ from serve_app.capture.row_memory import RowMemory
 from serve_app.capture.rows import CapturedRows, CapturePlan, KnownRows, RequestRows, StepRows
 from serve_app.capture.steering import SteeringVector, StepSteering
 from serve_app.capture.structure import Tap
-from serve_app.engines.prefix_blocks import filling, name_blocks, needed
+from serve_app.engines.prefix_blocks import filler_plan, name_blocks, needed_taps
 from serve_app.engines.probe_stopping import Action, StopWatch
 from serve_app.engines.vllm.prefix_rows import PrefixRows
 from serve_app.engines.vllm.worker_messages import CaptureRequest
@@ -150,10 +150,10 @@ class Collector:
         scores = RequestScores(tuple(self._shared(scorer) for scorer in request.probes)) if request.probes else None
         watch = StopWatch(request.stopping, prompt_ids) if request.stopping is not None else None
         job = self._jobs[request.job_id] = _Job(request, prompt_ids, rows, scores, watch=watch)
-        if self._prefixes is None or not needed(job, range(n_prompt - 1)):
+        if self._prefixes is None or not needed_taps(job, range(n_prompt - 1)):
             return
         job.names = name_blocks(job, prompt_ids, self._prefixes.size)
-        extra = filling(job, len(job.names) * self._prefixes.size)
+        extra = filler_plan(job, len(job.names) * self._prefixes.size)
         if extra is not None:
             job.filler = RequestRows(extra, n_prompt, self._memory)
 
@@ -282,7 +282,7 @@ class Collector:
         count, job.found = job.found, 0
         size = self._prefixes.size if self._prefixes is not None else count
         spans = [range(start, min(start + size, count)) for start in range(0, count, size)]
-        taps = [needed(job, span) for span in spans]
+        taps = [needed_taps(job, span) for span in spans]
         if not any(taps):
             return
         blocks = (

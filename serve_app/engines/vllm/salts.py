@@ -11,7 +11,7 @@ of the next generation.
 
 from hashlib import blake2b
 
-from serve_app.engines.prefix_blocks import needed
+from serve_app.engines.prefix_blocks import needed_taps
 from serve_app.engines.protocol import GenerationJob
 
 ANYWHERE = ("all", "stride")
@@ -40,7 +40,7 @@ class Salts:
 
 def rows_needed(job: GenerationJob) -> bool:
     """Whether a job needs rows of its prompt before the last token."""
-    return bool(needed(job, range(len(job.prompt_ids) - 1)))
+    return bool(needed_taps(job, range(len(job.prompt_ids) - 1)))
 
 
 def _kind(job: GenerationJob) -> str:
@@ -48,7 +48,7 @@ def _kind(job: GenerationJob) -> str:
     parts: list[object] = []
     if job.cache_salt is not None:
         parts.append(("salt", job.cache_salt))
-    if taps := needed(job, range(len(job.prompt_ids) - 1)):
+    if taps := needed_taps(job, range(len(job.prompt_ids) - 1)):
         parts.append(("rows", sorted(map(repr, taps))))
     for steering_vector in job.steering:
         positions = steering_vector.positions

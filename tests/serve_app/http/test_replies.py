@@ -37,7 +37,7 @@ EVENT: TypeAdapter[ResponseStreamEvent] = TypeAdapter(ResponseStreamEvent)
 LOST = "whose replica is lost"
 
 
-class Asked:
+class PromptRequest:
     """What asking a replica returns: awaited, or iterated."""
 
     def __init__(self, coming: Any, *, lost: bool = False) -> None:
@@ -78,12 +78,12 @@ class Handle:
     def options(self, **options: Any) -> "Handle":
         return self
 
-    def remote(self, *arguments: Any) -> Asked:
+    def remote(self, *arguments: Any) -> PromptRequest:
         lost = getattr(next(iter(arguments), None), "user", None) == LOST
-        return Asked(getattr(self._replica, self._method)(*arguments), lost=lost)
+        return PromptRequest(getattr(self._replica, self._method)(*arguments), lost=lost)
 
-    def broadcast(self, method: str) -> Asked:
-        return Asked(getattr(self._replica, method)())
+    def broadcast(self, method: str) -> PromptRequest:
+        return PromptRequest(getattr(self._replica, method)())
 
 
 @pytest.fixture(scope="module")

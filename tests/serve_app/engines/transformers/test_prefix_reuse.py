@@ -24,7 +24,7 @@ from serve_app.engines.transformers import engine as engines
 from serve_app.engines.transformers import prefix_reuse
 from serve_app.engines.transformers.engine import TransformersEngine
 from serve_app.engines.transformers.loaded_model import LoadedModel
-from serve_app.engines.transformers.prefix_cache import PrefixCache, Room
+from serve_app.engines.transformers.prefix_cache import CacheLimits, PrefixCache
 from tests.serve_app import tiny
 from tests.serve_app.alone import LLAMA_MODULES, forward_with_hooks, generate_alone, layer_path, plan
 from tests.serve_app.capture.test_scoring import by_numpy, scorer
@@ -272,12 +272,12 @@ def test_the_cache_keeps_within_its_bounds(llama: LoadedModel) -> None:
         one = (cache.value_bytes // 2, cache.row_bytes // 2)
         assert one == (32 * 3 * 2 * 2 * 8 * 4, 32 * 3 * 32 * 4)
         assert engine.load.cache_bytes == 2 * sum(one)
-        cache.trim(room=Room(2 * one[0], one[1]))
+        cache.trim(room=CacheLimits(2 * one[0], one[1]))
         assert (cache.value_bytes, cache.row_bytes) == (2 * one[0], one[1])
         names = name_blocks(call(prompt(1)).job, prompt(1), 32)
         taps = list(asked.taps.values())
         assert (cache.count(names, lambda span: taps), cache.count(names, lambda span: [])) == (1, 2)
-        cache.trim(room=Room(one[0], one[1]))
+        cache.trim(room=CacheLimits(one[0], one[1]))
         assert cache.count(names, lambda span: []) == 1
     assert cache.value_bytes == cache.row_bytes == 0  # nothing outlives its model
 
