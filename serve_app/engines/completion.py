@@ -35,7 +35,7 @@ def text_stream(job: GenerationJob, model: ServedModel) -> TextStream:
 
 
 @dataclass(kw_only=True)
-class Completion:
+class CompletionState:
     """A job's completion so far."""
 
     job: GenerationJob

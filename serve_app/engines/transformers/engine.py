@@ -58,7 +58,7 @@ from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.engines.transformers.model_cache import Step, find_out
 from serve_app.engines.transformers.packed_weights import pack_weights, unpack_weights
 from serve_app.engines.transformers.prefix_reuse import PrefixReuse
-from serve_app.engines.transformers.running_job import Prefill, Running
+from serve_app.engines.transformers.running_job import Prefill, RunningJob
 from serve_app.engines.transformers.sampling import Sampler, choose, score, score_named
 
 log = logging.getLogger(__name__)
@@ -148,10 +148,10 @@ class TransformersEngine:
         self._forwards = Forwards(model, self._remembered, self._memory, self._max_prefill_tokens)
         self._failures = 0
         self._retried = False
-        self._running: list[Running] = []
+        self._running: list[RunningJob] = []
         self._steps: Counter[int] = Counter()
         self._prefill: Prefill | None = None
-        self._crossing: deque[Running] = deque()
+        self._crossing: deque[RunningJob] = deque()
         self._rows: BatchRows = self._empty()
         self._changed = threading.Condition()
         self._waiting: deque[GenerationJob] = deque()
@@ -292,7 +292,7 @@ class TransformersEngine:
             with self._changed:
                 self._closed = True
 
-    def _innocent(self, running: list[Running], error: Exception, *, decoding: bool) -> list[Running]:
+    def _innocent(self, running: list[RunningJob], error: Exception, *, decoding: bool) -> list[RunningJob]:
         """Fail those jobs of a failed forward that fail alone too; returns the others.
 
         Args:
@@ -345,7 +345,7 @@ class TransformersEngine:
         self._prefixes.make_room(self.budget.room([*(running.job for running in self._running), *jobs]))
         if self._together == 1:
             self._rows = self._empty()  # so that the memory it computes on lies as if nothing had run before
-        started = [Running.start(job, self._model, self._memory) for job in jobs]
+        started = [RunningJob.start(job, self._model, self._memory) for job in jobs]
         return self._prefixes.lay_out(started, self._rows.new())
 
     def _piece(self, prefill: Prefill) -> int:
@@ -426,7 +426,7 @@ class TransformersEngine:
         """Forget earlier failures: a forward has passed."""
         self._failures, self._retried = 0, False
 
-    def _advance(self, running: list[Running], logits: Float[Tensor, "batch vocab"]) -> list[int]:
+    def _advance(self, running: list[RunningJob], logits: Float[Tensor, "batch vocab"]) -> list[int]:
         """Choose the next tokens, report them and the jobs that have ended; returns the rows that go on."""
         logits = logits.float()
         actions = self._asked(running) if any(one.watch for one in running) else {}
@@ -460,7 +460,7 @@ class TransformersEngine:
         return staying
 
     def _scores(
-        self, running: list[Running], logits: Float[Tensor, "batch vocab"], chosen: list[int]
+        self, running: list[RunningJob], logits: Float[Tensor, "batch vocab"], chosen: list[int]
     ) -> dict[int, TokenScore]:
         """Return how likely the chosen tokens were, by row, of the jobs that asked."""
         rows = [row for row, one in enumerate(running) if one.job.score_tokens]
@@ -474,11 +474,11 @@ class TransformersEngine:
                 found[place] = replace(found[place], top=score_named(logits[row], (chosen[row], *named)))
         return dict(zip(rows, found, strict=True))
 
-    def _goes_on(self, one: Running, token: int, token_score: TokenScore | None) -> bool:
+    def _goes_on(self, one: RunningJob, token: int, token_score: TokenScore | None) -> bool:
         """Give a job its next token and report what it means; False if the job has ended."""
         return self._reported(one, one.advance(token, token_score) if one.job.sampling.max_tokens else "length")
 
-    def _asked(self, running: list[Running]) -> dict[int, Action]:
+    def _asked(self, running: list[RunningJob]) -> dict[int, Action]:
         """Return, by row, what the scores of jobs' probes ask for, before tokens are chosen."""
         found: dict[int, Action] = {}
         for row, one in enumerate(running):
@@ -489,7 +489,7 @@ class TransformersEngine:
                 one.fail(error)
         return found
 
-    def _reported(self, one: Running, reason: FinishReason | None) -> bool:
+    def _reported(self, one: RunningJob, reason: FinishReason | None) -> bool:
         """Report what a job has now, and its result if there is a reason why it has ended; False if it has."""
         if one.sampler.failure is not None:
             one.fail(one.sampler.failure)

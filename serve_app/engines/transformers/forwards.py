@@ -24,7 +24,7 @@ from serve_app.engines.transformers.invariance import FixedShapes
 from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.engines.transformers.model_cache import Remembered, Step
 from serve_app.engines.transformers.rotation import forget_lengths
-from serve_app.engines.transformers.running_job import Prefill, Running
+from serve_app.engines.transformers.running_job import Prefill, RunningJob
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class Forwards:
 
     def run(
         self,
-        running: list[Running],
+        running: list[RunningJob],
         step: Step,
         shapes: FixedShapes | None = None,
         compiled: CompiledStep | None = None,
@@ -93,7 +93,7 @@ class Forwards:
                 one.fail(failure)
         return logits, cache
 
-    def replayed(self, running: list[Running]) -> Prefill:
+    def replayed(self, running: list[RunningJob]) -> Prefill:
         """Read again what has passed through the model of some jobs, steered as it was; nothing else is observed."""
         prefill = Prefill.lay_out(running, self._remembered.new_cache(), fed=True)
         whole = not self._remembered.continuous or self._model.batching.whole(prefill.width)
@@ -105,7 +105,7 @@ class Forwards:
             prefill.done = stop
         return prefill
 
-    def failure_alone(self, one: Running, *, decoding: bool) -> Exception | None:
+    def failure_alone(self, one: RunningJob, *, decoding: bool) -> Exception | None:
         """Return why a job fails when it runs alone, up to its next token; None if it does not.
 
         Args:
@@ -140,7 +140,7 @@ class Forwards:
     def _layout(self, step: Step) -> PaddedBatch:
         return PaddedBatch.of(step.mask[:, -step.tokens.shape[1] :], step.positions)
 
-    def _steering(self, running: list[Running], layout: PaddedBatch) -> StepSteering:
+    def _steering(self, running: list[RunningJob], layout: PaddedBatch) -> StepSteering:
         return StepSteering([one.job.steering for one in running], [len(one.job.prompt_ids) for one in running], layout)
 
     def _bare(self, step: Step) -> Any:

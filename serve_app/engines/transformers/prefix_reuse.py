@@ -7,7 +7,7 @@ read, since its logits choose the first token.
 
 What a prompt's forwards have shown is cut into blocks when all of it is read, and what a completion adds when it has ended.
 Rows come from what the job captures anyway. Where that has not every row of a block (every k-th, a mean, only scores), a
-second capture beside it keeps them while the prompt is read (`Running.filler`).
+second capture beside it keeps them while the prompt is read (`RunningJob.filler`).
 
 Jobs that wait together and share much that nobody has read are not read together: the first reads it, the others come a round
 later and find it (`PrefixReuse.waits`).
@@ -36,7 +36,7 @@ from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.engines.transformers.model_cache import Remembered
 from serve_app.engines.transformers.prefix_cache import Block, CacheLimits, KeyValues, PrefixCache
 from serve_app.engines.transformers.rotation import depends_on_length
-from serve_app.engines.transformers.running_job import Prefill, Running
+from serve_app.engines.transformers.running_job import Prefill, RunningJob
 
 BLOCK = {"cpu": 32, "cuda": 16}
 """Tokens of a block."""
@@ -174,7 +174,7 @@ class PrefixReuse:
         self._room = room if self.state.enabled else CacheLimits(0, 0)
         self.cache.trim(room=self._room)
 
-    def lay_out(self, running: list[Running], cache: Cache | None) -> Prefill:
+    def lay_out(self, running: list[RunningJob], cache: Cache | None) -> Prefill:
         """Lay out the prompts of jobs that begin, behind what is known of them.
 
         Args:
@@ -202,7 +202,7 @@ class PrefixReuse:
             prefill.cache = self._layout.lay_out(found, prefill.done)
         return prefill
 
-    def _resume(self, one: Running, blocks: list[Block], count: int) -> None:
+    def _resume(self, one: RunningJob, blocks: list[Block], count: int) -> None:
         """Give a job what is known of its first tokens, and have the rows of the others kept for its blocks."""
         job, size = one.job, self.cache.size
         one.cached = count
@@ -232,7 +232,7 @@ class PrefixReuse:
             self._keep(one, names, begins, one.cached, prefill.cache.layers, row, prefill.padding[row])
             one.filler = None
 
-    def keep_completion(self, one: Running, rows: BatchRows, row: int) -> None:
+    def keep_completion(self, one: RunningJob, rows: BatchRows, row: int) -> None:
         """Keep what a job has added to its prompt, now that it has ended and is still in its slot."""
         if not self.state.enabled or self._exact or not isinstance(rows, SlotRows):
             return
@@ -244,7 +244,7 @@ class PrefixReuse:
 
     def _keep(
         self,
-        one: Running,
+        one: RunningJob,
         names: list[bytes],
         begins: list[int],
         first: int,

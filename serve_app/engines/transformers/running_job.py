@@ -14,7 +14,7 @@ from serve_app.capture.late_end import settled
 from serve_app.capture.probe_scores import RequestScores, UnscorableError
 from serve_app.capture.row_memory import RowMemory
 from serve_app.capture.rows import RequestRows, UncapturableError
-from serve_app.engines.completion import Completion, text_stream
+from serve_app.engines.completion import CompletionState, text_stream
 from serve_app.engines.probe_stopping import Action, StopWatch
 from serve_app.engines.protocol import FORCED, Failed, FinishReason, GenerationJob, TextDelta, TokenScore
 from serve_app.engines.transformers.loaded_model import LoadedModel
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class Running(Completion):
+class RunningJob(CompletionState):
     """A job, and what this engine has for it.
 
     `all_logits` is whether its prompt needs logits at every position, `cached` how many of its prompt's tokens were found and
@@ -41,7 +41,7 @@ class Running(Completion):
     watch: StopWatch | None = None
 
     @classmethod
-    def start(cls, job: GenerationJob, model: LoadedModel, memory: RowMemory) -> "Running":
+    def start(cls, job: GenerationJob, model: LoadedModel, memory: RowMemory) -> "RunningJob":
         """Begin a job, whose rows will lie in `memory`."""
         sampling, stop_token_ids, collecting = (
             job.sampling,
@@ -145,14 +145,14 @@ class Prefill:
     `cache` is None until the model has made one, if it makes its own.
     """
 
-    running: list[Running]
+    running: list[RunningJob]
     tokens: Int[Tensor, "batch width"]
     padding: list[int]
     cache: Any
     done: int = 0
 
     @classmethod
-    def lay_out(cls, running: list[Running], cache: Cache | None, *, fed: bool = False) -> "Prefill":
+    def lay_out(cls, running: list[RunningJob], cache: Cache | None, *, fed: bool = False) -> "Prefill":
         """Put jobs' tokens, of different numbers, into one tensor.
 
         Args:

@@ -24,7 +24,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 from serve_app.capture.late_end import collecting_plan
 from serve_app.capture.probe_scores import NewScores
 from serve_app.capture.steering import different_sums
-from serve_app.engines.completion import Completion, no_token, text_stream
+from serve_app.engines.completion import CompletionState, no_token, text_stream
 from serve_app.engines.constraints import SchemaError
 from serve_app.engines.memory_budget import HOST_SHARE, free_host_memory, row_bytes
 from serve_app.engines.probe_stopping import Action
@@ -333,7 +333,7 @@ class VllmEngine:
         if job.probes:
             self._scores.begin(job_id, job.probes)
         model, sampling = self._model, job.sampling
-        completion = Completion(
+        completion = CompletionState(
             job=job,
             text=text_stream(job, model),
             all_stop_token_ids=stop_token_ids,

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serve_app.engines.completion import Completion
+from serve_app.engines.completion import CompletionState
 from serve_app.engines.protocol import Event, Finished, GenerationJob, Sampling, TextDelta, TokenScore
 from serve_app.engines.text import TextStream
 from tests.serve_app import tiny
@@ -23,7 +23,7 @@ def complete(
     """Push tokens as an engine does, until the completion ends; returns what it streams and the result."""
     job = GenerationJob([1], sampling, ignore, stream=True)
     text = TextStream(CORE, sampling.stop, markers or {})
-    completion = Completion(job=job, text=text, all_stop_token_ids=frozenset({tiny.EOS}) | sampling.stop_token_ids)
+    completion = CompletionState(job=job, text=text, all_stop_token_ids=frozenset({tiny.EOS}) | sampling.stop_token_ids)
     deltas, reason = [], None
     for number, token in enumerate(tokens):
         reason = completion.push(token, TokenScore(-float(number)))

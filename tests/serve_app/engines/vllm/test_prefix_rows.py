@@ -74,7 +74,7 @@ def preview(remembered: list[int], key: str, span: range) -> torch.Tensor:
 
 
 @dataclass
-class Running:
+class RunningJob:
     """A request in vLLM: its tokens, how many are read, and what the model remembers after each."""
 
     asked: GenerationJob
@@ -103,7 +103,7 @@ class Played:
     def __post_init__(self) -> None:
         self.collector = Collector(torch.device("cpu"), self.rows)
 
-    def begin(self, name: str, asked: GenerationJob, tokens: list[int], piece: int) -> Running:
+    def begin(self, name: str, asked: GenerationJob, tokens: list[int], piece: int) -> RunningJob:
         """Schedule a request: what is found are whole blocks of its prompt, and never its last token."""
         salt, count, state = self.salts.of(asked), 0, 0
         while (
@@ -115,9 +115,9 @@ class Played:
         request = CaptureRequest(name, asked.capture, asked.steering, asked.probes, asked.cache_salt)
         self.collector.begin(request, asked.prompt_ids)
         # Of found tokens only the state after the last counts: their rows are shown by nobody.
-        return Running(asked, tokens, piece, salt, [0] * count + states(asked, tokens, count, state), count)
+        return RunningJob(asked, tokens, piece, salt, [0] * count + states(asked, tokens, count, state), count)
 
-    def step(self, batch: dict[str, Running]) -> None:
+    def step(self, batch: dict[str, RunningJob]) -> None:
         """Run a forward of the next tokens of requests, packed."""
         spans = {name: one.next() for name, one in batch.items()}
         step = self.collector.step(list(spans.items()))
@@ -131,7 +131,7 @@ class Played:
         for name, one in batch.items():
             one.at = spans[name].stop
 
-    def schedule(self, one: Running) -> None:
+    def schedule(self, one: RunningJob) -> None:
         """Have the blocks found that a request's next step fills."""
         for end in range(SIZE, one.next().stop + 1, SIZE):
             if end > one.at:
@@ -142,7 +142,7 @@ class Played:
         waiting = [
             (f"{number}", asked, asked.prompt_ids + said, piece) for number, (asked, said, piece) in enumerate(jobs)
         ]
-        running: dict[str, Running] = {}
+        running: dict[str, RunningJob] = {}
         while waiting or running:
             for one in running.values():
                 self.schedule(one)
