@@ -31,7 +31,6 @@ from serve_app.capture.probe_scores import Scorer
 from serve_app.engines.protocol import Finished
 from serve_app.engines.rollout_entry import make_entry
 from serve_app.engines.served_model import ServedModel
-from serve_app.engines.storage import Stored
 from serve_app.engines.vllm.loading import VllmModel, VllmSettings, engine_arguments, start
 from serve_app.engines.vllm.requirements import EngineUnavailableError
 from serve_app.models.model_source import locate
@@ -275,7 +274,7 @@ def probes(model: ServedModel, count: int = N_PROBES) -> tuple[Scorer, ...]:
 def keeper(model: ServedModel, engine: "VllmEngine") -> Keep:
     """Return what has the engine's worker store a completion."""
 
-    def keep(prompt: list[int], finished: Finished) -> "Future[Stored]":
+    def keep(prompt: list[int], finished: Finished) -> "Future[StoredActivations]":
         said = TokenizedText("", prompt, [0] * len(prompt), [], len(prompt))
         entry = make_entry(model, said, "completion", ActivationRequest(), finished, "measured", str(ULID()))
         return engine.storage.keep(entry, finished)

@@ -221,7 +221,7 @@ class PrefixCaching:
 
 
 @dataclass(frozen=True)
-class HeldRows:
+class WorkerRows:
     """A finished job's rows that its engine holds where they were captured, until they are stored (`storing.Storage`)."""
 
     job_id: str
@@ -242,7 +242,7 @@ class Finished:
     """"stop", or "length" if it was cut."""
     captured: CapturedRows | None
     """The rows asked for, if they are in this process."""
-    held: HeldRows | None = None
+    worker_rows: WorkerRows | None = None
     """Where they are otherwise."""
     ended_by: int | None = None
     """The token that ended it and is no part of the text; None if something else did."""

@@ -1,7 +1,7 @@
 """From a finished generation to the rollout that is stored, and from its receipt to what the reply says.
 
 What was said and what was captured may be in different processes: an engine whose model runs in workers leaves the rows there.
-So everything but the rows is an `Entry`, which is small and can be sent to where they are. `join` then makes the rollout of
+So everything but the rows is an `RolloutEntry`, which is small and can be sent to where they are. `join` then makes the rollout of
 both, and `describe` what the reply says of it once it is durable.
 """
 
@@ -32,7 +32,7 @@ Delivery = Literal["reference", "sample", "full"]
 
 
 @dataclass(frozen=True)
-class Entry:
+class RolloutEntry:
     """A finished generation as the store is to have it, but for its rows."""
 
     session_id: str
@@ -77,7 +77,7 @@ def make_entry(
     finished: Finished,
     session_id: str,
     rollout_id: str,
-) -> Entry:
+) -> RolloutEntry:
     """Put together what is stored with the rows.
 
     Args:
@@ -89,7 +89,7 @@ def make_entry(
         session_id: where to store it.
         rollout_id: a ULID.
     """
-    return Entry(
+    return RolloutEntry(
         session_id=session_id,
         rollout_id=rollout_id,
         model=model.source.name,
@@ -109,7 +109,7 @@ def make_entry(
     )
 
 
-def join(entry: Entry, captured: CapturedRows) -> CapturedRollout:
+def join(entry: RolloutEntry, captured: CapturedRows) -> Rollout:
     """Join what was said to what was captured."""
     dtypes = {str(tensor.dtype) for tensor in captured.tensors.values()}
     return CapturedRollout(

@@ -2,7 +2,7 @@
 
 An engine that has its model in this process hands rows over, and a `LocalStorage` writes them. One whose model runs in workers
 hands over a ticket, and its own `Storage` has the worker that holds the rows write them (`engines.vllm.worker_storage`). Both end in
-`write`, in the process that has the rows; what crosses to the replica is a `Stored`.
+`write`, in the process that has the rows; what crosses to the replica is a `StoredActivations`.
 """
 
 import time
@@ -16,11 +16,11 @@ from roentgen.store import CapturedRollout, NonFiniteRowsError, Receipt, StoreEr
 from roentgen.store.schema import check_finite
 from serve_app.capture.rows import CapturedRows
 from serve_app.engines.protocol import Finished, NonFiniteLogitsError
-from serve_app.engines.rollout_entry import Entry, describe, join
+from serve_app.engines.rollout_entry import RolloutEntry, describe, join
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredActivations:
     """A generation's committed activations."""
 
     reply: dict[str, Any]
@@ -36,7 +36,7 @@ class Done:
     """A finished choice; `stored` is there if activations were asked for, and then durable."""
 
     finished: Finished
-    stored: Stored | None
+    stored: StoredActivations | None
 
 
 class Storage(Protocol):
@@ -46,7 +46,7 @@ class Storage(Protocol):
     def has_room(self) -> bool:
         """Whether more may be captured now: the disk may be slower than the model."""
 
-    def keep(self, entry: Entry, finished: Finished) -> "Future[Stored]":
+    def keep(self, entry: RolloutEntry, finished: Finished) -> "Future[StoredActivations]":
         """Store a finished generation; the future completes when it is durable, or fails with a `StoreError`.
 
         Args:
@@ -66,13 +66,13 @@ class LocalStorage:
         """Whether more may be captured now."""
         return self._writer.has_room
 
-    def keep(self, entry: Entry, finished: Finished) -> "Future[Stored]":
+    def keep(self, entry: RolloutEntry, finished: Finished) -> "Future[StoredActivations]":
         """Store a finished generation."""
         assert finished.captured is not None
         return write(self._writer, entry, finished.captured)
 
 
-def rollout_of(entry: Entry, captured: CapturedRows) -> CapturedRollout:
+def rollout_of(entry: RolloutEntry, captured: CapturedRows) -> Rollout:
     """Join what was said to what was captured, if the model had probabilities to choose by.
 
     Raises:
@@ -87,10 +87,10 @@ def rollout_of(entry: Entry, captured: CapturedRows) -> CapturedRollout:
     return rollout
 
 
-def write(writer: StoreWriter, entry: Entry, captured: CapturedRows) -> "Future[Stored]":
+def write(writer: StoreWriter, entry: RolloutEntry, captured: CapturedRows) -> "Future[StoredActivations]":
     """Queue a generation for writing; the future completes on the writer's thread."""
     start = time.monotonic()
-    stored: Future[Stored] = Future()
+    stored: Future[StoredActivations] = Future()
     try:
         rollout = rollout_of(entry, captured)
         receipt = writer.submit(rollout)
@@ -110,7 +110,7 @@ def write(writer: StoreWriter, entry: Entry, captured: CapturedRows) -> "Future[
         except Exception as error:  # noqa: BLE001 - on the writer's thread: raised here, nobody would hear of it
             stored.set_exception(StoreError(f"the activations could not be stored: {error}"))
             return
-        stored.set_result(Stored(reply, rollout.nbytes, time.monotonic() - start))
+        stored.set_result(StoredActivations(reply, rollout.nbytes, time.monotonic() - start))
 
     receipt.add_done_callback(committed)
     return stored

@@ -34,7 +34,7 @@ from serve_app.engines.protocol import (
 )
 from serve_app.engines.rollout_entry import make_entry
 from serve_app.engines.served_model import ServedModel
-from serve_app.engines.storage import Done, Storage, Stored
+from serve_app.engines.storage import Done, Storage
 from serve_app.errors import RequestError
 from serve_app.openai_api.errors import ApiError, from_store
 
@@ -236,7 +236,7 @@ class _Listener:
             self._served.model, self._choice.prompt, self._choice.role, asked, finished, session_id, str(ULID())
         )
 
-        def committed(future: "Future[Stored]") -> None:  # on the storage's thread
+        def committed(future: "Future[StoredActivations]") -> None:  # on the storage's thread
             error = future.exception()
             if error is None:
                 self._tell(Done(finished, future.result()))

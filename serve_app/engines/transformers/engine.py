@@ -175,7 +175,7 @@ class TransformersEngine:
         prefill = self._prefill
         running = len(self._running) + len(self._crossing) + (len(prefill.running) if prefill else 0)
         prefixes = self._prefixes
-        return Load(running, len(self._waiting), dict(self._steps), prefixes.held, prefixes.hits, prefixes.misses)
+        return Load(running, len(self._waiting), dict(self._steps), prefixes.nbytes, prefixes.hits, prefixes.misses)
 
     @property
     def max_model_len(self) -> int:

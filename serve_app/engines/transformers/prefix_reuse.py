@@ -121,7 +121,7 @@ class PrefixReuse:
         self._names: WeakKeyDictionary[GenerationJob, list[bytes]] = WeakKeyDictionary()
 
     @property
-    def held(self) -> int:
+    def nbytes(self) -> int:
         """Bytes that are held."""
         return self.cache.value_bytes + self.cache.row_bytes
 

@@ -132,12 +132,12 @@ class Collector:
         self._linear_probes: dict[bytes, LinearProbe] = {}
 
     @property
-    def held(self) -> int:
+    def n_jobs(self) -> int:
         """Jobs whose rows are here."""
         return len(self._jobs)
 
     @property
-    def kept(self) -> int:
+    def prefix_bytes(self) -> int:
         """Bytes of rows that are kept for prompts to come."""
         return self._prefixes.nbytes if self._prefixes is not None else 0
 

@@ -35,11 +35,11 @@ from serve_app.engines.protocol import (
     Failed,
     Finished,
     GenerationJob,
-    HeldRows,
     Load,
     PrefixCaching,
     RequestTooLargeError,
     TokenScore,
+    WorkerRows,
 )
 from serve_app.engines.served_model import ServedModel
 from serve_app.engines.vllm.forced_tokens import acting_rule
@@ -190,7 +190,7 @@ class VllmEngine:
         return Load(
             running,
             jobs - running,
-            cache_bytes=self.storage.kept_bytes,
+            cache_bytes=self.storage.prefix_bytes,
             cache_hits=self._hits,
             cache_misses=self._misses,
         )
@@ -297,7 +297,7 @@ class VllmEngine:
         if job.cancelled.is_set():
             return False
         job.on_event(event)
-        return isinstance(event, Finished) and event.held is not None
+        return isinstance(event, Finished) and event.worker_rows is not None
 
     def _leave(self, job_id: str, task: "asyncio.Task[bool]") -> None:
         """Forget a job that has ended, or was cancelled, perhaps before it began."""
@@ -388,7 +388,7 @@ class VllmEngine:
         scored = await self._scores.all(job_id, completion.n_scored) if job.probes else []
         return replace(
             completion.finished(reason or "length", scored),
-            held=HeldRows(job_id) if job.capture is not None else None,
+            worker_rows=WorkerRows(job_id) if job.capture is not None else None,
             prompt_scores=prompt_scores if job.score_prompt else None,
             cached_tokens=cached,
         )

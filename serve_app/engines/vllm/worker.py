@@ -15,7 +15,7 @@ from vllm.v1.worker.gpu_worker import Worker
 
 from roentgen.store import StoreWriter
 from serve_app.capture.rows import UncapturableError
-from serve_app.engines.storage import Stored, write
+from serve_app.engines.storage import StoredActivations, write
 from serve_app.engines.vllm.chosen_tokens import ScoresChosenTokens
 from serve_app.engines.vllm.collecting import LostRowsError
 from serve_app.engines.vllm.eager_runner import EagerRunner
@@ -42,8 +42,8 @@ class Capturing(ScoresChosenTokens, EndsWithReplica):
         """
         batch = self.model_runner.batch
         batch.keeps = self.rank == 0
-        self._writer = StoreWriter(store, expecting=lambda: batch.collector.held > 0) if self.rank == 0 else None
-        self._pending: dict[str, Future[Stored]] = {}
+        self._writer = StoreWriter(store, expecting=lambda: batch.collector.n_jobs > 0) if self.rank == 0 else None
+        self._pending: dict[str, Future[StoredActivations]] = {}
 
     def roentgen_modules(self) -> bytes:
         """Describe the model's modules (`hook_points.Modules`), or say why the server cannot start with them."""
@@ -97,7 +97,7 @@ class Capturing(ScoresChosenTokens, EndsWithReplica):
             self._pending[job_id] = write(self._writer, entry, rows)
         for job_id in message.forget:
             collector.forget(job_id)
-        stored: dict[str, Stored] = {}
+        stored: dict[str, StoredActivations] = {}
         for job_id, future in list(self._pending.items()):
             if not future.done():
                 continue
@@ -107,7 +107,7 @@ class Capturing(ScoresChosenTokens, EndsWithReplica):
                 failed[job_id] = reason
             else:
                 stored[job_id] = future.result()
-        return pack(SyncReply(stored, failed, self._writer.has_room, collector.held, collector.kept))
+        return pack(SyncReply(stored, failed, self._writer.has_room, collector.n_jobs, collector.prefix_bytes))
 
     def roentgen_resumed(self, job_ids: list[str]) -> bytes | None:
         """Say of jobs whether the rows are here of the tokens that vLLM has found in its cache, on the rank that writes."""

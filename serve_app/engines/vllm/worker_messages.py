@@ -17,8 +17,7 @@ from serve_app.capture.probe_scores import Scorer
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.steering import SteeringVector
 from serve_app.engines.probe_stopping import Stopping
-from serve_app.engines.rollout_entry import Entry
-from serve_app.engines.storage import Stored
+from serve_app.engines.rollout_entry import RolloutEntry
 
 EXTRA_ARGS_KEY = "roentgen"
 """Key of the packed `CaptureRequest` in vLLM's `extra_args`."""
@@ -60,7 +59,7 @@ class CaptureRequest:
 class SyncMessage:
     """Which of a worker's rows to store and which to drop."""
 
-    keep: dict[str, Entry] = field(default_factory=dict)
+    keep: dict[str, RolloutEntry] = field(default_factory=dict)
     """Jobs to store, by job id, with everything about the rollout but its rows."""
     forget: frozenset[str] = frozenset()
     """Jobs whose rows are dropped."""
@@ -70,15 +69,15 @@ class SyncMessage:
 class SyncReply:
     """A worker's reply: what has happened since the last sync."""
 
-    stored: dict[str, Stored]
+    stored: dict[str, StoredActivations]
     """Jobs whose rows are committed."""
     failed: dict[str, Exception]
     """Jobs whose rows are missing or could not be written, each with the error."""
     has_room: bool
     """Whether the store's writer accepts more rows now."""
-    held: int
+    n_jobs: int
     """Number of jobs whose rows the worker holds."""
-    kept: int
+    prefix_bytes: int
     """Bytes of prompt rows that the worker caches for prompts with the same prefix."""
 
 

@@ -13,8 +13,7 @@ from concurrent.futures import Future
 
 from roentgen.store import StoreError
 from serve_app.engines.protocol import Finished
-from serve_app.engines.rollout_entry import Entry
-from serve_app.engines.storage import Stored
+from serve_app.engines.rollout_entry import RolloutEntry
 from serve_app.engines.vllm.worker_messages import SyncMessage, SyncReply
 
 log = logging.getLogger(__name__)
@@ -35,12 +34,12 @@ class WorkerStorage:
         """
         self._loop = loop
         self._sync = sync
-        self._keep: dict[str, Entry] = {}
+        self._keep: dict[str, RolloutEntry] = {}
         self._forget: set[str] = set()
-        self._waiting: dict[str, Future[Stored]] = {}
+        self._waiting: dict[str, Future[StoredActivations]] = {}
         self._has_room = True
         self._running: asyncio.Task[None] | None = None
-        self.held = self.kept_bytes = 0
+        self.n_jobs = self.prefix_bytes = 0
 
     @property
     def has_room(self) -> bool:
@@ -49,10 +48,10 @@ class WorkerStorage:
             self._loop.call_soon_threadsafe(self._wake)
         return self._has_room
 
-    def keep(self, entry: Entry, finished: Finished) -> "Future[Stored]":
+    def keep(self, entry: RolloutEntry, finished: Finished) -> "Future[StoredActivations]":
         """Store a finished generation; the future completes when it is durable, or fails."""
-        assert finished.held is not None
-        job_id, future = finished.held.job_id, Future[Stored]()
+        assert finished.worker_rows is not None
+        job_id, future = finished.worker_rows.job_id, Future[StoredActivations]()
 
         def put() -> None:
             self._keep[job_id] = entry
@@ -87,9 +86,9 @@ class WorkerStorage:
                 log.exception("the workers cannot be reached")
                 self.fail_all(StoreError(f"the workers that hold the activations cannot be reached: {error}"))
                 return
-            self._has_room, self.held, self.kept_bytes = reply.has_room, reply.held, reply.kept
+            self._has_room, self.n_jobs, self.prefix_bytes = reply.has_room, reply.n_jobs, reply.prefix_bytes
             for job_id, stored in reply.stored.items():
                 self._waiting.pop(job_id).set_result(stored)
             for job_id, failure in reply.failed.items():
                 self._waiting.pop(job_id).set_exception(failure)
-            await asyncio.sleep(INTERVAL_S if reply.held else LAST_INTERVAL_S)
+            await asyncio.sleep(INTERVAL_S if reply.n_jobs else LAST_INTERVAL_S)

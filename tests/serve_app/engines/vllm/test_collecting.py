@@ -74,7 +74,7 @@ def test_what_is_kept_does_not_depend_on_what_happened(jobs: list, data: st.Data
             expected, wanted = expected.mean(0, keepdim=True)[: len(wanted)], [-1] * bool(wanted)
         assert rows.position.tolist() == wanted
         torch.testing.assert_close(rows.tensors["x"], expected)
-    assert collector.held == 0
+    assert collector.n_jobs == 0
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -143,6 +143,6 @@ def test_a_mean_is_taken_before_it_is_rounded() -> None:
 def test_nobody_else_is_laid_out() -> None:
     collector = Collector(torch.device("cpu"))
     assert collector.step([(None, range(3)), (None, range(7, 8))]) is None
-    assert collector.held == 0
+    assert collector.n_jobs == 0
     with pytest.raises(LostRowsError, match="no rows of this request"):
         collector.take("unknown", [0] * 1)

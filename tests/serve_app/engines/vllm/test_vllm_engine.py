@@ -94,7 +94,7 @@ def test_preempted_requests_keep_exactly_their_rows(mode: str, shared: int, requ
         positions, rows = cramped.rows(call)
         assert positions == wanted
         assert_rows(rows, expected)
-    wait_for(lambda: cramped.engine.storage.held == 0)
+    wait_for(lambda: cramped.engine.storage.n_jobs == 0)
 
 
 def test_what_is_fused_is_refused_by_name(cramped: Subject) -> None:
@@ -118,7 +118,7 @@ def test_nothing_is_held_of_requests_that_nobody_stores(cramped: Subject) -> Non
     done = [call for call in calls if call.events and type(call.events[-1]).__name__ == "Finished"]
     for call in done:
         cramped.rows(call)
-    wait_for(lambda: cramped.engine.storage.held == 0)
+    wait_for(lambda: cramped.engine.storage.n_jobs == 0)
 
 
 @pytest.mark.parametrize(("name", "lost"), [("vllm", "VLLM::EngineCore"), ("vllm on two ranks", "VLLM::Worker_TP1")])
