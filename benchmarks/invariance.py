@@ -30,7 +30,7 @@ from serve_app.engines.served_model import native_dtype
 from serve_app.engines.transformers.engine import TransformersEngine
 from serve_app.engines.transformers.invariance import settle
 from serve_app.engines.transformers.loaded_model import LoadedModel
-from serve_app.engines.transformers.model_cache import find_out
+from serve_app.engines.transformers.model_cache import inspect_cache
 
 IN_FLIGHT = 16
 PROMPT_TOKENS = 48
@@ -150,9 +150,9 @@ def settle_seconds(model: LoadedModel, max_batch: int, dtype: str) -> float:
     Raises:
         RuntimeError: if the model would run one request at a time: then there is no mode to measure.
     """
-    remembered = find_out(model.observed._module, model.device)
+    cache_support = inspect_cache(model.observed._module, model.device)
     start = time.perf_counter()
-    shapes, reason = settle(model, remembered, max_batch)
+    shapes, reason = settle(model, cache_support, max_batch)
     seconds = time.perf_counter() - start
     if shapes is None:
         raise RuntimeError(f"{dtype}: the model runs one request at a time: {reason}")

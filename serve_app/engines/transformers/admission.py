@@ -15,7 +15,7 @@ from serve_app.engines.batching import ANY
 from serve_app.engines.memory_budget import CPU_SHARE, DEVICE_SHARE, HOST_SHARE, free_host_memory, row_bytes
 from serve_app.engines.protocol import GenerationJob, RequestTooLargeError
 from serve_app.engines.transformers.loaded_model import LoadedModel
-from serve_app.engines.transformers.model_cache import Remembered, find_out
+from serve_app.engines.transformers.model_cache import CacheSupport, inspect_cache
 from serve_app.engines.transformers.prefix_cache import CacheLimits
 
 SLAB_OVERHEAD = 1.25
@@ -40,7 +40,12 @@ class Budget:
 
     @classmethod
     def measure(
-        cls, model: LoadedModel, max_cache_tokens: int = 0, *, max_batch: int = 1, remembered: Remembered | None = None
+        cls,
+        model: LoadedModel,
+        max_cache_tokens: int = 0,
+        *,
+        max_batch: int = 1,
+        cache_support: CacheSupport | None = None,
     ) -> "Budget":
         """Compute the budget from the memory that is free now.
 
@@ -48,22 +53,22 @@ class Budget:
             model: loaded, and not yet running.
             max_cache_tokens: keep to this many, 0 for what the memory allows.
             max_batch: sequences that may run together, each of which may have a state of a fixed size.
-            remembered: how the model remembers, if that is known already.
+            cache_support: how the model remembers, if that is known already.
         """
-        remembered = remembered or find_out(model.observed._module, model.device)
+        cache_support = cache_support or inspect_cache(model.observed._module, model.device)
         host = free_host_memory()
         if model.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(model.device)
             for_cache = int(free * DEVICE_SHARE)
         else:
             for_cache = int(host * CPU_SHARE)
-        for_cache = max(0, for_cache - max_batch * remembered.sequence_bytes)
-        tokens = int(for_cache / (max(1, remembered.token_bytes) * SLAB_OVERHEAD))
+        for_cache = max(0, for_cache - max_batch * cache_support.sequence_bytes)
+        tokens = int(for_cache / (max(1, cache_support.token_bytes) * SLAB_OVERHEAD))
         return cls(
             cache_tokens=min(tokens, max_cache_tokens or tokens),
             row_bytes=int(host * HOST_SHARE),
             bytes_per_row=model.structure.d_model * model.dtype.itemsize,
-            bytes_per_token=remembered.token_bytes,
+            bytes_per_token=cache_support.token_bytes,
         )
 
     def check(self, job: GenerationJob) -> None:
@@ -161,4 +166,4 @@ def next_jobs(
 
 def cache_bytes_per_token(model: LoadedModel) -> int:
     """Measure what a token takes in the KV cache, over all layers, by running a few; at least 1."""
-    return max(1, find_out(model.observed._module, model.device).token_bytes)
+    return max(1, inspect_cache(model.observed._module, model.device).token_bytes)

@@ -55,7 +55,7 @@ from serve_app.engines.transformers.int8_weights import dequantize_weights
 from serve_app.engines.transformers.invariance import PIECE, settle
 from serve_app.engines.transformers.kv_cache import BatchRows, SlotRows, StaticRows
 from serve_app.engines.transformers.loaded_model import LoadedModel
-from serve_app.engines.transformers.model_cache import Step, find_out
+from serve_app.engines.transformers.model_cache import Step, inspect_cache
 from serve_app.engines.transformers.packed_weights import pack_weights, unpack_weights
 from serve_app.engines.transformers.prefix_reuse import PrefixReuse
 from serve_app.engines.transformers.running_job import Prefill, RunningJob
@@ -118,26 +118,26 @@ class TransformersEngine:
         self._max_batch = max_batch
         self._max_queue = max_queue
         self._max_prefill_tokens = max_prefill_tokens or PREFILL_TOKENS[model.device.type]
-        self._remembered = model.checks.remembered or find_out(model.observed._module, model.device)
+        self._cache_support = model.checks.cache_support or inspect_cache(model.observed._module, model.device)
         self._batching = model.batching
-        self._joins = self._remembered.continuous and model.batching.joins
-        self._shapes, reason = settle(model, self._remembered, max_batch) if batch_invariant else (None, "")
+        self._joins = self._cache_support.continuous and model.batching.joins
+        self._shapes, reason = settle(model, self._cache_support, max_batch) if batch_invariant else (None, "")
         self._together = max_batch
         if reason:
             self._together = 1
             log.warning("%s runs one request at a time to be batch-invariant: %s", model.source.name, reason)
-        elif self._remembered.alone or model.batching.kind == "alone":
+        elif self._cache_support.alone or model.batching.kind == "alone":
             self._together = 1
             log.warning("%s continues one sequence at a time: requests run one after the other", model.source.name)
         elif not self._joins:
             log.warning("%s has batches that requests cannot join: they run in static batches", model.source.name)
         if not batch_invariant:  # whose products are of plain weights, in shapes that were tried
             pack_weights(model.observed._module, free_host_memory())
-        self.budget = Budget.measure(model, max_cache_tokens, max_batch=max_batch, remembered=self._remembered)
+        self.budget = Budget.measure(model, max_cache_tokens, max_batch=max_batch, cache_support=self._cache_support)
         log.info("room for %d tokens in the KV cache", self.budget.cache_tokens)
         self._memory = RowMemory()
         self._prefixes = PrefixReuse(
-            model, self._remembered, self._memory, asked=prefix_cache, batch_invariant=batch_invariant
+            model, self._cache_support, self._memory, asked=prefix_cache, batch_invariant=batch_invariant
         )
         if prefix_cache and not self.prefix_cache.enabled:
             log.warning("%s has no prefix cache: %s", model.source.name, self.prefix_cache.reason)
@@ -145,7 +145,7 @@ class TransformersEngine:
         self._graphs = StepSupply(model, unwanted=unwanted)
         if compile_first:
             self._graphs.compile_first()
-        self._forwards = Forwards(model, self._remembered, self._memory, self._max_prefill_tokens)
+        self._forwards = Forwards(model, self._cache_support, self._memory, self._max_prefill_tokens)
         self._failures = 0
         self._retried = False
         self._running: list[RunningJob] = []
@@ -222,9 +222,9 @@ class TransformersEngine:
             self._thread.join()
 
     def _empty(self) -> BatchRows:
-        if self._remembered.continuous:
+        if self._cache_support.continuous:
             return SlotRows()
-        return StaticRows(self._remembered.new_cache, self._remembered.modules)
+        return StaticRows(self._cache_support.new_cache, self._cache_support.modules)
 
     def _run(self) -> None:
         while self._wait_for_jobs():

@@ -22,7 +22,7 @@ from serve_app.capture.steering import StepSteering
 from serve_app.engines.transformers.compiled.step import CompiledStep
 from serve_app.engines.transformers.invariance import FixedShapes
 from serve_app.engines.transformers.loaded_model import LoadedModel
-from serve_app.engines.transformers.model_cache import Remembered, Step
+from serve_app.engines.transformers.model_cache import CacheSupport, Step
 from serve_app.engines.transformers.rotation import forget_lengths
 from serve_app.engines.transformers.running_job import Prefill, RunningJob
 
@@ -32,17 +32,17 @@ log = logging.getLogger(__name__)
 class Forwards:
     """The forwards of one engine."""
 
-    def __init__(self, model: LoadedModel, remembered: Remembered, memory: RowMemory, max_tokens: int) -> None:
+    def __init__(self, model: LoadedModel, cache_support: CacheSupport, memory: RowMemory, max_tokens: int) -> None:
         """Take a model.
 
         Args:
             model: run by this alone.
-            remembered: how it remembers.
+            cache_support: how it remembers.
             memory: for captured rows.
             max_tokens: the most of one forward that reads prompts.
         """
         self._model = model
-        self._remembered = remembered
+        self._cache_support = cache_support
         self._memory = memory
         self._max_tokens = max_tokens
 
@@ -81,7 +81,7 @@ class Forwards:
             logits, cache = compiled.run(step, visitors), step.cache
         else:
             output = self._model.observed.run(visitors, forward)
-            logits, cache = output.logits, self._remembered.given(output, step.cache)
+            logits, cache = output.logits, self._cache_support.given(output, step.cache)
         rows.deliver()
         fillers.deliver()
         scores.deliver()
@@ -95,8 +95,8 @@ class Forwards:
 
     def replayed(self, running: list[RunningJob]) -> Prefill:
         """Read again what has passed through the model of some jobs, steered as it was; nothing else is observed."""
-        prefill = Prefill.lay_out(running, self._remembered.new_cache(), fed=True)
-        whole = not self._remembered.continuous or self._model.batching.whole(prefill.width)
+        prefill = Prefill.lay_out(running, self._cache_support.new_cache(), fed=True)
+        whole = not self._cache_support.continuous or self._model.batching.whole(prefill.width)
         piece = prefill.width if whole else max(1, self._max_tokens // len(running))
         while prefill.done < prefill.width:
             stop = min(prefill.done + piece, prefill.width)
@@ -126,7 +126,7 @@ class Forwards:
         """Whether the model still answers, to a token of nobody's."""
         one = torch.zeros(1, 1, dtype=torch.long)
         try:
-            self._bare(Step(one, torch.ones_like(one), one, self._remembered.new_cache()))
+            self._bare(Step(one, torch.ones_like(one), one, self._cache_support.new_cache()))
         except Exception:
             log.exception("the model answers nothing")
             return False
@@ -135,7 +135,7 @@ class Forwards:
     def _replay(self, prefill: Prefill, step: Step) -> None:
         steering = self._steering(prefill.running, self._layout(step))
         output = self._model.observed.run((steering,), lambda: self._bare(step))
-        prefill.cache = self._remembered.given(output, step.cache)
+        prefill.cache = self._cache_support.given(output, step.cache)
 
     def _layout(self, step: Step) -> PaddedBatch:
         return PaddedBatch.of(step.mask[:, -step.tokens.shape[1] :], step.positions)
@@ -147,4 +147,4 @@ class Forwards:
         module = self._model.observed._module
         if step.begins:
             forget_lengths(module)
-        return module(**self._remembered.arguments(step, self._model.device))
+        return module(**self._cache_support.arguments(step, self._model.device))

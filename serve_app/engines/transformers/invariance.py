@@ -31,7 +31,7 @@ from transformers import DynamicCache
 from serve_app.capture.resolver import number_of_experts
 from serve_app.engines.transformers.kv_cache import SlotRows
 from serve_app.engines.transformers.loaded_model import LoadedModel
-from serve_app.engines.transformers.model_cache import Remembered
+from serve_app.engines.transformers.model_cache import CacheSupport
 
 log = logging.getLogger(__name__)
 
@@ -213,18 +213,18 @@ def same_bits(
     return tuple(reversed(heights))
 
 
-def settle(model: LoadedModel, remembered: Remembered, max_batch: int) -> tuple[FixedShapes | None, str]:
+def settle(model: LoadedModel, cache_support: CacheSupport, max_batch: int) -> tuple[FixedShapes | None, str]:
     """Verify that a model's rows can run together and have the bits that they have alone.
 
     Args:
         model: loaded, and not yet running.
-        remembered: how it remembers.
+        cache_support: how it remembers.
         max_batch: the most rows there will be.
 
     Returns:
         The mode to decode in and ""; or None and the reason why requests have to run one at a time.
     """
-    if not remembered.continuous:
+    if not cache_support.continuous:
         return None, "its cache cannot be joined"
     if model.batching.kind != "any":
         return None, model.batching.reason

@@ -54,7 +54,7 @@ class BatchRows(Protocol):
         """Count the column that a forward has written; `cache` is what it gave."""
 
 
-def continuous(config: PreTrainedConfig) -> bool:
+def is_continuous(config: PreTrainedConfig) -> bool:
     """Whether a model's cache is past keys and values in every layer, so that its rows can be joined at any time.
 
     A sliding-window layer is too: kept whole, its mask leaves out what is behind the window.
@@ -89,7 +89,7 @@ class SlotRows:
 
     def keep(self, rows: list[int]) -> list[int]:
         """See `BatchRows.keep`; only rows that fill a gap are moved."""
-        order = filled(self._extent.rows, rows)
+        order = fill_gaps(self._extent.rows, rows)
         for row, source in enumerate(order):
             if row != source:
                 for layer in self.cache.layers:
@@ -173,9 +173,9 @@ class StaticRows:
         n_rows = len(self._padding)
         if len(rows) < n_rows:
             index = torch.tensor(rows, dtype=torch.long)
-            self.cache = taken(self.cache, index, n_rows)
+            self.cache = select_rows(self.cache, index, n_rows)
             for module, name in self._modules:
-                setattr(module, name, taken(getattr(module, name), index, n_rows))
+                setattr(module, name, select_rows(getattr(module, name), index, n_rows))
             self._padding = [self._padding[row] for row in rows]
         return rows
 
@@ -190,7 +190,7 @@ class StaticRows:
         self._width += 1
 
 
-def held(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+def cache_tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
     """Yield the tensors that a cache holds, each once, whatever it is made of."""
     seen = set() if seen is None else seen
     if id(value) in seen:
@@ -201,10 +201,10 @@ def held(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
     elif (parts := _parts(value)) is not None:
         seen.add(id(value))
         for part in parts.values():
-            yield from held(part, seen)
+            yield from cache_tensors(part, seen)
 
 
-def taken(value: Any, rows: Int[Tensor, "kept"], n_rows: int, done: dict[int, Any] | None = None) -> Any:
+def select_rows(value: Any, rows: Int[Tensor, "kept"], n_rows: int, done: dict[int, Any] | None = None) -> Any:
     """Return a cache with only some of its rows; its objects are changed in place, tensors are replaced.
 
     Args:
@@ -221,7 +221,7 @@ def taken(value: Any, rows: Int[Tensor, "kept"], n_rows: int, done: dict[int, An
         if value.ndim and value.shape[0] == n_rows:
             result = value.index_select(0, rows.to(value.device))
     elif (parts := _parts(value)) is not None:
-        found = {name: taken(part, rows, n_rows, done) for name, part in parts.items()}
+        found = {name: select_rows(part, rows, n_rows, done) for name, part in parts.items()}
         if isinstance(value, tuple):
             result = tuple(found.values())
         elif isinstance(value, list):
@@ -245,7 +245,7 @@ def _parts(value: Any) -> dict[Any, Any] | None:
     return dict(vars(value)) if hasattr(value, "__dict__") else None
 
 
-def filled(n_rows: int, keep: list[int]) -> list[int]:
+def fill_gaps(n_rows: int, keep: list[int]) -> list[int]:
     """Return which row each of the kept rows' places takes, such that the fewest rows move.
 
     Rows that are kept and lie among the first `len(keep)` stay; the others fill the gaps, from the last on.

@@ -37,7 +37,7 @@ from serve_app.capture.narrowing import (
 from serve_app.capture.structure import ModelStructure, Tap
 from serve_app.engines.batching import KINDS, Batching, Kind, LoadReport
 from serve_app.engines.transformers.grouped_attention import use_grouped_attention
-from serve_app.engines.transformers.model_cache import Remembered
+from serve_app.engines.transformers.model_cache import CacheSupport
 from serve_app.engines.transformers.trial import PIECE, Rows, Trial
 from serve_app.models.architecture import UnsupportedModelError
 
@@ -51,7 +51,7 @@ LONGEST = 300
 class CheckedModel(LoadReport):
     """A report with what the engine needs of a model that was tried."""
 
-    remembered: Remembered | None = None
+    cache_support: CacheSupport | None = None
     """How the model remembers; None if it was not found out."""
 
 
@@ -75,7 +75,7 @@ def check_loaded(model: PreTrainedModel, structure: ModelStructure) -> CheckedMo
         if narrow is not None:
             with one_thread():
                 check_causality(narrow, ("short", "long"))
-                if _remembers(narrow):
+                if _has_supported_cache(narrow):
                     check_positions(narrow)
                     grouped = grouped and grouped_is_same(narrow)
                     found, decoding_error = find_batching(narrow, LONG if limit else None)
@@ -106,7 +106,7 @@ def check_loaded(model: PreTrainedModel, structure: ModelStructure) -> CheckedMo
         attention="grouped" if model.config._attn_implementation != own else own,
         decoding_error=decoding_error,
         compared_on=tuple(trial.name for trial in trials),
-        remembered=actual.remembered if actual is not None else None,
+        cache_support=actual.cache_support if actual is not None else None,
         seconds=time.monotonic() - begun,
     )
 
@@ -167,7 +167,7 @@ def find_batching(trial: Trial, limit: int | None, widest: Kind = "any") -> tupl
     Raises:
         UnsupportedModelError: if it does not run even alone.
     """
-    joins = trial.remembered.continuous
+    joins = trial.cache_support.continuous
     piece = PIECE if joins else None
 
     def off(*groups: Sequence[str], piece: int | None = None) -> float:
@@ -181,9 +181,9 @@ def find_batching(trial: Trial, limit: int | None, widest: Kind = "any") -> tupl
                 # A piece of a prompt does not show how long the prompt is: beyond the limit prompts are read whole.
                 below = off(("short", "middle"), ("short_twin",), piece=piece)
                 return max(below, off(("long", "longer"), ("long_twin",)))
-            case "any" | "one side of a limit" if not trial.remembered.alone:
+            case "any" | "one side of a limit" if not trial.cache_support.alone:
                 return off(("short", "long"), ("middle",), piece=piece) if joins else off(("short", "long"))
-            case "same length" if not trial.remembered.alone:
+            case "same length" if not trial.cache_support.alone:
                 return max(off(("short", "short_twin")), off(("long", "long_twin")))
             case _:
                 return 0.0 if kind == "alone" else math.inf
@@ -243,10 +243,10 @@ def _narrow_trial(model: PreTrainedModel, structure: ModelStructure) -> Trial | 
     return Trial("a narrow random model of its configuration", narrow.to(model.device), taps, 3 * LONG)
 
 
-def _remembers(trial: Trial) -> bool:
+def _has_supported_cache(trial: Trial) -> bool:
     """Whether the engine can keep a stand-in's cache; the model itself may do what its stand-in does not."""
     try:
-        return trial.remembered is not None
+        return trial.cache_support is not None
     except UnsupportedModelError as error:
         log.warning("batching is checked on the model alone: %s", error)
         return False

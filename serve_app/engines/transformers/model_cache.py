@@ -16,7 +16,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PretrainedConfig, PreTrainedModel
 
-from serve_app.engines.transformers.kv_cache import continuous, held
+from serve_app.engines.transformers.kv_cache import cache_tensors, is_continuous
 from serve_app.models.architecture import UnsupportedModelError
 
 CACHES = ("past_key_values", "cache_params", "state")
@@ -48,7 +48,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Remembered:
+class CacheSupport:
     """How a model remembers."""
 
     argument: str
@@ -93,7 +93,7 @@ class Remembered:
         return None if self.config is None else DynamicCache(config=self.config)
 
 
-def find_out(model: PreTrainedModel, device: torch.device) -> Remembered:
+def inspect_cache(model: PreTrainedModel, device: torch.device) -> CacheSupport:
     """Try a model's cache with a few short forwards.
 
     Args:
@@ -114,15 +114,15 @@ def find_out(model: PreTrainedModel, device: torch.device) -> Remembered:
     stateful = argument != "past_key_values" or getattr(model, "_is_stateful", False)
     named = None if takes_any else frozenset(parameters)
     if not stateful and _only_past_tokens(model.config):
-        ways = [Remembered(argument, named, continuous=True)]
+        ways = [CacheSupport(argument, named, continuous=True)]
     else:
-        ways = [Remembered(argument, named, continuous=False, config=config) for config in (None, model.config)]
+        ways = [CacheSupport(argument, named, continuous=False, config=config) for config in (None, model.config)]
     failure: Exception | None = None
     for rows in (ROWS, 1):
         for way in ways:
             try:
                 with torch.inference_mode():
-                    return _tried(model, replace(way, alone=rows == 1), device, rows)
+                    return _try_cache(model, replace(way, alone=rows == 1), device, rows)
             except Exception as error:  # noqa: BLE001 - whatever it is, the engine cannot use the model in this way
                 failure = failure or error
     if isinstance(failure, UnsupportedModelError):
@@ -135,12 +135,12 @@ def find_out(model: PreTrainedModel, device: torch.device) -> Remembered:
 
 def _only_past_tokens(config: PretrainedConfig) -> bool:
     try:
-        return continuous(config)
+        return is_continuous(config)
     except (AttributeError, KeyError, TypeError, ValueError):
         return False  # a configuration that transformers' cache does not understand: the model makes its own
 
 
-def _tried(model: PreTrainedModel, found: Remembered, device: torch.device, rows: int) -> Remembered:
+def _try_cache(model: PreTrainedModel, found: CacheSupport, device: torch.device, rows: int) -> CacheSupport:
     """Run a prefill and a step, and all of it without a cache; measure the cache, and find states outside of it."""
     kind = type(model).__name__
     size = model.get_input_embeddings().weight.shape[0]
@@ -164,7 +164,7 @@ def _tried(model: PreTrainedModel, found: Remembered, device: torch.device, rows
     before = dict(_attributes(model))
     cache = prefill(0)
     modules = [place for place, value in _attributes(model) if value is not before.get(place) and _per_row(value, rows)]
-    whole = [tensor for tensor in held(cache) if tensor.numel() > 1]
+    whole = [tensor for tensor in cache_tensors(cache) if tensor.numel() > 1]
     if not whole and not modules:
         raise UnsupportedModelError(f"{kind} keeps no cache of past tokens, so it cannot generate here")
     strange = next((tensor for tensor in whole if not _per_row(tensor, rows)), None)
@@ -181,7 +181,7 @@ def _tried(model: PreTrainedModel, found: Remembered, device: torch.device, rows
         raise UnsupportedModelError(
             f"{kind} gives something else with its cache than without, so it cannot generate here"
         )
-    grown = (sum(tensor.nbytes for tensor in held(cache)) - size_before) // rows
+    grown = (sum(tensor.nbytes for tensor in cache_tensors(cache)) - size_before) // rows
     token_bytes = max(grown, 0)
     found = replace(found, token_bytes=token_bytes, sequence_bytes=max(0, size_before // rows - LENGTH * token_bytes))
     if found.continuous and not modules:

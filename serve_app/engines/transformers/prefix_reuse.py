@@ -33,7 +33,7 @@ from serve_app.engines.protocol import SWITCHED_OFF, GenerationJob, PrefixCachin
 from serve_app.engines.transformers.invariance import PIECE
 from serve_app.engines.transformers.kv_cache import BatchRows, SlotRows
 from serve_app.engines.transformers.loaded_model import LoadedModel
-from serve_app.engines.transformers.model_cache import Remembered
+from serve_app.engines.transformers.model_cache import CacheSupport
 from serve_app.engines.transformers.prefix_cache import Block, CacheLimits, KeyValues, PrefixCache
 from serve_app.engines.transformers.rotation import depends_on_length
 from serve_app.engines.transformers.running_job import Prefill, RunningJob
@@ -42,17 +42,17 @@ BLOCK = {"cpu": 32, "cuda": 16}
 """Tokens of a block."""
 
 
-def prefix_caching(model: LoadedModel, remembered: Remembered, *, asked: bool) -> PrefixCaching:
+def prefix_caching(model: LoadedModel, cache_support: CacheSupport, *, asked: bool) -> PrefixCaching:
     """Decide whether a model's prefixes can be kept.
 
     Args:
         model: loaded.
-        remembered: how it remembers.
+        cache_support: how it remembers.
         asked: whether the configuration wants it.
     """
     if not asked:
         return PrefixCaching(False, SWITCHED_OFF)
-    if not remembered.continuous or remembered.alone:
+    if not cache_support.continuous or cache_support.alone:
         return PrefixCaching(False, "the model's cache is not keys and values of each token alone")
     if model.batching.kind != "any":
         return PrefixCaching(
@@ -99,18 +99,18 @@ class PrefixReuse:
     """
 
     def __init__(
-        self, model: LoadedModel, remembered: Remembered, memory: RowMemory, *, asked: bool, batch_invariant: bool
+        self, model: LoadedModel, cache_support: CacheSupport, memory: RowMemory, *, asked: bool, batch_invariant: bool
     ) -> None:
         """Begin empty.
 
         Args:
             model: what the engine runs.
-            remembered: how it remembers.
+            cache_support: how it remembers.
             memory: for captured rows.
             asked: whether the configuration wants prefixes to be kept.
             batch_invariant: whether the engine is.
         """
-        self.state = prefix_caching(model, remembered, asked=asked)
+        self.state = prefix_caching(model, cache_support, asked=asked)
         self.hits = self.misses = 0
         self._memory = memory
         self._row_bytes = model.structure.d_model * model.dtype.itemsize

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from serve_app.capture.structure import Tap
 from serve_app.capture.watching import nth_tensor
 from serve_app.engines.transformers.kv_cache import BatchRows, SlotRows, StaticRows
-from serve_app.engines.transformers.model_cache import Remembered, Step, find_out
+from serve_app.engines.transformers.model_cache import CacheSupport, Step, inspect_cache
 from serve_app.engines.transformers.rotation import forget_lengths
 
 EXACT, CHAOTIC = 1e-4, 1e-3
@@ -68,13 +68,13 @@ class Trial:
         self._tolerance = ROUGH if model.dtype != torch.float32 else min(max(EXACT, 10 * noise), CHAOTIC)
 
     @cached_property
-    def remembered(self) -> Remembered:
+    def cache_support(self) -> CacheSupport:
         """How the model remembers.
 
         Raises:
             UnsupportedModelError: if the engine cannot keep its cache.
         """
-        return find_out(self.model, self.model.device)
+        return inspect_cache(self.model, self.model.device)
 
     def expected(self, name: str) -> Rows:
         """Return what a sequence's rows have to be: at first, those of one forward of its own."""
@@ -96,7 +96,7 @@ class Trial:
     def counted(self, sequence: list[int]) -> Rows:
         """Return a sequence's rows in one forward of its own that is told its positions, from 0, as an engine tells them."""
         tokens, positions = torch.tensor([sequence]), torch.arange(len(sequence))[None]
-        cache = self.remembered.new_cache()  # found out before rows are recorded
+        cache = self.cache_support.new_cache()  # found out before rows are recorded
         with self._recorded() as forwards:
             self._forward(tokens, torch.ones_like(tokens), positions, cache)
         return torch.stack([layer[0] for layer in forwards[0]])
@@ -119,8 +119,10 @@ class Trial:
             groups: the sequences of each prefill.
             piece: tokens of a prompt to read at once; None reads whole prompts.
         """
-        remembered = self.remembered
-        rows: BatchRows = SlotRows() if remembered.continuous else StaticRows(remembered.new_cache, remembered.modules)
+        cache_support = self.cache_support
+        rows: BatchRows = (
+            SlotRows() if cache_support.continuous else StaticRows(cache_support.new_cache, cache_support.modules)
+        )
         sequences: list[list[int]] = []
         found: list[list[Tensor]] = []  # per sequence and layer, [tokens, d]
         for group in groups:
@@ -164,7 +166,7 @@ class Trial:
         step = Step(tokens, mask, positions, cache)
         if step.begins:
             forget_lengths(self.model)
-        return self.remembered.given(self.model(**self.remembered.arguments(step, self.model.device)), cache)
+        return self.cache_support.given(self.model(**self.cache_support.arguments(step, self.model.device)), cache)
 
     @contextmanager
     def _recorded(self) -> Iterator[list[list[Tensor]]]:

@@ -11,7 +11,7 @@ from serve_app.engines.transformers import engine
 from serve_app.engines.transformers.engine import TransformersEngine
 from serve_app.engines.transformers.invariance import FixedShapes, cancelling, same_bits, settle
 from serve_app.engines.transformers.loaded_model import LoadedModel
-from serve_app.engines.transformers.model_cache import find_out
+from serve_app.engines.transformers.model_cache import inspect_cache
 from tests.serve_app import tiny
 from tests.serve_app.alone import plan
 from tests.serve_app.tiny import Call
@@ -62,7 +62,7 @@ def differing(model: LoadedModel, *, batch_invariant: bool) -> int:
 
 
 def settled(model: LoadedModel, max_batch: int) -> tuple[FixedShapes | None, str]:
-    return settle(model, find_out(model.observed._module, model.device), max_batch)
+    return settle(model, inspect_cache(model.observed._module, model.device), max_batch)
 
 
 @pytest.mark.parametrize(

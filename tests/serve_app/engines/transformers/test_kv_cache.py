@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
-from serve_app.engines.transformers.kv_cache import SlotRows, StaticRows, continuous, filled
+from serve_app.engines.transformers.kv_cache import SlotRows, StaticRows, fill_gaps, is_continuous
 
 LAYERS, HEADS, WIDTH = 2, 2, 3
 
@@ -85,7 +85,7 @@ def test_only_the_rows_asked_for_are_taken_from_a_prefill() -> None:
 def test_filling_gaps_moves_as_few_rows_as_there_are_gaps(case: tuple[int, set[int]]) -> None:
     n, kept = case
     keep = sorted(row for row in kept if row < n)
-    order = filled(n, keep)
+    order = fill_gaps(n, keep)
     assert sorted(order) == keep
     assert sum(row != source for row, source in enumerate(order)) == sum(row >= len(keep) for row in keep)
 
@@ -103,9 +103,9 @@ def test_the_slabs_stay_small() -> None:
 
 
 def test_which_models_can_run_continuously() -> None:
-    assert continuous(tr.LlamaConfig())
-    assert continuous(tr.Gemma2Config())  # sliding-window layers are kept whole and masked
-    assert not continuous(tr.Qwen3NextConfig())  # recurrent states
+    assert is_continuous(tr.LlamaConfig())
+    assert is_continuous(tr.Gemma2Config())  # sliding-window layers are kept whole and masked
+    assert not is_continuous(tr.Qwen3NextConfig())  # recurrent states
 
 
 def test_a_static_batch_is_filled_once() -> None:

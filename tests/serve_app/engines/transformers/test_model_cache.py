@@ -7,8 +7,8 @@ from torch import Tensor
 from serve_app.capture.resolver import resolve_structure
 from serve_app.engines.protocol import Sampling
 from serve_app.engines.transformers.engine import TransformersEngine
-from serve_app.engines.transformers.kv_cache import held, taken
-from serve_app.engines.transformers.model_cache import find_out
+from serve_app.engines.transformers.kv_cache import cache_tensors, select_rows
+from serve_app.engines.transformers.model_cache import inspect_cache
 from serve_app.models.architecture import UnsupportedModelError
 from serve_app.replica.model_slot import as_load_error
 from tests.serve_app import tiny
@@ -43,7 +43,7 @@ def test_what_is_generated_together_is_what_transformers_generates_alone(archite
 
 
 def test_what_each_model_is_found_to_keep() -> None:
-    found = {name: find_out(tiny.module(name), CPU) for name in ("llama", "gemma2", "mamba", "rwkv", "lfm2")}
+    found = {name: inspect_cache(tiny.module(name), CPU) for name in ("llama", "gemma2", "mamba", "rwkv", "lfm2")}
     assert {name: one.argument for name, one in found.items()} == {
         "llama": "past_key_values",
         "gemma2": "past_key_values",
@@ -78,7 +78,7 @@ def test_a_model_that_forgets_is_refused() -> None:
 
         layer.self_attn.forward = forward
     with pytest.raises(UnsupportedModelError, match="gives something else with its cache than without"):
-        find_out(model, CPU)
+        inspect_cache(model, CPU)
 
 
 def test_a_cache_of_another_shape_is_refused() -> None:
@@ -95,7 +95,7 @@ def test_a_cache_of_another_shape_is_refused() -> None:
     forward.__signature__ = __import__("inspect").signature(own)
     model.forward = forward
     with pytest.raises(UnsupportedModelError, match=r"holds \[7, 5\] for 3 sequences"):
-        find_out(model, CPU)
+        inspect_cache(model, CPU)
 
 
 def test_a_state_that_a_module_keeps_is_found_and_thinned_out() -> None:
@@ -112,7 +112,7 @@ def test_a_state_that_a_module_keeps_is_found_and_thinned_out() -> None:
         return own(hidden_states + 0.3 * mixed, *args, **kw)
 
     layer.forward = forward
-    found = find_out(model, CPU)
+    found = inspect_cache(model, CPU)
     assert not found.continuous
     assert (layer, "total") in found.modules
 
@@ -125,11 +125,11 @@ def test_taking_rows_of_a_cache_takes_them_everywhere() -> None:
             self.more = {"a": [torch.arange(3)], "n": 4, "pair": (torch.zeros(3, 1), None)}
 
     odd = Odd()
-    assert taken(odd, torch.tensor([2, 0]), 3) is odd
+    assert select_rows(odd, torch.tensor([2, 0]), 3) is odd
     assert odd.keys.tolist() == [[4, 5], [0, 1]]
     assert odd.values is odd.keys
     assert odd.more["a"][0].tolist() == [2, 0]
-    assert [tuple(tensor.shape) for tensor in held(odd)] == [(2, 2), (2,), (2, 1)]
+    assert [tuple(tensor.shape) for tensor in cache_tensors(odd)] == [(2, 2), (2,), (2, 1)]
 
 
 def test_a_norm_that_runs_twice_is_read_where_it_is_last() -> None:

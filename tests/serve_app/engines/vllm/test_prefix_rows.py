@@ -67,9 +67,9 @@ def states(asked: GenerationJob, tokens: list[int], start: int = 0, state: int =
     return found
 
 
-def preview(remembered: list[int], key: str, span: range) -> torch.Tensor:
+def preview(cache_support: list[int], key: str, span: range) -> torch.Tensor:
     """What a place shows at some positions of a sequence."""
-    rows = [[float(remembered[at]), float(ord(key)), float(at)] for at in span]
+    rows = [[float(cache_support[at]), float(ord(key)), float(at)] for at in span]
     return torch.tensor(rows).reshape(len(span), WIDTH)
 
 
@@ -81,7 +81,7 @@ class RunningJob:
     tokens: list[int]
     piece: int
     salt: str | None
-    remembered: list[int]
+    cache_support: list[int]
     at: int = 0
 
     def next(self) -> range:
@@ -125,7 +125,7 @@ class Played:
             for visitor in (step.rows, step.fills, step.scores):
                 for key, tap in (visitor.taps if visitor is not None else {}).items():
                     (place,) = (name for name, place in PLACES.items() if place == tap)
-                    values = [preview(one.remembered, place, spans[name]) for name, one in batch.items()]
+                    values = [preview(one.cache_support, place, spans[name]) for name, one in batch.items()]
                     visitor(key, torch.cat(values))
             self.collector.done(step, None)
         for name, one in batch.items():
@@ -135,7 +135,7 @@ class Played:
         """Have the blocks found that a request's next step fills."""
         for end in range(SIZE, one.next().stop + 1, SIZE):
             if end > one.at:
-                self.cached.setdefault((one.salt, tuple(one.tokens[:end])), one.remembered[end - 1])
+                self.cached.setdefault((one.salt, tuple(one.tokens[:end])), one.cache_support[end - 1])
 
     def run(self, jobs: list[tuple[GenerationJob, list[int], int]], together: int = 2) -> None:
         """Run jobs, each with its completion and the longest piece of a prompt, so many at a time; check all they get."""
@@ -166,11 +166,11 @@ class Played:
 
     def check(self, name: str, asked: GenerationJob, fed: list[int]) -> None:
         """Compare what a finished job gets with what its sequence shows when all of it is read."""
-        remembered = states(asked, fed)
+        cache_support = states(asked, fed)
         if asked.probes:
             scores = RequestScores(asked.probes)
             scores.take_in(self.collector.scores([name])[name])
-            expected = preview(remembered, "c", range(len(fed))).sum(1, keepdim=True)
+            expected = preview(cache_support, "c", range(len(fed))).sum(1, keepdim=True)
             torch.testing.assert_close(scores.all()[0][: len(fed)], expected)
         if asked.capture is None:
             self.collector.forget(name)
@@ -180,7 +180,7 @@ class Played:
         pooled = asked.capture.positions.pooled
         assert rows.position.tolist() == ([-1] * bool(positions) if pooled else positions)
         for key in asked.capture.taps:
-            expected = preview(remembered, key, range(len(fed)))[positions]
+            expected = preview(cache_support, key, range(len(fed)))[positions]
             if pooled:
                 expected = expected.mean(0, keepdim=True)[: len(rows.position)]
             torch.testing.assert_close(rows.tensors[key], expected)
