@@ -1,7 +1,7 @@
 """From a finished generation to the rollout that is stored, and from its receipt to what the reply says.
 
 What was said and what was captured may be in different processes: an engine whose model runs in workers leaves the rows there.
-So everything but the rows is an `RolloutEntry`, which is small and can be sent to where they are. `join` then makes the rollout of
+So everything but the rows is a `RolloutEntry`, which is small and can be sent to where they are. `join` then makes the rollout of
 both, and `describe` what the reply says of it once it is durable.
 """
 

@@ -55,7 +55,7 @@ from serve_app.engines.transformers.int8_weights import dequantize_weights
 from serve_app.engines.transformers.invariance import PIECE, settle
 from serve_app.engines.transformers.kv_cache import BatchRows, SlotRows, StaticRows
 from serve_app.engines.transformers.loaded_model import LoadedModel
-from serve_app.engines.transformers.model_cache import Step, inspect_cache
+from serve_app.engines.transformers.model_cache import ForwardInputs, inspect_cache
 from serve_app.engines.transformers.packed_weights import pack_weights, unpack_weights
 from serve_app.engines.transformers.prefix_reuse import PrefixReuse
 from serve_app.engines.transformers.running_job import Prefill, RunningJob
@@ -367,8 +367,10 @@ class TransformersEngine:
         start, stop = prefill.done, min(prefill.done + self._piece(prefill), prefill.width)
         mask, positions = prefill.inputs(stop)
         try:
-            step = Step(prefill.tokens[:, start:stop], mask, positions, prefill.cache, 0 if prefill.all_logits else 1)
-            logits, prefill.cache = self._forwards.run(prefill.running, step)
+            inputs = ForwardInputs(
+                prefill.tokens[:, start:stop], mask, positions, prefill.cache, 0 if prefill.all_logits else 1
+            )
+            logits, prefill.cache = self._forwards.run(prefill.running, inputs)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is told to the request that caused it
             left = self._innocent(prefill.running, error, decoding=False)
             for one in left:
@@ -401,8 +403,8 @@ class TransformersEngine:
         shapes = self._shapes.step(mask) if self._shapes is not None else None
         compiled, begun = self._graphs.step(), time.monotonic()
         try:
-            step = Step(tokens, mask, positions, self._rows.cache)
-            logits, cache = self._forwards.run(self._running, step, shapes, compiled)
+            inputs = ForwardInputs(tokens, mask, positions, self._rows.cache)
+            logits, cache = self._forwards.run(self._running, inputs, shapes, compiled)
             self._graphs.decoded(time.monotonic() - begun)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is told to the request that caused it
             if compiled is not None:

@@ -22,7 +22,7 @@ from serve_app.capture.steering import StepSteering
 from serve_app.engines.transformers.compiled.step import CompiledStep
 from serve_app.engines.transformers.invariance import FixedShapes
 from serve_app.engines.transformers.loaded_model import LoadedModel
-from serve_app.engines.transformers.model_cache import CacheSupport, Step
+from serve_app.engines.transformers.model_cache import CacheSupport, ForwardInputs
 from serve_app.engines.transformers.rotation import forget_lengths
 from serve_app.engines.transformers.running_job import Prefill, RunningJob
 
@@ -49,7 +49,7 @@ class Forwards:
     def run(
         self,
         running: list[RunningJob],
-        step: Step,
+        inputs: ForwardInputs,
         shapes: FixedShapes | None = None,
         compiled: CompiledStep | None = None,
     ) -> tuple[Float[Tensor, "batch kept vocab"], Any]:
@@ -59,14 +59,14 @@ class Forwards:
             running: the forward's jobs.
             step: their new tokens.
             shapes: computes in shapes that do not depend on the batch, if that is asked for.
-            compiled: runs the step, if all that its jobs look at is shown by it.
+            compiled: runs the step, if it exposes every tap of its jobs.
 
         A request that cannot have what it asked for is failed here, and no other.
 
         Returns:
             The logits, and the cache to go on with.
         """
-        layout = self._layout(step)
+        layout = self._layout(inputs)
         steering = self._steering(running, layout)
         rows = StepRows([one.rows for one in running], layout, self._memory)
         fillers = StepRows([one.filler for one in running], layout, self._memory)
@@ -75,13 +75,13 @@ class Forwards:
 
         def forward() -> Any:
             with shapes or nullcontext():
-                return self._bare(step)
+                return self._bare(inputs)
 
         if compiled is not None and compiled.shows(visitors):
-            logits, cache = compiled.run(step, visitors), step.cache
+            logits, cache = compiled.run(inputs, visitors), inputs.cache
         else:
             output = self._model.observed.run(visitors, forward)
-            logits, cache = output.logits, self._cache_support.given(output, step.cache)
+            logits, cache = output.logits, self._cache_support.given(output, inputs.cache)
         rows.deliver()
         fillers.deliver()
         scores.deliver()
@@ -101,7 +101,7 @@ class Forwards:
         while prefill.done < prefill.width:
             stop = min(prefill.done + piece, prefill.width)
             mask, positions = prefill.inputs(stop)
-            self._replay(prefill, Step(prefill.tokens[:, prefill.done : stop], mask, positions, prefill.cache))
+            self._replay(prefill, ForwardInputs(prefill.tokens[:, prefill.done : stop], mask, positions, prefill.cache))
             prefill.done = stop
         return prefill
 
@@ -116,7 +116,7 @@ class Forwards:
             prefill = self.replayed([one])
             if decoding:
                 mask, positions = torch.ones(1, prefill.width + 1, dtype=torch.long), torch.tensor([[prefill.width]])
-                self._replay(prefill, Step(torch.tensor([one.token_ids[-1:]]), mask, positions, prefill.cache))
+                self._replay(prefill, ForwardInputs(torch.tensor([one.token_ids[-1:]]), mask, positions, prefill.cache))
         except Exception as error:  # noqa: BLE001 - whatever it is, it is told to the request that caused it
             log.warning("a request fails alone: %s: %s", type(error).__name__, error)
             return error
@@ -126,25 +126,25 @@ class Forwards:
         """Whether the model still answers, to a token of nobody's."""
         one = torch.zeros(1, 1, dtype=torch.long)
         try:
-            self._bare(Step(one, torch.ones_like(one), one, self._cache_support.new_cache()))
+            self._bare(ForwardInputs(one, torch.ones_like(one), one, self._cache_support.new_cache()))
         except Exception:
             log.exception("the model answers nothing")
             return False
         return True
 
-    def _replay(self, prefill: Prefill, step: Step) -> None:
-        steering = self._steering(prefill.running, self._layout(step))
-        output = self._model.observed.run((steering,), lambda: self._bare(step))
-        prefill.cache = self._cache_support.given(output, step.cache)
+    def _replay(self, prefill: Prefill, inputs: ForwardInputs) -> None:
+        steering = self._steering(prefill.running, self._layout(inputs))
+        output = self._model.observed.run((steering,), lambda: self._bare(inputs))
+        prefill.cache = self._cache_support.given(output, inputs.cache)
 
-    def _layout(self, step: Step) -> PaddedBatch:
-        return PaddedBatch.of(step.mask[:, -step.tokens.shape[1] :], step.positions)
+    def _layout(self, inputs: ForwardInputs) -> PaddedBatch:
+        return PaddedBatch.of(inputs.mask[:, -inputs.tokens.shape[1] :], inputs.positions)
 
     def _steering(self, running: list[RunningJob], layout: PaddedBatch) -> StepSteering:
         return StepSteering([one.job.steering for one in running], [len(one.job.prompt_ids) for one in running], layout)
 
-    def _bare(self, step: Step) -> Any:
+    def _bare(self, inputs: ForwardInputs) -> Any:
         module = self._model.observed._module
-        if step.begins:
+        if inputs.begins:
             forget_lengths(module)
-        return module(**self._cache_support.arguments(step, self._model.device))
+        return module(**self._cache_support.arguments(inputs, self._model.device))

@@ -27,7 +27,7 @@ ROWS, LENGTH = 3, 6
 
 
 @dataclass(frozen=True)
-class Step:
+class ForwardInputs:
     """What one forward is given."""
 
     tokens: Int[Tensor, "batch width"]
@@ -69,16 +69,16 @@ class CacheSupport:
     sequence_bytes: int = 0
     """What a sequence takes at any length."""
 
-    def arguments(self, step: Step, device: torch.device) -> dict[str, Any]:
+    def arguments(self, inputs: ForwardInputs, device: torch.device) -> dict[str, Any]:
         """Return a forward's arguments. A model that keeps states only, and no past tokens, masks the new tokens only."""
-        mask = step.mask if self.argument == "past_key_values" else step.mask[:, -step.tokens.shape[1] :]
+        mask = inputs.mask if self.argument == "past_key_values" else inputs.mask[:, -inputs.tokens.shape[1] :]
         found = {
-            "input_ids": step.tokens.to(device),
+            "input_ids": inputs.tokens.to(device),
             "attention_mask": mask.to(device),
-            "position_ids": step.positions.to(device),
+            "position_ids": inputs.positions.to(device),
             "use_cache": True,
-            "logits_to_keep": step.logits_to_keep,
-            self.argument: step.cache,
+            "logits_to_keep": inputs.logits_to_keep,
+            self.argument: inputs.cache,
         }
         return {name: value for name, value in found.items() if self.named is None or name in self.named}
 
@@ -150,7 +150,7 @@ def _try_cache(model: PreTrainedModel, found: CacheSupport, device: torch.device
         stop = start + ids.shape[1]
         positions = torch.arange(start, stop).expand(rows, -1)
         mask = torch.ones(rows, stop, dtype=torch.long)
-        arguments = found.arguments(Step(ids, mask, positions, cache), device)
+        arguments = found.arguments(ForwardInputs(ids, mask, positions, cache), device)
         # Called past the hooks that the module has: nobody is to take these forwards for a request's.
         output = model.forward(**arguments)
         return output.logits[:, -1].float(), found.given(output, cache)

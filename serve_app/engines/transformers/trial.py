@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from serve_app.capture.structure import Tap
 from serve_app.capture.watching import nth_tensor
 from serve_app.engines.transformers.kv_cache import BatchRows, SlotRows, StaticRows
-from serve_app.engines.transformers.model_cache import CacheSupport, Step, inspect_cache
+from serve_app.engines.transformers.model_cache import CacheSupport, ForwardInputs, inspect_cache
 from serve_app.engines.transformers.rotation import forget_lengths
 
 EXACT, CHAOTIC = 1e-4, 1e-3
@@ -163,10 +163,10 @@ class Trial:
 
     def _forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Any:
         """Run the model on new tokens; returns the cache to go on with."""
-        step = Step(tokens, mask, positions, cache)
-        if step.begins:
+        inputs = ForwardInputs(tokens, mask, positions, cache)
+        if inputs.begins:
             forget_lengths(self.model)
-        return self.cache_support.given(self.model(**self.cache_support.arguments(step, self.model.device)), cache)
+        return self.cache_support.given(self.model(**self.cache_support.arguments(inputs, self.model.device)), cache)
 
     @contextmanager
     def _recorded(self) -> Iterator[list[list[Tensor]]]:

@@ -13,7 +13,7 @@ from vllm.distributed.parallel_state import get_tp_group
 
 from serve_app.capture.batch_layout import PackedBatch
 from serve_app.engines.probe_stopping import Action
-from serve_app.engines.vllm.collecting import Collector, Step
+from serve_app.engines.vllm.collecting import Collector, StepCapture
 from serve_app.engines.vllm.forced_tokens import Forced, forced_by
 from serve_app.engines.vllm.prefix_rows import PrefixRows
 from serve_app.engines.vllm.recorder import Watched
@@ -46,7 +46,7 @@ class Batch:
         self.actions: dict[str, Action] = {}
         self._runner = runner
         self._jobs: dict[str, str] = {}
-        self._step: Step | None = None
+        self._step: StepCapture | None = None
         self.n_tokens = 0
 
     def begin(self, new_requests: Iterable[Any]) -> None:
@@ -68,7 +68,7 @@ class Batch:
         for request_id in finished:
             self._jobs.pop(request_id, None)
 
-    def lay_out(self, spans: list[tuple[str, int]]) -> Step | None:
+    def lay_out(self, spans: list[tuple[str, int]]) -> StepCapture | None:
         """Return what is wanted of the forward that is about to run.
 
         Args:

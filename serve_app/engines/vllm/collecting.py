@@ -96,7 +96,7 @@ class _Job:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepCapture:
     """One forward's visitors: what adds to the batch, then what reads it."""
 
     steering: StepSteering | None
@@ -157,7 +157,7 @@ class Collector:
         if extra is not None:
             job.filler = RequestRows(extra, n_prompt, self._memory)
 
-    def step(self, spans: list[tuple[str | None, range]]) -> Step | None:
+    def step(self, spans: list[tuple[str | None, range]]) -> StepCapture | None:
         """Lay out a forward; None if nothing is to be done in it.
 
         Args:
@@ -192,9 +192,9 @@ class Collector:
             asked = [job.scores if job is not None else None for job in jobs]
             scores = StepScores(asked, PackedBatch(new, lengths), self._memory)
         token_stops = [end for job, end in zip(jobs, accumulate(lengths), strict=True) if job is not None]
-        return Step(steering, rows, fills, scores, known, token_stops)
+        return StepCapture(steering, rows, fills, scores, known, token_stops)
 
-    def done(self, step: Step, failure: Exception | None) -> None:
+    def done(self, step: StepCapture, failure: Exception | None) -> None:
         """Give each job of a forward its rows, once it has been issued.
 
         Args:
@@ -212,7 +212,7 @@ class Collector:
             step.scores.deliver()
         self._to_keep += [(self._steps, job) for job in step.jobs if job.kept < len(job.names)]
 
-    def asked(self, step: Step, token_ids: Callable[[], list[int]]) -> dict[str, Action]:
+    def asked(self, step: StepCapture, token_ids: Callable[[], list[int]]) -> dict[str, Action]:
         """Return what the scores of a forward ask for before its next tokens are chosen, by job.
 
         Args:

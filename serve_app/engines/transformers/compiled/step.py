@@ -22,10 +22,9 @@ from serve_app.capture.observer import Visit, Visitor
 from serve_app.capture.structure import ModelStructure, Tap
 from serve_app.engines.transformers.compiled.compilation import GRAPHS, PARTS
 from serve_app.engines.transformers.compiled.graph import NotCompilableError, parts_of
-from serve_app.engines.transformers.compiled.operations import Bound, bound, library_file
-from serve_app.engines.transformers.compiled.operations import load as load_operations
-from serve_app.engines.transformers.kv_cache import SlotRows, slots_of
-from serve_app.engines.transformers.model_cache import Step
+from serve_app.engines.transformers.compiled.operations import Bound, bound
+from serve_app.engines.transformers.kv_cache import SlotRows
+from serve_app.engines.transformers.model_cache import ForwardInputs
 from serve_app.engines.transformers.packed_weights import PackedLinear
 
 log = logging.getLogger(__name__)
@@ -105,7 +104,7 @@ class CompiledStep:
             for tap in visitor.taps.values()
         )
 
-    def run(self, step: Step, visitors: Sequence[Visitor]) -> Float[Tensor, "rows 1 vocab"]:
+    def run(self, inputs: ForwardInputs, visitors: Sequence[Visitor]) -> Float[Tensor, "rows 1 vocab"]:
         """Run a step and show its values; returns the logits.
 
         Args:
@@ -117,11 +116,11 @@ class CompiledStep:
             for key, tap in visitor.taps.items():
                 visits.setdefault(self.places[tap.module], []).append(Visit(visitor, key, 0, None))
         looks = {place: _looking(found) for place, found in visits.items()}
-        graph = self.graphs[len(step.tokens) == 1]
+        graph = self.graphs[len(inputs.tokens) == 1]
         linears = [(one.packed, one.bias) for one in self.linears]
-        with bound(Bound(linears, slots_of(step.cache), len(self.places), looks)):
+        with bound(Bound(linears, inputs.cache.layers, looks)):
             # It reads its arguments as they lay when it was made.
-            logits: Tensor = graph(*(one.contiguous() for one in (step.tokens, step.mask, step.positions)))
+            logits: Tensor = graph(*(one.contiguous() for one in (inputs.tokens, inputs.mask, inputs.positions)))
         return logits
 
     @torch.inference_mode()
@@ -185,7 +184,7 @@ def _values(
     mask, positions = rows.step_inputs()
     seen = _Seen(list(compiled_step.places))
     if compiled:
-        logits = compiled_step.run(Step(tokens[:, -1:], mask, positions, rows.cache), [seen])
+        logits = compiled_step.run(ForwardInputs(tokens[:, -1:], mask, positions, rows.cache), [seen])
     else:
         handles = [
             model.get_submodule(path).register_forward_hook(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from roentgen.contract import Positions
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.structure import Tap
-from serve_app.engines.vllm.collecting import Collector, LostRowsError, Step
+from serve_app.engines.vllm.collecting import Collector, LostRowsError, StepCapture
 from serve_app.engines.vllm.worker_messages import CaptureRequest
 
 POLICIES = ["all", "prompt", "generated", "last_prompt", "last", "stride:3", "mean_prompt", "mean_generated"]
@@ -26,7 +26,7 @@ def values(job: int, span: range) -> torch.Tensor:
 def run(collector: Collector, batch: list[tuple[int, range]]) -> None:
     """One forward of jobs' spans, packed."""
     step = collector.step([(str(job), span) for job, span in batch])
-    assert isinstance(step, Step)
+    assert isinstance(step, StepCapture)
     assert step.rows is not None
     if step.rows.taps:
         step.rows("x", torch.cat([values(job, span) for job, span in batch]))
