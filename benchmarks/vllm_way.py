@@ -31,6 +31,7 @@ from serve_app.capture.probe_scores import Scorer
 from serve_app.engines.protocol import Finished
 from serve_app.engines.rollout_entry import make_entry
 from serve_app.engines.served_model import ServedModel
+from serve_app.engines.storage import StoredActivations
 from serve_app.engines.vllm.loading import VllmModel, VllmSettings, engine_arguments, start
 from serve_app.engines.vllm.requirements import EngineUnavailableError
 from serve_app.models.model_source import locate

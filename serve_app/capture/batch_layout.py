@@ -6,8 +6,8 @@ one token. There are two layouts:
 - `PaddedBatch`: `[rows, width]`. Row i holds one request's tokens at its right end, and padding to the left of them.
 - `PackedBatch`: `[tokens]`. The requests' tokens follow one another without padding.
 
-What reads the batch (`rows`, `probe_scores`) and what changes it (`steering`) finds a request's tokens through a `BatchLayout`. A
-*flat index* counts tokens over the whole batch, padding included, row after row.
+What reads the batch (`rows`, `probe_scores`) and what changes it (`steering`) find a request's tokens through a `BatchLayout`.
+A *flat index* counts tokens over the whole batch, padding included, row after row.
 """
 
 from dataclasses import dataclass

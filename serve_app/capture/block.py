@@ -23,7 +23,7 @@ from torch import Tensor
 from roentgen.contract import LAYER_HOOK_POINTS
 from serve_app.capture.equations import is_projection, same, share
 from serve_app.capture.structure import Tap
-from serve_app.capture.watching import Passage, Visit
+from serve_app.capture.watching import LayerRun, ModuleCall
 
 Found = dict[str, Tap | str]
 """Per canonical hook point: where it is, or the reason why it is nowhere."""
@@ -32,77 +32,77 @@ PARALLEL = "its block adds attention and MLP to the stream in parallel"
 NO_MLP = "what the MLP adds was not found, so neither was the norm before it"
 
 
-def resolve_block(passage: Passage, grid: torch.Size, n_experts: int | None) -> Found:
+def resolve_block(layer_run: LayerRun, grid: torch.Size, n_experts: int | None) -> Found:
     """Decide every canonical hook point of a layer.
 
     Args:
-        passage: its record of one forward.
+        layer_run: its record of one forward.
         grid: batch and tokens of that forward.
         n_experts: the configuration's number of experts, None if it has none.
     """
-    x, y = passage.taken, passage.given
+    x, y = layer_run.input, layer_run.output
     if not (_has_rows(x, grid) and _has_rows(y, grid)):
         reason = f"its layers pass on {list(y.shape)} for {list(grid)} tokens, which is not a row per token"
         return dict.fromkeys(LAYER_HOOK_POINTS, reason)
-    visits = [v for v in passage.visits if _has_rows(v.taken, grid) and _has_rows(v.given, grid)]
-    visits = [v for v in visits if v.given.is_floating_point()]
-    attention = next((v for v in visits if v.is_attention), None)
-    mixer = attention or next((v for v in visits if not v.is_norm), None)
+    calls = [v for v in layer_run.calls if _has_rows(v.input, grid) and _has_rows(v.output, grid)]
+    calls = [v for v in calls if v.output.is_floating_point()]
+    attention = next((v for v in calls if v.is_attention), None)
+    mixer = attention or next((v for v in calls if not v.is_norm), None)
 
-    found: Found = {"resid_pre": Tap(passage.path, "input"), "resid_post": Tap(passage.path, "output")}
+    found: Found = {"resid_pre": Tap(layer_run.path, "input"), "resid_post": Tap(layer_run.path, "output")}
     if mixer is None:
         return dict.fromkeys(LAYER_HOOK_POINTS, "no module inside its layers gives a row per token") | found
-    found |= _contributions(x, y, visits, mixer, passage.path)
-    norm = next((v for v in visits if v.is_norm and same(v.taken, x) and same(v.given, mixer.taken)), None)
+    found |= _contributions(x, y, calls, mixer, layer_run.path)
+    norm = next((v for v in calls if v.is_norm and same(v.input, x) and same(v.output, mixer.input)), None)
     found["ln_attn"] = Tap(norm.path, "output") if norm else "no norm takes the stream and gives what attention takes"
     if attention is None:
         kind = type(mixer.module).__name__
         found |= dict.fromkeys(("attn_out", "ln_attn"), f"no attention: its layer mixes tokens with {kind}")
-    found["router"] = _router(passage.visits, attention, n_experts, passage.path)
+    found["router"] = _router(layer_run.calls, attention, n_experts, layer_run.path)
     return found
 
 
-def _contributions(x: Tensor, y: Tensor, visits: list[Visit], mixer: Visit, layer: str) -> Found:
+def _contributions(x: Tensor, y: Tensor, calls: list[ModuleCall], mixer: ModuleCall, layer: str) -> Found:
     """Decide what attention and the MLP add to the stream, and the norm before the MLP."""
-    start = visits.index(mixer)
-    inside = [v for v in visits if v.inside(mixer)]
-    others = [v for v in visits if v is not mixer and v not in inside and not mixer.inside(v)]
-    later = [v for v in others if visits.index(v) > start]
-    additions = [v for v in later if v.is_norm and same(v.taken, mixer.given)] + [mixer, *inside]
+    start = calls.index(mixer)
+    inside = [v for v in calls if v.inside(mixer)]
+    others = [v for v in calls if v is not mixer and v not in inside and not mixer.inside(v)]
+    later = [v for v in others if calls.index(v) > start]
+    candidates = [v for v in later if v.is_norm and same(v.input, mixer.output)] + [mixer, *inside]
 
-    sums = ((fed, added, share(fed.taken, [x], added.given)) for added in additions for fed in later)
+    sums = ((fed, added, share(fed.input, [x], added.output)) for added in candidates for fed in later)
     middle = _best(sums)
     if middle is not None:
         fed, added, factor = middle
-        mlp = _best((v, v, share(y, [fed.taken], v.given)) for v in later[later.index(fed) :])
-        norms = (v for v in later if v.is_norm and same(v.taken, fed.taken))
-        norm = next((n for n in norms if any(same(v.taken, n.given) for v in later if v is not n)), None)
+        mlp = _best((v, v, share(y, [fed.input], v.output)) for v in later[later.index(fed) :])
+        norms = (v for v in later if v.is_norm and same(v.input, fed.input))
+        norm = next((n for n in norms if any(same(v.input, n.output) for v in later if v is not n)), None)
         return {
             "resid_mid": Tap(fed.path, "input"),
             "attn_out": _addition(added, factor, layer),
             "mlp_out": _addition(mlp[0], mlp[2], layer) if mlp else _leaving(y, later),
             "ln_mlp": _norm_of_mlp(norm) if mlp else NO_MLP,
         }
-    for added in additions:
-        for mlp_visit in others:
-            if share(y, [x, added.given], mlp_visit.given) == share(y, [x, mlp_visit.given], added.given) == 1.0:
-                norms = (v for v in others if v.is_norm and same(v.taken, x) and same(v.given, mlp_visit.taken))
+    for added in candidates:
+        for mlp_call in others:
+            if share(y, [x, added.output], mlp_call.output) == share(y, [x, mlp_call.output], added.output) == 1.0:
+                norms = (v for v in others if v.is_norm and same(v.input, x) and same(v.output, mlp_call.input))
                 norm = next(norms, None)
                 return {
-                    "resid_mid": PARALLEL if norm or same(mlp_visit.taken, x) else "no module is given it",
+                    "resid_mid": PARALLEL if norm or same(mlp_call.input, x) else "no module is given it",
                     "attn_out": Tap(added.path, "output"),
-                    "mlp_out": Tap(mlp_visit.path, "output"),
+                    "mlp_out": Tap(mlp_call.path, "output"),
                     "ln_mlp": _norm_of_mlp(norm),
                 }
-    for added in additions:
-        if share(y, [x], added.given) == 1.0:
+    for added in candidates:
+        if share(y, [x], added.output) == 1.0:
             reason = f"its block adds one thing to the stream, the output of {_inside(added, layer)}"
             return {"attn_out": Tap(added.path, "output")} | dict.fromkeys(("resid_mid", "mlp_out", "ln_mlp"), reason)
     lost = "no module's output adds up to the stream after attention"
     return {"resid_mid": lost, "attn_out": lost, "mlp_out": _leaving(y, later), "ln_mlp": NO_MLP}
 
 
-def _best(sums: Iterable[tuple[Visit, Visit, float | None]]) -> tuple[Visit, Visit, float] | None:
+def _best(sums: Iterable[tuple[ModuleCall, ModuleCall, float | None]]) -> tuple[ModuleCall, ModuleCall, float] | None:
     """Return the first sum whose part is added as it is, else the first whose part is scaled."""
     scaled = None
     for fed, added, factor in sums:
@@ -113,33 +113,33 @@ def _best(sums: Iterable[tuple[Visit, Visit, float | None]]) -> tuple[Visit, Vis
     return scaled
 
 
-def _addition(visit: Visit, factor: float, layer: str) -> Tap | str:
+def _addition(call: ModuleCall, factor: float, layer: str) -> Tap | str:
     if factor == 1.0:
-        return Tap(visit.path, "output")
-    return f"its block adds {factor:.4g} × the output of {_inside(visit, layer)}, which no module gives"
+        return Tap(call.path, "output")
+    return f"its block adds {factor:.4g} × the output of {_inside(call, layer)}, which no module gives"
 
 
-def _norm_of_mlp(norm: Visit | None) -> Tap | str:
+def _norm_of_mlp(norm: ModuleCall | None) -> Tap | str:
     return Tap(norm.path, "output") if norm else "no norm takes the stream and gives what the MLP takes"
 
 
-def _leaving(y: Tensor, later: list[Visit]) -> str:
+def _leaving(y: Tensor, later: list[ModuleCall]) -> str:
     """Say why nothing that was added gives the stream leaving the block."""
-    if any(v.is_norm and same(v.given, y) for v in later):
+    if any(v.is_norm and same(v.output, y) for v in later):
         return "its block normalises the stream itself, after the MLP's contribution is added"
     return "no module's output adds up to the stream leaving the block"
 
 
-def _inside(visit: Visit, layer: str) -> str:
-    return visit.path.removeprefix(f"{layer}.")
+def _inside(call: ModuleCall, layer: str) -> str:
+    return call.path.removeprefix(f"{layer}.")
 
 
-def _router(visits: list[Visit], attention: Visit | None, n_experts: int | None, layer: str) -> Tap | str:
+def _router(calls: list[ModuleCall], attention: ModuleCall | None, n_experts: int | None, layer: str) -> Tap | str:
     """Decide where the router's logits are: the outermost projection to the number of experts, outside attention."""
     if n_experts is None:
         return "not a mixture of experts"
-    own = [v for v in visits if attention is None or not (v is attention or v.inside(attention))]
-    logits = [v for v in own if v.given.shape[-1] == n_experts and is_projection(v.given, v.taken, v.module)]
+    own = [v for v in calls if attention is None or not (v is attention or v.inside(attention))]
+    logits = [v for v in own if v.output.shape[-1] == n_experts and is_projection(v.output, v.input, v.module)]
     outermost = min((v.path.count(".") for v in logits), default=0)
     logits = [
         v for v in logits if v.path.count(".") == outermost
@@ -149,8 +149,8 @@ def _router(visits: list[Visit], attention: Visit | None, n_experts: int | None,
     if logits:
         return f"several modules project to its {n_experts} experts: {', '.join(_inside(v, layer) for v in logits)}"
     for v in own:
-        for place, beside in enumerate(v.beside, start=1):
-            if beside.shape[-1] == n_experts and is_projection(beside, v.taken, v.module):
+        for place, other in enumerate(v.other_outputs, start=1):
+            if other.shape[-1] == n_experts and is_projection(other, v.input, v.module):
                 return Tap(v.path, "output", place)
     if any("expert" in v.path or "router" in v.path for v in own):
         return f"no module gives the linear projection to its {n_experts} experts"

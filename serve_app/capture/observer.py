@@ -1,14 +1,15 @@
-"""Shows module inputs and outputs during a forward, through nnsight, once per step for the whole batch.
+"""Shows module inputs and outputs to observers during a forward, through nnsight, once per step for the whole batch.
 
-nnsight parks a block of intervention code at each location it reads. Parking once per request and hook point is what makes
-captures slow (one greenlet switch each); nnsight's caches avoid it: a cache is an observer to which the interleaver
-hands every value of the locations it subscribes to. `_TapObserver` is such a cache, but hands values on to visitors at once:
-to what adds to some rows in place (`steering`), what copies those it wants while the tensor is hot (`rows`), and what scores
-them (`probe_scores`). None keeps the batch's storage alive. At one location they come in the order they are given, so what steers
-goes first, and the others see what the model goes on with.
+nnsight's usual way is to run a block of intervention code, and to suspend it at each location that it reads. One suspended
+block per request and hook point makes captures slow, because each costs a greenlet switch. nnsight's caches avoid this: a
+cache subscribes to locations, and the interleaver passes it every value there. `_TapObserver` is such a cache, but it passes
+values on at once instead of keeping them. Its observers are steering, which adds to some rows in place (`steering`), capture,
+which copies rows (`rows`), and probes, which score rows (`probe_scores`). No observer keeps the batch's storage alive.
+Observers of one location run in the order they are given: steering comes first, so the others see the values that the model
+continues with.
 
-Each module that nnsight wraps pays a little in every forward. So `ObservedModel` mirrors no submodule at first; nnsight then
-wraps one when it is first reached by attribute, which is when a request first asks for it.
+Each module that nnsight wraps costs a little in every forward. So `ObservedModel` wraps no submodule at first. nnsight wraps a
+submodule when it is first reached by attribute, which is when a request first taps it.
 """
 
 import logging
@@ -41,78 +42,79 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class Visitor(Protocol):
-    """Something that is shown values of one forward."""
+class StepObserver(Protocol):
+    """Receives the values of its taps in one forward."""
 
     taps: dict[str, Tap]
-    """Per stored key, where it wants to look."""
+    """Per stored key, where to read."""
 
     def __call__(self, key: str, value: Float[Tensor, "rows width ..."]) -> None:
-        """Look at the whole batch's value; what is kept of it must be copied before this returns."""
+        """Receive the whole batch's value. Copy what must be kept: the value may change after this returns."""
 
     def fail(self, key: str, reason: str) -> None:
-        """Take note that a key's value cannot be had in this forward: that concerns only the requests that asked for it."""
+        """Record that a key has no value in this forward; only the requests that asked for it fail."""
 
 
 class _Bare(Envoy):
-    """An envoy whose children are wrapped when they are first reached, not when it is made."""
+    """An envoy that wraps its children when they are first reached, not when it is created."""
 
     def _add_envoy(self, name: str, module: torch.nn.Module) -> None:
         return None
 
 
 class ObservedModel(TransformersModel):
-    """The nnsight model, bare until asked, whose traces run a callable that builds its own inputs."""
+    """The nnsight model, without wrapped submodules until they are tapped. Its traces run a callable that builds its own
+    inputs."""
 
     def _add_envoy(self, name: str, module: torch.nn.Module) -> None:
         return None
 
     def _batch(self, invokes: list[Any], fn: Any) -> tuple[tuple[()], dict[str, Any]]:
-        # The engine batches for itself; a trace has nothing to assemble.
+        # The engine builds its own batches, so a trace has nothing to assemble.
         return (), {}
 
     def location(self, tap: Tap) -> str:
-        """Return nnsight's name of a tap's location, wrapping the module if this is the first time."""
+        """Return nnsight's name for a tap's location; wraps the module if it is not wrapped yet."""
         envoy: Envoy = self
         for part in tap.module.split("."):
             envoy = _child(envoy, part)
         return f"{envoy.path}.{tap.side}"
 
-    def run(self, visitors: Sequence[Visitor], forward: Callable[[], T]) -> T:
-        """Run a forward and show each visitor the values of its taps, in the order the model reaches them.
+    def run(self, observers: Sequence[StepObserver], forward: Callable[[], T]) -> T:
+        """Run a forward and pass the value of each tap to its observers, in the order the model reaches the taps.
 
         Args:
-            visitors: who wants to look; at one location in this order.
+            observers: receive values; observers of one location run in this order.
             forward: runs the model; called once, on this thread.
 
         Returns:
             What `forward` returned.
         """
-        visits: dict[str, list[Visit]] = {}
-        for visitor in visitors:
-            for key, tap in visitor.taps.items():  # a norm that feeds attention and MLP has two names
+        subscriptions: dict[str, list[Subscription]] = {}
+        for observer in observers:
+            for key, tap in observer.taps.items():  # a norm that feeds attention and MLP has two names
                 try:
                     location = self.location(tap)
                 except AttributeError as error:
-                    visitor.fail(key, f"{tap} cannot be reached: {error}")
+                    observer.fail(key, f"{tap} cannot be reached: {error}")
                 else:
-                    visits.setdefault(location, []).append(Visit(visitor, key, tap.place, tap.run))
-        if not visits:
+                    subscriptions.setdefault(location, []).append(Subscription(observer, key, tap.place, tap.run))
+        if not subscriptions:
             return forward()
-        observer = _TapObserver(self, visits)
+        cache = _TapObserver(self, subscriptions)
         results: list[T] = []
         # Two blocks, not one `with` of two: nnsight captures the outer block's body, and the inner block is in it.
         with self.trace(fn=lambda: results.append(forward())) as tracer:  # noqa: SIM117
             with tracer.invoke():
-                Mediator.current("the tap observer").caches.append(observer)
+                Mediator.current("the tap observer").caches.append(cache)
         return results[0]
 
 
 def _child(envoy: Envoy, name: str) -> Envoy:
-    """Return the envoy of a submodule, wrapping it if this is the first time.
+    """Return the envoy of a submodule; wraps it if it is not wrapped yet.
 
-    A submodule may be named as something that every envoy has (`output` in BERT's layers); nnsight then calls its envoy
-    otherwise, and the attribute is not it.
+    A submodule may have the name of an attribute that every envoy has (`output` in BERT's layers). nnsight then stores its
+    envoy under another name.
     """
     for attribute in (f"{Envoy.OVERLOAD_PREFIX}{name}", name):
         child = vars(envoy).get(attribute)
@@ -123,57 +125,59 @@ def _child(envoy: Envoy, name: str) -> Envoy:
 
 
 @dataclass(frozen=True)
-class Visit:
-    """Who wants to look at a location, under which key, at which of its tensors, in which of its runs."""
+class Subscription:
+    """One observer's subscription to a location: under which key, to which of its tensors, and in which of its runs."""
 
-    visitor: Visitor
+    observer: StepObserver
     key: str
     place: int
     run: int | None
 
     def show(self, value: Any) -> None:
-        """Show a location's value. What goes wrong is told to the visitor: an exception would end the whole batch's forward."""
+        """Pass a location's value to the observer. Errors are reported to the observer, because an exception would end the
+        whole batch's forward."""
         try:
             tensor = nth_tensor(value, self.place)
         except TypeError:
-            return  # a module that passes no tensor has no rows; the request that asked is told
+            return  # a module that passes no tensor has no rows; the request that asked for it fails when it ends
         try:
-            self.visitor(self.key, tensor)
+            self.observer(self.key, tensor)
         except Exception as error:
             log.exception("%s could not be read", self.key)
-            self.visitor.fail(self.key, f"{self.key} could not be read ({type(error).__name__}: {error})")
+            self.observer.fail(self.key, f"{self.key} could not be read ({type(error).__name__}: {error})")
 
 
 class _TapObserver(Cache):
-    """A cache that hands values on instead of keeping them."""
+    """A cache that passes values on instead of keeping them."""
 
-    def __init__(self, model: ObservedModel, visits: dict[str, list[Visit]]) -> None:
+    def __init__(self, model: ObservedModel, subscriptions: dict[str, list[Subscription]]) -> None:
         super().__init__(model, modules=[])
-        self._visits = visits
+        self._subscriptions = subscriptions
         self._runs: Counter[str] = Counter()
 
     def subscriptions(self) -> dict[str, str]:
-        return {location: location for location in self._visits}
+        return {location: location for location in self._subscriptions}
 
     def observe_selected(self, selected: str, value: Any) -> None:
         run = self._runs[selected]
         self._runs[selected] += 1
-        for visit in self._visits[selected]:
-            if visit.run is None and run:
-                visit.visitor.fail(
-                    visit.key, f"{visit.key} runs more than once in a forward, so it does not give a row per token"
+        for subscription in self._subscriptions[selected]:
+            if subscription.run is None and run:
+                subscription.observer.fail(
+                    subscription.key,
+                    f"{subscription.key} runs more than once in a forward, so it does not give a row per token",
                 )
-            elif visit.run in (None, run):
-                visit.show(value)
+            elif subscription.run in (None, run):
+                subscription.show(value)
 
 
 def observe(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ObservedModel:
-    """Wrap a loaded model with nnsight, instrumenting nothing yet."""
+    """Wrap a loaded model with nnsight; no submodule is wrapped yet."""
     check("nnsight")
     return ObservedModel(module, tokenizer=tokenizer, envoys=_Bare)
 
 
 def wrapped(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> TransformersModel:
-    """Wrap a loaded model as nnsight's users know it: a trace takes texts or tokens. Another wrapping may be there already."""
+    """Wrap a loaded model as nnsight's users expect: a trace takes text or tokens. The model may be wrapped already."""
     check("nnsight")
     return TransformersModel(module, tokenizer=tokenizer)

@@ -23,7 +23,7 @@ from roentgen.contract import LAYER_HOOK_POINTS, stored_key
 from serve_app.capture.block import Found, resolve_block
 from serve_app.capture.equations import same
 from serve_app.capture.structure import ModelStructure, Tap
-from serve_app.capture.watching import Passage, first_tensor, watch
+from serve_app.capture.watching import LayerRun, first_tensor, watch
 from serve_app.errors import RequestError
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -52,11 +52,11 @@ def resolve_structure(model: PreTrainedModel, model_name: str) -> ModelStructure
     blocks: dict[str, Found] = {}
     leaving: list[Tensor] = []
 
-    def passed(passage: Passage) -> None:
-        if passage.path in blocks:
-            raise ResolutionError(f"{passage.path} runs more than once in a forward")
-        blocks[passage.path] = resolve_block(passage, tokens.shape, n_experts)
-        leaving[:] = [passage.given]
+    def passed(layer_run: LayerRun) -> None:
+        if layer_run.path in blocks:
+            raise ResolutionError(f"{layer_run.path} runs more than once in a forward")
+        blocks[layer_run.path] = resolve_block(layer_run, tokens.shape, n_experts)
+        leaving[:] = [layer_run.output]
 
     embedded: list[nn.Module] = []
     counting = embedding.register_forward_pre_hook(lambda module, _: embedded.append(module))

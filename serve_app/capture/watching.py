@@ -49,56 +49,56 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 
 @dataclass
-class Visit:
+class ModuleCall:
     """What one module took and gave in a forward."""
 
     path: str
     """The module's path from the root of the model."""
     module: nn.Module
     """The module."""
-    taken: Tensor
+    input: Tensor
     """The first tensor it was given, `[batch, tokens, width]` or flattened to `[batch * tokens, width]`."""
-    given: Tensor
+    output: Tensor
     """The first tensor it gave, likewise."""
-    beside: list[Tensor] = field(default_factory=list)
-    """What a module that gives a tuple gave beside its first tensor."""
+    other_outputs: list[Tensor] = field(default_factory=list)
+    """What a module that gives a tuple gave other_outputs its first tensor."""
 
     @property
-    def _said(self) -> str:
+    def _label(self) -> str:
         name = next(part for part in reversed(self.path.split(".")) if not part.isdigit())
         return f"{name} {type(self.module).__name__}".lower()
 
     @property
     def is_norm(self) -> bool:
         """Whether its class or its name says that it normalises."""
-        return "norm" in self._said
+        return "norm" in self._label
 
     @property
     def is_attention(self) -> bool:
         """Whether its class or its name says that it attends."""
-        return ("attn" in self._said or "attention" in self._said) and not self.is_norm
+        return ("attn" in self._label or "attention" in self._label) and not self.is_norm
 
-    def inside(self, other: "Visit") -> bool:
+    def inside(self, other: "ModuleCall") -> bool:
         """Whether its module is a submodule of another's."""
         return self.path.startswith(f"{other.path}.")
 
 
 @dataclass(frozen=True)
-class Passage:
+class LayerRun:
     """One run of a decoder layer."""
 
     path: str
     """The layer's path from the root of the model."""
-    taken: Tensor
+    input: Tensor
     """What entered it."""
-    given: Tensor
+    output: Tensor
     """What left it."""
-    visits: list[Visit]
+    calls: list[ModuleCall]
     """The modules inside it that ran once, took hidden states and gave a tensor, in the order they started."""
 
 
 @contextmanager
-def watch(layers: Iterable[tuple[str, nn.Module]], passed: Callable[[Passage], None]) -> Iterator[None]:
+def watch(layers: Iterable[tuple[str, nn.Module]], passed: Callable[[LayerRun], None]) -> Iterator[None]:
     """Call `passed` with the record of each layer when it ends.
 
     Args:
@@ -109,24 +109,24 @@ def watch(layers: Iterable[tuple[str, nn.Module]], passed: Callable[[Passage], N
     owners = Counter(module for _, layer in layers for module in layer.modules())
     runs: Counter[str] = Counter()
     started: dict[str, Tensor] = {}
-    visits: dict[str, Visit] = {}
+    calls: dict[str, ModuleCall] = {}
 
     def before(module: nn.Module, args: Any, kwargs: Any, *, path: str, root: str) -> None:
         if path == root:
-            for kept in (runs, started, visits):
+            for kept in (runs, started, calls):
                 kept.clear()
         runs[path] += 1
-        taken = next(tensors((args, kwargs)), None)
-        if taken is not None:
-            started[path] = taken.clone()
+        tensor = next(tensors((args, kwargs)), None)
+        if tensor is not None:
+            started[path] = tensor.clone()
 
     def after(module: nn.Module, args: Any, output: Any, *, path: str, root: str) -> None:
-        given = [tensor.clone() for tensor in tensors(output)]
-        if path in started and given and started[path].is_floating_point():
-            visits[path] = Visit(path, module, started[path], given[0], given[1:])
-        if path == root and root in visits:
-            layer, *inside = (visits[p] for p in started if p in visits and runs[p] == 1)
-            passed(Passage(root, layer.taken, layer.given, inside))
+        outputs = [tensor.clone() for tensor in tensors(output)]
+        if path in started and outputs and started[path].is_floating_point():
+            calls[path] = ModuleCall(path, module, started[path], outputs[0], outputs[1:])
+        if path == root and root in calls:
+            layer, *inside = (calls[p] for p in started if p in calls and runs[p] == 1)
+            passed(LayerRun(root, layer.input, layer.output, inside))
 
     handles = []
     for root, layer in layers:

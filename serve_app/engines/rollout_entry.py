@@ -1,8 +1,8 @@
-"""From a finished generation to the rollout that is stored, and from its receipt to what the reply says.
+"""Turns a finished generation into the rollout that is stored, and the store's receipt into the reply's `activations`.
 
-What was said and what was captured may be in different processes: an engine whose model runs in workers leaves the rows there.
-So everything but the rows is a `RolloutEntry`, which is small and can be sent to where they are. `join` then makes the rollout of
-both, and `describe` what the reply says of it once it is durable.
+The text and the captured rows may be in different processes: an engine whose model runs in workers leaves the rows there. So
+everything but the rows is a `RolloutEntry`, which is small and is sent to the process that has the rows. `join` combines both
+into a rollout. `describe` returns the reply's `activations` once the rollout is committed.
 """
 
 from dataclasses import dataclass
@@ -33,40 +33,40 @@ Delivery = Literal["reference", "sample", "full"]
 
 @dataclass(frozen=True)
 class RolloutEntry:
-    """A finished generation as the store is to have it, but for its rows."""
+    """Everything that the store keeps of a finished generation, except its rows."""
 
     session_id: str
-    """Where it goes."""
+    """Session to store it in."""
     rollout_id: str
-    """A ULID."""
+    """Its id, a ULID."""
     model: str
     """The model's served name."""
     revision: str
-    """Its revision."""
+    """The model's revision."""
     positions: str
-    """Which of its rows were kept."""
+    """Position policy of the captured rows."""
     sequence: TokenizedText
     """Prompt and completion."""
     logprobs: Float[np.ndarray, "tokens"]
-    """Of each of its tokens when it was sampled; NaN for those of the prompt."""
+    """Log-probability of each token when it was sampled; NaN for the prompt's tokens."""
     finish_reason: str
     """"stop" or "length"."""
     key: RolloutKey | None
-    """The caller's identity for it, if it gave one."""
+    """The caller's own key of the rollout, if it gave one."""
     labels: dict[str, LabelValue]
     """The caller's labels."""
     delivery: Delivery
-    """Whether the reply carries values, and how many."""
+    """Whether the reply carries values: none, a sample of them, or all."""
     computed_in: str | None = None
-    """The dtype that the model computes in."""
+    """Dtype that the model computes in."""
     model_quantization: str | None = None
     """How the model's weights are quantized, None if they are not."""
     allow_non_finite: bool = False
-    """Whether rows may hold NaN and infinity."""
+    """Whether rows may contain NaN and infinity."""
     quantized: bool = False
     """Whether rows are stored as int8."""
     forced: tuple[int, ...] = ()
-    """The positions of tokens that nobody chose: they have no log-probability, and NaN stands for it."""
+    """Positions of tokens that were forced and not sampled; their log-probability is NaN."""
 
 
 def make_entry(
@@ -78,16 +78,16 @@ def make_entry(
     session_id: str,
     rollout_id: str,
 ) -> RolloutEntry:
-    """Put together what is stored with the rows.
+    """Create the entry of a finished generation.
 
     Args:
-        model: what generated it.
-        prompt: what it was given.
-        role: who speaks the completion.
+        model: the model that generated it.
+        prompt: the prompt.
+        role: role of the completion's speaker.
         asked: the request's `activations`.
-        finished: what it said.
-        session_id: where to store it.
-        rollout_id: a ULID.
+        finished: the engine's result.
+        session_id: session to store it in.
+        rollout_id: its id, a ULID.
     """
     return RolloutEntry(
         session_id=session_id,
@@ -110,7 +110,7 @@ def make_entry(
 
 
 def join(entry: RolloutEntry, captured: CapturedRows) -> Rollout:
-    """Join what was said to what was captured."""
+    """Combine an entry and its captured rows into a rollout."""
     dtypes = {str(tensor.dtype) for tensor in captured.tensors.values()}
     return CapturedRollout(
         session_id=entry.session_id,
@@ -139,9 +139,9 @@ def describe(rollout: CapturedRollout, receipt: Receipt, delivery: Delivery = "r
     """Return the reply's `activations` object for a committed rollout.
 
     Args:
-        rollout: what was committed.
-        receipt: where.
-        delivery: whether the reply carries values, and how many.
+        rollout: the rollout.
+        receipt: where it was committed.
+        delivery: whether the reply carries values: none, a sample of them, or all.
     """
     path = f"{receipt.uri}/{receipt.shard}"
     found = rollout.non_finite
@@ -179,7 +179,7 @@ def _tensor(rollout: CapturedRollout, key: str, path: str, delivery: Delivery) -
 
 
 def _listed(values: Float[Tensor, "..."]) -> list[Any]:
-    """Nest values as their shape says, with None for those that JSON cannot spell."""
+    """Convert values to nested lists, with None for values that JSON cannot represent."""
     finite = values.isfinite()
     if finite.all():
         return values.tolist()

@@ -1,8 +1,8 @@
-"""Where finished generations' rows go, and when they are durable.
+"""Stores the captured rows of finished generations, and reports when they are committed.
 
-An engine that has its model in this process hands rows over, and a `LocalStorage` writes them. One whose model runs in workers
-hands over a ticket, and its own `Storage` has the worker that holds the rows write them (`engines.vllm.worker_storage`). Both end in
-`write`, in the process that has the rows; what crosses to the replica is a `StoredActivations`.
+An engine with its model in this process returns rows, and a `LocalStorage` writes them. An engine whose model runs in workers
+returns a reference to rows, and its own `Storage` has the worker write them (`engines.vllm.worker_storage`). Both end in
+`write`, in the process that has the rows. Only a `StoredActivations` returns to the replica.
 """
 
 import time
@@ -24,46 +24,46 @@ class StoredActivations:
     """A generation's committed activations."""
 
     reply: dict[str, Any]
-    """What the reply says of them."""
+    """The reply's `activations` object."""
     nbytes: int
-    """Their size."""
+    """Size of the rows in bytes."""
     seconds: float
-    """How long the commit took."""
+    """Duration of the commit."""
 
 
 @dataclass(frozen=True)
 class Done:
-    """A finished choice; `stored` is there if activations were asked for, and then durable."""
+    """A finished choice. `stored` is there if the request asked for activations, which are then committed."""
 
     finished: Finished
     stored: StoredActivations | None
 
 
 class Storage(Protocol):
-    """Stores what engines have captured."""
+    """Stores the rows that engines have captured."""
 
     @property
     def has_room(self) -> bool:
-        """Whether more may be captured now: the disk may be slower than the model."""
+        """Whether more rows may be captured now. If the disk is slower than the model, capture requests have to wait."""
 
     def keep(self, entry: RolloutEntry, finished: Finished) -> "Future[StoredActivations]":
-        """Store a finished generation; the future completes when it is durable, or fails with a `StoreError`.
+        """Store a finished generation; the future completes when it is committed, or fails with a `StoreError`.
 
         Args:
-            entry: what was said.
-            finished: its rows, or where they are held.
+            entry: everything about it but its rows.
+            finished: the engine's result, with its rows or a reference to them.
         """
 
 
 class LocalStorage:
-    """Stores rows that are in this process, through its writer."""
+    """Stores rows that are in this process, through this process's writer."""
 
     def __init__(self, writer: StoreWriter) -> None:
         self._writer = writer
 
     @property
     def has_room(self) -> bool:
-        """Whether more may be captured now."""
+        """Whether more rows may be captured now."""
         return self._writer.has_room
 
     def keep(self, entry: RolloutEntry, finished: Finished) -> "Future[StoredActivations]":
@@ -73,11 +73,11 @@ class LocalStorage:
 
 
 def rollout_of(entry: RolloutEntry, captured: CapturedRows) -> Rollout:
-    """Join what was said to what was captured, if the model had probabilities to choose by.
+    """Combine an entry and its captured rows into a rollout, and check its logits.
 
     Raises:
-        NonFiniteRowsError: if it had none, and its rows say where that begins.
-        NonFiniteLogitsError: if it had none, and the rows that were asked for are finite.
+        NonFiniteRowsError: if the logits were not finite and some captured row is not; it says where that begins.
+        NonFiniteLogitsError: if the logits were not finite although all captured rows are.
     """
     rollout = join(entry, captured)
     chosen = np.delete(entry.logprobs, entry.forced)[entry.sequence.n_prompt :]

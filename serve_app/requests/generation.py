@@ -34,7 +34,7 @@ from serve_app.engines.protocol import (
 )
 from serve_app.engines.rollout_entry import make_entry
 from serve_app.engines.served_model import ServedModel
-from serve_app.engines.storage import Done, Storage
+from serve_app.engines.storage import Done, Storage, StoredActivations
 from serve_app.errors import RequestError
 from serve_app.openai_api.errors import ApiError, from_store
 

@@ -49,7 +49,7 @@ from serve_app.engines.protocol import (
     UnknownTokenError,
 )
 from serve_app.engines.transformers.admission import Budget, next_jobs
-from serve_app.engines.transformers.compiled.manager import StepSupply
+from serve_app.engines.transformers.compiled.manager import CompiledStepManager
 from serve_app.engines.transformers.forwards import Forwards
 from serve_app.engines.transformers.int8_weights import dequantize_weights
 from serve_app.engines.transformers.invariance import PIECE, settle
@@ -141,10 +141,10 @@ class TransformersEngine:
         )
         if prefix_cache and not self.prefix_cache.enabled:
             log.warning("%s has no prefix cache: %s", model.source.name, self.prefix_cache.reason)
-        unwanted = "eager" if eager else "batch_invariant" if batch_invariant else ""
-        self._graphs = StepSupply(model, unwanted=unwanted)
+        disabled_by = "eager" if eager else "batch_invariant" if batch_invariant else ""
+        self._compiled_steps = CompiledStepManager(model, disabled_by=disabled_by)
         if compile_first:
-            self._graphs.compile_first()
+            self._compiled_steps.compile_first()
         self._forwards = Forwards(model, self._cache_support, self._memory, self._max_prefill_tokens)
         self._failures = 0
         self._retried = False
@@ -206,7 +206,7 @@ class TransformersEngine:
 
     def expect_changed_weights(self) -> None:
         """Keep nothing from now on that was computed from the weights: a script has them, and may change them at any time."""
-        self._graphs.stop("a script has the model's weights, and may change them")
+        self._compiled_steps.stop("a script has the model's weights, and may change them")
         unpack_weights(self._model.observed._module)
         dequantize_weights(self._model.observed._module)
         if self.prefix_cache.enabled:
@@ -217,7 +217,7 @@ class TransformersEngine:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._graphs.stop()
+        self._compiled_steps.stop()
         if threading.current_thread() is not self._thread:  # on which garbage is collected too
             self._thread.join()
 
@@ -401,14 +401,14 @@ class TransformersEngine:
         tokens = torch.tensor([[running.token_ids[-1]] for running in self._running])
         mask, positions = self._rows.step_inputs()
         shapes = self._shapes.step(mask) if self._shapes is not None else None
-        compiled, begun = self._graphs.step(), time.monotonic()
+        compiled, begun = self._compiled_steps.step(), time.monotonic()
         try:
             inputs = ForwardInputs(tokens, mask, positions, self._rows.cache)
             logits, cache = self._forwards.run(self._running, inputs, shapes, compiled)
-            self._graphs.decoded(time.monotonic() - begun)
+            self._compiled_steps.decoded(time.monotonic() - begun)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is told to the request that caused it
             if compiled is not None:
-                self._graphs.stop("a step has failed")
+                self._compiled_steps.stop("a step has failed")
             left = self._innocent(self._running, error, decoding=True)
             self._running, self._rows = left, self._empty()
             if left:

@@ -71,16 +71,16 @@ class Forwards:
         rows = StepRows([one.rows for one in running], layout, self._memory)
         fillers = StepRows([one.filler for one in running], layout, self._memory)
         scores = StepScores([one.probed for one in running], layout, self._memory)
-        visitors = (steering, rows, fillers, scores)
+        observers = (steering, rows, fillers, scores)
 
         def forward() -> Any:
             with shapes or nullcontext():
                 return self._bare(inputs)
 
-        if compiled is not None and compiled.shows(visitors):
-            logits, cache = compiled.run(inputs, visitors), inputs.cache
+        if compiled is not None and compiled.exposes(observers):
+            logits, cache = compiled.run(inputs, observers), inputs.cache
         else:
-            output = self._model.observed.run(visitors, forward)
+            output = self._model.observed.run(observers, forward)
             logits, cache = output.logits, self._cache_support.given(output, inputs.cache)
         rows.deliver()
         fillers.deliver()

@@ -76,7 +76,7 @@ class PrefixCache:
         for number, name in enumerate(names):
             block = self._blocks.get(name)
             span = range(number * self.size, (number + 1) * self.size)
-            if block is None or any(tap not in block.rows for tap in needed_taps(span)):
+            if block is None or any(tap not in block.rows for tap in needed(span)):
                 return number
         return len(names)
 

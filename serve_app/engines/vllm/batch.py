@@ -16,7 +16,7 @@ from serve_app.engines.probe_stopping import Action
 from serve_app.engines.vllm.collecting import Collector, StepCapture
 from serve_app.engines.vllm.forced_tokens import Forced, forced_by
 from serve_app.engines.vllm.prefix_rows import PrefixRows
-from serve_app.engines.vllm.recorder import Watched
+from serve_app.engines.vllm.recorder import RowRecorder
 from serve_app.engines.vllm.worker_messages import EXTRA_ARGS_KEY, CaptureRequest, unpack
 
 
@@ -27,7 +27,7 @@ class Batch:
         collector: cuts what is read into requests' rows.
         keeps: whether what requests capture is kept here. Where it is not, it is read all the same: gathering what is split
             takes all ranks.
-        watched: who else reads every step, while the model's hook points are verified.
+        recorders: who else reads every step, while the model's hook points are verified.
         n_tokens: of the step.
         actions: by job, what the scores of the step ask for before its next tokens are chosen.
     """
@@ -42,7 +42,7 @@ class Batch:
         """
         self.collector = Collector(device, prefixes)
         self.keeps = True
-        self.watched: list[Watched] = []
+        self.recorders: list[RowRecorder] = []
         self.actions: dict[str, Action] = {}
         self._runner = runner
         self._jobs: dict[str, str] = {}
@@ -80,18 +80,18 @@ class Batch:
             positions.append((self._jobs.get(request_id), range(start, start + tokens)))
         self.n_tokens = sum(tokens for _, tokens in spans)
         self._step = self.collector.step(positions)
-        for watched in self.watched:
-            watched.layout = PackedBatch([span for _, span in positions])
+        for recorder in self.recorders:
+            recorder.layout = PackedBatch([span for _, span in positions])
         return self._step
 
-    def watch(self, watched: list[Watched]) -> None:
+    def start_recording(self, recorders: list[RowRecorder]) -> None:
         """Show every module's values in the next steps to who watches."""
-        self.watched = watched
+        self.recorders = recorders
 
-    def unwatch(self) -> list[Watched]:
-        """Show them no more; returns who watched."""
-        watched, self.watched = self.watched, []
-        return watched
+    def stop_recording(self) -> list[RowRecorder]:
+        """Show them no more; returns the recorders."""
+        recorders, self.recorders = self.recorders, []
+        return recorders
 
     def deliver(self, failure: Exception | None) -> None:
         """Hand out the rows of the step whose forward has been issued.

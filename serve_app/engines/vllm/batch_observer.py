@@ -1,4 +1,4 @@
-"""Shows one vLLM step's values to visitors, through nnsight, once for the whole batch.
+"""Shows one vLLM step's values to observers, through nnsight, once for the whole batch.
 
 nnsight runs a worker per request and block: a thousand requests that read thirty layers park thirty thousand times a step, and
 capturing every layer that way costs a third of the throughput. Its interleaver also has caches: observers to which it hands
@@ -80,8 +80,8 @@ class BatchWorkers(Requests):
             if step.scores is not None:
                 scores = step.scores
                 _see(looks, scores.taps, (lambda key, *found: scores(key, sum_of(found))) if batch.keeps else _pass_by)
-        for watched in batch.watched:
-            _see(looks, watched.taps, watched)
+        for recorder in batch.recorders:
+            _see(looks, recorder.taps, recorder)
         interleaver = model.interleaver
         interleaver.batcher.total = sum(tokens for _, tokens in spans)
         self.nrows = len(spans)
@@ -117,8 +117,8 @@ class _Observer(Cache):
             self.failure = error
 
 
-def _see(looks: dict[str, list[Look]], taps: dict[str, Tap], visitor: Callable[..., None]) -> None:
-    """Have a visitor look at its taps: it is called with a key, and the tensors whose sum that is (`hook_points.terms`)."""
+def _see(looks: dict[str, list[Look]], taps: dict[str, Tap], observer: Callable[..., None]) -> None:
+    """Have an observer look at its taps: it is called with a key, and the tensors whose sum that is (`hook_points.terms`)."""
 
     def look(key: str, tap: Tap) -> Look:
         def at(value: Any) -> None:
@@ -126,7 +126,7 @@ def _see(looks: dict[str, list[Look]], taps: dict[str, Tap], visitor: Callable[.
                 found = terms(value, tap)
             except TypeError:
                 return  # a module that passes no tensor has no rows; the request that asked is told when it ends
-            visitor(key, *found)
+            observer(key, *found)
 
         return at
 

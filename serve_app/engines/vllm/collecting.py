@@ -97,7 +97,7 @@ class _Job:
 
 @dataclass(frozen=True)
 class StepCapture:
-    """One forward's visitors: what adds to the batch, then what reads it."""
+    """One forward's observers: what adds to the batch, then what reads it."""
 
     steering: StepSteering | None
     rows: StepRows | None

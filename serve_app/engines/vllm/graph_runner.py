@@ -29,13 +29,13 @@ from serve_app.engines.vllm.forced_tokens import ForcesTokens
 from serve_app.engines.vllm.graph_taps import GraphTaps, Sizes, buffer_bytes
 from serve_app.engines.vllm.hook_points import declared_taps, describe_modules, terms
 from serve_app.engines.vllm.prefix_rows import PrefixRows
-from serve_app.engines.vllm.recorder import Watched
+from serve_app.engines.vllm.recorder import RowRecorder
 from serve_app.engines.vllm.worker_messages import TAPS_KEY, VECTORS_PER_REQUEST
 
 DEVICE_SHARE_OF_TAPS = 0.5
 """The share of a GPU's memory beside the weights that taps' buffers may take."""
 
-Visitor = StepRows | StepScores | Watched
+RowReader = StepRows | StepScores | RowRecorder
 """Reads rows of a step, by stored key."""
 
 log = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class GraphBatch(Batch):
         self.taps = taps
         self._failure: Exception | None = None
         self._hooks: ExitStack | None = None
-        self._by_hooks = Watched({})
+        self._by_hooks = RowRecorder({})
 
     def scope(self, spans: list[tuple[str, int]]) -> None:
         """Lay out the step that is about to run."""
@@ -78,50 +78,50 @@ class GraphBatch(Batch):
 
     def end_step(self) -> None:
         """Gather and hand out the rows of the step whose forward has been issued."""
-        step, visitors = self._step, list[Visitor]()
+        step, readers = self._step, list[RowReader]()
         if step is not None and self.keeps:
-            visitors += [visitor for visitor in (step.rows, step.fills, step.scores) if visitor is not None]
+            readers += [reader for reader in (step.rows, step.fills, step.scores) if reader is not None]
         if self._hooks is None:
-            visitors += self.watched
-        for visitor in visitors:
-            for key, tap in visitor.taps.items():
+            readers += self.recorders
+        for reader in readers:
+            for key, tap in reader.taps.items():
                 if (rows := self.taps.rows(tap, self.n_tokens)) is not None:
-                    visitor(key, rows)
+                    reader(key, rows)
         self.deliver(self._failure)
 
-    def watch(self, watched: list[Watched]) -> None:
+    def start_recording(self, recorders: list[RowRecorder]) -> None:
         """Have the next steps run module by module, and show every module's values to who watches."""
-        super().watch([*watched, Watched({str(tap): tap for tap in self.taps.taps})])
+        super().start_recording([*recorders, RowRecorder({str(tap): tap for tap in self.taps.taps})])
         self._hooks = ExitStack()
         for module in self._model.modules():
             if getattr(module, "do_not_compile", True) is False:
                 object.__setattr__(module, "do_not_compile", True)
                 self._hooks.callback(object.__setattr__, module, "do_not_compile", False)
-        for one in self.watched:
+        for one in self.recorders:
             for key, tap in one.taps.items():
                 self._hooks.callback(_hook(self._model.get_submodule(tap.module), tap, partial(self._show, one, key)))
 
-    def unwatch(self) -> list[Watched]:
-        """Have steps run as they do; the next ones are compared with those that were watched. Returns who watched."""
+    def stop_recording(self) -> list[RowRecorder]:
+        """Have steps run as they do; the next ones are compared with those that were recorded. Returns the recorders."""
         assert self._hooks is not None
         self._hooks.close()
         self._hooks = None
-        *watched, self._by_hooks = super().unwatch()
-        self.watched = [Watched(self._by_hooks.taps)]
-        return watched
+        *recorders, self._by_hooks = super().stop_recording()
+        self.recorders = [RowRecorder(self._by_hooks.taps)]
+        return recorders
 
     def errors(self) -> dict[str, float]:
         """Return, by its place, how far off the rows are that each tap has shown since (`median_error`)."""
-        (shown,) = super().unwatch()
+        (shown,) = super().stop_recording()
         there, here = self._by_hooks.seen(), shown.seen()
         return {place: median_error(here.get(place), rows) for place, rows in there.items()}
 
-    def _show(self, watched: Watched, key: str, tap: Tap, value: Any) -> None:
+    def _show(self, recorder: RowRecorder, key: str, tap: Tap, value: Any) -> None:
         try:
             found = terms(value, tap)
         except TypeError:
             return  # a module that passes no tensor has no rows
-        watched(key, *(tensor[: self.n_tokens] for tensor in found))
+        recorder(key, *(tensor[: self.n_tokens] for tensor in found))
 
 
 def _hook(module: nn.Module, tap: Tap, look: Callable[[Tap, Any], None]) -> Callable[[], None]:

@@ -367,7 +367,7 @@ async def _verify(client: "Client", modules: Modules, n_experts: int | None, pla
     """Run a request while the workers watch it, and the rows' norms at some places; returns what each rank says."""
     from vllm import SamplingParams, TokensPrompt
 
-    await client.collective_rpc("roentgen_watch", args=(sorted(places),))
+    await client.collective_rpc("roentgen_record", args=(sorted(places),))
     prompt = TokensPrompt(prompt_token_ids=list(range(1, PROBE_TOKENS + 1)))
     params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False)
     async for _ in client.generate(prompt, params, "verification"):

@@ -15,8 +15,8 @@ def sum_of(found: Sequence[Tensor]) -> Tensor:
     return functools.reduce(torch.add, found)
 
 
-class Watched:
-    """Keeps everything that its taps read: a visitor for the verification of hook points."""
+class RowRecorder:
+    """Keeps everything that its taps read: an observer for the verification of hook points."""
 
     def __init__(self, taps: dict[str, Tap]) -> None:
         self.taps = taps
@@ -38,7 +38,7 @@ class Watched:
         return flat.to("cpu", copy=True) if flat.ndim == 2 else None
 
 
-class Norms(Watched):
+class NormRecorder(RowRecorder):
     """Keeps the rows' norms only: enough to tell whether several ranks have the same rows or each a part of them."""
 
     def _kept(self, flat: Tensor) -> Tensor | None:

@@ -22,7 +22,7 @@ from serve_app.engines.vllm.eager_runner import EagerRunner
 from serve_app.engines.vllm.graph_runner import GraphRunner
 from serve_app.engines.vllm.hook_points import Verified, candidates, describe_modules, tap_at, verify
 from serve_app.engines.vllm.lifetime import EndsWithReplica
-from serve_app.engines.vllm.recorder import Norms, Watched
+from serve_app.engines.vllm.recorder import NormRecorder, RowRecorder
 from serve_app.engines.vllm.worker_messages import SyncMessage, SyncReply, pack, unpack
 
 log = logging.getLogger(__name__)
@@ -58,7 +58,7 @@ class Capturing(ScoresChosenTokens, EndsWithReplica):
         except ValueError as error:
             return pack(str(error))
 
-    def roentgen_watch(self, places: list[str]) -> None:
+    def roentgen_record(self, places: list[str]) -> None:
         """Keep what the requests of the next steps show of the candidates for hook points, and the rows' norms at places.
 
         Args:
@@ -67,16 +67,17 @@ class Capturing(ScoresChosenTokens, EndsWithReplica):
         model = self.model_runner.get_model()
         modules = describe_modules([path for path, _ in model.named_modules()], {}, "")
         taps, checks = candidates(modules)
-        self.model_runner.batch.watch([Watched({**taps, **checks}), Norms({place: tap_at(place) for place in places})])
+        recorders = [RowRecorder({**taps, **checks}), NormRecorder({place: tap_at(place) for place in places})]
+        self.model_runner.batch.start_recording(recorders)
 
     def roentgen_verify(self, n_layers: int, n_experts: int) -> bytes:
-        """Check the candidates on what has been seen since `roentgen_watch`; returns `Verified`.
+        """Check the candidates on what has been seen since `roentgen_record`; returns `Verified`.
 
         Args:
             n_layers: decoder layers.
             n_experts: 0 for none.
         """
-        candidate, norms = self.model_runner.batch.unwatch()
+        candidate, norms = self.model_runner.batch.stop_recording()
         wrong = verify(candidate.seen(), n_layers, n_experts or None)
         return pack(Verified(wrong, {place: found.tolist() for place, found in norms.seen().items()}))
 

@@ -18,6 +18,7 @@ from serve_app.capture.rows import CapturePlan
 from serve_app.capture.steering import SteeringVector
 from serve_app.engines.probe_stopping import Stopping
 from serve_app.engines.rollout_entry import RolloutEntry
+from serve_app.engines.storage import StoredActivations
 
 EXTRA_ARGS_KEY = "roentgen"
 """Key of the packed `CaptureRequest` in vLLM's `extra_args`."""

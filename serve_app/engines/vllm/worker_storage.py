@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from roentgen.store import StoreError
 from serve_app.engines.protocol import Finished
 from serve_app.engines.rollout_entry import RolloutEntry
+from serve_app.engines.storage import StoredActivations
 from serve_app.engines.vllm.worker_messages import SyncMessage, SyncReply
 
 log = logging.getLogger(__name__)

@@ -21,8 +21,7 @@ from torch._inductor.exc import CppCompileError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from serve_app.engines.transformers.compiled.compilation import GRAPHS, PARTS, REQUEST
-from serve_app.engines.transformers.compiled.graph import NotCompilableError, Parts, export_step, parts_of
-from serve_app.engines.transformers.compiled.operations import SOURCE, library_file, load
+from serve_app.engines.transformers.compiled.graph import GraphParts, NotCompilableError, export_step, parts_of
 
 NICENESS = 10
 
@@ -40,10 +39,10 @@ def main(work: Path, target: Path) -> None:
     os.nice(NICENESS)
     threading.Thread(target=_end_with, args=(os.getppid(),), name="ends-with-engine", daemon=True).start()
     asked = json.loads((work / REQUEST).read_text())
-    parts = Parts(
+    parts = GraphParts(
         asked["parts"]["architecture"],
         tuple((path, outputs) for path, outputs in asked["parts"]["linears"]),
-        tuple(asked["parts"]["places"]),
+        tuple(asked["parts"]["observed_modules"]),
     )
     torch.set_num_threads(asked["threads"])
     library = library_file()
@@ -68,23 +67,7 @@ def main(work: Path, target: Path) -> None:
             raise
 
 
-def build(folder: Path) -> Path:
-    """Compile the operations into a folder, with inductor's flags for this processor; returns the library.
-
-    Raises:
-        NotCompilableError: if the compiler fails.
-    """
-    options = CppTorchOptions(vec_isa=pick_vec_isa(), include_pytorch=True)
-    builder = CppBuilder("operations", str(SOURCE), options, str(folder))
-    try:
-        builder.build()
-    except CppCompileError as error:
-        reason = next((line for line in str(error).splitlines() if "error:" in line), str(error).splitlines()[0])
-        raise NotCompilableError(f"the operations cannot be compiled: {reason}") from error
-    return Path(builder.get_target_file_path())
-
-
-def without_weights(folder: Path, dtype: torch.dtype, parts: Parts) -> PreTrainedModel:
+def without_weights(folder: Path, dtype: torch.dtype, parts: GraphParts) -> PreTrainedModel:
     """Make a model of a configuration whose weights are nowhere. Its buffers are: inductor writes small ones into the code.
 
     Args:
@@ -97,7 +80,7 @@ def without_weights(folder: Path, dtype: torch.dtype, parts: Parts) -> PreTraine
     """
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
-    if (found := parts_of(model, parts.places)) != parts:
+    if (found := parts_of(model, parts.observed_modules)) != parts:
         raise NotCompilableError(
             f"its configuration gives another model ({found.architecture}) than {parts.architecture}"
         )

@@ -25,13 +25,12 @@ import transformers
 from transformers import PreTrainedModel
 
 from roentgen.model_names import cache_folder
-from serve_app.engines.transformers.compiled.graph import Parts, parts_of
-from serve_app.engines.transformers.compiled.operations import library_file
+from serve_app.engines.transformers.compiled.graph import GraphParts, parts_of
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-"""Of the graphs; another number, and nothing older is used."""
+FORMAT = 2
+"""Of the graphs and of the operations that they call; another number, and nothing older is used."""
 
 GRAPHS = {True: "one_row.pt2", False: "rows.pt2"}
 """By whether it is for one row, a graph's file."""
@@ -43,10 +42,10 @@ def _versions() -> tuple[str, ...]:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class CompilationSpec:
     """What is to be compiled, and for what."""
 
-    parts: Parts
+    parts: GraphParts
     config: dict[str, Any]
     """The model's."""
     dtype: str
@@ -67,21 +66,21 @@ class Wanted:
         return (self.folder / PARTS).exists() and library_file().exists()
 
     @classmethod
-    def of(cls, model: PreTrainedModel, places: list[str]) -> "Wanted":
+    def of(cls, model: PreTrainedModel, observed_modules: list[str]) -> "CompilationSpec":
         """Return what is wanted for a model.
 
         Args:
             model: with its weights.
-            places: paths of the modules whose outputs are to be shown.
+            observed_modules: paths of the modules whose outputs are to be shown.
         """
         dtype = str(model.dtype).removeprefix("torch.")
-        return cls(parts_of(model, places), model.config.to_dict(), dtype, torch.get_num_threads())
+        return cls(parts_of(model, observed_modules), model.config.to_dict(), dtype, torch.get_num_threads())
 
 
 class Compilation:
     """A process that compiles. It can be stopped and go on, with the compilers that it has started."""
 
-    def __init__(self, wanted: Wanted) -> None:
+    def __init__(self, wanted: CompilationSpec) -> None:
         """Start it, in a process group of its own.
 
         The group belongs to this session: the kernel ends it when this process ends, even if it is stopped.
@@ -110,7 +109,7 @@ class Compilation:
         if not self._paused:
             self._send(signal.SIGSTOP, paused=True)
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         """Let it go on, if it is stopped."""
         if self._paused:
             self._send(signal.SIGCONT, paused=False)

@@ -1,7 +1,7 @@
 """The graph of a decoding step: a model's own forward for one new token per row, with the engine's operations in it.
 
-What is exported is the model's code as transformers has it, on a model without weights: linear layers call `linear`,
-attention calls `attend`, and the modules whose outputs requests read call `visit` on them. Masks and
+What is exported is the model's code as transformers has it, on a model without weights: linear layers call `operations.linear`,
+attention calls `operations.attend`, and the modules whose outputs requests read call `operations.observe` on them. Masks and
 rotations are the model's own. A model whose forward cannot be exported (BLOOM's biases need all columns of the keys) raises an
 error, and runs without a graph.
 """
@@ -32,29 +32,29 @@ class NotCompilableError(Exception):
 
 
 @dataclass(frozen=True)
-class Parts:
+class GraphParts:
     """What a graph refers to by number. A model that has the same parts can be run by it."""
 
     architecture: str
     """The model's class."""
     linears: tuple[tuple[str, int], ...]
     """Paths of the linear layers, and how many outputs each has."""
-    places: tuple[str, ...]
+    observed_modules: tuple[str, ...]
     """Paths of the modules whose outputs are shown."""
 
 
-def parts_of(model: nn.Module, places: Sequence[str]) -> Parts:
+def parts_of(model: nn.Module, observed_modules: Sequence[str]) -> GraphParts:
     """Return a model's parts.
 
     Args:
         model: whose linear layers are packed, or plain.
-        places: paths of the modules whose outputs are to be shown.
+        observed_modules: paths of the modules whose outputs are to be shown.
     """
     linears = tuple((path, one.out_features) for path, one in model.named_modules() if isinstance(one, nn.Linear))
-    return Parts(type(model).__name__, linears, tuple(places))
+    return GraphParts(type(model).__name__, linears, tuple(observed_modules))
 
 
-def export_step(model: PreTrainedModel, parts: Parts, *, one_row: bool) -> ExportedProgram:
+def export_step(model: PreTrainedModel, parts: GraphParts, *, one_row: bool) -> ExportedProgram:
     """Export a step. The model is changed beyond use.
 
     Args:
@@ -71,7 +71,7 @@ def export_step(model: PreTrainedModel, parts: Parts, *, one_row: bool) -> Expor
         for name, weight in module.named_parameters(recurse=False):
             if weight.is_meta:
                 setattr(module, name, nn.Parameter(torch.empty_like(weight, device="cpu"), requires_grad=False))
-    for number, path in enumerate(parts.places):
+    for number, path in enumerate(parts.observed_modules):
         model.get_submodule(path).register_forward_hook(_shown(number))
     AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, eager_mask)  # made once a step, as numbers to add
@@ -103,7 +103,7 @@ class DecodingStep(nn.Module):
         self, tokens: Int[Tensor, "rows 1"], mask: Int[Tensor, "rows columns"], positions: Int[Tensor, "rows 1"]
     ) -> Float[Tensor, "rows 1 vocab"]:
         """Return the logits after the new tokens, whose column is the mask's last."""
-        cache = Cache(layers=[_Elsewhere(mask.shape[1]) for _ in range(self._layers)])
+        cache = Cache(layers=[_ExternalCacheLayer(mask.shape[1]) for _ in range(self._layers)])
         logits: Tensor = self.model(
             input_ids=tokens,
             attention_mask=mask,
@@ -127,7 +127,7 @@ class _Linear(nn.Module):
         return output
 
 
-class _Elsewhere(CacheLayerMixin):
+class _ExternalCacheLayer(CacheLayerMixin):
     """A cache's layer that hands new keys and values on: attention writes them where the engine keeps the others."""
 
     is_sliding = False
@@ -179,6 +179,6 @@ def _attention(
 
 def _shown(number: int) -> Any:
     def show(module: nn.Module, args: object, output: Any) -> None:
-        torch.ops.roentgen.visit(output[0] if isinstance(output, tuple) else output, number)
+        operations.observe(output[0] if isinstance(output, tuple) else output, number)
 
     return show

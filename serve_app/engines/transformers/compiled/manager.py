@@ -19,7 +19,7 @@ from torch._inductor.exc import InvalidCxxCompiler
 
 from serve_app.engines.transformers.compiled import compilation
 from serve_app.engines.transformers.compiled.graph import NotCompilableError
-from serve_app.engines.transformers.compiled.step import CompiledStep, shown_places
+from serve_app.engines.transformers.compiled.step import CompiledStep, observed_modules_of
 from serve_app.engines.transformers.grouped_attention import GROUPED
 from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.engines.transformers.packed_weights import PackedLinear
@@ -27,7 +27,7 @@ from serve_app.engines.transformers.rotation import depends_on_length
 
 log = logging.getLogger(__name__)
 
-AFTER_S = 60.0
+COMPILE_AFTER_S = 60.0
 """Seconds of decoding after which graphs are compiled. It takes about as long, on every core."""
 
 POLL_S = 0.5
@@ -36,29 +36,29 @@ IDLE_S = 1.0
 """Seconds without a step after which the engine counts as idle."""
 
 
-class StepSupply:
+class CompiledStepManager:
     """Finds, makes and hands out the compiled step of one engine."""
 
-    def __init__(self, model: LoadedModel, *, unwanted: str = "", after_s: float = AFTER_S) -> None:
+    def __init__(self, model: LoadedModel, *, disabled_by: str = "", after_s: float = COMPILE_AFTER_S) -> None:
         """Take a model; nothing starts before its first step.
 
         Args:
             model: with packed weights.
-            unwanted: why no step is to be compiled, "" if it is.
+            disabled_by: why no step is to be compiled, "" if it is.
             after_s: seconds of decoding after which graphs are compiled.
         """
         self._model = model
         self._after_s = after_s
         self._decoded_s = 0.0
         self._stopped = threading.Event()
-        self._enough = threading.Event()
+        self._decoded_enough = threading.Event()
         self._loaded: CompiledStep | None = None
         self._checked: CompiledStep | None = None
         self._thread: threading.Thread | None = None
         self._last_step = 0.0
         self._compilation: compilation.Compilation | None = None
         self._folder: Path | None = None
-        if reason := unwanted or _obstacle(model):
+        if reason := disabled_by or _reason_not_to_compile(model):
             log.info("decoding steps are not compiled: %s", reason)
             self._stopped.set()
 
@@ -76,7 +76,7 @@ class StepSupply:
 
     def compile_first(self) -> None:
         """Have the graphs compiled now, and wait until they are there, or are known not to come."""
-        self._enough.set()
+        self._decoded_enough.set()
         self._start()
         if self._thread is not None:
             self._thread.join()
@@ -85,7 +85,7 @@ class StepSupply:
         """Count time that was spent on steps of the model's own."""
         self._decoded_s += seconds
         if self._decoded_s >= self._after_s:
-            self._enough.set()
+            self._decoded_enough.set()
 
     def stop(self, reason: str = "") -> None:
         """Hand out nothing from now on, and end the process that compiles.
@@ -102,7 +102,7 @@ class StepSupply:
 
     def _start(self) -> None:
         if self._thread is None and not self._stopped.is_set():
-            self._thread = threading.Thread(target=self._supply, name="compiled-step", daemon=True)
+            self._thread = threading.Thread(target=self._provide, name="compiled-step", daemon=True)
             self._thread.start()
 
     def _take(self, loaded: CompiledStep) -> None:
@@ -117,26 +117,26 @@ class StepSupply:
             log.info("decoding steps are compiled from now on")
             self._checked = loaded
 
-    def _supply(self) -> None:
+    def _provide(self) -> None:
         try:
             model = self._model.observed._module
-            places = shown_places(self._model.structure)
-            wanted = compilation.Wanted.of(model, places)
+            observed_modules = observed_modules_of(self._model.structure)
+            wanted = compilation.CompilationSpec.of(model, observed_modules)
             self._folder = wanted.folder
             if not wanted.done and not self._compiled(wanted):
                 return
-            self._loaded = CompiledStep.load(wanted.folder, model, places)
+            self._loaded = CompiledStep.load(wanted.folder, model, observed_modules)
         except (NotCompilableError, OSError, RuntimeError) as error:
             log.warning("decoding steps are not compiled: %s", str(error).strip().split("\n")[0])
             self.stop()
 
-    def _compiled(self, wanted: compilation.Wanted) -> bool:
+    def _compiled(self, wanted: compilation.CompilationSpec) -> bool:
         """Have graphs compiled once that is worth it; False if the engine has stopped before.
 
         Raises:
             NotCompilableError: if it failed.
         """
-        while not self._enough.is_set() or not self._idle:
+        while not self._decoded_enough.is_set() or not self._idle:
             if self._stopped.wait(POLL_S):
                 return False
         log.info("compiling decoding steps while nothing is generated")
@@ -144,15 +144,15 @@ class StepSupply:
         try:
             while not self._stopped.is_set():
                 if self._idle:
-                    running.go_on()
+                    running.resume()
                 try:
-                    said = running.wait(POLL_S)
+                    errors = running.wait(POLL_S)
                 except subprocess.TimeoutExpired:
-                    said = None
+                    errors = None
                 if wanted.done:  # the process has only to end, and may be stopped before it does
                     return True
-                if said is not None:
-                    raise NotCompilableError((said.strip().splitlines() or ["the compiler says nothing"])[-1])
+                if errors is not None:
+                    raise NotCompilableError((errors.strip().splitlines() or ["the compiler says nothing"])[-1])
             return False
         finally:
             self._compilation = None
@@ -163,7 +163,7 @@ class StepSupply:
         return time.monotonic() - self._last_step > IDLE_S
 
 
-def _obstacle(model: LoadedModel) -> str:
+def _reason_not_to_compile(model: LoadedModel) -> str:
     """Return why a model's steps cannot be compiled, "" if nothing is known against it."""
     module = model.observed._module
     if model.device.type != "cpu":

@@ -1,11 +1,8 @@
-"""What a compiled step leaves to the engine, as operations of PyTorch: the graph calls them, and their arguments are numbers.
+"""PyTorch operations that a compiled graph calls and the engine implements; the graph passes indices, not objects.
 
-`linear` multiplies by a packed weight, `attend` writes a layer's new keys and values and attends over all of them, and `visit`
-shows a value to its visitors, who may add to it in place. They are in C++ (operations.cpp): a step calls hundreds of
-them, and a call of Python takes about as long as a small product. The process that compiles the graphs builds them, too.
-
-What the numbers stand for is bound to the thread for as long as a step runs, so that one graph serves every batch, and several
-engines of a process do not meet.
+`linear` multiplies by a packed weight. `attend` writes a layer's new keys and values and attends over all of them. `observe`
+passes a value to its observers, which may add to it in place. While a step runs, this thread is bound to the objects that the
+indices refer to. So one graph serves every batch, and several engines of one process do not interfere.
 """
 
 import hashlib
@@ -30,35 +27,32 @@ SOURCE = Path(__file__).with_suffix(".cpp")
 
 
 @dataclass(frozen=True)
-class Bound:
-    """What a step's operations refer to."""
+class StepBindings:
+    """The objects that a step's operations refer to by index."""
 
     linears: Sequence[tuple[Tensor, Tensor | None]]
-    """By number, a linear layer's packed weight and its bias."""
-    slots: Slots
-    """The keys and values of the running batch."""
-    hook_points: int
-    """How many places a graph shows."""
-    visits: Mapping[int, Callable[[Tensor], None]]
-    """By the number of a place, its visitor."""
+    """Per linear layer, its packed weight and its bias."""
+    layers: Sequence[Any]
+    """The cache's layers."""
+    callbacks: Mapping[int, Callable[[Tensor], None]]
+    """Per index of an observed module, the callback that receives its output."""
     failures: list[BaseException] = field(default_factory=list)
-    """What visitors have raised."""
+    """Errors that operations have raised."""
 
 
 class _Thread(threading.local):
-    bound: Bound | None = None
+    bound: StepBindings | None = None
 
 
 _thread = _Thread()
 
 
 @contextmanager
-def bound(step: Bound) -> Iterator[None]:
-    """Have this thread's operations refer to these things.
+def bind(step: StepBindings) -> Iterator[None]:
+    """Bind this thread's operations to a step's objects.
 
     Raises:
-        BaseException: the first that a visitor has raised.
-        RuntimeError: if an operation failed.
+        BaseException: the first error that an operation has raised.
     """
     try:
         _thread.bound = step
@@ -83,13 +77,9 @@ def bound(step: Bound) -> Iterator[None]:
         _thread.bound = None
 
 
-def _show(value: Tensor, place: int) -> None:
-    assert _thread.bound is not None
-    try:
-        _thread.bound.visits[place](value)
-    except BaseException as error:
-        _thread.bound.failures.append(error)
-        raise
+def _here() -> StepBindings:
+    assert _thread.bound is not None, "an operation of a compiled step was called outside of a step"
+    return _thread.bound
 
 
 def library_file() -> Path:
@@ -112,9 +102,47 @@ def load(library: Path) -> None:
     torch.library.register_fake(f"{NAMESPACE}::visit", lambda value, place: None)
 
 
+def _observe(value: Tensor, number: int) -> None:
+    look = _here().callbacks.get(number)
+    if look is not None:
+        look(value)
+
+
+def _noting(operation: Callable[..., T]) -> Callable[..., T]:
+    """Wrap an operation so that its error is recorded: PyTorch reports to the graph's caller that it failed, but not how."""
+
+    def call(*args: Any) -> T:
+        try:
+            return operation(*args)
+        except BaseException as error:
+            _here().failures.append(error)
+            raise
+
+    return call
+
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+_library.define("linear(Tensor rows, SymInt number, SymInt outputs) -> Tensor")
+_library.define("attend(Tensor query, Tensor key, Tensor value, Tensor mask, SymInt layer, float scaling) -> Tensor")
+_library.define("observe(Tensor(a!) value, SymInt number) -> ()")
+_library.impl("linear", _noting(_linear), "CPU")
+_library.impl("attend", _noting(_attend), "CPU")
+_library.impl("observe", _noting(_observe), "CPU")
+
+
+@torch.library.register_fake(f"{NAMESPACE}::linear")
 def _linear_shape(rows: Tensor, number: int, outputs: int) -> Tensor:
     return rows.new_empty(*rows.shape[:-1], outputs)
 
 
 def _attend_shape(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, layer: int, scaling: float) -> Tensor:
     return query.new_empty(query.shape[0], 1, query.shape[1], value.shape[-1])
+
+
+@torch.library.register_fake(f"{NAMESPACE}::observe")
+def _observe_shape(value: Tensor, number: int) -> None:
+    return None
+
+
+linear, attend, observe = torch.ops.roentgen.linear, torch.ops.roentgen.attend, torch.ops.roentgen.observe
+"""The operations, as the exported code calls them."""

@@ -1,8 +1,8 @@
 """A model's compiled decoding step: loaded beside the model, compared with it, and run in its place.
 
-A step shows the outputs that `places` names to visitors, as the model observed by nnsight does (`capture.observer`), and they
-may add to them. One whose visitors look elsewhere is the model's. Before a graph is used it runs a small batch that the model
-runs too: one whose values are others is not used.
+A compiled step passes the outputs of some modules to observers, as the model wrapped by nnsight does (`capture.observer`), and
+observers may add to them. If a step's observers tap anything else, the model itself runs the step. Before a graph is used, it
+runs a small batch that the model runs too. If its values differ from the model's, the graph is not used.
 """
 
 import json
@@ -18,59 +18,59 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from roentgen.contract import stored_key
-from serve_app.capture.observer import Visit, Visitor
+from serve_app.capture.observer import StepObserver, Subscription
 from serve_app.capture.structure import ModelStructure, Tap
 from serve_app.engines.transformers.compiled.compilation import GRAPHS, PARTS
 from serve_app.engines.transformers.compiled.graph import NotCompilableError, parts_of
-from serve_app.engines.transformers.compiled.operations import Bound, bound
+from serve_app.engines.transformers.compiled.operations import StepBindings, bind
 from serve_app.engines.transformers.kv_cache import SlotRows
 from serve_app.engines.transformers.model_cache import ForwardInputs
 from serve_app.engines.transformers.packed_weights import PackedLinear
 
 log = logging.getLogger(__name__)
 
-SHOWN = ("resid_post", "ln_attn", "ln_mlp")
-"""Hook points whose places a graph shows, of every layer: each costs a little, also when nobody looks."""
+OBSERVED_HOOK_POINTS = ("resid_post", "ln_attn", "ln_mlp")
+"""Hook points that a graph exposes, of every layer. Each costs a little, even without observers."""
 
 LARGEST_ERROR = {torch.float32: 1e-3}
 HALF_ERROR = 0.05
 """The largest difference from the model's own values, relative to their norm, that rounding explains: the model rounds after
-every operation, and a graph after every loop. Other dtypes than those of `LARGEST_ERROR` have `HALF_ERROR`."""
+every operation, and a graph after every fused loop. Dtypes that are not in `LARGEST_ERROR` use `HALF_ERROR`."""
 
-TRIED = (9, 5, 14)
-"""Tokens of the prompts that a graph is tried with."""
+PROMPT_LENGTHS = (9, 5, 14)
+"""Lengths of the prompts that a graph is checked with."""
 
 
-def shown_places(structure: ModelStructure) -> list[str]:
-    """Return the paths of the modules whose outputs a graph shows."""
-    keys = [stored_key(name, layer) for layer in range(structure.num_layers) for name in SHOWN]
+def observed_modules_of(structure: ModelStructure) -> list[str]:
+    """Return the paths of the modules whose outputs a graph exposes."""
+    keys = [stored_key(name, layer) for layer in range(structure.num_layers) for name in OBSERVED_HOOK_POINTS]
     taps = [structure.taps[key] for key in keys if key in structure.taps]
     return list(dict.fromkeys(tap.module for tap in taps if tap == Tap(tap.module, "output")))
 
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """A step's graphs, for one row and for more, and what they refer to."""
+    """A step's graphs, for one row and for more, and the objects they refer to."""
 
     graphs: dict[bool, Any]
-    """By whether it is for one row."""
+    """Per whether it is for one row, the graph."""
     linears: tuple[PackedLinear, ...]
-    places: dict[str, int]
-    """Paths of the modules that are shown, and their numbers."""
+    observed_modules: dict[str, int]
+    """Paths of the modules whose outputs are exposed, with their indices."""
 
     @classmethod
-    def load(cls, folder: Path, model: PreTrainedModel, places: Sequence[str]) -> "CompiledStep":
-        """Load what was compiled for a model. Its weights are used where they lie.
+    def load(cls, folder: Path, model: PreTrainedModel, observed_modules: Sequence[str]) -> "CompiledStep":
+        """Load the graphs compiled for a model. They use the model's weights in place.
 
         Args:
-            folder: with the graphs.
+            folder: contains the graphs.
             model: with packed weights.
-            places: paths of the modules that are shown.
+            observed_modules: paths of the modules whose outputs are exposed.
 
         Raises:
-            NotCompilableError: if the graphs are another model's, or need something that this model does not have.
+            NotCompilableError: if the graphs belong to another model, or need something that this model does not have.
         """
-        parts = parts_of(model, places)
+        parts = parts_of(model, observed_modules)
         found = json.loads((folder / PARTS).read_text())
         if found != json.loads(json.dumps(parts.__dict__)):
             raise NotCompilableError("the graphs are another model's")
@@ -84,7 +84,7 @@ class CompiledStep:
         for one_row, name in GRAPHS.items():
             graph = torch._inductor.aoti_load_package(str(folder / name), run_single_threaded=True)
             names = graph.get_constant_fqns()
-            # Few numbers become part of the code, and the process that compiles does not know those of weights.
+            # Small constants become part of the code, and the process that compiles does not have the values of weights.
             if lost := sorted(weights.difference(names)) + [name for name in names if name not in state]:
                 raise NotCompilableError(f"the graph does not take {lost[0]} from the model")
             graph.load_constants(
@@ -94,64 +94,63 @@ class CompiledStep:
         packed = tuple(one for one in linears if isinstance(one, PackedLinear))
         if len(packed) < len(linears):
             raise NotCompilableError("not all of its weights are packed")
-        return cls(graphs, packed, {path: number for number, path in enumerate(places)})
+        return cls(graphs, packed, {path: number for number, path in enumerate(observed_modules)})
 
-    def shows(self, visitors: Sequence[Visitor]) -> bool:
-        """Whether all places where visitors look are shown."""
+    def exposes(self, observers: Sequence[StepObserver]) -> bool:
+        """Whether the graph exposes every tap of these observers."""
         return all(
-            tap.module in self.places and tap == Tap(tap.module, "output")
-            for visitor in visitors
-            for tap in visitor.taps.values()
+            tap.module in self.observed_modules and tap == Tap(tap.module, "output")
+            for observer in observers
+            for tap in observer.taps.values()
         )
 
-    def run(self, inputs: ForwardInputs, visitors: Sequence[Visitor]) -> Float[Tensor, "rows 1 vocab"]:
-        """Run a step and show its values; returns the logits.
+    def run(self, inputs: ForwardInputs, observers: Sequence[StepObserver]) -> Float[Tensor, "rows 1 vocab"]:
+        """Run a step and pass its values to observers; returns the logits.
 
         Args:
-            step: one new token per row; its cache is written to.
-            visitors: who looks, at one place in this order; all places are shown.
+            inputs: one new token per row; its cache is written to.
+            observers: receive values; observers of one module run in this order. All their taps are exposed.
         """
-        visits: dict[int, list[Visit]] = {}
-        for visitor in visitors:
-            for key, tap in visitor.taps.items():
-                visits.setdefault(self.places[tap.module], []).append(Visit(visitor, key, 0, None))
-        looks = {place: _looking(found) for place, found in visits.items()}
+        subscriptions: dict[int, list[Subscription]] = {}
+        for observer in observers:
+            for key, tap in observer.taps.items():
+                subscriptions.setdefault(self.observed_modules[tap.module], []).append(
+                    Subscription(observer, key, 0, None)
+                )
+        looks = {place: _show_all(found) for place, found in subscriptions.items()}
         graph = self.graphs[len(inputs.tokens) == 1]
         linears = [(one.packed, one.bias) for one in self.linears]
-        with bound(Bound(linears, inputs.cache.layers, looks)):
-            # It reads its arguments as they lay when it was made.
+        with bind(StepBindings(linears, inputs.cache.layers, looks)):
+            # The graph assumes the memory layout of the inputs that it was compiled with.
             logits: Tensor = graph(*(one.contiguous() for one in (inputs.tokens, inputs.mask, inputs.positions)))
         return logits
 
     @torch.inference_mode()
     def check(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
-        """Compare steps with the model's own, at every place that is shown.
+        """Compare steps with the model's own, at every exposed module.
 
         Raises:
-            NotCompilableError: if one is another.
+            NotCompilableError: if one differs.
         """
         limit = LARGEST_ERROR.get(dtype, HALF_ERROR)
-        for lengths in (TRIED, TRIED[:1]):
-            try:
-                mine, theirs = (_values(self, model, lengths, compiled=compiled) for compiled in (True, False))
-            except RuntimeError as failure:
-                raise NotCompilableError(str(failure).strip().split("\n")[0]) from failure
+        for lengths in (PROMPT_LENGTHS, PROMPT_LENGTHS[:1]):
+            mine, theirs = (_values(self, model, lengths, compiled=compiled) for compiled in (True, False))
             for name, value in theirs.items():
                 error = float((mine[name] - value).norm() / value.norm())
                 if not error <= limit:
                     raise NotCompilableError(f"{name or 'the logits'} of {len(lengths)} rows are off by {error:.2g}")
 
 
-def _looking(visits: list[Visit]) -> Any:
+def _show_all(subscriptions: list[Subscription]) -> Any:
     def look(value: Tensor) -> None:
-        for visit in visits:
-            visit.show(value)
+        for subscription in subscriptions:
+            subscription.show(value)
 
     return look
 
 
-class _Seen:
-    """A visitor that copies what it is shown."""
+class _ValueRecorder:
+    """An observer that copies the values it receives."""
 
     def __init__(self, paths: Sequence[str]) -> None:
         self.taps = {path: Tap(path, "output") for path in paths}
@@ -167,7 +166,7 @@ class _Seen:
 def _values(
     compiled_step: CompiledStep, model: PreTrainedModel, lengths: Sequence[int], *, compiled: bool
 ) -> dict[str, Tensor]:
-    """Return what a step gives at every place, and as "" its logits; after prompts of some lengths, by a graph or the model."""
+    """Return a step's value at every exposed module, and its logits under "", after prompts of some lengths."""
     generator = torch.Generator().manual_seed(0)
     size, width = model.get_input_embeddings().weight.shape[0], max(lengths)
     padding = [width - length for length in lengths]
@@ -182,7 +181,7 @@ def _values(
     )
     rows.add(cache, list(range(len(lengths))), padding, width)
     mask, positions = rows.step_inputs()
-    seen = _Seen(list(compiled_step.places))
+    seen = _ValueRecorder(list(compiled_step.observed_modules))
     if compiled:
         logits = compiled_step.run(ForwardInputs(tokens[:, -1:], mask, positions, rows.cache), [seen])
     else:
@@ -190,7 +189,7 @@ def _values(
             model.get_submodule(path).register_forward_hook(
                 lambda _, args, output, path=path: seen(path, output[0] if isinstance(output, tuple) else output)
             )
-            for path in compiled_step.places
+            for path in compiled_step.observed_modules
         ]
         try:
             logits = model.forward(

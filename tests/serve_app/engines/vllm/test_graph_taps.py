@@ -20,7 +20,7 @@ from serve_app.capture.structure import Tap
 from serve_app.engines.vllm.collecting import LostRowsError
 from serve_app.engines.vllm.graph_runner import GraphBatch
 from serve_app.engines.vllm.graph_taps import GraphTaps, Sizes, buffer_bytes
-from serve_app.engines.vllm.recorder import Watched
+from serve_app.engines.vllm.recorder import RowRecorder
 from serve_app.engines.vllm.worker_messages import EXTRA_ARGS_KEY, CaptureRequest, pack
 
 WIDTH, LAYERS, LONGEST, VECTORS = 8, 3, 16, 3
@@ -184,9 +184,9 @@ def test_more_vectors_than_there_is_room_for_fail_their_step_only(runner: Runner
 
 def compare(runner: Runner) -> tuple[dict[str, Tensor], dict[str, float]]:
     """Run the same tokens under hooks and in the graph, there in two steps; what hooks saw, and how far taps are from it."""
-    runner.batch.watch([Watched(TAPS)])
+    runner.batch.start_recording([RowRecorder(TAPS)])
     runner.step(TOKENS, {"a": range(5)})
-    (seen,) = runner.batch.unwatch()
+    (seen,) = runner.batch.stop_recording()
     runner.step(TOKENS, {"a": range(4)})
     runner.step(TOKENS, {"a": range(4, 5)})
     return seen.seen(), runner.batch.errors()

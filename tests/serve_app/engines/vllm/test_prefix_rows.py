@@ -122,11 +122,11 @@ class Played:
         spans = {name: one.next() for name, one in batch.items()}
         step = self.collector.step(list(spans.items()))
         if step is not None:
-            for visitor in (step.rows, step.fills, step.scores):
-                for key, tap in (visitor.taps if visitor is not None else {}).items():
+            for observer in (step.rows, step.fills, step.scores):
+                for key, tap in (observer.taps if observer is not None else {}).items():
                     (place,) = (name for name, place in PLACES.items() if place == tap)
                     values = [preview(one.cache_support, place, spans[name]) for name, one in batch.items()]
-                    visitor(key, torch.cat(values))
+                    observer(key, torch.cat(values))
             self.collector.done(step, None)
         for name, one in batch.items():
             one.at = spans[name].stop

@@ -4,7 +4,7 @@ import torch
 
 from serve_app.capture.batch_layout import PackedBatch
 from serve_app.engines.vllm.hook_points import tap_at
-from serve_app.engines.vllm.recorder import Norms, Watched
+from serve_app.engines.vllm.recorder import NormRecorder, RowRecorder
 
 
 def test_norms_are_kept_of_every_value_with_a_row_per_token() -> None:
@@ -13,7 +13,7 @@ def test_norms_are_kept_of_every_value_with_a_row_per_token() -> None:
         "vectors.input": torch.tensor([[3.0, 4.0], [0.0, 0.0], [1.0, 0.0]]).bfloat16(),
         "heads.output": torch.ones(3, 4, 4),
     }
-    norms = Norms({place: tap_at(place) for place in (*values, "table.output", "silent.output")})
+    norms = NormRecorder({place: tap_at(place) for place in (*values, "table.output", "silent.output")})
     norms.layout = PackedBatch([range(2), range(7, 8)])
     for _ in range(2):
         for place, value in values.items():
@@ -28,7 +28,7 @@ def test_norms_are_kept_of_every_value_with_a_row_per_token() -> None:
 
 
 def test_rows_are_kept_as_they_are_when_they_are_seen() -> None:
-    watched = Watched({"m.output": tap_at("m.output")})
+    watched = RowRecorder({"m.output": tap_at("m.output")})
     watched.layout = PackedBatch([range(2)])
     value = torch.tensor([[1.0], [2.0]])
     watched("m.output", value, torch.ones(2, 1))

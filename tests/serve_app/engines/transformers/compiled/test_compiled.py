@@ -18,8 +18,8 @@ from serve_app.capture.steering import SteeringVector
 from serve_app.engines.protocol import Finished, Sampling
 from serve_app.engines.transformers.compiled import compilation
 from serve_app.engines.transformers.compiled.graph import NotCompilableError
-from serve_app.engines.transformers.compiled.manager import StepSupply
-from serve_app.engines.transformers.compiled.step import CompiledStep, shown_places
+from serve_app.engines.transformers.compiled.manager import CompiledStepManager
+from serve_app.engines.transformers.compiled.step import CompiledStep, observed_modules_of
 from serve_app.engines.transformers.engine import TransformersEngine
 from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.engines.transformers.packed_weights import pack_weights
@@ -47,11 +47,11 @@ def compiled(architecture: str) -> LoadedModel:
     model = tiny.loaded(architecture)
     module = model.observed._module
     pack_weights(module, 1 << 40)
-    wanted = compilation.Wanted.of(module, shown_places(model.structure))
+    wanted = compilation.CompilationSpec.of(module, observed_modules_of(model.structure))
     if not wanted.done:
-        compilation = compilation.Compilation(wanted)
-        said = compilation.wait(300)
-        compilation.end()
+        process = compilation.Compilation(wanted)
+        said = process.wait(300)
+        process.end()
         assert wanted.done, said
     return model
 
@@ -67,9 +67,9 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     ran: list[int] = []
     own = CompiledStep.run
 
-    def counted(self: CompiledStep, step: Any, visitors: Any) -> torch.Tensor:
+    def counted(self: CompiledStep, step: Any, observers: Any) -> torch.Tensor:
         ran.append(len(step.tokens))
-        return own(self, step, visitors)
+        return own(self, step, observers)
 
     monkeypatch.setattr(CompiledStep, "run", counted)
     return ran
@@ -82,7 +82,9 @@ def generated(
     engine = TransformersEngine(model, prefix_cache=False)
     try:
         run(engine, [Call([1, 2], replace(GREEDY, max_tokens=3))])
-        assert eventually(lambda: engine._graphs._loaded is not None or engine._graphs._stopped.is_set())
+        assert eventually(
+            lambda: engine._compiled_steps._loaded is not None or engine._compiled_steps._stopped.is_set()
+        )
         run(engine, [Call([1, 2], replace(GREEDY, max_tokens=3))])  # it is checked
         before(engine)
         return run(engine, calls)
@@ -154,8 +156,8 @@ def test_a_graph_that_gives_something_else_is_not_used(
 ) -> None:
     own = CompiledStep.load.__func__  # type: ignore[attr-defined]
 
-    def mixed_up(cls: type, folder: Path, module: Any, places: Any) -> CompiledStep:
-        step: CompiledStep = own(cls, folder, module, places)
+    def mixed_up(cls: type, folder: Path, module: Any, observed_modules: Any) -> CompiledStep:
+        step: CompiledStep = own(cls, folder, module, observed_modules)
         linears = list(step.linears)
         linears[0], linears[7] = linears[7], linears[0]  # the queries of two layers
         return replace(step, linears=tuple(linears))
@@ -216,7 +218,7 @@ def test_an_engine_can_wait_for_its_graphs(model: LoadedModel, steps: list[int])
 
 
 def test_an_engine_that_is_closed_ends_the_process_that_compiles(cache: Path) -> None:
-    supply = StepSupply(tiny_packed("mistral"), after_s=0)
+    supply = CompiledStepManager(tiny_packed("mistral"), after_s=0)
     supply.decoded(0.1)
     assert supply.step() is None
     mine = psutil.Process()
@@ -232,7 +234,7 @@ def test_an_engine_that_is_closed_ends_the_process_that_compiles(cache: Path) ->
 def test_a_model_that_cannot_be_exported_says_so_and_runs(cache: Path, caplog: Any) -> None:
     model = tiny_packed("llama")
     object.__setattr__(model.observed._module.config, "hidden_act", "no such activation")
-    supply = StepSupply(model, after_s=0)
+    supply = CompiledStepManager(model, after_s=0)
     supply.decoded(0.1)
     with caplog.at_level(logging.WARNING):
         supply.step()
@@ -250,8 +252,8 @@ def test_other_architectures_give_the_models_own_values(
     monkeypatch.setitem(tiny.CONFIGS, architecture, (kind, {**options, **wide}))
     model = compiled(architecture)
     module = model.observed._module
-    places = shown_places(model.structure)
-    step = CompiledStep.load(compilation.Wanted.of(module, places).folder, module, places)
+    observed_modules = observed_modules_of(model.structure)
+    step = CompiledStep.load(compilation.CompilationSpec.of(module, observed_modules).folder, module, observed_modules)
     with torch.inference_mode():
         step.check(module, torch.float32)
         step_wrong = replace(step, linears=step.linears[::-1])
