@@ -48,7 +48,7 @@ class Scorer:
     """The stored key it reads."""
     tap: Tap
     """Where that is."""
-    linear_probe: "LinearProbe"
+    probe: "LinearProbe"
     """The probe's arithmetic, on the model's device."""
     label: str
     """What it reads."""
@@ -67,12 +67,12 @@ class _Reader:
     bias: Float[Tensor, "outputs"]
 
     @classmethod
-    def of(cls, linear_probes: "list[LinearProbe]") -> "_Reader":
+    def of(cls, probes: "list[LinearProbe]") -> "_Reader":
         """Lay out probes of one width."""
         # What they share of their means is subtracted first: a row may be far from zero, and near to them.
-        mean = linear_probes[0].mean
-        weights = [(one.weight / one.scale).mT for one in linear_probes]
-        biases = [one.bias + (mean - one.mean) @ weight for one, weight in zip(linear_probes, weights, strict=True)]
+        mean = probes[0].mean
+        weights = [(one.weight / one.scale).mT for one in probes]
+        biases = [one.bias + (mean - one.mean) @ weight for one, weight in zip(probes, weights, strict=True)]
         return cls(mean, torch.cat(weights, dim=1), torch.cat(biases))
 
 
@@ -92,9 +92,9 @@ class Panel:
         """
         self._together: dict[Place, list[LinearProbe]] = defaultdict(list)
         numbers: dict[Place, list[int]] = defaultdict(list)
-        for number, (key, linear_probe) in enumerate(probes):
-            place = key, linear_probe.mean.shape[0]
-            self._together[place].append(linear_probe)
+        for number, (key, probe) in enumerate(probes):
+            place = key, probe.mean.shape[0]
+            self._together[place].append(probe)
             numbers[place].append(number)
         columns: dict[int, slice] = {}
         self.width = 0
@@ -107,7 +107,7 @@ class Panel:
     @cached_property
     def readers(self) -> "dict[Place, _Reader]":
         """The probes of each key and width, in the order of their columns."""
-        return {place: _Reader.of(linear_probes) for place, linear_probes in self._together.items()}
+        return {place: _Reader.of(probes) for place, probes in self._together.items()}
 
 
 @lru_cache(maxsize=MAX_PANELS)
@@ -159,7 +159,7 @@ class RequestScores:
     def __init__(self, scorers: tuple[Scorer, ...]) -> None:
         """Begin before the first token."""
         self.scorers = scorers
-        self.panel = _panel(tuple((scorer.key, scorer.linear_probe) for scorer in scorers))
+        self.panel = _panel(tuple((scorer.key, scorer.probe) for scorer in scorers))
         self.fed = 0
         self.failure: UnscorableError | None = None
         self._parts: list[_Part] = []
@@ -179,7 +179,7 @@ class RequestScores:
         """
         known = _Cohort(self.panel)
         known.want(self, range(length))
-        for key, (tap, device) in {one.key: (one.tap, one.linear_probe.mean.device) for one in self.scorers}.items():
+        for key, (tap, device) in {one.key: (one.tap, one.probe.mean.device) for one in self.scorers}.items():
             if rows[tap].ndim == 2:
                 known.score(key, rows[tap].to(device))
         later, self._parts = self._parts, []  # a forward may have scored the tokens behind them already
@@ -211,7 +211,7 @@ class RequestScores:
     def unread(self, places: Set[Place]) -> None:
         """Take note that what some probes read was not there."""
         for scorer in self.scorers:
-            width = scorer.linear_probe.mean.shape[0]
+            width = scorer.probe.mean.shape[0]
             if self.failure is None and (scorer.key, width) in places:
                 self.failure = UnscorableError(
                     f"{scorer.key} does not give a row of {width} per token, which the probe {scorer.name!r} reads"

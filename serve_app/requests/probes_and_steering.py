@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS, ActivationRequest, Positions, split_key
-from roentgen.linear_probe import CARDS, Readout, SavedProbe, SavedProbeError, load_probe
+from roentgen.linear_probe import CARDS, LinearProbe, SavedProbe, SavedProbeError, load_probe
 from serve_app.capture.probe_scores import Scorer
 from serve_app.capture.steering import SteeringVector
 from serve_app.capture.structure import CaptureRequestError, Tap
@@ -69,7 +69,7 @@ def resolve_stopping(
     """
     for rule, param in rules:
         scorer = scorers[rule.probe]
-        if (outputs := len(scorer.linear_probe.bias)) > 1:
+        if (outputs := len(scorer.probe.bias)) > 1:
             raise refused(param, f"{scorer.name} has {outputs} outputs; only a probe with one can act")
         if rule.when.counts == "reasoning" and model.reasoning_tokens is None:
             raise refused(

@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 SETTLED = 2
 """Steps after which a step's rows are surely on the host, so that nothing waits for them."""
 
-MAX_READOUTS = 256
+MAX_PROBES = 256
 """Probes whose numbers are kept on the model's device."""
 
 
@@ -129,7 +129,7 @@ class Collector:
         self._to_keep: deque[tuple[int, _Job]] = deque()
         self._memory = RowMemory()
         self._device = device
-        self._linear_probes: dict[bytes, LinearProbe] = {}
+        self._probes: dict[bytes, LinearProbe] = {}
 
     @property
     def n_jobs(self) -> int:
@@ -343,14 +343,14 @@ class Collector:
 
     def _shared(self, scorer: Scorer) -> Scorer:
         """Return the same probe with the one copy of its numbers that all requests share: then one product scores them all."""
-        linear_probe = scorer.linear_probe
-        parts = (linear_probe.weight, linear_probe.bias, linear_probe.mean, linear_probe.scale)
+        probe = scorer.probe
+        parts = (probe.weight, probe.bias, probe.mean, probe.scale)
         digest = blake2b(b"".join(part.cpu().numpy().tobytes() for part in parts), digest_size=16).digest()
-        if digest not in self._linear_probes:
-            while len(self._linear_probes) >= MAX_READOUTS:
-                del self._linear_probes[next(iter(self._linear_probes))]
-            self._linear_probes[digest] = linear_probe.to(self._device)
-        return replace(scorer, linear_probe=self._linear_probes[digest])
+        if digest not in self._probes:
+            while len(self._probes) >= MAX_PROBES:
+                del self._probes[next(iter(self._probes))]
+            self._probes[digest] = probe.to(self._device)
+        return replace(scorer, probe=self._probes[digest])
 
     def forget(self, job_id: str) -> None:
         """Drop a job's rows."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from roentgen.contract import ActivationRequest, split_key
-from roentgen.linear_probe import Readout
+from roentgen.linear_probe import LinearProbe
 from serve_app.capture.probe_scores import Scorer, UnscorableError
 from serve_app.engines.protocol import Finished, Sampling, TextDelta
 from serve_app.engines.transformers.engine import TransformersEngine
@@ -44,7 +44,7 @@ def scorer(model: LoadedModel, key: str, outputs: int = 1, width: int = 32, seed
 
 def by_numpy(found: Scorer, rows: torch.Tensor) -> np.ndarray:
     weight, bias, mean, scale = (
-        getattr(found.linear_probe, part).double().numpy() for part in ("weight", "bias", "mean", "scale")
+        getattr(found.probe, part).double().numpy() for part in ("weight", "bias", "mean", "scale")
     )
     return (rows.double().numpy() - mean) / scale @ weight.T + bias
 
@@ -98,7 +98,7 @@ def test_a_probe_of_another_width_fails_alone(model: LoadedModel, engine: Transf
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_score_that_is_no_number_fails_alone(model: LoadedModel, engine: TransformersEngine, stream: bool) -> None:
     good = scorer(model, "layers.1.resid_post")
-    bad = replace(good, linear_probe=replace(good.linear_probe, weight=torch.full((1, 32), 3e38)))
+    bad = replace(good, probe=replace(good.probe, weight=torch.full((1, 32), 3e38)))
     call = Call(PROMPTS[0], Sampling(3, temperature=0), stream=stream)
     call.job = replace(call.job, probes=(bad,))
     with pytest.raises(UnscorableError, match="not finite"):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from roentgen.contract import Positions
-from roentgen.linear_probe import Readout
+from roentgen.linear_probe import LinearProbe
 from serve_app.capture.probe_scores import RequestScores, Scorer
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.steering import SteeringVector
@@ -26,7 +26,7 @@ from serve_app.engines.vllm.worker_messages import CaptureRequest
 SIZE, WIDTH = 4, 3
 PLACES = {name: Tap(f"layers.{name}", "output") for name in "abc"}
 POLICIES = ["all", "prompt", "generated", "last_prompt", "last", "stride:3", "mean_prompt", "mean_generated"]
-READOUT = LinearProbe(torch.ones(1, WIDTH), torch.zeros(1), torch.zeros(WIDTH), torch.ones(WIDTH))
+PROBE_WEIGHTS = LinearProbe(torch.ones(1, WIDTH), torch.zeros(1), torch.zeros(WIDTH), torch.ones(WIDTH))
 ROW = WIDTH * 4
 
 
@@ -50,7 +50,7 @@ def job(
         on_event=print,
         capture=plan,
         steering=(added,) if added else (),
-        probes=(Scorer("p", "c", PLACES["c"], READOUT, "label"),) if probed else (),
+        probes=(Scorer("p", "c", PLACES["c"], PROBE_WEIGHTS, "label"),) if probed else (),
         cache_salt=salt,
     )
 

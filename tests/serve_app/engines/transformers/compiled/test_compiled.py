@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from roentgen.contract import Positions
-from roentgen.linear_probe import Readout
+from roentgen.linear_probe import LinearProbe
 from serve_app.capture.probe_scores import Scorer
 from serve_app.capture.steering import SteeringVector
 from serve_app.engines.protocol import Finished, Sampling
