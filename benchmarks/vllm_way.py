@@ -27,7 +27,7 @@ from benchmarks.workload import Workload
 from roentgen.contract import ActivationRequest, stored_key
 from roentgen.linear_probe import LinearProbe
 from roentgen.tokenized_text import TokenizedText
-from serve_app.capture.probe_scores import Scorer
+from serve_app.capture.probe_scores import RequestProbe
 from serve_app.engines.protocol import Finished
 from serve_app.engines.rollout_entry import make_entry
 from serve_app.engines.served_model import ServedModel
@@ -259,7 +259,7 @@ def plain_way(loop: "EngineLoop", deadline: float = math.inf) -> Way:
     return run
 
 
-def probes(model: ServedModel, count: int = N_PROBES) -> tuple[Scorer, ...]:
+def probes(model: ServedModel, count: int = N_PROBES) -> tuple[RequestProbe, ...]:
     """Return probes of as many layers' residual streams, from the first to the last, as a server makes them of a request's."""
     structure, generator = model.structure, torch.Generator().manual_seed(0)
     width, last = structure.d_model, structure.num_layers - 1
@@ -268,7 +268,7 @@ def probes(model: ServedModel, count: int = N_PROBES) -> tuple[Scorer, ...]:
         key = stored_key("resid_post", round(number * last / (count - 1)))
         weight, bias = torch.randn(1, width, generator=generator), torch.zeros(1)
         probe = LinearProbe(weight, bias, torch.zeros(width), torch.ones(width)).to(model.device)
-        found.append(Scorer(f"probe {number}", key, structure.taps[key], probe, ""))
+        found.append(RequestProbe(f"probe {number}", key, structure.taps[key], probe, ""))
     return tuple(found)
 
 

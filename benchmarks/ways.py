@@ -28,7 +28,7 @@ from transformers import (
 
 from benchmarks.workload import capture_plan, capture_request
 from roentgen.contract import split_key
-from serve_app.capture.probe_scores import Scorer
+from serve_app.capture.probe_scores import RequestProbe
 from serve_app.capture.resolver import resolve_structure
 from serve_app.capture.rows import CapturePlan
 from serve_app.engines.protocol import Engine, Event, Failed, Finished, GenerationJob, Sampling
@@ -83,7 +83,7 @@ def engine_way(
     capture: str,
     keep: Keep | None = None,
     deadline: float = math.inf,
-    probes: tuple[Scorer, ...] = (),
+    probes: tuple[RequestProbe, ...] = (),
 ) -> Way:
     """Return one of this project's engines, with one of the captures; whoever finishes makes room for the next.
 

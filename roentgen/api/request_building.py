@@ -17,7 +17,7 @@ from roentgen.api.steer import Steer, find_probe, is_vector
 from roentgen.extensions import preview
 from roentgen.linear_probe import SavedProbe
 from roentgen.stopping import StopWhen
-from serve_app.capture.probe_scores import Scorer
+from serve_app.capture.probe_scores import RequestProbe
 from serve_app.capture.steering import SteeringVector
 from serve_app.config import ServerConfig
 from serve_app.engines.probe_stopping import StopRule
@@ -144,7 +144,7 @@ def plan(runner: Runner, config: ServerConfig, prompt: Prompt, params: Mapping[s
     return plan_chat(runner, chat, config).choices
 
 
-def scorers(model: ServedModel, probes: Mapping[str, SavedProbe]) -> tuple[Scorer, ...]:
+def scorers(model: ServedModel, probes: Mapping[str, SavedProbe]) -> tuple[RequestProbe, ...]:
     """Return what scores a generation's rows.
 
     Raises:
@@ -157,7 +157,9 @@ def scorers(model: ServedModel, probes: Mapping[str, SavedProbe]) -> tuple[Score
     return tuple(found)
 
 
-def stop_rules(probes: Sequence[Scorer], stop_when: Mapping[str, Mapping[str, Any]]) -> list[tuple[StopRule, str]]:
+def stop_rules(
+    probes: Sequence[RequestProbe], stop_when: Mapping[str, Mapping[str, Any]]
+) -> list[tuple[StopRule, str]]:
     """Return when scores act, each with the argument that says so.
 
     Raises:

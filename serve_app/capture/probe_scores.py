@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Place = tuple[str, int]
 """What a probe reads: a stored key, and rows of a width."""
 
-MAX_PANELS = 64
+MAX_STACKS = 64
 """Sets of probes that are kept laid out."""
 
 
@@ -39,7 +39,7 @@ class UnscorableError(RequestError):
 
 
 @dataclass(frozen=True, eq=False)
-class Scorer:
+class RequestProbe:
     """A probe that a request asks for."""
 
     name: str
@@ -59,15 +59,15 @@ class Scorer:
 
 
 @dataclass(frozen=True, eq=False)
-class _Reader:
-    """The probes of a panel that read one key: the scores of rows are `(rows − mean) · weight + bias`."""
+class _KeyProbes:
+    """The probes of a stacked that read one key: the scores of rows are `(rows − mean) · weight + bias`."""
 
     mean: Float[Tensor, "d"]
     weight: Float[Tensor, "d outputs"]
     bias: Float[Tensor, "outputs"]
 
     @classmethod
-    def of(cls, probes: "list[LinearProbe]") -> "_Reader":
+    def of(cls, probes: "list[LinearProbe]") -> "_KeyProbes":
         """Lay out probes of one width."""
         # What they share of their means is subtracted first: a row may be far from zero, and near to them.
         mean = probes[0].mean
@@ -76,7 +76,7 @@ class _Reader:
         return cls(mean, torch.cat(weights, dim=1), torch.cat(biases))
 
 
-class Panel:
+class StackedProbes:
     """The probes of a request, laid out so that one product scores rows with all that read the same key.
 
     Attributes:
@@ -105,15 +105,15 @@ class Panel:
         self.columns = [columns[number] for number in range(len(probes))]
 
     @cached_property
-    def readers(self) -> "dict[Place, _Reader]":
+    def by_key(self) -> "dict[Place, _KeyProbes]":
         """The probes of each key and width, in the order of their columns."""
-        return {place: _Reader.of(probes) for place, probes in self._together.items()}
+        return {place: _KeyProbes.of(probes) for place, probes in self._together.items()}
 
 
-@lru_cache(maxsize=MAX_PANELS)
-def _panel(probes: "tuple[tuple[str, LinearProbe], ...]") -> Panel:
+@lru_cache(maxsize=MAX_STACKS)
+def _stack(probes: "tuple[tuple[str, LinearProbe], ...]") -> StackedProbes:
     """Lay out probes, once for all requests that ask for the same: a probe that is loaded once is one object."""
-    return Panel(probes)
+    return StackedProbes(probes)
 
 
 @dataclass(frozen=True)
@@ -151,16 +151,16 @@ class RequestScores:
 
     Attributes:
         scorers: its probes.
-        panel: the same, laid out.
-        fed: tokens that have been scored.
+        stacked: the same, laid out.
+        n_scored: tokens that have been scored.
         failure: why it cannot have what it asked for, once that is known.
     """
 
-    def __init__(self, scorers: tuple[Scorer, ...]) -> None:
+    def __init__(self, scorers: tuple[RequestProbe, ...]) -> None:
         """Begin before the first token."""
         self.scorers = scorers
-        self.panel = _panel(tuple((scorer.key, scorer.probe) for scorer in scorers))
-        self.fed = 0
+        self.stacked = _stack(tuple((scorer.key, scorer.probe) for scorer in scorers))
+        self.n_scored = 0
         self.failure: UnscorableError | None = None
         self._parts: list[_Part] = []
         self._taken = 0
@@ -168,7 +168,7 @@ class RequestScores:
     def add(self, part: _Part) -> None:
         """Take the scores of the next rows."""
         self._parts.append(part)
-        self.fed += part.stop - part.start
+        self.n_scored += part.stop - part.start
 
     def resume(self, length: int, rows: Mapping[Tap, Float[Tensor, "rows ..."]]) -> None:
         """Begin behind tokens whose rows are known, and score these.
@@ -177,7 +177,7 @@ class RequestScores:
             length: how many.
             rows: theirs, by where they were read.
         """
-        known = _Cohort(self.panel)
+        known = _Cohort(self.stacked)
         known.want(self, range(length))
         for key, (tap, device) in {one.key: (one.tap, one.probe.mean.device) for one in self.scorers}.items():
             if rows[tap].ndim == 2:
@@ -192,15 +192,15 @@ class RequestScores:
         taken, self._parts = self._parts[:ready], self._parts[ready:]
         return NewScores(torch.cat([part.taken() for part in taken]) if taken else None, self.failure)
 
-    def take_in(self, new: "NewScores") -> None:
+    def receive(self, new: "NewScores") -> None:
         """Take what `drain` has given elsewhere."""
         self.failure = self.failure or new.failure
         if new.scores is not None:
             self.add(_Part(new.scores, 0, len(new.scores)))
 
-    def begin_again(self) -> None:
+    def restart(self) -> None:
         """Forget all scores; what has been taken is not given a second time."""
-        self._parts, self.fed = [], 0
+        self._parts, self.n_scored = [], 0
 
     def fail(self, key: str, reason: str) -> None:
         """Take note that a key cannot be had, if a probe reads it."""
@@ -226,7 +226,7 @@ class RequestScores:
         Raises:
             UnscorableError: if a probe's hook point gives no row per token, of the width that the probe reads.
         """
-        stop = self.fed if most is None else min(self.fed, most)
+        stop = self.n_scored if most is None else min(self.n_scored, most)
         if self.failure is not None:
             raise self.failure
         if stop <= self._taken:
@@ -242,7 +242,7 @@ class RequestScores:
         """
         if self.failure is not None:
             raise self.failure
-        return self._of_probes(self._between(0, self.fed))
+        return self._of_probes(self._between(0, self.n_scored))
 
     def last(self, count: int) -> list[Float[Tensor, "rows outputs"]]:
         """Return, per probe, the scores of the last rows; on a GPU they are waited for.
@@ -252,11 +252,11 @@ class RequestScores:
         """
         if self.failure is not None:
             raise self.failure
-        return self._of_probes(self._between(self.fed - count, self.fed))
+        return self._of_probes(self._between(self.n_scored - count, self.n_scored))
 
     def _between(self, start: int, stop: int) -> Float[Tensor, "rows scores"]:
         """Return the scores of some rows; parts are looked through from the last, since what is asked for is mostly new."""
-        found, end = [torch.empty(0, self.panel.width)], self.fed
+        found, end = [torch.empty(0, self.stacked.width)], self.n_scored
         for part in reversed(self._parts):
             if end <= start:
                 break
@@ -271,7 +271,7 @@ class RequestScores:
         Raises:
             UnscorableError: if one is not a finite number.
         """
-        found = [scores[:, columns] for columns in self.panel.columns]
+        found = [scores[:, columns] for columns in self.stacked.columns]
         if not scores.isfinite().all():
             (name, *_) = (s.name for s, one in zip(self.scorers, found, strict=True) if not one.isfinite().all())
             raise UnscorableError(f"the probe {name!r} gives a score that is not finite")
@@ -281,8 +281,8 @@ class RequestScores:
 class _Cohort:
     """The requests of a forward that ask for the same probes, and what is found for them."""
 
-    def __init__(self, panel: Panel) -> None:
-        self.panel = panel
+    def __init__(self, stacked: StackedProbes) -> None:
+        self.stacked = stacked
         self.spans: list[tuple[RequestScores, int, int]] = []
         self.selection = RowSelection()
         self.found: dict[Place, Float[Tensor, "wanted outputs"]] = {}
@@ -296,10 +296,10 @@ class _Cohort:
     def score(self, key: str, flat: Float[Tensor, "tokens width"]) -> None:
         """Score the wanted rows with all probes that read this key."""
         place = key, flat.shape[1]
-        if (reader := self.panel.readers.get(place)) is not None:
+        if (key_probes := self.stacked.by_key.get(place)) is not None:
             # Copied, since this is the model's own value; a difference of two dtypes would take ten times as long.
-            rows = self.selection.of(flat).to(reader.mean.dtype, copy=True).sub_(reader.mean)
-            self.found[place] = torch.addmm(reader.bias, rows, reader.weight)
+            rows = self.selection.of(flat).to(key_probes.mean.dtype, copy=True).sub_(key_probes.mean)
+            self.found[place] = torch.addmm(key_probes.bias, rows, key_probes.weight)
 
     def hand_out(self, send: Callable[[Tensor], tuple[Tensor, torch.cuda.Event | None]]) -> None:
         """Give each request its scores.
@@ -307,12 +307,12 @@ class _Cohort:
         Args:
             send: brings them to the host, and says after which event they are there.
         """
-        unread = self.panel.readers.keys() - self.found.keys()
+        unread = self.stacked.by_key.keys() - self.found.keys()
         if unread:
             for request, *_ in self.spans:
                 request.unread(unread)
             return
-        scores, copied = send(torch.cat([self.found[place] for place in self.panel.readers], dim=1))
+        scores, copied = send(torch.cat([self.found[place] for place in self.stacked.by_key], dim=1))
         for request, start, stop in self.spans:
             request.add(_Part(scores, start, stop, copied))
 
@@ -335,19 +335,19 @@ class StepScores:
         self._layout = layout
         self._memory = memory
         self.taps: dict[str, Tap] = {}
-        cohorts: dict[Panel, _Cohort] = {}
+        cohorts: dict[StackedProbes, _Cohort] = {}
         self._of_key: dict[str, list[_Cohort]] = defaultdict(list)
         for row, request in enumerate(requests):
             if request is None:
                 continue
-            panel = request.panel
-            if panel not in cohorts:
-                cohorts[panel] = _Cohort(panel)
+            stacked = request.stacked
+            if stacked not in cohorts:
+                cohorts[stacked] = _Cohort(stacked)
                 for scorer in request.scorers:
                     self.taps[scorer.key] = scorer.tap
                 for key in dict.fromkeys(scorer.key for scorer in request.scorers):
-                    self._of_key[key].append(cohorts[panel])
-            cohorts[panel].want(request, layout.flat_indices(row, layout.spans[row]))
+                    self._of_key[key].append(cohorts[stacked])
+            cohorts[stacked].want(request, layout.flat_indices(row, layout.spans[row]))
         self._cohorts = list(cohorts.values())
 
     def __call__(self, key: str, value: Float[Tensor, "rows width ..."]) -> None:

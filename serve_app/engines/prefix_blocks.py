@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from roentgen.contract import Positions
-from serve_app.capture.probe_scores import Scorer
+from serve_app.capture.probe_scores import RequestProbe
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.steering import SteeringVector
 from serve_app.capture.structure import Tap
@@ -41,7 +41,7 @@ class PromptRequest(Protocol):
         """What is added."""
 
     @property
-    def probes(self) -> Sequence[Scorer]:
+    def probes(self) -> Sequence[RequestProbe]:
         """What rows are scored with."""
 
     @property

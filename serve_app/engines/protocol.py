@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from serve_app.capture.late_end import collecting_plan
-from serve_app.capture.probe_scores import Scorer
+from serve_app.capture.probe_scores import RequestProbe
 from serve_app.capture.rows import CapturedRows, CapturePlan
 from serve_app.capture.steering import SteeringVector
 from serve_app.engines.probe_stopping import Acted, Stopping
@@ -292,7 +292,7 @@ class GenerationJob:
     """Whether to send `TextDelta`s."""
     steering: tuple[SteeringVector, ...] = ()
     """What to add to its rows."""
-    probes: tuple[Scorer, ...] = ()
+    probes: tuple[RequestProbe, ...] = ()
     """What to score its rows with."""
     stopping: Stopping | None = None
     """What these scores are to do, None for nothing."""

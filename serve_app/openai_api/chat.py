@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from roentgen.contract import Int, MaxTokens
-from serve_app.capture.probe_scores import Scorer
+from serve_app.capture.probe_scores import RequestProbe
 from serve_app.engines.probe_stopping import Acted
 from serve_app.engines.protocol import Finished, TextDelta, TokenScore
 from serve_app.engines.storage import Done
@@ -127,7 +127,7 @@ class ChatReply:
     """How a choice's text begins (see `ReplyParser`)."""
     n_prompt: int
     """Tokens of the prompt."""
-    probes: tuple[Scorer, ...] = ()
+    probes: tuple[RequestProbe, ...] = ()
     """What its tokens are scored with."""
     prompt_token_ids: Sequence[int] = ()
     """The prompt."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from roentgen.contract import Int, no_booleans
-from serve_app.capture.probe_scores import Scorer
+from serve_app.capture.probe_scores import RequestProbe
 from serve_app.engines.probe_stopping import Acted
 from serve_app.engines.protocol import FinishReason, TextDelta, TokenScore
 from serve_app.engines.storage import Done
@@ -120,7 +120,7 @@ class CompletionReply:
     """As tokenized."""
     markers: Mapping[int, str]
     """Special tokens that are text."""
-    probes: tuple[Scorer, ...] = ()
+    probes: tuple[RequestProbe, ...] = ()
     """What their tokens are scored with."""
     created: int = field(default_factory=lambda: int(time.time()))
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from roentgen.contract import Float, Int, ProbeAction, SteeredPositions, no_booleans
 from roentgen.stopping import StopWhen
-from serve_app.capture.probe_scores import Scorer
+from serve_app.capture.probe_scores import RequestProbe
 from serve_app.engines.probe_stopping import Acted
 from serve_app.openai_api.schemas import ProbeScores
 
@@ -122,7 +122,7 @@ class SteeringRequest(BaseModel):
 
 
 def format_scores(
-    scorers: tuple[Scorer, ...],
+    scorers: tuple[RequestProbe, ...],
     probed: list[jaxtyping.Float[Tensor, "rows outputs"]],
     n_prompt: int,
     start: int = 0,
@@ -150,7 +150,7 @@ def format_scores(
     return spelled
 
 
-def actions_of(scorers: tuple[Scorer, ...], acted: Sequence[Acted]) -> list[ProbeAction]:
+def actions_of(scorers: tuple[RequestProbe, ...], acted: Sequence[Acted]) -> list[ProbeAction]:
     """Return what the scores of probes have done, as a rollout's record says it."""
     return [
         ProbeAction(probe=scorers[one.probe].name, then=one.then, position=one.position, score=one.score)

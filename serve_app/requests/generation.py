@@ -16,7 +16,7 @@ from ulid import ULID
 from roentgen.contract import STOP_LABEL, ActivationRequest
 from roentgen.store import StoreError
 from roentgen.tokenized_text import TokenizedText
-from serve_app.capture.probe_scores import Scorer
+from serve_app.capture.probe_scores import RequestProbe
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.steering import SteeringVector
 from serve_app.engines.constraints import Grammar
@@ -79,7 +79,7 @@ class Choice:
     end is scored too."""
     score_prompt: bool = False
     """Whether the prompt's own tokens are to be scored."""
-    probes: tuple[Scorer, ...] = ()
+    probes: tuple[RequestProbe, ...] = ()
     """What its tokens are to be scored with."""
     stopping: Stopping | None = None
     """What these scores are to do, None for nothing."""

@@ -13,7 +13,7 @@ from ulid import ULID
 
 from roentgen.contract import SAMPLED_FEATURES, STEERING_LABEL, ActivationRequest, Positions, captured_as, count_rows
 from roentgen.tokenized_text import TokenizedText
-from serve_app.capture.probe_scores import Scorer
+from serve_app.capture.probe_scores import RequestProbe
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.steering import SteeringVector
 from serve_app.config import ServerConfig
@@ -203,7 +203,7 @@ def plan_completion(served: Runner, request: CompletionRequest, config: ServerCo
 
 def _probes(
     model: ServedModel, request: GenerationParams, config: ServerConfig
-) -> tuple[tuple[Scorer, ...], Stopping | None, Callable[[Sequence[Acted]], str] | None]:
+) -> tuple[tuple[RequestProbe, ...], Stopping | None, Callable[[Sequence[Acted]], str] | None]:
     """Return what a request's tokens are scored with, what the scores do, and what writes the label of its rollouts."""
     probes = resolve_probes(model, request.probes, config.probes)
     stopping = resolve_stopping(model, rules_of(request.probes), probes, request.min_tokens)

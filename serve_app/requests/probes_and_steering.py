@@ -19,7 +19,7 @@ from torch import Tensor
 
 from roentgen.contract import LAYER_HOOK_POINTS, MODEL_HOOK_POINTS, ActivationRequest, Positions, split_key
 from roentgen.linear_probe import CARDS, LinearProbe, SavedProbe, SavedProbeError, load_probe
-from serve_app.capture.probe_scores import Scorer
+from serve_app.capture.probe_scores import RequestProbe
 from serve_app.capture.steering import SteeringVector
 from serve_app.capture.structure import CaptureRequestError, Tap
 from serve_app.engines.markers import THINK_END, THINK_START
@@ -34,7 +34,7 @@ WIDE = tuple(name for name in (*LAYER_HOOK_POINTS, *MODEL_HOOK_POINTS) if name !
 """Hook points whose rows are as wide as the stream."""
 
 
-def resolve_probes(model: ServedModel, asked: Sequence[AskedProbe], folders: Sequence[str]) -> tuple[Scorer, ...]:
+def resolve_probes(model: ServedModel, asked: Sequence[AskedProbe], folders: Sequence[str]) -> tuple[RequestProbe, ...]:
     """Find the probes that a request asks for.
 
     Raises:
@@ -54,7 +54,7 @@ def rules_of(asked: Sequence[AskedProbe]) -> list[tuple[StopRule, str]]:
 
 
 def resolve_stopping(
-    model: ServedModel, rules: Sequence[tuple[StopRule, str]], scorers: Sequence[Scorer], min_tokens: int
+    model: ServedModel, rules: Sequence[tuple[StopRule, str]], scorers: Sequence[RequestProbe], min_tokens: int
 ) -> Stopping | None:
     """Return what the scores of a request's probes do; None for nothing.
 
@@ -83,7 +83,7 @@ def resolve_stopping(
     return Stopping(tuple(rule for rule, _ in rules), model.reasoning_tokens if needed else None, min_tokens)
 
 
-def stopping_label(asked: Sequence[AskedProbe], scorers: Sequence[Scorer], acted: Sequence[Acted]) -> str:
+def stopping_label(asked: Sequence[AskedProbe], scorers: Sequence[RequestProbe], acted: Sequence[Acted]) -> str:
     """Say when the scores of a rollout's probes were to act and where they have, as JSON; a probe's numbers by their hash."""
     said: list[dict[str, Any]] = []
     for rule, _ in rules_of(asked):
@@ -122,17 +122,19 @@ def steering_label(asked: Sequence[SteeringRequest], steering_vectors: Sequence[
     return json.dumps(said)
 
 
-def saved_scorer(model: ServedModel, name: str, probe: SavedProbe, param: str) -> Scorer:
+def saved_scorer(model: ServedModel, name: str, probe: SavedProbe, param: str) -> RequestProbe:
     """Return what scores rows with a saved probe, checked to be of this model.
 
     Raises:
         ApiError: if the model does not have the probe's hook point.
     """
     card = probe.card
-    return Scorer(name, card.key, _tap(model, card.key, param), _on(model, probe), card.label, card.classes, card.unit)
+    return RequestProbe(
+        name, card.key, _tap(model, card.key, param), _on(model, probe), card.label, card.classes, card.unit
+    )
 
 
-def _scorer(model: ServedModel, asked: AskedProbe, param: str, folders: Sequence[str]) -> Scorer:
+def _scorer(model: ServedModel, asked: AskedProbe, param: str, folders: Sequence[str]) -> RequestProbe:
     if isinstance(asked, NamedProbe):
         return saved_scorer(model, asked.probe, _saved(model, asked.probe, f"{param}.probe", folders), f"{param}.probe")
     if isinstance(asked, str):
@@ -143,7 +145,7 @@ def _scorer(model: ServedModel, asked: AskedProbe, param: str, folders: Sequence
     scale = torch.tensor(asked.scale) if asked.scale is not None else torch.ones(width)
     tap = _tap(model, asked.key, f"{param}.key")
     _check_width(model, asked.key, width, f"{param}.weight")
-    return Scorer(
+    return RequestProbe(
         asked.name, asked.key, tap, LinearProbe(weight, torch.tensor([asked.bias]), mean, scale).to(model.device), ""
     )
 

@@ -272,7 +272,7 @@ class TransformersEngine:
         """
         limit = self._batching.limit
         rows = range(len(self._running))
-        staying = [row for row in rows if limit is None or len(self._running[row].fed) != limit]
+        staying = [row for row in rows if limit is None or len(self._running[row].processed_ids) != limit]
         if len(staying) < len(rows):
             self._crossing.extend(one for row, one in enumerate(self._running) if row not in staying)
             self._running = [self._running[row] for row in self._rows.keep(staying)]
@@ -316,14 +316,14 @@ class TransformersEngine:
 
     def _admit(self) -> Prefill | None:
         """Take waiting jobs, as many as fit, and lay out their tokens; those that cross a limit come first, one by one."""
-        lengths = [len(one.fed) for one in self._running]
+        lengths = [len(one.processed_ids) for one in self._running]
         while self._crossing:
             one = self._crossing[0]
             if one.job.cancelled.is_set():
                 self._crossing.popleft()
-            elif all(self._batching.together(len(one.fed) + 1, other) for other in lengths):
+            elif all(self._batching.together(len(one.processed_ids) + 1, other) for other in lengths):
                 self._crossing.popleft()
-                one.begin_again(self._memory)
+                one.restart(self._memory)
                 return Prefill.lay_out([one], self._rows.new())
             else:
                 return None  # nobody joins those that it waits for
@@ -374,7 +374,7 @@ class TransformersEngine:
         except Exception as error:  # noqa: BLE001 - whatever it is, it is told to the request that caused it
             left = self._innocent(prefill.running, error, decoding=False)
             for one in left:
-                one.begin_again(self._memory)
+                one.restart(self._memory)
             self._prefill = Prefill.lay_out(left, self._rows.new()) if left else None
             return
         self._passed()

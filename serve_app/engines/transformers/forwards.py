@@ -95,7 +95,7 @@ class Forwards:
 
     def replayed(self, running: list[RunningJob]) -> Prefill:
         """Read again what has passed through the model of some jobs, steered as it was; nothing else is observed."""
-        prefill = Prefill.lay_out(running, self._cache_support.new_cache(), fed=True)
+        prefill = Prefill.lay_out(running, self._cache_support.new_cache(), processed_only=True)
         whole = not self._cache_support.continuous or self._model.batching.whole(prefill.width)
         piece = prefill.width if whole else max(1, self._max_tokens // len(running))
         while prefill.done < prefill.width:

@@ -236,9 +236,9 @@ class PrefixReuse:
         """Keep what a job has added to its prompt, now that it has ended and is still in its slot."""
         if not self.state.enabled or self._exact or not isinstance(rows, SlotRows):
             return
-        fed, size = one.fed, self.cache.size
+        tokens, size = one.processed_ids, self.cache.size
         known = self._names[one.job]
-        names = name_blocks(one.job, fed, size, known)
+        names = name_blocks(one.job, tokens, size, known)
         begins = [number * size for number in range(len(names) + 1)]
         self._keep(one, names, begins, len(known) * size, rows.cache.layers, row, rows.start(row))
 

@@ -74,7 +74,7 @@ class RunningJob(CompletionState):
         """
         if self.watch is None or self.probed is None:
             return None
-        start, stop = self.watch.next, self.probed.fed
+        start, stop = self.watch.next, self.probed.n_scored
         if stop <= start:
             return None  # only the prompt has been read
         n_prompt = len(self.job.prompt_ids)
@@ -114,13 +114,13 @@ class RunningJob(CompletionState):
             )
         )
 
-    def begin_again(self, memory: RowMemory) -> None:
+    def restart(self, memory: RowMemory) -> None:
         """Forget what its forwards have shown: they are run again, over the tokens that it has by now."""
         self.cached, self.filler = 0, None
         if self.rows is not None:
             self.rows = RequestRows(self.rows.plan, len(self.job.prompt_ids), memory)
         if self.probed is not None:
-            self.probed.begin_again()
+            self.probed.restart()
         if not self.token_ids:
             self.prompt_scores = []
 
@@ -133,7 +133,7 @@ class RunningJob(CompletionState):
             log.exception("a failure could not be reported: %s", error)
 
     @property
-    def fed(self) -> list[int]:
+    def processed_ids(self) -> list[int]:
         """The tokens that have passed through the model once its prompt is read: all but the one sampled last."""
         return self.job.prompt_ids + self.token_ids[:-1]
 
@@ -152,15 +152,15 @@ class Prefill:
     done: int = 0
 
     @classmethod
-    def lay_out(cls, running: list[RunningJob], cache: Cache | None, *, fed: bool = False) -> "Prefill":
+    def lay_out(cls, running: list[RunningJob], cache: Cache | None, *, processed_only: bool = False) -> "Prefill":
         """Put jobs' tokens, of different numbers, into one tensor.
 
         Args:
             running: the jobs.
             cache: to read them with.
-            fed: leave out the token that each has sampled last, which has not passed through the model.
+            processed_only: leave out the token that each has sampled last, which has not passed through the model.
         """
-        sequences = [one.fed if fed else one.job.prompt_ids + one.token_ids for one in running]
+        sequences = [one.processed_ids if processed_only else one.job.prompt_ids + one.token_ids for one in running]
         width = max(map(len, sequences))
         padding = [width - len(sequence) for sequence in sequences]
         tokens = torch.zeros(len(running), width, dtype=torch.long)

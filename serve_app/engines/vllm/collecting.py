@@ -25,7 +25,7 @@ from roentgen.linear_probe import LinearProbe
 from roentgen.store import StoreError
 from serve_app.capture.batch_layout import PackedBatch
 from serve_app.capture.late_end import RowsMissingError, collecting_plan, settled
-from serve_app.capture.probe_scores import NewScores, RequestScores, Scorer, StepScores, UnscorableError
+from serve_app.capture.probe_scores import NewScores, RequestProbe, RequestScores, StepScores, UnscorableError
 from serve_app.capture.row_memory import RowMemory
 from serve_app.capture.rows import CapturedRows, CapturePlan, KnownRows, RequestRows, StepRows
 from serve_app.capture.steering import SteeringVector, StepSteering
@@ -64,7 +64,7 @@ class _Job:
     """Blocks of its prompt that others may have rows of."""
     found: int = 0
     """Tokens that vLLM has found in its cache, whose rows have not been taken yet."""
-    fed: int = 0
+    n_processed: int = 0
     lost: str | None = None
     watch: StopWatch | None = None
     """There if its scores may act."""
@@ -80,7 +80,7 @@ class _Job:
         return self.request.steering
 
     @property
-    def probes(self) -> Sequence[Scorer]:
+    def probes(self) -> Sequence[RequestProbe]:
         """What its rows are scored with."""
         return self.request.probes
 
@@ -222,9 +222,9 @@ class Collector:
         found: dict[str, Action] = {}
         tokens: list[int] | None = None
         for job, end in zip(step.jobs, step.token_stops, strict=True):
-            if job.watch is None or job.scores is None or job.lost is not None or job.fed <= job.watch.next:
+            if job.watch is None or job.scores is None or job.lost is not None or job.n_processed <= job.watch.next:
                 continue
-            count = job.fed - job.watch.next
+            count = job.n_processed - job.watch.next
             tokens = token_ids() if tokens is None else tokens
             try:
                 action = job.watch.see(tokens[end - count : end], job.scores.last(count))
@@ -256,8 +256,8 @@ class Collector:
             raise LostRowsError("the worker has no rows of this request")
         if job.lost is not None:
             raise LostRowsError(job.lost)
-        if job.fed < n_rows:
-            raise LostRowsError(f"{job.fed} tokens of this request passed through the model, not {n_rows}")
+        if job.n_processed < n_rows:
+            raise LostRowsError(f"{job.n_processed} tokens of this request passed through the model, not {n_rows}")
         try:
             rows = settled(job.rows.cut(), job.request.capture, job.n_prompt, n_rows)
         except RowsMissingError as error:
@@ -306,7 +306,7 @@ class Collector:
         """Keep rows of prompts for others, of those that were read up to a step."""
         while self._to_keep and self._to_keep[0][0] <= step:
             _, job = self._to_keep.popleft()
-            self._keep(job, min(job.fed, job.n_prompt))
+            self._keep(job, min(job.n_processed, job.n_prompt))
 
     def _keep(self, job: _Job, until: int) -> None:
         """Keep rows of a job's blocks for others."""
@@ -323,7 +323,7 @@ class Collector:
                     found |= rows.between(number * size, (number + 1) * size, wanted)
             self._prefixes.add(job.names[number], found)
         job.kept = until // size
-        if job.fed >= job.n_prompt:
+        if job.n_processed >= job.n_prompt:
             job.filler = None
 
     def scores(self, job_ids: Iterable[str]) -> dict[str, NewScores]:
@@ -341,7 +341,7 @@ class Collector:
                 found[job_id] = job.scores.drain()
         return found
 
-    def _shared(self, scorer: Scorer) -> Scorer:
+    def _shared(self, scorer: RequestProbe) -> RequestProbe:
         """Return the same probe with the one copy of its numbers that all requests share: then one product scores them all."""
         probe = scorer.probe
         parts = (probe.weight, probe.bias, probe.mean, probe.scale)
@@ -361,10 +361,10 @@ def _new(job: _Job | None, span: range) -> range:
     """Return the end of a span that has not been there before, and count it as passed."""
     if job is None:
         return span
-    if span.start > job.fed and job.fed:
-        job.lost = job.lost or f"tokens {job.fed}–{span.start - 1} did not pass through the model"
-    elif span.start > job.fed:
-        job.found = job.fed = span.start
-    new = range(min(max(span.start, job.fed), span.stop), span.stop)
-    job.fed = max(job.fed, span.stop)
+    if span.start > job.n_processed and job.n_processed:
+        job.lost = job.lost or f"tokens {job.n_processed}–{span.start - 1} did not pass through the model"
+    elif span.start > job.n_processed:
+        job.found = job.n_processed = span.start
+    new = range(min(max(span.start, job.n_processed), span.stop), span.stop)
+    job.n_processed = max(job.n_processed, span.stop)
     return new

@@ -45,7 +45,7 @@ from serve_app.engines.served_model import ServedModel
 from serve_app.engines.vllm.forced_tokens import acting_rule
 from serve_app.engines.vllm.salts import Salts, rows_needed
 from serve_app.engines.vllm.sampling_params import sampling_params, token_score
-from serve_app.engines.vllm.score_receiver import ScoreBoard
+from serve_app.engines.vllm.score_receiver import ScoreReceiver
 from serve_app.engines.vllm.worker_messages import (
     VECTORS_PER_REQUEST,
     CaptureRequest,
@@ -172,7 +172,7 @@ class VllmEngine:
         self._salts = Salts()
         self._hits = self._misses = 0
         self.storage = WorkerStorage(loop.loop, self._sync)
-        self._scores = ScoreBoard(self._new_scores)
+        self._scores = ScoreReceiver(self._new_scores)
         self._watching = asyncio.run_coroutine_threadsafe(self._watch(), loop.loop)
 
     @property
@@ -373,7 +373,7 @@ class VllmEngine:
                 # vLLM's core is another process of this machine, with the same monotonic clock.
                 completion.start_time = output.metrics.scheduled_ts or completion.start_time
                 completion.first_token_time = output.metrics.first_token_ts or completion.first_token_time
-            probed = partial(self._scores.news, job_id, completion.n_rows) if job.probes else None
+            probed = partial(self._scores.new_scores, job_id, completion.n_rows) if job.probes else None
             final = reason is not None or output.finished
             if job.stream and (delta := completion.delta(final=final, probed=probed)) is not None:
                 job.on_event(delta)

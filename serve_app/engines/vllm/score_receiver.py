@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 
 from torch import Tensor
 
-from serve_app.capture.probe_scores import NewScores, RequestScores, Scorer, UnscorableError
+from serve_app.capture.probe_scores import NewScores, RequestProbe, RequestScores, UnscorableError
 
 Fetch = Callable[[list[str]], Awaitable[dict[str, NewScores]]]
 
@@ -20,7 +20,7 @@ INTERVAL_S = 0.02
 """From one fetch for streams to the next."""
 
 
-class ScoreBoard:
+class ScoreReceiver:
     """The scores of all jobs that have probes. It lives on the engine's loop."""
 
     def __init__(self, fetch: Fetch) -> None:
@@ -34,7 +34,7 @@ class ScoreBoard:
         self._fetching: asyncio.Task[None] | None = None
         self._fetched = -INTERVAL_S
 
-    def begin(self, job_id: str, probes: tuple[Scorer, ...]) -> None:
+    def begin(self, job_id: str, probes: tuple[RequestProbe, ...]) -> None:
         """Expect a job's scores."""
         self._jobs[job_id] = RequestScores(probes)
 
@@ -42,7 +42,7 @@ class ScoreBoard:
         """Expect none of a job any more."""
         self._jobs.pop(job_id, None)
 
-    def news(self, job_id: str, n_rows: int) -> list[Tensor]:
+    def new_scores(self, job_id: str, n_rows: int) -> list[Tensor]:
         """Return the scores of a job that have not been told, and have more fetched.
 
         Args:
@@ -60,22 +60,22 @@ class ScoreBoard:
             UnscorableError: if they cannot be had.
         """
         job = self._jobs[job_id]
-        while job.fed < n_rows and job.failure is None:
-            before = job.fed
+        while job.n_scored < n_rows and job.failure is None:
+            before = job.n_scored
             if self._fetching is not None:
                 await asyncio.shield(self._fetching)  # it may have been asked for before the last rows were there
             await asyncio.shield(self._start())
-            if job.fed == before and job.failure is None:
+            if job.n_scored == before and job.failure is None:
                 raise UnscorableError(f"{before} tokens of this request were scored, not {n_rows}")
         return [scores[:n_rows] for scores in job.all()]
 
     def _start(self) -> "asyncio.Task[None]":
         if self._fetching is None or self._fetching.done():
-            self._fetching = asyncio.create_task(self._take_in())
+            self._fetching = asyncio.create_task(self._receive())
         return self._fetching
 
-    async def _take_in(self) -> None:
+    async def _receive(self) -> None:
         self._fetched = time.monotonic()
         for job_id, new in (await self._fetch(list(self._jobs))).items():
             if job_id in self._jobs:
-                self._jobs[job_id].take_in(new)
+                self._jobs[job_id].receive(new)

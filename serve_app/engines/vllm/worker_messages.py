@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from serve_app.capture.probe_scores import Scorer
+from serve_app.capture.probe_scores import RequestProbe
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.steering import SteeringVector
 from serve_app.engines.probe_stopping import Stopping
@@ -46,7 +46,7 @@ class CaptureRequest:
     """Which rows to keep; None for none."""
     steering: tuple[SteeringVector, ...] = ()
     """Vectors to add to its rows."""
-    probes: tuple[Scorer, ...] = ()
+    probes: tuple[RequestProbe, ...] = ()
     """Probes to score its rows with."""
     cache_salt: str | None = None
     """The client's cache salt: rows of its prompt are reused only by requests with the same salt."""

@@ -9,7 +9,7 @@ import torch
 
 from roentgen.contract import ActivationRequest, split_key
 from roentgen.linear_probe import LinearProbe
-from serve_app.capture.probe_scores import Scorer, UnscorableError
+from serve_app.capture.probe_scores import RequestProbe, UnscorableError
 from serve_app.engines.protocol import Finished, Sampling, TextDelta
 from serve_app.engines.transformers.engine import TransformersEngine
 from serve_app.engines.transformers.loaded_model import LoadedModel
@@ -33,23 +33,23 @@ def engine(model: LoadedModel) -> Iterator[TransformersEngine]:
     engine.close()
 
 
-def scorer(model: LoadedModel, key: str, outputs: int = 1, width: int = 32, seed: int = 0) -> Scorer:
+def scorer(model: LoadedModel, key: str, outputs: int = 1, width: int = 32, seed: int = 0) -> RequestProbe:
     hook_point, layer = split_key(key)
     (tap,) = model.structure.resolve(ActivationRequest(layers=(layer or 0,), hook_points=(hook_point,))).values()
     generator = torch.Generator().manual_seed(seed)
     weight, mean = torch.randn(outputs, width, generator=generator), torch.randn(width, generator=generator)
     scale, bias = torch.rand(width, generator=generator) + 0.5, torch.randn(outputs, generator=generator)
-    return Scorer(f"{key} {seed}", key, tap, LinearProbe(weight, bias, mean, scale), "label")
+    return RequestProbe(f"{key} {seed}", key, tap, LinearProbe(weight, bias, mean, scale), "label")
 
 
-def by_numpy(found: Scorer, rows: torch.Tensor) -> np.ndarray:
+def by_numpy(found: RequestProbe, rows: torch.Tensor) -> np.ndarray:
     weight, bias, mean, scale = (
         getattr(found.probe, part).double().numpy() for part in ("weight", "bias", "mean", "scale")
     )
     return (rows.double().numpy() - mean) / scale @ weight.T + bias
 
 
-def check(result: Finished, scorers: tuple[Scorer, ...], n_rows: int) -> None:
+def check(result: Finished, scorers: tuple[RequestProbe, ...], n_rows: int) -> None:
     assert result.captured is not None
     for found, scores in zip(scorers, result.probed, strict=True):
         rows = result.captured.tensors[found.key]

@@ -17,7 +17,7 @@ import torch
 from roentgen.contract import ActivationRequest, Positions, split_key, stored_key
 from roentgen.linear_probe import LinearProbe
 from roentgen.stopping import ReasoningTokens, StopWhen, find_stop
-from serve_app.capture.probe_scores import Scorer, UnscorableError
+from serve_app.capture.probe_scores import RequestProbe, UnscorableError
 from serve_app.capture.rows import CapturePlan, UncapturableError
 from serve_app.capture.steering import SteeringVector
 from serve_app.capture.structure import CaptureRequestError
@@ -468,13 +468,13 @@ def test_a_hook_point_without_rows_is_refused_or_fails_alone(under_test: Subject
         under_test.rows(odd)
 
 
-def scorer(subject: Subject, key: str, *, outputs: int = 1, seed: int = 0) -> Scorer:
+def scorer(subject: Subject, key: str, *, outputs: int = 1, seed: int = 0) -> RequestProbe:
     hook_point, layer = split_key(key)
     tap = plan(subject, hook_point, layers=(layer or 0,)).taps[key]
     width, generator = subject.model.structure.d_model, torch.Generator().manual_seed(seed)
     weight, mean = torch.randn(outputs, width, generator=generator), torch.randn(width, generator=generator)
     scale, bias = torch.rand(width, generator=generator) + 0.5, torch.randn(outputs, generator=generator)
-    return Scorer(f"{key} {seed}", key, tap, LinearProbe(weight, bias, mean, scale), "label")
+    return RequestProbe(f"{key} {seed}", key, tap, LinearProbe(weight, bias, mean, scale), "label")
 
 
 @pytest.mark.parametrize("steered", [False, True])
@@ -540,7 +540,7 @@ def stopping(above: float, length: int, *, min_tokens: int = 0, **when: str) -> 
     return Stopping((rule,), MARKS if rule.when.counts == "reasoning" else None, min_tokens)
 
 
-def stored_scores(subject: Subject, call: Call, probe: Scorer) -> np.ndarray:
+def stored_scores(subject: Subject, call: Call, probe: RequestProbe) -> np.ndarray:
     """The scores of a stored rollout's rows, one for each token that was fed."""
     positions, rows = subject.rows(call)
     assert positions == list(range(len(positions)))

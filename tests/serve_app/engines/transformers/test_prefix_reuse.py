@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from roentgen.contract import Positions
-from serve_app.capture.probe_scores import Scorer
+from serve_app.capture.probe_scores import RequestProbe
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.steering import SteeringVector
 from serve_app.engines.prefix_blocks import name_blocks
@@ -53,7 +53,7 @@ def call(
     asked: CapturePlan | None = None,
     max_tokens: int = 4,
     *,
-    probes: tuple[Scorer, ...] = (),
+    probes: tuple[RequestProbe, ...] = (),
     salt: str | None = None,
     steering: Sequence[SteeringVector] = (),
     score_prompt: bool = False,

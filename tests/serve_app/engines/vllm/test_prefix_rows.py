@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from roentgen.contract import Positions
 from roentgen.linear_probe import LinearProbe
-from serve_app.capture.probe_scores import RequestScores, Scorer
+from serve_app.capture.probe_scores import RequestProbe, RequestScores
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.steering import SteeringVector
 from serve_app.capture.structure import Tap
@@ -50,7 +50,7 @@ def job(
         on_event=print,
         capture=plan,
         steering=(added,) if added else (),
-        probes=(Scorer("p", "c", PLACES["c"], PROBE_WEIGHTS, "label"),) if probed else (),
+        probes=(RequestProbe("p", "c", PLACES["c"], PROBE_WEIGHTS, "label"),) if probed else (),
         cache_salt=salt,
     )
 
@@ -169,7 +169,7 @@ class Played:
         cache_support = states(asked, fed)
         if asked.probes:
             scores = RequestScores(asked.probes)
-            scores.take_in(self.collector.scores([name])[name])
+            scores.receive(self.collector.scores([name])[name])
             expected = preview(cache_support, "c", range(len(fed))).sum(1, keepdim=True)
             torch.testing.assert_close(scores.all()[0][: len(fed)], expected)
         if asked.capture is None:

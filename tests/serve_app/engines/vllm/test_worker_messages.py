@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from roentgen.linear_probe import LinearProbe
-from serve_app.capture.probe_scores import NewScores, Scorer
+from serve_app.capture.probe_scores import NewScores, RequestProbe
 from serve_app.capture.structure import Tap
 from serve_app.engines.vllm.worker_messages import CaptureRequest, pack, unpack
 
@@ -27,7 +27,7 @@ def test_an_order_with_probes_is_little_more_than_their_numbers() -> None:
     probes = [
         LinearProbe(torch.randn(1, width), torch.zeros(1), torch.zeros(width), torch.ones(width)) for _ in range(8)
     ]
-    probes = tuple(Scorer(str(i), "layers.0.resid_post", tap, one, "") for i, one in enumerate(probes))
+    probes = tuple(RequestProbe(str(i), "layers.0.resid_post", tap, one, "") for i, one in enumerate(probes))
     sent = pack(CaptureRequest("job", None, (), probes))
     assert len(sent) < 1.1 * sum(4 * (3 * width + 1) for _ in probes)
     for one, other in zip(unpack(sent, CaptureRequest).probes, probes, strict=True):

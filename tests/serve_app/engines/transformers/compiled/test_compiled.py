@@ -13,7 +13,7 @@ import torch
 
 from roentgen.contract import Positions
 from roentgen.linear_probe import LinearProbe
-from serve_app.capture.probe_scores import Scorer
+from serve_app.capture.probe_scores import RequestProbe
 from serve_app.capture.steering import SteeringVector
 from serve_app.engines.protocol import Finished, Sampling
 from serve_app.engines.transformers.compiled import compilation
@@ -125,7 +125,7 @@ def test_steering_and_probes_see_what_the_models_own_step_shows(model: LoadedMod
     ((key, tap),) = plan(model, "resid_post", layers=(1,)).taps.items()
     vector = 2 * torch.randn(32, generator=generator)
     weight = torch.randn(1, 32, generator=generator)
-    probe = Scorer("p", key, tap, LinearProbe(weight, torch.zeros(1), torch.zeros(32), torch.ones(32)), "")
+    probe = RequestProbe("p", key, tap, LinearProbe(weight, torch.zeros(1), torch.zeros(32), torch.ones(32)), "")
 
     def calls() -> list[Call]:
         found = [Call(prompt, GREEDY, plan(model, "resid_post")) for prompt in PROMPTS]
