@@ -98,17 +98,17 @@ FEWER_LAYERS = {"num_hidden_layers": 6}
 
 WORDS = {
     "in parallel": "parallel",
-    "no norm takes the stream": "no norm",
+    "no normalization layer was found between": "no norm",
     "×": "scaled",
-    "normalises the stream": "post-norm",
-    "adds one thing": "one addition",
-    "adds up to the stream": "not found",
-    "the MLP adds was not found": "not found",
+    "normalizes the residual stream": "post-norm",
+    "makes one contribution": "one addition",
+    "accounts for the residual stream": "not found",
+    "the MLP's contribution was not found": "not found",
     "no attention": "no attention",
     "dense": "dense",
     "not a mixture of experts": "dense",
-    "no module gives the linear projection": "not found",
-    "no norm takes what leaves": "not found",
+    "no module outputs the linear projection": "not found",
+    "no normalization layer was found after": "not found",
     "not a row per token": "no rows",
 }
 """The words of the table for a hook point that is missing, by what the reason says."""

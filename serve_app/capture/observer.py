@@ -165,7 +165,7 @@ class _TapObserver(Cache):
             if subscription.run is None and run:
                 subscription.observer.fail(
                     subscription.key,
-                    f"{subscription.key} runs more than once in a forward, so it does not give a row per token",
+                    f"{subscription.key} runs more than once in a forward, so it has no row per token",
                 )
             elif subscription.run in (None, run):
                 subscription.show(value)

@@ -77,7 +77,7 @@ def resolve_structure(model: PreTrainedModel, model_name: str) -> ModelStructure
     if final:
         taps["final_norm"] = _norm_tap([path for path, _ in norms], final[-1])
     else:
-        missing["final_norm"] = "no norm takes what leaves the last layer"
+        missing["final_norm"] = "no normalization layer was found after the last layer"
     return ModelStructure(
         model_name=model_name,
         model_type=model.config.model_type,

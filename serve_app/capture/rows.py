@@ -1,14 +1,23 @@
-"""The rows kept of a running batch: copied once per forward for all requests, cut per request when one ends.
+"""Captures rows of a running batch: one copy per forward for all requests, and one set of tensors per request at its end.
 
-A forward sees `[batch, tokens]` positions, of which some are padding and some are not wanted. Requests that want the same
-keys form a cohort; per forward, `StepRows` gathers the wanted positions of all of a cohort's keys into one block
-`[keys, rows, *shape]`, which is the only copy made while the model runs, and each request then owns a span of it. So the
-cost of a step does not grow with the number of requests. For a pooled policy the block holds each request's sum over the
-forward's rows instead: pooled positions are reduced where they are, on the model's device.
+    batch   one forward's value at a tap, for all requests: [batch, tokens, *shape]
+      │       StepRows selects the wanted tokens; requests that want the same keys form a cohort
+      ▼
+    block   a cohort's rows of one forward, for all keys of one shape and dtype: [keys, rows, *shape]
+      │       one copy, on the model's device; from a GPU it is sent to pinned memory
+      ▼
+    span    one request's rows [start, stop) of a block
+      │       RequestRows joins its spans every JOIN_EVERY forwards, and when it ends
+      ▼
+    rows    one request's tensors, per key: [rows, *shape] (CapturedRows)
 
-From a GPU a block goes to pinned memory in one asynchronous copy, on a stream of its own, while the next step runs. Every few
-steps, and when it ends, a request's spans are joined into tensors of its own, so that a long request does not keep alive
-what ran beside it. All of it lies in one `RowMemory`.
+Writing the block is the only copy that is made while the model runs, so the cost of a step does not grow with the number of
+requests. For a pooled policy (a mean) a block holds one row per request instead, the sum over the forward's rows: pooled
+positions are reduced on the model's device.
+
+A block is sent from a GPU in one asynchronous copy, on a stream of its own, while the next step runs. A request joins its
+spans into tensors of its own, because a span keeps alive the rows of all requests in its block. All of this memory comes from
+one `RowMemory`.
 """
 
 from bisect import bisect_left
@@ -30,24 +39,23 @@ from serve_app.errors import RequestError
 
 @dataclass(frozen=True)
 class CapturePlan:
-    """What one request keeps."""
+    """Which rows one request keeps."""
 
     taps: dict[str, Tap]
-    """Per stored key, where to read."""
+    """Per stored key, the tap to read."""
     positions: Positions
-    """Which of its rows."""
+    """Which positions to keep."""
     dtype: CapturedDtype
-    """What to gather them in."""
+    """Dtype of the captured rows."""
     n_prompt: int | None = None
-    """Tokens before the completion; None says that the whole of the job's prompt is (it is not, when a finished answer is
-    read again)."""
+    """Tokens before the completion; None if that is the job's whole prompt. It is not when a finished answer is read again."""
     first: int = 0
-    """Rows before this position are not kept."""
+    """First position that may be kept."""
     stop: int | None = None
-    """Rows from this position on are not kept."""
+    """Position behind the last that may be kept; None for no limit."""
 
     def kept(self, n_prompt: int, start: int, stop: int) -> range:
-        """Return the positions in `[start, stop)` to keep, of a job whose prompt has `n_prompt` tokens."""
+        """Return the positions in `[start, stop)` to keep, of a job with `n_prompt` prompt tokens."""
         if self.stop is not None:
             stop = min(stop, self.stop)
         if self.n_prompt is not None:
@@ -55,58 +63,58 @@ class CapturePlan:
         return self.positions.select(n_prompt, stop, first=max(start, self.first))
 
     def count(self, n_prompt: int, n_rows: int) -> int:
-        """Return how many rows are kept of a job with `n_rows` of them."""
+        """Return the number of rows that are kept of a job with `n_rows` rows."""
         return 1 if self.positions.pooled else len(self.kept(n_prompt, 0, n_rows))
 
 
 @dataclass(frozen=True)
 class CapturedRows:
-    """A finished request's rows, on the CPU, owning their memory."""
+    """A finished request's rows, in CPU memory of their own."""
 
     tensors: dict[str, Float[Tensor, "rows ..."]]
     """Per stored key, `[rows, *shape]`."""
     position: Int[np.ndarray, "rows"]
-    """Sequence position per row, -1 for a pooled row, `[rows]`."""
+    """Sequence position of each row, -1 for a pooled row: `[rows]`."""
 
 
 @dataclass(frozen=True)
 class KnownRows:
-    """Rows of a stretch of positions that an earlier request has shown: these tokens are not fed again."""
+    """Rows of consecutive positions that are known from an earlier request, so the model does not read their tokens again."""
 
     kept: range
-    """The positions to keep of them."""
+    """Positions to keep."""
     start: int
-    """The position of the first row."""
+    """Position of the first row."""
     rows: Mapping[Tap, Float[Tensor, "rows ..."]]
-    """By where they were read, as the model gave them."""
+    """Per tap, the rows as the model computed them."""
 
     def wanted(self, tap: Tap) -> Float[Tensor, "kept ..."]:
-        """Return a tap's rows that are kept; a view."""
+        """Return the rows of a tap to keep, as a view."""
         return self.rows[tap][self.kept.start - self.start : self.kept.stop - self.start : self.kept.step]
 
 
 class UncapturableError(RequestError):
-    """A request's hook point gave no row per token, so what it asked for cannot be kept; the message names the key."""
+    """A requested hook point has no row per token, so it cannot be captured; the message names the stored key."""
 
     param, prefix = "activations.hook_points", "activations.hook_points: "
 
 
 JOIN_EVERY = 32
-"""Forwards after which a request's rows are copied out of the blocks, which hold the rows of the whole batch."""
+"""Number of forwards after which a request's rows are copied out of the blocks, which hold the rows of the whole batch."""
 
 
 @dataclass
 class _Block:
-    """One forward's rows of a cohort's keys that have the same shape and dtype."""
+    """One forward's rows, for those keys of a cohort that have the same shape and dtype."""
 
     tensor: Float[Tensor, "keys rows ..."]
     """`[keys, rows, *shape]`; for a pooled policy each row is a sum, in float32."""
     dtype: torch.dtype
-    """The values' own."""
+    """Dtype of the model's values."""
     keys: list[str] = field(default_factory=list)
-    """The first `len(keys)` of the tensor's are in use."""
+    """Keys of the first `len(keys)` entries of `tensor`; the others are unused."""
     copied: torch.cuda.Event | None = None
-    """On a GPU, the event after which `tensor` is there."""
+    """On a GPU, the event after which the copy to `tensor` is complete."""
 
     def rows(self, start: int, stop: int) -> Float[Tensor, "keys rows ..."]:
         if self.copied is not None:
@@ -121,28 +129,28 @@ class _Span:
     stop: int
 
     def rows(self, keys: list[str]) -> Float[Tensor, "keys rows ..."]:
-        """Return the rows of keys that share a block, in this order: another forward may have read them in another one."""
+        """Return the rows of keys that share a block, in the order of `keys`; forwards may read keys in different orders."""
         block = next(block for block in self.blocks if keys[0] in block.keys)
         rows = block.rows(self.start, self.stop)
         return rows if block.keys == keys else rows[[block.keys.index(key) for key in keys]]
 
 
 class RequestRows:
-    """The rows of one running request: spans of the latest forwards' blocks, and what has been joined of earlier ones.
+    """The rows of one running request: spans of recent blocks, and the joined rows of earlier ones.
 
     Attributes:
-        plan: what to keep.
+        plan: which rows to keep.
         begun: whether a forward has been read.
-        failure: why it cannot have what it asked for, once that is known.
+        failure: why its capture fails, once that is known.
     """
 
     def __init__(self, plan: CapturePlan, n_prompt: int, memory: RowMemory) -> None:
-        """Begin before the first token.
+        """Create empty rows.
 
         Args:
-            plan: what to keep.
-            n_prompt: tokens in the job's prompt.
-            memory: for its joined rows.
+            plan: which rows to keep.
+            n_prompt: tokens of the job's prompt.
+            memory: allocates joined rows.
         """
         self.plan = plan
         self.begun = False
@@ -155,24 +163,24 @@ class RequestRows:
         self.failure: UncapturableError | None = None
 
     def kept(self, span: range) -> range:
-        """Return which of a forward's sequence positions to keep."""
+        """Return the positions to keep among a forward's sequence positions."""
         return self.plan.kept(self._n_prompt, span.start, span.stop)
 
     def add(self, kept: range, blocks: list[_Block], start: int, stop: int, failure: str | None) -> None:
-        """Take rows `[start, stop)` of a forward's blocks, the next ones in order of position.
+        """Add rows `[start, stop)` of a forward's blocks; they follow the earlier rows in position.
 
         Args:
             kept: their sequence positions.
-            blocks: of all the cohort's keys.
+            blocks: the blocks of all the cohort's keys.
             start: the first row.
-            stop: behind the last.
-            failure: why there are none, if a key could not be had.
+            stop: behind the last row.
+            failure: why there are no rows, if a key has no value.
         """
         self.begun = True
         if failure is not None:
             self.failure = self.failure or UncapturableError(failure)
         if self.failure is not None:
-            return  # others in this forward have what they asked for
+            return  # other requests of this forward are not affected
         if self._known:
             self._own.append(self._laid_out(self._known, blocks))
             self._known = []
@@ -180,16 +188,16 @@ class RequestRows:
             self._position = []
         self._position += kept
         if self.plan.positions.policy == "last" and stop > start:
-            self._own, self._shared = [], []  # what was last is not any more
+            self._own, self._shared = [], []  # drop the rows that are no longer the last
         self._shared.append(_Span(blocks, start, stop))
         if len(self._shared) >= JOIN_EVERY:
             self._own.append(self._joined(self._shared))
             self._shared = []
 
     def resume(self, known: Sequence[KnownRows]) -> None:
-        """Begin behind tokens whose rows are known, in order: they are kept as if the model had been fed these tokens.
+        """Add the known rows of the first tokens, in order, as if the model had read these tokens.
 
-        A forward may have shown the rows of the tokens behind them already.
+        A forward may already have added rows of the tokens behind them.
         """
         known = [part for part in known if part.kept]
         self._position = [position for part in known for position in part.kept] + self._position
@@ -199,7 +207,7 @@ class RequestRows:
             self._known = known
 
     def between(self, start: int, stop: int, taps: Collection[Tap]) -> dict[Tap, Float[Tensor, "rows ..."]]:
-        """Copy the rows of positions `[start, stop)` from some places, as the model gave them; nothing if any is not here."""
+        """Return copies of the rows of positions `[start, stop)` at some taps; empty if any of these rows is not here."""
         first = bisect_left(self._position, start)
         here = self._position[first : first + stop - start] == list(range(start, stop))
         if not here or self.failure is not None or self.plan.positions.pooled:
@@ -220,16 +228,16 @@ class RequestRows:
             parts = [piece.rows(block.keys) for piece in pieces]
             if len(numbers) == len(block.keys):
                 rows = list(torch.cat(parts, dim=1) if len(parts) > 1 else parts[0].clone())
-            else:  # copied apart, so that none keeps alive what is not wanted
+            else:  # copied separately, so that no row keeps unwanted keys alive
                 rows = [torch.cat([part[number] for part in parts]) for number in numbers]
             found.update(zip((self.plan.taps[block.keys[number]] for number in numbers), rows, strict=True))
         return found
 
     def cut(self) -> CapturedRows:
-        """Join this request's rows into tensors of their own.
+        """Return this request's rows as tensors of their own.
 
         Raises:
-            UncapturableError: if a tapped module did not run in every forward, or gave no row per token.
+            UncapturableError: if a tapped module did not run in every forward, or has no row per token.
         """
         spans = self._own + self._shared
         if self.failure is not None:
@@ -250,7 +258,7 @@ class RequestRows:
         return CapturedRows({key: found[key] for key in self.plan.taps}, np.array(position, dtype=np.int32))
 
     def _laid_out(self, known: Sequence[KnownRows], like: list[_Block]) -> _Span:
-        """Put known rows into blocks of this request's own, which hold the keys that a forward's blocks hold."""
+        """Copy known rows into blocks of this request's own, with the same keys as a forward's blocks."""
         pooled = self.plan.positions.pooled
         count = 1 if pooled else sum(len(part.kept) for part in known)
         blocks = []
@@ -283,11 +291,11 @@ class RequestRows:
 
 
 def _no_rows(key: str) -> str:
-    return f"{key} does not give a row per token, so it cannot be captured"
+    return f"{key} has no row per token, so it cannot be captured"
 
 
 class _Cohort:
-    """The requests of a forward that want the same keys in the same way, and what is gathered for them."""
+    """The requests of one forward that capture the same keys, pooled or not, and the blocks gathered for them."""
 
     def __init__(self, keys: tuple[str, ...], pooled: bool, memory: RowMemory) -> None:
         self.keys = keys
@@ -300,7 +308,7 @@ class _Cohort:
         self.blocks: list[_Block] = []
 
     def want(self, request: RequestRows, kept: range, indices: range) -> None:
-        """Gather these flat indices, which hold the positions `kept`, for a request."""
+        """Gather the rows at these flat indices, which have the positions `kept`, for a request."""
         start = len(self.sums) if self.pooled else len(self.selection)
         self.selection.extend(indices)
         if self.pooled and indices:
@@ -308,7 +316,7 @@ class _Cohort:
         self.spans.append((request, kept, start, len(self.sums) if self.pooled else len(self.selection)))
 
     def gather(self, key: str, flat: Float[Tensor, "tokens ..."], plus: Float[Tensor, "tokens ..."] | None) -> None:
-        """Copy the wanted rows of one value, or of the sum of two: only what is wanted is added up."""
+        """Copy the selected rows of a value, or of the sum of two values; only selected rows are added."""
         dtype = flat.dtype if plus is None else torch.result_type(flat, plus)
         if self.pooled:
             rows = self.selection.of(flat) if plus is None else self.selection.of(flat) + self.selection.of(plus)
@@ -343,19 +351,19 @@ class _Cohort:
 
 
 class StepRows:
-    """One forward's capture: gathers the wanted rows of each tapped value.
+    """Captures one forward: gathers the wanted rows of each tapped value.
 
     Attributes:
-        taps: per stored key, where to read in this forward; nothing if no row of it is kept.
+        taps: per stored key, the tap to read in this forward; a key is left out if no row of it is kept.
     """
 
     def __init__(self, requests: list[RequestRows | None], layout: BatchLayout, memory: RowMemory) -> None:
-        """Lay out one forward's rows.
+        """Plan one forward's capture.
 
         Args:
-            requests: per batch row, the request's rows, None if it captures nothing.
-            layout: how the rows lie.
-            memory: for the blocks.
+            requests: per batch row, the request's rows; None if it captures nothing.
+            layout: the batch's layout.
+            memory: allocates the blocks.
         """
         self._layout = layout
         self._memory = memory
@@ -366,7 +374,7 @@ class StepRows:
             if request is None:
                 continue
             kept = request.kept(layout.spans[row])
-            # The first forward is read even if it keeps no row: it tells the shape of what has none.
+            # The first forward is read even if it keeps no row: it determines the shape of empty tensors.
             if not kept and request.begun:
                 continue
             kind = tuple(request.plan.taps), request.plan.positions.pooled
@@ -381,7 +389,7 @@ class StepRows:
     def __call__(
         self, key: str, value: Float[Tensor, "batch tokens ..."], plus: Float[Tensor, "batch tokens ..."] | None = None
     ) -> None:
-        """Copy the wanted rows of one tapped value, or of the sum of two; a value without a row per token is left out."""
+        """Copy the wanted rows of a tapped value, or of the sum of two values; a value without a row per token is skipped."""
         flat = self._layout.flat(value)
         other = self._layout.flat(plus) if plus is not None else None
         if flat is None or (plus is not None and other is None):
@@ -390,12 +398,12 @@ class StepRows:
             cohort.gather(key, flat, other)
 
     def fail(self, key: str, reason: str) -> None:
-        """Take note that a key cannot be had: the requests that asked for it fail, and no others."""
+        """Record that a key has no value; only the requests that asked for it fail."""
         for cohort in self._of_key[key]:
             cohort.failure = cohort.failure or reason
 
     def deliver(self) -> None:
-        """Give each request its span, once the forward has been issued."""
+        """Add each request's span to its rows, once the forward has been launched."""
         for cohort in self._cohorts:
             failure = cohort.failure
             blocks = [] if failure else [self._on_host(block) for block in cohort.blocks]

@@ -240,13 +240,13 @@ def verify(rows: Mapping[str, Float[Tensor, "rows width"]], n_layers: int, n_exp
             wrong[stored_key(name, layer)] = reason
         following = rows.get(stored_key("resid_pre", layer + 1))
         if following is not None and not _equal(found["resid_post"], following):
-            wrong[stored_key("resid_post", layer)] = "what leaves the layer is not what enters the next"
+            wrong[stored_key("resid_post", layer)] = "the layer's output is not the next layer's input"
     last = rows.get(stored_key("resid_post", n_layers - 1))
     if "final_norm" in rows and not _equal(rows.get(CHECK + "final_norm"), last):
-        wrong["final_norm"] = "no norm takes what leaves the last layer"
+        wrong["final_norm"] = "no normalization layer was found after the last layer"
     for name in MODEL_HOOK_POINTS:
         if name not in rows:
-            wrong[name] = "no module of vLLM's model gives it"
+            wrong[name] = "no module of vLLM's model outputs it"
     return wrong
 
 
@@ -254,22 +254,24 @@ def _check_layer(
     found: Mapping[str, Tensor | None], read_too: Mapping[str, Tensor | None], n_experts: int | None
 ) -> dict[str, str]:
     """Check one layer's hook points; returns reasons by hook point."""
-    wrong = {name: "no module of vLLM's model gives it" for name, values in found.items() if values is None}
+    wrong = {name: "no module of vLLM's model outputs it" for name, values in found.items() if values is None}
     if not _sum(found["resid_mid"], found["resid_pre"], found["attn_out"]):
-        reason = "in vLLM's modules the stream after attention is not what enters the layer and what attention adds"
+        reason = (
+            "in vLLM's modules the residual stream after attention is not the layer's input plus attention's output"
+        )
         wrong |= dict.fromkeys(("resid_mid", "attn_out"), reason)
     if not _sum(found["resid_post"], found["resid_mid"], found["mlp_out"]):
-        reason = "in vLLM's modules the stream leaving the layer is not that before the MLP and what the MLP adds"
+        reason = "in vLLM's modules the layer's output is not the stream before the MLP plus the MLP's output"
         wrong |= {"mlp_out": reason}
     if not (_equal(read_too["ln_attn"], found["resid_pre"]) and _equal(found["ln_attn"], read_too["attention"])):
-        wrong["ln_attn"] = "no norm takes the stream and gives what attention takes"
+        wrong["ln_attn"] = "no normalization layer was found between the residual stream and attention"
     if not _equal(found["ln_mlp"], read_too["mlp"]):
-        wrong["ln_mlp"] = "no norm takes the stream and gives what the MLP takes"
+        wrong["ln_mlp"] = "no normalization layer was found between the residual stream and the MLP"
     router = found["router"]
     if n_experts is None:
         wrong["router"] = "not a mixture of experts"
     elif router is not None and router.shape[-1] != n_experts:
-        wrong["router"] = f"no module gives logits of its {n_experts} experts"
+        wrong["router"] = f"no module outputs logits for its {n_experts} experts"
     return wrong
 
 

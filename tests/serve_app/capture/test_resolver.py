@@ -101,16 +101,22 @@ AROUND = {  # path of the layers, of the embedding and of the last norm
     "lfm2": ("model.layers", "model.embed_tokens", "model.embedding_norm"),
 }
 WHY = {
-    "resid_mid": "its block adds attention and MLP to the stream in parallel",
+    "resid_mid": "its block adds attention and MLP to the residual stream in parallel",
     "router": "not a mixture of experts",
-    ("olmo2", "ln_attn"): "no norm takes the stream and gives what attention takes",
-    ("olmo2", "ln_mlp"): "no norm takes the stream and gives what the MLP takes",
-    ("granite", "attn_out"): "its block adds 0.22 × the output of self_attn, which no module gives",
-    ("granite", "mlp_out"): "its block adds 0.22 × the output of mlp, which no module gives",
-    ("opt_post_norm", "mlp_out"): "its block normalises the stream itself, after the MLP's contribution is added",
-    ("opt_post_norm", "ln_attn"): "no norm takes the stream and gives what attention takes",
-    ("opt_post_norm", "ln_mlp"): "what the MLP adds was not found, so neither was the norm before it",
-    ("opt_post_norm", "final_norm"): "no norm takes what leaves the last layer",
+    ("olmo2", "ln_attn"): "no normalization layer was found between the residual stream and attention",
+    ("olmo2", "ln_mlp"): "no normalization layer was found between the residual stream and the MLP",
+    ("granite", "attn_out"): "its block adds 0.22 × the output of self_attn, which no module outputs",
+    ("granite", "mlp_out"): "its block adds 0.22 × the output of mlp, which no module outputs",
+    (
+        "opt_post_norm",
+        "mlp_out",
+    ): "its block normalizes the residual stream itself, after the MLP's contribution is added",
+    ("opt_post_norm", "ln_attn"): "no normalization layer was found between the residual stream and attention",
+    (
+        "opt_post_norm",
+        "ln_mlp",
+    ): "the MLP's contribution was not found, so neither was the normalization layer before it",
+    ("opt_post_norm", "final_norm"): "no normalization layer was found after the last layer",
 }
 
 
@@ -213,8 +219,8 @@ def test_what_adds_up_nowhere_is_missing_and_the_other_layers_are_not() -> None:
     scaled.forward = forward
     added.register_forward_hook(lambda module, args, output: output + 0.1 * torch.sin(output))
     missing = resolve_structure(model, "perturbed").missing
-    nothing = "no module's output adds up to the stream"
-    lost = "what the MLP adds was not found, so neither was the norm before it"
+    nothing = "no module's output accounts for the residual stream"
+    lost = "the MLP's contribution was not found, so neither was the normalization layer before it"
     assert missing == {
         "router": "not a mixture of experts",
         "layers.1.resid_mid": f"{nothing} after attention",
@@ -230,7 +236,7 @@ def test_a_stream_between_attention_and_mlp_that_no_module_is_given() -> None:
     model = tiny.module("llama")
     model.model.layers[2].post_attention_layernorm.register_forward_pre_hook(lambda m, args: (args[0] * 1.1 + 0.3,))
     missing = resolve_structure(model, "perturbed").missing
-    assert missing["layers.2.resid_mid"] == "no module is given it"
+    assert missing["layers.2.resid_mid"] == "no module takes it as its input"
     assert "layers.2.mlp_out" not in missing
 
 
@@ -239,7 +245,7 @@ def test_a_router_that_gives_probabilities_is_missing() -> None:
     for layer in model.model.layers:
         layer.mlp.gate.register_forward_hook(lambda m, args, output: (output[0].softmax(-1), *output[1:]))
     assert resolve_structure(model, "perturbed").missing == {
-        "router": "no module gives the linear projection to its 6 experts"
+        "router": "no module outputs the linear projection to its 6 experts"
     }
 
 

@@ -77,7 +77,7 @@ def test_a_value_without_a_row_per_token_is_an_error_for_who_asked(value: torch.
     request, other = RequestRows(plan(keys="ox"), 5, MEMORY), RequestRows(plan(keys="o"), 5, MEMORY)
     values = {"o": torch.ones(2, 5, 3)} | ({} if value is None else {"x": value})
     forward([request, other], [5, 5], 5, **values)
-    with pytest.raises(UncapturableError, match="x does not give a row per token"):
+    with pytest.raises(UncapturableError, match="x has no row per token"):
         request.cut()
     assert other.cut().tensors["o"].shape == (5, 3)
 

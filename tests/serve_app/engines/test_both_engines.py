@@ -464,7 +464,7 @@ def test_a_hook_point_without_rows_is_refused_or_fails_alone(under_test: Subject
     for call in (odd, fine):
         under_test.engine.submit(call.job)
     assert len(under_test.rows(fine)[0]) == 20
-    with pytest.raises(UncapturableError, match=r"model\.layers\.output does not give a row per token"):
+    with pytest.raises(UncapturableError, match=r"model\.layers\.output has no row per token"):
         under_test.rows(odd)
 
 

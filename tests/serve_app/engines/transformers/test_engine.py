@@ -273,7 +273,7 @@ def test_a_hook_point_without_rows_fails_alone(engine: TransformersEngine, llama
     for call in (odd, fine):
         engine.submit(call.job)
     assert fine.result().token_ids == generate_alone(llama, PROMPTS[1], 12)
-    with pytest.raises(UncapturableError, match=r"model\.layers\.output does not give a row per token"):
+    with pytest.raises(UncapturableError, match=r"model\.layers\.output has no row per token"):
         odd.result()
 
 
