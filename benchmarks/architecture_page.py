@@ -17,7 +17,7 @@ class ArchitectureFinding:
     case: str
     """A model type and options."""
     cells: tuple[str, ...] = ()
-    """What the table says of each hook point; empty if the configuration alone does not do."""
+    """What the table says of each hook point; empty if the configuration alone is not enough."""
     unresolved: str = ""
     """Why it does not."""
     not_built: str = ""
@@ -114,7 +114,7 @@ def rewrite(page: str, findings: Sequence[ArchitectureFinding]) -> str:
 
 
 SHORTER = {
-    r"^the configuration alone does not do, give the weights: ": "",
+    r"^the configuration alone is not enough; give the weights: ": "",
     r"^\w+ (?=is not a causal|does|keeps|has|cannot)|^[\w-]+ (?=is an encoder)": "it ",
     r" \(by up to \d+% of their norm\)|: told to, it moves rows by \d+% of their norm": "",
     r"a row is off by inf of its norm": "it does not run",

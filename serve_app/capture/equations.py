@@ -1,9 +1,9 @@
-"""The equations by which hook points are verified, up to the rounding of the model's dtype and no further.
+"""The equations that verify hook points, up to the rounding of the model's dtype and no further.
 
-A model of many layers adds small contributions to a large stream, and a few channels of it can be a thousand times larger
-than the rest. A tolerance on the norm of the whole would accept any small contribution there. So a sum is checked element
-by element, to the rounding of that element, and beside that the contribution's share is estimated by least squares over all
-elements, each weighted by its rounding: a tensor that is not in the sum has no share in it, however small it is.
+A model of many layers adds small contributions to a large stream, and a few channels of the stream can be a thousand times
+larger than the rest. A tolerance on the norm of the whole would accept any small contribution there. So a sum is checked
+element by element, to the rounding of each element. In addition, least squares over all elements, each weighted by its
+rounding, estimates the contribution's factor. A tensor that is not in the sum has a factor of 0, however small it is.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from torch.nn import functional
 
 
 def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same values: a module may cast, and may see batch and tokens flattened."""
+    """Whether two tensors have the same values; dtypes may differ, and batch and token axes may be flattened."""
     if a.shape[-1:] != b.shape[-1:] or a.numel() != b.numel():
         return False
     coarser = max(a.dtype, b.dtype, key=lambda dtype: torch.finfo(dtype).eps)
@@ -22,15 +22,15 @@ def same(a: Tensor, b: Tensor) -> bool:
 
 
 def share(total: Tensor, others: Sequence[Tensor], part: Tensor) -> float | None:
-    """Return the factor c with `total = sum(others) + c · part`, or None if there is none.
+    """Return the factor c with `total = sum(others) + c · part`; None if there is none.
 
     Args:
-        total: `[batch, tokens, width]`, or flattened to `[batch * tokens, width]`, like all the others.
-        others: what else is in the sum, as it is.
-        part: what may be.
+        total: `[batch, tokens, width]`, or flattened to `[batch * tokens, width]`, like the other tensors.
+        others: the other terms of the sum.
+        part: the term whose factor is estimated.
 
     Returns:
-        Exactly 1.0 where the part is added as it is.
+        Exactly 1.0 if the part is added unscaled.
     """
     given = (total, part, *others)
     if any(t.numel() != total.numel() or t.shape[-1] != total.shape[-1] for t in given):
@@ -48,7 +48,7 @@ def share(total: Tensor, others: Sequence[Tensor], part: Tensor) -> float | None
 
 
 def is_projection(given: Tensor, taken: Tensor, module: nn.Module) -> bool:
-    """Whether a module gives the linear projection of what it takes by its own weight, with nothing done to it after."""
+    """Whether a module's output is exactly the linear projection of its input by its own weight."""
     weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
     if weight is None or not given.is_floating_point() or weight.shape != (given.shape[-1], taken.shape[-1]):
         return False

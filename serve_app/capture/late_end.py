@@ -1,8 +1,9 @@
-"""What to collect of a request while it is not known where its completion ends, and what is kept of it once that is known.
+"""Decides which rows to collect while a request's end is not known yet, and which of them to keep once it is known.
 
-A request may overrun: rows come that belong to no token of the completion but its last, or to none at all. Where a stop string
-or a probe's score ends it, that is known only when the row behind the end is there. So what depends on where the end is (the
-last row, the mean of all generated ones) is decided afterwards, and rows behind it are dropped.
+A request may overrun: rows are computed that belong to the last token of the completion, or to tokens behind its end. If a
+stop string or a probe's score ends the completion, this is known only when the row behind the end has been computed. So
+everything that depends on the end (the last row, the mean of all generated rows) is decided afterwards, and rows behind the
+end are dropped.
 """
 
 from dataclasses import replace
@@ -15,14 +16,14 @@ from serve_app.capture.rows import CapturedRows, CapturePlan
 
 
 class RowsMissingError(Exception):
-    """Other rows were collected than there should be; the message counts them."""
+    """The collected rows are not the expected ones; the message has both counts."""
 
 
 def collecting_plan(plan: CapturePlan, n_prompt: int) -> CapturePlan:
-    """Return what to collect for a plan while it is not known where the completion ends.
+    """Return the plan to collect with while the end of the completion is not known.
 
     Args:
-        plan: what is to be kept in the end.
+        plan: which rows to keep in the end.
         n_prompt: tokens in the prompt.
     """
     match plan.positions.policy:
@@ -34,17 +35,17 @@ def collecting_plan(plan: CapturePlan, n_prompt: int) -> CapturePlan:
             return plan
 
 
-def settled(rows: CapturedRows, plan: CapturePlan, n_prompt: int, n_rows: int) -> CapturedRows:
-    """Return what a plan keeps of what `collecting_plan` collected, once the end is known.
+def finalize_rows(rows: CapturedRows, plan: CapturePlan, n_prompt: int, n_rows: int) -> CapturedRows:
+    """Return the rows that a plan keeps of what `collecting_plan` has collected, once the end is known.
 
     Args:
-        rows: collected, perhaps beyond the end.
-        plan: what is to be kept.
+        rows: the collected rows, perhaps beyond the end.
+        plan: which rows to keep.
         n_prompt: tokens in the prompt.
-        n_rows: of a full capture.
+        n_rows: rows of a full capture.
 
     Raises:
-        RowsMissingError: if there are others than there should be.
+        RowsMissingError: if the collected rows are not the expected ones.
     """
     wanted = plan.kept(n_prompt, 0, n_rows)
     if plan.positions.policy == "mean_prompt":
@@ -72,4 +73,4 @@ def settled(rows: CapturedRows, plan: CapturePlan, n_prompt: int, n_rows: int) -
 
 def _check(rows: CapturedRows, wanted: list[int]) -> None:
     if rows.position.tolist() != wanted:
-        raise RowsMissingError(f"{len(rows.position)} rows were captured, not the {len(wanted)} that there should be")
+        raise RowsMissingError(f"{len(rows.position)} rows were captured; {len(wanted)} were expected")

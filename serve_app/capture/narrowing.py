@@ -1,9 +1,10 @@
 """Finds a model's hook points from its configuration alone: no weights, no download, no accelerator.
 
-Where hook points are depends on how layers are wired, not on how wide they are. So a random model of the same configuration
-is built with the same layers, in the same pattern, but narrow, and the resolver verifies on it what it would verify on the
-weights. A configuration's widths depend on one another in ways that only its own model knows (heads divide the width of the
-stream, rotations a head's), so there are two ways to narrow, tried in turn: to four heads, and with all heads, each narrow.
+The location of hook points depends on how layers are connected, not on how wide they are. So a random model of the same
+configuration is built with the same layers in the same pattern, but narrow, and the resolver verifies its hook points as it
+would on the weights. A configuration's widths depend on one another in ways that only its own model class knows (heads divide
+the width of the stream, rotations divide a head's). So there are two ways to narrow, tried in turn: to four heads, and with
+all heads, each of them narrow.
 """
 
 import copy
@@ -25,19 +26,19 @@ log = logging.getLogger(__name__)
 STAND_IN = "a narrowed random model of this configuration"
 
 MOST_PARAMETERS = 300_000_000
-"""A stand-in with more (1.2 GB in float32) is not built."""
+"""Largest number of parameters of a stand-in (1.2 GB in float32)."""
 
 HEAD_WIDTH = 8
 
 ROTATION = ("rope_parameters", "rope_scaling")
 POSITIONS = ("max_position_embeddings", "n_positions", "max_seq_len")
-"""Where configurations describe rotary positions, and what they call the most positions."""
+"""Fields that describe rotary positions, and fields of the largest number of positions."""
 
 STREAM = ("hidden_size", "n_embd", "d_model", "emb_dim", "word_embed_proj_dim")
 HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads", "attention_heads")
 KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads")
 HEAD_WIDTHS = ("head_dim", "kv_channels", "v_head_dim", "linear_key_head_dim", "linear_value_head_dim")
-"""What configurations call the width of the stream, the numbers of heads and the widths of a head."""
+"""Fields of the width of the residual stream, of the numbers of heads, and of the widths of a head."""
 
 NARROW = {
     "vocab_size": 512,
@@ -60,34 +61,35 @@ NARROW = {
     **dict.fromkeys(("mamba_d_head", "mamba_head_dim"), HEAD_WIDTH),
     **dict.fromkeys(("mamba_d_state", "ssm_state_size", "mamba_dt_rank"), 16),
 }
-"""The most that each of these may be, whatever the heads are.
+"""Largest value of each of these fields in a narrow configuration, whatever the heads are.
 
-The number of experts is like no other width, so that a router cannot be mistaken for another projection."""
+The number of experts differs from every other width, so a router cannot be mistaken for another projection.
+"""
 
 
 THRESHOLD = re.compile(r"^(?!.*expert).*(window|chunk|topk|top_k|original_max|compress|block|stride|local|sparse)")
-"""Names of numbers of tokens beyond which a model computes in another way, and of other things, which are small."""
+"""Fields of numbers of tokens beyond which a model computes in another way, and of other small numbers."""
 
 MOST_LAYERS = 12
-"""Layers of a stand-in, enough for every pattern of layers that is known here."""
+"""Largest number of layers of a stand-in; enough for every known pattern of layers."""
 
 STAND_INS = ((True, True, True), (False, True, True), (False, False, True), (False, True, False), (False, False, False))
-"""What is tried in turn: whether to have fewer layers, four heads, and the model's rotation and thresholds."""
+"""Ways to build a stand-in, tried in turn: whether to cut layers, to narrow to four heads, and to keep the model's rotation
+and thresholds."""
 
 SHORT, LONG = 8, 16
-"""What a stand-in's thresholds become: windows and chunks, and the context that a rotation was first trained on."""
+"""Thresholds of a stand-in: of windows and chunks, and of the context that a rotation was first trained on."""
 
 
 def stand_in(model_class: type[PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel | None:
-    """Build a narrow random model in float32 that treats positions and batches as a model of this configuration does.
+    """Build a narrow random model in float32 that treats positions and batches like a model of this configuration.
 
-    Its layers and its rotation of positions are the model's. Windows, chunks and the like are a few tokens wide, so that
-    short sequences cross them, and its weights are large enough for attention to prefer some tokens to others.
-
-    Its first layers stand for all of them, where a configuration without the others can be built.
+    Its layers and its rotation of positions are the model's. Windows, chunks and similar limits are a few tokens wide, so
+    short sequences cross them. Its weights are large enough for attention to prefer some tokens to others. Its first layers
+    stand for all layers, where a configuration with fewer layers can be built.
 
     Returns:
-        The model on the CPU; None if none could be built that runs.
+        The model on the CPU; None if no such model could be built and run.
     """
     tokens = torch.arange(2 * LONG).view(1, -1)
     for fewer_layers, four_heads, whole in STAND_INS:
@@ -110,7 +112,7 @@ def stand_in(model_class: type[PreTrainedModel], config: PretrainedConfig) -> Pr
 
 
 def thresholds(config: PretrainedConfig) -> dict[str, int]:
-    """Return the numbers of tokens beyond which a model computes in another way, by name."""
+    """Return the numbers of tokens beyond which a model computes in another way, by field."""
     found: dict[str, int] = {}
     for name, value in vars(config).items():
         if isinstance(value, PretrainedConfig):
@@ -128,7 +130,8 @@ def thresholds(config: PretrainedConfig) -> dict[str, int]:
 
 
 def rotation_limit(config: PretrainedConfig) -> int | None:
-    """Return the tokens beyond which a rotation of positions takes other frequencies (LongRoPE, arXiv 2402.13753)."""
+    """Return the number of tokens beyond which a rotation uses other frequencies (LongRoPE, arXiv 2402.13753); None for no
+    limit."""
     text = config.get_text_config()
     rotation = getattr(text, "rope_parameters", None) or {}
     for part in (rotation, *rotation.values()):
@@ -154,7 +157,7 @@ def _shorten(config: PretrainedConfig) -> None:
 
 
 def _cut_layers(config: PretrainedConfig, most: int) -> None:
-    """Cut a configuration to its first layers, in place, with what it lists per layer."""
+    """Cut a configuration to its first layers, in place, with its lists of a value per layer."""
     for part in vars(config).values():
         if isinstance(part, PretrainedConfig):
             _cut_layers(part, most)
@@ -168,7 +171,7 @@ def _cut_layers(config: PretrainedConfig, most: int) -> None:
 
 
 def _sharpen(model: PreTrainedModel) -> None:
-    """Scale a random model's matrices so that what they give is as large as what they take, in place."""
+    """Scale a random model's matrices in place, so that outputs are as large as inputs."""
     for parameter in model.parameters():
         if parameter.ndim > 1 and 0 < (spread := float(parameter.detach().std())) < 0.1:
             parameter.data *= parameter.shape[-1] ** -0.5 / spread
@@ -178,23 +181,25 @@ def resolve_config(config: PretrainedConfig, model_name: str) -> ModelStructure:
     """Find and verify a model's hook points on a narrow random model of its configuration.
 
     Returns:
-        The structure with the configuration's own number of layers and width.
+        The structure, with the configuration's own number of layers and width.
 
     Raises:
-        ResolutionError: if no narrow model of it could be built and resolved; the message says what each one said.
+        ResolutionError: if no narrow model could be built and resolved; the message has the reason for each.
     """
-    said: list[str] = []
+    errors: list[str] = []
     for four_heads in (True, False):
         narrow = narrowed(config, four_heads=four_heads)
         try:
             with one_thread():
                 structure = resolve_structure(_random_model(narrow), model_name)
         except ResolutionError as error:
-            said.append(str(error))
+            errors.append(str(error))
         else:
             width = structure.d_model * _width(config) // _width(narrow)
             return dataclasses.replace(structure, d_model=width, verified_on=STAND_IN)
-    raise ResolutionError(f"the configuration alone does not do, give the weights: {'; '.join(dict.fromkeys(said))}")
+    raise ResolutionError(
+        f"the configuration alone is not enough; give the weights: {'; '.join(dict.fromkeys(errors))}"
+    )
 
 
 def narrowed(config: PretrainedConfig, *, four_heads: bool, keep_positions: bool = False) -> PretrainedConfig:
@@ -202,8 +207,8 @@ def narrowed(config: PretrainedConfig, *, four_heads: bool, keep_positions: bool
 
     Args:
         config: of a whole model, or of one of its parts.
-        four_heads: narrow to four heads, instead of keeping all of them.
-        keep_positions: keep how positions are rotated, which may have a number per dimension, and how many there are.
+        four_heads: narrow to four heads; otherwise keep all heads.
+        keep_positions: keep the rotation of positions, which may have a number per dimension, and the number of positions.
     """
     narrow = copy.deepcopy(config)
     fields = vars(narrow)
@@ -237,7 +242,7 @@ def narrowed(config: PretrainedConfig, *, four_heads: bool, keep_positions: bool
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute on one thread: handing such small matrices to others takes longer than multiplying them."""
+    """Compute on one thread: for such small matrices, distributing work takes longer than the work."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -247,13 +252,13 @@ def one_thread() -> Iterator[None]:
 
 
 def _plain_rotation(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Drop the scaling of rotary positions, which may have a number per dimension: it moves no hook point."""
+    """Drop the scaling of rotary positions, which may have a number per dimension; it does not move hook points."""
     plain = {name: _plain_rotation(value) if isinstance(value, dict) else value for name, value in parameters.items()}
     return plain | {"rope_type": "default"} if "rope_type" in parameters else plain
 
 
 def _fewer_factors(parameters: dict[str, Any]) -> dict[str, Any]:
-    """Keep a scaling of rotary positions, with as many factors per dimension as a narrow head has."""
+    """Keep the scaling of rotary positions, with as many factors per dimension as a narrow head needs."""
     pairs = int(HEAD_WIDTH * parameters.get("partial_rotary_factor", 1)) // 2
     kept: dict[str, Any] = {}
     for name, value in parameters.items():
@@ -267,14 +272,14 @@ def _fewer_factors(parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def _width(config: PretrainedConfig) -> int:
-    """Return the width of the stream, by any of its names."""
+    """Return the width of the residual stream."""
     return int(config.get_text_config().hidden_size)
 
 
 def _random_model(
     config: PretrainedConfig, build: Callable[..., PreTrainedModel] = AutoModelForCausalLM.from_config
 ) -> PreTrainedModel:
-    """Build a random model whose parameters are nowhere constant, so that its norms can be told from one another."""
+    """Build a random model without constant parameters, so that its norms can be told from one another."""
     try:
         with torch.device("meta"):
             size = sum(p.numel() for p in build(config, dtype=torch.float32).parameters())

@@ -1,12 +1,12 @@
-"""Finds where a model's hook points are, by watching a forward rather than by trusting names.
+"""Finds a model's hook points by recording a forward, not by trusting module names.
 
-Names lie: in Gemma 2 `post_attention_layernorm` normalises attention's output, in Llama it is the norm before the MLP. So
-the resolver runs one short forward with plain PyTorch hooks on every module of every decoder layer, and decides by value
-what each is: `block` has the equations of a layer. What satisfies no equation is reported as missing, with the reason, and
-refused when asked for: never guessed.
+Names mislead: in Gemma 2 `post_attention_layernorm` normalizes attention's output, and in Llama it is the norm before the MLP.
+So the resolver runs one short forward with plain PyTorch hooks on every module of every decoder layer, and identifies modules
+by their values (`block` has the equations of a layer). A hook point that satisfies no equation is reported as missing, with
+the reason, and requests for it are rejected. It is never guessed.
 
-Around the layers: they are the longest `ModuleList` whose modules all run; `embed` is the output of the token embedding; and
-`final_norm` that of the norm which takes what leaves the last layer.
+The decoder layers are the longest `ModuleList` whose modules all run. `embed` is the output of the token embedding.
+`final_norm` is the output of the norm whose input is the last layer's output.
 """
 
 from collections.abc import Iterator
@@ -27,13 +27,13 @@ from serve_app.capture.watching import LayerRun, first_tensor, watch
 from serve_app.errors import RequestError
 
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-"""What configurations call the number of experts."""
+"""Names of the number of experts in configurations."""
 
 Layers = list[tuple[str, nn.Module]]
 
 
 class ResolutionError(RequestError):
-    """The model's decoder layers could not be found, or it does not run on tokens alone."""
+    """The model's decoder layers could not be found, or the model does not run on token ids alone."""
 
     code, param = "model_unsupported", "model_id"
 
@@ -45,7 +45,7 @@ def resolve_structure(model: PreTrainedModel, model_name: str) -> ModelStructure
         ResolutionError: if it has no list of decoder layers, or they do not pass a residual stream.
     """
     embedding = model.get_input_embeddings()
-    # Two sequences, so that a row per token can be told from other ways to lay out batch and tokens.
+    # Two sequences of eight tokens, so that a row per token can be told from other layouts of batch and tokens.
     tokens = (torch.arange(16, device=embedding.weight.device) % embedding.weight.shape[0]).view(2, 8)
     layers_path, layers = _decoder_layers(model, tokens)
     n_experts = number_of_experts(model.config.get_text_config())
@@ -67,7 +67,7 @@ def resolve_structure(model: PreTrainedModel, model_name: str) -> ModelStructure
             counting.remove()
     for path, _ in layers:
         if path not in blocks:
-            raise ResolutionError(f"{path} passes no residual stream of its own")
+            raise ResolutionError(f"{path} does not pass on a residual stream of its own")
     taps, missing = _by_key([blocks[path] for path, _ in layers])
     if len(embedded) == 1:
         taps["embed"] = Tap(next(name for name, module in model.named_modules() if module is embedding), "output")
@@ -99,7 +99,7 @@ def number_of_experts(config: PretrainedConfig) -> int | None:
 
 
 def _decoder_layers(model: PreTrainedModel, tokens: Int[Tensor, "batch tokens"]) -> tuple[str, Layers]:
-    """Return the path of the longest list whose modules all run and that is inside no other, and its modules by path."""
+    """Return the longest list whose modules all run and that is inside no other list: its path, and its modules by path."""
     lists = {name: m for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     top = {name: m for name, m in lists.items() if not any(name.startswith(f"{other}.") for other in lists)}
     ran: set[nn.Module] = set()
@@ -118,7 +118,7 @@ def _decoder_layers(model: PreTrainedModel, tokens: Int[Tensor, "batch tokens"])
 
 @contextmanager
 def _norms_around(model: nn.Module, layers_path: str) -> Iterator[list[tuple[str, Tensor]]]:
-    """Record what each norm outside the layers takes, in the order they run."""
+    """Record the input of each norm outside the layers, in the order they run."""
     taken: list[tuple[str, Tensor]] = []
 
     def hook(module: nn.Module, args: Any, kwargs: Any, *, path: str) -> None:
@@ -137,14 +137,14 @@ def _norms_around(model: nn.Module, layers_path: str) -> Iterator[list[tuple[str
 
 
 def _norm_tap(paths: list[str], place: int) -> Tap:
-    """Return the tap of one of the norms that ran, given in order; some models use one norm at several places."""
+    """Return the tap of one of the norms that ran, given in order; some models run one norm several times."""
     path = paths[place]
     run = paths[:place].count(path) if paths.count(path) > 1 else None
     return Tap(path, "output", run=run)
 
 
 def _forward(model: PreTrainedModel, tokens: Int[Tensor, "batch tokens"]) -> None:
-    """Run a forward on tokens alone."""
+    """Run a forward on token ids alone."""
     try:
         with torch.inference_mode():
             model(input_ids=tokens, use_cache=False)
@@ -158,7 +158,8 @@ def _forward(model: PreTrainedModel, tokens: Int[Tensor, "batch tokens"]) -> Non
 
 
 def _by_key(blocks: list[Found]) -> tuple[dict[str, Tap], dict[str, str]]:
-    """Return the layers' taps by stored key; and reasons, by hook point where no layer has it, else by stored key."""
+    """Return the layers' taps by stored key, and the reasons for missing ones: by hook point if no layer has it, else by
+    stored key."""
     taps: dict[str, Tap] = {}
     missing: dict[str, str] = {}
     for name in LAYER_HOOK_POINTS:

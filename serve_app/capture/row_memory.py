@@ -1,9 +1,9 @@
-"""The memory in which captured rows lie: kept for the next ones on the host, pinned where they come from a GPU.
+"""Allocates the memory of captured rows, and reuses it: plain memory on the host, pinned memory for copies from a GPU.
 
-With every layer, the rows of one step's prompts are 100 MB and more, and a request's own live until the store has written
-them. Pieces that large the C library returns to the system when they are freed, and the system clears every page of the next
-one when it is first touched: that costs more than the copy that fills it. So pieces that are given back stay here, up to a
-limit, and are used again. A GPU's own memory and pinned memory are torch's, which keeps them in the same way.
+With every layer captured, the rows of one step's prompts take 100 MB and more, and a request's rows live until the store has
+written them. When blocks that large are freed, the C library returns them to the system, and the system zeroes every page of
+the next block at its first access. That costs more than the copy that fills the block. So freed blocks are kept here, up to a
+limit, and reused. The memory of a GPU and pinned memory are PyTorch's, which reuses them in the same way.
 """
 
 import math
@@ -16,33 +16,33 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 SMALLEST = 1 << 20
-"""Bytes from which a piece is kept: what is smaller the C library keeps by itself."""
+"""Smallest block, in bytes, that is kept; the C library reuses smaller ones itself."""
 KEEP_BYTES = 512 << 20
-"""The most that is kept unused."""
+"""Limit of unused memory that is kept, in bytes."""
 WASTE = 1.5
-"""A kept piece is taken if it is at most so many times what is needed."""
+"""A kept block is reused if it is at most this many times as large as needed."""
 ALIGNMENT = 64
-"""Bytes: torch's own, for its vector instructions."""
+"""Alignment in bytes, PyTorch's own, for its vector instructions."""
 
 
 def to_device(tensor: Shaped[Tensor, "..."], device: torch.device) -> Shaped[Tensor, "..."]:
-    """Send a tensor of the host's to a device, without waiting for what that has to do: not from pinned memory."""
+    """Copy a host tensor to a device without waiting for the device: through pinned memory."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
 class RowMemory:
-    """Memory for one engine's rows. One thread takes it; any may drop a tensor, and its piece comes back."""
+    """Memory for one engine's rows. One thread allocates; any thread may drop a tensor, and its block is then reused."""
 
     def __init__(self) -> None:
         self._kept: deque[np.ndarray] = deque()  # the first has been here longest
-        # Without a lock: a piece may come back while the taking thread, collecting garbage, holds one.
+        # No lock: a block may be returned while the allocating thread, collecting garbage, would hold it.
         self._returned: deque[np.ndarray] = deque()
         self._streams: dict[torch.device, torch.cuda.Stream] = {}
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Shaped[Tensor, "..."]:
-        """Return an uninitialized tensor; on the host its memory comes back when nothing refers to it any more."""
+        """Return an uninitialized tensor; on the host, its memory is reused when nothing refers to it any more."""
         size = math.prod(shape) * dtype.itemsize
         if device.type != "cpu" or size < SMALLEST:
             return torch.empty(shape, dtype=dtype, device=device)
@@ -53,13 +53,13 @@ class RowMemory:
         return torch.from_numpy(lent).view(dtype).view(shape)
 
     def to_host(self, tensor: Shaped[Tensor, "..."]) -> tuple[Shaped[Tensor, "..."], torch.cuda.Event | None]:
-        """Send a tensor to the host, beside what its GPU computes.
+        """Copy a tensor to the host while its GPU continues to compute.
 
         Args:
-            tensor: on any device; only a CUDA one is sent, to pinned memory, on a stream of its own.
+            tensor: on any device; a CUDA tensor is copied to pinned memory, on a stream of its own.
 
         Returns:
-            Where it will be, and the event after which it is there; None if that is now.
+            The host tensor, and the event after which the copy is complete; None if it is complete now.
         """
         device = tensor.device
         if device.type != "cuda":

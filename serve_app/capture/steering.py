@@ -1,9 +1,9 @@
-"""Adds vectors to the stream of some requests of a running batch: the observer's counterpart.
+"""Adds steering vectors to the rows of some requests of a running batch.
 
-A request may steer at several hook points and positions. Per forward and hook point there is one intervention over the whole
-batch, `StepSteering`, which adds each request's vectors to its own rows and touches no other. It is shown the very tensor
-that the model goes on with, before what captures and scores is, and adds in place: whoever else holds the tensor sees it
-too, as `resid_mid` has to be seen by both the MLP's norm and the sum around it.
+A request may steer at several hook points and positions. Per forward and hook point there is one intervention for the whole
+batch, `StepSteering`, which adds each request's vectors to its own rows and changes no others. It receives the tensor that the
+model continues with, before capture and probes do, and adds in place. So everything that holds the tensor sees the change:
+`resid_mid`, for example, is the input of the MLP's norm and of the sum around the MLP.
 """
 
 from collections import defaultdict
@@ -21,12 +21,12 @@ from serve_app.errors import RequestError
 
 
 class OversteeredError(RequestError):
-    """What was added made the model's output something else than numbers."""
+    """The steering vectors made the model's output NaN or infinite."""
 
     code, param, prefix = "steering_overflow", "steering", "steering: "
 
     def __init__(self) -> None:
-        super().__init__("what is added makes the model's output overflow; take a smaller scale")
+        super().__init__("the steering vectors make the model's output overflow; use a smaller scale")
 
 
 class UnsteerableError(RequestError):
@@ -37,29 +37,30 @@ class UnsteerableError(RequestError):
 
 @dataclass(frozen=True)
 class SteeringVector:
-    """What one request adds at one hook point."""
+    """A vector that one request adds at one hook point."""
 
     key: str
     """The stored key of the hook point."""
     tap: Tap
-    """Where that is."""
+    """The hook point's tap."""
     vector: Float[Tensor, "d_model"]
-    """What is added, on the model's device, `[d_model]`."""
+    """The vector, on the model's device: `[d_model]`."""
     positions: Positions
-    """To which of its rows."""
+    """Positions to add it to."""
 
     def wanted(self, n_prompt: int, span: range) -> range:
-        """Return the positions in `span` to add to, of a job whose prompt has `n_prompt` tokens."""
+        """Return the positions in `span` to add it to, of a job with `n_prompt` prompt tokens."""
         return self.positions.select(n_prompt, span.stop, first=span.start)
 
 
 def different_sums(steering_vectors: Sequence[SteeringVector], n_prompt: int, n_rows: int) -> int:
-    """Return how many different vectors a request adds, over all hook points: at a token, all that are added there are one.
+    """Return the number of different vectors that a request adds, over all hook points; vectors added at one token count as
+    their sum.
 
     Args:
-        steering_vectors: the request's.
+        steering_vectors: the request's vectors.
         n_prompt: tokens of its prompt.
-        n_rows: of a full capture.
+        n_rows: rows of a full capture.
     """
     found: dict[str, dict[int, tuple[int, ...]]] = defaultdict(dict)
     for number, steering_vector in enumerate(steering_vectors):
@@ -71,7 +72,7 @@ def different_sums(steering_vectors: Sequence[SteeringVector], n_prompt: int, n_
 
 @dataclass
 class _Sums:
-    """What is added at one hook point in one forward: to flat index `indices[i]` the vector `vectors[which[i]]`."""
+    """The vectors added at one hook point in one forward: `vectors[which[i]]` is added at flat index `indices[i]`."""
 
     vectors: list[Tensor] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
@@ -79,19 +80,19 @@ class _Sums:
 
 
 class StepSteering:
-    """One forward's interventions.
+    """Steers one forward.
 
     Attributes:
-        taps: per stored key, where to add in this forward; nothing if no row of it is steered.
+        taps: per stored key, the tap to add at in this forward; a key is left out if no row of it is steered.
     """
 
     def __init__(self, requests: list[tuple[SteeringVector, ...]], n_prompts: list[int], layout: BatchLayout) -> None:
-        """Lay out what is added.
+        """Plan one forward's interventions.
 
         Args:
-            requests: per batch row, what its request adds.
-            n_prompts: per batch row, the tokens of its prompt.
-            layout: how the rows lie.
+            requests: per batch row, its request's vectors.
+            n_prompts: per batch row, the tokens of its request's prompt.
+            layout: the batch's layout.
         """
         self._layout = layout
         self._sums: dict[str, _Sums] = {}
@@ -112,23 +113,25 @@ class StepSteering:
                 sums.indices += indices
 
     def __call__(self, key: str, value: Float[Tensor, "rows width d_model"]) -> None:
-        """Add to one value, in place.
+        """Add to one tapped value, in place.
 
         Raises:
-            ValueError: if it has no row of the vectors' width per token, so that nothing can be added to it.
+            ValueError: if the value has no row of the vectors' width per token.
         """
         self._seen.add(key)
         sums = self._sums[key]
         vectors = torch.stack(sums.vectors).to(value)
         index = self._layout.index(value, sums.indices)
         if index is None or value.shape[len(index) :] != vectors.shape[1:]:
-            raise ValueError(f"{key} is {list(value.shape)}: not a row of {vectors.shape[1]} per token")
+            raise ValueError(
+                f"{key} has the shape {list(value.shape)}: not a row of {vectors.shape[1]} values per token"
+            )
         value.index_put_(index, vectors[sums.which], accumulate=True)
 
     def added(self, key: str) -> tuple[list[int], list[int], list[Float[Tensor, "d_model"]]]:
-        """Return the places to add to at one hook point, per place which sum is added, and the different sums.
+        """Return, for one hook point, the flat indices to add at, the number of the sum for each, and the different sums.
 
-        Whoever asks adds them; nothing is then missing of what was to be added there.
+        The caller adds them; the hook point then counts as steered.
         """
         self._seen.add(key)
         sums, at = self._sums[key], defaultdict(list)
@@ -139,12 +142,13 @@ class StepSteering:
         return list(at), [kinds[tuple(numbers)] for numbers in at.values()], vectors
 
     def fail(self, key: str, reason: str) -> None:
-        """Take note that nothing could be added at a hook point: the requests that steer there fail, and no others."""
+        """Record that a hook point could not be steered; only the requests that steer there fail."""
         self._failed.setdefault(key, reason)
 
     @property
     def failures(self) -> dict[int, UnsteerableError]:
-        """Per batch row whose request was not steered as it asked, why; complete once the forward has been issued."""
+        """The errors of requests that were not steered as requested, per batch row; complete once the forward has been
+        launched."""
         reasons = {
             key: f"{key} was not reached, so nothing was added there" for key in self.taps if key not in self._seen
         }

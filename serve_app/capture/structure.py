@@ -1,7 +1,7 @@
-"""What a model has to capture: its hook points, and a request's hook points turned into places to read.
+"""A model's hook points, and the resolution of a request's hook points into taps.
 
-`resolver` makes a `ModelStructure` once per model; `ModelStructure.resolve` then serves every request from it, without
-touching the model. What the model does not have is refused here, by name, before anything is generated.
+`resolver` creates a `ModelStructure` once per model. `ModelStructure.resolve` then serves every request from it, without the
+model. It rejects a hook point that the model does not have, by name, before anything is generated.
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ Side = Literal["input", "output"]
 
 
 class CaptureRequestError(RequestError):
-    """A request asks for something the model does not have; `param` is "activations.layers" or "activations.hook_points"."""
+    """A request asks for a layer, hook point or savepoint that the model does not have; `param` is the field."""
 
     def __init__(self, param: str, message: str, code: str | None = None) -> None:
         super().__init__(f"{param}: {message}")
@@ -30,8 +30,8 @@ class CaptureRequestError(RequestError):
 class Tap:
     """A location to read: a module's path from the root, its input or output, and which of the tensors there.
 
-    `plus` is another tensor there that is to be added, where a model passes the residual stream in two parts. `run` is which
-    of the module's runs in a forward is meant, counted from 0, of a module that runs several times; None of one that runs once.
+    `plus` is the index of another tensor there to add, where a model passes the residual stream in two parts. `run` selects
+    one of the module's runs in a forward, counted from 0, for a module that runs several times; None for one that runs once.
     """
 
     module: str
@@ -41,7 +41,7 @@ class Tap:
     run: int | None = None
 
     def __str__(self) -> str:
-        """Write the location as people do: `model.layers.0.mlp.output`, or `….router.output[1]` for a second tensor."""
+        """Format the location: `model.layers.0.mlp.output`, or `….router.output[1]` for a second tensor."""
         if self.plus is not None:
             return f"{self.module}.{self.side}[{self.place}] + [{self.plus}]"
         where = f"{self.module}.{self.side}" + (f"[{self.place}]" if self.place else "")
@@ -49,7 +49,7 @@ class Tap:
 
 
 class StructureRecord(TypedDict):
-    """A model's layers and hook points as JSON: where each is, which are missing and why."""
+    """A model's layers and hook points as JSON: the location of each hook point, and why others are missing."""
 
     model_name: str
     model_type: str
@@ -83,30 +83,30 @@ class ModelStructure:
     layers_path: str
     """Path of the decoder layers' ModuleList."""
     taps: dict[str, Tap]
-    """Per stored key of a canonical hook point, where it is."""
+    """Per stored key of a canonical hook point, its tap."""
     missing: dict[str, str]
-    """Why a hook point is missing: per name where no layer has it (`resid_mid`), per stored key where only some layers have
-    it (`layers.0.router`, in a mixture of experts whose first layer is dense)."""
+    """Why a hook point is missing: per hook point if no layer has it (`resid_mid`), per stored key if only some layers have it
+    (`layers.0.router`, in a mixture of experts whose first layer is dense)."""
     module_paths: frozenset[str] = field(repr=False)
     """Every module's path, for requests that name one."""
     verified_on: str = "weights"
-    """"weights", or what stood in for them."""
+    """"weights", or the model that was used in their place."""
     savepoints: dict[str, Tap] = field(default_factory=dict)
-    """Places that whoever loaded the model has named."""
+    """Taps that have names of their own, given when the model was loaded."""
     fused: dict[str, str] = field(default_factory=dict)
-    """Modules that other implementations have and this one does not, by name, and which module does their work."""
+    """Per name of a module that is fused with others in this implementation, the module that computes it."""
     split: frozenset[str] = field(default=frozenset(), repr=False)
-    """Places, `path.side`, at which each of the GPUs that hold the model has a part of every row only."""
+    """Locations, `path.side`, that are sharded: each GPU has only some columns of a row."""
     tapped: frozenset[str] | None = field(default=None, repr=False)
-    """The only places, `path.side`, that the engine reads; None if it reads all."""
+    """The only locations, `path.side`, that the engine reads; None if it reads all."""
     untapped: str = ""
-    """Why it reads no others, and what to do."""
+    """Why it reads no others, and how to change that."""
 
     def with_savepoints(self, savepoints: dict[str, Tap]) -> "ModelStructure":
-        """Return the same structure with places of these names.
+        """Return the same structure with these savepoints.
 
         Raises:
-            CaptureRequestError: naming the first whose module the model does not have.
+            CaptureRequestError: naming the first savepoint whose module the model does not have.
         """
         for name, tap in savepoints.items():
             if tap.module not in self.module_paths:
@@ -115,17 +115,17 @@ class ModelStructure:
         return replace(self, savepoints=savepoints)
 
     def resolve(self, request: ActivationRequest) -> dict[str, Tap]:
-        """Turn a request into taps, per stored key, in the order asked for.
+        """Resolve a request into taps, per stored key, in the order of the request.
 
-        A module path may be relative to a layer ("mlp.gate_proj.output", read in each layer asked for) or absolute
-        (`model.norm.output`, read once), and a savepoint's name is read once too. Where either is a canonical hook point it is
+        A module path is relative to a layer ("mlp.gate_proj.output", read in each requested layer) or absolute
+        (`model.norm.output`, read once). A savepoint is read once. If a path or a savepoint is a canonical hook point, it is
         stored under the canonical key.
 
         Raises:
             CaptureRequestError: naming what the model does not have, and what it has.
         """
         layers = self._layers(request)
-        # By what a path can say: a module and its side, so the first tensor there, whatever is added to it.
+        # A path names a module and a side, which is the first tensor there, whatever is added to it.
         canonical = {replace(tap, plus=None): (key, tap) for key, tap in reversed(self.taps.items())}
         found: dict[str, Tap] = {}
         for name in request.hook_points:
@@ -142,13 +142,13 @@ class ModelStructure:
                 raise CaptureRequestError("activations.hook_points", f"{key}: {self.untapped}")
             if f"{tap.module}.{tap.side}" in self.split:
                 way_out = (
-                    "what the module after it takes is put together (ask for that one's .input)"
+                    "the input of the module after it is gathered (ask for that module's .input)"
                     if self.tapped is None
-                    else "a server started with --eager puts together what linear layers take and give"
+                    else "a server started with --eager gathers the inputs and outputs of linear layers"
                 )
                 raise CaptureRequestError(
                     "activations.hook_points",
-                    f"{key} is in parts: the model is split, and each GPU has some columns of {tap} only; {way_out}",
+                    f"{key} is sharded: each GPU has only some columns of {tap}; {way_out}",
                 )
         return found
 
@@ -159,7 +159,7 @@ class ModelStructure:
         return list(dict.fromkeys(layer % self.num_layers for layer in request.layers))
 
     def _canonical(self, name: str, layers: list[int], *, everywhere: bool) -> dict[str, Tap]:
-        """Return a canonical hook point's taps; asked for everywhere, those of the layers that have it."""
+        """Return a canonical hook point's taps; for `layers: "all"`, those of the layers that have it."""
         if name in self.missing:
             raise CaptureRequestError(
                 "activations.hook_points", f"{self.model_name} has no {name}: {self.missing[name]}"
@@ -175,7 +175,7 @@ class ModelStructure:
         return {key: self.taps[key] for key in keys if key in self.taps}
 
     def _module_path(self, name: str, layers: list[int], *, everywhere: bool) -> dict[str, Tap]:
-        """Return the taps of a module path; asked for everywhere, those of the layers that have the module."""
+        """Return a module path's taps; for `layers: "all"`, those of the layers that have the module."""
         path, _, side = name.rpartition(".")
         reads: Side = "input" if side == "input" else "output"
         if side in ("input", "output") and path in self.module_paths:
@@ -201,7 +201,7 @@ class ModelStructure:
         return {stored_key(name, layer): Tap(inside[layer], reads) for layer in layers if layer not in absent}
 
     def places(self, name: str) -> dict[str, list[int]]:
-        """Return where a layer's hook point is: per path, with `{i}` for the layer's number, the layers it holds for."""
+        """Return a hook point's locations: per path, with `{i}` for the layer number, the layers that have it there."""
         found: dict[str, list[int]] = {}
         for layer in range(self.num_layers):
             tap = self.taps.get(stored_key(name, layer))
@@ -211,7 +211,7 @@ class ModelStructure:
         return found
 
     def absences(self, name: str) -> dict[str, list[int]]:
-        """Return why a layer's hook point is missing: per reason, the layers it holds for."""
+        """Return why a hook point is missing: per reason, the layers that lack it."""
         everywhere = self.missing.get(name)
         if everywhere is not None:
             return {everywhere: list(range(self.num_layers))}
@@ -223,9 +223,9 @@ class ModelStructure:
         return found
 
     def record(self) -> StructureRecord:
-        """Return the structure as `layer_analysis_results.json` has it, extended.
+        """Return the structure in the format of `layer_analysis_results.json`, extended.
 
-        `hook_points` has a layer's hook points at the first layer that has them; `hook_point_layers` has all of them.
+        `hook_points` has each hook point at the first layer that has it; `hook_point_layers` has all layers.
         """
         places = {name: found for name in LAYER_HOOK_POINTS if (found := self.places(name))}
         first = {name: next(iter(found.items())) for name, found in places.items()}
@@ -249,7 +249,7 @@ class ModelStructure:
 
 
 def check_layers(layers: tuple[int, ...] | Literal["all"], num_layers: int, model_name: str) -> None:
-    """Refuse layers that a model with so many does not have.
+    """Reject layers that a model with `num_layers` layers does not have.
 
     Raises:
         CaptureRequestError: naming the first of them.
@@ -263,7 +263,7 @@ def check_layers(layers: tuple[int, ...] | Literal["all"], num_layers: int, mode
 
 
 def check_hook_points(names: Iterable[str]) -> None:
-    """Refuse names that no model without savepoints has: neither a hook point's nor a module path with its side.
+    """Reject names that are neither hook points nor module paths with a side; valid only for models without savepoints.
 
     Raises:
         CaptureRequestError: naming the first of them.
@@ -279,7 +279,7 @@ def check_hook_points(names: Iterable[str]) -> None:
 
 
 def ranges(layers: list[int]) -> str:
-    """Write layer numbers as people do: `0–2, 5, 7–9`."""
+    """Format layer numbers as ranges: `0–2, 5, 7–9`."""
     runs: list[list[int]] = []
     for layer in layers:
         if runs and layer == runs[-1][-1] + 1:

@@ -1,8 +1,8 @@
-"""Watches one forward: what every module inside every decoder layer was given, and what it gave.
+"""Records one forward: the input and output of every module inside every decoder layer.
 
-A layer's record is handed on when the layer ends and then forgotten, so watching a model of many layers takes the memory of
-one. Modules are listed in the order they start, a parent before what is inside it, so the first that fits is the outermost.
-Values are copied as they pass, because layers add to them in place (Falcon adds attention's output into the MLP's).
+A layer's record is passed on when the layer ends and is then dropped, so recording a model of many layers takes the memory of
+one layer. Modules are listed in the order they start, a parent before its submodules, so the first match is the outermost.
+Values are copied as they pass, because layers add to them in place (Falcon adds attention's output to the MLP's).
 """
 
 from collections import Counter
@@ -29,10 +29,10 @@ def first_tensor(value: Any) -> Tensor:
 
 
 def nth_tensor(value: Any, place: int) -> Tensor:
-    """Return one of the tensors of a module's input or output, counted from 0.
+    """Return the tensor at an index among the tensors of a module's input or output.
 
     Raises:
-        TypeError: if there are not so many.
+        TypeError: if there are fewer tensors.
     """
     for tensor in islice(tensors(value), place, None):
         return tensor
@@ -50,18 +50,18 @@ def tensors(value: Any) -> Iterator[Tensor]:
 
 @dataclass
 class ModuleCall:
-    """What one module took and gave in a forward."""
+    """One module's input and output in a forward."""
 
     path: str
-    """The module's path from the root of the model."""
+    """The module's path from the model's root."""
     module: nn.Module
     """The module."""
     input: Tensor
-    """The first tensor it was given, `[batch, tokens, width]` or flattened to `[batch * tokens, width]`."""
+    """The first tensor of its input, `[batch, tokens, width]` or flattened to `[batch * tokens, width]`."""
     output: Tensor
-    """The first tensor it gave, likewise."""
+    """The first tensor of its output, in the same form."""
     other_outputs: list[Tensor] = field(default_factory=list)
-    """What a module that gives a tuple gave other_outputs its first tensor."""
+    """The other tensors of its output, if that is a tuple."""
 
     @property
     def _label(self) -> str:
@@ -70,7 +70,7 @@ class ModuleCall:
 
     @property
     def is_norm(self) -> bool:
-        """Whether its class or its name says that it normalises."""
+        """Whether its class or its name says that it normalizes."""
         return "norm" in self._label
 
     @property
@@ -88,22 +88,22 @@ class LayerRun:
     """One run of a decoder layer."""
 
     path: str
-    """The layer's path from the root of the model."""
+    """The layer's path from the model's root."""
     input: Tensor
-    """What entered it."""
+    """The layer's input."""
     output: Tensor
-    """What left it."""
+    """The layer's output."""
     calls: list[ModuleCall]
-    """The modules inside it that ran once, took hidden states and gave a tensor, in the order they started."""
+    """The modules inside it that ran once and have hidden states as input and a tensor as output, in the order they started."""
 
 
 @contextmanager
 def watch(layers: Iterable[tuple[str, nn.Module]], passed: Callable[[LayerRun], None]) -> Iterator[None]:
-    """Call `passed` with the record of each layer when it ends.
+    """Call `passed` with each layer's record when the layer ends.
 
     Args:
         layers: path and module of each decoder layer.
-        passed: called once per run of a layer that takes and gives a tensor.
+        passed: called once per run of a layer with a tensor as input and output.
     """
     layers = list(layers)
     owners = Counter(module for _, layer in layers for module in layer.modules())
@@ -131,7 +131,7 @@ def watch(layers: Iterable[tuple[str, nn.Module]], passed: Callable[[LayerRun], 
     handles = []
     for root, layer in layers:
         for path, module in layer.named_modules(prefix=root):
-            if owners[module] == 1:  # one that several layers use would give the rows of all of them
+            if owners[module] == 1:  # a module that several layers share would record the rows of all of them
                 handles.append(
                     module.register_forward_pre_hook(partial(before, path=path, root=root), with_kwargs=True)
                 )

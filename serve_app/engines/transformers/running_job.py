@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import Cache
 
-from serve_app.capture.late_end import settled
+from serve_app.capture.late_end import finalize_rows
 from serve_app.capture.probe_scores import RequestScores, UnscorableError
 from serve_app.capture.row_memory import RowMemory
 from serve_app.capture.rows import RequestRows, UncapturableError
@@ -103,7 +103,7 @@ class RunningJob(CompletionState):
             self.fail(error)
             return
         if captured is not None and self.job.stopping is not None and self.job.capture is not None:
-            captured = settled(captured, self.job.capture, len(self.job.prompt_ids), self.n_rows)
+            captured = finalize_rows(captured, self.job.capture, len(self.job.prompt_ids), self.n_rows)
         prompt_scores = self.prompt_scores if self.job.score_prompt else None
         self.job.on_event(
             replace(

@@ -24,7 +24,7 @@ import torch
 from roentgen.linear_probe import LinearProbe
 from roentgen.store import StoreError
 from serve_app.capture.batch_layout import PackedBatch
-from serve_app.capture.late_end import RowsMissingError, collecting_plan, settled
+from serve_app.capture.late_end import RowsMissingError, collecting_plan, finalize_rows
 from serve_app.capture.probe_scores import NewScores, RequestProbe, RequestScores, StepScores, UnscorableError
 from serve_app.capture.row_memory import RowMemory
 from serve_app.capture.rows import CapturedRows, CapturePlan, KnownRows, RequestRows, StepRows
@@ -259,7 +259,7 @@ class Collector:
         if job.n_processed < n_rows:
             raise LostRowsError(f"{job.n_processed} tokens of this request passed through the model, not {n_rows}")
         try:
-            rows = settled(job.rows.cut(), job.request.capture, job.n_prompt, n_rows)
+            rows = finalize_rows(job.rows.cut(), job.request.capture, job.n_prompt, n_rows)
         except RowsMissingError as error:
             raise LostRowsError(str(error)) from error
         if self._prefixes is not None and job.names:
@@ -299,7 +299,7 @@ class Collector:
                 [KnownRows(part, span.start, rows) for part, span, rows in zip(kept, spans, blocks, strict=True)]
             )
         if job.scores is not None:
-            read = {scorer.tap for scorer in job.scores.scorers}
+            read = {probe.tap for probe in job.scores.probes}
             job.scores.resume(count, {tap: torch.cat([rows[tap] for rows in blocks])[:count] for tap in read})
 
     def _keep_until(self, step: int) -> None:

@@ -252,7 +252,7 @@ def test_a_router_that_gives_probabilities_is_missing() -> None:
 def test_a_layer_used_twice_is_an_error() -> None:
     model = tiny.module("llama")
     model.model.layers[2] = model.model.layers[1]
-    with pytest.raises(ResolutionError, match=r"model.layers.1 passes no residual stream of its own"):
+    with pytest.raises(ResolutionError, match=r"model.layers.1 does not pass on a residual stream of its own"):
         resolve_structure(model, "perturbed")
 
 

@@ -187,7 +187,7 @@ def test_an_addition_that_overflows_fails_alone() -> None:
     for call in calls:
         engine.submit(call.job)
     assert not any(math.isnan(score.logprob) for score in calls[0].result().scores)
-    with pytest.raises(OversteeredError, match="take a smaller scale"):
+    with pytest.raises(OversteeredError, match="use a smaller scale"):
         calls[1].result()
     engine.close()
 

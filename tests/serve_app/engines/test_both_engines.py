@@ -528,7 +528,7 @@ def test_a_probe_of_another_width_fails_alone(under_test: Subject) -> None:
     for call in (odd, fine):
         under_test.engine.submit(call.job)
     assert len(fine.result().probed[0]) == 20
-    with pytest.raises(UnscorableError, match="does not give a row of 3 per token"):
+    with pytest.raises(UnscorableError, match="has no row of 3 values per token"):
         odd.result()
 
 

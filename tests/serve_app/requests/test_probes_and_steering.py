@@ -205,7 +205,7 @@ REFUSED: list[tuple[Body, str, str]] = [
     ({"steering": [{"vector": VECTOR[:5], "layer": 1, "scale": 1}]}, "steering.0.vector", "is 5 wide"),
     ({"steering": [{"vector": VECTOR, "layer": 1, "scale": 1e39}]}, "steering.0.scale", "does not fit into float32"),
     ({"steering": [{"vector": VECTOR, "layer": 1, "scale": 1, "hook_point": "router"}]}, "steering.0.hook_point", "is not one"),
-    ({"steering": 2 * [{"vector": VECTOR, "layer": 1, "scale": 3e38}]}, "steering", "take a smaller scale"),
+    ({"steering": 2 * [{"vector": VECTOR, "layer": 1, "scale": 3e38}]}, "steering", "use a smaller scale"),
 ]  # fmt: skip
 
 

@@ -61,7 +61,7 @@ def differing(model: LoadedModel, *, batch_invariant: bool) -> int:
     return sum(one != many for one, many in zip(alone, among[::3], strict=True))
 
 
-def settled(model: LoadedModel, max_batch: int) -> tuple[FixedShapes | None, str]:
+def finalize_rows(model: LoadedModel, max_batch: int) -> tuple[FixedShapes | None, str]:
     return settle(model, inspect_cache(model.observed._module, model.device), max_batch)
 
 
@@ -74,7 +74,7 @@ def test_a_request_gives_the_same_bits_alone_and_among_others(
 ) -> None:
     monkeypatch.setattr(engine, "PIECE", 8)  # so that others decode between a prompt's pieces
     model = in_dtype(architecture, dtype)
-    assert (settled(model, 18)[0] is None) == (architecture in ALONE)
+    assert (finalize_rows(model, 18)[0] is None) == (architecture in ALONE)
     assert differing(model, batch_invariant=True) == 0
 
 
@@ -90,7 +90,7 @@ def test_a_step_whose_shapes_are_not_fixed_is_found_out(broken: str, monkeypatch
     else:
         plain = functional.scaled_dot_product_attention
         monkeypatch.setattr(FixedShapes, broken, lambda _self, *args, **options: plain(*args, **options))
-    shapes, reason = settled(in_dtype("llama", torch.float32), 18)
+    shapes, reason = finalize_rows(in_dtype("llama", torch.float32), 18)
     assert shapes is None
     assert "other bits than alone" in reason
 
@@ -98,7 +98,7 @@ def test_a_step_whose_shapes_are_not_fixed_is_found_out(broken: str, monkeypatch
 def test_attention_that_is_not_known_runs_alone() -> None:
     model = tiny.loaded("llama")
     model.observed._module.set_attn_implementation("eager")
-    assert "it calls" in settled(model, 8)[1]
+    assert "it calls" in finalize_rows(model, 8)[1]
 
 
 def test_heights_whose_bits_agree_are_found() -> None:

@@ -27,7 +27,7 @@ from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.engines.transformers.prefix_cache import CacheLimits, PrefixCache
 from tests.serve_app import tiny
 from tests.serve_app.alone import LLAMA_MODULES, forward_with_hooks, generate_alone, layer_path, plan
-from tests.serve_app.capture.test_scoring import by_numpy, scorer
+from tests.serve_app.capture.test_probe_scores import by_numpy, scorer
 from tests.serve_app.capture.test_steering import LLAMA, Steer, forward_by_hand, steered
 from tests.serve_app.engines.transformers.test_invariance import bits, in_dtype
 from tests.serve_app.tiny import Call

@@ -69,7 +69,7 @@ def test_reading_them_changes_nothing(split: Subject) -> None:
 
 def test_what_is_in_parts_is_refused_by_name(split: Subject) -> None:
     for name in SPLIT:
-        with pytest.raises(CaptureRequestError, match=rf"layers\.0\.{name} is in parts"):
+        with pytest.raises(CaptureRequestError, match=rf"layers\.0\.{name} is sharded"):
             plan(split, name)
     places = {place.partition(".layers.0.")[2] for place in split.model.structure.split}
     assert places >= set(SPLIT)
