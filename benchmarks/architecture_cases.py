@@ -120,7 +120,7 @@ REFUSALS = {
     "has no AutoModelForCausalLM": "not causal",
     "keeps no cache": "no cache",
     "does not continue from its cache": "other cache",
-    "cannot decode with a cache": "other cache",
+    "has no cache that this engine": "other cache",
     "runs more than once": "repeated layers",
 }
 """The words of the table for a model that is refused, by what the reason says."""

@@ -116,9 +116,9 @@ def rewrite(page: str, findings: Sequence[ArchitectureFinding]) -> str:
 SHORTER = {
     r"^the configuration alone is not enough; give the weights: ": "",
     r"^\w+ (?=is not a causal|does|keeps|has|cannot)|^[\w-]+ (?=is an encoder)": "it ",
-    r" \(by up to \d+% of their norm\)|: told to, it moves rows by \d+% of their norm": "",
-    r"a row is off by inf of its norm": "it does not run",
-    r"a row is off by \S+ of its norm": "a row differs",
+    r" \(by up to \d+% of their norm\)|: passing them changes rows by \d+% of their norm": "",
+    r"a row differs by inf of its norm": "it does not run",
+    r"a row differs by \S+ of its norm": "a row differs",
 }
 """What the page leaves out of a reason: what differs between models that have the same one, or from run to run."""
 

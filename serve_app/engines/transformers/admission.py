@@ -1,8 +1,8 @@
-"""How much may run at once: a budget of memory, set when the engine starts, that admitted jobs draw on.
+"""Admits jobs within a budget of memory that is fixed when the engine starts.
 
-A job reserves what it may need in the worst case, its whole prompt and all the tokens it may generate, so what has been
-admitted never runs out of memory half-way. Keys and values lie in slabs as wide as the longest row, so a batch costs its
-rows times its longest; captured rows cost what each job keeps, in the host's memory.
+A job reserves the memory of its worst case, its whole prompt and all the tokens it may generate. So an admitted job never runs
+out of memory. Keys and values lie in slabs as wide as the longest row, so a batch costs its number of rows times its longest
+row. Captured rows cost host memory, per job.
 """
 
 from collections import deque
@@ -22,21 +22,21 @@ SLAB_OVERHEAD = 1.25
 """Slabs have a quarter more columns than are in use (`kv_cache`)."""
 
 PREFIX_SHARE = 0.25
-"""What earlier sequences may take at most of the memory for keys and values, and of that for captured rows."""
+"""Largest share of the memory for keys and values, and of that for captured rows, that the prefix cache may take."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What may be held at once."""
+    """Memory that running jobs may take together."""
 
     cache_tokens: int
     """Rows times columns of the KV cache."""
     row_bytes: int
     """Captured rows, in bytes."""
     bytes_per_row: int
-    """Of one hook point's row, an estimate: the residual stream's width."""
+    """Bytes of one hook point's row, estimated as the residual stream's width."""
     bytes_per_token: int = 0
-    """Of a token in the KV cache, over all layers."""
+    """Bytes of one token in the KV cache, over all layers."""
 
     @classmethod
     def measure(
@@ -50,10 +50,10 @@ class Budget:
         """Compute the budget from the memory that is free now.
 
         Args:
-            model: loaded, and not yet running.
-            max_cache_tokens: keep to this many, 0 for what the memory allows.
-            max_batch: sequences that may run together, each of which may have a state of a fixed size.
-            cache_support: how the model remembers, if that is known already.
+            model: loaded, and not running yet.
+            max_cache_tokens: upper limit of the KV cache; 0 for what the memory allows.
+            max_batch: sequences that may run together; each may have a state of a fixed size.
+            cache_support: properties of the model's cache, if they are known already.
         """
         cache_support = cache_support or inspect_cache(model.observed._module, model.device)
         host = free_host_memory()
@@ -72,7 +72,7 @@ class Budget:
         )
 
     def check(self, job: GenerationJob) -> None:
-        """Refuse a job that can never fit.
+        """Reject a job that can never fit.
 
         Raises:
             RequestTooLargeError: saying what it needs and what there is.
@@ -84,18 +84,18 @@ class Budget:
             )
         if (size := self._row_bytes(job)) > self.row_bytes:
             raise RequestTooLargeError(
-                f"the activations asked for may take {size / 1e6:,.0f} MB; {self.row_bytes / 1e6:,.0f} MB are set aside "
+                f"the requested activations may take {size / 1e6:,.0f} MB; {self.row_bytes / 1e6:,.0f} MB are reserved "
                 "for them: ask for fewer layers, hook points, positions or tokens"
             )
 
     def admits(self, running: Sequence[GenerationJob], job: GenerationJob) -> bool:
-        """Whether a job fits beside the running ones."""
+        """Whether a job fits beside the running jobs."""
         jobs = [*running, job]
         width = max(total_tokens(other) for other in jobs)
         return len(jobs) * width <= self.cache_tokens and sum(map(self._row_bytes, jobs)) <= self.row_bytes
 
     def room(self, running: Sequence[GenerationJob]) -> CacheLimits:
-        """Return what prefixes may take beside running jobs: a share of all, and no more than these leave."""
+        """Return the memory that the prefix cache may take: a share of the budget, and no more than running jobs leave."""
         tokens = self.cache_tokens - len(running) * max(map(total_tokens, running), default=0)
         rows = self.row_bytes - sum(map(self._row_bytes, running))
         tokens = min(tokens, int(self.cache_tokens * PREFIX_SHARE))
@@ -111,7 +111,7 @@ class Budget:
 
 
 def total_tokens(job: GenerationJob) -> int:
-    """Return the tokens that a job's sequence may grow to."""
+    """Return the largest number of tokens of a job's sequence."""
     return len(job.prompt_ids) + job.sampling.max_tokens
 
 
@@ -126,21 +126,21 @@ def next_jobs(
     unread: Callable[[GenerationJob], int] = lambda job: len(job.prompt_ids),
     waits: Callable[[GenerationJob, Sequence[GenerationJob]], bool] = lambda job, taken: False,
 ) -> list[GenerationJob]:
-    """Take from the queue what to prefill next, together in one forward.
+    """Take the jobs to prefill next, together in one forward, from the queue.
 
-    The first in the queue always comes first, so nothing waits for ever; the others are those nearest to it in what is to be
-    read, so that little of the forward is padding.
+    The first job of the queue always comes first, so none waits forever. The others are those with the most similar number of
+    tokens to read, so the forward has little padding.
 
     Args:
-        waiting: the queue; what is taken is removed.
-        running: what runs already.
-        budget: to keep within.
-        max_batch: the most that may run together.
-        max_prefill_tokens: the most tokens of one forward, padding included; a longer prompt comes alone.
+        waiting: the queue; taken jobs are removed.
+        running: running jobs.
+        budget: memory to stay within.
+        max_batch: most jobs that may run together.
+        max_prefill_tokens: most tokens of one forward, padding included; a longer prompt is read alone.
         together: whether sequences of two lengths may share a forward.
-        lengths: of what runs already.
-        unread: how many tokens of a job's prompt are to be read.
-        waits: whether a job had better come after the jobs that are taken.
+        lengths: lengths of the running sequences.
+        unread: returns how many tokens of a job's prompt must be read.
+        waits: whether a job is better read after the jobs that are taken.
     """
     if not waiting or len(running) >= max_batch or not budget.admits(running, waiting[0]):
         return []
@@ -165,5 +165,5 @@ def next_jobs(
 
 
 def cache_bytes_per_token(model: LoadedModel) -> int:
-    """Measure what a token takes in the KV cache, over all layers, by running a few; at least 1."""
+    """Measure the bytes of a token in the KV cache, over all layers, by running a few tokens; at least 1."""
     return max(1, inspect_cache(model.observed._module, model.device).token_bytes)

@@ -1,9 +1,9 @@
-"""Runs an engine's forwards, and finds out what has failed when one of them has.
+"""Runs an engine's forwards, and finds the failing request when a forward fails.
 
-A forward is steered, captured and scored as its requests ask (`capture`). What cannot be had of it fails the requests that
-asked for it; a forward that raises takes all of its requests down, guilty or not. Then each is tried alone, from its first
-token on and observed by nobody: those that pass go on, and only those that do not have failed. If none passes, a forward
-that belongs to no request tells a bad request from a model that answers nothing any more.
+A forward is steered, captured and scored as its requests ask (`capture`). If one of these has no value, only the requests that
+asked for it fail. If the forward itself raises, all of its requests are suspects. Each is then tried alone, from its first
+token and without observers: those that succeed continue, and the others have failed. If none succeeds, a forward that belongs
+to no request distinguishes bad requests from a model that no longer computes anything.
 """
 
 import logging
@@ -30,16 +30,16 @@ log = logging.getLogger(__name__)
 
 
 class Forwards:
-    """The forwards of one engine."""
+    """Runs the forwards of one engine."""
 
     def __init__(self, model: LoadedModel, cache_support: CacheSupport, memory: RowMemory, max_tokens: int) -> None:
-        """Take a model.
+        """Create a runner for a model.
 
         Args:
-            model: run by this alone.
-            cache_support: how it remembers.
-            memory: for captured rows.
-            max_tokens: the most of one forward that reads prompts.
+            model: run by this runner only.
+            cache_support: properties of the model's cache.
+            memory: allocates captured rows.
+            max_tokens: most tokens of one forward that reads prompts.
         """
         self._model = model
         self._cache_support = cache_support
@@ -53,18 +53,18 @@ class Forwards:
         shapes: FixedShapes | None = None,
         compiled: CompiledStep | None = None,
     ) -> tuple[Float[Tensor, "batch kept vocab"], Any]:
-        """Run the model on new tokens, steered, captured and scored as is asked.
+        """Run the model on new tokens, and steer, capture and score what its jobs ask for.
+
+        A job that cannot have what it asked for fails; the others are not affected.
 
         Args:
             running: the forward's jobs.
-            step: their new tokens.
-            shapes: computes in shapes that do not depend on the batch, if that is asked for.
+            inputs: their new tokens.
+            shapes: computes in shapes that do not depend on the batch; None for the model's own shapes.
             compiled: runs the step, if it exposes every tap of its jobs.
 
-        A request that cannot have what it asked for is failed here, and no other.
-
         Returns:
-            The logits, and the cache to go on with.
+            The logits, and the cache to continue with.
         """
         layout = self._layout(inputs)
         steering = self._steering(running, layout)
@@ -75,7 +75,7 @@ class Forwards:
 
         def forward() -> Any:
             with shapes or nullcontext():
-                return self._bare(inputs)
+                return self._forward(inputs)
 
         if compiled is not None and compiled.exposes(observers):
             logits, cache = compiled.run(inputs, observers), inputs.cache
@@ -93,8 +93,8 @@ class Forwards:
                 one.fail(failure)
         return logits, cache
 
-    def replayed(self, running: list[RunningJob]) -> Prefill:
-        """Read again what has passed through the model of some jobs, steered as it was; nothing else is observed."""
+    def replay(self, running: list[RunningJob]) -> Prefill:
+        """Read the processed tokens of some jobs again, steered as before; nothing is captured or scored."""
         prefill = Prefill.lay_out(running, self._cache_support.new_cache(), processed_only=True)
         whole = not self._cache_support.continuous or self._model.batching.whole(prefill.width)
         piece = prefill.width if whole else max(1, self._max_tokens // len(running))
@@ -105,36 +105,36 @@ class Forwards:
             prefill.done = stop
         return prefill
 
-    def failure_alone(self, one: RunningJob, *, decoding: bool) -> Exception | None:
-        """Return why a job fails when it runs alone, up to its next token; None if it does not.
+    def error_alone(self, one: RunningJob, *, decoding: bool) -> Exception | None:
+        """Return the error that a job fails with when it runs alone, up to its next token; None if it succeeds.
 
         Args:
             one: the job.
-            decoding: whether its last token is to be read too.
+            decoding: whether its last token must be read too.
         """
         try:
-            prefill = self.replayed([one])
+            prefill = self.replay([one])
             if decoding:
                 mask, positions = torch.ones(1, prefill.width + 1, dtype=torch.long), torch.tensor([[prefill.width]])
                 self._replay(prefill, ForwardInputs(torch.tensor([one.token_ids[-1:]]), mask, positions, prefill.cache))
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is told to the request that caused it
+        except Exception as error:  # noqa: BLE001 - any error is reported to the request that caused it
             log.warning("a request fails alone: %s: %s", type(error).__name__, error)
             return error
         return None
 
-    def answers(self) -> bool:
-        """Whether the model still answers, to a token of nobody's."""
+    def is_responsive(self) -> bool:
+        """Whether the model can still run one token that belongs to no request."""
         one = torch.zeros(1, 1, dtype=torch.long)
         try:
-            self._bare(ForwardInputs(one, torch.ones_like(one), one, self._cache_support.new_cache()))
+            self._forward(ForwardInputs(one, torch.ones_like(one), one, self._cache_support.new_cache()))
         except Exception:
-            log.exception("the model answers nothing")
+            log.exception("the model no longer responds")
             return False
         return True
 
     def _replay(self, prefill: Prefill, inputs: ForwardInputs) -> None:
         steering = self._steering(prefill.running, self._layout(inputs))
-        output = self._model.observed.run((steering,), lambda: self._bare(inputs))
+        output = self._model.observed.run((steering,), lambda: self._forward(inputs))
         prefill.cache = self._cache_support.given(output, inputs.cache)
 
     def _layout(self, inputs: ForwardInputs) -> PaddedBatch:
@@ -143,7 +143,7 @@ class Forwards:
     def _steering(self, running: list[RunningJob], layout: PaddedBatch) -> StepSteering:
         return StepSteering([one.job.steering for one in running], [len(one.job.prompt_ids) for one in running], layout)
 
-    def _bare(self, inputs: ForwardInputs) -> Any:
+    def _forward(self, inputs: ForwardInputs) -> Any:
         module = self._model.observed._module
         if inputs.begins:
             forget_lengths(module)

@@ -1,13 +1,12 @@
-"""Attention for decoding: the query heads that share a KV head, taken as positions of one query.
+"""Computes decoding attention with grouped-query heads: query heads that share a KV head become positions of one query.
 
-With grouped-query attention transformers repeats each KV head for every query head it serves, and scaled dot-product
-attention then runs one single-row product per query head. With one new token per row there is a cheaper view of the same
-numbers: `[batch, heads, 1, d]` read as `[batch, kv_heads, group, d]` is a query of `group` positions for each KV head, which
-needs no repeat. Prefills, models without grouped heads, and calls with an option that only transformers' function knows take
-transformers' own path.
+With grouped-query attention, transformers repeats each KV head for every query head that it serves, and scaled dot-product
+attention then runs one single-row product per query head. With one new token per row there is a cheaper form: `[batch, heads,
+1, d]` viewed as `[batch, kv_heads, group, d]` is a query of `group` positions for each KV head, and needs no repeat. Prefills,
+models without grouped heads, and calls with an option that only transformers' function supports use transformers' own path.
 
-The switch gives attention another name, and a model's code can read that name: some skip a sparse mask unless it is "eager" or
-"sdpa". So `load_checks` compares a switched model with the untouched one before it is kept.
+The switch changes the name of the model's attention, and a model's code may depend on that name: some skip a sparse mask
+unless it is "eager" or "sdpa". So `load_checks` compares a switched model with the original before it keeps the switch.
 """
 
 import inspect
@@ -27,7 +26,7 @@ OTHER_OPTIONS = tuple(
     for name, parameter in inspect.signature(sdpa_attention_forward).parameters.items()
     if parameter.default is None and name not in ("scaling", "is_causal")
 )
-"""What transformers' `sdpa` takes beside a mask and a scale (`is_causal` means nothing for one token)."""
+"""Options of transformers' `sdpa` besides a mask and a scale (`is_causal` means nothing for one token)."""
 
 
 def grouped_attention(
@@ -39,7 +38,7 @@ def grouped_attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Float[Tensor, "batch tokens heads d"], None]:
-    """Attend, as transformers' attention interface asks; the same result as its `sdpa`, up to rounding."""
+    """Compute attention through transformers' attention interface; the result is that of its `sdpa`, up to rounding."""
     if (
         query.shape[2] > 1
         or key.shape[1] == query.shape[1]
@@ -58,7 +57,8 @@ def attend_to_cache(
     mask: Bool[Tensor, "batch 1 1 context"] | Float[Tensor, "batch 1 1 context"] | None,
     scaling: float | None,
 ) -> Float[Tensor, "batch 1 heads d"]:
-    """Attend from one new token per row; a mask says what is seen, or what is added to its weight."""
+    """Attend from one new token per row. A Boolean mask says which columns are visible; a numeric mask is added to the
+    weights."""
     batch, heads, _, d = query.shape
     kv_heads = key.shape[1]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, d)
@@ -67,7 +67,7 @@ def attend_to_cache(
 
 
 def use_grouped_attention(model: PreTrainedModel) -> None:
-    """Switch a model that runs on `sdpa` to grouped decoding; one that needs another implementation keeps it."""
+    """Switch a model that uses `sdpa` to grouped decoding; a model that needs another implementation keeps it."""
     if model.config._attn_implementation == "sdpa":
         AttentionInterface.register(GROUPED, grouped_attention)
         AttentionMaskInterface.register(GROUPED, sdpa_mask)

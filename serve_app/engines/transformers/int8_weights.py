@@ -1,15 +1,15 @@
-"""Linear layers with int8 weights, for a CPU: a byte a weight, and a scale for each output.
+"""Linear layers with int8 weights, for a CPU: one byte per weight, and one scale per output.
 
-Weights are symmetric: `weight ≈ q · s`, where `s` is an output's largest weight over 127. Activations are not quantized, so a
-request's rows do not depend on what runs beside it. Embeddings, norms and whatever is no linear layer stay as they are; a head
-that is tied to the embedding gets int8 weights of its own.
+Weights are quantized symmetrically: `weight ≈ q · s`, where `s` is an output's largest weight divided by 127. Activations are
+not quantized, so a request's rows do not depend on other requests. Embeddings, norms and everything that is not a linear layer
+stay as they are. A head that is tied to the embedding gets int8 weights of its own.
 
-It is made to take less memory: there is neither a plain copy nor one in oneDNN's layout (`packed_weights`). Up to `FEW` rows in
-half precision go through PyTorch's int8 kernel, which reads half the bytes. For more rows, and in float32, for which it has no
-vector instructions, a piece of the weights at a time is made a matrix that stays in the processor's cache.
+The purpose is to save memory: there is neither a plain copy nor one in oneDNN's layout (`packed_weights`). Up to `FEW` rows in
+half precision use PyTorch's int8 kernel, which reads half the bytes. For more rows, and for float32, for which the kernel has
+no vector instructions, one piece of the weights at a time is converted to a matrix that stays in the processor's cache.
 
-Both are ways of inference mode, which is how the engine runs. Anything else, as a reference that rows are verified against,
-multiplies by `weight`, which is a plain matrix of `q · s` made on the spot.
+Both paths need inference mode, which the engine uses. Everything else, such as a reference that rows are verified against,
+multiplies by `weight`, a plain matrix of `q · s` that is computed on access.
 """
 
 import ctypes
@@ -28,17 +28,17 @@ from serve_app.models.errors import WeightsError
 log = logging.getLogger(__name__)
 
 LARGEST = 127
-"""The largest int8 weight; -128 is not used."""
+"""Largest int8 weight; -128 is not used."""
 
 FEW = 8
-"""Rows up to which the int8 kernel is faster than a matrix made for the purpose."""
+"""Largest number of rows for which the int8 kernel is faster than a converted matrix."""
 
 PIECE = 1 << 20
-"""Weights that are made a matrix at once."""
+"""Number of weights that are converted at once."""
 
 
 class Int8Linear(nn.Linear):
-    """A linear layer with int8 weights. A loaded `nn.Linear` becomes one by its class."""
+    """A linear layer with int8 weights. A loaded `nn.Linear` is converted by changing its class."""
 
     quantized: Tensor
     scales: Tensor
@@ -46,12 +46,12 @@ class Int8Linear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """The weights as a plain matrix, made anew in each use."""
+        """The weights as a plain matrix, computed on each access."""
         return self.quantized.to(self.scales.dtype) * self.scales[:, None]
 
     def forward(self, input: Float[Tensor, "... width"]) -> Float[Tensor, "... outputs"]:
-        """Multiply, by int8 weights where nothing is to be differentiated."""
-        # A function mode, as `FixedShapes` is one, is to see a linear layer's product.
+        """Multiply, by int8 weights in inference mode."""
+        # A function mode such as `FixedShapes` must see the product of a linear layer.
         is_plain = not torch.is_inference_mode_enabled() or has_torch_function_unary(input)
         if is_plain or not input.numel() or input.dtype != self.scales.dtype:
             return nn.functional.linear(input, self.weight, self.bias)
@@ -65,7 +65,7 @@ class Int8Linear(nn.Linear):
         return output.view(*input.shape[:-1], self.out_features)
 
     def _in_pieces(self, rows: Float[Tensor, "rows width"]) -> Float[Tensor, "rows outputs"]:
-        """Multiply by `quantized`, a piece of its outputs at a time."""
+        """Multiply by `quantized`, one piece of its outputs at a time."""
         output = rows.new_empty(len(rows), self.out_features)
         height = max(1, len(self._piece) // self.in_features)
         for start in range(0, self.out_features, height):
@@ -76,11 +76,11 @@ class Int8Linear(nn.Linear):
 
 
 def quantize_weights(model: nn.Module, name: str) -> None:
-    """Turn the weights of a model's linear layers into int8, in place; each plain weight is let go of at once.
+    """Quantize the weights of a model's linear layers to int8, in place; each plain weight is freed at once.
 
     Args:
         model: on a CPU, with plain weights.
-        name: what errors call it.
+        name: the model's name in errors.
 
     Raises:
         WeightsError: if it has no linear layers, or a weight that is not finite.
@@ -88,7 +88,7 @@ def quantize_weights(model: nn.Module, name: str) -> None:
     before = _size(model)
     layers = {path: module for path, module in model.named_modules() if type(module) is nn.Linear}
     if not layers:
-        raise WeightsError(f"quantize: model {name!r} has no linear layers whose weights could be int8")
+        raise WeightsError(f"quantize: model {name!r} has no linear layers to quantize")
     pieces: dict[torch.dtype, Tensor] = {}
     quantized = 0
     for path, module in layers.items():
@@ -98,7 +98,7 @@ def quantize_weights(model: nn.Module, name: str) -> None:
             raise WeightsError(f"quantize: model {name!r} has weights that are not finite: {path}")
         del module.weight
         module.register_buffer("scales", scales)
-        # By the scales as they are kept, rounded to the weights' dtype.
+        # Divide by the stored scales, which are rounded to the weights' dtype.
         rounded = (weight / scales[:, None]).round_().clamp_(-LARGEST, LARGEST)
         module.register_buffer("quantized", rounded.to(torch.int8))
         if len(pieces.get(weight.dtype, ())) < max(PIECE, module.in_features):
@@ -110,7 +110,7 @@ def quantize_weights(model: nn.Module, name: str) -> None:
         module._piece = pieces[module.scales.dtype]
     _give_back()
     log.info(
-        "%d linear layers have int8 weights, %.0f %% of the model's; it takes %.2f GB of memory, and took %.2f GB",
+        "quantized %d linear layers to int8, %.0f %% of the model's weights; it takes %.2f GB of memory instead of %.2f GB",
         len(layers),
         100 * quantized / (quantized + sum(parameter.numel() for parameter in model.parameters())),
         _size(model) / 1e9,
@@ -119,7 +119,7 @@ def quantize_weights(model: nn.Module, name: str) -> None:
 
 
 def dequantize_weights(model: nn.Module) -> None:
-    """Give a model plain linear layers, with the values of its int8 weights."""
+    """Replace a model's int8 layers by plain linear layers with the same values."""
     layers: list[nn.Module] = [module for module in model.modules() if isinstance(module, Int8Linear)]
     for module in layers:
         weight: Any = module.weight
@@ -129,11 +129,11 @@ def dequantize_weights(model: nn.Module) -> None:
 
 
 def _give_back() -> None:
-    """Give freed memory back to the system: glibc keeps what lies among other pieces of its heap, here as much as was saved."""
+    """Return freed memory to the system: glibc keeps it between other blocks of its heap, here as much as was saved."""
     if sys.platform == "linux" and platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def _size(model: nn.Module) -> int:
-    """Return the bytes that a model's weights take."""
+    """Return the size of a model's weights in bytes."""
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))

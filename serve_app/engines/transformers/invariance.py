@@ -1,20 +1,20 @@
-"""Makes a decoding step's rows independent of the batch, to the last bit.
+"""Makes the rows of a decoding step independent of the batch, to the last bit.
 
-A row of a batch is computed by the same formula alone and among others, but not by the same additions. Which kernel a matrix
-product runs, and in what order it adds, follows from its shape; attention divides its columns, padding included, into blocks;
-an activation function takes the last few numbers of a tensor by scalar instructions, which round differently. All three
-depend on how many rows there are and where in them a request lies.
+A row of a batch has the same formula alone and among others, but not the same additions. The shape of a matrix product decides
+which kernel runs and in what order it adds. Attention divides its columns, padding included, into blocks. An activation
+function computes the last few numbers of a tensor by scalar instructions, which round differently. All three depend on the
+number of rows and on a request's place among them.
 
-`FixedShapes` is a mode under which they do not, while rows still run together:
+`FixedShapes` is a mode in which they do not, while rows still run together:
 
-- matrix products take rows in tiles. The heights of tiles that give the same bits are measured for each weight's shape, when
-  it is first met, on the machine that computes; rows are filled up with zeros to one of these heights;
-- attention runs row by row, over the row's own columns;
-- activation functions run row by row.
+- Matrix products take rows in tiles. The heights of tiles that give the same bits are measured for each weight's shape when it
+  is first used, on the machine that computes; rows are padded with zeros to one of these heights.
+- Attention runs row by row, over the row's own columns.
+- Activation functions run row by row.
 
-Everything else that decoders do is exact (additions, products, copies) or reduces a row at a time. `settle` verifies this on
-the loaded model: rows alone and among others must have the same bits after every layer. A model that fails, and one that does
-something that the mode does not know, is to be run one request at a time.
+Everything else in a decoder is exact (additions, products, copies) or reduces one row at a time. `settle` verifies this on the
+loaded model: after every layer, rows must have the same bits alone and among others. A model that fails, or that calls a
+function the mode does not know, runs one request at a time.
 """
 
 import logging
@@ -36,16 +36,16 @@ from serve_app.engines.transformers.model_cache import CacheSupport
 log = logging.getLogger(__name__)
 
 PIECE = 128
-"""Prompt tokens that are read at once: always as many, of one prompt, so that the shapes are the prompt's own."""
+"""Number of prompt tokens read at once; always the same number, of one prompt, so that shapes depend on the prompt only."""
 
 HEIGHTS = (1, 2, 4, 8, 16, 32, 64)
-"""Heights of tiles that are tried."""
+"""Heights of tiles that are measured."""
 
 TALL = 16
-"""Tiles that are lower than this read the weights too often."""
+"""Smallest useful height of a tile: lower tiles read the weights too often."""
 
 PROMPTS = tuple([1 + (7 * number + 3 * i) % 200 for i in range(length)] for number, length in enumerate((9, 41, 75)))
-"""Tokens that a model is verified on: three rows of different lengths."""
+"""Token ids that a model is verified on: three rows of different lengths."""
 
 LINEAR = {functional.linear, torch.addmm}
 MATMUL = {torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm}
@@ -61,7 +61,7 @@ class FixedShapes(TorchFunctionMode):
     """Computes rows in shapes that do not depend on the batch (see the module).
 
     Attributes:
-        unknown: names of what was called that it cannot make independent.
+        unknown: names of called functions that it cannot make independent of the batch.
     """
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class FixedShapes(TorchFunctionMode):
         """Prepare for a step.
 
         Args:
-            mask: 0 where a row's columns are padding, which is on the left.
+            mask: 0 in columns of padding, which are on the left.
         """
         self._first = mask.argmax(-1).tolist()
         self._columns = mask.shape[1]
@@ -86,7 +86,7 @@ class FixedShapes(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run a function of PyTorch's, in fixed shapes if its rounding depends on them."""
+        """Run a PyTorch function, in fixed shapes if its rounding depends on them."""
         options = kwargs or {}
         if func in ACTIVATIONS and len(args[0]) == len(self._first) > 1:
             return torch.cat([func(row, *args[1:], **options) for row in args[0].split(1)])
@@ -94,7 +94,7 @@ class FixedShapes(TorchFunctionMode):
             return self._product(func, args, options)
         if func is functional.scaled_dot_product_attention:
             return self._attention(*args, **options)
-        if func in BATCHED or (func in MATMUL and args[0].shape[-1] > 1):  # an outer product adds nothing
+        if func in BATCHED or (func in MATMUL and args[0].shape[-1] > 1):  # an outer product has no additions
             self.unknown.add(getattr(func, "__name__", str(func)))
         return func(*args, **options)
 
@@ -125,7 +125,7 @@ class FixedShapes(TorchFunctionMode):
         *rest: Any,
         **options: Any,
     ) -> Tensor:
-        """Attend row by row, over each row's own columns."""
+        """Compute attention row by row, over each row's own columns."""
         attend = functional.scaled_dot_product_attention
         if len(query) != len(self._first) or key.shape[2] != self._columns:
             self.unknown.add("attention over columns that are not the cache's")
@@ -139,7 +139,7 @@ class FixedShapes(TorchFunctionMode):
         )
 
     def _own(self, mask: Tensor) -> list[Tensor | None]:
-        """Return what a mask, which layers share, says of each row's own columns; None if it masks nothing there."""
+        """Return the part of a mask for each row's own columns; None for a row without masked columns. Layers share masks."""
         if id(mask) not in self._masks:
             rows = mask.expand(len(self._first), *mask.shape[1:])
             own = [row[None, ..., first:] for row, first in zip(rows, self._first, strict=True)]
@@ -148,7 +148,7 @@ class FixedShapes(TorchFunctionMode):
 
 
 def _filled(tile: Float[Tensor, "rows d"], heights: Iterable[int]) -> Float[Tensor, "height d"]:
-    """Return a tile of the least height that it fits into, which lies in memory like any other of this height."""
+    """Pad a tile to the smallest of the heights that it fits, in aligned memory."""
     height = next(height for height in heights if height >= len(tile))
     if height == len(tile) and tile.is_contiguous() and tile.data_ptr() % 64 == 0:
         return tile
@@ -160,15 +160,15 @@ def _filled(tile: Float[Tensor, "rows d"], heights: Iterable[int]) -> Float[Tens
 def cancelling(
     like: Float[Tensor, "rows d"], weight: Tensor, *, transposed: bool
 ) -> tuple[Float[Tensor, "height d"], Tensor]:
-    """Return rows and a weight, like those given, whose products are exactly 0.
+    """Return rows and a weight, like the given ones, whose products are exactly 0.
 
-    What is computed instead is the sum of the roundings. Many of its numbers differ if the order of steering_vectors does,
-    while an ordinary product in bfloat16 hides most of that by its last rounding.
+    The computed values are then the sum of the roundings. Many of them change with the order of additions, while the last
+    rounding of an ordinary product in bfloat16 hides most changes.
 
     Args:
-        like: rows of the width, type and device that there will be.
+        like: rows of the same width, dtype and device.
         weight: the weight; its layout is kept.
-        transposed: whether its columns, not its rows, are as many as the rows are wide.
+        transposed: whether the weight's columns, not its rows, match the width of the rows.
     """
     random = torch.Generator().manual_seed(0)
     width = like.shape[1]
@@ -187,21 +187,21 @@ def cancelling(
 def same_bits(
     product: Callable[[Tensor, Tensor], Tensor], rows: Float[Tensor, "height d"], weight: Tensor
 ) -> tuple[int, ...]:
-    """Measure which heights of a product's left side give every row the same bits, wherever it lies.
+    """Measure which heights of a product's left side give every row the same bits, wherever the row lies.
 
     Args:
         product: multiplies rows and a weight.
         rows: of the greatest height.
-        weight: what to multiply them with.
+        weight: the weight.
 
     Returns:
-        Of the sets of heights that agree, the one with the most, ascending; one that has a tall one if any does.
+        The largest set of heights that agree, ascending; a set with a tall height is preferred.
     """
     sets: list[tuple[Tensor, list[int]]] = []
     for height in reversed(HEIGHTS):
         found = product(rows[:height].clone(), weight)
         if not torch.equal(product(rows[:height].flip(0), weight).flip(0), found):
-            continue  # even in one shape, a row's bits depend on its place
+            continue  # even in one shape, a row's bits depend on its place in the tile
         same = next((heights for most, heights in sets if torch.equal(most[:height], found)), None)
         if same is None:
             sets.append((found, [height]))
@@ -214,22 +214,22 @@ def same_bits(
 
 
 def settle(model: LoadedModel, cache_support: CacheSupport, max_batch: int) -> tuple[FixedShapes | None, str]:
-    """Verify that a model's rows can run together and have the bits that they have alone.
+    """Verify that a model's rows have the same bits alone and together.
 
     Args:
-        model: loaded, and not yet running.
-        cache_support: how it remembers.
-        max_batch: the most rows there will be.
+        model: loaded, and not running yet.
+        cache_support: properties of its cache.
+        max_batch: largest number of rows.
 
     Returns:
-        The mode to decode in and ""; or None and the reason why requests have to run one at a time.
+        The mode to decode in and ""; or None and the reason why requests must run one at a time.
     """
     if not cache_support.continuous:
-        return None, "its cache cannot be joined"
+        return None, "requests cannot join its cache"
     if model.batching.kind != "any":
         return None, model.batching.reason
     if number_of_experts(model.observed.config.get_text_config()):
-        return None, "how many tokens an expert gets depends on the batch"
+        return None, "the number of tokens of each expert depends on the batch"
     shapes = FixedShapes()
     with torch.inference_mode():
         read = [_read(model, prompt) for prompt in PROMPTS]
@@ -244,7 +244,7 @@ def settle(model: LoadedModel, cache_support: CacheSupport, max_batch: int) -> t
             numbers = [number for number, count in enumerate(counts) for _ in range(count)]
             for row, number in enumerate(numbers):
                 if any(not torch.equal(one[0], many[row]) for one, many in zip(alone[number], together, strict=True)):
-                    return None, f"row {row} of {most} has other bits than alone"
+                    return None, f"row {row} of {most} does not have the same bits as alone"
     return shapes, ""
 
 
@@ -263,7 +263,7 @@ def _read(model: LoadedModel, prompt: list[int]) -> DynamicCache:
 
 
 def _step(model: LoadedModel, shapes: FixedShapes, read: list[DynamicCache], counts: list[int]) -> list[Tensor]:
-    """Decode a token after each prompt, so many times each; returns every layer's output and the logits, a row for each."""
+    """Decode one token after each prompt, for `counts` copies of it; returns every layer's output and the logits."""
     module, device = model.observed._module, model.device
     rows = SlotRows()
     for prompt, cache, count in zip(PROMPTS, read, counts, strict=True):

@@ -1,16 +1,25 @@
-"""The running batch's keys and values, in slots that are filled in place.
+"""Holds the running batch's keys and values in slots that are filled in place.
 
 transformers' dynamic cache grows by concatenation: every step copies the whole cache, and so does every request that joins or
-leaves. Here each layer owns one slab `[slots, kv_heads, columns, d]`. All rows end at the same column `high`, so a step
-writes one column and reads the view `[:rows, :, low:high + 1]`; a row's own tokens begin at its `start`, and what lies to the
-left of it is masked. Because the model sees an ordinary left-padded batch, transformers' own masks (causal, sliding-window,
-chunked) and position-dependent biases stay right, whatever the architecture.
+leaves. Here each layer owns one slab for keys and one for values, and all layers share one `_Extent` that says how much of a
+slab is in use:
 
-A request joins by copying its prefilled columns in front of `high`, and leaves by moving the last row into its place. When the
-columns run out, what is live moves back to the left; that copy is paid once in many steps.
+    slab [slots, kv_heads, columns, d]
 
-A model whose layers keep something else than all past keys and values (recurrent states, compressed or indexed caches)
-cannot be cut and joined like this; `StaticRows` runs it in batches that are filled once.
+              0         low            high       columns
+    row 0     ·         ·   start┌───────┤         │      A row's tokens lie in the columns [start, high).
+    row 1     ·         start┌───────────┤         │      What lies to the left of its start is masked.
+    row 2     ·         ┌────────────────┤         │      A step writes column high, and reads [:rows, :, low:high + 1].
+    (free)                                                Slots beyond extent.rows are free.
+
+All rows end at the same column, so the model sees an ordinary left-padded batch. transformers' own masks (causal,
+sliding-window, chunked) and position-dependent biases therefore remain correct for every architecture.
+
+A request joins by copying its prefilled columns in front of `high`. When one leaves, the last row moves into its slot. When
+the columns run out, all live columns move to the left; that copy is rare.
+
+A model whose layers keep anything but all past keys and values (recurrent states, compressed or indexed caches) cannot be
+joined like this. `StaticRows` runs it in batches that are filled once.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,41 +38,42 @@ class BatchRows(Protocol):
 
     @property
     def cache(self) -> Any:
-        """What the model is given."""
+        """The cache to give to the model."""
 
     def new(self) -> Cache | None:
-        """Return the cache that a prefill is to run with, None for the model's own kind."""
+        """Return the cache for a prefill; None if the model is to create its own kind."""
 
     def add(self, prefilled: Any, rows: list[int], padding: list[int], width: int) -> None:
-        """Take rows of a prefilled batch as the last rows of this one.
+        """Append rows of a prefilled batch to this batch.
 
         Args:
-            prefilled: the batch's cache.
-            rows: which of its rows.
-            padding: how many columns of padding each of its rows has on the left.
-            width: its columns.
+            prefilled: the prefilled batch's cache.
+            rows: which of its rows to append.
+            padding: per row of the prefilled batch, its columns of padding on the left.
+            width: columns of the prefilled batch.
         """
 
     def keep(self, rows: list[int]) -> list[int]:
-        """Drop all rows but these; returns which of the former rows each of the rows now is."""
+        """Keep only these rows. Returns the permutation: new row i was old row order[i]."""
 
     def step_inputs(self) -> tuple[Int[Tensor, "rows columns"], Int[Tensor, "rows 1"]]:
-        """Make room for one more column; returns its attention mask (0 is padding) and position ids, on the CPU."""
+        """Make room for one more column; returns the attention mask (0 is padding) and the position ids of the step, on the
+        CPU."""
 
     def stepped(self, cache: Any) -> None:
-        """Count the column that a forward has written; `cache` is what it gave."""
+        """Record that a forward has written a column; `cache` is the cache that it returned."""
 
 
 def is_continuous(config: PreTrainedConfig) -> bool:
-    """Whether a model's cache is past keys and values in every layer, so that its rows can be joined at any time.
+    """Whether every layer of a model's cache holds past keys and values, so that rows can join at any time.
 
-    A sliding-window layer is too: kept whole, its mask leaves out what is behind the window.
+    A sliding-window layer counts too: it is kept whole, and its mask hides what is behind the window.
     """
     return all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in DynamicCache(config=config).layers)
 
 
 class SlotRows:
-    """A batch that rows join and leave at any step (see the module)."""
+    """A batch that rows can join and leave at any step (see the module)."""
 
     def __init__(self) -> None:
         self.cache = Cache(layers=[])
@@ -71,7 +81,7 @@ class SlotRows:
         self._starts: list[int] = []
 
     def new(self) -> DynamicCache:
-        """Return a cache that keeps every column of every layer, sliding-window ones too."""
+        """Return a cache that keeps every column of every layer, also of sliding-window layers."""
         return DynamicCache()
 
     def add(self, prefilled: DynamicCache, rows: list[int], padding: list[int], width: int) -> None:
@@ -88,7 +98,7 @@ class SlotRows:
         self._resize(extent.rows + len(rows))
 
     def keep(self, rows: list[int]) -> list[int]:
-        """See `BatchRows.keep`; only rows that fill a gap are moved."""
+        """See `BatchRows.keep`; only rows that fill a gap move."""
         order = fill_gaps(self._extent.rows, rows)
         for row, source in enumerate(order):
             if row != source:
@@ -118,7 +128,7 @@ class SlotRows:
         self._extent.low = min(self._starts, default=self._extent.high)
 
     def _make_room(self, more_rows: int, width: int) -> None:
-        """Have room for more rows, for `width` columns before `high`, and for one column from `high` on."""
+        """Make room for more rows, for `width` columns before `high`, and for one column from `high` on."""
         extent = self._extent
         rows = extent.rows + more_rows
         if rows <= extent.slots and extent.high >= width and extent.high < extent.columns:
@@ -127,8 +137,10 @@ class SlotRows:
         high = max(live, width)
         if rows > extent.slots or high >= extent.columns:
             if rows > extent.slots:
-                extent.slots = max(rows, 2 * extent.slots)  # doubled, so that joining one by one copies little
-            # A quarter more than is needed now: the larger, the rarer the move, and the more memory stands empty.
+                extent.slots = max(
+                    rows, 2 * extent.slots
+                )  # doubled, so that rows that join one by one cause few copies
+            # A quarter more than is needed now: a larger slab moves less often, but wastes more memory.
             extent.columns = high + max(64, high // 4)
         for layer in self.cache.layers:
             layer.relocate(slice(extent.low, extent.high), slice(high - live, high))
@@ -137,18 +149,18 @@ class SlotRows:
 
 
 class StaticRows:
-    """A batch that is filled once, for caches that cannot be joined.
+    """A batch that is filled once, for caches that rows cannot join.
 
-    What the model keeps in its own modules is thinned out with the cache.
+    States that the model keeps in its own modules are reduced with the cache.
     """
 
     def __init__(
         self, new: Callable[[], Cache | None] = lambda: None, modules: tuple[tuple[nn.Module, str], ...] = ()
     ) -> None:
-        """Begin empty.
+        """Create an empty batch.
 
         Args:
-            new: makes the cache to prefill with, None for what the model makes itself.
+            new: creates the cache for a prefill; None for what the model creates itself.
             modules: modules that keep a state per sequence themselves, each with the attribute's name.
         """
         self._new = new
@@ -162,7 +174,7 @@ class StaticRows:
         return self._new()
 
     def add(self, prefilled: Any, rows: list[int], padding: list[int], width: int) -> None:
-        """See `BatchRows.add`; the batch must be empty, and the prefilled cache is taken over."""
+        """See `BatchRows.add`; the batch must be empty, and takes ownership of the prefilled cache."""
         if self._padding:
             raise ValueError("rows cannot join a static batch")
         self.cache, self._padding, self._width = prefilled, padding, width
@@ -191,7 +203,7 @@ class StaticRows:
 
 
 def cache_tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
-    """Yield the tensors that a cache holds, each once, whatever it is made of."""
+    """Yield each tensor of a cache once, whatever the cache is made of."""
     seen = set() if seen is None else seen
     if id(value) in seen:
         return
@@ -209,9 +221,9 @@ def select_rows(value: Any, rows: Int[Tensor, "kept"], n_rows: int, done: dict[i
 
     Args:
         value: the cache, or a part of it.
-        rows: those to keep.
-        n_rows: how many it has.
-        done: what has been replaced already: layers may share a tensor.
+        rows: rows to keep.
+        n_rows: rows it has now.
+        done: parts that have been replaced already: layers may share a tensor.
     """
     done = {} if done is None else done
     if id(value) in done:
@@ -235,7 +247,7 @@ def select_rows(value: Any, rows: Int[Tensor, "kept"], n_rows: int, done: dict[i
 
 
 def _parts(value: Any) -> dict[Any, Any] | None:
-    """Return what a cache, one of its layers or a container in it is made of; None for what holds nothing."""
+    """Return the parts of a cache, of one of its layers, or of a container in it; None for anything else."""
     if isinstance(value, dict):
         return value
     if isinstance(value, list | tuple):
@@ -246,9 +258,9 @@ def _parts(value: Any) -> dict[Any, Any] | None:
 
 
 def fill_gaps(n_rows: int, keep: list[int]) -> list[int]:
-    """Return which row each of the kept rows' places takes, such that the fewest rows move.
+    """Return, per place of the kept rows, the row that takes it, such that the fewest rows move.
 
-    Rows that are kept and lie among the first `len(keep)` stay; the others fill the gaps, from the last on.
+    Kept rows among the first `len(keep)` stay; the others fill the gaps, from the last on.
     """
     late = [row for row in keep if row >= len(keep)]
     staying = set(keep)
@@ -279,7 +291,7 @@ def slots_of(cache: Cache) -> Slots:
 
 
 class _Extent:
-    """What all layers of a slot cache have in common: slots and columns there are, and the rows and columns in use."""
+    """The geometry that all layers of a slot cache share: the size of the slabs, and the rows and columns in use."""
 
     def __init__(self) -> None:
         self.slots = self.columns = 0
@@ -287,7 +299,7 @@ class _Extent:
 
 
 class _SlotLayer(CacheLayerMixin):
-    """One layer's slabs; how much of them is in use is the extent's to say."""
+    """One layer's slabs; the shared extent says how much of them is in use."""
 
     is_sliding = False
     keys: Float[Tensor, "slots kv_heads columns d"] | None
@@ -298,7 +310,7 @@ class _SlotLayer(CacheLayerMixin):
         self.extent = extent
 
     def write(self, rows: slice, columns: slice, source: CacheLayerMixin, index: Int[Tensor, "rows"]) -> None:
-        """Copy prefilled rows into slots; a layer that shares another's keys and values has none of its own."""
+        """Copy prefilled rows into slots; a layer that shares another layer's keys and values has no slabs."""
         if source.keys is None or source.values is None:
             return
         if self.keys is None or self.values is None:
@@ -316,23 +328,23 @@ class _SlotLayer(CacheLayerMixin):
                 slab[target, :, columns] = slab[source, :, columns]
 
     def relocate(self, before: slice, after: slice) -> None:
-        """Move what is live to other columns, into a larger slab if there are more slots or columns now."""
-        extent, rows = self.extent, self.extent.rows
+        """Move the live columns; into a larger slab if there are more slots or columns now."""
+        extent, rows = self._extent, self._extent.rows
         if self.keys is None or self.values is None:
             return
         slabs = []
         for slab in (self.keys, self.values):
             live = slab[:rows, :, before]
             shape = (extent.slots, slab.shape[1], extent.columns, slab.shape[3])
-            # Zeros, for what is masked is still multiplied by zero, and must not be a NaN.
+            # Zeros, because masked values are still multiplied by zero and must not be NaN.
             target = slab if slab.shape == shape else slab.new_zeros(shape)
             target[:rows, :, after] = live.clone() if target is slab else live
             slabs.append(target)
         self.keys, self.values = slabs
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Make the slabs."""
-        slots, columns = self.extent.slots, self.extent.columns
+        """Create the slabs."""
+        slots, columns = self._extent.slots, self._extent.columns
         self.keys = key_states.new_zeros(slots, key_states.shape[1], columns, key_states.shape[3])
         self.values = value_states.new_zeros(slots, value_states.shape[1], columns, value_states.shape[3])
         self.is_initialized = True
@@ -340,7 +352,7 @@ class _SlotLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Write one new column; returns all that the rows have, padding included."""
+        """Write one new column; returns all columns of the rows in use, padding included."""
         assert self.keys is not None
         assert self.values is not None
         rows, low, high = self.extent.rows, self.extent.low, self.extent.high
@@ -349,13 +361,13 @@ class _SlotLayer(CacheLayerMixin):
         return self.keys[:rows, :, low : high + 1], self.values[:rows, :, low : high + 1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Return the columns there will be, and where they begin."""
+        """Return the number of columns after this step, and the first column."""
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Return the columns there are."""
-        return self.extent.high - self.extent.low
+        """Return the number of columns in use."""
+        return self._extent.high - self._extent.low
 
     def get_max_length(self) -> int:
-        """Return -1: there is no limit."""
+        """Return -1, for no limit."""
         return -1

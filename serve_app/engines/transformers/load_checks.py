@@ -1,18 +1,18 @@
 """Checks a model when it is loaded: whether it is a causal decoder, and which requests may share a forward.
 
-What an engine does to a model (another attention, padding on the left, prompts read in pieces, keys and values in slots that
-rows join and leave) must not change a value. For most architectures it does not. So each model is tried before it serves:
+What an engine does with a model (another attention, padding on the left, prompts in pieces, keys and values in slots that rows
+join and leave) must not change a value. For most architectures it does not. So each model is tested before it serves:
 
-1. *Causality.* The last token of a sequence is changed; no earlier row may move. A model that fails reads ahead, so it
-   cannot generate, and is refused.
-2. *Attention.* The model with grouped attention is compared with the untouched one, which is kept if they differ.
-3. *Batching.* Sequences of different lengths run as the engine runs them, and each alone in one forward of the untouched
-   model. If their rows differ, narrower groups are tried (`batching.Kind`), down to one request at a time.
+1. *Causality.* The last token of a sequence is changed; no earlier row may change. A model that fails uses later tokens, so it
+   cannot generate, and is rejected.
+2. *Attention.* The model with grouped attention is compared with the original. If they differ, the original is kept.
+3. *Batching.* Sequences of different lengths run as the engine runs them, and each runs alone in one forward of the original.
+   If their rows differ, narrower groups are tried (`batching.Kind`), down to one request at a time.
 
-Rows are compared at every layer of two models: of a narrow random one in float32 with the same layers and rotation, whose
-windows and thresholds are a few tokens wide (`capture.narrowing.stand_in`), where any real difference is far above rounding;
-and of the model itself, in its own dtype, against what rounding does there. The first finds what a configuration brings about,
-whatever the size and dtype; the second, gross faults of this model only.
+Rows are compared at every layer of two models. The first is a narrow random model in float32 with the same layers and
+rotation, whose windows and thresholds are a few tokens wide (`capture.narrowing.stand_in`); there any real difference is far
+above rounding. The second is the model itself, in its own dtype, compared within the rounding of that dtype. The first finds
+the effects of a configuration, whatever the size and dtype; the second finds gross faults of this model.
 """
 
 import logging
@@ -44,15 +44,15 @@ from serve_app.models.architecture import UnsupportedModelError
 log = logging.getLogger(__name__)
 
 LONGEST = 300
-"""The most tokens of a sequence that the model itself is tried with, to cross its windows and chunks."""
+"""Longest sequence in tokens that the model itself is tested with, to cross its windows and chunks."""
 
 
 @dataclass(frozen=True)
 class CheckedModel(LoadReport):
-    """A report with what the engine needs of a model that was tried."""
+    """A load report with what the engine needs of a tested model."""
 
     cache_support: CacheSupport | None = None
-    """How the model remembers; None if it was not found out."""
+    """Properties of the model's cache; None if they were not tested."""
 
 
 def check_loaded(model: PreTrainedModel, structure: ModelStructure) -> CheckedModel:
@@ -112,7 +112,7 @@ def check_loaded(model: PreTrainedModel, structure: ModelStructure) -> CheckedMo
 
 
 def check_causality(trial: Trial, names: Sequence[str]) -> None:
-    """Change the last token of sequences: no earlier row may move.
+    """Change the last token of sequences: no earlier row may change.
 
     Raises:
         UnsupportedModelError: if one does.
@@ -123,13 +123,13 @@ def check_causality(trial: Trial, names: Sequence[str]) -> None:
         moved = trial.off([rows[:, :-1]], [trial.expected(name)[:, :-1]])
         if moved:
             raise UnsupportedModelError(
-                f"{type(trial.model).__name__} is not a causal decoder: another last token moves the rows before it "
-                f"(by up to {moved:.0%} of their norm), so it reads what is yet to come and cannot generate"
+                f"{type(trial.model).__name__} is not a causal decoder: changing the last token changes the rows before it "
+                f"(by up to {moved:.0%} of their norm), so it uses later tokens and cannot generate"
             )
 
 
 def check_positions(trial: Trial) -> None:
-    """Count a sequence's positions from 0, as the engine does: no row may move.
+    """Pass a sequence's positions, counted from 0, as the engine does: no row may change.
 
     Raises:
         UnsupportedModelError: if one does.
@@ -137,12 +137,13 @@ def check_positions(trial: Trial) -> None:
     moved = trial.off([trial.counted(trial.sequences["short"])], [trial.expected("short")])
     if moved:
         raise UnsupportedModelError(
-            f"{type(trial.model).__name__} does not count positions from 0: told to, it moves rows by {moved:.0%} of their norm"
+            f"{type(trial.model).__name__} does not count positions from 0: passing them "
+            f"changes rows by {moved:.0%} of their norm"
         )
 
 
 def grouped_is_same(trial: Trial) -> bool:
-    """Switch a model on trial to grouped attention; whether its rows stay. If not, the model is switched back."""
+    """Switch a tested model to grouped attention; returns whether its rows stay the same. If not, switch it back."""
     groups = [[trial.sequences[name] for name in ("short", "long")]]
     own = trial.model.config._attn_implementation
     untouched = _attempt(trial, groups)
@@ -150,18 +151,18 @@ def grouped_is_same(trial: Trial) -> bool:
     switched = _attempt(trial, groups)
     if untouched is not None and switched is not None and not (off := trial.off(switched, untouched)):
         return True
-    reason = f"moves rows by {off:.0e} of their norm" if untouched and switched else "does not run"
+    reason = f"changes rows by {off:.0e} of their norm" if untouched and switched else "does not run"
     log.warning("grouped attention %s on %s: the model keeps %s", reason, trial.name, own)
     trial.model.set_attn_implementation(own)
     return False
 
 
 def find_batching(trial: Trial, limit: int | None, widest: Kind = "any") -> tuple[Batching, float]:
-    """Find the widest kind of batch that is neutral, and how far decoding is from one forward, alone.
+    """Find the widest kind of batch that changes no rows, and the error of decoding alone against one forward.
 
     Args:
         trial: the model.
-        limit: the tokens beyond which its rotation of positions changes, None if the sequences do not cross any.
+        limit: tokens beyond which its rotation changes; None if the sequences do not cross such a limit.
         widest: the widest kind to try.
 
     Raises:
@@ -178,7 +179,7 @@ def find_batching(trial: Trial, limit: int | None, widest: Kind = "any") -> tupl
     def error(kind: Kind) -> float:
         match kind:
             case "one side of a limit" if limit is not None and joins:
-                # A piece of a prompt does not show how long the prompt is: beyond the limit prompts are read whole.
+                # A piece of a prompt does not show how long the prompt is, so prompts beyond the limit are read whole.
                 below = off(("short", "middle"), ("short_twin",), piece=piece)
                 return max(below, off(("long", "longer"), ("long_twin",)))
             case "any" | "one side of a limit" if not trial.cache_support.alone:
@@ -191,13 +192,13 @@ def find_batching(trial: Trial, limit: int | None, widest: Kind = "any") -> tupl
     beside = error(widest)
     if not beside and widest != "alone":
         return Batching(widest), 0.0
-    # What a request gets alone is what it is to get in any batch, also where the model's own decoding is not its forward.
+    # The reference is what a request gets alone, even if the model's own decoding differs from one forward.
     decoding_error = 0.0
     for name in trial.sequences:
         rows = _run_alone(trial, name)
         decoding_error = max(decoding_error, trial.off([rows], [trial.expected(name)]))
         trial.expect(name, rows)
-    reason = f"beside a longer request, a row is off by {beside:.0e} of its norm ({trial.name})" if beside else ""
+    reason = f"beside a longer request, a row differs by {beside:.0e} of its norm ({trial.name})" if beside else ""
     found = next(kind for kind in KINDS[KINDS.index(widest) :] if (limit or "limit" not in kind) and not error(kind))
     return Batching(found, reason=reason), decoding_error
 
@@ -208,12 +209,12 @@ def _run_alone(trial: Trial, name: str) -> Rows:
     except Exception as error:
         reason = str(error).strip().split("\n")[0]
         raise UnsupportedModelError(
-            f"{type(trial.model).__name__} cannot decode with a cache that this engine knows ({type(error).__name__}: {reason})"
+            f"{type(trial.model).__name__} has no cache that this engine can decode with ({type(error).__name__}: {reason})"
         ) from error
 
 
 def _attempt(trial: Trial, groups: Sequence[Sequence[list[int]]], piece: int | None = None) -> list[Rows] | None:
-    """Run sequences as an engine does; None if that is more than the model can do."""
+    """Run sequences as an engine does; None if the model cannot."""
     try:
         return trial.batched(groups, piece=piece)
     except Exception:
@@ -222,7 +223,7 @@ def _attempt(trial: Trial, groups: Sequence[Sequence[list[int]]], piece: int | N
 
 
 def _has_grouped_heads(config: PretrainedConfig) -> bool:
-    """Whether several query heads share a key and value head, so that grouped attention is worth a try."""
+    """Whether several query heads share a KV head, so that grouped attention is worth testing."""
     text = config.get_text_config()
     if config._attn_implementation != "sdpa":
         return False
@@ -244,7 +245,7 @@ def _narrow_trial(model: PreTrainedModel, structure: ModelStructure) -> Trial | 
 
 
 def _has_supported_cache(trial: Trial) -> bool:
-    """Whether the engine can keep a stand-in's cache; the model itself may do what its stand-in does not."""
+    """Whether the engine supports a stand-in's cache; the model itself may behave differently."""
     try:
         return trial.cache_support is not None
     except UnsupportedModelError as error:
@@ -263,7 +264,7 @@ def _actual_trial(model: PreTrainedModel, structure: ModelStructure) -> Trial | 
 
 
 def _taps(structure: ModelStructure, n_layers: int) -> list[Tap]:
-    """Return where to read the first layers' rows, by the first hook point that layers have."""
+    """Return the taps to read the first layers' rows at, of the first hook point that layers have."""
     for hook_point in ("resid_post", "resid_pre", "mlp_out", "attn_out"):
         keys = [stored_key(hook_point, layer) for layer in range(n_layers)]
         taps = [structure.taps[key] for key in keys if key in structure.taps]

@@ -1,6 +1,6 @@
-"""A model whose weights are in this process, loaded with transformers and wrapped with nnsight.
+"""Loads a model into this process with transformers, and wraps it with nnsight.
 
-`load` reads one copy of the weights, resolves the hook points and tries the model (`load_checks`) before it serves.
+`load` reads one copy of the weights, resolves the hook points and tests the model (`load_checks`) before it serves.
 """
 
 import atexit
@@ -34,7 +34,7 @@ DeviceMap = str | dict[str, str | int]
 
 @dataclass(frozen=True)
 class LoadedModel(ServedModel):
-    """A model ready to generate and to be observed; `observed` holds the weights."""
+    """A model that is ready to generate and to be captured; `observed` holds the weights."""
 
     observed: ObservedModel
     checks: CheckedModel = field(default_factory=CheckedModel, kw_only=True)
@@ -46,17 +46,17 @@ class LoadedModel(ServedModel):
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """How the model says that it generates."""
+        """The model's generation configuration."""
         return self.observed.generation_config
 
     @cached_property
     def n_embeddings(self) -> int:
-        """How many rows the embedding has; neither the tokenizer nor the configuration has to agree."""
+        """Number of rows of the embedding; the tokenizer and the configuration may differ."""
         return int(self.observed._module.get_input_embeddings().weight.shape[0])
 
     @cached_property
     def head(self) -> str:
-        """Path of the output head, which is run only where logits are wanted; "" if transformers does not say."""
+        """Path of the output head, which runs only at positions that need logits; "" if transformers does not know it."""
         head = self.observed._module.get_output_embeddings()
         return next((path for path, module in self.observed._module.named_modules() if module is head), "")
 
@@ -70,21 +70,21 @@ def load(
     *,
     trust_remote_code: bool = False,
 ) -> LoadedModel:
-    """Load a model's weights (one copy), check them and their hook points by forwards, and wrap them with nnsight.
+    """Load a model's weights (one copy), verify the model and its hook points with short forwards, and wrap it with nnsight.
 
     Args:
         source: what to load.
-        dtype: "auto", or a torch dtype's name.
+        dtype: "auto", or the name of a torch dtype.
         device: "auto", "cpu" or "cuda".
-        stage: told what is being done, for `/health`.
-        device_map: spread the weights over this machine's devices, as accelerate does: "auto", "balanced", "sequential", or
-            a device per module path ("cpu" and "disk" hold weights that are brought in when they are needed).
+        stage: called with each stage of loading, for `/health`.
+        device_map: spread the weights over this machine's devices, as accelerate does: "auto", "balanced", "sequential", or a
+            device per module path ("cpu" and "disk" hold weights that are moved in when they are needed).
         trust_remote_code: whether code that comes with the model may run.
 
     Raises:
         ConfigError: if its configuration cannot be read.
-        WeightsError: if the weights are not all there, or not the model's; see `weights` and `models.adapters`. Or if they
-            cannot be quantized as the source says.
+        WeightsError: if weights are missing or belong to another model (see `weights` and `models.adapters`), or cannot be
+            quantized as the source says.
         ResolutionError: if its layers cannot be found, or it is not a causal decoder that the engine can run.
     """
     place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
@@ -99,13 +99,13 @@ def load(
     tokenizer = read_tokenizer(source, trust_remote_code=trust_remote_code)
     if not tokenizer.is_fast:
         raise UnsupportedModelError(
-            f"{source.name} has a tokenizer ({type(tokenizer).__name__}) that cannot say which characters a token covers"
+            f"{source.name} has a tokenizer ({type(tokenizer).__name__}) without character offsets; a fast tokenizer is needed"
         )
     options = {"revision": source.commit, "dtype": kind, "trust_remote_code": trust_remote_code}
     if device_map is None:
         module = read_model(source, **options).to(place).eval()
     else:
-        # Weights on disk are read from here for as long as the process lives.
+        # Weights on disk are read from this folder for as long as the process lives.
         folder = tempfile.mkdtemp(prefix="roentgen-offload-")
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         module = read_model(source, device_map=device_map, offload_folder=folder, **options).eval()
@@ -131,14 +131,14 @@ def load(
 def _check_quantizable(
     source: ModelSource, quantization: str | None, place: torch.device, device_map: DeviceMap | None
 ) -> None:
-    """Refuse to quantize what comes quantized, and weights that are not all on a CPU.
+    """Reject quantizing a model that is quantized already, or weights that are not all on a CPU.
 
     Raises:
-        WeightsError: saying so.
+        WeightsError: saying why.
     """
     if quantization is not None:
         raise WeightsError(
-            f"quantize: model {source.name!r} comes quantized ({quantization}); leave quantize out, and it is served so"
+            f"quantize: model {source.name!r} is already quantized ({quantization}); leave out quantize to serve it as it is"
         )
     if place.type != "cpu" or device_map is not None:
         raise WeightsError(f"quantize: {source.quantize} is computed on a CPU: set device=cpu, and no device_map")

@@ -1,9 +1,9 @@
-"""How a model's forward takes what it remembers of earlier tokens, and whether the engine can keep that between forwards.
+"""Finds out how a model's forward takes its cache, and whether the engine can keep that cache between forwards.
 
-Models name the argument differently (`past_key_values`, in state-space models `cache_params`, in RWKV `state`), and some
-keep recurrent states in their own modules besides. The engine needs to know all of it: a state it does not know of would
-pass from one request to another. So the first forwards of an engine are short ones that find out, and a model whose cache
-the engine cannot keep is refused there, with the reason, not at its first request.
+Models name the argument differently (`past_key_values`; `cache_params` in state-space models; `state` in RWKV), and some keep
+recurrent states in their own modules as well. The engine must know all of this: an unknown state would pass from one request
+to another. So the engine first runs a few short forwards to find out. A model whose cache it cannot keep is rejected then,
+with the reason, and not at its first request.
 """
 
 import inspect
@@ -20,57 +20,56 @@ from serve_app.engines.transformers.kv_cache import cache_tensors, is_continuous
 from serve_app.models.architecture import UnsupportedModelError
 
 CACHES = ("past_key_values", "cache_params", "state")
-"""What forwards call the cache, in their arguments and in their outputs."""
+"""Names of the cache in the arguments and outputs of forwards."""
 
 ROWS, LENGTH = 3, 6
-"""Sequences, and tokens of each, with which a model is tried."""
+"""Number of sequences, and tokens of each, that a model is tested with."""
 
 
 @dataclass(frozen=True)
 class ForwardInputs:
-    """What one forward is given."""
+    """The inputs of one forward."""
 
     tokens: Int[Tensor, "batch width"]
     """The new tokens."""
     mask: Int[Tensor, "batch context"]
-    """0 is padding, of all columns."""
+    """Attention mask of all columns; 0 is padding."""
     positions: Int[Tensor, "batch width"]
-    """Of the new tokens."""
+    """Position ids of the new tokens."""
     cache: Any
-    """What the model remembers; None has it make its own."""
+    """The cache; None if the model creates its own."""
     logits_to_keep: int = 1
-    """For how many columns to give logits, 0 for all."""
+    """Number of columns to compute logits for; 0 for all."""
 
     @property
     def begins(self) -> bool:
-        """Whether no tokens have been read before."""
+        """Whether these are the first tokens of their sequences."""
         return self.mask.shape[1] == self.tokens.shape[1]
 
 
 @dataclass(frozen=True)
 class CacheSupport:
-    """How a model remembers."""
+    """Properties of a model's cache."""
 
     argument: str
-    """What its forward calls the cache, in its arguments and in its output."""
+    """Name of the cache in its forward's arguments and output."""
     named: frozenset[str] | None
-    """Which other arguments its forward names; None if it takes any."""
+    """Other named arguments of its forward; None if it accepts any."""
     continuous: bool
-    """Whether the cache is past keys and values in every layer and nothing else, so that rows can be cut and joined at any
-    time."""
+    """Whether the cache is past keys and values in every layer and nothing else, so that rows can join and leave."""
     config: PretrainedConfig | None = None
-    """Of whose kind a cache is to be given to the model; None if the model makes it itself."""
+    """Configuration to create a cache from; None if the model creates it itself."""
     alone: bool = False
-    """Whether it continues only one sequence at a time rightly."""
+    """Whether it continues correctly with one sequence at a time only."""
     modules: tuple[tuple[nn.Module, str], ...] = ()
     """Modules that keep a state per sequence themselves, each with the attribute's name."""
     token_bytes: int = 0
-    """What a token adds to the cache of a sequence."""
+    """Bytes that a token adds to the cache of a sequence."""
     sequence_bytes: int = 0
-    """What a sequence takes at any length."""
+    """Bytes of a sequence's cache that do not depend on its length."""
 
     def arguments(self, inputs: ForwardInputs, device: torch.device) -> dict[str, Any]:
-        """Return a forward's arguments. A model that keeps states only, and no past tokens, masks the new tokens only."""
+        """Return a forward's arguments. A model with states only, and no past tokens, masks the new tokens only."""
         mask = inputs.mask if self.argument == "past_key_values" else inputs.mask[:, -inputs.tokens.shape[1] :]
         found = {
             "input_ids": inputs.tokens.to(device),
@@ -83,22 +82,22 @@ class CacheSupport:
         return {name: value for name, value in found.items() if self.named is None or name in self.named}
 
     def given(self, output: Any, cache: Any) -> Any:
-        """Return the cache after a forward: the one it was given, or the one it made."""
+        """Return the cache after a forward: the given one, or the one that the model created."""
         return output[self.argument] if cache is None or self.argument == "state" else cache
 
     def new_cache(self) -> Cache | None:
-        """Return the cache to prefill with: one that keeps every column of every layer, or None for the model's own kind."""
+        """Return the cache for a prefill: one that keeps every column of every layer, or None for the model's own kind."""
         if self.continuous:
             return DynamicCache()
         return None if self.config is None else DynamicCache(config=self.config)
 
 
 def inspect_cache(model: PreTrainedModel, device: torch.device) -> CacheSupport:
-    """Try a model's cache with a few short forwards.
+    """Test a model's cache with a few short forwards.
 
     Args:
         model: on its device.
-        device: where it takes its tokens.
+        device: where its token ids must be.
 
     Raises:
         UnsupportedModelError: if it has no cache, or one that the engine cannot keep.
@@ -107,7 +106,7 @@ def inspect_cache(model: PreTrainedModel, device: torch.device) -> CacheSupport:
     argument = next((name for name in CACHES if name in parameters), None)
     kind = type(model).__name__
     takes_any = any(one.kind is one.VAR_KEYWORD for one in parameters.values())
-    if argument is None and takes_any:  # a wrapper that hands its arguments on
+    if argument is None and takes_any:  # a wrapper that passes its arguments on
         argument = CACHES[0]
     if argument is None:
         raise UnsupportedModelError(f"{kind} takes no cache of past tokens, so it cannot generate here")
@@ -123,7 +122,7 @@ def inspect_cache(model: PreTrainedModel, device: torch.device) -> CacheSupport:
             try:
                 with torch.inference_mode():
                     return _try_cache(model, replace(way, alone=rows == 1), device, rows)
-            except Exception as error:  # noqa: BLE001 - whatever it is, the engine cannot use the model in this way
+            except Exception as error:  # noqa: BLE001 - with any error, the engine cannot use the model in this way
                 failure = failure or error
     if isinstance(failure, UnsupportedModelError):
         raise failure
@@ -137,11 +136,11 @@ def _only_past_tokens(config: PretrainedConfig) -> bool:
     try:
         return is_continuous(config)
     except (AttributeError, KeyError, TypeError, ValueError):
-        return False  # a configuration that transformers' cache does not understand: the model makes its own
+        return False  # transformers' cache does not support this configuration: the model creates its own
 
 
 def _try_cache(model: PreTrainedModel, found: CacheSupport, device: torch.device, rows: int) -> CacheSupport:
-    """Run a prefill and a step, and all of it without a cache; measure the cache, and find states outside of it."""
+    """Run a prefill and a step, and the same tokens without a cache; measure the cache, and find states outside of it."""
     kind = type(model).__name__
     size = model.get_input_embeddings().weight.shape[0]
     tokens = torch.arange(2 * rows * (LENGTH + 1)).view(2, rows, LENGTH + 1) % size
@@ -151,7 +150,7 @@ def _try_cache(model: PreTrainedModel, found: CacheSupport, device: torch.device
         positions = torch.arange(start, stop).expand(rows, -1)
         mask = torch.ones(rows, stop, dtype=torch.long)
         arguments = found.arguments(ForwardInputs(ids, mask, positions, cache), device)
-        # Called past the hooks that the module has: nobody is to take these forwards for a request's.
+        # Bypass the module's hooks: these forwards belong to no request.
         output = model.forward(**arguments)
         return output.logits[:, -1].float(), found.given(output, cache)
 
@@ -170,26 +169,24 @@ def _try_cache(model: PreTrainedModel, found: CacheSupport, device: torch.device
     strange = next((tensor for tensor in whole if not _per_row(tensor, rows)), None)
     if strange is not None:
         raise UnsupportedModelError(
-            f"{kind} has a cache that the engine does not know: it holds {list(strange.shape)} for {rows} sequences"
+            f"{kind} has a cache that the engine does not support: a tensor of shape {list(strange.shape)} for {rows} sequences"
         )
     size_before = sum(tensor.nbytes for tensor in whole)
     expected = step(cache)
     whole_read = run(tokens[0], 0, found.new_cache())[0]
-    # Another sequence's logits are as far away as wrong ones are; rounding is not.
+    # Wrong logits are as far away as another sequence's; rounding is not.
     another = whole_read.roll(1, 0) if rows > 1 else run(tokens[1], 0, found.new_cache())[0]
     if (expected - whole_read).norm() > 0.3 * (another - whole_read).norm() + 1e-3 * whole_read.norm():
-        raise UnsupportedModelError(
-            f"{kind} gives something else with its cache than without, so it cannot generate here"
-        )
+        raise UnsupportedModelError(f"{kind} has other logits with its cache than without, so it cannot generate here")
     grown = (sum(tensor.nbytes for tensor in cache_tensors(cache)) - size_before) // rows
     token_bytes = max(grown, 0)
     found = replace(found, token_bytes=token_bytes, sequence_bytes=max(0, size_before // rows - LENGTH * token_bytes))
     if found.continuous and not modules:
         return found
-    if found.continuous:  # what modules hold need not be a state
+    if found.continuous:  # what modules keep need not be a state
         mine, others = prefill(0), prefill(1)
         again, elsewhere = step(mine), step(others)
-        # The same shapes give the same numbers, or nearly: what differs by more has been taken from the others.
+        # The same shapes give nearly the same numbers; a larger difference comes from the other sequences.
         if not (again - expected).norm() > 0.1 * (elsewhere - expected).norm():
             return found
     by_id = {id(module): module for module in model.modules()}
@@ -198,7 +195,7 @@ def _try_cache(model: PreTrainedModel, found: CacheSupport, device: torch.device
 
 
 def _attributes(model: nn.Module) -> Iterator[tuple[tuple[int, str], Tensor]]:
-    """Yield the tensors that modules hold as plain attributes, beside parameters and buffers."""
+    """Yield the tensors that modules keep as plain attributes, apart from parameters and buffers."""
     for module in model.modules():
         for name, value in vars(module).items():
             if isinstance(value, Tensor):

@@ -1,13 +1,13 @@
-"""Random numbers for sampling, each a function of a key and a token's id alone.
+"""Generates random numbers for sampling; each is a function of a key and a token id alone.
 
-Adding Gumbel noise to logits and taking the largest draws a token from their softmax (Gumbel, 1954). A token's noise stays
-with its id: tokens beside it, their order, and the batch have no part in it. So logits that differ by rounding draw the same
-token, but where two tokens are as near as the rounding; against a cumulative sum, rounding anywhere moves every boundary.
+Adding Gumbel noise to logits and taking the largest samples a token from their softmax (Gumbel, 1954). A token's noise depends
+on its id, and not on the other tokens, on their order or on the batch. So logits that differ by rounding sample the same
+token, unless two tokens are as close as the rounding. With a cumulative sum, rounding anywhere moves every boundary.
 
-The noise is counter-based: the id is hashed with the key (three rounds of multiply and shift, Wellons' `triple32`, a
-bijection of 32 bits each of whose bits depends on all others), so it can be had of any part of a vocabulary, and is the same
-on every device up to the rounding of a logarithm. On a CPU NumPy makes it, row by row, so that what is worked on stays in
-the cache; elsewhere PyTorch does, whose integers are signed.
+The noise is counter-based: the id is hashed with the key (three rounds of multiply and shift, Wellons' `triple32`, a bijection
+of 32 bits in which each output bit depends on all input bits). So it can be computed for any part of a vocabulary, and is the
+same on every device up to the rounding of a logarithm. On a CPU, NumPy computes it row by row, so that the working data stays
+in the processor's cache. On other devices PyTorch does, whose integers are signed.
 """
 
 import numpy as np
@@ -16,13 +16,13 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 SPREAD = 0x9E3779B1
-"""2^32 by the golden ratio, odd: ids that follow one another begin far apart."""
+"""2^32 divided by the golden ratio, odd: consecutive ids start far apart."""
 
 ROUNDS = ((17, 0xED5AD4BB), (11, 0xAC4C1B51), (15, 0x31848BAB), (14, 1))
-"""Shifts and factors; the second half of the key comes in after the first."""
+"""Shifts and factors of the rounds; the second half of the key is added after the first round."""
 
 LEAST, MOST = 2.0**-32, 1 - 2.0**-24
-"""Bounds of the uniform numbers, so that the noise is finite."""
+"""Bounds of the uniform numbers, which keep the noise finite."""
 
 
 def gumbel(ids: Int[Tensor, "rows tokens"], keys: list[tuple[int, int]]) -> Float[Tensor, "rows tokens"]:
@@ -48,7 +48,7 @@ def _row(ids: "np.ndarray[tuple[int], np.dtype[np.uint32]]", key: tuple[int, int
         hashed *= np.uint32(factor)
         if number == 0:
             hashed += np.uint32(key[1])
-    # A uniform number whose finest steps are near 0: there the exponential is smallest, and its token wins.
+    # Uniform numbers are finest near 0, where the exponential is smallest and its token is chosen.
     share = np.abs(hashed.view(np.int32).astype(np.float32))
     share *= np.float32(-(2.0**-31))
     np.clip(share, np.float32(-MOST), np.float32(-LEAST), out=share)
@@ -59,7 +59,7 @@ def _row(ids: "np.ndarray[tuple[int], np.dtype[np.uint32]]", key: tuple[int, int
 
 
 def _batch(ids: Int[Tensor, "rows tokens"], keys: list[tuple[int, int]]) -> Float[Tensor, "rows tokens"]:
-    """Do the same for all rows at once, with signed integers."""
+    """Compute the same for all rows at once, with signed integers."""
     first, second = (torch.tensor([[_signed(key[i])] for key in keys], dtype=torch.int32) for i in (0, 1))
     hashed = ids.int() * _signed(SPREAD)
     hashed += first.to(ids.device)

@@ -1,11 +1,11 @@
-"""What has been read of earlier sequences, in blocks: keys and values, and the rows that were captured.
+"""Caches what was computed for earlier sequences, in blocks: keys and values, and captured rows.
 
-Blocks are found by name alone (`prefix_blocks`), from a sequence's first on. One that has no rows of a hook point, because
-nobody asked for them or because they were dropped, serves requests that need none there, and gains them when somebody reads its
-tokens again.
+Blocks are found by name alone (`prefix_blocks`), from the first block of a sequence. A block may lack the rows of a hook
+point, because no request asked for them or because they were dropped. It then serves requests that need no rows there, and
+gets the rows when its tokens are read again.
 
-Keys and values lie on the model's device and rows on the host, so each have a bound of their own. The block that was used
-longest ago goes first; of a sequence that was used as a whole, its end.
+Keys and values lie on the model's device, and rows on the host, so each has a limit of its own. The least recently used block
+is dropped first; of a sequence that was used as a whole, its end.
 """
 
 from collections import OrderedDict
@@ -23,12 +23,12 @@ from serve_app.capture.structure import Tap
 
 @dataclass(frozen=True)
 class CacheLimits:
-    """Bytes that may be held."""
+    """Limits of the cache, in bytes."""
 
     values: int
-    """Of keys and values."""
+    """Limit of keys and values."""
     rows: int
-    """Of captured rows."""
+    """Limit of captured rows."""
 
 
 @dataclass(eq=False)
@@ -36,28 +36,28 @@ class Block:
     """Some tokens of a sequence."""
 
     values: list[Float[Tensor, "parts kv_heads tokens d"]]
-    """Keys and values, as `KeyValues` groups them."""
+    """Keys and values, grouped as by `KeyValues`."""
     rows: dict[Tap, Float[Tensor, "tokens ..."]] = field(default_factory=dict)
-    """Captured rows, in the dtype that the model gave them in."""
+    """Captured rows, in the model's own dtype."""
 
     @property
     def value_bytes(self) -> int:
-        """What its keys and values take."""
+        """Bytes of its keys and values."""
         return sum(tensor.nbytes for tensor in self.values)
 
     @property
     def row_bytes(self) -> int:
-        """What its rows take."""
+        """Bytes of its rows."""
         return sum(tensor.nbytes for tensor in self.rows.values())
 
 
 class PrefixCache:
-    """Blocks by name (see the module). One thread changes it; any may read the numbers.
+    """Blocks by name (see the module). One thread changes it; any thread may read the numbers.
 
     Attributes:
         size: tokens of a block.
-        value_bytes: held of keys and values.
-        row_bytes: held of rows.
+        value_bytes: bytes of keys and values.
+        row_bytes: bytes of rows.
     """
 
     def __init__(self, size: int, room: CacheLimits) -> None:
@@ -67,11 +67,11 @@ class PrefixCache:
         self._blocks: OrderedDict[bytes, Block] = OrderedDict()  # the first was used longest ago
 
     def count(self, names: Sequence[bytes], needed: Callable[[range], Collection[Tap]]) -> int:
-        """Return how many blocks from the first on are here with all that is needed of them.
+        """Return the number of leading blocks that are here with all that is needed of them.
 
         Args:
-            names: of a sequence's blocks.
-            needed: gives, for the positions of a block, where rows of them are needed.
+            names: names of a sequence's blocks.
+            needed: returns, for the positions of a block, the taps whose rows are needed.
         """
         for number, name in enumerate(names):
             block = self._blocks.get(name)
@@ -81,13 +81,13 @@ class PrefixCache:
         return len(names)
 
     def use(self, names: Sequence[bytes]) -> list[Block]:
-        """Return a sequence's blocks, which are here; they count as used now."""
+        """Return a sequence's blocks, which must be here; they count as used now."""
         for name in reversed(names):
             self._blocks.move_to_end(name)
         return [self._blocks[name] for name in names]
 
     def lacks(self, name: bytes, taps: Collection[Tap]) -> set[Tap] | None:
-        """Return where a block has no rows yet, of some places; None if it is not here at all."""
+        """Return the taps among `taps` that a block has no rows of; None if the block is not here."""
         block = self._blocks.get(name)
         return None if block is None else {tap for tap in taps if tap not in block.rows}
 
@@ -97,12 +97,12 @@ class PrefixCache:
         values: Callable[[], list[Tensor]],
         rows: dict[Tap, Float[Tensor, "tokens ..."]],
     ) -> None:
-        """Take a block, or rows of one that is here; nothing is dropped for it until `trim`.
+        """Add a block, or rows of a block that is here; nothing is dropped until `trim`.
 
         Args:
             name: its name.
-            values: cuts its keys and values, if they are wanted.
-            rows: its rows, owning their memory.
+            values: copies its keys and values, if they are needed.
+            rows: its rows, in memory of their own.
         """
         block = self._blocks.get(name)
         if block is None:
@@ -113,11 +113,11 @@ class PrefixCache:
         self.row_bytes += block.row_bytes - before
 
     def trim(self, names: Sequence[bytes] = (), room: CacheLimits | None = None) -> None:
-        """Drop what was used longest ago until the rest fits.
+        """Drop the least recently used blocks until the rest fits.
 
         Args:
-            names: a sequence's blocks that count as used now.
-            room: what may be held from now on, if that has changed.
+            names: names of a sequence's blocks that count as used now.
+            room: new limits, if they have changed.
         """
         self._room = room or self._room
         for name in reversed(names):
@@ -140,10 +140,10 @@ class PrefixCache:
 
 
 class KeyValues:
-    """How layers' keys and values lie in blocks: those of one shape, dtype and device in one tensor."""
+    """The layout of layers' keys and values in blocks: tensors of one shape, dtype and device are stacked."""
 
     def __init__(self, layers: Sequence[CacheLayerMixin]) -> None:
-        """Look at a cache that has read something."""
+        """Take the layout of a cache that has read some tokens."""
         self._n_layers = len(layers)
         groups: dict[object, list[tuple[int, str]]] = {}
         for number, layer in enumerate(layers):
@@ -157,17 +157,17 @@ class KeyValues:
     def cut(
         self, layers: Sequence[CacheLayerMixin], row: int, columns: slice
     ) -> list[Float[Tensor, "parts kv_heads tokens d"]]:
-        """Copy some columns of a row of a cache."""
+        """Copy some columns of one row of a cache."""
         return [
             torch.stack([getattr(layers[number], side)[row, :, columns] for number, side in group])
             for group in self._groups
         ]
 
     def lay_out(self, rows: Sequence[tuple[Sequence[Block], int, int]], width: int) -> DynamicCache:
-        """Put blocks into a cache of `width` columns, which a model goes on with.
+        """Copy blocks into a cache of `width` columns that a model continues with.
 
         Args:
-            rows: per row its blocks, the tokens of them to take, and how many columns of padding come before.
+            rows: per row its blocks, the tokens of them to use, and the columns of padding before them.
             width: columns.
         """
         cache = DynamicCache()

@@ -1,19 +1,19 @@
-"""Reads prompts from where they differ from what has been read before, and keeps what is read for prompts to come.
+"""Reuses the common prefix of prompts: reads a prompt only from where it differs from earlier ones, and caches what is read.
 
-A job that is admitted takes keys and values of its prompt's first blocks from the cache (`prefix_cache`), and the rows that it
-has to have of them: those that its capture keeps, and those that its probes score. It takes no block that lacks one of these,
-so nothing is ever missing; the tokens are read again, and the block has the rows then. The last token of a prompt is always
-read, since its logits choose the first token.
+An admitted job takes from the cache (`prefix_cache`) the keys and values of its prompt's first blocks, and the rows of them
+that it needs: those that it captures, and those that its probes score. It takes no block that lacks one of these, so nothing
+is ever missing. The tokens of such a block are read again, and the block then has the rows. The last token of a prompt is
+always read, because its logits decide the first token.
 
-What a prompt's forwards have shown is cut into blocks when all of it is read, and what a completion adds when it has ended.
-Rows come from what the job captures anyway. Where that has not every row of a block (every k-th, a mean, only scores), a
-second capture beside it keeps them while the prompt is read (`RunningJob.filler`).
+A prompt's blocks are added to the cache when all of the prompt has been read, and a completion's blocks when it has ended.
+Their rows are those that the job captures anyway. If that is not every row of a block (every k-th row, a mean, scores only), a
+second capture keeps all rows while the prompt is read (`RunningJob.filler`).
 
-Jobs that wait together and share much that nobody has read are not read together: the first reads it, the others come a round
-later and find it (`PrefixReuse.waits`).
+Jobs that wait together and share a long prefix that is not cached are not read together. The first reads the prefix; the
+others are read a round later and find it (`PrefixReuse.waits`).
 
-Batch-invariant, blocks are as long as the pieces in which prompts are read, so that whatever is found was computed in the very
-shapes in which it would be computed again. A completion's tokens, which were not, are not kept.
+In batch-invariant mode, a block is as long as a piece of a prompt, so cached values were computed in the same shapes in which
+they would be computed again. The tokens of completions were not, and are not cached.
 """
 
 from collections.abc import Sequence
@@ -43,17 +43,17 @@ BLOCK = {"cpu": 32, "cuda": 16}
 
 
 def prefix_caching(model: LoadedModel, cache_support: CacheSupport, *, asked: bool) -> PrefixCaching:
-    """Decide whether a model's prefixes can be kept.
+    """Decide whether a model's prefixes can be cached.
 
     Args:
-        model: loaded.
-        cache_support: how it remembers.
-        asked: whether the configuration wants it.
+        model: the loaded model.
+        cache_support: properties of its cache.
+        asked: whether the configuration enables it.
     """
     if not asked:
         return PrefixCaching(False, SWITCHED_OFF)
     if not cache_support.continuous or cache_support.alone:
-        return PrefixCaching(False, "the model's cache is not keys and values of each token alone")
+        return PrefixCaching(False, "the model's cache is not keys and values per token")
     if model.batching.kind != "any":
         return PrefixCaching(
             False, f"not all requests may share a forward ({model.batching.kind}): {model.batching.reason}"
@@ -61,12 +61,12 @@ def prefix_caching(model: LoadedModel, cache_support: CacheSupport, *, asked: bo
     if depends_on_length(model.observed._module):
         return PrefixCaching(False, "a token's rotation depends on how long its sequence is")
     if model.checks.decoding_error:
-        return PrefixCaching(False, "the model gives other rows with its cache than without")
+        return PrefixCaching(False, "the model has other rows with its cache than without")
     return PrefixCaching(True)
 
 
 def most_known(job: GenerationJob) -> int:
-    """Return how many tokens of a job's prompt may be left unread."""
+    """Return the largest number of a prompt's tokens that may be left unread."""
     if job.score_prompt:
         return 0
     most = len(job.prompt_ids)
@@ -76,7 +76,7 @@ def most_known(job: GenerationJob) -> int:
 
 
 def given(job: GenerationJob, span: range, stop: int) -> set[Tap]:
-    """Return where a job's prompt gives all rows of a block when it is read."""
+    """Return the taps at which reading a job's prompt captures all rows of a block."""
     taps: set[Tap] = set()
     n_prompt = len(job.prompt_ids)
     for plan in (job.capture, filler_plan(job, stop)):
@@ -90,25 +90,25 @@ def given(job: GenerationJob, span: range, stop: int) -> set[Tap]:
 
 
 class PrefixReuse:
-    """The prefixes of one engine.
+    """The prefix cache of one engine.
 
     Attributes:
-        state: whether they are kept.
+        state: whether prefixes are cached.
         hits: prompt tokens that were found.
-        misses: prompt tokens that were looked for, and read.
+        misses: prompt tokens that were looked up and had to be read.
     """
 
     def __init__(
         self, model: LoadedModel, cache_support: CacheSupport, memory: RowMemory, *, asked: bool, batch_invariant: bool
     ) -> None:
-        """Begin empty.
+        """Create an empty cache.
 
         Args:
-            model: what the engine runs.
-            cache_support: how it remembers.
-            memory: for captured rows.
-            asked: whether the configuration wants prefixes to be kept.
-            batch_invariant: whether the engine is.
+            model: the engine's model.
+            cache_support: properties of its cache.
+            memory: allocates captured rows.
+            asked: whether the configuration enables the cache.
+            batch_invariant: whether the engine is batch-invariant.
         """
         self.state = prefix_caching(model, cache_support, asked=asked)
         self.hits = self.misses = 0
@@ -122,16 +122,16 @@ class PrefixReuse:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are held."""
+        """Size of the cache in bytes."""
         return self.cache.value_bytes + self.cache.row_bytes
 
     def expect(self, job: GenerationJob) -> None:
-        """Name the blocks of a job that is submitted, on its caller's thread."""
+        """Compute the block names of a submitted job, on its caller's thread."""
         if self.state.enabled:
             self._names[job] = name_blocks(job, job.prompt_ids, self.cache.size)
 
     def known(self, job: GenerationJob) -> int:
-        """Return how many tokens of a waiting job's prompt need not be read."""
+        """Return how many tokens of a waiting job's prompt must be read."""
         most = most_known(job)
         if not self.state.enabled or not most:
             return 0
@@ -145,7 +145,7 @@ class PrefixReuse:
         return len(job.prompt_ids) - self.known(job)
 
     def waits(self, job: GenerationJob, taken: Sequence[GenerationJob]) -> bool:
-        """Whether a job is read sooner after others: when they have read at least half of what it has to read."""
+        """Whether a job had better wait for others: they will read at least half of what it has to read."""
         if not self.state.enabled or not most_known(job):
             return False
         known, size, names = self.known(job), self.cache.size, self._names[job]
@@ -162,7 +162,7 @@ class PrefixReuse:
         return False
 
     def turn_off(self, reason: str) -> None:
-        """Keep and find nothing any more; what is held is dropped before the next jobs begin."""
+        """Disable the cache; its contents are dropped before the next jobs start."""
         self.state = PrefixCaching(False, reason)
 
     def clear(self) -> None:
@@ -170,21 +170,21 @@ class PrefixReuse:
         self.cache.clear()
 
     def make_room(self, room: CacheLimits) -> None:
-        """Keep to what the running jobs leave."""
+        """Limit the cache to the memory that running jobs leave."""
         self._room = room if self.state.enabled else CacheLimits(0, 0)
         self.cache.trim(room=self._room)
 
     def lay_out(self, running: list[RunningJob], cache: Cache | None) -> Prefill:
-        """Lay out the prompts of jobs that begin, behind what is known of them.
+        """Lay out the prompts of new jobs behind their cached tokens.
 
         Args:
             running: the jobs.
-            cache: to read them with if nothing is known.
+            cache: the cache to read them with if nothing is cached.
         """
         if not self.state.enabled:
             return Prefill.lay_out(running, cache)
         known = [self.known(one.job) for one in running]
-        # All rows end at one column, so that of the longest rest: as much of the others is read again.
+        # All rows end at one column, that of the longest rest; the others read as many of their cached tokens again.
         rest = max(len(one.job.prompt_ids) - count for one, count in zip(running, known, strict=True))
         counts = [max(len(one.job.prompt_ids) - rest, 0) for one in running]
         prefill = Prefill.lay_out(running, cache)
@@ -203,7 +203,7 @@ class PrefixReuse:
         return prefill
 
     def _resume(self, one: RunningJob, blocks: list[Block], count: int) -> None:
-        """Give a job what is known of its first tokens, and have the rows of the others kept for its blocks."""
+        """Give a job the cached rows of its first tokens, and capture the rows of the others for its blocks."""
         job, size = one.job, self.cache.size
         one.cached = count
         whole = len(self._names[job]) * size
@@ -223,7 +223,7 @@ class PrefixReuse:
             one.probed.resume(count, rows)
 
     def keep_prompts(self, prefill: Prefill) -> None:
-        """Keep what the forwards of a prefill have shown, now that all of it is read."""
+        """Cache the blocks of a prefill's prompts, now that all of them are read."""
         if not self.state.enabled:
             return
         for row, one in enumerate(prefill.running):
@@ -233,7 +233,7 @@ class PrefixReuse:
             one.filler = None
 
     def keep_completion(self, one: RunningJob, rows: BatchRows, row: int) -> None:
-        """Keep what a job has added to its prompt, now that it has ended and is still in its slot."""
+        """Cache the blocks that a job's completion adds, now that it has ended and is still in its slot."""
         if not self.state.enabled or self._exact or not isinstance(rows, SlotRows):
             return
         tokens, size = one.processed_ids, self.cache.size
@@ -252,7 +252,7 @@ class PrefixReuse:
         row: int,
         padding: int,
     ) -> None:
-        """Put a sequence's blocks from position `first` on into the cache."""
+        """Add a sequence's blocks from position `first` on to the cache."""
         layout = self._layout = self._layout or KeyValues(layers)
         sources = [rows for rows in (one.rows, one.filler) if rows is not None]
         taps = {tap for rows in sources for tap in rows.plan.taps.values()}

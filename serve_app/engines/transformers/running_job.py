@@ -1,4 +1,4 @@
-"""One job while it runs, and several while their prompts are read: what the engine keeps of each besides its KV cache."""
+"""The state of one running job, and of several whose prompts are being read."""
 
 import logging
 from dataclasses import dataclass, field, replace
@@ -25,24 +25,28 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class RunningJob(CompletionState):
-    """A job, and what this engine has for it.
-
-    `all_logits` is whether its prompt needs logits at every position, `cached` how many of its prompt's tokens were found and
-    not read, and `filler` keeps rows of its prompt for others, while it is read. `watch` is there if scores may act.
-    """
+    """A running job's state in this engine."""
 
     sampler: Sampler
+    """Chooses its tokens."""
     rows: RequestRows | None
+    """Its captured rows."""
     probed: RequestScores | None
+    """The scores of its probes."""
     all_logits: bool
+    """Whether its prompt needs logits at every position."""
     prompt_scores: list[TokenScore] = field(default_factory=list)
+    """Scores of its prompt's tokens, if it asks for them."""
     cached: int = 0
+    """Tokens of its prompt that were found in the prefix cache and not read."""
     filler: RequestRows | None = None
+    """Keeps rows of its prompt for the prefix cache, while the prompt is read."""
     watch: StopWatch | None = None
+    """Checks its probe scores, if they may stop it."""
 
     @classmethod
     def start(cls, job: GenerationJob, model: LoadedModel, memory: RowMemory) -> "RunningJob":
-        """Begin a job, whose rows will lie in `memory`."""
+        """Create a job's state; its rows are allocated from `memory`."""
         sampling, stop_token_ids, collecting = (
             job.sampling,
             job.sampling.all_stop_token_ids(model.eos_token_ids),
@@ -62,15 +66,15 @@ class RunningJob(CompletionState):
         )
 
     def advance(self, token: int, token_score: TokenScore | None) -> FinishReason | None:
-        """Add a sampled token, and its score if the job has scores; return the reason if the job has ended, else None."""
-        self.sampler.saw(token)
+        """Add a sampled token, and its score if the job has scores; returns the reason if the job has ended, else None."""
+        self.sampler.accept(token)
         return self.push(token, token_score)
 
-    def asked(self) -> Action | None:
-        """Return what the scores of what has just been read ask for, before the next token is chosen; None for nothing.
+    def stop_action(self) -> Action | None:
+        """Return the action that the latest probe scores require before the next token is chosen; None for none.
 
         Raises:
-            UnscorableError: if there are none.
+            UnscorableError: if there are no scores.
         """
         if self.watch is None or self.probed is None:
             return None
@@ -80,8 +84,8 @@ class RunningJob(CompletionState):
         n_prompt = len(self.job.prompt_ids)
         return self.watch.see(self.token_ids[start - n_prompt : stop - n_prompt], self.probed.last(stop - start))
 
-    def carry_out(self, action: Action) -> FinishReason | None:
-        """Do what scores ask for, in place of a sampled token; returns why the generation has ended, None if it goes on."""
+    def apply_stop(self, action: Action) -> FinishReason | None:
+        """Carry out an action in place of a sampled token; returns the reason if the generation has ended, else None."""
         reason = self.act(action)
         if reason is not None:
             return reason
@@ -90,12 +94,12 @@ class RunningJob(CompletionState):
         assert stopping.reasoning is not None
         return self.advance(stopping.reasoning.end, FORCED)
 
-    def news(self, *, final: bool) -> TextDelta | None:
-        """Return what has become certain since the last time, None for nothing."""
+    def next_delta(self, *, final: bool) -> TextDelta | None:
+        """Return the text and tokens since the last delta; None if there are none."""
         return self.delta(final=final, probed=partial(self.probed.take, self.n_rows) if self.probed else None)
 
     def finish(self, reason: FinishReason) -> None:
-        """Cut a job's rows and report its result; what it should not have asked for fails it alone."""
+        """Finalize a job's rows and emit its result; if its rows or scores cannot be had, only this job fails."""
         try:
             captured = self.rows.cut() if self.rows else None
             probed = self.probed.all() if self.probed else []
@@ -115,7 +119,7 @@ class RunningJob(CompletionState):
         )
 
     def restart(self, memory: RowMemory) -> None:
-        """Forget what its forwards have shown: they are run again, over the tokens that it has by now."""
+        """Drop all rows and scores: its forwards run again, over the tokens that it has by now."""
         self.cached, self.filler = 0, None
         if self.rows is not None:
             self.rows = RequestRows(self.rows.plan, len(self.job.prompt_ids), memory)
@@ -125,24 +129,25 @@ class RunningJob(CompletionState):
             self.prompt_scores = []
 
     def fail(self, error: Exception) -> None:
-        """Report that the job cannot be finished; it leaves the batch as one that is cancelled does."""
+        """Emit the job's failure; it leaves the batch like a cancelled job."""
         self.job.cancelled.set()
         try:
             self.job.on_event(Failed(error))
-        except Exception:  # whoever asked is gone; the others of the batch are not
-            log.exception("a failure could not be reported: %s", error)
+        except Exception:  # the caller is gone; the other jobs of the batch are not
+            log.exception("a failure could not be emitted: %s", error)
 
     @property
     def processed_ids(self) -> list[int]:
-        """The tokens that have passed through the model once its prompt is read: all but the one sampled last."""
+        """The tokens that the model has processed once the prompt is read: all but the one sampled last."""
         return self.job.prompt_ids + self.token_ids[:-1]
 
 
 @dataclass
 class Prefill:
-    """Jobs whose tokens are being read: row i of every tensor is job i, padded on the left; `done` columns are read.
+    """Jobs whose tokens are being read. Row i of every tensor is job i, padded on the left; the first `done` columns have been
+    read.
 
-    `cache` is None until the model has made one, if it makes its own.
+    `cache` is None until the model has created one, if it creates its own.
     """
 
     running: list[RunningJob]
@@ -153,12 +158,12 @@ class Prefill:
 
     @classmethod
     def lay_out(cls, running: list[RunningJob], cache: Cache | None, *, processed_only: bool = False) -> "Prefill":
-        """Put jobs' tokens, of different numbers, into one tensor.
+        """Put the tokens of several jobs into one padded tensor.
 
         Args:
             running: the jobs.
-            cache: to read them with.
-            processed_only: leave out the token that each has sampled last, which has not passed through the model.
+            cache: the cache to read them with.
+            processed_only: leave out each job's last sampled token, which the model has not processed.
         """
         sequences = [one.processed_ids if processed_only else one.job.prompt_ids + one.token_ids for one in running]
         width = max(map(len, sequences))
@@ -170,7 +175,7 @@ class Prefill:
 
     @property
     def width(self) -> int:
-        """Columns to read."""
+        """Number of columns to read."""
         return self.tokens.shape[1]
 
     def inputs(self, stop: int) -> tuple[Int[Tensor, "batch context"], Int[Tensor, "batch piece"]]:
@@ -184,7 +189,7 @@ class Prefill:
         return any(one.all_logits for one in self.running)
 
     def score(self, logits: Float[Tensor, "batch piece vocab"]) -> None:
-        """Score the prompts' tokens that follow those of the piece just read, for the jobs that want it."""
+        """Score the prompt tokens that follow those of the piece just read, for the jobs that ask for it."""
         for row, one in enumerate(self.running):
             first = max(self.done, self.padding[row])
             following = self.tokens[row, first + 1 : self.done + logits.shape[1] + 1].tolist()

@@ -1,9 +1,9 @@
-"""Chooses the next token of each row of a batch, by each row's own settings and its own random stream.
+"""Samples the next token of each row of a batch, with each row's own settings and random stream.
 
-Everything that is the same for all rows runs once for the batch, on the model's device. A token is drawn by adding noise to
-the logits of those that top_k, top_p and min_p keep and taking the largest, which is the same as drawing from their softmax
-(`noise`). A token's noise depends on the request's seed, on how many tokens the request has, and on the token's id; so a seed
-means the same whatever runs beside it, and logits that differ by a rounding rarely give another token.
+Everything that is the same for all rows runs once for the batch, on the model's device. A token is sampled by adding noise to
+the logits that top_k, top_p and min_p keep, and taking the largest, which is the same as sampling from their softmax
+(`noise`). A token's noise depends on the request's seed, on the number of tokens of the request, and on the token id. So a
+seed has the same effect whatever runs beside the request, and logits that differ by rounding rarely sample another token.
 """
 
 from collections import Counter, deque
@@ -19,15 +19,15 @@ from serve_app.engines.protocol import Constraint, ConstraintError, Sampling, To
 from serve_app.engines.transformers.noise import gumbel
 
 FEW = 1024
-"""Tokens in which those that are kept are looked for first; sorting a whole vocabulary costs much more."""
+"""Number of most likely tokens that are searched first for the kept ones; sorting a whole vocabulary costs much more."""
 
 
 class Sampler:
-    """One request's settings, its random stream, and what its penalties have to remember.
+    """One request's settings, its random stream, and the state of its penalties.
 
     Attributes:
         sampling: the settings.
-        failure: why its constraint can no longer be followed; it must fail then.
+        failure: why its constraint can no longer be followed; the request must then fail.
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Sampler:
         all_stop_token_ids: frozenset[int],
         constraint: Constraint | None = None,
     ) -> None:
-        """Start a request's stream.
+        """Start a request's random stream.
 
         Args:
             sampling: its settings.
@@ -56,12 +56,12 @@ class Sampler:
         self._last: deque[int] = deque(maxlen=max(map(len, self._words), default=1) - 1)
 
     def key(self) -> tuple[int, int]:
-        """Draw the key of the next token's noise from the stream, two numbers of 32 bits."""
+        """Draw the key of the next token's noise from the stream: two numbers of 32 bits."""
         first, second = divmod(int(self._random.bit_generator.random_raw()), 1 << 32)
         return first, second
 
-    def saw(self, token: int) -> None:
-        """Remember a generated token."""
+    def accept(self, token: int) -> None:
+        """Update the state with a generated token."""
         self._counts[token] += 1
         self._last.append(token)
         if self._constraint is not None and self.failure is None:
@@ -72,7 +72,7 @@ class Sampler:
 
     @property
     def adjusts(self) -> bool:
-        """Whether the next token's logits are to be changed at all."""
+        """Whether the next token's logits must be changed."""
         s = self.sampling
         return bool(
             self._constraint
@@ -86,7 +86,7 @@ class Sampler:
         )
 
     def adjust(self, logits: Float[Tensor, "vocab"]) -> None:
-        """Apply biases, penalties and what may not come to one row of logits, in place."""
+        """Apply biases, penalties and constraints to one row of logits, in place."""
         s, device = self.sampling, logits.device
         if s.repetition_penalty != 1 and (known := sorted(self._prompt | self._counts.keys())):
             index = torch.tensor(known, device=device)
@@ -111,7 +111,7 @@ class Sampler:
             try:
                 self._constraint.mask(logits)
             except ConstraintError as error:
-                self.failure = error  # this request's alone: the others in the batch go on
+                self.failure = error  # only this request fails
 
     def _completing(self) -> list[int]:
         """Return the tokens that would complete a bad word."""
@@ -120,11 +120,11 @@ class Sampler:
 
 
 def choose(logits: Float[Tensor, "batch vocab"], samplers: list[Sampler]) -> list[int]:
-    """Choose a token for each row.
+    """Sample a token for each row.
 
     Args:
         logits: the model's, in float32; not changed.
-        samplers: one per row; each that samples draws one key.
+        samplers: one per row; each one with a temperature draws one key.
     """
     adjusting = [row for row, sampler in enumerate(samplers) if sampler.adjusts]
     if adjusting:
@@ -137,7 +137,7 @@ def choose(logits: Float[Tensor, "batch vocab"], samplers: list[Sampler]) -> lis
     for row, sampler in enumerate(samplers):
         if (s := sampler.sampling).temperature > 0:
             (free if s.top_k == 0 and s.top_p >= 1 and s.min_p == 0 else cut).append(row)
-    for rows in _together(free, logits.device):
+    for rows in _group_rows(free, logits.device):
         scaled, settings, keys = _scaled(logits, samplers, rows)
         ids = torch.arange(logits.shape[-1], device=logits.device).expand(len(rows), -1)
         _take(tokens, rows, _largest(scaled, ids, keys))
@@ -155,7 +155,7 @@ def _take(tokens: list[int], rows: list[int], chosen: list[int]) -> None:
 def _scaled(
     logits: Float[Tensor, "batch vocab"], samplers: list[Sampler], rows: list[int]
 ) -> tuple[Float[Tensor, "rows vocab"], list[Sampling], list[tuple[int, int]]]:
-    """Return some rows' logits divided by their temperatures, their settings, and the keys of their next tokens' noise."""
+    """Return some rows' logits divided by their temperatures, their settings, and the keys of their noise."""
     settings = [samplers[row].sampling for row in rows]
     scaled = _rows(logits, rows) / _column([s.temperature for s in settings], logits)
     return scaled, settings, [samplers[row].key() for row in rows]
@@ -168,10 +168,10 @@ def _rows(values: Tensor, rows: list[int]) -> Tensor:
 def _sample_cut(
     scaled: Float[Tensor, "rows vocab"], settings: list[Sampling], keys: list[tuple[int, int]]
 ) -> list[int]:
-    """Draw a token per row from those that top_k, top_p and min_p keep."""
+    """Sample a token per row from those that top_k, top_p and min_p keep."""
     tokens = [0] * len(settings)
     left = list(range(len(settings)))
-    # A few tokens nearly always hold all that is kept; the whole vocabulary is sorted only for rows where they do not.
+    # A few tokens nearly always contain all kept ones; the whole vocabulary is sorted only for rows where they do not.
     for count in (min(FEW, scaled.shape[-1]), scaled.shape[-1]):
         if not left:
             break
@@ -181,19 +181,19 @@ def _sample_cut(
     return tokens
 
 
-def _together(rows: list[int], device: torch.device) -> list[list[int]]:
-    """Divide rows into those that are worked on together: on a CPU one at a time, which its cache holds."""
+def _group_rows(rows: list[int], device: torch.device) -> list[list[int]]:
+    """Group rows that are computed together: on a CPU one at a time, which fits into its cache."""
     return [[row] for row in rows] if device.type == "cpu" else [rows] if rows else []
 
 
 def _kept(
     scaled: Float[Tensor, "rows vocab"], settings: list[Sampling], count: int
 ) -> tuple[Float[Tensor, "rows tokens"], Int[Tensor, "rows tokens"], list[bool]]:
-    """Find what top_k, top_p and min_p keep among the `count` most likely tokens.
+    """Find the tokens that top_k, top_p and min_p keep among the `count` most likely ones.
 
     Returns:
-        The logits of these tokens, minus infinity for those that are not kept; their ids; and per row, whether all that is
-        kept is among them.
+        The logits of these tokens, with minus infinity for those that are not kept; their ids; and per row, whether all kept
+            tokens are among them.
     """
     vocabulary = scaled.shape[-1]
     top_k = _column([s.top_k or vocabulary for s in settings], scaled)
@@ -212,7 +212,7 @@ def _kept(
 def _largest(
     scaled: Float[Tensor, "rows tokens"], ids: Int[Tensor, "rows tokens"], keys: list[tuple[int, int]]
 ) -> list[int]:
-    """Draw one token per row from the softmax of its logits."""
+    """Sample one token per row from the softmax of its logits."""
     place = (scaled + gumbel(ids, keys)).argmax(-1, keepdim=True)
     return ids.gather(-1, place)[:, 0].tolist()
 
@@ -222,32 +222,32 @@ def _column(values: list[float], beside: Tensor) -> Float[Tensor, "rows 1"]:
 
 
 def nucleus(ordered: Float[Tensor, "rows tokens"], top_p: Float[Tensor, "rows 1"]) -> Float[Tensor, "rows tokens"]:
-    """Keep the smallest set of tokens that holds `top_p` of the probability (Holtzman et al., arXiv 1904.09751).
+    """Keep the smallest set of tokens that has `top_p` of the probability (Holtzman et al., arXiv 1904.09751).
 
     Args:
         ordered: probabilities, the largest first.
         top_p: per row.
 
     Returns:
-        The kept probabilities, not normalised; zero elsewhere. The most likely token is always kept.
+        The kept probabilities, not normalized, and zero elsewhere. The most likely token is always kept.
     """
     before = ordered.cumsum(-1) - ordered
     return ordered * ((before < top_p) | (top_p >= 1))
 
 
 def score_named(logits: Float[Tensor, "vocab"], tokens: Sequence[int]) -> tuple[tuple[int, float], ...]:
-    """Return how likely some tokens were at one position, each with its logprob, as `TokenScore.top` has them."""
+    """Return the log-probabilities of some tokens at one position, in the form of `TokenScore.top`."""
     index = torch.tensor(list(dict.fromkeys(tokens)), device=logits.device)
     return tuple(zip(index.tolist(), (logits[index] - logits.logsumexp(-1)).tolist(), strict=True))
 
 
 def score_prompt(logits: Float[Tensor, "rows vocab"], tokens: list[int], sampling: Sampling) -> list[TokenScore]:
-    """Return how likely tokens of a prompt were, as `score` does, with their ranks if `sampling.prompt_logprobs` is set.
+    """Return the scores of a prompt's tokens, as `score` does, with their ranks if `sampling.prompt_logprobs` is set.
 
     Args:
-        logits: the model's at the position before each token, in float32.
+        logits: the model's logits at the position before each token, in float32.
         tokens: the tokens.
-        sampling: says how many of the most likely tokens to report beside each.
+        sampling: how many of the most likely tokens to report beside each.
     """
     found = score(logits, tokens, [max(sampling.top_logprobs, sampling.prompt_logprobs or 0)] * len(tokens))
     if sampling.prompt_logprobs is None:
@@ -258,14 +258,14 @@ def score_prompt(logits: Float[Tensor, "rows vocab"], tokens: list[int], samplin
 
 
 def score(logits: Float[Tensor, "rows vocab"], tokens: list[int], top: list[int]) -> list[TokenScore]:
-    """Return how likely one token per row was, under the unmodified distribution.
+    """Return the score of one token per row, under the unmodified distribution.
 
     Args:
         logits: the model's, in float32.
         tokens: one per row.
         top: per row, how many of the most likely tokens to report beside it.
     """
-    # Row by row: over many columns, a sum's rounding depends on how many rows it is taken of.
+    # Row by row: over many columns, the rounding of a sum depends on the number of rows.
     whole = torch.stack([row.logsumexp(-1) for row in logits])
     index = torch.tensor(tokens, device=logits.device)[:, None]
     logprobs: list[float] = (logits.gather(-1, index)[:, 0] - whole).tolist()

@@ -1,6 +1,6 @@
-"""A model on trial: sequences of tokens run alone, and together as an engine runs them, with their rows read at every layer.
+"""Tests a model: runs sequences alone, and together as an engine runs them, and reads their rows at every layer.
 
-Plain PyTorch hooks read the rows, so that what is found depends on nothing but the model and how it is run.
+Plain PyTorch hooks read the rows, so the results depend on nothing but the model and how it is run.
 """
 
 import math
@@ -22,42 +22,42 @@ from serve_app.engines.transformers.model_cache import CacheSupport, ForwardInpu
 from serve_app.engines.transformers.rotation import forget_lengths
 
 EXACT, CHAOTIC = 1e-4, 1e-3
-"""The largest relative error of a row in float32, as in `roentgen verify-capture`; and in a model whose layers amplify
-rounding: ten times what copies of one sequence in a batch do to a row, and at most the second."""
+"""The largest relative error of a row in float32, as in `roentgen verify-capture`. In a model whose layers amplify rounding,
+it is ten times the error that copies of one sequence in a batch cause in a row, and at most the second value."""
 
 ROUGH = 0.1
-"""The same in half precision, where single rows of a correct path are off by some per cent, and by more where a token has
-massive activations: only a gross fault is told from rounding."""
+"""The same in half precision. Single rows of a correct path differ by some per cent there, and by more at tokens with massive
+activations, so only gross faults are distinguished from rounding."""
 
 FEW_ROWS = 0.05
-"""The share of rows that may be off: rounding alone can send a token to another expert."""
+"""Share of rows that may differ: rounding alone can send a token to another expert."""
 
 DECODED = 2
 """Tokens of each sequence that are decoded one by one, after its prompt."""
 
 PIECE = 15
-"""Tokens of a prompt to read at once."""
+"""Tokens of a prompt that are read at once."""
 
 Rows = Float[Tensor, "layers tokens d"]
 
 
 class Trial:
-    """A model on trial.
+    """A model under test.
 
     Attributes:
-        name: what the model is, for people.
+        name: the model's name in messages.
         model: the model.
-        sequences: what it is tried with, by name.
+        sequences: the test sequences by name.
     """
 
     def __init__(self, name: str, model: PreTrainedModel, taps: list[Tap], longest: int) -> None:
-        """Draw sequences.
+        """Draw the test sequences.
 
         Args:
-            name: what the model is.
+            name: the model's name in messages.
             model: the model, in evaluation mode, with transformers' own attention.
             taps: where to read rows.
-            longest: the most tokens of a sequence.
+            longest: length of the longest sequence.
         """
         self.name = name
         self.model = model
@@ -69,7 +69,7 @@ class Trial:
 
     @cached_property
     def cache_support(self) -> CacheSupport:
-        """How the model remembers.
+        """Properties of the model's cache.
 
         Raises:
             UnsupportedModelError: if the engine cannot keep its cache.
@@ -77,13 +77,13 @@ class Trial:
         return inspect_cache(self.model, self.model.device)
 
     def expected(self, name: str) -> Rows:
-        """Return what a sequence's rows have to be: at first, those of one forward of its own."""
+        """Return a sequence's expected rows: at first, those of one forward of its own."""
         if name not in self._expected:
             self._expected[name] = self.alone(self.sequences[name])
         return self._expected[name]
 
     def expect(self, name: str, rows: Rows) -> None:
-        """Say what a sequence's rows have to be."""
+        """Set a sequence's expected rows."""
         self._expected[name] = rows
 
     def alone(self, sequence: list[int], copies: int = 1) -> Rows:
@@ -94,15 +94,15 @@ class Trial:
         return torch.stack([layer[0] for layer in forwards[0]])
 
     def counted(self, sequence: list[int]) -> Rows:
-        """Return a sequence's rows in one forward of its own that is told its positions, from 0, as an engine tells them."""
+        """Return a sequence's rows in one forward of its own with explicit position ids, as an engine passes them."""
         tokens, positions = torch.tensor([sequence]), torch.arange(len(sequence))[None]
-        cache = self.cache_support.new_cache()  # found out before rows are recorded
+        cache = self.cache_support.new_cache()  # inspected before rows are recorded
         with self._recorded() as forwards:
             self._forward(tokens, torch.ones_like(tokens), positions, cache)
         return torch.stack([layer[0] for layer in forwards[0]])
 
     def off(self, rows: Sequence[Rows], expected: Sequence[Rows]) -> float:
-        """Return the largest relative error of sequences' rows; 0 if no more rows are off than rounding explains."""
+        """Return the largest relative error of sequences' rows; 0 if no more rows differ than rounding explains."""
         worst = 0.0
         for got, wanted in zip(rows, expected, strict=True):
             errors = row_errors(got, wanted)
@@ -113,11 +113,11 @@ class Trial:
     def batched(self, groups: Sequence[Sequence[list[int]]], *, piece: int | None = None) -> list[Rows]:
         """Run sequences as an engine does; returns the rows of each.
 
-        The first group is prefilled with padding on the left; the next ones join after a decoded token each.
+        The first group is prefilled with padding on the left; each later group joins after a decoded token.
 
         Args:
             groups: the sequences of each prefill.
-            piece: tokens of a prompt to read at once; None reads whole prompts.
+            piece: tokens of a prompt to read at once; None for whole prompts.
         """
         cache_support = self.cache_support
         rows: BatchRows = (
@@ -149,7 +149,7 @@ class Trial:
         return [torch.stack(layers) for layers in found]
 
     def _decode(self, rows: BatchRows, sequences: list[list[int]], found: list[list[Tensor]]) -> None:
-        """Feed each sequence's next token, the last one again and again when a sequence is at its end."""
+        """Decode each sequence's next token; a sequence at its end repeats its last token."""
         tokens = torch.tensor(
             [[seq[min(layers[0].shape[0], len(seq) - 1)]] for seq, layers in zip(sequences, found, strict=True)]
         )
@@ -162,7 +162,7 @@ class Trial:
                 found[i] = [torch.cat([layer, new[i]]) for layer, new in zip(layers, forwards[0], strict=True)]
 
     def _forward(self, tokens: Tensor, mask: Tensor, positions: Tensor, cache: Any) -> Any:
-        """Run the model on new tokens; returns the cache to go on with."""
+        """Run the model on new tokens; returns the cache to continue with."""
         inputs = ForwardInputs(tokens, mask, positions, cache)
         if inputs.begins:
             forget_lengths(self.model)
@@ -204,14 +204,14 @@ class Trial:
 
 
 def sequences(model: PreTrainedModel, longest: int) -> dict[str, list[int]]:
-    """Draw the sequences that a model is tried with; the last `DECODED` tokens of each are decoded.
+    """Draw the sequences that a model is tested with; the last `DECODED` tokens of each are decoded.
 
     Args:
         model: the model, for its vocabulary.
-        longest: the most tokens; more than windows, chunks and, on a stand-in, the rotation's limit.
+        longest: length of the longest sequence; it exceeds windows, chunks and, in a stand-in, the rotation's limit.
 
     Returns:
-        Tokens by name; a twin is as long as what it is a twin of, and has other tokens.
+        Sequences by name; a twin has the same length and other tokens.
     """
     config = model.config.get_text_config()
     special: set[int | None] = set()
@@ -235,7 +235,7 @@ def sequences(model: PreTrainedModel, longest: int) -> dict[str, list[int]]:
 def row_errors(rows: Rows, expected: Rows) -> Float[Tensor, "tokens"]:
     """Return, per token, the largest relative error of its rows.
 
-    It is infinite where one is not finite and the other is, and 0 where neither is: an overflow is not judged here.
+    It is infinite where only one of the two is finite, and 0 where neither is: an overflow is not judged here.
     """
     difference = (rows - expected).norm(dim=-1)
     errors = torch.where(difference == 0, 0.0, difference / expected.norm(dim=-1).clamp_min(1e-30)).nan_to_num(math.inf)

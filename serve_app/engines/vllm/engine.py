@@ -214,7 +214,7 @@ class VllmEngine:
             if self._closed or not self.alive:
                 raise EngineStoppedError("the engine is closed")
             if len(self._jobs) >= self._max_jobs:
-                raise EngineBusyError(f"{len(self._jobs)} requests are waiting already")
+                raise EngineBusyError(f"{len(self._jobs)} requests are already waiting")
             self._jobs[job_id] = (job, None)
         self._loop.loop.call_soon_threadsafe(self._enqueue, job_id, size)
 
@@ -252,7 +252,7 @@ class VllmEngine:
         size = row_bytes(plan, len(job.prompt_ids), total, self._bytes_per_row)
         if size > self._row_budget:
             raise RequestTooLargeError(
-                f"the activations asked for may take {size / 1e6:,.0f} MB; {self._row_budget / 1e6:,.0f} MB are set aside "
+                f"the requested activations may take {size / 1e6:,.0f} MB; {self._row_budget / 1e6:,.0f} MB are reserved "
                 "for them: ask for fewer layers, hook points, positions or tokens"
             )
         return size

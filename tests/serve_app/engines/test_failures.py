@@ -12,7 +12,7 @@ from serve_app.capture.rows import CapturePlan, UncapturableError
 from serve_app.capture.steering import SteeringVector, UnsteerableError
 from serve_app.capture.structure import Tap
 from serve_app.engines.protocol import GenerationJob, Sampling, UnknownTokenError
-from serve_app.engines.transformers.engine import MAX_FAILURES, TransformersEngine
+from serve_app.engines.transformers.engine import MAX_DEAD_FORWARDS, TransformersEngine
 from serve_app.engines.transformers.loaded_model import LoadedModel
 from tests.serve_app import tiny
 from tests.serve_app.alone import generate_alone, plan
@@ -104,7 +104,7 @@ def test_a_step_that_fails_fails_the_request_that_causes_it(model: LoadedModel) 
 
 def test_bad_requests_one_after_the_other_do_not_end_the_engine(engine: TransformersEngine, llama: LoadedModel) -> None:
     with cursed(llama):
-        for _ in range(MAX_FAILURES + 1):
+        for _ in range(MAX_DEAD_FORWARDS + 1):
             with pytest.raises(RuntimeError, match="cursed"):
                 run(engine, [Call([CURSED], GREEDY)])
         assert run(engine, [Call(HEALTHY[0], GREEDY)])[0].token_ids

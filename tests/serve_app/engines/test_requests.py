@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from serve_app.engines.protocol import EngineStoppedError, RequestTooLargeError, Sampling
-from serve_app.engines.transformers.engine import MAX_FAILURES, TransformersEngine
+from serve_app.engines.transformers.engine import MAX_DEAD_FORWARDS, TransformersEngine
 from serve_app.engines.transformers.loaded_model import LoadedModel
 from tests.serve_app import tiny
 from tests.serve_app.alone import forward_with_hooks, generate_alone, plan
@@ -174,7 +174,7 @@ def test_an_engine_that_only_fails_gives_up(llama: LoadedModel) -> None:
 
     handle = llama.observed._module.register_forward_pre_hook(explode)
     try:
-        for _ in range(MAX_FAILURES):
+        for _ in range(MAX_DEAD_FORWARDS):
             with pytest.raises(RuntimeError, match="broken for good"):
                 run(engine, [Call(PROMPT, GREEDY)])
         engine._thread.join(timeout=10)

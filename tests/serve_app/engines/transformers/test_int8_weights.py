@@ -171,7 +171,7 @@ def test_a_model_is_loaded_quantized_and_says_so(tmp_path: Path, caplog: pytest.
     layers = [module for module in model.observed._module.modules() if isinstance(module, nn.Linear)]
     assert layers
     assert all(isinstance(module, Int8Linear) for module in layers)
-    assert f"{len(layers)} linear layers have int8 weights" in caplog.text
+    assert f"quantized {len(layers)} linear layers to int8" in caplog.text
     assert model.checks.batching.kind == "any"
 
     engine = TransformersEngine(model)
@@ -187,6 +187,6 @@ def test_what_comes_quantized_is_not_quantized_again(tmp_path: Path) -> None:
     tiny.tokenizer().save_pretrained(tmp_path)
     described = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(described | {"quantization_config": {"quant_method": "fp8"}}))
-    with pytest.raises(WeightsError, match=r"comes quantized \(fp8\); leave quantize out"):
+    with pytest.raises(WeightsError, match=r"is already quantized \(fp8\); leave out quantize"):
         load(locate(str(tmp_path), quantize="int8"), device="cpu")
     assert load(locate(str(tmp_path)), device="cpu").quantization == "fp8"

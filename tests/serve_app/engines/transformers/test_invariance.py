@@ -84,7 +84,7 @@ def test_without_it_the_bits_depend_on_the_batch() -> None:
 
 @pytest.mark.parametrize("broken", ["_product", "_attention"])
 def test_a_step_whose_shapes_are_not_fixed_is_found_out(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows have other bits than alone, and the model is run one request at a time."""
+    """Rows do not have the same bits as alone, and the model runs one request at a time."""
     if broken == "_product":
         monkeypatch.setattr(FixedShapes, broken, lambda _self, func, args, options: func(*args, **options))
     else:
@@ -92,7 +92,7 @@ def test_a_step_whose_shapes_are_not_fixed_is_found_out(broken: str, monkeypatch
         monkeypatch.setattr(FixedShapes, broken, lambda _self, *args, **options: plain(*args, **options))
     shapes, reason = finalize_rows(in_dtype("llama", torch.float32), 18)
     assert shapes is None
-    assert "other bits than alone" in reason
+    assert "the same bits as alone" in reason
 
 
 def test_attention_that_is_not_known_runs_alone() -> None:

@@ -77,7 +77,7 @@ def test_a_model_that_forgets_is_refused() -> None:
             return own(*args, past_key_values=None, **kw)
 
         layer.self_attn.forward = forward
-    with pytest.raises(UnsupportedModelError, match="gives something else with its cache than without"):
+    with pytest.raises(UnsupportedModelError, match="has other logits with its cache than without"):
         inspect_cache(model, CPU)
 
 

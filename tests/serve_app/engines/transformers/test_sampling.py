@@ -175,7 +175,7 @@ def test_bad_words_are_those_of_transformers() -> None:
     for said in ([], [1], [2, 1], [1, 2], [2, 2, 1], [0, 1, 1]):
         one = sampler(Sampling(9, bad_words=words), prompt=(2, 1))  # words are looked for in the completion
         for token in said:
-            one.saw(token)
+            one.accept(token)
         logits = torch.arange(5.0)
         expected = processor(torch.tensor([said], dtype=torch.long), logits[None].clone())[0]
         one.adjust(logits)
@@ -194,7 +194,7 @@ def test_nucleus_keeps_the_smallest_set_that_reaches_top_p() -> None:
 def test_penalties_against_hand_computed_logits() -> None:
     one = sampler(Sampling(9, presence_penalty=0.5, frequency_penalty=0.25, logit_bias={3: -100.0}))
     for token in (1, 1, 2):
-        one.saw(token)
+        one.accept(token)
     logits = torch.tensor([1.0, 1.0, 1.0, 1.0])
     one.adjust(logits)
     assert logits.tolist() == [1.0, 0.0, 0.25, -99.0]
@@ -203,7 +203,7 @@ def test_penalties_against_hand_computed_logits() -> None:
 def test_repetition_penalty_is_transformers() -> None:
     logits = torch.tensor([1.0, -2.0, 3.0, -4.0, 5.0])
     one = sampler(Sampling(9, repetition_penalty=1.3), prompt=(0, 3))
-    one.saw(1)
+    one.accept(1)
     expected = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([[0, 3, 1]]), logits[None].clone())[0]
     one.adjust(logits)
     torch.testing.assert_close(logits, expected)
@@ -215,7 +215,7 @@ def test_nothing_ends_before_the_least_length() -> None:
     chosen = []
     for _ in range(3):
         chosen += choose(logits, [one])
-        one.saw(chosen[-1])
+        one.accept(chosen[-1])
     assert chosen == [1, 1, 0]
     assert logits.tolist() == [[5.0, 1.0]], "the logits are the caller's, for the scores"
 
