@@ -217,5 +217,5 @@ def test_a_value_is_changed_where_it_lies(step: Callable[..., StepSteering]) -> 
 
 def test_nothing_to_add_looks_nowhere_and_a_value_without_rows_is_an_error(step: Callable[..., StepSteering]) -> None:
     assert step("generated").taps == {}
-    with pytest.raises(ValueError, match=r"x is \[2, 5, 2\]: not a row of 2 per token"):
+    with pytest.raises(ValueError, match=r"x has the shape \[2, 5, 2\]: not a row of 2 values per token"):
         step("all")("x", torch.zeros(2, 5, 2))

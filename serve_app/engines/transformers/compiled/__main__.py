@@ -27,17 +27,17 @@ NICENESS = 10
 
 
 def main(work: Path, target: Path) -> None:
-    """Compile what a folder asks for into another.
+    """Compile the graphs that a request folder specifies.
 
     Args:
-        work: has the request; unfinished files are written there.
-        target: where the graphs are kept.
+        work: contains the request; unfinished files are written there.
+        target: folder for the finished graphs.
 
     Raises:
-        NotCompilableError: if that cannot be done.
+        NotCompilableError: if the model cannot be compiled.
     """
     os.nice(NICENESS)
-    threading.Thread(target=_end_with, args=(os.getppid(),), name="ends-with-engine", daemon=True).start()
+    threading.Thread(target=_exit_with, args=(os.getppid(),), name="exit-with-engine", daemon=True).start()
     asked = json.loads((work / REQUEST).read_text())
     parts = GraphParts(
         asked["parts"]["architecture"],
@@ -63,20 +63,20 @@ def main(work: Path, target: Path) -> None:
     try:
         made.rename(target)
     except OSError:
-        if not (target / PARTS).exists():  # another process has not made them meanwhile
+        if not (target / PARTS).exists():  # unless another process has compiled them meanwhile
             raise
 
 
 def without_weights(folder: Path, dtype: torch.dtype, parts: GraphParts) -> PreTrainedModel:
-    """Make a model of a configuration whose weights are nowhere. Its buffers are: inductor writes small ones into the code.
+    """Create a configuration's model without weights. It does have buffers: inductor compiles small ones into the code.
 
     Args:
-        folder: has `config.json`.
-        dtype: of the weights.
-        parts: what it has to be made of.
+        folder: contains `config.json`.
+        dtype: dtype of the weights.
+        parts: the parts that the model must have.
 
     Raises:
-        NotCompilableError: if it is another model.
+        NotCompilableError: if it has other parts.
     """
     with init_empty_weights(include_buffers=False):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
@@ -87,8 +87,8 @@ def without_weights(folder: Path, dtype: torch.dtype, parts: GraphParts) -> PreT
     return model.eval()
 
 
-def _end_with(parent: int) -> None:
-    """End this process when the one that wants the graphs has ended."""
+def _exit_with(parent: int) -> None:
+    """Exit when the process that wants the graphs has ended."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

@@ -1,8 +1,8 @@
-"""The process that compiles a model's decoding step, as the engine that starts it sees it.
+"""Starts, pauses and ends the process that compiles a model's decoding step.
 
-Compiling takes a minute or more, and a C++ compiler. The engine writes down what it wants, starts `python -m
-serve_app.engines.transformers.compiled`, continues without it, and finds the graphs in a folder of the cache once they are
-there. They depend on the model's configuration and on this machine, not on the weights.
+Compiling takes a minute or more, and needs a C++ compiler. The engine writes a request, starts `python -m
+serve_app.engines.transformers.compiled`, and continues without the graphs until they are in the cache folder. Graphs depend on
+the model's configuration and on this machine, not on the weights.
 """
 
 import hashlib
@@ -30,10 +30,10 @@ from serve_app.engines.transformers.compiled.graph import GraphParts, parts_of
 log = logging.getLogger(__name__)
 
 FORMAT = 2
-"""Of the graphs and of the operations that they call; another number, and nothing older is used."""
+"""Version of the graphs and of the operations that they call; graphs of another version are not used."""
 
 GRAPHS = {True: "one_row.pt2", False: "rows.pt2"}
-"""By whether it is for one row, a graph's file."""
+"""Per whether it is for one row, a graph's file name."""
 PARTS, CONFIG, REQUEST = "parts.json", "config.json", "request.json"
 
 
@@ -43,47 +43,47 @@ def _versions() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class CompilationSpec:
-    """What is to be compiled, and for what."""
+    """What to compile, and for which environment."""
 
     parts: GraphParts
     config: dict[str, Any]
-    """The model's."""
+    """The model's configuration."""
     dtype: str
     threads: int
-    """To compute with: inductor writes it into the code."""
+    """Number of threads: inductor compiles it into the code."""
     made_with: tuple[str, ...] = field(default_factory=_versions)
-    """What else the code depends on: transformers, and the operations, whose name covers PyTorch and the processor."""
+    """Versions that the code depends on."""
 
     @property
     def folder(self) -> Path:
-        """Where the graphs are kept."""
+        """Cache folder of the graphs."""
         text = json.dumps(asdict(self), sort_keys=True, default=str)
         return cache_folder() / "compiled" / hashlib.sha256(text.encode()).hexdigest()[:24]
 
     @property
     def done(self) -> bool:
-        """Whether they are there."""
-        return (self.folder / PARTS).exists() and library_file().exists()
+        """Whether the graphs are in the cache."""
+        return (self.folder / PARTS).exists()
 
     @classmethod
     def of(cls, model: PreTrainedModel, observed_modules: list[str]) -> "CompilationSpec":
-        """Return what is wanted for a model.
+        """Return the specification for a model.
 
         Args:
             model: with its weights.
-            observed_modules: paths of the modules whose outputs are to be shown.
+            observed_modules: paths of the modules whose outputs are exposed.
         """
         dtype = str(model.dtype).removeprefix("torch.")
         return cls(parts_of(model, observed_modules), model.config.to_dict(), dtype, torch.get_num_threads())
 
 
 class Compilation:
-    """A process that compiles. It can be stopped and go on, with the compilers that it has started."""
+    """A process that compiles. It can be paused and resumed, together with the compilers that it has started."""
 
     def __init__(self, wanted: CompilationSpec) -> None:
-        """Start it, in a process group of its own.
+        """Start the process, in a process group of its own.
 
-        The group belongs to this session: the kernel ends it when this process ends, even if it is stopped.
+        The group belongs to this session: the kernel ends it when this process ends, even if it is paused.
         """
         wanted.folder.parent.mkdir(parents=True, exist_ok=True)
         self._work = Path(tempfile.mkdtemp(prefix=f"{wanted.folder.name}.", dir=wanted.folder.parent))
@@ -97,7 +97,7 @@ class Compilation:
         self._paused = False
 
     def wait(self, timeout_s: float) -> str:
-        """Wait for its end and return what it wrote to its standard error.
+        """Wait until it ends and return its standard error.
 
         Raises:
             subprocess.TimeoutExpired: if it has not ended in time.
@@ -105,12 +105,12 @@ class Compilation:
         return self._process.communicate(timeout=timeout_s)[1]
 
     def pause(self) -> None:
-        """Stop it, if it runs."""
+        """Pause it, if it runs."""
         if not self._paused:
             self._send(signal.SIGSTOP, paused=True)
 
     def resume(self) -> None:
-        """Let it go on, if it is stopped."""
+        """Resume it, if it is paused."""
         if self._paused:
             self._send(signal.SIGCONT, paused=False)
 

@@ -1,9 +1,9 @@
-"""The graph of a decoding step: a model's own forward for one new token per row, with the engine's operations in it.
+"""Exports the graph of a decoding step: the model's own forward for one new token per row, with the engine's operations in it.
 
-What is exported is the model's code as transformers has it, on a model without weights: linear layers call `operations.linear`,
-attention calls `operations.attend`, and the modules whose outputs requests read call `operations.observe` on them. Masks and
-rotations are the model's own. A model whose forward cannot be exported (BLOOM's biases need all columns of the keys) raises an
-error, and runs without a graph.
+The exported code is the model's code in transformers, run on a model without weights. Linear layers call `operations.linear`,
+attention calls `operations.attend`, and observed modules call `operations.observe` on their outputs. Masks and rotations are
+the model's own. A model whose forward cannot be exported (BLOOM's biases need all columns of the keys) raises an error, and
+runs without a graph.
 """
 
 from collections.abc import Sequence
@@ -24,41 +24,41 @@ from serve_app.engines.transformers.grouped_attention import OTHER_OPTIONS
 ATTENTION = "roentgen_compiled"
 MOST_ROWS = 4096
 ROWS, COLUMNS = 16, 200
-"""Of the example that a graph for several rows is made with; inductor divides loops as suits it."""
+"""Shape of the example that a graph for several rows is exported with; inductor splits loops to suit it."""
 
 
 class NotCompilableError(Exception):
-    """A model's step cannot be compiled; the message says why."""
+    """A model's decoding step cannot be compiled; the message says why."""
 
 
 @dataclass(frozen=True)
 class GraphParts:
-    """What a graph refers to by number. A model that has the same parts can be run by it."""
+    """The parts of a model that a graph refers to by index. A graph can run any model with the same parts."""
 
     architecture: str
     """The model's class."""
     linears: tuple[tuple[str, int], ...]
-    """Paths of the linear layers, and how many outputs each has."""
+    """Paths of the linear layers, and the number of outputs of each."""
     observed_modules: tuple[str, ...]
-    """Paths of the modules whose outputs are shown."""
+    """Paths of the modules whose outputs are exposed."""
 
 
 def parts_of(model: nn.Module, observed_modules: Sequence[str]) -> GraphParts:
     """Return a model's parts.
 
     Args:
-        model: whose linear layers are packed, or plain.
-        observed_modules: paths of the modules whose outputs are to be shown.
+        model: with packed or plain linear layers.
+        observed_modules: paths of the modules whose outputs are exposed.
     """
     linears = tuple((path, one.out_features) for path, one in model.named_modules() if isinstance(one, nn.Linear))
     return GraphParts(type(model).__name__, linears, tuple(observed_modules))
 
 
 def export_step(model: PreTrainedModel, parts: GraphParts, *, one_row: bool) -> ExportedProgram:
-    """Export a step. The model is changed beyond use.
+    """Export a decoding step. The model cannot be used afterwards.
 
     Args:
-        model: on a CPU; of its weights only shapes count.
+        model: on a CPU; only the shapes of its weights matter.
         parts: its parts.
         one_row: whether the graph is for one row, or else for two and more.
 
@@ -74,7 +74,7 @@ def export_step(model: PreTrainedModel, parts: GraphParts, *, one_row: bool) -> 
     for number, path in enumerate(parts.observed_modules):
         model.get_submodule(path).register_forward_hook(_shown(number))
     AttentionInterface.register(ATTENTION, _attention)
-    AttentionMaskInterface.register(ATTENTION, eager_mask)  # made once a step, as numbers to add
+    AttentionMaskInterface.register(ATTENTION, eager_mask)  # computed once per step, as numbers to add
     model.set_attn_implementation(ATTENTION)
     rows = 1 if one_row else ROWS
     mask = torch.ones(rows, COLUMNS, dtype=torch.long)
@@ -91,10 +91,10 @@ def export_step(model: PreTrainedModel, parts: GraphParts, *, one_row: bool) -> 
 
 
 class DecodingStep(nn.Module):
-    """A model's forward for one new token per row, over a cache that the engine holds."""
+    """A model's forward for one new token per row, over a cache that the engine owns."""
 
     def __init__(self, model: PreTrainedModel) -> None:
-        """Take a model."""
+        """Wrap a model."""
         super().__init__()
         self.model = model
         self._layers = model.config.get_text_config().num_hidden_layers
@@ -102,7 +102,7 @@ class DecodingStep(nn.Module):
     def forward(
         self, tokens: Int[Tensor, "rows 1"], mask: Int[Tensor, "rows columns"], positions: Int[Tensor, "rows 1"]
     ) -> Float[Tensor, "rows 1 vocab"]:
-        """Return the logits after the new tokens, whose column is the mask's last."""
+        """Return the logits after the new tokens; their column is the mask's last."""
         cache = Cache(layers=[_ExternalCacheLayer(mask.shape[1]) for _ in range(self._layers)])
         logits: Tensor = self.model(
             input_ids=tokens,
@@ -116,7 +116,7 @@ class DecodingStep(nn.Module):
 
 
 class _Linear(nn.Module):
-    """A linear layer whose weight the engine has."""
+    """A linear layer whose weight the engine owns."""
 
     def __init__(self, number: int, outputs: int) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class _Linear(nn.Module):
 
 
 class _ExternalCacheLayer(CacheLayerMixin):
-    """A cache's layer that hands new keys and values on: attention writes them where the engine keeps the others."""
+    """A cache layer that passes new keys and values on: attention writes them to the engine's cache."""
 
     is_sliding = False
     is_compileable = True
@@ -165,14 +165,14 @@ def _attention(
     scaling: float | None = None,
     **options: Any,
 ) -> tuple[Float[Tensor, "rows 1 heads d_value"], None]:
-    """Attend, as transformers' attention interface asks.
+    """Compute attention through transformers' attention interface.
 
     Raises:
         NotCompilableError: if the model's attention takes more than a scale and a mask for all heads.
     """
     given = [name for name in OTHER_OPTIONS if options.get(name) is not None]
     if given or attention_mask is None or attention_mask.shape[1] != 1:
-        raise NotCompilableError(f"its attention takes {', '.join(given) or 'no mask, or one per head'}")
+        raise NotCompilableError(f"its attention takes {', '.join(given) or 'no mask, or a mask per head'}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     return torch.ops.roentgen.attend(query, key, value, attention_mask, module.layer_idx, scaling), None
 

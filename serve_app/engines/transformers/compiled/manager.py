@@ -1,10 +1,10 @@
-"""Gets an engine its compiled step while the engine serves.
+"""Provides an engine's compiled decoding step while the engine serves.
 
-The first decoding step starts a thread that looks for the graphs in the cache. If they are not there, it waits until the engine
-has decoded for a while, since a short run would end before they are compiled, and has them compiled by a process of its own.
-That one is stopped whenever the engine decodes: the threads of a step wait for one another at every operation, and a process
-beside them, of however low a priority, made generation ten to twenty times slower. Until the graphs are there, and wherever a
-model cannot be compiled, steps are the model's own; the log says why.
+The first decoding step starts a thread that looks for the graphs in the cache. If they are not there, the thread waits until
+the engine has decoded for a while, since a short run would end before they are compiled. It then starts a process that
+compiles them. That process is paused whenever the engine decodes: the threads of a step wait for one another at every
+operation, and a process beside them, even of low priority, made generation ten to twenty times slower. Until the graphs are
+there, and for models that cannot be compiled, the model itself runs the steps; the log says why.
 """
 
 import logging
@@ -28,7 +28,7 @@ from serve_app.engines.transformers.rotation import depends_on_length
 log = logging.getLogger(__name__)
 
 COMPILE_AFTER_S = 60.0
-"""Seconds of decoding after which graphs are compiled. It takes about as long, on every core."""
+"""Seconds of decoding after which graphs are compiled. Compiling takes about as long, on every core."""
 
 POLL_S = 0.5
 
@@ -37,14 +37,14 @@ IDLE_S = 1.0
 
 
 class CompiledStepManager:
-    """Finds, makes and hands out the compiled step of one engine."""
+    """Finds, compiles and provides the compiled step of one engine."""
 
     def __init__(self, model: LoadedModel, *, disabled_by: str = "", after_s: float = COMPILE_AFTER_S) -> None:
-        """Take a model; nothing starts before its first step.
+        """Create a manager; nothing starts before the first step.
 
         Args:
             model: with packed weights.
-            disabled_by: why no step is to be compiled, "" if it is.
+            disabled_by: the setting that disables compilation; "" if none does.
             after_s: seconds of decoding after which graphs are compiled.
         """
         self._model = model
@@ -63,7 +63,7 @@ class CompiledStepManager:
             self._stopped.set()
 
     def step(self) -> CompiledStep | None:
-        """Return the compiled step, None where there is none (yet). For the thread that runs the model."""
+        """Return the compiled step; None if there is none yet. Called by the thread that runs the model."""
         if self._checked is not None or self._stopped.is_set():
             return self._checked
         self._start()
@@ -82,19 +82,19 @@ class CompiledStepManager:
             self._thread.join()
 
     def decoded(self, seconds: float) -> None:
-        """Count time that was spent on steps of the model's own."""
+        """Count the time of a step that the model itself ran."""
         self._decoded_s += seconds
         if self._decoded_s >= self._after_s:
             self._decoded_enough.set()
 
     def stop(self, reason: str = "") -> None:
-        """Hand out nothing from now on, and end the process that compiles.
+        """Provide no compiled step from now on, and end the process that compiles.
 
         Args:
-            reason: for the log, "" to log nothing.
+            reason: reason to log; "" to log nothing.
         """
         if reason and not self._stopped.is_set():
-            log.warning("decoding steps are not compiled any more: %s", reason)
+            log.warning("decoding steps are no longer compiled: %s", reason)
         self._stopped.set()
         self._loaded = self._checked = None
         if (running := self._compilation) is not None:
@@ -131,10 +131,10 @@ class CompiledStepManager:
             self.stop()
 
     def _compiled(self, wanted: compilation.CompilationSpec) -> bool:
-        """Have graphs compiled once that is worth it; False if the engine has stopped before.
+        """Compile the graphs once that is worthwhile; False if the engine has stopped before.
 
         Raises:
-            NotCompilableError: if it failed.
+            NotCompilableError: if compiling failed.
         """
         while not self._decoded_enough.is_set() or not self._idle:
             if self._stopped.wait(POLL_S):
@@ -149,10 +149,10 @@ class CompiledStepManager:
                     errors = running.wait(POLL_S)
                 except subprocess.TimeoutExpired:
                     errors = None
-                if wanted.done:  # the process has only to end, and may be stopped before it does
+                if wanted.done:  # all that is left is for the process to end, and it may be paused
                     return True
                 if errors is not None:
-                    raise NotCompilableError((errors.strip().splitlines() or ["the compiler says nothing"])[-1])
+                    raise NotCompilableError((errors.strip().splitlines() or ["the compiler wrote no error"])[-1])
             return False
         finally:
             self._compilation = None
@@ -164,10 +164,10 @@ class CompiledStepManager:
 
 
 def _reason_not_to_compile(model: LoadedModel) -> str:
-    """Return why a model's steps cannot be compiled, "" if nothing is known against it."""
+    """Return why a model's steps cannot be compiled; "" if no reason is known."""
     module = model.observed._module
     if model.device.type != "cpu":
-        return "it is done on a CPU only"
+        return "compilation is for CPUs only"
     if not all(isinstance(one, PackedLinear) for one in module.modules() if isinstance(one, nn.Linear)):
         return "its weights are not packed"
     if not type(module).__module__.startswith("transformers."):
@@ -177,7 +177,7 @@ def _reason_not_to_compile(model: LoadedModel) -> str:
     if not model.batching.joins:
         return "requests cannot join its batches"
     if depends_on_length(module):
-        return "its rotation depends on the length of a sequence"
+        return "its rotation depends on the length of the sequence"
     if hasattr(module, "hf_device_map"):
         return "its weights are spread over devices"
     return "" if _compiler_exists() else "there is no C++ compiler"

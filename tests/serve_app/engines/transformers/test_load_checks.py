@@ -114,7 +114,7 @@ def test_longrope_takes_requests_on_one_side_of_its_limit(limit: int) -> None:
 def test_a_bidirectional_model_is_refused_by_what_it_does(model_type: str) -> None:
     model = built(model_type, **tiny.SIZE, **tiny.ROOM)
     for dtype in (torch.float32, torch.bfloat16):  # in which rounding would hide it
-        with pytest.raises(UnsupportedModelError, match=r"not a causal decoder.*yet to come"):
+        with pytest.raises(UnsupportedModelError, match=r"not a causal decoder.*uses later tokens"):
             checked(model.to(dtype))
 
 
