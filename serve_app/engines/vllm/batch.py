@@ -21,24 +21,24 @@ from serve_app.engines.vllm.worker_messages import EXTRA_ARGS_KEY, CaptureReques
 
 
 class Batch:
-    """Requests and steps; a runner's way to read values adds to it.
+    """The requests of a model runner, and its current step. Subclasses add how a step's values are read.
 
     Attributes:
-        collector: cuts what is read into requests' rows.
-        keeps: whether what requests capture is kept here. Where it is not, it is read all the same: gathering what is split
-            takes all ranks.
-        recorders: who else reads every step, while the model's hook points are verified.
-        n_tokens: of the step.
-        actions: by job, what the scores of the step ask for before its next tokens are chosen.
+        collector: splits a step's rows by request.
+        keeps: whether this rank keeps captured rows. A rank that does not keep them reads them all the same: gathering sharded
+            values takes all ranks.
+        recorders: record every step while the model's hook points are verified.
+        n_tokens: tokens of the current step.
+        actions: per job, the action that its probe scores require before the step's next token is chosen.
     """
 
     def __init__(self, runner: Any, device: torch.device, prefixes: PrefixRows | None = None) -> None:
-        """Begin without requests.
+        """Create a batch without requests.
 
         Args:
-            runner: vLLM's: it has the state of each request, by vLLM's name for it, and the tokens of each step.
-            device: the model's.
-            prefixes: keeps rows of prompts, where vLLM has a prefix cache.
+            runner: vLLM's model runner: it has the state of each request, by vLLM's request id, and the tokens of each step.
+            device: the model's device.
+            prefixes: keeps rows of prompts, if vLLM has a prefix cache.
         """
         self.collector = Collector(device, prefixes)
         self.keeps = True
@@ -64,12 +64,12 @@ class Batch:
             self.collector.begin(request, data.prompt_token_ids)
 
     def end(self, finished: set[str]) -> None:
-        """Forget vLLM's names of finished requests; their rows wait for the replica."""
+        """Drop vLLM's ids of finished requests; their rows wait for the replica."""
         for request_id in finished:
             self._jobs.pop(request_id, None)
 
     def lay_out(self, spans: list[tuple[str, int]]) -> StepCapture | None:
-        """Return what is wanted of the forward that is about to run.
+        """Return what to capture, steer and score in the forward that is about to run.
 
         Args:
             spans: in the batch's order, each request and how many of its tokens are in the forward.
@@ -85,19 +85,19 @@ class Batch:
         return self._step
 
     def start_recording(self, recorders: list[RowRecorder]) -> None:
-        """Show every module's values in the next steps to who watches."""
+        """Pass every module's values in the next steps to recorders."""
         self.recorders = recorders
 
     def stop_recording(self) -> list[RowRecorder]:
-        """Show them no more; returns the recorders."""
+        """Stop recording; returns the recorders."""
         recorders, self.recorders = self.recorders, []
         return recorders
 
     def deliver(self, failure: Exception | None) -> None:
-        """Hand out the rows of the step whose forward has been issued.
+        """Give each request its rows of the step whose forward has been launched.
 
         Args:
-            failure: why they could not be read, if so.
+            failure: why the rows could not be read; None if they could.
         """
         step, self._step, self.actions = self._step, None, {}
         if step is None:
@@ -105,14 +105,14 @@ class Batch:
         self.collector.done(step, failure)
         if step.may_act:
             found = self.collector.asked(step, self._token_ids) if self.keeps else {}
-            # Every rank chooses tokens, and one has the scores.
+            # Every rank chooses tokens, but only one has the scores.
             self.actions = get_tp_group().broadcast_object(found)
 
     def forced(self, request_ids: Iterable[str]) -> dict[int, Forced]:
-        """Return, by row, the tokens of the step that are not chosen.
+        """Return the forced tokens of the step, by row.
 
         Args:
-            request_ids: vLLM's names of the requests, a row each.
+            request_ids: vLLM's request ids, one per row.
         """
         if not self.actions:
             return {}

@@ -1,14 +1,21 @@
-"""Shows one vLLM step's values to observers, through nnsight, once for the whole batch.
+"""Passes one vLLM step's values to observers, through nnsight, once for the whole batch.
 
-nnsight runs a worker per request and block: a thousand requests that read thirty layers park thirty thousand times a step, and
-capturing every layer that way costs a third of the throughput. Its interleaver also has caches: observers to which it hands
-every value of the locations they subscribe to, whole where their worker has no batch group. So in place of nnsight's table of
-workers per request, `BatchWorkers` keeps one worker for the batch, which has ended and holds one such cache, and only in steps
-in which somebody wants something. All else is nnsight's: the hooks, the locations, gathering what tensor parallelism has split,
-and the taps that survive the replay of CUDA graphs.
+    nnsight                           here
+    Requests: a table of workers,     BatchWorkers: at most one worker, for the whole batch, that runs no code
+      one per request
+    a worker runs code that is        the worker holds a cache, `_Observer`, which subscribes to the locations
+      suspended at each location        that the step's requests tap
+    VLLMInterleaver                   BatchInterleaver: skips locations without subscribers
 
-What goes wrong while a value is read must not end the step, which belongs to others too. It is kept, and fails the requests
-that read in that step.
+nnsight runs a worker per request and block: a thousand requests that read thirty layers suspend thirty thousand times per
+step, and capturing every layer that way costs a third of the throughput. But its interleaver also has caches: observers that
+receive every value of the locations they subscribe to. If their worker has no batch group, they receive the whole batch. So
+`BatchWorkers` replaces nnsight's table of workers per request. It has one worker for the batch, which has already ended and
+holds one such cache, and only in steps with something to read. Everything else is nnsight's: the hooks, the locations, the
+gathering of values that tensor parallelism has sharded, and the taps that survive the replay of CUDA graphs.
+
+An error while a value is read must not end the step, which other requests share. It is stored, and fails the requests that
+read in that step.
 """
 
 import logging
@@ -29,27 +36,28 @@ from serve_app.engines.vllm.recorder import sum_of
 log = logging.getLogger(__name__)
 
 Look = Callable[[Any], None]
-"""Looks at the value of a location."""
+"""Receives the value of a location."""
 
 
 class BatchInterleaver(VLLMInterleaver):
-    """nnsight's interleaver, but it passes by where nobody looks: each of hundreds of modules asks three times a step."""
+    """nnsight's interleaver, but it skips locations that no observer subscribes to: hundreds of modules call it three times
+    per step."""
 
     def handle(self, provider: str, value: Any) -> Any:
-        """Show a value at a location to whoever looks there."""
+        """Pass a location's value to its observers."""
         if provider not in self.observers and not self.taps:
             return value
         return super().handle(provider, value)
 
 
 class BatchWorkers(Requests):
-    """nnsight's workers of one vLLM model runner: one for the whole batch, in the steps in which something is wanted."""
+    """nnsight's workers of one vLLM model runner: one for the whole batch, in steps with something to read."""
 
     def __init__(self, batch: Batch) -> None:
-        """Begin without requests.
+        """Create workers without requests.
 
         Args:
-            batch: what is wanted of them.
+            batch: the runner's requests.
         """
         super().__init__()
         self._batch = batch
@@ -60,28 +68,30 @@ class BatchWorkers(Requests):
         self._batch.begin(new_requests)
 
     def harvest(self, finished: set[str]) -> None:
-        """Forget finished requests."""
+        """Drop finished requests."""
         self._batch.end(finished)
 
     def refuse_chunked(self, spans: list[tuple[str, int]], states: dict[str, Any]) -> None:
-        """Refuse nothing: a prompt that is read in pieces gives its rows in pieces."""
+        """Reject nothing: a prompt that is read in pieces has its rows in pieces."""
 
     def scope(self, model: Any, spans: list[tuple[str, int]]) -> None:
-        """Lay out the step that is about to run: which requests' tokens are in it, and what is wanted of them."""
+        """Plan the step that is about to run: which requests' tokens are in it, and what they read."""
         batch, step = self._batch, self._batch.lay_out(spans)
         looks: dict[str, list[Look]] = {}
         if step is not None:
-            # What steers comes first: what captures then sees what the model goes on with.
+            # Steering comes first: capture then reads what the model continues with.
             if step.steering is not None:
                 steering = step.steering
-                _see(looks, steering.taps, lambda key, first, *_: steering(key, first))
+                _subscribe(looks, steering.taps, lambda key, first, *_: steering(key, first))
             if step.rows is not None:
-                _see(looks, step.rows.taps, step.rows if batch.keeps else _pass_by)
+                _subscribe(looks, step.rows.taps, step.rows if batch.keeps else _ignore)
             if step.scores is not None:
                 scores = step.scores
-                _see(looks, scores.taps, (lambda key, *found: scores(key, sum_of(found))) if batch.keeps else _pass_by)
+                _subscribe(
+                    looks, scores.taps, (lambda key, *found: scores(key, sum_of(found))) if batch.keeps else _ignore
+                )
         for recorder in batch.recorders:
-            _see(looks, recorder.taps, recorder)
+            _subscribe(looks, recorder.taps, recorder)
         interleaver = model.interleaver
         interleaver.batcher.total = sum(tokens for _, tokens in spans)
         self.nrows = len(spans)
@@ -90,13 +100,13 @@ class BatchWorkers(Requests):
         interleaver.reindex()
 
     def end_step(self) -> None:
-        """Hand out the rows of the step whose forward has been issued."""
+        """Give each request its rows of the step whose forward has been launched."""
         observer, self._observer = self._observer, None
         self._batch.deliver(observer.failure if observer is not None else None)
 
 
 class _Observer(Cache):
-    """A cache that hands values on instead of keeping them."""
+    """A cache that passes values on instead of keeping them."""
 
     def __init__(self, model: Any, looks: dict[str, list[Look]]) -> None:
         super().__init__(model, modules=[])
@@ -117,15 +127,15 @@ class _Observer(Cache):
             self.failure = error
 
 
-def _see(looks: dict[str, list[Look]], taps: dict[str, Tap], observer: Callable[..., None]) -> None:
-    """Have an observer look at its taps: it is called with a key, and the tensors whose sum that is (`hook_points.terms`)."""
+def _subscribe(looks: dict[str, list[Look]], taps: dict[str, Tap], observer: Callable[..., None]) -> None:
+    """Subscribe an observer to its taps; it is called with a key, and the terms of the value (`hook_points.terms`)."""
 
     def look(key: str, tap: Tap) -> Look:
         def at(value: Any) -> None:
             try:
                 found = terms(value, tap)
             except TypeError:
-                return  # a module that passes no tensor has no rows; the request that asked is told when it ends
+                return  # a module that passes no tensor has no rows; the request that asked for it fails when it ends
             observer(key, *found)
 
         return at
@@ -134,17 +144,17 @@ def _see(looks: dict[str, list[Look]], taps: dict[str, Tap], observer: Callable[
         looks.setdefault(location(tap), []).append(look(key, tap))
 
 
-def _pass_by(key: str, *found: Tensor) -> None:
-    """Keep nothing of a value."""
+def _ignore(key: str, *found: Tensor) -> None:
+    """Ignore a value."""
 
 
 def location(tap: Tap) -> str:
-    """Return nnsight's name of a tap's location in a vLLM worker."""
+    """Return nnsight's name for a tap's location in a vLLM worker."""
     return f"model.{tap.module}.{tap.side}"
 
 
 def _worker(observer: _Observer) -> Mediator:
-    """Return a worker that has nothing to run, sees the whole batch, and holds a cache."""
+    """Return a worker without code, for the whole batch, that holds a cache."""
     worker = Mediator(compile("", "<the whole batch>", "exec"), {}, {})
     worker.caches = [observer]
     worker.row = 0

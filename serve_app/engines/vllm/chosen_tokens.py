@@ -1,8 +1,9 @@
-"""The log-probabilities of the tokens that were chosen, without ranking the vocabulary for them.
+"""Computes the log-probabilities of the chosen tokens without ranking the vocabulary.
 
-A stored rollout has the log-probability of each of its tokens; few requests ask for those of other tokens. vLLM makes no
-difference: it normalizes, sorts and ranks the whole vocabulary for every row. With 16 rows of a small model on a CPU that takes
-a fifth of a step. For one token a row, normalizing is enough, and where nobody asks at all, only whether there is a number.
+A stored rollout has the log-probability of each of its tokens; few requests ask for those of other tokens. vLLM does not
+distinguish the two: it normalizes, sorts and ranks the whole vocabulary for every row. With 16 rows of a small model on a CPU
+that takes a fifth of a step. For one token per row, normalizing is enough. If no request asks for log-probabilities, only NaN
+logits must be detected.
 """
 
 from dataclasses import replace
@@ -18,20 +19,20 @@ from vllm.v1.sample.sampler import Sampler
 from serve_app.engines.vllm.worker_messages import CHOSEN_ONLY
 
 ROWS = 16
-"""Normalized at once: their float32 copies are a few MB, which on a CPU stay in its cache."""
+"""Number of rows that are normalized at once: their float32 copies take a few MB, which stay in a CPU's cache."""
 
 
 class ChosenTokenSampler(Sampler):
-    """vLLM's sampler. A batch in which somebody asks for more than chosen tokens is vLLM's own as a whole."""
+    """vLLM's sampler. A batch in which a request asks for more than chosen tokens is left to vLLM as a whole."""
 
     def forward(self, logits: Tensor, sampling_metadata: SamplingMetadata, *args: Any, **kwargs: Any) -> SamplerOutput:
-        """Choose tokens, and say how likely they were by the model's own logits if anybody asks, or if a logit is no number."""
+        """Choose tokens, with their log-probabilities under the model's own logits if a request asks or a logit is NaN."""
         asked = sampling_metadata.max_num_logprobs
         more = asked is None or asked > CHOSEN_ONLY or sampling_metadata.logprob_token_ids
         if more or self.logprobs_mode != "raw_logprobs" or args or kwargs.get("logprobs_mode_override"):
             return super().forward(logits, sampling_metadata, *args, **kwargs)
         scored = asked == CHOSEN_ONLY or not bool(logits.amax(-1).isfinite().all())
-        # Penalties and biases are written into float32 logits; of others vLLM makes a copy itself.
+        # vLLM writes penalties and biases into float32 logits in place; of other dtypes it makes a copy itself.
         raw = logits.clone() if scored and logits.dtype == torch.float32 else logits
         output = super().forward(logits, replace(sampling_metadata, max_num_logprobs=None), **kwargs)
         if not scored:
@@ -52,12 +53,12 @@ def log_probabilities(
 
 
 class ScoresChosenTokens:
-    """Mixed into a vLLM worker class: its model runner has this sampler."""
+    """Mixin for a vLLM worker class: its model runner uses `ChosenTokenSampler`."""
 
     model_runner: Any
 
     def init_device(self) -> None:
-        """Make the device ready, and have its model runner score what it chooses."""
+        """Initialize the device, and replace the model runner's sampler."""
         super().init_device()  # type: ignore[misc]
         sampler = self.model_runner.sampler
         if type(sampler) is Sampler:

@@ -1,15 +1,17 @@
-"""The rows of the requests in one vLLM worker: cut from every step's whole batch, held until the replica says what was said.
+"""Collects the rows of the requests in one vLLM worker: splits every step's batch by request, and holds rows until they are
+stored.
 
-Four things are unlike an engine that runs the model itself, and are settled here:
+Four things differ from an engine that runs the model itself:
 
-- vLLM packs its batch: it has no padding (`PackedBatch`).
-- A request may be preempted: its rows so far are kept, and when vLLM computes them again, only what is new counts.
-- A request may overrun. Where its end is decided in another process (a stop string, or a step that was scheduled before the
-  last one's token was known), rows come that belong to no token of the completion: they are dropped (`capture.late_end`).
-- vLLM may find a prompt's first tokens in its prefix cache, also such as another request computes in the very same step. Their
-  rows are taken from those that are kept of earlier prompts (`prefix_rows`), after that step.
+- vLLM packs its batch, so there is no padding (`PackedBatch`).
+- A request may be preempted. Its rows so far are kept; when vLLM recomputes them, only rows of new tokens are added.
+- A request may overrun. If its end is decided in another process (a stop string, or a step that was scheduled before the last
+  token was known), rows arrive that belong to no token of the completion. They are dropped (`capture.late_end`).
+- vLLM may find a prompt's first tokens in its prefix cache, even tokens that another request computes in the same step. Their
+  rows are taken, after that step, from the cached rows of earlier prompts (`prefix_rows`).
 
-A request whose rows are not exactly those of its prompt and all but the last token of its completion fails (`LostRowsError`).
+A request fails (`LostRowsError`) if its rows are not exactly those of its prompt and of all but the last token of its
+completion.
 """
 
 import logging
@@ -38,14 +40,14 @@ from serve_app.engines.vllm.worker_messages import CaptureRequest
 log = logging.getLogger(__name__)
 
 SETTLED = 2
-"""Steps after which a step's rows are surely on the host, so that nothing waits for them."""
+"""Number of steps after which a step's rows are on the host, so that nothing waits for them."""
 
 MAX_PROBES = 256
-"""Probes whose numbers are kept on the model's device."""
+"""Number of probes whose weights are kept on the model's device."""
 
 
 class LostRowsError(StoreError):
-    """Rows of a request are not there, so what it asked for cannot be kept."""
+    """Rows of a request are missing, so its capture cannot be stored."""
 
 
 @dataclass(eq=False)
@@ -57,36 +59,36 @@ class _Job:
     rows: RequestRows | None
     scores: RequestScores | None
     names: list[bytes] = field(default_factory=list)
-    """Of its prompt's blocks, where rows are kept for other prompts."""
+    """Names of its prompt's blocks, if rows are cached for other prompts."""
     filler: RequestRows | None = None
-    """Keeps rows that blocks need and its own capture does not have."""
+    """Captures the rows that blocks need and its own capture does not keep."""
     kept: int = 0
-    """Blocks of its prompt that others may have rows of."""
+    """Number of its prompt's blocks whose rows have been cached."""
     found: int = 0
-    """Tokens that vLLM has found in its cache, whose rows have not been taken yet."""
+    """Tokens that vLLM has found in its prefix cache, whose rows have not been taken yet."""
     n_processed: int = 0
     lost: str | None = None
     watch: StopWatch | None = None
-    """There if its scores may act."""
+    """Checks its probe scores, if they may stop it."""
 
     @property
     def capture(self) -> CapturePlan | None:
-        """What it keeps."""
+        """Which rows it keeps."""
         return self.request.capture
 
     @property
     def steering(self) -> Sequence[SteeringVector]:
-        """What is added to its rows."""
+        """Vectors that are added to its rows."""
         return self.request.steering
 
     @property
     def probes(self) -> Sequence[RequestProbe]:
-        """What its rows are scored with."""
+        """Probes that score its rows."""
         return self.request.probes
 
     @property
     def cache_salt(self) -> str | None:
-        """The client's."""
+        """The client's cache salt."""
         return self.request.cache_salt
 
     @property
@@ -97,7 +99,7 @@ class _Job:
 
 @dataclass(frozen=True)
 class StepCapture:
-    """One forward's observers: what adds to the batch, then what reads it."""
+    """What to do in one forward: its steering, then its observers."""
 
     steering: StepSteering | None
     rows: StepRows | None
@@ -105,23 +107,23 @@ class StepCapture:
     scores: StepScores | None
     jobs: list[_Job] = field(repr=False)
     token_stops: list[int] = field(repr=False)
-    """Per job, the place behind its last token in the batch."""
+    """Per job, the flat index behind its last token in the batch."""
 
     @property
     def may_act(self) -> bool:
-        """Whether scores of a job in it may act; the same on every rank."""
+        """Whether scores of one of its jobs may act; the same on every rank."""
         return any(job.watch is not None for job in self.jobs)
 
 
 class Collector:
-    """The rows of one worker's requests."""
+    """Holds the rows of one worker's requests."""
 
     def __init__(self, device: torch.device, prefixes: PrefixRows | None = None) -> None:
-        """Begin without requests.
+        """Create a collector without requests.
 
         Args:
-            device: the model's.
-            prefixes: keeps rows of prompts, where vLLM has a prefix cache.
+            device: the model's device.
+            prefixes: caches rows of prompts, if vLLM has a prefix cache.
         """
         self._jobs: dict[str, _Job] = {}
         self._prefixes = prefixes
@@ -133,16 +135,16 @@ class Collector:
 
     @property
     def n_jobs(self) -> int:
-        """Jobs whose rows are here."""
+        """Number of jobs whose rows are held."""
         return len(self._jobs)
 
     @property
     def prefix_bytes(self) -> int:
-        """Bytes of rows that are kept for prompts to come."""
+        """Bytes of rows that are cached for later prompts."""
         return self._prefixes.nbytes if self._prefixes is not None else 0
 
     def begin(self, request: CaptureRequest, prompt_ids: list[int]) -> None:
-        """Take a request that has been admitted; one that is known already has been preempted and comes back."""
+        """Register an admitted request; a known request has been preempted and returns."""
         if request.job_id in self._jobs:
             return
         plan, n_prompt = request.capture, len(prompt_ids)
@@ -158,10 +160,10 @@ class Collector:
             job.filler = RequestRows(extra, n_prompt, self._memory)
 
     def step(self, spans: list[tuple[str | None, range]]) -> StepCapture | None:
-        """Lay out a forward; None if nothing is to be done in it.
+        """Plan a forward; returns None if nothing is to be done in it.
 
         Args:
-            spans: in the batch's order, the job and the sequence positions that it holds.
+            spans: in the batch's order, each job and its sequence positions in the forward.
         """
         self._steps += 1
         self._keep_until(self._steps - SETTLED)
@@ -195,11 +197,11 @@ class Collector:
         return StepCapture(steering, rows, fills, scores, known, token_stops)
 
     def done(self, step: StepCapture, failure: Exception | None) -> None:
-        """Give each job of a forward its rows, once it has been issued.
+        """Give each job of a forward its rows, once the forward has been launched.
 
         Args:
             step: the forward.
-            failure: why its rows could not be read, if so.
+            failure: why its rows could not be read; None if they could.
         """
         if failure is not None:
             for job in step.jobs:
@@ -213,11 +215,11 @@ class Collector:
         self._to_keep += [(self._steps, job) for job in step.jobs if job.kept < len(job.names)]
 
     def asked(self, step: StepCapture, token_ids: Callable[[], list[int]]) -> dict[str, Action]:
-        """Return what the scores of a forward ask for before its next tokens are chosen, by job.
+        """Return the actions that a forward's probe scores require before its next tokens are chosen, by job.
 
         Args:
-            step: the forward, whose scores are there.
-            token_ids: returns all tokens that it was given.
+            step: the forward, whose scores have been computed.
+            token_ids: returns all token ids of the forward.
         """
         found: dict[str, Action] = {}
         tokens: list[int] | None = None
@@ -229,7 +231,7 @@ class Collector:
             try:
                 action = job.watch.see(tokens[end - count : end], job.scores.last(count))
             except UnscorableError as error:
-                job.scores.failure = error  # the replica is told when it asks for the scores
+                job.scores.failure = error  # reported to the replica when it fetches the scores
                 continue
             if action is not None:
                 found[job.request.job_id] = action
@@ -239,37 +241,37 @@ class Collector:
         """Return a job's capture request."""
         return self._jobs[job_id].request
 
-    def take(self, job_id: str, fed: Sequence[int]) -> CapturedRows:
-        """Return a finished job's rows and forget it.
+    def take(self, job_id: str, tokens: Sequence[int]) -> CapturedRows:
+        """Return a finished job's rows and drop the job.
 
         Args:
-            job_id: which.
-            fed: the tokens that should have a row: all but the last one.
+            job_id: the job.
+            tokens: the tokens that must have a row: all but the last one.
 
         Raises:
-            LostRowsError: if they are not all there.
-            UncapturableError: if what it asked for has no row per token.
+            LostRowsError: if rows are missing.
+            UncapturableError: if a hook point has no row per token.
         """
         self.resumed(job_id)
-        job, n_rows = self._jobs.pop(job_id, None), len(fed)
+        job, n_rows = self._jobs.pop(job_id, None), len(tokens)
         if job is None or job.rows is None or job.request.capture is None:
             raise LostRowsError("the worker has no rows of this request")
         if job.lost is not None:
             raise LostRowsError(job.lost)
         if job.n_processed < n_rows:
-            raise LostRowsError(f"{job.n_processed} tokens of this request passed through the model, not {n_rows}")
+            raise LostRowsError(f"{job.n_processed} tokens of this request were processed; {n_rows} were expected")
         try:
             rows = finalize_rows(job.rows.cut(), job.request.capture, job.n_prompt, n_rows)
         except RowsMissingError as error:
             raise LostRowsError(str(error)) from error
         if self._prefixes is not None and job.names:
-            # The next turn of a conversation begins with what this one has said.
-            job.names = name_blocks(job, fed, self._prefixes.size, job.names)
+            # The next turn of a conversation begins with this completion.
+            job.names = name_blocks(job, tokens, self._prefixes.size, job.names)
             self._keep(job, n_rows)
         return rows
 
     def resumed(self, job_id: str) -> bool:
-        """Take the rows of what vLLM has found of a job's prompt; returns whether none is missing."""
+        """Take the rows of the prompt tokens that vLLM has found in its cache; returns whether all of them are here."""
         job = self._jobs.get(job_id)
         if job is None:
             return True
@@ -291,7 +293,7 @@ class Collector:
             else None
         )
         if blocks is None:
-            job.lost = f"the rows of {count} tokens that were found in the prefix cache are not here any more"
+            job.lost = f"the rows of {count} tokens that were found in the prefix cache have been dropped"
             return
         if job.rows is not None:
             kept = [job.rows.kept(span) for span in spans]
@@ -303,13 +305,13 @@ class Collector:
             job.scores.resume(count, {tap: torch.cat([rows[tap] for rows in blocks])[:count] for tap in read})
 
     def _keep_until(self, step: int) -> None:
-        """Keep rows of prompts for others, of those that were read up to a step."""
+        """Cache rows of prompts that were read up to a step."""
         while self._to_keep and self._to_keep[0][0] <= step:
             _, job = self._to_keep.popleft()
             self._keep(job, min(job.n_processed, job.n_prompt))
 
     def _keep(self, job: _Job, until: int) -> None:
-        """Keep rows of a job's blocks for others."""
+        """Cache rows of a job's blocks for other prompts."""
         if self._prefixes is None or job.lost is not None:
             return
         size = self._prefixes.size
@@ -327,9 +329,9 @@ class Collector:
             job.filler = None
 
     def scores(self, job_ids: Iterable[str]) -> dict[str, NewScores]:
-        """Return the scores that have come since the last time, of those of these jobs that are here.
+        """Return the scores since the last call, of those of these jobs that are here.
 
-        A job whose rows are lost has the reason among its scores.
+        For a job whose rows are lost, the scores contain the reason.
         """
         found = {}
         for job_id in job_ids:
@@ -342,7 +344,7 @@ class Collector:
         return found
 
     def _shared(self, scorer: RequestProbe) -> RequestProbe:
-        """Return the same probe with the one copy of its numbers that all requests share: then one product scores them all."""
+        """Return the same probe with weights that all requests share, so that one product scores the rows of all requests."""
         probe = scorer.probe
         parts = (probe.weight, probe.bias, probe.mean, probe.scale)
         digest = blake2b(b"".join(part.cpu().numpy().tobytes() for part in parts), digest_size=16).digest()
@@ -353,16 +355,16 @@ class Collector:
         return replace(scorer, probe=self._probes[digest])
 
     def forget(self, job_id: str) -> None:
-        """Drop a job's rows."""
+        """Drop a job and its rows."""
         self._jobs.pop(job_id, None)
 
 
 def _new(job: _Job | None, span: range) -> range:
-    """Return the end of a span that has not been there before, and count it as passed."""
+    """Return the part of a span that is new, and count its tokens as processed."""
     if job is None:
         return span
     if span.start > job.n_processed and job.n_processed:
-        job.lost = job.lost or f"tokens {job.n_processed}–{span.start - 1} did not pass through the model"
+        job.lost = job.lost or f"tokens {job.n_processed}–{span.start - 1} were not processed by the model"
     elif span.start > job.n_processed:
         job.found = job.n_processed = span.start
     new = range(min(max(span.start, job.n_processed), span.stop), span.stop)

@@ -1,7 +1,7 @@
-"""An adapter, so that this engine can be run and tested without a GPU: nnsight's runner over vLLM's CPU build.
+"""Runs this engine on vLLM's CPU build, so that it can be used and tested without a GPU.
 
 nnsight instruments vLLM's GPU model runner and worker. vLLM's CPU runner is the same class with its device calls replaced, so
-nnsight's fits on top of it. Nothing is captured differently here; there are no CUDA graphs, no streams and no pinned memory.
+nnsight's code works on it. Capture is the same; there are no CUDA graphs, no streams and no pinned memory.
 """
 
 import os
@@ -13,7 +13,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from serve_app.engines.vllm.chosen_tokens import ScoresChosenTokens
 from serve_app.engines.vllm.eager_runner import EagerRunner
 from serve_app.engines.vllm.graph_runner import GraphRunner
-from serve_app.engines.vllm.lifetime import EndsWithReplica
+from serve_app.engines.vllm.lifetime import ExitsWithReplica
 from serve_app.engines.vllm.worker import Capturing, CapturingInGraph, take_over
 
 
@@ -26,43 +26,44 @@ class CpuGraphRunner(GraphRunner, CPUModelRunner):
 
 
 class CpuEagerWorker(Capturing, CPUWorker):
-    """A CPU's worker, whose model runs module by module."""
+    """A CPU worker whose model runs module by module."""
 
     def init_device(self) -> None:
-        """Make the device ready, and have its model runner observe."""
+        """Initialize the device, and replace the model runner's class."""
         super().init_device()
         take_over(self.model_runner, CPUModelRunner, CpuEagerRunner)
 
 
 class CpuGraphWorker(CapturingInGraph, CPUWorker):
-    """A CPU's worker, whose model has taps in its graph."""
+    """A CPU worker whose model has taps in its graph."""
 
     def init_device(self) -> None:
-        """Make the device ready, and have its model runner tap."""
+        """Initialize the device, and replace the model runner's class."""
         super().init_device()
         take_over(self.model_runner, CPUModelRunner, CpuGraphRunner)
 
 
-class CpuPlainWorker(ScoresChosenTokens, EndsWithReplica, CPUWorker):
-    """A CPU's worker that captures nothing: vLLM's own."""
+class CpuPlainWorker(ScoresChosenTokens, ExitsWithReplica, CPUWorker):
+    """A CPU worker that captures nothing: vLLM's own."""
 
 
 def prepare_cpu(threads: int, ranks: int) -> None:
-    """Make this process ready to start vLLM's engine on a CPU.
+    """Prepare this process to start vLLM's engine on a CPU.
 
-    The engine's core and its worker are one process then, as they are with one GPU: vLLM would otherwise keep a core of its
-    own for the former. What its workers take from the environment is set here, and stays set.
+    The engine's core and its worker then share one process, as they do with one GPU; vLLM would otherwise reserve a CPU core
+    for the engine's core. The environment variables that its workers read are set here and stay set.
 
     Args:
-        threads: for each rank to compute with; 0 for what cores there are.
-        ranks: workers that the model is split over.
+        threads: threads per rank; 0 for one per available core.
+        ranks: number of workers that the model is split over.
     """
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # to vLLM's CPU platform, this forbids one process for both
-    # A prompt's activations are tens of megabytes, which the C library would give back and ask for again at every step.
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # vLLM's CPU platform would not allow one process for both
+    # A prompt's activations take tens of megabytes, which the C library would return to the system and request again in every
+    # step.
     os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(32 << 20))
     os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(4 << 30))
     os.environ["OMP_NUM_THREADS"] = str(threads or max(len(os.sched_getaffinity(0)) // ranks, 1))
     if ranks > 1:
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # vLLM would want a NUMA node for each
-    # nnsight builds the model's skeleton in this process too, after which vLLM frees an accelerator's memory.
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # vLLM would require a NUMA node per rank
+    # nnsight also builds the model's skeleton in this process, after which vLLM frees an accelerator's memory.
     torch.accelerator.empty_cache = lambda: None

@@ -1,4 +1,4 @@
-"""nnsight's model runner, with one observer of the whole batch in place of a worker per request.
+"""nnsight's model runner with one observer of the whole batch, instead of one worker per request.
 
 The model runs module by module, so requests may name any module's input or output.
 """
@@ -14,7 +14,7 @@ from serve_app.engines.vllm.fragments import OrderedFragments
 
 
 class EagerRunner(ForcesTokens, NNsightGPUModelRunner):
-    """nnsight's model runner, whose requests share one observer. Mixed into the runner of a device."""
+    """nnsight's model runner, whose requests share one observer. A mixin for the runner of a device."""
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
         """Load the model and wrap it."""

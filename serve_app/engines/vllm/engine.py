@@ -1,9 +1,8 @@
 """The replica's side of the vLLM engine: jobs in, events out, on a thread with an event loop of its own.
 
-vLLM schedules, batches and samples. What is done here is the rest of the contract: a job's tokens become text with its stop
-strings found (`engines.completion`), a cancelled job is aborted, a queue that is too long is refused, and the rows in flight
-are kept within the host's memory: a job that captures is handed to vLLM when the rows that it may need fit beside those of the
-others.
+vLLM schedules, batches and samples. The rest of the contract is here. A job's tokens become text, with its stop strings found
+(`engines.completion`). A cancelled job is aborted, and a full queue rejects jobs. Captured rows stay within the host's memory:
+a job that captures is submitted to vLLM when its rows fit beside those of the other jobs.
 """
 
 import asyncio
@@ -59,29 +58,29 @@ from serve_app.engines.vllm.worker_storage import WorkerStorage
 log = logging.getLogger(__name__)
 
 WATCH_S = 0.05
-"""How often cancelled jobs are looked for."""
+"""Interval between checks for cancelled jobs, in seconds."""
 
 
 class Client(Protocol):
-    """What is used of vLLM's `AsyncLLM`."""
+    """The part of vLLM's `AsyncLLM` that is used."""
 
     errored: bool
     vllm_config: Any
 
     def generate(self, prompt: Any, sampling_params: Any, request_id: str) -> Any:
-        """Generate, yielding outputs as they come."""
+        """Generate; yields outputs as they are computed."""
 
     async def collective_rpc(self, method: str, *, args: tuple[Any, ...] = ()) -> list[Any]:
         """Call a method of every worker."""
 
     def shutdown(self) -> None:
-        """End its processes."""
+        """End vLLM's processes."""
 
 
 class EngineLoop:
-    """A thread with an event loop, on which vLLM's client is made and used.
+    """A thread with an event loop, on which vLLM's client is created and used.
 
-    Everything of the client belongs to the loop that it was first used on.
+    The client belongs to the loop that it was first used on.
     """
 
     def __init__(self, make: Callable[[], Client]) -> None:
@@ -96,7 +95,7 @@ class EngineLoop:
         async def begin() -> None:
             try:
                 ready.set_result(make())
-            except BaseException as error:  # noqa: BLE001 - it is raised again where it is waited for
+            except BaseException as error:  # noqa: BLE001 - raised again by the caller that waits for it
                 ready.set_exception(error)
 
         def run() -> None:
@@ -113,7 +112,7 @@ class EngineLoop:
             raise
 
     def run(self, make: Callable[[], Any]) -> Any:
-        """Run a coroutine on the loop, from another thread, and return what it gives."""
+        """Run a coroutine on the loop, from another thread, and return its result."""
         return asyncio.run_coroutine_threadsafe(make(), self.loop).result()
 
     def stop(self) -> None:
@@ -139,17 +138,17 @@ class VllmEngine:
         prefix_cache: PrefixCaching,
         batch_invariant: bool = False,
     ) -> None:
-        """Take over a client whose model is loaded.
+        """Create an engine for a client whose model is loaded.
 
         Args:
-            loop: where it runs.
-            model: what it has loaded.
-            max_model_len: the most tokens that one sequence may have.
-            captures: whether its workers do.
-            max_batch: requests generated together.
-            max_queue: requests waiting for that.
+            loop: the client's event loop.
+            model: the loaded model.
+            max_model_len: most tokens of one sequence.
+            captures: whether its workers capture.
+            max_batch: requests that run together.
+            max_queue: requests that may wait.
             prefix_cache: whether vLLM was started with its prefix cache.
-            batch_invariant: whether vLLM was started so.
+            batch_invariant: whether vLLM was started in batch-invariant mode.
         """
         self._batching = model.batching
         self.batch_invariant = batch_invariant
@@ -182,7 +181,7 @@ class VllmEngine:
 
     @property
     def load(self) -> Load:
-        """What it has to do now."""
+        """Its current load and its counters."""
         with self._lock:
             handed_over = sum(task is not None for _, task in self._jobs.values())
             jobs = len(self._jobs)
@@ -197,7 +196,7 @@ class VllmEngine:
 
     @property
     def max_model_len(self) -> int:
-        """The most tokens that one sequence may have."""
+        """Most tokens of one sequence."""
         return self._max_model_len
 
     def submit(self, job: GenerationJob) -> None:
@@ -219,7 +218,7 @@ class VllmEngine:
         self._loop.loop.call_soon_threadsafe(self._enqueue, job_id, size)
 
     def close(self) -> None:
-        """Stop; jobs that have not finished fail. What is stored already is committed."""
+        """Stop; unfinished jobs fail. Rows that the store has received are committed."""
         with self._lock:
             if self._closed:
                 return
@@ -232,7 +231,7 @@ class VllmEngine:
         """Return the bytes that a job's rows may take.
 
         Raises:
-            RequestTooLargeError: if there is never room for it.
+            RequestTooLargeError: if they can never fit.
         """
         total = len(job.prompt_ids) + job.sampling.max_tokens
         if total > self._max_model_len:
@@ -243,7 +242,7 @@ class VllmEngine:
         vectors = different_sums(job.steering, len(job.prompt_ids), total)
         if vectors > VECTORS_PER_REQUEST:
             raise RequestTooLargeError(
-                f"steering: {vectors} different vectors are to be added, counting their sums at different tokens; a "
+                f"steering: {vectors} different vectors, counting their sums at different tokens, are too many; a "
                 f"request may add {VECTORS_PER_REQUEST}"
             )
         if job.capture is None:
@@ -265,7 +264,7 @@ class VllmEngine:
         self._admit()
 
     def _admit(self) -> None:
-        """Hand over waiting jobs, in order, as far as they may run together and the rows they may need fit."""
+        """Submit waiting jobs to vLLM, in order, as far as they may run together and their rows fit."""
         with self._lock:  # others submit meanwhile
             handed_over = {job_id: job for job_id, (job, task) in self._jobs.items() if task is not None}
         running = list(handed_over.values())
@@ -300,7 +299,7 @@ class VllmEngine:
         return isinstance(event, Finished) and event.worker_rows is not None
 
     def _leave(self, job_id: str, task: "asyncio.Task[bool]") -> None:
-        """Forget a job that has ended, or was cancelled, perhaps before it began."""
+        """Drop a job that has ended, or was cancelled, perhaps before it started."""
         with self._lock:
             job, _ = self._jobs.pop(job_id)
         del self._row_bytes[job_id]
@@ -313,7 +312,8 @@ class VllmEngine:
         self._admit()
 
     async def _generate(self, job_id: str, job: GenerationJob) -> Finished | Failed:
-        """Generate a job's tokens; again from the start, before any is told, if rows of what its prompt has found are gone."""
+        """Generate a job's tokens. If rows of its cached prompt tokens have been dropped, start again before anything is
+        emitted."""
         tries = 0
         while True:
             name = self._names[job_id] = f"{job_id}.{tries}" if tries else job_id
@@ -325,7 +325,7 @@ class VllmEngine:
             tries += 1
 
     async def _try(self, job_id: str, job: GenerationJob) -> Finished | Failed | None:
-        """Generate a job's tokens, under a name that workers know it by; None if it has to be tried again."""
+        """Generate a job's tokens, under an id that workers know it by; returns None if it must be tried again."""
         stop_token_ids = job.sampling.all_stop_token_ids(self._model.eos_token_ids)
         request = _capture_request(job_id, job, stop_token_ids)
         salt = self._salts.of(job)
@@ -357,7 +357,7 @@ class VllmEngine:
                     for token, found in zip(job.prompt_ids[1:], output.prompt_logprobs[1:], strict=True)
                 ]
             said = output.outputs[0]
-            found = said.logprobs or ()  # a job that does not ask for them has them where one is no number
+            found = said.logprobs or ()  # also there if a logit is NaN, even if the job does not ask
             unusable = any(math.isnan(next(iter(position.values())).logprob) for position in found)
             if unusable and (failure := no_token(job)) is not None:
                 await outputs.aclose()
@@ -370,7 +370,7 @@ class VllmEngine:
                     score = FORCED
                 reason = reason or completion.push(token, score)
             if output.metrics is not None:
-                # vLLM's core is another process of this machine, with the same monotonic clock.
+                # vLLM's core is another process on this machine, with the same monotonic clock.
                 completion.start_time = output.metrics.scheduled_ts or completion.start_time
                 completion.first_token_time = output.metrics.first_token_ts or completion.first_token_time
             probed = partial(self._scores.new_scores, job_id, completion.n_rows) if job.probes else None
@@ -380,7 +380,7 @@ class VllmEngine:
             if said.finish_reason in ("error", "abort"):
                 return Failed(_failure(job, said.finish_reason))
             if reason is not None and not output.finished:
-                await outputs.aclose()  # a stop string: vLLM knows nothing of it and would go on
+                await outputs.aclose()  # vLLM does not know of stop strings and would continue
                 break
         if self.prefix_cache.enabled and not job.score_prompt:
             self._hits += cached
@@ -394,7 +394,7 @@ class VllmEngine:
         )
 
     async def _watch(self) -> None:
-        """Leave with jobs that have been cancelled."""
+        """Abort jobs that have been cancelled."""
         while True:
             await asyncio.sleep(WATCH_S)
             with self._lock:
@@ -416,7 +416,7 @@ class VllmEngine:
         return unpack(next(reply for reply in replies if reply is not None), SyncReply)
 
     async def _resumed(self, job_id: str) -> bool:
-        """Return whether the workers have the rows of the tokens that a job's prompt has found in the cache."""
+        """Return whether the workers have the rows of the prompt tokens that a job has found in the cache."""
         replies = await self._client.collective_rpc("roentgen_resumed", args=([job_id],))
         found: dict[str, bool] = unpack(next(reply for reply in replies if reply is not None), dict)
         return found[job_id]
@@ -446,7 +446,7 @@ class VllmEngine:
 def _capture_request(
     job_id: str, job: GenerationJob, stop_token_ids: frozenset[int] = frozenset()
 ) -> CaptureRequest | None:
-    """Return what the workers do for a job, None for nothing."""
+    """Return a job's capture request; None if its workers have nothing to do."""
     if job.capture is None and not job.steering and not job.probes:
         return None
     end = min(stop_token_ids, default=None)
@@ -456,7 +456,7 @@ def _capture_request(
 def _scores(
     job: GenerationJob, tokens: Sequence[int], found: Sequence[Mapping[int, Any]]
 ) -> Sequence[TokenScore | None]:
-    """Return how likely tokens were, None for each if the job does not ask."""
+    """Return the scores of tokens; None for each if the job does not ask."""
     if not job.score_tokens:
         return [None] * len(tokens)
     top, named = job.sampling.top_logprobs, job.sampling.logprob_token_ids

@@ -1,9 +1,9 @@
-"""Takes a token in place of the one that vLLM would choose, where the scores of a request's probes ask for it.
+"""Forces a token in place of the sampled one, where the scores of a request's probes require it.
 
-Scores are in the worker between a forward and the choice of the next tokens. What they ask for is done there: a token that ends
-the request has vLLM itself end it, and the marker that closes a model's reasoning is fed to the model as any chosen token is.
-So nothing is generated that would have to be taken back, and no other request is touched. The replica learns of it by the
-token's log-probability, which is no token's: a number from 1 on, which says which rule has acted.
+A worker has the scores between a forward and the choice of the next tokens, so it applies their actions there. A stop token
+makes vLLM itself end the request, and the marker that closes a model's reasoning is fed to the model like a sampled token. So
+nothing is generated that would have to be undone, and other requests are not affected. The replica recognizes a forced token
+by its log-probability: it is 1 or more, which no sampled token has, and encodes the rule that acted.
 """
 
 import math
@@ -18,16 +18,16 @@ from serve_app.engines.vllm.worker_messages import CaptureRequest
 
 @dataclass(frozen=True)
 class Forced:
-    """A token that is not chosen."""
+    """A token that is forced and not sampled."""
 
     token: int | None
-    """It; None to leave the chosen one, which the replica throws away."""
+    """The token; None to keep the sampled one, which the replica discards."""
     mark: float
-    """What stands for its log-probability."""
+    """Number in place of its log-probability."""
 
 
 def forced_by(action: Action, request: CaptureRequest) -> Forced:
-    """Return the token that an action puts in place of the next one."""
+    """Return the forced token of an action."""
     stopping = request.stopping
     assert stopping is not None
     token = request.end
@@ -38,14 +38,14 @@ def forced_by(action: Action, request: CaptureRequest) -> Forced:
 
 
 def acting_rule(stopping: Stopping | None, logprob: float) -> StopRule | None:
-    """Return the rule that has put a token there, by the token's log-probability; None if it was chosen."""
+    """Return the rule that forced a token, given the token's log-probability; None if the token was sampled."""
     if stopping is None or math.isnan(logprob) or logprob < 1:
         return None
     return stopping.rules[round(logprob) - 1]
 
 
 class ForcesTokens:
-    """Mixed into vLLM's model runner, which has the batch whose scores act."""
+    """Mixin for vLLM's model runner: applies the actions of the batch's probe scores."""
 
     batch: Any
     input_batch: Any
@@ -54,7 +54,7 @@ class ForcesTokens:
         forced = self.batch.forced(self.input_batch.req_ids)
         if not forced:
             return super()._sample(*args, **kwargs)  # type: ignore[misc]
-        # A token that is not chosen takes no number of its request's random stream.
+        # A forced token consumes no number of its request's random stream.
         generators = self.input_batch.sampling_metadata.generators
         resting = {row: generators.pop(row) for row in forced if row in generators}
         try:

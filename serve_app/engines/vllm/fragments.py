@@ -1,8 +1,8 @@
-"""Puts together what tensor parallelism has split, with columns in the model's own order.
+"""Gathers values that tensor parallelism has sharded, with columns in the model's own order.
 
-nnsight gathers a split value by laying the ranks' columns side by side. Where vLLM has fused several projections into one, each
-rank holds a piece of every one of them, so what that gives is q₀ k₀ v₀ q₁ k₁ v₁, and a key's head that several ranks share is
-there several times. Here it is q k v, as it is on one GPU: a probe trained on one is a probe on the other.
+nnsight gathers a sharded value by concatenating the ranks' columns. Where vLLM has fused several projections into one, each
+rank has a part of each of them, so the result is q₀ k₀ v₀ q₁ k₁ v₁, and a KV head that several ranks share is there several
+times. This module reorders the columns to q k v, as on one GPU. So a probe trained on one GPU also works on several.
 """
 
 from collections.abc import Callable
@@ -18,13 +18,13 @@ from vllm.model_executor.layers.linear import MergedColumnParallelLinear, QKVPar
 
 
 class OrderedFragments(VLLMFragments):
-    """nnsight's fragments of an engine, with fused projections in order."""
+    """nnsight's fragments of an engine, with the columns of fused projections in the model's order."""
 
     def __init__(self, found: VLLMFragments) -> None:
-        """Take over what nnsight has found to be split.
+        """Take over the sharded locations that nnsight has found.
 
         Args:
-            found: nnsight's own, of a model that has been wrapped.
+            found: nnsight's own fragments, of a wrapped model.
         """
         super().__init__()
         self.enabled, self.rules = found.enabled, found.rules
@@ -33,7 +33,7 @@ class OrderedFragments(VLLMFragments):
         }
 
     def whole(self, location: str, value: Any) -> tuple[Any, Callable[[Any], Any]]:
-        """Return the whole of a value, and what cuts a whole back to this rank's piece."""
+        """Return the gathered value, and a function that shards a gathered value again."""
         gathered, cut = super().whole(location, value)
         order = self._column_orders.get(location)
         if order is None:
@@ -46,22 +46,22 @@ class OrderedFragments(VLLMFragments):
 
 @dataclass(frozen=True)
 class ColumnOrder:
-    """How the ranks' columns, side by side, lie in the whole."""
+    """The order of the ranks' concatenated columns in the whole value."""
 
     places: Int[Tensor, "gathered"]
-    """Per gathered column, its place in the whole; a column that several ranks have is there several times."""
+    """Per gathered column, its column in the whole value; a column that several ranks have is there several times."""
     columns: Int[Tensor, "whole"]
-    """Per place, a gathered column that has it."""
+    """Per column of the whole value, a gathered column that has it."""
 
     @classmethod
     def interleaved(cls, widths: list[int], shared: list[int], ranks: int, device: torch.device) -> "ColumnOrder":
-        """Return the order where each rank has one piece of every part.
+        """Return the order of fused parts, of which each rank has one piece.
 
         Args:
-            widths: per part, of a rank's piece.
-            shared: per part, by how many ranks in turn each piece is held.
-            ranks: how many there are.
-            device: where the values are.
+            widths: per part, the width of a rank's piece.
+            shared: per part, the number of consecutive ranks that hold each piece.
+            ranks: number of ranks.
+            device: device of the values.
         """
         starts = [0]
         for width, by in zip(widths, shared, strict=True):
@@ -78,7 +78,7 @@ class ColumnOrder:
 
 
 def column_order(module: nn.Module) -> ColumnOrder | None:
-    """Return the order of a split module's gathered output; None if side by side is the model's own."""
+    """Return the order of a sharded module's gathered output; None if concatenation is the model's own order."""
     if isinstance(module, QKVParallelLinear):
         kv_heads, replicas = module.num_kv_heads, module.num_kv_head_replicas
         widths = [module.num_heads * module.head_size, kv_heads * module.head_size, kv_heads * module.v_head_size]

@@ -1,11 +1,11 @@
-"""vLLM's own model runner with taps in its graph: compiled, with CUDA graphs, and nothing of it patched.
+"""vLLM's own model runner with taps in its graph: compiled, with CUDA graphs, and unpatched.
 
-Taps are put into the model between loading and compiling. Before each forward the vectors that requests add are laid out; after
-it the rows that they keep are gathered, on the stream that the forward runs on, before a later step can overwrite them.
+Taps are inserted into the model between loading and compiling. Before each forward, the steering vectors of requests are
+written to buffers. After it, the captured rows are copied on the forward's stream, before a later step can overwrite them.
 
-What the taps show is checked once, when the server starts, against hooks. For that one request runs with the model's compiled
-forward switched off, so that hooks see every module (`watch`), and then the same tokens run through the graph (`errors`). So a
-graph that is not this model's, as one that vLLM took from a stale cache, or a module that the compiler left out, is found then.
+When the server starts, the taps are compared once with hooks. One request runs with the compiled forward disabled, so that
+hooks see every module (`start_recording`); then the same tokens run through the graph (`errors`). This finds a graph that is
+not this model's, such as one that vLLM took from a stale cache, and a module that the compiler left out.
 """
 
 import logging
@@ -33,7 +33,7 @@ from serve_app.engines.vllm.recorder import RowRecorder
 from serve_app.engines.vllm.worker_messages import TAPS_KEY, VECTORS_PER_REQUEST
 
 DEVICE_SHARE_OF_TAPS = 0.5
-"""The share of a GPU's memory beside the weights that taps' buffers may take."""
+"""Largest share of a GPU's free memory after loading that the taps' buffers may take."""
 
 RowReader = StepRows | StepScores | RowRecorder
 """Reads rows of a step, by stored key."""
@@ -51,13 +51,13 @@ class GraphBatch(Batch):
         taps: GraphTaps,
         prefixes: PrefixRows | None = None,
     ) -> None:
-        """Begin without requests.
+        """Create a batch without requests.
 
         Args:
-            runner: vLLM's.
-            model: that the runner runs.
-            taps: in its graph.
-            prefixes: keeps rows of prompts, where vLLM has a prefix cache.
+            runner: vLLM's model runner.
+            model: the runner's model.
+            taps: the taps in its graph.
+            prefixes: caches rows of prompts, if vLLM has a prefix cache.
         """
         super().__init__(runner, next(model.parameters()).device, prefixes)
         self._model = model
@@ -67,7 +67,7 @@ class GraphBatch(Batch):
         self._by_hooks = RowRecorder({})
 
     def scope(self, spans: list[tuple[str, int]]) -> None:
-        """Lay out the step that is about to run."""
+        """Plan the step that is about to run."""
         step = self.lay_out(spans)
         self._failure = None
         try:
@@ -77,7 +77,7 @@ class GraphBatch(Batch):
             self._failure = error
 
     def end_step(self) -> None:
-        """Gather and hand out the rows of the step whose forward has been issued."""
+        """Read the rows of the step whose forward has been launched, and give them to its requests."""
         step, readers = self._step, list[RowReader]()
         if step is not None and self.keeps:
             readers += [reader for reader in (step.rows, step.fills, step.scores) if reader is not None]
@@ -90,7 +90,7 @@ class GraphBatch(Batch):
         self.deliver(self._failure)
 
     def start_recording(self, recorders: list[RowRecorder]) -> None:
-        """Have the next steps run module by module, and show every module's values to who watches."""
+        """Run the next steps module by module, and pass every module's values to recorders."""
         super().start_recording([*recorders, RowRecorder({str(tap): tap for tap in self.taps.taps})])
         self._hooks = ExitStack()
         for module in self._model.modules():
@@ -102,7 +102,7 @@ class GraphBatch(Batch):
                 self._hooks.callback(_hook(self._model.get_submodule(tap.module), tap, partial(self._show, one, key)))
 
     def stop_recording(self) -> list[RowRecorder]:
-        """Have steps run as they do; the next ones are compared with those that were recorded. Returns the recorders."""
+        """Run steps through the graph again, and record them for comparison with the recorded steps. Returns the recorders."""
         assert self._hooks is not None
         self._hooks.close()
         self._hooks = None
@@ -111,7 +111,7 @@ class GraphBatch(Batch):
         return recorders
 
     def errors(self) -> dict[str, float]:
-        """Return, by its place, how far off the rows are that each tap has shown since (`median_error`)."""
+        """Return the median error of each tap's rows since then, by location (`median_error`)."""
         (shown,) = super().stop_recording()
         there, here = self._by_hooks.seen(), shown.seen()
         return {place: median_error(here.get(place), rows) for place, rows in there.items()}
@@ -125,7 +125,7 @@ class GraphBatch(Batch):
 
 
 def _hook(module: nn.Module, tap: Tap, look: Callable[[Tap, Any], None]) -> Callable[[], None]:
-    """Show what a module takes or gives; returns what ends it."""
+    """Call a function with a module's input or output; returns a function that removes the hook."""
     if tap.side == "output":
         return module.register_forward_hook(lambda _, __, value: look(tap, value)).remove
     taken = module.register_forward_pre_hook(
@@ -135,7 +135,7 @@ def _hook(module: nn.Module, tap: Tap, look: Callable[[Tap, Any], None]) -> Call
 
 
 def median_error(rows: Float[Tensor, "rows width"] | None, expected: Float[Tensor, "rows width"]) -> float:
-    """Return how far rows are from those expected, relative to their length, in the median row; infinite if there are none."""
+    """Return the relative error of the median row; infinite if rows are missing."""
     if rows is None or rows.shape != expected.shape:
         return math.inf
     expected = expected.float()
@@ -143,17 +143,17 @@ def median_error(rows: Float[Tensor, "rows width"] | None, expected: Float[Tenso
 
 
 class GraphRunner(ForcesTokens, GPUModelRunner):
-    """vLLM's runner, with taps in the graph. Mixed into the runner of a device.
+    """vLLM's model runner with taps in the graph. A mixin for the runner of a device.
 
     Attributes:
-        load_error: why there are no taps, where their buffers do not fit. vLLM loses what a worker raises while it loads, so
-            the replica asks for it.
+        load_error: why there are no taps, if their buffers do not fit. vLLM loses an exception that a worker raises while
+            loading, so the replica asks for it.
     """
 
     load_error: str | None = None
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        """Load the model, and put the declared taps into it."""
+        """Load the model, and insert the declared taps."""
         super().load_model(*args, **kwargs)
         model = self.get_model()
         modules = describe_modules([path for path, _ in model.named_modules()], {}, type(model).__name__)
@@ -168,8 +168,8 @@ class GraphRunner(ForcesTokens, GPUModelRunner):
         log.info("%d taps of %d tokens: their buffers take %.2f GB", len(declared), sizes.tokens, needed / 1e9)
         if needed > room:
             self.load_error = (
-                f"taps: {len(declared)} taps of {sizes.tokens:,} tokens take {needed / 1e9:.1f} GB; {room / 1e9:.1f} GB may be "
-                "taken of what the weights leave. Tap fewer hook points or layers (--taps), or lower --max-prefill-tokens"
+                f"taps: {len(declared)} taps of {sizes.tokens:,} tokens take {needed / 1e9:.1f} GB; {room / 1e9:.1f} GB of the "
+                "memory beside the weights may be used. Tap fewer hook points or layers (--taps), or lower --max-prefill-tokens"
             )
             declared = {}
         prefixes = None
@@ -178,7 +178,7 @@ class GraphRunner(ForcesTokens, GPUModelRunner):
         self.batch = GraphBatch(self, model, GraphTaps(model, declared.values(), sizes), prefixes)
 
     def _room(self) -> int:
-        """Return what buffers may take now that the weights are loaded: keys and values need the rest."""
+        """Return the bytes that buffers may take, now that the weights are loaded: keys and values need the rest."""
         if self.device.type == "cpu":
             return int(free_host_memory() * HOST_SHARE)
         free, total = torch.cuda.mem_get_info(self.device)

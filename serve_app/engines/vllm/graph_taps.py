@@ -1,15 +1,16 @@
-"""Taps that are part of a model's own graph: they survive compilation and the replay of CUDA graphs, and break neither.
+"""Taps inside a model's own graph: they survive compilation and the replay of CUDA graphs, and prevent neither.
 
-A hook is Python between two modules. vLLM compiles a model into one graph, in which no Python runs, so a hook sees nothing.
-A tap is two operations instead, put into the forward of the module that it reads before the model is compiled:
+A hook is Python code between two modules. vLLM compiles a model into one graph, in which no Python runs, so hooks are not
+called. A tap instead consists of two operations, inserted into the forward of the module that it reads, before the model is
+compiled:
 
-    value += table[index[:n]]       add a vector to each row that somebody steers; all others take the table's first row, zeros
-    rows[:n] = value                copy the rows, of which there is one per token, into a buffer that is always the same
+    value += table[index[:n]]       add a vector to each steered row; index 0 is a row of zeros
+    rows[:n] = value                copy the rows, one per token, into a buffer at a fixed address
 
-To the compiler both are operations like the model's own. It fuses them into the kernels around them, so a tap that nobody
-reads costs about as much as writing its rows once. What differs from step to step lies in `rows`, `table` and `index`. They are
-filled before a forward and read after it, at addresses that a graph may keep. They are buffers of the tapped modules, not
-variables of a closure: a graph that vLLM loads from its cache finds the buffers of the model that it runs, and no closure's.
+To the compiler both are operations like the model's own. It fuses them into the kernels around them, so a tap costs about as
+much as writing its rows once. What changes from step to step is in `rows`, `table` and `index`. They are filled before a
+forward and read after it, at addresses that a graph may keep. They are buffers of the tapped modules, not variables of a
+closure: a graph that vLLM loads from its cache uses the buffers of its model, but would not find a closure.
 """
 
 from collections.abc import Iterable, Sequence
@@ -29,39 +30,39 @@ from serve_app.engines.vllm.hook_points import terms
 
 @dataclass(frozen=True)
 class _Point:
-    """A tap in a module's forward, and what its buffers are called there."""
+    """A tap in a module's forward, and the names of its buffers there."""
 
     tap: Tap
     rows: str
-    index: str | None  # None where the rows are not of the stream's width, so that nothing can be added
+    index: str | None  # None if rows do not have the stream's width, so that nothing can be added
 
 
 TABLE = "roentgen_table"
-"""The table of what is added, as every module with a steerable tap calls it."""
+"""Name of the table of steering vectors in every module with a steerable tap."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a model's taps have to hold."""
+    """Sizes of the taps' buffers."""
 
     width: int
-    """Of the residual stream."""
+    """Width of the residual stream."""
     tokens: int
-    """The most that a forward has."""
+    """Most tokens of one forward."""
     vectors: int
-    """The most different ones that are added in a forward."""
+    """Most different vectors that one forward adds."""
 
 
 class GraphTaps:
     """The taps of one loaded model."""
 
     def __init__(self, model: nn.Module, taps: Iterable[Tap], sizes: Sizes) -> None:
-        """Put taps into a model that has been loaded and not yet compiled.
+        """Insert taps into a model that is loaded and not compiled yet.
 
         Args:
-            model: whose modules' forwards are wrapped.
-            taps: where.
-            sizes: of the buffers.
+            model: its modules' forwards are wrapped.
+            taps: locations of the taps.
+            sizes: sizes of the buffers.
         """
         example = next(model.parameters())
         self._modules = dict(model.named_modules())
@@ -86,19 +87,19 @@ class GraphTaps:
 
     @property
     def taps(self) -> tuple[Tap, ...]:
-        """Where values are read."""
+        """Locations of the taps."""
         return tuple(self._points)
 
     def rows(self, tap: Tap, n_tokens: int) -> Float[Tensor, "tokens width"] | None:
-        """Return the rows that the last forward gave at a tap, None if there is none."""
+        """Return a tap's rows of the last forward; None if there is no such tap."""
         point = self._points.get(tap)
         return None if point is None else getattr(self._modules[tap.module], point.rows)[:n_tokens]
 
     def steer(self, steering: StepSteering | None) -> None:
-        """Lay out what the next forward adds.
+        """Write the vectors that the next forward adds.
 
         Raises:
-            ValueError: if that is more than there is room for, or somewhere else than at a tap.
+            ValueError: if there are too many vectors, or one is added elsewhere than at a tap.
         """
         for index, length in self._added:
             index[:length].zero_()
@@ -110,15 +111,13 @@ class GraphTaps:
         for key, tap in steering.taps.items():
             point = self._points.get(tap)
             if point is None or point.index is None:
-                raise ValueError(f"{key} is no tap of this server that can be added to")
+                raise ValueError(f"{key} is not a tap of this server that can be steered")
             places, which, sums = steering.added(key)
             index = getattr(self._modules[tap.module], point.index)
             found.append((index, torch.tensor(places), torch.tensor(which) + len(vectors) + 1))
             vectors += sums
         if len(vectors) >= len(self._table):
-            raise ValueError(
-                f"{len(vectors)} different vectors are to be added; there is room for {len(self._table) - 1}"
-            )
+            raise ValueError(f"{len(vectors)} different vectors are too many; there is room for {len(self._table) - 1}")
         for index, at, rows in found:
             index.index_copy_(0, to_device(at, index.device), to_device(rows, index.device))
             self._added.append((index, int(at.max()) + 1))
@@ -129,13 +128,13 @@ class GraphTaps:
 
 
 def buffer_bytes(model: nn.Module, taps: Iterable[Tap], sizes: Sizes) -> int:
-    """Return what the buffers of taps take, but for their indices, which are small."""
+    """Return the bytes of the taps' buffers, apart from their indices, which are small."""
     widths = sum(_width(model.get_submodule(tap.module), tap, sizes.width) for tap in set(taps))
     return (widths * sizes.tokens + sizes.width * (sizes.vectors + 1)) * next(model.parameters()).dtype.itemsize
 
 
 def _wrap(module: nn.Module, points: Sequence[_Point]) -> None:
-    """Have a module's forward read, and add to, what it takes and what it gives."""
+    """Wrap a module's forward with its taps."""
     forward = module.forward
     taken = [point for point in points if point.tap.side == "input"]
     given = [point for point in points if point.tap.side == "output"]
@@ -161,7 +160,7 @@ def _touch(module: nn.Module, point: _Point, value: Any) -> None:
 
 
 def _width(module: nn.Module, tap: Tap, width: int) -> int:
-    """Return how wide a row is there, as vLLM's linear layers know of themselves; elsewhere it is the stream's width."""
+    """Return the width of a row, as vLLM's linear layers know it; for other modules it is the stream's width."""
     if not isinstance(module, LinearBase):
         return width
     side = f"{tap.side}_size"

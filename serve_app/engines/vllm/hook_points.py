@@ -1,15 +1,16 @@
-"""Where canonical hook points are in vLLM's modules, and how values are read there.
+"""Finds canonical hook points in vLLM's modules, and reads values there.
 
-vLLM writes every architecture anew, with modules fused: a norm adds the last contribution to the stream before it normalises,
-so layers pass the stream on as a pair `(hidden, residual)` whose sum it is, and q, k and v are one projection. So a structure
-that was resolved on transformers' modules does not hold, and the stream is read as a sum wherever it is passed:
+vLLM implements every architecture itself, with fused modules. A norm adds the last contribution to the stream before it
+normalizes, so layers pass the stream on as a pair `(hidden, residual)` whose sum is the stream. q, k and v are one projection.
+So a structure that was resolved on transformers' modules does not hold here, and the stream is read as a sum wherever it is
+passed:
 
-    resid_pre   what the layer takes          resid_mid   what the norm before the MLP takes
-    resid_post  what the layer gives          attn_out, mlp_out, ln_attn, ln_mlp   what those modules give
+    resid_pre   the layer's input             resid_mid   the input of the norm before the MLP
+    resid_post  the layer's output            attn_out, mlp_out, ln_attn, ln_mlp   the outputs of those modules
 
-Names are only candidates (`candidates`). They are checked on the rows of a real request, captured in the way that all are
-(`verify`): the stream must be the sum of what is added to it, and each norm must take the stream and feed what comes after it.
-What does not hold is missing, with the reason, and refused when it is asked for.
+Names yield candidates only (`candidates`). They are verified on the rows of a real request, captured like any other
+(`verify`): the stream must be the sum of its contributions, and each norm must take the stream and feed the module after it. A
+hook point that does not hold is missing, with the reason, and requests for it are rejected.
 """
 
 import math
@@ -42,43 +43,43 @@ AFTER_MLP = ("post_feedforward_layernorm",)
 ROUTERS = ("mlp.gate", "mlp.router", "block_sparse_moe.gate", "feed_forward.router")
 EMBEDDINGS = ("model.embed_tokens", "transformer.wte", "gpt_neox.embed_in", "model.decoder.embed_tokens")
 FINAL_NORMS = ("model.norm", "transformer.ln_f", "gpt_neox.final_layer_norm", "model.decoder.final_layer_norm")
-"""What vLLM's models call these modules, the likelier first."""
+"""Names of these modules in vLLM's models, the likeliest first."""
 
 CHECK = "check."
-"""Before the key of what is read for the equations only."""
+"""Prefix of the keys of values that are read for the equations only."""
 
 
 @dataclass(frozen=True)
 class Modules:
-    """What a worker says of the model that it has loaded."""
+    """A worker's description of its loaded model."""
 
     paths: frozenset[str]
     """The path of every module."""
     layers_path: str
-    """Of the list of decoder layers."""
+    """Path of the list of decoder layers."""
     num_layers: int
-    """How many there are."""
+    """Number of decoder layers."""
     fused: dict[str, str]
-    """Names of modules that are fused with others, and into which."""
+    """Per name of a fused module, the module that contains it."""
     architecture: str
     """The model's class."""
 
 
 @dataclass(frozen=True)
 class Verified:
-    """What one rank says of the request that hook points are verified on."""
+    """One rank's results of the request that hook points are verified on."""
 
     wrong: dict[str, str]
-    """Why hook points do not hold, per stored key."""
+    """Per stored key, why the hook point does not hold."""
     norms: dict[str, list[float]]
-    """Of every row, per place that was asked for and showed any."""
+    """Per requested location, the norm of every row, if it had rows."""
 
 
 def describe_modules(paths: Iterable[str], packed: Mapping[str, list[str]], architecture: str) -> Modules:
-    """Find the decoder layers among a model's modules: the longest list of numbered ones that is inside no other.
+    """Find a model's decoder layers: the longest list of numbered modules that is inside no other.
 
     Args:
-        paths: of every module.
+        paths: path of every module.
         packed: vLLM's `packed_modules_mapping`.
         architecture: the model's class.
 
@@ -101,8 +102,8 @@ def describe_modules(paths: Iterable[str], packed: Mapping[str, list[str]], arch
 def terms(value: Any, tap: Tap) -> tuple[Float[Tensor, "..."], ...]:
     """Return the one or two tensors whose sum a tap reads of a module's input or output; to change the sum, change the first.
 
-    Positions, which layers and attention take first, are whole numbers and do not count. The first layer is given no residual
-    yet: where there is no second tensor, the first is the whole stream.
+    Integer tensors, such as the positions that layers and attention take first, do not count. The first layer has no residual
+    yet: if there is no second tensor, the first is the whole stream.
 
     Raises:
         TypeError: if there is no such tensor.
@@ -119,7 +120,7 @@ def _floats(value: Any) -> Iterable[Tensor]:
 
 
 def candidates(modules: Modules) -> tuple[dict[str, Tap], dict[str, Tap]]:
-    """Return where canonical hook points should be, by the names of modules; and what else has to be read to check that."""
+    """Return the likely taps of canonical hook points, by module names; and the other taps that their verification needs."""
     taps: dict[str, Tap] = {}
     checks: dict[str, Tap] = {}
     for layer in range(modules.num_layers):
@@ -160,13 +161,13 @@ def candidates(modules: Modules) -> tuple[dict[str, Tap], dict[str, Tap]]:
 
 
 def declared_taps(declared: Iterable[str], modules: Modules) -> tuple[dict[str, Tap], list[str]]:
-    """Return the taps that a configuration declares, by stored key, and the names that stand for nothing in this model.
+    """Return the taps that a configuration declares, by stored key, and the names that match nothing in this model.
 
     Args:
         declared: hook points (`resid_post`, of all layers), stored keys (`layers.12.resid_post`), or module paths that end in
-            .input or .output, from the root, inside each layer, or inside one (`layers.12.mlp.output`); `*` stands for any part
-            of a path. `default` stands for those of `DEFAULT_TAPS` that the model has.
-        modules: the model's.
+            .input or .output: from the root, inside each layer, or inside one layer (`layers.12.mlp.output`). `*` matches any
+            part of a path. `default` stands for those of `DEFAULT_TAPS` that the model has.
+        modules: the model's modules.
     """
     known, _ = candidates(modules)
     canonical = {(tap.module, tap.side): key for key, tap in reversed(known.items())}
@@ -190,7 +191,7 @@ def declared_taps(declared: Iterable[str], modules: Modules) -> tuple[dict[str, 
 
 
 def _matching(path: str, modules: Modules) -> list[str]:
-    """Return the modules that a declared path stands for."""
+    """Return the modules that a declared path matches."""
     layers = modules.layers_path
     spellings = (path, f"{layers}.*.{path}", f"{layers}.{path.removeprefix('layers.')}")
     patterns = [re.compile(re.escape(one).replace(r"\*", r"[^.]+")) for one in spellings]
@@ -198,13 +199,13 @@ def _matching(path: str, modules: Modules) -> list[str]:
 
 
 def tap_at(place: str) -> Tap:
-    """Return the tap at a place: a module's path and a side."""
+    """Return the tap at a location: a module's path and a side."""
     path, _, side = place.rpartition(".")
     return Tap(path, "input" if side == "input" else "output")
 
 
-def split_places(ranks: Sequence[Verified]) -> frozenset[str]:
-    """Return the places where ranks have different rows, each a part of the model's own; they are all but equal elsewhere."""
+def split_locations(ranks: Sequence[Verified]) -> frozenset[str]:
+    """Return the sharded locations: those where the ranks' rows differ. Elsewhere all ranks have nearly equal rows."""
     first = ranks[0].norms
     return frozenset(
         place
@@ -222,12 +223,12 @@ def _output(path: str | None) -> Tap | None:
 
 
 def verify(rows: Mapping[str, Float[Tensor, "rows width"]], n_layers: int, n_experts: int | None) -> dict[str, str]:
-    """Check hook points on the rows of a request; returns, per stored key that does not hold, why not.
+    """Verify hook points on the rows of a request; returns the reason per stored key that does not hold.
 
     Args:
-        rows: per key of `candidates` that gave a row per token, its rows.
-        n_layers: decoder layers.
-        n_experts: the configuration's number of experts, None if it has none.
+        rows: per key of `candidates` with a row per token, its rows.
+        n_layers: number of decoder layers.
+        n_experts: the configuration's number of experts; None if it has none.
     """
     wrong: dict[str, str] = {}
     for layer in range(n_layers):
@@ -253,7 +254,7 @@ def verify(rows: Mapping[str, Float[Tensor, "rows width"]], n_layers: int, n_exp
 def _check_layer(
     found: Mapping[str, Tensor | None], read_too: Mapping[str, Tensor | None], n_experts: int | None
 ) -> dict[str, str]:
-    """Check one layer's hook points; returns reasons by hook point."""
+    """Verify one layer's hook points; returns reasons by hook point."""
     wrong = {name: "no module of vLLM's model outputs it" for name, values in found.items() if values is None}
     if not _sum(found["resid_mid"], found["resid_pre"], found["attn_out"]):
         reason = (
@@ -284,7 +285,7 @@ def _sum(total: Tensor | None, a: Tensor | None, b: Tensor | None) -> bool:
 
 
 def missing(taps: Mapping[str, Tap], wrong: Mapping[str, str], n_layers: int) -> tuple[dict[str, Tap], dict[str, str]]:
-    """Return the hook points that hold, and reasons for the others: by name where no layer has it, else by stored key."""
+    """Return the hook points that hold, and the reasons for the others: by name if no layer has it, else by stored key."""
     reasons: dict[str, str] = {name: wrong[name] for name in MODEL_HOOK_POINTS if name in wrong}
     for name in LAYER_HOOK_POINTS:
         absent = {key: reason for key, reason in wrong.items() if split_key(key) == (name, split_key(key)[1])}

@@ -1,7 +1,7 @@
-"""Has vLLM's processes end with the replica that has started them.
+"""Ends vLLM's processes when the replica that started them ends.
 
-vLLM ends them when it is told to. A replica that is killed tells nobody, and its GPU would stay taken for ever: so every worker
-watches the replica's process, whose id it has from the environment. Without its worker, vLLM's core ends too.
+vLLM ends its processes when it is asked to. A replica that is killed cannot ask, and its GPU would stay in use forever. So
+every worker watches the replica's process, whose id is in its environment. Without its worker, vLLM's core ends too.
 """
 
 import os
@@ -11,21 +11,21 @@ import threading
 REPLICA = "ROENTGEN_REPLICA_PID"
 
 
-def announce() -> None:
-    """Let the processes that this one starts know it."""
+def export_replica_pid() -> None:
+    """Put this process's id into the environment of the processes that it starts."""
     os.environ[REPLICA] = str(os.getpid())
 
 
-class EndsWithReplica:
-    """Mixed into a vLLM worker class."""
+class ExitsWithReplica:
+    """Mixin for a vLLM worker class."""
 
     def init_device(self) -> None:
-        """Begin to watch, and make the device ready."""
+        """Watch the replica's process, and initialize the device."""
         watched = os.pidfd_open(int(os.environ[REPLICA]))
-        threading.Thread(target=_end_with, args=(watched,), name="ends-with-replica", daemon=True).start()
+        threading.Thread(target=_end_with, args=(watched,), name="exit-with-replica", daemon=True).start()
         super().init_device()  # type: ignore[misc]
 
 
 def _end_with(process: int) -> None:
-    select.select([process], [], [])  # a process that has ended can be read from
+    select.select([process], [], [])  # readable when the process has ended
     os._exit(1)

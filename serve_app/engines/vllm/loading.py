@@ -1,14 +1,14 @@
-"""Starts vLLM with a model, and finds out what it can capture.
+"""Starts vLLM with a model, and finds out which hook points it can capture.
 
 The model is compiled, with CUDA graphs, and has taps in its graph (`graph_taps`) at the hook points that the server's
-configuration declares. An eager server runs it module by module instead, through nnsight's integration, and requests may name
+configuration declares. An eager server instead runs it module by module through nnsight's integration, and requests may name
 any module. A server that does not capture is plain vLLM.
 """
 
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -28,9 +28,9 @@ from serve_app.engines.vllm.hook_points import (
     candidates,
     declared_taps,
     missing,
-    split_places,
+    split_locations,
 )
-from serve_app.engines.vllm.lifetime import announce
+from serve_app.engines.vllm.lifetime import export_replica_pid
 from serve_app.engines.vllm.neutrality import check_batching
 from serve_app.engines.vllm.requirements import check_available
 from serve_app.engines.vllm.worker_messages import TAPS_KEY, unpack
@@ -52,64 +52,64 @@ UNTAPPED = (
 )
 NO_CAPTURE = "this server does not capture (capture: false in its configuration)"
 
-CPU_BLOCK = 32
-"""Tokens of a block of the KV cache on a CPU. vLLM takes 128 there; its kernels take any multiple of 32, and a prefix is found
-up to its last whole block."""
+CPU_BLOCK_SIZE = 32
+"""Tokens per block of the KV cache on a CPU. vLLM's default there is 128; its kernels take any multiple of 32. A prefix is
+found up to its last whole block."""
 ASSUMED_CONTEXT = 2048
-"""What vLLM itself takes where a configuration says no context length."""
+"""Context length that vLLM itself assumes if a configuration has none."""
 
-PROBE_TOKENS = 8
-"""Of the request that hook points are verified on."""
+VERIFICATION_TOKENS = 8
+"""Number of tokens of the request that hook points are verified on."""
 
 TAP_ERROR = {torch.float32: 1e-3}
-"""How far the median row of a tap may be from what hooks show; in half precision, kernels differ by more (`HALF_TAP_ERROR`)."""
+"""Largest relative error of a tap's median row against hooks; in half precision, kernels differ by more (`HALF_TAP_ERROR`)."""
 
 HALF_TAP_ERROR = 0.1
-"""In half precision; rows of another token or of another step are off by 1 or so."""
+"""The same in half precision; the error of rows of another token or step is about 1."""
 
 
 @dataclass(frozen=True)
 class VllmSettings:
-    """How to start vLLM."""
+    """Settings for starting vLLM."""
 
     dtype: str
-    """"auto", or a torch dtype's name."""
+    """"auto", or the name of a torch dtype."""
     device: str
     """"auto", "cpu" or "cuda"."""
     max_batch: int
-    """Requests generated together."""
+    """Requests that run together."""
     max_queue: int
-    """Requests waiting for that."""
+    """Requests that may wait."""
     max_cache_tokens: int
-    """Size of the KV cache, 0 for what the memory allows."""
+    """Size of the KV cache; 0 for what the memory allows."""
     tensor_parallel_size: int
-    """GPUs to split the model over."""
+    """Number of GPUs to split the model over."""
     threads: int
-    """To compute with on a CPU, 0 for one per core."""
+    """Number of threads on a CPU; 0 for one per core."""
     capture: bool
     """Whether requests may capture and steer."""
     taps: tuple[str, ...]
     """Hook points to tap in the model's graph."""
     store: str
-    """Where captured rows go."""
+    """Location of the activation store."""
     eager: bool = False
     """Whether a server that captures runs the model module by module, without taps."""
     batch_invariant: bool = False
-    """Whether a request's tokens must not depend on what runs beside it."""
+    """Whether a request's tokens must not depend on other requests."""
     prefix_cache: bool = True
-    """Whether tokens that begin a prompt are read once, as far as the server's kind allows."""
+    """Whether to reuse the common prefix of prompts, if the kind of server allows it."""
     max_prefill_tokens: int = 0
-    """The most tokens of one step, 0 for what vLLM chooses; an eager server reads prompts whole."""
+    """Most tokens of one step; 0 for vLLM's default. An eager server reads prompts whole."""
 
     @property
     def prefix_caching(self) -> PrefixCaching:
-        """Whether vLLM's prefix cache is on."""
+        """Whether vLLM's prefix cache is enabled."""
         if not self.prefix_cache:
             return PrefixCaching(False, SWITCHED_OFF)
         if self.capture and self.eager:
-            return PrefixCaching(False, "with --eager, nnsight has no row of a token that is found in vLLM's cache")
+            return PrefixCaching(False, "with --eager, nnsight has no rows of tokens that are found in vLLM's cache")
         if self.capture and self.batch_invariant:
-            return PrefixCaching(False, "with --batch-invariant, rows are computed in the request that has them")
+            return PrefixCaching(False, "with --batch-invariant, every request computes its own rows")
         return PrefixCaching(True)
 
     @property
@@ -120,7 +120,7 @@ class VllmSettings:
 
 @dataclass(frozen=True)
 class VllmModel(ServedModel):
-    """A model that vLLM's workers hold; nothing of its weights is in this process."""
+    """A model that vLLM's workers hold; its weights are not in this process."""
 
     read_config: PretrainedConfig
     read_generation_config: GenerationConfig
@@ -132,7 +132,7 @@ class VllmModel(ServedModel):
 
     @property
     def generation_config(self) -> GenerationConfig:
-        """How the model says that it generates."""
+        """The model's generation configuration."""
         return self.read_generation_config
 
 
@@ -147,8 +147,8 @@ def start(
 
     Args:
         source: what to load.
-        settings: how.
-        stage: told what is being done, for `/health`.
+        settings: how to start vLLM.
+        stage: called with each stage of loading, for `/health`.
         trust_remote_code: whether code that comes with the model may run.
 
     Raises:
@@ -200,14 +200,14 @@ def start(
         max_batch=settings.max_batch,
         max_queue=settings.max_queue,
         batch_invariant=settings.batch_invariant,
-        prefix_cache=_found_in(loop.client, settings.prefix_caching),
+        prefix_cache=_actual_prefix_caching(loop.client, settings.prefix_caching),
     )
 
 
-def _found_in(client: "Client", wanted: PrefixCaching) -> PrefixCaching:
-    """Return whether vLLM, which was to have a prefix cache, has one for this model."""
+def _actual_prefix_caching(client: "Client", wanted: PrefixCaching) -> PrefixCaching:
+    """Return whether vLLM has enabled its prefix cache for this model."""
     if wanted.enabled and not client.vllm_config.cache_config.enable_prefix_caching:
-        return PrefixCaching(False, "vLLM has none for this model")
+        return PrefixCaching(False, "vLLM does not support it for this model")
     return wanted
 
 
@@ -217,10 +217,10 @@ def engine_arguments(
     """Return vLLM's engine arguments for a model.
 
     Args:
-        config: the model's.
-        settings: the server's.
-        place: where it computes.
-        kind: what it computes in.
+        config: the model's configuration.
+        settings: the server's settings.
+        place: device that it computes on.
+        kind: dtype that it computes in.
     """
     context = context_length(config) or ASSUMED_CONTEXT
     found: dict[str, Any] = {
@@ -233,13 +233,13 @@ def engine_arguments(
         else False,  # None: if vLLM has it for the model
         "enable_chunked_prefill": settings.tapped or not settings.capture,
         "structured_outputs_config": {"backend": "guidance"},
-        # Named, because vLLM would take Ray's if it finds itself in one of Ray's placement groups.
+        # Set explicitly, because vLLM would use Ray's inside one of Ray's placement groups.
         "distributed_executor_backend": "mp" if settings.tensor_parallel_size > 1 else "uni",
     }
     if settings.max_prefill_tokens and found["enable_chunked_prefill"]:
         found["max_num_batched_tokens"] = max(settings.max_prefill_tokens, settings.max_batch)
     if place.type == "cpu" and settings.prefix_caching.enabled:
-        found["block_size"] = CPU_BLOCK
+        found["block_size"] = CPU_BLOCK_SIZE
     per_token = cache_bytes_per_token(config, kind, settings.tensor_parallel_size)
     if settings.max_cache_tokens:
         found["kv_cache_memory_bytes"] = _whole_blocks(settings.max_cache_tokens) * per_token
@@ -250,7 +250,7 @@ def engine_arguments(
 
 
 def cache_bytes_per_token(config: PretrainedConfig, kind: torch.dtype, ranks: int) -> int:
-    """Return what a token takes in the KV cache of each of so many ranks, over all layers."""
+    """Return the bytes of a token in the KV cache of each rank, over all layers."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -258,15 +258,15 @@ def cache_bytes_per_token(config: PretrainedConfig, kind: torch.dtype, ranks: in
 
 
 def _whole_blocks(tokens: int, block: int = 128) -> int:
-    return -(-tokens // block) * block + block  # vLLM keeps a block for itself
+    return -(-tokens // block) * block + block  # vLLM reserves a block
 
 
 def _client(path: str, arguments: dict[str, Any], settings: VllmSettings, place: torch.device) -> "Client":
     """Start vLLM's processes."""
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM would tell its makers what it runs on
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")  # vLLM would send usage statistics
     if settings.batch_invariant:
         os.environ["VLLM_BATCH_INVARIANT"] = "1"
-    announce()
+    export_replica_pid()
     kind = "Graph" if settings.tapped else "Eager" if settings.capture else "Plain"
     worker = f"serve_app.engines.vllm.worker.{kind}Worker"
     if place.type == "cpu":
@@ -290,13 +290,13 @@ def _client(path: str, arguments: dict[str, Any], settings: VllmSettings, place:
     if settings.tapped:
         arguments = {**arguments, "additional_config": {TAPS_KEY: settings.taps}}
     engine = AsyncEngineArgs(model=path, worker_cls=worker, **arguments)
-    # What vLLM chooses by the machine and is not said here, as the tokens of a step, it chooses as for its own server.
+    # Settings that are not given here, such as the tokens of a step, are chosen as for vLLM's own server.
     client: Client = AsyncLLM.from_engine_args(engine, usage_context=UsageContext.OPENAI_API_SERVER)
     return client
 
 
-def every_place(modules: Modules) -> frozenset[str]:
-    """Return all places of a model, each a module's path and a side."""
+def all_locations(modules: Modules) -> frozenset[str]:
+    """Return all locations of a model, each a module's path and a side."""
     return frozenset(f"{path}.{side}" for path in modules.paths for side in ("input", "output"))
 
 
@@ -309,8 +309,47 @@ def _structure(
     stage: Callable[[str], None],
 ) -> ModelStructure:
     """Find and verify the hook points of the model that the workers have loaded."""
+    if not settings.capture:
+        return _structure_without_capture(name, config)
+    stage("verifying hook points")
+    modules = unpack(loop.run(lambda: loop.client.collective_rpc("roentgen_modules"))[0], object)
+    if not isinstance(modules, Modules):
+        raise ResolutionError(str(modules))
+    taps = _declared(settings.taps, modules) if settings.tapped else None
+    read = all_locations(modules) if taps is None else frozenset(f"{tap.module}.{tap.side}" for tap in taps.values())
     text = config.get_text_config()
-    structure = ModelStructure(
+    # On one GPU nothing is sharded, so ranks need not be compared.
+    compared = read if settings.tensor_parallel_size > 1 else frozenset[str]()
+    ranks = loop.run(lambda: _verify(loop.client, modules, number_of_experts(text), compared))
+    known, _ = candidates(modules)
+    wrong = ranks[0].wrong
+    if taps is not None:
+        stage("comparing taps in the graph with hooks")
+        loop.run(lambda: _compare(loop.client, kind))
+        wrong = {**dict.fromkeys(known.keys() - taps.keys(), UNTAPPED), **wrong}
+    found, reasons = missing(known, wrong, modules.num_layers)
+    return ModelStructure(
+        model_name=name,
+        model_type=config.model_type,
+        architecture=modules.architecture,
+        num_layers=text.num_hidden_layers,
+        d_model=text.hidden_size,
+        layers_path=modules.layers_path,
+        taps=found,
+        missing=reasons,
+        module_paths=modules.paths,
+        verified_on=VERIFIED_ON,
+        fused=modules.fused,
+        split=split_locations(ranks),
+        tapped=None if taps is None else read,
+        untapped="" if taps is None else UNTAPPED,
+    )
+
+
+def _structure_without_capture(name: str, config: PretrainedConfig) -> ModelStructure:
+    """Return the structure of a model whose hook points cannot be read."""
+    text = config.get_text_config()
+    return ModelStructure(
         model_name=name,
         model_type=config.model_type,
         architecture=type(config).__name__,
@@ -322,53 +361,31 @@ def _structure(
         module_paths=frozenset(),
         verified_on=NO_CAPTURE,
     )
-    if not settings.capture:
-        return structure
-    stage("verifying hook points")
-    modules = unpack(loop.run(lambda: loop.client.collective_rpc("roentgen_modules"))[0], object)
-    if not isinstance(modules, Modules):
-        raise ResolutionError(str(modules))
-    structure = replace(
-        structure,
-        architecture=modules.architecture,
-        layers_path=modules.layers_path,
-        module_paths=modules.paths,
-        fused=modules.fused,
-    )
-    taps, _ = candidates(modules)
-    tapped: dict[str, Tap] | None = None
-    if settings.tapped:
-        tapped, unknown = declared_taps(settings.taps, modules)
-        if unknown:
-            raise ResolutionError(
-                f"taps: {unknown[0]!r} is no hook point of {modules.architecture}; allowed are canonical names, stored keys, "
-                "and module paths ending in .input or .output with * for a part of the path"
-            )
-    places = (
-        frozenset(f"{tap.module}.{tap.side}" for tap in tapped.values()) if tapped is not None else every_place(modules)
-    )
-    if settings.tensor_parallel_size == 1:
-        places = frozenset()
-    ranks = loop.run(lambda: _verify(loop.client, modules, number_of_experts(text), places))
-    wrong = ranks[0].wrong
-    if tapped is not None:
-        stage("comparing taps in the graph with hooks")
-        loop.run(lambda: _compare(loop.client, kind))
-        wrong = {**dict.fromkeys(taps.keys() - tapped.keys(), UNTAPPED), **wrong}
-        structure = replace(
-            structure, tapped=frozenset(f"{tap.module}.{tap.side}" for tap in tapped.values()), untapped=UNTAPPED
+
+
+def _declared(declared: Sequence[str], modules: Modules) -> dict[str, Tap]:
+    """Return the taps that the server's configuration declares, by stored key.
+
+    Raises:
+        ResolutionError: naming one that the model does not have.
+    """
+    taps, unknown = declared_taps(declared, modules)
+    if unknown:
+        raise ResolutionError(
+            f"taps: {unknown[0]!r} is not a hook point of {modules.architecture}; allowed are canonical names, stored keys, "
+            "and module paths ending in .input or .output with * for a part of the path"
         )
-    structure = replace(structure, split=split_places(ranks), verified_on=VERIFIED_ON)
-    found, reasons = missing(taps, wrong, modules.num_layers)
-    return replace(structure, taps=found, missing=reasons)
+    return taps
 
 
-async def _verify(client: "Client", modules: Modules, n_experts: int | None, places: frozenset[str]) -> list[Verified]:
-    """Run a request while the workers watch it, and the rows' norms at some places; returns what each rank says."""
+async def _verify(
+    client: "Client", modules: Modules, n_experts: int | None, locations: frozenset[str]
+) -> list[Verified]:
+    """Run a request while the workers record it, and the rows' norms at some locations; returns each rank's results."""
     from vllm import SamplingParams, TokensPrompt
 
-    await client.collective_rpc("roentgen_record", args=(sorted(places),))
-    prompt = TokensPrompt(prompt_token_ids=list(range(1, PROBE_TOKENS + 1)))
+    await client.collective_rpc("roentgen_record", args=(sorted(locations),))
+    prompt = TokensPrompt(prompt_token_ids=list(range(1, VERIFICATION_TOKENS + 1)))
     params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True, detokenize=False)
     async for _ in client.generate(prompt, params, "verification"):
         pass
@@ -377,16 +394,16 @@ async def _verify(client: "Client", modules: Modules, n_experts: int | None, pla
 
 
 async def _compare(client: "Client", kind: torch.dtype) -> None:
-    """Run the tokens of the verification through the graph, the last of them as a decoding step, and compare what taps show.
+    """Run the tokens of the verification through the graph, the last one as a decoding step, and compare the taps with hooks.
 
     Raises:
-        ResolutionError: naming a tap that shows something else than hooks did.
+        ResolutionError: naming a tap whose rows differ from those of hooks.
     """
     from vllm import SamplingParams, TokensPrompt
 
-    prompt = TokensPrompt(prompt_token_ids=list(range(1, PROBE_TOKENS)))
+    prompt = TokensPrompt(prompt_token_ids=list(range(1, VERIFICATION_TOKENS)))
     params = SamplingParams(
-        max_tokens=2, temperature=0, ignore_eos=True, detokenize=False, allowed_token_ids=[PROBE_TOKENS]
+        max_tokens=2, temperature=0, ignore_eos=True, detokenize=False, allowed_token_ids=[VERIFICATION_TOKENS]
     )
     async for _ in client.generate(prompt, params, "comparison"):
         pass
@@ -395,6 +412,6 @@ async def _compare(client: "Client", kind: torch.dtype) -> None:
         for place, error in unpack(reply, dict).items():
             if not error <= limit:
                 raise ResolutionError(
-                    f"taps: {place} shows other rows in vLLM's compiled graph than in the model (off by {error:.2g} in the "
-                    "median row). A graph from an old cache does that: VLLM_DISABLE_COMPILE_CACHE=1 builds a new one"
+                    f"taps: {place} has other rows in vLLM's compiled graph than in the model (relative error {error:.2g} in "
+                    "the median row). A graph from an old cache can cause this: VLLM_DISABLE_COMPILE_CACHE=1 builds a new one"
                 )

@@ -1,7 +1,7 @@
 """Checks that vLLM gives a short request the same values alone and beside a long one.
 
-vLLM packs its batches, so there is no padding to read; what could still depend on a neighbor is a model's own code, or a
-kernel. A request that joins others shows it: its log-probabilities are compared with those of the same request alone.
+vLLM packs its batches, so there is no padding to read. A model's own code or a kernel could still depend on other requests. To
+find out, the log-probabilities of a request that joins others are compared with those of the same request alone.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ SHORT, LONG, NEW = 9, 300, 4
 """Tokens of the two prompts, and of each completion."""
 
 LARGEST_ERROR = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
-"""The largest mean difference of a log-probability that rounding explains: batches of other shapes run other kernels."""
+"""Largest mean difference of a log-probability that rounding explains: batches of other shapes run other kernels."""
 
 
 class Generating(Protocol):
@@ -28,13 +28,13 @@ class Generating(Protocol):
 
 
 async def check_batching(client: Generating, vocab_size: int, context: int, dtype: torch.dtype) -> Batching:
-    """Run a request alone and beside a longer one; return which requests may share a forward.
+    """Run a request alone and beside a longer one; returns which requests may share a forward.
 
     Args:
-        client: vLLM's.
-        vocab_size: tokens that prompts are drawn from.
-        context: the most tokens of a sequence.
-        dtype: what the model computes in.
+        client: vLLM's client.
+        vocab_size: number of tokens that prompts are drawn from.
+        context: most tokens of a sequence.
+        dtype: dtype that the model computes in.
     """
     drawn = torch.randint(0, vocab_size, (SHORT + LONG,), generator=torch.Generator().manual_seed(0)).tolist()
     short, long = drawn[:SHORT], drawn[SHORT:][: max(1, context - NEW)]
@@ -43,11 +43,11 @@ async def check_batching(client: Generating, vocab_size: int, context: int, dtyp
     error = sum(abs(a - b) for a, b in zip(alone, beside, strict=True)) / len(alone)
     if error <= LARGEST_ERROR.get(dtype, 0.2):
         return Batching()
-    return Batching("alone", reason=f"beside a longer request, log-probabilities are off by {error:.2g} in the mean")
+    return Batching("alone", reason=f"beside a longer request, log-probabilities differ by {error:.2g} on average")
 
 
 async def _logprobs(client: Generating, prompt: list[int], name: str) -> list[float]:
-    """Return the log-probabilities of a prompt's tokens from the second on, and of the first that follows."""
+    """Return the log-probabilities of a prompt's tokens from the second on, and of the first generated token."""
     from vllm import SamplingParams, TokensPrompt
 
     params = SamplingParams(
@@ -56,6 +56,6 @@ async def _logprobs(client: Generating, prompt: list[int], name: str) -> list[fl
     outputs = client.generate(TokensPrompt(prompt_token_ids=prompt), params, f"neutrality-{name}")
     *_, output = [output async for output in outputs]
     read = [found[token].logprob for token, found in zip(prompt[1:], output.prompt_logprobs[1:], strict=True)]
-    # Which token follows may differ by rounding, and everything after it; its own log-probability may not.
+    # Rounding may change which token follows, and everything after it, but not that token's log-probability.
     first = next(iter(output.outputs[0].logprobs[0].values())).logprob
     return [*read, first]

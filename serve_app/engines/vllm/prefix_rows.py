@@ -1,13 +1,13 @@
-"""The rows of prompts that vLLM finds in its prefix cache, kept on the host by the worker that has computed them.
+"""Caches the rows of prompts that vLLM finds in its prefix cache, on the host, in the worker that computed them.
 
-vLLM reads a prompt from where it differs from earlier ones. The tokens before that pass through no module, so no tap shows
-their rows. They are what they were when these tokens were last read, and are kept here in blocks, each named by all tokens up
-to its end and by whatever else its rows depend on (`name_blocks`). So a block is right wherever its keys and values lie by now:
-neither a preemption nor a block of vLLM's that holds another prompt meanwhile can make it stale.
+vLLM reads a prompt from where it differs from earlier ones. The tokens before that pass through no module, so no tap reads
+their rows. The rows are the same as when these tokens were last read. They are kept here in blocks; a block's name contains
+all tokens up to its end and everything else that its rows depend on (`name_blocks`). So a block is valid wherever its keys and
+values are now: neither a preemption nor the reuse of one of vLLM's blocks can make it stale.
 
-What vLLM finds and what is here may differ, since both forget what has not been used for longest, each by its own bound. The
-replica asks before it tells anybody of a request's first token (`Collector.resumed`), and has a request whose rows are gone
-read again (`salts`).
+vLLM's cache and this one may differ, because each drops what is least recently used within its own limit. Before the replica
+emits a request's first token, it asks whether all rows are here (`Collector.resumed`). If not, it has the request read again
+(`salts`).
 """
 
 from collections import OrderedDict
@@ -26,15 +26,15 @@ class PrefixRows:
 
     Attributes:
         size: tokens of a block.
-        nbytes: what they take.
+        nbytes: size of the cache in bytes.
     """
 
     def __init__(self, size: int, limit: int) -> None:
-        """Begin empty.
+        """Create an empty cache.
 
         Args:
             size: tokens of a block.
-            limit: bytes that may be held.
+            limit: largest size in bytes.
         """
         self.size = size
         self.nbytes = 0
@@ -42,15 +42,15 @@ class PrefixRows:
         self._blocks: OrderedDict[bytes, dict[Tap, Tensor]] = OrderedDict()  # the first was used longest ago
 
     def lacks(self, name: bytes, taps: Collection[Tap]) -> set[Tap]:
-        """Return where a block has no rows, of some places."""
+        """Return the taps among `taps` that a block has no rows of."""
         return set(taps) - self._blocks.get(name, {}).keys()
 
     def use(self, names: Sequence[bytes], needed: Sequence[Collection[Tap]]) -> list[Rows] | None:
         """Return a sequence's blocks, which count as used now; None if one lacks rows.
 
         Args:
-            names: of the blocks.
-            needed: per block, where rows are needed.
+            names: names of the blocks.
+            needed: per block, the taps whose rows are needed.
         """
         if any(self.lacks(name, taps) for name, taps in zip(names, needed, strict=True)):
             return None
@@ -60,7 +60,7 @@ class PrefixRows:
         return [self._blocks.get(name, {}) for name in names]
 
     def add(self, name: bytes, rows: Rows) -> None:
-        """Take rows of a block, which own their memory; what was used longest ago goes for them."""
+        """Add rows of a block, in memory of their own; the least recently used blocks are dropped for them."""
         if not rows:
             return
         block = self._blocks.setdefault(name, {})

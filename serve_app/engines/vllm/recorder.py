@@ -1,4 +1,4 @@
-"""What is kept of the steps in which a model's hook points are verified."""
+"""Records the steps in which a model's hook points are verified."""
 
 import functools
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ def sum_of(found: Sequence[Tensor]) -> Tensor:
 
 
 class RowRecorder:
-    """Keeps everything that its taps read: an observer for the verification of hook points."""
+    """Records all rows that its taps read; an observer for the verification of hook points."""
 
     def __init__(self, taps: dict[str, Tap]) -> None:
         self.taps = taps
@@ -24,14 +24,14 @@ class RowRecorder:
         self._parts: dict[str, list[Tensor]] = {}
 
     def __call__(self, key: str, *found: Tensor) -> None:
-        """Keep a value's rows, if it has a row per token."""
+        """Record a value's rows, if it has a row per token."""
         flat = self.layout.flat(sum_of(found))
         kept = self._kept(flat) if flat is not None else None
         if kept is not None:
             self._parts.setdefault(key, []).append(kept)
 
     def seen(self) -> dict[str, Tensor]:
-        """Return, per key, what was kept of all rows."""
+        """Return, per key, the recorded rows."""
         return {key: torch.cat(parts) for key, parts in self._parts.items()}
 
     def _kept(self, flat: Tensor) -> Tensor | None:
@@ -39,7 +39,7 @@ class RowRecorder:
 
 
 class NormRecorder(RowRecorder):
-    """Keeps the rows' norms only: enough to tell whether several ranks have the same rows or each a part of them."""
+    """Records the rows' norms only: enough to find out whether ranks have the same rows or shards of them."""
 
     def _kept(self, flat: Tensor) -> Tensor | None:
         return flat.reshape(len(flat), -1).double().norm(dim=1).cpu()

@@ -1,12 +1,12 @@
-"""Salts for vLLM's prefix cache: which requests may find one another's tokens there.
+"""Computes salts for vLLM's prefix cache: requests with the same salt may share cached tokens.
 
-vLLM names a cached block by its tokens and the salt of its request. A salt here says whatever keys, values and needed rows
-depend on beside the tokens: the client's own salt, what is added to the stream, and the hook points whose rows of the prompt
-are needed. So what a request finds was computed for one that kept the same rows. A request that needs no row of its prompt but
-the last token's, which is always computed, shares with all that capture nothing.
+vLLM names a cached block by its tokens and by the salt of its request. A salt here contains everything that keys, values and
+needed rows depend on besides the tokens: the client's own salt, the steering vectors, and the hook points whose prompt rows
+are needed. So cached tokens were computed for a request that kept the same rows. A request that needs no prompt row except the
+last token's, which is always computed, shares with all requests that capture nothing.
 
-If rows of what was found are gone from the worker, the requests that need the same begin to fill the cache anew, under a salt
-of the next generation.
+If rows of cached tokens have been dropped in the worker, the requests that need the same rows start to fill the cache anew,
+under a salt of the next generation.
 """
 
 from hashlib import blake2b
@@ -22,17 +22,18 @@ class Salts:
     """The salts of one engine's requests."""
 
     def __init__(self) -> None:
-        """Begin with the first generation of each."""
+        """Start with the first generation of each salt."""
         self._generations: dict[str, int] = {}
 
     def of(self, job: GenerationJob) -> str | None:
-        """Return a job's salt; None shares with all that have none."""
+        """Return a job's salt; None shares with all jobs that have none."""
         kind = _kind(job)
         generation = self._generations.get(kind, 0)
         return (f"{kind}.{generation}" if generation else kind) or None
 
     def renew(self, job: GenerationJob, salt: str | None) -> None:
-        """Have jobs that need what this one needs find nothing that was read under the salt that it had."""
+        """Move jobs with the same needs to the next generation, so that they find nothing cached under this job's earlier
+        salt."""
         if self.of(job) == salt:
             kind = _kind(job)
             self._generations[kind] = self._generations.get(kind, 0) + 1
@@ -44,7 +45,7 @@ def rows_needed(job: GenerationJob) -> bool:
 
 
 def _kind(job: GenerationJob) -> str:
-    """Spell what a job's cached tokens have to have in common with its own, "" if that is nothing."""
+    """Return a digest of what a job's cached tokens must have in common with its own; "" if that is nothing."""
     parts: list[object] = []
     if job.cache_salt is not None:
         parts.append(("salt", job.cache_salt))

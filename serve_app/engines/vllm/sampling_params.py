@@ -1,4 +1,4 @@
-"""A job's sampling in vLLM's words, and vLLM's log-probabilities in ours. Choosing tokens is vLLM's own."""
+"""Converts a job's sampling settings for vLLM, and vLLM's log-probabilities back. vLLM itself chooses tokens."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,16 +10,16 @@ from serve_app.engines.protocol import GenerationJob, TokenScore
 from serve_app.engines.vllm.worker_messages import CHOSEN_ONLY, EXTRA_ARGS_KEY, UNSCORED, CaptureRequest, pack
 
 SEEDS = 1 << 63
-"""vLLM's generators take no larger ones."""
+"""Upper limit of seeds: vLLM's generators accept no larger ones."""
 
 
 def sampling_params(
     job: GenerationJob, stop_token_ids: frozenset[int], request: CaptureRequest | None
 ) -> SamplingParams:
-    """Spell a job for vLLM.
+    """Return vLLM's sampling parameters for a job.
 
-    vLLM detokenizes nothing: text, and the stop strings in it, are the same code for both engines, so the tokens are asked for
-    as they come wherever somebody reads along.
+    vLLM does not detokenize: text and stop strings are handled by the same code for both engines, so tokens are requested as
+    they are generated whenever a caller streams.
 
     Args:
         job: what to generate.
@@ -31,13 +31,13 @@ def sampling_params(
     params = SamplingParams(
         temperature=s.temperature,
         top_p=s.top_p if s.top_p > 0 else 1.0,
-        top_k=s.top_k if s.top_p > 0 else 1,  # the smallest set with no probability at all is the most likely token
+        top_k=s.top_k if s.top_p > 0 else 1,  # the smallest set with a probability of 0 is the most likely token
         min_p=s.min_p,
         seed=None if s.seed is None else s.seed % SEEDS,
-        max_tokens=max(s.max_tokens, 1),  # reading a prompt takes a token with it, which is thrown away
+        max_tokens=max(s.max_tokens, 1),  # vLLM generates at least one token, which is then discarded
         min_tokens=min(s.min_tokens, max(s.max_tokens, 1)),
         stop_token_ids=sorted(stop_token_ids),
-        ignore_eos=True,  # those are all of them
+        ignore_eos=True,  # stop_token_ids contains them
         allowed_token_ids=None if s.allowed_token_ids is None else list(s.allowed_token_ids),
         presence_penalty=s.presence_penalty,
         frequency_penalty=s.frequency_penalty,
@@ -51,13 +51,13 @@ def sampling_params(
         output_kind=RequestOutputKind.DELTA if _read_along(job, stop_token_ids) else RequestOutputKind.FINAL_ONLY,
         extra_args={EXTRA_ARGS_KEY: pack(request)} if request is not None else None,
     )
-    # vLLM would make tokens of words; which tokens a word has is the same code for both engines.
+    # vLLM would tokenize words itself; the tokens of bad words are the same for both engines.
     params._bad_words_token_ids = [list(word) for word in s.bad_words] or None
     return params
 
 
 def _read_along(job: GenerationJob, stop_token_ids: frozenset[int]) -> bool:
-    """Whether tokens are wanted as they come: to be told, or because vLLM does not see by itself where the job ends."""
+    """Whether tokens are needed as they are generated: to be streamed, or because vLLM cannot tell where the job ends."""
     return job.stream or bool(job.sampling.stop) or (job.stopping is not None and not stop_token_ids)
 
 
@@ -65,19 +65,19 @@ def _logprobs(job: GenerationJob) -> int:
     if not job.score_tokens:
         return UNSCORED
     if named := job.sampling.logprob_token_ids:
-        return len(named)  # as vLLM insists
+        return len(named)  # vLLM requires this number
     top = job.sampling.top_logprobs
     return max(top, CHOSEN_ONLY + 1) if top else CHOSEN_ONLY
 
 
 def token_score(token: int, found: Mapping[int, Any], top: int, named: Sequence[int] = ()) -> TokenScore:
-    """Return how likely a token was.
+    """Return a token's score.
 
     Args:
-        token: which.
-        found: vLLM's log-probabilities at its position, by token: its own, and the most likely ones or the named ones.
-        top: how many of the most likely to report.
-        named: what to report in place of the most likely ones.
+        token: the token.
+        found: vLLM's log-probabilities at its position, by token: its own, and those of the most likely or the named tokens.
+        top: number of most likely tokens to report.
+        named: tokens to report instead of the most likely ones.
     """
     if named:
         reported = dict.fromkeys((token, *named))

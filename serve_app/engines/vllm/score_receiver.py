@@ -1,8 +1,9 @@
-"""Brings the scores of probes from vLLM's workers to the replica, where streams tell them.
+"""Fetches the scores of probes from vLLM's workers to the replica, where streams emit them.
 
-A worker scores rows step by step and keeps the scores. They are fetched for all jobs at once, and never twice at a time: a
-fetch is a call between two of vLLM's steps, and holds up the next. So while streams run it is made at an interval; a stream
-does not wait for scores, it tells those that have come. When a job has ended, whatever is missing is waited for.
+A worker scores rows step by step and keeps the scores. They are fetched for all jobs together, and never concurrently: a fetch
+is a call between two of vLLM's steps and delays the next step. So while streams run, scores are fetched at an interval; a
+stream emits the scores that have arrived and does not wait for others. When a job has ended, the missing scores are waited
+for.
 """
 
 import asyncio
@@ -17,17 +18,17 @@ Fetch = Callable[[list[str]], Awaitable[dict[str, NewScores]]]
 
 
 INTERVAL_S = 0.02
-"""From one fetch for streams to the next."""
+"""Interval between fetches for streams, in seconds."""
 
 
 class ScoreReceiver:
-    """The scores of all jobs that have probes. It lives on the engine's loop."""
+    """Receives the scores of all jobs with probes. It runs on the engine's loop."""
 
     def __init__(self, fetch: Fetch) -> None:
-        """Begin without jobs.
+        """Create a receiver without jobs.
 
         Args:
-            fetch: asks the workers for what has come since the last time.
+            fetch: asks the workers for new scores.
         """
         self._fetch = fetch
         self._jobs: dict[str, RequestScores] = {}
@@ -35,19 +36,19 @@ class ScoreReceiver:
         self._fetched = -INTERVAL_S
 
     def begin(self, job_id: str, probes: tuple[RequestProbe, ...]) -> None:
-        """Expect a job's scores."""
+        """Start receiving a job's scores."""
         self._jobs[job_id] = RequestScores(probes)
 
     def forget(self, job_id: str) -> None:
-        """Expect none of a job any more."""
+        """Stop receiving a job's scores."""
         self._jobs.pop(job_id, None)
 
     def new_scores(self, job_id: str, n_rows: int) -> list[Tensor]:
-        """Return the scores of a job that have not been told, and have more fetched.
+        """Return a job's scores that have not been emitted, and start the next fetch.
 
         Args:
-            job_id: which.
-            n_rows: the rows that the job has, as far as is known; scores beyond belong to nobody.
+            job_id: the job.
+            n_rows: number of the job's rows, as far as is known; scores of later rows are not returned.
         """
         if time.monotonic() - self._fetched >= INTERVAL_S:
             self._start()
@@ -57,16 +58,16 @@ class ScoreReceiver:
         """Return all scores of a job that has ended.
 
         Raises:
-            UnscorableError: if they cannot be had.
+            UnscorableError: if scores are missing.
         """
         job = self._jobs[job_id]
         while job.n_scored < n_rows and job.failure is None:
             before = job.n_scored
             if self._fetching is not None:
-                await asyncio.shield(self._fetching)  # it may have been asked for before the last rows were there
+                await asyncio.shield(self._fetching)  # it may have started before the last rows were scored
             await asyncio.shield(self._start())
             if job.n_scored == before and job.failure is None:
-                raise UnscorableError(f"{before} tokens of this request were scored, not {n_rows}")
+                raise UnscorableError(f"{before} tokens of this request were scored; {n_rows} were expected")
         return [scores[:n_rows] for scores in job.all()]
 
     def _start(self) -> "asyncio.Task[None]":

@@ -1,8 +1,9 @@
-"""vLLM's workers on a GPU, which write what they capture to the store by themselves.
+"""vLLM's worker classes on a GPU, which write captured rows to the store themselves.
 
-vLLM loads the class by its name, in the process that has the model. Its methods are called by name, through vLLM's
-`collective_rpc`, between two steps: they must not wait. With tensor parallelism every rank runs the same observers, because
-gathering what is split takes all of them; the values are whole on each (`fragments`), and the first one keeps and stores rows.
+vLLM imports the class by its name, in the process that has the model. The replica calls its methods by name, through vLLM's
+`collective_rpc`, between two steps, so they must not wait. With tensor parallelism every rank runs the same observers, because
+gathering sharded values takes all ranks. Each rank has the whole values (`fragments`), and the first rank keeps and stores
+rows.
 """
 
 import logging
@@ -21,24 +22,24 @@ from serve_app.engines.vllm.collecting import LostRowsError
 from serve_app.engines.vllm.eager_runner import EagerRunner
 from serve_app.engines.vllm.graph_runner import GraphRunner
 from serve_app.engines.vllm.hook_points import Verified, candidates, describe_modules, tap_at, verify
-from serve_app.engines.vllm.lifetime import EndsWithReplica
+from serve_app.engines.vllm.lifetime import ExitsWithReplica
 from serve_app.engines.vllm.recorder import NormRecorder, RowRecorder
 from serve_app.engines.vllm.worker_messages import SyncMessage, SyncReply, pack, unpack
 
 log = logging.getLogger(__name__)
 
 
-class Capturing(ScoresChosenTokens, EndsWithReplica):
-    """What the replica asks of a worker, beside what vLLM does. Mixed into a worker class."""
+class Capturing(ScoresChosenTokens, ExitsWithReplica):
+    """Methods that the replica calls, besides vLLM's. A mixin for a worker class."""
 
     model_runner: Any
     rank: int
 
     def roentgen_open(self, store: str) -> None:
-        """Open the store for writing, if this is the rank that writes.
+        """Open the store for writing, on the rank that writes.
 
         Raises:
-            StoreError: if nothing can be written there.
+            StoreError: if the store cannot be written.
         """
         batch = self.model_runner.batch
         batch.keeps = self.rank == 0
@@ -46,7 +47,7 @@ class Capturing(ScoresChosenTokens, EndsWithReplica):
         self._pending: dict[str, Future[StoredActivations]] = {}
 
     def roentgen_modules(self) -> bytes:
-        """Describe the model's modules (`hook_points.Modules`), or say why the server cannot start with them."""
+        """Return the model's modules (`hook_points.Modules`), or the reason why the server cannot start with them."""
         load_error = getattr(self.model_runner, "load_error", None)
         if load_error is not None:
             return pack(load_error)
@@ -59,10 +60,10 @@ class Capturing(ScoresChosenTokens, EndsWithReplica):
             return pack(str(error))
 
     def roentgen_record(self, places: list[str]) -> None:
-        """Keep what the requests of the next steps show of the candidates for hook points, and the rows' norms at places.
+        """Record the next steps: the rows of candidates for hook points, and the norms of rows at some locations.
 
         Args:
-            places: modules' paths and sides.
+            places: the locations, each a module's path and a side.
         """
         model = self.model_runner.get_model()
         modules = describe_modules([path for path, _ in model.named_modules()], {}, "")
@@ -71,11 +72,11 @@ class Capturing(ScoresChosenTokens, EndsWithReplica):
         self.model_runner.batch.start_recording(recorders)
 
     def roentgen_verify(self, n_layers: int, n_experts: int) -> bytes:
-        """Check the candidates on what has been seen since `roentgen_record`; returns `Verified`.
+        """Verify the candidates on the steps since `roentgen_record`; returns `Verified`.
 
         Args:
-            n_layers: decoder layers.
-            n_experts: 0 for none.
+            n_layers: number of decoder layers.
+            n_experts: number of experts; 0 for none.
         """
         candidate, norms = self.model_runner.batch.stop_recording()
         wrong = verify(candidate.seen(), n_layers, n_experts or None)
@@ -111,57 +112,57 @@ class Capturing(ScoresChosenTokens, EndsWithReplica):
         return pack(SyncReply(stored, failed, self._writer.has_room, collector.n_jobs, collector.prefix_bytes))
 
     def roentgen_resumed(self, job_ids: list[str]) -> bytes | None:
-        """Say of jobs whether the rows are here of the tokens that vLLM has found in its cache, on the rank that writes."""
+        """Return, per job, whether the rows of its cached prompt tokens are here, on the rank that writes."""
         if self._writer is None:
             return None
         return pack({job_id: self.model_runner.batch.collector.resumed(job_id) for job_id in job_ids})
 
     def roentgen_scores(self, job_ids: list[str]) -> bytes | None:
-        """Return what these jobs' probes have given since the last time, on the rank that writes."""
+        """Return the new scores of these jobs' probes, on the rank that writes."""
         return None if self._writer is None else pack(self.model_runner.batch.collector.scores(job_ids))
 
     def roentgen_close(self) -> None:
-        """Commit what is pending."""
+        """Commit all pending rows."""
         if self._writer is not None:
             self._writer.close()
 
 
 class CapturingInGraph(Capturing):
-    """What the replica asks of a worker whose model has taps in its graph."""
+    """Methods that the replica calls on a worker whose model has taps in its graph."""
 
     def roentgen_compare(self) -> bytes:
-        """Compare what the taps have shown since `roentgen_verify` with what hooks had shown before; returns errors per key."""
+        """Compare the taps' rows since `roentgen_verify` with the rows that hooks read before; returns the error per key."""
         return pack(self.model_runner.batch.errors())
 
 
 class EagerWorker(Capturing, NNsightGPUWorker):
-    """A GPU's worker, whose model runs module by module."""
+    """A GPU worker whose model runs module by module."""
 
     def init_device(self) -> None:
-        """Make the device ready, and have its model runner observe."""
-        super().init_device()  # which refuses a runner that nnsight cannot instrument
+        """Initialize the device, and replace the model runner's class."""
+        super().init_device()  # rejects a runner that nnsight cannot instrument
         self.model_runner.__class__ = EagerRunner
 
 
 class GraphWorker(CapturingInGraph, Worker):
-    """A GPU's worker, whose model has taps in its graph."""
+    """A GPU worker whose model has taps in its graph."""
 
     def init_device(self) -> None:
-        """Make the device ready, and have its model runner tap."""
+        """Initialize the device, and replace the model runner's class."""
         super().init_device()
         take_over(self.model_runner, GPUModelRunner, GraphRunner)
 
 
-class PlainWorker(ScoresChosenTokens, EndsWithReplica, Worker):
-    """A GPU's worker that captures nothing: vLLM's own."""
+class PlainWorker(ScoresChosenTokens, ExitsWithReplica, Worker):
+    """A GPU worker that captures nothing: vLLM's own."""
 
 
 def take_over(runner: GPUModelRunner, known: type[GPUModelRunner], ours: type[GPUModelRunner]) -> None:
-    """Make a model runner one of ours.
+    """Change the class of a model runner to one of ours.
 
     Raises:
-        NotImplementedError: if it is not the runner that ours is made of.
+        NotImplementedError: if it is not of the class that ours extends.
     """
     if type(runner) is not known:
-        raise NotImplementedError(f"only vLLM's {known.__name__} is known, not {type(runner)}")
+        raise NotImplementedError(f"only vLLM's {known.__name__} is supported, not {type(runner)}")
     runner.__class__ = ours

@@ -24,13 +24,13 @@ LAST_INTERVAL_S = 0.01
 
 
 class WorkerStorage:
-    """Stores rows that vLLM's workers hold. Any thread may use it; it runs on the engine's loop."""
+    """Stores rows that vLLM's workers hold. Any thread may call it; it runs on the engine's loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, sync: Callable[[SyncMessage], Awaitable[SyncReply]]) -> None:
-        """Begin with nothing.
+        """Create an empty storage.
 
         Args:
-            loop: the engine's.
+            loop: the engine's event loop.
             sync: sends a message to the workers and returns their reply.
         """
         self._loop = loop
@@ -44,13 +44,13 @@ class WorkerStorage:
 
     @property
     def has_room(self) -> bool:
-        """Whether the workers' writer keeps up; asking makes sure that it is asked again while it does not."""
+        """Whether the workers' writer accepts more rows; while it does not, reading this property triggers another sync."""
         if not self._has_room:
             self._loop.call_soon_threadsafe(self._wake)
         return self._has_room
 
     def keep(self, entry: RolloutEntry, finished: Finished) -> "Future[StoredActivations]":
-        """Store a finished generation; the future completes when it is durable, or fails."""
+        """Store a finished generation; the future completes when it is committed, or fails."""
         assert finished.worker_rows is not None
         job_id, future = finished.worker_rows.job_id, Future[StoredActivations]()
 
@@ -68,7 +68,7 @@ class WorkerStorage:
         self._wake()
 
     def fail_all(self, error: Exception) -> None:
-        """Tell everybody who waits that the workers are gone; called on the engine's loop."""
+        """Fail all pending writes, because the workers are gone; called on the engine's loop."""
         waiting, self._waiting = self._waiting, {}
         for future in waiting.values():
             future.set_exception(error)

@@ -95,7 +95,7 @@ def settings(**changed: object) -> VllmSettings:
 def test_a_server_says_why_its_prefix_cache_is_off() -> None:
     assert settings(capture=False).prefix_caching == PrefixCaching(True)
     assert settings().prefix_caching == PrefixCaching(True)
-    assert "no row of a token" in settings(eager=True).prefix_caching.reason
+    assert "no rows of tokens" in settings(eager=True).prefix_caching.reason
     assert "--batch-invariant" in settings(batch_invariant=True).prefix_caching.reason
     assert "switched off" in settings(capture=False, prefix_cache=False).prefix_caching.reason
 

@@ -87,7 +87,9 @@ def test_a_token_that_passed_through_no_module_is_missed_where_its_row_is_wanted
         wanted = [5] if policy.startswith("last") else []
         assert collector.take("0", [0] * 6).position.tolist() == wanted
         return
-    with pytest.raises(LostRowsError, match="the rows of 4 tokens that were found in the prefix cache are not here"):
+    with pytest.raises(
+        LostRowsError, match="the rows of 4 tokens that were found in the prefix cache have been dropped"
+    ):
         collector.take("0", [0] * 6)
 
 
@@ -96,7 +98,7 @@ def test_tokens_that_are_skipped_later_are_missed() -> None:
     collector.begin(CaptureRequest("0", plan("all")), [0] * 6)
     run(collector, [(0, range(2))])
     run(collector, [(0, range(4, 6))])
-    with pytest.raises(LostRowsError, match="tokens 2–3 did not pass through the model"):
+    with pytest.raises(LostRowsError, match="tokens 2–3 were not processed by the model"):
         collector.take("0", [0] * 6)
 
 
@@ -104,7 +106,7 @@ def test_a_completion_that_is_longer_than_what_passed_is_missed() -> None:
     collector = Collector(torch.device("cpu"))
     collector.begin(CaptureRequest("0", plan("mean_prompt")), [0] * 2)
     run(collector, [(0, range(2))])
-    with pytest.raises(LostRowsError, match="2 tokens of this request passed through the model, not 5"):
+    with pytest.raises(LostRowsError, match="2 tokens of this request were processed; 5"):
         collector.take("0", [0] * 5)
 
 

@@ -175,7 +175,7 @@ def test_more_vectors_than_there_is_room_for_fail_their_step_only(runner: Runner
         runner.begin(name, 2, SteeringVector(key, tap, torch.randn(WIDTH), Positions("all")))
     runner.step(dict.fromkeys(names, TOKENS["a"]), dict.fromkeys(names, range(2)))
     for name in names:
-        with pytest.raises(LostRowsError, match="4 different vectors are to be added; there is room for 3"):
+        with pytest.raises(LostRowsError, match="4 different vectors are too many; there is room for 3"):
             runner.rows(name, 2)
     runner.begin("fine", 2)
     runner.step({"fine": TOKENS["a"]}, {"fine": range(2)})

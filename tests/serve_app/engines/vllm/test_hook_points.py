@@ -14,7 +14,7 @@ from serve_app.engines.vllm.hook_points import (
     declared_taps,
     describe_modules,
     missing,
-    split_places,
+    split_locations,
     terms,
     verify,
 )
@@ -187,18 +187,18 @@ def test_what_has_no_tap_is_refused_with_what_adds_it() -> None:
 def test_places_where_ranks_differ_are_split() -> None:
     first = {"whole": [1.0, 2.0], "rounded": [1.0, 2.0], "part": [1.0, 2.0], "zero": [0.0, 0.0], "silent there": [1.0]}
     second = {"whole": [1.0, 2.0], "rounded": [1.0002, 1.9998], "part": [1.0, 2.5], "zero": [0.0, 0.0]}
-    assert split_places([Verified({}, first)]) == frozenset()
-    assert split_places([Verified({}, first), Verified({}, second)]) == {"part", "silent there"}
+    assert split_locations([Verified({}, first)]) == frozenset()
+    assert split_locations([Verified({}, first), Verified({}, second)]) == {"part", "silent there"}
     third = first | {"whole": [1.0, 2.0, 3.0]}
-    assert split_places([Verified({}, first), Verified({}, first), Verified({}, third)]) == {"whole"}
+    assert split_locations([Verified({}, first), Verified({}, first), Verified({}, third)]) == {"whole"}
 
 
 @pytest.mark.parametrize("name", ["mlp.gate_up_proj.output", "model.layers.1.mlp.gate_up_proj.output", "halves"])
-def test_what_is_in_parts_is_refused_however_it_is_named(name: str) -> None:
+def test_a_sharded_hook_point_is_rejected_under_every_alias(name: str) -> None:
     place = Tap("model.layers.1.mlp.gate_up_proj", "output")
     split = replace(structure(), split=frozenset({"model.layers.1.mlp.gate_up_proj.output"}))
     split = split.with_savepoints({"halves": place})
-    with pytest.raises(CaptureRequestError, match=r"some columns of model\.layers\.1\.mlp\.gate_up_proj\.output only"):
+    with pytest.raises(CaptureRequestError, match=r"only some columns of model\.layers\.1\.mlp\.gate_up_proj\.output"):
         split.resolve(ActivationRequest(layers=(0, 1), hook_points=(name,)))
     assert len(split.resolve(ActivationRequest(layers=(0,), hook_points=("mlp.gate_up_proj.output",)))) == 1
     assert len(split.resolve(ActivationRequest(layers=(1,), hook_points=("mlp.gate_up_proj.input",)))) == 1
