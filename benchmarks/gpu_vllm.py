@@ -219,7 +219,7 @@ def _generate(
     Raises:
         OutOfTimeError: if there is no time left.
     """
-    events: queue.SimpleQueue[tuple[Request, Finished | Failed]] = queue.SimpleQueue()
+    events: queue.SimpleQueue[tuple[RowRequest, Finished | Failed]] = queue.SimpleQueue()
     keep = keeper(model, engine)
 
     def submit(request: RowRequest) -> None:

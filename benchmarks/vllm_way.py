@@ -267,8 +267,8 @@ def probes(model: ServedModel, count: int = N_PROBES) -> tuple[RequestProbe, ...
     for number in range(count):
         key = stored_key("resid_post", round(number * last / (count - 1)))
         weight, bias = torch.randn(1, width, generator=generator), torch.zeros(1)
-        probe = LinearProbe(weight, bias, torch.zeros(width), torch.ones(width)).to(model.device)
-        found.append(RequestProbe(f"probe {number}", key, structure.taps[key], probe, ""))
+        linear_probe = LinearProbe(weight, bias, torch.zeros(width), torch.ones(width)).to(model.device)
+        found.append(RequestProbe(f"probe {number}", key, structure.taps[key], linear_probe, ""))
     return tuple(found)
 
 

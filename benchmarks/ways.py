@@ -100,7 +100,7 @@ def engine_way(
     """
     plan = capture_plan(model, capture)
 
-    def run(prompts: list[list[int]], max_tokens: int, in_flight: int) -> Run:
+    def run(prompts: list[list[int]], max_tokens: int, in_flight: int) -> MeasuredRun:
         events: queue.SimpleQueue[tuple[int, Finished | Failed]] = queue.SimpleQueue()
         made: dict[int, float] = {}
         first: dict[int, float] = {}

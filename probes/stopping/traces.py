@@ -123,7 +123,7 @@ def _reasoning(
     return inside[:-1], int(ends[first - 1]) if first else 0, own.index(marks.end) + 1 if state == "after" else None
 
 
-def scores_of(probe: LinearProbe, trace: StopTrace) -> Float[np.ndarray, "fed"]:
+def scores_of(linear_probe: LinearProbe, trace: StopTrace) -> Float[np.ndarray, "fed"]:
     """Score a rollout's tokens with a probe of one output."""
-    found: Float[np.ndarray, "fed"] = probe.scores(trace.rows.flatten(1))[:, 0].numpy()
+    found: Float[np.ndarray, "fed"] = linear_probe.scores(trace.rows.flatten(1))[:, 0].numpy()
     return found

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from roentgen.api.steer import Steer, find_probe, is_vector
 from roentgen.extensions import preview
 from roentgen.linear_probe import SavedProbe
-from roentgen.stopping import StopWhen
+from roentgen.stop_rule import StopWhen
 from serve_app.capture.probe_scores import RequestProbe
 from serve_app.capture.steering import SteeringVector
 from serve_app.config import ServerConfig

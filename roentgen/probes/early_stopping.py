@@ -110,8 +110,8 @@ def _sweep(settings: StopSettings, path: Path, probe: SavedProbe, stage: Callabl
     choosing = split_halves([trace.group for trace in traces], settings.seed)
     if not choosing.any() or choosing.all():
         raise ProbeDataError(f"{run.path} has answers to one problem only; settings are chosen on half of the problems")
-    probes: list[LinearProbe] = [probe, *random_directions(probe, settings.controls, settings.seed)]
-    scores = all_scores(probes, traces)
+    linear_probes: list[LinearProbe] = [probe, *random_directions(probe, settings.controls, settings.seed)]
+    scores = all_scores(linear_probes, traces)
     halves = [[found for found, mine in zip(own, choosing, strict=True) if mine] for own in scores]
     half = [trace for trace, mine in zip(traces, choosing, strict=True) if mine]
     tried = make_settings(half, halves, settings.lengths, settings.above)

@@ -48,7 +48,7 @@ class RequestProbe:
     """The stored key it reads."""
     tap: Tap
     """The key's tap."""
-    probe: "LinearProbe"
+    linear_probe: "LinearProbe"
     """The linear probe, on the model's device."""
     label: str
     """The label that it predicts."""
@@ -159,7 +159,7 @@ class RequestScores:
     def __init__(self, probes: tuple[RequestProbe, ...]) -> None:
         """Create empty scores."""
         self.probes = probes
-        self.stacked = _stack(tuple((probe.key, probe.probe) for probe in probes))
+        self.stacked = _stack(tuple((probe.key, probe.linear_probe) for probe in probes))
         self.n_scored = 0
         self.failure: UnscorableError | None = None
         self._parts: list[_Part] = []
@@ -179,7 +179,7 @@ class RequestScores:
         """
         known = _Cohort(self.stacked)
         known.want(self, range(length))
-        for key, (tap, device) in {one.key: (one.tap, one.probe.mean.device) for one in self.probes}.items():
+        for key, (tap, device) in {one.key: (one.tap, one.linear_probe.mean.device) for one in self.probes}.items():
             if rows[tap].ndim == 2:
                 known.score(key, rows[tap].to(device))
         later, self._parts = self._parts, []  # a forward may already have scored the tokens behind them
@@ -212,7 +212,7 @@ class RequestScores:
     def unread(self, places: Set[Place]) -> None:
         """Record that some keys did not have the rows that probes read."""
         for probe in self.probes:
-            width = probe.probe.mean.shape[0]
+            width = probe.linear_probe.mean.shape[0]
             if self.failure is None and (probe.key, width) in places:
                 self.failure = UnscorableError(
                     f"{probe.key} has no row of {width} values per token, which the probe {probe.name!r} reads"

@@ -109,7 +109,7 @@ def make_entry(
     )
 
 
-def join(entry: RolloutEntry, captured: CapturedRows) -> Rollout:
+def join(entry: RolloutEntry, captured: CapturedRows) -> CapturedRollout:
     """Combine an entry and its captured rows into a rollout."""
     dtypes = {str(tensor.dtype) for tensor in captured.tensors.values()}
     return CapturedRollout(

@@ -72,7 +72,7 @@ class LocalStorage:
         return write(self._writer, entry, finished.captured)
 
 
-def rollout_of(entry: RolloutEntry, captured: CapturedRows) -> Rollout:
+def rollout_of(entry: RolloutEntry, captured: CapturedRows) -> CapturedRollout:
     """Combine an entry and its captured rows into a rollout, and check its logits.
 
     Raises:

@@ -20,7 +20,7 @@ from pydantic import (
 from torch import Tensor
 
 from roentgen.contract import Float, Int, ProbeAction, SteeredPositions, no_booleans
-from roentgen.stopping import StopWhen
+from roentgen.stop_rule import StopWhen
 from serve_app.capture.probe_scores import RequestProbe
 from serve_app.engines.probe_stopping import Acted
 from serve_app.openai_api.schemas import ProbeScores

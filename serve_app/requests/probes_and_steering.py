@@ -69,7 +69,7 @@ def resolve_stopping(
     """
     for rule, param in rules:
         scorer = scorers[rule.probe]
-        if (outputs := len(scorer.probe.bias)) > 1:
+        if (outputs := len(scorer.linear_probe.bias)) > 1:
             raise refused(param, f"{scorer.name} has {outputs} outputs; only a probe with one can act")
         if rule.when.counts == "reasoning" and model.reasoning_tokens is None:
             raise refused(

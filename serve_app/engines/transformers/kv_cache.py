@@ -269,20 +269,20 @@ def fill_gaps(n_rows: int, keep: list[int]) -> list[int]:
 
 @dataclass(frozen=True)
 class Slots:
-    """All layers' slabs, and which of their columns are in use."""
+    """The slabs of all layers, and the columns in use."""
 
     keys: list[Float[Tensor, "slots kv_heads columns d"]]
-    """By layer; of one that shares another's, no values."""
+    """Per layer, its keys; empty for a layer that shares another layer's."""
     values: list[Float[Tensor, "slots kv_heads columns d"]]
-    """By layer."""
+    """Per layer, its values."""
     low: int
-    """The first column in use."""
+    """First column in use."""
     high: int
-    """The column that the next step fills."""
+    """Column that the next step fills."""
 
 
 def slots_of(cache: Cache) -> Slots:
-    """Return the slabs that a running batch's cache (`SlotRows.cache`) consists of."""
+    """Return the slabs of a running batch's cache (`SlotRows.cache`)."""
     layers = [layer for layer in cache.layers if isinstance(layer, _SlotLayer)]
     none = torch.empty(0, 0, 0, 0)
     keys = [none if layer.keys is None else layer.keys for layer in layers]
@@ -329,7 +329,7 @@ class _SlotLayer(CacheLayerMixin):
 
     def relocate(self, before: slice, after: slice) -> None:
         """Move the live columns; into a larger slab if there are more slots or columns now."""
-        extent, rows = self._extent, self._extent.rows
+        extent, rows = self.extent, self.extent.rows
         if self.keys is None or self.values is None:
             return
         slabs = []
@@ -344,7 +344,7 @@ class _SlotLayer(CacheLayerMixin):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Create the slabs."""
-        slots, columns = self._extent.slots, self._extent.columns
+        slots, columns = self.extent.slots, self.extent.columns
         self.keys = key_states.new_zeros(slots, key_states.shape[1], columns, key_states.shape[3])
         self.values = value_states.new_zeros(slots, value_states.shape[1], columns, value_states.shape[3])
         self.is_initialized = True
@@ -366,7 +366,7 @@ class _SlotLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Return the number of columns in use."""
-        return self._extent.high - self._extent.low
+        return self.extent.high - self.extent.low
 
     def get_max_length(self) -> int:
         """Return -1, for no limit."""

@@ -131,7 +131,7 @@ class Collector:
         self._to_keep: deque[tuple[int, _Job]] = deque()
         self._memory = RowMemory()
         self._device = device
-        self._probes: dict[bytes, LinearProbe] = {}
+        self._linear_probes: dict[bytes, LinearProbe] = {}
 
     @property
     def n_jobs(self) -> int:
@@ -345,14 +345,14 @@ class Collector:
 
     def _shared(self, scorer: RequestProbe) -> RequestProbe:
         """Return the same probe with weights that all requests share, so that one product scores the rows of all requests."""
-        probe = scorer.probe
-        parts = (probe.weight, probe.bias, probe.mean, probe.scale)
+        linear_probe = scorer.linear_probe
+        parts = (linear_probe.weight, linear_probe.bias, linear_probe.mean, linear_probe.scale)
         digest = blake2b(b"".join(part.cpu().numpy().tobytes() for part in parts), digest_size=16).digest()
-        if digest not in self._probes:
-            while len(self._probes) >= MAX_PROBES:
-                del self._probes[next(iter(self._probes))]
-            self._probes[digest] = probe.to(self._device)
-        return replace(scorer, probe=self._probes[digest])
+        if digest not in self._linear_probes:
+            while len(self._linear_probes) >= MAX_PROBES:
+                del self._linear_probes[next(iter(self._linear_probes))]
+            self._linear_probes[digest] = linear_probe.to(self._device)
+        return replace(scorer, linear_probe=self._linear_probes[digest])
 
     def forget(self, job_id: str) -> None:
         """Drop a job and its rows."""

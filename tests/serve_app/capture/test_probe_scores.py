@@ -44,7 +44,7 @@ def scorer(model: LoadedModel, key: str, outputs: int = 1, width: int = 32, seed
 
 def by_numpy(found: RequestProbe, rows: torch.Tensor) -> np.ndarray:
     weight, bias, mean, scale = (
-        getattr(found.probe, part).double().numpy() for part in ("weight", "bias", "mean", "scale")
+        getattr(found.linear_probe, part).double().numpy() for part in ("weight", "bias", "mean", "scale")
     )
     return (rows.double().numpy() - mean) / scale @ weight.T + bias
 
@@ -91,14 +91,14 @@ def test_a_probe_of_another_width_fails_alone(model: LoadedModel, engine: Transf
     for call in calls:
         engine.submit(call.job)
     assert len(calls[1].result().probed[0]) == len(PROMPTS[1]) + 2
-    with pytest.raises(UnscorableError, match=r"gate_proj\.output has no row of 32 values per token"):
+    with pytest.raises(UnscorableError, match=r"gate_proj\.output does not give a row of 32 per token"):
         calls[0].result()
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_score_that_is_no_number_fails_alone(model: LoadedModel, engine: TransformersEngine, stream: bool) -> None:
     good = scorer(model, "layers.1.resid_post")
-    bad = replace(good, probe=replace(good.probe, weight=torch.full((1, 32), 3e38)))
+    bad = replace(good, linear_probe=replace(good.linear_probe, weight=torch.full((1, 32), 3e38)))
     call = Call(PROMPTS[0], Sampling(3, temperature=0), stream=stream)
     call.job = replace(call.job, probes=(bad,))
     with pytest.raises(UnscorableError, match="not finite"):

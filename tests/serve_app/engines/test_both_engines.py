@@ -16,7 +16,7 @@ import torch
 
 from roentgen.contract import ActivationRequest, Positions, split_key, stored_key
 from roentgen.linear_probe import LinearProbe
-from roentgen.stopping import ReasoningTokens, StopWhen, find_stop
+from roentgen.stop_rule import ReasoningTokens, StopWhen, find_stop
 from serve_app.capture.probe_scores import RequestProbe, UnscorableError
 from serve_app.capture.rows import CapturePlan, UncapturableError
 from serve_app.capture.steering import SteeringVector
@@ -464,7 +464,7 @@ def test_a_hook_point_without_rows_is_refused_or_fails_alone(under_test: Subject
     for call in (odd, fine):
         under_test.engine.submit(call.job)
     assert len(under_test.rows(fine)[0]) == 20
-    with pytest.raises(UncapturableError, match=r"model\.layers\.output has no row per token"):
+    with pytest.raises(UncapturableError, match=r"model\.layers\.output does not give a row per token"):
         under_test.rows(odd)
 
 
@@ -499,7 +499,7 @@ def test_rows_are_scored_as_they_are_captured(under_test: Subject, steered: bool
         assert len(result.probed) == len(probes)
         for probe, scores in zip(probes, result.probed, strict=True):
             weight, bias, mean, scale = (
-                getattr(probe.probe, part).double().numpy() for part in ("weight", "bias", "mean", "scale")
+                getattr(probe.linear_probe, part).double().numpy() for part in ("weight", "bias", "mean", "scale")
             )
             expected = (rows[probe.key].double().numpy() - mean) / scale @ weight.T + bias
             assert scores.shape == expected.shape
@@ -523,12 +523,12 @@ def test_a_streams_scores_join_to_the_whole(under_test: Subject) -> None:
 def test_a_probe_of_another_width_fails_alone(under_test: Subject) -> None:
     odd, fine = Call(PROMPTS[0], GREEDY), Call(PROMPTS[1], GREEDY)
     probe = scorer(under_test, "layers.1.resid_post")
-    narrow = replace(probe, probe=LinearProbe(torch.ones(1, 3), torch.ones(1), torch.ones(3), torch.ones(3)))
+    narrow = replace(probe, linear_probe=LinearProbe(torch.ones(1, 3), torch.ones(1), torch.ones(3), torch.ones(3)))
     odd.job, fine.job = replace(odd.job, probes=(narrow,)), replace(fine.job, probes=(probe,))
     for call in (odd, fine):
         under_test.engine.submit(call.job)
     assert len(fine.result().probed[0]) == 20
-    with pytest.raises(UnscorableError, match="has no row of 3 values per token"):
+    with pytest.raises(UnscorableError, match="does not give a row of 3 per token"):
         odd.result()
 
 
@@ -544,7 +544,7 @@ def stored_scores(subject: Subject, call: Call, probe: RequestProbe) -> np.ndarr
     """The scores of a stored rollout's rows, one for each token that was fed."""
     positions, rows = subject.rows(call)
     assert positions == list(range(len(positions)))
-    return probe.probe.scores(rows[probe.key])[:, 0].numpy()
+    return probe.linear_probe.scores(rows[probe.key])[:, 0].numpy()
 
 
 @pytest.mark.rotating
@@ -709,7 +709,9 @@ def test_a_score_that_cannot_be_had_ends_nothing_else(under_test: Subject) -> No
     width = under_test.model.structure.d_model
     endless = replace(
         probe,
-        probe=LinearProbe(torch.full((1, width), 3e38), torch.ones(1), torch.zeros(width), torch.full((width,), 1e-9)),
+        linear_probe=LinearProbe(
+            torch.full((1, width), 3e38), torch.ones(1), torch.zeros(width), torch.full((width,), 1e-9)
+        ),
     )
     odd.job = replace(odd.job, probes=(endless,), stopping=stopping(0, 1))
     fine.job = replace(fine.job, probes=(probe,), stopping=stopping(1e9, 1))
@@ -754,7 +756,7 @@ def test_a_prompt_that_was_read_before_has_all_its_rows_and_scores(under_test: S
             assert positions == wanted
             assert_rows(rows, kept)
             for scores in said.probed:
-                torch.testing.assert_close(scores, probe.probe.scores(expected[probe.key]), rtol=1e-3, atol=1e-3)
+                torch.testing.assert_close(scores, probe.linear_probe.scores(expected[probe.key]), rtol=1e-3, atol=1e-3)
 
 
 def test_what_can_never_fit_is_refused_at_once(under_test: Subject) -> None:

@@ -3,7 +3,7 @@
     compilation.py  starts and pauses the process that compiles; the result is kept in the cache
     __main__.py     that process
     graph.py        exports the graph: the model's own forward for one new token per row
-    operations.py   custom operations that the engine implements: packed products, attention over its slots, observers
+    operations.py   operations that the engine implements, in C++: packed products, attention over its slots, observers
     step.py         the compiled step: loaded, compared with the model, and run
     manager.py      decides when to compile, and gives the engine the step
 

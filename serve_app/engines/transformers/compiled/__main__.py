@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from serve_app.engines.transformers.compiled.compilation import GRAPHS, PARTS, REQUEST
 from serve_app.engines.transformers.compiled.graph import GraphParts, NotCompilableError, export_step, parts_of
+from serve_app.engines.transformers.compiled.operations import SOURCE, library_file, load
 
 NICENESS = 10
 
@@ -65,6 +66,22 @@ def main(work: Path, target: Path) -> None:
     except OSError:
         if not (target / PARTS).exists():  # unless another process has compiled them meanwhile
             raise
+
+
+def build(folder: Path) -> Path:
+    """Compile the operations into a folder, with inductor's flags for this processor; returns the library.
+
+    Raises:
+        NotCompilableError: if the compiler fails.
+    """
+    options = CppTorchOptions(vec_isa=pick_vec_isa(), include_pytorch=True)
+    builder = CppBuilder("operations", str(SOURCE), options, str(folder))
+    try:
+        builder.build()
+    except CppCompileError as error:
+        reason = next((line for line in str(error).splitlines() if "error:" in line), str(error).splitlines()[0])
+        raise NotCompilableError(f"the operations cannot be compiled: {reason}") from error
+    return Path(builder.get_target_file_path())
 
 
 def without_weights(folder: Path, dtype: torch.dtype, parts: GraphParts) -> PreTrainedModel:

@@ -26,11 +26,12 @@ from transformers import PreTrainedModel
 
 from roentgen.model_names import cache_folder
 from serve_app.engines.transformers.compiled.graph import GraphParts, parts_of
+from serve_app.engines.transformers.compiled.operations import library_file
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2
-"""Version of the graphs and of the operations that they call; graphs of another version are not used."""
+FORMAT = 1
+"""Version of the graphs; graphs of another version are not used."""
 
 GRAPHS = {True: "one_row.pt2", False: "rows.pt2"}
 """Per whether it is for one row, a graph's file name."""
@@ -52,7 +53,8 @@ class CompilationSpec:
     threads: int
     """Number of threads: inductor compiles it into the code."""
     made_with: tuple[str, ...] = field(default_factory=_versions)
-    """Versions that the code depends on."""
+    """What else the code depends on: transformers' version, and the operations, whose file name covers PyTorch and the
+    processor."""
 
     @property
     def folder(self) -> Path:
@@ -63,7 +65,7 @@ class CompilationSpec:
     @property
     def done(self) -> bool:
         """Whether the graphs are in the cache."""
-        return (self.folder / PARTS).exists()
+        return (self.folder / PARTS).exists() and library_file().exists()
 
     @classmethod
     def of(cls, model: PreTrainedModel, observed_modules: list[str]) -> "CompilationSpec":

@@ -1,9 +1,8 @@
 """Exports the graph of a decoding step: the model's own forward for one new token per row, with the engine's operations in it.
 
-The exported code is the model's code in transformers, run on a model without weights. Linear layers call `operations.linear`,
-attention calls `operations.attend`, and observed modules call `operations.observe` on their outputs. Masks and rotations are
-the model's own. A model whose forward cannot be exported (BLOOM's biases need all columns of the keys) raises an error, and
-runs without a graph.
+The exported code is the model's code in transformers, run on a model without weights. Linear layers call `linear`, attention
+calls `attend`, and exposed modules call `visit` on their outputs. Masks and rotations are the model's own. A model whose
+forward cannot be exported (BLOOM's biases need all columns of the keys) raises an error, and runs without a graph.
 """
 
 from collections.abc import Sequence
@@ -18,7 +17,6 @@ from transformers import AttentionInterface, Cache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
-from serve_app.engines.transformers.compiled import operations
 from serve_app.engines.transformers.grouped_attention import OTHER_OPTIONS
 
 ATTENTION = "roentgen_compiled"
@@ -179,6 +177,6 @@ def _attention(
 
 def _shown(number: int) -> Any:
     def show(module: nn.Module, args: object, output: Any) -> None:
-        operations.observe(output[0] if isinstance(output, tuple) else output, number)
+        torch.ops.roentgen.visit(output[0] if isinstance(output, tuple) else output, number)
 
     return show

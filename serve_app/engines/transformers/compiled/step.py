@@ -22,8 +22,9 @@ from serve_app.capture.observer import StepObserver, Subscription
 from serve_app.capture.structure import ModelStructure, Tap
 from serve_app.engines.transformers.compiled.compilation import GRAPHS, PARTS
 from serve_app.engines.transformers.compiled.graph import NotCompilableError, parts_of
-from serve_app.engines.transformers.compiled.operations import StepBindings, bind
-from serve_app.engines.transformers.kv_cache import SlotRows
+from serve_app.engines.transformers.compiled.operations import StepBindings, bind, library_file
+from serve_app.engines.transformers.compiled.operations import load as load_operations
+from serve_app.engines.transformers.kv_cache import SlotRows, slots_of
 from serve_app.engines.transformers.model_cache import ForwardInputs
 from serve_app.engines.transformers.packed_weights import PackedLinear
 
@@ -120,7 +121,7 @@ class CompiledStep:
         looks = {place: _show_all(found) for place, found in subscriptions.items()}
         graph = self.graphs[len(inputs.tokens) == 1]
         linears = [(one.packed, one.bias) for one in self.linears]
-        with bind(StepBindings(linears, inputs.cache.layers, looks)):
+        with bind(StepBindings(linears, slots_of(inputs.cache), len(self.observed_modules), looks)):
             # The graph assumes the memory layout of the inputs that it was compiled with.
             logits: Tensor = graph(*(one.contiguous() for one in (inputs.tokens, inputs.mask, inputs.positions)))
         return logits
@@ -134,11 +135,14 @@ class CompiledStep:
         """
         limit = LARGEST_ERROR.get(dtype, HALF_ERROR)
         for lengths in (PROMPT_LENGTHS, PROMPT_LENGTHS[:1]):
-            mine, theirs = (_values(self, model, lengths, compiled=compiled) for compiled in (True, False))
+            try:
+                mine, theirs = (_values(self, model, lengths, compiled=compiled) for compiled in (True, False))
+            except RuntimeError as failure:
+                raise NotCompilableError(str(failure).strip().split("\n")[0]) from failure
             for name, value in theirs.items():
                 error = float((mine[name] - value).norm() / value.norm())
                 if not error <= limit:
-                    raise NotCompilableError(f"{name or 'the logits'} of {len(lengths)} rows are off by {error:.2g}")
+                    raise NotCompilableError(f"{name or 'the logits'} of {len(lengths)} rows differ by {error:.2g}")
 
 
 def _show_all(subscriptions: list[Subscription]) -> Any:

@@ -74,7 +74,7 @@ def preview(cache_support: list[int], key: str, span: range) -> torch.Tensor:
 
 
 @dataclass
-class RunningJob:
+class Running:
     """A request in vLLM: its tokens, how many are read, and what the model remembers after each."""
 
     asked: GenerationJob
@@ -103,7 +103,7 @@ class Played:
     def __post_init__(self) -> None:
         self.collector = Collector(torch.device("cpu"), self.rows)
 
-    def begin(self, name: str, asked: GenerationJob, tokens: list[int], piece: int) -> RunningJob:
+    def begin(self, name: str, asked: GenerationJob, tokens: list[int], piece: int) -> Running:
         """Schedule a request: what is found are whole blocks of its prompt, and never its last token."""
         salt, count, state = self.salts.of(asked), 0, 0
         while (
@@ -115,23 +115,23 @@ class Played:
         request = CaptureRequest(name, asked.capture, asked.steering, asked.probes, asked.cache_salt)
         self.collector.begin(request, asked.prompt_ids)
         # Of found tokens only the state after the last counts: their rows are shown by nobody.
-        return RunningJob(asked, tokens, piece, salt, [0] * count + states(asked, tokens, count, state), count)
+        return Running(asked, tokens, piece, salt, [0] * count + states(asked, tokens, count, state), count)
 
-    def step(self, batch: dict[str, RunningJob]) -> None:
+    def step(self, batch: dict[str, Running]) -> None:
         """Run a forward of the next tokens of requests, packed."""
         spans = {name: one.next() for name, one in batch.items()}
         step = self.collector.step(list(spans.items()))
         if step is not None:
-            for observer in (step.rows, step.fills, step.scores):
-                for key, tap in (observer.taps if observer is not None else {}).items():
+            for visitor in (step.rows, step.fills, step.scores):
+                for key, tap in (visitor.taps if visitor is not None else {}).items():
                     (place,) = (name for name, place in PLACES.items() if place == tap)
                     values = [preview(one.cache_support, place, spans[name]) for name, one in batch.items()]
-                    observer(key, torch.cat(values))
+                    visitor(key, torch.cat(values))
             self.collector.done(step, None)
         for name, one in batch.items():
             one.at = spans[name].stop
 
-    def schedule(self, one: RunningJob) -> None:
+    def schedule(self, one: Running) -> None:
         """Have the blocks found that a request's next step fills."""
         for end in range(SIZE, one.next().stop + 1, SIZE):
             if end > one.at:
@@ -142,7 +142,7 @@ class Played:
         waiting = [
             (f"{number}", asked, asked.prompt_ids + said, piece) for number, (asked, said, piece) in enumerate(jobs)
         ]
-        running: dict[str, RunningJob] = {}
+        running: dict[str, Running] = {}
         while waiting or running:
             for one in running.values():
                 self.schedule(one)
@@ -169,7 +169,7 @@ class Played:
         cache_support = states(asked, fed)
         if asked.probes:
             scores = RequestScores(asked.probes)
-            scores.receive(self.collector.scores([name])[name])
+            scores.take_in(self.collector.scores([name])[name])
             expected = preview(cache_support, "c", range(len(fed))).sum(1, keepdim=True)
             torch.testing.assert_close(scores.all()[0][: len(fed)], expected)
         if asked.capture is None:

@@ -24,11 +24,11 @@ def test_tensors_arrive_as_they_were(dtype: torch.dtype) -> None:
 
 def test_an_order_with_probes_is_little_more_than_their_numbers() -> None:
     width, tap = 576, Tap("model.layers.0", "output")
-    probes = [
+    linear_probes = [
         LinearProbe(torch.randn(1, width), torch.zeros(1), torch.zeros(width), torch.ones(width)) for _ in range(8)
     ]
-    probes = tuple(RequestProbe(str(i), "layers.0.resid_post", tap, one, "") for i, one in enumerate(probes))
+    probes = tuple(RequestProbe(str(i), "layers.0.resid_post", tap, one, "") for i, one in enumerate(linear_probes))
     sent = pack(CaptureRequest("job", None, (), probes))
     assert len(sent) < 1.1 * sum(4 * (3 * width + 1) for _ in probes)
     for one, other in zip(unpack(sent, CaptureRequest).probes, probes, strict=True):
-        assert torch.equal(one.probe.weight, other.probe.weight)
+        assert torch.equal(one.linear_probe.weight, other.linear_probe.weight)

@@ -21,6 +21,7 @@ from serve_app.engines.transformers.compiled.graph import NotCompilableError
 from serve_app.engines.transformers.compiled.manager import CompiledStepManager
 from serve_app.engines.transformers.compiled.step import CompiledStep, observed_modules_of
 from serve_app.engines.transformers.engine import TransformersEngine
+from serve_app.engines.transformers.kv_cache import Slots, slots_of
 from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.engines.transformers.packed_weights import pack_weights
 from tests.serve_app import tiny
@@ -67,9 +68,9 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     ran: list[int] = []
     own = CompiledStep.run
 
-    def counted(self: CompiledStep, step: Any, observers: Any) -> torch.Tensor:
+    def counted(self: CompiledStep, step: Any, visitors: Any) -> torch.Tensor:
         ran.append(len(step.tokens))
-        return own(self, step, observers)
+        return own(self, step, visitors)
 
     monkeypatch.setattr(CompiledStep, "run", counted)
     return ran
