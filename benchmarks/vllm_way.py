@@ -29,7 +29,7 @@ from roentgen.linear_probe import LinearProbe
 from roentgen.tokenized_text import TokenizedText
 from serve_app.capture.probe_scores import RequestProbe
 from serve_app.engines.protocol import Finished
-from serve_app.engines.rollout_entry import make_entry
+from serve_app.engines.rollout_metadata import make_metadata
 from serve_app.engines.served_model import ServedModel
 from serve_app.engines.storage import StoredActivations
 from serve_app.engines.vllm.loading import VllmModel, VllmSettings, engine_arguments, start
@@ -277,7 +277,7 @@ def keeper(model: ServedModel, engine: "VllmEngine") -> Keep:
 
     def keep(prompt: list[int], finished: Finished) -> "Future[StoredActivations]":
         said = TokenizedText("", prompt, [0] * len(prompt), [], len(prompt))
-        entry = make_entry(model, said, "completion", ActivationRequest(), finished, "measured", str(ULID()))
+        entry = make_metadata(model, said, "completion", ActivationRequest(), finished, "measured", str(ULID()))
         return engine.storage.keep(entry, finished)
 
     return keep

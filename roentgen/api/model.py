@@ -50,7 +50,7 @@ from serve_app.capture.observer import wrapped
 from serve_app.config import ServerConfig
 from serve_app.engines.job_runner import run_jobs
 from serve_app.engines.protocol import EngineStoppedError, Finished
-from serve_app.engines.rollout_entry import make_entry
+from serve_app.engines.rollout_metadata import make_metadata
 from serve_app.engines.storage import rollout_of
 from serve_app.engines.transformers.engine import TransformersEngine
 from serve_app.engines.transformers.loaded_model import DeviceMap, LoadedModel
@@ -429,7 +429,7 @@ def _run(runner: Runner, choices: list[tuple[Prompt, Choice]]) -> list[Rollout]:
 def _rollout(runner: Runner, prompt: Prompt, choice: Choice, finished: Finished) -> Rollout:
     """Return a finished generation with its rows, checked as they are before they are stored."""
     asked = choice.asked or ActivationRequest()  # of one that captures nothing, only what was said is read
-    entry = make_entry(runner.model, choice.prompt, choice.role, asked, finished, session_id="", rollout_id="")
+    entry = make_metadata(runner.model, choice.prompt, choice.role, asked, finished, session_id="", rollout_id="")
     activations, positions = {}, []
     if finished.captured is not None:
         kept = rollout_of(entry, finished.captured)

@@ -57,7 +57,7 @@ def resolve_block(layer_run: LayerRun, batch_shape: torch.Size, n_experts: int |
     found: Found = {"resid_pre": Tap(layer_run.path, "input"), "resid_post": Tap(layer_run.path, "output")}
     if mixer is None:
         return dict.fromkeys(LAYER_HOOK_POINTS, "no module inside its layers outputs a row per token") | found
-    block = _Block.of(x, y, calls, mixer, layer_run.path)
+    block = _BlockSums.of(x, y, calls, mixer, layer_run.path)
     found |= block.sequential() or block.parallel() or block.single() or block.unknown()
     norm = next((v for v in calls if v.is_norm and same(v.input, x) and same(v.output, mixer.input)), None)
     found["ln_attn"] = _norm(norm, "attention")
@@ -73,7 +73,7 @@ def _contributions(resid_mid: Tap | str, attn_out: Tap | str, mlp_out: Tap | str
 
 
 @dataclass(frozen=True)
-class _Block:
+class _BlockSums:
     """What a layer adds to the residual stream; each method tries one shape of a block, and returns None if it is another."""
 
     x: Tensor
@@ -90,7 +90,7 @@ class _Block:
     """Those of `others` that run after attention."""
 
     @classmethod
-    def of(cls, x: Tensor, y: Tensor, calls: list[ModuleCall], mixer: ModuleCall, layer: str) -> "_Block":
+    def of(cls, x: Tensor, y: Tensor, calls: list[ModuleCall], mixer: ModuleCall, layer: str) -> "_BlockSums":
         """Sort a layer's modules by their place relative to attention, or to what mixes tokens instead."""
         start = calls.index(mixer)
         inside = [v for v in calls if v.inside(mixer)]

@@ -4,5 +4,5 @@
 Neither imports the other. Both turn tokens into text (`text`, `completion`), follow grammars (`constraints`,
 `recursive_schemas`), keep apart requests that must not share a forward (`batching`), and stay within the free memory
 (`memory_budget`). `served_model` describes a model to those who serve it. A finished generation becomes a rollout
-(`rollout_entry`) and is stored (`storage`).
+(`rollout_metadata`) and is stored (`storage`).
 """

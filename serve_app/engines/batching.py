@@ -1,9 +1,9 @@
-"""Which requests may share a forward.
+"""Describes which requests may share a forward.
 
-Batching is neutral if a request gets the same values whatever runs beside it. Most models are: padding is masked, and rows do
-not see one another. Some are not: a recurrent layer may read padding, a rotary embedding may take its frequencies from the
-longest row of the batch. `transformers.load_checks` finds out when a model is loaded; engines then keep apart what must not
-share a forward.
+Batching is neutral if a request gets the same values whatever runs beside it. This is true for most models: padding is masked,
+and rows do not attend to one another. Some models differ: a recurrent layer may read padding, or a rotary embedding may take
+its frequencies from the longest row of the batch. `transformers.load_checks` finds this out when a model is loaded, and
+engines then keep such requests apart.
 """
 
 from dataclasses import asdict, dataclass, field
@@ -16,27 +16,27 @@ KINDS: tuple[Kind, ...] = get_args(Kind)
 
 @dataclass(frozen=True)
 class Batching:
-    """The requests that may share a forward."""
+    """Which requests may share a forward."""
 
     kind: Kind = "any"
-    """"any" requests; those on "one side of a limit" of tokens, so that the longest row of a batch changes nothing; those of
-    the "same length", which need no padding; or each request "alone"."""
+    """"any" requests; requests on "one side of a limit" of tokens, so that the longest row of a batch changes nothing;
+    requests of the "same length", which need no padding; or each request "alone"."""
     limit: int | None = None
-    """The tokens of "one side of a limit"."""
+    """The limit in tokens, for "one side of a limit"."""
     reason: str = ""
-    """Why not "any", for people."""
+    """Why the kind is not "any", as text."""
 
     @property
     def joins(self) -> bool:
-        """Whether requests may join a batch that runs, and prompts be read in pieces."""
+        """Whether requests may join a running batch, and prompts be read in pieces."""
         return self.kind in ("any", "one side of a limit")
 
     def together(self, tokens: int, other: int) -> bool:
         """Whether sequences of these lengths may share a forward.
 
         Args:
-            tokens: of the one, once its prompt is read.
-            other: of the other.
+            tokens: length of one sequence, once its prompt is read.
+            other: length of the other.
         """
         match self.kind:
             case "any":
@@ -50,11 +50,11 @@ class Batching:
                 return False
 
     def whole(self, tokens: int) -> bool:
-        """Whether a prompt of this many tokens must be read in one forward."""
+        """Whether a prompt of this length must be read in one forward."""
         return not self.joins or (self.limit is not None and tokens > self.limit)
 
     def record(self) -> dict[str, Any]:
-        """Return what a model's card says."""
+        """Return the fields for the model's card."""
         return {name: value for name, value in asdict(self).items() if value}
 
 
@@ -63,22 +63,22 @@ ANY = Batching()
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What the checks of a loaded model found."""
+    """Results of the checks of a loaded model."""
 
     batching: Batching = field(default_factory=Batching)
     """Which requests may share a forward."""
     attention: str = "sdpa"
-    """"grouped", or the name of the implementation that the model keeps."""
+    """"grouped", or the name of the attention implementation that the model keeps."""
     decoding_error: float = 0.0
-    """How far the rows of a request that runs alone, with its cache, are from those of one forward over the whole sequence,
-    relative to their norm; 0 if rounding explains it. The model itself computes them differently then."""
+    """Largest relative error of a request's rows, run alone with its cache, against one forward over the whole sequence; 0 if
+    rounding explains it. If it is not 0, the model itself computes them differently."""
     compared_on: tuple[str, ...] = ()
-    """The models that were tried."""
+    """Models that were tested."""
     seconds: float = 0.0
-    """What the checks took."""
+    """Duration of the checks."""
 
     def record(self) -> dict[str, Any]:
-        """Return what a model's card says."""
+        """Return the fields for the model's card."""
         return {
             "batching": self.batching.record(),
             "attention": self.attention,

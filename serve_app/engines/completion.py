@@ -1,4 +1,4 @@
-"""A completion while it grows: tokens in, text and the reason why it ends out. The same for every engine."""
+"""The state of a growing completion: tokens in; text and the reason of its end out. Both engines use it."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from serve_app.engines.text import TextStream
 
 
 def text_stream(job: GenerationJob, model: ServedModel) -> TextStream:
-    """Begin the text of a job's completion."""
+    """Create the text stream of a job's completion."""
     return TextStream(
         model.tokenizer.backend_tokenizer,
         job.sampling.stop,
@@ -59,13 +59,13 @@ class CompletionState:
 
     @property
     def ended_by(self) -> int | None:
-        """The end-of-text or stop token that came last, if one did and it is no part of the text."""
+        """The end-of-text or stop token that came last, if one did and it is not part of the text."""
         last = self.token_ids[-1] if self.token_ids else None
-        return last if last in self.all_stop_token_ids and not self._is_said(last) else None
+        return last if last in self.all_stop_token_ids and not self._is_in_text(last) else None
 
     @property
     def stop_reason(self) -> int | str | None:
-        """What ended it that the request named: a stop string, a stop token, or a probe."""
+        """The stop string, stop token or probe of the request that ended it; None if something else did."""
         if self.text.stopped_by is not None:
             return self.text.stopped_by
         if self.acted and self.acted[-1].then == "stop":
@@ -74,7 +74,7 @@ class CompletionState:
         return last if last in self.all_stop_token_ids and last in self.job.sampling.stop_token_ids else None
 
     def push(self, token: int, token_score: TokenScore | None) -> FinishReason | None:
-        """Add a token, and its score if the job has scores; return the reason if the generation has ended, else None."""
+        """Add a token, and its score if the job has scores; returns the reason if the generation has ended, else None."""
         self.first_token_time = self.first_token_time or time.monotonic()
         self.token_ids.append(token)
         if token_score is not None:
@@ -85,9 +85,9 @@ class CompletionState:
         return reason
 
     def act(self, action: Action) -> FinishReason | None:
-        """Do what the score of the last token asks for; returns why the generation has ended, None if it goes on.
+        """Record an action of a probe's score; returns the reason if the generation has ended, else None.
 
-        To close the reasoning, the marker is to be pushed then.
+        To close the reasoning, push the marker token after this call.
         """
         rule = action.rule
         self.acted.append(Acted(rule.probe, rule.when.then, action.position))
@@ -105,16 +105,16 @@ class CompletionState:
             return "stop"
         return "length" if len(self.token_ids) >= sampling.max_tokens else None
 
-    def _is_said(self, end: int) -> bool:
+    def _is_in_text(self, end: int) -> bool:
         """Whether a token that ends the generation is part of its text."""
         return self.job.sampling.include_stop and end in self.job.sampling.stop_token_ids
 
     def delta(self, *, final: bool, probed: Callable[[], list[Tensor]] | None = None) -> TextDelta | None:
-        """Return what has become certain since the last time, None for nothing.
+        """Return the text and tokens since the last call; None if there are none.
 
         Args:
-            final: whether nothing more will come.
-            probed: gives the scores of what has been read since the last time; asked only if there is something to tell.
+            final: whether no more tokens follow.
+            probed: returns the scores since the last call; called only if there is something to emit.
         """
         text = self.text.take(final=final)
         n_text_tokens = len(self.token_ids) - (self.ended_by is not None)
@@ -127,16 +127,17 @@ class CompletionState:
 
     @property
     def n_rows(self) -> int:
-        """How many rows it has: one per token, but for the one that was sampled last."""
+        """Number of its rows: one per token, except the last sampled token."""
         return count_rows(len(self.job.prompt_ids), len(self.token_ids))
 
     @property
     def n_scored(self) -> int:
-        """How many tokens its probes have read: those that have rows, and the last one too if its score has ended it."""
+        """Number of tokens that its probes have scored: those with rows, and also the last one if its score ended the
+        completion."""
         return self.n_rows + (bool(self.acted) and self.acted[-1].then == "stop")
 
     def finished(self, reason: FinishReason, probed: Sequence[Float[Tensor, "scored outputs"]] = ()) -> Finished:
-        """Return the result, without what was captured.
+        """Return the result, without captured rows.
 
         Args:
             reason: why it has ended.
@@ -158,7 +159,8 @@ class CompletionState:
 
 
 def no_token(job: GenerationJob) -> Exception | None:
-    """Return why a job fails whose logits are NaN; None if it captures, and is judged when it is stored, or only reads."""
+    """Return the error of a job whose logits are NaN. None if the job captures, and is checked when it is stored, or only
+    reads a prompt."""
     if job.steering:
         return OversteeredError()
     return NonFiniteLogitsError() if job.capture is None and job.sampling.max_tokens else None

@@ -1,9 +1,9 @@
-"""Makes a generation follow a grammar: before each token, llguidance says which tokens can go on, and the others are ruled out.
+"""Constrains a generation to a grammar: before each token, llguidance returns the allowed tokens, and all others are masked.
 
-A `Grammar` is written without regard to a tokenizer. `Constraints`, one per model, knows the model's tokens and compiles
-grammars for them: a marker such as `<tool_call>` is one token in some vocabularies, which text cannot spell, and text in
-others. Compiling takes milliseconds, so the last grammars are kept and copied, one copy to a generation. JSON is written in
-one way only, `{"a": 1, "b": [2, 3]}`, because a small model that may choose its white space may never end it.
+A `Grammar` does not depend on a tokenizer. `Constraints`, one per model, knows the model's tokens and compiles grammars for
+them: a marker such as `<tool_call>` is a single token in some vocabularies, which text cannot produce, and text in others.
+Compiling takes milliseconds, so the latest grammars are cached, and each generation gets a copy. JSON has one fixed format,
+`{"a": 1, "b": [2, 3]}`, because a small model that may choose its white space may never end it.
 """
 
 import json
@@ -28,22 +28,22 @@ from serve_app.engines.protocol import ConstraintError
 from serve_app.engines.recursive_schemas import has_finite_value
 
 KEPT = 32
-"""Compiled grammars that are kept, the last ones used."""
+"""Number of compiled grammars that are cached."""
 
 
 MAX_REASON = 300
-"""Characters of llguidance's reason that a client is given; the rest is its parser's state."""
+"""Largest number of characters of llguidance's reason that a client receives; the rest is its parser's state."""
 
 MAX_LENGTH = 500_000
-"""Characters a grammar may have with its schemas; a larger one would take seconds to compile."""
+"""Largest number of characters of a grammar with its schemas; a larger one would take seconds to compile."""
 
 STACK = 16 << 20
-"""Bytes of stack to compile on, and a MiB more for every 1024 characters: schemas of nothing but references take a fifth of
-that. What is not needed is never touched."""
+"""Bytes of stack for compiling; a MiB more for every 1024 characters. A schema of nothing but references needs a fifth of
+that. Unused stack is never touched."""
 
 
 class SchemaError(ConstraintError):
-    """A JSON schema cannot be followed; `param` says where the request has it."""
+    """A JSON schema cannot be followed; `param` is the request's field with the schema."""
 
     prefix = ""
 
@@ -59,42 +59,43 @@ class Schema:
     schema: Mapping[str, Any]
     """The schema."""
     param: str
-    """Where the request has it, for errors."""
+    """The request's field with the schema, for errors."""
     strict: bool
-    """Whether a keyword that cannot be enforced is an error; otherwise it is left out."""
+    """Whether a keyword that cannot be enforced is an error; otherwise it is ignored."""
 
 
 @dataclass(frozen=True)
 class Grammar:
-    """What may be generated."""
+    """The grammar of a generation."""
 
     rules: str
-    """In llguidance's dialect of Lark; `start` is the whole."""
+    """Rules in llguidance's dialect of Lark; `start` is the root rule."""
     schemas: Mapping[str, Schema] = field(default_factory=dict)
-    """By the rule that stands for JSON matching it."""
+    """Per rule that stands for JSON, its schema."""
     markers: Mapping[str, str] = field(default_factory=dict)
-    """Texts that may be a token of their own, by a name X. The rules may use X, the marker; `to_X`, any text up to and with
-    it; and `without_X`, any text in which it does not occur."""
+    """Per name X, a text that may be a single token. Rules may use X, the marker; `to_X`, any text up to and including it; and
+    `without_X`, any text without it."""
     source: str = "tools"
-    """Where the request has the rules, for errors."""
+    """The request's field with the rules, for errors."""
 
     @property
     def param(self) -> str:
-        """Where the request has what it must follow: the one schema's place, or that of the rules."""
+        """The request's field that an error belongs to: that of the only schema, or that of the rules."""
         places = {schema.param for schema in self.schemas.values()}
         return places.pop() if len(places) == 1 else self.source
 
 
 class Constraints:
-    """Compiles grammars for one model's tokens; any thread may."""
+    """Compiles grammars for one model's tokens; thread-safe."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
-        """Take a model's vocabulary; it is prepared (about a second) when the first grammar is compiled.
+        """Create a compiler for a model's vocabulary. The vocabulary is prepared (about a second) when the first grammar is
+        compiled.
 
         Args:
             tokenizer: a fast tokenizer.
-            vocab_size: how many logits the model has.
-            eos_token_ids: tokens that end a generation, at least one.
+            vocab_size: number of the model's logits.
+            eos_token_ids: end-of-text tokens, at least one.
         """
         self._tokenizer = tokenizer
         self._size = max(vocab_size, len(tokenizer))
@@ -108,7 +109,7 @@ class Constraints:
 
         Raises:
             SchemaError: if one of the grammar's schemas cannot be followed, with the reason.
-            ConstraintError: if the grammar as a whole cannot be, for instance because it is too large.
+            ConstraintError: if the whole grammar cannot be followed, for instance because it is too large.
         """
         added = self._tokenizer.get_added_vocab()
         lark = "\n".join(
@@ -120,7 +121,7 @@ class Constraints:
             ]
         )
         if len(lark) > MAX_LENGTH:
-            raise ConstraintError(f"the schemas take {len(lark):,} characters; at most {MAX_LENGTH:,} are followed")
+            raise ConstraintError(f"the schemas have {len(lark):,} characters; at most {MAX_LENGTH:,} are allowed")
         with self._lock:
             if self._vocabulary is None:
                 self._vocabulary = llguidance.hf.from_tokenizer(self._tokenizer, self._size, self._eos_token_ids)
@@ -135,7 +136,7 @@ class Constraints:
 
 
 def _compiled(vocabulary: LLTokenizer, grammar: Grammar, lark: str) -> LLMatcher:
-    """Compile a grammar that is written out, or raise what `Constraints.compile` does."""
+    """Compile a complete grammar; raises what `Constraints.compile` does."""
     matcher = LLMatcher(vocabulary, lark, log_level=0)
     if matcher.is_error():
         raise _explain(grammar, matcher.get_error())
@@ -146,10 +147,10 @@ def _compiled(vocabulary: LLTokenizer, grammar: Grammar, lark: str) -> LLMatcher
 
 
 def _on_a_large_stack(function: Callable[[], LLMatcher], length: int) -> LLMatcher:
-    """Call a function in a thread whose stack suits a grammar of so many characters; one caller at a time.
+    """Call a function in a thread whose stack suits a grammar of this length; one caller at a time.
 
-    llguidance compiles references by recursion, without a limit. On a thread's usual stack some hundred of them, one inside
-    the other, end the process.
+    llguidance compiles references by recursion, without a limit. With a thread's usual stack, some hundred nested references
+    end the process.
     """
     with ThreadPoolExecutor(1, "grammar") as pool:
         before = threading.stack_size(STACK + (length // 1024 << 20))
@@ -161,11 +162,11 @@ def _on_a_large_stack(function: Callable[[], LLMatcher], length: int) -> LLMatch
 
 
 class GrammarConstraint:
-    """What may come next in one generation; one thread at a time may use it.
+    """The allowed next tokens of one generation; one thread at a time may use it.
 
     Attributes:
-        grammar: what it follows, in llguidance's dialect of Lark, for an engine that runs llguidance itself.
-        param: where the request has it.
+        grammar: the grammar in llguidance's dialect of Lark, for an engine that runs llguidance itself.
+        param: the request's field that it comes from.
     """
 
     def __init__(self, matcher: LLMatcher, grammar: str, param: str, size: int, eos_token_ids: list[int]) -> None:
@@ -176,12 +177,12 @@ class GrammarConstraint:
         self._bits = np.zeros(-(-size // 32), dtype=np.int32)
 
     def mask(self, logits: Float[Tensor, "vocab"]) -> None:
-        """Set the logits of tokens that may not come to minus infinity, in place.
+        """Set the logits of tokens that are not allowed to minus infinity, in place.
 
-        Once nothing else may come, tokens that end the generation may, even if something had ruled them out before.
+        Once the grammar is complete, only end-of-text tokens are allowed, even if something had masked them before.
 
         Raises:
-            SchemaError: if nothing may come.
+            SchemaError: if no token is allowed.
         """
         if self._matcher.is_stopped() and not self._matcher.is_error():
             eos = torch.tensor(self._eos_token_ids, device=logits.device)
@@ -198,13 +199,13 @@ class GrammarConstraint:
         logits.masked_fill_(torch.from_numpy(allowed == 0).to(logits.device), -torch.inf)
 
     def accept(self, token: int) -> None:
-        """Go on with a token.
+        """Continue with a token.
 
         Raises:
-            SchemaError: if it may not come.
+            SchemaError: if it is not allowed.
         """
         if not self._matcher.consume_token(token):
-            raise SchemaError(self.param, f"token {token} is against the grammar: {_reason(self._matcher.get_error())}")
+            raise SchemaError(self.param, f"token {token} violates the grammar: {_reason(self._matcher.get_error())}")
 
 
 def _json(schema: Schema) -> str:
@@ -226,21 +227,21 @@ def _marker_rules(name: str, marker: str, token: int | None) -> str:
 
 
 def _explain(grammar: Grammar, error: str) -> ConstraintError:
-    """Say which schema of a grammar is to blame for an error, if one is."""
+    """Return the error of a grammar: of the schema that causes it, if one does."""
     for schema in grammar.schemas.values():
-        failed, said = LLMatcher.validate_grammar_with_warnings(f"%llguidance {{}}\nstart: {_json(schema)}")
+        failed, messages = LLMatcher.validate_grammar_with_warnings(f"%llguidance {{}}\nstart: {_json(schema)}")
         if failed:
-            return SchemaError(schema.param, _reason(said[0]))
+            return SchemaError(schema.param, _reason(messages[0]))
     if not grammar.schemas:
         return SchemaError(grammar.source, _reason(error))
     return ConstraintError(f"the grammar cannot be followed: {_reason(error)}")
 
 
 def _reason(error: str) -> str:
-    """Return what llguidance says, cut to `MAX_REASON` characters, without its parser's state and our grammar's text."""
+    """Return llguidance's reason, cut to `MAX_REASON` characters, without its parser's state and the grammar's text."""
     if "Too many items" in error:
         return "it is too complex for the parser"
-    said = error.partition("<state>")[0].partition("<grammar>")[0]
-    said = said.rpartition("failed to compile JSON schema: ")[2]
-    said = " ".join(re.split(r"\n\s*\d+ \| ", said)[0].split())
-    return said if len(said) <= MAX_REASON else f"{said[:MAX_REASON]} …"
+    text = error.partition("<state>")[0].partition("<grammar>")[0]
+    text = text.rpartition("failed to compile JSON schema: ")[2]
+    text = " ".join(re.split(r"\n\s*\d+ \| ", text)[0].split())
+    return text if len(text) <= MAX_REASON else f"{text[:MAX_REASON]} …"

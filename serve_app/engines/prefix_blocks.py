@@ -1,9 +1,9 @@
-"""Which of a prompt's tokens need not be read again, in both engines: the names of blocks, and what rows of them are needed.
+"""Names the blocks of a prompt for prefix caching, and decides which of their rows a job needs; both engines use it.
 
-A block is some tokens of a sequence. It is named by a hash of all tokens up to its end and of whatever else its values depend
-on: what is added to these tokens (steering that touches later ones only does not count), and the salt of the request, by which
-clients keep apart. Model, adapter and dtype need no place in the name, since what is kept belongs to one engine and ends with
-it.
+A block is a fixed number of consecutive tokens of a sequence. Its name is a hash of all tokens up to its end and of everything
+else that its values depend on: the steering of these tokens (steering of later tokens does not count), and the request's salt,
+by which clients separate their caches. Model, adapter and dtype are not part of the name, because a cache belongs to one
+engine and ends with it.
 """
 
 from array import array
@@ -22,41 +22,41 @@ from serve_app.capture.steering import SteeringVector
 from serve_app.capture.structure import Tap
 
 WHOLE_POLICIES = ("all", "prompt", "generated")
-"""Position policies that keep every row of a stretch."""
+"""Position policies that keep every row of a range."""
 
 
 class PromptRequest(Protocol):
-    """What a job asks for, as far as it decides over its prompt."""
+    """The part of a job that concerns the caching of its prompt."""
 
     @property
     def prompt_ids(self) -> list[int]:
-        """The prompt's tokens."""
+        """The prompt's token ids."""
 
     @property
     def capture(self) -> CapturePlan | None:
-        """What is kept."""
+        """Which rows are captured."""
 
     @property
     def steering(self) -> Sequence[SteeringVector]:
-        """What is added."""
+        """Vectors that are added to rows."""
 
     @property
     def probes(self) -> Sequence[RequestProbe]:
-        """What rows are scored with."""
+        """Probes that score rows."""
 
     @property
     def cache_salt(self) -> str | None:
-        """What is found has to have been read under the same."""
+        """Cached tokens are reused only if they were read under the same salt."""
 
 
 def name_blocks(job: PromptRequest, tokens: Sequence[int], size: int, known: Sequence[bytes] = ()) -> list[bytes]:
-    """Name the whole blocks of a job's sequence.
+    """Return the names of the whole blocks of a job's sequence.
 
     Args:
-        job: whose salt and steering count.
+        job: its salt and steering count.
         tokens: its prompt, or more of its sequence.
         size: tokens of a block.
-        known: names of its first blocks.
+        known: names of its first blocks, if they are known.
     """
     names = list(known)
     steering_vectors = [
@@ -85,7 +85,7 @@ def _bytes(vector: Float[Tensor, "d_model"]) -> bytes:
 
 
 def needed_taps(job: PromptRequest, span: range) -> set[Tap]:
-    """Return where a job has to have rows of some positions of its prompt."""
+    """Return the taps whose rows a job needs at some positions of its prompt."""
     taps = {scorer.tap for scorer in job.probes}
     plan = job.capture
     if plan is not None and plan.positions.policy != "last" and plan.kept(len(job.prompt_ids), span.start, span.stop):
@@ -94,11 +94,11 @@ def needed_taps(job: PromptRequest, span: range) -> set[Tap]:
 
 
 def filler_plan(job: PromptRequest, stop: int) -> CapturePlan | None:
-    """Return what is to be captured besides, so that blocks get all rows that a job like this one needs; None for nothing.
+    """Return a plan of what to capture in addition, so that blocks have all rows that such a job needs; None for nothing.
 
     Args:
         job: the job.
-        stop: where the prompt's last whole block ends.
+        stop: end of the prompt's last whole block.
     """
     plan, whole = job.capture, range(stop)
     taps = {scorer.tap for scorer in job.probes}

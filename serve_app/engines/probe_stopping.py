@@ -1,9 +1,9 @@
-"""Acts on the scores of a job's probes while it runs: ends the generation, or has the model close its reasoning.
+"""Applies the actions of a job's probe scores while it runs: ends the generation, or closes the model's reasoning.
 
-A `StopWatch` sees each generated token that has passed through the model, with its scores, and says at which one something is
-to be done. That is before the next token is chosen: to stop is to choose none, and to close the reasoning is to take the marker
-in place of what the model would have said. Both engines do so between a forward and the choice that follows it, in the process
-that has the scores, so nothing is generated that would have to be taken back.
+A `StopWatch` receives each generated token that the model has processed, with its scores, and returns the action that is
+required at that token, before the next token is chosen. To stop is to choose no token; to close the reasoning is to force the
+marker in place of a sampled token. Both engines do this between a forward and the choice that follows it, in the process that
+has the scores. So nothing is generated that would have to be undone.
 """
 
 import math
@@ -20,62 +20,62 @@ from roentgen.stop_rule import ReasoningTokens, StopWhen, find_stop
 
 @dataclass(frozen=True)
 class StopRule:
-    """When the scores of one probe of a job act."""
+    """When the scores of one probe require an action."""
 
     probe: int
-    """Its place among the job's probes; it has one output."""
+    """The probe's index among the job's probes; it has one output."""
     when: StopWhen
-    """When, and what then happens."""
+    """The condition, and the action."""
 
 
 @dataclass(frozen=True)
 class Stopping:
-    """What a job's scores are to do."""
+    """The actions of a job's scores."""
 
     rules: tuple[StopRule, ...]
-    """At least one; of several that act at a token, the first counts."""
+    """At least one rule; if several apply at a token, the first counts."""
     reasoning: ReasoningTokens | None = None
-    """What marks the model's reasoning, if a rule needs it."""
+    """Tokens that mark the model's reasoning, if a rule needs them."""
     min_tokens: int = 0
-    """Tokens that have to be generated before any acts."""
+    """Tokens that must be generated before a rule applies."""
 
 
 @dataclass(frozen=True)
 class Action:
-    """What is to be done before the next token is chosen."""
+    """An action that is required before the next token is chosen."""
 
     rule: StopRule
-    """Whose scores ask for it."""
+    """The rule that requires it."""
     position: int
-    """The token whose score decided it: the last one of those that the model has chosen so far."""
+    """Position of the token whose score decided it: the last token that the model has chosen so far."""
 
 
 @dataclass(frozen=True)
 class Acted:
-    """What has been done."""
+    """An action that has been taken."""
 
     probe: int
-    """The place of the probe among the job's."""
+    """The probe's index among the job's probes."""
     then: ProbeEffect
-    """What."""
+    """The action."""
     position: int
-    """The token whose score decided it."""
+    """Position of the token whose score decided it."""
     score: float = math.nan
-    """That score."""
+    """The score."""
 
 
 class StopWatch:
-    """Watches the scores of one running job.
+    """Checks the scores of one running job.
 
     Attributes:
-        next: the position of the next token to be seen.
+        next: position of the next token to check.
     """
 
     def __init__(self, stopping: Stopping, prompt_ids: Sequence[int]) -> None:
-        """Begin before the first generated token.
+        """Start before the first generated token.
 
         Args:
-            stopping: when to act.
+            stopping: the actions of its scores.
             prompt_ids: the job's prompt.
         """
         self.next = len(prompt_ids)
@@ -85,11 +85,11 @@ class StopWatch:
         self._state = stopping.reasoning.begins(prompt_ids) if stopping.reasoning is not None else "after"
 
     def see(self, token_ids: Sequence[int], scores: Sequence[Float[Tensor, "tokens outputs"]]) -> Action | None:
-        """Take the next tokens and say what is to be done behind the last of them, None for nothing.
+        """Check the next tokens; returns the action required after the last of them, None for none.
 
         Args:
-            token_ids: the tokens; one, unless a forward has been repeated.
-            scores: of each, per probe.
+            token_ids: the tokens; a single one, unless a forward has been repeated.
+            scores: per probe, their scores.
         """
         start, self.next = self.next, self.next + len(token_ids)
         inside = np.zeros(len(token_ids), dtype=bool)

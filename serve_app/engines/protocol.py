@@ -27,7 +27,7 @@ FinishReason = Literal["stop", "length"]
 
 
 class EngineBusyError(RequestError):
-    """The queue is full; try again later."""
+    """The queue is full; the client may try again later."""
 
     status, code, prefix, retry_after_s = 429, "busy", "the server is busy: ", RETRY_AFTER_S
 
@@ -39,19 +39,19 @@ class EngineStoppedError(RequestError):
 
 
 class RequestTooLargeError(RequestError):
-    """A job needs more of the KV cache than the engine has; the message says both numbers."""
+    """A job needs more memory than the engine has; the message has both numbers."""
 
     code = "request_too_large"
 
 
 class UnknownTokenError(RequestError):
-    """A job's prompt has a token that the model has no embedding for; the message names it."""
+    """A prompt has a token that the model has no embedding for; the message names it."""
 
     param, prefix = "prompt", "prompt: "
 
 
 class NonFiniteLogitsError(RequestError):
-    """The model gives no probabilities, so there is no token to choose; the message says why and what to do."""
+    """The model's logits are NaN, so no token can be chosen; the message says why and what to do."""
 
     status, code = 500, "non_finite_logits"
 
@@ -64,111 +64,110 @@ class NonFiniteLogitsError(RequestError):
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose tokens.
+    """Sampling settings of a job.
 
-    What a request asks for is applied in this order: biases and penalties on the logits, tokens that may not come,
-    temperature, top_k, top_p, min_p.
+    They are applied in this order: biases and penalties on the logits, excluded tokens, temperature, top_k, top_p, min_p.
     """
 
     max_tokens: int
-    """The most to generate; 0 only reads the prompt."""
+    """Largest number of tokens to generate; 0 only reads the prompt."""
     min_tokens: int = 0
-    """The least to generate before an end-of-text token, a stop token or a stop string may end it."""
+    """Number of tokens before an end-of-text token, a stop token or a stop string may end the generation."""
     temperature: float = 1.0
-    """0 takes the most likely token."""
+    """Temperature; 0 always chooses the most likely token."""
     top_k: int = 0
-    """Sample from this many of the most likely tokens, 0 for all."""
+    """Sample from this many of the most likely tokens; 0 for all."""
     top_p: float = 1.0
-    """Sample from the smallest set of tokens with this much probability."""
+    """Sample from the smallest set of tokens with this probability."""
     min_p: float = 0.0
-    """Sample from tokens with at least this share of the most likely one's probability (arXiv 2407.01082), 0 for all."""
+    """Sample from tokens with at least this share of the most likely token's probability (arXiv 2407.01082); 0 for all."""
     seed: int | None = None
-    """Of this request's random stream, which depends on nothing else."""
+    """Seed of this request's random stream, which depends on nothing else."""
     stop: tuple[str, ...] = ()
-    """Strings that end the generation; not part of the text."""
+    """Stop strings; they are not part of the text."""
     stop_token_ids: frozenset[int] = frozenset()
-    """Tokens that end it, beside the model's own end-of-text tokens."""
+    """Tokens that end the generation, in addition to the model's end-of-text tokens."""
     ignore_eos: bool = False
-    """Whether the model's own end-of-text tokens do not end it."""
+    """Whether to ignore the model's end-of-text tokens."""
     include_stop: bool = False
-    """Whether the stop string or the token of `stop_token_ids` that ended it is part of the text."""
+    """Whether the stop string or stop token that ended the generation is part of the text."""
     presence_penalty: float = 0.0
-    """Subtracted from the logit of every token generated before."""
+    """Subtracted from the logit of every token that has been generated."""
     frequency_penalty: float = 0.0
-    """Subtracted once for every time a token was generated before."""
+    """Subtracted from a token's logit once for each time it has been generated."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens in prompt or completion (CTRL, arXiv 1909.05858), 1 for
+    """Divides positive and multiplies negative logits of tokens in the prompt or completion (CTRL, arXiv 1909.05858); 1 for
     none."""
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     """Added to the logits of these tokens."""
     allowed_token_ids: tuple[int, ...] | None = None
-    """The only tokens that may come; None for all."""
+    """The only allowed tokens; None for all."""
     bad_words: tuple[tuple[int, ...], ...] = ()
-    """Sequences of tokens that may not come in the completion: the last token of one, where the others stand before it."""
+    """Token sequences that may not occur in the completion: the last token of one is excluded where the others precede it."""
     top_logprobs: int = 0
-    """How many of the most likely tokens to report at each position."""
+    """Number of most likely tokens to report at each position."""
     prompt_logprobs: int | None = None
-    """How many of the most likely tokens to report beside each token of a scored prompt, if more than `top_logprobs`; not
-    None, its rank too."""
+    """Number of most likely tokens to report at each token of a scored prompt, if more than `top_logprobs`. If it is not None,
+    ranks are reported too."""
     logprob_token_ids: tuple[int, ...] = ()
-    """Tokens to report at each position, in place of the most likely ones."""
+    """Tokens to report at each position, instead of the most likely ones."""
 
     def all_stop_token_ids(self, eos_token_ids: frozenset[int]) -> frozenset[int]:
-        """Return the tokens that end the generation.
+        """Return all tokens that end the generation.
 
         Args:
-            eos_token_ids: the model's own.
+            eos_token_ids: the model's end-of-text tokens.
         """
         return self.stop_token_ids if self.ignore_eos else eos_token_ids | self.stop_token_ids
 
 
 class ConstraintError(RequestError):
-    """A constraint cannot be built or followed; the message says why."""
+    """A constraint cannot be compiled or followed; the message says why."""
 
     code, prefix = "constraint_failed", "response_format or tools: "
 
 
 class Constraint(Protocol):
-    """What may come next, of a generation that has to follow a grammar; it belongs to one job."""
+    """The allowed next tokens of a generation that follows a grammar; belongs to one job."""
 
     grammar: str
-    """In llguidance's dialect of Lark."""
+    """The grammar in llguidance's dialect of Lark."""
     param: str
-    """Where the request has it, for errors."""
+    """The request's field that it comes from, for errors."""
 
     def mask(self, logits: Float[Tensor, "vocab"]) -> None:
-        """Set the logits of tokens that may not come to minus infinity, in place.
+        """Set the logits of tokens that are not allowed to minus infinity, in place.
 
         Raises:
-            ConstraintError: if nothing may come.
+            ConstraintError: if no token is allowed.
         """
 
     def accept(self, token: int) -> None:
-        """Go on with a token."""
+        """Continue with a token."""
 
 
 @dataclass(frozen=True)
 class TokenScore:
-    """How likely a token was, under the model's own distribution (before penalties, temperature, top_k and top_p)."""
+    """A token's log-probability under the model's own distribution (before penalties, temperature, top_k and top_p)."""
 
     logprob: float
     """Natural logarithm of its probability."""
     top: tuple[tuple[int, float], ...] = ()
-    """The most likely tokens at its position, most likely first, each with its logprob; as many as were asked for."""
+    """The most likely tokens at its position, most likely first, each with its log-probability; as many as were asked for."""
     rank: int | None = None
-    """Its place among all tokens, the most likely one's being 1; of a prompt's token, if `Sampling.prompt_logprobs` is set."""
+    """Its rank among all tokens, 1 for the most likely; of a prompt's token, only if `Sampling.prompt_logprobs` is set."""
 
 
 FORCED = TokenScore(math.nan)
-"""Of a token that nobody chose: the marker that closes a model's reasoning where a probe asks for it."""
+"""Score of a forced token: the marker that closes a model's reasoning when a probe's score requires it."""
 
 
 @dataclass(frozen=True)
 class TextDelta:
-    """New text of a running job, and the tokens that have come with it (an end-of-text token is no part of it).
+    """New text of a running job, with its tokens (an end-of-text token is not part of it).
 
-    `probed` is, per probe, the scores of the rows read since the last time: `[rows, outputs]`. A token is read a step after
-    it was sampled, so they end one token earlier than the text.
+    `probed` has, per probe, the scores of the rows since the last delta: `[rows, outputs]`. A token is processed one step
+    after it was sampled, so the scores end one token before the text.
     """
 
     text: str
@@ -179,32 +178,32 @@ class TextDelta:
 
 @dataclass(frozen=True)
 class Timings:
-    """How long a job took, in seconds since it was submitted."""
+    """A job's durations, in seconds since it was submitted."""
 
     queued: float
-    """Until its prompt began to be read."""
+    """Until the engine began to read its prompt."""
     first_token: float
     """Until its first token."""
     total: float
-    """Until its last."""
+    """Until its last token."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """What an engine has to do, and has done."""
+    """An engine's current load and its counters."""
 
     running: int
     """Jobs in the batch."""
     waiting: int
     """Jobs in the queue."""
     steps: Mapping[int, int] = field(default_factory=dict)
-    """How many steps have decoded a token for how many jobs together."""
+    """Per number of jobs, how many steps have decoded a token for that many jobs together."""
     cache_bytes: int = 0
-    """What the prefix cache holds, captured rows included."""
+    """Size of the prefix cache in bytes, captured rows included."""
     cache_hits: int = 0
     """Prompt tokens that were found in the prefix cache."""
     cache_misses: int = 0
-    """Prompt tokens that were looked for in it and had to be read."""
+    """Prompt tokens that were looked up in it and had to be read."""
 
 
 SWITCHED_OFF = "it is switched off (prefix_cache: false in the configuration)"
@@ -212,20 +211,20 @@ SWITCHED_OFF = "it is switched off (prefix_cache: false in the configuration)"
 
 @dataclass(frozen=True)
 class PrefixCaching:
-    """Whether an engine keeps what it has read of a prompt for the next one that begins in the same way."""
+    """Whether an engine reuses the common prefix of prompts."""
 
     enabled: bool
     """Whether it does."""
     reason: str = ""
-    """Why not, for people."""
+    """Why it does not, as text."""
 
 
 @dataclass(frozen=True)
 class WorkerRows:
-    """A finished job's rows that its engine holds where they were captured, until they are stored (`storing.Storage`)."""
+    """A reference to a finished job's rows, which an engine's worker holds until they are stored (`storage.Storage`)."""
 
     job_id: str
-    """The engine's name for the job."""
+    """The engine's id of the job."""
 
 
 @dataclass(frozen=True)
@@ -233,42 +232,42 @@ class Finished:
     """A job's result."""
 
     text: str
-    """The completion, without special tokens and stop strings."""
+    """The completion's text, without special tokens and stop strings."""
     token_ids: list[int]
-    """Tokens generated, the final one included."""
+    """Generated tokens, the final one included."""
     scores: list[TokenScore]
-    """Of each of them; empty if the job did not ask for them."""
+    """Scores of these tokens; empty if the job does not ask for them."""
     finish_reason: FinishReason
-    """"stop", or "length" if it was cut."""
+    """"stop", or "length" if it reached the token limit."""
     captured: CapturedRows | None
-    """The rows asked for, if they are in this process."""
+    """The captured rows, if they are in this process."""
     worker_rows: WorkerRows | None = None
-    """Where they are otherwise."""
+    """A reference to the captured rows, if a worker holds them."""
     ended_by: int | None = None
-    """The token that ended it and is no part of the text; None if something else did."""
+    """The token that ended it and is not part of the text; None if something else did."""
     stop_reason: int | str | None = None
     """The stop string, the token of `Sampling.stop_token_ids`, or the probe (`probe:NAME`) that ended it; None if something
     else did."""
     acted: tuple[Acted, ...] = ()
-    """What the scores of its probes have done, in order."""
+    """Actions that its probe scores have taken, in order."""
     prompt_scores: list[TokenScore] | None = None
-    """Of the prompt's tokens from the second on, if the job asked for them: `[n_prompt - 1]`."""
+    """Scores of the prompt's tokens from the second on, if the job asks for them: `[n_prompt - 1]`."""
     probed: list[Float[Tensor, "rows outputs"]] = field(default_factory=list)
     """Per probe, the scores of all rows: `[n_prompt + max(n_completion - 1, 0), outputs]`."""
     cached_tokens: int = 0
-    """Tokens of the prompt that were found in the prefix cache, and not read."""
+    """Prompt tokens that were found in the prefix cache and not read."""
     timings: Timings = field(default_factory=lambda: Timings(0, 0, 0))
-    """How long it took."""
+    """Its durations."""
 
     @property
     def forced(self) -> tuple[int, ...]:
-        """The positions of tokens that nobody chose, counted from the prompt's first; their scores are `FORCED`."""
+        """Positions of forced tokens, counted from the prompt's first token; their scores are `FORCED`."""
         return tuple(acted.position + 1 for acted in self.acted if acted.then == "close_reasoning")
 
 
 @dataclass(frozen=True)
 class Failed:
-    """A job that could not be finished."""
+    """A job has failed."""
 
     error: Exception
 
@@ -278,53 +277,53 @@ Event = TextDelta | Finished | Failed
 
 @dataclass(frozen=True, eq=False)
 class GenerationJob:
-    """One generation; two are never the same."""
+    """One generation; compared by identity."""
 
     prompt_ids: list[int]
-    """The prompt's tokens; at least one, and with `sampling.max_tokens` within the context."""
+    """The prompt's tokens: at least one, and together with `sampling.max_tokens` within the context."""
     sampling: Sampling
     """How to choose tokens."""
     on_event: Callable[[Event], None]
     """Called with each of its events, on the engine's thread."""
     capture: CapturePlan | None = None
-    """What to keep, None for nothing."""
+    """Which rows to capture; None for none."""
     stream: bool = False
-    """Whether to send `TextDelta`s."""
+    """Whether to emit `TextDelta`s."""
     steering: tuple[SteeringVector, ...] = ()
-    """What to add to its rows."""
+    """Vectors to add to its rows."""
     probes: tuple[RequestProbe, ...] = ()
-    """What to score its rows with."""
+    """Probes to score its rows with."""
     stopping: Stopping | None = None
-    """What these scores are to do, None for nothing."""
+    """Actions of these scores; None for none."""
     constraint: Constraint | None = None
-    """The grammar to follow, None for free text."""
+    """The grammar to follow; None for free text."""
     score_tokens: bool = True
-    """Whether to report how likely each generated token was, which takes normalizing the whole vocabulary at every step. A job
-    with `stopping` does."""
+    """Whether to report the score of each generated token, which requires normalizing the whole vocabulary at every step. A
+    job with `stopping` reports it."""
     score_prompt: bool = False
-    """Whether to report how likely the prompt's own tokens were."""
+    """Whether to report the scores of the prompt's own tokens."""
     cache_salt: str | None = None
-    """What is found in the prefix cache has to have been read under the same salt; None shares with all that have none."""
+    """Cached tokens are reused only if they were read under the same salt; None shares with all jobs without a salt."""
     cancelled: threading.Event = field(default_factory=threading.Event)
-    """Set to leave."""
+    """Set it to cancel the job."""
     submitted: float = field(default_factory=time.monotonic)
-    """When it was made, on the monotonic clock."""
+    """Time of creation, on the monotonic clock."""
 
     @property
     def collecting(self) -> CapturePlan | None:
-        """What to collect while it runs: its end is known late if scores may end it."""
+        """Plan to collect rows with while it runs: if scores may end it, its end is known late."""
         if self.capture is None or self.stopping is None:
             return self.capture
         return collecting_plan(self.capture, len(self.prompt_ids))
 
 
 class Engine(Protocol):
-    """Generates for many jobs at once."""
+    """Generates for many jobs concurrently."""
 
     name: str
-    """As the server's configuration calls it."""
+    """Its name in the server's configuration."""
     batch_invariant: bool
-    """Whether what a job gives depends on nothing that runs beside it."""
+    """Whether a job's results do not depend on other jobs."""
 
     @property
     def prefix_cache(self) -> PrefixCaching:
@@ -346,11 +345,11 @@ class Engine(Protocol):
 
     @property
     def load(self) -> Load:
-        """What it has to do now."""
+        """Its current load and its counters."""
 
     @property
     def max_model_len(self) -> int:
-        """The most tokens that one sequence may have."""
+        """Largest number of tokens of one sequence."""
 
     def close(self) -> None:
-        """Stop; jobs that have not finished fail."""
+        """Stop; unfinished jobs fail."""

@@ -1,13 +1,13 @@
 """Finds JSON schemas that no finite value matches, because something they require contains itself.
 
-llguidance compiles such a schema and follows it until its parser is full, or until the request's tokens are used up. Here it
-is refused before anything is generated.
+llguidance compiles such a schema and follows it until its parser is full, or until the request's tokens are used up. This
+module rejects it before anything is generated.
 
-A schema can end if one of the types that it allows can: an object if its required properties can, an array if its least items
-can. That is a system of implications between the schemas of a document, one gate to each: an "all" or an "any" of other
-gates. Gates that need nothing are open; what they feed opens in turn, and a schema whose gate stays closed cannot end. Parts
-of a schema that apply to one value (`allOf`, `$ref`, an option of `anyOf`) are read together, since one may require a
-property that another describes.
+A schema has a finite value if one of its allowed types has: an object if its required properties have, an array if its minimum
+items have. This is a system of implications between the schemas of a document, with one gate per schema: an "all" or an "any"
+of other gates. Gates without inputs are open; an open gate opens those that it feeds. A schema whose gate stays closed has no
+finite value. Parts of a schema that apply to one value (`allOf`, `$ref`, an option of `anyOf`) are read together, since one
+may require a property that another describes.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,19 +17,19 @@ from urllib.parse import unquote, urldefrag, urljoin
 Schema = Mapping[str, Any]
 
 Parts = dict[int, tuple[Schema, tuple[int, ...]]]
-"""Schemas that all apply to one value, each with the schemas that led to it and itself; by their identity."""
+"""Schemas that all apply to one value, by identity, each with the path of schemas that led to it, itself included."""
 
 MAX_WORK = 100_000
-"""Parts that are looked at, in a fraction of a second; a schema that takes more counts as one that can end."""
+"""Number of parts that are examined, in a fraction of a second; a schema that takes more counts as one with a finite value."""
 
 MAX_DEPTH = 20
-"""References in a row that are read together with what refers to them; beyond, they are schemas of their own."""
+"""Number of consecutive references that are read together; beyond it, they are schemas of their own."""
 
 COMPOSITE = {"object", "array"}
 
 
 def has_finite_value(schema: Schema) -> bool:
-    """Whether recursion leaves a finite value that matches a schema; a keyword that is not looked at counts as finite."""
+    """Whether recursion leaves a finite value that matches a schema; a keyword that is not examined counts as finite."""
     try:
         return _Implications(schema).hold()
     except _TooLargeError:
@@ -37,13 +37,13 @@ def has_finite_value(schema: Schema) -> bool:
 
 
 class _TooLargeError(Exception):
-    """The schema takes more than `MAX_WORK`."""
+    """The schema exceeds `MAX_WORK`."""
 
 
 class _Implications:
     """The gates of a document.
 
-    A gate opens once as many gates that feed it are open as it needs.
+    A gate opens once the required number of its inputs is open.
     """
 
     def __init__(self, root: Schema) -> None:
@@ -86,7 +86,7 @@ class _Implications:
         return self._gate(1, gates)
 
     def _schema(self, schema: Any) -> int:
-        """Return the gate of a schema of its own, which is laid out later; a schema that is true or false is open."""
+        """Return the gate of a schema, which is built later; a schema that is true or false is open."""
         if not isinstance(schema, Mapping):
             return self._all([])
         if id(schema) not in self._gates:
@@ -101,7 +101,7 @@ class _Implications:
         return self._all([*others, *self._of_parts(parts, list(parts))])
 
     def _collect(self, schema: Schema, parts: Parts, path: tuple[int, ...]) -> list[int] | None:
-        """Add a schema and what applies to the same value to `parts`.
+        """Add a schema and everything that applies to the same value to `parts`.
 
         Returns:
             Gates of references that are too deep to be read together; None if the schema refers to itself.
@@ -128,11 +128,11 @@ class _Implications:
         return gates
 
     def _of_parts(self, parts: Parts, new: list[int]) -> Iterator[int]:
-        """Lay out what a value that matches all parts needs.
+        """Build the gates of what a value that matches all parts needs.
 
         Args:
-            parts: all of them.
-            new: those whose options have not been looked at.
+            parts: all parts.
+            new: parts whose options have not been examined.
         """
         yield self._of_types([schema for schema, _ in parts.values()])
         for part, path in [parts[key] for key in new]:
@@ -141,7 +141,7 @@ class _Implications:
                     yield self._any([self._of_option(option, parts, path) for option in options])
 
     def _of_option(self, option: Any, beside: Parts, path: tuple[int, ...]) -> int:
-        """Lay out one option of several, which is read with the parts beside it."""
+        """Build the gate of one option of several, together with the parts beside it."""
         if not isinstance(option, Mapping):
             return self._all([])
         parts = dict(beside)
@@ -150,7 +150,7 @@ class _Implications:
         return self._all([*others, *self._of_parts(parts, list(parts)[len(beside) :])])
 
     def _of_types(self, parts: list[Schema]) -> int:
-        """Lay out what the types need that all parts allow; numbers, strings and given values need nothing."""
+        """Build the gate of the types that all parts allow; numbers, strings and given values need nothing."""
         self._count(len(parts))
         given = any({"enum", "const"} & part.keys() for part in parts)
         allowed = [types for part in parts if (types := _types(part))]
@@ -193,7 +193,7 @@ class _Implications:
 
 
 class _Targets:
-    """What references lead to: pointers, `$id`s and `$anchor`s of one document."""
+    """The targets of references: pointers, `$id`s and `$anchor`s of one document."""
 
     def __init__(self, root: Schema) -> None:
         self._bases: dict[int, str] = {}
@@ -214,7 +214,7 @@ class _Targets:
                 waiting += [(inner, base) for inner in value]
 
     def of(self, schema: Schema) -> Schema | None:
-        """Return the schema that a schema refers to; None if it refers to none, or to one that is not here."""
+        """Return the schema that a schema refers to; None if it refers to none, or to one outside the document."""
         if not isinstance(reference := schema.get("$ref"), str):
             return None
         if id(schema) not in self._found:
@@ -246,7 +246,7 @@ def _types(schema: Schema) -> set[str]:
 
 
 def _property(schema: Schema, key: str) -> Any:
-    """Return what a part says of a property; None if nothing is known."""
+    """Return a part's schema of a property; None if nothing is known."""
     properties = schema.get("properties")
     if isinstance(properties, Mapping) and key in properties:
         return properties[key]

@@ -16,7 +16,7 @@ from roentgen.store import CapturedRollout, NonFiniteRowsError, Receipt, StoreEr
 from roentgen.store.schema import check_finite
 from serve_app.capture.rows import CapturedRows
 from serve_app.engines.protocol import Finished, NonFiniteLogitsError
-from serve_app.engines.rollout_entry import RolloutEntry, describe, join
+from serve_app.engines.rollout_metadata import RolloutMetadata, describe, join
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Storage(Protocol):
     def has_room(self) -> bool:
         """Whether more rows may be captured now. If the disk is slower than the model, capture requests have to wait."""
 
-    def keep(self, entry: RolloutEntry, finished: Finished) -> "Future[StoredActivations]":
+    def keep(self, entry: RolloutMetadata, finished: Finished) -> "Future[StoredActivations]":
         """Store a finished generation; the future completes when it is committed, or fails with a `StoreError`.
 
         Args:
@@ -66,13 +66,13 @@ class LocalStorage:
         """Whether more rows may be captured now."""
         return self._writer.has_room
 
-    def keep(self, entry: RolloutEntry, finished: Finished) -> "Future[StoredActivations]":
+    def keep(self, entry: RolloutMetadata, finished: Finished) -> "Future[StoredActivations]":
         """Store a finished generation."""
         assert finished.captured is not None
         return write(self._writer, entry, finished.captured)
 
 
-def rollout_of(entry: RolloutEntry, captured: CapturedRows) -> CapturedRollout:
+def rollout_of(entry: RolloutMetadata, captured: CapturedRows) -> CapturedRollout:
     """Combine an entry and its captured rows into a rollout, and check its logits.
 
     Raises:
@@ -87,7 +87,7 @@ def rollout_of(entry: RolloutEntry, captured: CapturedRows) -> CapturedRollout:
     return rollout
 
 
-def write(writer: StoreWriter, entry: RolloutEntry, captured: CapturedRows) -> "Future[StoredActivations]":
+def write(writer: StoreWriter, entry: RolloutMetadata, captured: CapturedRows) -> "Future[StoredActivations]":
     """Queue a generation for writing; the future completes on the writer's thread."""
     start = time.monotonic()
     stored: Future[StoredActivations] = Future()

@@ -1,8 +1,8 @@
-"""Tokens to text while they arrive, and the stop strings in it.
+"""Decodes tokens to text as they arrive, and finds stop strings in it.
 
-`tokenizers` decodes incrementally (a character may span tokens). What is handed out must never be taken back, so text that
-could be the beginning of a stop string is held until it is decided. Some tokenizers flag the markers of tool calls and of
-reasoning as special tokens; those are text all the same, because a reply is taken apart by them.
+`tokenizers` decodes incrementally, because a character may span tokens. Emitted text cannot be withdrawn, so text that could
+begin a stop string is held back until that is decided. Some tokenizers flag the markers of tool calls and of reasoning as
+special tokens. They are text nevertheless, because replies are parsed by them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,8 +16,8 @@ class TextStream:
     """The text of one growing completion.
 
     Attributes:
-        tokenizer: the model's.
-        text: everything decoded, cut before a stop string, or behind it if that is asked for.
+        tokenizer: the model's tokenizer.
+        text: the decoded text, cut before a stop string, or after it if that is asked for.
         stopped_by: the stop string that has appeared, if one has.
     """
 
@@ -30,13 +30,13 @@ class TextStream:
         *,
         include_stop: bool = False,
     ) -> None:
-        """Begin a completion.
+        """Create an empty text.
 
         Args:
-            tokenizer: the model's.
-            stop: strings that end it.
-            markers: special tokens that are text, and which.
-            after: the tokens before it.
+            tokenizer: the model's tokenizer.
+            stop: stop strings.
+            markers: special tokens that are part of the text, with their text.
+            after: the tokens before the completion.
             include_stop: whether the stop string that ends it is part of it.
         """
         self.tokenizer = tokenizer
@@ -58,8 +58,8 @@ class TextStream:
 
         Args:
             token_id: the token.
-            may_stop: whether a stop string that its text completes ends the completion. One that was completed before that
-                is text like any other.
+            may_stop: whether a stop string that the token completes ends the completion. A stop string that was completed
+                earlier is ordinary text.
         """
         if self.stopped:
             return
@@ -72,19 +72,19 @@ class TextStream:
         self.text += piece
         if not piece or not may_stop:
             return
-        # Only a stop string that this piece completes ends the text: one completed earlier was not allowed to, and is text.
+        # Only a stop string that this piece completes ends the text; one that was completed earlier was not allowed to.
         found = [(at, stop) for stop in self._stop if (at := self.text.find(stop, max(0, before + 1 - len(stop)))) >= 0]
         if found:
             at, self.stopped_by = min(found)
             self.text = self.text[: at + len(self.stopped_by) if self._include_stop else at]
 
     def close(self) -> None:
-        """End the completion: a character that has only begun becomes U+FFFD, as in any decoder."""
+        """End the completion: an incomplete character becomes U+FFFD, as in any decoder."""
         if not self.stopped:
             self.text += self._decoder.rest()
 
     def take(self, *, final: bool = False) -> str:
-        """Return the text that has become certain since the last call; with `final`, all that is left."""
+        """Return the text that has become certain since the last call; with `final`, all remaining text."""
         end = len(self.text) if final or self.stopped else len(self.text) - self._undecided()
         piece = self.text[self._sent : end]
         self._sent = max(self._sent, end)

@@ -1,10 +1,10 @@
-"""Loads a model, with the adapter merged into its weights where it has one.
+"""Loads a model, and merges its adapter into the weights if it has one.
 
-An adapter (LoRA and its relatives, as peft saves them) is a small set of weights that changes another model's. It is merged:
-every weight is then the adapted model's own and module paths stay, so hook points, caches and probes know nothing of it. An
-adapter that cannot be merged (prompt tuning, which adds tokens; one that acts only after certain tokens) is refused by its
-name, and one whose weights do not fit the base model is an error that names them. The merged model is compared with the
-unmerged one on a few tokens.
+An adapter (LoRA and similar methods, as saved by peft) is a small set of weights that changes another model's weights. It is
+merged: every weight is then the adapted model's own, and module paths do not change, so hook points, caches and probes work as
+for any model. An adapter that cannot be merged (prompt tuning, which adds tokens, or one that acts only after certain tokens)
+is rejected by name. An adapter whose weights do not fit the base model is an error that names them. The merged model is
+compared with the unmerged one on a few tokens.
 """
 
 import importlib.util
@@ -23,13 +23,13 @@ from serve_app.models.model_source import ADAPTER_CONFIG, ADAPTER_WEIGHTS, Adapt
 from serve_app.models.weights import MOST_NAMED, natural, read_module
 
 ADAPTER_NAME = "default"
-"""peft's, of the only adapter of a model."""
+"""peft's name of a model's only adapter."""
 
 PROBE_TOKENS = 8
-"""Tokens that the merged and the unmerged model read."""
+"""Number of tokens that the merged and the unmerged model are compared on."""
 
 TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
-"""The largest difference of logits between them, as a part of the largest logit: merging rounds the weights once more."""
+"""Largest difference of logits between them, relative to the largest logit: merging rounds the weights once more."""
 
 
 def read_model(source: ModelSource, **options: Any) -> PreTrainedModel:
@@ -37,10 +37,10 @@ def read_model(source: ModelSource, **options: Any) -> PreTrainedModel:
 
     Args:
         source: what to load.
-        options: of `AutoModelForCausalLM.from_pretrained`.
+        options: options of `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
-        WeightsError: if the weights of the model or the adapter are not all there, or do not fit one another.
+        WeightsError: if weights of the model or the adapter are missing, or do not fit each other.
     """
     adapter = source.adapter
     if adapter is None:
@@ -48,7 +48,7 @@ def read_model(source: ModelSource, **options: Any) -> PreTrainedModel:
     config = _read_config(adapter, source.name)
     if not Path(source.path, ADAPTER_CONFIG).exists():
         return _merge(read_module(source.path, source.name, **options), config, adapter, source.name)
-    # transformers would put the adapter beside the weights, unmerged: it is to see the base model only.
+    # transformers would load the adapter beside the weights, unmerged, so it gets a folder with the base model only.
     with tempfile.TemporaryDirectory(prefix="roentgen-base-") as folder:
         for file in Path(source.path).iterdir():
             if file.name not in (ADAPTER_CONFIG, *ADAPTER_WEIGHTS):
@@ -59,7 +59,7 @@ def read_model(source: ModelSource, **options: Any) -> PreTrainedModel:
 
 
 def _read_config(adapter: Adapter, name: str) -> Any:
-    """Read what an adapter is, before the base model is loaded.
+    """Read an adapter's configuration, before the base model is loaded.
 
     Raises:
         WeightsError: if it cannot be merged into a model, or peft is not installed.
@@ -73,11 +73,11 @@ def _read_config(adapter: Adapter, name: str) -> Any:
     try:
         config = PeftConfig.from_pretrained(adapter.path, revision=adapter.commit)
     except (KeyError, TypeError, ValueError, OSError) as error:
-        raise WeightsError(f"model {name!r}: its {ADAPTER_CONFIG} cannot be read by peft: {error}") from error
+        raise WeightsError(f"model {name!r}: peft cannot read its {ADAPTER_CONFIG}: {error}") from error
     tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
     reason = None
     if config.is_prompt_learning or config.is_adaption_prompt or not hasattr(tuner, "merge_and_unload"):
-        reason = "it adds to what the model reads and not to its weights"
+        reason = "it changes the model's input and not its weights"
     elif getattr(config, "alora_invocation_tokens", None):
         reason = "it acts only after certain tokens (alora_invocation_tokens)"
     elif getattr(config, "layer_replication", None):
@@ -91,10 +91,10 @@ def _read_config(adapter: Adapter, name: str) -> Any:
 
 
 def _merge(base: PreTrainedModel, config: Any, adapter: Adapter, name: str) -> PreTrainedModel:
-    """Merge an adapter into the model that it was made for.
+    """Merge an adapter into its base model.
 
     Raises:
-        WeightsError: if it was made for another.
+        WeightsError: if it was made for another model.
     """
     from peft import PeftModel
     from peft.utils.save_and_load import load_peft_weights
@@ -116,14 +116,14 @@ def _merge(base: PreTrainedModel, config: Any, adapter: Adapter, name: str) -> P
     off = (_logits(merged) - expected).abs().max() / expected.abs().max()
     if off > TOLERANCE.get(merged.dtype, 0.1):
         raise WeightsError(
-            f"model {name!r}: merging its adapter changes what the model computes (logits by {float(off):.1%}): merge it with "
-            "the library that made it, and give the merged model"
+            f"model {name!r}: merging its adapter changes the model's logits (by {float(off):.1%}): merge it with "
+            "the library that created it, and load the merged model"
         )
     return merged
 
 
 def _load(model: Any, config: Any, stored: dict[str, Tensor]) -> None:
-    """Put an adapter's weights into the modules that were made for them.
+    """Load an adapter's weights into its modules.
 
     Raises:
         ValueError: if some are missing or left over.
@@ -135,10 +135,10 @@ def _load(model: Any, config: Any, stored: dict[str, Tensor]) -> None:
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.peft_type, "")
     missing = [key for key in result.missing_keys if prefix in key and ADAPTER_NAME in key.split(".")]
     problems = [
-        f"{len(keys)} weights {said}: {', '.join(sorted(keys, key=natural)[:MOST_NAMED])}"
+        f"{len(keys)} weights {problem}: {', '.join(sorted(keys, key=natural)[:MOST_NAMED])}"
         f"{f' and {len(keys) - MOST_NAMED} more' if len(keys) > MOST_NAMED else ''}"
-        for keys, said in (
-            (missing, "that it should have are missing"),
+        for keys, problem in (
+            (missing, "are missing"),
             (result.unexpected_keys, "belong to no module of that model"),
         )
         if keys
@@ -148,7 +148,7 @@ def _load(model: Any, config: Any, stored: dict[str, Tensor]) -> None:
 
 
 def _fit_vocabulary(base: PreTrainedModel, stored: dict[str, Tensor]) -> None:
-    """Resize a base model's embeddings to those that are saved with an adapter, which was trained with added tokens."""
+    """Resize a base model's embeddings to those saved with an adapter, which was trained with added tokens."""
     embedding = base.get_input_embeddings()
     path = next(path for path, module in base.named_modules() if module is embedding)
     saved = stored.get(f"base_model.model.{path}.weight")
@@ -157,7 +157,7 @@ def _fit_vocabulary(base: PreTrainedModel, stored: dict[str, Tensor]) -> None:
 
 
 def _untie(base: PreTrainedModel) -> None:
-    """Give the output head weights of its own if the adapter changes only it or only the embedding that it is tied to."""
+    """Give the output head its own weights if the adapter changes only the head or only the embedding that it is tied to."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     ends: list[Any] = [base.get_input_embeddings(), base.get_output_embeddings()]
@@ -179,7 +179,7 @@ def _logits(model: Any) -> Tensor:
 
 
 def _bounded(error: Exception) -> str:
-    """Return what an error says, within a few lines: torch lists every weight of another shape."""
+    """Return an error's message, cut to a few lines: torch lists every weight of another shape."""
     lines = [line.strip() for line in str(error).strip().splitlines()]
     rest = len(lines) - MOST_NAMED - 1
     return " ".join(lines[: MOST_NAMED + 1]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,7 +1,7 @@
-"""How long a sequence may be: what a model's configuration says of it, under any of the names there are for that.
+"""Reads a model's context length from its configuration, under any of the usual names.
 
-Models with rotary or learned positions say a number. Those without (ALiBi, recurrent states) may say none: such a model takes
-a sequence of any length, and memory alone bounds it. None stands for that, everywhere.
+Models with rotary or learned positions have a limit. Those without (ALiBi, recurrent states) may have none: such a model takes
+a sequence of any length, bounded by memory only. None stands for no limit.
 """
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -20,24 +20,24 @@ LIMITS = (
     "max_context_length",
     "model_max_length",
 )
-"""What configurations call the most tokens of a sequence, the commonest name first."""
+"""Names of the largest number of tokens of a sequence in configurations, the most common first."""
 
 UNBOUNDED = 131_072
-"""The most tokens of one sequence where the model says no limit: a request that names none must end all the same."""
+"""Most tokens of one sequence if the model has no limit: a request without `max_tokens` must still end."""
 
 MOST_SANE = 10_000_000
-"""A tokenizer without a limit says 10^30."""
+"""Largest plausible limit of a tokenizer; one without a limit has 10^30."""
 
 
 def context_length(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None = None) -> int | None:
-    """Return the most tokens a sequence may have, None if nothing says so.
+    """Return the largest number of tokens of a sequence; None if there is no limit.
 
     Args:
-        config: the model's.
-        tokenizer: the model's, which may say a limit where the configuration does not.
+        config: the model's configuration.
+        tokenizer: the model's tokenizer, which may have a limit if the configuration has none.
     """
     text = config.get_text_config(decoder=True)
-    said = [getattr(text, name, None) for name in LIMITS]
+    limits = [getattr(text, name, None) for name in LIMITS]
     if tokenizer is not None and tokenizer.model_max_length <= MOST_SANE:
-        said.append(int(tokenizer.model_max_length))
-    return next((n for n in said if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
+        limits.append(int(tokenizer.model_max_length))
+    return next((n for n in limits if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)

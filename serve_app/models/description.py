@@ -1,8 +1,7 @@
-"""What a model's files say of it before anything is loaded: its kind, its layers, whether weights and a tokenizer are there.
+"""Reads from a model's files, before loading, its type, its layers, and whether weights and a tokenizer are there.
 
-It is for whoever is about to start something that takes a minute, and would rather hear of a mistake now. `config.json` is read
-as the JSON that it is, because making transformers' configuration of it takes seconds. What the files do not say is None, and
-the loading of the model finds out.
+It reports a mistake before something starts that takes a minute. `config.json` is read as plain JSON, because creating
+transformers' configuration takes seconds. What the files do not contain is None, and is found out when the model is loaded.
 """
 
 import json
@@ -20,27 +19,27 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-"""What configurations call the number of decoder layers."""
+"""Names of the number of decoder layers in configurations."""
 
 TEXT_PARTS = ("text_config", "llm_config", "language_config", "decoder")
-"""What configurations of several models call the part that writes."""
+"""Names of the language model's part in configurations of several models."""
 
 TOKENIZER_FILES = ("*token*", "vocab.*", "merges.txt", "*.model", "*.tiktoken", "*.spm", "*.vocab")
 
 
 @dataclass(frozen=True)
 class ModelDescription:
-    """What a model's files say of it."""
+    """What a model's files contain about it."""
 
     name: str
-    """Its served name."""
+    """The served name."""
     model_type: str | None
-    """Transformers' name of its kind."""
+    """Transformers' model type."""
     num_layers: int | None
-    """Decoder layers."""
+    """Number of decoder layers."""
 
     def check_capture(self, layers: Any, hook_points: Any) -> None:
-        """Refuse layers and hook points that the model cannot have.
+        """Reject layers and hook points that the model cannot have.
 
         Raises:
             CaptureRequestError: naming the first of them.
@@ -51,14 +50,14 @@ class ModelDescription:
 
 
 def describe(source: ModelSource, *, trust_remote_code: bool = False) -> ModelDescription:
-    """Read what a model's files say of it, and refuse what cannot be loaded.
+    """Read a model's description from its files, and reject what cannot be loaded.
 
     Args:
         source: where the model is.
-        trust_remote_code: whether code that comes with it may run; its kind may then be one that transformers does not know.
+        trust_remote_code: whether code that comes with it may run; transformers may then not know its model type.
 
     Raises:
-        ModelNotFoundError: if transformers does not know its kind.
+        ModelNotFoundError: if transformers does not know its model type.
         WeightsError: if its folder has no weights or no tokenizer, or its configuration cannot be read.
     """
     file = config_file(source)
@@ -70,7 +69,7 @@ def describe(source: ModelSource, *, trust_remote_code: bool = False) -> ModelDe
         _check_known(kind, source.name, own_code=bool(config.get("auto_map")))
     if config.get("is_encoder_decoder"):
         raise ModelNotFoundError(
-            f"model {source.name!r}: {kind} is an encoder-decoder model; only decoders that generate by themselves are served"
+            f"model {source.name!r}: {kind} is an encoder-decoder model; only decoder-only models are served"
         )
     folder = Path(source.path)
     if folder.is_dir():
@@ -95,7 +94,13 @@ def read_tokenizer(source: ModelSource, *, trust_remote_code: bool = False) -> "
         found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             words, revision=commit, trust_remote_code=trust_remote_code
         )
-    except (ImportError, KeyError, OSError, TypeError, ValueError) as error:  # as transformers fails on files of others
+    except (
+        ImportError,
+        KeyError,
+        OSError,
+        TypeError,
+        ValueError,
+    ) as error:  # transformers raises these on unexpected files
         if Path(words).is_dir() and not _has_tokenizer(Path(words)):
             raise WeightsError(_no_tokenizer(source.name, words)) from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -110,7 +115,7 @@ def _has_tokenizer(folder: Path) -> bool:
 def _no_tokenizer(name: str, folder: str) -> str:
     return (
         f"model {name!r} has no tokenizer: {folder} has neither a tokenizer.json nor another tokenizer's files; "
-        "save the model's own beside its weights (tokenizer.save_pretrained)"
+        "save its tokenizer beside its weights (tokenizer.save_pretrained)"
     )
 
 

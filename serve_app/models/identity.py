@@ -1,16 +1,15 @@
-"""Identifies a local model by its content, so that two models with one name never share a revision.
+"""Computes a local model's revision from its content, so that two models with one name never share a revision.
 
-`folder_revision` hashes every file that decides what the model computes or how text is read for it: configurations, tokenizer
-files, chat templates, custom code, adapters and weights. It reads no README, no training state and no format that is never
-loaded, so a folder keeps its revision when those change. Modification times do not count either: a copy of a folder is the
-same model.
+`folder_revision` hashes every file that decides what the model computes or how it reads text: configurations, tokenizer files,
+chat templates, custom code, adapters and weights. It ignores READMEs, training state and formats that are never loaded, so
+changes to them do not change the revision. It also ignores modification times: a copy of a folder is the same model.
 
-Small weights are read whole. Of weights beyond `WHOLE_BYTES`, which would take minutes to read, each tensor of a safetensors
-file gives evenly spaced blocks beside the file's header, so that training, merging or quantizing is seen wherever it happens;
-an edit of a few rows of one tensor may not be. Other large files give evenly spaced blocks and both ends (a PyTorch file ends
-with the checksums of its tensors).
+Small weights are hashed whole. Of weights beyond `WHOLE_BYTES`, which would take minutes to read, the hash covers each file's
+header and evenly spaced blocks of each tensor. So it notices training, merging or quantizing wherever it happens, but perhaps
+not an edit of a few rows of one tensor. Other large files are sampled at evenly spaced blocks and at both ends (a PyTorch file
+ends with the checksums of its tensors).
 
-Reading the headers also finds files that are truncated and shards that are absent, before anything slow starts.
+Reading the headers also finds truncated files and missing shards, before anything slow starts.
 """
 
 import hashlib
@@ -23,14 +22,14 @@ from typing import Any
 from roentgen.errors import RoentgenError
 
 WHOLE_BYTES = 1 << 30
-"""Weights of a folder up to this size are hashed whole: at the speed of memory that takes a tenth of a second."""
+"""Weights of a folder up to this size are hashed whole, which takes a tenth of a second at the speed of memory."""
 BLOCK = 4 << 10
 SAMPLED_BLOCKS = 16
-"""Blocks read of a tensor in weights that are sampled."""
+"""Number of blocks that are read of each tensor in sampled weights."""
 STRIDE = 256 << 10
-"""Distance between the blocks of a large file whose tensors are not known."""
+"""Distance between the blocks of a large file without known tensors."""
 ENDS = 1 << 20
-"""Bytes read at both ends of such a file."""
+"""Number of bytes read at both ends of such a file."""
 _CHUNK = 1 << 20
 
 BASE_WEIGHTS = (
@@ -39,7 +38,7 @@ BASE_WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
-"""The files that transformers begins with, in the order in which it looks for them."""
+"""The weight files that transformers looks for, in this order."""
 WEIGHT_SUFFIXES = frozenset({".safetensors", ".bin", ".pt", ".pth", ".gguf"})
 _TEXT_SUFFIXES = frozenset({".json", ".txt", ".model", ".jinja", ".py", ".tiktoken", ".vocab", ".bpe", ".spm", ".yaml"})
 _NOT_THE_MODEL = (
@@ -56,24 +55,24 @@ _NOT_THE_MODEL = (
     "train_results",
     "eval_results",
 )
-"""Beginnings of names of files that training leaves beside a model, or that people read."""
+"""Prefixes of the names of files that training leaves beside a model, or that are for readers."""
 MAX_HEADER = 100_000_000
 """The largest header that safetensors allows."""
 
 
 class DamagedWeightsError(RoentgenError, ValueError):
-    """A weight file is truncated or not what its name says, or an index names a file that is absent."""
+    """A weight file is truncated or has another format, or an index names a missing file."""
 
 
 def folder_revision(folder: Path, beside: str = "") -> str:
     """Return a local model's revision: `local-` and 16 hex digits over the content of its files.
 
     Args:
-        folder: the model's.
-        beside: what else decides, such as the revision of the model that an adapter changes.
+        folder: the model's folder.
+        beside: additional content to hash, such as the revision of an adapter's base model.
 
     Raises:
-        DamagedWeightsError: if a weight file is truncated or an index names one that is absent.
+        DamagedWeightsError: if a weight file is truncated or an index names a missing file.
     """
     check_shards(folder)
     files = list(deciding_files(folder))
@@ -91,7 +90,7 @@ def file_revision(path: Path) -> str:
 
 
 def deciding_files(folder: Path) -> Iterator[Path]:
-    """Yield a model folder's files that decide what it computes, in order of name."""
+    """Yield a model folder's files that decide what it computes, sorted by name."""
     nested = [*folder.glob("*/*.py"), *folder.glob("*/*.jinja")]
     for path in sorted([*folder.iterdir(), *nested]):
         name = path.name.lower()
@@ -107,7 +106,7 @@ def content_hash(path: Path, *, whole: bool) -> str:
     Raises:
         DamagedWeightsError: if it is a safetensors file and truncated.
     """
-    import xxhash  # here, because an engine with random weights does without it
+    import xxhash  # imported here, because an engine with random weights does not need it
 
     digest = xxhash.xxh3_128()
     with path.open("rb") as file:
@@ -142,11 +141,11 @@ def _sample(size: int, header: "SafetensorsHeader | None") -> Iterator[tuple[int
 
 
 class SafetensorsHeader:
-    """What a safetensors file says of its tensors.
+    """A safetensors file's header.
 
     Attributes:
-        begin: where their bytes begin.
-        tensors: by name, `dtype`, `shape` and `data_offsets` (from `begin`).
+        begin: offset of the tensors' bytes.
+        tensors: per name, `dtype`, `shape` and `data_offsets` (from `begin`).
     """
 
     def __init__(self, begin: int, tensors: dict[str, Any]) -> None:
@@ -158,14 +157,14 @@ def read_header(path: Path) -> SafetensorsHeader:
     """Read a safetensors file's header and compare it with the file's size.
 
     Raises:
-        DamagedWeightsError: if it is no safetensors file or a part of one.
+        DamagedWeightsError: if it is not a complete safetensors file.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER):
             raise DamagedWeightsError(
-                f"{path} is not a whole safetensors file: it has {size:,} bytes and no whole header"
+                f"{path} is not a complete safetensors file: it has {size:,} bytes and no complete header"
             )
         try:
             tensors = json.loads(file.read(length))
@@ -175,27 +174,27 @@ def read_header(path: Path) -> SafetensorsHeader:
             raise DamagedWeightsError(f"{path} is not a safetensors file: its header cannot be read") from error
     if size != 8 + length + end:
         raise DamagedWeightsError(
-            f"{path} is damaged: its tensors take {8 + length + end:,} bytes, the file has {size:,}; fetch it again"
+            f"{path} is damaged: its tensors need {8 + length + end:,} bytes and the file has {size:,}; download it again"
         )
     return SafetensorsHeader(8 + length, tensors)
 
 
 def check_shards(folder: Path) -> None:
-    """Refuse a folder whose index names weight files that are absent.
+    """Reject a folder whose index names missing weight files.
 
     Raises:
         DamagedWeightsError: naming them.
     """
     for name in ("model.safetensors", "pytorch_model.bin"):
         index = folder / f"{name}.index.json"
-        if (folder / "model.safetensors").exists():  # which is read in place of every index
+        if (folder / "model.safetensors").exists():  # transformers reads it instead of any index
             return
         if index.exists():
             absent = [shard for shard in shard_names(index) if not (folder / shard).exists()]
             if absent:
                 raise DamagedWeightsError(
-                    f"{index} names {len(absent)} files that are not there: {', '.join(absent[:5])}"
-                    f"{', …' if len(absent) > 5 else ''}; fetch them, or the model whole"
+                    f"{index} names {len(absent)} missing files: {', '.join(absent[:5])}"
+                    f"{', …' if len(absent) > 5 else ''}; download them, or the whole model"
                 )
             return
         if (folder / name).exists():

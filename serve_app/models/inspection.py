@@ -1,4 +1,4 @@
-"""Says what a model has to capture, without serving it: from its weights, or from its configuration alone."""
+"""Finds a model's hook points without serving it: from its weights, or from its configuration alone."""
 
 from pathlib import Path
 
@@ -17,13 +17,13 @@ def inspect_model(name: str, *, revision: str | None = None, config_only: bool =
     """Find and verify a model's hook points.
 
     Args:
-        name: the embedded model, a folder or a hub id; a folder with nothing but a config.json is resolved from that.
-        revision: of a hub model.
-        config_only: leave weights alone (and, of a hub model, do not download them).
+        name: the embedded model, a folder or a hub id; a folder with only a config.json is resolved from that.
+        revision: revision of a hub model.
+        config_only: do not read weights (nor download those of a hub model).
 
     Raises:
         ModelNotFoundError: if there is no such model, or transformers cannot load it.
-        WeightsError: if its weights are not all there, or not the model's.
+        WeightsError: if weights are missing or belong to another model.
         ResolutionError: if its hook points cannot be found.
     """
     disable_progress_bar()
@@ -41,6 +41,6 @@ def inspect_model(name: str, *, revision: str | None = None, config_only: bool =
 
 
 def _is_bare(source: ModelSource) -> bool:
-    """Whether a source is a folder with no weights in it."""
+    """Whether a source is a folder without weights."""
     folder = Path(source.path)
     return folder.is_dir() and not any(file.suffix in (".safetensors", ".bin") for file in folder.iterdir())

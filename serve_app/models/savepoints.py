@@ -1,7 +1,7 @@
-"""Savepoints: hook points that whoever loads a model names, so that requests can ask for them by that name.
+"""Savepoints: hook points with names of their own, given when a model is loaded, which requests can use.
 
-A selector is a module's path from the root, with layers as `layers[12]` or `layers.12`, and then optionally `.input` or
-`.output`. It is taken apart by one regular expression and looked up among the model's modules; nothing of it is evaluated.
+A selector is a module's path from the root, with layers as `layers[12]` or `layers.12`, optionally followed by `.input` or
+`.output`. It is parsed by one regular expression and looked up among the model's modules; nothing of it is evaluated.
 """
 
 import re
@@ -17,7 +17,7 @@ SELECTOR = re.compile(rf"{_PART}(?:\.{_PART})*", re.ASCII)
 
 
 class Savepoint(BaseModel):
-    """A name for a place in the model."""
+    """A name for a location in the model."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -49,7 +49,7 @@ class Savepoint(BaseModel):
 
     @property
     def tap(self) -> Tap:
-        """The place: the module's output if the selector does not say which side."""
+        """The location: the module's output if the selector has no side."""
         path = re.sub(r"\[(\d+)\]", r".\1", self.selector)
         module, _, side = path.rpartition(".")
         if module and side in get_args(Side):
@@ -58,12 +58,12 @@ class Savepoint(BaseModel):
 
 
 def unique_names(savepoints: tuple[Savepoint, ...]) -> tuple[Savepoint, ...]:
-    """Return savepoints whose names are unique.
+    """Return the savepoints, if their names are unique.
 
     Raises:
-        ValueError: naming the first that comes twice.
+        ValueError: naming the first that is used twice.
     """
     names = [savepoint.name for savepoint in savepoints]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"the name {twice!r} is given twice")
+        raise ValueError(f"the name {twice!r} is used twice")
     return savepoints

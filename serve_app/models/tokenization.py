@@ -1,8 +1,8 @@
-"""Makes a `TokenizedText`, from each of the three things that one can come from: raw text, token ids, a rendered conversation.
+"""Creates a `TokenizedText` from each of its three sources: raw text, token ids, and a rendered conversation.
 
-The tokenizer is asked once, for the whole text, as `AutoTokenizer` is: putting its opening token into the text and leaving it
-out of the call is not the same, because what stands first in a text may be tokenized otherwise (SentencePiece's `▁`). What the
-tokenizer adds is part of the text that the model sees, and so of the text that is stored.
+The tokenizer is called once, for the whole text, as `AutoTokenizer` is. Writing its opening token into the text and leaving it
+out of the call is not the same, because the beginning of a text may be tokenized differently (SentencePiece's `▁`). Tokens
+that the tokenizer adds are part of the text that the model sees, and so of the text that is stored.
 """
 
 import re
@@ -21,11 +21,11 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from roentgen.tokenized_text import Segment, TokenizedText
 
 PROMPT, COMPLETION, ASSISTANT = "prompt", "completion", "assistant"
-"""Who speaks raw text, what continues it, and the reply in a conversation."""
+"""Roles of raw text, of its continuation, and of the reply in a conversation."""
 
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-"""How SentencePiece writes a token that is a byte."""
+"""SentencePiece's format of a token that is a byte."""
 
 
 @dataclass(frozen=True)
@@ -33,23 +33,23 @@ class RawText:
     """A raw prompt."""
 
     prompt: TokenizedText
-    """What the model sees: the text, and around it what the tokenizer adds."""
+    """The text as the model sees it, with everything the tokenizer adds around it."""
     own: slice
-    """Where the text itself is in `prompt.text`."""
+    """Position of the text itself in `prompt.text`."""
 
     @property
     def opened(self) -> "RawText":
-        """The same without what the tokenizer adds at the end: a text that continues."""
+        """The same without what the tokenizer adds at the end, for a text that continues."""
         stop = sum(offset < self.own.stop for offset in self.prompt.token_offsets) if self.own.stop else 0
         text, offsets = self.prompt.text[: self.own.stop], self.prompt.token_offsets[:stop]
         return RawText(_raw(text, self.prompt.token_ids[:stop], offsets), self.own)
 
     def cut(self, keep: int, side: Literal["left", "right"]) -> "RawText":
-        """The same with the first or last tokens left out.
+        """The same without its first or last tokens.
 
         Args:
-            keep: how many tokens stay; more than there are leaves none out.
-            side: where they are left out.
+            keep: number of tokens to keep; if it is larger than the text, nothing is removed.
+            side: side to remove tokens from.
         """
         prompt = cut_prompt(self.prompt, keep, side)
         if side == "left":
@@ -61,22 +61,22 @@ class RawText:
 
     @property
     def echo(self) -> str:
-        """What a reply that repeats its prompt says: the text itself."""
+        """The text that a reply with `echo` repeats: the text itself."""
         return self.prompt.text[self.own]
 
     @property
     def echo_offsets(self) -> list[int]:
-        """The first character of each token in `echo`; what the tokenizer added before it begins where it does."""
+        """Offset of each token in `echo`; tokens that the tokenizer added before the text have the offset 0."""
         return [min(max(at, self.own.start), self.own.stop) - self.own.start for at in self.prompt.token_offsets]
 
 
 def cut_prompt(prompt: TokenizedText, keep: int, side: Literal["left", "right"]) -> TokenizedText:
-    """Return a prompt with its first or last tokens left out, and the text that they cover.
+    """Return a prompt without its first or last tokens and the text that they cover.
 
     Args:
         prompt: a prompt without a completion.
-        keep: how many tokens stay; more than there are leaves none out.
-        side: where they are left out.
+        keep: number of tokens to keep; if it is larger than the prompt, nothing is removed.
+        side: side to remove tokens from.
     """
     n = len(prompt.token_ids)
     if keep >= n:
@@ -102,15 +102,15 @@ def tokenize_text(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_
     """Tokenize raw text.
 
     Args:
-        tokenizer: the model's.
-        text: anything.
-        add_special_tokens: whether the tokenizer adds what begins, or ends, a text.
+        tokenizer: the model's tokenizer.
+        text: any text.
+        add_special_tokens: whether the tokenizer adds tokens at the beginning or end of the text.
     """
     encoded = tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
     token_ids = list(encoded["input_ids"])
     added = [sequence is None for sequence in encoded.sequence_ids(0)]
     n_opening = sum(takewhile(bool, added))
-    if n_opening == len(added):  # no token is the text's own: what begins a text is what begins another one
+    if n_opening == len(added):  # the text has no token of its own: use the opening of another text
         n_opening = sum(takewhile(bool, (n is None for n in tokenizer("a").sequence_ids(0)))) if added else 0
     pieces = [
         str(tokenizer.convert_ids_to_tokens(token)) if new else "" for token, new in zip(token_ids, added, strict=True)
@@ -125,15 +125,15 @@ def tokenize_text(tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_
     return RawText(_raw(opening + text + "".join(pieces[n_opening:]), token_ids, offsets), own)
 
 
-def tell_bytes_apart(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], offsets: Sequence[int]) -> list[int]:
-    """Return offsets in which tokens that are bytes have those of their characters.
+def split_byte_offsets(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], offsets: Sequence[int]) -> list[int]:
+    """Return the offsets of tokens, where tokens that are bytes have the offsets of their characters.
 
     Some tokenizers give a run of bytes the offset of the first.
 
     Args:
-        tokenizer: the model's.
-        token_ids: of a text.
-        offsets: where each begins.
+        tokenizer: the model's tokenizer.
+        token_ids: tokens of a text.
+        offsets: offset of each token.
     """
     pieces = [str(piece) for piece in tokenizer.convert_ids_to_tokens(token_ids)]
     found = list(offsets)
@@ -148,22 +148,22 @@ def tell_bytes_apart(tokenizer: PreTrainedTokenizerBase, token_ids: list[int], o
 
 
 def character_at(raw: bytes, at: int) -> int:
-    """Return which character the byte at a place belongs to; bytes that are none count as U+FFFD."""
+    """Return the index of the character that a byte belongs to; invalid bytes count as U+FFFD."""
     before, through = raw[:at].decode("utf-8", "replace"), raw[: at + 1].decode("utf-8", "replace")
-    # A byte that changes nothing that can be seen goes on with the character before it.
+    # A byte without a visible effect continues the character before it.
     return len(before) - 1 if before == through and at < len(raw) else n_common(before, through)
 
 
 def n_common(one: str, other: str) -> int:
-    """Return how many characters two texts begin with alike."""
+    """Return the number of leading characters that two texts have in common."""
     return sum(takewhile(bool, (a == b for a, b in zip(one, other, strict=False))))
 
 
 def decode_tokens(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> RawText:
-    """Take token ids as they are, in the same form as the text that they are the tokens of.
+    """Decode token ids into the form that their text would have if it were tokenized.
 
-    Decoding alone gives another form: SentencePiece's `▁` is a space behind a special token, and nothing at the beginning of a
-    text. So a text is looked for whose tokens these are; where there is none, the form is that of decoding.
+    Decoding alone gives another form: SentencePiece's `▁` is a space after a special token, and nothing at the beginning of a
+    text. So this searches for a text with these tokens; if there is none, it uses the form of decoding.
     """
     for text, special in _texts_of(tokenizer, token_ids):
         whole = tokenize_text(tokenizer, text, add_special_tokens=special)
@@ -175,7 +175,7 @@ def decode_tokens(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> R
 
 
 def _texts_of(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> Iterator[tuple[str, bool]]:
-    """Yield texts that may have these tokens, and whether the tokenizer is to add special tokens to them."""
+    """Yield texts that may have these tokens, and whether the tokenizer adds special tokens to them."""
     added = [sequence is None for sequence in tokenizer("a").sequence_ids(0)]
     opening = tokenizer("a")["input_ids"][: sum(takewhile(bool, added))]
     closing = tokenizer("a")["input_ids"][len(added) - sum(takewhile(bool, reversed(added))) :]
@@ -195,13 +195,14 @@ def _texts_of(tokenizer: PreTrainedTokenizerBase, token_ids: list[int]) -> Itera
 def tokenize_rendered(
     tokenizer: PreTrainedTokenizerBase, text: str, segments: list[Segment], *, add_special_tokens: bool = False
 ) -> TokenizedText:
-    """Tokenize what a chat template made.
+    """Tokenize the output of a chat template.
 
     Args:
-        tokenizer: the model's.
-        text: what the template made.
-        segments: who speaks which of its characters.
-        add_special_tokens: whether the tokenizer adds what begins, or ends, a text; templates write that themselves.
+        tokenizer: the model's tokenizer.
+        text: the template's output.
+        segments: roles of its characters.
+        add_special_tokens: whether the tokenizer adds tokens at the beginning or end of the text; templates write those
+            themselves.
     """
     raw = tokenize_text(tokenizer, text, add_special_tokens=add_special_tokens)
     before = raw.own.start
@@ -212,13 +213,13 @@ def tokenize_rendered(
 def completed(
     tokenizer: PreTrainedTokenizerBase, prompt: TokenizedText, token_ids: list[int], role: str
 ) -> TokenizedText:
-    """Add the tokens of a completion, and the text that they spell, to a prompt.
+    """Append a completion's tokens and their text to a prompt.
 
     Args:
-        tokenizer: the model's.
-        prompt: what was completed.
+        tokenizer: the model's tokenizer.
+        prompt: the prompt.
         token_ids: the completion's tokens.
-        role: who spoke it.
+        role: role of the completion's speaker.
     """
     words, offsets = decode(tokenizer.backend_tokenizer, token_ids, after=prompt.token_ids)
     start = len(prompt.text)
@@ -232,16 +233,15 @@ def completed(
 
 
 def decode(tokenizer: Tokenizer, token_ids: Sequence[int], after: Sequence[int] = ()) -> tuple[str, list[int]]:
-    """Decode tokens with the special ones among them.
+    """Decode tokens, special tokens included.
 
     Args:
-        tokenizer: the model's.
-        token_ids: what to decode.
+        tokenizer: the model's tokenizer.
+        token_ids: tokens to decode.
         after: the tokens before them.
 
     Returns:
-        The text, and the offset in it at which each token's characters begin; a token in the middle of a character begins where
-        that character does.
+        The text, and the offset of each token in it. A token in the middle of a character has that character's offset.
     """
     decoder = Decoder(tokenizer, skip_special_tokens=False, after=after)
     text, offsets = "", []
@@ -252,19 +252,19 @@ def decode(tokenizer: Tokenizer, token_ids: Sequence[int], after: Sequence[int] 
 
 
 class Decoder:
-    """Decodes a text's tokens one at a time; what it has given is never changed.
+    """Decodes a text's tokens one at a time; returned text never changes.
 
-    SentencePiece's byte tokens decode together: a character is taken back if bytes follow it that are none. `tokenizers` raises
-    then. Here the character stays, and what follows it is decoded apart.
+    SentencePiece's byte tokens decode together: a character is withdrawn if invalid bytes follow it, and `tokenizers` raises
+    an error then. Here the character stays, and the bytes after it are decoded separately.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool, after: Sequence[int] = ()) -> None:
-        """Begin a text.
+        """Create a decoder.
 
         Args:
-            tokenizer: the model's.
-            skip_special_tokens: whether they are no part of the text.
-            after: the tokens before it.
+            tokenizer: the model's tokenizer.
+            skip_special_tokens: whether special tokens are not part of the text.
+            after: the tokens before the text.
         """
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
@@ -273,7 +273,7 @@ class Decoder:
         self._pending: list[int] = []  # tokens that have not become text yet
 
     def step(self, token_id: int) -> str:
-        """Add a token; returns the text that has become whole."""
+        """Add a token; returns the text that is complete now."""
         space = "" if self._before is None else space_lost(self._tokenizer, self._before, token_id)
         self._before = None
         try:
@@ -288,13 +288,13 @@ class Decoder:
         return space + (piece or "")
 
     def rest(self) -> str:
-        """End the text: a character that has only begun becomes U+FFFD, as in any decoder."""
+        """End the text: an incomplete character becomes U+FFFD, as in any decoder."""
         pending, self._pending = self._pending, []
         return str(self._tokenizer.decode(pending, skip_special_tokens=self._skip))
 
 
 def space_lost(tokenizer: Tokenizer, before: Sequence[int], token_id: int) -> str:
-    """Return the space that a token begins with and that decoding takes from the first token of all, or nothing.
+    """Return the space that a token begins with and that decoding removes from the first token, or "".
 
     After a special token there is none: a text begins there.
     """
@@ -316,7 +316,7 @@ def _byte_of_character() -> dict[str, int]:
 
 
 def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
-    """Return the bytes that a token stands for; a character may span several tokens, none of which is text alone."""
+    """Return the bytes of a token. A character may span several tokens, none of which is valid text alone."""
     piece = tokenizer.convert_ids_to_tokens(token)
     if piece is None:
         return b""  # the model's vocabulary may be padded beyond the tokenizer's
@@ -326,7 +326,7 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase, token: int) -> bytes:
     if _is_byte_level(tokenizer) and all(character in alphabet for character in piece):
         return bytes(alphabet[character] for character in piece)
     text: str = tokenizer.decode([token])
-    # A piece that begins a word is written with a mark for its space, which decoding alone takes away.
+    # A token that begins a word marks its space, which decoding alone removes.
     return (" " + text if piece.startswith("▁") and not text.startswith(" ") else text).encode()
 
 

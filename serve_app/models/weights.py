@@ -1,14 +1,14 @@
-"""Reads a model's weights with transformers, and refuses those that are not the whole of the model's.
+"""Loads a model's weights with transformers, and rejects incomplete or foreign weights.
 
-transformers initializes randomly what a checkpoint lacks or has in another shape, leaves out what it does not know, and says
-so in the log only. Here both are errors that name the weights, because such a model would be served, captured and evaluated
-like any other. `read_module` loads; `compare_headers` compares a folder's weight files with the model that its configuration
-describes, without loading either, for an engine that has a loader of its own.
+transformers randomly initializes weights that a checkpoint lacks or has in another shape, ignores weights it does not know,
+and reports both in the log only. Here both are errors that name the weights, because such a model would otherwise be served,
+captured and evaluated like any other. `read_module` loads weights. `compare_headers` compares a folder's weight files with its
+configuration, without loading either, for an engine with a loader of its own.
 
-Some weights may be left over: buffers that older versions saved, layers that predict several tokens at once, and whole parts
-that a causal language model has no use for (vision towers, classification heads). Those are logged. A leftover in a part that
-the model runs (one decoder layer more, a bias, an adapter, the scales of a quantization) would change what it computes, so it
-is an error.
+Some leftover weights are allowed: buffers that older versions saved, layers that predict several tokens at once, and whole
+parts that a causal language model does not use (vision towers, classification heads). They are logged. A leftover in a part
+that the model runs (an additional decoder layer, a bias, an adapter, the scales of a quantization) would change what it
+computes, so it is an error.
 """
 
 import logging
@@ -29,40 +29,40 @@ from serve_app.models.identity import BASE_WEIGHTS, DamagedWeightsError, read_he
 log = logging.getLogger(__name__)
 
 MOST_NAMED = 6
-"""Weights that an error names of each kind."""
+"""Number of weights of each kind that an error names."""
 
 _BUFFERS = re.compile(
     r"(^|\.)(inv_freq|original_inv_freq|masked_bias|attn\.bias|attention\.bias|position_ids|cos_cached|sin_cached|"
     r"num_batches_tracked|_extra_state|causal_mask)$"
 )
-"""What older versions of transformers saved and newer ones compute."""
+"""Buffers that older versions of transformers saved and newer ones compute."""
 
 _OTHER_PARTS = re.compile(
     r"mtp|nextn|vision|visual|vit\b|image|video|audio|speech|talker|code2wav|mm_|multi_?modal|projector|embed_(vision|audio)|"
     r"resampler|medusa|eagle|(^|_)v_head|value_head|score$|classifier|classification_head|qa_outputs|pooler|reward"
 )
-"""Parts of a checkpoint that a causal language model does not run, by the name of the first module that it does not have."""
+"""Parts of a checkpoint that a causal language model does not run, by the first module on their path that it does not have."""
 
 _ADAPTED = re.compile(r"lora_|\.base_layer\.|ia3_l|hada_w|lokr_w|modules_to_save|oft_|boft_|vera_lambda|randlora_")
-"""Of weights that peft saved beside or around a model's."""
+"""Names of weights that peft saved beside or around a model's."""
 
 _LAYER = re.compile(r"(^|\.)(layers|h|blocks?|layer)\.(\d+)\.")
 
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 _BITS = {"float64": 53, "float32": 24, "float16": 11, "bfloat16": 8}
-"""Of a number's fraction."""
+"""Bits of a number's significand."""
 
 
 def read_module(path: str, name: str, **options: Any) -> PreTrainedModel:
-    """Load a causal language model whose weights are all there.
+    """Load a causal language model with complete weights.
 
     Args:
         path: a folder or a hub id.
-        name: what errors call it.
-        options: of `AutoModelForCausalLM.from_pretrained`.
+        name: the model's name in errors.
+        options: options of `AutoModelForCausalLM.from_pretrained`.
 
     Raises:
-        WeightsError: naming the weights that are missing, mismatched or unexpected; or why they cannot be read.
+        WeightsError: naming the weights that are missing, mismatched or unexpected, or why they cannot be read.
     """
     with _quiet_report() as report:
         try:
@@ -70,11 +70,11 @@ def read_module(path: str, name: str, **options: Any) -> PreTrainedModel:
                 path, output_loading_info=True, ignore_mismatched_sizes=True, **options
             )
         except SafetensorError as error:
-            raise WeightsError(f"model {name!r}: a weight file cannot be read ({error}); fetch it again") from error
+            raise WeightsError(f"model {name!r}: a weight file cannot be read ({error}); download it again") from error
         except OSError as error:
             raise WeightsError(f"model {name!r}: {_first_line(error)}{_weights_there(path)}") from error
         except (ImportError, NotImplementedError, RuntimeError, ValueError) as error:
-            # Of a quantization: a package or a device that it needs, or weights that it does not know.
+            # Causes in a quantized model: a package or device that it needs, or unknown weights.
             reason = f"its weights cannot be converted: {_conversions(report)}" if report else str(error).strip()
             if (method := _quantization_at(path, options)) is not None:
                 package = error.name if isinstance(error, ModuleNotFoundError) else None
@@ -82,7 +82,7 @@ def read_module(path: str, name: str, **options: Any) -> PreTrainedModel:
                     f"model {name!r} is quantized with {method} and cannot be loaded here: {reason}"
                     f"{f' (pip install {package})' if package == method else ''}"
                 ) from error
-            if isinstance(error, ImportError):  # of a package that the model's own code needs
+            if isinstance(error, ImportError):  # the model's own code needs a package
                 raise WeightsError(f"model {name!r} cannot be loaded here: {error}") from error
             if not report:
                 raise
@@ -94,7 +94,7 @@ def read_module(path: str, name: str, **options: Any) -> PreTrainedModel:
 
 
 def quantization_of(config: PretrainedConfig) -> str | None:
-    """Return the method that a configuration says the model's weights are quantized with, None if they are not."""
+    """Return the quantization method in a configuration; None if the model is not quantized."""
     described = getattr(config, "quantization_config", None)
     if described is None:
         return None
@@ -103,10 +103,10 @@ def quantization_of(config: PretrainedConfig) -> str | None:
 
 
 def compare_headers(path: str, name: str, config: PretrainedConfig) -> None:
-    """Compare a folder's weight files with the model of its configuration, by names and shapes: nothing is loaded.
+    """Compare the names and shapes in a folder's weight files with its configuration's model; nothing is loaded.
 
-    Nothing is compared of a hub id, of a quantized model, or of one that transformers has no causal language model for: there
-    the engine's own loader has to find out.
+    A hub id, a quantized model, and a model that transformers does not support are not compared: the engine's own loader must
+    check them.
 
     Raises:
         WeightsError: naming the weights that are missing, mismatched or unexpected.
@@ -143,11 +143,11 @@ def compare_headers(path: str, name: str, config: PretrainedConfig) -> None:
 
 
 def check_found(module: PreTrainedModel, name: str, found: dict[str, Any]) -> None:
-    """Refuse a model whose weights are not all its own, by what transformers says of loading them.
+    """Reject a model with foreign or missing weights, according to transformers' loading info.
 
     Args:
         module: the model.
-        name: what errors call it.
+        name: the model's name in errors.
         found: transformers' loading info: `missing_keys`, `unexpected_keys`, `mismatched_keys`, `error_msgs`.
 
     Raises:
@@ -161,12 +161,12 @@ def check_found(module: PreTrainedModel, name: str, found: dict[str, Any]) -> No
         (leftover if _is_harmless(key, module) else wrong).append(key)
     problems = []
     if missing:
-        problems.append(f"{_count(missing, 'is', 'are')} missing and would be random: {_named(missing)}")
+        problems.append(f"{_count(missing, 'is', 'are')} missing and would be initialized randomly: {_named(missing)}")
     if mismatched:
         shapes = [f"{key} ({list(there)} stored, {list(wanted)} in the model)" for key, there, wanted in mismatched]
         problems.append(f"{_count(shapes, 'has', 'have')} another shape: {_named(shapes)}")
     if wrong:
-        problems.append(f"{_count(wrong, 'is', 'are')} no part of the model: {_named(wrong)}{_hint(wrong)}")
+        problems.append(f"{_count(wrong, 'is', 'are')} not part of the model: {_named(wrong)}{_hint(wrong)}")
     problems += found["error_msgs"]
     if problems:
         raise WeightsError(
@@ -178,12 +178,12 @@ def check_found(module: PreTrainedModel, name: str, found: dict[str, Any]) -> No
 
 
 def natural(key: str) -> tuple[tuple[int, str], ...]:
-    """Return what sorts names with numbers in them as people do: layer 2 before layer 10."""
+    """Return a key that sorts names by the numbers in them: layer 2 before layer 10."""
     return tuple((int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", key))
 
 
 def _is_harmless(key: str, module: PreTrainedModel) -> bool:
-    """Whether a weight that the model does not have can be left out without changing what it computes."""
+    """Whether a weight that the model does not have can be ignored without changing what it computes."""
     if _ADAPTED.search(key):
         return False
     if _BUFFERS.search(key):
@@ -201,7 +201,7 @@ def _is_harmless(key: str, module: PreTrainedModel) -> bool:
 
 
 def _where_it_leaves(key: str, module: PreTrainedModel) -> tuple[str, str]:
-    """Return the deepest module on a weight's path that the model has, and the name of what it does not have in there."""
+    """Return the deepest module on a weight's path that the model has, and the next name, which it does not have."""
     around: list[str] = []
     current: torch.nn.Module = module
     for part in key.split("."):
@@ -214,7 +214,7 @@ def _where_it_leaves(key: str, module: PreTrainedModel) -> tuple[str, str]:
 
 
 def _ancestors(module: PreTrainedModel) -> list[str]:
-    """Return the paths of the modules that hold the model's layers and embedding, outermost first."""
+    """Return the paths of the modules around the model's layers and embedding, outermost first."""
     embedding = module.get_input_embeddings()
     path = next((path for path, inner in module.named_modules() if inner is embedding), "")
     parts = path.split(".")[:-1]
@@ -243,18 +243,18 @@ def _first_line(error: Exception) -> str:
 
 
 def _weights_there(path: str) -> str:
-    """Say which weight files a folder has, if transformers reads none of them."""
+    """Return which weight files a folder has, if transformers reads none of them."""
     folder = Path(path)
     if not folder.is_dir() or any((folder / name).exists() for name in BASE_WEIGHTS):
         return ""
     suffixes = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack")
     there = sorted(file.name for file in folder.iterdir() if file.suffix in suffixes)
-    return f" (read is one of {', '.join(BASE_WEIGHTS)}; the folder has {', '.join(there[:5]) or 'no weights'})"
+    return f" (one of {', '.join(BASE_WEIGHTS)} is needed; the folder has {', '.join(there[:5]) or 'no weights'})"
 
 
 @contextmanager
 def _quiet_report() -> Iterator[list[str]]:
-    """Keep transformers' report of a load, a table with a line per weight, out of the log; yields it."""
+    """Keep transformers' report of a load, a table with a line per weight, out of the log; yields the reports."""
     reports: list[str] = []
 
     def keep(record: logging.LogRecord) -> bool:
@@ -273,7 +273,7 @@ def _quiet_report() -> Iterator[list[str]]:
 
 
 def _conversions(reports: list[str]) -> str:
-    """Return a load report's lines that say what could not be converted."""
+    """Return the lines of a load report with failed conversions."""
     lines = [line.strip() for line in "\n".join(reports).splitlines()]
     wrong = [line for line in lines if "CONVERSION" in line or "Error" in line]
     return "; ".join(wrong[:MOST_NAMED]) or _first_line(RuntimeError(reports[0]))
@@ -292,7 +292,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def _quantization_at(path: str, options: Mapping[str, Any]) -> str | None:
-    """Return how the model at a path says that it is quantized, None if it is not, or a GGUF file is read."""
+    """Return the quantization method of the model at a path; None if it is not quantized, or a GGUF file is read."""
     if "gguf_file" in options:
         return None
     asked = {name: options[name] for name in ("revision", "trust_remote_code") if name in options}
@@ -300,7 +300,7 @@ def _quantization_at(path: str, options: Mapping[str, Any]) -> str | None:
 
 
 def _shapes(folder: Path) -> dict[str, Tensor]:
-    """Return a folder's weights as tensors that have a shape and a dtype and no values."""
+    """Return a folder's weights as tensors with a shape and a dtype but no values."""
     found: dict[str, Tensor] = {}
     for file in weight_files(folder):
         if file.suffix == ".safetensors":
@@ -313,7 +313,7 @@ def _shapes(folder: Path) -> dict[str, Tensor]:
 
 
 def _log_cast(path: str, name: str, computed_in: Any) -> None:
-    """Log that weights are stored in another dtype than the model computes in, and warn if that loses some of them."""
+    """Log if weights are stored in another dtype than the model computes in; warn if the conversion loses some of them."""
     folder = Path(path)
     if not folder.is_dir() or not isinstance(computed_in, torch.dtype):
         return

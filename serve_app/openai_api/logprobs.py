@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from serve_app.engines.markers import MARKERS
 from serve_app.engines.protocol import FORCED, TokenScore
 from serve_app.engines.text import TextStream
-from serve_app.models.tokenization import character_at, n_common, tell_bytes_apart, token_bytes
+from serve_app.models.tokenization import character_at, n_common, split_byte_offsets, token_bytes
 from serve_app.openai_api.schemas import (
     ChatLogprobs,
     ChosenToken,
@@ -175,7 +175,7 @@ def completion_logprobs(
             for token, score in zip(token_ids, scores, strict=True)
         ],
         "text_offset": [
-            *tell_bytes_apart(tokenizer, token_ids[: len(echoed)], echoed),
+            *split_byte_offsets(tokenizer, token_ids[: len(echoed)], echoed),
             *offsets.of(token_ids[len(echoed) :]),
         ],
     }

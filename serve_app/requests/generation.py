@@ -32,7 +32,7 @@ from serve_app.engines.protocol import (
     Sampling,
     TextDelta,
 )
-from serve_app.engines.rollout_entry import make_entry
+from serve_app.engines.rollout_metadata import make_metadata
 from serve_app.engines.served_model import ServedModel
 from serve_app.engines.storage import Done, Storage, StoredActivations
 from serve_app.errors import RequestError
@@ -232,7 +232,7 @@ class _Listener:
         if self._choice.stop_label is not None:
             labels = {**asked.labels, STOP_LABEL: self._choice.stop_label(finished.acted)}
             asked = asked.model_copy(update={"labels": labels})
-        entry = make_entry(
+        entry = make_metadata(
             self._served.model, self._choice.prompt, self._choice.role, asked, finished, session_id, str(ULID())
         )
 

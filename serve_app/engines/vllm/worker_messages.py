@@ -17,7 +17,7 @@ from serve_app.capture.probe_scores import RequestProbe
 from serve_app.capture.rows import CapturePlan
 from serve_app.capture.steering import SteeringVector
 from serve_app.engines.probe_stopping import Stopping
-from serve_app.engines.rollout_entry import RolloutEntry
+from serve_app.engines.rollout_metadata import RolloutMetadata
 from serve_app.engines.storage import StoredActivations
 
 EXTRA_ARGS_KEY = "roentgen"
@@ -60,7 +60,7 @@ class CaptureRequest:
 class SyncMessage:
     """Which of a worker's rows to store and which to drop."""
 
-    keep: dict[str, RolloutEntry] = field(default_factory=dict)
+    keep: dict[str, RolloutMetadata] = field(default_factory=dict)
     """Jobs to store, by job id, with everything about the rollout but its rows."""
     forget: frozenset[str] = frozenset()
     """Jobs whose rows are dropped."""

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 
 from roentgen.store import StoreError
 from serve_app.engines.protocol import Finished
-from serve_app.engines.rollout_entry import RolloutEntry
+from serve_app.engines.rollout_metadata import RolloutMetadata
 from serve_app.engines.storage import StoredActivations
 from serve_app.engines.vllm.worker_messages import SyncMessage, SyncReply
 
@@ -35,7 +35,7 @@ class WorkerStorage:
         """
         self._loop = loop
         self._sync = sync
-        self._keep: dict[str, RolloutEntry] = {}
+        self._keep: dict[str, RolloutMetadata] = {}
         self._forget: set[str] = set()
         self._waiting: dict[str, Future[StoredActivations]] = {}
         self._has_room = True
@@ -49,7 +49,7 @@ class WorkerStorage:
             self._loop.call_soon_threadsafe(self._wake)
         return self._has_room
 
-    def keep(self, entry: RolloutEntry, finished: Finished) -> "Future[StoredActivations]":
+    def keep(self, entry: RolloutMetadata, finished: Finished) -> "Future[StoredActivations]":
         """Store a finished generation; the future completes when it is committed, or fails."""
         assert finished.worker_rows is not None
         job_id, future = finished.worker_rows.job_id, Future[StoredActivations]()

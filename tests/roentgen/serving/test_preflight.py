@@ -62,11 +62,11 @@ def test_what_is_right_passes(folder: Path) -> None:
         (lambda f: edit_config(f, model_type="lama"), r"does not know the model type 'lama' of its.*did you mean 'llama'"),
         (lambda f: edit_config(f, model_type="mine", auto_map={"AutoConfig": "x.Y"}), r"--trust-remote-code runs the code"),
         (lambda f: edit_config(f, is_encoder_decoder=True), r"encoder-decoder model"),
-        (lambda f: (f / "model.safetensors").write_bytes(b"12"), r"not a whole safetensors file"),
+        (lambda f: (f / "model.safetensors").write_bytes(b"12"), r"not a complete safetensors file"),
         (
             lambda f: (remove(f, "*.safetensors"), (f / "model.safetensors.index.json").write_text(
                 '{"weight_map": {"a": "model-1.safetensors"}}')),
-            r"names 1 files that are not there: model-1\.safetensors",
+            r"names 1 missing files: model-1\.safetensors",
         ),
     ],
 )  # fmt: skip

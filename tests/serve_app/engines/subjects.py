@@ -16,7 +16,7 @@ from ulid import ULID
 from roentgen.store import StoreWriter
 from roentgen.tokenized_text import TokenizedText
 from serve_app.engines.protocol import Engine, Finished
-from serve_app.engines.rollout_entry import RolloutEntry
+from serve_app.engines.rollout_metadata import RolloutMetadata
 from serve_app.engines.served_model import ServedModel
 from serve_app.engines.storage import LocalStorage, Storage
 from serve_app.engines.transformers.engine import TransformersEngine
@@ -68,10 +68,10 @@ class Subject:
         return output[0, len(prompt) :].tolist()
 
 
-def entry(prompt: list[int], result: Finished, positions: str) -> RolloutEntry:
+def entry(prompt: list[int], result: Finished, positions: str) -> RolloutMetadata:
     ids = prompt + result.token_ids
     logprobs = np.array([np.nan] * len(prompt) + [score.logprob for score in result.scores], dtype=np.float32)
-    return RolloutEntry(
+    return RolloutMetadata(
         session_id="s",
         rollout_id=str(ULID()),
         model="tiny",

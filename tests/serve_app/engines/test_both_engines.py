@@ -464,7 +464,7 @@ def test_a_hook_point_without_rows_is_refused_or_fails_alone(under_test: Subject
     for call in (odd, fine):
         under_test.engine.submit(call.job)
     assert len(under_test.rows(fine)[0]) == 20
-    with pytest.raises(UncapturableError, match=r"model\.layers\.output does not give a row per token"):
+    with pytest.raises(UncapturableError, match=r"model\.layers\.output has no row per token"):
         under_test.rows(odd)
 
 
@@ -528,7 +528,7 @@ def test_a_probe_of_another_width_fails_alone(under_test: Subject) -> None:
     for call in (odd, fine):
         under_test.engine.submit(call.job)
     assert len(fine.result().probed[0]) == 20
-    with pytest.raises(UnscorableError, match="does not give a row of 3 per token"):
+    with pytest.raises(UnscorableError, match="has no row of 3 values per token"):
         odd.result()
 
 

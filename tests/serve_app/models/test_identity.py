@@ -122,7 +122,7 @@ def test_a_revision_that_is_asked_for_is_that_of_the_content(model: Path, copy: 
     """A folder has the revision that its content gives it, whatever it is called."""
     revision = folder_revision(model)
     assert locate(str(copy), revision).revision == revision
-    with pytest.raises(ModelNotFoundError, match=f"'main' is not mine's, which is {revision}"):
+    with pytest.raises(ModelNotFoundError, match=f"'main' is not the revision of mine, which is {revision}"):
         locate(str(copy), "main")
 
 

@@ -43,7 +43,7 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
 
 def test_no_hub_and_no_copy_names_both_ways_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ModelNotFoundError, match=r"--model smollm2-135m needs no hub; or .* give its folder"):
+    with pytest.raises(ModelNotFoundError, match=r"--model smollm2-135m needs no hub; or .* use its folder"):
         locate("Qwen/Qwen3-none")
 
 

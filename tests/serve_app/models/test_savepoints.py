@@ -40,7 +40,7 @@ def test_names_that_mean_something_else(name: str) -> None:
 
 
 def test_a_name_is_given_once() -> None:
-    with pytest.raises(ValidationError, match="'a' is given twice"):
+    with pytest.raises(ValidationError, match="'a' is used twice"):
         ModelChoice(model_id="m", savepoints=[{"name": "a", "selector": "x"}, {"name": "a", "selector": "y"}])
 
 

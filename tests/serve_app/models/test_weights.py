@@ -64,13 +64,13 @@ def another_layer(weights: Weights) -> None:
 WRONG: list[tuple[Change, str]] = [
     (
         without(".layers.1."),
-        r"9 weights are missing and would be random: model\.layers\.1\.input_layernorm\.weight, .* and 3 more$",
+        r"9 weights are missing and would be initialized randomly: model\.layers\.1\.input_layernorm\.weight, .* and 3 more$",
     ),
-    (without("lm_head"), r"1 weight is missing and would be random: lm_head\.weight$"),
+    (without("lm_head"), r"1 weight is missing and would be initialized randomly: lm_head\.weight$"),
     (without("model.norm"), r"1 weight is missing .*: model\.norm\.weight"),
     (
         renamed("model.", "language.model."),
-        r"29 weights are missing .*model\.embed_tokens\.weight.* no part of the model",
+        r"29 weights are missing .*model\.embed_tokens\.weight.* not part of the model",
     ),
     (renamed("model.", "net."), r"29 weights are missing"),
     (
@@ -196,8 +196,8 @@ def test_damaged_files_are_named_before_anything_is_loaded(whole: Path, tmp_path
     file = folder / "model.safetensors"
     content = file.read_bytes()
     for part, said in (
-        (content[:-1000], "is damaged: its tensors take"),
-        (b"torn", "no whole header"),
+        (content[:-1000], "is damaged: its tensors need"),
+        (b"torn", "no complete header"),
         (b"", "no whole"),
     ):
         file.write_bytes(part)
@@ -207,7 +207,7 @@ def test_damaged_files_are_named_before_anything_is_loaded(whole: Path, tmp_path
     shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (folder / shards["a"]).write_bytes(content)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
-    with pytest.raises(WeightsError, match=r"names 1 files that are not there: model-00002-of-00002\.safetensors"):
+    with pytest.raises(WeightsError, match=r"names 1 missing files: model-00002-of-00002\.safetensors"):
         locate(str(folder))
     (folder / "model.safetensors.index.json").unlink()
     (folder / shards["a"]).rename(folder / "consolidated.safetensors")

@@ -14,7 +14,7 @@ from roentgen.store import Session, StoreError, StoreWriter, verify
 from roentgen.transcripts import KnownTokens, Transcript
 from serve_app.capture.rows import CapturePlan, UncapturableError
 from serve_app.engines.protocol import EngineStoppedError, GenerationJob, RequestTooLargeError, Sampling
-from serve_app.engines.rollout_entry import join, make_entry
+from serve_app.engines.rollout_metadata import join, make_metadata
 from serve_app.engines.transformers.engine import TransformersEngine
 from serve_app.engines.transformers.loaded_model import LoadedModel
 from serve_app.openai_api.chat import Message
@@ -130,7 +130,7 @@ def test_reading_an_answer_again_gives_what_generating_it_gave(force, engine, ll
         for i, (prompt, finished) in enumerate(zip(prompts, tiny.run(engine, calls), strict=True)):
             key = RolloutKey(config_hash="c", problem_id=f"p{i}")
             keyed = asked.model_copy(update={"key": key})
-            entry = make_entry(llama, prompt, "assistant", keyed, finished, "own", str(ULID()))
+            entry = make_metadata(llama, prompt, "assistant", keyed, finished, "own", str(ULID()))
             rollout = join(entry, finished.captured)
             writer.submit(rollout).result()
             known = KnownTokens("tiny-llama", "0", rollout.sequence)

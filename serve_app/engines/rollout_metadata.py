@@ -1,7 +1,7 @@
 """Turns a finished generation into the rollout that is stored, and the store's receipt into the reply's `activations`.
 
 The text and the captured rows may be in different processes: an engine whose model runs in workers leaves the rows there. So
-everything but the rows is a `RolloutEntry`, which is small and is sent to the process that has the rows. `join` combines both
+everything but the rows is a `RolloutMetadata`, which is small and is sent to the process with the rows. `join` combines both
 into a rollout. `describe` returns the reply's `activations` once the rollout is committed.
 """
 
@@ -32,7 +32,7 @@ Delivery = Literal["reference", "sample", "full"]
 
 
 @dataclass(frozen=True)
-class RolloutEntry:
+class RolloutMetadata:
     """Everything that the store keeps of a finished generation, except its rows."""
 
     session_id: str
@@ -69,7 +69,7 @@ class RolloutEntry:
     """Positions of tokens that were forced and not sampled; their log-probability is NaN."""
 
 
-def make_entry(
+def make_metadata(
     model: ServedModel,
     prompt: TokenizedText,
     role: str,
@@ -77,7 +77,7 @@ def make_entry(
     finished: Finished,
     session_id: str,
     rollout_id: str,
-) -> RolloutEntry:
+) -> RolloutMetadata:
     """Create the entry of a finished generation.
 
     Args:
@@ -89,7 +89,7 @@ def make_entry(
         session_id: session to store it in.
         rollout_id: its id, a ULID.
     """
-    return RolloutEntry(
+    return RolloutMetadata(
         session_id=session_id,
         rollout_id=rollout_id,
         model=model.source.name,
@@ -109,7 +109,7 @@ def make_entry(
     )
 
 
-def join(entry: RolloutEntry, captured: CapturedRows) -> CapturedRollout:
+def join(entry: RolloutMetadata, captured: CapturedRows) -> CapturedRollout:
     """Combine an entry and its captured rows into a rollout."""
     dtypes = {str(tensor.dtype) for tensor in captured.tensors.values()}
     return CapturedRollout(
