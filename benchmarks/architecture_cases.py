@@ -153,7 +153,7 @@ def cell(structure: ModelStructure, name: str) -> str:
         reasons = [structure.missing[name]] if name in structure.missing else []
         somewhere = name in structure.taps
     else:
-        reasons, somewhere = list(structure.absences(name)), bool(structure.places(name))
+        reasons, somewhere = list(structure.absences(name)), bool(structure.locations(name))
     words = [next((word for said, word in WORDS.items() if said in reason), reason) for reason in reasons]
     return " / ".join(dict.fromkeys(["✓"] * somewhere + words))
 

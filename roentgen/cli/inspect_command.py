@@ -43,7 +43,7 @@ def hook_point_table(structure: "ModelStructure") -> Table:
 
     table = table_of("hook point", "module", "side", "layers")
     for name in LAYER_HOOK_POINTS:
-        for place, layers in structure.places(name).items():
+        for place, layers in structure.locations(name).items():
             module, _, side = place.rpartition(".")
             table.add_row(name, module, side, "all" if len(layers) == structure.num_layers else ranges(layers))
         for reason, layers in structure.absences(name).items():

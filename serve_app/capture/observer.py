@@ -98,7 +98,7 @@ class ObservedModel(TransformersModel):
                 except AttributeError as error:
                     observer.fail(key, f"{tap} cannot be reached: {error}")
                 else:
-                    subscriptions.setdefault(location, []).append(Subscription(observer, key, tap.place, tap.run))
+                    subscriptions.setdefault(location, []).append(Subscription(observer, key, tap.index, tap.run))
         if not subscriptions:
             return forward()
         cache = _TapObserver(self, subscriptions)
@@ -130,14 +130,14 @@ class Subscription:
 
     observer: StepObserver
     key: str
-    place: int
+    index: int
     run: int | None
 
     def show(self, value: Any) -> None:
         """Pass a location's value to the observer. Errors are reported to the observer, because an exception would end the
         whole batch's forward."""
         try:
-            tensor = nth_tensor(value, self.place)
+            tensor = nth_tensor(value, self.index)
         except TypeError:
             return  # a module that passes no tensor has no rows; the request that asked for it fails when it ends
         try:

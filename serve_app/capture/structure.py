@@ -36,15 +36,15 @@ class Tap:
 
     module: str
     side: Side
-    place: int = 0
+    index: int = 0
     plus: int | None = None
     run: int | None = None
 
     def __str__(self) -> str:
         """Format the location: `model.layers.0.mlp.output`, or `….router.output[1]` for a second tensor."""
         if self.plus is not None:
-            return f"{self.module}.{self.side}[{self.place}] + [{self.plus}]"
-        where = f"{self.module}.{self.side}" + (f"[{self.place}]" if self.place else "")
+            return f"{self.module}.{self.side}[{self.index}] + [{self.plus}]"
+        where = f"{self.module}.{self.side}" + (f"[{self.index}]" if self.index else "")
         return where if self.run is None else f"{where} (run {self.run + 1} of the module in a forward)"
 
 
@@ -200,7 +200,7 @@ class ModelStructure:
             )
         return {stored_key(name, layer): Tap(inside[layer], reads) for layer in layers if layer not in absent}
 
-    def places(self, name: str) -> dict[str, list[int]]:
+    def locations(self, name: str) -> dict[str, list[int]]:
         """Return a hook point's locations: per path, with `{i}` for the layer number, the layers that have it there."""
         found: dict[str, list[int]] = {}
         for layer in range(self.num_layers):
@@ -227,8 +227,8 @@ class ModelStructure:
 
         `hook_points` has each hook point at the first layer that has it; `hook_point_layers` has all layers.
         """
-        places = {name: found for name in LAYER_HOOK_POINTS if (found := self.places(name))}
-        first = {name: next(iter(found.items())) for name, found in places.items()}
+        locations = {name: found for name in LAYER_HOOK_POINTS if (found := self.locations(name))}
+        first = {name: next(iter(found.items())) for name, found in locations.items()}
         shared = {name: str(tap) for name in MODEL_HOOK_POINTS if (tap := self.taps.get(name))}
         before = {name: path.rpartition(".")[0] for name, (path, _) in first.items()}
         return {
@@ -241,7 +241,7 @@ class ModelStructure:
             "pre_mlp_path": before.get("ln_mlp"),
             "d_model": self.d_model,
             "hook_points": {name: path.format(i=layers[0]) for name, (path, layers) in first.items()} | shared,
-            "hook_point_layers": places,
+            "hook_point_layers": locations,
             "missing": self.missing,
             "verified_on": self.verified_on,
             "savepoints": {name: str(tap) for name, tap in self.savepoints.items()},

@@ -107,7 +107,7 @@ def write(writer: StoreWriter, entry: RolloutMetadata, captured: CapturedRows) -
         except NonFiniteRowsError as error:
             stored.set_exception(error)
             return
-        except Exception as error:  # noqa: BLE001 - on the writer's thread: raised here, nobody would hear of it
+        except Exception as error:  # noqa: BLE001 - on the writer's thread, where nothing would report it
             stored.set_exception(StoreError(f"the activations could not be stored: {error}"))
             return
         stored.set_result(StoredActivations(reply, rollout.nbytes, time.monotonic() - start))

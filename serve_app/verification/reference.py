@@ -142,7 +142,7 @@ def _hooked(module: PreTrainedModel, taps: dict[str, Tap], n_rows: int) -> Itera
         def before(_module: Any, args: Any, kwargs: Any, key: str = key) -> None:
             keep(key, args if args else next(v for v in kwargs.values() if isinstance(v, Tensor)), 0)
 
-        def after(_module: Any, _args: Any, output: Any, key: str = key, place: int = tap.place) -> None:
+        def after(_module: Any, _args: Any, output: Any, key: str = key, place: int = tap.index) -> None:
             keep(key, output, place)
 
         tapped = module.get_submodule(tap.module)

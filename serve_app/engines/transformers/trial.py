@@ -194,7 +194,7 @@ class Trial:
             handles.append(
                 module.register_forward_pre_hook(taken, with_kwargs=True)
                 if tap.side == "input"
-                else module.register_forward_hook(partial(given, place=tap.place))
+                else module.register_forward_hook(partial(given, place=tap.index))
             )
         try:
             yield forwards

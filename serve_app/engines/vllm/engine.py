@@ -356,13 +356,13 @@ class VllmEngine:
                     token_score(token, found, max(sampling.top_logprobs, sampling.prompt_logprobs or 0))
                     for token, found in zip(job.prompt_ids[1:], output.prompt_logprobs[1:], strict=True)
                 ]
-            said = output.outputs[0]
-            found = said.logprobs or ()  # also there if a logit is NaN, even if the job does not ask
+            choice = output.outputs[0]
+            found = choice.logprobs or ()  # also there if a logit is NaN, even if the job does not ask
             unusable = any(math.isnan(next(iter(position.values())).logprob) for position in found)
             if unusable and (failure := no_token(job)) is not None:
                 await outputs.aclose()
                 return Failed(failure)
-            for token, score in zip(said.token_ids, _scores(job, said.token_ids, found), strict=True):
+            for token, score in zip(choice.token_ids, _scores(job, choice.token_ids, found), strict=True):
                 if reason is not None or not sampling.max_tokens:
                     continue
                 if score is not None and (rule := acting_rule(job.stopping, score.logprob)) is not None:
@@ -377,8 +377,8 @@ class VllmEngine:
             final = reason is not None or output.finished
             if job.stream and (delta := completion.delta(final=final, probed=probed)) is not None:
                 job.on_event(delta)
-            if said.finish_reason in ("error", "abort"):
-                return Failed(_failure(job, said.finish_reason))
+            if choice.finish_reason in ("error", "abort"):
+                return Failed(_failure(job, choice.finish_reason))
             if reason is not None and not output.finished:
                 await outputs.aclose()  # vLLM does not know of stop strings and would continue
                 break

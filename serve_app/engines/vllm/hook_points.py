@@ -109,9 +109,9 @@ def terms(value: Any, tap: Tap) -> tuple[Float[Tensor, "..."], ...]:
         TypeError: if there is no such tensor.
     """
     floats = list(_floats(value))
-    if tap.place >= len(floats):
-        raise TypeError(f"no tensor {tap.place} in a {type(value).__name__}")
-    first = floats[tap.place]
+    if tap.index >= len(floats):
+        raise TypeError(f"no tensor {tap.index} in a {type(value).__name__}")
+    first = floats[tap.index]
     return (first,) if tap.plus is None or tap.plus >= len(floats) else (first, floats[tap.plus])
 
 
@@ -181,9 +181,9 @@ def declared_taps(declared: Iterable[str], modules: Modules) -> tuple[dict[str, 
         path, _, side = name.rpartition(".")
         if not taps and side in ("input", "output"):
             for module in _matching(path, modules):
-                place = tap_at(f"{module}.{side}")
-                key = canonical.get((module, place.side), f"{module}.{side}")
-                taps[key] = known.get(key, place)
+                location = tap_at(f"{module}.{side}")
+                key = canonical.get((module, location.side), f"{module}.{side}")
+                taps[key] = known.get(key, location)
         found |= taps
         if not taps:
             unknown.append(name)
@@ -198,9 +198,9 @@ def _matching(path: str, modules: Modules) -> list[str]:
     return sorted(module for module in modules.paths if any(pattern.fullmatch(module) for pattern in patterns))
 
 
-def tap_at(place: str) -> Tap:
+def tap_at(location: str) -> Tap:
     """Return the tap at a location: a module's path and a side."""
-    path, _, side = place.rpartition(".")
+    path, _, side = location.rpartition(".")
     return Tap(path, "input" if side == "input" else "output")
 
 
@@ -208,9 +208,9 @@ def split_locations(ranks: Sequence[Verified]) -> frozenset[str]:
     """Return the sharded locations: those where the ranks' rows differ. Elsewhere all ranks have nearly equal rows."""
     first = ranks[0].norms
     return frozenset(
-        place
-        for place, norms in first.items()
-        if any(not _alike(norms, other.norms.get(place, [])) for other in ranks[1:])
+        location
+        for location, norms in first.items()
+        if any(not _alike(norms, other.norms.get(location, [])) for other in ranks[1:])
     )
 
 

@@ -149,7 +149,7 @@ def read(model: PreTrainedModel, structure: ModelStructure) -> dict[str, Tensor]
     values: dict[str, Tensor] = {}
     sides = defaultdict(list)
     for key, tap in structure.taps.items():
-        sides[tap.module].append((key, tap.side, tap.place))
+        sides[tap.module].append((key, tap.side, tap.index))
 
     def hook(module: nn.Module, args: object, kwargs: object, output: object = None, *, module_path: str) -> None:
         for key, side, place in sides[module_path]:
@@ -203,7 +203,7 @@ def test_the_router_gives_logits_not_probabilities(architecture: str) -> None:
 def test_a_mixture_of_experts_with_a_dense_layer_names_it() -> None:
     structure = resolve_structure(tiny.module("deepseek_v3"), "tiny")
     assert structure.missing == {"layers.0.router": "its MLP is dense, not a mixture of experts"}
-    assert structure.places("router") == {"model.layers.{i}.mlp.gate.output": [1, 2]}
+    assert structure.locations("router") == {"model.layers.{i}.mlp.gate.output": [1, 2]}
 
 
 def test_what_adds_up_nowhere_is_missing_and_the_other_layers_are_not() -> None:

@@ -120,7 +120,7 @@ def odd_plans(model: LoadedModel) -> dict[str, CapturePlan]:
     return {
         "runs more than once in a forward": one(Tap("model.norm", "output")),
         r"model\.layers\.output has no row per token": one(Tap("model.layers", "output")),
-        r"mlp\.input\[3\] has no row per token": one(Tap("model.layers.0.mlp", "input", place=3)),
+        r"mlp\.input\[3\] has no row per token": one(Tap("model.layers.0.mlp", "input", index=3)),
         "cannot be reached": one(Tap("model.nowhere", "output")),
     }
 
