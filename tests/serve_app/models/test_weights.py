@@ -77,13 +77,13 @@ WRONG: list[tuple[Change, str]] = [
         lambda weights: weights.update({"model.norm.weight": torch.ones(16)}),
         r"1 weight has another shape: model\.norm\.weight \(\[16\] stored, \[32\] in the model\)",
     ),
-    (another_layer, r"9 weights are no part of the model: model\.layers\.3\.input_layernorm\.weight"),
-    (added(model__layers__0__self_attn__q_norm__weight=8), r"1 weight is no part of the model: model.*q_norm"),
+    (another_layer, r"9 weights are not part of the model: model\.layers\.3\.input_layernorm\.weight"),
+    (added(model__layers__0__self_attn__q_norm__weight=8), r"1 weight is not part of the model: model.*q_norm"),
     (
         lambda weights: weights.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}),
-        r"no part of the model: model\.layers\.0\.self_attn\.q_proj\.bias",
+        r"not part of the model: model\.layers\.0\.self_attn\.q_proj\.bias",
     ),
-    (lambda weights: weights.update({"lm_head.bias": torch.ones(257)}), r"no part of the model: lm_head\.bias"),
+    (lambda weights: weights.update({"lm_head.bias": torch.ones(257)}), r"not part of the model: lm_head\.bias"),
     (
         added(base_model__model__model__layers__0__self_attn__q_proj__lora_A__weight=4),
         r"lora_A\.weight \(they are an adapter's",
@@ -198,7 +198,7 @@ def test_damaged_files_are_named_before_anything_is_loaded(whole: Path, tmp_path
     for part, said in (
         (content[:-1000], "is damaged: its tensors need"),
         (b"torn", "no complete header"),
-        (b"", "no whole"),
+        (b"", "no complete"),
     ):
         file.write_bytes(part)
         with pytest.raises(WeightsError, match=said):
