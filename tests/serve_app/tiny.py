@@ -1,4 +1,4 @@
-"""Tiny random models of real architectures, with a real byte-level tokenizer: what the unit tests of the server run on."""
+"""Tiny random models of real architectures, with a real byte-level tokenizer, for the server's unit tests."""
 
 import threading
 
@@ -159,7 +159,7 @@ def loaded(architecture: str = "llama") -> LoadedModel:
 def loaded_from(
     weights: tr.PreTrainedModel, words: tr.PreTrainedTokenizerBase, name: str = "tiny", *, check: bool = False
 ) -> LoadedModel:
-    """A model as the server holds it; checked as at loading only if that is asked for."""
+    """A model as the server holds it; the checks of loading run only on request."""
     structure = resolve_structure(weights, name)
     if check:
         checks = check_loaded(weights, structure)

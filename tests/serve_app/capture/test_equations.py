@@ -1,4 +1,4 @@
-"""What adds up to a stream, told apart in half precision, where the stream is far larger than what is added to it."""
+"""Contributions to a residual stream are distinguished in half precision, where the stream is much larger."""
 
 import pytest
 import torch

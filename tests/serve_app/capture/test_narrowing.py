@@ -1,4 +1,5 @@
-"""A configuration alone gives what the weights would: on full-size defaults, and on every row of docs/architectures.md."""
+"""A configuration alone yields the same hook points as the weights: for full-size defaults, and for every row of
+docs/architectures.md."""
 
 import pytest
 from transformers import AutoConfig

@@ -1,4 +1,4 @@
-"""Scores told while the model runs, against numpy on the rows captured of the same request."""
+"""Scores computed while the model runs, against NumPy on the same request's captured rows."""
 
 from collections.abc import Iterator
 from dataclasses import replace

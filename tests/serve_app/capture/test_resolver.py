@@ -1,4 +1,4 @@
-"""Hook points are found by value; each is checked here against the module that the architecture's source says it is."""
+"""Hook points are found by value; each is compared with the module that the architecture's source defines."""
 
 from collections import defaultdict
 from functools import partial
@@ -207,7 +207,7 @@ def test_a_mixture_of_experts_with_a_dense_layer_names_it() -> None:
 
 
 def test_what_adds_up_nowhere_is_missing_and_the_other_layers_are_not() -> None:
-    """Layer 1 scales each channel of what it adds; layer 2 adds something after its MLP that no module gives."""
+    """Layer 1 scales each channel of its contributions; layer 2 adds something after its MLP that no module outputs."""
     model = tiny.module("llama")
     scaled, added = model.model.layers[1], model.model.layers[2]
 

@@ -1,4 +1,4 @@
-"""The memory of captured rows: aligned, kept when it comes back, never handed out twice, no more of it than is said."""
+"""The memory of captured rows: aligned, reused, never handed out twice, and limited."""
 
 import threading
 import tracemalloc
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def traced() -> Iterator[None]:
-    """Count what numpy allocates."""
+    """Count NumPy's allocations."""
     tracemalloc.start()
     try:
         yield

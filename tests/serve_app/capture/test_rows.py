@@ -113,7 +113,7 @@ POLICIES = ["all", "prompt", "generated", "last_prompt", "last", "stride:3", "me
 def test_any_policy_however_the_tokens_come(
     policies: list[str], n_prompt: int, piece: int, n_steps: int, first: int, stop: int | None
 ) -> None:
-    """Prompts come in pieces and the rest one by one; what is kept must be what one look at the whole would keep."""
+    """Prompts are read in pieces and completions token by token; the captured rows equal those of one forward."""
     batch = len(policies)
     whole = torch.randn(batch, n_prompt + n_steps, 2)
     requests = [RequestRows(plan(policy, first=first, stop=stop), n_prompt, MEMORY) for policy in policies]

@@ -205,7 +205,7 @@ def step() -> Callable[..., StepSteering]:
 
 
 def test_a_value_is_changed_where_it_lies(step: Callable[..., StepSteering]) -> None:
-    """A view with strides of its own, and batch and tokens flattened: whoever holds the storage sees the sum."""
+    """A strided view, and flattened batch and token axes: everything that holds the storage sees the sum."""
     storage = torch.zeros(3, 2, 2)
     step("all", "last_prompt")("x", storage.transpose(0, 1))
     assert storage.transpose(0, 1)[0].tolist() == [[0, 0], [1, 10], [2, 20]]

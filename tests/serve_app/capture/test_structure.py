@@ -1,4 +1,4 @@
-"""Requests turned into places to read; what the model does not have is named."""
+"""Requests are resolved into taps; errors name what the model does not have."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""One tiny model under each engine that is installed here, and one way to get at what was captured."""
+"""One tiny model in each engine that is installed, and one way to read its captured rows."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ class Subject:
     reference: tr.PreTrainedModel
 
     def rows(self, call: tiny.Call) -> tuple[list[int], dict[str, torch.Tensor]]:
-        """Store what a finished call captured; returns the positions and values that the store then has."""
+        """Store a finished call's rows; returns the positions and values in the store."""
         result, asked = call.result(), call.job.capture
         assert asked is not None
         reply = self.storage.keep(entry(call.job.prompt_ids, result, str(asked.positions)), result).result(60).reply

@@ -1,4 +1,4 @@
-"""Requests that must not share a forward do not, and each gets what it gets alone; without that, they do not."""
+"""Requests that must not share a forward do not, and each gets the same values as alone; without this rule they differ."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

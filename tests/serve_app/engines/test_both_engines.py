@@ -551,7 +551,7 @@ def stored_scores(subject: Subject, call: Call, probe: RequestProbe) -> np.ndarr
 def test_a_score_ends_a_generation_where_the_stored_scores_say(
     under_test: Subject, request: pytest.FixtureRequest
 ) -> None:
-    """A hundred rollouts beside others that nothing ends; a rule that is off by one token would stop elsewhere."""
+    """A hundred rollouts that stop, beside others that do not; a rule that is off by one token would stop elsewhere."""
     n = 100 if request.node.callspec.params["under_test"] in ("transformers", "vllm") else 20
     probe, asked = scorer(under_test, "layers.1.resid_post"), plan(under_test, "resid_post", layers=(1,))
     prompts = [[(11 * i + 3 * j) % 90 for j in range(1 + i % 7)] for i in range(n)]
@@ -643,7 +643,7 @@ def test_a_score_beside_other_ends(under_test: Subject, changed: dict[str, objec
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_score_closes_the_reasoning_and_the_model_goes_on(under_test: Subject, temperature: float) -> None:
-    """The marker is nobody's choice; what follows is what the model says to a prompt that ends with it."""
+    """The marker is forced; what follows equals the model's continuation of a prompt that ends with it."""
     probe = scorer(under_test, "layers.1.resid_post")
     prompt = [*PROMPTS[1], MARKS.start]
     sampling = replace(ASCII, max_tokens=14, temperature=temperature, seed=5, top_logprobs=2)
@@ -727,7 +727,7 @@ BEGINNING = [(7 * i + i // 90) % 90 for i in range(300)]
 
 
 def test_a_prompt_that_was_read_before_has_all_its_rows_and_scores(under_test: Subject) -> None:
-    """Each request begins as the others do; those of the second round, which run together, find what the first has read."""
+    """All requests share a prefix; those of the second round run together and reuse what the first round has read."""
     probe = scorer(under_test, "layers.1.resid_post")
     asked = [
         *((policy, ()) for policy in POLICIES),

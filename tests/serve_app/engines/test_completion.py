@@ -1,4 +1,4 @@
-"""A growing completion: what is streamed of it is what the whole of it says, whatever its tokens and stop strings are."""
+"""A growing completion: its deltas add up to its result, whatever its tokens and stop strings are."""
 
 import pytest
 from hypothesis import given
@@ -20,7 +20,7 @@ def ignore(event: Event) -> None:
 def complete(
     tokens: list[int], sampling: Sampling, *, markers: dict[int, str] | None = None
 ) -> tuple[list[TextDelta], Finished]:
-    """Push tokens as an engine does, until the completion ends; returns what it streams and the result."""
+    """Push tokens as an engine does, until the completion ends; returns the deltas and the result."""
     job = GenerationJob([1], sampling, ignore, stream=True)
     text = TextStream(CORE, sampling.stop, markers or {})
     completion = CompletionState(job=job, text=text, all_stop_token_ids=frozenset({tiny.EOS}) | sampling.stop_token_ids)

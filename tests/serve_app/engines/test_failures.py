@@ -112,7 +112,7 @@ def test_bad_requests_one_after_the_other_do_not_end_the_engine(engine: Transfor
 
 
 def odd_plans(model: LoadedModel) -> dict[str, CapturePlan]:
-    """Plans that cannot be: of a module that runs twice, never, gives no row per token, or no tensor."""
+    """Plans that cannot be captured: a module that runs twice or never, has no row per token, or has no such tensor."""
 
     def one(tap: Tap) -> CapturePlan:
         return CapturePlan({str(tap): tap}, Positions.parse("all"), "model")

@@ -1,4 +1,4 @@
-"""Schemas that no finite value matches are refused with the field's name; others are not."""
+"""Schemas that no finite value matches are rejected with the field's name; others are accepted."""
 
 import json
 import threading

@@ -98,7 +98,7 @@ def test_top_logprobs_are_the_models_own(engine: TransformersEngine, llama: Load
 
 @pytest.mark.parametrize("max_prefill_tokens", [0, 4])
 def test_a_prompt_is_only_read_and_scored(llama: LoadedModel, max_prefill_tokens: int) -> None:
-    """Nothing is generated; all rows of the prompt are kept, and each token's score, also when it is read in pieces."""
+    """Nothing is generated; all prompt rows and all token scores are kept, also if the prompt is read in pieces."""
     engine = TransformersEngine(llama, max_prefill_tokens=max_prefill_tokens)
     asked = plan(llama, "resid_post", layers=(1,))
     calls = [Call(prompt, Sampling(0, top_logprobs=1), asked) for prompt in (PROMPT, PROMPT[:4], PROMPT[:1])]
@@ -227,7 +227,7 @@ def test_a_model_whose_cache_cannot_be_joined_runs_in_static_batches(caplog: pyt
 
 
 def test_one_module_under_two_names() -> None:
-    """In a parallel block with one norm, what attention takes and what the MLP takes are the same rows."""
+    """In a parallel block with one norm, attention and the MLP have the same input."""
     model = tiny.loaded("cohere")
     engine = TransformersEngine(model)
     both, one = run(

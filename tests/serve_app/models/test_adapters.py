@@ -251,7 +251,9 @@ def test_vllm_refuses_an_adapter_and_auto_takes_the_engine_that_does_not(
 ) -> None:
     trained(KINDS["lora"], tmp_path / "mine", str(base))
     source = locate(str(tmp_path / "mine"))
-    with pytest.raises(EngineUnavailableError, match=r"'mine' is an adapter \(LORA\), which the vLLM engine does not serve"):
+    with pytest.raises(
+        EngineUnavailableError, match=r"'mine' is an adapter \(LORA\), which the vLLM engine does not serve"
+    ):
         start(source, settings())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("serve_app.replica.model_slot.installed", lambda: True)

@@ -119,7 +119,7 @@ def test_of_large_weights_every_tensor_is_sampled(tmp_path: Path, monkeypatch: p
 
 
 def test_a_revision_that_is_asked_for_is_that_of_the_content(model: Path, copy: Path) -> None:
-    """A folder has the revision that its content gives it, whatever it is called."""
+    """A folder's revision depends on its content only, not on its name."""
     revision = folder_revision(model)
     assert locate(str(copy), revision).revision == revision
     with pytest.raises(ModelNotFoundError, match=f"'main' is not the revision of mine, which is {revision}"):
@@ -166,7 +166,7 @@ def test_a_converted_model_that_was_changed_is_converted_again(
 
 
 def test_two_models_of_one_name_are_two_to_a_session(model: Path, copy: Path, tmp_path: Path) -> None:
-    """The second capture into one session is refused; into a session made up for it, it captures its own rows."""
+    """The second capture into one session is rejected; into a session of its own, it captures its own rows."""
     from rich.console import Console
 
     from roentgen.store import Session

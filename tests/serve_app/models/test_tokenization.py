@@ -1,4 +1,4 @@
-"""Every route gives a text the tokens that its tokenizer gives it, and says where each is in the text that is stored."""
+"""Every route tokenizes a text like its tokenizer, and its offsets refer to the stored text."""
 
 from dataclasses import replace
 from functools import cache

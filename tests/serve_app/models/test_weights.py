@@ -1,4 +1,4 @@
-"""A model whose weights are not all its own is refused by name; what it has no use for is left out."""
+"""A model with foreign or missing weights is rejected by name; unused weights are ignored."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""What may run at once, and what is prefilled together."""
+"""Admission: which jobs may run together, and which are prefilled together."""
 
 from collections import deque
 

@@ -1,4 +1,4 @@
-"""Batch-invariant: the same request alone, among others and read in other pieces gives the same bits."""
+"""Batch-invariant mode: a request has the same bits alone, among others, and with its prompt read in other pieces."""
 
 from dataclasses import replace
 

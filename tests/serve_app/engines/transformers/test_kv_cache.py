@@ -22,7 +22,7 @@ class Reference:
 
 
 def prefilled(lengths: list[int]) -> tuple[DynamicCache, list[Reference]]:
-    """A cache of left-padded rows with random keys, and what each row must read."""
+    """A cache of left-padded rows with random keys, and the keys that each row must read."""
     width = max(lengths)
     cache = DynamicCache()
     keys = torch.randn(len(lengths), HEADS, width, WIDTH)

@@ -1,4 +1,4 @@
-"""What is found out about a model when it is loaded, and what each check costs a model that breaks it."""
+"""The checks of a loaded model, and the limits that each check puts on a model that fails it."""
 
 from collections.abc import Callable
 

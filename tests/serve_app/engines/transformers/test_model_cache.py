@@ -1,4 +1,4 @@
-"""Models that remember otherwise than by keys and values: they generate what transformers does, or are refused at load."""
+"""Models with other caches than keys and values: they generate like transformers, or are rejected when loaded."""
 
 import pytest
 import torch
@@ -82,7 +82,7 @@ def test_a_model_that_forgets_is_refused() -> None:
 
 
 def test_a_cache_of_another_shape_is_refused() -> None:
-    """What is kept for all sequences together cannot be taken apart."""
+    """A state for all sequences together cannot be split by row."""
     model = tiny.module("lfm2")
     own = model.forward
 
@@ -99,7 +99,7 @@ def test_a_cache_of_another_shape_is_refused() -> None:
 
 
 def test_a_state_that_a_module_keeps_is_found_and_thinned_out() -> None:
-    """A running sum of what each sequence had, kept in a module: not in the cache, so not the next request's to see."""
+    """A running sum per sequence, kept in a module and not in the cache; the next request must not see it."""
     model = tiny.module("llama")
     layer = model.model.layers[1]
     own = layer.forward

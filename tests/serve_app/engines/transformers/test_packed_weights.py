@@ -1,4 +1,4 @@
-"""Products by packed weights, against plain ones; and what must not go by the packed copy."""
+"""Products by packed weights against plain ones, and the cases that must not use the packed copy."""
 
 import pickle
 from collections.abc import Callable

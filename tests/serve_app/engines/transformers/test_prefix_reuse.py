@@ -74,7 +74,7 @@ def expected_rows(model: LoadedModel, fed: list[int], keys: Sequence[str]) -> di
 
 
 def check(model: LoadedModel, asked: Call, result: Finished) -> None:
-    """Compare what a call captured and scored with a teacher-forced forward: count, positions and values."""
+    """Compare a call's captured rows and scores with a teacher-forced forward: count, positions and values."""
     job = asked.job
     fed = job.prompt_ids + result.token_ids[:-1]
     for found, scores in zip(job.probes, result.probed, strict=True):
@@ -217,7 +217,7 @@ STEERED = [
 
 @pytest.mark.parametrize(("positions", "found"), STEERED)
 def test_steering_of_a_prefix_is_part_of_its_name(llama: LoadedModel, positions: str, found: list[int]) -> None:
-    """A steered request finds what was steered in the same way; one that is not steered finds only what was not."""
+    """A steered request reuses only prefixes steered in the same way; an unsteered request reuses only unsteered ones."""
     steer = steered("layers.1.resid_post", positions)
     asked, steering_vector = plan(llama, "resid_post"), steer.of(llama)
     with serving(llama) as engine:
@@ -264,7 +264,7 @@ def test_a_name_says_all_that_a_block_depends_on(llama: LoadedModel) -> None:
 
 
 def test_the_cache_keeps_within_its_bounds(llama: LoadedModel) -> None:
-    """Rows and keys are dropped apart, what was used longest ago first; what is dropped is read again."""
+    """Rows and keys are dropped independently, the least recently used first; dropped prefixes are read again."""
     asked = plan(llama, "resid_post")
     with serving(llama) as engine:
         cache = engine._prefixes.cache
@@ -405,7 +405,7 @@ def test_a_forward_that_fails_is_read_again_without_the_cache(
 
 
 def test_nothing_is_looked_up_that_is_not_kept(llama: LoadedModel) -> None:
-    """Whoever scores a prompt, or keeps rows that nobody kept, reads all of it."""
+    """A request that scores its prompt, or needs rows that were not captured, reads the whole prompt."""
     job = call(prompt(1), plan(llama, "resid_post", positions="last")).job
     assert prefix_reuse.most_known(job) == 78
     read = CapturePlan(plan(llama, "resid_post").taps, Positions.parse("last"), "model", n_prompt=40, stop=64)

@@ -25,7 +25,7 @@ def sampler(sampling: Sampling, prompt: tuple[int, ...] = (), ends: frozenset[in
 
 
 def draw(logits: torch.Tensor, sampling: Sampling, times: int) -> torch.Tensor:
-    """The frequencies of the tokens that one request's stream gives."""
+    """The frequencies of the tokens that one request's stream samples."""
     one = sampler(sampling)
     counts = torch.bincount(torch.tensor([choose(logits[None], [one])[0] for _ in range(times)]), minlength=len(logits))
     return counts / times

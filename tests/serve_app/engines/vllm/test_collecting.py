@@ -79,7 +79,7 @@ def test_what_is_kept_does_not_depend_on_what_happened(jobs: list, data: st.Data
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_token_that_passed_through_no_module_is_missed_where_its_row_is_wanted(policy: str) -> None:
-    """It was in vLLM's prefix cache, and nobody has kept its rows."""
+    """The prefix was in vLLM's prefix cache, and its rows were not cached."""
     collector = Collector(torch.device("cpu"))
     collector.begin(CaptureRequest("0", plan(policy)), [0] * 6)
     run(collector, [(0, range(4, 6))])

@@ -31,7 +31,7 @@ TAPS = {**STREAM, **BEFORE, **MLP}
 
 
 class Layer(nn.Module):
-    """As vLLM's are: the stream comes and goes in two parts, and is overwritten by what adds them up and normalizes."""
+    """Like vLLM's modules: the stream is a pair of tensors, which the norms that add them overwrite."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ class Runner:
         return rows.tensors
 
     def expected(self, tokens: Tensor, added: dict[int, Tensor] | None = None) -> dict[str, Tensor]:
-        """Read a request alone in plain PyTorch, adding to what some layers' MLP gives."""
+        """Read a request alone in plain PyTorch, adding to the output of some layers' MLP."""
         seen: dict[str, Tensor] = {}
         stream, decoder = tokens * 2, self.reference.model
         for number, layer in enumerate(decoder.layers):
@@ -149,7 +149,7 @@ def test_requests_that_name_hook_points_in_another_order_have_their_own_rows(run
 
 
 def test_what_is_added_reaches_what_follows_and_nobody_else(runner: Runner) -> None:
-    """At one hook point twice, at other tokens each; a later step in which nobody steers adds nothing."""
+    """Two vectors at one hook point, at different tokens; a later step without steering adds nothing."""
     first, second = torch.randn(WIDTH), torch.randn(WIDTH)
     key, tap = "layers.1.mlp_out", MLP["layers.1.mlp_out"]
     steering = [
@@ -183,7 +183,7 @@ def test_more_vectors_than_there_is_room_for_fail_their_step_only(runner: Runner
 
 
 def compare(runner: Runner) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Run the same tokens under hooks and in the graph, there in two steps; what hooks saw, and how far taps are from it."""
+    """Run the same tokens under hooks, and in two steps in the graph; returns the rows of hooks and the errors of taps."""
     runner.batch.start_recording([RowRecorder(TAPS)])
     runner.step(TOKENS, {"a": range(5)})
     (seen,) = runner.batch.stop_recording()

@@ -1,4 +1,4 @@
-"""Candidates by name, and what becomes of them when the rows say otherwise. No vLLM is needed for that."""
+"""Candidates by name, and their verification on rows; vLLM is not needed for this."""
 
 from dataclasses import replace
 
@@ -38,7 +38,7 @@ def modules(inside: tuple[str, ...] = LLAMA, n_layers: int = 2):
 
 
 def consistent(n_layers: int = 2) -> dict[str, torch.Tensor]:
-    """Rows of a block that is what the names say."""
+    """Rows of a block whose modules are what their names say."""
     rows: dict[str, torch.Tensor] = {}
     stream = torch.randn(10, 8)
     rows["embed"] = stream.clone()
@@ -150,7 +150,7 @@ def test_taps_are_hook_points_stored_keys_or_paths() -> None:
 
 
 def test_the_default_taps_are_those_that_the_model_has() -> None:
-    """The stream, and what requests read that name no hook point; a norm with two names is tapped once."""
+    """The residual stream, and module paths that are no hook points; a norm with two names is tapped once."""
     found, unknown = declared_taps(("default", "layers.1.resid_mid"), modules())
     names = ("resid_post", "ln_attn", "ln_mlp")
     assert found.keys() == {f"layers.{i}.{name}" for i in range(2) for name in names} | {"layers.1.resid_mid"}

@@ -75,7 +75,7 @@ def preview(cache_support: list[int], key: str, span: range) -> torch.Tensor:
 
 @dataclass
 class Running:
-    """A request in vLLM: its tokens, how many are read, and what the model remembers after each."""
+    """A request in vLLM: its tokens, how many have been read, and the model's state after each."""
 
     asked: GenerationJob
     tokens: list[int]
@@ -104,7 +104,7 @@ class Played:
         self.collector = Collector(torch.device("cpu"), self.rows)
 
     def begin(self, name: str, asked: GenerationJob, tokens: list[int], piece: int) -> Running:
-        """Schedule a request: what is found are whole blocks of its prompt, and never its last token."""
+        """Schedule a request; whole blocks of its prompt may be cached, but never its last token."""
         salt, count, state = self.salts.of(asked), 0, 0
         while (
             count + SIZE < len(asked.prompt_ids)
@@ -165,7 +165,7 @@ class Played:
                     self.check(name, one.asked, one.tokens[: max(len(one.tokens) - 1, n_prompt)])
 
     def check(self, name: str, asked: GenerationJob, fed: list[int]) -> None:
-        """Compare what a finished job gets with what its sequence shows when all of it is read."""
+        """Compare a finished job's rows with those of its whole sequence."""
         cache_support = states(asked, fed)
         if asked.probes:
             scores = RequestScores(asked.probes)
@@ -224,7 +224,7 @@ def test_the_next_turn_finds_what_the_last_one_said() -> None:
 
 
 def test_rows_that_are_gone_are_computed_again_and_then_shared() -> None:
-    """There is room for one block: what vLLM still has of the first prompt has no rows any more."""
+    """There is room for one block: vLLM still has the first prompt's block, but its rows have been dropped."""
     played = Played(PrefixRows(SIZE, 2 * SIZE * ROW))
     one, other = list(range(9)), list(range(100, 109))
     played.run([(job(one), [50], 100), (job(other), [50], 100), (job(one), [50], 100)], 1)
@@ -294,7 +294,7 @@ class WithoutSalt(Salts):
 
 @pytest.mark.parametrize("broken", ["neighbor", "salt"])
 def test_the_comparison_finds_what_is_wrong(broken: str) -> None:
-    """The control: rows of a neighbouring block, or what was steered found by one who does not steer."""
+    """The control: rows of a neighboring block, or steered rows reused by a request without steering."""
     prompt = list(range(14))
     if broken == "neighbor":
         played = Played(OfTheBlockBefore(SIZE, 1 << 20))

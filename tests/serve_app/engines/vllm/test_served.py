@@ -1,4 +1,4 @@
-"""`roentgen serve --engine vllm`, asked with OpenAI's client: the same wire, the same store."""
+"""`roentgen serve --engine vllm` with OpenAI's client: the same replies, the same store."""
 
 import json
 import tempfile

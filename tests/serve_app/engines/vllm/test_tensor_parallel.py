@@ -31,7 +31,7 @@ def split(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]:
 
 
 def projected(split: Subject, tokens: list[int]) -> dict[str, torch.Tensor]:
-    """Run tokens alone through plain transformers; what the projections of every layer give and take."""
+    """Run tokens alone through plain transformers; returns the inputs and outputs of every layer's projections."""
     seen: dict[str, torch.Tensor] = {}
     handles = []
     for i, layer in enumerate(split.reference.model.layers):
@@ -60,7 +60,7 @@ def test_projections_are_whole_and_in_the_models_order(split: Subject) -> None:
 
 
 def test_reading_them_changes_nothing(split: Subject) -> None:
-    """What was put together and in order is cut up again for the model, which is to go on as if nobody had looked."""
+    """Gathered and reordered values are sharded again for the model, which must continue as if nothing had read them."""
     sampling = Sampling(20, temperature=0)
     for prompt in LONG:
         (looked_at,) = run(split.engine, [Call(prompt, sampling, plan(split, *PROJECTIONS, *INPUTS))])

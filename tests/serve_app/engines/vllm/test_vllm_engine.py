@@ -44,7 +44,7 @@ def cramped_eager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Subject]
 
 @contextmanager
 def recorded(engine: VllmEngine) -> Iterator[list[Any]]:
-    """Listen to what vLLM says of each request at its end."""
+    """Record vLLM's output at the end of each request."""
     client, outputs = engine._client, []
 
     class Listening:
@@ -71,7 +71,7 @@ def named(name: str) -> set[psutil.Process]:
 
 @pytest.mark.parametrize(("mode", "shared"), [("cramped", 0), ("cramped", 150), ("cramped_eager", 0)])
 def test_preempted_requests_keep_exactly_their_rows(mode: str, shared: int, request: pytest.FixtureRequest) -> None:
-    """Their rows are computed twice, and kept once; of those that they share, some are found when they come back."""
+    """Preempted requests compute rows twice and keep them once; some of their shared rows are cached when they return."""
     cramped: Subject = request.getfixturevalue(mode)
     beginning = [(5 * j) % 90 for j in range(shared)]
     prompts = [beginning + [(11 * i + j) % 90 for j in range(100 + i)] for i in range(6)]

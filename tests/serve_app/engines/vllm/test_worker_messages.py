@@ -1,4 +1,4 @@
-"""What goes to vLLM's workers arrives as it was."""
+"""Messages to vLLM's workers arrive unchanged."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from serve_app.engines.vllm.worker_messages import CaptureRequest, pack, unpack
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.int64])
 def test_tensors_arrive_as_they_were(dtype: torch.dtype) -> None:
-    """Also parts of others, and those that are not contiguous; what arrives may be written to."""
+    """Also views and non-contiguous tensors; received tensors are writable."""
     whole = (torch.arange(24).reshape(4, 6) - 3).to(dtype)
     for sent in (whole, whole[1:3], whole[:, ::2], whole.mT, whole[:0]):
         new = unpack(pack(NewScores(sent, None)), NewScores).scores

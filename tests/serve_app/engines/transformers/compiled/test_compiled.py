@@ -1,4 +1,4 @@
-"""A compiled decoding step against the model that it was made of: tokens, rows, steering, probes, and what stops it."""
+"""A compiled decoding step against the model it was compiled from: tokens, rows, steering, probes, and what disables it."""
 
 import logging
 import time
@@ -36,7 +36,7 @@ MORE_ARCHITECTURES = ["qwen3", "gemma3_text", "phi3", "gpt2", "olmo2"]
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A cache of its own, so that what is compiled here is what is tested."""
+    """A cache folder of its own, so that the tests use the graphs that they compile."""
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("cache")
         patch.setenv("ROENTGEN_CACHE", str(folder))
