@@ -1,7 +1,8 @@
-"""Taps in a compiled graph, without vLLM's engine: rows, what is added, and the comparison with hooks that finds a wrong graph.
+"""Taps in a compiled graph, tested without vLLM's engine: rows, steering, and the comparison with hooks that finds a wrong
+graph.
 
-The model is compiled as vLLM compiles: one graph for every length. That vLLM itself keeps the taps is tested on the engine
-(`test_both_engines`).
+The model is compiled as vLLM compiles it: one graph for every length. Tests with the engine show that vLLM itself keeps the
+taps (`test_both_engines`).
 """
 
 import copy

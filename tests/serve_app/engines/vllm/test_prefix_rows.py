@@ -1,7 +1,7 @@
-"""Rows of prompts that vLLM finds in its prefix cache, without vLLM: what it finds is played, and what its model would give.
+"""Rows of prompts that vLLM finds in its prefix cache, tested without vLLM: its cache and its model's rows are simulated.
 
-What a place shows of a token depends on all tokens before it and on what was added to them, as in a model. So rows of another
-prompt, of another position or of a prompt that was steered are other numbers.
+A simulated row depends on all tokens before it and on their steering, as in a model. So rows of another prompt, of another
+position or of a steered prompt have other values.
 """
 
 from dataclasses import dataclass, field

@@ -1,7 +1,7 @@
-"""What is split within a layer, when two ranks have half of it each: whole and in order where that can be, else refused.
+"""Values that are sharded over two ranks: gathered in the model's order where possible, else rejected.
 
-What holds for every engine is tested with two ranks too (`test_both_engines`). On a CPU they talk through shared memory where
-GPUs have links; vLLM's layers, nnsight's gathering and all of this project's code are what runs on GPUs.
+Tests of all engines run with two ranks too (`test_both_engines`). On a CPU ranks communicate through shared memory, where GPUs
+have links; vLLM's layers, nnsight's gathering and this project's code are the same as on GPUs.
 """
 
 from collections.abc import Iterator

@@ -68,9 +68,9 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     ran: list[int] = []
     own = CompiledStep.run
 
-    def counted(self: CompiledStep, step: Any, visitors: Any) -> torch.Tensor:
+    def counted(self: CompiledStep, step: Any, observers: Any) -> torch.Tensor:
         ran.append(len(step.tokens))
-        return own(self, step, visitors)
+        return own(self, step, observers)
 
     monkeypatch.setattr(CompiledStep, "run", counted)
     return ran
