@@ -126,8 +126,10 @@ class PackedBatch:
 
 
 class RowSelection:
-    """A selection of rows of a flattened batch: a slice where the rows are contiguous, which copies nothing, else an index
-    tensor."""
+    """A selection of rows of a flattened batch.
+
+    Contiguous rows are selected by a slice, which copies nothing, and others by an index tensor.
+    """
 
     def __init__(self) -> None:
         self._indices: list[int] = []

@@ -130,8 +130,7 @@ def thresholds(config: PretrainedConfig) -> dict[str, int]:
 
 
 def rotation_limit(config: PretrainedConfig) -> int | None:
-    """Return the number of tokens beyond which a rotation uses other frequencies (LongRoPE, arXiv 2402.13753); None for no
-    limit."""
+    """Return the tokens beyond which a rotation uses other frequencies (LongRoPE, arXiv 2402.13753); None for no limit."""
     text = config.get_text_config()
     rotation = getattr(text, "rope_parameters", None) or {}
     for part in (rotation, *rotation.values()):

@@ -63,8 +63,10 @@ class _Bare(Envoy):
 
 
 class ObservedModel(TransformersModel):
-    """The nnsight model, without wrapped submodules until they are tapped. Its traces run a callable that builds its own
-    inputs."""
+    """The nnsight model, whose submodules are wrapped when they are first tapped.
+
+    Its traces run a callable that builds its own inputs.
+    """
 
     def _add_envoy(self, name: str, module: torch.nn.Module) -> None:
         return None
@@ -134,8 +136,10 @@ class Subscription:
     run: int | None
 
     def show(self, value: Any) -> None:
-        """Pass a location's value to the observer. Errors are reported to the observer, because an exception would end the
-        whole batch's forward."""
+        """Pass a location's value to the observer.
+
+        Errors are reported to the observer, because an exception would end the whole batch's forward.
+        """
         try:
             tensor = nth_tensor(value, self.index)
         except TypeError:

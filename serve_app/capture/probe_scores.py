@@ -187,8 +187,7 @@ class RequestScores:
         self._parts += later
 
     def drain(self) -> "NewScores":
-        """Return and drop the scores that have been computed since the last call; of those that have not arrived yet, at most
-        the next."""
+        """Return and drop the scores since the last call; of scores still on their way from a GPU, at most the next."""
         ready = next((i for i, part in enumerate(self._parts) if i and not part.there), len(self._parts))
         taken, self._parts = self._parts[:ready], self._parts[ready:]
         return NewScores(torch.cat([part.taken() for part in taken]) if taken else None, self.failure)

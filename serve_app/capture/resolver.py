@@ -158,8 +158,10 @@ def _forward(model: PreTrainedModel, tokens: Int[Tensor, "batch tokens"]) -> Non
 
 
 def _by_key(blocks: list[Found]) -> tuple[dict[str, Tap], dict[str, str]]:
-    """Return the layers' taps by stored key, and the reasons for missing ones: by hook point if no layer has it, else by
-    stored key."""
+    """Return the layers' taps by stored key, and the reasons for missing hook points.
+
+    A reason's key is the hook point if no layer has it, else the stored key.
+    """
     taps: dict[str, Tap] = {}
     missing: dict[str, str] = {}
     for name in LAYER_HOOK_POINTS:

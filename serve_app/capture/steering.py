@@ -54,8 +54,9 @@ class SteeringVector:
 
 
 def different_sums(steering_vectors: Sequence[SteeringVector], n_prompt: int, n_rows: int) -> int:
-    """Return the number of different vectors that a request adds, over all hook points; vectors added at one token count as
-    their sum.
+    """Return the number of different vectors that a request adds, over all hook points.
+
+    Several vectors that are added at one token count as one, their sum.
 
     Args:
         steering_vectors: the request's vectors.
@@ -147,8 +148,10 @@ class StepSteering:
 
     @property
     def failures(self) -> dict[int, UnsteerableError]:
-        """The errors of requests that were not steered as requested, per batch row; complete once the forward has been
-        launched."""
+        """The errors of requests that were not steered as requested, per batch row.
+
+        They are complete once the forward has been launched.
+        """
         reasons = {
             key: f"{key} was not reached, so nothing was added there" for key in self.taps if key not in self._seen
         }

@@ -132,8 +132,10 @@ class CompletionState:
 
     @property
     def n_scored(self) -> int:
-        """Number of tokens that its probes have scored: those with rows, and also the last one if its score ended the
-        completion."""
+        """Number of tokens that its probes have scored.
+
+        These are the tokens with rows, and also the last token if its score ended the completion.
+        """
         return self.n_rows + (bool(self.acted) and self.acted[-1].then == "stop")
 
     def finished(self, reason: FinishReason, probed: Sequence[Float[Tensor, "scored outputs"]] = ()) -> Finished:
@@ -159,8 +161,10 @@ class CompletionState:
 
 
 def no_token(job: GenerationJob) -> Exception | None:
-    """Return the error of a job whose logits are NaN. None if the job captures, and is checked when it is stored, or only
-    reads a prompt."""
+    """Return the error of a job whose logits are NaN; None if that is no error yet.
+
+    A job that captures is checked when it is stored. A job that only reads a prompt needs no logits.
+    """
     if job.steering:
         return OversteeredError()
     return NonFiniteLogitsError() if job.capture is None and job.sampling.max_tokens else None

@@ -89,8 +89,7 @@ class Constraints:
     """Compiles grammars for one model's tokens; thread-safe."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int, eos_token_ids: Iterable[int]) -> None:
-        """Create a compiler for a model's vocabulary. The vocabulary is prepared (about a second) when the first grammar is
-        compiled.
+        """Create a compiler for a model's vocabulary; compiling the first grammar prepares it, which takes about a second.
 
         Args:
             tokenizer: a fast tokenizer.

@@ -289,8 +289,10 @@ class TransformersEngine:
         self._restarting.clear()
 
     def _record_dead_forward(self) -> None:
-        """Count a forward of which no request succeeded, unless the model still computes anything; after several, stop the
-        engine."""
+        """Count a forward of which no request succeeded; after several, stop the engine.
+
+        The count restarts if the model can still run a token that belongs to no request.
+        """
         self._failures = 0 if self._forwards.is_responsive() else self._failures + 1
         if self._failures == MAX_DEAD_FORWARDS:
             log.critical(

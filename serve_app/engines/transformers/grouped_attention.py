@@ -57,8 +57,10 @@ def attend_to_cache(
     mask: Bool[Tensor, "batch 1 1 context"] | Float[Tensor, "batch 1 1 context"] | None,
     scaling: float | None,
 ) -> Float[Tensor, "batch 1 heads d"]:
-    """Attend from one new token per row. A Boolean mask says which columns are visible; a numeric mask is added to the
-    weights."""
+    """Attend from one new token per row.
+
+    A Boolean mask says which columns are visible; a numeric mask is added to the weights.
+    """
     batch, heads, _, d = query.shape
     kv_heads = key.shape[1]
     grouped = query.reshape(batch, kv_heads, heads // kv_heads, d)

@@ -57,8 +57,7 @@ class BatchRows(Protocol):
         """Keep only these rows. Returns the permutation: new row i was old row order[i]."""
 
     def step_inputs(self) -> tuple[Int[Tensor, "rows columns"], Int[Tensor, "rows 1"]]:
-        """Make room for one more column; returns the attention mask (0 is padding) and the position ids of the step, on the
-        CPU."""
+        """Make room for one more column; returns the step's attention mask (0 is padding) and position ids, on the CPU."""
 
     def stepped(self, cache: Any) -> None:
         """Record that a forward has written a column; `cache` is the cache that it returned."""

@@ -144,10 +144,10 @@ class RunningJob(CompletionState):
 
 @dataclass
 class Prefill:
-    """Jobs whose tokens are being read. Row i of every tensor is job i, padded on the left; the first `done` columns have been
-    read.
+    """Jobs whose tokens are being read.
 
-    `cache` is None until the model has created one, if it creates its own.
+    Row i of every tensor is job i, padded on the left. The first `done` columns have been read. `cache` is None until the
+    model has created one, if it creates its own.
     """
 
     running: list[RunningJob]

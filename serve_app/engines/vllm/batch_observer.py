@@ -40,8 +40,8 @@ Look = Callable[[Any], None]
 
 
 class BatchInterleaver(VLLMInterleaver):
-    """nnsight's interleaver, but it skips locations that no observer subscribes to: hundreds of modules call it three times
-    per step."""
+    """nnsight's interleaver, but it skips locations without observers: each of hundreds of modules calls it three times per
+    step."""
 
     def handle(self, provider: str, value: Any) -> Any:
         """Pass a location's value to its observers."""

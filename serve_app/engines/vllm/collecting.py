@@ -1,7 +1,6 @@
-"""Collects the rows of the requests in one vLLM worker: splits every step's batch by request, and holds rows until they are
-stored.
+"""Collects the rows of the requests in one vLLM worker, and holds them until they are stored.
 
-Four things differ from an engine that runs the model itself:
+Once per step it splits the whole batch's rows by request. Four things differ from an engine that runs the model itself:
 
 - vLLM packs its batch, so there is no padding (`PackedBatch`).
 - A request may be preempted. Its rows so far are kept; when vLLM recomputes them, only rows of new tokens are added.

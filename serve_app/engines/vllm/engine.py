@@ -312,8 +312,10 @@ class VllmEngine:
         self._admit()
 
     async def _generate(self, job_id: str, job: GenerationJob) -> Finished | Failed:
-        """Generate a job's tokens. If rows of its cached prompt tokens have been dropped, start again before anything is
-        emitted."""
+        """Generate a job's tokens.
+
+        If rows of its cached prompt tokens have been dropped, it starts again before anything is emitted.
+        """
         tries = 0
         while True:
             name = self._names[job_id] = f"{job_id}.{tries}" if tries else job_id

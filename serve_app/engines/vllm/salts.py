@@ -32,8 +32,7 @@ class Salts:
         return (f"{kind}.{generation}" if generation else kind) or None
 
     def renew(self, job: GenerationJob, salt: str | None) -> None:
-        """Move jobs with the same needs to the next generation, so that they find nothing cached under this job's earlier
-        salt."""
+        """Move jobs with the same needs to the next generation, so that they find nothing cached under the earlier salt."""
         if self.of(job) == salt:
             kind = _kind(job)
             self._generations[kind] = self._generations.get(kind, 0) + 1

@@ -59,16 +59,16 @@ class Capturing(ScoresChosenTokens, ExitsWithReplica):
         except ValueError as error:
             return pack(str(error))
 
-    def roentgen_record(self, places: list[str]) -> None:
+    def roentgen_record(self, locations: list[str]) -> None:
         """Record the next steps: the rows of candidates for hook points, and the norms of rows at some locations.
 
         Args:
-            places: the locations, each a module's path and a side.
+            locations: each a module's path and a side.
         """
         model = self.model_runner.get_model()
         modules = describe_modules([path for path, _ in model.named_modules()], {}, "")
         taps, checks = candidates(modules)
-        recorders = [RowRecorder({**taps, **checks}), NormRecorder({place: tap_at(place) for place in places})]
+        recorders = [RowRecorder({**taps, **checks}), NormRecorder({place: tap_at(place) for place in locations})]
         self.model_runner.batch.start_recording(recorders)
 
     def roentgen_verify(self, n_layers: int, n_experts: int) -> bytes:

@@ -1,9 +1,8 @@
-"""Messages between the replica and vLLM's workers, beside tokens. They are pickled: both sides run this program on one
-machine.
+"""Messages between the replica and vLLM's workers, beside tokens.
 
-A request carries a `CaptureRequest`, so the worker knows from its first token what to capture. After the request has
-ended, the replica sends a `SyncMessage` that names the rows to store and the rows to drop. It receives a `SyncReply`,
-which holds receipts and never tensors.
+They are pickled, because both sides run this program on one machine. A request carries a `CaptureRequest`, so the worker knows
+from its first token what to capture. After the request has ended, the replica sends a `SyncMessage` that names the rows to
+store and the rows to drop. It receives a `SyncReply`, which holds receipts and never tensors.
 """
 
 import io
@@ -83,8 +82,10 @@ class SyncReply:
 
 
 class _Pickler(pickle.Pickler):
-    """Pickles tensors as NumPy arrays: torch would write an archive for each, which takes 0.1 ms to write and as long
-    to read."""
+    """Pickles tensors as NumPy arrays.
+
+    torch would write an archive for each, which takes 0.1 ms to write and as long to read.
+    """
 
     def reducer_override(self, value: Any) -> Any:
         if type(value) is not torch.Tensor or value.dtype == torch.bfloat16:

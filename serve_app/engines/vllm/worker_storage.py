@@ -1,9 +1,8 @@
-"""Stores rows that vLLM's workers hold: rollout entries go to the workers, receipts come back, several in one sync
-message.
+"""Stores rows that vLLM's workers hold: metadata goes to the workers, and receipts come back, several in one sync message.
 
-vLLM calls its workers between two steps, so a sync must not wait for the disk. It hands over what is new and returns
-what is ready. While a write is in progress, sync messages are sent at an interval. The interval is short once the
-workers hold no more rows, since no running request can then join the group commit.
+vLLM calls its workers between two steps, so a sync must not wait for the disk. It passes on what is new and returns what is
+ready. While a write is in progress, sync messages are sent at an interval. The interval is short once the workers hold no more
+rows, since no running request can then join the group commit.
 """
 
 import asyncio
