@@ -91,7 +91,7 @@ def test_a_probe_of_another_width_fails_alone(model: LoadedModel, engine: Transf
     for call in calls:
         engine.submit(call.job)
     assert len(calls[1].result().probed[0]) == len(PROMPTS[1]) + 2
-    with pytest.raises(UnscorableError, match=r"gate_proj\.output does not give a row of 32 per token"):
+    with pytest.raises(UnscorableError, match=r"gate_proj\.output has no row of 32 values per token"):
         calls[0].result()
 
 

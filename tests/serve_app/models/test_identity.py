@@ -161,7 +161,7 @@ def test_a_converted_model_that_was_changed_is_converted_again(
     change_one("model.norm.weight", 0)(Path(first.path))
     locate("smollm2-135m")
     assert len(made) == 2
-    with pytest.raises(ModelNotFoundError, match="is not smollm2-135m's"):
+    with pytest.raises(ModelNotFoundError, match="is not the revision of smollm2-135m"):
         locate("smollm2-135m", "main")
 
 

@@ -94,7 +94,7 @@ def test_a_cache_of_another_shape_is_refused() -> None:
 
     forward.__signature__ = __import__("inspect").signature(own)
     model.forward = forward
-    with pytest.raises(UnsupportedModelError, match=r"holds \[7, 5\] for 3 sequences"):
+    with pytest.raises(UnsupportedModelError, match=r"of shape \[7, 5\] for 3 sequences"):
         inspect_cache(model, CPU)
 
 

@@ -410,4 +410,4 @@ def test_nothing_is_looked_up_that_is_not_kept(llama: LoadedModel) -> None:
     assert prefix_reuse.most_known(job) == 78
     read = CapturePlan(plan(llama, "resid_post").taps, Positions.parse("last"), "model", n_prompt=40, stop=64)
     assert prefix_reuse.most_known(replace(job, capture=read)) == 63  # the last row that it keeps is 63's
-    assert prefix_reuse.needed(replace(job, capture=read), range(64)) == set()
+    assert prefix_reuse.needed_taps(replace(job, capture=read), range(64)) == set()

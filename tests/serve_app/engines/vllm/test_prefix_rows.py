@@ -169,7 +169,7 @@ class Played:
         cache_support = states(asked, fed)
         if asked.probes:
             scores = RequestScores(asked.probes)
-            scores.take_in(self.collector.scores([name])[name])
+            scores.receive(self.collector.scores([name])[name])
             expected = preview(cache_support, "c", range(len(fed))).sum(1, keepdim=True)
             torch.testing.assert_close(scores.all()[0][: len(fed)], expected)
         if asked.capture is None:

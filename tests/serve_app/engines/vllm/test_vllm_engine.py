@@ -242,7 +242,7 @@ def test_a_model_that_lets_neighbors_in_is_found(cramped: Subject) -> None:
     assert isinstance(engine, VllmEngine)
     found = engine._loop.run(lambda: check_batching(Leaking(engine._client), 257, 384, torch.float32))
     assert found.kind == "alone"
-    assert "off by 0.0" in found.reason
+    assert "differ by 0.0" in found.reason
 
 
 def test_requests_that_must_run_alone_wait_for_one_another(cramped: Subject) -> None:
