@@ -75,7 +75,7 @@ class CompiledStepManager:
         return self._checked
 
     def compile_first(self) -> None:
-        """Have the graphs compiled now, and wait until they are there, or are known not to come."""
+        """Compile the graphs now, and wait until they are loaded or compiling has failed."""
         self._decoded_enough.set()
         self._start()
         if self._thread is not None:
