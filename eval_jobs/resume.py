@@ -27,12 +27,13 @@ from eval_jobs.prompts import PROMPTS
 from eval_jobs.records import gold_of
 from eval_jobs.selection import Selection, load_problems
 from eval_jobs.settings import EvalSettings
+from roentgen import defaults
 from roentgen.contract import canonical_hash, check_session_id
 from roentgen.runs import Run, RunConfig, create_named_run, create_run, find_unfinished
 from roentgen.runs.config import differences
 from roentgen.version import __version__
 
-RESULTS = Path("results")
+RESULTS = Path(defaults.RESULTS)
 VERSIONED = ("ray", "openai", "datasets", "reasoning-gym", "torch", "transformers", "nnsight")
 RUN_ID_STEM = 50
 RESCORE = (

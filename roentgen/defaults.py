@@ -27,6 +27,10 @@ STORE = "activations"
 """Folder of the activation store."""
 
 
+RESULTS = "results"
+"""Folder of the runs that are given no other."""
+
+
 def base_url(port: int = PORT, host: str = HOST) -> str:
     """Return the address that OpenAI clients of a server need."""
     return f"http://{host}:{port}/v1"

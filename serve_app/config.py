@@ -130,6 +130,11 @@ class ServerConfig(BaseModel):
         description="A folder of saved probes that requests may name; it must exist on each replica's machine. Repeatable.",
         json_schema_extra={"repeated": True},
     )
+    view_runs: Annotated[tuple[str, ...], BeforeValidator(_names), AfterValidator(_all_absolute)] = Field(
+        (),
+        description="A run, or a folder of runs, that the page at /view shows beside the store's sessions. Repeatable.",
+        json_schema_extra={"repeated": True},
+    )
     max_batch: int = Field(32, ge=1, description="Maximum number of sequences in a batch.")
     max_queue: int = Field(256, ge=0, description="Maximum number of waiting sequences; further requests get 429.")
     max_prefill_tokens: int = Field(

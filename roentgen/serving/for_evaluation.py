@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from eval_jobs import EvalError
 from eval_jobs.settings import EvalSettings
+from roentgen.defaults import RESULTS
 from roentgen.options import OptionError, read_options
 from roentgen.ray_connection import ClusterError
 from serve_app.config import ServerConfig
@@ -15,7 +16,8 @@ def config_for(settings: EvalSettings) -> ServerConfig:
     given = settings.model_dump(
         include={"model", "revision", "dtype", "quantize", "device", "store"}, exclude_none=True
     )
-    config = read_options(ServerConfig, given | {"capture": settings.collect_activations})
+    runs = (str(settings.output or RESULTS),)
+    config = read_options(ServerConfig, given | {"capture": settings.collect_activations, "view_runs": runs})
     if settings.parallel == "auto":
         return config
     return config.model_copy(update={"max_batch": max(config.max_batch, settings.parallel)})

@@ -10,15 +10,12 @@ from pathlib import Path
 
 import uvicorn
 
-from roentgen.defaults import HOST, STORE
+from roentgen.defaults import HOST, RESULTS, STORE
 from roentgen.http_client import LAST_PORT
 from roentgen.view.app import make_app
 from roentgen.view.catalog import check_addresses
 from roentgen.view.errors import ViewError
 from roentgen.view.library import Library
-
-RESULTS = "results"
-"""The folder in which `roentgen eval` makes runs."""
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from serve_app.http.event_stream import EventStream, ResponseEventStream
 from serve_app.http.http_api import JsonRoute, auth_dependencies, make_api
 from serve_app.http.metrics import Metrics
 from serve_app.http.run_registry import RunRegistry, SharedTurnCounter, TurnCounter, TurnNumbers, with_identity
+from serve_app.http.viewer import Viewer
 from serve_app.openai_api import schemas
 from serve_app.openai_api.chat import ChatRequest
 from serve_app.openai_api.completions import CompletionRequest
@@ -116,6 +117,7 @@ class Ingress:
         for method, path, answer, about in routes:
             locked.add_api_route(path, answer, methods=[method], **about)
         api.include_router(locked)
+        api.mount("/view", Viewer([self._config.store, *self._config.view_runs]))
         complete_document(api, schemas.ChatCompletionChunk, schemas.CompletionChunk, *responses.EVENTS)
         return api
 
