@@ -63,7 +63,7 @@ def write_report(run: Run) -> Path:
         )
     )
     path = run.path / "report.html"
-    write_text(path, page, errors="replace")  # half a surrogate pair, which a model may write, has no encoding
+    write_text(path, page, errors="replace")  # an unpaired surrogate, which a model may write, has no encoding
     return path
 
 

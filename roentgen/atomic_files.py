@@ -1,12 +1,12 @@
-"""Atomic, fsynced writes: after a crash, a file on a local or mounted disk is the old one or the new one, whole.
+"""Atomic, fsynced writes: after a crash, a file on a local or mounted disk is either the old or the new version, complete.
 
-The bytes go to a temporary name in the same folder, are flushed to the disk (`fsync`), and are renamed into place; then the
-folder itself is flushed. Only then may anyone be told that the file exists. Temporary names begin with a dot; readers skip
-them. The store, the runs and the probes write all their files this way.
+The bytes are written under a temporary name in the same folder, flushed to disk (`fsync`), and renamed into place; then the
+folder itself is flushed. Only then may the file's existence be reported. Temporary names begin with a dot; readers skip
+them. The store, the runs and the probes write all files this way.
 
-Large files bypass the kernel's page cache. Through the cache, every byte is copied once more, on cores that the model computes
-with, and displaces pages that others read: 512 MB cost 0.1 s of a core where the cache had free pages and 1.3 s where it had
-none; written straight from a buffer they cost 0.02 s, and the disk is as fast.
+Large files bypass the kernel's page cache (O_DIRECT). Through the cache every byte is copied once more, on cores that the
+model uses, and displaces pages that others read: 512 MB cost 0.1 s of a core with free cache pages and 1.3 s without;
+written directly from a buffer they cost 0.02 s, at the same disk speed.
 """
 
 import errno
@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import Any
 
 BUFFER_BYTES = 8 << 20
-"""What is written at once past the page cache; a file that does not fill it goes through the cache."""
+"""Size of a direct write; smaller files go through the page cache."""
 _ALIGNED = 4096
-"""What lengths and places must be multiples of, past the page cache."""
+"""Alignment of lengths and offsets of direct writes."""
 _DIRECT = getattr(os, "O_DIRECT", 0)  # macOS has none
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write to, which then replaces `path`; if anything fails, it is removed and `path` unchanged.
+    """Yield a temporary path to write to, which then replaces `path`; on error it is removed and `path` is unchanged.
 
     Raises:
         OSError: if the disk is full or read-only.
@@ -49,21 +49,21 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str, errors: str = "strict") -> None:
-    """Write a text file atomically, in UTF-8; `errors` as in `str.encode`."""
+    """Write a text file atomically in UTF-8; `errors` is that of `str.encode`."""
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors=errors)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file atomically, indented, for people to read."""
+    """Write a JSON file atomically, indented for human readers."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def write_chunks(path: Path, chunks: Iterable[bytes | bytearray | memoryview]) -> None:
-    """Write a file's bytes, past the page cache if there are many and the file system can.
+    """Write a file's bytes, bypassing the page cache for large files if the file system supports it.
 
     Raises:
-        OSError: as the disk answers.
+        OSError: if the disk reports an error.
     """
     with path.open("wb", buffering=0) as file, mmap.mmap(-1, BUFFER_BYTES) as buffer:
         filled = written = 0
@@ -80,13 +80,13 @@ def write_chunks(path: Path, chunks: Iterable[bytes | bytearray | memoryview]) -
                     filled = len(piece) - head
                     buffer[:filled] = piece[head:]
         if filled:
-            # The end is written with what else is in its last block, and cut off behind it.
+            # The last block is written in full and truncated afterwards.
             _write(file, buffer, filled + -filled % _ALIGNED if written else filled)
             file.truncate(written + filled)
 
 
 def _write(file: FileIO, buffer: mmap.mmap, length: int) -> None:
-    """Write the beginning of a buffer, all of it."""
+    """Write the beginning of a buffer completely."""
     with memoryview(buffer) as whole:
         done = 0
         while done < length:
@@ -98,7 +98,7 @@ def _write(file: FileIO, buffer: mmap.mmap, length: int) -> None:
 
 
 def _pass_cache(file: FileIO, wanted: bool) -> bool:
-    """Have a file's writes go past the page cache, or not; returns whether that has changed."""
+    """Enable or disable direct I/O for a file; return True if that changed the mode."""
     flags = fcntl.fcntl(file, fcntl.F_GETFL)
     changed = flags | _DIRECT if wanted else flags & ~_DIRECT
     if changed == flags:
@@ -106,14 +106,14 @@ def _pass_cache(file: FileIO, wanted: bool) -> bool:
     try:
         fcntl.fcntl(file, fcntl.F_SETFL, changed)
     except OSError as error:
-        if error.errno != errno.EINVAL:  # this file system cannot
+        if error.errno != errno.EINVAL:  # not supported by the file system
             raise
         return False
     return True
 
 
 def make_folder(path: Path) -> None:
-    """Create a folder and its parents, each durable in its own parent."""
+    """Create a folder and its parents durably."""
     if not path.is_dir():
         make_folder(path.parent)
         path.mkdir(exist_ok=True)
@@ -122,10 +122,10 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder to fill, which then becomes `path`; if anything fails, it is removed and `path` unchanged.
+    """Yield a temporary folder to fill, which then becomes `path`; on error it is removed and `path` is unchanged.
 
     Args:
-        path: the folder; it must not be there, or be empty.
+        path: the folder; it must not exist, or be empty.
 
     Raises:
         OSError: if the disk is full or read-only, or `path` holds something.

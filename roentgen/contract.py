@@ -1,12 +1,11 @@
-"""The names that every part shares: hook points, positions, keys, and the shapes of a capture request and its reply.
+"""The vocabulary that all packages share: hook points, positions, keys, and the formats of a capture request and its reply.
 
-What flows through here: a client writes an `ActivationRequest` into the request body; the server resolves its hook points
-to modules, captures rows, stores them under the keys spelled by `stored_key`, and answers with an `ActivationReply`; the
-store and the probes select rows with the same `Positions`. Nothing here imports another part, torch or Ray, so importing
-it is cheap in any process.
+A client puts an `ActivationRequest` into the request body. The server resolves its hook points to modules, captures rows,
+stores them under the keys of `stored_key`, and answers with an `ActivationReply`. The store and the probes select rows with
+the same `Positions`. This module imports no other package, torch or Ray, so it is cheap to import in any process.
 
-Rows. N generated tokens take N forwards (one prefill, then N - 1 steps): the last sampled token never passes through the
-model. Row t is the state at sequence position t, where the token *fed* was token t. A full capture therefore has
+Rows. N generated tokens take N forward passes (one prefill, then N - 1 decode steps): the last sampled token is never fed
+to the model. Row t is the state at sequence position t, where token t was *fed*. A full capture therefore has
 `count_rows(n_prompt, n_completion)` rows.
 """
 
@@ -57,20 +56,21 @@ DEFAULT_LAYERS: tuple[int, ...] = (8, 12, 16)
 DEFAULT_HOOK_POINTS: tuple[str, ...] = ("input_layernorm.output", "post_attention_layernorm.output")
 
 DEFAULT_TAPS = ("resid_post", "ln_attn", "ln_mlp", *DEFAULT_HOOK_POINTS)
-"""What a vLLM server taps by default, as far as a model has it: the stream, and what requests read that name no hook point."""
+"""Hook points that a vLLM server taps by default, as far as the model has them: the residual stream, and the defaults of
+requests."""
 DEFAULT_TAPS_NAME = "default"
-"""Stands for these among the hook points that a server is to tap."""
+"""Name that stands for these among a server's tapped hook points."""
 
 CapturedDtype = Literal["model", "float32", "float16", "bfloat16"]
-"""What rows are gathered in; "model" keeps the model's own dtype."""
+"""Dtype of captured rows; "model" keeps the model's own dtype."""
 StoredDtype = Literal["model", "float32", "float16", "bfloat16", "int8"]
-"""What rows are stored as: "int8" is made of the model's own dtype when they are written, with a scale for each row."""
+"""Dtype of stored rows; "int8" is quantized from the model's own dtype when rows are written, with one scale per row."""
 
 _SESSION_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,63}")
 
 
 def check_session_id(value: str) -> str:
-    """Return `value` if it is a safe session id; it becomes a folder name, so nothing else may pass.
+    """Return `value` if it is a safe session id, which becomes a folder name.
 
     Raises:
         ValueError: if it is empty, too long, starts with a dot or has a character outside `[A-Za-z0-9._-]`.
@@ -83,19 +83,19 @@ def check_session_id(value: str) -> str:
 
 
 SESSION_ID_PATTERN = f"^{_SESSION_ID.pattern}$"
-"""What `check_session_id` allows, for documents."""
+"""The pattern of `check_session_id`, for JSON schemas."""
 
 SessionId = Annotated[str, AfterValidator(check_session_id), Field(json_schema_extra={"pattern": SESSION_ID_PATTERN})]
 
 MAX_INT32 = 2**31 - 1
-"""What the index's columns of small numbers hold."""
+"""Maximum of the index's 32-bit columns."""
 
 MAX_LABEL_BYTES = 1 << 20
-"""Of a rollout's labels, spelled as JSON."""
+"""Maximum bytes of a rollout's labels as JSON."""
 
 
 def is_text(value: str) -> bool:
-    """Whether a string is text: Python's may hold halves of surrogate pairs, which nothing can encode."""
+    """True if a string can be encoded: Python strings may contain unpaired surrogates, which cannot."""
     if value.isascii():
         return True
     try:
@@ -106,23 +106,23 @@ def is_text(value: str) -> bool:
 
 
 def check_text(value: str) -> str:
-    """Return `value` if it is text.
+    """Return `value` if it can be encoded.
 
     Raises:
-        ValueError: if it has half a surrogate pair.
+        ValueError: if it contains an unpaired surrogate.
     """
     if not is_text(value):
-        raise ValueError(f"{value!r} has half a surrogate pair, which is no text")
+        raise ValueError(f"{value!r} contains an unpaired surrogate, which cannot be encoded")
     return value
 
 
 def no_booleans(value: Any) -> Any:
-    """Return `value`, which is to become a number or a list of them, if it has no boolean.
+    """Return `value`, a number or a list of numbers, if it contains no boolean.
 
-    To Python, true is the integer 1; whoever sends it means something else.
+    In Python true is the integer 1, but a client that sends it means something else.
 
     Raises:
-        ValueError: if there is one.
+        ValueError: if it contains one.
     """
     found = value if isinstance(value, bool) else None
     if isinstance(value, list):
@@ -158,11 +158,11 @@ def _check_labels(labels: dict[str, Any]) -> dict[str, Any]:
 
 
 def labels_to_json(labels: dict[str, Any]) -> str:
-    """Spell labels as the store keeps them: JSON, in which any integer and any finite float is exact.
+    """Serialize labels for the store as JSON, in which integers and finite floats are exact.
 
     Raises:
         ValueError: if a value is not finite.
-        TypeError: if one is not JSON's.
+        TypeError: if a value is not a JSON value.
     """
     return json.dumps(labels, sort_keys=True, allow_nan=False)
 
@@ -170,18 +170,18 @@ def labels_to_json(labels: dict[str, Any]) -> str:
 Labels = Annotated[dict[str, LabelValue], AfterValidator(_check_labels)]
 
 STEERING_LABEL = "steering"
-"""The label that the rollouts of steered requests carry, and no others."""
+"""Label of the rollouts of steered requests."""
 STOP_LABEL = "stop_when"
-"""The label that the rollouts of requests carry whose probes may act, and no others."""
+"""Label of the rollouts of requests with probes that may act."""
 SERVER_LABELS = {STEERING_LABEL: "steering", STOP_LABEL: "probes"}
-"""Labels that the server alone sets, and the part of a request that it takes each from."""
+"""Labels that only the server sets, with the part of the request that each comes from."""
 
 LONGEST_LABEL = 1_000
-"""Characters of a problem's field that becomes a label; a longer one, such as a passage to be read, stays with its sample."""
+"""Maximum characters of a problem's field that becomes a label; longer fields, such as a passage, stay with the sample."""
 
 
 def plain_labels(fields: Mapping[str, Any]) -> dict[str, LabelValue]:
-    """Return those fields of a problem's record that are labels of its rollouts: numbers, truth values and short texts."""
+    """Return the fields of a problem's record that become labels of its rollouts: numbers, booleans and short texts."""
     return {
         name: value
         for name, value in fields.items()
@@ -190,20 +190,20 @@ def plain_labels(fields: Mapping[str, Any]) -> dict[str, LabelValue]:
 
 
 def stored_key(hook_point: str, layer: int | None = None) -> str:
-    """Spell the store's key of a hook point: `layers.12.resid_post`, `embed`, `layers.3.mlp.gate_proj.output`."""
+    """Return the stored key of a hook point: `layers.12.resid_post`, `embed`, `layers.3.mlp.gate_proj.output`."""
     return hook_point if layer is None else f"layers.{layer}.{hook_point}"
 
 
 def split_key(key: str) -> tuple[str, int | None]:
-    """Undo `stored_key`: return `(hook_point, layer)`, with layer None for a model-wide key."""
+    """Split a stored key into `(hook_point, layer)`; layer is None for a model-wide key."""
     match = re.fullmatch(r"layers\.(\d+)\.(.+)", key)
     return (match[2], int(match[1])) if match else (key, None)
 
 
 def execution_order(key: str) -> tuple[int, int, int, str]:
-    """Return what sorts stored keys as a model computes them: the embedding, layer by layer, what follows the last layer.
+    """Return a sort key for stored keys in the model's order of execution: embedding, layers, then what follows them.
 
-    Inside a layer, canonical hook points come as a sequential block computes them, then module paths by name. A model-wide
+    Inside a layer, canonical hook points are in the order of a sequential block, then module paths by name. A model-wide
     module path follows the layers, unless it is the embedding's.
     """
     hook_point, layer = split_key(key)
@@ -222,7 +222,8 @@ def count_rows(n_prompt: Any, n_completion: Any) -> Any: ...
 
 
 def count_rows(n_prompt: Any, n_completion: Any) -> Any:
-    """Return how many rows a full capture has: one per token but the last of a completion. Takes numbers, arrays or columns."""
+    """Return the number of rows of a full capture: one per token except the last of a completion. Accepts numbers, arrays
+    or columns."""
     return n_prompt + n_completion - (n_completion > 0)
 
 
@@ -231,7 +232,7 @@ class Positions:
     """A position policy: which sequence positions of a rollout are kept.
 
     The grammar is `all`, `prompt`, `generated`, `last_prompt`, `last`, `stride:k` (every k-th position, from 0), and the
-    pooled `mean_prompt` and `mean_generated`, which average the rows they cover into one row at position -1.
+    pooled policies `mean_prompt` and `mean_generated`, which average their rows into one row at position -1.
     """
 
     policy: str
@@ -241,7 +242,7 @@ class Positions:
 
     @classmethod
     def parse(cls, text: str) -> "Positions":
-        """Read a policy as clients write it.
+        """Parse a policy as clients write it.
 
         Raises:
             ValueError: if `text` is not a policy.
@@ -263,16 +264,16 @@ class Positions:
 
     @property
     def pooled(self) -> bool:
-        """Whether the rows selected are averaged into one."""
+        """True if the selected rows are averaged into one."""
         return self.policy.startswith("mean_")
 
     def select(self, n_prompt: int, n_rows: int, first: int = 0) -> range:
-        """Return the positions kept (for a pooled policy: averaged), of a rollout with `n_rows` rows.
+        """Return the positions kept (or, for a pooled policy, averaged) of a rollout with `n_rows` rows.
 
         Args:
             n_prompt: tokens in the prompt.
             n_rows: rows of a full capture (`count_rows`).
-            first: leave out positions before this one.
+            first: skip positions before this one.
         """
         match self.policy:
             case "all":
@@ -294,10 +295,10 @@ def _check_positions(value: str) -> str:
 
 
 def read_layers(value: Any) -> Any:
-    """Read layers as people write them, `0,12,-1` or `all`; what is no text is left to the type.
+    """Parse layers written as `0,12,-1` or `all`; values that are not strings are returned unchanged.
 
     Raises:
-        ValueError: if the text is not a list of layers.
+        ValueError: if the string is not a list of layers.
     """
     if not isinstance(value, str) or value == "all":
         return value
@@ -308,7 +309,7 @@ def read_layers(value: Any) -> Any:
 
 
 def read_names(value: Any) -> Any:
-    """Read names as people write them, with commas between them; what is no text is left to the type.
+    """Parse comma-separated names; values that are not strings are returned unchanged.
 
     Raises:
         ValueError: if one is empty.
@@ -317,15 +318,15 @@ def read_names(value: Any) -> Any:
         return value
     names = tuple(name.strip() for name in value.split(","))
     if "" in names:
-        raise ValueError(f"{value!r} has nothing between two commas, or nothing at all")
+        raise ValueError(f"{value!r} contains an empty name")
     return names
 
 
 def read_numbers(value: Any) -> Any:
-    """Read numbers as people write them, each once; what is no text is left to the type.
+    """Parse comma-separated numbers without duplicates; values that are not strings are returned unchanged.
 
     Raises:
-        ValueError: if the text is not a list of finite numbers.
+        ValueError: if the string is not a list of finite numbers.
     """
     if not isinstance(value, str):
         return value
@@ -334,22 +335,23 @@ def read_numbers(value: Any) -> Any:
     except ValueError:
         numbers = ()
     if not (numbers and all(map(math.isfinite, numbers))):
-        raise ValueError(f"{value!r} is not a list of numbers with commas between them")
+        raise ValueError(f"{value!r} is not a comma-separated list of numbers")
     return numbers
 
 
 Layers = Annotated[
     tuple[Int, ...] | Literal["all"],
-    Field(description='Layers to keep, such as 8,12,16 (negative ones count from the end), or "all".'),
+    Field(description='Layers to capture, such as 8,12,16 (negative ones count from the end), or "all".'),
 ]
 HookPoints = Annotated[
     tuple[Text, ...],
     Field(
-        min_length=1, description="Hook points to keep: canonical names, or module paths ending in .input or .output."
+        min_length=1,
+        description="Hook points to capture: canonical names, or module paths ending in .input or .output.",
     ),
 ]
 WrittenLayers = Annotated[Layers, BeforeValidator(read_layers)]
-"""Layers where they may also be text: in a command's options. HTTP takes JSON's lists only."""
+"""Layers that may also be text, as in command-line options. HTTP accepts only JSON lists."""
 
 WrittenHookPoints = Annotated[HookPoints, BeforeValidator(read_names)]
 
@@ -357,7 +359,7 @@ PositionPolicy = Annotated[
     str,
     AfterValidator(_check_positions),
     Field(
-        description="Positions to keep: all, prompt, generated, last_prompt, last, stride:k, mean_prompt, mean_generated.",
+        description="Positions to capture: all, prompt, generated, last_prompt, last, stride:k, mean_prompt, mean_generated.",
         json_schema_extra={
             "pattern": "^(all|prompt|generated|last_prompt|last|mean_prompt|mean_generated|stride:[0-9]{1,10})$"
         },
@@ -367,10 +369,10 @@ STEERABLE = ("all", "prompt", "generated", "last_prompt", "stride:k")
 
 
 def _check_steered(value: str) -> str:
-    """Refuse policies that say which rows only when all are there."""
+    """Check that a policy selects rows while they are computed, not only when all are known."""
     positions = Positions.parse(value)
     if positions.pooled or positions.policy == "last":
-        raise ValueError(f"{value!r} does not say which rows while they are made; allowed are {', '.join(STEERABLE)}")
+        raise ValueError(f"{value!r} is not known while tokens are generated; allowed are {', '.join(STEERABLE)}")
     return str(positions)
 
 
@@ -383,36 +385,36 @@ SteeredPositions = Annotated[
     ),
 ]
 AllowNonFinite = Annotated[
-    bool, Field(description="Keep rows with NaN or infinity, which otherwise fail their request.")
+    bool, Field(description="Store rows with NaN or infinity, which otherwise fail their request.")
 ]
 
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 Device = Literal["auto", "cpu", "cuda"]
 Quantize = Annotated[
     Literal["int8"] | None,
-    Field(
-        description="int8 keeps the weights of linear layers in a byte each, with a scale for each output; on a CPU."
-    ),
+    Field(description="int8 stores each weight of linear layers in one byte, with one scale per output; CPU only."),
 ]
 ModelName = Annotated[
     str, Field(min_length=1, max_length=1024, description=f"{EMBEDDED_MODEL} (embedded), a folder, or a hub id.")
 ]
 Revision = Annotated[Annotated[str, Field(max_length=256)] | None, Field(description="Revision of a hub model.")]
 
-# The limits come before the validator: JSON Schema has them as `minimum` and `maximum` only there.
+# The limits precede the validator: only then does the JSON Schema contain them as `minimum` and `maximum`.
 _NO_BOOLEANS = BeforeValidator(no_booleans)
-MaxTokens = Annotated[int, Field(ge=1, description="Most tokens to generate per request."), _NO_BOOLEANS]
-Temperature = Annotated[float, Field(ge=0, le=2, description="Of the sampling; 0 is greedy."), _NO_BOOLEANS]
-TopP = Annotated[float, Field(gt=0, le=1, description="Probability that the sampling's nucleus covers."), _NO_BOOLEANS]
+MaxTokens = Annotated[int, Field(ge=1, description="Maximum number of tokens to generate per request."), _NO_BOOLEANS]
+Temperature = Annotated[float, Field(ge=0, le=2, description="Sampling temperature; 0 is greedy."), _NO_BOOLEANS]
+TopP = Annotated[
+    float, Field(gt=0, le=1, description="Nucleus sampling: the cumulative probability to sample from."), _NO_BOOLEANS
+]
 
 
 STORED_DTYPE = (
-    'What to store; "model" keeps the model\'s own dtype, "int8" takes a byte a value and a scale for each row.'
+    'Stored dtype; "model" keeps the model\'s own dtype, "int8" stores one byte per value and one scale per row.'
 )
 
 
 class RolloutKey(BaseModel):
-    """What makes a rollout the same rollout when it is tried again; the store counts it once by this key."""
+    """The identity of a rollout across retries; the store counts it once by this key."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -1,9 +1,9 @@
-"""Reads JSON that others have written, and refuses what JSON does not have and what could not be held exactly.
+"""Parses JSON from other programs strictly: rejects what is not JSON and what cannot be represented exactly.
 
-Python's parser is lenient: it takes NaN and Infinity, rounds `1e400` to infinity, keeps the last of two equal keys, and lets
-half a surrogate pair through, which no tokenizer, no parquet file and no reply can spell. Each of these would fail late, in a
-replica or in the store, or change a result without a word. Bodies of requests and lines of files are read here, so that each
-of their fields is checked once, before a model sees it, and an error names the field.
+Python's parser is lenient: it accepts NaN and Infinity, rounds `1e400` to infinity, keeps the last of two equal keys, and
+accepts unpaired surrogates, which no tokenizer, parquet file or reply can encode. Each of these would fail late, in a
+replica or in the store, or silently change a result. Request bodies and lines of files are parsed here, so that every field
+is validated once, before a model sees it, and errors name the field.
 """
 
 import json
@@ -13,22 +13,22 @@ from typing import Any
 from roentgen.contract import is_text
 
 MAX_DEPTH = 100
-"""Objects and lists inside one another. Templates, pickle and pydantic recurse for each, and Python's limit is 1000 calls."""
+"""Maximum nesting of objects and lists. Templates, pickle and pydantic recurse per level, and Python's limit is 1000 calls."""
 
 MAX_FIELD = 200
-"""Characters of the name of a field at fault, which whoever wrote the text may have made up."""
+"""Maximum characters of a field's name in an error; the client chose the name."""
 
 _Path = tuple[Any, ...]
-"""Where a value is: `(parent's path, key)`, or `()` for the body itself. Strings are made of it only for an error."""
+"""Path of a value: `(parent's path, key)`, or `()` for the body. It is converted to a string only for an error."""
 
 
 class JsonError(ValueError):
-    """A text is not JSON, or holds what JSON does not have.
+    """A text is not valid JSON.
 
     Attributes:
-        field: what is at fault, `messages.0.content`; None for the whole.
+        field: the field at fault, such as `messages.0.content`; None for the whole text.
         reason: what is wrong with it.
-        no_text: whether it is a text that nothing can encode.
+        no_text: True if it is a string that cannot be encoded.
     """
 
     def __init__(self, field: str | None, reason: str, *, no_text: bool = False) -> None:
@@ -39,22 +39,22 @@ class JsonError(ValueError):
 
 
 class _Repeated(dict[str, Any]):
-    """An object whose text has a key twice; `key` is the first such."""
+    """An object with a duplicate key; `key` is the first such key."""
 
     key: str
 
 
 class _Long(int):
-    """A number of more digits than Python reads."""
+    """A number with more digits than Python parses."""
 
 
 def read_json(body: bytes) -> Any:
-    """Parse and check a text.
+    """Parse and validate a text.
 
     Raises:
-        JsonError: naming the field where one is at fault.
+        JsonError: if the text is invalid; the error names the field, if one is at fault.
     """
-    encoding = json.detect_encoding(body)  # UTF-8 but for programs that do not know RFC 8259
+    encoding = json.detect_encoding(body)  # UTF-8, except from programs that do not follow RFC 8259
     try:
         text = body.decode(encoding)
     except UnicodeDecodeError as error:
@@ -74,7 +74,7 @@ def _loads(text: str) -> Any:
         return json.loads(text, object_pairs_hook=_object)
     except json.JSONDecodeError:
         raise
-    except ValueError:  # a number that is too long; it is read again only to find out where it is
+    except ValueError:  # a number is too long; parse again to locate it
         return json.loads(text, object_pairs_hook=_object, parse_int=lambda _: _Long())
 
 
@@ -89,27 +89,27 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check(body: Any) -> None:
-    """Look at every value; without recursion, so that no depth is too deep for it."""
+    """Validate every value, without recursion, so that the depth is not limited by it."""
     open_values: list[tuple[_Path, int, Any]] = [((), 0, body)]
     while open_values:
         path, depth, value = open_values.pop()
         match value:
             case dict() | list():
                 if depth == MAX_DEPTH:
-                    while path[0]:  # the whole path is of no use
+                    while path[0]:  # only the outermost key is useful
                         path = path[0]
                     raise _refused(path, f"nested more than {MAX_DEPTH} deep")
                 open_values += ((where, depth + 1, inner) for where, inner in _inside(path, value))
             case str():
                 if not is_text(value):
-                    raise _refused(path, "half a surrogate pair is no text", no_text=True)
+                    raise _refused(path, "an unpaired surrogate cannot be encoded", no_text=True)
             case float():
                 if not float("-inf") < value < float("inf"):
                     raise _refused(
                         path, f"{_NAMES[str(value)]} is not a number that JSON has, or too large for a float"
                     )
             case _Long():
-                raise _refused(path, "a number of more digits than can be read (4300)")
+                raise _refused(path, "a number with more than 4300 digits")
 
 
 _NAMES = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
@@ -117,14 +117,16 @@ _NAMES = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
 
 def _inside(path: _Path, value: dict[str, Any] | list[Any]) -> Iterator[tuple[_Path, Any]]:
     if isinstance(value, list):
-        # Most numbers of a body are in long lists of integers (tokens), which need no look.
+        # Most numbers of a body are in long lists of token ids, which need no validation.
         yield from (((path, i), inner) for i, inner in enumerate(value) if type(inner) is not int)
         return
     if isinstance(value, _Repeated):
-        raise _refused((path, value.key), "the key is there twice")
+        raise _refused((path, value.key), "duplicate key")
     for key, inner in value.items():
         if not is_text(key):
-            raise _refused(path, f"its key {key[:100]!r} has half a surrogate pair, which is no text", no_text=True)
+            raise _refused(
+                path, f"its key {key[:100]!r} contains an unpaired surrogate, which cannot be encoded", no_text=True
+            )
         yield (path, key), inner
 
 

@@ -1,7 +1,7 @@
-"""A text with its tokens, as one model was fed it.
+"""A text with its tokens, as a model was fed it.
 
-The server's routes, `roentgen capture`, transcripts and the store pass this one type along, so that the same text is stored in
-the same form whichever way it came. `serve_app.models.tokenization` makes it.
+The server's routes, `roentgen capture`, transcripts and the store share this type, so that the same text is stored in the
+same form however it was submitted. `serve_app.models.tokenization` creates it.
 """
 
 import re
@@ -17,11 +17,11 @@ _SENTENCE_END = re.compile(r"[.!?](?=\s)|(?<![.!?\n])\n+")
 
 
 def token_texts(text: str, offsets: Sequence[int]) -> list[str]:
-    """Return the text of every token; a token in the middle of a character is empty, but for the first of its character.
+    """Return the text of every token; of the tokens of one character, all but the first are empty.
 
     Args:
-        text: the whole.
-        offsets: the first character of each token in it.
+        text: the whole text.
+        offsets: the index of each token's first character.
     """
     starts = [int(offset) for offset in offsets]
     return [text[start:stop] for start, stop in zip(starts, [*starts[1:], len(text)], strict=True)] if starts else []
@@ -43,7 +43,7 @@ def sentence_ends(text: str, ends: Int[np.ndarray, "tokens"], begins: int = 0) -
 
 @dataclass(frozen=True)
 class Segment:
-    """Characters `[start, stop)` of a text that one role spoke."""
+    """Characters `[start, stop)` of a text with one role."""
 
     role: str
     start: int
@@ -55,15 +55,15 @@ class TokenizedText:
     """A prompt, or a prompt and its completion."""
 
     text: str
-    """What the model saw, special tokens included."""
+    """The text as fed to the model, including special tokens."""
     token_ids: list[int]
-    """Its tokens, a completion's final one included."""
+    """Its tokens, including a completion's final one."""
     token_offsets: list[int]
-    """The first character of each token in `text`; a token in the middle of a character begins where the character does."""
+    """Index of each token's first character in `text`; a token inside a character begins where the character does."""
     segments: list[Segment]
-    """Who spoke which characters; tools that answer together share one."""
+    """The role of each range of characters; tools that answer together share one segment."""
     n_prompt: int
-    """Tokens in the prompt. A prompt and its completion never share a token."""
+    """Number of tokens in the prompt. A prompt and its completion never share a token."""
 
     @property
     def n_completion(self) -> int:
@@ -72,5 +72,5 @@ class TokenizedText:
 
     @property
     def n_rows(self) -> int:
-        """Rows of a full capture: a completion's final token has none, because it never passes through the model."""
+        """Rows of a full capture; a completion's final token has none, because it is never fed to the model."""
         return count_rows(self.n_prompt, self.n_completion)

@@ -1,12 +1,12 @@
-"""Reads transcripts from a JSON lines file: one object a line, in one of three shapes.
+"""Reads transcripts from a JSON Lines file: one object per line, in one of three forms.
 
     {"text": "…"}                              raw text, all of it prompt
-    {"prompt": "…", "completion": "…"}         raw text, the completion apart
-    {"messages": [{"role": "user", …}, …]}     a conversation; if the assistant speaks last, that is the completion
+    {"prompt": "…", "completion": "…"}         raw text with a separate completion
+    {"messages": [{"role": "user", …}, …]}     a conversation; a final assistant message is the completion
 
-Beside these a line may have `id` (else it is named by its line number), `labels`, and where there is a completion,
-`finish_reason`. Whole messages end their turn ("stop"); raw completions are taken as they are ("length"). The first thing
-that is wrong ends the reading, with file, line, field, value and what is allowed.
+A line may also have `id` (by default its line number), `labels` and, with a completion, `finish_reason`. Complete messages
+end their turn ("stop"); raw completions do not ("length"). The first error ends the reading, with file, line, field, value
+and what is allowed.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -55,7 +55,7 @@ class _Line(BaseModel):
                 + (" and ".join(sorted(given)) or "none of them")
             )
         if self.finish_reason is not None and not self._completed:
-            raise ValueError("finish_reason is of a completion, and this line has none")
+            raise ValueError("finish_reason requires a completion, and this line has none")
         if self.messages is not None and len(self.messages) == 1 and self._completed:
             raise ValueError("messages: the assistant's message needs at least one before it")
         return self
@@ -65,7 +65,7 @@ class _Line(BaseModel):
         return self.completion is not None or (self.messages is not None and self.messages[-1].role == "assistant")
 
     def transcript(self, key: RolloutKey) -> Transcript:
-        """Return what the line says."""
+        """Convert the line to a transcript."""
         if self.messages is None:
             prompt = self.text if self.prompt is None else self.prompt
             assert prompt is not None
@@ -79,7 +79,7 @@ class _Line(BaseModel):
 def read_file(path: Path) -> list[Transcript]:
     """Read every line of a file; blank lines are skipped.
 
-    A transcript's key is made of a hash of the file's name, and of its id: reading the file again names the same rollouts.
+    A transcript's key consists of a hash of the file's name and its id, so reading the file again yields the same keys.
 
     Raises:
         TranscriptError: if the file cannot be read, is empty, or a line is not a transcript or has the id of another.
@@ -98,25 +98,25 @@ def read_file(path: Path) -> list[Transcript]:
         name = str(number) if parsed.id is None else parsed.id
         if name in seen:
             raise TranscriptError(
-                f"{path}, line {number}: id: {name!r} names line {seen[name]} already; ids are unique"
+                f"{path}, line {number}: id: {name!r} is already used by line {seen[name]}; ids must be unique"
             )
         seen[name] = number
         transcripts.append(parsed.transcript(RolloutKey(config_hash=config_hash, problem_id=name)))
     if not transcripts:
-        raise TranscriptError(f'{path} has no lines: it needs a JSON object a line, such as {{"text": "…"}}')
+        raise TranscriptError(f'{path} has no lines; a JSON object per line is required, such as {{"text": "…"}}')
     return transcripts
 
 
 def read_records(records: Iterable[Mapping[str, Any]], config_hash: str, start: int = 1) -> Iterator[Transcript]:
-    """Read transcripts from objects in one of the shapes that a file's lines have; each as it comes.
+    """Read transcripts lazily from objects in one of the forms of a file's lines.
 
     Args:
         records: the objects.
-        config_hash: names what they belong to, in their keys.
-        start: the number of the first; a transcript without an id is called by its number.
+        config_hash: the configuration hash in their keys.
+        start: number of the first; it is the id of a transcript without one.
 
     Raises:
-        TranscriptError: naming the first that is none.
+        TranscriptError: if an object is invalid; the message names it.
     """
     for number, record in enumerate(records, start=start):
         parsed = _parse(dict(record), f"text {number}")
@@ -130,7 +130,7 @@ def _parse_line(line: bytes, where: str) -> _Line:
     except JsonError as error:
         raise TranscriptError(f"{where}: {error}") from error
     if not isinstance(value, dict):
-        raise TranscriptError(f"{where}: a line is a JSON object, and this one is {_short(value)}")
+        raise TranscriptError(f"{where}: a line must be a JSON object, not {_short(value)}")
     return _parse(value, where)
 
 
@@ -139,7 +139,7 @@ def _parse(value: dict[str, Any], where: str) -> _Line:
         return _Line.model_validate(value)
     except ValidationError as error:
         first = error.errors()[0]
-        # A union's alternatives are in the path too; a user knows only the field.
+        # The path also contains a union's alternatives, which users do not know.
         field = ".".join(str(part) for part in first["loc"] if part not in ("str", "int", "float", "bool"))
         message = first["msg"].removeprefix("Value error, ")
         given = "" if first["type"] in ("missing", "value_error") else f" (given: {_short(first['input'])})"

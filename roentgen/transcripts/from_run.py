@@ -1,7 +1,7 @@
-"""Reads transcripts from a run directory: each answer of each finished sample, under the key it was sampled with.
+"""Reads transcripts from a run directory: each answer of each finished sample, under its original rollout key.
 
-A sample of several turns gives a transcript per turn: what came before the answer is its prompt. Where the store still holds
-the rollout, its exact tokens come along, because tokenising a text does not always give back the tokens that were sampled.
+A sample with several turns yields one transcript per turn, whose prompt is everything before the answer. If the store still
+holds the rollout, its exact tokens are included, because tokenizing a text does not always reproduce the sampled tokens.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ def read_run(run: Run, say: Callable[[str], None]) -> list[Transcript]:
 
     Args:
         run: the run.
-        say: told what could not be had, and what that changes.
+        say: called with a line about missing data and its consequence.
 
     Raises:
         RunError: if the record is damaged.
@@ -35,7 +35,7 @@ def read_run(run: Run, say: Callable[[str], None]) -> list[Transcript]:
 
 def _transcripts(run: Run, sample: Sample, known: dict[str, KnownTokens]) -> Iterator[Transcript]:
     spoken = [i for i, message in enumerate(sample.messages) if message["role"] == "assistant"]
-    # Assistant's messages may be part of a prompt as examples; what the model said comes after what it was last told.
+    # Assistant messages may be part of a prompt as examples; the model's own follow the last user message.
     told = max((i for i, message in enumerate(sample.messages) if message["role"] == "user"), default=-1)
     answers = spoken[-len(sample.rollouts) :] if sample.rollouts else [i for i in spoken if i > told]
     refs = {ref.turn: ref for ref in sample.rollouts}
@@ -62,7 +62,7 @@ def _transcripts(run: Run, sample: Sample, known: dict[str, KnownTokens]) -> Ite
 
 
 def _known_tokens(run: Run, samples: list[Sample], say: Callable[[str], None]) -> dict[str, KnownTokens]:
-    """Return the stored tokens of the samples' rollouts, by rollout id; what the store has lost is said."""
+    """Return the stored tokens of the samples' rollouts by rollout id; missing ones are reported through `say`."""
     by_session: dict[str, list[RolloutRef]] = {}
     for sample in samples:
         for ref in sample.rollouts:
@@ -77,7 +77,7 @@ def _known_tokens(run: Run, samples: list[Sample], say: Callable[[str], None]) -
                 if ref.rollout_id in rows:
                     known[ref.rollout_id] = _tokens(session, rows[ref.rollout_id])
         except StoreError as error:
-            say(f"the tokens that were sampled are not to be had ({error}): texts are tokenised anew")
+            say(f"the sampled tokens are unavailable ({error}): the texts are tokenized again")
     return known
 
 

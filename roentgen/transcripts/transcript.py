@@ -1,4 +1,4 @@
-"""One text to be read: what came before, what was said, and whose rollout it is."""
+"""Transcripts: texts for a model to read, with the rollout keys that they are stored under."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,15 +9,15 @@ from roentgen.tokenized_text import TokenizedText
 
 
 class TranscriptError(RoentgenError):
-    """Transcripts cannot be read; the message names the file, the place and what is allowed."""
+    """Transcripts cannot be read; the message names the file, the location and what is allowed."""
 
 
 @dataclass(frozen=True)
 class KnownTokens:
-    """The tokens that a model was really fed, as the store kept them; text alone does not always give the same ones back."""
+    """The tokens that a model was fed, as stored; tokenizing the text again does not always reproduce them."""
 
     model: str
-    """Served name of the model whose tokens they are."""
+    """Served name of the model."""
     revision: str
     """Its revision."""
     sequence: TokenizedText
@@ -26,23 +26,23 @@ class KnownTokens:
 
 @dataclass(frozen=True)
 class Transcript:
-    """A text to be read by a model."""
+    """A text for a model to read."""
 
     key: RolloutKey
-    """Its identity in the store."""
+    """Its rollout key in the store."""
     prompt: str | tuple[dict[str, Any], ...]
-    """Raw text, or a conversation's messages, which the model's own chat template renders."""
+    """Raw text, or a conversation's messages, which the model's chat template renders."""
     completion: str | None = None
-    """What was said then; None if the whole text is prompt."""
+    """The completion; None if the whole text is prompt."""
     finish_reason: Literal["stop", "length"] = "length"
-    """"stop" if the speaker ended the completion, which then ends with the model's end-of-turn token."""
+    """"stop" if the completion is complete and ends with the model's end-of-turn token."""
     labels: dict[str, LabelValue] = field(default_factory=dict)
-    """Stored with its rollout."""
+    """Labels stored with its rollout."""
     tokens: KnownTokens | None = None
-    """The tokens as they were when a model said this, if they are known."""
+    """The original tokens, if they are known."""
 
     @property
     def name(self) -> str:
-        """What people call it: the problem's id, with epoch and turn where they are not the first."""
+        """Display name: the problem's id, with epoch and turn if they are not the first."""
         epoch = f" epoch {self.key.epoch}" if self.key.epoch > 1 else ""
         return f"{self.key.problem_id}{epoch}" + (f" turn {self.key.turn}" if self.key.turn else "")

@@ -65,7 +65,7 @@ def transcript_tokenizer(model: LoadedModel) -> Callable[[Transcript], Tokenized
 
 def _tokenize(model: LoadedModel, transcript: Transcript, end_of_turn: Callable[[], int | None]) -> TokenizedText:
     if not all(is_text(said) for said in _words(transcript)):
-        raise UnreadableTextError("it has half a surrogate pair, which is no text")
+        raise UnreadableTextError("it contains an unpaired surrogate, which cannot be encoded")
     raw = isinstance(transcript.prompt, str)
     if isinstance(transcript.prompt, str):
         whole = tokenize_text(model.tokenizer, transcript.prompt)

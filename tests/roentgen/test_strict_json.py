@@ -53,7 +53,7 @@ def test_half_a_surrogate_pair_is_named_wherever_it_is(around: Any, way: list[st
     ("body", "field", "words"),
     [
         (b'{"a": {"\\ud83d": 1}}', "a", "its key '\\ud83d'"),
-        (b'{"a": "\\ude00\\ud83d"}', "a", "half a surrogate pair"),
+        (b'{"a": "\\ude00\\ud83d"}', "a", "an unpaired surrogate"),
         (b'{"a": [1, NaN]}', "a.1", "NaN"),
         (b'{"a": {"b": -Infinity}}', "a.b", "-Infinity"),
         (b'{"a": 1e400}', "a", "too large"),
@@ -66,7 +66,7 @@ def test_half_a_surrogate_pair_is_named_wherever_it_is(around: Any, way: list[st
         (b'{"a": "\xed\xa0\xbd"}', None, "not UTF-8"),
         (b"{", None, "not JSON"),
         (b"NaN", None, "NaN"),
-        (b'"\\ud83d"', None, "half a surrogate pair"),
+        (b'"\\ud83d"', None, "an unpaired surrogate"),
     ],
 )
 def test_what_json_does_not_have_is_refused_by_name(body: bytes, field: str | None, words: str) -> None:

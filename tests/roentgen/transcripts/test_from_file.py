@@ -84,8 +84,8 @@ def test_blank_lines_are_no_lines_but_count(tmp_path):
         ({"text": "a", "labels": {"x": [1]}}, "labels.x: a label is a text, a number, true, false or null"),
         ({"text": "a", "labels": {"x": float("nan")}}, "labels.x: NaN"),
         ({"text": "a", "labels": {"x": float("-inf")}}, "labels.x: -Infinity"),
-        ({"text": "a \ud83d"}, "text: half a surrogate pair"),
-        ({"text": "a", "labels": {"x": "\ud83d"}}, "labels.x: half a surrogate pair"),
+        ({"text": "a \ud83d"}, "text: an unpaired surrogate"),
+        ({"text": "a", "labels": {"x": "\ud83d"}}, "labels.x: an unpaired surrogate"),
         ({"text": "a", "labels": {"\ud83d": 1}}, "labels: its key"),
         ({"text": "a", "finish_reason": "stop"}, "finish_reason is of a completion"),
         (

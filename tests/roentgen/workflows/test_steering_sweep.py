@@ -105,7 +105,7 @@ def test_a_sweep_through_the_server(server: Server, tmp_path: Path) -> None:
     [
         ({"mode": "with-tools", "revision": "served"}, (), "was answered with tools"),
         ({"revision": "other"}, (), "the probe is of smollm2-135m (other)"),
-        ({"revision": "served"}, ("--positions", "last"), "does not say which rows while they are made"),
+        ({"revision": "served"}, ("--positions", "last"), "is not known while tokens are generated"),
         ({"revision": "served"}, ("--scales", "1,inf"), "not a list of numbers with commas"),
     ],
 )

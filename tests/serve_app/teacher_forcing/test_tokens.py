@@ -118,7 +118,7 @@ def test_a_text_longer_than_the_context_is_refused_with_both_numbers(model):
     ],
 )
 def test_half_a_surrogate_pair_is_refused(model, transcript):
-    with pytest.raises(UnreadableTextError, match="half a surrogate pair"):
+    with pytest.raises(UnreadableTextError, match="an unpaired surrogate"):
         transcript_tokenizer(model)(transcript)
 
 
