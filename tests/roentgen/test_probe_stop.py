@@ -157,7 +157,7 @@ def test_the_reasoning_alone_counts_where_it_is_to_be_closed(write_run: Callable
         ({}, {"where": "reasoning"}, ProbeDataError, "no answer of .* contains reasoning between <think> and </think>"),
         ({}, {"probe": None}, SavedProbeError, "has no saved probes of 'correct'"),
         ({}, {"lengths": "0"}, OptionError, "lengths"),
-        ({}, {"above": "1,x"}, OptionError, "above.*not a list of numbers"),
+        ({}, {"above": "1,x"}, OptionError, "above.*not a comma-separated list of numbers"),
         ({}, {"max_loss": 2}, OptionError, "max_loss"),
         ({}, {"length": 2}, OptionError, "length: there is no such option; did you mean lengths"),
         ({}, {"then": "close_reasoning", "where": "generated"}, OptionError, "must be reasoning"),

@@ -74,7 +74,7 @@ def test_blank_lines_are_no_lines_but_count(tmp_path):
     ("line", "words"),
     [
         ('{"text": "a"', "not JSON: "),
-        ("[1]", "a line is a JSON object, and this one is [1]"),
+        ("[1]", "a line must be a JSON object, not [1]"),
         ({}, "text, or prompt and completion, or messages; this one has none of them"),
         ({"text": ""}, "text: String should have at least 1 character (given: '')"),
         ({"text": 3}, "text: Input should be a valid string (given: 3)"),
@@ -87,7 +87,7 @@ def test_blank_lines_are_no_lines_but_count(tmp_path):
         ({"text": "a \ud83d"}, "text: an unpaired surrogate"),
         ({"text": "a", "labels": {"x": "\ud83d"}}, "labels.x: an unpaired surrogate"),
         ({"text": "a", "labels": {"\ud83d": 1}}, "labels: its key"),
-        ({"text": "a", "finish_reason": "stop"}, "finish_reason is of a completion"),
+        ({"text": "a", "finish_reason": "stop"}, "finish_reason requires a completion"),
         (
             {"prompt": "a", "completion": "b", "finish_reason": "eos"},
             "finish_reason: Input should be 'stop' or 'length'",
@@ -96,7 +96,7 @@ def test_blank_lines_are_no_lines_but_count(tmp_path):
         ({"messages": [{"role": "assistant", "content": "a"}]}, "needs at least one before it"),
         ({"messages": [{"role": "robot", "content": "a"}]}, "messages.0.role: Input should be 'system', 'developer', "),
         ({"messages": [{"role": "user"}]}, "messages.0.content: Field required"),
-        ({"text": "b", "id": "first"}, "id: 'first' names line 1 already"),
+        ({"text": "b", "id": "first"}, "id: 'first' is already used by line 1"),
         ({"text": "b", "id": ""}, "id: String should have at least 1 character"),
         ({"text": "b", "id": "x" * 201}, "id: String should have at most 200 characters"),
     ],

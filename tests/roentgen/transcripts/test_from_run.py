@@ -107,4 +107,4 @@ def test_a_lost_store_is_said_and_costs_only_the_tokens(run):
     (transcript,) = read_run(run, said.append)
     assert transcript.tokens is None
     assert "/gone is not a session" in said[0]
-    assert "tokenised anew" in said[0]
+    assert "tokenized again" in said[0]
