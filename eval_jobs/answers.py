@@ -1,15 +1,16 @@
-r"""Finds the answer in what a model wrote, however it marks it; the default way of reading.
+r"""Finds the answer in a model's output, however it is marked; the default extractor for numbers.
 
-A text flows through four steps:
+A text passes through four steps:
 
-    after_reasoning       what stands in `<think>` is not an answer; a text that never leaves it has none
-    before_next_problem   what follows a new problem, or the end of the turn, is about something else
+    after_reasoning       text in `<think>` is not an answer; a text that never leaves it has none
+    before_next_problem   text after a new problem, or after the end of the turn, is ignored
     marks                 `Final Answer: 18`, `#### 18`, `\boxed{18}`, `<answer>18</answer>`, `Answer: 18`, `the answer is 18`
     the block of a mark   its quantity (`quantities.read_content`), or the one that the block corrects it to
 
-Of several marks the strongest kind counts: one that says `final`; then a line, tag or box that is made for the answer; then
-a sentence that mentions it. Among marks of a kind the first counts, unless the text between two of them corrects the first. A
-text without any mark is read only if it is, or concludes with, one quantity. What has two readings has none.
+If there are several marks, the strongest kind counts: one that says `final`; then a line, tag or box made for the answer;
+then a sentence that mentions it. Among marks of a kind the first counts, unless the text between two of them corrects the
+first. A text without any mark is read only if it is, or concludes with, one quantity. A text with two possible readings has
+none.
 """
 
 import re
@@ -23,13 +24,13 @@ from eval_jobs.plain_text import normalize
 from eval_jobs.quantities import begins_like_heading, conclusion, read_content
 
 MARKS_UP_TO = 16
-"""Marks of a kind that are looked at: the first counts, so a text that repeats them for ever is cheap."""
+"""Maximum marks of a kind that are examined. The first counts, so a text that repeats them endlessly stays cheap."""
 
 PLACES_UP_TO = 1_000
-"""Places that are looked at for a mark of each form."""
+"""Maximum candidates examined for each form of mark."""
 
 BLOCK_UP_TO = 2_000
-"""Characters of a block in which corrections are looked for."""
+"""Characters of a block that are searched for corrections."""
 
 _FINAL, _MADE_FOR_IT, _MENTIONED = 0, 1, 2
 
@@ -132,20 +133,20 @@ _TAKES_BACK = re.compile(r"\b(?:no|wrong|incorrect|mistake|error|not right|scrat
 
 @dataclass(frozen=True)
 class _Mark:
-    """A place where an answer is given."""
+    """A mark: a place where an answer is given."""
 
     kind: int
-    """How strong it is, 0 the strongest."""
+    """Rank of the kind; 0 is the strongest."""
     start: int
-    """Where the content starts."""
+    """Start of the content."""
     stop: int | None = None
-    """Where it ends, for a box or a tag; None if it goes to the end of the line."""
+    """End of the content, for a box or a tag; None if it extends to the end of the line."""
     tentative: bool = False
-    """Whether a content that is no quantity shows that this is no mark."""
+    """True if a content without a quantity means that this is not a mark."""
 
 
 def read_answer(text: str) -> str | None:
-    """Read the answer that a text gives, as a canonical number or quantity; None if it gives none, or more than one."""
+    """Read a text's answer as a canonical number or quantity; None if it has none or more than one."""
     text = before_next_problem(after_reasoning(normalize(text)))
     marks = sorted(_marks(text), key=lambda mark: mark.start)
     for kind in (_FINAL, _MADE_FOR_IT, _MENTIONED):
@@ -160,7 +161,7 @@ def read_answer(text: str) -> str | None:
 
 
 def after_reasoning(text: str) -> str:
-    """Return what follows the model's reasoning; nothing of a reasoning that does not end."""
+    """Return the text after the model's reasoning; empty if the reasoning does not end."""
     ends = list(_REASONING_ENDS.finditer(text))
     if ends:
         text = text[ends[-1].end() :]
@@ -169,9 +170,9 @@ def after_reasoning(text: str) -> str:
 
 
 def before_next_problem(text: str) -> str:
-    """Return what comes before the end of the turn, and before a problem that the model poses itself.
+    """Return the text before the end of the turn and before a problem that the model poses itself.
 
-    A problem that is repeated before anything is answered is not a new one.
+    A problem repeated before anything is answered is not a new one.
     """
     opening = _TURN_BEGINS.match(text)
     text = text[opening.end() :] if opening else text
@@ -201,7 +202,7 @@ def _is_answered(text: str, start: int, stop: int) -> bool:
 
 
 def _marks(text: str) -> Iterator[_Mark]:
-    """Yield the places where an answer is given."""
+    """Yield the marks of a text."""
     for match in islice(_TAG.finditer(text), PLACES_UP_TO):
         end = _TAG_END.search(text, match.end(), match.end() + 2_000)
         yield _Mark(_MADE_FOR_IT, match.end(), end.start() if end else None)
@@ -221,7 +222,7 @@ def _marks(text: str) -> Iterator[_Mark]:
 
 
 def _labeled_mark(text: str, word: re.Match[str]) -> _Mark | None:
-    """Return the mark that the word `answer` makes, if it makes one."""
+    """Return the mark made by the word `answer`, if any."""
     begin = max(text.rfind("\n", 0, word.start()) + 1, word.start() - 80)
     before = text[begin : word.start()]
     if _NOT_THE_ANSWER.search(before) or text[word.start() - 1 : word.start()] in ("/", "<"):
@@ -251,7 +252,7 @@ def _labeled_mark(text: str, word: re.Match[str]) -> _Mark | None:
 
 
 def _first_that_stands(text: str, of_kind: list[_Mark], marks: list[_Mark]) -> Quantity | Unread:
-    """Read the first mark of a kind that has a content, or the mark, of any kind, that the text corrects it to."""
+    """Read the first mark of a kind that has content, or the mark of any kind that the text corrects it to."""
     starts = [mark.start for mark in marks]
 
     def read(mark: _Mark) -> Quantity | Unread:
@@ -304,7 +305,7 @@ def _read_mark(text: str, mark: _Mark, stop: int) -> Quantity | Unread:
 
 
 def _corrected(block: str) -> Quantity | Unread:
-    """Read what a block corrects its answer to; `UNCLEAR` if it takes the answer back and gives no other."""
+    """Read the correction within a block; `UNCLEAR` if it retracts the answer without giving another."""
     cues = list(_CORRECTS.finditer(block))
     for cue in reversed(cues):
         before, after = block[: cue.start("cue")], block[cue.end("cue") :].lstrip(" ,.:;!—–-\n")
@@ -321,7 +322,7 @@ def _corrected(block: str) -> Quantity | Unread:
 
 
 def _implied(text: str) -> Quantity | Unread:
-    """Read a text without marks: one that is a quantity, or whose last words conclude with one."""
+    """Read a text without marks, if it is a quantity or its last words conclude with one."""
     text = text.strip()
     if not text:
         return NOTHING
@@ -344,13 +345,13 @@ def _implied(text: str) -> Quantity | Unread:
 
 
 def _implied_after(text: str, mark: _Mark) -> Quantity | Unread:
-    """Read a text whose only label stands before its reasoning, as in `Answer: Let's think. …`."""
+    """Read a text whose only label precedes its reasoning, as in `Answer: Let's think. …`."""
     rest = text[_end_of_line(text, mark.start) :]
     return _implied(rest) if _has_content(rest) else NOTHING
 
 
 def _has_content(line: str) -> bool:
-    """Whether a line has a letter or digit outside a placeholder such as `[number]`."""
+    """True if a line has a letter or digit outside a placeholder such as `[number]`."""
     line = re.sub(r"[\[<({][^\d\[\]<>(){}\n]{1,40}[\]>)}]", " ", line[:400])
     line = re.sub(r"\\(?:begin|end)\s*\{[^{}]*\}|^\s*```\w*\s*$|\\[()\[\]]", " ", line)
     return bool(re.search(r"[^\W_]", line))
@@ -364,7 +365,7 @@ def _starts_with_mark(text: str, start: int) -> bool:
 
 
 def _next_line(text: str, at: int) -> int | None:
-    """Return where the next line starts that says something, at most a few lines on."""
+    """Return the start of the next line with content, within a few lines."""
     for _ in range(6):
         at = text.find("\n", at) + 1
         if at == 0:
@@ -380,7 +381,7 @@ def _end_of_line(text: str, at: int) -> int:
 
 
 def _closing_braces(text: str) -> dict[int, int]:
-    """Return, for the place of each brace that is closed, where it is closed."""
+    """Map the position of each closed brace to the position where it is closed."""
     opened: list[int] = []
     closed: dict[int, int] = {}
     for match in re.finditer(r"[{}]", text):

@@ -1,9 +1,9 @@
-r"""Reads an exact number, with what belongs to it, from the beginning of a cleaned text's tokens.
+r"""Parses an exact number and its unit from the beginning of a cleaned text's tokens.
 
-Grammar: sums, products and powers of numbers in any usual spelling (`1,234.50`, `12 500`, `1 1/2`, `2e3`), multiplied by words
-(`2 million`) and followed by a unit, or by several of one dimension (`2 hours 30 minutes`). Values are exact and are compared
-as canonical strings; numbers too long to calculate with are compared all the same. Nothing evaluates text: numbers and powers
-are bounded.
+Grammar: sums, products and powers of numbers in any usual notation (`1,234.50`, `12 500`, `1 1/2`, `2e3`), multiplied by
+words (`2 million`) and followed by a unit, or by several of one dimension (`2 hours 30 minutes`). Values are exact and
+compared as canonical strings; numbers too long to calculate with can still be compared. No text is evaluated: numbers and
+powers are bounded.
 """
 
 import re
@@ -14,7 +14,7 @@ from fractions import Fraction
 from typing import NamedTuple
 
 MAX_DIGITS = 100
-"""Longer numbers are compared, but not calculated with."""
+"""Maximum digits of numbers in calculations; longer ones are only compared."""
 
 MAX_POWER = 100
 
@@ -31,12 +31,12 @@ NOTHING, UNCLEAR = Unread.NOTHING, Unread.UNCLEAR
 
 @dataclass(frozen=True)
 class Quantity:
-    """A quantity that was read."""
+    """A parsed quantity."""
 
     text: str
-    """A canonical spelling, which reads back as the same quantity: `18`, `3/7`, `550 cents`."""
+    """Canonical notation, which parses to the same quantity: `18`, `3/7`, `550 cents`."""
     values: tuple[str, ...]
-    """The numbers it may be compared as, canonical too; the first is its own."""
+    """Canonical values that it may be compared as; the first is its own."""
 
 
 class Token(NamedTuple):
@@ -81,7 +81,7 @@ _MULTIPLIERS = {
     "crore": 10**7,
 }  # fmt: skip
 _GLUED_ONLY = {"k": "kK", "m": "M", "b": "B"}
-"""Letters that multiply only where they touch the number, and only so written: `2M` is two million, `2m` two meters."""
+"""Letters that multiply only if they touch the number, in this case: `2M` is two million, `2m` two meters."""
 
 _UNITS = {
     name: _Unit(dimension, size, names[0])
@@ -117,7 +117,7 @@ _PARTS = {
     "length": {"in": _UNITS["inches"]},
     "metric length": {"m": _UNITS["meters"]},
 }
-"""Words and letters that are units only after a larger one of the dimension."""
+"""Words and letters that are units only after a larger unit of the same dimension."""
 
 
 def tokens_of(text: str) -> Iterator[Token]:
@@ -129,13 +129,13 @@ def tokens_of(text: str) -> Iterator[Token]:
 
 
 def read_plain(text: str) -> Quantity | Unread | None:
-    """Read a text that is nothing but one number in digits, of any length; None if it is something else."""
+    """Parse a text that consists of one number in digits, of any length; None if it does not."""
     plain = _PLAIN.fullmatch(text)
     return _of_digits(plain[1], plain[2], plain[3] or "") if plain else None
 
 
 def canonical(value: Fraction) -> str:
-    """Spell a number in the one way in which it is compared: `18`, `-0.5`, `3/7`."""
+    """Return the canonical notation of a number: `18`, `-0.5`, `3/7`."""
     twos = fives = 0
     rest = value.denominator
     while rest % 2 == 0:
@@ -151,7 +151,7 @@ def canonical(value: Fraction) -> str:
 
 
 def _of_digits(sign: str, whole: str, decimals: str) -> Quantity | Unread:
-    """Return the quantity of one plain number, which may be of any length: no arithmetic is done with it."""
+    """Return the quantity of a plain number of any length, without arithmetic."""
     if "," in whole and not re.fullmatch(r"\d{1,3}(?:,\d{3})+|\d{1,2}(?:,\d{2})+,\d{3}|\d+,", whole):
         zero = re.fullmatch(r"0,(\d+)", whole)
         if not zero or decimals:
@@ -163,20 +163,20 @@ def _of_digits(sign: str, whole: str, decimals: str) -> Quantity | Unread:
 
 
 def is_named(tokens: Sequence[Token], i: int) -> bool:
-    """Whether the number at `i` is part of a name: `A1`, `m2`."""
+    """True if the number at `i` is part of a name: `A1`, `m2`."""
     return tokens[i].glued and i > 0 and tokens[i - 1].kind == "word"
 
 
 def has_number(tokens: Sequence[Token]) -> bool:
-    """Whether there is a number that is not part of a name."""
+    """True if there is a number that is not part of a name."""
     return any(token.kind == "number" and not is_named(tokens, i) for i, token in enumerate(tokens))
 
 
 class QuantityParser:
-    """Reads a quantity from the beginning of a list of tokens.
+    """Parses a quantity at the beginning of a list of tokens.
 
     Attributes:
-        at: the place after what was read.
+        at: index after the parsed tokens.
         parts: how many numbers with units were added up, as in `2 hours 30 minutes`.
     """
 
@@ -186,7 +186,7 @@ class QuantityParser:
         self.parts = 0
 
     def quantity(self) -> Quantity | Unread:
-        """Read an expression with its unit, and further ones with smaller units."""
+        """Parse an expression with its unit, and further parts with smaller units."""
         start = self.at
         if self._kind() == "number" and (plain := self._long_number()):
             return plain
@@ -222,11 +222,11 @@ class QuantityParser:
         return Quantity(text, (text,))
 
     def rest_has_number(self) -> bool:
-        """Whether numbers follow that were not read."""
+        """True if unparsed numbers follow."""
         return has_number(self.tokens[self.at :])
 
     def _is_range(self, start: int) -> bool:
-        """Whether `18-20` or `18 - 20` was read, which is a range as well as a difference."""
+        """True if `18-20` or `18 - 20` was parsed, which is a range as well as a difference."""
         read = [token for token in self.tokens[start : self.at] if token.kind not in ("open", "close")]
         if [token.kind for token in read] != ["number", "operator", "number"] or read[1].text != "-":
             return False
@@ -358,7 +358,7 @@ class QuantityParser:
         return _bounded(value)
 
     def _unit(self, dimension: str | None = None) -> _Unit | None:
-        """Read a unit; a part of a larger quantity has the dimension of that quantity, which tells what a letter means."""
+        """Parse a unit; for a part of a larger quantity, the dimension disambiguates letters."""
         if self._kind() == "cent":
             self.at += 1
             return _UNITS["cents"]
@@ -372,7 +372,7 @@ class QuantityParser:
         return unit
 
     def _smaller_part(self, unit: _Unit) -> tuple[Fraction, _Unit] | None:
-        """Read `and 30 minutes` after hours; leaves what is no such part."""
+        """Parse a smaller part such as `and 30 minutes` after hours; leaves other tokens unparsed."""
         start = self.at
         if self._kind() == "comma":
             self.at += 1
@@ -389,7 +389,7 @@ class QuantityParser:
 
 
 def _fraction(text: str) -> Fraction | None:
-    """Return the value of a number as it is written; None if it is too long to calculate with."""
+    """Return the value of a number as written; None if it is too long to calculate with."""
     if len(text) > MAX_DIGITS:
         return None
     digits, _, exponent = text.lower().partition("e")

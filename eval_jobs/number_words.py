@@ -1,4 +1,4 @@
-"""Spells number words as digits: "eighteen" is 18, `two and a half` is 2 1/2, `one hundred and five` is 105."""
+"""Converts number words to digits: "eighteen" is 18, `two and a half` is 2 1/2, `one hundred and five` is 105."""
 
 import re
 
@@ -33,8 +33,8 @@ def number_words(text: str, anywhere: bool) -> str:
 
     Args:
         text: the text.
-        anywhere: whether to replace them wherever they stand, but for a lone `one`, which is mostly a pronoun; otherwise only
-            those that the text begins with.
+        anywhere: True to replace all of them, except a lone `one`, which is usually a pronoun; otherwise only those at the
+            beginning of the text.
     """
     start = re.match(_LEADING, text, re.IGNORECASE)
     lead = start.end() if start else 0
@@ -65,7 +65,7 @@ def _digits(match: re.Match[str]) -> str:
 
 
 def _value(words: list[str]) -> int | None:
-    """Return the value of a run of number words; None if it is several numbers, as `two three` is."""
+    """Return the value of consecutive number words; None if they are several numbers, as `two three` is."""
     total = group = 0
     last = 10**15
     for word in words:

@@ -1,8 +1,8 @@
-r"""Turns the many characters and the markup that models write numbers in into plain arithmetic.
+r"""Converts the characters and markup of numbers in model output to plain arithmetic.
 
-`normalize` works on a whole output: digits of any script, full-width signs, spaces that do not break, signs that look like a
-minus. `clean` works on the content of an answer: `$\frac{1}{2}$`, `**1{,}800**` and `\$5` become ` 1/2`, `1,800` and `5`.
-Both take linear time (`clean` for a text of bounded length).
+`normalize` is applied to a whole output: digits of any script, full-width signs, non-breaking spaces, minus-like signs.
+`clean` is applied to the content of an answer: `$\frac{1}{2}$`, `**1{,}800**` and `\$5` become ` 1/2`, `1,800` and `5`.
+Both take linear time (`clean` for bounded text).
 """
 
 import html
@@ -78,7 +78,7 @@ _MULTIPLES = {"k": "thousand", "m": "million", "mn": "million", "b": "billion", 
 
 
 def normalize(text: str) -> str:
-    """Spell a text's digits, signs and spaces in ASCII where that loses nothing."""
+    """Convert a text's digits, signs and spaces to ASCII without loss."""
     if text.isascii():
         return html.unescape(text) if "&" in text else text
     text = re.sub(r"−\s+(?=[\d$])", "-", text)
@@ -130,7 +130,7 @@ def clean(text: str) -> str:
 
 
 def _money(text: str) -> str:
-    """Spell `$2M` as two million, and `€18,50` with a decimal point."""
+    """Convert `$2M` to two million, and `€18,50` to a decimal point."""
     text = _MONEY_SUFFIX.sub(lambda match: f"{match[1]} {_MULTIPLES[match[2].lower()]}", text)
     return _DECIMAL_COMMA.sub(lambda match: ".".join(part for part in match.groups() if part is not None), text)
 
@@ -144,7 +144,7 @@ def _fraction(match: re.Match[str]) -> str:
 
 
 def _without_stars(text: str) -> str:
-    """Remove Markdown's asterisks and keep those that multiply; `2**3` is a power."""
+    """Remove Markdown's asterisks but keep multiplication; `2**3` is a power."""
 
     def replaced(match: re.Match[str]) -> str:
         before = text[max(0, match.start() - 4) : match.start()].rstrip()[-1:]
@@ -156,7 +156,7 @@ def _without_stars(text: str) -> str:
 
 
 def _without_remarks(text: str) -> str:
-    """Remove what stands in parentheses beside a quantity; what is calculated, or all there is, stays."""
+    """Remove remarks in parentheses beside a quantity; calculations, and a text that is entirely in parentheses, are kept."""
     text = text.strip()
     while (inner := _enclosed(text)) is not None:
         text = inner.strip()
@@ -187,7 +187,7 @@ def _without_remarks(text: str) -> str:
 
 
 def _enclosed(text: str) -> str | None:
-    """Return what a pair of parentheses around the whole text holds."""
+    """Return the content of a pair of parentheses around the whole text, if there is one."""
     if not (text.startswith("(") and text.rstrip(".!").endswith(")")):
         return None
     text = text.rstrip(".!")

@@ -1,20 +1,20 @@
-r"""Reads the quantity that a short piece of text states, as an exact number.
+r"""Reads the quantity stated by a short text, as an exact number.
 
-A model writes `18` in many ways: `**$18.00**`, `1{,}800`, `12'500`, `\frac{3}{4}`, `1 1/2`, `2 million`, "eighteen", `x = 18`,
-`3 * 6 = 18`, `2 hours 30 minutes`. Text flows through three steps:
+A model writes `18` in many ways: `**$18.00**`, `1{,}800`, `12'500`, `\frac{3}{4}`, `1 1/2`, `2 million`, "eighteen", `x =
+18`, `3 * 6 = 18`, `2 hours 30 minutes`. A text passes through three steps:
 
-    normalize    characters: digits of any script, widths, spaces, minus signs (for a whole output, once)
+    normalize    characters: digits of any script, widths, spaces, minus signs (once per output)
     clean        markup: LaTeX, Markdown and currency signs become plain arithmetic
     read_content clauses and numbers: the one quantity that is stated
 
-A number is taken whole, and with everything that belongs to it. Where two readings are possible (`18 or 20`, `18-20`,
-`3, 6`), the result is `UNCLEAR`; where there is no number, it is `NOTHING`. Values are exact (`Fraction`) and are compared as
+A number is always read completely, with everything that belongs to it. If two readings are possible (`18 or 20`, `18-20`,
+`3, 6`), the result is `UNCLEAR`; without a number it is `NOTHING`. Values are exact (`Fraction`) and are compared as
 canonical strings, so numbers of any length can be compared without arithmetic.
 
-A quantity may stand for more than one number. `550 cents` is 550, or 5.5 dollars; `50%` is 50, or 0.5; `3 dozen` is 36, or
-3 where one counts in dozens; `2 hours 30 minutes` is 150, or 2.5, and neither 2 nor 30.
+A quantity may have several numeric values. `550 cents` is 550, or 5.5 dollars; `50%` is 50, or 0.5; `3 dozen` is 36, or 3
+if counted in dozens; `2 hours 30 minutes` is 150, or 2.5, and neither 2 nor 30.
 
-Nothing here evaluates text. Arithmetic is limited to short numbers and small powers.
+No text is evaluated. Arithmetic is limited to short numbers and small powers.
 """
 
 import re
@@ -37,7 +37,7 @@ from eval_jobs.number_words import number_words
 from eval_jobs.plain_text import clean, normalize
 
 MAX_LENGTH = 1_000
-"""A content longer than this is read only at its ends, so time is linear in the text."""
+"""Maximum length of a content that is read completely; of longer ones only the ends are read, so time is linear."""
 
 
 def _words(text: str) -> frozenset[str]:
@@ -50,21 +50,21 @@ _FILLERS = _words(
     "usd eur gbp rs inr us cad aud sgd hkd chf maybe probably perhaps i think believe get it its it's at least "
     "most up both"
 )
-"""Words that may stand before the quantity that a clause begins with."""
+"""Words that may precede the quantity at the beginning of a clause."""
 
 _REMARKS = _words(
     "in for of per every out from at after with within each by on because since as when if which that while who "
     "instead rather using given where until before during left total more less fewer until through into via if "
     "including"
 )
-"""Words after which further numbers say something about the quantity, not what it is: `18 apples in 3 bags`."""
+"""Words after which further numbers describe the quantity instead of stating it: `18 apples in 3 bags`."""
 
 _NOT_A_QUANTITY = _words(
     "than over under above below not isn't aren't wasn't n't problem question step example exercise part page "
     "equation line case note option chapter section figure table version method choice task formula rule theorem "
     "exceeding beyond"
 )
-"""Words before a number that is no answer: `step 3`, `more than 18`, `not 18`."""
+"""Words before a number that is not an answer: `step 3`, `more than 18`, `not 18`."""
 
 _REFUSALS = re.compile(
     r"\b(?:cannot|can't|can not|unknown|unclear|undetermined|insufficient|impossible|not enough|unable"
@@ -83,16 +83,16 @@ _ABBREVIATIONS = _words("approx rs no ans sq ft in oz lb lbs mr mrs ms dr st vs 
 
 
 def read_quantity(text: str) -> Quantity | Unread:
-    """Read the quantity of a short text such as a gold answer."""
+    """Read the quantity of a short text, such as a gold answer."""
     return read_content(normalize(text))
 
 
 def read_content(text: str, lead_only: bool = False) -> Quantity | Unread:
-    """Read the quantity that the content of an answer states.
+    """Read the quantity stated by the content of an answer.
 
     Args:
         text: a line or paragraph, normalized.
-        lead_only: whether it must begin with the quantity, so that prose is `NOTHING`.
+        lead_only: True if the text must begin with the quantity, so that prose is `NOTHING`.
     """
     if (plain := read_plain(text)) is not None:
         return plain
@@ -107,11 +107,11 @@ def read_content(text: str, lead_only: bool = False) -> Quantity | Unread:
 
 
 def conclusion(text: str, alone: bool = False) -> Quantity | Unread:
-    """Read what a paragraph of reasoning comes to: its last `so …` or `… = 18`.
+    """Read the conclusion of a paragraph of reasoning: its last `so …` or `… = 18`.
 
     Args:
         text: the paragraph, normalized.
-        alone: whether the paragraph is a whole answer, so that its only number, without either, counts too.
+        alone: True if the paragraph is a whole answer, so that its only number counts even without a conclusion.
     """
     tail = clean(text[-MAX_LENGTH:])
     sentences = _sentences(number_words(tail, anywhere=not re.search(r"\d", tail)))
@@ -125,7 +125,7 @@ def conclusion(text: str, alone: bool = False) -> Quantity | Unread:
 
 
 def same_quantity(answer: str, gold: str) -> bool:
-    """Whether an answer that was read is the gold one: equal values; golds that are no quantities are compared as text."""
+    """True if an answer equals the gold answer: equal values; gold answers without a quantity are compared as text."""
     here, there = read_quantity(answer), read_quantity(gold)
     if isinstance(here, Quantity) and isinstance(there, Quantity):
         return here.values[0] in there.values or there.values[0] in here.values
@@ -133,7 +133,7 @@ def same_quantity(answer: str, gold: str) -> bool:
 
 
 def begins_like_heading(text: str) -> bool:
-    """Whether a text is an enumerated heading, `3. Calculate the total`, and no quantity."""
+    """True if a text is an enumerated heading, `3. Calculate the total`, and not a quantity."""
     return bool(re.match(r"[\s*_]*\d{1,2}\s*[.):]\s*[*_]*\s*[^\W\d]", text))
 
 
@@ -151,7 +151,7 @@ def _sentences(text: str) -> list[list[Token]]:
 
 
 def _with_copula(tokens: list[Token]) -> list[Token]:
-    """Make an equation of `3 bags of 6 is 18`: a verb between two quantities."""
+    """Convert a verb between two quantities to an equation: `3 bags of 6 is 18`."""
     for i in reversed(range(1, len(tokens))):
         if tokens[i].text.lower() not in _COPULAS:
             continue
@@ -196,7 +196,7 @@ def _concluded(tokens: Sequence[Token]) -> Quantity | Unread:
 
 
 def _lead(tokens: Sequence[Token]) -> Quantity | Unread:
-    """Read a sentence that begins with its quantity, or that is an equation; `NOTHING` if it is prose."""
+    """Read a sentence that begins with its quantity or is an equation; `NOTHING` for prose."""
     clauses = _clauses(tokens)
     if not clauses:
         return NOTHING
@@ -231,7 +231,7 @@ def _lead(tokens: Sequence[Token]) -> Quantity | Unread:
 
 
 def _clause(tokens: Sequence[Token]) -> Quantity | Unread:
-    """Read a clause that begins with its quantity, after words that say nothing, or that is an equation."""
+    """Read a clause that begins with its quantity, after filler words, or is an equation."""
     if _has_equals(tokens):
         return _equation(tokens)
     return _quantity_with_tail(tokens[_skip_fillers(tokens, 0) :])
@@ -253,7 +253,7 @@ def _is_filler(tokens: Sequence[Token], i: int) -> bool:
 
 
 def _equation(tokens: Sequence[Token]) -> Quantity | Unread:
-    """Read `3 * 6 = 18`, `18 = 3 * 6`, `x = 18`: the side that is a number, not a calculation."""
+    """Read an equation: the side that is a number, not a calculation, of `3 * 6 = 18`, `18 = 3 * 6` or `x = 18`."""
     sides: list[list[Token]] = [[]]
     for token in tokens:
         if token.kind == "equals":
@@ -285,7 +285,7 @@ def _equation(tokens: Sequence[Token]) -> Quantity | Unread:
 
 
 def _quantity_with_tail(tokens: Sequence[Token]) -> Quantity | Unread:
-    """Read a quantity at the beginning, and make sure that what follows does not change it."""
+    """Read a quantity at the beginning, and check that the text after it does not change it."""
     parser = QuantityParser(tokens)
     found = parser.quantity()
     if isinstance(found, Unread):
@@ -339,7 +339,7 @@ def _compound(parts: Sequence[Sequence[Token]]) -> Quantity | None:
 
 
 def _prose(tokens: Sequence[Token]) -> Quantity | Unread:
-    """Read a sentence in which only one number can be what is asked for: `In 3 days she picks 18 apples.`"""
+    """Read a sentence in which only one number can be the answer: `In 3 days she picks 18 apples.`"""
     at = [i for i, token in enumerate(tokens) if token.kind == "number" and not is_named(tokens, i)]
     at = [i for i in at if _word_before(tokens, i) not in _NOT_A_QUANTITY]
     if any(_is_one_of_several(tokens, i) for i in at):
@@ -370,7 +370,7 @@ def _prose(tokens: Sequence[Token]) -> Quantity | Unread:
 
 
 def _is_one_of_several(tokens: Sequence[Token], i: int) -> bool:
-    """Whether the number at `i` is the end of a range or alternative (`18 to 20`), or only a bound (`> 18`, `±3`, `- 18`)."""
+    """True if the number at `i` is the end of a range or alternative (`18 to 20`), or only a bound (`> 18`, `±3`, `- 18`)."""
     before = tokens[i - 1] if i else None
     if before is None:
         return False
@@ -388,7 +388,7 @@ def _is_one_of_several(tokens: Sequence[Token], i: int) -> bool:
 
 
 def _is_about_something(tokens: Sequence[Token], i: int) -> bool:
-    """Whether the number at `i` follows a preposition, as in `of 6`, but not as in `a total of 18`."""
+    """True if the number at `i` follows a preposition, as in `of 6`, except as in `a total of 18`."""
     word = _word_before(tokens, i)
     return word in _REMARKS and not (word == "of" and _word_before(tokens, i - 1) in _TOTALS)
 
@@ -401,7 +401,7 @@ def _word_before(tokens: Sequence[Token], i: int) -> str:
 
 
 def _has_operator(tokens: Sequence[Token]) -> bool:
-    """Whether a side of an equation calculates: two numbers with an operator between them that is not a fraction's."""
+    """True if a side of an equation is a calculation: two numbers with an operator that is not a fraction bar."""
     numbers = [i for i, token in enumerate(tokens) if token.kind == "number"]
     plain_fraction = len(numbers) == 2 and tokens[numbers[0] + 1].text == "/" and numbers[1] == numbers[0] + 2
     return len(numbers) > 1 and not plain_fraction and any(token.kind == "operator" for token in tokens)
@@ -424,5 +424,5 @@ def _calculates(tokens: Sequence[Token]) -> bool:
 
 
 def _joined(clauses: Sequence[Sequence[Token]]) -> list[Token]:
-    """Put clauses together again, with commas between them."""
+    """Join clauses with commas."""
     return [token for clause in clauses for token in [*clause, Token("comma", ",", False)]][:-1]

@@ -1,10 +1,9 @@
-r"""Reads and compares answers that are texts: a name, a choice, a word.
+r"""Reads and compares text answers: a name, a choice, a word.
 
-Reasoning in `<think>` does not count, nor what follows a new problem. The answer is what stands in the first
-`<answer>…</answer>`, else in the first `\boxed{…}`, else behind the first `Final answer:`, `#### `, line `Answer: …`, or
-`the answer is …`; else it is the text itself, if that is one line. Two answers are the same if their words are, whatever their
-case, spacing, quotes and markup, and the punctuation around them. Of a multiple choice, `B`, `(B)` and `B) Paris` are the same
-choice.
+Reasoning in `<think>` and text after a new problem are ignored. The answer is the content of the first
+`<answer>…</answer>`, else of the first `\boxed{…}`, else what follows the first `Final answer:`, `#### `, line `Answer: …`,
+or `the answer is …`; else the text itself, if it is a single line. Two answers are equal if their words are, ignoring case,
+spacing, quotes, markup and surrounding punctuation. In a multiple choice, `B`, `(B)` and `B) Paris` are the same choice.
 """
 
 import re
@@ -13,7 +12,7 @@ import unicodedata
 from eval_jobs.answers import after_reasoning, before_next_problem
 
 LOOKED_AT = 100_000
-"""Characters of a text that are read."""
+"""Maximum characters of a text that are read."""
 
 _TAG = re.compile(r"<answer>(.{0,2000}?)</answer>", re.IGNORECASE | re.DOTALL)
 _BOX = "\\boxed{"
@@ -29,7 +28,7 @@ _CHOICE = re.compile(r"\(?([a-z])(?:[).:]\s*|$)")
 
 
 def read_text(text: str) -> str | None:
-    """Read the answer that a text gives; None if it gives none."""
+    """Read a text's answer; None if it has none."""
     text = before_next_problem(after_reasoning(text[-LOOKED_AT:])).strip()
     found = _marked(text)
     if found is None and "\n" not in text:
@@ -39,7 +38,7 @@ def read_text(text: str) -> str | None:
 
 
 def same_text(answer: str, gold: str) -> bool:
-    """Whether two answers have the same words, or name the same choice."""
+    """True if two answers have the same words, or name the same choice."""
     one, other = _words(answer), _words(gold)
     if one == other:
         return bool(one)
@@ -48,7 +47,7 @@ def same_text(answer: str, gold: str) -> bool:
 
 
 def inside_braces(text: str) -> str:
-    """Return what comes before the brace that closes the group `text` begins in; nothing if it is never closed."""
+    """Return the text before the brace that closes the group in which `text` begins; empty if it is never closed."""
     depth = 0
     for place, character in enumerate(text):
         if character == "{":

@@ -106,7 +106,7 @@ def test_a_sweep_through_the_server(server: Server, tmp_path: Path) -> None:
         ({"mode": "with-tools", "revision": "served"}, (), "was answered with tools"),
         ({"revision": "other"}, (), "the probe is of smollm2-135m (other)"),
         ({"revision": "served"}, ("--positions", "last"), "is not known while tokens are generated"),
-        ({"revision": "served"}, ("--scales", "1,inf"), "not a comma-separated list of numbers with commas"),
+        ({"revision": "served"}, ("--scales", "1,inf"), "not a comma-separated list of numbers"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line(
