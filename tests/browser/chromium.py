@@ -41,16 +41,39 @@ class Browser:
                 return result
             self._hear(message)
 
-    async def open(self, file: Path) -> None:
-        """Open a file and wait until all of it is there."""
+    async def open(self, place: Path | str) -> None:
+        """Open a file or a URL, in a document of its own, and wait until all of it is there."""
         for domain in ("Page", "Runtime", "Log", "Network"):
             await self.do(f"{domain}.enable")
-        await self.do("Page.navigate", url=file.absolute().as_uri())
+        url = place.absolute().as_uri() if isinstance(place, Path) else place
+        # From another hash of the same page it would only be a jump.
+        await self.do("Page.navigate", url="about:blank")
+        await self.do("Page.navigate", url=url)
+        await self.wait_for(f"document.readyState === 'complete' && location.protocol === '{url.partition(':')[0]}:'")
+
+    async def wait_for(self, expression: str) -> Any:
+        """Wait until an expression is true on the page, and return what it then is."""
         for _ in range(10 * START_S):
-            if await self.ask("document.readyState === 'complete' && location.protocol === 'file:'"):
-                return
-            await asyncio.sleep(0.1)
-        raise AssertionError(f"{file} was not loaded")
+            # An element is an empty object by value.
+            if await self.ask(f"!!({expression})"):
+                return await self.ask(expression)
+            await asyncio.sleep(0.05)
+        raise AssertionError(f"{expression} was never true; on the page: {await self.ask('document.body.innerText')}")
+
+    async def press(self, *keys: str) -> None:
+        """Press keys one after the other, by the names that `KeyboardEvent.key` has."""
+        for key in keys:
+            text = {"Enter": "\r"}.get(key, key if len(key) == 1 else "")
+            about = {"key": key, "windowsVirtualKeyCode": {"Enter": 13, "Escape": 27}.get(key, 0)}
+            await self.do("Input.dispatchKeyEvent", type="keyDown", **about, **({"text": text} if text else {}))
+            await self.do("Input.dispatchKeyEvent", type="keyUp", **about)
+
+    async def click(self, element: str) -> None:
+        """Click the middle of an element, given as an expression, where it is seen."""
+        await self.point_at(element)
+        x, y = await self.ask(f"(r => [r.x + r.width / 2, r.y + r.height / 2])({element}.getClientRects()[0])")
+        for kind in ("mousePressed", "mouseReleased"):
+            await self.do("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     async def ask(self, expression: str) -> Any:
         """Return what an expression is on the page."""

@@ -59,8 +59,6 @@ export interface Estimate {
   value: number | null;
   low: number | null;
   high: number | null;
-  n?: number;
-  correct?: number;
 }
 
 export interface Extractor extends Estimate {
@@ -287,6 +285,7 @@ export interface Comparison {
   unmatched: Unmatched;
 }
 
+/** A probe that was tried; `auroc` is the report's metric, whichever it is. */
 export interface Candidate {
   name: string;
   key: string;
@@ -294,24 +293,43 @@ export interface Candidate {
   hook_point: string;
   position: string;
   auroc: Estimate;
-  chosen?: boolean;
+  chosen: boolean;
+}
+
+export interface Best extends Estimate {
+  keys: string[];
+  metrics: Record<string, Estimate>;
+}
+
+export interface ScoresByClass {
+  unit: string | null;
+  classes: { name: string; values: number[] }[];
 }
 
 export interface ProbeReport {
+  name: string;
   label: string;
   n: number;
-  metric?: string;
-  text?: string[];
-  notes?: string[];
-  facts?: Record<string, Cell>;
+  metric: string;
+  facts: Record<string, Cell>;
+  notes: string[];
   by_candidate: Candidate[];
-  best: Estimate & { keys?: string[]; metrics?: Record<string, Estimate> };
+  best: Best;
   baselines: Record<string, Estimate>;
   reliability: { predicted: number; observed: number; n: number }[];
   risk_coverage: { coverage: number; risk: number; low?: number | null; high?: number | null }[];
-  scores: { classes: { name: string; values: number[] }[]; unit?: string | null };
+  scores: ScoresByClass;
   traces: { name: string; n?: number; x: number[]; mean: (number | null)[]; low: (number | null)[]; high: (number | null)[] }[];
   errors: { sample_id: string; label: Cell; score: number; [more: string]: Cell }[];
+}
+
+/** A saved probe's scores of the samples that arrive. */
+export interface Monitor {
+  probe: string;
+  n: number;
+  mean: number | null;
+  /** Of samples with a score above zero. */
+  share: number | null;
 }
 
 export interface Progress {
@@ -321,7 +339,7 @@ export interface Progress {
   tokens_per_s: number | null;
   in_flight: number | null;
   failures: Record<string, number>;
-  monitor: Record<string, Cell> | null;
+  monitor: Monitor | null;
   complete: boolean;
 }
 
@@ -407,14 +425,14 @@ export async function getFile(path: string): Promise<Blob> {
 
 /**
  * Follow a source's server-sent events until the signal aborts. They are read from a fetch, since an EventSource cannot send the
- * token in a header. A stream that ends is opened again after a pause, unless the run is complete.
+ * token in a header. `monitor` is a saved probe to read on what arrives, `RUN/LABEL/NAME`. A stream that ends is opened again after a pause, unless the run is complete.
  */
-export async function follow(source: string, onProgress: (progress: Progress) => void, signal: AbortSignal): Promise<void> {
+export async function follow(source: string, monitor: string | null, onProgress: (progress: Progress) => void, signal: AbortSignal): Promise<void> {
   if (inFile()) return;
   let pause = 1_000;
   while (!signal.aborted) {
     try {
-      const reply = await ask(url(["events"], { source }), signal);
+      const reply = await ask(url(["events"], { source, monitor }), signal);
       const reader = reply.body?.pipeThrough(new TextDecoderStream()).getReader();
       let text = "";
       for (;;) {

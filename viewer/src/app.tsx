@@ -7,6 +7,7 @@ import { useAsked } from "./ask";
 import { save } from "./charts/Figure";
 import { inFile } from "./file";
 import { HELP, useKeys } from "./keys";
+import { oneLine } from "./parts/text";
 import { Dialog, Problem } from "./parts/ui";
 import { currentHash, go, hash, useRoute } from "./route";
 import { toggleTheme, useDark } from "./theme";
@@ -55,8 +56,8 @@ function App() {
       <header class="bar">
         <nav aria-label="Place">
           <a class="brand" href="#/" aria-label="Roentgen: all runs"><Mark />Roentgen</a>
-          {one && <span class="crumb" title={source?.path}><span aria-hidden="true">/</span>{source?.name ?? id}</span>}
-          {kind === "compare" && <span class="crumb"><span aria-hidden="true">/</span>Compare</span>}
+          {one && <span class="crumb" title={source?.path}><span aria-hidden="true">/ </span><bdi>{oneLine(source?.name ?? id, 60)}</bdi></span>}
+          {kind === "compare" && <span class="crumb"><span aria-hidden="true">/ </span>Compare</span>}
         </nav>
         {one && (
           <nav class="tabs" aria-label="Views of the run">
@@ -84,7 +85,7 @@ function App() {
           ) : !detail.data ? (
             <p class="soft wait" role="status">Loading…</p>
           ) : view === "" ? (
-            <RunView kind={kind} detail={detail.data} />
+            <RunView kind={kind} detail={detail.data} query={route.query} />
           ) : view === "samples" ? (
             <SamplesView kind={kind} detail={detail.data} query={route.query} />
           ) : view === "sample" ? (

@@ -3,6 +3,7 @@ import type { ComponentChildren } from "preact";
 import { useEffect, useLayoutEffect, useRef, useState } from "preact/hooks";
 import type { Estimate } from "../api";
 import type { Asked } from "../ask";
+import { visible } from "./text";
 import { fixed, percent, words } from "../format";
 
 /** What was asked for, or that it is awaited, or why it does not come. */
@@ -13,7 +14,7 @@ export function Await<T>({ asked, children }: { asked: Asked<T>; children: (data
 }
 
 export function Problem({ text }: { text: string }) {
-  return <p class="problem" role="alert">{text}</p>;
+  return <p class="problem" role="alert"><bdi>{visible(text)}</bdi></p>;
 }
 
 export function Empty({ children }: { children: ComponentChildren }) {

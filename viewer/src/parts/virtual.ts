@@ -19,6 +19,7 @@ export interface Virtual {
   /** Where row `from` begins, in the scrolled content. */
   offset: number;
   scrollTo: (row: number) => void;
+  toTop: () => void;
 }
 
 export function useVirtual(rows: number, rowHeight: number, top: number): Virtual {
@@ -92,6 +93,7 @@ export function useVirtual(rows: number, rowHeight: number, top: number): Virtua
     height,
     from,
     to,
+    toTop: () => place(0),
     offset: scrolled - (at - from * rowHeight),
     scrollTo: (row) => {
       const box = element.current;

@@ -3,7 +3,7 @@ import { useMemo, useState } from "preact/hooks";
 import { type Comparison, type Overview, type Source, type Verdict, url } from "../api";
 import { useAsked } from "../ask";
 import { bytes, count, fixed, percent, several, short, when } from "../format";
-import { oneLine } from "../parts/text";
+import { oneLine, visible } from "../parts/text";
 import { Accuracy, Await, Card, Choice, Empty, Problem, Span, Table, Verdict as Shown } from "../parts/ui";
 import { hash } from "../route";
 import { target } from "./Sources";
@@ -47,7 +47,7 @@ function Side({ data, first, second }: { data: Comparison; first: Overview | nul
           <thead><tr><td /><th scope="col"><Which name="A" source={a} /></th><th scope="col"><Which name="B" source={b} /></th></tr></thead>
           <tbody>
             {facts(data, first, second).map(([name, one, other]) => (
-              <tr class={one === other ? "soft" : ""}><th scope="row">{name}</th><td>{one}</td><td>{other}</td></tr>
+              <tr class={one === other ? "soft" : ""}><th scope="row">{name}</th><td><bdi>{visible(one)}</bdi></td><td><bdi>{visible(other)}</bdi></td></tr>
             ))}
             <tr><th scope="row">accuracy</th><td><Accuracy estimate={a.accuracy} /></td><td><Accuracy estimate={b.accuracy} /></td></tr>
           </tbody>
@@ -59,7 +59,7 @@ function Side({ data, first, second }: { data: Comparison; first: Overview | nul
 }
 
 function Which({ name, source }: { name: string; source: Source }) {
-  return <><span class="badge">{name}</span> <a href={target(source)}>{source.name}</a></>;
+  return <><span class="badge">{name}</span> <a href={target(source)}><bdi>{visible(source.name)}</bdi></a></>;
 }
 
 function facts(data: Comparison, first: Overview | null, second: Overview | null): [string, string, string][] {
@@ -76,7 +76,8 @@ function facts(data: Comparison, first: Overview | null, second: Overview | null
   both("failed", (detail) => count(detail?.summary?.errors));
   both("tokens written", (detail) => count(detail?.summary?.completion_tokens));
   rows.push(["activations", bytes(a.bytes), bytes(b.bytes)], ["begun", when(a.created), when(b.created)]);
-  for (const [name, one, other] of data.configuration) rows.push([name, setting(one), setting(other)]);
+  // The extractor stands above.
+  for (const [name, one, other] of data.configuration) if (name !== "extractor" && name !== "model") rows.push([name, setting(one), setting(other)]);
   return rows;
 }
 
@@ -105,7 +106,7 @@ function Changes({ data }: { data: Comparison }) {
           <tbody>
             {rows.slice(0, most).map((one) => (
               <tr>
-                <th scope="row">{one.problem}</th>
+                <th scope="row"><bdi>{oneLine(one.problem, 60)}</bdi></th>
                 <td class="question"><bdi>{oneLine(one.question ?? "", 160)}</bdi></td>
                 <td>{link(data.a, one.a)}</td><td class="mono"><bdi>{oneLine(one.a.answer ?? "–", 40)}</bdi></td>
                 <td>{link(data.b, one.b)}</td><td class="mono"><bdi>{oneLine(one.b.answer ?? "–", 40)}</bdi></td>

@@ -1,9 +1,9 @@
 /** Reports of probes: how well each candidate reads its label, whether its probabilities are true, and where it errs. */
-import { type Candidate, type Estimate, type ProbeReport, type Overview, url } from "../api";
+import { type Candidate, type Cell, type Estimate, type ProbeReport, type Overview, url } from "../api";
 import { useAsked } from "../ask";
 import { Heat } from "../charts/Heat";
 import { type Series, XY } from "../charts/XY";
-import { cell, count, fixed, interval, percent, short, words } from "../format";
+import { cell, count, fixed, interval, percent, several, short, words } from "../format";
 import { Await, Card, Empty, Span, Table } from "../parts/ui";
 import { go, hash } from "../route";
 
@@ -33,23 +33,23 @@ export function ProbesView({ kind, detail, report }: { kind: string; detail: Ove
 }
 
 function Report({ kind, id, data }: { kind: string; id: string; data: ProbeReport }) {
-  const metric = metricName(data.metric ?? "auroc");
+  const metric = metricName(data.metric);
   return (
     <>
       <header class="head">
         <div class="title"><h1>Reading “{data.label}”</h1></div>
         <p class="soft">
           <span class="dotted">{count(data.n)} samples</span>
-          {Object.entries(data.facts ?? {}).map(([name, value]) => <span class="dotted">{words(name)} {cell(value)}</span>)}
+          {facts(data).map((fact) => <span class="dotted">{fact}</span>)}
         </p>
       </header>
       <section class="stats headline" aria-label="Summary">
         <div class="stat lead"><span class="name">best, chosen on inner folds: {metric}</span><b>{fixed(data.best.value)}</b><span class="soft">95% interval {fixed(data.best.low)} to {fixed(data.best.high)}</span><Span estimate={data.best} zero={0.5} /></div>
-        {Object.entries(data.best.metrics ?? {}).filter(([name]) => name !== data.metric).map(([name, one]) => (
+        {Object.entries(data.best.metrics).filter(([name]) => name !== data.metric).map(([name, one]) => (
           <div class="stat"><span class="name">{metricName(name)}</span><b>{fixed(one.value)}</b><span class="soft">{fixed(one.low)} to {fixed(one.high)}</span></div>
         ))}
       </section>
-      {(data.notes ?? []).length > 0 && <ul class="notes">{data.notes?.map((note) => <li>{note}</li>)}</ul>}
+      {data.notes.length > 0 && <ul class="notes">{data.notes.map((note) => <li>{note}</li>)}</ul>}
       <div class="columns">
         <ByLayer data={data} metric={metric} />
         <Beside data={data} metric={metric} />
@@ -63,6 +63,21 @@ function Report({ kind, id, data }: { kind: string; id: string; data: ProbeRepor
       </div>
     </>
   );
+}
+
+/** What a report says of itself, as far as a reader asks at first; all of it is in `results.json`. */
+function facts(data: ProbeReport): string[] {
+  const known = data.facts;
+  const told: [string, (value: Cell) => string][] = [
+    ["n_problems", (value) => several(Number(value), "problem")],
+    ["prevalence", (value) => `${percent(Number(value))} ${words(data.label)}`],
+    ["kind", (value) => `${words(String(value))} probes`],
+    ["positions", (value) => `at ${String(value)}`],
+    ["n_folds", (value) => `${String(value)} folds by problem`],
+    ["n_left_out", (value) => (value ? `${String(value)} left out` : "")],
+    ["data_hash", (value) => `data ${String(value)}`],
+  ];
+  return told.flatMap(([name, tell]) => (known[name] == null ? [] : [tell(known[name] ?? null)])).filter(Boolean);
 }
 
 function key(one: Candidate): string {
@@ -93,7 +108,7 @@ function ByLayer({ data, metric }: { data: ProbeReport; metric: string }) {
       xTicks={layers}
       xFormat={(x) => String(Math.round(x))}
       series={series}
-      references={[...(data.metric === undefined || data.metric.includes("auroc") ? [{ axis: "y" as const, at: 0.5, name: "chance" }] : []), ...(strongest ? [{ axis: "y" as const, at: strongest[1].value ?? 0, name: `${words(strongest[0])} (${fixed(strongest[1].value)})`, dashed: true }] : [])]}
+      references={[...(data.metric.includes("auroc") ? [{ axis: "y" as const, at: 0.5, name: "chance" }] : []), ...(strongest ? [{ axis: "y" as const, at: strongest[1].value ?? 0, name: `${words(strongest[0])} (${fixed(strongest[1].value)})`, dashed: true }] : [])]}
       yFormat={(y) => fixed(y)}
       numbers={{ head: ["layer", "hook point", "position", metric, "low", "high"], rows: layered.map((one) => [one.layer ?? "", one.hook_point, one.position, fixed(one.auroc.value, 3), fixed(one.auroc.low, 3), fixed(one.auroc.high, 3)]) }}
     />

@@ -1,18 +1,19 @@
 /** One run at a glance: accuracy, how the answers were read, lengths, failures, variants; while it grows, live. */
 import type { ComponentChildren } from "preact";
 import { useEffect, useMemo, useState } from "preact/hooks";
-import { type Histogram, type Interval, type Progress, type Overview, type Summary, follow, forget, url } from "../api";
+import { type Histogram, type Interval, type Progress, type Overview, type SourceList, type Summary, follow, forget, get, url } from "../api";
 import { useAsked } from "../ask";
 import { Heat } from "../charts/Heat";
 import { type Point, XY } from "../charts/XY";
-import { bytes, cell, count, fixed, NONE, percent, seconds, several, short, when, words } from "../format";
+import { bytes, count, fixed, NONE, percent, seconds, several, short, when, words } from "../format";
 import { visible } from "../parts/text";
 import { Card, Empty, Problem, Span, Table } from "../parts/ui";
-import { hash } from "../route";
+import { change, hash } from "../route";
 import { inOrder, nameOf } from "./Samples";
 
-export function RunView({ kind, detail: first }: { kind: string; detail: Overview }) {
-  const live = useLive(first);
+export function RunView({ kind, detail: first, query }: { kind: string; detail: Overview; query: URLSearchParams }) {
+  const monitor = query.get("monitor");
+  const live = useLive(first, monitor);
   const again = useAsked<Overview>(url(["sources", first.source.id]), live.settled);
   const detail = again.data ?? first;
   const { source, summary } = detail;
@@ -21,16 +22,16 @@ export function RunView({ kind, detail: first }: { kind: string; detail: Overvie
     <div class="page">
       <header class="head">
         <div class="title">
-          <h1><bdi>{source.name}</bdi></h1>
+          <h1><bdi>{visible(source.name)}</bdi></h1>
           {source.live && <span class="badge live">live</span>}
           {!source.live && !source.complete && source.kind === "run" && <span class="badge">not complete</span>}
         </div>
         <p class="soft">
-          {[source.model, source.problems, summary?.mode && words(summary.mode), source.created && `begun ${when(source.created)}`].filter(Boolean).map((text) => <span class="dotted"><bdi>{text}</bdi></span>)}
+          {[source.model, source.problems, summary?.mode && words(summary.mode), source.created && `begun ${when(source.created)}`].filter(Boolean).map((text) => <span class="dotted"><bdi>{visible(String(text))}</bdi></span>)}
         </p>
       </header>
       {source.error && <Problem text={source.error} />}
-      {source.live && <Live live={live} />}
+      {source.live && <Live live={live} monitor={monitor} />}
       <Headline detail={detail} progress={live.progress} samples={samples} />
       <div class="columns">
         {summary?.extractors && <Extractors summary={summary} samples={samples} />}
@@ -56,7 +57,7 @@ interface LiveState {
 
 const AGAIN_MS = 5_000;
 
-function useLive(detail: Overview): LiveState {
+function useLive(detail: Overview, monitor: string | null): LiveState {
   const { source } = detail;
   const [state, setState] = useState<LiveState>({ progress: null, history: [], settled: 0 });
   useEffect(() => {
@@ -65,6 +66,7 @@ function useLive(detail: Overview): LiveState {
     let read = performance.now();
     void follow(
       source.id,
+      monitor,
       (progress) => {
         const due = progress.complete || performance.now() - read > AGAIN_MS;
         if (due) {
@@ -80,22 +82,22 @@ function useLive(detail: Overview): LiveState {
       stop.signal,
     );
     return () => stop.abort();
-  }, [source.id, source.live]);
+  }, [source.id, source.live, monitor]);
   return state;
 }
 
-function Live({ live: { progress, history } }: { live: LiveState }) {
+function Live({ live: { progress, history }, monitor }: { live: LiveState; monitor: string | null }) {
   if (!progress) return <p class="soft wait" role="status">Waiting for the run…</p>;
   const share = progress.expected ? progress.n_samples / progress.expected : null;
   const points: Point[] = history.filter(({ accuracy }) => accuracy !== null).map(({ n, accuracy }) => ({ x: n, y: accuracy?.value ?? null, low: accuracy?.low ?? null, high: accuracy?.high ?? null }));
   return (
-    <Card title={progress.complete ? "This run has ended" : "Live"}>
+    <Card title={progress.complete ? "This run has ended" : "Live"} actions={<MonitorChoice monitor={monitor} />}>
       <div class="stats" role="status">
         <Stat name="samples" value={count(progress.n_samples)} note={progress.expected === null ? "" : `of ${count(progress.expected)}`} />
         <Stat name="tokens a second" value={fixed(progress.tokens_per_s, 1)} note="" />
         <Stat name="in flight" value={count(progress.in_flight)} note="" />
         <Stat name="failures" value={count(Object.values(progress.failures).reduce((sum, n) => sum + n, 0))} note={Object.entries(progress.failures).map(([name, n]) => `${words(name)} ${n}`).join(", ")} />
-        {progress.monitor && Object.entries(progress.monitor).map(([name, value]) => <Stat name={words(name)} value={cell(value)} note="" />)}
+        {progress.monitor && <Stat name={`mean score of ${progress.monitor.probe.split("/").slice(1).join("/")}`} value={short(progress.monitor.mean)} note={`${percent(progress.monitor.share, 0)} of the last ${count(progress.monitor.n)} above zero`} />}
       </div>
       {share !== null && <progress max={1} value={share} aria-label="Samples done">{percent(share)}</progress>}
       {points.length > 2 && (
@@ -110,6 +112,27 @@ function Live({ live: { progress, history } }: { live: LiveState }) {
         />
       )}
     </Card>
+  );
+}
+
+/** Saved probes of all runs that are shown: the one that grows seldom has some of its own yet. */
+function MonitorChoice({ monitor }: { monitor: string | null }) {
+  const [probes, setProbes] = useState<string[] | null>(null);
+  const load = () => {
+    if (probes) return;
+    get<SourceList>(url(["sources"]))
+      .then(({ sources }) => Promise.all(sources.filter(({ kind }) => kind === "run").map(({ id }) => get<Overview>(url(["sources", id])).catch(() => null))))
+      .then((found) => setProbes(found.flatMap((one) => (one ? one.probes.map(({ name }) => `${one.source.id}/${name}`) : []))))
+      .catch(() => setProbes([]));
+  };
+  const known = probes ?? (monitor ? [monitor] : []);
+  return (
+    <label class="select">Watch a probe
+      <select value={monitor ?? ""} onFocus={load} onPointerDown={load} onChange={(event) => change({ monitor: event.currentTarget.value || null })}>
+        <option value="">none</option>
+        {known.map((name) => <option value={name}>{name}</option>)}
+      </select>
+    </label>
   );
 }
 
@@ -331,10 +354,10 @@ function Keys({ detail }: { detail: Overview }) {
 
 function Config({ config, path }: { config: Record<string, unknown> | null; path: string }) {
   return (
-    <Card title="Configuration" note={<span class="mono">{path}</span>}>
+    <Card title="Configuration" note={<span class="mono"><bdi>{visible(path)}</bdi></span>}>
       {config && <details>
         <summary>As recorded</summary>
-        <pre class="code" tabIndex={0} aria-label="Configuration">{JSON.stringify(config, null, 2)}</pre>
+        <pre class="code" tabIndex={0} aria-label="Configuration">{visible(JSON.stringify(config, null, 2))}</pre>
       </details>}
     </Card>
   );

@@ -92,7 +92,7 @@ export function SampleView({ kind, detail, id, query }: Props) {
         <Facts sample={sample} />
         {data.python && (
           <Card title="These rows in Python" actions={<Copy text={data.python} />}>
-            <pre class="code" tabIndex={0} aria-label="Python">{data.python}</pre>
+            <pre class="code" tabIndex={0} aria-label="Python">{visible(data.python)}</pre>
           </Card>
         )}
       </div>

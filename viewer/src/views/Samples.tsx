@@ -14,7 +14,7 @@ const ROW = 30;
 const HEAD = 32;
 
 /** Columns that are shown unless the hash says which. */
-const USUAL = ["sample_id", "question", "epoch", "variant", "verdict", "gold", "answer", "completion_tokens", "finish_reason", "seconds"];
+const USUAL = ["sample_id", "epoch", "variant", "verdict", "gold", "answer", "question", "completion_tokens", "finish_reason", "seconds"];
 
 const WIDTHS: Record<string, string> = {
   sample_id: "minmax(9.5rem,1.1fr)",
@@ -73,6 +73,14 @@ export function SamplesView({ kind, detail, query, again = 0 }: { kind: string; 
       if (typeof id === "string") go(target(id));
     },
   });
+  // Another filter or order begins at its top.
+  const question = JSON.stringify(parameters(query, columns));
+  const asked = useRef(question);
+  useEffect(() => {
+    if (asked.current === question) return;
+    asked.current = question;
+    virtual.toTop();
+  }, [question]);
   // A reader who comes back finds the row where it was.
   const settled = useRef(false);
   useEffect(() => {
@@ -83,7 +91,7 @@ export function SamplesView({ kind, detail, query, again = 0 }: { kind: string; 
 
   const types = new Map(columns.map((column) => [column.name, column.type]));
   const numeric = (name: string) => types.get(name) === "number";
-  const template = shown.map((name) => WIDTHS[name] ?? (numeric(name) ? "6.2rem" : "minmax(6rem,1fr)")).join(" ");
+  const template = shown.map((name) => WIDTHS[name] ?? (name.startsWith("score.") ? "minmax(8rem,.6fr)" : numeric(name) ? "6.2rem" : "minmax(6rem,1fr)")).join(" ");
   const narrowest = shown.reduce((sum, name) => sum + (name === "question" || name === "error" ? 192 : numeric(name) ? 99 : 130), 0);
 
   return (
@@ -106,7 +114,7 @@ export function SamplesView({ kind, detail, query, again = 0 }: { kind: string; 
             {shown.map((name) => {
               const order = sort === name ? "ascending" : sort === `-${name}` ? "descending" : "none";
               return (
-                <span role="columnheader" aria-sort={order} class={numeric(name) ? "n" : ""}>
+                <span role="columnheader" title={name} aria-sort={order} class={numeric(name) ? "n" : ""}>
                   <button type="button" onClick={() => change({ sort: order === "none" ? name : order === "ascending" ? `-${name}` : null, at: null })}>
                     {nameOf(name)}
                     <span aria-hidden="true">{order === "ascending" ? " ↑" : order === "descending" ? " ↓" : ""}</span>

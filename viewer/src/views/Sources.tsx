@@ -1,9 +1,11 @@
 /** The runs and sessions that the command line named, and what lies in their folders. */
+import type { ComponentChildren } from "preact";
 import { useMemo, useState } from "preact/hooks";
 import { type Source, type SourceList, url } from "../api";
 import { useAsked } from "../ask";
 import { bytes, count, when } from "../format";
 import { useKeys } from "../keys";
+import { oneLine, visible } from "../parts/text";
 import { Accuracy, Await, Empty, Span, Table } from "../parts/ui";
 import { change, go, hash } from "../route";
 
@@ -73,12 +75,12 @@ function List({ sources, q }: { sources: Source[]; q: string }) {
                 )}
               </td>
               <th scope="row">
-                <a href={target(source)} title={source.path}>{source.name}</a> {source.live && <span class="badge live">live</span>}
+                <a href={target(source)} title={source.path}><bdi>{visible(source.name)}</bdi></a> {source.live && <span class="badge live">live</span>}
                 {source.kind === "session" && <span class="badge">session</span>}
-                {source.error && <div class="bad">{source.error}</div>}
+                {source.error && <div class="bad"><bdi>{visible(source.error)}</bdi></div>}
               </th>
-              <td class="nowrap" title={source.model ?? ""}>{lastPart(source.model)}</td>
-              <td class="nowrap" title={source.problems ?? ""}>{lastPart(source.problems)}</td>
+              <td class="nowrap" title={source.model ?? ""}><bdi>{lastPart(source.model)}</bdi></td>
+              <td class="nowrap" title={source.problems ?? ""}><bdi>{lastPart(source.problems)}</bdi></td>
               <td><Accuracy estimate={source.accuracy} /></td>
               <td>{source.accuracy && <Span estimate={source.accuracy} />}</td>
               <td class="n">
@@ -96,6 +98,6 @@ function List({ sources, q }: { sources: Source[]; q: string }) {
 }
 
 /** The end of a path, or of a model's name with its owner. */
-function lastPart(text: string | null): string {
-  return text?.replace(/\/+$/, "").split("/").pop() ?? "–";
+function lastPart(text: string | null): ComponentChildren {
+  return text === null ? "–" : oneLine(text.replace(/\/+$/, "").split("/").pop() ?? "", 48);
 }
