@@ -1,4 +1,4 @@
-"""Charts of the report, as numbers that its template draws."""
+"""Data of the report's charts, which its template draws."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,27 +11,27 @@ MOST_TICKS = 5
 
 @dataclass(frozen=True)
 class Bar:
-    """How many answers have a length."""
+    """A bar of the histogram of answer lengths."""
 
     start: int
     """Fewest tokens."""
     stop: int
     """Most tokens."""
     correct: int
-    """Right answers of that length."""
+    """Correct answers of that length."""
     wrong: int
-    """Wrong ones that ended by themselves."""
+    """Incorrect answers that ended by themselves."""
     cut: int
-    """Wrong ones that were cut."""
+    """Incorrect answers that were truncated."""
 
     @property
     def height(self) -> int:
-        """All of them."""
+        """Total."""
         return self.correct + self.wrong + self.cut
 
 
 def lengths(samples: Iterable[Sample]) -> list[Bar]:
-    """Return a histogram of the answers' lengths in tokens; nothing of no answers."""
+    """Return a histogram of answer lengths in tokens; empty without answers."""
     found = [
         (sample.completion_tokens, sample.correct, sample.finish_reason == "length")
         for sample in samples
@@ -48,12 +48,12 @@ def lengths(samples: Iterable[Sample]) -> list[Bar]:
 
 @dataclass(frozen=True)
 class Panel:
-    """The histogram of one kind of answers, on a scale of its own so that a rare kind is as visible as a common one."""
+    """The histogram of one kind of answers on its own scale, so that a rare kind is as visible as a common one."""
 
     kind: str
     """"correct", "wrong" or "cut"."""
     title: str
-    """What a reader calls it."""
+    """Display title."""
     counts: list[int]
     """Answers per bar."""
 
@@ -69,7 +69,7 @@ class Panel:
 
 
 def panels(bars: Sequence[Bar]) -> list[Panel]:
-    """Return a histogram for each kind of answers that there are."""
+    """Return a histogram for each kind of answers that occurs."""
     every = (
         Panel("correct", "correct", [bar.correct for bar in bars]),
         Panel("wrong", "wrong", [bar.wrong for bar in bars]),

@@ -1,8 +1,8 @@
-"""The run's page: one static HTML file that needs nothing else, to be opened, mailed or archived.
+"""The run's page: a self-contained static HTML file.
 
-It is made from what is on disk (summary.json, samples.jsonl, the probes' results), so it can be written again at any time,
-for instance after probes were trained. Everything a model wrote is escaped; there is no script on the page: its filters are
-radio buttons and style sheets.
+It is made from the files on disk (summary.json, samples.jsonl, the probes' results), so it can be regenerated at any time,
+for instance after probes were trained. Model output is escaped, and the page contains no script: its filters are radio
+buttons and style sheets.
 """
 
 import base64
@@ -21,16 +21,16 @@ from roentgen.pages import page_environment
 from roentgen.runs import Run, RunError
 
 TRANSCRIPTS_UP_TO = 2_000
-"""A page with more transcripts than this is slow to open; the rest are in samples.jsonl."""
+"""Maximum number of transcripts, since a page with more is slow to open; the rest are in samples.jsonl."""
 
 KINDS_SHOWN = 10
-"""Kinds of failures on the page; all are in summary.json."""
+"""Number of kinds of failures shown; all are in summary.json."""
 
 METRICS = {"auroc": "AUROC", "within_auroc": "AUROC within problems", "r2": "R²"}
-"""What the main metrics of probes are called where people read them."""
+"""Display names of the probes' main metrics."""
 
 PLOTS = {"light": "auroc_by_layer.png", "dark": "dark/auroc_by_layer.png"}
-"""A probe's plot for each color scheme; folders of older versions have the light one only."""
+"""A probe's plot for each color scheme; folders of older versions have only the light one."""
 
 
 def write_report(run: Run) -> Path:
@@ -40,7 +40,7 @@ def write_report(run: Run) -> Path:
         RunError: if the record or a probe's results are damaged.
     """
     samples = run.read_samples().by_name()
-    # Counted again, so that the page agrees with the record, and can be made of runs whose summary an older version wrote.
+    # Recomputed, so that the page agrees with the record, also for runs summarized by an older version.
     summary = {**summarize_samples(run.config, samples), "timing": (run.summary() or {}).get("timing")}
     bars = lengths(samples)
     page = (
@@ -68,7 +68,7 @@ def write_report(run: Run) -> Path:
 
 
 def _filters(summary: dict[str, Any]) -> list[tuple[str, str, int]]:
-    """Return the samples' filters: name, what they show, and how many samples of the run that is."""
+    """Return the filters of samples: name, label, and number of samples."""
     scores = summary["accuracy"]
     return [
         ("all", "all", summary["samples"] + summary["errors"]),
@@ -82,7 +82,7 @@ def _filters(summary: dict[str, Any]) -> list[tuple[str, str, int]]:
 
 
 def _several(summary: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield a row per variant and k: pass@k and maj@k where there are several samples a problem."""
+    """Yield one row per variant and k with pass@k and maj@k, for runs with several samples per problem."""
     of_variants = ((name, variant["several_samples"]) for name, variant in summary["variants"].items())
     for name, found in ((None, summary["several_samples"]), *of_variants):
         for k, passed in found["pass_at_k"].items() if found else ():
@@ -103,7 +103,7 @@ def _environment() -> Environment:
 
 
 def _read_probe(folder: Path) -> dict[str, Any]:
-    """Read a probe's results for the page; what an older or newer version left out is None."""
+    """Read a probe's results for the page; fields that other versions omit are None."""
     file = folder / "results.json"
     try:
         results = json.loads(file.read_text())
@@ -134,7 +134,7 @@ def _read_probe(folder: Path) -> dict[str, Any]:
 
 
 def _candidate(key: dict[str, Any], results: dict[str, Any], metric: str | None) -> dict[str, Any]:
-    """Return the row of a stored key at a position."""
+    """Return the table row of a stored key at a position."""
     return {
         "hook_point": key.get("hook_point", key.get("key")),
         "layer": key.get("layer"),
@@ -148,7 +148,7 @@ def _embedded(file: Path) -> str | None:
 
 
 def _estimate(found: dict[str, Any] | None, metric: str | None) -> str:
-    """Spell a main metric with its interval, `0.71 [0.62, 0.79]`."""
+    """Format a main metric with its interval, `0.71 [0.62, 0.79]`."""
     found = found or {}
     value = next((found[name] for name in (metric or "", *METRICS) if found.get(name) is not None), None)
     if value is None:

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from probes.bootstrap import bootstrap_weights
-from probes.closeup import Closeup
+from probes.candidate_detail import CandidateDetail
 from probes.dataset import ProbeDataset
 from probes.fitting import Trained
 from probes.metrics import bins
@@ -27,13 +27,13 @@ COVERAGES = np.linspace(0.05, 1, 20)
 FRACTIONS = np.linspace(0, 1, 21)
 
 
-def curves_of(trained: Trained, data: ProbeDataset, closeup: Closeup | None) -> dict[str, Any]:
+def curves_of(trained: Trained, data: ProbeDataset, detail: CandidateDetail | None) -> dict[str, Any]:
     """Return the contents of `curves.json`.
 
     Args:
         trained: what the training gave.
         data: what it was of.
-        closeup: the candidate whose traces are drawn, None for none.
+        detail: the candidate whose traces are drawn, None for none.
     """
     names = [example.rollout_id if example.sample is None else example.sample.sample_id for example in data.examples]
     report = trained.report
@@ -42,8 +42,8 @@ def curves_of(trained: Trained, data: ProbeDataset, closeup: Closeup | None) -> 
         found["samples"] = dict(zip(names, map(_rounded, trained.raw[:, 0].tolist()), strict=True))
     if report.target == "binary" and not report.within:
         found |= _of_binary(trained.raw[:, 0], data.target.values.astype(bool), data.groups, names)
-    if closeup is not None and closeup.traces:
-        found["traces"] = [_along_traces(closeup, value) for value in (True, False) if _has(closeup, value)]
+    if detail is not None and detail.traces:
+        found["traces"] = [_along_traces(detail, value) for value in (True, False) if _has(detail, value)]
     return found
 
 
@@ -82,24 +82,24 @@ def _risk_coverage(wrong: Bool[np.ndarray, "samples"], groups: Int[np.ndarray, "
 
 
 def mean_along(
-    closeup: Closeup, value: bool, fractions: Float[np.ndarray, "points"]
+    detail: CandidateDetail, value: bool, fractions: Float[np.ndarray, "points"]
 ) -> tuple[Float[np.ndarray, "points"], Float[np.ndarray, "points"], Float[np.ndarray, "points"]]:
     """Return the mean score of a class at fractions of the trace, and the ends of its interval over problems."""
-    traces = [trace for trace in closeup.traces if trace.value == value]
+    traces = [trace for trace in detail.traces if trace.value == value]
     values = np.stack([trace.along(fractions) for trace in traces])
     weights = bootstrap_weights(np.unique([trace.group for trace in traces], return_inverse=True)[1])
     low, high = np.percentile(weights @ values / weights.sum(1, keepdims=True), [2.5, 97.5], axis=0)
     return values.mean(0), low, high
 
 
-def _along_traces(closeup: Closeup, value: bool) -> dict[str, Any]:
-    mean, low, high = (list(map(_rounded, one)) for one in mean_along(closeup, value, FRACTIONS))
-    n = sum(trace.value == value for trace in closeup.traces)
+def _along_traces(detail: CandidateDetail, value: bool) -> dict[str, Any]:
+    mean, low, high = (list(map(_rounded, one)) for one in mean_along(detail, value, FRACTIONS))
+    n = sum(trace.value == value for trace in detail.traces)
     return {"name": str(value), "n": n, "x": FRACTIONS.tolist(), "mean": mean, "low": low, "high": high}
 
 
-def _has(closeup: Closeup, value: bool) -> bool:
-    return any(trace.value == value for trace in closeup.traces)
+def _has(detail: CandidateDetail, value: bool) -> bool:
+    return any(trace.value == value for trace in detail.traces)
 
 
 def _rounded(number: float) -> float | None:

@@ -1,6 +1,6 @@
-"""The probes' page: one static HTML file that needs nothing else, with transcripts in which every token has its score's color.
+"""The probes' page: a self-contained static HTML file with transcripts colored by token scores.
 
-Everything a model wrote is escaped, and there is no script on the page: what shows when a token is pointed at is CSS.
+Model output is escaped, and the page contains no script: the tooltips of tokens are CSS.
 """
 
 import base64
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from probes.closeup import Closeup, Trace
+from probes.candidate_detail import CandidateDetail, Trace
 from probes.plots import METRICS, called
 from probes.report import ProbeReport
 from roentgen.pages import page_environment
 from roentgen.runs.record import natural_order
 
 TRANSCRIPTS = 24
-"""Shown on the page, half of each class as far as there are."""
+"""Number of transcripts shown, half of each class as far as possible."""
 
 PICTURES = {
     "auroc_by_layer": (
@@ -35,29 +35,29 @@ PICTURES = {
     "scores": ("Scores by class", "the distribution of each class's scores, as shares of the class"),
     "projection": ("Every sample", "a point per sample: its score, and the largest variation across the probe"),
 }
-"""Titles and descriptions of the pictures, in the page's order."""
+"""Titles and descriptions of the pictures, in page order."""
 
 OPEN_UP_TO = 24
-"""A table of more candidates than this is folded."""
+"""Number of candidates above which the table is collapsed."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """A token as the page shows it."""
+    """A token as shown on the page."""
 
     text: str
-    """Of it; what cannot be seen has a sign."""
+    """Its text, with invisible characters made visible."""
     position: int
-    """In the sequence."""
+    """Position in the sequence."""
     score: float | None
-    """None where it has none."""
+    """Score; None if it has none."""
     strength: float
-    """Of its color, from -1 to 1."""
+    """Intensity of its color, from -1 to 1."""
 
 
 @dataclass(frozen=True)
 class _Picture:
-    """A picture as the page shows it; the files are base64, `dark` is None where there is none for dark backgrounds."""
+    """A picture as shown on the page; files are base64, and `dark` is None if there is no dark variant."""
 
     name: str
     title: str
@@ -69,7 +69,7 @@ class _Picture:
 def render_page(
     report: ProbeReport,
     pictures: Mapping[str, bytes],
-    closeup: Closeup | None,
+    detail: CandidateDetail | None,
     dark: Mapping[str, bytes] | None = None,
 ) -> str:
     """Return the page.
@@ -77,10 +77,10 @@ def render_page(
     Args:
         report: what was found.
         pictures: PNG files by name, see `PICTURES`.
-        closeup: the candidate whose transcripts are shown, None for none.
+        detail: the candidate whose transcripts are shown, None for none.
         dark: the same pictures for dark backgrounds.
     """
-    shown = _choose(closeup.traces) if closeup else []
+    shown = _choose(detail.traces) if detail else []
     # A probe's zero means something only where it was trained to read, so colors begin at the middle of what is shown.
     scores = np.concatenate([trace.scores for trace in shown]) if shown else np.zeros(1)
     middle = float(np.median(scores))
@@ -94,7 +94,7 @@ def render_page(
             metric=called(report),
             several_epochs=any(trace.example.epoch > 1 for trace in shown),
             folded=len(report.results) > OPEN_UP_TO,
-            closeup=closeup,
+            detail=detail,
             called=METRICS,
             middle=middle,
             transcripts=[(trace, _tokens(trace, middle, strongest)) for trace in shown],
@@ -113,19 +113,19 @@ def _picture(name: str, report: ProbeReport, light: Mapping[str, bytes], dark: M
 
 
 def _choose(traces: tuple[Trace, ...]) -> list[Trace]:
-    """Return the first of each class, in turn; those that there are of each, in the order of problems and epochs."""
+    """Return the first traces of each class, alternating, in the order of problems and epochs."""
     ordered = sorted(traces, key=lambda trace: (natural_order(trace.example.problem), trace.example.epoch))
     own = [[trace for trace in ordered if trace.value == value][: TRANSCRIPTS // 2] for value in (False, True)]
     return [trace for number in range(TRANSCRIPTS // 2) for part in own for trace in part[number : number + 1]]
 
 
 def _tokens(trace: Trace, middle: float, strongest: float) -> tuple[list[Token], list[Token]]:
-    """Return the tokens of the prompt and those of the answer."""
+    """Return the tokens of the prompt and of the answer."""
     scores = dict(zip(trace.position.tolist(), trace.scores.tolist(), strict=True))
     tokens = []
     for position, text in enumerate(trace.tokens):
         score = scores.get(position)
         strength = 0.0 if score is None else float(np.clip((score - middle) / strongest, -1, 1))
-        # A token may be part of a character, which then stands with the first of its tokens.
+        # A token may be part of a character, which is shown with its first token.
         tokens.append(Token((text or "·").replace("\n", "↵\n"), position, score, round(strength, 3)))
     return tokens[: trace.n_prompt], tokens[trace.n_prompt :]

@@ -1,8 +1,8 @@
-"""Pictures of a `ProbeReport`.
+"""Plots of a `ProbeReport`.
 
-Figures are made with matplotlib's objects, not with pyplot: pyplot keeps every figure in a global list and picks a
-display, and neither belongs in a library that runs on a cluster. `figure.savefig(path)` then writes it, dark ink on white;
-after `styles.darken(figure)` it writes light ink on nothing, for a page with a dark background.
+Figures use matplotlib's object interface, not pyplot: pyplot keeps figures in a global list and chooses a display backend,
+which does not suit a library on a cluster. `figure.savefig(path)` writes a figure in dark on white; after
+`styles.darken(figure)` it is light on transparent, for a page with a dark background.
 """
 
 import textwrap
@@ -16,7 +16,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PathCollection
 from matplotlib.figure import Figure
 
-from probes.closeup import Closeup
+from probes.candidate_detail import CandidateDetail
 from probes.curves import mean_along
 from probes.metrics import BINS, bins
 from probes.report import KeyResult, ProbeReport
@@ -44,13 +44,14 @@ METRICS = {
     "r2": "R²",
     "spearman": "Spearman's ρ",
 }
-"""What metrics are called where people read them."""
+"""Display names of metrics."""
 
 
 def by_layer(report: ProbeReport) -> Figure:
-    """Draw the main metric over layers, one line per hook point and position with its 95% interval, beside chance and length.
+    """Plot the main metric over layers, one line per hook point and position with its 95% interval, with chance and prompt
+    length as references.
 
-    Model-wide hook points are points with bars: `embed` left of the layers, any other to their right.
+    Model-wide hook points are points with error bars: `embed` left of the layers, others right of them.
     """
     groups = [
         (*names, list(results))
@@ -88,7 +89,7 @@ def by_layer(report: ProbeReport) -> Figure:
 
 
 def heatmap(report: ProbeReport) -> Figure:
-    """Draw the main metric over layers and positions, a panel per hook point."""
+    """Plot the main metric over layers and positions, one panel per hook point."""
     layered = [result for result in report.results if result.layer is not None]
     hook_points = list(dict.fromkeys(result.hook_point for result in layered))
     layers, positions = _layers(report), list(report.positions)
@@ -116,7 +117,7 @@ def heatmap(report: ProbeReport) -> Figure:
 
 
 def reliability(log_odds: Float[np.ndarray, "samples"], y: Bool[np.ndarray, "samples"]) -> Figure:
-    """Draw how often the label is True over what the probe said, per tenth of probability, with the samples in each."""
+    """Plot the frequency of True over the predicted probability, per tenth of probability, with sample counts."""
     said = 1 / (1 + np.exp(-log_odds.clip(-500, 500)))
     place = bins(said)
     figure = Figure(figsize=(WIDTH, 4.2), dpi=DPI, layout="constrained")
@@ -145,13 +146,13 @@ def reliability(log_odds: Float[np.ndarray, "samples"], y: Bool[np.ndarray, "sam
     return figure
 
 
-def along_trace(closeup: Closeup, label: str) -> Figure:
+def along_trace(detail: CandidateDetail, label: str) -> Figure:
     """Draw the mean score from the last token of the prompt to the last row, per class, with its interval over problems."""
     figure, axes = _one_panel()
     fractions = np.linspace(0, 1, 21)
-    for value in _commonest_first(np.array([trace.value for trace in closeup.traces])):
-        mean, low, high = mean_along(closeup, value, fractions)
-        traces = [trace for trace in closeup.traces if trace.value == value]
+    for value in _commonest_first(np.array([trace.value for trace in detail.traces])):
+        mean, low, high = mean_along(detail, value, fractions)
+        traces = [trace for trace in detail.traces if trace.value == value]
         look = CLASSES[value]
         axes.plot(
             fractions, mean, color=look["color"], linestyle=look["linestyle"],
@@ -161,21 +162,21 @@ def along_trace(closeup: Closeup, label: str) -> Figure:
     if axes.get_ylim()[0] <= 0 <= axes.get_ylim()[1]:
         axes.axhline(0, color=REFERENCE, linewidth=1)
     axes.set_xlabel("from the end of the prompt (0) to the end of the answer (1)", fontsize="small")
-    place = closeup.name.rpartition("@")[2]
+    place = detail.name.rpartition("@")[2]
     axes.set_ylabel(f"score (log-odds at {place}), problems unseen", fontsize="small")
-    _finish(figure, axes, closeup.name)
+    _finish(figure, axes, detail.name)
     return figure
 
 
-def distributions(closeup: Closeup, y: Bool[np.ndarray, "samples"], label: str) -> Figure:
-    """Draw how each class's scores are distributed: shares of the class, as outlines, and a mark for every sample.
+def distributions(detail: CandidateDetail, y: Bool[np.ndarray, "samples"], label: str) -> Figure:
+    """Plot the distribution of each class's scores as outlines of shares, with a mark for every sample.
 
-    Each class sums up to 1, so that two samples among a thousand are seen as well as the rest.
+    Each class sums to 1, so that two samples among a thousand are as visible as the rest.
     """
     figure, axes = _one_panel()
-    edges = np.histogram_bin_edges(closeup.scores, SCORE_BINS)
+    edges = np.histogram_bin_edges(detail.scores, SCORE_BINS)
     for row, value in enumerate(_commonest_first(y)):
-        own, look = closeup.scores[y == value], CLASSES[value]
+        own, look = detail.scores[y == value], CLASSES[value]
         shares = np.histogram(own, edges)[0] / len(own)
         axes.stairs(shares, edges, fill=True, color=look["color"], alpha=0.15, linewidth=0)
         axes.stairs(
@@ -198,30 +199,30 @@ def distributions(closeup: Closeup, y: Bool[np.ndarray, "samples"], label: str) 
     axes.set_ylim(bottom=0)
     axes.set_xlabel("score (log-odds), problems unseen in training")
     axes.set_ylabel("share of the class's samples", fontsize="small")
-    _finish(figure, axes, closeup.name)
+    _finish(figure, axes, detail.name)
     return figure
 
 
-def projection(closeup: Closeup, y: Bool[np.ndarray, "samples"], label: str) -> Figure:
-    """Draw each sample's score against the largest variation that the probe does not see, the rarer class on top."""
+def projection(detail: CandidateDetail, y: Bool[np.ndarray, "samples"], label: str) -> Figure:
+    """Plot each sample's score against the largest variation that the probe does not see, with the rarer class on top."""
     figure, axes = _one_panel()
     common, _ = _commonest_first(y)
     for value in _commonest_first(y):
         own, look = y == value, CLASSES[value]
         axes.scatter(
-            closeup.scores[own], closeup.across[own], s=16 if value == common else 30,
+            detail.scores[own], detail.across[own], s=16 if value == common else 30,
             alpha=0.45 if value == common else 0.95, color=look["color"], marker=look["marker"],
             linewidth=0 if value == common else 0.6, edgecolor="white", label=f"{label} is {value} (n = {int(own.sum())})",
         )  # fmt: skip
     _draw_threshold(axes)
     axes.set_xlabel("score (log-odds), problems unseen in training")
     axes.set_ylabel("first principal coordinate across the probe", fontsize="small")
-    _finish(figure, axes, closeup.name)
+    _finish(figure, axes, detail.name)
     return figure
 
 
 def called(report: ProbeReport) -> str:
-    """Return what the main metric is called."""
+    """Return the display name of the main metric."""
     return METRICS["within_auroc" if report.within else report.metric]
 
 
@@ -240,7 +241,7 @@ def _finish(figure: Figure, axes: Axes, title: str) -> None:
 
 
 def _draw_threshold(axes: Axes) -> None:
-    """Mark a score of 0, unless all scores lie to one side of it: to include it would squeeze them into a sliver."""
+    """Mark a score of 0, unless all scores are on one side of it: including it would compress them."""
     if axes.get_xlim()[0] <= 0 <= axes.get_xlim()[1]:
         axes.axvline(0, color=REFERENCE, linewidth=1)
 
@@ -250,17 +251,18 @@ def _title(axes: Axes, text: str) -> None:
 
 
 def _commonest_first(y: Bool[np.ndarray, "samples"]) -> list[bool]:
-    """Return both classes, the rarer one last, which is drawn on top."""
+    """Return both classes, the rarer one last, so that it is drawn on top."""
     return [True, False] if 2 * int(y.sum()) > len(y) else [False, True]
 
 
 def _legend_columns(labels: list[str]) -> int:
-    """Return how many of these labels fit beside one another below a figure."""
+    """Return how many of these labels fit in one row below a figure."""
     return max(1, min(3, len(labels), LEGEND_CHARACTERS // (max(map(len, labels)) + 6)))
 
 
 def _styles(groups: list[tuple[str, str, list[KeyResult]]]) -> Iterator[dict[str, Any]]:
-    """Yield how each line looks: hook points differ in color, positions in line style; of one hook point, in both."""
+    """Yield the style of each line: hook points differ in color and positions in line style; with a single hook point,
+    positions differ in both."""
     hook_points = list(dict.fromkeys(hook_point for hook_point, _, _ in groups))
     positions = list(dict.fromkeys(place for _, place, _ in groups))
     for hook_point, place, _ in groups:
@@ -285,7 +287,7 @@ def _draw_hook_point(
         axes.plot(x, values, markersize=3.5, label=label, **style)
         low, high = [e.low for e in estimates], [e.high for e in estimates]
         axes.fill_between(x, low, high, alpha=0.1, linewidth=0, color=style["color"])
-    else:  # one point has no band: give it bars
+    else:  # a single point has error bars instead of a band
         below, above = values[0] - estimates[0].low, estimates[0].high - values[0]
         axes.errorbar(
             x, values, yerr=[[below], [above]], fmt="D", markersize=4, capsize=3, label=label, color=style["color"]
@@ -293,5 +295,5 @@ def _draw_hook_point(
 
 
 def _layers(report: ProbeReport) -> list[int]:
-    """Return the layers in order; only 0 if every key is model-wide."""
+    """Return the layers in order; [0] if every key is model-wide."""
     return sorted({result.layer for result in report.results if result.layer is not None}) or [0]

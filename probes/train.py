@@ -22,8 +22,8 @@ import torch
 from matplotlib.figure import Figure
 
 from probes import plots
+from probes.candidate_detail import CandidateDetail, score_candidate
 from probes.choosing import Fit, choose_kind
-from probes.closeup import Closeup, look_closely
 from probes.curves import curves_of
 from probes.dataset import ProbeDataset
 from probes.errors import ProbeDataError
@@ -106,7 +106,7 @@ def _check_folder(folder: Path) -> None:
         raise ProbeDataError(f"output: {folder} cannot be written: {there} {why}; choose another --output")
 
 
-def _look_closely(data: ProbeDataset, trained: Trained, kind: Kind) -> Closeup | None:
+def _candidate_detail(data: ProbeDataset, trained: Trained, kind: Kind) -> CandidateDetail | None:
     """Look at the candidate named beforehand, else at the one most folds chose; None where a sample has no score of its own."""
     report = trained.report
     if report.target != "binary" or kind.within or not trained.probes:
@@ -114,7 +114,7 @@ def _look_closely(data: ProbeDataset, trained: Trained, kind: Kind) -> Closeup |
     (name,) = report.declared.names if report.declared else (Counter(report.best.names).most_common(1)[0][0],)
     number, result = next((n, result) for n, result in enumerate(report.results) if result.name == name)
     folds = nested_folds(data.target, data.groups, report.seed)
-    return look_closely(
+    return score_candidate(
         data, result.key, result.positions, kind, result.strength, folds, report.seed, trained.calibrations[number]
     )
 
@@ -122,17 +122,17 @@ def _look_closely(data: ProbeDataset, trained: Trained, kind: Kind) -> Closeup |
 def _write(folder: Path, trained: Trained, data: ProbeDataset, kind: Kind) -> None:
     make_folder(folder)
     report = trained.report
-    closeup = _look_closely(data, trained, kind)
+    detail = _candidate_detail(data, trained, kind)
     figures = {"auroc_by_layer": plots.by_layer(report)}
     if len(report.positions) > 1:
         figures["heatmap"] = plots.heatmap(report)
     if report.target == "binary" and not report.within:
         figures["reliability"] = plots.reliability(trained.raw[:, 0], data.target.values)
-    if closeup is not None:
-        figures["scores"] = plots.distributions(closeup, data.target.values, report.label)
-        figures["projection"] = plots.projection(closeup, data.target.values, report.label)
-        if closeup.traces:
-            figures["along_trace"] = plots.along_trace(closeup, report.label)
+    if detail is not None:
+        figures["scores"] = plots.distributions(detail, data.target.values, report.label)
+        figures["projection"] = plots.projection(detail, data.target.values, report.label)
+        if detail.traces:
+            figures["along_trace"] = plots.along_trace(detail, report.label)
     make_folder(folder / "dark")
     for name, figure in figures.items():
         _save(figure, folder / f"{name}.png")
@@ -142,9 +142,9 @@ def _write(folder: Path, trained: Trained, data: ProbeDataset, kind: Kind) -> No
     light, dark = (
         {name: (place / f"{name}.png").read_bytes() for name in figures} for place in (folder, folder / "dark")
     )
-    page = render_page(report, light, closeup, dark)
+    page = render_page(report, light, detail, dark)
     write_text(folder / "report.html", page, errors="replace")
-    write_json(folder / "curves.json", curves_of(trained, data, closeup))
+    write_json(folder / "curves.json", curves_of(trained, data, detail))
     write_json(folder / "results.json", report.to_json())
 
 

@@ -1,4 +1,4 @@
-"""A sweep's page: accuracy against tokens, and the chosen settings beside one another. One static file, as all pages are."""
+"""The page of a stopping sweep: accuracy against tokens, and the chosen settings; a self-contained static HTML file."""
 
 import base64
 import io
@@ -19,7 +19,7 @@ LOOKS = {
 
 
 def draw(report: StopReport) -> Figure:
-    """Draw each setting's accuracy over its tokens, and the chosen one of each family with its intervals."""
+    """Plot each setting's accuracy over its tokens, and the chosen setting of each family with its intervals."""
     figure = Figure(figsize=(WIDTH, 4.0), dpi=DPI, layout="constrained")
     axes = figure.add_subplot()
     axes.axhline(report.whole.accuracy.value, color=REFERENCE, linewidth=1, linestyle="--", label="whole answers")
@@ -57,7 +57,7 @@ def _point(axes: object, found: StopFinding, color: str, marker: str) -> None:
 
 
 def _arms(found: Estimate) -> list[list[float]]:
-    """Return how far an interval reaches below and above its estimate; rounding may put an end on the other side."""
+    """Return the extent of an interval below and above its estimate, at least 0 in spite of rounding."""
     return [[max(found.value - found.low, 0.0)], [max(found.high - found.value, 0.0)]]
 
 

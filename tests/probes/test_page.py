@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from probes.closeup import Closeup, Trace
+from probes.candidate_detail import CandidateDetail, Trace
 from probes.labels import Example
 from probes.page import PICTURES, TRANSCRIPTS, render_page
 from probes.report import Estimate
@@ -19,13 +19,13 @@ def trace(number: int, value: bool, tokens: tuple[str, ...] = ("<b>", "x", "", "
 
 
 @pytest.fixture
-def closeup() -> Closeup:
+def detail() -> CandidateDetail:
     traces = tuple(trace(i, i % 3 == 0) for i in range(40))
-    return Closeup("layers.1.resid_post@last_prompt", np.zeros(40), np.zeros(40), traces)
+    return CandidateDetail("layers.1.resid_post@last_prompt", np.zeros(40), np.zeros(40), traces)
 
 
-def test_the_page_is_whole_and_needs_nothing_else(report, closeup):
-    page = Page(html := render_page(report, {"auroc_by_layer": b"png"}, closeup))
+def test_the_page_is_whole_and_needs_nothing_else(report, detail):
+    page = Page(html := render_page(report, {"auroc_by_layer": b"png"}, detail))
     assert page.sources == ["data:image/png;base64,cG5n"]
     assert "url(" not in html
     assert "@import" not in html
@@ -36,8 +36,8 @@ def test_the_page_is_whole_and_needs_nothing_else(report, closeup):
     assert page.text.count("correct is True") == page.text.count("correct is False") == TRANSCRIPTS // 2
 
 
-def test_every_token_has_its_score_and_its_colour(report, closeup):
-    html = render_page(report, {}, closeup)
+def test_every_token_has_its_score_and_its_colour(report, detail):
+    html = render_page(report, {}, detail)
     own = html[html.index("problem 0") :].split("</details>")[0]
     tokens = re.findall(r'<span class="([^"]*)"(?: style="--s:([\d.]+)")? data-score="([^"]*)">([^<]*)</span>', own)
     # The middle of the scores is -0.5, and 2.5 away from it the color is full.
@@ -50,10 +50,10 @@ def test_every_token_has_its_score_and_its_colour(report, closeup):
     ]
 
 
-def test_every_candidate_has_its_position(report, closeup):
+def test_every_candidate_has_its_position(report, detail):
     other = tuple(replace(result, positions="at:0.5") for result in report.results)
     page = Page(
-        render_page(replace(report, positions=("last_prompt", "at:0.5"), results=report.results + other), {}, closeup)
+        render_page(replace(report, positions=("last_prompt", "at:0.5"), results=report.results + other), {}, detail)
     )
     rows = [row for row in page.rows if len(row) == 4 and row[0] in ("embed", "resid_post", "ln_mlp", "final_norm")]
     assert len({tuple(row) for row in rows}) == len(rows) == 2 * len(report.results)
@@ -61,9 +61,9 @@ def test_every_candidate_has_its_position(report, closeup):
     assert ["final_norm", "–", "at:0.5", "0.70 [0.60, 0.80]"] in rows
 
 
-def test_pictures_have_a_variant_for_dark_pages_and_words_for_those_who_do_not_see_them(report, closeup):
+def test_pictures_have_a_variant_for_dark_pages_and_words_for_those_who_do_not_see_them(report, detail):
     pictures = {name: name.encode() for name in PICTURES}
-    html = render_page(report, pictures, closeup, {name: b"dark " + data for name, data in pictures.items()})
+    html = render_page(report, pictures, detail, {name: b"dark " + data for name, data in pictures.items()})
     page = Page(html)
     assert [b64decode(source.partition(",")[2]) for source in page.sources] == list(pictures.values())
     assert [b64decode(source.partition(",")[2]) for source in page.dark] == [b"dark " + d for d in pictures.values()]
@@ -71,10 +71,10 @@ def test_pictures_have_a_variant_for_dark_pages_and_words_for_those_who_do_not_s
     assert "the highest is 0.70 [0.60, 0.80] at layers.10.resid_post@last_prompt" in html
 
 
-def test_transcripts_are_in_the_order_of_problems_and_epochs(report, closeup):
+def test_transcripts_are_in_the_order_of_problems_and_epochs(report, detail):
     traces = [trace(number, value) for value in (False, True) for number in (10, 9, 2)]
     again = [replace(one, example=replace(one.example, epoch=2)) for one in traces]
-    html = render_page(report, {}, replace(closeup, traces=tuple(again + traces)))
+    html = render_page(report, {}, replace(detail, traces=tuple(again + traces)))
     shown = re.findall(r"problem (\d+) · epoch (\d)\s+· <span class=\"(?:good|bad)\">correct is (\w+)", html)
     for value in ("True", "False"):
         assert [(n, e) for n, e, v in shown if v == value] == [(n, e) for n in ("2", "9", "10") for e in ("1", "2")]
@@ -89,5 +89,5 @@ def test_counts_stand_beside_shares_and_what_is_not_defined_is_a_dash(report):
     assert str(replace(nothing, value=0.5)) == "0.50 [–]"
 
 
-def test_without_a_closeup_there_are_no_transcripts(report):
+def test_without_a_detail_there_are_no_transcripts(report):
     assert "Transcripts" not in render_page(report, {}, None)

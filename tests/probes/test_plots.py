@@ -8,7 +8,7 @@ from matplotlib.colors import to_rgb
 from PIL import Image
 from rich.console import Console
 
-from probes.closeup import Closeup
+from probes.candidate_detail import CandidateDetail
 from probes.plots import by_layer, distributions, heatmap, projection, reliability
 from probes.report import Best, Estimate, ProbeReport, Subset
 from probes.styles import CLASSES, COLORS, DARK_INK, REFERENCE, darken
@@ -50,8 +50,8 @@ def test_the_rare_class_is_as_visible_as_the_common_one(rare):
     """Two samples among a thousand, in the midst of the others."""
     scores = np.concatenate([np.linspace(-3, 3, 1000), [-0.5, 0.5]])
     y = np.concatenate([np.full(1000, not rare), np.full(2, rare)])
-    closeup = Closeup("layers.1.resid_post@last", scores, np.zeros(1002), ())
-    (axes,) = distributions(closeup, y, "correct").axes
+    detail = CandidateDetail("layers.1.resid_post@last", scores, np.zeros(1002), ())
+    (axes,) = distributions(detail, y, "correct").axes
     steps = {patch.get_label(): patch for patch in axes.patches if patch.get_label()}
     assert set(steps) == {f"correct is {rare} (n = 2)", f"correct is {not rare} (n = 1000)"}
     for step in steps.values():
@@ -60,7 +60,7 @@ def test_the_rare_class_is_as_visible_as_the_common_one(rare):
     assert max(steps[f"correct is {rare} (n = 2)"].get_data().values) == 0.5
     assert axes.get_xlabel()
     assert axes.get_ylabel()
-    (axes,) = projection(closeup, y, "correct").axes
+    (axes,) = projection(detail, y, "correct").axes
     below, above = sorted(axes.collections, key=lambda cloud: axes.get_children().index(cloud))
     assert (len(below.get_offsets()), len(above.get_offsets())) == (1000, 2)
     assert above.get_sizes()[0] > below.get_sizes()[0]
@@ -68,20 +68,20 @@ def test_the_rare_class_is_as_visible_as_the_common_one(rare):
 
 def test_scores_far_from_the_threshold_fill_the_figure():
     scores = np.linspace(-3.5, -3.3, 50)
-    closeup = Closeup("layers.1.resid_post@last", scores, np.zeros(50), ())
+    detail = CandidateDetail("layers.1.resid_post@last", scores, np.zeros(50), ())
     for draw in (distributions, projection):
-        low, high = draw(closeup, np.arange(50) % 2 == 0, "correct").axes[0].get_xlim()
+        low, high = draw(detail, np.arange(50) % 2 == 0, "correct").axes[0].get_xlim()
         assert -4 < low < high < -3
 
 
 def test_every_figure_has_named_axes_with_ticks(report):
     y = np.arange(60) % 3 == 0
-    closeup = Closeup("layers.1.resid_post@last", np.linspace(-1, 1, 60), np.zeros(60), ())
+    detail = CandidateDetail("layers.1.resid_post@last", np.linspace(-1, 1, 60), np.zeros(60), ())
     for figure in (
         by_layer(report),
         heatmap(report),
-        reliability(closeup.scores, y),
-        projection(closeup, y, "correct"),
+        reliability(detail.scores, y),
+        projection(detail, y, "correct"),
     ):
         for axes in figure.axes:
             assert axes.get_ylabel()

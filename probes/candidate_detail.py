@@ -1,7 +1,8 @@
-"""One candidate looked at closely: every sample's score, and how the score goes along the trace, token by token.
+"""Details of one candidate: every sample's score, and the scores along traces, token by token.
 
-Everything is out of fold: a sample, and each of its tokens, is scored by the probe of the fold that had not seen its problem.
-Reading whole traces is much more than reading one row of each, so only so many are read, half of them of each class.
+Everything is out of fold: a sample, and each of its tokens, is scored by the probe of the fold that had not seen its
+problem. Reading whole traces is much more expensive than reading one row each, so only a limited number is read, half of
+them of each class.
 """
 
 from collections.abc import Sequence
@@ -28,45 +29,45 @@ MOST_TRACES = 200
 
 @dataclass(frozen=True)
 class Trace:
-    """One rollout, scored token by token."""
+    """A rollout scored token by token."""
 
     example: Example
-    """Whose it is."""
+    """The example."""
     value: bool
     """Its label."""
     n_prompt: int
-    """Tokens of the prompt."""
+    """Number of prompt tokens."""
     tokens: tuple[str, ...]
-    """The text of every token, the last one included, which has no score."""
+    """The text of every token, including the last one, which has no score."""
     position: Int[np.ndarray, "rows"]
-    """Where the scores are, `[rows]`."""
+    """Positions of the scores, `[rows]`."""
     scores: Float[np.ndarray, "rows"]
-    """Log-odds there, `[rows]`."""
+    """Log-odds at these positions, `[rows]`."""
     group: int
-    """The number of its problem."""
+    """Number of its problem."""
 
     def along(self, fractions: Float[np.ndarray, "points"]) -> Float[np.ndarray, "points"]:
-        """Return the scores at fractions of the trace: 0 is the last token of the prompt, 1 the last row."""
+        """Return the scores at fractions of the trace: 0 is the last prompt token, 1 the last row."""
         own = self.scores[self.position >= self.n_prompt - 1]
         return np.interp(fractions, np.linspace(0, 1, len(own)), own)
 
 
 @dataclass(frozen=True)
-class Closeup:
-    """A candidate's scores of binary labels, out of fold."""
+class CandidateDetail:
+    """A candidate's out-of-fold scores of a binary label."""
 
     name: str
     """The candidate's name."""
     scores: Float[np.ndarray, "samples"]
-    """Log-odds where it was trained to read, `[samples]`."""
+    """Log-odds at the position of training, `[samples]`."""
     across: Float[np.ndarray, "samples"]
-    """The rows' largest variation that the probe does not see: their first principal coordinate, after what lies along the
-    probe's direction is taken out, `[samples]`."""
+    """The largest variation of the rows that the probe does not see: their first principal coordinate after removal of the
+    component along the probe's direction, `[samples]`."""
     traces: tuple[Trace, ...]
-    """As many as are shown; none if not every row was stored."""
+    """The traces shown; empty if not all rows were stored."""
 
 
-def look_closely(
+def score_candidate(
     data: ProbeDataset,
     key: str,
     positions: str,
@@ -75,18 +76,18 @@ def look_closely(
     folds: Sequence[Fold],
     seed: int = 0,
     calibrations: Sequence[Calibration] | None = None,
-) -> Closeup:
-    """Score every sample, and some of the traces.
+) -> CandidateDetail:
+    """Score every sample, and a limited number of traces.
 
     Args:
-        data: with a binary label.
-        key: where the candidate reads.
-        positions: at which position.
-        kind: of linear probe.
-        strength: of its penalty.
-        folds: the outer ones.
-        seed: of the choice of traces.
-        calibrations: what makes log-odds of the scores of each fold's probe; None leaves scores as they are.
+        data: data with a binary label.
+        key: the candidate's key.
+        positions: the candidate's position.
+        kind: a linear kind of probe.
+        strength: strength of its penalty.
+        folds: the outer folds.
+        seed: seed of the choice of traces.
+        calibrations: the calibration of each fold's probe; None leaves scores uncalibrated.
     """
     X, y = data.features(key, positions).double(), torch.from_numpy(data.target.values)
     groups, strengths = torch.from_numpy(data.problems), torch.tensor([strength], dtype=torch.float64)
@@ -112,7 +113,7 @@ def look_closely(
         for number, item, (_, row) in zip(own, items, rollouts.iterrows(), strict=True):
             traces.append(_trace(data, int(number), row, item, probes[probe_of[number]]))
         start += len(source.examples)
-    return Closeup(Candidate(key, positions).name, scores, _across(X, whole), tuple(traces))
+    return CandidateDetail(Candidate(key, positions).name, scores, _across(X, whole), tuple(traces))
 
 
 def _scores(probe: LinearProbes, X: Float[Tensor, "rows d"]) -> Float[np.ndarray, "rows"]:
@@ -133,7 +134,7 @@ def _all_stored(data: ProbeDataset) -> bool:
 
 
 def _choose(values: np.ndarray, seed: int) -> Int[np.ndarray, "chosen"]:
-    """Return which samples' traces to read: as many of each class, as far as there are."""
+    """Return which samples' traces to read: equally many of each class, as far as possible."""
     generator = np.random.default_rng(seed)
     own = [generator.permutation(np.flatnonzero(values == value))[: MOST_TRACES // 2] for value in (True, False)]
     return np.sort(np.concatenate(own))

@@ -6,7 +6,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 from sklearn.preprocessing import StandardScaler
 
-from probes.closeup import MOST_TRACES, Closeup, look_closely
+from probes.candidate_detail import MOST_TRACES, CandidateDetail, score_candidate
 from probes.dataset import ProbeDataset
 from probes.folds import nested_folds
 from probes.kinds import KINDS
@@ -22,18 +22,18 @@ def run(build_run, planted) -> Run:
     return build_run(*planted([KEY], KEY))
 
 
-def look(data: ProbeDataset) -> Closeup:
+def look(data: ProbeDataset) -> CandidateDetail:
     folds = nested_folds(data.target, data.groups, 0)
-    return look_closely(data, KEY, "last_prompt", KINDS["logistic"], 0.01, folds)
+    return score_candidate(data, KEY, "last_prompt", KINDS["logistic"], 0.01, folds)
 
 
 def test_samples_and_tokens_are_scored_by_the_probe_that_had_not_seen_them(run, planted):
     features, correct = planted([KEY], KEY)
     X, y = features[KEY].double().numpy(), np.array(correct)
     data = ProbeDataset.open(run.path)
-    closeup = look(data)
+    detail = look(data)
     number = {example.problem: i for i, example in enumerate(data.examples)}
-    traces = {trace.example.problem: trace for trace in closeup.traces}
+    traces = {trace.example.problem: trace for trace in detail.traces}
     assert len(traces) == len(y)
     original = [int(example.problem.split("-")[1]) for example in data.examples]
     X, y = X[original], y[original]
@@ -43,7 +43,7 @@ def test_samples_and_tokens_are_scored_by_the_probe_that_had_not_seen_them(run, 
             scaler.transform(X[fold.train]), y[fold.train]
         )
         np.testing.assert_allclose(
-            closeup.scores[fold.test], probe.decision_function(scaler.transform(X[fold.test])), atol=1e-3
+            detail.scores[fold.test], probe.decision_function(scaler.transform(X[fold.test])), atol=1e-3
         )
         for i in fold.test[:5]:
             trace = traces[data.examples[i].problem]
@@ -58,22 +58,22 @@ def test_samples_and_tokens_are_scored_by_the_probe_that_had_not_seen_them(run, 
 def test_across_is_what_the_probe_does_not_see(run):
     """A large variation that has nothing to do with the label is found, and the label is not in it."""
     data = ProbeDataset.open(run.path)
-    closeup = look(data)
+    detail = look(data)
     y = data.target.values
-    assert abs(np.corrcoef(closeup.scores, y)[0, 1]) > 0.7
-    assert abs(np.corrcoef(closeup.across, y)[0, 1]) < 0.3
+    assert abs(np.corrcoef(detail.scores, y)[0, 1]) > 0.7
+    assert abs(np.corrcoef(detail.across, y)[0, 1]) < 0.3
 
 
 def test_pictures_have_a_line_and_a_cloud_per_class(run):
     data = ProbeDataset.open(run.path)
-    closeup = look(data)
-    (axes,) = along_trace(closeup, "correct").axes
+    detail = look(data)
+    (axes,) = along_trace(detail, "correct").axes
     lines = {line.get_label(): line for line in axes.lines}
     high, low = (lines[f"correct is {value} (n = 40 traces)"] for value in (True, False))
     assert high.get_ydata()[0] > low.get_ydata()[0]
-    own = [trace.scores[N_PROMPT - 1] for trace in closeup.traces if trace.value]
+    own = [trace.scores[N_PROMPT - 1] for trace in detail.traces if trace.value]
     assert high.get_ydata()[0] == pytest.approx(np.mean(own))
-    (axes,) = projection(closeup, data.target.values, "correct").axes
+    (axes,) = projection(detail, data.target.values, "correct").axes
     assert [len(cloud.get_offsets()) for cloud in axes.collections] == [40, 40]
 
 
@@ -82,7 +82,7 @@ def test_traces_that_were_not_stored_are_left_out(build_run, planted):
     run = build_run(features, correct, positions="last")
     data = ProbeDataset.open(run.path)
     folds = nested_folds(data.target, data.groups, 0)
-    assert look_closely(data, KEY, "last", KINDS["logistic"], 0.01, folds).traces == ()
+    assert score_candidate(data, KEY, "last", KINDS["logistic"], 0.01, folds).traces == ()
 
 
 def test_only_so_many_traces_are_read(build_run):
