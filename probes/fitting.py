@@ -177,7 +177,7 @@ class _Evaluated:
         """Return the number of a candidate.
 
         Raises:
-            ProbeDataError: if there is none of that name.
+            ProbeDataError: if no candidate has that name.
         """
         names = [candidate.name for candidate in self.candidates]
         if name not in names:

@@ -425,12 +425,12 @@ class RolloutKey(BaseModel):
 
 
 class ActivationRequest(BaseModel):
-    """`extra_body={"activations": {...}}`: what to keep of one request."""
+    """`extra_body={"activations": {...}}`: the capture parameters of a request."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True)
 
     session_id: SessionId | None = Field(
-        default=None, description="Where to keep it; the server's default session if absent."
+        default=None, description="Session to store the rollout in; the server's default session if absent."
     )
     key: RolloutKey | None = Field(default=None, description="The rollout's identity, for clients that retry.")
     layers: Layers = DEFAULT_LAYERS
@@ -438,8 +438,8 @@ class ActivationRequest(BaseModel):
     positions: PositionPolicy = "all"
     since: Literal["turn"] | None = Field(
         default=None,
-        description='"turn" keeps only what is new in this turn of a conversation: rows from the last token of the last '
-        "assistant message on (that token was sampled in the turn before, but never fed). Without such a message, all rows.",
+        description='"turn" captures only the new rows of this turn of a conversation: from the last token of the last '
+        "assistant message on (it was sampled in the previous turn, but never fed). Without such a message, all rows.",
     )
     dtype: StoredDtype = Field(default="model", description=STORED_DTYPE)
     allow_non_finite: AllowNonFinite = False
@@ -448,49 +448,49 @@ class ActivationRequest(BaseModel):
     )
     labels: Labels = Field(
         default_factory=dict,
-        description="A flat JSON object stored with the rollout; its numbers are kept exactly.",
+        description="A flat JSON object stored with the rollout; numbers are stored exactly.",
     )
 
 
 SAMPLED_FEATURES = 50
-"""How many of a row's values a sampled tensor carries."""
+"""Number of values per row in a sampled tensor."""
 
 
 class StoredTensor(BaseModel):
-    """One key of a reply: where its rows are and, if the request asked for them, their values."""
+    """One key of a reply: the location of its rows and, if requested, their values."""
 
     model_config = ConfigDict(frozen=True)
 
     format: Literal["stored_tensor", "sampled_tensor", "complete_tensor"] = "stored_tensor"
-    """"stored_tensor" is a reference, "sampled_tensor" carries the first features of each row, "complete_tensor" all."""
+    """"stored_tensor" is a reference, "sampled_tensor" has the first features of each row, "complete_tensor" has all."""
     shape: tuple[int, ...]
-    """Of the whole: `[rows, *shape]` for a reference, `[1, rows, *shape]` where values are sent."""
+    """Shape of the whole tensor: `[rows, *shape]` for a reference, `[1, rows, *shape]` if values are included."""
     dtype: str
-    """Of the stored values ("torch.float32")."""
+    """Dtype of the stored values ("torch.float32")."""
     stored_path: str
-    """The shard that holds them."""
-    # A reference has no values, and says nothing of them.
+    """The shard with the rows."""
+    # Omitted in a reference.
     data: list[Any] | None = Field(default=None, exclude_if=lambda data: data is None)
-    """The values, nested as `shape` says; null for NaN and infinity, which JSON does not have."""
+    """The values, nested according to `shape`; null for NaN and infinity, which JSON lacks."""
     sample_info: str | None = Field(default=None, exclude_if=lambda info: info is None)
-    """Which of them a sample is."""
+    """Describes which values a sample contains."""
 
 
 ProbeEffect = Literal["stop", "close_reasoning"]
-"""What the scores of a probe may do: end the generation, or close the model's reasoning."""
+"""The effect of a probe's scores: end the generation, or close the model's reasoning."""
 
 
 class ProbeAction(BaseModel):
-    """What the scores of a probe have done to a generation."""
+    """An action that a probe's scores have taken on a generation."""
 
     model_config = ConfigDict(frozen=True)
 
     probe: str
     """The probe's name in the request."""
     then: ProbeEffect
-    """What."""
+    """The effect."""
     position: int
-    """The token whose score decided it."""
+    """Position of the token whose score triggered it."""
     score: float
     """That score."""
 
@@ -513,24 +513,24 @@ class ActivationReply(BaseModel):
     row_stop: int
     """One past its last row."""
     tensors: dict[str, StoredTensor]
-    """Per stored key, where and what."""
+    """The tensors by stored key."""
     non_finite_rows: int | None = None
-    """How many rows hold NaN or infinity; absent if none do."""
+    """Number of rows with NaN or infinity; absent if there are none."""
     acted: tuple[ProbeAction, ...] | None = None
-    """What the scores of probes have done; absent if nothing."""
+    """Actions of probes; absent if there are none."""
 
 
 def captured_as(stored: StoredDtype) -> CapturedDtype:
-    """Return what rows are gathered in that are to be stored so."""
+    """Return the dtype in which rows are captured for a stored dtype."""
     return "model" if stored == "int8" else stored
 
 
 def quantize_again(recorded: str | None) -> Quantize:
-    """Return what to ask for to get a model as it was served: a model that came quantized is so without being asked."""
+    """Return the `quantize` option that reproduces a model as served: a checkpoint that is already quantized needs none."""
     return "int8" if recorded == "int8" else None
 
 
 def canonical_hash(value: Any) -> str:
-    """Hash a JSON value: 16 hex digits of SHA-256 over its canonical spelling (sorted keys, no spaces)."""
+    """Hash a JSON value: 16 hex digits of the SHA-256 of its canonical JSON (sorted keys, no spaces)."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -166,7 +166,7 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 
 
 def majority(answers: Iterable[str | None]) -> str | None:
-    """Return the answer most samples give, the first given of those that tie; None if none gives one (maj@k, or
+    """Return the most frequent answer, with ties in favor of the first given; None if there is no answer (maj@k, or
     self-consistency: Wang et al. 2022, arXiv 2203.11171)."""
     votes = Counter(answer for answer in answers if answer is not None)
     return max(votes, key=votes.__getitem__) if votes else None

@@ -85,7 +85,7 @@ def find_stop(
         np.asarray(scores, dtype=np.float32) > np.float32(above)
     )  # the precision of scores during generation
     places = np.arange(len(over))
-    # The last place that is not above, up to each: -1 - run stands for what came before.
+    # Index of the last token not above the threshold, up to each token; -1 - run stands for the tokens before.
     broken = np.maximum.accumulate(np.where(over, -1 - run, places)) if len(over) else places
     runs = places - broken
     found = np.flatnonzero(over & (runs >= length) & (places >= first))

@@ -4,7 +4,7 @@ w = Σ⁻¹(μ₁ − μ₀), b = log(n₁/n₀) − ½ w·(μ₁ + μ₀), with
 scikit-learn's `LinearDiscriminantAnalysis(solver="lsqr", shrinkage=s)` on standardized features (Ledoit and Wolf 2004,
 https://doi.org/10.1016/S0047-259X(03)00096-4, for the form of the shrinkage). Strength: s.
 
-On principal axes the total covariance is diagonal, and Σw differs from it by the one direction μ₁ − μ₀: the inverse is a
+On principal axes the total covariance is diagonal, and Σw differs from it only along μ₁ − μ₀, so the inverse is a
 division and a Sherman-Morrison correction, for all models and strengths at once.
 """
 
@@ -43,7 +43,7 @@ def fit(
     average = (total.sum(-1) - between * apart.square().sum((1, 2))) / d
     s = strengths.double()[:, None]
     diagonal = (1 - s) * total[:, None] + s * average[:, None, None]
-    weight = torch.where(diagonal > 0, apart / diagonal, 0.0)  # all features are constant
+    weight = torch.where(diagonal > 0, apart / diagonal, 0.0)  # 0 if all features are constant
     weight = weight / (1 - (1 - s) * between * (apart * weight).sum(-1, keepdim=True))
     bias = (share / (1 - share)).log() - (weight * (high + low)[:, None]).sum(-1) / 2
     return rows.probes(weight[:, :, None], bias[:, :, None])

@@ -1,20 +1,20 @@
-"""One solver for the kinds with a smooth convex loss and an L2 penalty, for many problems on the same rows at once.
+"""Newton solver for the kinds with a smooth convex loss and an L2 penalty, for many problems on the same rows at once.
 
 Method:
-    1. The weights lie in the span of the rows, w = Zᵀ·a, so scores are K·a + b with K = Z·Zᵀ (the kernel trick): d is gone
-       once K is made. K serves every problem on these rows: each strength, each fold (rows that do not train weigh nothing
-       in its loss), each labeling. Strengths come one after the other, each starting where the last one ended.
+    1. The weights lie in the span of the rows, w = Zᵀ·a, so scores are K·a + b with K = Z·Zᵀ (the kernel trick): d no longer
+       appears once K is computed. K serves every problem on these rows: each strength, each fold (rows that do not train have
+       zero weight in its loss), each labeling. Strengths are solved in sequence, each starting from the previous solution.
     2. Newton's method. A step is found by conjugate gradients in w and b (Hestenes and Stiefel 1952,
-       https://doi.org/10.6028/jres.049.044), spelled in a: one product with K per iteration, for all models and problems
-       together. There is no factorization: with the strong penalties that probes need, few iterations do.
-    3. A step is found roughly, to a tenth of what is left, which keeps the convergence fast (Dembo, Eisenstat and Steihaug
-       1982, https://doi.org/10.1137/0719025), and so in float32. What is left is computed anew in float64 after each step, for
-       residual streams have a few directions thousands of times larger than the rest.
-    4. Intercepts of several outputs sum to 0. A loss of several outputs is a softmax's, which the same shift of all does not
-       change: it has neither slope nor curvature there, and rounding divided by rounding would be a step of any length.
+       https://doi.org/10.6028/jres.049.044), expressed in a: one product with K per iteration, for all models and problems
+       together. No factorization is needed: with the strong penalties that probes need, few iterations suffice.
+    3. A step is solved approximately, to a tenth of the residual, which preserves fast convergence (Dembo, Eisenstat and
+       Steihaug 1982, https://doi.org/10.1137/0719025), and therefore in float32. The residual is recomputed in float64 after
+       each step, because residual streams have a few directions thousands of times larger than the rest.
+    4. Intercepts of several outputs sum to 0. A loss of several outputs is a softmax, which is invariant under a shift of all
+       outputs: it has neither slope nor curvature there, and rounding errors could produce a step of any length.
     5. A step that does not lower the objective is halved until it does; the scores along it are known, so that is cheap.
 
-Where rows are many and features few, K is larger than Z, and products go through Z and back instead.
+If rows are many and features few, K is larger than Z, and products are computed through Z and its transpose instead.
 """
 
 from collections.abc import Callable
@@ -33,41 +33,41 @@ PerProblem = Float[Tensor, "models problems 1 1"]
 Product = Callable[[PerRow], PerRow]
 
 TOLERANCE = 3e-4
-"""Stop after a step that moves no score by more than this; what is then left is not more, most often a tenth."""
+"""Stop after a step that moves no score by more than this; the remaining error is at most of that size, usually a tenth."""
 
 ROUGHLY = 0.1
-"""To what share of its size the gradient is brought in a step."""
+"""Relative residual of the conjugate gradients in a step."""
 
 MAX_STEPS = 100
-"""Newton's; under ten are needed."""
+"""Maximum Newton steps; fewer than ten are needed."""
 
 MAX_PRODUCTS = 300
-"""In one step."""
+"""Maximum products with K per step."""
 
 MAX_HALVINGS = 30
 
 
 class Loss(Protocol):
-    """A smooth convex loss of the scores, for each problem the weighted sum over its rows."""
+    """A smooth convex loss of the scores: for each problem the weighted sum over its rows."""
 
     def value(self, f: PerRow) -> PerProblem:
         """Return the loss."""
 
     def slope(self, f: PerRow) -> PerRow:
-        """Return its derivative by each score."""
+        """Return its derivative with respect to each score."""
 
     def curvature(self, f: PerRow) -> Product:
-        """Return what multiplies by its second derivative, in float32."""
+        """Return a function that multiplies by its second derivative, in float32."""
 
 
 @dataclass(frozen=True)
 class NewtonStep:
-    """What to add to where the search is."""
+    """A step of the search."""
 
     a: PerRow
-    """To the dual weights."""
+    """Change of the dual weights."""
     b: PerOutput
-    """To the intercepts."""
+    """Change of the intercepts."""
     Ka: PerRow
     """K times `a`."""
 
@@ -85,11 +85,11 @@ def minimize(
 
     Args:
         Z: standardized rows, float64.
-        loss: of the scores.
+        loss: the loss of the scores.
         strengths: values of C.
-        problems: how many the loss is of.
-        outputs: scores per row; a loss of several does not change when all grow by as much.
-        intercept: whether there is one; it is not penalized.
+        problems: number of problems in the loss.
+        outputs: number of scores per row; a loss of several must be invariant under a shift of all.
+        intercept: True to fit an intercept, which is not penalized.
 
     Raises:
         NoConvergenceError: if it does not converge.
@@ -101,7 +101,7 @@ def minimize(
     for C in strengths.tolist():
         for _ in range(MAX_STEPS):
             rough = _newton_step(roughly, loss, C, a, Ka + b, intercept=intercept)
-            # What a step does is computed in float64: from float32's own products a good step may seem to do harm.
+            # The effect of a step is computed in float64: in float32 a good step may seem to do harm.
             step = NewtonStep(rough.a, rough.b, exactly(rough.a))
             by = _step_length(loss, C, Ka, b, step)
             a, b, Ka = a + by * step.a, b + by * step.b, Ka + by * step.Ka
@@ -109,8 +109,8 @@ def minimize(
                 break
         else:
             raise NoConvergenceError(
-                f"the fit has not converged in {MAX_STEPS} steps for C = {C:g}: features may differ too much in size, or "
-                "rows be damaged; look at them (`roentgen sessions verify`), or choose --kind lda or mean_difference"
+                f"the fit has not converged in {MAX_STEPS} steps for C = {C:g}: features may differ too much in scale, or "
+                "rows may be damaged; check them with `roentgen sessions verify`, or choose --kind lda or mean_difference"
             )
         found.append((a, b))
     a, b = (torch.stack(parts, 2).flatten(1, 2) for parts in zip(*found, strict=True))
@@ -118,7 +118,7 @@ def minimize(
 
 
 def _products(Z: Float[Tensor, "models rows d"]) -> tuple[Product, Product]:
-    """Return what multiplies by K, in float64 and in float32."""
+    """Return functions that multiply by K, in float64 and in float32."""
     factors = [Z @ Z.mT] if Z.shape[1] < 2 * Z.shape[2] else [Z, Z.mT]
 
     def product(matrices: list[Tensor]) -> Product:
@@ -134,10 +134,10 @@ def _products(Z: Float[Tensor, "models rows d"]) -> tuple[Product, Product]:
 
 
 def _newton_step(times_K: Product, loss: Loss, C: float, a: PerRow, f: PerRow, *, intercept: bool) -> NewtonStep:
-    """Return a rough Newton step, by conjugate gradients in the inner product a·K·a′ + κ·b·b′.
+    """Return an approximate Newton step, by conjugate gradients in the inner product a·K·a′ + κ·b·b′.
 
-    That of a is the one of the weights. κ, the most that the intercept's curvature can be for a loss that curves no more
-    than the logistic one, makes the intercept as quick to find as they are.
+    The inner product of a is that of the weights. κ, the maximum curvature of the intercept for a loss that curves no more
+    than the logistic one, balances the convergence of the intercept with that of the weights.
     """
     curve, kappa = loss.curvature(f), C * f.shape[-1] / 4
 
@@ -159,7 +159,7 @@ def _newton_step(times_K: Product, loss: Loss, C: float, a: PerRow, f: PerRow, *
         a = along.a + bent
         image = NewtonStep(a, of_intercept(bent), times_K(a))
         bend = _inner(along, image, kappa)
-        going &= bend > 0  # unless what is left is noise of float32
+        going &= bend > 0  # unless the residual is float32 noise
         by = torch.where(going, size / bend, 0.0)
         found, left = _plus(found, by, along), _plus(left, -by, image)
         before, size = size, torch.where(going, _inner(left, left, kappa), size)
@@ -180,7 +180,7 @@ def _total(x: PerRow) -> PerProblem:
 
 
 def _step_length(loss: Loss, C: float, Ka: PerRow, b: PerOutput, step: NewtonStep) -> PerProblem:
-    """Return 1 for each problem, or the first half, quarter, … that lowers its objective."""
+    """Return the step length of each problem: 1, or the first of ½, ¼, … that lowers its objective."""
     f, moves = Ka + b, step.Ka + step.b
     now, crossed, squared = loss.value(f), _total(step.a * Ka), _total(step.a * step.Ka)
     by = torch.ones_like(squared)

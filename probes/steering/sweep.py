@@ -143,7 +143,7 @@ async def run_sweep(
         arms: the conditions.
         judge: judges the answers.
         record: the file to which outcomes are appended.
-        on_progress: called `PROGRESS_REPORTS` times with a line that says how many outcomes there are.
+        on_progress: called `PROGRESS_REPORTS` times with a line about the number of outcomes.
 
     Raises:
         SweepError: if a request fails permanently.

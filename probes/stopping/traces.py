@@ -23,7 +23,7 @@ class StopTrace:
     """A rollout. Indices count its generated tokens from 0."""
 
     sample: Sample
-    """Whose it is."""
+    """The sample."""
     group: int
     """The number of its problem, or of its template."""
     rows: Float[Tensor, "fed d"]

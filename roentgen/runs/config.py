@@ -57,7 +57,7 @@ class RunConfig(BaseModel):
 
 
 def differences(one: dict[str, Any], other: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Yield what differs between two nested objects: its dotted name, and both values (None where there is none)."""
+    """Yield the differences of two nested mappings: the dotted name and both values, None where a key is missing."""
     for key in one | other:
         here, there = one.get(key), other.get(key)
         if isinstance(here, dict) and isinstance(there, dict):

@@ -78,7 +78,7 @@ def compact(session: Session, *, shard_bytes: int = MERGED_BYTES, drop: Collecti
     """Merge a session's small shards and small index files, and drop unwanted rollouts.
 
     Args:
-        session: whose.
+        session: the session.
         shard_bytes: approximate size of a merged shard; shards larger than half of it are kept.
         drop: ids of rollouts to drop.
 
@@ -123,7 +123,7 @@ def merge(
     that would be rewritten unchanged is left alone.
 
     Args:
-        session: whose.
+        session: the session.
         names: names of the index files.
         shard_bytes: approximate size of a merged shard.
         small: shards of at least this size are kept, unless one of their rollouts is dropped.
@@ -174,7 +174,7 @@ def remove_unused(session: Session, *, grace_s: float = GRACE_S, dry_run: bool =
     """Remove files that no reader can use any more; all committed rollouts are kept.
 
     Args:
-        session: whose.
+        session: the session.
         grace_s: keep files younger than this, in seconds: a commit may be in progress, or a reader may hold an old table.
         dry_run: only report what would be removed.
 

@@ -32,11 +32,11 @@ class SessionSummary:
     rollouts: int
     """Committed rollouts, retried ones counted once."""
     tokens: int
-    """Rows of a full capture of them."""
+    """Rows of their full captures."""
     shards: int
     """Shards that an index names."""
     bytes: int
-    """Size of those shards."""
+    """Size of the shards in bytes."""
     keys: list[str]
     """Stored keys."""
     models: list[str]
