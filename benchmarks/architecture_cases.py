@@ -1,7 +1,7 @@
-"""The cases of docs/architectures.md: which configurations are tried, and the words of the page for what is found.
+"""The cases of docs/architectures.md: the configurations to try, and the page's wording of the results.
 
-A case is a model type of transformers and options of its configuration, written as in a row's first cell. Every causal model
-type is tried with its default configuration, unless this module declares options for it.
+A case is a model type of transformers with options of its configuration, written as in the first cell of a row. Every
+causal model type is tried with its default configuration, unless this module declares options for it.
 """
 
 import ast
@@ -16,7 +16,7 @@ from serve_app.capture.structure import ModelStructure
 COLUMNS = (*LAYER_HOOK_POINTS, *MODEL_HOOK_POINTS)
 
 DECODER = ("", "is_decoder=True")
-"""Encoders that are decoders too, if their configuration says so."""
+"""Encoders that can also be decoders, depending on their configuration."""
 
 HALF = ("", "is_decoder=True is_encoder_decoder=False")
 """Encoder-decoders, and their decoder without cross-attention."""
@@ -72,10 +72,10 @@ OPTIONS: dict[str, tuple[str, ...]] = {
     "xlstm": ("hidden_size=32 num_heads=4 embedding_dim=32 vocab_size=512",),
     "xmod": ("default_language='en_XX'", "default_language='en_XX' is_decoder=True"),
 }
-"""By model type, the options that its cases have: what defaults leave out, and what makes another kind of block."""
+"""Options of the cases by model type: features that are off by default, and other kinds of blocks."""
 
 NARROW_ALREADY = ("mamba2", "rwkv", "xlstm")
-"""Model types whose options are narrow themselves, as their widths cannot be narrowed."""
+"""Model types whose options are narrow themselves, because their widths cannot be narrowed."""
 
 LONGROPE: dict[str, Any] = {
     "max_position_embeddings": 131072,
@@ -88,7 +88,7 @@ LONGROPE: dict[str, Any] = {
         "long_factor": [1.0 + i for i in range(48)],
     },
 }
-"""What the option `rope_type='longrope'` stands for: a rotation like that of Phi-3's models with a context of 128k tokens."""
+"""The parameters of the option `rope_type='longrope'`: RoPE as in Phi-3's models with a context of 128k tokens."""
 
 WHOLE = ("gpt_neo", "gemma3n_text")
 """Model types whose other options do not allow fewer layers."""
@@ -111,7 +111,7 @@ WORDS = {
     "no normalization layer was found after": "not found",
     "not a row per token": "no rows",
 }
-"""The words of the table for a hook point that is missing, by what the reason says."""
+"""Wording of the table for a missing hook point, by reason."""
 
 REFUSALS = {
     "encoder-decoder": "encoder-decoder",
@@ -123,7 +123,7 @@ REFUSALS = {
     "has no cache that this engine": "other cache",
     "runs more than once": "repeated layers",
 }
-"""The words of the table for a model that is refused, by what the reason says."""
+"""Wording of the table for a rejected model, by reason."""
 
 
 def cases() -> list[str]:
@@ -148,7 +148,7 @@ def in_six_layers(case: str) -> PretrainedConfig:
 
 
 def cell(structure: ModelStructure, name: str) -> str:
-    """Return what the table says of a hook point."""
+    """Return the table's wording for a hook point."""
     if name in MODEL_HOOK_POINTS:
         reasons = [structure.missing[name]] if name in structure.missing else []
         somewhere = name in structure.taps
@@ -159,5 +159,5 @@ def cell(structure: ModelStructure, name: str) -> str:
 
 
 def refusal(reason: str) -> str:
-    """Return what the table says of a model that is refused for a reason."""
+    """Return the table's wording for a rejected model."""
     return next((words for said, words in REFUSALS.items() if said in reason), "refused")

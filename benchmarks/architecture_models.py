@@ -1,7 +1,7 @@
-"""Builds the narrow random models that `benchmarks.architectures` generates with.
+"""Builds the narrow random models of `benchmarks.architectures`.
 
-They are narrowed as the server narrows configurations (`serve_app.capture.narrowing`). They have few layers, short windows and
-no token that ends a sequence, so that every prompt runs as long as it is asked to.
+Their configurations are narrowed as the server narrows them (`serve_app.capture.narrowing`). They have few layers, short
+windows and no end-of-text token, so that every prompt runs for the requested length.
 """
 
 import torch
@@ -31,7 +31,7 @@ class CannotBeBuiltError(Exception):
 
 
 def shallow(config: tr.PretrainedConfig) -> None:
-    """Leave a configuration its first layers, with whatever it says for each of them."""
+    """Reduce a configuration to its first layers, including per-layer settings."""
     fields = vars(config)
     name = next((n for n in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if n in fields), None)
     if name is None or fields[name] <= LAYERS:

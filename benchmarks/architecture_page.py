@@ -1,4 +1,4 @@
-"""Writes what was found of architectures into docs/architectures.md, between its markers."""
+"""Writes the results of `benchmarks.architectures` into docs/architectures.md, between its markers."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -12,12 +12,12 @@ PAGE = Path(__file__).parents[1] / "docs" / "architectures.md"
 
 @dataclass(frozen=True)
 class ArchitectureFinding:
-    """What was found of a case."""
+    """The result of a case."""
 
     case: str
     """A model type and options."""
     cells: tuple[str, ...] = ()
-    """What the table says of each hook point; empty if the configuration alone is not enough."""
+    """Wording for each hook point; empty if the configuration alone does not suffice."""
     unresolved: str = ""
     """Why it does not."""
     not_built: str = ""
@@ -33,7 +33,7 @@ class ArchitectureFinding:
     error: float = 0.0
     """Of the log-probabilities, at most."""
     wrong: str = ""
-    """What is wrong with what the engine generates."""
+    """Error of the engine's generation."""
     note: str = ""
     """How transformers' own generate differs."""
 
@@ -44,7 +44,7 @@ class ArchitectureFinding:
 
     @property
     def last_cell(self) -> str:
-        """What the table says of batches."""
+        """Wording for batches."""
         if self.refused:
             return refusal(self.refused)
         if self.wrong and not self.batches:
@@ -120,7 +120,7 @@ SHORTER = {
     r"a row differs by inf of its norm": "it does not run",
     r"a row differs by \S+ of its norm": "a row differs",
 }
-"""What the page leaves out of a reason: what differs between models that have the same one, or from run to run."""
+"""Parts of a reason that are omitted, because they differ between models with the same reason or between runs."""
 
 
 def _shorter(reason: str) -> str:

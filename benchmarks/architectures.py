@@ -1,15 +1,16 @@
-"""Tries every causal architecture of transformers: its hook points, whether it generates, and which requests share a forward.
+"""Tries every causal architecture of transformers: its hook points, whether it generates, and which requests share a
+forward pass.
 
-Each case (`architecture_cases`) is tried in a process of its own. Its hook points are resolved from the configuration alone.
-Then a narrow random model of it (`architecture_models`) is checked as at loading, and runs in the transformers engine with
-prompts of different lengths together, which end at different times. Its tokens have to be those of transformers' own
-`generate` with each prompt alone, and its log-probabilities those of a forward over the whole sequence.
+Each case (`architecture_cases`) runs in its own process. Its hook points are resolved from the configuration alone. Then a
+narrow random model of it (`architecture_models`) is checked as on loading, and runs in the transformers engine with prompts
+of different lengths together, which end at different times. Its tokens must equal those of transformers' `generate` with
+each prompt alone, and its log-probabilities those of a forward pass over the whole sequence.
 
     python -m benchmarks.architectures ["MODEL_TYPE OPTION=VALUE ..." ...]
     python -m benchmarks.architectures --docs
 
-The first prints a line per case. The second tries all cases and writes what was found into docs/architectures.md; with
-`--findings FILE`, it keeps findings in that file as they come, and cases that are there already are not tried again.
+The first command prints a line per case. The second tries all cases and writes the results into docs/architectures.md; with
+`--findings FILE`, it stores results in that file as they arrive and skips cases that are already in it.
 """
 
 import argparse
@@ -56,7 +57,7 @@ TOLERANCE = 1e-3
 """Of a log-probability, in float32."""
 
 OURS = (CannotBeBuiltError, ResolutionError, UnsupportedModelError)
-"""Errors that say all by themselves, whatever their type."""
+"""Errors whose message suffices without their type."""
 
 LIMIT_S = 100
 """The seconds that a case may take."""
@@ -80,7 +81,7 @@ def alone(model: PreTrainedModel, prompt: list[int], max_tokens: int) -> list[in
 
 
 def try_case(case: str) -> Iterator[ArchitectureFinding]:
-    """Try a case; yield what is known of it so far, the whole last."""
+    """Try a case; yield intermediate results, the complete one last."""
     finding = ArchitectureFinding(case)
     try:
         structure = resolve_config(in_six_layers(case), case)
@@ -105,7 +106,7 @@ def try_case(case: str) -> Iterator[ArchitectureFinding]:
 
 
 def generate(plain: PreTrainedModel, case: str) -> dict[str, Any]:
-    """Return what is found when a model is checked and generates."""
+    """Return the results of checking a model and generating with it."""
     vocab = plain.get_input_embeddings().weight.shape[0]
     prompts = [
         [3 + (7 * i + 5 * j * j + j) % (min(vocab, 500) - 4) for j in range(n)] for i, (n, _) in enumerate(LENGTHS)
@@ -230,7 +231,7 @@ def find_all(asked: Sequence[str], file: Path | None) -> list[ArchitectureFindin
 
 
 def main() -> None:
-    """Try cases and print what was found, or write it into the page."""
+    """Try cases and print the results, or write them into the page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", help="a model type and options, as in the first cell of a row; all if none")
     parser.add_argument("--docs", action="store_true", help="try all cases and write docs/architectures.md")

@@ -1,8 +1,8 @@
-"""Shuffled batches beside reading in order: `python -m benchmarks.batches`.
+"""Shuffled batches compared with sequential reads: `python -m benchmarks.batches`.
 
-One session is made with the store's writer. Its rows of one key are read in turns, from files that were dropped from the page
-cache: in order, as `session.activations(key)` gives them, and as batches, in random order and not. What is read is the whole of
-one layer, each byte looked at once.
+A session is written with the store's writer. The rows of one key are read alternately, from files dropped from the page
+cache: in order, as from `session.activations(key)`, and as batches with and without shuffling. Each run reads a whole
+layer, every byte once.
 """
 
 import gc
@@ -145,7 +145,7 @@ def write_session(folder: Path, megabytes: int) -> int:
 
 
 def report(found: BatchTimes, megabytes: int, tokens: int) -> str:
-    """Lay out what was measured."""
+    """Format the results as Markdown."""
     base = found.rates["in order"]
     rows = [
         [name, f"{median(rates):.0f}", "1" if name == "in order" else str(ratios(rates, base))]

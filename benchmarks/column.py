@@ -1,6 +1,6 @@
-"""One way to generate, with one number in flight, in a process of its own, so that its memory's high-water mark is its own.
+"""Runs one way to generate at one concurrency in its own process, to measure its own peak memory.
 
-Reads what to do as JSON from its only argument, and prints what it measured as a line of JSON.
+It reads its parameters as JSON from its only argument and prints the results as a line of JSON.
 """
 
 import json
@@ -34,12 +34,12 @@ WAYS = {
     "vllm-3x2": "3x2",
     "vllm-all": "all",
 }
-"""The ways, and what each captures."""
+"""The ways and their captures."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """What one way reached."""
+    """The results of one way."""
 
     way: str
     """Its name."""

@@ -1,7 +1,7 @@
-"""The engine beside other ways to generate and capture: `python -m benchmarks.engine`.
+"""The engine compared with other ways to generate and capture: `python -m benchmarks.engine`.
 
-First the table: each way in a process of its own, on the same prompts. Then the pairs: what capturing costs, and what batching
-gains over the way that this project replaces, as ratios of interleaved runs.
+First the table: each way in its own process, on the same prompts. Then the pairs: the cost of capturing, and the gain of
+batching over the tool that this project replaces, as ratios of interleaved runs.
 """
 
 from dataclasses import asdict
@@ -20,7 +20,7 @@ from roentgen.atomic_files import write_json
 from roentgen.defaults import EMBEDDED_MODEL
 
 PAIR_PROMPTS = IN_FLIGHT * 3 // 2
-"""More than run at once, as in an evaluation: what ends makes room for another."""
+"""More prompts than concurrent requests, as in an evaluation: finished requests make room for new ones."""
 
 
 def main(

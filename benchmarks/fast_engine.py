@@ -1,14 +1,14 @@
-"""What capturing and probing cost in vLLM: `python -m benchmarks.fast_engine`.
+"""The cost of capturing and probing in vLLM: `python -m benchmarks.fast_engine`.
 
-Compared with plain vLLM as it is by default: compiled, with chunked prefill and a prefix cache, asked through its own client
-for tokens and text. This project's engine does more even when it captures nothing: it has taps in the graph, and tells the
-log-probability of every token. Both run the same prompts, which share no prefix, one after the other, round after round; while
-one computes the other is idle. All engines are started anew a few times, in turned order, since equal processes differ by some
-per cent as long as they live. What is captured is on the disk before a run has ended. Needs the environment that `make
-test-vllm` makes.
+The baseline is plain vLLM with its defaults: compiled, with chunked prefill and a prefix cache, returning tokens and text
+through its own client. This project's engine does more even without capture: it has taps in the graph and returns the
+log-probability of every token. Both run the same prompts, which share no prefix, alternately over several rounds; while one
+computes, the other is idle. All engines are restarted several times, in alternating order, because equal processes differ
+by some percent over their lifetime. Captured rows are on disk before a run ends. Requires the environment of `make
+test-vllm`.
 
-Every round is written to a file when it has ended, and the section is made of what the file has: with `--add` also of earlier
-runs, so that numbers in flight can be measured one at a time.
+Each round is appended to a file, and the section is generated from the file; with `--add` it includes earlier runs, so that
+concurrencies can be measured one at a time.
 """
 
 import json
@@ -101,7 +101,7 @@ def main(
     add: Annotated[bool, typer.Option("--add", help="Keep the rounds that the file has.")] = False,
     write: Annotated[bool, typer.Option("--record/--no-record", help="Update RESULTS.md.")] = True,
 ) -> None:
-    """Measure what capturing costs in vLLM."""
+    """Measure the cost of capturing in vLLM."""
     workload = Workload(max_tokens=max_tokens, problems=problems)
     numbers = tuple(map(int, in_flight.split(",")))
     stage = stage_printer()
@@ -123,7 +123,7 @@ def main(
 
 
 def read_rounds(file: Path) -> list[EngineRound]:
-    """Read what has been measured."""
+    """Read the recorded rounds."""
     found = []
     for line in file.read_text().splitlines() if file.exists() else []:
         said = json.loads(line)

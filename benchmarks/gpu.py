@@ -1,13 +1,13 @@
-"""Both engines on a GPU, with random weights: `make bench-gpu`, or `python -m benchmarks.gpu`.
+"""Checks and measures both engines on a GPU with random weights: `make bench-gpu`, or `python -m benchmarks.gpu`.
 
-It needs torch, transformers, nnsight, jaxtyping and psutil; no network, no model files. The vLLM engine's part needs vLLM's
-build for this device and the server's packages, and is left out where they are not; it runs in a process of its own
-(`gpu_vllm`). First the rows of a model are checked, and vLLM's speed comes with its rows; then come the other rows, copies to
-the host, speed and memory. Each part is written when it ends (`gpu_report`), so what has been found survives whatever comes
-after. The time is bounded: what has not ended when it is over is named as not run. Without a GPU, or with `--tiny`, a tiny
-model takes the same way, to show that the benchmark works; its numbers mean nothing.
+It requires torch, transformers, nnsight, jaxtyping and psutil, but no network and no model files. The part of the vLLM
+engine requires vLLM for this device and the server's packages, and is skipped without them; it runs in its own process
+(`gpu_vllm`). The rows of a model are checked first, and vLLM's speed is measured with its rows; then follow the other rows,
+copies to the host, speed and memory. Each part is written when it ends (`gpu_report`), so results survive later failures.
+The time is limited: parts that have not ended by then are listed as not run. Without a GPU, or with `--tiny`, a tiny model
+takes the same path, to show that the benchmark works; its numbers mean nothing.
 
-It exits with 1 if a row is wrong, if a part failed, or if no rows could be checked.
+The exit code is 1 if a row is wrong, a part failed, or no rows could be checked.
 """
 
 import importlib.util

@@ -1,4 +1,5 @@
-"""What the GPU benchmark leaves: a line of JSON per part, as each ends, and the section of RESULTS.md made of them."""
+"""The output of the GPU benchmark: one line of JSON per part, written as each ends, and the section of RESULTS.md made of
+them."""
 
 import json
 import math

@@ -1,15 +1,15 @@
-"""Checks the engine's rows of a shifting batch against a teacher-forced forward on the same device.
+"""Checks the engine's rows of a changing batch against a teacher-forced forward pass on the same device.
 
-Requests of different lengths, sampled and with different position policies, join and leave a batch that is smaller than
-their number; one is canceled. The tokens of each request that finished then pass alone through the same weights, made again
-from the same seed: one sequence, no cache, no padding, transformers' own attention, plain PyTorch hooks at places that are
-written down here. That forward runs twice, in the model's dtype and in float32.
+Requests of different lengths, with sampling and different position policies, join and leave a batch that is smaller than
+their number; one is canceled. The tokens of each finished request are then fed alone through the same weights, recreated
+from the same seed: one sequence, no cache, no padding, transformers' own attention, plain PyTorch hooks at modules listed
+here. That forward pass runs twice, in the model's dtype and in float32.
 
-In bfloat16 two right implementations differ, and neither can judge the other. So the float32 forward judges: the engine's
-row may be at most `MARGIN` times as far from it as the plain forward in the model's dtype is at worst, at the same hook
-point, and the rows of a hook point at most `MEAN_MARGIN` times as far on average. A row of another position is further away
-than that. How much further is measured too, and a check that could not tell such a row from rounding fails, for it would
-prove nothing.
+In bfloat16 two correct implementations differ, and neither is a reference for the other. So the float32 pass is the
+reference: the error of an engine's row may be at most `MARGIN` times the largest error of the plain pass in the model's
+dtype at the same hook point, and the mean error of a hook point at most `MEAN_MARGIN` times the plain mean. A row of
+another position has a larger error than that. How much larger is measured too, and a check that could not distinguish such
+a row from rounding fails, because it would prove nothing.
 """
 
 import gc

@@ -1,7 +1,8 @@
-"""Tokens per second, what capturing costs, what memory it takes, and how fast rows reach the host.
+"""Throughput, cost of capturing, memory, and bandwidth to the host.
 
-With so many requests in flight, the engine generates without capture, with three layers' two norms and with every layer's
-residual stream, in turn, round after round; each run's rate is compared with that of the run without capture in the same round.
+At each concurrency, the engine generates without capture, with two norms of three layers, and with every layer's residual
+stream, alternately over several rounds. Each run's throughput is compared with that of the run without capture in the same
+round.
 """
 
 import random

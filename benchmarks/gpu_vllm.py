@@ -1,13 +1,14 @@
-"""The vLLM engine's part of the GPU benchmark, as a process of its own that the benchmark starts and, in time, ends.
+"""The vLLM engine's part of the GPU benchmark, in its own process with a time limit.
 
-vLLM takes a GPU's memory for itself, may hang, and needs the server's packages, none of which the rest of the benchmark should
-depend on. So this runs beside it (`python -m benchmarks.gpu_vllm TASK`, which `gpu` calls) and writes each part, as it ends, as
-a line of JSON.
+vLLM reserves a GPU's memory, may hang, and requires the server's packages; the rest of the benchmark should not depend on
+any of that. So it runs separately (`python -m benchmarks.gpu_vllm TASK`, called by `gpu`) and writes each part as a line of
+JSON when it ends.
 
-Rows first: requests of different lengths, with several position policies, with one, 8 and 64 in flight, whose taps are in real
-graphs, whole ones for decoding and pieces for what reads prompts too. They are judged as the transformers engine's are
-(`gpu_rows`). A check that cannot fail shows nothing, so one tap's buffer is then replaced by what it held before: that has to
-be found, at this tap and nowhere else. Then speed: plain vLLM beside this project's engine on the same GPU, in turn.
+Rows come first: requests of different lengths and position policies, with 1, 8 and 64 in flight, whose taps are in real
+CUDA graphs, full ones for decoding and piecewise ones for prefill. They are checked like those of the transformers engine
+(`gpu_rows`). A check that cannot fail proves nothing, so the buffer of one tap is then replaced by its previous contents:
+the check must detect it at this tap and nowhere else. Then speed: plain vLLM and this project's engine on the same GPU,
+alternately.
 """
 
 import json

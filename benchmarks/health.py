@@ -1,7 +1,7 @@
-"""How soon `/health` answers while the server does all it can: `python -m benchmarks.health`.
+"""Latency of `/health` under full load: `python -m benchmarks.health`.
 
-A server whose batch and queue are full of captured generations is asked how it is, again and again, at a steady pace (an
-answer that is late does not make the next question later), as a load balancer would; once idle and once under load.
+A server whose batch and queue are full of captured generations is polled at a fixed rate (a late answer does not delay the
+next request), as a load balancer would; once idle and once under load.
 """
 
 import asyncio

@@ -1,7 +1,7 @@
-"""What int8 rows cost a probe: `python -m benchmarks.int8_rows RUN`.
+"""The effect of int8 rows on probes: `python -m benchmarks.int8_rows RUN`.
 
-The rows of a run with activations are read and written again as int8, and probes are trained on both with the same folds. So
-all that differs is the rounding. The run can be one of `make demo`.
+The rows of a run with activations are read and written again as int8, and probes are trained on both with the same folds,
+so that only the rounding differs. The run may be that of `make demo`.
 """
 
 import tempfile

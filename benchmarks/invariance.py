@@ -1,11 +1,11 @@
-"""What `--batch-invariant` costs and what it holds: `python -m benchmarks.invariance`.
+"""The cost and the guarantee of `--batch-invariant`: `python -m benchmarks.invariance`.
 
-Two engines in one process share one copy of a model, one with the mode and one without, and take turns with the same prompts,
-so that noise hits both alike. Only one of them has requests at any time, since two threads cannot trace one model.
+Two engines in one process share one copy of a model, one with the mode and one without, and alternate on the same prompts,
+so that noise affects both alike. Only one of them has requests at any time, since two threads cannot trace one model.
 
-Speed is reported as ratios. Reproducibility is counted: requests run alone, alone again, and among others, and their tokens,
-log-probabilities and rows of every layer are compared bit for bit. How far rows differ is measured where both runs have read
-the same tokens, since after a different token the texts are different.
+Speed is reported as ratios. Reproducibility is counted: requests run alone, alone again, and among others, and their
+tokens, log-probabilities and rows of every layer are compared bit for bit. Differences of rows are measured only where both
+runs have read the same tokens, since after a different token the texts diverge.
 """
 
 import time

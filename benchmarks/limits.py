@@ -1,7 +1,7 @@
-"""What this machine could do at best: its memory's bandwidth and its arithmetic, measured here and now.
+"""The theoretical limits of this machine: its measured memory bandwidth and arithmetic throughput.
 
-A forward over `n` tokens reads all weights once and does two operations per weight and token, so it takes at least as long
-as the slower of the two. Attention and the KV cache come on top and are left out: the limit is one that cannot be beaten.
+A forward pass over `n` tokens reads all weights once and performs two operations per weight and token, so it takes at least
+the longer of the two times. Attention and the KV cache add to that and are ignored: the result is a lower bound.
 """
 
 import time

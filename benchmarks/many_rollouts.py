@@ -1,7 +1,7 @@
-"""A session of very many rollouts: made with the store's writer, then opened and read by fresh processes.
+"""A session with very many rollouts: written with the store's writer, then opened and read by new processes.
 
-Each step runs in a process of its own, so that its memory is its own: what is reported is by how much the process's high-water
-mark exceeds what importing the store and reading a session of ten rollouts took.
+Each step runs in its own process. The reported memory is the excess of its peak over importing the store and reading a
+session of ten rollouts.
 """
 
 import multiprocessing

@@ -1,7 +1,7 @@
-"""A replica's memory over many captured requests: `python -m benchmarks.memory`.
+"""Memory of a replica over many captured requests: `python -m benchmarks.memory`.
 
-Requests run through the engine, their rows are committed to a store, and every so often the process's resident memory is read.
-The store is in a temporary folder. What should come out is a flat line: nothing is kept of a request that is done.
+Requests run through the engine, their rows are committed to a store in a temporary folder, and the process's resident
+memory is sampled periodically. The expected result is a flat line: nothing of a finished request is retained.
 """
 
 import tempfile

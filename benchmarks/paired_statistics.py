@@ -1,4 +1,4 @@
-"""Ratios of interleaved pairs, with intervals that assume nothing about how the noise is distributed."""
+"""Ratios of interleaved pairs, with distribution-free intervals."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,7 @@
-"""The budget's ratios: runs of one process, one after the other, round after round, so that noise hits all alike.
+"""Throughput ratios of interleaved runs in one process, so that noise affects all alike.
 
-Each round runs every arm once, in the opposite order of the round before. All engine arms share one engine and one copy of the
-weights; transformers' `generate` and the seed's way share another, since two threads cannot trace one model.
+Each round runs every arm once, in the reverse order of the previous round. All engine arms share one engine and one copy of
+the weights; transformers' `generate` and the predecessor's way share another, since two threads cannot trace one model.
 """
 
 from collections.abc import Callable

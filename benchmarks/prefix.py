@@ -1,14 +1,14 @@
-"""What the prefix cache gains, and costs where nothing is shared: `python -m benchmarks.prefix`.
+"""The gain of the prefix cache, and its cost without shared prefixes: `python -m benchmarks.prefix`.
 
-Two engines of a kind are loaded, one with its prefix cache and one without, and run the same prompts in turns, round after
-round: prompts with the same shots before every problem (`gsm8k_cot`, and the first five problems of GSM8K's training set), and
-prompts that share next to nothing (no shots, and shots that are drawn anew for each problem). A run is like an evaluation that
-begins: it finds nothing that another run has read. Then conversations go on: of a second turn, only what is new has to be read.
+Two engines of a kind are loaded, one with its prefix cache and one without, and alternate on the same prompts: prompts with
+the same shots before every problem (`gsm8k_cot`, and the first five problems of GSM8K's training set), and prompts that
+share almost nothing (no shots, and shots drawn per problem). Each run starts with a cold cache, like an evaluation. Then
+conversations continue: of a second turn, only the new tokens have to be computed.
 
-Every round is written to a file when it has ended, and the section is made of what the file has: with `--add` also of earlier
-runs, so that engines and prompts can be measured one at a time. The vLLM engine needs the environment that `make test-vllm`
-makes; plain vLLM with its defaults runs beside it. What the vLLM engine captures is on the disk within the time measured.
-Fixed and drawn shots need GSM8K's training set (`$ROENTGEN_GSM8K_DIR`, or the hub).
+Each round is appended to a file, and the section is generated from the file; with `--add` it includes earlier runs, so that
+engines and prompts can be measured one at a time. The vLLM engine requires the environment of `make test-vllm`; plain vLLM
+with its defaults is measured with it. Rows captured by the vLLM engine are on disk within the measured time. Fixed and
+drawn shots require GSM8K's training set (`$ROENTGEN_GSM8K_DIR`, or the hub).
 """
 
 import json

@@ -1,11 +1,11 @@
-"""The full sweep of a probe, nested and with its control, against a loop over scikit-learn.
+"""The full nested sweep of a probe with its shuffled control, compared with a loop over scikit-learn.
 
-Both do the same, for every layer and position: five outer folds, three inner ones in the training part of each, every strength
-fitted on all of them, the strength chosen by AUROC inside and scored outside; and all of it again on shuffled labels. Both
-standardise once per outer training part. The loop uses scikit-learn as its users do: `StandardScaler`, `LogisticRegression`
-with its default solver, at its default tolerance and at the one at which its scores are about as exact as ours. It takes one
-model after the other, so it is timed on some of the layers and positions, and seconds are per layer and position. Pairs are
-interleaved.
+Both perform the same computation for every layer and position: five outer folds, three inner ones in the training part of
+each, every strength fitted on all of them, the strength chosen by inner AUROC and evaluated outside; and all of it again on
+shuffled labels. Both standardize once per outer training part. The loop uses scikit-learn as its users do: `StandardScaler`
+and `LogisticRegression` with its default solver, at its default tolerance and at the tolerance where its scores are about
+as exact as ours. It fits one model after the other, so it is timed on some of the layers and positions, and seconds are per
+layer and position. Pairs are interleaved.
 
     python -m benchmarks.probes [--layers 30] [--positions 3] [--samples 400] [--width 1024] [--pairs 5] [--device cpu]
 """

@@ -1,4 +1,4 @@
-"""Keeps RESULTS.md: each benchmark owns the section under its heading and replaces it whole."""
+"""Maintains RESULTS.md: each benchmark owns the section under its heading and replaces it completely."""
 
 import platform
 import re
@@ -34,7 +34,7 @@ def record(title: str, body: str, path: Path = RESULTS) -> None:
 
 
 def conditions() -> str:
-    """Say what this was measured on, when, with what."""
+    """Return the conditions of a measurement: machine, time, versions."""
     versions = ", ".join(f"{name} {number}" for name, number in installed().items())
     script = Path(sys.argv[0])
     command = shlex.join(["python", "-m", f"benchmarks.{script.stem}", *sys.argv[1:]])
@@ -62,7 +62,7 @@ def machine() -> str:
 
 
 def _processor() -> str:
-    """Return the processor's name, where Linux tells it."""
+    """Return the processor's name, if Linux reports it."""
     file = Path("/proc/cpuinfo")
     names = re.findall(r"model name\s*: (.*)", file.read_text()) if file.exists() else []
     return names[0] if names else platform.processor() or platform.machine()

@@ -1,10 +1,10 @@
-"""How the evaluation's own machinery grows, `python -m benchmarks.scale --problems 1000000`, and what it costs the driver per
-problem, `python -m benchmarks.scale --problems 10000 --parallel 1000 --latency 2`.
+"""Scaling of the evaluation's driver, `python -m benchmarks.scale --problems 1000000`, and its cost per problem, `python -m
+benchmarks.scale --problems 10000 --parallel 1000 --latency 2`.
 
-Everything is as in a run but the model: problems are dealt to Ray tasks, each request is real HTTP, each sample is scored,
-returned to the driver and fsynced into the record. The replicas are stand-ins that answer after a fixed time, so that what is
-measured is the driver: does its memory stay flat, how much of a processor does it take, how many samples a second? Memory is
-sampled as the run goes; its slope over the second half is what would hurt at ten million.
+Everything is as in a run except the model: problems are distributed over Ray tasks, requests are real HTTP, and each sample
+is scored, returned to the driver and fsynced into the record. The replicas are stand-ins that answer after a fixed time, so
+that the driver is measured: its memory growth, its CPU use, and its samples per second. Memory is sampled during the run;
+its slope over the second half predicts the growth at ten million problems.
 """
 
 import asyncio

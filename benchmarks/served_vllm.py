@@ -1,10 +1,10 @@
-"""`roentgen serve` beside `vllm serve`, which its users would run instead: `python -m benchmarks.served_vllm`.
+"""`roentgen serve` compared with `vllm serve`, its users' alternative: `python -m benchmarks.served_vllm`.
 
-With `--engine transformers` this project's server is the one that runs everywhere. Three servers run at once, each a process of
-its own, and take turns with the same chats of one client: vLLM's with its defaults, vLLM's with every core to compute on (by
-default it leaves one of a CPU's to its other process), and this project's, which captures nothing, some or all. No reply is
-streamed, as an evaluation asks. What is captured is on the disk before the reply comes. No two runs share a prefix. Needs the
-environment that `make test-vllm` makes.
+With `--engine transformers` this project's server uses the engine that runs everywhere. Three servers run at once, each in
+its own process, and alternate on the same chats of one client: vLLM's with its defaults, vLLM's with all cores (by default
+it leaves one of a CPU's cores to its other process), and this project's with no, some or full capture. Replies are not
+streamed, as in an evaluation. Captured rows are on disk before the reply is sent. No two runs share a prefix. Requires the
+environment of `make test-vllm`.
 """
 
 import asyncio

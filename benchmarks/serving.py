@@ -1,8 +1,8 @@
-"""The server beside the engine called directly: `python -m benchmarks.serving`.
+"""The server compared with direct calls of the engine: `python -m benchmarks.serving`.
 
-Two copies of the model, one in a Ray Serve replica behind HTTP and one in this process, take turns with the same prompts. The
-server renders the messages, and it stores what it captures before it answers; the engine called directly does neither. So the
-ratio is what all of that costs together.
+Two copies of the model, one in a Ray Serve replica behind HTTP and one in this process, alternate on the same prompts. The
+server renders the messages and stores captured rows before it replies; the direct calls do neither. The ratio is therefore
+the total cost of these.
 """
 
 import asyncio

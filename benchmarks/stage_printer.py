@@ -1,4 +1,4 @@
-"""Says on stderr what a benchmark is doing, with the seconds since it began."""
+"""Prints a benchmark's stages to stderr with the elapsed seconds."""
 
 import sys
 import time
@@ -6,6 +6,6 @@ from collections.abc import Callable
 
 
 def stage_printer() -> Callable[[str], None]:
-    """Begin to count; return the function that prints."""
+    """Start the clock and return the function that prints a stage."""
     start = time.monotonic()
     return lambda text: print(f"{time.monotonic() - start:7.1f} s  {text}", file=sys.stderr, flush=True)

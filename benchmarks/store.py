@@ -1,11 +1,11 @@
-"""The activation store beside the bare disk: `python -m benchmarks.store`.
+"""The activation store compared with the bare disk: `python -m benchmarks.store`.
 
-Bandwidth: the same bytes are written and read with nothing but the operating system (or, in a bucket, pyarrow) and through the
-store, in turns. Files are dropped from the page cache before they are read, so that it is the disk which is measured. In a
-bucket, a server on this machine unless `--bucket` names another, it is mostly the server.
+Bandwidth: the same bytes are written and read with only the operating system (or, for a bucket, pyarrow) and through the
+store, alternately. Files are dropped from the page cache before they are read, so that the disk is measured. For a bucket,
+a server on this machine unless `--bucket` names another, the server dominates.
 
-Scale: a session of many rollouts is made with the store's writer; fresh processes then open it, and say how long that took and
-how much more memory they needed than to import the store.
+Scale: a session with many rollouts is written with the store's writer; new processes then open it and report the time and
+the memory beyond importing the store.
 """
 
 import gc

@@ -1,9 +1,9 @@
-"""vLLM by itself, and this project's engine on it, as ways to generate.
+"""Plain vLLM, and this project's engine on vLLM, as ways to generate.
 
-They live in an environment of their own (`make bench-vllm` makes it), so a column is measured by that environment's Python.
-Alone, vLLM is driven step by step, so that a request is made when there is room for it, as for every other way. Beside this
-project's engine it is what `vllm serve` starts, with vLLM's defaults: compiled, with chunked prefill and a prefix cache, in a
-process that computes nothing while the other does.
+They require a separate environment (created by `make bench-vllm`), so a column is measured by that environment's Python.
+For its own column, plain vLLM is driven step by step, so that a request is created when there is room for it, as for every
+other way. When compared with this project's engine it is configured as by `vllm serve`, with vLLM's defaults: compiled,
+with chunked prefill and a prefix cache, in a process that is idle while the other computes.
 """
 
 import asyncio

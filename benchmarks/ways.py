@@ -1,7 +1,7 @@
-"""Ways to generate the same completions: each a function of the model, the prompts and how many are in flight.
+"""Ways to generate the same completions: each is a function of the model, the prompts and the concurrency.
 
-All are greedy and stop where the model stops; each counts the tokens it really generated, and notes when each request's first
-token was there, counted from the moment the request was made.
+All are greedy and stop where the model stops; each counts the tokens it generated, and records the time from each request's
+creation to its first token.
 """
 
 import math

@@ -1,7 +1,7 @@
-"""Where the time of a vLLM worker goes that captures: a clock around what this project does in it.
+"""Measures how a capturing vLLM worker spends its time, by timing this project's code in it.
 
-These functions run inside the worker, as calls between two of vLLM's steps. They are sent there as they are, which vLLM allows
-if it is told so (`allow_functions`).
+These functions run inside the worker between two of vLLM's steps. They are sent there by pickling, which vLLM permits with
+`allow_functions`.
 """
 
 import os

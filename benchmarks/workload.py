@@ -1,8 +1,8 @@
-"""What every way to generate is given: one model and the same prompts.
+"""The workload of every way to generate: one model and the same prompts.
 
-The prompts are GSM8K problems, each a question in the model's chat template. The model is one that `roentgen serve` takes
-too, or, on a machine without a model hub, one of a real model's shape with random weights: how fast it is does not depend on
-what it says.
+The prompts are GSM8K problems, each a question in the model's chat template. The model is one that `roentgen serve` accepts
+or, on a machine without a model hub, a random model with the shape of a real one, because speed does not depend on the
+output.
 """
 
 import os
