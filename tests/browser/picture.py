@@ -15,7 +15,7 @@ SIZE = (1280, 800)
 
 
 async def take(page: str, sample: str, token: int, file: Path) -> None:
-    """Write a run's tokens, with one of them open, as a PNG.
+    """Write a run's tokens, with what the logit lens reads at one of them, as a PNG.
 
     Args:
         page: the address that `roentgen view` prints.
@@ -31,9 +31,9 @@ async def take(page: str, sample: str, token: int, file: Path) -> None:
     async with running(program) as browser:
         width, height = SIZE
         await browser.show_as(width, "light")
-        metrics = {"width": width, "height": height, "deviceScaleFactor": 2, "mobile": False}
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1.5, "mobile": False}
         await browser.do("Emulation.setDeviceMetricsOverride", **metrics)
-        await browser.open(f"{page}#/run/{run}/sample/{sample}?show=tokens&token={token}")
+        await browser.open(f"{page}#/run/{run}/sample/{sample}?token={token}&map=lens")
         await browser.wait_for("document.querySelector('.inspector .x-cell') && document.querySelector('.t.chosen')")
         await asyncio.sleep(0.5)  # the strip is drawn after the values have come
         file.write_bytes(await browser.picture())
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("run", help="a run with activations and probes")
     parser.add_argument("file", type=Path)
     parser.add_argument("--sample", default="arithmetic_0011")
-    parser.add_argument("--token", type=int, default=190)
+    parser.add_argument("--token", type=int, default=176)
     args = parser.parse_args()
     with viewing([args.run]) as page:
         asyncio.run(take(page, args.sample, args.token, args.file))

@@ -56,7 +56,7 @@ export interface XYProps {
   onPick?: (x: number) => void;
 }
 
-const MARGIN = { left: 50, right: 14, top: 10, bottom: 40 };
+const MARGIN = { left: 50, right: 22, top: 10, bottom: 40 };
 
 export function XY(props: XYProps) {
   const { series, references = [], height = 260, xFormat = short, yFormat = short } = props;

@@ -3,7 +3,7 @@ import { useMemo } from "preact/hooks";
 import { type Overview, type Grid, type Tokens, url } from "../api";
 import { useAsked } from "../ask";
 import { Heat } from "../charts/Heat";
-import { scaleFor } from "../colors";
+import { type Scale, scaleFor } from "../colors";
 import { count, short } from "../format";
 import { tokenText } from "../parts/text";
 import { Problem } from "../parts/ui";
@@ -21,6 +21,9 @@ interface Props {
   /** What the tokens are colored by, which `value` is of. */
   of: string;
 }
+
+/** Of the token that the lens reads. */
+const PROBABILITY: Scale = { kind: "sequential", low: 0, middle: 0, high: 1 };
 
 export function Inspector({ detail, place, turn, position, tokens, map, value, of }: Props) {
   const asked = useAsked<Grid>(url([...place, "token", position], { turn, of: map }));
@@ -41,12 +44,15 @@ export function Inspector({ detail, place, turn, position, tokens, map, value, o
       texts: data.texts ? order.map((index) => data.texts?.[index] ?? []) : null,
     };
   }, [data]);
-  const scale = useMemo(() => scaleFor((turned?.values ?? []).flat(), map === "norm" || map === "lens" ? "size" : "signed", "zero"), [turned, map]);
+  const scale = useMemo<Scale | null>(
+    () => (map === "lens" ? PROBABILITY : scaleFor((turned?.values ?? []).flat(), map === "norm" ? "size" : "signed", "zero")),
+    [turned, map],
+  );
   return (
     <aside class="inspector card" aria-label="Token">
       <header>
         <h2>
-          <span class="t big" dir="auto">{tokenText(tokens.texts[position] ?? "", true)}</span>
+          <span class="t big" dir="auto">{tokenText((tokens.texts[position] ?? "").replaceAll("\n", "↵"), true)}</span>
           <span class="soft"> token {count(position)} of {count(tokens.total)}, id {tokens.ids[position] ?? "?"}</span>
         </h2>
         <button type="button" class="icon" aria-label="Close" title="Close (Esc)" onClick={() => change({ token: null, show: "tokens" })}>×</button>

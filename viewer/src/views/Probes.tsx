@@ -241,7 +241,7 @@ function Traces({ data }: { data: ProbeReport }) {
       x="from the end of the prompt (0) to the end of the answer (1)"
       y="score"
       references={[{ axis: "y", at: 0 }]}
-      series={data.traces.map(({ name, n, x, mean, low, high }, index) => ({ name: n === undefined ? name : `${name} (${count(n)})`, color: index, dashed: index === 0 && data.traces.length > 1, points: x.map((at, step) => ({ x: at, y: mean[step] ?? null, low: low[step] ?? null, high: high[step] ?? null })) }))}
+      series={data.traces.map(({ name, n, x, mean, low, high }, index) => ({ name: n === undefined ? name : `${name} (${count(n)})`, color: index, dashed: index > 0, points: x.map((at, step) => ({ x: at, y: mean[step] ?? null, low: low[step] ?? null, high: high[step] ?? null })) }))}
       xFormat={(x) => fixed(x)}
       numbers={{ head: ["where", ...data.traces.map(({ name }) => name)], rows: (data.traces[0]?.x ?? []).map((at, step) => [fixed(at), ...data.traces.map(({ mean }) => fixed(mean[step]))]) }}
     />
