@@ -135,7 +135,7 @@ class Subscription:
     index: int
     run: int | None
 
-    def show(self, value: Any) -> None:
+    def notify(self, value: Any) -> None:
         """Pass a location's value to the observer.
 
         Errors are reported to the observer, because an exception would end the whole batch's forward.
@@ -172,7 +172,7 @@ class _TapObserver(Cache):
                     f"{subscription.key} runs more than once in a forward, so it has no row per token",
                 )
             elif subscription.run in (None, run):
-                subscription.show(value)
+                subscription.notify(value)
 
 
 def observe(module: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> ObservedModel:

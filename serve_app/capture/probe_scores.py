@@ -177,7 +177,7 @@ class RequestScores:
             length: number of these tokens.
             rows: their rows, by tap.
         """
-        known = _Cohort(self.stacked)
+        known = _ProbeCohort(self.stacked)
         known.want(self, range(length))
         for key, (tap, device) in {one.key: (one.tap, one.linear_probe.mean.device) for one in self.probes}.items():
             if rows[tap].ndim == 2:
@@ -278,7 +278,7 @@ class RequestScores:
         return found
 
 
-class _Cohort:
+class _ProbeCohort:
     """The requests of one forward with the same probes, and their scores."""
 
     def __init__(self, stacked: StackedProbes) -> None:
@@ -335,14 +335,14 @@ class StepScores:
         self._layout = layout
         self._memory = memory
         self.taps: dict[str, Tap] = {}
-        cohorts: dict[StackedProbes, _Cohort] = {}
-        self._of_key: dict[str, list[_Cohort]] = defaultdict(list)
+        cohorts: dict[StackedProbes, _ProbeCohort] = {}
+        self._of_key: dict[str, list[_ProbeCohort]] = defaultdict(list)
         for row, request in enumerate(requests):
             if request is None:
                 continue
             stacked = request.stacked
             if stacked not in cohorts:
-                cohorts[stacked] = _Cohort(stacked)
+                cohorts[stacked] = _ProbeCohort(stacked)
                 for probe in request.probes:
                     self.taps[probe.key] = probe.tap
                 for key in dict.fromkeys(probe.key for probe in request.probes):

@@ -1,7 +1,7 @@
 """Exports the graph of a decoding step: the model's own forward for one new token per row, with the engine's operations in it.
 
 The exported code is the model's code in transformers, run on a model without weights. Linear layers call `linear`, attention
-calls `attend`, and exposed modules call `visit` on their outputs. Masks and rotations are the model's own. A model whose
+calls `attend`, and exposed modules call `observe` on their outputs. Masks and rotations are the model's own. A model whose
 forward cannot be exported (BLOOM's biases need all columns of the keys) raises an error, and runs without a graph.
 """
 
@@ -70,7 +70,7 @@ def export_step(model: PreTrainedModel, parts: GraphParts, *, one_row: bool) -> 
             if weight.is_meta:
                 setattr(module, name, nn.Parameter(torch.empty_like(weight, device="cpu"), requires_grad=False))
     for number, path in enumerate(parts.observed_modules):
-        model.get_submodule(path).register_forward_hook(_shown(number))
+        model.get_submodule(path).register_forward_hook(_observed(number))
     AttentionInterface.register(ATTENTION, _attention)
     AttentionMaskInterface.register(ATTENTION, eager_mask)  # computed once per step, as numbers to add
     model.set_attn_implementation(ATTENTION)
@@ -175,8 +175,8 @@ def _attention(
     return torch.ops.roentgen.attend(query, key, value, attention_mask, module.layer_idx, scaling), None
 
 
-def _shown(number: int) -> Any:
-    def show(module: nn.Module, args: object, output: Any) -> None:
-        torch.ops.roentgen.visit(output[0] if isinstance(output, tuple) else output, number)
+def _observed(number: int) -> Any:
+    def hook(module: nn.Module, args: object, output: Any) -> None:
+        torch.ops.roentgen.observe(output[0] if isinstance(output, tuple) else output, number)
 
-    return show
+    return hook

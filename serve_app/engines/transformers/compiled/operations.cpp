@@ -1,7 +1,7 @@
-// What a compiled decoding step calls: products with packed weights, attention over the cache's slots, and visits of hook points.
+// Operations of a compiled decoding step: products by packed weights, attention over the cache's slots, and calls of observers.
 //
-// The graph passes numbers (of a layer, of a hook point); `bind` sets, for the calling thread, what they refer to. So one graph
-// serves every batch, and several engines in a process do not meet. operations.py declares the shapes and builds this library.
+// The graph passes indices (of a layer, of a module). `bind` sets the objects that they refer to, for the calling thread. So one
+// graph serves every batch, and several engines of one process do not interfere. operations.py declares the shapes.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -19,18 +19,18 @@ namespace {
 
 using Vector = at::vec::Vectorized<float>;
 
-struct Bound {
-  std::vector<at::Tensor> weights;                 // packed, by the number of a linear layer
-  std::vector<std::optional<at::Tensor>> biases;   // by the same number
-  std::vector<at::Tensor> keys, values;            // by layer: [slots, kv_heads, columns, d]
+struct Bindings {
+  std::vector<at::Tensor> weights;                 // packed, per linear layer
+  std::vector<std::optional<at::Tensor>> biases;   // per linear layer
+  std::vector<at::Tensor> keys, values;            // per layer: [slots, kv_heads, columns, d]
   int64_t low, high;                               // columns [low, high) are filled; this step fills `high`
-  std::vector<bool> visited;                       // by the number of a hook point
+  std::vector<bool> observed;                       // per exposed module, whether it is observed
 };
 
-thread_local std::optional<Bound> bound;
+thread_local std::optional<Bindings> bound;
 
-const Bound& here() {
-  TORCH_CHECK(bound.has_value(), "an operation of a compiled step was called outside of one");
+const Bindings& here() {
+  TORCH_CHECK(bound.has_value(), "an operation of a compiled step was called outside of a step");
   return *bound;
 }
 
@@ -41,11 +41,11 @@ void bind(
     std::vector<at::Tensor> values,
     int64_t low,
     int64_t high,
-    std::vector<int64_t> visited,
-    int64_t hook_points) {
-  std::vector<bool> flags(hook_points, false);
-  for (int64_t place : visited) flags.at(place) = true;
-  bound = Bound{std::move(weights), biases.vec(), std::move(keys), std::move(values), low, high, std::move(flags)};
+    std::vector<int64_t> observed,
+    int64_t modules) {
+  std::vector<bool> flags(modules, false);
+  for (int64_t index : observed) flags.at(index) = true;
+  bound = Bindings{std::move(weights), biases.vec(), std::move(keys), std::move(values), low, high, std::move(flags)};
 }
 
 void release() { bound.reset(); }
@@ -56,11 +56,11 @@ at::Tensor linear(const at::Tensor& rows, int64_t number, int64_t outputs) {
       c10::List<std::optional<at::Scalar>>, std::optional<c10::string_view>);
   static const auto multiply =
       c10::Dispatcher::singleton().findSchemaOrThrow("mkldnn::_linear_pointwise", "").typed<Multiply>();
-  const Bound& step = here();
+  const Bindings& step = here();
   return multiply.call(rows, step.weights.at(number), step.biases.at(number), "none", c10::List<std::optional<at::Scalar>>(), "");
 }
 
-// The least multiple of a vector's size.
+// The size, rounded up to a multiple of a vector's size.
 int64_t padded(int64_t size) { return (size + Vector::size() - 1) / Vector::size() * Vector::size(); }
 
 Vector load(const float* source) { return Vector::loadu(source); }
@@ -95,7 +95,7 @@ void weighted_sum(const float* weights, const T* values, int64_t d, int64_t colu
   for (int n = 0; n < N; ++n) sums[n].store(output + n * Vector::size());
 }
 
-// scores = softmax(scores), of a padded buffer of which `size` numbers count.
+// scores = softmax(scores), over the first `size` numbers of a padded buffer.
 void softmax(float* scores, int64_t size) {
   std::fill(scores + size, scores + padded(size), -std::numeric_limits<float>::infinity());
   Vector largest = load(scores);
@@ -112,7 +112,7 @@ void softmax(float* scores, int64_t size) {
   for (int64_t i = 0; i < size; i += Vector::size()) (load(scores + i) / sum).store(scores + i);
 }
 
-// One query head, over the columns that it sees.
+// Attention of one query head over its visible columns.
 template <typename T>
 void attend_head(
     const T* query, const T* keys, const T* values, const T* mask, T* output,
@@ -145,7 +145,7 @@ void attend_typed(
   const int64_t d = key.size(3), d_value = value.size(3), columns = high + 1 - low, slab = keys.size(2);
   const T* masks = mask.const_data_ptr<T>();
   const float open = static_cast<float>(std::numeric_limits<T>::lowest()) / 2;
-  std::vector<int64_t> first(rows);  // what lies before a row's first visible column is not read
+  std::vector<int64_t> first(rows);  // columns before a row's first visible one are not read
   for (int64_t row = 0; row < rows; ++row)
     while (first[row] < columns - 1 && static_cast<float>(masks[row * columns + first[row]]) <= open) ++first[row];
   const int64_t work = group * columns * (d + d_value), grain = std::max<int64_t>(1, 16384 / work);
@@ -169,7 +169,7 @@ void attend_typed(
 at::Tensor attend(
     const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const at::Tensor& mask, int64_t layer,
     double scaling) {
-  const Bound& step = here();
+  const Bindings& step = here();
   const at::Tensor &keys = step.keys.at(layer), &values = step.values.at(layer);
   const auto type = query.scalar_type();
   TORCH_CHECK(
@@ -194,23 +194,23 @@ at::Tensor attend(
   return output;
 }
 
-void visit(at::Tensor& value, int64_t place) {
-  static const auto show =
-      c10::Dispatcher::singleton().findSchemaOrThrow("roentgen::show", "").typed<void(at::Tensor&, int64_t)>();
-  if (here().visited.at(place)) show.call(value, place);
+void observe(at::Tensor& value, int64_t index) {
+  static const auto notify =
+      c10::Dispatcher::singleton().findSchemaOrThrow("roentgen::notify", "").typed<void(at::Tensor&, int64_t)>();
+  if (here().observed.at(index)) notify.call(value, index);
 }
 
 }  // namespace
 
 TORCH_LIBRARY(roentgen, library) {
   library.def(
-      "bind(Tensor[] weights, Tensor?[] biases, Tensor[] keys, Tensor[] values, int low, int high, int[] visited, "
-      "int hook_points) -> ()");
+      "bind(Tensor[] weights, Tensor?[] biases, Tensor[] keys, Tensor[] values, int low, int high, int[] observed, "
+      "int modules) -> ()");
   library.def("release() -> ()");
   library.def("linear(Tensor rows, SymInt number, SymInt outputs) -> Tensor");
   library.def("attend(Tensor query, Tensor key, Tensor value, Tensor mask, SymInt layer, float scaling) -> Tensor");
-  library.def("visit(Tensor(a!) value, SymInt place) -> ()");
-  library.def("show(Tensor(a!) value, int place) -> ()");  // implemented in operations.py
+  library.def("observe(Tensor(a!) value, SymInt index) -> ()");
+  library.def("notify(Tensor(a!) value, int index) -> ()");  // implemented in operations.py
   library.impl("bind", torch::CppFunction::makeFromUnboxedFunction(&bind));
   library.impl("release", torch::CppFunction::makeFromUnboxedFunction(&release));
 }
@@ -218,5 +218,5 @@ TORCH_LIBRARY(roentgen, library) {
 TORCH_LIBRARY_IMPL(roentgen, CPU, library) {
   library.impl("linear", &linear);
   library.impl("attend", &attend);
-  library.impl("visit", &visit);
+  library.impl("observe", &observe);
 }

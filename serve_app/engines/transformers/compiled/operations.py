@@ -1,6 +1,6 @@
 """PyTorch operations that a compiled graph calls and the engine implements; the graph passes indices, not objects.
 
-`linear` multiplies by a packed weight. `attend` writes a layer's new keys and values and attends over all of them. `visit`
+`linear` multiplies by a packed weight. `attend` writes a layer's new keys and values and attends over all of them. `observe`
 passes a value to its observers, which may add to it in place. They are in C++ (operations.cpp): a step calls hundreds of them,
 and a Python call takes about as long as a small product. The process that compiles the graphs builds the operations too.
 
@@ -35,7 +35,7 @@ class StepBindings:
     """Per linear layer, its packed weight and its bias."""
     slots: Slots
     """The keys and values of the running batch."""
-    hook_points: int
+    modules: int
     """Number of modules whose outputs the graph exposes."""
     callbacks: Mapping[int, Callable[[Tensor], None]]
     """Per index of an exposed module, the callback that receives its output."""
@@ -68,7 +68,7 @@ def bind(step: StepBindings) -> Iterator[None]:
             step.slots.low,
             step.slots.high,
             list(step.callbacks),
-            step.hook_points,
+            step.modules,
         )
         yield
     except RuntimeError:
@@ -81,10 +81,10 @@ def bind(step: StepBindings) -> Iterator[None]:
         _thread.bound = None
 
 
-def _show(value: Tensor, place: int) -> None:
+def _notify(value: Tensor, index: int) -> None:
     assert _thread.bound is not None
     try:
-        _thread.bound.callbacks[place](value)
+        _thread.bound.callbacks[index](value)
     except BaseException as error:
         _thread.bound.failures.append(error)
         raise
@@ -104,10 +104,10 @@ def load(library: Path) -> None:
         library: the file that `library_file` returns.
     """
     torch.ops.load_library(library)
-    torch.library.impl(f"{NAMESPACE}::show", "CPU", _show)
+    torch.library.impl(f"{NAMESPACE}::notify", "CPU", _notify)
     torch.library.register_fake(f"{NAMESPACE}::linear", _linear_shape)
     torch.library.register_fake(f"{NAMESPACE}::attend", _attend_shape)
-    torch.library.register_fake(f"{NAMESPACE}::visit", lambda value, place: None)
+    torch.library.register_fake(f"{NAMESPACE}::observe", lambda value, index: None)
 
 
 def _linear_shape(rows: Tensor, number: int, outputs: int) -> Tensor:

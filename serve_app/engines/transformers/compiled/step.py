@@ -118,10 +118,10 @@ class CompiledStep:
                 subscriptions.setdefault(self.observed_modules[tap.module], []).append(
                     Subscription(observer, key, 0, None)
                 )
-        looks = {place: _show_all(found) for place, found in subscriptions.items()}
+        callbacks = {index: _notify_all(found) for index, found in subscriptions.items()}
         graph = self.graphs[len(inputs.tokens) == 1]
         linears = [(one.packed, one.bias) for one in self.linears]
-        with bind(StepBindings(linears, slots_of(inputs.cache), len(self.observed_modules), looks)):
+        with bind(StepBindings(linears, slots_of(inputs.cache), len(self.observed_modules), callbacks)):
             # The graph assumes the memory layout of the inputs that it was compiled with.
             logits: Tensor = graph(*(one.contiguous() for one in (inputs.tokens, inputs.mask, inputs.positions)))
         return logits
@@ -145,12 +145,12 @@ class CompiledStep:
                     raise NotCompilableError(f"{name or 'the logits'} of {len(lengths)} rows differ by {error:.2g}")
 
 
-def _show_all(subscriptions: list[Subscription]) -> Any:
-    def look(value: Tensor) -> None:
+def _notify_all(subscriptions: list[Subscription]) -> Any:
+    def notify(value: Tensor) -> None:
         for subscription in subscriptions:
-            subscription.show(value)
+            subscription.notify(value)
 
-    return look
+    return notify
 
 
 class _ValueRecorder:
