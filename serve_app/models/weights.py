@@ -334,5 +334,5 @@ def _log_cast(path: str, name: str, computed_in: Any) -> None:
         name,
         " and ".join(others),
         wanted,
-        ", which keeps less of them" if loses else "",
+        ", which loses precision" if loses else "",
     )

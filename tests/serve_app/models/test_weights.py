@@ -232,7 +232,7 @@ def test_a_cast_that_loses_something_is_logged(whole: Path, caplog: pytest.LogCa
     read_module(str(whole), "whole", dtype=torch.float32)
     assert not caplog.messages
     read_module(str(whole), "whole", dtype=torch.bfloat16)
-    assert caplog.messages == ["whole: weights stored in float32 are computed in bfloat16, which keeps less of them"]
+    assert caplog.messages == ["whole: weights stored in float32 are computed in bfloat16, which loses precision"]
 
 
 def test_the_store_never_sees_a_random_layer(whole: Path, tmp_path: Path) -> None:

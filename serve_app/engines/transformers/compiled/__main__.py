@@ -99,7 +99,7 @@ def without_weights(folder: Path, dtype: torch.dtype, parts: GraphParts) -> PreT
         model: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
     if (found := parts_of(model, parts.observed_modules)) != parts:
         raise NotCompilableError(
-            f"its configuration gives another model ({found.architecture}) than {parts.architecture}"
+            f"its configuration builds another model ({found.architecture}) than {parts.architecture}"
         )
     return model.eval()
 
