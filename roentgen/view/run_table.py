@@ -178,7 +178,7 @@ class RunTable(Table):
             cursor.unregister("batch")
 
     def _containing(self, text: str) -> tuple[str, list[Any]]:
-        there = "contains(lower(question), lower(?)) OR contains(lower(response), lower(?))"
+        there = "regexp_matches(question, regexp_escape(?), 'i') OR regexp_matches(response, regexp_escape(?), 'i')"
         return f"line_start IN (SELECT line_start FROM lines WHERE {there})", [text, text]
 
 

@@ -1,7 +1,7 @@
 """The rollouts of a session as a table, taken from its index files, each once: they never change.
 
 Of an index file the light columns come along, and where in the file each row is, so that one rollout's tokens and text are read
-by themselves. Texts are copied when they are searched for the first time.
+by itself. Texts stay in the files and are searched there.
 """
 
 from collections.abc import Collection
@@ -11,34 +11,47 @@ from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from roentgen.atomic_files import atomic_write, make_folder
 from roentgen.contract import labels_to_json
 from roentgen.store import Session, StoreError
 from roentgen.store.index import ROW_GROUP, IndexFile, read_index
 from roentgen.store.labels import label_files, read_label_file
 from roentgen.store.reader import LOCATION
 from roentgen.store.shards import READS_AT_ONCE
+from roentgen.store.storage_backends import LocalFolder
 from roentgen.view.table import Field, Table
 
 _TAKEN = (*LOCATION, "created", "labels", "finish_reason")
 _TABLES = """
 CREATE TABLE IF NOT EXISTS files (id INTEGER PRIMARY KEY, name VARCHAR, replaces VARCHAR[]);
 CREATE TABLE IF NOT EXISTS added (name VARCHAR, rollout_id VARCHAR, labels VARCHAR);
-CREATE TABLE IF NOT EXISTS texts (file INTEGER, row INTEGER, text VARCHAR);
 CREATE TABLE IF NOT EXISTS samples (place INTEGER, file INTEGER, row INTEGER, sample_id VARCHAR, config_hash VARCHAR,
     problem VARCHAR, epoch INTEGER, turn INTEGER, shard VARCHAR, row_start BIGINT, row_stop BIGINT, prompt_tokens INTEGER,
     completion_tokens INTEGER, created TIMESTAMPTZ, finish_reason VARCHAR, labels JSON);
 """
 _COPIED = """
-SELECT file, row, rollout_id AS sample_id, config_hash, problem_id AS problem, epoch, turn, shard, row_start, row_stop,
+SELECT place, file, row, rollout_id AS sample_id, config_hash, problem_id AS problem, epoch, turn, shard, row_start, row_stop,
     n_prompt AS prompt_tokens, n_completion AS completion_tokens, created, finish_reason,
     CAST(labels AS JSON) AS labels FROM batch
 """
 _RETRIED = """
-DELETE FROM samples WHERE (file, row) IN (SELECT (file, row) FROM samples QUALIFY
-    row_number() OVER (PARTITION BY sample_id ORDER BY file DESC) > 1 OR (config_hash IS NOT NULL AND
-    row_number() OVER (PARTITION BY config_hash, problem, epoch, turn ORDER BY sample_id DESC, file DESC) > 1))
+DELETE FROM samples WHERE (file, row) IN (SELECT (file, row) FROM (
+    SELECT * FROM samples SEMI JOIN (
+        SELECT hash(coalesce(config_hash, sample_id), problem, epoch, turn) AS key FROM samples GROUP BY key HAVING count(*) > 1
+    ) AS several ON hash(coalesce(config_hash, sample_id), problem, epoch, turn) = key)
+    QUALIFY row_number() OVER (PARTITION BY coalesce(config_hash, sample_id), problem, epoch, turn
+        ORDER BY sample_id DESC, file DESC) > 1)
+"""
+_CONTAINING = """
+(file, row) IN (SELECT (id, file_row_number) FROM read_parquet(?, filename = true, file_row_number = true) AS texts
+    JOIN files ON parse_filename(texts.filename) = files.name WHERE regexp_matches(text, regexp_escape(?), 'i'))
+"""
+_RENUMBERED = """
+CREATE OR REPLACE TABLE samples AS
+SELECT * REPLACE (CAST(row_number() OVER (ORDER BY sample_id) - 1 AS INTEGER) AS place) FROM samples
 """
 _LABELED = """
 UPDATE samples SET labels = json_merge_patch(samples.labels, patch) FROM (
@@ -116,53 +129,54 @@ class SessionTable(Table):
         self.query(_TABLES)
 
     def _update(self) -> bool:
-        place = self.session.folder
-        there = [entry.name for entry in place.child("index").entries()]
+        folder = self.session.folder
+        there = [entry.name for entry in folder.child("index").entries()]
         there = [name for name in there if name.endswith(".parquet") and not name.startswith(".")]
         known = {name: number for number, name in self.query("SELECT id, name FROM files").fetchall()}
-        labels = set(label_files(place)) - {
+        labels = set(label_files(folder)) - {
             name for (name,) in self.query("SELECT DISTINCT name FROM added").fetchall()
         }
-        new = [name for name in there if name not in known]
-        gone = set(known) - set(there)
+        new, gone = [name for name in there if name not in known], sorted(set(known) - set(there))
         if not (new or gone or labels):
             return False
         cursor = self._database.cursor()
         cursor.begin()
         first = max(known.values(), default=-1) + 1
-        numbers = {name: first + number for number, name in enumerate(new)}
-        files = list(self._read(new))
-        for file in files:
-            cursor.execute("INSERT INTO files VALUES (?, ?, ?)", [numbers[file.name], file.name, sorted(file.replaces)])
-        cursor.execute("DELETE FROM files WHERE list_contains(?, name)", [sorted(gone)])
-        cursor.execute("DELETE FROM samples WHERE file NOT IN (SELECT id FROM files)")
-        cursor.execute("DELETE FROM texts WHERE file NOT IN (SELECT id FROM files)")
+        files = sorted(self._read(new), key=lambda file: _first(file.table))
+        for number, file in enumerate(files, first):
+            cursor.execute("INSERT INTO files VALUES (?, ?, ?)", [number, file.name, sorted(file.replaces)])
+        cursor.execute("DELETE FROM files WHERE list_contains(?, name)", [gone])
         replaced = {name for (name,) in cursor.execute("SELECT unnest(replaces) FROM files").fetchall()}
-        cursor.execute(
-            "DELETE FROM samples WHERE file IN (SELECT id FROM files WHERE list_contains(?, name))", [sorted(replaced)]
-        )
-        tables = [_numbered(file, numbers[file.name]) for file in files if file.name not in replaced]
+        if gone or replaced:
+            cursor.execute(
+                "DELETE FROM samples WHERE file NOT IN (SELECT id FROM files WHERE NOT list_contains(?, name))",
+                [sorted(replaced)],
+            )
+        ((latest, place),) = cursor.execute("SELECT max(sample_id), max(place) FROM samples").fetchall()
+        tables = [
+            _numbered(file, number)
+            for number, file in enumerate(files, first)
+            if file.name not in replaced and len(file.table)
+        ]
+        in_order = latest is None or not tables or _first(tables[0]) >= latest
         if tables:
-            cursor.register("batch", pa.concat_tables(tables).unify_dictionaries())
+            batch = pa.concat_tables(tables).unify_dictionaries()
+            places = np.arange(len(batch), dtype=np.int32) + np.int32(-1 if place is None else place) + np.int32(1)
+            cursor.register("batch", batch.append_column("place", pa.array(places)))
+            del files, tables, batch
             cursor.execute(f"INSERT INTO samples BY NAME {_COPIED}")
             cursor.unregister("batch")
         for name in sorted(labels):
-            found = read_label_file(place, name)
+            found = read_label_file(folder, name)
             rows = pa.table({"i": list(found), "l": [labels_to_json(dict(one)) for one in found.values()]})
             cursor.register("batch", rows)
             cursor.execute("INSERT INTO added SELECT ?, i, l FROM batch", [name])
             cursor.unregister("batch")
-        if cursor.execute(
-            "SELECT count(*) > count(DISTINCT sample_id) OR count(config_hash) > "
-            "count(DISTINCT (config_hash, problem, epoch, turn)) FILTER (config_hash IS NOT NULL) FROM samples"
-        ).fetchone() == (True,):
-            cursor.execute(_RETRIED)
-        if cursor.execute("SELECT count(*) FROM added").fetchone() != (0,):
+        cursor.execute(_RETRIED)
+        if labels or (new and cursor.execute("SELECT count(*) FROM added").fetchall() != [(0,)]):
             cursor.execute(_LABELED)
-        cursor.execute(
-            "CREATE OR REPLACE TABLE samples AS SELECT * REPLACE "
-            "(CAST(row_number() OVER (ORDER BY sample_id) - 1 AS INTEGER) AS place) FROM samples"
-        )
+        if not in_order:  # a merge has put old rollouts into a new file
+            cursor.execute(_RENUMBERED)
         cursor.commit()
         return True
 
@@ -181,27 +195,28 @@ class SessionTable(Table):
             return [file for file in pool.map(read, names) if file is not None]
 
     def _containing(self, text: str) -> tuple[str, list[Any]]:
-        self._copy_texts()
-        return "(file, row) IN (SELECT (file, row) FROM texts WHERE contains(lower(text), lower(?)))", [text]
+        named = self.query("SELECT name FROM files WHERE id IN (SELECT file FROM samples)").fetchall()
+        return _CONTAINING, [[str(self._texts(name)) for (name,) in named], text]
 
-    def _copy_texts(self) -> None:
-        lacking = self.query(
-            "SELECT id, name FROM files WHERE id IN (SELECT file FROM samples) AND id NOT IN (SELECT file FROM texts)"
-        ).fetchall()
+    def _texts(self, name: str) -> Path:
+        """Return a parquet file on this machine that has an index file's texts: itself, or a copy of one in a bucket."""
         folder = self.session.folder.child("index")
-        for number, name in lacking:
-            cursor = self._database.cursor()
-            with folder.open_arrow(name) as opened:
-                row = 0
-                for batch in pq.ParquetFile(opened).iter_batches(ROW_GROUP, columns=["text"]):
-                    rows = np.arange(row, row + len(batch), dtype=np.int32)
-                    cursor.register("batch", pa.table({"row": rows, "text": batch.column(0)}))
-                    cursor.execute("INSERT INTO texts SELECT ?, row, text FROM batch", [number])
-                    cursor.unregister("batch")
-                    row += len(batch)
+        if isinstance(folder, LocalFolder):
+            return folder.path / name
+        copy = self._file.with_suffix("") / name
+        if not copy.exists():
+            make_folder(copy.parent)
+            with folder.open_arrow(name) as opened, atomic_write(copy) as temporary:
+                pq.write_table(pq.read_table(opened, columns=["text"]), temporary, row_group_size=ROW_GROUP)
+        return copy
+
+
+def _first(table: pa.Table) -> str:
+    """Return the id of the first rollout of an index file, by which files are put in order of time."""
+    return str(pc.min(table.column("rollout_id")).as_py() or "")
 
 
 def _numbered(file: IndexFile, number: int) -> pa.Table:
-    table = file.table
-    rows = np.arange(len(table), dtype=np.int32)
-    return table.append_column("row", pa.array(rows)).append_column("file", pa.array(np.full_like(rows, number)))
+    """Return the rows of a file, with its number and theirs in it."""
+    rows = np.arange(len(file.table), dtype=np.int32)
+    return file.table.append_column("row", pa.array(rows)).append_column("file", pa.array(np.full_like(rows, number)))

@@ -1,8 +1,8 @@
 """The samples of a source as a table in DuckDB: what lists, filters, sorts and histograms are answered from.
 
-A table has a row per sample, numbered (`place`) in the order in which the source has them, and only light columns; subclasses
-fill it from what is new in the files (`refresh`). Texts are beside it, for searching. It is a file in the cache folder, so that
-the next start finds it filled; where another process holds that file, this one fills a table of its own in memory.
+A table has a row per sample, with a number (`place`) by the order in which the source has them, and only light columns;
+subclasses fill it from what is new in the files (`refresh`). It is a file in the cache folder, so that the next start finds it
+filled; where another process holds that file, this one fills a table of its own in memory.
 
 A list that was filtered or sorted is kept as the places that it has, four bytes a sample, so that scrolling through it is
 looking up some rows.
@@ -26,7 +26,7 @@ from roentgen.view.schemas import Column, ColumnType, Histogram, Page, Series
 
 VERSION = 1
 """Of the tables; those of another are made anew."""
-MEMORY = "384MB"
+MEMORY = "192MB"
 """What DuckDB may hold at once; beyond, it uses the disk."""
 MOST_VALUES = 50
 """A column of texts with at most so many is one of categories."""
@@ -67,6 +67,7 @@ class Table(ABC):
         Args:
             file: in the cache folder.
         """
+        self._file = file
         self._database = _open(file)
         self._lock = threading.RLock()
         self._lists: OrderedDict[tuple[str, str, str], Int[np.ndarray, "matches"]] = OrderedDict()
@@ -224,8 +225,6 @@ class Table(ABC):
 
     def _find(self, where: str, sort: str, q: str) -> Int[np.ndarray, "matches"]:
         condition, parameters = self._condition(where, q)
-        if not (where or sort or q):
-            return np.arange(self.count(), dtype=np.int32)
         order = "place"
         if sort:
             sql = self._field(sort.removeprefix("-")).sql
