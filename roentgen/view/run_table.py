@@ -98,7 +98,7 @@ class RunTable(Table):
             return None
         with open(self.run.record_path, "rb") as file:
             file.seek(found[1])
-            return int(found[0]), Sample.model_validate_json(file.read(found[2]))
+            return int(found[0]), Sample.model_validate_json(_readable(file.read(found[2])))
 
     def _create(self) -> None:
         self.query(
@@ -214,5 +214,8 @@ def _readable(line: bytes) -> str:
     """Return a line as JSON that every parser takes."""
     if not _HALF.search(line):
         return line.decode(errors="replace")
-    whole = json.dumps(json.loads(line), ensure_ascii=False)
+    try:
+        whole = json.dumps(json.loads(line), ensure_ascii=False)
+    except ValueError:  # for DuckDB to refuse, with its reason
+        return line.decode(errors="replace")
     return whole.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

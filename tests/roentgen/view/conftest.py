@@ -77,7 +77,7 @@ def ask(run: Run) -> Ask:
     return asker(run.path, run.path / "activations")
 
 
-def asker(*addresses: Path) -> Ask:
+def asker(*addresses: Path | str) -> Ask:
     """Return what asks a page over some addresses."""
     client = TestClient(make_app(Library(map(str, addresses)), lambda: [TOKEN]), base_url="http://127.0.0.1:8000")
 
