@@ -1,8 +1,8 @@
-"""A small OpenAI-shaped server over real HTTP, whose speed and faults a test can set.
+"""A stand-in for an OpenAI-compatible server over real HTTP, with speed and faults set by tests.
 
-It answers arithmetic correctly, after calling what `calls` says turn by turn, and keeps what it was asked. A fault belongs to a
-question and is used up by meeting it, so that a test can say "429 twice, then fine"; `KILL` ends the process that sent the
-request, in the middle of it.
+It answers arithmetic correctly, after the tool calls in `calls`, one turn each, and records the requests. A fault belongs
+to a question and is consumed when it occurs, so that a test can specify "429 twice, then success"; `KILL` kills the process
+that sent the request in the middle of it.
 """
 
 import json
@@ -36,7 +36,7 @@ class Fault:
 
 @dataclass
 class StandIn:
-    """What the server does, and what it saw."""
+    """The server's behavior and its recorded requests."""
 
     base_url: str = ""
     latency: float = 0.0
@@ -67,7 +67,7 @@ class StandIn:
 
 
 def question_of(body: dict[str, Any]) -> str:
-    """What comes after the last "Problem:" of the last message; a tool's answer, if that is a tool's."""
+    """The text after the last "Problem:" of the last message, or a tool's answer."""
     return str(body["messages"][-1]["content"]).rpartition("Problem: ")[2]
 
 
@@ -210,7 +210,7 @@ def wire_call(call_id: str, name: str, arguments: str) -> dict[str, Any]:
 
 
 def kill_process_behind(port: int) -> None:
-    """Kill the process whose end of the connection has this port."""
+    """Kill the process at this port of the connection."""
     for connection in psutil.net_connections("tcp"):
         if connection.laddr and connection.laddr.port == port and connection.pid not in (None, os.getpid()):
             os.kill(connection.pid, signal.SIGKILL)

@@ -1,4 +1,4 @@
-"""Several addresses of one server: taken in turn, lost ones passed by; over real sockets."""
+"""Several addresses of one server are used in turn and lost ones skipped, over real sockets."""
 
 import socket
 

@@ -1,4 +1,4 @@
-"""The default way of reading: many ways of writing an answer, each with what a careful reader would read."""
+"""The default extractor: many ways of writing an answer, each with the reading of a careful human."""
 
 import random
 import time
@@ -511,7 +511,7 @@ STYLES = [
 
 
 def spelled(value: Decimal) -> list[str]:
-    """Spellings of a number that leave no doubt."""
+    """Unambiguous notations of a number."""
     plain = f"{value:f}"
     grouped = f"{value:,f}"
     spellings = [plain, plain.replace("-", "\u2212"), grouped, grouped.replace(",", "{,}"), grouped.replace(",", "'")]

@@ -1,4 +1,4 @@
-"""The calculator: right where Python's own numbers say so, and bounded whatever a model writes."""
+"""The calculator: correct against Python's own numbers, and bounded for any input."""
 
 import time
 from fractions import Fraction

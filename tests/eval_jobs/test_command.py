@@ -1,4 +1,4 @@
-"""The command line: one clear line for what a person can get wrong, and the right exit code."""
+"""The command line: a one-line message for each user error, and the right exit code."""
 
 import subprocess
 import sys

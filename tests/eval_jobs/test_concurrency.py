@@ -1,4 +1,4 @@
-"""The climbing limit against simulated servers, on a clock of their own."""
+"""The adaptive limit against simulated servers with a simulated clock."""
 
 import random
 

@@ -1,4 +1,4 @@
-"""Whole evaluations on a real local Ray: recorded once, continued after anything, stopped in clear words."""
+"""Complete evaluations on a real local Ray: recorded once, continued after any interruption, stopped with clear messages."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def _work_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def evaluate(server: StandIn, **values: Any) -> tuple[Run, str]:
-    """Run an evaluation; return the run and what was shown."""
+    """Run an evaluation; return the run and its output."""
     settings = check_settings(**{"output": "run", "parallel": 4, "samples": 12, **values})
     shown = io.StringIO()
     problems = take(settings.problems, settings.samples)
@@ -277,7 +277,7 @@ def test_two_drivers_do_not_share_a_run(server: StandIn) -> None:
 
 
 def test_two_at_once_in_threads_have_a_run_each(server: StandIn) -> None:
-    """Both make up their folder's name, in one second; and a thread gets no signals."""
+    """Both runs generate their folder's name within one second, and threads receive no signals."""
     with ThreadPoolExecutor(2) as pool:
         both = [pool.submit(evaluate, server, output=None, temperature=warm) for warm in (0.0, 0.7)]
         runs = [done.result()[0] for done in both]
@@ -303,7 +303,7 @@ def test_a_signal_waits_for_the_driver_to_look_up_and_a_second_one_does_not() ->
 def test_a_driver_stopped_half_way_is_continued(
     server: StandIn, local_ray: str, tmp_path: Path, signal_number: int
 ) -> None:
-    """The command itself, on the cluster it is told of; killed or interrupted, then started again."""
+    """The command itself on a given cluster; killed or interrupted, then started again."""
     server.latency = 0.15
     command = [
         sys.executable,

@@ -1,4 +1,4 @@
-"""The server is asked before anything runs: wrong addresses, keys and names cost seconds, in clear words."""
+"""The server is queried before anything runs: wrong addresses, keys and names fail within seconds with clear messages."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""Evaluations with problems, prompts and scorers of one's own, on a real Ray: functions travel, and a run knows them again."""
+"""Evaluations with custom problems, prompts and scorers on a real Ray: functions are pickled, and a run recognizes them
+later."""
 
 import asyncio
 import json
@@ -45,7 +46,7 @@ def sometimes(output, problem):
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """Another working directory than the tasks have, with a problem set and scorers."""
+    """A working directory that the tasks do not have, with a problem set and scorers."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "scorers_under_test.py").write_text(f"import asyncio\n{SCORERS}")
@@ -60,7 +61,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def forget(before: set[str]) -> None:
-    """Forget modules, as another process would not have them."""
+    """Unload modules, as in another process."""
     for name in set(sys.modules) - before:
         del sys.modules[name]
 

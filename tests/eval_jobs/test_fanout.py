@@ -59,7 +59,7 @@ def test_a_problem_s_attempts_are_dealt_together(problems: list[Problem], taken:
 
 
 def test_slices_stay_even_where_problems_lack_different_numbers_of_attempts(problems: list[Problem]) -> None:
-    """As in a run that is continued, or grows."""
+    """As in a continued or extended run."""
     attempts = [
         Attempt(problem, PLAIN, epoch) for n, problem in enumerate(problems) for epoch in range(1, 2 + 6 * (n % 2))
     ]

@@ -1,4 +1,4 @@
-"""A run that has grown is the run that would have been made at that size, and only what is new is asked."""
+"""An extended run equals a run created at that size, and only new attempts are made."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,7 +34,7 @@ def _work_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def opened(output: Path, **values: Any) -> tuple[Run, list[Attempt]]:
-    """A run as an evaluation opens it, written down, and what it is to do."""
+    """A run as opened by an evaluation, written to disk, and its attempts."""
     settings = check_settings(output=output, **values)
     problems = take(settings.problems, settings.samples)
     run = open_run(settings, problems, SERVED, "http://h:1/v1")

@@ -1,4 +1,4 @@
-"""What the configuration's hash covers."""
+"""The coverage of the configuration hash."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -43,7 +43,7 @@ def test_the_hash_covers_what_changes_the_model_s_work(values: dict[str, Any]) -
 
 
 def test_rows_that_are_not_finite_are_asked_for_only_if_they_are_wanted() -> None:
-    """A run from before the option has the hash that it had."""
+    """Runs from before the option existed keep their hash."""
     usual = check_settings(collect_activations=True).capture or {}
     assert set(usual) == {"layers", "hook_points", "positions"}
     allowing = check_settings(collect_activations=True, allow_non_finite=True).capture

@@ -1,4 +1,4 @@
-"""A run as inspect_ai's log: what the archive holds. That inspect_ai reads it is in tests/clients."""
+"""The contents of a run exported as an inspect_ai log. tests/clients checks that inspect_ai reads it."""
 
 import json
 from pathlib import Path
@@ -15,7 +15,7 @@ from tests.eval_jobs.test_summary import make
 
 
 def export(run: Run, folder: Path) -> dict[str, Any]:
-    """Write the log; return the archive's files, read."""
+    """Write the log; return the parsed files of the archive."""
     write_inspect_log(run, folder / "log.eval")
     with ZipFile(folder / "log.eval") as archive:
         assert archive.testzip() is None

@@ -1,4 +1,4 @@
-"""Files made from the record, and a summary recounted by hand."""
+"""Files derived from the record, and a summary recounted by hand."""
 
 import json
 from pathlib import Path

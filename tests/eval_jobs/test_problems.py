@@ -1,4 +1,4 @@
-"""Problems: the same i-th problem always, and a broken file named by its line."""
+"""Problems: the i-th problem is always the same, and errors in files name the line."""
 
 from pathlib import Path
 

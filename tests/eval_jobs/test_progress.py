@@ -1,4 +1,4 @@
-"""What is shown while no sample has finished, and what the server is asked for it."""
+"""The display before a sample has finished, and the server's token count behind it."""
 
 import io
 import time
@@ -54,7 +54,7 @@ def test_a_server_that_says_nothing_leaves_the_clock(monkeypatch: pytest.MonkeyP
 
 
 def test_roentgen_s_own_metrics_are_read(server: StandIn) -> None:
-    """By the very text that the server's registry writes."""
+    """With the exact text that the server's registry writes."""
     metrics = Metrics()
     counter = ServerTokenCounter(Endpoint(server.base_url))
     server.metrics = metrics.text(

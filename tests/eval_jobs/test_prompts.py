@@ -78,7 +78,7 @@ def test_fixed_shots_are_the_first_of_the_prompts_own() -> None:
 
 
 def test_no_shot_has_the_answer() -> None:
-    """As where problems are taken from the set that shots are taken from."""
+    """As when problems come from the set that shots are drawn from."""
     one = replace(GSM8K_COT, fixed_shots=(Shot("1 + 1?", "The answer is 2."), Shot("1 + 2?", "The answer is 3.")))
     for posed in (replace(PROBLEM, shots=(), question="1 + 2?"), replace(PROBLEM, question="1 + 2?")):
         said = [message["content"] for message in one.messages(posed)]

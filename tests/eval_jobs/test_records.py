@@ -1,4 +1,4 @@
-"""Records of all sorts become problems, and a wrong one is named."""
+"""All kinds of records become problems, and errors name the record."""
 
 import json
 from datetime import date

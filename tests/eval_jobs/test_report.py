@@ -1,4 +1,4 @@
-"""The page: well formed, self-contained, escaped, and saying what the summary says."""
+"""The report page: well formed, self-contained, escaped, and consistent with the summary."""
 
 import json
 from html.parser import HTMLParser
@@ -71,7 +71,7 @@ class Page(HTMLParser):
         return " ".join(self.text.split())
 
     def check_parts(self) -> None:
-        """Check what people who do not see the page are told of it."""
+        """Check the accessibility of the page."""
         assert self.unnamed == []
         assert self.tags.count("table") == self.tags.count("caption")
         assert self.headings[0] == 1

@@ -1,4 +1,4 @@
-"""The run directory: made, found again, and never shared by two configurations."""
+"""The run directory: created, found again, and never shared by two configurations."""
 
 from pathlib import Path
 from typing import Any

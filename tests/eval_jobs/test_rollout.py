@@ -1,4 +1,4 @@
-"""One problem against a real HTTP server: what is sent, what is scored, and whose fault a failure is."""
+"""One problem against a real HTTP server: the requests, the scores, and the classification of failures."""
 
 from dataclasses import replace
 from typing import Any

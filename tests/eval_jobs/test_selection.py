@@ -1,4 +1,4 @@
-"""Which problems are taken, and the shots they are shown with."""
+"""The selection of problems and their shots."""
 
 import json
 import random
@@ -45,7 +45,7 @@ def test_nothing_left(gsm8k_test: Path) -> None:
 
 
 def test_shots_are_those_of_the_harness(gsm8k_test: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """`random.Random(1234).sample(train, 5)`, problem after problem, whatever is left out before."""
+    """`random.Random(1234).sample(train, 5)` for one problem after the other, including skipped ones."""
     monkeypatch.setenv(GSM8K_FOLDER_VARIABLE, str(gsm8k_test.parent))
     train = [json.loads(line) for line in (gsm8k_test.parent / "train.jsonl").open()]
     rng = random.Random(1234)

@@ -1,4 +1,4 @@
-"""Settings: what is read, and what is refused, in words that name the option."""
+"""Settings: parsing, and rejection with messages that name the option."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""Sums over samples of several epochs and variants, recounted by hand; runs scored again, watched and compared."""
+"""Summaries over epochs and variants, recounted by hand; runs scored again, observed and compared."""
 
 import io
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What is printed: a table, warnings, and progress with and without a terminal."""
+"""The terminal output: a table, warnings, and progress with and without a terminal."""
 
 import io
 from pathlib import Path

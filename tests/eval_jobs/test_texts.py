@@ -1,4 +1,4 @@
-"""Answers that are texts, each against hand-checked outputs."""
+"""Text answers, each against hand-checked outputs."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""Scorers of users: what they may return, and what is said of what they may not."""
+"""Custom scorers: allowed results, and the messages for others."""
 
 import asyncio
 import sys

@@ -1,4 +1,4 @@
-"""A real run directory over a real store, with activations that the test plants."""
+"""A real run directory with a real store and planted activations."""
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +22,7 @@ BuildRun = Callable[..., Run]
 
 @pytest.fixture
 def build_run(tmp_path: Path) -> BuildRun:
-    """Return a function that writes a run: one sample per row of the features, which lie at the last prompt token."""
+    """Return a function that writes a run: one sample per row of the features, which are at the last prompt token."""
 
     def build(
         features: Mapping[str, Tensor],
@@ -107,7 +107,7 @@ def planted() -> Callable[..., tuple[dict[str, Tensor], list[bool]]]:
 
 
 def _rows(last_prompt: Tensor) -> Tensor:
-    """Return a rollout's rows: row t is t more than the wanted one is, so that reading a wrong row is noticed."""
+    """Return a rollout's rows: row t differs by t from the wanted one, so that reading a wrong row is detected."""
     offsets = torch.arange(N_ROWS) - (N_PROMPT - 1)
     return last_prompt + 100.0 * offsets[:, None]
 

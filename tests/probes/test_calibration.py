@@ -1,4 +1,4 @@
-"""What is called log-odds is: on data whose probabilities are known, and beside scikit-learn chosen by the log-loss."""
+"""Calibrated scores are log-odds: on data with known probabilities, and compared with scikit-learn tuned by log-loss."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Scores of every sample and token, against scikit-learn fitted fold by fold on the features that were planted."""
+"""Scores of every sample and token, against scikit-learn fitted per fold on the planted features."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Each metric with weights against scikit-learn or scipy on rows that are really repeated."""
+"""Each weighted metric against scikit-learn or scipy on rows that are actually repeated."""
 
 import numpy as np
 import pytest

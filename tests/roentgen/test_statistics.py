@@ -1,4 +1,4 @@
-"""Statistics, against numbers worked out by hand, and against simulation."""
+"""Statistics against hand-computed numbers and simulations."""
 
 import itertools
 import math

@@ -1,4 +1,4 @@
-"""The one rule that ends generations by scores, against its definition, and cut in any way into pieces."""
+"""The stop rule against its definition, with the scores split into pieces in any way."""
 
 import numpy as np
 import pytest

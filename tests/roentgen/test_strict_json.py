@@ -1,4 +1,4 @@
-"""What JSON has comes through as Python's own parser reads it; what it does not have is refused, and named."""
+"""Valid JSON is parsed like Python's parser does; anything else is rejected with the field's name."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Features that are hard in the way a residual stream is."""
+"""Features as difficult as those of a residual stream."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""The solver where problems of one batch differ most in how soon they are solved."""
+"""The solver on batches whose problems converge at very different rates."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Each kind against scikit-learn, or against arithmetic done another way where scikit-learn has no such kind."""
+"""Each kind against scikit-learn, or against an independent computation if scikit-learn has no such kind."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Where settings stop rollouts, what that is worth, and how the one to use is chosen."""
+"""Where settings stop rollouts, their evaluation, and the choice of a setting."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""A run whose activations are planted."""
+"""A run with planted activations."""
 
 from tests.probes.conftest import build_run, planted
 

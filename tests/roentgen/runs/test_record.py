@@ -1,4 +1,4 @@
-"""The record as a lazy sequence, in either order, and rewritten whole."""
+"""The record as a lazy sequence in either order, and rewritten completely."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The run record: durable, cut where a crash tore it, one writer at a time."""
+"""The run record: durable, truncated after a torn line, and with one writer at a time."""
 
 import errno
 import os

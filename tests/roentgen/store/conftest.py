@@ -1,4 +1,4 @@
-"""Rollouts with random rows, made the way the server makes them."""
+"""Rollouts with random rows, constructed as by the server."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ KEYS = ("layers.1.resid_post", "layers.2.resid_post")
 
 
 class RolloutFactory:
-    """Makes rollouts; `last` keeps what was made, to compare with what is read."""
+    """Creates rollouts; `last` keeps the created one for comparison."""
 
     def __call__(
         self,

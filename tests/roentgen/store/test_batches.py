@@ -1,4 +1,4 @@
-"""Batches hold every row once, in an order that only the seed and the choice of rollouts decide, and little memory."""
+"""Batches contain every row once, in an order determined by the seed and the choice of rollouts, in little memory."""
 
 import gc
 from collections.abc import Sequence

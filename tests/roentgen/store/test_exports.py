@@ -1,4 +1,4 @@
-"""What is given away is what was stored, in the shapes that others read."""
+"""Exports contain the stored data in the formats that other tools read."""
 
 import os
 import subprocess

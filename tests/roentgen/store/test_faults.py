@@ -1,7 +1,7 @@
-"""The store under faults that are caused for real: full and read-only disks, killed writers, a bucket that refuses.
+"""The store under real faults: full and read-only disks, killed writers, a bucket that rejects requests.
 
-After each: what was acknowledged is readable and right, what was not is there whole or not at all, and `collect` removes only
-garbage.
+After each fault, acknowledged rollouts are readable and correct, others are complete or absent, and `remove_unused` removes
+only garbage.
 """
 
 import contextlib
@@ -161,7 +161,7 @@ HOP = ("content-length", "transfer-encoding", "expect", "connection", "host")
 
 
 class Faults:
-    """What a proxy before a bucket does to requests that put something."""
+    """How a proxy in front of a bucket treats PUT requests."""
 
     refuse = 0.0
     cut = 0.0
@@ -221,7 +221,7 @@ def faulty(endpoint: str, faults: Faults) -> Iterator[str]:
         do_GET = do_PUT = do_POST = do_DELETE = do_HEAD = _pass  # noqa: N815 - http.server's names
 
         def log_message(self, *_: object) -> None:
-            """Say nothing."""
+            """Log nothing."""
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy)
     thread = threading.Thread(target=server.serve_forever, daemon=True)

@@ -1,4 +1,4 @@
-"""Labels that come after a rollout was stored: read over its own, by this package and by readers of the document alone."""
+"""Labels added after a rollout was stored, read by this package and by readers written from the document alone."""
 
 import tarfile
 from pathlib import Path

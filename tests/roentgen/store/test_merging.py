@@ -1,4 +1,4 @@
-"""Merging and collecting change what files there are, and never what a session holds."""
+"""Merging and removal of unused files change the files and never the contents of a session."""
 
 import os
 import threading

@@ -1,4 +1,4 @@
-"""Rows that are not finite fail their rollout alone, or are counted; index files from before they were are read as before."""
+"""Rows that are not finite fail only their rollout, or are counted; older index files are read as before."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,7 +1,8 @@
-"""docs/store.md is enough to write a reader: this one uses parquet, JSON, XXH3 and the standard library, and nothing of ours.
+"""docs/store.md suffices to write a reader: this one uses parquet, JSON, XXH3 and the standard library, and none of our
+code.
 
-It is what a reader in another language would be, written from the document alone; where it and the store differ, one of the two
-is wrong.
+It represents a reader in another language, written from the document alone; if it and the store differ, one of the two is
+wrong.
 """
 
 import dataclasses

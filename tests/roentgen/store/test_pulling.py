@@ -1,4 +1,4 @@
-"""A pull brings a whole session, goes on where it stopped, and never shows half of one."""
+"""A pull copies a complete session, resumes after interruptions, and never exposes a partial one."""
 
 from pathlib import Path
 

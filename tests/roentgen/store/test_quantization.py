@@ -1,4 +1,4 @@
-"""Rows stored as int8 come back within half a step, and everything that is done with a store works with them."""
+"""Rows stored as int8 are read within half a quantization step, and all operations of the store support them."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Whole sessions: deleted only when nobody writes them, and packed as they are while somebody does."""
+"""Whole sessions: deleted only without writers, and archived consistently during writes."""
 
 import io
 import tarfile

@@ -1,4 +1,4 @@
-"""A folder and a bucket answer alike."""
+"""A local folder and a bucket behave alike."""
 
 import time
 from collections.abc import Iterator

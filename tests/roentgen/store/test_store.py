@@ -1,4 +1,4 @@
-"""What is written is read back: by us, by safetensors and pandas alone, while writing, after damage."""
+"""Written data is read back: by us, by safetensors and pandas alone, during writes, and after damage."""
 
 import json
 import threading

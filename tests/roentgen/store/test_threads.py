@@ -1,4 +1,4 @@
-"""What background threads compute takes no threads from what runs beside them."""
+"""Background computation takes no threads from concurrent computation."""
 
 import subprocess
 import sys
